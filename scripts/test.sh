@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything CI checks, from nothing: set up, lint, types, tests. Arguments go to pytest.
+#
+#   bash scripts/test.sh                 all
+#   bash scripts/test.sh -m "not slow"   without the slow tests
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# TensorRT-RTX builds T4 engines without a GPU, so its tests run wherever its library installs.
+extras=dev
+if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,tensorrt-rtx; fi
+bash scripts/environment.sh "$extras"
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"

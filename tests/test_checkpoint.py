@@ -1,0 +1,643 @@
+"""The authors' files come in whole, whatever variant and form; anything else gets one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+import re
+import struct
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import authors_format
+import numpy as np
+import pytest
+import torch
+from authors_format import authors_model, fuse_as_authors, write_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.coco_names import COCO_NAMES
+from trt_yolov6.errors import UserError
+from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture, fuse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
+REFERENCE = ROOT.parent / "shared" / "checkpoints" / "yolov6n_bccd.reference.npz"
+
+
+def refusal(path: Path) -> str:
+    """Return the sentence that refuses a file; fail where it is none, or not one."""
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert message.replace(str(path), "FILE").count(". ") == 0, "more than one sentence"
+    return message
+
+
+# The sample, trained by the authors' code.
+
+
+def test_the_sample_is_recognized_from_the_file_alone() -> None:
+    checkpoint = load_checkpoint(SAMPLE)
+    assert checkpoint.arch == architecture("yolov6n", num_classes=3)
+    assert checkpoint.class_names == ("RBC", "WBC", "Platelets")
+    assert checkpoint.form == "training"
+    assert checkpoint.path == SAMPLE
+    assert not checkpoint.model.training
+    assert {p.dtype for p in checkpoint.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="the reference outputs are not here")
+@pytest.mark.parametrize("form", ["training", "fused"])
+def test_outputs_equal_the_authors_models(form: str) -> None:
+    reference = np.load(REFERENCE)
+    model = load_checkpoint(SAMPLE).model
+    if form == "fused":
+        model = fuse(model)
+    with torch.no_grad():
+        boxes, scores = model(torch.from_numpy(reference["images"]).float() / 255)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    rows = torch.cat((centres, sizes, torch.ones_like(scores[:, :1]), scores), 1).mT.numpy()
+    expected = reference["outputs"]
+    for part in (slice(0, 4), slice(4, None)):
+        difference = np.abs(rows[..., part] - expected[..., part]).max()
+        assert difference < 1e-3 * expected[..., part].max()
+
+
+# Files made in the authors' format: every variant, form, head and set of classes.
+
+
+def narrow(name: str, **changes: Any) -> Architecture:
+    """A variant's architecture with few channels and short stages, for small files."""
+    arch = architecture(name, num_classes=3)
+    small: dict[str, Any] = {
+        "stage_channels": (6, 12, 24, 36, 48),
+        "neck_channels": (24, 12, 18, 30, 36, 42),
+        "stage_repeats": (2, 3, 1, 2),
+        "neck_repeats": (1, 2, 3, 1),
+        "name": "yolov6-custom",
+    }
+    return dataclasses.replace(arch, **{**small, **changes})
+
+
+def assert_loads(path: Path, arch: Architecture, model: nn.Module) -> YOLOv6:
+    """Check that a file loads as `arch` and computes what the model in it computes."""
+    loaded = load_checkpoint(path)
+    assert dataclasses.replace(loaded.arch, csp_ratio=None) == dataclasses.replace(
+        arch, csp_ratio=None
+    )
+    assert loaded.arch.csp_ratio == pytest.approx(arch.csp_ratio)
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        for candidate, tolerance in ((loaded.model, 1e-4), (fuse(loaded.model), 1e-3)):
+            for level, wanted in zip(candidate.raw(images), expected, strict=True):
+                assert len(level) == len(wanted)
+                for output, truth in zip(level, wanted, strict=True):
+                    difference = (output - truth).abs().max()
+                    assert difference <= tolerance * truth.abs().max()
+    return loaded.model
+
+
+KINDS = {
+    "plain": narrow("yolov6n"),
+    "offset head of v0.1": narrow("yolov6n", head="offset"),
+    "RepOptimizer": narrow("yolov6s", block="conv"),
+    "CSP 2/3 with DFL": narrow("yolov6m"),
+    "CSP 1/2, SiLU, plain convolutions, DFL": narrow("yolov6l"),
+    "CSP 1/2, ReLU, DFL": narrow("yolov6l_relu"),
+    "DFL with fewer bins": narrow("yolov6m", reg_max=7),
+    "one class": narrow("yolov6n", num_classes=1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_loads(tmp_path: Path, kind: str) -> None:
+    model = authors_model(KINDS[kind])
+    path = write_checkpoint(tmp_path / "best_ckpt.pt", model)
+    loaded = assert_loads(path, KINDS[kind], model)
+    assert load_checkpoint(path).form == "training"
+    assert sum(p.numel() for p in loaded.parameters()) == sum(
+        p.numel() for name, p in model.named_parameters() if not name.startswith("detect.proj")
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("only_convolutions", [False, True])
+def test_every_kind_of_file_loads_fused(tmp_path: Path, kind: str, only_convolutions: bool) -> None:
+    model = fuse_as_authors(authors_model(KINDS[kind]), only_convolutions)
+    path = write_checkpoint(tmp_path / "fused.pt", model)
+    # The bound methods that the authors' fusing leaves in the modules.
+    assert b"getattr" in zipfile.ZipFile(path).read("fused/data.pkl")
+    assert_loads(path, KINDS[kind], model)
+    rest = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert load_checkpoint(path).form == ("mixed" if rest else "fused")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_size_is_recognized_by_name(tmp_path: Path, name: str) -> None:
+    arch = architecture(name, num_classes=2)
+    with torch.device("meta"):
+        model = authors_format.Model(arch)
+    model = model.to_empty(device="cpu").half()
+    model.stride, model.detect.grid = torch.tensor([8, 16, 32]), []
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(1)
+    for bins in (model.detect.proj, model.detect.proj_conv.weight):
+        bins.data.copy_(torch.arange(17).view(bins.shape))
+    loaded = load_checkpoint(write_checkpoint(tmp_path / "x.pt", model))
+    assert loaded.arch == arch
+
+
+def test_weights_arrive_unchanged(tmp_path: Path) -> None:
+    model = authors_model(KINDS["CSP 2/3 with DFL"])
+    loaded = load_checkpoint(write_checkpoint(tmp_path / "x.pt", model)).model
+    theirs = model.state_dict()
+    ours = loaded.state_dict()
+    for own, key in {
+        "backbone.stem.dense.conv.weight": "backbone.stem.rbr_dense.conv.weight",
+        "backbone.stages.3.body.bottlenecks.1.alpha": "backbone.ERBlock_5.1.m.block.0.alpha",
+        "neck.bottomup4.merge.bn.running_var": "neck.Rep_n3.cv3.bn.running_var",
+        "head.levels.2.reg_pred.bias": "detect.reg_preds.2.bias",
+    }.items():
+        torch.testing.assert_close(ours[own], theirs[key], rtol=0, atol=0)
+
+
+def test_batch_normalization_constants_come_from_the_file(tmp_path: Path) -> None:
+    model = authors_model(KINDS["plain"])
+    model.backbone.stem.rbr_dense.bn.eps = 1e-2
+    loaded = load_checkpoint(write_checkpoint(tmp_path / "x.pt", model)).model
+    found = [m.eps for m in loaded.backbone.stem.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert found == [1e-2, 1e-3]
+
+
+def test_the_moving_average_wins_over_the_model(tmp_path: Path) -> None:
+    model, average = authors_model(KINDS["plain"], 1), authors_model(KINDS["plain"], 2)
+    # As while training goes on: with an optimizer's state and NumPy's numbers beside the network.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.rand(1, 3, 64, 64))[0][0].sum().backward()
+    optimizer.step()
+    path = write_checkpoint(
+        tmp_path / "x.pt",
+        model,
+        ema=average.half(),
+        optimizer=optimizer.state_dict(),
+        updates=np.float64(3),
+    )
+    assert_loads(path, KINDS["plain"], average.float())
+
+
+def test_a_model_saved_without_its_wrapping_loads(tmp_path: Path) -> None:
+    model = authors_model(KINDS["plain"])
+    with authors_format.installed():
+        torch.save(model, tmp_path / "x.pt")
+    assert_loads(tmp_path / "x.pt", KINDS["plain"], model)
+
+
+@pytest.mark.parametrize(
+    ("on_model", "beside", "count", "expected"),
+    [
+        (["a", "b"], None, 2, ("a", "b")),
+        ({1: "b", 0: "a"}, None, 2, ("a", "b")),
+        (None, ["left", "right"], 2, ("left", "right")),
+        (None, None, 2, ("class_0", "class_1")),
+        (None, None, 80, COCO_NAMES),
+        (["Ratte", "鼠", ""], None, 3, ("Ratte", "鼠", "")),
+    ],
+)
+def test_class_names_come_from_the_file(
+    tmp_path: Path, on_model: Any, beside: Any, count: int, expected: tuple[str, ...]
+) -> None:
+    model: Any = authors_model(narrow("yolov6n", num_classes=count))
+    if on_model is not None:
+        model.names = on_model
+    entries = {} if beside is None else {"names": beside}
+    path = write_checkpoint(tmp_path / "x.pt", model, **entries)
+    assert load_checkpoint(path).class_names == expected
+
+
+# What is no YOLOv6 of these releases.
+
+
+def test_later_releases_are_refused_by_name(tmp_path: Path) -> None:
+    class BiFusion(nn.Module):
+        pass
+
+    class Lite_EffiBackbone(nn.Module):
+        pass
+
+    for kind, feature in ((BiFusion, "BiFusion neck"), (Lite_EffiBackbone, "YOLOv6-lite")):
+        kind.__qualname__ = kind.__name__
+        model: Any = authors_model(KINDS["plain"])
+        model.neck.extra = kind()
+        with authors_format.installed({"yolov6.layers.more": (kind,)}):
+            torch.save({"model": model}, tmp_path / "x.pt")
+        message = refusal(tmp_path / "x.pt")
+        assert f"holds a YOLOv6 0.3+ network ({feature}); this version reads v0.1 to v0.2.1" in (
+            message
+        )
+
+
+def test_the_distillation_head_of_later_releases_is_refused(tmp_path: Path) -> None:
+    model: Any = authors_model(KINDS["plain"])
+    model.detect.reg_preds_dist = nn.ModuleList([nn.Conv2d(4, 68, 1)])
+    assert "0.3+ network (distillation head)" in refusal(write_checkpoint(tmp_path / "x.pt", model))
+
+
+@pytest.mark.parametrize("home", ["models.yolo", "ultralytics.nn.tasks"])
+def test_other_detectors_are_refused_by_their_class(tmp_path: Path, home: str) -> None:
+    class DetectionModel(nn.Module):
+        pass
+
+    DetectionModel.__qualname__ = "DetectionModel"
+    with authors_format.installed({home: (DetectionModel,)}):
+        torch.save({"epoch": 3, "model": DetectionModel()}, tmp_path / "yolov5s.pt")
+    assert f"holds {home}.DetectionModel, not a YOLOv6" in refusal(tmp_path / "yolov5s.pt")
+
+
+def test_a_plain_pytorch_network_is_refused_by_its_class(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "x.pt")
+    assert "holds torch.nn.modules.linear.Linear, not a YOLOv6" in refusal(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"ema": None, **s}]
+)
+def test_a_state_dict_is_named_as_such(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
+    torch.save(wrap(authors_model(KINDS["plain"]).state_dict()), tmp_path / "x.pt")
+    assert "holds a state dict" in refusal(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("value", [{}, [], 3, None, {"model": None, "ema": None}, {"model": 3}])
+def test_a_file_without_a_network_is_refused(tmp_path: Path, value: Any) -> None:
+    torch.save(value, tmp_path / "x.pt")
+    assert "holds no network" in refusal(tmp_path / "x.pt")
+
+
+def change_stem_stride(model: Any) -> None:
+    model.backbone.stem.rbr_dense.conv.stride = (1, 1)
+
+
+def add_a_module(model: Any) -> None:
+    model.neck.attention = nn.Conv2d(2, 2, 1)
+
+
+def remove_a_module(model: Any) -> None:
+    del model.neck.Rep_n4
+
+
+def change_an_activation(model: Any) -> None:
+    model.backbone.ERBlock_3[0].nonlinearity = nn.Hardswish()
+
+
+def mix_activations(model: Any) -> None:
+    model.backbone.ERBlock_3[0].nonlinearity = nn.SiLU()
+
+
+def widen_a_layer(model: Any) -> None:
+    model.detect.cls_preds[1] = nn.Conv2d(30, 4, 1)
+
+
+def change_the_pooling(model: Any) -> None:
+    model.backbone.ERBlock_5[2].m.kernel_size = 9
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (change_stem_stride, "another stride at backbone.stem.rbr_dense.conv"),
+        (add_a_module, "the first is neck.attention.bias"),
+        (remove_a_module, "neck.Rep_n4"),
+        (change_an_activation, "Hardswish"),
+        (mix_activations, "several activations"),
+        (widen_a_layer, "detect.cls_preds.1.weight of shape (4, 30, 1, 1)"),
+        (change_the_pooling, "another pooling size"),
+    ],
+)
+def test_an_altered_network_is_refused_with_the_place(
+    tmp_path: Path, change: Callable[[Any], None], words: str
+) -> None:
+    model = authors_model(KINDS["plain"])
+    change(model)
+    assert words in refusal(write_checkpoint(tmp_path / "x.pt", model))
+
+
+def test_distance_bins_that_are_not_counted_out_are_refused(tmp_path: Path) -> None:
+    model = authors_model(KINDS["CSP 2/3 with DFL"])
+    with torch.no_grad():
+        model.detect.proj[3] = 3.5
+    assert "other distance bins (detect.proj)" in refusal(
+        write_checkpoint(tmp_path / "x.pt", model)
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    model = authors_model(KINDS["plain"])
+    with torch.no_grad():
+        bias = model.neck.upsample0.upsample_transpose.bias
+        assert bias is not None
+        bias[0] = value
+    message = refusal(write_checkpoint(tmp_path / "x.pt", model))
+    assert "not finite numbers (neck.upsample0.upsample_transpose.bias)" in message
+
+
+def test_class_names_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model: Any = authors_model(KINDS["plain"])
+    model.names = ["one", "two"]
+    assert "class names do not fit its 3 classes" in refusal(
+        write_checkpoint(tmp_path / "x.pt", model)
+    )
+
+
+# What is no checkpoint at all, or a damaged one.
+
+
+def test_files_that_are_no_checkpoint_get_a_sentence_each(tmp_path: Path) -> None:
+    assert "check the path" in refusal(tmp_path / "missing.pt")
+    assert "is a folder" in refusal(tmp_path)
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(2)}, buffer, _use_new_zipfile_serialization=False)
+    for content, words in (
+        (b"", "is empty"),
+        (b"weights, to come\n", "is not a PyTorch checkpoint"),
+        (struct.pack("<Q", len(header)) + header + bytes(4), "is a safetensors file"),
+        (tar.getvalue(), "is not a PyTorch checkpoint"),
+        (buffer.getvalue(), "before PyTorch 1.6"),
+        (pickle.dumps({"a": 1}), "is a bare pickle"),
+    ):
+        path = tmp_path / "x.pt"
+        path.write_bytes(content)
+        assert words in refusal(path)
+
+
+def test_other_zip_files_get_a_sentence_each(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("photo.jpg", b"x")
+    assert "not one that torch.save wrote" in refusal(path)
+    torch.jit.script(nn.Linear(2, 2)).save(str(path))  # type: ignore[no-untyped-call]
+    assert "is a TorchScript archive" in refusal(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(1000))
+    assert "compressed records" in refusal(path)
+
+
+@pytest.mark.parametrize("kept", [4, 100, 20_000, 200_000, 0.5, 0.9, 0.999, -1])
+def test_a_file_cut_short_is_refused(tmp_path: Path, kept: float) -> None:
+    content = SAMPLE.read_bytes()
+    length = int(len(content) * kept) if isinstance(kept, float) else kept
+    path = tmp_path / "cut.pt"
+    path.write_bytes(content[:length])
+    assert "damaged or cut short" in refusal(path)
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path: Path) -> None:
+    content = bytearray(SAMPLE.read_bytes())
+    content[len(content) // 2] ^= 1
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(content)
+    assert "is damaged" in refusal(path)
+
+
+# What means harm.
+
+
+def write_pickle(path: Path, content: bytes, records: dict[str, bytes] | None = None) -> Path:
+    """Write an archive as torch.save would, with a pickle of our own making."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", content)
+        for name, record in (records or {}).items():
+            archive.writestr(f"x/data/{name}", record)
+    return path
+
+
+def call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls a function with a string."""
+    text = argument.encode()
+    return (
+        b"\x80\x02c"
+        + f"{module}\n{name}\n".encode()
+        + b"X"
+        + struct.pack("<I", len(text))
+        + text
+        + b"\x85R."
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("builtins", "eval"),
+        ("__builtin__", "eval"),
+        ("builtins", "__import__"),
+        ("subprocess", "Popen"),
+        ("torch.hub", "load"),
+        ("torch", "load"),
+        ("torch._utils", "_import_dotted_name"),
+        ("torch.serialization", "load"),
+        ("torch.utils.cpp_extension", "load"),
+        ("torch.nnx", "system"),
+        ("copyreg", "_reconstructor"),
+        ("functools", "partial"),
+        ("operator", "attrgetter"),
+        ("pickle", "loads"),
+    ],
+)
+def test_a_pickle_that_wants_to_run_something_is_refused_by_name(
+    tmp_path: Path, module: str, name: str
+) -> None:
+    marker = tmp_path / "ran"
+    path = write_pickle(tmp_path / "x.pt", call(module, name, f"touch {marker}"))
+    message = refusal(path)
+    assert f"asks for {module.replace('__builtin__', 'builtins')}.{name}" in message
+    assert not marker.exists()
+
+
+def test_what_torch_save_writes_of_an_evil_object_is_refused(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {marker}",)
+
+    for protocol in (2, 3, 4, 5):
+        torch.save({"model": Evil()}, tmp_path / "x.pt", pickle_protocol=protocol)
+        assert "asks for posix.system" in refusal(tmp_path / "x.pt")
+    assert not marker.exists()
+
+
+def test_names_below_admitted_packages_are_never_resolved(tmp_path: Path) -> None:
+    # Protocol 4 resolves dotted names: torch.nn.modules.module.torch.hub.load and the like.
+    module, name = b"torch.nn.modules.module", b"torch.serialization.os.system"
+    marker = tmp_path / "ran"
+    argument = f"touch {marker}".encode()
+    content = b"\x80\x04"
+    for text in (module, name):
+        content += b"\x8c" + bytes([len(text)]) + text
+    content += b"\x93\x8c" + bytes([len(argument)]) + argument + b"\x85R."
+    assert "not a YOLOv6" in refusal(write_pickle(tmp_path / "x.pt", content))
+    assert not marker.exists()
+
+
+def test_getattr_in_a_pickle_gets_nothing(tmp_path: Path) -> None:
+    # getattr(OrderedDict, "fromkeys") would be a real function; here it is a shell without powers.
+    content = (
+        b"\x80\x02}X\x05\x00\x00\x00modelc__builtin__\ngetattr\nccollections\nOrderedDict\n"
+        b"X\x08\x00\x00\x00fromkeys\x86Rs."
+    )
+    assert "holds builtins.getattr, not a YOLOv6" in refusal(
+        write_pickle(tmp_path / "x.pt", content)
+    )
+
+
+def test_a_pickle_cannot_alter_classes_or_functions(tmp_path: Path) -> None:
+    before = torch._utils._rebuild_tensor_v2.__defaults__
+    state = b"N}X\x0c\x00\x00\x00__defaults__Ns\x86b."
+    for target in (
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"ccollections\nOrderedDict\n",
+        b"cyolov6.models.yolo\nModel\n",
+        b"cbuiltins\nset\n",
+    ):
+        refusal(write_pickle(tmp_path / "x.pt", b"\x80\x02" + target + state))
+    assert torch._utils._rebuild_tensor_v2.__defaults__ is before
+    assert load_checkpoint(SAMPLE).arch.name == "yolov6n"
+
+
+def model_with_tensor(storage: bytes, view: bytes) -> bytes:
+    """A pickled yolov6 module with one parameter, of the storage and view given."""
+    return (
+        b"\x80\x02cyolov6.models.yolo\nModel\n)\x81}X\x0b\x00\x00\x00_parameters}X\x01\x00\x00\x00w"
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + b"\x89Nt" + b"Rssb."
+    )
+
+
+def storage(numel: bytes, key: bytes = b"0") -> bytes:
+    name = b"X" + struct.pack("<I", len(key)) + key
+    return (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+        + name
+        + b"X\x03\x00\x00\x00cpu"
+        + numel
+        + b"tQ"
+    )
+
+
+EIGHT, MANY = b"K\x08", b"\x8a\x06\x00\x00\x00\x00\x00\x10"
+VIEW = b"K\x00(K\x08t(K\x01t"
+
+
+@pytest.mark.parametrize(
+    ("values", "view"),
+    [
+        (storage(MANY), VIEW),  # more values than the record has
+        (storage(b"K\x04"), VIEW),  # fewer
+        (storage(EIGHT, b"../../data.pkl"), VIEW),  # no such record
+        (storage(EIGHT), b"K\x01(K\x08t(K\x01t"),  # past the end by its offset
+        (storage(EIGHT), b"K\x00(K\x08t(K\x02t"),  # by its stride
+        (storage(EIGHT), b"J\xff\xff\xff\xff(K\x02t(K\x01t"),  # before the start
+        (storage(EIGHT), b"K\x07(K\x02t(J\xff\xff\xff\xfft"),  # backwards
+        (storage(EIGHT), b"K\x00(" + MANY + MANY + b"t(K\x00K\x00t"),  # swollen by stride 0
+        (storage(EIGHT), b"K\x00(" + MANY + b"t(K\x01t"),  # larger than its storage
+        (storage(EIGHT), b"K\x00(K\x08t(K\x01K\x01t"),  # dimensions that do not match
+        (storage(EIGHT), b"K\x00X\x01\x00\x00\x00a(K\x01t"),  # no size
+        (b"N", VIEW),  # no storage
+    ],
+)
+def test_tensors_that_do_not_fit_their_records_are_refused(
+    tmp_path: Path, values: bytes, view: bytes
+) -> None:
+    content = model_with_tensor(values, view)
+    path = write_pickle(tmp_path / "x.pt", content, {"0": bytes(32)})
+    assert re.search(r"is damaged: (a|its) (tensor|record).*(fit|read|larger)", refusal(path))
+
+
+def test_one_record_cannot_fill_the_memory(tmp_path: Path) -> None:
+    one = model_with_tensor(storage(EIGHT), VIEW)
+    start = one.index(b"X\x01\x00\x00\x00w")
+    tensor = one[start + 6 : -len(b"ssb.")]
+    names = [b"X\x02\x00\x00\x00" + f"{index:02}".encode() for index in range(100)]
+    many = b"".join(name + tensor + b"s" for name in names)
+    million_bytes = b"J" + struct.pack("<i", 1 << 18)
+    content = (one[:start] + many + b"sb.").replace(EIGHT + b"tQ", million_bytes + b"tQ")
+    path = write_pickle(tmp_path / "x.pt", content, {"0": bytes(1 << 20)})
+    assert "its tensors are larger than the file" in refusal(path)
+
+
+def test_a_tensor_that_fits_is_read(tmp_path: Path) -> None:
+    content = model_with_tensor(storage(EIGHT), VIEW)
+    path = write_pickle(tmp_path / "x.pt", content, {"0": bytes(32)})
+    assert "backbone.ERBlock_2.1 is missing" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x02.",
+        b"\x80\x02N",
+        b"\x80\x02}K\x01",
+        b"\x80\x02r\xff\xff\xff\x7f.",  # a memo of two thousand million slots
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+        b"\x80\x02\x82\x01.",  # an extension code
+        b"\x80\x04\x8e" + b"\xff" * 8 + b".",  # a string of 2^64 bytes
+        b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.",  # a key nested too deep to hash
+        b"\x80\x02(0})" + b"\x85" * 300_000 + b"K\x01s.",
+        b"\x80\x02X\x01\x00\x00\x00aQ.",  # a storage that is a string
+        b"I" + b"9" * 10_000 + b"\n.",
+    ],
+)
+def test_a_pickle_made_to_break_the_reader_is_refused(tmp_path: Path, content: bytes) -> None:
+    assert "is damaged" in refusal(write_pickle(tmp_path / "x.pt", content))
+
+
+def test_a_network_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    content = (
+        b"\x80\x02cyolov6.models.yolo\nModel\n)\x81q\x00}X\x08\x00\x00\x00_modules}"
+        b"X\x01\x00\x00\x00ah\x00ssb."
+    )
+    assert "is damaged" in refusal(write_pickle(tmp_path / "x.pt", content))
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_no_damage_to_the_pickle_ends_in_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
+    original = _small_pickle()
+    content = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = write_pickle(tmp_path / "x.pt", bytes(content), {"0": bytes(32)})
+    refusal(path)
+
+
+def _small_pickle() -> bytes:
+    """A pickle with most of what a checkpoint's has, but for a whole network."""
+    buffer = io.BytesIO()
+    value = {"model": OrderedDict(a=torch.zeros(8), b=[{1: "x"}, {2.5}, None]), "epoch": -1}
+    torch.save(value, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        return archive.read("archive/data.pkl")

@@ -1,0 +1,298 @@
+"""The command line: promised spellings work, and a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trt_yolov6.building import BuiltEngine
+from trt_yolov6.cli import main
+from trt_yolov6.engines import runs_here
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like the repository's root, with an empty engines/."""
+    for name in ("samples", "calib"):
+        (tmp_path / name).symlink_to(root / name)
+    (tmp_path / "engines").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def with_engine(workplace: Path, sample_engine: BuiltEngine) -> Path:
+    """The same, with the sample's engine in engines/."""
+    for path in (sample_engine.path, sample_engine.manifest_path):
+        (workplace / "engines" / path.name).write_bytes(path.read_bytes())
+    return workplace
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail as a user's mistake; return the line it prints."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    error = capsys.readouterr().err
+    assert code == 2, error
+    lines = error.splitlines()
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+def test_build_without_arguments_takes_the_sample_and_says_so(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", "--backend", "onnxruntime", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert "taking the sample checkpoint" in captured.out
+    assert "engines/yolov6n.onnx" in captured.out
+    manifest = json.loads((workplace / "engines" / "yolov6n.json").read_text())
+    assert manifest["model"] == "yolov6n"
+    assert manifest["class_names"] == ["RBC", "WBC", "Platelets"]
+
+
+def test_bench_takes_the_newest_engine_and_writes_the_documented_keys(
+    with_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--duration", "0.5", "--json", "out/bench.json", "--quiet"]) == 0
+    assert "taking the newest, engines/yolov6n.onnx" in capsys.readouterr().out
+    value = json.loads((with_engine / "out" / "bench.json").read_text())
+    wanted = {"batch", "latency_ms", "throughput_fps", "engine", "precision", "backend", "device"}
+    assert wanted <= value.keys()
+    assert {"median", "mean", "p90", "p99"} <= value["latency_ms"].keys()
+    assert value["throughput_fps"] == pytest.approx(1000 / value["latency_ms"]["median"])
+
+
+def test_an_engine_for_another_machine_is_passed_over(
+    with_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newer = with_engine / "engines" / "yolov6n.trt"
+    newer.write_bytes(b"plan")
+    manifest = json.loads((with_engine / "engines" / "yolov6n.json").read_text())
+    manifest |= {"engine": "yolov6n.trt", "backend": "tensorrt"}
+    (with_engine / "engines" / "yolov6n.trt.json").write_text(json.dumps(manifest))
+    os.utime(newer, (time.time() + 60, time.time() + 60))
+    if not runs_here(newer):
+        assert main(["bench", "--duration", "0.1", "--quiet"]) == 0
+        assert "not engines/yolov6n.trt" in capsys.readouterr().out
+
+
+def test_infer_draws_a_picture_and_writes_its_detections(
+    with_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = next((with_engine / "samples" / "images" / "val").glob("*.jpg"))
+    assert main(["infer", "--source", str(picture), "--output", "drawn", "--quiet"]) == 0
+    assert (with_engine / "drawn" / picture.name).is_file()
+    (found,) = json.loads((with_engine / "drawn" / "detections.json").read_text())
+    assert found["file"] == picture.name
+    assert {item["name"] for item in found["detections"]} <= {"RBC", "WBC", "Platelets"}
+    assert f"{len(found['detections'])} objects in 1 images" in capsys.readouterr().out
+
+
+def test_inspect_and_doctor_answer(with_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "engines/yolov6n.onnx"]) == 0
+    assert "yolov6n" in capsys.readouterr().out
+    assert main(["doctor"]) == 0
+    assert "onnxruntime" in capsys.readouterr().out
+
+
+def test_export_writes_a_graph_that_eval_takes_without_a_manifest(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--batch", "1", "--imgsz", "320", "--output", "n.onnx"]) == 0
+    assert main(["eval", "--engine", "n.onnx", "--quiet", "--json", "eval.json"]) == 0
+    value = json.loads((workplace / "eval.json").read_text())
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "images"} <= value.keys()
+    assert value["images"] == 72
+    assert 0.3 < value["AP"] < 0.55
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "empty"), (b"just some text\n", "text.pt"), (b"PK\x03\x04 cut", "text.pt")],
+)
+def test_a_checkpoint_that_is_none_is_one_line(
+    content: bytes, reason: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "text.pt").write_bytes(content)
+    assert reason in refusal(capsys, "build", "--weights", "text.pt")
+    assert not list((workplace / "engines").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["build", "--weights", "none.pt"], "none.pt"),
+        (["build", "--onnx", "none.onnx"], "none.onnx"),
+        (["build", "--imgsz", "100"], "multiple of 32"),
+        (["build", "--dynamic", "4,2,8"], "not increasing"),
+        (["build", "--dynamic", "1,2"], "MIN,OPT,MAX"),
+        (["build", "--batch", "0"], "above 0"),
+        (["build", "--backend", "openvino"], "invalid choice"),
+        (["build", "--target", "t4", "--backend", "onnxruntime"], "--target"),
+        (["build", "--conf", "0.5"], "--end2end"),
+        (["build", "--onnx", "x.onnx", "--end2end"], "--end2end"),
+        (["build", "--int8", "--calib", "nowhere/"], "nowhere"),
+        (["build", "--calib", "calib/"], "--calib is for --int8"),
+        (["build", "--calibrator", "mse"], "--calibrator is for --int8"),
+        (["build", "--int8", "--max-ap-drop", "1"], "--float-layers auto"),
+        (["build", "--int8", "--calibration-cache", "x"], "without --int8"),
+        (["build", "--int8", "--calibrator", "best"], "invalid choice"),
+        (["export", "--calibrator", "mse"], "--calibration-cache"),
+        (["export", "--calibration-cache", "x", "--cache-version", "11.0.0"], "11.0.0"),
+        (["sensitivity", "--split", "val"], "--data"),
+        (["sensitivity", "--onnx", "none.onnx"], "none.onnx"),
+        (["build", "--fp16", "--fp32"], "not allowed with"),
+        (["build", "--imgsz", "99968"], "pixels"),
+        (["build", "--names", "coco.txt"], "--names is for --onnx"),
+        (["bench", "--conf", "0.5"], "--conf is for --end-to-end"),
+        (["inspect", "samples/README.md", "--json", "samples"], "samples"),
+        (["eval", "--engine", "samples/yolov6n_bccd.pt"], "trt-yolov6 build --weights"),
+        (["bench"], "trt-yolov6 build"),
+        (["eval", "--engine", "engines/none.trt"], "engines/none.trt"),
+        (["eval", "--conf", "2", "--engine", "none.onnx"], "none.onnx"),
+        (["infer", "--source", "nowhere"], "trt-yolov6 build"),
+        (["infer"], "--source"),
+        (["inspect", "nowhere.onnx"], "nowhere.onnx"),
+        (["export", "--opset", "9"], "--opset 9"),
+        (["fly"], "invalid choice"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], reason: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reason in refusal(capsys, *arguments)
+    assert not list((workplace / "engines").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["bench", "--batch", "64"], "not 64"),
+        (["bench", "--duration", "-1"], "duration"),
+        (["eval", "--engine", "engines/yolov6n.trt"], "engines/yolov6n.onnx does"),
+        (["eval", "--data", "nowhere"], "nowhere"),
+        (["eval", "--split", "test"], "test"),
+        (["eval", "--conf", "2"], "--conf"),
+        (["eval", "--iou", "0"], "--iou"),
+        (["eval", "--resize", "600", "--border", "3"], "--resize"),
+        (["infer", "--source", "nowhere.jpg"], "nowhere.jpg"),
+        (["infer", "--source", "samples/LICENSE"], "LICENSE"),
+        (["bench", "--json", "engines/yolov6n.json"], "is the manifest of yolov6n.onnx"),
+        (["bench", "--json", "engines"], "is a folder"),
+        (["bench", "--threads", "9999"], "--threads 9999"),
+        (["build", "--output", "samples/annotations/instances_val.txt"], "ends in .onnx"),
+    ],
+)
+def test_a_mistake_with_an_engine_is_one_line_and_exit_code_2(
+    arguments: list[str], reason: str, with_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reason in refusal(capsys, *arguments)
+
+
+def test_a_damaged_engine_is_one_line(
+    with_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = with_engine / "engines" / "yolov6n.onnx"
+    path.write_bytes(path.read_bytes()[:100_000])
+    for command in ("eval", "bench"):
+        assert "cut short" in refusal(capsys, command, "--engine", str(path))
+
+
+def test_output_into_a_file_that_is_no_folder_is_one_line(
+    with_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("taken").touch()
+    line = refusal(capsys, "bench", "--duration", "0.1", "--quiet", "--json", "taken/x.json")
+    assert "taken" in line
+
+
+def test_help_answers_within_half_a_second_and_without_heavy_imports() -> None:
+    code = (
+        "import sys, trt_yolov6.cli as cli\n"
+        "try: cli.main(['build', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'cv2', 'numpy', 'tensorrt', 'pycocotools'}\n"
+        "sys.exit(f'imported {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
+    )
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(times) < 0.5
+
+
+def test_a_reader_that_leaves_early_is_no_error(with_engine: Path, root: Path) -> None:
+    command = f"{sys.executable} -m trt_yolov6 inspect --layers engines/yolov6n.onnx | head -1"
+    done = subprocess.run(
+        command,
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.stderr == ""
+
+
+def test_int8_as_promised_writes_engine_manifest_and_table(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", "--int8", "--calib", "calib/", "--calib-images", "4", "--imgsz", "128"]
+    assert main([*command, "--backend", "onnxruntime", "--float-layers", "2", "--quiet"]) == 0
+    assert "in INT8: 56 of the 56" in capsys.readouterr().out
+    manifest = json.loads((workplace / "engines" / "yolov6n.json").read_text())
+    assert manifest["precision"] == "int8"
+    assert len(manifest["float_layers"]) == 2
+    assert manifest["int8_layers"] == 56
+    assert (workplace / "engines" / "yolov6n.calibration.json").is_file()
+    assert main(["bench", "--duration", "0.1", "--quiet"]) == 0
+    assert "the accuracy of INT8, not its speed" in capsys.readouterr().out
+
+
+def test_sensitivity_writes_ranking_and_chart(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sensitivity", "--calib-images", "2", "--imgsz", "128", "--no-equalize"]
+    assert main([*command, "--json", "s.json", "--plot", "s.png", "--top", "3"]) == 0
+    value = json.loads((workplace / "s.json").read_text())
+    assert value["metric"] == "snr"
+    assert len(value["layers"]) == 58
+    values = [layer["value"] for layer in value["layers"]]
+    assert values == sorted(values)
+    assert (workplace / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert "55 more, less sensitive" in capsys.readouterr().out
+
+
+def test_a_calibration_cache_names_the_tensors_of_the_graph_beside_it(workplace: Path) -> None:
+    command = ["export", "--calibration-cache", "n.cache", "--calib-images", "2", "--imgsz", "64"]
+    assert main([*command, "--calibrator", "minmax", "--no-equalize", "--output", "n.onnx"]) == 0
+    import onnx
+
+    graph = onnx.load("n.onnx").graph
+    assert not [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    tensors = {name for node in graph.node for name in node.output} | {"images"}
+    lines = (workplace / "n.cache").read_text().splitlines()
+    assert lines[0] == "TRT-8601-EntropyCalibration2"
+    assert {line.split(":")[0] for line in lines[1:]} <= tensors
+
+
+def test_a_missing_package_is_one_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "trt_yolov6.export", raising=False)
+    assert "needs the Python package torch" in refusal(capsys, "export")

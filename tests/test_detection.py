@@ -1,0 +1,264 @@
+"""Post-processing: the suppression equals a plain one, and all output layouts mean the same."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from trt_yolov6 import detection
+from trt_yolov6.data.letterbox import Letterbox, fit
+from trt_yolov6.detection import MAX_CANDIDATES, Detections, postprocess, suppress
+from trt_yolov6.engines.manifest import NmsSettings
+from trt_yolov6.errors import UserError
+
+SIZE = (640, 640)
+WHOLE = fit(SIZE, SIZE)
+
+
+def plain_nms(
+    boxes: NDArray[np.floating], classes: NDArray[np.integer], iou: float, limit: int
+) -> list[int]:
+    """Greedy suppression as one writes it on a blackboard; boxes come best first."""
+    kept: list[int] = []
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    for index, box in enumerate(boxes):
+        for other in kept:
+            if classes[other] != classes[index]:
+                continue
+            width = min(box[2], boxes[other, 2]) - max(box[0], boxes[other, 0])
+            height = min(box[3], boxes[other, 3]) - max(box[1], boxes[other, 1])
+            shared = max(0.0, width) * max(0.0, height)
+            if shared / (areas[index] + areas[other] - shared) > iou:
+                break
+        else:
+            kept.append(index)
+            if len(kept) == limit:
+                break
+    return kept
+
+
+def crowd(
+    count: int, classes: int, clusters: int, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.int64]]:
+    """Boxes in clusters, some partly off the image, best score first, with ties."""
+    random = np.random.default_rng(seed)
+    which = random.integers(0, clusters, count)
+    centres = random.uniform(-10, 650, (clusters, 2))[which] + random.normal(0, 6, (count, 2))
+    half = random.uniform(10, 60, (clusters, 2))[which] * random.uniform(0.8, 1.2, (count, 2))
+    boxes = np.concatenate([centres - half, centres + half], axis=1)
+    scores = np.sort(random.integers(1, 1000, count).astype(np.float32) / 1000)[::-1].copy()
+    return boxes, scores, random.integers(0, classes, count)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(0, 200),
+    classes=st.integers(1, 5),
+    clusters=st.integers(1, 20),
+    iou=st.floats(0.1, 0.95),
+    limit=st.integers(1, 60),
+    seed=st.integers(0, 10**6),
+)
+def test_suppression_equals_the_plain_one(
+    count: int, classes: int, clusters: int, iou: float, limit: int, seed: int
+) -> None:
+    boxes, scores, labels = crowd(count, classes, clusters, seed)
+    kept = suppress(boxes, scores, labels, iou, limit)
+    assert kept.dtype == np.intp
+    assert kept.tolist() == plain_nms(boxes, labels, iou, limit)
+
+
+def test_boxes_of_exactly_the_threshold_both_stay() -> None:
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4]], float)  # IoU 0.5, 0.4, 0.8
+    scores = np.array([0.9, 0.8, 0.7], np.float32)
+    labels = np.zeros(3, int)
+    assert suppress(boxes, scores, labels, 0.5, 10).tolist() == [0, 1]
+
+
+def test_equal_boxes_of_different_classes_both_stay_even_off_the_image() -> None:
+    # Shifting classes apart by the largest coordinate would bring these two together.
+    boxes = np.array([[0, 0, 10, 10], [-11, -11, -1, -1], [0, 0, 10, 10]], float)
+    labels = np.array([0, 1, 1])
+    scores = np.array([0.9, 0.8, 0.7], np.float32)
+    assert suppress(boxes, scores, labels, 0.5, 10).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("exploded", [[0, 0, 3e38, 10], [-3e38, -3e38, 3e38, 3e38]])
+def test_one_exploded_box_leaves_the_others_alone(exploded: list[float]) -> None:
+    boxes = np.array([exploded, [0, 0, 10, 10], [100, 100, 110, 110], [0, 1, 10, 10]], np.float32)
+    scores = np.array([0.9, 0.8, 0.7, 0.6], np.float32)
+    for labels in ([0, 0, 0, 0], [2, 1, 1, 1]):
+        assert suppress(boxes, scores, np.array(labels), 0.65, 10).tolist() == [0, 1, 2]
+
+
+def test_boxes_without_area_overlap_nothing() -> None:
+    boxes = [[5, 5, 5, 9], [50, 50, 50, 50], [0, 0, 10, 10], [8, 8, 2, 2], [0, 0, 10, 10]]
+    scores = np.linspace(0.9, 0.5, 5)
+    kept = suppress(np.array(boxes, float), scores, np.zeros(5, int), 0.5, 10)
+    assert kept.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("classes", "limit"), [(80, 300), (1, 300), (80, MAX_CANDIDATES)])
+def test_thousands_of_candidates_take_milliseconds(classes: int, limit: int) -> None:
+    boxes, scores, labels = crowd(MAX_CANDIDATES, classes, 60)
+    start = time.perf_counter()
+    suppress(boxes, scores, labels, 0.65, limit)
+    assert time.perf_counter() - start < 0.5  # at most 0.1 s on idle cores
+
+
+def split_outputs(
+    images: int, anchors: int, classes: int, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    random = np.random.default_rng(seed)
+    boxes = [crowd(anchors, 1, 10, seed + index)[0].T for index in range(images)]
+    scores = random.uniform(0, 1, (images, classes, anchors)) ** 4
+    return np.stack(boxes).astype(np.float32), scores.astype(np.float32)
+
+
+def as_rows(
+    boxes: NDArray[np.float32], scores: NDArray[np.float32], objectness: float
+) -> NDArray[np.float32]:
+    low, high = boxes[:, :2], boxes[:, 2:]
+    certain = np.full_like(boxes[:, :1], objectness)
+    rows = np.concatenate([(low + high) / 2, high - low, certain, scores / objectness], axis=1)
+    return np.ascontiguousarray(rows.transpose(0, 2, 1))
+
+
+def expected(
+    boxes: NDArray[np.float32], scores: NDArray[np.float32], nms: NmsSettings
+) -> list[tuple[Any, ...]]:
+    """Candidates one by one: each pair of class and anchor above the threshold."""
+    pairs = [
+        (float(scores[label, anchor]), label, anchor)
+        for label in range(scores.shape[0])
+        for anchor in range(scores.shape[1])
+        if scores[label, anchor] > nms.confidence
+    ]
+    pairs.sort(key=lambda pair: -pair[0])
+    corners = np.array([boxes[:, anchor] for _, _, anchor in pairs], float).reshape(-1, 4)
+    labels = np.array([label for _, label, _ in pairs], int)
+    kept = plain_nms(corners, labels, nms.iou, nms.max_detections)
+    clipped = np.clip(corners, 0, 640)
+    return [
+        (*clipped[index], pairs[index][0], labels[index])
+        for index in kept
+        if clipped[index, 2] > clipped[index, 0] and clipped[index, 3] > clipped[index, 1]
+    ]
+
+
+def as_tuples(found: Detections) -> list[tuple[Any, ...]]:
+    return [
+        (*box, score, label)
+        for box, score, label in zip(
+            found.boxes.tolist(), found.scores.tolist(), found.classes.tolist(), strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("layout", ["split", "rows"])
+@pytest.mark.parametrize("limit", [300, 20])
+def test_every_pair_of_anchor_and_class_is_a_candidate(layout: Any, limit: int) -> None:
+    boxes, scores = split_outputs(2, 150, 3)
+    nms = NmsSettings(confidence=0.2, iou=0.5, max_detections=limit)
+    outputs = {"boxes": boxes, "scores": scores}
+    if layout == "rows":
+        outputs = {"any name": as_rows(boxes, scores, 0.5)}
+    found = postprocess(outputs, layout, nms, [WHOLE, WHOLE])
+    for index in range(2):
+        wanted = expected(boxes[index], scores[index], nms)
+        assert len(wanted) == len(found[index]) > 15
+        np.testing.assert_allclose(as_tuples(found[index]), wanted, atol=1e-3)
+
+
+def test_end2end_rows_are_filtered_sorted_and_capped_by_image() -> None:
+    rows = np.array(
+        [
+            [1, 10, 10, 20, 20, 0.5, 2],
+            [0, 10, 10, 20, 20, 0.4, 1],
+            [1, 30, 10, 40, 20, 0.9, 0],
+            [1, 10, 10, 20, 20, 0.6, 1],
+            [1, 10, 10, 20, 20, 0.1, 1],
+            [2, 10, 10, 20, 20, 0.9, 1],  # the padding of a static batch
+        ],
+        np.float32,
+    )
+    nms = NmsSettings(confidence=0.2, max_detections=2)
+    first, second = postprocess({"detections": rows}, "end2end", nms, [WHOLE, WHOLE])
+    assert as_tuples(first) == [(10, 10, 20, 20, pytest.approx(0.4), 1)]
+    np.testing.assert_allclose(second.scores, [0.9, 0.6])
+    assert second.classes.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("layout", ["split", "rows", "end2end"])
+def test_nothing_found_has_the_right_shapes(layout: Any) -> None:
+    empty: dict[str, dict[str, NDArray[Any]]] = {
+        "split": {"boxes": np.zeros((4, 4, 10)), "scores": np.zeros((4, 3, 10))},
+        "rows": {"rows": np.zeros((4, 10, 8))},
+        "end2end": {"detections": np.zeros((0, 7))},
+    }
+    # Four rows, of which one is an image and three are padding.
+    (found,) = postprocess(empty[layout], layout, NmsSettings(), [WHOLE])
+    assert (found.boxes.shape, found.scores.shape, found.classes.shape) == ((0, 4), (0,), (0,))
+    dtypes = [found.boxes.dtype, found.scores.dtype, found.classes.dtype]
+    assert dtypes == [np.float32, np.float32, np.int64]
+
+
+def test_boxes_are_mapped_clipped_and_those_outside_dropped() -> None:
+    placed: Letterbox = fit((240, 320), SIZE)  # doubled, 80 gray rows above and below
+    boxes = np.array([[100, 200, 300, 400], [-50, 0, 700, 640], [0, 0, 640, 70]], np.float32)
+    scores = np.array([[0.9, 0.8, 0.7]], np.float32)
+    (found,) = postprocess(
+        {"boxes": boxes.T[None], "scores": scores[None]}, "split", NmsSettings(), [placed]
+    )
+    np.testing.assert_allclose(found.boxes, [[50, 60, 150, 160], [0, 0, 320, 240]])
+    assert found.scores.tolist() == pytest.approx([0.9, 0.8])
+
+
+def test_boxes_that_are_not_clipped_stay_finite(recwarn: pytest.WarningsRecorder) -> None:
+    placed = fit((1280, 1280), SIZE)  # mapping doubles
+    boxes = np.array([[-3e38, 0, 3e38, 9], [1, 2, 30, 40]], np.float32)
+    scores = np.array([[0.9, 0.8]], np.float32)
+    rows = np.array([[0, *box, 0.5, 0] for box in boxes], np.float32)
+    bad = np.array([[0, np.nan, 0, 1, 1, 0.9, 0], [0, 0, 0, np.inf, 1, 0.9, 0]], np.float32)
+    outputs = {"boxes": boxes.T[None], "scores": scores[None]}
+    (split,) = postprocess(outputs, "split", NmsSettings(), [placed], clip=False)
+    outputs = {"detections": np.concatenate([bad, rows])}
+    (end2end,) = postprocess(outputs, "end2end", NmsSettings(), [placed], clip=False)
+    for found in (split, end2end):
+        assert np.isfinite(found.boxes).all()
+        np.testing.assert_allclose(found.boxes[1], [2, 4, 60, 80])
+    assert not recwarn.list
+
+
+def test_half_precision_and_overflowed_outputs_are_taken() -> None:
+    boxes = np.array([[1, 2, 30, 40], [np.inf, 0, np.inf, 9], [np.nan, 0, 3, 9]], np.float16)
+    scores = np.array([[0.5, 0.75, 0.75], [np.nan, 0, 0]], np.float16)
+    (found,) = postprocess(
+        {"boxes": boxes.T[None], "scores": scores[None]}, "split", NmsSettings(), [WHOLE]
+    )
+    assert as_tuples(found) == [(1, 2, 30, 40, 0.5, 0)]
+
+
+def test_more_candidates_than_the_cap_keep_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "MAX_CANDIDATES", 3000)  # keeps the test short
+    anchors = 8400
+    rng = np.random.default_rng(0)
+    scores = rng.permutation(10 * anchors).reshape(10, anchors).astype(np.float32) / 1e5 + 0.01
+    # Distinct small boxes on a grid: nothing is suppressed.
+    rows, columns = np.divmod(np.arange(anchors), 100)
+    boxes = np.stack([columns * 6, rows * 6, columns * 6 + 5, rows * 6 + 5]).astype(np.float32)
+    nms = NmsSettings(confidence=0.001, max_detections=4000)
+    (found,) = postprocess({"boxes": boxes[None], "scores": scores[None]}, "split", nms, [WHOLE])
+    best = np.sort(scores.reshape(-1))[::-1][:3000]
+    np.testing.assert_array_equal(found.scores, best)
+
+
+def test_outputs_of_another_layout_are_refused() -> None:
+    with pytest.raises(UserError, match="boxes"):
+        postprocess({"rows": np.zeros((1, 10, 8))}, "split", NmsSettings(), [WHOLE])

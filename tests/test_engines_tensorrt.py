@@ -1,0 +1,444 @@
+"""TensorRT and TensorRT-RTX: real T4 plans without a GPU, and real runs where there is one.
+
+ONNX Runtime is the reference for outputs; the size of the weights is the reference for plans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from trt_yolov6.engines import cuda_device, tensorrt, tensorrt_rtx
+from trt_yolov6.engines.base import BuildSettings, Engine, LoadOptions
+from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
+from trt_yolov6.engines.tensorrt_common import one_line
+from trt_yolov6.errors import MissingDependencyError, UserError
+
+SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd.pt"
+T4 = BuildSettings(target="t4", batch=BatchProfile(1, 2, 4), progress=False)
+
+
+def _device() -> cuda_device.Device | None:
+    try:
+        return cuda_device.current_device()
+    except MissingDependencyError:
+        return None
+
+
+needs_gpu = pytest.mark.skipif(_device() is None, reason="needs an NVIDIA GPU and cuda-python")
+without_gpu = pytest.mark.skipif(_device() is not None, reason="there is a GPU")
+
+
+def detector(
+    *,
+    batch: int | str = "batch",
+    fp16: bool = False,
+    uint8: bool = False,
+    width: int = 8,
+    size: int | str = 32,
+) -> onnx.ModelProto:
+    """A small graph of the `split` layout: two convolutions, 4 box rows and 2 score rows."""
+    rng = np.random.default_rng(0)
+    real = np.float16 if fp16 else np.float32
+    weights: dict[str, NDArray[Any]] = {
+        "w1": rng.normal(size=(width, 3, 3, 3)).astype(real),
+        "w2": (rng.normal(size=(6, width, 8, 8)) / width).astype(real),
+        "flat": np.array([0, 6, -1], np.int64),
+        "parts": np.array([4, 2], np.int64),
+    }
+    if uint8:
+        weights["scale"] = np.array(1 / 255, np.float32)
+    tensor = "images"
+    nodes = []
+    if uint8:
+        nodes = [
+            helper.make_node("Cast", ["images"], ["floats"], "to_float", to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["floats"], ["planar"], "planar", perm=[0, 3, 1, 2]),
+            helper.make_node("Mul", ["planar", "scale"], ["unit"], "normalize"),
+        ]
+        tensor = "unit"
+    if fp16:
+        nodes.append(helper.make_node("Cast", [tensor], ["half"], "down", to=TensorProto.FLOAT16))
+        tensor = "half"
+    nodes += [
+        helper.make_node("Conv", [tensor, "w1"], ["c1"], "first", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c1"], ["r1"], "relu"),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], "second", strides=[8, 8]),
+        helper.make_node("Reshape", ["c2", "flat"], ["f2"], "flatten"),
+        helper.make_node("Cast", ["f2"], ["all"], "up", to=TensorProto.FLOAT),
+        helper.make_node("Split", ["all", "parts"], ["boxes", "logits"], "split", axis=1),
+        helper.make_node("Sigmoid", ["logits"], ["scores"], "sigmoid"),
+    ]
+    shape = [batch, size, size, 3] if uint8 else [batch, 3, size, size]
+    kind = TensorProto.UINT8 if uint8 else TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "detector",
+        [helper.make_tensor_value_info("images", kind, shape)],
+        [
+            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [batch, 4, None]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch, 2, None]),
+        ],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def plan_of(model: onnx.ModelProto, settings: BuildSettings = T4) -> bytes:
+    pytest.importorskip("tensorrt_rtx")
+    return tensorrt_rtx.build(model.SerializeToString(), settings)
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """Return the one sentence with which a call is refused."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+# --- what is here -------------------------------------------------------------------------------
+
+
+@without_gpu
+def test_tensorrt_rtx_without_a_gpu_builds_for_a_t4_but_does_not_run() -> None:
+    installed = pytest.importorskip("tensorrt_rtx").__version__
+    state = tensorrt_rtx.availability()
+    assert (state.can_build, state.can_run, state.version) == (True, False, installed)
+    assert "t4" in state.detail
+
+
+@without_gpu
+def test_tensorrt_without_a_gpu_neither_builds_nor_runs_and_says_why() -> None:
+    state = tensorrt.availability()
+    assert not state.can_build
+    assert not state.can_run
+    assert "import" in state.detail or "driver" in state.detail or "cuda-python" in state.detail
+    assert refusal(lambda: tensorrt.build(b"", BuildSettings()))
+
+
+# --- plans --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uint8", [False, True], ids=["float32", "uint8"])
+@pytest.mark.parametrize("batch", ["batch", 2], ids=["dynamic", "static"])
+def test_a_t4_plan_holds_the_weights_in_the_precision_of_the_graph(
+    batch: int | str, uint8: bool
+) -> None:
+    # Without a GPU no plan can be opened again, but the weights are in it: 1.5 million of them are
+    # more than all else together, and half precision halves them.
+    count = 1 << 12
+    whole = len(plan_of(detector(batch=batch, uint8=uint8, width=count)))
+    half = len(plan_of(detector(batch=batch, uint8=uint8, width=count, fp16=True)))
+    weights = count * (3 * 3 * 3 + 6 * 8 * 8)
+    assert whole >= 4 * weights
+    assert 2 * weights <= half <= 0.75 * whole
+
+
+def test_every_offered_target_builds_a_plan_of_its_own() -> None:
+    api = pytest.importorskip("tensorrt_rtx")
+    offered = tensorrt_rtx.targets(api)
+    assert {"t4", "ampere", "l4", "blackwell"} <= set(offered)
+    plans = {
+        name: plan_of(detector(), BuildSettings(target=name, progress=False)) for name in offered
+    }
+    assert plans["t4"] != plans["l4"] != plans["a10"]
+
+
+@pytest.mark.slow
+def test_the_sample_builds_for_a_t4_in_half_precision() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.export import ExportSettings, export_onnx
+
+    model = load_checkpoint(SAMPLE).model
+    profile = BatchProfile(1, 8, 8)
+    settings = BuildSettings(target="t4", batch=profile, progress=False)
+    half = export_onnx(model, ExportSettings(fp16=True, batch=profile), verify=False)
+    # 4.3 million parameters (the paper's Table 1) at 2 bytes, and what TensorRT-RTX adds.
+    assert 8.6e6 < len(plan_of(half, settings)) < 14e6
+    ended = export_onnx(model, ExportSettings(nms=NmsSettings(), batch=profile), verify=False)
+    message = refusal(lambda: plan_of(ended, settings))
+    assert "NonMaxSuppression" in message
+    assert "--end2end" in message
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@without_gpu
+def test_without_a_gpu_and_a_target_the_user_is_asked_for_one() -> None:
+    message = refusal(lambda: plan_of(detector(), BuildSettings(progress=False)))
+    assert "--target" in message
+    assert "t4" in message
+
+
+@pytest.mark.parametrize("target", ["orin", "h100", "b200"])
+def test_a_gpu_that_tensorrt_rtx_does_not_build_for_is_refused(target: str) -> None:
+    message = refusal(lambda: plan_of(detector(), BuildSettings(target=target)))
+    assert target in message
+    assert "compute capability" in message
+
+
+def test_an_unknown_target_is_answered_with_the_known_ones() -> None:
+    message = refusal(lambda: plan_of(detector(), BuildSettings(target="voodoo2")))
+    assert "voodoo2" in message
+    assert "t4, turing" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (BuildSettings(target="t4", timing_cache=Path("timing.cache")), "--timing-cache"),
+        (BuildSettings(target="t4", optimization_level=6), "--optimization-level 6"),
+        (BuildSettings(target="t4", workspace_mib=0), "--workspace 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_honoured_is_refused_by_name(
+    settings: BuildSettings, named: str
+) -> None:
+    assert named in refusal(lambda: plan_of(detector(), settings))
+
+
+def test_a_fixed_batch_is_not_built_as_another() -> None:
+    settings = BuildSettings(target="t4", batch=BatchProfile(1, 1, 1))
+    assert "--batch 2" in refusal(lambda: plan_of(detector(batch=2), settings))
+
+
+def test_an_operator_that_does_not_exist_is_named_with_its_node() -> None:
+    model = detector()
+    model.graph.node[1].op_type = "Frobnicate"
+    message = refusal(lambda: plan_of(model))
+    assert "relu" in message
+    assert "Frobnicate" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", detector().SerializeToString()[:500]])
+def test_bytes_that_are_no_graph_are_refused(content: bytes) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    refusal(lambda: tensorrt_rtx.build(content, T4))
+
+
+def test_a_free_image_size_is_refused() -> None:
+    assert "fixed size" in refusal(lambda: plan_of(detector(size="side")))
+
+
+@without_gpu
+def test_a_plan_cannot_be_loaded_without_a_gpu_and_the_reason_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "small.trt"
+    path.write_bytes(plan_of(detector()))
+    message = refusal(lambda: tensorrt_rtx.load(path, None, LoadOptions()))
+    assert "small.trt" in message
+    assert "GPU" in message
+
+
+def test_messages_of_tensorrt_lose_the_places_in_its_source() -> None:
+    message = (
+        "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Network has dynamic or "
+        "shape inputs, but no optimization profile has been defined. In validate at "
+        "/_src/optimizer/api/network.cpp:4023)"
+    )
+    assert one_line(message).endswith("but no optimization profile has been defined)")
+    message = "Cuda Runtime (In run at /_src/runner.cpp:25 (cudaError 2: out of memory))"
+    assert one_line(message) == "Cuda Runtime (cudaError 2: out of memory)"
+    assert one_line("two\n  lines.") == "two lines"
+    assert len(one_line("word " * 500)) <= 300
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _shown(model: onnx.ModelProto, settings: BuildSettings, *, fails: bool = False) -> str:
+    """Return what a build with a progress bar writes to a terminal."""
+    settings = dataclasses.replace(settings, progress=True)
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        if fails:
+            assert "workspace" in refusal(lambda: plan_of(model, settings))
+        else:
+            plan_of(model, settings)
+    return terminal.getvalue()
+
+
+def test_one_bar_runs_to_the_end_and_is_closed() -> None:
+    shown = _shown(detector(), T4)
+    assert "100%" in shown
+    assert shown.endswith("\n")
+    assert shown.count("\n") == 1
+
+
+def test_the_bar_is_closed_short_of_the_end_when_the_build_fails() -> None:
+    shown = _shown(detector(), dataclasses.replace(T4, workspace_mib=1), fails=True)
+    assert "0%" in shown
+    assert "100%" not in shown
+    assert shown.endswith("\n")
+    assert shown.count("\n") == 1
+
+
+def test_nothing_is_shown_off_a_terminal_or_where_it_is_not_wanted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan_of(detector(), dataclasses.replace(T4, progress=True))
+    assert capsys.readouterr().err == ""
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        plan_of(detector(), T4)
+    assert terminal.getvalue() == ""
+
+
+def test_ctrl_c_stops_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from tqdm import tqdm
+
+    calls = iter([KeyboardInterrupt])
+
+    def interrupt_once(*_: Any) -> None:
+        for interruption in calls:
+            raise interruption
+
+    monkeypatch.setattr(tqdm, "update", interrupt_once)  # where Ctrl-C arrives, inside a callback
+    with pytest.raises(KeyboardInterrupt):
+        plan_of(detector())
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[tensorrt, tensorrt_rtx], ids=["tensorrt", "tensorrt-rtx"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    state = request.param.availability()
+    if not state.can_run:
+        pytest.skip(state.detail)
+    return request.param
+
+
+@pytest.fixture
+def engine(backend: Any, tmp_path: Path) -> Iterator[Engine]:
+    path = tmp_path / "detector.trt"
+    settings = BuildSettings(batch=BatchProfile(1, 2, 4), progress=False)
+    path.write_bytes(backend.build(detector().SerializeToString(), settings))
+    with backend.load(path, None, LoadOptions()) as loaded:
+        yield loaded
+
+
+def _reference(model: onnx.ModelProto, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"images": images}), strict=True))
+
+
+def _images(batch: int, *, uint8: bool = False) -> NDArray[Any]:
+    rng = np.random.default_rng(batch)
+    if uint8:
+        return rng.integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
+    return rng.random((batch, 3, 32, 32), dtype=np.float32)
+
+
+@needs_gpu
+@pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("uint8", [False, True], ids=["float32", "uint8"])
+def test_outputs_equal_onnx_runtimes_at_every_batch_size(
+    backend: Any, tmp_path: Path, uint8: bool, fp16: bool
+) -> None:
+    model = detector(uint8=uint8, fp16=fp16)
+    path = tmp_path / "detector.trt"
+    settings = BuildSettings(batch=BatchProfile(1, 2, 4), progress=False)
+    path.write_bytes(backend.build(model.SerializeToString(), settings))
+    with backend.load(path, None, LoadOptions()) as loaded:
+        for batch in (4, 1, 2, 3, 2):
+            images = _images(batch, uint8=uint8)
+            found = loaded.infer(images)
+            for name, wanted in _reference(model, images).items():
+                # Box values reach 16, where numbers of 10 bits (half precision, and the TF32 that
+                # TensorRT-RTX takes for float32) are 2 ** -7 apart.
+                np.testing.assert_allclose(found[name], wanted, rtol=0, atol=0.05)
+
+
+@needs_gpu
+def test_an_engine_describes_itself_without_a_manifest(engine: Engine) -> None:
+    device = _device()
+    assert device is not None
+    assert engine.device == device.name
+    assert engine.batch == BatchProfile(1, 2, 4)
+    assert engine.input.shape == (None, 3, 32, 32)
+    assert engine.output_layout == "split"
+    assert engine.class_names == ("class_0", "class_1")
+
+
+@needs_gpu
+def test_results_stay_as_they_are_when_the_next_batch_runs(engine: Engine) -> None:
+    first = engine.infer(_images(2))
+    kept = {name: value.copy() for name, value in first.items()}
+    engine.resident_run(_images(3))()
+    engine.infer(_images(4))
+    for name, value in kept.items():
+        np.testing.assert_array_equal(first[name], value)
+
+
+@needs_gpu
+def test_a_resident_run_takes_some_of_a_second_and_can_be_repeated(engine: Engine) -> None:
+    run = engine.resident_run(_images(4))
+    run()
+    assert all(0 < run() < 0.1 for _ in range(20))
+
+
+@needs_gpu
+def test_an_output_allocator_gives_what_fixed_buffers_give(engine: Any) -> None:
+    # A graph with NMS needs it; TensorRT-RTX has none, but takes an allocator for any output.
+    from trt_yolov6.engines.tensorrt_engine import _output_allocator
+
+    wanted = {batch: engine.infer(_images(batch)) for batch in (1, 4, 2)}
+    allocator = _output_allocator(engine._flavour.api)
+    engine._allocators["scores"] = allocator
+    del engine._host_outputs["scores"]
+    assert engine._context.set_output_allocator("scores", allocator)
+    for batch, outputs in wanted.items():
+        found = engine.infer(_images(batch))
+        for name, value in outputs.items():
+            np.testing.assert_array_equal(found[name], value)
+
+
+@needs_gpu
+def test_a_batch_outside_the_profile_is_refused(engine: Engine) -> None:
+    assert "1 to 4" in refusal(lambda: engine.infer(_images(5)))
+    assert "1 to 4" in refusal(lambda: engine.resident_run(_images(5)))
+
+
+@needs_gpu
+def test_a_closed_engine_says_so(engine: Engine) -> None:
+    run = engine.resident_run(_images(1))
+    engine.close()
+    engine.close()
+    assert "closed" in refusal(lambda: engine.infer(_images(1)))
+    assert "closed" in refusal(run)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kept", [0, 20, 5000])
+def test_a_plan_cut_short_is_refused(backend: Any, engine: Engine, kept: int) -> None:
+    path = engine.path.with_name("short.trt")
+    path.write_bytes(engine.path.read_bytes()[:kept])
+    message = refusal(lambda: backend.load(path, None, LoadOptions()))
+    assert "short.trt" in message
+    assert "empty" in message or "cut short" in message

@@ -1,0 +1,310 @@
+"""AP equals pycocotools' on its own files, whatever the batch, layout and input of the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tiny_detector import CELL, GRID, NAMES, SIZE, load_tiny
+
+from trt_yolov6.data.coco import CocoDataset, load_coco, read_coco_image
+from trt_yolov6.data.loader import AHEAD, load_batches, to_input
+from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.base import TensorSpec
+from trt_yolov6.engines.manifest import NmsSettings
+from trt_yolov6.errors import UserError
+from trt_yolov6.evaluation import evaluate
+from trt_yolov6.inference import detect
+
+# Between the tiny detector's scores of gray, 114 / 255, and of the colours drawn here.
+SURE = NmsSettings(confidence=0.6)
+
+
+def write_cells(root: Path, images: int = 11, spoil: float = 0.0) -> CocoDataset:
+    """Write black pictures with coloured cells, of several sizes, and annotate the cells.
+
+    `spoil` is the share of annotations that are moved so far that nothing matches them well.
+    """
+    random = np.random.default_rng(0)
+    folder = root / "images" / "val"
+    folder.mkdir(parents=True)
+    records: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+    for number in range(images):
+        factor = (1, 2, 5)[number % 3]
+        rows = (GRID, GRID // 2)[number % 2]
+        pixels = np.zeros((rows * CELL, SIZE, 3), np.uint8)
+        for cell in random.choice(rows * GRID, 5, replace=False):
+            label = int(random.integers(3))
+            strength = random.integers(160, 256)
+            y, x = divmod(int(cell), GRID)
+            pixels[y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL, label] = strength
+            shift = CELL * (random.random() < spoil) / 4
+            side = CELL * factor
+            boxes.append(
+                {
+                    "id": len(boxes),
+                    "image_id": 100 + number,
+                    "category_id": (label + 1) * 10,
+                    "bbox": [x * side + shift * factor, y * side, side, side],
+                    "area": side * side,
+                    "iscrowd": 0,
+                }
+            )
+        large = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+        name = f"{number}.png"
+        Image.fromarray(large).save(folder / name)
+        height, width = large.shape[:2]
+        records.append({"id": 100 + number, "file_name": name, "height": height, "width": width})
+    content = {
+        "images": records,
+        "annotations": boxes,
+        "categories": [{"id": 10 * (i + 1), "name": name} for i, name in enumerate(NAMES)],
+    }
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    return load_coco(root)
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> CocoDataset:
+    return write_cells(tmp_path / "data")
+
+
+def by_pycocotools(dataset: CocoDataset, results: list[dict[str, Any]]) -> list[float]:
+    """Score results as pycocotools' own demonstration does: from files, through loadRes."""
+    file = dataset.root / "results.json"
+    file.write_text(json.dumps(results))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(dataset.annotation_file))
+        scorer = COCOeval(truth, truth.loadRes(str(file)), "bbox")
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return [float(value) for value in scorer.stats[:6]]
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+@pytest.mark.parametrize(("fixed", "batch"), [(None, 1), (None, 4), (None, None), (4, None)])
+def test_a_perfect_detector_scores_1(
+    tmp_path: Path, cells: CocoDataset, fixed: int | None, batch: int | None, uint8: bool
+) -> None:
+    with load_tiny(tmp_path, batch=fixed, uint8=uint8) as engine:
+        result = evaluate(engine, cells, batch=batch, nms=SURE, progress=False)
+    assert result.ap == pytest.approx(1)
+    assert result.per_class == pytest.approx((1, 1, 1))
+    assert (result.images, result.detections) == (11, 55)
+    assert result.ap_large is None  # there are no large cells
+
+
+def test_rows_score_objectness_times_class(tmp_path: Path, cells: CocoDataset) -> None:
+    with load_tiny(tmp_path, "rows") as engine:
+        # Its scores are half as high.
+        nms = NmsSettings(confidence=0.3)
+        result = evaluate(engine, cells, nms=nms, progress=False)
+        assert result.ap == pytest.approx(1)
+        half = NmsSettings(confidence=0.51)
+        assert evaluate(engine, cells, nms=half, progress=False).detections == 0
+
+
+def test_imperfect_results_score_as_pycocotools_scores_their_file(tmp_path: Path) -> None:
+    dataset = write_cells(tmp_path / "data", images=20, spoil=0.5)
+    # Its annotation with id 0 would never match; pycocotools' own file must not have one.
+    content = json.loads(dataset.annotation_file.read_text())
+    for box in content["annotations"]:
+        box["id"] += 1
+    dataset.annotation_file.write_text(json.dumps(content))
+    nms = NmsSettings(confidence=0.7)  # misses the paler cells
+    with load_tiny(tmp_path) as engine:
+        result = evaluate(engine, dataset, nms=nms, progress=False)
+        found = detect(engine, [read_coco_image(image) for image in dataset.images], nms=nms)
+    records = [
+        {
+            "image_id": image.id,
+            "category_id": dataset.category_ids[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for image, one in zip(dataset.images, found, strict=True)
+        for (x1, y1, x2, y2), score, label in zip(
+            one.boxes.tolist(), one.scores.tolist(), one.classes.tolist(), strict=True
+        )
+    ]
+    mine = [result.ap, result.ap50, result.ap75, result.ap_small, result.ap_medium]
+    theirs = by_pycocotools(dataset, records)
+    assert mine == pytest.approx(theirs[:5])
+    assert theirs[5] == -1  # no large cells
+    assert result.ap_large is None
+    assert result.ap is not None
+    assert 0.2 < result.ap < 0.9
+
+
+def test_a_border_moves_nothing_but_the_scale(tmp_path: Path) -> None:
+    # 64 less twice 16: each cell of the small picture falls on a quarter of the detector's.
+    dataset = write_cells(tmp_path / "data", images=2)
+    with load_tiny(tmp_path) as engine:
+        image = np.zeros((32, 32, 3), np.uint8)
+        image[8:16, 16:24, 1] = 255
+        (found,) = detect(engine, [image], nms=SURE, border=16)
+        np.testing.assert_allclose(found.boxes, [[16, 8, 24, 16]])
+        assert evaluate(engine, dataset, nms=SURE, border=16, progress=False).ap is not None
+
+
+def test_the_result_is_flat_json_with_null_for_sizes_without_objects(
+    tmp_path: Path, cells: CocoDataset, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with load_tiny(tmp_path) as engine:
+        result = evaluate(engine, cells, nms=SURE, progress=True)
+    value = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert value["AP"] == pytest.approx(1)
+    assert value["APl"] is None
+    assert value["images"] == 11
+    assert value["engine"] == engine.path.name
+    assert value["backend"] == "onnxruntime"
+    assert {"AP50", "AP75", "APs", "APm", "precision"} < value.keys()
+    stages = ("read_s", "preprocess_s", "inference_s", "postprocess_s", "coco_s", "tail_s")
+    assert all(0 < value[stage] < 60 for stage in stages)
+    # Matching may run beside the engine; the end of it does not.
+    assert value["wall_s"] >= value["inference_s"] + value["tail_s"]
+    # Where standard error is no terminal, there is no progress bar either.
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_found_scores_0(tmp_path: Path, cells: CocoDataset) -> None:
+    with load_tiny(tmp_path) as engine:
+        for image in cells.images:
+            Image.new("RGB", (image.width, image.height)).save(image.path)
+        result = evaluate(engine, cells, nms=SURE, progress=False)
+    assert (result.ap, result.detections) == (0, 0)
+
+
+def test_an_engine_of_another_class_count_is_refused(tmp_path: Path, cells: CocoDataset) -> None:
+    content = json.loads(cells.annotation_file.read_text())
+    content["categories"].append({"id": 99, "name": "infrared"})
+    cells.annotation_file.write_text(json.dumps(content))
+    with (
+        load_tiny(tmp_path) as engine,
+        pytest.raises(UserError, match=r"tiny.*3 classes.*instances_val\.json has 4"),
+    ):
+        evaluate(engine, load_coco(cells.root), progress=False)
+
+
+def test_a_class_the_data_does_not_have_is_refused_when_the_engine_names_none(
+    tmp_path: Path, cells: CocoDataset
+) -> None:
+    content = json.loads(cells.annotation_file.read_text())
+    content["categories"] = content["categories"][:1]
+    content["annotations"] = []
+    cells.annotation_file.write_text(json.dumps(content))
+    with load_tiny(tmp_path, "end2end") as engine:
+        (tmp_path / "bare.onnx").write_bytes(engine.path.read_bytes())
+    with (
+        load_engine(tmp_path / "bare.onnx") as engine,
+        pytest.raises(UserError, match=r"class 1 .*has 1 classes"),
+    ):
+        evaluate(engine, load_coco(cells.root), batch=1, progress=False)
+
+
+def test_boxes_are_scored_as_predicted_not_clipped_to_the_image(tmp_path: Path) -> None:
+    # The second picture has half the detector's height: above and below it all is gray.
+    dataset = write_cells(tmp_path / "data", images=2)
+    gray = NmsSettings(confidence=0.4)
+    with load_tiny(tmp_path) as engine:
+        pixels = [read_coco_image(image) for image in dataset.images]
+        shown = sum(len(one) for one in detect(engine, pixels, nms=gray))
+        scored = evaluate(engine, dataset, nms=gray, progress=False).detections
+    # 32 gray cells, each found as all three classes, are no detections in the image.
+    assert (shown, scored) == (10, 10 + 32 * 3)
+
+
+def test_a_batch_the_engine_does_not_take_is_refused(tmp_path: Path, cells: CocoDataset) -> None:
+    with (
+        load_tiny(tmp_path, batch=4) as engine,
+        pytest.raises(UserError, match="only batch 4, not 3"),
+    ):
+        evaluate(engine, cells, batch=3, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "option"),
+    [
+        (NmsSettings(0.1, 0.65, 100), "--conf 0.2"),
+        (NmsSettings(0.3, 0.5, 100), "--iou 0.65"),
+        (NmsSettings(0.3, 0.65, 101), "--max-detections 100"),
+    ],
+)
+def test_thresholds_an_end2end_engine_cannot_meet_are_refused(
+    tmp_path: Path, cells: CocoDataset, asked: NmsSettings, option: str
+) -> None:
+    with load_tiny(tmp_path, "end2end", nms=NmsSettings(0.2, 0.65, 100)) as engine:
+        with pytest.raises(UserError, match=option):
+            evaluate(engine, cells, nms=asked, progress=False)
+        for possible in (NmsSettings(0.2, 0.65, 100), NmsSettings(0.3, 0.65, 50)):
+            assert evaluate(engine, cells, nms=possible, progress=False).detections == 11
+
+
+def test_an_unreadable_image_ends_the_evaluation_and_its_threads(
+    tmp_path: Path, cells: CocoDataset
+) -> None:
+    cells.images[5].path.write_bytes(b"")
+    before = threading.active_count()
+    with load_tiny(tmp_path) as engine, pytest.raises(UserError, match=r"5\.png is empty"):
+        evaluate(engine, cells, batch=2, progress=False)
+    assert threading.active_count() == before
+
+
+FLOATS = TensorSpec("images", (None, 3, 32, 32), np.dtype(np.float32))
+
+
+def test_the_loader_reads_a_bounded_number_of_images_ahead() -> None:
+    begun: list[int] = []
+
+    def read(index: int) -> NDArray[np.uint8]:
+        begun.append(index)
+        return np.full((32, 32, 3), index, np.uint8)
+
+    before = threading.active_count()
+    batches = load_batches(range(1000), read, FLOATS, batch=5, workers=2)
+    for number in range(3):
+        batch = next(batches)
+        assert batch.items == tuple(range(5 * number, 5 * number + 5))
+        np.testing.assert_allclose(batch.input[:, 0, 0, 0] * 255, batch.items, rtol=1e-6)
+        assert len(begun) <= 5 * (number + 1 + AHEAD)
+    assert threading.active_count() > before
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_the_last_batch_is_padded_and_unreadable_items_leave_no_gap() -> None:
+    def read(index: int) -> NDArray[np.uint8]:
+        if index in (1, 4):
+            raise UserError(f"{index} is bad.")
+        return np.full((32, 32, 3), 50 + index, np.uint8)
+
+    first, second = load_batches(range(5), read, FLOATS, batch=4, pad_to=4, skip_unreadable=True)
+    assert first.items == (0, 2, 3)
+    assert [(item, str(error)) for item, error in first.failures] == [(1, "1 is bad.")]
+    np.testing.assert_allclose(first.input[:, 1, 5, 5] * 255, [50, 52, 53, 0], rtol=1e-6)
+    assert (second.items, len(second.input)) == ((), 4)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.uint8])
+def test_to_input_lays_images_out_as_the_engine_reads_them(kind: type) -> None:
+    shape = (None, 3, 8, 16) if kind is np.float32 else (None, 8, 16, 3)
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 8, 16, 3)).astype(np.uint8))
+    made = to_input(images, TensorSpec("images", shape, np.dtype(kind)))
+    stacked = np.stack(images)
+    wanted = stacked.transpose(0, 3, 1, 2) / np.float32(255) if kind is np.float32 else stacked
+    assert made.flags.c_contiguous
+    assert made.dtype == kind
+    np.testing.assert_array_equal(made, wanted)

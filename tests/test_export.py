@@ -1,0 +1,231 @@
+"""The exported graph computes what the PyTorch model computes, with no node too many."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from trt_yolov6.data.letterbox import fit
+from trt_yolov6.detection import postprocess
+from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
+from trt_yolov6.errors import UserError
+from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture, build_model
+from trt_yolov6.models.head import HeadLevel
+
+ONE = BatchProfile(1, 1, 1)
+
+
+TINY = dataclasses.replace(
+    architecture("yolov6n", num_classes=5),
+    stage_channels=(8, 8, 16, 16, 24),
+    neck_channels=(16, 8, 8, 16, 16, 24),
+    stage_repeats=(1, 2, 2, 2),
+    neck_repeats=(1, 1, 1, 2),
+)
+"""N with fewer and narrower layers: tracing takes a second."""
+
+KINDS = {
+    "plain": TINY,
+    "csp, dfl": dataclasses.replace(TINY, csp_ratio=0.5, reg_max=16),
+    "silu, dfl": dataclasses.replace(
+        TINY, block="conv", activation="silu", csp_ratio=0.5, reg_max=7
+    ),
+    "v0.1": dataclasses.replace(TINY, head="offset"),
+}
+
+
+def random_model(arch: Architecture = TINY) -> YOLOv6:
+    """A network whose weights and statistics are random, so that an error anywhere shows."""
+    torch.manual_seed(0)
+    model = build_model(arch).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    for level in model.head.levels:
+        assert isinstance(level, HeadLevel)
+        assert level.cls_pred.bias is not None
+        nn.init.normal_(level.cls_pred.weight, 0, 0.5)
+        nn.init.zeros_(level.cls_pred.bias)
+        if level.obj_pred is not None:
+            assert level.obj_pred.bias is not None
+            nn.init.constant_(level.obj_pred.bias, 2)
+    return model
+
+
+def pixels(batch: int, height: int = 64, width: int = 96) -> NDArray[np.uint8]:
+    return np.random.default_rng(1).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+
+
+def planar(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    return np.ascontiguousarray(result)
+
+
+def run(model: onnx.ModelProto, images: NDArray[Any]) -> list[NDArray[Any]]:
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    outputs: list[NDArray[Any]] = session.run(None, {"images": images})
+    return outputs
+
+
+def assert_outputs_equal_pytorch(model: YOLOv6) -> None:
+    images = planar(pixels(1))
+    boxes, scores = run(export_onnx(model, ExportSettings((64, 96), ONE), verify=False), images)
+    with torch.inference_mode():
+        wanted_boxes, wanted_scores = model(torch.from_numpy(images))
+    scale = float(wanted_boxes.abs().max())
+    np.testing.assert_allclose(boxes / scale, wanted_boxes.numpy() / scale, atol=2e-5)
+    np.testing.assert_allclose(scores, wanted_scores.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_equal_pytorch_for_every_kind_of_network(kind: str) -> None:
+    assert_outputs_equal_pytorch(random_model(KINDS[kind]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_outputs_equal_pytorch_for_every_variant(name: str) -> None:
+    assert_outputs_equal_pytorch(random_model(architecture(name, num_classes=2)))
+
+
+def test_a_free_batch_axis_takes_any_batch_and_each_image_stands_alone() -> None:
+    graph = export_onnx(random_model(), ExportSettings((64, 96)))
+    for batch in (1, 3, 7):
+        images = planar(pixels(batch))
+        together = run(graph, images)
+        for index in range(batch):
+            alone = run(graph, images[index : index + 1])
+            for joint, single in zip(together, alone, strict=True):
+                np.testing.assert_allclose(joint[index], single[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [BatchProfile(2, 2, 2), BatchProfile(1, 4, 8)])
+@pytest.mark.parametrize("kind", ["plain", "csp, dfl"])
+def test_the_graph_has_no_shape_arithmetic_and_no_constant_column(
+    batch: BatchProfile, kind: str
+) -> None:
+    model = random_model(KINDS[kind])
+    graph = export_onnx(model, ExportSettings((64, 96), batch), verify=False).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    dfl = {"Softmax", "MatMul"} if KINDS[kind].reg_max else set()
+    assert set(kinds) <= dfl | {
+        "Conv", "ConvTranspose", "Relu", "Sigmoid", "Mul", "MaxPool", "Concat", "Reshape", "Add",
+    }  # fmt: skip
+    assert [output.name for output in graph.output] == ["boxes", "scores"]
+
+
+def test_n_takes_no_more_nodes_than_its_layers_and_a_decoding_of_ten() -> None:
+    model = build_model(architecture("yolov6n"))
+    graph = export_onnx(model, ExportSettings((64, 96)), verify=False).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    # Counted on paper: 20 backbone, 21 neck and 15 head convolutions; 41 ReLU; 9 SiLU of two nodes;
+    # 3 pools and their concatenation; 2 upsamplings; 4 concatenations of the neck.
+    layers = (20 + 21 + 15) + 41 + 9 * 2 + 3 + 1 + 2 + 4
+    # A reshape for each of six maps, two concatenations, the sigmoid and the addition of anchors.
+    assert len(graph.node) == layers + 6 + 2 + 1 + 1
+    assert kinds["Reshape"] == 6
+    assert kinds["Add"] == 1
+
+
+def test_uint8_input_gives_what_normalized_floats_give() -> None:
+    model = random_model()
+    images = pixels(2)
+    floats = run(export_onnx(model, ExportSettings((64, 96))), planar(images))
+    bytes_in = run(export_onnx(model, ExportSettings((64, 96), uint8_input=True)), images)
+    for wanted, got in zip(floats, bytes_in, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_half_precision_keeps_input_output_and_coordinates_in_float32() -> None:
+    model = random_model()
+    images = planar(pixels(1))
+    single = run(export_onnx(model, ExportSettings((64, 96), ONE)), images)
+    graph = export_onnx(model, ExportSettings((64, 96), ONE, fp16=True))
+    half = run(graph, images)
+    assert {array.dtype for array in half} == {np.dtype(np.float32)}
+    weights = [item for item in graph.graph.initializer if len(item.dims) == 4]
+    assert {item.data_type for item in weights} == {onnx.TensorProto.FLOAT16}
+    anchors = next(item for item in graph.graph.initializer if item.name == "anchor_points")
+    assert anchors.data_type == onnx.TensorProto.FLOAT
+    # One cast in, one before the coordinates, one for the scores.
+    assert sum(node.op_type == "Cast" for node in graph.graph.node) == 3
+    for wanted, got in zip(single, half, strict=True):
+        scale = max(1.0, float(np.abs(wanted).max()))
+        np.testing.assert_allclose(got / scale, wanted / scale, atol=1e-2)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("kind", ["csp, dfl", "v0.1"])
+def test_nms_in_the_graph_gives_what_nms_on_the_host_gives(fp16: bool, kind: str) -> None:
+    model = random_model(KINDS[kind])
+    images = planar(pixels(2))
+    nms = NmsSettings(confidence=0.3, iou=0.5)
+    plain = export_onnx(model, ExportSettings((64, 96), fp16=fp16))
+    inside = export_onnx(model, ExportSettings((64, 96), fp16=fp16, nms=nms))
+    assert [item.name for item in inside.graph.output] == ["detections"]
+    placed = [fit((64, 96), (64, 96))] * 2
+    boxes, scores = run(plain, images)
+    host = postprocess({"boxes": boxes, "scores": scores}, "split", nms, placed)
+    graph = postprocess({"detections": run(inside, images)[0]}, "end2end", nms, placed)
+    assert sum(len(found) for found in host) > 10
+    for wanted, got in zip(host, graph, strict=True):
+        assert sorted(got.classes) == sorted(wanted.classes)
+        np.testing.assert_allclose(got.scores, wanted.scores, atol=1e-3)
+        order = [np.lexsort((*found.boxes.T.round(2), found.classes)) for found in (wanted, got)]
+        np.testing.assert_allclose(got.boxes[order[1]], wanted.boxes[order[0]], atol=0.2)
+
+
+@pytest.mark.parametrize("opset", [17, 18, 20])
+def test_the_opset_is_the_one_asked_for(opset: int) -> None:
+    graph = export_onnx(random_model(), ExportSettings((64, 64), ONE, opset=opset))
+    assert [(item.domain, item.version) for item in graph.opset_import] == [("", opset)]
+
+
+def test_the_file_names_its_model_and_classes() -> None:
+    names = ["a", "b", "c", "d", "e"]
+    graph = export_onnx(random_model(), ExportSettings((64, 64), ONE), names)
+    metadata = {item.key: item.value for item in graph.metadata_props}
+    assert metadata["model"] == TINY.name
+    assert metadata["names"] == '["a", "b", "c", "d", "e"]'
+
+
+def test_nodes_are_named_after_their_modules() -> None:
+    graph = export_onnx(random_model(), ExportSettings((64, 64), ONE), verify=False).graph
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+    assert {"backbone.stem.conv", "head.levels.0.cls_pred", "decode/boxes"} <= set(names)
+
+
+def test_exporting_leaves_the_model_as_it_was() -> None:
+    model = random_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    export_onnx(model, ExportSettings((64, 64), ONE), verify=False)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("size", [(100, 640), (640, 0), (639, 639)])
+def test_a_size_that_is_no_multiple_of_32_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="multiple of 32"):
+        ExportSettings(image_size=size)
+
+
+def test_an_opset_out_of_range_is_refused() -> None:
+    with pytest.raises(UserError, match="--opset 12"):
+        ExportSettings(opset=12)

@@ -1,0 +1,137 @@
+"""Fusing changes the form of a network and nothing that it computes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from trt_yolov6.models import (
+    VARIANTS,
+    Architecture,
+    YOLOv6,
+    architecture,
+    build_model,
+    fuse,
+    is_fused,
+)
+from trt_yolov6.models.blocks import ConvBN, RepConv
+from trt_yolov6.models.fusion import fuse_conv_bn, fuse_rep_conv
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def randomize_statistics(model: nn.Module) -> None:
+    """Give every batch normalization, and every shortcut weight, random values of their own."""
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.uniform_(-0.3, 0.3, generator=generator)
+            module.running_mean.uniform_(-0.3, 0.3, generator=generator)
+            module.running_var.uniform_(0.3, 2.0, generator=generator)
+    for name, parameter in model.named_parameters():
+        if name.endswith("alpha"):
+            parameter.data.uniform_(0.3, 1.2, generator=generator)
+
+
+def narrowed(arch: Architecture) -> Architecture:
+    """The same layers with an eighth of the channels: fusing does not depend on their number."""
+    s1, s2, s3, s4, s5 = (channels // 8 for channels in arch.stage_channels)
+    n1, n2, n3, n4, n5, n6 = (channels // 8 for channels in arch.neck_channels)
+    return dataclasses.replace(
+        arch, stage_channels=(s1, s2, s3, s4, s5), neck_channels=(n1, n2, n3, n4, n5, n6)
+    )
+
+
+def largest_difference(model: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
+    """Largest difference of boxes or scores, each relative to its largest value."""
+    with torch.no_grad():
+        pairs = zip(model(images), other(images), strict=True)
+        return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def double_model(request: pytest.FixtureRequest) -> YOLOv6:
+    """Each variant, narrowed, with random weights and statistics in double precision."""
+    torch.manual_seed(0)
+    model = build_model(narrowed(architecture(request.param, num_classes=4))).double().eval()
+    randomize_statistics(model)
+    return model
+
+
+def test_fused_network_computes_the_same(double_model: YOLOv6) -> None:
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    assert largest_difference(double_model, fuse(double_model), images) < 1e-9
+
+
+def test_in_single_precision_fusing_adds_no_more_than_rounding(double_model: YOLOv6) -> None:
+    # Random weights amplify rounding layer after layer, so the yardstick is the error that single
+    # precision makes without fusing.
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    single = copy.deepcopy(double_model).float()
+    with torch.no_grad():
+        exact = double_model.raw(images)
+        plain = single.raw(images.float())
+        fused = fuse(single).raw(images.float())
+    for exact_level, plain_level, fused_level in zip(exact, plain, fused, strict=True):
+        for truth, a, b in zip(exact_level, plain_level, fused_level, strict=True):
+            rounding = (a - truth).abs().max()
+            assert (b - truth).abs().max() <= 5 * rounding + 1e-6 * truth.abs().max()
+
+
+def test_the_offset_head_is_fused_too() -> None:
+    torch.manual_seed(0)
+    arch = dataclasses.replace(architecture("yolov6n"), head="offset")
+    model = build_model(arch).double().eval()
+    randomize_statistics(model)
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    assert largest_difference(model, fuse(model), images) < 1e-9
+
+
+def test_the_result_is_in_deploy_form_and_the_original_untouched() -> None:
+    model = build_model(architecture("yolov6n")).train()
+    before = copy.deepcopy(model.state_dict())
+    fused = fuse(model)
+    assert is_fused(fused)
+    assert not fused.training
+    assert not is_fused(model)
+    assert model.training
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in fused.parameters()}
+    assert not shared
+
+
+def test_fusing_twice_changes_nothing() -> None:
+    once = fuse(build_model(architecture("yolov6n")))
+    twice = fuse(once)
+    assert once.state_dict().keys() == twice.state_dict().keys()
+    assert all(torch.equal(v, once.state_dict()[k]) for k, v in twice.state_dict().items())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_folds_as_pytorch_folds_it(bias: bool) -> None:
+    block = ConvBN(6, 5, 3, stride=2, act="silu", bias=bias).double().eval()
+    randomize_statistics(block)
+    expected = fuse_conv_bn_eval(block.conv, block.bn)
+    folded = fuse_conv_bn(block).conv
+    assert folded.bias is not None
+    assert expected.bias is not None
+    torch.testing.assert_close(folded.weight, expected.weight)
+    torch.testing.assert_close(folded.bias, expected.bias)
+
+
+@pytest.mark.parametrize(("out_channels", "stride"), [(8, 1), (8, 2), (12, 1)])
+def test_a_block_folds_with_and_without_its_identity_branch(out_channels: int, stride: int) -> None:
+    block = RepConv(8, out_channels, stride).double().eval()
+    assert (block.identity is not None) == (out_channels == 8 and stride == 1)
+    randomize_statistics(block)
+    x = torch.randn(2, 8, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(fuse_rep_conv(block)(x), block(x), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,169 @@
+"""Images are read as Pillow, an independent reader, reads them; bad ones get one sentence."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from trt_yolov6.data.images import list_images, read_image
+from trt_yolov6.errors import UserError
+
+
+@pytest.fixture
+def picture() -> NDArray[np.uint8]:
+    """A smooth picture, 48 x 64, so that JPEG keeps it."""
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+    smooth = cv2.resize(noise, (64, 48), interpolation=cv2.INTER_CUBIC)
+    return np.asarray(smooth, np.uint8)
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_pillow(data: bytes) -> NDArray[np.uint8]:
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "JPEG"])
+def test_colours_come_out_as_rgb(picture: NDArray[np.uint8], kind: str) -> None:
+    data = encode(Image.fromarray(picture), kind)
+    assert np.abs(read_image(data).astype(int) - with_pillow(data)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA"])
+def test_gray_palette_and_transparent_pngs_become_rgb(
+    picture: NDArray[np.uint8], mode: str
+) -> None:
+    data = encode(Image.fromarray(picture).convert(mode), "PNG")
+    read = read_image(data)
+    assert read.shape == (48, 64, 3)
+    assert read.dtype == np.uint8
+    assert np.array_equal(read, with_pillow(data))
+
+
+def test_a_gray_jpeg_has_three_equal_channels(picture: NDArray[np.uint8]) -> None:
+    read = read_image(encode(Image.fromarray(picture).convert("L"), "JPEG"))
+    assert (read == read[..., :1]).all()
+
+
+def test_a_cmyk_jpeg_becomes_rgb(picture: NDArray[np.uint8]) -> None:
+    data = encode(Image.fromarray(picture).convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(read_image(data).astype(int) - with_pillow(data)).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_gray_is_scaled_to_the_full_range_of_8_bits(kind: str) -> None:
+    deep = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    read = read_image(encode(Image.fromarray(deep), kind))
+    assert np.abs(read[..., 0] - deep / 257).max() <= 0.5 + 1e-6
+    assert (read == read[..., :1]).all()
+
+
+def test_16_bit_colour_keeps_its_channel_order() -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (48, 64, 3)).astype(np.uint16)
+    encoded = cv2.imencode(".png", deep[..., ::-1])[1].tobytes()
+    assert np.abs(read_image(encoded) - deep / 257).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation_turns_the_picture_upright(
+    picture: NDArray[np.uint8], kind: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(picture), kind, exif=exif)
+    read = read_image(data)
+    assert read.shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
+    assert np.abs(read.astype(int) - with_pillow(data)).max() <= 1
+    assert read_image(data, as_stored=True).shape == (48, 64, 3)
+
+
+def test_every_sample_image_is_read_as_pillow_reads_it() -> None:
+    paths = list_images(Path(__file__).parents[1] / "calib")
+    assert len(paths) == 32
+    for path in paths:
+        difference = np.abs(read_image(path).astype(int) - with_pillow(path.read_bytes()))
+        # Decoders may round differently where they upsample colour.
+        assert difference.mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_a_file_cut_short_is_refused(
+    tmp_path: Path, picture: NDArray[np.uint8], kind: str, share: float
+) -> None:
+    data = encode(Image.fromarray(picture).resize((640, 480)), kind)
+    path = tmp_path / f"part.{kind.lower()}"
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(UserError, match="cut short"):
+        read_image(path)
+
+
+def test_a_jpeg_with_a_thumbnail_is_still_known_to_be_cut_short(
+    picture: NDArray[np.uint8],
+) -> None:
+    thumbnail = encode(Image.fromarray(picture), "JPEG")
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    whole = encode(Image.fromarray(picture).resize((640, 480)), "JPEG")
+    data = whole[:2] + segment + whole[2:]
+    assert read_image(data).shape == (480, 640, 3)
+    with pytest.raises(UserError, match="cut short"):
+        read_image(data[:-500])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "empty"), (b"hello, I am a text", "no image"), (b"\xff\xd8\xff", "cut short")],
+)
+def test_what_is_no_image_is_named_in_one_line(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        read_image(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_images_leave_nothing_on_stderr(
+    capfd: pytest.CaptureFixture[str], picture: NDArray[np.uint8]
+) -> None:
+    for kind in ("PNG", "JPEG", "BMP", "TIFF"):
+        data = encode(Image.fromarray(picture), kind)
+        for cut in (data[: len(data) // 2], data[:60]):
+            with pytest.raises(UserError):
+                read_image(cut)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_float_samples_are_refused_because_their_range_is_unknown() -> None:
+    encoded = cv2.imencode(".tiff", np.full((8, 8, 3), 0.5, np.float32))[1].tobytes()
+    with pytest.raises(UserError, match="float32"):
+        read_image(encoded, "light.tiff")
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.jpg cannot be read"):
+        read_image(tmp_path / "nothing.jpg")
+
+
+def test_a_folder_lists_its_images_sorted_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "notes.txt", ".hidden.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "c.jpg").mkdir()
+    assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG"]
+    assert list_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+    with pytest.raises(UserError, match="holds no image"):
+        list_images(tmp_path / "c.jpg")
+    with pytest.raises(UserError, match="does not exist"):
+        list_images(tmp_path / "nowhere")

@@ -1,0 +1,249 @@
+"""Detection on pictures, folders and videos: files, boxes, drawings, and what bad input brings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from tiny_detector import CELL, load_tiny
+
+from trt_yolov6.detection import Detections
+from trt_yolov6.drawing import class_colour, draw_detections
+from trt_yolov6.engines.base import Engine
+from trt_yolov6.engines.manifest import NmsSettings
+from trt_yolov6.errors import UserError
+from trt_yolov6.inference import detect, infer_source
+
+SURE = NmsSettings(confidence=0.6)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    return load_tiny(tmp_path)
+
+
+def picture(x: int, y: int, channel: int, factor: int = 1) -> NDArray[np.uint8]:
+    """Paint the cell at column x, row y on a black picture of 64 x 48, enlarged by `factor`."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL, channel] = 255
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def test_detect_takes_arrays_of_any_size_in_order(engine: Engine) -> None:
+    found = detect(engine, [picture(1, 2, 0), picture(3, 4, 2, 10)], nms=SURE, batch=1)
+    np.testing.assert_allclose(found[0].boxes, [[8, 16, 16, 24]])
+    np.testing.assert_allclose(found[1].boxes, [[240, 320, 320, 400]])
+    assert [one.classes.tolist() for one in found] == [[0], [2]]
+    assert detect(engine, []) == []
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((0, 8, 3), np.uint8),
+    ],
+)
+def test_detect_refuses_arrays_that_are_no_rgb_images(engine: Engine, image: Any) -> None:
+    with pytest.raises(UserError, match="image 1 is"):
+        detect(engine, [picture(0, 0, 0), image])
+
+
+def test_a_folder_gives_pictures_and_one_json_and_names_what_was_unreadable(
+    tmp_path: Path, engine: Engine
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    Image.fromarray(picture(1, 2, 0, 10)).save(source / "a.png")
+    (source / "b.jpg").write_bytes(b"")
+    Image.fromarray(picture(3, 4, 2, 2)).save(source / "c.jpg", quality=95)
+    (source / "d.png").write_bytes(b"text")
+    summary = infer_source(engine, source, tmp_path / "out", nms=SURE, batch=1, progress=False)
+    assert [path.name for path in summary.outputs] == ["a.png", "c.jpg"]
+    assert (summary.images, summary.objects) == (2, 2)
+    assert [path.name for path, _ in summary.failures] == ["b.jpg", "d.png"]
+    assert "empty" in summary.failures[0][1]
+    first, second = json.loads(summary.detections_file.read_text())
+    assert (first["file"], first["width"], first["height"]) == ("a.png", 640, 480)
+    assert first["detections"] == [
+        {"box": [80, 160, 160, 240], "score": 1.0, "class": 0, "name": engine.class_names[0]}
+    ]
+    assert second["detections"][0]["class"] == 2
+    # What was drawn: the picture's size is kept, and something was added to it.
+    drawn = np.asarray(Image.open(summary.outputs[0]))
+    assert drawn.shape == (480, 640, 3)
+    assert (drawn != picture(1, 2, 0, 10)).any()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "a.png",
+        "c.jpg",
+        "detections.json",
+    ]
+
+
+def test_a_picture_of_a_type_that_is_not_written_becomes_a_jpeg(
+    tmp_path: Path, engine: Engine
+) -> None:
+    source = tmp_path / "plain.ppm"
+    Image.fromarray(picture(1, 2, 0, 10)).save(source)
+    summary = infer_source(engine, source, tmp_path / "out", nms=SURE, progress=False)
+    assert [path.name for path in summary.outputs] == ["plain.ppm.jpg"]
+    assert Image.open(summary.outputs[0]).format == "JPEG"
+
+
+@pytest.mark.parametrize("name", ["bad.jpg", "bad.mp4", "missing.jpg", "missing.mp4"])
+def test_a_single_unreadable_source_is_refused_and_nothing_written(
+    tmp_path: Path, engine: Engine, name: str
+) -> None:
+    if name.startswith("bad"):
+        (tmp_path / name).write_bytes(b"no pixels here")
+    with pytest.raises(UserError, match=name):
+        infer_source(engine, tmp_path / name, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_no_readable_image_is_refused(tmp_path: Path, engine: Engine) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.png").write_bytes(b"text")
+    with pytest.raises(UserError, match=r"no image in .* could be read.*a\.png"):
+        infer_source(engine, source, tmp_path / "out", progress=False)
+
+
+def test_the_sources_own_folder_is_not_written_to(tmp_path: Path, engine: Engine) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(picture(0, 0, 0)).save(path)
+    for source in (path, tmp_path):
+        with pytest.raises(UserError, match="--output"):
+            infer_source(engine, source, tmp_path, progress=False)
+
+
+def write_video(path: Path, frames: int) -> None:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (320, 240))
+    assert writer.isOpened()
+    for number in range(frames):
+        writer.write(picture(number % 8, number % 6, 1, 5))
+    writer.release()
+
+
+def test_a_video_gives_a_video_and_the_boxes_of_each_frame(tmp_path: Path, engine: Engine) -> None:
+    source = tmp_path / "ride.avi"
+    write_video(source, 13)
+    summary = infer_source(engine, source, tmp_path / "out", nms=SURE, batch=4, progress=False)
+    assert summary.images == 13
+    assert [path.name for path in summary.outputs] == ["ride.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "detections.json",
+        "ride.mp4",
+    ]
+    frames = json.loads(summary.detections_file.read_text())
+    assert [frame["frame"] for frame in frames] == list(range(13))
+    assert frames[10]["seconds"] == pytest.approx(1.0)
+    for number, frame in enumerate(frames):
+        (found,) = frame["detections"]
+        x, y = number % 8 * 40, number % 6 * 40
+        assert found["box"] == pytest.approx([x, y, x + 40, y + 40], abs=1)
+        assert found["class"] == 1
+    capture = cv2.VideoCapture(str(summary.outputs[0]))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 13
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    there, frame = capture.read()
+    assert there
+    assert frame.shape == (240, 320, 3)
+
+
+def test_a_video_cut_short_is_processed_as_far_as_it_goes_and_named(
+    tmp_path: Path, engine: Engine
+) -> None:
+    source = tmp_path / "cut.avi"
+    write_video(source, 20)
+    data = source.read_bytes()
+    source.write_bytes(data[: len(data) // 2])
+    summary = infer_source(engine, source, tmp_path / "out", nms=SURE, progress=False)
+    assert 0 < summary.images < 15
+    assert summary.failures == ()
+    assert f"cut.avi ends after {summary.images} of the 20 frames" in summary.warnings[0]
+    assert len(json.loads(summary.detections_file.read_text())) == summary.images
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Let every write beyond `size` bytes of a file fail, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "named"),
+    # The video of 40 frames takes about 58 KiB, the list 12 KiB.
+    [(40, 40_000, r"ride\.mp4 could not be written in whole"), (40, 9000, r"detections\.json")],
+)
+def test_a_video_that_the_disk_has_no_room_for_is_refused_and_not_left_behind(
+    tmp_path: Path, engine: Engine, frames: int, size: int, named: str
+) -> None:
+    source = tmp_path / "ride.avi"
+    write_video(source, frames)
+    with files_no_larger_than(size), pytest.raises(UserError, match=named):
+        infer_source(engine, source, tmp_path / "out", nms=SURE, progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def one(box: list[float], label: int = 0) -> Detections:
+    return Detections(np.array([box], np.float32), np.array([0.9], np.float32), np.array([label]))
+
+
+def test_drawing_changes_a_copy_only() -> None:
+    image = np.zeros((100, 100, 3), np.uint8)
+    drawn = draw_detections(image, one([20, 40, 60, 80]), ["cat"])
+    assert not image.any()
+    assert (drawn[60, 20] == class_colour(0)).all()
+    assert not drawn[60, 35:45].any()  # the inside of the box stays as it was
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (480, 640), (1200, 900)])
+def test_labels_stay_whole_inside_the_picture(shape: tuple[int, int]) -> None:
+    height, width = shape
+    image = np.full((height, width, 3), 128, np.uint8)
+
+    def changed(x: float, y: float) -> int:
+        """Draw a box of next to no size: nearly all that changes is its label."""
+        x, y = x * (width - 2), y * (height - 2)
+        drawn = draw_detections(image, one([x, y, x + 2, y + 2]), ["cat"])
+        return int((drawn != image).any(axis=2).sum())
+
+    free = changed(0.3, 0.6)
+    assert free > min(shape) / 45 * min(shape) / 45 * 5
+    for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        assert changed(*corner) > 0.9 * free
+
+
+def test_lines_grow_with_the_picture() -> None:
+    def thickness(side: int) -> int:
+        image = np.full((side, side, 3), 128, np.uint8)
+        found = one([side * 0.3, side * 0.3, side * 0.8, side * 0.8])
+        row = draw_detections(image, found, ["cat"])[side * 6 // 10, : side // 2]
+        return int((row == class_colour(0)).all(axis=1).sum())
+
+    assert thickness(100) == 1
+    assert thickness(3000) >= 10
+
+
+def test_classes_have_distinct_colours() -> None:
+    colours = [class_colour(index) for index in range(80)]
+    assert len(set(colours)) == 80
+    near = np.abs(np.diff(np.array(colours), axis=0)).sum(axis=1)
+    assert near.min() > 100  # neighbours differ plainly

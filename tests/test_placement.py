@@ -1,0 +1,223 @@
+"""Placement: which tensors get Q/DQ pairs, and that any set of layers can stay in float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_graphs import GraphWriter, detector
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.insert import insert_qdq
+from trt_yolov6.quantization.placement import Placement, layer_names, place
+
+LAYERS = ("stem", "deep", "low", "reduce", "merge", "up", "join", "head", "cls", "reg")
+LITE = Path(__file__).parents[1].parent / "shared" / "models" / "yolov6lite_l_320.onnx"
+
+
+def quantized(model: onnx.ModelProto, placement: Placement) -> onnx.ModelProto:
+    return insert_qdq(model, placement, dict.fromkeys(placement.tensors, 2.0))
+
+
+def int8_layers(model: onnx.ModelProto) -> set[str]:
+    """Names of the convolutions that read INT8: directly, or through what only moves values."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    moving = {"MaxPool", "Concat", "Reshape", "Transpose", "Split", "Slice"}
+
+    def is_int8(name: str) -> bool:
+        node = makers.get(name)
+        if node is None or node.op_type not in moving:
+            return node is not None and node.op_type == "DequantizeLinear"
+        data = node.input if node.op_type == "Concat" else node.input[:1]
+        return all(is_int8(item) for item in data)
+
+    return {
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("Conv", "ConvTranspose") and all(map(is_int8, node.input[:2]))
+    }
+
+
+class TestDetector:
+    def test_every_convolution_runs_in_int8(self) -> None:
+        placement = place(detector())
+        assert placement.layers == LAYERS
+        assert placement.float_layers == {}
+        assert int8_layers(quantized(detector(), placement)) == set(LAYERS)
+
+    def test_pairs_stand_where_values_are_made_and_nowhere_else(self) -> None:
+        # Behind each ReLU, so that it fuses; not between a convolution and its SiLU; not behind
+        # pooling and concatenation, which hand INT8 on; not on predictions.
+        assert place(detector()).tensors == (
+            "images",
+            "stem_relu",
+            "deep_relu",
+            "low_relu",
+            "reduce_relu",
+            "merge_relu",
+            "up_out",
+            "join_relu",
+            "head_silu",
+        )
+
+    def test_what_is_concatenated_shares_a_scale(self) -> None:
+        placement = place(detector())
+        assert placement.groups == (("deep_relu", "up_out"),)
+        model = insert_qdq(
+            detector(), placement, {name: float(i + 1) for i, name in enumerate(placement.tensors)}
+        )
+        scales = {
+            node.input[0]: node.input[1] for node in model.graph.node if node.op_type[0] == "Q"
+        }
+        assert scales["deep_relu"] == scales["up_out"]
+        value = next(item for item in model.graph.initializer if item.name == scales["up_out"])
+        assert onnx.numpy_helper.to_array(value) == np.float32(7) / np.float32(127)
+
+    def test_requantization_puts_a_pair_before_every_layer(self) -> None:
+        model = detector()
+        tensors = set(place(model, requantize=True).tensors)
+        read = {node.input[0] for node in model.graph.node if node.op_type.startswith("Conv")}
+        assert read <= tensors
+        assert {"pool_1", "pool_2", "pyramid", "both"} <= tensors
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.sets(st.sampled_from(LAYERS)))
+    def test_any_layers_can_stay_in_float(self, kept: set[str]) -> None:
+        model = detector()
+        placement = place(model, keep_float=kept)
+        result = quantized(model, placement)
+        assert set(placement.layers) == set(LAYERS) - kept == int8_layers(result)
+        stored = {item.name: item.data_type for item in result.graph.initializer}
+        makers = {name: node.op_type for node in result.graph.node for name in node.output}
+        for node in result.graph.node:
+            if node.name in kept:
+                assert stored[node.input[1]] == onnx.TensorProto.FLOAT
+                assert makers.get(node.input[0]) != "DequantizeLinear"
+
+    def test_a_layer_in_float_reads_what_is_concatenated_unrounded(self) -> None:
+        model = detector()
+        placement = place(model, keep_float={"join"})
+        # `deep_relu` is quantized for `low`, but reaches `join` through the concatenation as it is.
+        assert ("deep_relu", "both") in placement.exact_reads
+        assert "up_out" not in placement.tensors
+
+    def test_with_all_layers_in_float_the_graph_is_the_same(self) -> None:
+        model = detector()
+        placement = place(model, keep_float=LAYERS)
+        assert placement.tensors == ()
+        assert insert_qdq(model, placement, {}).graph.node == model.graph.node
+
+    def test_a_name_that_is_no_layer_is_refused(self) -> None:
+        with pytest.raises(UserError, match="--float-layers names nonsense"):
+            place(detector(), keep_float={"stem", "nonsense"})
+
+    def test_a_quantized_graph_is_refused(self) -> None:
+        model = detector()
+        with pytest.raises(UserError, match="has Q/DQ nodes already"):
+            place(quantized(model, place(model)))
+
+
+class TestRules:
+    def test_a_shortcut_is_quantized_and_the_convolution_it_is_added_to_is_not(self) -> None:
+        graph = GraphWriter()
+        trunk = graph.conv("trunk", "images", (3, 8))
+        branch = graph.conv("branch", trunk, (8, 8))
+        total = graph.node("Add", [graph.node("Relu", [trunk], "shortcut"), branch], "total")
+        graph.conv("after", graph.node("Relu", [total], "total_relu"), (8, 4))
+        assert place(graph.model("after_out")).tensors == (
+            "images",
+            "trunk_out",
+            "shortcut",
+            "total_relu",
+        )
+
+    def test_of_two_added_convolutions_the_later_one_is_fused(self) -> None:
+        graph = GraphWriter()
+        first, second = (graph.conv(name, "images", (3, 8)) for name in ("first", "second"))
+        graph.conv("after", graph.node("Add", [second, first], "total"), (8, 4))
+        assert place(graph.model("after_out")).tensors == ("images", "first_out", "total")
+
+    def test_nothing_is_quantized_for_an_addition_behind_activations(self) -> None:
+        graph = GraphWriter()
+        terms = [
+            graph.node("HardSwish", [graph.conv(name, "images", (3, 8))], f"{name}_act")
+            for name in ("first", "second")
+        ]
+        graph.conv("after", graph.node("Add", terms, "total"), (8, 4))
+        assert place(graph.model("after_out")).tensors == ("images", "total")
+
+    def test_a_shortcut_with_a_factor_reads_the_quantized_tensor(self) -> None:
+        # As in the authors' BottleRep blocks: the tensor is quantized for the block's convolution.
+        graph = GraphWriter()
+        trunk = graph.conv_relu("trunk", "images", (3, 8))
+        branch = graph.conv_relu("branch", trunk, (8, 8))
+        factor = graph.constant("alpha", np.array(0.5, np.float32))
+        scaled = graph.node("Mul", [trunk, factor], "scaled")
+        graph.conv("after", graph.node("Add", [branch, scaled], "total"), (8, 4))
+        placement = place(graph.model("after_out"))
+        assert placement.tensors == ("images", "trunk_relu", "total")
+        assert placement.exact_reads == frozenset()
+
+    def test_squeeze_and_excitation_stays_in_float(self) -> None:
+        graph = GraphWriter()
+        trunk = graph.conv("trunk", "images", (3, 8))
+        pooled = graph.node("GlobalAveragePool", [trunk], "pooled")
+        gate = graph.conv("grow", graph.conv_relu("shrink", pooled, (8, 2)), (2, 8))
+        gate = graph.node("HardSigmoid", [gate], "gate")
+        graph.conv("after", graph.node("Mul", [trunk, gate], "gated"), (8, 4))
+        placement = place(graph.model("after_out"))
+        assert placement.layers == ("trunk", "after")
+        assert set(placement.float_layers) == {"shrink", "grow"}
+        assert "global pooling" in placement.float_layers["grow"]
+        assert placement.tensors == ("images", "gated")
+
+    def test_the_expectation_of_a_distribution_stays_in_float(self) -> None:
+        graph = GraphWriter()
+        bins = graph.node("Softmax", [graph.conv("reg", "images", (3, 8))], "bins", axis=1)
+        graph.conv("dfl", bins, (8, 1))
+        placement = place(graph.model("dfl_out"))
+        assert placement.layers == ("reg",)
+        assert "softmax" in placement.float_layers["dfl"]
+
+    def test_a_depthwise_convolution_runs_in_int8(self) -> None:
+        graph = GraphWriter()
+        wide = graph.conv_relu("wide", "images", (3, 8))
+        graph.conv("depthwise", wide, (8, 8), kernel=3, group=8)
+        assert place(graph.model("depthwise_out")).layers == ("wide", "depthwise")
+
+    @pytest.mark.parametrize(("mode", "shared"), [("nearest", True), ("cubic", False)])
+    def test_resizing_passes_int8_through_unless_it_overshoots(
+        self, mode: str, shared: bool
+    ) -> None:
+        graph = GraphWriter()
+        small = graph.conv_relu("small", "images", (3, 8))
+        scales = graph.constant("scales", np.array([1, 1, 2, 2], np.float32))
+        graph.conv("after", graph.node("Resize", [small, "", scales], "large", mode=mode), (8, 4))
+        placement = place(graph.model("after_out"))
+        assert placement.groups == ((("small_relu", "large"),) if shared else ())
+        assert ("small_relu" in placement.tensors) == shared
+
+    def test_layers_without_names_are_called_after_their_outputs(self) -> None:
+        model = detector()
+        for node in model.graph.node:
+            node.name = "same" if node.name in ("stem", "deep") else ""
+        assert tuple(layer_names(model).values()) == tuple(f"{name}_out" for name in LAYERS)
+        assert int8_layers(quantized(model, place(model, keep_float={"low_out"}))) >= {"up_out"}
+
+
+@pytest.mark.skipif(not LITE.exists(), reason="the YOLOv6Lite graph is not here")
+def test_yolov6lite_keeps_only_its_gates_in_float() -> None:
+    model = onnx.load(LITE)
+    placement = place(model)
+    pooled = {node.output[0] for node in model.graph.node if node.op_type == "GlobalAveragePool"}
+    gates = {
+        node.name for node in model.graph.node if node.op_type == "Conv" and node.input[0] in pooled
+    }
+    assert len(gates) == 14
+    assert gates < set(placement.float_layers)
+    assert len(placement.float_layers) == 28  # two a gate
+    assert len(placement.layers) == 126

@@ -1,0 +1,315 @@
+"""Quantization from end to end: what it promises of the sample, its table, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+from PIL import Image
+from rescaling import rescale_channels
+from test_export import ONE, random_model
+
+from trt_yolov6.building import BuiltEngine, Graph, build_engine, graph_from_onnx
+from trt_yolov6.cli import main
+from trt_yolov6.data.coco import load_coco
+from trt_yolov6.engines import load_engine
+from trt_yolov6.errors import UserError
+from trt_yolov6.evaluation import evaluate
+from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.quantization.ptq import QuantizationSettings, QuantizedGraph, quantize
+from trt_yolov6.quantization.table import write_table
+
+MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """YOLOv6 with few and narrow layers and random weights, for images of 64 x 64."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    onnx.save(export_onnx(random_model(), ExportSettings((64, 64), ONE), verify=False), path)
+    return graph_from_onnx(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four pictures of noise."""
+    result = tmp_path / "pictures"
+    result.mkdir()
+    for number in range(4):
+        save_noise(result / f"{number}.png", seed=number)
+    return result
+
+
+def save_noise(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def weights_dtype(model: onnx.ModelProto, name: str) -> int:
+    """The dtype in which a convolution's weights are stored."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    source = next(node.input[1] for node in model.graph.node if node.name == name)
+    if source in makers:
+        source = makers[source].input[0]
+    return {item.name: int(item.data_type) for item in model.graph.initializer}[source]
+
+
+def convolutions(model: onnx.ModelProto) -> list[str]:
+    return [node.name for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose")]
+
+
+# --- a small network ----------------------------------------------------------------------------
+
+
+def test_all_convolutions_store_int8_and_outputs_stay_close(tiny: Graph, folder: Path) -> None:
+    result = quantize(tiny, folder)
+    assert result.graph.precision == "int8"
+    names = convolutions(result.graph.model)
+    assert names == convolutions(tiny.model)
+    assert {weights_dtype(result.graph.model, name) for name in names} == {TensorProto.INT8}
+    assert set(result.placement.layers) == set(names)
+
+
+def test_the_default_takes_the_candidate_that_agrees_best(tiny: Graph, folder: Path) -> None:
+    result = quantize(tiny, folder)
+    tried = [item for item in result.candidates if item.variant == result.table.variant]
+    chosen = set(result.table.methods.values())
+    assert len(chosen) == 1
+    best = max(item.agreement for item in tried)
+    assert any(item.method in chosen and item.agreement >= best - 0.005 for item in tried)
+    assert {item.method for item in tried} == {"minmax", "entropy", "percentile", "mse"}
+
+
+def test_the_same_images_and_settings_give_the_same_bytes(tiny: Graph, folder: Path) -> None:
+    first, second = (quantize(tiny, folder).graph.model.SerializeToString() for _ in range(2))
+    assert first == second
+
+
+def test_a_table_of_the_same_things_is_used_again_and_said_so(
+    tiny: Graph, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tiny.calibration.json"
+    first = quantize(tiny, folder, table_file=file)
+    assert first.note == ""
+    write_table(file, first.table)
+    said: list[str] = []
+    again = quantize(tiny, folder, table_file=file, tell=said.append)
+    assert "same model, images and settings" in again.note
+    assert again.note in said
+    assert again.candidates == ()
+    assert again.table == first.table
+    assert again.graph.model.SerializeToString() == first.graph.model.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("images", "other calibration images"),
+        ("settings", "calibrator minmax, now percentile"),
+        ("weights", "another model or other weights"),
+        ("damage", "not a calibration table"),
+    ],
+)
+def test_a_table_of_other_things_is_made_anew_and_the_reason_said(
+    tiny: Graph, folder: Path, tmp_path: Path, change: str, reason: str
+) -> None:
+    file = tmp_path / "tiny.calibration.json"
+    write_table(file, quantize(tiny, folder, MINMAX).table)
+    graph, settings = tiny, MINMAX
+    if change == "images":
+        save_noise(folder / "0.png", seed=10)
+    elif change == "settings":
+        settings = dataclasses.replace(MINMAX, calibrator="percentile")
+    elif change == "weights":
+        graph = with_weight(tiny, 0.5)
+    else:
+        file.write_text("{}")
+    result = quantize(graph, folder, settings, table_file=file)
+    assert result.note.startswith("Calibrating anew")
+    assert reason in result.note
+    fresh = quantize(graph, folder, settings)
+    assert result.table == fresh.table
+
+
+def test_a_float_layer_stays_float_and_is_in_the_manifest(
+    tiny: Graph, folder: Path, tmp_path: Path
+) -> None:
+    names = convolutions(tiny.model)
+    kept = names[3]
+    settings = dataclasses.replace(MINMAX, float_layers=(kept,))
+    result = quantize(tiny, folder, settings)
+    assert weights_dtype(result.graph.model, kept) == TensorProto.FLOAT
+    others = {weights_dtype(result.graph.model, name) for name in names if name != kept}
+    assert others == {TensorProto.INT8}
+    built = build_engine(result.graph, backend="onnxruntime", output=tmp_path / "tiny.onnx")
+    assert built.manifest.float_layers == (kept,)
+    assert json.loads(built.manifest_path.read_text())["float_layers"] == [kept]
+
+
+def test_half_precision_beside_int8_keeps_the_outputs_in_float(tiny: Graph, folder: Path) -> None:
+    model = quantize(tiny, folder, dataclasses.replace(MINMAX, fp16=True)).graph.model
+    assert any(item.data_type == TensorProto.FLOAT16 for item in model.graph.initializer)
+    assert {weights_dtype(model, name) for name in convolutions(model)} == {TensorProto.INT8}
+    assert [item.type.tensor_type.elem_type for item in model.graph.output] == [
+        item.type.tensor_type.elem_type for item in tiny.model.graph.output
+    ]
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def with_weight(graph: Graph, value: float) -> Graph:
+    """The graph with one weight of its first convolution set to a value."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    name = next(node for node in model.graph.node if node.op_type == "Conv").input[1]
+    stored = next(item for item in model.graph.initializer if item.name == name)
+    weights = numpy_helper.to_array(stored).copy()
+    weights[0, 0, 0, 0] = value
+    stored.CopyFrom(numpy_helper.from_array(weights, name))
+    return dataclasses.replace(graph, model=model)
+
+
+def refusal(graph: Graph, folder: Path, settings: QuantizationSettings = MINMAX) -> str:
+    with pytest.raises(UserError) as caught:
+        quantize(graph, folder, settings)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tiny: Graph, folder: Path, value: float) -> None:
+    name = next(node for node in tiny.model.graph.node if node.op_type == "Conv").input[1]
+    assert name in refusal(with_weight(tiny, value), folder)
+
+
+def test_too_few_images_are_refused(tiny: Graph, folder: Path) -> None:
+    for path in sorted(folder.iterdir())[1:]:
+        path.unlink()
+    assert "one image" in refusal(tiny, folder)
+    (folder / "0.png").unlink()
+    assert str(folder) in refusal(tiny, folder)
+    assert "missing" in refusal(tiny, folder / "missing")
+
+
+def test_black_images_are_refused(tiny: Graph, folder: Path) -> None:
+    for path in folder.iterdir():
+        Image.new("RGB", (64, 64)).save(path)
+    assert "black" in refusal(tiny, folder)
+
+
+def test_a_graph_that_is_not_float32_is_refused(tiny: Graph, folder: Path) -> None:
+    assert "fp16" in refusal(dataclasses.replace(tiny, precision="fp16"), folder)
+
+
+def test_a_float_layer_that_does_not_exist_is_refused(tiny: Graph, folder: Path) -> None:
+    settings = dataclasses.replace(MINMAX, float_layers=("no.such.layer",))
+    assert "no.such.layer" in refusal(tiny, folder, settings)
+
+
+def test_a_failed_build_writes_nothing(
+    tiny: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, output = tmp_path / "empty", tmp_path / "out" / "tiny.onnx"
+    empty.mkdir()
+    command = ["build", "--onnx", str(tiny.source), "--int8", "--calib", str(empty)]
+    assert main([*command, "--backend", "onnxruntime", "--output", str(output)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not output.parent.exists() or not any(output.parent.iterdir())
+
+
+# --- the sample ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sample(sample_engine: BuiltEngine) -> Graph:
+    """The sample as a float graph."""
+    return graph_from_onnx(sample_engine.path)
+
+
+@pytest.fixture(scope="module")
+def sample_int8(sample: Graph, root: Path) -> QuantizedGraph:
+    """The sample in INT8, as `build --int8 --calib calib/` makes it."""
+    return quantize(sample, root / "calib")
+
+
+def ap_of(result: QuantizedGraph, root: Path, path: Path) -> float:
+    """AP on the sample's validation images, in exact arithmetic."""
+    built = build_engine(result.graph, backend="onnxruntime", output=path)
+    with load_engine(built.path) as engine:
+        ap = evaluate(engine, load_coco(root / "samples"), batch=4, progress=False).ap
+    assert ap is not None
+    return ap
+
+
+@pytest.mark.slow
+def test_the_sample_keeps_its_accuracy_in_int8_and_in_half_precision_beside(
+    sample: Graph, sample_int8: QuantizedGraph, root: Path, tmp_path: Path
+) -> None:
+    ap = ap_of(sample_int8, root, tmp_path / "int8.onnx")
+    assert ap >= 0.518  # 0.5207 in FP32
+    file = tmp_path / "int8.calibration.json"
+    write_table(file, sample_int8.table)
+    half = quantize(sample, root / "calib", QuantizationSettings(fp16=True), table_file=file)
+    assert half.table == sample_int8.table
+    assert ap_of(half, root, tmp_path / "half.onnx") >= 0.518
+
+
+@pytest.mark.slow
+def test_the_samples_graph_is_whole_and_small(sample_int8: QuantizedGraph) -> None:
+    model = sample_int8.graph.model
+    names = convolutions(model)
+    assert len(names) == 58
+    assert {weights_dtype(model, name) for name in names} == {TensorProto.INT8}
+    assert model.ByteSize() < 6e6
+
+
+@pytest.mark.slow
+def test_a_sample_with_rescaled_channels_survives(
+    sample: Graph, root: Path, tmp_path: Path
+) -> None:
+    # The same function, which plain min-max takes to an AP of 0.01.
+    model = rescale_channels(sample.model, np.random.default_rng(0), 1, 256, log_uniform=False)
+    settings = QuantizationSettings(calibrator="minmax")
+    result = quantize(dataclasses.replace(sample, model=model), root / "calib", settings)
+    assert result.table.variant != "plain"
+    assert ap_of(result, root, tmp_path / "rescaled.onnx") >= 0.51
+
+
+MEASURED_BUILD = """
+import sys
+from pathlib import Path
+from trt_yolov6.cli import main
+code = main(sys.argv[1:])
+status = Path("/proc/self/status").read_text()
+print("peak", next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_building_takes_less_than_2_gib(root: Path, tmp_path: Path) -> None:
+    # The process tells its own peak: what the kernel keeps of a finished child may be its parent's.
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-c", MEASURED_BUILD, "build", "--int8", "--calib", "calib"),
+            *("--backend", "onnxruntime", "--quiet", "--output", str(tmp_path / "sample.onnx")),
+            *("--calibrator", "entropy"),
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    peak_kib = int(finished.stdout.split("peak ")[-1])
+    assert peak_kib < 2 * 2**20

@@ -1,0 +1,170 @@
+"""Adaptive rounding brings layers' outputs nearer to float than rounding to the nearest does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.utils
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from trt_yolov6.building import BuiltEngine
+from trt_yolov6.engines.onnxruntime_backend import exact_session
+from trt_yolov6.quantization.calibrators import amax_of
+from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.images import calibration_batches, input_spec
+from trt_yolov6.quantization.insert import insert_qdq
+from trt_yolov6.quantization.integer_layers import integer_layers
+from trt_yolov6.quantization.placement import place
+from trt_yolov6.quantization.rounding import adapt_rounding, rounded_rows
+
+Floats = NDArray[np.float32]
+
+
+def quantized(model: onnx.ModelProto, images: Sequence[Floats]) -> onnx.ModelProto:
+    placement = place(model)
+    found = collect(model, images, [*placement.tensors, model.graph.node[0].output[0]])
+    ranges = {name: amax_of(found[name], "minmax") for name in placement.tensors}
+    return insert_qdq(model, placement, ranges)
+
+
+def squared_error(
+    one: onnx.ModelProto, other: onnx.ModelProto, images: Sequence[Floats]
+) -> list[float]:
+    sessions = [exact_session(model.SerializeToString()) for model in (one, other)]
+    source = sessions[0].get_inputs()[0].name
+    errors = [
+        [
+            float(np.mean((first - second) ** 2))
+            for first, second in zip(*(s.run(None, {source: image}) for s in sessions), strict=True)
+        ]
+        for image in images
+    ]
+    return [float(value) for value in np.mean(errors, axis=0)]
+
+
+def one_layer(op: str, groups: int, kernel: int, stride: int) -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    shape = (8, 16 // groups) if op == "ConvTranspose" else (16, 8 // groups)
+    weight = rng.normal(size=(*shape, kernel, kernel)).astype(np.float32)
+    pads = [0] * 4 if op == "ConvTranspose" else [kernel // 2] * 4
+    strides = [stride, stride]
+    node = helper.make_node(
+        op, ["images", "w", "b"], ["y"], group=groups, pads=pads, strides=strides
+    )
+    constants = [
+        numpy_helper.from_array(weight, "w"),
+        numpy_helper.from_array(rng.normal(size=16).astype(np.float32), "b"),
+    ]
+    ends = [
+        helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 8, 16, 16]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16, "height", "width"]),
+    ]
+    graph = helper.make_graph([node], "layer", ends[:1], ends[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def correlated_images(count: int, seed: int) -> list[Floats]:
+    """Positive and correlated between channels and between neighbours, as activations are."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).random((8, 3)).astype(np.float32)
+    result = []
+    for _ in range(count):
+        coarse = rng.random((3, 8, 8), np.float32).repeat(2, axis=1).repeat(2, axis=2)
+        result.append(
+            np.einsum("ck,khw->chw", mixing, coarse)[None]
+            + rng.random((1, 8, 16, 16), np.float32) * np.float32(0.1)
+        )
+    return result
+
+
+@pytest.mark.parametrize(
+    ("op", "groups", "kernel", "stride"),
+    [
+        ("Conv", 1, 3, 1),
+        ("Conv", 1, 3, 2),
+        ("Conv", 2, 3, 1),
+        ("Conv", 8, 3, 1),
+        ("Conv", 1, 1, 1),
+        ("ConvTranspose", 1, 2, 2),
+        ("ConvTranspose", 2, 2, 2),
+    ],
+)
+def test_a_layers_output_comes_nearer(op: str, groups: int, kernel: int, stride: int) -> None:
+    model, images = one_layer(op, groups, kernel, stride), correlated_images(8, 0)
+    nearest = quantized(model, images)
+    adapted = adapt_rounding(model, nearest, images)
+    unseen = correlated_images(8, 1)
+    assert squared_error(model, adapted, unseen)[0] < squared_error(model, nearest, unseen)[0]
+
+
+def test_uncorrelated_inputs_leave_nothing_to_gain() -> None:
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.normal(size=(1, 8, 20)))
+    scale = rows.abs().amax(dim=2, keepdim=True) / 127
+    eye = torch.eye(20, dtype=torch.float64).unsqueeze(0)
+    assert torch.equal(rounded_rows(rows, scale, eye), (rows / scale).round())
+
+
+def test_the_best_of_all_roundings_is_not_far() -> None:
+    """Of 2^8 ways to round 8 weights up or down, the cheapest is found or nearly so."""
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(20):
+        inputs = rng.normal(size=(200, 3)) @ rng.normal(size=(3, 8)) + rng.normal(size=(200, 8)) / 5
+        covariance = inputs.T @ inputs / 200
+        row, scale = rng.normal(size=8), 0.5
+
+        def cost(levels: NDArray[np.float64], row=row, scale=scale, by=covariance) -> float:  # type: ignore[no-untyped-def]
+            error = levels * scale - row
+            return float(error @ by @ error)
+
+        ways = np.floor(row / scale) + np.array(list(np.ndindex(*(2,) * 8)))
+        best = min(cost(way) for way in ways)
+        nearest = cost(np.rint(row / scale))
+        found = rounded_rows(
+            torch.from_numpy(row.reshape(1, 1, 8)),
+            torch.full((1, 1, 1), scale, dtype=torch.float64),
+            torch.from_numpy(covariance[None]),
+        )
+        ratios.append((cost(found.numpy().reshape(8)) / nearest, best / nearest))
+    found_mean, best_mean = np.mean(ratios, axis=0)
+    assert found_mean < 0.6
+    assert found_mean < 2 * best_mean
+
+
+def test_levels_stay_in_range_and_bytes_repeat() -> None:
+    model, images = one_layer("Conv", 1, 3, 1), correlated_images(4, 0)
+    nearest = quantized(model, images)
+    results = [adapt_rounding(model, nearest, images) for _ in range(2)]
+    first, second = (item.SerializeToString(deterministic=True) for item in results)
+    assert first == second
+    stored = {item.name: item for item in results[0].graph.initializer}
+    for layer in integer_layers(results[0]):
+        assert numpy_helper.to_array(stored[layer.weight]).min() >= -127
+
+
+@pytest.mark.slow
+def test_real_layers_come_nearer(sample_engine: BuiltEngine, root: Path) -> None:
+    """The first eight layers of the sample, each judged at its own output."""
+    whole = onnx.load(sample_engine.path)
+    convolutions = [node.output[0] for node in whole.graph.node if node.op_type == "Conv"][:8]
+    extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(whole))
+    model = extractor.extract_model(["images"], [convolutions[-1]])
+    images = list(calibration_batches(root / "calib", input_spec(model), limit=6))
+    unseen = list(
+        calibration_batches(root / "samples" / "images" / "val", input_spec(model), limit=4)
+    )
+    nearest = quantized(model, images)
+    adapted = adapt_rounding(model, nearest, images)
+    for graph in (model, nearest, adapted):
+        graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in convolutions[:-1])
+    before = squared_error(model, nearest, unseen)
+    after = squared_error(model, adapted, unseen)
+    assert all(second < first for first, second in zip(before, after, strict=True))
+    assert after[0] < 0.5 * before[0]

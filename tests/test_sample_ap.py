@@ -1,0 +1,80 @@
+"""The figures that the sample and a foreign detector must give, through every form of the graph.
+
+Expected: an independent evaluation in FP32 (letterbox 640, confidence 0.03, IoU 0.65, boxes as
+predicted) gave the sample AP 0.5207, AP50 0.8606, and YOLOv6Lite-L on 128 COCO images AP 0.3476.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trt_yolov6.building import BuiltEngine, build_engine, graph_from_checkpoint, graph_from_onnx
+from trt_yolov6.data.coco import load_coco
+from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
+from trt_yolov6.evaluation import Evaluation, evaluate
+from trt_yolov6.export import ExportSettings
+
+pytestmark = pytest.mark.slow
+
+
+def evaluated(path: Path, root: Path, batch: int = 8) -> Evaluation:
+    with load_engine(path) as engine:
+        return evaluate(engine, load_coco(root / "samples"), batch=batch, progress=False)
+
+
+@pytest.fixture(scope="module")
+def reference(sample_engine: BuiltEngine, root: Path) -> Evaluation:
+    return evaluated(sample_engine.path, root)
+
+
+def test_fp32_gives_the_independent_figures(reference: Evaluation) -> None:
+    assert reference.images == 72
+    assert reference.ap == pytest.approx(0.5207, abs=0.003)
+    assert reference.ap50 == pytest.approx(0.8606, abs=0.003)
+
+
+def test_most_of_the_time_is_the_engines_own(reference: Evaluation) -> None:
+    assert reference.seconds.inference / reference.wall_seconds > 0.7  # 0.85 on a quiet machine
+
+
+def test_batch_1_gives_the_same(
+    sample_engine: BuiltEngine, root: Path, reference: Evaluation
+) -> None:
+    assert evaluated(sample_engine.path, root, batch=1).ap == pytest.approx(reference.ap, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ExportSettings(uint8_input=True),
+        ExportSettings(nms=NmsSettings()),
+        ExportSettings(batch=BatchProfile(8, 8, 8)),
+        ExportSettings(fp16=True),
+    ],
+    ids=["uint8", "end2end", "static batch 8", "fp16"],
+)
+def test_every_form_of_the_graph_gives_the_same(
+    settings: ExportSettings, root: Path, tmp_path: Path, reference: Evaluation
+) -> None:
+    graph = graph_from_checkpoint(root / "samples" / "yolov6n_bccd.pt", settings)
+    built = build_engine(graph, backend="onnxruntime", output=tmp_path / "engine.onnx")
+    assert evaluated(built.path, root).ap == pytest.approx(reference.ap, abs=0.002)
+
+
+def test_a_foreign_detector_whose_category_ids_have_gaps(root: Path, tmp_path: Path) -> None:
+    shared = root.parent / "shared"
+    model = shared / "models" / "yolov6lite_l_320.onnx"
+    if not model.is_file():
+        pytest.skip(f"{model} is not here")
+    built = build_engine(
+        graph_from_onnx(model), backend="onnxruntime", output=tmp_path / "lite.onnx"
+    )
+    with load_engine(built.path) as engine:
+        result = evaluate(
+            engine, load_coco(shared / "data" / "coco256", "val2017"), batch=8, progress=False
+        )
+    assert len(result.per_class) == 80
+    assert result.ap == pytest.approx(0.3476, abs=0.003)

@@ -1,0 +1,143 @@
+"""A detector small enough to know the right answer of: it finds coloured cells of 8 x 8 pixels.
+
+Its input is 64 x 64. Each of the 64 cells is an anchor whose box is the cell; its scores for the
+three classes are the mean of its red, green and blue pixels. On black images with cells painted in
+pure colours it is a perfect detector.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.base import Engine
+from trt_yolov6.engines.manifest import (
+    BatchProfile,
+    Manifest,
+    NmsSettings,
+    OutputLayout,
+    write_manifest,
+)
+from trt_yolov6.files import sha256_file
+
+SIZE, CELL = 64, 8
+GRID = SIZE // CELL
+NAMES = ("red", "green", "blue")
+
+
+def cell_boxes() -> NDArray[np.float32]:
+    """Return float32 (64, 4): the cells' x1, y1, x2, y2, row by row."""
+    rows, columns = np.divmod(np.arange(GRID * GRID), GRID)
+    corners = np.stack([columns, rows, columns + 1, rows + 1], axis=1) * CELL
+    return corners.astype(np.float32)
+
+
+def load_tiny(
+    folder: Path,
+    layout: OutputLayout = "split",
+    batch: int | None = None,
+    uint8: bool = False,
+    nms: NmsSettings | None = None,
+) -> Engine:
+    """Write the detector, with a manifest for `end2end`, and load it as any engine.
+
+    `end2end` finds one box in each image of its batch, of class 1: a cell near the middle.
+    """
+    path = folder / f"tiny_{layout}_{batch}_{uint8}.onnx"
+    onnx.save(_graph(layout, batch, uint8), path)
+    if layout == "end2end":
+        write_manifest(
+            path,
+            Manifest(
+                engine=path.name,
+                model="tiny",
+                class_names=NAMES,
+                image_size=(SIZE, SIZE),
+                batch=BatchProfile(batch or 1, batch or 1, batch or 1),
+                precision="fp32",
+                output_layout=layout,
+                backend="onnxruntime",
+                backend_version="",
+                target="cpu",
+                plan_sha256=sha256_file(path),
+                source="tiny",
+                source_sha256="",
+                nms=nms,
+            ),
+        )
+    return load_engine(path)
+
+
+def _graph(layout: OutputLayout, batch: int | None, uint8: bool) -> onnx.ModelProto:
+    free = batch or "batch"
+    nodes, constants = [], []
+
+    def constant(name: str, value: NDArray[np.generic]) -> str:
+        constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    image = "images"
+    if uint8:
+        nodes += [
+            helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["floats"], ["planes"], perm=[0, 3, 1, 2]),
+            helper.make_node("Div", ["planes", constant("full", np.float32(255))], ["unit"]),
+        ]
+        image = "unit"
+    nodes += [
+        helper.make_node(
+            "AveragePool", [image], ["pooled"], kernel_shape=[CELL, CELL], strides=[CELL, CELL]
+        ),
+        helper.make_node("Reshape", ["pooled", constant("flat", np.array([0, 3, -1]))], ["cells"]),
+        # Zero, (batch, 1, cells): added to constants, it gives them the batch's length.
+        helper.make_node("ReduceMax", ["cells"], ["brightest"], axes=[1]),
+        helper.make_node("Mul", ["brightest", constant("zero", np.float32(0))], ["nothing"]),
+    ]
+    boxes = cell_boxes()
+    outputs: list[tuple[str, list[int | str]]]
+    if layout == "split":
+        nodes += [
+            helper.make_node("Identity", ["cells"], ["scores"]),
+            helper.make_node("Add", ["nothing", constant("grid", boxes.T[None])], ["boxes"]),
+        ]
+        outputs = [("boxes", [free, 4, 64]), ("scores", [free, 3, 64])]
+    elif layout == "rows":
+        centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+        # Objectness 0.5, so that a score is objectness times class.
+        constant_part = np.concatenate([centre, side, np.full((64, 1), 0.5)], axis=1)
+        nodes += [
+            helper.make_node(
+                "Add",
+                ["nothing", constant("grid", constant_part.T[None].astype(np.float32))],
+                ["boxes"],
+            ),
+            helper.make_node("Concat", ["boxes", "cells"], ["columns"], axis=1),
+            helper.make_node("Transpose", ["columns"], ["rows"], perm=[0, 2, 1]),
+        ]
+        outputs = [("rows", [free, 64, 8])]
+    else:
+        found = [[index, 24, 24, 32, 32, 0.5, 1] for index in range(batch or 1)]
+        nodes += [
+            helper.make_node("ReduceMax", ["nothing"], ["least"], keepdims=0),
+            helper.make_node(
+                "Add", ["least", constant("found", np.array(found, np.float32))], ["detections"]
+            ),
+        ]
+        outputs = [("detections", [len(found), 7])]
+    shape = [free, SIZE, SIZE, 3] if uint8 else [free, 3, SIZE, SIZE]
+    kind = TensorProto.UINT8 if uint8 else TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", kind, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in outputs],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    return model

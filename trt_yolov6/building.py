@@ -1,0 +1,388 @@
+"""Checkpoint or ONNX file → engine: plan and manifest, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trt_yolov6.engines import backend as backend_module
+from trt_yolov6.engines import best_backend
+from trt_yolov6.engines.base import BuildSettings, TensorSpec
+from trt_yolov6.engines.layout import (
+    check_input,
+    class_count,
+    guess_output_layout,
+    names_in,
+    nms_in,
+)
+from trt_yolov6.engines.manifest import (
+    BatchProfile,
+    Manifest,
+    NmsSettings,
+    OutputLayout,
+    Precision,
+    choose_manifest_path,
+    write_manifest,
+)
+from trt_yolov6.errors import UserError
+from trt_yolov6.files import atomic_path, check_writable, sha256_bytes, sha256_file
+
+if TYPE_CHECKING:
+    import onnx
+
+    from trt_yolov6.checkpoint import Checkpoint
+    from trt_yolov6.export import ExportSettings
+
+SUFFIXES = {"onnxruntime": ".onnx", "tensorrt": ".trt", "tensorrt-rtx": ".trt"}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX model ready to be built, with what the manifest has to say about it."""
+
+    model: onnx.ModelProto
+    name: str
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    batch: BatchProfile
+    precision: Precision
+    output_layout: OutputLayout
+    nms: NmsSettings | None
+    source: Path
+    calibration: dict[str, Any] | None = None
+    """How an INT8 graph was calibrated; None for others."""
+    float_layers: tuple[str, ...] = ()
+    """Layers of an INT8 graph that were asked to stay in float."""
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What `build_engine` wrote."""
+
+    path: Path
+    manifest_path: Path
+    manifest: Manifest
+    seconds: float
+    """Time the backend took for the plan."""
+    int8_asked: int
+    """Convolutions with INT8 weights in the graph; the manifest says how many the engine has."""
+
+
+def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSettings) -> Graph:
+    """Export a checkpoint: a file, or what `load_checkpoint` made of it.
+
+    Raises:
+        UserError: the file is no YOLOv6 checkpoint this package reads.
+    """
+    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.export import export_onnx
+
+    checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
+    return Graph(
+        model=export_onnx(checkpoint.model, settings, checkpoint.class_names),
+        name=checkpoint.arch.name,
+        class_names=tuple(checkpoint.class_names),
+        image_size=settings.image_size,
+        batch=settings.batch,
+        precision="fp16" if settings.fp16 else "fp32",
+        output_layout=settings.output_layout,
+        nms=settings.nms,
+        source=checkpoint.path,
+    )
+
+
+def graph_from_onnx(
+    path: str | Path,
+    *,
+    batch: BatchProfile | None = None,
+    image_size: tuple[int, int] | None = None,
+    fp16: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> Graph:
+    """Take a detector's ONNX file as it is, made half precision if asked.
+
+    Args:
+        path: a graph with one image input and outputs of a layout in `OutputLayout`.
+        batch: profile of a free batch axis; must agree with a fixed one.
+        image_size: height and width, for graphs that leave them free; must agree with fixed ones.
+        fp16: convert a float32 graph; decoding stays in float32.
+        class_names: in the order of the scores; None takes the file's own, or `class_0` …
+
+    Raises:
+        UserError: the file is no such graph, or disagrees with what was asked.
+    """
+    import onnx
+
+    from trt_yolov6.precision import tail_nodes, to_fp16
+
+    path = Path(path)
+    model = read_onnx(path)
+    inputs = _runtime_inputs(model)
+    if len(inputs) != 1:
+        names = ", ".join(item.name for item in inputs) or "none"
+        raise UserError(
+            f"{path} has the inputs {names}; a detector with one image input is needed."
+        )
+    given = _value_spec(inputs[0], path)
+    spatial = (1, 2) if given.dtype == np.uint8 else (2, 3)
+    if len(given.shape) != 4:
+        raise UserError(
+            f"{path} takes {list(given.shape)}, not a batch of images; a detector is needed."
+        )
+    size = _fixed_size(path, [given.shape[axis] for axis in spatial], image_size)
+    profile = _fixed_batch(path, given.shape[0], batch)
+    dims = inputs[0].type.tensor_type.shape.dim
+    for axis, value in zip(spatial, size, strict=True):
+        dims[axis].dim_value = value
+    check_input(_value_spec(inputs[0], path), path)
+    for output in model.graph.output:
+        if any(not (d.dim_value or d.dim_param) for d in output.type.tensor_type.shape.dim):
+            model = onnx.shape_inference.infer_shapes(model)
+            break
+    outputs = [_value_spec(item, path) for item in model.graph.output]
+    layout = guess_output_layout(outputs, path)
+    precision = _precision_of(model)
+    if precision == "int8" and fp16:
+        raise UserError(
+            f"{path} has Q/DQ nodes, whose precision is decided already; leave --fp16 out."
+        )
+    if fp16 and precision == "fp32":
+        _name_anonymous_nodes(model)
+        model = to_fp16(model, keep_float32=tail_nodes(model))
+        precision = "fp16"
+    metadata = {item.key: item.value for item in model.metadata_props}
+    count = class_count(outputs, layout)
+    labels = names_in(metadata) if class_names is None else tuple(class_names)
+    if labels is None:
+        labels = tuple(f"class_{index}" for index in range(count or 0))
+    elif count is not None and len(labels) != count:
+        raise UserError(
+            f"{len(labels)} class names were given for {path}, which has {count} classes; "
+            "check --names."
+        )
+    return Graph(
+        model=model,
+        name=metadata.get("model") or path.stem,
+        class_names=labels,
+        image_size=size,
+        batch=profile,
+        precision=precision,
+        output_layout=layout,
+        nms=nms_in(metadata) if layout == "end2end" else None,
+        source=path,
+    )
+
+
+def check_build(backend: str, output: str | Path | None, settings: BuildSettings) -> str:
+    """Return the backend that `build_engine` would use, before the graph is exported.
+
+    Raises:
+        UserError: that backend is missing, refuses a setting, or does not write such a file.
+    """
+    name = best_backend() if backend == "auto" else backend
+    backend_module(name).check(settings)
+    suffix = SUFFIXES[name]
+    if output and (Path(output).suffix == ".onnx") != (suffix == ".onnx"):
+        raise UserError(
+            f"--output {output} does not fit the {name} backend; give a name that ends in "
+            f"{suffix}, or another --backend."
+        )
+    if output:
+        check_writable(output)
+        choose_manifest_path(output)
+    return name
+
+
+def build_engine(
+    graph: Graph,
+    *,
+    backend: str = "auto",
+    output: str | Path | None = None,
+    settings: BuildSettings | None = None,
+) -> BuiltEngine:
+    """Build an engine and write plan and manifest.
+
+    Args:
+        graph: from `graph_from_checkpoint` or `graph_from_onnx`.
+        backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto` for the best that builds and
+            runs on this machine.
+        output: path of the plan; None for `engines/<model>.onnx` or `.trt`.
+        settings: target, caches and limits; their batch profile is replaced by the graph's.
+
+    Raises:
+        UserError: the backend is missing, refuses a setting or cannot build the graph.
+    """
+    settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch)
+    name = check_build(backend, output, settings)
+    module = backend_module(name)
+    path = Path(output) if output else Path("engines") / f"{graph.name}{SUFFIXES[name]}"
+    asked = _int8_convolutions(graph.model)
+    said: list[str] = []
+    settings = dataclasses.replace(settings, on_layers=said.append)
+    start = time.perf_counter()
+    plan = module.build(graph.model.SerializeToString(), settings)
+    seconds = time.perf_counter() - start
+    manifest = Manifest(
+        engine=path.name,
+        model=graph.name,
+        class_names=graph.class_names,
+        image_size=graph.image_size,
+        batch=graph.batch,
+        precision=graph.precision,
+        output_layout=graph.output_layout,
+        backend=name,
+        backend_version=module.availability().version or "unknown",
+        target=settings.target or ("any" if name == "onnxruntime" else "this machine's GPU"),
+        plan_sha256=sha256_bytes(plan),
+        source=graph.source.name,
+        source_sha256=sha256_file(graph.source),
+        nms=graph.nms,
+        calibration=graph.calibration,
+        float_layers=graph.float_layers,
+        int8_layers=_int8_layers(graph.model, said) if asked and said else asked or None,
+    )
+    # The manifest first: where it cannot be written, there is no plan either.
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(plan)
+        manifest_path = write_manifest(path, manifest)
+    return BuiltEngine(path, manifest_path, manifest, seconds, asked)
+
+
+def read_onnx(path: str | Path) -> onnx.ModelProto:
+    """Read and check an ONNX file.
+
+    Raises:
+        UserError: the file is missing, empty, cut short or no ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    try:
+        model = onnx.load_from_string(content)
+        onnx.checker.check_model(model)
+    except (DecodeError, onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path} is not a whole ONNX model ({reason}); export or copy it again."
+        ) from error
+    if not model.graph.node:
+        raise UserError(f"{path} is not an ONNX model with any operator; export it again.")
+    return model
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """Read class names from a text file, one a line, or from a COCO annotation file's categories.
+
+    Raises:
+        UserError: the file is missing, empty or neither.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable text file; check --names.") from error
+    if path.suffix == ".json":
+        try:
+            categories = sorted(json.loads(text)["categories"], key=lambda item: item["id"])
+            return tuple(str(item["name"]) for item in categories)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} has no COCO categories; give such a file or one name a line as --names."
+            ) from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise UserError(f"{path} is empty; write one class name a line.")
+    return names
+
+
+def _int8_convolutions(model: onnx.ModelProto) -> int:
+    """Return how many convolutions of a graph have INT8 weights."""
+    nodes = model.graph.node
+    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    layers = (node for node in nodes if node.op_type in ("Conv", "ConvTranspose"))
+    return sum(node.input[1] in dequantized for node in layers)
+
+
+def _int8_layers(model: onnx.ModelProto, said: Sequence[str]) -> int | None:
+    """Return how many convolutions the builder says are in INT8; None if it says nothing."""
+    from trt_yolov6.engines.tensorrt_layers import int8_layers
+    from trt_yolov6.quantization.placement import layer_names
+
+    return len(int8_layers(said[-1], layer_names(model).values())) if said[-1] else None
+
+
+# --- reading foreign graphs ---------------------------------------------------------------------
+
+
+def _runtime_inputs(model: onnx.ModelProto) -> list[Any]:
+    constants = {item.name for item in model.graph.initializer}
+    return [item for item in model.graph.input if item.name not in constants]
+
+
+def _value_spec(value: Any, path: Path) -> TensorSpec:
+    import onnx
+
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or not tensor.elem_type:
+        raise UserError(f"{path} has {value.name!r}, which is no tensor; a detector is needed.")
+    # Some exporters write a free axis as -1 or 0.
+    shape = tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim)
+    return TensorSpec(
+        value.name, shape, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    )
+
+
+def _fixed_size(
+    path: Path, sizes: Sequence[int | None], wanted: tuple[int, int] | None
+) -> tuple[int, int]:
+    if wanted is None:
+        if None in sizes:
+            raise UserError(f"{path} leaves its image size free; fix it with --imgsz.")
+        wanted = (sizes[0] or 0, sizes[1] or 0)
+    elif any(own is not None and own != asked for own, asked in zip(sizes, wanted, strict=True)):
+        raise UserError(
+            f"{path} takes images of {sizes[0]}x{sizes[1]}, not {wanted[0]}x{wanted[1]}; leave "
+            "--imgsz out, or export it anew."
+        )
+    return wanted
+
+
+def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> BatchProfile:
+    if own is None:
+        return wanted or BatchProfile()
+    if wanted and (wanted.min, wanted.max) != (own, own):
+        raise UserError(
+            f"{path} takes batch {own} only; leave --batch and --dynamic out, or export it anew "
+            "with a free batch axis."
+        )
+    return BatchProfile(own, own, own)
+
+
+def _precision_of(model: onnx.ModelProto) -> Precision:
+    import onnx
+
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        return "int8"
+    half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
+    return "fp16" if half else "fp32"
+
+
+def _name_anonymous_nodes(model: onnx.ModelProto) -> None:
+    taken = {node.name for node in model.graph.node}
+    for index, node in enumerate(model.graph.node):
+        if not node.name:
+            node.name = f"{node.op_type}_{index}"
+            while node.name in taken:
+                node.name += "_"
+            taken.add(node.name)

@@ -1,0 +1,1 @@
+"""Images in: decoding, letterbox, COCO-format data sets, batches for an engine."""

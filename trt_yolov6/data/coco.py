@@ -1,0 +1,252 @@
+"""Data sets in COCO format: a folder of images and one JSON file of boxes, checked before use."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.data.images import read_image
+from trt_yolov6.errors import UserError
+from trt_yolov6.files import read_json
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """One image of a data set, of the size its annotations refer to, in pixels."""
+
+    id: int
+    path: Path
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class CocoDataset:
+    """A split of a data set."""
+
+    root: Path
+    split: str
+    annotation_file: Path
+    images: tuple[CocoImage, ...]
+    category_ids: tuple[int, ...]
+    """The file's category ids, ascending; a class index is a place in this list."""
+    class_names: tuple[str, ...]
+    annotations: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
+    """Boxes as pycocotools wants them: id (from 1), image_id, category_id, bbox, area, iscrowd."""
+
+
+def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
+    """Read a split: `annotations/instances_<split>.json`, and `images/<split>/` or `<split>/`.
+
+    Args:
+        root: the data set's folder.
+        split: which part; default: the only one there is, else `val`, else `val2017`.
+
+    Raises:
+        UserError: the folder, the split or an image is missing, or the annotations are malformed.
+    """
+    root = Path(root)
+    split = _choose_split(root, split)
+    file = root / "annotations" / f"instances_{split}.json"
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise _malformed(file, "it is not a JSON object")
+
+    categories = sorted(_records(file, content, "categories", {"id": int, "name": str}), key=_id)
+    if not categories:
+        raise _malformed(file, "it has no categories")
+    _check_unique(file, "category", categories)
+    records = _records(
+        file, content, "images", {"id": int, "file_name": str, "width": int, "height": int}
+    )
+    if not records:
+        raise _malformed(file, "it has no images")
+    _check_unique(file, "image", records)
+    for record in records:
+        if record["width"] < 1 or record["height"] < 1:
+            raise _malformed(file, f"image {record['id']} has no size")
+
+    folder = _image_folder(root, split)
+    images = tuple(
+        CocoImage(record["id"], folder / record["file_name"], record["height"], record["width"])
+        for record in records
+    )
+    missing = [image.path for image in images if not image.path.is_file()]
+    if missing:
+        raise UserError(
+            f"{file} names {len(missing)} image{'s' * (len(missing) > 1)} that "
+            f"{'are' if len(missing) > 1 else 'is'} not in {folder}, the first being "
+            f"{missing[0].name}; add the images or take them out of the file."
+        )
+    return CocoDataset(
+        root=root,
+        split=split,
+        annotation_file=file,
+        images=images,
+        category_ids=tuple(category["id"] for category in categories),
+        class_names=tuple(category["name"] for category in categories),
+        annotations=_boxes(
+            file,
+            content,
+            {image.id for image in images},
+            {category["id"] for category in categories},
+        ),
+    )
+
+
+def read_coco_image(image: CocoImage) -> NDArray[np.uint8]:
+    """Decode an image of a data set in the orientation its boxes refer to.
+
+    A photograph with an EXIF rotation may have been annotated upright or as stored; the recorded
+    size tells which, so the image is turned only if that fits the record.
+
+    Returns:
+        uint8 (height, width, 3) RGB, of the recorded size.
+
+    Raises:
+        UserError: the image is unreadable, or of another size than recorded either way.
+    """
+    recorded = image.height, image.width
+    for as_stored in (False, True):
+        pixels = read_image(image.path, as_stored=as_stored)
+        if pixels.shape[:2] == recorded:
+            return pixels
+        if pixels.shape[1::-1] != recorded:
+            break
+    raise UserError(
+        f"{image.path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but its annotations were "
+        f"made for {image.width}x{image.height}; restore the image or correct the annotation file."
+    )
+
+
+def _choose_split(root: Path, split: str | None) -> str:
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; give the data set's folder as --data.")
+    prefix = "instances_"
+    splits = sorted(
+        path.stem[len(prefix) :] for path in (root / "annotations").glob(f"{prefix}*.json")
+    )
+    if not splits:
+        raise UserError(
+            f"{root} has no annotations/instances_<split>.json; give a data set in COCO layout."
+        )
+    present = ", ".join(splits)
+    if split is not None:
+        if split not in splits:
+            raise UserError(
+                f"{root} has no split {split!r}; give one of these as --split: {present}."
+            )
+        return split
+    if len(splits) == 1:
+        return splits[0]
+    for usual in ("val", "val2017"):
+        if usual in splits:
+            return usual
+    raise UserError(f"{root} has several splits; give one of these as --split: {present}.")
+
+
+def _image_folder(root: Path, split: str) -> Path:
+    for folder in (root / "images" / split, root / split):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"{root} has neither images/{split}/ nor {split}/; put the images of the split there."
+    )
+
+
+def _records(
+    file: Path, content: Mapping[str, Any], key: str, fields: Mapping[str, type]
+) -> list[dict[str, Any]]:
+    """Return the list under `key`, each record checked to have the fields, of their types."""
+    records = content.get(key)
+    if not isinstance(records, list):
+        raise _malformed(file, f"it has no list {key!r}")
+    for number, record in enumerate(records):
+        for field, kind in fields.items():
+            value = record.get(field) if isinstance(record, dict) else None
+            if (
+                not isinstance(value, kind)
+                or isinstance(value, bool)
+                or (isinstance(value, int) and abs(value) >= 2**63)
+            ):
+                raise _malformed(
+                    file, f"entry {number} of {key!r} lacks {field!r} or has a wrong one"
+                )
+    return records
+
+
+def _boxes(
+    file: Path, content: Mapping[str, Any], image_ids: set[int], category_ids: set[int]
+) -> tuple[Mapping[str, Any], ...]:
+    annotations = _records(
+        file, content, "annotations", {"image_id": int, "category_id": int, "bbox": list}
+    )
+    _check_unique(file, "annotation", [entry for entry in annotations if "id" in entry])
+    boxes = []
+    # pycocotools takes id 0 for "no match", so the ids are given anew.
+    for number, entry in enumerate(annotations, start=1):
+        box = entry["bbox"]
+        if (
+            len(box) != 4
+            or not all(_is_finite(value) for value in box)
+            or min(box[2:]) < 0
+            or not _is_finite(box[2] * box[3])
+        ):
+            raise _malformed(file, f"annotation {number} has the box {_short(box)}")
+        if entry["image_id"] not in image_ids:
+            raise _malformed(
+                file, f"annotation {number} is for image {entry['image_id']}, which is not listed"
+            )
+        if entry["category_id"] not in category_ids:
+            raise _malformed(
+                file,
+                f"annotation {number} is of category {entry['category_id']}, which is not listed",
+            )
+        area = entry.get("area")
+        boxes.append(
+            {
+                "id": number,
+                "image_id": entry["image_id"],
+                "category_id": entry["category_id"],
+                "bbox": box,
+                "area": area if _is_finite(area) else box[2] * box[3],
+                "iscrowd": int(bool(entry.get("iscrowd", 0))),
+            }
+        )
+    return tuple(boxes)
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _id(record: Mapping[str, Any]) -> int:
+    number: int = record["id"]
+    return number
+
+
+def _check_unique(file: Path, what: str, records: list[dict[str, Any]]) -> None:
+    counts = Counter(str(record["id"]) for record in records)
+    for number, count in counts.items():
+        if count > 1:
+            raise _malformed(file, f"{what} id {number} occurs {count} times")
+
+
+def _malformed(file: Path, what: str) -> UserError:
+    return UserError(f"{file} is no usable COCO annotation file: {what}; correct it.")

@@ -1,0 +1,133 @@
+"""Image files in, RGB pixels out: the one place that knows bit depths, colour spaces and EXIF."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""The files of a folder that count as images, in lower case."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\x00", b"MM\x00*")
+
+
+def list_images(path: str | Path) -> list[Path]:
+    """Return the images a path stands for: the file itself, or a folder's images sorted by name.
+
+    Only the folder itself is searched, not its subfolders.
+
+    Raises:
+        UserError: the path is missing, or the folder holds no image.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; check the path.")
+    images = sorted(
+        entry
+        for entry in path.iterdir()
+        if entry.suffix.lower() in IMAGE_SUFFIXES
+        and not entry.name.startswith(".")
+        and entry.is_file()
+    )
+    if not images:
+        raise UserError(
+            f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); give the folder the images lie "
+            "in, not one above it."
+        )
+    return images
+
+
+def read_image(
+    source: Path | bytes, name: str | None = None, *, as_stored: bool = False
+) -> NDArray[np.uint8]:
+    """Decode an image to RGB.
+
+    Gray becomes three equal channels, CMYK is converted, palettes are resolved, transparency is
+    dropped, 16-bit samples are scaled by 255/65535, and the picture is turned upright as its EXIF
+    orientation says.
+
+    Args:
+        source: a path, or the content of an image file.
+        name: what to call the image in an error; default: the path.
+        as_stored: ignore the EXIF orientation.
+
+    Returns:
+        uint8 (height, width, 3), RGB, C-contiguous.
+
+    Raises:
+        UserError: the file is missing, empty, cut short or no image.
+    """
+    if isinstance(source, bytes):
+        data, name = source, name or "the image"
+    else:
+        name = name or str(source)
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise UserError(f"{name} cannot be read ({error.strerror}); check the path.") from error
+    if not data:
+        raise UserError(f"{name} is empty (0 bytes); replace or remove it.")
+    if _is_cut_short(data):
+        raise UserError(f"{name} is cut short; copy it again or remove it.")
+
+    flags = cv2.IMREAD_COLOR
+    if data.startswith((_PNG, *_TIFF)):
+        # Left to itself OpenCV drops the low byte, which darkens by up to one level.
+        flags |= cv2.IMREAD_ANYDEPTH
+    if as_stored:
+        flags |= cv2.IMREAD_IGNORE_ORIENTATION
+    quiet_opencv()
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # for one, more pixels than OpenCV's limit
+        image = None
+    if image is None:
+        raise UserError(f"{name} is damaged, cut short or no image; replace or remove it.")
+    if image.dtype == np.uint16:
+        image = cv2.convertScaleAbs(image, alpha=1 / 257)
+    elif image.dtype != np.uint8:
+        raise UserError(
+            f"{name} has {image.dtype} samples, whose range is unknown; convert it to 8 or 16 bits."
+        )
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+
+def _is_cut_short(data: bytes) -> bool:
+    """Tell whether a JPEG or PNG lacks its end.
+
+    OpenCV 4 paints the missing part of a JPEG gray and calls it read.
+    """
+    if data.startswith(_PNG):
+        return b"IEND" not in data[-4096:] and b"IEND" not in data
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    # Walk the segments up to the first scan: a thumbnail among them has an end marker of its own.
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+        elif marker == 0xDA:  # start of scan: its data never holds FF D9
+            return data.find(b"\xff\xd9", position) < 0
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return position + 4 > len(data)
+
+
+@functools.cache
+def quiet_opencv() -> None:
+    """Keep OpenCV's own messages off stderr: a damaged image gets one sentence, ours."""
+    if "OPENCV_LOG_LEVEL" not in os.environ:
+        # OpenCV 4.10 has the first name, OpenCV 5 the second.
+        set_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel
+        set_level(0)

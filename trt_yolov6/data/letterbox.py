@@ -1,0 +1,153 @@
+"""The paper's pre-processing: fit an image into the network's input, gray around it, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.errors import UserError
+
+GRAY = 114
+"""Value of the pixels around the image, in all three channels."""
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Where an image lies inside the network's input. All sizes are (height, width) in pixels."""
+
+    source: tuple[int, int]
+    """Size of the original image."""
+    size: tuple[int, int]
+    """Size of the network's input."""
+    resized: tuple[int, int]
+    """Size of the image inside the input."""
+    scale: float
+    """Factor both sides were resized by, before rounding to whole pixels."""
+    top: int
+    """Gray rows above the image."""
+    left: int
+    """Gray columns left of the image."""
+
+    def to_source(self, boxes: NDArray[np.floating], clip: bool = True) -> NDArray[np.float32]:
+        """Map boxes from the network's input to the original image.
+
+        Each axis uses its own exact ratio, because rounding to whole pixels makes the two differ.
+
+        Args:
+            boxes: (n, 4), x1, y1, x2, y2 in input pixels.
+            clip: cut them off at the borders of the original image, not just where float32 ends.
+
+        Returns:
+            float32 (n, 4), x1, y1, x2, y2 in pixels of the original image.
+        """
+        ratio_y, ratio_x = (
+            original / now for original, now in zip(self.source, self.resized, strict=True)
+        )
+        offset = np.array([self.left, self.top, self.left, self.top])
+        mapped = (boxes - offset) * np.array([ratio_x, ratio_y, ratio_x, ratio_y])
+        limits = np.finfo(np.float32)
+        if clip:
+            mapped = np.clip(mapped, 0, np.array([self.source[1], self.source[0]] * 2))
+        else:
+            mapped = np.clip(mapped, limits.min, limits.max)
+        result: NDArray[np.float32] = mapped.astype(np.float32)
+        return result
+
+
+def fit(source: tuple[int, int], size: tuple[int, int], border: int = 0) -> Letterbox:
+    """Return where an image of size `source` goes in an input of `size`, both (height, width).
+
+    The aspect ratio is kept; the image is enlarged as well as shrunk, and centred; an odd row or
+    column of gray goes below or right.
+
+    Args:
+        source: height and width of the image.
+        size: height and width of the network's input.
+        border: gray pixels that stand on every side at least: the image is resized to fit
+            `size` less twice this. Section 2.4.3 of the paper (arXiv:2209.02976) uses it so that
+            objects at the edge keep the context the network was trained with, as in 634 + 2 x 3.
+    """
+    inner = size[0] - 2 * border, size[1] - 2 * border
+    scale = min(inner[0] / source[0], inner[1] / source[1])
+    # A side of a very long image would round to nothing.
+    height, width = (max(1, round(side * scale)) for side in source)
+    return Letterbox(
+        source=source,
+        size=size,
+        resized=(height, width),
+        scale=scale,
+        top=round((size[0] - height) / 2 - 0.1),
+        left=round((size[1] - width) / 2 - 0.1),
+    )
+
+
+def letterbox(
+    image: NDArray[np.uint8], size: tuple[int, int], border: int = 0
+) -> tuple[NDArray[np.uint8], Letterbox]:
+    """Place an image in the network's input.
+
+    Args:
+        image: uint8 (height, width, 3).
+        size: height and width of the input.
+        border: see `fit`.
+
+    Returns:
+        uint8 (*size, 3), and where the image lies in it.
+    """
+    placed = fit((image.shape[0], image.shape[1]), size, border)
+    height, width = placed.resized
+    if placed.resized != placed.source:
+        smaller = placed.scale < 1
+        interpolation = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+        image = cv2.resize(image, (width, height), interpolation=interpolation).astype(
+            np.uint8, copy=False
+        )
+    if placed.resized == size:
+        return image, placed
+    canvas = np.full((*size, 3), GRAY, np.uint8)
+    canvas[placed.top : placed.top + height, placed.left : placed.left + width] = image
+    return canvas, placed
+
+
+def resolve_border(
+    resize: int | tuple[int, int] | None, border: int | None, image_size: tuple[int, int]
+) -> int:
+    """Return the gray border that a resize target and a border ask for; either implies the other.
+
+    Args:
+        resize: side, or (height, width), that images are resized to fit; None: follows.
+        border: gray pixels on every side; None: follows, 0 without a resize target.
+        image_size: height and width of the network's input.
+
+    Raises:
+        UserError: resize target + 2 x border is not the input size, or nothing is left of it.
+    """
+    height, width = image_size
+    if resize is None:
+        border = border or 0
+        if not 0 <= border < min(image_size) / 2:
+            raise UserError(
+                f"a border of {border} pixels does not fit the engine's input of "
+                f"{height}x{width}; give --border between 0 and {(min(image_size) - 1) // 2}."
+            )
+        return border
+    if isinstance(resize, int):
+        # The side of a square target; on other inputs, the longer side.
+        shrink = max(image_size) - resize
+        resize = height - shrink, width - shrink
+    implied = (height - resize[0]) / 2 if border is None else border
+    fits = all(
+        side > 0 and side + 2 * implied == full
+        for side, full in zip(resize, image_size, strict=True)
+    )
+    if not fits or implied < 0 or implied != int(implied):
+        raise UserError(
+            f"--resize {resize[0]}x{resize[1]} with a border of "
+            f"{border if border is not None else 'equal pixels'} on every side does not make the "
+            f"engine's input of {height}x{width}; give a --resize and a --border so that "
+            "resize + 2 x border is that."
+        )
+    return int(implied)

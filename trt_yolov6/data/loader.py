@@ -1,0 +1,213 @@
+"""Batches for an engine, read and pre-processed ahead of it by a few threads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.data.letterbox import Letterbox, letterbox
+from trt_yolov6.engines.base import TensorSpec
+from trt_yolov6.errors import UserError
+
+Item = TypeVar("Item")
+
+AHEAD = 2
+"""Batches prepared while the engine works on another; bounds the memory the loader takes."""
+
+
+@dataclass(frozen=True)
+class Batch(Generic[Item]):
+    """One batch, ready for an engine, and where it came from."""
+
+    input: NDArray[Any]
+    """What the engine takes; rows beyond the items, if any, are padding."""
+    items: tuple[Item, ...]
+    """The source of each row."""
+    letterboxes: tuple[Letterbox, ...]
+    """Where each image lies in its row."""
+    images: tuple[NDArray[np.uint8], ...]
+    """The original images, if they were asked for; else empty."""
+    failures: tuple[tuple[Item, UserError], ...]
+    """Items left out because they could not be read, and why."""
+    read_seconds: float
+    """Time spent reading and decoding, summed over the threads."""
+    preprocess_seconds: float
+    """Time spent resizing and converting, summed over the threads."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    image: NDArray[np.uint8] | None
+    letterbox: Letterbox
+    read_seconds: float
+    preprocess_seconds: float
+
+
+def default_workers() -> int:
+    """Return how many reader threads pay: one a core, at most eight."""
+    return min(8, os.cpu_count() or 1)
+
+
+def load_batches(
+    items: Iterable[Item],
+    read: Callable[[Item], NDArray[np.uint8]],
+    spec: TensorSpec,
+    *,
+    batch: int,
+    pad_to: int = 1,
+    border: int = 0,
+    workers: int | None = None,
+    keep_images: bool = False,
+    skip_unreadable: bool = False,
+) -> Iterator[Batch[Item]]:
+    """Yield batches in the order of `items`, preparing the next ones meanwhile.
+
+    At most `AHEAD` batches beyond the one in use exist at any time. Closing the iterator early
+    ends its threads.
+
+    Args:
+        items: what to read; taken one batch at a time, in the calling thread.
+        read: turns an item into uint8 (height, width, 3) RGB; called from several threads.
+        spec: the engine's input.
+        batch: images a batch; the last one may have fewer.
+        pad_to: rows a batch has at least; rows without an image are zero.
+        border: gray pixels on every side, see `letterbox.fit`.
+        workers: threads; default: `default_workers()`.
+        keep_images: hand the original images on as well.
+        skip_unreadable: list items whose reading raises UserError in `Batch.failures`, instead of
+            raising it.
+
+    Raises:
+        UserError: a batch takes more memory than there is.
+        Whatever `read` raises, when its batch's turn comes.
+    """
+    source = iter(items)
+    pending: deque[tuple[NDArray[Any], list[Item], list[Future[_Row]]]] = deque()
+    pool = ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="loader")
+
+    def prepare(item: Item, row: NDArray[Any]) -> _Row:
+        start = time.perf_counter()
+        image = read(item)
+        middle = time.perf_counter()
+        size = _image_size(spec)
+        boxed, placed = letterbox(image, size, border)
+        _fill(row, boxed)
+        end = time.perf_counter()
+        return _Row(image if keep_images else None, placed, middle - start, end - middle)
+
+    def submit() -> None:
+        chunk = list(itertools.islice(source, batch))
+        if not chunk:
+            return
+        array = empty_input(spec, max(len(chunk), pad_to))
+        array[len(chunk) :] = 0
+        rows = [pool.submit(prepare, item, array[i]) for i, item in enumerate(chunk)]
+        pending.append((array, chunk, rows))
+
+    try:
+        for _ in range(AHEAD):
+            submit()
+        while pending:
+            array, chunk, futures = pending.popleft()
+            submit()
+            yield _collect(array, chunk, futures, pad_to, skip_unreadable)
+            # Not kept alive while the next batch is waited for.
+            del array, chunk, futures
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def to_input(images: Sequence[NDArray[np.uint8]], spec: TensorSpec) -> NDArray[Any]:
+    """Stack images of the engine's size into the array it takes.
+
+    Args:
+        images: each uint8 (height, width, 3) RGB, of the size `spec` has.
+        spec: the engine's input.
+
+    Returns:
+        float (n, 3, height, width) in 0..1 or uint8 (n, height, width, 3), C-contiguous.
+
+    Raises:
+        UserError: they take more memory than there is.
+    """
+    array = empty_input(spec, len(images))
+    for row, image in zip(array, images, strict=True):
+        _fill(row, image)
+    return array
+
+
+def empty_input(spec: TensorSpec, rows: int) -> NDArray[Any]:
+    """Return an array of the shape and dtype an engine takes, its content undefined.
+
+    Raises:
+        UserError: it takes more memory than there is.
+    """
+    height, width = _image_size(spec)
+    shape = (height, width, 3) if spec.dtype == np.uint8 else (3, height, width)
+    try:
+        return np.empty((rows, *shape), spec.dtype)
+    except (MemoryError, ValueError, OverflowError) as error:  # the last two: beyond any address
+        raise UserError(
+            f"a batch of {rows} images of {height}x{width} does not fit in memory; give a smaller "
+            "--batch."
+        ) from error
+
+
+def _collect(
+    array: NDArray[Any],
+    chunk: list[Item],
+    futures: list[Future[_Row]],
+    pad_to: int,
+    skip_unreadable: bool,
+) -> Batch[Item]:
+    rows: list[_Row] = []
+    good: list[int] = []
+    failures: list[tuple[Item, UserError]] = []
+    for index, future in enumerate(futures):
+        try:
+            rows.append(future.result())
+            good.append(index)
+        except UserError as error:
+            if not skip_unreadable:
+                raise
+            failures.append((chunk[index], error))
+    if failures:
+        kept = array[good]
+        array = np.zeros((max(len(good), pad_to), *array.shape[1:]), array.dtype)
+        array[: len(good)] = kept
+    return Batch(
+        input=array,
+        items=tuple(chunk[index] for index in good),
+        letterboxes=tuple(row.letterbox for row in rows),
+        images=tuple(row.image for row in rows if row.image is not None),
+        failures=tuple(failures),
+        read_seconds=sum(row.read_seconds for row in rows),
+        preprocess_seconds=sum(row.preprocess_seconds for row in rows),
+    )
+
+
+def _image_size(spec: TensorSpec) -> tuple[int, int]:
+    height, width = spec.shape[1:3] if spec.dtype == np.uint8 else spec.shape[2:4]
+    assert height is not None
+    assert width is not None
+    return height, width
+
+
+def _fill(row: NDArray[Any], image: NDArray[np.uint8]) -> None:
+    """Write an image of the input's size into one row of an input array."""
+    if row.dtype == np.uint8:
+        row[...] = image
+        return
+    # Splitting first keeps the conversion to float on contiguous memory: half the time.
+    for plane, channel in zip(row, cv2.split(image), strict=True):
+        np.divide(channel, np.float32(255), out=plane, casting="same_kind")

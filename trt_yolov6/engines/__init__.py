@@ -1,0 +1,146 @@
+"""Inference engines: one file a backend behind one small interface (base.py), and the manifest.
+
+`load_engine` and `backend` are all that other parts of the package need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Protocol
+
+from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
+from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest
+from trt_yolov6.errors import MissingDependencyError, UserError
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Engine",
+    "LoadOptions",
+    "backend",
+    "best_backend",
+    "load_engine",
+    "runs_here",
+]
+
+BACKENDS = {
+    "tensorrt": "trt_yolov6.engines.tensorrt",
+    "tensorrt-rtx": "trt_yolov6.engines.tensorrt_rtx",
+    "onnxruntime": "trt_yolov6.engines.onnxruntime_backend",
+}
+"""Backends by name, the fastest first; imported when needed."""
+
+
+class Backend(Protocol):
+    """What a backend module offers (see base.py)."""
+
+    NAME: str
+
+    def availability(self) -> Availability:
+        """Say what works on this machine; never raises."""
+
+    def check(self, settings: BuildSettings) -> None:
+        """Raise UserError for settings it cannot honour here; quick, so ask before any work."""
+
+    def build(self, model: bytes, settings: BuildSettings) -> bytes:
+        """Turn an ONNX model into a plan."""
+
+    def load(self, path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
+        """Load a plan."""
+
+
+def backend(name: str) -> Backend:
+    """Return a backend's module by its name.
+
+    Raises:
+        UserError: there is no backend of that name.
+    """
+    if name not in BACKENDS:
+        raise UserError(
+            f"--backend {name} is not known; choose one of auto, {', '.join(BACKENDS)}."
+        )
+    return importlib.import_module(BACKENDS[name])
+
+
+def best_backend() -> str:
+    """Return the first backend that both builds and runs on this machine."""
+    for name in BACKENDS:
+        state = backend(name).availability()
+        if state.can_build and state.can_run:
+            return name
+    raise MissingDependencyError(
+        "no backend works on this machine; `pip install onnxruntime` gives the one for CPUs."
+    )
+
+
+def runs_here(path: Path) -> bool:
+    """Return True where an engine file's backend runs on this machine; the file is not loaded."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        return path.suffix == ".onnx"
+    return backend(manifest.backend).availability().can_run
+
+
+def load_engine(
+    path: str | Path, backend_name: str = "auto", options: LoadOptions | None = None
+) -> Engine:
+    """Load an engine file for inference.
+
+    Args:
+        path: a plan that `build` wrote, with its manifest beside it, or any detector's ONNX file.
+        backend_name: a name of `BACKENDS`; `auto` takes the one in the manifest, ONNX Runtime for
+            an `.onnx` file, else the first TensorRT that runs here.
+        options: threads and execution provider.
+
+    Raises:
+        UserError: the file is missing, cut short, replaced, of another version, or needs a backend
+            that does not run here.
+    """
+    path = Path(path)
+    _check_exists(path)
+    if path.suffix == ".pt":
+        raise UserError(
+            f"{path} is a checkpoint, not an engine; build one with `trt-yolov6 build --weights "
+            f"{path}`."
+        )
+    manifest = read_manifest(path)
+    if manifest:
+        check_plan(path, manifest)
+    if backend_name == "auto":
+        backend_name = manifest.backend if manifest else _backend_for(path)
+    elif manifest and manifest.backend != backend_name and path.suffix != ".onnx":
+        raise UserError(
+            f"{path} was built for {manifest.backend}, not {backend_name}; leave --backend out."
+        )
+    return backend(backend_name).load(path, manifest, options or LoadOptions())
+
+
+def _check_exists(path: Path) -> None:
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not an engine; name the file inside it.")
+    others = [
+        other
+        for suffix in (".onnx", ".trt")
+        if suffix != path.suffix and (other := path.with_suffix(suffix)).is_file()
+    ]
+    if others:
+        raise UserError(
+            f"{path} does not exist, but {others[0]} does; use --engine {others[0]}, or build "
+            f"{path.name} with `trt-yolov6 build` on a machine that has TensorRT."
+        )
+    raise UserError(f"{path} does not exist; build it with `trt-yolov6 build`, or check --engine.")
+
+
+def _backend_for(path: Path) -> str:
+    if path.suffix == ".onnx":
+        return "onnxruntime"
+    for name in ("tensorrt", "tensorrt-rtx"):
+        if backend(name).availability().can_run:
+            return name
+    raise MissingDependencyError(
+        f"{path} needs TensorRT and a GPU, and neither TensorRT nor TensorRT-RTX runs here; "
+        "`trt-yolov6 doctor` says what is missing, and an .onnx engine runs on any machine."
+    )

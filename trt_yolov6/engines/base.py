@@ -1,0 +1,190 @@
+"""What every engine and every backend looks like from outside: a few verbs, the same for all.
+
+A backend is a module of this package with four functions and a name:
+
+    NAME: str                                                 as in `--backend`
+    availability() -> Availability                            never raises
+    check(settings) -> None                                   refuses what it cannot honour
+    build(model, settings) -> bytes                           ONNX in, plan out
+    load(path, manifest, options) -> Engine                   plan in, runner out
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.engines.manifest import BatchProfile, Manifest, NmsSettings, OutputLayout
+from trt_yolov6.errors import UserError
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape (None where it varies) and NumPy dtype of an engine's input or output."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """What a backend can do on this machine, for `doctor` and for `--backend auto`."""
+
+    backend: str
+    can_build: bool
+    can_run: bool
+    version: str | None
+    detail: str
+    """One line: the device it would use, or what is missing and how to get it."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How a plan is built. A backend refuses, in a UserError, what it cannot honour."""
+
+    batch: BatchProfile = dataclasses.field(default_factory=BatchProfile)
+    target: str | None = None
+    """Cross-build target such as `t4`; None builds for the device in this machine."""
+    timing_cache: Path | None = None
+    """TensorRT timing cache to read and extend."""
+    workspace_mib: int | None = None
+    """Upper limit of scratch memory in MiB while building and running."""
+    optimization_level: int | None = None
+    """TensorRT builder optimization level, 0..5."""
+    calibration_cache: Path | None = None
+    """TensorRT up to 10: scales for a float32 graph without Q/DQ nodes (implicit quantization)."""
+    implicit_fp16: bool = False
+    """With `calibration_cache`: layers outside INT8 may run in half precision."""
+    progress: bool = True
+    """Show a progress bar while building."""
+    on_layers: Callable[[str], None] | None = None
+    """Called with what the builder says of the engine's layers (see tensorrt_layers)."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How an engine is loaded."""
+
+    threads: int | None = None
+    """CPU threads an ONNX Runtime session uses; None for one a physical core."""
+    provider: str | None = None
+    """ONNX Runtime execution provider: `cpu`, `cuda`, `tensorrt`; None for the best that works."""
+
+
+class Engine(abc.ABC):
+    """A loaded engine. One thread at a time may call it; close it, or use it in a `with` block."""
+
+    path: Path
+    manifest: Manifest | None
+    backend: str
+    backend_version: str
+    device: str
+    """Name of the processor it runs on."""
+    threads: int | None = None
+    """CPU threads it computes with, where they were chosen; None leaves it to the backend."""
+    input: TensorSpec
+    """float32 (batch, 3, height, width) RGB in 0..1, or uint8 (batch, height, width, 3) RGB."""
+    outputs: tuple[TensorSpec, ...]
+    batch: BatchProfile
+    """Batch sizes it takes."""
+    output_layout: OutputLayout
+    class_names: tuple[str, ...]
+    note: str = ""
+    """How the engine computes, where that is not what its precision says."""
+    nms: NmsSettings | None = None
+    """The thresholds of the suppression inside an `end2end` graph, where they are known."""
+
+    @abc.abstractmethod
+    def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Run one batch.
+
+        Args:
+            images: an array of the shape and dtype that `input` says, C-contiguous.
+
+        Returns:
+            One array an output, by name; they stay valid after the next call.
+
+        Raises:
+            UserError: wrong shape or dtype, or a batch size outside the engine's profile.
+        """
+
+    @abc.abstractmethod
+    def resident_run(self, images: NDArray[Any]) -> Callable[[], float]:
+        """Place a batch where the engine reads it and return a function that runs it once.
+
+        Each call of that function runs the engine on the resident input, waits for it to finish and
+        returns the seconds it took: no copy from or to the host is in them.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free what the engine holds; it cannot be used afterwards."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Input height and width in pixels."""
+        shape = self.input.shape
+        height, width = shape[1:3] if self.input.dtype == np.uint8 else shape[2:4]
+        assert height is not None
+        assert width is not None
+        return height, width
+
+    @property
+    def precision(self) -> str:
+        """`fp32`, `fp16` or `int8` as the manifest says; `unknown` without one."""
+        return self.manifest.precision if self.manifest else "unknown"
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_images(engine: Engine, images: NDArray[Any]) -> None:
+    """Raise UserError unless `images` has the shape and dtype the engine takes."""
+    wanted = engine.input
+    batch = images.shape[0] if images.ndim == 4 else 0
+    if (
+        images.dtype != wanted.dtype
+        or images.ndim != 4
+        or any(
+            size is not None and size != given
+            for size, given in zip(wanted.shape[1:], images.shape[1:], strict=True)
+        )
+    ):
+        shape = ["batch", *wanted.shape[1:]]
+        raise UserError(
+            f"{engine.path} takes {wanted.dtype} images of shape {shape}, not {images.dtype} "
+            f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.to_input."
+        )
+    check_batch(engine, batch)
+
+
+def check_batch(engine: Engine, batch: int) -> None:
+    """Raise UserError unless the engine takes this batch size."""
+    profile = engine.batch
+    if not profile.min <= batch <= profile.max:
+        takes = (
+            f"only batch {profile.min}"
+            if profile.is_static
+            else f"batches of {profile.min} to {profile.max}"
+        )
+        raise UserError(
+            f"{engine.path} takes {takes}, not {batch}; give another --batch, or build it again "
+            "with --batch or --dynamic."
+        )

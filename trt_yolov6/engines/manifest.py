@@ -1,0 +1,223 @@
+"""The manifest beside an engine: what it was made from, for what, and how to read its outputs.
+
+The plan itself stays pure, so that `trtexec --loadEngine` reads it. `engines/yolov6n.onnx` and
+`engines/yolov6n.trt` may lie side by side: the first built takes `yolov6n.json`, another gets
+`yolov6n.trt.json` (or `yolov6n.onnx.json`); the field `engine` says which file it describes, so
+an engine that is renamed has to be built again or its manifest's field changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.files import read_json, sha256_file, write_json
+
+SCHEMA_VERSION = 1
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+OutputLayout = Literal["split", "rows", "end2end"]
+"""How the graph gives its detections.
+
+split:   `boxes` (batch, 4, anchors): x1, y1, x2, y2 in input pixels;
+         `scores` (batch, classes, anchors) in 0..1
+rows:    one output (batch, anchors, 5 + classes): cx, cy, w, h in input pixels, objectness, scores
+end2end: `detections` (n, 7): batch index, x1, y1, x2, y2 in input pixels, score, class; NMS done
+"""
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """The batch sizes an engine takes, and the one it is tuned for."""
+
+    min: int = 1
+    opt: int = 32
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UserError(
+                f"the batch profile {self.min},{self.opt},{self.max} is not increasing from 1; "
+                "give MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
+            )
+
+    @property
+    def is_static(self) -> bool:
+        """True when only one batch size is taken."""
+        return self.min == self.max
+
+
+@dataclass(frozen=True)
+class NmsSettings:
+    """Thresholds of the non-maximum suppression, in 0..1, and how many boxes an image keeps."""
+
+    confidence: float = 0.03
+    iou: float = 0.65
+    max_detections: int = 300
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.confidence < 1:
+            raise UserError(f"confidence {self.confidence} is out of range; give --conf in 0..1.")
+        if not 0 < self.iou <= 1:
+            raise UserError(f"IoU threshold {self.iou} is out of range; give --iou in 0..1.")
+        if self.max_detections < 1:
+            raise UserError(
+                f"at most {self.max_detections} detections an image is out of range; "
+                "give at least 1."
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine is. Written as flat JSON; `nms` and `batch` are small objects."""
+
+    engine: str
+    """File name of the engine this describes."""
+    model: str
+    """Name of the network, such as `yolov6n`."""
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    """Input height and width in pixels."""
+    batch: BatchProfile
+    precision: Precision
+    output_layout: OutputLayout
+    backend: str
+    backend_version: str
+    target: str
+    """What it runs on: `cpu`, a GPU's name, or a cross-build target such as `t4`."""
+    plan_sha256: str
+    source: str
+    """File name of the checkpoint or ONNX file it was built from."""
+    source_sha256: str
+    nms: NmsSettings | None = None
+    """The thresholds inside an `end2end` graph; None otherwise."""
+    calibration: dict[str, Any] | None = None
+    float_layers: tuple[str, ...] = ()
+    """Layers of an INT8 graph that stay in float, as asked or chosen."""
+    int8_layers: int | None = None
+    """Convolutions that the engine computes in INT8; None where its builder does not say."""
+    schema: int = SCHEMA_VERSION
+
+
+def manifest_paths(engine_path: str | Path) -> tuple[Path, Path]:
+    """Return where an engine's manifest may lie: `x.json`, or `x.onnx.json` when that is taken."""
+    path = Path(engine_path)
+    return path.with_suffix(".json"), path.with_name(path.name + ".json")
+
+
+def choose_manifest_path(engine_path: str | Path) -> Path:
+    """Return where an engine's manifest is to be written.
+
+    That is `x.json` where it is free, describes this engine, or describes one that is gone; else
+    `x.onnx.json`. What is no manifest is never replaced.
+
+    Raises:
+        UserError: both names are taken by other files.
+    """
+    name = Path(engine_path).name
+    for path in manifest_paths(engine_path):
+        if not path.exists():
+            return path
+        owner = manifest_owner(path)
+        if owner == name or (owner is not None and not (path.parent / owner).exists()):
+            return path
+    raise UserError(
+        f"{path} is in the way of the manifest of {engine_path}; choose another --output."
+    )
+
+
+def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
+    """Write the manifest beside its engine and return the path it was given."""
+    path = choose_manifest_path(engine_path)
+    write_json(path, dataclasses.asdict(manifest))
+    plain, full = manifest_paths(engine_path)
+    if path == plain and manifest_owner(full) == manifest.engine:
+        full.unlink()
+    return path
+
+
+def read_manifest(engine_path: str | Path) -> Manifest | None:
+    """Return the manifest of an engine, or None where none describes it.
+
+    Raises:
+        UserError: the manifest is damaged or of a newer schema.
+    """
+    name = Path(engine_path).name
+    for path in manifest_paths(engine_path):
+        if path.is_file():
+            value = read_json(path)
+            if isinstance(value, dict) and value.get("engine") == name:
+                return _from_json(path, value)
+    return None
+
+
+def check_plan(engine_path: str | Path, manifest: Manifest) -> None:
+    """Raise UserError when the engine file is not the one its manifest describes."""
+    if sha256_file(engine_path) != manifest.plan_sha256:
+        raise UserError(
+            f"{engine_path} is not the file its manifest describes (cut short, or replaced); "
+            "build it again with `trt-yolov6 build`."
+        )
+
+
+def manifest_owner(path: Path) -> str | None:
+    """Return the engine that a file is the manifest of, or None where it is no manifest."""
+    if not path.is_file():
+        return None
+    try:
+        value = read_json(path)
+    except UserError:
+        return None
+    owner = value.get("engine") if isinstance(value, dict) and "plan_sha256" in value else None
+    return owner if isinstance(owner, str) else None
+
+
+def _from_json(path: Path, value: dict[str, Any]) -> Manifest:
+    if value.get("schema") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has manifest schema {value.get('schema')!r}, this version reads "
+            f"{SCHEMA_VERSION}; build the engine again."
+        )
+    try:
+        height, width = value["image_size"]
+        known = {field.name for field in dataclasses.fields(Manifest)}
+        manifest = Manifest(
+            **{
+                **{key: item for key, item in value.items() if key in known},
+                "class_names": tuple(value["class_names"]),
+                "image_size": (int(height), int(width)),
+                "batch": BatchProfile(**value["batch"]),
+                "nms": NmsSettings(**value["nms"]) if value.get("nms") else None,
+                "float_layers": tuple(value.get("float_layers", ())),
+            }
+        )
+        _check_values(manifest, value)
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); build the engine again with "
+            "`trt-yolov6 build`."
+        ) from error
+    return manifest
+
+
+def _check_values(manifest: Manifest, value: dict[str, Any]) -> None:
+    """Raise ValueError for what a dataclass takes but no manifest has."""
+    choices = {
+        "precision": get_args(Precision),
+        "output_layout": get_args(OutputLayout),
+        "backend": ("onnxruntime", "tensorrt", "tensorrt-rtx"),
+    }
+    for name, allowed in choices.items():
+        if getattr(manifest, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
+    texts = ("engine", "model", "backend_version", "target", "plan_sha256", "source")
+    wrong = [name for name in texts if not isinstance(getattr(manifest, name), str)]
+    if not isinstance(value["class_names"], list):
+        wrong.append("class_names")
+    wrong += [name for name in manifest.class_names if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is of the wrong type")

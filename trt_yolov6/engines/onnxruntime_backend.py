@@ -1,0 +1,273 @@
+"""ONNX Runtime: the engine that works everywhere. The plan is the ONNX graph itself.
+
+It runs on the CPU, or on a GPU through the CUDA and TensorRT execution providers where
+`onnxruntime-gpu` is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.engines.base import (
+    Availability,
+    BuildSettings,
+    Engine,
+    LoadOptions,
+    TensorSpec,
+    check_images,
+)
+from trt_yolov6.engines.layout import check_input, class_names_of, guess_output_layout, nms_in
+from trt_yolov6.engines.manifest import BatchProfile, Manifest
+from trt_yolov6.errors import MissingDependencyError, UserError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NAME = "onnxruntime"
+
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+
+# A graph with a free batch axis and no manifest takes any batch.
+_ANY_BATCH = BatchProfile(min=1, opt=1, max=2**31 - 1)
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+
+
+def availability() -> Availability:
+    """Say whether ONNX Runtime is here, which version, and on what it would run."""
+    try:
+        import onnxruntime
+    except Exception as error:  # a broken installation raises more than ImportError
+        return Availability(
+            NAME, False, False, None, f"onnxruntime does not import ({error}); pip install it"
+        )
+    usable = [
+        short for short, full in PROVIDERS.items() if full in onnxruntime.get_available_providers()
+    ]
+    return Availability(
+        NAME, True, True, onnxruntime.__version__, "providers: " + ", ".join(usable)
+    )
+
+
+def check(settings: BuildSettings) -> None:
+    """Raise UserError for a setting that means nothing to ONNX Runtime."""
+    ignored = {
+        "--target": settings.target,
+        "--timing-cache": settings.timing_cache,
+        "--workspace": settings.workspace_mib,
+        "--optimization-level": settings.optimization_level,
+        "--calibration-cache": settings.calibration_cache,
+    }
+    for option, value in ignored.items():
+        if value is not None:
+            raise UserError(
+                f"{option} is for TensorRT engines; leave it out, or give --backend tensorrt or "
+                "tensorrt-rtx."
+            )
+
+
+def build(model: bytes, settings: BuildSettings) -> bytes:
+    """Return the plan of an ONNX model, which for ONNX Runtime is the model itself.
+
+    The graph is not stored optimized: ONNX Runtime's own rewriting depends on the processor it runs
+    on, so it is done when the engine is loaded.
+
+    Raises:
+        UserError: see `check`, or ONNX Runtime refuses the model.
+    """
+    check(settings)
+    _session(model, "the exported ONNX graph", LoadOptions(provider="cpu"))
+    return model
+
+
+def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
+    """Load an ONNX file as an engine.
+
+    Raises:
+        UserError: the file is cut short, no ONNX model, or not a detector this package decodes.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
+    engine = OnnxRuntimeEngine(path, manifest, _session(content, path, options))
+    if _is_quantized(content):
+        engine.note = "Q/DQ computed exactly, in float: the accuracy of INT8, not its speed"
+    return engine
+
+
+class OnnxRuntimeEngine(Engine):
+    """An ONNX Runtime session behind the common interface."""
+
+    backend = NAME
+
+    def __init__(
+        self, path: Path, manifest: Manifest | None, session: onnxruntime.InferenceSession
+    ) -> None:
+        import onnxruntime
+
+        self.path = path
+        self.manifest = manifest
+        self.backend_version = onnxruntime.__version__
+        self._session: onnxruntime.InferenceSession | None = session
+        self.provider: str = session.get_providers()[0]
+        self.device = _device_name(self.provider)
+        self.threads = session.get_session_options().intra_op_num_threads or None
+        inputs = [_spec(item, path) for item in session.get_inputs()]
+        if len(inputs) != 1:
+            listed = ", ".join(f"{item.name} {list(item.shape)}" for item in inputs)
+            raise UserError(
+                f"{path} takes {listed}, not one batch of images; export the detector with a "
+                "single image input."
+            )
+        self.input = inputs[0]
+        self.outputs = tuple(_spec(item, path) for item in session.get_outputs())
+        check_input(self.input, path)
+        metadata = session.get_modelmeta().custom_metadata_map
+        self.output_layout = (
+            manifest.output_layout if manifest else guess_output_layout(self.outputs, path)
+        )
+        self.class_names = class_names_of(self.outputs, self.output_layout, manifest, metadata)
+        if self.output_layout == "end2end":
+            self.nms = manifest.nms if manifest else nms_in(metadata)
+        fixed = self.input.shape[0]
+        if fixed is not None:
+            self.batch = BatchProfile(fixed, fixed, fixed)
+        else:
+            self.batch = manifest.batch if manifest else _ANY_BATCH
+
+    def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        session = self._checked(images)
+        names = [output.name for output in self.outputs]
+        return dict(zip(names, session.run(names, {self.input.name: images}), strict=True))
+
+    def resident_run(self, images: NDArray[Any]) -> Callable[[], float]:
+        import onnxruntime
+
+        session = self._checked(images)
+        device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
+        resident = onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0)
+        binding = session.io_binding()
+        binding.bind_ortvalue_input(self.input.name, resident)
+        for output in self.outputs:
+            binding.bind_output(output.name, device)
+
+        def run() -> float:
+            start = time.perf_counter()
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            return time.perf_counter() - start
+
+        return run
+
+    def close(self) -> None:
+        self._session = None
+
+    def _checked(self, images: NDArray[Any]) -> onnxruntime.InferenceSession:
+        if self._session is None:
+            raise UserError(f"the engine {self.path} is closed; load it again.")
+        check_images(self, images)
+        return self._session
+
+
+def exact_session(model: bytes) -> onnxruntime.InferenceSession:
+    """Open a graph of this package's own making on the CPU, Q/DQ pairs computed exactly."""
+    return _session(model, "the graph", LoadOptions(provider="cpu"))
+
+
+def _session(
+    model: bytes, source: str | Path, options: LoadOptions
+) -> onnxruntime.InferenceSession:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"onnxruntime does not import ({error}); install it with `pip install onnxruntime`."
+        ) from error
+    processors = os.cpu_count() or 1
+    if options.threads is not None and options.threads > 4 * processors:
+        raise UserError(
+            f"--threads {options.threads} is far more than this machine's {processors} processors; "
+            "give fewer."
+        )
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    if _is_quantized(model):
+        # Without VNNI, ONNX Runtime's INT8 convolutions saturate in 16 bits and give other results
+        # than TensorRT. Left as Q/DQ pairs around float operators, the arithmetic is exact.
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    present = onnxruntime.get_available_providers()
+    if options.provider is None:
+        providers = [PROVIDERS[short] for short in ("cuda", "cpu") if PROVIDERS[short] in present]
+    else:
+        wanted = PROVIDERS.get(options.provider)
+        if wanted is None or wanted not in present:
+            raise MissingDependencyError(
+                f"this ONNX Runtime has no {options.provider!r} provider; install "
+                "onnxruntime-gpu, or leave --provider out."
+            )
+        providers = [wanted]
+        if wanted == PROVIDERS["tensorrt"] and PROVIDERS["cuda"] in present:
+            providers.append(PROVIDERS["cuda"])
+    try:
+        session = onnxruntime.InferenceSession(model, settings, providers=providers)
+    except Exception as error:  # its exception classes share no public base
+        raise UserError(
+            f"{source} is not an ONNX model that ONNX Runtime {onnxruntime.__version__} takes "
+            f"({_first_line(error)}); export or build it again."
+        ) from error
+    if options.provider is not None and session.get_providers()[0] != providers[0]:
+        raise MissingDependencyError(
+            f"the {options.provider!r} provider of ONNX Runtime does not start here; "
+            "`trt-yolov6 doctor` says what it needs."
+        )
+    return session
+
+
+def _is_quantized(model: bytes) -> bool:
+    return b"QuantizeLinear" in model
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:300] if text else type(error).__name__
+
+
+def _spec(item: Any, path: Path) -> TensorSpec:
+    dtype = _DTYPES.get(item.type)
+    if dtype is None:
+        raise UserError(
+            f"{path} has a tensor {item.name!r} of type {item.type}, which images and detections "
+            "cannot have; export the detector with float or uint8 input."
+        )
+    shape = tuple(size if isinstance(size, int) and size > 0 else None for size in item.shape)
+    return TensorSpec(item.name, shape, np.dtype(dtype))
+
+
+def _device_name(provider: str) -> str:
+    if provider != PROVIDERS["cpu"]:
+        return "GPU 0 through " + provider
+    from trt_yolov6.environment import cpu_model
+
+    return cpu_model()

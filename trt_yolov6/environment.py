@@ -1,0 +1,294 @@
+"""What this machine is: processor, clocks, GPUs, package versions (for benchmarks and `doctor`).
+
+Nothing here raises: what cannot be found out is None, or left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import trt_yolov6
+
+PACKAGES = (
+    "numpy",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx-graphsurgeon",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "opencv-python-headless",
+    "pycocotools",
+    "tqdm",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "cuda-python",
+)
+"""Distributions this package uses, required and optional."""
+
+# Instruction sets that decide how fast, and for INT8 how exactly, a CPU convolves.
+_INSTRUCTION_SETS = (
+    *("sse4_1", "avx", "avx2", "fma", "f16c"),
+    *("avx512f", "avx512bw", "avx512_bf16", "avx512_fp16"),
+    *("avx_vnni", "avx512_vnni", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
+)
+
+# Bits of NVML's clock event reasons that mean a GPU runs slower than it could.
+_SLOWDOWNS = {
+    0x04: "power limit",
+    0x08: "hardware slowdown",
+    0x20: "software thermal limit",
+    0x40: "hardware thermal limit",
+    0x80: "power brake",
+}
+
+# Names of `nvidia-smi --query-gpu` fields; the older name of the last is known to all drivers.
+_GPU_FIELDS = (
+    "name",
+    "driver_version",
+    "compute_cap",
+    "memory.total",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "clocks.max.mem",
+    "power.limit",
+    "persistence_mode",
+    "clocks_throttle_reasons.active",
+)
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor, as far as this process may use it."""
+
+    model: str
+    architecture: str
+    """Such as `x86_64` or `aarch64`."""
+    cores: int | None
+    """Physical cores this process may run on."""
+    threads: int
+    """Hardware threads this process may run on."""
+    quota: float | None
+    """CPU time a control group (a container) allows, in cores; None where it sets no limit."""
+    instruction_sets: tuple[str, ...]
+    """Those of interest here, in the kernel's spelling; empty where the system does not say."""
+
+
+@dataclass(frozen=True)
+class CpuClock:
+    """Clock of the fastest core when it was read, in MHz, and what governs it."""
+
+    mhz: float | None
+    max_mhz: float | None
+    governor: str | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU, its clocks in MHz when they were read, and its limits."""
+
+    name: str
+    driver: str | None
+    compute_capability: str | None
+    memory_mib: int | None
+    sm_mhz: int | None
+    sm_max_mhz: int | None
+    memory_mhz: int | None
+    memory_max_mhz: int | None
+    power_limit_w: float | None
+    persistence: bool | None
+    slowed_by: tuple[str, ...]
+    """What held the clocks down when they were read; empty when nothing did."""
+
+
+def cpu_model() -> str:
+    """Return the processor's name, as /proc/cpuinfo has it on Linux."""
+    name = _cpuinfo().get("model name")
+    return name[0] if name else platform.processor() or platform.machine()
+
+
+def describe_cpu() -> Cpu:
+    """Return what the processor is and how much of it this process may use."""
+    cpuinfo = _cpuinfo()
+    flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or [""])[0].split())
+    usable = _usable_cpus()
+    siblings = {
+        _read(f"/sys/devices/system/cpu/cpu{index}/topology/thread_siblings_list")
+        for index in usable
+    }
+    return Cpu(
+        model=cpu_model(),
+        architecture=platform.machine(),
+        cores=None if None in siblings or not siblings else len(siblings),
+        threads=len(usable) or os.cpu_count() or 1,
+        quota=_cgroup_quota(_read("/sys/fs/cgroup/cpu.max")),
+        instruction_sets=tuple(name for name in _INSTRUCTION_SETS if name in flags),
+    )
+
+
+def int8_on_cpu(cpu: Cpu) -> str:
+    """Return one line: what this processor's own INT8 instructions do to convolutions."""
+    flags = set(cpu.instruction_sets)
+    if flags & {"avx_vnni", "avx512_vnni", "amx_int8"}:
+        return "has VNNI: products of 8 bits are added in 32 bits, as on TensorRT"
+    if flags & {"asimddp", "i8mm"}:
+        return "has dot products: those of 8 bits are added in 32 bits, as on TensorRT"
+    if flags & {"avx2", "sse4_1"}:
+        return "has no VNNI: products of 8 bits saturate in 16 bits, which can ruin accuracy"
+    return "unknown: the system does not say which instructions this processor has"
+
+
+def read_cpu_clock() -> CpuClock:
+    """Read the fastest core's clock, the highest it may have, and the governor's name."""
+    frequency = "/sys/devices/system/cpu/cpu0/cpufreq/"
+    cores = (_number(value) for value in _cpuinfo().get("cpu MHz", ()))
+    current_khz = _number(_read(frequency + "scaling_cur_freq"))
+    highest_khz = _number(_read(frequency + "cpuinfo_max_freq"))
+    return CpuClock(
+        mhz=max(
+            (mhz for mhz in cores if mhz is not None),
+            default=current_khz / 1000 if current_khz else None,
+        ),
+        max_mhz=highest_khz / 1000 if highest_khz else None,
+        governor=_read(frequency + "scaling_governor"),
+    )
+
+
+def read_gpus(timeout: float = 10.0) -> tuple[Gpu, ...]:
+    """Ask `nvidia-smi`, which comes with every driver, for the GPUs and their present clocks.
+
+    Args:
+        timeout: seconds to wait for its answer.
+
+    Returns:
+        One value a GPU, in its order; empty without a GPU, a driver or an answer.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    command = [program, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return parse_gpus(answer)
+
+
+def parse_gpus(answer: str) -> tuple[Gpu, ...]:
+    """Parse `nvidia-smi`'s comma-separated answer; a field it does not support becomes None."""
+    gpus = []
+    for line in answer.splitlines():
+        values = [value.strip() for value in line.split(",")]
+        if len(values) != len(_GPU_FIELDS):
+            continue
+        name, driver, capability, memory, sm, sm_max, mem, mem_max, power, persistence, reasons = (
+            None if "N/A" in value or "Not Supported" in value else value for value in values
+        )
+        bits = 0
+        with contextlib.suppress(ValueError):
+            bits = int(reasons or "0", 16)
+        gpus.append(
+            Gpu(
+                name=name or "unknown GPU",
+                driver=driver,
+                compute_capability=capability,
+                memory_mib=_integer(memory),
+                sm_mhz=_integer(sm),
+                sm_max_mhz=_integer(sm_max),
+                memory_mhz=_integer(mem),
+                memory_max_mhz=_integer(mem_max),
+                power_limit_w=_number(power),
+                persistence=None if persistence is None else persistence == "Enabled",
+                slowed_by=tuple(text for bit, text in _SLOWDOWNS.items() if bits & bit),
+            )
+        )
+    return tuple(gpus)
+
+
+def system_name() -> str:
+    """Return the operating system and its kernel, such as `Debian GNU/Linux 12, Linux 6.1.0`."""
+    kernel = f"{platform.system()} {platform.release()}"
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {kernel}"
+    except (OSError, KeyError):
+        return kernel
+
+
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+    """Return the installed version of each distribution, or None; nothing is imported."""
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except Exception:  # damaged metadata raises more than PackageNotFoundError
+            versions[name] = None
+    return versions
+
+
+def software_versions() -> dict[str, str]:
+    """Return the versions that belong to a measurement: package, Python, NumPy, system."""
+    return {
+        "trt-yolov6": trt_yolov6.__version__,
+        "python": platform.python_version(),
+        "numpy": package_versions(("numpy",))["numpy"] or "unknown",
+        "os": system_name(),
+    }
+
+
+def _cpuinfo() -> dict[str, list[str]]:
+    """Return /proc/cpuinfo as one list of values a key."""
+    values: dict[str, list[str]] = {}
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            values.setdefault(key.strip(), []).append(value.strip())
+    return values
+
+
+def _usable_cpus() -> list[int]:
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # only Linux has it
+        return list(range(os.cpu_count() or 1))
+
+
+def _cgroup_quota(text: str | None) -> float | None:
+    """Parse a cgroup v2 `cpu.max`: `max 100000` or, for two cores, `200000 100000`."""
+    parts = (text or "").split()
+    if len(parts) != 2:
+        return None
+    allowed, period = _number(parts[0]), _number(parts[1])
+    return allowed / period if allowed and period else None
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _integer(text: str | None) -> int | None:
+    value = _number(text)
+    return None if value is None else round(value)

@@ -1,0 +1,527 @@
+"""Detection on arrays, pictures, folders and videos with any engine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from trt_yolov6.data.images import IMAGE_SUFFIXES, list_images, quiet_opencv, read_image
+from trt_yolov6.data.loader import Batch, load_batches
+from trt_yolov6.detection import Detections, postprocess
+from trt_yolov6.drawing import draw_detections
+from trt_yolov6.engines.base import Engine, check_batch
+from trt_yolov6.engines.manifest import NmsSettings
+from trt_yolov6.errors import UserError
+from trt_yolov6.files import atomic_path, write_bytes
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+DEFAULT_BATCH = 8
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts")
+"""A file with one of these endings, in lower case, is read as a video; any other as a picture."""
+
+DETECTIONS_FILE = "detections.json"
+
+
+@dataclass(frozen=True)
+class Processed(Generic[Item, Result]):
+    """One batch after the engine and the post-processing."""
+
+    batch: Batch[Item]
+    """As loaded, but its input is freed (empty): it is by far the largest part."""
+    result: Result
+    """What `finish` made of it."""
+    inference_seconds: float
+    inference_end: float
+    """When the engine was done with it, by `time.perf_counter`."""
+    postprocess_seconds: float
+    finish_seconds: float
+    """Time `finish` took."""
+
+
+def detect(
+    engine: Engine,
+    images: Sequence[NDArray[np.uint8]],
+    *,
+    nms: NmsSettings | None = None,
+    border: int = 0,
+    batch: int | None = None,
+) -> list[Detections]:
+    """Find objects in images that are already in memory.
+
+    Args:
+        engine: any loaded engine.
+        images: each uint8 (height, width, 3) RGB, of any size.
+        nms: thresholds; default: `NmsSettings()`.
+        border: gray pixels around the image, see `letterbox.fit`.
+        batch: images the engine is given at a time; default: see `choose_batch`.
+
+    Returns:
+        One `Detections` an image, in pixels of that image.
+
+    Raises:
+        UserError: an array is no such image, or the engine cannot do what is asked.
+    """
+
+    def read(index: int) -> NDArray[np.uint8]:
+        image = np.asarray(images[index])
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise UserError(
+                f"image {index} is {image.dtype} {image.shape}; give uint8 arrays of shape "
+                "(height, width, 3), RGB."
+            )
+        return np.ascontiguousarray(image)
+
+    found: list[Detections] = []
+    for step in process(
+        engine,
+        range(len(images)),
+        read,
+        lambda _, detections: detections,
+        nms=nms,
+        border=border,
+        batch=batch,
+    ):
+        found.extend(step.result)
+    return found
+
+
+@dataclass(frozen=True)
+class InferenceSummary:
+    """What `infer_source` did."""
+
+    detections_file: Path
+    outputs: tuple[Path, ...]
+    """The annotated pictures, or the one annotated video."""
+    images: int
+    """Pictures or frames that were processed."""
+    objects: int
+    failures: tuple[tuple[Path, str], ...]
+    """Files that were left out because they could not be read, each with why, as one sentence."""
+    warnings: tuple[str, ...]
+    """What is odd about files that were processed, such as a video that ends early: sentences."""
+    inference_seconds: float
+    wall_seconds: float
+
+
+def infer_source(
+    engine: Engine,
+    source: str | Path,
+    output: str | Path,
+    *,
+    nms: NmsSettings | None = None,
+    border: int = 0,
+    batch: int | None = None,
+    progress: bool = True,
+) -> InferenceSummary:
+    """Find objects in a picture, a folder of pictures or a video, and draw them.
+
+    Writes annotated pictures under their own names (or `<stem>.mp4`, without sound) and
+    `detections.json`: a list with `file`, `width`, `height` and `detections` of each picture,
+    or of each frame with `frame` (from 0) and `seconds` besides. A detection has `box`
+    ([x1, y1, x2, y2] in pixels of the original), `score`, `class` and `name`. A picture of a type
+    that is not written, such as PPM, becomes `<name>.jpg`.
+
+    Args:
+        engine: any loaded engine.
+        source: an image or video file, or a folder of images.
+        output: the folder to write to; made if missing, not the one the source lies in.
+        nms, border, batch: as in `detect`.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
+            unreadable picture among others in a folder is listed in the summary instead.
+    """
+    source, output = Path(source), Path(output)
+    if source.suffix.lower() in VIDEO_SUFFIXES and not source.is_dir():
+        work = _infer_video
+    else:
+        work = _infer_images
+    folder = source if source.is_dir() else source.parent
+    if output.resolve() == folder.resolve():
+        raise UserError(f"{output} is where the source lies; give another folder as --output.")
+    return work(engine, source, output, nms=nms, border=border, batch=batch, progress=progress)
+
+
+def _infer_images(
+    engine: Engine, source: Path, output: Path, *, progress: bool, **options: Any
+) -> InferenceSummary:
+    start = time.perf_counter()
+    paths = list_images(source)
+    outputs: list[Path] = []
+    failures: list[tuple[Path, str]] = []
+    seconds = 0.0
+
+    def finish(batch: Batch[Path], found: list[Detections]) -> list[Path]:
+        written = []
+        for path, image, detections in zip(batch.items, batch.images, found, strict=True):
+            drawn = draw_detections(image, detections, engine.class_names)
+            known = path.suffix.lower() in IMAGE_SUFFIXES
+            written.append(output / (path.name if known else path.name + ".jpg"))
+            _, encoded = cv2.imencode(
+                written[-1].suffix.lower(), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
+            )
+            write_bytes(written[-1], encoded.tobytes())
+            height, width = image.shape[:2]
+            entry = {"file": path.name, "width": width, "height": height}
+            records.add({**entry, "detections": _to_json(detections, engine.class_names)})
+        return written
+
+    with (
+        _open_records(output / DETECTIONS_FILE) as records,
+        tqdm(
+            total=len(paths), desc="infer", unit="image", disable=None if progress else True
+        ) as bar,
+    ):
+        for step in process(
+            engine,
+            paths,
+            read_image,
+            finish,
+            keep_images=True,
+            skip_unreadable=source.is_dir(),
+            **options,
+        ):
+            outputs.extend(step.result)
+            failures.extend((path, str(error)) for path, error in step.batch.failures)
+            seconds += step.inference_seconds
+            bar.update(len(step.batch.items) + len(step.batch.failures))
+        if not outputs:
+            raise UserError(
+                f"no image in {source} could be read; the first problem: {failures[0][1]}"
+            )
+    return InferenceSummary(
+        detections_file=records.path,
+        outputs=tuple(outputs),
+        images=records.count,
+        objects=records.objects,
+        failures=tuple(failures),
+        warnings=(),
+        inference_seconds=seconds,
+        wall_seconds=time.perf_counter() - start,
+    )
+
+
+def _infer_video(
+    engine: Engine, source: Path, output: Path, *, progress: bool, **options: Any
+) -> InferenceSummary:
+    start = time.perf_counter()
+    capture = _open_video(source)
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    if not (math.isfinite(fps) and 0 < fps <= 1000):
+        fps = 25.0
+    announced = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    target = output / f"{source.stem}.mp4"
+    seconds = 0.0
+    with atomic_path(target) as temporary, _open_records(output / DETECTIONS_FILE) as records:
+        writer = cv2.VideoWriter()
+
+        def finish(batch: Batch[NDArray[np.uint8]], found: list[Detections]) -> None:
+            for frame, detections in zip(batch.items, found, strict=True):
+                height, width = frame.shape[:2]
+                if not writer.isOpened() and not writer.open(
+                    str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height)
+                ):
+                    raise UserError(
+                        f"{target} cannot be encoded by this OpenCV; install "
+                        "opencv-python-headless with its FFmpeg."
+                    )
+                drawn = draw_detections(frame, detections, engine.class_names)
+                writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+                records.add(
+                    {
+                        "file": source.name,
+                        "frame": records.count,
+                        "seconds": round(records.count / fps, 3),
+                        "width": width,
+                        "height": height,
+                        "detections": _to_json(detections, engine.class_names),
+                    }
+                )
+
+        try:
+            with tqdm(
+                total=announced or None,
+                desc="infer",
+                unit="frame",
+                disable=None if progress else True,
+            ) as bar:
+                # Frames can only be decoded in order, so the caller's thread does it and the
+                # loader's threads just resize them.
+                for step in process(engine, _frames(capture), _unchanged, finish, **options):
+                    seconds += step.inference_seconds
+                    bar.update(len(step.batch.items))
+        finally:
+            writer.release()
+            capture.release()
+        if not records.count:
+            raise UserError(f"{source} holds no frame that can be decoded; replace it.")
+        if not _is_whole(temporary, records.count):
+            raise UserError(
+                f"{target} could not be written in whole; free the disk or give another --output."
+            )
+    warnings = []
+    # The count in the header is an estimate in some formats, though a close one.
+    if records.count < 0.9 * announced:
+        warnings.append(
+            f"{source} ends after {records.count} of the {announced} frames it announces; they "
+            "were processed, the rest is missing or damaged."
+        )
+    return InferenceSummary(
+        detections_file=records.path,
+        outputs=(target,),
+        images=records.count,
+        objects=records.objects,
+        failures=(),
+        warnings=tuple(warnings),
+        inference_seconds=seconds,
+        wall_seconds=time.perf_counter() - start,
+    )
+
+
+class _Records:
+    """A list in a JSON file, written entry by entry: a long video's would not fit in memory."""
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        self.path = path
+        self.count = 0
+        self.objects = 0
+        self._stack = stack
+        self._file: BinaryIO | None = None
+
+    def add(self, record: dict[str, Any]) -> None:
+        # Opened late: where nothing was readable, not even the folder is made.
+        if self._file is None:
+            temporary = self._stack.enter_context(atomic_path(self.path))
+            self._file = temporary.open("wb")
+            self._stack.callback(self._discard)
+        text = textwrap.indent(json.dumps(record, indent=2), "  ")
+        self._file.write(((",\n" if self.count else "[\n") + text).encode())
+        self.count += 1
+        self.objects += len(record["detections"])
+
+    def end(self) -> None:
+        if self._file is not None:
+            self._file.write(b"\n]\n")
+            self._file.close()
+
+    def _discard(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # another is being raised already
+                self._file.close()
+
+
+@contextlib.contextmanager
+def _open_records(path: Path) -> Iterator[_Records]:
+    """Yield records of `path`, which appears when the block ends well.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        records = _Records(path, stack)
+        yield records
+        records.end()
+
+
+def _is_whole(video: Path, frames: int) -> bool:
+    """Tell whether a written video has all its frames.
+
+    OpenCV's writer reports no error. A full disk is seen here: an MP4's table of frames comes last,
+    and FFmpeg writes nothing more after a first failure.
+    """
+    capture = cv2.VideoCapture(str(video))
+    try:
+        return (
+            capture.isOpened()
+            and round(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == frames
+            and capture.set(cv2.CAP_PROP_POS_FRAMES, frames - 1)
+            and capture.read()[0]
+        )
+    finally:
+        capture.release()
+
+
+def _to_json(detections: Detections, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "box": [round(value, 2) for value in box],
+            "score": round(score, 4),
+            "class": label,
+            "name": class_names[label] if label < len(class_names) else str(label),
+        }
+        for box, score, label in zip(
+            detections.boxes.tolist(),
+            detections.scores.tolist(),
+            detections.classes.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _open_video(source: Path) -> cv2.VideoCapture:
+    if not source.is_file():
+        raise UserError(f"{source} does not exist; check the path.")
+    quiet_opencv()
+    # FFmpeg prints by itself; a damaged file gets one sentence, ours.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    capture = cv2.VideoCapture(str(source))
+    if not capture.isOpened():
+        raise UserError(f"{source} is damaged or no video; replace it.")
+    return capture
+
+
+def _frames(capture: cv2.VideoCapture) -> Iterator[NDArray[np.uint8]]:
+    while True:
+        there, frame = capture.read()
+        if not there:
+            return
+        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+
+def _unchanged(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return frame
+
+
+def process(
+    engine: Engine,
+    items: Iterable[Item],
+    read: Callable[[Item], NDArray[np.uint8]],
+    finish: Callable[[Batch[Item], list[Detections]], Result],
+    *,
+    nms: NmsSettings | None = None,
+    border: int = 0,
+    batch: int | None = None,
+    workers: int | None = None,
+    keep_images: bool = False,
+    skip_unreadable: bool = False,
+    clip: bool = True,
+) -> Iterator[Processed[Item, Result]]:
+    """Run an engine over a stream of images, everything but the engine in other threads.
+
+    Images are read and pre-processed ahead of the engine and its outputs post-processed behind
+    it, so that the engine, which only the calling thread uses, waits as little as possible.
+
+    Args:
+        engine: any loaded engine.
+        items: what to read, in order.
+        read: turns an item into uint8 (height, width, 3) RGB; called from several threads.
+        finish: makes a result of a batch and its detections; called in one other thread, in order.
+        nms, border, batch: as in `detect`.
+        workers, keep_images, skip_unreadable: as in `load_batches`.
+        clip: as in `postprocess`.
+
+    Raises:
+        UserError: the engine cannot do what is asked, or what `read` and `finish` raise.
+    """
+    nms = nms or NmsSettings()
+    check_thresholds(engine, nms)
+    size = choose_batch(engine, batch)
+    batches = load_batches(
+        items,
+        read,
+        engine.input,
+        batch=size,
+        pad_to=engine.batch.min,
+        border=border,
+        workers=workers,
+        keep_images=keep_images,
+        skip_unreadable=skip_unreadable,
+    )
+
+    def conclude(
+        loaded: Batch[Item], outputs: dict[str, NDArray[np.generic]]
+    ) -> tuple[Result, float, float]:
+        start = time.perf_counter()
+        found: list[Detections] = []
+        if loaded.items:  # none when all of a batch were unreadable
+            found = postprocess(outputs, engine.output_layout, nms, loaded.letterboxes, clip=clip)
+        middle = time.perf_counter()
+        result = finish(loaded, found)
+        return result, middle - start, time.perf_counter() - middle
+
+    pending: deque[tuple[Batch[Item], float, float, Future[tuple[Result, float, float]]]] = deque()
+
+    def oldest() -> Processed[Item, Result]:
+        loaded, seconds, end, future = pending.popleft()
+        result, postprocess_seconds, finish_seconds = future.result()
+        return Processed(loaded, result, seconds, end, postprocess_seconds, finish_seconds)
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
+    try:
+        for loaded in batches:
+            outputs: dict[str, NDArray[np.generic]] = {}
+            start = time.perf_counter()
+            if loaded.items:
+                outputs = engine.infer(loaded.input)
+            end = time.perf_counter()
+            loaded = dataclasses.replace(loaded, input=np.empty(0, loaded.input.dtype))
+            pending.append((loaded, end - start, end, pool.submit(conclude, loaded, outputs)))
+            if len(pending) > 1:
+                yield oldest()
+        while pending:
+            yield oldest()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        batches.close()  # type: ignore[attr-defined]
+
+
+def choose_batch(engine: Engine, batch: int | None) -> int:
+    """Return how many images to give the engine at a time.
+
+    Default: the only batch size of a static engine; on others eight, or the nearest they take.
+
+    Raises:
+        UserError: the engine does not take that many.
+    """
+    profile = engine.batch
+    if batch is None:
+        return min(max(DEFAULT_BATCH, profile.min), profile.max)
+    check_batch(engine, batch)
+    return batch
+
+
+def check_thresholds(engine: Engine, nms: NmsSettings) -> None:
+    """Refuse thresholds that an `end2end` engine has already decided otherwise.
+
+    Raises:
+        UserError: the engine's built-in suppression dropped what is asked for, used another IoU, or
+            keeps fewer boxes.
+    """
+    inside = engine.nms
+    if engine.output_layout != "end2end" or inside is None:
+        return
+    if nms.confidence < inside.confidence:
+        raise UserError(
+            f"{engine.path} drops scores below {inside.confidence} itself; give --conf "
+            f"{inside.confidence} or more, or build it with another threshold."
+        )
+    if nms.iou != inside.iou:
+        raise UserError(
+            f"{engine.path} suppresses at IoU {inside.iou} itself; give --iou {inside.iou} or "
+            "build it with another threshold."
+        )
+    if nms.max_detections > inside.max_detections:
+        raise UserError(
+            f"{engine.path} keeps at most {inside.max_detections} boxes itself; give "
+            f"--max-detections {inside.max_detections} or fewer, or build it without --end2end."
+        )

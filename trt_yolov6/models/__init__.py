@@ -1,0 +1,21 @@
+"""The paper's network (YOLOv6 v0.1 to v0.2.1): variants, training form, fused form, size."""
+
+from __future__ import annotations
+
+from trt_yolov6.models.complexity import count_flops, count_parameters
+from trt_yolov6.models.fusion import fuse, is_fused
+from trt_yolov6.models.network import YOLOv6, build_model
+from trt_yolov6.models.variants import STRIDES, VARIANTS, Architecture, architecture
+
+__all__ = [
+    "STRIDES",
+    "VARIANTS",
+    "Architecture",
+    "YOLOv6",
+    "architecture",
+    "build_model",
+    "count_flops",
+    "count_parameters",
+    "fuse",
+    "is_fused",
+]

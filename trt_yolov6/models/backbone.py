@@ -1,0 +1,47 @@
+"""EfficientRep (paper, Section 2.1): a stem and four stages, each halving the resolution."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trt_yolov6.models.blocks import SPPF, basic_block, stack
+from trt_yolov6.models.variants import Architecture
+
+
+class Stage(nn.Module):
+    """A block of stride 2, then a RepBlock or a CSPStackRep block."""
+
+    def __init__(
+        self, arch: Architecture, in_channels: int, out_channels: int, repeats: int
+    ) -> None:
+        super().__init__()
+        self.downsample = basic_block(arch, in_channels, out_channels, stride=2)
+        self.body = stack(arch, out_channels, out_channels, repeats)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h/2, w/2)."""
+        out: Tensor = self.body(self.downsample(x))
+        return out
+
+
+class EfficientRep(nn.Module):
+    """The backbone. CSPBepBackbone of M and L is the same with CSPStackRep blocks."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        channels = arch.stage_channels
+        self.stem = basic_block(arch, arch.input_channels, channels[0], stride=2)
+        self.stages = nn.ModuleList(
+            Stage(arch, channels[index], channels[index + 1], repeats)
+            for index, repeats in enumerate(arch.stage_repeats)
+        )
+        self.sppf = SPPF(channels[4], arch.activation)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map images (batch, 3, h, w) to features at strides 8, 16 and 32."""
+        features = []
+        x = self.stem(images)
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features[1], features[2], self.sppf(features[3])

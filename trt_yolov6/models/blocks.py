@@ -1,0 +1,167 @@
+"""The blocks the network is made of, in training form and in fused form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trt_yolov6.models.variants import ActivationName, Architecture
+
+BN_EPS = 1e-3
+BN_MOMENTUM = 0.03
+
+
+def activation(name: ActivationName) -> nn.Module:
+    """Return a new activation layer."""
+    return nn.ReLU(inplace=True) if name == "relu" else nn.SiLU(inplace=True)
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Return a batch normalization with the paper's constants."""
+    return nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+
+
+class ConvBN(nn.Module):
+    """Convolution, batch normalization, activation (or none): same-padded."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        act: ActivationName | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias
+        )
+        self.bn = batch_norm(out_channels)
+        self.act = nn.Identity() if act is None else activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h/stride, w/stride)."""
+        out: Tensor = self.act(self.bn(self.conv(x)))
+        return out
+
+
+class ConvAct(nn.Module):
+    """The fused form of `ConvBN` and `RepConv`: one convolution with bias, then the activation."""
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h/stride, w/stride)."""
+        out: Tensor = self.act(self.conv(x))
+        return out
+
+
+class RepConv(nn.Module):
+    """RepVGG's block: 3x3, 1x1 and, where shapes allow, identity branches; summed, activated."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, act: ActivationName = "relu"
+    ) -> None:
+        super().__init__()
+        self.dense = ConvBN(in_channels, out_channels, 3, stride)
+        self.pointwise = ConvBN(in_channels, out_channels, 1, stride)
+        has_identity = in_channels == out_channels and stride == 1
+        self.identity = batch_norm(in_channels) if has_identity else None
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h/stride, w/stride)."""
+        total = self.dense(x) + self.pointwise(x)
+        if self.identity is not None:
+            total = total + self.identity(x)
+        out: Tensor = self.act(total)
+        return out
+
+
+def basic_block(
+    arch: Architecture, in_channels: int, out_channels: int, stride: int = 1
+) -> RepConv | ConvBN:
+    """Return the 3x3 block this architecture is built of."""
+    if arch.block == "repvgg":
+        return RepConv(in_channels, out_channels, stride, arch.activation)
+    # The authors' plain convolutions in L carry a bias although batch normalization follows. The
+    # branch-free S that RepOptimizer trains has none.
+    return ConvBN(
+        in_channels,
+        out_channels,
+        3,
+        stride,
+        arch.activation,
+        bias=arch.csp_ratio is not None,
+    )
+
+
+class BottleRep(nn.Module):
+    """Two blocks with a shortcut whose weight `alpha` is learned."""
+
+    def __init__(self, arch: Architecture, channels: int) -> None:
+        super().__init__()
+        self.first = basic_block(arch, channels, channels)
+        self.second = basic_block(arch, channels, channels)
+        self.alpha = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, channels, h, w) to the same shape."""
+        out: Tensor = self.second(self.first(x)) + self.alpha * x
+        return out
+
+
+class CSPStack(nn.Module):
+    """CSPStackRep (paper, Figure 3c): a stack of `BottleRep` beside a 1x1 path, then merged."""
+
+    def __init__(
+        self, arch: Architecture, in_channels: int, out_channels: int, repeats: int
+    ) -> None:
+        super().__init__()
+        assert arch.csp_ratio is not None
+        # A ratio such as 2/3 may fall a hair short of the whole number that it stands for.
+        hidden = int(out_channels * arch.csp_ratio + 1e-6)
+        self.main = ConvBN(in_channels, hidden, 1, act=arch.activation)
+        self.side = ConvBN(in_channels, hidden, 1, act=arch.activation)
+        self.bottlenecks = nn.Sequential(*(BottleRep(arch, hidden) for _ in range(repeats)))
+        self.merge = ConvBN(2 * hidden, out_channels, 1, act=arch.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h, w)."""
+        branches = (self.bottlenecks(self.main(x)), self.side(x))
+        out: Tensor = self.merge(torch.cat(branches, dim=1))
+        return out
+
+
+def stack(arch: Architecture, in_channels: int, out_channels: int, repeats: int) -> nn.Module:
+    """Return the body of a stage: a RepBlock (a plain chain of blocks) or a CSPStackRep block."""
+    if arch.csp_ratio is not None:
+        return CSPStack(arch, in_channels, out_channels, repeats)
+    return nn.Sequential(
+        *(
+            basic_block(arch, in_channels if index == 0 else out_channels, out_channels)
+            for index in range(repeats)
+        )
+    )
+
+
+class SPPF(nn.Module):
+    """Spatial pyramid pooling: three chained 5x5 poolings between two 1x1 convolutions."""
+
+    def __init__(self, channels: int, act: ActivationName) -> None:
+        super().__init__()
+        self.reduce = ConvBN(channels, channels // 2, 1, act=act)
+        self.pool = nn.MaxPool2d(5, stride=1, padding=2)
+        self.merge = ConvBN(2 * channels, channels, 1, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, channels, h, w) to the same shape."""
+        levels = [self.reduce(x)]
+        for _ in range(3):
+            levels.append(self.pool(levels[-1]))
+        out: Tensor = self.merge(torch.cat(levels, dim=1))
+        return out

@@ -1,0 +1,92 @@
+"""Re-parameterization: batch normalization and parallel branches folded into one convolution."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trt_yolov6.models.blocks import ConvAct, ConvBN, RepConv
+from trt_yolov6.models.network import YOLOv6
+
+
+def fuse(model: YOLOv6) -> YOLOv6:
+    """Return a deploy form of `model`: the same function with one convolution a block.
+
+    The result is in eval mode and shares nothing with `model`, which stays as it is. Blocks that
+    are fused already are kept.
+    """
+    fused = copy.deepcopy(model).eval()
+    _fuse_children(fused)
+    return fused
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Return True when no batch normalization is left."""
+    return not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def _fuse_children(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, ConvBN):
+            setattr(module, name, fuse_conv_bn(child))
+        elif isinstance(child, RepConv):
+            setattr(module, name, fuse_rep_conv(child))
+        else:
+            _fuse_children(child)
+
+
+def fuse_conv_bn(block: ConvBN) -> ConvAct:
+    """Fold the batch normalization of a block into its convolution."""
+    kernel, bias = _folded(block.conv.weight, block.conv.bias, block.bn)
+    return _conv_act(block.conv, kernel, bias, block.act)
+
+
+def fuse_rep_conv(block: RepConv) -> ConvAct:
+    """Fold the three branches of a block into one 3x3 convolution."""
+    dense = block.dense.conv
+    kernel, bias = _folded(dense.weight, dense.bias, block.dense.bn)
+    pointwise = block.pointwise.conv
+    kernel_1x1, bias_1x1 = _folded(pointwise.weight, pointwise.bias, block.pointwise.bn)
+    kernel = kernel + F.pad(kernel_1x1, (1, 1, 1, 1))
+    bias = bias + bias_1x1
+    if block.identity is not None:
+        channels = dense.weight.shape[0]
+        unit = torch.eye(channels, dtype=torch.float64, device=kernel.device)
+        kernel_identity, bias_identity = _folded(unit[:, :, None, None], None, block.identity)
+        kernel = kernel + F.pad(kernel_identity, (1, 1, 1, 1))
+        bias = bias + bias_identity
+    return _conv_act(dense, kernel, bias, block.act)
+
+
+def _folded(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return kernel and bias of "convolve, then normalize", in float64: branches add up exactly."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    deviation = (bn.running_var.double() + bn.eps).sqrt()
+    scale = bn.weight.detach().double() / deviation
+    shift = bn.bias.detach().double() - bn.running_mean.double() * scale
+    if bias is not None:
+        shift = shift + bias.detach().double() * scale
+    return weight.detach().double() * scale[:, None, None, None], shift
+
+
+def _conv_act(like: nn.Conv2d, kernel: Tensor, bias: Tensor, act: nn.Module) -> ConvAct:
+    """Build the fused block with the stride, padding, dtype and device of `like`."""
+    out_channels, in_channels, height, _ = kernel.shape
+    conv = nn.Conv2d(
+        in_channels,
+        out_channels,
+        height,
+        like.stride[0],
+        height // 2,
+        dtype=like.weight.dtype,
+        device=like.weight.device,
+    )
+    assert conv.bias is not None
+    with torch.no_grad():
+        conv.weight.copy_(kernel)
+        conv.bias.copy_(bias)
+    return ConvAct(conv, act).eval()

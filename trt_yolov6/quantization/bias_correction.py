@@ -1,0 +1,106 @@
+"""Bias correction: take from each INT8 convolution the mean error that its rounding adds.
+
+Rounded weights are off by a constant, so a layer's outputs are off in the mean wherever its inputs'
+mean is not zero, as behind a ReLU (Nagel et al. 2019, "Data-free quantization through weight
+equalization and bias correction", section 4.2). A bias can take that back.
+
+Correcting layer by layer, each behind the corrected ones before it, needs a pass over the images
+for every layer. Correcting all by what one pass shows counts an early error in each later layer.
+So the part that comes from the inputs is subtracted first: with the means of a layer's input in the
+float network and in the quantized one,
+
+    own error(o) = mean of quantized output - mean of float output
+                   - Σ_i (mean of quantized input i - mean of float input i) · Σ W_oi
+
+and one pass over each of the two networks serves all layers. (At zero-padded borders the last sum
+has fewer terms; what that misses is second-order.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from trt_yolov6.quantization.channels import constants_of
+from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.integer_layers import IntegerLayer, integer_layers, shift_bias
+
+
+def correct_biases(
+    float_model: onnx.ModelProto, quantized_model: onnx.ModelProto, images: Sequence[NDArray[Any]]
+) -> onnx.ModelProto:
+    """Return the Q/DQ graph with its INT8 convolutions' biases corrected.
+
+    Args:
+        float_model: the float32 graph that was quantized, after equalization.
+        quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
+        images: a few dozen inputs of the graph; the sample needs no more than 8.
+
+    Raises:
+        UserError: there are no images, or they make a tensor NaN or infinite.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(quantized_model)
+    constants = constants_of(float_model)
+    floats = {node.output[0]: node for node in float_model.graph.node}
+    layers = [
+        layer
+        for layer in integer_layers(result)
+        if layer.output in floats and floats[layer.output].input[1] in constants
+    ]
+    before = _means(float_model, images, [floats[item.output].input[0] for item in layers], layers)
+    after = _means(quantized_model, images, [item.input for item in layers], layers)
+    for layer in layers:
+        node = floats[layer.output]
+        weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float64)
+        groups = next((item.i for item in node.attribute if item.name == "group"), 1)
+        from_input = _mean_response(
+            weight, after[layer.input] - before[node.input[0]], groups, _taps(node)
+        )
+        error = after[layer.output] - before[layer.output] - from_input
+        shift_bias(result, layer, -error)
+    return result
+
+
+def _means(
+    model: onnx.ModelProto,
+    images: Sequence[NDArray[Any]],
+    inputs: Sequence[str],
+    layers: Sequence[IntegerLayer],
+) -> dict[str, NDArray[np.float64]]:
+    """Return the mean of each channel of the layers' inputs and outputs."""
+    found = collect(model, images, [*inputs, *(item.output for item in layers)])
+    return {
+        name: item.mean_per_channel
+        for name, item in found.items()
+        if item.mean_per_channel is not None
+    }
+
+
+def _taps(node: onnx.NodeProto) -> float | None:
+    """Return by how much a transposed convolution spreads each tap; None for a convolution."""
+    if node.op_type == "Conv":
+        return None
+    strides = next((list(item.ints) for item in node.attribute if item.name == "strides"), [1, 1])
+    return float(np.prod(strides))
+
+
+def _mean_response(
+    weight: NDArray[np.float64], mean: NDArray[np.float64], groups: int, spread: float | None
+) -> NDArray[np.float64]:
+    """Return the mean output, per channel, that a mean input (channels,) makes."""
+    sums = weight.sum(axis=(2, 3))
+    by_group = mean.reshape(groups, -1)
+    if spread is None:
+        rows = sums.reshape(groups, -1, sums.shape[1])
+        read: NDArray[np.float64] = np.einsum("goi,gi->go", rows, by_group)
+        return read.reshape(-1)
+    # Each output pixel sees one in `spread` of the taps.
+    columns = sums.reshape(groups, -1, sums.shape[1])
+    made: NDArray[np.float64] = np.einsum("gio,gi->go", columns, by_group) / spread
+    return made.reshape(-1)

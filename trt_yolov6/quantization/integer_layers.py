@@ -1,0 +1,96 @@
+"""The convolutions of a Q/DQ graph whose weights are stored as INT8, and how to change them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """A Conv or ConvTranspose that reads INT8 weights through a DequantizeLinear."""
+
+    position: int
+    """Its place among the graph's nodes."""
+    input: str
+    """The activation tensor that it reads, behind its Q/DQ pair."""
+    output: str
+    weight: str
+    """Name of the INT8 initializer."""
+    scale: NDArray[np.float32]
+    """Of the weights, shaped so that it broadcasts against them."""
+    transposed: bool
+
+
+def integer_layers(model: onnx.ModelProto) -> tuple[IntegerLayer, ...]:
+    """Return the graph's INT8 convolutions, two-dimensional ones, in its order."""
+    constants = {item.name: item for item in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    found = []
+    for position, node in enumerate(model.graph.node):
+        if node.op_type not in ("Conv", "ConvTranspose"):
+            continue
+        source = producers.get(node.input[1])
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        stored = constants.get(source.input[0])
+        scale = constants.get(source.input[1])
+        if (
+            stored is None
+            or scale is None
+            or stored.data_type != onnx.TensorProto.INT8
+            or len(stored.dims) != 4
+            or uses[stored.name] > 1
+            or uses[source.output[0]] > 1
+        ):
+            continue
+        values = numpy_helper.to_array(scale).astype(np.float32)
+        if values.size > 1:
+            axis = next((item.i for item in source.attribute if item.name == "axis"), 1)
+            values = values.reshape([-1 if index == axis % 4 else 1 for index in range(4)])
+        found.append(
+            IntegerLayer(
+                position,
+                node.input[0],
+                node.output[0],
+                stored.name,
+                values,
+                node.op_type == "ConvTranspose",
+            )
+        )
+    return tuple(found)
+
+
+def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    """Return an initializer by name; KeyError if there is none."""
+    found: dict[str, onnx.TensorProto] = {item.name: item for item in model.graph.initializer}
+    return found[name]
+
+
+def shift_bias(model: onnx.ModelProto, layer: IntegerLayer, change: NDArray[Any]) -> None:
+    """Add (output channels,) to a layer's bias in place, giving it one where it has none."""
+    node = model.graph.node[layer.position]
+    constants = {item.name: item for item in model.graph.initializer}
+    name = node.input[2] if len(node.input) > 2 else ""
+    if name and name not in constants:
+        raise ValueError(f"the bias {name!r} is no initializer")
+    # A half-precision graph has half-precision scales, and its convolutions take such biases.
+    source = next(item for item in model.graph.node if node.input[1] in item.output)
+    dtype = numpy_helper.to_array(constants[source.input[1]]).dtype
+    before = numpy_helper.to_array(constants[name]) if name else np.zeros(len(change), dtype)
+    after = (before.astype(np.float64) + change).astype(before.dtype)
+    shared = sum(list(item.input).count(name) for item in model.graph.node) > 1
+    if name and not shared:
+        constants[name].CopyFrom(numpy_helper.from_array(after, name))
+        return
+    own = f"{layer.output}_bias"
+    model.graph.initializer.append(numpy_helper.from_array(after, own))
+    del node.input[2:]
+    node.input.append(own)

@@ -1,0 +1,549 @@
+"""Post-training quantization as a whole: float graph and calibration images in, INT8 graph out.
+
+    float graph ─ equalize ─ collect ─ calibrate ─ place ─ insert ─▶ Q/DQ graph
+
+No calibrator and no equalization wins everywhere: min-max takes nothing from one network and much
+from another, entropy the reverse. So the default tries them on the calibration images themselves
+and keeps what agrees best with the float network's own detections; no labels are needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from numpy.typing import NDArray
+
+from trt_yolov6.building import Graph
+from trt_yolov6.data.letterbox import fit
+from trt_yolov6.detection import Detections, postprocess
+from trt_yolov6.engines.manifest import NmsSettings, OutputLayout
+from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.agreement import agreement
+from trt_yolov6.quantization.bias_correction import correct_biases
+from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
+from trt_yolov6.quantization.collect import check_weights, collect
+from trt_yolov6.quantization.equalization import equalize, tensors_to_measure
+from trt_yolov6.quantization.fallback import (
+    choose_float_layers,
+    layer_costs,
+    most_sensitive,
+    rankings,
+)
+from trt_yolov6.quantization.fallback import tensors_to_measure as tensors_for_any_choice
+from trt_yolov6.quantization.images import (
+    calibration_batches,
+    calibration_images,
+    images_sha256,
+    input_spec,
+)
+from trt_yolov6.quantization.insert import insert_qdq
+from trt_yolov6.quantization.placement import Placement, place
+from trt_yolov6.quantization.rounding import adapt_rounding
+from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
+from trt_yolov6.quantization.statistics import TensorStatistics
+from trt_yolov6.quantization.table import (
+    CalibrationKey,
+    CalibrationTable,
+    model_sha256,
+    reusable_table,
+)
+
+if TYPE_CHECKING:
+    import onnx
+
+Variant = Literal["plain", "equalized", "smoothed"]
+
+VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed")
+"""Forms of the float graph, from the least changed on; all compute the same function.
+
+plain:     as it is
+equalized: channels rescaled where weights can absorb it (`equalization.equalize`)
+smoothed:  the same, and behind SiLU and HardSwish too, by multiplications that are put there
+"""
+
+FEWEST_IMAGES, MOST_IMAGES = 16, 64
+"""Calibration images that candidates are compared on, spread evenly over all: the lighter the
+network the more, since few images agree by chance."""
+
+CLEAR_GAIN = 0.01
+"""Agreement that corrected biases have to bring: less may be chance, and the AP may fall by it."""
+
+CONFIDENCES = (0.1, 0.2, 0.3)
+"""Scores from which on a float detection counts as true; the mean over several of them varies less
+by chance than one."""
+
+_COMPARISON = 100e9
+"""Multiply-adds spent on comparing one candidate, within those limits."""
+
+TOLERANCE = 0.005
+"""A simpler candidate is kept where its agreement is this near to the best one's."""
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """How a graph is quantized."""
+
+    calibrator: Method | Literal["auto"] = "auto"
+    """One for all tensors; `auto` takes the one whose detections agree best with the float ones."""
+    equalize: bool = True
+    """Try rescaled channels as well; off, the graph's weights stay as they are."""
+    bias_correction: bool = True
+    """Try biases that take back the mean error of each layer."""
+    adaptive_rounding: bool = False
+    """Round weights for the inputs that they meet (some minutes); corrects biases as well."""
+    float_layers: tuple[str, ...] | int | Literal["auto"] = ()
+    """Layers that stay in float: by name; so many of the most sensitive; or as few as keep the
+    accuracy within `max_ap_drop`."""
+    max_ap_drop: float = 0.5
+    """What `auto` may lose, in AP points (hundredths)."""
+    fp16: bool = False
+    """Everything that is not INT8 in half precision."""
+    image_limit: int | None = None
+    """Calibration images taken, spread evenly over the folder; None for all."""
+    border: int = 0
+    """Gray pixels around each image, as in evaluation."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantize, and what came of it."""
+
+    variant: Variant
+    method: Method
+    agreement: float
+    """AP of its detections against the float network's confident ones, 0..1."""
+
+
+@dataclass(frozen=True)
+class QuantizedGraph:
+    """A Q/DQ graph, ready to be built, and how it came about."""
+
+    graph: Graph
+    float_model: onnx.ModelProto
+    """The float graph that the pairs were put into; its tensors are those of the table."""
+    table: CalibrationTable
+    placement: Placement
+    candidates: tuple[Candidate, ...]
+    """What was compared, in order; empty where nothing had to be chosen."""
+    note: str
+    """Whether an earlier table was used again, or why not; empty where there was none."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float graph in one variant, with the statistics that calibration needs."""
+
+    variant: Variant
+    model: onnx.ModelProto
+    placement: Placement
+    statistics: Mapping[str, TensorStatistics]
+
+
+def quantize(
+    graph: Graph,
+    folder: str | Path,
+    settings: QuantizationSettings | None = None,
+    *,
+    table_file: str | Path | None = None,
+    score: Callable[[onnx.ModelProto], float] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> QuantizedGraph:
+    """Quantize a float graph with the images of a folder.
+
+    Args:
+        graph: from `building.graph_from_checkpoint` or `graph_from_onnx`, float32.
+        folder: calibration images, a few dozen like those the detector will see.
+        settings: calibrator, equalization, float layers, companion precision.
+        table_file: an earlier calibration table, used again if it was made from the same things.
+        score: a graph's AP on labelled data (`report.ap_on`), which then holds the budget of
+            automatic float layers; None estimates it by agreement with the float network.
+        tell: called with a line of progress now and then.
+
+    Raises:
+        UserError: the graph is not float32 or has a NaN in its weights, or the folder has too few
+            images, unreadable ones, or nothing but black.
+    """
+    settings = settings or QuantizationSettings()
+    say = tell or (lambda _: None)
+    if graph.precision != "fp32":
+        raise UserError(
+            f"{graph.source} is {graph.precision} already; --int8 starts from a float32 graph."
+        )
+    check_weights(graph.model)
+    paths = calibration_images(folder, settings.image_limit)
+    key = CalibrationKey(
+        model_sha256(graph.model),
+        images_sha256(paths),
+        {
+            "calibrator": settings.calibrator,
+            "equalize": settings.equalize,
+            "bias_correction": settings.bias_correction,
+            "adaptive_rounding": settings.adaptive_rounding,
+            "float_layers": _described(settings) + (", by AP" if score else ""),
+            "border": settings.border,
+        },
+    )
+    table, note = reusable_table(table_file, key) if table_file else (None, "")
+    if note:
+        say(note)
+    candidates: tuple[Candidate, ...] = ()
+    if table is not None:
+        prepared = _prepare(graph, paths, settings, _variant(table.variant), say, measure=False)
+    else:
+        prepared, table, candidates = _calibrate(graph, paths, settings, key, say, score)
+    placement = place(prepared.model, table.float_layers)
+    model = insert_qdq(prepared.model, placement, table.amax, fp16=settings.fp16)
+    if settings.adaptive_rounding:
+        say("adaptive rounding of the weights (some minutes) ...")
+        model = adapt_rounding(prepared.model, model, _inputs(graph, paths, settings))
+    elif table.biases_corrected:
+        model = correct_biases(prepared.model, model, _inputs(graph, paths, settings))
+    quantized = dataclasses.replace(
+        graph,
+        model=model,
+        precision="int8",
+        calibration={
+            "calibrator": "+".join(sorted(set(table.methods.values()))),
+            "variant": table.variant,
+            "biases_corrected": table.biases_corrected or settings.adaptive_rounding,
+            "adaptive_rounding": settings.adaptive_rounding,
+            "images": len(paths),
+            "images_sha256": key.images_sha256,
+            "int8_layers": len(placement.layers),
+            "int8_share_of_multiply_adds": round(_int8_share(prepared.model, placement), 4),
+            "rest": "fp16" if settings.fp16 else "fp32",
+        },
+        float_layers=table.float_layers,
+    )
+    return QuantizedGraph(quantized, prepared.model, table, placement, candidates, note)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibrated float graph, before any pair is put into it."""
+
+    model: onnx.ModelProto
+    placement: Placement
+    table: CalibrationTable
+    paths: tuple[Path, ...]
+    """The calibration images."""
+    statistics: Mapping[str, TensorStatistics]
+    """Of every tensor that any choice of float layers may quantize."""
+
+    def with_float(self, layers: tuple[str, ...]) -> onnx.ModelProto:
+        """Return the Q/DQ graph with some layers in float."""
+        prepared = Prepared(
+            _variant(self.table.variant), self.model, self.placement, self.statistics
+        )
+        table = _table(prepared, _method(self.table), self.table.key, layers)
+        return insert_qdq(self.model, place(self.model, layers), table.amax)
+
+
+def calibrate(
+    graph: Graph,
+    folder: str | Path,
+    settings: QuantizationSettings | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Calibrated:
+    """Calibrate a float graph as `quantize` does, for a look at its layers.
+
+    Raises:
+        UserError: see `quantize`.
+    """
+    settings = dataclasses.replace(
+        settings or QuantizationSettings(), float_layers=0, bias_correction=False
+    )
+    check_weights(graph.model)
+    paths = calibration_images(folder, settings.image_limit)
+    key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
+    prepared, table, _ = _calibrate(graph, paths, settings, key, tell or (lambda _: None))
+    return Calibrated(prepared.model, prepared.placement, table, tuple(paths), prepared.statistics)
+
+
+def _method(table: CalibrationTable) -> Method:
+    used = set(table.methods.values())
+    return next(method for method in METHODS if method in used)
+
+
+def _calibrate(
+    graph: Graph,
+    paths: Sequence[Path],
+    settings: QuantizationSettings,
+    key: CalibrationKey,
+    say: Callable[[str], None],
+    labelled: Callable[[onnx.ModelProto], float] | None = None,
+) -> tuple[Prepared, CalibrationTable, tuple[Candidate, ...]]:
+    """Choose a variant on some of the images, then the calibrator on all of them."""
+    methods: tuple[Method, ...] = (
+        METHODS if settings.calibrator == "auto" else (settings.calibrator,)
+    )
+    variants = VARIANTS if settings.equalize else VARIANTS[:1]
+    some = _spread(paths, FEWEST_IMAGES)
+    many = _spread(paths, _images_to_compare(graph))
+    candidates: list[Candidate] = []
+    choices: list[Candidate] = []
+    variant, method = variants[0], methods[0]
+    judge = Judge(graph, many, settings.border) if len(variants) + len(methods) > 2 else None
+    if judge and len(variants) > 1:
+        models: list[onnx.ModelProto] = []
+        ranges = _channel_ranges(graph, some, settings)
+        for trial in variants:
+            prepared = _prepare(graph, some, settings, trial, say, ranges=ranges)
+            if prepared.model not in models:  # else there was nothing to rescale
+                models.append(prepared.model)
+                candidates.append(_judged(judge, prepared, method, key, say))
+        variant = _simplest_of_the_best(candidates).variant
+    prepared = _prepare(graph, paths, settings, variant, say)
+    if judge and len(methods) > 1:
+        choices = [_judged(judge, prepared, one, key, say) for one in methods]
+        method = max(choices, key=lambda choice: choice.agreement).method
+    if judge:
+        say(f"chosen: calibrator {method}, graph {variant}")
+    table = _table(prepared, method, key)
+    layers = _float_layers(graph, prepared, table, method, many, settings, say, labelled, judge)
+    if layers:
+        # With other layers in float, pairs stand elsewhere and groups are other ones.
+        table = _table(prepared, method, key, layers)
+    if settings.bias_correction and not settings.adaptive_rounding:
+        judge = judge or Judge(graph, many, settings.border)
+        model = insert_qdq(prepared.model, place(prepared.model, layers), table.amax)
+        before = judge.agreement(model)
+        images = _inputs(graph, paths, settings)
+        after = judge.agreement(correct_biases(prepared.model, model, images))
+        say(f"biases corrected: agreement with float {after:.3f} after {before:.3f}")
+        table = dataclasses.replace(table, biases_corrected=after > before + CLEAR_GAIN)
+    return prepared, table, (*candidates, *choices)
+
+
+def _inputs(
+    graph: Graph, paths: Sequence[Path], settings: QuantizationSettings
+) -> list[NDArray[Any]]:
+    """Return a few of the images as the graph takes them."""
+    some = _spread(paths, FEWEST_IMAGES)
+    return list(calibration_batches(some, input_spec(graph.model), border=settings.border))
+
+
+def _float_layers(
+    graph: Graph,
+    prepared: Prepared,
+    table: CalibrationTable,
+    method: Method,
+    paths: Sequence[Path],
+    settings: QuantizationSettings,
+    say: Callable[[str], None],
+    labelled: Callable[[onnx.ModelProto], float] | None,
+    judge: Judge | None,
+) -> tuple[str, ...]:
+    """Return the layers that stay in float: as named, or chosen by sensitivity."""
+    wanted = settings.float_layers
+    if isinstance(wanted, tuple):
+        return wanted
+    if wanted == 0:
+        return ()
+    say(f"sensitivity of {len(prepared.placement.layers)} layers over {len(paths)} images ...")
+    images = calibration_batches(paths, input_spec(graph.model), border=settings.border)
+    distortions = layer_distortions(prepared.model, prepared.placement, table.amax, images)
+    if isinstance(wanted, int):
+        chosen = most_sensitive(ranked(distortions, "snr"), wanted)
+        say(f"in float: {', '.join(chosen)}")
+        return chosen
+    least = least_agreement(settings.max_ap_drop)
+    if labelled:
+        judged, name = labelled, "AP"
+        least = labelled(graph.model) - settings.max_ap_drop / 100
+    else:
+        judged = (judge or Judge(graph, paths, settings.border)).confident_agreement
+        name = "agreement with float"
+    say(f"float layers until the {name} is {least:.3f} ...")
+
+    def score(layers: tuple[str, ...]) -> float:
+        trial = _table(prepared, method, table.key, layers)
+        model = insert_qdq(prepared.model, place(prepared.model, layers), trial.amax)
+        value = judged(model)
+        say(f"{len(layers)} layers in float: {name} {value:.3f}")
+        return value
+
+    costs = layer_costs(prepared.model)
+    found = choose_float_layers(rankings(distortions, costs), costs, score, least)
+    say(
+        f"in float: {', '.join(found.layers) or 'nothing'} ({found.multiply_add_share:.1%} of the "
+        f"multiply-adds, about {found.time_share:.1%} of the time), {name} {found.score:.3f}"
+        + ("" if found.met else ", less than was asked")
+    )
+    return found.layers
+
+
+def least_agreement(max_ap_drop: float) -> float:
+    """Return the agreement with the float network that an AP drop stands for.
+
+    Found on YOLOv6Lite-L, over twenty-one ways to quantize it: relative AP lost is about
+    (1 - agreement) ** 1.7. The AP is taken for 0.5, since images without labels do not tell it.
+
+    Args:
+        max_ap_drop: in AP points (hundredths), above 0.
+
+    Raises:
+        UserError: it is not above 0.
+    """
+    if not max_ap_drop > 0:
+        raise UserError(
+            f"--max-ap-drop {max_ap_drop} is out of range; give AP points above 0, such as 0.5."
+        )
+    return float(1 - (min(max_ap_drop, 50) / 50) ** (1 / 1.7))
+
+
+def _images_to_compare(graph: Graph) -> int:
+    work = sum(cost.multiply_adds for cost in layer_costs(graph.model).values())
+    return max(FEWEST_IMAGES, min(MOST_IMAGES, round(_COMPARISON / max(work, 1))))
+
+
+def _spread(paths: Sequence[Path], count: int) -> Sequence[Path]:
+    """Return so many of the paths, spread evenly."""
+    if len(paths) <= count:
+        return paths
+    return [paths[index * len(paths) // count] for index in range(count)]
+
+
+def _described(settings: QuantizationSettings) -> str:
+    layers = settings.float_layers
+    if layers == "auto":
+        return f"auto, {settings.max_ap_drop}"
+    return ", ".join(layers) if isinstance(layers, tuple) else str(layers)
+
+
+def _int8_share(model: onnx.ModelProto, placement: Placement) -> float:
+    costs = layer_costs(model)
+    return sum(costs[name].multiply_add_share for name in placement.layers)
+
+
+def _judged(
+    judge: Judge,
+    prepared: Prepared,
+    method: Method,
+    key: CalibrationKey,
+    say: Callable[[str], None],
+) -> Candidate:
+    table = _table(prepared, method, key)
+    model = insert_qdq(prepared.model, prepared.placement, table.amax)
+    result = Candidate(prepared.variant, method, judge.agreement(model))
+    say(f"{result.variant}, {method}: agreement with float {result.agreement:.3f}")
+    return result
+
+
+def _simplest_of_the_best(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the first candidate that is as good as the best but for `TOLERANCE`."""
+    best = max(candidate.agreement for candidate in candidates)
+    return next(item for item in candidates if item.agreement >= best - TOLERANCE)
+
+
+def _prepare(
+    graph: Graph,
+    paths: Sequence[Path],
+    settings: QuantizationSettings,
+    variant: Variant,
+    say: Callable[[str], None],
+    measure: bool = True,
+    ranges: Mapping[str, TensorStatistics] | None = None,
+) -> Prepared:
+    """Bring the graph into a variant and, with `measure`, collect its tensors' statistics.
+
+    `ranges` are those of `_channel_ranges` on the same images, where they are known.
+    """
+    model = graph.model
+    say(f"{variant}: {len(paths)} images ...")
+    if variant != "plain":
+        if ranges is None:
+            ranges = _channel_ranges(graph, paths, settings)
+        model = equalize(model, ranges, smooth=variant == "smoothed")
+    placement = place(model)
+    statistics: Mapping[str, TensorStatistics] = {}
+    if measure:
+        movable = settings.float_layers != ()
+        tensors = tensors_for_any_choice(model) if movable else placement.tensors
+        statistics = _measured(model, tensors, paths, settings)
+    return Prepared(variant, model, placement, statistics)
+
+
+def _channel_ranges(
+    graph: Graph, paths: Sequence[Path], settings: QuantizationSettings
+) -> Mapping[str, TensorStatistics]:
+    """Return what `equalize` wants to know of the plain graph."""
+    return _measured(graph.model, tensors_to_measure(graph.model), paths, settings)
+
+
+def _measured(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    paths: Sequence[Path],
+    settings: QuantizationSettings,
+) -> Mapping[str, TensorStatistics]:
+    batches = calibration_batches(paths, input_spec(model), border=settings.border)
+    return collect(model, batches, tensors)
+
+
+def _table(
+    prepared: Prepared, method: Method, key: CalibrationKey, float_layers: tuple[str, ...] = ()
+) -> CalibrationTable:
+    placement = place(prepared.model, float_layers) if float_layers else prepared.placement
+    statistics = {name: prepared.statistics[name] for name in placement.tensors}
+    amax = group_amax(statistics, placement.groups, method)
+    methods = dict.fromkeys(amax, str(method))
+    return CalibrationTable(amax, methods, key, prepared.variant, float_layers)
+
+
+def _variant(name: str) -> Variant:
+    for variant in VARIANTS:
+        if variant == name:
+            return variant
+    raise UserError(
+        f"the calibration table is for an unknown form {name!r} of the graph; delete it and "
+        "calibrate again."
+    )
+
+
+class Judge:
+    """Compares quantized graphs with the float one on calibration images, a few dozen at most.
+
+    What is compared are detections, since the engine's user sees nothing else: the AP of INT8's
+    against the float network's from some confidence on, the mean over `CONFIDENCES`.
+    """
+
+    def __init__(self, graph: Graph, paths: Sequence[Path], border: int = 0) -> None:
+        spec = input_spec(graph.model)
+        self._images = list(calibration_batches(paths, spec, border=border))
+        self._layout: OutputLayout = graph.output_layout
+        self._classes = max(1, len(graph.class_names))
+        self._image_size = graph.image_size
+        self.reference = self.detections(graph.model)
+
+    def agreement(self, model: onnx.ModelProto) -> float:
+        """Return the agreement of a quantized graph's detections with the float one's, 0..1."""
+        found = self.detections(model)
+        values = [agreement(self.reference, found, self._classes, one) for one in CONFIDENCES]
+        return sum(values) / len(values)
+
+    def confident_agreement(self, model: onnx.ModelProto) -> float:
+        """Return the agreement from the highest of `CONFIDENCES` on, see `least_agreement`."""
+        return agreement(self.reference, self.detections(model), self._classes, CONFIDENCES[-1])
+
+    def detections(self, model: onnx.ModelProto) -> list[Detections]:
+        """Return what a graph finds in the images, in pixels of its input."""
+        import onnxruntime
+
+        from trt_yolov6.engines.onnxruntime_backend import exact_session
+
+        session: onnxruntime.InferenceSession = exact_session(model.SerializeToString())
+        names = [output.name for output in session.get_outputs()]
+        size = self._image_size
+        found: list[Detections] = []
+        for images in self._images:
+            outputs: dict[str, NDArray[Any]] = dict(
+                zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True)
+            )
+            whole = [fit(size, size)] * len(images)
+            found += postprocess(outputs, self._layout, NmsSettings(), whole, clip=False)
+        return found

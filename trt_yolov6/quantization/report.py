@@ -1,0 +1,118 @@
+"""Sensitivity as the paper reports it: layers ranked, and what keeping some in float brings.
+
+Fig. 7 ranks layers by AP with only one of them in INT8; Table 21 compares metrics by the AP that
+each one's six most sensitive layers bring back when they stay in float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from trt_yolov6.building import Graph, build_engine
+from trt_yolov6.data.coco import CocoDataset
+from trt_yolov6.engines import load_engine
+from trt_yolov6.evaluation import evaluate
+from trt_yolov6.quantization.images import calibration_batches, input_spec
+from trt_yolov6.quantization.ptq import Calibrated, Judge
+from trt_yolov6.quantization.sensitivity import (
+    Metric,
+    Sensitivity,
+    layer_distortions,
+    ranked,
+    sensitivity,
+)
+
+if TYPE_CHECKING:
+    import onnx
+
+Score = Callable[["onnx.ModelProto"], float]
+
+REPORTED_LAYERS = 6
+"""Layers that the paper's partial quantization leaves in float (Appendix B)."""
+
+TENSOR_METRICS: tuple[Metric, ...] = ("mse", "snr", "cosine")
+
+
+def measure(
+    graph: Graph, calibrated: Calibrated, metric: Metric, score: Score | None = None
+) -> Sensitivity:
+    """Rank the INT8 layers of a calibrated graph.
+
+    Args:
+        graph: the float graph that was calibrated.
+        calibrated: from `ptq.calibrate`.
+        metric: `mse`, `snr`, `cosine` at the layers' outputs, or `ap`.
+        score: a graph's AP, for `ap`; None takes the agreement with the float network.
+    """
+    if metric == "ap" and score is None:
+        score = Judge(graph, calibrated.paths).confident_agreement
+    return sensitivity(
+        calibrated.model,
+        calibrated.placement,
+        calibrated.table.amax,
+        _images(graph, calibrated),
+        metric,
+        score,
+    )
+
+
+def fallback_report(
+    graph: Graph,
+    calibrated: Calibrated,
+    score: Score | None = None,
+    count: int = REPORTED_LAYERS,
+    tell: Callable[[str], None] | None = None,
+) -> str:
+    """Return a table like the paper's Table 21, in Markdown.
+
+    Args:
+        graph: the float graph that was calibrated.
+        calibrated: from `ptq.calibrate`.
+        score: a graph's AP; None takes the agreement with the float network.
+        count: layers to keep in float.
+        tell: called with a line of progress now and then.
+    """
+    say = tell or (lambda _: None)
+    name = "AP" if score else "agreement with float"
+    scored = score or Judge(graph, calibrated.paths).confident_agreement
+    distortions = layer_distortions(
+        calibrated.model,
+        calibrated.placement,
+        calibrated.table.amax,
+        _images(graph, calibrated),
+    )
+    say(f"scoring {len(TENSOR_METRICS) + 1} graphs ...")
+    rows = [
+        f"| in float | {name} | layers |",
+        "| --- | --- | --- |",
+        f"| all | {scored(graph.model):.4f} | |",
+        f"| none | {scored(calibrated.with_float(())):.4f} | |",
+    ]
+    for metric in TENSOR_METRICS:
+        layers = ranked(distortions, metric).names[:count]
+        value = scored(calibrated.with_float(layers))
+        rows.append(f"| {count} by {metric} | {value:.4f} | {', '.join(layers)} |")
+    return "\n".join(rows)
+
+
+def ap_on(graph: Graph, dataset: CocoDataset) -> Score:
+    """Return a function that gives the COCO AP of a form of `graph` on a data set."""
+
+    def score(model: onnx.ModelProto) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            form = dataclasses.replace(graph, model=model)
+            built = build_engine(form, backend="onnxruntime", output=Path(folder) / "x.onnx")
+            with load_engine(built.path) as engine:
+                return evaluate(engine, dataset, progress=False).ap or 0.0
+
+    return score
+
+
+def _images(graph: Graph, calibrated: Calibrated) -> Iterable[NDArray[Any]]:
+    return calibration_batches(calibrated.paths, input_spec(graph.model))

@@ -1,0 +1,392 @@
+"""How much each layer suffers from INT8: by what it does to the layer's output, and to detections.
+
+MSE, signal-to-noise ratio and cosine similarity of all layers come from one pass over the images:
+beside each layer of the float graph stands its quantized twin, which reads the same float input
+through a Q/DQ pair, and the graph itself sums up how far the two are apart. So a layer's own
+rounding is seen, not what came to it from the layers before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.engines.onnxruntime_backend import exact_session
+from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.files import atomic_path
+from trt_yolov6.quantization.insert import (
+    LEVELS,
+    activation_scales,
+    insert_qdq,
+    quantize_weights,
+    weight_axis,
+)
+from trt_yolov6.quantization.placement import Placement, layer_names, place
+
+if TYPE_CHECKING:
+    import onnx
+
+Metric = Literal["mse", "snr", "cosine", "ap"]
+
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+TENSOR_METRICS: tuple[Metric, ...] = ("mse", "snr", "cosine")
+
+_AXIS_LABELS = {
+    "mse": "mean squared error of the layer's output (logarithmic)",
+    "snr": "signal-to-noise ratio of the layer's output, dB",
+    "cosine": "1 - cosine similarity of the layer's output (logarithmic)",
+    "ap": "AP lost with only this layer in INT8",
+}
+
+_SUMS = ("error", "reference", "values", "count")
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """How far a layer's output is from float, as sums, so that those of several images add up.
+
+    The cosine comes from the sum of squared differences, which keeps its digits where the two
+    tensors are nearly the same.
+    """
+
+    error: float
+    """Sum of squared differences."""
+    reference: float
+    """Sum of the float output's squares."""
+    values: float
+    """Sum of the quantized output's squares."""
+    count: int
+    """Number of elements."""
+
+    def __add__(self, other: Distortion) -> Distortion:
+        return Distortion(
+            self.error + other.error,
+            self.reference + other.reference,
+            self.values + other.values,
+            self.count + other.count,
+        )
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error, 0 or more, in squared units of the tensor."""
+        return self.error / max(1, self.count)
+
+    @property
+    def snr(self) -> float:
+        """Signal-to-noise ratio in dB, 10 log10 of the float output's power by the error's.
+
+        Infinite for equal tensors, minus infinite where zeros became something else.
+        """
+        if self.error == 0:
+            return math.inf
+        return 10 * math.log10(self.reference / self.error) if self.reference else -math.inf
+
+    @property
+    def cosine(self) -> float:
+        """Cosine similarity, in -1..1; 1 for two tensors of zeros, 0 if only one is."""
+        lengths = math.sqrt(self.reference), math.sqrt(self.values)
+        if not lengths[0] or not lengths[1]:
+            return 1.0 if self.error == 0 else 0.0
+        apart = self.error - (lengths[0] - lengths[1]) ** 2
+        return max(-1.0, 1 - apart / (2 * lengths[0] * lengths[1]))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A graph's INT8 layers by one metric, the most sensitive first.
+
+    mse: the highest first, in squared units of the layer's output; snr: dB, the lowest first;
+    cosine: the lowest first; ap: the AP in 0..1 with only that layer in INT8, the lowest first.
+    """
+
+    metric: Metric
+    layers: tuple[tuple[str, float], ...]
+    """Names as in `placement.layer_names`, with values."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers' names, the most sensitive first."""
+        return tuple(name for name, _ in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `sensitivity --json` writes; a value that is not finite is null."""
+        return {
+            "metric": self.metric,
+            "layers": [
+                {"name": name, "value": value if np.isfinite(value) else None}
+                for name, value in self.layers
+            ],
+        }
+
+
+def sensitivity(
+    model: onnx.ModelProto,
+    placement: Placement,
+    amax: Mapping[str, float],
+    images: Iterable[NDArray[Any]],
+    metric: Metric,
+    score: Callable[[onnx.ModelProto], float] | None = None,
+) -> Sensitivity:
+    """Rank a graph's INT8 layers.
+
+    Args:
+        model: the float graph that the placement was made for.
+        placement: what is to run in INT8.
+        amax: range of each tensor to quantize, as a calibration table has it.
+        images: each what the graph's input takes, for the tensor metrics.
+        metric: `mse`, `snr`, `cosine` or `ap`.
+        score: for `ap`, see `by_ap`.
+
+    Raises:
+        UserError: a range is missing, or there is no image.
+        ValueError: no `score` for `ap`.
+    """
+    if metric == "ap":
+        if score is None:
+            raise ValueError("sensitivity by AP needs a function that gives a graph's AP")
+        return by_ap(model, placement, amax, score)
+    return ranked(layer_distortions(model, placement, amax, images), metric)
+
+
+def layer_distortions(
+    model: onnx.ModelProto,
+    placement: Placement,
+    amax: Mapping[str, float],
+    images: Iterable[NDArray[Any]],
+) -> dict[str, Distortion]:
+    """Return how far each INT8 layer's output is from float, all layers in one pass.
+
+    Arguments as in `sensitivity`; any number of images takes the same memory.
+
+    Returns:
+        By layer, in the graph's order, summed over all images: the convolution's output with its
+        bias, before the activation.
+    """
+    if not placement.layers:
+        return {}
+    twins = _with_twins(model, placement, input_scales(model, placement, amax))
+    session = exact_session(twins.SerializeToString())
+    source = session.get_inputs()[0].name
+    wanted = [_sum_name(name, kind) for name in placement.layers for kind in _SUMS]
+    totals = {name: Distortion(0.0, 0.0, 0.0, 0) for name in placement.layers}
+    seen = False
+    for image in images:
+        seen = True
+        found = iter(session.run(wanted, {source: image}))
+        for name in totals:
+            error, reference, values, count = (next(found) for _ in _SUMS)
+            totals[name] += Distortion(float(error), float(reference), float(values), int(count))
+    if not seen:
+        raise UserError("there is no calibration image; give --calib a folder that holds some.")
+    return totals
+
+
+def ranked(distortions: Mapping[str, Distortion], metric: Metric) -> Sensitivity:
+    """Return the layers by a tensor metric, the most sensitive first; ties in the given order."""
+    if metric not in TENSOR_METRICS:
+        raise ValueError(f"{metric!r} is no metric of a layer's output")
+    values = {name: float(getattr(item, metric)) for name, item in distortions.items()}
+    return _sorted(metric, values)
+
+
+def by_ap(
+    model: onnx.ModelProto,
+    placement: Placement,
+    amax: Mapping[str, float],
+    score: Callable[[onnx.ModelProto], float],
+) -> Sensitivity:
+    """Rank layers by the AP of the graph in which only that layer runs in INT8.
+
+    Arguments as in `sensitivity`.
+
+    Args:
+        score: a graph's AP in 0..1, from labels or by agreement with the float graph.
+    """
+    scales = input_scales(model, placement, amax)
+    ranges = {name: scale * LEVELS for name, scale in scales.items()}
+    return _sorted(
+        "ap",
+        {
+            name: score(insert_qdq(model, only_layer(model, placement, name), ranges))
+            for name in placement.layers
+        },
+    )
+
+
+def only_layer(model: onnx.ModelProto, placement: Placement, layer: str) -> Placement:
+    """Return the placement in which one layer of another placement runs in INT8, and nothing else.
+
+    Whatever else reads the layer's input reads it unrounded.
+
+    Raises:
+        KeyError: the graph has no such layer.
+    """
+    outputs = {name: output for output, name in layer_names(model).items()}
+    tensor = next(node for node in model.graph.node if node.output[0] == outputs[layer]).input[0]
+    return Placement(
+        tensors=(tensor,),
+        groups=(),
+        layers=(layer,),
+        float_layers={name: "another layer is looked at" for name in outputs if name != layer},
+        exact_reads=frozenset(
+            (tensor, node.output[0])
+            for node in model.graph.node
+            if tensor in node.input and node.output[0] != outputs[layer]
+        ),
+    )
+
+
+def input_scales(
+    model: onnx.ModelProto, placement: Placement, amax: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the scale that each INT8 layer's input has, by tensor.
+
+    A placement has no pair where INT8 comes out of a concatenation or pooling; what comes out has
+    the scale of what went in.
+    """
+    return activation_scales(place(model, placement.float_layers, requantize=True), amax)
+
+
+def write_chart(result: Sensitivity, path: str | Path) -> None:
+    """Draw a bar for each layer, the most sensitive on top, as a PNG file.
+
+    Raises:
+        UserError: the path is no .png file or cannot be written.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"--plot {path} is not a PNG file; give a name that ends in .png.")
+    if not result.layers:
+        raise UserError("no layer runs in INT8, so that there is nothing to draw.")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"matplotlib does not import ({error}); install it with `pip install matplotlib`."
+        ) from error
+    names, values = zip(*result.layers, strict=True)
+    bars = np.array(values, np.float64)
+    if result.metric in ("cosine", "ap"):
+        bars = 1 - bars
+    finite = bars[np.isfinite(bars)]
+    bars = np.nan_to_num(bars, posinf=finite.max(initial=0), neginf=finite.min(initial=0))
+    figure = Figure(figsize=(9, 1.2 + 0.19 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.barh(np.arange(len(names)), bars, color="#2f6f9f", height=0.75)
+    if result.metric in ("mse", "cosine") and (bars > 0).any():
+        axes.set_xscale("log")
+    axes.set_yticks(np.arange(len(names)), names, fontsize=7)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel(_AXIS_LABELS[result.metric])
+    axes.set_title(f"Sensitivity to INT8 of {len(names)} layers", fontsize=10)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        # Without the version in it, the same values give the same bytes.
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+
+
+def _sorted(metric: Metric, values: Mapping[str, float]) -> Sensitivity:
+    sign = -1 if metric == "mse" else 1
+    order = sorted(values, key=lambda name: sign * values[name])
+    return Sensitivity(metric, tuple((name, values[name]) for name in order))
+
+
+def _sum_name(layer: str, kind: str) -> str:
+    return f"{layer}/twin/{kind}"
+
+
+def _with_twins(
+    model: onnx.ModelProto, placement: Placement, scales: Mapping[str, float]
+) -> onnx.ModelProto:
+    """Return the graph with quantized twins beside its layers, and their sums as its outputs."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    result = _at_opset_13(model)
+    graph = result.graph
+    constants = _constants(graph)
+    nodes: list[onnx.NodeProto] = []
+    added: dict[str, NDArray[Any]] = {"twin/zero_point": np.array(0, np.int8)}
+    dequantized: dict[str, str] = {}
+    outputs: list[onnx.ValueInfoProto] = []
+    names = {
+        output: name for output, name in layer_names(model).items() if name in set(placement.layers)
+    }
+    for node in graph.node:
+        if node.output[0] not in names:
+            continue
+        layer, tensor, output = names[node.output[0]], node.input[0], node.output[0]
+        if tensor not in dequantized:
+            scale, quantized = f"{tensor}/twin/scale", f"{tensor}/twin/quantized"
+            added[scale] = np.array(scales[tensor], np.float32)
+            dequantized[tensor] = f"{tensor}/twin/dequantized"
+            for op, source, target in (
+                ("QuantizeLinear", tensor, quantized),
+                ("DequantizeLinear", quantized, dequantized[tensor]),
+            ):
+                nodes.append(helper.make_node(op, [source, scale, "twin/zero_point"], [target]))
+        twin = onnx.NodeProto()
+        twin.CopyFrom(node)
+        twin.name = f"{layer}/twin"
+        twin.output[0] = f"{layer}/twin/output"
+        twin.input[0] = dequantized[tensor]
+        twin.input[1] = f"{layer}/twin/weight"
+        weight = numpy_helper.to_array(constants[node.input[1]])
+        added[twin.input[1]] = _rounded(weight, weight_axis(node.op_type))
+        nodes.append(twin)
+        difference = f"{layer}/twin/difference"
+        nodes.append(helper.make_node("Sub", [output, twin.output[0]], [difference]))
+        targets = [_sum_name(layer, kind) for kind in _SUMS]
+        for source, target in zip((difference, output, twin.output[0]), targets[:3], strict=True):
+            nodes.append(helper.make_node("ReduceSumSquare", [source], [target], keepdims=0))
+        nodes.append(helper.make_node("Size", [output], [targets[3]]))
+        kinds = [onnx.TensorProto.FLOAT] * 3 + [onnx.TensorProto.INT64]
+        outputs += [
+            helper.make_tensor_value_info(target, kind, [])
+            for target, kind in zip(targets, kinds, strict=True)
+        ]
+    graph.node.extend(nodes)
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in added.items())
+    # What only the graph's own outputs need is not computed.
+    del graph.output[:]
+    graph.output.extend(outputs)
+    return result
+
+
+def _rounded(weight: NDArray[Any], axis: int) -> NDArray[np.float32]:
+    """Return weights as INT8 represents them."""
+    levels, scale = quantize_weights(weight, axis)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    return levels.astype(np.float32) * scale.reshape(shape)
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    found = {item.name: item for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+    return found
+
+
+def _at_opset_13(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of opset 13 at least."""
+    import onnx
+
+    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    if opset < 13:
+        return onnx.version_converter.convert_version(model, 13)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy

@@ -1,0 +1,178 @@
+"""What calibration remembers of a tensor: exact extremes and a histogram of magnitudes.
+
+The histogram's range is a power of two and doubles when a larger value comes, pairs of bins
+becoming one. Bins so merged are exactly the bins of the wider range, so the result depends neither
+on the order of the values nor on the first of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS = 4096
+"""Bins of a histogram. The range is less than twice the largest value, so 2048 at least are used;
+TensorRT's own calibrators have 2048."""
+
+SAMPLES = 1 << 15
+"""Values of one image's tensor that go into the histogram at most; extremes and means take all."""
+
+# 2**-60 keeps BINS / range a float32; no activation that small means anything.
+_LEAST_EXPONENT = -60
+
+
+@dataclass(frozen=True, eq=False)
+class TensorStatistics:
+    """One tensor over all calibration images."""
+
+    name: str
+    amax: float
+    """Largest magnitude, exact; 0 for a tensor of zeros."""
+    amin: float
+    """Smallest value, with its sign, exact."""
+    histogram: NDArray[np.int64]
+    """(BINS,) counts of |x|, of a regular sample where the tensor is large; bin i holds the
+    magnitudes from i to i + 1 times `bin_width`, the upper end excluded."""
+    bin_width: float
+    """A power of two; BINS times it is larger than `amax`."""
+    count: int
+    """Values seen, of which `histogram.sum()` were sampled."""
+    amax_per_channel: NDArray[np.float32] | None
+    """(channels,) largest magnitude along axis 1, exact; None for tensors without that axis."""
+    mean_per_channel: NDArray[np.float64] | None
+    """(channels,) mean along axis 1, of all values."""
+
+    @property
+    def bins_in_use(self) -> int:
+        """Bins up to and with the one that `amax` falls into; at least 1."""
+        return min(BINS, int(self.amax / self.bin_width) + 1)
+
+
+class Accumulator:
+    """Builds the statistics of one tensor, a batch at a time, in constant memory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._amax = 0.0
+        self._amin = math.inf
+        self._exponent = _LEAST_EXPONENT
+        self._histogram = np.zeros(BINS, np.int64)
+        self._count = 0
+        self._rows = 0
+        self._channel_amax: NDArray[np.float32] | None = None
+        self._channel_sum: NDArray[np.float64] | None = None
+
+    def add(self, values: NDArray[Any]) -> bool:
+        """Take in one batch.
+
+        Args:
+            values: float (batch, channels, ...), or of any other shape, then without channels.
+
+        Returns:
+            Whether all values are finite; if not, nothing was taken in.
+        """
+        values = np.ascontiguousarray(values, np.float32)
+        if not values.size:
+            return True
+        channels = values.shape[1] if values.ndim >= 2 else 1
+        # (batch, channels, rest): reductions along the last, contiguous axis are the fast ones.
+        grouped = values.reshape(values.shape[0] if values.ndim >= 2 else 1, channels, -1)
+        high, low = grouped.max(axis=2).max(axis=0), grouped.min(axis=2).min(axis=0)
+        magnitude = np.maximum(np.abs(high), np.abs(low))
+        amax = float(magnitude.max())
+        if not math.isfinite(amax):  # NaN survives max, min and abs
+            return False
+        if values.ndim >= 2:
+            total = grouped.mean(axis=2).sum(axis=0, dtype=np.float64)
+            if self._channel_amax is None or self._channel_sum is None:
+                self._channel_amax, self._channel_sum = magnitude, total
+            else:
+                self._channel_amax = np.maximum(self._channel_amax, magnitude)
+                self._channel_sum = self._channel_sum + total
+        self._amax = max(self._amax, amax)
+        self._amin = min(self._amin, float(low.min()))
+        self._count_magnitudes(values)
+        self._count += values.size
+        self._rows += grouped.shape[0]
+        return True
+
+    def result(self) -> TensorStatistics:
+        """Return the statistics so far; at least one value must have been added."""
+        mean = None if self._channel_sum is None else self._channel_sum / self._rows
+        return TensorStatistics(
+            name=self.name,
+            amax=self._amax,
+            amin=self._amin,
+            histogram=self._histogram.copy(),
+            bin_width=math.ldexp(1.0, self._exponent) / BINS,
+            count=self._count,
+            amax_per_channel=self._channel_amax,
+            mean_per_channel=mean,
+        )
+
+    def _count_magnitudes(self, values: NDArray[np.float32]) -> None:
+        exponent = _exponent(self._amax)
+        if exponent > self._exponent:
+            self._histogram = _widened(self._histogram, exponent - self._exponent)
+            self._exponent = exponent
+        step = _stride(values.size, values.shape[-1] if values.ndim else 1)
+        # Starting elsewhere each time, the images together leave no place of the tensor out.
+        magnitudes = np.abs(values.reshape(-1)[self._rows % step :: step])
+        # Multiplication by a power of two is exact, so the bins' borders are, too.
+        magnitudes *= np.float32(math.ldexp(BINS, -exponent))
+        self._histogram += np.bincount(magnitudes.astype(np.intp), minlength=BINS)
+
+
+def pooled(parts: Sequence[TensorStatistics]) -> TensorStatistics:
+    """Return the statistics of several tensors taken as one, for those that share a scale.
+
+    Each part counts with all its values, however many of them were sampled. There are no channels.
+
+    Args:
+        parts: at least one; the first gives the name.
+    """
+    exponent = max(_exponent(part.amax) for part in parts)
+    width = math.ldexp(1.0, exponent) / BINS
+    total = np.zeros(BINS, np.float64)
+    for part in parts:
+        doublings = round(math.log2(width / part.bin_width))
+        weight = part.count / max(1, int(part.histogram.sum()))
+        total += _widened(part.histogram, doublings) * weight
+    return TensorStatistics(
+        name=parts[0].name,
+        amax=max(part.amax for part in parts),
+        amin=min(part.amin for part in parts),
+        histogram=np.rint(total).astype(np.int64),
+        bin_width=width,
+        count=sum(part.count for part in parts),
+        amax_per_channel=None,
+        mean_per_channel=None,
+    )
+
+
+def _exponent(amax: float) -> int:
+    """Return the least exponent of two above `amax`, within what the histogram can count."""
+    return max(_LEAST_EXPONENT, math.frexp(amax)[1]) if amax else _LEAST_EXPONENT
+
+
+def _widened(histogram: NDArray[np.int64], doublings: int) -> NDArray[np.int64]:
+    """Return the histogram over a range 2**doublings as wide."""
+    if doublings >= BINS.bit_length():  # all of it falls into the first bin
+        wide = np.zeros_like(histogram)
+        wide[0] = histogram.sum()
+        return wide
+    merged = histogram.reshape(-1, 1 << doublings).sum(axis=1)
+    return np.concatenate([merged, np.zeros(BINS - merged.size, np.int64)])
+
+
+def _stride(size: int, row: int) -> int:
+    """Return a step that takes about SAMPLES of `size` values and visits every column of a row."""
+    step = -(-size // SAMPLES)
+    while step > 1 and math.gcd(step, row) != 1:
+        step += 1
+    return step

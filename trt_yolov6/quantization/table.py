@@ -1,0 +1,191 @@
+"""The calibration table: each tensor's range, and what it was made from, as JSON beside the engine.
+
+It is used again while model, images and settings are the same; else the reason is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import onnx
+
+SCHEMA = 1
+
+Setting = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class CalibrationKey:
+    """What a table depends on: two equal keys make equal tables."""
+
+    model_sha256: str
+    """`model_sha256` of the graph that was calibrated."""
+    images_sha256: str
+    """`images.images_sha256` of the calibration images."""
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    """Calibrator, its parameters, image limit and border: whatever changes the ranges."""
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """Ranges of a graph's tensors."""
+
+    amax: Mapping[str, float]
+    """Magnitude that INT8's 127 stands for, by tensor, in the graph's order; finite, above 0."""
+    methods: Mapping[str, str]
+    """Calibrator that gave each, by tensor."""
+    key: CalibrationKey
+    variant: str = "plain"
+    """Form of the graph whose tensors these are: see `ptq.VARIANTS`."""
+    float_layers: tuple[str, ...] = ()
+    """Layers that were given or chosen to stay in float."""
+    biases_corrected: bool = False
+    """Whether `correct_biases` is to follow."""
+
+    def scale(self, tensor: str) -> float:
+        """Return the quantization step of a tensor; KeyError for one that was not calibrated."""
+        return self.amax[tensor] / 127
+
+
+def table_path(engine: str | Path) -> Path:
+    """Return where the table of an engine lies: `engines/yolov6s.calibration.json`."""
+    return Path(engine).with_suffix(".calibration.json")
+
+
+def write_table(path: str | Path, table: CalibrationTable) -> None:
+    """Write a table.
+
+    Raises:
+        UserError: the path cannot be written to.
+        ValueError: a range is not a finite number above 0.
+    """
+    for name, amax in table.amax.items():
+        if not (math.isfinite(amax) and amax > 0):
+            raise ValueError(f"the range of tensor {name!r} is {amax}")
+    write_json(
+        path,
+        {
+            "schema": SCHEMA,
+            "variant": table.variant,
+            "float_layers": list(table.float_layers),
+            "biases_corrected": table.biases_corrected,
+            "key": {**asdict(table.key), "settings": dict(sorted(table.key.settings.items()))},
+            "tensors": {
+                name: {"amax": amax, "method": table.methods.get(name, "")}
+                for name, amax in table.amax.items()
+            },
+        },
+    )
+
+
+def read_table(path: str | Path) -> CalibrationTable:
+    """Read a table that `write_table` wrote.
+
+    Raises:
+        UserError: the file is missing or no calibration table, or a range is zero or not finite.
+    """
+    value = read_json(path)
+    try:
+        schema = value["schema"]
+        if schema != SCHEMA:
+            raise UserError(
+                f"{path} is a calibration table of version {schema}, not {SCHEMA}; delete it and "
+                "calibrate again."
+            )
+        key = value["key"]
+        model, images, settings = key["model_sha256"], key["images_sha256"], key["settings"]
+        variant = str(value["variant"])
+        float_layers = tuple(str(name) for name in value["float_layers"])
+        corrected = bool(value["biases_corrected"])
+        amax = {str(name): float(entry["amax"]) for name, entry in value["tensors"].items()}
+        methods = {str(name): str(entry["method"]) for name, entry in value["tensors"].items()}
+        if not (isinstance(model, str) and isinstance(images, str) and isinstance(settings, dict)):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a calibration table of this package; delete it and calibrate again."
+        ) from error
+    for name, range_ in amax.items():
+        if not (math.isfinite(range_) and range_ > 0):
+            raise UserError(
+                f"{path} gives tensor {name!r} the range {range_}, not a finite number above 0; "
+                "delete the file and calibrate again."
+            )
+    return CalibrationTable(
+        amax, methods, CalibrationKey(model, images, settings), variant, float_layers, corrected
+    )
+
+
+def reusable_table(path: str | Path, key: CalibrationKey) -> tuple[CalibrationTable | None, str]:
+    """Return the table at `path` if it was made from the same things, and a sentence either way.
+
+    The sentence says that the table is used again, or why it must be made anew; it is empty where
+    there is none yet. A damaged table is a reason, not an error.
+    """
+    if not Path(path).exists():
+        return None, ""
+    try:
+        table = read_table(path)
+    except UserError as error:
+        reason = str(error).split(";")[0]
+        return None, f"Calibrating anew: {reason}."
+    changed = _difference(table.key, key)
+    if changed:
+        return None, f"Calibrating anew: {path} was made {changed}."
+    return table, f"Using the calibration in {path}: same model, images and settings."
+
+
+def model_sha256(model: onnx.ModelProto) -> str:
+    """Return a SHA-256 of what a graph computes: inputs, nodes, weights, outputs.
+
+    Metadata, documentation and the way weights are stored in the file do not count.
+    """
+    from onnx import numpy_helper
+
+    digest = hashlib.sha256()
+
+    def add(*parts: bytes) -> None:
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+
+    graph = model.graph
+    for item in (*graph.input, *graph.output):
+        add(item.name.encode(), item.type.SerializeToString(deterministic=True))
+    for opset in model.opset_import:
+        add(opset.domain.encode(), str(opset.version).encode())
+    for node in graph.node:
+        attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
+        names = [node.domain, node.op_type, *node.input, "", *node.output]
+        add(*(name.encode() for name in names))
+        add(*(attribute.SerializeToString(deterministic=True) for attribute in attributes))
+    for tensor in graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        add(tensor.name.encode(), str((array.dtype, array.shape)).encode(), array.tobytes())
+    return digest.hexdigest()
+
+
+def _difference(old: CalibrationKey, new: CalibrationKey) -> str:
+    """Say what of `old` is not as in `new`, or nothing."""
+    if old.model_sha256 != new.model_sha256:
+        return "for another model or other weights"
+    if old.images_sha256 != new.images_sha256:
+        return "from other calibration images"
+    for name in sorted({*old.settings, *new.settings}):
+        before, now = (_shown(key.settings, name) for key in (old, new))
+        if before != now:
+            return f"with the setting {name} {before}, now {now}"
+    return ""
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return str(settings[name]) if name in settings else "absent"
