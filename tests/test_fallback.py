@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -141,6 +141,7 @@ def orders(score: Additive, costs: dict[str, LayerCost]) -> tuple[tuple[str, ...
 
 
 @settings(max_examples=60, deadline=None)
+@example(35999, 0.999)  # needs all nine layers, whose shares add up to a little more than 1
 @given(st.integers(0, 2**32 - 1), st.floats(0.72, 0.999))
 def test_what_is_chosen_reaches_the_score_and_no_layer_of_it_is_needless(
     seed: int, least: float

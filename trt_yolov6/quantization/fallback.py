@@ -288,7 +288,8 @@ class _Search:
         count = 0
         while (
             count < len(order)
-            and self._work(order[: count + 1]) <= self._most_share
+            # Shares of all layers add up to 1 only within rounding.
+            and self._work(order[: count + 1]) <= self._most_share + 1e-9
             and self._time(order[: count + 1]) < most_time
         ):
             count += 1
