@@ -406,13 +406,9 @@ def test_a_resident_run_takes_some_of_a_second_and_can_be_repeated(engine: Engin
 @needs_gpu
 def test_an_output_allocator_gives_what_fixed_buffers_give(engine: Any) -> None:
     # A graph with NMS needs it; TensorRT-RTX has none, but takes an allocator for any output.
-    from trt_yolov6.engines.tensorrt_engine import _output_allocator
-
     wanted = {batch: engine.infer(_images(batch)) for batch in (1, 4, 2)}
-    allocator = _output_allocator(engine._flavour.api)
-    engine._allocators["scores"] = allocator
-    del engine._host_outputs["scores"]
-    assert engine._context.set_output_allocator("scores", allocator)
+    for lane in engine._lanes:
+        lane._allocate_late("scores")
     for batch, outputs in wanted.items():
         found = engine.infer(_images(batch))
         for name, value in outputs.items():

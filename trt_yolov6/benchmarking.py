@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.engines.base import Engine, check_batch
+from trt_yolov6.engines.base import Engine, check_batch, empty_input
 from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.environment import (
     CpuClock,
@@ -127,6 +127,8 @@ class BenchmarkResult:
     image_size: tuple[int, int]
     """Height and width in pixels."""
     batch: int
+    streams: int
+    """Batches that ran side by side; `latency` is then that of a round, one batch on each."""
     end_to_end: bool
     latency: Latency
     stages: dict[str, Latency]
@@ -145,8 +147,8 @@ class BenchmarkResult:
 
     @property
     def throughput_fps(self) -> float:
-        """Images a second: the batch size over the median latency."""
-        return self.batch / self.latency.median
+        """Images a second: those of a run, or of a round, over the median latency."""
+        return self.batch * self.streams / self.latency.median
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a flat, JSON-ready dict; times in milliseconds, clocks in MHz."""
@@ -162,7 +164,8 @@ class BenchmarkResult:
                 "median_ci95": None if low is None or high is None else [_ms(low), _ms(high)],
             },
             "throughput_fps": self.throughput_fps,
-            "throughput_fps_of_mean": self.batch / self.latency.mean,
+            "throughput_fps_of_mean": self.batch * self.streams / self.latency.mean,
+            "streams": self.streams,
             "runs": self.latency.runs,
             "stopped_by": self.stopped_by,
             "warm_up": dataclasses.asdict(self.warm_up),
@@ -192,13 +195,19 @@ def benchmark(
     engine: Engine,
     *,
     batch: int = 1,
+    streams: int = 1,
     duration: float = 10.0,
     warm_up: float = 1.0,
     progress: bool = True,
 ) -> BenchmarkResult:
     """Measure one engine alone; see `benchmark_many`."""
     return benchmark_many(
-        [engine], batch=batch, duration=duration, warm_up=warm_up, progress=progress
+        [engine],
+        batch=batch,
+        streams=streams,
+        duration=duration,
+        warm_up=warm_up,
+        progress=progress,
     )[0]
 
 
@@ -206,6 +215,7 @@ def benchmark_many(
     engines: Sequence[Engine],
     *,
     batch: int = 1,
+    streams: int = 1,
     duration: float = 10.0,
     warm_up: float = 1.0,
     progress: bool = True,
@@ -219,6 +229,8 @@ def benchmark_many(
     Args:
         engines: loaded engines, at least one.
         batch: images a run.
+        streams: batches that run side by side on a GPU, each on its own stream; the latency is then
+            that of a round, a run on every stream.
         duration: seconds of measuring an engine. It ends earlier once every engine's 95 %
             confidence interval of the median lies within 1 % of it, and later where it does not
             allow for `MIN_RUNS` runs.
@@ -236,12 +248,12 @@ def benchmark_many(
     _check_durations(duration, warm_up)
     for engine in engines:
         check_batch(engine, batch)
-    runs = [engine.resident_run(random_input(engine, batch)) for engine in engines]
+    runs = [engine.resident_run(random_input(engine, batch), streams) for engine in engines]
     warmed, clocks = _warm_up_each(runs, warm_up)
     with _progress_bar(duration * len(runs), progress) as advance:
         samples, stopped_by = sample(runs, duration=duration, advance=advance)
     return [
-        _result(engine, batch, summarize(seconds), {}, stopped_by, warm, clock)
+        _result(engine, batch, summarize(seconds), {}, stopped_by, warm, clock, streams)
         for engine, seconds, warm, clock in zip(engines, samples, warmed, clocks, strict=True)
     ]
 
@@ -302,7 +314,6 @@ def benchmark_end_to_end_many(
         UserError: an image cannot be read, there is none, or as in `benchmark_many`.
     """
     from trt_yolov6.data.images import read_image
-    from trt_yolov6.data.loader import empty_input
 
     _check_durations(duration, warm_up)
     for engine in engines:
@@ -349,8 +360,7 @@ class _Request:
 
     def run(self) -> float:
         from trt_yolov6.data.images import read_image
-        from trt_yolov6.data.letterbox import letterbox
-        from trt_yolov6.data.loader import to_input
+        from trt_yolov6.data.loader import fill_row
         from trt_yolov6.detection import postprocess
 
         engine, count = self.engine, len(self.encoded)
@@ -359,12 +369,15 @@ class _Request:
         times = [time.perf_counter()]
         pictures = [read_image(content) for content in chosen]
         times.append(time.perf_counter())
-        boxed = [letterbox(picture, engine.image_size) for picture in pictures]
-        inputs = to_input([canvas for canvas, _ in boxed], engine.input)
+        inputs = engine.empty_input(len(pictures))
+        placed = [
+            fill_row(row, picture, engine.input)
+            for row, picture in zip(inputs, pictures, strict=True)
+        ]
         times.append(time.perf_counter())
-        outputs = engine.infer(inputs)
+        outputs = engine.start(inputs, self.nms.confidence).wait()
         times.append(time.perf_counter())
-        postprocess(outputs, engine.output_layout, self.nms, [box for _, box in boxed])
+        postprocess(outputs, engine.output_layout, self.nms, placed)
         times.append(time.perf_counter())
         self.stage_seconds.append(tuple(end - start for start, end in itertools.pairwise(times)))
         return times[-1] - times[0]
@@ -395,6 +408,8 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
                 _number(result.throughput_fps),
             )
         )
+    if first.streams > 1:
+        view += f"; {first.streams} streams side by side, latencies are of a round"
     lines = [f"batch {first.batch}, {view}", *_table(rows)]
     for result in results:
         if result.stages:
@@ -406,6 +421,27 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
     lines += [f"{result.engine.name}: {result.note}" for result in results if result.note]
     lines += dict.fromkeys(_where_measured(result) for result in results)
     lines.append(", ".join(f"{name} {version}" for name, version in first.versions.items()))
+    return "\n".join(lines)
+
+
+def layer_report(engine: Engine, batch: int, top: int = 20) -> str:
+    """Return the layers of an engine that take longest, as text: share, microseconds, name.
+
+    Raises:
+        UserError: the engine cannot time its layers: it is none of TensorRT's, or it launches runs
+            as CUDA graphs.
+    """
+    times = engine.layer_times(random_input(engine, batch))
+    whole = sum(times.values())
+    ranked = sorted(times.items(), key=lambda item: item[1], reverse=True)
+    lines = [f"{engine.path.name}: {len(times)} layers, {_number(whole * 1e3)} ms one by one"]
+    lines += [
+        f"  {seconds / whole:6.1%}  {_number(seconds * 1e6):>8} us  {name}"
+        for name, seconds in ranked[:top]
+    ]
+    if len(ranked) > top:
+        rest = sum(seconds for _, seconds in ranked[top:])
+        lines.append(f"  {rest / whole:6.1%}  {_number(rest * 1e6):>8} us  the other layers")
     return "\n".join(lines)
 
 
@@ -549,7 +585,6 @@ def random_input(engine: Engine, batch: int) -> NDArray[Any]:
     Raises:
         UserError: it does not fit in memory.
     """
-    from trt_yolov6.data.loader import empty_input
 
     generator = np.random.default_rng(SEED)
     images = empty_input(engine.input, batch)
@@ -566,6 +601,7 @@ def _result(
     stopped_by: StoppedBy,
     warm_up: WarmUp,
     clocks: tuple[CpuClock, tuple[Gpu, ...]],
+    streams: int = 1,
 ) -> BenchmarkResult:
     manifest = engine.manifest
     cpu_clock, gpus = clocks
@@ -581,6 +617,7 @@ def _result(
         note=engine.note,
         image_size=engine.image_size,
         batch=batch,
+        streams=streams,
         end_to_end=bool(stages),
         latency=latency,
         stages=stages,

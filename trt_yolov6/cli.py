@@ -141,12 +141,21 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from trt_yolov6.benchmarking import benchmark_end_to_end_many, benchmark_many, format_report
+    from trt_yolov6.benchmarking import (
+        benchmark_end_to_end_many,
+        benchmark_many,
+        format_report,
+        layer_report,
+    )
 
+    if options.layers and not options.no_cuda_graph:
+        raise UserError("--layers times layers one by one; add --no-cuda-graph.")
     for name in ("conf", "iou", "max_detections", "source"):
         if getattr(options, name) is not None and not options.end_to_end:
             option = name.replace("_", "-")
             raise UserError(f"--{option} is for --end-to-end: the engine alone has no such stage.")
+    if options.end_to_end and options.streams > 1:
+        raise UserError("--streams is for the engine alone; leave it or --end-to-end out.")
     engines = [_load(path, options) for path in options.engine or [_newest_engine()]]
     if options.end_to_end:
         from trt_yolov6.data.images import list_images
@@ -164,10 +173,14 @@ def _bench(options: argparse.Namespace) -> None:
         results = benchmark_many(
             engines,
             batch=options.batch,
+            streams=options.streams,
             duration=options.duration,
             progress=not options.quiet,
         )
     print(format_report(results))
+    if options.layers:
+        for engine in engines:
+            print(layer_report(engine, options.batch))
     if options.json:
         values = [result.to_json() for result in results]
         _write_json(options.json, values[0] if len(values) == 1 else values)
@@ -505,7 +518,11 @@ def _load(path: Path, options: argparse.Namespace) -> Engine:
     from trt_yolov6.engines import load_engine
     from trt_yolov6.engines.base import LoadOptions
 
-    load_options = LoadOptions(threads=options.threads, provider=options.provider)
+    load_options = LoadOptions(
+        threads=options.threads,
+        provider=options.provider,
+        cuda_graph=not options.no_cuda_graph,
+    )
     return load_engine(path, options.backend, load_options)
 
 
@@ -680,7 +697,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--batch", type=_positive, default=1, help="images a run (1)")
     bench.add_argument(
+        "--streams", type=_positive, default=1, help="batches side by side on a GPU (1)"
+    )
+    bench.add_argument(
         "--duration", type=float, default=10.0, help="most seconds of measuring an engine (10)"
+    )
+    bench.add_argument(
+        "--layers", action="store_true", help="TensorRT: also the time of each layer"
     )
     bench.add_argument(
         "--end-to-end", action="store_true", help="with decoding, letterbox and NMS, in sequence"
@@ -812,6 +835,9 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="CPU threads of ONNX Runtime")
     parser.add_argument(
         "--provider", choices=("cpu", "cuda", "tensorrt"), help="ONNX Runtime execution provider"
+    )
+    parser.add_argument(
+        "--no-cuda-graph", action="store_true", help="TensorRT: launch kernels one by one"
     )
     _add_quiet(parser)
 

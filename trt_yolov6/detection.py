@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox
+from trt_yolov6.engines.candidates import Candidates
 from trt_yolov6.engines.manifest import NmsSettings, OutputLayout
 from trt_yolov6.errors import UserError
 
@@ -36,7 +37,7 @@ class Detections:
 
 
 def postprocess(
-    outputs: Mapping[str, NDArray[Any]],
+    outputs: Mapping[str, NDArray[Any]] | Candidates,
     layout: OutputLayout,
     nms: NmsSettings,
     letterboxes: Sequence[Letterbox],
@@ -51,7 +52,8 @@ def postprocess(
     `clip`: the authors' evaluator clamps them, `evaluation.evaluate` does not.
 
     Args:
-        outputs: arrays by name, laid out as `layout` says (see `OutputLayout`).
+        outputs: arrays by name, laid out as `layout` says (see `OutputLayout`); or the candidates
+            that an engine has chosen already, at the same confidence or a lower one.
         layout: how to read them.
         nms: thresholds; on an `end2end` engine's results they only filter further.
         letterboxes: where each image lies in its row; rows beyond them are padding and ignored.
@@ -63,6 +65,8 @@ def postprocess(
     Raises:
         UserError: the outputs are not laid out so.
     """
+    if isinstance(outputs, Candidates):
+        return _from_candidates(outputs, nms, letterboxes, clip)
     if layout == "end2end":
         return _from_end2end(_output(outputs, None, 2), nms, letterboxes, clip)
     found = []
@@ -187,6 +191,30 @@ def _in_source(
         visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         boxes, scores, classes = boxes[visible], scores[visible], classes[visible]
     return Detections(boxes, scores.astype(np.float32), classes.astype(np.int64))
+
+
+def _from_candidates(
+    candidates: Candidates, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
+) -> list[Detections]:
+    ends = np.searchsorted(candidates.images, np.arange(len(letterboxes) + 1))
+    found = []
+    for index, placed in enumerate(letterboxes):
+        mine = slice(ends[index], ends[index + 1])
+        scores = candidates.scores[mine]
+        # As in `_candidates`: the best down, equal ones by their place in the output.
+        order = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
+        order = order[scores[order] > nms.confidence]
+        found.append(
+            _finish(
+                candidates.boxes[mine][order].astype(np.float64),
+                scores[order],
+                candidates.classes[mine][order],
+                nms,
+                placed,
+                clip,
+            )
+        )
+    return found
 
 
 def _from_end2end(

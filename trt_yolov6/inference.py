@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trt_yolov6.data.images import IMAGE_SUFFIXES, list_images, quiet_opencv, read_image
-from trt_yolov6.data.loader import Batch, load_batches
+from trt_yolov6.data.loader import Batch, fill_row, load_batches
 from trt_yolov6.detection import Detections, postprocess
 from trt_yolov6.drawing import draw_detections
-from trt_yolov6.engines.base import Engine, check_batch
+from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
+from trt_yolov6.engines.candidates import Candidates
 from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import atomic_path, write_bytes
@@ -91,6 +92,11 @@ def detect(
         return np.ascontiguousarray(image)
 
     found: list[Detections] = []
+    if len(images) <= choose_batch(engine, batch) and engine.batch.min <= len(images):
+        check_thresholds(engine, nms or NmsSettings())
+        return _detect_at_once(
+            engine, [read(index) for index in range(len(images))], nms or NmsSettings(), border
+        )
     for step in process(
         engine,
         range(len(images)),
@@ -102,6 +108,20 @@ def detect(
     ):
         found.extend(step.result)
     return found
+
+
+def _detect_at_once(
+    engine: Engine, images: Sequence[NDArray[np.uint8]], nms: NmsSettings, border: int
+) -> list[Detections]:
+    """Find objects in one batch, in this thread: for a few images others only cost time."""
+    if not images:
+        return []
+    array = engine.empty_input(len(images))
+    placed = [
+        fill_row(row, image, engine.input, border) for row, image in zip(array, images, strict=True)
+    ]
+    outputs = engine.start(array, nms.confidence).wait()
+    return postprocess(outputs, engine.output_layout, nms, placed)
 
 
 @dataclass(frozen=True)
@@ -419,7 +439,8 @@ def process(
     """Run an engine over a stream of images, everything but the engine in other threads.
 
     Images are read and pre-processed ahead of the engine and its outputs post-processed behind
-    it, so that the engine, which only the calling thread uses, waits as little as possible.
+    it, so that the engine, which only the calling thread uses, waits as little as possible. On a
+    GPU one batch is copied while another is computed, each on a stream of its own.
 
     Args:
         engine: any loaded engine.
@@ -446,10 +467,11 @@ def process(
         workers=workers,
         keep_images=keep_images,
         skip_unreadable=skip_unreadable,
+        allocate=engine.empty_input,
     )
 
     def conclude(
-        loaded: Batch[Item], outputs: dict[str, NDArray[np.generic]]
+        loaded: Batch[Item], outputs: dict[str, NDArray[np.generic]] | Candidates
     ) -> tuple[Result, float, float]:
         start = time.perf_counter()
         found: list[Detections] = []
@@ -466,21 +488,40 @@ def process(
         result, postprocess_seconds, finish_seconds = future.result()
         return Processed(loaded, result, seconds, end, postprocess_seconds, finish_seconds)
 
+    running: deque[tuple[Batch[Item], Run, float]] = deque()
+    engine_free = 0.0
+
+    def collect() -> None:
+        """Wait for the engine's oldest batch, and hand it on."""
+        nonlocal engine_free
+        loaded, run, start = running.popleft()
+        outputs = run.wait()
+        end = time.perf_counter()
+        # Where batches overlap in the engine, its time is shared among them.
+        seconds = end - max(start, engine_free)
+        engine_free = end
+        loaded = dataclasses.replace(loaded, input=np.empty(0, loaded.input.dtype))
+        pending.append((loaded, seconds, end, pool.submit(conclude, loaded, outputs)))
+
     pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
     try:
         for loaded in batches:
-            outputs: dict[str, NDArray[np.generic]] = {}
             start = time.perf_counter()
-            if loaded.items:
-                outputs = engine.infer(loaded.input)
-            end = time.perf_counter()
-            loaded = dataclasses.replace(loaded, input=np.empty(0, loaded.input.dtype))
-            pending.append((loaded, end - start, end, pool.submit(conclude, loaded, outputs)))
+            run = engine.start(loaded.input, nms.confidence) if loaded.items else FinishedRun({})
+            running.append((loaded, run, start))
+            del loaded, run  # the loop would keep the input alive while the next is waited for
+            if len(running) >= engine.in_flight:
+                collect()
             if len(pending) > 1:
                 yield oldest()
+        while running:
+            collect()
         while pending:
             yield oldest()
     finally:
+        while running:  # the engine must be idle when an error leaves this
+            with contextlib.suppress(UserError):
+                running.popleft()[1].wait()
         pool.shutdown(wait=True, cancel_futures=True)
         batches.close()  # type: ignore[attr-defined]
 

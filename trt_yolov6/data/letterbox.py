@@ -98,18 +98,36 @@ def letterbox(
         uint8 (*size, 3), and where the image lies in it.
     """
     placed = fit((image.shape[0], image.shape[1]), size, border)
-    height, width = placed.resized
-    if placed.resized != placed.source:
-        smaller = placed.scale < 1
-        interpolation = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-        image = cv2.resize(image, (width, height), interpolation=interpolation).astype(
-            np.uint8, copy=False
-        )
-    if placed.resized == size:
+    if placed.resized == placed.source == size:
         return image, placed
-    canvas = np.full((*size, 3), GRAY, np.uint8)
-    canvas[placed.top : placed.top + height, placed.left : placed.left + width] = image
+    canvas = np.empty((*size, 3), np.uint8)
+    fill(canvas, image, placed)
     return canvas, placed
+
+
+def fill(canvas: NDArray[np.uint8], image: NDArray[np.uint8], placed: Letterbox) -> None:
+    """Write an image, resized, and the gray around it into an array of the input's size.
+
+    Args:
+        canvas: uint8 (height, width, 3), C-contiguous; such as a row of an engine's input.
+        image: uint8 (height, width, 3).
+        placed: where it goes, see `fit`.
+    """
+    height, width = placed.resized
+    bottom, right = placed.top + height, placed.left + width
+    canvas[: placed.top] = GRAY
+    canvas[bottom:] = GRAY
+    canvas[placed.top : bottom, : placed.left] = GRAY
+    canvas[placed.top : bottom, right:] = GRAY
+    inside = canvas[placed.top : bottom, placed.left : right]
+    if placed.resized == placed.source:
+        inside[...] = image
+        return
+    interpolation = cv2.INTER_AREA if placed.scale < 1 else cv2.INTER_LINEAR
+    if inside.flags.c_contiguous:  # OpenCV writes whole rows in place
+        cv2.resize(image, (width, height), dst=inside, interpolation=interpolation)
+    else:
+        inside[...] = cv2.resize(image, (width, height), interpolation=interpolation)
 
 
 def resolve_border(

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.letterbox import Letterbox, letterbox
-from trt_yolov6.engines.base import TensorSpec
+from trt_yolov6.data.letterbox import Letterbox, fill, fit, letterbox
+from trt_yolov6.engines.base import TensorSpec, empty_input, image_size_of
 from trt_yolov6.errors import UserError
 
 Item = TypeVar("Item")
@@ -54,8 +54,8 @@ class _Row:
 
 
 def default_workers() -> int:
-    """Return how many reader threads pay: one a core, at most eight."""
-    return min(8, os.cpu_count() or 1)
+    """Return how many reader threads pay: one a core, at most sixteen."""
+    return min(16, os.cpu_count() or 1)
 
 
 def load_batches(
@@ -69,6 +69,7 @@ def load_batches(
     workers: int | None = None,
     keep_images: bool = False,
     skip_unreadable: bool = False,
+    allocate: Callable[[int], NDArray[Any]] | None = None,
 ) -> Iterator[Batch[Item]]:
     """Yield batches in the order of `items`, preparing the next ones meanwhile.
 
@@ -86,6 +87,8 @@ def load_batches(
         keep_images: hand the original images on as well.
         skip_unreadable: list items whose reading raises UserError in `Batch.failures`, instead of
             raising it.
+        allocate: makes the array of a batch of so many rows (`Engine.empty_input`); default:
+            ordinary memory.
 
     Raises:
         UserError: a batch takes more memory than there is.
@@ -99,9 +102,7 @@ def load_batches(
         start = time.perf_counter()
         image = read(item)
         middle = time.perf_counter()
-        size = _image_size(spec)
-        boxed, placed = letterbox(image, size, border)
-        _fill(row, boxed)
+        placed = fill_row(row, image, spec, border)
         end = time.perf_counter()
         return _Row(image if keep_images else None, placed, middle - start, end - middle)
 
@@ -109,10 +110,11 @@ def load_batches(
         chunk = list(itertools.islice(source, batch))
         if not chunk:
             return
-        array = empty_input(spec, max(len(chunk), pad_to))
+        rows = max(len(chunk), pad_to)
+        array = empty_input(spec, rows) if allocate is None else allocate(rows)
         array[len(chunk) :] = 0
-        rows = [pool.submit(prepare, item, array[i]) for i, item in enumerate(chunk)]
-        pending.append((array, chunk, rows))
+        futures = [pool.submit(prepare, item, array[i]) for i, item in enumerate(chunk)]
+        pending.append((array, chunk, futures))
 
     try:
         for _ in range(AHEAD):
@@ -125,6 +127,30 @@ def load_batches(
             del array, chunk, futures
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def fill_row(
+    row: NDArray[Any], image: NDArray[np.uint8], spec: TensorSpec, border: int = 0
+) -> Letterbox:
+    """Pre-process an image into its row of a batch.
+
+    Args:
+        row: what an engine takes for one image, see `Engine.input`; written to.
+        image: uint8 (height, width, 3) RGB, of any size.
+        spec: the engine's input.
+        border: see `letterbox.fit`.
+
+    Returns:
+        Where the image lies in the row.
+    """
+    size = image_size_of(spec)
+    if spec.dtype == np.uint8:
+        placed = fit((image.shape[0], image.shape[1]), size, border)
+        fill(row, image, placed)
+        return placed
+    boxed, placed = letterbox(image, size, border)
+    _fill(row, boxed)
+    return placed
 
 
 def to_input(images: Sequence[NDArray[np.uint8]], spec: TensorSpec) -> NDArray[Any]:
@@ -144,23 +170,6 @@ def to_input(images: Sequence[NDArray[np.uint8]], spec: TensorSpec) -> NDArray[A
     for row, image in zip(array, images, strict=True):
         _fill(row, image)
     return array
-
-
-def empty_input(spec: TensorSpec, rows: int) -> NDArray[Any]:
-    """Return an array of the shape and dtype an engine takes, its content undefined.
-
-    Raises:
-        UserError: it takes more memory than there is.
-    """
-    height, width = _image_size(spec)
-    shape = (height, width, 3) if spec.dtype == np.uint8 else (3, height, width)
-    try:
-        return np.empty((rows, *shape), spec.dtype)
-    except (MemoryError, ValueError, OverflowError) as error:  # the last two: beyond any address
-        raise UserError(
-            f"a batch of {rows} images of {height}x{width} does not fit in memory; give a smaller "
-            "--batch."
-        ) from error
 
 
 def _collect(
@@ -194,13 +203,6 @@ def _collect(
         read_seconds=sum(row.read_seconds for row in rows),
         preprocess_seconds=sum(row.preprocess_seconds for row in rows),
     )
-
-
-def _image_size(spec: TensorSpec) -> tuple[int, int]:
-    height, width = spec.shape[1:3] if spec.dtype == np.uint8 else spec.shape[2:4]
-    assert height is not None
-    assert width is not None
-    return height, width
 
 
 def _fill(row: NDArray[Any], image: NDArray[np.uint8]) -> None:

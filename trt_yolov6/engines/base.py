@@ -17,13 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.engines.manifest import BatchProfile, Manifest, NmsSettings, OutputLayout
 from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,26 @@ class LoadOptions:
     """CPU threads an ONNX Runtime session uses; None for one a physical core."""
     provider: str | None = None
     """ONNX Runtime execution provider: `cpu`, `cuda`, `tensorrt`; None for the best that works."""
+    cuda_graph: bool = True
+    """TensorRT: launch a run as one CUDA graph instead of kernel by kernel."""
+
+
+class Run(abc.ABC):
+    """A batch that an engine is working on."""
+
+    @abc.abstractmethod
+    def wait(self) -> dict[str, NDArray[Any]] | Candidates:
+        """Wait until it is done, once, and return the outputs by name, or the candidates."""
+
+
+@dataclass(frozen=True)
+class FinishedRun(Run):
+    """A run that was over before `start` returned."""
+
+    outputs: dict[str, NDArray[Any]]
+
+    def wait(self) -> dict[str, NDArray[Any]]:
+        return self.outputs
 
 
 class Engine(abc.ABC):
@@ -100,6 +123,8 @@ class Engine(abc.ABC):
     class_names: tuple[str, ...]
     note: str = ""
     """How the engine computes, where that is not what its precision says."""
+    in_flight: int = 1
+    """Batches that `start` takes before the first is waited for."""
     nms: NmsSettings | None = None
     """The thresholds of the suppression inside an `end2end` graph, where they are known."""
 
@@ -117,13 +142,55 @@ class Engine(abc.ABC):
             UserError: wrong shape or dtype, or a batch size outside the engine's profile.
         """
 
+    def start(self, images: NDArray[Any], confidence: float | None = None) -> Run:
+        """Start a batch, to be waited for later; up to `in_flight` may be under way.
+
+        Args:
+            images: as for `infer`; not to be changed before the run has been waited for.
+            confidence: only scores above it are of interest. An engine on a GPU then gives
+                `Candidates` where it can, instead of all outputs.
+
+        Raises:
+            UserError: as `infer`.
+        """
+        return FinishedRun(self.infer(images))
+
+    def empty_input(self, rows: int) -> NDArray[Any]:
+        """Return an array for a batch of so many images, its content undefined.
+
+        Of an engine on a GPU it lies in page-locked memory, which the GPU reads without a detour.
+
+        Raises:
+            UserError: it takes more memory than there is.
+        """
+        return empty_input(self.input, rows)
+
     @abc.abstractmethod
-    def resident_run(self, images: NDArray[Any]) -> Callable[[], float]:
+    def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
         """Place a batch where the engine reads it and return a function that runs it once.
 
         Each call of that function runs the engine on the resident input, waits for it to finish and
         returns the seconds it took: no copy from or to the host is in them.
+
+        Args:
+            images: as for `infer`.
+            streams: on a GPU, copies of the batch that run side by side, each on a stream of its
+                own; the seconds are then those of one round, a run on every stream.
+
+        Raises:
+            UserError: as `infer`, or several streams are asked of an engine that has none.
         """
+
+    def layer_times(self, images: NDArray[Any], runs: int = 20) -> dict[str, float]:
+        """Return the median seconds of each layer, in the engine's order, by name.
+
+        Raises:
+            UserError: the backend does not time layers.
+        """
+        raise UserError(
+            f"{self.path} runs in {self.backend}, which does not time layers; build it with "
+            "TensorRT."
+        )
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -132,11 +199,7 @@ class Engine(abc.ABC):
     @property
     def image_size(self) -> tuple[int, int]:
         """Input height and width in pixels."""
-        shape = self.input.shape
-        height, width = shape[1:3] if self.input.dtype == np.uint8 else shape[2:4]
-        assert height is not None
-        assert width is not None
-        return height, width
+        return image_size_of(self.input)
 
     @property
     def precision(self) -> str:
@@ -155,13 +218,38 @@ class Engine(abc.ABC):
         self.close()
 
 
-def check_images(engine: Engine, images: NDArray[Any]) -> None:
-    """Raise UserError unless `images` has the shape and dtype the engine takes."""
+def image_size_of(spec: TensorSpec) -> tuple[int, int]:
+    """Return height and width in pixels of an engine's input."""
+    height, width = spec.shape[1:3] if spec.dtype == np.uint8 else spec.shape[2:4]
+    assert height is not None
+    assert width is not None
+    return height, width
+
+
+def empty_input(spec: TensorSpec, rows: int) -> NDArray[Any]:
+    """Return an array for a batch of the shape and dtype an engine takes, its content undefined.
+
+    Raises:
+        UserError: it takes more memory than there is.
+    """
+    shape = tuple(length or 0 for length in spec.shape[1:])
+    try:
+        return np.empty((rows, *shape), spec.dtype)
+    except (MemoryError, ValueError, OverflowError) as error:  # the last two: beyond any address
+        height, width = image_size_of(spec)
+        raise UserError(
+            f"a batch of {rows} images of {height}x{width} does not fit in memory; give a smaller "
+            "--batch."
+        ) from error
+
+
+def check_images(engine: Engine, images: Any) -> None:
+    """Raise UserError unless an array's `shape` and `dtype` are what the engine takes."""
     wanted = engine.input
-    batch = images.shape[0] if images.ndim == 4 else 0
+    batch = images.shape[0] if len(images.shape) == 4 else 0
     if (
         images.dtype != wanted.dtype
-        or images.ndim != 4
+        or len(images.shape) != 4
         or any(
             size is not None and size != given
             for size, given in zip(wanted.shape[1:], images.shape[1:], strict=True)

@@ -1,4 +1,4 @@
-"""The little of CUDA that a TensorRT engine needs: the device, memory, a stream, events.
+"""The little of CUDA that a TensorRT engine needs: device, memory, streams, events, graphs.
 
 Everything goes through cuda-python, whose calls return an error code first; `_checked` turns that
 into an exception. Nothing is imported from it before it is needed, so that this module can say in
@@ -7,9 +7,10 @@ one sentence what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,14 @@ def current_device() -> Device:
     return Device(properties.name.decode(), (properties.major, properties.minor))
 
 
+def free_memory() -> tuple[int, int]:
+    """Return the GPU's free and total memory in bytes."""
+    cudart = _cudart()
+    error, free, total = cudart.cudaMemGetInfo()
+    _checked((error,))
+    return int(free), int(total)
+
+
 class DeviceMemory:
     """Bytes on the GPU, freed with this object or by `free`."""
 
@@ -82,18 +91,74 @@ class PinnedMemory:
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return the first bytes as an array; it must not outlive this object."""
+        return np.frombuffer(memoryview(self._bytes(shape, dtype)), dtype).reshape(shape)
+
+    def _bytes(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         assert size <= self.nbytes
-        content = (ctypes.c_uint8 * size).from_address(self.address)
+        return (ctypes.c_uint8 * size).from_address(self.address)
+
+
+class PinnedPool:
+    """Page-locked arrays to be filled and handed to an engine; they return when nobody uses them.
+
+    Page-locking takes milliseconds, so memory is kept for the next array of the same size.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[PinnedMemory]] = {}
+        self._lent: dict[int, PinnedMemory] = {}
+        self._closed = False
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return an array of undefined content; its memory lives as long as it or a view of it."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        kept = self._free.get(nbytes)
+        memory = kept.pop() if kept else PinnedMemory(nbytes)
+        content = memory._bytes(shape, dtype)
+        self._lent[memory.address] = memory
+        weakref.finalize(content, self._take_back, memory)
         return np.frombuffer(memoryview(content), dtype).reshape(shape)
+
+    def holds(self, array: NDArray[Any]) -> bool:
+        """Tell whether an array lies in memory of this pool, from its first byte to its last."""
+        start = array.ctypes.data
+        memory = self._lent.get(start)
+        if memory is None:  # not the beginning of a buffer, but perhaps a part of one
+            memory = next(
+                (
+                    one
+                    for one in list(self._lent.values())
+                    if one.address <= start < one.address + one.nbytes
+                ),
+                None,
+            )
+        return memory is not None and start + array.nbytes <= memory.address + memory.nbytes
+
+    def close(self) -> None:
+        """Free what is not lent; the rest follows when its arrays are gone."""
+        self._closed = True
+        for memories in self._free.values():
+            for memory in memories:
+                memory.free()
+        self._free.clear()
+
+    def _take_back(self, memory: PinnedMemory) -> None:
+        self._lent.pop(memory.address, None)
+        if self._closed:
+            memory.free()
+        else:
+            self._free.setdefault(memory.nbytes, []).append(memory)
 
 
 class Stream:
-    """A CUDA stream: work put on it runs in order, beside the host."""
+    """A CUDA stream: work put on it runs in order, beside the host and beside other streams."""
 
     def __init__(self) -> None:
         self._cudart = _cudart()
-        self.handle: int = int(_checked(self._cudart.cudaStreamCreate()))
+        # Without the flag it would wait for whatever else the process does on the default stream.
+        flag = self._cudart.cudaStreamNonBlocking
+        self.handle: int = int(_checked(self._cudart.cudaStreamCreateWithFlags(flag)))
         self.free = weakref.finalize(self, _release, self._cudart.cudaStreamDestroy, self.handle)
 
     def copy_in(self, target: DeviceMemory, source: int, nbytes: int, offset: int = 0) -> None:
@@ -101,19 +166,72 @@ class Stream:
         assert offset + nbytes <= target.nbytes
         self._copy(target.address + offset, source + offset, nbytes, "cudaMemcpyHostToDevice")
 
-    def copy_out(self, target: int, source: DeviceMemory, nbytes: int) -> None:
-        """Start a copy from the GPU to a host address."""
-        self._copy(target, source.address, nbytes, "cudaMemcpyDeviceToHost")
+    def copy_out(self, target: int, source: DeviceMemory, nbytes: int, offset: int = 0) -> None:
+        """Start a copy of `nbytes` that lie `offset` bytes into GPU memory to a host address.
+
+        They arrive as many bytes behind that address.
+        """
+        assert offset + nbytes <= source.nbytes
+        self._copy(target + offset, source.address + offset, nbytes, "cudaMemcpyDeviceToHost")
+
+    def clear(self, target: DeviceMemory, nbytes: int) -> None:
+        """Start setting the first bytes of GPU memory to zero."""
+        assert nbytes <= target.nbytes
+        _checked(self._cudart.cudaMemsetAsync(target.address, 0, nbytes, self.handle))
 
     def wait(self) -> None:
         """Wait until all work put on the stream is done."""
         _checked(self._cudart.cudaStreamSynchronize(self.handle))
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[CudaGraph]:
+        """Record what the block puts on the stream, instead of running it, as a CUDA graph.
+
+        Raises:
+            CudaError: the block did what cannot be recorded, such as allocating memory.
+        """
+        # Only this thread's calls may break the recording, not those of another engine's.
+        mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        graph = CudaGraph()
+        _checked(self._cudart.cudaStreamBeginCapture(self.handle, mode))
+        try:
+            yield graph
+        except BaseException:
+            error, recorded = self._cudart.cudaStreamEndCapture(self.handle)
+            if int(error) == 0 and int(recorded):
+                self._cudart.cudaGraphDestroy(recorded)
+            raise
+        recorded = _checked(self._cudart.cudaStreamEndCapture(self.handle))
+        try:
+            graph.instantiate(recorded)
+        finally:
+            _checked(self._cudart.cudaGraphDestroy(recorded))
 
     def _copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
         kinds = self._cudart.cudaMemcpyKind
         _checked(
             self._cudart.cudaMemcpyAsync(target, source, nbytes, getattr(kinds, kind), self.handle)
         )
+
+
+class CudaGraph:
+    """Work recorded from a stream, launched as a whole: one call instead of one a kernel."""
+
+    def __init__(self) -> None:
+        self._cudart = _cudart()
+        self._handle: Any = None
+        self.free: Callable[[], Any] = lambda: None
+
+    def instantiate(self, recorded: Any) -> None:
+        """Make it launchable."""
+        self._handle = _checked(self._cudart.cudaGraphInstantiate(recorded, 0))
+        self.free = weakref.finalize(
+            self, _release, self._cudart.cudaGraphExecDestroy, self._handle
+        )
+
+    def launch(self, stream: Stream) -> None:
+        """Put the recorded work on a stream."""
+        _checked(self._cudart.cudaGraphLaunch(self._handle, stream.handle))
 
 
 class Stopwatch:
@@ -156,6 +274,11 @@ def _checked(result: tuple[Any, ...], mebibytes: str = "?") -> Any:
             raise OutOfGpuMemoryError(
                 f"there is no memory for another {mebibytes} MiB; end other programs that use "
                 "the GPU, or take a smaller batch."
+            )
+        if error == cudart.cudaError_t.cudaErrorDevicesUnavailable:
+            raise CudaError(
+                "the GPU is busy or reserved by another process (see `nvidia-smi`); end that, or "
+                "choose another GPU with CUDA_VISIBLE_DEVICES."
             )
         _, text = cudart.cudaGetErrorString(error)
         raise CudaError(

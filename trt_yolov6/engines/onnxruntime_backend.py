@@ -160,10 +160,15 @@ class OnnxRuntimeEngine(Engine):
         names = [output.name for output in self.outputs]
         return dict(zip(names, session.run(names, {self.input.name: images}), strict=True))
 
-    def resident_run(self, images: NDArray[Any]) -> Callable[[], float]:
+    def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
         import onnxruntime
 
         session = self._checked(images)
+        if streams > 1:
+            raise UserError(
+                f"{self.path} runs in ONNX Runtime, which has no streams; leave --streams out, or "
+                "build it with TensorRT."
+            )
         device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
         resident = onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0)
         binding = session.io_binding()

@@ -69,15 +69,16 @@ def build(model: bytes, settings: BuildSettings) -> bytes:
 
 
 def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
-    """Load a plan; `options` concern ONNX Runtime only and change nothing here.
+    """Load a plan; of the options only `cuda_graph` concerns it.
 
     Raises:
         UserError: see `TensorRTEngine`.
     """
     flavour = _flavour()
-    from trt_yolov6.engines.tensorrt_engine import TensorRTEngine
+    from trt_yolov6.engines.tensorrt_engine import ContextSettings, TensorRTEngine
 
-    return TensorRTEngine(flavour, path, manifest)
+    contexts = ContextSettings(record_graph=options.cuda_graph, launches_graphs=options.cuda_graph)
+    return TensorRTEngine(flavour, path, manifest, contexts)
 
 
 def _flavour() -> Flavour:

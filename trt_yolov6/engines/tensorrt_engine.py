@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-import math
-import os
+import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.engines import cuda_device
-from trt_yolov6.engines.base import Engine, TensorSpec, check_images
-from trt_yolov6.engines.cuda_device import DeviceMemory, OutOfGpuMemoryError, PinnedMemory
+from trt_yolov6.engines.base import Engine, Run, TensorSpec, check_images
+from trt_yolov6.engines.candidates import Candidates
+from trt_yolov6.engines.cuda_device import OutOfGpuMemoryError, PinnedPool
+from trt_yolov6.engines.device_arrays import lies_on_gpu, view_of
 from trt_yolov6.engines.layout import class_names_of, guess_output_layout
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.engines.tensorrt_common import Flavour, logger_of
+from trt_yolov6.engines.tensorrt_lane import Lane, LanePlan
 from trt_yolov6.errors import MissingDependencyError, UserError
 
-_COPY_THREADS = min(8, os.cpu_count() or 1)
+_ROUNDS = 20
+"""Rounds of runs on several streams between two looks at the clock."""
 
-_Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, cuda_device.Stream)
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How a TensorRT makes execution contexts, where it offers a choice.
+
+    make_config: makes the argument of `create_execution_context` from an `ICudaEngine`; None: there
+        is no argument.
+    record_graph: runs are recorded as CUDA graphs by this package; False: TensorRT-RTX does it, or
+        nobody.
+    launches_graphs: runs are launched as CUDA graphs, whoever records them.
+    after_first_run: called whenever a batch size has run for the first time, and at the end.
+    """
+
+    make_config: Callable[[Any], Any] | None = None
+    record_graph: bool = False
+    launches_graphs: bool = False
+    after_first_run: Callable[[], None] = lambda: None
 
 
 class TensorRTEngine(Engine):
@@ -32,19 +52,21 @@ class TensorRTEngine(Engine):
         flavour: the TensorRT that built the plan.
         path: the plan.
         manifest: what `build` wrote beside it, if anything.
-        context_config: makes the argument of `create_execution_context` from an `ICudaEngine`.
+        contexts: how execution contexts are made.
 
     Raises:
         UserError: no GPU; a plan cut short, of another version or for another GPU; tensors that are
             no detector's; too little GPU memory.
     """
 
+    in_flight = 2
+
     def __init__(
         self,
         flavour: Flavour,
         path: Path,
         manifest: Manifest | None,
-        context_config: Callable[[Any], Any] | None = None,
+        contexts: ContextSettings | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -52,71 +74,155 @@ class TensorRTEngine(Engine):
         self.backend = flavour.backend
         self.backend_version = flavour.version
         self._flavour = flavour
+        self._contexts = contexts or ContextSettings()
         self._logger = logger_of(flavour.api)
         try:
             device = cuda_device.current_device()
+            cuda_device.free_memory()  # starts CUDA: a GPU that is busy says so here
         except MissingDependencyError as error:
             raise MissingDependencyError(
                 f"{path} runs on an NVIDIA GPU only, and {error}; `trt-yolov6 doctor` says what "
                 "is missing, and an .onnx engine runs on any machine."
             ) from error
         self.device = device.name
-        self._owned: list[DeviceMemory | PinnedMemory | cuda_device.Stream] = []
-        self._device_outputs: dict[str, DeviceMemory] = {}
-        self._host_outputs: dict[str, PinnedMemory] = {}
-        self._allocators: dict[str, Any] = {}
-        self._bound: tuple[int, tuple[int, ...]] | None = None
-        self._copiers = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="to-gpu")
-        self._context: Any = None
+        self._pinned = PinnedPool()
+        self._lanes: list[Lane] = []
+        self._idle: deque[Lane] = deque()
+        self._seen: set[int] = set()
         self._runtime, self._engine = _deserialize(flavour, path, device)
         self._read_tensors()
+        make_config = self._contexts.make_config
+        self._plan = LanePlan(
+            flavour=flavour,
+            path=path,
+            device=device.name,
+            engine=self._engine,
+            context_config=None if make_config is None else make_config(self._engine),
+            input=self.input,
+            outputs=self.outputs,
+            batch=self.batch,
+            record_graph=self._contexts.record_graph,
+            find_candidates=self.output_layout == "split"
+            and all(output.dtype == np.float32 for output in self.outputs),
+        )
         try:
-            self._open(context_config)
-        except OutOfGpuMemoryError as error:
+            self._idle.append(self._new_lane())
+        except BaseException:
             self.close()
-            raise UserError(
-                f"{path} does not fit on the {self.device} with batch {self.batch.max}, where "
-                f"{error}"
-            ) from error
+            raise
 
-    def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        self._check(images)
-        shape = images.shape
-        self._send(images)
-        self._bind(self._device_input.address, shape)
-        self._enqueue()
-        for name, memory in self._host_outputs.items():
-            nbytes = math.prod(self._context.get_tensor_shape(name)) * self._itemsize(name)
-            self._stream.copy_out(memory.address, self._device_outputs[name], nbytes)
-        self._stream.wait()
-        return {output.name: self._result(output) for output in self.outputs}
+    def infer(self, images: Any) -> dict[str, NDArray[Any]]:
+        """Run one batch; see `Engine.infer`. A CUDA tensor (DLPack) is read where it lies."""
+        outputs = self.start(images).wait()
+        assert isinstance(outputs, dict)
+        return outputs
 
-    def resident_run(self, images: NDArray[Any]) -> Callable[[], float]:
-        self._check(images)
-        shape = images.shape
-        images = np.ascontiguousarray(images)
-        resident = DeviceMemory(images.nbytes)
-        self._stream.copy_in(resident, images.ctypes.data, images.nbytes)
-        self._stream.wait()
-        stopwatch = cuda_device.Stopwatch(self._stream)
+    def start(self, images: Any, confidence: float | None = None) -> Run:
+        lane = self._take()
+        try:
+            batch = self._checked(images, lane)
+            lane.start(batch, confidence)
+        except BaseException:
+            self._idle.append(lane)
+            raise
+        return _LaneRun(lane, self._done, batch.shape[0])
 
-        def run() -> float:
+    def infer_on_gpu(self, images: Any) -> dict[str, Any]:
+        """Run one batch and leave the outputs on the GPU.
+
+        Args:
+            images: as for `infer`.
+
+        Returns:
+            One object an output that speaks DLPack (`torch.from_dlpack` takes it), by name. It is
+            the engine's own memory: valid until the next run, or until the engine is closed.
+
+        Raises:
+            UserError: as `infer`; MissingDependencyError: there is no cuda-core.
+        """
+        lane = self._take()
+        try:
+            batch = self._checked(images, lane)
+            lane.start(batch, None, fetch=False)
+            outputs = lane.finish_on_gpu()
+        except BaseException:
+            self._idle.append(lane)
+            raise
+        self._done(lane, batch.shape[0])
+        return outputs
+
+    def empty_input(self, rows: int) -> NDArray[Any]:
+        shape = tuple(length or 0 for length in self.input.shape[1:])
+        return self._pinned.array((rows, *shape), self.input.dtype)
+
+    def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
+        self._check_open()
+        check_images(self, images)
+        while len(self._lanes) < streams:
+            self._idle.append(self._new_lane())
+        lanes = self._lanes[:streams]
+        work = [lane.resident(images) for lane in lanes]
+        if streams == 1:
+            stopwatch = cuda_device.Stopwatch(lanes[0].stream)
+
+            def run() -> float:
+                self._check_open()
+                return stopwatch.time(work[0])
+
+            return run
+
+        def rounds() -> float:
             self._check_open()
-            self._bind(resident.address, shape)
-            return stopwatch.time(self._enqueue)
+            start = time.perf_counter()
+            for _ in range(_ROUNDS):
+                for enqueue in work:
+                    enqueue()
+            for lane in lanes:
+                lane.stream.wait()
+            return (time.perf_counter() - start) / _ROUNDS
 
-        return run
+        return rounds
+
+    def layer_times(self, images: NDArray[Any], runs: int = 20) -> dict[str, float]:
+        """Return the median seconds of each layer of the engine, in its order, by name.
+
+        Layers run apart for it, so that their sum exceeds a run's time; what matters is their
+        share.
+
+        Args:
+            images: as for `infer`, a NumPy array.
+            runs: how often to run.
+
+        Raises:
+            UserError: as `infer`, or runs are launched as CUDA graphs, which have no layers: load
+                the engine with `LoadOptions(cuda_graph=False)`.
+        """
+        if self._contexts.launches_graphs:
+            raise UserError(
+                f"{self.path} is launched as a CUDA graph, whose layers cannot be timed; load it "
+                "with cuda_graph=False (--no-cuda-graph)."
+            )
+        lane = self._take()
+        try:
+            check_images(self, images)
+            times = lane.profile(images, runs)
+        finally:
+            self._idle.append(lane)
+        return {name: float(np.median(seconds)) for name, seconds in times.items()}
 
     def close(self) -> None:
-        # Dependents first: TensorRT wants the context gone before the engine.
-        self._context = None
+        if self._engine is None:
+            return
+        self._contexts.after_first_run()
+        # Dependents first: TensorRT wants the contexts gone before the engine.
+        for lane in self._lanes:
+            lane.close()
+        self._lanes.clear()
+        self._idle.clear()
+        self._plan = None  # type: ignore[assignment]
         self._engine = None
         self._runtime = None
-        self._bound = None
-        self._allocators.clear()
-        self._copiers.shutdown()
-        while self._owned:
-            self._owned.pop().free()
+        self._pinned.close()
 
     # --- opening ----------------------------------------------------------------------------------
 
@@ -155,118 +261,59 @@ class TensorRTEngine(Engine):
         )
         self.class_names = class_names_of(self.outputs, self.output_layout, self.manifest)
 
-    def _open(self, context_config: Callable[[Any], Any] | None) -> None:
-        """Make the context, the stream and buffers for the largest batch."""
-        self._logger.clear()
-        arguments = () if context_config is None else (context_config(self._engine),)
-        self._context = self._engine.create_execution_context(*arguments)
-        if self._context is None:
-            raise OutOfGpuMemoryError(
-                f"{self._flavour.label} cannot make room to run ({self._logger.reason()}); end "
-                "other programs that use the GPU, or build it for a smaller batch."
-            )
-        self._stream = self._own(cuda_device.Stream())
-        shape = (self.batch.max, *(length or 0 for length in self.input.shape[1:]))
-        nbytes = math.prod(shape) * self.input.dtype.itemsize
-        self._device_input = self._own(DeviceMemory(nbytes))
-        self._host_input = self._own(PinnedMemory(nbytes))
-        self._bind(self._device_input.address, shape)
-        for output in self.outputs:
-            largest = tuple(self._context.get_tensor_shape(output.name))
-            if min(largest, default=1) < 0:
-                # With the input's shape given, only what depends on the data is still unknown.
-                allocator = _output_allocator(self._flavour.api)
-                self._allocators[output.name] = allocator
-                self._context.set_output_allocator(output.name, allocator)
-                continue
-            nbytes = math.prod(largest) * output.dtype.itemsize
-            memory = self._own(DeviceMemory(nbytes))
-            self._device_outputs[output.name] = memory
-            self._host_outputs[output.name] = self._own(PinnedMemory(nbytes))
-            self._context.set_tensor_address(output.name, memory.address)
-
-    def _own(self, resource: _Resource) -> _Resource:
-        """Have `close` free a resource."""
-        self._owned.append(resource)
-        return resource
+    def _new_lane(self) -> Lane:
+        try:
+            lane = Lane(self._plan, self._pinned)
+        except OutOfGpuMemoryError as error:
+            raise UserError(
+                f"{self.path} does not fit on the {self.device} with batch {self.batch.max}, where "
+                f"{error}"
+            ) from error
+        self._lanes.append(lane)
+        return lane
 
     # --- running ----------------------------------------------------------------------------------
 
-    def _check(self, images: NDArray[Any]) -> None:
-        self._check_open()
-        check_images(self, images)
-
     def _check_open(self) -> None:
-        if self._context is None:
+        if self._engine is None:
             raise UserError(f"the engine {self.path} is closed; load it again.")
         self._logger.clear()
 
-    def _send(self, images: NDArray[Any]) -> None:
-        """Start the copy of a batch to the GPU.
+    def _take(self) -> Lane:
+        """Return a lane that has nothing to do, or a new one."""
+        self._check_open()
+        return self._idle.popleft() if self._idle else self._new_lane()
 
-        Several threads copy into pinned memory, which one alone fills more slowly than the GPU
-        reads it; while they do, the images that are ready travel. A single image is faster sent
-        from where it is (on an H200: 0.34 ms against 0.68; 32 images 5.6 ms against 25).
-        """
-        if len(images) == 1:
-            images = np.ascontiguousarray(images)
-            self._stream.copy_in(self._device_input, images.ctypes.data, images.nbytes)
-            return
-        pinned = self._host_input.array(images.shape, self.input.dtype)
+    def _checked(self, images: Any, lane: Lane) -> Any:
+        """Return a batch as a NumPy array, or as a view of GPU memory that the lane may read."""
+        # `asarray` takes a tensor on the CPU too.
+        batch = view_of(images, lane.stream) if lies_on_gpu(images) else np.asarray(images)
+        check_images(self, batch)
+        return batch
 
-        def stage(index: int) -> int:
-            np.copyto(pinned[index], images[index])
-            return index
+    def _done(self, lane: Lane, batch: int) -> None:
+        """Take a lane back that has ended a run."""
+        self._idle.append(lane)
+        if batch not in self._seen:
+            self._seen.add(batch)
+            self._contexts.after_first_run()
 
-        nbytes = images.nbytes // len(images)
-        for index in self._copiers.map(stage, range(len(images))):
-            self._stream.copy_in(
-                self._device_input, self._host_input.address, nbytes, index * nbytes
-            )
 
-    def _bind(self, address: int, shape: tuple[int, ...]) -> None:
-        """Say where the input lies and of which shape it is."""
-        if self._bound == (address, shape):
-            return
-        name = self.input.name
-        if not (
-            self._context.set_input_shape(name, shape)
-            and self._context.set_tensor_address(name, address)
-        ):
-            raise UserError(
-                f"{self.path} does not take a batch of {shape[0]} ({self._logger.reason()}); "
-                "build it again for that batch."
-            )
-        self._bound = (address, shape)
+class _LaneRun(Run):
+    """A batch on its way through a lane."""
 
-    def _enqueue(self) -> None:
-        """Put one run of the bound input on the stream."""
-        if not self._context.execute_async_v3(self._stream.handle):
-            for allocator in self._allocators.values():
-                if allocator.error is not None:
-                    raise UserError(
-                        f"{self.path} cannot store its detections: {allocator.error}"
-                    ) from allocator.error
-            raise UserError(
-                f"{self.path} does not run on the {self.device} ({self._logger.reason()}); build "
-                "it again on this machine."
-            )
+    def __init__(self, lane: Lane, done: Callable[[Lane, int], None], batch: int) -> None:
+        self._lane: Lane | None = lane
+        self._done = done
+        self._batch = batch
 
-    def _itemsize(self, name: str) -> int:
-        return next(output.dtype.itemsize for output in self.outputs if output.name == name)
-
-    def _result(self, output: TensorSpec) -> NDArray[Any]:
-        """Return a fresh copy of an output of the run that has just ended."""
-        if output.name in self._host_outputs:
-            shape = tuple(self._context.get_tensor_shape(output.name))
-            fresh: NDArray[Any] = self._host_outputs[output.name].array(shape, output.dtype).copy()
-            return fresh
-        allocator = self._allocators[output.name]
-        result: NDArray[Any] = np.empty(allocator.shape, output.dtype)
-        if result.size:
-            self._stream.copy_out(result.ctypes.data, allocator.memory, result.nbytes)
-            self._stream.wait()
-        return result
+    def wait(self) -> dict[str, NDArray[Any]] | Candidates:
+        assert self._lane is not None, "a run is waited for once"
+        lane, self._lane = self._lane, None
+        try:
+            return lane.finish()
+        finally:
+            self._done(lane, self._batch)
 
 
 def _deserialize(flavour: Flavour, path: Path, device: cuda_device.Device) -> tuple[Any, Any]:
@@ -325,40 +372,3 @@ def _check_input(spec: TensorSpec, path: Path) -> None:
             f"{path} takes {spec.dtype} {list(spec.shape)}; an engine takes float32 "
             "(batch, 3, height, width) or uint8 (batch, height, width, 3) of a fixed size."
         )
-
-
-def _output_allocator(api: Any) -> Any:
-    """Return an `IOutputAllocator` for an output whose shape only the run tells.
-
-    It keeps the largest buffer it was asked for. `shape` is what the last run wrote, which is less
-    than the buffer holds.
-    """
-
-    class OutputAllocator(api.IOutputAllocator):  # type: ignore[misc]
-        def __init__(self) -> None:
-            api.IOutputAllocator.__init__(self)
-            self.memory: DeviceMemory | None = None
-            self.shape: tuple[int, ...] = ()
-            self.error: Exception | None = None
-
-        def reallocate_output_async(
-            self, tensor_name: str, memory: int, size: int, alignment: int, stream: int
-        ) -> int | None:
-            return self.reallocate_output(tensor_name, memory, size, alignment)
-
-        def reallocate_output(
-            self, tensor_name: str, memory: int, size: int, alignment: int
-        ) -> int | None:
-            # cudaMalloc aligns to 256 bytes, which is all that is ever asked for.
-            try:
-                if self.memory is None or self.memory.nbytes < size:
-                    self.memory = DeviceMemory(size)
-            except UserError as error:  # TensorRT drops exceptions; None tells it to give up
-                self.error = error
-                return None
-            return self.memory.address
-
-        def notify_shape(self, tensor_name: str, shape: Any) -> None:
-            self.shape = tuple(int(length) for length in shape)
-
-    return OutputAllocator()

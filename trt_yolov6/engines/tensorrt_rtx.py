@@ -14,6 +14,7 @@ from typing import Any
 from trt_yolov6.engines import cuda_device
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest
+from trt_yolov6.engines.runtime_cache import RuntimeCache, cache_path
 from trt_yolov6.engines.tensorrt_common import Flavour
 from trt_yolov6.errors import MissingDependencyError, UserError
 
@@ -110,15 +111,23 @@ def build(model: bytes, settings: BuildSettings) -> bytes:
 
 
 def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
-    """Load a plan; `options` concern ONNX Runtime only and change nothing here.
+    """Load a plan; of the options only `cuda_graph` concerns it.
+
+    The kernels that are compiled for this GPU are kept beside the plan, in
+    `<plan>.runtime-cache`, so that the next start is quick.
 
     Raises:
         UserError: see `TensorRTEngine`.
     """
     flavour = _flavour()
-    from trt_yolov6.engines.tensorrt_engine import TensorRTEngine
+    from trt_yolov6.engines.tensorrt_engine import ContextSettings, TensorRTEngine
 
-    return TensorRTEngine(flavour, path, manifest, _eager_kernels(flavour.api))
+    cache = RuntimeCache(cache_path(path))
+    make_config = _runtime_config(flavour.api, cache, options.cuda_graph)
+    contexts = ContextSettings(
+        make_config, launches_graphs=options.cuda_graph, after_first_run=cache.save
+    )
+    return TensorRTEngine(flavour, path, manifest, contexts)
 
 
 def _flavour() -> Flavour:
@@ -197,18 +206,25 @@ def _target_setter(api: Any, capabilities: tuple[str, ...]) -> Callable[[Any], N
     return set_target
 
 
-def _eager_kernels(api: Any) -> Callable[[Any], Any]:
-    """Have the kernels of a batch size compiled before its first run, not during the first few.
+def _runtime_config(api: Any, cache: RuntimeCache, cuda_graph: bool) -> Callable[[Any], Any]:
+    """Return what makes an `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache.
 
+    Eager: the kernels of a batch size are compiled before its first run, not during the first few.
     By default a slower kernel that fits all shapes runs meanwhile, and timings and the last bits of
     results change when the other is ready.
     """
 
-    def context_config(engine: Any) -> Any:
+    def make_config(engine: Any) -> Any:
         config = engine.create_runtime_config()
         config.dynamic_shapes_kernel_specialization_strategy = (
             api.DynamicShapesKernelSpecializationStrategy.EAGER
         )
+        config.cuda_graph_strategy = (
+            api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            if cuda_graph
+            else api.CudaGraphStrategy.DISABLED
+        )
+        cache.attach(config)
         return config
 
-    return context_config
+    return make_config

@@ -1,0 +1,435 @@
+"""What a TensorRT engine does on a GPU beside computing: copies, graphs, caches, threads, memory.
+
+The reference is ONNX Runtime on the CPU, or the same engine used in the plainest way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import resource
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+from test_engines_tensorrt import detector
+
+from trt_yolov6.data.letterbox import fit
+from trt_yolov6.detection import Detections, postprocess
+from trt_yolov6.engines import cuda_device, tensorrt_rtx
+from trt_yolov6.engines.base import BuildSettings, LoadOptions
+from trt_yolov6.engines.candidates import _ROW, _SOURCE, candidates_of
+from trt_yolov6.engines.device_arrays import is_contiguous, lies_on_gpu
+from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
+from trt_yolov6.engines.runtime_cache import RuntimeCache, cache_path
+from trt_yolov6.errors import MissingDependencyError, UserError
+
+
+def _has_gpu() -> bool:
+    try:
+        cuda_device.current_device()
+    except MissingDependencyError:
+        return False
+    return True
+
+
+needs_gpu = pytest.mark.skipif(not _has_gpu(), reason="needs an NVIDIA GPU and cuda-python")
+
+
+# --- without a GPU ------------------------------------------------------------------------------
+
+
+def random_outputs(seed: int, batch: int, classes: int, anchors: int) -> dict[str, NDArray[Any]]:
+    """Outputs of the `split` layout, whose boxes overlap and whose scores have ties."""
+    rng = np.random.default_rng(seed)
+    corners = rng.uniform(0, 48, (batch, 2, anchors))
+    sides = rng.uniform(-1, 16, (batch, 2, anchors))
+    boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
+    scores = rng.integers(0, 20, (batch, classes, anchors)) / np.float32(20)
+    return {"boxes": boxes, "scores": scores.astype(np.float32)}
+
+
+def rows_above(outputs: dict[str, NDArray[Any]], least: float) -> NDArray[Any]:
+    """What the kernel writes, sorted by place: the elements of the scores above a threshold."""
+    scores = outputs["scores"]
+    _, classes, anchors = scores.shape
+    places = np.flatnonzero(scores > least)
+    rows = np.zeros(len(places), _ROW)
+    rows["place"] = places
+    rows["score"] = scores.reshape(-1)[places]
+    rows["box"] = outputs["boxes"][places // (classes * anchors), :, places % anchors]
+    return rows
+
+
+def same(found: list[Detections], wanted: list[Detections]) -> bool:
+    return len(found) == len(wanted) and all(
+        np.array_equal(getattr(one, part.name), getattr(other, part.name))
+        for one, other in zip(found, wanted, strict=True)
+        for part in dataclasses.fields(Detections)
+    )
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 4), st.integers(1, 40))
+def test_candidates_give_the_detections_that_whole_outputs_give(
+    seed: int, batch: int, classes: int, anchors: int
+) -> None:
+    outputs = random_outputs(seed, batch, classes, anchors)
+    placed = [fit((50, 64), (64, 64))] * batch
+    for least, asked in ((0.0, 0.0), (0.3, 0.3), (0.3, 0.5), (0.99, 0.99)):
+        nms = NmsSettings(asked, 0.5, 10)
+        wanted = postprocess(outputs, "split", nms, placed)
+        chosen = candidates_of(rows_above(outputs, least), classes, anchors)
+        assert same(postprocess(chosen, "split", nms, placed), wanted)
+
+
+def test_the_kernel_compiles_for_every_gpu_that_tensorrt_runs_on() -> None:
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError:
+        pytest.skip("needs nvidia-cuda-nvrtc")
+    for capability in (75, 80, 86, 87, 89, 90, 100, 120):
+        _, program = nvrtc.nvrtcCreateProgram(_SOURCE.encode(), b"candidates.cu", 0, [], [])
+        option = f"--gpu-architecture=sm_{capability}".encode()
+        (error,) = nvrtc.nvrtcCompileProgram(program, 1, [option])
+        assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, capability
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple),
+    st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 24]), min_size=4, max_size=4),
+)
+def test_contiguity_is_what_numpy_calls_it(shape: tuple[int, ...], steps: list[int]) -> None:
+    strides = tuple(steps[: len(shape)])
+    array = as_strided(np.zeros(400, np.int8), shape, strides)
+    assert is_contiguous(shape, strides) == array.flags.c_contiguous
+    assert is_contiguous(shape, None)
+
+
+def test_arrays_on_the_cpu_do_not_count_as_gpu_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    assert not lies_on_gpu(np.zeros(3))
+    assert not lies_on_gpu(torch.zeros(3))
+    assert not lies_on_gpu([1, 2])
+
+
+class HostMemory:
+    """Ordinary memory in the place of page-locked memory."""
+
+    made = 0
+
+    def __init__(self, nbytes: int) -> None:
+        HostMemory.made += 1
+        self._content = (ctypes.c_uint8 * nbytes)()
+        self.nbytes, self.address, self.freed = nbytes, ctypes.addressof(self._content), False
+
+    def _bytes(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        return (ctypes.c_uint8 * (int(np.prod(shape)) * dtype.itemsize)).from_address(self.address)
+
+    def free(self) -> None:
+        self.freed = True
+
+
+def test_pinned_arrays_are_lent_as_long_as_a_view_lives_and_then_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda_device, "PinnedMemory", HostMemory)
+    HostMemory.made = 0
+    pool = cuda_device.PinnedPool()
+    first = pool.array((2, 3), np.dtype(np.float32))
+    address = first.ctypes.data
+    row = first[1]
+    row[:] = 7
+    assert pool.holds(first)
+    assert pool.holds(row)
+    assert not pool.holds(np.zeros((2, 3), np.float32))
+    del first
+    gc.collect()
+    second = pool.array((2, 3), np.dtype(np.float32))
+    assert second.ctypes.data != address, "the row still needs the first memory"
+    assert (row == 7).all()
+    del row
+    gc.collect()
+    third = pool.array((3, 2), np.dtype(np.float32))
+    assert third.ctypes.data == address
+    assert HostMemory.made == 2
+    pool.close()
+    del third
+    gc.collect()
+    pool.array((1,), np.dtype(np.uint8))
+
+
+class Cache:
+    """A runtime cache that takes contents which begin with its version."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def deserialize(self, content: bytes) -> bool:
+        if not content.startswith(b"1.6"):
+            return False
+        self.content = content
+        return True
+
+    def serialize(self) -> bytes:
+        return self.content
+
+
+class Config:
+    def __init__(self) -> None:
+        self.cache: Any = None
+
+    def create_runtime_cache(self) -> Cache:
+        return Cache(b"1.6 empty")
+
+    def set_runtime_cache(self, cache: Cache) -> None:
+        self.cache = cache
+
+
+def test_a_runtime_cache_is_read_only_where_it_fits_and_written_when_it_has_grown(
+    tmp_path: Path,
+) -> None:
+    path = cache_path(tmp_path / "n.trt")
+    assert path == tmp_path / "n.trt.runtime-cache"
+    for stored, used in ((None, False), (b"1.5 of another version", False), (b"1.6 kernels", True)):
+        if stored is not None:
+            path.write_bytes(stored)
+        cache, config = RuntimeCache(path), Config()
+        cache.attach(config)
+        assert cache.used is used
+        if used:
+            cache.save()
+            assert path.read_bytes() == stored
+        config.cache.content += b" and more"
+        cache.save()
+        assert path.read_bytes() == config.cache.content
+
+
+def test_a_folder_that_takes_no_runtime_cache_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = RuntimeCache(tmp_path / "file" / "n.trt.runtime-cache")
+    cache.attach(Config())
+    cache.save()
+    assert not cache.used
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    pytest.importorskip("tensorrt_rtx")
+    path = tmp_path / "detector.trt"
+    settings = BuildSettings(batch=BatchProfile(1, 2, 4), progress=False)
+    path.write_bytes(tensorrt_rtx.build(detector().SerializeToString(), settings))
+    return path
+
+
+@pytest.fixture
+def engine(plan: Path) -> Iterator[Any]:
+    with tensorrt_rtx.load(plan, None, LoadOptions()) as loaded:
+        yield loaded
+
+
+def images(batch: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).random((batch, 3, 32, 32), dtype=np.float32)
+
+
+def check_equal(found: Any, wanted: Any) -> None:
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+@needs_gpu
+@pytest.mark.parametrize("record", [False, True], ids=["by RTX", "by this package"])
+def test_cuda_graphs_change_no_result(plan: Path, record: bool) -> None:
+    from trt_yolov6.engines.tensorrt_engine import ContextSettings, TensorRTEngine
+
+    flavour = tensorrt_rtx._flavour()
+    cache = RuntimeCache(plan.with_suffix(".cache"))
+    config = tensorrt_rtx._runtime_config(flavour.api, cache, not record)
+    contexts = ContextSettings(config, record_graph=record)
+    graphed = TensorRTEngine(flavour, plan, None, contexts)
+    with tensorrt_rtx.load(plan, None, LoadOptions(cuda_graph=False)) as plain, graphed:
+        for batch in (1, 1, 1, 4, 4, 4, 1, 2, 2, 2):
+            for seed in range(2):
+                wanted = plain.infer(images(batch, seed))
+                check_equal(graphed.infer(images(batch, seed)), wanted)
+        assert any(lane._graph is not None for lane in graphed._lanes) == record
+
+
+@needs_gpu
+def test_batches_in_flight_do_not_disturb_each_other(engine: Any) -> None:
+    batches = [images(1 + seed % 4, seed) for seed in range(12)]
+    wanted = [engine.infer(batch) for batch in batches]
+    running: list[Any] = []
+    for index, batch in enumerate(batches):
+        running.append(engine.start(batch))
+        if index >= engine.in_flight:
+            check_equal(running[index - engine.in_flight].wait(), wanted[index - engine.in_flight])
+    for run, outputs in zip(running[-engine.in_flight :], wanted[-engine.in_flight :], strict=True):
+        check_equal(run.wait(), outputs)
+
+
+@needs_gpu
+def test_page_locked_input_gives_what_ordinary_input_gives(engine: Any) -> None:
+    for batch in (4, 1):
+        ordinary = images(batch, batch)
+        locked = engine.empty_input(batch)
+        locked[:] = ordinary
+        check_equal(engine.infer(locked), engine.infer(ordinary))
+
+
+@needs_gpu
+def test_gpu_tensors_go_in_and_come_out_without_the_host(engine: Any) -> None:
+    torch = pytest.importorskip("torch")
+    for batch in (2, 4):
+        wanted = engine.infer(images(batch))
+        tensor = torch.from_numpy(images(batch)).cuda()
+        check_equal(engine.infer(tensor), wanted)
+        outputs = engine.infer_on_gpu(tensor)
+        for name, value in wanted.items():
+            out = torch.from_dlpack(outputs[name])
+            assert out.is_cuda
+            np.testing.assert_array_equal(out.cpu().numpy(), value)
+    with pytest.raises(UserError, match="contiguous"):
+        engine.infer(torch.zeros(2, 32, 32, 3, device="cuda").permute(0, 3, 1, 2))
+    with pytest.raises(UserError, match="takes float32"):
+        engine.infer(torch.zeros(2, 3, 32, 32, dtype=torch.float16, device="cuda"))
+    with pytest.raises(UserError, match="batches of 1 to 4"):
+        engine.infer(torch.zeros(5, 3, 32, 32, device="cuda"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("least", [0.0, 0.5, 0.999])
+def test_candidates_are_the_scores_above_the_threshold(engine: Any, least: float) -> None:
+    from trt_yolov6.engines.candidates import Candidates
+
+    for batch in (4, 1, 3):
+        outputs = engine.infer(images(batch))
+        found = engine.start(images(batch), least).wait()
+        assert isinstance(found, Candidates), "is nvidia-cuda-nvrtc there?"
+        _, classes, anchors = outputs["scores"].shape
+        wanted = candidates_of(rows_above(outputs, least), classes, anchors)
+        for part in dataclasses.fields(Candidates):
+            np.testing.assert_array_equal(getattr(found, part.name), getattr(wanted, part.name))
+
+
+@needs_gpu
+def test_more_candidates_than_there_is_room_for_bring_the_whole_outputs(engine: Any) -> None:
+    outputs = engine.infer(images(4))
+    engine.start(images(4), 0.0).wait()
+    for lane in engine._lanes:
+        if lane._filter is not None:
+            lane._filter._capacity = 10
+    check_equal(engine.start(images(4), 0.0).wait(), outputs)
+
+
+@needs_gpu
+def test_the_second_start_uses_the_kernels_that_the_first_compiled(plan: Path) -> None:
+    with tensorrt_rtx.load(plan, None, LoadOptions()) as first:
+        wanted = first.infer(images(2))
+    stored = cache_path(plan).read_bytes()
+    assert stored
+    with tensorrt_rtx.load(plan, None, LoadOptions()) as second:
+        check_equal(second.infer(images(2)), wanted)
+    assert cache_path(plan).read_bytes() == stored
+    cache_path(plan).write_bytes(stored[: len(stored) // 2])
+    with tensorrt_rtx.load(plan, None, LoadOptions()) as third:
+        check_equal(third.infer(images(2)), wanted)
+
+
+@needs_gpu
+def test_two_engines_in_two_threads_give_their_own_results(plan: Path) -> None:
+    engines = [tensorrt_rtx.load(plan, None, LoadOptions()) for _ in range(2)]
+    wanted = [[engine.infer(images(2, seed)) for seed in range(8)] for engine in engines]
+    wrong: list[str] = []
+
+    def work(index: int) -> None:
+        for turn in range(200):
+            seed = (turn * (index + 1)) % 8
+            found = engines[index].infer(images(2, seed))
+            if any(
+                not np.array_equal(found[name], value)
+                for name, value in wanted[index][seed].items()
+            ):
+                wrong.append(f"engine {index}, turn {turn}")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for engine in engines:
+        engine.close()
+    assert not wrong
+
+
+@needs_gpu
+def test_ten_thousand_runs_leak_nothing(engine: Any) -> None:
+    def use(count: int) -> None:
+        for turn in range(count):
+            batch = engine.empty_input(1 + turn % 4)
+            batch[:] = 0.5
+            engine.start(batch, 0.5).wait()
+
+    use(1000)
+    gc.collect()
+    free, _ = cuda_device.free_memory()
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    use(10_000)
+    gc.collect()
+    assert free - cuda_device.free_memory()[0] <= 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - host < 4096  # KiB
+
+
+@needs_gpu
+def test_the_layers_take_about_the_time_of_the_whole(plan: Path) -> None:
+    with tensorrt_rtx.load(plan, None, LoadOptions(cuda_graph=False)) as loaded:
+        layers: Any = loaded
+        seconds = layers.layer_times(images(4))
+        run = loaded.resident_run(images(4))
+        whole = float(np.median([run() for _ in range(50)]))
+        assert len(seconds) >= 2
+        assert 0 < sum(seconds.values()) < 3 * whole
+        loaded.infer(images(2))  # it still runs
+
+
+@needs_gpu
+def test_several_streams_do_more_in_the_same_time(engine: Any) -> None:
+    alone, together = engine.resident_run(images(1)), engine.resident_run(images(1), 4)
+    for run in (alone, together):
+        run()
+    # A round is four runs; host time bounds what so small a network gains.
+    assert np.median([together() for _ in range(20)]) < 4 * np.median([alone() for _ in range(20)])
+
+
+@needs_gpu
+def test_a_gpu_without_room_is_named_in_one_sentence(plan: Path) -> None:
+    from trt_yolov6.engines.cuda_device import DeviceMemory, OutOfGpuMemoryError
+
+    with pytest.raises(OutOfGpuMemoryError, match="no memory for another"):
+        DeviceMemory(1 << 44)
+    free, _ = cuda_device.free_memory()
+    taken = [DeviceMemory(free - (96 << 20))]
+    while True:
+        try:
+            taken.append(DeviceMemory(1 << 20))
+        except OutOfGpuMemoryError:
+            break
+    try:
+        with pytest.raises(UserError) as caught:
+            tensorrt_rtx.load(plan, None, LoadOptions()).infer(images(4))
+        assert "\n" not in str(caught.value)
+    finally:
+        for memory in taken:
+            memory.free()

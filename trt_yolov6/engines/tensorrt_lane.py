@@ -1,0 +1,411 @@
+"""One batch in flight: an execution context of a TensorRT engine, its stream and its buffers.
+
+An engine has one lane to begin with. A second lets a batch be copied while another one is computed;
+more serve requests side by side. Lanes share the engine's weights; each has its own scratch memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.engines.base import TensorSpec
+from trt_yolov6.engines.candidates import CandidateFilter, Candidates
+from trt_yolov6.engines.cuda_device import (
+    CudaError,
+    CudaGraph,
+    DeviceMemory,
+    OutOfGpuMemoryError,
+    PinnedMemory,
+    PinnedPool,
+    Stream,
+)
+from trt_yolov6.engines.device_arrays import output_view
+from trt_yolov6.engines.manifest import BatchProfile
+from trt_yolov6.engines.tensorrt_common import Flavour, logger_of
+from trt_yolov6.errors import UserError
+
+_COPY_THREADS = min(8, os.cpu_count() or 1)
+
+_Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, Stream, CandidateFilter)
+
+
+@dataclass(frozen=True)
+class LanePlan:
+    """What all lanes of an engine have in common."""
+
+    flavour: Flavour
+    path: Path
+    device: str
+    """Name of the GPU."""
+    engine: Any
+    """The `ICudaEngine`."""
+    context_config: Any
+    """Argument of `create_execution_context`; None for TensorRT, which takes none."""
+    input: TensorSpec
+    outputs: tuple[TensorSpec, ...]
+    batch: BatchProfile
+    record_graph: bool
+    """Record runs as CUDA graphs here; TensorRT-RTX does so by itself."""
+    find_candidates: bool
+    """The outputs are `boxes` and `scores`, which the GPU can search."""
+
+
+class Lane:
+    """A context with its stream (`stream`) and buffers for the largest batch.
+
+    Raises:
+        OutOfGpuMemoryError: they do not fit on the GPU.
+    """
+
+    def __init__(self, plan: LanePlan, pinned: PinnedPool) -> None:
+        self._plan = plan
+        self._pinned = pinned
+        self._logger = logger_of(plan.flavour.api)
+        self._owned: list[DeviceMemory | PinnedMemory | Stream | CandidateFilter] = []
+        self._device_outputs: dict[str, DeviceMemory] = {}
+        self._host_outputs: dict[str, PinnedMemory] = {}
+        self._allocators: dict[str, Any] = {}
+        self._bound: tuple[int, tuple[int, ...]] | None = None
+        self._graph: CudaGraph | None = None
+        self._record_graph = plan.record_graph
+        self._runs_as_bound = 0
+        self._filter: CandidateFilter | None = None
+        self._filtered = False
+        self._in_use: Any = None
+        self._context: Any = None
+        self._copiers = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="to-gpu")
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, images: Any, confidence: float | None, *, fetch: bool = True) -> None:
+        """Put a run on the stream: copy in, compute, copy out. Nothing is waited for.
+
+        Args:
+            images: a NumPy array, or a view of GPU memory (`device_arrays.view_of`), of the
+                engine's shape and dtype; not to be changed before `finish` returns.
+            confidence: copy only scores above it, with their boxes; None copies all outputs.
+            fetch: False leaves the outputs on the GPU.
+        """
+        shape = tuple(images.shape)
+        if isinstance(images, np.ndarray):
+            self._in_use = images
+            self._send(images)
+            address = self._device_input.address
+        else:
+            self._in_use = images
+            address = int(images.ptr)
+        self._bind(address, shape)
+        self._enqueue()
+        self._filtered = fetch and confidence is not None and self._can_filter()
+        if not fetch:
+            return
+        if self._filtered:
+            assert self._filter is not None
+            assert confidence is not None
+            boxes, scores = (self._device_outputs[name] for name in ("boxes", "scores"))
+            self._filter.start(self.stream, boxes, scores, shape[0], confidence)
+        else:
+            self._copy_outputs()
+
+    def finish(self) -> dict[str, NDArray[Any]] | Candidates:
+        """Wait for the run that was started, and return what it copied out."""
+        try:
+            if self._filtered:
+                assert self._filter is not None
+                found = self._filter.finish(self.stream)
+                if found is not None:
+                    return found
+                self._copy_outputs()
+            self.stream.wait()
+            return {output.name: self._result(output) for output in self._plan.outputs}
+        finally:
+            self._in_use = None
+
+    def finish_on_gpu(self) -> dict[str, Any]:
+        """Wait for the run, and return its outputs where they lie, as DLPack objects."""
+        self.stream.wait()
+        self._in_use = None
+        return {
+            output.name: output_view(
+                self._output_memory(output.name), output, self._output_shape(output.name)
+            )
+            for output in self._plan.outputs
+        }
+
+    def resident(self, images: NDArray[Any]) -> Callable[[], None]:
+        """Place a batch on the GPU; return a function that puts a run of it on the stream."""
+        images = np.ascontiguousarray(images)
+        memory = DeviceMemory(images.nbytes)
+        shape = images.shape
+        self.stream.copy_in(memory, images.ctypes.data, images.nbytes)
+        self.stream.wait()
+
+        def enqueue() -> None:
+            self._bind(memory.address, shape)
+            self._enqueue()
+
+        return enqueue
+
+    def profile(self, images: NDArray[Any], runs: int) -> dict[str, list[float]]:
+        """Run a resident batch some times; return the seconds that each layer took, by its name.
+
+        Layers are timed apart, so that their sum exceeds what a run takes otherwise.
+        """
+        enqueue = self.resident(images)
+        for _ in range(3):
+            enqueue()
+        self.stream.wait()
+        profiler = _profiler(self._plan.flavour.api)
+        self._context.profiler = profiler
+        try:
+            for _ in range(runs):
+                enqueue()
+                self.stream.wait()
+        finally:
+            self._context.profiler = None
+        times: dict[str, list[float]] = profiler.times
+        return times
+
+    def close(self) -> None:
+        """Free what the lane holds."""
+        self._drop_graph()
+        # TensorRT wants the context gone before the engine.
+        self._context = None
+        self._bound = None
+        self._allocators.clear()
+        self._copiers.shutdown()
+        while self._owned:
+            self._owned.pop().free()
+
+    # --- opening ----------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        plan = self._plan
+        self._logger.clear()
+        arguments = () if plan.context_config is None else (plan.context_config,)
+        self._context = plan.engine.create_execution_context(*arguments)
+        if self._context is None:
+            raise OutOfGpuMemoryError(
+                f"{plan.flavour.label} cannot make room to run ({self._logger.reason()}); end "
+                "other programs that use the GPU, or build it for a smaller batch."
+            )
+        self.stream = self._own(Stream())
+        shape = (plan.batch.max, *(length or 0 for length in plan.input.shape[1:]))
+        nbytes = math.prod(shape) * plan.input.dtype.itemsize
+        self._device_input = self._own(DeviceMemory(nbytes))
+        self._bind(self._device_input.address, shape)
+        for output in plan.outputs:
+            largest = tuple(self._context.get_tensor_shape(output.name))
+            if min(largest, default=1) < 0:
+                # With the input's shape given, only what depends on the data is still unknown.
+                self._allocate_late(output.name)
+                continue
+            nbytes = math.prod(largest) * output.dtype.itemsize
+            memory = self._own(DeviceMemory(nbytes))
+            self._device_outputs[output.name] = memory
+            self._host_outputs[output.name] = self._own(PinnedMemory(nbytes))
+            self._context.set_tensor_address(output.name, memory.address)
+
+    def _allocate_late(self, name: str) -> None:
+        """Have TensorRT ask for an output's memory when a run tells its size."""
+        allocator = output_allocator(self._plan.flavour.api)
+        self._allocators[name] = allocator
+        self._host_outputs.pop(name, None)
+        self._context.set_output_allocator(name, allocator)
+        # Allocating cannot be recorded.
+        self._record_graph = False
+        self._drop_graph()
+
+    def _own(self, resource: _Resource) -> _Resource:
+        """Have `close` free a resource."""
+        self._owned.append(resource)
+        return resource
+
+    def _can_filter(self) -> bool:
+        """Make the candidate filter when it is first wanted; False where there can be none."""
+        plan = self._plan
+        if self._filter is None and plan.find_candidates:
+            shape = self._output_shape("scores")
+            try:
+                self._filter = self._own(CandidateFilter(shape[1], shape[2], plan.batch.max))
+            except CudaError:
+                return False
+        return self._filter is not None
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def _send(self, images: NDArray[Any]) -> None:
+        """Start the copy of a batch to the GPU.
+
+        Page-locked arrays (`Engine.empty_input`) go as they are. Of others, several threads copy
+        into page-locked memory, which one alone fills more slowly than the GPU reads it; while they
+        do, the images that are ready travel. A single image is faster sent from where it is (on an
+        H200: 0.34 ms against 0.68; 32 images 5.6 ms against 25).
+        """
+        if len(images) == 1 or self._pinned.holds(images):
+            images = np.ascontiguousarray(images)
+            self._in_use = images
+            self.stream.copy_in(self._device_input, images.ctypes.data, images.nbytes)
+            return
+        staging = self._pinned.array(images.shape, self._plan.input.dtype)
+        self._in_use = staging
+
+        def stage(index: int) -> int:
+            np.copyto(staging[index], images[index])
+            return index
+
+        nbytes = images.nbytes // len(images)
+        address = staging.ctypes.data
+        for index in self._copiers.map(stage, range(len(images))):
+            self.stream.copy_in(self._device_input, address, nbytes, index * nbytes)
+
+    def _bind(self, address: int, shape: tuple[int, ...]) -> None:
+        """Say where the input lies and of which shape it is."""
+        if self._bound == (address, shape):
+            return
+        self._drop_graph()
+        name = self._plan.input.name
+        if not (
+            self._context.set_input_shape(name, shape)
+            and self._context.set_tensor_address(name, address)
+        ):
+            raise UserError(
+                f"{self._plan.path} does not take a batch of {shape[0]} "
+                f"({self._logger.reason()}); build it again for that batch."
+            )
+        self._bound = (address, shape)
+
+    def _enqueue(self) -> None:
+        """Put one run of the bound input on the stream.
+
+        From the second run of the same input on, TensorRT's kernels are launched as one CUDA graph:
+        a small network has some sixty of them, and launching each takes longer than its work. The
+        first run is for what TensorRT does only once.
+        """
+        if self._graph is None and self._record_graph and self._runs_as_bound:
+            try:
+                with self.stream.capture() as graph:
+                    self._execute()
+                self._graph = graph
+            except UserError:  # a layer that cannot be recorded: nothing is lost but speed
+                self._record_graph = False
+        if self._graph is not None:
+            self._graph.launch(self.stream)
+        else:
+            self._execute()
+        self._runs_as_bound += 1
+
+    def _execute(self) -> None:
+        if self._context.execute_async_v3(self.stream.handle):
+            return
+        for allocator in self._allocators.values():
+            if allocator.error is not None:
+                raise UserError(
+                    f"{self._plan.path} cannot store its detections: {allocator.error}"
+                ) from allocator.error
+        raise UserError(
+            f"{self._plan.path} does not run on the {self._plan.device} "
+            f"({self._logger.reason()}); build it again on this machine."
+        )
+
+    def _drop_graph(self) -> None:
+        """Forget the recorded run: it belongs to one shape and one place of the input."""
+        self._runs_as_bound = 0
+        if self._graph is not None:
+            self.stream.wait()
+            self._graph.free()
+            self._graph = None
+
+    def _copy_outputs(self) -> None:
+        for name, memory in self._host_outputs.items():
+            nbytes = math.prod(self._output_shape(name)) * self._itemsize(name)
+            self.stream.copy_out(memory.address, self._device_outputs[name], nbytes)
+
+    def _output_shape(self, name: str) -> tuple[int, ...]:
+        if name in self._allocators:
+            shape: tuple[int, ...] = self._allocators[name].shape
+            return shape
+        return tuple(int(length) for length in self._context.get_tensor_shape(name))
+
+    def _output_memory(self, name: str) -> DeviceMemory:
+        memory = self._device_outputs.get(name) or self._allocators[name].memory
+        return memory if memory is not None else DeviceMemory(1)
+
+    def _itemsize(self, name: str) -> int:
+        return next(out.dtype.itemsize for out in self._plan.outputs if out.name == name)
+
+    def _result(self, output: TensorSpec) -> NDArray[Any]:
+        """Return a fresh copy of an output of the run that has just ended."""
+        shape = self._output_shape(output.name)
+        if output.name in self._host_outputs:
+            fresh: NDArray[Any] = self._host_outputs[output.name].array(shape, output.dtype).copy()
+            return fresh
+        result: NDArray[Any] = np.empty(shape, output.dtype)
+        if result.size:
+            memory = self._output_memory(output.name)
+            self.stream.copy_out(result.ctypes.data, memory, result.nbytes)
+            self.stream.wait()
+        return result
+
+
+def _profiler(api: Any) -> Any:
+    """Return an `IProfiler` that keeps what it is told: seconds by layer, in the engine's order."""
+
+    class Profiler(api.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.IProfiler.__init__(self)
+            self.times: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times.setdefault(layer_name, []).append(ms / 1000)
+
+    return Profiler()
+
+
+def output_allocator(api: Any) -> Any:
+    """Return an `IOutputAllocator` for an output whose shape only the run tells.
+
+    It keeps the largest buffer it was asked for. `shape` is what the last run wrote, which is less
+    than the buffer holds.
+    """
+
+    class OutputAllocator(api.IOutputAllocator):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.IOutputAllocator.__init__(self)
+            self.memory: DeviceMemory | None = None
+            self.shape: tuple[int, ...] = ()
+            self.error: Exception | None = None
+
+        def reallocate_output_async(
+            self, tensor_name: str, memory: int, size: int, alignment: int, stream: int
+        ) -> int | None:
+            return self.reallocate_output(tensor_name, memory, size, alignment)
+
+        def reallocate_output(
+            self, tensor_name: str, memory: int, size: int, alignment: int
+        ) -> int | None:
+            # cudaMalloc aligns to 256 bytes, which is all that is ever asked for.
+            try:
+                if self.memory is None or self.memory.nbytes < size:
+                    self.memory = DeviceMemory(size)
+            except UserError as error:  # TensorRT drops exceptions; None tells it to give up
+                self.error = error
+                return None
+            return self.memory.address
+
+        def notify_shape(self, tensor_name: str, shape: Any) -> None:
+            self.shape = tuple(int(length) for length in shape)
+
+    return OutputAllocator()
