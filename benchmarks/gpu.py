@@ -56,7 +56,6 @@ from trt_yolov6.models import YOLOv6, count_flops
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
 VARIANTS = ("yolov6n", "yolov6s")
-SIZE = 640
 
 
 @dataclass
@@ -66,6 +65,8 @@ class Bench:
     backend: str
     folder: Path
     seconds: float
+    size: int
+    """Height and width of the input."""
     ceilings: dict[str, float] = field(default_factory=dict)
     models: dict[str, YOLOv6] = field(default_factory=dict)
     graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class Bench:
     def ours(self, variant: str, **options: bool) -> onnx.ModelProto:
         key = f"{variant} {sorted(options.items())}"
         if key not in self.graphs:
-            self.graphs[key] = our_graph(self.model(variant), **options)
+            self.graphs[key] = our_graph(self.model(variant), self.size, **options)
         return self.graphs[key]
 
     def build(self, graph: Graph, name: str) -> Path:
@@ -92,14 +93,21 @@ class Bench:
     def our_engine(self, variant: str, batch: int, **options: bool) -> Path:
         """Build our graph of a variant with random weights for one batch size."""
         words = "".join(f"_{name}" for name, value in options.items() if value)
-        graph = as_graph(with_batch(self.ours(variant, **options), batch), variant, batch)
+        graph = as_graph(
+            with_batch(self.ours(variant, **options), batch), variant, self.size, batch
+        )
         return self.build(graph, f"{variant}{words}_b{batch}")
+
+    def authors(self, variant: str, batch: int) -> Graph:
+        """Return the graph of a variant decoded as the authors do."""
+        model = authors_half(self.model(variant), self.size, batch)
+        return as_graph(model, variant, self.size, batch)
 
     def floor(self, variant: str, batch: int, element: int = 2) -> dict[str, float]:
         """Return the roofline of a batch: seconds by arithmetic and by memory, the larger last."""
         if not self.ceilings:
             return {}
-        flops = batch * count_flops(self.model(variant), SIZE)
+        flops = batch * count_flops(self.model(variant), self.size)
         moved = bytes_moved(self.ours(variant), batch, element)
         rate = self.ceilings["fp8_flops" if element == 1 else "fp16_flops"]
         arithmetic = flops / rate
@@ -147,7 +155,7 @@ def measure_decoding(bench: Bench) -> list[dict[str, Any]]:
             paths = {
                 "ours": bench.our_engine(variant, batch),
                 "authors": bench.build(
-                    as_graph(authors_half(bench.model(variant), batch), variant, batch),
+                    bench.authors(variant, batch),
                     f"{variant}_authors_b{batch}",
                 ),
                 "heads only": bench.our_engine(variant, batch, outputs_only=True),
@@ -182,7 +190,7 @@ def measure_streams(bench: Bench) -> list[dict[str, Any]]:
 def measure_boxes(bench: Bench) -> list[dict[str, Any]]:
     """From uint8 images in host memory to final boxes in host memory, against the engine alone."""
     rows = []
-    place = fit((SIZE, SIZE), (SIZE, SIZE))
+    place = fit((bench.size, bench.size), (bench.size, bench.size))
     nms = NmsSettings()
     with load_engine(bench.our_engine("yolov6n", 1, uint8=True)) as engine:
         locked, ordinary = engine.empty_input(1), random_input(engine, 1)
@@ -259,7 +267,7 @@ def pipelined(
 
     for index in range(engine.in_flight):
         running.append(engine.start(batches[index % len(batches)], nms.confidence))
-    while time.perf_counter() - start < seconds:
+    while done < 4 * len(batches[0]) or time.perf_counter() - start < seconds:
         collect()
     elapsed = time.perf_counter() - start
     for run in running:
@@ -271,7 +279,13 @@ def measure_jpeg(bench: Bench) -> list[dict[str, Any]]:
     """From JPEG files in memory to boxes, against what the slowest stage alone would allow."""
     encoded = [path.read_bytes() for path in list_images(ROOT / "samples" / "images" / "val")]
     sample = graph_from_checkpoint(
-        SAMPLE, ExportSettings(fp16=True, uint8_input=True, batch=BatchProfile(32, 32, 32))
+        SAMPLE,
+        ExportSettings(
+            (bench.size, bench.size),
+            fp16=True,
+            uint8_input=True,
+            batch=BatchProfile(32, 32, 32),
+        ),
     )
     engines = {
         "yolov6s, random weights": bench.our_engine("yolov6s", 32, uint8=True),
@@ -497,6 +511,7 @@ def main() -> None:
     parser.add_argument("--backend", default="tensorrt-rtx")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring one thing")
+    parser.add_argument("--imgsz", type=int, default=640, help="height and width of the input")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     options = parser.parse_args()
     began = time.perf_counter()
@@ -516,7 +531,7 @@ def main() -> None:
         "parts": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.backend, Path(folder), options.seconds)
+        bench = Bench(options.backend, Path(folder), options.seconds, options.imgsz)
         for name in options.only.split(","):
             start = time.perf_counter()
             print(f"== {name}", flush=True)

@@ -1,6 +1,6 @@
 """The graphs that the GPU suite compares: ours, one decoded as the authors do, the bare heads.
 
-All have random weights (seed 0), 80 classes, 640 x 640 input, half precision inside and float32 at
+All have random weights (seed 0), 80 classes, half precision inside and float32 at
 both ends, so that they differ in nothing but what is compared.
 """
 
@@ -19,7 +19,6 @@ from trt_yolov6.export import ExportSettings, export_onnx
 from trt_yolov6.models import YOLOv6, architecture, build_model
 from trt_yolov6.precision import to_fp16
 
-SIZE = 640
 CLASSES = 80
 
 
@@ -30,24 +29,30 @@ def random_model(variant: str) -> YOLOv6:
 
 
 def our_graph(
-    model: YOLOv6, *, fp16: bool = True, uint8: bool = False, outputs_only: bool = False
+    model: YOLOv6,
+    size: int,
+    *,
+    fp16: bool = True,
+    uint8: bool = False,
+    outputs_only: bool = False,
 ) -> onnx.ModelProto:
     """Export a model as `trt-yolov6 export --fp16` does, with a free batch axis.
 
     Args:
         model: see `random_model`.
+        size: height and width of the input.
         fp16: half precision.
         uint8: pixels as input, normalized in the graph.
         outputs_only: stop at the six outputs of the heads: no decoding at all.
     """
-    settings = ExportSettings(fp16=fp16 and not outputs_only, uint8_input=uint8)
+    settings = ExportSettings((size, size), fp16=fp16 and not outputs_only, uint8_input=uint8)
     graph = export_onnx(model, settings, verify=False)
     return to_fp16(_heads_of(graph)) if outputs_only else graph
 
 
-def authors_half(model: YOLOv6, batch: int) -> onnx.ModelProto:
+def authors_half(model: YOLOv6, size: int, batch: int) -> onnx.ModelProto:
     """Return the graph decoded as the authors' export is, in half precision, for one batch size."""
-    graph = authors_graph(model, (SIZE, SIZE), batch)
+    graph = authors_graph(model, (size, size), batch)
     for index, node in enumerate(graph.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
     return to_fp16(graph)
@@ -62,13 +67,13 @@ def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     return copy
 
 
-def as_graph(model: onnx.ModelProto, name: str, batch: int) -> Graph:
+def as_graph(model: onnx.ModelProto, name: str, size: int, batch: int) -> Graph:
     """Wrap an ONNX model with a fixed batch for `build_engine`, whatever its outputs are."""
     return Graph(
         model=model,
         name=name,
         class_names=tuple(f"class_{index}" for index in range(CLASSES)),
-        image_size=(SIZE, SIZE),
+        image_size=(size, size),
         batch=BatchProfile(batch, batch, batch),
         precision="fp16",
         output_layout="rows" if len(model.graph.output) == 1 else "split",
