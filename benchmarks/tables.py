@@ -1,0 +1,195 @@
+"""The README's tables, made from the results that are committed.
+
+    python -m benchmarks.tables            rewrites them in README.md
+    python -m benchmarks.tables --check    says which are out of date, and fails if any is
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trt_yolov6.files import read_json, write_bytes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+GPU = "gpu.json"
+
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def tables_filled(text: str) -> str:
+    """Return a text whose tables are those of the committed results.
+
+    Raises:
+        KeyError: it has a table that is not known here.
+    """
+    return _BLOCK.sub(lambda match: match[1] + TABLES[match["name"]]() + match[3], text)
+
+
+def int8_steps() -> str:
+    """AP by what was done to the two networks, and by which tool."""
+    sample, lite = result("int8-sample.json"), result("int8-lite.json")
+    columns = ((sample, "val"), (lite, "val2017"), (lite, "train2017"))
+    names = list(dict.fromkeys(row["name"] for data in (lite, sample) for row in data["rows"]))
+    rows = []
+    for name in names:
+        cells = []
+        for data, split in columns:
+            found = [row for row in data["rows"] if row["name"] == name]
+            cells.append(f"{found[0]['AP'][split]:.4f}" if found else "")
+        label = name if not name.startswith("ours, ") else f"**{name}**"
+        rows.append([label, *cells])
+    return markdown(
+        ["AP", "sample, 72 images", "Lite-L, 128 COCO images", "Lite-L, the 128 it was tuned on"],
+        rows,
+    )
+
+
+def gpu_decoding() -> str:
+    """Speed by the way boxes are decoded, with its share of the roofline."""
+    rows = [
+        [
+            row["variant"].replace("yolov6", "").upper(),
+            row["batch"],
+            row["graph"],
+            f"{row['ms']:.3f}",
+            f"{row['fps']:,.0f}".replace(",", " "),
+            f"{row['fps_to_authors']:.3f}",
+            f"{row['roofline_ms']:.3f}",
+            f"{row['roofline_share']:.0%}",
+        ]
+        for row in result(GPU)["parts"]["decoding"]
+    ]
+    head = ["", "batch", "graph", "ms", "FPS", "to the authors'", "roofline, ms", "of it"]
+    return markdown(head, rows)
+
+
+def gpu_fp8() -> str:
+    """FP8 beside FP16: speed of S, AP of the sample."""
+    part = result(GPU)["parts"]["fp8"]
+    rows = [
+        [
+            row["graph"],
+            f"{row['ms']:.3f}",
+            f"{row['fps']:,.0f}".replace(",", " "),
+            f"{row['fps_to_fp16']:.3f}",
+            f"{row['roofline_share']:.0%}",
+        ]
+        for row in part["speed"]
+    ]
+    return markdown(["S, batch 32", "ms", "FPS", "to FP16", "of its roofline"], rows)
+
+
+def gpu_whole() -> str:
+    """What is not the engine alone: streams, copies, boxes, files."""
+    parts = result(GPU)["parts"]
+    rows: list[list[Any]] = [
+        [
+            f"{row['variant']}, batch 1, {row['streams']} streams, to one stream",
+            f"{row['fps']:,.0f} FPS".replace(",", " "),
+            f"{row['to_one_stream']:.2f}",
+        ]
+        for row in parts["streams"]
+        if "to_one_stream" in row
+    ]
+    for row in parts["boxes"]:
+        figure = f"{row['ms']:.3f} ms" if "ms" in row else f"{row['fps']:,.0f} FPS"
+        rows.append(
+            [
+                f"{row['variant']}, batch {row['batch']}, uint8 image in {row['memory']} memory to "
+                "boxes, to the engine alone",
+                figure.replace(",", " "),
+                f"{row['to_engine']:.2f}",
+            ]
+        )
+    rows += [
+        [
+            f"{row['engine']}, batch 32, JPEG files in memory to boxes, to the slowest stage alone",
+            f"{row['whole_fps']:,.0f} FPS".replace(",", " "),
+            f"{row['to_slowest_stage']:.2f}",
+        ]
+        for row in parts["jpeg"]
+    ]
+    rows += [
+        [
+            f"{row['variant']}, batch {row['batch']}, `bench`'s median to bare CUDA events",
+            f"{row['bench_ms']:.3f} ms",
+            f"{row['ratio']:.3f}",
+        ]
+        for row in parts["overhead"]
+    ]
+    return markdown(["", "measured", "ratio"], rows)
+
+
+def gpu_accuracy() -> str:
+    """AP of the sample through engines on the GPU."""
+    rows = [
+        [
+            row["engine"],
+            f"{row['AP']:.4f}",
+            f"{row['AP50']:.4f}",
+            f"{row['AP_to_FP32_on_CPU']:+.4f}",
+        ]
+        for row in result(GPU)["parts"]["accuracy"]
+    ]
+    return markdown(["sample, 72 images", "AP", "AP50", "to FP32 on the CPU"], rows)
+
+
+def gpu_where() -> str:
+    """What the GPU figures were measured on."""
+    data = result(GPU)
+    gpu, ceilings = data["gpu"], data["parts"]["ceilings"]
+    return (
+        f"{gpu['name']}, driver {gpu['driver']}, {data['backend']} {data['backend_version']}, "
+        f"{data['date'][:10]}, {data['seconds']:.0f} s in all: `{data['command']}`. Measured "
+        f"ceilings: {ceilings['bytes_per_second'] / 1e12:.2f} TB/s, "
+        f"{ceilings['fp16_flops'] / 1e12:.0f} TFLOP/s in FP16, "
+        f"{ceilings['fp8_flops'] / 1e12:.0f} in FP8.\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "int8-steps": int8_steps,
+    "gpu-decoding": gpu_decoding,
+    "gpu-fp8": gpu_fp8,
+    "gpu-whole": gpu_whole,
+    "gpu-accuracy": gpu_accuracy,
+    "gpu-where": gpu_where,
+}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines)
+
+
+def result(name: str) -> Any:
+    """Return the content of a committed result."""
+    return read_json(RESULTS / name)
+
+
+def main() -> None:
+    """Rewrite the README's tables, or check them."""
+    parser = argparse.ArgumentParser(description="The README's tables from benchmarks/results/.")
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    options = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    filled = tables_filled(text)
+    if options.check:
+        if filled != text:
+            sys.exit("README.md has tables that differ from benchmarks/results/; run this script.")
+        return
+    write_bytes(README, filled.encode())
+
+
+if __name__ == "__main__":
+    main()
