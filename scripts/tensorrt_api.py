@@ -1,0 +1,156 @@
+"""Writes tests/data/tensorrt_api.json: what the Python API of each TensorRT release is.
+
+    .venv/bin/python scripts/tensorrt_api.py
+
+The Python bindings of every release are on PyPI, though the library that they bind is not. pip
+downloads them here; a C compiler makes an empty library with the few functions that they look up;
+and then they import, without a GPU, and can be asked for their classes and signatures. Nothing can
+be built or run with them. The 10.13 facts are then compared with `tensorrt-stubs`.
+
+Needs gcc and binutils (`readelf`, `nm`), and a Python for which the releases have wheels (3.11).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+
+import tensorrt_api  # noqa: E402
+
+RELEASES = {
+    "tensorrt 10.0.1": "tensorrt-cu12-bindings==10.0.1",
+    "tensorrt 10.13.0.35": "tensorrt-cu12-bindings==10.13.0.35",
+    "tensorrt 11.0.0.114": "tensorrt-cu13-bindings==11.0.0.114",
+    "tensorrt 11.4.0.106": "tensorrt-cu13-bindings==11.4.0.106",
+    "tensorrt-rtx 1.4.0.76": "tensorrt-rtx-cu13-bindings==1.4.0.76",
+    "tensorrt-rtx 1.7.1.116": "tensorrt-rtx-cu13-bindings==1.7.1.116",
+}
+"""The oldest and the newest of what pyproject.toml admits, and what lies at the turns between."""
+
+STUBS = ("tensorrt 10.13.0.35", "tensorrt-stubs==10.13.0.35.1")
+
+
+def unpacked(requirement: str, folder: Path) -> Path:
+    """Download a wheel, without what it depends on, and return the folder it is unpacked in."""
+    wheels = folder / "wheels"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(wheels)]
+    subprocess.run([*command, requirement], check=True)
+    (wheel,) = wheels.iterdir()
+    target = folder / "unpacked"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def make_empty_libraries(bindings: Path, folder: Path) -> None:
+    """Compile a library that does nothing for each of TensorRT's that the bindings need."""
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", _output("readelf", "-d", str(bindings)))
+    undefined = _output("nm", "-D", "--undefined-only", str(bindings))
+    wanted = re.findall(r"^ +U ((?:create|get|init)\w*_?\w*)$", undefined, re.MULTILINE)
+    source = folder / "empty.c"
+    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in wanted))
+    for name in needed:
+        if name.startswith(("libnv", "libtensorrt")):
+            library = folder / name
+            flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}"]
+            subprocess.run(["gcc", *flags, "-o", str(library), str(source)], check=True)
+
+
+def facts_of(requirement: str) -> tensorrt_api.Facts:
+    """Return the facts of a release, read by a Python of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        root = unpacked(requirement, folder)
+        (bindings,) = (path for path in root.glob("*_bindings/tensorrt*.so"))
+        make_empty_libraries(bindings, folder)
+        code = (
+            f"import json, tensorrt_api, {bindings.parent.name} as module\n"
+            "print(json.dumps(tensorrt_api.facts(module)))"
+        )
+        environment = os.environ | {
+            "LD_LIBRARY_PATH": str(folder),
+            "PYTHONPATH": os.pathsep.join([str(root), str(TESTS)]),
+        }
+        command = [sys.executable, "-c", code]
+        output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)
+    found: tensorrt_api.Facts = json.loads(output.stdout)
+    return found
+
+
+def compare_with_stubs(found: tensorrt_api.Facts, requirement: str) -> list[str]:
+    """Return where the published stubs and the facts disagree on a member or its parameters."""
+    with tempfile.TemporaryDirectory() as name:
+        root = unpacked(requirement, Path(name))
+        text = (root / "tensorrt_bindings" / "tensorrt.pyi").read_text()
+    # Not the whole file: mypy and Python refuse it for syntax errors (a parameter named `in`; one
+    # without a default behind others that have one, in the class for networks).
+    text = text.replace("= None, channel_axis: int)", "= None, channel_axis: int = ...)")
+    classes: dict[str, dict[str, set[str]]] = {}
+    for part in re.split(r"^(?=class )", text, flags=re.MULTILINE):
+        if (head := re.match(r"class (\w+)", part)) and head[1] in found:
+            _collect(ast.parse(part).body, "", classes)
+    differences = []
+    for owner, members in found.items():
+        for member, fact in members.items() if owner else ():
+            if member.startswith("(") or member in ("__members__", "__buffer__"):
+                continue
+            if fact.startswith("override"):
+                continue
+            known = classes.get(owner, {}).get(member)
+            ours = set()
+            if fact.startswith("("):
+                ours = {_parameters(signature) for signature in fact.split(" ; ")}
+            if known is None or (ours and known != ours):
+                differences.append(f"{owner}.{member}: {fact}; the stubs: {known}")
+    return differences
+
+
+def _collect(body: list[ast.stmt], owner: str, classes: dict[str, dict[str, set[str]]]) -> None:
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            name = f"{owner}.{node.name}".lstrip(".")
+            classes.setdefault(owner, {})[node.name] = set()
+            _collect(node.body, name, classes)
+        elif isinstance(node, ast.FunctionDef):
+            parameters = ", ".join(argument.arg for argument in node.args.args)
+            classes.setdefault(owner, {}).setdefault(node.name, set()).add(parameters)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            classes.setdefault(owner, {})[node.target.id] = set()
+
+
+def _parameters(signature: str) -> str:
+    function = ast.parse(f"def f{signature}: ...").body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return ", ".join(argument.arg for argument in function.args.args)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main() -> None:
+    releases = {}
+    for release, requirement in RELEASES.items():
+        releases[release] = facts_of(requirement)
+        count = sum(len(members) for members in releases[release].values())
+        print(f"{release}: {count} facts")
+    tensorrt_api.write_snapshot(tensorrt_api.SNAPSHOT, releases)
+    release, requirement = STUBS
+    differences = compare_with_stubs(releases[release], requirement)
+    print(f"{requirement} differs in {len(differences)} of them")
+    for difference in differences:
+        print(f"  {difference}")
+
+
+if __name__ == "__main__":
+    main()
