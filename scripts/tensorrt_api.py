@@ -5,7 +5,8 @@
 The Python bindings of every release are on PyPI, though the library that they bind is not. pip
 downloads them here; a C compiler makes an empty library with the few functions that they look up;
 and then they import, without a GPU, and can be asked for their classes and signatures. Nothing can
-be built or run with them. The 10.13 facts are then compared with `tensorrt-stubs`.
+be built or run with them, but our callbacks can be derived from their classes and made, which is
+tried too. The 10.13 facts are then compared with `tensorrt-stubs`.
 
 Needs gcc and binutils (`readelf`, `nm`), and a Python for which the releases have wheels (3.11).
 """
@@ -40,6 +41,31 @@ RELEASES = {
 STUBS = ("tensorrt 10.13.0.35", "tensorrt-stubs==10.13.0.35.1")
 
 
+READ = """
+import json, sys
+import tensorrt_api
+import {module} as api
+from trt_yolov6.engines.base import BuildSettings
+from trt_yolov6.engines.tensorrt_build import _progress_monitor, build_plan
+from trt_yolov6.engines.tensorrt_common import Flavour, logger_of
+from trt_yolov6.engines.tensorrt_lane import _profiler, output_allocator
+from trt_yolov6.errors import UserError
+
+logger_of(api).log(api.ILogger.ERROR, "tried")
+assert logger_of(api).reason() == "tried"
+_progress_monitor(api, None), _profiler(api), output_allocator(api)
+# TensorRT-RTX crashes where TensorRT says that its library makes no builder.
+try:
+    if api.__name__ == "tensorrt_bindings":
+        build_plan(Flavour("tensorrt", "TensorRT", api), b"", BuildSettings())
+        raise AssertionError("built without a library")
+except UserError as error:
+    assert "cannot start its builder" in str(error), error
+json.dump(tensorrt_api.facts(api), sys.stdout)
+"""
+"""What is done with each release's bindings."""
+
+
 def unpacked(requirement: str, folder: Path) -> Path:
     """Download a wheel, without what it depends on, and return the folder it is unpacked in."""
     wheels = folder / "wheels"
@@ -67,21 +93,17 @@ def make_empty_libraries(bindings: Path, folder: Path) -> None:
 
 
 def facts_of(requirement: str) -> tensorrt_api.Facts:
-    """Return the facts of a release, read by a Python of its own."""
+    """Return the facts of a release, read by a Python of its own; try our callbacks with it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root = unpacked(requirement, folder)
         (bindings,) = (path for path in root.glob("*_bindings/tensorrt*.so"))
         make_empty_libraries(bindings, folder)
-        code = (
-            f"import json, tensorrt_api, {bindings.parent.name} as module\n"
-            "print(json.dumps(tensorrt_api.facts(module)))"
-        )
         environment = os.environ | {
             "LD_LIBRARY_PATH": str(folder),
-            "PYTHONPATH": os.pathsep.join([str(root), str(TESTS)]),
+            "PYTHONPATH": os.pathsep.join([str(root), str(TESTS), str(TESTS.parent)]),
         }
-        command = [sys.executable, "-c", code]
+        command = [sys.executable, "-c", READ.format(module=bindings.parent.name)]
         output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)
     found: tensorrt_api.Facts = json.loads(output.stdout)
     return found

@@ -2,7 +2,7 @@
 
 Every file of the package that uses a TensorRT module is type-checked by mypy against every release
 in tests/data/tensorrt_api.json. The code takes the module as a parameter `api`, because one process
-can use both flavours, so it is a copy that is checked. There, `api` is that release's stub, and what
+can use both flavours, so it is a copy that is checked. There, `api` is the release's stub, and what
 is annotated `Any` has the class that its name stands for (`TYPES`).
 
 What only some releases have is marked in the code, with the releases and the reason:
@@ -310,8 +310,10 @@ def _with_functions(tree: ast.AST, function: int) -> Iterator[tuple[ast.Attribut
             if node.attr == "api":
                 continue
             yield node, function
-        inside = isinstance(node, ast.FunctionDef | ast.ClassDef)
-        yield from _with_functions(node, node.lineno if inside else function)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield from _with_functions(node, node.lineno)
+        else:
+            yield from _with_functions(node, function)
 
 
 def misspelt_copies() -> dict[str, dict[str, str]]:
@@ -466,6 +468,6 @@ def test_the_snapshot_says_what_the_installed_tensorrt_rtx_says() -> None:
     release = f"tensorrt-rtx {module.__version__}"
     if release not in RELEASES:
         pytest.skip(f"no facts about {release}: add it to scripts/tensorrt_api.py and run that")
-    import tensorrt_rtx_bindings
-
-    assert tensorrt_api.facts(tensorrt_rtx_bindings) == RELEASES[release]
+    # The snapshot's were read with an empty library in the place of TensorRT-RTX's own.
+    bindings = pytest.importorskip("tensorrt_rtx_bindings")
+    assert tensorrt_api.facts(bindings) == RELEASES[release]
