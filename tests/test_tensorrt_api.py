@@ -31,6 +31,8 @@ import pytest
 import tensorrt_api
 from packaging.requirements import Requirement
 
+from trt_yolov6.engines.tensorrt_rtx import TARGETS
+
 TYPES = {
     "builder": "Builder",
     "cache": "ITimingCache",
@@ -63,6 +65,9 @@ UNKNOWN = {
     "batch": "the same",
 }
 """Names whose type mypy does not know, and which are nothing of TensorRT's own."""
+
+HANDED_ON = {"constants", "dtype", "in_use", "shape"}
+"""Names annotated `Any` of which no attribute is taken."""
 
 PACKAGE = Path(__file__).parents[1] / "trt_yolov6"
 MARK = re.compile(r"#\s*API: (?P<requirement>[\w-]+(?:[<>=!~][\w.,<>=!~]*)?) \((?P<reason>.+)\)")
@@ -172,10 +177,10 @@ class Source:
             if isinstance(node, ast.arg) and node.arg == "api":
                 yield Edit(node, "_api: Any")
             elif isinstance(node, ast.arg) and _is_any(node.annotation):
-                if kind := self._type_of(node.arg):
+                if kind := self.type_of(node.arg):
                     yield Edit(node.annotation, f"api.{kind}", kind.split()[0])
             elif isinstance(node, ast.AnnAssign) and _is_any(node.annotation):
-                if isinstance(node.target, ast.Name) and (kind := self._type_of(node.target.id)):
+                if isinstance(node.target, ast.Name) and (kind := self.type_of(node.target.id)):
                     yield Edit(node.annotation, f"api.{kind}", kind.split()[0])
             elif isinstance(node, ast.Name) and node.id == "api":
                 if isinstance(node.ctx, ast.Store):
@@ -183,11 +188,12 @@ class Source:
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 if node.attr == "api":
                     yield Edit(node, "api")
-                elif node.attr.startswith("_") and (kind := self._type_of(node.attr)):
+                elif node.attr.startswith("_") and (kind := self.type_of(node.attr)):
                     text = f"_cast(api.{kind}, {ast.unparse(node)})"
                     yield Edit(node, text, kind.split()[0])
 
-    def _type_of(self, name: str) -> str | None:
+    def type_of(self, name: str) -> str | None:
+        """Return the class that a name stands for in this file."""
         name = name.lstrip("_")
         return TYPES.get(f"{self.name}.{name}") or TYPES.get(name)
 
@@ -396,6 +402,23 @@ def test_the_files_that_use_tensorrt_are_found() -> None:
     assert len(MISSPELLINGS) > 50
 
 
+def test_what_is_annotated_any_says_by_its_name_what_it_is() -> None:
+    nameless = []
+    for source in SOURCES.values():
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.arg):
+                target: ast.expr = ast.Name(node.arg)
+            elif isinstance(node, ast.AnnAssign):
+                target = node.target
+            else:
+                continue
+            name = _last_name(target)
+            known = source.type_of(name) or name in {"api", *UNKNOWN, *HANDED_ON}
+            if _is_any(node.annotation) and not known:
+                nameless.append(f"{source.name}.py:{node.lineno}: {name}")
+    assert not nameless, "\n".join(["TYPES does not have these names:", *nameless])
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_the_code_fits_the_api_of(release: str, problems: list[Problem]) -> None:
     wrong = [
@@ -433,6 +456,13 @@ def test_every_callback_is_one_that_tensorrt_calls_or_that_we_call() -> None:
                 known = used | set(RELEASES[release][base.removeprefix("api.")])
                 methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
                 assert methods <= known | {"__init__"}, f"{base} of {release}"
+
+
+def test_the_names_that_the_code_looks_up_are_there() -> None:
+    # `getattr(api.ComputeCapability, ...)`; `targets` leaves out what a release does not have.
+    for release, found in RELEASES.items():
+        if release.startswith("tensorrt-rtx"):
+            assert {"CURRENT", *TARGETS["t4"], *TARGETS["l4"]} <= set(found["ComputeCapability"])
 
 
 # --- the check itself ---------------------------------------------------------------------------
