@@ -6,7 +6,8 @@ The Python bindings of every release are on PyPI, though the library that they b
 downloads them here; a C compiler makes an empty library with the few functions that they look up;
 and then they import, without a GPU, and can be asked for their classes and signatures. Nothing can
 be built or run with them, but our callbacks can be derived from their classes and made, which is
-tried too. The 10.13 facts are then compared with `tensorrt-stubs`.
+tried too. The 10.13 facts are then compared with `tensorrt-stubs`, and our code is type-checked
+against those as well.
 
 Needs gcc and binutils (`readelf`, `nm`), and a Python for which the releases have wheels (3.11).
 """
@@ -54,6 +55,10 @@ from trt_yolov6.errors import UserError
 logger_of(api).log(api.ILogger.ERROR, "tried")
 assert logger_of(api).reason() == "tried"
 _progress_monitor(api, None), _profiler(api), output_allocator(api)
+# What signatures do not tell: `Dims` can be iterated over, and a tuple goes for one.
+described = api.PluginTensorDesc()
+described.dims = (1, 2)
+assert tuple(described.dims) == (1, 2)
 # TensorRT-RTX crashes where TensorRT says that its library makes no builder.
 try:
     if api.__name__ == "tensorrt_bindings":
@@ -109,18 +114,26 @@ def facts_of(requirement: str) -> tensorrt_api.Facts:
     return found
 
 
-def compare_with_stubs(found: tensorrt_api.Facts, requirement: str) -> list[str]:
-    """Return where the published stubs and the facts disagree on a member or its parameters."""
+def published_stub(requirement: str) -> str:
+    """Return the text of the published stubs, repaired so that Python and mypy can read it."""
     with tempfile.TemporaryDirectory() as name:
         root = unpacked(requirement, Path(name))
         text = (root / "tensorrt_bindings" / "tensorrt.pyi").read_text()
-    # Not the whole file: mypy and Python refuse it for syntax errors (a parameter named `in`; one
-    # without a default behind others that have one, in the class for networks).
+    # A parameter without a default behind others that have one; a parameter named `in`.
     text = text.replace("= None, channel_axis: int)", "= None, channel_axis: int = ...)")
+    text = re.sub(r"\bin: ", "in_: ", text)
+    # A member of the module that is named `bool` hides the type.
+    text = re.sub(r"\bbool\b(?!: DataType)", "builtins.bool", text)
+    added = (
+        "import builtins\n__version__: str\ndef nptype(trt_type: typing.Any) -> typing.Any: ...\n"
+    )
+    return f"{text}\n{added}"
+
+
+def compare_with_stub(found: tensorrt_api.Facts, text: str) -> list[str]:
+    """Return where the published stubs and the facts disagree on a member or its parameters."""
     classes: dict[str, dict[str, set[str]]] = {}
-    for part in re.split(r"^(?=class )", text, flags=re.MULTILINE):
-        if (head := re.match(r"class (\w+)", part)) and head[1] in found:
-            _collect(ast.parse(part).body, "", classes)
+    _collect(ast.parse(text).body, "", classes)
     differences = []
     for owner, members in found.items():
         for member, fact in members.items() if owner else ():
@@ -168,10 +181,29 @@ def main() -> None:
         print(f"{release}: {count} facts")
     tensorrt_api.write_snapshot(tensorrt_api.SNAPSHOT, releases)
     release, requirement = STUBS
-    differences = compare_with_stubs(releases[release], requirement)
-    print(f"{requirement} differs in {len(differences)} of them")
-    for difference in differences:
-        print(f"  {difference}")
+    text = published_stub(requirement)
+    _show(f"{requirement} differs from the bindings", compare_with_stub(releases[release], text))
+    _show(f"mypy's objections to our code by {requirement}", objections(release, text))
+
+
+def objections(release: str, text: str) -> list[str]:
+    """Type-check the code as the test does, but against the published stubs."""
+    from test_tensorrt_api import SOURCES, check, in_code, package_name
+
+    copies = {package_name(release): {name: it.copy(release) for name, it in SOURCES.items()}}
+    with tempfile.TemporaryDirectory() as name:
+        problems = check(Path(name), copies, {release: text})
+    return [
+        str(problem)
+        for problem in in_code(problems, release)
+        if release in SOURCES[problem.file].releases(problem.line)
+    ]
+
+
+def _show(title: str, lines: list[str]) -> None:
+    print(f"{title}: {len(lines)}")
+    for line in lines:
+        print(f"  {line}")
 
 
 if __name__ == "__main__":

@@ -233,10 +233,12 @@ class Problem:
         return f"{self.file}.py:{self.line}: {self.message}"
 
 
-def check(folder: Path, copies: Mapping[str, Mapping[str, str]]) -> list[Problem]:
-    """Type-check copies, package -> file -> text, beside a stub for each release."""
-    for release, found in RELEASES.items():
-        (folder / f"{stub_name(release)}.pyi").write_text(tensorrt_api.stub(found))
+def check(
+    folder: Path, copies: Mapping[str, Mapping[str, str]], stubs: Mapping[str, str]
+) -> list[Problem]:
+    """Type-check copies, package -> file -> text, beside the stubs of releases."""
+    for release, stub in stubs.items():
+        (folder / f"{stub_name(release)}.pyi").write_text(stub)
     for package, files in copies.items():
         (folder / package).mkdir()
         (folder / package / "__init__.py").touch()
@@ -259,7 +261,6 @@ def check(folder: Path, copies: Mapping[str, Mapping[str, str]]) -> list[Problem
         path = Path(report["file"])
         message = report["message"].splitlines()[0]
         problems.append(Problem(path.parent.name, path.stem, report["line"], message))
-    assert not [problem for problem in problems if not problem.package], problems[:5]
     return problems
 
 
@@ -383,15 +384,20 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> list[Problem]:
         )
         for release in RELEASES
     }
-    return check(tmp_path_factory.mktemp("api"), copies)
+    stubs = {release: tensorrt_api.stub(found) for release, found in RELEASES.items()}
+    found = check(tmp_path_factory.mktemp("api"), copies, stubs)
+    assert not [problem for problem in found if not problem.package], "a stub has errors itself"
+    return found
 
 
-def _in_code(problems: list[Problem], release: str) -> Iterator[Problem]:
-    for problem in problems:
-        if problem.package == package_name(release) and SOURCES[problem.file].concerns(
-            problem.line
-        ):
-            yield problem
+def in_code(problems: list[Problem], release: str) -> list[Problem]:
+    """Return what is wrong for a release, on lines that use TensorRT."""
+    package = package_name(release)
+    return [
+        problem
+        for problem in problems
+        if problem.package == package and SOURCES[problem.file].concerns(problem.line)
+    ]
 
 
 # --- the code -----------------------------------------------------------------------------------
@@ -423,7 +429,7 @@ def test_what_is_annotated_any_says_by_its_name_what_it_is() -> None:
 def test_the_code_fits_the_api_of(release: str, problems: list[Problem]) -> None:
     wrong = [
         f"{problem}\n    (for some releases only? Mark it: `# API: tensorrt<11 (reason)`)"
-        for problem in _in_code(problems, release)
+        for problem in in_code(problems, release)
         if release in SOURCES[problem.file].releases(problem.line)
     ]
     assert not wrong, "\n".join(wrong)
@@ -436,7 +442,7 @@ def test_what_is_marked_for_some_releases_is_not_in_the_others(problems: list[Pr
                 problem.file == source.name and mark.first <= problem.line <= mark.last
                 for release in RELEASES
                 if not mark.admits(release)
-                for problem in _in_code(problems, release)
+                for problem in in_code(problems, release)
             ), f"{source.path}:{mark.first}: all releases have this; remove the mark"
 
 
