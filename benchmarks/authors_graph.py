@@ -1,6 +1,6 @@
 """An ONNX graph decoded the way the authors' export does it, to measure ours against.
 
-Their graph (release 0.2.1, batch 1) makes anchor points and strides in the graph, moves anchors
+Their graph (release 0.2.1, fixed batch) makes anchor points and strides in the graph, moves anchors
 before channels, turns distances into centre and size by splitting and joining, multiplies by the
 strides, and joins boxes, a column of ones and scores into rows (batch, anchors, 5 + classes). This
 module writes that down anew from its description.
@@ -32,7 +32,9 @@ class AuthorsDecoding(nn.Module):
         for stride, (logits, regression) in zip(STRIDES, self.model.raw(images), strict=True):
             batch, classes, height, width = logits.shape
             y, x = torch.meshgrid(
-                torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij"
+                torch.arange(height, dtype=torch.float32) + 0.5,
+                torch.arange(width, dtype=torch.float32) + 0.5,
+                indexing="ij",
             )
             points.append(torch.stack([x, y], dim=-1).reshape(-1, 2))
             strides.append(torch.full((height * width, 1), stride, dtype=torch.float32))
@@ -48,8 +50,10 @@ class AuthorsDecoding(nn.Module):
         return torch.cat([boxes, ones, joined_scores], dim=-1)
 
 
-def authors_graph(model: YOLOv6, image_size: tuple[int, int] = (640, 640)) -> onnx.ModelProto:
-    """Export `model` (distance head, no DFL) at batch 1 as the authors' tool of the time does.
+def authors_graph(
+    model: YOLOv6, image_size: tuple[int, int] = (640, 640), batch: int = 1
+) -> onnx.ModelProto:
+    """Export `model` (distance head, no DFL) at one batch size as the authors' tool does.
 
     That tool is torch.onnx's tracing exporter with constant folding, at opset 13.
     """
@@ -58,7 +62,7 @@ def authors_graph(model: YOLOv6, image_size: tuple[int, int] = (640, 640)) -> on
         warnings.simplefilter("ignore")
         torch.onnx.export(
             AuthorsDecoding(model).eval(),
-            (torch.zeros(1, 3, *image_size),),
+            (torch.zeros(batch, 3, *image_size),),
             path,
             input_names=["images"],
             output_names=["outputs"],

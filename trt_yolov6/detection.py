@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ def postprocess(
     letterboxes: Sequence[Letterbox],
     *,
     clip: bool = True,
+    executor: Executor | None = None,
 ) -> list[Detections]:
     """Turn an engine's outputs for a batch into detections in the original images.
 
@@ -58,6 +60,7 @@ def postprocess(
         nms: thresholds; on an `end2end` engine's results they only filter further.
         letterboxes: where each image lies in its row; rows beyond them are padding and ignored.
         clip: cut boxes off at the image's borders and drop those with nothing inside.
+        executor: works on several images at a time; default: one after the other.
 
     Returns:
         One `Detections` a letterbox.
@@ -66,27 +69,16 @@ def postprocess(
         UserError: the outputs are not laid out so.
     """
     if isinstance(outputs, Candidates):
-        return _from_candidates(outputs, nms, letterboxes, clip)
-    if layout == "end2end":
-        return _from_end2end(_output(outputs, None, 2), nms, letterboxes, clip)
-    found = []
-    if layout == "split":
-        boxes = _output(outputs, "boxes", 3)
-        scores = _output(outputs, "scores", 3)
-        for index, placed in enumerate(letterboxes):
-            anchors, classes, kept = _candidates(scores[index], nms.confidence)
-            corners = boxes[index][:, anchors].T.astype(np.float64)
-            found.append(_finish(corners, kept, classes, nms, placed, clip))
-        return found
-    rows = _output(outputs, None, 3)
-    for index, placed in enumerate(letterboxes):
-        row = rows[index]
-        classes, anchors, kept = _candidates(row[:, 5:] * row[:, 4:5], nms.confidence)
-        centre, half = np.split(row[anchors, :4].astype(np.float64), 2, axis=1)
-        half = half / 2
-        corners = np.concatenate([centre - half, centre + half], axis=1)
-        found.append(_finish(corners, kept, classes, nms, placed, clip))
-    return found
+        of_image = _from_candidates(outputs, nms, letterboxes, clip)
+    elif layout == "end2end":
+        of_image = _from_end2end(_output(outputs, None, 2), nms, letterboxes, clip)
+    elif layout == "split":
+        boxes, scores = _output(outputs, "boxes", 3), _output(outputs, "scores", 3)
+        of_image = _from_split(boxes, scores, nms, letterboxes, clip)
+    else:
+        of_image = _from_rows(_output(outputs, None, 3), nms, letterboxes, clip)
+    indices = range(len(letterboxes))
+    return list(map(of_image, indices) if executor is None else executor.map(of_image, indices))
 
 
 def suppress(
@@ -193,42 +185,68 @@ def _in_source(
     return Detections(boxes, scores.astype(np.float32), classes.astype(np.int64))
 
 
+_OfImage = Callable[[int], Detections]
+"""Makes the detections of an image by its place in the batch."""
+
+
+def _from_split(
+    boxes: NDArray[Any],
+    scores: NDArray[Any],
+    nms: NmsSettings,
+    letterboxes: Sequence[Letterbox],
+    clip: bool,
+) -> _OfImage:
+    def of_image(index: int) -> Detections:
+        anchors, classes, kept = _candidates(scores[index], nms.confidence)
+        corners = boxes[index][:, anchors].T.astype(np.float64)
+        return _finish(corners, kept, classes, nms, letterboxes[index], clip)
+
+    return of_image
+
+
+def _from_rows(
+    rows: NDArray[Any], nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
+) -> _OfImage:
+    def of_image(index: int) -> Detections:
+        row = rows[index]
+        classes, anchors, kept = _candidates(row[:, 5:] * row[:, 4:5], nms.confidence)
+        centre, half = np.split(row[anchors, :4].astype(np.float64), 2, axis=1)
+        half = half / 2
+        corners = np.concatenate([centre - half, centre + half], axis=1)
+        return _finish(corners, kept, classes, nms, letterboxes[index], clip)
+
+    return of_image
+
+
 def _from_candidates(
     candidates: Candidates, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
-) -> list[Detections]:
+) -> _OfImage:
     ends = np.searchsorted(candidates.images, np.arange(len(letterboxes) + 1))
-    found = []
-    for index, placed in enumerate(letterboxes):
+
+    def of_image(index: int) -> Detections:
         mine = slice(ends[index], ends[index + 1])
         scores = candidates.scores[mine]
         # As in `_candidates`: the best down, equal ones by their place in the output.
         order = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
         order = order[scores[order] > nms.confidence]
-        found.append(
-            _finish(
-                candidates.boxes[mine][order].astype(np.float64),
-                scores[order],
-                candidates.classes[mine][order],
-                nms,
-                placed,
-                clip,
-            )
-        )
-    return found
+        corners = candidates.boxes[mine][order].astype(np.float64)
+        classes = candidates.classes[mine][order]
+        return _finish(corners, scores[order], classes, nms, letterboxes[index], clip)
+
+    return of_image
 
 
 def _from_end2end(
     rows: NDArray[Any], nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
-) -> list[Detections]:
-    found = []
-    for index, placed in enumerate(letterboxes):
+) -> _OfImage:
+    def of_image(index: int) -> Detections:
         mine = rows[(rows[:, 0] == index) & (rows[:, 5] > nms.confidence)].astype(np.float32)
         mine = mine[np.isfinite(mine).all(axis=1)]
         mine = mine[np.argsort(-mine[:, 5], kind="stable")[: nms.max_detections]]
-        found.append(
-            _in_source(mine[:, 1:5], mine[:, 5], mine[:, 6].astype(np.int64), placed, clip)
-        )
-    return found
+        classes = mine[:, 6].astype(np.int64)
+        return _in_source(mine[:, 1:5], mine[:, 5], classes, letterboxes[index], clip)
+
+    return of_image
 
 
 def _output(outputs: Mapping[str, NDArray[Any]], name: str | None, rank: int) -> NDArray[Any]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trt_yolov6.data.images import IMAGE_SUFFIXES, list_images, quiet_opencv, read_image
-from trt_yolov6.data.loader import Batch, fill_row, load_batches
+from trt_yolov6.data.loader import Batch, default_workers, fill_row, load_batches
 from trt_yolov6.detection import Detections, postprocess
 from trt_yolov6.drawing import draw_detections
 from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
@@ -476,7 +476,14 @@ def process(
         start = time.perf_counter()
         found: list[Detections] = []
         if loaded.items:  # none when all of a batch were unreadable
-            found = postprocess(outputs, engine.output_layout, nms, loaded.letterboxes, clip=clip)
+            found = postprocess(
+                outputs,
+                engine.output_layout,
+                nms,
+                loaded.letterboxes,
+                clip=clip,
+                executor=helpers,
+            )
         middle = time.perf_counter()
         result = finish(loaded, found)
         return result, middle - start, time.perf_counter() - middle
@@ -504,6 +511,7 @@ def process(
         pending.append((loaded, seconds, end, pool.submit(conclude, loaded, outputs)))
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
+    helpers = ThreadPoolExecutor(default_workers(), thread_name_prefix="boxes")
     try:
         for loaded in batches:
             start = time.perf_counter()
@@ -523,6 +531,7 @@ def process(
             with contextlib.suppress(UserError):
                 running.popleft()[1].wait()
         pool.shutdown(wait=True, cancel_futures=True)
+        helpers.shutdown()
         batches.close()  # type: ignore[attr-defined]
 
 

@@ -1,0 +1,556 @@
+"""Everything the README says of a GPU, measured on the one in this machine, in one run.
+
+    python -m benchmarks.gpu --json benchmarks/results/NAME.json
+
+Needs a GPU with TensorRT or TensorRT-RTX, and PyTorch with CUDA for the ceilings; no network, and
+under 8 minutes. What is compared is measured interleaved, and every figure is a median. `--only`
+takes some of the parts: ceilings, decoding, streams, boxes, jpeg, fp8, accuracy, overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.gpu_graphs import (
+    as_graph,
+    authors_half,
+    bytes_moved,
+    our_graph,
+    random_model,
+    with_batch,
+)
+from trt_yolov6 import __version__
+from trt_yolov6.benchmarking import BenchmarkResult, benchmark_many, random_input
+from trt_yolov6.building import Graph, build_engine, graph_from_checkpoint
+from trt_yolov6.data.coco import load_coco
+from trt_yolov6.data.images import list_images, read_image
+from trt_yolov6.data.letterbox import Letterbox, fit
+from trt_yolov6.data.loader import default_workers, load_batches
+from trt_yolov6.detection import Detections, postprocess
+from trt_yolov6.engines import Engine, LoadOptions, backend, load_engine
+from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
+from trt_yolov6.environment import package_versions, read_gpus, software_versions
+from trt_yolov6.evaluation import evaluate
+from trt_yolov6.export import ExportSettings
+from trt_yolov6.files import write_json
+from trt_yolov6.inference import process
+from trt_yolov6.models import YOLOv6, count_flops
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
+VARIANTS = ("yolov6n", "yolov6s")
+
+
+@dataclass
+class Bench:
+    """What all parts share: where engines go, how long to measure, the graphs made so far."""
+
+    backend: str
+    folder: Path
+    seconds: float
+    size: int
+    """Height and width of the input."""
+    ceilings: dict[str, float] = field(default_factory=dict)
+    models: dict[str, YOLOv6] = field(default_factory=dict)
+    graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
+
+    def model(self, variant: str) -> YOLOv6:
+        if variant not in self.models:
+            self.models[variant] = random_model(variant)
+        return self.models[variant]
+
+    def ours(self, variant: str, **options: bool) -> onnx.ModelProto:
+        key = f"{variant} {sorted(options.items())}"
+        if key not in self.graphs:
+            self.graphs[key] = our_graph(self.model(variant), self.size, **options)
+        return self.graphs[key]
+
+    def build(self, graph: Graph, name: str) -> Path:
+        path = self.folder / f"{name}{'.onnx' if self.backend == 'onnxruntime' else '.trt'}"
+        if not path.exists():
+            start = time.perf_counter()
+            build_engine(graph, backend=self.backend, output=path)
+            print(f"  built {name} in {time.perf_counter() - start:.1f} s", flush=True)
+        return path
+
+    def our_engine(self, variant: str, batch: int, **options: bool) -> Path:
+        """Build our graph of a variant with random weights for one batch size."""
+        words = "".join(f"_{name}" for name, value in options.items() if value)
+        graph = as_graph(
+            with_batch(self.ours(variant, **options), batch), variant, self.size, batch
+        )
+        return self.build(graph, f"{variant}{words}_b{batch}")
+
+    def authors(self, variant: str, batch: int) -> Graph:
+        """Return the graph of a variant decoded as the authors do."""
+        model = authors_half(self.model(variant), self.size, batch)
+        return as_graph(model, variant, self.size, batch)
+
+    def floor(self, variant: str, batch: int, element: int = 2) -> dict[str, float]:
+        """Return the roofline of a batch: seconds by arithmetic and by memory, the larger last."""
+        if not self.ceilings:
+            return {}
+        flops = batch * count_flops(self.model(variant), self.size)
+        moved = bytes_moved(self.ours(variant), batch, element)
+        rate = self.ceilings["fp8_flops" if element == 1 else "fp16_flops"]
+        arithmetic = flops / rate
+        memory = moved / self.ceilings["bytes_per_second"]
+        return {
+            "flops": flops,
+            "bytes": moved,
+            "arithmetic_ms": arithmetic * 1e3,
+            "memory_ms": memory * 1e3,
+            "roofline_ms": max(arithmetic, memory) * 1e3,
+        }
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def measure_ceilings(bench: Bench) -> dict[str, Any]:
+    """Measure what the GPU can do at most: a large copy, large products in 16 and 8 bits."""
+    if not torch.cuda.is_available():
+        return {"none": "PyTorch sees no GPU"}
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = cuda_seconds(lambda: target.copy_(source))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+    half = cuda_seconds(lambda: torch.mm(a, b))
+    found = {"bytes_per_second": 2 * source.numel() / copy, "fp16_flops": 2 * 8192**3 / half}
+    try:
+        small, other = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t()
+        one = torch.ones((), device="cuda")
+        eight = cuda_seconds(
+            lambda: torch._scaled_mm(small, other, one, one, out_dtype=torch.float16)
+        )
+        found["fp8_flops"] = 2 * 8192**3 / eight
+    except Exception as error:  # a GPU, or a PyTorch, without FP8
+        print(f"  no FP8 product: {error}", flush=True)
+    bench.ceilings.update(found)
+    return dict(found)
+
+
+def measure_decoding(bench: Bench) -> list[dict[str, Any]]:
+    """Our graph, the authors' decoding and the bare heads, side by side."""
+    rows = []
+    for variant in VARIANTS:
+        for batch in (32, 1):
+            paths = {
+                "ours": bench.our_engine(variant, batch),
+                "authors": bench.build(
+                    bench.authors(variant, batch),
+                    f"{variant}_authors_b{batch}",
+                ),
+                "heads only": bench.our_engine(variant, batch, outputs_only=True),
+                "ours, uint8 input": bench.our_engine(variant, batch, uint8=True),
+            }
+            for graph, result in zip(paths, bench_paths(bench, paths.values(), batch), strict=True):
+                rows.append(row_of(result, bench, variant, graph=graph))
+    for row in rows:
+        base = next(
+            one
+            for one in rows
+            if one["graph"] == "authors"
+            and (one["variant"], one["batch"]) == (row["variant"], row["batch"])
+        )
+        row["fps_to_authors"] = row["fps"] / base["fps"]
+    return rows
+
+
+def measure_streams(bench: Bench) -> list[dict[str, Any]]:
+    """Batch 1 on one stream and on several."""
+    rows: list[dict[str, Any]] = []
+    for variant in VARIANTS:
+        with load_engine(bench.our_engine(variant, 1, uint8=True)) as engine:
+            runs = {count: engine.resident_run(random_input(engine, 1), count) for count in (1, 4)}
+            times = interleaved(list(runs.values()), bench.seconds)
+        for count, seconds in zip(runs, times, strict=True):
+            rows.append({"variant": variant, "streams": count, "fps": count / np.median(seconds)})
+        rows[-1]["to_one_stream"] = rows[-1]["fps"] / rows[-2]["fps"]
+    return rows
+
+
+def measure_boxes(bench: Bench) -> list[dict[str, Any]]:
+    """From uint8 images in host memory to final boxes in host memory, against the engine alone."""
+    rows = []
+    place = fit((bench.size, bench.size), (bench.size, bench.size))
+    nms = NmsSettings()
+    with load_engine(bench.our_engine("yolov6n", 1, uint8=True)) as engine:
+        locked, ordinary = engine.empty_input(1), random_input(engine, 1)
+        locked[:] = ordinary
+
+        def boxes(images: NDArray[Any]) -> float:
+            start = time.perf_counter()
+            outputs = engine.start(images, nms.confidence).wait()
+            postprocess(outputs, engine.output_layout, nms, [place])
+            return time.perf_counter() - start
+
+        own, first, second = interleaved(
+            [engine.resident_run(ordinary), lambda: boxes(locked), lambda: boxes(ordinary)],
+            bench.seconds,
+        )
+        for memory, seconds in (("page-locked", first), ("ordinary", second)):
+            rows.append(
+                {
+                    "variant": "yolov6n",
+                    "batch": 1,
+                    "memory": memory,
+                    "engine_ms": float(np.median(own)) * 1e3,
+                    "ms": float(np.median(seconds)) * 1e3,
+                    "to_engine": float(np.median(seconds) / np.median(own)),
+                }
+            )
+    with load_engine(bench.our_engine("yolov6s", 32, uint8=True)) as engine:
+        for memory in ("page-locked", "ordinary"):
+            batches = []
+            for _ in range(3):
+                array = engine.empty_input(32) if memory == "page-locked" else None
+                images = random_input(engine, 32)
+                if array is not None:
+                    array[:] = images
+                batches.append(images if array is None else array)
+            own_run = engine.resident_run(batches[0])
+            own_times, fps = [], []
+            for _ in range(3):
+                own_times += timed(own_run, bench.seconds / 3)
+                fps.append(pipelined(engine, batches, nms, place, bench.seconds))
+            own_fps = 32 / float(np.median(own_times))
+            rows.append(
+                {
+                    "variant": "yolov6s",
+                    "batch": 32,
+                    "memory": memory,
+                    "engine_fps": own_fps,
+                    "fps": float(np.median(fps)),
+                    "to_engine": float(np.median(fps)) / own_fps,
+                }
+            )
+    return rows
+
+
+def pipelined(
+    engine: Engine,
+    batches: Sequence[NDArray[Any]],
+    nms: NmsSettings,
+    place: Letterbox,
+    seconds: float,
+) -> float:
+    """Return images a second with as many batches in flight as the engine takes."""
+    running: list[Any] = []
+    done = 0
+    start = time.perf_counter()
+
+    def collect() -> None:
+        nonlocal done
+        outputs = running.pop(0).wait()
+        # The engine is given its next batch before this one's boxes are looked at.
+        running.append(engine.start(batches[done % len(batches)], nms.confidence))
+        postprocess(outputs, engine.output_layout, nms, [place] * len(batches[0]))
+        done += len(batches[0])
+
+    for index in range(engine.in_flight):
+        running.append(engine.start(batches[index % len(batches)], nms.confidence))
+    while done < 4 * len(batches[0]) or time.perf_counter() - start < seconds:
+        collect()
+    elapsed = time.perf_counter() - start
+    for run in running:
+        run.wait()
+    return done / elapsed
+
+
+def measure_jpeg(bench: Bench) -> list[dict[str, Any]]:
+    """From JPEG files in memory to boxes, against what the slowest stage alone would allow."""
+    encoded = [path.read_bytes() for path in list_images(ROOT / "samples" / "images" / "val")]
+    sample = graph_from_checkpoint(
+        SAMPLE,
+        ExportSettings(
+            (bench.size, bench.size),
+            fp16=True,
+            uint8_input=True,
+            batch=BatchProfile(32, 32, 32),
+        ),
+    )
+    engines = {
+        "yolov6s, random weights": bench.our_engine("yolov6s", 32, uint8=True),
+        "yolov6n, sample": bench.build(sample, "sample_uint8_b32"),
+    }
+    rows = []
+    for name, path in engines.items():
+        with load_engine(path) as engine:
+            count = 32 * int(max(30, 60 * bench.seconds))
+            items = [encoded[index % len(encoded)] for index in range(count)]
+
+            def whole(engine: Engine = engine, items: list[bytes] = items) -> float:
+                start = time.perf_counter()
+                steps = process(engine, items, read_image, keep, batch=32)
+                found = sum(len(step.result) for step in steps)
+                assert found == len(items)
+                return len(items) / (time.perf_counter() - start)
+
+            def loading(engine: Engine = engine, items: list[bytes] = items) -> float:
+                start = time.perf_counter()
+                loaded = load_batches(
+                    items, read_image, engine.input, batch=32, allocate=engine.empty_input
+                )
+                for batch in loaded:
+                    del batch
+                return len(items) / (time.perf_counter() - start)
+
+            rates: dict[str, list[float]] = {"whole": [], "loading": [], "engine": [], "boxes": []}
+            own = engine.resident_run(random_input(engine, 32))
+            whole()
+            for _ in range(3):
+                rates["whole"].append(whole())
+                rates["loading"].append(loading())
+                rates["engine"].append(32 / float(np.median(timed(own, bench.seconds / 3))))
+                rates["boxes"].append(boxes_rate(engine, encoded, bench.seconds / 3))
+            medians = {stage: float(np.median(values)) for stage, values in rates.items()}
+            slowest = min(value for stage, value in medians.items() if stage != "whole")
+            rows.append(
+                {
+                    "engine": name,
+                    "workers": default_workers(),
+                    "images": count,
+                    **{f"{stage}_fps": value for stage, value in medians.items()},
+                    "to_slowest_stage": medians["whole"] / slowest,
+                }
+            )
+    return rows
+
+
+def keep(_batch: Any, found: list[Detections]) -> list[Detections]:
+    """Hand detections on as they are."""
+    return found
+
+
+def boxes_rate(engine: Engine, encoded: Sequence[bytes], seconds: float) -> float:
+    """Return images a second of the last stage alone, on what the engine finds in real images."""
+    batches = load_batches(encoded[:32], read_image, engine.input, batch=32)
+    batch = next(iter(batches))
+    nms = NmsSettings()
+    outputs = engine.start(batch.input, nms.confidence).wait()
+    with ThreadPoolExecutor(default_workers()) as executor:
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            postprocess(outputs, engine.output_layout, nms, batch.letterboxes, executor=executor)
+            count += len(batch.letterboxes)
+        return count / (time.perf_counter() - start)
+
+
+def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
+    """AP of the sample through engines on the GPU, and of the FP32 graph on this CPU."""
+    dataset = load_coco(ROOT / "samples")
+    wanted: dict[str, tuple[str, dict[str, Any]]] = {
+        "FP32, ONNX Runtime on the CPU": ("onnxruntime", {}),
+        "FP32": (bench.backend, {}),
+        "FP16": (bench.backend, {"fp16": True}),
+        "FP16, uint8 input": (bench.backend, {"fp16": True, "uint8_input": True}),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, (backend_name, options) in wanted.items():
+        graph = graph_from_checkpoint(
+            SAMPLE, ExportSettings(batch=BatchProfile(1, 8, 8), **options)
+        )
+        suffix = ".onnx" if backend_name == "onnxruntime" else ".trt"
+        path = bench.folder / f"accuracy_{len(rows)}{suffix}"
+        build_engine(graph, backend=backend_name, output=path)
+        with load_engine(path, options=LoadOptions(provider="cpu")) as engine:
+            result = evaluate(engine, dataset, batch=8, progress=False)
+        rows.append({"engine": name, "device": engine.device, **result.to_json()})
+        rows[-1].pop("per_class")
+        rows[-1]["engine"] = name
+        rows[-1]["AP_to_FP32_on_CPU"] = rows[-1]["AP"] - rows[0]["AP"]
+    return rows
+
+
+def measure_overhead(bench: Bench) -> list[dict[str, Any]]:
+    """The median that `bench` reports, against bare CUDA events around the launch."""
+    from cuda.bindings import runtime as cudart
+
+    rows = []
+    for variant, batch in (("yolov6n", 1), ("yolov6s", 32)):
+        with load_engine(bench.our_engine(variant, batch)) as loaded:
+            engine: Any = loaded
+            run = engine.resident_run(random_input(engine, batch))
+            run()
+            lane = engine._lanes[0]
+            context, stream = lane._context, lane.stream.handle
+            _, start = cudart.cudaEventCreate()
+            _, stop = cudart.cudaEventCreate()
+
+            def bare(
+                context: Any = context, stream: int = stream, start: Any = start, stop: Any = stop
+            ) -> float:
+                cudart.cudaEventRecord(start, stream)
+                context.execute_async_v3(stream)
+                cudart.cudaEventRecord(stop, stream)
+                cudart.cudaEventSynchronize(stop)
+                return float(cudart.cudaEventElapsedTime(start, stop)[1]) / 1e3
+
+            ours, theirs = interleaved([run, bare], bench.seconds)
+            rows.append(
+                {
+                    "variant": variant,
+                    "batch": batch,
+                    "bench_ms": float(np.median(ours)) * 1e3,
+                    "bare_ms": float(np.median(theirs)) * 1e3,
+                    "ratio": float(np.median(ours) / np.median(theirs)),
+                }
+            )
+    return rows
+
+
+PARTS: dict[str, Callable[[Bench], Any]] = {
+    "ceilings": measure_ceilings,
+    "decoding": measure_decoding,
+    "overhead": measure_overhead,
+    "streams": measure_streams,
+    "boxes": measure_boxes,
+    "jpeg": measure_jpeg,
+    "accuracy": measure_accuracy,
+}
+
+
+# --- timing -------------------------------------------------------------------------------------
+
+
+def bench_paths(bench: Bench, paths: Any, batch: int) -> list[BenchmarkResult]:
+    """Measure engines interleaved, as `trt-yolov6 bench` does."""
+    with loaded_all(list(paths)) as engines:
+        return benchmark_many(
+            engines, batch=batch, duration=bench.seconds, warm_up=0.5, progress=False
+        )
+
+
+@contextmanager
+def loaded_all(paths: Sequence[Path]) -> Iterator[list[Engine]]:
+    """Load engines, and close them all."""
+    engines = [load_engine(path) for path in paths]
+    try:
+        yield engines
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def row_of(result: BenchmarkResult, bench: Bench, variant: str, **more: Any) -> dict[str, Any]:
+    """Return one line of a table: the figures, and how far they are from the roofline."""
+    floor = bench.floor(variant, result.batch)
+    median = result.latency.median * 1e3
+    row = {
+        "variant": variant,
+        "batch": result.batch,
+        **more,
+        "ms": median,
+        "ci95_ms": [value * 1e3 for value in result.latency.interval or ()],
+        "fps": result.throughput_fps,
+        "sm_mhz": result.gpu.sm_mhz if result.gpu else None,
+        **floor,
+    }
+    if floor:
+        row["roofline_share"] = floor["roofline_ms"] / median
+    return row
+
+
+def interleaved(runs: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
+    """Time runs in turns of a tenth of a second, after a warm-up; `seconds` for each."""
+    for run in runs:
+        timed(run, 0.3)
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(max(2, round(seconds / 0.1))):
+        for offset in range(len(runs)):
+            index = (turn + offset) % len(runs)
+            times[index] += timed(runs[index], 0.1)
+    return times
+
+
+def timed(run: Callable[[], float], seconds: float) -> list[float]:
+    """Return the times of runs made one after the other for some seconds."""
+    found: list[float] = []
+    start = time.perf_counter()
+    while not found or time.perf_counter() - start < seconds:
+        found.append(run())
+    return found
+
+
+def cuda_seconds(work: Callable[[], Any]) -> float:
+    """Return the median seconds of some PyTorch work on the GPU."""
+    times = []
+    event: Any = torch.cuda.Event
+    for turn in range(25):
+        start, stop = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        if turn >= 5:
+            times.append(start.elapsed_time(stop) / 1e3)
+    return float(np.median(times))
+
+
+def main() -> None:
+    """Run the parts and write the results after each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backend", default="tensorrt-rtx")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring one thing")
+    parser.add_argument("--imgsz", type=int, default=640, help="height and width of the input")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    state = backend(options.backend).availability()
+    gpus = read_gpus()
+    results: dict[str, Any] = {
+        "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "package": __version__,
+        "backend": options.backend,
+        "backend_version": state.version,
+        "device": state.detail,
+        "gpu": dataclasses.asdict(gpus[0]) if gpus else None,
+        "machine": platform.platform(),
+        "versions": software_versions()
+        | {key: value for key, value in package_versions().items() if value},
+        "parts": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options.backend, Path(folder), options.seconds, options.imgsz)
+        for name in options.only.split(","):
+            start = time.perf_counter()
+            print(f"== {name}", flush=True)
+            results["parts"][name] = PARTS[name](bench)
+            for row in results["parts"][name] if name != "ceilings" else [bench.ceilings]:
+                print(" ", short(row), flush=True)
+            print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+            results["seconds"] = time.perf_counter() - began
+            write_json(options.json, results)
+
+
+def short(row: dict[str, Any]) -> str:
+    """Return a row for the eye."""
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+        if not isinstance(value, (list, dict))
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The graphs that the GPU suite compares: ours, one decoded as the authors do, the bare heads.
+
+All have random weights (seed 0), 80 classes, half precision inside and float32 at
+both ends, so that they differ in nothing but what is compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx.utils
+import torch
+
+from benchmarks.authors_graph import authors_graph
+from trt_yolov6.building import Graph
+from trt_yolov6.engines.manifest import BatchProfile
+from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.models import YOLOv6, architecture, build_model
+from trt_yolov6.precision import to_fp16
+
+CLASSES = 80
+
+
+def random_model(variant: str) -> YOLOv6:
+    """Return a variant with random weights, always the same ones."""
+    torch.manual_seed(0)
+    return build_model(architecture(variant, CLASSES)).eval()
+
+
+def our_graph(
+    model: YOLOv6,
+    size: int,
+    *,
+    fp16: bool = True,
+    uint8: bool = False,
+    outputs_only: bool = False,
+) -> onnx.ModelProto:
+    """Export a model as `trt-yolov6 export --fp16` does, with a free batch axis.
+
+    Args:
+        model: see `random_model`.
+        size: height and width of the input.
+        fp16: half precision.
+        uint8: pixels as input, normalized in the graph.
+        outputs_only: stop at the six outputs of the heads: no decoding at all.
+    """
+    settings = ExportSettings((size, size), fp16=fp16 and not outputs_only, uint8_input=uint8)
+    graph = export_onnx(model, settings, verify=False)
+    return to_fp16(_heads_of(graph)) if outputs_only else graph
+
+
+def authors_half(model: YOLOv6, size: int, batch: int) -> onnx.ModelProto:
+    """Return the graph decoded as the authors' export is, in half precision, for one batch size."""
+    graph = authors_graph(model, (size, size), batch)
+    for index, node in enumerate(graph.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+    return to_fp16(graph)
+
+
+def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """Return a copy of one of our graphs whose free batch axis is fixed."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for value in (*copy.graph.input, *copy.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    return copy
+
+
+def as_graph(model: onnx.ModelProto, name: str, size: int, batch: int) -> Graph:
+    """Wrap an ONNX model with a fixed batch for `build_engine`, whatever its outputs are."""
+    return Graph(
+        model=model,
+        name=name,
+        class_names=tuple(f"class_{index}" for index in range(CLASSES)),
+        image_size=(size, size),
+        batch=BatchProfile(batch, batch, batch),
+        precision="fp16",
+        output_layout="rows" if len(model.graph.output) == 1 else "split",
+        nms=None,
+        source=Path(__file__),
+    )
+
+
+def bytes_moved(model: onnx.ModelProto, batch: int, element: int) -> int:
+    """Return the bytes that an engine's kernels move at least, through whatever memory.
+
+    Every convolution and pooling reads its input and its weights and writes its output once;
+    activations are fused, concatenations cost nothing, decoding is not counted.
+
+    Args:
+        model: a float graph with a fixed image size.
+        batch: images.
+        element: bytes an element: 2 in half precision, 1 in 8 bits.
+    """
+    graph = onnx.shape_inference.infer_shapes(with_batch(model, batch), data_prop=True).graph
+    shapes = {item.name: list(item.dims) for item in graph.initializer}
+    for item in [*graph.input, *graph.value_info, *graph.output]:
+        shapes[item.name] = [size.dim_value for size in item.type.tensor_type.shape.dim]
+    moved = 0
+    for node in graph.node:
+        if node.op_type in ("Conv", "ConvTranspose", "MaxPool"):
+            for name in (*node.input[:2], node.output[0]):
+                count = 1
+                for length in shapes[name]:
+                    count *= max(length, 1)
+                moved += count * element
+    return moved
+
+
+def _heads_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Cut a float32 graph off behind its heads."""
+    first = [
+        node.input[0]
+        for node in model.graph.node
+        if node.op_type == "Reshape" and node.name.startswith("decode/")
+    ]
+    extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(model))
+    return extractor.extract_model(["images"], first)
