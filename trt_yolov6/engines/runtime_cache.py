@@ -6,6 +6,8 @@ the driver; one that does not is made anew. A cache is a by-product: where it ca
 nor written, the engine only starts more slowly.
 """
 
+# API: tensorrt-rtx (TensorRT's plans hold finished kernels)
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -4,6 +4,8 @@ TensorRT then chooses by itself which layers run in INT8 (implicit quantization)
 tensor's scale from the cache instead of calibrating. It is deprecated since 10.1 and gone in 11.
 """
 
+# API: tensorrt<11 (`check_cache` refuses later ones)
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -52,7 +54,7 @@ def use_cache(api: Any, config: Any, path: Path, fp16: bool) -> Any:
         def read_calibration_cache(self) -> bytes:
             return content
 
-        def write_calibration_cache(self, cache: bytes) -> None:
+        def write_calibration_cache(self, cache: object) -> None:
             pass
 
     config.set_flag(api.BuilderFlag.INT8)

@@ -5,6 +5,8 @@ Its builder times nothing, so a machine without a GPU can build for a T4; what b
 which makes the first run of each batch size slow.
 """
 
+# API: tensorrt-rtx (targets, kernel and CUDA graph strategies)
+
 from __future__ import annotations
 
 from collections.abc import Callable

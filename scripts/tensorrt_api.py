@@ -1,0 +1,210 @@
+"""Writes tests/data/tensorrt_api.json: what the Python API of each TensorRT release is.
+
+    .venv/bin/python scripts/tensorrt_api.py
+
+The Python bindings of every release are on PyPI, though the library that they bind is not. pip
+downloads them here; a C compiler makes an empty library with the few functions that they look up;
+and then they import, without a GPU, and can be asked for their classes and signatures. Nothing can
+be built or run with them, but our callbacks can be derived from their classes and made, which is
+tried too. The 10.13 facts are then compared with `tensorrt-stubs`, and our code is type-checked
+against those as well.
+
+Needs gcc and binutils (`readelf`, `nm`), and a Python for which the releases have wheels (3.11).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+
+import tensorrt_api  # noqa: E402
+
+RELEASES = {
+    "tensorrt 10.0.1": "tensorrt-cu12-bindings==10.0.1",
+    "tensorrt 10.13.0.35": "tensorrt-cu12-bindings==10.13.0.35",
+    "tensorrt 11.0.0.114": "tensorrt-cu13-bindings==11.0.0.114",
+    "tensorrt 11.4.0.106": "tensorrt-cu13-bindings==11.4.0.106",
+    "tensorrt-rtx 1.4.0.76": "tensorrt-rtx-cu13-bindings==1.4.0.76",
+    "tensorrt-rtx 1.7.1.116": "tensorrt-rtx-cu13-bindings==1.7.1.116",
+}
+"""The oldest and the newest of what pyproject.toml admits, and what lies at the turns between."""
+
+STUBS = ("tensorrt 10.13.0.35", "tensorrt-stubs==10.13.0.35.1")
+
+
+READ = """
+import json, sys
+import tensorrt_api
+import {module} as api
+from trt_yolov6.engines.base import BuildSettings
+from trt_yolov6.engines.tensorrt_build import _progress_monitor, build_plan
+from trt_yolov6.engines.tensorrt_common import Flavour, logger_of
+from trt_yolov6.engines.tensorrt_lane import _profiler, output_allocator
+from trt_yolov6.errors import UserError
+
+logger_of(api).log(api.ILogger.ERROR, "tried")
+assert logger_of(api).reason() == "tried"
+_progress_monitor(api, None), _profiler(api), output_allocator(api)
+# What signatures do not tell: `Dims` can be iterated over, and a tuple goes for one.
+described = api.PluginTensorDesc()
+described.dims = (1, 2)
+assert tuple(described.dims) == (1, 2)
+# TensorRT-RTX crashes where TensorRT says that its library makes no builder.
+try:
+    if api.__name__ == "tensorrt_bindings":
+        build_plan(Flavour("tensorrt", "TensorRT", api), b"", BuildSettings())
+        raise AssertionError("built without a library")
+except UserError as error:
+    assert "cannot start its builder" in str(error), error
+json.dump(tensorrt_api.facts(api), sys.stdout)
+"""
+"""What is done with each release's bindings."""
+
+
+def unpacked(requirement: str, folder: Path) -> Path:
+    """Download a wheel, without what it depends on, and return the folder it is unpacked in."""
+    wheels = folder / "wheels"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(wheels)]
+    subprocess.run([*command, requirement], check=True)
+    (wheel,) = wheels.iterdir()
+    target = folder / "unpacked"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def make_empty_libraries(bindings: Path, folder: Path) -> None:
+    """Compile a library that does nothing for each of TensorRT's that the bindings need."""
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", _output("readelf", "-d", str(bindings)))
+    undefined = _output("nm", "-D", "--undefined-only", str(bindings))
+    wanted = re.findall(r"^ +U ((?:create|get|init)\w*_?\w*)$", undefined, re.MULTILINE)
+    source = folder / "empty.c"
+    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in wanted))
+    for name in needed:
+        if name.startswith(("libnv", "libtensorrt")):
+            library = folder / name
+            flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}"]
+            subprocess.run(["gcc", *flags, "-o", str(library), str(source)], check=True)
+
+
+def facts_of(requirement: str) -> tensorrt_api.Facts:
+    """Return the facts of a release, read by a Python of its own; try our callbacks with it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        root = unpacked(requirement, folder)
+        (bindings,) = (path for path in root.glob("*_bindings/tensorrt*.so"))
+        make_empty_libraries(bindings, folder)
+        environment = os.environ | {
+            "LD_LIBRARY_PATH": str(folder),
+            "PYTHONPATH": os.pathsep.join([str(root), str(TESTS), str(TESTS.parent)]),
+        }
+        command = [sys.executable, "-c", READ.format(module=bindings.parent.name)]
+        output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)
+    found: tensorrt_api.Facts = json.loads(output.stdout)
+    return found
+
+
+def published_stub(requirement: str) -> str:
+    """Return the text of the published stubs, repaired so that Python and mypy can read it."""
+    with tempfile.TemporaryDirectory() as name:
+        root = unpacked(requirement, Path(name))
+        text = (root / "tensorrt_bindings" / "tensorrt.pyi").read_text()
+    # A parameter without a default behind others that have one; a parameter named `in`.
+    text = text.replace("= None, channel_axis: int)", "= None, channel_axis: int = ...)")
+    text = re.sub(r"\bin: ", "in_: ", text)
+    # A member of the module that is named `bool` hides the type.
+    text = re.sub(r"\bbool\b(?!: DataType)", "builtins.bool", text)
+    added = (
+        "import builtins\n__version__: str\ndef nptype(trt_type: typing.Any) -> typing.Any: ...\n"
+    )
+    return f"{text}\n{added}"
+
+
+def compare_with_stub(found: tensorrt_api.Facts, text: str) -> list[str]:
+    """Return where the published stubs and the facts disagree on a member or its parameters."""
+    classes: dict[str, dict[str, set[str]]] = {}
+    _collect(ast.parse(text).body, "", classes)
+    differences = []
+    for owner, members in found.items():
+        for member, fact in members.items() if owner else ():
+            if member.startswith("(") or member in ("__members__", "__buffer__"):
+                continue
+            if fact.startswith("override"):
+                continue
+            known = classes.get(owner, {}).get(member)
+            ours = set()
+            if fact.startswith("("):
+                ours = {_parameters(signature) for signature in fact.split(" ; ")}
+            if known is None or (ours and known != ours):
+                differences.append(f"{owner}.{member}: {fact}; the stubs: {known}")
+    return differences
+
+
+def _collect(body: list[ast.stmt], owner: str, classes: dict[str, dict[str, set[str]]]) -> None:
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            name = f"{owner}.{node.name}".lstrip(".")
+            classes.setdefault(owner, {})[node.name] = set()
+            _collect(node.body, name, classes)
+        elif isinstance(node, ast.FunctionDef):
+            parameters = ", ".join(argument.arg for argument in node.args.args)
+            classes.setdefault(owner, {}).setdefault(node.name, set()).add(parameters)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            classes.setdefault(owner, {})[node.target.id] = set()
+
+
+def _parameters(signature: str) -> str:
+    function = ast.parse(f"def f{signature}: ...").body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return ", ".join(argument.arg for argument in function.args.args)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main() -> None:
+    releases = {}
+    for release, requirement in RELEASES.items():
+        releases[release] = facts_of(requirement)
+        count = sum(len(members) for members in releases[release].values())
+        print(f"{release}: {count} facts")
+    tensorrt_api.write_snapshot(tensorrt_api.SNAPSHOT, releases)
+    release, requirement = STUBS
+    text = published_stub(requirement)
+    _show(f"{requirement} differs from the bindings", compare_with_stub(releases[release], text))
+    _show(f"mypy's objections to our code by {requirement}", objections(release, text))
+
+
+def objections(release: str, text: str) -> list[str]:
+    """Type-check the code as the test does, but against the published stubs."""
+    from test_tensorrt_api import SOURCES, check, in_code, package_name
+
+    copies = {package_name(release): {name: it.copy(release) for name, it in SOURCES.items()}}
+    with tempfile.TemporaryDirectory() as name:
+        problems = check(Path(name), copies, {release: text})
+    return [
+        str(problem)
+        for problem in in_code(problems, release)
+        if release in SOURCES[problem.file].releases(problem.line)
+    ]
+
+
+def _show(title: str, lines: list[str]) -> None:
+    print(f"{title}: {len(lines)}")
+    for line in lines:
+        print(f"  {line}")
+
+
+if __name__ == "__main__":
+    main()
