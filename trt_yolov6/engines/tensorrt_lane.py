@@ -390,19 +390,19 @@ def output_allocator(api: Any) -> Any:
 
         def reallocate_output_async(
             self, tensor_name: str, memory: int, size: int, alignment: int, stream: int
-        ) -> int | None:
+        ) -> int:
             return self.reallocate_output(tensor_name, memory, size, alignment)
 
         def reallocate_output(
             self, tensor_name: str, memory: int, size: int, alignment: int
-        ) -> int | None:
+        ) -> int:
             # cudaMalloc aligns to 256 bytes, which is all that is ever asked for.
             try:
                 if self.memory is None or self.memory.nbytes < size:
                     self.memory = DeviceMemory(size)
-            except UserError as error:  # TensorRT drops exceptions; None tells it to give up
+            except UserError as error:  # TensorRT drops exceptions; a null pointer stops it
                 self.error = error
-                return None
+                return 0
             return self.memory.address
 
         def notify_shape(self, tensor_name: str, shape: Any) -> None:
