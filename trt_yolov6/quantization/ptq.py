@@ -171,8 +171,9 @@ def quantize(
         tell: called with a line of progress now and then.
 
     Raises:
-        UserError: the graph is not float32 or has a NaN in its weights, the folder has too few
-            images, unreadable ones, or nothing but black, or see `check_settings`.
+        UserError: the graph is not float32, has a NaN in its weights or nothing that FP8 would
+            speed up, the folder has too few images, unreadable ones, or nothing but black, or see
+            `check_settings`.
     """
     settings = settings or QuantizationSettings()
     say = tell or (lambda _: None)
@@ -184,6 +185,11 @@ def quantize(
             "float32 graph."
         )
     check_weights(graph.model)
+    if quantized_type.is_floating and not place_for(quantized_type, graph.model).layers:
+        raise UserError(
+            f"{graph.source} has no convolution that {quantized_type.option} would speed up: they "
+            "all do little work for each value that is quantized; build it with --fp16."
+        )
     paths = calibration_images(folder, settings.image_limit)
     key = CalibrationKey(
         model_sha256(graph.model),
