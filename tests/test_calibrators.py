@@ -203,7 +203,9 @@ def test_a_tensor_of_zeros_gets_a_range_one_can_divide_by(method: Method) -> Non
 
 
 def test_an_unknown_calibrator_is_refused_in_a_sentence() -> None:
-    with pytest.raises(UserError, match="there is no calibrator 'median'; choose one of minmax"):
+    with pytest.raises(
+        UserError, match="there is no calibrator 'median' for INT8; choose one of minmax"
+    ):
         amax_of(statistics_of(np.ones(3, np.float32)), "median")  # type: ignore[arg-type]
 
 

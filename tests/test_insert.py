@@ -295,7 +295,7 @@ class TestSample:
     ) -> None:
         api = pytest.importorskip("tensorrt_rtx")
         from trt_yolov6.engines.tensorrt_common import logger_of
-        from trt_yolov6.engines.tensorrt_layers import engine_layers, int8_layers
+        from trt_yolov6.engines.tensorrt_layers import engine_layers, quantized_layers
 
         names = list(layer_names(sample_graph).values())
         model = insert_qdq(sample_graph, place(sample_graph), sample_ranges, fp16=fp16)
@@ -305,7 +305,7 @@ class TestSample:
             assert backend("tensorrt-rtx").build(model.SerializeToString(), settings)
             layers = logger_of(api).layers
             assert len([one for one in engine_layers(layers) if one.kind == "correlation"]) == 56
-            counts[target] = len(int8_layers(layers, names))
+            counts[target] = len(quantized_layers(layers, names))
         # On Ada all but the two transposed convolutions. On Turing 1.7 computes none in INT8: it
         # dequantizes weights and activations in front of every convolution.
         assert counts["l4"] == 56

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from trt_yolov6.checkpoint import Checkpoint
     from trt_yolov6.export import ExportSettings
+    from trt_yolov6.quantization.levels import QuantizedName
 
 SUFFIXES = {"onnxruntime": ".onnx", "tensorrt": ".trt", "tensorrt-rtx": ".trt"}
 
@@ -57,9 +58,9 @@ class Graph:
     nms: NmsSettings | None
     source: Path
     calibration: dict[str, Any] | None = None
-    """How an INT8 graph was calibrated; None for others."""
+    """How an INT8 or FP8 graph was calibrated; None for others."""
     float_layers: tuple[str, ...] = ()
-    """Layers of an INT8 graph that were asked to stay in float."""
+    """Layers of such a graph that were asked to stay in float."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class BuiltEngine:
     manifest: Manifest
     seconds: float
     """Time the backend took for the plan."""
-    int8_asked: int
-    """Convolutions with INT8 weights in the graph; the manifest says how many the engine has."""
+    quantized_asked: int
+    """Convolutions with INT8 or FP8 weights in the graph; the manifest says how many the engine
+    has."""
 
 
 def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSettings) -> Graph:
@@ -149,7 +151,7 @@ def graph_from_onnx(
     outputs = [_value_spec(item, path) for item in model.graph.output]
     layout = guess_output_layout(outputs, path)
     precision = _precision_of(model)
-    if precision == "int8" and fp16:
+    if precision in ("int8", "fp8") and fp16:
         raise UserError(
             f"{path} has Q/DQ nodes, whose precision is decided already; leave --fp16 out."
         )
@@ -219,16 +221,18 @@ def build_engine(
     Raises:
         UserError: the backend is missing, refuses a setting or cannot build the graph.
     """
-    settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch)
+    fp8 = graph.precision == "fp8"
+    settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch, fp8=fp8)
     name = check_build(backend, output, settings)
     module = backend_module(name)
     path = Path(output) if output else Path("engines") / f"{graph.name}{SUFFIXES[name]}"
-    asked = _int8_convolutions(graph.model)
+    asked = _quantized_convolutions(graph.model)
     said: list[str] = []
-    settings = dataclasses.replace(settings, on_layers=said.append)
+    settings = dataclasses.replace(settings, on_layers=_both(said.append, settings.on_layers))
     start = time.perf_counter()
     plan = module.build(graph.model.SerializeToString(), settings)
     seconds = time.perf_counter() - start
+    found = _quantized_layers(graph, said) if asked and said else asked or None
     manifest = Manifest(
         engine=path.name,
         model=graph.name,
@@ -246,7 +250,8 @@ def build_engine(
         nms=graph.nms,
         calibration=graph.calibration,
         float_layers=graph.float_layers,
-        int8_layers=_int8_layers(graph.model, said) if asked and said else asked or None,
+        int8_layers=None if fp8 else found,
+        fp8_layers=found if fp8 else None,
     )
     # The manifest first: where it cannot be written, there is no plan either.
     with atomic_path(path) as temporary:
@@ -306,20 +311,31 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     return names
 
 
-def _int8_convolutions(model: onnx.ModelProto) -> int:
-    """Return how many convolutions of a graph have INT8 weights."""
+def _both(one: Callable[[str], None], other: Callable[[str], None] | None) -> Callable[[str], None]:
+    def call(text: str) -> None:
+        one(text)
+        if other is not None:
+            other(text)
+
+    return call
+
+
+def _quantized_convolutions(model: onnx.ModelProto) -> int:
+    """Return how many convolutions of a graph have INT8 or FP8 weights."""
     nodes = model.graph.node
     dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     layers = (node for node in nodes if node.op_type in ("Conv", "ConvTranspose"))
     return sum(node.input[1] in dequantized for node in layers)
 
 
-def _int8_layers(model: onnx.ModelProto, said: Sequence[str]) -> int | None:
-    """Return how many convolutions the builder says are in INT8; None if it says nothing."""
-    from trt_yolov6.engines.tensorrt_layers import int8_layers
+def _quantized_layers(graph: Graph, said: Sequence[str]) -> int | None:
+    """Return how many convolutions the builder says are in 8 bits; None if it says nothing."""
+    from trt_yolov6.engines.tensorrt_layers import quantized_layers
     from trt_yolov6.quantization.placement import layer_names
 
-    return len(int8_layers(said[-1], layer_names(model).values())) if said[-1] else None
+    names = layer_names(graph.model).values()
+    quantized: QuantizedName = "fp8" if graph.precision == "fp8" else "int8"
+    return len(quantized_layers(said[-1], names, quantized)) if said[-1] else None
 
 
 # --- reading foreign graphs ---------------------------------------------------------------------
@@ -373,9 +389,24 @@ def _precision_of(model: onnx.ModelProto) -> Precision:
     import onnx
 
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        return "int8"
+        # Nothing but Q/DQ nodes reads constants of such a type.
+        return "fp8" if any(map(_is_float8, _constants(model))) else "int8"
     half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
     return "fp16" if half else "fp32"
+
+
+def _constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from model.graph.initializer
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            yield from (item.t for item in node.attribute if item.name == "value")
+
+
+def _is_float8(tensor: onnx.TensorProto) -> bool:
+    import onnx
+
+    name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return name.startswith("FLOAT8")
 
 
 def _name_anonymous_nodes(model: onnx.ModelProto) -> None:

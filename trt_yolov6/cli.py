@@ -78,14 +78,15 @@ def _build(options: argparse.Namespace) -> None:
         optimization_level=options.optimization_level,
         calibration_cache=options.calibration_cache,
         implicit_fp16=bool(options.calibration_cache and options.fp16),
+        fp8=options.fp8,
         progress=not options.quiet,
     )
     if options.names and not options.onnx:
         raise UserError("--names is for --onnx: a checkpoint brings its class names along.")
-    if options.calibration_cache and (options.int8 or not options.onnx):
+    if options.calibration_cache and (options.int8 or options.fp8 or not options.onnx):
         raise UserError(
             "--calibration-cache goes with the float graph that `export` wrote beside it; give "
-            "that as --onnx, without --int8."
+            "that as --onnx, without --int8 or --fp8."
         )
     # Exporting takes seconds: what cannot be built is better refused before.
     check_build(options.backend, options.output, settings)
@@ -97,6 +98,8 @@ def _build(options: argparse.Namespace) -> None:
     graph = _graph_from_onnx(options) if options.onnx else _exported(options)
     if quantization:
         graph = _quantized(graph, options, quantization)
+    elif graph.precision == "fp8":
+        _say("surgery: FP8's Q/DQ nodes are left as they are")
     elif graph.precision == "int8" and not options.no_surgery:
         graph = _cleaned(graph, options)
     built = build_engine(graph, backend=options.backend, output=options.output, settings=settings)
@@ -108,11 +111,11 @@ def _build(options: argparse.Namespace) -> None:
         f"for {manifest.target}, {built.path.stat().st_size / 2**20:.1f} MiB"
     )
     print(f"{built.manifest_path}: its manifest")
-    if built.int8_asked:
-        known = manifest.int8_layers is not None
+    if built.quantized_asked:
+        label, found = manifest.precision.upper(), manifest.quantized_layers
         print(
-            f"in INT8: {manifest.int8_layers if known else 'the builder does not say how many'} of "
-            f"the {built.int8_asked} convolutions that the graph has in INT8"
+            f"in {label}: {'the builder does not say how many' if found is None else found} of the "
+            f"{built.quantized_asked} convolutions that the graph has in {label}"
         )
 
 
@@ -305,8 +308,8 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _quantization(options: argparse.Namespace) -> QuantizationSettings | None:
-    """Return the settings of --int8, or None without it."""
-    only_int8 = [
+    """Return the settings of --int8 or --fp8, or None without either."""
+    only_quantized = [
         "calibrator",
         "calib_images",
         "float_layers",
@@ -317,16 +320,22 @@ def _quantization(options: argparse.Namespace) -> QuantizationSettings | None:
     for name in ("max_ap_drop", "data", "split"):
         if getattr(options, name) is not None and options.float_layers != "auto":
             raise UserError(f"--{name.replace('_', '-')} is for --float-layers auto; add it.")
-    if not options.int8:
-        for name in only_int8:
+    if not (options.int8 or options.fp8):
+        for name in only_quantized:
             if getattr(options, name) not in (None, False):
-                raise UserError(f"--{name.replace('_', '-')} is for --int8; add it.")
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for --int8 and --fp8; add one of them."
+                )
         if options.calib and not options.onnx:
-            raise UserError("--calib is for --int8, or for an --onnx file with Q/DQ nodes.")
+            raise UserError(
+                "--calib is for --int8 and --fp8, or for an --onnx file with Q/DQ nodes."
+            )
         return None
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.levels import FP8, INT8
+    from trt_yolov6.quantization.ptq import QuantizationSettings, check_settings
 
-    return QuantizationSettings(
+    settings = QuantizationSettings(
+        quantized=FP8 if options.fp8 else INT8,
         calibrator=options.calibrator or "auto",
         equalize=not options.no_equalize,
         fp16=options.fp16,
@@ -336,6 +345,8 @@ def _quantization(options: argparse.Namespace) -> QuantizationSettings | None:
         adaptive_rounding=options.adaptive_rounding,
         max_ap_drop=0.5 if options.max_ap_drop is None else options.max_ap_drop,
     )
+    check_settings(settings)
+    return settings
 
 
 def _quantized(graph: Graph, options: argparse.Namespace, settings: QuantizationSettings) -> Graph:
@@ -352,7 +363,7 @@ def _quantized(graph: Graph, options: argparse.Namespace, settings: Quantization
     placement = result.placement
     _say(
         f"{len(placement.layers)} of {len(placement.layers) + len(placement.float_layers)} "
-        f"convolutions in INT8; ranges in {table_path(output)}"
+        f"convolutions in {settings.quantized.label}; ranges in {table_path(output)}"
     )
     return result.graph
 
@@ -452,8 +463,8 @@ def _export_settings(options: argparse.Namespace) -> ExportSettings:
     return ExportSettings(
         image_size=options.imgsz or (640, 640),
         batch=_profile(options) or _default_profile(),
-        # INT8 starts from float32; the rest becomes half precision with the Q/DQ pairs.
-        fp16=options.fp16 and not getattr(options, "int8", False),
+        # Quantization starts from float32; the rest becomes half precision with the Q/DQ pairs.
+        fp16=options.fp16 and not _quantizes(options),
         nms=_thresholds(options, NmsSettings()) if options.end2end else None,
         uint8_input=options.uint8_input,
         opset=options.opset or DEFAULT_OPSET,
@@ -473,14 +484,18 @@ def _graph_from_onnx(options: argparse.Namespace) -> Graph:
         options.onnx,
         batch=_profile(options),
         image_size=options.imgsz,
-        fp16=options.fp16 and not options.int8 and not options.calibration_cache,
+        fp16=options.fp16 and not _quantizes(options) and not options.calibration_cache,
         class_names=read_class_names(options.names) if options.names else None,
     )
-    if options.fp32 and not options.int8 and graph.precision != "fp32":
+    if options.fp32 and not _quantizes(options) and graph.precision != "fp32":
         raise UserError(
             f"{options.onnx} is {graph.precision} and cannot be made --fp32; leave --fp32 out."
         )
     return graph
+
+
+def _quantizes(options: argparse.Namespace) -> bool:
+    return bool(getattr(options, "int8", False) or getattr(options, "fp8", False))
 
 
 def _profile(options: argparse.Namespace) -> BatchProfile | None:
@@ -629,17 +644,23 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--onnx", type=Path, metavar="FILE", help="a detector's ONNX file")
     _add_graph_options(build)
     build.add_argument("--names", type=Path, help="class names for --onnx: text or COCO JSON")
-    int8 = build.add_argument_group("INT8")
-    int8.add_argument(
+    int8 = build.add_argument_group("INT8 and FP8")
+    types = int8.add_mutually_exclusive_group()
+    types.add_argument(
         "--int8", action="store_true", help="quantize; the rest is float32, or half with --fp16"
+    )
+    types.add_argument(
+        "--fp8",
+        action="store_true",
+        help="the same in 8-bit floating point (E4M3), from compute capability 8.9 on",
     )
     _add_calibration(int8)
     int8.add_argument(
         "--float-layers",
         type=_float_layers,
         metavar="K|auto|NAMES",
-        help="keep so many of the most sensitive layers in float; as few as --max-ap-drop allows; "
-        "or these, with commas (0)",
+        help="keep so many of the most sensitive layers in float; as few as --max-ap-drop allows "
+        "(both with --int8 only); or these, with commas (0)",
     )
     int8.add_argument(
         "--max-ap-drop", type=float, metavar="POINTS", help="for --float-layers auto (0.5)"
@@ -657,7 +678,7 @@ def _parser() -> argparse.ArgumentParser:
     int8.add_argument(
         "--adaptive-rounding",
         action="store_true",
-        help="round weights for the inputs that they meet (some minutes)",
+        help="--int8: round weights for the inputs that they meet (some minutes)",
     )
     int8.add_argument(
         "--no-surgery", action="store_true", help="leave the Q/DQ nodes of --onnx as they are"

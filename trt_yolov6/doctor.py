@@ -16,6 +16,7 @@ from typing import Any
 import trt_yolov6
 from trt_yolov6.engines import BACKENDS, backend, best_backend
 from trt_yolov6.engines.base import Availability
+from trt_yolov6.engines.tensorrt_common import FIRST_WITH_FP8
 from trt_yolov6.environment import (
     Cpu,
     CpuClock,
@@ -265,10 +266,16 @@ def _cpu_text(cpu: Cpu, clock: CpuClock) -> str:
     return ", ".join(parts)
 
 
+def _has_fp8(capability: str) -> bool:
+    version = tuple(int(part) for part in capability.split(".") if part.isdigit())
+    return version >= FIRST_WITH_FP8
+
+
 def _gpu_text(gpu: Gpu) -> str:
     parts = [gpu.name]
     if gpu.compute_capability:
         parts.append(f"compute capability {gpu.compute_capability}")
+        parts.append("FP8" if _has_fp8(gpu.compute_capability) else "no FP8")
     if gpu.memory_mib:
         parts.append(f"{gpu.memory_mib} MiB")
     parts.append(f"driver {gpu.driver or 'unknown'}")

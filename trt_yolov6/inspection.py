@@ -665,9 +665,10 @@ def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:
                 f"confidence {nms.confidence}, IoU {nms.iou}, at most {nms.max_detections}",
             )
         )
-    if manifest.precision == "int8":
-        count = "unknown" if manifest.int8_layers is None else str(manifest.int8_layers)
-        rows.append(("  in INT8", f"{count} convolutions of the engine"))
+    if manifest.precision in ("int8", "fp8"):
+        layers = manifest.quantized_layers
+        count = "unknown" if layers is None else str(layers)
+        rows.append((f"  in {manifest.precision.upper()}", f"{count} convolutions of the engine"))
     if manifest.calibration:
         rows.append(("  calibration", json.dumps(manifest.calibration)))
     if manifest.float_layers:

@@ -67,6 +67,8 @@ class BuildSettings:
     """TensorRT up to 10: scales for a float32 graph without Q/DQ nodes (implicit quantization)."""
     implicit_fp16: bool = False
     """With `calibration_cache`: layers outside INT8 may run in half precision."""
+    fp8: bool = False
+    """The graph computes in FP8: a GPU that cannot is refused."""
     progress: bool = True
     """Show a progress bar while building."""
     on_layers: Callable[[str], None] | None = None
@@ -203,7 +205,7 @@ class Engine(abc.ABC):
 
     @property
     def precision(self) -> str:
-        """`fp32`, `fp16` or `int8` as the manifest says; `unknown` without one."""
+        """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
         return self.manifest.precision if self.manifest else "unknown"
 
     def __enter__(self) -> Engine:

@@ -18,7 +18,7 @@ from trt_yolov6.files import read_json, sha256_file, write_json
 
 SCHEMA_VERSION = 1
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
 
 OutputLayout = Literal["split", "rows", "end2end"]
 """How the graph gives its detections.
@@ -97,10 +97,17 @@ class Manifest:
     """The thresholds inside an `end2end` graph; None otherwise."""
     calibration: dict[str, Any] | None = None
     float_layers: tuple[str, ...] = ()
-    """Layers of an INT8 graph that stay in float, as asked or chosen."""
+    """Layers of an INT8 or FP8 graph that stay in float, as asked or chosen."""
     int8_layers: int | None = None
     """Convolutions that the engine computes in INT8; None where its builder does not say."""
+    fp8_layers: int | None = None
+    """Convolutions that the engine computes in FP8; None where its builder does not say."""
     schema: int = SCHEMA_VERSION
+
+    @property
+    def quantized_layers(self) -> int | None:
+        """Convolutions that the engine computes in its precision, where that is INT8 or FP8."""
+        return self.fp8_layers if self.precision == "fp8" else self.int8_layers
 
 
 def manifest_paths(engine_path: str | Path) -> tuple[Path, Path]:

@@ -38,6 +38,11 @@ PROVIDERS = {
     "cpu": "CPUExecutionProvider",
 }
 
+WRONG_REWRITES = ("ReluQuantRewrite", "ClipQuantRewrite")
+"""Rewritings that Q/DQ graphs are computed without: they take a Relu or Clip in front of a
+QuantizeLinear away where the integers' range clips as well, and ONNX Runtime (1.32) does so with
+FP8, too, whose range does not."""
+
 # A graph with a free batch axis and no manifest takes any batch.
 _ANY_BATCH = BatchProfile(min=1, opt=1, max=2**31 - 1)
 
@@ -111,7 +116,8 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
     engine = OnnxRuntimeEngine(path, manifest, _session(content, path, options))
     if _is_quantized(content):
-        engine.note = "Q/DQ computed exactly, in float: the accuracy of INT8, not its speed"
+        label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
+        engine.note = f"Q/DQ computed exactly, in float: the accuracy of {label}, not its speed"
     return engine
 
 
@@ -218,7 +224,8 @@ def _session(
     settings.log_severity_level = 3
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
-    if _is_quantized(model):
+    quantized = _is_quantized(model)
+    if quantized:
         # Without VNNI, ONNX Runtime's INT8 convolutions saturate in 16 bits and give other results
         # than TensorRT. Left as Q/DQ pairs around float operators, the arithmetic is exact.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -236,7 +243,12 @@ def _session(
         if wanted == PROVIDERS["tensorrt"] and PROVIDERS["cuda"] in present:
             providers.append(PROVIDERS["cuda"])
     try:
-        session = onnxruntime.InferenceSession(model, settings, providers=providers)
+        session = onnxruntime.InferenceSession(
+            model,
+            settings,
+            providers=providers,
+            disabled_optimizers=list(WRONG_REWRITES) if quantized else None,
+        )
     except Exception as error:  # its exception classes share no public base
         raise UserError(
             f"{source} is not an ONNX model that ONNX Runtime {onnxruntime.__version__} takes "

@@ -13,7 +13,7 @@ from trt_yolov6.engines import cuda_device
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.tensorrt_calibration import check_cache
-from trt_yolov6.engines.tensorrt_common import Flavour
+from trt_yolov6.engines.tensorrt_common import Flavour, check_fp8
 from trt_yolov6.errors import MissingDependencyError, UserError
 
 NAME = "tensorrt"
@@ -37,7 +37,7 @@ def availability() -> Availability:
 def check(settings: BuildSettings) -> None:
     """Raise UserError where TensorRT or a GPU is missing, or for a setting it cannot honour.
 
-    That is a target, or from TensorRT 11 on a calibration cache.
+    That is a target, from TensorRT 11 on a calibration cache, or FP8 on a GPU that has none.
     """
     flavour = _flavour()
     if settings.calibration_cache is not None:
@@ -48,12 +48,14 @@ def check(settings: BuildSettings) -> None:
             "on the GPU in the machine and builds for that one only."
         )
     try:
-        cuda_device.current_device()
+        device = cuda_device.current_device()
     except MissingDependencyError as error:
         raise MissingDependencyError(
             f"TensorRT builds on the GPU it builds for, and {error}; build on the machine that "
             "has the GPU, or use --backend tensorrt-rtx with --target."
         ) from error
+    if settings.fp8:
+        check_fp8(device)
 
 
 def build(model: bytes, settings: BuildSettings) -> bytes:

@@ -14,10 +14,26 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from trt_yolov6.engines.cuda_device import Device
+from trt_yolov6.errors import UserError
+
 _LOG = logging.getLogger(__name__)
 
 LAYERS_HEADER = "Layers:\n"
 """How the builder's verbose message about an engine's layers begins."""
+
+
+FIRST_WITH_FP8 = (8, 9)
+"""Compute capability from which on GPUs multiply in FP8: Ada, Hopper, Blackwell."""
+
+
+def check_fp8(device: Device) -> None:
+    """Raise UserError for a GPU without FP8."""
+    if device.capability < FIRST_WITH_FP8:
+        raise UserError(
+            f"the {device} has no FP8 (8.9 and later do: Ada, Hopper, Blackwell); build with "
+            "--int8 or --fp16 for it."
+        )
 
 
 @dataclass(frozen=True)

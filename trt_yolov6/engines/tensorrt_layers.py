@@ -2,7 +2,8 @@
 
 A plan can only be inspected on the GPU it was built for. But a builder whose
 `config.profiling_verbosity` is DETAILED logs, as its last verbose message, the layers of the engine
-with the types that they compute in; so what runs in INT8 is known without a GPU. (Seen in 1.7.1.)
+with the types that they compute in; so what runs in INT8 or FP8 is known without a GPU. (Seen in
+1.5, 1.6 and 1.7.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from trt_yolov6.engines.tensorrt_common import LAYERS_HEADER
+from trt_yolov6.quantization.levels import QuantizedName
 
 _LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\]"
@@ -20,13 +22,15 @@ _LAYER = re.compile(
     re.MULTILINE,
 )
 _DTYPE = re.compile(r"Datatype: (\w+)")
+# As TensorRT spells them.
+_SPELLING: dict[QuantizedName, str] = {"int8": "Int8", "fp8": "FP8"}
 # Names are parted by control characters, which cannot be in them.
 _NODE = re.compile(r"\[ONNX Layer: ([^\x1e\x1f]*)\]")
 
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One kernel of an engine; types as TensorRT spells them (Int8, Half, Float …)."""
+    """One kernel of an engine; types as TensorRT spells them (Int8, FP8, Half, Float …)."""
 
     name: str
     kind: str
@@ -55,18 +59,21 @@ def engine_layers(log: str) -> tuple[EngineLayer, ...]:
     )
 
 
-def int8_layers(log: str, names: Collection[str]) -> tuple[str, ...]:
-    """Return which of the graph's convolutions the engine computes in INT8, as `names` has them.
+def quantized_layers(
+    log: str, names: Collection[str], quantized: QuantizedName = "int8"
+) -> tuple[str, ...]:
+    """Return which of the graph's convolutions the engine computes in 8 bits, as `names` has them.
 
     Args:
         log: what the builder logged, or its message with the layers.
         names: ONNX names of the convolutions (`quantization.placement.layer_names`).
+        quantized: the type that is looked for.
     """
     computed = {
         node
         for layer in engine_layers(log)
         if layer.kind in ("correlation", "deconv", "runtime_fusion")
-        if layer.inputs and set(layer.inputs) == {"Int8"}
+        if layer.inputs and set(layer.inputs) == {_SPELLING[quantized]}
         for node in layer.nodes
     }
     return tuple(name for name in names if name in computed)

@@ -17,7 +17,7 @@ from trt_yolov6.engines import cuda_device
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.runtime_cache import RuntimeCache, cache_path
-from trt_yolov6.engines.tensorrt_common import Flavour
+from trt_yolov6.engines.tensorrt_common import FIRST_WITH_FP8, Flavour, check_fp8
 from trt_yolov6.errors import MissingDependencyError, UserError
 
 NAME = "tensorrt-rtx"
@@ -81,7 +81,8 @@ def targets(api: Any) -> tuple[str, ...]:
 def check(settings: BuildSettings) -> None:
     """Raise UserError where TensorRT-RTX is missing, or for a setting it cannot honour.
 
-    That is a target it does not build for, none where there is no GPU, or a timing cache.
+    That is a target it does not build for, none where there is no GPU, one without FP8 for a graph
+    in FP8, or a timing cache.
     """
     flavour = _flavour()
     if settings.timing_cache is not None:
@@ -94,7 +95,9 @@ def check(settings: BuildSettings) -> None:
             "--calibration-cache is for --backend tensorrt up to version 10: TensorRT-RTX has no "
             "calibrators; build from the graph with Q/DQ nodes (--int8) instead."
         )
-    _capabilities(flavour, settings.target)
+    capabilities = _capabilities(flavour, settings.target)
+    if settings.fp8:
+        _check_fp8(settings.target, capabilities)
 
 
 def build(model: bytes, settings: BuildSettings) -> bytes:
@@ -175,6 +178,21 @@ def _capabilities(flavour: Flavour, target: str | None) -> tuple[str, ...]:
             f"choose one of {', '.join(offered)}, or build with TensorRT on that machine."
         )
     return needed
+
+
+def _check_fp8(target: str | None, capabilities: tuple[str, ...]) -> None:
+    """Refuse a target that has no FP8, or is to be any GPU, of which some have none."""
+    if target is None:
+        check_fp8(cuda_device.current_device())
+        return
+    # `portable` names none, and would serve Ampere too.
+    versions = [(int(name[2:-1]), int(name[-1])) for name in capabilities] or [(8, 0)]
+    if min(versions) < FIRST_WITH_FP8:
+        major, minor = min(versions)
+        raise UserError(
+            f"--target {target} takes in compute capability {major}.{minor}, which has no FP8 (8.9 "
+            "and later do: Ada, Hopper, Blackwell); build with --int8 or --fp16 for it."
+        )
 
 
 def _check_operators(flavour: Flavour, model: bytes) -> None:

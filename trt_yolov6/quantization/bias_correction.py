@@ -1,4 +1,4 @@
-"""Bias correction: take from each INT8 convolution the mean error that its rounding adds.
+"""Bias correction: take from each quantized convolution the mean error that its rounding adds.
 
 Rounded weights are off by a constant, so a layer's outputs are off in the mean wherever its inputs'
 mean is not zero, as behind a ReLU (Nagel et al. 2019, "Data-free quantization through weight
@@ -34,7 +34,7 @@ from trt_yolov6.quantization.integer_layers import IntegerLayer, integer_layers,
 def correct_biases(
     float_model: onnx.ModelProto, quantized_model: onnx.ModelProto, images: Sequence[NDArray[Any]]
 ) -> onnx.ModelProto:
-    """Return the Q/DQ graph with its INT8 convolutions' biases corrected.
+    """Return the Q/DQ graph with its quantized convolutions' biases corrected.
 
     Args:
         float_model: the float32 graph that was quantized, after equalization.

@@ -1,7 +1,7 @@
-"""Calibrators: from a tensor's statistics to the magnitude that INT8's 127 stands for.
+"""Calibrators: from a tensor's statistics to the magnitude that INT8's 127 or FP8's 448 stands for.
 
 All are pure functions of what `collect` remembers. Activations are quantized symmetrically with one
-scale a tensor, amax / 127, and zero point 0.
+scale a tensor, amax / 127 or amax / 448, and zero point 0.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.levels import INT8, QuantizedType
 from trt_yolov6.quantization.statistics import TensorStatistics, pooled
 
 Method = Literal["minmax", "entropy", "percentile", "mse"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
+
+FLOATING_METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse")
+"""Those that make sense for FP8; entropy compares with levels that stand evenly."""
 
 PERCENTILE = 99.99
 """Per cent of a tensor's values that the percentile calibrator does not clip, if not told."""
@@ -26,21 +30,28 @@ EMPTY_AMAX = 1.0
 """Range given to a tensor that is zero on all calibration images. Any scale represents it exactly;
 this one cannot divide by zero, not even in half precision."""
 
-LEVELS = 127
-"""Positive INT8 values; -128 is not used."""
-
 _ENTROPY_LEVELS = 128
 
 
+def methods_for(quantized: QuantizedType) -> tuple[Method, ...]:
+    """Return the calibrators of a type, in the order in which they are tried."""
+    return FLOATING_METHODS if quantized.is_floating else METHODS
+
+
 def amax_of(
-    statistics: TensorStatistics, method: Method, *, percentile: float = PERCENTILE
+    statistics: TensorStatistics,
+    method: Method,
+    quantized: QuantizedType = INT8,
+    *,
+    percentile: float = PERCENTILE,
 ) -> float:
-    """Return the magnitude at which a tensor is clipped; its scale is this divided by 127.
+    """Return the magnitude at which a tensor is clipped; its scale is this over the largest level.
 
     Args:
         statistics: of one tensor, or `pooled` of several that share a scale.
         method: `minmax`: nothing is clipped; `entropy`: see `entropy_amax`; `percentile`: see
             `percentile_amax`; `mse`: see `mse_amax`.
+        quantized: what the tensor is quantized to.
         percentile: for that method, per cent above 0 and up to 100.
 
     Returns:
@@ -48,8 +59,13 @@ def amax_of(
         tensor of zeros.
 
     Raises:
-        UserError: no such method, or the percentile is out of its range.
+        UserError: no such method, none for this type, or the percentile is out of its range.
     """
+    if method not in methods_for(quantized):
+        raise UserError(
+            f"there is no calibrator {method!r} for {quantized.label}; choose one of "
+            f"{', '.join(methods_for(quantized))}."
+        )
     if statistics.amax == 0:
         return EMPTY_AMAX
     if method == "minmax":
@@ -58,15 +74,14 @@ def amax_of(
         return entropy_amax(statistics)
     if method == "percentile":
         return percentile_amax(statistics, percentile)
-    if method == "mse":
-        return mse_amax(statistics)
-    raise UserError(f"there is no calibrator {method!r}; choose one of {', '.join(METHODS)}.")
+    return mse_amax(statistics, quantized)
 
 
 def group_amax(
     statistics: Mapping[str, TensorStatistics],
     groups: Iterable[Sequence[str]],
     method: Method,
+    quantized: QuantizedType = INT8,
     *,
     percentile: float = PERCENTILE,
 ) -> dict[str, float]:
@@ -81,6 +96,7 @@ def group_amax(
         groups: tensors that share a scale, such as `Placement.groups`; those without statistics
             get their group's range, too, as long as one member has some.
         method: see `amax_of`.
+        quantized: see `amax_of`.
         percentile: see `amax_of`.
 
     Returns:
@@ -93,10 +109,10 @@ def group_amax(
     for group in groups:
         known = [statistics[name] for name in group if name in statistics]
         if known:
-            amax = amax_of(pooled(known), method, percentile=percentile)
+            amax = amax_of(pooled(known), method, quantized, percentile=percentile)
             shared.update(dict.fromkeys(group, amax))
     single = {
-        name: amax_of(item, method, percentile=percentile)
+        name: amax_of(item, method, quantized, percentile=percentile)
         for name, item in statistics.items()
         if name not in shared
     }
@@ -124,7 +140,7 @@ def percentile_amax(statistics: TensorStatistics, percentile: float = PERCENTILE
     return min(statistics.amax, float(index + inside) * statistics.bin_width)
 
 
-def mse_amax(statistics: TensorStatistics) -> float:
+def mse_amax(statistics: TensorStatistics, quantized: QuantizedType = INT8) -> float:
     """Return the clipping magnitude of the least mean squared quantization error.
 
     Found among 64 magnitudes from amax/64 to amax, on a histogram of a quarter of the bins, and
@@ -133,39 +149,44 @@ def mse_amax(statistics: TensorStatistics) -> float:
     amax, coarse = statistics.amax, 64
     quarter = statistics.histogram[: -(-statistics.bins_in_use // 4) * 4].reshape(-1, 4).sum(axis=1)
     candidates = np.arange(1, coarse + 1, dtype=np.float64) * (amax / coarse)
-    best = int(np.argmin(_error(quarter, 4 * statistics.bin_width, candidates))) + 1
+    errors = _error(quarter, 4 * statistics.bin_width, candidates, quantized)
+    best = int(np.argmin(errors)) + 1
     fine = (best + np.arange(-15, 16, dtype=np.float64) / 16) * (amax / coarse)
     fine = fine[(fine > 0) & (fine <= amax)]
-    return float(fine[np.argmin(quantization_error(statistics, fine))])
+    return float(fine[np.argmin(quantization_error(statistics, fine, quantized))])
 
 
 def quantization_error(
-    statistics: TensorStatistics, amax: NDArray[np.float64] | float
+    statistics: TensorStatistics,
+    amax: NDArray[np.float64] | float,
+    quantized: QuantizedType = INT8,
 ) -> NDArray[np.float64]:
     """Return the mean squared error of quantizing a tensor, for each clipping magnitude given.
 
-    Exact for values spread evenly within each bin of the histogram. With u = x / scale and
-    n = min(round(u), 127), the squared error in units of the scale is (u - n)**2, clipping
+    Exact for values spread evenly within each bin of the histogram. For INT8, with u = x / scale
+    and n = min(round(u), 127), the squared error in units of the scale is (u - n)**2, clipping
     included; its integral from 0 to u is n / 12 + (u - n)**3 / 3.
 
     Args:
         statistics: of one tensor.
         amax: clipping magnitudes above 0.
+        quantized: what the tensor is quantized to.
 
     Returns:
         float64, of the shape of `amax`, in squared units of the tensor.
     """
-    return _error(statistics.histogram[: statistics.bins_in_use], statistics.bin_width, amax)
+    histogram = statistics.histogram[: statistics.bins_in_use]
+    return _error(histogram, statistics.bin_width, amax, quantized)
 
 
 def _error(
-    histogram: NDArray[np.int64], width: float, amax: NDArray[np.float64] | float
+    histogram: NDArray[np.int64],
+    width: float,
+    amax: NDArray[np.float64] | float,
+    quantized: QuantizedType,
 ) -> NDArray[np.float64]:
-    scale = np.asarray(amax, np.float64)[..., None] / LEVELS
-    u = np.arange(histogram.size + 1) * width / scale
-    n = np.minimum(np.rint(u), LEVELS)
-    u -= n
-    integral = n / 12 + u * u * u / 3
+    scale = np.asarray(amax, np.float64)[..., None] / quantized.largest
+    integral = quantized.squared_error(np.arange(histogram.size + 1) * width / scale)
     means = np.diff(integral, axis=-1) @ histogram
     error: NDArray[np.float64] = means * scale[..., 0] ** 3 / (width * max(1, histogram.sum()))
     return error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.engines.onnxruntime_backend import WRONG_REWRITES
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.quantization.statistics import Accumulator, TensorStatistics
 
@@ -145,7 +146,10 @@ def _session(
     settings.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         return onnxruntime.InferenceSession(
-            extended.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+            extended.SerializeToString(),
+            settings,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(WRONG_REWRITES),
         )
     except Exception as error:  # its exception classes share no public base
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -1,29 +1,27 @@
 """A float graph, its placement and its ranges in; the Q/DQ graph that every backend takes out.
 
 Activations are quantized symmetrically with one scale a tensor and zero point 0, weights with one
-scale an output channel. Weights are stored as INT8, once, with a DequantizeLinear behind them;
-biases stay in float, as TensorRT wants them.
+scale an output channel (INT8) or one scale (FP8). Weights are stored quantized, once, with a
+DequantizeLinear behind them; biases stay in float, as TensorRT wants them. The zero points' data
+type says what is quantized to.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.levels import INT8, QuantizedType
 from trt_yolov6.quantization.placement import Placement, layer_names
 
 if TYPE_CHECKING:
     import onnx
 
-LEVELS = 127
-"""Largest quantized magnitude: -128 is not used, so that the range is symmetric."""
-
-_PER_CHANNEL_OPSET = 13
 _HALF_SCALES_OPSET = 19
 
 
@@ -32,18 +30,20 @@ def insert_qdq(
     placement: Placement,
     amax: Mapping[str, float],
     *,
+    quantized: QuantizedType = INT8,
     fp16: bool = False,
     keep_float32: Collection[str] | None = None,
 ) -> onnx.ModelProto:
-    """Return the graph with Q/DQ pairs on the placement's tensors and INT8 weights in its layers.
+    """Return the graph with Q/DQ pairs on the placement's tensors, quantized weights in its layers.
 
-    The same arguments give the same bytes. A scale is amax / 127, that of a group the largest of
-    its members'.
+    The same arguments give the same bytes. A scale is amax / 127 for INT8 and amax / 448 for FP8,
+    that of a group the largest of its members'.
 
     Args:
         model: the float32 graph that `placement` was made for; it is not changed.
         amax: largest magnitude that each tensor of the placement is to represent, above 0. Of a
             group, one tensor is enough.
+        quantized: what tensors and weights are quantized to. FP8 needs opset 19.
         fp16: compute the rest in half precision. The opset becomes 19 at least.
         keep_float32: names of nodes that stay in float32 all the same; default: those behind the
             last convolutions.
@@ -53,12 +53,14 @@ def insert_qdq(
     """
     import onnx
 
-    result = _at_opset(model, _HALF_SCALES_OPSET if fp16 else _PER_CHANNEL_OPSET)
+    result = _at_opset(model, max(quantized.opset, _HALF_SCALES_OPSET if fp16 else 0))
     graph = result.graph
-    scales = activation_scales(placement, amax)
+    scales = activation_scales(placement, amax, quantized)
     if fp16:
-        scales = {name: float(_half(np.float32(scale))) for name, scale in scales.items()}
-    writer = _Writer(graph, scales, _scale_names(placement, scales), fp16)
+        scales = {
+            name: float(_half(np.float32(scale), quantized)) for name, scale in scales.items()
+        }
+    writer = _Writer(graph, scales, _scale_names(placement, scales), quantized, fp16)
     readers_of_exact = {(tensor, output): tensor for tensor, output in placement.exact_reads}
     outputs = {name for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
@@ -84,7 +86,7 @@ def insert_qdq(
                 nodes += writer.pair(name)
     del graph.node[:]
     graph.node.extend(nodes)
-    _store(graph, writer.constants)
+    _store(graph, writer.tensors())
     if fp16:
         from trt_yolov6.precision import tail_nodes, to_fp16
 
@@ -97,7 +99,9 @@ def insert_qdq(
     return result
 
 
-def activation_scales(placement: Placement, amax: Mapping[str, float]) -> dict[str, float]:
+def activation_scales(
+    placement: Placement, amax: Mapping[str, float], quantized: QuantizedType = INT8
+) -> dict[str, float]:
     """Return each quantized tensor's scale, equal within a group, float32 values.
 
     Raises:
@@ -118,7 +122,7 @@ def activation_scales(placement: Placement, amax: Mapping[str, float]) -> dict[s
                     f"the calibration gives tensor {member!r} the range {value}; check the "
                     "weights for NaN and infinity, and calibrate anew."
                 )
-        scale = np.float32(max(known)[0]) / np.float32(LEVELS)
+        scale = np.float32(max(known)[0]) / np.float32(quantized.largest)
         if not scale >= np.finfo(np.float32).tiny:
             raise UserError(
                 f"the calibration gives tensor {name!r} the range {max(known)[0]}, which nothing "
@@ -129,28 +133,33 @@ def activation_scales(placement: Placement, amax: Mapping[str, float]) -> dict[s
 
 
 def quantize_weights(
-    weights: NDArray[np.floating[Any]], axis: int, *, half_scales: bool = False
+    weights: NDArray[np.floating[Any]],
+    axis: int | None,
+    quantized: QuantizedType = INT8,
+    *,
+    half_scales: bool = False,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Quantize weights symmetrically, one scale a channel.
+    """Quantize weights symmetrically, one scale a channel or one for all.
 
     Args:
         weights: finite values of any shape.
-        axis: the channel axis.
+        axis: the channel axis; None for one scale.
+        quantized: what to quantize to.
         half_scales: take scales that float16 represents, none smaller than exact.
 
     Returns:
-        INT8 of the same shape, in -127..127, and float32 scales (channels,), all above 0.
+        The codes (`QuantizedType.encode`) in the same shape, and float32 scales (channels,) or (),
+        all above 0.
     """
-    moved = np.moveaxis(weights.astype(np.float32), axis, 0)
-    amax = np.abs(moved.reshape(len(moved), -1)).max(axis=1, initial=0)
+    values = weights.astype(np.float32)
+    others = tuple(other for other in range(values.ndim) if other != axis)
+    amax = np.abs(values).max(axis=others, initial=0, keepdims=True)
     # A channel of zeros needs a scale too; any will do.
-    scale = np.where(amax > 0, amax, 1) / np.float32(LEVELS)
-    scale = np.maximum(scale, np.finfo(np.float32).tiny).astype(np.float32)
+    scale = np.where(amax > 0, amax, 1) / np.float32(quantized.largest)
+    scale = np.maximum(scale, quantized.smallest_scale(half=False)).astype(np.float32)
     if half_scales:
-        scale = _half(scale)
-    shape = (-1, *(1,) * (moved.ndim - 1))
-    levels = np.clip(np.rint(moved / scale.reshape(shape)), -LEVELS, LEVELS).astype(np.int8)
-    return np.ascontiguousarray(np.moveaxis(levels, 0, axis)), scale
+        scale = _half(scale, quantized)
+    return quantized.encode(values / scale), scale.reshape(() if axis is None else -1)
 
 
 def weight_axis(op: str) -> int:
@@ -167,16 +176,28 @@ class _Writer:
         graph: onnx.GraphProto,
         scales: Mapping[str, float],
         scale_names: Mapping[str, str],
+        quantized: QuantizedType,
         half_scales: bool,
     ) -> None:
-        self.constants: dict[str, NDArray[Any]] = {}
+        self._codes: dict[str, NDArray[np.int8]] = {}
+        self._constants: dict[str, NDArray[np.float32]] = {}
         self._scales = scales
         self._scale_names = scale_names
+        self._quantized = quantized
         self._half_scales = half_scales
         self._initializers = {item.name: item for item in graph.initializer}
         self._constant_nodes = {
             node.output[0]: node for node in graph.node if node.op_type == "Constant"
         }
+
+    def tensors(self) -> list[onnx.TensorProto]:
+        """Return all constants that nodes made so far read."""
+        from onnx import numpy_helper
+
+        return [
+            *(numpy_helper.from_array(value, name) for name, value in self._constants.items()),
+            *(self._quantized.tensor(codes, name) for name, codes in self._codes.items()),
+        ]
 
     def dequantized(self, tensor: str) -> str:
         """Name of what a tensor's Q/DQ pair gives."""
@@ -187,8 +208,8 @@ class _Writer:
         from onnx import helper
 
         scale, zero = self._scale_names[tensor], "zero_point"
-        self.constants[scale] = np.array(self._scales[tensor], np.float32)
-        self.constants[zero] = np.array(0, np.int8)
+        self._constants[scale] = np.array(self._scales[tensor], np.float32)
+        self._codes[zero] = np.array(0, np.int8)
         quantized = f"{tensor}/quantized"
         return [
             helper.make_node(
@@ -203,37 +224,42 @@ class _Writer:
         ]
 
     def weights(self, layer: onnx.NodeProto) -> onnx.NodeProto:
-        """Store a layer's weights as INT8, and return the node that dequantizes them for it."""
+        """Store a layer's weights quantized, and return the node that dequantizes them for it."""
         from onnx import helper
 
-        name, axis = layer.input[1], weight_axis(layer.op_type)
+        name = layer.input[1]
+        axis = weight_axis(layer.op_type) if self._quantized.channel_scales else None
         # Weights that two layers share are stored once, unless the axes differ.
-        levels, scale = f"{name}/int8/{axis}", f"{name}/scale/{axis}"
-        zero = f"zero_points/{self._quantize(name, axis, levels, scale)}"
+        suffix = "" if axis is None else f"/{axis}"
+        levels, scale = f"{name}/{self._quantized.name}{suffix}", f"{name}/scale{suffix}"
+        zero = self._quantize(name, axis, levels, scale)
         layer.input[1] = f"{layer.output[0]}/weight"
-        return helper.make_node(
+        node = helper.make_node(
             "DequantizeLinear",
             [levels, scale, zero],
             [layer.input[1]],
             f"{layer.output[0]}/weight/dequantize",
-            axis=axis,
         )
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        return node
 
-    def _quantize(self, name: str, axis: int, levels: str, scale: str) -> int:
-        """Quantize weights unless it is done already; return the number of channels."""
-        if levels not in self.constants:
+    def _quantize(self, name: str, axis: int | None, levels: str, scale: str) -> str:
+        """Quantize weights unless it is done already; return the name of their zero point."""
+        if levels not in self._codes:
             weights = self._stored(name)
             if not np.isfinite(weights).all():
                 raise UserError(
                     f"the weights {name!r} hold NaN or infinity; the file is damaged or its "
                     "training diverged."
                 )
-            self.constants[levels], self.constants[scale] = quantize_weights(
-                weights, axis, half_scales=self._half_scales
+            self._codes[levels], self._constants[scale] = quantize_weights(
+                weights, axis, self._quantized, half_scales=self._half_scales
             )
-        channels = len(self.constants[scale])
-        self.constants[f"zero_points/{channels}"] = np.zeros(channels, np.int8)
-        return channels
+        zeros = np.zeros(self._constants[scale].shape, np.int8)
+        zero = f"zero_points/{len(zeros)}" if zeros.ndim else "zero_point"
+        self._codes[zero] = zeros
+        return zero
 
     def _stored(self, name: str) -> NDArray[Any]:
         from onnx import numpy_helper
@@ -252,8 +278,9 @@ def _scale_names(placement: Placement, scales: Mapping[str, float]) -> dict[str,
     return {name: f"{first.get(name, name)}/scale" for name in scales}
 
 
-def _half(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+def _half(scale: NDArray[np.float32], quantized: QuantizedType) -> NDArray[np.float32]:
     """Round positive scales up to float16 values, so that no value falls out of the range."""
+    scale = np.maximum(scale, np.float32(quantized.smallest_scale(half=True)))
     with np.errstate(over="ignore"):
         half = np.asarray(scale).astype(np.float16)
     short = half.astype(np.float32) < scale
@@ -261,8 +288,8 @@ def _half(scale: NDArray[np.float32]) -> NDArray[np.float32]:
     result = half.astype(np.float32)
     if not np.isfinite(result).all():
         raise UserError(
-            f"a range of {float(np.max(scale)) * LEVELS:.3g} is too large for half precision; "
-            "build with --int8 --fp32."
+            f"a range of {float(np.max(scale)) * quantized.largest:.3g} is too large for half "
+            f"precision; build with {quantized.option} --fp32."
         )
     return result
 
@@ -279,15 +306,11 @@ def _at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
     return copy
 
 
-def _store(graph: onnx.GraphProto, constants: Mapping[str, NDArray[Any]]) -> None:
+def _store(graph: onnx.GraphProto, constants: Iterable[onnx.TensorProto]) -> None:
     """Add constants to a graph and drop those that nothing reads any more."""
-    from onnx import numpy_helper
-
     used = {name for node in graph.node for name in node.input}
     used.update(item.name for item in graph.output)
     kept = [item for item in graph.initializer if item.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    graph.initializer.extend(
-        numpy_helper.from_array(value, name) for name, value in constants.items()
-    )
+    graph.initializer.extend(constants)

@@ -1,4 +1,4 @@
-"""The convolutions of a Q/DQ graph whose weights are stored as INT8, and how to change them."""
+"""The convolutions of a Q/DQ graph whose weights are stored quantized, and how to change them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A Conv or ConvTranspose that reads INT8 weights through a DequantizeLinear."""
+    """A Conv or ConvTranspose that reads INT8 or FP8 weights through a DequantizeLinear."""
 
     position: int
     """Its place among the graph's nodes."""
@@ -22,14 +22,14 @@ class IntegerLayer:
     """The activation tensor that it reads, behind its Q/DQ pair."""
     output: str
     weight: str
-    """Name of the INT8 initializer."""
+    """Name of the quantized initializer."""
     scale: NDArray[np.float32]
     """Of the weights, shaped so that it broadcasts against them."""
     transposed: bool
 
 
 def integer_layers(model: onnx.ModelProto) -> tuple[IntegerLayer, ...]:
-    """Return the graph's INT8 convolutions, two-dimensional ones, in its order."""
+    """Return the graph's quantized convolutions, two-dimensional ones, in its order."""
     constants = {item.name: item for item in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}
     uses = Counter(name for node in model.graph.node for name in node.input)
@@ -45,7 +45,7 @@ def integer_layers(model: onnx.ModelProto) -> tuple[IntegerLayer, ...]:
         if (
             stored is None
             or scale is None
-            or stored.data_type != onnx.TensorProto.INT8
+            or stored.data_type not in (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN)
             or len(stored.dims) != 4
             or uses[stored.name] > 1
             or uses[source.output[0]] > 1

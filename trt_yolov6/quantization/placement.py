@@ -1,4 +1,4 @@
-"""Where quantization goes in a detector's graph: which layers run in INT8, on which tensors.
+"""Where quantization goes in a detector's graph: which layers it makes 8-bit, on which tensors.
 
 `place` reads a float ONNX graph and decides; `insert.insert_qdq` carries it out. Each rule is a
 function whose docstring gives its reason. They follow how TensorRT treats explicit quantization: a
@@ -8,11 +8,13 @@ computes the tensor, and operators that only move or select values work on INT8 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.levels import QuantizedType
 
 if TYPE_CHECKING:
     import onnx
@@ -70,14 +72,27 @@ class Placement:
     """Pairs of a quantized tensor and the first output of a node that reads it as it was before."""
 
 
+Rule = Callable[["_Graph", "onnx.NodeProto"], "str | None"]
+"""Says why a convolution stays in float, or None: see "rules to choose" below."""
+
+
 def place(
-    model: onnx.ModelProto, keep_float: Collection[str] = (), *, requantize: bool = False
+    model: onnx.ModelProto,
+    keep_float: Collection[str] = (),
+    *,
+    leave_float: Sequence[Rule] = (),
+    hand_on: bool = True,
+    requantize: bool = False,
 ) -> Placement:
     """Decide what to quantize.
 
     Args:
         model: a float graph without Q/DQ, nodes in topological order (as ONNX demands).
         keep_float: names of convolutions that stay in float and read their inputs unrounded.
+        leave_float: rules of this module after which further layers stay in float.
+        hand_on: have concatenations, poolings and the like hand on 8-bit values, and additions
+            take them; else quantized tensors are for the layers alone, and whatever else reads the
+            same tensor reads it unrounded.
         requantize: put pairs behind concatenations, poolings and the like as well, although what
             goes in is quantized with the same scale. They change no value and, in TensorRT-RTX, no
             layer; they put a pair right before every layer that runs in INT8.
@@ -88,8 +103,8 @@ def place(
     graph = _Graph(model)
     if any(node.op_type == "QuantizeLinear" for node in graph.nodes):
         raise UserError(
-            "the graph has Q/DQ nodes already; give the float graph, or leave --int8 out to build "
-            "it as it is."
+            "the graph has Q/DQ nodes already; give the float graph, or leave --int8 and --fp8 out "
+            "to build it as it is."
         )
     names = layer_names(model)
     unknown = sorted(set(keep_float) - set(names.values()))
@@ -98,11 +113,14 @@ def place(
             f"--float-layers names {unknown[0]}, which is no convolution of the graph; "
             "`trt-yolov6 inspect` lists them."
         )
-    reasons = _float_layers(graph, names, set(keep_float))
+    reasons = _float_layers(graph, names, set(keep_float), leave_float)
     integer = {output for output, name in names.items() if name not in reasons}
-    exact = _readers_that_want_exact(graph, integer)
+    if hand_on:
+        exact = _readers_that_want_exact(graph, integer)
+    else:
+        exact = {node.output[0] for node in graph.nodes} - integer
     wanted = _wanted_tensors(graph, integer, exact)
-    links = list(_links(graph, wanted, exact))
+    links = list(_links(graph, wanted, exact)) if hand_on else []
     wanted.update(source for sources, _ in links for source in sources)
     if not requantize:
         wanted.difference_update(_dequantized_late(graph, links))
@@ -140,25 +158,26 @@ def layer_names(model: onnx.ModelProto) -> dict[str, str]:
 # --- which layers run in INT8 -------------------------------------------------------------------
 
 
-def _float_layers(graph: _Graph, names: dict[str, str], keep: set[str]) -> dict[str, str]:
+def _float_layers(
+    graph: _Graph, names: dict[str, str], keep: set[str], leave_float: Sequence[Rule]
+) -> dict[str, str]:
     """Return the layers that stay in float, with reasons.
 
     All others run in INT8: the first, whose input of 0..1 loses one of its eight bits, and those
     that make predictions, whose outputs stay in float because no INT8 layer reads them.
     """
-    pixels = _single_pixel_tensors(graph)
+    rules = (_has_no_stored_weights, _works_on_single_pixels(graph), _decodes_a_distribution)
     reasons: dict[str, str] = {}
     for node in graph.nodes:
-        if node.output[0] not in names:
+        name = names.get(node.output[0])
+        if name is None:
             continue
-        reason = (
-            ("kept in float by choice" if names[node.output[0]] in keep else None)
-            or _has_no_stored_weights(graph, node)
-            or _works_on_single_pixels(node, pixels)
-            or _decodes_a_distribution(graph, node)
-        )
-        if reason:
-            reasons[names[node.output[0]]] = reason
+        if name in keep:
+            reasons[name] = "kept in float by choice"
+            continue
+        found = (rule(graph, node) for rule in (*rules, *leave_float))
+        if reason := next(filter(None, found), None):
+            reasons[name] = reason
     return reasons
 
 
@@ -167,13 +186,15 @@ def _has_no_stored_weights(graph: _Graph, node: onnx.NodeProto) -> str | None:
     return None if graph.constant(node.input[1]) is not None else "its weights are computed"
 
 
-def _works_on_single_pixels(node: onnx.NodeProto, pixels: set[str]) -> str | None:
+def _works_on_single_pixels(graph: _Graph) -> Rule:
     """A convolution behind global pooling has one position to work on.
 
     Such are the two of squeeze-and-excitation. They cost next to nothing, and the gates they make
     scale whole channels, so that rounding them costs accuracy and saves no time.
     """
-    return "works on one pixel, behind global pooling" if node.input[0] in pixels else None
+    pixels = _single_pixel_tensors(graph)
+    reason = "works on one pixel, behind global pooling"
+    return lambda _, node: reason if node.input[0] in pixels else None
 
 
 def _decodes_a_distribution(graph: _Graph, node: onnx.NodeProto) -> str | None:
@@ -217,6 +238,142 @@ def _reduces_space(graph: _Graph, node: onnx.NodeProto) -> bool:
         constant = graph.constant(node.input[1])
         axes = None if constant is None else onnx.numpy_helper.to_array(constant).tolist()
     return axes is not None and {axis % 4 for axis in axes} == {2, 3}
+
+
+# --- rules to choose, for `leave_float` ---------------------------------------------------------
+
+
+def reads_few_channels(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    """A convolution of fewer than 16 input channels, such as the first, fills no 8-bit instruction.
+
+    A tensor core multiplies 32 eight-bit channels at a time; what is missing is padded with zeros.
+    """
+    return "reads fewer than 16 channels" if _channels(graph, node)[0] < 16 else None
+
+
+def is_transposed(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    """TensorRT-RTX has no transposed convolution in FP8: it would dequantize its input again.
+
+    One that does not overlap is bound by the writing of its output anyway.
+    """
+    return "is a transposed convolution" if node.op_type == "ConvTranspose" else None
+
+
+def is_pointwise(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    """A 1x1 convolution does little work for each value that it reads and writes."""
+    return "is a 1x1 convolution" if math.prod(_weight_shape(graph, node)[2:]) == 1 else None
+
+
+def is_narrower_than(channels: int) -> Rule:
+    """A convolution of few input or output channels leaves most of a tensor core's tile empty."""
+
+    def rule(graph: _Graph, node: onnx.NodeProto) -> str | None:
+        few = min(_channels(graph, node)) < channels
+        return f"has fewer than {channels} channels" if few else None
+
+    return rule
+
+
+def works_less_than(multiply_adds: int) -> Rule:
+    """Quantizing pays where each value is used often.
+
+    TensorRT-RTX writes what a convolution computes in half precision and quantizes it in a kernel
+    of its own, which reads two bytes and writes one for each value. What FP8 saves is half the time
+    of the next convolution's multiply-adds, so many a value.
+    """
+
+    def rule(graph: _Graph, node: onnx.NodeProto) -> str | None:
+        shape = _weight_shape(graph, node)
+        outputs = shape[1] if node.op_type == "ConvTranspose" else shape[0] // _groups_of(node)
+        work = outputs * math.prod(shape[2:])
+        if node.op_type == "Conv":
+            work //= math.prod(_strides(node))
+        few = work < multiply_adds
+        return f"does fewer than {multiply_adds} multiply-adds a value" if few else None
+
+    return rule
+
+
+def is_among_the_last(count: int) -> Rule:
+    """Predictions have few channels and are what is judged; in the head SiLU stands between layers.
+
+    TensorRT-RTX fuses SiLU with a convolution in half precision, but not with one in FP8, which
+    makes a kernel more where no FP8 layer comes next.
+
+    Args:
+        count: layers counted from the outputs on; 1 leaves those in float that no other comes
+            after.
+    """
+    behind: dict[int, dict[str, int]] = {}
+
+    def rule(graph: _Graph, node: onnx.NodeProto) -> str | None:
+        if id(graph) not in behind:
+            behind.clear()
+            behind[id(graph)] = _layers_behind(graph)
+        last = behind[id(graph)][node.output[0]] < count
+        return f"is among the last {count} layers" if last else None
+
+    return rule
+
+
+def _layers_behind(graph: _Graph) -> dict[str, int]:
+    """Return the most layers that come one after another behind each tensor."""
+    found: dict[str, int] = {}
+    for node in reversed(graph.nodes):
+        for name in node.output:
+            found[name] = max(
+                (
+                    found[reader.output[0]] + (reader.op_type in LAYER_OPS)
+                    for reader in graph.readers(name)
+                ),
+                default=0,
+            )
+    return found
+
+
+def _weight_shape(graph: _Graph, node: onnx.NodeProto) -> tuple[int, ...]:
+    weights = graph.constant(node.input[1])
+    assert weights is not None  # `_has_no_stored_weights` comes first
+    return tuple(weights.dims)
+
+
+def _channels(graph: _Graph, node: onnx.NodeProto) -> tuple[int, int]:
+    """Return how many channels a convolution reads and makes, those of one group."""
+    one, other = _weight_shape(graph, node)[:2]
+    if node.op_type == "ConvTranspose":
+        return one // _groups_of(node), other
+    return other, one // _groups_of(node)
+
+
+def _groups_of(node: onnx.NodeProto) -> int:
+    return next((int(item.i) for item in node.attribute if item.name == "group"), 1)
+
+
+def _strides(node: onnx.NodeProto) -> tuple[int, ...]:
+    return next((tuple(item.ints) for item in node.attribute if item.name == "strides"), (1,))
+
+
+FP8_RULES: tuple[Rule, ...] = (
+    reads_few_channels,
+    is_transposed,
+    is_among_the_last(3),
+    works_less_than(1000),
+)
+"""After which layers stay in float when the others run in FP8: where it brings nothing."""
+
+
+def place_for(
+    quantized: QuantizedType, model: onnx.ModelProto, keep_float: Collection[str] = ()
+) -> Placement:
+    """Decide what to quantize to a type, as `place` does, by the rules that serve the type best.
+
+    FP8 stands right before layers that gain by it, and nowhere else. TensorRT-RTX (seen in 1.5 to
+    1.7) pools, concatenates and adds in half precision whatever is before it, so that a pair there
+    would only add kernels.
+    """
+    if quantized.is_floating:
+        return place(model, keep_float, leave_float=FP8_RULES, hand_on=False)
+    return place(model, keep_float)
 
 
 # --- which tensors carry INT8 -------------------------------------------------------------------

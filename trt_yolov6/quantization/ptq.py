@@ -1,10 +1,13 @@
-"""Post-training quantization as a whole: float graph and calibration images in, INT8 graph out.
+"""Post-training quantization as a whole: float graph and calibration images in, Q/DQ graph out.
 
     float graph ─ equalize ─ collect ─ calibrate ─ place ─ insert ─▶ Q/DQ graph
 
 No calibrator and no equalization wins everywhere: min-max takes nothing from one network and much
 from another, entropy the reverse. So the default tries them on the calibration images themselves
 and keeps what agrees best with the float network's own detections; no labels are needed.
+
+FP8 goes the same way. What it has no use for is left out: entropy calibration, multiplications
+behind activations, ranking of layers and adaptive rounding are about INT8's evenly spaced levels.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from trt_yolov6.engines.manifest import NmsSettings, OutputLayout
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.agreement import agreement
 from trt_yolov6.quantization.bias_correction import correct_biases
-from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
+from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_for
 from trt_yolov6.quantization.collect import check_weights, collect
 from trt_yolov6.quantization.equalization import equalize, tensors_to_measure
 from trt_yolov6.quantization.fallback import (
@@ -41,7 +44,8 @@ from trt_yolov6.quantization.images import (
     input_spec,
 )
 from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.placement import Placement, place
+from trt_yolov6.quantization.levels import INT8, QuantizedType
+from trt_yolov6.quantization.placement import Placement, place_for
 from trt_yolov6.quantization.rounding import adapt_rounding
 from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
 from trt_yolov6.quantization.statistics import TensorStatistics
@@ -87,6 +91,8 @@ TOLERANCE = 0.005
 class QuantizationSettings:
     """How a graph is quantized."""
 
+    quantized: QuantizedType = INT8
+    """What it is quantized to."""
     calibrator: Method | Literal["auto"] = "auto"
     """One for all tensors; `auto` takes the one whose detections agree best with the float ones."""
     equalize: bool = True
@@ -94,14 +100,15 @@ class QuantizationSettings:
     bias_correction: bool = True
     """Try biases that take back the mean error of each layer."""
     adaptive_rounding: bool = False
-    """Round weights for the inputs that they meet (some minutes); corrects biases as well."""
+    """Round weights for the inputs that they meet (some minutes); corrects biases as well. INT8's
+    only."""
     float_layers: tuple[str, ...] | int | Literal["auto"] = ()
     """Layers that stay in float: by name; so many of the most sensitive; or as few as keep the
-    accuracy within `max_ap_drop`."""
+    accuracy within `max_ap_drop`. FP8's by name only."""
     max_ap_drop: float = 0.5
     """What `auto` may lose, in AP points (hundredths)."""
     fp16: bool = False
-    """Everything that is not INT8 in half precision."""
+    """Everything that is not quantized in half precision."""
     image_limit: int | None = None
     """Calibration images taken, spread evenly over the folder; None for all."""
     border: int = 0
@@ -164,21 +171,31 @@ def quantize(
         tell: called with a line of progress now and then.
 
     Raises:
-        UserError: the graph is not float32 or has a NaN in its weights, or the folder has too few
-            images, unreadable ones, or nothing but black.
+        UserError: the graph is not float32, has a NaN in its weights or nothing that FP8 would
+            speed up, the folder has too few images, unreadable ones, or nothing but black, or see
+            `check_settings`.
     """
     settings = settings or QuantizationSettings()
     say = tell or (lambda _: None)
+    check_settings(settings)
+    quantized_type = settings.quantized
     if graph.precision != "fp32":
         raise UserError(
-            f"{graph.source} is {graph.precision} already; --int8 starts from a float32 graph."
+            f"{graph.source} is {graph.precision} already; {quantized_type.option} starts from a "
+            "float32 graph."
         )
     check_weights(graph.model)
+    if quantized_type.is_floating and not place_for(quantized_type, graph.model).layers:
+        raise UserError(
+            f"{graph.source} has no convolution that {quantized_type.option} would speed up: they "
+            "all do little work for each value that is quantized; build it with --fp16."
+        )
     paths = calibration_images(folder, settings.image_limit)
     key = CalibrationKey(
         model_sha256(graph.model),
         images_sha256(paths),
         {
+            "type": quantized_type.name,
             "calibrator": settings.calibrator,
             "equalize": settings.equalize,
             "bias_correction": settings.bias_correction,
@@ -195,8 +212,10 @@ def quantize(
         prepared = _prepare(graph, paths, settings, _variant(table.variant), say, measure=False)
     else:
         prepared, table, candidates = _calibrate(graph, paths, settings, key, say, score)
-    placement = place(prepared.model, table.float_layers)
-    model = insert_qdq(prepared.model, placement, table.amax, fp16=settings.fp16)
+    placement = place_for(quantized_type, prepared.model, table.float_layers)
+    model = insert_qdq(
+        prepared.model, placement, table.amax, quantized=quantized_type, fp16=settings.fp16
+    )
     if settings.adaptive_rounding:
         say("adaptive rounding of the weights (some minutes) ...")
         model = adapt_rounding(prepared.model, model, _inputs(graph, paths, settings))
@@ -205,7 +224,7 @@ def quantize(
     quantized = dataclasses.replace(
         graph,
         model=model,
-        precision="int8",
+        precision=quantized_type.name,
         calibration={
             "calibrator": "+".join(sorted(set(table.methods.values()))),
             "variant": table.variant,
@@ -213,8 +232,10 @@ def quantize(
             "adaptive_rounding": settings.adaptive_rounding,
             "images": len(paths),
             "images_sha256": key.images_sha256,
-            "int8_layers": len(placement.layers),
-            "int8_share_of_multiply_adds": round(_int8_share(prepared.model, placement), 4),
+            f"{quantized_type.name}_layers": len(placement.layers),
+            f"{quantized_type.name}_share_of_multiply_adds": round(
+                _quantized_share(prepared.model, placement), 4
+            ),
             "rest": "fp16" if settings.fp16 else "fp32",
         },
         float_layers=table.float_layers,
@@ -222,9 +243,32 @@ def quantize(
     return QuantizedGraph(quantized, prepared.model, table, placement, candidates, note)
 
 
+def check_settings(settings: QuantizationSettings) -> None:
+    """Raise UserError for what the type that is quantized to has no use for."""
+    quantized = settings.quantized
+    methods = methods_for(quantized)
+    if settings.calibrator != "auto" and settings.calibrator not in methods:
+        raise UserError(
+            f"--calibrator {settings.calibrator} is for --int8: it compares with levels that stand "
+            f"evenly; choose one of {', '.join(methods)} with {quantized.option}."
+        )
+    if not quantized.is_floating:
+        return
+    if settings.adaptive_rounding:
+        raise UserError(
+            f"--adaptive-rounding is for --int8; leave it out with {quantized.option}, whose "
+            "levels lie close together where most weights are."
+        )
+    if not isinstance(settings.float_layers, tuple) and settings.float_layers != 0:
+        raise UserError(
+            f"--float-layers {settings.float_layers} ranks layers by what --int8 costs in them; "
+            f"name the layers with {quantized.option}."
+        )
+
+
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibrated float graph, before any pair is put into it."""
+    """A float graph calibrated for INT8, before any pair is put into it."""
 
     model: onnx.ModelProto
     placement: Placement
@@ -239,8 +283,8 @@ class Calibrated:
         prepared = Prepared(
             _variant(self.table.variant), self.model, self.placement, self.statistics
         )
-        table = _table(prepared, _method(self.table), self.table.key, layers)
-        return insert_qdq(self.model, place(self.model, layers), table.amax)
+        table = _table(prepared, _method(self.table), self.table.key, INT8, layers)
+        return insert_qdq(self.model, place_for(INT8, self.model, layers), table.amax)
 
 
 def calibrate(
@@ -249,13 +293,16 @@ def calibrate(
     settings: QuantizationSettings | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Calibrated:
-    """Calibrate a float graph as `quantize` does, for a look at its layers.
+    """Calibrate a float graph for INT8 as `quantize` does, for a look at its layers.
 
     Raises:
         UserError: see `quantize`.
     """
     settings = dataclasses.replace(
-        settings or QuantizationSettings(), float_layers=0, bias_correction=False
+        settings or QuantizationSettings(),
+        quantized=INT8,
+        float_layers=0,
+        bias_correction=False,
     )
     check_weights(graph.model)
     paths = calibration_images(folder, settings.image_limit)
@@ -278,10 +325,11 @@ def _calibrate(
     labelled: Callable[[onnx.ModelProto], float] | None = None,
 ) -> tuple[Prepared, CalibrationTable, tuple[Candidate, ...]]:
     """Choose a variant on some of the images, then the calibrator on all of them."""
+    quantized = settings.quantized
     methods: tuple[Method, ...] = (
-        METHODS if settings.calibrator == "auto" else (settings.calibrator,)
+        methods_for(quantized) if settings.calibrator == "auto" else (settings.calibrator,)
     )
-    variants = VARIANTS if settings.equalize else VARIANTS[:1]
+    variants = VARIANTS[: 2 if quantized.is_floating else 3] if settings.equalize else VARIANTS[:1]
     some = _spread(paths, FEWEST_IMAGES)
     many = _spread(paths, _images_to_compare(graph))
     candidates: list[Candidate] = []
@@ -295,22 +343,23 @@ def _calibrate(
             prepared = _prepare(graph, some, settings, trial, say, ranges=ranges)
             if prepared.model not in models:  # else there was nothing to rescale
                 models.append(prepared.model)
-                candidates.append(_judged(judge, prepared, method, key, say))
+                candidates.append(_judged(judge, prepared, method, key, quantized, say))
         variant = _simplest_of_the_best(candidates).variant
     prepared = _prepare(graph, paths, settings, variant, say)
     if judge and len(methods) > 1:
-        choices = [_judged(judge, prepared, one, key, say) for one in methods]
+        choices = [_judged(judge, prepared, one, key, quantized, say) for one in methods]
         method = max(choices, key=lambda choice: choice.agreement).method
     if judge:
         say(f"chosen: calibrator {method}, graph {variant}")
-    table = _table(prepared, method, key)
+    table = _table(prepared, method, key, quantized)
     layers = _float_layers(graph, prepared, table, method, many, settings, say, labelled, judge)
     if layers:
         # With other layers in float, pairs stand elsewhere and groups are other ones.
-        table = _table(prepared, method, key, layers)
+        table = _table(prepared, method, key, quantized, layers)
     if settings.bias_correction and not settings.adaptive_rounding:
         judge = judge or Judge(graph, many, settings.border)
-        model = insert_qdq(prepared.model, place(prepared.model, layers), table.amax)
+        placement = place_for(quantized, prepared.model, layers)
+        model = insert_qdq(prepared.model, placement, table.amax, quantized=quantized)
         before = judge.agreement(model)
         images = _inputs(graph, paths, settings)
         after = judge.agreement(correct_biases(prepared.model, model, images))
@@ -361,8 +410,8 @@ def _float_layers(
     say(f"float layers until the {name} is {least:.3f} ...")
 
     def score(layers: tuple[str, ...]) -> float:
-        trial = _table(prepared, method, table.key, layers)
-        model = insert_qdq(prepared.model, place(prepared.model, layers), trial.amax)
+        trial = _table(prepared, method, table.key, INT8, layers)
+        model = insert_qdq(prepared.model, place_for(INT8, prepared.model, layers), trial.amax)
         value = judged(model)
         say(f"{len(layers)} layers in float: {name} {value:.3f}")
         return value
@@ -415,7 +464,7 @@ def _described(settings: QuantizationSettings) -> str:
     return ", ".join(layers) if isinstance(layers, tuple) else str(layers)
 
 
-def _int8_share(model: onnx.ModelProto, placement: Placement) -> float:
+def _quantized_share(model: onnx.ModelProto, placement: Placement) -> float:
     costs = layer_costs(model)
     return sum(costs[name].multiply_add_share for name in placement.layers)
 
@@ -425,10 +474,11 @@ def _judged(
     prepared: Prepared,
     method: Method,
     key: CalibrationKey,
+    quantized: QuantizedType,
     say: Callable[[str], None],
 ) -> Candidate:
-    table = _table(prepared, method, key)
-    model = insert_qdq(prepared.model, prepared.placement, table.amax)
+    table = _table(prepared, method, key, quantized)
+    model = insert_qdq(prepared.model, prepared.placement, table.amax, quantized=quantized)
     result = Candidate(prepared.variant, method, judge.agreement(model))
     say(f"{result.variant}, {method}: agreement with float {result.agreement:.3f}")
     return result
@@ -459,7 +509,7 @@ def _prepare(
         if ranges is None:
             ranges = _channel_ranges(graph, paths, settings)
         model = equalize(model, ranges, smooth=variant == "smoothed")
-    placement = place(model)
+    placement = place_for(settings.quantized, model)
     statistics: Mapping[str, TensorStatistics] = {}
     if measure:
         movable = settings.float_layers != ()
@@ -486,11 +536,17 @@ def _measured(
 
 
 def _table(
-    prepared: Prepared, method: Method, key: CalibrationKey, float_layers: tuple[str, ...] = ()
+    prepared: Prepared,
+    method: Method,
+    key: CalibrationKey,
+    quantized: QuantizedType,
+    float_layers: tuple[str, ...] = (),
 ) -> CalibrationTable:
-    placement = place(prepared.model, float_layers) if float_layers else prepared.placement
+    placement = prepared.placement
+    if float_layers:
+        placement = place_for(quantized, prepared.model, float_layers)
     statistics = {name: prepared.statistics[name] for name in placement.tensors}
-    amax = group_amax(statistics, placement.groups, method)
+    amax = group_amax(statistics, placement.groups, method, quantized)
     methods = dict.fromkeys(amax, str(method))
     return CalibrationTable(amax, methods, key, prepared.variant, float_layers)
 
@@ -508,8 +564,8 @@ def _variant(name: str) -> Variant:
 class Judge:
     """Compares quantized graphs with the float one on calibration images, a few dozen at most.
 
-    What is compared are detections, since the engine's user sees nothing else: the AP of INT8's
-    against the float network's from some confidence on, the mean over `CONFIDENCES`.
+    What is compared are detections, since the engine's user sees nothing else: the quantized
+    graph's AP against the float network's from some confidence on, the mean over `CONFIDENCES`.
     """
 
     def __init__(self, graph: Graph, paths: Sequence[Path], border: int = 0) -> None:

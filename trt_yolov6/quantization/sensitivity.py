@@ -21,12 +21,12 @@ from trt_yolov6.engines.onnxruntime_backend import exact_session
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.files import atomic_path
 from trt_yolov6.quantization.insert import (
-    LEVELS,
     activation_scales,
     insert_qdq,
     quantize_weights,
     weight_axis,
 )
+from trt_yolov6.quantization.levels import INT8
 from trt_yolov6.quantization.placement import Placement, layer_names, place
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def by_ap(
         score: a graph's AP in 0..1, from labels or by agreement with the float graph.
     """
     scales = input_scales(model, placement, amax)
-    ranges = {name: scale * LEVELS for name, scale in scales.items()}
+    ranges = {name: scale * INT8.largest for name, scale in scales.items()}
     return _sorted(
         "ap",
         {

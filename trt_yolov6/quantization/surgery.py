@@ -5,6 +5,7 @@ range of (ONNX Runtime), on the inputs of every module (pytorch-quantization, Mo
 weights. `clean` runs one pass for each kind of surplus until none finds anything; each removal is
 named. Some passes change no value (`exact` in the result); the others take out a rounding, or make
 scales equal, and `verify_clean` measures on images that outputs moved no more than that explains.
+FP8's nodes are left alone: which of them cost a kernel, and which save one, is another matter.
 """
 
 from __future__ import annotations
@@ -484,10 +485,13 @@ def _maker(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def _value(tensor: gs.Tensor) -> NDArray[Any] | None:
-    """Return a constant's value; None for a tensor that is computed."""
+    """Return a constant's value; None for a tensor that is computed, or is in FP8."""
     import onnx_graphsurgeon as gs
 
     if isinstance(tensor, gs.Constant):
+        # NumPy has no such type, and GraphSurgeon would write the values back in another.
+        if isinstance(tensor.dtype, int):
+            return None
         return np.asarray(tensor.values)
     maker = _maker(tensor)
     if maker is not None and maker.op == "Constant" and "value" in maker.attrs:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import read_json, write_json
+from trt_yolov6.quantization.levels import INT8, QUANTIZED_TYPES
 
 if TYPE_CHECKING:
     import onnx
@@ -32,7 +33,7 @@ class CalibrationKey:
     images_sha256: str
     """`images.images_sha256` of the calibration images."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
-    """Calibrator, its parameters, image limit and border: whatever changes the ranges."""
+    """Type, calibrator, its parameters, border: whatever changes the ranges."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class CalibrationTable:
     """Ranges of a graph's tensors."""
 
     amax: Mapping[str, float]
-    """Magnitude that INT8's 127 stands for, by tensor, in the graph's order; finite, above 0."""
+    """Magnitude that INT8's 127, or FP8's 448, stands for, by tensor, in the graph's order; finite,
+    above 0."""
     methods: Mapping[str, str]
     """Calibrator that gave each, by tensor."""
     key: CalibrationKey
@@ -53,7 +55,8 @@ class CalibrationTable:
 
     def scale(self, tensor: str) -> float:
         """Return the quantization step of a tensor; KeyError for one that was not calibrated."""
-        return self.amax[tensor] / 127
+        name = str(self.key.settings.get("type", INT8.name))
+        return self.amax[tensor] / QUANTIZED_TYPES[name].largest
 
 
 def table_path(engine: str | Path) -> Path:

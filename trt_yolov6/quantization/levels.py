@@ -1,0 +1,139 @@
+"""The numbers that a quantized tensor is made of: 8-bit integers, or 8-bit floating point.
+
+INT8's levels stand evenly. FP8's (E4M3: 4 bits of exponent, 3 of mantissa, no infinity) are the
+denser the nearer to zero: rounding moves a number by a sixteenth of itself at most, down to 448 /
+28672. What is beyond the largest magnitude saturates in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx
+
+QuantizedName = Literal["int8", "fp8"]
+
+_SMALLEST_HALF = 2.0**-14
+"""Smallest positive float16 of full precision."""
+
+
+@dataclass(frozen=True)
+class QuantizedType:
+    """One type that tensors are quantized to."""
+
+    name: QuantizedName
+    """As in manifests; with two dashes before it, as on the command line."""
+    label: str
+    """As in sentences."""
+    largest: int
+    """Largest magnitude, which a tensor's range is scaled to. INT8's -128 is not used, so that its
+    levels are symmetric."""
+    onnx_type: int
+    """Number of ONNX's data type."""
+    opset: int
+    """First ONNX opset whose DequantizeLinear takes it, with a scale for each channel."""
+    is_floating: bool
+    channel_scales: bool
+    """Weights have a scale for each output channel, else one for all.
+
+    With several, TensorRT-RTX multiplies by them behind the convolution, in a kernel of its own
+    that reads float32: INT8 needs them for its accuracy, FP8 does not.
+    """
+
+    @property
+    def option(self) -> str:
+        """The option of the command line that asks for it."""
+        return f"--{self.name}"
+
+    def smallest_scale(self, half: bool) -> float:
+        """Return the least scale worth having, in float16 if `half`, else in float32.
+
+        Scaled floating point loses nothing by a scale larger than need be, and a scale that is
+        itself below the normal numbers of float16 has few bits, or is taken for 0 by a GPU.
+        """
+        return _SMALLEST_HALF if half and self.is_floating else float(np.finfo(np.float32).tiny)
+
+    def squared_error(self, end: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the integral of the squared rounding error from 0 to `end`, saturation included.
+
+        Args:
+            end: 0 or above, in units of the scale, of any shape; it is overwritten.
+        """
+        if not self.is_floating:
+            level = np.minimum(np.rint(end), self.largest)
+            end -= level
+            return level / 12 + end * end * end / 3
+        index = np.searchsorted(_MIDDLES, end)
+        end -= E4M3_LEVELS[index]
+        return _ERROR_BELOW[index] + end * end * end / 3
+
+    def encode(self, values: NDArray[np.floating[Any]]) -> NDArray[np.int8]:
+        """Round values to the nearest level, the even one of two as near; the rest saturates.
+
+        Args:
+            values: finite, in units of the scale, of any shape.
+
+        Returns:
+            int8 of the same shape: INT8's levels, or the bits of E4M3's.
+        """
+        clipped = np.clip(values, -self.largest, self.largest)
+        if not self.is_floating:
+            levels: NDArray[np.int8] = np.rint(clipped).astype(np.int8)
+            return levels
+        magnitude = np.abs(clipped).astype(np.float64)
+        # A value between two levels belongs to the lower up to their middle. In the middle itself
+        # both searches differ by one, and the even code has an even mantissa.
+        lower = np.searchsorted(_MIDDLES, magnitude, side="left")
+        upper = np.searchsorted(_MIDDLES, magnitude, side="right")
+        codes = np.where(lower % 2 == 0, lower, upper).astype(np.uint8)
+        signed = np.where(np.signbit(clipped), codes | 0x80, codes).astype(np.uint8)
+        return np.asarray(signed.view(np.int8))
+
+    def decode(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
+        """Return the values, in units of the scale, that `encode` gave as int8."""
+        if not self.is_floating:
+            return codes.astype(np.float32)
+        bits = codes.view(np.uint8)
+        values = np.where(bits & 0x80, -1, 1) * E4M3_LEVELS[bits & 0x7F]
+        return np.asarray(values.astype(np.float32))
+
+    def tensor(self, codes: NDArray[np.int8], name: str) -> onnx.TensorProto:
+        """Return codes from `encode` as a stored ONNX tensor."""
+        import onnx
+
+        return onnx.TensorProto(
+            name=name,
+            data_type=self.onnx_type,
+            dims=codes.shape,
+            raw_data=np.ascontiguousarray(codes).tobytes(),
+        )
+
+
+def _e4m3_levels() -> NDArray[np.float64]:
+    """Return the 127 numbers of E4M3 that are not negative; the code of each is its index."""
+    codes = np.arange(127)
+    exponents, mantissas = codes >> 3, codes & 7
+    normal = (1 + mantissas / 8) * np.exp2(exponents - 7.0)
+    return np.where(exponents == 0, mantissas / 8 * 2.0**-6, normal)
+
+
+E4M3_LEVELS = _e4m3_levels()
+"""The numbers of E4M3 from 0 to 448, float64 (127,)."""
+
+_MIDDLES = (E4M3_LEVELS[1:] + E4M3_LEVELS[:-1]) / 2
+
+_HALF_GAPS = np.diff(E4M3_LEVELS) / 2
+# Integral of the squared error from 0 to each level: two half gaps a step, each of width**3 / 3.
+_ERROR_BELOW = np.concatenate([[0.0], np.cumsum(2 * _HALF_GAPS**3 / 3)])
+
+INT8 = QuantizedType("int8", "INT8", 127, 3, 13, is_floating=False, channel_scales=True)
+
+FP8 = QuantizedType("fp8", "FP8", 448, 17, 19, is_floating=True, channel_scales=False)
+
+QUANTIZED_TYPES: dict[str, QuantizedType] = {one.name: one for one in (INT8, FP8)}
+"""By name."""
