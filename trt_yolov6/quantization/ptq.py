@@ -43,7 +43,7 @@ from trt_yolov6.quantization.images import (
 from trt_yolov6.quantization.insert import insert_qdq
 from trt_yolov6.quantization.placement import Placement, place
 from trt_yolov6.quantization.rounding import adapt_rounding
-from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
+from trt_yolov6.quantization.sensitivity import Sensitivity, layer_distortions, ranked
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import (
     CalibrationKey,
@@ -174,6 +174,7 @@ def quantize(
             f"{graph.source} is {graph.precision} already; --int8 starts from a float32 graph."
         )
     check_weights(graph.model)
+    _check_float_layers(graph, settings)
     paths = calibration_images(folder, settings.image_limit)
     key = CalibrationKey(
         model_sha256(graph.model),
@@ -375,6 +376,17 @@ def _float_layers(
         + ("" if found.met else ", less than was asked")
     )
     return found.layers
+
+
+def _check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
+    """Raise UserError for a wrong choice of float layers: calibrating takes a minute."""
+    wanted = settings.float_layers
+    if wanted == "auto":
+        least_agreement(settings.max_ap_drop)
+        return
+    layers = place(graph.model, wanted if isinstance(wanted, tuple) else ()).layers
+    if isinstance(wanted, int):
+        most_sensitive(Sensitivity("snr", tuple((name, 0.0) for name in layers)), wanted)
 
 
 def least_agreement(max_ap_drop: float) -> float:
