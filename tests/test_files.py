@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import atomic_path, read_json, sha256_bytes, sha256_file, write_bytes
+from trt_yolov6.files import (
+    atomic_path,
+    check_writable,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    write_bytes,
+)
 
 
 def test_a_failure_leaves_the_old_content_and_no_other_file(tmp_path: Path) -> None:
@@ -84,3 +91,13 @@ def test_hashes_are_sha256(tmp_path: Path) -> None:
     # The example of FIPS 180-2.
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_file(tmp_path / "x") == sha256_bytes(b"abc") == known
+
+
+def test_a_read_only_folder_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # root may write anywhere, so the tests cannot make a folder that refuses.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match=r"x\.onnx cannot be written"):
+        check_writable(tmp_path / "new" / "x.onnx")
+    assert not list(tmp_path.iterdir())

@@ -364,3 +364,43 @@ def test_a_graph_cut_short_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(UserError, match=r"graph\.onnx"):
         inspect_file(path)
+
+
+def test_a_layer_behind_what_only_moves_quantized_values_is_int8(tmp_path: Path) -> None:
+    def pair(name: str, nodes: list[onnx.NodeProto]) -> str:
+        nodes += [
+            helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"{name}_q"]),
+            helper.make_node("DequantizeLinear", [f"{name}_q", "scale", "zero"], [f"{name}_dq"]),
+        ]
+        return f"{name}_dq"
+
+    def model(second: str) -> onnx.ModelProto:
+        nodes: list[onnx.NodeProto] = []
+        parts = [pair("x", nodes), pair("y", nodes) if second == "pair" else "y"]
+        nodes += [
+            helper.make_node("Concat", parts, ["joined"], axis=1),
+            helper.make_node("MaxPool", ["joined"], ["pooled"], kernel_shape=[1, 1]),
+            helper.make_node("DequantizeLinear", ["weights", "scale", "zero"], ["w"]),
+            helper.make_node("Conv", ["pooled", "w"], ["out"], name="layer"),
+        ]
+        return helper.make_model(
+            helper.make_graph(
+                nodes,
+                "joined",
+                [
+                    helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 1, 4, 4))
+                    for name in "xy"
+                ],
+                [helper.make_tensor_value_info("out", TensorProto.FLOAT, (1, 1, 4, 4))],
+                [
+                    numpy_helper.from_array(np.float32(0.1), "scale"),
+                    numpy_helper.from_array(np.int8(0), "zero"),
+                    numpy_helper.from_array(np.ones((1, 2, 1, 1), np.int8), "weights"),
+                ],
+            ),
+            opset_imports=[helper.make_opsetid("", 17)],
+            ir_version=9,
+        )
+
+    assert details_of(model("pair"), tmp_path).precisions == {"int8": 1}
+    assert details_of(model("float"), tmp_path).precisions == {"fp32": 1}

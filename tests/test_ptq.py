@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -213,6 +214,19 @@ def test_a_graph_that_is_not_float32_is_refused(tiny: Graph, folder: Path) -> No
 def test_a_float_layer_that_does_not_exist_is_refused(tiny: Graph, folder: Path) -> None:
     settings = dataclasses.replace(MINMAX, float_layers=("no.such.layer",))
     assert "no.such.layer" in refusal(tiny, folder, settings)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"float_layers": ("none",)}, {"float_layers": 500}, {"max_ap_drop": -1.0}]
+)
+def test_a_wrong_choice_of_float_layers_is_refused_before_the_calibration(
+    tiny: Graph, folder: Path, wrong: dict[str, Any]
+) -> None:
+    settings = dataclasses.replace(MINMAX, **{"float_layers": "auto", **wrong})
+    told: list[str] = []
+    with pytest.raises(UserError):
+        quantize(tiny, folder, settings, tell=told.append)
+    assert not told
 
 
 def test_a_failed_build_writes_nothing(

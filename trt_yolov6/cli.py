@@ -121,6 +121,7 @@ def _build(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from trt_yolov6.export import write_onnx
+    from trt_yolov6.files import check_writable
 
     if not options.calibration_cache:
         for name in ("calib", "calibrator", "calib_images", "no_equalize", "cache_version"):
@@ -132,6 +133,9 @@ def _export(options: argparse.Namespace) -> None:
 
         # Refuses a version that reads no cache, before the work.
         header_version(options.cache_version or CACHE_VERSION)
+    for path in (options.output, options.calibration_cache):
+        if path:
+            check_writable(path)
     graph = _exported(options)
     output = options.output or Path(f"{graph.name}.onnx")
     if options.calibration_cache:
@@ -240,9 +244,12 @@ def _infer(options: argparse.Namespace) -> None:
 
 
 def _sensitivity(options: argparse.Namespace) -> None:
+    from trt_yolov6.files import check_writable
     from trt_yolov6.quantization.ptq import QuantizationSettings, calibrate
     from trt_yolov6.quantization.report import fallback_report, measure
 
+    if options.plot:
+        check_writable(options.plot)
     if options.data is None and options.split is not None:
         raise UserError("--split is part of a data set; name that with --data.")
     if options.onnx:
@@ -379,6 +386,8 @@ def _calibrated(graph: Graph, options: argparse.Namespace) -> Graph:
     settings = QuantizationSettings(
         calibrator=options.calibrator or "auto",
         equalize=not options.no_equalize,
+        # Corrected biases would be in the graph with Q/DQ nodes, which this route does without.
+        bias_correction=False,
         image_limit=options.calib_images,
     )
     result = quantize(graph, _calibration_folder(options), settings, tell=_say)

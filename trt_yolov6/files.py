@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -55,7 +56,7 @@ def check_writable(path: str | Path) -> Path:
     """Return the path with links followed; quick, so ask before long work.
 
     Raises:
-        UserError: it is a folder, or its folder is none.
+        UserError: it is a folder, or its folder is none or cannot be written to.
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
@@ -64,6 +65,10 @@ def check_writable(path: str | Path) -> Path:
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise UserError(f"{path} cannot be written ({parent} is a file); choose another path.")
+    # What is there and no regular file (a pipe) is written to in place.
+    target = path if path.exists() and not path.is_file() else parent
+    if not os.access(target, os.W_OK):
+        raise _unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return path
 
 

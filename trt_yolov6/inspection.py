@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trt_yolov6.engines.manifest import Manifest, read_manifest
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import sha256_file
+from trt_yolov6.quantization.placement import MOVING_OPS
 
 if TYPE_CHECKING:
     import onnx
@@ -312,9 +313,19 @@ class _Graph:
         return _short_dtype(self.dtypes.get(node.input[0], "unknown"))
 
     def _quantized(self, name: str) -> str | None:
-        """Return the dtype that a tensor is dequantized from, or None."""
+        """Return the dtype that a tensor is dequantized from, or None.
+
+        What only moves values may stand in between: TensorRT lets it work on the quantized ones.
+        """
         producer = self.producers.get(name)
-        if producer is None or producer.op_type != "DequantizeLinear":
+        if producer is None:
+            return None
+        if producer.op_type in MOVING_OPS:
+            return self._quantized(producer.input[0])
+        if producer.op_type == "Concat":
+            joined = {self._quantized(part) for part in producer.input}
+            return joined.pop() if len(joined) == 1 else None
+        if producer.op_type != "DequantizeLinear":
             return None
         source = producer.input[0]
         quantizer = self.producers.get(source)

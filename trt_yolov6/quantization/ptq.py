@@ -47,7 +47,7 @@ from trt_yolov6.quantization.insert import insert_qdq
 from trt_yolov6.quantization.levels import INT8, QuantizedType
 from trt_yolov6.quantization.placement import Placement, place_for
 from trt_yolov6.quantization.rounding import adapt_rounding
-from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
+from trt_yolov6.quantization.sensitivity import Sensitivity, layer_distortions, ranked
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import (
     CalibrationKey,
@@ -190,6 +190,7 @@ def quantize(
             f"{graph.source} has no convolution that {quantized_type.option} would speed up: they "
             "all do little work for each value that is quantized; build it with --fp16."
         )
+    _check_float_layers(graph, settings)
     paths = calibration_images(folder, settings.image_limit)
     key = CalibrationKey(
         model_sha256(graph.model),
@@ -424,6 +425,17 @@ def _float_layers(
         + ("" if found.met else ", less than was asked")
     )
     return found.layers
+
+
+def _check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
+    """Raise UserError for a wrong choice of float layers: calibrating takes a minute."""
+    wanted = settings.float_layers
+    if wanted == "auto":
+        least_agreement(settings.max_ap_drop)
+        return
+    layers = place(graph.model, wanted if isinstance(wanted, tuple) else ()).layers
+    if isinstance(wanted, int):
+        most_sensitive(Sensitivity("snr", tuple((name, 0.0) for name in layers)), wanted)
 
 
 def least_agreement(max_ap_drop: float) -> float:
