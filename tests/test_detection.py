@@ -116,18 +116,17 @@ def split_outputs(
     images: int, anchors: int, classes: int, seed: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     random = np.random.default_rng(seed)
-    boxes = [crowd(anchors, 1, 10, seed + index)[0].T for index in range(images)]
-    scores = random.uniform(0, 1, (images, classes, anchors)) ** 4
+    boxes = [crowd(anchors, 1, 10, seed + index)[0] for index in range(images)]
+    scores = random.uniform(0, 1, (images, anchors, classes)) ** 4
     return np.stack(boxes).astype(np.float32), scores.astype(np.float32)
 
 
 def as_rows(
     boxes: NDArray[np.float32], scores: NDArray[np.float32], objectness: float
 ) -> NDArray[np.float32]:
-    low, high = boxes[:, :2], boxes[:, 2:]
-    certain = np.full_like(boxes[:, :1], objectness)
-    rows = np.concatenate([(low + high) / 2, high - low, certain, scores / objectness], axis=1)
-    return np.ascontiguousarray(rows.transpose(0, 2, 1))
+    low, high = boxes[..., :2], boxes[..., 2:]
+    certain = np.full_like(boxes[..., :1], objectness)
+    return np.concatenate([(low + high) / 2, high - low, certain, scores / objectness], axis=2)
 
 
 def expected(
@@ -135,13 +134,13 @@ def expected(
 ) -> list[tuple[Any, ...]]:
     """Candidates one by one: each pair of class and anchor above the threshold."""
     pairs = [
-        (float(scores[label, anchor]), label, anchor)
-        for label in range(scores.shape[0])
-        for anchor in range(scores.shape[1])
-        if scores[label, anchor] > nms.confidence
+        (float(score), label, anchor)
+        for anchor, row in enumerate(scores)
+        for label, score in enumerate(row)
+        if score > nms.confidence
     ]
     pairs.sort(key=lambda pair: -pair[0])
-    corners = np.array([boxes[:, anchor] for _, _, anchor in pairs], float).reshape(-1, 4)
+    corners = np.array([boxes[anchor] for _, _, anchor in pairs], float).reshape(-1, 4)
     labels = np.array([label for _, label, _ in pairs], int)
     kept = plain_nms(corners, labels, nms.iou, nms.max_detections)
     clipped = np.clip(corners, 0, 640)
@@ -198,7 +197,7 @@ def test_end2end_rows_are_filtered_sorted_and_capped_by_image() -> None:
 @pytest.mark.parametrize("layout", ["split", "rows", "end2end"])
 def test_nothing_found_has_the_right_shapes(layout: Any) -> None:
     empty: dict[str, dict[str, NDArray[Any]]] = {
-        "split": {"boxes": np.zeros((4, 4, 10)), "scores": np.zeros((4, 3, 10))},
+        "split": {"boxes": np.zeros((4, 10, 4)), "scores": np.zeros((4, 10, 3))},
         "rows": {"rows": np.zeros((4, 10, 8))},
         "end2end": {"detections": np.zeros((0, 7))},
     }
@@ -212,9 +211,9 @@ def test_nothing_found_has_the_right_shapes(layout: Any) -> None:
 def test_boxes_are_mapped_clipped_and_those_outside_dropped() -> None:
     placed: Letterbox = fit((240, 320), SIZE)  # doubled, 80 gray rows above and below
     boxes = np.array([[100, 200, 300, 400], [-50, 0, 700, 640], [0, 0, 640, 70]], np.float32)
-    scores = np.array([[0.9, 0.8, 0.7]], np.float32)
+    scores = np.array([[0.9], [0.8], [0.7]], np.float32)
     (found,) = postprocess(
-        {"boxes": boxes.T[None], "scores": scores[None]}, "split", NmsSettings(), [placed]
+        {"boxes": boxes[None], "scores": scores[None]}, "split", NmsSettings(), [placed]
     )
     np.testing.assert_allclose(found.boxes, [[50, 60, 150, 160], [0, 0, 320, 240]])
     assert found.scores.tolist() == pytest.approx([0.9, 0.8])
@@ -223,10 +222,10 @@ def test_boxes_are_mapped_clipped_and_those_outside_dropped() -> None:
 def test_boxes_that_are_not_clipped_stay_finite(recwarn: pytest.WarningsRecorder) -> None:
     placed = fit((1280, 1280), SIZE)  # mapping doubles
     boxes = np.array([[-3e38, 0, 3e38, 9], [1, 2, 30, 40]], np.float32)
-    scores = np.array([[0.9, 0.8]], np.float32)
+    scores = np.array([[0.9], [0.8]], np.float32)
     rows = np.array([[0, *box, 0.5, 0] for box in boxes], np.float32)
     bad = np.array([[0, np.nan, 0, 1, 1, 0.9, 0], [0, 0, 0, np.inf, 1, 0.9, 0]], np.float32)
-    outputs = {"boxes": boxes.T[None], "scores": scores[None]}
+    outputs = {"boxes": boxes[None], "scores": scores[None]}
     (split,) = postprocess(outputs, "split", NmsSettings(), [placed], clip=False)
     outputs = {"detections": np.concatenate([bad, rows])}
     (end2end,) = postprocess(outputs, "end2end", NmsSettings(), [placed], clip=False)
@@ -238,9 +237,9 @@ def test_boxes_that_are_not_clipped_stay_finite(recwarn: pytest.WarningsRecorder
 
 def test_half_precision_and_overflowed_outputs_are_taken() -> None:
     boxes = np.array([[1, 2, 30, 40], [np.inf, 0, np.inf, 9], [np.nan, 0, 3, 9]], np.float16)
-    scores = np.array([[0.5, 0.75, 0.75], [np.nan, 0, 0]], np.float16)
+    scores = np.array([[0.5, np.nan], [0.75, 0], [0.75, 0]], np.float16)
     (found,) = postprocess(
-        {"boxes": boxes.T[None], "scores": scores[None]}, "split", NmsSettings(), [WHOLE]
+        {"boxes": boxes[None], "scores": scores[None]}, "split", NmsSettings(), [WHOLE]
     )
     assert as_tuples(found) == [(1, 2, 30, 40, 0.5, 0)]
 
@@ -249,10 +248,11 @@ def test_more_candidates_than_the_cap_keep_the_best(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(detection, "MAX_CANDIDATES", 3000)  # keeps the test short
     anchors = 8400
     rng = np.random.default_rng(0)
-    scores = rng.permutation(10 * anchors).reshape(10, anchors).astype(np.float32) / 1e5 + 0.01
+    scores = rng.permutation(10 * anchors).reshape(anchors, 10).astype(np.float32) / 1e5 + 0.01
     # Distinct small boxes on a grid: nothing is suppressed.
     rows, columns = np.divmod(np.arange(anchors), 100)
-    boxes = np.stack([columns * 6, rows * 6, columns * 6 + 5, rows * 6 + 5]).astype(np.float32)
+    corners = [columns * 6, rows * 6, columns * 6 + 5, rows * 6 + 5]
+    boxes = np.stack(corners, axis=1).astype(np.float32)
     nms = NmsSettings(confidence=0.001, max_detections=4000)
     (found,) = postprocess({"boxes": boxes[None], "scores": scores[None]}, "split", nms, [WHOLE])
     best = np.sort(scores.reshape(-1))[::-1][:3000]

@@ -49,8 +49,8 @@ def test_a_built_engine_runs_and_knows_its_classes(engine_file: Path) -> None:
         assert engine.image_size == (SIZE, SIZE)
         assert engine.precision == "fp32"
         outputs = engine.infer(images(3))
-    assert outputs["boxes"].shape == (3, 4, 64)
-    assert outputs["scores"].shape == (3, 3, 64)
+    assert outputs["boxes"].shape == (3, 64, 4)
+    assert outputs["scores"].shape == (3, 64, 3)
 
 
 @pytest.mark.parametrize("batch", [0, 5])

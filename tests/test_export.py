@@ -88,8 +88,8 @@ def assert_outputs_equal_pytorch(model: YOLOv6) -> None:
     with torch.inference_mode():
         wanted_boxes, wanted_scores = model(torch.from_numpy(images))
     scale = float(wanted_boxes.abs().max())
-    np.testing.assert_allclose(boxes / scale, wanted_boxes.numpy() / scale, atol=2e-5)
-    np.testing.assert_allclose(scores, wanted_scores.numpy(), atol=2e-5)
+    np.testing.assert_allclose(boxes / scale, wanted_boxes.mT.numpy() / scale, atol=2e-5)
+    np.testing.assert_allclose(scores, wanted_scores.mT.numpy(), atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,19 +125,21 @@ def test_the_graph_has_no_shape_arithmetic_and_no_constant_column(
     dfl = {"Softmax", "MatMul"} if KINDS[kind].reg_max else set()
     assert set(kinds) <= dfl | {
         "Conv", "ConvTranspose", "Relu", "Sigmoid", "Mul", "MaxPool", "Concat", "Reshape", "Add",
+        "Transpose",
     }  # fmt: skip
     assert [output.name for output in graph.output] == ["boxes", "scores"]
 
 
-def test_n_takes_no_more_nodes_than_its_layers_and_a_decoding_of_ten() -> None:
+def test_n_takes_no_more_nodes_than_its_layers_and_a_decoding_of_eighteen() -> None:
     model = build_model(architecture("yolov6n"))
     graph = export_onnx(model, ExportSettings((64, 96)), verify=False).graph
     kinds = Counter(node.op_type for node in graph.node)
     # Counted on paper: 20 backbone, 21 neck and 15 head convolutions; 41 ReLU; 9 SiLU of two nodes;
     # 3 pools and their concatenation; 2 upsamplings; 4 concatenations of the neck.
     layers = (20 + 21 + 15) + 41 + 9 * 2 + 3 + 1 + 2 + 4
-    # A reshape for each of six maps, two concatenations, the sigmoid and the addition of anchors.
-    assert len(graph.node) == layers + 6 + 2 + 1 + 1
+    # For each of six maps channels last and flattened, for three of them the sigmoid that is fused
+    # with the convolution; two concatenations and the addition of anchors.
+    assert len(graph.node) == layers + 6 * 2 + 3 + 2 + 1
     assert kinds["Reshape"] == 6
     assert kinds["Add"] == 1
 
@@ -151,19 +153,19 @@ def test_uint8_input_gives_what_normalized_floats_give() -> None:
         np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
-def test_half_precision_keeps_input_output_and_coordinates_in_float32() -> None:
+def test_half_precision_keeps_input_and_coordinates_in_float32() -> None:
     model = random_model()
     images = planar(pixels(1))
     single = run(export_onnx(model, ExportSettings((64, 96), ONE)), images)
     graph = export_onnx(model, ExportSettings((64, 96), ONE, fp16=True))
     half = run(graph, images)
-    assert {array.dtype for array in half} == {np.dtype(np.float32)}
+    assert [array.dtype for array in half] == [np.float32, np.float16]
     weights = [item for item in graph.graph.initializer if len(item.dims) == 4]
     assert {item.data_type for item in weights} == {onnx.TensorProto.FLOAT16}
     anchors = next(item for item in graph.graph.initializer if item.name == "anchor_points")
     assert anchors.data_type == onnx.TensorProto.FLOAT
-    # One cast in, one before the coordinates, one for the scores.
-    assert sum(node.op_type == "Cast" for node in graph.graph.node) == 3
+    # One cast in, one before the coordinates.
+    assert sum(node.op_type == "Cast" for node in graph.graph.node) == 2
     for wanted, got in zip(single, half, strict=True):
         scale = max(1.0, float(np.abs(wanted).max()))
         np.testing.assert_allclose(got / scale, wanted / scale, atol=1e-2)
@@ -174,7 +176,8 @@ def test_half_precision_keeps_input_output_and_coordinates_in_float32() -> None:
 def test_nms_in_the_graph_gives_what_nms_on_the_host_gives(fp16: bool, kind: str) -> None:
     model = random_model(KINDS[kind])
     images = planar(pixels(2))
-    nms = NmsSettings(confidence=0.3, iou=0.5)
+    # No limit: where scores tie, which of them are within it is open.
+    nms = NmsSettings(confidence=0.3, iou=0.5, max_detections=2000)
     plain = export_onnx(model, ExportSettings((64, 96), fp16=fp16))
     inside = export_onnx(model, ExportSettings((64, 96), fp16=fp16, nms=nms))
     assert [item.name for item in inside.graph.output] == ["detections"]

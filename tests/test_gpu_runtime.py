@@ -26,7 +26,7 @@ from trt_yolov6.data.letterbox import fit
 from trt_yolov6.detection import Detections, postprocess
 from trt_yolov6.engines import cuda_device, tensorrt_rtx
 from trt_yolov6.engines.base import BuildSettings, LoadOptions
-from trt_yolov6.engines.candidates import _ROW, _SOURCE, candidates_of
+from trt_yolov6.engines.candidates import _ROW, _SOURCE, candidates_of, compile_options
 from trt_yolov6.engines.device_arrays import is_contiguous, lies_on_gpu
 from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
 from trt_yolov6.engines.runtime_cache import RuntimeCache, cache_path
@@ -50,22 +50,22 @@ needs_gpu = pytest.mark.skipif(not _has_gpu(), reason="needs an NVIDIA GPU and c
 def random_outputs(seed: int, batch: int, classes: int, anchors: int) -> dict[str, NDArray[Any]]:
     """Outputs of the `split` layout, whose boxes overlap and whose scores have ties."""
     rng = np.random.default_rng(seed)
-    corners = rng.uniform(0, 48, (batch, 2, anchors))
-    sides = rng.uniform(-1, 16, (batch, 2, anchors))
-    boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
-    scores = rng.integers(0, 20, (batch, classes, anchors)) / np.float32(20)
+    corners = rng.uniform(0, 48, (batch, anchors, 2))
+    sides = rng.uniform(-1, 16, (batch, anchors, 2))
+    boxes = np.concatenate([corners, corners + sides], axis=2).astype(np.float32)
+    scores = rng.integers(0, 20, (batch, anchors, classes)) / np.float32(20)
     return {"boxes": boxes, "scores": scores.astype(np.float32)}
 
 
 def rows_above(outputs: dict[str, NDArray[Any]], least: float) -> NDArray[Any]:
     """What the kernel writes, sorted by place: the elements of the scores above a threshold."""
     scores = outputs["scores"]
-    _, classes, anchors = scores.shape
+    classes = scores.shape[2]
     places = np.flatnonzero(scores > least)
     rows = np.zeros(len(places), _ROW)
     rows["place"] = places
     rows["score"] = scores.reshape(-1)[places]
-    rows["box"] = outputs["boxes"][places // (classes * anchors), :, places % anchors]
+    rows["box"] = outputs["boxes"].reshape(-1, 4)[places // classes]
     return rows
 
 
@@ -96,11 +96,12 @@ def test_the_kernel_compiles_for_every_gpu_that_tensorrt_runs_on() -> None:
         nvrtc.nvrtcVersion()
     except RuntimeError:
         pytest.skip("needs nvidia-cuda-nvrtc")
-    for capability in (75, 80, 86, 87, 89, 90, 100, 120):
-        _, program = nvrtc.nvrtcCreateProgram(_SOURCE.encode(), b"candidates.cu", 0, [], [])
-        option = f"--gpu-architecture=sm_{capability}".encode()
-        (error,) = nvrtc.nvrtcCompileProgram(program, 1, [option])
-        assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, capability
+    for capability in ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)):
+        for half in (False, True):
+            _, program = nvrtc.nvrtcCreateProgram(_SOURCE.encode(), b"candidates.cu", 0, [], [])
+            options = compile_options(capability, half)
+            (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+            assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, (capability, half)
 
 
 @given(
@@ -318,7 +319,7 @@ def test_candidates_are_the_scores_above_the_threshold(engine: Any, least: float
         outputs = engine.infer(images(batch))
         found = engine.start(images(batch), least).wait()
         assert isinstance(found, Candidates), "is nvidia-cuda-nvrtc there?"
-        _, classes, anchors = outputs["scores"].shape
+        _, anchors, classes = outputs["scores"].shape
         wanted = candidates_of(rows_above(outputs, least), classes, anchors)
         for part in dataclasses.fields(Candidates):
             np.testing.assert_array_equal(getattr(found, part.name), getattr(wanted, part.name))

@@ -102,10 +102,11 @@ def _graph(layout: OutputLayout, batch: int | None, uint8: bool) -> onnx.ModelPr
     outputs: list[tuple[str, list[int | str]]]
     if layout == "split":
         nodes += [
-            helper.make_node("Identity", ["cells"], ["scores"]),
-            helper.make_node("Add", ["nothing", constant("grid", boxes.T[None])], ["boxes"]),
+            helper.make_node("Transpose", ["cells"], ["scores"], perm=[0, 2, 1]),
+            helper.make_node("Transpose", ["nothing"], ["column"], perm=[0, 2, 1]),
+            helper.make_node("Add", ["column", constant("grid", boxes[None])], ["boxes"]),
         ]
-        outputs = [("boxes", [free, 4, 64]), ("scores", [free, 3, 64])]
+        outputs = [("boxes", [free, 64, 4]), ("scores", [free, 64, 3])]
     elif layout == "rows":
         centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
         # Objectness 0.5, so that a score is objectness times class.

@@ -197,8 +197,10 @@ def _from_split(
     clip: bool,
 ) -> _OfImage:
     def of_image(index: int) -> Detections:
-        anchors, classes, kept = _candidates(scores[index], nms.confidence)
-        corners = boxes[index][:, anchors].T.astype(np.float64)
+        classes, anchors, kept = _candidates(
+            scores[index].astype(np.float32, copy=False), nms.confidence
+        )
+        corners = boxes[index][anchors].astype(np.float64)
         return _finish(corners, kept, classes, nms, letterboxes[index], clip)
 
     return of_image

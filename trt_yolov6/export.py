@@ -32,7 +32,7 @@ from trt_yolov6.files import write_bytes
 from trt_yolov6.models import STRIDES, Architecture, YOLOv6, fuse
 from trt_yolov6.models.decode import anchor_points
 from trt_yolov6.models.head import HeadLevel
-from trt_yolov6.precision import to_fp16
+from trt_yolov6.precision import tail_nodes, to_fp16
 
 MIN_OPSET, DEFAULT_OPSET, MAX_OPSET = 17, 18, 23
 
@@ -53,7 +53,7 @@ class ExportSettings:
     batch: BatchProfile = dataclasses.field(default_factory=BatchProfile)
     """A static profile (min = max) fixes the batch axis; any other leaves it free."""
     fp16: bool = False
-    """Half-precision weights and activations; inputs, outputs and box coordinates stay float32."""
+    """Half-precision weights, activations and scores; input and box coordinates stay float32."""
     nms: NmsSettings | None = None
     """Non-maximum suppression in the graph with these thresholds; None leaves it to the host."""
     uint8_input: bool = False
@@ -122,6 +122,8 @@ def _composed(
     """Put the ends onto a traced network: decoding, NMS, normalization, half precision."""
     graph = gs.import_onnx(traced)
     _append_decoding(graph, arch, settings)
+    graph.toposort()
+    exact = tail_nodes(gs.export_onnx(graph)) if settings.fp16 else set()
     if settings.nms:
         _append_nms(graph, settings.nms)
     if settings.uint8_input:
@@ -129,8 +131,7 @@ def _composed(
     graph.cleanup().toposort()
     proto: onnx.ModelProto = gs.export_onnx(graph)
     if settings.fp16:
-        # Above 512 a half-precision number is a multiple of 0.5: coordinates must stay float32.
-        exact = [node.name for node in graph.nodes if node.name in _COORDINATE_NODES]
+        exact.update(node.name for node in graph.nodes if node.name.startswith("nms/"))
         proto = to_fp16(proto, keep_float32=exact)
     _finish(proto, arch.name, class_names, settings)
     return proto
@@ -227,28 +228,6 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
 
 # --- decoding -----------------------------------------------------------------------------------
 
-_COORDINATE_NODES = {
-    "decode/boxes",
-    "decode/signed_stride",
-    "decode/flat_distances",
-    "decode/offsets",
-    "decode/centers",
-    "decode/half_sizes",
-    "decode/top_left",
-    "decode/bottom_right",
-    "decode/corners",
-    "nms/boxes",
-    "nms/suppression",
-    "nms/batch_and_box",
-    "nms/gather_boxes",
-    "nms/gather_scores",
-    "nms/score_column",
-    "nms/index_floats",
-    "nms/batch_column",
-    "nms/class_column",
-    "nms/detections",
-}
-
 
 def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
     """Fold stride and sign into the last box convolutions, in place on the fused copy.
@@ -277,30 +256,28 @@ def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
 def _anchors(
     settings: ExportSettings, cell_offset: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return anchor points in pixels, float32 (2, anchors), and their strides (1, anchors)."""
+    """Return anchor points in pixels, float32 (anchors, 2), and their strides (anchors, 1)."""
     height, width = settings.image_size
     sizes = [(height // stride, width // stride) for stride in STRIDES]
     points, strides = anchor_points(sizes, cell_offset, torch.zeros(()))
-    return (points * strides).numpy(), strides.numpy()
+    return (points * strides).numpy().T, strides.numpy().T
 
 
 def _append_decoding(graph: gs.Graph, arch: Architecture, settings: ExportSettings) -> None:
     raw = {tensor.name: tensor for tensor in graph.outputs}
-    logits = _joined(graph, raw, "cls", [0, arch.num_classes, -1])
-    scores = _node(graph, "Sigmoid", "decode/scores", [logits], "scores")
+    # A sigmoid right behind a convolution is fused with it; behind the concatenation it is not.
+    scores = _joined(graph, raw, "cls", [0, -1, arch.num_classes], sigmoid=True)
     if arch.head == "offset":
-        objectness = _joined(graph, raw, "obj", [0, 1, -1])
-        confidence = _node(graph, "Sigmoid", "decode/objectness", [objectness])
-        scores.name = "class_scores"
+        confidence = _joined(graph, raw, "obj", [0, -1, 1], sigmoid=True)
         scores = _node(graph, "Mul", "decode/class_times_objectness", [scores, confidence])
         boxes = _offset_boxes(graph, raw, settings)
     else:
         boxes = _distance_boxes(graph, raw, arch.reg_max, settings)
     batch = settings.batch.min if settings.batch.is_static else "batch"
     anchors = sum((settings.image_size[0] // s) * (settings.image_size[1] // s) for s in STRIDES)
-    boxes.name, boxes.dtype, boxes.shape = "boxes", np.float32, (batch, 4, anchors)
+    boxes.name, boxes.dtype, boxes.shape = "boxes", np.float32, (batch, anchors, 4)
     scores.name, scores.dtype = "scores", np.float32
-    scores.shape = (batch, arch.num_classes, anchors)
+    scores.shape = (batch, anchors, arch.num_classes)
     graph.outputs = [boxes, scores]
 
 
@@ -308,17 +285,17 @@ def _distance_boxes(
     graph: gs.Graph, raw: dict[str, gs.Variable], reg_max: int, settings: ExportSettings
 ) -> gs.Variable:
     points, strides = _anchors(settings, 0.5)
-    corners = np.concatenate([points, points])[None]
+    corners = np.concatenate([points, points], axis=1)[None]
     if not reg_max:
-        sides = _joined(graph, raw, "reg", [0, 4, -1])
+        sides = _joined(graph, raw, "reg", [0, -1, 4])
     else:
         # DFL: each distance is the expectation over reg_max + 1 bins (Section 2.3.2).
-        bins = _joined(graph, raw, "reg", [0, 4, reg_max + 1, -1])
-        weights = _node(graph, "Softmax", "decode/dfl_softmax", [bins], axis=2)
-        ladder = gs.Constant("dfl_bins", np.arange(reg_max + 1, dtype=np.float32)[None])
-        distances = _node(graph, "MatMul", "decode/dfl_expectation", [ladder, weights])
-        flat = _reshape(graph, "decode/flat_distances", distances, [0, 4, -1])
-        factor = gs.Constant("signed_strides", (_SIDES[:, None] * strides)[None])
+        bins = _joined(graph, raw, "reg", [0, -1, 4, reg_max + 1])
+        weights = _node(graph, "Softmax", "decode/dfl_softmax", [bins], axis=3)
+        ladder = gs.Constant("dfl_bins", np.arange(reg_max + 1, dtype=np.float32)[:, None])
+        distances = _node(graph, "MatMul", "decode/dfl_expectation", [weights, ladder])
+        flat = _reshape(graph, "decode/flat_distances", distances, [0, -1, 4])
+        factor = gs.Constant("signed_strides", (strides * _SIDES)[None])
         sides = _node(graph, "Mul", "decode/signed_stride", [flat, factor])
     return _node(graph, "Add", "decode/boxes", [sides, gs.Constant("anchor_points", corners)])
 
@@ -327,48 +304,57 @@ def _offset_boxes(
     graph: gs.Graph, raw: dict[str, gs.Variable], settings: ExportSettings
 ) -> gs.Variable:
     points, _ = _anchors(settings, 0.0)
-    joined = _joined(graph, raw, "reg", [0, 4, -1])
+    joined = _joined(graph, raw, "reg", [0, -1, 4])
     offsets, logarithms = gs.Variable("offsets"), gs.Variable("log_half_sizes")
     graph.nodes.append(
         gs.Node(
             "Split",
             "decode/offsets",
-            attrs={"axis": 1},
+            attrs={"axis": 2},
             inputs=[joined, gs.Constant("two_and_two", np.array([2, 2], np.int64))],
             outputs=[offsets, logarithms],
         )
     )
-    corner = gs.Constant("anchor_points", points[None])
+    corner = gs.Constant("anchor_points", np.ascontiguousarray(points)[None])
     center = _node(graph, "Add", "decode/centers", [offsets, corner])
     half = _node(graph, "Exp", "decode/half_sizes", [logarithms])
     first = _node(graph, "Sub", "decode/top_left", [center, half])
     second = _node(graph, "Add", "decode/bottom_right", [center, half])
-    return _node(graph, "Concat", "decode/corners", [first, second], axis=1)
+    return _node(graph, "Concat", "decode/corners", [first, second], axis=2)
 
 
 def _joined(
-    graph: gs.Graph, raw: dict[str, gs.Variable], kind: str, shape: list[int]
+    graph: gs.Graph,
+    raw: dict[str, gs.Variable],
+    kind: str,
+    shape: list[int],
+    *,
+    sigmoid: bool = False,
 ) -> gs.Variable:
-    """Flatten one kind of output over its cells and join the levels along the anchors."""
-    levels = [
-        _reshape(graph, f"decode/{kind}_{stride}", raw[f"{kind}_{stride}"], shape)
-        for stride in STRIDES
-    ]
-    return _node(graph, "Concat", f"decode/{kind}", levels, axis=len(shape) - 1)
+    """Put channels last, flatten one kind of output over its cells, join the levels' anchors."""
+    levels = []
+    for stride in STRIDES:
+        name = f"{kind}_{stride}"
+        tensor = raw[name]
+        if sigmoid:
+            tensor = _node(graph, "Sigmoid", f"decode/{name}_sigmoid", [tensor])
+        last = _node(graph, "Transpose", f"decode/{name}_last", [tensor], perm=[0, 2, 3, 1])
+        levels.append(_reshape(graph, f"decode/{name}", last, shape))
+    return _node(graph, "Concat", f"decode/{kind}", levels, axis=1)
 
 
 def _append_nms(graph: gs.Graph, nms: NmsSettings) -> None:
     """Put NonMaxSuppression behind `boxes` and `scores`, and gather what it selects into rows."""
     boxes, scores = graph.outputs
     boxes.name, scores.name = "decoded_boxes", "decoded_scores"
-    corners = _node(graph, "Transpose", "nms/boxes", [boxes], perm=[0, 2, 1])
+    by_class = _node(graph, "Transpose", "nms/scores", [scores], perm=[0, 2, 1])
     selected = _node(
         graph,
         "NonMaxSuppression",
         "nms/suppression",
         [
-            corners,
-            scores,
+            boxes,
+            by_class,
             gs.Constant("max_per_class", np.array([nms.max_detections], np.int64)),
             gs.Constant("iou_threshold", np.array([nms.iou], np.float32)),
             gs.Constant("score_threshold", np.array([nms.confidence], np.float32)),
@@ -376,12 +362,12 @@ def _append_nms(graph: gs.Graph, nms: NmsSettings) -> None:
         "selected",
     )
     # Each row of `selected` is batch, class, box: it indexes the scores as it stands.
-    score = _node(graph, "GatherND", "nms/gather_scores", [scores, selected])
+    score = _node(graph, "GatherND", "nms/gather_scores", [by_class, selected])
     column = gs.Constant("last_axis", np.array([1], np.int64))
     score = _node(graph, "Unsqueeze", "nms/score_column", [score, column])
     place = gs.Constant("batch_and_box", np.array([0, 2], np.int64))
     place = _node(graph, "Gather", "nms/batch_and_box", [selected, place], axis=1)
-    kept = _node(graph, "GatherND", "nms/gather_boxes", [corners, place])
+    kept = _node(graph, "GatherND", "nms/gather_boxes", [boxes, place])
     floats = _node(graph, "Cast", "nms/index_floats", [selected], to=onnx.TensorProto.FLOAT)
     first = gs.Constant("batch_index", np.array([0], np.int64))
     image = _node(graph, "Gather", "nms/batch_column", [floats, first], axis=1)
@@ -480,7 +466,7 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
     for name, got, wanted, scale in zip(
         ("boxes", "scores"),
         outputs,
-        (boxes.numpy(), scores.numpy()),
+        (boxes.mT.numpy(), scores.mT.numpy()),
         (max(settings.image_size), 1),
         strict=True,
     ):

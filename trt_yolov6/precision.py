@@ -12,8 +12,14 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
 
+_MOVING = {"Concat", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+
+
 def to_fp16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.ModelProto:
     """Return a graph that computes in float16; its inputs and outputs keep their types.
+
+    But `scores` that are computed in float16 leave the graph as float16: in float32 they would be
+    the same numbers in twice the bytes, and they are nearly all that leaves it.
 
     Args:
         model: a float32 graph with named nodes.
@@ -24,9 +30,17 @@ def to_fp16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.
 
     # Suppression and its index arithmetic have no half-precision kernels to speak of.
     blocked = ["NonMaxSuppression", "TopK", "Resize"]
+    exact = {
+        name for node in model.graph.node if node.name in set(keep_float32) for name in node.output
+    }
+    outputs = [item.name for item in model.graph.output]
+    half = {"scores"} - exact if outputs == ["boxes", "scores"] else set()
     converted = convert_float_to_float16(
         model,
-        keep_io_types=True,
+        keep_io_types=[
+            *(item.name for item in model.graph.input),
+            *(name for name in outputs if name not in half),
+        ],
         op_block_list=blocked,
         node_block_list=list(keep_float32),
     )
@@ -68,7 +82,8 @@ def tail_nodes(model: onnx.ModelProto) -> set[str]:
     """Return the nodes behind the last convolutions: those that no convolution comes after.
 
     In a detector these decode boxes. Pixel coordinates above 512 are multiples of 0.5 in float16,
-    so a graph of unknown make keeps its tail in float32.
+    so a graph keeps its tail in float32. Of one whose `boxes` and `scores` are outputs of their
+    own, only what leads to the boxes counts.
     """
     heavy = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
     producers = {name: node for node in model.graph.node for name in node.output}
@@ -80,4 +95,18 @@ def tail_nodes(model: onnx.ModelProto) -> set[str]:
             continue
         ahead.add(node.output[0])
         pending.extend(producers[name] for name in node.input if name in producers)
-    return {node.name for node in model.graph.node if node.output[0] not in ahead}
+    tail = [node for node in model.graph.node if node.output[0] not in ahead]
+    if [item.name for item in model.graph.output] == ["boxes", "scores"]:
+        wanted = {"boxes"}
+        for node in reversed(tail):  # in topological order, as ONNX demands
+            if wanted.intersection(node.output):
+                wanted.update(node.input)
+        tail = [node for node in tail if wanted.intersection(node.output)]
+    # What only moves half-precision values needs no other precision; what computes with them does.
+    exact: set[str] = set()
+    names = set()
+    for node in tail:
+        if node.op_type not in _MOVING or exact.intersection(node.input):
+            exact.update(node.output)
+            names.add(node.name)
+    return names

@@ -47,23 +47,35 @@ class Candidates:
 _SOURCE = r"""
 struct Row { int place; float score; float box[4]; };
 
+#ifdef HALF_SCORES
+typedef unsigned short Score;  // the bits of a half
+__device__ __forceinline__ float value(Score bits) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
+    return result;
+}
+#else
+typedef float Score;
+__device__ __forceinline__ float value(Score score) { return score; }
+#endif
+
 extern "C" __global__ void candidates(
-    const float* __restrict__ boxes,   // (batch, 4, anchors)
-    const float* __restrict__ scores,  // (batch, classes, anchors)
-    long long total, int per_image, int anchors, float threshold, unsigned int capacity,
+    const float* __restrict__ boxes,   // (batch, anchors, 4)
+    const Score* __restrict__ scores,  // (batch, anchors, classes)
+    long long total, int classes, float threshold, unsigned int capacity,
     unsigned int* count, Row* rows)
 {
     long long step = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < total; i += step) {
-        float score = scores[i];
+        float score = value(scores[i]);
         if (score > threshold) {
             unsigned int slot = atomicAdd(count, 1u);
             if (slot < capacity) {
-                const float* corner = boxes + (i / per_image) * 4 * anchors + i % anchors;
+                const float* corner = boxes + i / classes * 4;
                 Row row;
                 row.place = (int)i;
                 row.score = score;
-                for (int side = 0; side < 4; ++side) row.box[side] = corner[side * anchors];
+                for (int side = 0; side < 4; ++side) row.box[side] = corner[side];
                 rows[slot] = row;
             }
         }
@@ -86,16 +98,19 @@ class CandidateFilter:
     """The kernel with its buffers, for an engine of the `split` layout.
 
     Args:
-        classes, anchors: of the outputs `boxes` (batch, 4, anchors) and `scores` (batch, classes,
-            anchors), both float32.
+        classes, anchors: of the outputs `boxes` (batch, anchors, 4), float32, and `scores` (batch,
+            anchors, classes).
         max_batch: images of the largest batch.
+        half_scores: the scores are float16, not float32.
 
     Raises:
         CudaError: there is no NVRTC, or it cannot compile for this GPU.
     """
 
-    def __init__(self, classes: int, anchors: int, max_batch: int) -> None:
-        self._kernel = _compiled(current_device().capability)
+    def __init__(
+        self, classes: int, anchors: int, max_batch: int, *, half_scores: bool = False
+    ) -> None:
+        self._kernel = _compiled(current_device().capability, half_scores)
         self._classes = classes
         self._anchors = anchors
         self._capacity = max(30000, _CAPACITY * max_batch)
@@ -116,16 +131,14 @@ class CandidateFilter:
         """
         from cuda.bindings import driver
 
-        per_image = self._classes * self._anchors
-        total = batch * per_image
+        total = batch * self._classes * self._anchors
         blocks = min(-(-total // (_THREADS * _PER_THREAD)), 65535)
         stream.clear(self._found, _HEADER)
         values = (
             boxes.address,
             scores.address,
             total,
-            per_image,
-            self._anchors,
+            self._classes,
             float(np.float32(least)),
             self._capacity,
             self._found.address,
@@ -165,12 +178,12 @@ class CandidateFilter:
 def candidates_of(rows: NDArray[Any], classes: int, anchors: int) -> Candidates:
     """Return candidates from rows of (place in the scores, score, box), sorted by place."""
     images, places = np.divmod(rows["place"].astype(np.int64), classes * anchors)
-    labels, points = np.divmod(places, anchors)
+    points, labels = np.divmod(places, classes)
     return Candidates(images, labels, points, rows["score"].copy(), rows["box"].copy())
 
 
 @functools.cache
-def _compiled(capability: tuple[int, int]) -> Any:
+def _compiled(capability: tuple[int, int], half_scores: bool) -> Any:
     """Compile the kernel for a compute capability and load it; a driver's `CUfunction`."""
     try:
         from cuda.bindings import driver, nvrtc
@@ -180,12 +193,18 @@ def _compiled(capability: tuple[int, int]) -> Any:
         )
     except (ImportError, RuntimeError) as error:  # the second: its library is not found
         raise CudaError(f"NVRTC does not start ({error}); install nvidia-cuda-nvrtc.") from error
-    option = f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode()
-    _check_nvrtc(nvrtc.nvrtcCompileProgram(program, 1, [option]))
+    options = compile_options(capability, half_scores)
+    _check_nvrtc(nvrtc.nvrtcCompileProgram(program, len(options), options))
     code = bytes(_check_nvrtc(nvrtc.nvrtcGetCUBINSize(program)))
     _check_nvrtc(nvrtc.nvrtcGetCUBIN(program, code))  # writes into the bytes it is given
     module = _check_driver(driver.cuModuleLoadData(code))
     return _check_driver(driver.cuModuleGetFunction(module, b"candidates"))
+
+
+def compile_options(capability: tuple[int, int], half_scores: bool) -> list[bytes]:
+    """Return NVRTC's options for a compute capability and the scores' type."""
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode()]
+    return [*options, b"--define-macro=HALF_SCORES"] if half_scores else options
 
 
 def _types() -> tuple[Any, ...]:
@@ -193,7 +212,7 @@ def _types() -> tuple[Any, ...]:
 
     pointer, number = ctypes.c_void_p, ctypes.c_int
     return (
-        *(pointer, pointer, ctypes.c_longlong, number, number),
+        *(pointer, pointer, ctypes.c_longlong, number),
         *(ctypes.c_float, ctypes.c_uint, pointer, pointer),
     )
 

@@ -78,7 +78,7 @@ def nms_in(metadata: Mapping[str, str]) -> NmsSettings | None:
 def class_count(outputs: Sequence[TensorSpec], layout: OutputLayout) -> int | None:
     """Return how many classes the outputs tell of, or None where they do not say."""
     if layout == "split":
-        return next(output.shape[1] for output in outputs if output.name == "scores")
+        return next(output.shape[2] for output in outputs if output.name == "scores")
     if layout == "rows":
         columns = outputs[0].shape[2]
         return None if columns is None else columns - 5

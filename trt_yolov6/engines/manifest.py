@@ -23,8 +23,9 @@ Precision = Literal["fp32", "fp16", "int8", "fp8"]
 OutputLayout = Literal["split", "rows", "end2end"]
 """How the graph gives its detections.
 
-split:   `boxes` (batch, 4, anchors): x1, y1, x2, y2 in input pixels;
-         `scores` (batch, classes, anchors) in 0..1
+split:   `boxes` (batch, anchors, 4): x1, y1, x2, y2 in input pixels, float32;
+         `scores` (batch, anchors, classes) in 0..1, float32 or float16. Convolutions on a GPU keep
+         channels last, so nothing has to be moved for it
 rows:    one output (batch, anchors, 5 + classes): cx, cy, w, h in input pixels, objectness, scores
 end2end: `detections` (n, 7): batch index, x1, y1, x2, y2 in input pixels, score, class; NMS done
 """

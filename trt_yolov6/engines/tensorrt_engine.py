@@ -103,7 +103,11 @@ class TensorRTEngine(Engine):
             batch=self.batch,
             record_graph=self._contexts.record_graph,
             find_candidates=self.output_layout == "split"
-            and all(output.dtype == np.float32 for output in self.outputs),
+            and all(
+                output.dtype == np.float32
+                or (output.name == "scores" and output.dtype == np.float16)
+                for output in self.outputs
+            ),
         )
         try:
             self._idle.append(self._new_lane())

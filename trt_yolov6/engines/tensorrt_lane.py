@@ -239,7 +239,10 @@ class Lane:
         if self._filter is None and plan.find_candidates:
             shape = self._output_shape("scores")
             try:
-                self._filter = self._own(CandidateFilter(shape[1], shape[2], plan.batch.max))
+                half = next(out for out in plan.outputs if out.name == "scores").dtype != np.float32
+                self._filter = self._own(
+                    CandidateFilter(shape[2], shape[1], plan.batch.max, half_scores=half)
+                )
             except CudaError:
                 return False
         return self._filter is not None

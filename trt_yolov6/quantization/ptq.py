@@ -433,7 +433,8 @@ def _check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
     if wanted == "auto":
         least_agreement(settings.max_ap_drop)
         return
-    layers = place(graph.model, wanted if isinstance(wanted, tuple) else ()).layers
+    kept = wanted if isinstance(wanted, tuple) else ()
+    layers = place_for(settings.quantized, graph.model, kept).layers
     if isinstance(wanted, int):
         most_sensitive(Sensitivity("snr", tuple((name, 0.0) for name in layers)), wanted)
 
