@@ -23,7 +23,7 @@ from typing import Any
 import onnx
 
 from trt_yolov6.benchmarking import benchmark_many, format_report, random_input
-from trt_yolov6.building import build_engine, graph_from_onnx
+from trt_yolov6.building import SUFFIXES, build_engine, graph_from_onnx
 from trt_yolov6.engines import backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.tensorrt_engine import TensorRTEngine
@@ -174,13 +174,13 @@ def built(folder: Path, name: str, backend_name: str, settings: BuildSettings) -
         engine = build_engine(
             graph_from_onnx(folder / f"{name}.onnx"),
             backend=backend_name,
-            output=folder / f"{name}.trt",
+            output=plan_path(folder, name, backend_name),
             settings=settings,
         )
     except UserError as error:
         return {"refused": str(error)}
     (folder / f"{name}.layers.txt").write_text("\n".join(said))
-    layers = engine_layers(said[-1])
+    layers = engine_layers("\n".join(said))
     kinds = Counter(
         f"{layer.kind} {'+'.join(layer.inputs)} -> {'+'.join(layer.outputs)}" for layer in layers
     )
@@ -192,11 +192,16 @@ def built(folder: Path, name: str, backend_name: str, settings: BuildSettings) -
     }
 
 
+def plan_path(folder: Path, name: str, backend_name: str) -> Path:
+    """Return where an engine lies."""
+    return folder / "engines" / f"{name}{SUFFIXES[backend_name]}"
+
+
 def time_all(
     folder: Path, names: list[str], options: argparse.Namespace, found: dict[str, Any]
 ) -> None:
     """Time all engines in turns, and then their kernels."""
-    engines = [load_engine(folder / f"{name}.trt") for name in names]
+    engines = [load_engine(plan_path(folder, name, options.backend)) for name in names]
     results = benchmark_many(engines, batch=options.batch, duration=options.seconds, progress=False)
     print(format_report(results))
     base = results[0].latency.median
