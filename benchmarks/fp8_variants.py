@@ -23,7 +23,7 @@ from typing import Any
 import onnx
 
 from trt_yolov6.benchmarking import benchmark_many, format_report, random_input
-from trt_yolov6.building import build_engine, graph_from_onnx
+from trt_yolov6.building import SUFFIXES, build_engine, graph_from_onnx
 from trt_yolov6.engines import LoadOptions, backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.tensorrt_layers import engine_layers
@@ -127,9 +127,9 @@ def write_missing(folder: Path, names: list[str], options: argparse.Namespace) -
     model, ranges = random_graph(options.model, options.size, options.batch)
     for name in missing:
         if name == REFERENCE:
-            from trt_yolov6.precision import to_fp16
+            from trt_yolov6.precision import tail_nodes, to_fp16
 
-            graph = to_fp16(model)
+            graph = to_fp16(model, keep_float32=tail_nodes(model))
         else:
             variant = VARIANTS[name]
             placement = place(model, leave_float=variant.rules, hand_on=variant.hand_on)
@@ -173,13 +173,13 @@ def built(folder: Path, name: str, backend_name: str, settings: BuildSettings) -
         engine = build_engine(
             graph_from_onnx(folder / f"{name}.onnx"),
             backend=backend_name,
-            output=folder / f"{name}.trt",
+            output=plan_path(folder, name, backend_name),
             settings=settings,
         )
     except UserError as error:
         return {"refused": str(error)}
     (folder / f"{name}.layers.txt").write_text("\n".join(said))
-    layers = engine_layers(said[-1])
+    layers = engine_layers("\n".join(said))
     kinds = Counter(
         f"{layer.kind} {'+'.join(layer.inputs)} -> {'+'.join(layer.outputs)}" for layer in layers
     )
@@ -191,11 +191,16 @@ def built(folder: Path, name: str, backend_name: str, settings: BuildSettings) -
     }
 
 
+def plan_path(folder: Path, name: str, backend_name: str) -> Path:
+    """Return where an engine lies."""
+    return folder / "engines" / f"{name}{SUFFIXES[backend_name]}"
+
+
 def time_all(
     folder: Path, names: list[str], options: argparse.Namespace, found: dict[str, Any]
 ) -> None:
     """Time all engines in turns, and then their kernels."""
-    engines = [load_engine(folder / f"{name}.trt") for name in names]
+    engines = [load_engine(plan_path(folder, name, options.backend)) for name in names]
     results = benchmark_many(engines, batch=options.batch, duration=options.seconds, progress=False)
     print(format_report(results))
     base = results[0].latency.median

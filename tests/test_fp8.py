@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -22,9 +23,11 @@ from test_export import ONE, TINY, random_model
 from trt_yolov6.building import BuiltEngine, Graph, build_engine, graph_from_onnx
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
+from trt_yolov6.doctor import _has_fp8
 from trt_yolov6.engines import backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.onnxruntime_backend import exact_session
+from trt_yolov6.engines.tensorrt_engine import _profiler
 from trt_yolov6.engines.tensorrt_layers import engine_layers, quantized_layers
 from trt_yolov6.errors import UserError
 from trt_yolov6.export import ExportSettings, export_onnx
@@ -425,6 +428,16 @@ def test_tensorrt_rtx_computes_in_fp8_what_it_is_asked_to(sample_fp8: Graph) -> 
     assert ("correlation", ("Float",)) not in kinds
 
 
+def test_doctor_says_which_gpus_have_fp8() -> None:
+    assert [_has_fp8(version) for version in ("7.5", "8.6", "8.9", "9.0", "12.0")] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
 def test_int8_and_fp8_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["build", "--int8", "--fp8"])
@@ -465,3 +478,14 @@ def test_codes_are_read_back_by_onnx() -> None:
     values = np.array([[0.5, -448.0, 1.0, 3.0]], np.float32)
     tensor = FP8.tensor(FP8.encode(values), "x")
     assert np.array_equal(numpy_helper.to_array(tensor).astype(np.float32), values)
+
+
+def test_each_kernels_times_are_kept_in_order() -> None:
+    api = SimpleNamespace(IProfiler=type("IProfiler", (), {"__init__": lambda self: None}))
+    times: dict[str, list[float]] = {}
+    profiler = _profiler(api, times)
+    for milliseconds in (2.0, 4.0):
+        profiler.report_layer_time("first", milliseconds)
+        profiler.report_layer_time("second", 1.0)
+    assert times == {"first": [0.002, 0.004], "second": [0.001, 0.001]}
+    assert list(times) == ["first", "second"]

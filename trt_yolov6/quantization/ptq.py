@@ -74,7 +74,8 @@ FEWEST_IMAGES, MOST_IMAGES = 16, 64
 network the more, since few images agree by chance."""
 
 CLEAR_GAIN = 0.01
-"""Agreement that corrected biases have to bring: less may be chance, and the AP may fall by it."""
+"""Agreement that corrected biases have to bring, or for FP8 another calibrator than min-max, or
+rescaled channels: less may be chance, and the AP may fall by it."""
 
 CONFIDENCES = (0.1, 0.2, 0.3)
 """Scores from which on a float detection counts as true; the mean over several of them varies less
@@ -345,11 +346,14 @@ def _calibrate(
             if prepared.model not in models:  # else there was nothing to rescale
                 models.append(prepared.model)
                 candidates.append(_judged(judge, prepared, method, key, quantized, say))
-        variant = _simplest_of_the_best(candidates).variant
+        tolerance = CLEAR_GAIN if quantized.is_floating else TOLERANCE
+        variant = _simplest_of_the_best(candidates, tolerance).variant
     prepared = _prepare(graph, paths, settings, variant, say)
     if judge and len(methods) > 1:
         choices = [_judged(judge, prepared, one, key, quantized, say) for one in methods]
-        method = max(choices, key=lambda choice: choice.agreement).method
+        # A floating type loses nothing to a range that is too wide, so min-max comes first.
+        tolerance = CLEAR_GAIN if quantized.is_floating else 0.0
+        method = _simplest_of_the_best(choices, tolerance).method
     if judge:
         say(f"chosen: calibrator {method}, graph {variant}")
     table = _table(prepared, method, key, quantized)
@@ -497,10 +501,10 @@ def _judged(
     return result
 
 
-def _simplest_of_the_best(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the first candidate that is as good as the best but for `TOLERANCE`."""
+def _simplest_of_the_best(candidates: Sequence[Candidate], tolerance: float) -> Candidate:
+    """Return the first candidate that is as good as the best but for a tolerance."""
     best = max(candidate.agreement for candidate in candidates)
-    return next(item for item in candidates if item.agreement >= best - TOLERANCE)
+    return next(item for item in candidates if item.agreement >= best - tolerance)
 
 
 def _prepare(
