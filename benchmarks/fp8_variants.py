@@ -16,6 +16,7 @@ import datetime
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.tensorrt_layers import engine_layers
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import write_json
+from trt_yolov6.precision import tail_nodes, to_fp16
 from trt_yolov6.quantization.insert import insert_qdq
 from trt_yolov6.quantization.levels import FP8
 from trt_yolov6.quantization.placement import (
@@ -126,16 +128,19 @@ def write_missing(folder: Path, names: list[str], options: argparse.Namespace) -
         return
     model, ranges = random_graph(options.model, options.size, options.batch)
     for name in missing:
-        if name == REFERENCE:
-            from trt_yolov6.precision import tail_nodes, to_fp16
+        onnx.save(variant_graph(name, model, ranges), folder / f"{name}.onnx")
 
-            graph = to_fp16(model, keep_float32=tail_nodes(model))
-        else:
-            variant = VARIANTS[name]
-            placement = place(model, leave_float=variant.rules, hand_on=variant.hand_on)
-            quantized = dataclasses.replace(FP8, channel_scales=variant.channel_scales)
-            graph = insert_qdq(model, placement, ranges, quantized=quantized, fp16=True)
-        onnx.save(graph, folder / f"{name}.onnx")
+
+def variant_graph(
+    name: str, model: onnx.ModelProto, ranges: Mapping[str, float]
+) -> onnx.ModelProto:
+    """Return a float32 graph in one of `VARIANTS`, or in half precision (`REFERENCE`)."""
+    if name == REFERENCE:
+        return to_fp16(model, keep_float32=tail_nodes(model))
+    variant = VARIANTS[name]
+    placement = place(model, leave_float=variant.rules, hand_on=variant.hand_on)
+    quantized = dataclasses.replace(FP8, channel_scales=variant.channel_scales)
+    return insert_qdq(model, placement, ranges, quantized=quantized, fp16=True)
 
 
 def random_graph(name: str, size: int, batch: int) -> tuple[onnx.ModelProto, dict[str, float]]:

@@ -10,8 +10,10 @@ takes some of the parts: ceilings, decoding, streams, boxes, jpeg, fp8, accuracy
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import pickle
 import platform
 import sys
 import tempfile
@@ -28,87 +30,83 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.fp8_variants import REFERENCE, variant_graph
 from benchmarks.gpu_graphs import (
+    Job,
     as_graph,
-    authors_half,
     bytes_moved,
-    our_graph,
+    make_all,
     random_model,
     with_batch,
 )
 from trt_yolov6 import __version__
 from trt_yolov6.benchmarking import BenchmarkResult, benchmark_many, random_input
-from trt_yolov6.building import Graph, build_engine, graph_from_checkpoint
+from trt_yolov6.building import SUFFIXES, Graph, build_engine, graph_from_checkpoint
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.data.loader import default_workers, load_batches
 from trt_yolov6.detection import Detections, postprocess
 from trt_yolov6.engines import Engine, LoadOptions, backend, load_engine
-from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
+from trt_yolov6.engines.manifest import BatchProfile, NmsSettings, Precision, read_manifest
 from trt_yolov6.environment import package_versions, read_gpus, software_versions
+from trt_yolov6.errors import UserError
 from trt_yolov6.evaluation import evaluate
 from trt_yolov6.export import ExportSettings
 from trt_yolov6.files import write_json
 from trt_yolov6.inference import process
-from trt_yolov6.models import YOLOv6, count_flops
+from trt_yolov6.models import count_flops
+from trt_yolov6.quantization.levels import FP8
+from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
 VARIANTS = ("yolov6n", "yolov6s")
+DECODINGS = ("ours", "authors", "heads only", "ours, uint8 input")
+FP8_PLACEMENTS = ("no_head_from_250", "no_head_from_500", "default", "no_head", "all")
 
 
 @dataclass
 class Bench:
-    """What all parts share: where engines go, how long to measure, the graphs made so far."""
+    """What all parts share: where engines go, how long to measure, the graphs."""
 
     backend: str
     folder: Path
     seconds: float
     size: int
     """Height and width of the input."""
+    graphs: dict[Job, bytes]
     ceilings: dict[str, float] = field(default_factory=dict)
-    models: dict[str, YOLOv6] = field(default_factory=dict)
-    graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
 
-    def model(self, variant: str) -> YOLOv6:
-        if variant not in self.models:
-            self.models[variant] = random_model(variant)
-        return self.models[variant]
-
-    def ours(self, variant: str, **options: bool) -> onnx.ModelProto:
-        key = f"{variant} {sorted(options.items())}"
-        if key not in self.graphs:
-            self.graphs[key] = our_graph(self.model(variant), self.size, **options)
-        return self.graphs[key]
+    def graph(self, kind: str, variant: str, batch: int = 0) -> onnx.ModelProto:
+        """Return one of our graphs with a free batch axis, or the authors' for a batch size."""
+        return onnx.load_from_string(self.graphs[Job(kind, variant, self.size, batch)])
 
     def build(self, graph: Graph, name: str) -> Path:
-        path = self.folder / f"{name}{'.onnx' if self.backend == 'onnxruntime' else '.trt'}"
+        """Build an engine unless it is there."""
+        path = self.folder / f"{name}{SUFFIXES[self.backend]}"
         if not path.exists():
             start = time.perf_counter()
             build_engine(graph, backend=self.backend, output=path)
             print(f"  built {name} in {time.perf_counter() - start:.1f} s", flush=True)
         return path
 
-    def our_engine(self, variant: str, batch: int, **options: bool) -> Path:
-        """Build our graph of a variant with random weights for one batch size."""
-        words = "".join(f"_{name}" for name, value in options.items() if value)
-        graph = as_graph(
-            with_batch(self.ours(variant, **options), batch), variant, self.size, batch
+    def engine(self, kind: str, variant: str, batch: int) -> Path:
+        """Build a graph of a variant with random weights for one batch size."""
+        model = (
+            self.graph(kind, variant, batch)
+            if kind == "authors"
+            else with_batch(self.graph(kind, variant), batch)
         )
-        return self.build(graph, f"{variant}{words}_b{batch}")
-
-    def authors(self, variant: str, batch: int) -> Graph:
-        """Return the graph of a variant decoded as the authors do."""
-        model = authors_half(self.model(variant), self.size, batch)
-        return as_graph(model, variant, self.size, batch)
+        name = f"{variant}_{kind}_b{batch}".replace(", ", "_").replace(" ", "_")
+        return self.build(as_graph(model, variant, self.size, batch), name)
 
     def floor(self, variant: str, batch: int, element: int = 2) -> dict[str, float]:
         """Return the roofline of a batch: seconds by arithmetic and by memory, the larger last."""
         if not self.ceilings:
             return {}
-        flops = batch * count_flops(self.model(variant), self.size)
-        moved = bytes_moved(self.ours(variant), batch, element)
+        flops = batch * count_flops(random_model(variant), self.size)
+        moved = bytes_moved(self.graph("ours", variant), batch, element)
         rate = self.ceilings["fp8_flops" if element == 1 else "fp16_flops"]
         arithmetic = flops / rate
         memory = moved / self.ceilings["bytes_per_second"]
@@ -152,17 +150,11 @@ def measure_decoding(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for variant in VARIANTS:
         for batch in (32, 1):
-            paths = {
-                "ours": bench.our_engine(variant, batch),
-                "authors": bench.build(
-                    bench.authors(variant, batch),
-                    f"{variant}_authors_b{batch}",
-                ),
-                "heads only": bench.our_engine(variant, batch, outputs_only=True),
-                "ours, uint8 input": bench.our_engine(variant, batch, uint8=True),
-            }
+            paths = {kind: bench.engine(kind, variant, batch) for kind in DECODINGS}
             for graph, result in zip(paths, bench_paths(bench, paths.values(), batch), strict=True):
                 rows.append(row_of(result, bench, variant, graph=graph))
+                if graph in ("ours", "authors"):
+                    rows[-1]["layers_us"] = layers_us(paths[graph], batch)
     for row in rows:
         base = next(
             one
@@ -178,7 +170,7 @@ def measure_streams(bench: Bench) -> list[dict[str, Any]]:
     """Batch 1 on one stream and on several."""
     rows: list[dict[str, Any]] = []
     for variant in VARIANTS:
-        with load_engine(bench.our_engine(variant, 1, uint8=True)) as engine:
+        with load_engine(bench.engine("ours, uint8 input", variant, 1)) as engine:
             runs = {count: engine.resident_run(random_input(engine, 1), count) for count in (1, 4)}
             times = interleaved(list(runs.values()), bench.seconds)
         for count, seconds in zip(runs, times, strict=True):
@@ -192,7 +184,7 @@ def measure_boxes(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     place = fit((bench.size, bench.size), (bench.size, bench.size))
     nms = NmsSettings()
-    with load_engine(bench.our_engine("yolov6n", 1, uint8=True)) as engine:
+    with load_engine(bench.engine("ours, uint8 input", "yolov6n", 1)) as engine:
         locked, ordinary = engine.empty_input(1), random_input(engine, 1)
         locked[:] = ordinary
 
@@ -217,7 +209,7 @@ def measure_boxes(bench: Bench) -> list[dict[str, Any]]:
                     "to_engine": float(np.median(seconds) / np.median(own)),
                 }
             )
-    with load_engine(bench.our_engine("yolov6s", 32, uint8=True)) as engine:
+    with load_engine(bench.engine("ours, uint8 input", "yolov6s", 32)) as engine:
         for memory in ("page-locked", "ordinary"):
             batches = []
             for _ in range(3):
@@ -288,7 +280,7 @@ def measure_jpeg(bench: Bench) -> list[dict[str, Any]]:
         ),
     )
     engines = {
-        "yolov6s, random weights": bench.our_engine("yolov6s", 32, uint8=True),
+        "yolov6s, random weights": bench.engine("ours, uint8 input", "yolov6s", 32),
         "yolov6n, sample": bench.build(sample, "sample_uint8_b32"),
     }
     rows = []
@@ -354,6 +346,48 @@ def boxes_rate(engine: Engine, encoded: Sequence[bytes], seconds: float) -> floa
         return count / (time.perf_counter() - start)
 
 
+def measure_fp8(bench: Bench) -> dict[str, Any]:
+    """FP8 in several placements against FP16: S at batch 32, with the times of its layers."""
+    model, ranges = pickle.loads(bench.graphs[Job("to quantize", "yolov6s", bench.size, 32)])
+    paths = {}
+    for name in (REFERENCE, *FP8_PLACEMENTS):
+        graph = as_graph(variant_graph(name, model, ranges), "yolov6s", bench.size, 32)
+        precision: Precision = "fp16" if name == REFERENCE else "fp8"
+        paths[name] = bench.build(
+            dataclasses.replace(graph, precision=precision), f"yolov6s_fp8_{name}"
+        )
+    rows = []
+    results = bench_paths(bench, paths.values(), 32)
+    for (name, path), result in zip(paths.items(), results, strict=True):
+        row = row_of(result, bench, "yolov6s", element=1 if name != REFERENCE else 2, graph=name)
+        manifest = read_manifest(path)
+        row["fp8_convolutions"] = manifest.fp8_layers if manifest else None
+        row["fps_to_fp16"] = row["fps"] * results[0].latency.median / 32
+        row["layers_us"] = layers_us(path, 32)
+        rows.append(row)
+    return {"speed": rows, "accuracy": measure_fp8_accuracy(bench)}
+
+
+def layers_us(path: Path, batch: int) -> dict[str, float]:
+    """Return the microseconds of an engine's layers; none where the backend does not tell."""
+    options = LoadOptions(cuda_graph=False)
+    with contextlib.suppress(UserError), load_engine(path, options=options) as engine:
+        times = engine.layer_times(random_input(engine, batch))
+        return {layer: 1e6 * seconds for layer, seconds in times.items()}
+    return {}
+
+
+def measure_fp8_accuracy(bench: Bench) -> list[dict[str, Any]]:
+    """AP of the sample in FP8 with half precision around it, as `build --fp8 --fp16` makes it."""
+    graph = graph_from_checkpoint(SAMPLE, ExportSettings(batch=BatchProfile(1, 8, 8)))
+    quantized = quantize(graph, ROOT / "calib", QuantizationSettings(quantized=FP8, fp16=True))
+    path = bench.build(quantized.graph, "sample_fp8")
+    with load_engine(path) as engine:
+        result = evaluate(engine, load_coco(ROOT / "samples"), batch=8, progress=False).to_json()
+    result.pop("per_class")
+    return [{**result, "engine": "FP8, the rest FP16"}]
+
+
 def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
     """AP of the sample through engines on the GPU, and of the FP32 graph on this CPU."""
     dataset = load_coco(ROOT / "samples")
@@ -368,8 +402,7 @@ def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
         graph = graph_from_checkpoint(
             SAMPLE, ExportSettings(batch=BatchProfile(1, 8, 8), **options)
         )
-        suffix = ".onnx" if backend_name == "onnxruntime" else ".trt"
-        path = bench.folder / f"accuracy_{len(rows)}{suffix}"
+        path = bench.folder / f"accuracy_{len(rows)}{SUFFIXES[backend_name]}"
         build_engine(graph, backend=backend_name, output=path)
         with load_engine(path, options=LoadOptions(provider="cpu")) as engine:
             result = evaluate(engine, dataset, batch=8, progress=False)
@@ -386,7 +419,7 @@ def measure_overhead(bench: Bench) -> list[dict[str, Any]]:
 
     rows = []
     for variant, batch in (("yolov6n", 1), ("yolov6s", 32)):
-        with load_engine(bench.our_engine(variant, batch)) as loaded:
+        with load_engine(bench.engine("ours", variant, batch)) as loaded:
             engine: Any = loaded
             run = engine.resident_run(random_input(engine, batch))
             run()
@@ -417,6 +450,19 @@ def measure_overhead(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
+def jobs_for(parts: Sequence[str], size: int) -> list[Job]:
+    """Return the graphs that some parts need."""
+    jobs = []
+    if "fp8" in parts:
+        jobs.append(Job("to quantize", "yolov6s", size, 32))
+    for variant in reversed(VARIANTS):  # what takes longest first
+        if "decoding" in parts:
+            jobs += [Job("authors", variant, size, batch) for batch in (32, 1)]
+            jobs.append(Job("heads only", variant, size, 0))
+        jobs += [Job(kind, variant, size, 0) for kind in ("ours", "ours, uint8 input")]
+    return jobs
+
+
 PARTS: dict[str, Callable[[Bench], Any]] = {
     "ceilings": measure_ceilings,
     "decoding": measure_decoding,
@@ -424,6 +470,7 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     "streams": measure_streams,
     "boxes": measure_boxes,
     "jpeg": measure_jpeg,
+    "fp8": measure_fp8,
     "accuracy": measure_accuracy,
 }
 
@@ -450,9 +497,11 @@ def loaded_all(paths: Sequence[Path]) -> Iterator[list[Engine]]:
             engine.close()
 
 
-def row_of(result: BenchmarkResult, bench: Bench, variant: str, **more: Any) -> dict[str, Any]:
+def row_of(
+    result: BenchmarkResult, bench: Bench, variant: str, element: int = 2, **more: Any
+) -> dict[str, Any]:
     """Return one line of a table: the figures, and how far they are from the roofline."""
-    floor = bench.floor(variant, result.batch)
+    floor = bench.floor(variant, result.batch, element)
     median = result.latency.median * 1e3
     row = {
         "variant": variant,
@@ -531,16 +580,27 @@ def main() -> None:
         "parts": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.backend, Path(folder), options.seconds, options.imgsz)
+        print("== graphs", flush=True)
+        graphs = make_all(jobs_for(options.only.split(","), options.imgsz))
+        print(f"  {time.perf_counter() - began:.0f} s", flush=True)
+        bench = Bench(options.backend, Path(folder), options.seconds, options.imgsz, graphs)
         for name in options.only.split(","):
             start = time.perf_counter()
             print(f"== {name}", flush=True)
             results["parts"][name] = PARTS[name](bench)
-            for row in results["parts"][name] if name != "ceilings" else [bench.ceilings]:
+            for row in rows_in(results["parts"][name]):
                 print(" ", short(row), flush=True)
             print(f"  {time.perf_counter() - start:.0f} s", flush=True)
             results["seconds"] = time.perf_counter() - began
             write_json(options.json, results)
+
+
+def rows_in(part: Any) -> list[dict[str, Any]]:
+    """Return the rows of a part, whatever it is made of."""
+    if isinstance(part, list):
+        return part
+    inner = [row for value in part.values() if isinstance(value, list) for row in value]
+    return inner or [part]
 
 
 def short(row: dict[str, Any]) -> str:

@@ -6,6 +6,12 @@ both ends, so that they differ in nothing but what is compared.
 
 from __future__ import annotations
 
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import onnx
@@ -13,6 +19,7 @@ import onnx.utils
 import torch
 
 from benchmarks.authors_graph import authors_graph
+from benchmarks.fp8_variants import random_graph
 from trt_yolov6.building import Graph
 from trt_yolov6.engines.manifest import BatchProfile
 from trt_yolov6.export import ExportSettings, export_onnx
@@ -29,23 +36,17 @@ def random_model(variant: str) -> YOLOv6:
 
 
 def our_graph(
-    model: YOLOv6,
-    size: int,
-    *,
-    fp16: bool = True,
-    uint8: bool = False,
-    outputs_only: bool = False,
+    model: YOLOv6, size: int, *, uint8: bool = False, outputs_only: bool = False
 ) -> onnx.ModelProto:
     """Export a model as `trt-yolov6 export --fp16` does, with a free batch axis.
 
     Args:
         model: see `random_model`.
         size: height and width of the input.
-        fp16: half precision.
         uint8: pixels as input, normalized in the graph.
         outputs_only: stop at the six outputs of the heads: no decoding at all.
     """
-    settings = ExportSettings((size, size), fp16=fp16 and not outputs_only, uint8_input=uint8)
+    settings = ExportSettings((size, size), fp16=not outputs_only, uint8_input=uint8)
     graph = export_onnx(model, settings, verify=False)
     return to_fp16(_heads_of(graph)) if outputs_only else graph
 
@@ -56,6 +57,45 @@ def authors_half(model: YOLOv6, size: int, batch: int) -> onnx.ModelProto:
     for index, node in enumerate(graph.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
     return to_fp16(graph)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A graph to be made; `kind` is one of `KINDS`."""
+
+    kind: str
+    variant: str
+    size: int
+    batch: int
+    """For the authors' decoding and for FP8, whose graphs have a fixed batch; else 0."""
+
+
+KINDS: dict[str, Callable[[Job], bytes]] = {
+    "ours": lambda job: our_graph(random_model(job.variant), job.size).SerializeToString(),
+    "ours, uint8 input": lambda job: our_graph(
+        random_model(job.variant), job.size, uint8=True
+    ).SerializeToString(),
+    "heads only": lambda job: our_graph(
+        random_model(job.variant), job.size, outputs_only=True
+    ).SerializeToString(),
+    "authors": lambda job: authors_half(
+        random_model(job.variant), job.size, job.batch
+    ).SerializeToString(),
+    "to quantize": lambda job: pickle.dumps(random_graph(job.variant, job.size, job.batch)),
+}
+
+
+def make(job: Job) -> bytes:
+    """Make one graph; for a process of its own."""
+    torch.set_num_threads(2)
+    return KINDS[job.kind](job)
+
+
+def make_all(jobs: Sequence[Job]) -> dict[Job, bytes]:
+    """Make graphs side by side: tracing keeps one core busy for seconds."""
+    workers = max(1, min(len(jobs), (os.cpu_count() or 1) // 2))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return dict(zip(jobs, pool.map(make, jobs), strict=True))
 
 
 def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
@@ -111,9 +151,9 @@ def bytes_moved(model: onnx.ModelProto, batch: int, element: int) -> int:
 def _heads_of(model: onnx.ModelProto) -> onnx.ModelProto:
     """Cut a float32 graph off behind its heads."""
     first = [
-        node.input[0]
+        node.output[0]
         for node in model.graph.node
-        if node.op_type == "Reshape" and node.name.startswith("decode/")
+        if node.op_type == "Conv" and node.name.endswith("_pred")
     ]
     extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(model))
     return extractor.extract_model(["images"], first)

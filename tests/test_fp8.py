@@ -27,7 +27,7 @@ from trt_yolov6.doctor import _has_fp8
 from trt_yolov6.engines import backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.onnxruntime_backend import exact_session
-from trt_yolov6.engines.tensorrt_engine import _profiler
+from trt_yolov6.engines.tensorrt_lane import _profiler
 from trt_yolov6.engines.tensorrt_layers import engine_layers, quantized_layers
 from trt_yolov6.errors import UserError
 from trt_yolov6.export import ExportSettings, export_onnx
@@ -482,10 +482,9 @@ def test_codes_are_read_back_by_onnx() -> None:
 
 def test_each_kernels_times_are_kept_in_order() -> None:
     api = SimpleNamespace(IProfiler=type("IProfiler", (), {"__init__": lambda self: None}))
-    times: dict[str, list[float]] = {}
-    profiler = _profiler(api, times)
+    profiler = _profiler(api)
     for milliseconds in (2.0, 4.0):
         profiler.report_layer_time("first", milliseconds)
         profiler.report_layer_time("second", 1.0)
-    assert times == {"first": [0.002, 0.004], "second": [0.001, 0.001]}
-    assert list(times) == ["first", "second"]
+    assert profiler.times == {"first": [0.002, 0.004], "second": [0.001, 0.001]}
+    assert list(profiler.times) == ["first", "second"]

@@ -33,7 +33,7 @@ from trt_yolov6.engines.manifest import BatchProfile
 from trt_yolov6.engines.tensorrt_common import Flavour, logger_of
 from trt_yolov6.errors import UserError
 
-_COPY_THREADS = min(8, os.cpu_count() or 1)
+_COPY_THREADS = min(16, os.cpu_count() or 1)
 
 _Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, Stream, CandidateFilter)
 
@@ -265,14 +265,18 @@ class Lane:
         staging = self._pinned.array(images.shape, self._plan.input.dtype)
         self._in_use = staging
 
-        def stage(index: int) -> int:
-            np.copyto(staging[index], images[index])
-            return index
+        def stage(part: range) -> range:
+            np.copyto(staging[part.start : part.stop], images[part.start : part.stop])
+            return part
 
-        nbytes = images.nbytes // len(images)
+        each = images.nbytes // len(images)
+        size = -(-len(images) // _COPY_THREADS)
+        parts = [
+            range(first, min(first + size, len(images))) for first in range(0, len(images), size)
+        ]
         address = staging.ctypes.data
-        for index in self._copiers.map(stage, range(len(images))):
-            self.stream.copy_in(self._device_input, address, nbytes, index * nbytes)
+        for part in self._copiers.map(stage, parts):
+            self.stream.copy_in(self._device_input, address, len(part) * each, part.start * each)
 
     def _bind(self, address: int, shape: tuple[int, ...]) -> None:
         """Say where the input lies and of which shape it is."""
