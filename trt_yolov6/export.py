@@ -265,10 +265,13 @@ def _anchors(
 
 def _append_decoding(graph: gs.Graph, arch: Architecture, settings: ExportSettings) -> None:
     raw = {tensor.name: tensor for tensor in graph.outputs}
-    # A sigmoid right behind a convolution is fused with it; behind the concatenation it is not.
-    scores = _joined(graph, raw, "cls", [0, -1, arch.num_classes], sigmoid=True)
+    # Behind the concatenation, where it costs no time: right behind the convolutions TensorRT-RTX
+    # fuses it with them, and they take three times as long (139 us against 44; H200, N, batch 32).
+    logits = _joined(graph, raw, "cls", [0, -1, arch.num_classes])
+    scores = _node(graph, "Sigmoid", "decode/scores", [logits])
     if arch.head == "offset":
-        confidence = _joined(graph, raw, "obj", [0, -1, 1], sigmoid=True)
+        objectness = _joined(graph, raw, "obj", [0, -1, 1])
+        confidence = _node(graph, "Sigmoid", "decode/objectness", [objectness])
         scores = _node(graph, "Mul", "decode/class_times_objectness", [scores, confidence])
         boxes = _offset_boxes(graph, raw, settings)
     else:
@@ -324,21 +327,13 @@ def _offset_boxes(
 
 
 def _joined(
-    graph: gs.Graph,
-    raw: dict[str, gs.Variable],
-    kind: str,
-    shape: list[int],
-    *,
-    sigmoid: bool = False,
+    graph: gs.Graph, raw: dict[str, gs.Variable], kind: str, shape: list[int]
 ) -> gs.Variable:
     """Put channels last, flatten one kind of output over its cells, join the levels' anchors."""
     levels = []
     for stride in STRIDES:
         name = f"{kind}_{stride}"
-        tensor = raw[name]
-        if sigmoid:
-            tensor = _node(graph, "Sigmoid", f"decode/{name}_sigmoid", [tensor])
-        last = _node(graph, "Transpose", f"decode/{name}_last", [tensor], perm=[0, 2, 3, 1])
+        last = _node(graph, "Transpose", f"decode/{name}_last", [raw[name]], perm=[0, 2, 3, 1])
         levels.append(_reshape(graph, f"decode/{name}", last, shape))
     return _node(graph, "Concat", f"decode/{kind}", levels, axis=1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,15 +89,18 @@ class PinnedMemory:
             _checked(cudart.cudaMallocHost(self.nbytes), f"{nbytes / 2**20:.0f}")
         )
         self.free = weakref.finalize(self, _release, cudart.cudaFreeHost, self.address)
+        # Made once: every type of another length would live on until Python's cycles are collected.
+        self._type = ctypes.c_uint8 * self.nbytes
+        self._whole = np.frombuffer(memoryview(self.content()), np.uint8)
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return the first bytes as an array; it must not outlive this object."""
-        return np.frombuffer(memoryview(self._bytes(shape, dtype)), dtype).reshape(shape)
+        size = math.prod(shape) * dtype.itemsize
+        return self._whole[:size].view(dtype).reshape(shape)
 
-    def _bytes(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        assert size <= self.nbytes
-        return (ctypes.c_uint8 * size).from_address(self.address)
+    def content(self) -> Any:
+        """Return the bytes as a new ctypes array, whose own life can be watched."""
+        return self._type.from_address(self.address)
 
 
 class PinnedPool:
@@ -112,10 +116,10 @@ class PinnedPool:
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return an array of undefined content; its memory lives as long as it or a view of it."""
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         kept = self._free.get(nbytes)
         memory = kept.pop() if kept else PinnedMemory(nbytes)
-        content = memory._bytes(shape, dtype)
+        content = memory.content()
         self._lent[memory.address] = memory
         weakref.finalize(content, self._take_back, memory)
         return np.frombuffer(memoryview(content), dtype).reshape(shape)

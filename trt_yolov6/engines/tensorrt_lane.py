@@ -223,6 +223,7 @@ class Lane:
         allocator = output_allocator(self._plan.flavour.api)
         self._allocators[name] = allocator
         self._host_outputs.pop(name, None)
+        self._device_outputs.pop(name, None)
         self._context.set_output_allocator(name, allocator)
         # Allocating cannot be recorded.
         self._record_graph = False
