@@ -353,9 +353,12 @@ def measure_fp8(bench: Bench) -> dict[str, Any]:
     for name in (REFERENCE, *FP8_PLACEMENTS):
         graph = as_graph(variant_graph(name, model, ranges), "yolov6s", bench.size, 32)
         precision: Precision = "fp16" if name == REFERENCE else "fp8"
-        paths[name] = bench.build(
-            dataclasses.replace(graph, precision=precision), f"yolov6s_fp8_{name}"
-        )
+        try:
+            paths[name] = bench.build(
+                dataclasses.replace(graph, precision=precision), f"yolov6s_fp8_{name}"
+            )
+        except UserError as error:
+            return {"refused": str(error)}
     rows = []
     results = bench_paths(bench, paths.values(), 32)
     for (name, path), result in zip(paths.items(), results, strict=True):

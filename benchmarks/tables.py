@@ -20,7 +20,17 @@ from trt_yolov6.files import read_json, write_bytes
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-GPU = "gpu.json"
+PLACEMENTS = {
+    "fp16": "FP16",
+    "default": "from 1000 multiply-adds a value on (`--fp8`)",
+    "no_head_from_500": "from 500 on",
+    "no_head_from_250": "from 250 on",
+    "no_head": "all but first, transposed and head",
+    "all": "every convolution",
+}
+"""What the placements of `fp8_variants` are called in the README."""
+
+GPU = "h200-tensorrt-rtx-1.6.1.json"
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -77,7 +87,8 @@ def gpu_fp8() -> str:
     part = result(GPU)["parts"]["fp8"]
     rows = [
         [
-            row["graph"],
+            PLACEMENTS[row["graph"]],
+            row["fp8_convolutions"] or 0,
             f"{row['ms']:.3f}",
             f"{row['fps']:,.0f}".replace(",", " "),
             f"{row['fps_to_fp16']:.3f}",
@@ -85,7 +96,8 @@ def gpu_fp8() -> str:
         ]
         for row in part["speed"]
     ]
-    return markdown(["S, batch 32", "ms", "FPS", "to FP16", "of its roofline"], rows)
+    head = ["YOLOv6-S, batch 32", "FP8 convolutions", "ms", "FPS", "to FP16", "of its roofline"]
+    return markdown(head, rows)
 
 
 def gpu_whole() -> str:

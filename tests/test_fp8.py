@@ -24,7 +24,7 @@ from trt_yolov6.building import BuiltEngine, Graph, build_engine, graph_from_onn
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.doctor import _has_fp8
-from trt_yolov6.engines import backend, load_engine
+from trt_yolov6.engines import backend, cuda_device, load_engine, tensorrt_rtx
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.onnxruntime_backend import exact_session
 from trt_yolov6.engines.tensorrt_lane import _profiler
@@ -409,6 +409,18 @@ def test_a_target_without_fp8_is_refused_before_work_starts(
     assert reason in captured.err
     assert captured.out == ""
     assert not output.exists()
+
+
+def test_fp8_is_refused_on_hopper_where_tensorrt_rtx_gets_it_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    hopper = cuda_device.Device("NVIDIA H200", (9, 0))
+    monkeypatch.setattr(cuda_device, "current_device", lambda: hopper)
+    monkeypatch.setattr(tensorrt_rtx, "_check_device", lambda flavour, device: None)
+    tensorrt_rtx.check(BuildSettings())
+    with pytest.raises(UserError, match="computes FP8 wrongly on the NVIDIA H200"):
+        tensorrt_rtx.check(BuildSettings(fp8=True))
 
 
 def test_tensorrt_rtx_computes_in_fp8_what_it_is_asked_to(sample_fp8: Graph) -> None:
