@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from trt_yolov6.training.augmentation import AugmentationSettings
-from trt_yolov6.training.data_check import DataReport, OnBadData
+from trt_yolov6.data.letterbox import GRAY, fit
+from trt_yolov6.errors import UserError
+from trt_yolov6.training.augmentation import (
+    AugmentationSettings,
+    BatchPlan,
+    draw,
+    make_pictures,
+    place_boxes,
+    plain_plan,
+    plan_batch,
+)
+from trt_yolov6.training.data_check import (
+    DataReport,
+    OnBadData,
+    for_each_image,
+    full_report,
+    read_split,
+    refuse,
+    write_report,
+)
 from trt_yolov6.training.targets import Targets
+
+DEVICE_SHARE = 0.5
+"""Part of a GPU's free memory that a training set may take; the rest is for training."""
+
+_GPU_CHUNK = 32
+_CPU_CHUNK = 4  # stays closer to the caches
 
 
 @dataclass(frozen=True)
@@ -73,7 +102,18 @@ class TrainingSet:
         Returns:
             float32 (B, 3, S, S) RGB in 0..1, and the `Targets`.
         """
-        raise NotImplementedError
+        chosen = _indices(indices, len(self))
+        rank, processes = share
+        part = slice(len(chosen) * rank // processes, len(chosen) * (rank + 1) // processes)
+        plan = plan_batch(
+            chosen[part],
+            self.sizes.numpy(),
+            draw(len(chosen), generator)[part],
+            augmentation,
+            size=self.image_size,
+            strong=strong,
+        )
+        return self._make(plan, keep_all=False)
 
     def unaugmented(
         self, indices: Tensor | Sequence[int], *, border: int = 0
@@ -87,7 +127,59 @@ class TrainingSet:
         Returns:
             As `batch`.
         """
-        raise NotImplementedError
+        plan = plain_plan(
+            _indices(indices, len(self)), self.sizes.numpy(), size=self.image_size, border=border
+        )
+        return self._make(plan, keep_all=True)
+
+    def _make(self, plan: BatchPlan, *, keep_all: bool) -> tuple[Tensor, Targets]:
+        chunk = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
+        pictures = make_pictures(plan, self._gather, self.device, chunk)
+        return pictures, self._targets(plan, keep_all).to(self.device)
+
+    def _gather(self, images: NDArray[np.int64]) -> Tensor:
+        """Return images, uint8 (k, 3, H, W), on the device."""
+        if self.images.device == self.device:
+            index = torch.from_numpy(images).to(self.device, non_blocking=True)
+            return self.images.index_select(0, index)
+        # Copied one by one, straight from the store: gathering them first would be a second copy.
+        gathered = torch.empty(
+            len(images), *self.images.shape[1:], dtype=torch.uint8, device=self.device
+        )
+        for row, image in zip(gathered, images, strict=True):
+            row.copy_(self.images[int(image)], non_blocking=True)
+        return gathered
+
+    def _targets(self, plan: BatchPlan, keep_all: bool) -> Targets:
+        """Return the objects of a batch, on the CPU; of `keep_all`, those that are barely left."""
+        all_boxes, all_classes, first = self.boxes.numpy(), self.classes.numpy(), self.first.numpy()
+        found = []
+        for layers in (plan.singles, plan.mosaics, plan.mixed):
+            images = layers.images.ravel()
+            counts = first[images + 1] - first[images]
+            tiles = np.repeat(np.arange(len(images)), counts)
+            # Places in `boxes`: for each image, from its first object on.
+            starts = np.repeat(first[images] - np.cumsum(counts) + counts, counts)
+            places = starts + np.arange(len(starts))
+            boxes, worth = place_boxes(
+                layers, plan.size, all_boxes[places].astype(np.float64), tiles
+            )
+            keep = np.ones_like(worth) if keep_all else worth
+            rows = layers.rows[tiles // layers.images.shape[1]]
+            found.append((rows[keep], boxes[keep], all_classes[places][keep]))
+        rows, boxes, classes = (np.concatenate(items) for items in zip(*found, strict=True))
+        order = np.argsort(rows, kind="stable")
+        rows, boxes, classes = rows[order], boxes[order], classes[order]
+
+        counts = np.bincount(rows, minlength=plan.pictures)
+        most = max(1, int(counts.max(initial=0)))
+        columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        padded_boxes = np.zeros((plan.pictures, most, 4), np.float32)
+        padded_classes = np.zeros((plan.pictures, most), np.int64)
+        padded_boxes[rows, columns] = boxes
+        padded_classes[rows, columns] = classes
+        present = np.arange(most) < counts[:, None]
+        return Targets(*map(torch.from_numpy, (padded_boxes, padded_classes, present)))
 
 
 def load_training_set(
@@ -117,4 +209,115 @@ def load_training_set(
         UserError: there is no such split, nothing to train on is left in it, or it does not fit
             into memory.
     """
-    raise NotImplementedError
+    if on_bad_data not in ("refuse", "skip"):
+        raise UserError(f"--bad-data is {on_bad_data!r}; give refuse or skip.")
+    checked = read_split(folder, split)
+    placed = [
+        fit((image.height, image.width), (image_size, image_size)).resized
+        for image in checked.images
+    ]
+    device = torch.empty(0, device=device).device  # `cuda` becomes `cuda:0`
+    store = _allocate(placed, image_size, device, checked.report.annotation_file)
+
+    def keep(index: int, pixels: NDArray[np.uint8]) -> None:
+        height, width = placed[index]
+        if pixels.shape[:2] != (height, width):
+            # As the letterbox of evaluation does.
+            shrinks = height * width < pixels.shape[0] * pixels.shape[1]
+            method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+            pixels = cv2.resize(pixels, (width, height), interpolation=method).astype(
+                np.uint8, copy=False
+            )
+        row = store[index]
+        row[:, height:] = GRAY
+        row[:, :height, width:] = GRAY
+        row[:, :height, :width] = torch.from_numpy(pixels).to(store.device).permute(2, 0, 1)
+
+    faults = for_each_image(checked.images, keep, progress=progress)
+    report = full_report(checked, faults)
+    if report_file is not None and (report.problems or report.clipped):
+        write_report(report, report_file)
+    if on_bad_data == "refuse":
+        refuse(report, report_file)
+    good = [index for index in range(len(placed)) if index not in faults]
+    for new, old in enumerate(good):
+        if new != old:
+            store[new] = store[old]
+
+    boxes = [
+        checked.boxes[index]
+        * np.array(
+            [
+                placed[index][1] / checked.images[index].width,
+                placed[index][0] / checked.images[index].height,
+            ]
+            * 2
+        )
+        for index in good
+    ]
+    counts = [len(item) for item in boxes]
+    if not sum(counts):
+        raise UserError(
+            f"{report.annotation_file} leaves no object to train on; give annotations of images "
+            "that can be read."
+        )
+    return TrainingSet(
+        image_size=image_size,
+        device=device,
+        class_names=checked.class_names,
+        files=tuple(checked.images[index].path for index in good),
+        images=store[: len(good)],
+        sizes=torch.tensor([placed[index] for index in good]),
+        boxes=torch.from_numpy(np.concatenate(boxes).astype(np.float32)),
+        classes=torch.from_numpy(np.concatenate([checked.classes[index] for index in good])),
+        first=torch.from_numpy(np.cumsum([0, *counts])),
+        report=report,
+    )
+
+
+def _allocate(
+    sizes: Sequence[tuple[int, int]], image_size: int, device: torch.device, file: Path
+) -> Tensor:
+    """Return uint8 (n, 3, H, W) for images of the sizes, on a device or in host memory."""
+    # As high and wide as any image is: images of one format take no more than they need.
+    height = max((size[0] for size in sizes), default=1)
+    width = max((size[1] for size in sizes), default=1)
+    shape = len(sizes), 3, height, width
+    needed = math.prod(shape)
+    if device.type == "cuda" and needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+    free = _free_host_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"{file} takes {needed / 1e9:.1f} GB of memory at {image_size} pixels and "
+            f"{free / 1e9:.1f} GB are free; give a smaller --imgsz or a part of the data set."
+        )
+    if device.type == "cuda":
+        # More than may be pinned still works, with slower copies.
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(shape, dtype=torch.uint8)
+
+
+def _free_host_memory() -> int | None:
+    """Return the bytes that can be had without swapping, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _indices(indices: Tensor | Sequence[int], images: int) -> NDArray[np.int64]:
+    """Return image indices as an array.
+
+    Raises:
+        IndexError: one is not that of an image.
+    """
+    chosen: NDArray[np.int64] = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
+    if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < images:
+        raise IndexError(f"image indices go from 0 to {images - 1}")
+    return chosen
