@@ -419,15 +419,23 @@ def make_pictures(
     return out
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device, without waiting for what the device is doing."""
+    if device.type == "cuda":
+        # From memory that is not pinned, a copy first waits for all work that is queued.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def _upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(array.astype(np.float32)).to(device, non_blocking=True)
+    return to_device(torch.from_numpy(array.astype(np.float32)), device)
 
 
 def _rows(rows: Indices, device: torch.device) -> slice | Tensor:
     """Return an index for rows in ascending order: a slice if they are neighbours."""
     if int(rows[-1] - rows[0]) + 1 == len(rows):
         return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(device, non_blocking=True)
+    return to_device(torch.from_numpy(rows), device)
 
 
 def invert(matrix: Floats) -> Floats:

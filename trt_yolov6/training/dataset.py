@@ -24,6 +24,7 @@ from trt_yolov6.training.augmentation import (
     place_boxes,
     plain_plan,
     plan_batch,
+    to_device,
 )
 from trt_yolov6.training.data_check import (
     DataReport,
@@ -135,13 +136,12 @@ class TrainingSet:
     def _make(self, plan: BatchPlan, *, keep_all: bool) -> tuple[Tensor, Targets]:
         chunk = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
         pictures = make_pictures(plan, self._gather, self.device, chunk)
-        return pictures, self._targets(plan, keep_all).to(self.device)
+        return pictures, self._targets(plan, keep_all)
 
     def _gather(self, images: NDArray[np.int64]) -> Tensor:
         """Return images, uint8 (k, 3, H, W), on the device."""
         if self.images.device == self.device:
-            index = torch.from_numpy(images).to(self.device, non_blocking=True)
-            return self.images.index_select(0, index)
+            return self.images.index_select(0, to_device(torch.from_numpy(images), self.device))
         # Copied one by one, straight from the store: gathering them first would be a second copy.
         gathered = torch.empty(
             len(images), *self.images.shape[1:], dtype=torch.uint8, device=self.device
@@ -151,7 +151,7 @@ class TrainingSet:
         return gathered
 
     def _targets(self, plan: BatchPlan, keep_all: bool) -> Targets:
-        """Return the objects of a batch, on the CPU; of `keep_all`, those that are barely left."""
+        """Return the objects of a batch, unless `keep_all` without those that are barely left."""
         all_boxes, all_classes, first = self.boxes.numpy(), self.classes.numpy(), self.first.numpy()
         found = []
         for layers in (plan.singles, plan.mosaics, plan.mixed):
@@ -179,7 +179,12 @@ class TrainingSet:
         padded_boxes[rows, columns] = boxes
         padded_classes[rows, columns] = classes
         present = np.arange(most) < counts[:, None]
-        return Targets(*map(torch.from_numpy, (padded_boxes, padded_classes, present)))
+        return Targets(
+            *(
+                to_device(torch.from_numpy(array), self.device)
+                for array in (padded_boxes, padded_classes, present)
+            )
+        )
 
 
 def load_training_set(
