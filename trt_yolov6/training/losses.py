@@ -187,7 +187,7 @@ def detection_loss(
     if (teacher_levels is None) != (distillation is None):
         raise ValueError("teacher_levels and distillation go together")
     with torch.autocast(levels[0][0].device.type, enabled=False):
-        levels = [tuple(part.float() for part in level) for level in levels]
+        levels = [tuple(_wide(part) for part in level) for level in levels]
         logits = _join([level[0] for level in levels]).transpose(1, 2)
         regression = _join([level[1] for level in levels])
         boxes, scores = decode(levels, arch)
@@ -219,18 +219,18 @@ def detection_loss(
             sums["dfl"] = by_dfl * (each * weight).sum()
         if settings.objectness:
             objectness = _join([level[2] for level in levels]).squeeze(1)
-            found = labels.foreground.float()
+            found = labels.foreground.to(objectness.dtype)
             each = F.binary_cross_entropy_with_logits(objectness, found, reduction="sum")
             count = _normalizer(found.sum(), reduce_mean)
             sums["objectness"] = settings.objectness_weight / count * each
         if teacher_levels is not None and distillation is not None:
             _check_teacher(levels, teacher_levels)
             decay = distillation_weight(epoch, distillation.epochs)
-            guide = _join([level[0].detach().float() for level in teacher_levels]).transpose(1, 2)
+            guide = _join([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
             each = class_divergence(logits, guide, distillation.class_temperature)
             sums["distill_class"] = decay * distillation.class_weight * by_class * each.sum()
             if arch.reg_max:
-                guide = _join([level[1].detach().float() for level in teacher_levels])
+                guide = _join([_wide(level[1].detach()) for level in teacher_levels])
                 each = box_divergence(
                     regression, guide, arch.reg_max, distillation.box_temperature
                 ).mean(1)
@@ -427,6 +427,11 @@ def _distances(boxes: Tensor, points: Tensor, strides: Tensor) -> Tensor:
     """From boxes (batch, 4, anchors) in pixels to left, top, right, bottom in strides."""
     corners = boxes / strides
     return torch.cat((points - corners[:, :2], corners[:, 2:] - points), dim=1)
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Bring to float32; float64 stays, for the sake of finite differences."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
