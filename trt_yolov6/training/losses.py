@@ -26,6 +26,10 @@ ClassLoss = Literal["varifocal", "focal", "quality_focal", "poly"]
 BoxLoss = Literal["siou", "giou", "ciou"]
 Assigner = Literal["tal", "atss", "simota"]
 
+LEAST_AN_IMAGE = 0.25
+"""Least that losses are divided by, for every image of the batch: less than one object found
+halfway. Without it, batches of few objects or none would blow up."""
+
 _SMALL_VARIANTS = ("yolov6n", "yolov6t", "yolov6t_released")
 
 
@@ -156,7 +160,7 @@ def detection_loss(
     """Return the loss of a batch.
 
     Every part is a sum over the batch divided by the sum of the soft targets (objectness: by the
-    number of foreground anchors), or by 1 if that is less.
+    number of foreground anchors), which counts for `LEAST_AN_IMAGE` an image at least.
 
     Args:
         levels: as `YOLOv6.raw` returns them, of any float dtype: a stride, class logits (batch,
@@ -172,8 +176,8 @@ def detection_loss(
             `distillation`.
         distillation: how to hold the student to the teacher; with `teacher_levels`. Classes
             always, boxes where the head predicts distributions.
-        reduce_mean: gives the mean over all processes of a float32 () tensor; called as often on
-            each. Losses are sums divided by what it returns; so, as DistributedDataParallel
+        reduce_mean: gives the elementwise mean over all processes of a float32 (3,) tensor;
+            called once. Losses are sums divided by what it returns; so, as DistributedDataParallel
             averages gradients, they are those of one process with all the images. None: one
             process.
 
@@ -205,7 +209,7 @@ def detection_loss(
             settings.warmup_assigner if epoch < settings.warmup_epochs else settings.assigner,
         )
         weight = labels.scores.sum(-1)
-        normalizer = _normalizer(weight.sum(), reduce_mean)
+        normalizer, found = _normalizers(weight, labels.foreground, reduce_mean)
 
         sums: dict[str, Tensor] = {}
         by_class = settings.class_weight / normalizer
@@ -219,10 +223,8 @@ def detection_loss(
             sums["dfl"] = by_dfl * (each * weight).sum()
         if settings.objectness:
             objectness = _join([level[2] for level in levels]).squeeze(1)
-            found = labels.foreground.to(objectness.dtype)
-            each = F.binary_cross_entropy_with_logits(objectness, found, reduction="sum")
-            count = _normalizer(found.sum(), reduce_mean)
-            sums["objectness"] = settings.objectness_weight / count * each
+            each = _cross_entropy(objectness, labels.foreground.to(objectness.dtype))
+            sums["objectness"] = settings.objectness_weight / found * each.sum()
         if teacher_levels is not None and distillation is not None:
             _check_teacher(levels, teacher_levels)
             decay = distillation_weight(epoch, distillation.epochs)
@@ -418,9 +420,17 @@ def _class_loss(logits: Tensor, labels: Assignment, settings: LossSettings) -> T
     return poly_loss(logits, positive, epsilon=epsilon)
 
 
-def _normalizer(total: Tensor, reduce_mean: Callable[[Tensor], Tensor] | None) -> Tensor:
-    # At least 1: a batch of a hardly overlapped object or none must not blow up its losses.
-    return (total if reduce_mean is None else reduce_mean(total)).clamp(min=1.0)
+def _normalizers(
+    weight: Tensor, foreground: Tensor, reduce_mean: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Return what losses, and what the objectness loss, are divided by."""
+    images = torch.full_like(weight[0, 0], len(weight))
+    counts = torch.stack((weight.sum(), foreground.sum().to(weight.dtype), images))
+    if reduce_mean is not None:
+        counts = reduce_mean(counts)
+    # A floor a batch would be another one for each way to share a batch among processes.
+    floor = LEAST_AN_IMAGE * counts[2]
+    return torch.maximum(counts[0], floor), torch.maximum(counts[1], floor)
 
 
 def _distances(boxes: Tensor, points: Tensor, strides: Tensor) -> Tensor:
