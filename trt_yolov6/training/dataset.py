@@ -205,7 +205,7 @@ def load_training_set(
         image_size: the side of the network's input, in pixels; the images' long side.
         device: where batches shall be made; the images are held there if they take at most
             half of its free memory, else in host memory, pinned if it is for a GPU.
-        on_bad_data: `refuse`: raise at the first look; `skip`: leave out exactly what is wrong.
+        on_bad_data: `refuse`: raise, once all is checked; `skip`: leave out exactly what is wrong.
         progress: show a bar while loading, on a terminal.
         report_file: where to write the report as JSON if there is anything in it.
 
