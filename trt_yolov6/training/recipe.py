@@ -192,6 +192,64 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
     return dataclasses.replace(arch, **changes)
 
 
+def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
+    """Return the settings with one field changed.
+
+    Args:
+        settings: what to start from.
+        assignment: such as `epochs=10`, `optimizer.momentum=0.9` or `ema_decay=none`.
+
+    Raises:
+        UserError: there is no such field, or the value does not fit it.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"--set {assignment} is not of the form FIELD=VALUE.")
+    changed: TrainSettings = _with(settings, path.strip().split("."), text.strip(), assignment)
+    return changed
+
+
+def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
+    fields = {item.name for item in dataclasses.fields(value)}
+    if names[0] not in fields:
+        raise UserError(
+            f"--set {assignment}: there is no {names[0]}; choose one of "
+            f"{', '.join(sorted(fields))}."
+        )
+    kind = typing.get_type_hints(type(value))[names[0]]
+    current = getattr(value, names[0])
+    if dataclasses.is_dataclass(current):
+        if len(names) == 1:
+            parts = ", ".join(f"{names[0]}.{item.name}" for item in dataclasses.fields(current))
+            raise UserError(f"--set {assignment}: name a part of it, one of {parts}.")
+        return dataclasses.replace(value, **{names[0]: _with(current, names[1:], text, assignment)})
+    if len(names) > 1:
+        raise UserError(f"--set {assignment}: {names[0]} has no parts here.")
+    return dataclasses.replace(value, **{names[0]: _parsed(kind, text, assignment)})
+
+
+def _parsed(kind: Any, text: str, assignment: str) -> Any:
+    """Return a text as a value of the type that a field's annotation names."""
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if text in choices:
+            return text
+        raise UserError(f"--set {assignment}: choose one of {', '.join(map(str, choices))}.")
+    if type(None) in choices:
+        if text.lower() == "none":
+            return None
+        (kind,) = (item for item in choices if item is not type(None))
+        return _parsed(kind, text, assignment)
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind in (int, float, str):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise UserError(f"--set {assignment}: the value is no {getattr(kind, '__name__', 'value')}.")
+
+
 def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
     """Return the settings that `to_json` wrote.
 
