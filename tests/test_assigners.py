@@ -266,6 +266,13 @@ def test_hardly_touched_objects_still_get_targets() -> None:
     assert float(labels.scores.max()) == pytest.approx((8 / 96) ** 2)
 
 
+def test_anchors_that_miss_their_object_are_background() -> None:
+    scene, _ = _one_object([0.0, 0.0, 90.0, 90.0], "tal")
+    labels = task_aligned(scene.scores, scene.boxes + 500, scene.points, scene.targets)
+    assert not bool(labels.foreground.any())
+    assert bool(labels.scores.isfinite().all())
+
+
 def test_atss_without_predictions_asks_for_certainty() -> None:
     boxes, classes = _objects(4, 5)
     scene = _scene([boxes], [classes])
