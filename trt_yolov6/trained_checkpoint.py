@@ -86,8 +86,9 @@ def write_checkpoint(
         "epoch": training.epoch,
         "AP": training.ap,
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    # To an open file: given a path, torch.save would put its name into the file.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def _stored(tensor: Tensor) -> Tensor:

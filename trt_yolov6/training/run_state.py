@@ -74,8 +74,8 @@ def save_state(
             torch.cuda.get_rng_state(learner.sums.device) if learner.sums.is_cuda else None
         ),
     }
-    with atomic_path(folder / STATE_FILE) as temporary:
-        torch.save(content, temporary)
+    with atomic_path(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

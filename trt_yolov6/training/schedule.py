@@ -52,7 +52,6 @@ def make_plan(
     epochs: int,
     warmup_epochs: float,
     accumulate: int | None = None,
-    drop_last: bool = False,
 ) -> Plan:
     """Lay out a training.
 
@@ -67,9 +66,8 @@ def make_plan(
         warmup_epochs: length of the warm-up; 0 for none.
         accumulate: steps whose gradients are added up before the optimizer steps; None for as many
             as make `NOMINAL_BATCH` images. It grows from 1 to that during the warm-up.
-        drop_last: round down, so that no image is shown twice in an epoch.
     """
-    steps = max(1, math.floor(images / batch) if drop_last else round(images / batch))
+    steps = max(1, round(images / batch))
     total = steps * epochs
     warmup = 0
     if warmup_epochs > 0:

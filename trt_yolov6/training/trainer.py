@@ -169,6 +169,9 @@ def train(
         run = _prepare(settings, folder, processes, progress and processes.is_first, note)
         done = Progress() if state is None else restore(state, run.learner)
         del state
+        # Only now: what cannot be trained leaves no run behind.
+        if processes.is_first:
+            write_json(folder / SETTINGS_FILE, settings.to_json())
         _train_steps(run, done, state_seconds)
         lines = read_log(folder) if processes.is_first else []
         times = [line["seconds"] for line in lines]
@@ -228,7 +231,7 @@ def _arithmetic(settings: TrainSettings, processes: Processes) -> Iterator[None]
 def _open_folder(
     folder: Path, settings: TrainSettings, resume: bool, processes: Processes
 ) -> dict[str, Any] | None:
-    """Make the folder of a new run, or return the state of the run in it."""
+    """Return the state of the run in the folder; None for a new run, or one without a state."""
     stored = folder / SETTINGS_FILE
     if resume:
         kept = stored_settings(folder)
@@ -248,9 +251,6 @@ def _open_folder(
         raise UserError(
             f"{folder} holds a training already; give another --output, or --resume to go on."
         )
-    processes.wait()
-    if processes.is_first:
-        write_json(stored, settings.to_json())
     return None
 
 
