@@ -387,7 +387,8 @@ def _autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype
     if precision == "auto":
         if device.type != "cuda":
             return None
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp16"
     if precision == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 needs a GPU; give bf16 or fp32 on a CPU.")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
