@@ -160,6 +160,7 @@ def test_a_run_that_is_over_can_be_resumed_and_changes_nothing(
     settings = tiny_settings(data, tiny, epochs=1, val_split="val")
     first = train(settings, tmp_path, progress=False)
     content = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    assert main(["train", "--resume", "--output", str(tmp_path), "--quiet"]) == 0
     again = train(settings, tmp_path, resume=True, progress=False)
     assert content == {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
     assert (again.best_ap, again.last_ap, again.log) == (first.best_ap, first.last_ap, first.log)
@@ -301,6 +302,7 @@ def test_mistakes_cost_one_line(
     assert "was chosen when" in complaint(capsys, *base, "--resume")
     assert "DFL" in complaint(capsys, *base, "--objectness", "--dfl")
     assert "no GPU" in complaint(capsys, *base, "--device", "cuda:7")
+    assert "needs a GPU" in complaint(capsys, *base, "--precision", "fp16", "--device", "cpu")
     assert "no_such" in complaint(capsys, *base, "--val-split", "no_such")
     assert not (tmp_path / "run" / "last.pt").exists()
 
