@@ -215,6 +215,7 @@ def test_an_official_checkpoint_is_fine_tuned(data: Path, tmp_path: Path) -> Non
     assert checkpoint.arch.name == "yolov6n"
     assert checkpoint.class_names == CLASS_NAMES
     assert stored_settings(tmp_path / "run").optimizer.learning_rate == 0.0032
+    assert stored_settings(tmp_path / "run").losses.warmup_epochs == 0
 
 
 @pytest.mark.parametrize(
@@ -303,6 +304,7 @@ def test_mistakes_cost_one_line(
     assert "DFL" in complaint(capsys, *base, "--objectness", "--dfl")
     assert "no GPU" in complaint(capsys, *base, "--device", "cuda:7")
     assert "needs a GPU" in complaint(capsys, *base, "--precision", "fp16", "--device", "cpu")
+    assert "for a GPU" in complaint(capsys, *base, "--compile", "--device", "cpu")
     assert "no_such" in complaint(capsys, *base, "--val-split", "no_such")
     assert not (tmp_path / "run" / "last.pt").exists()
 
@@ -332,3 +334,21 @@ def test_the_log_drops_what_is_done_again(tmp_path: Path) -> None:
     with RunLog(tmp_path, from_epoch=2) as log:
         log.write({"epoch": 3, "loss": 2.0})
     assert [line["loss"] for line in read_log(tmp_path)] == [1.0, 1.0, 2.0]
+
+
+def test_bad_data_is_refused_or_left_out_as_chosen(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_shapes(tmp_path / "data")
+    file = data / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    content["annotations"][1]["category_id"] = 9
+    file.write_text(json.dumps(content))
+    (data / "images" / "train" / "001.png").write_bytes(b"no picture")
+    base = ("--data", str(data), "--weights", str(tiny), "--output", str(tmp_path / "run"))
+    assert "skip" in complaint(capsys, *base)
+    arguments = [*base, "--bad-data", "skip", "--epochs", "1", "--imgsz", "96", "--batch", "4"]
+    assert main(["train", *arguments, "--val-split", "none", "--quiet"]) == 0
+    assert "problems of the data were left out" in capsys.readouterr().out
+    assert (tmp_path / "run" / "bad_data.json").is_file()

@@ -121,7 +121,7 @@ def recipe_for(
         data: folder of the data set.
         options: what to build differently.
         weights: checkpoint to start from, which then says what the network is; the optimizer's
-            values are those for fine-tuning.
+            values are those for fine-tuning, and no other assigner is at work at first.
         epochs: passes over the training split.
         plain_epochs: last epochs without Mosaic and Mixup; None: 15, but at most a quarter of all.
         image_size: side of the input in pixels.
@@ -132,9 +132,13 @@ def recipe_for(
     """
     options = options or ArchitectureOptions()
     arch = weights.arch if weights else adapted(architecture(variant), options)
+    losses = default_losses(arch)
+    if weights:
+        # The other assigner is for predictions that say nothing yet.
+        losses = dataclasses.replace(losses, warmup_epochs=0)
     values: dict[str, Any] = {
         "optimizer": default_optimizer(variant, fine_tuning=weights is not None),
-        "losses": default_losses(arch),
+        "losses": losses,
         "augmentation": (
             augmentation_for(variant) if variant in VARIANTS else AugmentationSettings()
         ),

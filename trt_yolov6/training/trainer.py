@@ -280,6 +280,9 @@ def _prepare(
             "give a --batch that can."
         )
     device = processes.device
+    if settings.compile and device.type != "cuda":
+        # PyTorch 2.13: the compiled backward pass of this network corrupts memory on a CPU.
+        raise UserError("--compile is for a GPU; leave it out on a CPU.")
     validation = (
         None if settings.val_split is None else load_coco(settings.data, settings.val_split)
     )
