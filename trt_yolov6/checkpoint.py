@@ -1,6 +1,7 @@
-"""The authors' checkpoints (YOLOv6 v0.1 to v0.2.1) in, as networks of `trt_yolov6.models`.
+"""Checkpoints in, as networks of `trt_yolov6.models`: the authors' (v0.1 to v0.2.1) and our own.
 
-Such a file is a pickled tree of modules, in half precision, in training form or fused. It is read
+Our own format is in `trained_checkpoint`; the rest of this file is about the authors'. Theirs is a
+pickled tree of modules, in half precision, in training form or fused. It is read
 without running any of it (see `inert_pickle`), and what it is follows from its shapes and class
 names alone. Nothing outside this file knows the authors' names.
 """
@@ -29,6 +30,7 @@ from trt_yolov6.models.variants import (
     variant_name,
 )
 from trt_yolov6.torch_archive import TorchArchive
+from trt_yolov6.trained_checkpoint import Training, is_trained, read_trained
 
 _Conv = TypeVar("_Conv", nn.Conv2d, nn.ConvTranspose2d)
 
@@ -46,15 +48,20 @@ class Checkpoint:
     path: Path
     form: Literal["training", "fused", "mixed"]
     """`training`: all batch normalizations are there; `fused`: none is."""
+    training: Training | None = None
+    """How it was trained, where this package trained it."""
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint of the authors' code, v0.1 to v0.2.1.
+    """Read a checkpoint of this package's training, or of the authors' code, v0.1 to v0.2.1.
 
     Raises:
         UserError: the file is missing, damaged, hostile or holds something else.
     """
     with TorchArchive(Path(path)) as archive:
+        if is_trained(archive.root):
+            own, names, training = read_trained(archive)
+            return Checkpoint(own, own.arch, names, archive.path, _form(own), training)
         root = _model_shell(archive)
         tree = _flatten(archive, root)
     _refuse_later_releases(tree)

@@ -114,7 +114,7 @@ class OnnxDetails:
 
 @dataclass(frozen=True)
 class CheckpointDetails:
-    """What is in a checkpoint of the authors' code."""
+    """What is in a checkpoint of the authors' code or of this package's training."""
 
     architecture: str
     form: str
@@ -131,6 +131,8 @@ class CheckpointDetails:
     """Largest distance bin of the distribution focal loss; 0 for plain distances."""
     batch_norm_eps: tuple[float, ...]
     """The values that occur; empty when fused."""
+    training: dict[str, Any] | None = None
+    """`settings`, `epoch` and `ap`, where this package trained it; None for the authors' files."""
 
 
 @dataclass(frozen=True)
@@ -504,6 +506,7 @@ def _inspect_checkpoint(path: Path) -> CheckpointDetails:
                 }
             )
         ),
+        training=dataclasses.asdict(checkpoint.training) if checkpoint.training else None,
     )
 
 
@@ -617,7 +620,7 @@ def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
     eps = ", ".join(f"{value:g}" for value in details.batch_norm_eps) or "none left"
     boxes = f"DFL with {details.regression_bins + 1} bins" if details.regression_bins else "direct"
     size = CHECKPOINT_IMAGE_SIZE
-    return [
+    rows = [
         ("kind", f"checkpoint of {details.architecture}, {details.form} form"),
         ("classes", f"{len(details.class_names)}: {', '.join(details.class_names)}"),
         (
@@ -630,6 +633,12 @@ def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
         ),
         ("network", f"{details.activation}, box regression {boxes}, batch norm eps {eps}"),
     ]
+    if details.training:
+        settings, ap = details.training["settings"], details.training["ap"]
+        text = f"{details.training['epoch']} of {settings.get('epochs', '?')} epochs"
+        text += f" on {settings.get('data', '?')}, input {settings.get('image_size', '?')}"
+        rows.append(("training", text + ("" if ap is None else f", AP {ap:.4f}")))
+    return rows
 
 
 def _plan_rows(details: PlanDetails) -> list[tuple[str, str]]:

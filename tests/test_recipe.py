@@ -1,0 +1,115 @@
+"""Settings of a training: the paper's values, JSON and back, one sentence for what cannot be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.models import VARIANTS, architecture
+from trt_yolov6.training.losses import check_losses
+from trt_yolov6.training.recipe import (
+    ArchitectureOptions,
+    adapted,
+    recipe_for,
+    settings_from_json,
+    with_field,
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_paper_s_recipe_of_every_variant(variant: str) -> None:
+    settings = recipe_for(variant, "data")
+    assert settings.optimizer.learning_rate == (0.02 if variant == "yolov6n" else 0.01)
+    assert settings.losses.box == ("giou" if variant[6] in "sml" else "siou")
+    assert settings.losses.use_dfl == (variant[6] in "ml")
+    assert settings.plain_epochs == 15
+    check_losses(settings.losses, adapted(architecture(variant), settings.architecture))
+    assert settings_from_json(json.loads(json.dumps(settings.to_json())), "it") == settings
+
+
+def test_short_trainings_have_fewer_plain_epochs() -> None:
+    assert recipe_for("yolov6s", "data", epochs=20).plain_epochs == 5
+    assert recipe_for("yolov6s", "data", epochs=1).plain_epochs == 0
+
+
+def test_a_teacher_brings_the_length_of_its_decay() -> None:
+    settings = recipe_for("yolov6s", "data", epochs=40, teacher="teacher.pt")
+    assert settings.distillation is not None
+    assert settings.distillation.epochs == 40
+    assert settings_from_json(json.loads(json.dumps(settings.to_json())), "it") == settings
+
+
+def test_options_change_the_architecture() -> None:
+    n, m = architecture("yolov6n"), architecture("yolov6m")
+    assert adapted(n, ArchitectureOptions()) == n
+    assert adapted(n, ArchitectureOptions(block="conv", activation="silu")).block == "conv"
+    assert adapted(n, ArchitectureOptions(dfl=True)).reg_max == 16
+    assert adapted(m, ArchitectureOptions(dfl=False)).reg_max == 0
+    assert adapted(m, ArchitectureOptions(objectness=True)).head == "offset"
+    assert adapted(m, ArchitectureOptions(csp_ratio=0.5)).stage_repeats == m.stage_repeats
+    stacked = adapted(n, ArchitectureOptions(csp_ratio=0.5))
+    assert stacked.csp_ratio == 0.5
+    assert stacked.stage_repeats == (1, 2, 3, 1)
+    plain = adapted(m, ArchitectureOptions(csp_ratio=0))
+    assert plain.csp_ratio is None
+    assert plain.stage_repeats == tuple(2 * length for length in m.stage_repeats)
+    with pytest.raises(UserError, match="out of range"):
+        adapted(n, ArchitectureOptions(csp_ratio=2))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("epochs=70", 70),
+        ("optimizer.momentum=0.5", 0.5),
+        ("optimizer.accumulate=3", 3),
+        ("optimizer.clip_norm=none", None),
+        ("losses.classification=poly", "poly"),
+        ("ema_decay=0.9", 0.9),
+        ("val_split=none", None),
+        ("compile=true", True),
+        ("architecture.block=conv", "conv"),
+        ("on_bad_data=skip", "skip"),
+    ],
+)
+def test_any_field_can_be_set(assignment: str, value: object) -> None:
+    found: object = with_field(recipe_for("yolov6s", "data"), assignment)
+    for name in assignment.partition("=")[0].split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("epochs", "FIELD=VALUE"),
+        ("epoch=1", "there is no epoch"),
+        ("epochs=many", "no int"),
+        ("optimizer=1", "name a part"),
+        ("epochs.most=1", "no parts"),
+        ("losses.box=biou", "choose one of"),
+        ("compile=perhaps", "no bool"),
+        ("epochs=0", "--epochs 1"),
+        ("optimizer.momentum=1.5", "momentum"),
+        ("optimizer.weight_decay=-1", "weight decay"),
+        ("optimizer.accumulate=0", "accumulating"),
+        ("plain_epochs=301", "--plain-epochs"),
+        ("eval_interval=-1", "interval"),
+        ("ema_decay=1", "EMA"),
+        ("eval_border=320", "border"),
+        ("teacher=a.pt", "--distill"),
+        ("optimizer.learning_rate=nan", "--lr"),
+    ],
+)
+def test_what_cannot_be_is_refused(assignment: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        with_field(recipe_for("yolov6s", "data"), assignment)
+    assert str(caught.value).endswith(".")
+
+
+def test_other_json_is_refused() -> None:
+    for value in ({}, {"epochs": 3}, {**recipe_for("yolov6s", "d").to_json(), "more": 1}):
+        with pytest.raises(UserError, match="holds no settings"):
+            settings_from_json(value, "settings.json")

@@ -1,0 +1,64 @@
+"""A PyTorch network as an engine gives what the same network gives as an ONNX engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trt_yolov6.building import BuiltEngine
+from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.data.images import read_image
+from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.candidates import Candidates
+from trt_yolov6.errors import UserError
+from trt_yolov6.inference import detect
+from trt_yolov6.training.torch_engine import TorchEngine
+
+
+def test_it_detects_what_onnx_runtime_detects(root: Path, sample_engine: BuiltEngine) -> None:
+    checkpoint = load_checkpoint(root / "samples" / "yolov6n_bccd.pt")
+    images = [read_image(root / "samples" / "images" / "val" / "BloodImage_00007.jpg")]
+    with (
+        TorchEngine(checkpoint.model, checkpoint.class_names, 640) as ours,
+        load_engine(sample_engine.path) as other,
+    ):
+        (found,), (expected,) = detect(ours, images), detect(other, images)
+        assert ours.precision == "fp32"
+        assert ours.image_size == (640, 640)
+    np.testing.assert_array_equal(found.classes, expected.classes)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.05)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-3)
+
+
+def test_candidates_are_the_scores_above_the_threshold(root: Path) -> None:
+    checkpoint = load_checkpoint(root / "samples" / "yolov6n_bccd.pt")
+    images = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    with TorchEngine(checkpoint.model, checkpoint.class_names, 96) as engine:
+        outputs = engine.infer(images)
+        threshold = float(np.quantile(outputs["scores"], 0.99))
+        found = engine.start(images, threshold).wait()
+        assert isinstance(found, Candidates)
+        image, anchor, label = np.nonzero(outputs["scores"] > threshold)
+        np.testing.assert_array_equal(found.images, image)
+        np.testing.assert_array_equal(found.classes, label)
+        np.testing.assert_array_equal(found.anchors, anchor)
+        np.testing.assert_array_equal(found.scores, outputs["scores"][image, anchor, label])
+        np.testing.assert_array_equal(found.boxes, outputs["boxes"][image, anchor])
+        assert engine.resident_run(images)() > 0
+        with pytest.raises(UserError, match="takes uint8 images"):
+            engine.infer(images.astype(np.float32))
+    with pytest.raises(UserError, match="is closed"):
+        engine.infer(images)
+
+
+def test_the_network_stays_as_it_is(root: Path) -> None:
+    model = load_checkpoint(root / "samples" / "yolov6n_bccd.pt").model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = np.zeros((1, 64, 64, 3), np.uint8)
+    with TorchEngine(model, ("a", "b", "c"), 64) as engine:
+        engine.infer(images)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

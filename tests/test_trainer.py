@@ -1,0 +1,354 @@
+"""Whole trainings, tiny: what they write, resuming after a kill, several processes, ablations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
+
+from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.cli import main
+from trt_yolov6.errors import UserError
+from trt_yolov6.inspection import inspect_file
+from trt_yolov6.training.recipe import (
+    ArchitectureOptions,
+    TrainSettings,
+    recipe_for,
+    settings_from_json,
+)
+from trt_yolov6.training.run_log import LOG_FILE, read_log
+from trt_yolov6.training.run_state import STATE_FILE
+from trt_yolov6.training.start import starting_model
+from trt_yolov6.training.trainer import stored_settings, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images of 96 pixels."""
+    return write_shapes(tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny network."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.pt")
+
+
+def tiny_settings(data: Path, tiny: Path, **changes: Any) -> TrainSettings:
+    values = {"epochs": 4, "batch": 4, "image_size": 96, "val_split": None, **changes}
+    return recipe_for("yolov6-custom", str(data), weights=load_checkpoint(tiny), **values)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return everything that was learned, in full precision."""
+    state = torch.load(folder / STATE_FILE, weights_only=True)
+    momenta = {
+        f"momentum {index}": value["momentum_buffer"]
+        for index, value in state["optimizer"]["state"].items()
+    }
+    averages = {f"average {name}": value for name, value in state["average"].items()}
+    return {**state["model"], **averages, **momenta}
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    a, b = weights_of(one), weights_of(other)
+    assert a.keys() == b.keys()
+    differing = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not differing
+    assert (one / "last.pt").read_bytes() == (other / "last.pt").read_bytes()
+
+
+def test_a_training_leaves_checkpoints_a_log_and_its_settings(
+    data: Path, tiny: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(data, tiny, val_split="val", eval_interval=2)
+    said: list[str] = []
+    result = train(settings, tmp_path / "run", progress=False, tell=said.append)
+    assert [line["epoch"] for line in result.log] == [1, 2, 3, 4]
+    assert all(line["loss"] > 0 and line["seconds"] > 0 for line in result.log)
+    assert [line["epoch"] for line in result.log if "AP" in line] == [2, 4]
+    assert result.best is not None
+    for path in (result.last, result.best):
+        checkpoint = load_checkpoint(path)
+        assert checkpoint.arch == tiny_architecture()
+        assert checkpoint.class_names == CLASS_NAMES
+        assert checkpoint.form == "training"
+        assert checkpoint.training is not None
+        assert settings_from_json(checkpoint.training.settings, "it") == settings
+        assert checkpoint.training.ap == (result.last_ap if path == result.last else result.best_ap)
+    assert stored_settings(tmp_path / "run") == settings
+    assert said == list(result.notes)
+    assert "all weights are taken" in said[0]
+    row = inspect_file(result.last).to_json()["training"]
+    assert row["epoch"] == 4
+    assert torch.load(result.last, weights_only=True)["AP"] == result.last_ap
+
+
+def test_the_loss_falls_and_the_weights_move(data: Path, tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(data, tiny, epochs=25)
+    fast = dataclasses.replace(settings.optimizer, learning_rate=0.05, accumulate=1)
+    result = train(dataclasses.replace(settings, optimizer=fast), tmp_path, progress=False)
+    assert result.log[-1]["loss"] < 0.8 * result.log[0]["loss"]
+    before, after = load_checkpoint(tiny).model.state_dict(), weights_of(tmp_path)
+    moved = [
+        name for name in after if name in before and not torch.equal(before[name], after[name])
+    ]
+    assert len(moved) == len([name for name in before if "num_batches" not in name])
+
+
+def test_a_killed_run_ends_with_the_same_bits(data: Path, tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(data, tiny, epochs=40, plain_epochs=4)
+    undisturbed = tmp_path / "undisturbed"
+    train(settings, undisturbed, progress=False, state_seconds=1e9)
+    killed = tmp_path / "killed"
+    seed = time.time_ns()
+    chance = random.Random(seed)
+    for attempt in range(2):
+        process = _start(settings, killed, resume=attempt > 0)
+        deadline = time.monotonic() + 60
+        before = (killed / STATE_FILE).stat().st_mtime_ns if attempt else 0
+        while time.monotonic() < deadline and process.poll() is None:
+            if (killed / STATE_FILE).exists() and (
+                (killed / STATE_FILE).stat().st_mtime_ns > before
+            ):
+                break
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    steps = torch.load(killed / STATE_FILE, weights_only=True)["progress"]
+    assert json.loads(steps)["step"] < 80, "it was over before the kill"
+    result = train(settings, killed, resume=True, progress=False)
+    assert [line["epoch"] for line in result.log] == list(range(1, 41)), seed
+    assert_same_bits(undisturbed, killed)
+    losses = [[line["loss"] for line in read_log(folder)] for folder in (undisturbed, killed)]
+    assert losses[0] == losses[1], seed
+    assert not list(killed.glob(".*"))
+
+
+def _start(settings: TrainSettings, folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
+    code = (
+        "import json, sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from trt_yolov6.training.recipe import settings_from_json\n"
+        "from trt_yolov6.training.trainer import train\n"
+        "settings = settings_from_json(json.loads(sys.argv[1]), 'test')\n"
+        f"train(settings, sys.argv[2], resume={resume}, progress=False, state_seconds=0)\n"
+    )
+    arguments = [sys.executable, "-c", code, json.dumps(settings.to_json()), str(folder)]
+    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
+
+
+def test_a_run_that_is_over_can_be_resumed_and_changes_nothing(
+    data: Path, tiny: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(data, tiny, epochs=1, val_split="val")
+    first = train(settings, tmp_path, progress=False)
+    content = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    assert main(["train", "--resume", "--output", str(tmp_path), "--quiet"]) == 0
+    again = train(settings, tmp_path, resume=True, progress=False)
+    assert content == {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    assert (again.best_ap, again.last_ap, again.log) == (first.best_ap, first.last_ap, first.log)
+
+
+def test_two_processes_give_the_losses_of_one(data: Path, tiny: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = ["train", "--data", str(data), "--val-split", "none", "--weights", str(tiny)]
+    arguments += ["--epochs", "3", "--batch", "4", "--imgsz", "96", "--quiet", "--device", "cpu"]
+    arguments += ["--set", "optimizer.accumulate=2", "--set", "losses.warmup_epochs=1"]
+    assert main([*arguments, "--output", str(one)]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*launcher, "-m", "trt_yolov6", *arguments, "--output", str(two)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    alone, together = read_log(one), read_log(two)
+    assert len(alone) == len(together) == 3
+    for a, b in zip(alone, together, strict=True):
+        for name in ("loss", "loss_class", "loss_box"):
+            assert b[name] == pytest.approx(a[name], rel=2e-5)
+    a, b = weights_of(one), weights_of(two)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+
+
+def test_fine_tuning_with_other_classes_keeps_all_but_the_class_predictions(
+    data: Path, tmp_path: Path
+) -> None:
+    weights = write_tiny(tmp_path / "five.pt", num_classes=5)
+    start = starting_model(tiny_settings(data, weights), CLASS_NAMES)
+    (note,) = start.notes
+    assert "5 classes, the data set 2" in note
+    before, after = load_checkpoint(weights).model.state_dict(), start.model.state_dict()
+    differing = {name for name in after if not torch.equal(before[name], after[name])}
+    assert differing == {
+        f"head.levels.{level}.cls_pred.{part}" for level in range(3) for part in ("weight", "bias")
+    }
+    assert start.model.arch == tiny_architecture(2)
+
+
+def test_an_official_checkpoint_is_fine_tuned(data: Path, tmp_path: Path) -> None:
+    sample = ROOT / "samples" / "yolov6n_bccd.pt"
+    arguments = ["train", "--data", str(data), "--weights", str(sample), "--epochs", "1"]
+    arguments += ["--batch", "4", "--imgsz", "64", "--quiet", "--output", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    checkpoint = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert checkpoint.arch.name == "yolov6n"
+    assert checkpoint.class_names == CLASS_NAMES
+    assert stored_settings(tmp_path / "run").optimizer.learning_rate == 0.0032
+    assert stored_settings(tmp_path / "run").losses.warmup_epochs == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ArchitectureOptions(block="conv"),
+        ArchitectureOptions(activation="silu", dfl=True),
+        ArchitectureOptions(csp_ratio=2 / 3),
+        ArchitectureOptions(objectness=True),
+    ],
+    ids=["block", "activation-dfl", "csp", "objectness"],
+)
+def test_a_model_remembers_how_it_was_built(
+    data: Path, tmp_path: Path, options: ArchitectureOptions
+) -> None:
+    settings = recipe_for(
+        "yolov6n",
+        str(data),
+        options=options,
+        epochs=1,
+        batch=8,
+        image_size=64,
+        val_split=None,
+    )
+    result = train(settings, tmp_path, progress=False)
+    checkpoint = load_checkpoint(result.last)
+    expected = starting_model(settings, CLASS_NAMES).model.arch
+    assert dataclasses.replace(checkpoint.arch, name="") == dataclasses.replace(expected, name="")
+    assert checkpoint.training is not None
+    assert settings_from_json(checkpoint.training.settings, "it").architecture == options
+
+
+def test_self_distillation_from_a_checkpoint(data: Path, tiny: Path, tmp_path: Path) -> None:
+    teacher = train(tiny_settings(data, tiny, epochs=2), tmp_path / "teacher", progress=False).last
+    settings = tiny_settings(data, tiny, epochs=2, teacher=str(teacher))
+    result = train(settings, tmp_path / "student", progress=False)
+    assert all(line["loss_distill_class"] > 0 for line in result.log)
+    other = write_tiny(tmp_path / "five.pt", num_classes=5)
+    with pytest.raises(UserError, match="knows other classes"):
+        train(tiny_settings(data, tiny, teacher=str(other)), tmp_path / "no", progress=False)
+
+
+def test_bf16_and_clipping_train_too(data: Path, tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(data, tiny, epochs=2, precision="bf16")
+    clipped = dataclasses.replace(settings.optimizer, clip_norm=1.0)
+    result = train(
+        dataclasses.replace(settings, optimizer=clipped), tmp_path / "run", progress=False
+    )
+    assert result.log[-1]["loss"] > 0
+
+
+def test_a_training_that_diverges_says_so(data: Path, tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(data, tiny, epochs=30)
+    wild = dataclasses.replace(settings.optimizer, learning_rate=1e6)
+    with pytest.raises(UserError, match="diverged"):
+        train(dataclasses.replace(settings, optimizer=wild), tmp_path, progress=False)
+
+
+# The command line: one sentence and exit code 2.
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["train", *arguments]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+def test_mistakes_cost_one_line(
+    data: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ("--data", str(data), "--output", str(tmp_path / "run"))
+    assert "--data is missing" in complaint(capsys)
+    assert "there is no variant" in complaint(capsys, *base, "--model", "q")
+    assert "multiple of 32" in complaint(capsys, *base, "--imgsz", "100")
+    assert "--lr above 0" in complaint(capsys, *base, "--lr", "-1")
+    assert "not of the form" in complaint(capsys, *base, "--set", "epochs")
+    assert "there is no speed" in complaint(capsys, *base, "--set", "optimizer.speed=1")
+    assert "no float" in complaint(capsys, *base, "--set", "optimizer.momentum=high")
+    assert "leave --model out" in complaint(capsys, *base, "--weights", str(tiny), "--model", "s")
+    assert "fixes the architecture" in complaint(
+        capsys, *base, "--weights", str(tiny), "--block", "conv"
+    )
+    assert "holds no training" in complaint(capsys, "--resume", "--output", str(tmp_path / "none"))
+    assert "was chosen when" in complaint(capsys, *base, "--resume")
+    assert "DFL" in complaint(capsys, *base, "--objectness", "--dfl")
+    assert "no GPU" in complaint(capsys, *base, "--device", "cuda:7")
+    assert "needs a GPU" in complaint(capsys, *base, "--precision", "fp16", "--device", "cpu")
+    assert "for a GPU" in complaint(capsys, *base, "--compile", "--device", "cpu")
+    assert "no_such" in complaint(capsys, *base, "--val-split", "no_such")
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(data, tiny, epochs=1)
+    train(settings, tmp_path, progress=False)
+    with pytest.raises(UserError, match="holds a training already"):
+        train(settings, tmp_path, progress=False)
+    slow = dataclasses.replace(settings.optimizer, momentum=0.5)
+    other = dataclasses.replace(settings, optimizer=slow)
+    with pytest.raises(UserError, match=r"another optimizer\.momentum"):
+        train(other, tmp_path, resume=True, progress=False)
+    (tmp_path / STATE_FILE).write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(UserError, match="damaged"):
+        train(settings, tmp_path, resume=True, progress=False)
+
+
+def test_the_log_drops_what_is_done_again(tmp_path: Path) -> None:
+    from trt_yolov6.training.run_log import RunLog
+
+    with RunLog(tmp_path) as log:
+        for epoch in (1, 2, 3):
+            log.write({"epoch": epoch, "loss": 1.0})
+    with (tmp_path / LOG_FILE).open("a") as file:
+        file.write('{"epoch": 4, "lo')
+    with RunLog(tmp_path, from_epoch=2) as log:
+        log.write({"epoch": 3, "loss": 2.0})
+    assert [line["loss"] for line in read_log(tmp_path)] == [1.0, 1.0, 2.0]
+
+
+def test_bad_data_is_refused_or_left_out_as_chosen(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_shapes(tmp_path / "data")
+    file = data / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    content["annotations"][1]["category_id"] = 9
+    file.write_text(json.dumps(content))
+    (data / "images" / "train" / "001.png").write_bytes(b"no picture")
+    base = ("--data", str(data), "--weights", str(tiny), "--output", str(tmp_path / "run"))
+    assert "skip" in complaint(capsys, *base)
+    arguments = [*base, "--bad-data", "skip", "--epochs", "1", "--imgsz", "96", "--batch", "4"]
+    assert main(["train", *arguments, "--val-split", "none", "--quiet"]) == 0
+    assert "problems of the data were left out" in capsys.readouterr().out
+    assert (tmp_path / "run" / "bad_data.json").is_file()

@@ -1,0 +1,87 @@
+"""Small data sets in COCO layout for the tests of training: coloured shapes on gray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from trt_yolov6.models import Architecture, build_model
+from trt_yolov6.trained_checkpoint import Training, write_checkpoint
+
+CLASS_NAMES = ("square", "disc")
+
+
+def write_shapes(folder: Path, images: int = 8, size: int = 96, seed: int = 0) -> Path:
+    """Write `train` and `val` splits with the same images, of one to three shapes each."""
+    rng = np.random.default_rng(seed)
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for split in ("train", "val"):
+        (folder / "images" / split).mkdir(parents=True)
+    for number in range(1, images + 1):
+        picture = rng.integers(90, 130, (size, size, 3), dtype=np.uint8)
+        for place in rng.permutation(4)[: rng.integers(1, 4)]:
+            label = int(rng.integers(2))
+            side = int(rng.integers(size // 5, size // 3))
+            left = int(place % 2 * size // 2 + rng.integers(0, size // 2 - side))
+            top = int(place // 2 * size // 2 + rng.integers(0, size // 2 - side))
+            colour = (40, 60, 220) if label else (220, 180, 40)
+            if label:
+                centre = (left + side // 2, top + side // 2)
+                cv2.circle(picture, centre, side // 2, colour, -1)
+            else:
+                cv2.rectangle(picture, (left, top), (left + side, top + side), colour, -1)
+            box = [left, top, side, side]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": label + 1,
+                    "bbox": box,
+                    "area": side * side,
+                    "iscrowd": 0,
+                }
+            )
+        name = f"{number:03}.png"
+        for split in ("train", "val"):
+            cv2.imwrite(str(folder / "images" / split / name), picture)
+        records.append({"id": number, "file_name": name, "width": size, "height": size})
+    content = {
+        "images": records,
+        "annotations": annotations,
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASS_NAMES)],
+    }
+    (folder / "annotations").mkdir()
+    for split in ("train", "val"):
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def tiny_architecture(num_classes: int = len(CLASS_NAMES)) -> Architecture:
+    """Return a network of the same parts as N, some 80 thousand weights in all."""
+    return Architecture(
+        name="yolov6-custom",
+        stage_channels=(8, 8, 16, 16, 16),
+        neck_channels=(16, 16, 16, 16, 16, 16),
+        stage_repeats=(1, 1, 1, 1),
+        neck_repeats=(1, 1, 1, 1),
+        block="repvgg",
+        csp_ratio=None,
+        activation="relu",
+        reg_max=0,
+        num_classes=num_classes,
+    )
+
+
+def write_tiny(path: Path, num_classes: int = len(CLASS_NAMES)) -> Path:
+    """Write a checkpoint of the tiny network with random weights, to train on from."""
+    torch.manual_seed(0)
+    model = build_model(tiny_architecture(num_classes))
+    names = CLASS_NAMES if num_classes == len(CLASS_NAMES) else tuple(map(str, range(num_classes)))
+    write_checkpoint(path, model, names, Training({}, 0, None))
+    return path

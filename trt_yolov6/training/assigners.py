@@ -1,0 +1,306 @@
+"""Which anchor learns which object: task alignment learning, ATSS and SimOTA.
+
+Paper, Section 2.2 (and Tables 6 and 7). Each function takes a whole batch without loops over
+anchors or objects, passes no gradient, and breaks ties by the lower index, so that equal input
+gives equal labels on every device. An object may stay without anchors (all three ask for anchors
+in or near it); an anchor serves one object at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trt_yolov6.training.iou import iou, pairwise
+from trt_yolov6.training.targets import Targets
+
+ATSS_ANCHOR_SIZE = 5.0
+"""Side of the square box that ATSS gives an anchor, in strides (the authors' released value)."""
+
+_PAIRS_AT_ONCE = 2**26
+"""Pairs of object and anchor that are compared at a time: bounds memory (a float32 for each is
+256 MiB, and about ten such are alive) where a batch has many objects."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What every anchor of a batch shall predict.
+
+    foreground: bool (batch, anchors), True where the anchor is to find an object
+    matched:    int64 (batch, anchors), index into the image's row of the targets; 0 for background
+    boxes:      float32 (batch, anchors, 4), the object's box, xyxy in pixels; zeros for background
+    classes:    int64 (batch, anchors), the object's class; the number of classes for background
+    scores:     float32 (batch, anchors, classes) in 0..1, the soft target of classification: zero
+                but at the object's class, where it is the normalized alignment metric (task
+                alignment) or the IoU of the predicted box with the object (ATSS, SimOTA). Its sum
+                over classes weighs the anchor's box losses, its total normalizes every loss.
+    """
+
+    foreground: Tensor
+    matched: Tensor
+    boxes: Tensor
+    classes: Tensor
+    scores: Tensor
+
+
+@torch.no_grad()
+def task_aligned(
+    scores: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    targets: Targets,
+    *,
+    topk: int = 13,
+    alpha: float = 1.0,
+    beta: float = 6.0,
+) -> Assignment:
+    """Assign by task alignment learning (TOOD, Feng et al., 2021; the paper's default).
+
+    The alignment metric of an anchor and an object is score^alpha * IoU^beta, of the predicted
+    score of the object's class and the predicted box. Of the anchors whose point lies inside an
+    object, it takes the `topk` of the highest metric above zero; an anchor that several take goes
+    to the one it overlaps most. An object's metrics are then scaled so that their highest equals
+    the highest IoU among its anchors. (TOOD adds a small constant to the divisor; it is left out
+    here because with IoU^6 it would silence objects that the first predictions barely touch.)
+
+    Args:
+        scores: float (batch, anchors, classes), predicted, in 0..1.
+        boxes: float (batch, anchors, 4), predicted, xyxy in pixels.
+        points: float (anchors, 2), x and y of the anchors in pixels.
+        targets: the objects.
+        topk: most anchors an object takes, at least 1.
+        alpha: exponent of the score.
+        beta: exponent of the IoU.
+    """
+    targets = _at_least_one(targets)
+    scores, boxes, points = scores.float(), boxes.float(), points.float()
+
+    def match(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        part = _rows(targets, rows)
+        class_index = part.classes.unsqueeze(-1).expand(-1, -1, scores.shape[1])
+        class_scores = scores[rows].transpose(1, 2).gather(1, class_index)
+        overlaps = pairwise(part.boxes, boxes[rows])
+        metric = class_scores.pow(alpha) * overlaps.pow(beta)
+        metric *= _inside(points, part.boxes) & part.present.unsqueeze(-1)
+        chosen = _largest(metric, topk) & (metric > 0)
+
+        foreground, matched = _one_object_each(chosen, overlaps)
+        objects = torch.arange(chosen.shape[1], device=chosen.device).unsqueeze(-1)
+        chosen &= matched.unsqueeze(1) == objects
+        best_metric = torch.where(chosen, metric, 0.0).amax(-1).gather(1, matched)
+        best_overlap = torch.where(chosen, overlaps, 0.0).amax(-1).gather(1, matched)
+        own_metric = metric.gather(1, matched.unsqueeze(1)).squeeze(1)
+        share = own_metric / torch.where(foreground, best_metric, 1.0)
+        return foreground, matched, torch.where(foreground, share * best_overlap, 0.0)
+
+    foreground, matched, quality = _by_images(match, targets, len(points))
+    return _assignment(foreground, matched, quality, targets, scores.shape[2])
+
+
+@torch.no_grad()
+def atss(
+    points: Tensor,
+    strides: Tensor,
+    sizes_per_level: Sequence[int],
+    targets: Targets,
+    boxes: Tensor | None = None,
+    *,
+    num_classes: int,
+    topk: int = 9,
+) -> Assignment:
+    """Assign by adaptive training sample selection (Zhang et al., 2020; the paper's warm-up).
+
+    An object's candidates are the `topk` anchors nearest to its centre on each level. It takes
+    those whose square anchor box, of `ATSS_ANCHOR_SIZE` strides, overlaps it by at least the mean
+    plus the standard deviation over the candidates, and whose point lies inside it. An anchor that
+    several take goes to the one that its anchor box overlaps most.
+
+    Args:
+        points: float (anchors, 2), x and y in pixels, level after level.
+        strides: float (anchors,), pixels.
+        sizes_per_level: number of anchors of each level.
+        targets: the objects.
+        boxes: float (batch, anchors, 4), predicted, xyxy in pixels; their IoU with the object
+            becomes the soft target. None: the target is 1.
+        num_classes: classes there are.
+        topk: candidates a level, at least 1.
+    """
+    targets = _at_least_one(targets)
+    points, reach = points.float(), ATSS_ANCHOR_SIZE / 2 * strides.float().unsqueeze(-1)
+    anchor_boxes = torch.cat((points - reach, points + reach), dim=-1)
+
+    def match(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        part = _rows(targets, rows)
+        centres = (part.boxes[..., :2] + part.boxes[..., 2:]) / 2
+        nearness = -(centres.unsqueeze(-2) - points).square().sum(-1)
+        levels = torch.split(nearness, list(sizes_per_level), dim=-1)
+        candidate = torch.cat([_largest(level, topk) for level in levels], dim=-1)
+        overlaps = pairwise(part.boxes, anchor_boxes)
+        threshold = _mean_plus_deviation(overlaps, candidate)
+        chosen = candidate & (overlaps >= threshold) & _inside(points, part.boxes)
+        foreground, matched = _one_object_each(chosen & part.present.unsqueeze(-1), overlaps)
+        return foreground, matched, foreground.float()
+
+    foreground, matched, quality = _by_images(match, targets, len(points))
+    if boxes is not None:
+        quality = quality * iou(boxes.float(), _take(targets.boxes, matched))
+    return _assignment(foreground, matched, quality, targets, num_classes)
+
+
+@torch.no_grad()
+def simota(
+    scores: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    strides: Tensor,
+    targets: Targets,
+    *,
+    radius: float = 2.5,
+    iou_weight: float = 3.0,
+    candidates: int = 10,
+) -> Assignment:
+    """Assign by SimOTA (YOLOX, Ge et al., 2021; the paper's Table 6).
+
+    An object may take anchors whose point lies inside it or within `radius` strides of its centre
+    in both directions; those for which both hold come first. It takes as many as the sum of its
+    `candidates` highest IoUs says, rounded down and at least one, those of the lowest cost: binary
+    cross-entropy of the classes plus `iou_weight` times -log IoU. An anchor that several take goes
+    to the one of the lowest cost.
+
+    Args:
+        scores: float (batch, anchors, classes), predicted, in 0..1. (YOLOX passes the geometric
+            mean of the class's and the objectness's.)
+        boxes: float (batch, anchors, 4), predicted, xyxy in pixels.
+        points: float (anchors, 2), x and y in pixels.
+        strides: float (anchors,), pixels.
+        targets: the objects.
+        radius: of the central region, in strides.
+        iou_weight: weight of the overlap in the cost.
+        candidates: IoUs that are summed; at least 1.
+    """
+    targets = _at_least_one(targets)
+    scores, boxes, points = scores.float(), boxes.float(), points.float()
+    reach = radius * strides.float().unsqueeze(-1)
+    # As in PyTorch's binary cross-entropy, no logarithm falls below -100.
+    log_yes = scores.log().clamp(min=-100)
+    log_no = torch.log1p(-scores).clamp(min=-100)
+
+    def match(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        part = _rows(targets, rows)
+        centres = (part.boxes[..., :2] + part.boxes[..., 2:]) / 2
+        near = ((points - centres.unsqueeze(-2)).abs() < reach).all(-1)
+        inside = _inside(points, part.boxes)
+        allowed = (near | inside) & part.present.unsqueeze(-1)
+        overlaps = torch.where(allowed, pairwise(part.boxes, boxes[rows]), 0.0)
+
+        # The cross-entropy with a one-hot target is that with an all-zero one, corrected at the
+        # object's class: no (objects, anchors, classes) array is needed.
+        class_index = part.classes.unsqueeze(-1).expand(-1, -1, len(points))
+        correction = (log_no[rows] - log_yes[rows]).transpose(1, 2).gather(1, class_index)
+        cost = correction - log_no[rows].sum(-1).unsqueeze(1)
+        cost = cost - iou_weight * torch.log(overlaps + 1e-8)
+        cost = torch.where(near & inside, cost, cost + 1e5)
+        cost = torch.where(allowed, cost, torch.inf)
+
+        most = min(candidates, len(points))
+        count = overlaps.topk(most, dim=-1).values.sum(-1, keepdim=True).long().clamp(1, most)
+        chosen = _largest(-cost, most, count) & allowed
+        foreground, matched = _one_object_each(chosen, -cost)
+        return foreground, matched, foreground.float()
+
+    foreground, matched, quality = _by_images(match, targets, len(points))
+    quality = quality * iou(boxes, _take(targets.boxes, matched))
+    return _assignment(foreground, matched, quality, targets, scores.shape[2])
+
+
+def _at_least_one(targets: Targets) -> Targets:
+    """Give a batch without a single row of objects one row of padding."""
+    if targets.present.shape[1]:
+        return targets
+    return Targets(
+        F.pad(targets.boxes, (0, 0, 0, 1)),
+        F.pad(targets.classes, (0, 1)),
+        F.pad(targets.present, (0, 1)),
+    )
+
+
+def _rows(targets: Targets, rows: slice) -> Targets:
+    return Targets(targets.boxes[rows].float(), targets.classes[rows], targets.present[rows])
+
+
+def _by_images(
+    match: Callable[[slice], tuple[Tensor, Tensor, Tensor]], targets: Targets, anchors: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `match` on as many images at a time as `_PAIRS_AT_ONCE` allows, and join."""
+    batch, most = targets.present.shape
+    step = max(1, _PAIRS_AT_ONCE // (most * anchors))
+    parts = [match(slice(start, start + step)) for start in range(0, max(batch, 1), step)]
+    foreground, matched, quality = (torch.cat(part) for part in zip(*parts, strict=True))
+    return foreground, matched, quality
+
+
+def _inside(points: Tensor, boxes: Tensor) -> Tensor:
+    """Return bool (batch, objects, anchors): whether the point lies strictly inside the box."""
+    corners = boxes.unsqueeze(-2)
+    return ((points > corners[..., :2]) & (points < corners[..., 2:])).all(-1)
+
+
+def _largest(values: Tensor, most: int, count: Tensor | None = None) -> Tensor:
+    """Mark the largest values along the last axis, of equal ones those of the lowest index.
+
+    Args:
+        values: float (..., n).
+        most: how many, at the utmost; no more than n are marked.
+        count: int64 (..., 1), how many, in 1..most and up to n; None: `most`.
+
+    Returns:
+        bool (..., n).
+    """
+    # `topk` leaves open which of equal values it returns; only its values are used.
+    top = values.topk(min(most, values.shape[-1]), dim=-1).values
+    last = top[..., -1:] if count is None else top.gather(-1, count - 1)
+    above = values > last
+    equal = values == last
+    room = (top.shape[-1] if count is None else count) - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+
+
+def _mean_plus_deviation(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean plus the sample standard deviation of the marked, (..., 1)."""
+    count = mask.sum(-1, keepdim=True)
+    mean = torch.where(mask, values, 0.0).sum(-1, keepdim=True) / count
+    squares = torch.where(mask, values - mean, 0.0).square().sum(-1, keepdim=True)
+    return mean + (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def _one_object_each(chosen: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave every anchor to one of the objects that chose it, the one of the highest preference.
+
+    Args:
+        chosen: bool (batch, objects, anchors).
+        preference: float of the same shape.
+
+    Returns:
+        foreground bool (batch, anchors); matched int64 (batch, anchors), 0 for background.
+    """
+    matched = torch.where(chosen, preference, -torch.inf).argmax(1)
+    foreground = chosen.any(1)
+    return foreground, torch.where(foreground, matched, 0)
+
+
+def _take(values: Tensor, matched: Tensor) -> Tensor:
+    """Pick (batch, anchors, n) out of (batch, objects, n)."""
+    return values.gather(1, matched.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def _assignment(
+    foreground: Tensor, matched: Tensor, quality: Tensor, targets: Targets, num_classes: int
+) -> Assignment:
+    classes = torch.where(foreground, targets.classes.gather(1, matched), num_classes)
+    boxes = torch.where(foreground.unsqueeze(-1), _take(targets.boxes.float(), matched), 0.0)
+    one_hot = classes.unsqueeze(-1) == torch.arange(num_classes, device=classes.device)
+    return Assignment(foreground, matched, boxes, classes, one_hot * quality.unsqueeze(-1))

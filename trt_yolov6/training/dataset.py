@@ -1,0 +1,328 @@
+"""A training set held decoded in memory, on the GPU where it fits, and the batches made from it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trt_yolov6.data.letterbox import GRAY, fit
+from trt_yolov6.errors import UserError
+from trt_yolov6.training.augmentation import (
+    AugmentationSettings,
+    BatchPlan,
+    draw,
+    make_pictures,
+    place_boxes,
+    plain_plan,
+    plan_batch,
+    to_device,
+)
+from trt_yolov6.training.data_check import (
+    DataReport,
+    OnBadData,
+    for_each_image,
+    full_report,
+    read_split,
+    refuse,
+    write_report,
+)
+from trt_yolov6.training.targets import Targets
+
+DEVICE_SHARE = 0.5
+"""Part of a GPU's free memory that a training set may take; the rest is for training."""
+
+_GPU_CHUNK = 32
+_CPU_CHUNK = 4  # stays closer to the caches
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A split, decoded, each image resized so that its long side is `image_size`."""
+
+    image_size: int
+    """Side S of the network's input, in pixels."""
+    device: torch.device
+    """Where batches are made."""
+    class_names: tuple[str, ...]
+    files: tuple[Path, ...]
+    """The n image files."""
+    images: Tensor
+    """uint8 (n, 3, H, W) RGB on `device` or in host memory; each image top left, gray beside."""
+    sizes: Tensor
+    """int64 (n, 2) on the CPU: height and width of each image inside its row of `images`."""
+    boxes: Tensor
+    """float32 (m, 4) on the CPU: x1, y1, x2, y2 in pixels of the resized images, in order."""
+    classes: Tensor
+    """int64 (m,) on the CPU."""
+    first: Tensor
+    """int64 (n + 1,) on the CPU: objects `first[i]` to `first[i + 1]` belong to image i."""
+    report: DataReport
+    """What was found wrong and, since it loaded, left out."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.sizes)
+
+    def objects(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return the boxes, float32 (k, 4), and classes, int64 (k,), of one image, on the CPU."""
+        span = slice(int(self.first[index]), int(self.first[index + 1]))
+        return self.boxes[span], self.classes[span]
+
+    def batch(
+        self,
+        indices: Tensor | Sequence[int],
+        augmentation: AugmentationSettings,
+        generator: torch.Generator,
+        *,
+        strong: bool,
+        share: tuple[int, int] = (0, 1),
+    ) -> tuple[Tensor, Targets]:
+        """Return augmented pictures and their objects, on `device`.
+
+        Args:
+            indices: which images, each 0..n-1; more are drawn for Mosaic and Mixup.
+            augmentation: how to vary them.
+            generator: on the CPU; the only source of chance, so the same state gives the same
+                batch, on any device up to rounding (the objects exactly). It advances by the same
+                amount whatever the settings.
+            strong: False turns Mosaic and Mixup off, as for the last epochs; affine, colour,
+                flips and the gray border stay.
+            share: (rank, processes): make only this part of the batch, of equal lengths or one
+                longer, in order. With the same indices and generator state in every process, the
+                parts are those of the whole batch that one process would make.
+
+        Returns:
+            float32 (B, 3, S, S) RGB in 0..1, and the `Targets`.
+        """
+        chosen = _indices(indices, len(self))
+        rank, processes = share
+        part = slice(len(chosen) * rank // processes, len(chosen) * (rank + 1) // processes)
+        plan = plan_batch(
+            chosen[part],
+            self.sizes.numpy(),
+            draw(len(chosen), generator)[part],
+            augmentation,
+            size=self.image_size,
+            strong=strong,
+        )
+        return self._make(plan, keep_all=False)
+
+    def unaugmented(
+        self, indices: Tensor | Sequence[int], *, border: int = 0
+    ) -> tuple[Tensor, Targets]:
+        """Return letterboxed images and all their objects, as evaluation would see them.
+
+        Args:
+            indices: which images.
+            border: gray pixels on every side, see `letterbox.fit`.
+
+        Returns:
+            As `batch`.
+        """
+        plan = plain_plan(
+            _indices(indices, len(self)), self.sizes.numpy(), size=self.image_size, border=border
+        )
+        return self._make(plan, keep_all=True)
+
+    def _make(self, plan: BatchPlan, *, keep_all: bool) -> tuple[Tensor, Targets]:
+        chunk = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
+        pictures = make_pictures(plan, self._gather, self.device, chunk)
+        return pictures, self._targets(plan, keep_all)
+
+    def _gather(self, images: NDArray[np.int64]) -> Tensor:
+        """Return images, uint8 (k, 3, H, W), on the device."""
+        if self.images.device == self.device:
+            return self.images.index_select(0, to_device(torch.from_numpy(images), self.device))
+        # Copied one by one, straight from the store: gathering them first would be a second copy.
+        gathered = torch.empty(
+            len(images), *self.images.shape[1:], dtype=torch.uint8, device=self.device
+        )
+        for row, image in zip(gathered, images, strict=True):
+            row.copy_(self.images[int(image)], non_blocking=True)
+        return gathered
+
+    def _targets(self, plan: BatchPlan, keep_all: bool) -> Targets:
+        """Return the objects of a batch, unless `keep_all` without those that are barely left."""
+        all_boxes, all_classes, first = self.boxes.numpy(), self.classes.numpy(), self.first.numpy()
+        found = []
+        for layers in (plan.singles, plan.mosaics, plan.mixed):
+            images = layers.images.ravel()
+            counts = first[images + 1] - first[images]
+            tiles = np.repeat(np.arange(len(images)), counts)
+            # Places in `boxes`: for each image, from its first object on.
+            starts = np.repeat(first[images] - np.cumsum(counts) + counts, counts)
+            places = starts + np.arange(len(starts))
+            boxes, worth = place_boxes(
+                layers, plan.size, all_boxes[places].astype(np.float64), tiles
+            )
+            keep = np.ones_like(worth) if keep_all else worth
+            rows = layers.rows[tiles // layers.images.shape[1]]
+            found.append((rows[keep], boxes[keep], all_classes[places][keep]))
+        rows, boxes, classes = (np.concatenate(items) for items in zip(*found, strict=True))
+        order = np.argsort(rows, kind="stable")
+        rows, boxes, classes = rows[order], boxes[order], classes[order]
+
+        counts = np.bincount(rows, minlength=plan.pictures)
+        most = max(1, int(counts.max(initial=0)))
+        columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        padded_boxes = np.zeros((plan.pictures, most, 4), np.float32)
+        padded_classes = np.zeros((plan.pictures, most), np.int64)
+        padded_boxes[rows, columns] = boxes
+        padded_classes[rows, columns] = classes
+        present = np.arange(most) < counts[:, None]
+        return Targets(
+            *(
+                to_device(torch.from_numpy(array), self.device)
+                for array in (padded_boxes, padded_classes, present)
+            )
+        )
+
+
+def load_training_set(
+    folder: str | Path,
+    split: str | None,
+    image_size: int,
+    device: torch.device | str,
+    *,
+    on_bad_data: OnBadData = "refuse",
+    progress: bool = True,
+    report_file: str | Path | None = None,
+) -> TrainingSet:
+    """Decode a split in COCO format into memory.
+
+    Args:
+        folder: the data set's folder.
+        split: which part; default: as `load_coco`.
+        image_size: the side of the network's input, in pixels; the images' long side.
+        device: where batches shall be made; the images are held there if they take at most
+            half of its free memory, else in host memory, pinned if it is for a GPU.
+        on_bad_data: `refuse`: raise, once all is checked; `skip`: leave out exactly what is wrong.
+        progress: show a bar while loading, on a terminal.
+        report_file: where to write the report as JSON if there is anything in it.
+
+    Raises:
+        BadDataError: there are problems and they are to be refused.
+        UserError: there is no such split, nothing to train on is left in it, or it does not fit
+            into memory.
+    """
+    if on_bad_data not in ("refuse", "skip"):
+        raise UserError(f"--bad-data is {on_bad_data!r}; give refuse or skip.")
+    checked = read_split(folder, split)
+    placed = [
+        fit((image.height, image.width), (image_size, image_size)).resized
+        for image in checked.images
+    ]
+    device = torch.empty(0, device=device).device  # `cuda` becomes `cuda:0`
+    store = _allocate(placed, image_size, device, checked.report.annotation_file)
+
+    def keep(index: int, pixels: NDArray[np.uint8]) -> None:
+        height, width = placed[index]
+        if pixels.shape[:2] != (height, width):
+            # As the letterbox of evaluation does.
+            shrinks = height * width < pixels.shape[0] * pixels.shape[1]
+            method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+            pixels = cv2.resize(pixels, (width, height), interpolation=method).astype(
+                np.uint8, copy=False
+            )
+        row = store[index]
+        row[:, height:] = GRAY
+        row[:, :height, width:] = GRAY
+        row[:, :height, :width] = torch.from_numpy(pixels).to(store.device).permute(2, 0, 1)
+
+    faults = for_each_image(checked.images, keep, progress=progress)
+    report = full_report(checked, faults)
+    if report_file is not None and (report.problems or report.clipped):
+        write_report(report, report_file)
+    if on_bad_data == "refuse":
+        refuse(report, report_file)
+    good = [index for index in range(len(placed)) if index not in faults]
+    for new, old in enumerate(good):
+        if new != old:
+            store[new] = store[old]
+
+    boxes = [
+        checked.boxes[index]
+        * np.array(
+            [
+                placed[index][1] / checked.images[index].width,
+                placed[index][0] / checked.images[index].height,
+            ]
+            * 2
+        )
+        for index in good
+    ]
+    counts = [len(item) for item in boxes]
+    if not sum(counts):
+        raise UserError(
+            f"{report.annotation_file} leaves no object to train on; give annotations of images "
+            "that can be read."
+        )
+    return TrainingSet(
+        image_size=image_size,
+        device=device,
+        class_names=checked.class_names,
+        files=tuple(checked.images[index].path for index in good),
+        images=store[: len(good)],
+        sizes=torch.tensor([placed[index] for index in good]),
+        boxes=torch.from_numpy(np.concatenate(boxes).astype(np.float32)),
+        classes=torch.from_numpy(np.concatenate([checked.classes[index] for index in good])),
+        first=torch.from_numpy(np.cumsum([0, *counts])),
+        report=report,
+    )
+
+
+def _allocate(
+    sizes: Sequence[tuple[int, int]], image_size: int, device: torch.device, file: Path
+) -> Tensor:
+    """Return uint8 (n, 3, H, W) for images of the sizes, on a device or in host memory."""
+    # As high and wide as any image is: images of one format take no more than they need.
+    height = max((size[0] for size in sizes), default=1)
+    width = max((size[1] for size in sizes), default=1)
+    shape = len(sizes), 3, height, width
+    needed = math.prod(shape)
+    if device.type == "cuda" and needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+    free = _free_host_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"{file} takes {needed / 1e9:.1f} GB of memory at {image_size} pixels and "
+            f"{free / 1e9:.1f} GB are free; give a smaller --imgsz or a part of the data set."
+        )
+    if device.type == "cuda":
+        # More than may be pinned still works, with slower copies.
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(shape, dtype=torch.uint8)
+
+
+def _free_host_memory() -> int | None:
+    """Return the bytes that can be had without swapping, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _indices(indices: Tensor | Sequence[int], images: int) -> NDArray[np.int64]:
+    """Return image indices as an array.
+
+    Raises:
+        IndexError: one is not that of an image.
+    """
+    chosen: NDArray[np.int64] = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
+    if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < images:
+        raise IndexError(f"image indices go from 0 to {images - 1}")
+    return chosen

@@ -1,0 +1,479 @@
+"""What training minimizes: classification, boxes, their distributions, objectness, distillation.
+
+Paper, Sections 2.3 (losses) and 2.4.2 (self-distillation), and the choices of its Tables 6 to 11.
+Everything is computed in float32, under autocast too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.models.decode import anchor_points, decode
+from trt_yolov6.models.variants import STRIDES, Architecture, variant_name
+from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
+from trt_yolov6.training.iou import similarity
+from trt_yolov6.training.targets import Targets
+
+ClassLoss = Literal["varifocal", "focal", "quality_focal", "poly"]
+BoxLoss = Literal["siou", "giou", "ciou"]
+Assigner = Literal["tal", "atss", "simota"]
+
+LEAST_AN_IMAGE = 0.25
+"""Least that losses are divided by, for every image of the batch: less than one object found
+halfway. Without it, batches of few objects or none would blow up."""
+
+_SMALL_VARIANTS = ("yolov6n", "yolov6t", "yolov6t_released")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which losses, weighed how; every value is a plain name or number, so JSON holds it.
+
+    Raises:
+        UserError: an unknown name, or a negative weight or number of epochs.
+    """
+
+    classification: ClassLoss = "varifocal"
+    box: BoxLoss = "giou"
+    use_dfl: bool = False
+    """Distribution focal loss; needs an architecture with `reg_max`."""
+    objectness: bool = False
+    """Objectness loss (paper, Table 11); needs the `offset` head, which cannot do without."""
+    assigner: Assigner = "tal"
+    warmup_assigner: Assigner = "atss"
+    warmup_epochs: int = 4
+    """`warmup_assigner` labels the epochs before this one, `assigner` the rest."""
+    class_weight: float = 1.0
+    box_weight: float = 2.5
+    dfl_weight: float = 0.5
+    objectness_weight: float = 1.0
+    poly_epsilon: float = 1.0
+    """Weight of the term that poly loss adds to focal loss; may be negative, above -1."""
+
+    def __post_init__(self) -> None:
+        for name, names in (
+            ("classification", get_args(ClassLoss)),
+            ("box", get_args(BoxLoss)),
+            ("assigner", get_args(Assigner)),
+            ("warmup_assigner", get_args(Assigner)),
+        ):
+            if getattr(self, name) not in names:
+                value = getattr(self, name)
+                raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(names)}.")
+        weights = ("class_weight", "box_weight", "dfl_weight", "objectness_weight")
+        for name in ("warmup_epochs", *weights):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be zero or more.")
+        if not -1 < self.poly_epsilon < math.inf:
+            raise UserError(f"poly_epsilon is {self.poly_epsilon}; it must be above -1.")
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """Self-distillation (paper, 2.4.2): how the student is held to the teacher.
+
+    The classes are independent sigmoids, so theirs is the Kullback-Leibler divergence of each
+    class's own yes or no: it counts with one class too, and is small wherever both are sure that
+    nothing is there. Box distributions are compared where there is an object.
+
+    Raises:
+        UserError: `epochs` or a temperature is not above zero, or a weight is negative.
+    """
+
+    epochs: int
+    """Length of the training, over which the weight decays."""
+    class_weight: float = 1.0
+    """Beside `LossSettings.class_weight`, by which it is multiplied."""
+    box_weight: float = 1.0
+    """Beside `LossSettings.dfl_weight`, by which it is multiplied."""
+    class_temperature: float = 1.0
+    """Divides the class logits. High ones make the many background anchors weigh as much as the
+    few others."""
+    box_temperature: float = 20.0
+    """Divides the logits of the distance bins (20: the authors' released value)."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "class_temperature", "box_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above zero.")
+        for name in ("class_weight", "box_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be zero or more.")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of a batch: `total`, float32 (), differentiable, and its parts.
+
+    parts: name → float32 (), detached and already weighed, so that they add up to `total`: `class`
+           and `box`; where they are on, `dfl`, `objectness`, `distill_class`, `distill_box`
+    foreground: int64 (), anchors of this process's batch that were assigned an object
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+    foreground: Tensor
+
+
+def default_losses(arch: Architecture) -> LossSettings:
+    """Return the paper's choice for an architecture (Section 2.3).
+
+    VariFocal loss; SIoU for N and T, GIoU for all others; DFL where the head predicts
+    distributions; objectness where the head has it.
+    """
+    return LossSettings(
+        box="siou" if variant_name(arch) in _SMALL_VARIANTS else "giou",
+        use_dfl=arch.reg_max > 0,
+        objectness=arch.head == "offset",
+    )
+
+
+def distillation_weight(epoch: float, epochs: int) -> float:
+    """Return the weight α of distillation, a cosine from 1 at epoch 0 to 0.01 at `epochs`.
+
+    Paper, 2.4.2: α = 1 - 0.99 (1 - cos(π epoch / epochs)) / 2. It stays at 0.01 after the end.
+    """
+    done = min(max(epoch / epochs, 0.0), 1.0)
+    return 1 - 0.99 * (1 - math.cos(math.pi * done)) / 2
+
+
+def detection_loss(
+    levels: Sequence[tuple[Tensor, ...]],
+    arch: Architecture,
+    targets: Targets,
+    settings: LossSettings,
+    *,
+    image_size: int | tuple[int, int],
+    epoch: float = 0,
+    teacher_levels: Sequence[tuple[Tensor, ...]] | None = None,
+    distillation: DistillationSettings | None = None,
+    reduce_mean: Callable[[Tensor], Tensor] | None = None,
+) -> Losses:
+    """Return the loss of a batch.
+
+    Every part is a sum over the batch divided by the sum of the soft targets (objectness: by the
+    number of foreground anchors), which counts for `LEAST_AN_IMAGE` an image at least.
+
+    Args:
+        levels: as `YOLOv6.raw` returns them, of any float dtype: a stride, class logits (batch,
+            classes, h, w), regression (batch, 4 * (reg_max + 1), h, w) and, with the `offset`
+            head, objectness logits (batch, 1, h, w).
+        arch: the network they come from.
+        targets: the batch's objects, on the same device.
+        settings: which losses.
+        image_size: height and width of the input in pixels (or both in one number); checked
+            against `levels`.
+        epoch: from 0; says which assigner is at work and how far distillation has decayed.
+        teacher_levels: the teacher's output for the same images, of the same shapes; with
+            `distillation`.
+        distillation: how to hold the student to the teacher; with `teacher_levels`. Classes
+            always, boxes where the head predicts distributions.
+        reduce_mean: gives the elementwise mean over all processes of a float32 (3,) tensor;
+            called once. Losses are sums divided by what it returns; so, as DistributedDataParallel
+            averages gradients, they are those of one process with all the images. None: one
+            process.
+
+    Raises:
+        UserError: the settings ask for what the head does not have.
+        ValueError: `levels` do not fit `image_size`, just one of `teacher_levels` and
+            `distillation` is given, or the teacher's shapes are others.
+    """
+    check_losses(settings, arch)
+    _check_shapes(levels, image_size)
+    if (teacher_levels is None) != (distillation is None):
+        raise ValueError("teacher_levels and distillation go together")
+    with torch.autocast(levels[0][0].device.type, enabled=False):
+        levels = [tuple(_wide(part) for part in level) for level in levels]
+        logits = _join([level[0] for level in levels]).transpose(1, 2)
+        regression = _join([level[1] for level in levels])
+        boxes, scores = decode(levels, arch)
+        boxes = boxes.transpose(1, 2)
+        sizes = [(level[0].shape[2], level[0].shape[3]) for level in levels]
+        points, strides = anchor_points(sizes, 0.5, regression)
+        labels = _assign(
+            scores.detach().transpose(1, 2),
+            boxes.detach(),
+            (points * strides).T,
+            strides[0],
+            [height * width for height, width in sizes],
+            targets,
+            arch,
+            settings.warmup_assigner if epoch < settings.warmup_epochs else settings.assigner,
+        )
+        weight = labels.scores.sum(-1)
+        normalizer, found = _normalizers(weight, labels.foreground, reduce_mean)
+
+        sums: dict[str, Tensor] = {}
+        by_class = settings.class_weight / normalizer
+        by_dfl = settings.dfl_weight / normalizer
+        sums["class"] = by_class * _class_loss(logits, labels, settings).sum()
+        off = 1 - similarity(boxes, labels.boxes, settings.box)
+        sums["box"] = settings.box_weight / normalizer * (off * weight).sum()
+        if settings.use_dfl:
+            distances = _distances(labels.boxes.transpose(1, 2), points, strides)
+            each = distribution_focal_loss(regression, distances, arch.reg_max).mean(1)
+            sums["dfl"] = by_dfl * (each * weight).sum()
+        if settings.objectness:
+            objectness = _join([level[2] for level in levels]).squeeze(1)
+            each = _cross_entropy(objectness, labels.foreground.to(objectness.dtype))
+            sums["objectness"] = settings.objectness_weight / found * each.sum()
+        if teacher_levels is not None and distillation is not None:
+            _check_teacher(levels, teacher_levels)
+            decay = distillation_weight(epoch, distillation.epochs)
+            guide = _join([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
+            each = class_divergence(logits, guide, distillation.class_temperature)
+            sums["distill_class"] = decay * distillation.class_weight * by_class * each.sum()
+            if arch.reg_max:
+                guide = _join([_wide(level[1].detach()) for level in teacher_levels])
+                each = box_divergence(
+                    regression, guide, arch.reg_max, distillation.box_temperature
+                ).mean(1)
+                scale = decay * distillation.box_weight * by_dfl
+                sums["distill_box"] = scale * (each * weight).sum()
+        total = torch.stack(list(sums.values())).sum()
+    parts = {name: value.detach() for name, value in sums.items()}
+    return Losses(total, parts, labels.foreground.sum())
+
+
+def check_losses(settings: LossSettings, arch: Architecture) -> None:
+    """Check that a network has the outputs that the losses need.
+
+    Raises:
+        UserError: DFL without distance distributions, objectness without an objectness output, or
+            an objectness output without its loss.
+    """
+    if settings.use_dfl and not (arch.reg_max and arch.head == "distance"):
+        raise UserError(
+            "distribution focal loss needs a head that predicts distributions of distances; "
+            f"{arch.name} predicts boxes directly (reg_max is {arch.reg_max})."
+        )
+    if settings.objectness and arch.head != "offset":
+        raise UserError(
+            "an objectness loss needs a head with an objectness output; "
+            f"{arch.name} has the {arch.head!r} head, only the 'offset' head has one."
+        )
+    if arch.head == "offset" and not settings.objectness:
+        raise UserError(
+            "the 'offset' head multiplies its objectness into every score, so it cannot be "
+            "trained without the objectness loss."
+        )
+
+
+def varifocal_loss(
+    logits: Tensor, targets: Tensor, positive: Tensor, *, alpha: float = 0.75, gamma: float = 2.0
+) -> Tensor:
+    """Return VariFocal loss (Zhang et al., 2021), elementwise.
+
+    With p the sigmoid of the logit and q the target: q BCE(p, q) where positive, else
+    -α p^γ log(1 - p).
+
+    Args:
+        logits: float, any shape.
+        targets: float in 0..1, the same shape: the quality of the positive.
+        positive: bool, the same shape.
+        alpha: weight of negatives.
+        gamma: how much easy negatives are weighed down.
+    """
+    negative = alpha * torch.sigmoid(logits).pow(gamma) * F.softplus(logits)
+    return torch.where(positive, targets * _cross_entropy(logits, targets), negative)
+
+
+def focal_loss(
+    logits: Tensor, positive: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Return focal loss (Lin et al., 2017), elementwise: -α_t (1 - p_t)^γ log p_t.
+
+    p_t is the probability of what is true and α_t is α for positives, 1 - α for negatives.
+
+    Args:
+        logits: float, any shape.
+        positive: bool, the same shape.
+        alpha: weight of positives.
+        gamma: how much easy elements are weighed down.
+    """
+    return poly_loss(logits, positive, epsilon=0.0, alpha=alpha, gamma=gamma)
+
+
+def poly_loss(
+    logits: Tensor,
+    positive: Tensor,
+    *,
+    epsilon: float = 1.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:
+    """Return poly-1 focal loss (Leng et al., 2022), elementwise.
+
+    Focal loss plus α_t ε (1 - p_t)^(γ + 1): the first term of its expansion, weighed up.
+    Arguments as for `focal_loss`.
+    """
+    wrong = torch.where(positive, -logits, logits)
+    missing = torch.sigmoid(wrong)
+    weight = torch.where(positive, alpha, 1 - alpha)
+    return weight * missing.pow(gamma) * (F.softplus(wrong) + epsilon * missing)
+
+
+def quality_focal_loss(logits: Tensor, targets: Tensor, *, beta: float = 2.0) -> Tensor:
+    """Return quality focal loss (Li et al., 2020), elementwise: |q - p|^β BCE(p, q).
+
+    Args:
+        logits: float, any shape.
+        targets: float in 0..1, the same shape: the quality q, 0 for negatives.
+        beta: how much good estimates are weighed down.
+    """
+    difference = (targets - torch.sigmoid(logits)).abs()
+    return difference.pow(beta) * _cross_entropy(logits, targets)
+
+
+def distribution_focal_loss(regression: Tensor, distances: Tensor, reg_max: int) -> Tensor:
+    """Return distribution focal loss (Li et al., 2020; the paper's M and L).
+
+    The cross-entropy of the predicted distribution with the one that puts all its mass on the two
+    bins beside the distance, such that its mean is the distance.
+
+    Args:
+        regression: float (batch, 4 * (reg_max + 1), anchors), logits of the bins, those of one
+            side together.
+        distances: float (batch, 4, anchors), left, top, right, bottom in strides; taken for the
+            nearest of 0..reg_max where outside.
+        reg_max: largest bin.
+
+    Returns:
+        float (batch, 4, anchors).
+    """
+    logarithms = _bins(regression, reg_max).log_softmax(2)
+    bins = torch.arange(reg_max + 1, dtype=distances.dtype, device=distances.device)
+    apart = (distances.clamp(0, reg_max).unsqueeze(2) - bins.view(1, 1, -1, 1)).abs()
+    return -((1 - apart).clamp(min=0) * logarithms).sum(2)
+
+
+def class_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return the divergence of the teacher's from the student's classes, elementwise.
+
+    T² KL(p_t || p_s) of two Bernoulli distributions, p the sigmoid of logit / T. The factor keeps
+    the size of gradients as T changes (Hinton et al., 2015).
+
+    Args:
+        student: float logits, any shape.
+        teacher: float logits, the same shape.
+        temperature: T, above zero.
+    """
+    own, guide = student / temperature, teacher / temperature
+    truth = torch.sigmoid(guide)
+    return temperature**2 * (_cross_entropy(own, truth) - _cross_entropy(guide, truth))
+
+
+def box_divergence(student: Tensor, teacher: Tensor, reg_max: int, temperature: float) -> Tensor:
+    """Return the divergence of the teacher's from the student's distributions of distances.
+
+    T² KL(p_t || p_s), p the softmax of logits / T over the bins of a side.
+
+    Args:
+        student: float (batch, 4 * (reg_max + 1), anchors), logits of the bins.
+        teacher: the same.
+        reg_max: largest bin.
+        temperature: T, above zero.
+
+    Returns:
+        float (batch, 4, anchors).
+    """
+    own = (_bins(student, reg_max) / temperature).log_softmax(2)
+    guide = (_bins(teacher, reg_max) / temperature).log_softmax(2)
+    return temperature**2 * (guide.exp() * (guide - own)).sum(2)
+
+
+def _assign(
+    scores: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    strides: Tensor,
+    sizes_per_level: Sequence[int],
+    targets: Targets,
+    arch: Architecture,
+    assigner: Assigner,
+) -> Assignment:
+    if assigner == "tal":
+        return task_aligned(scores, boxes, points, targets)
+    if assigner == "atss":
+        return atss(points, strides, sizes_per_level, targets, boxes, num_classes=arch.num_classes)
+    if arch.head == "offset":
+        scores = scores.sqrt()
+    return simota(scores, boxes, points, strides, targets)
+
+
+def _class_loss(logits: Tensor, labels: Assignment, settings: LossSettings) -> Tensor:
+    classes = torch.arange(logits.shape[2], device=logits.device)
+    positive = labels.classes.unsqueeze(-1) == classes
+    if settings.classification == "varifocal":
+        return varifocal_loss(logits, labels.scores, positive)
+    if settings.classification == "quality_focal":
+        return quality_focal_loss(logits, labels.scores)
+    epsilon = settings.poly_epsilon if settings.classification == "poly" else 0.0
+    return poly_loss(logits, positive, epsilon=epsilon)
+
+
+def _normalizers(
+    weight: Tensor, foreground: Tensor, reduce_mean: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Return what losses, and what the objectness loss, are divided by."""
+    images = torch.full_like(weight[0, 0], len(weight))
+    counts = torch.stack((weight.sum(), foreground.sum().to(weight.dtype), images))
+    if reduce_mean is not None:
+        counts = reduce_mean(counts)
+    # A floor a batch would be another one for each way to share a batch among processes.
+    floor = LEAST_AN_IMAGE * counts[2]
+    return torch.maximum(counts[0], floor), torch.maximum(counts[1], floor)
+
+
+def _distances(boxes: Tensor, points: Tensor, strides: Tensor) -> Tensor:
+    """From boxes (batch, 4, anchors) in pixels to left, top, right, bottom in strides."""
+    corners = boxes / strides
+    return torch.cat((points - corners[:, :2], corners[:, 2:] - points), dim=1)
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Bring to float32; float64 stays, for the sake of finite differences."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.softplus(logits) - logits * targets
+
+
+def _bins(regression: Tensor, reg_max: int) -> Tensor:
+    """(batch, 4 * (reg_max + 1), anchors) as (batch, 4, reg_max + 1, anchors)."""
+    batch, _, anchors = regression.shape
+    return regression.view(batch, 4, reg_max + 1, anchors)
+
+
+def _join(maps: Sequence[Tensor]) -> Tensor:
+    """Flatten and concatenate (batch, c, h, w) to (batch, c, anchors)."""
+    return torch.cat([level.flatten(2) for level in maps], dim=2)
+
+
+def _check_shapes(levels: Sequence[tuple[Tensor, ...]], image_size: int | tuple[int, int]) -> None:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    for level, stride in zip(levels, STRIDES, strict=True):
+        cells = tuple(level[0].shape[2:])
+        if (cells[0] * stride, cells[1] * stride) != (height, width):
+            raise ValueError(
+                f"at stride {stride}, {cells} cells do not cover {(height, width)} pixels"
+            )
+
+
+def _check_teacher(
+    levels: Sequence[tuple[Tensor, ...]], teacher_levels: Sequence[tuple[Tensor, ...]]
+) -> None:
+    for own, guide in zip(levels, teacher_levels, strict=True):
+        shapes = [tuple(part.shape) for part in own[:2]]
+        theirs = [tuple(part.shape) for part in guide[:2]]
+        if shapes != theirs:
+            raise ValueError(f"the student's outputs are {shapes}, the teacher's {theirs}")

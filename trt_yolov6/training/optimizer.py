@@ -1,0 +1,113 @@
+"""SGD as the authors use it: Nesterov momentum, weight decay on the kernels alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trt_yolov6.training.schedule import NOMINAL_BATCH, Plan, learning_rate, momentum
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Values of the optimizer and of its warm-up.
+
+    A learning rate is meant for the mean loss of 32 images; the gradients of larger batches are
+    added up, which is the linear scaling rule. The defaults are those that the authors' released
+    configurations give for training from scratch.
+    """
+
+    learning_rate: float = 0.01
+    final_share: float = 0.01
+    """Learning rate at the end of the cosine over that at its start."""
+    momentum: float = 0.937
+    weight_decay: float = 5e-4
+    """For 64 images a step of the optimizer; scaled with their number."""
+    warmup_epochs: float = 3.0
+    warmup_momentum: float = 0.8
+    warmup_bias_rate: float = 0.1
+    """Learning rate of the biases before the first step, from where it falls."""
+    accumulate: int | None = None
+    """Steps whose gradients are added up; None: as many as make 64 images."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; None: whatever it is."""
+
+
+FINE_TUNING = OptimizerSettings(
+    learning_rate=0.0032,
+    final_share=0.12,
+    momentum=0.843,
+    weight_decay=3.6e-4,
+    warmup_epochs=2.0,
+    warmup_momentum=0.5,
+    warmup_bias_rate=0.05,
+)
+"""The authors' values for training on from a finished checkpoint."""
+
+
+def default_optimizer(variant: str, *, fine_tuning: bool = False) -> OptimizerSettings:
+    """Return the authors' values: twice the learning rate for N, others for fine-tuning."""
+    if fine_tuning:
+        return FINE_TUNING
+    return OptimizerSettings(learning_rate=0.02 if variant == "yolov6n" else 0.01)
+
+
+def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Sort the parameters into normalization and shortcut weights, kernels, and biases.
+
+    Only kernels (of convolutions, transposed ones too) decay.
+    """
+    scales: list[nn.Parameter] = []
+    kernels: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            biases.append(parameter)
+        elif parameter.ndim > 1:
+            kernels.append(parameter)
+        else:
+            scales.append(parameter)
+    return [scales, kernels, biases]
+
+
+def make_optimizer(
+    model: nn.Module, settings: OptimizerSettings, batch: int, *, fused: bool
+) -> torch.optim.SGD:
+    """Return the optimizer of a network, with the three groups of `parameter_groups`.
+
+    Args:
+        model: in training form.
+        settings: learning rate, momentum, decay.
+        batch: images a step, of all processes together.
+        fused: one kernel for all parameters, on a GPU.
+    """
+    accumulate = settings.accumulate or max(1, round(NOMINAL_BATCH / batch))
+    decay = settings.weight_decay * batch * accumulate / NOMINAL_BATCH
+    scales, kernels, biases = parameter_groups(model)
+    groups = [
+        {"params": scales, "weight_decay": 0.0},
+        {"params": kernels, "weight_decay": decay},
+        {"params": biases, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+        fused=fused,
+    )
+
+
+def set_rates(
+    optimizer: torch.optim.SGD, settings: OptimizerSettings, plan: Plan, step: int
+) -> None:
+    """Give the optimizer learning rates and momentum of a step."""
+    peak, final = settings.learning_rate, settings.final_share
+    rate = learning_rate(plan, step, start=0.0, peak=peak, final=final)
+    bias_rate = learning_rate(plan, step, start=settings.warmup_bias_rate, peak=peak, final=final)
+    current = momentum(plan, step, start=settings.warmup_momentum, final=settings.momentum)
+    for index, group in enumerate(optimizer.param_groups):
+        group["lr"] = bias_rate if index == 2 else rate
+        group["momentum"] = current

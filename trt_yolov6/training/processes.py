@@ -1,0 +1,155 @@
+"""Several processes that train one network: who they are, and what they share.
+
+Under `torchrun` every process finds its place in the environment; without it there is one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from trt_yolov6.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """True in the one process that writes files and talks."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Rank and number of processes, as `TrainingSet.batch` takes them."""
+        return self.rank, self.world
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of a tensor over all processes; no gradient passes."""
+        if self.world == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.world
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: str | None = None) -> Iterator[Processes]:
+    """Join the other processes of `torchrun`, if there are any, until the block ends.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one. Under torchrun each
+            process takes the GPU of its local rank.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _device(device, local if world > 1 else None)
+    if world == 1:
+        yield Processes(0, 1, chosen)
+        return
+    on_gpu = chosen.type == "cuda"
+    # A group that is there already belongs to the caller.
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def _device(name: str | None, local_rank: int | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is not known; give cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; give cpu, cuda or cuda:N.")
+    if device.type == "cpu":
+        return device
+    index = local_rank if local_rank is not None else device.index or 0
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"PyTorch sees {torch.cuda.device_count()} GPUs here, no GPU {index}; give another "
+            "--device, start fewer processes, or install PyTorch with CUDA."
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def with_common_statistics(model: nn.Module, processes: Processes) -> None:
+    """Make batch normalizations use the statistics of all processes' images, in place.
+
+    Parameters and buffers stay the same objects. On GPUs it is PyTorch's SyncBatchNorm, which has
+    no CPU version.
+    """
+    if processes.world == 1:
+        return
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, _common(child, processes))
+
+
+def _common(bn: nn.BatchNorm2d, processes: Processes) -> nn.Module:
+    if processes.device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(bn)  # type: ignore[no-untyped-call]
+        # It counts its steps, whether anyone asks or not.
+        converted.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=processes.device)
+        return converted
+    common = _CommonBatchNorm(bn.num_features, bn.eps, bn.momentum or 0.1)
+    common.weight, common.bias = bn.weight, bn.bias
+    common.running_mean, common.running_var = bn.running_mean, bn.running_var
+    common.num_batches_tracked = bn.num_batches_tracked
+    common.train(bn.training)
+    return common
+
+
+class _CommonBatchNorm(nn.BatchNorm2d):
+    """Batch normalization over the images of all processes, each with equally many; on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _sum(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = _sum(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            share = 0.1 if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def _sum(value: Tensor) -> Tensor:
+    """Return the sum over all processes; gradients pass."""
+    total: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]
+    return total
