@@ -376,10 +376,11 @@ def test_two_engines_in_two_threads_give_their_own_results(plan: Path) -> None:
 
 
 @needs_gpu
-def test_ten_thousand_runs_leak_nothing(engine: Any) -> None:
+@pytest.mark.parametrize("sizes", [(2,), (1, 2, 3, 4)], ids=["one batch size", "changing"])
+def test_ten_thousand_runs_leak_nothing(engine: Any, sizes: tuple[int, ...]) -> None:
     def use(count: int) -> None:
         for turn in range(count):
-            batch = engine.empty_input(1 + turn % 4)
+            batch = engine.empty_input(sizes[turn % len(sizes)])
             batch[:] = 0.5
             engine.start(batch, 0.5).wait()
 
