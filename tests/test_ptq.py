@@ -154,13 +154,14 @@ def test_a_float_layer_stays_float_and_is_in_the_manifest(
     assert json.loads(built.manifest_path.read_text())["float_layers"] == [kept]
 
 
-def test_half_precision_beside_int8_keeps_the_outputs_in_float(tiny: Graph, folder: Path) -> None:
+def test_half_precision_beside_int8_keeps_boxes_in_float_and_gives_half_scores(
+    tiny: Graph, folder: Path
+) -> None:
     model = quantize(tiny, folder, dataclasses.replace(MINMAX, fp16=True)).graph.model
     assert any(item.data_type == TensorProto.FLOAT16 for item in model.graph.initializer)
     assert {weights_dtype(model, name) for name in convolutions(model)} == {TensorProto.INT8}
-    assert [item.type.tensor_type.elem_type for item in model.graph.output] == [
-        item.type.tensor_type.elem_type for item in tiny.model.graph.output
-    ]
+    types = [item.type.tensor_type.elem_type for item in model.graph.output]
+    assert types == [TensorProto.FLOAT, TensorProto.FLOAT16]
 
 
 # --- what is refused ----------------------------------------------------------------------------

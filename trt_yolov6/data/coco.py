@@ -54,27 +54,29 @@ def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
         UserError: the folder, the split or an image is missing, or the annotations are malformed.
     """
     root = Path(root)
-    split = _choose_split(root, split)
+    split = choose_split(root, split)
     file = root / "annotations" / f"instances_{split}.json"
     content = read_json(file)
     if not isinstance(content, dict):
-        raise _malformed(file, "it is not a JSON object")
+        raise malformed(file, "it is not a JSON object")
 
-    categories = sorted(_records(file, content, "categories", {"id": int, "name": str}), key=_id)
+    categories = sorted(
+        read_records(file, content, "categories", {"id": int, "name": str}), key=_id
+    )
     if not categories:
-        raise _malformed(file, "it has no categories")
-    _check_unique(file, "category", categories)
-    records = _records(
+        raise malformed(file, "it has no categories")
+    check_unique(file, "category", categories)
+    records = read_records(
         file, content, "images", {"id": int, "file_name": str, "width": int, "height": int}
     )
     if not records:
-        raise _malformed(file, "it has no images")
-    _check_unique(file, "image", records)
+        raise malformed(file, "it has no images")
+    check_unique(file, "image", records)
     for record in records:
         if record["width"] < 1 or record["height"] < 1:
-            raise _malformed(file, f"image {record['id']} has no size")
+            raise malformed(file, f"image {record['id']} has no size")
 
-    folder = _image_folder(root, split)
+    folder = image_folder(root, split)
     images = tuple(
         CocoImage(record["id"], folder / record["file_name"], record["height"], record["width"])
         for record in records
@@ -127,7 +129,7 @@ def read_coco_image(image: CocoImage) -> NDArray[np.uint8]:
     )
 
 
-def _choose_split(root: Path, split: str | None) -> str:
+def choose_split(root: Path, split: str | None) -> str:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the data set's folder as --data.")
     prefix = "instances_"
@@ -153,7 +155,7 @@ def _choose_split(root: Path, split: str | None) -> str:
     raise UserError(f"{root} has several splits; give one of these as --split: {present}.")
 
 
-def _image_folder(root: Path, split: str) -> Path:
+def image_folder(root: Path, split: str) -> Path:
     for folder in (root / "images" / split, root / split):
         if folder.is_dir():
             return folder
@@ -162,13 +164,13 @@ def _image_folder(root: Path, split: str) -> Path:
     )
 
 
-def _records(
+def read_records(
     file: Path, content: Mapping[str, Any], key: str, fields: Mapping[str, type]
 ) -> list[dict[str, Any]]:
     """Return the list under `key`, each record checked to have the fields, of their types."""
     records = content.get(key)
     if not isinstance(records, list):
-        raise _malformed(file, f"it has no list {key!r}")
+        raise malformed(file, f"it has no list {key!r}")
     for number, record in enumerate(records):
         for field, kind in fields.items():
             value = record.get(field) if isinstance(record, dict) else None
@@ -177,7 +179,7 @@ def _records(
                 or isinstance(value, bool)
                 or (isinstance(value, int) and abs(value) >= 2**63)
             ):
-                raise _malformed(
+                raise malformed(
                     file, f"entry {number} of {key!r} lacks {field!r} or has a wrong one"
                 )
     return records
@@ -186,10 +188,10 @@ def _records(
 def _boxes(
     file: Path, content: Mapping[str, Any], image_ids: set[int], category_ids: set[int]
 ) -> tuple[Mapping[str, Any], ...]:
-    annotations = _records(
+    annotations = read_records(
         file, content, "annotations", {"image_id": int, "category_id": int, "bbox": list}
     )
-    _check_unique(file, "annotation", [entry for entry in annotations if "id" in entry])
+    check_unique(file, "annotation", [entry for entry in annotations if "id" in entry])
     boxes = []
     # pycocotools takes id 0 for "no match", so the ids are given anew.
     for number, entry in enumerate(annotations, start=1):
@@ -200,13 +202,13 @@ def _boxes(
             or min(box[2:]) < 0
             or not _is_finite(box[2] * box[3])
         ):
-            raise _malformed(file, f"annotation {number} has the box {_short(box)}")
+            raise malformed(file, f"annotation {number} has the box {_short(box)}")
         if entry["image_id"] not in image_ids:
-            raise _malformed(
+            raise malformed(
                 file, f"annotation {number} is for image {entry['image_id']}, which is not listed"
             )
         if entry["category_id"] not in category_ids:
-            raise _malformed(
+            raise malformed(
                 file,
                 f"annotation {number} is of category {entry['category_id']}, which is not listed",
             )
@@ -241,12 +243,12 @@ def _id(record: Mapping[str, Any]) -> int:
     return number
 
 
-def _check_unique(file: Path, what: str, records: list[dict[str, Any]]) -> None:
+def check_unique(file: Path, what: str, records: list[dict[str, Any]]) -> None:
     counts = Counter(str(record["id"]) for record in records)
     for number, count in counts.items():
         if count > 1:
-            raise _malformed(file, f"{what} id {number} occurs {count} times")
+            raise malformed(file, f"{what} id {number} occurs {count} times")
 
 
-def _malformed(file: Path, what: str) -> UserError:
+def malformed(file: Path, what: str) -> UserError:
     return UserError(f"{file} is no usable COCO annotation file: {what}; correct it.")

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from trt_yolov6.data.coco import (
     CocoImage,
-    _check_unique,
-    _choose_split,
-    _image_folder,
-    _malformed,
-    _records,
+    check_unique,
+    choose_split,
+    image_folder,
+    malformed,
     read_coco_image,
+    read_records,
 )
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import default_workers
@@ -160,25 +160,25 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
         UserError: as `check_data`.
     """
     folder = Path(folder)
-    split = _choose_split(folder, split)
+    split = choose_split(folder, split)
     file = folder / "annotations" / f"instances_{split}.json"
     content = read_json(file)
     if not isinstance(content, dict):
-        raise _malformed(file, "it is not a JSON object")
-    categories = _records(file, content, "categories", {"id": int, "name": str})
-    records = _records(file, content, "images", {"id": int, "file_name": str})
+        raise malformed(file, "it is not a JSON object")
+    categories = read_records(file, content, "categories", {"id": int, "name": str})
+    records = read_records(file, content, "images", {"id": int, "file_name": str})
     annotations = content.get("annotations")
     for what, found in (("categories", categories), ("images", records)):
         if not found:
-            raise _malformed(file, f"it has no {what}")
+            raise malformed(file, f"it has no {what}")
     if not isinstance(annotations, list):
-        raise _malformed(file, "it has no list 'annotations'")
-    _check_unique(file, "category", categories)
-    _check_unique(file, "image", records)
+        raise malformed(file, "it has no list 'annotations'")
+    check_unique(file, "category", categories)
+    check_unique(file, "image", records)
 
     categories = sorted(categories, key=lambda category: int(category["id"]))
     class_of = {category["id"]: place for place, category in enumerate(categories)}
-    images, problems = _judge_images(records, _image_folder(folder, split))
+    images, problems = _judge_images(records, image_folder(folder, split))
     names = {record["id"]: record["file_name"] for record in records}
     judged = _judge_annotations(annotations, names, {image.id: image for image in images}, class_of)
     objects = [judged.objects.get(image.id, []) for image in images]
