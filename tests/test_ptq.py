@@ -24,7 +24,13 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.evaluation import evaluate
 from trt_yolov6.export import ExportSettings, export_onnx
-from trt_yolov6.quantization.ptq import QuantizationSettings, QuantizedGraph, quantize
+from trt_yolov6.quantization.ptq import (
+    QuantizationSettings,
+    QuantizedGraph,
+    calibrate,
+    quantize,
+)
+from trt_yolov6.quantization.report import fallback_report, measure
 from trt_yolov6.quantization.table import write_table
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
@@ -161,6 +167,25 @@ def test_half_precision_beside_int8_keeps_the_outputs_in_float(tiny: Graph, fold
     assert [item.type.tensor_type.elem_type for item in model.graph.output] == [
         item.type.tensor_type.elem_type for item in tiny.model.graph.output
     ]
+
+
+def test_the_report_has_a_row_for_each_metric_that_is_known(tiny: Graph, folder: Path) -> None:
+    calibrated = calibrate(tiny, folder, MINMAX)
+
+    def score(model: onnx.ModelProto) -> float:
+        return sum(weights_dtype(model, name) == TensorProto.INT8 for name in names) / 100
+
+    names = convolutions(tiny.model)
+    result = measure(tiny, calibrated, "ap", score)
+    without = fallback_report(tiny, calibrated, score)
+    report = fallback_report(tiny, calibrated, score, by_ap=result)
+    assert report.startswith(without + "\n| 6 by ap | ")
+    assert [line.split(" |")[0] for line in report.splitlines()[2:]] == [
+        "| all",
+        "| none",
+        *(f"| 6 by {metric}" for metric in ("mse", "snr", "cosine", "ap")),
+    ]
+    assert report.splitlines()[-1].endswith(f"| {', '.join(result.names[:6])} |")
 
 
 # --- what is refused ----------------------------------------------------------------------------
