@@ -24,6 +24,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.evaluation import evaluate
 from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.quantization import ptq
 from trt_yolov6.quantization.ptq import (
     QuantizationSettings,
     QuantizedGraph,
@@ -186,6 +187,49 @@ def test_the_report_has_a_row_for_each_metric_that_is_known(tiny: Graph, folder:
         *(f"| 6 by {metric}" for metric in ("mse", "snr", "cosine", "ap")),
     ]
     assert report.splitlines()[-1].endswith(f"| {', '.join(result.names[:6])} |")
+
+
+def test_float_layers_are_searched_with_the_biases_that_will_be_built(
+    tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+
+    def score(model: onnx.ModelProto) -> float:
+        seen.append(model.SerializeToString())
+        return 1.0
+
+    settings = dataclasses.replace(MINMAX, float_layers="auto")
+    for helps in (True, False):
+        monkeypatch.setattr(ptq, "_biases_help", lambda *_, helps=helps: helps)
+        seen.clear()
+        result = quantize(tiny, folder, settings, score=score)
+        assert result.table.biases_corrected is helps
+        # The float graph first, for the budget; then the graph without float layers, which is kept.
+        assert seen[1:] == [result.graph.model.SerializeToString()]
+
+
+def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
+    tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ptq.Judge, "harmless_agreement", lambda _: 0.25)
+    monkeypatch.setattr(ptq.Judge, "confident_agreement", lambda *_: 0.3)
+    told: list[str] = []
+    settings = dataclasses.replace(MINMAX, float_layers="auto", max_ap_drop=0.01)
+    result = quantize(tiny, folder, settings, tell=told.append)
+    assert result.table.float_layers == ()
+    assert "float layers until the agreement with float is 0.250 ..." in told
+
+
+def test_moved_images_are_compared_with_their_boxes_moved_back(tiny: Graph, folder: Path) -> None:
+    judge = ptq.Judge(tiny, sorted(folder.iterdir()))
+    image = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
+    moved = ptq._moved(image, 1, 0)
+    np.testing.assert_array_equal(moved[..., 1:], image[..., :-1])
+    np.testing.assert_array_equal(moved[..., 0], image[..., 0])
+    pixels = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
+    down = ptq._moved(pixels, 0, 1)
+    np.testing.assert_array_equal(down[:, 1:], pixels[:, :-1])
+    assert 0 <= judge.harmless_agreement() <= 1
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.building import Graph
@@ -25,8 +26,9 @@ from trt_yolov6.data.letterbox import fit
 from trt_yolov6.detection import Detections, postprocess
 from trt_yolov6.engines.manifest import NmsSettings, OutputLayout
 from trt_yolov6.errors import UserError
+from trt_yolov6.files import sha256_bytes
 from trt_yolov6.quantization.agreement import agreement
-from trt_yolov6.quantization.bias_correction import correct_biases
+from trt_yolov6.quantization.bias_correction import BiasCorrection, with_errors_removed
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_for
 from trt_yolov6.quantization.collect import check_weights, collect
 from trt_yolov6.quantization.equalization import equalize, tensors_to_measure
@@ -212,8 +214,11 @@ def quantize(
     candidates: tuple[Candidate, ...] = ()
     if table is not None:
         prepared = _prepare(graph, paths, settings, _variant(table.variant), say, measure=False)
+        correction = _bias_correction(graph, prepared, paths, settings)
     else:
-        prepared, table, candidates = _calibrate(graph, paths, settings, key, say, score)
+        prepared, table, candidates, correction = _calibrate(
+            graph, paths, settings, key, say, score
+        )
     placement = place_for(quantized_type, prepared.model, table.float_layers)
     model = insert_qdq(
         prepared.model, placement, table.amax, quantized=quantized_type, fp16=settings.fp16
@@ -222,7 +227,7 @@ def quantize(
         say("adaptive rounding of the weights (some minutes) ...")
         model = adapt_rounding(prepared.model, model, _inputs(graph, paths, settings))
     elif table.biases_corrected:
-        model = correct_biases(prepared.model, model, _inputs(graph, paths, settings))
+        model = correction.correct(model)
     quantized = dataclasses.replace(
         graph,
         model=model,
@@ -309,7 +314,7 @@ def calibrate(
     check_weights(graph.model)
     paths = calibration_images(folder, settings.image_limit)
     key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
-    prepared, table, _ = _calibrate(graph, paths, settings, key, tell or (lambda _: None))
+    prepared, table, _, _ = _calibrate(graph, paths, settings, key, tell or (lambda _: None))
     return Calibrated(prepared.model, prepared.placement, table, tuple(paths), prepared.statistics)
 
 
@@ -325,7 +330,7 @@ def _calibrate(
     key: CalibrationKey,
     say: Callable[[str], None],
     labelled: Callable[[onnx.ModelProto], float] | None = None,
-) -> tuple[Prepared, CalibrationTable, tuple[Candidate, ...]]:
+) -> tuple[Prepared, CalibrationTable, tuple[Candidate, ...], BiasCorrection]:
     """Choose a variant on some of the images, then the calibrator on all of them."""
     quantized = settings.quantized
     methods: tuple[Method, ...] = (
@@ -357,20 +362,56 @@ def _calibrate(
     if judge:
         say(f"chosen: calibrator {method}, graph {variant}")
     table = _table(prepared, method, key, quantized)
-    layers = _float_layers(graph, prepared, table, method, many, settings, say, labelled, judge)
+    judge = judge or (Judge(graph, many, settings.border) if _needs_judge(settings) else None)
+    correction = _bias_correction(graph, prepared, paths, settings)
+    errors: Mapping[str, NDArray[np.float64]] = {}
+    correctable = settings.bias_correction or settings.adaptive_rounding
+    searched = settings.float_layers == "auto"
+    if judge and searched and correctable:
+        # What is searched is what will be built: float layers are to bring what biases cannot.
+        model = insert_qdq(prepared.model, prepared.placement, table.amax, quantized=quantized)
+        if _biases_help(judge, correction, model, say):
+            errors = correction.errors(model)
+    layers = _float_layers(
+        graph, prepared, table, method, many, settings, say, labelled, judge, errors
+    )
     if layers:
         # With other layers in float, pairs stand elsewhere and groups are other ones.
         table = _table(prepared, method, key, quantized, layers)
-    if settings.bias_correction and not settings.adaptive_rounding:
-        judge = judge or Judge(graph, many, settings.border)
-        placement = place_for(quantized, prepared.model, layers)
-        model = insert_qdq(prepared.model, placement, table.amax, quantized=quantized)
-        before = judge.agreement(model)
-        images = _inputs(graph, paths, settings)
-        after = judge.agreement(correct_biases(prepared.model, model, images))
-        say(f"biases corrected: agreement with float {after:.3f} after {before:.3f}")
-        table = dataclasses.replace(table, biases_corrected=after > before + CLEAR_GAIN)
-    return prepared, table, (*candidates, *choices)
+    if judge and settings.bias_correction and not settings.adaptive_rounding:
+        if searched:
+            corrected = bool(errors)
+        else:
+            placement = place_for(quantized, prepared.model, layers)
+            model = insert_qdq(prepared.model, placement, table.amax, quantized=quantized)
+            corrected = _biases_help(judge, correction, model, say)
+        table = dataclasses.replace(table, biases_corrected=corrected)
+    return prepared, table, (*candidates, *choices), correction
+
+
+def _needs_judge(settings: QuantizationSettings) -> bool:
+    return settings.float_layers == "auto" or (
+        settings.bias_correction and not settings.adaptive_rounding
+    )
+
+
+def _bias_correction(
+    graph: Graph, prepared: Prepared, paths: Sequence[Path], settings: QuantizationSettings
+) -> BiasCorrection:
+    return BiasCorrection(prepared.model, _inputs(graph, paths, settings))
+
+
+def _biases_help(
+    judge: Judge,
+    correction: BiasCorrection,
+    model: onnx.ModelProto,
+    say: Callable[[str], None],
+) -> bool:
+    """Return whether a Q/DQ graph agrees clearly better with its biases corrected."""
+    before = judge.agreement(model)
+    after = judge.agreement(correction.correct(model))
+    say(f"biases corrected: agreement with float {after:.3f} after {before:.3f}")
+    return after > before + CLEAR_GAIN
 
 
 def _inputs(
@@ -391,8 +432,12 @@ def _float_layers(
     say: Callable[[str], None],
     labelled: Callable[[onnx.ModelProto], float] | None,
     judge: Judge | None,
+    errors: Mapping[str, NDArray[np.float64]],
 ) -> tuple[str, ...]:
-    """Return the layers that stay in float: as named, or chosen by sensitivity."""
+    """Return the layers that stay in float: as named, or chosen by sensitivity.
+
+    `errors` are those that the biases will take back, see `BiasCorrection`.
+    """
     wanted = settings.float_layers
     if isinstance(wanted, tuple):
         return wanted
@@ -405,28 +450,41 @@ def _float_layers(
         chosen = most_sensitive(ranked(distortions, "snr"), wanted)
         say(f"in float: {', '.join(chosen)}")
         return chosen
-    least = least_agreement(settings.max_ap_drop)
     if labelled:
-        judged, name = labelled, "AP"
+        judged, name, least_gain = labelled, "AP", 0.0
         least = labelled(graph.model) - settings.max_ap_drop / 100
     else:
-        judged = (judge or Judge(graph, paths, settings.border)).confident_agreement
-        name = "agreement with float"
+        judge = judge or Judge(graph, paths, settings.border)
+        judged, name, least_gain = judge.confident_agreement, "agreement with float", CLEAR_GAIN
+        budget, harmless = least_agreement(settings.max_ap_drop), judge.harmless_agreement()
+        say(
+            f"the budget of {settings.max_ap_drop:g} AP points stands for an agreement of "
+            f"{budget:.3f}; the float network's with itself, images moved by a pixel, is "
+            f"{harmless:.3f}"
+        )
+        least = min(budget, harmless)
     say(f"float layers until the {name} is {least:.3f} ...")
 
     def score(layers: tuple[str, ...]) -> float:
         trial = _table(prepared, method, table.key, INT8, layers)
         model = insert_qdq(prepared.model, place_for(INT8, prepared.model, layers), trial.amax)
-        value = judged(model)
+        value = judged(with_errors_removed(model, errors) if errors else model)
         say(f"{len(layers)} layers in float: {name} {value:.3f}")
         return value
 
     costs = layer_costs(prepared.model)
-    found = choose_float_layers(rankings(distortions, costs), costs, score, least)
+    found = choose_float_layers(
+        rankings(distortions, costs), costs, score, least, least_gain=least_gain
+    )
     say(
         f"in float: {', '.join(found.layers) or 'nothing'} ({found.multiply_add_share:.1%} of the "
         f"multiply-adds, about {found.time_share:.1%} of the time), {name} {found.score:.3f}"
-        + ("" if found.met else ", less than was asked")
+        + (
+            ""
+            if found.met
+            else f", less than {least:.3f}, which no set within half of the "
+            "multiply-adds reaches; more layers would not be worth their time"
+        )
     )
     return found.layers
 
@@ -591,6 +649,8 @@ class Judge:
         self._layout: OutputLayout = graph.output_layout
         self._classes = max(1, len(graph.class_names))
         self._image_size = graph.image_size
+        self._model = graph.model
+        self._found: dict[str, list[Detections]] = {}
         self.reference = self.detections(graph.model)
 
     def agreement(self, model: onnx.ModelProto) -> float:
@@ -603,8 +663,28 @@ class Judge:
         """Return the agreement from the highest of `CONFIDENCES` on, see `least_agreement`."""
         return agreement(self.reference, self.detections(model), self._classes, CONFIDENCES[-1])
 
+    def harmless_agreement(self) -> float:
+        """Return the float network's agreement with itself on images moved by one pixel.
+
+        That changes no AP, so an agreement this high, counted as in `confident_agreement`, is as
+        good as the comparison can tell.
+        """
+        values = []
+        for right, down in ((1, 0), (0, 1)):
+            moved = self._run(self._model, [_moved(images, right, down) for images in self._images])
+            offset = np.array([right, down, right, down], np.float32)
+            found = [dataclasses.replace(one, boxes=one.boxes - offset) for one in moved]
+            values.append(agreement(self.reference, found, self._classes, CONFIDENCES[-1]))
+        return sum(values) / len(values)
+
     def detections(self, model: onnx.ModelProto) -> list[Detections]:
-        """Return what a graph finds in the images, in pixels of its input."""
+        """Return what a graph finds in the images, in pixels of its input; kept for next time."""
+        digest = sha256_bytes(model.SerializeToString())
+        if digest not in self._found:
+            self._found[digest] = self._run(model, self._images)
+        return self._found[digest]
+
+    def _run(self, model: onnx.ModelProto, batches: Sequence[NDArray[Any]]) -> list[Detections]:
         import onnxruntime
 
         from trt_yolov6.engines.onnxruntime_backend import exact_session
@@ -613,10 +693,22 @@ class Judge:
         names = [output.name for output in session.get_outputs()]
         size = self._image_size
         found: list[Detections] = []
-        for images in self._images:
+        for images in batches:
             outputs: dict[str, NDArray[Any]] = dict(
                 zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True)
             )
             whole = [fit(size, size)] * len(images)
             found += postprocess(outputs, self._layout, NmsSettings(), whole, clip=False)
         return found
+
+
+def _moved(images: NDArray[Any], right: int, down: int) -> NDArray[Any]:
+    """Return a graph's input with the images moved by so many pixels, their border repeated."""
+    first = 1 if images.dtype == np.uint8 else 2  # channels come last, or first
+    before = [(0, 0)] * 4
+    before[first], before[first + 1] = (down, 0), (right, 0)
+    height, width = images.shape[first : first + 2]
+    wider = np.pad(images, before, mode="edge")
+    return np.ascontiguousarray(
+        wider[:, :height, :width] if first == 1 else wider[:, :, :height, :width]
+    )
