@@ -222,7 +222,7 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 def test_harmless_noise_is_of_two_gray_levels_and_always_the_same(dtype: type) -> None:
-    gray = np.full((1, 3, 64, 64), 0.5 if dtype is np.float32 else 128, dtype)
+    gray: np.ndarray[Any, Any] = np.full((1, 3, 64, 64), 0.5 if dtype is np.float32 else 128, dtype)
     noisy = [ptq._noisy(gray, np.random.default_rng(0)) for _ in range(2)]
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert noisy[0].dtype == dtype

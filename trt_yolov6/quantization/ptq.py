@@ -708,4 +708,5 @@ def _noisy(images: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:
     noise = rng.standard_normal(images.shape, np.float32) * HARMLESS_NOISE
     if images.dtype == np.uint8:
         return np.clip(np.rint(images + noise), 0, 255).astype(np.uint8)
-    return np.clip(images + noise / 255, 0, 1).astype(images.dtype)
+    result: NDArray[Any] = np.clip(images + noise / 255, 0, 1).astype(images.dtype)
+    return result
