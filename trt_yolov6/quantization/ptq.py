@@ -706,7 +706,7 @@ class Judge:
 def _noisy(images: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:
     """Return a graph's input with `HARMLESS_NOISE`, of uint8 pixels or float ones in 0..1."""
     noise = rng.standard_normal(images.shape, np.float32) * HARMLESS_NOISE
-    if images.dtype == np.uint8:
-        return np.clip(np.rint(images + noise), 0, 255).astype(np.uint8)
-    result: NDArray[Any] = np.clip(images + noise / 255, 0, 1).astype(images.dtype)
+    largest = 255 if images.dtype == np.uint8 else 1
+    noisy = np.rint(images + noise) if images.dtype == np.uint8 else images + noise / 255
+    result: NDArray[Any] = np.clip(noisy, 0, largest).astype(images.dtype)
     return result
