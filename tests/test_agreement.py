@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools.cocoeval import COCOeval
 
 from trt_yolov6.detection import Detections
-from trt_yolov6.quantization.agreement import agreement
+from trt_yolov6.quantization import agreement as module
+from trt_yolov6.quantization.agreement import agreement, match
 
 
 def detections(*rows: tuple[float, float, float, float, float, int]) -> Detections:
@@ -95,3 +97,49 @@ def test_a_network_that_doubts_everything_is_held_to_its_best_guesses() -> None:
 def test_where_nothing_is_detected_only_silence_agrees() -> None:
     assert agreement([NOTHING], [NOTHING], 1) == 1
     assert agreement([NOTHING], [detections((*LEFT, 0.9, 0))], 1) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.integers(0, 12))
+def test_detections_are_matched_as_pycocotools_matches_them(
+    seed: int, objects: int, count: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    # Few different values, so that many overlaps are equal; 1 is one of them.
+    overlaps = rng.integers(0, 21, (count, objects)) / 20
+    thresholds = np.linspace(0.5, 0.95, 10)
+    scorer = COCOeval(iouType="bbox")
+    scorer.params.iouThrs = thresholds
+    scorer._gts[1, 1] = [
+        {"id": 1 + index, "ignore": 0, "iscrowd": 0, "area": 9.0} for index in range(objects)
+    ]
+    scorer._dts[1, 1] = [{"id": 1 + index, "score": 0.5, "area": 9.0} for index in range(count)]
+    scorer.ious[1, 1] = overlaps if objects and count else []
+    theirs = scorer.evaluateImg(1, 1, [0, 1e10], 100)
+    to_object, to_detection = match(scorer.ious[1, 1], thresholds, count)
+    if theirs is None or not objects or not count:
+        assert (to_object < 0).all()
+        assert (to_detection < 0).all()
+        return
+    np.testing.assert_array_equal(to_object + 1, theirs["dtMatches"])
+    np.testing.assert_array_equal(to_detection + 1, theirs["gtMatches"])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_agreement_is_what_pycocotools_gives(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+
+    def some(count: int) -> Detections:
+        corners = rng.integers(0, 30, (count, 2))
+        boxes = np.concatenate([corners, corners + rng.integers(10, 30, (count, 2))], axis=1)
+        scores = np.sort(rng.integers(1, 20, count) / 20)[::-1]
+        return Detections(
+            boxes.astype(np.float32), scores.astype(np.float32), rng.integers(0, 2, count)
+        )
+
+    reference, found = [some(5) for _ in range(4)], [some(110) for _ in range(4)]
+    ours = agreement(reference, found, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_scorer", lambda truth, results: COCOeval(truth, results, "bbox"))
+        assert agreement(reference, found, 2) == ours

@@ -13,7 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trt_yolov6.building import BuiltEngine
 from trt_yolov6.engines.onnxruntime_backend import exact_session
-from trt_yolov6.quantization.bias_correction import correct_biases
+from trt_yolov6.quantization.bias_correction import (
+    BiasCorrection,
+    correct_biases,
+    with_errors_removed,
+)
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.images import calibration_batches, input_spec
@@ -22,6 +26,8 @@ from trt_yolov6.quantization.integer_layers import integer_layers
 from trt_yolov6.quantization.placement import place
 
 Floats = NDArray[np.float32]
+
+PLACED = ["images", "z0", "z1", "z2"]
 
 
 def network(activation: str, bias: bool = True, kernel: int = 3) -> onnx.ModelProto:
@@ -117,6 +123,35 @@ def test_only_biases_change_and_the_argument_does_not() -> None:
     after = {item.name: item.SerializeToString() for item in result.graph.initializer}
     assert {name for name in after if after[name] != before[name]} == {"b0", "b1", "b2", "b3"}
     assert result.graph.node == int8.graph.node
+
+
+def test_one_correction_serves_several_graphs_and_gives_each_the_same() -> None:
+    model, images = network("Relu"), noise(4, 0)
+    ranges = {n: amax_of(s, "minmax") for n, s in collect(model, images, PLACED).items()}
+    graphs = [
+        insert_qdq(model, place(model, layers), ranges) for layers in (["y3"], [], [], ["y0"])
+    ]
+    correction = BiasCorrection(model, images)
+    for graph in graphs:
+        alone = correct_biases(model, graph, images).SerializeToString()
+        assert correction.correct(graph).SerializeToString() == alone
+
+
+def test_a_layer_s_error_hardly_depends_on_what_else_is_in_float() -> None:
+    model, images = network("Relu"), noise(8, 0)
+    ranges = {n: amax_of(s, "minmax") for n, s in collect(model, images, PLACED).items()}
+    errors = BiasCorrection(model, images).errors(coarse(insert_qdq(model, place(model), ranges)))
+    partly = coarse(insert_qdq(model, place(model, ["y1"]), ranges))
+    before, exact, reused = (
+        squared_error(model, graph, noise(8, 1))[0]
+        for graph in (
+            partly,
+            correct_biases(model, partly, images),
+            with_errors_removed(partly, errors),
+        )
+    )
+    assert exact < 0.6 * before
+    assert reused < 1.2 * exact
 
 
 @pytest.mark.slow

@@ -390,6 +390,15 @@ def test_files_that_are_no_checkpoint_get_a_sentence_each(tmp_path: Path) -> Non
         assert words in refusal(path)
 
 
+def test_nobody_is_sent_to_load_a_bare_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    text = refusal(path)
+    assert "save it again" not in text
+    assert "do not load this file" in text
+    assert "from whoever made it" in text
+
+
 def test_other_zip_files_get_a_sentence_each(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w") as archive:

@@ -174,6 +174,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not list((workplace / "engines").iterdir())
 
 
+def test_a_default_folder_that_cannot_be_written_is_refused_before_the_work(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "engines").rmdir()
+    (workplace / "engines").write_text("a file")
+    # The checkpoint is not even looked at.
+    error = refusal(capsys, "build", "--int8", "--backend", "onnxruntime", "--weights", "none.pt")
+    assert "engines/<model>.onnx cannot be written" in error
+    assert "choose another path" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

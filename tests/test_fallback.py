@@ -201,7 +201,27 @@ def test_half_of_the_multiply_adds_stay_in_int8_even_if_the_score_is_missed() ->
             math.fsum(costs[name].multiply_add_share for name in trial.layers) <= 0.5
             for trial in found.trials
         )
-        assert found.score == max(trial.score for trial in found.trials)
+
+
+def test_what_misses_the_score_is_worth_its_time() -> None:
+    # One layer in twenty brings a third of what is missing, the others next to nothing.
+    names = [f"layer{index}" for index in range(20)]
+    noise = dict.fromkeys(names, 0.002) | {"layer0": 0.03}
+    costs = {name: LayerCost(1, 0.05, 0.05) for name in names}
+    found = choose_float_layers([names], costs, Additive(noise), 0.999)
+    assert not found.met
+    assert found.layers == ("layer0",)
+    assert max(trial.score for trial in found.trials) > found.score
+    assert max(trial.time_share for trial in found.trials) > 0.4
+
+
+def test_nothing_is_left_in_float_for_a_gain_that_may_be_chance() -> None:
+    names = [f"layer{index}" for index in range(20)]
+    costs = {name: LayerCost(1, 0.05, 0.05) for name in names}
+    score = Additive(dict.fromkeys(names, 0.0008))
+    found = choose_float_layers([names], costs, score, 0.995, least_gain=0.01)
+    assert (found.met, found.layers, found.time_share) == (False, (), 0)
+    assert len(found.trials) > 3
 
 
 def test_ranges_suffice_whatever_is_left_in_float() -> None:

@@ -24,7 +24,14 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.evaluation import evaluate
 from trt_yolov6.export import ExportSettings, export_onnx
-from trt_yolov6.quantization.ptq import QuantizationSettings, QuantizedGraph, quantize
+from trt_yolov6.quantization import ptq
+from trt_yolov6.quantization.ptq import (
+    QuantizationSettings,
+    QuantizedGraph,
+    calibrate,
+    quantize,
+)
+from trt_yolov6.quantization.report import fallback_report, measure
 from trt_yolov6.quantization.table import write_table
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
@@ -162,6 +169,75 @@ def test_half_precision_beside_int8_keeps_boxes_in_float_and_gives_half_scores(
     assert {weights_dtype(model, name) for name in convolutions(model)} == {TensorProto.INT8}
     types = [item.type.tensor_type.elem_type for item in model.graph.output]
     assert types == [TensorProto.FLOAT, TensorProto.FLOAT16]
+
+
+def test_the_report_has_a_row_for_each_metric_that_is_known(tiny: Graph, folder: Path) -> None:
+    calibrated = calibrate(tiny, folder, MINMAX)
+
+    def score(model: onnx.ModelProto) -> float:
+        return sum(weights_dtype(model, name) == TensorProto.INT8 for name in names) / 100
+
+    names = convolutions(tiny.model)
+    result = measure(tiny, calibrated, "ap", score)
+    without = fallback_report(tiny, calibrated, score)
+    report = fallback_report(tiny, calibrated, score, by_ap=result)
+    assert report.startswith(without + "\n| 6 by ap | ")
+    assert [line.split(" |")[0] for line in report.splitlines()[2:]] == [
+        "| all",
+        "| none",
+        *(f"| 6 by {metric}" for metric in ("mse", "snr", "cosine", "ap")),
+    ]
+    assert report.splitlines()[-1].endswith(f"| {', '.join(result.names[:6])} |")
+
+
+def test_float_layers_are_searched_with_the_biases_that_will_be_built(
+    tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+
+    def score(model: onnx.ModelProto) -> float:
+        seen.append(model.SerializeToString())
+        return 1.0
+
+    settings = dataclasses.replace(MINMAX, float_layers="auto")
+    for helps in (True, False):
+        monkeypatch.setattr(ptq, "_biases_help", lambda *_, helps=helps: helps)
+        seen.clear()
+        result = quantize(tiny, folder, settings, score=score)
+        assert result.table.biases_corrected is helps
+        # The float graph first, for the budget; then the graph without float layers, which is kept.
+        assert seen[1:] == [result.graph.model.SerializeToString()]
+
+
+def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
+    tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ptq.Judge, "harmless_agreement", lambda _: 0.25)
+    monkeypatch.setattr(ptq.Judge, "confident_agreement", lambda *_: 0.3)
+    told: list[str] = []
+    settings = dataclasses.replace(MINMAX, float_layers="auto", max_ap_drop=0.01)
+    result = quantize(tiny, folder, settings, tell=told.append)
+    assert result.table.float_layers == ()
+    assert "float layers until the agreement with float is 0.250 ..." in told
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_harmless_noise_is_of_two_gray_levels_and_always_the_same(dtype: type) -> None:
+    gray: np.ndarray[Any, Any] = np.full((1, 3, 64, 64), 0.5 if dtype is np.float32 else 128, dtype)
+    noisy = [ptq._noisy(gray, np.random.default_rng(0)) for _ in range(2)]
+    np.testing.assert_array_equal(noisy[0], noisy[1])
+    assert noisy[0].dtype == dtype
+    levels = (noisy[0].astype(float) - gray) * (255 if dtype is np.float32 else 1)
+    assert levels.std() == pytest.approx(2, rel=0.05)
+    assert abs(levels.mean()) < 0.1
+    white = ptq._noisy(gray * 0 + (1 if dtype is np.float32 else 255), np.random.default_rng(0))
+    assert white.max() == (1 if dtype is np.float32 else 255)
+
+
+def test_the_float_network_agrees_with_itself_in_noise(tiny: Graph, folder: Path) -> None:
+    judge = ptq.Judge(tiny, sorted(folder.iterdir()))
+    assert 0 <= judge.harmless_agreement() <= 1
+    assert judge.harmless_agreement() == judge.harmless_agreement()
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"onnxruntime": ".onnx", "tensorrt": ".trt", "tensorrt-rtx": ".trt"}
 
+ENGINES = Path("engines")
+"""Where an engine goes unless a path is given."""
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -186,7 +189,8 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
     """Return the backend that `build_engine` would use, before the graph is exported.
 
     Raises:
-        UserError: that backend is missing, refuses a setting, or does not write such a file.
+        UserError: that backend is missing, refuses a setting, or does not write such a file, or
+            there (without `output`, in `engines/`) no file can be written.
     """
     name = best_backend() if backend == "auto" else backend
     backend_module(name).check(settings)
@@ -196,8 +200,9 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
             f"--output {output} does not fit the {name} backend; give a name that ends in "
             f"{suffix}, or another --backend."
         )
+    # The model's name is known only once it is loaded; its folder is known now.
+    check_writable(output or ENGINES / f"<model>{suffix}")
     if output:
-        check_writable(output)
         choose_manifest_path(output)
     return name
 
@@ -225,7 +230,7 @@ def build_engine(
     settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch, fp8=fp8)
     name = check_build(backend, output, settings)
     module = backend_module(name)
-    path = Path(output) if output else Path("engines") / f"{graph.name}{SUFFIXES[name]}"
+    path = Path(output) if output else ENGINES / f"{graph.name}{SUFFIXES[name]}"
     asked = _quantized_convolutions(graph.model)
     said: list[str] = []
     settings = dataclasses.replace(settings, on_layers=_both(said.append, settings.on_layers))

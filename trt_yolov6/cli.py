@@ -272,7 +272,8 @@ def _sensitivity(options: argparse.Namespace) -> None:
     if len(result.layers) > options.top:
         print(f"{'...':>12}  {len(result.layers) - options.top} more, less sensitive")
     if options.report:
-        print(fallback_report(graph, calibrated, score, tell=_say))
+        by_ap = result if result.metric == "ap" else None
+        print(fallback_report(graph, calibrated, score, by_ap=by_ap, tell=_say))
     if options.plot:
         from trt_yolov6.quantization.sensitivity import write_chart
 
@@ -901,7 +902,8 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument(
         "--report",
         action="store_true",
-        help="also the AP with each metric's six most sensitive layers in float",
+        help="also the AP with each metric's six most sensitive layers in float (those by ap only "
+        "with --metric ap, which scores a graph for every layer)",
     )
     sensitivity.add_argument("--top", type=_positive, default=12, help="layers printed (12)")
     sensitivity.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart")

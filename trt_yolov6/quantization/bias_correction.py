@@ -18,7 +18,7 @@ has fewer terms; what that misses is second-order.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from trt_yolov6.files import sha256_bytes
 from trt_yolov6.quantization.channels import constants_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.integer_layers import IntegerLayer, integer_layers, shift_bias
@@ -44,26 +45,70 @@ def correct_biases(
     Raises:
         UserError: there are no images, or they make a tensor NaN or infinite.
     """
+    return BiasCorrection(float_model, images).correct(quantized_model)
+
+
+class BiasCorrection:
+    """Corrects the biases of several Q/DQ graphs made from one float graph.
+
+    The float graph's means, and what was found for the last Q/DQ graph, are kept for the next.
+    """
+
+    def __init__(self, float_model: onnx.ModelProto, images: Sequence[NDArray[Any]]) -> None:
+        self._float_model = float_model
+        self._images = images
+        self._constants = constants_of(float_model)
+        self._nodes = {node.output[0]: node for node in float_model.graph.node}
+        self._float_means: dict[str, NDArray[np.float64]] = {}
+        self._last: tuple[str, dict[str, NDArray[np.float64]]] | None = None
+
+    def correct(self, quantized_model: onnx.ModelProto) -> onnx.ModelProto:
+        """Return a Q/DQ graph with its biases corrected, see `correct_biases`."""
+        return with_errors_removed(quantized_model, self.errors(quantized_model))
+
+    def errors(self, quantized_model: onnx.ModelProto) -> dict[str, NDArray[np.float64]]:
+        """Return each quantized convolution's own mean error, (channels,) by its output's name."""
+        digest = sha256_bytes(quantized_model.SerializeToString())
+        if self._last is not None and self._last[0] == digest:
+            return self._last[1]
+        layers = [
+            layer
+            for layer in integer_layers(quantized_model)
+            if layer.output in self._nodes and self._nodes[layer.output].input[1] in self._constants
+        ]
+        inputs = [self._nodes[layer.output].input[0] for layer in layers]
+        missing = {*inputs, *(layer.output for layer in layers)} - self._float_means.keys()
+        if missing or not layers:
+            means = _means(self._float_model, self._images, inputs, layers)
+            self._float_means.update(means)
+        before = self._float_means
+        after = _means(quantized_model, self._images, [item.input for item in layers], layers)
+        found = {}
+        for layer in layers:
+            node = self._nodes[layer.output]
+            weight = numpy_helper.to_array(self._constants[node.input[1]]).astype(np.float64)
+            groups = next((item.i for item in node.attribute if item.name == "group"), 1)
+            from_input = _mean_response(
+                weight, after[layer.input] - before[node.input[0]], groups, _taps(node)
+            )
+            found[layer.output] = after[layer.output] - before[layer.output] - from_input
+        self._last = digest, found
+        return found
+
+
+def with_errors_removed(
+    quantized_model: onnx.ModelProto, errors: Mapping[str, NDArray[np.float64]]
+) -> onnx.ModelProto:
+    """Return a Q/DQ graph whose biases take back mean errors, those of `BiasCorrection.errors`.
+
+    A layer's own error hardly depends on which other layers are quantized, so that errors found in
+    one graph do for another with more layers in float.
+    """
     result = onnx.ModelProto()
     result.CopyFrom(quantized_model)
-    constants = constants_of(float_model)
-    floats = {node.output[0]: node for node in float_model.graph.node}
-    layers = [
-        layer
-        for layer in integer_layers(result)
-        if layer.output in floats and floats[layer.output].input[1] in constants
-    ]
-    before = _means(float_model, images, [floats[item.output].input[0] for item in layers], layers)
-    after = _means(quantized_model, images, [item.input for item in layers], layers)
-    for layer in layers:
-        node = floats[layer.output]
-        weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float64)
-        groups = next((item.i for item in node.attribute if item.name == "group"), 1)
-        from_input = _mean_response(
-            weight, after[layer.input] - before[node.input[0]], groups, _taps(node)
-        )
-        error = after[layer.output] - before[layer.output] - from_input
-        shift_bias(result, layer, -error)
+    for layer in integer_layers(result):
+        if layer.output in errors:
+            shift_bias(result, layer, -errors[layer.output])
     return result
 
 

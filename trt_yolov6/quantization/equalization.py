@@ -262,7 +262,13 @@ def _minimum(problem: _Problem) -> torch.Tensor:
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    threads = torch.get_num_threads()
+    # The vectors are short: handing them to several threads costs more than it saves.
+    torch.set_num_threads(1)
+    try:
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    finally:
+        torch.set_num_threads(threads)
     found = (moved * free).detach()
     return problem.start + (found if found.isfinite().all() else 0)
 

@@ -181,6 +181,7 @@ def choose_float_layers(
     *,
     most_share: float = 0.5,
     most_trials: int = 40,
+    least_gain: float = 0.0,
 ) -> Fallback:
     """Find the layers to keep in float so that a score is reached for the least run time.
 
@@ -197,11 +198,14 @@ def choose_float_layers(
         least_score: what is to be reached.
         most_share: share of the multiply-adds that may be left in float.
         most_trials: how often `score` is called at most.
+        least_gain: what a set that does not reach the score has to bring at least.
 
     Returns:
-        The cheapest set that reaches `least_score`, or, if none was found, the best that was tried.
+        The cheapest set that reaches `least_score`. If none was found, the one of those tried, none
+        in float among them, that is best worth its time: where the part that it closes of the gap
+        to `least_score` exceeds its share of the run time the most.
     """
-    search = _Search(costs, score, least_score, most_share, most_trials)
+    search = _Search(costs, score, least_score, most_share, most_trials, least_gain)
     if not search.reaches(()):
         for order in orders:
             search.shortest_beginning(order)
@@ -219,12 +223,14 @@ class _Search:
         least_score: float,
         most_share: float,
         most_trials: int,
+        least_gain: float,
     ) -> None:
         self._costs = costs
         self._score = score
         self._least_score = least_score
         self._most_share = most_share
         self._most_trials = most_trials
+        self._least_gain = least_gain
         self._trials: dict[frozenset[str], Trial] = {}
 
     def reaches(self, layers: tuple[str, ...]) -> bool:
@@ -265,9 +271,7 @@ class _Search:
 
     def result(self) -> Fallback:
         found = self._cheapest()
-        chosen = found or max(
-            self._trials.values(), key=lambda trial: (trial.score, -trial.time_share)
-        )
+        chosen = found or self._best_worth_its_time()
         return Fallback(
             layers=chosen.layers,
             score=chosen.score,
@@ -276,6 +280,18 @@ class _Search:
             time_share=chosen.time_share,
             trials=tuple(self._trials.values()),
         )
+
+    def _best_worth_its_time(self) -> Trial:
+        start = self._trials[frozenset()]
+        gap = self._least_score - start.score
+
+        def worth(trial: Trial) -> float:
+            gain = trial.score - start.score
+            if trial is not start and gain < self._least_gain:
+                return -math.inf
+            return gain / gap - trial.time_share
+
+        return max(self._trials.values(), key=lambda trial: (worth(trial), -trial.time_share))
 
     def _cheapest(self) -> Trial | None:
         reached = (item for item in self._trials.values() if item.score >= self._least_score)

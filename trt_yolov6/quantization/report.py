@@ -67,6 +67,7 @@ def fallback_report(
     calibrated: Calibrated,
     score: Score | None = None,
     count: int = REPORTED_LAYERS,
+    by_ap: Sensitivity | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> str:
     """Return a table like the paper's Table 21, in Markdown.
@@ -76,6 +77,8 @@ def fallback_report(
         calibrated: from `ptq.calibrate`.
         score: a graph's AP; None takes the agreement with the float network.
         count: layers to keep in float.
+        by_ap: the layers by `ap`, from `measure`, for one more row; None leaves it out, since that
+            ranking takes a run over the images for every layer.
         tell: called with a line of progress now and then.
     """
     say = tell or (lambda _: None)
@@ -87,17 +90,20 @@ def fallback_report(
         calibrated.table.amax,
         _images(graph, calibrated),
     )
-    say(f"scoring {len(TENSOR_METRICS) + 1} graphs ...")
+    rankings = [ranked(distortions, metric) for metric in TENSOR_METRICS]
+    if by_ap is not None:
+        rankings.append(by_ap)
+    say(f"scoring {len(rankings) + 2} graphs ...")
     rows = [
         f"| in float | {name} | layers |",
         "| --- | --- | --- |",
         f"| all | {scored(graph.model):.4f} | |",
         f"| none | {scored(calibrated.with_float(())):.4f} | |",
     ]
-    for metric in TENSOR_METRICS:
-        layers = ranked(distortions, metric).names[:count]
+    for ranking in rankings:
+        layers = ranking.names[:count]
         value = scored(calibrated.with_float(layers))
-        rows.append(f"| {count} by {metric} | {value:.4f} | {', '.join(layers)} |")
+        rows.append(f"| {count} by {ranking.metric} | {value:.4f} | {', '.join(layers)} |")
     return "\n".join(rows)
 
 
