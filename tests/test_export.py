@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from trt_yolov6.data.letterbox import fit
-from trt_yolov6.detection import postprocess
+from trt_yolov6.detection import Detections, postprocess
 from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
 from trt_yolov6.errors import UserError
 from trt_yolov6.export import ExportSettings, export_onnx
@@ -183,14 +183,36 @@ def test_nms_in_the_graph_gives_what_nms_on_the_host_gives(fp16: bool, kind: str
     assert [item.name for item in inside.graph.output] == ["detections"]
     placed = [fit((64, 96), (64, 96))] * 2
     boxes, scores = run(plain, images)
-    host = postprocess({"boxes": boxes, "scores": scores}, "split", nms, placed)
-    graph = postprocess({"detections": run(inside, images)[0]}, "end2end", nms, placed)
+    host = postprocess({"boxes": boxes, "scores": scores}, "split", nms, placed, clip=False)
+    found = run(inside, images)[0]
+    graph = postprocess({"detections": found}, "end2end", nms, placed, clip=False)
     assert sum(len(found) for found in host) > 10
     for wanted, got in zip(host, graph, strict=True):
-        assert sorted(got.classes) == sorted(wanted.classes)
-        np.testing.assert_allclose(got.scores, wanted.scores, atol=1e-3)
-        order = [np.lexsort((*found.boxes.T.round(2), found.classes)) for found in (wanted, got)]
-        np.testing.assert_allclose(got.boxes[order[1]], wanted.boxes[order[0]], atol=0.2)
+        if not fp16:
+            assert sorted(got.classes) == sorted(wanted.classes)
+            order = [np.lexsort((*one.boxes.T.round(2), one.classes)) for one in (wanted, got)]
+            np.testing.assert_allclose(got.boxes[order[1]], wanted.boxes[order[0]], atol=0.2)
+            np.testing.assert_allclose(got.scores[order[1]], wanted.scores[order[0]], atol=1e-3)
+        # Half-precision scores tie, and which of two boxes goes first is then open. But what one
+        # keeps the other keeps as well, or a box of the class, no worse, that overlaps it.
+        assert_covers(got, wanted, nms.iou)
+        assert_covers(wanted, got, nms.iou)
+
+
+def assert_covers(kept: Detections, others: Detections, iou: float) -> None:
+    for box, score, label in zip(others.boxes, others.scores, others.classes, strict=True):
+        rivals = (kept.classes == label) & (kept.scores >= score - 1e-3)
+        assert overlaps(box, kept.boxes[rivals]).max(initial=0) > min(iou, 0.999) - 1e-3
+
+
+def overlaps(box: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.float64]:
+    """IoU of a box with each of several."""
+    one, many = box.astype(np.float64), boxes.astype(np.float64)
+    shared = np.minimum(one[2:], many[:, 2:]) - np.maximum(one[:2], many[:, :2])
+    inner = np.clip(shared, 0, None).prod(axis=1)
+    areas = (many[:, 2:] - many[:, :2]).prod(axis=1)
+    result: NDArray[np.float64] = inner / ((one[2:] - one[:2]).prod() + areas - inner)
+    return result
 
 
 @pytest.mark.parametrize("opset", [17, 18, 20])
