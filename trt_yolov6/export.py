@@ -265,8 +265,9 @@ def _anchors(
 
 def _append_decoding(graph: gs.Graph, arch: Architecture, settings: ExportSettings) -> None:
     raw = {tensor.name: tensor for tensor in graph.outputs}
-    # Behind the concatenation, where it costs no time: right behind the convolutions TensorRT-RTX
-    # fuses it with them, and they take three times as long (139 us against 44; H200, N, batch 32).
+    # Behind the concatenation, whose kernel waits for memory anyway. Right behind the convolutions
+    # TensorRT-RTX fuses it with them; the largest then took 139 us (H200, N, batch 32), ten times
+    # what moving its data takes.
     logits = _joined(graph, raw, "cls", [0, -1, arch.num_classes])
     scores = _node(graph, "Sigmoid", "decode/scores", [logits])
     if arch.head == "offset":
