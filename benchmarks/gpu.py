@@ -409,9 +409,8 @@ def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
         build_engine(graph, backend=backend_name, output=path)
         with load_engine(path, options=LoadOptions(provider="cpu")) as engine:
             result = evaluate(engine, dataset, batch=8, progress=False)
-        rows.append({"engine": name, "device": engine.device, **result.to_json()})
+        rows.append({**result.to_json(), "engine": name, "device": engine.device})
         rows[-1].pop("per_class")
-        rows[-1]["engine"] = name
         rows[-1]["AP_to_FP32_on_CPU"] = rows[-1]["AP"] - rows[0]["AP"]
     return rows
 

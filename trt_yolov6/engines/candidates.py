@@ -10,6 +10,7 @@ package `nvidia-cuda-nvrtc`). Where that is missing, outputs are copied whole; n
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,11 @@ extern "C" __global__ void candidates(
 """
 
 _ROW = np.dtype([("place", np.int32), ("score", np.float32), ("box", np.float32, 4)])
+_TYPES = (
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int),
+    *(ctypes.c_float, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p),
+)
+"""Of the kernel's arguments, in their order."""
 _HEADER = _ROW.itemsize
 """Bytes in front of the rows: the number of candidates, and padding."""
 _THREADS = 256
@@ -146,7 +152,7 @@ class CandidateFilter:
         )
         _check_driver(
             driver.cuLaunchKernel(
-                self._kernel, blocks, 1, 1, _THREADS, 1, 1, 0, stream.handle, (values, _types()), 0
+                self._kernel, blocks, 1, 1, _THREADS, 1, 1, 0, stream.handle, (values, _TYPES), 0
             )
         )
         self._copied = min(self._guess, self._capacity)
@@ -205,16 +211,6 @@ def compile_options(capability: tuple[int, int], half_scores: bool) -> list[byte
     """Return NVRTC's options for a compute capability and the scores' type."""
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode()]
     return [*options, b"--define-macro=HALF_SCORES"] if half_scores else options
-
-
-def _types() -> tuple[Any, ...]:
-    import ctypes
-
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    return (
-        *(pointer, pointer, ctypes.c_longlong, number),
-        *(ctypes.c_float, ctypes.c_uint, pointer, pointer),
-    )
 
 
 def _check_nvrtc(result: tuple[Any, ...]) -> Any:

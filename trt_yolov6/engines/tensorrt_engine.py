@@ -17,7 +17,7 @@ from trt_yolov6.engines.base import Engine, Run, TensorSpec, check_images
 from trt_yolov6.engines.candidates import Candidates
 from trt_yolov6.engines.cuda_device import OutOfGpuMemoryError, PinnedPool
 from trt_yolov6.engines.device_arrays import lies_on_gpu, view_of
-from trt_yolov6.engines.layout import class_names_of, guess_output_layout
+from trt_yolov6.engines.layout import check_input, class_names_of, guess_output_layout
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.engines.tensorrt_common import Flavour, logger_of
 from trt_yolov6.engines.tensorrt_lane import Lane, LanePlan
@@ -251,7 +251,7 @@ class TensorRTEngine(Engine):
             )
         self.input = inputs[0]
         self.outputs = tuple(outputs)
-        _check_input(self.input, self.path)
+        check_input(self.input, self.path)
         fixed = self.input.shape[0]
         if fixed is not None:
             self.batch = BatchProfile(fixed, fixed, fixed)
@@ -361,18 +361,3 @@ def _dtype(api: Any, dtype: Any, name: str) -> np.dtype[Any]:
             "with float32 inputs and outputs."
         ) from error
     return known
-
-
-def _check_input(spec: TensorSpec, path: Path) -> None:
-    planar = spec.dtype != np.uint8
-    sound = (
-        len(spec.shape) == 4
-        and spec.dtype in (np.uint8, np.float32)
-        and spec.shape[1 if planar else 3] == 3
-        and None not in spec.shape[1:]
-    )
-    if not sound:
-        raise UserError(
-            f"{path} takes {spec.dtype} {list(spec.shape)}; an engine takes float32 "
-            "(batch, 3, height, width) or uint8 (batch, height, width, 3) of a fixed size."
-        )

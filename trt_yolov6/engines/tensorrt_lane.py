@@ -337,9 +337,11 @@ class Lane:
             self._graph = None
 
     def _copy_outputs(self) -> None:
-        for name, memory in self._host_outputs.items():
-            nbytes = math.prod(self._output_shape(name)) * self._itemsize(name)
-            self.stream.copy_out(memory.address, self._device_outputs[name], nbytes)
+        for output in self._plan.outputs:
+            memory = self._host_outputs.get(output.name)
+            if memory is not None:
+                nbytes = math.prod(self._output_shape(output.name)) * output.dtype.itemsize
+                self.stream.copy_out(memory.address, self._device_outputs[output.name], nbytes)
 
     def _output_shape(self, name: str) -> tuple[int, ...]:
         if name in self._allocators:
@@ -350,9 +352,6 @@ class Lane:
     def _output_memory(self, name: str) -> DeviceMemory:
         memory = self._device_outputs.get(name) or self._allocators[name].memory
         return memory if memory is not None else DeviceMemory(1)
-
-    def _itemsize(self, name: str) -> int:
-        return next(out.dtype.itemsize for out in self._plan.outputs if out.name == name)
 
     def _result(self, output: TensorSpec) -> NDArray[Any]:
         """Return a fresh copy of an output of the run that has just ended."""
