@@ -202,8 +202,8 @@ def test_an_input_that_no_engine_takes_is_refused_when_building(
         graph_from_onnx(path)
 
 
-def test_outputs_with_anchors_last_are_refused(tmp_path: Path) -> None:
-    path = detector(tmp_path / "v8.onnx", TensorProto.FLOAT, [1, 3, 64, 64], [1, 84, 8400])
+def test_outputs_without_scores_are_refused(tmp_path: Path) -> None:
+    path = detector(tmp_path / "boxes.onnx", TensorProto.FLOAT, [1, 3, 64, 64], [1, 4, 84])
     with pytest.raises(UserError, match="outputs of no known layout"):
         graph_from_onnx(path)
 

@@ -371,7 +371,7 @@ class _Request:
         times.append(time.perf_counter())
         inputs = engine.empty_input(len(pictures))
         placed = [
-            fill_row(row, picture, engine.input)
+            fill_row(row, picture, engine.input, preprocessing=engine.preprocessing)
             for row, picture in zip(inputs, pictures, strict=True)
         ]
         times.append(time.perf_counter())

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.decoders.inputs import runtime_inputs, with_one_input
+from trt_yolov6.decoders.layouts import class_count
+from trt_yolov6.decoders.recognition import facts_of, recognize
 from trt_yolov6.engines import backend as backend_module
 from trt_yolov6.engines import best_backend
 from trt_yolov6.engines.base import BuildSettings, TensorSpec
-from trt_yolov6.engines.layout import (
-    check_input,
-    class_count,
-    guess_output_layout,
-    names_in,
-    nms_in,
-)
+from trt_yolov6.engines.layout import check_input, image_size_in, names_in, nms_in
 from trt_yolov6.engines.manifest import (
     BatchProfile,
     Manifest,
@@ -64,6 +62,10 @@ class Graph:
     """How an INT8 or FP8 graph was calibrated; None for others."""
     float_layers: tuple[str, ...] = ()
     """Layers of such a graph that were asked to stay in float."""
+    decoder: str = "yolov6"
+    """The family the detector is of, see `decoders.families`."""
+    preprocessing: Preprocessing = Preprocessing()
+    """How images become its input."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,22 @@ def graph_from_onnx(
     image_size: tuple[int, int] | None = None,
     fp16: bool = False,
     class_names: Sequence[str] | None = None,
+    decoder: str | None = None,
+    preprocess: Sequence[str] = (),
 ) -> Graph:
     """Take a detector's ONNX file as it is, made half precision if asked.
+
+    Inputs beside the image that PaddleDetection's exports have become constants.
 
     Args:
         path: a graph with one image input and outputs of a layout in `OutputLayout`.
         batch: profile of a free batch axis; must agree with a fixed one.
         image_size: height and width, for graphs that leave them free; must agree with fixed ones.
+            None takes those that Ultralytics' exporter notes.
         fp16: convert a float32 graph; decoding stays in float32.
         class_names: in the order of the scores; None takes the file's own, or `class_0` …
+        decoder: the family it is of, a name of `decoders.families`; None finds out.
+        preprocess: changes to the family's pre-processing, each FIELD=VALUE of `Preprocessing`.
 
     Raises:
         UserError: the file is no such graph, or disagrees with what was asked.
@@ -129,19 +138,19 @@ def graph_from_onnx(
 
     path = Path(path)
     model = read_onnx(path)
-    inputs = _runtime_inputs(model)
-    if len(inputs) != 1:
-        names = ", ".join(item.name for item in inputs) or "none"
-        raise UserError(
-            f"{path} has the inputs {names}; a detector with one image input is needed."
-        )
+    metadata = {item.key: item.value for item in model.metadata_props}
+    model = with_one_input(model, path, image_size)
+    inputs = runtime_inputs(model)
     given = _value_spec(inputs[0], path)
     spatial = (1, 2) if given.dtype == np.uint8 else (2, 3)
     if len(given.shape) != 4:
         raise UserError(
             f"{path} takes {list(given.shape)}, not a batch of images; a detector is needed."
         )
-    size = _fixed_size(path, [given.shape[axis] for axis in spatial], image_size)
+    sides = [given.shape[axis] for axis in spatial]
+    if image_size is None and None in sides:
+        image_size = image_size_in(metadata)
+    size = _fixed_size(path, sides, image_size)
     profile = _fixed_batch(path, given.shape[0], batch)
     dims = inputs[0].type.tensor_type.shape.dim
     for axis, value in zip(spatial, size, strict=True):
@@ -152,7 +161,7 @@ def graph_from_onnx(
             model = onnx.shape_inference.infer_shapes(model)
             break
     outputs = [_value_spec(item, path) for item in model.graph.output]
-    layout = guess_output_layout(outputs, path)
+    family, layout = recognize(facts_of(model, outputs, size), path, decoder)
     precision = _precision_of(model)
     if precision in ("int8", "fp8") and fp16:
         raise UserError(
@@ -162,7 +171,6 @@ def graph_from_onnx(
         _name_anonymous_nodes(model)
         model = to_fp16(model, keep_float32=tail_nodes(model))
         precision = "fp16"
-    metadata = {item.key: item.value for item in model.metadata_props}
     count = class_count(outputs, layout)
     labels = names_in(metadata) if class_names is None else tuple(class_names)
     if labels is None:
@@ -182,6 +190,8 @@ def graph_from_onnx(
         output_layout=layout,
         nms=nms_in(metadata) if layout == "end2end" else None,
         source=path,
+        decoder=family.name,
+        preprocessing=family.preprocessing.with_changes(preprocess),
     )
 
 
@@ -257,6 +267,8 @@ def build_engine(
         float_layers=graph.float_layers,
         int8_layers=None if fp8 else found,
         fp8_layers=found if fp8 else None,
+        decoder=graph.decoder,
+        preprocessing=graph.preprocessing,
     )
     # The manifest first: where it cannot be written, there is no plan either.
     with atomic_path(path) as temporary:
@@ -344,11 +356,6 @@ def _quantized_layers(graph: Graph, said: Sequence[str]) -> int | None:
 
 
 # --- reading foreign graphs ---------------------------------------------------------------------
-
-
-def _runtime_inputs(model: onnx.ModelProto) -> list[Any]:
-    constants = {item.name for item in model.graph.initializer}
-    return [item for item in model.graph.input if item.name not in constants]
 
 
 def _value_spec(value: Any, path: Path) -> TensorSpec:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox
+from trt_yolov6.decoders.layouts import LAYOUTS, Found, ReadImage
 from trt_yolov6.engines.candidates import Candidates
 from trt_yolov6.engines.manifest import NmsSettings, OutputLayout
-from trt_yolov6.errors import UserError
 
 MAX_CANDIDATES = 30000
 """Boxes an image brings to the suppression at most, best first, as the authors' evaluation does."""
@@ -57,8 +57,8 @@ def postprocess(
         outputs: arrays by name, laid out as `layout` says (see `OutputLayout`); or the candidates
             that an engine has chosen already, at the same confidence or a lower one.
         layout: how to read them.
-        nms: thresholds; on an `end2end` engine's results they only filter further.
-        letterboxes: where each image lies in its row; rows beyond them are padding and ignored.
+        nms: thresholds; where NMS is in the graph they only filter further.
+        letterboxes: where each image lies in its row, all of one input size; rows beyond them are padding and ignored.
         clip: cut boxes off at the image's borders and drop those with nothing inside.
         executor: works on several images at a time; default: one after the other.
 
@@ -70,13 +70,12 @@ def postprocess(
     """
     if isinstance(outputs, Candidates):
         of_image = _from_candidates(outputs, nms, letterboxes, clip)
-    elif layout == "end2end":
-        of_image = _from_end2end(_output(outputs, None, 2), nms, letterboxes, clip)
-    elif layout == "split":
-        boxes, scores = _output(outputs, "boxes", 3), _output(outputs, "scores", 3)
-        of_image = _from_split(boxes, scores, nms, letterboxes, clip)
+    elif letterboxes:
+        of_image = _from_outputs(
+            LAYOUTS[layout].read(outputs, letterboxes[0].size), nms, letterboxes, clip
+        )
     else:
-        of_image = _from_rows(_output(outputs, None, 3), nms, letterboxes, clip)
+        return []
     indices = range(len(letterboxes))
     return list(map(of_image, indices) if executor is None else executor.map(of_image, indices))
 
@@ -189,35 +188,26 @@ _OfImage = Callable[[int], Detections]
 """Makes the detections of an image by its place in the batch."""
 
 
-def _from_split(
-    boxes: NDArray[Any],
-    scores: NDArray[Any],
-    nms: NmsSettings,
-    letterboxes: Sequence[Letterbox],
-    clip: bool,
+def _from_outputs(
+    read: ReadImage, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
 ) -> _OfImage:
     def of_image(index: int) -> Detections:
-        classes, anchors, kept = _candidates(
-            scores[index].astype(np.float32, copy=False), nms.confidence
-        )
-        corners = boxes[index][anchors].astype(np.float64)
-        return _finish(corners, kept, classes, nms, letterboxes[index], clip)
+        said = read(index)
+        if isinstance(said, Found):
+            return _chosen(said, nms, letterboxes[index], clip)
+        classes, anchors, kept = _candidates(said.scores, nms.confidence)
+        return _finish(said.corners(anchors), kept, classes, nms, letterboxes[index], clip)
 
     return of_image
 
 
-def _from_rows(
-    rows: NDArray[Any], nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
-) -> _OfImage:
-    def of_image(index: int) -> Detections:
-        row = rows[index]
-        classes, anchors, kept = _candidates(row[:, 5:] * row[:, 4:5], nms.confidence)
-        centre, half = np.split(row[anchors, :4].astype(np.float64), 2, axis=1)
-        half = half / 2
-        corners = np.concatenate([centre - half, centre + half], axis=1)
-        return _finish(corners, kept, classes, nms, letterboxes[index], clip)
-
-    return of_image
+def _chosen(found: Found, nms: NmsSettings, placed: Letterbox, clip: bool) -> Detections:
+    """Filter what a graph with NMS inside has found, and map it to the original image."""
+    sure = (found.scores > nms.confidence) & (found.classes >= 0)
+    sure &= np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.scores)
+    order = np.flatnonzero(sure)
+    order = order[np.argsort(-found.scores[order], kind="stable")[: nms.max_detections]]
+    return _in_source(found.boxes[order], found.scores[order], found.classes[order], placed, clip)
 
 
 def _from_candidates(
@@ -236,28 +226,3 @@ def _from_candidates(
         return _finish(corners, scores[order], classes, nms, letterboxes[index], clip)
 
     return of_image
-
-
-def _from_end2end(
-    rows: NDArray[Any], nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
-) -> _OfImage:
-    def of_image(index: int) -> Detections:
-        mine = rows[(rows[:, 0] == index) & (rows[:, 5] > nms.confidence)].astype(np.float32)
-        mine = mine[np.isfinite(mine).all(axis=1)]
-        mine = mine[np.argsort(-mine[:, 5], kind="stable")[: nms.max_detections]]
-        classes = mine[:, 6].astype(np.int64)
-        return _in_source(mine[:, 1:5], mine[:, 5], classes, letterboxes[index], clip)
-
-    return of_image
-
-
-def _output(outputs: Mapping[str, NDArray[Any]], name: str | None, rank: int) -> NDArray[Any]:
-    """Return an output by name, or the only one when `name` is None, checked for its rank."""
-    array = outputs.get(name) if name else next(iter(outputs.values()), None)
-    if array is None or array.ndim != rank:
-        shapes = ", ".join(f"{key} {value.shape}" for key, value in outputs.items())
-        raise UserError(
-            f"the engine's outputs ({shapes}) do not have the {name or 'one'} of rank {rank} that "
-            "its output layout promises; build it again with `trt-yolov6 build`."
-        )
-    return array

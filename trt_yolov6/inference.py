@@ -118,7 +118,8 @@ def _detect_at_once(
         return []
     array = engine.empty_input(len(images))
     placed = [
-        fill_row(row, image, engine.input, border) for row, image in zip(array, images, strict=True)
+        fill_row(row, image, engine.input, border, engine.preprocessing)
+        for row, image in zip(array, images, strict=True)
     ]
     outputs = engine.start(array, nms.confidence).wait()
     return postprocess(outputs, engine.output_layout, nms, placed)
@@ -464,6 +465,7 @@ def process(
         batch=size,
         pad_to=engine.batch.min,
         border=border,
+        preprocessing=engine.preprocessing,
         workers=workers,
         keep_images=keep_images,
         skip_unreadable=skip_unreadable,
@@ -558,7 +560,7 @@ def check_thresholds(engine: Engine, nms: NmsSettings) -> None:
             keeps fewer boxes.
     """
     inside = engine.nms
-    if engine.output_layout != "end2end" or inside is None:
+    if inside is None:
         return
     if nms.confidence < inside.confidence:
         raise UserError(

@@ -666,7 +666,12 @@ def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:
         (
             "  model",
             f"{manifest.model}, {manifest.precision}, {height}x{width}, "
-            f"{len(manifest.class_names)} classes, outputs {manifest.output_layout}",
+            f"{len(manifest.class_names)} classes",
+        ),
+        (
+            "  decoder",
+            f"{manifest.decoder}, outputs {manifest.output_layout}; images: "
+            f"{manifest.preprocessing}",
         ),
         (
             "  batch",

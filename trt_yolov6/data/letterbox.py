@@ -1,4 +1,4 @@
-"""The paper's pre-processing: fit an image into the network's input, gray around it, and back."""
+"""Fit an image into the network's input, gray around it as in the paper, and map boxes back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.data.preprocessing import Fit, Interpolation
 from trt_yolov6.errors import UserError
 
 GRAY = 114
@@ -25,7 +26,8 @@ class Letterbox:
     resized: tuple[int, int]
     """Size of the image inside the input."""
     scale: float
-    """Factor both sides were resized by, before rounding to whole pixels."""
+    """Factor both sides were resized by, before rounding to whole pixels; the smaller where the
+    image is stretched."""
     top: int
     """Gray rows above the image."""
     left: int
@@ -57,11 +59,14 @@ class Letterbox:
         return result
 
 
-def fit(source: tuple[int, int], size: tuple[int, int], border: int = 0) -> Letterbox:
+def fit(
+    source: tuple[int, int], size: tuple[int, int], border: int = 0, mode: Fit = "letterbox"
+) -> Letterbox:
     """Return where an image of size `source` goes in an input of `size`, both (height, width).
 
-    The aspect ratio is kept; the image is enlarged as well as shrunk, and centred; an odd row or
-    column of gray goes below or right.
+    The image is enlarged as well as shrunk. In a letterbox its aspect ratio is kept and it is
+    centred; an odd row or column of gray goes below or right. In a corner, sides are rounded down,
+    as YOLOX does.
 
     Args:
         source: height and width of the image.
@@ -69,7 +74,20 @@ def fit(source: tuple[int, int], size: tuple[int, int], border: int = 0) -> Lett
         border: gray pixels that stand on every side at least: the image is resized to fit
             `size` less twice this. Section 2.4.3 of the paper (arXiv:2209.02976) uses it so that
             objects at the edge keep the context the network was trained with, as in 634 + 2 x 3.
+        mode: see `preprocessing.Fit`.
+
+    Raises:
+        UserError: a border is asked for in another mode than `letterbox`.
     """
+    if mode != "letterbox":
+        if border:
+            raise UserError(
+                f"a gray border is for letterboxed images, and this engine's input is of fit "
+                f"{mode}; leave --resize and --border out."
+            )
+        scale = min(size[0] / source[0], size[1] / source[1])
+        shrunk = max(1, int(source[0] * scale)), max(1, int(source[1] * scale))
+        return Letterbox(source, size, size if mode == "stretch" else shrunk, scale, 0, 0)
     inner = size[0] - 2 * border, size[1] - 2 * border
     scale = min(inner[0] / source[0], inner[1] / source[1])
     # A side of a very long image would round to nothing.
@@ -85,33 +103,44 @@ def fit(source: tuple[int, int], size: tuple[int, int], border: int = 0) -> Lett
 
 
 def letterbox(
-    image: NDArray[np.uint8], size: tuple[int, int], border: int = 0
+    image: NDArray[np.uint8],
+    size: tuple[int, int],
+    border: int = 0,
+    mode: Fit = "letterbox",
+    interpolation: Interpolation = "area",
 ) -> tuple[NDArray[np.uint8], Letterbox]:
     """Place an image in the network's input.
 
     Args:
         image: uint8 (height, width, 3).
         size: height and width of the input.
-        border: see `fit`.
+        border, mode: see `fit`.
+        interpolation: how it is resized.
 
     Returns:
         uint8 (*size, 3), and where the image lies in it.
     """
-    placed = fit((image.shape[0], image.shape[1]), size, border)
+    placed = fit((image.shape[0], image.shape[1]), size, border, mode)
     if placed.resized == placed.source == size:
         return image, placed
     canvas = np.empty((*size, 3), np.uint8)
-    fill(canvas, image, placed)
+    fill(canvas, image, placed, interpolation)
     return canvas, placed
 
 
-def fill(canvas: NDArray[np.uint8], image: NDArray[np.uint8], placed: Letterbox) -> None:
+def fill(
+    canvas: NDArray[np.uint8],
+    image: NDArray[np.uint8],
+    placed: Letterbox,
+    interpolation: Interpolation = "area",
+) -> None:
     """Write an image, resized, and the gray around it into an array of the input's size.
 
     Args:
         canvas: uint8 (height, width, 3), C-contiguous; such as a row of an engine's input.
         image: uint8 (height, width, 3).
         placed: where it goes, see `fit`.
+        interpolation: how it is resized.
     """
     height, width = placed.resized
     bottom, right = placed.top + height, placed.left + width
@@ -123,11 +152,13 @@ def fill(canvas: NDArray[np.uint8], image: NDArray[np.uint8], placed: Letterbox)
     if placed.resized == placed.source:
         inside[...] = image
         return
-    interpolation = cv2.INTER_AREA if placed.scale < 1 else cv2.INTER_LINEAR
+    method = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}.get(
+        interpolation, cv2.INTER_AREA if placed.scale < 1 else cv2.INTER_LINEAR
+    )
     if inside.flags.c_contiguous:  # OpenCV writes whole rows in place
-        cv2.resize(image, (width, height), dst=inside, interpolation=interpolation)
+        cv2.resize(image, (width, height), dst=inside, interpolation=method)
     else:
-        inside[...] = cv2.resize(image, (width, height), interpolation=interpolation)
+        inside[...] = cv2.resize(image, (width, height), interpolation=method)
 
 
 def resolve_border(

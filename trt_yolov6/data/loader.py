@@ -16,10 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox, fill, fit, letterbox
+from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.engines.base import TensorSpec, empty_input, image_size_of
 from trt_yolov6.errors import UserError
 
 Item = TypeVar("Item")
+
+YOLOV6 = Preprocessing()
+"""What the paper's networks take: a letterbox, RGB in 0..1."""
 
 AHEAD = 2
 """Batches prepared while the engine works on another; bounds the memory the loader takes."""
@@ -66,6 +70,7 @@ def load_batches(
     batch: int,
     pad_to: int = 1,
     border: int = 0,
+    preprocessing: Preprocessing = YOLOV6,
     workers: int | None = None,
     keep_images: bool = False,
     skip_unreadable: bool = False,
@@ -83,6 +88,7 @@ def load_batches(
         batch: images a batch; the last one may have fewer.
         pad_to: rows a batch has at least; rows without an image are zero.
         border: gray pixels on every side, see `letterbox.fit`.
+        preprocessing: how images are prepared (`Engine.preprocessing`).
         workers: threads; default: `default_workers()`.
         keep_images: hand the original images on as well.
         skip_unreadable: list items whose reading raises UserError in `Batch.failures`, instead of
@@ -102,7 +108,7 @@ def load_batches(
         start = time.perf_counter()
         image = read(item)
         middle = time.perf_counter()
-        placed = fill_row(row, image, spec, border)
+        placed = fill_row(row, image, spec, border, preprocessing)
         end = time.perf_counter()
         return _Row(image if keep_images else None, placed, middle - start, end - middle)
 
@@ -130,7 +136,11 @@ def load_batches(
 
 
 def fill_row(
-    row: NDArray[Any], image: NDArray[np.uint8], spec: TensorSpec, border: int = 0
+    row: NDArray[Any],
+    image: NDArray[np.uint8],
+    spec: TensorSpec,
+    border: int = 0,
+    preprocessing: Preprocessing = YOLOV6,
 ) -> Letterbox:
     """Pre-process an image into its row of a batch.
 
@@ -139,36 +149,48 @@ def fill_row(
         image: uint8 (height, width, 3) RGB, of any size.
         spec: the engine's input.
         border: see `letterbox.fit`.
+        preprocessing: how images are prepared (`Engine.preprocessing`).
 
     Returns:
         Where the image lies in the row.
+
+    Raises:
+        UserError: see `letterbox.fit`.
     """
     size = image_size_of(spec)
+    how = preprocessing
     if spec.dtype == np.uint8:
-        placed = fit((image.shape[0], image.shape[1]), size, border)
-        fill(row, image, placed)
+        placed = fit((image.shape[0], image.shape[1]), size, border, how.fit)
+        fill(row, image, placed, how.interpolation)
+        if how.colour == "bgr":
+            row[...] = row[..., ::-1]
         return placed
-    boxed, placed = letterbox(image, size, border)
-    _fill(row, boxed)
+    boxed, placed = letterbox(image, size, border, how.fit, how.interpolation)
+    _fill(row, boxed, how)
     return placed
 
 
-def to_input(images: Sequence[NDArray[np.uint8]], spec: TensorSpec) -> NDArray[Any]:
+def to_input(
+    images: Sequence[NDArray[np.uint8]],
+    spec: TensorSpec,
+    preprocessing: Preprocessing = YOLOV6,
+) -> NDArray[Any]:
     """Stack images of the engine's size into the array it takes.
 
     Args:
         images: each uint8 (height, width, 3) RGB, of the size `spec` has.
         spec: the engine's input.
+        preprocessing: the order and the range of the channels (`Engine.preprocessing`).
 
     Returns:
-        float (n, 3, height, width) in 0..1 or uint8 (n, height, width, 3), C-contiguous.
+        float (n, 3, height, width), or uint8 (n, height, width, 3), C-contiguous.
 
     Raises:
         UserError: they take more memory than there is.
     """
     array = empty_input(spec, len(images))
     for row, image in zip(array, images, strict=True):
-        _fill(row, image)
+        _fill(row, image, preprocessing)
     return array
 
 
@@ -205,11 +227,19 @@ def _collect(
     )
 
 
-def _fill(row: NDArray[Any], image: NDArray[np.uint8]) -> None:
+def _fill(row: NDArray[Any], image: NDArray[np.uint8], how: Preprocessing) -> None:
     """Write an image of the input's size into one row of an input array."""
     if row.dtype == np.uint8:
-        row[...] = image
+        row[...] = image if how.colour == "rgb" else image[..., ::-1]
         return
     # Splitting first keeps the conversion to float on contiguous memory: half the time.
-    for plane, channel in zip(row, cv2.split(image), strict=True):
-        np.divide(channel, np.float32(255), out=plane, casting="same_kind")
+    planes = cv2.split(image)
+    for plane, (place, mean, std) in zip(row, how.channels, strict=True):
+        source = planes[place]
+        if mean:
+            np.subtract(source, np.float32(mean), out=plane, casting="same_kind")
+            source = plane
+        if std != 1:
+            np.divide(source, np.float32(std), out=plane, casting="same_kind")
+        elif source is not plane:
+            plane[...] = source

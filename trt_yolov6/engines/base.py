@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.engines.manifest import BatchProfile, Manifest, NmsSettings, OutputLayout
 from trt_yolov6.errors import UserError
 
@@ -85,6 +86,10 @@ class LoadOptions:
     """ONNX Runtime execution provider: `cpu`, `cuda`, `tensorrt`; None for the best that works."""
     cuda_graph: bool = True
     """TensorRT: launch a run as one CUDA graph instead of kernel by kernel."""
+    decoder: str | None = None
+    """Family of a detector without a manifest (see `decoders.families`); None finds out."""
+    preprocess: tuple[str, ...] = ()
+    """Changes to how images are prepared, each FIELD=VALUE of `Preprocessing`."""
 
 
 class Run(abc.ABC):
@@ -117,11 +122,15 @@ class Engine(abc.ABC):
     threads: int | None = None
     """CPU threads it computes with, where they were chosen; None leaves it to the backend."""
     input: TensorSpec
-    """float32 (batch, 3, height, width) RGB in 0..1, or uint8 (batch, height, width, 3) RGB."""
+    """float32 (batch, 3, height, width), or uint8 (batch, height, width, 3); see `preprocessing`."""
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
     """Batch sizes it takes."""
     output_layout: OutputLayout
+    decoder: str = "yolov6"
+    """The family it is of, see `decoders.families`."""
+    preprocessing: Preprocessing = Preprocessing()
+    """How images become its input: RGB in 0..1, letterboxed, unless its family's differ."""
     class_names: tuple[str, ...]
     note: str = ""
     """How the engine computes, where that is not what its precision says."""

@@ -1,41 +1,57 @@
-"""What a detector's graph tells of itself: its layout by names and shapes, and its metadata."""
+"""What a detector tells of itself: in its manifest, else in its graph and that graph's metadata."""
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from trt_yolov6.engines.base import TensorSpec
+from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.decoders.layouts import class_count
+from trt_yolov6.decoders.recognition import GraphFacts, recognize
+from trt_yolov6.engines.base import LoadOptions, TensorSpec
 from trt_yolov6.engines.manifest import Manifest, NmsSettings, OutputLayout
 from trt_yolov6.errors import UserError
 
 
-def guess_output_layout(outputs: Sequence[TensorSpec], path: str | Path) -> OutputLayout:
-    """Recognize the output layout (see `OutputLayout`) of a graph that has no manifest.
+@dataclass(frozen=True)
+class Reading:
+    """How an engine's outputs are read and its images prepared."""
+
+    decoder: str
+    layout: OutputLayout
+    preprocessing: Preprocessing
+
+
+def reading_of(
+    manifest: Manifest | None, options: LoadOptions, path: Path, facts: Callable[[], GraphFacts]
+) -> Reading:
+    """Return how to use an engine: as its manifest says, else as its graph lets recognize.
+
+    Args:
+        manifest: what `build` wrote, if anything.
+        options: a decoder for an engine without a manifest, and changes to the pre-processing.
+        path: of the engine, for messages.
+        facts: called where there is no manifest.
 
     Raises:
-        UserError: the outputs are of no layout this package decodes.
+        UserError: see `decoders.recognition.recognize`, or the manifest says otherwise.
     """
-    ranks = {output.name: len(output.shape) for output in outputs}
-    if ranks == {"boxes": 3, "scores": 3}:
-        return "split"
-    if len(outputs) == 1:
-        shape = outputs[0].shape
-        anchors, columns = (shape[1], shape[2]) if len(shape) == 3 else (None, 0)
-        # More columns than rows: anchors come last, as in YOLOv8's exports, which are not read.
-        if columns is None or (columns >= 6 and (anchors is None or anchors >= columns)):
-            return "rows"
-        if len(shape) == 2 and shape[1] == 7:
-            return "end2end"
-    listed = ", ".join(f"{output.name} {list(output.shape)}" for output in outputs)
-    raise UserError(
-        f"{path} has outputs of no known layout ({listed}); export it with `trt-yolov6 export`, or "
-        "with one output of rows (batch, anchors, 5 + classes)."
-    )
+    if manifest is None:
+        family, layout = recognize(facts(), path, options.decoder)
+        reading = Reading(family.name, layout, family.preprocessing)
+    else:
+        if options.decoder not in (None, manifest.decoder):
+            raise UserError(
+                f"{path} was built as {manifest.decoder}, not {options.decoder}; leave --decoder "
+                "out, or build it again with it."
+            )
+        reading = Reading(manifest.decoder, manifest.output_layout, manifest.preprocessing)
+    return replace(reading, preprocessing=reading.preprocessing.with_changes(options.preprocess))
 
 
 def check_input(spec: TensorSpec, path: str | Path) -> None:
@@ -59,11 +75,26 @@ def names_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     """
     try:
         value = ast.literal_eval(metadata.get("names", ""))
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
     if isinstance(value, dict):
-        value = [value[key] for key in sorted(value)]
+        # Numbers in YOLOv5 to 26, texts in files that went through JSON.
+        try:
+            value = [value[key] for key in sorted(value, key=int)]
+        except (ValueError, TypeError):
+            return None
     return tuple(str(item) for item in value) if isinstance(value, list) and value else None
+
+
+def image_size_in(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return the height and width that Ultralytics' exporter notes, or None."""
+    try:
+        value = ast.literal_eval(metadata.get("imgsz", ""))
+        height, width = value
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+    whole = isinstance(height, int) and isinstance(width, int)
+    return (height, width) if whole and min(height, width) > 0 else None
 
 
 def nms_in(metadata: Mapping[str, str]) -> NmsSettings | None:
@@ -73,16 +104,6 @@ def nms_in(metadata: Mapping[str, str]) -> NmsSettings | None:
         return NmsSettings(**value) if value else None
     except (ValueError, TypeError, UserError):
         return None
-
-
-def class_count(outputs: Sequence[TensorSpec], layout: OutputLayout) -> int | None:
-    """Return how many classes the outputs tell of, or None where they do not say."""
-    if layout == "split":
-        return next(output.shape[2] for output in outputs if output.name == "scores")
-    if layout == "rows":
-        columns = outputs[0].shape[2]
-        return None if columns is None else columns - 5
-    return None
 
 
 def class_names_of(

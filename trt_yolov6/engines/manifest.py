@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import read_json, sha256_file, write_json
 
@@ -20,14 +21,47 @@ SCHEMA_VERSION = 1
 
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
 
-OutputLayout = Literal["split", "rows", "end2end"]
-"""How the graph gives its detections.
+OutputLayout = Literal[
+    "split",
+    "split_by_class",
+    "rows",
+    "corner_rows",
+    "grid_rows",
+    "columns",
+    "grids_yolov5",
+    "grids_yolov7",
+    "end2end",
+    "end2end_yolov7",
+    "end2end_ppyoloe",
+    "best",
+    "efficient_nms",
+]
+"""How a graph gives its detections; `decoders.layouts` has the arithmetic.
 
-split:   `boxes` (batch, anchors, 4): x1, y1, x2, y2 in input pixels, float32;
-         `scores` (batch, anchors, classes) in 0..1, float32 or float16. Convolutions on a GPU keep
-         channels last, so nothing has to be moved for it
-rows:    one output (batch, anchors, 5 + classes): cx, cy, w, h in input pixels, objectness, scores
-end2end: `detections` (n, 7): batch index, x1, y1, x2, y2 in input pixels, score, class; NMS done
+Coordinates are in input pixels, scores and objectness in 0..1, unless it says otherwise. Outputs
+are found by their shapes where no name is given. Every anchor, NMS still to be done:
+
+split:           `boxes` (batch, anchors, 4): x1, y1, x2, y2, float32;
+                 `scores` (batch, anchors, classes), float32 or float16. Convolutions on a GPU keep
+                 channels last, so nothing has to be moved for it
+split_by_class:  (batch, anchors, 4): x1, y1, x2, y2; (batch, classes, anchors): scores
+rows:            (batch, anchors, 5 + classes): cx, cy, w, h, objectness, scores
+corner_rows:     (batch, anchors, 4 + classes): x1, y1, x2, y2, scores
+grid_rows:       as `rows`, but cx and cy are in cells from the cell's corner, w and h logarithms of
+                 cells; the cells of strides 8, 16, 32 (and 64) one after the other
+columns:         (batch, 4 + classes, anchors): cx, cy, w, h, scores
+grids_yolov5, grids_yolov7:
+                 three outputs (batch, 3, rows, columns, 5 + classes), before the sigmoid, of
+                 strides 8, 16, 32; with the anchors of that release
+
+Of each image the best, NMS done:
+
+end2end:         `detections` (n, 7): batch index, x1, y1, x2, y2, score, class
+end2end_yolov7:  (n, 7): batch index, x1, y1, x2, y2, class, score
+end2end_ppyoloe: (n, 6): class, score, x1, y1, x2, y2, image after image; (batch,): n of each
+best:            (batch, n, 6): x1, y1, x2, y2, score, class
+efficient_nms:   outputs with `num`, `box`, `score` and `class` in their names: (batch, 1),
+                 (batch, n, 4) x1, y1, x2, y2, (batch, n), (batch, n)
 """
 
 
@@ -103,6 +137,10 @@ class Manifest:
     """Convolutions that the engine computes in INT8; None where its builder does not say."""
     fp8_layers: int | None = None
     """Convolutions that the engine computes in FP8; None where its builder does not say."""
+    decoder: str = "yolov6"
+    """The family of detectors whose outputs these are, see `decoders.families`."""
+    preprocessing: Preprocessing = Preprocessing()
+    """How images become its input."""
     schema: int = SCHEMA_VERSION
 
     @property
@@ -201,6 +239,7 @@ def _from_json(path: Path, value: dict[str, Any]) -> Manifest:
                 "batch": BatchProfile(**value["batch"]),
                 "nms": NmsSettings(**value["nms"]) if value.get("nms") else None,
                 "float_layers": tuple(value.get("float_layers", ())),
+                "preprocessing": Preprocessing.from_json(value.get("preprocessing", {})),
             }
         )
         _check_values(manifest, value)
@@ -222,7 +261,7 @@ def _check_values(manifest: Manifest, value: dict[str, Any]) -> None:
     for name, allowed in choices.items():
         if getattr(manifest, name) not in allowed:
             raise ValueError(f"{name} is {getattr(manifest, name)!r}")
-    texts = ("engine", "model", "backend_version", "target", "plan_sha256", "source")
+    texts = ("engine", "model", "backend_version", "target", "plan_sha256", "source", "decoder")
     wrong = [name for name in texts if not isinstance(getattr(manifest, name), str)]
     if not isinstance(value["class_names"], list):
         wrong.append("class_names")

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.decoders.inputs import runtime_inputs, with_one_input
+from trt_yolov6.decoders.recognition import GraphFacts, facts_of
 from trt_yolov6.engines.base import (
     Availability,
     BuildSettings,
@@ -22,12 +24,14 @@ from trt_yolov6.engines.base import (
     LoadOptions,
     TensorSpec,
     check_images,
+    image_size_of,
 )
-from trt_yolov6.engines.layout import check_input, class_names_of, guess_output_layout, nms_in
+from trt_yolov6.engines.layout import check_input, class_names_of, nms_in, reading_of
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
 
 NAME = "onnxruntime"
@@ -114,7 +118,14 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
-    engine = OnnxRuntimeEngine(path, manifest, _session(content, path, options))
+    graph: onnx.ModelProto | None = None
+    if manifest is None:
+        # `build` has done this for engines that have one.
+        graph = _graph_of(content)
+        if graph is not None and len(runtime_inputs(graph)) > 1:
+            content = with_one_input(graph, path).SerializeToString()
+    session = _session(content, path, options)
+    engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
     if _is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
         engine.note = f"Q/DQ computed exactly, in float: the accuracy of {label}, not its speed"
@@ -127,8 +138,14 @@ class OnnxRuntimeEngine(Engine):
     backend = NAME
 
     def __init__(
-        self, path: Path, manifest: Manifest | None, session: onnxruntime.InferenceSession
+        self,
+        path: Path,
+        manifest: Manifest | None,
+        session: onnxruntime.InferenceSession,
+        options: LoadOptions,
+        graph: onnx.ModelProto | None = None,
     ) -> None:
+        """Wrap a session; `graph` is what it runs, by which its family is told, if need be."""
         import onnxruntime
 
         self.path = path
@@ -149,9 +166,18 @@ class OnnxRuntimeEngine(Engine):
         self.outputs = tuple(_spec(item, path) for item in session.get_outputs())
         check_input(self.input, path)
         metadata = session.get_modelmeta().custom_metadata_map
-        self.output_layout = (
-            manifest.output_layout if manifest else guess_output_layout(self.outputs, path)
-        )
+
+        def facts() -> GraphFacts:
+            size = image_size_of(self.input)
+            return (
+                GraphFacts(self.outputs, size, metadata)
+                if graph is None
+                else facts_of(graph, self.outputs, size)
+            )
+
+        reading = reading_of(manifest, options, path, facts)
+        self.decoder, self.output_layout = reading.decoder, reading.layout
+        self.preprocessing = reading.preprocessing
         self.class_names = class_names_of(self.outputs, self.output_layout, manifest, metadata)
         if self.output_layout == "end2end":
             self.nms = manifest.nms if manifest else nms_in(metadata)
@@ -198,6 +224,17 @@ class OnnxRuntimeEngine(Engine):
             raise UserError(f"the engine {self.path} is closed; load it again.")
         check_images(self, images)
         return self._session
+
+
+def _graph_of(content: bytes) -> onnx.ModelProto | None:
+    """Return a file's graph; None where it is no ONNX model, which ONNX Runtime will say."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load_from_string(content)
+    except (DecodeError, ValueError):
+        return None
 
 
 def exact_session(model: bytes) -> onnxruntime.InferenceSession:

@@ -71,7 +71,7 @@ def build(model: bytes, settings: BuildSettings) -> bytes:
 
 
 def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
-    """Load a plan; of the options only `cuda_graph` concerns it.
+    """Load a plan; of the options, threads and provider do not concern it.
 
     Raises:
         UserError: see `TensorRTEngine`.
@@ -80,7 +80,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     from trt_yolov6.engines.tensorrt_engine import ContextSettings, TensorRTEngine
 
     contexts = ContextSettings(record_graph=options.cuda_graph, launches_graphs=options.cuda_graph)
-    return TensorRTEngine(flavour, path, manifest, contexts)
+    return TensorRTEngine(flavour, path, manifest, contexts, options)
 
 
 def _flavour() -> Flavour:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.decoders.recognition import GraphFacts
 from trt_yolov6.engines import cuda_device
-from trt_yolov6.engines.base import Engine, Run, TensorSpec, check_images
+from trt_yolov6.engines.base import Engine, LoadOptions, Run, TensorSpec, check_images
 from trt_yolov6.engines.candidates import Candidates
 from trt_yolov6.engines.cuda_device import OutOfGpuMemoryError, PinnedPool
 from trt_yolov6.engines.device_arrays import lies_on_gpu, view_of
-from trt_yolov6.engines.layout import check_input, class_names_of, guess_output_layout
+from trt_yolov6.engines.layout import check_input, class_names_of, reading_of
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.engines.tensorrt_common import Flavour, logger_of
 from trt_yolov6.engines.tensorrt_lane import Lane, LanePlan
@@ -53,6 +54,7 @@ class TensorRTEngine(Engine):
         path: the plan.
         manifest: what `build` wrote beside it, if anything.
         contexts: how execution contexts are made.
+        options: the decoder and the pre-processing of a plan without a manifest.
 
     Raises:
         UserError: no GPU; a plan cut short, of another version or for another GPU; tensors that are
@@ -67,6 +69,7 @@ class TensorRTEngine(Engine):
         path: Path,
         manifest: Manifest | None,
         contexts: ContextSettings | None = None,
+        options: LoadOptions | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -75,6 +78,7 @@ class TensorRTEngine(Engine):
         self.backend_version = flavour.version
         self._flavour = flavour
         self._contexts = contexts or ContextSettings()
+        self._options = options or LoadOptions()
         self._logger = logger_of(flavour.api)
         try:
             device = cuda_device.current_device()
@@ -258,11 +262,14 @@ class TensorRTEngine(Engine):
         else:
             shapes = engine.get_tensor_profile_shape(self.input.name, 0)
             self.batch = BatchProfile(*(int(shape[0]) for shape in shapes))
-        self.output_layout = (
-            self.manifest.output_layout
-            if self.manifest
-            else guess_output_layout(self.outputs, self.path)
+        reading = reading_of(
+            self.manifest,
+            self._options,
+            self.path,
+            lambda: GraphFacts(self.outputs, self.image_size),
         )
+        self.decoder, self.output_layout = reading.decoder, reading.layout
+        self.preprocessing = reading.preprocessing
         self.class_names = class_names_of(self.outputs, self.output_layout, self.manifest)
 
     def _new_lane(self) -> Lane:

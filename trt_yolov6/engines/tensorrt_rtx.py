@@ -132,7 +132,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     contexts = ContextSettings(
         make_config, launches_graphs=options.cuda_graph, after_first_run=cache.save
     )
-    return TensorRTEngine(flavour, path, manifest, contexts)
+    return TensorRTEngine(flavour, path, manifest, contexts, options)
 
 
 def _flavour() -> Flavour:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.images import list_images, read_image
-from trt_yolov6.data.loader import load_batches
+from trt_yolov6.data.loader import YOLOV6, load_batches
+from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.engines.base import TensorSpec
 from trt_yolov6.errors import UserError
 
@@ -53,6 +54,7 @@ def calibration_batches(
     *,
     limit: int | None = None,
     border: int = 0,
+    preprocessing: Preprocessing = YOLOV6,
     workers: int | None = None,
 ) -> Iterator[NDArray[Any]]:
     """Yield what the graph takes for one calibration image after the other, sorted by name.
@@ -63,11 +65,12 @@ def calibration_batches(
             images come again to fill the last batch.
         limit: see `calibration_images`.
         border: gray pixels on every side, see `data.letterbox.fit`.
+        preprocessing: how images are prepared (`Graph.preprocessing`).
         workers: reader threads; default: one a core.
 
     Yields:
-        float32 (batch, 3, height, width) in 0..1 or uint8 (batch, height, width, 3), as `spec` has
-        it; batch is 1 where it is free.
+        float32 (batch, 3, height, width), in 0..1 unless `preprocessing` says otherwise, or uint8
+        (batch, height, width, 3), as `spec` has it; batch is 1 where it is free.
 
     Raises:
         UserError: see `calibration_images`, or an image cannot be read.
@@ -81,7 +84,13 @@ def calibration_batches(
     missing = -len(paths) % batch
     paths += [paths[index % len(paths)] for index in range(missing)]
     for loaded in load_batches(
-        paths, read_image, spec, batch=batch, border=border, workers=workers
+        paths,
+        read_image,
+        spec,
+        batch=batch,
+        border=border,
+        preprocessing=preprocessing,
+        workers=workers,
     ):
         yield loaded.input
 

@@ -13,7 +13,7 @@ behind activations, ranking of layers and adaptive rounding are about INT8's eve
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.building import Graph
 from trt_yolov6.data.letterbox import fit
+from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.detection import Detections, postprocess
 from trt_yolov6.engines.manifest import NmsSettings, OutputLayout
 from trt_yolov6.errors import UserError
@@ -213,6 +214,7 @@ def quantize(
             "adaptive_rounding": settings.adaptive_rounding,
             "float_layers": _described(settings) + (", by AP" if score else ""),
             "border": settings.border,
+            "preprocessing": str(graph.preprocessing),
         },
     )
     table, note = reusable_table(table_file, key) if table_file else (None, "")
@@ -423,7 +425,14 @@ def _inputs(
 ) -> list[NDArray[Any]]:
     """Return a few of the images as the graph takes them."""
     some = _spread(paths, FEWEST_IMAGES)
-    return list(calibration_batches(some, input_spec(graph.model), border=settings.border))
+    return list(_batches(graph, some, settings.border))
+
+
+def _batches(graph: Graph, paths: Sequence[Path], border: int) -> Iterator[NDArray[Any]]:
+    """Yield what the graph takes for one image after the other."""
+    return calibration_batches(
+        paths, input_spec(graph.model), border=border, preprocessing=graph.preprocessing
+    )
 
 
 def _float_layers(
@@ -448,7 +457,7 @@ def _float_layers(
     if wanted == 0:
         return ()
     say(f"sensitivity of {len(prepared.placement.layers)} layers over {len(paths)} images ...")
-    images = calibration_batches(paths, input_spec(graph.model), border=settings.border)
+    images = _batches(graph, paths, settings.border)
     distortions = layer_distortions(prepared.model, prepared.placement, table.amax, images)
     if isinstance(wanted, int):
         chosen = most_sensitive(ranked(distortions, "snr"), wanted)
@@ -592,8 +601,7 @@ def _prepare(
     def measured(form: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
         if form is graph.model and known is not None:
             return {name: known[name] for name in dict.fromkeys(tensors)}
-        spec = input_spec(form)
-        batches = calibration_batches(paths, spec, border=settings.border)
+        batches = _batches(graph, paths, settings.border)
         return collect(form, batches if images is None else images, tensors)
 
     if variant != "plain":
@@ -645,10 +653,10 @@ class Judge:
     """
 
     def __init__(self, graph: Graph, paths: Sequence[Path], border: int = 0) -> None:
-        spec = input_spec(graph.model)
-        self._images = list(calibration_batches(paths, spec, border=border))
+        self._images = list(_batches(graph, paths, border))
+        self._preprocessing = graph.preprocessing
         self._layout: OutputLayout = graph.output_layout
-        self._classes = max(1, len(graph.class_names))
+        self._named_classes = len(graph.class_names)
         self._image_size = graph.image_size
         self._model = graph.model
         self._found: dict[str, list[Detections]] = {}
@@ -657,12 +665,12 @@ class Judge:
     def agreement(self, model: onnx.ModelProto) -> float:
         """Return the agreement of a quantized graph's detections with the float one's, 0..1."""
         found = self.detections(model)
-        values = [agreement(self.reference, found, self._classes, one) for one in CONFIDENCES]
+        values = [self._agreement(found, one) for one in CONFIDENCES]
         return sum(values) / len(values)
 
     def confident_agreement(self, model: onnx.ModelProto) -> float:
         """Return the agreement from the highest of `CONFIDENCES` on, see `least_agreement`."""
-        return agreement(self.reference, self.detections(model), self._classes, CONFIDENCES[-1])
+        return self._agreement(self.detections(model), CONFIDENCES[-1])
 
     def harmless_agreement(self) -> float:
         """Return the float network's agreement with itself on images with a little noise.
@@ -673,10 +681,15 @@ class Judge:
         values = []
         for seed in range(2):
             rng = np.random.default_rng(seed)
-            noisy = (_noisy(images, rng) for images in self._images)
+            noisy = (_noisy(images, rng, self._preprocessing) for images in self._images)
             found = self._run(self._model, noisy)
-            values.append(agreement(self.reference, found, self._classes, CONFIDENCES[-1]))
+            values.append(self._agreement(found, CONFIDENCES[-1]))
         return sum(values) / len(values)
+
+    def _agreement(self, found: Sequence[Detections], confident: float) -> float:
+        # A graph with NMS inside does not tell how many classes there are.
+        seen = (one.classes.max(initial=-1) + 1 for one in (*self.reference, *found))
+        return agreement(self.reference, found, max(self._named_classes, 1, *seen), confident)
 
     def detections(self, model: onnx.ModelProto) -> list[Detections]:
         """Return what a graph finds in the images, in pixels of its input; kept for next time."""
@@ -703,10 +716,14 @@ class Judge:
         return found
 
 
-def _noisy(images: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:
-    """Return a graph's input with `HARMLESS_NOISE`, of uint8 pixels or float ones in 0..1."""
+def _noisy(
+    images: NDArray[Any], rng: np.random.Generator, preprocessing: Preprocessing
+) -> NDArray[Any]:
+    """Return a graph's input with `HARMLESS_NOISE`, of uint8 pixels or prepared float ones."""
     noise = rng.standard_normal(images.shape, np.float32) * HARMLESS_NOISE
-    largest = 255 if images.dtype == np.uint8 else 1
-    noisy = np.rint(images + noise) if images.dtype == np.uint8 else images + noise / 255
-    result: NDArray[Any] = np.clip(noisy, 0, largest).astype(images.dtype)
-    return result
+    if images.dtype == np.uint8:
+        result: NDArray[Any] = np.clip(np.rint(images + noise), 0, 255).astype(np.uint8)
+        return result
+    _, mean, std = np.array(preprocessing.channels, np.float32).T[..., None, None]
+    result = np.clip(images + noise / std, -mean / std, (255 - mean) / std)
+    return result.astype(images.dtype)

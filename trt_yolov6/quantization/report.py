@@ -121,4 +121,6 @@ def ap_on(graph: Graph, dataset: CocoDataset) -> Score:
 
 
 def _images(graph: Graph, calibrated: Calibrated) -> Iterable[NDArray[Any]]:
-    return calibration_batches(calibrated.paths, input_spec(graph.model))
+    return calibration_batches(
+        calibrated.paths, input_spec(graph.model), preprocessing=graph.preprocessing
+    )

@@ -1,0 +1,125 @@
+"""How an image becomes a network's input: where it is put, in which colours, and their range.
+
+Detectors differ in it, and a detector that is given another's input still finds most things, only
+worse. So it is a value of its own, which the manifest keeps with the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from trt_yolov6.errors import UserError
+
+Fit = Literal["letterbox", "corner", "stretch"]
+"""Where an image goes in the input.
+
+letterbox: its aspect ratio is kept, it lies in the middle, gray around it
+corner:    the same, but it lies in the top left corner
+stretch:   it fills the input, its aspect ratio is lost
+"""
+
+Interpolation = Literal["area", "linear", "cubic"]
+"""How an image is resized: `area` averages where it shrinks and is `linear` where it grows."""
+
+Colour = Literal["rgb", "bgr"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The input is (pixel - mean) / std of each channel, of 0..255 pixels.
+
+    A uint8 input takes pixels as they are: `mean` and `std` are then the graph's own business.
+    """
+
+    fit: Fit = "letterbox"
+    interpolation: Interpolation = "area"
+    colour: Colour = "rgb"
+    """The order of the input's channels."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Of red, green and blue, in gray levels of 0..255, whatever the order of the channels."""
+    std: tuple[float, float, float] = (255.0, 255.0, 255.0)
+    """What is divided by, in the same order."""
+
+    def __post_init__(self) -> None:
+        choices = {"fit": Fit, "interpolation": Interpolation, "colour": Colour}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise UserError(
+                    f"--preprocess {name}={getattr(self, name)} is unknown; choose one of "
+                    f"{', '.join(get_args(allowed))}."
+                )
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(map(math.isfinite, values)):
+                raise UserError(
+                    f"--preprocess {name} needs one number or three, of red, green and blue in "
+                    "0..255."
+                )
+        if min(self.std) <= 0:
+            raise UserError("--preprocess std divides the pixels; give numbers above 0.")
+
+    @property
+    def channels(self) -> tuple[tuple[int, float, float], ...]:
+        """For each channel of the input: its place in RGB, its mean and what is divided by."""
+        order = (0, 1, 2) if self.colour == "rgb" else (2, 1, 0)
+        return tuple((place, self.mean[place], self.std[place]) for place in order)
+
+    def with_changes(self, changes: Sequence[str]) -> Preprocessing:
+        """Return it with fields replaced, each change a `FIELD=VALUE`, numbers with commas.
+
+        Raises:
+            UserError: a change is not of that form, or no such field or value exists.
+        """
+        fields: dict[str, Any] = {}
+        known = [field.name for field in dataclasses.fields(self)]
+        for change in changes:
+            name, equals, text = change.partition("=")
+            if not equals or name not in known:
+                raise UserError(
+                    f"--preprocess {change} is not understood; give FIELD=VALUE with a field of "
+                    f"{', '.join(known)}."
+                )
+            fields[name] = _numbers(name, text) if name in ("mean", "std") else text
+        return dataclasses.replace(self, **fields)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
+        """Return what `dataclasses.asdict` made JSON of.
+
+        Raises:
+            TypeError, ValueError, UserError: it is something else.
+        """
+        numbers = {
+            name: tuple(float(item) for item in value[name])
+            for name in ("mean", "std")
+            if name in value
+        }
+        return cls(**{**value, **numbers})
+
+    def __str__(self) -> str:
+        """Return it in a line for people, such as `letterbox, RGB / 255`."""
+        colour = self.colour.upper()
+        if any(self.mean):
+            colour = f"({colour} - {_listed(self.mean)})"
+        divisor = "" if set(self.std) == {1.0} else f" / {_listed(self.std)}"
+        kind = {"area": "", "linear": " (linear)", "cubic": " (cubic)"}[self.interpolation]
+        return f"{self.fit}{kind}, {colour}{divisor}"
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"--preprocess {name}={text} is not understood; give one number or three with commas."
+        ) from error
+    return values * 3 if len(values) == 1 else values
+
+
+def _listed(values: Sequence[float]) -> str:
+    one = f"{values[0]:g}"
+    return one if len(set(values)) == 1 else ",".join(f"{value:g}" for value in values)

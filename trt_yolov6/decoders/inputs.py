@@ -1,0 +1,71 @@
+"""Inputs beside the image, made constants, so that every engine has one input.
+
+PaddleDetection's exports take the factor that an image was resized by, to give boxes in the
+original image, and some its size. With a factor of 1 boxes come in input pixels, like everyone's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+
+SCALE_FACTOR, IMAGE_SHAPE = "scale_factor", "im_shape"
+
+
+def runtime_inputs(model: onnx.ModelProto) -> list[Any]:
+    """Return the graph's inputs that are no constants (`onnx.ValueInfoProto`)."""
+    constants = {item.name for item in model.graph.initializer}
+    return [item for item in model.graph.input if item.name not in constants]
+
+
+def with_one_input(
+    model: onnx.ModelProto, path: str | Path, image_size: tuple[int, int] | None = None
+) -> onnx.ModelProto:
+    """Return the graph with the image as its only input.
+
+    Args:
+        model: returned as it is where it has one input; else changed in place.
+        path: for messages.
+        image_size: height and width of the input; None reads it off the image input.
+
+    Raises:
+        UserError: it has inputs whose meaning is not known, or no fixed image size where it asks
+            for that.
+    """
+    import onnx
+
+    inputs = runtime_inputs(model)
+    others = [item for item in inputs if item.name in (SCALE_FACTOR, IMAGE_SHAPE)]
+    if len(inputs) - len(others) != 1:
+        names = ", ".join(item.name for item in inputs) or "none"
+        raise UserError(
+            f"{path} has the inputs {names}; a detector with one image input is needed (and at "
+            f"most {SCALE_FACTOR} and {IMAGE_SHAPE} beside it)."
+        )
+    image = next(item for item in inputs if item not in others)
+    for item in others:
+        if item.name == SCALE_FACTOR:
+            row = [1.0, 1.0]
+        else:
+            row = list(image_size or _size_of(image, path))
+        batch = item.type.tensor_type.shape.dim[0].dim_value
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type)
+        # One row serves a free batch: it is broadcast.
+        value = np.tile(np.array(row, dtype), (batch if batch > 0 else 1, 1))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, item.name))
+        model.graph.input.remove(item)
+    return model
+
+
+def _size_of(image: Any, path: str | Path) -> tuple[float, float]:
+    sides = [dim.dim_value for dim in image.type.tensor_type.shape.dim[2:]]
+    if len(sides) != 2 or min(sides) <= 0:
+        raise UserError(f"{path} leaves its image size free; fix it with `build --onnx --imgsz`.")
+    return sides[0], sides[1]
