@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.decoders.inputs import runtime_inputs, with_one_input
 from trt_yolov6.decoders.layouts import class_count
 from trt_yolov6.decoders.recognition import facts_of, recognize
@@ -64,7 +64,7 @@ class Graph:
     """Layers of such a graph that were asked to stay in float."""
     decoder: str = "yolov6"
     """The family the detector is of, see `decoders.families`."""
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = YOLOV6
     """How images become its input."""
 
 
@@ -132,7 +132,6 @@ def graph_from_onnx(
     Raises:
         UserError: the file is no such graph, or disagrees with what was asked.
     """
-    import onnx
 
     from trt_yolov6.precision import tail_nodes, to_fp16
 
@@ -156,10 +155,7 @@ def graph_from_onnx(
     for axis, value in zip(spatial, size, strict=True):
         dims[axis].dim_value = value
     check_input(_value_spec(inputs[0], path), path)
-    for output in model.graph.output:
-        if any(not (d.dim_value or d.dim_param) for d in output.type.tensor_type.shape.dim):
-            model = onnx.shape_inference.infer_shapes(model)
-            break
+    _fill_in_output_shapes(model)
     outputs = [_value_spec(item, path) for item in model.graph.output]
     family, layout = recognize(facts_of(model, outputs, size), path, decoder)
     precision = _precision_of(model)
@@ -356,6 +352,32 @@ def _quantized_layers(graph: Graph, said: Sequence[str]) -> int | None:
 
 
 # --- reading foreign graphs ---------------------------------------------------------------------
+
+
+def _fill_in_output_shapes(model: onnx.ModelProto) -> None:
+    """Give the outputs the lengths that follow from the image size, where the file leaves them."""
+    import onnx
+
+    shapes = [output.type.tensor_type.shape for output in model.graph.output]
+    if all(dim.dim_value for shape in shapes for dim in shape.dim[1:]):
+        return
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    # What the exporter noted of a free size would stand in the way.
+    del bare.graph.value_info[:]
+    for output in bare.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        return
+    for shape, output in zip(shapes, inferred.graph.output, strict=True):
+        known = output.type.tensor_type.shape
+        if not shape.dim:
+            shape.CopyFrom(known)
+        for own, found in zip(shape.dim, known.dim, strict=False):
+            if not own.dim_value and found.dim_value:
+                own.dim_value = found.dim_value
 
 
 def _value_spec(value: Any, path: Path) -> TensorSpec:

@@ -58,7 +58,8 @@ def postprocess(
             that an engine has chosen already, at the same confidence or a lower one.
         layout: how to read them.
         nms: thresholds; where NMS is in the graph they only filter further.
-        letterboxes: where each image lies in its row, all of one input size; rows beyond them are padding and ignored.
+        letterboxes: where each image lies in its row, all of one input size; rows beyond them are
+            padding and ignored.
         clip: cut boxes off at the image's borders and drop those with nothing inside.
         executor: works on several images at a time; default: one after the other.
 

@@ -16,14 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox, fill, fit, letterbox
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines.base import TensorSpec, empty_input, image_size_of
 from trt_yolov6.errors import UserError
 
 Item = TypeVar("Item")
-
-YOLOV6 = Preprocessing()
-"""What the paper's networks take: a letterbox, RGB in 0..1."""
 
 AHEAD = 2
 """Batches prepared while the engine works on another; bounds the memory the loader takes."""

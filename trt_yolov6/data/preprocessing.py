@@ -110,6 +110,10 @@ class Preprocessing:
         return f"{self.fit}{kind}, {colour}{divisor}"
 
 
+YOLOV6 = Preprocessing()
+"""What the paper's networks take: a letterbox, RGB in 0..1."""
+
+
 def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))

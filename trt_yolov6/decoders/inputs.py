@@ -51,10 +51,8 @@ def with_one_input(
         )
     image = next(item for item in inputs if item not in others)
     for item in others:
-        if item.name == SCALE_FACTOR:
-            row = [1.0, 1.0]
-        else:
-            row = list(image_size or _size_of(image, path))
+        is_factor = item.name == SCALE_FACTOR
+        row = (1.0, 1.0) if is_factor else image_size or _size_of(image, path)
         batch = item.type.tensor_type.shape.dim[0].dim_value
         dtype = onnx.helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type)
         # One row serves a free batch: it is broadcast.

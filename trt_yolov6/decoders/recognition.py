@@ -8,6 +8,7 @@ either, the user is asked: a wrong guess would cost AP without a word.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,6 +160,17 @@ def _is_ultralytics(facts: GraphFacts) -> bool:
     ).startswith("Ultralytics")
 
 
+def _has_nms_inside(metadata: Mapping[str, str]) -> bool:
+    """Return whether Ultralytics' exporter notes that the graph chooses the boxes itself."""
+    if metadata.get("end2end") == "True":
+        return True
+    try:
+        arguments = ast.literal_eval(metadata.get("args", "{}"))
+        return bool(arguments.get("nms"))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, AttributeError):
+        return False
+
+
 def _dotted(name: str) -> str:
     """Return a name with the dots that some exporters write as slashes."""
     return name.strip("/").replace("/", ".")
@@ -206,6 +218,8 @@ def _by_class(boxes: TensorSpec, scores: TensorSpec) -> bool:
 def _layouts_of_one(spec: TensorSpec, facts: GraphFacts) -> list[OutputLayout]:
     """Return the layouts of a single output of rank 3: anchors first, or anchors last."""
     _, first, last = spec.shape
+    if first is None and last is None and _is_ultralytics(facts):
+        return ["best" if _has_nms_inside(facts.metadata) else "columns"]
     rows: list[OutputLayout] = ["rows", "grid_rows", "corner_rows"]
     known = _anchor_counts(facts.image_size, 1) | _anchor_counts(facts.image_size, 3)
     if last == 6 and first not in known:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines.manifest import BatchProfile, Manifest, NmsSettings, OutputLayout
 from trt_yolov6.errors import UserError
 
@@ -122,14 +122,15 @@ class Engine(abc.ABC):
     threads: int | None = None
     """CPU threads it computes with, where they were chosen; None leaves it to the backend."""
     input: TensorSpec
-    """float32 (batch, 3, height, width), or uint8 (batch, height, width, 3); see `preprocessing`."""
+    """float32 (batch, 3, height, width) or uint8 (batch, height, width, 3), as `preprocessing`
+    makes them."""
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
     """Batch sizes it takes."""
     output_layout: OutputLayout
     decoder: str = "yolov6"
     """The family it is of, see `decoders.families`."""
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = YOLOV6
     """How images become its input: RGB in 0..1, letterboxed, unless its family's differ."""
     class_names: tuple[str, ...]
     note: str = ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import read_json, sha256_file, write_json
 
@@ -139,7 +139,7 @@ class Manifest:
     """Convolutions that the engine computes in FP8; None where its builder does not say."""
     decoder: str = "yolov6"
     """The family of detectors whose outputs these are, see `decoders.families`."""
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = YOLOV6
     """How images become its input."""
     schema: int = SCHEMA_VERSION
 

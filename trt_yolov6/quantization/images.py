@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.images import list_images, read_image
-from trt_yolov6.data.loader import YOLOV6, load_batches
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.data.loader import load_batches
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines.base import TensorSpec
 from trt_yolov6.errors import UserError
 
