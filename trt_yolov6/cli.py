@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
     from trt_yolov6.building import Graph
+    from trt_yolov6.data.preprocessing import Preprocessing
     from trt_yolov6.engines.base import Engine
     from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
     from trt_yolov6.evaluation import Evaluation
@@ -84,6 +85,10 @@ def _build(options: argparse.Namespace) -> None:
     )
     if options.names and not options.onnx:
         raise UserError("--names is for --onnx: a checkpoint brings its class names along.")
+    if (options.decoder or options.preprocess) and not options.onnx:
+        raise UserError(
+            "--decoder and --preprocess are for --onnx: a checkpoint is always a YOLOv6."
+        )
     if options.calibration_cache and (options.int8 or options.fp8 or not options.onnx):
         raise UserError(
             "--calibration-cache goes with the float graph that `export` wrote beside it; give "
@@ -112,6 +117,8 @@ def _build(options: argparse.Namespace) -> None:
         f"for {manifest.target}, {built.path.stat().st_size / 2**20:.1f} MiB"
     )
     print(f"{built.manifest_path}: its manifest")
+    if options.onnx:
+        print(_reading_text(manifest.decoder, manifest.output_layout, manifest.preprocessing))
     if built.quantized_asked:
         label, found = manifest.precision.upper(), manifest.quantized_layers
         print(
@@ -256,7 +263,12 @@ def _sensitivity(options: argparse.Namespace) -> None:
     if options.onnx:
         from trt_yolov6.building import graph_from_onnx
 
-        graph = graph_from_onnx(options.onnx, image_size=options.imgsz)
+        graph = graph_from_onnx(
+            options.onnx,
+            image_size=options.imgsz,
+            decoder=options.decoder,
+            preprocess=options.preprocess or (),
+        )
     else:
         graph = _exported(options)
     settings = QuantizationSettings(
@@ -540,7 +552,9 @@ def _cleaned(graph: Graph, options: argparse.Namespace) -> Graph:
     if folder is None:
         _say("surgery: not verified; --calib DIR compares the outputs on its images")
         return replace(graph, model=model)
-    images = calibration_batches(folder, input_spec(model), limit=8)
+    images = calibration_batches(
+        folder, input_spec(model), limit=8, preprocessing=graph.preprocessing
+    )
     for shift in verify_clean(graph.model, model, images):
         _say(
             f"surgery: {shift.output} moved by {shift.moved:.3g} (RMS); quantization itself moves "
@@ -609,6 +623,8 @@ def _graph_from_onnx(options: argparse.Namespace) -> Graph:
         image_size=options.imgsz,
         fp16=options.fp16 and not _quantizes(options) and not options.calibration_cache,
         class_names=read_class_names(options.names) if options.names else None,
+        decoder=options.decoder,
+        preprocess=options.preprocess or (),
     )
     if options.fp32 and not _quantizes(options) and graph.precision != "fp32":
         raise UserError(
@@ -660,8 +676,14 @@ def _load(path: Path, options: argparse.Namespace) -> Engine:
         threads=options.threads,
         provider=options.provider,
         cuda_graph=not options.no_cuda_graph,
+        decoder=options.decoder,
+        preprocess=tuple(options.preprocess or ()),
     )
-    return load_engine(path, options.backend, load_options)
+    engine = load_engine(path, options.backend, load_options)
+    if engine.manifest is None:
+        reading = _reading_text(engine.decoder, engine.output_layout, engine.preprocessing)
+        _say(f"{path} has no manifest; {reading}")
+    return engine
 
 
 def _newest_engine() -> Path:
@@ -683,6 +705,10 @@ def _newest_engine() -> Path:
 
 
 # --- printing -----------------------------------------------------------------------------------
+
+
+def _reading_text(decoder: str, layout: str, preprocessing: Preprocessing) -> str:
+    return f"decoder {decoder}, outputs {layout}; images: {preprocessing}"
 
 
 def _say(text: str) -> None:
@@ -767,6 +793,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--onnx", type=Path, metavar="FILE", help="a detector's ONNX file")
     _add_graph_options(build)
     build.add_argument("--names", type=Path, help="class names for --onnx: text or COCO JSON")
+    _add_decoder(build)
     int8 = build.add_argument_group("INT8 and FP8")
     types = int8.add_mutually_exclusive_group()
     types.add_argument(
@@ -892,6 +919,7 @@ def _parser() -> argparse.ArgumentParser:
         default="snr",
         help="at each layer's output, or the AP with only that layer in INT8 (snr)",
     )
+    _add_decoder(sensitivity)
     _add_calibration(sensitivity)
     sensitivity.add_argument(
         "--data",
@@ -1072,7 +1100,25 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-cuda-graph", action="store_true", help="TensorRT: launch kernels one by one"
     )
+    _add_decoder(parser)
     _add_quiet(parser)
+
+
+def _add_decoder(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("detectors of other families (ONNX files without a manifest)")
+    group.add_argument(
+        "--decoder",
+        metavar="FAMILY",
+        help="yolov6, yolov5, yolov7, yolox, ppyoloe, ppyoloe-plus or yolov8 and later (found out "
+        "from the graph where that tells)",
+    )
+    group.add_argument(
+        "--preprocess",
+        nargs="+",
+        metavar="FIELD=VALUE",
+        help="where images are not prepared as that family's: fit=letterbox|corner|stretch, "
+        "interpolation=area|linear|cubic, colour=rgb|bgr, mean=R,G,B and std=R,G,B of 0..255",
+    )
 
 
 def _add_quiet(parser: argparse.ArgumentParser) -> None:

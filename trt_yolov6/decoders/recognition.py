@@ -112,6 +112,8 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
     """Return the families that a graph of one of the layouts may be of."""
     first = possible[0]
     if _is_ultralytics(facts):
+        if facts.metadata.get("head") == "RTDETRDecoder":
+            return []  # boxes in fractions of a stretched image, though of a shape that is read
         return [("yolov8", one) for one in possible if one in FAMILIES["yolov8"].layouts]
     if first in ("split_by_class", "end2end_ppyoloe") or (
         "corner_rows" in possible and facts.producer == _PADDLE
