@@ -144,7 +144,8 @@ def write_dataset(folder: Path, fit: str, images: int = 2) -> Path:
     """Write a COCO data set that shows `picture` so many times, and return its folder."""
     (folder / "images" / "val").mkdir(parents=True)
     (folder / "annotations").mkdir()
-    pictures, annotations = [], []
+    pictures: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(1, images + 1):
         image, boxes = picture(fit)
         name = f"{number}.png"
@@ -359,9 +360,9 @@ def yolov5(grids: bool = False, anchors: Any = V5_ANCHORS) -> onnx.ModelProto:
         side = SIZE // STRIDES[index]
         three = []
         for anchor in range(3):
-            level = logit(SURE) if anchor == CHOSEN and index == 0 else -12
+            sure = logit(SURE) if anchor == CHOSEN and index == 0 else -12
             zero = graph.op("Mul", graph.split(classes, (1, 2), 1)[0], graph.constant(0))
-            objectness = graph.op("Add", zero, graph.constant(level))
+            objectness = graph.op("Add", zero, graph.constant(sure))
             three.append(graph.op("Concat", boxes, objectness, classes, axis=1))
         joined = graph.op("Concat", *three, axis=1)
         joined = graph.same(joined, 24, f"model.24.m.{index}")
@@ -388,11 +389,11 @@ def yolov5(grids: bool = False, anchors: Any = V5_ANCHORS) -> onnx.ModelProto:
         whole = graph.op("Concat", centre, sides, rest, axis=4)
         rows.append(graph.reshape(whole, 0, -1, 8))
     if grids:
-        sides = [SIZE // stride for stride in STRIDES]
-        return _model(
-            graph,
-            {name: ["batch", 3, side, side, 8] for name, side in zip(raw, sides, strict=True)},
-        )
+        cells_a_side = [SIZE // stride for stride in STRIDES]
+        shapes = {
+            name: ["batch", 3, side, side, 8] for name, side in zip(raw, cells_a_side, strict=True)
+        }
+        return _model(graph, shapes)
     graph.op("Concat", *rows, axis=1, to="output0")
     return _model(graph, {"output0": ["batch", 252, 8]})
 

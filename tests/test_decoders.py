@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +293,7 @@ def test_other_tasks_and_heads_are_refused(
         graph_from_onnx(tmp_path / "other.onnx")
 
 
-def facts(*outputs: tuple[str, list[int | None]], size: int = 640, **more: Any) -> GraphFacts:
+def facts(*outputs: tuple[str, Sequence[int | None]], size: int = 640, **more: Any) -> GraphFacts:
     specs = tuple(
         TensorSpec(name, tuple(shape), np.dtype(np.int32 if "num" in name else np.float32))
         for name, shape in outputs

@@ -158,7 +158,7 @@ def graph_from_onnx(
     _fill_in_output_shapes(model)
     outputs = [_value_spec(item, path) for item in model.graph.output]
     family, layout = recognize(facts_of(model, outputs, size), path, decoder)
-    precision = _precision_of(model)
+    precision = graph_precision(model)
     if precision in ("int8", "fp8") and fp16:
         raise UserError(
             f"{path} has Q/DQ nodes, whose precision is decided already; leave --fp16 out."
@@ -178,7 +178,8 @@ def graph_from_onnx(
         )
     return Graph(
         model=model,
-        name=metadata.get("model") or path.stem,
+        # A name in a file is anyone's; it becomes that of the engine's file.
+        name=Path(metadata.get("model", "").replace("\\", "/")).name.lstrip(".") or path.stem,
         class_names=labels,
         image_size=size,
         batch=profile,
@@ -265,6 +266,10 @@ def build_engine(
         fp8_layers=found if fp8 else None,
         decoder=graph.decoder,
         preprocessing=graph.preprocessing,
+        tensors=tuple(
+            _value_spec(item, graph.source)
+            for item in (*runtime_inputs(graph.model), *graph.model.graph.output)
+        ),
     )
     # The manifest first: where it cannot be written, there is no plan either.
     with atomic_path(path) as temporary:
@@ -419,7 +424,8 @@ def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> Ba
     return BatchProfile(own, own, own)
 
 
-def _precision_of(model: onnx.ModelProto) -> Precision:
+def graph_precision(model: onnx.ModelProto) -> Precision:
+    """Return the precision a graph is in, by its Q/DQ nodes and its weights."""
     import onnx
 
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):

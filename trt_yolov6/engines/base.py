@@ -24,19 +24,11 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines.manifest import BatchProfile, Manifest, NmsSettings, OutputLayout
+from trt_yolov6.engines.tensor_spec import TensorSpec as TensorSpec
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
     from trt_yolov6.engines.candidates import Candidates
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, shape (None where it varies) and NumPy dtype of an engine's input or output."""
-
-    name: str
-    shape: tuple[int | None, ...]
-    dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True)

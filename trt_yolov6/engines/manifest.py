@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.engines.tensor_spec import TensorSpec
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import read_json, sha256_file, write_json
 
@@ -141,6 +142,8 @@ class Manifest:
     """The family of detectors whose outputs these are, see `decoders.families`."""
     preprocessing: Preprocessing = YOLOV6
     """How images become its input."""
+    tensors: tuple[TensorSpec, ...] = ()
+    """Its input and then its outputs; empty in manifests of early versions."""
     schema: int = SCHEMA_VERSION
 
     @property
@@ -179,7 +182,8 @@ def choose_manifest_path(engine_path: str | Path) -> Path:
 def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
     """Write the manifest beside its engine and return the path it was given."""
     path = choose_manifest_path(engine_path)
-    write_json(path, dataclasses.asdict(manifest))
+    tensors = [spec.to_json() for spec in manifest.tensors]
+    write_json(path, {**dataclasses.asdict(manifest), "tensors": tensors})
     plain, full = manifest_paths(engine_path)
     if path == plain and manifest_owner(full) == manifest.engine:
         full.unlink()
@@ -240,6 +244,7 @@ def _from_json(path: Path, value: dict[str, Any]) -> Manifest:
                 "nms": NmsSettings(**value["nms"]) if value.get("nms") else None,
                 "float_layers": tuple(value.get("float_layers", ())),
                 "preprocessing": Preprocessing.from_json(value.get("preprocessing", {})),
+                "tensors": tuple(map(TensorSpec.from_json, value.get("tensors", ()))),
             }
         )
         _check_values(manifest, value)
