@@ -1,0 +1,71 @@
+"""`export-triton`: engines into a model repository of Triton Inference Server."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trt_yolov6.cli.options import Commands, add_command, positive
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    text = "write engines into a model repository of Triton Inference Server"
+    parser = add_command(commands, "export-triton", run, text)
+    parser.add_argument(
+        "--engine",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="plans of TensorRT, or ONNX files; one entry each",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the repository, new or not"
+    )
+    parser.add_argument(
+        "--instances", type=positive, default=1, help="copies side by side on each GPU (1)"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--gpus", type=gpu_numbers, metavar="N,N", help="GPUs that run them (all of the server)"
+    )
+    where.add_argument("--cpu", action="store_true", help="run them on the CPU (ONNX only)")
+    parser.add_argument(
+        "--max-queue-delay-us",
+        type=int,
+        default=100,
+        metavar="US",
+        help="microseconds that a request waits at most to share a batch (100)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask."""
+    from trt_yolov6.triton import ServingSettings, export_triton, served_model
+
+    settings = ServingSettings(
+        instances=options.instances,
+        gpus=() if options.cpu else options.gpus,
+        max_queue_delay_us=options.max_queue_delay_us,
+    )
+    folders = export_triton(options.engine, options.output, settings)
+    for path, folder in zip(options.engine, folders, strict=True):
+        model = served_model(path)
+        size = model.max_batch_size
+        batching = f"batches of up to {size}" if size else "requests as they come, not batched"
+        print(f"{folder}: {model.platform}, {batching}")
+        if model.platform == "tensorrt_plan" and "backend" in model.parameters:
+            print(f"  for a Triton release with {model.parameters['backend']} and the same GPU")
+        if options.cpu and model.parameters["precision"] == "int8":
+            print(
+                "  on a CPU without VNNI, ONNX Runtime's INT8 convolutions saturate: Triton does "
+                "not switch that off, so that detections may be wrong"
+            )
+
+
+def gpu_numbers(text: str) -> tuple[int, ...]:
+    """Parse numbers of GPUs, with commas."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form N or N,N")
+    return tuple(int(part) for part in parts)
