@@ -1,4 +1,4 @@
-"""Triton repositories: read back with Triton's own schema, from the client package that ships it."""
+"""Triton repositories, read back with Triton's own schema from the client package it comes with."""
 
 from __future__ import annotations
 
