@@ -58,8 +58,8 @@ def copy_scales(source: nn.Module, target: nn.Module) -> None:
 
 
 def _scales(block: ScaledRepConv) -> list[Tensor]:
-    found = [block.dense_scale, block.pointwise_scale]
-    return found if block.identity_scale is None else [*found, block.identity_scale]
+    scales = (block.dense_scale, block.pointwise_scale, block.identity_scale)
+    return [scale for scale in scales if scale is not None]
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
@@ -92,7 +92,7 @@ def gradient_multipliers(search: YOLOv6) -> dict[str, Tensor]:
 
 
 def gradient_multiplier(block: ScaledRepConv) -> Tensor:
-    """Return the multipliers of one block (arXiv 2205.15242, Equation 4): (out, in, 3, 3).
+    """Return the multipliers of one block (arXiv 2205.15242, Section 3): (out, in, 3, 3).
 
     s² everywhere, t² more in the centre, 1 more on the centre's diagonal where there is an identity
     branch: its own scale is what is trained of it.
@@ -106,9 +106,7 @@ def gradient_multiplier(block: ScaledRepConv) -> Tensor:
     return result
 
 
-def reparameterize(
-    optimizer: torch.optim.SGD, multipliers: Mapping[nn.Parameter, Tensor]
-) -> None:
+def reparameterize(optimizer: torch.optim.SGD, multipliers: Mapping[nn.Parameter, Tensor]) -> None:
     """Turn plain SGD into RepOptimizer: every step first multiplies the gradients, in place.
 
     Gradients are what has been added up and averaged over processes by then. The multipliers are a

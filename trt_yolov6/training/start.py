@@ -33,7 +33,7 @@ class Start:
 
 
 def starting_model(
-    settings: TrainSettings, class_names: tuple[str, ...], *, scales: Path | None = None
+    settings: TrainSettings, class_names: tuple[str, ...], *, scales: str | Path | None = None
 ) -> Start:
     """Return the network that a training starts from.
 
@@ -100,7 +100,8 @@ def _from_scales(
 ) -> Start:
     """Return the single-branch network that equals branches of random weights with the scales."""
     check_scales(checkpoint)
-    _check_agreement(settings, checkpoint)
+    if settings.rep_optimizer is not None and settings.rep_optimizer.scales is not None:
+        _check_agreement(settings, checkpoint)
     search = build_model(dataclasses.replace(checkpoint.arch, num_classes=len(class_names)))
     reset_predictions(search)
     copy_scales(checkpoint.model, search)
