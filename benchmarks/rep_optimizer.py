@@ -79,7 +79,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there as well")
     options = parser.parse_args()
     folder: Path = options.quantize_only or options.output
-    results = Results([folder / RESULTS_FILE, *([options.json] if options.json else [])])
+    files = [options.json] if options.json else []
+    if not (
+        options.quantize_only and files
+    ):  # a folder that was only brought here is left as it is
+        files.append(folder / RESULTS_FILE)
+    results = Results(files)
     if options.quantize_only:
         results.take_up(folder / RESULTS_FILE)
     else:
