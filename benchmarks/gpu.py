@@ -426,7 +426,7 @@ def measure_overhead(bench: Bench) -> list[dict[str, Any]]:
             run = engine.resident_run(random_input(engine, batch))
             run()
             lane = engine._lanes[0]
-            context, stream = lane._context, lane.stream.handle
+            context, stream = lane._bound.context, lane.stream.handle
             _, start = cudart.cudaEventCreate()
             _, stop = cudart.cudaEventCreate()
 

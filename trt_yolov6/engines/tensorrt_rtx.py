@@ -234,7 +234,8 @@ def _target_setter(api: Any, capabilities: tuple[str, ...]) -> Callable[[Any], N
 
 
 def _runtime_config(api: Any, cache: RuntimeCache, cuda_graph: bool) -> Callable[[Any], Any]:
-    """Return what makes an `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache.
+    """Return what makes an `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache, and
+    scratch memory from outside, which the contexts of a lane share.
 
     Eager: the kernels of a batch size are compiled before its first run, not during the first few.
     By default a slower kernel that fits all shapes runs meanwhile, and timings and the last bits of
@@ -250,6 +251,9 @@ def _runtime_config(api: Any, cache: RuntimeCache, cuda_graph: bool) -> Callable
             api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             if cuda_graph
             else api.CudaGraphStrategy.DISABLED
+        )
+        config.set_execution_context_allocation_strategy(
+            api.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         cache.attach(config)
         return config
