@@ -63,7 +63,7 @@ ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
 VARIANTS = ("yolov6n", "yolov6s")
 DECODINGS = ("ours", "authors", "heads only", "ours, uint8 input")
-FP8_PLACEMENTS = ("no_head_from_250", "no_head_from_500", "default", "no_head", "all")
+FP8_PLACEMENTS = ("default", "no_head_from_2000", "no_head", "all", "default_layer_scales")
 
 
 @dataclass

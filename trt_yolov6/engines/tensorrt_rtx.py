@@ -183,14 +183,7 @@ def _capabilities(flavour: Flavour, target: str | None) -> tuple[str, ...]:
 def _check_fp8(target: str | None, capabilities: tuple[str, ...]) -> None:
     """Refuse a target that has no FP8, or is to be any GPU, of which some have none."""
     if target is None:
-        device = cuda_device.current_device()
-        check_fp8(device)
-        if device.capability == (9, 0):
-            # 1.6.1 on an H200: scores near 1 everywhere, AP 0 (0.52 by the same graph on a CPU).
-            raise UserError(
-                f"TensorRT-RTX computes FP8 wrongly on the {device.name}, and slower than half "
-                "precision; build with --fp16, or use --backend tensorrt."
-            )
+        check_fp8(cuda_device.current_device())
         return
     # `portable` names none, and would serve Ampere too.
     versions = [(int(name[2:-1]), int(name[-1])) for name in capabilities] or [(8, 0)]
