@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trt_yolov6.data.letterbox import GRAY, fit, letterbox, resolve_border
+from trt_yolov6.data.preprocessing import Fit
 from trt_yolov6.errors import UserError
 
 sides = st.integers(1, 3000)
@@ -135,3 +136,29 @@ def test_targets_and_borders_that_do_not_add_up_are_refused(
 ) -> None:
     with pytest.raises(UserError, match="border"):
         resolve_border(resize, border, (640, 640))
+
+
+@given(sides, sides, inputs)
+def test_in_a_corner_the_picture_is_as_large_as_yolox_makes_it(
+    height: int, width: int, size: tuple[int, int]
+) -> None:
+    placed = fit((height, width), size, mode="corner")
+    ratio = min(size[0] / height, size[1] / width)
+    assert placed.resized == (max(1, int(height * ratio)), max(1, int(width * ratio)))
+    assert (placed.top, placed.left) == (0, 0)
+    assert placed.resized[0] <= size[0]
+    assert placed.resized[1] <= size[1]
+
+
+@given(sides, sides, inputs)
+def test_stretched_corners_come_back(height: int, width: int, size: tuple[int, int]) -> None:
+    placed = fit((height, width), size, mode="stretch")
+    assert (placed.resized, placed.top, placed.left) == (size, 0, 0)
+    whole = placed.to_source(np.array([[0.0, 0, size[1], size[0]]]))
+    np.testing.assert_allclose(whole, [[0, 0, width, height]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["corner", "stretch"])
+def test_a_border_is_for_letterboxes(mode: Fit) -> None:
+    with pytest.raises(UserError, match=f"fit {mode}; leave --resize and --border out"):
+        fit((40, 40), (64, 64), 3, mode)
