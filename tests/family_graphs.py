@@ -462,7 +462,7 @@ def ppyoloe(form: str = "exclude_nms", plus: bool = False) -> onnx.ModelProto:
     if form == "exclude_post_process":
         turned = graph.op("Transpose", scores, perm=[0, 2, 1])
         graph.op("Concat", boxes, turned, axis=2, to="concat_14.tmp_0")
-        return _model(graph, {"concat_14.tmp_0": ["batch", 84, 7]}, "image", "PaddlePaddle")
+        return _model(graph, {"concat_14.tmp_0": ["batch", 84, 7]}, "image", "")
     vertical, horizontal = graph.split("scale_factor", (1, 1), 1)
     factor = graph.op("Concat", horizontal, vertical, horizontal, vertical, axis=1)
     boxes = graph.op("Div", boxes, graph.reshape(factor, -1, 1, 4))
@@ -473,7 +473,7 @@ def ppyoloe(form: str = "exclude_nms", plus: bool = False) -> onnx.ModelProto:
             "divide_0.tmp_0": ["batch", 84, 4],
             "concat_13.tmp_0": ["batch", 3, 84],
         }
-        return _model(graph, outputs, "image", "PaddlePaddle", scale_factor=True)
+        return _model(graph, outputs, "image", "", scale_factor=True)
     kept = _nms(graph, boxes, scores)
     image, label, anchor = graph.split(kept, (1, 1, 1), 1)
     value = graph.op("GatherND", scores, kept)
@@ -484,7 +484,7 @@ def ppyoloe(form: str = "exclude_nms", plus: bool = False) -> onnx.ModelProto:
     length = graph.op("Shape", kept, start=0, end=1)
     graph.op("Cast", length, to="multiclass_nms3_0.tmp_2", to_type=TensorProto.INT32)
     outputs = {"multiclass_nms3_0.tmp_0": ["n", 6], "multiclass_nms3_0.tmp_2": [1]}
-    return _model(graph, outputs, "image", "PaddlePaddle", scale_factor=True, batch=1)
+    return _model(graph, outputs, "image", "", scale_factor=True, batch=1)
 
 
 def yolov8(form: str = "columns", metadata: bool = True) -> onnx.ModelProto:
@@ -580,7 +580,7 @@ def _model(
     model = helper.make_model(
         helper.make_graph(
             graph.nodes,
-            "detector",
+            "PaddlePaddle Graph 0" if producer == "" else "detector",
             inputs,
             [
                 helper.make_tensor_value_info(

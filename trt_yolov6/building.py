@@ -117,7 +117,8 @@ def graph_from_onnx(
 ) -> Graph:
     """Take a detector's ONNX file as it is, made half precision if asked.
 
-    Inputs beside the image that PaddleDetection's exports have become constants.
+    Inputs beside the image that PaddleDetection's exports have become constants, and batch
+    normalization goes into the convolutions before it.
 
     Args:
         path: a graph with one image input and outputs of a layout in `OutputLayout`.
@@ -133,6 +134,7 @@ def graph_from_onnx(
         UserError: the file is no such graph, or disagrees with what was asked.
     """
 
+    from trt_yolov6.folding import with_folded_weights
     from trt_yolov6.precision import tail_nodes, to_fp16
 
     path = Path(path)
@@ -159,6 +161,8 @@ def graph_from_onnx(
     outputs = [_value_spec(item, path) for item in model.graph.output]
     family, layout = recognize(facts_of(model, outputs, size), path, decoder)
     precision = graph_precision(model)
+    if precision == "fp32":
+        model = with_folded_weights(model)
     if precision in ("int8", "fp8") and fp16:
         raise UserError(
             f"{path} has Q/DQ nodes, whose precision is decided already; leave --fp16 out."

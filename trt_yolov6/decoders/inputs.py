@@ -59,6 +59,8 @@ def with_one_input(
         value = np.tile(np.array(row, dtype), (batch if batch > 0 else 1, 1))
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, item.name))
         model.graph.input.remove(item)
+        # Before version 4 of the format an initializer had to be an input as well.
+        model.ir_version = max(model.ir_version, 4)
     return model
 
 

@@ -35,7 +35,7 @@ class GraphFacts:
     """Input height and width in pixels."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     producer: str = ""
-    """The exporter, as the file names it."""
+    """The exporter, as the file and the graph in it name it."""
     names: frozenset[str] = frozenset()
     """Of nodes and weights."""
     tail: frozenset[str] | None = None
@@ -51,7 +51,7 @@ def facts_of(
         outputs=tuple(outputs),
         image_size=image_size,
         metadata={item.key: item.value for item in model.metadata_props},
-        producer=model.producer_name,
+        producer=f"{model.producer_name} {model.graph.name}",
         names=frozenset(
             [node.name for node in graph.node] + [item.name for item in graph.initializer]
         ),
@@ -116,7 +116,7 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
             return []  # boxes in fractions of a stretched image, though of a shape that is read
         return [("yolov8", one) for one in possible if one in FAMILIES["yolov8"].layouts]
     if first in ("split_by_class", "end2end_ppyoloe") or (
-        "corner_rows" in possible and facts.producer == _PADDLE
+        "corner_rows" in possible and _PADDLE in facts.producer
     ):
         layout: OutputLayout = "corner_rows" if "corner_rows" in possible else first
         # Nothing in the graph tells how its images were normalized.
@@ -153,6 +153,7 @@ def _families_of_rows(facts: GraphFacts) -> list[_Choice]:
 
 
 _PADDLE = "PaddlePaddle"
+"""What Paddle2ONNX calls itself in a graph's name, and in early versions as the producer."""
 
 
 def _is_ultralytics(facts: GraphFacts) -> bool:

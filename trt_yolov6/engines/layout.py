@@ -64,7 +64,8 @@ def check_input(spec: TensorSpec, path: str | Path) -> None:
             return
     raise UserError(
         f"{path} takes {spec.dtype} {list(spec.shape)}; an engine takes float32 "
-        "(batch, 3, height, width) or uint8 (batch, height, width, 3) of a fixed size."
+        "(batch, 3, height, width) or uint8 (batch, height, width, 3) of a fixed size, which "
+        "`trt-yolov6 build --onnx FILE --imgsz N` gives a graph that leaves it free."
     )
 
 
