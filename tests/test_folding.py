@@ -38,10 +38,12 @@ def as_paddle_writes(shared: bool = False, old_format: bool = False) -> onnx.Mod
         inputs = [source, constant(weight)]
         if bias:
             inputs.append(constant(RNG.normal(0, 1, channels[1]).astype(np.float32)))
-        pads = {"kernel_shape": [3, 3], "pads": [1] * 4, "strides": [2, 2]}
+        pads: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1] * 4, "strides": [2, 2]}
         nodes.append(helper.make_node("Conv", inputs, [f"{output}_raw"], **pads))
         ranges = ((0.5, 2), (-1, 1), (-1, 1), (0.1, 3))  # scale, shift, mean, variance
-        parts = [constant(RNG.uniform(*r, channels[1]).astype(np.float32)) for r in ranges]
+        parts = [
+            constant(RNG.uniform(low, high, channels[1]).astype(np.float32)) for low, high in ranges
+        ]
         nodes.append(
             helper.make_node(
                 "BatchNormalization", [f"{output}_raw", *parts], [f"{output}_norm"], epsilon=1e-3
@@ -53,7 +55,7 @@ def as_paddle_writes(shared: bool = False, old_format: bool = False) -> onnx.Mod
     layer("one", (8, 16), "two", bias=True)
     layer("two", (16, 7), "three", bias=True)
     if shared:
-        pool = {"kernel_shape": [4, 4], "strides": [4, 4]}
+        pool: dict[str, Any] = {"kernel_shape": [4, 4], "strides": [4, 4]}
         nodes.append(helper.make_node("MaxPool", ["one_raw"], ["pooled"], **pool))
         sums = helper.make_node("ReduceMean", ["pooled"], ["mean"], axes=[1])
         nodes += [sums, helper.make_node("Add", ["three", "mean"], ["both"])]
