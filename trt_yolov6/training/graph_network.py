@@ -104,20 +104,23 @@ class GraphNetwork(nn.Module):
         }
         nodes = _needed(model, {name for level in self._outputs for name in level}, constants)
         self._input = _first_input(nodes, constants)
-        self._factors = _folded_factors(nodes, arch)
+        self._folded = _folded(nodes, arch)
         self._keys = {
             name: f"p{index}"
             for index, name in enumerate(
                 dict.fromkeys(name for node in nodes for name in node.input if name in constants)
             )
         }
-        weighty = {name for node in nodes if node.op_type in LAYER_OPS for name in node.input[1:]}
+        for name, folded in self._folded.items():
+            constants[name] = folded.unfold(constants[name])
+        units = _units(nodes, constants)
         for name, key in self._keys.items():
-            factor, shift = self._factors.get(name, (np.float32(1), np.float32(0)))
-            value = torch.from_numpy(np.asarray((constants[name] - shift) / factor, np.float32))
+            unit = units.get(name, np.ones(()))
             # What smoothing multiplies channels by stays; all else learns.
-            learns = value.numel() == 1 or name in weighty
-            self.register_parameter(key, nn.Parameter(value, requires_grad=learns))
+            learns = name in units or constants[name].size == 1
+            parameter = torch.from_numpy(np.asarray(constants[name] / unit, np.float32))
+            self.register_parameter(key, nn.Parameter(parameter, requires_grad=learns))
+            self.register_buffer(f"{key}_unit", torch.from_numpy(np.asarray(unit, np.float32)))
         self._weight_quantizers: dict[str, str] = {}
         self._tensor_quantizers: dict[str, str] = {}
         self.quantizers = nn.ModuleDict()
@@ -142,9 +145,7 @@ class GraphNetwork(nn.Module):
         weights = {name: self._weight(name) for name in self._keys}
         for step in self._steps:
             inputs = [
-                weights[name]
-                if name in weights
-                else (exact if name in step.exact else found)[name]
+                weights[name] if name in weights else (exact if name in step.exact else found)[name]
                 for name in step.inputs
             ]
             exact[step.output] = step.run(step.attributes, inputs)
@@ -188,10 +189,10 @@ class GraphNetwork(nn.Module):
         for item in model.graph.initializer:
             if item.name not in self._keys:
                 continue
-            factor, shift = self._factors.get(item.name, (np.float32(1), np.float32(0)))
-            value = self.get_parameter(self._keys[item.name]).float().cpu().numpy()
-            stored = np.asarray(value * factor + shift, np.float32)
-            item.CopyFrom(numpy_helper.from_array(stored, item.name))
+            value = self._value(item.name).float().cpu().numpy()
+            if item.name in self._folded:
+                value = self._folded[item.name].fold(value)
+            item.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), item.name))
         amax: dict[str, float] = {}
         for tensor, key in self._tensor_quantizers.items():
             quantizer = self._quantizer(key)
@@ -204,9 +205,10 @@ class GraphNetwork(nn.Module):
         for name, key in self._weight_quantizers.items():
             quantizer = self._quantizer(key)
             quantizer.settle(quantizer.scale)
-            factor, _ = self._factors.get(name, (np.float32(1), np.float32(0)))
-            flat = quantizer.scale.float().cpu().numpy().reshape(-1)
-            scales[name] = np.asarray(flat * np.abs(np.ravel(factor)), np.float32)
+            scale = quantizer.scale.float().cpu().numpy()
+            if name in self._folded:
+                scale = scale * np.abs(self._folded[name].factor)
+            scales[name] = np.asarray(scale.reshape(-1), np.float32)
         return Trained(model, amax, scales)
 
     # --- inside
@@ -230,7 +232,7 @@ class GraphNetwork(nn.Module):
             weight = node.input[1] if node.op_type in LAYER_OPS else ""
             if layer not in given.weight_bits or weight in self._weight_quantizers:
                 continue
-            value = self.get_parameter(self._keys[weight]).detach()
+            value = self._value(weight).detach()
             axis = weight_axis(node.op_type)
             scale = weight_scale(value, axis, given.weight_bits[layer])
             key = f"weight:{weight}".replace(".", ":")
@@ -280,8 +282,12 @@ class GraphNetwork(nn.Module):
         key = self._tensor_quantizers.get(name)
         found[name] = exact[name] if key is None else self.quantizers[key](exact[name])
 
+    def _value(self, name: str) -> Tensor:
+        key = self._keys[name]
+        return self.get_parameter(key) * self.get_buffer(f"{key}_unit")
+
     def _weight(self, name: str) -> Tensor:
-        value: Tensor = self.get_parameter(self._keys[name])
+        value = self._value(name)
         key = self._weight_quantizers.get(name)
         return value if key is None else self._quantizer(key)(value)  # type: ignore[no-any-return]
 
@@ -378,23 +384,56 @@ def _first_input(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any]) 
     return name
 
 
-def _folded_factors(
-    nodes: Sequence[onnx.NodeProto], arch: Architecture
-) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Return what export folded into the last box convolutions: factor and shift by constant.
+@dataclass(frozen=True)
+class _Folded:
+    """What export folded into a constant of the last box convolutions: times factor, plus shift.
 
-    They are trained without it: a factor of 32 in the weights is one of 1024 in how fast they
-    learn.
+    The loss wants outputs without it.
     """
+
+    factor: NDArray[np.float32]
+    shift: NDArray[np.float32]
+
+    def fold(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(value * self.factor + self.shift, np.float32)
+
+    def unfold(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray((value - self.shift) / self.factor, np.float32)
+
+
+def _folded(nodes: Sequence[onnx.NodeProto], arch: Architecture) -> dict[str, _Folded]:
     result = {}
     makers = {node.output[0]: node for node in nodes}
     for stride in STRIDES:
         factor, shift = box_factors(arch, stride)
         node = makers[f"reg_{stride}"]
-        result[node.input[1]] = (factor[:, None, None, None], np.zeros((), np.float32))
+        result[node.input[1]] = _Folded(factor[:, None, None, None], np.zeros((), np.float32))
         if len(node.input) > 2:
-            result[node.input[2]] = (factor, shift)
+            result[node.input[2]] = _Folded(factor, shift)
     return result
+
+
+def _units(
+    nodes: Sequence[onnx.NodeProto], constants: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[np.float32]]:
+    """Return what layers' weights and biases are counted in while they are trained.
+
+    That is each output channel's largest weight, to the next power of two, which rounds nothing.
+    Re-parameterized channels differ in size a hundredfold; so counted, equal steps are equal parts
+    of a quantization step in all of them.
+    """
+    units: dict[str, NDArray[np.float32]] = {}
+    for node in nodes:
+        if node.op_type not in LAYER_OPS:
+            continue
+        weights, axis = constants[node.input[1]], weight_axis(node.op_type)
+        others = tuple(other for other in range(weights.ndim) if other != axis)
+        largest = np.abs(weights).max(axis=others, initial=0, keepdims=True)
+        exponent = np.ceil(np.log2(np.where(largest > 0, largest, 1)))
+        units[node.input[1]] = np.exp2(exponent).astype(np.float32)
+        if len(node.input) > 2 and constants[node.input[2]].size == largest.size:
+            units[node.input[2]] = units[node.input[1]].reshape(-1)
+    return units
 
 
 # --- operators ----------------------------------------------------------------------------------

@@ -437,9 +437,7 @@ class _Run:
         self._optimizer.zero_grad(set_to_none=True)
         total_loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
-        self._sums += torch.stack(
-            [total_loss.detach(), losses.total.detach(), distilled.detach()]
-        )
+        self._sums += torch.stack([total_loss.detach(), losses.total.detach(), distilled.detach()])
 
     def finish_epoch(self, steps: int, seconds: float) -> dict[str, float]:
         """Log the epoch that is over.
