@@ -57,7 +57,7 @@ def test_values_are_those_of_a_pair_in_onnx_runtime(seed: int, step: float) -> N
 
 def test_the_gradient_of_values_is_passed_on_within_the_range_only() -> None:
     values = torch.tensor([-130.0, -128.0, -3.4, 0.0, 126.6, 127.0, 127.2], requires_grad=True)
-    fake_quantize(values, torch.tensor(1.0), INT8).backward(torch.arange(1.0, 8.0))
+    fake_quantize(values, torch.tensor(1.0), INT8).backward(torch.arange(1.0, 8.0))  # type: ignore[no-untyped-call]
     assert values.grad is not None
     assert values.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
 
@@ -73,12 +73,13 @@ def test_the_gradient_of_a_scale_is_that_of_finite_differences() -> None:
         held = np.clip(values / scale, levels.low, levels.high)
         left_over = np.rint(held) - held
         clipped = np.clip(values / step, levels.low, levels.high)
-        return ((clipped + left_over) * step * weights).sum(axis=1)
+        total: np.ndarray = ((clipped + left_over) * step * weights).sum(axis=1)
+        return total
 
     expected = (surrogate(scale + 1e-6) - surrogate(scale - 1e-6)) / 2e-6
     step = torch.tensor(scale, requires_grad=True)
     result = fake_quantize(torch.tensor(values), step, levels)
-    (result * torch.tensor(weights)).sum().backward()
+    (result * torch.tensor(weights)).sum().backward()  # type: ignore[no-untyped-call]
     assert step.grad is not None
     np.testing.assert_allclose(step.grad.numpy()[:, 0], expected, rtol=1e-6, atol=1e-7)
 
@@ -87,7 +88,7 @@ def test_the_gradient_of_a_scale_is_lsq_s_closed_form() -> None:
     values = torch.tensor([0.4, 2.6, 100.0, -100.0], dtype=torch.float64)
     for index, expected in enumerate([0 - 0.2, 1 - 1.3, 7, -8]):
         scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-        fake_quantize(values[index], scale, Levels(-8, 7)).backward()
+        fake_quantize(values[index], scale, Levels(-8, 7)).backward()  # type: ignore[no-untyped-call]
         assert scale.grad is not None
         assert scale.grad.item() == pytest.approx(expected)
 

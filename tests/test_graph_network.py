@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from trt_yolov6.checkpoint import load_checkpoint
 from trt_yolov6.engines.onnxruntime_backend import exact_session
 from trt_yolov6.errors import UserError
 from trt_yolov6.export import ExportSettings, export_onnx
-from trt_yolov6.models import Architecture, build_model
+from trt_yolov6.models import Architecture, YOLOv6, build_model
 from trt_yolov6.models.decode import decode
 from trt_yolov6.quantization.ptq import QuantizationSettings
 from trt_yolov6.training.graph_network import GraphNetwork, feature_tensors, weight_scale
@@ -33,22 +34,26 @@ ARCHITECTURES = {
     "csp and dfl": dataclasses.replace(CSP, reg_max=4),
     "offset head": dataclasses.replace(tiny_architecture(), head="offset"),
 }
+SMALL = ExportSettings((64, 64))
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
 
 
-def random_network(arch: Architecture) -> Any:
+def random_network(arch: Architecture) -> YOLOv6:
     """A network whose every weight is random, biases and shortcut factors as well."""
     torch.manual_seed(0)
     model = build_model(arch)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
 
 
-def tiny_graph(arch: Architecture, settings: ExportSettings | None = None) -> tuple[Any, Graph]:
-    model = random_network(arch)
-    settings = settings or ExportSettings((64, 64))
+@functools.cache
+def tiny_graph(
+    name: str, settings: ExportSettings = SMALL
+) -> tuple[YOLOv6, Graph]:
+    """Return a network and its export, which is what takes time; not to be changed."""
+    model = random_network(ARCHITECTURES[name])
     proto = export_onnx(model, settings, ("square", "disc"), verify=False)
     graph = Graph(
         model=proto,
@@ -86,7 +91,7 @@ def outputs_of(
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_unquantized_it_is_the_network_that_was_exported(name: str) -> None:
-    model, graph = tiny_graph(ARCHITECTURES[name])
+    model, graph = tiny_graph(name)
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         ours, expected = GraphNetwork(graph.model, model.arch).raw(images), model.raw(images)
@@ -100,7 +105,7 @@ def test_unquantized_it_is_the_network_that_was_exported(name: str) -> None:
 def test_quantized_it_computes_what_the_exported_graph_computes(name: str, tmp_path: Path) -> None:
     """Every quantized tensor is the same but for one step here and there, by rounding of sums."""
     arch = ARCHITECTURES[name]
-    _, graph = tiny_graph(arch)
+    _, graph = tiny_graph(name)
     start = prepare_graph(graph, arch, noise_folder(tmp_path / "calib"), quantization=MINMAX)
     check_against_onnx_runtime(start, np.random.default_rng(7).random((2, 3, 64, 64), np.float32))
 
@@ -120,9 +125,9 @@ def test_after_training_too_the_sample_computes_what_its_exported_graph_computes
     with torch.no_grad():
         for parameter in network.weight_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter += 0.02 * parameter.abs().mean() * noise
+            parameter.add_(0.02 * parameter.abs().mean() * noise)
         for parameter in network.scale_parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     images = np.random.default_rng(3).random((1, 3, 128, 128), np.float32)
     check_against_onnx_runtime(start, images, network)
 
@@ -178,7 +183,7 @@ def check_against_onnx_runtime(
 
 def test_untrained_it_gives_the_graph_of_ptq_to_the_byte(tmp_path: Path) -> None:
     arch = ARCHITECTURES["csp and dfl"]
-    _, graph = tiny_graph(arch)
+    _, graph = tiny_graph("csp and dfl")
     start = prepare_graph(graph, arch, noise_folder(tmp_path / "calib"), quantization=MINMAX)
     ours = trained_graph(start, start.student().trained()).model
     assert ours.SerializeToString() == start.graph.model.SerializeToString()
@@ -190,7 +195,7 @@ def test_forms_of_the_graph_do_not_matter(tmp_path: Path) -> None:
 
     arch = tiny_architecture()
     settings = ExportSettings((64, 64), nms=NmsSettings(), uint8_input=True)
-    model, graph = tiny_graph(arch, settings)
+    model, graph = tiny_graph("repvgg", settings)
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         ours, expected = GraphNetwork(graph.model, arch).raw(images), model.raw(images)
@@ -212,11 +217,13 @@ def test_the_features_are_those_of_backbone_neck_and_head(root: Path) -> None:
 
 
 def test_another_graph_is_refused() -> None:
-    with pytest.raises(UserError, match="no tensor .*exported from a YOLOv6 checkpoint"):
-        _, graph = tiny_graph(tiny_architecture())
-        for node in graph.model.graph.node:
-            node.output[0] = node.output[0].replace("cls_8", "scores_8")
-        GraphNetwork(graph.model, tiny_architecture())
+    _, graph = tiny_graph("repvgg")
+    other = onnx.ModelProto()
+    other.CopyFrom(graph.model)
+    for node in other.graph.node:
+        node.output[0] = node.output[0].replace("cls_8", "scores_8")
+    with pytest.raises(UserError, match=r"no tensor .*exported from a YOLOv6 checkpoint"):
+        GraphNetwork(other, tiny_architecture())
 
 
 def test_weights_of_few_bits_are_clipped_where_that_errs_least() -> None:

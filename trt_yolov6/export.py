@@ -242,9 +242,7 @@ def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
     return model
 
 
-def box_factors(
-    arch: Architecture, stride: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return what exported box convolutions have folded in: outputs are times factor, plus shift.
 
     Strides are powers of two, so nothing is rounded. With DFL the softmax stands between, and the

@@ -159,7 +159,7 @@ class GraphNetwork(nn.Module):
 
     def raw(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """Run without features: the same as `YOLOv6.raw`."""
-        levels, _ = self(images)
+        levels, _ = self.forward(images)
         return levels
 
     def scale_parameters(self) -> list[nn.Parameter]:
@@ -178,9 +178,8 @@ class GraphNetwork(nn.Module):
         Scales become such as a range in float32 stands for, here as well: the network computes from
         then on what the exported graph does.
         """
-        from onnx import numpy_helper
-
         import onnx
+        from onnx import numpy_helper
 
         if self._quantization is None:
             raise ValueError("a network without quantization has no ranges to export")
@@ -228,7 +227,7 @@ class GraphNetwork(nn.Module):
             self._tensor_quantizers[tensor] = key
         names = layer_names(self._model)
         for node in nodes:
-            layer = names.get(node.output[0])
+            layer = names.get(node.output[0], "")
             weight = node.input[1] if node.op_type in LAYER_OPS else ""
             if layer not in given.weight_bits or weight in self._weight_quantizers:
                 continue
@@ -289,7 +288,7 @@ class GraphNetwork(nn.Module):
     def _weight(self, name: str) -> Tensor:
         value = self._value(name)
         key = self._weight_quantizers.get(name)
-        return value if key is None else self._quantizer(key)(value)  # type: ignore[no-any-return]
+        return value if key is None else self._quantizer(key)(value)
 
     def _quantizer(self, key: str) -> FakeQuantizer:
         quantizer = self.quantizers[key]
@@ -332,8 +331,8 @@ def weight_scale(weights: Tensor, axis: int, bits: int) -> Tensor:
     shape = [1] * weights.ndim
     shape[axis] = weights.shape[axis]
     if bits == WIDEST:
-        _, scale = quantize_weights(weights.cpu().numpy(), axis)
-        return torch.from_numpy(scale).reshape(shape)
+        _, scales = quantize_weights(weights.cpu().numpy(), axis)
+        return torch.from_numpy(scales).reshape(shape)
     rows = weights.transpose(0, axis).flatten(1).double()
     levels = weight_levels(bits)
     full = rows.abs().amax(1, keepdim=True)
@@ -380,7 +379,7 @@ def _first_input(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any]) 
     """Return the one tensor that the nodes read and do not make: the normalized image."""
     made = {name for node in nodes for name in node.output}
     read = {name for node in nodes for name in node.input if name} - made - constants.keys()
-    (name,) = read
+    (name,) = (str(item) for item in read)
     return name
 
 

@@ -1,6 +1,6 @@
 """Quantization-aware training: a checkpoint in, the Q/DQ graph that PTQ would give out, trained.
 
-    checkpoint ─ fuse, export, calibrate, place ─▶ GraphNetwork ─ train ─▶ weights, scales ─ insert_qdq
+    checkpoint ─ fuse, export, calibrate, place ─▶ GraphNetwork ─ train ─▶ insert_qdq
 
 Paper, Section 2.5.3: all layers quantized, or all but the sensitive ones; held to the float network
 by channel-wise distillation. What is trained is the graph that calibration prepared: equalized
@@ -44,7 +44,6 @@ from trt_yolov6.training.fake_quantization import (
     WIDEST,
     Levels,
     activation_levels,
-    weight_levels,
 )
 from trt_yolov6.training.graph_network import (
     GraphNetwork,
@@ -515,11 +514,15 @@ def _device(device: str | torch.device | None) -> torch.device:
 @contextlib.contextmanager
 def _convolutions(device: torch.device, *, exact: bool) -> Iterator[None]:
     """Choose how cuDNN convolves: TF32 to train, float32 to measure."""
-    if device.type != "cuda":
+    chosen = torch.backends.cudnn
+    before = chosen.benchmark, chosen.allow_tf32
+    if device.type == "cuda":
+        chosen.benchmark, chosen.allow_tf32 = True, not exact
+    try:
         yield
-        return
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=not exact):
-        yield
+    finally:
+        if device.type == "cuda":
+            chosen.benchmark, chosen.allow_tf32 = before
 
 
 def _placed(network: GraphNetwork, device: torch.device | str) -> GraphNetwork:
@@ -537,7 +540,7 @@ def _outputs_of(model: onnx.ModelProto) -> set[str]:
 
 
 def _ends(model: onnx.ModelProto, placement: Placement) -> tuple[set[str], set[str]]:
-    """Return the layers that read the image or make predictions, and the tensors they alone read."""
+    """Return the layers that read the image or make predictions, and what only they read."""
     names = layer_names(model)
     quantized = set(placement.tensors)
     behind: set[str] = set()  # outputs that a later layer depends on
