@@ -23,10 +23,10 @@ README = ROOT / "README.md"
 PLACEMENTS = {
     "fp16": "FP16",
     "default": "from 1000 multiply-adds a value on (`--fp8`)",
-    "no_head_from_500": "from 500 on",
-    "no_head_from_250": "from 250 on",
+    "no_head_from_2000": "from 2000 on",
     "no_head": "all but first, transposed and head",
     "all": "every convolution",
+    "default_layer_scales": "as `--fp8`, one scale a layer (wrong results)",
 }
 """What the placements of `fp8_variants` are called in the README."""
 
