@@ -49,9 +49,7 @@ def random_network(arch: Architecture) -> YOLOv6:
 
 
 @functools.cache
-def tiny_graph(
-    name: str, settings: ExportSettings = SMALL
-) -> tuple[YOLOv6, Graph]:
+def tiny_graph(name: str, settings: ExportSettings = SMALL) -> tuple[YOLOv6, Graph]:
     """Return a network and its export, which is what takes time; not to be changed."""
     model = random_network(ARCHITECTURES[name])
     proto = export_onnx(model, settings, ("square", "disc"), verify=False)

@@ -75,9 +75,7 @@ def test_the_graph_is_that_of_ptq_with_other_numbers(
     assert any(not np.array_equal(value, before[name]) for name, value in scales.items())
 
 
-def test_fixed_scales_stay_and_weights_learn(
-    start: Start, shapes: Path, one_thread: None
-) -> None:
+def test_fixed_scales_stay_and_weights_learn(start: Start, shapes: Path, one_thread: None) -> None:
     given = dataclasses.replace(start.quantization, learn_scales=False)
     fixed = dataclasses.replace(start, quantization=given)
     settings = settings_for(shapes, learn_scales=False)
@@ -91,9 +89,7 @@ def test_fixed_scales_stay_and_weights_learn(
     assert any(not np.array_equal(after[name], before[name]) for name in codes)
 
 
-def test_partial_training_leaves_the_named_layers_in_float(
-    shapes: Path, one_thread: None
-) -> None:
+def test_partial_training_leaves_the_named_layers_in_float(shapes: Path, one_thread: None) -> None:
     _, graph = tiny_graph("repvgg")
     kept = ("neck.up5", "head.levels.0.reg_pred", "backbone.stages.1.body.0.conv")
     settings = dataclasses.replace(MINMAX, float_layers=kept)
@@ -155,9 +151,7 @@ def test_it_repairs_a_network_that_few_bits_break(
         return evaluate_network(network, CLASS_NAMES, 64, shapes, "val").ap or 0.0
 
     whole, damaged = ap(broken.teacher()), ap(broken.student().eval())
-    settings = settings_for(
-        shapes, bits=3, epochs=30, learning_rate=5e-3, scale_learning_rate=2e-2
-    )
+    settings = settings_for(shapes, bits=3, epochs=30, learning_rate=5e-3, scale_learning_rate=2e-2)
     result = train_quantized(broken, settings, device="cpu", progress=False)
     repaired = ap(result.network)
     assert whole > 0.5
@@ -176,7 +170,7 @@ def test_of_fewer_bits_first_and_last_layers_keep_eight(shapes: Path) -> None:
     wide = {name for name, bits in narrow.weight_bits.items() if bits == 8}
     predictions = {f"head.levels.{i}.{kind}_pred" for i in range(3) for kind in ("cls", "reg")}
     assert wide == {"backbone.stem.conv"} | predictions
-    assert narrow.levels["images"].high == 255
+    assert narrow.levels["images"].high == 127
     assert narrow.levels["relu"].low == 0
     assert narrow.levels["relu"].high == 15
     for group in narrow.placement.groups:
@@ -184,7 +178,7 @@ def test_of_fewer_bits_first_and_last_layers_keep_eight(shapes: Path) -> None:
 
 
 def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> None:
-    """Of the sample at a small size, after a step; exact arithmetic in ONNX Runtime."""
+    """Of the sample at a small size, moved as by training; exact arithmetic in ONNX Runtime."""
     size = 192
     sample = prepare(
         root / "samples" / "yolov6n_bccd.pt",
@@ -192,18 +186,16 @@ def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> 
         export=ExportSettings((size, size)),
         quantization=dataclasses.replace(MINMAX, image_limit=8),
     )
-    data = load_training_set(root / "samples", "val", size, "cpu", progress=False)
-    result = train_quantized(
-        sample,
-        settings_for(root / "samples", batch=72),
-        device="cpu",
-        progress=False,
-        data=data,
-    )
+    network = sample.student()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.scale_parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    trained = network.trained()
     names = sample.graph.class_names
-    ours = evaluate_network(result.network, names, size, root / "samples", "val")
+    ours = evaluate_network(network, names, size, root / "samples", "val")
     built = build_engine(
-        trained_graph(sample, result.trained), backend="onnxruntime", output=tmp_path / "q.onnx"
+        trained_graph(sample, trained), backend="onnxruntime", output=tmp_path / "q.onnx"
     )
     with load_engine(built.path) as engine:
         theirs = evaluate(engine, load_coco(root / "samples", "val"), batch=8, progress=False)
@@ -219,7 +211,7 @@ def test_without_pairs_the_weights_lie_on_the_levels(start: Start, shapes: Path)
     assert not any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     for name, scale in result.trained.weight_scales.items():
         weights = constants(model)[name]
-        axis = 1 if "up" in name else 0
+        axis = 1 if "neck.up" in name else 0
         shape = [1] * 4
         shape[axis] = -1
         levels = weights / scale.reshape(shape)

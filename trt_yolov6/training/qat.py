@@ -167,7 +167,7 @@ def prepare(
         tell: called with a line of progress now and then.
 
     Raises:
-        UserError: see `load_checkpoint` and `quantize`; or the numbers of bits is out of range.
+        UserError: see `load_checkpoint` and `quantize`; or all layers are to stay in float.
     """
     checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
     graph = graph_from_checkpoint(checkpoint, export or ExportSettings())
@@ -190,9 +190,13 @@ def prepare_graph(
     quantization: QuantizationSettings | None = None,
     bits: int = WIDEST,
     learn_scales: bool = True,
+    score: Callable[[onnx.ModelProto], float] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Start:
-    """Calibrate a graph that `export_onnx` made of a network of `arch`; see `prepare`."""
+    """Calibrate a graph that `export_onnx` made of a network of `arch`; see `prepare`.
+
+    `score` is for automatic float layers, see `quantize`.
+    """
     settings = quantization or QuantizationSettings()
     if settings.quantized is not INT8 or settings.adaptive_rounding or settings.fp16:
         raise UserError(
@@ -202,7 +206,7 @@ def prepare_graph(
     settings = dataclasses.replace(settings, bias_correction=False)
     # What training will not know is found out before a minute of calibration.
     GraphNetwork(graph.model, arch)
-    result = quantize(graph, calib, settings, tell=tell)
+    result = quantize(graph, calib, settings, score=score, tell=tell)
     layers = result.placement.layers
     if not layers:
         raise UserError("all layers are to stay in float; name fewer with --float-layers.")
@@ -248,7 +252,7 @@ def train_quantized(
     """
     graph = start.graph
     size = image_size or max(graph.image_size)
-    where = _device(device)
+    where = usable_device(device)
     if data is None:
         data = load_training_set(
             settings.data,
@@ -502,7 +506,12 @@ class _Run:
         return len(self.log)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Return a device by its name; None: a GPU where there is one.
+
+    Raises:
+        UserError: it is not here.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
