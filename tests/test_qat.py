@@ -14,7 +14,7 @@ import torch
 from test_graph_network import ARCHITECTURES, MINMAX, noise_folder, tiny_graph
 from training_data import CLASS_NAMES, tiny_architecture, write_shapes
 
-from trt_yolov6.building import Graph, build_engine, graph_from_onnx
+from trt_yolov6.building import build_engine, graph_from_onnx
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
@@ -247,8 +247,8 @@ def test_it_goes_on_where_it_was_stopped(
                 raise Stop
             return data.batch(*arguments, **named)
 
+    stopping: Any = Stopping()
     with pytest.raises(Stop):
-        stopping: Any = Stopping()
         train_quantized(
             start, settings, device="cpu", progress=False, state_file=state, data=stopping
         )

@@ -417,22 +417,27 @@ def _units(
 ) -> dict[str, NDArray[np.float32]]:
     """Return what layers' weights and biases are counted in while they are trained.
 
-    That is each output channel's largest weight, to the next power of two, which rounds nothing.
-    Re-parameterized channels differ in size a hundredfold; so counted, equal steps are equal parts
-    of a quantization step in all of them.
+    That is a power of two, which rounds nothing, for each output channel (its largest weight) times
+    one for each input channel (its largest weight beside those). Channels of re-parameterized
+    networks differ in size a hundredfold, in weights as in what they are multiplied with. So
+    counted, a step changes each of them by the same share.
     """
     units: dict[str, NDArray[np.float32]] = {}
     for node in nodes:
         if node.op_type not in LAYER_OPS:
             continue
-        weights, axis = constants[node.input[1]], weight_axis(node.op_type)
-        others = tuple(other for other in range(weights.ndim) if other != axis)
-        largest = np.abs(weights).max(axis=others, initial=0, keepdims=True)
-        exponent = np.ceil(np.log2(np.where(largest > 0, largest, 1)))
-        units[node.input[1]] = np.exp2(exponent).astype(np.float32)
-        if len(node.input) > 2 and constants[node.input[2]].size == largest.size:
-            units[node.input[2]] = units[node.input[1]].reshape(-1)
+        weights, axis = np.abs(constants[node.input[1]]), weight_axis(node.op_type)
+        of_output = _power_of_two(weights.max(axis=(1 - axis, 2, 3), keepdims=True))
+        of_input = _power_of_two((weights / of_output).max(axis=(axis, 2, 3), keepdims=True))
+        units[node.input[1]] = of_output * of_input
+        if len(node.input) > 2 and constants[node.input[2]].size == of_output.size:
+            units[node.input[2]] = of_output.reshape(-1)
     return units
+
+
+def _power_of_two(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the powers of two next above positive values; 1 for zeros."""
+    return np.exp2(np.ceil(np.log2(np.where(values > 0, values, 1)))).astype(np.float32)
 
 
 # --- operators ----------------------------------------------------------------------------------
