@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import onnx
 import pytest
 import torch
 from test_graph_network import ARCHITECTURES, MINMAX, noise_folder, tiny_graph
-from training_data import CLASS_NAMES, tiny_architecture, write_shapes
+from training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
 from trt_yolov6.building import build_engine, graph_from_onnx
+from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
@@ -22,6 +24,7 @@ from trt_yolov6.evaluation import evaluate
 from trt_yolov6.export import ExportSettings, export_onnx
 from trt_yolov6.models import YOLOv6, build_model
 from trt_yolov6.quantization.placement import layer_names
+from trt_yolov6.quantization.trt_cache import read_cache
 from trt_yolov6.training.dataset import load_training_set
 from trt_yolov6.training.graph_network import GraphNetwork
 from trt_yolov6.training.qat import (
@@ -109,6 +112,15 @@ def test_partial_training_leaves_the_named_layers_in_float(shapes: Path, one_thr
     moved = constants(result.trained.model)["model.neck.up5.weight"]
     assert not np.array_equal(moved, constants(graph.model)["model.neck.up5.weight"])
     assert structure(model) == structure(partial.graph.model)
+
+
+def test_in_half_precision_it_learns_too(start: Start, shapes: Path, one_thread: None) -> None:
+    settings = settings_for(shapes, epochs=3, precision="bf16", learning_rate=2e-3)
+    result = train_quantized(start, settings, device="cpu", progress=False)
+    assert result.log[-1]["loss"] < result.log[0]["loss"]
+    exact = settings_for(shapes, epochs=3, learning_rate=2e-3)
+    other = train_quantized(start, exact, device="cpu", progress=False)
+    assert result.log[0]["loss"] == pytest.approx(other.log[0]["loss"], rel=0.05)
 
 
 def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -319,3 +331,82 @@ def test_nothing_but_float_layers_is_refused(calib: Path) -> None:
     settings = dataclasses.replace(MINMAX, float_layers=every)
     with pytest.raises(UserError, match="name fewer with --float-layers"):
         prepare_graph(graph, ARCHITECTURES["repvgg"], calib, quantization=settings)
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny.pt")
+
+
+def test_the_command_writes_a_graph_that_builds(
+    checkpoint: Path,
+    shapes: Path,
+    tmp_path: Path,
+    one_thread: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, result, cache = tmp_path / "run", tmp_path / "result.json", tmp_path / "scales.cache"
+    arguments = ["qat", "--weights", str(checkpoint), "--data", str(shapes), "--imgsz", "64"]
+    arguments += ["--calib", str(shapes / "images" / "train"), "--calibrator", "minmax"]
+    arguments += ["--no-equalize", "--epochs", "1", "--batch", "8", "--device", "cpu", "--quiet"]
+    arguments += ["--float-layers", "2", "--output", str(output), "--json", str(result)]
+    arguments += ["--calibration-cache", str(cache)]
+    assert main(arguments) == 0, capsys.readouterr().err
+    said = json.loads(result.read_text())
+    assert said["engine"] == str(output / "yolov6-custom.onnx")
+    assert len(said["float_layers"]) == 2
+    assert {"AP", "AP_float", "AP_ptq", "seconds", "log"} <= said.keys()
+    assert not (output / "state.pt").exists()
+
+    built = tmp_path / "built.onnx"
+    build = ["build", "--onnx", said["engine"], "--backend", "onnxruntime", "--output", str(built)]
+    assert main(build) == 0
+    assert "no Q/DQ node of the graph is surplus" in capsys.readouterr().out
+    with load_engine(built) as engine:
+        found = evaluate(engine, load_coco(shapes, "val"), batch=8, progress=False).ap
+    assert found == pytest.approx(said["AP"], abs=1e-3)
+
+    plain = onnx.load(output / "yolov6-custom.float.onnx")
+    tensors = {name for node in plain.graph.node for name in node.output} | {"images"}
+    assert set(read_cache(cache).scales) <= tensors
+
+    assert main(arguments) == 2
+    assert "holds a training already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--data is missing"),
+        (["--data", "{shapes}"], "--weights is missing"),
+        (["--data", "{shapes}", "--weights", "none.pt"], "none.pt"),
+        (["--data", "{shapes}", "--weights", "{tiny}", "--model", "s"], "leave --model out"),
+        (["--data", "{shapes}", "--weights", "{tiny}", "--lr", "0"], "give one above 0"),
+        (
+            ["--data", "{shapes}", "--weights", "{tiny}", "--no-distillation", "--temperature=2"],
+            "leave --no-distillation out",
+        ),
+        (["--data", "{shapes}", "--weights", "{tiny}", "--cache-version", "8.6.1"], "add it"),
+        (["--data", "{shapes}", "--weights", "{tiny}", "--resume"], "leave --resume out"),
+        (["--data", "{shapes}", "--weights", "{tiny}", "--imgsz", "100"], "multiple of 32"),
+        (["--data", "{shapes}", "--weights", "{tiny}", "--device", "tpu"], "give cpu or cuda"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    arguments: list[str],
+    message: str,
+    checkpoint: Path,
+    shapes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled = [text.format(shapes=shapes, tiny=checkpoint) for text in arguments]
+    assert main(["qat", *filled, "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("trt-yolov6 qat: ")
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()

@@ -119,7 +119,12 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.engines.base import BuildSettings
     from trt_yolov6.files import write_json
     from trt_yolov6.quantization.ptq import QuantizationSettings
-    from trt_yolov6.training.qat import prepare_graph, train_quantized, trained_graph
+    from trt_yolov6.training.qat import (
+        prepare_graph,
+        train_quantized,
+        trained_graph,
+        usable_device,
+    )
 
     if options.data is None:
         raise UserError("--data is missing; name a data set in COCO layout.")
@@ -127,6 +132,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--weights is missing; name the checkpoint to train.")
     settings = _settings(options)
     _check_cache(options)
+    usable_device(options.device)
     checkpoint = load_checkpoint(options.weights)
     name = checkpoint.arch.name
     if options.model and name not in (options.model, f"yolov6{options.model}"):
