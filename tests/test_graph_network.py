@@ -242,3 +242,27 @@ def test_weights_of_few_bits_are_clipped_where_that_errs_least() -> None:
     torch.testing.assert_close(
         weight_scale(weights, 0, 8), weights.abs().amax((1, 2, 3), keepdim=True) / 127
     )
+
+
+def test_gradients_are_those_of_tensors_kept_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded tensors are kept as bytes for the way back."""
+    arch = ARCHITECTURES["csp and dfl"]
+    _, graph = tiny_graph("csp and dfl")
+    start = prepare_graph(graph, arch, noise_folder(tmp_path / "calib"), quantization=MINMAX)
+    images = torch.rand(2, 3, 64, 64)
+    gradients = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(
+                "trt_yolov6.training.graph_network._Compact.remember", lambda *_: None
+            )
+        network = start.student().train()
+        sum(part.square().mean() for level in network.raw(images) for part in level).backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert len(gradients[0]) > 100
+    for ours, expected in zip(*gradients, strict=True):
+        assert (ours is None) == (expected is None)
+        if ours is not None and expected is not None:
+            assert torch.equal(ours, expected)

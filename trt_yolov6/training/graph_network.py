@@ -138,10 +138,24 @@ class GraphNetwork(nn.Module):
             The head's raw outputs as `YOLOv6.raw` gives them, and the features as they are before
             any rounding of their own.
         """
+        compact = _Compact()
+        with torch.autograd.graph.saved_tensors_hooks(compact.pack, compact.unpack):
+            return self._computed(images, compact)
+
+    def _computed(
+        self, images: Tensor, compact: _Compact
+    ) -> tuple[list[tuple[Tensor, ...]], list[Tensor]]:
         found: dict[str, Tensor] = {}
         exact: dict[str, Tensor] = {self._input: images}
         kept: dict[str, Tensor] = {}
-        self._quantize_into(found, exact, self._input)
+
+        def add(name: str) -> None:
+            self._quantize_into(found, exact, name)
+            if name in self._tensor_quantizers:
+                scale = self._quantizer(self._tensor_quantizers[name]).scale.detach()
+                compact.remember(found[name], scale)
+
+        add(self._input)
         weights = {name: self._weight(name) for name in self._keys}
         for step in self._steps:
             inputs = [
@@ -149,10 +163,11 @@ class GraphNetwork(nn.Module):
                 for name in step.inputs
             ]
             exact[step.output] = step.run(step.attributes, inputs)
-            self._quantize_into(found, exact, step.output)
+            add(step.output)
             if step.output in self.features:
                 kept[step.output] = exact[step.output]
             for name in step.last:
+                compact.forget(found[name])
                 del exact[name], found[name]
         levels = [tuple(exact[name] for name in level) for level in self._outputs]
         return levels, [kept[name] for name in self.features]
@@ -294,6 +309,37 @@ class GraphNetwork(nn.Module):
         quantizer = self.quantizers[key]
         assert isinstance(quantizer, FakeQuantizer)
         return quantizer
+
+
+class _Compact:
+    """Keeps rounded tensors for the way back as their levels, one byte a value; loses nothing.
+
+    A tensor is known by its memory, so it must be forgotten before that is freed.
+    """
+
+    def __init__(self) -> None:
+        self._scales: dict[int, tuple[Tensor, Tensor]] = {}
+        self._levels: dict[int, Tensor] = {}
+
+    def remember(self, rounded: Tensor, scale: Tensor) -> None:
+        if rounded.dtype == torch.float32:
+            self._scales[rounded.data_ptr()] = (rounded, scale)
+
+    def forget(self, tensor: Tensor) -> None:
+        self._scales.pop(tensor.data_ptr(), None)
+        self._levels.pop(tensor.data_ptr(), None)
+
+    def pack(self, tensor: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        place = tensor.data_ptr()
+        rounded, scale = self._scales.get(place, (None, tensor))
+        if rounded is None or (tensor.shape, tensor.stride()) != (rounded.shape, rounded.stride()):
+            return tensor
+        if place not in self._levels:
+            self._levels[place] = (tensor / scale).round_().to(torch.int8)
+        return self._levels[place], scale
+
+    def unpack(self, packed: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[0].float().mul_(packed[1])
 
 
 def feature_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
