@@ -9,7 +9,8 @@ on the 72 validation images. Each way also leaves its exported Q/DQ graph in `--
 command judges these in ONNX Runtime, exactly, on a CPU, and adds their AP to the results.
 
 Two ways make visible what INT8 of the sample hides, since PTQ loses nothing there: channels whose
-ranges differ up to 256-fold (the same function, rescaled, and not equalized), and 4 bits.
+ranges differ up to 32-fold or 256-fold (the same function, rescaled, and not equalized), and 4
+bits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -42,7 +44,8 @@ from trt_yolov6.export import ExportSettings
 from trt_yolov6.files import read_json, write_bytes, write_json
 from trt_yolov6.quantization.placement import Placement
 from trt_yolov6.quantization.ptq import QuantizationSettings
-from trt_yolov6.training.graph_network import Quantization
+from trt_yolov6.training.dataset import load_training_set
+from trt_yolov6.training.graph_network import Quantization, Trained
 from trt_yolov6.training.qat import (
     QatSettings,
     Start,
@@ -64,13 +67,13 @@ How = Literal["float", "ptq", "float trained", "qat", "qat+cwd"]
 class Case:
     """One way to a quantized network."""
 
-    network: Literal["sample", "rescaled"]
+    network: Literal["sample", "rescaled 32", "rescaled 256"]
     how: How
     bits: int = 8
     float_layers: int = 0
     tuned: bool = False
-    """Calibrated as `build --int8` does; else min-max (4 bits: least squared error), not
-    equalized."""
+    """Calibrator and equalization as `build --int8` chooses them; else min-max (4 bits: least
+    squared error), not equalized. Biases are not corrected."""
 
     @property
     def name(self) -> str:
@@ -96,12 +99,9 @@ CASES: tuple[Case, ...] = (
     Case("sample", "qat+cwd"),
     Case("sample", "qat", float_layers=PARTIAL),
     Case("sample", "qat+cwd", float_layers=PARTIAL),
-    Case("rescaled", "ptq"),
-    Case("rescaled", "qat"),
-    Case("rescaled", "qat+cwd"),
-    Case("sample", "ptq", bits=4),
-    Case("sample", "qat", bits=4),
-    Case("sample", "qat+cwd", bits=4),
+    *(Case("rescaled 32", how) for how in ("ptq", "qat", "qat+cwd")),
+    *(Case("rescaled 256", how) for how in ("ptq", "qat", "qat+cwd")),
+    *(Case("sample", how, bits=4) for how in ("ptq", "qat", "qat+cwd")),
 )
 
 
@@ -135,7 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluate-only", type=Path, metavar="DIR", help="judge its graphs")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
@@ -164,10 +163,10 @@ def _run_all(options: argparse.Namespace) -> None:
     for job in range(options.jobs):
         free.put(job)
 
-    def run(name: str, seed: int) -> dict[str, Any]:
+    def run(name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
         job = free.get()
         try:
-            return _in_process(options, name, seed, job % gpus if gpus else None)
+            return _in_process(options, name, seeds, job % gpus if gpus else None)
         finally:
             free.put(job)
 
@@ -177,34 +176,41 @@ def _run_all(options: argparse.Namespace) -> None:
         if options.json:
             write_json(options.json, result)
 
+    cases = [case for case in CASES if not options.only or case.name in options.only]
     if on_gpu:
-        result["float_training"] = run("memory", 0)
+        result["float_training"] = run("memory", options.seeds[:1])[0]
         finished({"case": "memory", **result["float_training"]})
         # The first training has the GPU to itself: its time is the one that counts.
-        alone = run("sample-8bit-qat+cwd", options.seeds[0])
+        (alone,) = run("sample-8bit-qat+cwd", options.seeds[:1])
         result["alone"] = {name: alone.get(name) for name in ("train_s", "peak_bytes", "error")}
         finished({**alone, "case": "alone"})
-    cases = [case for case in CASES if not options.only or case.name in options.only]
-    # The longest first, the same for each seed.
-    cases.sort(key=lambda case: not case.trains)
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [
-            pool.submit(run, case.name, seed)
-            for seed in options.seeds
-            for case in cases
-            if case.trains or seed == options.seeds[0]
-        ]
-        for future in waiting:
-            result["rows"].append(future.result())
-            finished(result["rows"][-1])
+        waiting = []
+        # What chooses the layers of partial training goes first; then the longest.
+        for case in sorted(cases, key=lambda case: (not case.trains, -case.bits)):
+            if case.float_layers and not _float_layers_file(case, options).is_file():
+                chosen = dataclasses.replace(case, how="ptq").name
+                result["rows"] += run(chosen, options.seeds[:1])
+                finished(result["rows"][-1])
+                if case.name == chosen:
+                    continue
+            elif any(row["case"] == case.name for row in result["rows"]):
+                continue
+            seeds = options.seeds if case.trains else options.seeds[:1]
+            waiting.append(pool.submit(run, case.name, seeds))
+        for future in as_completed(waiting):
+            for row in future.result():
+                result["rows"].append(row)
+                finished(row)
     print(summary(result))
 
 
 def _in_process(
-    options: argparse.Namespace, name: str, seed: int, gpu: int | None
-) -> dict[str, Any]:
-    """Run a case in a process of its own and return what it came to."""
-    command = [sys.executable, "-m", "benchmarks.qat_bccd", "--case", name, "--seed", str(seed)]
+    options: argparse.Namespace, name: str, seeds: Sequence[int], gpu: int | None
+) -> list[dict[str, Any]]:
+    """Run a case in a process of its own and return what it came to, for each seed."""
+    command = [sys.executable, "-m", "benchmarks.qat_bccd", "--case", name]
+    command += ["--seeds", *map(str, seeds)]
     for option in ("data", "epochs", "batch", "imgsz", "output", "device", "calib_images"):
         value = getattr(options, option)
         if value is not None:
@@ -219,13 +225,18 @@ def _in_process(
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        return {"case": name, "seed": seed, "error": done.stderr.strip()[-2000:]}
-    found: dict[str, Any] = read_json(_result_file(options.output, name, seed))
-    return found
+        return [{"case": name, "seed": seeds[0], "error": done.stderr.strip()[-2000:]}]
+    return [read_json(_result_file(options.output, name, seed)) for seed in seeds]
 
 
 def _result_file(folder: Path, name: str, seed: int) -> Path:
     return folder / (f"{name}.json" if name == "memory" else f"{name}-{seed}.json")
+
+
+def _float_layers_file(case: Case, options: argparse.Namespace) -> Path:
+    """Where the names of the most sensitive layers are kept: finding them takes a while."""
+    folder: Path = options.output
+    return folder / f"float_layers-{case.float_layers}.json"
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -260,79 +271,104 @@ def _run_case(case: Case, options: argparse.Namespace) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     started = time.perf_counter()
     start = _start(case, options)
-    names, size = start.graph.class_names, options.imgsz
-    row: dict[str, Any] = {
+    size = options.imgsz
+    common: dict[str, Any] = {
         "case": case.name,
-        "seed": options.seed,
         **dataclasses.asdict(case),
         "layers": len(start.quantization.placement.layers),
+        "float_layers": sorted(start.quantization.placement.float_layers),
         "prepare_s": time.perf_counter() - started,
     }
-    trained = start.student(device).eval().trained() if case.how == "ptq" else None
-    if case.how == "float":
-        network = start.teacher(device)
-    elif trained is not None:
-        network = start.student(device).eval()
-    else:
-        settings = _settings(case, options)
-        result = train_quantized(start, settings, image_size=size, device=device, progress=False)
-        network, trained = result.network, result.trained
-        row |= {
-            "train_s": result.seconds,
-            "epoch_s": statistics.median(result.epoch_seconds),
-            "peak_bytes": result.peak_bytes,
-            "log": list(result.log),
-        }
-    row |= _figures(evaluate_network(network, names, size, "samples", "val"))
-    if trained is not None and case.bits == 8 and case.how != "float trained":
-        # PTQ's own graph where biases are corrected, which is not in the network.
-        graph = start.graph if case.how == "ptq" else trained_graph(start, trained)
-        file = f"{case.name}-{options.seed}.onnx"
-        write_bytes(options.output / file, graph.model.SerializeToString())
-        row["file"] = file
-    write_json(_result_file(options.output, case.name, options.seed), row)
+    data = None
+    if case.trains:
+        data = load_training_set(options.data, _train_split(options), size, device, progress=False)
+    for seed in options.seeds:
+        row = {**common, "seed": seed}
+        trained: Trained | None = None
+        if case.how == "float":
+            network = start.teacher(device)
+        elif case.how == "ptq":
+            network = start.student(device).eval()
+            trained = network.trained()
+        else:
+            result = train_quantized(
+                start,
+                _settings(case, options, seed),
+                image_size=size,
+                device=device,
+                progress=False,
+                data=data,
+            )
+            network, trained = result.network, result.trained
+            row |= {
+                "train_s": result.seconds,
+                "epoch_s": statistics.median(result.epoch_seconds),
+                "peak_bytes": result.peak_bytes,
+                "log": list(result.log),
+            }
+        names = start.graph.class_names
+        row |= _figures(evaluate_network(network, names, size, "samples", "val"))
+        if trained is not None and case.bits == 8 and case.how != "float trained":
+            file = f"{case.name}-{seed}.onnx"
+            model = trained_graph(start, trained).model
+            write_bytes(options.output / file, model.SerializeToString())
+            row["file"] = file
+        write_json(_result_file(options.output, case.name, seed), row)
 
 
 def _start(case: Case, options: argparse.Namespace) -> Start:
     checkpoint = load_checkpoint(WEIGHTS)
     settings = ExportSettings(image_size=(options.imgsz, options.imgsz))
     graph = graph_from_checkpoint(checkpoint, settings)
-    if case.network == "rescaled":
-        graph = _rescaled(graph)
+    if case.network != "sample":
+        graph = _rescaled(graph, float(case.network.split()[1]))
+    float_layers: int | tuple[str, ...] = case.float_layers or ()
+    chosen = _float_layers_file(case, options)
+    if case.float_layers and chosen.is_file():
+        float_layers = tuple(read_json(chosen))
     quantization = QuantizationSettings(
         calibrator="auto" if case.tuned else "minmax",
         equalize=case.tuned,
-        float_layers=case.float_layers or (),
+        float_layers=float_layers,
         image_limit=options.calib_images,
     )
     start = prepare_graph(graph, checkpoint.arch, CALIB, quantization=quantization, bits=case.bits)
+    if isinstance(float_layers, int):
+        write_json(chosen, list(start.graph.float_layers))
     if case.how in ("float", "float trained"):
         nothing = Quantization(Placement((), (), (), {}, frozenset()), {}, {}, {})
         start = dataclasses.replace(start, quantization=nothing)
     return start
 
 
-def _rescaled(graph: Graph) -> Graph:
-    """Return the same function with channels multiplied by 1 to 256, evenly in logarithms."""
+def _rescaled(graph: Graph, most: float) -> Graph:
+    """Return the same function with channels multiplied by 1 to `most`, evenly in logarithms."""
     from benchmarks.rescaling import rescale_channels
 
-    model = rescale_channels(graph.model, np.random.default_rng(0), 1, 256)
+    model = rescale_channels(graph.model, np.random.default_rng(0), 1, most)
     return dataclasses.replace(graph, model=model)
 
 
-def _settings(case: Case, options: argparse.Namespace) -> QatSettings:
-    changes: dict[str, Any] = {}
-    for assignment in options.set:
-        name, _, value = assignment.partition("=")
-        changes[name] = json.loads(value)
+def _settings(case: Case, options: argparse.Namespace, seed: int) -> QatSettings:
+    changes = _changes(options)
     return QatSettings(
         data=str(options.data),
         epochs=options.epochs,
         batch=options.batch,
-        seed=options.seed,
+        seed=seed,
         bits=case.bits,
         **{"distillation": case.how == "qat+cwd", **changes},
     )
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of --set; their values are JSON."""
+    pairs = (assignment.partition("=") for assignment in options.set)
+    return {name: json.loads(value) for name, _, value in pairs}
+
+
+def _train_split(options: argparse.Namespace) -> str:
+    return str(_changes(options).get("train_split", "train"))
 
 
 def _figures(found: Evaluation) -> dict[str, Any]:

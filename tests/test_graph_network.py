@@ -125,7 +125,7 @@ def test_after_training_too_the_sample_computes_what_its_exported_graph_computes
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.02 * parameter.abs().mean() * noise)
         for parameter in network.scale_parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(5 * torch.randn(parameter.shape, generator=generator))
     images = np.random.default_rng(3).random((1, 3, 128, 128), np.float32)
     check_against_onnx_runtime(start, images, network)
 

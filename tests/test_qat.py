@@ -115,10 +115,10 @@ def test_partial_training_leaves_the_named_layers_in_float(shapes: Path, one_thr
 
 
 def test_in_half_precision_it_learns_too(start: Start, shapes: Path, one_thread: None) -> None:
-    settings = settings_for(shapes, epochs=3, precision="bf16", learning_rate=2e-3)
+    settings = settings_for(shapes, epochs=3, precision="bf16", learning_rate=0.2)
     result = train_quantized(start, settings, device="cpu", progress=False)
     assert result.log[-1]["loss"] < result.log[0]["loss"]
-    exact = settings_for(shapes, epochs=3, learning_rate=2e-3)
+    exact = settings_for(shapes, epochs=3, learning_rate=0.2)
     other = train_quantized(start, exact, device="cpu", progress=False)
     assert result.log[0]["loss"] == pytest.approx(other.log[0]["loss"], rel=0.05)
 
@@ -163,7 +163,7 @@ def test_it_repairs_a_network_that_few_bits_break(
         return evaluate_network(network, CLASS_NAMES, 64, shapes, "val").ap or 0.0
 
     whole, damaged = ap(broken.teacher()), ap(broken.student().eval())
-    settings = settings_for(shapes, bits=3, epochs=30, learning_rate=5e-3, scale_learning_rate=2e-2)
+    settings = settings_for(shapes, bits=3, epochs=30, learning_rate=0.02)
     result = train_quantized(broken, settings, device="cpu", progress=False)
     repaired = ap(result.network)
     assert whole > 0.5
@@ -202,7 +202,7 @@ def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.scale_parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(5 * torch.randn(parameter.shape, generator=generator))
     trained = network.trained()
     names = sample.graph.class_names
     ours = evaluate_network(network, names, size, root / "samples", "val")

@@ -70,13 +70,15 @@ def add(commands: Commands) -> None:
     recipe.add_argument(
         "--batch", type=positive, dest="images_a_step", metavar="N", help="images a step (16)"
     )
-    recipe.add_argument("--lr", type=float, help="of weights, in parts of a channel's largest")
-    recipe.add_argument("--scale-lr", type=float, help="of scales' logarithms")
+    recipe.add_argument("--lr", type=float, help="of weights, in quantization steps (0.005)")
+    recipe.add_argument(
+        "--scale-lr", type=float, help="of scales, in steps at their range's end (0.05)"
+    )
     recipe.add_argument("--seed", type=int, help="(0)")
     recipe.add_argument(
         "--no-distillation", action="store_true", help="do without the float network's features"
     )
-    recipe.add_argument("--distill-weight", type=float, help="of channel-wise distillation")
+    recipe.add_argument("--distill-weight", type=float, help="of channel-wise distillation (1)")
     recipe.add_argument("--temperature", type=float, help="of channel-wise distillation (1)")
 
     graph = parser.add_argument_group("what is written")

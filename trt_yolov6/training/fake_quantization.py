@@ -102,25 +102,26 @@ class FakeQuantizer(nn.Module):
             levels: what is rounded to.
             learn: train the logarithm of the scale's change: steps relative to a scale suit ranges
                 of 1e-3 and of 1e3 alike (Jain et al., "Trained quantization thresholds", 2020).
+                It counts in quantization steps at the range's end.
         """
         super().__init__()
         self.register_buffer("initial", scale.detach().clone())
         self.levels = levels
-        self.log_change = nn.Parameter(torch.zeros_like(scale)) if learn else None
+        self.change = nn.Parameter(torch.zeros_like(scale)) if learn else None
 
     @property
     def scale(self) -> Tensor:
         """The scales as they are now."""
-        if self.log_change is None:
+        if self.change is None:
             return self.initial
-        return self.initial * self.log_change.exp()
+        return self.initial * (self.change / self.levels.high).exp()
 
     @torch.no_grad()
     def settle(self, scale: Tensor) -> None:
         """Set the scales; further learning starts from these."""
         self.initial.copy_(scale)
-        if self.log_change is not None:
-            self.log_change.zero_()
+        if self.change is not None:
+            self.change.zero_()
 
     def forward(self, values: Tensor) -> Tensor:
         """Round; the shape stays."""

@@ -113,7 +113,11 @@ class GraphNetwork(nn.Module):
         }
         for name, folded in self._folded.items():
             constants[name] = folded.unfold(constants[name])
-        units = _units(nodes, constants)
+        names = layer_names(model)
+        bits = {} if quantization is None else quantization.weight_bits
+        units = _units(
+            nodes, constants, {key: bits.get(name, WIDEST) for key, name in names.items()}
+        )
         for name, key in self._keys.items():
             unit = units.get(name, np.ones(()))
             # What smoothing multiplies channels by stays; all else learns.
@@ -459,14 +463,20 @@ def _folded(nodes: Sequence[onnx.NodeProto], arch: Architecture) -> dict[str, _F
 
 
 def _units(
-    nodes: Sequence[onnx.NodeProto], constants: Mapping[str, NDArray[Any]]
+    nodes: Sequence[onnx.NodeProto],
+    constants: Mapping[str, NDArray[Any]],
+    bits: Mapping[str, int],
 ) -> dict[str, NDArray[np.float32]]:
     """Return what layers' weights and biases are counted in while they are trained.
 
-    That is a power of two, which rounds nothing, for each output channel (its largest weight) times
-    one for each input channel (its largest weight beside those). Channels of re-parameterized
-    networks differ in size a hundredfold, in weights as in what they are multiplied with. So
-    counted, a step changes each of them by the same share.
+    That is, to the next power of two, which rounds nothing, a quantization step of each output
+    channel, times each input channel's largest weight beside the largest of all. Channels of
+    re-parameterized networks differ in size a hundredfold, in weights as in what they are
+    multiplied with: so counted, one learning rate suits all of them, and any number of bits.
+    Without it the sample lost a point of AP, and a rescaled one all of it.
+
+    Args:
+        bits: by the layers' outputs.
     """
     units: dict[str, NDArray[np.float32]] = {}
     for node in nodes:
@@ -475,6 +485,7 @@ def _units(
         weights, axis = np.abs(constants[node.input[1]]), weight_axis(node.op_type)
         of_output = _power_of_two(weights.max(axis=(1 - axis, 2, 3), keepdims=True))
         of_input = _power_of_two((weights / of_output).max(axis=(axis, 2, 3), keepdims=True))
+        of_output = of_output * np.float32(2.0 ** (1 - bits[node.output[0]]))
         units[node.input[1]] = of_output * of_input
         if len(node.input) > 2 and constants[node.input[2]].size == of_output.size:
             units[node.input[2]] = of_output.reshape(-1)

@@ -75,10 +75,11 @@ class QatSettings:
     on_bad_data: OnBadData = "refuse"
     epochs: int = 10
     batch: int = 16
-    learning_rate: float = 2e-5
-    """Of Adam, for weights and biases: a cosine down to `final_share`."""
-    scale_learning_rate: float = 1e-3
-    """Of Adam, for the logarithms of the scales: about the relative change a step."""
+    learning_rate: float = 0.005
+    """Of Adam, for weights and biases, in quantization steps of the weights: a cosine down to
+    `final_share`."""
+    scale_learning_rate: float = 0.05
+    """Of Adam, for scales, in quantization steps at the end of their range."""
     final_share: float = 0.01
     learn_scales: bool = True
     """Off: the calibrated scales stay."""
