@@ -60,7 +60,7 @@ from trt_yolov6.quantization.levels import FP8
 from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
+SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
 VARIANTS = ("yolov6n", "yolov6s")
 DECODINGS = ("ours", "authors", "heads only", "ours, uint8 input")
 FP8_PLACEMENTS = ("default", "no_head_from_2000", "no_head", "all", "default_layer_scales")

@@ -31,6 +31,18 @@ PLACEMENTS = {
 }
 """What the placements of `fp8_variants` are called in the README."""
 
+THEIR_AP = {"n": (0.518, 125), "s": (0.464, 112)}
+"""AP of the authors' released code on BCCD with the same settings, and the epochs behind it."""
+
+REP_OPTIMIZER = "rep-optimizer.json"
+NETWORKS = {
+    "multi-branch": "multi-branch (RepVGG blocks)",
+    "single-branch": "single-branch, ordinary SGD",
+    "hyper-search": "hyper-search network",
+    "rep-optimizer": "**single-branch, RepOptimizer**",
+}
+"""What the networks of `rep_optimizer` are called in the README."""
+
 GPU = "h200-tensorrt-rtx-1.6.1.json"
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -205,6 +217,8 @@ def qat_visible() -> str:
 
 def qat_where() -> str:
     """What the figures of quantization-aware training were measured on."""
+    if not (RESULTS / QAT).is_file():
+        return "Not measured yet.\n"
     data = result(QAT)
     text = (
         f"{data['devices']} x {data['device']}, PyTorch {data['versions']['torch']}, "
@@ -220,7 +234,12 @@ def qat_where() -> str:
 
 
 def _qat_table(cases: Mapping[str, str]) -> str:
-    """Return median AP over the seeds, its spread, and the exported graph's AP, by case."""
+    """Return median AP over the seeds, its spread, and the exported graph's AP, by case.
+
+    Until the trainings have been run, a line that says so.
+    """
+    if not (RESULTS / QAT).is_file():
+        return "Not measured yet: `python -m benchmarks.qat_bccd` fills this in.\n"
     found = result(QAT)["rows"]
     base = statistics.median([row["AP"] for row in found if row["case"] == "sample-float"])
     rows = []
@@ -238,6 +257,70 @@ def _qat_table(cases: Mapping[str, str]) -> str:
     return markdown(head, rows)
 
 
+def training() -> str:
+    """AP of the recipe on BCCD and its time, beside the authors' code."""
+    data = result("h200-train-bccd.json")
+    rows = []
+    for model, (theirs, after) in THEIR_AP.items():
+        runs = [run for run in data["runs"] if run["model"] == model]
+        last = [run["AP"] for run in runs]
+        alone = next(run["epoch_s"] for run in data["timing"] if run["model"] == model)
+        rows.append(
+            [
+                f"YOLOv6-{model.upper()}",
+                f"**{statistics.median(last):.3f}** ({', '.join(f'{ap:.3f}' for ap in last)})",
+                f"{statistics.median(run['best_AP'] for run in runs):.3f}",
+                f"{theirs:.3f} after {after} epochs",
+                f"{alone:.2f} s",
+            ]
+        )
+    head = ["", "AP at the end, median (of seeds)", "best", "the authors' code", "an epoch, alone"]
+    where = f"{data['device']}, {data['date']}: `{data['command']}`.\n\n"
+    return where + markdown(head, rows)
+
+
+def rep_optimizer() -> str:
+    """AP in float and in INT8 by the way a network was trained, as the paper's Tables 15 and 16.
+
+    Until the trainings have been run, a line that says so.
+    """
+    if not (RESULTS / REP_OPTIMIZER).is_file():
+        return "Not measured yet: `python -m benchmarks.rep_optimizer` fills this in.\n"
+    data = result(REP_OPTIMIZER)
+    rows = []
+    for kind, label in NETWORKS.items():
+        of_kind = [row for row in data["quantized"] if row["kind"] == kind]
+        if not of_kind:
+            continue
+        aps = [
+            statistics.median(row[form]["AP"] or 0.0 for row in of_kind)
+            for form in ("float", "INT8 min-max", "INT8 min-max, equalized")
+        ]
+        spread = statistics.median(row["channel_spread"] for row in of_kind)
+        rows.append(
+            [
+                label,
+                len(of_kind),
+                *(f"{ap:.4f}" for ap in aps[:2]),
+                f"{aps[1] - aps[0]:+.4f}",
+                f"{aps[2]:.4f}",
+                f"{spread:.1f}",
+            ]
+        )
+    head = [
+        f"YOLOv6-{data['model'].upper()}, {data['epochs']} epochs",
+        "seeds",
+        "FP32 AP",
+        "INT8 min-max AP",
+        "lost",
+        "equalized",
+        "channel spread",
+    ]
+    where = f"Trained on {data['device']} ({data['date']}), INT8 in exact arithmetic on a CPU; "
+    where += f"medians over the seeds: `{data['command']}`.\n\n"
+    return where + markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "int8-steps": int8_steps,
     "gpu-decoding": gpu_decoding,
@@ -248,6 +331,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat-int8": qat_int8,
     "qat-visible": qat_visible,
     "qat-where": qat_where,
+    "training": training,
+    "rep-optimizer": rep_optimizer,
 }
 
 

@@ -12,7 +12,9 @@ from trt_yolov6.cli.output import say, write_result
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
+    from trt_yolov6.checkpoint import Checkpoint
     from trt_yolov6.training.recipe import TrainSettings
+    from trt_yolov6.training.rep_optimizer import RepOptimizerSettings
 
 
 def add(commands: Commands) -> None:
@@ -48,7 +50,18 @@ def add(commands: Commands) -> None:
         "--model", metavar="n|t|s|m|l|NAME", help="variant (s, or that of --weights)"
     )
     model.add_argument("--weights", type=Path, metavar="FILE.pt", help="checkpoint to train on")
-    model.add_argument("--block", choices=("repvgg", "conv"))
+    model.add_argument("--block", choices=("repvgg", "conv", "scaled"))
+    model.add_argument(
+        "--rep-optimizer",
+        nargs="?",
+        const="",
+        metavar="SCALES.pt",
+        help="train without branches as if there were (paper, 2.5.1), by the scales of a "
+        "hyper-search; without a file, search first, in OUTPUT/search",
+    )
+    model.add_argument(
+        "--search-epochs", type=positive, metavar="N", help="length of the search (--epochs)"
+    )
     model.add_argument("--activation", choices=("relu", "silu"))
     model.add_argument(
         "--csp-ratio", type=float, metavar="R", help="channels inside CSPStackRep; 0: none"
@@ -157,10 +170,12 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     if options.data is None:
         raise UserError("--data is missing; name a data set in COCO layout.")
     weights = load_checkpoint(options.weights) if options.weights else None
-    variant = weights.arch.name if weights else "yolov6s"
+    scales, rep_optimizer = _rep_optimizer(options)
+    source = weights or scales
+    variant = source.arch.name if source else "yolov6s"
     if options.model is not None:
         variant = options.model if options.model.startswith("yolov6") else f"yolov6{options.model}"
-    elif weights is None:
+    elif source is None:
         say("no --model given: training yolov6s")
 
     def given(**named: Any) -> dict[str, Any]:
@@ -177,7 +192,9 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
             objectness=options.objectness or None,
         ),
         weights=weights,
+        scales=scales,
         **given(
+            rep_optimizer=rep_optimizer,
             epochs=options.epochs,
             plain_epochs=options.plain_epochs,
             image_size=options.imgsz,
@@ -214,3 +231,25 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     for assignment in options.set or ():
         settings = with_field(settings, assignment)
     return settings
+
+
+def _rep_optimizer(
+    options: argparse.Namespace,
+) -> tuple[Checkpoint | None, RepOptimizerSettings | None]:
+    """Return the checkpoint that --rep-optimizer names, or the settings of a search."""
+    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.training.rep_optimizer import RepOptimizerSettings, check_scales
+
+    if options.rep_optimizer is None:
+        if options.search_epochs is not None:
+            raise UserError("--search-epochs is for --rep-optimizer; add it.")
+        return None, None
+    if options.rep_optimizer == "":
+        return None, RepOptimizerSettings(search_epochs=options.search_epochs)
+    if options.search_epochs is not None:
+        raise UserError(
+            f"the scales are there already, in {options.rep_optimizer}; leave --search-epochs out."
+        )
+    scales = load_checkpoint(options.rep_optimizer)
+    check_scales(scales)
+    return scales, None
