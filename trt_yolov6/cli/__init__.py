@@ -23,6 +23,7 @@ from trt_yolov6.cli import (
     export,
     infer,
     inspect,
+    qat,
     sensitivity,
     train,
 )
@@ -30,7 +31,7 @@ from trt_yolov6.cli.options import Parser
 from trt_yolov6.cli.output import check_json
 from trt_yolov6.errors import UserError
 
-_COMMANDS = (build, export, bench, eval, infer, sensitivity, train, inspect, doctor)
+_COMMANDS = (build, export, bench, eval, infer, sensitivity, train, qat, inspect, doctor)
 """In the order in which `--help` lists them."""
 
 
