@@ -24,6 +24,7 @@ from trt_yolov6.cli import (
     export_triton,
     infer,
     inspect,
+    qat,
     sensitivity,
     train,
 )
@@ -39,6 +40,7 @@ _COMMANDS = (
     infer,
     sensitivity,
     train,
+    qat,
     export_triton,
     inspect,
     doctor,
