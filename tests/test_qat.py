@@ -189,6 +189,7 @@ def test_of_fewer_bits_first_and_last_layers_keep_eight(shapes: Path) -> None:
         assert len({(narrow.scales[name], narrow.levels[name]) for name in group}) == 1
 
 
+@pytest.mark.slow
 def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> None:
     """Of the sample at a small size, moved as by training; exact arithmetic in ONNX Runtime.
 
