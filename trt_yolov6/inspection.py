@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,8 @@ class Layer:
     """Two a multiplication and addition, for one image; None where a size is not known."""
     paper_flops: int | None
     """As the paper's Table 1 counts: a transposed convolution by its output positions."""
+    values: int | None
+    """Elements of its input and output together, for one image; None where a size is not known."""
 
 
 @dataclass(frozen=True)
@@ -374,6 +376,12 @@ def _inspect_onnx(path: Path) -> OnnxDetails:
     )
 
 
+def layers_of(model: onnx.ModelProto) -> tuple[Layer, ...]:
+    """Return the convolutions and matrix products of a graph, in its order."""
+    graph = _Graph(model)
+    return tuple(_layer(graph, node) for node in model.graph.node if node.op_type in _LAYERS)
+
+
 def _layer(graph: _Graph, node: onnx.NodeProto) -> Layer:
     attributes = {item.name: item for item in node.attribute}
     weight = graph.constant_behind(node.input[1])
@@ -407,6 +415,10 @@ def _layer(graph: _Graph, node: onnx.NodeProto) -> Layer:
         precision=graph.precision_of(node),
         flops=flops,
         paper_flops=paper_flops,
+        values=_sum_or_none(
+            None if size is None else size // graph.batch
+            for size in (_product(inputs), _product(output))
+        ),
     )
 
 
@@ -421,7 +433,7 @@ def _product(shape: Sequence[int | None] | None) -> int | None:
     return math.prod(sizes) if len(sizes) == len(shape) else None
 
 
-def _sum_or_none(values: Iterator[int | None]) -> int | None:
+def _sum_or_none(values: Iterable[int | None]) -> int | None:
     known = list(values)
     return None if None in known else sum(value for value in known if value is not None)
 
