@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trt_yolov6 import __version__
+from trt_yolov6 import __version__, cli_compare, cli_report
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,12 +36,16 @@ ENGINE_SUFFIXES = (".onnx", ".trt", ".plan", ".engine")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 wrong usage or bad input."""
+    """Run the command line and return its exit code.
+
+    0 done, 1 a comparison fell short of its baseline, 2 wrong usage or bad input.
+    """
     options = _parser().parse_args(arguments)
-    run: Callable[[argparse.Namespace], None] = options.run
+    run: Callable[[argparse.Namespace], int | None] = options.run
+    code: int | None = 0
     try:
         _check_json(getattr(options, "json", None))
-        run(options)
+        code = run(options)
         sys.stdout.flush()
     except UserError as error:
         print(f"trt-yolov6 {options.command}: {error}", file=sys.stderr)
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"trt-yolov6 {options.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 # --- commands -----------------------------------------------------------------------------------
@@ -925,6 +929,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path, metavar="FILE")
     inspect.add_argument("--layers", action="store_true", help="list every layer")
     _add_json(inspect)
+
+    cli_compare.add(commands)
+    cli_report.add(commands)
 
     doctor = command("doctor", _doctor, "say which backends work here, and what others need")
     _add_json(doctor)

@@ -30,8 +30,9 @@ FEWEST_ROUNDS = 3
 DRIFT = 0.0
 """Least relative half width of a latency's interval."""
 
-_BLOCK_SECONDS = 0.005
-"""Runs between two looks at the waiting time take this long at least: a look costs 0.1 ms."""
+_BLOCK_SECONDS = 0.001
+"""Runs between two looks at the waiting time take this long at least: a look costs 0.1 ms, which is
+not in the runs."""
 
 _PATIENCE = 2.0
 """A round without one undisturbed run goes on for so many times its length."""
