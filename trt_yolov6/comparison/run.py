@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 EXAMPLE_SIDE = 640
 """Longer side of the pictures kept for the report, at most, in pixels."""
 
-EXAMPLE_CONFIDENCE = 0.25
+EXAMPLE_CONFIDENCE = 0.4
 """Score from which on a detection is shown in the report's pictures."""
 
 LAYER_TRIALS = 3

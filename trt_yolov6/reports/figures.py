@@ -67,7 +67,10 @@ def trade_off(
         if len({point.label for point in own}) > 1:
             line = " ".join(f"{x_axis(p.x.value):.1f},{y_axis(p.y):.1f}" for p in own)
             parts.append(f'<polyline class="line {_class(kind)}" points="{line}"/>')
-    places = _label_places([(x_axis(p.x.value), y_axis(p.y), p.label) for p in points])
+    places = _label_places(
+        [(x_axis(p.x.value), y_axis(p.y), p.label) for p in points],
+        [(x_axis(low), x_axis(high)) for low, high in zip(lows, highs, strict=True)],
+    )
     for point, place, low, high in zip(points, places, lows, highs, strict=True):
         x, y = x_axis(point.x.value), y_axis(point.y)
         kind = _class(point.kind)
@@ -208,13 +211,18 @@ def _hint(better: str) -> str:
 
 
 def _label_places(
-    marks: Sequence[tuple[float, float, str]],
+    marks: Sequence[tuple[float, float, str]], bars: Sequence[tuple[float, float]]
 ) -> list[tuple[str, float, float] | None]:
     """Return where each label goes without hiding another or a mark; None where there is no room.
 
     Labels of one text that would stand close together are written once.
     """
     taken = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in marks]
+    taken += [
+        (left, y - 1, right, y + 1)
+        for (left, right), (_, y, _) in zip(bars, marks, strict=True)
+        if right - left > 18
+    ]
     places: list[tuple[str, float, float] | None] = []
     written: list[tuple[str, float, float]] = []
     for x, y, text in marks:

@@ -253,7 +253,7 @@ def examples(material: Material) -> str:
     )
     return (
         f'<p class="legend">{keys}</p>' + "".join(parts) + '<p class="soft">Boxes with a score of '
-        "0.25 or more; hover over a box for its class and score.</p>"
+        "0.4 or more; hover over a box for its class and score.</p>"
     )
 
 
@@ -501,11 +501,10 @@ def _lengths(ranking: Ranking) -> list[float]:
 
 
 def _axes(batches: Sequence[int]) -> list[tuple[int, str]]:
-    """Return batch size and axis of each chart: latency at the smallest, throughput at both."""
+    """Return batch size and axis of each chart: latency at the smallest, throughput at the largest."""
     if not batches:
         return []
-    axes = [(batches[0], "latency"), (batches[-1], "throughput")]
-    return axes
+    return [(batches[0], "latency"), (batches[-1], "throughput")]
 
 
 def _how(reason: str, *commands: str) -> str:

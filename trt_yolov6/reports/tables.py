@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,9 +175,14 @@ def ap_cell(value: float | None) -> Cell:
 
 
 def with_error(interval: Interval) -> str:
-    """Return a value and its interval's larger half, such as `53.7 ± 0.4`."""
+    """Return a value and its interval's larger half, such as `53.7 ± 0.4`, or its upper end."""
+    if interval.low <= 0:
+        return f"{number(interval.value)} (below {number(interval.high)})"
     error = max(interval.high - interval.value, interval.value - interval.low)
-    return f"{number(interval.value)} ± {error:.2g}" if error else number(interval.value)
+    if error <= 0:
+        return number(interval.value)
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{interval.value:.{digits}f} ± {error:.{digits}f}"
 
 
 def grouped(value: float) -> str:

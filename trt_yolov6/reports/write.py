@@ -154,7 +154,7 @@ def _plain(text: str) -> str:
     text = " ".join(str(text).split())
     for mark in "\\`|[]<>*_":
         text = text.replace(mark, "\\" + mark)
-    return text if text not in ("\\-\\-\\-",) else text
+    return text
 
 
 def _inert(value: object) -> object:
