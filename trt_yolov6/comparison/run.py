@@ -140,7 +140,8 @@ def side_by_side(
     """Measure engines beside those of a baseline, round by round, where both are still there.
 
     On a machine whose speed drifts, the ratio of two engines in turns is known far better than that
-    of two runs. An engine whose file is the baseline's own has the ratio 1.
+    of two runs. An engine whose file is the baseline's own has the ratio 1. What it cannot show is a
+    change of the backend, under which both now run: then it is left to the two runs.
 
     Args:
         results: from `compare`.
@@ -151,14 +152,21 @@ def side_by_side(
 
     Returns:
         The ratio of latencies, by engine and batch; those whose baseline engine is gone, was
-        replaced or does not run here are left out.
+        replaced, or ran in another version of its backend or elsewhere are left out.
     """
+    where = [
+        {
+            engine["engine"]: [engine[key] for key in ("backend", "backend_version", "device")]
+            for engine in value["engines"]
+        }
+        for value in (results, baseline)
+    ]
     before = {(item["engine"], item["batch"]): item for item in baseline["timings"]}
     found: dict[tuple[str, int], Interval] = {}
     pairs: dict[tuple[str, int], tuple[Path, Path]] = {}
     for timing in results["timings"]:
         key = timing["engine"], timing["batch"]
-        if key not in before:
+        if key not in before or where[0][key[0]] != where[1].get(key[0]):
             continue
         own = Path(folder) / timing["engine_file"]
         other = Path(baseline_folder) / str(before[key].get("engine_file", ""))
