@@ -80,16 +80,17 @@ def main() -> None:
                 flush=True,
             )
             time.sleep(options.pause)
+    summaries = [summary_of(engine, runs) for engine in dict.fromkeys(names_of(runs))]
+    summaries += ratio_summary(runs)
     value = {
         "command": " ".join(["python -m benchmarks.interval_coverage", *sys.argv[1:]]),
         "device": cpu_model(),
         "processors": os.cpu_count(),
         "versions": software_versions(),
-        "summary": [summary_of(engine, runs) for engine in dict.fromkeys(names_of(runs))],
-        "ratios": ratio_summary(runs),
+        "summary": summaries,
         "runs": runs,
     }
-    for row in [*value["summary"], *value["ratios"]]:
+    for row in summaries:
         print(row)
     if options.json:
         write_json(options.json, value)

@@ -63,12 +63,11 @@ class Chromium:
         targets = self.call("Target.getTargets")["targetInfos"]
         page = next(target for target in targets if target["type"] == "page")
         self._session: str | None = None
-        attached = self.call(
-            "Target.attachToTarget", targetId=page["targetId"], flatten=True
-        )
+        attached = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
         if offline:
             conditions = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
             self.call("Network.emulateNetworkConditions", offline=True, **conditions)
@@ -142,9 +141,7 @@ class Chromium:
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Write a PNG of the page."""
-        picture = self.call(
-            "Page.captureScreenshot", format="png", captureBeyondViewport=whole
-        )
+        picture = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(picture["data"]))
 
     def close(self) -> None:

@@ -123,9 +123,7 @@ def test_every_engine_has_the_ap_that_eval_gives_it(finished: Path, data: Path) 
 def test_results_say_what_was_measured_on_what(finished: Path, data: Path) -> None:
     results = read_results(finished)
     assert [(one["engine"], one["batch"]) for one in results["timings"]] == [
-        (engine, batch)
-        for batch in (1, 4)
-        for engine in ("coarse fp32", "fine fp32", "fine fp16")
+        (engine, batch) for batch in (1, 4) for engine in ("coarse fp32", "fine fp32", "fine fp16")
     ]
     for timing in results["timings"]:
         low, high = timing["latency_ms"]["interval"]
@@ -141,7 +139,7 @@ def test_results_say_what_was_measured_on_what(finished: Path, data: Path) -> No
     fine = next(one for one in results["layers"] if one["engine"] == "fine fp32")
     convolution = next(layer for layer in fine["layers"] if layer["operator"] == "Conv")
     assert convolution["precision"] == "fp32"
-    assert 0 < convolution["roofline_ms"]
+    assert convolution["roofline_ms"] > 0
     # 16 x 16 places of 8 values, each a sum over 3 x 4 x 4 products.
     assert results["engines"][1]["flops"] == 2 * 16 * 16 * 8 * 48
     assert results["engines"][1]["parameters"] == 8 * 48 + 8

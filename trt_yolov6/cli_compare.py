@@ -135,9 +135,7 @@ def _plan(options: argparse.Namespace) -> Any:
     from trt_yolov6.comparison.plan import YAML_SUFFIXES, Plan, entries_for, read_plan
 
     changes: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in _PLAN_OPTIONS
-        if getattr(options, name) is not None
+        name: getattr(options, name) for name in _PLAN_OPTIONS if getattr(options, name) is not None
     }
     if options.conf is not None:
         changes["confidence"] = options.conf

@@ -29,6 +29,7 @@ PACKAGES = (
     "opencv-python-headless",
     "pycocotools",
     "tqdm",
+    "PyYAML",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "cuda-python",

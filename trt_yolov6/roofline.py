@@ -1,4 +1,4 @@
-"""How far each layer is from what the machine allows: its work, the machine's ceilings, the kernels.
+"""How far each layer is from what the machine allows: its work, its time, the machine's ceilings.
 
 A layer's roofline is the larger of two times: its floating-point operations at the measured rate
 of large matrix products, and the bytes it must move (input, weights and output, once each) at
@@ -8,6 +8,7 @@ be fused and concatenations to be free, so for a whole network it is a bound tha
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -257,10 +258,8 @@ def _gpu_ceilings() -> Ceilings | None:
         a, b = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))
         flops[name] = 2 * side**3 / timed(lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
     eight = torch.randint(-9, 9, (side, side), device="cuda", dtype=torch.int8)
-    try:
+    with contextlib.suppress(RuntimeError):  # a GPU without such products
         flops["int8"] = 2 * side**3 / timed(lambda: torch._int_mm(eight, eight.t()))
-    except RuntimeError:  # a GPU without such products
-        pass
     return Ceilings(2 * source.numel() / copy, flops, f"PyTorch, products of {side}x{side}")
 
 

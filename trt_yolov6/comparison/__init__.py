@@ -1,6 +1,6 @@
 """The comparison of detectors: which of them, at which precision, is best for its latency here.
 
-    plan ──▶ build what must be built ──▶ AP, once an engine ──▶ latency, in rounds over all ──▶ results
+    plan ──▶ build what must be built ──▶ AP, once an engine ──▶ latency, in rounds ──▶ results
 
 `plan` says what is compared, `run` does it and goes on after an interruption (`steps`), `timing`
 and `intervals` are about latency and its uncertainty, `results` is the file that comes of it, and

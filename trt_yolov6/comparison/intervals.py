@@ -8,7 +8,9 @@ loaded anew and spread over the whole time, and a round counts as one observatio
 `prediction_interval` says where one more round would fall, in 95 of 100 cases (Hahn and Meeker,
 Statistical Intervals, Section 4.7; normal observations): m ± t s √(1 + 1/n). It does not
 shrink with the number of rounds, because what a later run meets, such as another clock, does not
-average out within this one. Two runs of a comparison disagree by less than that.
+average out within this one. Nor is it narrower than what is known to happen between runs and may
+not happen within one (`timing.CPU_DRIFT`). Two runs of a comparison disagree by less than that:
+their intervals overlap.
 
 `ratio_interval` compares engines of one run. Their rounds come in pairs, side by side in time, so
 that drift cancels; it is Student's confidence interval for the mean of the logarithms' differences,

@@ -120,7 +120,9 @@ class Plan:
         for text in (*self.precisions, *(p for model in self.models for p in model.precisions)):
             parse_precision(text)
         if not self.precisions:
-            raise UserError("no precision is given; name some with --precisions, such as fp32,int8.")
+            raise UserError(
+                "no precision is given; name some with --precisions, such as fp32,int8."
+            )
         if not self.batches or min(self.batches) < 1:
             raise UserError("batch sizes are whole numbers above 0; correct --batches.")
         if self.rounds < 3:
@@ -216,8 +218,7 @@ class _Reader:
                 continue
             if key not in known:
                 raise UserError(
-                    f"{self.file}: {where}{key!r} means nothing; the keys are "
-                    f"{', '.join(known)}."
+                    f"{self.file}: {where}{key!r} means nothing; the keys are {', '.join(known)}."
                 )
             try:
                 found[key] = known[key](item)
@@ -321,6 +322,10 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     value = dataclasses.asdict(plan)
     del value["models"]
     return {
-        key: str(item) if isinstance(item, Path) else list(item) if isinstance(item, tuple) else item
+        key: str(item)
+        if isinstance(item, Path)
+        else list(item)
+        if isinstance(item, tuple)
+        else item
         for key, item in value.items()
     }

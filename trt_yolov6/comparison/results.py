@@ -30,6 +30,7 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def latency_of(timing: dict[str, Any]) -> Interval:
+def latency_of(timing: Mapping[str, Any]) -> Interval:
     """Return a timing's latency and its interval, in milliseconds."""
     latency = timing["latency_ms"]
     low, high = latency["interval"]

@@ -28,7 +28,10 @@ from trt_yolov6.comparison.plan import (
 from trt_yolov6.comparison.results import FILE, KIND, SCHEMA
 from trt_yolov6.comparison.steps import Steps
 from trt_yolov6.comparison.timing import (
+    CPU_DRIFT,
+    GPU_DRIFT,
     Round,
+    RoundsSummary,
     measure_round,
     paired_medians,
     round_from_json,
@@ -140,8 +143,8 @@ def side_by_side(
     """Measure engines beside those of a baseline, round by round, where both are still there.
 
     On a machine whose speed drifts, the ratio of two engines in turns is known far better than that
-    of two runs. An engine whose file is the baseline's own has the ratio 1. What it cannot show is a
-    change of the backend, under which both now run: then it is left to the two runs.
+    of two runs. An engine whose file is the baseline's own has the ratio 1. What it cannot show is
+    a change of the backend, under which both now run: then it is left to the two runs.
 
     Args:
         results: from `compare`.
@@ -660,9 +663,14 @@ class _Work:
         timings = []
         ratios = []
         first = engines[0].case.name
+        devices = {
+            engine.case.name: found["device"]
+            for engine, found in zip(engines, accuracies, strict=True)
+        }
         for (name, batch), own in rounds.items():
             engine = next(one for one in engines if one.case.name == name)
-            timings.append(self._timing_record(engine, batch, own))
+            drift = CPU_DRIFT if devices[name] == cpu_model() else GPU_DRIFT
+            timings.append(self._timing_record(engine, batch, summarize_rounds(own, drift), own))
             if name != first and (first, batch) in rounds:
                 mine, theirs = paired_medians(own, rounds[first, batch])
                 if len(mine) >= 2:
@@ -701,9 +709,8 @@ class _Work:
         }
 
     def _timing_record(
-        self, engine: _Engine, batch: int, rounds: Sequence[Round]
+        self, engine: _Engine, batch: int, summary: RoundsSummary, rounds: Sequence[Round]
     ) -> dict[str, Any]:
-        summary = summarize_rounds(rounds)
         low, high = summary.latency.low, summary.latency.high
         return {
             "engine": engine.case.name,
@@ -786,7 +793,6 @@ def _described(path: Path) -> dict[str, Any]:
             batches = [engine.batch.min, engine.batch.opt, engine.batch.max]
             return _source(engine.precision, engine.backend, batches, {})
     from trt_yolov6.building import graph_from_onnx
-
     from trt_yolov6.inspection import inspect_file
 
     details: Any = inspect_file(path).details

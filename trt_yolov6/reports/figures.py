@@ -1,4 +1,4 @@
-"""The report's charts as SVG and bars: colours by class, so that both themes work without redrawing.
+"""The report's charts as SVG and bars: colours by class, so that one drawing serves both themes.
 
 A precision has a colour and a shape of its own; the colours are those of Okabe and Ito, which
 people with any kind of colour vision tell apart.
@@ -6,8 +6,9 @@ people with any kind of colour vision tell apart.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -28,19 +29,19 @@ class Point:
     label: str
     kind: str
     """A precision, see `PRECISIONS`."""
+    series: str
+    """Points of one series are joined."""
     x: Interval
     y: float
     tip: str
     """What is shown on hovering, touching or focusing it."""
 
 
-def trade_off(
-    points: Sequence[Point], x_label: str, title: str, *, better: str = "left"
-) -> str:
+def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str = "left") -> str:
     """Draw accuracy over speed, as the paper's Figure 1.
 
-    Points of one precision are joined by a line, in the order of their speed. A bar across a point
-    is its interval.
+    Points of one series are joined by a line, in the order of their speed. A bar across a point is
+    its interval.
 
     Args:
         points: one at least.
@@ -62,14 +63,18 @@ def trade_off(
         f'<text class="axis" x="{_LEFT - 34:g}" y="{_TOP - 3:g}">AP, %</text>',
         _hint(better),
     ]
-    for kind in dict.fromkeys(point.kind for point in points):
-        own = sorted((p for p in points if p.kind == kind), key=lambda point: point.x.value)
-        if len({point.label for point in own}) > 1:
-            line = " ".join(f"{x_axis(p.x.value):.1f},{y_axis(p.y):.1f}" for p in own)
-            parts.append(f'<polyline class="line {_class(kind)}" points="{line}"/>')
+    lines = []
+    for series in dict.fromkeys(point.series for point in points):
+        own = sorted((p for p in points if p.series == series), key=lambda point: point.x.value)
+        line = [(x_axis(p.x.value), y_axis(p.y)) for p in own]
+        lines += list(itertools.pairwise(line))
+        if len(line) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
+            parts.append(f'<polyline class="line {_class(own[0].kind)}" points="{path}"/>')
     places = _label_places(
         [(x_axis(p.x.value), y_axis(p.y), p.label) for p in points],
         [(x_axis(low), x_axis(high)) for low, high in zip(lows, highs, strict=True)],
+        lines,
     )
     for point, place, low, high in zip(points, places, lows, highs, strict=True):
         x, y = x_axis(point.x.value), y_axis(point.y)
@@ -134,7 +139,8 @@ def point_of(row: Row, x: Interval, batch: int) -> Point | None:
     )
     if row.disturbed(batch):
         tip += ", disturbed by other processes"
-    return Point(row.label, row.base, x, 100 * row.ap, tip)
+    kept = row.precision.removeprefix(row.base)
+    return Point(f"{row.label} {kept}".rstrip(), row.base, row.precision, x, 100 * row.ap, tip)
 
 
 def shape(kind: str, x: float, y: float) -> str:
@@ -142,9 +148,7 @@ def shape(kind: str, x: float, y: float) -> str:
     if kind == "fp16":
         return f'<rect class="dot" x="{x - 4.6:.1f}" y="{y - 4.6:.1f}" width="9.2" height="9.2"/>'
     if kind == "int8":
-        return (
-            f'<path class="dot" d="M{x:.1f} {y - 6:.1f}l5.8 10.4h-11.6z"/>'  # a triangle
-        )
+        return f'<path class="dot" d="M{x:.1f} {y - 6:.1f}l5.8 10.4h-11.6z"/>'  # a triangle
     if kind == "fp8":
         return f'<path class="dot" d="M{x:.1f} {y - 6.4:.1f}l6.4 6.4-6.4 6.4-6.4-6.4z"/>'
     return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5.2"/>'
@@ -160,9 +164,7 @@ class _Axis:
     end: float
 
     @staticmethod
-    def around(
-        low: float, high: float, start: float, end: float, least: float = 0.0
-    ) -> _Axis:
+    def around(low: float, high: float, start: float, end: float, least: float = 0.0) -> _Axis:
         """Return an axis that leaves some room around the values."""
         span = max(high - low, least, abs(high) * 0.04, 1e-9)
         middle = (low + high) / 2
@@ -177,7 +179,7 @@ class _Axis:
     def ticks(self, wanted: int = 5) -> list[float]:
         raw = (self.high - self.low) / wanted
         power = 10.0 ** math.floor(math.log10(raw))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.8 * raw)
         first = math.ceil(self.low / step)
         return [index * step for index in range(first, math.floor(self.high / step) + 1)]
 
@@ -211,11 +213,13 @@ def _hint(better: str) -> str:
 
 
 def _label_places(
-    marks: Sequence[tuple[float, float, str]], bars: Sequence[tuple[float, float]]
+    marks: Sequence[tuple[float, float, str]],
+    bars: Sequence[tuple[float, float]],
+    lines: Sequence[tuple[tuple[float, float], tuple[float, float]]],
 ) -> list[tuple[str, float, float] | None]:
     """Return where each label goes without hiding another or a mark; None where there is no room.
 
-    Labels of one text that would stand close together are written once.
+    Lines are crossed only where there is no other way.
     """
     taken = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in marks]
     taken += [
@@ -223,39 +227,48 @@ def _label_places(
         for (left, right), (_, y, _) in zip(bars, marks, strict=True)
         if right - left > 18
     ]
+    crossed = [
+        (x - 2, y - 2, x + 2, y + 2)
+        for (x1, y1), (x2, y2) in lines
+        for step in range(41)
+        for x, y in [(x1 + (x2 - x1) * step / 40, y1 + (y2 - y1) * step / 40)]
+    ]
     places: list[tuple[str, float, float] | None] = []
-    written: list[tuple[str, float, float]] = []
     for x, y, text in marks:
         width = 6.1 * len(_short(text))
-        near = any(
-            text == other and math.hypot(x - ox, y - oy) < 34 for other, ox, oy in written
-        )
         candidates: list[tuple[str, float, float]] = [
-            ("start", x + 9, y + 4),
-            ("end", x - 9, y + 4),
-            ("middle", x, y - 10),
-            ("middle", x, y + 18),
+            ("start", x + 10, y + 4),
+            ("end", x - 10, y + 4),
+            ("middle", x, y - 11),
+            ("middle", x, y + 19),
+            ("start", x + 7, y + 16),
+            ("end", x - 7, y - 9),
+            ("start", x + 7, y - 9),
+            ("end", x - 7, y + 16),
         ]
         chosen = None
-        for anchor, label_x, label_y in candidates:
-            left = label_x - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
-            box = left, label_y - 9, left + width, label_y + 3
-            inside = _LEFT + 2 <= box[0] and box[2] <= _WIDTH and _TOP + 14 <= box[1]
-            if near or not inside or box[3] > _HEIGHT - _BOTTOM or _hits(box, taken):
-                continue
-            chosen = anchor, label_x, label_y
-            taken.append(box)
-            written.append((text, x, y))
-            break
+        for obstacles in ([*taken, *crossed], taken):
+            for anchor, label_x, label_y in candidates:
+                left = label_x - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
+                box = left, label_y - 9, left + width, label_y + 3
+                inside = (
+                    box[0] >= _LEFT + 2
+                    and box[2] <= _WIDTH
+                    and box[1] >= _TOP + 14
+                    and box[3] <= _HEIGHT - _BOTTOM
+                )
+                if chosen is None and inside and not _hits(box, obstacles):
+                    chosen = anchor, label_x, label_y
+                    taken.append(box)
         places.append(chosen)
     return places
 
 
 def _hits(box: tuple[float, ...], others: Sequence[tuple[float, ...]]) -> bool:
-    overlaps: Callable[[tuple[float, ...]], bool] = lambda other: (  # noqa: E731
+    return any(
         box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+        for other in others
     )
-    return any(map(overlaps, others))
 
 
 def _short(text: str) -> str:

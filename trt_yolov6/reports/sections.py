@@ -13,6 +13,7 @@ from trt_yolov6.drawing import class_colour
 from trt_yolov6.reports.figures import PRECISIONS, bar, legend, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking
 from trt_yolov6.reports.tables import (
+    NOTHING,
     Cell,
     Row,
     batches_of,
@@ -95,8 +96,8 @@ def trade_offs(rows: Sequence[Row]) -> str:
     return (
         legend([*kinds, *others])
         + f'<div class="charts">{"".join(figures)}</div>'
-        + '<p class="soft">A bar across a mark is the interval of its latency (see Method), cut off '
-        "where it is wider than the chart has room for. Hover, tap or focus a mark for its "
+        + '<p class="soft">A bar across a mark is the interval of its latency (see Method), cut '
+        "off where it is wider than the chart has room for. Hover, tap or focus a mark for its "
         "figures.</p>"
     )
 
@@ -105,6 +106,7 @@ def table(rows: Sequence[Row]) -> str:
     """Return the table like Table 1, which the page's script makes sortable."""
     head, cells = overview(rows)
     text = html_table(head, cells, "sorts")
+    text += '<p class="soft">(b32): at batch 32. Press a head to sort.</p>'
     if any(row.disturbed(batch) for row in rows for batch in row.timings):
         text += (
             '<p class="soft">* Other processes disturbed nearly all runs, so that the engine is '
@@ -135,21 +137,21 @@ def quantization_cost(rows: Sequence[Row]) -> str:
                     Cell(row.precision),
                     Cell(_ap(row)),
                     Cell(bar((row.ap or 0) / top, row.base)),
-                    Cell("–" if change is None else f"{change:+.2f}"),
+                    Cell(NOTHING if change is None else f"{change:+.2f}"),
                     *(Cell(_percent(row.engine.get(key))) for key in ("APs", "APm", "APl")),
-                    Cell("–" if share is None else f"{100 * share:.0f} %"),
-                    Cell(str(len(layers)) if share is not None else "–"),
+                    Cell(NOTHING if share is None else f"{100 * share:.0f} %"),
+                    Cell(str(len(layers)) if share is not None else NOTHING),
                 ]
             )
         parts.append(f"<h3>{escape(label)}</h3>" + html_table(head, body, raw=(2,), wide=2))
     images = max(row.engine["images"] for row in rows)
     parts.append(
-        f'<p class="soft">"To float" is in AP points. On {images} images AP moves by some points by '
-        "chance, so that a small difference, of either sign, says little. \"In 8 bits\" is the "
-        "share of the multiply-adds, \"in float\" the layers that were left so.</p>"
+        f'<p class="soft">"To float" is in AP points. On {images} images AP moves by some points '
+        'by chance, so that a small difference, of either sign, says little. "In 8 bits" is the '
+        'share of the multiply-adds, "in float" the layers that were left so.</p>'
         if images < 1000
         else '<p class="soft">"To float" is in AP points; "in 8 bits" is the share of the '
-        "multiply-adds, \"in float\" the layers that were left so.</p>"
+        'multiply-adds, "in float" the layers that were left so.</p>'
     )
     return "".join(parts)
 
@@ -169,7 +171,7 @@ def sensitivity(rankings: Sequence[Ranking]) -> str:
         body = [
             [
                 Cell(name),
-                Cell("–" if value is None else f"{value:.4g}"),
+                Cell(NOTHING if value is None else f"{value:.4g}"),
                 Cell(bar(length, "int8")),
             ]
             for (name, value), length in zip(ranking.layers, lengths, strict=True)
@@ -197,7 +199,8 @@ def layers(material: Material) -> str:
     ceilings = [
         f"{escape(str(one['device']))}: {one['bytes_per_second'] / 1e9:.3g} GB/s, "
         + ", ".join(
-            f"{rate / 1e12:.3g} TFLOP/s in {escape(str(name))}" for name, rate in one["flops"].items()
+            f"{rate / 1e12:.3g} TFLOP/s in {escape(str(name))}"
+            for name, rate in one["flops"].items()
         )
         + f" ({escape(str(one['how']))})."
         for comparison in material.comparisons
@@ -208,8 +211,12 @@ def layers(material: Material) -> str:
         "product and of its bytes at the measured rate of a large copy; the line across a bar "
         "stands there. "
     )
-    text += "Measured ceilings: " + " ".join(dict.fromkeys(ceilings)) if ceilings else (
-        "No ceilings could be measured on this device (a GPU needs PyTorch with CUDA for that)."
+    text += (
+        "Measured ceilings: " + " ".join(dict.fromkeys(ceilings))
+        if ceilings
+        else (
+            "No ceilings could be measured on this device (a GPU needs PyTorch with CUDA for that)."
+        )
     )
     return "".join(parts) + f'<p class="soft">{text}</p>'
 
@@ -232,9 +239,7 @@ def examples(material: Material) -> str:
             "keep the folder <code>examples/</code> with <code>results.json</code>.</p>"
         )
     if not parts:
-        return _how(
-            "The results have no example images.", "trt-yolov6 compare MODEL --examples 3"
-        )
+        return _how("The results have no example images.", "trt-yolov6 compare MODEL --examples 3")
     used = sorted(
         {
             (int(found[5]), str(names[int(found[5])] if int(found[5]) < len(names) else found[5]))
@@ -292,8 +297,8 @@ def method(material: Material) -> str:
             ),
             (
                 "Timing",
-                f"{settings['rounds']} rounds of {settings['duration'] / settings['rounds']:.3g} s, "
-                f"{runs} runs, {quiet} of them undisturbed",
+                f"{settings['rounds']} rounds of "
+                f"{settings['duration'] / settings['rounds']:.3g} s, {runs} runs, {quiet} of them undisturbed",
             ),
             ("Measured", str(value["date"])),
             ("Data SHA-256", f"{data['annotations_sha256'][:16]}, {data['images_sha256'][:16]}"),
@@ -313,7 +318,7 @@ def method(material: Material) -> str:
                 Cell(with_error(latency_of(timing))),
                 Cell(str(timing["runs"])),
                 Cell(str(timing["quiet_runs"])),
-                Cell("–" if timing["waited"] is None else f"{100 * timing['waited']:.1f} %"),
+                Cell(NOTHING if timing["waited"] is None else f"{100 * timing['waited']:.1f} %"),
                 Cell(str(timing["engine_sha256"])[:16]),
             ]
             for timing in timings
@@ -332,8 +337,8 @@ post-processing, as in the paper; throughput is the batch size over it. Each rou
 engine anew and runs it for a while, in changing order, so that a drift of the machine hits all
 alike. Runs while which the process's threads waited for a processor are left out, unless hardly
 any others are there. The figure is the median over the rounds; its interval says where a further
-round is to be expected in 95 of 100 cases, and so covers what differs from one run of the comparison
-to the next. AP is COCO's (IoU 0.50 to 0.95), by pycocotools.</p>"""
+round is to be expected in 95 of 100 cases, and is at least 5 % wide to each side on a CPU, 1 % on a
+GPU, so that it covers what differs from one run of the comparison to the next. AP is COCO's (IoU 0.50 to 0.95), by pycocotools.</p>"""
 
 
 # --- parts of parts -----------------------------------------------------------------------------
@@ -397,11 +402,11 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, several: bool) ->
     body = []
     for layer in named:
         roof = layer["roofline_ms"]
-        share = "–" if roof is None else f"{100 * roof / layer['ms']:.0f} %"
+        share = NOTHING if roof is None else f"{100 * roof / layer['ms']:.0f} %"
         body.append(
             [
                 Cell(layer["name"]),
-                Cell(layer["precision"] or "–"),
+                Cell(layer["precision"] or NOTHING),
                 Cell(f"{layer['ms']:.3g}"),
                 Cell(f"{100 * layer['ms'] / whole:.1f} %"),
                 Cell(
@@ -412,7 +417,7 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, several: bool) ->
                     )
                 ),
                 Cell(share),
-                Cell(layer["bound"] or "–"),
+                Cell(layer["bound"] or NOTHING),
             ]
         )
     if rest:
@@ -420,12 +425,12 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, several: bool) ->
         body.append(
             [
                 Cell(f"{len(rest)} other kernels"),
-                Cell("–"),
+                Cell(NOTHING),
                 Cell(f"{other:.3g}"),
                 Cell(f"{100 * other / whole:.1f} %"),
                 Cell(bar(other / longest)),
-                Cell("–"),
-                Cell("–"),
+                Cell(NOTHING),
+                Cell(NOTHING),
             ]
         )
     title = one["engine"] + (f" ({comparison.name})" if several else "")
@@ -435,9 +440,8 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, several: bool) ->
     if one.get("computed_in"):
         text += f"; all of it is computed in {one['computed_in']} here"
     head = ["Layer", "Precision", "ms", "share", "", "of roofline", "bound by"]
-    return (
-        f'<h3>{escape(title)}</h3><p class="soft">{escape(text)}.</p>'
-        + folded(head, body, raw=(4,), wide=4)
+    return f'<h3>{escape(title)}</h3><p class="soft">{escape(text)}.</p>' + folded(
+        head, body, raw=(4,), wide=4
     )
 
 
@@ -461,7 +465,7 @@ def _example(
             f'aria-label="{escape(str(example["file"]))}, {escape(title)}: {len(boxes)} objects">'
             f"{source}{drawn}</svg></figure>"
         )
-    return f"<h3>{escape(str(example['file']))}</h3><div class=\"examples\">{''.join(figures)}</div>"
+    return f'<h3>{escape(str(example["file"]))}</h3><div class="examples">{"".join(figures)}</div>'
 
 
 def _box(box: Sequence[float], class_names: Sequence[str]) -> str:
@@ -482,26 +486,27 @@ def _colour(label: int) -> str:
 
 def _lengths(ranking: Ranking) -> list[float]:
     """Return how long each layer's bar is, 0..1: the more INT8 costs there, the longer."""
-    known = [value for _, value in ranking.layers if value is not None]
-    if not known:
+    if all(value is None for _, value in ranking.layers):
         return [0.0] * len(ranking.layers)
-    costs = {
-        "mse": lambda value: math.log10(max(value, 1e-300)),
-        "snr": lambda value: -value,
-        "cosine": lambda value: math.log10(max(1 - value, 1e-16)),
-        "ap": lambda value: -value,
-    }[ranking.metric]
-    low, high = min(map(costs, known)), max(map(costs, known))
+    costs = [None if value is None else _cost(ranking.metric, value) for _, value in ranking.layers]
+    finite = [cost for cost in costs if cost is not None]
+    low, high = min(finite), max(finite)
     span = (high - low) or 1.0
     # The least sensitive layer has a bar as well, though a short one.
-    return [
-        1.0 if value is None else 0.04 + 0.96 * (costs(value) - low) / span
-        for _, value in ranking.layers
-    ]
+    return [1.0 if cost is None else 0.04 + 0.96 * (cost - low) / span for cost in costs]
+
+
+def _cost(metric: str, value: float) -> float:
+    """Return a number that is the larger, the more INT8 costs in a layer."""
+    if metric == "mse":
+        return math.log10(max(value, 1e-300))
+    if metric == "cosine":
+        return math.log10(max(1 - value, 1e-16))
+    return -value
 
 
 def _axes(batches: Sequence[int]) -> list[tuple[int, str]]:
-    """Return batch size and axis of each chart: latency at the smallest, throughput at the largest."""
+    """Return each chart's batch size and axis: latency at the smallest, throughput at the largest."""
     if not batches:
         return []
     return [(batches[0], "latency"), (batches[-1], "throughput")]
@@ -518,11 +523,11 @@ def _ms(row: Row, batch: int) -> float:
 
 
 def _ap(row: Row) -> str:
-    return "–" if row.ap is None else f"{100 * row.ap:.1f}"
+    return NOTHING if row.ap is None else f"{100 * row.ap:.1f}"
 
 
 def _percent(value: Any) -> str:
-    return f"{100 * value:.1f}" if isinstance(value, (int, float)) else "–"
+    return f"{100 * value:.1f}" if isinstance(value, (int, float)) else NOTHING
 
 
 def _gpu_text(gpu: Mapping[str, Any]) -> str:

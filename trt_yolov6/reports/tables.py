@@ -12,6 +12,9 @@ from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.comparison.summary import number
 from trt_yolov6.reports.material import Material
 
+NOTHING = "\N{EN DASH}"
+"""What stands where there is no value."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -93,11 +96,11 @@ class Cell:
 
 
 def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[Cell]]]:
-    """Return head and cells of a table like the paper's Table 1."""
+    """Return head and cells of a table like the paper's Table 1; (b32) is batch 32."""
     batches = batches_of(rows)
     head = ["Model", "Precision", "Size", "AP", "AP50"]
     for batch in batches:
-        head += [f"ms, batch {batch}", f"FPS, batch {batch}"]
+        head += [f"ms (b{batch})", f"FPS (b{batch})"]
     head += ["Params, M", "FLOPs, G", "File, MiB", "Backend"]
     table = []
     for row in rows:
@@ -126,7 +129,7 @@ def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[Cell]]]:
 def _speed_cells(row: Row, batch: int) -> list[Cell]:
     latency, rate = row.latency(batch), row.throughput(batch)
     if latency is None or rate is None:
-        return [Cell("–"), Cell("–")]
+        return [Cell(NOTHING), Cell(NOTHING)]
     mark = " *" if row.disturbed(batch) else ""
     return [
         Cell(with_error(latency) + mark, latency.value),
@@ -171,7 +174,7 @@ def quantized_share(engine: Mapping[str, Any]) -> float | None:
 
 def ap_cell(value: float | None) -> Cell:
     """Return an AP in percent, as the paper prints it."""
-    return Cell("–") if value is None else Cell(f"{100 * value:.1f}", float(value))
+    return Cell(NOTHING) if value is None else Cell(f"{100 * value:.1f}", float(value))
 
 
 def with_error(interval: Interval) -> str:
@@ -194,7 +197,7 @@ def grouped(value: float) -> str:
 
 def _scaled(value: Any, unit: float, digits: int) -> Cell:
     if not isinstance(value, (int, float)):
-        return Cell("–")
+        return Cell(NOTHING)
     return Cell(f"{value / unit:.{digits}f}", float(value))
 
 

@@ -15,7 +15,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.files import write_bytes
 from trt_yolov6.reports import sections
 from trt_yolov6.reports.material import Material
-from trt_yolov6.reports.tables import CSV_HEAD, csv_rows, overview, quantization, rows_of
+from trt_yolov6.reports.tables import CSV_HEAD, NOTHING, csv_rows, overview, quantization, rows_of
 
 FORMS = (".html", ".md", ".csv")
 """Forms of a report, by the ending of its file."""
@@ -90,8 +90,8 @@ def markdown_of(material: Material, title: str = "") -> str:
             [
                 label,
                 row.precision,
-                "–" if row.ap is None else f"{100 * row.ap:.2f}",
-                "–" if change is None else f"{change:+.2f}",
+                NOTHING if row.ap is None else f"{100 * row.ap:.2f}",
+                NOTHING if change is None else f"{change:+.2f}",
             ]
             for label, own in found
             for row, change in own
@@ -100,7 +100,7 @@ def markdown_of(material: Material, title: str = "") -> str:
     for ranking in material.rankings:
         parts.append(f"## Sensitivity by {ranking.metric}: {_plain(ranking.file)}")
         layers = [
-            [name, "–" if value is None else f"{value:.4g}"]
+            [name, NOTHING if value is None else f"{value:.4g}"]
             for name, value in ranking.layers[: sections.SHOWN_LAYERS]
         ]
         parts.append(_table(["Layer", ranking.metric], layers))
