@@ -298,7 +298,8 @@ def method(material: Material) -> str:
             (
                 "Timing",
                 f"{settings['rounds']} rounds of "
-                f"{settings['duration'] / settings['rounds']:.3g} s, {runs} runs, {quiet} of them undisturbed",
+                f"{settings['duration'] / settings['rounds']:.3g} s, {runs} runs, {quiet} of them "
+                "undisturbed",
             ),
             ("Measured", str(value["date"])),
             ("Data SHA-256", f"{data['annotations_sha256'][:16]}, {data['images_sha256'][:16]}"),
@@ -337,8 +338,9 @@ post-processing, as in the paper; throughput is the batch size over it. Each rou
 engine anew and runs it for a while, in changing order, so that a drift of the machine hits all
 alike. Runs while which the process's threads waited for a processor are left out, unless hardly
 any others are there. The figure is the median over the rounds; its interval says where a further
-round is to be expected in 95 of 100 cases, and is at least 5 % wide to each side on a CPU, 1 % on a
-GPU, so that it covers what differs from one run of the comparison to the next. AP is COCO's (IoU 0.50 to 0.95), by pycocotools.</p>"""
+round is to be expected in 95 of 100 cases, and reaches at least 5 % to each side on a CPU, 1 % on a
+GPU, so that it covers what differs from one run of the comparison to the next. AP is COCO's (IoU
+0.50 to 0.95), by pycocotools.</p>"""
 
 
 # --- parts of parts -----------------------------------------------------------------------------
@@ -506,7 +508,7 @@ def _cost(metric: str, value: float) -> float:
 
 
 def _axes(batches: Sequence[int]) -> list[tuple[int, str]]:
-    """Return each chart's batch size and axis: latency at the smallest, throughput at the largest."""
+    """Return each chart's batch size and axis: latency of the smallest, throughput of the largest."""
     if not batches:
         return []
     return [(batches[0], "latency"), (batches[-1], "throughput")]
