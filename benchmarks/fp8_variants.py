@@ -54,15 +54,15 @@ class Variant:
 
     rules: tuple[Rule, ...] = ()
     hand_on: bool = False
-    channel_scales: bool = False
+    channel_scales: bool = True
 
 
 _NO_STEM = (reads_few_channels, is_transposed)
 _NO_HEAD = (*_NO_STEM, is_among_the_last(3))
 
 VARIANTS: dict[str, Variant] = {
-    "all_channel_scales": Variant(channel_scales=True),
     "all": Variant(),
+    "all_layer_scales": Variant(channel_scales=False),
     "all_handed_on": Variant(hand_on=True),
     "no_stem": Variant(_NO_STEM),
     "no_predictions": Variant((*_NO_STEM, is_among_the_last(1))),
@@ -73,8 +73,8 @@ VARIANTS: dict[str, Variant] = {
     "no_head_from_1000": Variant((*_NO_HEAD, works_less_than(1000))),
     "no_head_from_2000": Variant((*_NO_HEAD, works_less_than(2000))),
     "from_1000": Variant((*_NO_STEM, works_less_than(1000))),
-    "from_500_channel_scales": Variant((*_NO_HEAD, works_less_than(500)), channel_scales=True),
     "default": Variant(FP8_RULES),
+    "default_layer_scales": Variant(FP8_RULES, channel_scales=False),
 }
 
 

@@ -60,10 +60,10 @@ from trt_yolov6.quantization.levels import FP8
 from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
+SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
 VARIANTS = ("yolov6n", "yolov6s")
 DECODINGS = ("ours", "authors", "heads only", "ours, uint8 input")
-FP8_PLACEMENTS = ("no_head_from_250", "no_head_from_500", "default", "no_head", "all")
+FP8_PLACEMENTS = ("default", "no_head_from_2000", "no_head", "all", "default_layer_scales")
 
 
 @dataclass
@@ -426,7 +426,7 @@ def measure_overhead(bench: Bench) -> list[dict[str, Any]]:
             run = engine.resident_run(random_input(engine, batch))
             run()
             lane = engine._lanes[0]
-            context, stream = lane._context, lane.stream.handle
+            context, stream = lane._bound.context, lane.stream.handle
             _, start = cudart.cudaEventCreate()
             _, stop = cudart.cudaEventCreate()
 

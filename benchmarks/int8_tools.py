@@ -188,7 +188,7 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 def _task(model: str, splits: str | None, limit: int | None) -> Task:
     if model == "sample":
-        graph = graph_from_checkpoint(Path("samples/yolov6n_bccd.pt"), ExportSettings())
+        graph = graph_from_checkpoint(Path("samples/yolov6n_bccd_authors.pt"), ExportSettings())
         folder = Path("calib")
         images = calibration_images(folder)
         datasets = {"val": load_coco("samples", "val")}

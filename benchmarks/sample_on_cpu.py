@@ -28,7 +28,7 @@ from trt_yolov6.evaluation import evaluate
 from trt_yolov6.export import ExportSettings
 from trt_yolov6.files import write_json
 
-WEIGHTS = Path("samples/yolov6n_bccd.pt")
+WEIGHTS = Path("samples/yolov6n_bccd_authors.pt")
 
 FORMS = {
     "fp32": ExportSettings(),

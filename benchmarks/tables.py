@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +24,21 @@ README = ROOT / "README.md"
 PLACEMENTS = {
     "fp16": "FP16",
     "default": "from 1000 multiply-adds a value on (`--fp8`)",
-    "no_head_from_500": "from 500 on",
-    "no_head_from_250": "from 250 on",
+    "no_head_from_2000": "from 2000 on",
     "no_head": "all but first, transposed and head",
     "all": "every convolution",
+    "default_layer_scales": "as `--fp8`, one scale a layer (wrong results)",
 }
 """What the placements of `fp8_variants` are called in the README."""
+
+REP_OPTIMIZER = "rep-optimizer.json"
+NETWORKS = {
+    "multi-branch": "multi-branch (RepVGG blocks)",
+    "single-branch": "single-branch, ordinary SGD",
+    "hyper-search": "hyper-search network",
+    "rep-optimizer": "**single-branch, RepOptimizer**",
+}
+"""What the networks of `rep_optimizer` are called in the README."""
 
 GPU = "h200-tensorrt-rtx-1.6.1.json"
 
@@ -168,6 +178,48 @@ def gpu_where() -> str:
     )
 
 
+def rep_optimizer() -> str:
+    """AP in float and in INT8 by the way a network was trained, as the paper's Tables 15 and 16.
+
+    Until the trainings have been run, a line that says so.
+    """
+    if not (RESULTS / REP_OPTIMIZER).is_file():
+        return "Not measured yet: `python -m benchmarks.rep_optimizer` fills this in.\n"
+    data = result(REP_OPTIMIZER)
+    rows = []
+    for kind, label in NETWORKS.items():
+        of_kind = [row for row in data["quantized"] if row["kind"] == kind]
+        if not of_kind:
+            continue
+        aps = [
+            statistics.median(row[form]["AP"] or 0.0 for row in of_kind)
+            for form in ("float", "INT8 min-max", "INT8 min-max, equalized")
+        ]
+        spread = statistics.median(row["channel_spread"] for row in of_kind)
+        rows.append(
+            [
+                label,
+                len(of_kind),
+                *(f"{ap:.4f}" for ap in aps[:2]),
+                f"{aps[1] - aps[0]:+.4f}",
+                f"{aps[2]:.4f}",
+                f"{spread:.1f}",
+            ]
+        )
+    head = [
+        f"YOLOv6-{data['model'].upper()}, {data['epochs']} epochs",
+        "seeds",
+        "FP32 AP",
+        "INT8 min-max AP",
+        "lost",
+        "equalized",
+        "channel spread",
+    ]
+    where = f"Trained on {data['device']} ({data['date']}), INT8 in exact arithmetic on a CPU; "
+    where += f"medians over the seeds: `{data['command']}`.\n\n"
+    return where + markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "int8-steps": int8_steps,
     "gpu-decoding": gpu_decoding,
@@ -175,6 +227,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-whole": gpu_whole,
     "gpu-accuracy": gpu_accuracy,
     "gpu-where": gpu_where,
+    "rep-optimizer": rep_optimizer,
 }
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,15 +34,8 @@ TIMING_EPOCHS = 12
 def main() -> None:
     """Train and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/bccd"))
     parser.add_argument("--models", nargs="+", default=["n", "s"], metavar="n|s|...")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=125)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--imgsz", type=int, default=640)
-    parser.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (1)")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    add_recipe(parser)
     parser.add_argument("--no-timing", action="store_true", help="skip the trainings for the time")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/train_bccd"), help="the runs' folders go there"
@@ -48,19 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args()
 
-    on_gpu = torch.cuda.is_available() and options.device != "cpu"
-    result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.train_bccd", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else cpu_model(),
-        "versions": {**software_versions(), "torch": torch.__version__},
-        "epochs": options.epochs,
-        "batch": options.batch,
-        "image_size": options.imgsz,
-        "jobs": options.jobs,
-        "timing": [],
-        "runs": [],
-    }
+    result = {**heading("train_bccd", options), "timing": [], "runs": []}
 
     def finished(kind: str, run: dict[str, Any]) -> None:
         result[kind].append(run)
@@ -73,11 +56,11 @@ def main() -> None:
         for model in options.models:
             epochs = min(TIMING_EPOCHS, options.epochs)
             folder = options.output / f"{started}-{model}-timing"
-            finished("timing", _train(options, model, 0, epochs, folder))
+            finished("timing", train_once(options, model, 0, epochs, folder))
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = [
             pool.submit(
-                _train,
+                train_once,
                 options,
                 model,
                 seed,
@@ -97,24 +80,78 @@ def main() -> None:
             print(f"{model}: median of {len(runs)} seeds: best AP {best:.4f}, last AP {last:.4f}")
 
 
-def _train(
-    options: argparse.Namespace, model: str, seed: int, epochs: int, folder: Path
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all trainings of a benchmark share."""
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/bccd"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=125)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (1)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+
+
+def heading(script: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a result says of how it was made."""
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    return {
+        "command": " ".join([f"python -m benchmarks.{script}", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_model(),
+        "versions": {**software_versions(), "torch": torch.__version__},
+        "epochs": options.epochs,
+        "batch": options.batch,
+        "image_size": options.imgsz,
+        "jobs": options.jobs,
+    }
+
+
+def train_once(
+    options: argparse.Namespace,
+    model: str | None,
+    seed: int,
+    epochs: int,
+    folder: Path,
+    *,
+    extra: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run one training in a process of its own and return what it came to."""
+    """Run one training in a process of its own and return what it came to.
+
+    Args:
+        options: those of `add_recipe`.
+        model: as `train --model` takes it; None leaves it to the rest.
+        seed: of the training.
+        epochs: passes over the data.
+        folder: the run's; one that was interrupted in it is gone on with, and what one in it came
+            to is taken.
+        extra: more of the command line.
+        environment: variables to set.
+    """
     summary = folder.with_suffix(".json")
-    command = [sys.executable, "-m", "trt_yolov6", "train", "--data", str(options.data)]
-    command += ["--model", model, "--seed", str(seed), "--epochs", str(epochs)]
-    command += ["--batch", str(options.batch), "--imgsz", str(options.imgsz)]
+    command = [sys.executable, "-m", "trt_yolov6", "train"]
+    if (folder / "settings.json").is_file():
+        command += ["--resume"]
+    else:
+        command += ["--data", str(options.data), "--seed", str(seed), "--epochs", str(epochs)]
+        command += ["--batch", str(options.batch), "--imgsz", str(options.imgsz), *extra]
+        command += [] if model is None else ["--model", model]
+        for assignment in options.set:
+            command += ["--set", assignment]
     command += ["--output", str(folder), "--json", str(summary), "--quiet"]
     if options.device:
         command += ["--device", options.device]
-    for assignment in options.set:
-        command += ["--set", assignment]
-    done = subprocess.run(command, capture_output=True, text=True)
     run = {"model": model, "seed": seed, "AP": None, "best_AP": None, "folder": str(folder)}
-    if done.returncode:
-        return {**run, "error": done.stderr.strip()[-2000:]}
+    if not summary.is_file():
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **(environment or {})}
+        )
+        if done.returncode:
+            return {**run, "error": done.stderr.strip()[-2000:]}
     said = json.loads(summary.read_text(encoding="utf-8"))
+    if said["epochs"] != epochs:
+        return {**run, "error": f"{folder} holds a training of {said['epochs']} epochs"}
     log = said.pop("log")
     names = ("epoch", "loss", "seconds", "AP", "AP50", "evaluation_seconds")
     said["log"] = [{name: line[name] for name in names if name in line} for line in log]

@@ -23,7 +23,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def sample_engine(tmp_path_factory: pytest.TempPathFactory) -> BuiltEngine:
     """The sample checkpoint as `trt-yolov6 build` makes it: FP32, dynamic batch, 640."""
-    graph = graph_from_checkpoint(ROOT / "samples" / "yolov6n_bccd.pt", ExportSettings())
+    graph = graph_from_checkpoint(ROOT / "samples" / "yolov6n_bccd_authors.pt", ExportSettings())
     output = tmp_path_factory.mktemp("engines") / "yolov6n.onnx"
     return build_engine(graph, backend="onnxruntime", output=output)
 

@@ -32,7 +32,7 @@ from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture, fuse
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
+SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
 REFERENCE = ROOT.parent / "shared" / "checkpoints" / "yolov6n_bccd.reference.npz"
 
 

@@ -24,7 +24,7 @@ from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
 from trt_yolov6.engines.tensorrt_common import one_line
 from trt_yolov6.errors import MissingDependencyError, UserError
 
-SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd.pt"
+SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd_authors.pt"
 T4 = BuildSettings(target="t4", batch=BatchProfile(1, 2, 4), progress=False)
 
 

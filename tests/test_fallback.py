@@ -41,7 +41,7 @@ def test_multiply_adds_are_what_pytorch_counts_on_the_sample(
 ) -> None:
     graph = onnx.load(sample_engine.path)
     costs, names = layer_costs(graph), layer_names(graph)
-    model = fuse(load_checkpoint(root / "samples" / "yolov6n_bccd.pt").model)
+    model = fuse(load_checkpoint(root / "samples" / "yolov6n_bccd_authors.pt").model)
     total = sum(cost.multiply_adds for cost in costs.values())
     # As in the paper, `count_flops` takes the two transposed convolutions for four times as much.
     transposed = sum(

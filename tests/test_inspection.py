@@ -24,7 +24,7 @@ from trt_yolov6.inspection import (
     inspect_file,
 )
 
-SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd.pt"
+SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd_authors.pt"
 
 
 def graph(batch: int | str = "batch", size: int | str = 16) -> onnx.ModelProto:

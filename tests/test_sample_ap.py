@@ -59,7 +59,7 @@ def test_batch_1_gives_the_same(
 def test_every_form_of_the_graph_gives_the_same(
     settings: ExportSettings, root: Path, tmp_path: Path, reference: Evaluation
 ) -> None:
-    graph = graph_from_checkpoint(root / "samples" / "yolov6n_bccd.pt", settings)
+    graph = graph_from_checkpoint(root / "samples" / "yolov6n_bccd_authors.pt", settings)
     built = build_engine(graph, backend="onnxruntime", output=tmp_path / "engine.onnx")
     assert evaluated(built.path, root).ap == pytest.approx(reference.ap, abs=0.002)
 

@@ -19,7 +19,7 @@ from trt_yolov6.training.torch_engine import TorchEngine
 
 
 def test_it_detects_what_onnx_runtime_detects(root: Path, sample_engine: BuiltEngine) -> None:
-    checkpoint = load_checkpoint(root / "samples" / "yolov6n_bccd.pt")
+    checkpoint = load_checkpoint(root / "samples" / "yolov6n_bccd_authors.pt")
     images = [read_image(root / "samples" / "images" / "val" / "BloodImage_00007.jpg")]
     with (
         TorchEngine(checkpoint.model, checkpoint.class_names, 640) as ours,
@@ -34,7 +34,7 @@ def test_it_detects_what_onnx_runtime_detects(root: Path, sample_engine: BuiltEn
 
 
 def test_candidates_are_the_scores_above_the_threshold(root: Path) -> None:
-    checkpoint = load_checkpoint(root / "samples" / "yolov6n_bccd.pt")
+    checkpoint = load_checkpoint(root / "samples" / "yolov6n_bccd_authors.pt")
     images = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
     with TorchEngine(checkpoint.model, checkpoint.class_names, 96) as engine:
         outputs = engine.infer(images)
@@ -55,7 +55,7 @@ def test_candidates_are_the_scores_above_the_threshold(root: Path) -> None:
 
 
 def test_the_network_stays_as_it_is(root: Path) -> None:
-    model = load_checkpoint(root / "samples" / "yolov6n_bccd.pt").model.train()
+    model = load_checkpoint(root / "samples" / "yolov6n_bccd_authors.pt").model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = np.zeros((1, 64, 64, 3), np.uint8)
     with TorchEngine(model, ("a", "b", "c"), 64) as engine:

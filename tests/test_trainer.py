@@ -207,7 +207,7 @@ def test_fine_tuning_with_other_classes_keeps_all_but_the_class_predictions(
 
 
 def test_an_official_checkpoint_is_fine_tuned(data: Path, tmp_path: Path) -> None:
-    sample = ROOT / "samples" / "yolov6n_bccd.pt"
+    sample = ROOT / "samples" / "yolov6n_bccd_authors.pt"
     arguments = ["train", "--data", str(data), "--weights", str(sample), "--epochs", "1"]
     arguments += ["--batch", "4", "--imgsz", "64", "--quiet", "--output", str(tmp_path / "run")]
     assert main(arguments) == 0

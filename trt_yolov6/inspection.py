@@ -128,6 +128,8 @@ class CheckpointDetails:
     """Learned values after fusing."""
     fused_flops: int
     """Of the fused network for one image of 640 x 640, as the paper's Table 1 counts."""
+    block: str
+    """Of what the network is built: see `models.Architecture`."""
     activation: str
     regression_bins: int
     """Largest distance bin of the distribution focal loss; 0 for plain distances."""
@@ -507,6 +509,7 @@ def _inspect_checkpoint(path: Path) -> CheckpointDetails:
         parameters=count_parameters(checkpoint.model),
         fused_parameters=count_parameters(fused),
         fused_flops=count_flops(fused, CHECKPOINT_IMAGE_SIZE),
+        block=checkpoint.arch.block,
         activation=checkpoint.arch.activation,
         regression_bins=checkpoint.arch.reg_max,
         batch_norm_eps=tuple(
@@ -643,7 +646,11 @@ def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
             "FLOPs",
             f"{details.fused_flops / 1e9:.2f} G fused, at {size}x{size}, as the paper counts",
         ),
-        ("network", f"{details.activation}, box regression {boxes}, batch norm eps {eps}"),
+        (
+            "network",
+            f"{details.block} blocks, {details.activation}, box regression {boxes}, batch norm "
+            f"eps {eps}",
+        ),
     ]
     if details.training:
         settings, ap = details.training["settings"], details.training["ap"]

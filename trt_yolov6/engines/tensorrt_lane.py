@@ -1,7 +1,11 @@
-"""One batch in flight: an execution context of a TensorRT engine, its stream and its buffers.
+"""One batch in flight: execution contexts of a TensorRT engine, their stream and their buffers.
 
 An engine has one lane to begin with. A second lets a batch be copied while another one is computed;
 more serve requests side by side. Lanes share the engine's weights; each has its own scratch memory.
+
+A lane has a context for each batch size. TensorRT-RTX 1.6 loses 3.4 KB of host memory whenever a
+context runs with another shape than before, and a CUDA graph belongs to one shape. Only one of a
+lane's contexts runs at a time, so they share the scratch memory.
 """
 
 from __future__ import annotations
@@ -38,6 +42,10 @@ _COPY_THREADS = min(16, os.cpu_count() or 1)
 _Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, Stream, CandidateFilter)
 
 
+_MOST_CONTEXTS = 8
+"""Batch sizes that a lane keeps a context for."""
+
+
 @dataclass(frozen=True)
 class LanePlan:
     """What all lanes of an engine have in common."""
@@ -49,7 +57,8 @@ class LanePlan:
     engine: Any
     """The `ICudaEngine`."""
     context_config: Any
-    """Argument of `create_execution_context`; None for TensorRT, which takes none."""
+    """Argument of `create_execution_context`, which says that scratch memory is given to it; None:
+    it has its own."""
     input: TensorSpec
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
@@ -59,8 +68,28 @@ class LanePlan:
     """The outputs are `boxes` and `scores`, which the GPU can search."""
 
 
+@dataclass
+class _Binding:
+    """An `IExecutionContext` for one shape of the input, and its run recorded as a CUDA graph."""
+
+    context: Any
+    address: int
+    """Where it reads its input."""
+    runs: int = 0
+    """Since the input was there."""
+    graph: CudaGraph | None = None
+
+    def drop_graph(self, stream: Stream) -> None:
+        """Forget the recorded run: it belongs to one place of the input."""
+        self.runs = 0
+        if self.graph is not None:
+            stream.wait()
+            self.graph.free()
+            self.graph = None
+
+
 class Lane:
-    """A context with its stream (`stream`) and buffers for the largest batch.
+    """Contexts with their stream (`stream`) and buffers for the largest batch.
 
     Raises:
         OutOfGpuMemoryError: they do not fit on the GPU.
@@ -74,14 +103,12 @@ class Lane:
         self._device_outputs: dict[str, DeviceMemory] = {}
         self._host_outputs: dict[str, PinnedMemory] = {}
         self._allocators: dict[str, Any] = {}
-        self._bound: tuple[int, tuple[int, ...]] | None = None
-        self._graph: CudaGraph | None = None
+        self._bindings: dict[tuple[int, ...], _Binding] = {}
+        self._scratch: DeviceMemory | None = None
         self._record_graph = plan.record_graph
-        self._runs_as_bound = 0
         self._filter: CandidateFilter | None = None
         self._filtered = False
         self._in_use: Any = None
-        self._context: Any = None
         self._copiers = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="to-gpu")
         try:
             self._open()
@@ -168,22 +195,22 @@ class Lane:
             enqueue()
         self.stream.wait()
         profiler = _profiler(self._plan.flavour.api)
-        self._context.profiler = profiler
+        context = self._bound.context
+        context.profiler = profiler
         try:
             for _ in range(runs):
                 enqueue()
                 self.stream.wait()
         finally:
-            self._context.profiler = None
+            context.profiler = None
         times: dict[str, list[float]] = profiler.times
         return times
 
     def close(self) -> None:
         """Free what the lane holds."""
-        self._drop_graph()
-        # TensorRT wants the context gone before the engine.
-        self._context = None
-        self._bound = None
+        # TensorRT wants the contexts gone before the engine.
+        while self._bindings:
+            self._bindings.popitem()[1].drop_graph(self.stream)
         self._allocators.clear()
         self._copiers.shutdown()
         while self._owned:
@@ -193,30 +220,24 @@ class Lane:
 
     def _open(self) -> None:
         plan = self._plan
-        self._logger.clear()
-        arguments = () if plan.context_config is None else (plan.context_config,)
-        self._context = plan.engine.create_execution_context(*arguments)
-        if self._context is None:
-            raise OutOfGpuMemoryError(
-                f"{plan.flavour.label} cannot make room to run ({self._logger.reason()}); end "
-                "other programs that use the GPU, or build it for a smaller batch."
-            )
         self.stream = self._own(Stream())
+        if plan.context_config is not None:  # API: tensorrt-rtx (the other has no such argument)
+            nbytes = plan.engine.device_memory_size_v2
+            self._scratch = self._own(DeviceMemory(max(1, nbytes)))
         shape = (plan.batch.max, *(length or 0 for length in plan.input.shape[1:]))
         nbytes = math.prod(shape) * plan.input.dtype.itemsize
         self._device_input = self._own(DeviceMemory(nbytes))
         self._bind(self._device_input.address, shape)
         for output in plan.outputs:
-            largest = tuple(self._context.get_tensor_shape(output.name))
+            largest = self._output_shape(output.name)
             if min(largest, default=1) < 0:
                 # With the input's shape given, only what depends on the data is still unknown.
                 self._allocate_late(output.name)
                 continue
             nbytes = math.prod(largest) * output.dtype.itemsize
-            memory = self._own(DeviceMemory(nbytes))
-            self._device_outputs[output.name] = memory
+            self._device_outputs[output.name] = self._own(DeviceMemory(nbytes))
             self._host_outputs[output.name] = self._own(PinnedMemory(nbytes))
-            self._context.set_tensor_address(output.name, memory.address)
+        self._place_outputs(self._bound.context)
 
     def _allocate_late(self, name: str) -> None:
         """Have TensorRT ask for an output's memory when a run tells its size."""
@@ -224,10 +245,33 @@ class Lane:
         self._allocators[name] = allocator
         self._host_outputs.pop(name, None)
         self._device_outputs.pop(name, None)
-        self._context.set_output_allocator(name, allocator)
         # Allocating cannot be recorded.
         self._record_graph = False
-        self._drop_graph()
+        for binding in self._bindings.values():
+            binding.drop_graph(self.stream)
+            binding.context.set_output_allocator(name, allocator)
+
+    def _new_context(self) -> Any:
+        """Return an `IExecutionContext` that shares scratch memory and outputs with the others."""
+        plan = self._plan
+        self._logger.clear()
+        arguments = () if plan.context_config is None else (plan.context_config,)
+        context = plan.engine.create_execution_context(*arguments)
+        if not context:
+            raise OutOfGpuMemoryError(
+                f"{plan.flavour.label} cannot make room to run ({self._logger.reason()}); end "
+                "other programs that use the GPU, or build it for a smaller batch."
+            )
+        if self._scratch is not None:  # API: tensorrt-rtx (as in `_open`)
+            context.set_device_memory(self._scratch.address, self._scratch.nbytes)
+        self._place_outputs(context)
+        return context
+
+    def _place_outputs(self, context: Any) -> None:
+        for name, memory in self._device_outputs.items():
+            context.set_tensor_address(name, memory.address)
+        for name, allocator in self._allocators.items():
+            context.set_output_allocator(name, allocator)
 
     def _own(self, resource: _Resource) -> _Resource:
         """Have `close` free a resource."""
@@ -279,21 +323,43 @@ class Lane:
         for part in self._copiers.map(stage, parts):
             self.stream.copy_in(self._device_input, address, len(part) * each, part.start * each)
 
+    @property
+    def _bound(self) -> _Binding:
+        """The context that runs: the last of them."""
+        return self._bindings[next(reversed(self._bindings))]
+
     def _bind(self, address: int, shape: tuple[int, ...]) -> None:
         """Say where the input lies and of which shape it is."""
-        if self._bound == (address, shape):
-            return
-        self._drop_graph()
         name = self._plan.input.name
-        if not (
-            self._context.set_input_shape(name, shape)
-            and self._context.set_tensor_address(name, address)
-        ):
-            raise UserError(
-                f"{self._plan.path} does not take a batch of {shape[0]} "
-                f"({self._logger.reason()}); build it again for that batch."
-            )
-        self._bound = (address, shape)
+        bound = self._bindings.pop(shape, None)
+        if bound is None:
+            bound = self._spare_binding()
+            if not bound.context.set_input_shape(name, shape):
+                raise self._misfit(shape)
+        if bound.address != address:
+            bound.drop_graph(self.stream)
+            if not bound.context.set_tensor_address(name, address):
+                raise self._misfit(shape)
+            bound.address = address
+        self._bindings[shape] = bound
+
+    def _spare_binding(self) -> _Binding:
+        """Return a new context, or the one that was idle longest, if there are as many as may be.
+
+        Where each has scratch memory of its own there is one, whose shape changes.
+        """
+        most = 1 if self._scratch is None else _MOST_CONTEXTS
+        if len(self._bindings) < most:
+            return _Binding(self._new_context(), 0)
+        spare = self._bindings.pop(next(iter(self._bindings)))
+        spare.drop_graph(self.stream)
+        return spare
+
+    def _misfit(self, shape: tuple[int, ...]) -> UserError:
+        return UserError(
+            f"{self._plan.path} does not take a batch of {shape[0]} ({self._logger.reason()}); "
+            "build it again for that batch."
+        )
 
     def _enqueue(self) -> None:
         """Put one run of the bound input on the stream.
@@ -302,21 +368,22 @@ class Lane:
         a small network has some sixty of them, and launching each takes longer than its work. The
         first run is for what TensorRT does only once.
         """
-        if self._graph is None and self._record_graph and self._runs_as_bound:
+        bound = self._bound
+        if bound.graph is None and self._record_graph and bound.runs:
             try:
                 with self.stream.capture() as graph:
-                    self._execute()
-                self._graph = graph
+                    self._execute(bound.context)
+                bound.graph = graph
             except UserError:  # a layer that cannot be recorded: nothing is lost but speed
                 self._record_graph = False
-        if self._graph is not None:
-            self._graph.launch(self.stream)
+        if bound.graph is not None:
+            bound.graph.launch(self.stream)
         else:
-            self._execute()
-        self._runs_as_bound += 1
+            self._execute(bound.context)
+        bound.runs += 1
 
-    def _execute(self) -> None:
-        if self._context.execute_async_v3(self.stream.handle):
+    def _execute(self, context: Any) -> None:
+        if context.execute_async_v3(self.stream.handle):
             return
         for allocator in self._allocators.values():
             if allocator.error is not None:
@@ -327,14 +394,6 @@ class Lane:
             f"{self._plan.path} does not run on the {self._plan.device} "
             f"({self._logger.reason()}); build it again on this machine."
         )
-
-    def _drop_graph(self) -> None:
-        """Forget the recorded run: it belongs to one shape and one place of the input."""
-        self._runs_as_bound = 0
-        if self._graph is not None:
-            self.stream.wait()
-            self._graph.free()
-            self._graph = None
 
     def _copy_outputs(self) -> None:
         for output in self._plan.outputs:
@@ -347,7 +406,7 @@ class Lane:
         if name in self._allocators:
             shape: tuple[int, ...] = self._allocators[name].shape
             return shape
-        return tuple(int(length) for length in self._context.get_tensor_shape(name))
+        return tuple(int(length) for length in self._bound.context.get_tensor_shape(name))
 
     def _output_memory(self, name: str) -> DeviceMemory:
         memory = self._device_outputs.get(name) or self._allocators[name].memory

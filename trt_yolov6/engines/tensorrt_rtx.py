@@ -183,14 +183,7 @@ def _capabilities(flavour: Flavour, target: str | None) -> tuple[str, ...]:
 def _check_fp8(target: str | None, capabilities: tuple[str, ...]) -> None:
     """Refuse a target that has no FP8, or is to be any GPU, of which some have none."""
     if target is None:
-        device = cuda_device.current_device()
-        check_fp8(device)
-        if device.capability == (9, 0):
-            # 1.6.1 on an H200: scores near 1 everywhere, AP 0 (0.52 by the same graph on a CPU).
-            raise UserError(
-                f"TensorRT-RTX computes FP8 wrongly on the {device.name}, and slower than half "
-                "precision; build with --fp16, or use --backend tensorrt."
-            )
+        check_fp8(cuda_device.current_device())
         return
     # `portable` names none, and would serve Ampere too.
     versions = [(int(name[2:-1]), int(name[-1])) for name in capabilities] or [(8, 0)]
@@ -234,7 +227,8 @@ def _target_setter(api: Any, capabilities: tuple[str, ...]) -> Callable[[Any], N
 
 
 def _runtime_config(api: Any, cache: RuntimeCache, cuda_graph: bool) -> Callable[[Any], Any]:
-    """Return what makes an `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache.
+    """Return what makes an `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache, and
+    scratch memory from outside, which the contexts of a lane share.
 
     Eager: the kernels of a batch size are compiled before its first run, not during the first few.
     By default a slower kernel that fits all shapes runs meanwhile, and timings and the last bits of
@@ -250,6 +244,9 @@ def _runtime_config(api: Any, cache: RuntimeCache, cuda_graph: bool) -> Callable
             api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             if cuda_graph
             else api.CudaGraphStrategy.DISABLED
+        )
+        config.set_execution_context_allocation_strategy(
+            api.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         cache.attach(config)
         return config

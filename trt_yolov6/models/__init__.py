@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trt_yolov6.models.complexity import count_flops, count_parameters
-from trt_yolov6.models.fusion import fuse, is_fused
+from trt_yolov6.models.fusion import fuse, is_fused, single_branch
 from trt_yolov6.models.network import YOLOv6, build_model
 from trt_yolov6.models.variants import STRIDES, VARIANTS, Architecture, architecture
 
@@ -18,4 +18,5 @@ __all__ = [
     "count_parameters",
     "fuse",
     "is_fused",
+    "single_branch",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trt_yolov6.models.variants import ActivationName, Architecture
@@ -47,7 +50,7 @@ class ConvBN(nn.Module):
 
 
 class ConvAct(nn.Module):
-    """The fused form of `ConvBN` and `RepConv`: one convolution with bias, then the activation."""
+    """The fused form of a block: one convolution with bias, then the activation."""
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
         super().__init__()
@@ -82,22 +85,64 @@ class RepConv(nn.Module):
         return out
 
 
+class ScaledRepConv(nn.Module):
+    """The block of RepOptimizer's hyper-search (paper, 2.5.1; arXiv 2205.15242, Section 3).
+
+    The branches of `RepConv`, each followed by a learned scale a channel in place of a batch
+    normalization; one normalization behind their sum. That much is linear, so the branches are
+    added up as kernels and one convolution is run: the same function, the same gradients.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, act: ActivationName = "relu"
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.dense = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        self.pointwise = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
+        for kernel in (self.dense, self.pointwise):
+            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))  # as nn.Conv2d starts
+        # The authors of YOLOv6 start all scales at 1.
+        self.dense_scale = nn.Parameter(torch.ones(out_channels))
+        self.pointwise_scale = nn.Parameter(torch.ones(out_channels))
+        has_identity = in_channels == out_channels and stride == 1
+        self.identity_scale = nn.Parameter(torch.ones(out_channels)) if has_identity else None
+        self.bn = batch_norm(out_channels)
+        self.act = activation(act)
+
+    def kernel(self) -> Tensor:
+        """Return the sum of the scaled branches as one 3x3 kernel: (out, in, 3, 3)."""
+        centre = self.pointwise_scale[:, None, None, None] * self.pointwise
+        if self.identity_scale is not None:
+            centre = centre + torch.diag(self.identity_scale)[:, :, None, None]
+        return self.dense_scale[:, None, None, None] * self.dense + F.pad(centre, (1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h/stride, w/stride)."""
+        total = F.conv2d(x, self.kernel(), stride=self.stride, padding=1)
+        out: Tensor = self.act(self.bn(total))
+        return out
+
+
 def basic_block(
     arch: Architecture, in_channels: int, out_channels: int, stride: int = 1
-) -> RepConv | ConvBN:
+) -> RepConv | ScaledRepConv | ConvBN:
     """Return the 3x3 block this architecture is built of."""
     if arch.block == "repvgg":
         return RepConv(in_channels, out_channels, stride, arch.activation)
-    # The authors' plain convolutions in L carry a bias although batch normalization follows. The
-    # branch-free S that RepOptimizer trains has none.
-    return ConvBN(
-        in_channels,
-        out_channels,
-        3,
-        stride,
-        arch.activation,
-        bias=arch.csp_ratio is not None,
-    )
+    if arch.block == "scaled":
+        return ScaledRepConv(in_channels, out_channels, stride, arch.activation)
+    bias = has_conv_bias(arch)
+    return ConvBN(in_channels, out_channels, 3, stride, arch.activation, bias=bias)
+
+
+def has_conv_bias(arch: Architecture) -> bool:
+    """Return True where 3x3 blocks of one convolution carry a bias.
+
+    The authors' plain convolutions in L do, although batch normalization follows. The branch-free
+    S that RepOptimizer trains has none.
+    """
+    return arch.csp_ratio is not None
 
 
 class BottleRep(nn.Module):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trt_yolov6.models.blocks import ConvAct, ConvBN, RepConv
+from trt_yolov6.models.blocks import ConvAct, ConvBN, RepConv, ScaledRepConv, has_conv_bias
 from trt_yolov6.models.network import YOLOv6
 
 
@@ -34,8 +35,49 @@ def _fuse_children(module: nn.Module) -> None:
             setattr(module, name, fuse_conv_bn(child))
         elif isinstance(child, RepConv):
             setattr(module, name, fuse_rep_conv(child))
+        elif isinstance(child, ScaledRepConv):
+            setattr(module, name, fuse_conv_bn(merge_scaled(child)))
         else:
             _fuse_children(child)
+
+
+def single_branch(model: YOLOv6) -> YOLOv6:
+    """Return the network that RepOptimizer trains, of a hyper-search network: the same function.
+
+    The scaled branches of each block are added up to one kernel; batch normalizations stay. The
+    result is in the mode of `model` (training or eval) and shares nothing with it.
+    """
+    merged = copy.deepcopy(model)
+    merged.arch = dataclasses.replace(model.arch, block="conv")
+    _merge_children(merged, bias=has_conv_bias(merged.arch))
+    return merged
+
+
+def _merge_children(module: nn.Module, *, bias: bool) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, ScaledRepConv):
+            setattr(module, name, merge_scaled(child, bias=bias))
+        else:
+            _merge_children(child, bias=bias)
+
+
+def merge_scaled(block: ScaledRepConv, *, bias: bool = False) -> ConvBN:
+    """Add up the scaled branches of a block to one convolution before its normalization.
+
+    Args:
+        block: of a hyper-search network.
+        bias: give the convolution a bias of zeros.
+    """
+    out_channels, in_channels = block.dense.shape[:2]
+    merged = ConvBN(in_channels, out_channels, 3, block.stride, bias=bias)
+    merged.conv.to(block.dense)
+    with torch.no_grad():
+        merged.conv.weight.copy_(block.kernel())
+        if merged.conv.bias is not None:
+            merged.conv.bias.zero_()
+    merged.bn = copy.deepcopy(block.bn)
+    merged.act = copy.deepcopy(block.act)
+    return merged.train(block.training)
 
 
 def fuse_conv_bn(block: ConvBN) -> ConvAct:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from trt_yolov6.errors import UserError
 
-BlockKind = Literal["repvgg", "conv"]
+BlockKind = Literal["repvgg", "conv", "scaled"]
 ActivationName = Literal["relu", "silu"]
 HeadKind = Literal["distance", "offset"]
 
@@ -36,7 +36,8 @@ class Architecture:
     neck_repeats: tuple[int, int, int, int]
     """Length of the neck's topdown4, topdown3, bottomup4 and bottomup5, counted likewise."""
     block: BlockKind
-    """`repvgg`: 3x3, 1x1 and identity branches while training; `conv`: one 3x3 convolution."""
+    """`repvgg`: 3x3, 1x1 and identity branches while training, each normalized; `conv`: one 3x3
+    convolution; `scaled`: the branches with learned scales, which RepOptimizer is made from."""
     csp_ratio: float | None
     """Hidden over output channels of a CSPStackRep block; None for plain RepBlocks."""
     activation: ActivationName

@@ -41,8 +41,9 @@ class QuantizedType:
     channel_scales: bool
     """Weights have a scale for each output channel, else one for all.
 
-    With several, TensorRT-RTX multiplies by them behind the convolution, in a kernel of its own
-    that reads float32: INT8 needs them for its accuracy, FP8 does not.
+    INT8 needs them for its accuracy. FP8 needs them because TensorRT-RTX 1.6.1 leaves a single one
+    out on an H200: its convolutions then give the products of the codes, or those within 448,
+    where with a scale for each channel they give what ONNX Runtime does.
     """
 
     @property
@@ -133,7 +134,7 @@ _ERROR_BELOW = np.concatenate([[0.0], np.cumsum(2 * _HALF_GAPS**3 / 3)])
 
 INT8 = QuantizedType("int8", "INT8", 127, 3, 13, is_floating=False, channel_scales=True)
 
-FP8 = QuantizedType("fp8", "FP8", 448, 17, 19, is_floating=True, channel_scales=False)
+FP8 = QuantizedType("fp8", "FP8", 448, 17, 19, is_floating=True, channel_scales=True)
 
 QUANTIZED_TYPES: dict[str, QuantizedType] = {one.name: one for one in (INT8, FP8)}
 """By name."""

@@ -508,7 +508,7 @@ def _cost(metric: str, value: float) -> float:
 
 
 def _axes(batches: Sequence[int]) -> list[tuple[int, str]]:
-    """Return each chart's batch size and axis: latency of the smallest, throughput of the largest."""
+    """Return the batch size and axis of each chart."""
     if not batches:
         return []
     return [(batches[0], "latency"), (batches[-1], "throughput")]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from trt_yolov6.training.rep_optimizer import reparameterize
 from trt_yolov6.training.schedule import NOMINAL_BATCH, Plan, learning_rate, momentum
 
 
@@ -55,7 +57,7 @@ def default_optimizer(variant: str, *, fine_tuning: bool = False) -> OptimizerSe
 
 
 def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Sort the parameters into normalization and shortcut weights, kernels, and biases.
+    """Sort the parameters into weights of normalizations, shortcuts and branches, kernels, biases.
 
     Only kernels (of convolutions, transposed ones too) decay.
     """
@@ -73,7 +75,12 @@ def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def make_optimizer(
-    model: nn.Module, settings: OptimizerSettings, batch: int, *, fused: bool
+    model: nn.Module,
+    settings: OptimizerSettings,
+    batch: int,
+    *,
+    fused: bool,
+    multipliers: Mapping[str, Tensor] | None = None,
 ) -> torch.optim.SGD:
     """Return the optimizer of a network, with the three groups of `parameter_groups`.
 
@@ -82,6 +89,7 @@ def make_optimizer(
         settings: learning rate, momentum, decay.
         batch: images a step, of all processes together.
         fused: one kernel for all parameters, on a GPU.
+        multipliers: of gradients, by parameter name: RepOptimizer's.
     """
     accumulate = settings.accumulate or max(1, round(NOMINAL_BATCH / batch))
     decay = settings.weight_decay * batch * accumulate / NOMINAL_BATCH
@@ -91,13 +99,17 @@ def make_optimizer(
         {"params": kernels, "weight_decay": decay},
         {"params": biases, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,
         momentum=settings.momentum,
         nesterov=settings.momentum > 0,
         fused=fused,
     )
+    if multipliers:
+        parameters = dict(model.named_parameters())
+        reparameterize(optimizer, {parameters[name]: m for name, m in multipliers.items()})
+    return optimizer
 
 
 def set_rates(

@@ -24,6 +24,7 @@ from trt_yolov6.training.augmentation import AugmentationSettings, augmentation_
 from trt_yolov6.training.data_check import OnBadData
 from trt_yolov6.training.losses import DistillationSettings, LossSettings, default_losses
 from trt_yolov6.training.optimizer import OptimizerSettings, default_optimizer
+from trt_yolov6.training.rep_optimizer import RepOptimizerSettings
 
 Value = TypeVar("Value")
 
@@ -90,6 +91,8 @@ class TrainSettings:
     """Checkpoint of the teacher of self-distillation (paper, 2.4.2)."""
     distillation: DistillationSettings | None = None
     """How the student is held to the teacher; goes with `teacher`."""
+    rep_optimizer: RepOptimizerSettings | None = None
+    """Train a single-branch network as if it had branches (paper, 2.5.1); None: as it is."""
     compile: bool = False
     """Compile the network with torch.compile."""
     deterministic: bool = False
@@ -109,6 +112,7 @@ def recipe_for(
     *,
     options: ArchitectureOptions | None = None,
     weights: Checkpoint | None = None,
+    scales: Checkpoint | None = None,
     epochs: int = 300,
     plain_epochs: int | None = None,
     image_size: int = 640,
@@ -122,6 +126,7 @@ def recipe_for(
         options: what to build differently.
         weights: checkpoint to start from, which then says what the network is; the optimizer's
             values are those for fine-tuning, and no other assigner is at work at first.
+        scales: hyper-search network for RepOptimizer, which then says what the network is.
         epochs: passes over the training split.
         plain_epochs: last epochs without Mosaic and Mixup; None: 15, but at most a quarter of all.
         image_size: side of the input in pixels.
@@ -131,7 +136,8 @@ def recipe_for(
         UserError: there is no such variant, or a value is out of range.
     """
     options = options or ArchitectureOptions()
-    arch = weights.arch if weights else adapted(architecture(variant), options)
+    source = weights or scales
+    arch = source.arch if source else adapted(architecture(variant), options)
     losses = default_losses(arch)
     if weights:
         # The other assigner is for predictions that say nothing yet.
@@ -145,6 +151,8 @@ def recipe_for(
         "plain_epochs": min(15, epochs // 4) if plain_epochs is None else plain_epochs,
         **others,
     }
+    if scales:
+        values["rep_optimizer"] = RepOptimizerSettings(scales=str(scales.path))
     if values.get("teacher") is not None and values.get("distillation") is None:
         values["distillation"] = DistillationSettings(epochs=epochs)
     return TrainSettings(
@@ -155,6 +163,25 @@ def recipe_for(
         epochs=epochs,
         image_size=image_size,
         **values,
+    )
+
+
+def search_settings(settings: TrainSettings) -> TrainSettings:
+    """Return the settings of the hyper-search that a training with RepOptimizer begins with.
+
+    The same recipe on the network of scaled branches, without a teacher, and as long as asked for.
+    """
+    assert settings.rep_optimizer is not None
+    epochs = settings.rep_optimizer.search_epochs or settings.epochs
+    plain = settings.plain_epochs
+    return dataclasses.replace(
+        settings,
+        architecture=dataclasses.replace(settings.architecture, block="scaled"),
+        rep_optimizer=None,
+        teacher=None,
+        distillation=None,
+        epochs=epochs,
+        plain_epochs=plain if epochs == settings.epochs else min(plain, epochs // 4),
     )
 
 
@@ -293,6 +320,7 @@ def _restored(kind: Any, value: Any) -> Any:
 
 def _check(settings: TrainSettings) -> None:
     optimizer = settings.optimizer
+    rep = settings.rep_optimizer or RepOptimizerSettings()
     stride = max(STRIDES)
     checks = [
         (settings.epochs >= 1, f"{settings.epochs} epochs are none; give --epochs 1 or more"),
@@ -335,6 +363,23 @@ def _check(settings: TrainSettings) -> None:
         (
             (settings.teacher is None) == (settings.distillation is None),
             "self-distillation needs a teacher; give --distill TEACHER.pt",
+        ),
+        (
+            settings.rep_optimizer is None or settings.weights is None,
+            "RepOptimizer starts from random weights and its scales; leave --weights or "
+            "--rep-optimizer out",
+        ),
+        (
+            settings.rep_optimizer is None or settings.architecture.block is None,
+            "RepOptimizer says what the blocks are; leave --block or --rep-optimizer out",
+        ),
+        (
+            rep.scales is None or rep.search_epochs is None,
+            f"the scales are there already, in {rep.scales}; leave --search-epochs out",
+        ),
+        (
+            rep.search_epochs is None or rep.search_epochs >= 1,
+            f"{rep.search_epochs} epochs of search are none; give --search-epochs 1 or more",
         ),
     ]
     for fine, complaint in checks:

@@ -1,19 +1,23 @@
-"""The network that a training starts from: random weights, or a checkpoint's."""
+"""The network that a training starts from: random weights, a checkpoint's, or RepOptimizer's."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trt_yolov6.checkpoint import Checkpoint, load_checkpoint
 from trt_yolov6.errors import UserError
+from trt_yolov6.models.fusion import single_branch
 from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.models.network import YOLOv6, build_model
 from trt_yolov6.models.variants import architecture
 from trt_yolov6.training.recipe import TrainSettings, adapted
+from trt_yolov6.training.rep_optimizer import check_scales, copy_scales, gradient_multipliers
 from trt_yolov6.training.schedule import derived_seed
 
 
@@ -24,13 +28,23 @@ class Start:
     model: YOLOv6
     notes: tuple[str, ...]
     """Sentences."""
+    multipliers: Mapping[str, Tensor] = field(default_factory=dict)
+    """RepOptimizer's multipliers of gradients, by the name of the parameter; none without it."""
 
 
-def starting_model(settings: TrainSettings, class_names: tuple[str, ...]) -> Start:
+def starting_model(
+    settings: TrainSettings, class_names: tuple[str, ...], *, scales: str | Path | None = None
+) -> Start:
     """Return the network that a training starts from.
 
     Its random weights depend on the seed alone. From a checkpoint all weights are taken, but for
     the class predictions where the number of classes is another.
+
+    Args:
+        settings: of the training.
+        class_names: of the data set.
+        scales: RepOptimizer's: checkpoint of the hyper-search network, which then says what the
+            network is; of its weights, only the scales are taken.
 
     Raises:
         UserError: the checkpoint cannot be read, is fused, or is not what the settings say.
@@ -38,6 +52,8 @@ def starting_model(settings: TrainSettings, class_names: tuple[str, ...]) -> Sta
     generator_state = torch.get_rng_state()
     torch.manual_seed(derived_seed(settings.seed, "weights"))
     try:
+        if scales is not None:
+            return _from_scales(settings, load_checkpoint(scales), class_names)
         if settings.weights is None:
             arch = adapted(architecture(settings.variant, len(class_names)), settings.architecture)
             model = build_model(arch)
@@ -52,16 +68,8 @@ def _from_checkpoint(
     settings: TrainSettings, checkpoint: Checkpoint, class_names: tuple[str, ...]
 ) -> Start:
     check_trainable(checkpoint)
+    _check_agreement(settings, checkpoint)
     arch = checkpoint.arch
-    if settings.variant != arch.name:
-        raise UserError(
-            f"{checkpoint.path} holds {arch.name}, not {settings.variant}; leave --model out."
-        )
-    if adapted(arch, settings.architecture) != arch:
-        raise UserError(
-            f"{checkpoint.path} fixes the architecture; leave options that change it out, or "
-            "train from random weights."
-        )
     if arch.num_classes == len(class_names):
         notes = [f"all weights are taken from {checkpoint.path}."]
         if checkpoint.class_names != class_names:
@@ -85,6 +93,38 @@ def _from_checkpoint(
             f"{len(own)} tensors are taken over.",
         ),
     )
+
+
+def _from_scales(
+    settings: TrainSettings, checkpoint: Checkpoint, class_names: tuple[str, ...]
+) -> Start:
+    """Return the single-branch network that equals branches of random weights with the scales."""
+    check_scales(checkpoint)
+    if settings.rep_optimizer is not None and settings.rep_optimizer.scales is not None:
+        _check_agreement(settings, checkpoint)
+    search = build_model(dataclasses.replace(checkpoint.arch, num_classes=len(class_names)))
+    reset_predictions(search)
+    copy_scales(checkpoint.model, search)
+    multipliers = gradient_multipliers(search)
+    return Start(
+        single_branch(search),
+        (f"RepOptimizer's scales of {len(multipliers)} blocks are those of {checkpoint.path}.",),
+        multipliers,
+    )
+
+
+def _check_agreement(settings: TrainSettings, checkpoint: Checkpoint) -> None:
+    """Refuse settings that ask for another network than the checkpoint's."""
+    arch = checkpoint.arch
+    if settings.variant != arch.name:
+        raise UserError(
+            f"{checkpoint.path} holds {arch.name}, not {settings.variant}; leave --model out."
+        )
+    if adapted(arch, settings.architecture) != arch:
+        raise UserError(
+            f"{checkpoint.path} fixes the architecture; leave options that change it out, or "
+            "train from random weights."
+        )
 
 
 def check_trainable(checkpoint: Checkpoint) -> None:

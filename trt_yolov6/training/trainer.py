@@ -7,6 +7,7 @@ optimizer, ema -> weights       torch_engine -> AP        run_state -> resuming
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import statistics
 import time
@@ -33,7 +34,7 @@ from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
 from trt_yolov6.training.losses import Losses, detection_loss
 from trt_yolov6.training.optimizer import make_optimizer, set_rates
 from trt_yolov6.training.processes import Processes, joined, with_common_statistics
-from trt_yolov6.training.recipe import TrainSettings, settings_from_json
+from trt_yolov6.training.recipe import TrainSettings, search_settings, settings_from_json
 from trt_yolov6.training.run_log import RunLog, read_log
 from trt_yolov6.training.run_state import (
     Learner,
@@ -60,6 +61,8 @@ SETTINGS_FILE = "settings.json"
 BEST_FILE = "best.pt"
 LAST_FILE = "last.pt"
 DATA_REPORT_FILE = "bad_data.json"
+SEARCH_FOLDER = "search"
+"""Of the hyper-search that a training with RepOptimizer begins with, in its own folder."""
 
 PARTS = ("total", "class", "box", "dfl", "objectness", "distill_class", "distill_box")
 """The losses that are logged."""
@@ -139,6 +142,8 @@ def train(
     Writes into the folder: `last.pt` and `best.pt` (the moving average of the weights, for
     `build`), `log.jsonl`, `settings.json`, `state.pt` (to resume from) and TensorBoard's files.
     Under torchrun, every process calls this with the same arguments, and the first one writes.
+    With RepOptimizer and no scales yet, the search for them comes first, as a training of its own
+    in the folder `search` inside.
 
     Args:
         settings: all that decides the result; see `recipe.recipe_for`.
@@ -166,28 +171,77 @@ def train(
                 speak(sentence)
 
         state = _open_folder(folder, settings, resume, processes)
-        run = _prepare(settings, folder, processes, progress and processes.is_first, note)
-        done = Progress() if state is None else restore(state, run.learner)
-        del state
-        # Only now: what cannot be trained leaves no run behind.
-        if processes.is_first:
-            write_json(folder / SETTINGS_FILE, settings.to_json())
-        _train_steps(run, done, state_seconds)
-        lines = read_log(folder) if processes.is_first else []
-        times = [line["seconds"] for line in lines]
-        return TrainResult(
-            folder=folder,
-            last=folder / LAST_FILE,
-            best=folder / BEST_FILE if done.best_epoch else None,
-            last_ap=lines[-1].get("AP") if lines else None,
-            best_ap=done.best_ap,
-            best_epoch=done.best_epoch,
-            epochs=settings.epochs,
-            epoch_seconds=statistics.median(times) if times else 0.0,
-            wall_seconds=time.perf_counter() - start,
-            notes=tuple(notes),
-            log=tuple(lines),
+        scales = None
+        if settings.rep_optimizer is not None:
+            scales = settings.rep_optimizer.scales or _search(
+                settings, folder, processes, note, state, resume, progress, state_seconds
+            )
+        run = _prepare(
+            settings, folder, processes, progress and processes.is_first, note, scales=scales
         )
+        result = _trained(run, state, state_seconds)
+        return dataclasses.replace(
+            result, wall_seconds=time.perf_counter() - start, notes=tuple(notes)
+        )
+
+
+def _search(
+    settings: TrainSettings,
+    folder: Path,
+    processes: Processes,
+    note: Callable[[str], None],
+    state: dict[str, Any] | None,
+    resume: bool,
+    progress: bool,
+    state_seconds: float,
+) -> Path:
+    """Do RepOptimizer's hyper-search, or what is left of it; return its checkpoint.
+
+    The last one: scales are what a whole training makes of them, whatever the AP on the way.
+    """
+    place = folder / SEARCH_FOLDER
+    last, wanted = place / LAST_FILE, search_settings(settings)
+    if state is not None:
+        return last
+    again = resume and (place / SETTINGS_FILE).exists()
+    if again and last.exists():
+        training = load_checkpoint(last).training
+        if training is not None and training.epoch == wanted.epochs:
+            return last
+    state = _open_folder(place, wanted, again, processes)
+    run = _prepare(wanted, place, processes, progress and processes.is_first, note)
+    if processes.is_first:
+        write_json(folder / SETTINGS_FILE, settings.to_json())
+    result = _trained(run, state, state_seconds)
+    ap = "" if result.last_ap is None else f", AP {result.last_ap:.4f}"
+    note(f"the search for scales is over after {wanted.epochs} epochs{ap}.")
+    return last
+
+
+def _trained(run: _Run, state: dict[str, Any] | None, state_seconds: float) -> TrainResult:
+    """Train to the end, from a state or from the start; notes are the caller's to add."""
+    folder, settings = run.folder, run.settings
+    done = Progress() if state is None else restore(state, run.learner)
+    # Only now: what cannot be trained leaves no run behind.
+    if run.processes.is_first:
+        write_json(folder / SETTINGS_FILE, settings.to_json())
+    start = time.perf_counter()
+    _train_steps(run, done, state_seconds)
+    lines = read_log(folder) if run.processes.is_first else []
+    times = [line["seconds"] for line in lines]
+    return TrainResult(
+        folder=folder,
+        last=folder / LAST_FILE,
+        best=folder / BEST_FILE if done.best_epoch else None,
+        last_ap=lines[-1].get("AP") if lines else None,
+        best_ap=done.best_ap,
+        best_epoch=done.best_epoch,
+        epochs=settings.epochs,
+        epoch_seconds=statistics.median(times) if times else 0.0,
+        wall_seconds=time.perf_counter() - start,
+        notes=(),
+        log=tuple(lines),
+    )
 
 
 def stored_settings(folder: str | Path) -> TrainSettings:
@@ -273,6 +327,8 @@ def _prepare(
     processes: Processes,
     progress: bool,
     note: Callable[[str], None],
+    *,
+    scales: str | Path | None = None,
 ) -> _Run:
     if settings.batch % processes.world:
         raise UserError(
@@ -305,7 +361,7 @@ def _prepare(
             f"{len(data.report.problems)} problems of the data were left out of training; see "
             f"{folder / DATA_REPORT_FILE}."
         )
-    start = starting_model(settings, data.class_names)
+    start = starting_model(settings, data.class_names, scales=scales)
     for sentence in start.notes:
         note(sentence)
     model = start.model.train()
@@ -320,7 +376,9 @@ def _prepare(
     _set_normalizations(model, plan)
     on_gpu = device.type == "cuda"
     autocast = _autocast_type(settings, device)
-    optimizer = make_optimizer(model, settings.optimizer, settings.batch, fused=on_gpu)
+    optimizer = make_optimizer(
+        model, settings.optimizer, settings.batch, fused=on_gpu, multipliers=start.multipliers
+    )
     average = WeightAverage(model, *average_for(plan.total_updates, settings.ema_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     teacher = _teacher(settings, model, data.class_names, device)
@@ -433,7 +491,7 @@ def _train_steps(run: _Run, done: Progress, state_seconds: float) -> None:
             tqdm(
                 total=plan.total_steps,
                 initial=done.step,
-                desc="train",
+                desc="search" if run.model.arch.block == "scaled" else "train",
                 unit="step",
                 disable=None if run.progress else True,
             )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from trt_yolov6.cli.options import Commands, add_command
 
 DEFAULT_OUTPUT = Path("report.html")
 
 
-def add(commands: Any) -> None:
-    """Add the command's parser."""
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
     text = "make a page (HTML), Markdown or CSV of what `compare` found"
-    parser = commands.add_parser("report", help=text, description=text, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = add_command(commands, "report", run, text)
     parser.add_argument(
         "results",
         type=Path,

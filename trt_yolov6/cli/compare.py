@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trt_yolov6.cli.options import Commands, add_command, add_quiet, positive
+from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.comparison.plan import Plan
 
 DEFAULT_OUTPUT = Path("runs/compare")
 
@@ -18,18 +23,15 @@ _PLAN_OPTIONS = (
 )
 
 
-def add(commands: Any) -> None:
-    """Add the command's parser."""
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
     text = "compare detectors at several precisions and batch sizes: AP, latency, layers"
-    parser = commands.add_parser(
-        "compare",
-        help=text,
-        description=f"{text}. Goes on where an earlier comparison in --output was interrupted; "
-        "what has not changed is not measured again.",
-        epilog="Exit code: 0 done; 1 the gate failed; 2 wrong usage or bad input.",
-        allow_abbrev=False,
+    parser = add_command(commands, "compare", run, text)
+    parser.description = (
+        f"{text}. Goes on where an earlier comparison in --output was interrupted; what has not "
+        "changed is not measured again."
     )
-    parser.set_defaults(run=run)
+    parser.epilog = "Exit code: 0 done; 1 the gate failed; 2 wrong usage or bad input."
     parser.add_argument(
         "models",
         type=Path,
@@ -54,10 +56,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"({DEFAULT_OUTPUT})")
     parser.add_argument("--again", action="store_true", help="measure latencies anew")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_quiet(parser)
 
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--rounds", type=int, metavar="N", help="turns an engine gets (8)")
+    how.add_argument("--rounds", type=positive, metavar="N", help="turns an engine gets (8)")
     how.add_argument(
         "--duration", type=float, metavar="S", help="seconds an engine and batch size (10)"
     )
@@ -65,9 +67,9 @@ def add(commands: Any) -> None:
     how.add_argument("--examples", type=int, metavar="N", help="images kept for the report (3)")
     how.add_argument("--conf", type=float, help="confidence threshold (0.03)")
     how.add_argument("--iou", type=float, help="IoU threshold of NMS (0.65)")
-    how.add_argument("--max-detections", type=int, help="boxes kept an image (300)")
+    how.add_argument("--max-detections", type=positive, help="boxes kept an image (300)")
     how.add_argument("--border", type=int, help="gray pixels on each side (0)")
-    how.add_argument("--threads", type=int, help="CPU threads of ONNX Runtime")
+    how.add_argument("--threads", type=positive, help="CPU threads of ONNX Runtime")
     how.add_argument("--provider", choices=("cpu", "cuda", "tensorrt"), help="of ONNX Runtime")
 
     gate = parser.add_argument_group("gate")
@@ -115,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     # Read first: the comparison may write to where it lies.
     baseline = read_results(options.baseline) if options.baseline else None
     results = compare(
-        plan, options.output, again=options.again, tell=_say, progress=not options.quiet
+        plan, options.output, again=options.again, tell=say, progress=not options.quiet
     )
     print(format_results(results))
     print(f"{options.output / FILE}: written")
@@ -131,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if verdict.ok else 1
 
 
-def _plan(options: argparse.Namespace) -> Any:
+def _plan(options: argparse.Namespace) -> Plan:
     from trt_yolov6.comparison.plan import YAML_SUFFIXES, Plan, entries_for, read_plan
 
     changes: dict[str, Any] = {
@@ -151,19 +153,15 @@ def _plan(options: argparse.Namespace) -> Any:
     return read_plan(plans[0], **changes)
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
 def _texts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     parts = _texts(text)
-    if not parts or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+    if not parts:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers above 0")
-    return tuple(int(part) for part in parts)
+    return tuple(positive(part) for part in parts)
 
 
 def _percent(text: str) -> float:

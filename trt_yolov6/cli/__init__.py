@@ -1,0 +1,85 @@
+"""The commands, one module each: parsing and printing only. The work is done by what they call.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+
+A command's module has `add`, which adds it to the parser, and `run`, which is called with its
+options. `options` holds what several have in common, `graphs` and `engines` turn options into
+values, `output` prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from trt_yolov6 import __version__
+from trt_yolov6.cli import (
+    bench,
+    build,
+    compare,
+    doctor,
+    eval,
+    export,
+    infer,
+    inspect,
+    report,
+    sensitivity,
+    train,
+)
+from trt_yolov6.cli.options import Parser
+from trt_yolov6.cli.output import check_json
+from trt_yolov6.errors import UserError
+
+_COMMANDS = (
+    *(build, export, bench, eval, infer, compare, report, sensitivity, train, inspect, doctor),
+)
+"""In the order in which `--help` lists them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0 done, 1 a comparison fell short of its baseline, 2 wrong usage or bad input.
+    """
+    options = parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int | None] = options.run
+    try:
+        check_json(getattr(options, "json", None))
+        code = run(options)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"trt-yolov6 {options.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package == "trt_yolov6":
+            raise
+        print(
+            f"trt-yolov6 {options.command}: this needs the Python package {package}, which is not "
+            "installed; `trt-yolov6 doctor` says how to get it.",
+            file=sys.stderr,
+        )
+        return 2
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"trt-yolov6 {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return code or 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    whole = Parser(
+        prog="trt-yolov6",
+        description="YOLOv6 from a trained checkpoint to a measured, validated engine.",
+    )
+    whole.add_argument("--version", action="version", version=f"trt-yolov6 {__version__}")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add(commands)
+    return whole

@@ -1,0 +1,95 @@
+"""`bench`: latency and throughput."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trt_yolov6.cli.engines import load, newest_engine, nms_settings
+from trt_yolov6.cli.options import (
+    SAMPLE_IMAGES,
+    Commands,
+    add_command,
+    add_json,
+    add_loading,
+    add_thresholds,
+    positive,
+)
+from trt_yolov6.cli.output import write_result
+from trt_yolov6.errors import UserError
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = add_command(commands, "bench", run, "measure latency and throughput")
+    parser.add_argument(
+        "--engine", type=Path, nargs="+", help="one or several; default: the newest in engines/"
+    )
+    parser.add_argument("--batch", type=positive, default=1, help="images a run (1)")
+    parser.add_argument(
+        "--streams", type=positive, default=1, help="batches side by side on a GPU (1)"
+    )
+    parser.add_argument(
+        "--duration", type=float, default=10.0, help="most seconds of measuring an engine (10)"
+    )
+    parser.add_argument(
+        "--layers", action="store_true", help="TensorRT: also the time of each layer"
+    )
+    parser.add_argument(
+        "--end-to-end", action="store_true", help="with decoding, letterbox and NMS, in sequence"
+    )
+    parser.add_argument(
+        "--source",
+        type=Path,
+        help=f"pictures for --end-to-end ({SAMPLE_IMAGES})",
+    )
+    add_thresholds(parser)
+    add_loading(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask."""
+    from trt_yolov6.benchmarking import (
+        benchmark_end_to_end_many,
+        benchmark_many,
+        format_report,
+        layer_report,
+    )
+
+    if options.layers and not options.no_cuda_graph:
+        raise UserError("--layers times layers one by one; add --no-cuda-graph.")
+    for name in ("conf", "iou", "max_detections", "source"):
+        if getattr(options, name) is not None and not options.end_to_end:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is for --end-to-end: the engine alone has no such stage.")
+    if options.end_to_end and options.streams > 1:
+        raise UserError("--streams is for the engine alone; leave it or --end-to-end out.")
+    engines = [load(path, options) for path in options.engine or [newest_engine()]]
+    if options.end_to_end:
+        from trt_yolov6.data.images import list_images
+
+        images = list_images(options.source or SAMPLE_IMAGES)
+        results = benchmark_end_to_end_many(
+            engines,
+            images,
+            batch=options.batch,
+            duration=options.duration,
+            nms=nms_settings(options),
+            progress=not options.quiet,
+        )
+    else:
+        results = benchmark_many(
+            engines,
+            batch=options.batch,
+            streams=options.streams,
+            duration=options.duration,
+            progress=not options.quiet,
+        )
+    print(format_report(results))
+    if options.layers:
+        for engine in engines:
+            print(layer_report(engine, options.batch))
+    if options.json:
+        values = [result.to_json() for result in results]
+        write_result(options.json, values[0] if len(values) == 1 else values)

@@ -1,0 +1,143 @@
+"""`build`: an engine from a checkpoint or an ONNX file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_yolov6.cli.graphs import cleaned, exported, onnx_graph, quantization_settings, quantized
+from trt_yolov6.cli.options import (
+    SAMPLE_CALIB,
+    Commands,
+    add_backend,
+    add_calibration,
+    add_command,
+    add_graph_options,
+    add_quiet,
+    layers_in_float,
+    positive,
+)
+from trt_yolov6.cli.output import profile_text, say
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    text = "build an engine from a checkpoint or an ONNX file"
+    parser = add_command(commands, "build", run, text)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
+    source.add_argument("--onnx", type=Path, metavar="FILE", help="a detector's ONNX file")
+    add_graph_options(parser)
+    parser.add_argument("--names", type=Path, help="class names for --onnx: text or COCO JSON")
+    int8 = parser.add_argument_group("INT8 and FP8")
+    types = int8.add_mutually_exclusive_group()
+    types.add_argument(
+        "--int8", action="store_true", help="quantize; the rest is float32, or half with --fp16"
+    )
+    types.add_argument(
+        "--fp8",
+        action="store_true",
+        help="the same in 8-bit floating point (E4M3), from compute capability 8.9 on",
+    )
+    add_calibration(int8)
+    int8.add_argument(
+        "--float-layers",
+        type=layers_in_float,
+        metavar="K|auto|NAMES",
+        help="keep so many of the most sensitive layers in float; as few as --max-ap-drop allows "
+        "(both with --int8 only); or these, with commas (0)",
+    )
+    int8.add_argument(
+        "--max-ap-drop", type=float, metavar="POINTS", help="for --float-layers auto (0.5)"
+    )
+    int8.add_argument(
+        "--data",
+        type=Path,
+        help="labelled data that --float-layers auto holds the budget on; without it, the "
+        "agreement with the float network tells",
+    )
+    int8.add_argument("--split", help="part of that data set, such as val")
+    int8.add_argument(
+        "--no-bias-correction", action="store_true", help="leave the layers' biases as they are"
+    )
+    int8.add_argument(
+        "--adaptive-rounding",
+        action="store_true",
+        help="--int8: round weights for the inputs that they meet (some minutes)",
+    )
+    int8.add_argument(
+        "--no-surgery", action="store_true", help="leave the Q/DQ nodes of --onnx as they are"
+    )
+    int8.add_argument(
+        "--calibration-cache",
+        type=Path,
+        metavar="FILE",
+        help="TensorRT up to 10: scales for a float --onnx graph (see export)",
+    )
+    add_backend(parser)
+    parser.add_argument("--target", help="GPU to cross-build for with tensorrt-rtx, such as t4")
+    parser.add_argument("--output", type=Path, help="default: engines/<model>.onnx or .trt")
+    parser.add_argument("--timing-cache", type=Path, help="TensorRT timing cache to use and extend")
+    parser.add_argument("--workspace", type=positive, metavar="MIB", help="scratch memory limit")
+    parser.add_argument(
+        "--optimization-level", type=int, choices=range(6), help="TensorRT builder effort"
+    )
+    add_quiet(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask."""
+    from trt_yolov6.building import build_engine, check_build
+    from trt_yolov6.engines.base import BuildSettings
+
+    settings = BuildSettings(
+        target=options.target,
+        timing_cache=options.timing_cache,
+        workspace_mib=options.workspace,
+        optimization_level=options.optimization_level,
+        calibration_cache=options.calibration_cache,
+        implicit_fp16=bool(options.calibration_cache and options.fp16),
+        fp8=options.fp8,
+        progress=not options.quiet,
+    )
+    if options.names and not options.onnx:
+        raise UserError("--names is for --onnx: a checkpoint brings its class names along.")
+    if options.calibration_cache and (options.int8 or options.fp8 or not options.onnx):
+        raise UserError(
+            "--calibration-cache goes with the float graph that `export` wrote beside it; give "
+            "that as --onnx, without --int8 or --fp8."
+        )
+    # Exporting takes seconds: what cannot be built is better refused before.
+    check_build(options.backend, options.output, settings)
+    quantization = quantization_settings(options)
+    if quantization:
+        from trt_yolov6.quantization.images import calibration_images
+
+        calibration_images(options.calib or SAMPLE_CALIB)
+    graph = onnx_graph(options) if options.onnx else exported(options)
+    if quantization:
+        graph = quantized(graph, options, quantization)
+    elif graph.precision == "fp8":
+        say("surgery: FP8's Q/DQ nodes are left as they are")
+    elif graph.precision == "int8" and not options.no_surgery:
+        graph = cleaned(graph, options)
+    built = build_engine(graph, backend=options.backend, output=options.output, settings=settings)
+    manifest = built.manifest
+    height, width = manifest.image_size
+    print(
+        f"{built.path}: {manifest.model}, {manifest.precision}, {height}x{width}, "
+        f"batch {profile_text(manifest.batch)}, {manifest.backend} {manifest.backend_version} "
+        f"for {manifest.target}, {built.path.stat().st_size / 2**20:.1f} MiB"
+    )
+    print(f"{built.manifest_path}: its manifest")
+    if built.quantized_asked:
+        label, found = manifest.precision.upper(), manifest.quantized_layers
+        print(
+            f"in {label}: {'the builder does not say how many' if found is None else found} of the "
+            f"{built.quantized_asked} convolutions that the graph has in {label}"
+        )

@@ -1,0 +1,25 @@
+"""`doctor`: which backends work here."""
+
+from __future__ import annotations
+
+import argparse
+
+from trt_yolov6.cli.options import Commands, add_command, add_json
+from trt_yolov6.cli.output import write_result
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    text = "say which backends work here, and what others need"
+    parser = add_command(commands, "doctor", run, text)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask."""
+    from trt_yolov6.doctor import diagnose, format_diagnosis
+
+    result = diagnose()
+    print(format_diagnosis(result))
+    if options.json:
+        write_result(options.json, result.to_json())

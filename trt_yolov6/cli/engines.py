@@ -1,0 +1,66 @@
+"""From options to the engine that runs, and how it suppresses boxes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_yolov6.cli.options import ENGINE_SUFFIXES, ENGINES
+from trt_yolov6.cli.output import say
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.base import Engine
+    from trt_yolov6.engines.manifest import NmsSettings
+
+
+def load(path: Path, options: argparse.Namespace) -> Engine:
+    """Load an engine as the options say."""
+    from trt_yolov6.engines import load_engine
+    from trt_yolov6.engines.base import LoadOptions
+
+    load_options = LoadOptions(
+        threads=options.threads,
+        provider=options.provider,
+        cuda_graph=not options.no_cuda_graph,
+    )
+    return load_engine(path, options.backend, load_options)
+
+
+def newest_engine() -> Path:
+    """Return the newest engine in engines/, of those that run here."""
+    from trt_yolov6.engines import runs_here
+
+    # A name with a dot in front is a file that is still being written.
+    found = [
+        path for path in ENGINES.glob("[!.]*") if path.suffix in ENGINE_SUFFIXES and path.is_file()
+    ]
+    if not found:
+        raise UserError(
+            f"no --engine given and {ENGINES}/ holds none; build one with `trt-yolov6 build`."
+        )
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    taken = next((path for path in found if runs_here(path)), found[0])
+    newest = "the newest" if taken == found[0] else f"the newest that runs here (not {found[0]})"
+    say(f"no --engine given: taking {newest}, {taken}")
+    return taken
+
+
+def nms_settings(options: argparse.Namespace) -> NmsSettings:
+    """Return the thresholds of the options."""
+    from trt_yolov6.engines.manifest import NmsSettings
+
+    return thresholds(options, NmsSettings())
+
+
+def thresholds(options: argparse.Namespace, default: NmsSettings) -> NmsSettings:
+    """Return thresholds with what the options change."""
+    from dataclasses import replace
+
+    given = {
+        "confidence": options.conf,
+        "iou": options.iou,
+        "max_detections": getattr(options, "max_detections", None),
+    }
+    return replace(default, **{key: value for key, value in given.items() if value is not None})

@@ -1,0 +1,81 @@
+"""`eval`: COCO average precision."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_yolov6.cli.engines import load, newest_engine, nms_settings
+from trt_yolov6.cli.options import (
+    SAMPLE_DATA,
+    Commands,
+    add_border,
+    add_command,
+    add_json,
+    add_loading,
+    add_thresholds,
+    positive,
+)
+from trt_yolov6.cli.output import say, write_result
+
+if TYPE_CHECKING:
+    from trt_yolov6.evaluation import Evaluation
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = add_command(commands, "eval", run, "measure COCO average precision")
+    parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
+    parser.add_argument("--data", type=Path, help="folder in COCO layout (samples/)")
+    parser.add_argument("--split", help="part of the data set, such as val or val2017")
+    parser.add_argument("--batch", type=positive, help="images at a time")
+    parser.add_argument("--workers", type=positive, help="threads that decode images")
+    add_border(parser)
+    add_thresholds(parser)
+    add_loading(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask."""
+    from trt_yolov6.data.coco import load_coco
+    from trt_yolov6.data.letterbox import resolve_border
+    from trt_yolov6.evaluation import evaluate
+
+    with load(options.engine or newest_engine(), options) as engine:
+        if options.data is None:
+            say(f"no --data given: evaluating on the sample data set {SAMPLE_DATA}/")
+        dataset = load_coco(options.data or SAMPLE_DATA, options.split)
+        result = evaluate(
+            engine,
+            dataset,
+            batch=options.batch,
+            nms=nms_settings(options),
+            border=resolve_border(options.resize, options.border, engine.image_size),
+            workers=options.workers,
+            progress=not options.quiet,
+        )
+    print(_evaluation_text(result))
+    if options.json:
+        write_result(options.json, result.to_json())
+
+
+def _evaluation_text(result: Evaluation) -> str:
+    def ap(value: float | None) -> str:
+        return "   n/a" if value is None else f"{value:6.4f}"
+
+    seconds = result.seconds
+    share = seconds.inference / result.wall_seconds
+    return "\n".join(
+        [
+            f"{result.engine} ({result.precision}, {result.backend}) on {result.images} images, "
+            f"{result.detections} detections",
+            f"  AP {ap(result.ap)}   AP50 {ap(result.ap50)}   AP75 {ap(result.ap75)}",
+            f"  APs {ap(result.ap_small)}  APm {ap(result.ap_medium)}  APl {ap(result.ap_large)}",
+            f"  {result.wall_seconds:.2f} s in all, {share:.0%} of it in the engine: inference "
+            f"{seconds.inference:.2f} s; beside it read {seconds.read:.2f}, pre-process "
+            f"{seconds.preprocess:.2f}, post-process {seconds.postprocess:.2f}, COCO matching "
+            f"{seconds.coco:.2f}; {seconds.tail:.2f} s after the last batch",
+        ]
+    )

@@ -1,0 +1,242 @@
+"""From options to the graph that is exported, quantized, cleaned or built."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_yolov6.cli.engines import thresholds
+from trt_yolov6.cli.options import CACHE_VERSION, ENGINES, SAMPLE_CALIB, SAMPLE_WEIGHTS
+from trt_yolov6.cli.output import say
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from trt_yolov6.building import Graph
+    from trt_yolov6.engines.manifest import BatchProfile
+    from trt_yolov6.export import ExportSettings
+    from trt_yolov6.quantization.ptq import QuantizationSettings
+
+
+def exported(options: argparse.Namespace) -> Graph:
+    """Return the graph of --weights, or of the sample checkpoint."""
+    from trt_yolov6.building import graph_from_checkpoint
+    from trt_yolov6.checkpoint import load_checkpoint
+
+    settings = _export_settings(options)
+    checkpoint = load_checkpoint(_weights(options))
+    say(f"exporting {checkpoint.arch.name} from {checkpoint.path} to ONNX (some seconds) ...")
+    return graph_from_checkpoint(checkpoint, settings)
+
+
+def onnx_graph(options: argparse.Namespace) -> Graph:
+    """Return the graph of --onnx."""
+    from trt_yolov6.building import graph_from_onnx, read_class_names
+
+    for option in ("end2end", "uint8_input", "opset", "conf", "iou"):
+        if getattr(options, option) not in (None, False):
+            raise UserError(
+                f"--{option.replace('_', '-')} changes how a checkpoint is exported and cannot be "
+                "applied to --onnx; leave it out, or give --weights."
+            )
+    graph = graph_from_onnx(
+        options.onnx,
+        batch=_profile(options),
+        image_size=options.imgsz,
+        fp16=options.fp16 and not _quantizes(options) and not options.calibration_cache,
+        class_names=read_class_names(options.names) if options.names else None,
+    )
+    if options.fp32 and not _quantizes(options) and graph.precision != "fp32":
+        raise UserError(
+            f"{options.onnx} is {graph.precision} and cannot be made --fp32; leave --fp32 out."
+        )
+    return graph
+
+
+def quantization_settings(options: argparse.Namespace) -> QuantizationSettings | None:
+    """Return the settings of --int8 or --fp8, or None without either."""
+    only_quantized = [
+        "calibrator",
+        "calib_images",
+        "float_layers",
+        "no_equalize",
+        "no_bias_correction",
+        "adaptive_rounding",
+    ]
+    for name in ("max_ap_drop", "data", "split"):
+        if getattr(options, name) is not None and options.float_layers != "auto":
+            raise UserError(f"--{name.replace('_', '-')} is for --float-layers auto; add it.")
+    if not (options.int8 or options.fp8):
+        for name in only_quantized:
+            if getattr(options, name) not in (None, False):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for --int8 and --fp8; add one of them."
+                )
+        if options.calib and not options.onnx:
+            raise UserError(
+                "--calib is for --int8 and --fp8, or for an --onnx file with Q/DQ nodes."
+            )
+        return None
+    from trt_yolov6.quantization.levels import FP8, INT8
+    from trt_yolov6.quantization.ptq import QuantizationSettings, check_settings
+
+    settings = QuantizationSettings(
+        quantized=FP8 if options.fp8 else INT8,
+        calibrator=options.calibrator or "auto",
+        equalize=not options.no_equalize,
+        fp16=options.fp16,
+        image_limit=options.calib_images,
+        float_layers=() if options.float_layers is None else options.float_layers,
+        bias_correction=not options.no_bias_correction,
+        adaptive_rounding=options.adaptive_rounding,
+        max_ap_drop=0.5 if options.max_ap_drop is None else options.max_ap_drop,
+    )
+    check_settings(settings)
+    return settings
+
+
+def quantized(graph: Graph, options: argparse.Namespace, settings: QuantizationSettings) -> Graph:
+    """Return a graph with Q/DQ nodes; its ranges are written beside the output."""
+    from trt_yolov6.quantization.ptq import quantize
+    from trt_yolov6.quantization.table import table_path, write_table
+
+    folder = calibration_folder(options)
+    output = options.output or ENGINES / f"{graph.name}.onnx"
+    score = labelled_score(graph, options) if options.float_layers == "auto" else None
+    result = quantize(graph, folder, settings, table_file=table_path(output), score=score, tell=say)
+    write_table(table_path(output), result.table)
+    placement = result.placement
+    say(
+        f"{len(placement.layers)} of {len(placement.layers) + len(placement.float_layers)} "
+        f"convolutions in {settings.quantized.label}; ranges in {table_path(output)}"
+    )
+    return result.graph
+
+
+def calibrated(graph: Graph, options: argparse.Namespace) -> Graph:
+    """Write a TensorRT calibration cache; return the float graph whose tensors it names."""
+    from dataclasses import replace
+
+    from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+    from trt_yolov6.quantization.trt_cache import write_cache
+
+    version = options.cache_version or CACHE_VERSION
+    settings = QuantizationSettings(
+        calibrator=options.calibrator or "auto",
+        equalize=not options.no_equalize,
+        # Corrected biases would be in the graph with Q/DQ nodes, which this route does without.
+        bias_correction=False,
+        image_limit=options.calib_images,
+    )
+    result = quantize(graph, calibration_folder(options), settings, tell=say)
+    write_cache(options.calibration_cache, result.table.amax, version)
+    print(
+        f"{options.calibration_cache}: {len(result.table.amax)} scales for TensorRT {version}; "
+        "build with `--onnx ... --calibration-cache ...`"
+    )
+    return replace(graph, model=result.float_model)
+
+
+def cleaned(graph: Graph, options: argparse.Namespace) -> Graph:
+    """Take surplus Q/DQ nodes out of a graph that came with some, and prove it on images."""
+    from collections import Counter
+    from dataclasses import replace
+
+    from trt_yolov6.quantization.images import calibration_batches, input_spec
+    from trt_yolov6.quantization.surgery import clean, verify_clean
+
+    model, removals = clean(graph.model)
+    if not removals:
+        say("surgery: no Q/DQ node of the graph is surplus")
+        return graph
+    for kind, count in Counter(removal.kind for removal in removals).items():
+        first = next(removal for removal in removals if removal.kind == kind)
+        say(f"surgery: {count} x {kind.replace('_', ' ')}, such as {first}")
+    folder = options.calib or (SAMPLE_CALIB if SAMPLE_CALIB.is_dir() else None)
+    if folder is None:
+        say("surgery: not verified; --calib DIR compares the outputs on its images")
+        return replace(graph, model=model)
+    images = calibration_batches(folder, input_spec(model), limit=8)
+    for shift in verify_clean(graph.model, model, images):
+        say(
+            f"surgery: {shift.output} moved by {shift.moved:.3g} (RMS); quantization itself moves "
+            f"it by {shift.quantization:.3g}"
+        )
+        if not shift.explained:
+            raise UserError(
+                f"surgery on {graph.source} moved {shift.output} more than quantization explains; "
+                "build it with --no-surgery and please report the file."
+            )
+    return replace(graph, model=model)
+
+
+def labelled_score(
+    graph: Graph, options: argparse.Namespace
+) -> Callable[[onnx.ModelProto], float] | None:
+    """Return a function for the AP on --data; None without it."""
+    if options.data is None:
+        return None
+    from trt_yolov6.data.coco import load_coco
+    from trt_yolov6.quantization.report import ap_on
+
+    return ap_on(graph, load_coco(options.data, options.split))
+
+
+def calibration_folder(options: argparse.Namespace) -> Path:
+    """Return the folder of --calib, or the sample images."""
+    if options.calib is not None:
+        folder: Path = options.calib
+        return folder
+    say(f"no --calib given: calibrating on {SAMPLE_CALIB}/")
+    return SAMPLE_CALIB
+
+
+def _weights(options: argparse.Namespace) -> Path:
+    weights: Path | None = options.weights
+    if weights is not None:
+        return weights
+    if not SAMPLE_WEIGHTS.is_file():
+        raise UserError(
+            f"neither --weights nor --onnx is given and the sample {SAMPLE_WEIGHTS} is not here; "
+            "name a checkpoint with --weights."
+        )
+    say(f"no --weights given: taking the sample checkpoint {SAMPLE_WEIGHTS}")
+    return SAMPLE_WEIGHTS
+
+
+def _export_settings(options: argparse.Namespace) -> ExportSettings:
+    from trt_yolov6.engines.manifest import NmsSettings
+    from trt_yolov6.export import DEFAULT_OPSET, ExportSettings
+
+    if not options.end2end and (options.conf is not None or options.iou is not None):
+        raise UserError("--conf and --iou belong to NMS in the graph; add --end2end.")
+    return ExportSettings(
+        image_size=options.imgsz or (640, 640),
+        batch=_profile(options) or _default_profile(),
+        # Quantization starts from float32; the rest becomes half precision with the Q/DQ pairs.
+        fp16=options.fp16 and not _quantizes(options),
+        nms=thresholds(options, NmsSettings()) if options.end2end else None,
+        uint8_input=options.uint8_input,
+        opset=options.opset or DEFAULT_OPSET,
+    )
+
+
+def _quantizes(options: argparse.Namespace) -> bool:
+    return bool(getattr(options, "int8", False) or getattr(options, "fp8", False))
+
+
+def _profile(options: argparse.Namespace) -> BatchProfile | None:
+    from trt_yolov6.engines.manifest import BatchProfile
+
+    if options.batch is not None:
+        return BatchProfile(options.batch, options.batch, options.batch)
+    return BatchProfile(*options.dynamic) if options.dynamic else None
+
+
+def _default_profile() -> BatchProfile:
+    from trt_yolov6.engines.manifest import BatchProfile
+
+    return BatchProfile()

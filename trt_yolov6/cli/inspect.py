@@ -1,0 +1,27 @@
+"""`inspect`: what an engine, ONNX file or checkpoint is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trt_yolov6.cli.options import Commands, add_command, add_json
+from trt_yolov6.cli.output import write_result
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = add_command(commands, "inspect", run, "say what an engine, ONNX file or checkpoint is")
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--layers", action="store_true", help="list every layer")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask."""
+    from trt_yolov6.inspection import format_inspection, inspect_file
+
+    result = inspect_file(options.file)
+    print(format_inspection(result, layers=options.layers))
+    if options.json:
+        write_result(options.json, result.to_json())

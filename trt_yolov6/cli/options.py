@@ -1,0 +1,167 @@
+"""Options that several commands have, the types of their values, and default folders."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+SAMPLE_WEIGHTS = Path("samples/yolov6n_bccd.pt")
+SAMPLE_DATA = Path("samples")
+SAMPLE_IMAGES = SAMPLE_DATA / "images" / "val"
+SAMPLE_CALIB = Path("calib")
+CACHE_VERSION = "8.6.1"
+ENGINES = Path("engines")
+ENGINE_SUFFIXES = (".onnx", ".trt", ".plan", ".engine")
+
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
+"""What `add_parser` of the whole command line adds commands to."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], object], text: str
+) -> argparse.ArgumentParser:
+    """Add a command that calls `run` with its options.
+
+    `run` returns None when it has done what was asked, or an exit code.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, allow_abbrev=False
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_graph_options(parser: argparse.ArgumentParser) -> None:
+    """Add what decides the graph that comes from a checkpoint."""
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp32", action="store_true", help="single precision (default)")
+    precision.add_argument("--fp16", action="store_true", help="half precision")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--batch", type=positive, metavar="N", help="a fixed batch size")
+    size.add_argument(
+        "--dynamic",
+        type=three_numbers,
+        metavar="MIN,OPT,MAX",
+        help="batch sizes taken and the one tuned for (1,32,32)",
+    )
+    parser.add_argument(
+        "--imgsz", type=image_size, metavar="N|HxW", help="input size, a multiple of 32 (640)"
+    )
+    parser.add_argument("--end2end", action="store_true", help="NMS in the graph")
+    parser.add_argument("--conf", type=float, help="confidence threshold of --end2end (0.03)")
+    parser.add_argument("--iou", type=float, help="IoU threshold of --end2end (0.65)")
+    parser.add_argument(
+        "--uint8-input", action="store_true", help="take uint8 RGB pixels, normalize in the graph"
+    )
+    parser.add_argument("--opset", type=int, help="ONNX opset, 17 or later (18)")
+
+
+def add_calibration(parser: argparse._ActionsContainer) -> None:
+    """Add the choice of calibration images and calibrator."""
+    parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
+    parser.add_argument(
+        "--calibrator",
+        choices=("auto", "minmax", "entropy", "percentile", "mse"),
+        help="(auto: what agrees best with the float network on the images)",
+    )
+    parser.add_argument(
+        "--calib-images", type=positive, metavar="N", help="take N of them, spread evenly"
+    )
+    parser.add_argument("--no-equalize", action="store_true", help="leave channels as they are")
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """Add --backend."""
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime"),
+        help="(auto: the best that works here)",
+    )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add what concerns the run of an engine."""
+    add_backend(parser)
+    parser.add_argument("--threads", type=positive, help="CPU threads of ONNX Runtime")
+    parser.add_argument(
+        "--provider", choices=("cpu", "cuda", "tensorrt"), help="ONNX Runtime execution provider"
+    )
+    parser.add_argument(
+        "--no-cuda-graph", action="store_true", help="TensorRT: launch kernels one by one"
+    )
+    add_quiet(parser)
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet."""
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_thresholds(parser: argparse.ArgumentParser, confidence: float | None = None) -> None:
+    """Add the thresholds of NMS."""
+    parser.add_argument(
+        "--conf",
+        type=float,
+        default=confidence,
+        help=f"confidence threshold ({0.03 if confidence is None else confidence})",
+    )
+    parser.add_argument("--iou", type=float, help="IoU threshold of NMS (0.65)")
+    parser.add_argument("--max-detections", type=positive, help="boxes kept an image (300)")
+
+
+def add_border(parser: argparse.ArgumentParser) -> None:
+    """Add the size and the border of the letterbox."""
+    parser.add_argument(
+        "--resize", type=positive, help="side images are resized to; the rest is gray border"
+    )
+    parser.add_argument(
+        "--border", type=int, help="gray pixels on each side; --resize 634 --border 3 makes 640"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+def layers_in_float(text: str) -> tuple[str, ...] | int | str:
+    """Parse the value of --float-layers: `auto`, a number, or names."""
+    if text == "auto":
+        return text
+    if text.isascii() and text.isdigit():
+        return int(text)
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def three_numbers(text: str) -> tuple[int, ...]:
+    """Parse three whole numbers above 0, with commas."""
+    parts = text.split(",")
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form MIN,OPT,MAX")
+    return tuple(positive(part) for part in parts)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Parse a side, or height and width: (height, width)."""
+    sides = [positive(part) for part in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor HEIGHTxWIDTH")
+    return sides[0], sides[-1]

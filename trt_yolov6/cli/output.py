@@ -1,0 +1,47 @@
+"""What commands print and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.manifest import BatchProfile
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    # On standard output: standard error is for what went wrong.
+    print(text, flush=True)
+
+
+def profile_text(profile: BatchProfile) -> str:
+    """Say which batch sizes an engine takes."""
+    if profile.is_static:
+        return str(profile.min)
+    return f"{profile.min}..{profile.max} (best at {profile.opt})"
+
+
+def check_json(path: Path | None) -> None:
+    """Refuse a --json that cannot be written, before the work."""
+    if path is None:
+        return
+    from trt_yolov6.files import check_writable
+
+    if path.suffix == ".json" and check_writable(path).is_file():
+        from trt_yolov6.engines.manifest import manifest_owner
+
+        owner = manifest_owner(path)
+        if owner:
+            raise UserError(f"--json {path} is the manifest of {owner}; choose another file.")
+    check_writable(path)
+
+
+def write_result(path: Path, value: object) -> None:
+    """Write what --json asks for."""
+    from trt_yolov6.files import write_json
+
+    write_json(path, value)
+    say(f"{path}: written")

@@ -1,0 +1,103 @@
+"""`sensitivity`: which layers INT8 costs most in."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_yolov6.cli.graphs import calibration_folder, exported, labelled_score
+from trt_yolov6.cli.options import (
+    Commands,
+    add_calibration,
+    add_command,
+    add_json,
+    image_size,
+    positive,
+)
+from trt_yolov6.cli.output import say, write_result
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = add_command(commands, "sensitivity", run, "rank layers by what INT8 costs in them")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
+    source.add_argument("--onnx", type=Path, metavar="FILE", help="a detector's float ONNX file")
+    parser.add_argument("--imgsz", type=image_size, metavar="N|HxW", help="input size (640)")
+    parser.add_argument(
+        "--metric",
+        choices=("mse", "snr", "cosine", "ap"),
+        default="snr",
+        help="at each layer's output, or the AP with only that layer in INT8 (snr)",
+    )
+    add_calibration(parser)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="labelled data for AP; without it, the agreement with the float network counts",
+    )
+    parser.add_argument("--split", help="part of the data set, such as val")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="also the AP with each metric's six most sensitive layers in float (those by ap only "
+        "with --metric ap, which scores a graph for every layer)",
+    )
+    parser.add_argument("--top", type=positive, default=12, help="layers printed (12)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart")
+    add_json(parser)
+    parser.set_defaults(
+        fp16=False,
+        end2end=False,
+        conf=None,
+        iou=None,
+        uint8_input=False,
+        opset=None,
+        batch=None,
+        dynamic=None,
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask."""
+    from trt_yolov6.files import check_writable
+    from trt_yolov6.quantization.ptq import QuantizationSettings, calibrate
+    from trt_yolov6.quantization.report import fallback_report, measure
+
+    if options.plot:
+        check_writable(options.plot)
+    if options.data is None and options.split is not None:
+        raise UserError("--split is part of a data set; name that with --data.")
+    if options.onnx:
+        from trt_yolov6.building import graph_from_onnx
+
+        graph = graph_from_onnx(options.onnx, image_size=options.imgsz)
+    else:
+        graph = exported(options)
+    settings = QuantizationSettings(
+        calibrator=options.calibrator or "minmax",
+        equalize=not options.no_equalize,
+        image_limit=options.calib_images,
+    )
+    calibrated = calibrate(graph, calibration_folder(options), settings, tell=say)
+    score = labelled_score(graph, options)
+    result = measure(graph, calibrated, options.metric, score)
+    for name, value in result.layers[: options.top]:
+        print(f"{value:12.5g}  {name}")
+    if len(result.layers) > options.top:
+        print(f"{'...':>12}  {len(result.layers) - options.top} more, less sensitive")
+    if options.report:
+        by_ap = result if result.metric == "ap" else None
+        print(fallback_report(graph, calibrated, score, by_ap=by_ap, tell=say))
+    if options.plot:
+        from trt_yolov6.quantization.sensitivity import write_chart
+
+        write_chart(result, options.plot)
+        say(f"{options.plot}: drawn")
+    if options.json:
+        write_result(options.json, result.to_json())

@@ -1,0 +1,255 @@
+"""`train`: a network from random weights, or from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_yolov6.cli.options import Commands, add_command, add_json, add_quiet, positive
+from trt_yolov6.cli.output import say, write_result
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.checkpoint import Checkpoint
+    from trt_yolov6.training.recipe import TrainSettings
+    from trt_yolov6.training.rep_optimizer import RepOptimizerSettings
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = add_command(commands, "train", run, "train a network, or train a checkpoint on")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set in COCO layout")
+    parser.add_argument("--split", help="part to train on (train)")
+    parser.add_argument("--val-split", help="part to evaluate on, or none (val)")
+    parser.add_argument(
+        "--bad-data",
+        choices=("refuse", "skip"),
+        help="what is wrong with the data: say it and end, or leave it out (refuse)",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="(runs/train/<model>)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the interrupted training in --output"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        help="(auto: bf16 or fp16 on a GPU, fp32 on a CPU)",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile with torch.compile")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="the same bits every time on a GPU too; slower"
+    )
+    add_quiet(parser)
+    add_json(parser)
+
+    model = parser.add_argument_group("network (paper, Tables 2 to 4 and 11)")
+    model.add_argument(
+        "--model", metavar="n|t|s|m|l|NAME", help="variant (s, or that of --weights)"
+    )
+    model.add_argument("--weights", type=Path, metavar="FILE.pt", help="checkpoint to train on")
+    model.add_argument("--block", choices=("repvgg", "conv", "scaled"))
+    model.add_argument(
+        "--rep-optimizer",
+        nargs="?",
+        const="",
+        metavar="SCALES.pt",
+        help="train without branches as if there were (paper, 2.5.1), by the scales of a "
+        "hyper-search; without a file, search first, in OUTPUT/search",
+    )
+    model.add_argument(
+        "--search-epochs", type=positive, metavar="N", help="length of the search (--epochs)"
+    )
+    model.add_argument("--activation", choices=("relu", "silu"))
+    model.add_argument(
+        "--csp-ratio", type=float, metavar="R", help="channels inside CSPStackRep; 0: none"
+    )
+    model.add_argument(
+        "--dfl",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="predict distributions over distances",
+    )
+    model.add_argument("--objectness", action="store_true", help="predict objectness, as v0.1")
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=positive, help="(300)")
+    recipe.add_argument("--batch", type=positive, help="images a step, over all GPUs (32)")
+    recipe.add_argument(
+        "--imgsz", type=positive, metavar="N", help="input size, a multiple of 32 (640)"
+    )
+    recipe.add_argument(
+        "--lr", type=float, help="learning rate for 32 images (N 0.02, others 0.01)"
+    )
+    recipe.add_argument("--seed", type=int, help="(0)")
+    recipe.add_argument("--mosaic", type=float, help="probability of Mosaic (1)")
+    recipe.add_argument("--mixup", type=float, help="probability of Mixup (M and L 0.1, others 0)")
+    recipe.add_argument(
+        "--plain-epochs", type=int, help="last epochs without Mosaic and Mixup (15)"
+    )
+    recipe.add_argument(
+        "--border", type=int, help="gray pixels on every side, in training and evaluation (0)"
+    )
+    recipe.add_argument("--eval-interval", type=int, help="epochs between evaluations (10)")
+    recipe.add_argument(
+        "--set",
+        action="append",
+        metavar="FIELD=VALUE",
+        help="any other field of the settings, such as optimizer.momentum=0.9",
+    )
+
+    losses = parser.add_argument_group("assignment and losses (paper, Tables 6 to 11)")
+    losses.add_argument("--assigner", choices=("tal", "atss", "simota"), help="(tal)")
+    losses.add_argument(
+        "--warmup-assigner", choices=("tal", "atss", "simota"), help="of the first epochs (atss)"
+    )
+    losses.add_argument(
+        "--cls-loss", choices=("varifocal", "focal", "quality_focal", "poly"), help="(varifocal)"
+    )
+    losses.add_argument(
+        "--box-loss", choices=("siou", "giou", "ciou"), help="(N and T siou, others giou)"
+    )
+    losses.add_argument(
+        "--distill", type=Path, metavar="TEACHER.pt", help="self-distillation (paper, 2.4.2)"
+    )
+
+
+_RESUMING = ("command", "run", "resume", "output", "device", "quiet", "json")
+"""What may be given along with `train --resume`."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask."""
+    from trt_yolov6.training.trainer import stored_settings, train
+
+    if options.resume:
+        for name, value in vars(options).items():
+            if value not in (None, False) and name not in _RESUMING:
+                raise UserError(
+                    f"--{name.replace('_', '-')} was chosen when the training began; with "
+                    "--resume leave it out."
+                )
+        if options.output is None:
+            raise UserError("--resume needs the folder of the training; name it with --output.")
+        settings, output = stored_settings(options.output), options.output
+    else:
+        settings = _train_settings(options)
+        output = options.output or Path("runs/train") / settings.variant
+    first = os.environ.get("RANK", "0") == "0"
+    result = train(
+        settings,
+        output,
+        device=options.device,
+        resume=options.resume,
+        progress=not options.quiet,
+        tell=say,
+    )
+    if not first:
+        return
+    for path, ap in ((result.last, result.last_ap), (result.best, result.best_ap)):
+        if path is not None:
+            of = f", of epoch {result.best_epoch}" if path == result.best else ""
+            print(f"{path}: " + ("not evaluated" if ap is None else f"AP {ap:.4f}{of}"))
+    print(
+        f"{result.epochs} epochs, {result.epoch_seconds:.2f} s an epoch (median, without "
+        f"evaluation), {result.wall_seconds:.0f} s in all"
+    )
+    if options.json:
+        write_result(options.json, result.to_json())
+
+
+def _train_settings(options: argparse.Namespace) -> TrainSettings:
+    """Return the paper's recipe with what the options change."""
+    from dataclasses import replace
+
+    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.training.recipe import ArchitectureOptions, recipe_for, with_field
+
+    if options.data is None:
+        raise UserError("--data is missing; name a data set in COCO layout.")
+    weights = load_checkpoint(options.weights) if options.weights else None
+    scales, rep_optimizer = _rep_optimizer(options)
+    source = weights or scales
+    variant = source.arch.name if source else "yolov6s"
+    if options.model is not None:
+        variant = options.model if options.model.startswith("yolov6") else f"yolov6{options.model}"
+    elif source is None:
+        say("no --model given: training yolov6s")
+
+    def given(**named: Any) -> dict[str, Any]:
+        return {name: value for name, value in named.items() if value is not None}
+
+    settings = recipe_for(
+        variant,
+        str(options.data),
+        options=ArchitectureOptions(
+            block=options.block,
+            activation=options.activation,
+            csp_ratio=options.csp_ratio,
+            dfl=options.dfl,
+            objectness=options.objectness or None,
+        ),
+        weights=weights,
+        scales=scales,
+        **given(
+            rep_optimizer=rep_optimizer,
+            epochs=options.epochs,
+            plain_epochs=options.plain_epochs,
+            image_size=options.imgsz,
+            batch=options.batch,
+            seed=options.seed,
+            train_split=options.split,
+            eval_interval=options.eval_interval,
+            eval_border=options.border,
+            on_bad_data=options.bad_data,
+            precision=options.precision,
+            teacher=str(options.distill) if options.distill else None,
+        ),
+        compile=options.compile,
+        deterministic=options.deterministic,
+    )
+    losses = given(
+        classification=options.cls_loss,
+        box=options.box_loss,
+        assigner=options.assigner,
+        warmup_assigner=options.warmup_assigner,
+    )
+    settings = replace(
+        settings,
+        losses=replace(settings.losses, **losses),
+        augmentation=replace(
+            settings.augmentation,
+            **given(mosaic=options.mosaic, mixup=options.mixup, border=options.border),
+        ),
+        optimizer=replace(settings.optimizer, **given(learning_rate=options.lr)),
+    )
+    if options.val_split is not None:
+        chosen = None if options.val_split == "none" else options.val_split
+        settings = replace(settings, val_split=chosen)
+    for assignment in options.set or ():
+        settings = with_field(settings, assignment)
+    return settings
+
+
+def _rep_optimizer(
+    options: argparse.Namespace,
+) -> tuple[Checkpoint | None, RepOptimizerSettings | None]:
+    """Return the checkpoint that --rep-optimizer names, or the settings of a search."""
+    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.training.rep_optimizer import RepOptimizerSettings, check_scales
+
+    if options.rep_optimizer is None:
+        if options.search_epochs is not None:
+            raise UserError("--search-epochs is for --rep-optimizer; add it.")
+        return None, None
+    if options.rep_optimizer == "":
+        return None, RepOptimizerSettings(search_epochs=options.search_epochs)
+    if options.search_epochs is not None:
+        raise UserError(
+            f"the scales are there already, in {options.rep_optimizer}; leave --search-epochs out."
+        )
+    scales = load_checkpoint(options.rep_optimizer)
+    check_scales(scales)
+    return scales, None
