@@ -344,7 +344,11 @@ class _Graph:
 def _inspect_onnx(path: Path) -> OnnxDetails:
     from trt_yolov6.building import read_onnx
 
-    model = read_onnx(path)
+    return inspect_onnx(read_onnx(path))
+
+
+def inspect_onnx(model: onnx.ModelProto) -> OnnxDetails:
+    """Say what is in an ONNX graph."""
     graph = _Graph(model)
     operators = Counter(
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"

@@ -2,9 +2,10 @@
 
     plan ──▶ build what must be built ──▶ AP, once an engine ──▶ latency, in rounds ──▶ results
 
-`plan` says what is compared, `run` does it and goes on after an interruption (`steps`), `timing`
-and `intervals` are about latency and its uncertainty, `results` is the file that comes of it, and
-`gate` holds it against an earlier one.
+`plan` says what is compared; `cases` are the engines and their building, `measure` has the steps
+that measure, `timing` and `intervals` are about latency and its uncertainty. What was done once is
+not done again (`steps`). `records` puts the results together, whose file `results` documents and
+reads; `gate` holds them against earlier ones. `run` is the whole.
 """
 
 from __future__ import annotations
