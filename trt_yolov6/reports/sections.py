@@ -198,10 +198,7 @@ def layers(material: Material) -> str:
         )
     ceilings = [
         f"{escape(str(one['device']))}: {one['bytes_per_second'] / 1e9:.3g} GB/s, "
-        + ", ".join(
-            f"{rate / 1e12:.3g} TFLOP/s in {escape(str(name))}"
-            for name, rate in one["flops"].items()
-        )
+        + ", ".join(f"{_rate(rate)} in {escape(str(name))}" for name, rate in one["flops"].items())
         + f" ({escape(str(one['how']))})."
         for comparison in material.comparisons
         for one in comparison.value["ceilings"]
@@ -530,6 +527,11 @@ def _ap(row: Row) -> str:
 
 def _percent(value: Any) -> str:
     return f"{100 * value:.1f}" if isinstance(value, (int, float)) else NOTHING
+
+
+def _rate(flops: float) -> str:
+    """Return a rate of arithmetic with its unit."""
+    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
 
 
 def _gpu_text(gpu: Mapping[str, Any]) -> str:
