@@ -31,6 +31,9 @@ PLACEMENTS = {
 }
 """What the placements of `fp8_variants` are called in the README."""
 
+THEIR_AP = {"n": (0.518, 125), "s": (0.464, 112)}
+"""AP of the authors' released code on BCCD with the same settings, and the epochs behind it."""
+
 REP_OPTIMIZER = "rep-optimizer.json"
 NETWORKS = {
     "multi-branch": "multi-branch (RepVGG blocks)",
@@ -178,6 +181,28 @@ def gpu_where() -> str:
     )
 
 
+def training() -> str:
+    """AP of the recipe on BCCD and its time, beside the authors' code."""
+    data = result("h200-train-bccd.json")
+    rows = []
+    for model, (theirs, after) in THEIR_AP.items():
+        runs = [run for run in data["runs"] if run["model"] == model]
+        last = [run["AP"] for run in runs]
+        alone = next(run["epoch_s"] for run in data["timing"] if run["model"] == model)
+        rows.append(
+            [
+                f"YOLOv6-{model.upper()}",
+                f"**{statistics.median(last):.3f}** ({', '.join(f'{ap:.3f}' for ap in last)})",
+                f"{statistics.median(run['best_AP'] for run in runs):.3f}",
+                f"{theirs:.3f} after {after} epochs",
+                f"{alone:.2f} s",
+            ]
+        )
+    head = ["", "AP at the end, median (of seeds)", "best", "the authors' code", "an epoch, alone"]
+    where = f"{data['device']}, {data['date']}: `{data['command']}`.\n\n"
+    return where + markdown(head, rows)
+
+
 def rep_optimizer() -> str:
     """AP in float and in INT8 by the way a network was trained, as the paper's Tables 15 and 16.
 
@@ -227,6 +252,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-whole": gpu_whole,
     "gpu-accuracy": gpu_accuracy,
     "gpu-where": gpu_where,
+    "training": training,
     "rep-optimizer": rep_optimizer,
 }
 
