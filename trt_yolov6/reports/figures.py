@@ -126,8 +126,15 @@ def bar(share: float, kind: str = "", marker: float | None = None) -> str:
     )
 
 
-def point_of(row: Row, x: Interval, batch: int) -> Point | None:
-    """Return the mark of an engine; None where its AP is not defined."""
+def point_of(row: Row, x: Interval, batch: int, *, alone: bool = False) -> Point | None:
+    """Return the mark of an engine; None where its AP is not defined.
+
+    Args:
+        row: the engine.
+        x: its place on the horizontal axis.
+        batch: the batch size that is shown.
+        alone: its model is the only one, so that the precision is what tells marks apart.
+    """
     if row.ap is None:
         return None
     latency, rate = row.latency(batch), row.throughput(batch)
@@ -139,8 +146,8 @@ def point_of(row: Row, x: Interval, batch: int) -> Point | None:
     )
     if row.disturbed(batch):
         tip += ", disturbed by other processes"
-    kept = row.precision.removeprefix(row.base)
-    return Point(f"{row.label} {kept}".rstrip(), row.base, row.precision, x, 100 * row.ap, tip)
+    label = row.precision if alone else f"{row.label} {row.precision.removeprefix(row.base)}"
+    return Point(label.rstrip(), row.base, row.precision, x, 100 * row.ap, tip)
 
 
 def shape(kind: str, x: float, y: float) -> str:

@@ -58,7 +58,7 @@ def headline(rows: Sequence[Row]) -> str:
     front = pareto(timed, batch)
     if len(timed) > 2 and len(front) < len(timed):
         names = ", ".join(escape(row.name) for row in front)
-        lines.append(f"No other is both faster and more accurate than: {names}.")
+        lines.append(f"By these figures, none is both faster and more accurate than: {names}.")
     return f"<p>{' '.join(lines)}</p>"
 
 
@@ -75,11 +75,15 @@ def trade_offs(rows: Sequence[Row]) -> str:
     """Return the paper's Figure 1: AP over latency, and AP over throughput."""
     batches = batches_of(rows)
     figures = []
+    alone = len({row.label for row in rows}) == 1
     for batch, what in _axes(batches):
         points = []
         for row in rows:
             value = row.latency(batch) if what == "latency" else row.throughput(batch)
-            if value is not None and (point := point_of(row, value, batch)) is not None:
+            if (
+                value is not None
+                and (point := point_of(row, value, batch, alone=alone)) is not None
+            ):
                 points.append(point)
         if not points:
             continue
