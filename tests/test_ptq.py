@@ -14,9 +14,9 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 from PIL import Image
-from rescaling import rescale_channels
 from test_export import ONE, random_model
 
+from benchmarks.rescaling import rescale_channels
 from trt_yolov6.building import BuiltEngine, Graph, build_engine, graph_from_onnx
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco

@@ -230,27 +230,40 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
 
 
 def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
-    """Fold stride and sign into the last box convolutions, in place on the fused copy.
-
-    Strides are powers of two, so nothing is rounded. With DFL the softmax stands between, and the
-    factor has to be applied behind it.
-    """
-    arch = model.arch
+    """Fold stride and sign into the last box convolutions, in place on the fused copy."""
     with torch.no_grad():
         for stride, level in zip(STRIDES, model.head.levels, strict=True):
             assert isinstance(level, HeadLevel)
             conv = level.reg_pred
             assert conv.bias is not None
-            if arch.head == "offset":
-                # cx, cy in pixels; w and h leave the exponential as half sides in pixels.
-                conv.weight[:2] *= stride
-                conv.bias[:2] *= stride
-                conv.bias[2:] += float(np.log(stride / 2))
-            elif not arch.reg_max:
-                factor = torch.from_numpy(_SIDES * stride)
-                conv.weight *= factor[:, None, None, None]
-                conv.bias *= factor
+            factor, shift = (torch.from_numpy(part) for part in box_factors(model.arch, stride))
+            conv.weight *= factor[:, None, None, None]
+            conv.bias.copy_(conv.bias * factor + shift)
     return model
+
+
+def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return what exported box convolutions have folded in: outputs are times factor, plus shift.
+
+    Strides are powers of two, so nothing is rounded. With DFL the softmax stands between, and the
+    factor has to be applied behind it.
+
+    Args:
+        arch: says which head it is.
+        stride: of the level, in pixels.
+
+    Returns:
+        factor and shift, float32 (4 * (reg_max + 1),).
+    """
+    channels = 4 * (arch.reg_max + 1)
+    factor, shift = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+    if arch.head == "offset":
+        # cx, cy in pixels; w and h leave the exponential as half sides in pixels.
+        factor[:2] = stride
+        shift[2:] = np.log(stride / 2)
+    elif not arch.reg_max:
+        factor *= _SIDES * stride
+    return factor, shift
 
 
 def _anchors(

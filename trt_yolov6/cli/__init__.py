@@ -24,6 +24,7 @@ from trt_yolov6.cli import (
     export,
     infer,
     inspect,
+    qat,
     report,
     sensitivity,
     train,
@@ -33,7 +34,8 @@ from trt_yolov6.cli.output import check_json
 from trt_yolov6.errors import UserError
 
 _COMMANDS = (
-    *(build, export, bench, eval, infer, compare, report, sensitivity, train, inspect, doctor),
+    *(build, export, bench, eval, infer, compare, report, sensitivity, train, qat),
+    *(inspect, doctor),
 )
 """In the order in which `--help` lists them."""
 

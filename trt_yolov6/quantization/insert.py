@@ -33,6 +33,7 @@ def insert_qdq(
     quantized: QuantizedType = INT8,
     fp16: bool = False,
     keep_float32: Collection[str] | None = None,
+    weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> onnx.ModelProto:
     """Return the graph with Q/DQ pairs on the placement's tensors, quantized weights in its layers.
 
@@ -47,6 +48,8 @@ def insert_qdq(
         fp16: compute the rest in half precision. The opset becomes 19 at least.
         keep_float32: names of nodes that stay in float32 all the same; default: those behind the
             last convolutions.
+        weight_scales: trained scales, float32 (channels,), by the weights' name; those of others
+            are made from their largest magnitudes.
 
     Raises:
         UserError: a range is missing, zero or not finite, or a weight is not finite.
@@ -60,7 +63,7 @@ def insert_qdq(
         scales = {
             name: float(_half(np.float32(scale), quantized)) for name, scale in scales.items()
         }
-    writer = _Writer(graph, scales, _scale_names(placement, scales), quantized, fp16)
+    writer = _Writer(graph, scales, _scale_names(placement, scales), quantized, fp16, weight_scales)
     readers_of_exact = {(tensor, output): tensor for tensor, output in placement.exact_reads}
     outputs = {name for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
@@ -138,6 +141,7 @@ def quantize_weights(
     quantized: QuantizedType = INT8,
     *,
     half_scales: bool = False,
+    scales: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantize weights symmetrically, one scale a channel or one for all.
 
@@ -146,6 +150,8 @@ def quantize_weights(
         axis: the channel axis; None for one scale.
         quantized: what to quantize to.
         half_scales: take scales that float16 represents, none smaller than exact.
+        scales: scales to take, above 0, float32 (channels,) or (); None: those of the largest
+            magnitudes.
 
     Returns:
         The codes (`QuantizedType.encode`) in the same shape, and float32 scales (channels,) or (),
@@ -154,8 +160,11 @@ def quantize_weights(
     values = weights.astype(np.float32)
     others = tuple(other for other in range(values.ndim) if other != axis)
     amax = np.abs(values).max(axis=others, initial=0, keepdims=True)
-    # A channel of zeros needs a scale too; any will do.
-    scale = np.where(amax > 0, amax, 1) / np.float32(quantized.largest)
+    if scales is not None:
+        scale = scales.reshape(amax.shape)
+    else:
+        # A channel of zeros needs a scale too; any will do.
+        scale = np.where(amax > 0, amax, 1) / np.float32(quantized.largest)
     scale = np.maximum(scale, quantized.smallest_scale(half=False)).astype(np.float32)
     if half_scales:
         scale = _half(scale, quantized)
@@ -178,6 +187,7 @@ class _Writer:
         scale_names: Mapping[str, str],
         quantized: QuantizedType,
         half_scales: bool,
+        weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         self._codes: dict[str, NDArray[np.int8]] = {}
         self._constants: dict[str, NDArray[np.float32]] = {}
@@ -185,6 +195,7 @@ class _Writer:
         self._scale_names = scale_names
         self._quantized = quantized
         self._half_scales = half_scales
+        self._weight_scales = weight_scales or {}
         self._initializers = {item.name: item for item in graph.initializer}
         self._constant_nodes = {
             node.output[0]: node for node in graph.node if node.op_type == "Constant"
@@ -254,7 +265,11 @@ class _Writer:
                     "training diverged."
                 )
             self._codes[levels], self._constants[scale] = quantize_weights(
-                weights, axis, self._quantized, half_scales=self._half_scales
+                weights,
+                axis,
+                self._quantized,
+                half_scales=self._half_scales,
+                scales=self._weight_scales.get(name),
             )
         zeros = np.zeros(self._constants[scale].shape, np.int8)
         zero = f"zero_points/{len(zeros)}" if zeros.ndim else "zero_point"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.fusion import fuse
 from trt_yolov6.models.network import YOLOv6
+from trt_yolov6.training.graph_network import GraphNetwork
 
 
 class TorchEngine(Engine):
@@ -34,7 +36,7 @@ class TorchEngine(Engine):
 
     def __init__(
         self,
-        model: YOLOv6,
+        model: YOLOv6 | GraphNetwork,
         class_names: tuple[str, ...],
         image_size: int,
         *,
@@ -44,7 +46,7 @@ class TorchEngine(Engine):
         """Copy and fuse a network.
 
         Args:
-            model: in any form; left as it is.
+            model: in any form, or an exported graph that is being trained; left as it is.
             class_names: in the order of its scores.
             image_size: side of the input in pixels, a multiple of 32.
             half: compute in half precision; None: on a GPU.
@@ -53,10 +55,10 @@ class TorchEngine(Engine):
         self.torch_device = next(model.parameters()).device
         on_gpu = self.torch_device.type == "cuda"
         self.half = on_gpu if half is None else half
-        network = fuse(model)
+        network = fuse(model) if isinstance(model, YOLOv6) else copy.deepcopy(model).eval()
         if on_gpu:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._model: YOLOv6 | None = network.half() if self.half else network.float()
+        self._model: YOLOv6 | GraphNetwork | None = network.half() if self.half else network.float()
         self.path = Path(name)
         self.backend_version = torch.__version__
         self.device = (

@@ -1,0 +1,56 @@
+"""Channel-wise distillation: what SciPy makes of the same definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trt_yolov6.training.channel_distillation import channel_divergence, distillation_loss
+
+
+def features(seed: int, scale: float = 2.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, scale, (2, 3, 4, 5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_it_is_the_divergence_of_spatial_softmaxes(temperature: float) -> None:
+    softmax = pytest.importorskip("scipy.special").softmax
+    entropy = pytest.importorskip("scipy.stats").entropy
+    student, teacher = features(1), features(2)
+    values = []
+    for image in range(2):
+        for channel in range(3):
+            own = softmax(student[image, channel].ravel() / temperature)
+            guide = softmax(teacher[image, channel].ravel() / temperature)
+            values.append(entropy(guide, own))  # KL(teacher || student)
+    found = channel_divergence(torch.tensor(student), torch.tensor(teacher), temperature)
+    assert found.item() == pytest.approx(temperature**2 * np.mean(values), rel=1e-5)
+
+
+def test_a_network_learns_nothing_from_itself() -> None:
+    own = torch.tensor(features(3), requires_grad=True)
+    loss = channel_divergence(own, own.detach())
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert abs(loss.item()) < 1e-6
+    assert own.grad is not None
+    assert own.grad.abs().max() < 1e-7
+
+
+def test_a_constant_added_to_a_channel_changes_nothing() -> None:
+    own, guide = torch.tensor(features(4)), torch.tensor(features(5))
+    shifted = own + torch.tensor([3.0, -2.0, 0.5]).reshape(1, 3, 1, 1)
+    assert channel_divergence(shifted, guide) == pytest.approx(
+        channel_divergence(own, guide).item(), rel=1e-5
+    )
+
+
+def test_the_teacher_gets_no_gradient_and_features_add_up() -> None:
+    own = [torch.tensor(features(seed), requires_grad=True) for seed in (6, 7)]
+    guide = [torch.tensor(features(seed), requires_grad=True) for seed in (8, 9)]
+    loss = distillation_loss(own, guide, 2.0)
+    expected = sum(channel_divergence(a, b, 2.0).item() for a, b in zip(own, guide, strict=True))
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(item.grad is None for item in guide)
+    assert all(item.grad is not None for item in own)

@@ -1,0 +1,297 @@
+"""`qat`: train a checkpoint with INT8's rounding in place, and write its Q/DQ graph."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_yolov6.cli.graphs import calibration_folder, exported, labelled_score
+from trt_yolov6.cli.options import (
+    CACHE_VERSION,
+    Commands,
+    add_calibration,
+    add_command,
+    add_json,
+    add_quiet,
+    image_size,
+    layers_in_float,
+    positive,
+    three_numbers,
+)
+from trt_yolov6.cli.output import say, write_result
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.training.graph_network import GraphNetwork
+    from trt_yolov6.training.qat import QatSettings, Start
+
+SUFFIX = {"tensorrt": ".trt", "tensorrt-rtx": ".trt", "onnxruntime": ".onnx"}
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    text = "train a checkpoint with INT8's rounding in place (quantization-aware training)"
+    parser = add_command(commands, "qat", run, text)
+    parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
+    parser.add_argument("--model", metavar="n|t|s|m|l|NAME", help="what it must hold, as a check")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set in COCO layout")
+    parser.add_argument("--split", default="train", help="part to train on (train)")
+    parser.add_argument("--val-split", default="val", help="part to evaluate on, or none (val)")
+    parser.add_argument(
+        "--bad-data",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what is wrong with the data: say it and end, or leave it out (refuse)",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="(runs/qat/<model>)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the interrupted training in --output"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), help="(auto: fp32, on a GPU in TF32)"
+    )
+    add_quiet(parser)
+    add_json(parser)
+
+    where = parser.add_argument_group("quantization")
+    add_calibration(where)
+    where.add_argument(
+        "--float-layers",
+        type=layers_in_float,
+        metavar="K|auto|NAMES",
+        help="partial training: as in build --int8 (0)",
+    )
+    where.add_argument("--fixed-scales", action="store_true", help="keep the calibrated scales")
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=positive, help="(10)")
+    recipe.add_argument(
+        "--batch", type=positive, dest="images_a_step", metavar="N", help="images a step (16)"
+    )
+    recipe.add_argument("--lr", type=float, help="of weights, in quantization steps (0.005)")
+    recipe.add_argument(
+        "--scale-lr", type=float, help="of scales, in steps at their range's end (0.05)"
+    )
+    recipe.add_argument("--seed", type=int, help="(0)")
+    recipe.add_argument(
+        "--no-distillation", action="store_true", help="do without the float network's features"
+    )
+    recipe.add_argument("--distill-weight", type=float, help="of channel-wise distillation (1)")
+    recipe.add_argument("--temperature", type=float, help="of channel-wise distillation (1)")
+
+    graph = parser.add_argument_group("what is written")
+    graph.add_argument(
+        "--imgsz", type=image_size, metavar="N|HxW", help="input size, a multiple of 32 (640)"
+    )
+    graph.add_argument("--fp16", action="store_true", help="what is not INT8 in half precision")
+    graph.add_argument("--dynamic", type=three_numbers, metavar="MIN,OPT,MAX", help="(1,32,32)")
+    graph.add_argument("--end2end", action="store_true", help="NMS in the graph")
+    graph.add_argument(
+        "--uint8-input", action="store_true", help="take uint8 RGB pixels, normalize in the graph"
+    )
+    graph.add_argument(
+        "--backend",
+        choices=("tensorrt", "tensorrt-rtx", "onnxruntime"),
+        default="onnxruntime",
+        help="build for it as well (the ONNX file itself is ONNX Runtime's engine)",
+    )
+    graph.add_argument(
+        "--calibration-cache",
+        type=Path,
+        metavar="FILE",
+        help="TensorRT up to 10: write the scales there, and the graph without Q/DQ nodes beside "
+        "the other",
+    )
+    graph.add_argument(
+        "--cache-version", metavar="X.Y.Z", help=f"TensorRT that reads it ({CACHE_VERSION})"
+    )
+    parser.set_defaults(
+        batch=None, conf=None, iou=None, opset=None, fp32=False, int8=True, fp8=False
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the options ask."""
+    import dataclasses
+
+    from trt_yolov6.building import build_engine, check_build
+    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.engines.base import BuildSettings
+    from trt_yolov6.files import write_json
+    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.training.qat import (
+        prepare_graph,
+        train_quantized,
+        trained_graph,
+        usable_device,
+    )
+
+    if options.data is None:
+        raise UserError("--data is missing; name a data set in COCO layout.")
+    if options.weights is None:
+        raise UserError("--weights is missing; name the checkpoint to train.")
+    settings = _settings(options)
+    _check_cache(options)
+    usable_device(options.device)
+    checkpoint = load_checkpoint(options.weights)
+    name = checkpoint.arch.name
+    if options.model and name not in (options.model, f"yolov6{options.model}"):
+        raise UserError(f"{options.weights} holds {name}, not {options.model}; leave --model out.")
+    output = options.output or Path("runs/qat") / name
+    plan = output / f"{name}{SUFFIX[options.backend]}"
+    check_build(options.backend, plan, BuildSettings())
+    state = _state_file(output, options.resume)
+
+    graph = exported(options)
+    start = prepare_graph(
+        graph,
+        checkpoint.arch,
+        calibration_folder(options),
+        quantization=QuantizationSettings(
+            calibrator=options.calibrator or "auto",
+            equalize=not options.no_equalize,
+            image_limit=options.calib_images,
+            float_layers=() if options.float_layers is None else options.float_layers,
+        ),
+        learn_scales=settings.learn_scales,
+        score=_score(graph, options) if options.float_layers == "auto" else None,
+        tell=say,
+    )
+    placement = start.quantization.placement
+    say(
+        f"{len(placement.layers)} of {len(placement.layers) + len(placement.float_layers)} "
+        f"convolutions in INT8, {len(start.features)} features distilled"
+        if settings.distillation
+        else f"{len(placement.layers)} convolutions in INT8, no distillation"
+    )
+    values: dict[str, Any] = {
+        "AP_float": _ap(start.teacher(), start, options),
+        "AP_ptq": _ap(start.student().eval(), start, options),
+    }
+    write_json(output / "settings.json", settings.to_json())
+    result = train_quantized(
+        start, settings, device=options.device, state_file=state, progress=not options.quiet
+    )
+    values["AP"] = _ap(result.network, start, options)
+    quantized = trained_graph(start, result.trained, fp16=options.fp16)
+    built = build_engine(quantized, backend="onnxruntime", output=output / f"{name}.onnx")
+    if options.backend != "onnxruntime":
+        built = build_engine(quantized, backend=options.backend, output=plan)
+    if options.calibration_cache:
+        _write_cache(start, result.trained, output / f"{name}.float.onnx", options)
+    state.unlink(missing_ok=True)
+    shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
+    print(
+        f"{built.path}: {shown or 'not evaluated'}; {result.epochs} epochs in "
+        f"{result.seconds:.0f} s"
+    )
+    if options.backend == "onnxruntime":
+        print(f"for another backend: trt-yolov6 build --onnx {built.path} --backend ...")
+    if options.json:
+        values |= {
+            "engine": str(built.path),
+            "epochs": result.epochs,
+            "seconds": result.seconds,
+            "peak_bytes": result.peak_bytes,
+            "int8_layers": len(placement.layers),
+            "float_layers": list(placement.float_layers),
+            "settings": dataclasses.asdict(settings),
+            "log": list(result.log),
+        }
+        write_result(options.json, values)
+
+
+def _settings(options: argparse.Namespace) -> QatSettings:
+    from trt_yolov6.training.qat import QatSettings
+
+    if options.no_distillation:
+        for name in ("distill_weight", "temperature"):
+            if getattr(options, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for distillation; leave --no-distillation out."
+                )
+    given = {
+        "epochs": options.epochs,
+        "batch": options.images_a_step,
+        "learning_rate": options.lr,
+        "scale_learning_rate": options.scale_lr,
+        "seed": options.seed,
+        "distill_weight": options.distill_weight,
+        "temperature": options.temperature,
+        "precision": options.precision,
+    }
+    return QatSettings(
+        data=str(options.data),
+        train_split=options.split,
+        on_bad_data=options.bad_data,
+        learn_scales=not options.fixed_scales,
+        distillation=not options.no_distillation,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _check_cache(options: argparse.Namespace) -> None:
+    """Refuse a cache that cannot be written, or that no TensorRT of that version reads."""
+    from trt_yolov6.files import check_writable
+    from trt_yolov6.quantization.trt_cache import header_version
+
+    if options.calibration_cache:
+        check_writable(options.calibration_cache)
+        header_version(options.cache_version or CACHE_VERSION)
+    elif options.cache_version:
+        raise UserError("--cache-version belongs to --calibration-cache; add it.")
+
+
+def _state_file(output: Path, resume: bool) -> Path:
+    """Return where the state goes; there must be a begun training just if it is to be resumed."""
+    from trt_yolov6.files import check_writable
+
+    state = check_writable(output / "state.pt")
+    if (output / "settings.json").exists() and not resume:
+        raise UserError(
+            f"{output} holds a training already; give another --output, or --resume to go on."
+        )
+    if resume and not state.is_file():
+        raise UserError(f"{output} holds no interrupted training; leave --resume out.")
+    return state
+
+
+def _score(graph: Any, options: argparse.Namespace) -> Any:
+    """Return the AP on the validation split, which holds the budget of automatic float layers."""
+    if options.val_split == "none":
+        return None
+    return labelled_score(graph, argparse.Namespace(data=options.data, split=options.val_split))
+
+
+def _ap(network: GraphNetwork, start: Start, options: argparse.Namespace) -> float | None:
+    """Return a network's AP on the validation split, on the device of the training."""
+    from trt_yolov6.training.qat import evaluate_network, usable_device
+
+    if options.val_split == "none":
+        return None
+    graph = start.graph
+    found = evaluate_network(
+        network.to(usable_device(options.device)),
+        graph.class_names,
+        max(graph.image_size),
+        options.data,
+        options.val_split,
+    )
+    return found.ap
+
+
+def _write_cache(start: Start, trained: Any, path: Path, options: argparse.Namespace) -> None:
+    """Write the paper's form: a graph without Q/DQ nodes, and the scales beside it."""
+    from trt_yolov6.export import write_onnx
+    from trt_yolov6.quantization.trt_cache import write_cache
+    from trt_yolov6.training.qat import rounded_weights
+
+    version = options.cache_version or CACHE_VERSION
+    write_onnx(path, rounded_weights(start, trained))
+    write_cache(options.calibration_cache, trained.amax, version)
+    say(
+        f"{options.calibration_cache}: {len(trained.amax)} scales for TensorRT {version}; build "
+        f"with `--onnx {path} --calibration-cache {options.calibration_cache}`"
+    )

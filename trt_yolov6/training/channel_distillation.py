@@ -1,0 +1,47 @@
+"""Channel-wise distillation: where a channel looks, not how loud it is.
+
+Shu et al., "Channel-wise knowledge distillation for dense prediction" (ICCV 2021, arXiv 2011.13256,
+equations 2 to 4), which the paper takes for quantization-aware training (Section 2.5.3, Fig. 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def channel_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return T² KL(p_t || p_s), averaged over images and channels.
+
+    p is the softmax over a channel's positions of activation / T, so the divergence does not see a
+    constant added to a channel. The factor keeps the size of gradients as T changes.
+
+    Args:
+        student: float (batch, channels, h, w).
+        teacher: the same; gets no gradient.
+        temperature: T, above zero: the larger, the more do weak responses count.
+
+    Returns:
+        float32 (), zero or above.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        own = (student.flatten(2).float() / temperature).log_softmax(2)
+        guide = (teacher.detach().flatten(2).float() / temperature).log_softmax(2)
+        each = (guide.exp() * (guide - own)).sum(2)
+        return temperature**2 * each.mean()
+
+
+def distillation_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float = 1.0
+) -> Tensor:
+    """Return the sum of the features' divergences.
+
+    Args:
+        student: features, each float (batch, channels, h, w), of any sizes.
+        teacher: the same features of the float network, in the same order.
+        temperature: see `channel_divergence`.
+    """
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([channel_divergence(own, guide, temperature) for own, guide in pairs]).sum()
