@@ -29,6 +29,7 @@ PACKAGES = (
     "opencv-python-headless",
     "pycocotools",
     "tqdm",
+    "PyYAML",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "cuda-python",
@@ -216,6 +217,27 @@ def parse_gpus(answer: str) -> tuple[Gpu, ...]:
             )
         )
     return tuple(gpus)
+
+
+def cpu_wait_seconds() -> float | None:
+    """Return how long threads of this process were ready to run and waited for a processor, so far.
+
+    Linux counts that for each thread; the sum over those that live is returned. What it grows by
+    while an engine runs is time that other processes took. None where the system does not say.
+    """
+    total = 0
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError:
+        return None
+    for thread in threads:
+        try:
+            with open(f"/proc/self/task/{thread}/schedstat", "rb") as file:
+                total += int(file.read().split()[1])
+        except (OSError, ValueError, IndexError):
+            if thread == str(os.getpid()):
+                return None  # no such count at all; another thread may just have ended
+    return total * 1e-9
 
 
 def system_name() -> str:

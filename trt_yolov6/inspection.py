@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,8 @@ class Layer:
     """Two a multiplication and addition, for one image; None where a size is not known."""
     paper_flops: int | None
     """As the paper's Table 1 counts: a transposed convolution by its output positions."""
+    values: int | None
+    """Elements of its input and output together, for one image; None where a size is not known."""
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,11 @@ class _Graph:
 def _inspect_onnx(path: Path) -> OnnxDetails:
     from trt_yolov6.building import read_onnx
 
-    model = read_onnx(path)
+    return inspect_onnx(read_onnx(path))
+
+
+def inspect_onnx(model: onnx.ModelProto) -> OnnxDetails:
+    """Say what is in an ONNX graph."""
     graph = _Graph(model)
     operators = Counter(
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
@@ -374,6 +380,12 @@ def _inspect_onnx(path: Path) -> OnnxDetails:
         flops=_sum_or_none(layer.flops for layer in layers),
         paper_flops=_sum_or_none(layer.paper_flops for layer in layers),
     )
+
+
+def layers_of(model: onnx.ModelProto) -> tuple[Layer, ...]:
+    """Return the convolutions and matrix products of a graph, in its order."""
+    graph = _Graph(model)
+    return tuple(_layer(graph, node) for node in model.graph.node if node.op_type in _LAYERS)
 
 
 def _layer(graph: _Graph, node: onnx.NodeProto) -> Layer:
@@ -409,6 +421,10 @@ def _layer(graph: _Graph, node: onnx.NodeProto) -> Layer:
         precision=graph.precision_of(node),
         flops=flops,
         paper_flops=paper_flops,
+        values=_sum_or_none(
+            None if size is None else size // graph.batch
+            for size in (_product(inputs), _product(output))
+        ),
     )
 
 
@@ -423,7 +439,7 @@ def _product(shape: Sequence[int | None] | None) -> int | None:
     return math.prod(sizes) if len(sizes) == len(shape) else None
 
 
-def _sum_or_none(values: Iterator[int | None]) -> int | None:
+def _sum_or_none(values: Iterable[int | None]) -> int | None:
     known = list(values)
     return None if None in known else sum(value for value in known if value is not None)
 

@@ -18,6 +18,7 @@ from trt_yolov6 import __version__
 from trt_yolov6.cli import (
     bench,
     build,
+    compare,
     doctor,
     eval,
     export,
@@ -25,6 +26,7 @@ from trt_yolov6.cli import (
     infer,
     inspect,
     qat,
+    report,
     sensitivity,
     train,
 )
@@ -38,6 +40,8 @@ _COMMANDS = (
     bench,
     eval,
     infer,
+    compare,
+    report,
     sensitivity,
     train,
     qat,
@@ -49,7 +53,10 @@ _COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 wrong usage or bad input."""
+    """Run the command line and return its exit code.
+
+    0 done, 1 a comparison fell short of its baseline, 2 wrong usage or bad input.
+    """
     options = parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:

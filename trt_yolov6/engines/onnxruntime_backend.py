@@ -7,6 +7,7 @@ It runs on the CPU, or on a GPU through the CUDA and TensorRT execution provider
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from trt_yolov6.engines.base import (
 from trt_yolov6.engines.layout import check_input, class_names_of, nms_in, reading_of
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.files import read_json
 
 if TYPE_CHECKING:
     import onnx
@@ -216,6 +218,32 @@ class OnnxRuntimeEngine(Engine):
 
         return run
 
+    def layer_times(self, images: NDArray[Any], runs: int = 20) -> dict[str, float]:
+        """Return the median seconds of each kernel, in the order they run, by name.
+
+        ONNX Runtime names a kernel by what it computes last of the graph, a node or a tensor, with
+        an ending such as `_nchwc` for its own layout. Its profiler, in a session of its own, adds
+        some microseconds to each.
+
+        Raises:
+            UserError: as `infer`.
+        """
+        self._checked(images)
+        short = next(name for name, full in PROVIDERS.items() if full == self.provider)
+        options = LoadOptions(threads=self.threads, provider=short)
+        with tempfile.TemporaryDirectory() as folder:
+            session = _session(self.path.read_bytes(), self.path, options, Path(folder) / "run")
+            for _ in range(runs + 1):
+                session.run(None, {self.input.name: images})
+            events = read_json(session.end_profiling())
+        times: dict[str, list[float]] = {}
+        for event in events:
+            name, found, _ = str(event.get("name", "")).rpartition("_kernel_time")
+            if event.get("cat") == "Node" and found:
+                times.setdefault(name, []).append(float(event["dur"]) * 1e-6)
+        # The first run allocates.
+        return {name: float(np.median(seconds[1:] or seconds)) for name, seconds in times.items()}
+
     def close(self) -> None:
         self._session = None
 
@@ -237,13 +265,13 @@ def _graph_of(content: bytes) -> onnx.ModelProto | None:
         return None
 
 
-def exact_session(model: bytes) -> onnxruntime.InferenceSession:
+def exact_session(model: bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
     """Open a graph of this package's own making on the CPU, Q/DQ pairs computed exactly."""
-    return _session(model, "the graph", LoadOptions(provider="cpu"))
+    return _session(model, "the graph", LoadOptions(threads=threads, provider="cpu"))
 
 
 def _session(
-    model: bytes, source: str | Path, options: LoadOptions
+    model: bytes, source: str | Path, options: LoadOptions, profile: Path | None = None
 ) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime
@@ -261,6 +289,9 @@ def _session(
     settings.log_severity_level = 3
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
     quantized = _is_quantized(model)
     if quantized:
         # Without VNNI, ONNX Runtime's INT8 convolutions saturate in 16 bits and give other results

@@ -1,0 +1,374 @@
+"""`compare` as a whole, with small detectors that really run: nothing twice, nothing lost."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from trt_yolov6.cli import main
+from trt_yolov6.comparison import ModelEntry, Plan, compare, read_results
+from trt_yolov6.comparison.steps import Steps
+from trt_yolov6.data.coco import load_coco
+from trt_yolov6.engines import load_engine
+from trt_yolov6.errors import UserError
+from trt_yolov6.evaluation import evaluate
+from trt_yolov6.files import sha256_file, write_json
+
+IMAGES = 6
+
+
+def write_detector(path: Path, kernel: int = 8, seed: int = 0) -> Path:
+    """A float detector of three classes whose boxes lie all over the image: rows, any batch."""
+    side, cells = 64, 64 // kernel
+    generator = np.random.default_rng(seed)
+    weights: dict[str, NDArray[Any]] = {
+        "w": (0.3 * generator.standard_normal((8, 3, kernel, kernel))).astype(np.float32),
+        "b": generator.standard_normal(8).astype(np.float32),
+        "shape": np.array([0, 8, cells * cells], np.int64),
+        "scale": np.array([30, 30, 12, 12, 1, 1, 1, 1], np.float32),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["images", "w", "b"], ["features"], strides=[kernel] * 2),
+            helper.make_node("Sigmoid", ["features"], ["squashed"]),
+            helper.make_node("Reshape", ["squashed", "shape"], ["columns"]),
+            helper.make_node("Transpose", ["columns"], ["unscaled"], perm=[0, 2, 1]),
+            helper.make_node("Mul", ["unscaled", "scale"], ["rows"]),
+        ],
+        "detector",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, side, side])],
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["batch", cells * cells, 8])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """The first images of the sample data set."""
+    folder = tmp_path_factory.mktemp("data")
+    content = json.loads((root / "samples/annotations/instances_val.json").read_text())
+    content["images"] = content["images"][:IMAGES]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+    write_json(folder / "annotations" / "instances_val.json", content)
+    (folder / "images" / "val").mkdir(parents=True)
+    for image in content["images"]:
+        shutil.copy(root / "samples/images/val" / image["file_name"], folder / "images" / "val")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Plan:
+    folder = tmp_path_factory.mktemp("models")
+    return Plan(
+        models=(
+            ModelEntry(write_detector(folder / "coarse.onnx", 16)),
+            ModelEntry(write_detector(folder / "fine.onnx", 4), precisions=("fp32", "fp16")),
+        ),
+        batches=(1, 4),
+        data=data,
+        rounds=4,
+        duration=0.2,
+        examples=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> Path:
+    """The folder of a comparison that was made once."""
+    folder = tmp_path_factory.mktemp("run")
+    compare(plan, folder, progress=False)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "results.json"
+    }
+
+
+def test_every_engine_has_the_ap_that_eval_gives_it(finished: Path, data: Path) -> None:
+    results = read_results(finished)
+    names = [engine["engine"] for engine in results["engines"]]
+    assert names == ["coarse fp32", "fine fp32", "fine fp16"]
+    dataset = load_coco(data, "val")
+    files = {timing["engine"]: timing["engine_file"] for timing in results["timings"]}
+    for record in results["engines"]:
+        with load_engine(finished / files[record["engine"]]) as engine:
+            expected = evaluate(engine, dataset, progress=False)
+        assert (record["AP"], record["AP50"]) == (expected.ap, expected.ap50)
+        assert record["detections"] == expected.detections > 0
+
+
+def test_results_say_what_was_measured_on_what(finished: Path, data: Path) -> None:
+    results = read_results(finished)
+    assert [(one["engine"], one["batch"]) for one in results["timings"]] == [
+        (engine, batch) for batch in (1, 4) for engine in ("coarse fp32", "fine fp32", "fine fp16")
+    ]
+    for timing in results["timings"]:
+        low, high = timing["latency_ms"]["interval"]
+        assert 0 <= low <= timing["latency_ms"]["median"] <= high
+        assert timing["throughput_fps"] == pytest.approx(
+            1e3 * timing["batch"] / timing["latency_ms"]["median"]
+        )
+        assert timing["engine_sha256"] == sha256_file(finished / timing["engine_file"])
+        assert len(timing["latency_ms"]["rounds"]) in (3, 4)
+    assert results["data"]["images"] == IMAGES
+    assert results["environment"]["cpu"]["model"]
+    assert results["environment"]["packages"]["onnxruntime"]
+    fine = next(one for one in results["layers"] if one["engine"] == "fine fp32")
+    convolution = next(layer for layer in fine["layers"] if layer["operator"] == "Conv")
+    assert convolution["precision"] == "fp32"
+    assert convolution["roofline_ms"] > 0
+    # 16 x 16 places of 8 values, each a sum over 3 x 4 x 4 products.
+    assert results["engines"][1]["flops"] == 2 * 16 * 16 * 8 * 48
+    assert results["engines"][1]["parameters"] == 8 * 48 + 8
+
+
+def test_the_sixteenth_of_the_work_is_clearly_the_faster(finished: Path) -> None:
+    ratios = {(one["engine"], one["batch"]): one for one in read_results(finished)["ratios"]}
+    assert ratios["fine fp32", 4]["to"] == "coarse fp32"
+    assert ratios["fine fp32", 4]["ratio"] > 1
+
+
+def test_a_second_run_repeats_nothing_and_says_the_same(finished: Path, plan: Plan) -> None:
+    before, results = contents(finished), (finished / "results.json").read_bytes()
+    start = time.monotonic()
+    compare(plan, finished, progress=False)
+    assert time.monotonic() - start < 5
+    assert contents(finished) == before
+    assert (finished / "results.json").read_bytes() == results
+
+
+def test_what_changed_is_measured_again_and_nothing_else(
+    finished: Path, plan: Plan, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = contents(folder)
+    changed = copy.copy(plan)
+    object.__setattr__(changed, "iou", 0.5)
+    compare(changed, folder, progress=False)
+    new = {name for name in contents(folder) if name not in before}
+    assert {name.split("-")[0] for name in new} == {"steps/accuracy"}
+    assert len(new) == 3
+    compare(plan, folder, again=True, progress=False)
+    after = contents(folder)
+    touched = {name for name, value in before.items() if after[name] != value}
+    assert {name.split("-")[0] for name in touched if name.startswith("steps")} == {"steps/timing"}
+
+
+def test_an_engine_that_was_replaced_is_built_again(
+    finished: Path, plan: Plan, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    engine = folder / "engines" / "coarse_fp32.onnx"
+    good = engine.read_bytes()
+    engine.write_bytes(b"something else")
+    compare(plan, folder, progress=False)
+    assert engine.read_bytes() == good
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(
+    finished: Path, plan: Plan, tmp_path: Path, root: Path
+) -> None:
+    folder = tmp_path / "run"
+    models = [str(model.path) for model in plan.models]
+    command = [sys.executable, "-m", "trt_yolov6", "compare", *models, "--precisions", "fp32"]
+    command += ["--batches", "1,4", "--data", str(plan.data), "--output", str(folder)]
+    command += ["--rounds", "5", "--duration", "0.5", "--no-layers", "--quiet"]
+    generator = random.Random(5)
+    done = 0
+    killed = 0
+    for _ in range(20):
+        process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
+        try:
+            # Longer each time, so that it comes to an end on a slow machine as well.
+            code = process.wait(1.5**killed * generator.uniform(0.7, 1.3))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            kept = [json.loads(file.read_text()) for file in folder.glob("steps/timing-*.json")]
+            rounds = len(kept[0]["value"]) if kept else 0
+            assert rounds >= done  # what was done is never lost
+            done = rounds
+            continue
+        assert code == 0
+        break
+    assert killed
+    results = read_results(folder)
+    assert len(results["timings"]) == 4
+    left_alone = {one["engine"]: one["AP"] for one in read_results(finished)["engines"]}
+    assert {one["engine"]: one["AP"] for one in results["engines"]} == {
+        name: left_alone[name] for name in ("coarse fp32", "fine fp32")
+    }
+    assert not [path for path in folder.rglob(".*") if path.suffix == ".tmp"]
+
+
+def test_an_engine_is_taken_as_it_is_and_a_fixed_batch_leaves_others_out(
+    finished: Path, plan: Plan, tmp_path: Path
+) -> None:
+    engine = finished / "engines" / "coarse_fp32.onnx"
+    fixed = tmp_path / "fixed.onnx"
+    model = onnx.load(plan.models[0].path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, fixed)
+    both = Plan(
+        models=(ModelEntry(engine, "engine"), ModelEntry(fixed)),
+        precisions=("fp16",),
+        batches=(1, 4),
+        data=plan.data,
+        rounds=3,
+        duration=0.1,
+        layers=False,
+    )
+    results = compare(both, tmp_path / "run", progress=False)
+    measured = [(one["engine"], one["batch"]) for one in results["timings"]]
+    assert measured == [("engine fp32", 1), ("engine fp32", 4), ("fixed fp16", 4)]
+    assert results["left_out"] == ["fixed fp16 takes batch 4: batch 1 was not measured."]
+
+
+def test_steps_are_found_by_what_they_depend_on(tmp_path: Path) -> None:
+    steps = Steps(tmp_path)
+    steps.keep("build", {"a": 1, "b": (2, 3)}, {"x": 1})
+    assert steps.find("build", {"b": [2, 3], "a": 1}) == {"x": 1}
+    assert steps.find("build", {"a": 2, "b": [2, 3]}) is None
+    assert steps.find("accuracy", {"a": 1, "b": [2, 3]}) is None
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text()[:20])
+    assert steps.find("build", {"a": 1, "b": [2, 3]}) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda value: value.update(schema=2), "schema 2"),
+        (lambda value: value.update(kind="other"), "no results of a comparison"),
+        (lambda value: value.pop("timings"), "damaged"),
+        (lambda value: value["engines"][0].update(AP=52.0), "damaged"),
+        (lambda value: value["timings"][0].update(engine="other"), "damaged"),
+        (lambda value: value["timings"][0]["latency_ms"].update(median=-1), "damaged"),
+    ],
+)
+def test_damaged_results_are_refused(
+    finished: Path, tmp_path: Path, damage: Any, words: str
+) -> None:
+    value = json.loads((finished / "results.json").read_text())
+    damage(value)
+    write_json(tmp_path / "results.json", value)
+    with pytest.raises(UserError, match=words):
+        read_results(tmp_path)
+
+
+# --- the command
+
+
+def arguments(plan: Plan, output: Path, *more: str) -> list[str]:
+    model = str(plan.models[0].path)
+    common = ["--data", str(plan.data), "--batches", "1", "--rounds", "3", "--duration", "0.1"]
+    return ["compare", model, *common, "--no-layers", "--quiet", "--output", str(output), *more]
+
+
+def test_the_gate_passes_what_is_unchanged_and_fails_a_drop_with_exit_code_1(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(plan, tmp_path / "run")) == 0
+    output = capsys.readouterr().out
+    assert "coarse fp32" in output
+    assert "results.json: written" in output
+    baseline = tmp_path / "run" / "results.json"
+    # The same file: side by side it would be itself, so that nothing is left to noise.
+    unchanged = arguments(plan, tmp_path / "again", "--baseline", str(baseline))
+    assert main([*unchanged, "--max-slowdown", "0%"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "gate: passed"
+    value = json.loads(baseline.read_text())
+    value["engines"][0]["AP"] += 0.003
+    write_json(tmp_path / "better.json", value)
+    better = arguments(plan, tmp_path / "again", "--baseline", str(tmp_path / "better.json"))
+    assert main([*better, "--max-ap-drop", "0.2"]) == 1
+    assert "failed: coarse fp32: AP" in capsys.readouterr().out
+    assert main([*better, "--max-ap-drop", "0.4"]) == 0
+
+
+def test_a_slower_engine_fails_side_by_side_with_the_baselines(
+    plan: Plan, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    quick, slow = models / "quick", models / "slow"
+    for folder, kernel in ((quick, 16), (slow, 2)):
+        folder.mkdir()
+        write_detector(folder / "n.onnx", kernel)
+    common = ["--data", str(plan.data), "--batches", "4", "--rounds", "4", "--duration", "0.4"]
+    common += ["--no-layers", "--quiet"]
+    output = str(tmp_path / "first")
+    assert main(["compare", str(quick / "n.onnx"), *common, "--output", output]) == 0
+    gate = ["--baseline", output, "--max-ap-drop", "100"]
+    second = ["compare", str(slow / "n.onnx"), *common, "--output", str(tmp_path / "second")]
+    assert main([*second, *gate]) == 1
+    assert "side by side" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--strict"], "--baseline"),
+        (["--max-slowdown", "3"], "--baseline"),
+        (["--precisions", "int4"], "int4"),
+        (["--batches", "0"], "above 0"),
+        (["--rounds", "1"], "3 or more"),
+        (["--baseline", "none.json"], "none.json"),
+        (["--split", "none"], "none"),
+        (["plan.yaml"], "give it alone"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    plan: Plan,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    words: str,
+) -> None:
+    command = arguments(plan, tmp_path / "run")
+    positional = [item for item in more if item.endswith(".yaml")]
+    rest = [item for item in more if item not in positional]
+    try:
+        code = main([*command[:2], *positional, *command[2:], *rest])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    assert code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_two_models_of_one_name_need_names(plan: Plan, tmp_path: Path) -> None:
+    os.makedirs(tmp_path / "other")
+    other = write_detector(tmp_path / "other" / "coarse.onnx", 16, seed=1)
+    twice = Plan(models=(plan.models[0], ModelEntry(other)), data=plan.data)
+    with pytest.raises(UserError, match="'coarse fp32'"):
+        compare(twice, tmp_path / "run", progress=False)

@@ -1,0 +1,96 @@
+"""Plans: from YAML and from Python, and what is wrong with one in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trt_yolov6.comparison.plan import ModelEntry, Plan, entries_for, parse_precision, read_plan
+from trt_yolov6.errors import UserError
+
+
+def test_a_plan_in_yaml_is_that_in_python(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        """
+models:
+  - n.pt
+  - {path: other/x.onnx, name: x, precisions: [fp16], names: x.txt, imgsz: [320, 640]}
+precisions: [fp32, "int8+fp16:6"]
+batches: 4
+data: d
+calib: /c
+rounds: 5
+"""
+    )
+    assert read_plan(file, duration=2.0, batches=(1, 8)) == Plan(
+        models=(
+            ModelEntry(tmp_path / "n.pt"),
+            ModelEntry(tmp_path / "other/x.onnx", "x", ("fp16",), tmp_path / "x.txt", (320, 640)),
+        ),
+        precisions=("fp32", "int8+fp16:6"),
+        batches=(1, 8),
+        data=tmp_path / "d",
+        calib=Path("/c"),
+        rounds=5,
+        duration=2.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: [", "no YAML file"),
+        ("- n.pt", "no list `models`"),
+        ("models: n.pt", "no list `models`"),
+        ("models: []", "nothing to compare"),
+        ("models: [{name: n}]", "neither a path"),
+        ("models: [n.pt]\nbatch: 1", "'batch' means nothing"),
+        ("models: [{path: n.pt, int8: yes}]", "'int8' means nothing"),
+        ("models: [n.pt]\nbatches: [one]", "batches cannot be"),
+        ("models: [n.pt]\nbatches: [0]", "above 0"),
+        ("models: [n.pt]\nrounds: 2", "3 or more"),
+        ("models: [n.pt]\nduration: -1", "out of range"),
+        ("models: [n.pt]\niou: 3", "IoU"),
+        ("models: [n.pt]\nprecisions: [int4]", "'int4' is no precision"),
+        ("models: [n.pt]\nprecisions: []", "no precision"),
+        ("models: !!python/object/apply:os.system ['touch pwned']", "no YAML file"),
+    ],
+)
+def test_what_is_wrong_with_a_plan_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        read_plan(file)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "half", "layers"),
+    [
+        ("fp32", "fp32", False, 0),
+        ("INT8", "int8", False, 0),
+        ("int8+fp16", "int8", True, 0),
+        ("int8:6", "int8", False, 6),
+        ("int8+fp16:auto", "int8", True, "auto"),
+        ("fp8+fp16", "fp8", True, 0),
+    ],
+)
+def test_a_precision_says_what_is_quantized_and_what_is_not(
+    text: str, base: str, half: bool, layers: int | str
+) -> None:
+    found = parse_precision(text)
+    assert (found.base, found.rest_fp16, found.float_layers) == (base, half, layers)
+
+
+@pytest.mark.parametrize("text", ["", "fp64", "fp32+fp16", "fp16:6", "int8:", "int8:-1", "fp8:6"])
+def test_other_precisions_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"precision|layers are ranked"):
+        parse_precision(text)
+
+
+def test_files_of_other_kinds_are_refused() -> None:
+    with pytest.raises(UserError, match=r"table\.csv is neither"):
+        entries_for([Path("n.pt"), Path("table.csv")])

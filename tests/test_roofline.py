@@ -1,0 +1,137 @@
+"""Rooflines: the work of layers in closed form, kernels and their layers, ceilings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from trt_yolov6.benchmarking import random_input
+from trt_yolov6.engines import LoadOptions, load_engine
+from trt_yolov6.roofline import (
+    Ceilings,
+    GraphWork,
+    LayerWork,
+    cpu_ceilings,
+    graph_work,
+    layer_times,
+)
+
+
+@pytest.fixture(scope="module")
+def graph() -> onnx.ModelProto:
+    """Two convolutions with activations, and a branch that adds both up: rows of 5 + 3."""
+    generator = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(generator.random(shape, dtype=np.float32), name)
+
+    nodes = [
+        helper.make_node("Conv", ["images", "w1"], ["c1"], "first", strides=[2, 2], pads=[1] * 4),
+        helper.make_node("Relu", ["c1"], ["r1"], "act"),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], "second"),
+        helper.make_node("Sigmoid", ["c2"], ["s2"], "squash"),
+        helper.make_node("Reshape", ["s2", "shape"], ["columns"], "flat"),
+        helper.make_node("Transpose", ["columns"], ["rows"], "turn", perm=[0, 2, 1]),
+    ]
+    made = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 64, 64])],
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["batch", 1024, 8])],
+        [
+            weight("w1", 16, 3, 3, 3),
+            weight("w2", 8, 16, 1, 1),
+            numpy_helper.from_array(np.array([0, 8, 1024], np.int64), "shape"),
+        ],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def test_the_work_of_a_layer_is_the_textbooks(graph: onnx.ModelProto) -> None:
+    first, second = graph_work(graph).layers
+    assert first == LayerWork(
+        name="first",
+        operator="Conv",
+        precision="fp32",
+        flops=2 * 32 * 32 * 16 * 3 * 9,
+        values=3 * 64 * 64 + 16 * 32 * 32,
+        weights=16 * 3 * 9,
+    )
+    assert second.flops == 2 * 32 * 32 * 8 * 16
+    assert second.bytes_moved(batch=4, element=2) == 2 * (4 * (16 + 8) * 32 * 32 + 8 * 16)
+
+
+def test_a_fixed_batch_has_the_same_work_an_image(graph: onnx.ModelProto) -> None:
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(graph)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    assert graph_work(fixed).layers == graph_work(graph).layers
+
+
+@pytest.mark.parametrize(
+    ("kernel", "layer"),
+    [
+        ("first", "first"),
+        ("act_nchwc", "first"),
+        ("r1_nchwc", "first"),
+        ("second_myl0_12", "second"),
+        ("s2", "second"),
+        ("ReorderOutput_token_7", "ReorderOutput_token_7"),
+        ("flat", "flat"),
+    ],
+)
+def test_a_kernel_is_of_the_layer_whose_output_it_computes(
+    graph: onnx.ModelProto, kernel: str, layer: str
+) -> None:
+    (found,) = layer_times({kernel: 1.0}, graph_work(graph), 1, None)
+    assert found.name == layer
+    assert (found.operator == "Conv") == (layer in ("first", "second"))
+
+
+@pytest.mark.parametrize(
+    ("rate", "bandwidth", "seconds", "bound"),
+    [(1e6, 1e12, 2.0, "arithmetic"), (1e12, 1e3, 0.84, "memory")],
+)
+def test_the_roofline_is_the_larger_of_both_times(
+    rate: float, bandwidth: float, seconds: float, bound: str
+) -> None:
+    work = GraphWork((LayerWork("a", "Conv", "fp32", 1_000_000, 100, 10),), {"a": "a"})
+    ceilings = Ceilings(bandwidth, {"fp32": rate}, "made up")
+    (found,) = layer_times({"a": 3.0}, work, 2, ceilings)
+    assert found.roofline == pytest.approx(seconds)
+    assert found.bound == bound
+
+
+def test_a_precision_without_a_ceiling_has_no_roofline() -> None:
+    work = GraphWork((LayerWork("a", "Conv", "fp8", 1, 1, 1),), {"a": "a"})
+    ceilings = Ceilings(1.0, {"fp32": 1.0}, "made up")
+    (found,) = layer_times({"a": 3.0}, work, 1, ceilings)
+    assert found.roofline is None
+    (computed,) = layer_times({"a": 3.0}, work, 1, ceilings, computed_in="fp32")
+    assert computed.roofline is not None
+    assert computed.precision == "fp8"
+
+
+def test_onnx_runtime_times_the_kernels_of_every_layer(
+    graph: onnx.ModelProto, tmp_path: Path
+) -> None:
+    path = tmp_path / "g.onnx"
+    onnx.save(graph, path)
+    with load_engine(path, options=LoadOptions(threads=1)) as engine:
+        kernels = engine.layer_times(random_input(engine, 2), runs=5)
+    assert all(seconds > 0 for seconds in kernels.values())
+    named = {one.name for one in layer_times(kernels, graph_work(graph), 2, None) if one.operator}
+    assert named == {"first", "second"}
+    assert not list(tmp_path.glob("*.json"))  # the profile is gone
+
+
+def test_ceilings_are_rates_that_a_processor_can_have() -> None:
+    found = cpu_ceilings(threads=1)
+    # Any processor of this century does a billion; none a thousand times a GPU's.
+    assert 1e9 < found.flops["fp32"] < 1e15
+    assert 1e8 < found.bytes_per_second < 1e13

@@ -1,0 +1,171 @@
+"""`compare`: which detector, at which precision, is best for its latency here; and the gate."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_yolov6.cli.options import Commands, add_command, add_quiet, positive
+from trt_yolov6.cli.output import say
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.comparison.plan import Plan
+
+DEFAULT_OUTPUT = Path("runs/compare")
+
+_GATE_OPTIONS = ("max_slowdown", "max_ap_drop", "strict", "allow_other_device")
+
+_PLAN_OPTIONS = (
+    *("precisions", "batches", "backends", "data", "split", "calib", "calibrator"),
+    *("rounds", "duration", "border", "max_detections", "threads", "provider", "examples", "iou"),
+)
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    text = "compare detectors at several precisions and batch sizes: AP, latency, layers"
+    parser = add_command(commands, "compare", run, text)
+    parser.description = (
+        f"{text}. Goes on where an earlier comparison in --output was interrupted; what has not "
+        "changed is not measured again."
+    )
+    parser.epilog = "Exit code: 0 done; 1 the gate failed; 2 wrong usage or bad input."
+    parser.add_argument(
+        "models",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="checkpoints, ONNX files and engines, or one plan (.yaml)",
+    )
+    parser.add_argument(
+        "--precisions",
+        type=_texts,
+        metavar="P,...",
+        help="fp32, fp16, int8, fp8; the last two with +fp16 for the rest, and :K or :auto for "
+        "layers left in float (fp32)",
+    )
+    parser.add_argument("--batches", type=_numbers, metavar="N,...", help="batch sizes (1,32)")
+    parser.add_argument("--backends", type=_texts, metavar="B,...", help="(auto)")
+    parser.add_argument("--data", type=Path, help="folder in COCO layout (samples/)")
+    parser.add_argument("--split", help="part of the data set, such as val or val2017")
+    parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
+    parser.add_argument(
+        "--calibrator", choices=("auto", "minmax", "entropy", "percentile", "mse"), help="(auto)"
+    )
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"({DEFAULT_OUTPUT})")
+    parser.add_argument("--again", action="store_true", help="measure latencies anew")
+    add_quiet(parser)
+
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--rounds", type=positive, metavar="N", help="turns an engine gets (8)")
+    how.add_argument(
+        "--duration", type=float, metavar="S", help="seconds an engine and batch size (10)"
+    )
+    how.add_argument("--no-layers", action="store_true", help="leave the times of layers out")
+    how.add_argument("--examples", type=int, metavar="N", help="images kept for the report (3)")
+    how.add_argument("--conf", type=float, help="confidence threshold (0.03)")
+    how.add_argument("--iou", type=float, help="IoU threshold of NMS (0.65)")
+    how.add_argument("--max-detections", type=positive, help="boxes kept an image (300)")
+    how.add_argument("--border", type=int, help="gray pixels on each side (0)")
+    how.add_argument("--threads", type=positive, help="CPU threads of ONNX Runtime")
+    how.add_argument("--provider", choices=("cpu", "cuda", "tensorrt"), help="of ONNX Runtime")
+
+    gate = parser.add_argument_group("gate")
+    gate.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="results.json of an earlier comparison"
+    )
+    gate.add_argument(
+        "--max-slowdown",
+        type=_percent,
+        metavar="PERCENT",
+        help="that a latency may grow by, beyond doubt (3%%)",
+    )
+    gate.add_argument(
+        "--max-ap-drop",
+        type=float,
+        metavar="POINTS",
+        help="AP points (hundredths) that an AP may fall by (0.2)",
+    )
+    gate.add_argument(
+        "--strict", action="store_true", help="what noise leaves undecided fails as well"
+    )
+    gate.add_argument(
+        "--allow-other-device", action="store_true", help="take a baseline of another device"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare, print the results and, with a baseline, the gate's verdict."""
+    from trt_yolov6.comparison.gate import Limits, check, check_comparable, format_verdict
+    from trt_yolov6.comparison.results import FILE, read_results
+    from trt_yolov6.comparison.run import compare, side_by_side
+    from trt_yolov6.comparison.summary import format_results
+
+    if options.baseline is None:
+        for name in _GATE_OPTIONS:
+            if getattr(options, name) not in (None, False):
+                raise UserError(f"--{name.replace('_', '-')} belongs to --baseline; add it.")
+    plan = _plan(options)
+    given = {
+        name: getattr(options, name)
+        for name in ("max_slowdown", "max_ap_drop")
+        if getattr(options, name) is not None
+    }
+    limits = Limits(**given, strict=options.strict, other_device=options.allow_other_device)
+    # Read first: the comparison may write to where it lies.
+    baseline = read_results(options.baseline) if options.baseline else None
+    results = compare(
+        plan, options.output, again=options.again, tell=say, progress=not options.quiet
+    )
+    print(format_results(results))
+    print(f"{options.output / FILE}: written")
+    if baseline is None:
+        return 0
+    check_comparable(results, baseline, limits)
+    folder = options.baseline if options.baseline.is_dir() else options.baseline.parent
+    paired = side_by_side(
+        results, options.output, baseline, folder, plan, progress=not options.quiet
+    )
+    verdict = check(results, baseline, limits, paired=paired)
+    print(format_verdict(verdict))
+    return 0 if verdict.ok else 1
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    from trt_yolov6.comparison.plan import YAML_SUFFIXES, Plan, entries_for, read_plan
+
+    changes: dict[str, Any] = {
+        name: getattr(options, name) for name in _PLAN_OPTIONS if getattr(options, name) is not None
+    }
+    if options.conf is not None:
+        changes["confidence"] = options.conf
+    if options.no_layers:
+        changes["layers"] = False
+    plans = [path for path in options.models if path.suffix.lower() in YAML_SUFFIXES]
+    if not plans:
+        return Plan(entries_for(options.models), **changes)
+    if len(options.models) > 1:
+        raise UserError(
+            f"{plans[0]} is a plan, which names its models itself; give it alone, or models alone."
+        )
+    return read_plan(plans[0], **changes)
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = _texts(text)
+    if not parts:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers above 0")
+    return tuple(positive(part) for part in parts)
+
+
+def _percent(text: str) -> float:
+    try:
+        return float(text.strip().removesuffix("%"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage, such as 3%") from error

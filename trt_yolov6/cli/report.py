@@ -1,0 +1,45 @@
+"""`report`: the results of comparisons as one page to look at, and as Markdown and CSV."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trt_yolov6.cli.options import Commands, add_command
+
+DEFAULT_OUTPUT = Path("report.html")
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    text = "make a page (HTML), Markdown or CSV of what `compare` found"
+    parser = add_command(commands, "report", run, text)
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="folders or results.json of `compare`; rankings of `sensitivity --json`",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        nargs="+",
+        default=[DEFAULT_OUTPUT],
+        metavar="FILE",
+        help=f"ending in .html, .md or .csv; several are written at once ({DEFAULT_OUTPUT})",
+    )
+    parser.add_argument("--title", default="", help="of the page")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read everything, then write each form."""
+    from trt_yolov6.files import check_writable
+    from trt_yolov6.reports import read_material, write_report
+
+    material = read_material(options.results)
+    for path in options.output:
+        check_writable(path)
+    for path in options.output:
+        write_report(material, path, options.title)
+        print(f"{path}: written, {path.stat().st_size / 1024:.0f} KiB")

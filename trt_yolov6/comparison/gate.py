@@ -1,0 +1,192 @@
+"""A comparison held against an earlier one: is it slower, or less accurate, than may be?
+
+Latency is noisy, so a slowdown counts as one only where noise cannot explain it: where the whole
+interval of the ratio lies beyond the limit. The ratio is of two runs, each with its own interval;
+their errors add in quadrature. Where part of the interval lies beyond the limit the answer is
+undecided, which passes with a line that says so, or fails if `strict`. AP is exact: the same images
+and arithmetic give the same AP, so any drop beyond the limit fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trt_yolov6.comparison.intervals import Interval, ratio_of
+from trt_yolov6.comparison.results import latency_of
+from trt_yolov6.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a comparison may lose against its baseline."""
+
+    max_slowdown: float = 3.0
+    """Percent that a latency may grow by."""
+    max_ap_drop: float = 0.2
+    """AP points (hundredths) that an AP may fall by: 0.2 allows 0.518 after 0.520."""
+    strict: bool = False
+    """Undecided is failed."""
+    other_device: bool = False
+    """A baseline from another device, or other packages, is taken."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_slowdown < float("inf"):
+            raise UserError(
+                f"--max-slowdown {self.max_slowdown:g} is out of range; give percent, 0 or more."
+            )
+        if not 0 <= self.max_ap_drop <= 100:
+            raise UserError(
+                f"--max-ap-drop {self.max_ap_drop:g} is out of range; give AP points (hundredths), "
+                "0 to 100."
+            )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of it; each reason is a line."""
+
+    failures: tuple[str, ...]
+    undecided: tuple[str, ...]
+    """What noise keeps from being decided."""
+    passed: tuple[str, ...]
+    strict: bool
+
+    @property
+    def ok(self) -> bool:
+        """True where nothing fell short."""
+        return not self.failures and not (self.strict and self.undecided)
+
+
+def check(
+    results: Mapping[str, Any],
+    baseline: Mapping[str, Any],
+    limits: Limits | None = None,
+    *,
+    paired: Mapping[tuple[str, int], Interval] | None = None,
+) -> Verdict:
+    """Hold the results of a comparison against those of an earlier one.
+
+    Every engine of the baseline, by name, and each of its batch sizes is looked for; what the
+    results have beyond that is not judged.
+
+    Args:
+        results: from `results.read_results` or `run.compare`.
+        baseline: from `results.read_results`.
+        limits: how much may be lost.
+        paired: ratios of latencies, by engine and batch, that were measured side by side with the
+            baseline's own engines; they take the place of those of two runs.
+
+    Raises:
+        UserError: the baseline is of another data set or, unless allowed, of another device.
+    """
+    limits = limits or Limits()
+    check_comparable(results, baseline, limits)
+    failures: list[str] = []
+    undecided: list[str] = []
+    passed: list[str] = []
+    now = {engine["engine"]: engine for engine in results["engines"]}
+    for engine in baseline["engines"]:
+        name = engine["engine"]
+        if name not in now:
+            failures.append(f"{name}: the baseline has it, this comparison does not")
+            continue
+        text, ok = _judge_ap(name, now[name]["AP"], engine["AP"], limits.max_ap_drop)
+        (passed if ok else failures).append(text)
+    timings = {(timing["engine"], timing["batch"]): timing for timing in results["timings"]}
+    for timing in baseline["timings"]:
+        key = timing["engine"], timing["batch"]
+        if key[0] not in now:
+            continue
+        if key not in timings:
+            failures.append(
+                f"{key[0]}, batch {key[1]}: the baseline has a latency, this comparison does not"
+            )
+            continue
+        before, after = latency_of(timing), latency_of(timings[key])
+        side_by_side = (paired or {}).get(key)
+        ratio = side_by_side or ratio_of(after, before)
+        how = ", side by side" if side_by_side else ""
+        slower = _percent(ratio.value)
+        text = (
+            f"{key[0]}, batch {key[1]}: {slower} ({before.value:.4g} to {after.value:.4g} ms; "
+            f"between {_percent(ratio.low)} and {_percent(ratio.high)} with noise{how}; allowed "
+            f"{limits.max_slowdown:+g} %)"
+        )
+        allowed = 1 + limits.max_slowdown / 100
+        if ratio.low > allowed:
+            failures.append(text)
+        elif ratio.high > allowed:
+            undecided.append(text)
+        else:
+            passed.append(text)
+    return Verdict(tuple(failures), tuple(undecided), tuple(passed), limits.strict)
+
+
+def check_comparable(
+    results: Mapping[str, Any], baseline: Mapping[str, Any], limits: Limits
+) -> None:
+    """Refuse a baseline that says nothing about these results.
+
+    Raises:
+        UserError: it is of another data set, other thresholds, or another device.
+    """
+    for key in ("annotations_sha256", "images_sha256"):
+        if results["data"].get(key) != baseline["data"].get(key):
+            raise UserError(
+                f"the baseline is of another data set ({baseline['data'].get('root')}, "
+                f"{baseline['data'].get('split')}); compare on the same one, or make a new "
+                "baseline."
+            )
+    for key in ("confidence", "iou", "max_detections", "border"):
+        now, before = results["settings"].get(key), baseline["settings"].get(key)
+        if now != before:
+            raise UserError(
+                f"the baseline was evaluated with {key} {before}, this comparison with {now}; use "
+                "the same, or make a new baseline."
+            )
+    if limits.other_device:
+        return
+    devices = [
+        sorted({engine["device"] for engine in value["engines"]}) for value in (results, baseline)
+    ]
+    if devices[0] != devices[1]:
+        raise UserError(
+            f"the baseline was measured on {', '.join(devices[1]) or 'no device'}, this comparison "
+            f"on {', '.join(devices[0]) or 'no device'}; make a baseline here, or give "
+            "--allow-other-device."
+        )
+
+
+def format_verdict(verdict: Verdict) -> str:
+    """Return a verdict as text: a line a reason, then the outcome."""
+    lines = [
+        *(f"failed: {text}" for text in verdict.failures),
+        *(f"undecided: {text}" for text in verdict.undecided),
+        *(f"passed: {text}" for text in verdict.passed),
+    ]
+    if verdict.ok:
+        lines.append("gate: passed" + (" (noise left some undecided)" if verdict.undecided else ""))
+    else:
+        reasons = len(verdict.failures) + (len(verdict.undecided) if verdict.strict else 0)
+        lines.append(f"gate: failed, {reasons} reason{'s' * (reasons != 1)}")
+    return "\n".join(lines)
+
+
+def _judge_ap(
+    name: str, now: float | None, before: float | None, allowed: float
+) -> tuple[str, bool]:
+    if before is None:
+        return f"{name}: the baseline has no AP", True
+    if now is None:
+        return f"{name}: the baseline has AP {before:.4f}, this comparison has none", False
+    points = 100 * (now - before)
+    text = f"{name}: AP {now:.4f} after {before:.4f} ({points:+.2f} points, allowed -{allowed:g})"
+    # A drop of exactly the limit is allowed; 1e-9 stands for the rounding of the subtraction.
+    return text, -points <= allowed + 1e-9
+
+
+def _percent(ratio: float) -> str:
+    """Return how much longer a ratio of latencies says it takes."""
+    return f"{100 * (ratio - 1):+.1f} %"

@@ -1,0 +1,273 @@
+"""The measuring steps of a comparison: AP, latency in rounds, times of layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trt_yolov6.comparison.cases import BuiltCase, Work
+from trt_yolov6.comparison.machine import clocks, run_inputs
+from trt_yolov6.comparison.timing import Round, measure_round, round_from_json
+from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
+from trt_yolov6.engines.base import Engine
+from trt_yolov6.environment import cpu_wait_seconds
+from trt_yolov6.errors import UserError
+from trt_yolov6.files import sha256_file
+from trt_yolov6.roofline import Ceilings, GraphWork, LayerWork, layer_times, measure_ceilings
+
+EXAMPLE_CONFIDENCE = 0.4
+"""Score from which on a detection is shown in the report's pictures, as `infer` draws them."""
+
+LAYER_TRIALS = 3
+"""Times that layers are measured over, while others keep this process waiting."""
+
+LAYER_RUNS = 20
+
+Advance = Callable[[str, int], None]
+"""Called with what is being done, and how many steps are done since."""
+
+
+# --- accuracy -----------------------------------------------------------------------------------
+
+
+def data_record(dataset: CocoDataset) -> dict[str, Any]:
+    """Return what data set this is, as the results say it."""
+    digest = hashlib.sha256()
+    for image in dataset.images:
+        digest.update(bytes.fromhex(sha256_file(image.path)))
+    return {
+        "root": str(dataset.root),
+        "split": dataset.split,
+        "annotations_sha256": sha256_file(dataset.annotation_file),
+        "images_sha256": digest.hexdigest(),
+        "images": len(dataset.images),
+        "class_names": list(dataset.class_names),
+    }
+
+
+def accuracy(
+    work: Work, built: BuiltCase, dataset: CocoDataset, data: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return the AP of an engine and what it finds in the example images.
+
+    Of engines for several batch sizes it is that for the largest which is evaluated: they compute
+    the same graph.
+    """
+    plan, batch = work.plan, built.largest
+    inputs = {
+        "engine": built.sha256[batch],
+        "data": [data["annotations_sha256"], data["images_sha256"]],
+        "nms": dataclasses.asdict(plan.nms),
+        "border": plan.border,
+        "examples": plan.examples,
+        **run_inputs(plan, built.case.backend, "opencv-python-headless", "pycocotools"),
+    }
+    found: Mapping[str, Any] | None = work.steps.find("accuracy", inputs)
+    if found is not None:
+        return found
+    from trt_yolov6.evaluation import evaluate
+
+    work.tell(f"AP of {built.name} on {len(dataset.images)} images ...")
+    with built.load(plan, batch) as engine:
+        evaluation = evaluate(engine, dataset, nms=plan.nms, border=plan.border, progress=False)
+        found = {
+            **evaluation.to_json(),
+            "device": engine.device,
+            "backend_version": engine.backend_version,
+            "threads": engine.threads,
+            "note": engine.note,
+            "image_size": list(engine.image_size),
+            "precision": engine.precision,
+            "examples": _examples(work, engine, dataset),
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+    work.steps.keep("accuracy", inputs, found)
+    return found
+
+
+def example_images(dataset: CocoDataset, count: int) -> list[CocoImage]:
+    """Return some images of a data set, spread evenly over it."""
+    total = len(dataset.images)
+    count = min(count, total)
+    return [dataset.images[index * total // count] for index in range(count)]
+
+
+def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[list[float]]]:
+    """Return the detections in the example images: lists of x1, y1, x2, y2, score, class."""
+    from trt_yolov6.inference import detect
+
+    plan = work.plan
+    images = [read_coco_image(image) for image in example_images(dataset, plan.examples)]
+    found = detect(engine, images, nms=plan.nms, border=plan.border)
+    return [
+        [
+            [*(round(value, 1) for value in box), round(score, 3), label]
+            for box, score, label in zip(
+                one.boxes.tolist(), one.scores.tolist(), one.classes.tolist(), strict=True
+            )
+            if score >= EXAMPLE_CONFIDENCE
+        ]
+        for one in found
+    ]
+
+
+# --- latency ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timings:
+    """The rounds of all engines."""
+
+    rounds: Mapping[tuple[str, int], list[Round]]
+    """By engine and batch size; the n-th rounds of all were side by side."""
+    clocks: tuple[Mapping[str, Any], ...]
+    """After each round, see `machine.clocks`."""
+
+
+def measure_timings(
+    work: Work, built: Sequence[BuiltCase], advance: Advance, *, again: bool = False
+) -> Timings:
+    """Measure all engines at all batch sizes in rounds; each round goes over all of them.
+
+    Every round is kept when it is done, so that an interrupted measurement loses one at most. All
+    of them together are one step: with another engine beside them, they are measured anew.
+
+    Args:
+        work: what the comparison's steps share.
+        built: the engines.
+        advance: see `Advance`; a step is a round.
+        again: begin anew, whatever was kept.
+    """
+    plan = work.plan
+    inputs = {
+        "engines": {
+            one.name: {str(batch): sha for batch, sha in one.sha256.items()} for one in built
+        },
+        "rounds": plan.rounds,
+        "duration": plan.duration,
+        **{
+            backend: run_inputs(plan, backend)
+            for backend in sorted({one.case.backend for one in built})
+        },
+    }
+    done: list[dict[str, Any]] = [] if again else list(work.steps.find("timing", inputs) or [])
+    advance("", len(done))
+    if 0 < len(done) < plan.rounds:
+        work.tell(f"going on with round {len(done) + 1} of {plan.rounds}")
+    turns = [(one, batch) for batch in plan.batches for one in built if batch in one.files]
+    for number in range(len(done), plan.rounds):
+        found: dict[str, Any] = {}
+        # Another engine begins each round, and every other round runs backwards.
+        shift = number % len(turns)
+        order = [*turns[shift:], *turns[:shift]]
+        for one, batch in order if number % 2 == 0 else reversed(order):
+            advance(f"latency, round {number + 1} of {plan.rounds}: {one.name}", 0)
+            load = functools.partial(one.load, plan, batch)
+            measured = measure_round(load, batch, plan.duration / plan.rounds)
+            found[_turn_name(one, batch)] = measured.to_json()
+        done.append({"rounds": found, "clocks": clocks()})
+        work.steps.keep("timing", inputs, done)
+        advance("", 1)
+    return Timings(
+        {
+            (one.name, batch): [
+                round_from_json(entry["rounds"][_turn_name(one, batch)]) for entry in done
+            ]
+            for one, batch in turns
+        },
+        tuple(entry["clocks"] for entry in done),
+    )
+
+
+def _turn_name(built: BuiltCase, batch: int) -> str:
+    return f"{built.name}, batch {batch}"
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def measure_layers(work: Work, built: BuiltCase) -> Mapping[str, Any]:
+    """Return the times of an engine's layers at its smallest batch size.
+
+    Returns:
+        batch, computed_in, ceilings and layers, as `results` documents them; or `reason`, why its
+        backend does not tell.
+    """
+    batch = min(built.files)
+    inputs = {
+        "engine": built.sha256[batch],
+        "batch": batch,
+        **run_inputs(work.plan, built.case.backend),
+    }
+    found: Mapping[str, Any] | None = work.steps.find("layers", inputs)
+    if found is None:
+        work.tell(f"layers of {built.name} ...")
+        found = _layers(work, built, batch)
+        work.steps.keep("layers", inputs, found)
+    return found
+
+
+def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
+    with built.load(work.plan, batch, cuda_graph=False) as engine:
+        try:
+            kernels = _kernel_times(engine, batch)
+        except UserError as error:
+            return {"reason": str(error)}
+        ceilings = _ceilings(work, engine)
+        device, computed_in = engine.device, "fp32" if engine.note else ""
+    graph = _graph_work(built.records[batch].get("work"))
+    return {
+        "batch": batch,
+        "computed_in": computed_in,
+        "ceilings": {"device": device, **dataclasses.asdict(ceilings)} if ceilings else None,
+        "layers": [
+            {
+                "name": one.name,
+                "operator": one.operator,
+                "precision": one.precision,
+                "ms": one.seconds * 1e3,
+                "roofline_ms": None if one.roofline is None else one.roofline * 1e3,
+                "bound": one.bound,
+            }
+            for one in layer_times(kernels, graph, batch, ceilings, computed_in)
+        ],
+    }
+
+
+def _kernel_times(engine: Engine, batch: int) -> dict[str, float]:
+    """Return seconds by kernel, of the quickest of some trials where others disturb them."""
+    from trt_yolov6.benchmarking import random_input
+
+    images = random_input(engine, batch)
+    best: dict[str, float] = {}
+    for _ in range(LAYER_TRIALS):
+        before = cpu_wait_seconds() or 0.0
+        kernels = engine.layer_times(images, LAYER_RUNS)
+        waited = (cpu_wait_seconds() or 0.0) - before
+        whole = sum(kernels.values())
+        if not best or whole < sum(best.values()):
+            best = kernels
+        if waited < 0.05 * LAYER_RUNS * whole:
+            break
+    return best
+
+
+def _ceilings(work: Work, engine: Engine) -> Ceilings | None:
+    inputs = {"device": engine.device, **run_inputs(work.plan, engine.backend)}
+    found = work.steps.find("ceilings", inputs)
+    if found is None:
+        measured = measure_ceilings(engine)
+        found = dataclasses.asdict(measured) if measured else {}
+        work.steps.keep("ceilings", inputs, found)
+    return Ceilings(**found) if found else None
+
+
+def _graph_work(value: Any) -> GraphWork:
+    """Return the work of a graph as the building step kept it; none of an engine without graph."""
+    value = value or {"layers": [], "owners": {}}
+    return GraphWork(tuple(LayerWork(**layer) for layer in value["layers"]), value["owners"])

@@ -1,0 +1,331 @@
+"""What is compared: models, precisions, batch sizes and data, from a YAML file or from Python.
+
+A plan in YAML; every key but `models` may be left out, and paths are relative to the file:
+
+    models:
+      - samples/yolov6n_bccd.pt            # a checkpoint, an ONNX file, or an engine
+      - path: other/yolox_s.onnx
+        name: yolox-s                      # what it is called in the results
+        precisions: [fp16]                 # instead of those below
+        names: classes.txt                 # class names, one a line or COCO JSON
+        imgsz: 640                         # for a graph that leaves its size open
+    precisions: [fp32, int8, "int8:6"]
+    batches: [1, 32]
+    backends: [auto]
+    data: samples
+    split: val
+    calib: calib
+    rounds: 8
+    duration: 10
+
+A precision is `fp32`, `fp16`, `int8` or `fp8`; behind the last two, `+fp16` makes the rest half
+precision, and `:6` or `:auto` leaves that many sensitive layers in float, as in `int8+fp16:6`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trt_yolov6.engines.manifest import NmsSettings
+from trt_yolov6.errors import UserError
+
+_PRECISION = re.compile(r"(fp32|fp16|(?:int8|fp8)(\+fp16)?(?::(\d{1,4}|auto))?)")
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+MODEL_SUFFIXES = (".pt", ".onnx", ".trt", ".plan", ".engine")
+"""A checkpoint, an ONNX file or engine, and TensorRT's plans under their usual names."""
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """A precision that a model is built in."""
+
+    name: str
+    """As it was written, such as `int8+fp16:6`."""
+    base: Literal["fp32", "fp16", "int8", "fp8"]
+    rest_fp16: bool = False
+    """Layers that are not quantized run in half precision."""
+    float_layers: int | Literal["auto"] = 0
+    """How many of the most sensitive layers stay in float."""
+
+    @property
+    def quantizes(self) -> bool:
+        """True for INT8 and FP8."""
+        return self.base in ("int8", "fp8")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One detector of a plan."""
+
+    path: Path
+    name: str = ""
+    """What it is called in the results; default: the file's name without its ending."""
+    precisions: tuple[str, ...] = ()
+    """Instead of the plan's."""
+    names: Path | None = None
+    """Class names for an ONNX file: text, one a line, or COCO JSON."""
+    imgsz: tuple[int, int] | None = None
+    """Height and width; default 640 for checkpoints, its own for an ONNX file."""
+
+    @property
+    def label(self) -> str:
+        """The name, or the file's."""
+        return self.name or self.path.stem
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and how it is measured."""
+
+    models: tuple[ModelEntry, ...]
+    precisions: tuple[str, ...] = ("fp32",)
+    """For checkpoints and float ONNX files; others are taken as they are."""
+    batches: tuple[int, ...] = (1, 32)
+    """Batch sizes that latency is measured at."""
+    backends: tuple[str, ...] = ("auto",)
+    data: Path = Path("samples")
+    """A data set in COCO layout."""
+    split: str | None = None
+    calib: Path = Path("calib")
+    """Calibration images for INT8 and FP8."""
+    calibrator: str = "auto"
+    rounds: int = 8
+    """Turns that each engine gets, spread over the whole measurement; at least 3."""
+    duration: float = 10.0
+    """Seconds of measuring each engine at each batch size, all rounds together."""
+    confidence: float = NmsSettings.confidence
+    iou: float = NmsSettings.iou
+    max_detections: int = NmsSettings.max_detections
+    border: int = 0
+    """Gray pixels on every side of an image."""
+    threads: int | None = None
+    """CPU threads of ONNX Runtime; None for one a physical core."""
+    provider: str | None = None
+    """ONNX Runtime execution provider."""
+    layers: bool = True
+    """Also time single layers, at the first batch size, where the backend can."""
+    examples: int = 3
+    """Images whose detections are kept for the report."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UserError("there is nothing to compare; name checkpoints, ONNX files or engines.")
+        for text in (*self.precisions, *(p for model in self.models for p in model.precisions)):
+            parse_precision(text)
+        if not self.precisions:
+            raise UserError(
+                "no precision is given; name some with --precisions, such as fp32,int8."
+            )
+        if not self.batches or min(self.batches) < 1:
+            raise UserError("batch sizes are whole numbers above 0; correct --batches.")
+        if self.rounds < 3:
+            raise UserError(
+                f"{self.rounds} rounds say nothing about spread; give --rounds 3 or more."
+            )
+        if not 0 < self.duration < float("inf"):
+            raise UserError(f"--duration {self.duration} is out of range; give seconds above 0.")
+        if self.examples < 0:
+            raise UserError("--examples is a number of images; give 0 or more.")
+        _ = self.nms
+
+    @property
+    def nms(self) -> NmsSettings:
+        """The thresholds of the evaluation.
+
+        Raises:
+            UserError: one is out of range.
+        """
+        return NmsSettings(self.confidence, self.iou, self.max_detections)
+
+
+def parse_precision(text: str) -> PrecisionChoice:
+    """Return the precision that a text such as `int8+fp16:6` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    found = _PRECISION.fullmatch(text.strip().lower())
+    if not found:
+        raise UserError(
+            f"{text!r} is no precision; give fp32, fp16, int8 or fp8, the last two with +fp16 or "
+            ":LAYERS behind if wanted, such as int8+fp16:6."
+        )
+    base: Any = found[1].split("+")[0].split(":")[0]
+    kept: int | Literal["auto"] = "auto" if found[3] == "auto" else int(found[3] or 0)
+    if base == "fp8" and kept != 0:
+        raise UserError(f"{text!r}: layers are ranked for INT8 only; leave `:{found[3]}` out.")
+    return PrecisionChoice(found[1], base, bool(found[2]), kept)
+
+
+def read_plan(path: str | Path, **changes: Any) -> Plan:
+    """Read a plan from a YAML file (see the module's text).
+
+    Args:
+        path: the file.
+        changes: fields of `Plan` that replace the file's.
+
+    Raises:
+        UserError: the file is missing, is no YAML, or has a key or value that means nothing here.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no YAML file ({reason}); correct it.") from error
+    if not isinstance(value, dict) or not isinstance(value.get("models"), list):
+        raise UserError(f"{path} has no list `models`; name what is to be compared there.")
+    reader = _Reader(path)
+    fields = {**reader.fields(value, "", _PLAN_KEYS), **changes}
+    if "models" not in changes:
+        fields["models"] = tuple(reader.model(entry) for entry in value["models"])
+    return Plan(**fields)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns the values of one YAML file into those of `Plan`, or says what is wrong."""
+
+    file: Path
+
+    def model(self, entry: object) -> ModelEntry:
+        if isinstance(entry, str):
+            return ModelEntry(self.file.parent / entry)
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise UserError(
+                f"{self.file}: an entry of `models` is neither a path nor has one under `path`; "
+                "correct it."
+            )
+        return ModelEntry(**self.fields(entry, "models: ", _MODEL_KEYS))
+
+    def fields(
+        self, value: dict[Any, Any], where: str, known: dict[str, Callable[[Any], Any]]
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, item in value.items():
+            if key == "models" and known is _PLAN_KEYS:
+                continue
+            if key not in known:
+                raise UserError(
+                    f"{self.file}: {where}{key!r} means nothing; the keys are {', '.join(known)}."
+                )
+            try:
+                found[key] = known[key](item)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"{self.file}: {where}{key} cannot be {item!r} ({error}); correct it."
+                ) from error
+            if isinstance(found[key], Path):
+                found[key] = self.file.parent / found[key]
+        return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError("a text is needed")
+    return value
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(value))
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("true or false is needed")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError("a whole number is needed")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError("a number is needed")
+    return float(value)
+
+
+def _list(of: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def read(value: Any) -> tuple[Any, ...]:
+        return tuple(of(item) for item in (value if isinstance(value, list) else [value]))
+
+    return read
+
+
+def _size(value: Any) -> tuple[int, int]:
+    sides = _list(_whole)(value)
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise ValueError("one side or [height, width] is needed")
+    return sides[0], sides[-1]
+
+
+_MODEL_KEYS: dict[str, Callable[[Any], Any]] = {
+    "path": _path,
+    "name": _text,
+    "precisions": _list(_text),
+    "names": _path,
+    "imgsz": _size,
+}
+
+_PLAN_KEYS: dict[str, Callable[[Any], Any]] = {
+    "precisions": _list(_text),
+    "batches": _list(_whole),
+    "backends": _list(_text),
+    "data": _path,
+    "split": _text,
+    "calib": _path,
+    "calibrator": _text,
+    "rounds": _whole,
+    "duration": _number,
+    "confidence": _number,
+    "iou": _number,
+    "max_detections": _whole,
+    "border": _whole,
+    "threads": _whole,
+    "provider": _text,
+    "layers": _flag,
+    "examples": _whole,
+}
+
+
+def entries_for(paths: Sequence[Path]) -> tuple[ModelEntry, ...]:
+    """Return an entry for each path, in order.
+
+    Raises:
+        UserError: one is of a kind that cannot be compared.
+    """
+    for path in paths:
+        if path.suffix not in MODEL_SUFFIXES:
+            raise UserError(
+                f"{path} is neither a checkpoint (.pt) nor an ONNX file or engine "
+                f"({', '.join(MODEL_SUFFIXES[1:])}); name such a file."
+            )
+    return tuple(ModelEntry(path) for path in paths)
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """Return how a plan measures, JSON-ready: everything but the models."""
+    value = dataclasses.asdict(plan)
+    del value["models"]
+    return {
+        key: str(item)
+        if isinstance(item, Path)
+        else list(item)
+        if isinstance(item, tuple)
+        else item
+        for key, item in value.items()
+    }

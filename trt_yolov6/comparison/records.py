@@ -1,0 +1,209 @@
+"""The results of a comparison put together from what its steps measured; see `results`."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trt_yolov6 import __version__
+from trt_yolov6.comparison.cases import BuiltCase, Work
+from trt_yolov6.comparison.intervals import ratio_interval
+from trt_yolov6.comparison.machine import environment
+from trt_yolov6.comparison.measure import Timings, example_images
+from trt_yolov6.comparison.plan import settings_of
+from trt_yolov6.comparison.results import KIND, SCHEMA
+from trt_yolov6.comparison.timing import (
+    CPU_DRIFT,
+    GPU_DRIFT,
+    Round,
+    RoundsSummary,
+    paired_medians,
+    summarize_rounds,
+)
+from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
+from trt_yolov6.environment import cpu_model
+from trt_yolov6.files import write_bytes
+
+EXAMPLE_SIDE = 640
+"""Longer side of the pictures kept for the report, at most, in pixels."""
+
+
+def results_of(
+    work: Work,
+    dataset: CocoDataset,
+    data: Mapping[str, Any],
+    built: Sequence[BuiltCase],
+    accuracies: Sequence[Mapping[str, Any]],
+    timings: Timings,
+    layers: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return the results, and write the example images that they name.
+
+    Args:
+        work: what the comparison's steps share.
+        dataset: what AP was measured on.
+        data: from `measure.data_record`.
+        built: the engines.
+        accuracies: from `measure.accuracy`, one an engine.
+        timings: from `measure.measure_timings`.
+        layers: from `measure.measure_layers`, one an engine, or none.
+    """
+    engines = [_engine(one, found) for one, found in zip(built, accuracies, strict=True)]
+    rows = [
+        _timing(one, batch, rounds, engine["device"])
+        for batch in work.plan.batches
+        for one, engine in zip(built, engines, strict=True)
+        if (rounds := timings.rounds.get((one.name, batch))) is not None
+    ]
+    named = list(zip(built, layers, strict=False))
+    ceilings = [found["ceilings"] for found in layers if found.get("ceilings")]
+    dates = [found["date"] for found in accuracies] + [row["date"] for row in rows]
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "package": __version__,
+        "date": max(dates, key=datetime.datetime.fromisoformat),
+        "environment": environment(timings.clocks),
+        "data": dict(data),
+        "settings": settings_of(work.plan),
+        "engines": engines,
+        "timings": rows,
+        "ratios": _ratios(timings, built[0].name),
+        "ceilings": list({one["device"]: one for one in ceilings}.values()),
+        "layers": [
+            {
+                "engine": one.name,
+                **{key: found[key] for key in ("batch", "computed_in", "layers")},
+            }
+            for one, found in named
+            if "reason" not in found
+        ],
+        "examples": _examples(work, dataset, built, accuracies),
+        "left_out": [
+            *(text for one in built for text in one.left_out),
+            *(f"{one.name}: {found['reason']}" for one, found in named if "reason" in found),
+        ],
+    }
+
+
+def _engine(built: BuiltCase, found: Mapping[str, Any]) -> dict[str, Any]:
+    record, case = built.records[built.largest], built.case
+    precision = case.choice.name if case.choice else record.get("precision", found["precision"])
+    return {
+        "engine": built.name,
+        "label": case.entry.label,
+        "model": record.get("model", case.entry.label),
+        "precision": precision,
+        **{key: found[key] for key in ("backend", "backend_version", "device", "threads", "note")},
+        "image_size": found["image_size"],
+        "source": case.entry.path.name,
+        "source_sha256": case.source["sha256"],
+        "parameters": record.get("parameters"),
+        "flops": record.get("flops"),
+        "bytes": built.files[built.largest].stat().st_size,
+        "calibration": record.get("calibration"),
+        "float_layers": record.get("float_layers", []),
+        "build_s": record.get("build_s"),
+        **{key: found[key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl", "images")},
+        "detections": found["detections"],
+        "per_class": found["per_class"],
+    }
+
+
+def _timing(built: BuiltCase, batch: int, rounds: Sequence[Round], device: str) -> dict[str, Any]:
+    drift = CPU_DRIFT if device == cpu_model() else GPU_DRIFT
+    summary: RoundsSummary = summarize_rounds(rounds, drift)
+    low, high = summary.latency.low, summary.latency.high
+    return {
+        "engine": built.name,
+        "batch": batch,
+        "engine_file": str(built.records[batch]["file"]),
+        "engine_sha256": built.sha256[batch],
+        "latency_ms": {
+            "median": summary.latency.value * 1e3,
+            "interval": [low * 1e3, high * 1e3],
+            "mean": summary.mean * 1e3,
+            "p90": summary.p90 * 1e3,
+            "p99": summary.p99 * 1e3,
+            "min": summary.min * 1e3,
+            "rounds": [value * 1e3 for value in summary.rounds],
+        },
+        "throughput_fps": batch / summary.latency.value,
+        "throughput_interval": [batch / high, batch / low if low > 0 else None],
+        "runs": summary.runs,
+        "quiet_runs": summary.quiet_runs,
+        "disturbed": summary.disturbed,
+        "waited": summary.waited,
+        "date": rounds[-1].date,
+    }
+
+
+def _ratios(timings: Timings, first: str) -> list[dict[str, Any]]:
+    """Return how many times as long as the first engine each other one takes."""
+    found = []
+    for (name, batch), rounds in timings.rounds.items():
+        base = timings.rounds.get((first, batch))
+        if name == first or base is None:
+            continue
+        mine, theirs = paired_medians(rounds, base)
+        if len(mine) >= 2:
+            ratio = ratio_interval(mine, theirs)
+            found.append(
+                {
+                    "engine": name,
+                    "to": first,
+                    "batch": batch,
+                    "ratio": ratio.value,
+                    "interval": [ratio.low, ratio.high],
+                }
+            )
+    return found
+
+
+def _examples(
+    work: Work,
+    dataset: CocoDataset,
+    built: Sequence[BuiltCase],
+    accuracies: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    records = []
+    classes = {number: index for index, number in enumerate(dataset.category_ids)}
+    for index, image in enumerate(example_images(dataset, work.plan.examples)):
+        picture = Path("examples") / f"{index}.jpg"
+        content = _small_jpeg(image)
+        path = work.output / picture
+        if not path.is_file() or path.read_bytes() != content:
+            write_bytes(path, content)
+        records.append(
+            {
+                "file": image.path.name,
+                "picture": str(picture),
+                "width": image.width,
+                "height": image.height,
+                "annotated": [
+                    [x, y, x + width, y + height, 1.0, classes[entry["category_id"]]]
+                    for entry in dataset.annotations
+                    if entry["image_id"] == image.id
+                    for x, y, width, height in [entry["bbox"]]
+                ],
+                "detections": {
+                    one.name: found["examples"][index]
+                    for one, found in zip(built, accuracies, strict=True)
+                },
+            }
+        )
+    return records
+
+
+def _small_jpeg(image: CocoImage) -> bytes:
+    import cv2
+
+    pixels = read_coco_image(image)
+    scale = min(1.0, EXAMPLE_SIDE / max(pixels.shape[:2]))
+    size = round(pixels.shape[1] * scale), round(pixels.shape[0] * scale)
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
+    bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
+    _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 82])
+    return bytes(encoded.tobytes())

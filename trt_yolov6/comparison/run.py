@@ -1,0 +1,171 @@
+"""`compare`: builds what must be built, measures AP and latency of all, and writes the results.
+
+Everything that takes time is a step (`steps`): a comparison that was interrupted goes on where it
+was, round by round, and one that is run again with nothing changed only reads what is there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trt_yolov6.comparison.cases import Tell, Work, build_case, cases_of
+from trt_yolov6.comparison.intervals import Interval, ratio_interval
+from trt_yolov6.comparison.measure import (
+    accuracy,
+    data_record,
+    measure_layers,
+    measure_timings,
+)
+from trt_yolov6.comparison.plan import Plan
+from trt_yolov6.comparison.records import results_of
+from trt_yolov6.comparison.results import FILE
+from trt_yolov6.comparison.steps import Steps
+from trt_yolov6.comparison.timing import Round, measure_round, paired_medians
+from trt_yolov6.data.coco import load_coco
+from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.base import LoadOptions
+from trt_yolov6.files import check_writable, sha256_file, write_json
+
+
+def compare(
+    plan: Plan,
+    output: str | Path,
+    *,
+    again: bool = False,
+    tell: Tell | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compare detectors and write `results.json`.
+
+    `output` also gets `engines/` (what was built), `steps/` (what has been measured so far) and
+    `examples/` (a few images for the report).
+
+    Args:
+        plan: what is compared and how.
+        output: a folder; made if missing. An earlier comparison in it is gone on with.
+        again: measure latencies anew, even if they are there.
+        tell: called with a line of progress now and then.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        What was written, see `results`.
+
+    Raises:
+        UserError: a file is missing or of no kind that can be compared, two engines have one name,
+            a precision cannot be built here, or the output cannot be written.
+    """
+    output = Path(output)
+    check_writable(output / FILE)
+    work = Work(plan, output, Steps(output / "steps"), tell or (lambda _: None))
+    cases = cases_of(work)
+    dataset = load_coco(plan.data, plan.split)
+    data = data_record(dataset)
+    steps = (2 + plan.layers) * len(cases) + plan.rounds
+    with _bar(steps, progress) as advance:
+        built = []
+        for case in cases:
+            advance(f"building {case.name}", 0)
+            built.append(build_case(work, case))
+            advance("", 1)
+        accuracies = []
+        for one in built:
+            advance(f"AP of {one.name}", 0)
+            accuracies.append(accuracy(work, one, dataset, data))
+            advance("", 1)
+        timings = measure_timings(work, built, advance, again=again)
+        layers = []
+        for one in built if plan.layers else ():
+            advance(f"layers of {one.name}", 0)
+            layers.append(measure_layers(work, one))
+            advance("", 1)
+    results = results_of(work, dataset, data, built, accuracies, timings, layers)
+    write_json(output / FILE, results)
+    return results
+
+
+def side_by_side(
+    results: Mapping[str, Any],
+    folder: str | Path,
+    baseline: Mapping[str, Any],
+    baseline_folder: str | Path,
+    plan: Plan,
+    *,
+    progress: bool = True,
+) -> dict[tuple[str, int], Interval]:
+    """Measure engines beside those of a baseline, round by round, where both are still there.
+
+    On a machine whose speed drifts, the ratio of two engines in turns is known far better than that
+    of two runs. An engine whose file is the baseline's own has the ratio 1. What it cannot show is
+    a change of the backend, under which both now run: then it is left to the two runs.
+
+    Args:
+        results: from `compare`.
+        folder: where it wrote them.
+        baseline: from `results.read_results`.
+        baseline_folder: where that file lies; its engines' paths are relative to it.
+        plan: rounds, duration, threads and provider.
+
+    Returns:
+        The ratio of latencies, by engine and batch; those whose baseline engine is gone, was
+        replaced, or ran in another version of its backend or elsewhere are left out.
+    """
+    where = [
+        {
+            engine["engine"]: [engine[key] for key in ("backend", "backend_version", "device")]
+            for engine in value["engines"]
+        }
+        for value in (results, baseline)
+    ]
+    before = {(item["engine"], item["batch"]): item for item in baseline["timings"]}
+    found: dict[tuple[str, int], Interval] = {}
+    pairs: dict[tuple[str, int], tuple[Path, Path]] = {}
+    for timing in results["timings"]:
+        key = timing["engine"], timing["batch"]
+        if key not in before or where[0][key[0]] != where[1].get(key[0]):
+            continue
+        own = Path(folder) / timing["engine_file"]
+        other = Path(baseline_folder) / str(before[key].get("engine_file", ""))
+        if timing["engine_sha256"] == before[key].get("engine_sha256"):
+            found[key] = Interval(1.0, 1.0, 1.0)
+        elif other.is_file() and sha256_file(other) == before[key].get("engine_sha256"):
+            pairs[key] = own, other
+    rounds: dict[tuple[str, int], tuple[list[Round], list[Round]]] = {
+        key: ([], []) for key in pairs
+    }
+    options = LoadOptions(plan.threads, plan.provider)
+    seconds = plan.duration / plan.rounds
+    with _bar(plan.rounds, progress and bool(pairs)) as advance:
+        for turn in range(plan.rounds if pairs else 0):
+            advance(f"beside the baseline, round {turn + 1} of {plan.rounds}", 0)
+            for (name, batch), paths in pairs.items():
+                order = (0, 1) if turn % 2 == 0 else (1, 0)
+                for index in order:
+                    load = functools.partial(load_engine, paths[index], options=options)
+                    rounds[name, batch][index].append(measure_round(load, batch, seconds))
+            advance("", 1)
+    for key, (own_rounds, other_rounds) in rounds.items():
+        mine, theirs = paired_medians(own_rounds, other_rounds)
+        if len(mine) >= 3:
+            found[key] = ratio_interval(mine, theirs)
+    return found
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[str, int], None]]:
+    """Show a bar; what is yielded says what is being done, and counts what is done."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, desc="compare", unit="step", leave=False, disable=None if shown else True
+    ) as bar:
+
+        def advance(text: str, done: int) -> None:
+            if text:
+                bar.set_description_str(text)
+            bar.update(done)
+
+        yield advance

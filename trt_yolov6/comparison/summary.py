@@ -1,0 +1,84 @@
+"""The results of a comparison as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trt_yolov6.comparison.results import latency_of
+
+
+def format_results(results: Mapping[str, Any]) -> str:
+    """Return the results as text: a line an engine and batch size, then what is to be known."""
+    engines = {engine["engine"]: engine for engine in results["engines"]}
+    ratios = {(one["engine"], one["batch"]): one for one in results["ratios"]}
+    first = results["engines"][0]["engine"]
+    rows = [
+        ("engine", "AP", "AP50", "batch", "median ms", "95 % interval", "FPS", f"time to {first}")
+    ]
+    for timing in results["timings"]:
+        engine = engines[timing["engine"]]
+        latency = latency_of(timing)
+        ratio = ratios.get((timing["engine"], timing["batch"]))
+        rows.append(
+            (
+                timing["engine"] + (" *" if timing["disturbed"] else ""),
+                ap_text(engine["AP"]),
+                ap_text(engine["AP50"]),
+                str(timing["batch"]),
+                number(latency.value),
+                f"{number(latency.low)} .. {number(latency.high)}",
+                number(timing["throughput_fps"]),
+                "" if ratio is None else ratio_text(ratio),
+            )
+        )
+    data = results["data"]
+    lines = [
+        f"{data['images']} images of {data['root']}, {data['split']}; engine alone, resident "
+        f"input, {results['settings']['rounds']} rounds",
+        *_aligned(rows),
+    ]
+    if any(timing["disturbed"] for timing in results["timings"]):
+        lines.append("* other processes disturbed nearly all runs; the interval allows for that")
+    lines += sorted({f"note: {one['note']}" for one in results["engines"] if one["note"]})
+    lines += [f"left out: {text}" for text in results["left_out"]]
+    devices = dict.fromkeys(
+        f"{one['device']}, {one['backend']} {one['backend_version']}" for one in results["engines"]
+    )
+    lines += [f"on {device}" for device in devices]
+    return "\n".join(lines)
+
+
+def ratio_text(ratio: Mapping[str, Any]) -> str:
+    """Return a ratio with its error, such as `1.32 ± 0.02`."""
+    low, high = ratio["interval"]
+    return f"{ratio['ratio']:.3f} ± {(high - low) / 2:.3f}"
+
+
+def ap_text(value: float | None) -> str:
+    """Return an AP with four digits, or that there is none."""
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def number(value: float) -> str:
+    """Return a number of 0 or more with four significant digits, without an exponent."""
+    if value <= 0:
+        return "0"
+    digits = 0
+    scaled = value
+    while scaled < 1000 and digits < 6:
+        scaled *= 10
+        digits += 1
+    return f"{value:.{digits}f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,15 @@
+"""The report of a comparison: one HTML page that needs nothing else, and Markdown and CSV.
+
+    results.json, sensitivity.json ──▶ material ──▶ tables, figures, sections ──▶ page
+
+`material` reads and checks the files, `tables` makes rows that all three forms share, `figures`
+draws SVG, `sections` writes the parts of the page, `write` puts them into `page.html` with its
+style and script. Whatever comes from a file is escaped where it is written.
+"""
+
+from __future__ import annotations
+
+from trt_yolov6.reports.material import Material, read_material
+from trt_yolov6.reports.write import csv_of, html_of, markdown_of, write_report
+
+__all__ = ["Material", "csv_of", "html_of", "markdown_of", "read_material", "write_report"]

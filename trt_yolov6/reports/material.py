@@ -1,0 +1,109 @@
+"""What a report is made of: results of comparisons and rankings of layers, read and checked."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trt_yolov6.comparison.results import FILE, KIND, read_results
+from trt_yolov6.errors import UserError
+from trt_yolov6.files import read_json
+from trt_yolov6.quantization.sensitivity import METRICS
+
+MAX_PICTURE_BYTES = 2_000_000
+"""A picture beyond that is left out: it would make the page slow."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of one comparison and where they lie."""
+
+    name: str
+    """The folder's name, which tells several comparisons apart."""
+    folder: Path
+    value: Mapping[str, Any]
+
+    def picture(self, example: Mapping[str, Any]) -> str | None:
+        """Return an example's picture as base64 of a JPEG; None where it is gone."""
+        path = (self.folder / str(example.get("picture", ""))).resolve()
+        # A results file names pictures beside itself, and nothing else of the disk.
+        if not path.is_relative_to(self.folder.resolve()) or not path.is_file():
+            return None
+        content = path.read_bytes()
+        if not content.startswith(b"\xff\xd8") or len(content) > MAX_PICTURE_BYTES:
+            return None
+        return base64.b64encode(content).decode()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A ranking of layers by `trt-yolov6 sensitivity --json`."""
+
+    file: str
+    metric: str
+    layers: tuple[tuple[str, float | None], ...]
+    """Most sensitive first; None where the value is not finite."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that goes into a report."""
+
+    comparisons: tuple[Comparison, ...]
+    rankings: tuple[Ranking, ...] = ()
+
+    @property
+    def several(self) -> bool:
+        """True where engines of several comparisons have to be told apart."""
+        return len(self.comparisons) > 1
+
+
+def read_material(paths: Sequence[str | Path]) -> Material:
+    """Read the files of a report.
+
+    Args:
+        paths: results of comparisons (or their folders), and rankings of `sensitivity --json`.
+
+    Raises:
+        UserError: one is neither, or damaged, or there is no comparison among them.
+    """
+    comparisons: list[Comparison] = []
+    rankings: list[Ranking] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            path = path / FILE
+        value = read_json(path)
+        if isinstance(value, dict) and value.get("kind") == KIND:
+            folder = path.resolve().parent
+            comparisons.append(Comparison(folder.name, path.parent, read_results(path)))
+        elif isinstance(value, dict) and value.get("metric") in METRICS:
+            rankings.append(_ranking(path, value))
+        else:
+            raise UserError(
+                f"{path} is neither the results of `compare` nor of `sensitivity --json`; leave it "
+                "out."
+            )
+    if not comparisons:
+        raise UserError("there are no results of a comparison; run `trt-yolov6 compare` first.")
+    return Material(tuple(comparisons), tuple(rankings))
+
+
+def _ranking(path: Path, value: Mapping[str, Any]) -> Ranking:
+    try:
+        layers = tuple(
+            (str(layer["name"]), None if layer["value"] is None else float(layer["value"]))
+            for layer in value["layers"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); run `sensitivity --json` again."
+        ) from error
+    finite = tuple(
+        (name, number if number is None or math.isfinite(number) else None)
+        for name, number in layers
+    )
+    return Ranking(path.name, str(value["metric"]), finite)

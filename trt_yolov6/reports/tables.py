@@ -1,0 +1,234 @@
+"""The rows of a report, the same for the page, Markdown and CSV."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trt_yolov6.comparison.intervals import Interval
+from trt_yolov6.comparison.results import latency_of
+from trt_yolov6.comparison.summary import number
+from trt_yolov6.reports.material import Material
+
+NOTHING = "\N{EN DASH}"
+"""What stands where there is no value."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine, with its latency at each batch size that it was measured at."""
+
+    name: str
+    """Unique in the report."""
+    label: str
+    """What the model is called."""
+    precision: str
+    engine: Mapping[str, Any]
+    timings: Mapping[int, Mapping[str, Any]]
+    """By batch size."""
+
+    @property
+    def base(self) -> str:
+        """`fp32`, `fp16`, `int8` or `fp8`: what decides the colour."""
+        return self.precision.split("+")[0].split(":")[0]
+
+    @property
+    def ap(self) -> float | None:
+        """COCO AP in 0..1."""
+        value = self.engine["AP"]
+        return None if value is None else float(value)
+
+    def latency(self, batch: int) -> Interval | None:
+        """Return the latency at a batch size in milliseconds; None where it was not measured."""
+        timing = self.timings.get(batch)
+        return None if timing is None else latency_of(timing)
+
+    def throughput(self, batch: int) -> Interval | None:
+        """Return images a second at a batch size."""
+        latency = self.latency(batch)
+        if latency is None:
+            return None
+        high = 1e3 * batch / latency.low if latency.low > 0 else float("inf")
+        return Interval(1e3 * batch / latency.value, 1e3 * batch / latency.high, high)
+
+    def disturbed(self, batch: int) -> bool:
+        """Return whether other processes disturbed nearly all runs."""
+        return bool(self.timings.get(batch, {}).get("disturbed"))
+
+
+def rows_of(material: Material) -> list[Row]:
+    """Return a row for each engine, in the files' order."""
+    rows = []
+    for comparison in material.comparisons:
+        value = comparison.value
+        for engine in value["engines"]:
+            own = {
+                timing["batch"]: timing
+                for timing in value["timings"]
+                if timing["engine"] == engine["engine"]
+            }
+            suffix = f" ({comparison.name})" if material.several else ""
+            rows.append(
+                Row(
+                    engine["engine"] + suffix,
+                    str(engine.get("label") or engine["model"]) + suffix,
+                    engine["precision"],
+                    engine,
+                    own,
+                )
+            )
+    return rows
+
+
+def batches_of(rows: Sequence[Row]) -> list[int]:
+    """Return the batch sizes that anything was measured at, ascending."""
+    return sorted({batch for row in rows for batch in row.timings})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: what is shown, and what it sorts by (None: last)."""
+
+    text: str
+    value: float | str | None = None
+
+
+def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[Cell]]]:
+    """Return head and cells of a table like the paper's Table 1; (b32) is batch 32."""
+    batches = batches_of(rows)
+    head = ["Model", "Precision", "Size", "AP", "AP50"]
+    for batch in batches:
+        head += [f"ms (b{batch})", f"FPS (b{batch})"]
+    head += ["Params, M", "FLOPs, G", "File, MiB", "Backend"]
+    table = []
+    for row in rows:
+        engine = row.engine
+        height, width = engine["image_size"]
+        size = f"{height}" if height == width else f"{height}x{width}"
+        cells = [
+            Cell(row.label, row.label),
+            Cell(row.precision, row.precision),
+            Cell(size, height * width),
+            ap_cell(engine["AP"]),
+            ap_cell(engine["AP50"]),
+        ]
+        for batch in batches:
+            cells += _speed_cells(row, batch)
+        cells += [
+            _scaled(engine.get("parameters"), 1e6, 2),
+            _scaled(engine.get("flops"), 1e9, 1),
+            _scaled(engine.get("bytes"), 2**20, 1),
+            Cell(str(engine["backend"]), str(engine["backend"])),
+        ]
+        table.append(cells)
+    return head, table
+
+
+def _speed_cells(row: Row, batch: int) -> list[Cell]:
+    latency, rate = row.latency(batch), row.throughput(batch)
+    if latency is None or rate is None:
+        return [Cell(NOTHING), Cell(NOTHING)]
+    mark = " *" if row.disturbed(batch) else ""
+    return [
+        Cell(with_error(latency) + mark, latency.value),
+        Cell(grouped(rate.value) + mark, rate.value),
+    ]
+
+
+def quantization(rows: Sequence[Row]) -> list[tuple[str, list[tuple[Row, float | None]]]]:
+    """Return, by model, its engines with their difference to the float one in AP points.
+
+    The float one is the first of fp32 and fp16; a model without it, or with nothing quantized, is
+    left out.
+    """
+    found = []
+    for label in dict.fromkeys(row.label for row in rows):
+        own = [row for row in rows if row.label == label]
+        floats = [row for base in ("fp32", "fp16") for row in own if row.base == base]
+        if not floats or all(row.base in ("fp32", "fp16") for row in own):
+            continue
+        base = floats[0]
+        found.append(
+            (
+                label,
+                [
+                    (row, None if row.ap is None or base.ap is None else 100 * (row.ap - base.ap))
+                    for row in own
+                ],
+            )
+        )
+    return found
+
+
+def quantized_share(engine: Mapping[str, Any]) -> float | None:
+    """Return the share of multiply-adds in 8 bits, 0..1; None where it is not known."""
+    calibration = engine.get("calibration") or {}
+    for name in ("int8", "fp8"):
+        share = calibration.get(f"{name}_share_of_multiply_adds")
+        if isinstance(share, (int, float)):
+            return float(share)
+    return None
+
+
+def ap_cell(value: float | None) -> Cell:
+    """Return an AP in percent, as the paper prints it."""
+    return Cell(NOTHING) if value is None else Cell(f"{100 * value:.1f}", float(value))
+
+
+def with_error(interval: Interval) -> str:
+    """Return a value and its interval's larger half, such as `53.7 ± 0.4`, or its upper end."""
+    if interval.low <= 0:
+        return f"{number(interval.value)} (below {number(interval.high)})"
+    error = max(interval.high - interval.value, interval.value - interval.low)
+    if error <= 0:
+        return number(interval.value)
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{interval.value:.{digits}f} ± {error:.{digits}f}"
+
+
+def grouped(value: float) -> str:
+    """Return a positive number with three digits at least, thousands apart."""
+    if value >= 100:
+        return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return f"{value:.3g}"
+
+
+def _scaled(value: Any, unit: float, digits: int) -> Cell:
+    if not isinstance(value, (int, float)):
+        return Cell(NOTHING)
+    return Cell(f"{value / unit:.{digits}f}", float(value))
+
+
+CSV_HEAD = (
+    *("engine", "model", "precision", "backend", "backend_version", "device", "image_height"),
+    *("image_width", "batch", "AP", "AP50", "AP75", "APs", "APm", "APl", "images"),
+    *("latency_ms", "latency_low_ms", "latency_high_ms", "p90_ms", "p99_ms", "throughput_fps"),
+    *("disturbed", "runs", "quiet_runs", "parameters", "flops", "bytes", "engine_sha256"),
+)
+
+
+def csv_rows(rows: Sequence[Row]) -> list[list[Any]]:
+    """Return one row an engine and batch size, under `CSV_HEAD`; numbers as they were measured."""
+    table: list[list[Any]] = []
+    for row in rows:
+        engine = row.engine
+        for batch, timing in sorted(row.timings.items()):
+            latency = latency_of(timing)
+            table.append(
+                [
+                    *(row.name, row.label, row.precision, engine["backend"]),
+                    *(engine.get("backend_version"), engine["device"], *engine["image_size"]),
+                    batch,
+                    *(engine.get(key) for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")),
+                    engine.get("images"),
+                    *(latency.value, latency.low, latency.high),
+                    *(timing["latency_ms"].get("p90"), timing["latency_ms"].get("p99")),
+                    timing.get("throughput_fps"),
+                    *(timing.get(key) for key in ("disturbed", "runs", "quiet_runs")),
+                    *(engine.get(key) for key in ("parameters", "flops", "bytes")),
+                    timing.get("engine_sha256"),
+                ]
+            )
+    return table

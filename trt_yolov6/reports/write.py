@@ -1,0 +1,164 @@
+"""The report in its three forms: a page, Markdown, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from trt_yolov6 import __version__
+from trt_yolov6.errors import UserError
+from trt_yolov6.files import write_bytes
+from trt_yolov6.reports import sections
+from trt_yolov6.reports.material import Material
+from trt_yolov6.reports.tables import CSV_HEAD, NOTHING, csv_rows, overview, quantization, rows_of
+
+FORMS = (".html", ".md", ".csv")
+"""Forms of a report, by the ending of its file."""
+
+
+def write_report(material: Material, path: str | Path, title: str = "") -> Path:
+    """Write a report in the form that the file's ending names.
+
+    Args:
+        material: from `read_material`.
+        path: ends in `.html`, `.md` or `.csv`.
+        title: of the page; default: made from the data set and the models.
+
+    Raises:
+        UserError: the ending is another one, or the file cannot be written.
+    """
+    path = Path(path)
+    forms: dict[str, Callable[[], str]] = {
+        ".html": lambda: html_of(material, title),
+        ".md": lambda: markdown_of(material, title),
+        ".csv": lambda: csv_of(material),
+    }
+    form = forms.get(path.suffix.lower())
+    if form is None:
+        raise UserError(
+            f"--output {path} is no form that a report has; give names that end in "
+            f"{', '.join(FORMS)}."
+        )
+    write_bytes(path, form().encode())
+    return path
+
+
+def html_of(material: Material, title: str = "") -> str:
+    """Return the report as one HTML page that needs no other file and no network."""
+    rows = rows_of(material)
+    parts = (
+        ("trade-off", "Accuracy and speed", sections.headline(rows) + sections.trade_offs(rows)),
+        ("table", "All engines", sections.table(rows)),
+        ("quantization", "Cost of quantization", sections.quantization_cost(rows)),
+        ("sensitivity", "Sensitivity of layers", sections.sensitivity(material.rankings)),
+        ("layers", "Time of layers", sections.layers(material)),
+        ("examples", "Examples", sections.examples(material)),
+        ("method", "Environment and method", sections.method(material)),
+    )
+    return Template(_resource("page.html")).substitute(
+        title=escape(title or title_of(material)),
+        subtitle=escape(subtitle_of(material)),
+        style=_resource("page.css"),
+        script=_resource("page.js"),
+        navigation="".join(f'<a href="#{name}">{escape(text)}</a>' for name, text, _ in parts),
+        sections="\n".join(
+            f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(text)}</h2>{body}</section>'
+            for name, text, body in parts
+        ),
+        footer=f"Made by trt-yolov6 {escape(__version__)}.",
+    )
+
+
+def markdown_of(material: Material, title: str = "") -> str:
+    """Return the report's tables in Markdown."""
+    rows = rows_of(material)
+    head, cells = overview(rows)
+    parts = [
+        f"# {_plain(title or title_of(material))}",
+        _plain(subtitle_of(material)),
+        _table(head, [[cell.text for cell in row] for row in cells]),
+    ]
+    found = quantization(rows)
+    if found:
+        parts.append("## Cost of quantization")
+        body = [
+            [
+                label,
+                row.precision,
+                NOTHING if row.ap is None else f"{100 * row.ap:.2f}",
+                NOTHING if change is None else f"{change:+.2f}",
+            ]
+            for label, own in found
+            for row, change in own
+        ]
+        parts.append(_table(["Model", "Precision", "AP, %", "to float, points"], body))
+    for ranking in material.rankings:
+        parts.append(f"## Sensitivity by {ranking.metric}: {_plain(ranking.file)}")
+        layers = [
+            [name, NOTHING if value is None else f"{value:.4g}"]
+            for name, value in ranking.layers[: sections.SHOWN_LAYERS]
+        ]
+        parts.append(_table(["Layer", ranking.metric], layers))
+    notes = sorted({row.engine["note"] for row in rows if row.engine["note"]})
+    notes += [text for one in material.comparisons for text in one.value["left_out"]]
+    parts += [_plain(note) for note in notes]
+    if any(row.disturbed(batch) for row in rows for batch in row.timings):
+        parts.append("\\* Other processes disturbed nearly all runs.")
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_of(material: Material) -> str:
+    """Return one line an engine and batch size, numbers as they were measured."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(CSV_HEAD)
+    for row in csv_rows(rows_of(material)):
+        writer.writerow([_inert(value) for value in row])
+    return buffer.getvalue()
+
+
+def title_of(material: Material) -> str:
+    """Return a title: the models and the data set."""
+    rows = rows_of(material)
+    labels = list(dict.fromkeys(row.label for row in rows))
+    models = ", ".join(labels) if len(labels) <= 3 else f"{len(labels)} models"
+    data = material.comparisons[0].value["data"]
+    return f"{models} on {Path(str(data['root'])).name or 'data'}, {data['split']}"
+
+
+def subtitle_of(material: Material) -> str:
+    """Return where and when it was measured."""
+    values = [comparison.value for comparison in material.comparisons]
+    devices = dict.fromkeys(engine["device"] for value in values for engine in value["engines"])
+    images = max(value["data"]["images"] for value in values)
+    dates = ", ".join(dict.fromkeys(str(value["date"])[:10] for value in values))
+    return f"{', '.join(devices)} · {images} images · {dates}"
+
+
+def _resource(name: str) -> str:
+    return (files("trt_yolov6.reports") / name).read_text(encoding="utf-8")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Return a text that Markdown shows as it is: no table, link, code or HTML comes of it."""
+    text = " ".join(str(text).split())
+    for mark in "\\`|[]<>*_":
+        text = text.replace(mark, "\\" + mark)
+    return text
+
+
+def _inert(value: object) -> object:
+    """Return a value that no spreadsheet takes for a formula."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
