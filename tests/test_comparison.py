@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import family_graphs
 import numpy as np
 import onnx
 import pytest
@@ -372,3 +373,18 @@ def test_two_models_of_one_name_need_names(plan: Plan, tmp_path: Path) -> None:
     twice = Plan(models=(plan.models[0], ModelEntry(other)), data=plan.data)
     with pytest.raises(UserError, match="'coarse fp32'"):
         compare(twice, tmp_path / "run", progress=False)
+
+
+def test_other_families_come_with_their_decoder_and_preprocessing(tmp_path: Path) -> None:
+    # PP-YOLOE's images are stretched; its graph does not tell which release's normalization it has.
+    onnx.save(family_graphs.ppyoloe(), tmp_path / "ppyoloe.onnx")
+    family_graphs.write_dataset(tmp_path / "data", "stretch")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "models: [{path: ppyoloe.onnx, decoder: ppyoloe, names: names.txt}]\n"
+        "batches: 1\ndata: data\nrounds: 3\nduration: 0.1\nexamples: 0\n"
+    )
+    (tmp_path / "names.txt").write_text("\n".join(family_graphs.NAMES))
+    assert main(["compare", str(plan), "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    (result,) = read_results(tmp_path / "out" / "results.json")["engines"]
+    assert result["AP"] == pytest.approx(1)

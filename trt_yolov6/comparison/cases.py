@@ -78,6 +78,11 @@ class BuiltCase:
     def load(self, plan: Plan, batch: int, *, cuda_graph: bool = True) -> Engine:
         """Load the engine of a batch size, as the plan runs engines."""
         options = LoadOptions(plan.threads, plan.provider, cuda_graph)
+        if self.case.choice is None and self.case.entry.decoder:  # taken as it is
+            entry = self.case.entry
+            options = dataclasses.replace(
+                options, decoder=entry.decoder, preprocess=entry.preprocess
+            )
         backend = self.case.backend if self.case.source["buildable"] else "auto"
         return load_engine(self.files[batch], backend, options)
 
@@ -161,6 +166,8 @@ def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
         "source": case.source["sha256"],
         "names": sha256_file(entry.names) if entry.names else None,
         "imgsz": entry.imgsz,
+        "decoder": entry.decoder,
+        "preprocess": entry.preprocess,
         "precision": choice.name,
         "calibration": _calibration_inputs(work.plan) if choice.quantizes else None,
         "profile": dataclasses.astuple(profile),
@@ -221,6 +228,8 @@ def _graph(work: Work, entry: ModelEntry, profile: BatchProfile, fp16: bool) -> 
                 image_size=entry.imgsz,
                 fp16=fp16,
                 class_names=read_class_names(entry.names) if entry.names else None,
+                decoder=entry.decoder,
+                preprocess=entry.preprocess,
             )
     return work.graphs[key]
 
@@ -291,17 +300,19 @@ def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
         "file": sha256_file(path),
         "name": path.name,
         "manifest": sha256_file(manifest_file) if manifest_file else None,
+        "decoder": entry.decoder,
     }
     known: Mapping[str, Any] | None = work.steps.find("source", inputs)
     if known is None:
-        known = {"sha256": inputs["file"], **_described(path)}
+        known = {"sha256": inputs["file"], **_described(entry)}
         work.steps.keep("source", inputs, known)
     if not known["buildable"] and (entry.precisions or len(work.plan.precisions) > 1):
         work.tell(f"{path} is {known['precision']} already and is taken as it is")
     return known
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _described(entry: ModelEntry) -> dict[str, Any]:
+    path = entry.path
     manifest = read_manifest(path)
     if path.suffix == ".pt":
         return _description(buildable=True)
@@ -318,7 +329,7 @@ def _described(path: Path) -> dict[str, Any]:
     model = _read(path)
     details = _details(model)
     if details.quantize_nodes or "fp16" in details.precisions:
-        graph = graph_from_onnx(path)
+        graph = graph_from_onnx(path, decoder=entry.decoder)
         record = {"model": graph.name, **_graph_record(model)}
         return _description(graph.precision, "onnxruntime", graph.batch, record)
     batch = details.inputs[0].shape[0] if details.inputs and details.inputs[0].shape else None

@@ -9,6 +9,8 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
         precisions: [fp16]                 # instead of those below
         names: classes.txt                 # class names, one a line or COCO JSON
         imgsz: 640                         # for a graph that leaves its size open
+        decoder: yolox                     # where the graph does not tell its family
+        preprocess: [colour=rgb]           # what differs from the family's pre-processing
     precisions: [fp32, int8, "int8:6"]
     batches: [1, 32]
     backends: [auto]
@@ -73,6 +75,10 @@ class ModelEntry:
     """Class names for an ONNX file: text, one a line, or COCO JSON."""
     imgsz: tuple[int, int] | None = None
     """Height and width; default 640 for checkpoints, its own for an ONNX file."""
+    decoder: str | None = None
+    """The family of an ONNX file, see `decoders.families`; None finds out."""
+    preprocess: tuple[str, ...] = ()
+    """Changes to the family's pre-processing, each FIELD=VALUE of `Preprocessing`."""
 
     @property
     def label(self) -> str:
@@ -279,6 +285,8 @@ _MODEL_KEYS: dict[str, Callable[[Any], Any]] = {
     "precisions": _list(_text),
     "names": _path,
     "imgsz": _size,
+    "decoder": _text,
+    "preprocess": _list(_text),
 }
 
 _PLAN_KEYS: dict[str, Callable[[Any], Any]] = {
