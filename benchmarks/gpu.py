@@ -1,4 +1,4 @@
-"""Everything the README says of a GPU, measured on the one in this machine, in one run.
+"""Everything docs/measured.md says of a GPU, measured on the one in this machine, in one run.
 
     python -m benchmarks.gpu --json benchmarks/results/NAME.json
 

@@ -1,4 +1,4 @@
-"""The README's CPU figures: the sample through every form of the graph, and beside the authors'.
+"""What docs/measured.md says of a CPU: the sample through every form, and beside the authors' graph.
 
     python -m benchmarks.sample_on_cpu [--duration 60] [--json benchmarks/results/cpu.json]
 
@@ -41,7 +41,7 @@ FORMS = {
 
 
 def main() -> None:
-    """Run all and print what goes into the README."""
+    """Run all and print what goes into docs/measured.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--duration", type=float, default=60.0, help="seconds a measurement")
     parser.add_argument("--json", type=Path, help="write the results there")

@@ -1,6 +1,6 @@
-"""The README's tables, made from the results that are committed.
+"""The tables of the README and of docs/, made from the results that are committed.
 
-    python -m benchmarks.tables            rewrites them in README.md
+    python -m benchmarks.tables            rewrites them
     python -m benchmarks.tables --check    says which are out of date, and fails if any is
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`.
@@ -20,7 +20,7 @@ from trt_yolov6.files import read_json, write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLACEMENTS = {
     "fp16": "FP16",
     "default": "from 1000 multiply-adds a value on (`--fp8`)",
@@ -29,7 +29,7 @@ PLACEMENTS = {
     "all": "every convolution",
     "default_layer_scales": "as `--fp8`, one scale a layer (wrong results)",
 }
-"""What the placements of `fp8_variants` are called in the README."""
+"""What the placements of `fp8_variants` are called in the documents."""
 
 THEIR_AP = {"n": (0.518, 125), "s": (0.464, 112)}
 """AP of the authors' released code on BCCD with the same settings, and the epochs behind it."""
@@ -41,7 +41,7 @@ NETWORKS = {
     "hyper-search": "hyper-search network",
     "rep-optimizer": "**single-branch, RepOptimizer**",
 }
-"""What the networks of `rep_optimizer` are called in the README."""
+"""What the networks of `rep_optimizer` are called in the documents."""
 
 GPU = "h200-tensorrt-rtx-1.6.1.json"
 
@@ -224,6 +224,8 @@ def qat_where() -> str:
         f"{data['devices']} x {data['device']}, PyTorch {data['versions']['torch']}, "
         f"{data['date']}, {data['seconds']:.0f} s in all: `{data['command']}`."
     )
+    if data.get("remark"):
+        text += f" {data['remark']}"
     alone = data.get("alone")
     if alone and alone.get("train_s"):
         text += f" Alone on the GPU, {data['epochs']} epochs took {alone['train_s']:.0f} s"
@@ -348,17 +350,19 @@ def result(name: str) -> Any:
 
 
 def main() -> None:
-    """Rewrite the README's tables, or check them."""
-    parser = argparse.ArgumentParser(description="The README's tables from benchmarks/results/.")
+    """Rewrite the tables, or check them."""
+    parser = argparse.ArgumentParser(description="The documents' tables from benchmarks/results/.")
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    filled = tables_filled(text)
-    if options.check:
-        if filled != text:
-            sys.exit("README.md has tables that differ from benchmarks/results/; run this script.")
-        return
-    write_bytes(README, filled.encode())
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        filled = tables_filled(text)
+        if filled == text:
+            continue
+        if options.check:
+            name = document.relative_to(ROOT)
+            sys.exit(f"{name} has tables that differ from benchmarks/results/; run this script.")
+        write_bytes(document, filled.encode())
 
 
 if __name__ == "__main__":

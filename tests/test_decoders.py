@@ -369,15 +369,15 @@ def test_shapes_that_are_either_of_two_are_asked_about(graph: GraphFacts) -> Non
     assert recognize(graph, "x.onnx", "yolov8")[0].name == "yolov8"
 
 
-def test_the_readme_and_the_help_know_every_family(
+def test_the_documents_and_the_help_know_every_family(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = (root / "README.md").read_text()
+    page = (root / "docs" / "detectors.md").read_text()
     with pytest.raises(SystemExit):
         main(["build", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name in FAMILIES:
-        assert f"`{name}`" in readme
+        assert f"`{name}`" in page
         assert name in text
 
 

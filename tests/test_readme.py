@@ -1,4 +1,4 @@
-"""What the README says: its tables are those of the committed results."""
+"""README and docs/: their tables are those of the committed results, their links lead to files."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def recognize(
         raise UserError(
             f"{path} has outputs of no known layout ({_listed(facts.outputs)}); export it with "
             "`trt-yolov6 export`, or as one of the families "
-            f"{', '.join(FAMILIES)} is exported (see README)."
+            f"{', '.join(FAMILIES)} is exported (see docs/detectors.md)."
         )
     if len(choices) != 1:
         raise UserError(
