@@ -1,4 +1,4 @@
-"""What docs/measured.md says of a CPU: the sample through every form, and beside the authors' graph.
+"""What docs/measured.md says of a CPU: the sample in every form, and beside the authors' graph.
 
     python -m benchmarks.sample_on_cpu [--duration 60] [--json benchmarks/results/cpu.json]
 

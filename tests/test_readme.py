@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import tables
-from benchmarks.tables import TABLES, markdown, tables_filled
+from benchmarks.tables import DOCUMENTS, TABLES, markdown, tables_filled
 from trt_yolov6.files import write_json
 
+documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
-def test_the_tables_are_those_of_the_committed_results(root: Path) -> None:
-    text = (root / "README.md").read_text(encoding="utf-8")
-    assert "<!-- table: " in text
+
+@documents
+def test_the_tables_are_those_of_the_committed_results(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
     assert tables_filled(text) == text, "run `python -m benchmarks.tables`"
+
+
+def test_every_table_stands_somewhere() -> None:
+    texts = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    assert set(re.findall(r"<!-- table: ([\w-]+) -->", texts)) == set(TABLES)
+
+
+@documents
+def test_links_lead_to_files(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
 
 
 def test_a_table_is_filled_between_its_marks_only() -> None:

@@ -110,7 +110,8 @@ def table(rows: Sequence[Row]) -> str:
     """Return the table like Table 1, which the page's script makes sortable."""
     head, cells = overview(rows)
     text = html_table(head, cells, "sorts")
-    text += '<p class="soft">(b32): at batch 32. Press a head to sort.</p>'
+    largest = max((batch for row in rows for batch in row.timings), default=1)
+    text += f'<p class="soft">(b{largest}): at batch {largest}. Press a head to sort.</p>'
     if any(row.disturbed(batch) for row in rows for batch in row.timings):
         text += (
             '<p class="soft">* Other processes disturbed nearly all runs, so that the engine is '
