@@ -106,6 +106,19 @@ def test_pairs_are_of_the_same_rounds() -> None:
     assert paired_medians(own, base) == ([0.010, 0.012, 0.011], [0.020, 0.024, 0.022])
 
 
+def test_the_quiet_runs_of_one_engine_are_not_held_against_the_disturbed_ones_of_another() -> None:
+    # Both take 10 ms in peace and 30 ms under load. Each half of the rounds was quiet for one.
+    quiet, loaded = in_peace(0.010), under_load(0.030, 0.6)
+    for own, base in (
+        ([quiet] * 4 + [loaded] * 4, [loaded] * 4 + [quiet] * 4),
+        ([quiet] * 4 + [loaded] * 4, [quiet] * 3 + [loaded] * 5),
+        ([quiet] * 8, [loaded] * 8),
+    ):
+        mine, theirs = paired_medians(own, base)
+        assert mine == [float(np.median(one.seconds)) for one in own]
+        assert theirs == [float(np.median(one.seconds)) for one in base]
+
+
 def test_a_round_comes_back_from_json() -> None:
     one = Round((0.0123456, 0.02), (0.0, 0.25), "2026-01-01T00:00:00+00:00")
     assert round_from_json(one.to_json()) == one

@@ -167,8 +167,7 @@ def counted_rounds(rounds: Sequence[Round]) -> tuple[list[tuple[float, ...]], bo
     A round without an undisturbed run has no times, unless all rounds are taken as they are.
     """
     quiet = [one.quiet for one in rounds]
-    enough = max(FEWEST_ROUNDS, (len(rounds) + 1) // 2)
-    if sum(map(bool, quiet)) >= enough:
+    if sum(map(bool, quiet)) >= _enough(len(rounds)):
         return quiet, False
     return [one.seconds for one in rounds], True
 
@@ -209,11 +208,21 @@ def summarize_rounds(rounds: Sequence[Round], drift: float = CPU_DRIFT) -> Round
 def paired_medians(
     rounds: Sequence[Round], base: Sequence[Round]
 ) -> tuple[list[float], list[float]]:
-    """Return the medians of two engines in those rounds in which both have times that count."""
-    own, other = counted_rounds(rounds)[0], counted_rounds(base)[0]
-    pairs = [
-        (float(np.median(mine)), float(np.median(theirs)))
-        for mine, theirs in zip(own, other, strict=True)
-        if mine and theirs
-    ]
-    return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
+    """Return the medians of two engines, in the rounds in which both have undisturbed runs.
+
+    Where these are too few, all runs of both count: those in peace of one engine are never held
+    against the disturbed ones of the other.
+    """
+    quiet = [(one.quiet, other.quiet) for one, other in zip(rounds, base, strict=True)]
+    pairs = [(mine, theirs) for mine, theirs in quiet if mine and theirs]
+    if len(pairs) < _enough(len(rounds)):
+        pairs = [(one.seconds, other.seconds) for one, other in zip(rounds, base, strict=True)]
+    return (
+        [float(np.median(mine)) for mine, _ in pairs],
+        [float(np.median(theirs)) for _, theirs in pairs],
+    )
+
+
+def _enough(rounds: int) -> int:
+    """Return how many of so many rounds must have undisturbed runs, before only these count."""
+    return max(FEWEST_ROUNDS, (rounds + 1) // 2)
