@@ -55,6 +55,11 @@ rounds: 5
         ("models: [n.pt]\niou: 3", "IoU"),
         ("models: [n.pt]\nprecisions: [int4]", "'int4' is no precision"),
         ("models: [n.pt]\nprecisions: []", "no precision"),
+        ("models: [n.pt]\nbackends: []", "no backend"),
+        ("models: [n.pt]\nbatches: [1, 4, 1]", "given twice"),
+        ("models: [n.pt]\nborder: -5", "border"),
+        ("models: [n.pt]\nthreads: -3", "threads"),
+        ("models: [n.pt]\nsplit: 2024-13-45", "no YAML file"),  # YAML takes it for a date
         ("models: !!python/object/apply:os.system ['touch pwned']", "no YAML file"),
     ],
 )

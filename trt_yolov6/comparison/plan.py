@@ -131,6 +131,10 @@ class Plan:
             )
         if not self.batches or min(self.batches) < 1:
             raise UserError("batch sizes are whole numbers above 0; correct --batches.")
+        if len(set(self.batches)) < len(self.batches):
+            raise UserError("a batch size is given twice; name each once in --batches.")
+        if not self.backends:
+            raise UserError("no backend is given; name some with --backends, such as auto.")
         if self.rounds < 3:
             raise UserError(
                 f"{self.rounds} rounds say nothing about spread; give --rounds 3 or more."
@@ -139,6 +143,10 @@ class Plan:
             raise UserError(f"--duration {self.duration} is out of range; give seconds above 0.")
         if self.examples < 0:
             raise UserError("--examples is a number of images; give 0 or more.")
+        if self.border < 0:
+            raise UserError(f"--border {self.border} is negative; give 0 or more pixels.")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads {self.threads} is too few; give 1 or more.")
         _ = self.nms
 
     @property
@@ -187,7 +195,8 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: bytes that are no UTF-8, or what YAML takes for a date, such as 2024-13-45.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is no YAML file ({reason}); correct it.") from error
     if not isinstance(value, dict) or not isinstance(value.get("models"), list):
