@@ -5,23 +5,24 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
 
     schema, kind      1, "comparison"
     date              when its last measurement ended
-    environment       cpu, gpus, system, packages: what machine this is
+    package           the version of this package
+    environment       cpu, cpu_clock, gpus (clocks after the last round), system, packages
     data              root, split, annotations_sha256, images_sha256, images, class_names
     settings          the plan, but for its models
     engines           one record an engine (two batch sizes of one plan are one engine):
-                      engine (its name), model, precision, backend, backend_version, device,
+                      engine (its name), label, model, precision, backend, backend_version, device,
                       threads, note, image_size, source, source_sha256, parameters, flops, bytes,
                       calibration, float_layers, build_s, and of its accuracy AP, AP50, AP75, APs,
                       APm, APl, images, detections, per_class
     timings           one record an engine and batch size: engine, batch, engine_file,
                       engine_sha256, latency_ms (median, its interval, mean, p90, p99, min, rounds),
-                      throughput_fps and its interval, runs, quiet_runs, disturbed, waited, cpu,
-                      cpu_clock, gpu, date. The median is that of undisturbed runs unless
-                      `disturbed`; the interval says where a further round is to be expected
+                      throughput_fps and its interval, runs, quiet_runs, disturbed, waited, date.
+                      The median is that of undisturbed runs unless `disturbed`; the interval says
+                      where a further round is to be expected
     ratios            one record an engine but the first, and batch size: engine, to, batch, ratio
                       of their latencies and its interval, from rounds in pairs
     ceilings          of each device: device, bytes_per_second, flops (by precision), how; or empty
-    layers            one record an engine: engine, batch, waited, computed_in, and layers: name,
+    layers            one record an engine: engine, batch, computed_in, and layers: name,
                       operator, precision, ms, roofline_ms (or null), bound
     examples          one record an image: file, picture (beside this file), width, height,
                       annotated, and detections by engine; each a list of box, score, class
@@ -30,6 +31,7 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,75 @@ KIND = "comparison"
 
 FILE = "results.json"
 
-_LISTS = ("engines", "timings", "ratios", "ceilings", "layers", "examples", "left_out")
+_Number = int | float
+
+_OBJECTS: dict[str, dict[str, Any]] = {
+    "environment": {
+        "cpu": dict | None,
+        "cpu_clock": dict | None,
+        "gpus": list,
+        "packages": dict,
+    },
+    "data": {
+        "root": str,
+        "split": str,
+        "annotations_sha256": str,
+        "images_sha256": str,
+        "images": int,
+        "class_names": list,
+    },
+    "settings": {
+        "rounds": int,
+        "duration": _Number,
+        "confidence": _Number,
+        "iou": _Number,
+        "max_detections": int,
+        "border": int,
+    },
+}
+"""Types of what readers of the results rely on, by object."""
+
+_RECORDS: dict[str, dict[str, Any]] = {
+    "engines": {
+        **dict.fromkeys(("engine", "model", "precision", "backend", "device", "note"), str),
+        "backend_version": str | None,
+        "threads": int | None,
+        "image_size": list,
+        "images": int,
+        "AP": _Number | None,
+        "AP50": _Number | None,
+    },
+    "timings": {
+        "engine": str,
+        "batch": int,
+        "engine_sha256": str,
+        "latency_ms": dict,
+        "runs": int,
+        "quiet_runs": int,
+        "disturbed": bool,
+        "waited": _Number | None,
+    },
+    "ratios": {"engine": str, "batch": int, "ratio": _Number, "interval": list},
+    "ceilings": {"device": str, "bytes_per_second": _Number, "flops": dict, "how": str},
+    "layers": {"engine": str, "batch": int, "layers": list},
+    "examples": {
+        "file": str,
+        "picture": str,
+        "width": int,
+        "height": int,
+        "annotated": list,
+        "detections": dict,
+    },
+}
+"""The same by list of records."""
+
+_LAYER: dict[str, Any] = {
+    **dict.fromkeys(("name", "operator", "precision", "bound"), str),
+    "ms": _Number,
+    "roofline_ms": _Number | None,
+}
+
+_CLOCK: dict[str, Any] = {"mhz": _Number | None, "max_mhz": _Number | None}
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -84,25 +154,59 @@ def latency_of(timing: Mapping[str, Any]) -> Interval:
 
 def _check(value: dict[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError for what readers of the results rely on."""
-    for name in _LISTS:
+    str(value["date"])
+    for name, types in _OBJECTS.items():
+        _check_types(name, value[name], types)
+    for clock in filter(None, [value["environment"]["cpu_clock"]]):
+        _check_types("cpu_clock", clock, _CLOCK)
+    for name in (*_RECORDS, "left_out"):
         if not isinstance(value[name], list):
             raise TypeError(f"{name} is no list")
-    if not isinstance(value["data"], dict) or not isinstance(value["environment"], dict):
-        raise TypeError("data or environment is no object")
-    names = set()
+        for record in value[name] if name in _RECORDS else ():
+            _check_types(name, record, _RECORDS[name])
+    if value["settings"]["rounds"] < 1:
+        raise ValueError(f"{value['settings']['rounds']} rounds")
+    names = {engine["engine"] for engine in value["engines"]}
     for engine in value["engines"]:
-        for key in ("engine", "model", "precision", "backend", "device"):
-            if not isinstance(engine[key], str):
-                raise TypeError(f"{key} of an engine is no text")
-        ap = engine["AP"]
-        if ap is not None and not 0 <= float(ap) <= 1:
-            raise ValueError(f"AP {ap}")
-        names.add(engine["engine"])
+        if engine["AP"] is not None and not 0 <= engine["AP"] <= 1:
+            raise ValueError(f"AP {engine['AP']}")
+        _check_numbers("image_size", engine["image_size"], 2)
     for timing in value["timings"]:
         if timing["engine"] not in names:
             raise ValueError(f"timing of {timing['engine']!r}, which is no engine")
         latency = latency_of(timing)
-        if not 0 <= latency.low <= latency.value <= latency.high or latency.value <= 0:
+        if not 0 <= latency.low <= latency.value <= latency.high < math.inf or latency.value <= 0:
             raise ValueError(f"interval of {timing['engine']!r}")
-        if not isinstance(timing["batch"], int):
-            raise TypeError("batch is no whole number")
+    for ratio in value["ratios"]:
+        _check_numbers("interval", ratio["interval"], 2)
+    for ceiling in value["ceilings"]:
+        _check_numbers("flops", list(ceiling["flops"].values()), len(ceiling["flops"]))
+    for layer in (layer for one in value["layers"] for layer in one["layers"]):
+        _check_types("layers", layer, _LAYER)
+    for example in value["examples"]:
+        for box in (box for boxes in _boxes(example) for box in boxes):
+            _check_numbers("a box", box, 6)
+
+
+def _check_types(where: str, record: Any, types: Mapping[str, Any]) -> None:
+    if not isinstance(record, dict):
+        raise TypeError(f"{where}: {type(record).__name__} instead of an object")
+    for key, kind in types.items():
+        item = record[key]
+        if not isinstance(item, kind) or (isinstance(item, float) and not math.isfinite(item)):
+            raise TypeError(f"{where}: {key} is {item!r:.40}")
+
+
+def _check_numbers(where: str, values: Any, count: int) -> None:
+    if not isinstance(values, list) or len(values) != count:
+        raise TypeError(f"{where} is no list of {count} numbers")
+    if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in values):
+        raise TypeError(f"{where} is no list of numbers")
+
+
+def _boxes(example: Mapping[str, Any]) -> list[list[Any]]:
+    """Return the lists of boxes of an example."""
+    found = [example["annotated"], *example["detections"].values()]
+    if not all(isinstance(boxes, list) for boxes in found):
+        raise TypeError("examples: no list of boxes")
+    return found

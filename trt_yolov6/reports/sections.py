@@ -400,19 +400,21 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, several: bool) ->
     found = sorted(one["layers"], key=lambda layer: layer["ms"], reverse=True)
     longest = max((layer["ms"] for layer in found), default=0.0) or 1.0
     whole = sum(layer["ms"] for layer in found)
+    percent = 100 / (whole or 1.0)
     named = [layer for layer in found if layer["operator"]]
     rest = [layer for layer in found if not layer["operator"]]
     floor = [layer["roofline_ms"] for layer in named if layer["roofline_ms"] is not None]
     body = []
     for layer in named:
         roof = layer["roofline_ms"]
-        share = NOTHING if roof is None else f"{100 * roof / layer['ms']:.0f} %"
+        # A profile in whole microseconds may say 0.
+        share = f"{100 * roof / layer['ms']:.0f} %" if roof is not None and layer["ms"] else NOTHING
         body.append(
             [
                 Cell(layer["name"]),
                 Cell(layer["precision"] or NOTHING),
                 Cell(f"{layer['ms']:.3g}"),
-                Cell(f"{100 * layer['ms'] / whole:.1f} %"),
+                Cell(f"{percent * layer['ms']:.1f} %"),
                 Cell(
                     bar(
                         layer["ms"] / longest,
@@ -431,7 +433,7 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, several: bool) ->
                 Cell(f"{len(rest)} other kernels"),
                 Cell(NOTHING),
                 Cell(f"{other:.3g}"),
-                Cell(f"{100 * other / whole:.1f} %"),
+                Cell(f"{percent * other:.1f} %"),
                 Cell(bar(other / longest)),
                 Cell(NOTHING),
                 Cell(NOTHING),
