@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -272,6 +273,15 @@ def test_steps_are_found_by_what_they_depend_on(tmp_path: Path) -> None:
         (lambda value: value["engines"][0].update(AP=52.0), "damaged"),
         (lambda value: value["timings"][0].update(engine="other"), "damaged"),
         (lambda value: value["timings"][0]["latency_ms"].update(median=-1), "damaged"),
+        (lambda value: value["timings"][0]["latency_ms"].update(median=math.nan), "damaged"),
+        (lambda value: value["timings"][0].pop("runs"), "damaged"),
+        (lambda value: value["engines"][0].update(image_size=[64]), "damaged"),
+        (lambda value: value["engines"][0].pop("note"), "damaged"),
+        (lambda value: value.pop("settings"), "damaged"),
+        (lambda value: value["data"].update(images_sha256=7), "damaged"),
+        (lambda value: value["layers"][0]["layers"][0].pop("ms"), "damaged"),
+        (lambda value: value["examples"][0]["annotated"].append([1, 2]), "damaged"),
+        (lambda value: value["environment"].update(packages=None), "damaged"),
     ],
 )
 def test_damaged_results_are_refused(
@@ -373,6 +383,29 @@ def test_two_models_of_one_name_need_names(plan: Plan, tmp_path: Path) -> None:
     twice = Plan(models=(plan.models[0], ModelEntry(other)), data=plan.data)
     with pytest.raises(UserError, match="'coarse fp32'"):
         compare(twice, tmp_path / "run", progress=False)
+    # Two names, but one file.
+    twice = Plan(
+        models=(ModelEntry(plan.models[0].path, "a b"), ModelEntry(other, "a_b")), data=plan.data
+    )
+    with pytest.raises(UserError, match="a_b_fp32"):
+        compare(twice, tmp_path / "run", progress=False)
+
+
+def test_a_checkpoint_takes_no_decoder_or_names(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "n.pt").write_bytes(b"")
+    for entry in (
+        ModelEntry(tmp_path / "n.pt", decoder="yolox"),
+        ModelEntry(tmp_path / "n.pt", names=tmp_path / "names.txt"),
+        ModelEntry(tmp_path / "n.pt", preprocess=("colour=bgr",)),
+    ):
+        with pytest.raises(UserError, match=r"n\.pt is a checkpoint"):
+            compare(Plan(models=(entry,), data=plan.data), tmp_path / "run", progress=False)
+
+
+def test_class_names_that_are_missing_are_a_line(plan: Plan, tmp_path: Path) -> None:
+    entry = ModelEntry(plan.models[0].path, names=tmp_path / "none.txt")
+    with pytest.raises(UserError, match=r"none\.txt"):
+        compare(Plan(models=(entry,), data=plan.data), tmp_path / "run", progress=False)
 
 
 def test_other_families_come_with_their_decoder_and_preprocessing(tmp_path: Path) -> None:
@@ -388,3 +421,29 @@ def test_other_families_come_with_their_decoder_and_preprocessing(tmp_path: Path
     assert main(["compare", str(plan), "--output", str(tmp_path / "out"), "--quiet"]) == 0
     (result,) = read_results(tmp_path / "out" / "results.json")["engines"]
     assert result["AP"] == pytest.approx(1)
+
+
+def test_other_preprocessing_is_evaluated_anew(tmp_path: Path) -> None:
+    # It stands in the manifest, not in the engine's file, which stays the same.
+    onnx.save(family_graphs.ppyoloe(), tmp_path / "ppyoloe.onnx")
+    data = family_graphs.write_dataset(tmp_path / "data", "stretch")
+
+    def ap(path: Path, *changes: str) -> float:
+        decoder = None if path.parent.name == "engines" else "ppyoloe"
+        names = None if decoder is None else tmp_path / "names.txt"
+        entry = ModelEntry(path, "n", names=names, decoder=decoder, preprocess=changes)
+        results = compare(
+            Plan((entry,), batches=(1,), data=data, rounds=3, duration=0.1, layers=False),
+            tmp_path / "out",
+            progress=False,
+        )
+        return float(results["engines"][0]["AP"])
+
+    (tmp_path / "names.txt").write_text("\n".join(family_graphs.NAMES))
+    assert ap(tmp_path / "ppyoloe.onnx") == pytest.approx(1)
+    assert ap(tmp_path / "ppyoloe.onnx", "fit=letterbox") < 0.9
+    assert ap(tmp_path / "ppyoloe.onnx") == pytest.approx(1)
+    # The same of an engine that is taken as it is.
+    engine = tmp_path / "out" / "engines" / "n_fp32.onnx"
+    assert ap(engine) == pytest.approx(1)
+    assert ap(engine, "fit=letterbox") < 0.9

@@ -13,7 +13,7 @@ from trt_yolov6.comparison.plan import ModelEntry, Plan, PrecisionChoice, parse_
 from trt_yolov6.comparison.steps import Steps
 from trt_yolov6.engines import best_backend, load_engine
 from trt_yolov6.engines.base import BuildSettings, Engine, LoadOptions
-from trt_yolov6.engines.manifest import BatchProfile, Manifest, manifest_paths, read_manifest
+from trt_yolov6.engines.manifest import BatchProfile, Manifest, manifest_of, read_manifest
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import sha256_file
 
@@ -52,6 +52,11 @@ class Case:
     """What the file is: sha256, buildable, precision, backend, batches (min, opt, max), batch (a
     fixed one, or None) and what is known of its graph."""
 
+    @property
+    def stem(self) -> str:
+        """The name as that of a file."""
+        return "".join(c if c.isalnum() or c in "-_." else "_" for c in self.name)
+
 
 @dataclass(frozen=True)
 class BuiltCase:
@@ -78,7 +83,7 @@ class BuiltCase:
     def load(self, plan: Plan, batch: int, *, cuda_graph: bool = True) -> Engine:
         """Load the engine of a batch size, as the plan runs engines."""
         options = LoadOptions(plan.threads, plan.provider, cuda_graph)
-        if self.case.choice is None and self.case.entry.decoder:  # taken as it is
+        if self.case.choice is None:  # taken as it is; a built one has it in its manifest
             entry = self.case.entry
             options = dataclasses.replace(
                 options, decoder=entry.decoder, preprocess=entry.preprocess
@@ -112,11 +117,17 @@ def cases_of(work: Work) -> list[Case]:
                 if case not in cases:
                     cases.append(case)
     names = [case.name for case in cases]
-    for name in names:
+    stems = [case.stem for case in cases]
+    for name, stem in zip(names, stems, strict=True):
         if names.count(name) > 1:
             raise UserError(
                 f"two engines of the comparison are called {name!r}; give their models names of "
                 "their own in a plan (`name:`)."
+            )
+        if stems.count(stem) > 1:
+            raise UserError(
+                f"{name!r} and another engine of the comparison would be one file, {stem}; give "
+                "their models names in a plan (`name:`) that differ in letters or digits."
             )
     return cases
 
@@ -160,11 +171,13 @@ def build_case(work: Work, case: Case) -> BuiltCase:
 
 
 def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
+    from trt_yolov6.building import read_class_names
+
     choice, entry = case.choice, case.entry
     assert choice is not None
     inputs = {
         "source": case.source["sha256"],
-        "names": sha256_file(entry.names) if entry.names else None,
+        "names": entry.names and list(read_class_names(entry.names)),
         "imgsz": entry.imgsz,
         "decoder": entry.decoder,
         "preprocess": entry.preprocess,
@@ -179,11 +192,20 @@ def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
     found: Mapping[str, Any] | None = work.steps.find("build", inputs)
     if found is not None:
         file = work.output / found["file"]
-        if file.is_file() and sha256_file(file) == found["engine_sha256"]:
+        if file.is_file() and _hashes(file) == [
+            found["engine_sha256"],
+            found.get("manifest_sha256"),
+        ]:
             return found
     record = _build(work, case, choice, profile)
     work.steps.keep("build", inputs, record)
     return record
+
+
+def _hashes(engine: Path) -> list[str | None]:
+    """Return the SHA-256 of an engine and of its manifest, which says how images are prepared."""
+    manifest = manifest_of(engine)
+    return [sha256_file(engine), sha256_file(manifest) if manifest else None]
 
 
 def _build(
@@ -192,8 +214,7 @@ def _build(
     from trt_yolov6.building import SUFFIXES, build_engine
 
     work.tell(f"building {case.name} ...")
-    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in case.name)
-    stem += f"_b{profile.max}" if profile.is_static else ""
+    stem = case.stem + (f"_b{profile.max}" if profile.is_static else "")
     path = work.output / "engines" / f"{stem}{SUFFIXES[case.backend]}"
     graph = _graph(work, case.entry, profile, fp16=choice.base == "fp16")
     if choice.quantizes:
@@ -204,6 +225,7 @@ def _build(
     return {
         "file": str(path.relative_to(work.output)),
         "engine_sha256": built.manifest.plan_sha256,
+        "manifest_sha256": _hashes(path)[1],
         "build_s": built.seconds,
         **_graph_record(graph.model),
         **_manifest_record(built.manifest),
@@ -295,7 +317,12 @@ def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
     path = entry.path
     if not path.is_file():
         raise UserError(f"{path} does not exist; check the path.")
-    manifest_file = next((file for file in manifest_paths(path) if file.is_file()), None)
+    if path.suffix == ".pt" and (entry.names or entry.decoder or entry.preprocess):
+        raise UserError(
+            f"{path} is a checkpoint, which is a YOLOv6 and has its class names itself; leave "
+            "`names`, `decoder` and `preprocess` out of its entry."
+        )
+    manifest_file = manifest_of(path)
     inputs = {
         "file": sha256_file(path),
         "name": path.name,
@@ -322,7 +349,7 @@ def _described(entry: ModelEntry) -> dict[str, Any]:
             record |= _graph_record(_read(path))
         return _description(manifest.precision, manifest.backend, manifest.batch, record)
     if path.suffix != ".onnx":
-        with load_engine(path) as engine:
+        with load_engine(path, options=LoadOptions(decoder=entry.decoder)) as engine:
             return _description(engine.precision, engine.backend, engine.batch)
     from trt_yolov6.building import graph_from_onnx
 

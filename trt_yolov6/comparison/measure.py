@@ -15,6 +15,7 @@ from trt_yolov6.comparison.machine import clocks, run_inputs
 from trt_yolov6.comparison.timing import Round, measure_round, round_from_json
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.engines.base import Engine
+from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.environment import cpu_wait_seconds
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import sha256_file
@@ -65,6 +66,7 @@ def accuracy(
         "nms": dataclasses.asdict(plan.nms),
         "border": plan.border,
         "examples": plan.examples,
+        "reading": _reading(built, batch),
         **run_inputs(plan, built.case.backend, "opencv-python-headless", "pycocotools"),
     }
     found: Mapping[str, Any] | None = work.steps.find("accuracy", inputs)
@@ -87,6 +89,16 @@ def accuracy(
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
     work.steps.keep("accuracy", inputs, found)
+    return found
+
+
+def _reading(built: BuiltCase, batch: int) -> list[Any]:
+    """Return how images are prepared and outputs read: the plan says it, or a manifest."""
+    entry, manifest = built.case.entry, read_manifest(built.files[batch])
+    found: list[Any] = [entry.decoder, list(entry.preprocess)]
+    if manifest is not None:
+        preprocessing = dataclasses.asdict(manifest.preprocessing)
+        found += [manifest.decoder, manifest.output_layout, preprocessing]
     return found
 
 

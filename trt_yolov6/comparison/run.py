@@ -28,6 +28,7 @@ from trt_yolov6.comparison.timing import Round, measure_round, paired_medians
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import LoadOptions
+from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.files import check_writable, sha256_file, write_json
 
 
@@ -100,7 +101,8 @@ def side_by_side(
 
     On a machine whose speed drifts, the ratio of two engines in turns is known far better than that
     of two runs. An engine whose file is the baseline's own has the ratio 1. What it cannot show is
-    a change of the backend, under which both now run: then it is left to the two runs.
+    a change of the backend or of its threads, under which both now run: then it is left to the two
+    runs.
 
     Args:
         results: from `compare`.
@@ -111,11 +113,15 @@ def side_by_side(
 
     Returns:
         The ratio of latencies, by engine and batch; those whose baseline engine is gone, was
-        replaced, or ran in another version of its backend or elsewhere are left out.
+        replaced, or ran in another version of its backend, on other threads or elsewhere are left
+        out.
     """
     where = [
         {
-            engine["engine"]: [engine[key] for key in ("backend", "backend_version", "device")]
+            engine["engine"]: [
+                *(engine[key] for key in ("backend", "backend_version", "device")),
+                *(value["settings"].get(key) for key in ("threads", "provider")),
+            ]
             for engine in value["engines"]
         }
         for value in (results, baseline)
@@ -136,7 +142,8 @@ def side_by_side(
     rounds: dict[tuple[str, int], tuple[list[Round], list[Round]]] = {
         key: ([], []) for key in pairs
     }
-    options = LoadOptions(plan.threads, plan.provider)
+    labels = {engine["engine"]: engine.get("label") for engine in results["engines"]}
+    decoders = {model.label: model.decoder for model in plan.models}
     seconds = plan.duration / plan.rounds
     with _bar(plan.rounds, progress and bool(pairs)) as advance:
         for turn in range(plan.rounds if pairs else 0):
@@ -144,6 +151,10 @@ def side_by_side(
             for (name, batch), paths in pairs.items():
                 order = (0, 1) if turn % 2 == 0 else (1, 0)
                 for index in order:
+                    # A manifest names the family itself.
+                    known = read_manifest(paths[index]) is not None
+                    decoder = None if known else decoders.get(labels[name])
+                    options = LoadOptions(plan.threads, plan.provider, decoder=decoder)
                     load = functools.partial(load_engine, paths[index], options=options)
                     rounds[name, batch][index].append(measure_round(load, batch, seconds))
             advance("", 1)

@@ -49,10 +49,6 @@ class Steps:
         content = {"kind": kind, "inputs": _plain(inputs), "value": value}
         write_json(self._path(kind, inputs), content)
 
-    def forget(self, kind: str, inputs: Inputs) -> None:
-        """Drop a step's value, if there is one."""
-        self._path(kind, inputs).unlink(missing_ok=True)
-
     def _path(self, kind: str, inputs: Inputs) -> Path:
         return self.folder / f"{kind}-{key_of(inputs)[:16]}.json"
 

@@ -158,6 +158,14 @@ def manifest_paths(engine_path: str | Path) -> tuple[Path, Path]:
     return path.with_suffix(".json"), path.with_name(path.name + ".json")
 
 
+def manifest_of(engine_path: str | Path) -> Path | None:
+    """Return the manifest that describes an engine, unread, or None where there is none."""
+    name = Path(engine_path).name
+    return next(
+        (path for path in manifest_paths(engine_path) if manifest_owner(path) == name), None
+    )
+
+
 def choose_manifest_path(engine_path: str | Path) -> Path:
     """Return where an engine's manifest is to be written.
 
