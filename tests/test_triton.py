@@ -194,6 +194,18 @@ def test_an_onnx_file_without_a_manifest_is_looked_into(tmp_path: Path) -> None:
     assert config.instance_group[0].kind == SCHEMA.ModelInstanceGroup.KIND_CPU
 
 
+def test_an_onnx_file_with_inputs_that_building_fills_in_has_to_be_built(tmp_path: Path) -> None:
+    path = tmp_path / "ppyoloe.onnx"
+    onnx.save(families.ppyoloe(), path)
+    with pytest.raises(UserError, match=r"scale_factor.*build --onnx"):
+        served_model(path)
+    graph = graph_from_onnx(path, class_names=families.NAMES, decoder="ppyoloe")
+    built = build_engine(graph, backend="onnxruntime", output=tmp_path / "built.onnx").path
+    (given,) = parsed(config_text(served_model(built), ServingSettings())).input
+    assert given.name == onnx.load(built).graph.input[0].name == "image"
+    assert len(onnx.load(built).graph.input) == 1
+
+
 def test_the_sample_exported_end_to_end(sample_engine: Any, tmp_path: Path) -> None:
     (folder,) = export_triton([sample_engine.path], tmp_path / "models")
     config = parsed((folder / "config.pbtxt").read_text())

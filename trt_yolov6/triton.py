@@ -174,6 +174,8 @@ def served_model(engine: str | Path) -> ServedModel:
     if manifest is not None:
         check_plan(path, manifest)
         _check_backend(path, manifest.backend)
+    if manifest is None and path.suffix == ".onnx":
+        _check_inputs(path)
     if manifest is None or not manifest.tensors:
         return _loaded_model(path, manifest)
     source, *outputs = manifest.tensors
@@ -216,6 +218,19 @@ class _Details:
     decoder: str
     output_layout: str
     preprocessing: Any
+
+
+def _check_inputs(path: Path) -> None:
+    """Raise UserError for inputs that this package fills in itself: Triton would ask clients."""
+    from trt_yolov6.building import read_onnx
+    from trt_yolov6.decoders.inputs import runtime_inputs
+
+    names = [item.name for item in runtime_inputs(read_onnx(path))]
+    if len(names) > 1:
+        raise UserError(
+            f"{path} has the inputs {', '.join(names)}, of which an engine has the image only; "
+            "build it with `trt-yolov6 build --onnx`, and export what was built."
+        )
 
 
 def _precision_of(path: Path) -> str:
