@@ -315,6 +315,14 @@ def test_what_results_lack_says_how_to_get_it(tmp_path: Path, results: dict[str,
         assert command in text
 
 
+def test_a_layer_of_no_time_is_shown(tmp_path: Path, results: dict[str, Any]) -> None:
+    # A profile in whole microseconds says 0 for what is quicker.
+    for layer in results["layers"][0]["layers"]:
+        layer["ms"] = 0.0
+    write_json(tmp_path / "results.json", results)
+    assert "0.0 %" in html_of(read_material([tmp_path]))
+
+
 def test_results_name_no_picture_outside_their_folder(
     tmp_path: Path, results: dict[str, Any]
 ) -> None:
@@ -332,6 +340,10 @@ def test_several_comparisons_are_told_apart(tmp_path: Path, results: dict[str, A
     rows = rows_of(read_material([tmp_path / "one", tmp_path / "two"]))
     assert len({row.name for row in rows}) == 2 * len(ENGINES)
     assert rows[0].name == "yolov6n fp32 (one)"
+    # By their paths, where their folders are called the same.
+    write_json(tmp_path / "other" / "one" / "results.json", results)
+    rows = rows_of(read_material([tmp_path / "one", tmp_path / "other" / "one"]))
+    assert len({row.name for row in rows}) == 2 * len(ENGINES)
 
 
 def test_the_command_writes_three_forms(
@@ -343,13 +355,17 @@ def test_the_command_writes_three_forms(
     for command, words in (
         (["report", str(tmp_path / "none")], "none"),
         (["report", str(files[1])], "no results of a comparison"),
-        (["report", str(files[0]), "--output", str(tmp_path / "x.pdf")], ".html"),
+        (
+            ["report", str(files[0]), "--output", str(tmp_path / "x.md"), str(tmp_path / "x.pdf")],
+            ".html",
+        ),
     ):
         capsys.readouterr()
         assert main(command) == 2
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1
         assert words in error
+    assert not (tmp_path / "x.md").exists()
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"metric": "snr", "layers": [{"name": 1}]}))
     with pytest.raises(UserError, match="damaged"):

@@ -34,12 +34,11 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Read everything, then write each form."""
-    from trt_yolov6.files import check_writable
-    from trt_yolov6.reports import read_material, write_report
+    from trt_yolov6.reports import check_form, read_material, write_report
 
     material = read_material(options.results)
     for path in options.output:
-        check_writable(path)
+        check_form(path)
     for path in options.output:
         write_report(material, path, options.title)
         print(f"{path}: written, {path.stat().st_size / 1024:.0f} KiB")

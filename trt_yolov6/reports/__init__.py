@@ -10,6 +10,14 @@ style and script. Whatever comes from a file is escaped where it is written.
 from __future__ import annotations
 
 from trt_yolov6.reports.material import Material, read_material
-from trt_yolov6.reports.write import csv_of, html_of, markdown_of, write_report
+from trt_yolov6.reports.write import check_form, csv_of, html_of, markdown_of, write_report
 
-__all__ = ["Material", "csv_of", "html_of", "markdown_of", "read_material", "write_report"]
+__all__ = [
+    "Material",
+    "check_form",
+    "csv_of",
+    "html_of",
+    "markdown_of",
+    "read_material",
+    "write_report",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Comparison:
     """The results of one comparison and where they lie."""
 
     name: str
-    """The folder's name, which tells several comparisons apart."""
+    """The folder's name, or its path where several are called the same."""
     folder: Path
     value: Mapping[str, Any]
 
@@ -89,7 +90,14 @@ def read_material(paths: Sequence[str | Path]) -> Material:
             )
     if not comparisons:
         raise UserError("there are no results of a comparison; run `trt-yolov6 compare` first.")
-    return Material(tuple(comparisons), tuple(rankings))
+    names = [one.name for one in comparisons]
+    return Material(
+        tuple(
+            dataclasses.replace(one, name=str(one.folder)) if names.count(one.name) > 1 else one
+            for one in comparisons
+        ),
+        tuple(rankings),
+    )
 
 
 def _ranking(path: Path, value: Mapping[str, Any]) -> Ranking:

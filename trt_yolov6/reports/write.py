@@ -12,7 +12,7 @@ from string import Template
 
 from trt_yolov6 import __version__
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import write_bytes
+from trt_yolov6.files import check_writable, write_bytes
 from trt_yolov6.reports import sections
 from trt_yolov6.reports.material import Material
 from trt_yolov6.reports.tables import CSV_HEAD, NOTHING, csv_rows, overview, quantization, rows_of
@@ -32,19 +32,29 @@ def write_report(material: Material, path: str | Path, title: str = "") -> Path:
     Raises:
         UserError: the ending is another one, or the file cannot be written.
     """
-    path = Path(path)
+    path = check_form(path)
     forms: dict[str, Callable[[], str]] = {
         ".html": lambda: html_of(material, title),
         ".md": lambda: markdown_of(material, title),
         ".csv": lambda: csv_of(material),
     }
-    form = forms.get(path.suffix.lower())
-    if form is None:
+    write_bytes(path, forms[path.suffix.lower()]().encode())
+    return path
+
+
+def check_form(path: str | Path) -> Path:
+    """Return the path of a report; quick, so ask for all of them before the first is written.
+
+    Raises:
+        UserError: its ending names no form, or it cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMS:
         raise UserError(
             f"--output {path} is no form that a report has; give names that end in "
             f"{', '.join(FORMS)}."
         )
-    write_bytes(path, form().encode())
+    check_writable(path)
     return path
 
 
