@@ -117,6 +117,31 @@ def test_a_convolution_that_others_read_keeps_its_normalization() -> None:
     )
 
 
+def test_a_convolution_in_one_dimension_is_folded_as_well() -> None:
+    arrays = {"w": RNG.normal(0, 1, (5, 3, 4))} | {
+        name: RNG.uniform(0.5, 2, 5) for name in ("scale", "shift", "mean", "variance")
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["images", "w"], ["features"]),
+            helper.make_node(
+                "BatchNormalization", ["features", *list(arrays)[1:]], ["out"], epsilon=1e-3
+            ),
+        ],
+        "one dimension",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 16])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, 5, 13])],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    result = folded(model)
+    assert kinds(result) == ["Conv"]
+    signal = RNG.random((1, 3, 16), np.float32)
+    np.testing.assert_allclose(
+        outputs(result, signal), outputs(model, signal), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_an_old_files_format_is_raised_for_its_initializers() -> None:
     assert folded(as_paddle_writes(old_format=True)).ir_version == 4
 

@@ -83,7 +83,7 @@ def _fold_batch_normalization(model: onnx.ModelProto) -> None:
         if len(conv.input) > 2:
             bias = numpy_helper.to_array(weights[conv.input[2]]).astype(np.float64)
         weights[own].CopyFrom(
-            numpy_helper.from_array((weight * factor.reshape(-1, 1, 1, 1)).astype(np.float32), own)
+            numpy_helper.from_array((weight.T * factor).T.astype(np.float32), own)
         )
         # The normalization's own shift is this convolution's alone; an earlier bias may be shared.
         tensor = graph.initializer.add()
