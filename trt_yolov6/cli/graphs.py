@@ -22,18 +22,19 @@ if TYPE_CHECKING:
     import onnx
 
     from trt_yolov6.building import Graph
+    from trt_yolov6.checkpoint import Checkpoint
     from trt_yolov6.engines.manifest import BatchProfile
     from trt_yolov6.export import ExportSettings
     from trt_yolov6.quantization.ptq import QuantizationSettings
 
 
-def exported(options: argparse.Namespace) -> Graph:
-    """Return the graph of --weights, or of the sample checkpoint."""
+def exported(options: argparse.Namespace, checkpoint: Checkpoint | None = None) -> Graph:
+    """Return the graph of a checkpoint: of that given, of --weights, or of the sample's."""
     from trt_yolov6.building import graph_from_checkpoint
     from trt_yolov6.checkpoint import load_checkpoint
 
     settings = _export_settings(options)
-    checkpoint = load_checkpoint(_weights(options))
+    checkpoint = checkpoint or load_checkpoint(_weights(options))
     say(f"exporting {checkpoint.arch.name} from {checkpoint.path} to ONNX (some seconds) ...")
     return graph_from_checkpoint(checkpoint, settings)
 
