@@ -191,7 +191,7 @@ def qat_int8() -> str:
             "float": "sample-float",
             "float, trained on alike": "sample-float_trained",
             "PTQ, min-max": "sample-8bit-ptq",
-            "PTQ, calibrated as `build --int8` does": "sample-8bit-ptq-tuned",
+            "PTQ, calibrator and equalization chosen, biases as they are": "sample-8bit-ptq-tuned",
             "PTQ, six layers in float": "sample-8bit-ptq-6float",
             "full QAT": "sample-8bit-qat",
             "full QAT, channel-wise distillation": "sample-8bit-qat+cwd",

@@ -480,3 +480,14 @@ def test_wrong_usage_is_one_sentence(
     assert message in error
     assert "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # All of them would write the same files.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["qat", "--data", "bccd", "--weights", "n.pt", "--output", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

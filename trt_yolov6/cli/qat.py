@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--data is missing; name a data set in COCO layout.")
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("qat trains in one process; start it without torchrun.")
     settings = _settings(options)
     _check_cache(options)
     device = chosen_device(options.device)
