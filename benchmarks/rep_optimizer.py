@@ -17,22 +17,18 @@ the last part from the checkpoints in the runs' folder, without a GPU.
 from __future__ import annotations
 
 import argparse
-import itertools
-import os
-import queue
 import statistics
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 
-from benchmarks.train_bccd import add_recipe, heading, train_once
+from benchmarks.train_bccd import Places, add_recipe, heading, train_once
 from trt_yolov6.building import Graph, graph_from_checkpoint
 from trt_yolov6.checkpoint import Checkpoint, load_checkpoint
 from trt_yolov6.data.coco import CocoDataset, load_coco
@@ -124,10 +120,7 @@ class Results:
 
 
 def _train_all(options: argparse.Namespace, folder: Path, results: Results) -> None:
-    # A place for each training that may run at once; it says which GPU that sees.
-    places: queue.Queue[dict[str, str]] = queue.Queue()
-    for _, gpu in zip(range(options.jobs), _gpus(options), strict=False):
-        places.put({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    places = Places(options.jobs, options.device)
 
     def chain(kinds: Sequence[str], seed: int) -> None:
         for kind in kinds:
@@ -136,8 +129,7 @@ def _train_all(options: argparse.Namespace, folder: Path, results: Results) -> N
             if kind == "rep-optimizer":
                 scales = folder / f"hyper-search-{seed}" / "last.pt"
                 extra, model = ("--rep-optimizer", str(scales)), None
-            place = places.get()
-            try:
+            with places.taken() as environment:
                 run = train_once(
                     options,
                     model,
@@ -145,10 +137,8 @@ def _train_all(options: argparse.Namespace, folder: Path, results: Results) -> N
                     options.epochs,
                     folder / f"{kind}-{seed}",
                     extra=extra,
-                    environment=place,
+                    environment=environment,
                 )
-            finally:
-                places.put(place)
             results.add("runs", {"kind": kind, **run})
 
     # RepOptimizer waits for its scales, so these two come one after the other, and first.
@@ -159,16 +149,6 @@ def _train_all(options: argparse.Namespace, folder: Path, results: Results) -> N
         waiting += [pool.submit(chain, [kind], seed) for seed in options.seeds for kind in alone]
         for future in as_completed(waiting):
             future.result()
-
-
-def _gpus(options: argparse.Namespace) -> Iterator[str | None]:
-    """Yield the GPUs in turn; None leaves the choice to the training."""
-    count = torch.cuda.device_count() if options.device in (None, "cuda") else 0
-    if count < 2:
-        return itertools.repeat(None)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = [name for name in visible.split(",") if name] or [str(index) for index in range(count)]
-    return itertools.cycle(names[:count])
 
 
 # --- quantizing ---------------------------------------------------------------------------------

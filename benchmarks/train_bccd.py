@@ -11,14 +11,16 @@ to every training, such as `--set optimizer.warmup_epochs=5`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,29 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (1)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+
+
+class Places:
+    """As many places as trainings may run at once; each says which GPU a training there sees."""
+
+    def __init__(self, jobs: int, device: str | None) -> None:
+        self._free: queue.Queue[dict[str, str]] = queue.Queue()
+        count = torch.cuda.device_count() if device in (None, "cuda") else 0
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = [name for name in visible.split(",") if name] or [str(i) for i in range(count)]
+        for job in range(jobs):
+            # With one GPU or none, the choice is the training's.
+            own = {"CUDA_VISIBLE_DEVICES": names[job % count]} if count > 1 else {}
+            self._free.put(own)
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[dict[str, str]]:
+        """Wait for a place; give the environment variables that go with it."""
+        place = self._free.get()
+        try:
+            yield place
+        finally:
+            self._free.put(place)
 
 
 def heading(script: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -140,6 +140,8 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["build", "--target", "t4", "--backend", "onnxruntime"], "--target"),
         (["build", "--conf", "0.5"], "--end2end"),
         (["build", "--onnx", "x.onnx", "--end2end"], "--end2end"),
+        (["build", "--onnx", "x.onnx", "--conf", "0"], "--conf"),
+        (["build", "--int8", "--float-layers", ","], "names no layer"),
         (["build", "--int8", "--calib", "nowhere/"], "nowhere"),
         (["build", "--calib", "calib/"], "--calib is for --int8"),
         (["build", "--calibrator", "mse"], "--calibrator is for --int8"),

@@ -97,7 +97,6 @@ def test_under_autocast_it_rounds_in_float32() -> None:
     values = torch.linspace(-3, 3, 999)
     scale = torch.tensor(3 / 127)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fake_quantize(values, scale, INT8), fake_quantize(values, scale, INT8))
         within = fake_quantize(values, scale, INT8)
         half = fake_quantize(values.bfloat16(), scale, INT8)
     assert within.dtype == torch.float32

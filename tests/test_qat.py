@@ -276,6 +276,14 @@ def test_it_goes_on_where_it_was_stopped(
     other = dataclasses.replace(settings, seed=5)
     with pytest.raises(UserError, match="other settings"):
         train_quantized(start, other, device="cpu", progress=False, state_file=state)
+    fewer = prepare_graph(
+        tiny_graph("repvgg")[1],
+        ARCHITECTURES["repvgg"],
+        shapes / "images" / "train",
+        quantization=dataclasses.replace(MINMAX, image_limit=4),
+    )
+    with pytest.raises(UserError, match="another network or with other settings"):
+        train_quantized(fewer, settings, device="cpu", progress=False, state_file=state)
     state.write_bytes(b"junk")
     with pytest.raises(UserError, match="delete it to start anew"):
         train_quantized(start, settings, device="cpu", progress=False, state_file=state)
@@ -335,7 +343,7 @@ def kept_bytes(forward: Callable[[], object]) -> int:
         ({"learning_rate": float("nan")}, "give one above 0"),
         ({"temperature": 0.0}, "give --temperature above 0"),
         ({"distill_weight": -1.0}, "give --distill-weight 0 or more"),
-        ({"bits": 1}, "give --bits 2 to 8"),
+        ({"bits": 1}, "give bits=2 to 8"),
     ],
 )
 def test_wrong_settings_are_refused(named: dict[str, Any], message: str) -> None:
@@ -399,6 +407,43 @@ def test_the_command_writes_a_graph_that_builds(
 
     assert main(arguments) == 2
     assert "holds a training already" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 2
+    assert "is over; give another --output" in capsys.readouterr().err
+
+
+def test_killed_in_its_first_epoch_it_starts_again(
+    checkpoint: Path, shapes: Path, tmp_path: Path, one_thread: None
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "settings.json").write_text("{}")  # written before the first epoch
+    leftover = output / ".state.abc.pt"
+    leftover.write_bytes(b"half")
+    arguments = ["qat", "--weights", str(checkpoint), "--data", str(shapes), "--imgsz", "64"]
+    arguments += ["--calib", str(shapes / "images" / "train"), "--calibrator", "minmax"]
+    arguments += ["--no-equalize", "--epochs", "1", "--batch", "8", "--device", "cpu", "--quiet"]
+    arguments += ["--val-split", "none", "--output", str(output), "--resume"]
+    assert main(arguments) == 0
+    assert (output / "yolov6-custom.onnx").is_file()
+    assert not leftover.exists()
+
+
+def test_bad_data_is_found_before_the_calibration(
+    checkpoint: Path, root: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["qat", "--weights", str(checkpoint), "--imgsz", "64", "--device", "cpu", "--quiet"]
+    common += ["--calib", str(shapes / "images" / "train"), "--output", str(tmp_path / "run")]
+    for arguments, message in (
+        (["--data", str(tmp_path / "none")], "is not a folder"),
+        (["--data", str(shapes), "--split", "other"], "no split 'other'"),
+        (["--data", str(shapes), "--val-split", "other"], "no split 'other'"),
+        (["--data", str(root / "samples"), "--split", "val"], "3 classes, the checkpoint 2"),
+    ):
+        assert main([*common, *arguments]) == 2
+        said = capsys.readouterr()
+        assert message in said.err
+        assert "images ..." not in said.out, "it calibrated first"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -416,7 +461,8 @@ def test_the_command_writes_a_graph_that_builds(
         (["--data", "{shapes}", "--weights", "{tiny}", "--cache-version", "8.6.1"], "add it"),
         (["--data", "{shapes}", "--weights", "{tiny}", "--resume"], "leave --resume out"),
         (["--data", "{shapes}", "--weights", "{tiny}", "--imgsz", "100"], "multiple of 32"),
-        (["--data", "{shapes}", "--weights", "{tiny}", "--device", "tpu"], "give cpu or cuda"),
+        (["--data", "{shapes}", "--weights", "{tiny}", "--device", "tpu"], "give cpu, cuda"),
+        (["--data", "{shapes}", "--weights", "{tiny}", "--device", "meta"], "give cpu, cuda"),
     ],
 )
 def test_wrong_usage_is_one_sentence(
@@ -433,4 +479,15 @@ def test_wrong_usage_is_one_sentence(
     assert error.startswith("trt-yolov6 qat: ")
     assert message in error
     assert "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # All of them would write the same files.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["qat", "--data", "bccd", "--weights", "n.pt", "--output", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -301,6 +301,9 @@ def test_mistakes_cost_one_line(
     )
     assert "holds no training" in complaint(capsys, "--resume", "--output", str(tmp_path / "none"))
     assert "was chosen when" in complaint(capsys, *base, "--resume")
+    for given in (("--seed", "0"), ("--mosaic", "0"), ("--no-dfl",)):
+        said = complaint(capsys, "--resume", "--output", "x", *given)
+        assert f"{given[0].replace('no-', '')} was chosen when" in said
     assert "DFL" in complaint(capsys, *base, "--objectness", "--dfl")
     assert "no GPU" in complaint(capsys, *base, "--device", "cuda:7")
     assert "needs a GPU" in complaint(capsys, *base, "--precision", "fp16", "--device", "cpu")

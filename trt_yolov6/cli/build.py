@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trt_yolov6.cli.graphs import cleaned, exported, onnx_graph, quantization_settings, quantized
 from trt_yolov6.cli.options import (
@@ -21,9 +20,6 @@ from trt_yolov6.cli.options import (
 )
 from trt_yolov6.cli.output import profile_text, reading_text, say
 from trt_yolov6.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands) -> None:

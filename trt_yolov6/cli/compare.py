@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.cli.options import Commands, add_command, add_quiet, positive
+from trt_yolov6.cli.options import Commands, add_command, add_quiet, is_given, positive
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.baseline is None:
         for name in _GATE_OPTIONS:
-            if getattr(options, name) not in (None, False):
+            if is_given(getattr(options, name)):
                 raise UserError(f"--{name.replace('_', '-')} belongs to --baseline; add it.")
     plan = _plan(options)
     given = {

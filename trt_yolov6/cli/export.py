@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trt_yolov6.cli.graphs import calibrated, exported
 from trt_yolov6.cli.options import (
@@ -16,9 +15,6 @@ from trt_yolov6.cli.options import (
 )
 from trt_yolov6.cli.output import profile_text
 from trt_yolov6.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands) -> None:

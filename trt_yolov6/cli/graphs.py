@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_yolov6.cli.engines import thresholds
-from trt_yolov6.cli.options import CACHE_VERSION, ENGINES, SAMPLE_CALIB, SAMPLE_WEIGHTS
+from trt_yolov6.cli.options import (
+    CACHE_VERSION,
+    ENGINES,
+    SAMPLE_CALIB,
+    SAMPLE_WEIGHTS,
+    is_given,
+)
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
@@ -16,18 +22,19 @@ if TYPE_CHECKING:
     import onnx
 
     from trt_yolov6.building import Graph
+    from trt_yolov6.checkpoint import Checkpoint
     from trt_yolov6.engines.manifest import BatchProfile
     from trt_yolov6.export import ExportSettings
     from trt_yolov6.quantization.ptq import QuantizationSettings
 
 
-def exported(options: argparse.Namespace) -> Graph:
-    """Return the graph of --weights, or of the sample checkpoint."""
+def exported(options: argparse.Namespace, checkpoint: Checkpoint | None = None) -> Graph:
+    """Return the graph of a checkpoint: of that given, of --weights, or of the sample's."""
     from trt_yolov6.building import graph_from_checkpoint
     from trt_yolov6.checkpoint import load_checkpoint
 
     settings = _export_settings(options)
-    checkpoint = load_checkpoint(_weights(options))
+    checkpoint = checkpoint or load_checkpoint(_weights(options))
     say(f"exporting {checkpoint.arch.name} from {checkpoint.path} to ONNX (some seconds) ...")
     return graph_from_checkpoint(checkpoint, settings)
 
@@ -37,7 +44,7 @@ def onnx_graph(options: argparse.Namespace) -> Graph:
     from trt_yolov6.building import graph_from_onnx, read_class_names
 
     for option in ("end2end", "uint8_input", "opset", "conf", "iou"):
-        if getattr(options, option) not in (None, False):
+        if is_given(getattr(options, option)):
             raise UserError(
                 f"--{option.replace('_', '-')} changes how a checkpoint is exported and cannot be "
                 "applied to --onnx; leave it out, or give --weights."
@@ -73,7 +80,7 @@ def quantization_settings(options: argparse.Namespace) -> QuantizationSettings |
             raise UserError(f"--{name.replace('_', '-')} is for --float-layers auto; add it.")
     if not (options.int8 or options.fp8):
         for name in only_quantized:
-            if getattr(options, name) not in (None, False):
+            if is_given(getattr(options, name)):
                 raise UserError(
                     f"--{name.replace('_', '-')} is for --int8 and --fp8; add one of them."
                 )

@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "infer", run, "detect objects in a picture, a folder or a video")
     parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
     parser.add_argument("--source", type=Path, required=True, help="picture, folder or video")
-    parser.add_argument("--output", type=Path, default=Path("runs/infer"), help="(runs/parser)")
+    parser.add_argument("--output", type=Path, default=Path("runs/infer"), help="(runs/infer)")
     parser.add_argument("--batch", type=positive, help="images at a time")
     add_border(parser)
     add_thresholds(parser, confidence=0.4)

@@ -153,6 +153,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
 
 
+def is_given(value: object) -> bool:
+    """Return True for the value of an option that was given, 0 among them.
+
+    Those left out are None, and flags are False.
+    """
+    return value is not None and value is not False
+
+
 def positive(text: str) -> int:
     """Parse a whole number above 0."""
     value = int(text) if text.isascii() and text.isdigit() else 0
@@ -167,7 +175,10 @@ def layers_in_float(text: str) -> tuple[str, ...] | int | str:
         return text
     if text.isascii() and text.isdigit():
         return int(text)
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no layer")
+    return names
 
 
 def three_numbers(text: str) -> tuple[int, ...]:

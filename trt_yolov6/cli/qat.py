@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,13 @@ from trt_yolov6.cli.output import say, write_result
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
+    from trt_yolov6.building import Graph
+    from trt_yolov6.checkpoint import Checkpoint
+    from trt_yolov6.training.dataset import TrainingSet
     from trt_yolov6.training.graph_network import GraphNetwork
     from trt_yolov6.training.qat import QatSettings, Start
-
-SUFFIX = {"tensorrt": ".trt", "tensorrt-rtx": ".trt", "onnxruntime": ".onnx"}
 
 
 def add(commands: Commands) -> None:
@@ -116,35 +120,35 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     import dataclasses
 
-    from trt_yolov6.building import build_engine, check_build
+    from trt_yolov6.building import SUFFIXES, build_engine, check_build
     from trt_yolov6.checkpoint import load_checkpoint
     from trt_yolov6.engines.base import BuildSettings
     from trt_yolov6.files import write_json
     from trt_yolov6.quantization.ptq import QuantizationSettings
-    from trt_yolov6.training.qat import (
-        prepare_graph,
-        train_quantized,
-        trained_graph,
-        usable_device,
-    )
+    from trt_yolov6.training.processes import chosen_device
+    from trt_yolov6.training.qat import prepare_graph, train_quantized, trained_graph
 
     if options.data is None:
         raise UserError("--data is missing; name a data set in COCO layout.")
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("qat trains in one process; start it without torchrun.")
     settings = _settings(options)
     _check_cache(options)
-    usable_device(options.device)
+    device = chosen_device(options.device)
     checkpoint = load_checkpoint(options.weights)
     name = checkpoint.arch.name
     if options.model and name not in (options.model, f"yolov6{options.model}"):
         raise UserError(f"{options.weights} holds {name}, not {options.model}; leave --model out.")
     output = options.output or Path("runs/qat") / name
-    plan = output / f"{name}{SUFFIX[options.backend]}"
+    plan = output / f"{name}{SUFFIXES[options.backend]}"
     check_build(options.backend, plan, BuildSettings())
-    state = _state_file(output, options.resume)
+    state = _state_file(output, output / f"{name}.onnx", options.resume)
 
-    graph = exported(options)
+    graph = exported(options, checkpoint)
+    # Bad data is found out before minutes of calibration.
+    data = _data(settings, graph, checkpoint, device, options)
     start = prepare_graph(
         graph,
         checkpoint.arch,
@@ -167,12 +171,17 @@ def run(options: argparse.Namespace) -> None:
         else f"{len(placement.layers)} convolutions in INT8, no distillation"
     )
     values: dict[str, Any] = {
-        "AP_float": _ap(start.teacher(), start, options),
-        "AP_ptq": _ap(start.student().eval(), start, options),
+        "AP_float": _ap(start.teacher(device), start, options),
+        "AP_ptq": _ap(start.student(device).eval(), start, options),
     }
     write_json(output / "settings.json", settings.to_json())
     result = train_quantized(
-        start, settings, device=options.device, state_file=state, progress=not options.quiet
+        start,
+        settings,
+        device=device,
+        state_file=state,
+        progress=not options.quiet,
+        data=data,
     )
     values["AP"] = _ap(result.network, start, options)
     quantized = trained_graph(start, result.trained, fp16=options.fp16)
@@ -244,18 +253,54 @@ def _check_cache(options: argparse.Namespace) -> None:
         raise UserError("--cache-version belongs to --calibration-cache; add it.")
 
 
-def _state_file(output: Path, resume: bool) -> Path:
+def _state_file(output: Path, trained: Path, resume: bool) -> Path:
     """Return where the state goes; there must be a begun training just if it is to be resumed."""
     from trt_yolov6.files import check_writable
+    from trt_yolov6.training.run_state import sweep
 
     state = check_writable(output / "state.pt")
-    if (output / "settings.json").exists() and not resume:
+    begun = (output / "settings.json").exists()
+    if begun and not resume:
         raise UserError(
             f"{output} holds a training already; give another --output, or --resume to go on."
         )
-    if resume and not state.is_file():
+    if resume and not begun:
         raise UserError(f"{output} holds no interrupted training; leave --resume out.")
+    if resume and trained.exists() and not state.is_file():
+        raise UserError(f"the training in {output} is over; give another --output.")
+    if resume:
+        # A kill before the first state leaves nothing to go on from: it starts again.
+        sweep(output)
     return state
+
+
+def _data(
+    settings: QatSettings,
+    graph: Graph,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    options: argparse.Namespace,
+) -> TrainingSet:
+    """Return the training split; both splits must have the checkpoint's classes."""
+    from trt_yolov6.data.coco import load_coco
+    from trt_yolov6.training.dataset import load_training_set
+    from trt_yolov6.training.qat import check_classes
+
+    if options.val_split != "none":
+        labelled = load_coco(options.data, options.val_split)
+        check_classes(labelled.annotation_file, len(labelled.class_names), checkpoint.arch)
+    data = load_training_set(
+        settings.data,
+        settings.train_split,
+        max(graph.image_size),
+        device,
+        on_bad_data=settings.on_bad_data,
+        progress=not options.quiet,
+    )
+    check_classes(settings.data, len(data.class_names), checkpoint.arch)
+    if data.report.problems:
+        say(f"{len(data.report.problems)} problems of the data were left out of training")
+    return data
 
 
 def _score(graph: Any, options: argparse.Namespace) -> Any:
@@ -266,14 +311,14 @@ def _score(graph: Any, options: argparse.Namespace) -> Any:
 
 
 def _ap(network: GraphNetwork, start: Start, options: argparse.Namespace) -> float | None:
-    """Return a network's AP on the validation split, on the device of the training."""
-    from trt_yolov6.training.qat import evaluate_network, usable_device
+    """Return a network's AP on the validation split, on the device where it is."""
+    from trt_yolov6.training.qat import evaluate_network
 
     if options.val_split == "none":
         return None
     graph = start.graph
     found = evaluate_network(
-        network.to(usable_device(options.device)),
+        network,
         graph.class_names,
         max(graph.image_size),
         options.data,

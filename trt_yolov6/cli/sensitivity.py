@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trt_yolov6.cli.graphs import calibration_folder, exported, labelled_score
 from trt_yolov6.cli.options import (
@@ -18,9 +17,6 @@ from trt_yolov6.cli.options import (
 )
 from trt_yolov6.cli.output import say, write_result
 from trt_yolov6.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands) -> None:

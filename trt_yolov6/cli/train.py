@@ -7,7 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.cli.options import Commands, add_command, add_json, add_quiet, positive
+from trt_yolov6.cli.options import (
+    Commands,
+    add_command,
+    add_json,
+    add_quiet,
+    is_given,
+    positive,
+)
 from trt_yolov6.cli.output import say, write_result
 from trt_yolov6.errors import UserError
 
@@ -126,7 +133,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.resume:
         for name, value in vars(options).items():
-            if value not in (None, False) and name not in _RESUMING:
+            # `--no-dfl` is a False that was given.
+            if (is_given(value) or (name, value) == ("dfl", False)) and name not in _RESUMING:
                 raise UserError(
                     f"--{name.replace('_', '-')} was chosen when the training began; with "
                     "--resume leave it out."

@@ -211,7 +211,7 @@ def layers(material: Material) -> str:
     text = (
         "A layer's roofline is the larger of its operations at the measured rate of a large matrix "
         "product and of its bytes at the measured rate of a large copy; the line across a bar "
-        "stands there. "
+        "stands there. Above 100 %, a layer's kernel does better than that product. "
     )
     text += (
         "Measured ceilings: " + " ".join(dict.fromkeys(ceilings))

@@ -63,7 +63,7 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _device(device, local if world > 1 else None)
+    chosen = chosen_device(device, local if world > 1 else None)
     if world == 1:
         yield Processes(0, 1, chosen)
         return
@@ -79,7 +79,16 @@ def joined(device: str | None = None) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def _device(name: str | None, local_rank: int | None) -> torch.device:
+def chosen_device(name: str | None = None, local_rank: int | None = None) -> torch.device:
+    """Return a device by its name, and make a GPU the current one.
+
+    Args:
+        name: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
+        local_rank: number of the GPU to take, whatever the name says.
+
+    Raises:
+        UserError: it is not here, or no such thing.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ from trt_yolov6.training.graph_network import (
     feature_tensors,
 )
 from trt_yolov6.training.losses import LossSettings, default_losses, detection_loss
+from trt_yolov6.training.processes import chosen_device
 from trt_yolov6.training.schedule import cosine, derived_seed, epoch_order, make_plan
 from trt_yolov6.training.torch_engine import TorchEngine
 
@@ -59,7 +61,11 @@ if TYPE_CHECKING:
     import onnx
 
 QatPrecision = Literal["auto", "bf16", "fp32"]
-"""Arithmetic of the convolutions; `auto` is fp32, on a GPU in TF32. Rounding is float32 always."""
+"""Arithmetic of the convolutions; `auto` is fp32, on a GPU in TF32.
+
+Rounding is float32 always, but with `bf16` what it gives an activation goes on as bfloat16, which
+has not all of INT8's levels to the last bit.
+"""
 
 WARMUP = 0.05
 """Part of the steps over which the learning rate rises."""
@@ -67,7 +73,7 @@ WARMUP = 0.05
 
 @dataclass(frozen=True)
 class QatSettings:
-    """How a network is trained quantized; the defaults lose nothing on the sample."""
+    """How a network is trained quantized; what came of the defaults is in docs/training.md."""
 
     data: str
     """Folder of the data set, in COCO layout."""
@@ -119,7 +125,7 @@ class Start:
         return self.quantized.graph
 
     def student(self, device: torch.device | str = "cpu") -> GraphNetwork:
-        """Return the fake-quantized network, as calibrated: what PTQ gives."""
+        """Return the fake-quantized network, as calibrated: PTQ without corrected biases."""
         model, features = self.quantized.float_model, self.features
         return _placed(GraphNetwork(model, self.arch, self.quantization, features), device)
 
@@ -201,8 +207,8 @@ def prepare_graph(
     settings = quantization or QuantizationSettings()
     if settings.quantized is not INT8 or settings.adaptive_rounding or settings.fp16:
         raise UserError(
-            "quantization-aware training starts from plain INT8; leave --fp8, --fp16 and "
-            "--adaptive-rounding out."
+            "quantization-aware training starts from plain INT8; leave FP8, adaptive rounding and "
+            "fp16 out of the quantization's settings (`trained_graph` takes fp16)."
         )
     settings = dataclasses.replace(settings, bias_correction=False)
     # What training will not know is found out before a minute of calibration.
@@ -220,9 +226,8 @@ def prepare_graph(
         wide_layers, wide_tensors = _ends(model, placement)
         weight_bits = {name: WIDEST if name in wide_layers else bits for name in layers}
         scales, levels = _narrow(graph, result, calib, settings, bits, wide_tensors)
-    features = tuple(
-        name for name in feature_tensors(graph.model) if name in _outputs_of(result.float_model)
-    )
+    made = _outputs_of(model)
+    features = tuple(name for name in feature_tensors(graph.model) if name in made)
     given = Quantization(placement, scales, levels, weight_bits, learn_scales)
     return Start(arch, result, given, features)
 
@@ -253,7 +258,7 @@ def train_quantized(
     """
     graph = start.graph
     size = image_size or max(graph.image_size)
-    where = usable_device(device)
+    where = chosen_device(None if device is None else str(device))
     if data is None:
         data = load_training_set(
             settings.data,
@@ -263,11 +268,7 @@ def train_quantized(
             on_bad_data=settings.on_bad_data,
             progress=progress,
         )
-    if len(data.class_names) != start.arch.num_classes:
-        raise UserError(
-            f"{settings.data} has {len(data.class_names)} classes, the checkpoint "
-            f"{start.arch.num_classes}; give the data set it was trained on."
-        )
+    check_classes(settings.data, len(data.class_names), start.arch)
     run = _Run(start, settings, data, where)
     done = run.restore(state_file)
     plan = make_plan(
@@ -307,6 +308,19 @@ def train_quantized(
     )
 
 
+def check_classes(data: str | Path, count: int, arch: Architecture) -> None:
+    """Refuse a data set of another number of classes than the network's.
+
+    Raises:
+        UserError: there are other classes.
+    """
+    if count != arch.num_classes:
+        raise UserError(
+            f"{data} has {count} classes, the checkpoint {arch.num_classes}; give the data set it "
+            "was trained on."
+        )
+
+
 def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Graph:
     """Return the Q/DQ graph, ready to be built: PTQ's nodes with trained weights and scales.
 
@@ -322,7 +336,7 @@ def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Grap
     narrow = [bits for bits in start.quantization.weight_bits.values() if bits != WIDEST]
     if narrow:
         raise UserError(
-            f"a network of {narrow[0]} bits cannot be exported; leave --bits out for INT8."
+            f"a network of {narrow[0]} bits cannot be exported; train with bits={WIDEST} for INT8."
         )
     model = insert_qdq(
         trained.model,
@@ -393,6 +407,7 @@ class _Run:
         self, start: Start, settings: QatSettings, data: TrainingSet, device: torch.device
     ) -> None:
         self.settings = settings
+        self._origin = _origin(start, settings, data)
         self.student = start.student(device).train()
         self.log: list[dict[str, float]] = []
         self._data = data
@@ -473,7 +488,7 @@ class _Run:
         from trt_yolov6.files import atomic_path
 
         state = {
-            "settings": repr(self.settings),
+            "origin": self._origin,
             "network": self.student.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "log": self.log,
@@ -491,7 +506,7 @@ class _Run:
             return 0
         try:
             state = torch.load(path, map_location=self._device, weights_only=True)
-            same = state["settings"] == repr(self.settings)
+            same = state["origin"] == self._origin
             if same:
                 self.student.load_state_dict(state["network"])
                 self._optimizer.load_state_dict(state["optimizer"])
@@ -502,23 +517,24 @@ class _Run:
             ) from error
         if not same:
             raise UserError(
-                f"{path} is of a training with other settings; delete it, or give another --output."
+                f"{path} is of a training of another network or with other settings; give those it "
+                "began with, or another --output."
             )
         return len(self.log)
 
 
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """Return a device by its name; None: a GPU where there is one.
-
-    Raises:
-        UserError: it is not here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} is not here; give cpu or cuda.") from error
+def _origin(start: Start, settings: QatSettings, data: TrainingSet) -> str:
+    """Return all that decides the result: only a training of the same may go on from a state."""
+    table = start.quantized.table
+    parts = (
+        settings.to_json(),
+        dataclasses.asdict(table.key),
+        table.variant,
+        start.quantization.placement.float_layers,
+        start.quantization.learn_scales,
+        (len(data), data.image_size),
+    )
+    return json.dumps(parts, sort_keys=True)
 
 
 @contextlib.contextmanager
@@ -634,7 +650,7 @@ def _check(settings: QatSettings) -> None:
         ),
         (
             NARROWEST <= settings.bits <= WIDEST,
-            f"{settings.bits} bits are out of range; give --bits {NARROWEST} to {WIDEST}",
+            f"{settings.bits} bits are out of range; give bits={NARROWEST} to {WIDEST}",
         ),
     ]
     for fine, complaint in checks:
