@@ -447,3 +447,17 @@ def test_other_preprocessing_is_evaluated_anew(tmp_path: Path) -> None:
     engine = tmp_path / "out" / "engines" / "n_fp32.onnx"
     assert ap(engine) == pytest.approx(1)
     assert ap(engine, "fit=letterbox") < 0.9
+
+
+def test_a_baseline_of_something_else_is_refused_before_anything_is_measured(
+    plan: Plan, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(plan, tmp_path / "run", "--baseline", str(finished / "results.json"))
+    assert main([*command, "--iou", "0.5"]) == 2
+    assert "evaluated with iou" in capsys.readouterr().err
+    value = json.loads((finished / "results.json").read_text())
+    value["data"]["images_sha256"] = "0" * 64
+    write_json(tmp_path / "other.json", value)
+    assert main([*command[:-1], str(tmp_path / "other.json")]) == 2
+    assert "another data set" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "results.json").exists()

@@ -329,3 +329,17 @@ def test_manifests_tell_the_tensors(engine: Path) -> None:
     assert isinstance(manifest, Manifest)
     assert [spec.name for spec in manifest.tensors] == ["images", "boxes", "scores"]
     assert manifest.tensors[0].shape == (None, 3, 64, 64)
+
+
+def test_an_export_that_does_not_tell_its_family_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "grids.onnx"
+    onnx.save(families.yolov5(grids=True), path)
+    command = ["export-triton", "--engine", str(path), "--output", str(tmp_path / "models")]
+    assert main(command) == 2
+    assert "name it with --decoder" in capsys.readouterr().err
+    assert main([*command, "--decoder", "yolov5"]) == 0
+    text = next((tmp_path / "models").glob("*/config.pbtxt")).read_text()
+    assert 'key: "decoder"' in text
+    assert '"yolov5"' in text

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_yolov6.engines import load_engine
+from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.manifest import BatchProfile, Manifest, check_plan, read_manifest
 from trt_yolov6.engines.tensor_spec import TensorSpec
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -93,7 +93,10 @@ class ServedModel:
 
 
 def export_triton(
-    engines: Sequence[str | Path], output: str | Path, settings: ServingSettings | None = None
+    engines: Sequence[str | Path],
+    output: str | Path,
+    settings: ServingSettings | None = None,
+    loading: LoadOptions | None = None,
 ) -> tuple[Path, ...]:
     """Write engines into a model repository, one entry each, all of them or none.
 
@@ -101,6 +104,7 @@ def export_triton(
         engines: plans of TensorRT or ONNX files, with manifests beside them or, for ONNX, without.
         output: the repository; made if missing. Other entries in it are left alone.
         settings: instances, GPUs, batching.
+        loading: the decoder of ONNX files without a manifest, where the graph does not tell.
 
     Returns:
         The folders that were written, in the order of `engines`.
@@ -111,7 +115,7 @@ def export_triton(
     """
     settings = settings or ServingSettings()
     output = Path(output)
-    models = [served_model(path) for path in engines]
+    models = [served_model(path, loading) for path in engines]
     texts = [config_text(model, settings) for model in models]
     names = [model.name for model in models]
     for name in names:
@@ -158,10 +162,11 @@ def export_triton(
     return tuple(written)
 
 
-def served_model(engine: str | Path) -> ServedModel:
+def served_model(engine: str | Path, loading: LoadOptions | None = None) -> ServedModel:
     """Return what Triton has to know of an engine.
 
-    Its manifest tells, so that a plan need not be loaded; an ONNX file without one is.
+    Its manifest tells, so that a plan need not be loaded; an ONNX file without one is, with
+    `loading`.
 
     Raises:
         UserError: it is missing, damaged or no engine that Triton loads, or the manifest is of an
@@ -177,14 +182,16 @@ def served_model(engine: str | Path) -> ServedModel:
     if manifest is None and path.suffix == ".onnx":
         _check_inputs(path)
     if manifest is None or not manifest.tensors:
-        return _loaded_model(path, manifest)
+        return _loaded_model(path, manifest, loading)
     source, *outputs = manifest.tensors
     return _model(path, manifest.backend, manifest, source, tuple(outputs))
 
 
-def _loaded_model(path: Path, manifest: Manifest | None) -> ServedModel:
+def _loaded_model(
+    path: Path, manifest: Manifest | None, loading: LoadOptions | None
+) -> ServedModel:
     try:
-        with load_engine(path) as engine:
+        with load_engine(path, options=loading) as engine:
             _check_backend(path, engine.backend)
             batch = manifest.batch if manifest else engine.batch
             # An ONNX file with a free batch axis sets no limit itself.

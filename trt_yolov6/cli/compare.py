@@ -98,10 +98,19 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare, print the results and, with a baseline, the gate's verdict."""
-    from trt_yolov6.comparison.gate import Limits, check, check_comparable, format_verdict
+    from trt_yolov6.comparison.gate import (
+        Limits,
+        check,
+        check_basis,
+        check_comparable,
+        format_verdict,
+    )
+    from trt_yolov6.comparison.measure import data_record
+    from trt_yolov6.comparison.plan import settings_of
     from trt_yolov6.comparison.results import FILE, read_results
     from trt_yolov6.comparison.run import compare, side_by_side
     from trt_yolov6.comparison.summary import format_results
+    from trt_yolov6.data.coco import load_coco
 
     if options.baseline is None:
         for name in _GATE_OPTIONS:
@@ -116,6 +125,8 @@ def run(options: argparse.Namespace) -> int:
     limits = Limits(**given, strict=options.strict, other_device=options.allow_other_device)
     # Read first: the comparison may write to where it lies.
     baseline = read_results(options.baseline) if options.baseline else None
+    if baseline is not None:
+        check_basis(data_record(load_coco(plan.data, plan.split)), settings_of(plan), baseline)
     results = compare(
         plan, options.output, again=options.again, tell=say, progress=not options.quiet
     )

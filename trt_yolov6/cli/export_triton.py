@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.options import Commands, add_command, positive
+from trt_yolov6.cli.options import Commands, add_command, add_decoder, positive
 
 
 def add(commands: Commands) -> None:
@@ -37,10 +37,12 @@ def add(commands: Commands) -> None:
         metavar="US",
         help="microseconds that a request waits at most to share a batch (100)",
     )
+    add_decoder(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
+    from trt_yolov6.engines import LoadOptions
     from trt_yolov6.triton import ServingSettings, export_triton, served_model
 
     settings = ServingSettings(
@@ -48,9 +50,10 @@ def run(options: argparse.Namespace) -> None:
         gpus=() if options.cpu else options.gpus,
         max_queue_delay_us=options.max_queue_delay_us,
     )
-    folders = export_triton(options.engine, options.output, settings)
+    loading = LoadOptions(decoder=options.decoder, preprocess=tuple(options.preprocess or ()))
+    folders = export_triton(options.engine, options.output, settings, loading)
     for path, folder in zip(options.engine, folders, strict=True):
-        model = served_model(path)
+        model = served_model(path, loading)
         size = model.max_batch_size
         batching = f"batches of up to {size}" if size else "requests as they come, not batched"
         print(f"{folder}: {model.platform}, {batching}")

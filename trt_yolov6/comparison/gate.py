@@ -132,20 +132,7 @@ def check_comparable(
     Raises:
         UserError: it is of another data set, other thresholds, or another device.
     """
-    for key in ("annotations_sha256", "images_sha256"):
-        if results["data"].get(key) != baseline["data"].get(key):
-            raise UserError(
-                f"the baseline is of another data set ({baseline['data'].get('root')}, "
-                f"{baseline['data'].get('split')}); compare on the same one, or make a new "
-                "baseline."
-            )
-    for key in ("confidence", "iou", "max_detections", "border"):
-        now, before = results["settings"].get(key), baseline["settings"].get(key)
-        if now != before:
-            raise UserError(
-                f"the baseline was evaluated with {key} {before}, this comparison with {now}; use "
-                "the same, or make a new baseline."
-            )
+    check_basis(results["data"], results["settings"], baseline)
     if limits.other_device:
         return
     devices = [
@@ -157,6 +144,35 @@ def check_comparable(
             f"on {', '.join(devices[0]) or 'no device'}; make a baseline here, or give "
             "--allow-other-device."
         )
+
+
+def check_basis(
+    data: Mapping[str, Any], settings: Mapping[str, Any], baseline: Mapping[str, Any]
+) -> None:
+    """Refuse a baseline whose AP is of something else; known before anything is measured.
+
+    Args:
+        data: `measure.data_record` of the data set.
+        settings: `plan.settings_of` the plan.
+        baseline: from `results.read_results`.
+
+    Raises:
+        UserError: it is of another data set or other thresholds.
+    """
+    for key in ("annotations_sha256", "images_sha256"):
+        if data.get(key) != baseline["data"].get(key):
+            raise UserError(
+                f"the baseline is of another data set ({baseline['data'].get('root')}, "
+                f"{baseline['data'].get('split')}); compare on the same one, or make a new "
+                "baseline."
+            )
+    for key in ("confidence", "iou", "max_detections", "border"):
+        now, before = settings.get(key), baseline["settings"].get(key)
+        if now != before:
+            raise UserError(
+                f"the baseline was evaluated with {key} {before}, this comparison with {now}; use "
+                "the same, or make a new baseline."
+            )
 
 
 def format_verdict(verdict: Verdict) -> str:
