@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import sys
 from collections import Counter
@@ -28,6 +27,7 @@ from trt_yolov6.building import SUFFIXES, build_engine, graph_from_onnx
 from trt_yolov6.engines import LoadOptions, backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.tensorrt_layers import engine_layers
+from trt_yolov6.environment import timestamp
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import write_json
 from trt_yolov6.precision import tail_nodes, to_fp16
@@ -105,7 +105,7 @@ def main() -> None:
     settings = BuildSettings(target=options.target, progress=False)
     results: dict[str, Any] = {
         "command": "python -m benchmarks.fp8_variants " + " ".join(sys.argv[1:]),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "date": timestamp(),
         "backend": options.backend,
         "backend_version": state.version,
         "device": options.target or state.detail,

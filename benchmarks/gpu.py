@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import pickle
 import platform
 import sys
@@ -49,7 +48,7 @@ from trt_yolov6.data.loader import default_workers, load_batches
 from trt_yolov6.detection import Detections, postprocess
 from trt_yolov6.engines import Engine, LoadOptions, backend, load_engine
 from trt_yolov6.engines.manifest import BatchProfile, NmsSettings, Precision, read_manifest
-from trt_yolov6.environment import package_versions, read_gpus, software_versions
+from trt_yolov6.environment import package_versions, read_gpus, software_versions, timestamp
 from trt_yolov6.errors import UserError
 from trt_yolov6.evaluation import evaluate
 from trt_yolov6.export import ExportSettings
@@ -570,7 +569,7 @@ def main() -> None:
     gpus = read_gpus()
     results: dict[str, Any] = {
         "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:]),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "date": timestamp(),
         "package": __version__,
         "backend": options.backend,
         "backend_version": state.version,

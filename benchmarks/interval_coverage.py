@@ -13,7 +13,6 @@ apart in time. Runs that `compare` calls disturbed, whose intervals are wide, ar
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import math
 import os
@@ -27,7 +26,7 @@ from typing import Any
 
 from trt_yolov6.comparison.intervals import Interval
 from trt_yolov6.comparison.results import latency_of, read_results
-from trt_yolov6.environment import cpu_model, software_versions
+from trt_yolov6.environment import cpu_model, software_versions, timestamp
 from trt_yolov6.files import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +115,7 @@ def one_run(plan: Path, output: Path, number: int) -> list[dict[str, Any]]:
             {
                 "run": number,
                 "engine": timing["engine"],
-                "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+                "date": timestamp(),
                 "load": load,
                 "median_ms": latency.value,
                 "low_ms": latency.low,

@@ -13,7 +13,6 @@ no COCO weights are at hand: only directions can be compared, not figures.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from trt_yolov6.comparison.timing import Round, measure_round, summarize_rounds
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.manifest import BatchProfile
-from trt_yolov6.environment import cpu_model, software_versions
+from trt_yolov6.environment import cpu_model, software_versions, timestamp
 from trt_yolov6.evaluation import evaluate
 from trt_yolov6.export import ExportSettings
 from trt_yolov6.files import read_json, write_bytes, write_json
@@ -362,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         value = read_json(FILE) if FILE.exists() else {"tables": {}}
         value["tables"][number] = {
             "command": f"python -m benchmarks.paper_tables --measure {number}",
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "date": timestamp(),
             "device": cpu_model(),
             "versions": software_versions(),
             "rows": MEASURED[number](),

@@ -17,28 +17,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from benchmarks.train_bccd import Places, add_recipe, heading
 from trt_yolov6.building import Graph, graph_from_checkpoint
 from trt_yolov6.checkpoint import load_checkpoint
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
-from trt_yolov6.environment import cpu_model, software_versions
 from trt_yolov6.evaluation import Evaluation, evaluate
 from trt_yolov6.export import ExportSettings
 from trt_yolov6.files import read_json, write_bytes, write_json
@@ -121,15 +119,9 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/bccd"))
+    add_recipe(parser)
+    parser.set_defaults(epochs=10, batch=16)
     parser.add_argument("--only", nargs="+", help="cases to run (all)", metavar="CASE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--imgsz", type=int, default=640)
-    parser.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
-    parser.add_argument("--jobs", type=int, default=1, help="cases side by side (1)")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--calib-images", type=int, help="of calib/ (all)")
     parser.add_argument("--output", type=Path, default=Path("runs/qat_bccd"))
     parser.add_argument("--evaluate-only", type=Path, metavar="DIR", help="judge its graphs")
@@ -143,32 +135,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_all(options: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
-    gpus = torch.cuda.device_count() if on_gpu else 0
     result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.qat_bccd", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else cpu_model(),
-        "devices": max(gpus, 1),
-        "versions": {**software_versions(), "torch": torch.__version__},
-        "epochs": options.epochs,
-        "batch": options.batch,
-        "image_size": options.imgsz,
-        "jobs": options.jobs,
+        **heading("qat_bccd", options),
+        "devices": max(torch.cuda.device_count() if on_gpu else 0, 1),
         "settings": options.set,
         "float_training": None,
         "rows": [],
     }
     started = time.perf_counter()
-    free: SimpleQueue[int] = SimpleQueue()
-    for job in range(options.jobs):
-        free.put(job)
+    places = Places(options.jobs, options.device)
 
     def run(name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        job = free.get()
-        try:
-            return _in_process(options, name, seeds, job % gpus if gpus else None)
-        finally:
-            free.put(job)
+        with places.taken() as environment:
+            return _in_process(options, name, seeds, environment)
 
     def finished(row: dict[str, Any]) -> None:
         result["seconds"] = time.perf_counter() - started
@@ -206,7 +185,7 @@ def _run_all(options: argparse.Namespace) -> None:
 
 
 def _in_process(
-    options: argparse.Namespace, name: str, seeds: Sequence[int], gpu: int | None
+    options: argparse.Namespace, name: str, seeds: Sequence[int], place: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Run a case in a process of its own and return what it came to, for each seed."""
     command = [sys.executable, "-m", "benchmarks.qat_bccd", "--case", name]
@@ -217,10 +196,7 @@ def _in_process(
             command += [f"--{option.replace('_', '-')}", str(value)]
     for assignment in options.set:
         command += ["--set", assignment]
-    environment = dict(os.environ)
-    if gpu is not None:
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    environment = {**os.environ, **place}
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

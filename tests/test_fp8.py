@@ -17,9 +17,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
-from PIL import Image
 from small_graphs import GraphWriter, detector, random_images
 from test_export import ONE, TINY, random_model
+from test_ptq import save_noise
 
 from trt_yolov6.building import BuiltEngine, Graph, build_engine, graph_from_onnx
 from trt_yolov6.cli import main
@@ -97,8 +97,7 @@ def folder(tmp_path: Path) -> Path:
     result = tmp_path / "pictures"
     result.mkdir()
     for seed in range(4):
-        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(result / f"{seed}.png")
+        save_noise(result / f"{seed}.png", seed)
     return result
 
 

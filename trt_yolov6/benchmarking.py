@@ -14,7 +14,6 @@ Throughput is the batch size over the median latency of one batch.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import itertools
 import math
 import time
@@ -37,6 +36,7 @@ from trt_yolov6.environment import (
     read_cpu_clock,
     read_gpus,
     software_versions,
+    timestamp,
 )
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import sha256_file
@@ -627,7 +627,7 @@ def _result(
         cpu_clock=cpu_clock,
         gpu=_gpu_of(engine.device, gpus),
         versions=software_versions(),
-        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        date=timestamp(),
     )
 
 

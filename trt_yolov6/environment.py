@@ -6,6 +6,7 @@ Nothing here raises: what cannot be found out is None, or left out.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib.metadata
 import math
 import os
@@ -217,6 +218,11 @@ def parse_gpus(answer: str) -> tuple[Gpu, ...]:
             )
         )
     return tuple(gpus)
+
+
+def timestamp() -> str:
+    """Return the time, such as `2026-11-25T04:30:00+00:00` (ISO 8601, with the offset from UTC)."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def cpu_wait_seconds() -> float | None:

@@ -14,6 +14,7 @@ from trt_yolov6.cli.options import (
     add_loading,
     add_thresholds,
     positive,
+    spelled,
 )
 from trt_yolov6.cli.output import write_result
 from trt_yolov6.errors import UserError
@@ -61,8 +62,9 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--layers times layers one by one; add --no-cuda-graph.")
     for name in ("conf", "iou", "max_detections", "source"):
         if getattr(options, name) is not None and not options.end_to_end:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} is for --end-to-end: the engine alone has no such stage.")
+            raise UserError(
+                f"{spelled(name)} is for --end-to-end: the engine alone has no such stage."
+            )
     if options.end_to_end and options.streams > 1:
         raise UserError("--streams is for the engine alone; leave it or --end-to-end out.")
     engines = [load(path, options) for path in options.engine or [newest_engine()]]

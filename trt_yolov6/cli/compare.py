@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.cli.options import Commands, add_command, add_quiet, is_given, positive
+from trt_yolov6.cli.options import (
+    CALIBRATORS,
+    Commands,
+    add_command,
+    add_quiet,
+    is_given,
+    positive,
+    spelled,
+)
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
@@ -51,9 +59,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--data", type=Path, help="folder in COCO layout (samples/)")
     parser.add_argument("--split", help="part of the data set, such as val or val2017")
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
-    parser.add_argument(
-        "--calibrator", choices=("auto", "minmax", "entropy", "percentile", "mse"), help="(auto)"
-    )
+    parser.add_argument("--calibrator", choices=CALIBRATORS, help="(auto)")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"({DEFAULT_OUTPUT})")
     parser.add_argument("--again", action="store_true", help="measure latencies anew")
     add_quiet(parser)
@@ -98,24 +104,15 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare, print the results and, with a baseline, the gate's verdict."""
-    from trt_yolov6.comparison.gate import (
-        Limits,
-        check,
-        check_basis,
-        check_comparable,
-        format_verdict,
-    )
-    from trt_yolov6.comparison.measure import data_record
-    from trt_yolov6.comparison.plan import settings_of
+    from trt_yolov6.comparison.gate import Limits, check, check_comparable, format_verdict
     from trt_yolov6.comparison.results import FILE, read_results
     from trt_yolov6.comparison.run import compare, side_by_side
     from trt_yolov6.comparison.summary import format_results
-    from trt_yolov6.data.coco import load_coco
 
     if options.baseline is None:
         for name in _GATE_OPTIONS:
             if is_given(getattr(options, name)):
-                raise UserError(f"--{name.replace('_', '-')} belongs to --baseline; add it.")
+                raise UserError(f"{spelled(name)} belongs to --baseline; add it.")
     plan = _plan(options)
     given = {
         name: getattr(options, name)
@@ -125,10 +122,13 @@ def run(options: argparse.Namespace) -> int:
     limits = Limits(**given, strict=options.strict, other_device=options.allow_other_device)
     # Read first: the comparison may write to where it lies.
     baseline = read_results(options.baseline) if options.baseline else None
-    if baseline is not None:
-        check_basis(data_record(load_coco(plan.data, plan.split)), settings_of(plan), baseline)
     results = compare(
-        plan, options.output, again=options.again, tell=say, progress=not options.quiet
+        plan,
+        options.output,
+        again=options.again,
+        baseline=baseline,
+        tell=say,
+        progress=not options.quiet,
     )
     print(format_results(results))
     print(f"{options.output / FILE}: written")

@@ -12,6 +12,7 @@ from trt_yolov6.cli.options import (
     add_calibration,
     add_command,
     add_graph_options,
+    spelled,
 )
 from trt_yolov6.cli.output import profile_text
 from trt_yolov6.errors import UserError
@@ -41,8 +42,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.calibration_cache:
         for name in ("calib", "calibrator", "calib_images", "no_equalize", "cache_version"):
             if getattr(options, name):
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} belongs to --calibration-cache; add it.")
+                raise UserError(f"{spelled(name)} belongs to --calibration-cache; add it.")
     else:
         from trt_yolov6.quantization.trt_cache import header_version
 

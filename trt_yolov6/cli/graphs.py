@@ -14,6 +14,7 @@ from trt_yolov6.cli.options import (
     SAMPLE_CALIB,
     SAMPLE_WEIGHTS,
     is_given,
+    spelled,
 )
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
@@ -46,7 +47,7 @@ def onnx_graph(options: argparse.Namespace) -> Graph:
     for option in ("end2end", "uint8_input", "opset", "conf", "iou"):
         if is_given(getattr(options, option)):
             raise UserError(
-                f"--{option.replace('_', '-')} changes how a checkpoint is exported and cannot be "
+                f"{spelled(option)} changes how a checkpoint is exported and cannot be "
                 "applied to --onnx; leave it out, or give --weights."
             )
     graph = graph_from_onnx(
@@ -77,13 +78,11 @@ def quantization_settings(options: argparse.Namespace) -> QuantizationSettings |
     ]
     for name in ("max_ap_drop", "data", "split"):
         if getattr(options, name) is not None and options.float_layers != "auto":
-            raise UserError(f"--{name.replace('_', '-')} is for --float-layers auto; add it.")
+            raise UserError(f"{spelled(name)} is for --float-layers auto; add it.")
     if not (options.int8 or options.fp8):
         for name in only_quantized:
             if is_given(getattr(options, name)):
-                raise UserError(
-                    f"--{name.replace('_', '-')} is for --int8 and --fp8; add one of them."
-                )
+                raise UserError(f"{spelled(name)} is for --int8 and --fp8; add one of them.")
         if options.calib and not options.onnx:
             raise UserError(
                 "--calib is for --int8 and --fp8, or for an --onnx file with Q/DQ nodes."
@@ -114,7 +113,8 @@ def quantized(graph: Graph, options: argparse.Namespace, settings: QuantizationS
 
     folder = calibration_folder(options)
     output = options.output or ENGINES / f"{graph.name}.onnx"
-    score = labelled_score(graph, options) if options.float_layers == "auto" else None
+    automatic = options.float_layers == "auto"
+    score = labelled_score(graph, options.data, options.split) if automatic else None
     result = quantize(graph, folder, settings, table_file=table_path(output), score=score, tell=say)
     write_table(table_path(output), result.table)
     placement = result.placement
@@ -185,15 +185,15 @@ def cleaned(graph: Graph, options: argparse.Namespace) -> Graph:
 
 
 def labelled_score(
-    graph: Graph, options: argparse.Namespace
+    graph: Graph, data: Path | None, split: str | None
 ) -> Callable[[onnx.ModelProto], float] | None:
-    """Return a function for the AP on --data; None without it."""
-    if options.data is None:
+    """Return a function for the AP on a data set; None without one."""
+    if data is None:
         return None
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.quantization.report import ap_on
 
-    return ap_on(graph, load_coco(options.data, options.split))
+    return ap_on(graph, load_coco(data, split))
 
 
 def calibration_folder(options: argparse.Namespace) -> Path:

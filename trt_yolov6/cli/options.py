@@ -13,6 +13,7 @@ SAMPLE_IMAGES = SAMPLE_DATA / "images" / "val"
 SAMPLE_CALIB = Path("calib")
 CACHE_VERSION = "8.6.1"
 ENGINES = Path("engines")
+CALIBRATORS = ("auto", "minmax", "entropy", "percentile", "mse")
 ENGINE_SUFFIXES = (".onnx", ".trt", ".plan", ".engine")
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
@@ -70,7 +71,7 @@ def add_calibration(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
     parser.add_argument(
         "--calibrator",
-        choices=("auto", "minmax", "entropy", "percentile", "mse"),
+        choices=CALIBRATORS,
         help="(auto: what agrees best with the float network on the images)",
     )
     parser.add_argument(
@@ -121,6 +122,20 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_training(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add what concerns any training's data and run; `output` is the default folder."""
+    parser.add_argument(
+        "--bad-data",
+        choices=("refuse", "skip"),
+        help="what is wrong with the data: say it and end, or leave it out (refuse)",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"({output})")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the interrupted training in --output"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+
+
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add --quiet."""
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -151,6 +166,11 @@ def add_border(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+
+
+def spelled(name: str) -> str:
+    """Return an option as it is typed, from its name among the parsed ones."""
+    return f"--{name.replace('_', '-')}"
 
 
 def is_given(value: object) -> bool:

@@ -15,9 +15,11 @@ from trt_yolov6.cli.options import (
     add_command,
     add_json,
     add_quiet,
+    add_training,
     image_size,
     layers_in_float,
     positive,
+    spelled,
     three_numbers,
 )
 from trt_yolov6.cli.output import say, write_result
@@ -42,17 +44,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set in COCO layout")
     parser.add_argument("--split", default="train", help="part to train on (train)")
     parser.add_argument("--val-split", default="val", help="part to evaluate on, or none (val)")
-    parser.add_argument(
-        "--bad-data",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="what is wrong with the data: say it and end, or leave it out (refuse)",
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="(runs/qat/<model>)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the interrupted training in --output"
-    )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+    add_training(parser, "runs/qat/<model>")
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), help="(auto: fp32, on a GPU in TF32)"
     )
@@ -149,6 +141,8 @@ def run(options: argparse.Namespace) -> None:
     graph = exported(options, checkpoint)
     # Bad data is found out before minutes of calibration.
     data = _data(settings, graph, checkpoint, device, options)
+    # The budget of automatic float layers is held on the validation split.
+    labelled = None if options.val_split == "none" else options.data
     start = prepare_graph(
         graph,
         checkpoint.arch,
@@ -160,7 +154,9 @@ def run(options: argparse.Namespace) -> None:
             float_layers=() if options.float_layers is None else options.float_layers,
         ),
         learn_scales=settings.learn_scales,
-        score=_score(graph, options) if options.float_layers == "auto" else None,
+        score=labelled_score(graph, labelled, options.val_split)
+        if options.float_layers == "auto"
+        else None,
         tell=say,
     )
     placement = start.quantization.placement
@@ -219,7 +215,7 @@ def _settings(options: argparse.Namespace) -> QatSettings:
         for name in ("distill_weight", "temperature"):
             if getattr(options, name) is not None:
                 raise UserError(
-                    f"--{name.replace('_', '-')} is for distillation; leave --no-distillation out."
+                    f"{spelled(name)} is for distillation; leave --no-distillation out."
                 )
     given = {
         "epochs": options.epochs,
@@ -230,11 +226,11 @@ def _settings(options: argparse.Namespace) -> QatSettings:
         "distill_weight": options.distill_weight,
         "temperature": options.temperature,
         "precision": options.precision,
+        "on_bad_data": options.bad_data,
     }
     return QatSettings(
         data=str(options.data),
         train_split=options.split,
-        on_bad_data=options.bad_data,
         learn_scales=not options.fixed_scales,
         distillation=not options.no_distillation,
         **{name: value for name, value in given.items() if value is not None},
@@ -301,13 +297,6 @@ def _data(
     if data.report.problems:
         say(f"{len(data.report.problems)} problems of the data were left out of training")
     return data
-
-
-def _score(graph: Any, options: argparse.Namespace) -> Any:
-    """Return the AP on the validation split, which holds the budget of automatic float layers."""
-    if options.val_split == "none":
-        return None
-    return labelled_score(graph, argparse.Namespace(data=options.data, split=options.val_split))
 
 
 def _ap(network: GraphNetwork, start: Start, options: argparse.Namespace) -> float | None:

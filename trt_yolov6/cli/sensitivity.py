@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         image_limit=options.calib_images,
     )
     calibrated = calibrate(graph, calibration_folder(options), settings, tell=say)
-    score = labelled_score(graph, options)
+    score = labelled_score(graph, options.data, options.split)
     result = measure(graph, calibrated, options.metric, score)
     for name, value in result.layers[: options.top]:
         print(f"{value:12.5g}  {name}")

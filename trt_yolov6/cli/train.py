@@ -12,8 +12,10 @@ from trt_yolov6.cli.options import (
     add_command,
     add_json,
     add_quiet,
+    add_training,
     is_given,
     positive,
+    spelled,
 )
 from trt_yolov6.cli.output import say, write_result
 from trt_yolov6.errors import UserError
@@ -30,16 +32,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set in COCO layout")
     parser.add_argument("--split", help="part to train on (train)")
     parser.add_argument("--val-split", help="part to evaluate on, or none (val)")
-    parser.add_argument(
-        "--bad-data",
-        choices=("refuse", "skip"),
-        help="what is wrong with the data: say it and end, or leave it out (refuse)",
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="(runs/train/<model>)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the interrupted training in --output"
-    )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+    add_training(parser, "runs/train/<model>")
     parser.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp16", "fp32"),
@@ -136,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
             # `--no-dfl` is a False that was given.
             if (is_given(value) or (name, value) == ("dfl", False)) and name not in _RESUMING:
                 raise UserError(
-                    f"--{name.replace('_', '-')} was chosen when the training began; with "
+                    f"{spelled(name)} was chosen when the training began; with "
                     "--resume leave it out."
                 )
         if options.output is None:

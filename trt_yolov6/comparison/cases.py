@@ -322,11 +322,11 @@ def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
             f"{path} is a checkpoint, which is a YOLOv6 and has its class names itself; leave "
             "`names`, `decoder` and `preprocess` out of its entry."
         )
-    manifest_file = manifest_of(path)
+    file, manifest = _hashes(path)
     inputs = {
-        "file": sha256_file(path),
+        "file": file,
         "name": path.name,
-        "manifest": sha256_file(manifest_file) if manifest_file else None,
+        "manifest": manifest,
         "decoder": entry.decoder,
     }
     known: Mapping[str, Any] | None = work.steps.find("source", inputs)

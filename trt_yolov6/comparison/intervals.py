@@ -20,6 +20,7 @@ m ± t s √(1/n), and does shrink.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,8 +59,8 @@ def prediction_interval(
     """
     logs = [math.log(value) for value in rounds]
     count = len(logs)
-    centre = _median(logs)
-    half = student_t(confidence, count - 1) * _deviation(logs) * math.sqrt(1 + 1 / count)
+    centre = statistics.median(logs)
+    half = student_t(confidence, count - 1) * statistics.stdev(logs) * math.sqrt(1 + 1 / count)
     half = max(half, math.log1p(floor))
     return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
 
@@ -76,8 +77,8 @@ def ratio_interval(
     """
     logs = [math.log(own / other) for own, other in zip(rounds, base, strict=True)]
     count = len(logs)
-    centre = math.fsum(logs) / count
-    half = student_t(confidence, count - 1) * _deviation(logs) / math.sqrt(count)
+    centre = statistics.fmean(logs)
+    half = student_t(confidence, count - 1) * statistics.stdev(logs) / math.sqrt(count)
     return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
 
 
@@ -123,14 +124,3 @@ def _within(value: float, freedom: int) -> float:
     if freedom % 2:
         return 2 / math.pi * (angle + sine * total)
     return sine * total
-
-
-def _deviation(values: Sequence[float]) -> float:
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from trt_yolov6.comparison.timing import Round, measure_round, round_from_json
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
-from trt_yolov6.environment import cpu_wait_seconds
+from trt_yolov6.environment import cpu_wait_seconds, timestamp
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import sha256_file
 from trt_yolov6.roofline import Ceilings, GraphWork, LayerWork, layer_times, measure_ceilings
@@ -86,7 +85,7 @@ def accuracy(
             "image_size": list(engine.image_size),
             "precision": engine.precision,
             "examples": _examples(work, engine, dataset),
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "date": timestamp(),
         }
     work.steps.keep("accuracy", inputs, found)
     return found

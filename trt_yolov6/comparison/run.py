@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.comparison.cases import Tell, Work, build_case, cases_of
+from trt_yolov6.comparison.gate import check_basis
 from trt_yolov6.comparison.intervals import Interval, ratio_interval
 from trt_yolov6.comparison.measure import (
     accuracy,
@@ -20,7 +21,7 @@ from trt_yolov6.comparison.measure import (
     measure_layers,
     measure_timings,
 )
-from trt_yolov6.comparison.plan import Plan
+from trt_yolov6.comparison.plan import Plan, settings_of
 from trt_yolov6.comparison.records import results_of
 from trt_yolov6.comparison.results import FILE
 from trt_yolov6.comparison.steps import Steps
@@ -37,6 +38,7 @@ def compare(
     output: str | Path,
     *,
     again: bool = False,
+    baseline: Mapping[str, Any] | None = None,
     tell: Tell | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def compare(
         plan: what is compared and how.
         output: a folder; made if missing. An earlier comparison in it is gone on with.
         again: measure latencies anew, even if they are there.
+        baseline: results that these are to be held against afterwards.
         tell: called with a line of progress now and then.
         progress: show a progress bar on stderr.
 
@@ -57,7 +60,8 @@ def compare(
 
     Raises:
         UserError: a file is missing or of no kind that can be compared, two engines have one name,
-            a precision cannot be built here, or the output cannot be written.
+            a precision cannot be built here, the output cannot be written, or the baseline is of
+            other data or thresholds, which is found out before anything is built.
     """
     output = Path(output)
     check_writable(output / FILE)
@@ -65,6 +69,8 @@ def compare(
     cases = cases_of(work)
     dataset = load_coco(plan.data, plan.split)
     data = data_record(dataset)
+    if baseline is not None:
+        check_basis(data, settings_of(plan), baseline)
     steps = (2 + plan.layers) * len(cases) + plan.rounds
     with _bar(steps, progress) as advance:
         built = []

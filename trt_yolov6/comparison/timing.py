@@ -8,7 +8,6 @@ left in peace, all count, and the interval reaches down to what the engine may b
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from trt_yolov6.benchmarking import Run, random_input
 from trt_yolov6.comparison.intervals import Interval, prediction_interval
 from trt_yolov6.engines.base import Engine, check_batch
-from trt_yolov6.environment import cpu_wait_seconds
+from trt_yolov6.environment import cpu_wait_seconds, timestamp
 
 DISTURBED = 0.01
 """A run is disturbed where the process's threads waited for longer than this share of it."""
@@ -157,7 +156,7 @@ def sample_round(
         elapsed = now - start
         if elapsed >= seconds and (left_in_peace or elapsed >= _PATIENCE * seconds):
             break
-    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    date = timestamp()
     return Round(tuple(times), tuple(shares) if len(shares) == len(times) else (), date)
 
 

@@ -425,11 +425,11 @@ def _inputs(
 ) -> list[NDArray[Any]]:
     """Return a few of the images as the graph takes them."""
     some = _spread(paths, FEWEST_IMAGES)
-    return list(_batches(graph, some, settings.border))
+    return list(batches_of(graph, some, settings.border))
 
 
-def _batches(graph: Graph, paths: Sequence[Path], border: int) -> Iterator[NDArray[Any]]:
-    """Yield what the graph takes for one image after the other."""
+def batches_of(graph: Graph, paths: Sequence[Path], border: int = 0) -> Iterator[NDArray[Any]]:
+    """Yield what the graph takes for one image after the other, with a gray border or without."""
     return calibration_batches(
         paths, input_spec(graph.model), border=border, preprocessing=graph.preprocessing
     )
@@ -457,7 +457,7 @@ def _float_layers(
     if wanted == 0:
         return ()
     say(f"sensitivity of {len(prepared.placement.layers)} layers over {len(paths)} images ...")
-    images = _batches(graph, paths, settings.border)
+    images = batches_of(graph, paths, settings.border)
     distortions = layer_distortions(prepared.model, prepared.placement, table.amax, images)
     if isinstance(wanted, int):
         chosen = most_sensitive(ranked(distortions, "snr"), wanted)
@@ -601,7 +601,7 @@ def _prepare(
     def measured(form: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
         if form is graph.model and known is not None:
             return {name: known[name] for name in dict.fromkeys(tensors)}
-        batches = _batches(graph, paths, settings.border)
+        batches = batches_of(graph, paths, settings.border)
         return collect(form, batches if images is None else images, tensors)
 
     if variant != "plain":
@@ -653,7 +653,7 @@ class Judge:
     """
 
     def __init__(self, graph: Graph, paths: Sequence[Path], border: int = 0) -> None:
-        self._images = list(_batches(graph, paths, border))
+        self._images = list(batches_of(graph, paths, border))
         self._preprocessing = graph.preprocessing
         self._layout: OutputLayout = graph.output_layout
         self._named_classes = len(graph.class_names)

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from trt_yolov6.building import Graph, build_engine
 from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.engines import load_engine
 from trt_yolov6.evaluation import evaluate
-from trt_yolov6.quantization.images import calibration_batches, input_spec
-from trt_yolov6.quantization.ptq import Calibrated, Judge
+from trt_yolov6.quantization.ptq import Calibrated, Judge, batches_of
 from trt_yolov6.quantization.sensitivity import (
     Metric,
     Sensitivity,
@@ -56,7 +53,7 @@ def measure(
         calibrated.model,
         calibrated.placement,
         calibrated.table.amax,
-        _images(graph, calibrated),
+        batches_of(graph, calibrated.paths),
         metric,
         score,
     )
@@ -88,7 +85,7 @@ def fallback_report(
         calibrated.model,
         calibrated.placement,
         calibrated.table.amax,
-        _images(graph, calibrated),
+        batches_of(graph, calibrated.paths),
     )
     rankings = [ranked(distortions, metric) for metric in TENSOR_METRICS]
     if by_ap is not None:
@@ -118,9 +115,3 @@ def ap_on(graph: Graph, dataset: CocoDataset) -> Score:
                 return evaluate(engine, dataset, progress=False).ap or 0.0
 
     return score
-
-
-def _images(graph: Graph, calibrated: Calibrated) -> Iterable[NDArray[Any]]:
-    return calibration_batches(
-        calibrated.paths, input_spec(graph.model), preprocessing=graph.preprocessing
-    )

@@ -520,16 +520,23 @@ def _pads(attributes: _Attributes) -> tuple[int, ...]:
     return pads[:half]
 
 
+def _window(attributes: _Attributes) -> dict[str, Any]:
+    """Return what PyTorch's convolutions take of a node's attributes."""
+    return {
+        "stride": tuple(attributes.get("strides", (1, 1))),
+        "padding": _pads(attributes),
+        "dilation": tuple(attributes.get("dilations", (1, 1))),
+        "groups": attributes.get("group", 1),
+    }
+
+
 def _conv(attributes: _Attributes, inputs: Sequence[Tensor]) -> Tensor:
     image, weight, *bias = inputs
     return F.conv2d(
         image,
         weight,
         bias[0] if bias else None,
-        stride=tuple(attributes.get("strides", (1, 1))),
-        padding=_pads(attributes),
-        dilation=tuple(attributes.get("dilations", (1, 1))),
-        groups=attributes.get("group", 1),
+        **_window(attributes),
     )
 
 
@@ -539,11 +546,8 @@ def _conv_transpose(attributes: _Attributes, inputs: Sequence[Tensor]) -> Tensor
         image,
         weight,
         bias[0] if bias else None,
-        stride=tuple(attributes.get("strides", (1, 1))),
-        padding=_pads(attributes),
         output_padding=tuple(attributes.get("output_padding", (0, 0))),
-        dilation=tuple(attributes.get("dilations", (1, 1))),
-        groups=attributes.get("group", 1),
+        **_window(attributes),
     )
 
 

@@ -31,11 +31,16 @@ from trt_yolov6.export import ExportSettings
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.images import calibration_batches, calibration_images, input_spec
+from trt_yolov6.quantization.images import calibration_images
 from trt_yolov6.quantization.insert import activation_scales, insert_qdq
 from trt_yolov6.quantization.levels import INT8
 from trt_yolov6.quantization.placement import LAYER_OPS, Placement, layer_names
-from trt_yolov6.quantization.ptq import QuantizationSettings, QuantizedGraph, quantize
+from trt_yolov6.quantization.ptq import (
+    QuantizationSettings,
+    QuantizedGraph,
+    batches_of,
+    quantize,
+)
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.channel_distillation import distillation_loss
 from trt_yolov6.training.data_check import OnBadData
@@ -615,7 +620,7 @@ def _narrow(
     """Return scales of the least squared error for fewer bits, and the levels."""
     placement = result.placement
     paths = calibration_images(calib, settings.image_limit)
-    images = calibration_batches(paths, input_spec(graph.model), border=settings.border)
+    images = batches_of(graph, paths, settings.border)
     statistics = collect(result.float_model, images, placement.tensors)
     scales: dict[str, float] = {}
     levels: dict[str, Levels] = {}
