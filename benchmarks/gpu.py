@@ -62,6 +62,13 @@ ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
 VARIANTS = ("yolov6n", "yolov6s")
 DECODINGS = ("ours", "authors", "heads only", "ours, uint8 input")
+FP8_SAMPLES = {
+    "the sample, the rest FP16": (ROOT / "samples" / "yolov6n_bccd.pt", True),
+    "the sample, the rest FP32": (ROOT / "samples" / "yolov6n_bccd.pt", False),
+    "the authors' checkpoint, the rest FP16": (SAMPLE, True),
+    "the authors' checkpoint, the rest FP32": (SAMPLE, False),
+}
+"""Networks whose AP in FP8 is measured: weights, and whether half precision is around it."""
 FP8_PLACEMENTS = ("default", "no_head_from_2000", "no_head", "all", "default_layer_scales")
 
 
@@ -380,14 +387,27 @@ def layers_us(path: Path, batch: int) -> dict[str, float]:
 
 
 def measure_fp8_accuracy(bench: Bench) -> list[dict[str, Any]]:
-    """AP of the sample in FP8 with half precision around it, as `build --fp8 --fp16` makes it."""
-    graph = graph_from_checkpoint(SAMPLE, ExportSettings(batch=BatchProfile(1, 8, 8)))
-    quantized = quantize(graph, ROOT / "calib", QuantizationSettings(quantized=FP8, fp16=True))
-    path = bench.build(quantized.graph, "sample_fp8")
+    """AP of the samples in FP8, as `build --fp8` with and without `--fp16` makes them."""
+    rows = []
+    for name, (weights, fp16) in FP8_SAMPLES.items():
+        graph = fp8_sample(weights, fp16)
+        path = bench.build(graph, f"fp8_accuracy_{len(rows)}")
+        rows.append(fp8_accuracy(name, path))
+    return rows
+
+
+def fp8_sample(weights: Path, fp16: bool) -> Graph:
+    """Return a checkpoint's Q/DQ graph in FP8, calibrated on the repository's images."""
+    graph = graph_from_checkpoint(weights, ExportSettings(batch=BatchProfile(1, 8, 8)))
+    return quantize(graph, ROOT / "calib", QuantizationSettings(quantized=FP8, fp16=fp16)).graph
+
+
+def fp8_accuracy(name: str, path: Path) -> dict[str, Any]:
+    """Judge one such engine."""
     with load_engine(path) as engine:
         result = evaluate(engine, load_coco(ROOT / "samples"), batch=8, progress=False).to_json()
     result.pop("per_class")
-    return [{**result, "engine": "FP8, the rest FP16"}]
+    return {**result, "engine": name}
 
 
 def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 
-def channel_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+FAINTEST = 1e-4
+"""Least spread that a relative temperature counts in, of the most spread channel's: what varies less
+is noise, and would be blown up."""
+
+
+def channel_divergence(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, relative: bool = False
+) -> Tensor:
     """Return T² KL(p_t || p_s), averaged over images and channels.
 
     p is the softmax over a channel's positions of activation / T, so the divergence does not see a
@@ -22,19 +29,31 @@ def channel_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.
         student: float (batch, channels, h, w).
         teacher: the same; gets no gradient.
         temperature: T, above zero: the larger, the more do weak responses count.
+        relative: activations count in standard deviations of the teacher's channel over the batch.
+            The divergence then is the same however channels are rescaled.
 
     Returns:
         float32 (), zero or above.
     """
     with torch.autocast(student.device.type, enabled=False):
-        own = (student.flatten(2).float() / temperature).log_softmax(2)
-        guide = (teacher.detach().flatten(2).float() / temperature).log_softmax(2)
+        own, guide = student.float(), teacher.detach().float()
+        if relative:
+            spread = guide.std((0, 2, 3), correction=0, keepdim=True)
+            spread = spread.clamp_min(FAINTEST * spread.max())
+            spread = torch.where(spread > 0, spread, 1.0)
+            own, guide = own / spread, guide / spread
+        own = (own.flatten(2) / temperature).log_softmax(2)
+        guide = (guide.flatten(2) / temperature).log_softmax(2)
         each = (guide.exp() * (guide - own)).sum(2)
         return temperature**2 * each.mean()
 
 
 def distillation_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float = 1.0
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    temperature: float = 1.0,
+    *,
+    relative: bool = False,
 ) -> Tensor:
     """Return the sum of the features' divergences.
 
@@ -42,6 +61,8 @@ def distillation_loss(
         student: features, each float (batch, channels, h, w), of any sizes.
         teacher: the same features of the float network, in the same order.
         temperature: see `channel_divergence`.
+        relative: see `channel_divergence`.
     """
     pairs = zip(student, teacher, strict=True)
-    return torch.stack([channel_divergence(own, guide, temperature) for own, guide in pairs]).sum()
+    found = [channel_divergence(own, guide, temperature, relative=relative) for own, guide in pairs]
+    return torch.stack(found).sum()

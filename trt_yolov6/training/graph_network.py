@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from trt_yolov6.errors import UserError
 from trt_yolov6.export import box_factors
 from trt_yolov6.models.variants import STRIDES, Architecture
+from trt_yolov6.quantization.exact import PASSING_ON
 from trt_yolov6.quantization.insert import quantize_weights, weight_axis
 from trt_yolov6.quantization.levels import INT8
 from trt_yolov6.quantization.placement import LAYER_OPS, Placement, layer_names
@@ -67,6 +68,8 @@ class _Step:
     output: str
     last: tuple[str, ...]
     """Tensors that nothing reads any more afterwards."""
+    codes: tuple[str, str] | None = None
+    """Quantizers of a convolution's input and of its weights, where both are quantized."""
 
 
 class GraphNetwork(nn.Module):
@@ -166,7 +169,10 @@ class GraphNetwork(nn.Module):
                 weights[name] if name in weights else (exact if name in step.exact else found)[name]
                 for name in step.inputs
             ]
-            exact[step.output] = step.run(step.attributes, inputs)
+            if step.codes is not None and not self.training:
+                exact[step.output] = self._in_integers(step, inputs)
+            else:
+                exact[step.output] = step.run(step.attributes, inputs)
             add(step.output)
             if step.output in self.features:
                 kept[step.output] = exact[step.output]
@@ -175,6 +181,20 @@ class GraphNetwork(nn.Module):
                 del exact[name], found[name]
         levels = [tuple(exact[name] for name in level) for level in self._outputs]
         return levels, [kept[name] for name in self.features]
+
+    def _in_integers(self, step: _Step, inputs: Sequence[Tensor]) -> Tensor:
+        """Convolve as `with_integer_convolutions` does: the same bits on every device.
+
+        Rounding the sums makes up for algorithms that are not exact on whole numbers (Winograd's).
+        """
+        assert step.codes is not None
+        values, weights, *bias = inputs
+        of_values, of_weights = (self._quantizer(key).scale for key in step.codes)
+        sums = step.run(
+            step.attributes, [(values / of_values).round(), (weights / of_weights).round()]
+        ).round()
+        result = sums * (of_values * of_weights).reshape(1, -1, 1, 1)
+        return result + bias[0].reshape(1, -1, 1, 1) if bias else result
 
     def raw(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """Run without features: the same as `YOLOv6.raw`."""
@@ -270,7 +290,11 @@ class GraphNetwork(nn.Module):
         for index, node in enumerate(nodes):
             last_reader.update((name, index) for name in node.input if name not in self._keys)
         steps = []
+        coded = dict(self._tensor_quantizers)
         for index, node in enumerate(nodes):
+            inside = {coded.get(name, "") for name in node.input}
+            if node.op_type in PASSING_ON and len(inside) == 1 and "" not in inside:
+                coded.setdefault(node.output[0], inside.pop())
             operator = _OPERATORS.get(node.op_type)
             if operator is None:
                 raise UserError(
@@ -278,18 +302,24 @@ class GraphNetwork(nn.Module):
                     "does not know; give a YOLOv6 checkpoint."
                 )
             inputs = tuple(node.input)
+            exact = frozenset(n for n in inputs if (n, node.output[0]) in exact_reads)
+            codes = None
+            if inputs[0] in coded.keys() - exact and node.op_type in LAYER_OPS:
+                weights = self._weight_quantizers.get(inputs[1])
+                codes = (coded[inputs[0]], weights) if weights is not None else None
             steps.append(
                 _Step(
                     operator,
                     _attributes(node),
                     inputs,
-                    frozenset(n for n in inputs if (n, node.output[0]) in exact_reads),
+                    exact,
                     node.output[0],
                     tuple(
                         name
                         for name in dict.fromkeys(inputs)
                         if last_reader.get(name) == index and name not in outputs
                     ),
+                    codes,
                 )
             )
         return steps

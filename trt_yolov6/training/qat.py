@@ -96,8 +96,11 @@ class QatSettings:
     """Off: the calibrated scales stay."""
     distillation: bool = True
     """Hold the features to the float network's."""
-    distill_weight: float = 1.0
+    distill_weight: float = 0.1
     temperature: float = 1.0
+    distill_relative: bool = True
+    """Count activations in standard deviations of the teacher's channels, so that rescaled channels
+    (`channel_divergence`), such as equalization makes, are distilled like others."""
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
     """Mosaic and Mixup are off whatever it says, as in the last epochs of training (2.4.3)."""
     seed: int = 0
@@ -451,7 +454,7 @@ class _Run:
         distilled = torch.zeros_like(total_loss)
         if self._teacher is not None:
             distilled = settings.distill_weight * distillation_loss(
-                features, guides, settings.temperature
+                features, guides, settings.temperature, relative=settings.distill_relative
             )
             total_loss = total_loss + distilled
         share = min((step + 1) / max(WARMUP * total, 1.0), 1.0)
