@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.quantization.insert import weight_axis
 from trt_yolov6.quantization.placement import LAYER_OPS
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Exact as long as sums of products of codes stay below 2^24, which float32 holds: with weights of
     a mean magnitude of 25 steps, inputs all at the range's end and 3x3 kernels, up to 585 channels.
-    What reads half precision or FP8, or is grouped, is left as it is.
+    What is in half precision or FP8, or has zero points, is left as it is.
 
     Args:
         model: with Q/DQ pairs as `insert_qdq` puts them; it is not changed.
@@ -74,7 +75,12 @@ def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
                 moved.output[:] = [known[out][0]]
                 nodes.append(moved)
         stored = makers.get(node.input[1]) if node.op_type in LAYER_OPS else None
-        if stored is None or node.input[0] not in known or not _dequantizes_int8(stored, constants):
+        if (
+            stored is None
+            or node.input[0] not in known
+            or not _dequantizes_int8(stored, constants)
+            or not _has_scale_by_output(node, stored, constants)
+        ):
             nodes.append(node)
             continue
         codes, scale = known[node.input[0]]
@@ -88,11 +94,14 @@ def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
         bias = node.input[2] if len(node.input) > 2 else ""
         scaled = f"{out}/scaled" if bias else out
         name = constant(f"{out}/factors", factors.reshape(shape))
-        nodes += [convolution, helper.make_node("Mul", [f"{out}/sum", name], [scaled])]
+        nodes += [
+            convolution,
+            helper.make_node("Mul", [f"{out}/sum", name], [scaled], f"{node.name}/scale"),
+        ]
         if bias:
             value = numpy_helper.to_array(constants[bias]).reshape(shape)
             name = constant(f"{out}/bias", value)
-            nodes.append(helper.make_node("Add", [scaled, name], [out]))
+            nodes.append(helper.make_node("Add", [scaled, name], [out], f"{node.name}/bias"))
     _keep(graph, nodes, constants)
     return result
 
@@ -112,6 +121,27 @@ def _dequantizes_int8(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorP
         and zero.data_type == onnx.TensorProto.INT8
         and not numpy_helper.to_array(zero).any()
     )
+
+
+def _has_scale_by_output(
+    node: onnx.NodeProto, stored: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
+) -> bool:
+    """Tell whether weights (4 axes) have one scale, or one for each of a layer's outputs."""
+    from onnx import helper
+
+    if any(name not in constants for name in (stored.input[0], *node.input[2:])):
+        return False
+    if len(constants[stored.input[0]].dims) != 4:
+        return False
+    if not constants[stored.input[1]].dims:
+        return True
+    attributes = {
+        item.name: helper.get_attribute_value(item)
+        for item in (*node.attribute, *stored.attribute)
+    }
+    if node.op_type == "ConvTranspose" and attributes.get("group", 1) != 1:
+        return False
+    return bool(attributes.get("axis", 1) == weight_axis(node.op_type))
 
 
 def _keep(
