@@ -33,7 +33,11 @@ TABLES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     ),
     "7": (
         "Assignment of the first epochs",
-        {"ATSS": (), "as later (TAL)": ("--set", "losses.warmup_epochs=0")},
+        {
+            "ATSS": (),
+            "as later (TAL)": ("--set", "losses.warmup_epochs=0"),
+            "SimOTA": ("--warmup-assigner", "simota"),
+        },
     ),
     "8": (
         "Class loss",

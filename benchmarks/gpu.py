@@ -388,7 +388,7 @@ def layers_us(path: Path, batch: int) -> dict[str, float]:
 
 def measure_fp8_accuracy(bench: Bench) -> list[dict[str, Any]]:
     """AP of the samples in FP8, as `build --fp8` with and without `--fp16` makes them."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (weights, fp16) in FP8_SAMPLES.items():
         graph = fp8_sample(weights, fp16)
         path = bench.build(graph, f"fp8_accuracy_{len(rows)}")

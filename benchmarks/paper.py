@@ -46,6 +46,56 @@ TABLE_1 = (
     Detector("YOLOv6-L", 640, 52.5, 70.0, 98, 121, 10.2, 58.5, 144.0),
 )
 
+TABLE_5 = (
+    ("YOLOv5-N", 28.0, 672),
+    ("+ decoupled head", 29.4, 637),
+    ("+ anchor-free", 30.7, 962),
+    ("+ EfficientRep and Rep-PAN", 34.3, 1163),
+    ("+ hybrid channels in the head", 34.5, 1242),
+)
+"""Design, AP in percent, FPS at batch 32."""
+
+ABLATIONS: dict[str, tuple[tuple[str, ...], tuple[tuple[str | float, ...], ...]]] = {
+    "6": (
+        ("Assignment", "YOLOv6-N"),
+        (("ATSS", 32.5), ("SimOTA", 34.5), ("TAL", 35.0), ("DW", 33.4), ("ObjectBox", 30.1)),
+    ),
+    "7": (
+        ("Assignment of the first epochs", "YOLOv6-N"),
+        (("as later (TAL)", 34.9), ("ATSS", 35.0), ("SimOTA", 34.9)),
+    ),
+    "8": (
+        ("Class loss", "YOLOv6-N", "YOLOv6-S", "YOLOv6-M"),
+        (
+            ("focal", 35.0, 42.9, 48.0),
+            ("poly", 34.0, 41.5, 46.9),
+            ("quality focal", 35.4, 43.1, 48.0),
+            ("VariFocal", 35.2, 43.2, 48.1),
+        ),
+    ),
+    "9": (
+        ("Box loss", "YOLOv6-N", "YOLOv6-S", "YOLOv6-M"),
+        (
+            ("GIoU", 35.1, 43.1, 48.2),
+            ("CIoU", 35.1, 43.1, 48.3),
+            ("SIoU", 35.5, 43.3, 48.1),
+        ),
+    ),
+    "10": (
+        ("Distribution focal loss", "YOLOv6-N", "YOLOv6-S", "YOLOv6-M"),
+        (
+            ("without", 35.0, 42.9, 48.0),
+            ("with", 35.2, 43.0, 48.2),
+            ("second version", 35.2, 43.0, 48.3),
+        ),
+    ),
+    "11": (
+        ("Objectness loss", "YOLOv6-N", "YOLOv6-S", "YOLOv6-M"),
+        (("without", 35.0, 42.9, 48.0), ("with", 33.9, 41.4, 46.5)),
+    ),
+}
+"""Tables 6 to 11 by number: heads of the columns, and rows of a choice and APs in percent."""
+
 TABLE_14: dict[tuple[int, int], dict[str, float]] = {
     (640, 16): {"YOLOv6-N": 36.2, "YOLOv6-S": 43.9, "YOLOv6-M": 48.4},
     (640, 0): {"YOLOv6-N": 36.0, "YOLOv6-S": 43.4, "YOLOv6-M": 47.9},
@@ -60,6 +110,13 @@ TABLE_15 = (
     ("v2.0", "YOLOv6-S with RepOptimizer", 43.1, 42.6),
 )
 """Release, model, AP in FP32 and in INT8 by PTQ, in percent."""
+
+TABLE_16 = (
+    ("YOLOv6-S, PTQ", 35.0, 556),
+    ("with RepOptimizer, partial QAT, channel-wise distillation", 42.3, 503),
+    ("with RepOptimizer, full QAT, channel-wise distillation", 42.1, 528),
+)
+"""Network (v1.0), AP in INT8 in percent, FPS."""
 
 TABLE_17 = (
     ("YOLOv5-S", 36.9, 502, None),

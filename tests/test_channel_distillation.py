@@ -45,6 +45,29 @@ def test_a_constant_added_to_a_channel_changes_nothing() -> None:
     )
 
 
+def test_relative_to_the_teachers_spread_rescaled_channels_are_the_same() -> None:
+    own, guide = torch.tensor(features(4)), torch.tensor(features(5))
+    factors = torch.tensor([1.0, 256.0, 0.01]).reshape(1, 3, 1, 1)
+    plain = channel_divergence(own, guide, 2.0, relative=True)
+    rescaled = channel_divergence(own * factors, guide * factors, 2.0, relative=True)
+    assert rescaled.item() == pytest.approx(plain.item(), rel=1e-5)
+    absolute = channel_divergence(own * factors, guide * factors, 2.0)
+    assert absolute.item() > 10 * plain.item()
+    # It is the divergence of activations divided by the teacher's standard deviations.
+    spread = guide.numpy().std((0, 2, 3), keepdims=True)
+    expected = channel_divergence(own / spread, guide / spread, 2.0)
+    assert plain.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_channel_without_spread_blows_nothing_up() -> None:
+    guide = torch.tensor(features(5))
+    guide[:, 0] = 3.0
+    guide[:, 1] = 0.0
+    own = guide + 1e-3 * torch.tensor(features(6))
+    loss = channel_divergence(own, guide, relative=True)
+    assert 0 <= loss.item() < 1e-2
+
+
 def test_the_teacher_gets_no_gradient_and_features_add_up() -> None:
     own = [torch.tensor(features(seed), requires_grad=True) for seed in (6, 7)]
     guide = [torch.tensor(features(seed), requires_grad=True) for seed in (8, 9)]

@@ -74,7 +74,7 @@ def add(commands: Commands) -> None:
     recipe.add_argument(
         "--no-distillation", action="store_true", help="do without the float network's features"
     )
-    recipe.add_argument("--distill-weight", type=float, help="of channel-wise distillation (1)")
+    recipe.add_argument("--distill-weight", type=float, help="of channel-wise distillation (0.1)")
     recipe.add_argument("--temperature", type=float, help="of channel-wise distillation (1)")
 
     graph = parser.add_argument_group("what is written")

@@ -31,6 +31,7 @@ from trt_yolov6.engines.layout import check_input, class_names_of, nms_in, readi
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.files import read_json
+from trt_yolov6.quantization.exact import with_integer_convolutions
 
 if TYPE_CHECKING:
     import onnx
@@ -44,10 +45,10 @@ PROVIDERS = {
     "cpu": "CPUExecutionProvider",
 }
 
-WRONG_REWRITES = ("ReluQuantRewrite", "ClipQuantRewrite")
-"""Rewritings that Q/DQ graphs are computed without: they take a Relu or Clip in front of a
+WRONG_REWRITES = ("ReluQuantRewrite", "ClipQuantRewrite", "ConvMulFusion")
+"""Rewritings that Q/DQ graphs are computed without. The first two take a Relu or Clip in front of a
 QuantizeLinear away where the integers' range clips as well, and ONNX Runtime (1.32) does so with
-FP8, too, whose range does not."""
+FP8, too, whose range does not. The last would multiply weights' codes by their scales again."""
 
 # A graph with a free batch axis and no manifest takes any batch.
 _ANY_BATCH = BatchProfile(min=1, opt=1, max=2**31 - 1)
@@ -126,11 +127,12 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         graph = _graph_of(content)
         if graph is not None and len(runtime_inputs(graph)) > 1:
             content = with_one_input(graph, path).SerializeToString()
-    session = _session(content, path, options)
+    session = _session(_in_integers(content), path, options)
     engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
     if _is_quantized(content):
-        label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
-        engine.note = f"Q/DQ computed exactly, in float: the accuracy of {label}, not its speed"
+        fp8 = manifest is not None and manifest.precision == "fp8"
+        label, how = ("FP8", "in float") if fp8 else ("INT8", "on whole numbers held in float")
+        engine.note = f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed"
     return engine
 
 
@@ -232,7 +234,8 @@ class OnnxRuntimeEngine(Engine):
         short = next(name for name, full in PROVIDERS.items() if full == self.provider)
         options = LoadOptions(threads=self.threads, provider=short)
         with tempfile.TemporaryDirectory() as folder:
-            session = _session(self.path.read_bytes(), self.path, options, Path(folder) / "run")
+            content = _in_integers(self.path.read_bytes())
+            session = _session(content, self.path, options, Path(folder) / "run")
             for _ in range(runs + 1):
                 session.run(None, {self.input.name: images})
             events = read_json(session.end_profiling())
@@ -328,6 +331,12 @@ def _session(
             "`trt-yolov6 doctor` says what it needs."
         )
     return session
+
+
+def _in_integers(content: bytes) -> bytes:
+    """Return a graph whose INT8 convolutions give the same bits everywhere; any other as it is."""
+    graph = _graph_of(content) if _is_quantized(content) else None
+    return content if graph is None else with_integer_convolutions(graph).SerializeToString()
 
 
 def _is_quantized(model: bytes) -> bool:

@@ -136,8 +136,7 @@ def _has_scale_by_output(
     if not constants[stored.input[1]].dims:
         return True
     attributes = {
-        item.name: helper.get_attribute_value(item)
-        for item in (*node.attribute, *stored.attribute)
+        item.name: helper.get_attribute_value(item) for item in (*node.attribute, *stored.attribute)
     }
     if node.op_type == "ConvTranspose" and attributes.get("group", 1) != 1:
         return False

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-FAINTEST = 1e-4
-"""Least spread that a relative temperature counts in, of the most spread channel's: what varies less
-is noise, and would be blown up."""
+FAINTEST = 0.02
+"""Least spread that a channel counts in, as a part of its root mean square: what varies less is
+noise of the arithmetic, and would be blown up."""
 
 
 def channel_divergence(
@@ -38,8 +37,10 @@ def channel_divergence(
     with torch.autocast(student.device.type, enabled=False):
         own, guide = student.float(), teacher.detach().float()
         if relative:
-            spread = guide.std((0, 2, 3), correction=0, keepdim=True)
-            spread = spread.clamp_min(FAINTEST * spread.max())
+            axes = (0, 2, 3)
+            spread = guide.std(axes, correction=0, keepdim=True)
+            least = FAINTEST * guide.square().mean(axes, keepdim=True).sqrt()
+            spread = torch.maximum(spread, least)
             spread = torch.where(spread > 0, spread, 1.0)
             own, guide = own / spread, guide / spread
         own = (own.flatten(2) / temperature).log_softmax(2)

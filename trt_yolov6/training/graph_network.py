@@ -73,7 +73,11 @@ class _Step:
 
 
 class GraphNetwork(nn.Module):
-    """The part of an exported detector from its normalized image to its head's raw outputs."""
+    """The part of an exported detector from its normalized image to its head's raw outputs.
+
+    In evaluation mode quantized convolutions add up whole numbers, see `quantization.exact`: the
+    values of training but for the last bit, the same on every device.
+    """
 
     def __init__(
         self,

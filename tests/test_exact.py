@@ -1,0 +1,220 @@
+"""INT8 convolutions on whole numbers: exact, and the same bits in ONNX Runtime and PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from small_graphs import GraphWriter, detector, random_images
+
+from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.onnxruntime_backend import exact_session
+from trt_yolov6.export import ExportSettings
+from trt_yolov6.quantization.exact import with_integer_convolutions
+from trt_yolov6.quantization.insert import insert_qdq
+from trt_yolov6.quantization.levels import FP8
+from trt_yolov6.quantization.placement import place
+from trt_yolov6.quantization.ptq import QuantizationSettings
+from trt_yolov6.training.qat import Start, prepare, trained_graph
+
+
+def run(
+    model: onnx.ModelProto, images: NDArray[np.float32], threads: int | None = None, *more: str
+) -> dict[str, NDArray[Any]]:
+    """Return the outputs of a graph, and any other tensors."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for name in more:
+        copy.graph.output.add(name=name)
+    session = exact_session(copy.SerializeToString(), threads)
+    names = [item.name for item in session.get_outputs()]
+    return dict(zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True))
+
+
+def quantized_detector() -> onnx.ModelProto:
+    model = detector()
+    placement = place(model)
+    return insert_qdq(model, placement, dict.fromkeys(placement.tensors, 2.0))
+
+
+SCALE_OF_BOTH = ("up_out", "deep_relu")
+"""What "join" reads, concatenated: the scale of both is called after the first."""
+
+
+def convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose")]
+
+
+def test_every_convolution_adds_whole_numbers() -> None:
+    model = with_integer_convolutions(quantized_detector())
+    onnx.checker.check_model(model, full_check=True)
+    sums = [node.output[0] for node in convolutions(model)]
+    assert len(sums) == 10
+    assert all(name.endswith("/sum") for name in sums)
+    values = run(model, random_images()[0], None, *sums)
+    for name in sums:
+        assert np.abs(values[name]).max() > 127
+        np.testing.assert_array_equal(values[name], np.rint(values[name]))
+
+
+def test_a_convolution_is_the_exact_sum_times_the_scales_plus_the_bias() -> None:
+    model = quantized_detector()
+    whole = with_integer_convolutions(model)
+    # "join" reads a concatenation of two tensors of one scale.
+    node = next(node for node in convolutions(whole) if node.output[0] == "join_out/sum")
+    constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    found = run(whole, random_images()[0], None, node.input[0], "join_out")
+    codes = torch.from_numpy(found[node.input[0]]).double()
+    weights = torch.tensor(constants["join.w/int8/0"]).double()
+    # float64 holds whole numbers up to 2^53.
+    sums = torch.nn.functional.conv2d(codes, weights, padding=1).numpy()
+    (scale,) = (
+        constants[f"{name}/scale"] for name in SCALE_OF_BOTH if f"{name}/scale" in constants
+    )
+    factors = (scale * constants["join.w/scale/0"]).reshape(1, -1, 1, 1)
+    expected = sums.astype(np.float32) * factors + constants["join.b"].reshape(1, -1, 1, 1)
+    np.testing.assert_array_equal(found["join_out"], expected)
+
+
+def test_it_is_what_dequantized_values_give_but_for_roundings_of_sums() -> None:
+    model = quantized_detector()
+    images = np.concatenate(random_images())
+    one, other = run(model, images), run(with_integer_convolutions(model), images)
+    for name, values in one.items():
+        difference = np.abs(values - other[name])
+        assert np.quantile(difference, 0.99) < 1e-5, name
+        assert difference.max() < 0.05, name
+
+
+def test_grouped_convolutions_keep_their_groups() -> None:
+    graph = GraphWriter()
+    stem = graph.conv_relu("stem", "images", (3, 8), kernel=3)
+    deep = graph.conv_relu("deep", stem, (8, 8), kernel=3, group=8)
+    up = graph.conv("up", deep, (8, 8), kernel=2, strides=[2, 2], op="ConvTranspose")
+    model = graph.model(graph.conv("out", up, (8, 4)))
+    placement = place(model)
+    quantized = insert_qdq(model, placement, dict.fromkeys(placement.tensors, 3.0))
+    whole = with_integer_convolutions(quantized)
+    assert sum(node.output[0].endswith("/sum") for node in convolutions(whole)) == 4
+    image = random_images()[0]
+    difference = np.abs(run(quantized, image)["out_out"] - run(whole, image)["out_out"])
+    assert np.quantile(difference, 0.99) < 1e-5
+
+
+def test_other_types_and_zero_points_are_left_alone() -> None:
+    model = detector()
+    plain = place(model)
+    ranges = dict.fromkeys(plain.tensors, 2.0)
+    shifted = quantized_detector()
+    for item in shifted.graph.initializer:
+        if item.name == "zero_point":
+            item.CopyFrom(numpy_helper.from_array(np.array(3, np.int8), "zero_point"))
+    half = insert_qdq(model, plain, ranges, fp16=True)
+    for other in (insert_qdq(model, plain, ranges, quantized=FP8), shifted, half, model):
+        same = with_integer_convolutions(other)
+        assert same.SerializeToString() == other.SerializeToString()
+
+
+def test_a_scale_along_another_axis_is_left_alone() -> None:
+    graph = GraphWriter()
+    read = graph.pair("images", 0.01)
+    weights = graph.constant("w_codes", np.ones((4, 3, 1, 1), np.int8))
+    scales = graph.constant("w_scale", np.array([0.1, 0.2, 0.3], np.float32))
+    zeros = graph.constant("w_zero", np.zeros(3, np.int8))
+    weight = graph.node("DequantizeLinear", [weights, scales, zeros], "w", axis=1)
+    model = graph.model(graph.node("Conv", [read, weight], "out", kernel_shape=[1, 1]))
+    same = with_integer_convolutions(model)
+    assert [node.op_type for node in same.graph.node] == [n.op_type for n in model.graph.node]
+
+
+def test_weights_of_one_scale_and_no_bias_are_taken_too() -> None:
+    graph = GraphWriter()
+    read = graph.pair("images", 0.01)
+    weights = graph.constant("w_codes", np.arange(-6, 6, dtype=np.int8).reshape(4, 3, 1, 1))
+    scale = graph.constant("w_scale", np.array(0.1, np.float32))
+    weight = graph.node("DequantizeLinear", [weights, scale, "zero"], "w")
+    model = graph.model(graph.node("Conv", [read, weight], "out", kernel_shape=[1, 1]))
+    whole = with_integer_convolutions(model)
+    assert [node.op_type for node in whole.graph.node] == ["QuantizeLinear", "Cast", "Conv", "Mul"]
+    image = random_images()[0]
+    np.testing.assert_allclose(run(whole, image)["out"], run(model, image)["out"], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def sample(root: Path) -> Start:
+    settings = QuantizationSettings(calibrator="minmax", equalize=False, image_limit=4)
+    return prepare(
+        root / "samples" / "yolov6n_bccd.pt",
+        root / "calib",
+        export=ExportSettings((256, 256)),
+        quantization=settings,
+    )
+
+
+def test_the_trained_network_and_its_exported_graph_compute_the_same(sample: Start) -> None:
+    """Left to run from image to logits: backbone and neck, to the last bit.
+
+    In the head, SiLU's exponential has another last bit in PyTorch, and tips a rounding here and
+    there; nothing carries that on to other places.
+    """
+    network = sample.student().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.weight_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.02 * parameter.abs().mean() * noise)
+        for parameter in network.scale_parameters():
+            parameter.add_(5 * torch.randn(parameter.shape, generator=generator))
+    trained = network.trained()
+    model = with_integer_convolutions(trained_graph(sample, trained).model)
+    pixels = np.random.default_rng(5).integers(0, 256, (2, 3, 256, 256))
+    images = (pixels / 255).astype(np.float32)
+    logits = tuple(f"cls_{stride}" for stride in (8, 16, 32))
+    expected = run(model, images, None, *sample.features, *logits)
+    with torch.no_grad():
+        levels, features = network(torch.from_numpy(images))
+    found = dict(zip(sample.features, features, strict=True))
+    of_neck = [name for name in found if name.startswith("relu")]
+    assert len(of_neck) == 6
+    for name in of_neck:
+        np.testing.assert_array_equal(found[name].numpy(), expected[name])
+    for name, level in zip(logits, levels, strict=True):
+        difference = np.abs(level[0].numpy() - expected[name])
+        assert np.mean(difference > 0) < 2e-3
+        assert difference.max() < 0.01
+
+
+def test_the_number_of_threads_does_not_matter(sample: Start) -> None:
+    model = with_integer_convolutions(sample.quantized.graph.model)
+    images = np.random.default_rng(6).random((1, 3, 256, 256), np.float32)
+    one, two = (run(model, images, threads) for threads in (1, 2))
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, two[name])
+
+
+def test_an_engine_computes_on_whole_numbers(sample: Start, tmp_path: Path) -> None:
+    path = tmp_path / "sample.onnx"
+    model = sample.quantized.graph.model
+    path.write_bytes(model.SerializeToString())
+    images = np.random.default_rng(8).random((1, 3, 256, 256), np.float32)
+    with load_engine(path) as engine:
+        found = engine.infer(images)
+        assert "whole numbers" in (engine.note or "")
+        times = engine.layer_times(images, runs=1)
+    expected = run(with_integer_convolutions(model), images)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+    assert len(times) > 58
+
+
+def test_the_graph_given_stays_as_it_is() -> None:
+    model = quantized_detector()
+    before = model.SerializeToString()
+    with_integer_convolutions(model)
+    assert model.SerializeToString() == before
