@@ -54,7 +54,7 @@ def test_relative_to_the_teachers_spread_rescaled_channels_are_the_same() -> Non
     absolute = channel_divergence(own * factors, guide * factors, 2.0)
     assert absolute.item() > 10 * plain.item()
     # It is the divergence of activations divided by the teacher's standard deviations.
-    spread = guide.numpy().std((0, 2, 3), keepdims=True)
+    spread = torch.from_numpy(guide.numpy().std((0, 2, 3), keepdims=True))
     expected = channel_divergence(own / spread, guide / spread, 2.0)
     assert plain.item() == pytest.approx(expected.item(), rel=1e-5)
 
