@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from small_graphs import GraphWriter, detector, random_images
+from test_graph_network import moved
 
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.onnxruntime_backend import exact_session
@@ -163,14 +164,7 @@ def test_the_trained_network_and_its_exported_graph_compute_the_same(sample: Sta
     In the head, SiLU's exponential has another last bit in PyTorch, and tips a rounding here and
     there; nothing carries that on to other places.
     """
-    network = sample.student().eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.weight_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.02 * parameter.abs().mean() * noise)
-        for parameter in network.scale_parameters():
-            parameter.add_(5 * torch.randn(parameter.shape, generator=generator))
+    network = moved(sample.student(), seed=1).eval()
     trained = network.trained()
     model = with_integer_convolutions(trained_graph(sample, trained).model)
     pixels = np.random.default_rng(5).integers(0, 256, (2, 3, 256, 256))

@@ -117,17 +117,21 @@ def test_after_training_too_the_sample_computes_what_its_exported_graph_computes
         export=ExportSettings((128, 128)),
         quantization=dataclasses.replace(MINMAX, image_limit=4),
     )
-    # As training might leave it: every weight and every scale moved a little.
-    network = start.student()
-    generator = torch.Generator().manual_seed(0)
+    network = moved(start.student(), seed=0)
+    images = np.random.default_rng(3).random((1, 3, 128, 128), np.float32)
+    check_against_onnx_runtime(start, images, network)
+
+
+def moved(network: GraphNetwork, seed: int) -> GraphNetwork:
+    """Leave a network as training might: every weight and every scale moved a little."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.weight_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.02 * parameter.abs().mean() * noise)
         for parameter in network.scale_parameters():
             parameter.add_(5 * torch.randn(parameter.shape, generator=generator))
-    images = np.random.default_rng(3).random((1, 3, 128, 128), np.float32)
-    check_against_onnx_runtime(start, images, network)
+    return network
 
 
 class Forced(GraphNetwork):
