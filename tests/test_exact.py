@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from small_graphs import GraphWriter, detector, random_images
 from test_graph_network import moved
 
@@ -118,8 +119,7 @@ def test_other_types_and_zero_points_are_left_alone() -> None:
             item.CopyFrom(numpy_helper.from_array(np.array(3, np.int8), "zero_point"))
     half = insert_qdq(model, plain, ranges, fp16=True)
     for other in (insert_qdq(model, plain, ranges, quantized=FP8), shifted, half, model):
-        same = with_integer_convolutions(other)
-        assert same.SerializeToString() == other.SerializeToString()
+        assert with_integer_convolutions(other) is other
 
 
 def test_a_scale_along_another_axis_is_left_alone() -> None:
@@ -130,8 +130,7 @@ def test_a_scale_along_another_axis_is_left_alone() -> None:
     zeros = graph.constant("w_zero", np.zeros(3, np.int8))
     weight = graph.node("DequantizeLinear", [weights, scales, zeros], "w", axis=1)
     model = graph.model(graph.node("Conv", [read, weight], "out", kernel_shape=[1, 1]))
-    same = with_integer_convolutions(model)
-    assert [node.op_type for node in same.graph.node] == [n.op_type for n in model.graph.node]
+    assert with_integer_convolutions(model) is model
 
 
 def test_weights_of_one_scale_and_no_bias_are_taken_too() -> None:
@@ -145,6 +144,102 @@ def test_weights_of_one_scale_and_no_bias_are_taken_too() -> None:
     assert [node.op_type for node in whole.graph.node] == ["QuantizeLinear", "Cast", "Conv", "Mul"]
     image = random_images()[0]
     np.testing.assert_allclose(run(whole, image)["out"], run(model, image)["out"], atol=1e-6)
+
+
+def branching(graph: GraphWriter, read: str, weight: str) -> list[str]:
+    """A branch reads a dequantized tensor that nothing else reads, and a constant of its own."""
+    other = graph.pair("images", 0.02, "other")
+    far = graph.constant("far", np.array(0.5, np.float32))
+    flat = graph.constant("flat", np.array([0], np.int64))
+    branch = helper.make_graph(
+        [helper.make_node("Mul", [other, far], ["then"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("then", TensorProto.FLOAT, None)],
+    )
+    yes = graph.constant("yes", np.array(True))
+    graph.nodes.append(
+        helper.make_node("If", [yes], ["chosen"], then_branch=branch, else_branch=branch)
+    )
+    graph.node("ReduceSum", ["chosen", flat], "more", keepdims=0)
+    return [graph.node("Conv", [read, weight], "out", kernel_shape=[1, 1]), "more"]
+
+
+def with_our_names(graph: GraphWriter, read: str, weight: str) -> list[str]:
+    """Another's constants are called as ours would be."""
+    for name in ("w_codes/float", "out/factors", "out/sum", "out/scaled"):
+        graph.constant(name, np.full((1, 3, 1, 1), 9, np.float32))
+    bias = graph.constant("out/bias", np.array([1, 2, 3], np.float32))
+    more = graph.node("Mul", [read, "out/scaled"], "more")
+    return [graph.node("Conv", [read, weight, bias], "out", kernel_shape=[1, 1]), more]
+
+
+def sharing_weights(graph: GraphWriter, read: str, weight: str) -> list[str]:
+    """Two convolutions read the same weights, the second through a pooling layer."""
+    one = graph.node("Conv", [read, weight], "out", kernel_shape=[1, 1])
+    pooled = graph.node("MaxPool", [read], "pooled", kernel_shape=[2, 2], strides=[2, 2])
+    return [one, graph.node("Conv", [pooled, weight], "more", kernel_shape=[1, 1])]
+
+
+def with_a_scale_a_channel(graph: GraphWriter, read: str, weight: str) -> list[str]:
+    """The activations have a scale for each channel, which no sum of codes has."""
+    scales = graph.constant("many", np.array([0.01, 0.02, 0.03], np.float32))
+    zeros = graph.constant("nothing", np.zeros(3, np.int8))
+    codes = graph.node("QuantizeLinear", ["images", scales, zeros], "codes", axis=1)
+    values = graph.node("DequantizeLinear", [codes, scales, zeros], "values", axis=1)
+    return [graph.node("Conv", [values, weight], "out", kernel_shape=[1, 1])]
+
+
+def with_blocks(graph: GraphWriter, read: str, weight: str) -> list[str]:
+    """Each block of weights has a scale; there are as many as outputs."""
+    codes = graph.constant("b_codes", np.arange(-9, 9, dtype=np.int8).reshape(6, 3, 1, 1))
+    scales = graph.constant(
+        "b_scale", np.linspace(0.1, 0.6, 6, dtype=np.float32).reshape(2, 3, 1, 1)
+    )
+    zeros = graph.constant("b_zero", np.zeros((2, 3, 1, 1), np.int8))
+    made = graph.node("DequantizeLinear", [codes, scales, zeros], "b", axis=0, block_size=3)
+    return [graph.node("Conv", [read, made], "out", kernel_shape=[1, 1])]
+
+
+def with_a_dequantized_bias(graph: GraphWriter, read: str, weight: str) -> list[str]:
+    """As ONNX Runtime quantizes: the bias is INT32."""
+    codes = graph.constant("i_codes", np.array([10, -20, 30], np.int32))
+    scale = graph.constant("i_scale", np.array(0.05, np.float32))
+    bias = graph.node("DequantizeLinear", [codes, scale], "i")
+    return [graph.node("Conv", [read, weight, bias], "out", kernel_shape=[1, 1])]
+
+
+@pytest.mark.parametrize("inputs_too", [False, True], ids=["", "constants are inputs too"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        branching,
+        with_our_names,
+        sharing_weights,
+        with_a_scale_a_channel,
+        with_blocks,
+        with_a_dequantized_bias,
+    ],
+)
+def test_graphs_of_other_tools_mean_what_they_meant(
+    rest: Callable[[GraphWriter, str, str], list[str]], inputs_too: bool
+) -> None:
+    graph = GraphWriter()
+    read = graph.pair("images", 0.01)
+    codes = graph.constant("w_codes", np.arange(-4, 5, dtype=np.int8).reshape(3, 3, 1, 1))
+    scales = graph.constant("w_scale", np.array([0.1, 0.2, 0.3], np.float32))
+    zeros = graph.constant("w_zero", np.zeros(3, np.int8))
+    weight = graph.node("DequantizeLinear", [codes, scales, zeros], "w", axis=0)
+    model = graph.model(*rest(graph, read, weight), opset=21)
+    if inputs_too:
+        model.graph.input.extend(
+            helper.make_tensor_value_info(item.name, item.data_type, item.dims)
+            for item in model.graph.initializer
+        )
+    image = random_images()[0]
+    expected, found = run(model, image), run(with_integer_convolutions(model), image)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +277,6 @@ def test_the_trained_network_and_its_exported_graph_compute_the_same(sample: Sta
         difference = np.abs(level[0].numpy() - expected[name])
         assert np.mean(difference > 0) < 2e-3
         assert difference.max() < 0.01
-
-
-def test_the_number_of_threads_does_not_matter(sample: Start) -> None:
-    model = with_integer_convolutions(sample.quantized.graph.model)
-    images = np.random.default_rng(6).random((1, 3, 256, 256), np.float32)
-    one, two = (run(model, images, threads) for threads in (1, 2))
-    for name, values in one.items():
-        np.testing.assert_array_equal(values, two[name])
 
 
 def test_an_engine_computes_on_whole_numbers(sample: Start, tmp_path: Path) -> None:

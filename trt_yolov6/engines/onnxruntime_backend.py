@@ -127,11 +127,12 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         graph = _graph_of(content)
         if graph is not None and len(runtime_inputs(graph)) > 1:
             content = with_one_input(graph, path).SerializeToString()
-    session = _session(_in_integers(content), path, options)
+    whole = _on_whole_numbers(content, options)
+    session = _session(whole, path, options)
     engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
     if _is_quantized(content):
-        fp8 = manifest is not None and manifest.precision == "fp8"
-        label, how = ("FP8", "in float") if fp8 else ("INT8", "on whole numbers held in float")
+        label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
+        how = "in float" if whole is content else "on whole numbers held in float"
         engine.note = f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed"
     return engine
 
@@ -234,7 +235,7 @@ class OnnxRuntimeEngine(Engine):
         short = next(name for name, full in PROVIDERS.items() if full == self.provider)
         options = LoadOptions(threads=self.threads, provider=short)
         with tempfile.TemporaryDirectory() as folder:
-            content = _in_integers(self.path.read_bytes())
+            content = _on_whole_numbers(self.path.read_bytes(), options)
             session = _session(content, self.path, options, Path(folder) / "run")
             for _ in range(runs + 1):
                 session.run(None, {self.input.name: images})
@@ -333,10 +334,22 @@ def _session(
     return session
 
 
-def _in_integers(content: bytes) -> bytes:
-    """Return a graph whose INT8 convolutions give the same bits everywhere; any other as it is."""
-    graph = _graph_of(content) if _is_quantized(content) else None
-    return content if graph is None else with_integer_convolutions(graph).SerializeToString()
+def _on_whole_numbers(content: bytes, options: LoadOptions) -> bytes:
+    """Return a graph whose INT8 convolutions give the same bits on every CPU; others as they are.
+
+    Other providers get the Q/DQ pairs: TensorRT's makes INT8 of them itself.
+    """
+    try:
+        import onnxruntime
+    except ImportError:  # what opens the session says so
+        return content
+    present = onnxruntime.get_available_providers()
+    on_cpu = options.provider == "cpu" or (
+        options.provider is None and PROVIDERS["cuda"] not in present
+    )
+    graph = _graph_of(content) if on_cpu and _is_quantized(content) else None
+    whole = None if graph is None else with_integer_convolutions(graph)
+    return content if whole is None or whole is graph else whole.SerializeToString()
 
 
 def _is_quantized(model: bytes) -> bool:

@@ -10,7 +10,8 @@ detections. The codes themselves, held in float32, add up without any rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,16 +26,23 @@ if TYPE_CHECKING:
 PASSING_ON = ("Concat", "MaxPool")
 """What only moves values about: of codes of one scale they make codes of that scale."""
 
+_REPLACED = ("Cast", "DequantizeLinear", *PASSING_ON)
+"""What may be left over, read by nothing, once convolutions read codes."""
+
 
 def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph with its INT8 convolutions computed on codes.
 
     Exact as long as sums of products of codes stay below 2^24, which float32 holds: with weights of
-    a mean magnitude of 25 steps, inputs all at the range's end and 3x3 kernels, up to 585 channels.
-    What is in half precision or FP8, or has zero points, is left as it is.
+    a mean magnitude of 25 steps, inputs all at the range's end and 3x3 kernels, up to 587 channels.
+    What is in half precision or FP8, has zero points, a scale for each block, or a bias that is
+    dequantized as well, is left as it is.
 
     Args:
         model: with Q/DQ pairs as `insert_qdq` puts them; it is not changed.
+
+    Returns:
+        A graph of its own; `model` itself where there is nothing to do.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -44,19 +52,32 @@ def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = result.graph
     constants = {item.name: item for item in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
+    taken = {*constants, *_names(graph)}
     # Of tensors that hold codes times a scale: the codes as float32, and the scale's name.
     known: dict[str, tuple[str, str]] = {}
+    codes_of: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
+    rewritten = False
+
+    def new(name: str) -> str:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
 
     def constant(name: str, value: NDArray[Any]) -> str:
-        if name not in constants:
-            constants[name] = numpy_helper.from_array(np.asarray(value, np.float32), name)
+        name = new(name)
+        constants[name] = numpy_helper.from_array(np.asarray(value, np.float32), name)
         return name
 
     for node in graph.node:
         out = node.output[0]
-        if _dequantizes_int8(node, constants) and node.input[0] not in constants:
-            known[out] = (f"{out}/codes", node.input[1])
+        if (
+            _dequantizes_int8(node, constants)
+            and node.input[0] not in constants
+            and math.prod(constants[node.input[1]].dims) == 1
+        ):
+            known[out] = (new(f"{out}/codes"), node.input[1])
             nodes += [
                 helper.make_node(
                     "Cast", [node.input[0]], [known[out][0]], to=onnx.TensorProto.FLOAT
@@ -69,7 +90,7 @@ def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
             if not others:
                 moved = onnx.NodeProto()
                 moved.CopyFrom(node)
-                known[out] = (f"{out}/codes", scale)
+                known[out] = (new(f"{out}/codes"), scale)
                 moved.name = known[out][0]
                 moved.input[:] = [known[name][0] for name in node.input]
                 moved.output[:] = [known[out][0]]
@@ -83,25 +104,31 @@ def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
         ):
             nodes.append(node)
             continue
+        rewritten = True
         codes, scale = known[node.input[0]]
         weights, scales, *_ = (numpy_helper.to_array(constants[name]) for name in stored.input)
-        factors = numpy_helper.to_array(constants[scale]) * scales
+        factors = numpy_helper.to_array(constants[scale]).reshape(()) * scales
+        if stored.input[0] not in codes_of:
+            codes_of[stored.input[0]] = constant(f"{stored.input[0]}/float", weights)
+        total = new(f"{out}/sum")
         convolution = onnx.NodeProto()
         convolution.CopyFrom(node)
-        convolution.input[:] = [codes, constant(f"{stored.input[0]}/float", weights)]
-        convolution.output[:] = [f"{out}/sum"]
+        convolution.input[:] = [codes, codes_of[stored.input[0]]]
+        convolution.output[:] = [total]
         shape = (1, -1, 1, 1)
         bias = node.input[2] if len(node.input) > 2 else ""
-        scaled = f"{out}/scaled" if bias else out
+        scaled = new(f"{out}/scaled") if bias else out
         name = constant(f"{out}/factors", factors.reshape(shape))
         nodes += [
             convolution,
-            helper.make_node("Mul", [f"{out}/sum", name], [scaled], f"{node.name}/scale"),
+            helper.make_node("Mul", [total, name], [scaled], f"{node.name}/scale"),
         ]
         if bias:
             value = numpy_helper.to_array(constants[bias]).reshape(shape)
             name = constant(f"{out}/bias", value)
             nodes.append(helper.make_node("Add", [scaled, name], [out], f"{node.name}/bias"))
+    if not rewritten:
+        return model
     _keep(graph, nodes, constants)
     return result
 
@@ -129,18 +156,24 @@ def _has_scale_by_output(
     """Tell whether weights (4 axes) have one scale, or one for each of a layer's outputs."""
     from onnx import helper
 
-    if any(name not in constants for name in (stored.input[0], *node.input[2:])):
+    if any(name not in constants for name in (stored.input[0], *filter(None, node.input[2:]))):
         return False
-    if len(constants[stored.input[0]].dims) != 4:
+    weights, scale = constants[stored.input[0]].dims, constants[stored.input[1]].dims
+    if len(weights) != 4:
         return False
-    if not constants[stored.input[1]].dims:
+    if math.prod(scale) == 1:
         return True
     attributes = {
         item.name: helper.get_attribute_value(item) for item in (*node.attribute, *stored.attribute)
     }
+    axis = weight_axis(node.op_type)
     if node.op_type == "ConvTranspose" and attributes.get("group", 1) != 1:
         return False
-    return bool(attributes.get("axis", 1) == weight_axis(node.op_type))
+    return bool(
+        attributes.get("axis", 1) % 4 == axis
+        and not attributes.get("block_size", 0)
+        and list(scale) == [weights[axis]]
+    )
 
 
 def _keep(
@@ -148,13 +181,16 @@ def _keep(
     nodes: list[onnx.NodeProto],
     constants: Mapping[str, onnx.TensorProto],
 ) -> None:
-    """Make these the graph's nodes, but for those whose outputs nothing reads."""
+    """Make these the graph's nodes, but for pairs and constants that nothing reads any more."""
     read = {item.name for item in graph.output}
+    read.update(name for node in nodes for inner in _subgraphs(node) for name in _names(inner))
     kept = []
     for node in reversed(nodes):
-        if read.intersection(node.output):
+        if node.op_type not in _REPLACED or read.intersection(node.output):
             read.update(node.input)
             kept.append(node)
+    # A constant that is an input as well would become one that must be given.
+    read.update(item.name for item in graph.input)
     # `extend` copies; what is in the graph must not be deleted before.
     whole = type(graph)()
     whole.node.extend(reversed(kept))
@@ -162,3 +198,20 @@ def _keep(
     del graph.node[:], graph.initializer[:]
     graph.node.extend(whole.node)
     graph.initializer.extend(whole.initializer)
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _names(graph: onnx.GraphProto) -> Iterable[str]:
+    """Return all names of tensors in a graph, those of its branches and bodies included."""
+    for item in (*graph.input, *graph.output, *graph.initializer):
+        yield item.name
+    for node in graph.node:
+        yield from (*node.input, *node.output)
+        for inner in _subgraphs(node):
+            yield from _names(inner)

@@ -187,12 +187,12 @@ class GraphNetwork(nn.Module):
         return levels, [kept[name] for name in self.features]
 
     def _in_integers(self, step: _Step, inputs: Sequence[Tensor]) -> Tensor:
-        """Convolve as `with_integer_convolutions` does: the same bits on every device.
+        """Convolve as `with_integer_convolutions` does, in float32: the same bits on every device.
 
         Rounding the sums makes up for algorithms that are not exact on whole numbers (Winograd's).
         """
         assert step.codes is not None
-        values, weights, *bias = inputs
+        values, weights, *bias = (item.float() for item in inputs)
         of_values, of_weights = (self._quantizer(key).scale for key in step.codes)
         sums = step.run(
             step.attributes, [(values / of_values).round(), (weights / of_weights).round()]
