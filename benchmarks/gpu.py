@@ -63,8 +63,8 @@ SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
 VARIANTS = ("yolov6n", "yolov6s")
 DECODINGS = ("ours", "authors", "heads only", "ours, uint8 input")
 FP8_SAMPLES = {
-    "the sample, the rest FP16": (ROOT / "samples" / "yolov6n_bccd.pt", True),
-    "the sample, the rest FP32": (ROOT / "samples" / "yolov6n_bccd.pt", False),
+    "the default checkpoint, the rest FP16": (ROOT / "samples" / "yolov6n_bccd.pt", True),
+    "the default checkpoint, the rest FP32": (ROOT / "samples" / "yolov6n_bccd.pt", False),
     "the authors' checkpoint, the rest FP16": (SAMPLE, True),
     "the authors' checkpoint, the rest FP32": (SAMPLE, False),
 }
