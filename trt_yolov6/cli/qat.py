@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,10 +115,11 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.building import SUFFIXES, build_engine, check_build
     from trt_yolov6.checkpoint import load_checkpoint
     from trt_yolov6.engines.base import BuildSettings
-    from trt_yolov6.files import write_bytes, write_json
+    from trt_yolov6.files import write_json
     from trt_yolov6.quantization.ptq import QuantizationSettings
     from trt_yolov6.training.processes import chosen_device
     from trt_yolov6.training.qat import prepare_graph, train_quantized, trained_graph
+    from trt_yolov6.training.run_log import write_log
 
     if options.data is None:
         raise UserError("--data is missing; name a data set in COCO layout.")
@@ -187,8 +187,7 @@ def run(options: argparse.Namespace) -> None:
         built = build_engine(quantized, backend=options.backend, output=plan)
     if options.calibration_cache:
         _write_cache(start, result.trained, output / f"{name}.float.onnx", options)
-    lines = "".join(json.dumps(line) + "\n" for line in result.log)
-    write_bytes(output / "log.jsonl", lines.encode())
+    write_log(output, result.log)
     state.unlink(missing_ok=True)
     shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
     print(

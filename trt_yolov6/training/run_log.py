@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +33,7 @@ class RunLog:
         """
         self.path = folder / LOG_FILE
         kept = [line for line in read_log(folder) if line["epoch"] <= from_epoch]
-        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_log(folder, kept)
         self._scalars = _summary_writer(folder, from_epoch)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -65,6 +66,11 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def write_log(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a run's whole log at once."""
+    write_bytes(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
