@@ -301,19 +301,7 @@ def _session(
         # Without VNNI, ONNX Runtime's INT8 convolutions saturate in 16 bits and give other results
         # than TensorRT. Left as Q/DQ pairs around float operators, the arithmetic is exact.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    present = onnxruntime.get_available_providers()
-    if options.provider is None:
-        providers = [PROVIDERS[short] for short in ("cuda", "cpu") if PROVIDERS[short] in present]
-    else:
-        wanted = PROVIDERS.get(options.provider)
-        if wanted is None or wanted not in present:
-            raise MissingDependencyError(
-                f"this ONNX Runtime has no {options.provider!r} provider; install "
-                "onnxruntime-gpu, or leave --provider out."
-            )
-        providers = [wanted]
-        if wanted == PROVIDERS["tensorrt"] and PROVIDERS["cuda"] in present:
-            providers.append(PROVIDERS["cuda"])
+    providers = _providers(options)
     try:
         session = onnxruntime.InferenceSession(
             model,
@@ -334,20 +322,40 @@ def _session(
     return session
 
 
+def _providers(options: LoadOptions) -> list[str]:
+    """Return the execution providers to ask for, the wanted one first.
+
+    Raises:
+        MissingDependencyError: this ONNX Runtime has no such provider.
+    """
+    import onnxruntime
+
+    present = onnxruntime.get_available_providers()
+    if options.provider is None:
+        return [PROVIDERS[short] for short in ("cuda", "cpu") if PROVIDERS[short] in present]
+    wanted = PROVIDERS.get(options.provider)
+    if wanted is None or wanted not in present:
+        raise MissingDependencyError(
+            f"this ONNX Runtime has no {options.provider!r} provider; install "
+            "onnxruntime-gpu, or leave --provider out."
+        )
+    if wanted == PROVIDERS["tensorrt"] and PROVIDERS["cuda"] in present:
+        return [wanted, PROVIDERS["cuda"]]
+    return [wanted]
+
+
 def _on_whole_numbers(content: bytes, options: LoadOptions) -> bytes:
     """Return a graph whose INT8 convolutions give the same bits on every CPU; others as they are.
 
     Other providers get the Q/DQ pairs: TensorRT's makes INT8 of them itself.
     """
-    try:
-        import onnxruntime
-    except ImportError:  # what opens the session says so
+    if not _is_quantized(content):
         return content
-    present = onnxruntime.get_available_providers()
-    on_cpu = options.provider == "cpu" or (
-        options.provider is None and PROVIDERS["cuda"] not in present
-    )
-    graph = _graph_of(content) if on_cpu and _is_quantized(content) else None
+    try:
+        on_cpu = _providers(options)[0] == PROVIDERS["cpu"]
+    except (ImportError, MissingDependencyError):  # what opens the session says so
+        return content
+    graph = _graph_of(content) if on_cpu else None
     whole = None if graph is None else with_integer_convolutions(graph)
     return content if whole is None or whole is graph else whole.SerializeToString()
 
