@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trt_yolov6.engines.manifest import Manifest, read_manifest
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import sha256_file
-from trt_yolov6.quantization.placement import MOVING_OPS
+from trt_yolov6.quantization.placement import MOVING_OPS, subgraphs
 
 if TYPE_CHECKING:
     import onnx
@@ -448,9 +448,8 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Yield the nodes of a graph and of the subgraphs in its `If`s and loops."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for subgraph in (*attribute.graphs, *([attribute.g] if attribute.g.node else [])):
-                yield from _all_nodes(subgraph)
+        for inner in subgraphs(node):
+            yield from _all_nodes(inner)
 
 
 def _storage(constants: Any) -> dict[str, Storage]:

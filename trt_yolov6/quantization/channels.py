@@ -18,6 +18,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from trt_yolov6.quantization.placement import subgraphs
+
 Classes = NDArray[np.intp]
 
 FIXED = 0
@@ -242,13 +244,12 @@ def _fix(trace: _Trace, node: onnx.NodeProto) -> None:
 
 def _fix_outer_scope(trace: _Trace, node: onnx.NodeProto) -> None:
     """The body of an If or a Loop may read any tensor by name."""
-    for attribute in node.attribute:
-        for body in [attribute.g, *attribute.graphs]:
-            for inner in body.node:
-                _fix(trace, inner)
-                _fix_outer_scope(trace, inner)
-            for item in body.output:
-                trace.fix(item.name)
+    for body in subgraphs(node):
+        for inner in body.node:
+            _fix(trace, inner)
+            _fix_outer_scope(trace, inner)
+        for item in body.output:
+            trace.fix(item.name)
 
 
 def _convolution(trace: _Trace, node: onnx.NodeProto) -> None:

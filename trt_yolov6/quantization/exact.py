@@ -11,14 +11,14 @@ detections. The codes themselves, held in float32, add up without any rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.quantization.insert import weight_axis
-from trt_yolov6.quantization.placement import LAYER_OPS
+from trt_yolov6.quantization.placement import LAYER_OPS, subgraphs
 
 if TYPE_CHECKING:
     import onnx
@@ -183,7 +183,7 @@ def _keep(
 ) -> None:
     """Make these the graph's nodes, but for pairs and constants that nothing reads any more."""
     read = {item.name for item in graph.output}
-    read.update(name for node in nodes for inner in _subgraphs(node) for name in _names(inner))
+    read.update(name for node in nodes for inner in subgraphs(node) for name in _names(inner))
     kept = []
     for node in reversed(nodes):
         if node.op_type not in _REPLACED or read.intersection(node.output):
@@ -200,18 +200,11 @@ def _keep(
     graph.initializer.extend(whole.initializer)
 
 
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
 def _names(graph: onnx.GraphProto) -> Iterable[str]:
     """Return all names of tensors in a graph, those of its branches and bodies included."""
     for item in (*graph.input, *graph.output, *graph.initializer):
         yield item.name
     for node in graph.node:
         yield from (*node.input, *node.output)
-        for inner in _subgraphs(node):
+        for inner in subgraphs(node):
             yield from _names(inner)

@@ -139,6 +139,14 @@ def place(
     )
 
 
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the branches of an `If` and the body of a loop, which may read any tensor by name."""
+    for attribute in node.attribute:
+        yield from attribute.graphs
+        if attribute.HasField("g"):
+            yield attribute.g
+
+
 def layer_names(model: onnx.ModelProto) -> dict[str, str]:
     """Return the names of a graph's convolutions by their output tensor, in the graph's order.
 
