@@ -31,6 +31,7 @@ from trt_yolov6.engines.manifest import (
 )
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import atomic_path, check_writable, sha256_bytes, sha256_file
+from trt_yolov6.quantization.placement import layer_names
 
 if TYPE_CHECKING:
     import onnx
@@ -243,6 +244,8 @@ def build_engine(
     module = backend_module(name)
     path = Path(output) if output else ENGINES / f"{graph.name}{SUFFIXES[name]}"
     asked = _quantized_convolutions(graph.model)
+    if settings.calibration is not None:
+        asked = len(layer_names(graph.model))
     said: list[str] = []
     settings = dataclasses.replace(settings, on_layers=_both(said.append, settings.on_layers))
     start = time.perf_counter()
@@ -353,7 +356,6 @@ def _quantized_convolutions(model: onnx.ModelProto) -> int:
 def _quantized_layers(graph: Graph, said: Sequence[str]) -> int | None:
     """Return how many convolutions the builder says are in 8 bits; None if it says nothing."""
     from trt_yolov6.engines.tensorrt_layers import quantized_layers
-    from trt_yolov6.quantization.placement import layer_names
 
     names = layer_names(graph.model).values()
     quantized: QuantizedName = "fp8" if graph.precision == "fp8" else "int8"

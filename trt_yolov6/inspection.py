@@ -567,6 +567,7 @@ def _open_plan(path: Path, api: Any) -> tuple[tuple[TensorInfo, ...], tuple[str,
     """Deserialize a plan and list its inputs, outputs and layers; needs the GPU it is for."""
     from trt_yolov6.engines import cuda_device
     from trt_yolov6.engines.tensorrt_common import logger_of
+    from trt_yolov6.engines.tensorrt_layers import inspector_layers
 
     cuda_device.current_device()
     logger = logger_of(api)
@@ -589,7 +590,7 @@ def _open_plan(path: Path, api: Any) -> tuple[tuple[TensorInfo, ...], tuple[str,
     # With detailed profiling a layer is an object, else only its name.
     layers = tuple(
         str(layer.get("Name", layer)) if isinstance(layer, dict) else str(layer)
-        for layer in json.loads(text).get("Layers", [])
+        for layer in inspector_layers(text)
     )
     return tensors, layers
 

@@ -78,13 +78,8 @@ def _is_cast(node: gs.Node, dtype: type[np.generic]) -> bool:
     return bool(node.op == "Cast" and node.attrs["to"] in (wanted, dtype))
 
 
-def tail_nodes(model: onnx.ModelProto) -> set[str]:
-    """Return the nodes behind the last convolutions: those that no convolution comes after.
-
-    In a detector these decode boxes. Pixel coordinates above 512 are multiples of 0.5 in float16,
-    so a graph keeps its tail in float32. Of one whose `boxes` and `scores` are outputs of their
-    own, only what leads to the boxes counts.
-    """
+def nodes_after_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the nodes that no convolution or matrix product comes after, in the graph's order."""
     heavy = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
     producers = {name: node for node in model.graph.node for name in node.output}
     ahead: set[str] = set()
@@ -95,7 +90,17 @@ def tail_nodes(model: onnx.ModelProto) -> set[str]:
             continue
         ahead.add(node.output[0])
         pending.extend(producers[name] for name in node.input if name in producers)
-    tail = [node for node in model.graph.node if node.output[0] not in ahead]
+    return [node for node in model.graph.node if node.output[0] not in ahead]
+
+
+def tail_nodes(model: onnx.ModelProto) -> set[str]:
+    """Return the names of the nodes after the last convolutions that compute in float32.
+
+    In a detector these decode boxes. Pixel coordinates above 512 are multiples of 0.5 in float16,
+    so a graph keeps its tail in float32. Of one whose `boxes` and `scores` are outputs of their
+    own, only what leads to the boxes counts.
+    """
+    tail = nodes_after_layers(model)
     if [item.name for item in model.graph.output] == ["boxes", "scores"]:
         wanted = {"boxes"}
         for node in reversed(tail):  # in topological order, as ONNX demands

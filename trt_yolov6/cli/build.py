@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.graphs import cleaned, exported, onnx_graph, quantization_settings, quantized
+from trt_yolov6.cli.graphs import (
+    calibrated_by_tensorrt,
+    cleaned,
+    exported,
+    implicit_calibration,
+    onnx_graph,
+    quantization_settings,
+    quantized,
+)
 from trt_yolov6.cli.options import (
     SAMPLE_CALIB,
     Commands,
@@ -77,10 +85,23 @@ def add(commands: Commands) -> None:
         metavar="FILE",
         help="TensorRT up to 10: scales for a float --onnx graph (see export)",
     )
+    int8.add_argument(
+        "--tensorrt-calibrator",
+        choices=("entropy", "minmax"),
+        help="TensorRT up to 10: have TensorRT itself calibrate the float graph on --calib, and "
+        "write its scales to --calibration-cache, if that is given",
+    )
     add_backend(parser)
     parser.add_argument("--target", help="GPU to cross-build for with tensorrt-rtx, such as t4")
     parser.add_argument("--output", type=Path, help="default: engines/<model>.onnx or .trt")
     parser.add_argument("--timing-cache", type=Path, help="TensorRT timing cache to use and extend")
+    parser.add_argument(
+        "--tactic-sources",
+        type=lambda text: tuple(part.strip().lower() for part in text.split(",") if part.strip()),
+        metavar="NAMES",
+        help="TensorRT: libraries whose kernels it may choose, such as "
+        "edge_mask_convolutions,jit_convolutions, which needs no cuBLAS or cuDNN",
+    )
     parser.add_argument("--workspace", type=positive, metavar="MIB", help="scratch memory limit")
     parser.add_argument(
         "--optimization-level", type=int, choices=range(6), help="TensorRT builder effort"
@@ -98,8 +119,8 @@ def run(options: argparse.Namespace) -> None:
         timing_cache=options.timing_cache,
         workspace_mib=options.workspace,
         optimization_level=options.optimization_level,
-        calibration_cache=options.calibration_cache,
-        implicit_fp16=bool(options.calibration_cache and options.fp16),
+        tactic_sources=options.tactic_sources,
+        calibration=implicit_calibration(options),
         fp8=options.fp8,
         progress=not options.quiet,
     )
@@ -107,11 +128,6 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--names is for --onnx: a checkpoint brings its class names along.")
     if (options.decoder or options.preprocess) and not options.onnx:
         raise UserError("--decoder and --preprocess are for --onnx: a checkpoint is a YOLOv6.")
-    if options.calibration_cache and (options.int8 or options.fp8 or not options.onnx):
-        raise UserError(
-            "--calibration-cache goes with the float graph that `export` wrote beside it; give "
-            "that as --onnx, without --int8 or --fp8."
-        )
     # Exporting takes seconds: what cannot be built is better refused before.
     check_build(options.backend, options.output, settings)
     quantization = quantization_settings(options)
@@ -120,7 +136,9 @@ def run(options: argparse.Namespace) -> None:
 
         calibration_images(options.calib or SAMPLE_CALIB)
     graph = onnx_graph(options) if options.onnx else exported(options)
-    if quantization:
+    if settings.calibration:
+        graph, settings = calibrated_by_tensorrt(graph, options, settings)
+    elif quantization:
         graph = quantized(graph, options, quantization)
     elif graph.precision == "fp8":
         say("surgery: FP8's Q/DQ nodes are left as they are")

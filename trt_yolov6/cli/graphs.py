@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.cli.engines import thresholds
 from trt_yolov6.cli.options import (
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from trt_yolov6.building import Graph
     from trt_yolov6.checkpoint import Checkpoint
+    from trt_yolov6.engines.base import BuildSettings, ImplicitCalibration
     from trt_yolov6.engines.manifest import BatchProfile
     from trt_yolov6.export import ExportSettings
     from trt_yolov6.quantization.ptq import QuantizationSettings
@@ -54,7 +55,7 @@ def onnx_graph(options: argparse.Namespace) -> Graph:
         options.onnx,
         batch=_profile(options),
         image_size=options.imgsz,
-        fp16=options.fp16 and not _quantizes(options) and not options.calibration_cache,
+        fp16=options.fp16 and not _quantizes(options),
         class_names=read_class_names(options.names) if options.names else None,
         decoder=options.decoder,
         preprocess=options.preprocess or (),
@@ -81,9 +82,10 @@ def quantization_settings(options: argparse.Namespace) -> QuantizationSettings |
             raise UserError(f"{spelled(name)} is for --float-layers auto; add it.")
     if not (options.int8 or options.fp8):
         for name in only_quantized:
-            if is_given(getattr(options, name)):
+            of_tensorrt = name == "calib_images" and options.tensorrt_calibrator
+            if is_given(getattr(options, name)) and not of_tensorrt:
                 raise UserError(f"{spelled(name)} is for --int8 and --fp8; add one of them.")
-        if options.calib and not options.onnx:
+        if options.calib and not options.onnx and not options.tensorrt_calibrator:
             raise UserError(
                 "--calib is for --int8 and --fp8, or for an --onnx file with Q/DQ nodes."
             )
@@ -129,6 +131,7 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> Graph:
     """Write a TensorRT calibration cache; return the float graph whose tensors it names."""
     from dataclasses import replace
 
+    from trt_yolov6.quantization.implicit import implicit_ranges
     from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
     from trt_yolov6.quantization.trt_cache import write_cache
 
@@ -140,13 +143,62 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> Graph:
         bias_correction=False,
         image_limit=options.calib_images,
     )
-    result = quantize(graph, calibration_folder(options), settings, tell=say)
-    write_cache(options.calibration_cache, result.table.amax, version)
+    folder = calibration_folder(options)
+    result = quantize(graph, folder, settings, tell=say)
+    amax = implicit_ranges(result, replace(graph, model=result.float_model), folder, settings)
+    write_cache(options.calibration_cache, amax, version)
     print(
-        f"{options.calibration_cache}: {len(result.table.amax)} scales for TensorRT {version}; "
-        "build with `--onnx ... --calibration-cache ...`"
+        f"{options.calibration_cache}: {len(amax)} scales for TensorRT {version}; build with "
+        "`--onnx ... --calibration-cache ...`"
     )
     return replace(graph, model=result.float_model)
+
+
+def implicit_calibration(options: argparse.Namespace) -> ImplicitCalibration | None:
+    """Return what --calibration-cache and --tensorrt-calibrator ask for; images come later."""
+    from trt_yolov6.engines.base import ImplicitCalibration
+
+    cache, algorithm = options.calibration_cache, options.tensorrt_calibrator
+    if cache is None and algorithm is None:
+        return None
+    if options.int8 or options.fp8:
+        raise UserError(
+            "--calibration-cache and --tensorrt-calibrator are for a graph without Q/DQ nodes; "
+            "leave --int8 and --fp8 out."
+        )
+    if algorithm is None:
+        if not options.onnx:
+            raise UserError(
+                "--calibration-cache goes with the float graph that `export` wrote beside it; "
+                "give that as --onnx, or have TensorRT calibrate with --tensorrt-calibrator."
+            )
+        return ImplicitCalibration(cache=cache, fp16=options.fp16)
+    return ImplicitCalibration(algorithm=algorithm, new_cache=cache, fp16=options.fp16)
+
+
+def calibrated_by_tensorrt(
+    graph: Graph, options: argparse.Namespace, settings: BuildSettings
+) -> tuple[Graph, BuildSettings]:
+    """Return a float graph as the INT8 one it becomes, and the settings with images for it."""
+    from dataclasses import replace
+
+    from trt_yolov6.quantization.images import calibration_images
+    from trt_yolov6.quantization.ptq import batches_of
+
+    calibration = settings.calibration
+    assert calibration is not None
+    if graph.precision != "fp32":
+        raise UserError(
+            f"{graph.source} is {graph.precision}, and TensorRT calibrates float32 graphs; give "
+            "one without Q/DQ nodes and casts."
+        )
+    how: dict[str, Any] = {"cache": str(calibration.cache)}
+    if calibration.cache is None:
+        paths = list(calibration_images(calibration_folder(options), options.calib_images))
+        calibration = replace(calibration, images=lambda: batches_of(graph, paths))
+        how = {"tensorrt": calibration.algorithm, "images": len(paths)}
+    graph = replace(graph, precision="int8", calibration=how)
+    return graph, replace(settings, calibration=calibration)
 
 
 def cleaned(graph: Graph, options: argparse.Namespace) -> Graph:
@@ -236,7 +288,8 @@ def _export_settings(options: argparse.Namespace) -> ExportSettings:
 
 
 def _quantizes(options: argparse.Namespace) -> bool:
-    return bool(getattr(options, "int8", False) or getattr(options, "fp8", False))
+    names = ("int8", "fp8", "calibration_cache", "tensorrt_calibrator")
+    return any(getattr(options, name, None) for name in names)
 
 
 def _profile(options: argparse.Namespace) -> BatchProfile | None:

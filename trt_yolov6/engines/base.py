@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,22 @@ class Availability:
 
 
 @dataclass(frozen=True)
+class ImplicitCalibration:
+    """Scales that TensorRT up to 10 reads or makes, to choose by itself what runs in INT8."""
+
+    cache: Path | None = None
+    """A calibration cache to read; None to calibrate."""
+    algorithm: Literal["entropy", "minmax"] = "entropy"
+    """TensorRT's calibrator: `IInt8EntropyCalibrator2` or `IInt8MinMaxCalibrator`."""
+    images: Callable[[], Iterator[NDArray[Any]]] | None = None
+    """Images as the graph takes them, one each time, float32 (1, 3, height, width)."""
+    new_cache: Path | None = None
+    """Where to write the scales that calibrating found."""
+    fp16: bool = False
+    """Layers outside INT8 may run in half precision."""
+
+
+@dataclass(frozen=True)
 class BuildSettings:
     """How a plan is built. A backend refuses, in a UserError, what it cannot honour."""
 
@@ -56,10 +72,11 @@ class BuildSettings:
     """Upper limit of scratch memory in MiB while building and running."""
     optimization_level: int | None = None
     """TensorRT builder optimization level, 0..5."""
-    calibration_cache: Path | None = None
-    """TensorRT up to 10: scales for a float32 graph without Q/DQ nodes (implicit quantization)."""
-    implicit_fp16: bool = False
-    """With `calibration_cache`: layers outside INT8 may run in half precision."""
+    tactic_sources: tuple[str, ...] | None = None
+    """TensorRT: the libraries whose kernels it may choose, as `TacticSource` names them in lower
+    case; None for its own choice."""
+    calibration: ImplicitCalibration | None = None
+    """TensorRT up to 10: INT8 for a float32 graph without Q/DQ nodes."""
     fp8: bool = False
     """The graph computes in FP8: a GPU that cannot is refused."""
     progress: bool = True

@@ -87,7 +87,8 @@ def check(settings: BuildSettings) -> None:
         "--timing-cache": settings.timing_cache,
         "--workspace": settings.workspace_mib,
         "--optimization-level": settings.optimization_level,
-        "--calibration-cache": settings.calibration_cache,
+        "--tactic-sources": settings.tactic_sources,
+        "--calibration-cache or --tensorrt-calibrator": settings.calibration,
     }
     for option, value in ignored.items():
         if value is not None:

@@ -1,25 +1,35 @@
-"""TensorRT 10 and 11: the fastest engines, built on the GPU that runs them.
+"""TensorRT 8.5 to 11: the fastest engines, built on the GPU that runs them.
 
-Its Python package is on the public index; the library that the package needs comes from NVIDIA's
-own, which pip finds by itself where it may.
+From version 10 on the Python package is on the public index, and the library that it needs comes
+from NVIDIA's own, which pip finds by itself where it may. Of TensorRT 8, the public index has 8.5.1
+to 8.6.0 whole, for Python 3.10 and older; cuBLAS and cuDNN come in packages of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
 from trt_yolov6.engines import cuda_device
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest
-from trt_yolov6.engines.tensorrt_calibration import check_cache
+from trt_yolov6.engines.tensorrt_calibration import check_calibration
 from trt_yolov6.engines.tensorrt_common import Flavour, check_fp8
 from trt_yolov6.errors import MissingDependencyError, UserError
 
 NAME = "tensorrt"
 
-_INSTALL = "pip install '.[tensorrt]'"
-_OLDEST = 10
+_OLDEST = (8, 5)
+
+_LIBRARIES = {
+    "cublas": ("libcublasLt.so.11", "libcublas.so.11", "libcublasLt.so.12", "libcublas.so.12"),
+    "cudnn": ("libcudnn.so.8",),
+}
+"""What TensorRT 8 links, by NVIDIA's packages, in the order of loading. It finds none by itself."""
 
 
 def availability() -> Availability:
@@ -40,8 +50,8 @@ def check(settings: BuildSettings) -> None:
     That is a target, from TensorRT 11 on a calibration cache, or FP8 on a GPU that has none.
     """
     flavour = _flavour()
-    if settings.calibration_cache is not None:
-        check_cache(flavour, settings.calibration_cache)
+    if settings.calibration is not None:
+        check_calibration(flavour, settings.calibration)
     if settings.target is not None:
         raise UserError(
             f"--target {settings.target} needs --backend tensorrt-rtx: TensorRT times its layers "
@@ -55,6 +65,11 @@ def check(settings: BuildSettings) -> None:
             "has the GPU, or use --backend tensorrt-rtx with --target."
         ) from error
     if settings.fp8:
+        if flavour.release < (9, 0):
+            raise UserError(
+                f"{flavour} has no FP8 (10 is the first that builds it); build with --int8 or "
+                "--fp16."
+            )
         check_fp8(device)
 
 
@@ -84,17 +99,40 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
 
 
 def _flavour() -> Flavour:
+    _load_libraries()
     try:
         import tensorrt
     except Exception as error:  # a missing library raises more than ImportError
         raise MissingDependencyError(
-            f"TensorRT does not import ({error}); install it with `{_INSTALL}` "
+            f"TensorRT does not import ({error}); install it with {_install()} "
             "in the folder of trt-yolov6."
         ) from error
     api: Any = tensorrt
-    if int(api.__version__.split(".")[0]) < _OLDEST:
+    flavour = Flavour(NAME, "TensorRT", api)
+    if flavour.release < _OLDEST:
         raise MissingDependencyError(
-            f"TensorRT {api.__version__} is too old; install version {_OLDEST} or later with "
-            f"`{_INSTALL}` in the folder of trt-yolov6."
+            f"{flavour} is too old; install version 8.5 or later with {_install()} in the folder "
+            "of trt-yolov6."
         )
-    return Flavour(NAME, "TensorRT", api)
+    return flavour
+
+
+def _install() -> str:
+    """Return what installs a TensorRT that this Python can have."""
+    newest = "`pip install '.[tensorrt]'`"
+    if sys.version_info >= (3, 11):
+        return newest
+    return f"{newest} (10 or 11) or `pip install '.[tensorrt8]'` (8.6)"
+
+
+def _load_libraries() -> None:
+    """Load what TensorRT 8 links from NVIDIA's packages, where they are installed."""
+    if "tensorrt" in sys.modules:
+        return
+    found = importlib.util.find_spec("nvidia")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for package, names in _LIBRARIES.items():
+            for path in (Path(folder, package, "lib", name) for name in names):
+                if path.is_file():
+                    with contextlib.suppress(OSError):
+                        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

@@ -2,8 +2,9 @@
 
 Networks are strongly typed: every tensor has the type the ONNX graph gives it, so half precision
 and quantization are decided in the graph and nowhere else. That is the only way in TensorRT 11 and
-in TensorRT-RTX; what TensorRT 10 offers besides (`BuilderFlag.FP16` and `INT8`, `IInt8Calibrator`,
-`EXPLICIT_BATCH`) is gone from them and is not used here.
+in TensorRT-RTX. TensorRT 8 has no such networks: there the same graph is given in single precision,
+with builder flags and constraints that say what its types said (`tensorrt8_graph`). TensorRT's own
+calibration, which ends with version 10, needs a weakly typed network too.
 
 TF32, which TensorRT otherwise takes for float32 convolutions, is switched off: its 10-bit mantissa
 moves boxes by more than a pixel, as much as half precision does. TensorRT-RTX 1.6 takes it all the
@@ -16,7 +17,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,8 +25,10 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.tensorrt_calibration import use_cache
+from trt_yolov6.engines.tensorrt8_graph import WeakGraph, implicit_graph, weak_graph
+from trt_yolov6.engines.tensorrt_calibration import calibrate
 from trt_yolov6.engines.tensorrt_common import Flavour, logger_of, one_line
+from trt_yolov6.engines.tensorrt_layers import inspected
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import write_bytes
 
@@ -66,13 +69,17 @@ def build_plan(
             f"{flavour} cannot start its builder ({logger.reason()}); `trt-yolov6 doctor` says "
             "what it needs."
         ) from error
-    # TensorRT 11 and TensorRT-RTX ignore the flag, because nothing else is left.
-    strongly_typed = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(0 if settings.calibration_cache else strongly_typed)
+    weak = None
+    if settings.calibration is not None or not has_strong_types(api):
+        calibration = settings.calibration
+        weak = weak_graph(model) if calibration is None else implicit_graph(model, calibration.fp16)
+    network = builder.create_network(_network_flags(api, weakly_typed=weak is not None))
     parser = api.OnnxParser(network, logger)
-    if not parser.parse(model):
+    if not parser.parse(model if weak is None else weak.model):
         raise UserError(_parser_message(flavour, parser))
     config = builder.create_builder_config()
+    if weak is not None:
+        _set_precisions(api, network, config, weak)
     if set_target is not None:
         set_target(config)
     config.clear_flag(api.BuilderFlag.TF32)
@@ -81,18 +88,21 @@ def build_plan(
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
     if settings.optimization_level is not None:
-        config.builder_optimization_level = settings.optimization_level
+        _set_optimization_level(flavour, config, settings.optimization_level)
+    if settings.tactic_sources is not None:
+        _set_tactic_sources(api, config, settings.tactic_sources)
     _set_profile(api, builder, network, config, settings)
     calibrator = None
-    if settings.calibration_cache is not None:
-        calibrator = use_cache(api, config, settings.calibration_cache, settings.implicit_fp16)
+    if settings.calibration is not None:
+        calibrator = calibrate(api, builder, network, config, settings.calibration)
     if settings.timing_cache is not None:
         _attach_timing_cache(flavour, config, settings.timing_cache)
     logger.clear()
     plan = _run_builder(flavour, builder, network, config, settings)
-    del calibrator  # the builder holds no reference of its own
+    if calibrator is not None:
+        calibrator.finish()
     if settings.on_layers is not None:
-        settings.on_layers(logger.layers)
+        settings.on_layers(logger.layers or inspected(api, plan))
     if settings.timing_cache is not None:
         write_bytes(settings.timing_cache, bytes(config.get_timing_cache().serialize()))
     return plan
@@ -110,15 +120,74 @@ def _check_settings(settings: BuildSettings) -> None:
         )
 
 
+def has_strong_types(api: Any) -> bool:
+    """Tell whether networks can be strongly typed: from TensorRT 10 on, and in TensorRT-RTX."""
+    return "STRONGLY_TYPED" in api.NetworkDefinitionCreationFlag.__members__
+
+
+def _network_flags(api: Any, *, weakly_typed: bool) -> int:
+    flags = api.NetworkDefinitionCreationFlag.__members__
+    if not weakly_typed:
+        # TensorRT 11 and TensorRT-RTX ignore the flag, because nothing else is left.
+        return 1 << int(flags["STRONGLY_TYPED"])
+    # TensorRT 10 has no other batches than explicit ones.
+    return 1 << int(flags["EXPLICIT_BATCH"]) if not has_strong_types(api) else 0
+
+
+def _set_precisions(api: Any, network: Any, config: Any, weak: WeakGraph) -> None:
+    """Say by flags and constraints what the types of a graph said."""
+    # API: tensorrt<11 (weakly typed networks)
+    if weak.quantized:
+        config.set_flag(api.BuilderFlag.INT8)
+    if weak.half:
+        config.set_flag(api.BuilderFlag.FP16)
+        for index in range(network.num_outputs):
+            result = network.get_output(index)
+            if result.name in weak.half_outputs:
+                result.dtype = api.float16
+    if not weak.single:
+        return
+    config.set_flag(api.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for output in range(layer.num_outputs):
+            if layer.get_output(output).name in weak.single:
+                layer.precision = api.float32
+                layer.set_output_type(output, api.float32)
+
+
+def _set_optimization_level(flavour: Flavour, config: Any, level: int) -> None:
+    if flavour.backend == "tensorrt" and flavour.release < (8, 6):
+        raise UserError(f"{flavour} has no --optimization-level (8.6 is the first); leave it out.")
+    config.builder_optimization_level = level
+
+
+def _set_tactic_sources(api: Any, config: Any, names: Collection[str]) -> None:
+    """Have the builder choose among these libraries' kernels only."""
+    offered = api.TacticSource.__members__
+    unknown = sorted(set(names) - {name.lower() for name in offered})
+    if unknown:
+        raise UserError(
+            f"--tactic-sources {unknown[0]} is not known; choose among "
+            f"{', '.join(sorted(name.lower() for name in offered))}."
+        )
+    config.set_tactic_sources(sum(1 << int(offered[name.upper()]) for name in names))
+
+
 def _parser_message(flavour: Flavour, parser: Any) -> str:
     """Say which node of the graph TensorRT does not take, and why."""
     if not parser.num_errors:
         return f"{flavour} does not parse the ONNX graph; check it with onnx.checker."
     error = parser.get_error(0)
     reason = one_line(error.desc())
-    if not error.node_operator():
+    if not hasattr(error, "node_operator"):
+        return (
+            f"{flavour} does not take node number {error.node()} of the ONNX graph ({reason}); "
+            "export the graph without it, or use --backend onnxruntime."
+        )
+    if not error.node_operator():  # API: tensorrt>=10 (before, errors do not tell the operator)
         return f"{flavour} does not parse the ONNX graph ({reason}); export it again."
-    name = error.node_name() or f"number {error.node()}"
+    name = error.node_name() or f"number {error.node()}"  # API: tensorrt>=10 (as above)
     return (
         f"{flavour} does not take node {name} ({error.node_operator()}) of the ONNX graph "
         f"({reason}); export the graph without it, or use --backend onnxruntime."
@@ -192,19 +261,22 @@ def _run_builder(
             file=terminal,
         ) as bar,
     ):
-        monitor = _progress_monitor(flavour.api, bar)
-        config.progress_monitor = monitor
+        monitor = None
+        if hasattr(flavour.api, "IProgressMonitor"):  # API: tensorrt>=10 (8 tells no progress)
+            monitor = _progress_monitor(flavour.api, bar)
+            config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
-        # The builder must not outlive what it reports to.
-        config.progress_monitor = None
-        if monitor.interrupted:
-            raise KeyboardInterrupt
+        if monitor is not None:  # API: tensorrt>=10 (as above)
+            # The builder must not outlive what it reports to.
+            config.progress_monitor = None
+            if monitor.interrupted:
+                raise KeyboardInterrupt
         if plan is None:
             raise UserError(
                 f"{flavour} cannot build the engine ({logger_of(flavour.api).reason()}); try "
                 "another --workspace, batch or precision."
             )
-        monitor.finish()
+        bar.update(100 - bar.n)
     return bytes(plan)
 
 
@@ -277,10 +349,6 @@ def _progress_monitor(api: Any, bar: Any) -> Any:
                     self._phases.pop(phase_name, None)
             except KeyboardInterrupt:
                 self.interrupted = True
-
-        def finish(self) -> None:
-            """Fill the bar."""
-            bar.update(100 - bar.n)
 
         def _show(self) -> None:
             roots = [name for name, phase in self._phases.items() if phase.parent is None]

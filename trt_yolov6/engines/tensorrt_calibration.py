@@ -1,65 +1,148 @@
-"""The paper's own route to INT8, for TensorRT up to 10: a graph without Q/DQ and a cache of scales.
+"""The paper's own route to INT8, for TensorRT up to 10: a graph without Q/DQ, and scales for it.
 
-TensorRT then chooses by itself which layers run in INT8 (implicit quantization), reading each
-tensor's scale from the cache instead of calibrating. It is deprecated since 10.1 and gone in 11.
+TensorRT then chooses by itself which layers run in INT8 (implicit quantization). Each tensor's
+scale comes from a calibration cache, or from TensorRT's own calibrator, which runs the network on
+images. It is deprecated since 10.1 and gone in 11.
 """
 
-# API: tensorrt<11 (`check_cache` refuses later ones)
+# API: tensorrt<11 (`check_calibration` refuses later ones)
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.engines.base import ImplicitCalibration
+from trt_yolov6.engines.cuda_device import DeviceMemory, Stream
 from trt_yolov6.engines.tensorrt_common import Flavour
 from trt_yolov6.errors import UserError
+from trt_yolov6.files import write_bytes
 from trt_yolov6.quantization.trt_cache import read_cache
 
 LAST_WITH_CALIBRATORS = 10
 
 
-def check_cache(flavour: Flavour, path: Path) -> None:
-    """Raise UserError where this TensorRT reads no cache, or the file is none."""
-    if int(flavour.version.split(".")[0]) > LAST_WITH_CALIBRATORS:
+def check_calibration(flavour: Flavour, calibration: ImplicitCalibration) -> None:
+    """Raise UserError where this TensorRT has no calibrators, or the cache is none."""
+    if flavour.release[0] > LAST_WITH_CALIBRATORS:
         raise UserError(
-            f"--calibration-cache needs TensorRT up to {LAST_WITH_CALIBRATORS}, and {flavour} has "
-            "no calibrators any more; build from the graph with Q/DQ nodes (--int8) instead."
+            f"TensorRT's own calibration ends with version {LAST_WITH_CALIBRATORS}, and this is "
+            f"{flavour}; build from the graph with Q/DQ nodes (--int8) instead."
         )
-    read_cache(path)
+    if calibration.cache is not None:
+        read_cache(calibration.cache)
 
 
-def use_cache(api: Any, config: Any, path: Path, fp16: bool) -> Any:
-    """Set up a builder configuration for INT8 with the scales of a cache.
+class Feed:
+    """What a calibrator is asked for: a cache to read, or batches on the GPU.
+
+    TensorRT reads as many images as the network's batch holds, whatever `get_batch_size` says; with
+    fewer in the buffer it ends in an illegal memory access (seen in 8.5.3 and 8.6.0). So a last
+    batch that is short is filled up with the first images.
+
+    Args:
+        calibration: the cache, or where the images come from.
+        batch: images that the network takes at a time.
+    """
+
+    def __init__(self, calibration: ImplicitCalibration, batch: int) -> None:
+        self._calibration = calibration
+        self._batch = batch
+        self._batches = self._read()
+        self._stream = Stream()
+        self._memory: DeviceMemory | None = None
+        self.error: Exception | None = None
+        """What went wrong in a callback: TensorRT drops exceptions."""
+
+    def get_batch_size(self) -> int:
+        return self._batch
+
+    def get_batch(self, names: list[str]) -> list[int] | None:
+        try:
+            images = next(self._batches, None)
+            if images is None:
+                return None
+            if self._memory is None:
+                self._memory = DeviceMemory(images.nbytes)
+            self._stream.copy_in(self._memory, images.ctypes.data, images.nbytes)
+            self._stream.wait()
+        except Exception as error:
+            self.error = error
+            return None
+        return [self._memory.address]
+
+    def read_calibration_cache(self) -> bytes | None:
+        cache = self._calibration.cache
+        return None if cache is None else cache.read_bytes()
+
+    def write_calibration_cache(self, content: Any) -> None:
+        if self._calibration.new_cache is not None:
+            try:
+                write_bytes(self._calibration.new_cache, bytes(content))
+            except UserError as error:
+                self.error = error
+
+    def finish(self) -> None:
+        """Free the memory; raise what went wrong in a callback."""
+        if self._memory is not None:
+            self._memory.free()
+        self._stream.free()
+        if self.error is not None:
+            raise self.error
+
+    def _read(self) -> Iterator[NDArray[Any]]:
+        """Yield whole batches."""
+        if self._calibration.images is None:
+            return
+        images = self._calibration.images()
+        head: list[NDArray[Any]] = []
+        while batch := list(islice(images, self._batch)):
+            head = head or list(batch)
+            while len(batch) < self._batch:
+                batch += head[: self._batch - len(batch)]
+            yield np.ascontiguousarray(np.concatenate(batch))
+
+
+def calibrate(
+    api: Any, builder: Any, network: Any, config: Any, calibration: ImplicitCalibration
+) -> Any:
+    """Have a builder take scales from a cache or from images.
 
     Args:
         api: the `tensorrt` module, up to version 10.
-        config: its `IBuilderConfig`, of a network that is not strongly typed.
-        path: the cache.
-        fp16: let layers that do not run in INT8 run in half precision.
+        builder: the `Builder`.
+        network: the `INetworkDefinition`, not strongly typed.
+        config: its `IBuilderConfig`, with the INT8 flag and the optimization profile set.
+        calibration: where scales come from.
 
     Returns:
-        The calibrator, which has to outlive the build.
+        The calibrator, a `Feed`, which has to outlive the build and be finished.
     """
-    content = path.read_bytes()
+    images = network.get_input(0)
+    batch = int(images.shape[0])
+    if batch < 0:
+        # A profile for calibrating alone: images one by one, none of them twice.
+        batch = 1
+        shape = (batch, *(int(length) for length in tuple(images.shape)[1:]))
+        profile = builder.create_optimization_profile()
+        profile.set_shape(images.name, shape, shape, shape)
+        config.set_calibration_profile(profile)
 
-    class CacheCalibrator(api.IInt8EntropyCalibrator2):  # type: ignore[misc]
-        """Hands TensorRT the cache; there are no images to calibrate with."""
+    class EntropyCalibrator(Feed, api.IInt8EntropyCalibrator2):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.IInt8EntropyCalibrator2.__init__(self)
+            Feed.__init__(self, calibration, batch)
 
-        def get_batch_size(self) -> int:
-            return 1
+    class MinMaxCalibrator(Feed, api.IInt8MinMaxCalibrator):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.IInt8MinMaxCalibrator.__init__(self)
+            Feed.__init__(self, calibration, batch)
 
-        def get_batch(self, names: list[str]) -> list[int] | None:
-            return None
-
-        def read_calibration_cache(self) -> bytes:
-            return content
-
-        def write_calibration_cache(self, cache: object) -> None:
-            pass
-
-    config.set_flag(api.BuilderFlag.INT8)
-    if fp16:
-        config.set_flag(api.BuilderFlag.FP16)
-    calibrator = CacheCalibrator()
+    minmax = calibration.cache is None and calibration.algorithm == "minmax"
+    calibrator: Feed = MinMaxCalibrator() if minmax else EntropyCalibrator()
     config.int8_calibrator = calibrator
     return calibrator

@@ -52,6 +52,12 @@ class Flavour:
         """Version of the imported module."""
         return str(self.api.__version__)
 
+    @property
+    def release(self) -> tuple[int, int]:
+        """Major and minor version."""
+        major, minor = self.version.split(".")[:2]
+        return int(major), int(minor)
+
     def __str__(self) -> str:
         return f"{self.label} {self.version}"
 

@@ -245,7 +245,7 @@ class TensorRTEngine(Engine):
             shape = tuple(
                 None if length < 0 else int(length) for length in engine.get_tensor_shape(name)
             )
-            spec = TensorSpec(name, shape, _dtype(api, engine.get_tensor_dtype(name), name))
+            spec = TensorSpec(name, shape, _dtype(engine.get_tensor_dtype(name), name))
             (inputs if is_input else outputs).append(spec)
         if len(inputs) != 1:
             names = ", ".join(spec.name for spec in inputs)
@@ -359,12 +359,22 @@ def _cause(reason: str) -> str:
     return next((cause for word, cause in _CAUSES.items() if word in reason), reason)
 
 
-def _dtype(api: Any, dtype: Any, name: str) -> np.dtype[Any]:
-    try:
-        known: np.dtype[Any] = np.dtype(api.nptype(dtype))
-    except TypeError as error:
+_DTYPES = {
+    "BOOL": np.bool_,
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+}
+"""NumPy's types by `DataType`'s names. `nptype` of TensorRT 8 names one that NumPy lost."""
+
+
+def _dtype(dtype: Any, tensor: str) -> np.dtype[Any]:
+    if dtype.name not in _DTYPES:
         raise UserError(
-            f"tensor {name!r} has the type {dtype}, which NumPy does not know; build the engine "
+            f"tensor {tensor!r} has the type {dtype}, which NumPy does not know; build the engine "
             "with float32 inputs and outputs."
-        ) from error
-    return known
+        )
+    return np.dtype(_DTYPES[dtype.name])

@@ -90,10 +90,15 @@ def check(settings: BuildSettings) -> None:
             "--timing-cache is for --backend tensorrt: TensorRT-RTX times nothing when it builds; "
             "leave the option out."
         )
-    if settings.calibration_cache is not None:
+    if settings.calibration is not None:
         raise UserError(
-            "--calibration-cache is for --backend tensorrt up to version 10: TensorRT-RTX has no "
-            "calibrators; build from the graph with Q/DQ nodes (--int8) instead."
+            "TensorRT's own calibration is for --backend tensorrt up to version 10: TensorRT-RTX "
+            "has no calibrators; build from the graph with Q/DQ nodes (--int8) instead."
+        )
+    if settings.tactic_sources is not None:
+        raise UserError(
+            "--tactic-sources is for --backend tensorrt: TensorRT-RTX has kernels of its own only; "
+            "leave the option out."
         )
     capabilities = _capabilities(flavour, settings.target)
     if settings.fp8:

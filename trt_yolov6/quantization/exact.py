@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PASSING_ON = ("Concat", "MaxPool")
 """What only moves values about: of codes of one scale they make codes of that scale."""
 
-_REPLACED = ("Cast", "DequantizeLinear", *PASSING_ON)
+_REPLACED = ("Cast", "QuantizeLinear", "DequantizeLinear", *PASSING_ON)
 """What may be left over, read by nothing, once convolutions read codes."""
 
 
@@ -56,6 +56,8 @@ def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
     # Of tensors that hold codes times a scale: the codes as float32, and the scale's name.
     known: dict[str, tuple[str, str]] = {}
     codes_of: dict[str, str] = {}
+    # The same of what quantizes them again with that scale, which changes nothing.
+    again: dict[str, tuple[str, str]] = {}
     nodes: list[onnx.NodeProto] = []
     rewritten = False
 
@@ -72,7 +74,12 @@ def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
 
     for node in graph.node:
         out = node.output[0]
-        if (
+        if node.op_type == "QuantizeLinear" and node.input[0] in known:
+            if known[node.input[0]][1] == node.input[1]:
+                again[out] = known[node.input[0]]
+        elif _dequantizes_int8(node, constants) and node.input[0] in again:
+            known[out] = again[node.input[0]]
+        elif (
             _dequantizes_int8(node, constants)
             and node.input[0] not in constants
             and math.prod(constants[node.input[1]].dims) == 1

@@ -59,6 +59,7 @@ def insert_qdq(
     result = _at_opset(model, max(quantized.opset, _HALF_SCALES_OPSET if fp16 else 0))
     graph = result.graph
     scales = activation_scales(placement, amax, quantized)
+    scales |= {name: scales[source] for name, source in placement.repeated.items()}
     if fp16:
         scales = {
             name: float(_half(np.float32(scale), quantized)) for name, scale in scales.items()
@@ -290,6 +291,7 @@ class _Writer:
 def _scale_names(placement: Placement, scales: Mapping[str, float]) -> dict[str, str]:
     """Name the scales: a group has one, called after its first tensor."""
     first = {name: group[0] for group in placement.groups for name in group}
+    first |= {name: first.get(source, source) for name, source in placement.repeated.items()}
     return {name: f"{first.get(name, name)}/scale" for name in scales}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trt_yolov6.errors import UserError
@@ -70,6 +70,9 @@ class Placement:
     """Layers that stay in float, each with the reason."""
     exact_reads: frozenset[tuple[str, str]]
     """Pairs of a quantized tensor and the first output of a node that reads it as it was before."""
+    repeated: dict[str, str] = field(default_factory=dict)
+    """Results of concatenations, poolings and the like that INT8 layers read, each with a tensor
+    of the same scale that went into it: they get a pair too, which changes no value."""
 
 
 Rule = Callable[["_Graph", "onnx.NodeProto"], "str | None"]
@@ -136,6 +139,7 @@ def place(
             for node in graph.readers(tensor)
             if node.output[0] in exact
         ),
+        repeated=_repeated(graph, integer, tensors, links),
     )
 
 
@@ -451,6 +455,32 @@ def _dequantized_late(graph: _Graph, links: Iterable[tuple[Sequence[str], str]])
         node = graph.producer(result)
         if node is not None and node.op_type != "Resize":
             yield result
+
+
+def _repeated(
+    graph: _Graph,
+    integer: set[str],
+    tensors: Collection[str],
+    links: Iterable[tuple[Sequence[str], str]],
+) -> dict[str, str]:
+    """Return what INT8 layers read without a pair of its own, with a tensor of the same scale.
+
+    TensorRT 8 takes a convolution as INT8 only where a pair stands right before it; else its
+    weights' DequantizeLinear stays a layer, and the build fails. TensorRT-RTX needs none and makes
+    the same layers with one.
+    """
+    read = {node.input[0] for node in graph.nodes if node.output[0] in integer}
+    sources = {result: inputs[0] for inputs, result in links}
+    found: dict[str, str] = {}
+    for name in graph.order:
+        if name not in read or name in tensors:
+            continue
+        source = name
+        while source not in tensors and source in sources:
+            source = sources[source]
+        if source in tensors:
+            found[name] = source
+    return found
 
 
 def _concatenated(graph: _Graph, node: onnx.NodeProto) -> list[str]:

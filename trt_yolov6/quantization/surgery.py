@@ -372,7 +372,8 @@ def drop_pairs_behind_movers(graph: gs.Graph) -> Iterator[Removal]:
     """Drop the pair behind an operator that only moves values, if the same stands before it.
 
     What goes in is on the grid of the scale already, so what comes out is, and TensorRT dequantizes
-    behind. (See `placement._links` for what was seen.)
+    behind. (See `placement._links` for what was seen.) Not right before a layer with weights, which
+    TensorRT 8 takes as INT8 only with a pair.
     """
     for pair in _pairs(graph):
         node = _maker(pair.source)
@@ -380,7 +381,8 @@ def drop_pairs_behind_movers(graph: gs.Graph) -> Iterator[Removal]:
             continue
         if _carried_grids(pair.source) != {pair.grid.key()}:
             continue
-        if pair.result in graph.outputs:
+        layers = any(reader.op in _WEIGHTED for reader in pair.result.outputs)
+        if layers or pair.result in graph.outputs:
             continue
         _bypass(graph, pair.source, pair.result)
         yield Removal(

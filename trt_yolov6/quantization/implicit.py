@@ -1,0 +1,78 @@
+"""Ranges for TensorRT's implicit quantization, which wants one for nearly every tensor.
+
+With Q/DQ pairs, what stands between a convolution and the quantized tensor has no scale of its own.
+Without them, TensorRT takes a layer as INT8 only where all that it reads and writes has one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_yolov6.precision import nodes_after_layers
+from trt_yolov6.quantization.calibrators import METHODS, Method, amax_of
+from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.images import calibration_images
+from trt_yolov6.quantization.ptq import QuantizationSettings, QuantizedGraph, batches_of
+
+if TYPE_CHECKING:
+    import onnx
+
+    from trt_yolov6.building import Graph
+
+
+def implicit_ranges(
+    result: QuantizedGraph, graph: Graph, folder: str | Path, settings: QuantizationSettings
+) -> dict[str, float]:
+    """Return the range of each tensor that TensorRT is to have in INT8, the table's own first.
+
+    Args:
+        result: what calibrating gave.
+        graph: the float graph that the ranges are for.
+        folder: the images that it was calibrated on.
+        settings: how it was calibrated.
+    """
+    known = dict(result.table.amax)
+    names = [name for name in inner_tensors(graph.model) if name not in known]
+    paths = calibration_images(folder, settings.image_limit)
+    statistics = collect(graph.model, batches_of(graph, paths, settings.border), names)
+    method = _method(next(iter(result.table.methods.values())))
+    for name, item in statistics.items():
+        amax = amax_of(item, method)
+        if amax > 0:
+            known[name] = amax
+    return known
+
+
+def inner_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the maps that layers read, and what comes between them, in the graph's order.
+
+    What the last layers make, and all after them, is left out: predictions stay in float.
+    """
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    maps = {
+        item.name
+        for item in (*graph.value_info, *graph.output)
+        if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        and len(item.type.tensor_type.shape.dim) == 4
+    }
+    after = {name for node in nodes_after_layers(model) for name in node.output}
+    readers: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.output[0])
+    return tuple(
+        name
+        for node in model.graph.node
+        for name in node.output
+        if name in maps
+        and name not in after
+        and node.op_type not in ("Constant", "DequantizeLinear")
+        and not set(readers.get(name, ())) <= after
+    )
+
+
+def _method(text: str) -> Method:
+    return next((method for method in METHODS if method == text), "minmax")
