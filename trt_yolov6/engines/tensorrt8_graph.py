@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.precision import nodes_after_layers
 from trt_yolov6.quantization.insert import weight_axis
 
 if TYPE_CHECKING:
     import onnx
-
-_QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 _ALWAYS_FUSED = (["Relu"], ["LeakyRelu"], ["Clip"])
 
@@ -65,14 +64,11 @@ def weak_graph(content: bytes) -> WeakGraph:
     model = onnx.load_from_string(content)
     types = _tensor_types(model)
     half = onnx.TensorProto.FLOAT16 in types.values()
-    computed = [
-        node for node in model.graph.node if node.op_type not in ("Cast", "Constant", *_QDQ)
-    ]
     single = frozenset(
         name
-        for node in computed
+        for node in nodes_after_layers(model)
         for name in node.output
-        if half and types.get(name) == onnx.TensorProto.FLOAT
+        if half and node.op_type != "Cast" and types.get(name) == onnx.TensorProto.FLOAT
     )
     half_outputs = frozenset(
         item.name for item in model.graph.output if types[item.name] == onnx.TensorProto.FLOAT16
@@ -97,8 +93,6 @@ def implicit_graph(content: bytes, half: bool) -> WeakGraph:
         half: layers outside INT8 may compute in half precision.
     """
     import onnx
-
-    from trt_yolov6.precision import nodes_after_layers
 
     tail = nodes_after_layers(onnx.load_from_string(content))
     single = frozenset(name for node in tail for name in node.output)
