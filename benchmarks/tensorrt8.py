@@ -15,17 +15,22 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import multiprocessing
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trt_yolov6.benchmarking import benchmark_many
-from trt_yolov6.building import build_engine, graph_from_onnx
+from trt_yolov6.building import Graph, build_engine, graph_from_onnx
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.base import BuildSettings, ImplicitCalibration
 from trt_yolov6.environment import read_gpus, software_versions, timestamp
@@ -85,7 +90,7 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
 
     folder, name, batches = job
-    network = random_model(name)
+    network = random_model(name.replace("-", "_"))
     model = export_onnx(network, ExportSettings(), verify=False)
     half = to_fp16(model, keep_float32=tail_nodes(model))
     graph = dataclasses.replace(as_graph(model, name, 640, 1), precision="fp32")
@@ -119,41 +124,41 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
 
 
 def jobs_in(folder: Path) -> list[Job]:
-    """Return what is to be built of a folder's graphs: speed first, the largest batch first."""
+    """Return what is to be built of a folder's graphs: trained ones, then the largest batches."""
     jobs = []
     for path in sorted(folder.glob("*.b*.onnx")):
         network, form, batch = path.name.removesuffix(".onnx").rsplit(".", 2)
         precision, _, how = form.partition("-")
         how = how or ("ptq" if precision.startswith("int8") else "ours")
         jobs.append(Job(path, network, precision, how, int(batch.removeprefix("b"))))
-    order = {name: index for index, name in enumerate(("yolov6s", "yolov6n", "yolov6m"))}
+    order = {name: index for index, name in enumerate(("yolov6n", "yolov6s", "yolov6m"))}
     jobs.sort(key=lambda job: (-job.batch, order.get(job.network, 9), job.network))
+    trained: list[Job] = []
     for path in sorted(folder.glob("*.ap.onnx")):
         network, form = path.name.removesuffix(".ap.onnx").split(".", 1)
         precision, _, how = form.partition("-")
         cache = path.with_suffix(".cache")
         given = ImplicitCalibration(cache=cache, fp16=True) if cache.exists() else None
-        jobs.append(Job(path, network, precision, how or "ours", 8, True, given))
+        trained.append(Job(path, network, precision, how or "ours", 8, True, given))
         if form == "fp32":
             for algorithm in ("entropy", "minmax"):
                 own = ImplicitCalibration(
                     algorithm="minmax" if algorithm == "minmax" else "entropy", fp16=True
                 )
-                jobs.append(Job(path, network, "int8", f"tensorrt-{algorithm}", 8, True, own))
-    return jobs
+                trained.append(Job(path, network, "int8", f"tensorrt-{algorithm}", 8, True, own))
+    return trained + jobs
 
 
-def build(job: Job, folder: Path, level: int) -> dict[str, Any]:
+def build(job: Job, folder: Path, level: int, timing_cache: bool) -> dict[str, Any]:
     """Build an engine; for a process of its own. Returns its row, without times."""
     from trt_yolov6.engines.manifest import BatchProfile
-    from trt_yolov6.quantization.images import calibration_images
-    from trt_yolov6.quantization.ptq import batches_of
 
     row: dict[str, Any] = {
         "network": job.network,
         "precision": job.precision,
         "how": job.how,
         "batch": job.batch,
+        "graph": str(job.graph),
     }
     start = time.perf_counter()
     try:
@@ -163,15 +168,12 @@ def build(job: Job, folder: Path, level: int) -> dict[str, Any]:
         if calibration is not None:
             graph = dataclasses.replace(graph, precision="int8")
             if calibration.cache is None:
-                paths = calibration_images(ROOT / "calib")
-                calibration = dataclasses.replace(
-                    calibration, images=lambda: batches_of(graph, paths)
-                )
-        process = multiprocessing.current_process().pid
+                calibration = dataclasses.replace(calibration, images=lambda: _images(graph))
         settings = BuildSettings(
-            timing_cache=folder / f"timing-{process}.cache",
+            # One cache a process, since each writes its own whole.
+            timing_cache=folder / f"timing-{os.getpid()}.cache" if timing_cache else None,
             workspace_mib=4096,
-            optimization_level=level,
+            optimization_level=0 if job.accuracy else level,
             tactic_sources=OWN_TACTICS,
             calibration=calibration,
             progress=False,
@@ -194,8 +196,17 @@ def build(job: Job, folder: Path, level: int) -> dict[str, Any]:
         "int8_convolutions": built.manifest.int8_layers or 0,
         "convolutions": built.quantized_asked or None,
         "backend_version": built.manifest.backend_version,
-        "optimization_level": level,
+        "optimization_level": 0 if job.accuracy else level,
     }
+
+
+def _images(graph: Graph) -> Iterator[NDArray[Any]]:
+    """Yield the calibration images as the graph takes them."""
+    from trt_yolov6.quantization.images import calibration_batches, input_spec
+
+    return calibration_batches(
+        ROOT / "calib", input_spec(graph.model), preprocessing=graph.preprocessing
+    )
 
 
 def measure(rows: list[dict[str, Any]], folder: Path, seconds: float) -> None:
@@ -217,7 +228,11 @@ def measure(rows: list[dict[str, Any]], folder: Path, seconds: float) -> None:
 
 
 def score(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Add the sample's AP to the rows of detectors that were trained."""
+    """Add the sample's AP to the rows of detectors that were trained, and how far outputs differ.
+
+    Differences are those from the same file in ONNX Runtime, over the first eight images: of
+    scores, and in pixels of boxes whose score is above 0.3 there.
+    """
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.evaluation import evaluate
 
@@ -226,8 +241,28 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
         if "ap" in row and "engine" in row:
             with load_engine(folder / row["engine"]) as engine:
                 found = evaluate(engine, data, batch=8, progress=False)
-            row["ap"] = None if found.ap is None else round(found.ap, 4)
-            print(f"{row['network']} {row['precision']} {row['how']}: AP {row['ap']}", flush=True)
+                row["ap"] = None if found.ap is None else round(found.ap, 4)
+                images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))
+                outputs = engine.infer(images)
+            with load_engine(row["graph"], "onnxruntime") as engine:
+                expected = engine.infer(images)
+            far = expected["scores"].astype(np.float32) - outputs["scores"]
+            seen = expected["scores"].max(axis=2) > 0.3
+            moved = np.abs(expected["boxes"] - outputs["boxes"])[seen]
+            row["score_difference"] = float(np.abs(far).max())
+            row["box_difference_px"] = [float(value) for value in np.percentile(moved, [50, 99])]
+            print(
+                f"{row['network']} {row['precision']} {row['how']}: AP {row['ap']}, scores "
+                f"{row['score_difference']:.4f}, boxes {row['box_difference_px']}",
+                flush=True,
+            )
+
+
+def _sample_images(graph: str) -> Iterator[NDArray[Any]]:
+    from trt_yolov6.quantization.images import calibration_batches, input_spec
+
+    model = graph_from_onnx(graph).model
+    return calibration_batches(ROOT / "samples" / "images" / "val", input_spec(model))
 
 
 def layers(folder: Path, engine: str) -> dict[str, float]:
@@ -252,6 +287,7 @@ def main() -> None:
     measuring.add_argument("--seconds", type=float, default=1.5)
     measuring.add_argument("--level", type=int, default=2)
     measuring.add_argument("--workers", type=int, default=4)
+    measuring.add_argument("--no-timing-cache", action="store_true")
     measuring.add_argument("--deadline", type=float, default=420, help="seconds for building")
     options = parser.parse_args()
     if options.action == "graphs":
@@ -266,7 +302,10 @@ def _measure_all(options: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     rows: list[dict[str, Any]] = []
     pool = ProcessPoolExecutor(options.workers, mp_context=context)
-    futures = [pool.submit(build, job, options.folder, options.level) for job in jobs]
+    futures = [
+        pool.submit(build, job, options.folder, options.level, not options.no_timing_cache)
+        for job in jobs
+    ]
     for job, future in zip(jobs, futures, strict=True):
         try:
             row = future.result(timeout=max(0.0, until - time.monotonic()))
@@ -287,9 +326,9 @@ def _measure_all(options: argparse.Namespace) -> None:
         "rows": rows,
     }
     write_json(options.json, found)
-    measure(rows, options.folder, options.seconds)
-    write_json(options.json, found)
     score(rows, options.folder)
+    write_json(options.json, found)
+    measure(rows, options.folder, options.seconds)
     write_json(options.json, found)
     found["layers"] = {}
     for row in rows:

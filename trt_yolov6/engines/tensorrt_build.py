@@ -242,8 +242,8 @@ def _attach_timing_cache(flavour: Flavour, config: Any, path: Path) -> None:
     # would destroy the user's file.
     if not accepted or (content and logger.problems):
         raise UserError(
-            f"{path} is not a timing cache of {flavour} on this GPU; name another file for "
-            "--timing-cache, or remove this one."
+            f"{path} is not a timing cache of {flavour} on this GPU ({logger.reason()}); name "
+            "another file for --timing-cache, or remove this one."
         )
 
 
