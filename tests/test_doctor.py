@@ -129,6 +129,19 @@ TENSORRT_RTX = 'pip install ".[tensorrt-rtx]" in the repository\'s folder'
             f"to build for other machines: {TENSORRT_RTX}; "
             "to run: an NVIDIA GPU with its driver too",
         ),
+        # A GPU, but not the libraries of CUDA.
+        (
+            Availability(
+                "onnxruntime",
+                True,
+                True,
+                "1.32",
+                "providers: cuda, cpu; cuda does not load (libcublasLt.so.13: cannot open)",
+            ),
+            {"onnxruntime-gpu": "1.32"},
+            GPU,
+            'for the GPU: pip install "onnxruntime-gpu[cuda,cudnn]"',
+        ),
         # A GPU that ONNX Runtime does not use.
         (
             Availability("onnxruntime", True, True, "1.32", "providers: cpu"),

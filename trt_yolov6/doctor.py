@@ -174,6 +174,8 @@ def remedy(available: Availability, packages: dict[str, str | None], gpus: tuple
     if name == "onnxruntime":
         if not available.can_run:
             return "pip install --force-reinstall onnxruntime"
+        if gpus and "cuda does not load" in available.detail:
+            return 'for the GPU: pip install "onnxruntime-gpu[cuda,cudnn]"'
         if gpus and "cuda" not in available.detail:
             if packages.get("onnxruntime-gpu"):
                 return (
@@ -223,7 +225,15 @@ def find_problems(required: dict[str, str]) -> tuple[str, ...]:
 
 def _availability(name: str) -> Availability:
     try:
-        return backend(name).availability()
+        found = backend(name).availability()
+        if name == "onnxruntime" and found.can_run:
+            # Beyond what is there: whether it loads.
+            from trt_yolov6.engines.onnxruntime_providers import obstacle, usable
+
+            against = {short: obstacle(short) for short in usable()}
+            reasons = [f"; {short} does not load ({why})" for short, why in against.items() if why]
+            found = dataclasses.replace(found, detail=found.detail + "".join(reasons))
+        return found
     except Exception as error:  # the module itself may need something that is broken
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return Availability(name, False, False, None, f"does not load ({reason})")

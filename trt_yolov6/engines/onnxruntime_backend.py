@@ -29,6 +29,13 @@ from trt_yolov6.engines.base import (
 )
 from trt_yolov6.engines.layout import check_input, class_names_of, nms_in, reading_of
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
+from trt_yolov6.engines.onnxruntime_providers import (
+    PROVIDERS,
+    check_started,
+    obstacle,
+    providers_for,
+    usable,
+)
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.files import read_json
 from trt_yolov6.quantization.exact import with_integer_convolutions
@@ -38,12 +45,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 NAME = "onnxruntime"
-
-PROVIDERS = {
-    "tensorrt": "TensorrtExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "cpu": "CPUExecutionProvider",
-}
 
 WRONG_REWRITES = ("ReluQuantRewrite", "ClipQuantRewrite", "ConvMulFusion")
 """Rewritings that Q/DQ graphs are computed without. The first two take a Relu or Clip in front of a
@@ -72,11 +73,8 @@ def availability() -> Availability:
         return Availability(
             NAME, False, False, None, f"onnxruntime does not import ({error}); pip install it"
         )
-    usable = [
-        short for short, full in PROVIDERS.items() if full in onnxruntime.get_available_providers()
-    ]
     return Availability(
-        NAME, True, True, onnxruntime.__version__, "providers: " + ", ".join(usable)
+        NAME, True, True, onnxruntime.__version__, "providers: " + ", ".join(usable())
     )
 
 
@@ -131,10 +129,15 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     whole = _on_whole_numbers(content, options)
     session = _session(whole, path, options)
     engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
+    notes = []
     if _is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
         how = "in float" if whole is content else "on whole numbers held in float"
-        engine.note = f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed"
+        notes.append(f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed")
+    if options.provider is None and engine.provider == PROVIDERS["cpu"] and "cuda" in usable():
+        reason = obstacle("cuda") or "no usable GPU or cuDNN"
+        notes.append(f"on the CPU, for CUDA's provider does not start ({reason})")
+    engine.note = "; ".join(notes)
     return engine
 
 
@@ -302,47 +305,22 @@ def _session(
         # Without VNNI, ONNX Runtime's INT8 convolutions saturate in 16 bits and give other results
         # than TensorRT. Left as Q/DQ pairs around float operators, the arithmetic is exact.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    providers = _providers(options)
+    providers = providers_for(options.provider)
     try:
         session = onnxruntime.InferenceSession(
             model,
             settings,
             providers=providers,
             disabled_optimizers=list(WRONG_REWRITES) if quantized else None,
+            enable_fallback=int(options.provider is None),
         )
     except Exception as error:  # its exception classes share no public base
         raise UserError(
             f"{source} is not an ONNX model that ONNX Runtime {onnxruntime.__version__} takes "
             f"({_first_line(error)}); export or build it again."
         ) from error
-    if options.provider is not None and session.get_providers()[0] != providers[0]:
-        raise MissingDependencyError(
-            f"the {options.provider!r} provider of ONNX Runtime does not start here; "
-            "`trt-yolov6 doctor` says what it needs."
-        )
+    check_started(options.provider, session.get_providers()[0])
     return session
-
-
-def _providers(options: LoadOptions) -> list[str]:
-    """Return the execution providers to ask for, the wanted one first.
-
-    Raises:
-        MissingDependencyError: this ONNX Runtime has no such provider.
-    """
-    import onnxruntime
-
-    present = onnxruntime.get_available_providers()
-    if options.provider is None:
-        return [PROVIDERS[short] for short in ("cuda", "cpu") if PROVIDERS[short] in present]
-    wanted = PROVIDERS.get(options.provider)
-    if wanted is None or wanted not in present:
-        raise MissingDependencyError(
-            f"this ONNX Runtime has no {options.provider!r} provider; install "
-            "onnxruntime-gpu, or leave --provider out."
-        )
-    if wanted == PROVIDERS["tensorrt"] and PROVIDERS["cuda"] in present:
-        return [wanted, PROVIDERS["cuda"]]
-    return [wanted]
 
 
 def _on_whole_numbers(content: bytes, options: LoadOptions) -> bytes:
@@ -353,7 +331,7 @@ def _on_whole_numbers(content: bytes, options: LoadOptions) -> bytes:
     if not _is_quantized(content):
         return content
     try:
-        on_cpu = _providers(options)[0] == PROVIDERS["cpu"]
+        on_cpu = providers_for(options.provider)[0] == PROVIDERS["cpu"]
     except (ImportError, MissingDependencyError):  # what opens the session says so
         return content
     graph = _graph_of(content) if on_cpu else None

@@ -1,0 +1,102 @@
+"""ONNX Runtime's execution providers: the wanted one starts, or is refused with its reason."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnxruntime
+import pytest
+from tiny_detector import load_tiny
+
+from trt_yolov6.engines import LoadOptions, load_engine
+from trt_yolov6.engines import onnxruntime_providers as providers
+from trt_yolov6.errors import MissingDependencyError
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="libraries are named as on Linux")
+on_cpu = pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
+    reason="this ONNX Runtime has CUDA's provider",
+)
+
+
+@pytest.fixture
+def broken_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """ONNX Runtime as with onnxruntime-gpu whose library for CUDA the loader refuses."""
+    capi = tmp_path / "onnxruntime" / "capi"
+    capi.mkdir(parents=True)
+    shared = next(Path(onnxruntime.__file__).parent.rglob("libonnxruntime_providers_shared.so"))
+    (capi / shared.name).write_bytes(shared.read_bytes())
+    (capi / "libonnxruntime_providers_cuda.so").write_text("not machine code, and long enough " * 9)
+    monkeypatch.setattr(onnxruntime, "__file__", str(capi.parent / "__init__.py"))
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    providers.obstacle.cache_clear()
+    yield capi
+    providers.obstacle.cache_clear()
+
+
+@on_cpu
+def test_without_cuda_the_cpu_is_taken_and_cuda_is_refused() -> None:
+    assert providers.usable() == ("cpu",)
+    assert providers.providers_for(None) == ["CPUExecutionProvider"]
+    assert providers.providers_for("cpu") == ["CPUExecutionProvider"]
+    with pytest.raises(MissingDependencyError, match="install onnxruntime-gpu"):
+        providers.providers_for("cuda")
+
+
+@linux
+def test_a_library_that_does_not_load_is_refused_with_the_loaders_words(broken_cuda: Path) -> None:
+    reason = providers.obstacle("cuda")
+    assert reason is not None
+    assert "libonnxruntime_providers_cuda.so: invalid ELF header" in reason
+    with pytest.raises(MissingDependencyError, match=r"invalid ELF header.*pip install") as raised:
+        providers.providers_for("cuda")
+    assert onnxruntime.__version__ in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@linux
+def test_an_engine_on_the_cpu_says_why_it_is_not_on_the_gpu(
+    broken_cuda: Path, tmp_path: Path
+) -> None:
+    path = load_tiny(tmp_path).path
+    engine = load_engine(path)
+    assert engine.note.startswith("on the CPU, for CUDA's provider does not start")
+    assert "invalid ELF header" in engine.note
+    assert load_engine(path, options=LoadOptions(provider="cpu")).note == ""
+    with pytest.raises(MissingDependencyError, match="does not load"):
+        load_engine(path, options=LoadOptions(provider="cuda"))
+
+
+@linux
+def test_a_provider_without_a_library_of_its_own_has_no_obstacle(tmp_path: Path) -> None:
+    assert providers.loader_says(tmp_path, "cuda") is None
+    assert providers.obstacle("cpu") is None
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "tensorrt"])
+def test_a_session_that_fell_back_to_the_cpu_is_refused(wanted: str) -> None:
+    with pytest.raises(MissingDependencyError, match="would use CPUExecutionProvider"):
+        providers.check_started(wanted, "CPUExecutionProvider")
+
+
+def test_a_session_where_it_was_asked_for_is_taken() -> None:
+    providers.check_started("cuda", "CUDAExecutionProvider")
+    providers.check_started(None, "CPUExecutionProvider")
+
+
+def test_looking_for_cudas_libraries_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    providers.load_cuda_libraries()
+    assert capsys.readouterr() == ("", "")
+
+
+@linux
+def test_the_libraries_of_nvidias_wheels_are_found() -> None:
+    pytest.importorskip("nvidia", reason="needs a wheel of NVIDIA's, such as nvidia-cuda-nvrtc")
+    files = [file.name for folder in providers.library_folders() for file in folder.iterdir()]
+    assert any(name.startswith("lib") and ".so" in name for name in files)

@@ -1,0 +1,155 @@
+"""ONNX Runtime's execution providers: which to ask for, and what keeps one from starting.
+
+Left alone, ONNX Runtime goes on on the CPU where a GPU's provider does not start. Here a provider
+that was asked for by name starts or is refused, with the reason that the loader gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from trt_yolov6.errors import MissingDependencyError
+
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+
+_REMEDIES = {
+    "cuda": (
+        "it takes CUDA's and cuDNN's libraries from `pip install \"onnxruntime-gpu[cuda,cudnn]\"` "
+        "or LD_LIBRARY_PATH, and an NVIDIA GPU with its driver"
+    ),
+    "tensorrt": (
+        "it takes the libraries of the TensorRT that it was built with from LD_LIBRARY_PATH; "
+        "--backend tensorrt needs none of it"
+    ),
+}
+
+
+def usable() -> tuple[str, ...]:
+    """Return the short names of the providers that this ONNX Runtime holds, the CPU's last."""
+    import onnxruntime
+
+    present = onnxruntime.get_available_providers()
+    return tuple(short for short, full in PROVIDERS.items() if full in present)
+
+
+def providers_for(wanted: str | None) -> list[str]:
+    """Return the execution providers to ask ONNX Runtime for, the wanted one first.
+
+    Args:
+        wanted: a key of `PROVIDERS`; None takes CUDA where it loads, else the CPU.
+
+    Raises:
+        MissingDependencyError: this ONNX Runtime has no such provider, or its libraries do not
+            load.
+    """
+    import onnxruntime
+
+    present = usable()
+    if wanted is None:
+        takes_cuda = "cuda" in present and obstacle("cuda") is None
+        return [PROVIDERS[short] for short in (("cuda", "cpu") if takes_cuda else ("cpu",))]
+    if wanted not in present:
+        raise MissingDependencyError(
+            f"this ONNX Runtime has no {wanted!r} provider; install onnxruntime-gpu, or leave "
+            "--provider out."
+        )
+    reason = obstacle(wanted)
+    if reason is not None:
+        raise MissingDependencyError(
+            f"the {wanted!r} provider of ONNX Runtime {onnxruntime.__version__} does not load "
+            f"({reason}); {_REMEDIES[wanted]}."
+        )
+    if wanted == "tensorrt" and "cuda" in present:
+        # It hands on what TensorRT cannot compute.
+        return [PROVIDERS[wanted], PROVIDERS["cuda"]]
+    return [PROVIDERS[wanted]]
+
+
+def check_started(wanted: str | None, used: str) -> None:
+    """Raise MissingDependencyError where a session runs on another provider than was asked for.
+
+    Args:
+        wanted: a key of `PROVIDERS`; None takes any.
+        used: the first provider of the session, as ONNX Runtime names it.
+    """
+    if wanted is not None and used != PROVIDERS[wanted]:
+        raise MissingDependencyError(
+            f"the {wanted!r} provider of ONNX Runtime loads but does not start, and ONNX Runtime "
+            f"would use {used}; {_REMEDIES[wanted]}."
+        )
+
+
+@functools.cache
+def obstacle(short: str) -> str | None:
+    """Return what the loader says against a provider's library; None where it loads.
+
+    CUDA's libraries are loaded on the way, from NVIDIA's wheels or PyTorch's. The CPU's provider is
+    not a library of its own, so nothing stands against it.
+    """
+    import onnxruntime
+
+    if short == "cpu" or sys.platform != "linux":
+        return None
+    load_cuda_libraries()
+    return loader_says(Path(onnxruntime.__file__).parent / "capi", short)
+
+
+def loader_says(folder: Path, short: str) -> str | None:
+    """Load a provider's library; return the loader's error, or None.
+
+    Args:
+        folder: where ONNX Runtime keeps its libraries.
+        short: a key of `PROVIDERS`.
+    """
+    library = folder / f"libonnxruntime_providers_{short}.so"
+    if not library.exists():
+        return None
+    try:
+        # What the others call in ONNX Runtime.
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def load_cuda_libraries() -> None:
+    """Load CUDA's and cuDNN's libraries from NVIDIA's wheels, where those are installed.
+
+    ONNX Runtime looks beside itself. PyTorch's may lie in another folder of packages, such as the
+    system's under a virtual environment. What is on the loader's own path needs none of this.
+    """
+    import onnxruntime
+
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is None:  # before 1.21
+        return
+    if "Failed to load" in _said(preload):
+        for folder in library_folders():
+            _said(functools.partial(preload, directory=str(folder)))
+
+
+def library_folders() -> list[Path]:
+    """Return the folders of all of NVIDIA's wheels that hold libraries, such as nvidia/cu13/lib."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [] if spec is None else list(spec.submodule_search_locations or ())
+    return sorted(folder for root in roots for folder in Path(root).glob("*/lib"))
+
+
+def _said(call: Callable[[], object]) -> str:
+    """Return what a call prints: ONNX Runtime reports there, and the reader has no use for it."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        call()
+    return text.getvalue()
