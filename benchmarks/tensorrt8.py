@@ -242,7 +242,7 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
             with load_engine(folder / row["engine"]) as engine:
                 found = evaluate(engine, data, batch=8, progress=False)
                 row["ap"] = None if found.ap is None else round(found.ap, 4)
-                images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))
+                images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))[:8]
                 outputs = engine.infer(images)
             with load_engine(row["graph"], "onnxruntime") as engine:
                 expected = engine.infer(images)

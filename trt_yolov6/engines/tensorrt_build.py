@@ -94,7 +94,7 @@ def build_plan(
     _set_profile(api, builder, network, config, settings)
     calibrator = None
     if settings.calibration is not None:
-        calibrator = calibrate(api, builder, network, config, settings.calibration)
+        calibrator = calibrate(api, network, config, settings.calibration, settings.batch.opt)
     if settings.timing_cache is not None:
         _attach_timing_cache(flavour, config, settings.timing_cache)
     logger.clear()

@@ -108,29 +108,22 @@ class Feed:
 
 
 def calibrate(
-    api: Any, builder: Any, network: Any, config: Any, calibration: ImplicitCalibration
+    api: Any, network: Any, config: Any, calibration: ImplicitCalibration, batch: int
 ) -> Any:
     """Have a builder take scales from a cache or from images.
 
     Args:
         api: the `tensorrt` module, up to version 10.
-        builder: the `Builder`.
         network: the `INetworkDefinition`, not strongly typed.
         config: its `IBuilderConfig`, with the INT8 flag and the optimization profile set.
         calibration: where scales come from.
+        batch: the optimization profile's best batch size, where the network's is free.
 
     Returns:
         The calibrator, a `Feed`, which has to outlive the build and be finished.
     """
-    images = network.get_input(0)
-    batch = int(images.shape[0])
-    if batch < 0:
-        # A profile for calibrating alone: images one by one, none of them twice.
-        batch = 1
-        shape = (batch, *(int(length) for length in tuple(images.shape)[1:]))
-        profile = builder.create_optimization_profile()
-        profile.set_shape(images.name, shape, shape, shape)
-        config.set_calibration_profile(profile)
+    fixed = int(network.get_input(0).shape[0])
+    batch = batch if fixed < 0 else fixed
 
     class EntropyCalibrator(Feed, api.IInt8EntropyCalibrator2):  # type: ignore[misc]
         def __init__(self) -> None:
