@@ -38,7 +38,7 @@ from trt_yolov6.engines.onnxruntime_providers import (
 )
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.files import read_json
-from trt_yolov6.quantization.exact import with_integer_convolutions
+from trt_yolov6.quantization.exact import with_integer_convolutions, with_single_quantization
 
 if TYPE_CHECKING:
     import onnx
@@ -126,13 +126,13 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         graph = _graph_of(content)
         if graph is not None and len(runtime_inputs(graph)) > 1:
             content = with_one_input(graph, path).SerializeToString()
-    whole = _on_whole_numbers(content, options)
-    session = _session(whole, path, options)
+    exact, whole = _exactly(content, options)
+    session = _session(exact, path, options)
     engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
     notes = []
     if _is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
-        how = "in float" if whole is content else "on whole numbers held in float"
+        how = "on whole numbers held in float" if whole else "in float"
         notes.append(f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed")
     if options.provider is None and engine.provider == PROVIDERS["cpu"] and "cuda" in usable():
         reason = obstacle("cuda") or "no usable GPU or cuDNN"
@@ -323,20 +323,23 @@ def _session(
     return session
 
 
-def _on_whole_numbers(content: bytes, options: LoadOptions) -> bytes:
-    """Return a graph whose INT8 convolutions give the same bits on every CPU; others as they are.
+def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
+    """Return a graph whose INT8 is computed exactly on a CPU, and whether on whole numbers.
 
     Other providers get the Q/DQ pairs: TensorRT's makes INT8 of them itself.
     """
     if not _is_quantized(content):
-        return content
+        return content, False
     try:
         on_cpu = providers_for(options.provider)[0] == PROVIDERS["cpu"]
     except (ImportError, MissingDependencyError):  # what opens the session says so
-        return content
+        return content, False
     graph = _graph_of(content) if on_cpu else None
-    whole = None if graph is None else with_integer_convolutions(graph)
-    return content if whole is None or whole is graph else whole.SerializeToString()
+    if graph is None:
+        return content, False
+    whole = with_integer_convolutions(graph)
+    exact = with_single_quantization(whole)
+    return content if exact is graph else exact.SerializeToString(), whole is not graph
 
 
 def _is_quantized(model: bytes) -> bool:
