@@ -77,12 +77,29 @@ class TestDetector:
         value = next(item for item in model.graph.initializer if item.name == scales["up_out"])
         assert onnx.numpy_helper.to_array(value) == np.float32(7) / np.float32(127)
 
-    def test_requantization_puts_a_pair_before_every_layer(self) -> None:
-        model = detector()
-        tensors = set(place(model, requantize=True).tensors)
-        read = {node.input[0] for node in model.graph.node if node.op_type.startswith("Conv")}
-        assert read <= tensors
-        assert {"pool_1", "pool_2", "pyramid", "both"} <= tensors
+    def test_a_pair_stands_right_before_every_layer(self) -> None:
+        # TensorRT 8 fails at a convolution without.
+        model = quantized(detector(), place(detector()))
+        makers = {name: node.op_type for node in model.graph.node for name in node.output}
+        layers = [node for node in model.graph.node if node.op_type.startswith("Conv")]
+        assert {makers[node.input[0]] for node in layers} == {"DequantizeLinear"}
+
+    def test_what_is_dequantized_late_gets_the_scale_of_what_goes_in(self) -> None:
+        placement = place(detector())
+        reduced = dict.fromkeys(("pool_1", "pool_2", "pyramid"), "reduce_relu")
+        assert placement.repeated == {**reduced, "both": "up_out"}
+        scales = {
+            node.input[0]: node.input[1]
+            for node in quantized(detector(), placement).graph.node
+            if node.op_type == "QuantizeLinear"
+        }
+        for result, source in placement.repeated.items():
+            assert scales[result] == scales[source]
+
+    def test_requantization_counts_them_among_the_tensors(self) -> None:
+        placement = place(detector(), requantize=True)
+        assert {"pool_1", "pool_2", "pyramid", "both"} <= set(placement.tensors)
+        assert placement.repeated == {}
 
     @settings(max_examples=40, deadline=None)
     @given(st.sets(st.sampled_from(LAYERS)))
