@@ -7,28 +7,30 @@ from torch import Tensor, nn
 from trt_yolov6.models.backbone import EfficientRep
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.head import DecoupledHead
+from trt_yolov6.models.lite import LiteBackbone, LiteNeck
 from trt_yolov6.models.neck import RepPAN
 from trt_yolov6.models.variants import Architecture
 
 
 class YOLOv6(nn.Module):
-    """The paper's network. `arch` says which; it is in training form until `fuse` makes another."""
+    """A network of the family. `arch` says which; it is in training form until `fuse` makes another."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.arch = arch
-        self.backbone = EfficientRep(arch)
-        self.neck = RepPAN(arch)
+        lite = arch.neck == "lite"
+        self.backbone = LiteBackbone(arch) if lite else EfficientRep(arch)
+        self.neck = LiteNeck(arch) if lite else RepPAN(arch)
         self.head = DecoupledHead(arch)
 
     def raw(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """Run the network without decoding.
 
         Args:
-            images: (batch, 3, h, w), RGB in 0..1; h and w are multiples of 32.
+            images: (batch, 3, h, w), RGB in 0..1; h and w are multiples of `arch.size_multiple`.
 
         Returns:
-            For each stride 8, 16, 32: class logits (batch, classes, h', w'), regression
+            For each of `arch.strides`: class logits (batch, classes, h', w'), regression
             (batch, 4 * (reg_max + 1), h', w') and, with v0.1's head, objectness logits
             (batch, 1, h', w').
         """
