@@ -14,10 +14,16 @@ BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
 
 
+ACTIVATIONS: dict[ActivationName, type[nn.ReLU | nn.SiLU | nn.Hardswish]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+}
+
+
 def activation(name: ActivationName) -> nn.Module:
     """Return a new activation layer."""
-    kinds = {"relu": nn.ReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish}
-    return kinds[name](inplace=True)
+    return ACTIVATIONS[name](inplace=True)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -78,8 +84,9 @@ class RepConv(nn.Module):
         self, in_channels: int, out_channels: int, stride: int = 1, act: ActivationName = "relu"
     ) -> None:
         super().__init__()
-        self.dense = ConvBN(in_channels, out_channels, 3, stride)
-        self.pointwise = ConvBN(in_channels, out_channels, 1, stride)
+        # A file may have branches whose normalization is folded in already.
+        self.dense: ConvBN | ConvAct = ConvBN(in_channels, out_channels, 3, stride)
+        self.pointwise: ConvBN | ConvAct = ConvBN(in_channels, out_channels, 1, stride)
         has_identity = in_channels == out_channels and stride == 1
         self.identity = batch_norm(in_channels) if has_identity else None
         self.act = activation(act)
@@ -104,7 +111,7 @@ class QARepConv(nn.Module):
         self, in_channels: int, out_channels: int, stride: int = 1, act: ActivationName = "relu"
     ) -> None:
         super().__init__()
-        self.dense = ConvBN(in_channels, out_channels, 3, stride)
+        self.dense: ConvBN | ConvAct = ConvBN(in_channels, out_channels, 3, stride)
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
         has_identity = in_channels == out_channels and stride == 1
         self.average = nn.AvgPool2d(3, stride=1, padding=1) if has_identity else None
@@ -241,8 +248,7 @@ class MBLA(nn.Module):
         kept = 1 + sum(1 + length for length in rows)
         self.split = ConvBN(in_channels, (1 + len(rows)) * self.hidden, 1, act=arch.activation)
         self.rows = nn.ModuleList(
-            nn.Sequential(*(BottleRep(arch, self.hidden) for _ in range(length)))
-            for length in rows
+            nn.Sequential(*(BottleRep(arch, self.hidden) for _ in range(length))) for length in rows
         )
         self.merge = ConvBN(kept * self.hidden, out_channels, 1, act=arch.activation)
 

@@ -91,8 +91,13 @@ def merge_scaled(block: ScaledRepConv, *, bias: bool = False) -> ConvBN:
 
 def fuse_conv_bn(block: ConvBN) -> ConvAct:
     """Fold the batch normalization of a block into its convolution."""
-    kernel, bias = _folded(block.conv.weight, block.conv.bias, block.bn)
-    return _conv_act(block.conv, kernel, bias, block.act)
+    return fuse_normalization(block.conv, block.bn, block.act)
+
+
+def fuse_normalization(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module) -> ConvAct:
+    """Fold a batch normalization into the convolution before it."""
+    kernel, bias = _folded(conv.weight, conv.bias, bn)
+    return _conv_act(conv, kernel, bias, act)
 
 
 def fuse_rep_conv(block: RepConv) -> ConvAct:

@@ -47,23 +47,22 @@ class LiteBlock(nn.Module):
 
     def __init__(self, channels: int, act: ActivationName) -> None:
         super().__init__()
-        self.half = channels // 2
-        hidden = channels // 2
-        self.expand = ConvBN(self.half, hidden, 1, act=act)
-        self.depthwise = ConvBN(hidden, hidden, 3, groups=hidden)
-        self.excite = SqueezeExcite(hidden)
-        self.project = ConvBN(hidden, self.half, 1, act=act)
+        width = channels // 2
+        self.expand = ConvBN(width, width, 1, act=act)
+        self.depthwise = ConvBN(width, width, 3, groups=width)
+        self.excite = SqueezeExcite(width)
+        self.project = ConvBN(width, width, 1, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, h, w) to the same shape."""
-        passing, worked_on = x.split(self.half, dim=1)
+        passing, worked_on = torch.chunk(x, 2, dim=1)
         made = self.project(self.excite(self.depthwise(self.expand(worked_on))))
         return shuffled(torch.cat((passing, made), dim=1))
 
 
 def shuffled(x: Tensor) -> Tensor:
     """Take the channels of both halves in turns."""
-    return x.unflatten(1, (2, x.shape[1] // 2)).transpose(1, 2).flatten(1, 2)
+    return torch.unflatten(x, 1, (2, x.shape[1] // 2)).transpose(1, 2).flatten(1, 2)
 
 
 class LiteDownBlock(nn.Module):

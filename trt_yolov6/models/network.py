@@ -13,7 +13,7 @@ from trt_yolov6.models.variants import Architecture
 
 
 class YOLOv6(nn.Module):
-    """A network of the family. `arch` says which; it is in training form until `fuse` makes another."""
+    """A network of the family: `arch` says which. It is in training form; `fuse` makes another."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()

@@ -213,7 +213,8 @@ def architecture(name: str, num_classes: int = 80) -> Architecture:
             *(_multiple_of_16(base * row.width) for base in _LITE_STAGE_CHANNELS),
         )
         neck_channels: tuple[int, ...] = (_LITE_NECK_CHANNELS,)
-        stage_repeats, neck_repeats = _LITE_STAGE_REPEATS, 0
+        stage_repeats: tuple[int, ...] = _LITE_STAGE_REPEATS
+        neck_repeats: tuple[int, ...] = ()
     else:
 
         def channels(base: int) -> int:
@@ -224,13 +225,14 @@ def architecture(name: str, num_classes: int = 80) -> Architecture:
         stage_repeats = _MBLA_STAGE_REPEATS if row.mbla else _STAGE_REPEATS
         if row.p6:
             stage_repeats = (*stage_repeats, stage_repeats[-1])
-        neck_repeats = _MBLA_NECK_REPEATS if row.mbla else _NECK_REPEATS
+        neck_repeat = _MBLA_NECK_REPEATS if row.mbla else _NECK_REPEATS
+        neck_repeats = (neck_repeat,) * (6 if row.p6 else 4)
     return Architecture(
         name=name,
         stage_channels=stage_channels,
         neck_channels=neck_channels,
         stage_repeats=scaled(repeats, stage_repeats),
-        neck_repeats=() if lite else scaled(repeats, (neck_repeats,) * (6 if row.p6 else 4)),
+        neck_repeats=scaled(repeats, neck_repeats),
         block=row.block,
         csp_ratio=row.csp_ratio,
         activation=row.activation,
