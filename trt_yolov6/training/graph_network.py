@@ -105,7 +105,9 @@ class GraphNetwork(nn.Module):
         self._model = model
         self._quantization = quantization
         kinds = ("cls", "reg", "obj") if arch.head == "offset" else ("cls", "reg")
-        self._outputs = tuple(tuple(f"{kind}_{stride}" for kind in kinds) for stride in arch.strides)
+        self._outputs = tuple(
+            tuple(f"{kind}_{stride}" for kind in kinds) for stride in arch.strides
+        )
         constants = {
             item.name: np.array(numpy_helper.to_array(item)) for item in model.graph.initializer
         }
