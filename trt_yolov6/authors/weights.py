@@ -394,7 +394,7 @@ class _Reader:
             return
         name = activation_of(self._tree, theirs, keys)
         if not isinstance(expected, ACTIVATIONS[name]):
-            raise self._tree.unknown(f"several activations in one part (at {theirs})")
+            raise self._tree.unknown(f"another activation at {theirs} ({name})")
 
 
 def _parts(prefix: str) -> tuple[str, str]:
