@@ -105,7 +105,8 @@ def export_onnx(
         (shapes: see `OutputLayout`).
 
     Raises:
-        UserError: the size does not fit the network, or `verify` found outputs that differ by more than rounding explains.
+        UserError: the size does not fit the network, or `verify` found outputs that differ by more
+            than rounding explains.
     """
     settings = settings or ExportSettings()
     traced = _trace(_with_scaled_boxes(fuse(model).eval()), settings)
