@@ -143,7 +143,7 @@ def test_lite_has_the_published_size(name: str) -> None:
     parameters = (count_parameters(model) + left) / 1e6
     assert round(parameters, 2) == readme
     assert round(parameters, 3) == counted
-    # Theirs count what the normalizations do, too.
+    # Counted on theirs, which have normalizations left.
     assert flops_done(model) / 1e9 == pytest.approx(flops, abs=0.0015)
 
 

@@ -251,15 +251,23 @@ def _use_older_operators(proto: onnx.ModelProto) -> None:
         if node.op_type == "ReduceMean":
             # Squeeze-and-excitation's, over height and width.
             node.op_type = "GlobalAveragePool"
-            del node.input[1:], node.attribute[:]
-        elif node.op_type == "Split" and len(node.input) == 1:
+            del node.input[1:]
+            _keep_attributes(node)
+        elif node.op_type == "Split":
             (axis,) = (item.i for item in node.attribute if item.name == "axis")
             sizes = np.array([shapes[name][axis] for name in node.output], np.int64)
+            del node.input[1:]
             node.input.append(f"{node.name}_sizes")
             proto.graph.initializer.append(onnx.numpy_helper.from_array(sizes, node.input[1]))
-            kept = [item for item in node.attribute if item.name == "axis"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+            _keep_attributes(node, "axis")
+        elif node.op_type == "Resize":
+            _keep_attributes(node, "mode", "coordinate_transformation_mode", "nearest_mode")
+
+
+def _keep_attributes(node: onnx.NodeProto, *names: str) -> None:
+    kept = [item for item in node.attribute if item.name in names]
+    del node.attribute[:]
+    node.attribute.extend(kept)
 
 
 # --- decoding -----------------------------------------------------------------------------------
