@@ -30,7 +30,8 @@ LEAST_AN_IMAGE = 0.25
 """Least that losses are divided by, for every image of the batch: less than one object found
 halfway. Without it, batches of few objects or none would blow up."""
 
-_SMALL_VARIANTS = ("yolov6n", "yolov6t", "yolov6t_released", "yolov6n_v3")
+_SMALL_VARIANTS = ("yolov6n", "yolov6t")
+"""What the names of the variants begin with that take SIoU."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def default_losses(arch: Architecture) -> LossSettings:
     distributions; objectness where the head has it.
     """
     return LossSettings(
-        box="siou" if variant_name(arch) in _SMALL_VARIANTS else "giou",
+        box="siou" if variant_name(arch).startswith(_SMALL_VARIANTS) else "giou",
         use_dfl=arch.reg_max > 0,
         objectness=arch.head == "offset",
     )
