@@ -9,6 +9,7 @@ import pickle
 import re
 import struct
 import tarfile
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from trt_yolov6.checkpoint import Checkpoint, load_checkpoint
 from trt_yolov6.coco_names import COCO_NAMES
 from trt_yolov6.errors import UserError
 from trt_yolov6.models import VARIANTS, YOLOv6, architecture, fuse
+from trt_yolov6.torch_archive import TorchArchive
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -274,6 +276,31 @@ def test_boxes_of_0_3s_self_distillation_are_not_those_it_trains_with(tmp_path: 
         for index, level in enumerate(loaded.head.levels):
             theirs = model.state_dict()[f"detect.{used}.{index}.weight"]
             assert torch.equal(level.get_submodule("reg_pred").get_parameter("weight"), theirs)
+
+
+def test_recognizing_a_file_takes_little_beside_reading_its_tensors(tmp_path: Path) -> None:
+    """At most half as long again; the best of several, since others may use this machine."""
+    path = write_checkpoint(tmp_path / "x.pt", authors_model(FACTS["yolov6s_v3"]))
+
+    def read_tensors() -> None:
+        with TorchArchive(path) as archive:
+            pending = [archive.root["model"]]
+            while pending:
+                state = pending.pop().state
+                for group in ("_parameters", "_buffers"):
+                    for value in state[group].values():
+                        if value is not None:
+                            archive.tensor(value)
+                pending += [child for child in state["_modules"].values() if child is not None]
+
+    def seconds(action: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    pairs = [(seconds(lambda: load_checkpoint(path)), seconds(read_tensors)) for _ in range(6)]
+    whole, tensors = (min(column) for column in zip(*pairs, strict=True))
+    assert whole < 1.5 * tensors
 
 
 def test_weights_arrive_unchanged(tmp_path: Path) -> None:

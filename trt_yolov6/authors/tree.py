@@ -17,6 +17,9 @@ from trt_yolov6.torch_archive import TorchArchive
 RELEASES = "releases 0.1 to 0.4"
 """What is read here."""
 
+_COUNTER = "num_batches_tracked"
+"""A batch normalization's count of steps, which nothing here needs."""
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -78,10 +81,13 @@ def flatten(archive: TorchArchive, root: Shell) -> Tree:
         tree.attributes[prefix] = state
         for group in ("_parameters", "_buffers"):
             for name, value in _named(state, group):
-                key = f"{prefix}.{name}" if prefix else name
-                tree.tensors[key] = _finite(tree.path, key, archive.tensor(value))
+                if name != _COUNTER:
+                    key = f"{prefix}.{name}" if prefix else name
+                    tensor = archive.tensor(value)
+                    tree.tensors[key] = tensor.float() if tensor.is_floating_point() else tensor
         for name, child in _named(state, "_modules"):
             pending.append((f"{prefix}.{name}" if prefix else name, child, depth + 1))
+    _check_finite(tree)
     return tree
 
 
@@ -94,14 +100,14 @@ def _named(state: dict[Any, Any], group: str) -> Iterator[tuple[str, Shell]]:
                 yield name, value
 
 
-def _finite(path: Path, key: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    tensor = tensor.float()
-    # A sum is not finite where a value is not; where it overflows itself, look at each.
-    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-        raise UserError(
-            f"{path} has weights that are not finite numbers ({key}); its training diverged or "
-            "overflowed half precision: use another checkpoint."
-        )
-    return tensor
+def _check_finite(tree: Tree) -> None:
+    # A sum is not finite where a value is not. It may overflow by itself; then look at the values.
+    sums = [tensor.sum() for tensor in tree.tensors.values() if tensor.is_floating_point()]
+    if not sums or torch.isfinite(torch.stack(sums)).all():
+        return
+    for key, tensor in tree.tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{tree.path} has weights that are not finite numbers ({key}); its training "
+                "diverged or overflowed half precision: use another checkpoint."
+            )

@@ -368,7 +368,6 @@ class _Reader:
                 f"{self._tree.path} is damaged: {theirs} has a negative variance; copy or download "
                 "it again."
             )
-        self.used.add(f"{theirs}.num_batches_tracked")
 
     def _tensor(self, key: str, shape: Sequence[int]) -> Tensor:
         tensor = self._tree.tensor(key)
