@@ -29,7 +29,7 @@ from torch import Tensor
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import atomic_path
 from trt_yolov6.inert_pickle import Shell
-from trt_yolov6.models.network import YOLOv6
+from trt_yolov6.models.network import YOLOv6, shapes_only
 from trt_yolov6.models.variants import (
     ActivationName,
     Architecture,
@@ -133,8 +133,7 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
     shells = root.get("weights")
     if not isinstance(shells, dict):
         raise _damaged(path, "it has no weights")
-    with torch.device("meta"):
-        model = YOLOv6(arch)
+    model = shapes_only(arch)
     weights: dict[str, Tensor] = {}
     for name, expected in model.state_dict().items():
         if name.endswith(_COUNTER):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,14 @@ def flatten(archive: TorchArchive, root: Shell) -> Tree:
         UserError: the tree or a weight in it is damaged.
     """
     tree = Tree(archive.path, {}, {}, {})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        _fill(tree, archive, root)
+    _check_finite(tree)
+    return tree
+
+
+def _fill(tree: Tree, archive: TorchArchive, root: Shell) -> None:
     pending: list[tuple[str, Any, int]] = [("", root, 0)]
     while pending:
         prefix, shell, depth = pending.pop()
@@ -83,12 +92,9 @@ def flatten(archive: TorchArchive, root: Shell) -> Tree:
             for name, value in _named(state, group):
                 if name != _COUNTER:
                     key = f"{prefix}.{name}" if prefix else name
-                    tensor = archive.tensor(value)
-                    tree.tensors[key] = tensor.float() if tensor.is_floating_point() else tensor
+                    tree.tensors[key] = archive.tensor(value, widened=True)
         for name, child in _named(state, "_modules"):
             pending.append((f"{prefix}.{name}" if prefix else name, child, depth + 1))
-    _check_finite(tree)
-    return tree
 
 
 def _named(state: dict[Any, Any], group: str) -> Iterator[tuple[str, Shell]]:

@@ -28,7 +28,7 @@ from trt_yolov6.models.blocks import (
     mbla_rows,
 )
 from trt_yolov6.models.fusion import fuse_normalization
-from trt_yolov6.models.network import YOLOv6
+from trt_yolov6.models.network import YOLOv6, shapes_only
 from trt_yolov6.models.variants import Architecture
 
 _BINS = ("detect.proj", "detect.proj_conv.weight")
@@ -50,8 +50,7 @@ def read_network(tree: Tree, arch: Architecture) -> YOLOv6:
     Raises:
         UserError: it lacks something, or has something that the architecture has not.
     """
-    with torch.device("meta"):
-        model = YOLOv6(arch)
+    model = shapes_only(arch)
     _check_bins(tree, arch)
     modules = dict(model.named_modules())
     reader = _Reader(tree)
