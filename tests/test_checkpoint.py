@@ -485,6 +485,11 @@ def widen_a_layer(model: Any) -> None:
     model.detect.cls_preds[1] = nn.Conv2d(30, 4, 1)
 
 
+def flatten_a_weight(model: Any) -> None:
+    convolution = model.backbone.stem.rbr_dense.conv
+    convolution.weight = nn.Parameter(convolution.weight.detach().flatten())
+
+
 def change_the_pooling(model: Any) -> None:
     model.backbone.ERBlock_5[2].m.kernel_size = 9
 
@@ -498,6 +503,7 @@ def change_the_pooling(model: Any) -> None:
         (change_an_activation, "the activation Mish"),
         (mix_activations, "another activation at backbone.ERBlock_3.0 (silu)"),
         (widen_a_layer, "detect.cls_preds.1.weight of shape (4, 30, 1, 1)"),
+        (flatten_a_weight, "backbone.stem.rbr_dense.conv.weight of shape (162,)"),
         (change_the_pooling, "another pooling size"),
     ],
 )

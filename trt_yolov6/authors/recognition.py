@@ -38,7 +38,13 @@ _STACKS = ("RepBlock", "BepC3", "MBLABlock")
 ACTIVATION_KEYS = ("nonlinearity", "act", "block.act", "relu")
 """What the authors call the activation of a block."""
 # What they call its convolution in each of its forms.
-_WEIGHT_KEYS = ("rbr_reparam.weight", "rbr_dense.conv.weight", "conv.weight", "block.conv.weight")
+_WEIGHT_KEYS = (
+    "rbr_reparam.weight",
+    "rbr_dense.conv.weight",
+    "conv.weight",
+    "block.conv.weight",
+    "weight",
+)
 
 # Heads of the authors' other tasks predict more than boxes and classes.
 _OTHER_TASKS = {
@@ -95,7 +101,7 @@ def recognize(tree: Tree) -> Architecture:
 
 def _refuse_other_tasks(tree: Tree) -> None:
     head = "detect"
-    parts = [tree.origins.get(head, "").lower()]
+    parts = [tree.origins.get(name, "").lower() for name in ("", head)]
     parts += [name.split(".")[1] for name in tree.origins if name.startswith(f"{head}.")]
     for task, words in _OTHER_TASKS.items():
         found = next((part for part in parts if words.search(part)), None)
@@ -174,7 +180,7 @@ def _rep(tree: Tree) -> Architecture:
         csp_ratio=ratio,
         activation=activation_of(tree, "backbone.stem"),
         reg_max=_reg_max(tree, head),
-        num_classes=tree.tensor(f"detect.{head.classes}.0.weight").shape[0],
+        num_classes=_weight(tree, f"detect.{head.classes}.0").shape[0],
         head=_head_kind(tree),
         head_activation=activation_of(tree, "detect.stems.0"),
         input_channels=_weight(tree, "backbone.stem").shape[1],
@@ -189,12 +195,13 @@ def _lite(tree: Tree) -> Architecture:
     head = predictions(tree)
     stages = range(1, 5)
     stem = "backbone.conv_0"
+    ends = (stem, *(f"{lite_stage(index)}.0.conv_pw_3" for index in stages))
+    channels = tuple(_weight(tree, name).shape[0] for name in ends)
+    if any(width % 8 for width in channels):
+        raise tree.unknown(f"stages of {channels} channels")
     return Architecture(
         name="yolov6-custom",
-        stage_channels=(
-            _weight(tree, stem).shape[0],
-            *(_weight(tree, f"{lite_stage(index)}.0.conv_pw_3").shape[0] for index in stages),
-        ),
+        stage_channels=channels,
         neck_channels=(_weight(tree, "neck.reduce_layer0").shape[0],),
         stage_repeats=tuple(_children(tree, lite_stage(index)) for index in stages),
         neck_repeats=(),
@@ -202,7 +209,7 @@ def _lite(tree: Tree) -> Architecture:
         csp_ratio=None,
         activation=activation_of(tree, stem),
         reg_max=_reg_max(tree, head),
-        num_classes=tree.tensor(f"detect.{head.classes}.0.weight").shape[0],
+        num_classes=_weight(tree, f"detect.{head.classes}.0").shape[0],
         head=_head_kind(tree),
         head_activation=activation_of(tree, "detect.stems.0", ("act_1",)),
         input_channels=_weight(tree, stem).shape[1],
@@ -250,7 +257,7 @@ def _head_kind(tree: Tree) -> HeadKind:
 
 def _reg_max(tree: Tree, head: Predictions) -> int:
     """Return the largest distance bin; the file's own `reg_max` says 16 without any, too."""
-    outputs = tree.tensor(f"detect.{head.boxes}.0.weight").shape[0]
+    outputs = _weight(tree, f"detect.{head.boxes}.0").shape[0]
     if outputs % 4:
         raise tree.unknown(f"a head with {outputs} regression outputs")
     return outputs // 4 - 1
@@ -275,8 +282,10 @@ def _children(tree: Tree, prefix: str) -> int:
 
 
 def _weight(tree: Tree, prefix: str) -> Tensor:
-    """Return the main convolution's weight of a block in any form."""
-    for key in _WEIGHT_KEYS:
-        if f"{prefix}.{key}" in tree.tensors:
-            return tree.tensors[f"{prefix}.{key}"]
-    return tree.tensor(f"{prefix}.conv.weight")
+    """Return the main convolution's weight of a block in any form: (out, in, height, width)."""
+    keys = (f"{prefix}.{key}" for key in _WEIGHT_KEYS)
+    key = next((key for key in keys if key in tree.tensors), f"{prefix}.conv.weight")
+    weight = tree.tensor(key)
+    if weight.ndim != 4 or not weight.numel():
+        raise tree.unknown(f"{key} of shape {tuple(weight.shape)}")
+    return weight

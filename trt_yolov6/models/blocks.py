@@ -19,6 +19,7 @@ ACTIVATIONS: dict[ActivationName, type[nn.ReLU | nn.SiLU | nn.Hardswish]] = {
     "silu": nn.SiLU,
     "hardswish": nn.Hardswish,
 }
+"""The layer of each name."""
 
 
 def activation(name: ActivationName) -> nn.Module:

@@ -305,7 +305,7 @@ class GraphNetwork(nn.Module):
             if operator is None:
                 raise UserError(
                     f"the graph has the operator {node.op_type}, which quantization-aware training "
-                    "does not know; give a YOLOv6 checkpoint."
+                    "does not know; give a YOLOv6 checkpoint, and not one of MBLA or Lite."
                 )
             inputs = tuple(node.input)
             exact = frozenset(n for n in inputs if (n, node.output[0]) in exact_reads)
