@@ -87,7 +87,7 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
     """Export a checkpoint: a file, or what `load_checkpoint` made of it.
 
     Raises:
-        UserError: the file is no YOLOv6 checkpoint this package reads.
+        UserError: the file is no YOLOv6 checkpoint this package reads, or the size does not fit it.
     """
     from trt_yolov6.checkpoint import load_checkpoint
     from trt_yolov6.export import export_onnx
@@ -97,7 +97,7 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
         model=export_onnx(checkpoint.model, settings, checkpoint.class_names),
         name=checkpoint.arch.name,
         class_names=tuple(checkpoint.class_names),
-        image_size=settings.image_size,
+        image_size=settings.size_for(checkpoint.arch),
         batch=settings.batch,
         precision="fp16" if settings.fp16 else "fp32",
         output_layout=settings.output_layout,

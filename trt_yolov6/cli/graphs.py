@@ -277,7 +277,7 @@ def _export_settings(options: argparse.Namespace) -> ExportSettings:
     if not options.end2end and (options.conf is not None or options.iou is not None):
         raise UserError("--conf and --iou belong to NMS in the graph; add --end2end.")
     return ExportSettings(
-        image_size=options.imgsz or (640, 640),
+        image_size=options.imgsz,
         batch=_profile(options) or _default_profile(),
         # Quantization starts from float32; the rest becomes half precision with the Q/DQ pairs.
         fp16=options.fp16 and not _quantizes(options),

@@ -55,7 +55,10 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
         help="batch sizes taken and the one tuned for (1,32,32)",
     )
     parser.add_argument(
-        "--imgsz", type=image_size, metavar="N|HxW", help="input size, a multiple of 32 (640)"
+        "--imgsz",
+        type=image_size,
+        metavar="N|HxW",
+        help="input size, a multiple of 32 (640; P6 1280, Lite 320)",
     )
     parser.add_argument("--end2end", action="store_true", help="NMS in the graph")
     parser.add_argument("--conf", type=float, help="confidence threshold of --end2end (0.03)")

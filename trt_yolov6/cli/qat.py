@@ -79,7 +79,10 @@ def add(commands: Commands) -> None:
 
     graph = parser.add_argument_group("what is written")
     graph.add_argument(
-        "--imgsz", type=image_size, metavar="N|HxW", help="input size, a multiple of 32 (640)"
+        "--imgsz",
+        type=image_size,
+        metavar="N|HxW",
+        help="input size, a multiple of 32 (640; P6 1280, Lite 320)",
     )
     graph.add_argument("--fp16", action="store_true", help="what is not INT8 in half precision")
     graph.add_argument("--dynamic", type=three_numbers, metavar="MIN,OPT,MAX", help="(1,32,32)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +48,14 @@ def add(commands: Commands) -> None:
 
     model = parser.add_argument_group("network (paper, Tables 2 to 4 and 11)")
     model.add_argument(
-        "--model", metavar="n|t|s|m|l|NAME", help="variant (s, or that of --weights)"
+        "--model",
+        nargs="?",
+        const="",
+        metavar="n|t|s|m|l|NAME",
+        help="variant (s, or that of --weights), such as n_v3; without a name: list them all",
     )
     model.add_argument("--weights", type=Path, metavar="FILE.pt", help="checkpoint to train on")
-    model.add_argument("--block", choices=("repvgg", "conv", "scaled"))
+    model.add_argument("--block", choices=("repvgg", "qarepvgg", "conv", "scaled"))
     model.add_argument(
         "--rep-optimizer",
         nargs="?",
@@ -78,7 +83,10 @@ def add(commands: Commands) -> None:
     recipe.add_argument("--epochs", type=positive, help="(300)")
     recipe.add_argument("--batch", type=positive, help="images a step, over all GPUs (32)")
     recipe.add_argument(
-        "--imgsz", type=positive, metavar="N", help="input size, a multiple of 32 (640)"
+        "--imgsz",
+        type=positive,
+        metavar="N",
+        help="input size, a multiple of 32 (640; P6 a multiple of 64, 1280; Lite 320)",
     )
     recipe.add_argument(
         "--lr", type=float, help="learning rate for 32 images (N 0.02, others 0.01)"
@@ -122,6 +130,9 @@ _RESUMING = ("command", "run", "resume", "output", "device", "quiet", "json")
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
+    if options.model == "":
+        print("\n".join(_listed_variants()))
+        return
     from trt_yolov6.training.trainer import stored_settings, train
 
     if options.resume:
@@ -159,6 +170,20 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.json:
         write_result(options.json, result.to_json())
+
+
+def _listed_variants() -> Iterator[str]:
+    """Yield a line for each variant: its name, what it is built of, the input it is made for."""
+    from trt_yolov6.models import VARIANTS, architecture
+
+    for name in VARIANTS:
+        arch = architecture(name)
+        parts = [f"{arch.block} blocks", f"{arch.neck} neck", f"{arch.image_size} pixels"]
+        if arch.block != "lite":
+            parts.insert(1, f"{arch.stack} stacks")
+        if arch.reg_max:
+            parts.insert(-1, "DFL")
+        yield f"{name:17} {', '.join(parts)}"
 
 
 def _train_settings(options: argparse.Namespace) -> TrainSettings:

@@ -239,9 +239,7 @@ def _graph(work: Work, entry: ModelEntry, profile: BatchProfile, fp16: bool) -> 
     key = entry, profile, fp16
     if key not in work.graphs:
         if entry.path.suffix == ".pt":
-            settings = ExportSettings(
-                image_size=entry.imgsz or (640, 640), batch=profile, fp16=fp16
-            )
+            settings = ExportSettings(image_size=entry.imgsz, batch=profile, fp16=fp16)
             work.graphs[key] = graph_from_checkpoint(entry.path, settings)
         else:
             work.graphs[key] = graph_from_onnx(
