@@ -15,10 +15,11 @@ import numpy as np
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.decoders.inputs import runtime_inputs, with_one_input
 from trt_yolov6.decoders.layouts import class_count
+from trt_yolov6.decoders.outputs import drop_other_outputs, dropped_text
 from trt_yolov6.decoders.recognition import facts_of, recognize
 from trt_yolov6.engines import backend as backend_module
 from trt_yolov6.engines import best_backend
-from trt_yolov6.engines.base import BuildSettings, TensorSpec
+from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.layout import check_input, image_size_in, names_in, nms_in
 from trt_yolov6.engines.manifest import (
     BatchProfile,
@@ -31,6 +32,7 @@ from trt_yolov6.engines.manifest import (
 )
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import atomic_path, check_writable, sha256_bytes, sha256_file
+from trt_yolov6.onnx_files import read_onnx, value_spec
 
 if TYPE_CHECKING:
     import onnx
@@ -66,6 +68,8 @@ class Graph:
     """The family the detector is of, see `decoders.families`."""
     preprocessing: Preprocessing = YOLOV6
     """How images become its input."""
+    notes: tuple[str, ...] = ()
+    """What was changed of a file's graph as it was read, or rewritten for TensorRT: sentences."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def graph_from_onnx(
     metadata = {item.key: item.value for item in model.metadata_props}
     model = with_one_input(model, path, image_size)
     inputs = runtime_inputs(model)
-    given = _value_spec(inputs[0], path)
+    given = value_spec(inputs[0], path)
     spatial = (1, 2) if given.dtype == np.uint8 else (2, 3)
     if len(given.shape) != 4:
         raise UserError(
@@ -156,16 +160,18 @@ def graph_from_onnx(
     dims = inputs[0].type.tensor_type.shape.dim
     for axis, value in zip(spatial, size, strict=True):
         dims[axis].dim_value = value
-    check_input(_value_spec(inputs[0], path), path)
+    check_input(value_spec(inputs[0], path), path)
     _fill_in_output_shapes(model)
-    outputs = [_value_spec(item, path) for item in model.graph.output]
+    dropped = drop_other_outputs(model, path, size, decoder)
+    outputs = [value_spec(item, path) for item in model.graph.output]
     family, layout = recognize(facts_of(model, outputs, size), path, decoder)
     precision = graph_precision(model)
     if precision == "fp32":
         model = with_folded_weights(model)
-    if precision in ("int8", "fp8") and fp16:
+    if precision not in ("fp32", "fp16") and fp16:
         raise UserError(
-            f"{path} has Q/DQ nodes, whose precision is decided already; leave --fp16 out."
+            f"{path} is quantized ({precision}), so its precision is decided already; leave --fp16 "
+            "out."
         )
     if fp16 and precision == "fp32":
         _name_anonymous_nodes(model)
@@ -193,7 +199,24 @@ def graph_from_onnx(
         source=path,
         decoder=family.name,
         preprocessing=family.preprocessing.with_changes(preprocess),
+        notes=(dropped_text(dropped),) if dropped else (),
     )
+
+
+def for_tensorrt(graph: Graph) -> Graph:
+    """Return a graph as TensorRT computes it: unsigned INT8 levels become signed ones.
+
+    Raises:
+        UserError: see `quantization.symmetric.check_symmetric`.
+    """
+    if graph.precision not in ("int8", "int8-dynamic"):
+        return graph
+    from trt_yolov6.quantization.symmetric import with_symmetric_int8
+
+    model, said = with_symmetric_int8(graph.model, graph.source)
+    if said is None:
+        return graph
+    return dataclasses.replace(graph, model=model, notes=(*graph.notes, said))
 
 
 def check_build(backend: str, output: str | Path | None, settings: BuildSettings) -> str:
@@ -241,6 +264,8 @@ def build_engine(
     settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch, fp8=fp8)
     name = check_build(backend, output, settings)
     module = backend_module(name)
+    if name != "onnxruntime":
+        graph = for_tensorrt(graph)
     path = Path(output) if output else ENGINES / f"{graph.name}{SUFFIXES[name]}"
     asked = _quantized_convolutions(graph.model)
     said: list[str] = []
@@ -271,7 +296,7 @@ def build_engine(
         decoder=graph.decoder,
         preprocessing=graph.preprocessing,
         tensors=tuple(
-            _value_spec(item, graph.source)
+            value_spec(item, graph.source)
             for item in (*runtime_inputs(graph.model), *graph.model.graph.output)
         ),
     )
@@ -280,32 +305,6 @@ def build_engine(
         temporary.write_bytes(plan)
         manifest_path = write_manifest(path, manifest)
     return BuiltEngine(path, manifest_path, manifest, seconds, asked)
-
-
-def read_onnx(path: str | Path) -> onnx.ModelProto:
-    """Read and check an ONNX file.
-
-    Raises:
-        UserError: the file is missing, empty, cut short or no ONNX model.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-    try:
-        model = onnx.load_from_string(content)
-        onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path} is not a whole ONNX model ({reason}); export or copy it again."
-        ) from error
-    if not model.graph.node:
-        raise UserError(f"{path} is not an ONNX model with any operator; export it again.")
-    return model
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
@@ -389,19 +388,6 @@ def _fill_in_output_shapes(model: onnx.ModelProto) -> None:
                 own.dim_value = found.dim_value
 
 
-def _value_spec(value: Any, path: Path) -> TensorSpec:
-    import onnx
-
-    tensor = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or not tensor.elem_type:
-        raise UserError(f"{path} has {value.name!r}, which is no tensor; a detector is needed.")
-    # Some exporters write a free axis as -1 or 0.
-    shape = tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim)
-    return TensorSpec(
-        value.name, shape, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    )
-
-
 def _fixed_size(
     path: Path, sizes: Sequence[int | None], wanted: tuple[int, int] | None
 ) -> tuple[int, int]:
@@ -432,7 +418,10 @@ def graph_precision(model: onnx.ModelProto) -> Precision:
     """Return the precision a graph is in, by its Q/DQ nodes and its weights."""
     import onnx
 
-    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+    operators = {node.op_type for node in model.graph.node}
+    if any(op.startswith("DynamicQuantize") for op in operators):
+        return "int8-dynamic"
+    if any(op == "QuantizeLinear" or op.startswith("QLinear") for op in operators):
         # Nothing but Q/DQ nodes reads constants of such a type.
         return "fp8" if any(map(_is_float8, _constants(model))) else "int8"
     half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)

@@ -229,7 +229,7 @@ class _Details:
 
 def _check_inputs(path: Path) -> None:
     """Raise UserError for inputs that this package fills in itself: Triton would ask clients."""
-    from trt_yolov6.building import read_onnx
+    from trt_yolov6.onnx_files import read_onnx
     from trt_yolov6.decoders.inputs import runtime_inputs
 
     names = [item.name for item in runtime_inputs(read_onnx(path))]
@@ -241,7 +241,8 @@ def _check_inputs(path: Path) -> None:
 
 
 def _precision_of(path: Path) -> str:
-    from trt_yolov6.building import graph_precision, read_onnx
+    from trt_yolov6.building import graph_precision
+    from trt_yolov6.onnx_files import read_onnx
 
     return graph_precision(read_onnx(path)) if path.suffix == ".onnx" else "unknown"
 

@@ -90,7 +90,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.building import build_engine, check_build
+    from trt_yolov6.building import build_engine, check_build, for_tensorrt
     from trt_yolov6.engines.base import BuildSettings
 
     settings = BuildSettings(
@@ -113,13 +113,17 @@ def run(options: argparse.Namespace) -> None:
             "that as --onnx, without --int8 or --fp8."
         )
     # Exporting takes seconds: what cannot be built is better refused before.
-    check_build(options.backend, options.output, settings)
+    backend = check_build(options.backend, options.output, settings)
     quantization = quantization_settings(options)
     if quantization:
         from trt_yolov6.quantization.images import calibration_images
 
         calibration_images(options.calib or SAMPLE_CALIB)
     graph = onnx_graph(options) if options.onnx else exported(options)
+    if backend != "onnxruntime":
+        graph = for_tensorrt(graph)
+    for note in graph.notes:
+        say(f"{graph.source}: {note}")
     if quantization:
         graph = quantized(graph, options, quantization)
     elif graph.precision == "fp8":

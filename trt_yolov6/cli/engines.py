@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def load(path: Path, options: argparse.Namespace) -> Engine:
     """Load an engine as the options say."""
+    from trt_yolov6.decoders.outputs import dropped_text
     from trt_yolov6.engines import load_engine
     from trt_yolov6.engines.base import LoadOptions
 
@@ -31,6 +32,8 @@ def load(path: Path, options: argparse.Namespace) -> Engine:
     if engine.manifest is None:
         reading = reading_text(engine.decoder, engine.output_layout, engine.preprocessing)
         say(f"{path} has no manifest: {reading}")
+    if engine.dropped_outputs:
+        say(f"{path}: {dropped_text(engine.dropped_outputs)}")
     return engine
 
 

@@ -383,7 +383,7 @@ def _description(
 
 
 def _read(path: Path) -> onnx.ModelProto:
-    from trt_yolov6.building import read_onnx
+    from trt_yolov6.onnx_files import read_onnx
 
     return read_onnx(path)
 

@@ -127,6 +127,8 @@ class Engine(abc.ABC):
     class_names: tuple[str, ...]
     note: str = ""
     """How the engine computes, where that is not what its precision says."""
+    dropped_outputs: tuple[str, ...] = ()
+    """Outputs of a file without a manifest that are not a detector's and are not computed."""
     in_flight: int = 1
     """Batches that `start` takes before the first is waited for."""
     nms: NmsSettings | None = None

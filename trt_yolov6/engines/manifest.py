@@ -20,7 +20,8 @@ from trt_yolov6.files import read_json, sha256_file, write_json
 
 SCHEMA_VERSION = 1
 
-Precision = Literal["fp32", "fp16", "int8", "fp8"]
+Precision = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
+"""`int8-dynamic` is ONNX Runtime's dynamic quantization: INT8 weights, ranges found as it runs."""
 
 OutputLayout = Literal[
     "split",

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.decoders.inputs import runtime_inputs, with_one_input
+from trt_yolov6.decoders.outputs import drop_other_outputs
 from trt_yolov6.decoders.recognition import GraphFacts, facts_of
 from trt_yolov6.engines.base import (
     Availability,
@@ -31,6 +32,7 @@ from trt_yolov6.engines.layout import check_input, class_names_of, nms_in, readi
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.files import read_json
+from trt_yolov6.onnx_files import read_weights
 from trt_yolov6.quantization.exact import with_integer_convolutions
 
 if TYPE_CHECKING:
@@ -122,14 +124,22 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
     graph: onnx.ModelProto | None = None
+    dropped: tuple[str, ...] = ()
     if manifest is None:
         # `build` has done this for engines that have one.
         graph = _graph_of(content)
-        if graph is not None and len(runtime_inputs(graph)) > 1:
-            content = with_one_input(graph, path).SerializeToString()
+        if graph is not None:
+            has_changed = read_weights(graph, path)
+            if len(runtime_inputs(graph)) > 1:
+                graph = with_one_input(graph, path)
+                has_changed = True
+            dropped = drop_other_outputs(graph, path, decoder=options.decoder)
+            if has_changed or dropped:
+                content = graph.SerializeToString()
     whole = _on_whole_numbers(content, options)
     session = _session(whole, path, options)
     engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
+    engine.dropped_outputs = dropped
     if _is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
         how = "in float" if whole is content else "on whole numbers held in float"
