@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from trt_yolov6.class_matching import match_classes
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detection import Detections
@@ -58,7 +60,7 @@ class Evaluation:
     ap_medium: float | None
     ap_large: float | None
     per_class: tuple[float | None, ...]
-    """AP by class index."""
+    """AP by class of the data set."""
     class_names: tuple[str, ...]
     images: int
     detections: int
@@ -68,6 +70,8 @@ class Evaluation:
     """File name of the engine."""
     precision: str
     backend: str
+    notes: tuple[str, ...] = ()
+    """What a reader must know beside the figures: sentences."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a flat dictionary, ready for `json.dumps`; an undefined AP is null.
@@ -94,6 +98,7 @@ class Evaluation:
             "coco_s": self.seconds.coco,
             "tail_s": self.seconds.tail,
             "wall_s": self.wall_seconds,
+            "notes": list(self.notes),
             "per_class": [
                 {"name": name, "AP": ap}
                 for name, ap in zip(self.class_names, self.per_class, strict=True)
@@ -128,7 +133,7 @@ def evaluate(
 
     Args:
         engine: any loaded engine.
-        dataset: a split with as many classes as the engine has, in the same order.
+        dataset: a split with the engine's classes, see `class_matching.match_classes`.
         batch: images at a time; default: see `inference.choose_batch`.
         nms: thresholds; default: `NmsSettings()`, confidence 0.03 and IoU 0.65.
         border: gray pixels around the image, see `letterbox.fit`.
@@ -136,15 +141,25 @@ def evaluate(
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: the class counts differ, an image is unreadable or not of the recorded size, or
+        UserError: the classes do not match, an image is unreadable or not of the recorded size, or
             the engine cannot do what is asked.
     """
-    # A graph with NMS inside and no manifest does not tell its classes; `_match` looks at them.
-    if engine.class_names and len(engine.class_names) != len(dataset.class_names):
-        raise UserError(
-            f"{engine.path} knows {len(engine.class_names)} classes, {dataset.annotation_file} has "
-            f"{len(dataset.class_names)}; evaluate the engine on the data set it was trained for."
-        )
+    match_of = match_classes(
+        engine.path.name,
+        engine.class_names,
+        dataset.annotation_file,
+        dataset.class_names,
+        _used(dataset),
+    )
+    # Of each class of the engine, its category; None: the data set does not have it.
+    categories = tuple(
+        None if place is None else dataset.category_ids[place] for place in match_of.places
+    )
+    dataset = dataclasses.replace(
+        dataset,
+        category_ids=tuple(dataset.category_ids[place] for place in match_of.kept),
+        class_names=tuple(dataset.class_names[place] for place in match_of.kept),
+    )
     start = time.perf_counter()
     read = preprocess = inference = postprocess = scoring = 0.0
     engine_done = start
@@ -152,7 +167,7 @@ def evaluate(
     matches: dict[int, list[Any]] = {}
 
     def match(batch: Batch[CocoImage], found: list[Detections]) -> _Matches:
-        return _match(truth.result(), dataset, batch.items, found)
+        return _match(truth.result(), dataset, categories, batch.items, found)
 
     bar = tqdm(
         total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
@@ -203,11 +218,12 @@ def evaluate(
         engine=engine.path.name,
         precision=engine.precision,
         backend=engine.backend,
+        notes=match_of.notes,
     )
 
 
 def _to_coco(
-    image: CocoImage, detections: Detections, category_ids: Sequence[int]
+    image: CocoImage, detections: Detections, category_ids: Sequence[int | None]
 ) -> list[dict[str, Any]]:
     corners = detections.boxes.astype(np.float64)
     corners[:, 2:] -= corners[:, :2]
@@ -226,7 +242,14 @@ def _to_coco(
             detections.classes.tolist(),
             strict=True,
         )
+        if category_ids[index] is not None
     ]
+
+
+def _used(dataset: CocoDataset) -> list[bool]:
+    """Return of each category whether any object is of it."""
+    used = {entry["category_id"] for entry in dataset.annotations}
+    return [number in used for number in dataset.category_ids]
 
 
 def _coco(dataset: CocoDataset, images: Sequence[CocoImage], annotations: Sequence[Any]) -> Any:
@@ -243,7 +266,11 @@ def _coco(dataset: CocoDataset, images: Sequence[CocoImage], annotations: Sequen
 
 
 def _match(
-    truth: Any, dataset: CocoDataset, images: Sequence[CocoImage], found: Sequence[Detections]
+    truth: Any,
+    dataset: CocoDataset,
+    categories: Sequence[int | None],
+    images: Sequence[CocoImage],
+    found: Sequence[Detections],
 ) -> _Matches:
     """Match the detections of a batch to the annotated boxes.
 
@@ -251,16 +278,16 @@ def _match(
         UserError: a detection is of a class that the data set does not have.
     """
     highest = max((int(one.classes.max(initial=0)) for one in found), default=0)
-    if highest >= len(dataset.category_ids):
+    if highest >= len(categories):
         raise UserError(
             f"the engine finds class {highest} (from 0), {dataset.annotation_file} has "
-            f"{len(dataset.category_ids)} classes; evaluate the engine on the data set it was "
+            f"{len(categories)} classes; evaluate the engine on the data set it was "
             "trained for."
         )
     results = [
         entry
         for image, detections in zip(images, found, strict=True)
-        for entry in _to_coco(image, detections, dataset.category_ids)
+        for entry in _to_coco(image, detections, categories)
     ]
     for number, entry in enumerate(results, start=1):
         entry["id"] = number

@@ -229,8 +229,8 @@ class _Details:
 
 def _check_inputs(path: Path) -> None:
     """Raise UserError for inputs that this package fills in itself: Triton would ask clients."""
-    from trt_yolov6.onnx_files import read_onnx
     from trt_yolov6.decoders.inputs import runtime_inputs
+    from trt_yolov6.onnx_files import read_onnx
 
     names = [item.name for item in runtime_inputs(read_onnx(path))]
     if len(names) > 1:

@@ -56,6 +56,8 @@ def run(options: argparse.Namespace) -> None:
             workers=options.workers,
             progress=not options.quiet,
         )
+    for note in result.notes:
+        say(f"note: {note}")
     print(_evaluation_text(result))
     if options.json:
         write_result(options.json, result.to_json())

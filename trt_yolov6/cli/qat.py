@@ -279,14 +279,13 @@ def _data(
     device: torch.device,
     options: argparse.Namespace,
 ) -> TrainingSet:
-    """Return the training split; both splits must have the checkpoint's classes."""
+    """Return the training split, with the checkpoint's classes; the other must be readable."""
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.training.dataset import load_training_set
     from trt_yolov6.training.qat import check_classes
 
     if options.val_split != "none":
-        labelled = load_coco(options.data, options.val_split)
-        check_classes(labelled.annotation_file, len(labelled.class_names), checkpoint.arch)
+        load_coco(options.data, options.val_split)
     data = load_training_set(
         settings.data,
         settings.train_split,
@@ -294,6 +293,7 @@ def _data(
         device,
         on_bad_data=settings.on_bad_data,
         progress=not options.quiet,
+        class_names=graph.class_names,
     )
     check_classes(settings.data, len(data.class_names), checkpoint.arch)
     if data.report.problems:

@@ -15,14 +15,17 @@ from trt_yolov6.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """The files of a folder that count as images, in lower case."""
 
+_ORIENTATION = 0x0112
+"""EXIF's tag; 5 to 8 are turned by a quarter."""
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\x00", b"MM\x00*")
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """Return the images a path stands for: the file itself, or a folder's images sorted by name.
+    """Return the images a path stands for: the file itself, or a folder's, sorted by path.
 
-    Only the folder itself is searched, not its subfolders.
+    Sub-folders are searched as well, but for hidden ones.
 
     Raises:
         UserError: the path is missing, or the folder holds no image.
@@ -34,17 +37,36 @@ def list_images(path: str | Path) -> list[Path]:
         raise UserError(f"{path} does not exist; check the path.")
     images = sorted(
         entry
-        for entry in path.iterdir()
+        for entry in path.rglob("*")
         if entry.suffix.lower() in IMAGE_SUFFIXES
-        and not entry.name.startswith(".")
+        and not any(part.startswith(".") for part in entry.relative_to(path).parts)
         and entry.is_file()
     )
     if not images:
         raise UserError(
-            f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); give the folder the images lie "
-            "in, not one above it."
+            f"{path} and its sub-folders hold no image ({', '.join(IMAGE_SUFFIXES)}); give the "
+            "folder the images lie in."
         )
     return images
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return an image's width and height as it is shown, turned as its EXIF orientation says.
+
+    Only its header is read.
+
+    Raises:
+        UserError: the file is missing or no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is damaged or no image; replace or remove it.") from error
+    return (height, width) if is_turned else (width, height)
 
 
 def read_image(

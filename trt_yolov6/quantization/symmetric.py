@@ -104,14 +104,15 @@ def with_symmetric_int8(
         if zero is None or zero.dtype != np.uint8:
             nodes.append(node)
             continue
-        factor = 1 if _shift(zero) else 2
+        shift = _shift(zero) or 0
+        factor = 1 if shift else 2
         scale_name, zero_name = f"{node.input[1]}/x{factor}", f"{node.output[0]}/zero"
         scale = constants[node.input[1]]
         added[scale_name] = (scale * factor).astype(scale.dtype)
         added[zero_name] = np.zeros(zero.shape, np.int8)
         name = node.input[0]
         if name in constants and node.op_type == "DequantizeLinear":
-            levels = (constants[name].astype(np.float64) - _shift(zero)) / factor
+            levels = (constants[name].astype(np.float64) - shift) / factor
             name = f"{name}/int8/{factor}"
             added[name] = np.clip(np.rint(levels), -128, 127).astype(np.int8)
         elif node.op_type == "QuantizeLinear" and factor == 2:

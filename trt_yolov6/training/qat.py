@@ -275,6 +275,7 @@ def train_quantized(
             where,
             on_bad_data=settings.on_bad_data,
             progress=progress,
+            class_names=graph.class_names,
         )
     check_classes(settings.data, len(data.class_names), start.arch)
     run = _Run(start, settings, data, where)

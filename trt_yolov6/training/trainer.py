@@ -350,8 +350,9 @@ def _prepare(
         on_bad_data=settings.on_bad_data,
         progress=progress,
         report_file=folder / DATA_REPORT_FILE if processes.is_first else None,
+        class_names=load_checkpoint(settings.weights).class_names if settings.weights else None,
     )
-    if validation is not None and validation.class_names != data.class_names:
+    if validation is not None and set(validation.class_names) != set(data.class_names):
         raise UserError(
             f"the splits {settings.train_split} and {settings.val_split} of {settings.data} have "
             "different classes; make their categories agree."
