@@ -151,6 +151,7 @@ def evaluate(
         dataset.class_names,
         _used(dataset),
     )
+    notes = list(match_of.notes)
     # Of each class of the engine, its category; None: the data set does not have it.
     categories = tuple(
         None if place is None else dataset.category_ids[place] for place in match_of.places
@@ -184,6 +185,7 @@ def evaluate(
             batch=batch,
             workers=workers,
             clip=False,
+            tell=notes.append,
         ):
             matches.update(step.result.by_image)
             read += step.batch.read_seconds
@@ -218,7 +220,7 @@ def evaluate(
         engine=engine.path.name,
         precision=engine.precision,
         backend=engine.backend,
-        notes=match_of.notes,
+        notes=tuple(notes),
     )
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import textwrap
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from trt_yolov6.engines.candidates import Candidates
 from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import atomic_path, write_bytes
+from trt_yolov6.plausibility import check_outputs, has_non_finite
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -121,8 +123,30 @@ def _detect_at_once(
         fill_row(row, image, engine.input, border, engine.preprocessing)
         for row, image in zip(array, images, strict=True)
     ]
-    outputs = engine.start(array, nms.confidence).wait()
+    if engine.is_checked:
+        outputs = engine.start(array, nms.confidence).wait()
+    else:
+        outputs = _checked_outputs(engine, array, len(images), nms, _warn)
     return postprocess(outputs, engine.output_layout, nms, placed)
+
+
+def _checked_outputs(
+    engine: Engine,
+    array: NDArray[Any],
+    images: int,
+    nms: NmsSettings,
+    tell: Callable[[str], None],
+) -> dict[str, NDArray[Any]]:
+    """Run an engine's first batch and look whether what it gives can be a detector's."""
+    outputs = engine.infer(array)
+    for warning in check_outputs(engine, outputs, images, nms.confidence, array):
+        tell(warning)
+    engine.is_checked = True
+    return outputs
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -436,6 +460,7 @@ def process(
     keep_images: bool = False,
     skip_unreadable: bool = False,
     clip: bool = True,
+    tell: Callable[[str], None] = _warn,
 ) -> Iterator[Processed[Item, Result]]:
     """Run an engine over a stream of images, everything but the engine in other threads.
 
@@ -451,9 +476,12 @@ def process(
         nms, border, batch: as in `detect`.
         workers, keep_images, skip_unreadable: as in `load_batches`.
         clip: as in `postprocess`.
+        tell: takes what is odd about the outputs, a sentence each (see `plausibility`), and numbers
+            in later batches that are not finite; default: `warnings.warn`.
 
     Raises:
-        UserError: the engine cannot do what is asked, or what `read` and `finish` raise.
+        UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
+            `read` and `finish` raise.
     """
     nms = nms or NmsSettings()
     check_thresholds(engine, nms)
@@ -499,6 +527,7 @@ def process(
 
     running: deque[tuple[Batch[Item], Run, float]] = deque()
     engine_free = 0.0
+    told: list[str] = []
 
     def collect() -> None:
         """Wait for the engine's oldest batch, and hand it on."""
@@ -506,6 +535,13 @@ def process(
         loaded, run, start = running.popleft()
         outputs = run.wait()
         end = time.perf_counter()
+        if isinstance(outputs, dict) and not told:
+            broken = [name for name, array in outputs.items() if has_non_finite(array)]
+            if broken:
+                told.append(
+                    f"{engine.path} gives NaN or infinity in {', '.join(broken)} of some images"
+                )
+                tell(told[0])
         # Where batches overlap in the engine, its time is shared among them.
         seconds = end - max(start, engine_free)
         engine_free = end
@@ -515,9 +551,18 @@ def process(
     pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
     helpers = ThreadPoolExecutor(default_workers(), thread_name_prefix="boxes")
     try:
+        is_first = True
         for loaded in batches:
             start = time.perf_counter()
-            run = engine.start(loaded.input, nms.confidence) if loaded.items else FinishedRun({})
+            run: Run
+            if not loaded.items:
+                run = FinishedRun({})
+            elif is_first:
+                count = len(loaded.items)
+                run = FinishedRun(_checked_outputs(engine, loaded.input, count, nms, tell))
+                is_first = False
+            else:
+                run = engine.start(loaded.input, nms.confidence)
             running.append((loaded, run, start))
             del loaded, run  # the loop would keep the input alive while the next is waited for
             if len(running) >= engine.in_flight:

@@ -32,7 +32,7 @@ from trt_yolov6.engines.layout import check_input, class_names_of, nms_in, readi
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.files import read_json
-from trt_yolov6.onnx_files import read_weights
+from trt_yolov6.onnx_files import read_weights, sort_nodes
 from trt_yolov6.quantization.exact import with_integer_convolutions
 
 if TYPE_CHECKING:
@@ -257,6 +257,43 @@ class OnnxRuntimeEngine(Engine):
                 times.setdefault(name, []).append(float(event["dur"]) * 1e-6)
         # The first run allocates.
         return {name: float(np.median(seconds[1:] or seconds)) for name, seconds in times.items()}
+
+    def first_non_finite(self, images: NDArray[Any]) -> str | None:
+        """Return the name of the first tensor, in the graph's order, that is not finite.
+
+        The graph is run once more, without ONNX Runtime's rewriting and with every tensor as an
+        output.
+        """
+        import onnx
+        import onnxruntime
+
+        graph = _graph_of(self.path.read_bytes())
+        if graph is None:
+            return None
+        read_weights(graph, self.path)
+        sort_nodes(graph)
+        for weight in graph.graph.initializer:
+            values: NDArray[Any] = onnx.numpy_helper.to_array(weight)
+            if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+                return f"the weight {weight.name}"
+        names: list[str] = [name for node in graph.graph.node for name in node.output if name]
+        del graph.graph.output[:]
+        graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = onnxruntime.InferenceSession(
+                graph.SerializeToString(), settings, providers=[PROVIDERS["cpu"]]
+            )
+            values_of = session.run(names, {self.input.name: images})
+        except Exception:  # its exception classes share no public base; only a name is missing then
+            return None
+        for name, value in zip(names, values_of, strict=True):
+            floats = isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
+            if floats and not np.isfinite(value).all():
+                return name
+        return None
 
     def close(self) -> None:
         self._session = None
