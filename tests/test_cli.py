@@ -53,8 +53,8 @@ def test_build_without_arguments_takes_the_sample_and_says_so(
     assert main(["build", "--backend", "onnxruntime", "--quiet"]) == 0
     captured = capsys.readouterr()
     assert "taking the sample checkpoint" in captured.out
-    assert "engines/yolov6n.onnx" in captured.out
-    manifest = json.loads((workplace / "engines" / "yolov6n.json").read_text())
+    assert "engines/yolov6n_bccd-fp32.onnx" in captured.out
+    manifest = json.loads((workplace / "engines" / "yolov6n_bccd-fp32.json").read_text())
     assert manifest["model"] == "yolov6n"
     assert manifest["class_names"] == ["RBC", "WBC", "Platelets"]
 
@@ -104,14 +104,16 @@ def test_inspect_and_doctor_answer(with_engine: Path, capsys: pytest.CaptureFixt
     assert "onnxruntime" in capsys.readouterr().out
 
 
-def test_export_writes_a_graph_that_eval_takes_without_a_manifest(
+def test_export_writes_a_graph_that_is_known_by_its_manifest_and_eval_takes(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", "--batch", "1", "--imgsz", "320", "--output", "n.onnx"]) == 0
+    assert main(["export", "--fp16", "--batch", "1", "--imgsz", "320", "--output", "n.onnx"]) == 0
+    assert json.loads((workplace / "n.json").read_text())["precision"] == "fp16"
     assert main(["eval", "--engine", "n.onnx", "--quiet", "--json", "eval.json"]) == 0
     value = json.loads((workplace / "eval.json").read_text())
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "images"} <= value.keys()
     assert value["images"] == 72
+    assert value["precision"] == "fp16"
     assert 0.3 < value["AP"] < 0.55
 
 
@@ -183,7 +185,7 @@ def test_a_default_folder_that_cannot_be_written_is_refused_before_the_work(
     (workplace / "engines").write_text("a file")
     # The checkpoint is not even looked at.
     error = refusal(capsys, "build", "--int8", "--backend", "onnxruntime", "--weights", "none.pt")
-    assert "engines/<model>.onnx cannot be written" in error
+    assert "engines/<name>.onnx cannot be written" in error
     assert "choose another path" in error
 
 
@@ -267,11 +269,12 @@ def test_int8_as_promised_writes_engine_manifest_and_table(
     command = ["build", "--int8", "--calib", "calib/", "--calib-images", "4", "--imgsz", "128"]
     assert main([*command, "--backend", "onnxruntime", "--float-layers", "2", "--quiet"]) == 0
     assert "in INT8: 56 of the 56" in capsys.readouterr().out
-    manifest = json.loads((workplace / "engines" / "yolov6n.json").read_text())
+    name = "yolov6n_bccd-int8-128"
+    manifest = json.loads((workplace / "engines" / f"{name}.json").read_text())
     assert manifest["precision"] == "int8"
     assert len(manifest["float_layers"]) == 2
     assert manifest["int8_layers"] == 56
-    assert (workplace / "engines" / "yolov6n.calibration.json").is_file()
+    assert (workplace / "engines" / f"{name}.calibration.json").is_file()
     assert main(["bench", "--duration", "0.1", "--quiet"]) == 0
     assert "the accuracy of INT8, not its speed" in capsys.readouterr().out
 

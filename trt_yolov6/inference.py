@@ -37,6 +37,9 @@ Result = TypeVar("Result")
 
 DEFAULT_BATCH = 8
 
+SHOWN_CONFIDENCE = 0.4
+"""Threshold of what is shown or handed out; evaluation takes all that COCO's measure asks for."""
+
 
 @dataclass(frozen=True)
 class Processed(Generic[Item, Result]):
@@ -67,7 +70,7 @@ def detect(
     Args:
         engine: any loaded engine.
         images: each uint8 (height, width, 3) RGB, of any size.
-        nms: thresholds; default: `NmsSettings()`.
+        nms: thresholds; default: `default_nms(engine)`, confidence 0.4.
         border: gray pixels around the image, see `letterbox.fit`.
         batch: images the engine is given at a time; default: see `choose_batch`.
 
@@ -87,12 +90,11 @@ def detect(
             )
         return np.ascontiguousarray(image)
 
+    nms = nms or default_nms(engine)
     found: list[Detections] = []
     if len(images) <= choose_batch(engine, batch) and engine.batch.min <= len(images):
-        check_thresholds(engine, nms or NmsSettings())
-        return _detect_at_once(
-            engine, [read(index) for index in range(len(images))], nms or NmsSettings(), border
-        )
+        check_thresholds(engine, nms)
+        return _detect_at_once(engine, [read(index) for index in range(len(images))], nms, border)
     for step in process(
         engine,
         range(len(images)),
@@ -195,8 +197,7 @@ def infer_source(
         formats: of `detection_files.FORMATS`.
         frames: end a video or stream after so many.
         stop: asked before each frame of a video or stream: whether to end here.
-        nms: thresholds; default: `NmsSettings()`.
-        border, batch: as in `detect`.
+        nms, border, batch: as in `detect`.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -211,7 +212,7 @@ def infer_source(
         places = [item.path.parent for item in media.items if item.path is not None]
     if any(output.resolve() == place.resolve() for place in places):
         raise UserError(f"{output} is where the source lies; give another folder as --output.")
-    options = {"nms": nms, "border": border, "batch": batch}
+    options = {"nms": nms or default_nms(engine), "border": border, "batch": batch}
     if isinstance(media, Video):
         clip = open_video(media, frames, stop)
         return _infer_video(engine, media, clip, output, formats, progress, **options)
@@ -408,7 +409,8 @@ def process(
         items: what to read, in order.
         read: turns an item into uint8 (height, width, 3) RGB; called from several threads.
         finish: makes a result of a batch and its detections; called in one other thread, in order.
-        nms, border, batch: as in `detect`.
+        nms: thresholds; default: `NmsSettings()`, as for evaluation.
+        border, batch: as in `detect`.
         workers, keep_images, skip_unreadable: as in `load_batches`.
         clip: as in `postprocess`.
         tell: takes what is odd about the outputs, a sentence each (see `plausibility`), and numbers
@@ -515,6 +517,12 @@ def process(
         pool.shutdown(wait=True, cancel_futures=True)
         helpers.shutdown()
         batches.close()  # type: ignore[attr-defined]
+
+
+def default_nms(engine: Engine) -> NmsSettings:
+    """Return the thresholds of `detect` and `infer`: those inside the graph where it has some."""
+    inside = engine.nms or NmsSettings()
+    return dataclasses.replace(inside, confidence=max(SHOWN_CONFIDENCE, inside.confidence))
 
 
 def choose_batch(engine: Engine, batch: int | None) -> int:

@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 a comparison fell short of its baseline, 2 wrong usage or bad input.
     """
+    _write_what_the_terminal_lacks()
     options = parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
@@ -84,6 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"trt-yolov6 {options.command}: interrupted", file=sys.stderr)
         return 130
     return code or 0
+
+
+def _write_what_the_terminal_lacks() -> None:
+    """Print characters outside the terminal's encoding as escapes, instead of ending there."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a test or a notebook puts in their place need not have it.
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
 
 
 def parser() -> argparse.ArgumentParser:

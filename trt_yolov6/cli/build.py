@@ -69,6 +69,11 @@ def add(commands: Commands) -> None:
         help="--int8: round weights for the inputs that they meet (some minutes)",
     )
     int8.add_argument(
+        "--allow-float",
+        action="store_true",
+        help="build even where the backend computes all of it in float",
+    )
+    int8.add_argument(
         "--no-surgery", action="store_true", help="leave the Q/DQ nodes of --onnx as they are"
     )
     int8.add_argument(
@@ -79,7 +84,11 @@ def add(commands: Commands) -> None:
     )
     add_backend(parser)
     parser.add_argument("--target", help="GPU to cross-build for with tensorrt-rtx, such as t4")
-    parser.add_argument("--output", type=Path, help="default: engines/<model>.onnx or .trt")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="default: engines/<weights>-<precision>.onnx or .trt; unusual sizes are added",
+    )
     parser.add_argument("--timing-cache", type=Path, help="TensorRT timing cache to use and extend")
     parser.add_argument("--workspace", type=positive, metavar="MIB", help="scratch memory limit")
     parser.add_argument(
@@ -90,7 +99,13 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.building import build_engine, check_build, for_tensorrt
+    from trt_yolov6.building import (
+        all_in_float,
+        build_engine,
+        check_build,
+        engine_path,
+        for_tensorrt,
+    )
     from trt_yolov6.engines.base import BuildSettings
 
     settings = BuildSettings(
@@ -117,8 +132,13 @@ def run(options: argparse.Namespace) -> None:
     quantization = quantization_settings(options)
     if quantization:
         from trt_yolov6.quantization.images import calibration_images
+        from trt_yolov6.quantization.probe import computes
 
         calibration_images(options.calib or SAMPLE_CALIB)
+        kind = quantization.quantized
+        if not options.allow_float and not computes(backend, settings, kind):
+            target = options.target or "this machine's GPU"
+            raise all_in_float(kind.name, backend, target)
     graph = onnx_graph(options) if options.onnx else exported(options)
     if backend != "onnxruntime":
         graph = for_tensorrt(graph)
@@ -130,7 +150,16 @@ def run(options: argparse.Namespace) -> None:
         say("surgery: FP8's Q/DQ nodes are left as they are")
     elif graph.precision == "int8" and not options.no_surgery:
         graph = cleaned(graph, options)
-    built = build_engine(graph, backend=options.backend, output=options.output, settings=settings)
+    path = engine_path(graph, backend, options.output, options.target)
+    if path.is_file():
+        say(f"replacing {path}{_described(path)}")
+    built = build_engine(
+        graph,
+        backend=options.backend,
+        output=options.output,
+        settings=settings,
+        allow_float=options.allow_float,
+    )
     manifest = built.manifest
     height, width = manifest.image_size
     print(
@@ -147,3 +176,16 @@ def run(options: argparse.Namespace) -> None:
             f"in {label}: {'the builder does not say how many' if found is None else found} of the "
             f"{built.quantized_asked} convolutions that the graph has in {label}"
         )
+
+
+def _described(path: Path) -> str:
+    """Say what an engine that is replaced is, as far as its manifest tells."""
+    from trt_yolov6.engines.manifest import read_manifest
+
+    try:
+        manifest = read_manifest(path)
+    except UserError:
+        return ""
+    if manifest is None:
+        return ""
+    return f" ({manifest.precision}, of {manifest.source})"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trt_yolov6.cli.engines import load, newest_engine, nms_settings
+from trt_yolov6.cli.engines import load, newest_engine, thresholds
 from trt_yolov6.cli.options import (
     Commands,
     add_border,
@@ -49,7 +50,7 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.data.letterbox import resolve_border
-    from trt_yolov6.inference import infer_source
+    from trt_yolov6.inference import default_nms, infer_source
 
     with load(options.engine or newest_engine(), options) as engine, _stopped_by_ctrl_c() as stop:
         summary = infer_source(
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
             formats=options.format,
             frames=options.frames,
             stop=stop,
-            nms=nms_settings(options),
+            nms=thresholds(options, default_nms(engine)),
             border=resolve_border(options.resize, options.border, engine.image_size),
             batch=options.batch,
             progress=not options.quiet,
@@ -97,6 +98,9 @@ def _stopped_by_ctrl_c() -> Iterator[Callable[[], bool]]:
         asked = True
         return pressed
 
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
     before = signal.signal(signal.SIGINT, note)
     try:
         yield stop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trt_yolov6.cli.engines import resolved
 from trt_yolov6.cli.options import Commands, add_command, add_json
 from trt_yolov6.cli.output import write_result
 
@@ -21,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.inspection import format_inspection, inspect_file
 
-    result = inspect_file(options.file)
+    result = inspect_file(resolved(options.file))
     print(format_inspection(result, layers=options.layers))
     if options.json:
         write_result(options.json, result.to_json())

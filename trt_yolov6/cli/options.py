@@ -141,14 +141,9 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def add_thresholds(parser: argparse.ArgumentParser, confidence: float | None = None) -> None:
-    """Add the thresholds of NMS."""
-    parser.add_argument(
-        "--conf",
-        type=float,
-        default=confidence,
-        help=f"confidence threshold ({0.03 if confidence is None else confidence})",
-    )
+def add_thresholds(parser: argparse.ArgumentParser, confidence: float = 0.03) -> None:
+    """Add the thresholds of NMS; `confidence` is the default that is told."""
+    parser.add_argument("--conf", type=float, help=f"confidence threshold ({confidence})")
     parser.add_argument("--iou", type=float, help="IoU threshold of NMS (0.65)")
     parser.add_argument("--max-detections", type=positive, help="boxes kept an image (300)")
 
