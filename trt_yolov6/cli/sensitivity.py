@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.files import check_writable
     from trt_yolov6.quantization.ptq import QuantizationSettings, calibrate
     from trt_yolov6.quantization.report import fallback_report, measure
+    from trt_yolov6.quantization.sensitivity import MEANING, direction
 
     if options.plot:
         check_writable(options.plot)
@@ -90,6 +91,7 @@ def run(options: argparse.Namespace) -> None:
     calibrated = calibrate(graph, calibration_folder(options), settings, tell=say)
     score = labelled_score(graph, options.data, options.split)
     result = measure(graph, calibrated, options.metric, score)
+    print(f"{options.metric}: {MEANING[options.metric]}; {direction(options.metric)}, first")
     for name, value in result.layers[: options.top]:
         print(f"{value:12.5g}  {name}")
     if len(result.layers) > options.top:
