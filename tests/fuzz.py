@@ -213,7 +213,8 @@ def of_onnx(content: bytes, rng: random.Random) -> bytes:
             attribute.i = rng.choice((-1, 0, 1, 99, 2**40))
             if attribute.ints:
                 attribute.ints[0] = rng.choice((-1, 0, 1, 99, 2**40))
-    return model.SerializeToString()
+    changed: bytes = model.SerializeToString()
+    return changed
 
 
 def of_checkpoint(content: bytes, rng: random.Random) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import ClassesDifferError
 
 _PLACEHOLDER = re.compile(r"class_\d+|\d+")
 """A name that says no more than a number does."""
@@ -47,7 +47,7 @@ def match_classes(
         used: of each of these, whether any object is of it.
 
     Raises:
-        UserError: the detector does not know classes that the data set has objects of.
+        ClassesDifferError: the detector does not know classes that the data set has objects of.
     """
     if not names:  # a graph with NMS inside and no manifest does not tell them
         every = tuple(range(len(data_names)))
@@ -71,7 +71,7 @@ def match_classes(
     if unknown:
         if len(left) != len(unknown) or len(names) != len(data_names) - len(without):
             missing = ", ".join(data_names[place] for place in unknown[:5])
-            raise UserError(
+            raise ClassesDifferError(
                 f"{engine} knows {len(names)} classes ({_listed(names)}), but not {missing} of "
                 f"{data}; evaluate the engine on the data set it was trained for."
             )
@@ -128,7 +128,7 @@ def _by_order(
     if len(kept) != len(names):
         kept = [place for place in kept if used[place]]
         if len(kept) != len(names):
-            raise UserError(
+            raise ClassesDifferError(
                 f"{engine} knows {len(names)} classes, {data} has {len(data_names)}; evaluate the "
                 "engine on the data set it was trained for."
             )

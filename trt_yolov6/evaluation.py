@@ -23,7 +23,7 @@ from trt_yolov6.data.loader import Batch
 from trt_yolov6.detection import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import NmsSettings
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import ClassesDifferError
 from trt_yolov6.inference import process
 
 
@@ -281,7 +281,7 @@ def _match(
     """
     highest = max((int(one.classes.max(initial=0)) for one in found), default=0)
     if highest >= len(categories):
-        raise UserError(
+        raise ClassesDifferError(
             f"the engine finds class {highest} (from 0), {dataset.annotation_file} has "
             f"{len(categories)} classes; evaluate the engine on the data set it was "
             "trained for."

@@ -81,6 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # The system's own word on a file: a name too long, a disk that is gone.
+        place = error.filename if isinstance(error.filename, str) else "a file"
+        print(
+            f"trt-yolov6 {options.command}: {place[:200]} cannot be used "
+            f"({error.strerror or error}); check the path and the disk.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"trt-yolov6 {options.command}: interrupted", file=sys.stderr)
         return 130

@@ -18,8 +18,9 @@ from trt_yolov6.cli.options import (
     layers_in_float,
     positive,
 )
-from trt_yolov6.cli.output import profile_text, reading_text, say
+from trt_yolov6.cli.output import profile_text, reading_text, say, say_next
 from trt_yolov6.errors import UserError
+from trt_yolov6.progress import a_line_a_minute
 
 
 def add(commands: Commands) -> None:
@@ -106,6 +107,8 @@ def run(options: argparse.Namespace) -> None:
         engine_path,
         for_tensorrt,
     )
+    from trt_yolov6.data.sources import check_source
+    from trt_yolov6.engines import runs_here
     from trt_yolov6.engines.base import BuildSettings
 
     settings = BuildSettings(
@@ -127,6 +130,8 @@ def run(options: argparse.Namespace) -> None:
             "--calibration-cache goes with the float graph that `export` wrote beside it; give "
             "that as --onnx, without --int8 or --fp8."
         )
+    if options.data is not None:
+        check_source(options.data, options.split)
     # Exporting takes seconds: what cannot be built is better refused before.
     backend = check_build(options.backend, options.output, settings)
     quantization = quantization_settings(options)
@@ -145,7 +150,8 @@ def run(options: argparse.Namespace) -> None:
     for note in graph.notes:
         say(f"{graph.source}: {note}")
     if quantization:
-        graph = quantized(graph, options, quantization)
+        with a_line_a_minute(f"quantizing {graph.name}", say, progress=not options.quiet):
+            graph = quantized(graph, options, quantization)
     elif graph.precision == "fp8":
         say("surgery: FP8's Q/DQ nodes are left as they are")
     elif graph.precision == "int8" and not options.no_surgery:
@@ -153,13 +159,14 @@ def run(options: argparse.Namespace) -> None:
     path = engine_path(graph, backend, options.output, options.target)
     if path.is_file():
         say(f"replacing {path}{_described(path)}")
-    built = build_engine(
-        graph,
-        backend=options.backend,
-        output=options.output,
-        settings=settings,
-        allow_float=options.allow_float,
-    )
+    with a_line_a_minute(f"building {path}", say, progress=not options.quiet):
+        built = build_engine(
+            graph,
+            backend=options.backend,
+            output=options.output,
+            settings=settings,
+            allow_float=options.allow_float,
+        )
     manifest = built.manifest
     height, width = manifest.image_size
     print(
@@ -176,6 +183,10 @@ def run(options: argparse.Namespace) -> None:
             f"in {label}: {'the builder does not say how many' if found is None else found} of the "
             f"{built.quantized_asked} convolutions that the graph has in {label}"
         )
+    if backend == "onnxruntime" or runs_here(built.path):
+        say_next(options, "its AP", f"eval --engine {built.path}")
+    else:
+        say_next(options, "on the machine it is for", f"bench --engine {built.path}")
 
 
 def _described(path: Path) -> str:

@@ -17,7 +17,7 @@ from trt_yolov6.cli.options import (
     add_thresholds,
     positive,
 )
-from trt_yolov6.cli.output import say, write_result
+from trt_yolov6.cli.output import say, say_next, write_result
 
 if TYPE_CHECKING:
     from trt_yolov6.evaluation import Evaluation
@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "eval", run, "measure COCO average precision")
     parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
-    parser.add_argument("--data", type=Path, help="folder in COCO layout (samples/)")
+    parser.add_argument("--data", type=Path, help="data set: a folder or data.yaml (samples/)")
     parser.add_argument("--split", help="part of the data set, such as val or val2017")
     parser.add_argument("--batch", type=positive, help="images at a time")
     parser.add_argument("--workers", type=positive, help="threads that decode images")
@@ -41,8 +41,11 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.data.letterbox import resolve_border
+    from trt_yolov6.data.sources import check_source
     from trt_yolov6.evaluation import evaluate
 
+    if options.data is not None:
+        check_source(options.data, options.split)
     with load(options.engine or newest_engine(), options) as engine:
         if options.data is None:
             say(f"no --data given: evaluating on the sample data set {SAMPLE_DATA}/")
@@ -61,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     print(_evaluation_text(result))
     if options.json:
         write_result(options.json, result.to_json())
+    say_next(options, "its speed", f"bench --engine {engine.path}")
 
 
 def _evaluation_text(result: Evaluation) -> str:

@@ -12,9 +12,10 @@ from trt_yolov6.cli.options import (
     add_calibration,
     add_command,
     add_graph_options,
+    add_quiet,
     spelled,
 )
-from trt_yolov6.cli.output import profile_text
+from trt_yolov6.cli.output import profile_text, say_next
 from trt_yolov6.errors import UserError
 
 
@@ -32,6 +33,7 @@ def add(commands: Commands) -> None:
         "--cache-version", metavar="X.Y.Z", help=f"TensorRT that reads it ({CACHE_VERSION})"
     )
     add_calibration(cache)
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -60,3 +62,5 @@ def run(options: argparse.Namespace) -> None:
         f"{output}: {graph.name}, {graph.precision}, batch {profile_text(graph.batch)}, "
         f"{len(graph.model.graph.node)} nodes, {output.stat().st_size / 2**20:.1f} MiB"
     )
+    cache = f" --calibration-cache {options.calibration_cache}" if options.calibration_cache else ""
+    say_next(options, "an engine of it", f"build --onnx {output}{cache}")

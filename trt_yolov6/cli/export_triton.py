@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from trt_yolov6.cli.engines import resolved
-from trt_yolov6.cli.options import Commands, add_command, add_decoder, positive
+from trt_yolov6.cli.options import Commands, add_command, add_decoder, add_quiet, positive
+from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
 
@@ -48,6 +49,7 @@ def add(commands: Commands) -> None:
         help="microseconds that a request waits at most to share a batch (100)",
     )
     add_decoder(parser)
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -85,6 +87,8 @@ def run(options: argparse.Namespace) -> None:
                 "  on a CPU without VNNI, ONNX Runtime's INT8 convolutions saturate: Triton does "
                 "not switch that off, so that detections may be wrong"
             )
+    if not options.quiet:
+        say(f"next, the server: tritonserver --model-repository {options.output}")
 
 
 def gpu_numbers(text: str) -> tuple[int, ...]:

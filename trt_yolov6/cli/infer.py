@@ -18,7 +18,7 @@ from trt_yolov6.cli.options import (
     add_thresholds,
     positive,
 )
-from trt_yolov6.cli.output import say
+from trt_yolov6.cli.output import say, say_next
 
 
 def add(commands: Commands) -> None:
@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"{shown}: drawn")
     for path in summary.files:
         print(f"{path}: the detections")
+    say_next(options, "its AP on labelled images", f"eval --engine {engine.path} --data DATA")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from trt_yolov6.cli.options import (
     spelled,
     three_numbers,
 )
-from trt_yolov6.cli.output import say, write_result
+from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,6 +112,15 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     import dataclasses
 
+    from trt_yolov6.data.sources import check_source
+
+    # Before PyTorch is imported, which takes seconds.
+    if options.data is None:
+        raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
+    check_source(options.data, options.split, "--split")
+    if options.val_split != "none":
+        check_source(options.data, options.val_split, "--val-split")
+
     from trt_yolov6.building import SUFFIXES, build_engine, check_build
     from trt_yolov6.checkpoint import load_checkpoint
     from trt_yolov6.engines.base import BuildSettings
@@ -121,8 +130,6 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.training.qat import prepare_graph, train_quantized, trained_graph
     from trt_yolov6.training.run_log import write_log
 
-    if options.data is None:
-        raise UserError("--data is missing; name a data set in COCO layout.")
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -179,6 +186,7 @@ def run(options: argparse.Namespace) -> None:
         state_file=state,
         progress=not options.quiet,
         data=data,
+        tell=say,
     )
     values["AP"] = _ap(result.network, start, options)
     quantized = trained_graph(start, result.trained, fp16=options.fp16)
@@ -194,8 +202,6 @@ def run(options: argparse.Namespace) -> None:
         f"{built.path}: {shown or 'not evaluated'}; {result.epochs} epochs in "
         f"{result.seconds:.0f} s"
     )
-    if options.backend == "onnxruntime":
-        print(f"for another backend: trt-yolov6 build --onnx {built.path} --backend ...")
     if options.json:
         values |= {
             "engine": str(built.path),
@@ -208,6 +214,7 @@ def run(options: argparse.Namespace) -> None:
             "log": list(result.log),
         }
         write_result(options.json, values)
+    say_next(options, "for another backend", f"build --onnx {built.path} --backend ...")
 
 
 def _settings(options: argparse.Namespace) -> QatSettings:

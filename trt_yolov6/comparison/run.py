@@ -31,6 +31,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import LoadOptions
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.files import check_writable, sha256_file, write_json
+from trt_yolov6.quantization.images import calibration_images
 
 
 def compare(
@@ -68,6 +69,8 @@ def compare(
     work = Work(plan, output, Steps(output / "steps"), tell or (lambda _: None))
     cases = cases_of(work)
     dataset = load_coco(plan.data, plan.split)
+    if any(case.choice is not None and case.choice.quantizes for case in cases):
+        calibration_images(plan.calib)  # refused now, not after the first engines
     data = data_record(dataset)
     if baseline is not None:
         check_basis(data, settings_of(plan), baseline)

@@ -35,19 +35,40 @@ def list_images(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} does not exist; check the path.")
-    images = sorted(
-        entry
-        for entry in path.rglob("*")
-        if entry.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in entry.relative_to(path).parts)
-        and entry.is_file()
-    )
+    images = images_below(path)
     if not images:
         raise UserError(
             f"{path} and its sub-folders hold no image ({', '.join(IMAGE_SUFFIXES)}); give the "
             "folder the images lie in."
         )
     return images
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return the images in a folder and its sub-folders, hidden ones aside, sorted by path.
+
+    Raises:
+        UserError: nearly all that is found is something else, as below `/`.
+    """
+    found: list[Path] = []
+    looked_at = 0
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        looked_at += len(folders) + len(files)
+        for name in files:
+            path = Path(place, name)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                found.append(path)
+        if looked_at > _MOST_OTHERS + 20 * len(found):
+            raise UserError(
+                f"{folder} and its sub-folders hold {len(found)} images among {looked_at} other "
+                "things so far; give the folder the images lie in."
+            )
+    return sorted(path for path in found if path.is_file())
+
+
+_MOST_OTHERS = 20_000
+"""Files and folders that are looked at for images, before twenty for each that was found."""
 
 
 def upright_size(path: Path) -> tuple[int, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trt_yolov6.data.annotations import tidied
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.files import read_json
 
 _PREFIX = "instances_"
@@ -43,31 +43,66 @@ def read_source(data: str | Path, split: str | None = None) -> Source:
     Raises:
         UserError: it is none of these, has no such split, or cannot be read.
     """
-    from trt_yolov6.data.voc import read_voc, voc_splits
-    from trt_yolov6.data.yolo import find_yaml, read_yolo, yolo_splits
+    from trt_yolov6.data.voc import read_voc
+    from trt_yolov6.data.yolo import read_yolo
 
-    data = Path(data)
+    found = _find(Path(data), split)
+    if found.kind == "coco":
+        return _read_coco(found)
+    read = read_yolo if found.kind == "yolo" else read_voc
+    return read(found.place, found.split)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Which split of which kind of data set is meant."""
+
+    kind: Literal["coco", "yolo", "voc"]
+    root: Path
+    place: Path
+    """The annotation file, `data.yaml`, or VOC's folder."""
+    split: str
+
+
+def _find(data: Path, split: str | None, option: str = "--split") -> _Found:
+    from trt_yolov6.data.voc import voc_splits
+    from trt_yolov6.data.yolo import find_yaml, yolo_splits
+
     if not data.is_dir() and not (data.is_file() and data.suffix in (".yaml", ".yml")):
         raise UserError(
             f"{data} is not a folder; give the data set's folder, or its data.yaml, as --data."
         )
-    if data.is_dir():
-        files = _coco_files(data)
-        if files:
-            return _read_coco(data, files, choose_split(data, sorted(files), split))
+    files = _coco_files(data) if data.is_dir() else {}
+    if files:
+        chosen = choose_split(data, sorted(files), split, option)
+        return _Found("coco", data, files[chosen], chosen)
     yaml_file = find_yaml(data)
     if yaml_file is not None:
-        return read_yolo(yaml_file, choose_split(yaml_file, list(yolo_splits(yaml_file)), split))
+        chosen = choose_split(yaml_file, list(yolo_splits(yaml_file)), split, option)
+        return _Found("yolo", data, yaml_file, chosen)
     xml = voc_splits(data)
     if xml:
-        return read_voc(data, choose_split(data, list(xml), split))
+        return _Found("voc", data, data, choose_split(data, list(xml), split, option))
     raise UserError(
         f"{data} has no annotations/instances_<split>.json, no data.yaml and no Pascal VOC "
         "Annotations/; give a data set in COCO, YOLO or VOC layout."
     )
 
 
-def choose_split(data: Path, splits: list[str], split: str | None) -> str:
+def check_source(data: str | Path, split: str | None = None, option: str = "--split") -> None:
+    """Refuse a data set that is none, or has no such split; quick, so ask before any work.
+
+    Args:
+        data, split: see `read_source`.
+        option: that names the split, for messages.
+
+    Raises:
+        UserError: see `read_source`; the annotations themselves are not read.
+    """
+    _find(Path(data), split, option)
+
+
+def choose_split(data: Path, splits: list[str], split: str | None, option: str = "--split") -> str:
     """Return the split to take.
 
     Raises:
@@ -79,7 +114,8 @@ def choose_split(data: Path, splits: list[str], split: str | None) -> str:
     if split is not None:
         if split not in splits:
             raise UserError(
-                f"{data} has no split {split!r}; give one of these as --split: {present}."
+                f"{data} has no split {split!r}{did_you_mean(split, splits)}; give one of these as "
+                f"{option}: {present}."
             )
         return split
     if len(splits) == 1:
@@ -87,7 +123,7 @@ def choose_split(data: Path, splits: list[str], split: str | None) -> str:
     for usual in ("val", "val2017"):
         if usual in splits:
             return usual
-    raise UserError(f"{data} has several splits; give one of these as --split: {present}.")
+    raise UserError(f"{data} has several splits; give one of these as {option}: {present}.")
 
 
 def _coco_files(root: Path) -> dict[str, Path]:
@@ -102,8 +138,8 @@ def _coco_files(root: Path) -> dict[str, Path]:
     }
 
 
-def _read_coco(root: Path, files: Mapping[str, Path], split: str) -> Source:
-    file = files[split]
+def _read_coco(found: _Found) -> Source:
+    file, root, split = found.place, found.root, found.split
     content = read_json(file)
     if not isinstance(content, dict):
         raise malformed(file, "it is not a JSON object")

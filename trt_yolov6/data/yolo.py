@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trt_yolov6.data.images import IMAGE_SUFFIXES, upright_size
+from trt_yolov6.data.images import images_below, upright_size
 from trt_yolov6.data.sources import Source
 from trt_yolov6.errors import UserError
 
@@ -147,11 +147,7 @@ def _objects(labels: Path, width: int, height: int) -> Iterator[dict[str, Any]]:
 
 def _images(file: Path, split: str, place: Path) -> list[Path]:
     if place.is_dir():
-        return sorted(
-            path
-            for path in place.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        )
+        return images_below(place)
     if place.is_file() and place.suffix == ".txt":
         lines = place.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         listed = [line.strip() for line in lines if line.strip()]
