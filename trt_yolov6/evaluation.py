@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from trt_yolov6.detection import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.errors import ClassesDifferError
+from trt_yolov6.evaluation_plots import Confusion
 from trt_yolov6.inference import process
 
 
@@ -72,6 +74,10 @@ class Evaluation:
     backend: str
     notes: tuple[str, ...] = ()
     """What a reader must know beside the figures: sentences."""
+    curves: NDArray[np.float64] | None = dataclasses.field(default=None, repr=False)
+    """(101, classes): precision at recalls 0, 0.01 ... 1 and IoU 0.5; -1 without an object."""
+    confusion: NDArray[np.int64] | None = dataclasses.field(default=None, repr=False)
+    """See `evaluation_plots.Confusion`; None unless asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a flat dictionary, ready for `json.dumps`; an undefined AP is null.
@@ -124,6 +130,7 @@ def evaluate(
     border: int = 0,
     workers: int | None = None,
     progress: bool = True,
+    confusion: bool = False,
 ) -> Evaluation:
     """Measure an engine's COCO AP.
 
@@ -139,6 +146,7 @@ def evaluate(
         border: gray pixels around the image, see `letterbox.fit`.
         workers: threads that read and pre-process; default: one a core, at most eight.
         progress: show a progress bar on stderr.
+        confusion: count which class objects are taken for.
 
     Raises:
         UserError: the classes do not match, an image is unreadable or not of the recorded size, or
@@ -167,7 +175,16 @@ def evaluate(
     found_in_all = 0
     matches: dict[int, list[Any]] = {}
 
+    counted = Confusion(len(dataset.class_names)) if confusion else None
+    rows = [
+        None if place is None else match_of.kept.index(place) for place in match_of.places
+    ] or list(range(len(dataset.class_names)))
+    objects = _objects_by_image(dataset) if confusion else {}
+
     def match(batch: Batch[CocoImage], found: list[Detections]) -> _Matches:
+        if counted is not None:
+            for image, detections in zip(batch.items, found, strict=True):
+                counted.add(detections, rows, *objects[image.id])
         return _match(truth.result(), dataset, categories, batch.items, found)
 
     bar = tqdm(
@@ -197,7 +214,7 @@ def evaluate(
             found_in_all += step.result.detections
             bar.update(len(step.batch.items))
     before = time.perf_counter()
-    (ap, ap50, ap75, ap_small, ap_medium, ap_large), per_class = _average_precision(
+    (ap, ap50, ap75, ap_small, ap_medium, ap_large), per_class, curves = _average_precision(
         truth.result(), matches
     )
     end = time.perf_counter()
@@ -221,6 +238,8 @@ def evaluate(
         precision=engine.precision,
         backend=engine.backend,
         notes=tuple(notes),
+        curves=curves,
+        confusion=None if counted is None else counted.counts,
     )
 
 
@@ -246,6 +265,26 @@ def _to_coco(
         )
         if category_ids[index] is not None
     ]
+
+
+def _objects_by_image(
+    dataset: CocoDataset,
+) -> dict[int, tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    """Return the corners and the classes of each image's objects, crowds aside."""
+    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
+    found: dict[int, list[tuple[list[float], int]]] = {image.id: [] for image in dataset.images}
+    for entry in dataset.annotations:
+        place = place_of.get(entry["category_id"])
+        if place is not None and not entry["iscrowd"]:
+            x, y, width, height = entry["bbox"]
+            found[entry["image_id"]].append(([x, y, x + width, y + height], place))
+    return {
+        number: (
+            np.array([box for box, _ in items], np.float64).reshape(-1, 4),
+            np.array([place for _, place in items], np.int64),
+        )
+        for number, items in found.items()
+    }
 
 
 def _used(dataset: CocoDataset) -> list[bool]:
@@ -305,8 +344,8 @@ def _match(
 
 def _average_precision(
     truth: Any, matches: Mapping[int, list[Any]]
-) -> tuple[list[float | None], tuple[float | None, ...]]:
-    """Return AP, AP50, AP75, APs, APm, APl, and AP by class."""
+) -> tuple[list[float | None], tuple[float | None, ...], NDArray[np.float64]]:
+    """Return AP, AP50, AP75, APs, APm, APl; AP by class; precision by recall and class at 0.5."""
     scorer = COCOeval(truth, iouType="bbox")
     by_image = [matches[number] for number in scorer.params.imgIds]
     scorer.evalImgs = [match for same_kind in zip(*by_image, strict=True) for match in same_kind]
@@ -321,7 +360,7 @@ def _average_precision(
         _defined(values[values > -1].mean() if (values > -1).any() else -1.0)
         for values in np.moveaxis(precision, 2, 0)
     )
-    return [_defined(value) for value in scorer.stats[:6]], tuple(per_class)
+    return [_defined(value) for value in scorer.stats[:6]], tuple(per_class), precision[0]
 
 
 def _defined(value: float) -> float | None:

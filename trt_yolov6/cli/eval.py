@@ -31,6 +31,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--split", help="part of the data set, such as val or val2017")
     parser.add_argument("--batch", type=positive, help="images at a time")
     parser.add_argument("--workers", type=positive, help="threads that decode images")
+    parser.add_argument(
+        "--plots", type=Path, metavar="DIR", help="write PR curves and a confusion matrix there"
+    )
     add_border(parser)
     add_thresholds(parser)
     add_loading(parser)
@@ -43,6 +46,7 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.data.letterbox import resolve_border
     from trt_yolov6.data.sources import check_source
     from trt_yolov6.evaluation import evaluate
+    from trt_yolov6.evaluation_plots import write_plots
 
     if options.data is not None:
         check_source(options.data, options.split)
@@ -58,10 +62,14 @@ def run(options: argparse.Namespace) -> None:
             border=resolve_border(options.resize, options.border, engine.image_size),
             workers=options.workers,
             progress=not options.quiet,
+            confusion=options.plots is not None,
         )
     for note in result.notes:
         say(f"note: {note}")
     print(_evaluation_text(result))
+    if options.plots and result.curves is not None and result.confusion is not None:
+        for path in write_plots(options.plots, result.class_names, result.curves, result.confusion):
+            say(f"{path}: drawn")
     if options.json:
         write_result(options.json, result.to_json())
     say_next(options, "its speed", f"bench --engine {engine.path}")
@@ -75,10 +83,14 @@ def _evaluation_text(result: Evaluation) -> str:
     share = seconds.inference / result.wall_seconds
     return "\n".join(
         [
-            f"{result.engine} ({result.precision}, {result.backend}) on {result.images} images, "
+            f"{result.engine} ({result.curves}, {result.backend}) on {result.images} images, "
             f"{result.detections} detections",
             f"  AP {ap(result.ap)}   AP50 {ap(result.ap50)}   AP75 {ap(result.ap75)}",
             f"  APs {ap(result.ap_small)}  APm {ap(result.ap_medium)}  APl {ap(result.ap_large)}",
+            *(
+                f"  AP {ap(value)}   {name}"
+                for name, value in zip(result.class_names, result.per_class, strict=True)
+            ),
             f"  {result.wall_seconds:.2f} s in all, {share:.0%} of it in the engine: inference "
             f"{seconds.inference:.2f} s; beside it read {seconds.read:.2f}, pre-process "
             f"{seconds.preprocess:.2f}, post-process {seconds.postprocess:.2f}, COCO matching "
