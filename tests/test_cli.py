@@ -53,6 +53,7 @@ def test_build_without_arguments_takes_the_sample_and_says_so(
     assert main(["build", "--backend", "onnxruntime", "--quiet"]) == 0
     captured = capsys.readouterr()
     assert "taking the sample checkpoint" in captured.out
+    assert "next, " not in captured.out  # --quiet
     assert "engines/yolov6n_bccd-fp32.onnx" in captured.out
     manifest = json.loads((workplace / "engines" / "yolov6n_bccd-fp32.json").read_text())
     assert manifest["model"] == "yolov6n"
@@ -99,7 +100,9 @@ def test_infer_draws_a_picture_and_writes_its_detections(
 
 def test_inspect_and_doctor_answer(with_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "engines/yolov6n.onnx"]) == 0
-    assert "yolov6n" in capsys.readouterr().out
+    captured = capsys.readouterr().out
+    assert "yolov6n" in captured
+    assert captured.splitlines()[-1].endswith("trt-yolov6 bench --engine engines/yolov6n.onnx")
     assert main(["doctor"]) == 0
     assert "onnxruntime" in capsys.readouterr().out
 
@@ -168,6 +171,16 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["inspect", "nowhere.onnx"], "nowhere.onnx"),
         (["export", "--opset", "9"], "--opset 9"),
         (["fly"], "invalid choice"),
+        (["buld"], "did you mean build?"),
+        (["build", "--batchs", "2"], "did you mean --batch?"),
+        (["build", "--backend", "tensort"], "did you mean tensorrt?"),
+        (["build", "--onnx", "x.onnx", "--decoder", "yolov9"], "x.onnx"),
+        (["train"], "--data is missing"),
+        (["train", "--data", "nowhere"], "nowhere is not a folder"),
+        (["train", "--data", "samples"], "--split: val"),
+        (["qat", "--data", "samples", "--split", "vall"], "did you mean val?"),
+        (["sensitivity", "--data", "nowhere"], "nowhere is not a folder"),
+        (["build", "--int8", "--float-layers", "auto", "--data", "calib"], "COCO, YOLO or VOC"),
         ([], "COMMAND"),
     ],
 )
@@ -176,6 +189,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 ) -> None:
     assert reason in refusal(capsys, *arguments)
     assert not list((workplace / "engines").iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "qat"])
+def test_a_mistake_in_the_data_is_found_before_pytorch_is_imported(
+    command: str, workplace: Path
+) -> None:
+    code = (
+        "import sys, trt_yolov6.cli as cli\n"
+        f"code = cli.main(['{command}', '--data', 'calib', '--weights', 'x.pt'])\n"
+        "sys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "COCO, YOLO or VOC" in done.stderr
 
 
 def test_a_default_folder_that_cannot_be_written_is_refused_before_the_work(

@@ -196,7 +196,6 @@ def run(options: argparse.Namespace) -> None:
     if options.calibration_cache:
         _write_cache(start, result.trained, output / f"{name}.float.onnx", options)
     write_log(output, result.log)
-    state.unlink(missing_ok=True)
     shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
     print(
         f"{built.path}: {shown or 'not evaluated'}; {result.epochs} epochs in "
@@ -214,6 +213,8 @@ def run(options: argparse.Namespace) -> None:
             "log": list(result.log),
         }
         write_result(options.json, values)
+    # Last of all: as long as it is there, an interrupted run can be resumed to this point.
+    state.unlink(missing_ok=True)
     say_next(options, "for another backend", f"build --onnx {built.path} --backend ...")
 
 

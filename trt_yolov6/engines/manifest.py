@@ -311,7 +311,7 @@ def _from_json(path: Path, value: dict[str, Any]) -> Manifest:
             }
         )
         _check_values(manifest, value)
-    except (KeyError, TypeError, ValueError, UserError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}); build the engine again with "
             "`trt-yolov6 build`."

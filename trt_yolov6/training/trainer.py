@@ -495,18 +495,19 @@ def _train_steps(run: _Run, done: Progress, state_seconds: float) -> None:
         log = None
         if run.processes.is_first:
             log = stack.enter_context(RunLog(run.folder, from_epoch=first_epoch))
+        what = "search" if run.model.arch.block == "scaled" else "train"
         bar = stack.enter_context(
             tqdm(
                 total=plan.total_steps,
                 initial=done.step,
-                desc="search" if run.model.arch.block == "scaled" else "train",
+                desc=what,
                 unit="step",
                 disable=None if run.progress else True,
             )
         )
         saver = _Saver(run, state_seconds)
         if run.log_line is not None:
-            run.log_line(_header(run, done, bar.desc))
+            run.log_line(_header(run, done, what))
         for epoch in range(first_epoch, settings.epochs):
             _train_epoch(run, done, epoch, bar, saver)
             line = _epoch_line(run, done, epoch)
