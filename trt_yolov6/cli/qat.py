@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "qat", run, text)
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
     parser.add_argument("--model", metavar="n|t|s|m|l|NAME", help="what it must hold, as a check")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data set in COCO layout")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml")
     parser.add_argument("--split", default="train", help="part to train on (train)")
     parser.add_argument("--val-split", default="val", help="part to evaluate on, or none (val)")
     add_training(parser, "runs/qat/<model>")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "train", run, "train a network, or train a checkpoint on")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data set in COCO layout")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml")
     parser.add_argument("--split", help="part to train on (train)")
     parser.add_argument("--val-split", help="part to evaluate on, or none (val)")
     add_training(parser, "runs/train/<model>")

@@ -97,7 +97,7 @@ class Plan:
     """Batch sizes that latency is measured at."""
     backends: tuple[str, ...] = ("auto",)
     data: Path = Path("samples")
-    """A data set in COCO layout."""
+    """A data set's folder or `data.yaml`."""
     split: str | None = None
     calib: Path = Path("calib")
     """Calibration images for INT8 and FP8."""

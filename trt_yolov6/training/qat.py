@@ -82,7 +82,7 @@ class QatSettings:
     """How a network is trained quantized; what came of the defaults is in docs/training.md."""
 
     data: str
-    """Folder of the data set, in COCO layout."""
+    """The data set's folder or `data.yaml`."""
     train_split: str = "train"
     on_bad_data: OnBadData = "refuse"
     epochs: int = 10

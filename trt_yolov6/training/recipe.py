@@ -58,7 +58,7 @@ class TrainSettings:
     """
 
     data: str
-    """Folder of the data set, in COCO layout."""
+    """The data set's folder or `data.yaml`."""
     variant: str
     """A row of `models.VARIANTS`; with `weights`, what that is recognized as."""
     optimizer: OptimizerSettings
