@@ -86,6 +86,7 @@ def accuracy(
             work.tell(f"{built.name} is timed without AP: {error}")
             evaluation = {
                 **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl")),
+                "backend": engine.backend,
                 "images": len(dataset.images),
                 "detections": 0,
                 "per_class": [],

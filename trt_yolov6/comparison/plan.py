@@ -243,7 +243,7 @@ class _Reader:
                 )
             try:
                 found[key] = known[key](item)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(
                     f"{self.file}: {where}{key} cannot be {item!r} ({error}); correct it."
                 ) from error

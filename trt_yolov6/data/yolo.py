@@ -174,7 +174,7 @@ def _class_names(file: Path, content: Mapping[str, Any]) -> list[str]:
     if isinstance(names, dict):
         try:
             names = [names[key] for key in sorted(names, key=int)]
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             names = None
     if not isinstance(names, list) or not names:
         raise UserError(f"{file} has no list 'names'; give the class names there.")

@@ -106,7 +106,7 @@ def _ranking(path: Path, value: Mapping[str, Any]) -> Ranking:
             (str(layer["name"]), None if layer["value"] is None else float(layer["value"]))
             for layer in value["layers"]
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}); run `sensitivity --json` again."
         ) from error

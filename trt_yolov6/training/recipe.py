@@ -294,7 +294,7 @@ def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
     """
     try:
         restored: TrainSettings = _restored(TrainSettings, value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{source} holds no settings of a training that this version knows ({error}); start "
             "the training anew."
