@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from test_evaluation import write_cells
+from tiny_detector import load_tiny
 
 from trt_yolov6.building import BuiltEngine
 from trt_yolov6.cli import main
@@ -105,6 +107,21 @@ def test_inspect_and_doctor_answer(with_engine: Path, capsys: pytest.CaptureFixt
     assert captured.splitlines()[-1].endswith("trt-yolov6 bench --engine engines/yolov6n.onnx")
     assert main(["doctor"]) == 0
     assert "onnxruntime" in capsys.readouterr().out
+
+
+def test_eval_prints_ap_in_all_and_by_class_and_draws(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cells(workplace / "data", images=3)
+    load_tiny(workplace).close()
+    command = ["eval", "--engine", "tiny_split_None_False.onnx", "--data", "data", "--conf", "0.6"]
+    assert main([*command, "--plots", "plots", "--json", "eval.json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "tiny_split_None_False.onnx (unknown, onnxruntime) on 3 images, 15 detections" in lines
+    assert "  AP 1.0000   class_0" in [line.replace("red", "class_0") for line in lines]
+    assert (workplace / "plots" / "pr-curves.png").is_file()
+    assert (workplace / "plots" / "confusion.png").is_file()
+    assert lines[-1].startswith("next, its speed: trt-yolov6 bench --engine tiny")
 
 
 def test_export_writes_a_graph_that_is_known_by_its_manifest_and_eval_takes(

@@ -83,7 +83,7 @@ def _evaluation_text(result: Evaluation) -> str:
     share = seconds.inference / result.wall_seconds
     return "\n".join(
         [
-            f"{result.engine} ({result.curves}, {result.backend}) on {result.images} images, "
+            f"{result.engine} ({result.precision}, {result.backend}) on {result.images} images, "
             f"{result.detections} detections",
             f"  AP {ap(result.ap)}   AP50 {ap(result.ap50)}   AP75 {ap(result.ap75)}",
             f"  APs {ap(result.ap_small)}  APm {ap(result.ap_medium)}  APl {ap(result.ap_large)}",

@@ -8,7 +8,7 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
         name: yolox-s                      # what it is called in the results
         precisions: [fp16]                 # instead of those below
         names: classes.txt                 # class names, one a line or COCO JSON
-        imgsz: 640                         # for a graph that leaves its size open
+        imgsz: 640                         # input size, where not that of all below
         decoder: yolox                     # where the graph does not tell its family
         preprocess: [colour=rgb]           # what differs from the family's pre-processing
     precisions: [fp32, int8, "int8:6"]
@@ -19,6 +19,7 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
     calib: calib
     rounds: 8
     duration: 10
+    imgsz: 640                             # of checkpoints, and of graphs that leave it open
 
 A precision is `fp32`, `fp16`, `int8` or `fp8`; behind the last two, `+fp16` makes the rest half
 precision, and `:6` or `:auto` leaves that many sensitive layers in float, as in `int8+fp16:6`.

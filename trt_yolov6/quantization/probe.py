@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import onnx
+from onnx import helper, numpy_helper
 
 from trt_yolov6.building import quantized_layers_of
 from trt_yolov6.engines import backend as backend_module
@@ -48,11 +50,8 @@ def computes(backend: str, settings: BuildSettings, kind: QuantizedType) -> bool
     return found is None or found > 0
 
 
-def _one_convolution(kind: QuantizedType):  # type: ignore[no-untyped-def]
+def _one_convolution(kind: QuantizedType) -> onnx.ModelProto:
     """Return a graph with a convolution between ReLUs, its input and weights quantized."""
-    import onnx
-    from onnx import helper, numpy_helper
-
     element = onnx.TensorProto.FLOAT8E4M3FN if kind.name == "fp8" else onnx.TensorProto.INT8
     generator = np.random.default_rng(0)
     weights = generator.normal(0, 0.05, (_CHANNELS, _CHANNELS, 3, 3)).astype(np.float32)
