@@ -117,7 +117,7 @@ def test_eval_prints_ap_in_all_and_by_class_and_draws(
     command = ["eval", "--engine", "tiny_split_None_False.onnx", "--data", "data", "--conf", "0.6"]
     assert main([*command, "--plots", "plots", "--json", "eval.json"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "tiny_split_None_False.onnx (unknown, onnxruntime) on 3 images, 15 detections" in lines
+    assert "tiny_split_None_False.onnx (fp32, onnxruntime) on 3 images, 15 detections" in lines
     assert "  AP 1.0000   class_0" in [line.replace("red", "class_0") for line in lines]
     assert (workplace / "plots" / "pr-curves.png").is_file()
     assert (workplace / "plots" / "confusion.png").is_file()

@@ -13,10 +13,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from small_graphs import GraphWriter, detector, random_images
 
-from trt_yolov6.building import build_engine, graph_from_onnx, graph_precision
+from trt_yolov6.building import build_engine, graph_from_onnx
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.onnx_files import read_onnx, sort_nodes
+from trt_yolov6.onnx_files import graph_precision, read_onnx, sort_nodes
 from trt_yolov6.quantization.symmetric import with_symmetric_int8
 
 
@@ -147,6 +147,8 @@ def test_dynamic_quantization_is_called_what_it_is(tmp_path: Path) -> None:
     built = build_engine(graph, backend="onnxruntime", output=tmp_path / "e.onnx")
     assert json.loads(built.manifest_path.read_text())["precision"] == "int8-dynamic"
     with load_engine(built.path) as engine:
+        assert engine.precision == "int8-dynamic"
+    with load_engine(tmp_path / "dynamic.onnx") as engine:  # without a manifest
         assert engine.precision == "int8-dynamic"
     with pytest.raises(UserError, match=r"DynamicQuantizeLinear.*quant_format=QDQ"):
         with_symmetric_int8(graph.model, "dynamic.onnx")

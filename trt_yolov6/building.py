@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from trt_yolov6.engines.manifest import (
 )
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import check_writable, file_name, sha256_bytes, sha256_file
-from trt_yolov6.onnx_files import read_onnx, value_spec
+from trt_yolov6.onnx_files import graph_precision, read_onnx, value_spec
 
 if TYPE_CHECKING:
     import onnx
@@ -497,34 +497,6 @@ def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> Ba
             "with a free batch axis."
         )
     return BatchProfile(own, own, own)
-
-
-def graph_precision(model: onnx.ModelProto) -> Precision:
-    """Return the precision a graph is in, by its Q/DQ nodes and its weights."""
-    import onnx
-
-    operators = {node.op_type for node in model.graph.node}
-    if any(op.startswith("DynamicQuantize") for op in operators):
-        return "int8-dynamic"
-    if any(op == "QuantizeLinear" or op.startswith("QLinear") for op in operators):
-        # Nothing but Q/DQ nodes reads constants of such a type.
-        return "fp8" if any(map(_is_float8, _constants(model))) else "int8"
-    half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
-    return "fp16" if half else "fp32"
-
-
-def _constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from model.graph.initializer
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            yield from (item.t for item in node.attribute if item.name == "value")
-
-
-def _is_float8(tensor: onnx.TensorProto) -> bool:
-    import onnx
-
-    name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
-    return name.startswith("FLOAT8")
 
 
 def _name_anonymous_nodes(model: onnx.ModelProto) -> None:

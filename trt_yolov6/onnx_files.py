@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trt_yolov6.engines.manifest import Precision
 from trt_yolov6.engines.tensor_spec import TensorSpec
 from trt_yolov6.errors import UserError
 
@@ -145,6 +146,34 @@ def value_spec(value: onnx.ValueInfoProto, path: str | Path) -> TensorSpec:
     return TensorSpec(
         value.name, shape, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     )
+
+
+def graph_precision(model: onnx.ModelProto) -> Precision:
+    """Return the precision a graph is in, by its Q/DQ nodes and its weights."""
+    import onnx
+
+    operators = {node.op_type for node in model.graph.node}
+    if any(op.startswith("DynamicQuantize") for op in operators):
+        return "int8-dynamic"
+    if any(op == "QuantizeLinear" or op.startswith("QLinear") for op in operators):
+        # Nothing but Q/DQ nodes reads constants of such a type.
+        return "fp8" if any(map(_is_float8, _constants(model))) else "int8"
+    half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
+    return "fp16" if half else "fp32"
+
+
+def _constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from model.graph.initializer
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            yield from (item.t for item in node.attribute if item.name == "value")
+
+
+def _is_float8(tensor: onnx.TensorProto) -> bool:
+    import onnx
+
+    name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return name.startswith("FLOAT8")
 
 
 def names_read(node: onnx.NodeProto) -> Iterator[str]:

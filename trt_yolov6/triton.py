@@ -248,8 +248,7 @@ def _check_inputs(path: Path) -> None:
 
 
 def _precision_of(path: Path) -> str:
-    from trt_yolov6.building import graph_precision
-    from trt_yolov6.onnx_files import read_onnx
+    from trt_yolov6.onnx_files import graph_precision, read_onnx
 
     return graph_precision(read_onnx(path)) if path.suffix == ".onnx" else "unknown"
 

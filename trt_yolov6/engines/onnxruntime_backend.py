@@ -32,7 +32,7 @@ from trt_yolov6.engines.layout import check_input, class_names_of, nms_in, readi
 from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.files import read_json
-from trt_yolov6.onnx_files import read_weights, sort_nodes
+from trt_yolov6.onnx_files import graph_precision, read_weights, sort_nodes
 from trt_yolov6.quantization.exact import with_integer_convolutions
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ class OnnxRuntimeEngine(Engine):
 
         self.path = path
         self.manifest = manifest
+        self._precision = None if graph is None else graph_precision(graph)
         self.backend_version = onnxruntime.__version__
         self._session: onnxruntime.InferenceSession | None = session
         self.provider: str = session.get_providers()[0]
@@ -201,6 +202,11 @@ class OnnxRuntimeEngine(Engine):
             self.batch = BatchProfile(fixed, fixed, fixed)
         else:
             self.batch = manifest.batch if manifest else _ANY_BATCH
+
+    @property
+    def precision(self) -> str:
+        """As the manifest says, else as the graph shows."""
+        return self._precision or super().precision
 
     def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         session = self._checked(images)
