@@ -23,11 +23,12 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.inspection import format_inspection, inspect_file
 
-    result = inspect_file(resolved(options.file))
+    file = resolved(options.file)
+    result = inspect_file(file)
     print(format_inspection(result, layers=options.layers))
     if options.json:
         write_result(options.json, result.to_json())
-    say_next(options, *_next(options.file))
+    say_next(options, *_next(file))
 
 
 def _next(file: Path) -> tuple[str, str]:
