@@ -140,7 +140,7 @@ def value_spec(value: onnx.ValueInfoProto, path: str | Path) -> TensorSpec:
 
     tensor = value.type.tensor_type
     if not value.type.HasField("tensor_type") or not tensor.elem_type:
-        raise UserError(f"{path} has {value.name!r}, which is no tensor; a detector is needed.")
+        raise UserError(f"{path} has {value.name!r}, which is not a tensor; a detector is needed.")
     # Some exporters write a free axis as -1 or 0.
     shape = tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim)
     return TensorSpec(

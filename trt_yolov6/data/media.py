@@ -268,7 +268,7 @@ _LOOKED_AT = 32
 def _usual_rate(address: str) -> float | None:
     """Return a file's frames a second where it does not pause; None for what it says itself.
 
-    Of a camera that records on motion a file tells the average over its pauses, which is no rate
+    Of a camera that records on motion a file tells the average over its pauses, which is not a rate
     that anything happens at.
     """
     capture = _opened(address)

@@ -170,7 +170,7 @@ def _constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 def _zero_point(
     node: onnx.NodeProto, constants: dict[str, NDArray[Any]]
 ) -> NDArray[np.integer[Any]] | None:
-    """Return a node's zero point; None where it is no constant."""
+    """Return a node's zero point; None where it is not a constant."""
     if len(node.input) > 2 and node.input[2]:
         return constants.get(node.input[2])
     if node.op_type == "QuantizeLinear":
