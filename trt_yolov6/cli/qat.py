@@ -114,6 +114,8 @@ def run(options: argparse.Namespace) -> None:
 
     from trt_yolov6.data.sources import check_source
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("qat trains in one process; start it without torchrun.")
     # Before PyTorch is imported, which takes seconds.
     if options.data is None:
         raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
@@ -132,8 +134,6 @@ def run(options: argparse.Namespace) -> None:
 
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("qat trains in one process; start it without torchrun.")
     settings = _settings(options)
     _check_cache(options)
     device = chosen_device(options.device)
