@@ -343,7 +343,7 @@ class _Graph:
 
 
 def _inspect_onnx(path: Path) -> OnnxDetails:
-    from trt_yolov6.building import read_onnx
+    from trt_yolov6.onnx_files import read_onnx
 
     return inspect_onnx(read_onnx(path))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from trt_yolov6.checkpoint import Checkpoint
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
     STRIDES,
     VARIANTS,
@@ -58,7 +58,7 @@ class TrainSettings:
     """
 
     data: str
-    """Folder of the data set, in COCO layout."""
+    """The data set's folder or `data.yaml`."""
     variant: str
     """A row of `models.VARIANTS`; with `weights`, what that is recognized as."""
     optimizer: OptimizerSettings
@@ -251,8 +251,9 @@ def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
 def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
     fields = {item.name for item in dataclasses.fields(value)}
     if names[0] not in fields:
+        meant = did_you_mean(names[0], fields)
         raise UserError(
-            f"--set {assignment}: there is no {names[0]}; choose one of "
+            f"--set {assignment}: there is no {names[0]}{meant}; choose one of "
             f"{', '.join(sorted(fields))}."
         )
     kind = typing.get_type_hints(type(value))[names[0]]
@@ -301,7 +302,7 @@ def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
     """
     try:
         restored: TrainSettings = _restored(TrainSettings, value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{source} holds no settings of a training that this version knows ({error}); start "
             "the training anew."
