@@ -141,13 +141,14 @@ def picture(fit: str = "letterbox") -> tuple[NDArray[np.uint8], NDArray[np.float
 
 
 def write_dataset(folder: Path, fit: str, images: int = 2) -> Path:
-    """Write a COCO data set that shows `picture` so many times, and return its folder."""
+    """Write a COCO data set that shows `picture` so many times; return its folder."""
     (folder / "images" / "val").mkdir(parents=True)
     (folder / "annotations").mkdir()
     pictures: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number in range(1, images + 1):
         image, boxes = picture(fit)
+        image[0, 0] = number  # no copy of another: calibration leaves copies out
         name = f"{number}.png"
         cv2.imwrite(str(folder / "images" / "val" / name), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         pictures.append({"id": number, "file_name": name, "width": 128, "height": 96})

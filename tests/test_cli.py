@@ -168,7 +168,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["build", "--calib", "calib/"], "--calib is for --int8"),
         (["build", "--calibrator", "mse"], "--calibrator is for --int8"),
         (["build", "--int8", "--max-ap-drop", "1"], "--float-layers auto"),
-        (["build", "--int8", "--calibration-cache", "x"], "without --int8"),
+        (["build", "--int8", "--calibration-cache", "x"], "leave --int8"),
         (["build", "--int8", "--calibrator", "best"], "invalid choice"),
         (["export", "--calibrator", "mse"], "--calibration-cache"),
         (["export", "--calibration-cache", "x", "--cache-version", "11.0.0"], "11.0.0"),
