@@ -124,7 +124,7 @@ def make_empty_libraries(user: Path, replaced: str, functions: str, folder: Path
     """
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", _output("readelf", "-d", str(user)))
     undefined = _output("nm", "-D", "--undefined-only", str(user))
-    wanted = re.findall(rf"^ +U ({functions})(?:@\S+)?$", undefined, re.MULTILINE)
+    wanted = re.findall(rf"^ +U ({functions})(?:@(?!GLIBC)\S+)?$", undefined, re.MULTILINE)
     source = folder / "empty.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in wanted))
     for name in needed:

@@ -76,7 +76,12 @@ CLASSES = (
 
 _BASES = "(bases)"
 
-_CPP = {"IBuilder": "Builder", "IParserError": "ParserError", "IRuntime": "Runtime"}
+_CPP = {
+    "IBuilder": "Builder",
+    "IEngineInspector": "EngineInspector",
+    "IParserError": "ParserError",
+    "IRuntime": "Runtime",
+}
 """C++ classes with another name in Python, which signatures show by mistake."""
 
 _NAME = re.compile(r"\b[A-Z]\w+(?:\.[A-Z]\w+)?(?!\w)").findall
