@@ -87,8 +87,8 @@ def build_plan(
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
-    if settings.optimization_level is not None:
-        _set_optimization_level(flavour, config, settings.optimization_level)
+    if settings.optimization_level is not None:  # API: not tensorrt<8.6 (the backend refuses it)
+        config.builder_optimization_level = settings.optimization_level
     if settings.tactic_sources is not None:
         _set_tactic_sources(api, config, settings.tactic_sources)
     _set_profile(api, builder, network, config, settings)
@@ -155,12 +155,6 @@ def _set_precisions(  # API: tensorrt<11 (weakly typed networks)
             if layer.get_output(output).name in weak.single:
                 layer.precision = api.float32
                 layer.set_output_type(output, api.float32)
-
-
-def _set_optimization_level(flavour: Flavour, config: Any, level: int) -> None:
-    if flavour.backend == "tensorrt" and flavour.release < (8, 6):
-        raise UserError(f"{flavour} has no --optimization-level (8.6 is the first); leave it out.")
-    config.builder_optimization_level = level  # API: not tensorrt<8.6 (refused before)
 
 
 def _set_tactic_sources(api: Any, config: Any, names: Collection[str]) -> None:
