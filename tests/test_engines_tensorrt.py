@@ -256,6 +256,19 @@ def test_a_plan_cannot_be_loaded_without_a_gpu_and_the_reason_is_said(tmp_path: 
     assert "GPU" in message
 
 
+def test_messages_of_tensorrt_lose_the_places_in_its_source() -> None:
+    message = (
+        "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Network has dynamic or "
+        "shape inputs, but no optimization profile has been defined. In validate at "
+        "/_src/optimizer/api/network.cpp:4023)"
+    )
+    assert one_line(message).endswith("but no optimization profile has been defined)")
+    message = "Cuda Runtime (In run at /_src/runner.cpp:25 (cudaError 2: out of memory))"
+    assert one_line(message) == "Cuda Runtime (cudaError 2: out of memory)"
+    assert one_line("two\n  lines.") == "two lines"
+    assert len(one_line("word " * 500)) <= 300
+
+
 # --- releases that are not installed: a stand-in says its version, and nothing else is asked ------
 
 
@@ -341,19 +354,6 @@ def test_an_unknown_tactic_source_is_answered_with_the_known_ones() -> None:
     assert not chosen
     tensorrt_build._set_tactic_sources(api, config, ("edge_mask_convolutions", "cudnn"))
     assert chosen == [0b1100]
-
-
-def test_messages_of_tensorrt_lose_the_places_in_its_source() -> None:
-    message = (
-        "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Network has dynamic or "
-        "shape inputs, but no optimization profile has been defined. In validate at "
-        "/_src/optimizer/api/network.cpp:4023)"
-    )
-    assert one_line(message).endswith("but no optimization profile has been defined)")
-    message = "Cuda Runtime (In run at /_src/runner.cpp:25 (cudaError 2: out of memory))"
-    assert one_line(message) == "Cuda Runtime (cudaError 2: out of memory)"
-    assert one_line("two\n  lines.") == "two lines"
-    assert len(one_line("word " * 500)) <= 300
 
 
 # --- progress -----------------------------------------------------------------------------------
