@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tensorrt8 import layer_kind
 from trt_yolov6.files import read_json, write_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,19 @@ NETWORKS = {
 """What the networks of `rep_optimizer` are called in the documents."""
 
 GPU = "h200-tensorrt-rtx-1.6.1.json"
+TENSORRT8 = "h100-tensorrt-8.json"
+
+TENSORRT8_FORMS = {
+    ("fp32", "ours"): "FP32",
+    ("fp16", "authors"): "FP16, the authors' decoding",
+    ("fp16", "ours"): "FP16",
+    ("int8", "ptq"): "INT8",
+    ("int8+float6", "ptq"): "INT8, six layers in float",
+    ("int8", "cache"): "INT8 by a calibration cache",
+    ("int8", "tensorrt-entropy"): "INT8, TensorRT's entropy calibration",
+    ("int8", "tensorrt-minmax"): "INT8, TensorRT's min-max calibration",
+}
+"""What the rows of `tensorrt8` are called in the documents: by precision and how it came about."""
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -348,7 +362,71 @@ def rep_optimizer() -> str:
     return where + markdown(head, rows)
 
 
+def tensorrt8_speed() -> str:
+    """INT8 beside FP16 on TensorRT 8, networks with random weights."""
+    data = result(TENSORRT8)
+    rows = [row for row in data["rows"] if row["ms"]]
+    own = {
+        (row["network"], row["batch"]): row["fps"]
+        for row in rows
+        if (row["precision"], row["how"]) == ("fp16", "ours")
+    }
+    lines = [
+        [
+            row["network"].replace("yolov6", "YOLOv6-").upper().replace("YOLOV", "YOLOv"),
+            row["batch"],
+            TENSORRT8_FORMS[row["precision"], row["how"]],
+            row["int8_convolutions"],
+            f"{row['ms']:.3f}",
+            f"{row['fps']:,.0f}".replace(",", " "),
+            f"{row['fps'] / own[row['network'], row['batch']]:.2f}",
+        ]
+        for row in sorted(rows, key=lambda row: row["fps"])
+    ]
+    head = ["", "batch", "", "INT8 convolutions", "ms", "FPS", "to our FP16"]
+    where = f"{data['device']}, driver {data['driver']}, TensorRT {rows[0]['backend_version']}, "
+    return where + f"{data['date'][:10]}.\n\n" + markdown(head, lines)
+
+
+def tensorrt8_accuracy() -> str:
+    """AP of the sample's engines on TensorRT 8, beside the same files on a CPU."""
+    lines = [
+        [
+            TENSORRT8_FORMS[row["precision"], row["how"]],
+            f"{row['int8_convolutions']} of {row['convolutions']}",
+            f"{row['ap']:.4f}",
+            "" if row["ap_cpu"] is None else f"{row['ap_cpu']:.4f}",
+        ]
+        for row in sorted(
+            (row for row in result(TENSORRT8)["rows"] if row["ap"]),
+            key=lambda row: (row["int8_convolutions"], row["precision"]),
+        )
+    ]
+    return markdown(["the default checkpoint", "in INT8", "AP on the H100", "on a CPU"], lines)
+
+
+def tensorrt8_layers() -> str:
+    """Where the time of an engine goes on TensorRT 8, by the kind of layer."""
+    found = result(TENSORRT8)["layers_us"]
+    sums: dict[str, dict[str, float]] = {}
+    for form, layers in found.items():
+        for name, microseconds in layers.items():
+            kind = layer_kind(name)
+            sums.setdefault(kind, {}).setdefault(form, 0.0)
+            sums[kind][form] += microseconds
+    lines = [
+        [kind, *(f"{times.get(form, 0):.0f}" for form in found)]
+        for kind, times in sorted(sums.items(), key=lambda item: -max(item[1].values()))
+    ]
+    lines.append(["sum", *(f"{sum(layers.values()):.0f}" for layers in found.values())])
+    heads = [TENSORRT8_FORMS[form, "ours" if form == "fp16" else "ptq"] for form in found]
+    return markdown(["us, YOLOv6-S, batch 32", *heads], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "tensorrt8-speed": tensorrt8_speed,
+    "tensorrt8-accuracy": tensorrt8_accuracy,
+    "tensorrt8-layers": tensorrt8_layers,
     "int8-steps": int8_steps,
     "gpu-decoding": gpu_decoding,
     "gpu-fp8": gpu_fp8,

@@ -274,6 +274,24 @@ def layers(folder: Path, engine: str) -> dict[str, float]:
     return {name: round(seconds * 1e6, 2) for name, seconds in times.items()}
 
 
+def layer_kind(name: str) -> str:
+    """Return what a layer of our networks does, by the name that TensorRT 8 gives it."""
+    for kind, words in _KINDS.items():
+        if any(word in name for word in words):
+            return kind
+    return "convolutions"
+
+
+_KINDS = {
+    "decoding": ("decode", "scores", "boxes", "anchor_points"),
+    "the input's conversion": ("images/quantize", "graph_input_cast"),
+    "transposed convolutions": ("neck.up",),
+    "pooling": ("pool",),
+    "copies between formats": ("Reformatting", "quantize", " copy"),
+}
+"""Words in layers' names, looked for in this order."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     actions = parser.add_subparsers(dest="action", required=True)

@@ -18,11 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from tiny_detector import load_tiny
 
+from trt_yolov6 import benchmarking
 from trt_yolov6.benchmarking import (
-    MIN_RUNS,
     MIN_RUNS_NARROW,
     STAGES,
+    Watched,
     benchmark,
     benchmark_end_to_end,
     benchmark_end_to_end_many,
@@ -173,10 +175,69 @@ def test_a_noisy_engine_is_measured_until_the_time_is_up() -> None:
     assert summarize(seconds).interval == (0.01, 0.02)
 
 
-def test_an_engine_slower_than_the_time_given_still_gets_a_handful_of_runs() -> None:
+def test_the_duration_is_a_bound_for_the_slowest_engine_too() -> None:
+    machine = Machine(lambda _: 4.0)
+    (seconds,), reason = sample([machine.run], duration=10, clock=machine.clock)
+    assert (len(seconds), reason) == (3, "time")
+    # A run that was begun is finished.
     machine = Machine(lambda _: 40.0)
     (seconds,), reason = sample([machine.run], duration=10, clock=machine.clock)
-    assert (len(seconds), reason) == (MIN_RUNS, "time")
+    assert (len(seconds), reason) == (1, "time")
+    assert summarize(seconds).interval is None
+
+
+def test_runs_are_known_by_how_long_they_waited_for_a_processor() -> None:
+    waited = 0.0
+    taken = iter([0.02, 0.04, 0.02, 0.0004, 0.0008, 0.02])
+    waits = iter([0.0, 0.02, 0.0, 0.0, 0.0006, 0.0])
+
+    def run() -> float:
+        nonlocal waited
+        waited += next(waits)
+        return next(taken)
+
+    watched = Watched(run, lambda: waited)
+    for _ in range(6):
+        watched()
+    # The short runs share one look at the clock.
+    assert watched.shares == pytest.approx([0, 0.5, 0, 0.5, 0.5, 0])
+    watched.forget_last()
+    assert watched.shares == pytest.approx([0, 0.5, 0, 0.5, 0.5])
+    unknown = Watched(lambda: 0.02, lambda: None)
+    unknown()
+    assert unknown.shares == ()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_disturbed_runs_are_left_out_or_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """As `compare` does: where most runs are disturbed, all count and the figure has a star."""
+    generator = np.random.default_rng(0)
+    waited = 0.0
+
+    def wait() -> float:
+        return waited
+
+    class Busy:
+        def __call__(self) -> float:
+            nonlocal waited
+            if generator.random() < share:
+                waited += 0.05
+                return 0.06
+            return 0.01
+
+    monkeypatch.setattr(benchmarking, "cpu_wait_seconds", wait)
+    with load_tiny(tmp_path) as engine:
+        monkeypatch.setattr(engine, "resident_run", lambda images, streams: Busy())
+        result = benchmark(engine, duration=0.02, warm_up=0, progress=False)
+    assert result.disturbed is (share == 0.9)
+    assert result.latency.median == pytest.approx(0.06 if result.disturbed else 0.01)
+    assert 0 < result.quiet_runs < result.all_runs
+    assert result.to_json()["disturbed"] is result.disturbed
+    text = format_report([result])
+    assert ("* other processes disturbed nearly all runs" in text) is result.disturbed
+    assert ("were disturbed by other processes and left out" in text) is not result.disturbed
 
 
 def test_time_between_runs_counts_as_time_passed_but_not_as_latency() -> None:
@@ -266,7 +327,7 @@ def test_a_real_engine_is_measured_and_the_result_reads_as_documented(detector: 
     latency = value["latency_ms"]
     assert latency["min"] <= latency["median"] <= latency["p90"] <= latency["p99"]
     assert value["throughput_fps"] == pytest.approx(4 / (latency["median"] / 1000))
-    assert value["runs"] >= MIN_RUNS
+    assert 1 <= value["runs"] <= result.all_runs
     assert value["engine"] == str(detector)
     assert len(value["engine_sha256"]) == 64
     assert value["versions"]["numpy"] == np.__version__

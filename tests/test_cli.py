@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from test_evaluation import write_cells
+from tiny_detector import load_tiny
 
 from trt_yolov6.building import BuiltEngine
 from trt_yolov6.cli import main
@@ -53,8 +55,9 @@ def test_build_without_arguments_takes_the_sample_and_says_so(
     assert main(["build", "--backend", "onnxruntime", "--quiet"]) == 0
     captured = capsys.readouterr()
     assert "taking the sample checkpoint" in captured.out
-    assert "engines/yolov6n.onnx" in captured.out
-    manifest = json.loads((workplace / "engines" / "yolov6n.json").read_text())
+    assert "next, " not in captured.out  # --quiet
+    assert "engines/yolov6n_bccd-fp32.onnx" in captured.out
+    manifest = json.loads((workplace / "engines" / "yolov6n_bccd-fp32.json").read_text())
     assert manifest["model"] == "yolov6n"
     assert manifest["class_names"] == ["RBC", "WBC", "Platelets"]
 
@@ -99,19 +102,38 @@ def test_infer_draws_a_picture_and_writes_its_detections(
 
 def test_inspect_and_doctor_answer(with_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "engines/yolov6n.onnx"]) == 0
-    assert "yolov6n" in capsys.readouterr().out
+    captured = capsys.readouterr().out
+    assert "yolov6n" in captured
+    assert captured.splitlines()[-1].endswith("trt-yolov6 bench --engine engines/yolov6n.onnx")
     assert main(["doctor"]) == 0
     assert "onnxruntime" in capsys.readouterr().out
 
 
-def test_export_writes_a_graph_that_eval_takes_without_a_manifest(
+def test_eval_prints_ap_in_all_and_by_class_and_draws(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", "--batch", "1", "--imgsz", "320", "--output", "n.onnx"]) == 0
+    write_cells(workplace / "data", images=3)
+    load_tiny(workplace).close()
+    command = ["eval", "--engine", "tiny_split_None_False.onnx", "--data", "data", "--conf", "0.6"]
+    assert main([*command, "--plots", "plots", "--json", "eval.json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "tiny_split_None_False.onnx (fp32, onnxruntime) on 3 images, 15 detections" in lines
+    assert "  AP 1.0000   class_0" in [line.replace("red", "class_0") for line in lines]
+    assert (workplace / "plots" / "pr-curves.png").is_file()
+    assert (workplace / "plots" / "confusion.png").is_file()
+    assert lines[-1].startswith("next, its speed: trt-yolov6 bench --engine tiny")
+
+
+def test_export_writes_a_graph_that_is_known_by_its_manifest_and_eval_takes(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--fp16", "--batch", "1", "--imgsz", "320", "--output", "n.onnx"]) == 0
+    assert json.loads((workplace / "n.json").read_text())["precision"] == "fp16"
     assert main(["eval", "--engine", "n.onnx", "--quiet", "--json", "eval.json"]) == 0
     value = json.loads((workplace / "eval.json").read_text())
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "images"} <= value.keys()
     assert value["images"] == 72
+    assert value["precision"] == "fp16"
     assert 0.3 < value["AP"] < 0.55
 
 
@@ -166,6 +188,16 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["inspect", "nowhere.onnx"], "nowhere.onnx"),
         (["export", "--opset", "9"], "--opset 9"),
         (["fly"], "invalid choice"),
+        (["buld"], "did you mean build?"),
+        (["build", "--batchs", "2"], "did you mean --batch?"),
+        (["build", "--backend", "tensort"], "did you mean tensorrt?"),
+        (["build", "--onnx", "x.onnx", "--decoder", "yolov9"], "x.onnx"),
+        (["train"], "--data is missing"),
+        (["train", "--data", "nowhere"], "nowhere is not a folder"),
+        (["train", "--data", "samples"], "--split: val"),
+        (["qat", "--data", "samples", "--split", "vall"], "did you mean val?"),
+        (["sensitivity", "--data", "nowhere"], "nowhere is not a folder"),
+        (["build", "--int8", "--float-layers", "auto", "--data", "calib"], "COCO, YOLO or VOC"),
         ([], "COMMAND"),
     ],
 )
@@ -176,6 +208,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not list((workplace / "engines").iterdir())
 
 
+@pytest.mark.parametrize("command", ["train", "qat"])
+def test_a_mistake_in_the_data_is_found_before_pytorch_is_imported(
+    command: str, workplace: Path
+) -> None:
+    code = (
+        "import sys, trt_yolov6.cli as cli\n"
+        f"code = cli.main(['{command}', '--data', 'calib', '--weights', 'x.pt'])\n"
+        "sys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "COCO, YOLO or VOC" in done.stderr
+
+
 def test_a_default_folder_that_cannot_be_written_is_refused_before_the_work(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,7 +229,7 @@ def test_a_default_folder_that_cannot_be_written_is_refused_before_the_work(
     (workplace / "engines").write_text("a file")
     # The checkpoint is not even looked at.
     error = refusal(capsys, "build", "--int8", "--backend", "onnxruntime", "--weights", "none.pt")
-    assert "engines/<model>.onnx cannot be written" in error
+    assert "engines/<name>.onnx cannot be written" in error
     assert "choose another path" in error
 
 
@@ -267,11 +313,12 @@ def test_int8_as_promised_writes_engine_manifest_and_table(
     command = ["build", "--int8", "--calib", "calib/", "--calib-images", "4", "--imgsz", "128"]
     assert main([*command, "--backend", "onnxruntime", "--float-layers", "2", "--quiet"]) == 0
     assert "in INT8: 56 of the 56" in capsys.readouterr().out
-    manifest = json.loads((workplace / "engines" / "yolov6n.json").read_text())
+    name = "yolov6n_bccd-int8-128"
+    manifest = json.loads((workplace / "engines" / f"{name}.json").read_text())
     assert manifest["precision"] == "int8"
     assert len(manifest["float_layers"]) == 2
     assert manifest["int8_layers"] == 56
-    assert (workplace / "engines" / "yolov6n.calibration.json").is_file()
+    assert (workplace / "engines" / f"{name}.calibration.json").is_file()
     assert main(["bench", "--duration", "0.1", "--quiet"]) == 0
     assert "the accuracy of INT8, not its speed" in capsys.readouterr().out
 

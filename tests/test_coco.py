@@ -121,7 +121,7 @@ BOX = {"id": 1, "image_id": 7, "category_id": 90, "bbox": [1, 2, 3, 4]}
         ({"images": []}, "no images"),
         ({"categories": []}, "no categories"),
         ({"annotations": None}, "no list 'annotations'"),
-        ({"images": [{**IMAGE, "width": "40"}]}, "lacks 'width'"),
+        ({"images": [{**IMAGE, "width": "wide"}]}, "lacks 'width'"),
         ({"images": [{**IMAGE, "width": 0}]}, "no size"),
         ({"images": ["a.png"]}, "lacks 'id'"),
         ({"annotations": [{**BOX, "bbox": [1, 2, 3]}]}, "the box"),
@@ -167,7 +167,7 @@ def lose_annotations(root: Path) -> None:
         (break_json, "not a JSON file"),
         (empty_json, "not a JSON object"),
         (lose_images, "neither images/val/ nor val/"),
-        (lose_annotations, "COCO layout"),
+        (lose_annotations, "COCO, YOLO or VOC layout"),
     ],
 )
 def test_a_damaged_folder_is_refused(

@@ -177,17 +177,56 @@ def test_a_limit_spreads_over_the_folder(tmp_path: Path) -> None:
     assert names == ["0.png", "2.png", "4.png", "6.png", "8.png"]
 
 
-@pytest.mark.parametrize(("count", "message"), [(0, "holds no image"), (1, "one image is too few")])
+@pytest.mark.parametrize(("count", "message"), [(0, "hold no image"), (1, "one image is too few")])
 def test_too_few_images_are_refused(tmp_path: Path, count: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         calibration_images(folder_of(tmp_path, count))
 
 
-def test_a_damaged_image_is_named(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, 2)
+def test_a_damaged_image_is_left_out_and_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 3)
     (folder / "1.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1\.png is damaged"):
-        list(calibration_batches(folder, FLOAT))
+    told: list[str] = []
+    found = calibration_images(folder, tell=told.append)
+    assert [path.name for path in found] == ["0.png", "2.png"]
+    assert len(told) == 1
+    assert "1.png is damaged" in told[0]
+    assert len(list(calibration_batches(folder, FLOAT))) == 2
+    for path in folder.iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"no image in .* can be read.*0\.png"):
+        calibration_images(folder)
+
+
+def test_sub_folders_are_searched(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 4)
+    for number in range(4):
+        inner = folder / f"s{number % 2}"
+        inner.mkdir(exist_ok=True)
+        (folder / f"{number}.png").rename(inner / f"{number}.png")
+    names = [str(path.relative_to(folder)) for path in calibration_images(folder)]
+    assert names == ["s0/0.png", "s0/2.png", "s1/1.png", "s1/3.png"]
+
+
+def test_copies_of_a_picture_count_once(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 2)
+    shutil.copy(folder / "0.png", folder / "3.png")
+    # The same pixels in another file.
+    Image.open(folder / "0.png").save(folder / "4.bmp")
+    told: list[str] = []
+    found = calibration_images(folder, tell=told.append)
+    assert [path.name for path in found] == ["0.png", "1.png"]
+    assert "2 copies" in told[0]
+    (folder / "1.png").unlink()
+    with pytest.raises(UserError, match=r"one image is too few .*0\.png, 3 times"):
+        calibration_images(folder)
+
+
+def test_pictures_that_show_nothing_are_refused(tmp_path: Path) -> None:
+    for level in range(5):
+        Image.new("RGB", (20, 20), (level, level, level)).save(tmp_path / f"{level}.png")
+    with pytest.raises(UserError, match="single colour, such as all black"):
+        calibration_images(tmp_path)
 
 
 def test_the_hash_of_images_follows_their_contents_not_their_names(tmp_path: Path) -> None:
@@ -195,7 +234,7 @@ def test_the_hash_of_images_follows_their_contents_not_their_names(tmp_path: Pat
     before = images_sha256(calibration_images(folder))
     (folder / "2.png").rename(folder / "3.png")
     assert images_sha256(calibration_images(folder)) == before
-    shutil.copy(folder / "0.png", folder / "1.png")
+    cv2.imwrite(str(folder / "1.png"), np.eye(20, dtype=np.uint8) * 255)
     assert images_sha256(calibration_images(folder)) != before
 
 

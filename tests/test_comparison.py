@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from onnx import TensorProto, helper
 
 from trt_yolov6.cli import main
 from trt_yolov6.comparison import ModelEntry, Plan, compare, read_results
+from trt_yolov6.comparison.plan import entries_for, read_plan
 from trt_yolov6.comparison.steps import Steps
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
@@ -375,6 +377,59 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(lines) == 1
     assert words in lines[0]
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("wrong", ["graph", "calib", "names"])
+def test_every_input_is_checked_before_anything_is_built(
+    plan: Plan, tmp_path: Path, wrong: str
+) -> None:
+    second = ModelEntry(write_detector(tmp_path / "second.onnx"))
+    changes: dict[str, Any] = {}
+    if wrong == "graph":
+        model = onnx.load(second.path)
+        model.graph.output[0].type.tensor_type.shape.dim[2].dim_value = 3
+        model.graph.node[-1].op_type = "Max"
+        onnx.save(model, second.path)
+        second = dataclasses.replace(second, decoder="ppyoloe")
+    elif wrong == "calib":
+        changes = {"precisions": ("fp32", "int8"), "calib": tmp_path / "nowhere"}
+    else:
+        second = dataclasses.replace(second, names=tmp_path / "nowhere.txt")
+    both = dataclasses.replace(plan, models=(plan.models[0], second), **changes)
+    with pytest.raises(UserError, match=r"second\.onnx|nowhere"):
+        compare(both, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "engines").exists()
+
+
+def test_a_detector_of_other_classes_is_timed_without_ap(
+    plan: Plan, tmp_path: Path, data: Path
+) -> None:
+    content = json.loads((data / "annotations" / "instances_val.json").read_text())
+    content["categories"].append({"id": 99, "name": "more"})
+    content["annotations"].append({**content["annotations"][0], "id": 10**6, "category_id": 99})
+    shutil.copytree(data / "images", tmp_path / "data" / "images")
+    write_json(tmp_path / "data" / "annotations" / "instances_val.json", content)
+    told: list[str] = []
+    other = dataclasses.replace(
+        plan, models=plan.models[:1], data=tmp_path / "data", batches=(1,), rounds=3
+    )
+    results = compare(other, tmp_path / "out", tell=told.append, progress=False)
+    assert results["engines"][0]["AP"] is None
+    assert results["timings"][0]["latency_ms"]["median"] > 0
+    assert any("is timed without AP" in line for line in told)
+    read_results(tmp_path / "out")
+
+
+def test_imgsz_is_that_of_every_model_that_has_none_of_its_own(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.pt", tmp_path / "b.onnx"]
+    assert [entry.imgsz for entry in entries_for(paths, (320, 320))] == [(320, 320)] * 2
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("models: [a.pt, {path: b.pt, imgsz: 96}]\nimgsz: 64\n")
+    assert [entry.imgsz for entry in read_plan(plan).models] == [(64, 64), (96, 96)]
+    assert [entry.imgsz for entry in read_plan(plan, imgsz=(32, 32)).models] == [(32, 32), (96, 96)]
+    plan.write_text("models: [a.pt]\nimgsize: 64\n")
+    with pytest.raises(UserError, match=r"'imgsize' means nothing \(did you mean imgsz\?\)"):
+        read_plan(plan)
 
 
 def test_two_models_of_one_name_need_names(plan: Plan, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trt_yolov6.comparison.gate import Limits, check, format_verdict
+from trt_yolov6.comparison.gate import SAME_ENGINE, Limits, check, format_verdict, matched
 from trt_yolov6.comparison.intervals import Interval
 from trt_yolov6.errors import UserError
 
@@ -119,3 +119,26 @@ def test_a_baseline_of_other_data_device_or_thresholds_is_refused() -> None:
 def test_limits_out_of_range_are_refused(limits: dict[str, float]) -> None:
     with pytest.raises(UserError, match="out of range"):
         Limits(**limits)  # type: ignore[arg-type]
+
+
+def test_an_unchanged_engine_is_not_judged_by_two_noisy_measurements() -> None:
+    verdict = check(changed(median=5.0), changed(median=10.0), paired={("n fp32", 1): SAME_ENGINE})
+    assert verdict.passed[-1] == "n fp32, batch 1: same engine, not measured again"
+
+
+def renamed(name: str, sha256: str) -> dict[str, Any]:
+    value = copy.deepcopy(RESULTS)
+    value["engines"][0] |= {"engine": name, "source_sha256": sha256, "precision": "fp32"}
+    value["timings"][0]["engine"] = name
+    return value
+
+
+def test_an_engine_is_matched_by_what_it_is_and_else_by_its_name() -> None:
+    assert matched(renamed("new", "a"), renamed("old", "a")) == {"old": "new"}
+    verdict = check(renamed("new", "a"), renamed("old", "a"))
+    assert verdict.ok
+    assert all(text.startswith("new (old in the baseline)") for text in verdict.passed)
+    # Trained again: the weights differ, the name is the same.
+    assert matched(renamed("n", "b"), renamed("n", "a")) == {"n": "n"}
+    assert matched(renamed("new", "b"), renamed("old", "a")) == {}
+    assert not check(renamed("new", "b"), renamed("old", "a")).ok

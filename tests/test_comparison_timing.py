@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from trt_yolov6.benchmarking import DISTURBED
 from trt_yolov6.comparison.timing import (
-    DISTURBED,
     Round,
     counted_rounds,
     paired_medians,

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny_detector import CELL, GRID, NAMES, SIZE, load_tiny
+from tiny_detector import CELL, GRID, NAMES, SIZE, load_named, load_tiny
 
 from trt_yolov6.data.coco import CocoDataset, load_coco, read_coco_image
 from trt_yolov6.data.loader import AHEAD, load_batches, to_input
@@ -188,15 +189,94 @@ def test_nothing_found_scores_0(tmp_path: Path, cells: CocoDataset) -> None:
     assert (result.ap, result.detections) == (0, 0)
 
 
-def test_an_engine_of_another_class_count_is_refused(tmp_path: Path, cells: CocoDataset) -> None:
-    content = json.loads(cells.annotation_file.read_text())
-    content["categories"].append({"id": 99, "name": "infrared"})
-    cells.annotation_file.write_text(json.dumps(content))
+def rewrite(dataset: CocoDataset, change: Callable[[dict[str, Any]], None]) -> CocoDataset:
+    content = json.loads(dataset.annotation_file.read_text())
+    change(content)
+    dataset.annotation_file.write_text(json.dumps(content))
+    return load_coco(dataset.root)
+
+
+def test_a_class_with_objects_that_the_engine_does_not_know_is_refused(
+    tmp_path: Path, cells: CocoDataset
+) -> None:
+    def add_class(content: dict[str, Any]) -> None:
+        content["categories"].append({"id": 99, "name": "infrared"})
+        content["annotations"][0]["category_id"] = 99
+
+    with (
+        load_named(tmp_path) as engine,
+        pytest.raises(UserError, match=r"knows 3 classes \(red, green, blue\), but not infrared"),
+    ):
+        evaluate(engine, rewrite(cells, add_class), progress=False)
     with (
         load_tiny(tmp_path) as engine,
         pytest.raises(UserError, match=r"tiny.*3 classes.*instances_val\.json has 4"),
     ):
         evaluate(engine, load_coco(cells.root), progress=False)
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+def test_a_category_that_nobody_annotated_is_left_out_and_named(
+    tmp_path: Path, cells: CocoDataset, has_names: bool
+) -> None:
+    """Roboflow puts one in front that stands for the whole data set."""
+    changed = rewrite(cells, lambda content: content["categories"].insert(0, ROOT_CATEGORY))
+    with load_named(tmp_path) if has_names else load_tiny(tmp_path) as engine:
+        result = evaluate(engine, changed, nms=SURE, progress=False)
+    assert result.ap == pytest.approx(1)
+    assert result.class_names == NAMES
+    assert "no object is of it: cells" in result.notes[0]
+
+
+ROOT_CATEGORY = {"id": 0, "name": "cells", "supercategory": "none"}
+
+
+def test_classes_in_another_order_are_matched_by_name_and_that_is_said(
+    tmp_path: Path, cells: CocoDataset
+) -> None:
+    ids = {10: 3, 20: 1, 30: 2}
+
+    def reorder(content: dict[str, Any]) -> None:
+        for item in content["categories"]:
+            item["id"] = ids[item["id"]]
+            item["name"] = item["name"].upper()
+        for item in content["annotations"]:
+            item["category_id"] = ids[item["category_id"]]
+
+    with load_named(tmp_path) as engine:
+        straight = evaluate(engine, cells, nms=SURE, progress=False)
+        result = evaluate(engine, rewrite(cells, reorder), nms=SURE, progress=False)
+    assert straight.notes == ()
+    assert (straight.ap, result.ap) == pytest.approx((1, 1))
+    assert result.class_names == ("GREEN", "BLUE", "RED")
+    assert "matched by name" in result.notes[0]
+
+
+def test_names_that_do_not_agree_are_taken_in_order_and_named(
+    tmp_path: Path, cells: CocoDataset
+) -> None:
+    def rename(content: dict[str, Any]) -> None:
+        content["categories"][2]["name"] = "azure"
+
+    with load_named(tmp_path) as engine:
+        result = evaluate(engine, rewrite(cells, rename), nms=SURE, progress=False)
+    assert result.ap == pytest.approx(1)
+    assert result.notes == (
+        "the names of some classes differ, so they are taken in order: blue as azure",
+    )
+
+
+def test_a_data_set_with_some_of_the_classes_counts_those(
+    tmp_path: Path, cells: CocoDataset
+) -> None:
+    def only_blue(content: dict[str, Any]) -> None:
+        content["categories"] = content["categories"][2:]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 30]
+
+    with load_named(tmp_path) as engine:
+        result = evaluate(engine, rewrite(cells, only_blue), nms=SURE, progress=False)
+    assert result.ap == pytest.approx(1)
+    assert "2 classes of" in result.notes[0]
 
 
 def test_a_class_the_data_does_not_have_is_refused_when_the_engine_names_none(

@@ -18,7 +18,7 @@ from test_graph_network import moved
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.onnxruntime_backend import exact_session
 from trt_yolov6.export import ExportSettings
-from trt_yolov6.quantization.exact import with_integer_convolutions
+from trt_yolov6.quantization.exact import with_integer_convolutions, with_single_quantization
 from trt_yolov6.quantization.insert import insert_qdq
 from trt_yolov6.quantization.levels import FP8
 from trt_yolov6.quantization.placement import place
@@ -300,3 +300,51 @@ def test_the_graph_given_stays_as_it_is() -> None:
     before = model.SerializeToString()
     with_integer_convolutions(model)
     assert model.SerializeToString() == before
+
+
+class TestSingleQuantization:
+    @staticmethod
+    def half_quantizer(scale: float) -> onnx.ModelProto:
+        nodes = [
+            helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+            helper.make_node("QuantizeLinear", ["half", "scale", "zero"], ["codes"]),
+            helper.make_node("Cast", ["codes"], ["y"], to=TensorProto.FLOAT),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "half",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4096])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4096])],
+            [
+                numpy_helper.from_array(np.float16(scale), "scale"),
+                numpy_helper.from_array(np.int8(0), "zero"),
+            ],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+
+    @pytest.mark.parametrize("scale", [0.0123, 0.5, 1e-3])
+    def test_half_precision_is_quantized_to_the_nearest_level(self, scale: float) -> None:
+        values = np.random.default_rng(0).normal(0, 60 * scale, (1, 4096)).astype(np.float32)
+        given = values.astype(np.float16).astype(np.float32)
+        expected = np.clip(np.rint(given / np.float32(np.float16(scale))), -128, 127)
+        model = with_single_quantization(self.half_quantizer(scale))
+        np.testing.assert_array_equal(run(model, values)["y"], expected)
+        types = {item.name: item.data_type for item in model.graph.initializer}
+        read = [node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        assert [types[name] for name in read] == [TensorProto.FLOAT]
+
+    def test_a_graph_in_single_precision_is_left_alone(self) -> None:
+        model = quantized_detector()
+        assert with_single_quantization(model) is model
+
+    def test_an_engine_of_half_precision_is_computed_so(self, tmp_path: Path) -> None:
+        model, image = detector(), random_images(1)[0]
+        placement = place(model)
+        half = insert_qdq(model, placement, dict.fromkeys(placement.tensors, 2.0), fp16=True)
+        onnx.save(half, tmp_path / "half.onnx")
+        with load_engine(tmp_path / "half.onnx") as engine:
+            found = engine.infer(image)
+            assert "in float" in engine.note
+        expected = run(with_single_quantization(half), image)
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, expected[name])

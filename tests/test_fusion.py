@@ -19,8 +19,8 @@ from trt_yolov6.models import (
     fuse,
     is_fused,
 )
-from trt_yolov6.models.blocks import ConvBN, RepConv
-from trt_yolov6.models.fusion import fuse_conv_bn, fuse_rep_conv
+from trt_yolov6.models.blocks import ConvBN, QARepConv, RepConv
+from trt_yolov6.models.fusion import fuse_conv_bn, fuse_qarep_conv, fuse_rep_conv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,11 +43,18 @@ def randomize_statistics(model: nn.Module) -> None:
 
 def narrowed(arch: Architecture) -> Architecture:
     """The same layers with an eighth of the channels: fusing does not depend on their number."""
-    s1, s2, s3, s4, s5 = (channels // 8 for channels in arch.stage_channels)
-    n1, n2, n3, n4, n5, n6 = (channels // 8 for channels in arch.neck_channels)
+    if arch.neck == "lite":
+        return arch
     return dataclasses.replace(
-        arch, stage_channels=(s1, s2, s3, s4, s5), neck_channels=(n1, n2, n3, n4, n5, n6)
+        arch,
+        stage_channels=tuple(channels // 8 for channels in arch.stage_channels),
+        neck_channels=tuple(channels // 8 for channels in arch.neck_channels),
     )
+
+
+# Of the later ones, one for each kind of block, stack, neck and pooling.
+LATER = ("yolov6n_v3", "yolov6l6", "yolov6n_qa", "yolov6m_qa", "yolov6s_mbla", "yolov6lite_s")
+FUSED = (*(name for name in VARIANTS if VARIANTS[name].neck == "pan"), *LATER)
 
 
 def largest_difference(model: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
@@ -57,9 +64,9 @@ def largest_difference(model: nn.Module, other: nn.Module, images: torch.Tensor)
         return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=FUSED)
 def double_model(request: pytest.FixtureRequest) -> YOLOv6:
-    """Each variant, narrowed, with random weights and statistics in double precision."""
+    """A variant, narrowed, with random weights and statistics in double precision."""
     torch.manual_seed(0)
     model = build_model(narrowed(architecture(request.param, num_classes=4))).double().eval()
     randomize_statistics(model)
@@ -135,3 +142,23 @@ def test_a_block_folds_with_and_without_its_identity_branch(out_channels: int, s
     randomize_statistics(block)
     x = torch.randn(2, 8, 9, 11, dtype=torch.float64)
     torch.testing.assert_close(fuse_rep_conv(block)(x), block(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("out_channels", "stride"), [(8, 1), (8, 2), (12, 1)])
+def test_a_qarepvgg_block_folds_into_one_convolution(out_channels: int, stride: int) -> None:
+    block = QARepConv(8, out_channels, stride).double().eval()
+    assert (block.average is not None) == (out_channels == 8 and stride == 1)
+    randomize_statistics(block)
+    x = torch.randn(2, 8, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(fuse_qarep_conv(block)(x), block(x), rtol=1e-12, atol=1e-12)
+
+
+def test_branches_that_are_folded_already_fold_into_one_convolution() -> None:
+    block = RepConv(8, 8).double().eval()
+    randomize_statistics(block)
+    x = torch.randn(2, 8, 9, 11, dtype=torch.float64)
+    expected = block(x)
+    for name in ("dense", "pointwise"):
+        branch = getattr(block, name)
+        setattr(block, name, fuse_conv_bn(branch))
+    torch.testing.assert_close(fuse_rep_conv(block)(x), expected, rtol=1e-12, atol=1e-12)

@@ -99,6 +99,28 @@ def test_unquantized_it_is_the_network_that_was_exported(name: str) -> None:
             torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_four_levels_with_bifusion_are_the_network_that_was_exported() -> None:
+    model = random_network(
+        dataclasses.replace(
+            tiny_architecture(),
+            neck="bifusion",
+            pooling="cspsppf",
+            stage_channels=(8, 8, 8, 16, 16, 16),
+            neck_channels=(16, 8, 8, 8, 16, 16, 16, 8, 16),
+            stage_repeats=(1,) * 5,
+            neck_repeats=(1,) * 6,
+        )
+    )
+    graph = export_onnx(model, SMALL, verify=False)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        ours, expected = GraphNetwork(graph, model.arch).raw(images), model.raw(images)
+    assert len(ours) == 4
+    for level, other in zip(ours, expected, strict=True):
+        for part, wanted in zip(level, other, strict=True):
+            torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_quantized_it_computes_what_the_exported_graph_computes(name: str, tmp_path: Path) -> None:
     """Every quantized tensor is the same but for one step here and there, by rounding of sums."""

@@ -163,7 +163,7 @@ def test_a_folder_lists_its_images_sorted_and_nothing_else(tmp_path: Path) -> No
     (tmp_path / "c.jpg").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG"]
     assert list_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="hold no image"):
         list_images(tmp_path / "c.jpg")
     with pytest.raises(UserError, match="does not exist"):
         list_images(tmp_path / "nowhere")

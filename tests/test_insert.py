@@ -184,7 +184,7 @@ class TestArithmetic:
         scales = [
             stored[node.input[1]] for node in half.graph.node if node.op_type == "QuantizeLinear"
         ]
-        assert len(scales) == len(placement.tensors)
+        assert len(scales) == len(placement.tensors) + len(placement.repeated)
         assert all(scale.dtype == np.float16 for scale in scales)
         for one, other in zip(
             run(half, image), run(insert_qdq(model, placement, amax), image), strict=True

@@ -253,13 +253,15 @@ def test_a_checkpoint_says_what_network_it_holds() -> None:
     details = inspection.details
     assert isinstance(details, CheckpointDetails)
     assert details.architecture == "yolov6n"
+    assert details.release == "0.2"
     assert details.form == "training"
     assert details.class_names == ("RBC", "WBC", "Platelets")
     assert details.batch_norm_eps == (0.001,)
     assert details.parameters > details.fused_parameters
     text = format_inspection(inspection)
     assert "RBC, WBC, Platelets" in text
-    assert "yolov6n" in text
+    assert "checkpoint of release 0.2: yolov6n, training form" in text
+    assert "3: RBC" in text
     assert json.loads(json.dumps(inspection.to_json()))["sha256"] == sha256_file(SAMPLE)
 
 

@@ -633,15 +633,14 @@ def test_distilled_parts_are_their_divergences(monkeypatch: pytest.MonkeyPatch) 
 def test_defaults_are_the_papers() -> None:
     chosen = {name: default_losses(architecture(name)) for name in VARIANTS}
     assert {name for name, options in chosen.items() if options.box == "siou"} == {
-        "yolov6n",
-        "yolov6t",
-        "yolov6t_released",
+        *("yolov6n", "yolov6n_v3", "yolov6n6", "yolov6n_qa", "yolov6n_base"),
+        *("yolov6t", "yolov6t_released"),
     }
     assert {options.box for options in chosen.values()} == {"siou", "giou"}
-    assert {name for name, options in chosen.items() if options.use_dfl} == {
-        "yolov6m",
-        "yolov6l",
-        "yolov6l_relu",
+    assert {name for name, options in chosen.items() if not options.use_dfl} == {
+        *("yolov6n", "yolov6n_v3", "yolov6n6", "yolov6n_qa", "yolov6t", "yolov6t_released"),
+        *("yolov6s", "yolov6s_v3", "yolov6s6", "yolov6s_qa"),
+        *("yolov6lite_s", "yolov6lite_m", "yolov6lite_l"),
     }
     for options in chosen.values():
         assert options.classification == "varifocal"

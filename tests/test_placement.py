@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
 
+import authors_format
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_graphs import GraphWriter, detector
 
+from trt_yolov6.building import graph_from_checkpoint
+from trt_yolov6.engines.manifest import BatchProfile
 from trt_yolov6.errors import UserError
+from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.models import architecture, build_model
 from trt_yolov6.quantization.insert import insert_qdq
 from trt_yolov6.quantization.placement import Placement, layer_names, place
 
@@ -77,12 +85,29 @@ class TestDetector:
         value = next(item for item in model.graph.initializer if item.name == scales["up_out"])
         assert onnx.numpy_helper.to_array(value) == np.float32(7) / np.float32(127)
 
-    def test_requantization_puts_a_pair_before_every_layer(self) -> None:
-        model = detector()
-        tensors = set(place(model, requantize=True).tensors)
-        read = {node.input[0] for node in model.graph.node if node.op_type.startswith("Conv")}
-        assert read <= tensors
-        assert {"pool_1", "pool_2", "pyramid", "both"} <= tensors
+    def test_a_pair_stands_right_before_every_layer(self) -> None:
+        # TensorRT 8 fails at a convolution without.
+        model = quantized(detector(), place(detector()))
+        makers = {name: node.op_type for node in model.graph.node for name in node.output}
+        layers = [node for node in model.graph.node if node.op_type.startswith("Conv")]
+        assert {makers[node.input[0]] for node in layers} == {"DequantizeLinear"}
+
+    def test_what_is_dequantized_late_gets_the_scale_of_what_goes_in(self) -> None:
+        placement = place(detector())
+        reduced = dict.fromkeys(("pool_1", "pool_2", "pyramid"), "reduce_relu")
+        assert placement.repeated == {**reduced, "both": "up_out"}
+        scales = {
+            node.input[0]: node.input[1]
+            for node in quantized(detector(), placement).graph.node
+            if node.op_type == "QuantizeLinear"
+        }
+        for result, source in placement.repeated.items():
+            assert scales[result] == scales[source]
+
+    def test_requantization_counts_them_among_the_tensors(self) -> None:
+        placement = place(detector(), requantize=True)
+        assert {"pool_1", "pool_2", "pyramid", "both"} <= set(placement.tensors)
+        assert placement.repeated == {}
 
     @settings(max_examples=40, deadline=None)
     @given(st.sets(st.sampled_from(LAYERS)))
@@ -221,3 +246,48 @@ def test_yolov6lite_keeps_only_its_gates_in_float() -> None:
     assert gates < set(placement.float_layers)
     assert len(placement.float_layers) == 28  # two a gate
     assert len(placement.layers) == 126
+
+
+@pytest.mark.skipif(not LITE.exists(), reason="the YOLOv6Lite graph is not here")
+def test_yolov6lite_of_a_checkpoint_is_placed_as_that_of_a_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    channels = authors_format.LITE_CHANNELS["yolov6lite_l"]
+    model = authors_format.randomized(authors_format.LiteModel(channels))
+    path = authors_format.write_checkpoint(tmp_path / "lite.pt", model)
+    graphs = graph_from_checkpoint(path, ExportSettings()).model, onnx.load(LITE)
+    layers = [Counter(node.op_type for node in graph.graph.node) for graph in graphs]
+    for kind in ("Conv", "HardSwish", "GlobalAveragePool", "HardSigmoid", "Relu", "Resize"):
+        assert layers[0][kind] == layers[1][kind]
+    placed, expected = (place(graph) for graph in graphs)
+    for part in ("layers", "float_layers", "tensors", "groups"):
+        assert len(getattr(placed, part)) == len(getattr(expected, part)), part
+
+
+def test_bifusion_and_cspsppf_run_in_int8_as_a_whole() -> None:
+    arch = dataclasses.replace(
+        architecture("yolov6n_v3", num_classes=2),
+        stage_channels=(8, 8, 16, 16, 24),
+        neck_channels=(16, 8, 8, 16, 16, 24),
+        stage_repeats=(1, 1, 1, 1),
+        neck_repeats=(1, 1, 1, 1),
+    )
+    model = export_onnx(
+        build_model(arch), ExportSettings((64, 64), BatchProfile(1, 1, 1)), verify=False
+    )
+    placement = place(model)
+    assert not placement.float_layers
+    names = {node.output[0]: node.name for node in model.graph.node}
+    sources = {
+        node.name: {names[name] for name in node.input}
+        for node in model.graph.node
+        if node.op_type == "Concat"
+    }
+    groups = [{names[tensor] for tensor in group} for group in placement.groups]
+    tensors = {names[tensor] for tensor in placement.tensors if tensor in names}
+    # What is concatenated has one scale, and hands INT8 on.
+    for fused in ("neck.fuse5/concat", "neck.fuse4/concat", "backbone.sppf/concat_1"):
+        assert any(sources[fused] <= group for group in groups), fused
+    # What is pooled has that of its source, which alone is quantized.
+    (pooled,) = (part for part in sources["backbone.sppf/concat"] if "maxpool" not in part)
+    assert pooled in tensors
+    assert not tensors & (sources["backbone.sppf/concat"] - {pooled})

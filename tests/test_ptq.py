@@ -182,13 +182,17 @@ def test_the_report_has_a_row_for_each_metric_that_is_known(tiny: Graph, folder:
     result = measure(tiny, calibrated, "ap", score)
     without = fallback_report(tiny, calibrated, score)
     report = fallback_report(tiny, calibrated, score, by_ap=result)
-    assert report.startswith(without + "\n| 6 by ap | ")
-    assert [line.split(" |")[0] for line in report.splitlines()[2:]] == [
+    rows, _, meaning = report.partition("\n\n")
+    assert rows.startswith(without.partition("\n\n")[0] + "\n| 6 of lowest ap | ")
+    assert [line.split(" |")[0] for line in rows.splitlines()[2:]] == [
         "| all",
         "| none",
-        *(f"| 6 by {metric}" for metric in ("mse", "snr", "cosine", "ap")),
+        "| 6 of highest mse",
+        *(f"| 6 of lowest {metric}" for metric in ("snr", "cosine", "ap")),
     ]
-    assert report.splitlines()[-1].endswith(f"| {', '.join(result.names[:6])} |")
+    assert rows.splitlines()[-1].endswith(f"| {', '.join(result.names[:6])} |")
+    # What each metric is, in which unit.
+    assert "snr: signal-to-noise ratio of the layer's output, in dB" in meaning
 
 
 def test_float_layers_are_searched_with_the_biases_that_will_be_built(

@@ -21,9 +21,12 @@ from trt_yolov6.training.recipe import (
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_paper_s_recipe_of_every_variant(variant: str) -> None:
     settings = recipe_for(variant, "data")
-    assert settings.optimizer.learning_rate == (0.02 if variant == "yolov6n" else 0.01)
-    assert settings.losses.box == ("giou" if variant[6] in "sml" else "siou")
-    assert settings.losses.use_dfl == (variant[6] in "ml")
+    assert settings.optimizer.learning_rate == (0.02 if variant[6] == "n" else 0.01)
+    assert settings.losses.box == ("siou" if variant[6] in "nt" else "giou")
+    assert settings.losses.use_dfl == (architecture(variant).reg_max > 0)
+    larger = variant[6] in "mlx" and "lite" not in variant
+    assert settings.augmentation.mixup == (0.1 if larger else 0)
+    assert settings.image_size == architecture(variant).image_size
     assert settings.plain_epochs == 15
     check_losses(settings.losses, adapted(architecture(variant), settings.architecture))
     assert settings_from_json(json.loads(json.dumps(settings.to_json())), "it") == settings
@@ -55,8 +58,14 @@ def test_options_change_the_architecture() -> None:
     plain = adapted(m, ArchitectureOptions(csp_ratio=0))
     assert plain.csp_ratio is None
     assert plain.stage_repeats == tuple(2 * length for length in m.stage_repeats)
+    silu = adapted(n, ArchitectureOptions(activation="silu"))
+    assert (silu.activation, silu.neck_activation) == ("silu", "silu")
     with pytest.raises(UserError, match="out of range"):
         adapted(n, ArchitectureOptions(csp_ratio=2))
+    with pytest.raises(UserError, match="leave --block"):
+        adapted(architecture("yolov6lite_s"), ArchitectureOptions(block="scaled"))
+    with pytest.raises(UserError, match="MBLA"):
+        adapted(architecture("yolov6s_mbla"), ArchitectureOptions(csp_ratio=0))
 
 
 @pytest.mark.parametrize(

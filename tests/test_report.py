@@ -232,6 +232,22 @@ def test_the_page_has_every_part_and_needs_nothing_from_outside(files: list[Path
     assert "url(" not in page
 
 
+def test_the_page_says_that_a_cpu_computes_low_precision_in_float(
+    tmp_path: Path, results: dict[str, Any]
+) -> None:
+    def text_of(backend: str, device: str) -> str:
+        value = copy.deepcopy(results)
+        for engine in value["engines"]:
+            engine |= {"backend": backend, "device": device}
+        folder = tmp_path / backend / device.split()[0]
+        write_json(folder / "results.json", value)
+        return " ".join(Outline(html_of(read_material([folder]))).texts)
+
+    assert "in float. Its AP is right" in " ".join(text_of("onnxruntime", "AMD EPYC").split())
+    for backend, device in (("tensorrt", "NVIDIA T4"), ("onnxruntime", "GPU 0 through CUDA")):
+        assert "Its AP is right" not in text_of(backend, device)
+
+
 def test_a_picture_is_embedded_once_and_drawn_for_every_engine(files: list[Path]) -> None:
     outline = Outline(html_of(read_material(files)))
     pictures = [

@@ -29,6 +29,7 @@ from trt_yolov6.quantization.sensitivity import (
     Distortion,
     Metric,
     Sensitivity,
+    direction,
     layer_distortions,
     only_layer,
     ranked,
@@ -186,6 +187,8 @@ def test_a_layer_that_int8_holds_exactly_has_no_noise() -> None:
     report = sensitivity(model, place(model), {"images": 127.0}, [image], "snr").to_json()
     assert json.loads(json.dumps(report, allow_nan=False)) == {
         "metric": "snr",
+        "unit": "signal-to-noise ratio of the layer's output, in dB",
+        "direction": "lowest = most sensitive",
         "layers": [{"name": "exact", "value": None}],
     }
 
@@ -250,7 +253,10 @@ def test_the_chart_draws_longer_bars_for_larger_values(tmp_path: Path, metric: M
     rows = np.flatnonzero(runs > 5)
     bars = [runs[part].max() for part in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)]
     assert len(bars) == 3
-    assert bars == sorted(bars, reverse=metric != "snr")
+    # As the console and the JSON have them: of all but mse, the lowest is the most sensitive.
+    assert bars == sorted(bars, reverse=metric == "mse")
+    assert direction(metric).startswith("highest" if metric == "mse" else "lowest")
+    assert result.to_json()["direction"] == direction(metric)
     again = tmp_path / "again.png"
     write_chart(result, again)
     assert again.read_bytes() == path.read_bytes()

@@ -15,7 +15,7 @@ from trt_yolov6.building import graph_from_checkpoint
 from trt_yolov6.checkpoint import load_checkpoint
 from trt_yolov6.errors import UserError
 from trt_yolov6.export import ExportSettings
-from trt_yolov6.models import build_model
+from trt_yolov6.models import Architecture, architecture, build_model
 from trt_yolov6.trained_checkpoint import Training, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,6 +56,47 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
+def small(name: str, **changes: Any) -> Architecture:
+    """A variant with few channels and short stages."""
+    arch = architecture(name, 2)
+    lite = arch.neck == "lite"
+    narrow = {
+        "stage_channels": tuple(8 * (index + 1) for index in range(len(arch.stage_channels))),
+        "neck_channels": (16,) * len(arch.neck_channels),
+        "stage_repeats": (2,) * len(arch.stage_repeats),
+        "neck_repeats": (1,) * len(arch.neck_repeats),
+        "head_activation": "hardswish" if lite else "silu",
+    }
+    return dataclasses.replace(arch, **{"name": "yolov6-custom", **narrow, **changes})
+
+
+@pytest.mark.parametrize("name", ["n_v3", "l_v3", "s6", "m_qa", "s_mbla", "lite_s"])
+def test_later_releases_networks_are_read_back(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(1)
+    model = build_model(small(f"yolov6{name}")).eval()
+    write_checkpoint(tmp_path / "a.pt", model, CLASS_NAMES, Training({}, 0, None))
+    read = load_checkpoint(tmp_path / "a.pt")
+    assert read.arch == model.arch
+    assert read.release is None
+    for key, value in model.state_dict().items():
+        expected = value.half().float() if value.ndim > 1 else value
+        assert torch.equal(read.model.state_dict()[key], expected), key
+
+
+def test_version_1_had_one_activation_in_the_whole_neck(tmp_path: Path) -> None:
+    arch = small("yolov6l", neck_activation="silu")
+    write_checkpoint(tmp_path / "a.pt", build_model(arch), CLASS_NAMES, Training({}, 0, None))
+
+    def as_before(content: dict[str, Any]) -> None:
+        content["version"] = 1
+        for name in ("neck_activation", "neck", "pooling", "mbla"):
+            del content["architecture"][name]
+
+    read = load_checkpoint(rewritten(tmp_path / "a.pt", as_before))
+    assert read.arch == arch
+    assert isinstance(read.model.neck.get_submodule("lateral5.act"), torch.nn.SiLU)
+
+
 def test_a_kernel_beyond_half_precision_is_kept_in_float32(tmp_path: Path) -> None:
     model = build_model(tiny_architecture())
     name, kernel = next((n, p) for n, p in model.named_parameters() if p.ndim > 1)
@@ -79,13 +120,16 @@ def set_architecture(**changes: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(version=2), "update it"),
+        (lambda c: c.update(version=3), "update it"),
         (lambda c: c.pop("architecture"), "architecture"),
         (set_architecture(block="mystery"), "architecture"),
         (set_architecture(stage_repeats=(1, 1, 1, 10**9)), "architecture"),
         (set_architecture(stage_channels=(10**9,) * 5), "architecture"),
         (set_architecture(csp_ratio=7.0), "architecture"),
         (set_architecture(block=[]), "architecture"),
+        (set_architecture(neck="lite"), "architecture"),
+        (set_architecture(stage_repeats=(1, 1, 1)), "architecture"),
+        (set_architecture(mbla=True), "architecture"),
         (lambda c: c["class_names"].pop(), "class names"),
         (lambda c: c.update(class_names=[1, 2]), "class names"),
         (lambda c: c.update(weights=None), "no weights"),
@@ -126,8 +170,6 @@ def test_another_package_s_file_is_not_taken_for_one(tmp_path: Path) -> None:
 
 
 def test_the_variant_is_named_by_its_shape(tmp_path: Path) -> None:
-    from trt_yolov6.models import architecture
-
     arch = dataclasses.replace(architecture("yolov6n", 2), name="my own")
     write_checkpoint(tmp_path / "n.pt", build_model(arch), CLASS_NAMES, Training({}, 0, None))
     assert load_checkpoint(tmp_path / "n.pt").arch.name == "yolov6n"

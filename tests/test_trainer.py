@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import authors_format
 import pytest
 import torch
+from authors_format import FACTS, Facts
 from training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
 from trt_yolov6.checkpoint import load_checkpoint
@@ -204,6 +206,60 @@ def test_fine_tuning_with_other_classes_keeps_all_but_the_class_predictions(
         f"head.levels.{level}.cls_pred.{part}" for level in range(3) for part in ("weight", "bias")
     }
     assert start.model.arch == tiny_architecture(2)
+
+
+def later(name: str, **changes: Any) -> Facts:
+    """One of release 0.4's networks, small."""
+    stages = len(FACTS[name].repeats)
+    small: dict[str, Any] = {
+        "backbone": (8, 8, 16, 16, 16, 16)[: stages + 1],
+        "neck": (16, 8, 8, 16, 16, 16) if stages == 4 else (16, 16, 8, 16, 16, 16),
+        "repeats": (1, 1, 2, 1, 1)[:stages],
+        "neck_repeats": (1,) * (4 if stages == 4 else 6),
+        "classes": 3,
+    }
+    return dataclasses.replace(FACTS[name], **{**small, **changes})
+
+
+LATER = {
+    "N, self-distilled": later("yolov6n_v3", head="distill"),
+    "S, anchor-aided": later("yolov6s_v3", head="fuse_ab"),
+    "M": later("yolov6m_v3", ratio=0.5),
+    "L": later("yolov6l_v3"),
+    "N6": later("yolov6n6"),
+    "QARepVGG": later("yolov6n_qa"),
+    "MBLA": later("yolov6s_mbla"),
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_a_file_of_release_0_4_is_trained_on_with_other_classes(
+    data: Path, tmp_path: Path, kind: str
+) -> None:
+    path = authors_format.write_checkpoint(
+        tmp_path / "0.4.pt", authors_format.authors_model(LATER[kind])
+    )
+    before = load_checkpoint(path)
+    side = 128 if before.arch.size_multiple == 64 else 96
+    settings = tiny_settings(data, path, epochs=1, plain_epochs=0, image_size=side)
+    start = starting_model(settings, CLASS_NAMES).model
+    kept = before.model.state_dict()
+    other = [name for name, value in start.state_dict().items() if not kept[name].equal(value)]
+    assert other
+    assert all(".cls_pred." in name for name in other)
+    result = train(settings, tmp_path / "run", progress=False)
+    after = load_checkpoint(result.last)
+    assert after.arch == dataclasses.replace(before.arch, num_classes=len(CLASS_NAMES))
+    assert after.form == "training"
+    assert after.model.state_dict().keys() == kept.keys()
+
+
+def test_a_network_with_four_levels_needs_multiples_of_64(data: Path, tmp_path: Path) -> None:
+    path = authors_format.write_checkpoint(
+        tmp_path / "n6.pt", authors_format.authors_model(LATER["N6"])
+    )
+    with pytest.raises(UserError, match="96 is not a multiple of 64"):
+        starting_model(tiny_settings(data, path), CLASS_NAMES)
 
 
 def test_an_official_checkpoint_is_fine_tuned(data: Path, tmp_path: Path) -> None:

@@ -124,10 +124,14 @@ BAD_ANNOTATIONS = {
     "overflow": (bad(bbox=[1e308, 3, 1e308, 5]), "not-finite", "is not finite"),
     "beyond floats": (bad(bbox=[10**400, 3, 5, 5]), "not-finite", "is not finite"),
     "no such class": (bad(category_id=4), "unknown-class", "category 4, which does not exist"),
-    "class as text": (bad(category_id="5"), "unknown-class", "which does not exist"),
+    "class as text": (bad(category_id="five"), "unknown-class", "which does not exist"),
     "no such image": (bad(image_id=12), "unknown-image", "image 12, which is not listed"),
     "three numbers": (bad(bbox=[1, 2, 3]), "malformed", "where a box of four numbers should be"),
-    "text in the box": (bad(bbox=[1, 2, 3, "4"]), "malformed", "a box of four numbers should be"),
+    "text in the box": (
+        bad(bbox=[1, 2, 3, "four"]),
+        "malformed",
+        "a box of four numbers should be",
+    ),
     "no box": ({"id": 7, "image_id": 1, "category_id": 5}, "malformed", "has None where a box"),
     "no object": ([1, 2], "malformed", "annotation number 2 is no JSON object"),
     "twice": (bad(), "duplicate", "repeats the box [4, 4, 20, 10] of another one"),
@@ -266,7 +270,7 @@ def test_a_file_that_is_none_is_refused_either_way(
     tmp_path: Path, changes: dict[str, Any], told: str
 ) -> None:
     folder = write_set(tmp_path, **{"annotations": [GOOD], **changes})
-    with pytest.raises(UserError, match="is no usable COCO annotation file") as error:
+    with pytest.raises(UserError, match="cannot be used as annotations") as error:
         load_training_set(folder, None, 40, "cpu", on_bad_data="skip", progress=False)
     assert told in str(error.value)
 

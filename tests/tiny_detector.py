@@ -73,6 +73,13 @@ def load_tiny(
     return load_engine(path)
 
 
+def load_named(folder: Path) -> Engine:
+    """Load the detector with its class names, which `load_tiny`'s does not tell."""
+    engine = load_tiny(folder)
+    engine.class_names = NAMES
+    return engine
+
+
 def _graph(layout: OutputLayout, batch: int | None, uint8: bool) -> onnx.ModelProto:
     free = batch or "batch"
     nodes, constants = [], []

@@ -33,6 +33,7 @@ from trt_yolov6.environment import (
     CpuClock,
     Gpu,
     cpu_model,
+    cpu_wait_seconds,
     read_cpu_clock,
     read_gpus,
     software_versions,
@@ -48,7 +49,14 @@ NARROW = 0.01
 """Measuring ends early once the interval lies within this fraction of the median, both ways."""
 
 MIN_RUNS = 6
-"""Runs made however short the time given: fewer say nothing about spread."""
+"""Runs from which the median has an interval."""
+
+DISTURBED = 0.01
+"""A run is disturbed where the process's threads waited for longer than this share of it."""
+
+BLOCK_SECONDS = 0.001
+"""Runs between two looks at the waiting time take this long at least: a look costs 0.1 ms, which is
+not in the runs."""
 
 MIN_RUNS_NARROW = 30
 """Runs, and `MIN_SECONDS_NARROW` of measuring, before an interval may end it: looking at it often
@@ -133,6 +141,14 @@ class BenchmarkResult:
     latency: Latency
     stages: dict[str, Latency]
     """Latency of each of `STAGES` for a batch; empty unless end to end."""
+    all_runs: int
+    """Runs that were made."""
+    quiet_runs: int
+    """Runs that no other process disturbed (see `DISTURBED`); all where that is unknown."""
+    disturbed: bool
+    """Too few runs were left in peace, so that `latency` is of all; else it is of those alone."""
+    waited: float | None
+    """Share of all runs' time that threads waited for a processor; None: unknown."""
     stopped_by: StoppedBy
     """`narrow`: the interval of the median was narrow enough; `time`: the time given was up."""
     warm_up: WarmUp
@@ -167,6 +183,9 @@ class BenchmarkResult:
             "throughput_fps_of_mean": self.batch * self.streams / self.latency.mean,
             "streams": self.streams,
             "runs": self.latency.runs,
+            "quiet_runs": self.quiet_runs,
+            "disturbed": self.disturbed,
+            "waited": self.waited,
             "stopped_by": self.stopped_by,
             "warm_up": dataclasses.asdict(self.warm_up),
             "end_to_end": self.end_to_end,
@@ -231,9 +250,8 @@ def benchmark_many(
         batch: images a run.
         streams: batches that run side by side on a GPU, each on its own stream; the latency is then
             that of a round, a run on every stream.
-        duration: seconds of measuring an engine. It ends earlier once every engine's 95 %
-            confidence interval of the median lies within 1 % of it, and later where it does not
-            allow for `MIN_RUNS` runs.
+        duration: seconds of measuring an engine; a run that was begun is finished. It ends earlier
+            once every engine's 95 % confidence interval of the median lies within 1 % of it.
         warm_up: least seconds of unmeasured running an engine; it goes on, up to three times as
             long, until the engine gets no faster.
         progress: show a progress bar, if standard error is a terminal.
@@ -248,13 +266,22 @@ def benchmark_many(
     _check_durations(duration, warm_up)
     for engine in engines:
         check_batch(engine, batch)
-    runs = [engine.resident_run(random_input(engine, batch), streams) for engine in engines]
+    runs = [
+        Watched(engine.resident_run(random_input(engine, batch), streams)) for engine in engines
+    ]
     warmed, clocks = _warm_up_each(runs, warm_up)
+    for run in runs:
+        run.start()
     with _progress_bar(duration * len(runs), progress) as advance:
-        samples, stopped_by = sample(runs, duration=duration, advance=advance)
+        _, stopped_by = sample(
+            runs,
+            duration=duration,
+            advance=advance,
+            uncounted=lambda index: runs[index].forget_last(),
+        )
     return [
-        _result(engine, batch, summarize(seconds), {}, stopped_by, warm, clock, streams)
-        for engine, seconds, warm, clock in zip(engines, samples, warmed, clocks, strict=True)
+        _result(engine, batch, run, {}, stopped_by, warm, clock, streams)
+        for engine, run, warm, clock in zip(engines, runs, warmed, clocks, strict=True)
     ]
 
 
@@ -325,25 +352,76 @@ def benchmark_end_to_end_many(
     for image in images[:MAX_IMAGES]:
         read_image(image)  # so that a damaged picture is reported by its name, before timing
     requests = [_Request(engine, encoded, batch, nms or NmsSettings()) for engine in engines]
-    runs = [request.run for request in requests]
+    runs = [Watched(request.run) for request in requests]
     warmed, clocks = _warm_up_each(runs, warm_up)
-    for request in requests:
+    for request, run in zip(requests, runs, strict=True):
+        run.start()
         request.stage_seconds.clear()
+
+    def forget(index: int) -> None:
+        requests[index].stage_seconds.pop()
+        runs[index].forget_last()
+
     with _progress_bar(duration * len(runs), progress) as advance:
-        samples, stopped_by = sample(
+        _, stopped_by = sample(
             runs,
             duration=duration,
             advance=advance,
-            uncounted=lambda index: requests[index].stage_seconds.pop(),
+            uncounted=forget,
         )
     results = []
-    for request, seconds, warm, clock in zip(requests, samples, warmed, clocks, strict=True):
+    for request, run, warm, clock in zip(requests, runs, warmed, clocks, strict=True):
         by_stage = zip(STAGES, zip(*request.stage_seconds, strict=True), strict=True)
         stages = {stage: summarize(values) for stage, values in by_stage}
-        results.append(
-            _result(request.engine, batch, summarize(seconds), stages, stopped_by, warm, clock)
-        )
+        results.append(_result(request.engine, batch, run, stages, stopped_by, warm, clock))
     return results
+
+
+class Watched:
+    """A run, with how long the process's threads waited for a processor in it."""
+
+    def __init__(self, run: Run, wait: Callable[[], float | None] | None = None) -> None:
+        """Watch a run; `wait` returns the seconds waited so far, or None where unknown."""
+        self._run = run
+        self._wait = wait or cpu_wait_seconds
+        self.start()
+
+    def start(self) -> None:
+        """Forget the runs so far."""
+        self.seconds: list[float] = []
+        self._shares: list[float] = []
+        self._block = 0.0
+        self._before: float | None = None
+
+    def __call__(self) -> float:
+        if not self._block:
+            self._before = self._wait()
+        taken = self._run()
+        self.seconds.append(taken)
+        self._block += taken
+        if self._block >= BLOCK_SECONDS:
+            self._end_block()
+        return taken
+
+    def forget_last(self) -> None:
+        """Take back the last run."""
+        self._end_block()
+        self.seconds.pop()
+        self._shares = self._shares[: len(self.seconds)]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of each run, the share of it that was waited; empty where unknown."""
+        self._end_block()
+        return tuple(self._shares) if len(self._shares) == len(self.seconds) else ()
+
+    def _end_block(self) -> None:
+        count = len(self.seconds) - len(self._shares)
+        after = self._wait() if self._block else None
+        if self._before is not None and after is not None:
+            # Threads that ended took their share of the sum with them.
+            self._shares += [max(0.0, after - self._before) / self._block] * count
+        self._block = 0.0
 
 
 @dataclass
@@ -398,7 +476,7 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
             (
                 result.engine.name,
                 result.precision,
-                _number(latency.median * 1e3),
+                _number(latency.median * 1e3) + (" *" if result.disturbed else ""),
                 "too few runs"
                 if latency.interval is None
                 else " .. ".join(_number(bound * 1e3) for bound in latency.interval),
@@ -417,6 +495,11 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
                 f"{name} {_number(stage.median * 1e3)}" for name, stage in result.stages.items()
             )
             lines.append(f"  of these, medians in ms: {stages}")
+    if any(result.disturbed for result in results):
+        lines.append(
+            "* other processes disturbed nearly all runs: this is not the engine's speed; measure "
+            "again on a quiet machine"
+        )
     lines += [f"{result.engine.name}: {_how_measured(result)}" for result in results]
     lines += [f"{result.engine.name}: {result.note}" for result in results if result.note]
     lines += dict.fromkeys(_where_measured(result) for result in results)
@@ -546,7 +629,7 @@ def sample(
         clock: the time in seconds.
 
     Returns:
-        Each engine's run times in seconds, at least `MIN_RUNS`, and what ended it.
+        Each engine's run times in seconds, at least one, and what ended it.
     """
     times: list[list[float]] = [[] for _ in runs]
     start = last = clock()
@@ -566,7 +649,7 @@ def sample(
         last = now
         elapsed = (now - start) / len(runs)
         fewest = min(map(len, times))
-        if fewest >= MIN_RUNS and elapsed >= duration:
+        if elapsed >= duration:
             return times, "time"
         if (
             fewest >= MIN_RUNS_NARROW
@@ -596,7 +679,7 @@ def random_input(engine: Engine, batch: int) -> NDArray[Any]:
 def _result(
     engine: Engine,
     batch: int,
-    latency: Latency,
+    run: Watched,
     stages: dict[str, Latency],
     stopped_by: StoppedBy,
     warm_up: WarmUp,
@@ -605,6 +688,11 @@ def _result(
 ) -> BenchmarkResult:
     manifest = engine.manifest
     cpu_clock, gpus = clocks
+    seconds, shares = run.seconds, run.shares
+    quiet = [taken for taken, share in zip(seconds, shares, strict=False) if share <= DISTURBED]
+    if not shares:
+        quiet = seconds
+    disturbed = len(quiet) < max(min(MIN_RUNS, len(seconds)), (len(seconds) + 1) // 2)
     return BenchmarkResult(
         engine=engine.path,
         engine_sha256=manifest.plan_sha256 if manifest else sha256_file(engine.path),
@@ -619,8 +707,12 @@ def _result(
         batch=batch,
         streams=streams,
         end_to_end=bool(stages),
-        latency=latency,
+        latency=summarize(seconds if disturbed else quiet),
         stages=stages,
+        all_runs=len(seconds),
+        quiet_runs=len(quiet),
+        disturbed=disturbed,
+        waited=float(np.dot(shares, seconds) / sum(seconds)) if shares else None,
         stopped_by=stopped_by,
         warm_up=warm_up,
         cpu=cpu_model(),
@@ -687,6 +779,9 @@ def _how_measured(result: BenchmarkResult) -> str:
         certainty = f"median known to {low:+.1f} % .. {high:+.1f} %"
         if result.stopped_by == "time":
             certainty += " when the time was up"
+    if not result.disturbed and result.all_runs > result.quiet_runs:
+        left_out = result.all_runs - result.quiet_runs
+        certainty += f"; {left_out} more were disturbed by other processes and left out"
     drift = ", not yet steady" if result.warm_up.steady is False else ""
     return (
         f"{latency.runs} runs, {certainty}; after {result.warm_up.runs} to warm up "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ import numpy as np
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.decoders.inputs import runtime_inputs, with_one_input
 from trt_yolov6.decoders.layouts import class_count
+from trt_yolov6.decoders.outputs import drop_other_outputs, dropped_text
 from trt_yolov6.decoders.recognition import facts_of, recognize
 from trt_yolov6.engines import backend as backend_module
 from trt_yolov6.engines import best_backend
-from trt_yolov6.engines.base import BuildSettings, TensorSpec
+from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.layout import check_input, image_size_in, names_in, nms_in
 from trt_yolov6.engines.manifest import (
     BatchProfile,
@@ -27,10 +28,11 @@ from trt_yolov6.engines.manifest import (
     OutputLayout,
     Precision,
     choose_manifest_path,
-    write_manifest,
+    write_pair,
 )
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import atomic_path, check_writable, sha256_bytes, sha256_file
+from trt_yolov6.files import check_writable, file_name, sha256_bytes, sha256_file
+from trt_yolov6.onnx_files import graph_precision, read_onnx, value_spec
 from trt_yolov6.quantization.placement import layer_names
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from trt_yolov6.quantization.levels import QuantizedName
 
 SUFFIXES = {"onnxruntime": ".onnx", "tensorrt": ".trt", "tensorrt-rtx": ".trt"}
+
+_UINT8 = 2
+"""`TensorProto.UINT8`."""
 
 ENGINES = Path("engines")
 """Where an engine goes unless a path is given."""
@@ -67,6 +72,8 @@ class Graph:
     """The family the detector is of, see `decoders.families`."""
     preprocessing: Preprocessing = YOLOV6
     """How images become its input."""
+    notes: tuple[str, ...] = ()
+    """What was changed of a file's graph as it was read, or rewritten for TensorRT: sentences."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
     """Export a checkpoint: a file, or what `load_checkpoint` made of it.
 
     Raises:
-        UserError: the file is no YOLOv6 checkpoint this package reads.
+        UserError: the file is no YOLOv6 checkpoint this package reads, or the size does not fit it.
     """
     from trt_yolov6.checkpoint import load_checkpoint
     from trt_yolov6.export import export_onnx
@@ -97,7 +104,7 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
         model=export_onnx(checkpoint.model, settings, checkpoint.class_names),
         name=checkpoint.arch.name,
         class_names=tuple(checkpoint.class_names),
-        image_size=settings.image_size,
+        image_size=settings.size_for(checkpoint.arch),
         batch=settings.batch,
         precision="fp16" if settings.fp16 else "fp32",
         output_layout=settings.output_layout,
@@ -143,7 +150,7 @@ def graph_from_onnx(
     metadata = {item.key: item.value for item in model.metadata_props}
     model = with_one_input(model, path, image_size)
     inputs = runtime_inputs(model)
-    given = _value_spec(inputs[0], path)
+    given = value_spec(inputs[0], path)
     spatial = (1, 2) if given.dtype == np.uint8 else (2, 3)
     if len(given.shape) != 4:
         raise UserError(
@@ -157,16 +164,18 @@ def graph_from_onnx(
     dims = inputs[0].type.tensor_type.shape.dim
     for axis, value in zip(spatial, size, strict=True):
         dims[axis].dim_value = value
-    check_input(_value_spec(inputs[0], path), path)
+    check_input(value_spec(inputs[0], path), path)
     _fill_in_output_shapes(model)
-    outputs = [_value_spec(item, path) for item in model.graph.output]
+    dropped = drop_other_outputs(model, path, size, decoder)
+    outputs = [value_spec(item, path) for item in model.graph.output]
     family, layout = recognize(facts_of(model, outputs, size), path, decoder)
     precision = graph_precision(model)
     if precision == "fp32":
         model = with_folded_weights(model)
-    if precision in ("int8", "fp8") and fp16:
+    if precision not in ("fp32", "fp16") and fp16:
         raise UserError(
-            f"{path} has Q/DQ nodes, whose precision is decided already; leave --fp16 out."
+            f"{path} is quantized ({precision}), so its precision is decided already; leave --fp16 "
+            "out."
         )
     if fp16 and precision == "fp32":
         _name_anonymous_nodes(model)
@@ -194,7 +203,56 @@ def graph_from_onnx(
         source=path,
         decoder=family.name,
         preprocessing=family.preprocessing.with_changes(preprocess),
+        notes=(dropped_text(dropped),) if dropped else (),
     )
+
+
+def for_tensorrt(graph: Graph) -> Graph:
+    """Return a graph as TensorRT computes it: unsigned INT8 levels become signed ones.
+
+    Raises:
+        UserError: see `quantization.symmetric.check_symmetric`.
+    """
+    if graph.precision not in ("int8", "int8-dynamic"):
+        return graph
+    from trt_yolov6.quantization.symmetric import with_symmetric_int8
+
+    model, said = with_symmetric_int8(graph.model, graph.source)
+    if said is None:
+        return graph
+    return dataclasses.replace(graph, model=model, notes=(*graph.notes, said))
+
+
+def engine_stem(graph: Graph, target: str | None = None) -> str:
+    """Return what an engine is called by what it is: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
+
+    That is its checkpoint or ONNX file and precision, and where they are not the default, size,
+    batch, uint8 input, NMS in the graph, and the target.
+    """
+    height, width = graph.image_size
+    batch = graph.batch
+    default = BatchProfile()
+    parts = [graph.source.stem, graph.precision]
+    if (height, width) != (640, 640):
+        parts.append(str(height) if height == width else f"{height}x{width}")
+    if batch.is_static:
+        parts.append(f"b{batch.min}")
+    elif batch != default:
+        parts.append(f"b{batch.min}-{batch.opt}-{batch.max}")
+    if any(item.type.tensor_type.elem_type == _UINT8 for item in runtime_inputs(graph.model)):
+        parts.append("uint8")
+    if graph.source.suffix == ".pt" and graph.output_layout == "end2end":
+        parts.append("end2end")
+    if target is not None:
+        parts.append(target)
+    return "-".join(parts)
+
+
+def engine_path(
+    graph: Graph, backend: str, output: str | Path | None = None, target: str | None = None
+) -> Path:
+    """Return where `build_engine` writes: `output`, or into `engines/` under `engine_stem`."""
+    return Path(output) if output else ENGINES / f"{engine_stem(graph, target)}{SUFFIXES[backend]}"
 
 
 def check_build(backend: str, output: str | Path | None, settings: BuildSettings) -> str:
@@ -212,8 +270,8 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
             f"--output {output} does not fit the {name} backend; give a name that ends in "
             f"{suffix}, or another --backend."
         )
-    # The model's name is known only once it is loaded; its folder is known now.
-    check_writable(output or ENGINES / f"<model>{suffix}")
+    # The engine's name is known only once its graph is; its folder is known now.
+    check_writable(output or ENGINES / f"<name>{suffix}")
     if output:
         choose_manifest_path(output)
     return name
@@ -225,6 +283,7 @@ def build_engine(
     backend: str = "auto",
     output: str | Path | None = None,
     settings: BuildSettings | None = None,
+    allow_float: bool = False,
 ) -> BuiltEngine:
     """Build an engine and write plan and manifest.
 
@@ -232,17 +291,21 @@ def build_engine(
         graph: from `graph_from_checkpoint` or `graph_from_onnx`.
         backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto` for the best that builds and
             runs on this machine.
-        output: path of the plan; None for `engines/<model>.onnx` or `.trt`.
+        output: path of the plan; None for one in `engines/`, see `engine_stem`.
         settings: target, caches and limits; their batch profile is replaced by the graph's.
+        allow_float: build an INT8 or FP8 graph even where the backend computes all of it in float.
 
     Raises:
-        UserError: the backend is missing, refuses a setting or cannot build the graph.
+        UserError: the backend is missing, refuses a setting, cannot build the graph, or computes
+            none of its convolutions in the 8 bits asked for.
     """
     fp8 = graph.precision == "fp8"
     settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch, fp8=fp8)
     name = check_build(backend, output, settings)
     module = backend_module(name)
-    path = Path(output) if output else ENGINES / f"{graph.name}{SUFFIXES[name]}"
+    if name != "onnxruntime":
+        graph = for_tensorrt(graph)
+    path = engine_path(graph, name, output, settings.target)
     asked = _quantized_convolutions(graph.model)
     if settings.calibration is not None:
         asked = len(layer_names(graph.model))
@@ -251,64 +314,78 @@ def build_engine(
     start = time.perf_counter()
     plan = module.build(graph.model.SerializeToString(), settings)
     seconds = time.perf_counter() - start
-    found = _quantized_layers(graph, said) if asked and said else asked or None
-    manifest = Manifest(
-        engine=path.name,
+    quantized: QuantizedName = "fp8" if fp8 else "int8"
+    found = quantized_layers_of(graph.model, quantized, said) if asked and said else asked or None
+    target = settings.target or ("any" if name == "onnxruntime" else "this machine's GPU")
+    if asked and found == 0 and not allow_float:
+        raise all_in_float(graph.precision, name, target)
+    manifest = dataclasses.replace(
+        _manifest(graph, path, plan),
+        backend=name,
+        backend_version=module.availability().version or "unknown",
+        target=target,
+        int8_layers=None if fp8 else found,
+        fp8_layers=found if fp8 else None,
+    )
+    manifest_path = write_pair(path, plan, manifest)
+    return BuiltEngine(path, manifest_path, manifest, seconds, asked)
+
+
+def write_graph(graph: Graph, output: str | Path) -> Path:
+    """Write a graph as an ONNX file, with a manifest that says what it is; return its path.
+
+    ONNX Runtime runs it, and `build --onnx` takes it.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    path = Path(output)
+    content = graph.model.SerializeToString()
+    write_pair(path, content, _manifest(graph, path, content))
+    return path
+
+
+def all_in_float(precision: str, backend: str, target: str) -> UserError:
+    """Return the error for a backend that computes a quantized graph in float."""
+    label = precision.upper()
+    instead = (
+        "build with --backend tensorrt on that GPU"
+        if backend == "tensorrt-rtx"
+        else "build for a GPU that has it"
+    )
+    return UserError(
+        f"{backend} computes no convolution in {label} for {target}: the engine would be no faster "
+        f"than --fp16. Build with --fp16 instead of --{precision}, or {instead}; --allow-float "
+        "builds it all the same."
+    )
+
+
+def _manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
+    """Return the manifest of a graph as ONNX Runtime takes it."""
+    return Manifest(
+        engine=file_name(path),
         model=graph.name,
         class_names=graph.class_names,
         image_size=graph.image_size,
         batch=graph.batch,
         precision=graph.precision,
         output_layout=graph.output_layout,
-        backend=name,
-        backend_version=module.availability().version or "unknown",
-        target=settings.target or ("any" if name == "onnxruntime" else "this machine's GPU"),
+        backend="onnxruntime",
+        backend_version=backend_module("onnxruntime").availability().version or "unknown",
+        target="any",
         plan_sha256=sha256_bytes(plan),
-        source=graph.source.name,
+        source=file_name(graph.source),
         source_sha256=sha256_file(graph.source),
         nms=graph.nms,
         calibration=graph.calibration,
         float_layers=graph.float_layers,
-        int8_layers=None if fp8 else found,
-        fp8_layers=found if fp8 else None,
         decoder=graph.decoder,
         preprocessing=graph.preprocessing,
         tensors=tuple(
-            _value_spec(item, graph.source)
+            value_spec(item, graph.source)
             for item in (*runtime_inputs(graph.model), *graph.model.graph.output)
         ),
     )
-    # The manifest first: where it cannot be written, there is no plan either.
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(plan)
-        manifest_path = write_manifest(path, manifest)
-    return BuiltEngine(path, manifest_path, manifest, seconds, asked)
-
-
-def read_onnx(path: str | Path) -> onnx.ModelProto:
-    """Read and check an ONNX file.
-
-    Raises:
-        UserError: the file is missing, empty, cut short or no ONNX model.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-    try:
-        model = onnx.load_from_string(content)
-        onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path} is not a whole ONNX model ({reason}); export or copy it again."
-        ) from error
-    if not model.graph.node:
-        raise UserError(f"{path} is not an ONNX model with any operator; export it again.")
-    return model
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
@@ -353,13 +430,20 @@ def _quantized_convolutions(model: onnx.ModelProto) -> int:
     return sum(node.input[1] in dequantized for node in layers)
 
 
-def _quantized_layers(graph: Graph, said: Sequence[str]) -> int | None:
-    """Return how many convolutions the builder says are in 8 bits; None if it says nothing."""
+def quantized_layers_of(
+    model: onnx.ModelProto, quantized: QuantizedName, said: Sequence[str]
+) -> int | None:
+    """Return how many convolutions the builder says are in 8 bits; None if it says nothing.
+
+    Args:
+        model: that was built.
+        quantized: `int8` or `fp8`.
+        said: what `BuildSettings.on_layers` was called with.
+    """
     from trt_yolov6.engines.tensorrt_layers import quantized_layers
 
-    names = layer_names(graph.model).values()
-    quantized: QuantizedName = "fp8" if graph.precision == "fp8" else "int8"
-    return len(quantized_layers(said[-1], names, quantized)) if said[-1] else None
+    names = layer_names(model).values()
+    return len(quantized_layers(said[-1], names, quantized)) if said and said[-1] else None
 
 
 # --- reading foreign graphs ---------------------------------------------------------------------
@@ -391,19 +475,6 @@ def _fill_in_output_shapes(model: onnx.ModelProto) -> None:
                 own.dim_value = found.dim_value
 
 
-def _value_spec(value: Any, path: Path) -> TensorSpec:
-    import onnx
-
-    tensor = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or not tensor.elem_type:
-        raise UserError(f"{path} has {value.name!r}, which is no tensor; a detector is needed.")
-    # Some exporters write a free axis as -1 or 0.
-    shape = tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim)
-    return TensorSpec(
-        value.name, shape, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    )
-
-
 def _fixed_size(
     path: Path, sizes: Sequence[int | None], wanted: tuple[int, int] | None
 ) -> tuple[int, int]:
@@ -428,31 +499,6 @@ def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> Ba
             "with a free batch axis."
         )
     return BatchProfile(own, own, own)
-
-
-def graph_precision(model: onnx.ModelProto) -> Precision:
-    """Return the precision a graph is in, by its Q/DQ nodes and its weights."""
-    import onnx
-
-    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        # Nothing but Q/DQ nodes reads constants of such a type.
-        return "fp8" if any(map(_is_float8, _constants(model))) else "int8"
-    half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
-    return "fp16" if half else "fp32"
-
-
-def _constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from model.graph.initializer
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            yield from (item.t for item in node.attribute if item.name == "value")
-
-
-def _is_float8(tensor: onnx.TensorProto) -> bool:
-    import onnx
-
-    name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
-    return name.startswith("FLOAT8")
 
 
 def _name_anonymous_nodes(model: onnx.ModelProto) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -12,16 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from trt_yolov6.class_matching import match_classes
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detection import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import NmsSettings
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import ClassesDifferError
+from trt_yolov6.evaluation_plots import Confusion
 from trt_yolov6.inference import process
 
 
@@ -58,7 +62,7 @@ class Evaluation:
     ap_medium: float | None
     ap_large: float | None
     per_class: tuple[float | None, ...]
-    """AP by class index."""
+    """AP by class of the data set."""
     class_names: tuple[str, ...]
     images: int
     detections: int
@@ -68,6 +72,12 @@ class Evaluation:
     """File name of the engine."""
     precision: str
     backend: str
+    notes: tuple[str, ...] = ()
+    """What a reader must know beside the figures: sentences."""
+    curves: NDArray[np.float64] | None = dataclasses.field(default=None, repr=False)
+    """(101, classes): precision at recalls 0, 0.01 ... 1 and IoU 0.5; -1 without an object."""
+    confusion: NDArray[np.int64] | None = dataclasses.field(default=None, repr=False)
+    """See `evaluation_plots.Confusion`; None unless asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a flat dictionary, ready for `json.dumps`; an undefined AP is null.
@@ -94,6 +104,7 @@ class Evaluation:
             "coco_s": self.seconds.coco,
             "tail_s": self.seconds.tail,
             "wall_s": self.wall_seconds,
+            "notes": list(self.notes),
             "per_class": [
                 {"name": name, "AP": ap}
                 for name, ap in zip(self.class_names, self.per_class, strict=True)
@@ -119,6 +130,7 @@ def evaluate(
     border: int = 0,
     workers: int | None = None,
     progress: bool = True,
+    confusion: bool = False,
 ) -> Evaluation:
     """Measure an engine's COCO AP.
 
@@ -128,31 +140,52 @@ def evaluate(
 
     Args:
         engine: any loaded engine.
-        dataset: a split with as many classes as the engine has, in the same order.
+        dataset: a split with the engine's classes, see `class_matching.match_classes`.
         batch: images at a time; default: see `inference.choose_batch`.
         nms: thresholds; default: `NmsSettings()`, confidence 0.03 and IoU 0.65.
         border: gray pixels around the image, see `letterbox.fit`.
         workers: threads that read and pre-process; default: one a core, at most eight.
         progress: show a progress bar on stderr.
+        confusion: count which class objects are taken for.
 
     Raises:
-        UserError: the class counts differ, an image is unreadable or not of the recorded size, or
+        UserError: the classes do not match, an image is unreadable or not of the recorded size, or
             the engine cannot do what is asked.
     """
-    # A graph with NMS inside and no manifest does not tell its classes; `_match` looks at them.
-    if engine.class_names and len(engine.class_names) != len(dataset.class_names):
-        raise UserError(
-            f"{engine.path} knows {len(engine.class_names)} classes, {dataset.annotation_file} has "
-            f"{len(dataset.class_names)}; evaluate the engine on the data set it was trained for."
-        )
+    match_of = match_classes(
+        engine.path.name,
+        engine.class_names,
+        dataset.annotation_file,
+        dataset.class_names,
+        _used(dataset),
+    )
+    notes = list(match_of.notes)
+    # Of each class of the engine, its category; None: the data set does not have it.
+    categories = tuple(
+        None if place is None else dataset.category_ids[place] for place in match_of.places
+    )
+    dataset = dataclasses.replace(
+        dataset,
+        category_ids=tuple(dataset.category_ids[place] for place in match_of.kept),
+        class_names=tuple(dataset.class_names[place] for place in match_of.kept),
+    )
     start = time.perf_counter()
     read = preprocess = inference = postprocess = scoring = 0.0
     engine_done = start
     found_in_all = 0
     matches: dict[int, list[Any]] = {}
 
+    counted = Confusion(len(dataset.class_names)) if confusion else None
+    rows = [
+        None if place is None else match_of.kept.index(place) for place in match_of.places
+    ] or list(range(len(dataset.class_names)))
+    objects = _objects_by_image(dataset) if confusion else {}
+
     def match(batch: Batch[CocoImage], found: list[Detections]) -> _Matches:
-        return _match(truth.result(), dataset, batch.items, found)
+        if counted is not None:
+            for image, detections in zip(batch.items, found, strict=True):
+                counted.add(detections, rows, *objects[image.id])
+        return _match(truth.result(), dataset, categories, batch.items, found)
 
     bar = tqdm(
         total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
@@ -169,6 +202,7 @@ def evaluate(
             batch=batch,
             workers=workers,
             clip=False,
+            tell=notes.append,
         ):
             matches.update(step.result.by_image)
             read += step.batch.read_seconds
@@ -180,7 +214,7 @@ def evaluate(
             found_in_all += step.result.detections
             bar.update(len(step.batch.items))
     before = time.perf_counter()
-    (ap, ap50, ap75, ap_small, ap_medium, ap_large), per_class = _average_precision(
+    (ap, ap50, ap75, ap_small, ap_medium, ap_large), per_class, curves = _average_precision(
         truth.result(), matches
     )
     end = time.perf_counter()
@@ -203,11 +237,14 @@ def evaluate(
         engine=engine.path.name,
         precision=engine.precision,
         backend=engine.backend,
+        notes=tuple(notes),
+        curves=curves,
+        confusion=None if counted is None else counted.counts,
     )
 
 
 def _to_coco(
-    image: CocoImage, detections: Detections, category_ids: Sequence[int]
+    image: CocoImage, detections: Detections, category_ids: Sequence[int | None]
 ) -> list[dict[str, Any]]:
     corners = detections.boxes.astype(np.float64)
     corners[:, 2:] -= corners[:, :2]
@@ -226,7 +263,34 @@ def _to_coco(
             detections.classes.tolist(),
             strict=True,
         )
+        if category_ids[index] is not None
     ]
+
+
+def _objects_by_image(
+    dataset: CocoDataset,
+) -> dict[int, tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    """Return the corners and the classes of each image's objects, crowds aside."""
+    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
+    found: dict[int, list[tuple[list[float], int]]] = {image.id: [] for image in dataset.images}
+    for entry in dataset.annotations:
+        place = place_of.get(entry["category_id"])
+        if place is not None and not entry["iscrowd"]:
+            x, y, width, height = entry["bbox"]
+            found[entry["image_id"]].append(([x, y, x + width, y + height], place))
+    return {
+        number: (
+            np.array([box for box, _ in items], np.float64).reshape(-1, 4),
+            np.array([place for _, place in items], np.int64),
+        )
+        for number, items in found.items()
+    }
+
+
+def _used(dataset: CocoDataset) -> list[bool]:
+    """Return of each category whether any object is of it."""
+    used = {entry["category_id"] for entry in dataset.annotations}
+    return [number in used for number in dataset.category_ids]
 
 
 def _coco(dataset: CocoDataset, images: Sequence[CocoImage], annotations: Sequence[Any]) -> Any:
@@ -243,7 +307,11 @@ def _coco(dataset: CocoDataset, images: Sequence[CocoImage], annotations: Sequen
 
 
 def _match(
-    truth: Any, dataset: CocoDataset, images: Sequence[CocoImage], found: Sequence[Detections]
+    truth: Any,
+    dataset: CocoDataset,
+    categories: Sequence[int | None],
+    images: Sequence[CocoImage],
+    found: Sequence[Detections],
 ) -> _Matches:
     """Match the detections of a batch to the annotated boxes.
 
@@ -251,16 +319,16 @@ def _match(
         UserError: a detection is of a class that the data set does not have.
     """
     highest = max((int(one.classes.max(initial=0)) for one in found), default=0)
-    if highest >= len(dataset.category_ids):
-        raise UserError(
+    if highest >= len(categories):
+        raise ClassesDifferError(
             f"the engine finds class {highest} (from 0), {dataset.annotation_file} has "
-            f"{len(dataset.category_ids)} classes; evaluate the engine on the data set it was "
+            f"{len(categories)} classes; evaluate the engine on the data set it was "
             "trained for."
         )
     results = [
         entry
         for image, detections in zip(images, found, strict=True)
-        for entry in _to_coco(image, detections, dataset.category_ids)
+        for entry in _to_coco(image, detections, categories)
     ]
     for number, entry in enumerate(results, start=1):
         entry["id"] = number
@@ -276,8 +344,8 @@ def _match(
 
 def _average_precision(
     truth: Any, matches: Mapping[int, list[Any]]
-) -> tuple[list[float | None], tuple[float | None, ...]]:
-    """Return AP, AP50, AP75, APs, APm, APl, and AP by class."""
+) -> tuple[list[float | None], tuple[float | None, ...], NDArray[np.float64]]:
+    """Return AP, AP50, AP75, APs, APm, APl; AP by class; precision by recall and class at 0.5."""
     scorer = COCOeval(truth, iouType="bbox")
     by_image = [matches[number] for number in scorer.params.imgIds]
     scorer.evalImgs = [match for same_kind in zip(*by_image, strict=True) for match in same_kind]
@@ -292,7 +360,7 @@ def _average_precision(
         _defined(values[values > -1].mean() if (values > -1).any() else -1.0)
         for values in np.moveaxis(precision, 2, 0)
     )
-    return [_defined(value) for value in scorer.stats[:6]], tuple(per_class)
+    return [_defined(value) for value in scorer.stats[:6]], tuple(per_class), precision[0]
 
 
 def _defined(value: float) -> float | None:

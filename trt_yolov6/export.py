@@ -29,8 +29,8 @@ from trt_yolov6 import __version__
 from trt_yolov6.engines.manifest import BatchProfile, NmsSettings, OutputLayout
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import write_bytes
-from trt_yolov6.models import STRIDES, Architecture, YOLOv6, fuse
-from trt_yolov6.models.decode import anchor_points
+from trt_yolov6.models import Architecture, YOLOv6, fuse
+from trt_yolov6.models.decode import anchor_points, decode
 from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.precision import tail_nodes, to_fp16
 
@@ -48,8 +48,9 @@ MAX_PIXELS = 4096 * 4096
 class ExportSettings:
     """What the exported graph is to look like."""
 
-    image_size: tuple[int, int] = (640, 640)
-    """Input height and width in pixels, multiples of 32."""
+    image_size: tuple[int, int] | None = None
+    """Input height and width in pixels, multiples of `Architecture.size_multiple`; None: those that
+    the authors train the network at, mostly 640."""
     batch: BatchProfile = dataclasses.field(default_factory=BatchProfile)
     """A static profile (min = max) fixes the batch axis; any other leaves it free."""
     fp16: bool = False
@@ -61,20 +62,22 @@ class ExportSettings:
     opset: int = DEFAULT_OPSET
 
     def __post_init__(self) -> None:
-        height, width = self.image_size
-        if height < 32 or width < 32 or height % 32 or width % 32:
-            raise UserError(
-                f"--imgsz {height}x{width} is not a multiple of 32; the network's coarsest stride "
-                f"is 32, so give {_round_up(height)}x{_round_up(width)}, for example."
-            )
-        if height * width > MAX_PIXELS:
-            raise UserError(
-                f"--imgsz {height}x{width} is more than {MAX_PIXELS:,} pixels; give a smaller size."
-            )
+        if self.image_size is not None:
+            _check_size(self.image_size, 32)
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise UserError(
                 f"--opset {self.opset} is not supported; give {MIN_OPSET} to {MAX_OPSET}."
             )
+
+    def size_for(self, arch: Architecture) -> tuple[int, int]:
+        """Return the input's height and width in pixels for a network.
+
+        Raises:
+            UserError: the size is no multiple of the network's coarsest stride.
+        """
+        size = self.image_size or (arch.image_size, arch.image_size)
+        _check_size(size, arch.size_multiple)
+        return size
 
     @property
     def output_layout(self) -> OutputLayout:
@@ -102,11 +105,13 @@ def export_onnx(
         (shapes: see `OutputLayout`).
 
     Raises:
-        UserError: `verify` found outputs that differ by more than rounding explains.
+        UserError: the size does not fit the network, or `verify` found outputs that differ by more
+            than rounding explains.
     """
     settings = settings or ExportSettings()
     traced = _trace(_with_scaled_boxes(fuse(model).eval()), settings)
     _name_nodes(traced)
+    _use_older_operators(traced)
     if verify:
         plain = dataclasses.replace(settings, nms=None)
         _verify(_composed(traced, model.arch, plain, class_names), model, plain)
@@ -127,7 +132,7 @@ def _composed(
     if settings.nms:
         _append_nms(graph, settings.nms)
     if settings.uint8_input:
-        _prepend_normalization(graph, settings)
+        _prepend_normalization(graph, settings, settings.size_for(arch))
     graph.cleanup().toposort()
     proto: onnx.ModelProto = gs.export_onnx(graph)
     if settings.fp16:
@@ -142,8 +147,18 @@ def write_onnx(path: str | Path, model: onnx.ModelProto) -> None:
     write_bytes(path, model.SerializeToString())
 
 
-def _round_up(size: int) -> int:
-    return max(32, -(-size // 32) * 32)
+def _check_size(size: tuple[int, int], multiple: int) -> None:
+    height, width = size
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        fitting = "x".join(str(max(multiple, -(-side // multiple) * multiple)) for side in size)
+        raise UserError(
+            f"--imgsz {height}x{width} is not a multiple of {multiple}, which this network needs; "
+            f"give {fitting}, for example."
+        )
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"--imgsz {height}x{width} is more than {MAX_PIXELS:,} pixels; give a smaller size."
+        )
 
 
 # --- tracing ------------------------------------------------------------------------------------
@@ -164,7 +179,7 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
     profile = settings.batch
     # torch.export takes sizes 0 and 1 as constants, so a free batch axis is traced with two images.
     batch = profile.min if profile.is_static else 2
-    images = torch.zeros(1, 3, *settings.image_size)
+    images = torch.zeros(1, 3, *settings.size_for(model.arch))
     # Expanded, a large fixed batch takes no memory; a free axis must not look like a broadcast one.
     if profile.is_static:
         images = images.expand(batch, -1, -1, -1)
@@ -191,7 +206,7 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
 
 def _raw_names(model: YOLOv6) -> list[str]:
     kinds = ("cls", "reg", "obj") if model.arch.head == "offset" else ("cls", "reg")
-    return [f"{kind}_{stride}" for stride in STRIDES for kind in kinds]
+    return [f"{kind}_{stride}" for stride in model.arch.strides for kind in kinds]
 
 
 class _quiet:
@@ -226,13 +241,42 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
         node.name = f"{name}_{count}" if count else name
 
 
+def _use_older_operators(proto: onnx.ModelProto) -> None:
+    """Write what only opset 18 can say as opset 17 can, too; this is also how others export it."""
+    shapes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in proto.graph.value_info
+    }
+    for node in proto.graph.node:
+        if node.op_type == "ReduceMean":
+            # Squeeze-and-excitation's, over height and width.
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:]
+            _keep_attributes(node)
+        elif node.op_type == "Split":
+            (axis,) = (item.i for item in node.attribute if item.name == "axis")
+            sizes = np.array([shapes[name][axis] for name in node.output], np.int64)
+            del node.input[1:]
+            node.input.append(f"{node.name}_sizes")
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(sizes, node.input[1]))
+            _keep_attributes(node, "axis")
+        elif node.op_type == "Resize":
+            _keep_attributes(node, "mode", "coordinate_transformation_mode", "nearest_mode")
+
+
+def _keep_attributes(node: onnx.NodeProto, *names: str) -> None:
+    kept = [item for item in node.attribute if item.name in names]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
 # --- decoding -----------------------------------------------------------------------------------
 
 
 def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
     """Fold stride and sign into the last box convolutions, in place on the fused copy."""
     with torch.no_grad():
-        for stride, level in zip(STRIDES, model.head.levels, strict=True):
+        for stride, level in zip(model.arch.strides, model.head.levels, strict=True):
             assert isinstance(level, HeadLevel)
             conv = level.reg_pred
             assert conv.bias is not None
@@ -267,17 +311,21 @@ def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], N
 
 
 def _anchors(
-    settings: ExportSettings, cell_offset: float
+    size: tuple[int, int], level_strides: Sequence[int], cell_offset: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return anchor points in pixels, float32 (anchors, 2), and their strides (anchors, 1)."""
-    height, width = settings.image_size
-    sizes = [(height // stride, width // stride) for stride in STRIDES]
-    points, strides = anchor_points(sizes, cell_offset, torch.zeros(()))
+    height, width = size
+    # Convolutions of stride 2 round up, which shows in Lite's coarsest level.
+    sizes = [(-(-height // stride), -(-width // stride)) for stride in level_strides]
+    points, strides = anchor_points(sizes, cell_offset, torch.zeros(()), level_strides)
     return (points * strides).numpy().T, strides.numpy().T
 
 
 def _append_decoding(graph: gs.Graph, arch: Architecture, settings: ExportSettings) -> None:
     raw = {tensor.name: tensor for tensor in graph.outputs}
+    points, strides = _anchors(
+        settings.size_for(arch), arch.strides, 0.0 if arch.head == "offset" else 0.5
+    )
     # Behind the concatenation, whose kernel waits for memory anyway. Right behind the convolutions
     # TensorRT-RTX fuses it with them; the largest then took 139 us (H200, N, batch 32), ten times
     # what moving its data takes.
@@ -287,21 +335,23 @@ def _append_decoding(graph: gs.Graph, arch: Architecture, settings: ExportSettin
         objectness = _joined(graph, raw, "obj", [0, -1, 1])
         confidence = _node(graph, "Sigmoid", "decode/objectness", [objectness])
         scores = _node(graph, "Mul", "decode/class_times_objectness", [scores, confidence])
-        boxes = _offset_boxes(graph, raw, settings)
+        boxes = _offset_boxes(graph, raw, points)
     else:
-        boxes = _distance_boxes(graph, raw, arch.reg_max, settings)
+        boxes = _distance_boxes(graph, raw, arch.reg_max, points, strides)
     batch = settings.batch.min if settings.batch.is_static else "batch"
-    anchors = sum((settings.image_size[0] // s) * (settings.image_size[1] // s) for s in STRIDES)
-    boxes.name, boxes.dtype, boxes.shape = "boxes", np.float32, (batch, anchors, 4)
+    boxes.name, boxes.dtype, boxes.shape = "boxes", np.float32, (batch, len(points), 4)
     scores.name, scores.dtype = "scores", np.float32
-    scores.shape = (batch, anchors, arch.num_classes)
+    scores.shape = (batch, len(points), arch.num_classes)
     graph.outputs = [boxes, scores]
 
 
 def _distance_boxes(
-    graph: gs.Graph, raw: dict[str, gs.Variable], reg_max: int, settings: ExportSettings
+    graph: gs.Graph,
+    raw: dict[str, gs.Variable],
+    reg_max: int,
+    points: NDArray[np.float32],
+    strides: NDArray[np.float32],
 ) -> gs.Variable:
-    points, strides = _anchors(settings, 0.5)
     corners = np.concatenate([points, points], axis=1)[None]
     if not reg_max:
         sides = _joined(graph, raw, "reg", [0, -1, 4])
@@ -318,9 +368,8 @@ def _distance_boxes(
 
 
 def _offset_boxes(
-    graph: gs.Graph, raw: dict[str, gs.Variable], settings: ExportSettings
+    graph: gs.Graph, raw: dict[str, gs.Variable], points: NDArray[np.float32]
 ) -> gs.Variable:
-    points, _ = _anchors(settings, 0.0)
     joined = _joined(graph, raw, "reg", [0, -1, 4])
     offsets, logarithms = gs.Variable("offsets"), gs.Variable("log_half_sizes")
     graph.nodes.append(
@@ -345,8 +394,9 @@ def _joined(
 ) -> gs.Variable:
     """Put channels last, flatten one kind of output over its cells, join the levels' anchors."""
     levels = []
-    for stride in STRIDES:
-        name = f"{kind}_{stride}"
+    for name in raw:
+        if not name.startswith(f"{kind}_"):
+            continue
         last = _node(graph, "Transpose", f"decode/{name}_last", [raw[name]], perm=[0, 2, 3, 1])
         levels.append(_reshape(graph, f"decode/{name}", last, shape))
     return _node(graph, "Concat", f"decode/{kind}", levels, axis=1)
@@ -386,12 +436,14 @@ def _append_nms(graph: gs.Graph, nms: NmsSettings) -> None:
     graph.outputs = [rows]
 
 
-def _prepend_normalization(graph: gs.Graph, settings: ExportSettings) -> None:
+def _prepend_normalization(
+    graph: gs.Graph, settings: ExportSettings, size: tuple[int, int]
+) -> None:
     """Take uint8 (batch, height, width, 3) images and scale them to 0..1 in the graph."""
     floats = graph.inputs[0]
     floats.name = "normalized"
     batch = settings.batch.min if settings.batch.is_static else "batch"
-    pixels = gs.Variable("images", np.uint8, (batch, *settings.image_size, 3))
+    pixels = gs.Variable("images", np.uint8, (batch, *size, 3))
     # TensorRT wants a uint8 input cast before anything else is done with it.
     cast = _node(graph, "Cast", "input/cast", [pixels], to=onnx.TensorProto.FLOAT)
     planar = _node(graph, "Transpose", "input/planar", [cast], perm=[0, 3, 1, 2])
@@ -454,16 +506,19 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
     """
     import onnxruntime
 
+    size = settings.size_for(model.arch)
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for value in (*copy.graph.input, *copy.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     pixels = np.random.default_rng(0).integers(
-        0, 256, (min(2, settings.batch.max), *settings.image_size, 3), dtype=np.uint8
+        0, 256, (min(2, settings.batch.max), *size, 3), dtype=np.uint8
     )
     planar = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 255
     with torch.inference_mode():
-        boxes, scores = model.eval()(torch.from_numpy(planar))
+        levels = model.eval().raw(torch.from_numpy(planar))
+        boxes, scores = decode(levels, model.arch)
+        largest = max(float(level[0].abs().max()) for level in levels)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
@@ -476,7 +531,8 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
         ("boxes", "scores"),
         outputs,
         (boxes.mT.numpy(), scores.mT.numpy()),
-        (max(settings.image_size), 1),
+        # Rounding grows with what is rounded: logits of trained networks stay below about 16.
+        (max(*size, float(boxes.abs().max())), max(1, largest / 16)),
         strict=True,
     ):
         error = float(np.abs(got - wanted).max()) / scale

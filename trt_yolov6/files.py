@@ -52,6 +52,43 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def one_writer(folder: str | Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for this folder; made if missing.
+
+    For files that belong together, written in turn. Where the file system has no locks, nothing is
+    waited for.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # not such a system, or what writes there will say why
+        yield
+        return
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def file_name(path: str | Path) -> str:
+    """Return a file's name as UTF-8 spells it, whatever the locale.
+
+    Under `LC_ALL=C`, Python has the bytes of names outside ASCII as surrogates.
+    """
+    return os.fsencode(Path(path).name).decode("utf-8", "surrogateescape")
+
+
+def native_name(name: str) -> str:
+    """Return a name that `file_name` gave as this process spells it in paths."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
 def check_writable(path: str | Path) -> Path:
     """Return the path with links followed; quick, so ask before long work.
 
@@ -91,13 +128,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file, in UTF-8, 16 or 32, with a byte order mark or without.
 
     Raises:
         UserError: the file is missing, unreadable or no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     except (ValueError, RecursionError) as error:

@@ -48,6 +48,11 @@ _ADMITTED = {
 }
 _PYTHON_2_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
+EXPORT_IT = (
+    "export it to ONNX with the code that it comes from and give that to `trt-yolov6 build --onnx`"
+)
+"""What there is to do with a checkpoint that is not read."""
+
 DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -177,7 +182,7 @@ def _refusal(path: Path, module: str, name: str) -> str:
             f"{path} asks for {full_name} when it is loaded, which no YOLOv6 checkpoint needs; "
             "nothing of it was run: get the file from a source that you trust."
         )
-    return f"{path} holds {full_name}, not a YOLOv6; give a checkpoint of YOLOv6 v0.1 to v0.2.1."
+    return f"{path} holds {full_name}, not a YOLOv6; {EXPORT_IT}."
 
 
 _FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")

@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
-import os
-import textwrap
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from trt_yolov6.data.images import IMAGE_SUFFIXES, list_images, quiet_opencv, read_image
+from trt_yolov6.data.images import IMAGE_SUFFIXES
 from trt_yolov6.data.loader import Batch, default_workers, fill_row, load_batches
+from trt_yolov6.data.media import Clip, Frame, Picture, Pictures, Video, find_media, open_video
 from trt_yolov6.detection import Detections, postprocess
+from trt_yolov6.detection_files import Format, open_detection_files
 from trt_yolov6.drawing import draw_detections
 from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
 from trt_yolov6.engines.candidates import Candidates
 from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import atomic_path, write_bytes
+from trt_yolov6.plausibility import check_outputs, has_non_finite
+from trt_yolov6.video_writing import VideoWriter
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 DEFAULT_BATCH = 8
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts")
-"""A file with one of these endings, in lower case, is read as a video; any other as a picture."""
-
-DETECTIONS_FILE = "detections.json"
+SHOWN_CONFIDENCE = 0.4
+"""Threshold of what is shown or handed out; evaluation takes all that COCO's measure asks for."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def detect(
     Args:
         engine: any loaded engine.
         images: each uint8 (height, width, 3) RGB, of any size.
-        nms: thresholds; default: `NmsSettings()`.
+        nms: thresholds; default: `default_nms(engine)`, confidence 0.4.
         border: gray pixels around the image, see `letterbox.fit`.
         batch: images the engine is given at a time; default: see `choose_batch`.
 
@@ -91,12 +90,11 @@ def detect(
             )
         return np.ascontiguousarray(image)
 
+    nms = nms or default_nms(engine)
     found: list[Detections] = []
     if len(images) <= choose_batch(engine, batch) and engine.batch.min <= len(images):
-        check_thresholds(engine, nms or NmsSettings())
-        return _detect_at_once(
-            engine, [read(index) for index in range(len(images))], nms or NmsSettings(), border
-        )
+        check_thresholds(engine, nms)
+        return _detect_at_once(engine, [read(index) for index in range(len(images))], nms, border)
     for step in process(
         engine,
         range(len(images)),
@@ -121,24 +119,48 @@ def _detect_at_once(
         fill_row(row, image, engine.input, border, engine.preprocessing)
         for row, image in zip(array, images, strict=True)
     ]
-    outputs = engine.start(array, nms.confidence).wait()
+    if engine.is_checked:
+        outputs = engine.start(array, nms.confidence).wait()
+    else:
+        outputs = _checked_outputs(engine, array, len(images), nms, _warn)
     return postprocess(outputs, engine.output_layout, nms, placed)
+
+
+def _checked_outputs(
+    engine: Engine,
+    array: NDArray[Any],
+    images: int,
+    nms: NmsSettings,
+    tell: Callable[[str], None],
+) -> dict[str, NDArray[Any]]:
+    """Run an engine's first batch and look whether what it gives can be a detector's."""
+    outputs = engine.infer(array)
+    for warning in check_outputs(engine, outputs, images, nms.confidence, array):
+        tell(warning)
+    engine.is_checked = True
+    return outputs
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
 
 
 @dataclass(frozen=True)
 class InferenceSummary:
     """What `infer_source` did."""
 
-    detections_file: Path
+    files: tuple[Path, ...]
+    """What holds the detections: files, and for YOLO's format their folder."""
     outputs: tuple[Path, ...]
     """The annotated pictures, or the one annotated video."""
     images: int
     """Pictures or frames that were processed."""
     objects: int
-    failures: tuple[tuple[Path, str], ...]
-    """Files that were left out because they could not be read, each with why, as one sentence."""
+    failures: tuple[tuple[str, str], ...]
+    """Pictures that were left out because they could not be read, each with why, as one
+    sentence."""
     warnings: tuple[str, ...]
-    """What is odd about files that were processed, such as a video that ends early: sentences."""
+    """What is odd about those that were processed, such as a video that ends early: sentences."""
     inference_seconds: float
     wall_seconds: float
 
@@ -148,82 +170,105 @@ def infer_source(
     source: str | Path,
     output: str | Path,
     *,
+    formats: Sequence[Format] = ("json",),
+    frames: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
     nms: NmsSettings | None = None,
     border: int = 0,
     batch: int | None = None,
     progress: bool = True,
 ) -> InferenceSummary:
-    """Find objects in a picture, a folder of pictures or a video, and draw them.
+    """Find objects in pictures or a video, and draw them.
 
-    Writes annotated pictures under their own names (or `<stem>.mp4`, without sound) and
-    `detections.json`: a list with `file`, `width`, `height` and `detections` of each picture,
-    or of each frame with `frame` (from 0) and `seconds` besides. A detection has `box`
-    ([x1, y1, x2, y2] in pixels of the original), `score`, `class` and `name`. A picture of a type
+    Writes annotated pictures under their own names, below `output` as below `source`, or
+    `<stem>.mp4` of a video, without sound: H.264 where `ffmpeg` is on the path. A picture of a type
     that is not written, such as PPM, becomes `<name>.jpg`.
+
+    What was found goes into `detections.json`, a list with `file`, `width`, `height` and
+    `detections` of each picture, or of each frame with `frame` (from 0) and `seconds` (its own time
+    in the video) besides. A detection has `box` ([x1, y1, x2, y2] in pixels of the original),
+    `score`, `class` and `name`. `detections.csv` has a row a detection; `labels/<stem>.txt`, or
+    `labels/<stem>_<frame>.txt`, YOLO's format with the score after the box.
 
     Args:
         engine: any loaded engine.
-        source: an image or video file, or a folder of images.
+        source: see `media.find_media`.
         output: the folder to write to; made if missing, not the one the source lies in.
+        formats: of `detection_files.FORMATS`.
+        frames: end a video or stream after so many.
+        stop: asked before each frame of a video or stream: whether to end here.
         nms, border, batch: as in `detect`.
         progress: show a progress bar on stderr.
 
     Raises:
         UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
-            unreadable picture among others in a folder is listed in the summary instead.
+            unreadable picture among others is listed in the summary instead.
     """
-    source, output = Path(source), Path(output)
-    if source.suffix.lower() in VIDEO_SUFFIXES and not source.is_dir():
-        work = _infer_video
+    output = Path(output)
+    media = find_media(source)
+    if isinstance(media, Video):
+        places = [] if media.is_live else [Path(media.address).parent]
     else:
-        work = _infer_images
-    folder = source if source.is_dir() else source.parent
-    if output.resolve() == folder.resolve():
+        places = [item.path.parent for item in media.items if item.path is not None]
+    if any(output.resolve() == place.resolve() for place in places):
         raise UserError(f"{output} is where the source lies; give another folder as --output.")
-    return work(engine, source, output, nms=nms, border=border, batch=batch, progress=progress)
+    options = {"nms": nms or default_nms(engine), "border": border, "batch": batch}
+    if isinstance(media, Video):
+        clip = open_video(media, frames, stop)
+        return _infer_video(engine, media, clip, output, formats, progress, **options)
+    return _infer_pictures(engine, media, str(source), output, formats, progress, **options)
 
 
-def _infer_images(
-    engine: Engine, source: Path, output: Path, *, progress: bool, **options: Any
+def _infer_pictures(
+    engine: Engine,
+    pictures: Pictures,
+    source: str,
+    output: Path,
+    formats: Sequence[Format],
+    progress: bool,
+    **options: Any,
 ) -> InferenceSummary:
     start = time.perf_counter()
-    paths = list_images(source)
     outputs: list[Path] = []
-    failures: list[tuple[Path, str]] = []
+    failures: list[tuple[str, str]] = []
+    odd: list[str] = []
     seconds = 0.0
 
-    def finish(batch: Batch[Path], found: list[Detections]) -> list[Path]:
+    def finish(batch: Batch[Picture], found: list[Detections]) -> list[Path]:
         written = []
-        for path, image, detections in zip(batch.items, batch.images, found, strict=True):
+        for picture, image, detections in zip(batch.items, batch.images, found, strict=True):
             drawn = draw_detections(image, detections, engine.class_names)
-            known = path.suffix.lower() in IMAGE_SUFFIXES
-            written.append(output / (path.name if known else path.name + ".jpg"))
+            known = Path(picture.name).suffix.lower() in IMAGE_SUFFIXES
+            written.append(output / (picture.name if known else picture.name + ".jpg"))
             _, encoded = cv2.imencode(
                 written[-1].suffix.lower(), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
             )
             write_bytes(written[-1], encoded.tobytes())
             height, width = image.shape[:2]
-            entry = {"file": path.name, "width": width, "height": height}
-            records.add({**entry, "detections": _to_json(detections, engine.class_names)})
+            files.add({"file": picture.name, "width": width, "height": height}, detections)
         return written
 
     with (
-        _open_records(output / DETECTIONS_FILE) as records,
+        open_detection_files(output, formats, engine.class_names) as files,
         tqdm(
-            total=len(paths), desc="infer", unit="image", disable=None if progress else True
+            total=len(pictures.items),
+            desc="infer",
+            unit="image",
+            disable=None if progress else True,
         ) as bar,
     ):
         for step in process(
             engine,
-            paths,
-            read_image,
+            pictures.items,
+            Picture.read,
             finish,
             keep_images=True,
-            skip_unreadable=source.is_dir(),
+            skip_unreadable=not pictures.is_single,
+            tell=odd.append,
             **options,
         ):
             outputs.extend(step.result)
-            failures.extend((path, str(error)) for path, error in step.batch.failures)
+            failures.extend((item.where, str(error)) for item, error in step.batch.failures)
             seconds += step.inference_seconds
             bar.update(len(step.batch.items) + len(step.batch.failures))
         if not outputs:
@@ -231,137 +276,89 @@ def _infer_images(
                 f"no image in {source} could be read; the first problem: {failures[0][1]}"
             )
     return InferenceSummary(
-        detections_file=records.path,
+        files=files.paths,
         outputs=tuple(outputs),
-        images=records.count,
-        objects=records.objects,
+        images=files.images,
+        objects=files.objects,
         failures=tuple(failures),
-        warnings=(),
+        warnings=tuple(odd),
         inference_seconds=seconds,
         wall_seconds=time.perf_counter() - start,
     )
 
 
 def _infer_video(
-    engine: Engine, source: Path, output: Path, *, progress: bool, **options: Any
+    engine: Engine,
+    video: Video,
+    clip: Clip,
+    output: Path,
+    formats: Sequence[Format],
+    progress: bool,
+    **options: Any,
 ) -> InferenceSummary:
     start = time.perf_counter()
-    capture = _open_video(source)
-    fps = capture.get(cv2.CAP_PROP_FPS)
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        fps = 25.0
-    announced = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-    target = output / f"{source.stem}.mp4"
+    target = output / f"{video.name}.mp4"
+    name = video.address if video.is_live else Path(video.address).name
+    odd: list[str] = []
     seconds = 0.0
-    with atomic_path(target) as temporary, _open_records(output / DETECTIONS_FILE) as records:
-        writer = cv2.VideoWriter()
 
-        def finish(batch: Batch[NDArray[np.uint8]], found: list[Detections]) -> None:
-            for frame, detections in zip(batch.items, found, strict=True):
-                height, width = frame.shape[:2]
-                if not writer.isOpened() and not writer.open(
-                    str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height)
-                ):
-                    raise UserError(
-                        f"{target} cannot be encoded by this OpenCV; install "
-                        "opencv-python-headless with its FFmpeg."
-                    )
-                drawn = draw_detections(frame, detections, engine.class_names)
-                writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
-                records.add(
-                    {
-                        "file": source.name,
-                        "frame": records.count,
-                        "seconds": round(records.count / fps, 3),
-                        "width": width,
-                        "height": height,
-                        "detections": _to_json(detections, engine.class_names),
-                    }
-                )
+    def finish(batch: Batch[Frame], found: list[Detections]) -> None:
+        for frame, detections in zip(batch.items, found, strict=True):
+            height, width = frame.image.shape[:2]
+            drawn = draw_detections(frame.image, detections, engine.class_names)
+            writer.add(drawn, frame.seconds)
+            record = {"file": name, "frame": files.images, "seconds": round(frame.seconds, 3)}
+            files.add({**record, "width": width, "height": height}, detections)
 
-        try:
+    try:
+        with (
+            atomic_path(target) as temporary,
+            open_detection_files(output, formats, engine.class_names) as files,
+            VideoWriter(temporary, clip.rate) as writer,
+        ):
             with tqdm(
-                total=announced or None,
+                total=clip.announced or None,
                 desc="infer",
                 unit="frame",
                 disable=None if progress else True,
             ) as bar:
                 # Frames can only be decoded in order, so the caller's thread does it and the
                 # loader's threads just resize them.
-                for step in process(engine, _frames(capture), _unchanged, finish, **options):
+                for step in process(
+                    engine, clip.frames, _pixels, finish, tell=odd.append, **options
+                ):
                     seconds += step.inference_seconds
                     bar.update(len(step.batch.items))
-        finally:
-            writer.release()
-            capture.release()
-        if not records.count:
-            raise UserError(f"{source} holds no frame that can be decoded; replace it.")
-        if not _is_whole(temporary, records.count):
-            raise UserError(
-                f"{target} could not be written in whole; free the disk or give another --output."
-            )
-    warnings = []
+            if not files.images:
+                raise UserError(f"{name} holds no frame that can be decoded; replace it.")
+            if not writer.close() or not _is_whole(temporary, writer.frames):
+                raise UserError(
+                    f"{target} could not be written in whole; free the disk or give another "
+                    "--output."
+                )
+    finally:
+        clip.close()
     # The count in the header is an estimate in some formats, though a close one.
-    if records.count < 0.9 * announced:
-        warnings.append(
-            f"{source} ends after {records.count} of the {announced} frames it announces; they "
+    if files.images < 0.9 * clip.announced:
+        odd.append(
+            f"{name} ends after {files.images} of the {clip.announced} frames it announces; they "
             "were processed, the rest is missing or damaged."
         )
+    if not writer.is_h264:
+        odd.append(
+            f"{target} is MPEG-4, which browsers do not play: `ffmpeg` with an H.264 encoder is "
+            "not on the path."
+        )
     return InferenceSummary(
-        detections_file=records.path,
+        files=files.paths,
         outputs=(target,),
-        images=records.count,
-        objects=records.objects,
+        images=files.images,
+        objects=files.objects,
         failures=(),
-        warnings=tuple(warnings),
+        warnings=tuple(odd),
         inference_seconds=seconds,
         wall_seconds=time.perf_counter() - start,
     )
-
-
-class _Records:
-    """A list in a JSON file, written entry by entry: a long video's would not fit in memory."""
-
-    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
-        self.path = path
-        self.count = 0
-        self.objects = 0
-        self._stack = stack
-        self._file: BinaryIO | None = None
-
-    def add(self, record: dict[str, Any]) -> None:
-        # Opened late: where nothing was readable, not even the folder is made.
-        if self._file is None:
-            temporary = self._stack.enter_context(atomic_path(self.path))
-            self._file = temporary.open("wb")
-            self._stack.callback(self._discard)
-        text = textwrap.indent(json.dumps(record, indent=2), "  ")
-        self._file.write(((",\n" if self.count else "[\n") + text).encode())
-        self.count += 1
-        self.objects += len(record["detections"])
-
-    def end(self) -> None:
-        if self._file is not None:
-            self._file.write(b"\n]\n")
-            self._file.close()
-
-    def _discard(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # another is being raised already
-                self._file.close()
-
-
-@contextlib.contextmanager
-def _open_records(path: Path) -> Iterator[_Records]:
-    """Yield records of `path`, which appears when the block ends well.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        records = _Records(path, stack)
-        yield records
-        records.end()
 
 
 def _is_whole(video: Path, frames: int) -> bool:
@@ -382,45 +379,8 @@ def _is_whole(video: Path, frames: int) -> bool:
         capture.release()
 
 
-def _to_json(detections: Detections, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {
-            "box": [round(value, 2) for value in box],
-            "score": round(score, 4),
-            "class": label,
-            "name": class_names[label] if label < len(class_names) else str(label),
-        }
-        for box, score, label in zip(
-            detections.boxes.tolist(),
-            detections.scores.tolist(),
-            detections.classes.tolist(),
-            strict=True,
-        )
-    ]
-
-
-def _open_video(source: Path) -> cv2.VideoCapture:
-    if not source.is_file():
-        raise UserError(f"{source} does not exist; check the path.")
-    quiet_opencv()
-    # FFmpeg prints by itself; a damaged file gets one sentence, ours.
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    capture = cv2.VideoCapture(str(source))
-    if not capture.isOpened():
-        raise UserError(f"{source} is damaged or no video; replace it.")
-    return capture
-
-
-def _frames(capture: cv2.VideoCapture) -> Iterator[NDArray[np.uint8]]:
-    while True:
-        there, frame = capture.read()
-        if not there:
-            return
-        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
-
-
-def _unchanged(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return frame
+def _pixels(frame: Frame) -> NDArray[np.uint8]:
+    return frame.image
 
 
 def process(
@@ -436,6 +396,7 @@ def process(
     keep_images: bool = False,
     skip_unreadable: bool = False,
     clip: bool = True,
+    tell: Callable[[str], None] = _warn,
 ) -> Iterator[Processed[Item, Result]]:
     """Run an engine over a stream of images, everything but the engine in other threads.
 
@@ -448,12 +409,16 @@ def process(
         items: what to read, in order.
         read: turns an item into uint8 (height, width, 3) RGB; called from several threads.
         finish: makes a result of a batch and its detections; called in one other thread, in order.
-        nms, border, batch: as in `detect`.
+        nms: thresholds; default: `NmsSettings()`, as for evaluation.
+        border, batch: as in `detect`.
         workers, keep_images, skip_unreadable: as in `load_batches`.
         clip: as in `postprocess`.
+        tell: takes what is odd about the outputs, a sentence each (see `plausibility`), and numbers
+            in later batches that are not finite; default: `warnings.warn`.
 
     Raises:
-        UserError: the engine cannot do what is asked, or what `read` and `finish` raise.
+        UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
+            `read` and `finish` raise.
     """
     nms = nms or NmsSettings()
     check_thresholds(engine, nms)
@@ -499,6 +464,7 @@ def process(
 
     running: deque[tuple[Batch[Item], Run, float]] = deque()
     engine_free = 0.0
+    told: list[str] = []
 
     def collect() -> None:
         """Wait for the engine's oldest batch, and hand it on."""
@@ -506,6 +472,13 @@ def process(
         loaded, run, start = running.popleft()
         outputs = run.wait()
         end = time.perf_counter()
+        if isinstance(outputs, dict) and not told:
+            broken = [name for name, array in outputs.items() if has_non_finite(array)]
+            if broken:
+                told.append(
+                    f"{engine.path} gives NaN or infinity in {', '.join(broken)} of some images"
+                )
+                tell(told[0])
         # Where batches overlap in the engine, its time is shared among them.
         seconds = end - max(start, engine_free)
         engine_free = end
@@ -515,9 +488,18 @@ def process(
     pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
     helpers = ThreadPoolExecutor(default_workers(), thread_name_prefix="boxes")
     try:
+        is_first = True
         for loaded in batches:
             start = time.perf_counter()
-            run = engine.start(loaded.input, nms.confidence) if loaded.items else FinishedRun({})
+            run: Run
+            if not loaded.items:
+                run = FinishedRun({})
+            elif is_first:
+                count = len(loaded.items)
+                run = FinishedRun(_checked_outputs(engine, loaded.input, count, nms, tell))
+                is_first = False
+            else:
+                run = engine.start(loaded.input, nms.confidence)
             running.append((loaded, run, start))
             del loaded, run  # the loop would keep the input alive while the next is waited for
             if len(running) >= engine.in_flight:
@@ -535,6 +517,12 @@ def process(
         pool.shutdown(wait=True, cancel_futures=True)
         helpers.shutdown()
         batches.close()  # type: ignore[attr-defined]
+
+
+def default_nms(engine: Engine) -> NmsSettings:
+    """Return the thresholds of `detect` and `infer`: those inside the graph where it has some."""
+    inside = engine.nms or NmsSettings()
+    return dataclasses.replace(inside, confidence=max(SHOWN_CONFIDENCE, inside.confidence))
 
 
 def choose_batch(engine: Engine, batch: int | None) -> int:

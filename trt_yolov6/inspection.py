@@ -24,9 +24,6 @@ ONNX_SUFFIXES = (".onnx",)
 CHECKPOINT_SUFFIXES = (".pt", ".pth")
 PLAN_SUFFIXES = (".trt", ".plan", ".engine")
 
-CHECKPOINT_IMAGE_SIZE = 640
-"""Side in pixels of the square image that a checkpoint's FLOPs are given for."""
-
 # Operators with weights that make nearly all of a network's work.
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Which of an operator's inputs are learned.
@@ -119,6 +116,8 @@ class CheckpointDetails:
     """What is in a checkpoint of the authors' code or of this package's training."""
 
     architecture: str
+    release: str | None
+    """Release of the authors' code that wrote it, such as `0.4`; None where this package did."""
     form: str
     """`training`, `fused` or `mixed`."""
     class_names: tuple[str, ...]
@@ -127,7 +126,9 @@ class CheckpointDetails:
     fused_parameters: int
     """Learned values after fusing."""
     fused_flops: int
-    """Of the fused network for one image of 640 x 640, as the paper's Table 1 counts."""
+    """Of the fused network for one image of `image_size` squared, as the paper's Table 1 counts."""
+    image_size: int
+    """Side of the input in pixels that the authors train and test the network at."""
     block: str
     """Of what the network is built: see `models.Architecture`."""
     activation: str
@@ -342,7 +343,7 @@ class _Graph:
 
 
 def _inspect_onnx(path: Path) -> OnnxDetails:
-    from trt_yolov6.building import read_onnx
+    from trt_yolov6.onnx_files import read_onnx
 
     return inspect_onnx(read_onnx(path))
 
@@ -507,11 +508,13 @@ def _inspect_checkpoint(path: Path) -> CheckpointDetails:
     fused = fuse(checkpoint.model)
     return CheckpointDetails(
         architecture=checkpoint.arch.name,
+        release=checkpoint.release,
         form=checkpoint.form,
         class_names=checkpoint.class_names,
         parameters=count_parameters(checkpoint.model),
         fused_parameters=count_parameters(fused),
-        fused_flops=count_flops(fused, CHECKPOINT_IMAGE_SIZE),
+        fused_flops=count_flops(fused, checkpoint.arch.image_size),
+        image_size=checkpoint.arch.image_size,
         block=checkpoint.arch.block,
         activation=checkpoint.arch.activation,
         regression_bins=checkpoint.arch.reg_max,
@@ -638,9 +641,10 @@ def _onnx_rows(details: OnnxDetails) -> list[tuple[str, str]]:
 def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
     eps = ", ".join(f"{value:g}" for value in details.batch_norm_eps) or "none left"
     boxes = f"DFL with {details.regression_bins + 1} bins" if details.regression_bins else "direct"
-    size = CHECKPOINT_IMAGE_SIZE
+    size = details.image_size
+    origin = f" of release {details.release}" if details.release else ""
     rows = [
-        ("kind", f"checkpoint of {details.architecture}, {details.form} form"),
+        ("kind", f"checkpoint{origin}: {details.architecture}, {details.form} form"),
         ("classes", f"{len(details.class_names)}: {', '.join(details.class_names)}"),
         (
             "parameters",

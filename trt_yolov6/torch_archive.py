@@ -70,8 +70,12 @@ class TorchArchive:
         """Return True where `value` stands for a tensor or a parameter."""
         return isinstance(value, Shell) and value.origin in (_TENSOR, _PARAMETER)
 
-    def tensor(self, value: Shell) -> Tensor:
-        """Return the tensor that a shell stands for, contiguous and in the file's dtype.
+    def tensor(self, value: Shell, *, widened: bool = False) -> Tensor:
+        """Return the tensor that a shell stands for, contiguous.
+
+        Args:
+            value: of this file's `root`.
+            widened: make other floating-point numbers float32; else the file's dtype is kept.
 
         Raises:
             UserError: the record is missing, damaged or smaller than the tensor.
@@ -96,6 +100,10 @@ class TorchArchive:
             raise self._damaged("a tensor does not fit its record")
         if not record:
             return torch.empty(size, dtype=dtype)
+        if widened and dtype.is_floating_point and dtype != torch.float32:
+            # Widening copies, so the bytes themselves need not be writable, as PyTorch warns.
+            flat = torch.frombuffer(record, dtype=dtype)
+            return flat.as_strided(size, stride, offset).float().contiguous()
         flat = torch.frombuffer(bytearray(record), dtype=dtype)
         return flat.as_strided(size, stride, offset).contiguous()
 

@@ -4,7 +4,7 @@ A zip file of torch.save with plain values and tensors only, so `torch.load(weig
 our own reader (see `inert_pickle`) take it without running anything:
 
     format         `trt-yolov6 checkpoint`
-    version        1
+    version        2; version 1 had fewer fields in its architecture
     architecture   the fields of `models.Architecture`
     class_names    list of strings
     weights        tensors by name, in training form: kernels in half precision, the rest in float32
@@ -29,18 +29,20 @@ from torch import Tensor
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import atomic_path
 from trt_yolov6.inert_pickle import Shell
-from trt_yolov6.models.network import YOLOv6
+from trt_yolov6.models.network import YOLOv6, shapes_only
 from trt_yolov6.models.variants import (
     ActivationName,
     Architecture,
     BlockKind,
     HeadKind,
+    NeckKind,
+    PoolingKind,
     variant_name,
 )
 from trt_yolov6.torch_archive import TorchArchive
 
 FORMAT = "trt-yolov6 checkpoint"
-VERSION = 1
+VERSION = 2
 
 _LARGEST = {"stage_channels": 16384, "neck_channels": 16384}
 _MOST_REPEATS = 1000
@@ -114,12 +116,12 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
     """
     root, path = archive.root, archive.path
     version = root.get("version")
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise UserError(
             f"{path} is a checkpoint of format version {str(version)[:20]}, this release of "
-            f"trt-yolov6 reads {VERSION}; update it."
+            f"trt-yolov6 reads 1 to {VERSION}; update it."
         )
-    arch = _architecture(path, root.get("architecture"))
+    arch = _architecture(path, root.get("architecture"), version)
     names = root.get("class_names")
     if (
         not isinstance(names, list)
@@ -131,8 +133,7 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
     shells = root.get("weights")
     if not isinstance(shells, dict):
         raise _damaged(path, "it has no weights")
-    with torch.device("meta"):
-        model = YOLOv6(arch)
+    model = shapes_only(arch)
     weights: dict[str, Tensor] = {}
     for name, expected in model.state_dict().items():
         if name.endswith(_COUNTER):
@@ -160,33 +161,59 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
     return model.eval(), tuple(names), training
 
 
-def _architecture(path: Path, fields: Any) -> Architecture:
+def _architecture(path: Path, fields: Any, version: int) -> Architecture:
+    if version == 1 and isinstance(fields, dict):
+        # All of the neck had the activation of the blocks then.
+        defaults = {field.name: field.default for field in dataclasses.fields(Architecture)}
+        added = {name: defaults[name] for name in ("neck", "pooling", "mbla")}
+        fields = {**added, "neck_activation": fields.get("activation"), **fields}
     wanted = {field.name for field in dataclasses.fields(Architecture)}
     if not isinstance(fields, dict) or set(fields) != wanted:
         raise _damaged(path, "its architecture is not complete")
-    choices = {"block": BlockKind, "activation": ActivationName, "head_activation": ActivationName}
-    choices["head"] = HeadKind
-    lengths = {"stage_channels": 5, "neck_channels": 6, "stage_repeats": 4, "neck_repeats": 4}
+    choices: dict[str, Any] = {
+        "block": BlockKind,
+        "activation": ActivationName,
+        "head_activation": ActivationName,
+        "neck_activation": ActivationName,
+        "head": HeadKind,
+        "neck": NeckKind,
+        "pooling": PoolingKind,
+    }
+    lite = [fields["block"] == "lite", fields["neck"] == "lite", fields["pooling"] == "none"]
     ratio = fields["csp_ratio"]
     sound = (
         isinstance(fields["name"], str)
         and all(fields[name] in typing.get_args(kind) for name, kind in choices.items())
         and all(
             isinstance(fields[name], tuple | list)
-            and len(fields[name]) == length
             and all(_between(item, 1, _LARGEST.get(name, _MOST_REPEATS)) for item in fields[name])
-            for name, length in lengths.items()
+            for name in _LENGTHS
         )
+        and tuple(len(fields[name]) for name in _LENGTHS) in _lengths(fields)
         and (ratio is None or (isinstance(ratio, float) and 0 < ratio <= 1))
+        and isinstance(fields["mbla"], bool)
+        and not (fields["mbla"] and ratio is None)
+        and len(set(lite)) == 1
+        and (not lite[0] or all(width % 8 == 0 for width in fields["stage_channels"]))
         and _between(fields["reg_max"], 0, 1024)
         and _between(fields["num_classes"], 1, _MOST_CLASSES)
         and fields["input_channels"] == 3
     )
     if not sound:
         raise _damaged(path, "its architecture is not one that can be built")
-    tuples = {name: tuple(fields[name]) for name in lengths}
+    tuples = {name: tuple(fields[name]) for name in _LENGTHS}
     arch = Architecture(**{**fields, **tuples})
     return dataclasses.replace(arch, name=variant_name(arch))
+
+
+_LENGTHS = ("stage_channels", "neck_channels", "stage_repeats", "neck_repeats")
+
+
+def _lengths(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """Return how long the tuples of an architecture may be, in the order of `_LENGTHS`."""
+    if fields["neck"] == "lite":
+        return ((5, 1, 4, 0),)
+    return ((5, 6, 4, 4), (6, 9, 5, 6))
 
 
 def _training(path: Path, root: Mapping[str, Any]) -> Training:

@@ -11,6 +11,7 @@ to prepare images and to read the outputs stands in the configuration's `paramet
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -56,6 +57,8 @@ class ServingSettings:
     """Numbers of the GPUs; None takes all that the server has, `()` the CPU (ONNX only)."""
     max_queue_delay_us: int = 100
     """Microseconds a request waits at most for others to share a batch with."""
+    default_cpu: bool = False
+    """Where `gpus` is None, ONNX files run on the CPU: the server has no GPU."""
 
     def __post_init__(self) -> None:
         if self.instances < 1:
@@ -97,6 +100,7 @@ def export_triton(
     output: str | Path,
     settings: ServingSettings | None = None,
     loading: LoadOptions | None = None,
+    names: Sequence[str] | None = None,
 ) -> tuple[Path, ...]:
     """Write engines into a model repository, one entry each, all of them or none.
 
@@ -105,6 +109,7 @@ def export_triton(
         output: the repository; made if missing. Other entries in it are left alone.
         settings: instances, GPUs, batching.
         loading: the decoder of ONNX files without a manifest, where the graph does not tell.
+        names: of the entries, in the order of `engines`; default: network and precision.
 
     Returns:
         The folders that were written, in the order of `engines`.
@@ -116,15 +121,17 @@ def export_triton(
     settings = settings or ServingSettings()
     output = Path(output)
     models = [served_model(path, loading) for path in engines]
+    if names is not None:
+        models = [
+            dataclasses.replace(model, name=_checked_name(name))
+            for model, name in zip(models, names, strict=True)
+        ]
     texts = [config_text(model, settings) for model in models]
-    names = [model.name for model in models]
-    for name in names:
-        if names.count(name) > 1:
+    entries = [model.name for model in models]
+    for name in entries:
+        if entries.count(name) > 1:
             twice = " and ".join(str(model.engine) for model in models if model.name == name)
-            raise UserError(
-                f"{twice} would both become {name}; export them into two repositories, or rename "
-                "one of the models."
-            )
+            raise UserError(f"{twice} would both become {name}; name the entries with --name.")
         if (output / name).exists():
             raise UserError(
                 f"{output / name} is there already; remove it or choose another --output."
@@ -145,7 +152,7 @@ def export_triton(
         with tempfile.TemporaryDirectory(prefix=".writing.", dir=output) as draft:
             for model, text in zip(models, texts, strict=True):
                 _write_entry(Path(draft) / model.name, model, text)
-            for name in names:
+            for name in entries:
                 (Path(draft) / name).rename(output / name)
                 written.append(output / name)
     except BaseException as error:
@@ -229,8 +236,8 @@ class _Details:
 
 def _check_inputs(path: Path) -> None:
     """Raise UserError for inputs that this package fills in itself: Triton would ask clients."""
-    from trt_yolov6.building import read_onnx
     from trt_yolov6.decoders.inputs import runtime_inputs
+    from trt_yolov6.onnx_files import read_onnx
 
     names = [item.name for item in runtime_inputs(read_onnx(path))]
     if len(names) > 1:
@@ -241,7 +248,7 @@ def _check_inputs(path: Path) -> None:
 
 
 def _precision_of(path: Path) -> str:
-    from trt_yolov6.building import graph_precision, read_onnx
+    from trt_yolov6.onnx_files import graph_precision, read_onnx
 
     return graph_precision(read_onnx(path)) if path.suffix == ".onnx" else "unknown"
 
@@ -304,6 +311,16 @@ def _model(
     )
 
 
+def _checked_name(name: str) -> str:
+    """Return a name for an entry; raise UserError for one that Triton does not take."""
+    if _safe(name) != name:
+        raise UserError(
+            f"--name {name} has characters that a model's name cannot have; give letters, digits, "
+            "dots, hyphens and underscores."
+        )
+    return name
+
+
 def _safe(name: str) -> str:
     """Return a name that is one folder of its own, whatever a file said of itself."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-") or "model"
@@ -312,13 +329,19 @@ def _safe(name: str) -> str:
 # --- the configuration --------------------------------------------------------------------------
 
 
+def runs_on_cpu(model: ServedModel, settings: ServingSettings) -> bool:
+    """Return whether an engine is to run on the server's CPU."""
+    by_default = settings.default_cpu and model.platform != "tensorrt_plan"
+    return settings.gpus == () or (settings.gpus is None and by_default)
+
+
 def config_text(model: ServedModel, settings: ServingSettings) -> str:
     """Return a model's `config.pbtxt`.
 
     Raises:
         UserError: a plan of TensorRT is to run on the CPU.
     """
-    on_cpu = settings.gpus == ()
+    on_cpu = runs_on_cpu(model, settings)
     if on_cpu and model.platform == "tensorrt_plan":
         raise UserError(f"{model.engine} runs on GPUs only; leave --cpu out.")
     batched = model.max_batch_size > 0

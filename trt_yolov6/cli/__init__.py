@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 a comparison fell short of its baseline, 2 wrong usage or bad input.
     """
+    _write_what_the_terminal_lacks()
     options = parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
@@ -80,10 +81,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # The system's own word on a file: a name too long, a disk that is gone.
+        place = error.filename if isinstance(error.filename, str) else "a file"
+        print(
+            f"trt-yolov6 {options.command}: {place[:200]} cannot be used "
+            f"({error.strerror or error}); check the path and the disk.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"trt-yolov6 {options.command}: interrupted", file=sys.stderr)
         return 130
     return code or 0
+
+
+def _write_what_the_terminal_lacks() -> None:
+    """Print characters outside the terminal's encoding as escapes, instead of ending there."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a test or a notebook puts in their place need not have it.
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from trt_yolov6.cli.options import (
     positive,
     spelled,
 )
-from trt_yolov6.cli.output import write_result
+from trt_yolov6.cli.output import say_next, write_result
 from trt_yolov6.errors import UserError
 
 
@@ -95,3 +95,8 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         values = [result.to_json() for result in results]
         write_result(options.json, values[0] if len(values) == 1 else values)
+    if len(engines) == 1:
+        say_next(options, "its AP", f"eval --engine {engines[0].path}")
+    else:
+        files = " ".join(str(engine.path) for engine in engines)
+        say_next(options, "with AP and intervals", f"compare {files}")

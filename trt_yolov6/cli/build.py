@@ -26,8 +26,9 @@ from trt_yolov6.cli.options import (
     layers_in_float,
     positive,
 )
-from trt_yolov6.cli.output import profile_text, reading_text, say
+from trt_yolov6.cli.output import profile_text, reading_text, say, say_next
 from trt_yolov6.errors import UserError
+from trt_yolov6.progress import a_line_a_minute
 
 
 def add(commands: Commands) -> None:
@@ -77,6 +78,11 @@ def add(commands: Commands) -> None:
         help="--int8: round weights for the inputs that they meet (some minutes)",
     )
     int8.add_argument(
+        "--allow-float",
+        action="store_true",
+        help="build even where the backend computes all of it in float",
+    )
+    int8.add_argument(
         "--no-surgery", action="store_true", help="leave the Q/DQ nodes of --onnx as they are"
     )
     int8.add_argument(
@@ -93,7 +99,11 @@ def add(commands: Commands) -> None:
     )
     add_backend(parser)
     parser.add_argument("--target", help="GPU to cross-build for with tensorrt-rtx, such as t4")
-    parser.add_argument("--output", type=Path, help="default: engines/<model>.onnx or .trt")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="default: engines/<weights>-<precision>.onnx or .trt; unusual sizes are added",
+    )
     parser.add_argument("--timing-cache", type=Path, help="TensorRT timing cache to use and extend")
     parser.add_argument(
         "--tactic-sources",
@@ -111,7 +121,15 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.building import build_engine, check_build
+    from trt_yolov6.building import (
+        all_in_float,
+        build_engine,
+        check_build,
+        engine_path,
+        for_tensorrt,
+    )
+    from trt_yolov6.data.sources import check_source
+    from trt_yolov6.engines import runs_here
     from trt_yolov6.engines.base import BuildSettings
 
     settings = BuildSettings(
@@ -128,23 +146,45 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--names is for --onnx: a checkpoint brings its class names along.")
     if (options.decoder or options.preprocess) and not options.onnx:
         raise UserError("--decoder and --preprocess are for --onnx: a checkpoint is a YOLOv6.")
+    if options.data is not None:
+        check_source(options.data, options.split)
     # Exporting takes seconds: what cannot be built is better refused before.
-    check_build(options.backend, options.output, settings)
+    backend = check_build(options.backend, options.output, settings)
     quantization = quantization_settings(options)
     if quantization:
         from trt_yolov6.quantization.images import calibration_images
+        from trt_yolov6.quantization.probe import computes
 
         calibration_images(options.calib or SAMPLE_CALIB)
+        kind = quantization.quantized
+        if not options.allow_float and not computes(backend, settings, kind):
+            target = options.target or "this machine's GPU"
+            raise all_in_float(kind.name, backend, target)
     graph = onnx_graph(options) if options.onnx else exported(options)
+    if backend != "onnxruntime":
+        graph = for_tensorrt(graph)
+    for note in graph.notes:
+        say(f"{graph.source}: {note}")
     if settings.calibration:
         graph, settings = calibrated_by_tensorrt(graph, options, settings)
     elif quantization:
-        graph = quantized(graph, options, quantization)
+        with a_line_a_minute(f"quantizing {graph.name}", say, progress=not options.quiet):
+            graph = quantized(graph, options, quantization)
     elif graph.precision == "fp8":
         say("surgery: FP8's Q/DQ nodes are left as they are")
     elif graph.precision == "int8" and not options.no_surgery:
         graph = cleaned(graph, options)
-    built = build_engine(graph, backend=options.backend, output=options.output, settings=settings)
+    path = engine_path(graph, backend, options.output, options.target)
+    if path.is_file():
+        say(f"replacing {path}{_described(path)}")
+    with a_line_a_minute(f"building {path}", say, progress=not options.quiet):
+        built = build_engine(
+            graph,
+            backend=options.backend,
+            output=options.output,
+            settings=settings,
+            allow_float=options.allow_float,
+        )
     manifest = built.manifest
     height, width = manifest.image_size
     print(
@@ -161,3 +201,20 @@ def run(options: argparse.Namespace) -> None:
             f"in {label}: {'the builder does not say how many' if found is None else found} of the "
             f"{built.quantized_asked} convolutions that the graph has in {label}"
         )
+    if backend == "onnxruntime" or runs_here(built.path):
+        say_next(options, "its AP", f"eval --engine {built.path}")
+    else:
+        say_next(options, "on the machine it is for", f"bench --engine {built.path}")
+
+
+def _described(path: Path) -> str:
+    """Say what an engine that is replaced is, as far as its manifest tells."""
+    from trt_yolov6.engines.manifest import read_manifest
+
+    try:
+        manifest = read_manifest(path)
+    except UserError:
+        return ""
+    if manifest is None:
+        return ""
+    return f" ({manifest.precision}, of {manifest.source})"

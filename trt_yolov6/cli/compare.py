@@ -11,11 +11,12 @@ from trt_yolov6.cli.options import (
     Commands,
     add_command,
     add_quiet,
+    image_size,
     is_given,
     positive,
     spelled,
 )
-from trt_yolov6.cli.output import say
+from trt_yolov6.cli.output import say, say_next
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +57,13 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--batches", type=_numbers, metavar="N,...", help="batch sizes (1,32)")
     parser.add_argument("--backends", type=_texts, metavar="B,...", help="(auto)")
-    parser.add_argument("--data", type=Path, help="folder in COCO layout (samples/)")
+    parser.add_argument(
+        "--imgsz",
+        type=image_size,
+        metavar="N|HxW",
+        help="input size of what is built (640 for checkpoints, an ONNX file's own)",
+    )
+    parser.add_argument("--data", type=Path, help="data set: a folder or data.yaml (samples/)")
     parser.add_argument("--split", help="part of the data set, such as val or val2017")
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
     parser.add_argument("--calibrator", choices=CALIBRATORS, help="(auto)")
@@ -133,6 +140,7 @@ def run(options: argparse.Namespace) -> int:
     print(format_results(results))
     print(f"{options.output / FILE}: written")
     if baseline is None:
+        say_next(options, "as a page", f"report {options.output}")
         return 0
     check_comparable(results, baseline, limits)
     folder = options.baseline if options.baseline.is_dir() else options.baseline.parent
@@ -141,6 +149,7 @@ def run(options: argparse.Namespace) -> int:
     )
     verdict = check(results, baseline, limits, paired=paired)
     print(format_verdict(verdict))
+    say_next(options, "as a page", f"report {options.output}")
     return 0 if verdict.ok else 1
 
 
@@ -156,11 +165,13 @@ def _plan(options: argparse.Namespace) -> Plan:
         changes["layers"] = False
     plans = [path for path in options.models if path.suffix.lower() in YAML_SUFFIXES]
     if not plans:
-        return Plan(entries_for(options.models), **changes)
+        return Plan(entries_for(options.models, options.imgsz), **changes)
     if len(options.models) > 1:
         raise UserError(
             f"{plans[0]} is a plan, which names its models itself; give it alone, or models alone."
         )
+    if options.imgsz is not None:
+        changes["imgsz"] = options.imgsz
     return read_plan(plans[0], **changes)
 
 

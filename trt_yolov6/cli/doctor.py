@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from trt_yolov6.cli.options import Commands, add_command, add_json
-from trt_yolov6.cli.output import write_result
+from trt_yolov6.cli.options import Commands, add_command, add_json, add_quiet
+from trt_yolov6.cli.output import say_next, write_result
 
 
 def add(commands: Commands) -> None:
@@ -13,6 +13,7 @@ def add(commands: Commands) -> None:
     text = "say which backends work here, and what others need"
     parser = add_command(commands, "doctor", run, text)
     add_json(parser)
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -23,3 +24,4 @@ def run(options: argparse.Namespace) -> None:
     print(format_diagnosis(result))
     if options.json:
         write_result(options.json, result.to_json())
+    say_next(options, "an engine of the sample", "build")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def load(path: Path, options: argparse.Namespace) -> Engine:
     """Load an engine as the options say."""
+    from trt_yolov6.decoders.outputs import dropped_text
     from trt_yolov6.engines import load_engine
     from trt_yolov6.engines.base import LoadOptions
 
@@ -27,11 +28,23 @@ def load(path: Path, options: argparse.Namespace) -> Engine:
         decoder=options.decoder,
         preprocess=tuple(options.preprocess or ()),
     )
-    engine = load_engine(path, options.backend, load_options)
+    engine = load_engine(resolved(path), options.backend, load_options)
     if engine.manifest is None:
         reading = reading_text(engine.decoder, engine.output_layout, engine.preprocessing)
         say(f"{path} has no manifest: {reading}")
+    if engine.dropped_outputs:
+        say(f"{path}: {dropped_text(engine.dropped_outputs)}")
     return engine
+
+
+def resolved(path: Path) -> Path:
+    """Return the engine file that an option means, and say so where it is another than named."""
+    from trt_yolov6.engines import find_engine
+
+    found = find_engine(path)
+    if found != path:
+        say(f"{path}: taking the newest build of it, {found}")
+    return found
 
 
 def newest_engine() -> Path:

@@ -17,7 +17,7 @@ from trt_yolov6.cli.options import (
     add_thresholds,
     positive,
 )
-from trt_yolov6.cli.output import say, write_result
+from trt_yolov6.cli.output import say, say_next, write_result
 
 if TYPE_CHECKING:
     from trt_yolov6.evaluation import Evaluation
@@ -27,10 +27,13 @@ def add(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "eval", run, "measure COCO average precision")
     parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
-    parser.add_argument("--data", type=Path, help="folder in COCO layout (samples/)")
+    parser.add_argument("--data", type=Path, help="data set: a folder or data.yaml (samples/)")
     parser.add_argument("--split", help="part of the data set, such as val or val2017")
     parser.add_argument("--batch", type=positive, help="images at a time")
     parser.add_argument("--workers", type=positive, help="threads that decode images")
+    parser.add_argument(
+        "--plots", type=Path, metavar="DIR", help="write PR curves and a confusion matrix there"
+    )
     add_border(parser)
     add_thresholds(parser)
     add_loading(parser)
@@ -41,8 +44,12 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.data.letterbox import resolve_border
+    from trt_yolov6.data.sources import check_source
     from trt_yolov6.evaluation import evaluate
+    from trt_yolov6.evaluation_plots import write_plots
 
+    if options.data is not None:
+        check_source(options.data, options.split)
     with load(options.engine or newest_engine(), options) as engine:
         if options.data is None:
             say(f"no --data given: evaluating on the sample data set {SAMPLE_DATA}/")
@@ -55,10 +62,17 @@ def run(options: argparse.Namespace) -> None:
             border=resolve_border(options.resize, options.border, engine.image_size),
             workers=options.workers,
             progress=not options.quiet,
+            confusion=options.plots is not None,
         )
+    for note in result.notes:
+        say(f"note: {note}")
     print(_evaluation_text(result))
+    if options.plots and result.curves is not None and result.confusion is not None:
+        for path in write_plots(options.plots, result.class_names, result.curves, result.confusion):
+            say(f"{path}: drawn")
     if options.json:
         write_result(options.json, result.to_json())
+    say_next(options, "its speed", f"bench --engine {engine.path}")
 
 
 def _evaluation_text(result: Evaluation) -> str:
@@ -73,6 +87,10 @@ def _evaluation_text(result: Evaluation) -> str:
             f"{result.detections} detections",
             f"  AP {ap(result.ap)}   AP50 {ap(result.ap50)}   AP75 {ap(result.ap75)}",
             f"  APs {ap(result.ap_small)}  APm {ap(result.ap_medium)}  APl {ap(result.ap_large)}",
+            *(
+                f"  AP {ap(value)}   {name}"
+                for name, value in zip(result.class_names, result.per_class, strict=True)
+            ),
             f"  {result.wall_seconds:.2f} s in all, {share:.0%} of it in the engine: inference "
             f"{seconds.inference:.2f} s; beside it read {seconds.read:.2f}, pre-process "
             f"{seconds.preprocess:.2f}, post-process {seconds.postprocess:.2f}, COCO matching "

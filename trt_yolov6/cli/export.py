@@ -12,9 +12,10 @@ from trt_yolov6.cli.options import (
     add_calibration,
     add_command,
     add_graph_options,
+    add_quiet,
     spelled,
 )
-from trt_yolov6.cli.output import profile_text
+from trt_yolov6.cli.output import profile_text, say_next
 from trt_yolov6.errors import UserError
 
 
@@ -23,7 +24,7 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "export", run, "export a checkpoint to ONNX")
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
     add_graph_options(parser)
-    parser.add_argument("--output", type=Path, help="default: <model>.onnx")
+    parser.add_argument("--output", type=Path, help="default: <weights>-<precision>.onnx")
     cache = parser.add_argument_group("INT8 for TensorRT up to 10, without Q/DQ nodes")
     cache.add_argument(
         "--calibration-cache", type=Path, metavar="FILE", help="write the tensors' scales there"
@@ -32,11 +33,12 @@ def add(commands: Commands) -> None:
         "--cache-version", metavar="X.Y.Z", help=f"TensorRT that reads it ({CACHE_VERSION})"
     )
     add_calibration(cache)
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.export import write_onnx
+    from trt_yolov6.building import engine_stem, write_graph
     from trt_yolov6.files import check_writable
 
     if not options.calibration_cache:
@@ -52,11 +54,13 @@ def run(options: argparse.Namespace) -> None:
         if path:
             check_writable(path)
     graph = exported(options)
-    output = options.output or Path(f"{graph.name}.onnx")
+    output = options.output or Path(f"{engine_stem(graph)}.onnx")
     if options.calibration_cache:
         graph = calibrated(graph, options)
-    write_onnx(output, graph.model)
+    write_graph(graph, output)
     print(
         f"{output}: {graph.name}, {graph.precision}, batch {profile_text(graph.batch)}, "
         f"{len(graph.model.graph.node)} nodes, {output.stat().st_size / 2**20:.1f} MiB"
     )
+    cache = f" --calibration-cache {options.calibration_cache}" if options.calibration_cache else ""
+    say_next(options, "an engine of it", f"build --onnx {output}{cache}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.options import Commands, add_command, add_decoder, positive
+from trt_yolov6.cli.engines import resolved
+from trt_yolov6.cli.options import Commands, add_command, add_decoder, add_quiet, positive
+from trt_yolov6.cli.output import say
+from trt_yolov6.errors import UserError
 
 
 def add(commands: Commands) -> None:
@@ -23,11 +26,19 @@ def add(commands: Commands) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="the repository, new or not"
     )
     parser.add_argument(
+        "--name",
+        nargs="+",
+        help="of the entries, one for each engine (network and precision, such as yolov6n_int8)",
+    )
+    parser.add_argument(
         "--instances", type=positive, default=1, help="copies side by side on each GPU (1)"
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--gpus", type=gpu_numbers, metavar="N,N", help="GPUs that run them (all of the server)"
+        "--gpus",
+        type=gpu_numbers,
+        metavar="N,N",
+        help="GPUs that run them (all of the server; ONNX on the CPU where this machine has none)",
     )
     where.add_argument("--cpu", action="store_true", help="run them on the CPU (ONNX only)")
     parser.add_argument(
@@ -38,32 +49,46 @@ def add(commands: Commands) -> None:
         help="microseconds that a request waits at most to share a batch (100)",
     )
     add_decoder(parser)
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.engines import LoadOptions
-    from trt_yolov6.triton import ServingSettings, export_triton, served_model
+    from trt_yolov6.environment import read_gpus
+    from trt_yolov6.triton import ServingSettings, export_triton, runs_on_cpu, served_model
 
     settings = ServingSettings(
         instances=options.instances,
         gpus=() if options.cpu else options.gpus,
         max_queue_delay_us=options.max_queue_delay_us,
+        default_cpu=not read_gpus(),
     )
+    if options.name and len(options.name) != len(options.engine):
+        raise UserError(
+            f"--name has {len(options.name)} names for {len(options.engine)} engines; give one "
+            "for each."
+        )
+    engines = [resolved(path) for path in options.engine]
     loading = LoadOptions(decoder=options.decoder, preprocess=tuple(options.preprocess or ()))
-    folders = export_triton(options.engine, options.output, settings, loading)
-    for path, folder in zip(options.engine, folders, strict=True):
+    folders = export_triton(engines, options.output, settings, loading, options.name)
+    for path, folder in zip(engines, folders, strict=True):
         model = served_model(path, loading)
         size = model.max_batch_size
         batching = f"batches of up to {size}" if size else "requests as they come, not batched"
         print(f"{folder}: {model.platform}, {batching}")
+        on_cpu = runs_on_cpu(model, settings)
+        if on_cpu and not options.cpu:
+            print("  on the CPU, as this machine has no GPU; --gpus 0 for a server that has one")
         if model.platform == "tensorrt_plan" and "backend" in model.parameters:
             print(f"  for a Triton release with {model.parameters['backend']} and the same GPU")
-        if options.cpu and model.parameters["precision"] == "int8":
+        if on_cpu and model.parameters["precision"] == "int8":
             print(
                 "  on a CPU without VNNI, ONNX Runtime's INT8 convolutions saturate: Triton does "
                 "not switch that off, so that detections may be wrong"
             )
+    if not options.quiet:
+        say(f"next, the server: tritonserver --model-repository {options.output}")
 
 
 def gpu_numbers(text: str) -> tuple[int, ...]:

@@ -110,11 +110,16 @@ def quantization_settings(options: argparse.Namespace) -> QuantizationSettings |
 
 def quantized(graph: Graph, options: argparse.Namespace, settings: QuantizationSettings) -> Graph:
     """Return a graph with Q/DQ nodes; its ranges are written beside the output."""
+    from dataclasses import replace
+
+    from trt_yolov6.building import engine_stem
     from trt_yolov6.quantization.ptq import quantize
     from trt_yolov6.quantization.table import table_path, write_table
 
     folder = calibration_folder(options)
-    output = options.output or ENGINES / f"{graph.name}.onnx"
+    # Named as the engine will be, which the float graph's precision is not a part of.
+    named = replace(graph, precision="fp8" if options.fp8 else "int8")
+    output = options.output or ENGINES / f"{engine_stem(named, options.target)}.onnx"
     automatic = options.float_layers == "auto"
     score = labelled_score(graph, options.data, options.split) if automatic else None
     result = quantize(graph, folder, settings, table_file=table_path(output), score=score, tell=say)
@@ -277,7 +282,7 @@ def _export_settings(options: argparse.Namespace) -> ExportSettings:
     if not options.end2end and (options.conf is not None or options.iou is not None):
         raise UserError("--conf and --iou belong to NMS in the graph; add --end2end.")
     return ExportSettings(
-        image_size=options.imgsz or (640, 640),
+        image_size=options.imgsz,
         batch=_profile(options) or _default_profile(),
         # Quantization starts from float32; the rest becomes half precision with the Q/DQ pairs.
         fp16=options.fp16 and not _quantizes(options),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trt_yolov6.cli.engines import load, newest_engine, nms_settings
+from trt_yolov6.cli.engines import load, newest_engine, thresholds
 from trt_yolov6.cli.options import (
     Commands,
     add_border,
@@ -14,14 +18,28 @@ from trt_yolov6.cli.options import (
     add_thresholds,
     positive,
 )
-from trt_yolov6.cli.output import say
+from trt_yolov6.cli.output import say, say_next
 
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "infer", run, "detect objects in a picture, a folder or a video")
     parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
-    parser.add_argument("--source", type=Path, required=True, help="picture, folder or video")
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="picture, folder, video, 'glob*', http:// or rtsp:// address, or a camera's number",
+    )
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=("json", "csv", "yolo"),
+        default=["json"],
+        help="of what was found (json)",
+    )
+    parser.add_argument(
+        "--frames", type=positive, metavar="N", help="of a video or stream: end then"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/infer"), help="(runs/infer)")
     parser.add_argument("--batch", type=positive, help="images at a time")
     add_border(parser)
@@ -32,14 +50,17 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.data.letterbox import resolve_border
-    from trt_yolov6.inference import infer_source
+    from trt_yolov6.inference import default_nms, infer_source
 
-    with load(options.engine or newest_engine(), options) as engine:
+    with load(options.engine or newest_engine(), options) as engine, _stopped_by_ctrl_c() as stop:
         summary = infer_source(
             engine,
             options.source,
             options.output,
-            nms=nms_settings(options),
+            formats=options.format,
+            frames=options.frames,
+            stop=stop,
+            nms=thresholds(options, default_nms(engine)),
             border=resolve_border(options.resize, options.border, engine.image_size),
             batch=options.batch,
             progress=not options.quiet,
@@ -54,4 +75,35 @@ def run(options: argparse.Namespace) -> None:
         f"{summary.inference_seconds / max(summary.images, 1) * 1e3:.1f} ms an image in the engine"
     )
     print(f"{shown}: drawn")
-    print(f"{summary.detections_file}: the detections")
+    for path in summary.files:
+        print(f"{path}: the detections")
+    say_next(options, "its AP on labelled images", f"eval --engine {engine.path} --data DATA")
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Yield what says whether Ctrl-C was pressed, so that a video or stream ends whole.
+
+    Where nobody asks, as with pictures, and when it is pressed again, it interrupts.
+    """
+    pressed = asked = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed or not asked:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def stop() -> bool:
+        nonlocal asked
+        asked = True
+        return pressed
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.options import Commands, add_command, add_json
-from trt_yolov6.cli.output import write_result
+from trt_yolov6.cli.engines import resolved
+from trt_yolov6.cli.options import Commands, add_command, add_json, add_quiet
+from trt_yolov6.cli.output import say_next, write_result
 
 
 def add(commands: Commands) -> None:
@@ -15,13 +16,23 @@ def add(commands: Commands) -> None:
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--layers", action="store_true", help="list every layer")
     add_json(parser)
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.inspection import format_inspection, inspect_file
 
-    result = inspect_file(options.file)
+    file = resolved(options.file)
+    result = inspect_file(file)
     print(format_inspection(result, layers=options.layers))
     if options.json:
         write_result(options.json, result.to_json())
+    say_next(options, *_next(file))
+
+
+def _next(file: Path) -> tuple[str, str]:
+    """Return what to do with a file of its kind, and the command for it."""
+    if file.suffix in (".pt", ".pth"):
+        return "an engine of it", f"build --weights {file}"
+    return "its speed", f"bench --engine {file}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
+
+from trt_yolov6.errors import did_you_mean
 
 SAMPLE_WEIGHTS = Path("samples/yolov6n_bccd.pt")
 SAMPLE_DATA = Path("samples")
@@ -21,10 +24,28 @@ Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
+    """A parser whose complaints are one line, with what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message}{self._nearest(message)}; see {self.prog} --help\n")
+
+    def parse_args(self, *arguments: Any, **named: Any) -> Any:
+        """Parse, and complain of an unknown option with the command's own help."""
+        options, unknown = self.parse_known_args(*arguments, **named)
+        if unknown:
+            parser = getattr(options, "parser", self)
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options
+
+    def _nearest(self, message: str) -> str:
+        """Return what a word of a complaint is nearly: an option, or one of the choices."""
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            return did_you_mean(unknown[1], self._option_string_actions)
+        invalid = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if invalid:
+            return did_you_mean(invalid[1], re.split(r"[', ]+", invalid[2]))
+        return ""
 
 
 def add_command(
@@ -37,7 +58,7 @@ def add_command(
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, allow_abbrev=False
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -55,7 +76,10 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
         help="batch sizes taken and the one tuned for (1,32,32)",
     )
     parser.add_argument(
-        "--imgsz", type=image_size, metavar="N|HxW", help="input size, a multiple of 32 (640)"
+        "--imgsz",
+        type=image_size,
+        metavar="N|HxW",
+        help="input size, a multiple of 32 (640; P6 1280, Lite 320)",
     )
     parser.add_argument("--end2end", action="store_true", help="NMS in the graph")
     parser.add_argument("--conf", type=float, help="confidence threshold of --end2end (0.03)")
@@ -138,17 +162,14 @@ def add_training(parser: argparse.ArgumentParser, output: str) -> None:
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add --quiet."""
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def add_thresholds(parser: argparse.ArgumentParser, confidence: float | None = None) -> None:
-    """Add the thresholds of NMS."""
     parser.add_argument(
-        "--conf",
-        type=float,
-        default=confidence,
-        help=f"confidence threshold ({0.03 if confidence is None else confidence})",
+        "--quiet", action="store_true", help="no progress bar, and no word on what to do next"
     )
+
+
+def add_thresholds(parser: argparse.ArgumentParser, confidence: float = 0.03) -> None:
+    """Add the thresholds of NMS; `confidence` is the default that is told."""
+    parser.add_argument("--conf", type=float, help=f"confidence threshold ({confidence})")
     parser.add_argument("--iou", type=float, help="IoU threshold of NMS (0.65)")
     parser.add_argument("--max-detections", type=positive, help="boxes kept an image (300)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,12 @@ def say(text: str) -> None:
     """Print a line at once."""
     # On standard output: standard error is for what went wrong.
     print(text, flush=True)
+
+
+def say_next(options: argparse.Namespace, what: str, command: str) -> None:
+    """Print the one line that says what to do next, unless --quiet."""
+    if not options.quiet:
+        say(f"next, {what}: trt-yolov6 {command}")
 
 
 def profile_text(profile: BatchProfile) -> str:

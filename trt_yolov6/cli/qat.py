@@ -22,7 +22,7 @@ from trt_yolov6.cli.options import (
     spelled,
     three_numbers,
 )
-from trt_yolov6.cli.output import say, write_result
+from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "qat", run, text)
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
     parser.add_argument("--model", metavar="n|t|s|m|l|NAME", help="what it must hold, as a check")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data set in COCO layout")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml")
     parser.add_argument("--split", default="train", help="part to train on (train)")
     parser.add_argument("--val-split", default="val", help="part to evaluate on, or none (val)")
     add_training(parser, "runs/qat/<model>")
@@ -79,7 +79,10 @@ def add(commands: Commands) -> None:
 
     graph = parser.add_argument_group("what is written")
     graph.add_argument(
-        "--imgsz", type=image_size, metavar="N|HxW", help="input size, a multiple of 32 (640)"
+        "--imgsz",
+        type=image_size,
+        metavar="N|HxW",
+        help="input size, a multiple of 32 (640; P6 1280, Lite 320)",
     )
     graph.add_argument("--fp16", action="store_true", help="what is not INT8 in half precision")
     graph.add_argument("--dynamic", type=three_numbers, metavar="MIN,OPT,MAX", help="(1,32,32)")
@@ -112,6 +115,17 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     import dataclasses
 
+    from trt_yolov6.data.sources import check_source
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("qat trains in one process; start it without torchrun.")
+    # Before PyTorch is imported, which takes seconds.
+    if options.data is None:
+        raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
+    check_source(options.data, options.split, "--split")
+    if options.val_split != "none":
+        check_source(options.data, options.val_split, "--val-split")
+
     from trt_yolov6.building import SUFFIXES, build_engine, check_build
     from trt_yolov6.checkpoint import load_checkpoint
     from trt_yolov6.engines.base import BuildSettings
@@ -121,12 +135,8 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.training.qat import prepare_graph, train_quantized, trained_graph
     from trt_yolov6.training.run_log import write_log
 
-    if options.data is None:
-        raise UserError("--data is missing; name a data set in COCO layout.")
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("qat trains in one process; start it without torchrun.")
     settings = _settings(options)
     _check_cache(options)
     device = chosen_device(options.device)
@@ -179,6 +189,7 @@ def run(options: argparse.Namespace) -> None:
         state_file=state,
         progress=not options.quiet,
         data=data,
+        tell=say,
     )
     values["AP"] = _ap(result.network, start, options)
     quantized = trained_graph(start, result.trained, fp16=options.fp16)
@@ -188,14 +199,11 @@ def run(options: argparse.Namespace) -> None:
     if options.calibration_cache:
         _write_cache(start, result.trained, output / f"{name}.float.onnx", options)
     write_log(output, result.log)
-    state.unlink(missing_ok=True)
     shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
     print(
         f"{built.path}: {shown or 'not evaluated'}; {result.epochs} epochs in "
         f"{result.seconds:.0f} s"
     )
-    if options.backend == "onnxruntime":
-        print(f"for another backend: trt-yolov6 build --onnx {built.path} --backend ...")
     if options.json:
         values |= {
             "engine": str(built.path),
@@ -208,6 +216,9 @@ def run(options: argparse.Namespace) -> None:
             "log": list(result.log),
         }
         write_result(options.json, values)
+    # Last of all: as long as it is there, an interrupted run can be resumed to this point.
+    state.unlink(missing_ok=True)
+    say_next(options, "for another backend", f"build --onnx {built.path} --backend ...")
 
 
 def _settings(options: argparse.Namespace) -> QatSettings:
@@ -279,14 +290,13 @@ def _data(
     device: torch.device,
     options: argparse.Namespace,
 ) -> TrainingSet:
-    """Return the training split; both splits must have the checkpoint's classes."""
+    """Return the training split, with the checkpoint's classes; the other must be readable."""
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.training.dataset import load_training_set
     from trt_yolov6.training.qat import check_classes
 
     if options.val_split != "none":
-        labelled = load_coco(options.data, options.val_split)
-        check_classes(labelled.annotation_file, len(labelled.class_names), checkpoint.arch)
+        load_coco(options.data, options.val_split)
     data = load_training_set(
         settings.data,
         settings.train_split,
@@ -294,6 +304,7 @@ def _data(
         device,
         on_bad_data=settings.on_bad_data,
         progress=not options.quiet,
+        class_names=graph.class_names,
     )
     check_classes(settings.data, len(data.class_names), checkpoint.arch)
     if data.report.problems:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.options import Commands, add_command
+from trt_yolov6.cli.options import Commands, add_command, add_quiet
+from trt_yolov6.cli.output import say_next
 
 DEFAULT_OUTPUT = Path("report.html")
 
@@ -30,6 +31,7 @@ def add(commands: Commands) -> None:
         help=f"ending in .html, .md or .csv; several are written at once ({DEFAULT_OUTPUT})",
     )
     parser.add_argument("--title", default="", help="of the page")
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -42,3 +44,4 @@ def run(options: argparse.Namespace) -> None:
     for path in options.output:
         write_report(material, path, options.title)
         print(f"{path}: written, {path.stat().st_size / 1024:.0f} KiB")
+    say_next(options, "held against this one", "compare ... --baseline " + str(options.results[0]))

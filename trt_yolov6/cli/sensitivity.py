@@ -12,10 +12,11 @@ from trt_yolov6.cli.options import (
     add_command,
     add_decoder,
     add_json,
+    add_quiet,
     image_size,
     positive,
 )
-from trt_yolov6.cli.output import say, write_result
+from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
 
@@ -25,7 +26,9 @@ def add(commands: Commands) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
     source.add_argument("--onnx", type=Path, metavar="FILE", help="a detector's float ONNX file")
-    parser.add_argument("--imgsz", type=image_size, metavar="N|HxW", help="input size (640)")
+    parser.add_argument(
+        "--imgsz", type=image_size, metavar="N|HxW", help="input size (640; P6 1280, Lite 320)"
+    )
     parser.add_argument(
         "--metric",
         choices=("mse", "snr", "cosine", "ap"),
@@ -49,6 +52,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--top", type=positive, default=12, help="layers printed (12)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart")
     add_json(parser)
+    add_quiet(parser)
     parser.set_defaults(
         fp16=False,
         end2end=False,
@@ -63,14 +67,18 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
+    from trt_yolov6.data.sources import check_source
     from trt_yolov6.files import check_writable
     from trt_yolov6.quantization.ptq import QuantizationSettings, calibrate
     from trt_yolov6.quantization.report import fallback_report, measure
+    from trt_yolov6.quantization.sensitivity import MEANING, direction
 
     if options.plot:
         check_writable(options.plot)
     if options.data is None and options.split is not None:
         raise UserError("--split is part of a data set; name that with --data.")
+    if options.data is not None:
+        check_source(options.data, options.split)
     if options.onnx:
         from trt_yolov6.building import graph_from_onnx
 
@@ -90,6 +98,7 @@ def run(options: argparse.Namespace) -> None:
     calibrated = calibrate(graph, calibration_folder(options), settings, tell=say)
     score = labelled_score(graph, options.data, options.split)
     result = measure(graph, calibrated, options.metric, score)
+    print(f"{options.metric}: {MEANING[options.metric]}; {direction(options.metric)}, first")
     for name, value in result.layers[: options.top]:
         print(f"{value:12.5g}  {name}")
     if len(result.layers) > options.top:
@@ -104,3 +113,6 @@ def run(options: argparse.Namespace) -> None:
         say(f"{options.plot}: drawn")
     if options.json:
         write_result(options.json, result.to_json())
+    source = f"--onnx {options.onnx}" if options.onnx else f"--weights {graph.source}"
+    most = min(6, len(result.layers))
+    say_next(options, "without the most sensitive", f"build --int8 {source} --float-layers {most}")

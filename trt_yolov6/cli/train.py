@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from trt_yolov6.cli.options import (
     positive,
     spelled,
 )
-from trt_yolov6.cli.output import say, write_result
+from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "train", run, "train a network, or train a checkpoint on")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data set in COCO layout")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml")
     parser.add_argument("--split", help="part to train on (train)")
     parser.add_argument("--val-split", help="part to evaluate on, or none (val)")
     add_training(parser, "runs/train/<model>")
@@ -47,10 +48,14 @@ def add(commands: Commands) -> None:
 
     model = parser.add_argument_group("network (paper, Tables 2 to 4 and 11)")
     model.add_argument(
-        "--model", metavar="n|t|s|m|l|NAME", help="variant (s, or that of --weights)"
+        "--model",
+        nargs="?",
+        const="",
+        metavar="n|t|s|m|l|NAME",
+        help="variant (s, or that of --weights), such as n_v3; without a name: list them all",
     )
     model.add_argument("--weights", type=Path, metavar="FILE.pt", help="checkpoint to train on")
-    model.add_argument("--block", choices=("repvgg", "conv", "scaled"))
+    model.add_argument("--block", choices=("repvgg", "qarepvgg", "conv", "scaled"))
     model.add_argument(
         "--rep-optimizer",
         nargs="?",
@@ -78,7 +83,10 @@ def add(commands: Commands) -> None:
     recipe.add_argument("--epochs", type=positive, help="(300)")
     recipe.add_argument("--batch", type=positive, help="images a step, over all GPUs (32)")
     recipe.add_argument(
-        "--imgsz", type=positive, metavar="N", help="input size, a multiple of 32 (640)"
+        "--imgsz",
+        type=positive,
+        metavar="N",
+        help="input size, a multiple of 32 (640; P6 a multiple of 64, 1280; Lite 320)",
     )
     recipe.add_argument(
         "--lr", type=float, help="learning rate for 32 images (N 0.02, others 0.01)"
@@ -116,12 +124,17 @@ def add(commands: Commands) -> None:
     )
 
 
-_RESUMING = ("command", "run", "resume", "output", "device", "quiet", "json")
+_RESUMING = ("command", "run", "parser", "resume", "output", "device", "quiet", "json")
 """What may be given along with `train --resume`."""
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
+    if options.model == "":
+        print("\n".join(_listed_variants()))
+        return
+    if not options.resume:
+        _check_data(options)
     from trt_yolov6.training.trainer import stored_settings, train
 
     if options.resume:
@@ -159,6 +172,32 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.json:
         write_result(options.json, result.to_json())
+    say_next(options, "an engine of it", f"build --weights {result.best or result.last}")
+
+
+def _check_data(options: argparse.Namespace) -> None:
+    """Refuse a --data that is none, before PyTorch is imported, which takes seconds."""
+    from trt_yolov6.data.sources import check_source
+
+    if options.data is None:
+        raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
+    check_source(options.data, options.split or "train", "--split")
+    if options.val_split != "none":
+        check_source(options.data, options.val_split, "--val-split")
+
+
+def _listed_variants() -> Iterator[str]:
+    """Yield a line for each variant: its name, what it is built of, the input it is made for."""
+    from trt_yolov6.models import VARIANTS, architecture
+
+    for name in VARIANTS:
+        arch = architecture(name)
+        parts = [f"{arch.block} blocks", f"{arch.neck} neck", f"{arch.image_size} pixels"]
+        if arch.block != "lite":
+            parts.insert(1, f"{arch.stack} stacks")
+        if arch.reg_max:
+            parts.insert(-1, "DFL")
+        yield f"{name:17} {', '.join(parts)}"
 
 
 def _train_settings(options: argparse.Namespace) -> TrainSettings:
@@ -168,8 +207,6 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     from trt_yolov6.checkpoint import load_checkpoint
     from trt_yolov6.training.recipe import ArchitectureOptions, recipe_for, with_field
 
-    if options.data is None:
-        raise UserError("--data is missing; name a data set in COCO layout.")
     weights = load_checkpoint(options.weights) if options.weights else None
     scales, rep_optimizer = _rep_optimizer(options)
     source = weights or scales
@@ -177,7 +214,10 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     if options.model is not None:
         variant = options.model if options.model.startswith("yolov6") else f"yolov6{options.model}"
     elif source is None:
-        say("no --model given: training yolov6s")
+        say(
+            "no --model and no --weights given: training yolov6s, the one of n, t, s, m and l that "
+            "the paper's tables are about"
+        )
 
     def given(**named: Any) -> dict[str, Any]:
         return {name: value for name, value in named.items() if value is not None}

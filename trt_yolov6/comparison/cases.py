@@ -233,27 +233,33 @@ def _build(
 
 
 def _graph(work: Work, entry: ModelEntry, profile: BatchProfile, fp16: bool) -> Graph:
-    from trt_yolov6.building import graph_from_checkpoint, graph_from_onnx, read_class_names
+    from trt_yolov6.building import graph_from_checkpoint
     from trt_yolov6.export import ExportSettings
 
     key = entry, profile, fp16
     if key not in work.graphs:
         if entry.path.suffix == ".pt":
-            settings = ExportSettings(
-                image_size=entry.imgsz or (640, 640), batch=profile, fp16=fp16
-            )
+            settings = ExportSettings(image_size=entry.imgsz, batch=profile, fp16=fp16)
             work.graphs[key] = graph_from_checkpoint(entry.path, settings)
         else:
-            work.graphs[key] = graph_from_onnx(
-                entry.path,
-                batch=profile,
-                image_size=entry.imgsz,
-                fp16=fp16,
-                class_names=read_class_names(entry.names) if entry.names else None,
-                decoder=entry.decoder,
-                preprocess=entry.preprocess,
-            )
+            work.graphs[key] = _onnx_graph(entry, batch=profile, fp16=fp16)
     return work.graphs[key]
+
+
+def _onnx_graph(
+    entry: ModelEntry, batch: BatchProfile | None = None, *, fp16: bool = False
+) -> Graph:
+    from trt_yolov6.building import graph_from_onnx, read_class_names
+
+    return graph_from_onnx(
+        entry.path,
+        batch=batch,
+        image_size=entry.imgsz,
+        fp16=fp16,
+        class_names=read_class_names(entry.names) if entry.names else None,
+        decoder=entry.decoder,
+        preprocess=entry.preprocess,
+    )
 
 
 def _quantized(work: Work, graph: Graph, choice: PrecisionChoice, path: Path) -> Graph:
@@ -328,6 +334,9 @@ def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
         "name": path.name,
         "manifest": manifest,
         "decoder": entry.decoder,
+        "names": str(entry.names) if entry.names else None,
+        "imgsz": entry.imgsz,
+        "preprocess": list(entry.preprocess),
     }
     known: Mapping[str, Any] | None = work.steps.find("source", inputs)
     if known is None:
@@ -342,6 +351,9 @@ def _described(entry: ModelEntry) -> dict[str, Any]:
     path = entry.path
     manifest = read_manifest(path)
     if path.suffix == ".pt":
+        from trt_yolov6.checkpoint import load_checkpoint
+
+        load_checkpoint(path)  # refused now, not after others have been built
         return _description(buildable=True)
     if manifest is not None:
         record = _manifest_record(manifest)
@@ -361,6 +373,7 @@ def _described(entry: ModelEntry) -> dict[str, Any]:
         return _description(graph.precision, "onnxruntime", graph.batch, record)
     batch = details.inputs[0].shape[0] if details.inputs and details.inputs[0].shape else None
     fixed = batch if isinstance(batch, int) and batch > 0 else None
+    _onnx_graph(entry)  # refused now, not after others have been built
     return {**_description(buildable=True), "batch": fixed}
 
 
@@ -383,7 +396,7 @@ def _description(
 
 
 def _read(path: Path) -> onnx.ModelProto:
-    from trt_yolov6.building import read_onnx
+    from trt_yolov6.onnx_files import read_onnx
 
     return read_onnx(path)
 

@@ -17,6 +17,9 @@ from trt_yolov6.comparison.intervals import Interval, ratio_of
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.errors import UserError
 
+SAME_ENGINE = Interval(1.0, 1.0, 1.0)
+"""The ratio of an engine to itself: the same file, backend and driver, so not measured again."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -68,7 +71,7 @@ def check(
 ) -> Verdict:
     """Hold the results of a comparison against those of an earlier one.
 
-    Every engine of the baseline, by name, and each of its batch sizes is looked for; what the
+    Every engine of the baseline (see `matched`) and each of its batch sizes is looked for; what the
     results have beyond that is not judged.
 
     Args:
@@ -87,22 +90,27 @@ def check(
     undecided: list[str] = []
     passed: list[str] = []
     now = {engine["engine"]: engine for engine in results["engines"]}
+    names = matched(results, baseline)
     for engine in baseline["engines"]:
-        name = engine["engine"]
-        if name not in now:
-            failures.append(f"{name}: the baseline has it, this comparison does not")
+        name = names.get(engine["engine"])
+        if name is None:
+            failures.append(f"{engine['engine']}: the baseline has it, this comparison does not")
             continue
-        text, ok = _judge_ap(name, now[name]["AP"], engine["AP"], limits.max_ap_drop)
+        called = _called(name, engine["engine"])
+        text, ok = _judge_ap(called, now[name]["AP"], engine["AP"], limits.max_ap_drop)
         (passed if ok else failures).append(text)
     timings = {(timing["engine"], timing["batch"]): timing for timing in results["timings"]}
     for timing in baseline["timings"]:
-        key = timing["engine"], timing["batch"]
-        if key[0] not in now:
+        name = names.get(timing["engine"])
+        if name is None:
             continue
+        key = name, timing["batch"]
+        called = f"{_called(name, timing['engine'])}, batch {key[1]}"
         if key not in timings:
-            failures.append(
-                f"{key[0]}, batch {key[1]}: the baseline has a latency, this comparison does not"
-            )
+            failures.append(f"{called}: the baseline has a latency, this comparison does not")
+            continue
+        if (paired or {}).get(key) == SAME_ENGINE:
+            passed.append(f"{called}: same engine, not measured again")
             continue
         before, after = latency_of(timing), latency_of(timings[key])
         side_by_side = (paired or {}).get(key)
@@ -110,7 +118,7 @@ def check(
         how = ", side by side" if side_by_side else ""
         slower = _percent(ratio.value)
         text = (
-            f"{key[0]}, batch {key[1]}: {slower} ({before.value:.4g} to {after.value:.4g} ms; "
+            f"{called}: {slower} ({before.value:.4g} to {after.value:.4g} ms; "
             f"between {_percent(ratio.low)} and {_percent(ratio.high)} with noise{how}; allowed "
             f"{limits.max_slowdown:+g} %)"
         )
@@ -122,6 +130,38 @@ def check(
         else:
             passed.append(text)
     return Verdict(tuple(failures), tuple(undecided), tuple(passed), limits.strict)
+
+
+def matched(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, str]:
+    """Return the engine of a comparison that each of a baseline's is, by their names.
+
+    That of the same weights, precision, backend and size is the same whatever its file is called;
+    for the others, such as a checkpoint that was trained again, the name tells.
+    """
+    own = [_identity(engine) for engine in results["engines"]]
+    theirs = [_identity(engine) for engine in baseline["engines"]]
+    found: dict[str, str] = {}
+    for engine, identity in zip(baseline["engines"], theirs, strict=True):
+        if identity is not None and own.count(identity) == theirs.count(identity) == 1:
+            found[engine["engine"]] = results["engines"][own.index(identity)]["engine"]
+    left = {engine["engine"] for engine in results["engines"]} - set(found.values())
+    for engine in baseline["engines"]:
+        name = engine["engine"]
+        if name not in found and name in left:
+            found[name] = name
+    return found
+
+
+def _identity(engine: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    sha256 = engine.get("source_sha256")
+    if not sha256:
+        return None
+    size = tuple(engine.get("image_size") or ())
+    return sha256, engine.get("precision"), engine.get("backend"), size
+
+
+def _called(name: str, before: str) -> str:
+    return name if name == before else f"{name} ({before} in the baseline)"
 
 
 def check_comparable(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.environment import cpu_wait_seconds, timestamp
-from trt_yolov6.errors import UserError
-from trt_yolov6.files import sha256_file
+from trt_yolov6.errors import ClassesDifferError, UserError
+from trt_yolov6.files import sha256_bytes, sha256_file
 from trt_yolov6.roofline import Ceilings, GraphWork, LayerWork, layer_times, measure_ceilings
 
 EXAMPLE_CONFIDENCE = 0.4
@@ -43,7 +44,7 @@ def data_record(dataset: CocoDataset) -> dict[str, Any]:
     return {
         "root": str(dataset.root),
         "split": dataset.split,
-        "annotations_sha256": sha256_file(dataset.annotation_file),
+        "annotations_sha256": _annotations_sha256(dataset),
         "images_sha256": digest.hexdigest(),
         "images": len(dataset.images),
         "class_names": list(dataset.class_names),
@@ -75,9 +76,24 @@ def accuracy(
 
     work.tell(f"AP of {built.name} on {len(dataset.images)} images ...")
     with built.load(plan, batch) as engine:
-        evaluation = evaluate(engine, dataset, nms=plan.nms, border=plan.border, progress=False)
+        try:
+            evaluation = evaluate(
+                engine, dataset, nms=plan.nms, border=plan.border, progress=False
+            ).to_json()
+            for note in evaluation["notes"]:
+                work.tell(f"{built.name}: {note}")
+        except ClassesDifferError as error:
+            work.tell(f"{built.name} is timed without AP: {error}")
+            evaluation = {
+                **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl")),
+                "backend": engine.backend,
+                "images": len(dataset.images),
+                "detections": 0,
+                "per_class": [],
+                "notes": [str(error)],
+            }
         found = {
-            **evaluation.to_json(),
+            **evaluation,
             "device": engine.device,
             "backend_version": engine.backend_version,
             "threads": engine.threads,
@@ -125,6 +141,14 @@ def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[lis
         ]
         for one in found
     ]
+
+
+def _annotations_sha256(dataset: CocoDataset) -> str:
+    """Return the hash of a COCO file, or of what the many files of other formats say."""
+    if dataset.annotation_file.suffix == ".json":
+        return sha256_file(dataset.annotation_file)
+    said = [list(dataset.class_names), list(dataset.annotations)]
+    return sha256_bytes(json.dumps(said, sort_keys=True).encode())
 
 
 # --- latency ------------------------------------------------------------------------------------

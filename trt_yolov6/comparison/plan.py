@@ -8,7 +8,7 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
         name: yolox-s                      # what it is called in the results
         precisions: [fp16]                 # instead of those below
         names: classes.txt                 # class names, one a line or COCO JSON
-        imgsz: 640                         # for a graph that leaves its size open
+        imgsz: 640                         # input size, where not that of all below
         decoder: yolox                     # where the graph does not tell its family
         preprocess: [colour=rgb]           # what differs from the family's pre-processing
     precisions: [fp32, int8, "int8:6"]
@@ -19,6 +19,7 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
     calib: calib
     rounds: 8
     duration: 10
+    imgsz: 640                             # of checkpoints, and of graphs that leave it open
 
 A precision is `fp32`, `fp16`, `int8` or `fp8`; behind the last two, `+fp16` makes the rest half
 precision, and `:6` or `:auto` leaves that many sensitive layers in float, as in `int8+fp16:6`.
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trt_yolov6.engines.manifest import NmsSettings
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, did_you_mean
 
 _PRECISION = re.compile(r"(fp32|fp16|(?:int8|fp8)(\+fp16)?(?::(\d{1,4}|auto))?)")
 
@@ -97,7 +98,7 @@ class Plan:
     """Batch sizes that latency is measured at."""
     backends: tuple[str, ...] = ("auto",)
     data: Path = Path("samples")
-    """A data set in COCO layout."""
+    """A data set's folder or `data.yaml`."""
     split: str | None = None
     calib: Path = Path("calib")
     """Calibration images for INT8 and FP8."""
@@ -203,8 +204,12 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
         raise UserError(f"{path} has no list `models`; name what is to be compared there.")
     reader = _Reader(path)
     fields = {**reader.fields(value, "", _PLAN_KEYS), **changes}
+    size = fields.pop("imgsz", None)
     if "models" not in changes:
-        fields["models"] = tuple(reader.model(entry) for entry in value["models"])
+        entries = [reader.model(entry) for entry in value["models"]]
+        fields["models"] = tuple(
+            dataclasses.replace(entry, imgsz=entry.imgsz or size) for entry in entries
+        )
     return Plan(**fields)
 
 
@@ -232,12 +237,14 @@ class _Reader:
             if key == "models" and known is _PLAN_KEYS:
                 continue
             if key not in known:
+                meant = did_you_mean(str(key), known)
                 raise UserError(
-                    f"{self.file}: {where}{key!r} means nothing; the keys are {', '.join(known)}."
+                    f"{self.file}: {where}{key!r} means nothing{meant}; the keys are "
+                    f"{', '.join(known)}."
                 )
             try:
                 found[key] = known[key](item)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(
                     f"{self.file}: {where}{key} cannot be {item!r} ({error}); correct it."
                 ) from error
@@ -316,11 +323,18 @@ _PLAN_KEYS: dict[str, Callable[[Any], Any]] = {
     "provider": _text,
     "layers": _flag,
     "examples": _whole,
+    "imgsz": _size,
 }
 
 
-def entries_for(paths: Sequence[Path]) -> tuple[ModelEntry, ...]:
+def entries_for(
+    paths: Sequence[Path], imgsz: tuple[int, int] | None = None
+) -> tuple[ModelEntry, ...]:
     """Return an entry for each path, in order.
+
+    Args:
+        paths: of checkpoints, ONNX files and engines.
+        imgsz: height and width of what is built of them; None for each one's default.
 
     Raises:
         UserError: one is of a kind that cannot be compared.
@@ -331,7 +345,7 @@ def entries_for(paths: Sequence[Path]) -> tuple[ModelEntry, ...]:
                 f"{path} is neither a checkpoint (.pt) nor an ONNX file or engine "
                 f"({', '.join(MODEL_SUFFIXES[1:])}); name such a file."
             )
-    return tuple(ModelEntry(path) for path in paths)
+    return tuple(ModelEntry(path, imgsz=imgsz) for path in paths)
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

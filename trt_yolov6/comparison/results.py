@@ -138,7 +138,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
         )
     try:
         _check(value)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}); run `trt-yolov6 compare` again."
         ) from error

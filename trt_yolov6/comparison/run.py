@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.comparison.cases import Tell, Work, build_case, cases_of
-from trt_yolov6.comparison.gate import check_basis
+from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, matched
 from trt_yolov6.comparison.intervals import Interval, ratio_interval
 from trt_yolov6.comparison.measure import (
     accuracy,
@@ -31,6 +31,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import LoadOptions
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.files import check_writable, sha256_file, write_json
+from trt_yolov6.quantization.images import calibration_images
 
 
 def compare(
@@ -68,6 +69,8 @@ def compare(
     work = Work(plan, output, Steps(output / "steps"), tell or (lambda _: None))
     cases = cases_of(work)
     dataset = load_coco(plan.data, plan.split)
+    if any(case.choice is not None and case.choice.quantizes for case in cases):
+        calibration_images(plan.calib)  # refused now, not after the first engines
     data = data_record(dataset)
     if baseline is not None:
         check_basis(data, settings_of(plan), baseline)
@@ -127,23 +130,27 @@ def side_by_side(
             engine["engine"]: [
                 *(engine[key] for key in ("backend", "backend_version", "device")),
                 *(value["settings"].get(key) for key in ("threads", "provider")),
+                *_drivers(value),
             ]
             for engine in value["engines"]
         }
         for value in (results, baseline)
     ]
+    names = {name: before for before, name in matched(results, baseline).items()}
     before = {(item["engine"], item["batch"]): item for item in baseline["timings"]}
     found: dict[tuple[str, int], Interval] = {}
     pairs: dict[tuple[str, int], tuple[Path, Path]] = {}
     for timing in results["timings"]:
         key = timing["engine"], timing["batch"]
-        if key not in before or where[0][key[0]] != where[1].get(key[0]):
+        name = names.get(timing["engine"], "")
+        earlier = before.get((name, timing["batch"]))
+        if earlier is None or where[0][key[0]] != where[1].get(name):
             continue
         own = Path(folder) / timing["engine_file"]
-        other = Path(baseline_folder) / str(before[key].get("engine_file", ""))
-        if timing["engine_sha256"] == before[key].get("engine_sha256"):
-            found[key] = Interval(1.0, 1.0, 1.0)
-        elif other.is_file() and sha256_file(other) == before[key].get("engine_sha256"):
+        other = Path(baseline_folder) / str(earlier.get("engine_file", ""))
+        if timing["engine_sha256"] == earlier.get("engine_sha256"):
+            found[key] = SAME_ENGINE
+        elif other.is_file() and sha256_file(other) == earlier.get("engine_sha256"):
             pairs[key] = own, other
     rounds: dict[tuple[str, int], tuple[list[Round], list[Round]]] = {
         key: ([], []) for key in pairs
@@ -169,6 +176,11 @@ def side_by_side(
         if len(mine) >= 3:
             found[key] = ratio_interval(mine, theirs)
     return found
+
+
+def _drivers(results: Mapping[str, Any]) -> list[Any]:
+    """Return the GPU drivers that results were measured with: an upgrade is another engine."""
+    return [gpu.get("driver") for gpu in results.get("environment", {}).get("gpus", ())]
 
 
 @contextmanager

@@ -15,13 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from trt_yolov6.benchmarking import Run, random_input
+from trt_yolov6.benchmarking import BLOCK_SECONDS, DISTURBED, Run, random_input
 from trt_yolov6.comparison.intervals import Interval, prediction_interval
 from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.environment import cpu_wait_seconds, timestamp
-
-DISTURBED = 0.01
-"""A run is disturbed where the process's threads waited for longer than this share of it."""
 
 FEWEST_ROUNDS = 3
 """Rounds with undisturbed runs, and half of all, before only these count."""
@@ -30,10 +27,6 @@ CPU_DRIFT, GPU_DRIFT = 0.05, 0.01
 """Least relative half width of a latency's interval, for what a run of a minute may not see: on a
 virtual machine whose host others use, too, the sample took 49.3 ms in some minutes and 53.9 ms in
 others, with nothing else running and the clock the same. That of GPUs is a guess so far."""
-
-_BLOCK_SECONDS = 0.001
-"""Runs between two looks at the waiting time take this long at least: a look costs 0.1 ms, which is
-not in the runs."""
 
 _PATIENCE = 2.0
 """A round without one undisturbed run goes on for so many times its length."""
@@ -145,7 +138,7 @@ def sample_round(
     while True:
         block_start, before = clock(), wait()
         block: list[float] = []
-        while not block or clock() - block_start < _BLOCK_SECONDS:
+        while not block or clock() - block_start < BLOCK_SECONDS:
             block.append(run())
         after, now = wait(), clock()
         times += block

@@ -1,4 +1,4 @@
-"""Data sets in COCO format: a folder of images and one JSON file of boxes, checked before use."""
+"""Data sets as pycocotools takes them: images and boxes, checked before use."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.data.annotations import check_units, find_image, flag
 from trt_yolov6.data.images import read_image
+from trt_yolov6.data.sources import malformed, read_source
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import read_json
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,17 @@ class CocoDataset:
 
 
 def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
-    """Read a split: `annotations/instances_<split>.json`, and `images/<split>/` or `<split>/`.
+    """Read a split of a data set, in COCO's, YOLO's or Pascal VOC's format.
 
     Args:
-        root: the data set's folder.
+        root: the data set's folder, or its `data.yaml`; see `sources.read_source`.
         split: which part; default: the only one there is, else `val`, else `val2017`.
 
     Raises:
         UserError: the folder, the split or an image is missing, or the annotations are malformed.
     """
-    root = Path(root)
-    split = choose_split(root, split)
-    file = root / "annotations" / f"instances_{split}.json"
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise malformed(file, "it is not a JSON object")
-
+    source = read_source(root, split)
+    file, content = source.file, source.content
     categories = sorted(
         read_records(file, content, "categories", {"id": int, "name": str}), key=_id
     )
@@ -74,33 +70,46 @@ def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
     check_unique(file, "image", records)
     for record in records:
         if record["width"] < 1 or record["height"] < 1:
-            raise malformed(file, f"image {record['id']} has no size")
+            raise malformed(file, f"image {record['file_name']} has no size, or cannot be read")
 
-    folder = image_folder(root, split)
-    images = tuple(
-        CocoImage(record["id"], folder / record["file_name"], record["height"], record["width"])
-        for record in records
-    )
-    missing = [image.path for image in images if not image.path.is_file()]
+    paths = [find_image(record["file_name"], source.folders) for record in records]
+    missing = [
+        record["file_name"] for record, path in zip(records, paths, strict=True) if path is None
+    ]
     if missing:
         raise UserError(
             f"{file} names {len(missing)} image{'s' * (len(missing) > 1)} that "
-            f"{'are' if len(missing) > 1 else 'is'} not in {folder}, the first being "
-            f"{missing[0].name}; add the images or take them out of the file."
+            f"{'are' if len(missing) > 1 else 'is'} not in {source.folders[0]}, the first being "
+            f"{missing[0]}; add the images or take them out of the file."
         )
+    check_distinct(
+        file, {record["file_name"]: path for record, path in zip(records, paths, strict=True)}
+    )
+    images = tuple(
+        CocoImage(record["id"], path, record["height"], record["width"])
+        for record, path in zip(records, paths, strict=True)
+        if path is not None
+    )
+    annotations = _boxes(
+        file,
+        content,
+        {image.id for image in images},
+        {category["id"] for category in categories},
+    )
+    sizes = {image.id: (image.width, image.height) for image in images}
+    check_units(
+        file,
+        [entry["bbox"] for entry in annotations],
+        [sizes[entry["image_id"]] for entry in annotations],
+    )
     return CocoDataset(
-        root=root,
-        split=split,
+        root=Path(root),
+        split=source.split,
         annotation_file=file,
         images=images,
         category_ids=tuple(category["id"] for category in categories),
         class_names=tuple(category["name"] for category in categories),
-        annotations=_boxes(
-            file,
-            content,
-            {image.id for image in images},
-            {category["id"] for category in categories},
-        ),
+        annotations=annotations,
     )
 
 
@@ -129,41 +138,6 @@ def read_coco_image(image: CocoImage) -> NDArray[np.uint8]:
     )
 
 
-def choose_split(root: Path, split: str | None) -> str:
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder; give the data set's folder as --data.")
-    prefix = "instances_"
-    splits = sorted(
-        path.stem[len(prefix) :] for path in (root / "annotations").glob(f"{prefix}*.json")
-    )
-    if not splits:
-        raise UserError(
-            f"{root} has no annotations/instances_<split>.json; give a data set in COCO layout."
-        )
-    present = ", ".join(splits)
-    if split is not None:
-        if split not in splits:
-            raise UserError(
-                f"{root} has no split {split!r}; give one of these as --split: {present}."
-            )
-        return split
-    if len(splits) == 1:
-        return splits[0]
-    for usual in ("val", "val2017"):
-        if usual in splits:
-            return usual
-    raise UserError(f"{root} has several splits; give one of these as --split: {present}.")
-
-
-def image_folder(root: Path, split: str) -> Path:
-    for folder in (root / "images" / split, root / split):
-        if folder.is_dir():
-            return folder
-    raise UserError(
-        f"{root} has neither images/{split}/ nor {split}/; put the images of the split there."
-    )
-
-
 def read_records(
     file: Path, content: Mapping[str, Any], key: str, fields: Mapping[str, type]
 ) -> list[dict[str, Any]]:
@@ -179,8 +153,10 @@ def read_records(
                 or isinstance(value, bool)
                 or (isinstance(value, int) and abs(value) >= 2**63)
             ):
+                told = record.get("where") if isinstance(record, dict) else None
                 raise malformed(
-                    file, f"entry {number} of {key!r} lacks {field!r} or has a wrong one"
+                    file,
+                    f"{told or f'entry {number} of {key!r}'} lacks {field!r} or has a wrong one",
                 )
     return records
 
@@ -193,24 +169,23 @@ def _boxes(
     )
     check_unique(file, "annotation", [entry for entry in annotations if "id" in entry])
     boxes = []
-    # pycocotools takes id 0 for "no match", so the ids are given anew.
+    # pycocotools takes id 0 for "no match", so the ids are given again.
     for number, entry in enumerate(annotations, start=1):
         box = entry["bbox"]
+        label = entry.get("where", f"annotation {number}")
         if (
             len(box) != 4
             or not all(_is_finite(value) for value in box)
             or min(box[2:]) < 0
             or not _is_finite(box[2] * box[3])
         ):
-            raise malformed(file, f"annotation {number} has the box {_short(box)}")
+            raise malformed(file, f"{label} has the box {_short(box)}")
         if entry["image_id"] not in image_ids:
-            raise malformed(
-                file, f"annotation {number} is for image {entry['image_id']}, which is not listed"
-            )
+            raise malformed(file, f"{label} is for image {entry['image_id']}, which is not listed")
         if entry["category_id"] not in category_ids:
             raise malformed(
                 file,
-                f"annotation {number} is of category {entry['category_id']}, which is not listed",
+                f"{label} is of category {entry['category_id']}, which is not listed",
             )
         area = entry.get("area")
         boxes.append(
@@ -220,7 +195,7 @@ def _boxes(
                 "category_id": entry["category_id"],
                 "bbox": box,
                 "area": area if _is_finite(area) else box[2] * box[3],
-                "iscrowd": int(bool(entry.get("iscrowd", 0))),
+                "iscrowd": flag(entry.get("iscrowd", 0)),
             }
         )
     return tuple(boxes)
@@ -250,5 +225,9 @@ def check_unique(file: Path, what: str, records: list[dict[str, Any]]) -> None:
             raise malformed(file, f"{what} id {number} occurs {count} times")
 
 
-def malformed(file: Path, what: str) -> UserError:
-    return UserError(f"{file} is no usable COCO annotation file: {what}; correct it.")
+def check_distinct(file: Path, paths: Mapping[str, Path | None]) -> None:
+    """Raise UserError where two names stand for one image, as `find_image` leaves folders out."""
+    names: dict[Path, str] = {}
+    for name, path in paths.items():
+        if path is not None and names.setdefault(path, name) != name:
+            raise malformed(file, f"{names[path]} and {name} are both found as {path}")

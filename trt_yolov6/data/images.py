@@ -15,14 +15,17 @@ from trt_yolov6.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """The files of a folder that count as images, in lower case."""
 
+_ORIENTATION = 0x0112
+"""EXIF's tag; 5 to 8 are turned by a quarter."""
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\x00", b"MM\x00*")
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """Return the images a path stands for: the file itself, or a folder's images sorted by name.
+    """Return the images a path stands for: the file itself, or a folder's, sorted by path.
 
-    Only the folder itself is searched, not its subfolders.
+    Sub-folders are searched as well, but for hidden ones.
 
     Raises:
         UserError: the path is missing, or the folder holds no image.
@@ -32,19 +35,59 @@ def list_images(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} does not exist; check the path.")
-    images = sorted(
-        entry
-        for entry in path.iterdir()
-        if entry.suffix.lower() in IMAGE_SUFFIXES
-        and not entry.name.startswith(".")
-        and entry.is_file()
-    )
+    images = images_below(path)
     if not images:
         raise UserError(
-            f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); give the folder the images lie "
-            "in, not one above it."
+            f"{path} and its sub-folders hold no image ({', '.join(IMAGE_SUFFIXES)}); give the "
+            "folder the images lie in."
         )
     return images
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return the images in a folder and its sub-folders, hidden ones aside, sorted by path.
+
+    Raises:
+        UserError: nearly all that is found is something else, as below `/`.
+    """
+    found: list[Path] = []
+    looked_at = 0
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        looked_at += len(folders) + len(files)
+        for name in files:
+            path = Path(place, name)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                found.append(path)
+        if looked_at > _MOST_OTHERS + 20 * len(found):
+            raise UserError(
+                f"{folder} and its sub-folders hold {len(found)} images among {looked_at} other "
+                "things so far; give the folder the images lie in."
+            )
+    return sorted(path for path in found if path.is_file())
+
+
+_MOST_OTHERS = 20_000
+"""Files and folders that are looked at for images, before twenty for each that was found."""
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return an image's width and height as it is shown, turned as its EXIF orientation says.
+
+    Only its header is read.
+
+    Raises:
+        UserError: the file is missing or no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is damaged or no image; replace or remove it.") from error
+    return (height, width) if is_turned else (width, height)
 
 
 def read_image(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, did_you_mean
 
 Fit = Literal["letterbox", "corner", "stretch"]
 """Where an image goes in the input.
@@ -80,8 +80,8 @@ class Preprocessing:
             name, equals, text = change.partition("=")
             if not equals or name not in known:
                 raise UserError(
-                    f"--preprocess {change} is not understood; give FIELD=VALUE with a field of "
-                    f"{', '.join(known)}."
+                    f"--preprocess {change} is not understood{did_you_mean(name, known)}; give "
+                    f"FIELD=VALUE with a field of {', '.join(known)}."
                 )
             fields[name] = _numbers(name, text) if name in ("mean", "std") else text
         return dataclasses.replace(self, **fields)

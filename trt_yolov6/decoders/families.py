@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.engines.manifest import OutputLayout
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -82,5 +82,8 @@ def family_named(name: str) -> Family:
         UserError: there is none of that name.
     """
     if name not in FAMILIES:
-        raise UserError(f"--decoder {name} is not known; choose one of {', '.join(FAMILIES)}.")
+        raise UserError(
+            f"--decoder {name} is not known{did_you_mean(name, FAMILIES)}; choose one of "
+            f"{', '.join(FAMILIES)}."
+        )
     return FAMILIES[name]

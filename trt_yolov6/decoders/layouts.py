@@ -70,6 +70,8 @@ def class_count(outputs: Sequence[TensorSpec], layout: OutputLayout) -> int | No
 
 def _read_split(outputs: Outputs, size: tuple[int, int]) -> ReadImage:
     boxes, scores = _named(outputs, "boxes", 3), _named(outputs, "scores", 3)
+    if boxes.shape[2] != 4 or boxes.shape[1] != scores.shape[1]:
+        raise _unlike(outputs, "boxes (batch, anchors, 4) and scores (batch, anchors, classes)")
     return lambda index: Anchors(_float32(scores[index]), _corners(boxes[index]))
 
 

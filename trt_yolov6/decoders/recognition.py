@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trt_yolov6.decoders.families import FAMILIES, Family, family_named
-from trt_yolov6.decoders.layouts import EFFICIENT_NMS_WORDS, STRIDES
+from trt_yolov6.decoders.layouts import EFFICIENT_NMS_WORDS, LAYOUTS, STRIDES
 from trt_yolov6.engines.base import TensorSpec
 from trt_yolov6.engines.manifest import OutputLayout
 from trt_yolov6.errors import UserError
@@ -103,6 +103,25 @@ def recognize(
         )
     ((name, layout),) = choices
     return FAMILIES[name], layout
+
+
+def is_detector(
+    facts: GraphFacts, decoder: str | None = None, *, only_known_anchors: bool = False
+) -> bool:
+    """Return whether a graph's outputs are of a known layout.
+
+    Args:
+        facts: from `facts_of`.
+        decoder: the layouts of this family only.
+        only_known_anchors: outputs with all anchors have to have as many as the input's size asks.
+    """
+    possible = set(_possible_layouts(facts))
+    if decoder is not None:
+        possible &= set(family_named(decoder).layouts)
+    if not possible or not only_known_anchors or possible & _NMS_INSIDE:
+        return bool(possible)
+    known = _anchor_counts(facts.image_size, 1) | _anchor_counts(facts.image_size, 3)
+    return any(known.intersection(spec.shape) for spec in facts.outputs if len(spec.shape) == 3)
 
 
 _Choice = tuple[str, OutputLayout]
@@ -248,6 +267,8 @@ def _layouts_of_one(spec: TensorSpec, facts: GraphFacts) -> list[OutputLayout]:
         found.append("columns")
     return found
 
+
+_NMS_INSIDE = {name for name, layout in LAYOUTS.items() if layout.nms_inside}
 
 _MOST_FOUND = 1000
 """Boxes of an image that a graph with NMS inside gives at most; a head has more anchors."""

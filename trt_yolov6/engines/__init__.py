@@ -20,6 +20,7 @@ __all__ = [
     "LoadOptions",
     "backend",
     "best_backend",
+    "find_engine",
     "load_engine",
     "runs_here",
 ]
@@ -72,6 +73,33 @@ def best_backend() -> str:
     raise MissingDependencyError(
         "no backend works on this machine; `pip install onnxruntime` gives the one for CPUs."
     )
+
+
+def find_engine(path: str | Path) -> Path:
+    """Return an engine file: the one named, or the newest build that a short name stands for.
+
+    `engines/yolov6s.trt` stands for what was built of `yolov6s.pt`, or of a network of that name,
+    in whichever precision and size: `engines/yolov6s-fp16.trt`, `engines/yolov6s-int8-320.trt`.
+
+    Raises:
+        UserError: there is neither the file nor such a build.
+    """
+    path = Path(path)
+    if not path.exists():
+        builds = [
+            other
+            for other in path.parent.glob(f"[!.]*{path.suffix}")
+            if path.suffix and other.is_file() and _is_build_of(other, path.stem)
+        ]
+        if builds:
+            return max(builds, key=lambda build: build.stat().st_mtime_ns)
+    _check_exists(path)
+    return path
+
+
+def _is_build_of(path: Path, stem: str) -> bool:
+    manifest = read_manifest(path)
+    return manifest is not None and stem in (manifest.model, Path(manifest.source).stem)
 
 
 def runs_here(path: Path) -> bool:

@@ -144,6 +144,10 @@ class Engine(abc.ABC):
     class_names: tuple[str, ...]
     note: str = ""
     """How the engine computes, where that is not what its precision says."""
+    dropped_outputs: tuple[str, ...] = ()
+    """Outputs of a file without a manifest that are not a detector's and are not computed."""
+    is_checked: bool = False
+    """A batch's outputs have been found to be a detector's (see `plausibility`)."""
     in_flight: int = 1
     """Batches that `start` takes before the first is waited for."""
     nms: NmsSettings | None = None
@@ -175,6 +179,14 @@ class Engine(abc.ABC):
             UserError: as `infer`.
         """
         return FinishedRun(self.infer(images))
+
+    def first_non_finite(self, images: NDArray[Any]) -> str | None:
+        """Return the name of the first tensor inside that is not finite; None where untold.
+
+        Args:
+            images: as for `infer`.
+        """
+        return None
 
     def empty_input(self, rows: int) -> NDArray[Any]:
         """Return an array for a batch of so many images, its content undefined.

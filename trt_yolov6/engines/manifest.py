@@ -8,6 +8,7 @@ an engine that is renamed has to be built again or its manifest's field changed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,21 @@ from typing import Any, Literal, get_args
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines.tensor_spec import TensorSpec
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import read_json, sha256_file, write_json
+from trt_yolov6.files import (
+    atomic_path,
+    check_writable,
+    file_name,
+    native_name,
+    one_writer,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 SCHEMA_VERSION = 1
 
-Precision = Literal["fp32", "fp16", "int8", "fp8"]
+Precision = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
+"""`int8-dynamic` is ONNX Runtime's dynamic quantization: INT8 weights, ranges found as it runs."""
 
 OutputLayout = Literal[
     "split",
@@ -160,7 +171,7 @@ def manifest_paths(engine_path: str | Path) -> tuple[Path, Path]:
 
 def manifest_of(engine_path: str | Path) -> Path | None:
     """Return the manifest that describes an engine, unread, or None where there is none."""
-    name = Path(engine_path).name
+    name = file_name(engine_path)
     return next(
         (path for path in manifest_paths(engine_path) if manifest_owner(path) == name), None
     )
@@ -175,12 +186,12 @@ def choose_manifest_path(engine_path: str | Path) -> Path:
     Raises:
         UserError: both names are taken by other files.
     """
-    name = Path(engine_path).name
+    name = file_name(engine_path)
     for path in manifest_paths(engine_path):
         if not path.exists():
             return path
         owner = manifest_owner(path)
-        if owner == name or (owner is not None and not (path.parent / owner).exists()):
+        if owner == name or (owner is not None and not path.with_name(native_name(owner)).exists()):
             return path
     raise UserError(
         f"{path} is in the way of the manifest of {engine_path}; choose another --output."
@@ -190,12 +201,55 @@ def choose_manifest_path(engine_path: str | Path) -> Path:
 def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
     """Write the manifest beside its engine and return the path it was given."""
     path = choose_manifest_path(engine_path)
-    tensors = [spec.to_json() for spec in manifest.tensors]
-    write_json(path, {**dataclasses.asdict(manifest), "tensors": tensors})
+    _write(path, manifest)
     plain, full = manifest_paths(engine_path)
     if path == plain and manifest_owner(full) == manifest.engine:
         full.unlink()
     return path
+
+
+def _write(path: Path, manifest: Manifest) -> None:
+    tensors = [spec.to_json() for spec in manifest.tensors]
+    write_json(path, {**dataclasses.asdict(manifest), "tensors": tensors})
+
+
+def write_pair(engine_path: str | Path, plan: bytes, manifest: Manifest) -> Path:
+    """Write a plan and its manifest, and return the manifest's path.
+
+    Of several processes that write one engine at once, the last one's pair is left. A process that
+    is killed leaves the old pair or the new one: until the plan is in place the new manifest is
+    kept beside it as pending, and who reads it next puts it in place.
+    """
+    path = Path(engine_path)
+    pending = _pending(path)
+    with one_writer(path.parent):
+        target = choose_manifest_path(path)
+        check_writable(target)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(plan)
+            _write(pending, manifest)
+        written = write_manifest(path, manifest)
+        pending.unlink(missing_ok=True)
+    return written
+
+
+def _pending(engine_path: str | Path) -> Path:
+    path = Path(engine_path)
+    return path.with_name(f".{path.name}.pending.json")
+
+
+def _settle(engine_path: str | Path) -> None:
+    """Finish what a process that was killed in `write_pair` left behind."""
+    pending = _pending(engine_path)
+    if not pending.is_file():
+        return
+    with one_writer(pending.parent), contextlib.suppress(UserError, OSError):
+        if not pending.is_file():  # another process was writing, and is done
+            return
+        manifest = _from_json(pending, read_json(pending))
+        if sha256_file(engine_path) == manifest.plan_sha256:
+            write_manifest(engine_path, manifest)
+        pending.unlink(missing_ok=True)
 
 
 def read_manifest(engine_path: str | Path) -> Manifest | None:
@@ -204,7 +258,8 @@ def read_manifest(engine_path: str | Path) -> Manifest | None:
     Raises:
         UserError: the manifest is damaged or of a newer schema.
     """
-    name = Path(engine_path).name
+    _settle(engine_path)
+    name = file_name(engine_path)
     for path in manifest_paths(engine_path):
         if path.is_file():
             value = read_json(path)
@@ -256,7 +311,7 @@ def _from_json(path: Path, value: dict[str, Any]) -> Manifest:
             }
         )
         _check_values(manifest, value)
-    except (KeyError, TypeError, ValueError, UserError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}); build the engine again with "
             "`trt-yolov6 build`."

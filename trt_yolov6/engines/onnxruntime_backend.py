@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.decoders.inputs import runtime_inputs, with_one_input
+from trt_yolov6.decoders.outputs import drop_other_outputs
 from trt_yolov6.decoders.recognition import GraphFacts, facts_of
 from trt_yolov6.engines.base import (
     Availability,
@@ -38,7 +39,8 @@ from trt_yolov6.engines.onnxruntime_providers import (
 )
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.files import read_json
-from trt_yolov6.quantization.exact import with_integer_convolutions
+from trt_yolov6.onnx_files import graph_precision, read_weights, sort_nodes
+from trt_yolov6.quantization.exact import with_integer_convolutions, with_single_quantization
 
 if TYPE_CHECKING:
     import onnx
@@ -120,18 +122,26 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
     graph: onnx.ModelProto | None = None
+    dropped: tuple[str, ...] = ()
     if manifest is None:
         # `build` has done this for engines that have one.
         graph = _graph_of(content)
-        if graph is not None and len(runtime_inputs(graph)) > 1:
-            content = with_one_input(graph, path).SerializeToString()
-    whole = _on_whole_numbers(content, options)
-    session = _session(whole, path, options)
+        if graph is not None:
+            has_changed = read_weights(graph, path)
+            if len(runtime_inputs(graph)) > 1:
+                graph = with_one_input(graph, path)
+                has_changed = True
+            dropped = drop_other_outputs(graph, path, decoder=options.decoder)
+            if has_changed or dropped:
+                content = graph.SerializeToString()
+    exact, whole = _exactly(content, options)
+    session = _session(exact, path, options)
     engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
+    engine.dropped_outputs = dropped
     notes = []
     if _is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
-        how = "in float" if whole is content else "on whole numbers held in float"
+        how = "on whole numbers held in float" if whole else "in float"
         notes.append(f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed")
     if options.provider is None and engine.provider == PROVIDERS["cpu"] and "cuda" in usable():
         reason = obstacle("cuda") or "no usable GPU or cuDNN"
@@ -158,6 +168,7 @@ class OnnxRuntimeEngine(Engine):
 
         self.path = path
         self.manifest = manifest
+        self._precision = None if graph is None else graph_precision(graph)
         self.backend_version = onnxruntime.__version__
         self._session: onnxruntime.InferenceSession | None = session
         self.provider: str = session.get_providers()[0]
@@ -194,6 +205,11 @@ class OnnxRuntimeEngine(Engine):
             self.batch = BatchProfile(fixed, fixed, fixed)
         else:
             self.batch = manifest.batch if manifest else _ANY_BATCH
+
+    @property
+    def precision(self) -> str:
+        """As the manifest says, else as the graph shows."""
+        return self._precision or super().precision
 
     def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         session = self._checked(images)
@@ -250,6 +266,43 @@ class OnnxRuntimeEngine(Engine):
                 times.setdefault(name, []).append(float(event["dur"]) * 1e-6)
         # The first run allocates.
         return {name: float(np.median(seconds[1:] or seconds)) for name, seconds in times.items()}
+
+    def first_non_finite(self, images: NDArray[Any]) -> str | None:
+        """Return the name of the first tensor, in the graph's order, that is not finite.
+
+        The graph is run once more, without ONNX Runtime's rewriting and with every tensor as an
+        output.
+        """
+        import onnx
+        import onnxruntime
+
+        graph = _graph_of(self.path.read_bytes())
+        if graph is None:
+            return None
+        read_weights(graph, self.path)
+        sort_nodes(graph)
+        for weight in graph.graph.initializer:
+            values: NDArray[Any] = onnx.numpy_helper.to_array(weight)
+            if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+                return f"the weight {weight.name}"
+        names: list[str] = [name for node in graph.graph.node for name in node.output if name]
+        del graph.graph.output[:]
+        graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = onnxruntime.InferenceSession(
+                graph.SerializeToString(), settings, providers=[PROVIDERS["cpu"]]
+            )
+            values_of = session.run(names, {self.input.name: images})
+        except Exception:  # its exception classes share no public base; only a name is missing then
+            return None
+        for name, value in zip(names, values_of, strict=True):
+            floats = isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
+            if floats and not np.isfinite(value).all():
+                return name
+        return None
 
     def close(self) -> None:
         self._session = None
@@ -322,20 +375,23 @@ def _session(
     return session
 
 
-def _on_whole_numbers(content: bytes, options: LoadOptions) -> bytes:
-    """Return a graph whose INT8 convolutions give the same bits on every CPU; others as they are.
+def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
+    """Return a graph whose INT8 is computed exactly on a CPU, and whether on whole numbers.
 
     Other providers get the Q/DQ pairs: TensorRT's makes INT8 of them itself.
     """
     if not _is_quantized(content):
-        return content
+        return content, False
     try:
         on_cpu = providers_for(options.provider)[0] == PROVIDERS["cpu"]
     except (ImportError, MissingDependencyError):  # what opens the session says so
-        return content
+        return content, False
     graph = _graph_of(content) if on_cpu else None
-    whole = None if graph is None else with_integer_convolutions(graph)
-    return content if whole is None or whole is graph else whole.SerializeToString()
+    if graph is None:
+        return content, False
+    whole = with_integer_convolutions(graph)
+    exact = with_single_quantization(whole)
+    return content if exact is graph else exact.SerializeToString(), whole is not graph
 
 
 def _is_quantized(model: bytes) -> bool:

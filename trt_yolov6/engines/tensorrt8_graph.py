@@ -25,9 +25,12 @@ from numpy.typing import NDArray
 
 from trt_yolov6.precision import nodes_after_layers
 from trt_yolov6.quantization.insert import weight_axis
+from trt_yolov6.quantization.placement import LAYER_OPS, MOVING_OPS
 
 if TYPE_CHECKING:
     import onnx
+
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 _ALWAYS_FUSED = (["Relu"], ["LeakyRelu"], ["Clip"])
 
@@ -77,6 +80,7 @@ def weak_graph(content: bytes) -> WeakGraph:
         _widen(model, types)
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if quantized:
+        drop_idle_pairs(model)
         give_transposed_float_weights(model)
         divide_channels(model)
         join_siblings(model)
@@ -147,6 +151,37 @@ def _widen_tensor(tensor: onnx.TensorProto) -> None:
 
 
 # --- INT8 ---------------------------------------------------------------------------------------
+
+
+def drop_idle_pairs(model: onnx.ModelProto) -> None:
+    """Drop pairs after concatenations, poolings and the like that no convolution reads.
+
+    What goes in is quantized with the same scale, so that they change no value. One right before a
+    convolution is needed; of others it was not tried what TensorRT 8 makes of them.
+    """
+    graph = _Graph(model)
+    scales: dict[str, float] = {}
+    for node in graph.nodes:
+        scale = graph.value(node.input[1]) if node.op_type in _QDQ else None
+        if node.op_type == "DequantizeLinear" and scale is not None and scale.size == 1:
+            scales[node.output[0]] = float(scale.item())
+        elif node.op_type == "Concat" or node.op_type in MOVING_OPS:
+            moved = node.input if node.op_type == "Concat" else node.input[:1]
+            found = {scales.get(name) for name in moved}
+            only = found.pop() if len(found) == 1 else None
+            if only is not None:
+                scales.update(dict.fromkeys(node.output, only))
+        elif (
+            node.op_type == "QuantizeLinear"
+            and scale is not None
+            and scale.size == 1
+            and scales.get(node.input[0]) == float(scale.item())
+        ):
+            for dequantize in graph.readers(node.output[0]):
+                for reader in graph.readers(dequantize.output[0]):
+                    if reader.op_type not in LAYER_OPS:
+                        graph.rewire(reader, dequantize.output[0], node.input[0])
+    graph.write()
 
 
 def give_transposed_float_weights(model: onnx.ModelProto) -> None:
@@ -330,6 +365,10 @@ class _Graph:
             return None
         return _Stored(codes, scales)
 
+    def rewire(self, node: onnx.NodeProto, before: str, after: str) -> None:
+        """Have a node read one tensor in the place of another."""
+        node.input[:] = [after if name == before else name for name in node.input]
+
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Add a constant; float ones become float32."""
         from onnx import numpy_helper
@@ -349,11 +388,12 @@ class _Graph:
         nodes = [copy for node in self._kept() for copy in (_copy(node),)]
         read = {name for node in nodes for name in node.input}
         read.update(item.name for item in self._graph.output)
-        nodes = [
-            node
-            for node in nodes
-            if node.op_type != "DequantizeLinear" or read.intersection(node.output)
-        ]
+        for kind in ("DequantizeLinear", "QuantizeLinear"):
+            nodes = [
+                node for node in nodes if node.op_type != kind or read.intersection(node.output)
+            ]
+            read = {name for node in nodes for name in node.input}
+            read.update(item.name for item in self._graph.output)
         read = {name for node in nodes for name in node.input}
         constants = [_copy(item) for name, item in self._initializers.items() if name in read]
         del self._graph.node[:], self._graph.initializer[:], self._graph.value_info[:]

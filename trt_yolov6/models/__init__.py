@@ -1,4 +1,4 @@
-"""The paper's network (YOLOv6 v0.1 to v0.2.1): variants, training form, fused form, size."""
+"""The networks of YOLOv6 0.1 to 0.4: variants, training form, fused form, size."""
 
 from __future__ import annotations
 

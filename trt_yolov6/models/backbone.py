@@ -1,15 +1,15 @@
-"""EfficientRep (paper, Section 2.1): a stem and four stages, each halving the resolution."""
+"""EfficientRep (paper, Section 2.1): a stem and stages, each halving the resolution."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trt_yolov6.models.blocks import SPPF, basic_block, stack
+from trt_yolov6.models.blocks import CSPSPPF, SPPF, basic_block, stack
 from trt_yolov6.models.variants import Architecture
 
 
 class Stage(nn.Module):
-    """A block of stride 2, then a RepBlock or a CSPStackRep block."""
+    """A block of stride 2, then a RepBlock, a CSPStackRep or an MBLA block."""
 
     def __init__(
         self, arch: Architecture, in_channels: int, out_channels: int, repeats: int
@@ -35,13 +35,14 @@ class EfficientRep(nn.Module):
             Stage(arch, channels[index], channels[index + 1], repeats)
             for index, repeats in enumerate(arch.stage_repeats)
         )
-        self.sppf = SPPF(channels[4], arch.activation)
+        pooling = CSPSPPF if arch.pooling == "cspsppf" else SPPF
+        self.sppf = pooling(channels[-1], arch.activation)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map images (batch, 3, h, w) to features at strides 8, 16 and 32."""
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Map images (batch, 3, h, w) to features at strides 4, 8, 16, 32 and, in P6, 64."""
         features = []
         x = self.stem(images)
         for stage in self.stages:
             x = stage(x)
             features.append(x)
-        return features[1], features[2], self.sppf(features[3])
+        return *features[:-1], self.sppf(features[-1])

@@ -14,9 +14,17 @@ BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
 
 
+ACTIVATIONS: dict[ActivationName, type[nn.ReLU | nn.SiLU | nn.Hardswish]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+}
+"""The layer of each name."""
+
+
 def activation(name: ActivationName) -> nn.Module:
     """Return a new activation layer."""
-    return nn.ReLU(inplace=True) if name == "relu" else nn.SiLU(inplace=True)
+    return ACTIVATIONS[name](inplace=True)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -35,10 +43,17 @@ class ConvBN(nn.Module):
         stride: int = 1,
         act: ActivationName | None = None,
         bias: bool = False,
+        groups: int = 1,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            kernel_size // 2,
+            groups=groups,
+            bias=bias,
         )
         self.bn = batch_norm(out_channels)
         self.act = nn.Identity() if act is None else activation(act)
@@ -70,8 +85,9 @@ class RepConv(nn.Module):
         self, in_channels: int, out_channels: int, stride: int = 1, act: ActivationName = "relu"
     ) -> None:
         super().__init__()
-        self.dense = ConvBN(in_channels, out_channels, 3, stride)
-        self.pointwise = ConvBN(in_channels, out_channels, 1, stride)
+        # A file may have branches whose normalization is folded in already.
+        self.dense: ConvBN | ConvAct = ConvBN(in_channels, out_channels, 3, stride)
+        self.pointwise: ConvBN | ConvAct = ConvBN(in_channels, out_channels, 1, stride)
         has_identity = in_channels == out_channels and stride == 1
         self.identity = batch_norm(in_channels) if has_identity else None
         self.act = activation(act)
@@ -82,6 +98,33 @@ class RepConv(nn.Module):
         if self.identity is not None:
             total = total + self.identity(x)
         out: Tensor = self.act(total)
+        return out
+
+
+class QARepConv(nn.Module):
+    """QARepVGG's block, V2 (arXiv 2212.01593, Section 4): made so that its sum quantizes well.
+
+    Only the 3x3 branch is normalized before the sum, and the sum once more. Where shapes allow,
+    the input itself and its average over 3x3 are added, zeros outside counted.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, act: ActivationName = "relu"
+    ) -> None:
+        super().__init__()
+        self.dense: ConvBN | ConvAct = ConvBN(in_channels, out_channels, 3, stride)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        has_identity = in_channels == out_channels and stride == 1
+        self.average = nn.AvgPool2d(3, stride=1, padding=1) if has_identity else None
+        self.bn = batch_norm(out_channels)
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h/stride, w/stride)."""
+        total = self.dense(x) + self.pointwise(x)
+        if self.average is not None:
+            total = total + x + self.average(x)
+        out: Tensor = self.act(self.bn(total))
         return out
 
 
@@ -126,10 +169,12 @@ class ScaledRepConv(nn.Module):
 
 def basic_block(
     arch: Architecture, in_channels: int, out_channels: int, stride: int = 1
-) -> RepConv | ScaledRepConv | ConvBN:
+) -> RepConv | QARepConv | ScaledRepConv | ConvBN:
     """Return the 3x3 block this architecture is built of."""
     if arch.block == "repvgg":
         return RepConv(in_channels, out_channels, stride, arch.activation)
+    if arch.block == "qarepvgg":
+        return QARepConv(in_channels, out_channels, stride, arch.activation)
     if arch.block == "scaled":
         return ScaledRepConv(in_channels, out_channels, stride, arch.activation)
     bias = has_conv_bias(arch)
@@ -139,24 +184,25 @@ def basic_block(
 def has_conv_bias(arch: Architecture) -> bool:
     """Return True where 3x3 blocks of one convolution carry a bias.
 
-    The authors' plain convolutions in L do, although batch normalization follows. The branch-free
-    S that RepOptimizer trains has none.
+    Until v0.2.1 the authors' plain convolutions in L do, although batch normalization follows;
+    later ones do not, nor does the branch-free S that RepOptimizer trains.
     """
-    return arch.csp_ratio is not None
+    return arch.stack == "csp" and arch.neck == "pan"
 
 
 class BottleRep(nn.Module):
-    """Two blocks with a shortcut whose weight `alpha` is learned."""
+    """Two blocks, or three in MBLA, with a shortcut whose weight `alpha` is learned."""
 
     def __init__(self, arch: Architecture, channels: int) -> None:
         super().__init__()
         self.first = basic_block(arch, channels, channels)
         self.second = basic_block(arch, channels, channels)
+        self.third = basic_block(arch, channels, channels) if arch.mbla else nn.Identity()
         self.alpha = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, h, w) to the same shape."""
-        out: Tensor = self.second(self.first(x)) + self.alpha * x
+        out: Tensor = self.third(self.second(self.first(x))) + self.alpha * x
         return out
 
 
@@ -167,9 +213,7 @@ class CSPStack(nn.Module):
         self, arch: Architecture, in_channels: int, out_channels: int, repeats: int
     ) -> None:
         super().__init__()
-        assert arch.csp_ratio is not None
-        # A ratio such as 2/3 may fall a hair short of the whole number that it stands for.
-        hidden = int(out_channels * arch.csp_ratio + 1e-6)
+        hidden = hidden_channels(arch, out_channels)
         self.main = ConvBN(in_channels, hidden, 1, act=arch.activation)
         self.side = ConvBN(in_channels, hidden, 1, act=arch.activation)
         self.bottlenecks = nn.Sequential(*(BottleRep(arch, hidden) for _ in range(repeats)))
@@ -182,10 +226,62 @@ class CSPStack(nn.Module):
         return out
 
 
+def hidden_channels(arch: Architecture, out_channels: int) -> int:
+    """Return the channels inside a CSPStackRep or MBLA block."""
+    assert arch.csp_ratio is not None
+    # A ratio such as 2/3 may fall a hair short of the whole number that it stands for.
+    return int(out_channels * arch.csp_ratio + 1e-6)
+
+
+class MBLA(nn.Module):
+    """Multi-branch layer aggregation: rows of bottlenecks of which every output is kept.
+
+    A 1x1 convolution makes the first part, which is kept as it is, and what each row starts from;
+    another merges all.
+    """
+
+    def __init__(
+        self, arch: Architecture, in_channels: int, out_channels: int, repeats: int
+    ) -> None:
+        super().__init__()
+        self.hidden = hidden_channels(arch, out_channels)
+        rows = mbla_rows(repeats)
+        kept = 1 + sum(1 + length for length in rows)
+        self.split = ConvBN(in_channels, (1 + len(rows)) * self.hidden, 1, act=arch.activation)
+        self.rows = nn.ModuleList(
+            nn.Sequential(*(BottleRep(arch, self.hidden) for _ in range(length))) for length in rows
+        )
+        self.merge = ConvBN(kept * self.hidden, out_channels, 1, act=arch.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h, w)."""
+        first, *starts = self.split(x).split(self.hidden, dim=1)
+        kept = [first]
+        for start, row in zip(starts, self.rows, strict=True):
+            kept.append(start)
+            assert isinstance(row, nn.Sequential)
+            for bottleneck in row:
+                kept.append(bottleneck(kept[-1]))
+        out: Tensor = self.merge(torch.cat(kept, dim=1))
+        return out
+
+
+def mbla_rows(repeats: int) -> tuple[int, ...]:
+    """Return the lengths of an MBLA block's rows: the full one, after one of about half of it."""
+    if repeats == 1:
+        return (1,)
+    half = 1
+    while 2 * half < repeats:
+        half *= 2
+    return half, repeats
+
+
 def stack(arch: Architecture, in_channels: int, out_channels: int, repeats: int) -> nn.Module:
-    """Return the body of a stage: a RepBlock (a plain chain of blocks) or a CSPStackRep block."""
-    if arch.csp_ratio is not None:
+    """Return the body of a stage: a RepBlock (a plain chain), a CSPStackRep or an MBLA block."""
+    if arch.stack == "csp":
         return CSPStack(arch, in_channels, out_channels, repeats)
+    if arch.stack == "mbla":
+        return MBLA(arch, in_channels, out_channels, repeats)
     return nn.Sequential(
         *(
             basic_block(arch, in_channels if index == 0 else out_channels, out_channels)
@@ -205,8 +301,62 @@ class SPPF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, h, w) to the same shape."""
-        levels = [self.reduce(x)]
-        for _ in range(3):
-            levels.append(self.pool(levels[-1]))
-        out: Tensor = self.merge(torch.cat(levels, dim=1))
+        out: Tensor = self.merge(_pyramid(self.pool, self.reduce(x)))
+        return out
+
+
+class CSPSPPF(nn.Module):
+    """The same in one of two paths (YOLOv6 v3.0, Section 2.1), with 3x3 convolutions around it."""
+
+    def __init__(self, channels: int, act: ActivationName) -> None:
+        super().__init__()
+        hidden = channels // 2
+        self.reduce = ConvBN(channels, hidden, 1, act=act)
+        self.side = ConvBN(channels, hidden, 1, act=act)
+        self.before = ConvBN(hidden, hidden, 3, act=act)
+        self.mix = ConvBN(hidden, hidden, 1, act=act)
+        self.pool = nn.MaxPool2d(5, stride=1, padding=2)
+        self.merge = ConvBN(4 * hidden, hidden, 1, act=act)
+        self.after = ConvBN(hidden, hidden, 3, act=act)
+        self.join = ConvBN(2 * hidden, channels, 1, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, channels, h, w) to the same shape."""
+        pooled = _pyramid(self.pool, self.mix(self.before(self.reduce(x))))
+        paths = (self.side(x), self.after(self.merge(pooled)))
+        out: Tensor = self.join(torch.cat(paths, dim=1))
+        return out
+
+
+def _pyramid(pool: nn.Module, x: Tensor) -> Tensor:
+    """Concatenate (batch, c, h, w) and what one to three poolings make of it."""
+    levels = [x]
+    for _ in range(3):
+        levels.append(pool(levels[-1]))
+    return torch.cat(levels, dim=1)
+
+
+class BiFusion(nn.Module):
+    """What three levels say at the resolution of the middle one (YOLOv6 v3.0, Section 2.1)."""
+
+    def __init__(self, same: int, finer: int, channels: int, act: ActivationName) -> None:
+        """Build.
+
+        Args:
+            same: channels of the backbone's feature of the resolution that is made.
+            finer: channels of the backbone's feature of twice that resolution.
+            channels: of the coarser feature, and of what is made.
+            act: activation of all but the upsampling.
+        """
+        super().__init__()
+        self.up = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.same = ConvBN(same, channels, 1, act=act)
+        self.finer = ConvBN(finer, channels, 1, act=act)
+        self.down = ConvBN(channels, channels, 3, stride=2, act=act)
+        self.merge = ConvBN(3 * channels, channels, 1, act=act)
+
+    def forward(self, coarser: Tensor, same: Tensor, finer: Tensor) -> Tensor:
+        """Map features of (h/2, w/2), (h, w) and (2h, 2w) to (batch, channels, h, w)."""
+        parts = (self.up(coarser), self.same(same), self.down(self.finer(finer)))
+        out: Tensor = self.merge(torch.cat(parts, dim=1))
         return out

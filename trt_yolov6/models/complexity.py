@@ -19,7 +19,8 @@ def count_flops(model: YOLOv6, image_size: int | tuple[int, int]) -> int:
     """Return the floating-point operations of one image of `image_size` pixels (height, width).
 
     Counted as in the paper's Table 1: for each convolution, two operations a weight and an output
-    position; biases, activations and poolings count nothing. That table treats the two transposed
+    position; biases, activations and poolings count nothing. With DFL the expectation over the bins
+    counts, which the authors' code takes by a convolution. That table treats the two transposed
     convolutions alike, and so overstates each fourfold: their kernels do not overlap, and every
     output position sees one of the four taps. In all it is 0.7 to 0.9 % more than the arithmetic
     done.
@@ -39,5 +40,9 @@ def count_flops(model: YOLOv6, image_size: int | tuple[int, int]) -> int:
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.register_forward_hook(count)
     with torch.no_grad():
-        shapes_only.raw(torch.empty(1, model.arch.input_channels, height, width, device="meta"))
+        levels = shapes_only.raw(
+            torch.empty(1, model.arch.input_channels, height, width, device="meta")
+        )
+    if model.arch.reg_max:
+        total += sum(2 * regression[0].numel() for _, regression, *_ in levels)
     return total

@@ -1,6 +1,6 @@
 """From the head's raw outputs to boxes and scores, for both kinds of head.
 
-Anchors are ordered level by level (strides 8, 16, 32) and row by row within a level.
+Anchors are ordered level by level (finest first) and row by row within a level.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ def decode(levels: Sequence[tuple[Tensor, ...]], arch: Architecture) -> tuple[Te
     logits = _join([level[0] for level in levels])
     regression = _join([level[1] for level in levels])
     if arch.head == "offset":
-        points, strides = anchor_points(sizes, 0.0, regression)
+        points, strides = anchor_points(sizes, 0.0, regression, arch.strides)
         boxes = offsets_to_boxes(regression, points, strides)
         objectness = _join([level[2] for level in levels])
         return boxes, torch.sigmoid(logits) * torch.sigmoid(objectness)
-    points, strides = anchor_points(sizes, 0.5, regression)
+    points, strides = anchor_points(sizes, 0.5, regression, arch.strides)
     distances = expected_distances(regression, arch.reg_max) if arch.reg_max else regression
     return distances_to_boxes(distances, points, strides), torch.sigmoid(logits)
 
 
 def anchor_points(
-    sizes: Sequence[tuple[int, int]], cell_offset: float, like: Tensor
+    sizes: Sequence[tuple[int, int]],
+    cell_offset: float,
+    like: Tensor,
+    level_strides: Sequence[int] = STRIDES,
 ) -> tuple[Tensor, Tensor]:
     """Return where the anchors stand.
 
@@ -46,13 +49,14 @@ def anchor_points(
         sizes: height and width of each level in cells.
         cell_offset: position of the anchor inside its cell: 0.5 is the centre.
         like: gives dtype and device.
+        level_strides: pixels a cell of each level.
 
     Returns:
         points (2, anchors): x and y in units of the level's stride; strides (1, anchors): pixels.
     """
     points = []
     strides = []
-    for (height, width), stride in zip(sizes, STRIDES, strict=True):
+    for (height, width), stride in zip(sizes, level_strides, strict=True):
         y = torch.arange(height, dtype=like.dtype, device=like.device) + cell_offset
         x = torch.arange(width, dtype=like.dtype, device=like.device) + cell_offset
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trt_yolov6.models.blocks import ConvAct, ConvBN, RepConv, ScaledRepConv, has_conv_bias
+from trt_yolov6.models.blocks import (
+    ConvAct,
+    ConvBN,
+    QARepConv,
+    RepConv,
+    ScaledRepConv,
+    has_conv_bias,
+)
 from trt_yolov6.models.network import YOLOv6
 
 
@@ -35,6 +42,8 @@ def _fuse_children(module: nn.Module) -> None:
             setattr(module, name, fuse_conv_bn(child))
         elif isinstance(child, RepConv):
             setattr(module, name, fuse_rep_conv(child))
+        elif isinstance(child, QARepConv):
+            setattr(module, name, fuse_qarep_conv(child))
         elif isinstance(child, ScaledRepConv):
             setattr(module, name, fuse_conv_bn(merge_scaled(child)))
         else:
@@ -82,25 +91,50 @@ def merge_scaled(block: ScaledRepConv, *, bias: bool = False) -> ConvBN:
 
 def fuse_conv_bn(block: ConvBN) -> ConvAct:
     """Fold the batch normalization of a block into its convolution."""
-    kernel, bias = _folded(block.conv.weight, block.conv.bias, block.bn)
-    return _conv_act(block.conv, kernel, bias, block.act)
+    return fuse_normalization(block.conv, block.bn, block.act)
+
+
+def fuse_normalization(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module) -> ConvAct:
+    """Fold a batch normalization into the convolution before it."""
+    kernel, bias = _folded(conv.weight, conv.bias, bn)
+    return _conv_act(conv, kernel, bias, act)
 
 
 def fuse_rep_conv(block: RepConv) -> ConvAct:
     """Fold the three branches of a block into one 3x3 convolution."""
-    dense = block.dense.conv
-    kernel, bias = _folded(dense.weight, dense.bias, block.dense.bn)
-    pointwise = block.pointwise.conv
-    kernel_1x1, bias_1x1 = _folded(pointwise.weight, pointwise.bias, block.pointwise.bn)
+    kernel, bias = _branch(block.dense)
+    kernel_1x1, bias_1x1 = _branch(block.pointwise)
     kernel = kernel + F.pad(kernel_1x1, (1, 1, 1, 1))
     bias = bias + bias_1x1
     if block.identity is not None:
-        channels = dense.weight.shape[0]
-        unit = torch.eye(channels, dtype=torch.float64, device=kernel.device)
-        kernel_identity, bias_identity = _folded(unit[:, :, None, None], None, block.identity)
+        kernel_identity, bias_identity = _folded(_unit(kernel), None, block.identity)
         kernel = kernel + F.pad(kernel_identity, (1, 1, 1, 1))
         bias = bias + bias_identity
-    return _conv_act(dense, kernel, bias, block.act)
+    return _conv_act(block.dense.conv, kernel, bias, block.act)
+
+
+def fuse_qarep_conv(block: QARepConv) -> ConvAct:
+    """Fold the four branches of a block, and what normalizes their sum, into one convolution."""
+    kernel, bias = _branch(block.dense)
+    kernel = kernel + F.pad(block.pointwise.weight.detach().double(), (1, 1, 1, 1))
+    if block.average is not None:
+        unit = _unit(kernel)
+        kernel = kernel + F.pad(unit, (1, 1, 1, 1)) + unit.expand_as(kernel) / 9
+    kernel, bias = _folded(kernel, bias, block.bn)
+    return _conv_act(block.dense.conv, kernel, bias, block.act)
+
+
+def _branch(block: ConvBN | ConvAct) -> tuple[Tensor, Tensor]:
+    """Return kernel and bias of a branch without activation, fused already or not, in float64."""
+    if isinstance(block, ConvBN):
+        return _folded(block.conv.weight, block.conv.bias, block.bn)
+    assert block.conv.bias is not None
+    return block.conv.weight.detach().double(), block.conv.bias.detach().double()
+
+
+def _unit(like: Tensor) -> Tensor:
+    """Return the 1x1 kernel that leaves all channels as they are: (channels, channels, 1, 1)."""
+    return torch.eye(like.shape[0], dtype=like.dtype, device=like.device)[:, :, None, None]
 
 
 def _folded(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -117,13 +151,14 @@ def _folded(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Te
 
 def _conv_act(like: nn.Conv2d, kernel: Tensor, bias: Tensor, act: nn.Module) -> ConvAct:
     """Build the fused block with the stride, padding, dtype and device of `like`."""
-    out_channels, in_channels, height, _ = kernel.shape
+    height = kernel.shape[2]
     conv = nn.Conv2d(
-        in_channels,
-        out_channels,
+        like.in_channels,
+        like.out_channels,
         height,
         like.stride[0],
         height // 2,
+        groups=like.groups,
         dtype=like.weight.dtype,
         device=like.weight.device,
     )

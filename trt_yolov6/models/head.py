@@ -7,6 +7,7 @@ import math
 from torch import Tensor, nn
 
 from trt_yolov6.models.blocks import ConvBN
+from trt_yolov6.models.lite import DepthwisePair
 from trt_yolov6.models.variants import Architecture
 
 PRIOR_PROBABILITY = 1e-2
@@ -14,14 +15,21 @@ PRIOR_PROBABILITY = 1e-2
 
 
 class HeadLevel(nn.Module):
-    """The head of one level: a 1x1 stem, then a classification and a regression branch."""
+    """The head of one level: a stem, then a classification and a regression branch.
+
+    The stem is a 1x1, the branches are 3x3 convolutions; in Lite all three are depthwise pairs.
+    """
 
     def __init__(self, arch: Architecture, channels: int) -> None:
         super().__init__()
         act = arch.head_activation
-        self.stem = ConvBN(channels, channels, 1, act=act)
-        self.cls_conv = ConvBN(channels, channels, 3, act=act)
-        self.reg_conv = ConvBN(channels, channels, 3, act=act)
+
+        def unit(kernel_size: int) -> nn.Module:
+            if arch.neck == "lite":
+                return DepthwisePair(channels, channels, act)
+            return ConvBN(channels, channels, kernel_size, act=act)
+
+        self.stem, self.cls_conv, self.reg_conv = unit(1), unit(3), unit(3)
         self.cls_pred = nn.Conv2d(channels, arch.num_classes, 1)
         self.reg_pred = nn.Conv2d(channels, 4 * (arch.reg_max + 1), 1)
         self.obj_pred = nn.Conv2d(channels, 1, 1) if arch.head == "offset" else None
@@ -51,9 +59,8 @@ class DecoupledHead(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        _, level3, _, level4, _, level5 = arch.neck_channels
-        self.levels = nn.ModuleList(HeadLevel(arch, c) for c in (level3, level4, level5))
+        self.levels = nn.ModuleList(HeadLevel(arch, c) for c in arch.head_channels)
 
-    def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> list[tuple[Tensor, ...]]:
+    def forward(self, features: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """Apply each level to its feature."""
         return [level(feature) for level, feature in zip(self.levels, features, strict=True)]

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from trt_yolov6.models.backbone import EfficientRep
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.head import DecoupledHead
+from trt_yolov6.models.lite import LiteBackbone, LiteNeck
 from trt_yolov6.models.neck import RepPAN
 from trt_yolov6.models.variants import Architecture
 
 
 class YOLOv6(nn.Module):
-    """The paper's network. `arch` says which; it is in training form until `fuse` makes another."""
+    """A network of the family: `arch` says which. It is in training form; `fuse` makes another."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.arch = arch
-        self.backbone = EfficientRep(arch)
-        self.neck = RepPAN(arch)
+        lite = arch.neck == "lite"
+        self.backbone = LiteBackbone(arch) if lite else EfficientRep(arch)
+        self.neck = LiteNeck(arch) if lite else RepPAN(arch)
         self.head = DecoupledHead(arch)
 
     def raw(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """Run the network without decoding.
 
         Args:
-            images: (batch, 3, h, w), RGB in 0..1; h and w are multiples of 32.
+            images: (batch, 3, h, w), RGB in 0..1; h and w are multiples of `arch.size_multiple`.
 
         Returns:
-            For each stride 8, 16, 32: class logits (batch, classes, h', w'), regression
+            For each of `arch.strides`: class logits (batch, classes, h', w'), regression
             (batch, 4 * (reg_max + 1), h', w') and, with v0.1's head, objectness logits
             (batch, 1, h', w').
         """
@@ -38,6 +45,37 @@ class YOLOv6(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Detect: boxes (batch, 4, anchors) xyxy in pixels, scores (batch, classes, anchors)."""
         return decode(self.raw(images), self.arch)
+
+
+def shapes_only(arch: Architecture) -> YOLOv6:
+    """Return a network in training form without data, on PyTorch's "meta" device."""
+    with _ShapesOnly():
+        return YOLOv6(arch)
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Make tensors on the "meta" device and leave out to fill them, which takes a third of it."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in _FILLING:
+            return args[0] if args else given["tensor"]
+        if func in _MAKING:
+            given["device"] = "meta"
+        return func(*args, **given)
+
+
+_MAKING = {torch.empty, torch.ones, torch.tensor, torch.zeros}
+_FILLING = {
+    *(torch.Tensor.fill_, torch.Tensor.zero_),
+    *(nn.init.constant_, nn.init.kaiming_uniform_, nn.init.uniform_),
+}
 
 
 def build_model(arch: Architecture) -> YOLOv6:

@@ -1,24 +1,43 @@
-"""The family as a table: a variant is one row of multipliers and choices (paper, Section 2.1)."""
+"""The family as a table: a variant is one row of multipliers and choices (paper, Section 2.1).
+
+The rows of v0.1 to v0.2.1 are of "YOLOv6" (arXiv 2209.02976), those of 0.3 and 0.4 of "YOLOv6 v3.0"
+(arXiv 2301.05586) and of the authors' later configurations.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from trt_yolov6.errors import UserError
 
-BlockKind = Literal["repvgg", "conv", "scaled"]
-ActivationName = Literal["relu", "silu"]
+BlockKind = Literal["repvgg", "conv", "scaled", "qarepvgg", "lite"]
+StackKind = Literal["plain", "csp", "mbla"]
+NeckKind = Literal["pan", "bifusion", "lite"]
+PoolingKind = Literal["sppf", "cspsppf", "none"]
+ActivationName = Literal["relu", "silu", "hardswish"]
 HeadKind = Literal["distance", "offset"]
 
 STRIDES = (8, 16, 32)
-"""Input pixels a cell of each output level, finest level first."""
+"""Input pixels a cell of each output level of most networks, finest level first."""
+FOUR_STRIDES = (*STRIDES, 64)
+"""The same of the networks with four levels: P6 and Lite."""
 
 _STAGE_CHANNELS = (64, 128, 256, 512, 1024)
 _NECK_CHANNELS = (256, 128, 128, 256, 256, 512)
+_P6_STAGE_CHANNELS = (64, 128, 256, 512, 768, 1024)
+_P6_NECK_CHANNELS = (512, 256, 128, 128, 256, 256, 512, 512, 1024)
 _STAGE_REPEATS = (6, 12, 18, 6)
-_NECK_REPEATS = (12, 12, 12, 12)
+_NECK_REPEATS = 12
+_MBLA_STAGE_REPEATS = (4, 8, 8, 4)
+_MBLA_NECK_REPEATS = 8
+_LITE_STAGE_CHANNELS = (32, 64, 128, 256)
+_LITE_STEM_CHANNELS = 24
+_LITE_NECK_CHANNELS = 96
+_LITE_STAGE_REPEATS = (1, 3, 7, 3)
 
 
 @dataclass(frozen=True)
@@ -27,21 +46,25 @@ class Architecture:
 
     name: str
     """As in the variants table, or `yolov6-custom`."""
-    stage_channels: tuple[int, int, int, int, int]
-    """Output channels of the stem and of the stages 2 to 5."""
-    neck_channels: tuple[int, int, int, int, int, int]
-    """Output channels, along the neck: lateral5, lateral4, down3, bottomup4, down4, bottomup5."""
-    stage_repeats: tuple[int, int, int, int]
-    """Length of the stages 2 to 5: blocks, or bottlenecks of two blocks each where CSP is used."""
-    neck_repeats: tuple[int, int, int, int]
-    """Length of the neck's topdown4, topdown3, bottomup4 and bottomup5, counted likewise."""
+    stage_channels: tuple[int, ...]
+    """Output channels of the stem and of the stages 2 to 5, or to 6 (P6)."""
+    neck_channels: tuple[int, ...]
+    """Output channels along the neck: of the lateral layers from coarse to fine, then of each
+    downsampling and the stack after it, from fine to coarse. With three levels that is lateral5,
+    lateral4, down3, bottomup4, down4, bottomup5. Of Lite: the one number that all levels have."""
+    stage_repeats: tuple[int, ...]
+    """Length of the stages 2 and on: blocks, or bottlenecks of two blocks (CSP) or three (MBLA)."""
+    neck_repeats: tuple[int, ...]
+    """Length of the neck's stacks along the neck, counted likewise: topdown4, topdown3, bottomup4
+    and bottomup5 with three levels. Empty for Lite."""
     block: BlockKind
     """`repvgg`: 3x3, 1x1 and identity branches while training, each normalized; `conv`: one 3x3
-    convolution; `scaled`: the branches with learned scales, which RepOptimizer is made from."""
+    convolution; `scaled`: the branches with learned scales, which RepOptimizer is made from;
+    `qarepvgg`: branches of which only the 3x3 is normalized, and their sum; `lite`: depthwise."""
     csp_ratio: float | None
-    """Hidden over output channels of a CSPStackRep block; None for plain RepBlocks."""
+    """Hidden over output channels of a CSPStackRep or MBLA block; None for plain RepBlocks."""
     activation: ActivationName
-    """Activation of backbone and neck."""
+    """Activation of the blocks of backbone and neck, and of the pooling."""
     reg_max: int
     """Largest distance bin of the distribution focal loss; 0: distances are regressed directly."""
     num_classes: int
@@ -50,6 +73,50 @@ class Architecture:
     and objectness."""
     head_activation: ActivationName = "silu"
     input_channels: int = 3
+    neck_activation: ActivationName = "relu"
+    """Activation of the neck's lateral, downsampling and fusing layers: ReLU in every release."""
+    neck: NeckKind = "pan"
+    """`pan`: Rep-PAN of v0.1 to v0.2.1; `bifusion`: 0.3's, which looks at a finer level, too."""
+    pooling: PoolingKind = "sppf"
+    """What ends the backbone."""
+    mbla: bool = False
+    """Whether stacks are MBLA blocks (0.4), in place of CSPStackRep blocks."""
+
+    @property
+    def stack(self) -> StackKind:
+        """Of what the stages are made."""
+        if self.mbla:
+            return "mbla"
+        return "plain" if self.csp_ratio is None else "csp"
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Input pixels a cell of each output level, finest level first."""
+        four = self.neck == "lite" or len(self.stage_channels) > 5
+        return FOUR_STRIDES if four else STRIDES
+
+    @property
+    def head_channels(self) -> tuple[int, ...]:
+        """What the neck hands to the head, finest level first."""
+        if self.neck == "lite":
+            return self.neck_channels * len(self.strides)
+        laterals = len(self.strides) - 1
+        return (self.neck_channels[laterals - 1], *self.neck_channels[laterals + 1 :: 2])
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of the input are multiples of.
+
+        Lite's coarsest level is rounded up, so that it takes what three levels take.
+        """
+        return 32 if self.neck == "lite" else self.strides[-1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input in pixels that the authors train and test the network at."""
+        if self.neck == "lite":
+            return 320
+        return 640 if len(self.strides) == 3 else 1280
 
 
 @dataclass(frozen=True)
@@ -62,19 +129,63 @@ class Variant:
     csp_ratio: float | None = None
     activation: ActivationName = "relu"
     reg_max: int = 0
+    neck: NeckKind = "pan"
+    pooling: PoolingKind = "sppf"
+    mbla: bool = False
+    p6: bool = False
+    """Whether there are a sixth stage and a fourth level."""
 
+
+_N = Variant(depth=0.33, width=0.25)
+_S = Variant(depth=0.33, width=0.50)
+_M = Variant(depth=0.60, width=0.75, csp_ratio=2 / 3, reg_max=16)
+_L = Variant(depth=1.0, width=1.0, block="conv", csp_ratio=1 / 2, activation="silu", reg_max=16)
+
+
+def _of(row: Variant, **changes: object) -> Variant:
+    return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
+
+
+_N_V3 = _of(_N, neck="bifusion", pooling="cspsppf")
+_S_V3 = _of(_S, neck="bifusion", pooling="cspsppf")
+_M_V3, _L_V3 = _of(_M, neck="bifusion"), _of(_L, neck="bifusion")
+_MBLA = _of(_L_V3, depth=0.5, mbla=True)
+_BASE = _of(_L_V3, activation="relu")
+_LITE = Variant(
+    depth=1.0, width=1.0, block="lite", activation="hardswish", neck="lite", pooling="none"
+)
 
 VARIANTS: dict[str, Variant] = {
-    "yolov6n": Variant(depth=0.33, width=0.25),
+    "yolov6n": _N,
     "yolov6t": Variant(depth=0.25, width=0.50),
     # The T that the authors' v0.2 code configures and publishes is not the T of the paper.
     "yolov6t_released": Variant(depth=0.33, width=0.375),
-    "yolov6s": Variant(depth=0.33, width=0.50),
-    "yolov6m": Variant(depth=0.60, width=0.75, csp_ratio=2 / 3, reg_max=16),
-    "yolov6l": Variant(
-        depth=1.0, width=1.0, block="conv", csp_ratio=1 / 2, activation="silu", reg_max=16
-    ),
-    "yolov6l_relu": Variant(depth=1.0, width=1.0, csp_ratio=1 / 2, reg_max=16),
+    "yolov6s": _S,
+    "yolov6m": _M,
+    "yolov6l": _L,
+    "yolov6l_relu": _of(_L, block="repvgg", activation="relu"),
+    "yolov6n_v3": _N_V3,
+    "yolov6s_v3": _S_V3,
+    "yolov6m_v3": _M_V3,
+    "yolov6l_v3": _L_V3,
+    "yolov6n6": _of(_N_V3, p6=True),
+    "yolov6s6": _of(_S_V3, p6=True),
+    "yolov6m6": _of(_M_V3, p6=True),
+    "yolov6l6": _of(_L_V3, p6=True),
+    "yolov6n_qa": _of(_N_V3, block="qarepvgg"),
+    "yolov6s_qa": _of(_S_V3, block="qarepvgg"),
+    "yolov6m_qa": _of(_M_V3, block="qarepvgg"),
+    "yolov6n_base": _of(_N_V3, block="conv", reg_max=16),
+    "yolov6s_base": _of(_BASE, depth=0.7, width=0.50, pooling="cspsppf"),
+    "yolov6m_base": _of(_BASE, depth=0.8, width=0.75),
+    "yolov6l_base": _BASE,
+    "yolov6s_mbla": _of(_MBLA, width=0.5),
+    "yolov6m_mbla": _of(_MBLA, width=0.75),
+    "yolov6l_mbla": _MBLA,
+    "yolov6x_mbla": _of(_MBLA, depth=1.0),
+    "yolov6lite_s": _of(_LITE, width=0.7),
+    "yolov6lite_m": _of(_LITE, width=1.1),
+    "yolov6lite_l": _of(_LITE, width=1.5),
 }
 
 
@@ -88,41 +199,72 @@ def architecture(name: str, num_classes: int = 80) -> Architecture:
     if row is None:
         raise UserError(f"there is no variant {name!r}; choose one of {', '.join(VARIANTS)}.")
 
-    def channels(base: int) -> int:
-        return math.ceil(base * row.width / 8) * 8
-
     def repeats(base: int) -> int:
         blocks = max(round(base * row.depth), 1)
         return blocks if row.csp_ratio is None else max(blocks // 2, 1)
 
-    c1, c2, c3, c4, c5 = map(channels, _STAGE_CHANNELS)
-    n1, n2, n3, n4, n5, n6 = map(channels, _NECK_CHANNELS)
-    r2, r3, r4, r5 = map(repeats, _STAGE_REPEATS)
-    q1, q2, q3, q4 = map(repeats, _NECK_REPEATS)
+    def scaled(scale: Callable[[int], int], bases: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(scale(base) for base in bases)
+
+    lite = row.neck == "lite"
+    if lite:
+        stage_channels = (
+            _LITE_STEM_CHANNELS,
+            *(_multiple_of_16(base * row.width) for base in _LITE_STAGE_CHANNELS),
+        )
+        neck_channels: tuple[int, ...] = (_LITE_NECK_CHANNELS,)
+        stage_repeats: tuple[int, ...] = _LITE_STAGE_REPEATS
+        neck_repeats: tuple[int, ...] = ()
+    else:
+
+        def channels(base: int) -> int:
+            return math.ceil(base * row.width / 8) * 8
+
+        stage_channels = scaled(channels, _P6_STAGE_CHANNELS if row.p6 else _STAGE_CHANNELS)
+        neck_channels = scaled(channels, _P6_NECK_CHANNELS if row.p6 else _NECK_CHANNELS)
+        stage_repeats = _MBLA_STAGE_REPEATS if row.mbla else _STAGE_REPEATS
+        if row.p6:
+            stage_repeats = (*stage_repeats, stage_repeats[-1])
+        neck_repeat = _MBLA_NECK_REPEATS if row.mbla else _NECK_REPEATS
+        neck_repeats = (neck_repeat,) * (6 if row.p6 else 4)
     return Architecture(
         name=name,
-        stage_channels=(c1, c2, c3, c4, c5),
-        neck_channels=(n1, n2, n3, n4, n5, n6),
-        stage_repeats=(r2, r3, r4, r5),
-        neck_repeats=(q1, q2, q3, q4),
+        stage_channels=stage_channels,
+        neck_channels=neck_channels,
+        stage_repeats=scaled(repeats, stage_repeats),
+        neck_repeats=scaled(repeats, neck_repeats),
         block=row.block,
         csp_ratio=row.csp_ratio,
         activation=row.activation,
         reg_max=row.reg_max,
         num_classes=num_classes,
+        head_activation="hardswish" if lite else "silu",
+        neck_activation="hardswish" if lite else "relu",
+        neck=row.neck,
+        pooling=row.pooling,
+        mbla=row.mbla,
     )
 
 
-def variant_name(arch: Architecture) -> str:
-    """Return the row of `VARIANTS` that has this trunk, or `yolov6-custom`.
+def _multiple_of_16(channels: float) -> int:
+    """Round to the nearest multiple of 16 that is not more than a tenth less."""
+    nearest = max(16, int(channels + 8) // 16 * 16)
+    return nearest if nearest >= 0.9 * channels else nearest + 16
 
-    Only what makes the size counts. The block kind (RepOptimizer trains S without branches), the
-    head and the number of classes do not.
+
+def variant_name(arch: Architecture) -> str:
+    """Return the row of `VARIANTS` that this network is of, or `yolov6-custom`.
+
+    What makes the size has to agree: the trunk. Where several rows have the same, block and bins
+    decide; where none has these, the first row: S trained with RepOptimizer, which has no branches,
+    is an S still. The kind of head and the number of classes do not count.
     """
-    for name in VARIANTS:
-        if _trunk(architecture(name)) == _trunk(arch):
+    alike = [name for name in VARIANTS if _trunk(architecture(name)) == _trunk(arch)]
+    for name in alike:
+        row = VARIANTS[name]
+        if (row.block, row.reg_max) == (arch.block, arch.reg_max):
             return name
-    return "yolov6-custom"
+    return alike[0] if alike else "yolov6-custom"
 
 
 def _trunk(arch: Architecture) -> tuple[object, ...]:
@@ -134,4 +276,8 @@ def _trunk(arch: Architecture) -> tuple[object, ...]:
         arch.neck_repeats,
         ratio,
         arch.activation,
+        arch.neck_activation,
+        arch.neck,
+        arch.pooling,
+        arch.mbla,
     )

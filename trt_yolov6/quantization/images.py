@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.images import list_images, read_image
-from trt_yolov6.data.loader import load_batches
+from trt_yolov6.data.loader import default_workers, load_batches
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines.base import TensorSpec
 from trt_yolov6.errors import UserError
@@ -23,29 +26,99 @@ MINIMUM = 2
 """Images a calibration needs at least: what one image happens to show is no range."""
 
 
-def calibration_images(folder: str | Path, limit: int | None = None) -> list[Path]:
-    """Return the images of a calibration folder, sorted by name.
+def calibration_images(
+    folder: str | Path, limit: int | None = None, tell: Callable[[str], None] | None = None
+) -> list[Path]:
+    """Return the images of a calibration folder that can be used, sorted by path.
+
+    Those that cannot be read are left out, and so are copies of a picture that is there already.
 
     Args:
-        folder: searched without its subfolders.
+        folder: searched with its sub-folders.
         limit: take this many, spread evenly over the names; None for all.
+        tell: called with a line for each image left out, and one for the copies.
 
     Raises:
-        UserError: the folder is missing, or holds fewer than `MINIMUM` images.
+        UserError: the folder is missing, holds fewer than `MINIMUM` different images that can be
+            read, or nothing but pictures of a single colour.
     """
     paths = list_images(folder)
-    if len(paths) < MINIMUM:
-        raise UserError(
-            f"one image is too few to calibrate with ({paths[0]}); give --calib a folder of 32 or "
-            "more that look like those the detector will see."
-        )
-    if limit is None or limit >= len(paths):
-        return paths
-    if limit < MINIMUM:
+    if limit is not None and limit < MINIMUM:
         raise UserError(
             f"{limit} calibration images are too few; take {MINIMUM} at least, better 32 or more."
         )
-    return [paths[index * len(paths) // limit] for index in range(limit)]
+    if limit is not None and limit < len(paths):
+        paths = [paths[index * len(paths) // limit] for index in range(limit)]
+    tell = tell or (lambda _: None)
+    usable: list[Path] = []
+    reasons: list[str] = []
+    seen: dict[str, Path] = {}
+    copies = blank = 0
+    for path, looked in zip(paths, _look_at(paths), strict=True):
+        if isinstance(looked, UserError):
+            reasons.append(str(looked))
+            tell(f"left out of the calibration: {looked}")
+            continue
+        if seen.setdefault(looked.sha256, path) != path:
+            copies += 1
+            continue
+        blank += looked.is_blank
+        usable.append(path)
+    if not usable:
+        raise UserError(f"no image in {folder} can be read; the first problem: {reasons[0]}")
+    if blank == len(usable):
+        raise UserError(
+            f"every image in {folder} is of a single colour, such as all black: no range can be "
+            "found on them; give --calib images like those the detector will see."
+        )
+    if len(usable) < MINIMUM:
+        same = f", {copies + 1} times" if copies else ""
+        raise UserError(
+            f"one image is too few to calibrate with ({usable[0]}{same}); give --calib a folder of "
+            "32 or more that look like those the detector will see."
+        )
+    if copies:
+        tell(f"left out of the calibration: {copies} copies of pictures that are there already")
+    if blank:
+        tell(f"{blank} of {len(usable)} calibration images are of a single colour")
+    return usable
+
+
+@dataclass(frozen=True)
+class _Look:
+    sha256: str
+    """Of its pixels."""
+    is_blank: bool
+    """It shows no more than one colour."""
+
+
+def _look_at(paths: Sequence[Path]) -> list[_Look | UserError]:
+    """Return what each image is, or why it cannot be read."""
+    # Several steps of a build ask for the same images.
+    stamps = []
+    for path in paths:
+        state = path.stat()
+        stamps.append((str(path), state.st_size, state.st_mtime_ns))
+    return list(_look_at_files(tuple(stamps)))
+
+
+@functools.lru_cache(maxsize=2)
+def _look_at_files(files: tuple[tuple[str, int, int], ...]) -> tuple[_Look | UserError, ...]:
+    def look(file: tuple[str, int, int]) -> _Look | UserError:
+        try:
+            pixels = read_image(Path(file[0]))
+        except UserError as error:
+            return error
+        spread = int((pixels.max(axis=(0, 1)) - pixels.min(axis=(0, 1))).max())
+        digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        return _Look(digest, spread < _CONTRAST)
+
+    with ThreadPoolExecutor(default_workers(), thread_name_prefix="look") as pool:
+        return tuple(pool.map(look, files))
+
+
+_CONTRAST = 8
+"""Levels of 255 between the darkest and the brightest pixel from which a picture shows anything."""
 
 
 def calibration_batches(
@@ -57,7 +130,7 @@ def calibration_batches(
     preprocessing: Preprocessing = YOLOV6,
     workers: int | None = None,
 ) -> Iterator[NDArray[Any]]:
-    """Yield what the graph takes for one calibration image after the other, sorted by name.
+    """Yield what the graph takes for one calibration image after the other, sorted by path.
 
     Args:
         folder: a folder, or the list that `calibration_images` made of one.

@@ -71,8 +71,8 @@ class Placement:
     exact_reads: frozenset[tuple[str, str]]
     """Pairs of a quantized tensor and the first output of a node that reads it as it was before."""
     repeated: dict[str, str] = field(default_factory=dict)
-    """Results of concatenations, poolings and the like that INT8 layers read, each with a tensor
-    of the same scale that went into it: they get a pair too, which changes no value."""
+    """Results of concatenations, poolings and the like, each with a tensor of the same scale that
+    went into it: they get a pair too, which changes no value."""
 
 
 Rule = Callable[["_Graph", "onnx.NodeProto"], "str | None"]
@@ -96,9 +96,8 @@ def place(
         hand_on: have concatenations, poolings and the like hand on 8-bit values, and additions
             take them; else quantized tensors are for the layers alone, and whatever else reads the
             same tensor reads it unrounded.
-        requantize: put pairs behind concatenations, poolings and the like as well, although what
-            goes in is quantized with the same scale. They change no value and, in TensorRT-RTX, no
-            layer; they put a pair right before every layer that runs in INT8.
+        requantize: count what comes out of concatenations, poolings and the like among `tensors`,
+            whose ranges have to be known; else it is `repeated`, with the scale of what goes in.
 
     Raises:
         UserError: the graph is quantized already, or has no layer of a name in `keep_float`.
@@ -125,8 +124,8 @@ def place(
     wanted = _wanted_tensors(graph, integer, exact)
     links = list(_links(graph, wanted, exact)) if hand_on else []
     wanted.update(source for sources, _ in links for source in sources)
-    if not requantize:
-        wanted.difference_update(_dequantized_late(graph, links))
+    late = set() if requantize else wanted.intersection(_dequantized_late(graph, links))
+    wanted -= late
     tensors = tuple(name for name in graph.order if name in wanted)
     return Placement(
         tensors=tensors,
@@ -139,7 +138,7 @@ def place(
             for node in graph.readers(tensor)
             if node.output[0] in exact
         ),
-        repeated=_repeated(graph, integer, tensors, links),
+        repeated=_repeated((name for name in graph.order if name in late), tensors, links),
     )
 
 
@@ -458,23 +457,18 @@ def _dequantized_late(graph: _Graph, links: Iterable[tuple[Sequence[str], str]])
 
 
 def _repeated(
-    graph: _Graph,
-    integer: set[str],
-    tensors: Collection[str],
-    links: Iterable[tuple[Sequence[str], str]],
+    results: Iterable[str], tensors: Collection[str], links: Iterable[tuple[Sequence[str], str]]
 ) -> dict[str, str]:
-    """Return what INT8 layers read without a pair of its own, with a tensor of the same scale.
+    """Return what is dequantized late, each with a tensor of the same scale that has a pair.
 
-    TensorRT 8 takes a convolution as INT8 only where a pair stands right before it; else its
-    weights' DequantizeLinear stays a layer, and the build fails. TensorRT-RTX needs none and makes
-    the same layers with one.
+    Values do not change by a pair of their own. TensorRT 8 takes a convolution as INT8 only where a
+    pair stands right before it; else its weights' DequantizeLinear stays a layer, and the build
+    fails. TensorRT-RTX 1.7 makes the same layers of all these pairs as of none, but with one behind
+    a concatenation and none behind the pooling before it, that pooling is in float.
     """
-    read = {node.input[0] for node in graph.nodes if node.output[0] in integer}
     sources = {result: inputs[0] for inputs, result in links}
     found: dict[str, str] = {}
-    for name in graph.order:
-        if name not in read or name in tensors:
-            continue
+    for name in results:
         source = name
         while source not in tensors and source in sources:
             source = sources[source]

@@ -202,7 +202,7 @@ def quantize(
             "all do little work for each value that is quantized; build it with --fp16."
         )
     _check_float_layers(graph, settings)
-    paths = calibration_images(folder, settings.image_limit)
+    paths = calibration_images(folder, settings.image_limit, tell)
     key = CalibrationKey(
         model_sha256(graph.model),
         images_sha256(paths),
@@ -321,7 +321,7 @@ def calibrate(
         bias_correction=False,
     )
     check_weights(graph.model)
-    paths = calibration_images(folder, settings.image_limit)
+    paths = calibration_images(folder, settings.image_limit, tell)
     key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
     prepared, table, _, _ = _calibrate(graph, paths, settings, key, tell or (lambda _: None))
     return Calibrated(prepared.model, prepared.placement, table, tuple(paths), prepared.statistics)

@@ -18,8 +18,10 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.evaluation import evaluate
 from trt_yolov6.quantization.ptq import Calibrated, Judge, batches_of
 from trt_yolov6.quantization.sensitivity import (
+    MEANING,
     Metric,
     Sensitivity,
+    direction,
     layer_distortions,
     ranked,
     sensitivity,
@@ -100,8 +102,11 @@ def fallback_report(
     for ranking in rankings:
         layers = ranking.names[:count]
         value = scored(calibrated.with_float(layers))
-        rows.append(f"| {count} by {ranking.metric} | {value:.4f} | {', '.join(layers)} |")
-    return "\n".join(rows)
+        which = direction(ranking.metric).split()[0]
+        row = f"| {count} of {which} {ranking.metric} | {value:.4f} | {', '.join(layers)} |"
+        rows.append(row)
+    used = [f"{ranking.metric}: {MEANING[ranking.metric]}" for ranking in rankings]
+    return "\n".join([*rows, "", "; ".join(used) + "."])
 
 
 def ap_on(graph: Graph, dataset: CocoDataset) -> Score:

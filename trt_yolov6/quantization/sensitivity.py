@@ -38,12 +38,19 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 TENSOR_METRICS: tuple[Metric, ...] = ("mse", "snr", "cosine")
 
-_AXIS_LABELS = {
-    "mse": "mean squared error of the layer's output (logarithmic)",
-    "snr": "signal-to-noise ratio of the layer's output, dB",
-    "cosine": "1 - cosine similarity of the layer's output (logarithmic)",
-    "ap": "AP lost with only this layer in INT8",
+MEANING: dict[Metric, str] = {
+    "mse": "mean squared error of the layer's output, in its squared unit",
+    "snr": "signal-to-noise ratio of the layer's output, in dB",
+    "cosine": "cosine similarity of the layer's output with float's, -1 to 1",
+    "ap": "AP with only this layer in INT8, 0 to 1",
 }
+"""What each metric is, with its unit."""
+
+
+def direction(metric: Metric) -> str:
+    """Say which end of a metric's values is that of the sensitive layers."""
+    return f"{'highest' if metric == 'mse' else 'lowest'} = most sensitive"
+
 
 _SUMS = ("error", "reference", "values", "count")
 
@@ -119,6 +126,8 @@ class Sensitivity:
         """Return what `sensitivity --json` writes; a value that is not finite is null."""
         return {
             "metric": self.metric,
+            "unit": MEANING[self.metric],
+            "direction": direction(self.metric),
             "layers": [
                 {"name": name, "value": value if np.isfinite(value) else None}
                 for name, value in self.layers
@@ -257,6 +266,8 @@ def input_scales(
 def write_chart(result: Sensitivity, path: str | Path) -> None:
     """Draw a bar for each layer, the most sensitive on top, as a PNG file.
 
+    The bars are the values that `Sensitivity` has, in its direction.
+
     Raises:
         UserError: the path is no .png file or cannot be written.
         MissingDependencyError: matplotlib is not installed.
@@ -274,19 +285,22 @@ def write_chart(result: Sensitivity, path: str | Path) -> None:
         ) from error
     names, values = zip(*result.layers, strict=True)
     bars = np.array(values, np.float64)
-    if result.metric in ("cosine", "ap"):
-        bars = 1 - bars
     finite = bars[np.isfinite(bars)]
     bars = np.nan_to_num(bars, posinf=finite.max(initial=0), neginf=finite.min(initial=0))
     figure = Figure(figsize=(9, 1.2 + 0.19 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.barh(np.arange(len(names)), bars, color="#2f6f9f", height=0.75)
-    if result.metric in ("mse", "cosine") and (bars > 0).any():
+    if result.metric == "mse" and (bars > 0).any():
         axes.set_xscale("log")
+    if result.metric in ("cosine", "ap") and bars.min() < bars.max():
+        # From where they differ on: near 1, bars from 0 would all look alike.
+        margin = 0.05 * float(bars.max() - bars.min())
+        axes.set_xlim(float(bars.min()) - margin, float(bars.max()) + margin)
     axes.set_yticks(np.arange(len(names)), names, fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel(_AXIS_LABELS[result.metric])
+    scale = " (logarithmic)" if axes.get_xscale() == "log" else ""
+    axes.set_xlabel(f"{MEANING[result.metric]}{scale}; {direction(result.metric)}")
     axes.set_title(f"Sensitivity to INT8 of {len(names)} layers", fontsize=10)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

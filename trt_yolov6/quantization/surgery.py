@@ -368,31 +368,6 @@ def unify_scales(graph: gs.Graph) -> Iterator[Removal]:
             )
 
 
-def drop_pairs_behind_movers(graph: gs.Graph) -> Iterator[Removal]:
-    """Drop the pair behind an operator that only moves values, if the same stands before it.
-
-    What goes in is on the grid of the scale already, so what comes out is, and TensorRT dequantizes
-    behind. (See `placement._links` for what was seen.) Not right before a layer with weights, which
-    TensorRT 8 takes as INT8 only with a pair.
-    """
-    for pair in _pairs(graph):
-        node = _maker(pair.source)
-        if node is None or node.op not in _MOVING or pair.source in graph.outputs:
-            continue
-        if _carried_grids(pair.source) != {pair.grid.key()}:
-            continue
-        layers = any(reader.op in _WEIGHTED for reader in pair.result.outputs)
-        if layers or pair.result in graph.outputs:
-            continue
-        _bypass(graph, pair.source, pair.result)
-        yield Removal(
-            "drop_pairs_behind_movers",
-            pair.source.name,
-            f"{node.op} hands on what is quantized with the same scale before it",
-            True,
-        )
-
-
 PASSES: tuple[Callable[[Any], Iterator[Removal]], ...] = (
     fold_weights,
     fold_biases,
@@ -401,7 +376,6 @@ PASSES: tuple[Callable[[Any], Iterator[Removal]], ...] = (
     drop_pairs_in_fusions,
     drop_useless_pairs,
     unify_scales,
-    drop_pairs_behind_movers,
 )
 
 
@@ -527,17 +501,6 @@ def _grid(node: gs.Node) -> _Grid | None:
 def _data(node: gs.Node) -> list[gs.Tensor]:
     """Return those of a moving operator's inputs that it moves."""
     return list(node.inputs if node.op == "Concat" else node.inputs[:1])
-
-
-def _carried_grids(tensor: gs.Tensor) -> set[tuple[Any, ...] | None]:
-    """Return the scales that a tensor's values are on, None among them for what is in float."""
-    maker = _maker(tensor)
-    if maker is not None and maker.op == _DQ:
-        grid = _grid(maker)
-        return {grid.key() if grid else None}
-    if maker is not None and maker.op in _MOVING:
-        return {grid for item in _data(maker) for grid in _carried_grids(item)}
-    return {None}
 
 
 def _constant(graph: gs.Graph, name: str, value: NDArray[Any]) -> gs.Constant:

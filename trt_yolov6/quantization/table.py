@@ -113,7 +113,7 @@ def read_table(path: str | Path) -> CalibrationTable:
         methods = {str(name): str(entry["method"]) for name, entry in value["tensors"].items()}
         if not (isinstance(model, str) and isinstance(images, str) and isinstance(settings, dict)):
             raise TypeError
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} is not a calibration table of this package; delete it and calibrate again."
         ) from error

@@ -13,7 +13,7 @@ from typing import Any
 from trt_yolov6.comparison.results import FILE, KIND, read_results
 from trt_yolov6.errors import UserError
 from trt_yolov6.files import read_json
-from trt_yolov6.quantization.sensitivity import METRICS
+from trt_yolov6.quantization.sensitivity import METRICS, Metric
 
 MAX_PICTURE_BYTES = 2_000_000
 """A picture beyond that is left out: it would make the page slow."""
@@ -45,7 +45,7 @@ class Ranking:
     """A ranking of layers by `trt-yolov6 sensitivity --json`."""
 
     file: str
-    metric: str
+    metric: Metric
     layers: tuple[tuple[str, float | None], ...]
     """Most sensitive first; None where the value is not finite."""
 
@@ -106,7 +106,7 @@ def _ranking(path: Path, value: Mapping[str, Any]) -> Ranking:
             (str(layer["name"]), None if layer["value"] is None else float(layer["value"]))
             for layer in value["layers"]
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}); run `sensitivity --json` again."
         ) from error
@@ -114,4 +114,5 @@ def _ranking(path: Path, value: Mapping[str, Any]) -> Ranking:
         (name, number if number is None or math.isfinite(number) else None)
         for name, number in layers
     )
-    return Ranking(path.name, str(value["metric"]), finite)
+    metric = next(known for known in METRICS if known == value["metric"])
+    return Ranking(path.name, metric, finite)

@@ -10,6 +10,7 @@ from typing import Any
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.comparison.summary import number
 from trt_yolov6.drawing import class_colour
+from trt_yolov6.quantization.sensitivity import MEANING, direction
 from trt_yolov6.reports.figures import PRECISIONS, bar, legend, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking
 from trt_yolov6.reports.tables import (
@@ -25,13 +26,6 @@ from trt_yolov6.reports.tables import (
 
 SHOWN_LAYERS = 12
 """Layers a table has before the rest folds away."""
-
-_RANKING_AXES = {
-    "mse": "mean squared error of the layer's output",
-    "snr": "signal-to-noise ratio of the layer's output in dB, the lowest first",
-    "cosine": "cosine similarity of the layer's output, the lowest first",
-    "ap": "AP with only this layer in INT8, the lowest first",
-}
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -99,10 +93,23 @@ def trade_offs(rows: Sequence[Row]) -> str:
     others = sorted({row.base for row in rows} - set(PRECISIONS))
     return (
         legend([*kinds, *others])
+        + _simulated(rows)
         + f'<div class="charts">{"".join(figures)}</div>'
         + '<p class="soft">A bar across a mark is the interval of its latency (see Method), cut '
         "off where it is wider than the chart has room for. Hover, tap or focus a mark for its "
         "figures.</p>"
+    )
+
+
+def _simulated(rows: Sequence[Row]) -> str:
+    """Say where a latency is not that of the precision it stands for."""
+    kinds = [kind for kind in PRECISIONS if any(r.is_simulated and r.base == kind for r in rows)]
+    if not kinds:
+        return ""
+    named = " and ".join(kind.upper() for kind in kinds)
+    return (
+        f"<p><strong>A CPU computes {named} in float.</strong> Its AP is right; its latency says "
+        "nothing of a GPU, where lower precision is faster.</p>"
     )
 
 
@@ -172,6 +179,7 @@ def sensitivity(rankings: Sequence[Ranking]) -> str:
     parts = []
     for ranking in rankings:
         lengths = _lengths(ranking)
+        scale = " (bars logarithmic)" if ranking.metric == "mse" else ""
         head = ["Layer", ranking.metric.upper(), ""]
         body = [
             [
@@ -183,8 +191,8 @@ def sensitivity(rankings: Sequence[Ranking]) -> str:
         ]
         parts.append(
             f"<h3>{escape(ranking.file)}</h3>"
-            f'<p class="soft">{escape(_RANKING_AXES[ranking.metric])}; the longer the bar, the '
-            "more INT8 costs there.</p>" + folded(head, body, raw=(2,), wide=2)
+            f'<p class="soft">{escape(MEANING[ranking.metric])}{scale}; '
+            f"{direction(ranking.metric)}, first.</p>" + folded(head, body, raw=(2,), wide=2)
         )
     return "".join(parts)
 
@@ -491,24 +499,17 @@ def _colour(label: int) -> str:
 
 
 def _lengths(ranking: Ranking) -> list[float]:
-    """Return how long each layer's bar is, 0..1: the more INT8 costs there, the longer."""
-    if all(value is None for _, value in ranking.layers):
-        return [0.0] * len(ranking.layers)
-    costs = [None if value is None else _cost(ranking.metric, value) for _, value in ranking.layers]
-    finite = [cost for cost in costs if cost is not None]
+    """Return how long each layer's bar is, 0..1: the larger its value, the longer."""
+    values = [value for _, value in ranking.layers]
+    if ranking.metric == "mse":
+        values = [None if value is None else math.log10(max(value, 1e-300)) for value in values]
+    finite = [value for value in values if value is not None]
+    if not finite:
+        return [0.0] * len(values)
     low, high = min(finite), max(finite)
     span = (high - low) or 1.0
-    # The least sensitive layer has a bar as well, though a short one.
-    return [1.0 if cost is None else 0.04 + 0.96 * (cost - low) / span for cost in costs]
-
-
-def _cost(metric: str, value: float) -> float:
-    """Return a number that is the larger, the more INT8 costs in a layer."""
-    if metric == "mse":
-        return math.log10(max(value, 1e-300))
-    if metric == "cosine":
-        return math.log10(max(1 - value, 1e-16))
-    return -value
+    # The layer of the least value has a bar as well, though a short one.
+    return [1.0 if value is None else 0.04 + 0.96 * (value - low) / span for value in values]
 
 
 def _axes(batches: Sequence[int]) -> list[tuple[int, str]]:

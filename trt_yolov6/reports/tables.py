@@ -40,6 +40,15 @@ class Row:
         value = self.engine["AP"]
         return None if value is None else float(value)
 
+    @property
+    def is_simulated(self) -> bool:
+        """An 8-bit or half-precision engine of ONNX Runtime on a CPU, which computes it in float:
+        the accuracy is right, the latency says nothing of a GPU."""
+        on_cpu = self.engine["backend"] == "onnxruntime" and not str(
+            self.engine["device"]
+        ).startswith("GPU")
+        return on_cpu and self.base in ("int8", "fp8", "fp16")
+
     def latency(self, batch: int) -> Interval | None:
         """Return the latency at a batch size in milliseconds; None where it was not measured."""
         timing = self.timings.get(batch)

@@ -110,13 +110,13 @@ FINE_TUNING = AugmentationSettings(
 
 
 def augmentation_for(variant: str) -> AugmentationSettings:
-    """Return the authors' settings for a variant, such as `yolov6s`; M and L are varied more.
+    """Return the authors' settings for a variant, such as `yolov6s`; M and larger are varied more.
 
     Raises:
         UserError: there is no such variant.
     """
     architecture(variant)
-    if variant.startswith(("yolov6m", "yolov6l")):
+    if variant.startswith(("yolov6m", "yolov6l", "yolov6x")) and "lite" not in variant:
         return AugmentationSettings(scale=0.9, mixup=0.1)
     return AugmentationSettings()
 

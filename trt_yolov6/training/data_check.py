@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from trt_yolov6.class_matching import order_by_name
+from trt_yolov6.data.annotations import check_units, find_image
 from trt_yolov6.data.coco import (
     CocoImage,
+    check_distinct,
     check_unique,
-    choose_split,
-    image_folder,
-    malformed,
     read_coco_image,
     read_records,
 )
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import default_workers
+from trt_yolov6.data.sources import malformed, read_source
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import read_json, write_json
+from trt_yolov6.files import write_json
 
 OnBadData = Literal["refuse", "skip"]
 
@@ -112,7 +113,7 @@ class CheckedSplit:
 def check_data(
     folder: str | Path, split: str | None = None, *, progress: bool = True
 ) -> DataReport:
-    """Check a split in COCO format: every annotation, and every image by decoding it.
+    """Check a split of a data set: every annotation, and every image by decoding it.
 
     Args:
         folder: the data set's folder.
@@ -157,14 +158,10 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
     """Read a split and judge everything but the content of its images.
 
     Raises:
-        UserError: as `check_data`.
+        UserError: as `check_data`, or all boxes are in other units than pixels.
     """
-    folder = Path(folder)
-    split = choose_split(folder, split)
-    file = folder / "annotations" / f"instances_{split}.json"
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise malformed(file, "it is not a JSON object")
+    source = read_source(folder, split)
+    file, content = source.file, source.content
     categories = read_records(file, content, "categories", {"id": int, "name": str})
     records = read_records(file, content, "images", {"id": int, "file_name": str})
     annotations = content.get("annotations")
@@ -178,10 +175,11 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
 
     categories = sorted(categories, key=lambda category: int(category["id"]))
     class_of = {category["id"]: place for place, category in enumerate(categories)}
-    images, problems = _judge_images(records, image_folder(folder, split))
+    images, problems = _judge_images(file, records, source.folders)
     names = {record["id"]: record["file_name"] for record in records}
     judged = _judge_annotations(annotations, names, {image.id: image for image in images}, class_of)
     objects = [judged.objects.get(image.id, []) for image in images]
+    check_units(file, *_boxes_as_written(annotations, images))
     boxes = tuple(
         np.array([item.box for item in items], np.float64).reshape(-1, 4) for items in objects
     )
@@ -200,6 +198,27 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
             crowds=judged.crowds,
             empty_images=sum(not len(item) for item in boxes),
         ),
+    )
+
+
+def in_order(checked: CheckedSplit, names: Sequence[str]) -> CheckedSplit:
+    """Return a split with its classes in a network's order, where it has the same by name.
+
+    Args:
+        checked: returned as it is where the names differ, or the order does not.
+        names: of the network's classes.
+    """
+    found = np.concatenate([np.empty(0, np.int64), *checked.classes])
+    used = np.bincount(found, minlength=len(checked.class_names)) > 0
+    places = order_by_name(names, checked.class_names, used.tolist())
+    if places is None or places == tuple(range(len(names))):
+        return checked
+    # The classes that the network does not know have no object.
+    table = np.array([-1 if place is None else place for place in places], np.int64)
+    return dataclasses.replace(
+        checked,
+        class_names=tuple(names),
+        classes=tuple(table[classes] for classes in checked.classes),
     )
 
 
@@ -286,16 +305,18 @@ class _Judged:
 
 
 def _judge_images(
-    records: list[dict[str, Any]], folder: Path
+    file: Path, records: list[dict[str, Any]], folders: Sequence[Path]
 ) -> tuple[list[CocoImage], list[Problem]]:
     images, problems = [], []
+    paths = {record["file_name"]: find_image(record["file_name"], folders) for record in records}
+    check_distinct(file, paths)
     for record in records:
         name = record["file_name"]
-        path = folder / name
+        path = paths[name]
         height, width = _integer(record.get("height")), _integer(record.get("width"))
-        if not path.is_file():
+        if path is None:
             problems.append(
-                Problem(name, None, "missing-image", f"image {name} is not in {folder}")
+                Problem(name, None, "missing-image", f"image {name} is not in {folders[0]}")
             )
         elif height is None or width is None or min(height, width) < 1:
             problems.append(
@@ -379,8 +400,26 @@ def _problem(number: int, entry: Any, names: dict[int, str], kind: Kind, told: s
         label, image_id = _integer(entry.get("id")), _integer(entry.get("image_id"))
     image = None if image_id is None else names.get(image_id)
     called = f"annotation {label}" if label is not None else f"annotation number {number}"
+    if isinstance(entry, dict) and "where" in entry:
+        called = str(entry["where"])
     of_image = f" of image {image}" if image is not None else ""
     return Problem(image, label, kind, f"{called}{of_image} {told}")
+
+
+def _boxes_as_written(
+    annotations: list[Any], images: Sequence[CocoImage]
+) -> tuple[list[list[float]], list[tuple[int, int]]]:
+    """Return the boxes that are four finite numbers, and width and height of their images."""
+    sizes = {image.id: (image.width, image.height) for image in images}
+    boxes, of_image = [], []
+    for entry in annotations:
+        box = entry.get("bbox") if isinstance(entry, dict) else None
+        corners = _corners(box)
+        size = sizes.get(_integer(entry.get("image_id")) or 0) if corners else None
+        if corners and size and isinstance(box, list) and all(map(math.isfinite, corners)):
+            boxes.append([float(value) for value in box])
+            of_image.append(size)
+    return boxes, of_image
 
 
 def _corners(box: object) -> Corners | None:

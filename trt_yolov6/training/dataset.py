@@ -31,6 +31,7 @@ from trt_yolov6.training.data_check import (
     OnBadData,
     for_each_image,
     full_report,
+    in_order,
     read_split,
     refuse,
     write_report,
@@ -196,8 +197,9 @@ def load_training_set(
     on_bad_data: OnBadData = "refuse",
     progress: bool = True,
     report_file: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> TrainingSet:
-    """Decode a split in COCO format into memory.
+    """Decode a split of a data set into memory.
 
     Args:
         folder: the data set's folder.
@@ -208,6 +210,8 @@ def load_training_set(
         on_bad_data: `refuse`: raise, once all is checked; `skip`: leave out exactly what is wrong.
         progress: show a bar while loading, on a terminal.
         report_file: where to write the report as JSON if there is anything in it.
+        class_names: of the network that is trained on; a data set with the same classes in another
+            order is put in this one.
 
     Raises:
         BadDataError: there are problems and they are to be refused.
@@ -217,6 +221,8 @@ def load_training_set(
     if on_bad_data not in ("refuse", "skip"):
         raise UserError(f"--bad-data is {on_bad_data!r}; give refuse or skip.")
     checked = read_split(folder, split)
+    if class_names is not None:
+        checked = in_order(checked, class_names)
     placed = [
         fit((image.height, image.width), (image_size, image_size)).resized
         for image in checked.images

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.export import box_factors
-from trt_yolov6.models.variants import STRIDES, Architecture
+from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.exact import PASSING_ON
 from trt_yolov6.quantization.insert import quantize_weights, weight_axis
 from trt_yolov6.quantization.levels import INT8
@@ -105,7 +105,9 @@ class GraphNetwork(nn.Module):
         self._model = model
         self._quantization = quantization
         kinds = ("cls", "reg", "obj") if arch.head == "offset" else ("cls", "reg")
-        self._outputs = tuple(tuple(f"{kind}_{stride}" for kind in kinds) for stride in STRIDES)
+        self._outputs = tuple(
+            tuple(f"{kind}_{stride}" for kind in kinds) for stride in arch.strides
+        )
         constants = {
             item.name: np.array(numpy_helper.to_array(item)) for item in model.graph.initializer
         }
@@ -303,7 +305,7 @@ class GraphNetwork(nn.Module):
             if operator is None:
                 raise UserError(
                     f"the graph has the operator {node.op_type}, which quantization-aware training "
-                    "does not know; give a YOLOv6 checkpoint."
+                    "does not know; give a YOLOv6 checkpoint, and not one of MBLA or Lite."
                 )
             inputs = tuple(node.input)
             exact = frozenset(n for n in inputs if (n, node.output[0]) in exact_reads)
@@ -487,7 +489,7 @@ class _Folded:
 def _folded(nodes: Sequence[onnx.NodeProto], arch: Architecture) -> dict[str, _Folded]:
     result = {}
     makers = {node.output[0]: node for node in nodes}
-    for stride in STRIDES:
+    for stride in arch.strides:
         factor, shift = box_factors(arch, stride)
         node = makers[f"reg_{stride}"]
         result[node.input[1]] = _Folded(factor[:, None, None, None], np.zeros((), np.float32))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import anchor_points, decode
-from trt_yolov6.models.variants import STRIDES, Architecture, variant_name
+from trt_yolov6.models.variants import Architecture, variant_name
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
 from trt_yolov6.training.iou import similarity
 from trt_yolov6.training.targets import Targets
@@ -30,7 +30,8 @@ LEAST_AN_IMAGE = 0.25
 """Least that losses are divided by, for every image of the batch: less than one object found
 halfway. Without it, batches of few objects or none would blow up."""
 
-_SMALL_VARIANTS = ("yolov6n", "yolov6t", "yolov6t_released")
+_SMALL_VARIANTS = ("yolov6n", "yolov6t")
+"""What the names of the variants begin with that take SIoU."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def default_losses(arch: Architecture) -> LossSettings:
     distributions; objectness where the head has it.
     """
     return LossSettings(
-        box="siou" if variant_name(arch) in _SMALL_VARIANTS else "giou",
+        box="siou" if variant_name(arch).startswith(_SMALL_VARIANTS) else "giou",
         use_dfl=arch.reg_max > 0,
         objectness=arch.head == "offset",
     )
@@ -187,7 +188,7 @@ def detection_loss(
             `distillation` is given, or the teacher's shapes are others.
     """
     check_losses(settings, arch)
-    _check_shapes(levels, image_size)
+    _check_shapes(levels, image_size, arch.strides)
     if (teacher_levels is None) != (distillation is None):
         raise ValueError("teacher_levels and distillation go together")
     with torch.autocast(levels[0][0].device.type, enabled=False):
@@ -197,7 +198,7 @@ def detection_loss(
         boxes, scores = decode(levels, arch)
         boxes = boxes.transpose(1, 2)
         sizes = [(level[0].shape[2], level[0].shape[3]) for level in levels]
-        points, strides = anchor_points(sizes, 0.5, regression)
+        points, strides = anchor_points(sizes, 0.5, regression, arch.strides)
         labels = _assign(
             scores.detach().transpose(1, 2),
             boxes.detach(),
@@ -459,11 +460,16 @@ def _join(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([level.flatten(2) for level in maps], dim=2)
 
 
-def _check_shapes(levels: Sequence[tuple[Tensor, ...]], image_size: int | tuple[int, int]) -> None:
+def _check_shapes(
+    levels: Sequence[tuple[Tensor, ...]],
+    image_size: int | tuple[int, int],
+    strides: Sequence[int],
+) -> None:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    for level, stride in zip(levels, STRIDES, strict=True):
+    for level, stride in zip(levels, strides, strict=True):
         cells = tuple(level[0].shape[2:])
-        if (cells[0] * stride, cells[1] * stride) != (height, width):
+        # Lite's coarsest level is rounded up.
+        if cells != (-(-height // stride), -(-width // stride)):
             raise ValueError(
                 f"at stride {stride}, {cells} cells do not cover {(height, width)} pixels"
             )

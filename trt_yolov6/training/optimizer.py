@@ -53,7 +53,7 @@ def default_optimizer(variant: str, *, fine_tuning: bool = False) -> OptimizerSe
     """Return the authors' values: twice the learning rate for N, others for fine-tuning."""
     if fine_tuning:
         return FINE_TUNING
-    return OptimizerSettings(learning_rate=0.02 if variant == "yolov6n" else 0.01)
+    return OptimizerSettings(learning_rate=0.02 if variant.startswith("yolov6n") else 0.01)
 
 
 def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:

@@ -29,6 +29,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.evaluation import Evaluation, evaluate
 from trt_yolov6.export import ExportSettings
 from trt_yolov6.models.variants import Architecture
+from trt_yolov6.progress import is_logged
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.images import calibration_images
@@ -81,7 +82,7 @@ class QatSettings:
     """How a network is trained quantized; what came of the defaults is in docs/training.md."""
 
     data: str
-    """Folder of the data set, in COCO layout."""
+    """The data set's folder or `data.yaml`."""
     train_split: str = "train"
     on_bad_data: OnBadData = "refuse"
     epochs: int = 10
@@ -249,6 +250,7 @@ def train_quantized(
     state_file: str | Path | None = None,
     progress: bool = True,
     data: TrainingSet | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> QatResult:
     """Train a calibrated network with its rounding in place.
 
@@ -260,6 +262,7 @@ def train_quantized(
         state_file: written after each epoch, and gone on from where it is there.
         progress: show a bar on stderr.
         data: the training split, if it is loaded already.
+        tell: off a terminal, called with a header and a line an epoch.
 
     Raises:
         UserError: the data cannot be read, has other classes, or training diverged.
@@ -275,6 +278,7 @@ def train_quantized(
             where,
             on_bad_data=settings.on_bad_data,
             progress=progress,
+            class_names=graph.class_names,
         )
     check_classes(settings.data, len(data.class_names), start.arch)
     run = _Run(start, settings, data, where)
@@ -291,6 +295,13 @@ def train_quantized(
     )
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
+    log_line = tell if is_logged(progress) else None
+    if log_line is not None:
+        log_line(
+            f"qat: {start.arch.name} on {len(data)} images at {size} pixels, {settings.epochs} "
+            f"epochs of {plan.steps_per_epoch} steps, batch {plan.batch}, on {where}; a line an "
+            "epoch"
+        )
     with bar, _convolutions(where, exact=False):
         for epoch in range(done, settings.epochs):
             order = epoch_order(plan, epoch, settings.seed)
@@ -301,7 +312,10 @@ def train_quantized(
                 run.step(order[place : place + plan.batch], step, plan.total_steps)
                 bar.update()
             line = run.finish_epoch(plan.steps_per_epoch, time.perf_counter() - clock)
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {line['loss']:.3f}")
+            text = f"epoch {epoch + 1}, loss {line['loss']:.3f}"
+            bar.set_postfix_str(text)
+            if log_line is not None:
+                log_line(f"{text}, {line['seconds']:.2f} s, of {settings.epochs} epochs")
             if state_file is not None:
                 run.save(state_file)
     seconds = tuple(line["seconds"] for line in run.log)

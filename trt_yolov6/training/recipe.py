@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from trt_yolov6.checkpoint import Checkpoint
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
     STRIDES,
     VARIANTS,
@@ -58,7 +58,7 @@ class TrainSettings:
     """
 
     data: str
-    """Folder of the data set, in COCO layout."""
+    """The data set's folder or `data.yaml`."""
     variant: str
     """A row of `models.VARIANTS`; with `weights`, what that is recognized as."""
     optimizer: OptimizerSettings
@@ -115,7 +115,7 @@ def recipe_for(
     scales: Checkpoint | None = None,
     epochs: int = 300,
     plain_epochs: int | None = None,
-    image_size: int = 640,
+    image_size: int | None = None,
     **others: Any,
 ) -> TrainSettings:
     """Return the paper's recipe for a variant.
@@ -129,7 +129,7 @@ def recipe_for(
         scales: hyper-search network for RepOptimizer, which then says what the network is.
         epochs: passes over the training split.
         plain_epochs: last epochs without Mosaic and Mixup; None: 15, but at most a quarter of all.
-        image_size: side of the input in pixels.
+        image_size: side of the input in pixels; None: what the authors train the network at.
         others: any other field of `TrainSettings`.
 
     Raises:
@@ -161,7 +161,7 @@ def recipe_for(
         architecture=options,
         weights=str(weights.path) if weights else None,
         epochs=epochs,
-        image_size=image_size,
+        image_size=image_size or arch.image_size,
         **values,
     )
 
@@ -192,11 +192,19 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
         UserError: they contradict each other.
     """
     changes: dict[str, Any] = {}
+    of_blocks = (options.block, options.activation, options.csp_ratio)
+    if arch.neck == "lite" and any(option is not None for option in of_blocks):
+        raise UserError(
+            f"{arch.name} has one kind of block; leave --block, --activation, --csp-ratio and "
+            "--rep-optimizer out."
+        )
     if options.block is not None:
         changes["block"] = options.block
     if options.activation is not None:
-        changes["activation"] = options.activation
+        changes["activation"] = changes["neck_activation"] = options.activation
     if options.csp_ratio is not None:
+        if arch.mbla and options.csp_ratio == 0:
+            raise UserError(f"{arch.name} is made of MBLA blocks; give a CSP ratio above 0.")
         if not 0 <= options.csp_ratio <= 1:
             raise UserError(
                 f"a CSP ratio of {options.csp_ratio} is out of range; give 0 (none) to 1."
@@ -243,8 +251,9 @@ def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
 def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
     fields = {item.name for item in dataclasses.fields(value)}
     if names[0] not in fields:
+        meant = did_you_mean(names[0], fields)
         raise UserError(
-            f"--set {assignment}: there is no {names[0]}; choose one of "
+            f"--set {assignment}: there is no {names[0]}{meant}; choose one of "
             f"{', '.join(sorted(fields))}."
         )
     kind = typing.get_type_hints(type(value))[names[0]]
@@ -293,7 +302,7 @@ def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
     """
     try:
         restored: TrainSettings = _restored(TrainSettings, value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{source} holds no settings of a training that this version knows ({error}); start "
             "the training anew."

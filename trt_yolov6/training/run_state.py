@@ -121,7 +121,7 @@ def restore(state: dict[str, Any], learner: Learner) -> Progress:
         torch.set_rng_state(state["cpu_generator"])
         if learner.sums.is_cuda and state["cuda_generator"] is not None:
             torch.cuda.set_rng_state(state["cuda_generator"], learner.sums.device)
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise UserError(
             f"the state does not fit the network ({str(error).splitlines()[0][:120]}); start the "
             "training anew."

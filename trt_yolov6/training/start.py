@@ -47,21 +47,35 @@ def starting_model(
             network is; of its weights, only the scales are taken.
 
     Raises:
-        UserError: the checkpoint cannot be read, is fused, or is not what the settings say.
+        UserError: the checkpoint cannot be read, is fused, or is not what the settings say; or the
+            image size does not fit the network.
     """
     generator_state = torch.get_rng_state()
     torch.manual_seed(derived_seed(settings.seed, "weights"))
     try:
-        if scales is not None:
-            return _from_scales(settings, load_checkpoint(scales), class_names)
-        if settings.weights is None:
-            arch = adapted(architecture(settings.variant, len(class_names)), settings.architecture)
-            model = build_model(arch)
-            reset_predictions(model)
-            return Start(model, ())
-        return _from_checkpoint(settings, load_checkpoint(settings.weights), class_names)
+        start = _start(settings, class_names, scales)
     finally:
         torch.set_rng_state(generator_state)
+    multiple = start.model.arch.size_multiple
+    if settings.image_size % multiple:
+        raise UserError(
+            f"an image size of {settings.image_size} is not a multiple of {multiple}, which this "
+            "network needs; give another --imgsz."
+        )
+    return start
+
+
+def _start(
+    settings: TrainSettings, class_names: tuple[str, ...], scales: str | Path | None
+) -> Start:
+    if scales is not None:
+        return _from_scales(settings, load_checkpoint(scales), class_names)
+    if settings.weights is None:
+        arch = adapted(architecture(settings.variant, len(class_names)), settings.architecture)
+        model = build_model(arch)
+        reset_predictions(model)
+        return Start(model, ())
+    return _from_checkpoint(settings, load_checkpoint(settings.weights), class_names)
 
 
 def _from_checkpoint(

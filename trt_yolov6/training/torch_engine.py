@@ -33,6 +33,7 @@ class TorchEngine(Engine):
     backend = "torch"
     output_layout = "split"
     manifest = None
+    is_checked = True  # outputs of this package's own, of weights that may know nothing yet
 
     def __init__(
         self,

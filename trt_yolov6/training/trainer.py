@@ -28,6 +28,7 @@ from trt_yolov6.evaluation import Evaluation, evaluate
 from trt_yolov6.files import read_json, write_json
 from trt_yolov6.models.blocks import BN_MOMENTUM
 from trt_yolov6.models.network import YOLOv6
+from trt_yolov6.progress import is_logged
 from trt_yolov6.trained_checkpoint import Training, write_checkpoint
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
@@ -125,6 +126,8 @@ class _Run:
     learner: Learner
     autocast: torch.dtype | None
     progress: bool
+    log_line: Callable[[str], None] | None = None
+    """Off a terminal: takes a header and a line an epoch."""
 
 
 def train(
@@ -151,7 +154,7 @@ def train(
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
         resume: go on from the folder's state; the settings must be the same. On a CPU the weights
             end bit for bit as if nothing had happened.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; off a terminal, `tell` gets a line an epoch.
         state_seconds: least time between two writings of the state, after a step of the optimizer;
             whatever has been done since the last is done again after a kill.
         tell: called with sentences about the start and the data.
@@ -179,6 +182,8 @@ def train(
         run = _prepare(
             settings, folder, processes, progress and processes.is_first, note, scales=scales
         )
+        if is_logged(progress):
+            run = dataclasses.replace(run, log_line=speak)
         result = _trained(run, state, state_seconds)
         return dataclasses.replace(
             result, wall_seconds=time.perf_counter() - start, notes=tuple(notes)
@@ -210,6 +215,8 @@ def _search(
             return last
     state = _open_folder(place, wanted, again, processes)
     run = _prepare(wanted, place, processes, progress and processes.is_first, note)
+    if is_logged(progress) and processes.is_first:
+        run = dataclasses.replace(run, log_line=print)
     if processes.is_first:
         write_json(folder / SETTINGS_FILE, settings.to_json())
     result = _trained(run, state, state_seconds)
@@ -350,8 +357,9 @@ def _prepare(
         on_bad_data=settings.on_bad_data,
         progress=progress,
         report_file=folder / DATA_REPORT_FILE if processes.is_first else None,
+        class_names=load_checkpoint(settings.weights).class_names if settings.weights else None,
     )
-    if validation is not None and validation.class_names != data.class_names:
+    if validation is not None and set(validation.class_names) != set(data.class_names):
         raise UserError(
             f"the splits {settings.train_split} and {settings.val_split} of {settings.data} have "
             "different classes; make their categories agree."
@@ -487,16 +495,19 @@ def _train_steps(run: _Run, done: Progress, state_seconds: float) -> None:
         log = None
         if run.processes.is_first:
             log = stack.enter_context(RunLog(run.folder, from_epoch=first_epoch))
+        what = "search" if run.model.arch.block == "scaled" else "train"
         bar = stack.enter_context(
             tqdm(
                 total=plan.total_steps,
                 initial=done.step,
-                desc="search" if run.model.arch.block == "scaled" else "train",
+                desc=what,
                 unit="step",
                 disable=None if run.progress else True,
             )
         )
         saver = _Saver(run, state_seconds)
+        if run.log_line is not None:
+            run.log_line(_header(run, done, what))
         for epoch in range(first_epoch, settings.epochs):
             _train_epoch(run, done, epoch, bar, saver)
             line = _epoch_line(run, done, epoch)
@@ -506,6 +517,8 @@ def _train_steps(run: _Run, done: Progress, state_seconds: float) -> None:
                 log.write(line)
                 saver.save(done, now=epoch in evaluated or epoch + 1 == settings.epochs)
                 bar.set_postfix_str(_postfix(line, done))
+                if run.log_line is not None:
+                    run.log_line(f"{_postfix(line, done)}, of {settings.epochs} epochs")
             run.processes.wait()
 
 
@@ -694,6 +707,17 @@ def _evaluation(run: _Run) -> Evaluation | None:
 def _write(run: _Run, name: str, epoch: int, ap: float | None) -> None:
     training = Training(run.settings.to_json(), epoch, ap)
     write_checkpoint(run.folder / name, run.learner.average.model, run.data.class_names, training)
+
+
+def _header(run: _Run, done: Progress, what: str) -> str:
+    settings = run.settings
+    begun = done.step // run.plan.steps_per_epoch
+    after = f", {begun} of them done" if begun else ""
+    return (
+        f"{what}: {settings.variant} on {len(run.data)} images at {settings.image_size} pixels, "
+        f"{settings.epochs} epochs{after} of {run.plan.steps_per_epoch} steps, batch "
+        f"{settings.batch}, on {run.processes.device}; a line an epoch"
+    )
 
 
 def _postfix(line: dict[str, Any], done: Progress) -> str:

@@ -1,0 +1,231 @@
+"""kill -9 at random moments of the commands that write: what is left is whole, a second run ends.
+
+    python tests/kill.py --count 200 --seed 0
+
+Each run is forked from a process that has imported everything and is killed after a random part of
+the time that a whole run takes. Then every file that is left must be one that can be read, an
+engine and its manifest must be a pair, and the same command, with `--resume` where it trains, must
+end with exit code 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that writes."""
+
+    name: str
+    arguments: Callable[[Path], list[str]]
+    """Takes the folder that is written to."""
+    again: Callable[[Path], list[str]]
+    """The same for the second run, after a kill."""
+
+
+def commands(inputs: Path) -> list[Command]:
+    """Return the commands; `inputs` is what `prepare` filled."""
+
+    def build(out: Path) -> list[str]:
+        weights = ["--onnx", str(inputs / f"{'AB'[len(list(out.glob('*.onnx'))) % 2]}.onnx")]
+        end = ["--backend", "onnxruntime", "--decoder", "yolov6", "--quiet"]
+        return ["build", *weights, "--output", str(out / "e.onnx"), *end]
+
+    def training(command: str, out: Path) -> list[str]:
+        common = ["--data", str(inputs / "shapes"), "--split", "train", "--val-split", "val"]
+        common += ["--output", str(out / "run"), "--epochs", "2", "--device", "cpu", "--quiet"]
+        weights = ["--weights", str(inputs / "tiny.pt"), "--imgsz", "64"]
+        if command == "qat":
+            calib = ["--calib", str(inputs / "calib"), "--calibrator", "minmax", "--no-equalize"]
+            return ["qat", *weights, *common, *calib, "--batch", "4"]
+        return ["train", *weights, *common, "--batch", "4"]
+
+    def resumed(command: str, out: Path) -> list[str]:
+        if not (out / "run" / "settings.json").exists():
+            return training(command, out)
+        if command == "train":
+            return ["train", "--resume", "--output", str(out / "run"), "--quiet"]
+        return [*training(command, out), "--resume"]
+
+    def compare(out: Path) -> list[str]:
+        models = [str(inputs / "A.onnx"), str(inputs / "B.onnx")]
+        how = ["--rounds", "3", "--duration", "0.3", "--batches", "1", "--examples", "1"]
+        data = ["--data", str(inputs / "cells"), "--backends", "onnxruntime", "--threads", "1"]
+        return ["compare", *models, "--output", str(out), *how, *data, "--quiet"]
+
+    return [
+        Command("build", build, build),
+        Command("compare", compare, compare),
+        Command("train", lambda out: training("train", out), lambda out: resumed("train", out)),
+        Command("qat", lambda out: training("qat", out), lambda out: resumed("qat", out)),
+    ]
+
+
+def prepare(inputs: Path) -> None:
+    """Write a training set, a tiny checkpoint, two tiny detectors and pictures."""
+    import onnx
+    from test_evaluation import write_cells
+    from tiny_detector import load_tiny
+    from training_data import write_shapes, write_tiny
+
+    write_shapes(inputs / "shapes")
+    write_tiny(inputs / "tiny.pt")
+    shutil.copytree(next((inputs / "shapes" / "images").iterdir()), inputs / "calib")
+    write_cells(inputs / "cells", images=3)
+    with load_tiny(inputs) as engine:
+        model = onnx.load(engine.path)
+    for name in "AB":
+        model.producer_name = f"tiny {name}"
+        onnx.save(model, inputs / f"{name}.onnx")
+
+
+def faults_in(folder: Path) -> list[str]:
+    """Return what is wrong with the files of a folder, hidden ones aside: those are temporary."""
+    import onnx
+    import torch
+
+    from trt_yolov6.engines.manifest import read_manifest
+    from trt_yolov6.files import sha256_file
+
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or any(part.startswith(".") for part in path.parts):
+            continue
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".jsonl":
+                for line in path.read_text().splitlines()[:-1]:
+                    json.loads(line)
+            elif path.suffix == ".pt":
+                torch.load(path, map_location="cpu", weights_only=False)
+            elif path.suffix == ".onnx":
+                onnx.checker.check_model(onnx.load(path))
+                manifest = read_manifest(path)
+                if manifest is not None and manifest.plan_sha256 != sha256_file(path):
+                    found.append(f"{path.name} is not its manifest's")
+        except Exception as error:  # whatever a reader says of half a file
+            found.append(f"{path.name}: {type(error).__name__}: {error}")
+    return found
+
+
+def run(arguments: list[str], log: Path, seconds: float | None = None) -> tuple[int, float]:
+    """Run a command in a forked process; kill it after some seconds. Return code and time."""
+    start = time.monotonic()
+    child = os.fork()
+    if not child:
+        code = 70
+        try:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for number in (1, 2):
+                os.dup2(file, number)
+            from trt_yolov6.cli import main
+
+            code = main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), time.monotonic() - start
+        if seconds is not None and time.monotonic() - start >= seconds:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return -signal.SIGKILL, time.monotonic() - start
+        time.sleep(0.002)
+
+
+def kill_often(count: int, seed: int, names: list[str] | None) -> int:
+    """Kill so many runs; return how many left something that is not whole."""
+    import cv2
+    import onnxruntime
+
+    import trt_yolov6.comparison.run
+    import trt_yolov6.training.qat
+    import trt_yolov6.training.trainer  # noqa: F401
+
+    _ = cv2, onnxruntime
+    rng = random.Random(seed)
+    faults = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        inputs, log = folder / "inputs", folder / "log"
+        inputs.mkdir()
+        child = os.fork()
+        if not child:
+            try:
+                prepare(inputs)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            return 1
+        chosen = [one for one in commands(inputs) if not names or one.name in names]
+        whole: dict[str, float] = {}
+        for command in chosen:
+            out = folder / f"whole-{command.name}"
+            out.mkdir()
+            code, whole[command.name] = run(command.arguments(out), log)
+            if code:
+                print(f"{command.name}, not killed: {code}\n{log.read_text()[-2000:]}")
+                return 1
+            print(f"{command.name}: {whole[command.name]:.1f} s when it is left alone", flush=True)
+        tally = dict.fromkeys(whole, 0)
+        for number in range(count):
+            command = chosen[number % len(chosen)]
+            out = folder / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            if command.name == "build":
+                run(command.arguments(out), log)  # so that there is an old pair
+            code, _ = run(command.arguments(out), log, rng.random() * whole[command.name])
+            tally[command.name] += code == -signal.SIGKILL
+            wrong = faults_in(out)
+            code, _ = run(command.again(out), log)
+            # Killed after its last step: there is nothing left to do.
+            is_over = " is over; " in log.read_text()
+            if code and not is_over:
+                wrong.append(f"the second run ended with {code}: {log.read_text()[-1000:]}")
+            wrong += faults_in(out)
+            if (number + 1) % 20 == 0:
+                print(f"{number + 1} kills, {faults} faults", flush=True)
+            if wrong:
+                faults += 1
+                print(f"{command.name} {number}: {'; '.join(wrong)}", flush=True)
+        print(
+            ", ".join(f"{name} killed {times} times" for name, times in tally.items())
+            + f"; {faults} times something was not whole"
+        )
+    return faults
+
+
+def main() -> int:
+    """Run as the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", nargs="+")
+    options = parser.parse_args()
+    return int(kill_often(options.count, options.seed, options.commands) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""Data sets as real tools write them: COCO's variations, YOLO's text files, Pascal VOC's XML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from trt_yolov6.data.coco import CocoDataset, load_coco
+from trt_yolov6.errors import UserError
+from trt_yolov6.training.data_check import in_order, read_split
+
+WIDTH, HEIGHT = 40, 30
+BOXES = {"a": [("cat", (2, 4, 10, 20)), ("dog", (20, 5, 8, 6))], "b": [("dog", (0, 0, 40, 30))]}
+"""By image: class and x, y, width, height."""
+
+
+def images(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in BOXES:
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / f"{name}.png")
+
+
+def coco_content() -> dict[str, Any]:
+    numbers = {name: index for index, name in enumerate(BOXES, start=1)}
+    classes = {"cat": 1, "dog": 2}
+    return {
+        "images": [
+            {"id": number, "file_name": f"{name}.png", "width": WIDTH, "height": HEIGHT}
+            for name, number in numbers.items()
+        ],
+        "categories": [{"id": number, "name": name} for name, number in classes.items()],
+        "annotations": [
+            {
+                "id": index,
+                "image_id": numbers[name],
+                "category_id": classes[label],
+                "bbox": list(box),
+                "iscrowd": 0,
+            }
+            for index, (name, label, box) in enumerate(
+                ((name, label, box) for name, objects in BOXES.items() for label, box in objects),
+                start=1,
+            )
+        ],
+    }
+
+
+def write_coco(root: Path, content: dict[str, Any], encoding: str = "utf-8") -> Path:
+    images(root / "images" / "val")
+    (root / "annotations").mkdir()
+    file = root / "annotations" / "instances_val.json"
+    file.write_text(json.dumps(content), encoding=encoding)
+    return root
+
+
+def objects(dataset: CocoDataset) -> list[tuple[str, str, tuple[float, ...]]]:
+    """Return image, class and box of every object."""
+    stems = {image.id: image.path.stem for image in dataset.images}
+    names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
+    return sorted(
+        (
+            stems[entry["image_id"]],
+            names[entry["category_id"]],
+            tuple(round(value, 6) for value in entry["bbox"]),
+        )
+        for entry in dataset.annotations
+    )
+
+
+EXPECTED = sorted(
+    (name, label, tuple(float(value) for value in box))
+    for name, found in BOXES.items()
+    for label, box in found
+)
+
+
+def string_ids(content: dict[str, Any]) -> None:
+    for image in content["images"]:
+        image["id"] = Path(image["file_name"]).stem
+    for entry in content["annotations"]:
+        entry["image_id"] = "ab"[entry["image_id"] - 1]
+
+
+def numbers_as_text(content: dict[str, Any]) -> None:
+    for records in content.values():
+        for record in records:
+            record.update({key: str(v) for key, v in record.items() if isinstance(v, int)})
+            if "bbox" in record:
+                record["bbox"] = [str(value) for value in record["bbox"]]
+
+
+def ids_as_floats(content: dict[str, Any]) -> None:
+    for entry in content["annotations"]:
+        entry["image_id"], entry["category_id"] = (
+            float(entry["image_id"]),
+            str(entry["category_id"]),
+        )
+
+
+def crowds_as_text(content: dict[str, Any]) -> None:
+    for entry in content["annotations"]:
+        entry["iscrowd"] = "0"
+
+
+def with_folders(prefix: str) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            image["file_name"] = prefix + image["file_name"]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        string_ids,
+        numbers_as_text,
+        ids_as_floats,
+        crowds_as_text,
+        with_folders("images/val/"),
+        with_folders("val/"),
+        with_folders("/home/annotator/set/"),
+        with_folders("C:\\\\set\\\\images\\\\val\\\\"),
+        with_folders("../../data/images/val/"),
+    ],
+)
+def test_what_is_plainly_meant_is_read(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    content = coco_content()
+    change(content)
+    dataset = load_coco(write_coco(tmp_path, content))
+    assert objects(dataset) == EXPECTED
+    assert [entry["iscrowd"] for entry in dataset.annotations] == [0, 0, 0]
+    # Training reads the same.
+    assert [len(boxes) for boxes in read_split(tmp_path, "val").boxes] == [2, 1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path, encoding: str) -> None:
+    assert objects(load_coco(write_coco(tmp_path, coco_content(), encoding))) == EXPECTED
+
+
+def test_an_image_that_is_missing_is_named_as_the_file_has_it(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"][0]["file_name"] = "/home/annotator/set/gone.png"
+    with pytest.raises(UserError, match=r"being /home/annotator/set/gone\.png"):
+        load_coco(write_coco(tmp_path, content))
+
+
+def test_two_names_for_one_image_are_refused(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"][0]["file_name"] = "one/a.png"
+    content["images"][1]["file_name"] = "two/a.png"
+    write_coco(tmp_path, content)
+    for read in (load_coco, lambda root: read_split(root, "val")):
+        with pytest.raises(UserError, match=r"one/a\.png and two/a\.png are both found as"):
+            read(tmp_path)
+
+
+def as_fractions(box: list[float]) -> list[float]:
+    return [box[0] / WIDTH, box[1] / HEIGHT, box[2] / WIDTH, box[3] / HEIGHT]
+
+
+def as_corners(box: list[float]) -> list[float]:
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+
+
+@pytest.mark.parametrize(
+    ("unit", "said"), [(as_fractions, "fractions of the image"), (as_corners, "x1, y1, x2, y2")]
+)
+def test_boxes_in_other_units_are_refused(
+    tmp_path: Path, unit: Callable[[list[float]], list[float]], said: str
+) -> None:
+    content = coco_content()
+    for entry in content["annotations"]:
+        entry["bbox"] = unit(entry["bbox"])
+    write_coco(tmp_path, content)
+    for read in (load_coco, lambda root: read_split(root, "val")):
+        with pytest.raises(UserError, match=said):
+            read(tmp_path)
+
+
+def test_boxes_that_overhang_their_image_a_little_are_pixels(tmp_path: Path) -> None:
+    content = coco_content()
+    content["annotations"][2]["bbox"] = [0, 0, WIDTH + 2, HEIGHT + 2]
+    assert len(load_coco(write_coco(tmp_path, content)).annotations) == 3
+
+
+# --- YOLO ---------------------------------------------------------------------------------------
+
+
+def write_yolo(
+    root: Path, split_folder: str = "images/val", label_folder: str = "labels/val", **keys: Any
+) -> Path:
+    images(root / split_folder)
+    labels = root / label_folder
+    labels.mkdir(parents=True, exist_ok=True)
+    for name, found in BOXES.items():
+        lines = [
+            f"{('dog', 'cat').index(label)} {(x + w / 2) / WIDTH} {(y + h / 2) / HEIGHT} "
+            f"{w / WIDTH} {h / HEIGHT}"
+            for label, (x, y, w, h) in found
+        ]
+        (labels / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    content = {"val": split_folder, "names": ["dog", "cat"], "nc": 2, **keys}
+    # JSON is YAML.
+    (root / "data.yaml").write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folders", "keys"),
+    [
+        (("images/val", "labels/val"), {}),
+        (("images/val", "labels/val"), {"names": {"1": "cat", "0": "dog"}, "train": "nowhere"}),
+        (("val/images", "val/labels"), {"val": "../val/images"}),
+        (("valid/images", "valid/labels"), {"val": None, "valid": "valid/images"}),
+        (("set/val", "set/val"), {"path": "set", "val": "val"}),
+    ],
+)
+def test_yolo_text_files_are_read(
+    tmp_path: Path, folders: tuple[str, str], keys: dict[str, Any]
+) -> None:
+    write_yolo(tmp_path, *folders, **keys)
+    for data in (tmp_path, tmp_path / "data.yaml"):
+        dataset = load_coco(data, "val")
+        assert dataset.class_names == ("dog", "cat")
+        assert objects(dataset) == EXPECTED
+    assert [len(boxes) for boxes in read_split(tmp_path, "val").boxes] == [2, 1]
+
+
+def test_a_list_of_images_and_a_polygon_are_read(tmp_path: Path) -> None:
+    write_yolo(tmp_path, val="val.txt")
+    (tmp_path / "val.txt").write_text("./images/val/b.png\n")
+    (tmp_path / "labels" / "val" / "b.txt").write_text("0 0.25 0.5 0.75 0.5 0.5 1.0\n")
+    assert objects(load_coco(tmp_path)) == [("b", "dog", (10, 15, 20, 15))]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("0 20 15 10 10", "fractions of the image, not in pixels"),
+        ("0 0.5 0.5 0.1", r"b\.txt line 1"),
+        ("cat 0.5 0.5 0.1 0.1", r"b\.txt line 1"),
+        ("7 0.5 0.5 0.1 0.1", r"b\.txt line 1 is of category 7"),
+    ],
+)
+def test_a_label_that_cannot_be_meant_is_named(tmp_path: Path, line: str, said: str) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "labels" / "val" / "a.txt").unlink()
+    (tmp_path / "labels" / "val" / "b.txt").write_text(line)
+    with pytest.raises(UserError, match=said):
+        load_coco(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("val: images/val", "no list 'names'"),
+        ("names: [a]\nval: nowhere", "is not there"),
+        ("names: [a]", "names no images"),
+        ("[1", "is not YAML"),
+        ("7", "does not hold keys"),
+    ],
+)
+def test_a_data_yaml_that_is_none_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        load_coco(tmp_path / "data.yaml")
+    assert "\n" not in str(error.value)
+
+
+# --- Pascal VOC ---------------------------------------------------------------------------------
+
+
+def voc_xml(name: str, difficult: int = 0) -> str:
+    # As the development kit counts: from 1, the last pixel within.
+    found = "".join(
+        f"<object><name>{label}</name><difficult>{difficult}</difficult><bndbox>"
+        f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+        "</bndbox></object>"
+        for label, (x, y, w, h) in BOXES[name]
+    )
+    return (
+        f"<annotation><filename>{name}.png</filename><size><width>{WIDTH}</width>"
+        f"<height>{HEIGHT}</height><depth>3</depth></size>{found}</annotation>"
+    )
+
+
+def test_voc_with_lists_is_read(tmp_path: Path) -> None:
+    images(tmp_path / "JPEGImages")
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    for name in BOXES:
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(voc_xml(name))
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("a\n")
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("b\n")
+    (tmp_path / "ImageSets" / "Main" / "dog_train.txt").write_text("b 1\n")
+    assert objects(load_coco(tmp_path)) == [item for item in EXPECTED if item[0] == "a"]
+    train = load_coco(tmp_path, "train")
+    # The classes of the whole set, so that both splits have one order.
+    assert train.class_names == ("cat", "dog")
+    assert objects(train) == [item for item in EXPECTED if item[0] == "b"]
+
+
+def test_voc_beside_the_images_is_read_and_difficult_objects_do_not_count(tmp_path: Path) -> None:
+    images(tmp_path / "valid")
+    for name in BOXES:
+        (tmp_path / "valid" / f"{name}.xml").write_text(voc_xml(name, int(name == "b")))
+    dataset = load_coco(tmp_path, "val")
+    assert objects(dataset) == EXPECTED
+    assert [entry["iscrowd"] for entry in dataset.annotations] == [0, 0, 1]
+    (tmp_path / "valid" / "b.xml").write_text("<annotation>")
+    with pytest.raises(UserError, match=r"b\.xml is not an XML file"):
+        load_coco(tmp_path, "val")
+
+
+def test_training_takes_the_network_s_order_of_classes(tmp_path: Path) -> None:
+    checked = read_split(write_yolo(tmp_path), "val")
+    assert checked.class_names == ("dog", "cat")
+    turned = in_order(checked, ["Cat", "Dog"])
+    assert turned.class_names == ("Cat", "Dog")
+    assert [item.tolist() for item in turned.classes] == [[0, 1], [1]]
+    assert in_order(checked, ["cat", "bird"]) is checked
+    assert in_order(checked, ["class_0", "class_1"]) is checked

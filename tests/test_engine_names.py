@@ -1,0 +1,115 @@
+"""Engines are named by what they are, so that one build does not take another's place unsaid."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+from small_graphs import detector
+
+from trt_yolov6.building import (
+    Graph,
+    build_engine,
+    engine_path,
+    engine_stem,
+    graph_from_onnx,
+    write_graph,
+)
+from trt_yolov6.cli import main
+from trt_yolov6.engines import base, find_engine, load_engine
+from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
+from trt_yolov6.errors import UserError
+from trt_yolov6.inference import default_nms
+
+
+@pytest.fixture
+def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graph:
+    monkeypatch.chdir(tmp_path)
+    Path("net.onnx").write_bytes(detector().SerializeToString())
+    return graph_from_onnx("net.onnx")
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "stem"),
+    [
+        ({}, None, "cells-fp32"),
+        ({"precision": "int8"}, "t4", "cells-int8-t4"),
+        ({"image_size": (320, 320)}, None, "cells-fp32-320"),
+        ({"image_size": (384, 640)}, None, "cells-fp32-384x640"),
+        ({"batch": BatchProfile(1, 1, 1)}, None, "cells-fp32-b1"),
+        ({"batch": BatchProfile(1, 4, 8)}, None, "cells-fp32-b1-4-8"),
+        ({"output_layout": "end2end", "precision": "fp16"}, None, "cells-fp16-end2end"),
+    ],
+)
+def test_a_name_says_checkpoint_precision_and_what_is_not_usual(
+    graph: Graph, changes: dict[str, object], target: str | None, stem: str
+) -> None:
+    usual = dataclasses.replace(graph, source=Path("in/cells.pt"), image_size=(640, 640))
+    built = dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
+    assert engine_stem(built, target) == stem
+    assert engine_path(built, "onnxruntime", None, target) == Path("engines", f"{stem}.onnx")
+    assert engine_path(built, "onnxruntime", "x.onnx", target) == Path("x.onnx")
+
+
+def test_a_short_name_stands_for_the_newest_build_and_that_is_said(
+    graph: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = build_engine(graph, backend="onnxruntime").path
+    newer = build_engine(dataclasses.replace(graph, precision="fp16"), backend="onnxruntime").path
+    assert older.name == "net-fp32-32.onnx"
+    os.utime(older, (1, 1))
+    assert find_engine("engines/net.onnx") == newer
+    os.utime(newer, (0, 0))
+    assert find_engine("engines/net.onnx") == older
+    # A file of that very name goes first.
+    Path("engines/net.onnx").write_bytes(b"")
+    assert find_engine("engines/net.onnx") == Path("engines/net.onnx")
+    Path("engines/net.onnx").unlink()
+    assert main(["inspect", "engines/net.onnx"]) == 0
+    assert f"engines/net.onnx: taking the newest build of it, {older}" in capsys.readouterr().out
+    for missing in ("engines/other.onnx", "engines/net.trt", "engines/ne.onnx"):
+        with pytest.raises(UserError, match="does not exist"):
+            find_engine(missing)
+
+
+def test_replacing_an_engine_is_said(graph: Graph, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["build", "--onnx", "net.onnx", "--backend", "onnxruntime", "--quiet"]
+    assert main(command) == 0
+    assert "replacing" not in capsys.readouterr().out
+    assert main(command) == 0
+    assert "replacing engines/net-fp32-32.onnx (fp32, of net.onnx)" in capsys.readouterr().out
+    assert main([*command, "--fp16"]) == 0
+    assert "replacing" not in capsys.readouterr().out
+
+
+def test_an_exported_graph_is_known_by_its_manifest(graph: Graph) -> None:
+    path = write_graph(graph_from_onnx("net.onnx", fp16=True), "half.onnx")
+    with load_engine(path) as engine:
+        assert engine.precision == "fp16"
+
+
+def test_what_is_shown_has_one_default_threshold(graph: Graph, tmp_path: Path) -> None:
+    write_graph(graph, "plain.onnx")
+    with load_engine("plain.onnx") as engine:
+        assert default_nms(engine) == NmsSettings(confidence=0.4)
+        # What a graph has decided itself is not asked for again.
+        engine.nms = NmsSettings(confidence=0.5, iou=0.7, max_detections=100)
+        assert default_nms(engine) == engine.nms
+        engine.nms = NmsSettings(confidence=0.1, iou=0.7)
+        assert default_nms(engine) == NmsSettings(confidence=0.4, iou=0.7)
+
+
+def test_an_int8_graph_that_would_all_be_computed_in_float_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX 1.7 builds for a T4 without a GPU, and has no INT8 convolution for it."""
+    pytest.importorskip("tensorrt_rtx")
+    from trt_yolov6.quantization.levels import INT8
+    from trt_yolov6.quantization.probe import computes
+
+    settings = base.BuildSettings(target="t4")
+    assert not computes("tensorrt-rtx", settings, INT8)
+    assert computes("tensorrt-rtx", base.BuildSettings(target="ada"), INT8)
+    assert computes("onnxruntime", base.BuildSettings(), INT8)

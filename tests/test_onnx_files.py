@@ -1,0 +1,221 @@
+"""ONNX files as tools leave them: weights elsewhere, nodes out of order, outputs to spare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from small_graphs import GraphWriter, detector, random_images
+
+from trt_yolov6.building import build_engine, graph_from_onnx
+from trt_yolov6.engines import load_engine
+from trt_yolov6.errors import UserError
+from trt_yolov6.onnx_files import graph_precision, read_onnx, sort_nodes
+from trt_yolov6.quantization.symmetric import with_symmetric_int8
+
+
+def run(model: onnx.ModelProto, image: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    """Return the outputs, Q/DQ computed exactly."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    outputs: list[np.ndarray[Any, Any]] = session.run(None, {session.get_inputs()[0].name: image})
+    return outputs
+
+
+def save(model: onnx.ModelProto, path: Path, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path, **options)
+    return path
+
+
+def external(folder: Path) -> Path:
+    options = {"save_as_external_data": True, "location": "d.onnx.data", "size_threshold": 0}
+    return save(detector(), folder / "d.onnx", **options)
+
+
+def test_weights_beside_the_model_end_up_in_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = external(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    for fp16 in (False, True):
+        graph = graph_from_onnx("in/d.onnx", fp16=fp16)
+        built = build_engine(graph, backend="onnxruntime", output=tmp_path / f"{fp16}" / "e.onnx")
+        monkeypatch.chdir(path.parent)  # from whichever folder
+        with load_engine(built.path) as engine:
+            found = engine.infer(random_images(1)[0])
+        expected = run(detector(), random_images(1)[0])
+        np.testing.assert_allclose(found["boxes"], expected[0], atol=0.01 if fp16 else 1e-5)
+        monkeypatch.chdir(tmp_path)
+
+
+def test_an_engine_without_a_manifest_reads_its_weights_from_its_folder(tmp_path: Path) -> None:
+    with load_engine(external(tmp_path)) as engine:
+        found = engine.infer(random_images(1)[0])
+    np.testing.assert_allclose(found["boxes"], run(detector(), random_images(1)[0])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_weights_that_are_missing_or_cut_short_are_named(tmp_path: Path, damage: str) -> None:
+    path = external(tmp_path)
+    weights = tmp_path / "d.onnx.data"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-8])
+    for read in (read_onnx, load_engine):
+        with pytest.raises(UserError, match=r"d\.onnx\.data") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_elsewhere_are_not_read(tmp_path: Path) -> None:
+    path = external(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for item in tensor.external_data:
+            if item.key == "location":
+                item.value = "../../etc/passwd"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="cannot be read from its folder"):
+        read_onnx(path)
+
+
+def test_nodes_out_of_order_are_sorted_and_built(tmp_path: Path) -> None:
+    model = detector()
+    expected = run(model, random_images(1)[0])
+    nodes = [type(node).FromString(node.SerializeToString()) for node in model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    graph = graph_from_onnx(save(model, tmp_path / "r.onnx"))
+    for given, wanted in zip(run(graph.model, random_images(1)[0]), expected, strict=True):
+        np.testing.assert_array_equal(given, wanted)
+    # In order already: nothing moves.
+    before = detector().SerializeToString()
+    again = onnx.load_from_string(before)
+    assert not sort_nodes(again)
+    assert again.SerializeToString() == before
+
+
+def test_nodes_in_a_circle_are_refused(tmp_path: Path) -> None:
+    model = detector()
+    model.graph.node[0].input[0] = model.graph.node[1].output[0]
+    with pytest.raises(UserError, match="not a whole ONNX model"):
+        read_onnx(save(model, tmp_path / "circle.onnx"))
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_outputs_for_debugging_are_dropped_and_named(tmp_path: Path, place: int) -> None:
+    model = detector()
+    shape: list[str | int | None] = ["batch", 8, 16, 16]
+    model.graph.output.insert(
+        place, helper.make_tensor_value_info("stem_out", TensorProto.FLOAT, shape)
+    )
+    path = save(model, tmp_path / "extra.onnx")
+    graph = graph_from_onnx(path)
+    assert [item.name for item in graph.model.graph.output] == ["boxes", "scores"]
+    assert graph.notes == ("dropped the output stem_out: not a detector's",)
+    with load_engine(path) as engine:
+        assert engine.dropped_outputs == ("stem_out",)
+        assert engine.infer(random_images(1)[0]).keys() == {"boxes", "scores"}
+
+
+def test_a_graph_of_which_nothing_is_a_detector_s_is_refused(tmp_path: Path) -> None:
+    graph = GraphWriter()
+    one = graph.conv_relu("one", "images", (3, 8))
+    two = graph.conv_relu("two", one, (8, 8))
+    with pytest.raises(UserError, match="no known layout"):
+        graph_from_onnx(save(graph.model(one, two), tmp_path / "none.onnx"))
+
+
+def test_dynamic_quantization_is_called_what_it_is(tmp_path: Path) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    path = save(detector(), tmp_path / "float.onnx")
+    quantize_dynamic(path, tmp_path / "dynamic.onnx")
+    graph = graph_from_onnx(tmp_path / "dynamic.onnx")
+    assert graph.precision == "int8-dynamic"
+    built = build_engine(graph, backend="onnxruntime", output=tmp_path / "e.onnx")
+    assert json.loads(built.manifest_path.read_text())["precision"] == "int8-dynamic"
+    with load_engine(built.path) as engine:
+        assert engine.precision == "int8-dynamic"
+    with load_engine(tmp_path / "dynamic.onnx") as engine:  # without a manifest
+        assert engine.precision == "int8-dynamic"
+    with pytest.raises(UserError, match=r"DynamicQuantizeLinear.*quant_format=QDQ"):
+        with_symmetric_int8(graph.model, "dynamic.onnx")
+
+
+# --- unsigned levels ----------------------------------------------------------------------------
+
+SCALE = 0.02
+
+
+def quantized(zero: int, kind: Any = np.uint8, relu: bool = False) -> onnx.ModelProto:
+    """A convolution between two Q/DQ pairs; the second one is the ReLU where `zero` is 0."""
+    graph = GraphWriter()
+    grid = [
+        graph.constant("scale", np.array(SCALE, np.float32)),
+        graph.constant("zero", np.array(zero, kind)),
+    ]
+    last = graph.conv("conv", "images", (3, 4))
+    if relu:
+        last = graph.node("Relu", [last], "relu")
+    levels = graph.node("QuantizeLinear", [last, *grid], "levels")
+    float_again = graph.node("DequantizeLinear", [levels, *grid], "float_again")
+    return graph.model(graph.conv("next", float_again, (4, 4)))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_levels_from_0_up_become_int8_of_twice_the_scale(relu: bool) -> None:
+    model = quantized(0, relu=relu)
+    result, said = with_symmetric_int8(model, "u8.onnx")
+    assert said is not None
+    assert "half their resolution" in said
+    zeros = [
+        numpy_helper.to_array(item).dtype
+        for item in result.graph.initializer
+        if item.name.endswith("zero")
+    ]
+    assert zeros == [np.int8, np.int8]
+    # A level is twice as wide: no value moves by more than one old step, through weights of the
+    # last convolution.
+    weights = next(numpy_helper.to_array(i) for i in model.graph.initializer if i.name == "next.w")
+    limit = SCALE * np.abs(weights).sum(axis=(1, 2, 3)).max() * 1.01
+    image = random_images(1)[0] * 4 - 2  # negative values as well
+    (before,), (after,) = run(model, image), run(result, image)
+    assert 0 < np.abs(before - after).max() <= limit
+
+
+def test_levels_around_128_become_int8_with_the_same_values() -> None:
+    model = quantized(128)
+    result, said = with_symmetric_int8(model, "u8.onnx")
+    assert said is not None
+    assert "changes no value" in said
+    image = random_images(1)[0] * 4 - 2
+    np.testing.assert_array_equal(run(model, image)[0], run(result, image)[0])
+    again, nothing = with_symmetric_int8(result, "i8.onnx")
+    assert again is result
+    assert nothing is None
+
+
+@pytest.mark.parametrize(
+    ("zero", "kind", "said"),
+    [
+        (-128, np.int8, r"that of 'conv_out' is -128.*ActivationSymmetric"),
+        (3, np.uint8, r"that of 'conv_out' is 3.*ActivationSymmetric"),
+    ],
+)
+def test_other_zero_points_are_refused_with_what_to_do(zero: int, kind: Any, said: str) -> None:
+    model = quantized(zero, kind)
+    assert graph_precision(model) == "int8"
+    with pytest.raises(UserError, match=said):
+        with_symmetric_int8(model, "asym.onnx")

@@ -1,0 +1,57 @@
+"""Off a terminal, long work leaves lines in the log; on one it draws a bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_data import write_shapes, write_tiny
+
+from trt_yolov6 import progress
+from trt_yolov6.cli import main
+from trt_yolov6.progress import a_line_a_minute, is_logged
+
+
+def test_only_off_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert is_logged()
+    assert not is_logged(progress=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert not is_logged()
+
+
+def test_long_work_says_every_while_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "is_logged", lambda wanted: wanted)
+    told: list[str] = []
+    with a_line_a_minute("building x.trt", told.append, seconds=0.05):
+        time.sleep(0.3)
+    assert 2 <= len(told) <= 6
+    assert all(line.startswith("still building x.trt, ") for line in told)
+    with a_line_a_minute("building x.trt", told.append, progress=False, seconds=0.01):
+        time.sleep(0.05)
+    assert len(told) <= 6
+
+
+def test_a_training_in_a_log_is_a_header_and_a_line_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_shapes(tmp_path / "data", images=4, size=64)
+    write_tiny(tmp_path / "tiny.pt")
+    command = ["train", "--weights", "tiny.pt", "--data", "data", "--imgsz", "64", "--batch", "4"]
+    command += ["--epochs", "2", "--val-split", "none", "--device", "cpu"]
+    assert main([*command, "--output", "loud"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(index for index, line in enumerate(lines) if line.startswith("train: "))
+    assert "4 images at 64 pixels, 2 epochs of 1 steps, batch 4, on cpu" in lines[header]
+    for epoch in (1, 2):
+        line = lines[header + epoch]
+        assert line.startswith(f"epoch {epoch}, loss ")
+        assert line.endswith("of 2 epochs")
+    assert lines[-1] == "next, an engine of it: trt-yolov6 build --weights loud/last.pt"
+    assert main([*command, "--output", "quiet", "--quiet"]) == 0
+    quiet = capsys.readouterr().out
+    assert "epoch 1" not in quiet
+    assert "next, " not in quiet

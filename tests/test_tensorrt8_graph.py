@@ -1,0 +1,192 @@
+"""The graph that TensorRT 8 is given: the same function, in the forms that it takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from small_graphs import GraphWriter, detector, random_images
+
+from trt_yolov6.engines.onnxruntime_backend import exact_session
+from trt_yolov6.engines.tensorrt8_graph import (
+    divide_channels,
+    drop_idle_pairs,
+    give_transposed_float_weights,
+    implicit_graph,
+    join_siblings,
+    weak_graph,
+)
+from trt_yolov6.precision import tail_nodes, to_fp16
+from trt_yolov6.quantization.insert import insert_qdq
+from trt_yolov6.quantization.placement import place
+
+
+def quantized(model: onnx.ModelProto, **keywords: Any) -> onnx.ModelProto:
+    placement = place(model)
+    return insert_qdq(model, placement, dict.fromkeys(placement.tensors, 2.0), **keywords)
+
+
+def run(model: onnx.ModelProto, image: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    session = exact_session(model.SerializeToString())
+    names = [item.name for item in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"images": image}), strict=True))
+
+
+def assert_same(before: onnx.ModelProto, after: onnx.ModelProto, rtol: float = 1e-5) -> None:
+    onnx.checker.check_model(after, full_check=True)
+    for image in random_images(2):
+        expected, found = run(before, image), run(after, image)
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=rtol, atol=rtol)
+
+
+def copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    return result
+
+
+def kinds(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def siblings(after: str) -> onnx.ModelProto:
+    """Two convolutions of one tensor, and what follows each."""
+    graph = GraphWriter()
+    stem = graph.conv_relu("stem", "images", (3, 8), kernel=3)
+    results = []
+    for name, channels in (("left", 8), ("right", 16)):
+        out = graph.conv(name, stem, (8, channels), kernel=3)
+        if after == "relu":
+            out = graph.node("Relu", [out], f"{name}_relu")
+        if after in ("silu", "scaled"):
+            out = graph.node(
+                "Mul", [out, graph.node("Sigmoid", [out], f"{name}_gate")], f"{name}_s"
+            )
+        if after == "scaled":
+            factors = np.linspace(0.5, 2, channels, dtype=np.float32).reshape(1, -1, 1, 1)
+            out = graph.node("Mul", [out, graph.constant(f"{name}_f", factors)], f"{name}_scaled")
+        if after != "predicted":
+            out = graph.conv(f"{name}_last", out, (channels, 4))
+        results.append(out)
+    return graph.model(graph.node("Concat", results, "both", axis=1))
+
+
+class TestHalfPrecision:
+    def test_a_float32_graph_stays_as_it_is(self) -> None:
+        weak = weak_graph(detector().SerializeToString())
+        assert onnx.load_from_string(weak.model) == detector()
+        assert not weak.half
+        assert not weak.quantized
+
+    def test_casts_go_and_what_they_said_is_told(self) -> None:
+        model = detector()
+        half = to_fp16(model, keep_float32=tail_nodes(model))
+        weak = weak_graph(half.SerializeToString())
+        result = onnx.load_from_string(weak.model)
+        assert weak.half
+        assert not weak.quantized
+        # Scores leave our graphs in half precision; boxes are computed in single.
+        assert weak.half_outputs == {"scores"}
+        assert "boxes" not in weak.half_outputs
+        types = {item.data_type for item in result.graph.initializer}
+        assert TensorProto.FLOAT16 not in types
+        assert "Cast" not in kinds(result)
+        assert_same(model, result, rtol=2e-3)
+
+    def test_boxes_are_to_be_computed_in_single_precision(self) -> None:
+        graph = GraphWriter()
+        layer = graph.conv("layer", "images", (3, 4), kernel=3)
+        anchors = graph.constant("anchors", np.full((1, 4, 1, 1), 600.0, np.float32))
+        graph.node("Add", [layer, anchors], "boxes")
+        model = graph.model("boxes", graph.node("Sigmoid", [layer], "scores"))
+        half = to_fp16(model, keep_float32=tail_nodes(model))
+        assert weak_graph(half.SerializeToString()).single == {"boxes"}
+
+    def test_implicit_quantization_leaves_all_after_the_last_layers_in_float(self) -> None:
+        model = detector()
+        weak = implicit_graph(model.SerializeToString(), half=True)
+        assert weak.quantized
+        assert weak.half
+        assert weak.single == {"cls_flat", "scores", "boxes"}
+        assert onnx.load_from_string(weak.model) == model
+
+
+class TestQuantized:
+    def test_the_whole_computes_the_same(self) -> None:
+        model = quantized(detector())
+        weak = weak_graph(model.SerializeToString())
+        assert weak.quantized
+        assert not weak.half
+        assert_same(model, onnx.load_from_string(weak.model))
+
+    def test_half_scales_become_the_same_numbers_in_single_precision(self) -> None:
+        model = quantized(detector(), fp16=True)
+        weak = weak_graph(model.SerializeToString())
+        result = onnx.load_from_string(weak.model)
+        assert weak.half
+        single = {item.name: numpy_helper.to_array(item) for item in result.graph.initializer}
+        before = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+        for node in result.graph.node:
+            if node.op_type == "QuantizeLinear":
+                assert single[node.input[1]] == before[node.input[1]].astype(np.float32)
+
+    def test_only_pairs_before_layers_stay_after_poolings_and_concatenations(self) -> None:
+        model = quantized(detector())
+        result = copy(model)
+        drop_idle_pairs(result)
+        after = {node.input[0] for node in result.graph.node if node.op_type == "QuantizeLinear"}
+        before = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+        assert before - after == {"pool_1", "pool_2"}
+        assert_same(model, result)
+
+    def test_transposed_convolutions_get_float_weights(self) -> None:
+        model = quantized(detector())
+        result = copy(model)
+        give_transposed_float_weights(result)
+        stored = {item.name: item.data_type for item in result.graph.initializer}
+        for node in result.graph.node:
+            if node.op_type == "ConvTranspose":
+                assert stored[node.input[1]] == TensorProto.FLOAT
+        assert kinds(model)["DequantizeLinear"] - kinds(result)["DequantizeLinear"] == 1
+        assert_same(model, result)
+
+    def test_channel_factors_before_a_pair_become_divisors(self) -> None:
+        model = quantized(siblings("scaled"))
+        result = copy(model)
+        divide_channels(result)
+        assert kinds(result)["Div"] == 2
+        assert kinds(result)["Mul"] == kinds(model)["Mul"] - 2
+        assert_same(model, result, rtol=0.05)  # a rounding may fall on the other side
+
+
+class TestSiblings:
+    @pytest.mark.parametrize(
+        ("after", "joined"),
+        [("relu", 0), ("silu", 0), ("quantized", 0), ("scaled", 1), ("predicted", 1)],
+    )
+    def test_those_that_no_activation_is_fused_with_become_one(
+        self, after: str, joined: int
+    ) -> None:
+        model = quantized(siblings(after))
+        result = copy(model)
+        join_siblings(result)
+        assert kinds(result)["Split"] == joined
+        assert kinds(result)["Conv"] == kinds(model)["Conv"] - joined
+        names = [node.name for node in result.graph.node if node.op_type == "Conv"]
+        assert ("left || right" in names) == bool(joined)
+        assert_same(model, result)
+
+    def test_others_than_two_of_one_shape_are_left_alone(self) -> None:
+        model = siblings("predicted")
+        for node in model.graph.node:
+            if node.name == "right":
+                node.attribute.append(helper.make_attribute("dilations", [1, 1]))
+        result = quantized(model)
+        join_siblings(result)
+        assert kinds(result)["Split"] == 0

@@ -1,0 +1,155 @@
+"""Which class of a detector is which of a data set: by name where both sides have names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trt_yolov6.errors import ClassesDifferError
+
+_PLACEHOLDER = re.compile(r"class_\d+|\d+")
+"""A name that says no more than a number does."""
+
+
+@dataclass(frozen=True)
+class ClassMatch:
+    """How a detector's classes and a data set's meet."""
+
+    places: tuple[int | None, ...]
+    """Of each class of the detector, its place among the data set's; None: it has no such."""
+    kept: tuple[int, ...]
+    """The data set's classes that count, by their places, ascending."""
+    notes: tuple[str, ...]
+    """What a reader must know: sentences. None where both sides agree class by class."""
+
+
+def match_classes(
+    engine: str | Path,
+    names: Sequence[str],
+    data: str | Path,
+    data_names: Sequence[str],
+    used: Sequence[bool],
+) -> ClassMatch:
+    """Match a detector's classes to a data set's.
+
+    By name, whatever the order, where both sides have names; case, blanks, hyphens and underscores
+    do not tell names apart. Names that only one side has are matched by their order where as many
+    are left over on both sides, and that is noted. Categories without an object are left out where
+    the detector does not know them.
+
+    Args:
+        engine: the detector's file, for messages.
+        names: its class names; `class_0` and the like are none.
+        data: the annotation file, for messages.
+        data_names: the data set's.
+        used: of each of these, whether any object is of it.
+
+    Raises:
+        ClassesDifferError: the detector does not know classes that the data set has objects of.
+    """
+    if not names:  # a graph with NMS inside and no manifest does not tell them
+        every = tuple(range(len(data_names)))
+        return ClassMatch(every, every, ())
+    own, other = _keys(names), _keys(data_names)
+    if own is None or other is None:
+        return _by_order(engine, names, data, data_names, used)
+    place_of = {key: place for place, key in enumerate(other)}
+    places: list[int | None] = [place_of.get(key) for key in own]
+    left = [index for index, place in enumerate(places) if place is None]
+    unknown = [place for place, key in enumerate(other) if key not in set(own)]
+    if len(unknown) > len(left) or len(names) != len(data_names):
+        # A category nobody annotated, such as the one Roboflow puts above all.
+        without = [place for place in unknown if not used[place]]
+        unknown = [place for place in unknown if used[place]]
+    else:
+        without = []
+    notes = []
+    if without:
+        notes.append(_left_out(data, data_names, without))
+    if unknown:
+        if len(left) != len(unknown) or len(names) != len(data_names) - len(without):
+            missing = ", ".join(data_names[place] for place in unknown[:5])
+            raise ClassesDifferError(
+                f"{engine} knows {len(names)} classes ({_listed(names)}), but not {missing} of "
+                f"{data}; evaluate the engine on the data set it was trained for."
+            )
+        for index, place in zip(left, unknown, strict=True):
+            places[index] = place
+        pairs = ", ".join(
+            f"{names[i]} as {data_names[p]}" for i, p in zip(left, unknown, strict=True)
+        )
+        notes.append(f"the names of some classes differ, so they are taken in order: {pairs}")
+    elif left:
+        notes.append(
+            f"{len(left)} classes of {engine} are not in {data} and are not counted: "
+            f"{_listed([names[index] for index in left])}"
+        )
+    found = [place for place in places if place is not None]
+    if found != sorted(found):
+        notes.append(f"classes matched by name: {engine} and {data} have them in different orders")
+    kept = [place for place in range(len(data_names)) if place not in without]
+    return ClassMatch(tuple(places), tuple(kept), tuple(notes))
+
+
+def order_by_name(
+    names: Sequence[str], data_names: Sequence[str], used: Sequence[bool]
+) -> tuple[int | None, ...] | None:
+    """Return the place in a network's order of each class of a data set that has the same ones.
+
+    Args:
+        names: the network's.
+        data_names: the data set's, in its own order.
+        used: of each of these, whether any object is of it.
+
+    Returns:
+        None for the classes without an object that the network does not know; nothing at all where
+        the two do not have the same classes, or have no names.
+    """
+    own, other = _keys(names), _keys(data_names)
+    if own is None or other is None or not set(own) <= set(other):
+        return None
+    place_of = {key: place for place, key in enumerate(own)}
+    places = tuple(place_of.get(key) for key in other)
+    is_known = all(place is not None or not use for place, use in zip(places, used, strict=True))
+    return places if is_known else None
+
+
+def _by_order(
+    engine: str | Path,
+    names: Sequence[str],
+    data: str | Path,
+    data_names: Sequence[str],
+    used: Sequence[bool],
+) -> ClassMatch:
+    kept = list(range(len(data_names)))
+    notes = []
+    if len(kept) != len(names):
+        kept = [place for place in kept if used[place]]
+        if len(kept) != len(names):
+            raise ClassesDifferError(
+                f"{engine} knows {len(names)} classes, {data} has {len(data_names)}; evaluate the "
+                "engine on the data set it was trained for."
+            )
+        without = [place for place in range(len(data_names)) if not used[place]]
+        notes.append(_left_out(data, data_names, without))
+    return ClassMatch(tuple(kept), tuple(kept), tuple(notes))
+
+
+def _keys(names: Sequence[str]) -> list[str] | None:
+    """Return what to compare names by; None where they say nothing or are not unique."""
+    if all(_PLACEHOLDER.fullmatch(name) for name in names):
+        return None
+    keys = [re.sub(r"[\s_-]+", " ", name).strip().casefold() for name in names]
+    return keys if len(set(keys)) == len(keys) else None
+
+
+def _left_out(data: str | Path, names: Sequence[str], places: Sequence[int]) -> str:
+    listed = _listed([names[place] for place in places])
+    return f"left out of {data}, as no object is of it: {listed}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -1,0 +1,177 @@
+"""Annotations as real tools write them, in the form that COCO's format describes.
+
+Ids come as texts, numbers as texts or whole floats, `iscrowd` as "0"; names of images with folders
+of another machine. What is meant is plain, so it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.errors import UserError
+
+_FALSE = ("", "0", "false", "no", "none", "null")
+
+
+def tidied(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a COCO file with ids, numbers and flags of the types they stand for.
+
+    Ids that are no whole numbers become such, from 1 on. What cannot be understood is left as it
+    is, for a check to name it; records may be shared with `content`.
+    """
+    result = dict(content)
+    renamed: dict[str, dict[Hashable, int]] = {}
+    for key in ("images", "categories"):
+        records = content.get(key)
+        if not isinstance(records, list) or not all(isinstance(item, dict) for item in records):
+            continue
+        renamed[key] = _numbers_of([item.get("id") for item in records])
+        result[key] = [_tidied_record(item, renamed[key]) for item in records]
+    annotations = content.get("annotations")
+    if isinstance(annotations, list):
+        result["annotations"] = [
+            _tidied_annotation(item, renamed.get("images", {}), renamed.get("categories", {}))
+            if isinstance(item, dict)
+            else item
+            for item in annotations
+        ]
+    return result
+
+
+def find_image(name: str, folders: Sequence[Path]) -> Path | None:
+    """Return the file that an annotation file's name of an image means; None where there is none.
+
+    Folders of another machine in front of it are passed over: of `images/val/a.jpg` and
+    `C:\\\\set\\\\val\\\\a.jpg`, the longest end that is there counts.
+
+    Args:
+        name: with slashes or backslashes, of any system.
+        folders: where images lie, the likeliest first.
+    """
+    direct = folders[0] / name
+    try:
+        if direct.is_file():
+            return direct
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+        while ".." in parts:
+            del parts[: parts.index("..") + 1]
+        for start in range(len(parts)):
+            for folder in folders:
+                path = folder.joinpath(*parts[start:])
+                if path.is_file():
+                    return path
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return None
+    return None
+
+
+def check_units(
+    file: Path, boxes: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]]
+) -> None:
+    """Refuse boxes that are not x, y, width, height in pixels.
+
+    Args:
+        file: of the annotations, for messages.
+        boxes: (n, 4), finite.
+        sizes: width and height in pixels of each box's image.
+
+    Raises:
+        UserError: all boxes lie within one pixel, as fractions of the image do; or they are corners
+            by all signs: none ends before it begins, and many reach far beyond their image, which
+            read as x1, y1, x2, y2 none does.
+    """
+    if not len(boxes):
+        return
+    table: NDArray[np.float64] = np.asarray(boxes, np.float64)
+    size: NDArray[np.float64] = np.asarray(sizes, np.float64)
+    ends = table[:, :2] + table[:, 2:]
+    if (np.abs(table) <= 1).all() and (ends <= 1.01).all() and (size > 2).all():
+        raise UserError(
+            f"{file} has all its boxes within one pixel: they are fractions of the image; COCO's "
+            "format has x, y, width and height in pixels."
+        )
+    as_corners = (table[:, 2:] > table[:, :2]).all() and (table[:, 2:] <= size + 1).all()
+    beyond = (ends > 1.05 * size + 1).any(axis=1)
+    if as_corners and len(table) >= 3 and beyond.mean() >= 0.2:
+        raise UserError(
+            f"{file} has boxes as x1, y1, x2, y2: read as x, y, width, height, {beyond.sum()} of "
+            f"{len(table)} reach beyond their images; COCO's format has the width and the height."
+        )
+
+
+def number(value: object) -> object:
+    """Return the number a text spells, whole where it is; anything else as it is."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    return value
+
+
+def whole(value: object) -> object:
+    """Return the whole number that a value stands for, such as 3.0 or "3"; others as they are."""
+    value = number(value)
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    return value
+
+
+def flag(value: object) -> int:
+    """Return 0 or 1: "0" and "false" are 0."""
+    if isinstance(value, str):
+        return int(value.strip().lower() not in _FALSE)
+    return int(bool(value))
+
+
+def _tidied_record(record: Mapping[str, Any], ids: Mapping[Hashable, int]) -> dict[str, Any]:
+    result = dict(record)
+    key = _key(record.get("id"))
+    if key in ids:
+        result["id"] = ids[key]
+    for field in ("width", "height"):
+        if field in record:
+            result[field] = whole(record[field])
+    if isinstance(record.get("name"), (int, float)) and not isinstance(record["name"], bool):
+        result["name"] = str(record["name"])
+    return result
+
+
+def _tidied_annotation(
+    entry: Mapping[str, Any], images: Mapping[Hashable, int], categories: Mapping[Hashable, int]
+) -> dict[str, Any]:
+    result = dict(entry)
+    for field, ids in (("image_id", images), ("category_id", categories)):
+        key = _key(entry.get(field))
+        if key in ids:
+            result[field] = ids[key]
+    if isinstance(entry.get("bbox"), list):
+        result["bbox"] = [number(value) for value in entry["bbox"]]
+    if "area" in entry:
+        result["area"] = number(entry["area"])
+    if "iscrowd" in entry:
+        result["iscrowd"] = flag(entry["iscrowd"])
+    return result
+
+
+def _numbers_of(ids: Sequence[object]) -> dict[Hashable, int]:
+    keys = [_key(value) for value in ids]
+    if all(isinstance(key, int) for key in keys):
+        return {key: key for key in keys if isinstance(key, int)}
+    if None in keys:
+        return {}
+    return {key: place for place, key in enumerate(dict.fromkeys(keys), start=1)}
+
+
+def _key(value: object) -> int | str | None:
+    """Return what tells ids apart: 7, 7.0 and "7" are one."""
+    value = whole(value)
+    is_id = isinstance(value, (int, str)) and not isinstance(value, bool)
+    return value if is_id else None  # type: ignore[return-value]

@@ -1,0 +1,304 @@
+"""What `infer` takes: pictures, folders, globs, videos, streams, cameras and addresses of pictures.
+
+A file is told by its content, not by its name: what OpenCV reads as a picture is one, and what it
+opens as a video is one.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.data.images import list_images, quiet_opencv, read_image
+from trt_yolov6.errors import UserError
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_HTTP = ("http", "https")
+_STREAMS = ("rtsp", "rtsps", "rtmp", "rtp", "udp", "tcp", "srt", *_HTTP)
+_LONGEST_PICTURE = 64 * 2**20
+"""Bytes that are fetched of an address at most."""
+_PATIENCE = 20
+"""Seconds to wait for an address."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, on disk or fetched."""
+
+    name: str
+    """Its path below what was given, with slashes: the name of what is written of it."""
+    where: str
+    """For messages."""
+    path: Path | None
+    content: bytes | None = None
+    """Of one that was fetched."""
+
+    def read(self) -> NDArray[np.uint8]:
+        """Decode it, see `images.read_image`."""
+        if self.content is not None:
+            return read_image(self.content, self.where)
+        assert self.path is not None
+        return read_image(self.path)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that are read one after the other."""
+
+    items: tuple[Picture, ...]
+    is_single: bool
+    """One was named, so that it has to be readable."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file, a stream or a camera."""
+
+    address: str
+    """Path, address, or a camera's number."""
+    name: str
+    """For file names: of a file its stem."""
+    is_live: bool
+    """It has no end of its own."""
+
+
+def find_media(source: str | Path) -> Pictures | Video:
+    """Find out what a source is.
+
+    Args:
+        source: a picture, a video or a folder of pictures (sub-folders are searched); a glob such
+            as `shots/**/*.jpg`; `rtsp://` and other addresses of streams; `http://` addresses of
+            pictures and videos; the number of a camera.
+
+    Raises:
+        UserError: nothing is there, an address does not answer, or it is neither picture nor video.
+    """
+    text = str(source)
+    if _ADDRESS.match(text):
+        return _from_address(text)
+    path = Path(text)
+    if path.is_dir():
+        pictures = tuple(
+            Picture(one.relative_to(path).as_posix(), str(one), one) for one in list_images(path)
+        )
+        return Pictures(pictures, is_single=False)
+    if path.is_file():
+        return _from_file(path)
+    if text.isascii() and text.isdigit():
+        return Video(text, f"camera{text}", is_live=True)
+    if glob.has_magic(text):
+        return _from_glob(text)
+    raise UserError(f"{text} does not exist; check the path.")
+
+
+def _from_file(path: Path) -> Pictures | Video:
+    if _is_video(path):
+        return Video(str(path), path.stem, is_live=False)
+    return Pictures((Picture(path.name, str(path), path),), is_single=True)
+
+
+def _from_glob(pattern: str) -> Pictures | Video:
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise UserError(f"{pattern} matches no file; check the pattern.")
+    if len(files) == 1:
+        return _from_file(files[0])
+    shared = Path(os.path.commonpath([path.parent for path in files]))
+    videos = [path for path in files if _is_video(path)]
+    if videos:
+        raise UserError(
+            f"{pattern} matches {len(files)} files, with the video {videos[0]} among them; give "
+            "videos one at a time."
+        )
+    pictures = (Picture(path.relative_to(shared).as_posix(), str(path), path) for path in files)
+    return Pictures(tuple(pictures), is_single=False)
+
+
+def _from_address(address: str) -> Pictures | Video:
+    parts = urlsplit(address)
+    scheme = parts.scheme.lower()
+    if scheme not in _STREAMS:
+        raise UserError(
+            f"{address} begins with {scheme}://, which is not read; give http, https, rtsp, rtmp, "
+            "udp, tcp or srt, or a file."
+        )
+    stem = re.sub(r"[^\w.-]+", "_", Path(unquote(parts.path)).name or parts.hostname or "stream")
+    if scheme not in _HTTP:
+        return Video(address, Path(stem).stem, is_live=True)
+    request = urllib.request.Request(address, headers={"User-Agent": "trt-yolov6"})
+    try:
+        with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
+            kind = answer.headers.get_content_type()
+            if kind.startswith(("video/", "multipart/")) or kind.endswith("mpegurl"):
+                return Video(address, Path(stem).stem, is_live=kind.startswith("multipart/"))
+            content = answer.read(_LONGEST_PICTURE + 1)
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"{address} does not answer ({reason}); check the address.") from error
+    if len(content) > _LONGEST_PICTURE or not _is_picture(content):
+        return Video(address, Path(stem).stem, is_live=False)
+    return Pictures((Picture(stem, address, None, content),), is_single=True)
+
+
+def _is_video(path: Path) -> bool:
+    """Return whether a file is one, by its content; of neither kind, it counts as a picture."""
+    quiet_opencv()
+    try:
+        if cv2.haveImageReader(str(path)) and path.suffix.lower() != ".gif":
+            return False
+    except cv2.error:
+        return False
+    capture = _opened(str(path))
+    try:
+        # FFmpeg opens plain text as subtitles and single pictures as videos of one frame.
+        return capture.isOpened() and capture.grab() and capture.grab()
+    finally:
+        capture.release()
+
+
+def _is_picture(content: bytes) -> bool:
+    try:
+        read_image(content)
+    except UserError:
+        return False
+    return True
+
+
+# --- frames -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a video."""
+
+    image: NDArray[np.uint8]
+    """uint8 (height, width, 3) RGB."""
+    seconds: float
+    """When it is shown, since the first one."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An open video; close it, or read it to its end."""
+
+    frames: Iterator[Frame]
+    rate: float
+    """Frames a second: of those that follow one another without a pause."""
+    announced: int
+    """Frames that the file says it has; 0 where it does not."""
+    close: Callable[[], None]
+
+
+def open_video(
+    video: Video, limit: int | None = None, stop: Callable[[], bool] = lambda: False
+) -> Clip:
+    """Open a video.
+
+    Args:
+        video: from `find_media`.
+        limit: frames to read at most.
+        stop: asked before each frame: whether to end here.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    rate = None if video.is_live else _usual_rate(video.address)
+    capture = _opened(video.address)
+    if not capture.isOpened():
+        if video.is_live:
+            what = "the camera" if video.address.isdigit() else "the stream"
+            raise UserError(
+                f"{what} {video.address} cannot be opened; check its number or address, and that "
+                "it is running."
+            )
+        raise UserError(f"{video.address} is damaged or no video; replace it.")
+    told = capture.get(cv2.CAP_PROP_FPS)
+    if rate is None:
+        rate = told if math.isfinite(told) and 0 < told <= 1000 else 25.0
+    announced = 0 if video.is_live else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    if limit is not None and announced:
+        announced = min(announced, limit)
+    frames = _frames(capture, rate, video.is_live, limit, stop)
+    return Clip(frames, rate, announced, capture.release)
+
+
+def _frames(
+    capture: cv2.VideoCapture,
+    rate: float,
+    is_live: bool,
+    limit: int | None,
+    stop: Callable[[], bool],
+) -> Iterator[Frame]:
+    first: float | None = None
+    last = -1.0
+    count = 0
+    while (limit is None or count < limit) and not stop():
+        there, frame = capture.read()
+        if not there:
+            return
+        at = time.monotonic() if is_live else capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        first = at if first is None else first
+        seconds = at - first
+        # Some files have no times: all are 0 then, or not a number.
+        if not (math.isfinite(seconds) and seconds > last):
+            seconds = 0.0 if count == 0 else last + 1 / rate
+        last = seconds
+        count += 1
+        yield Frame(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False), seconds)
+
+
+_LOOKED_AT = 32
+"""Frames by whose times a file's rate is judged."""
+
+
+def _usual_rate(address: str) -> float | None:
+    """Return a file's frames a second where it does not pause; None for what it says itself.
+
+    Of a camera that records on motion a file tells the average over its pauses, which is not a rate
+    that anything happens at.
+    """
+    capture = _opened(address)
+    try:
+        times: list[float] = []
+        while len(times) < _LOOKED_AT and capture.grab():
+            times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+        told = capture.get(cv2.CAP_PROP_FPS)
+    finally:
+        capture.release()
+    steps = np.diff(times)
+    steps = steps[np.isfinite(steps) & (steps > 0)]
+    if not len(steps):
+        return None
+    usual = 1 / float(np.median(steps))
+    even = np.abs(steps - np.median(steps)).max() < 0.0015  # times in whole milliseconds
+    is_told = math.isfinite(told) and told > 0 and abs(usual / told - 1) < 0.1
+    return None if even and is_told else min(usual, 120.0)
+
+
+def _opened(address: str) -> cv2.VideoCapture:
+    quiet_opencv()
+    # FFmpeg prints by itself; a damaged file gets one sentence, ours.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    if address.isascii() and address.isdigit() and not Path(address).exists():
+        return cv2.VideoCapture(int(address))
+    if _ADDRESS.match(address):
+        patience = [
+            *(cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _PATIENCE * 1000),
+            *(cv2.CAP_PROP_READ_TIMEOUT_MSEC, _PATIENCE * 1000),
+        ]
+        return cv2.VideoCapture(address, cv2.CAP_FFMPEG, patience)
+    return cv2.VideoCapture(address)

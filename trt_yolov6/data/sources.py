@@ -1,0 +1,161 @@
+"""Data sets on disk, in any of the formats that are read, as the content of a COCO file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trt_yolov6.data.annotations import tidied
+from trt_yolov6.errors import UserError, did_you_mean
+from trt_yolov6.files import read_json
+
+_PREFIX = "instances_"
+_ROBOFLOW = "_annotations.coco.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a data set as it was found; nothing in it has been checked."""
+
+    file: Path
+    """What messages name: the annotation file, `data.yaml`, or a folder of XML."""
+    split: str
+    content: Mapping[str, Any]
+    """Lists `images`, `categories` and `annotations`, as in a COCO file. An annotation may have
+    `where`: its file and line."""
+    folders: tuple[Path, ...]
+    """Where images lie, the likeliest first."""
+
+
+def read_source(data: str | Path, split: str | None = None) -> Source:
+    """Find out what a data set is and read one split of it.
+
+    Known are COCO (`annotations/instances_<split>.json`, or Roboflow's
+    `<split>/_annotations.coco.json`), YOLO (`data.yaml`, itself or in the folder) and Pascal VOC
+    (`Annotations/*.xml`, or XML beside the images).
+
+    Args:
+        data: a folder, or a YAML file.
+        split: which part; default: the only one there is, else `val`, else `val2017`.
+
+    Raises:
+        UserError: it is none of these, has no such split, or cannot be read.
+    """
+    from trt_yolov6.data.voc import read_voc
+    from trt_yolov6.data.yolo import read_yolo
+
+    found = _find(Path(data), split)
+    if found.kind == "coco":
+        return _read_coco(found)
+    read = read_yolo if found.kind == "yolo" else read_voc
+    return read(found.place, found.split)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Which split of which kind of data set is meant."""
+
+    kind: Literal["coco", "yolo", "voc"]
+    root: Path
+    place: Path
+    """The annotation file, `data.yaml`, or VOC's folder."""
+    split: str
+
+
+def _find(data: Path, split: str | None, option: str = "--split") -> _Found:
+    from trt_yolov6.data.voc import voc_splits
+    from trt_yolov6.data.yolo import find_yaml, yolo_splits
+
+    if not data.is_dir() and not (data.is_file() and data.suffix in (".yaml", ".yml")):
+        raise UserError(
+            f"{data} is not a folder; give the data set's folder, or its data.yaml, as --data."
+        )
+    files = _coco_files(data) if data.is_dir() else {}
+    if files:
+        chosen = choose_split(data, sorted(files), split, option)
+        return _Found("coco", data, files[chosen], chosen)
+    yaml_file = find_yaml(data)
+    if yaml_file is not None:
+        chosen = choose_split(yaml_file, list(yolo_splits(yaml_file)), split, option)
+        return _Found("yolo", data, yaml_file, chosen)
+    xml = voc_splits(data)
+    if xml:
+        return _Found("voc", data, data, choose_split(data, list(xml), split, option))
+    raise UserError(
+        f"{data} has no annotations/instances_<split>.json, no data.yaml and no Pascal VOC "
+        "Annotations/; give a data set in COCO, YOLO or VOC layout."
+    )
+
+
+def check_source(data: str | Path, split: str | None = None, option: str = "--split") -> None:
+    """Refuse a data set that is none, or has no such split; quick, so ask before any work.
+
+    Args:
+        data, split: see `read_source`.
+        option: that names the split, for messages.
+
+    Raises:
+        UserError: see `read_source`; the annotations themselves are not read.
+    """
+    _find(Path(data), split, option)
+
+
+def choose_split(data: Path, splits: list[str], split: str | None, option: str = "--split") -> str:
+    """Return the split to take.
+
+    Raises:
+        UserError: there is no such split, or several and none was named.
+    """
+    if not splits:
+        raise UserError(f"{data} names no images under train, val or test; add them.")
+    present = ", ".join(splits)
+    if split is not None:
+        if split not in splits:
+            raise UserError(
+                f"{data} has no split {split!r}{did_you_mean(split, splits)}; give one of these as "
+                f"{option}: {present}."
+            )
+        return split
+    if len(splits) == 1:
+        return splits[0]
+    for usual in ("val", "val2017"):
+        if usual in splits:
+            return usual
+    raise UserError(f"{data} has several splits; give one of these as {option}: {present}.")
+
+
+def _coco_files(root: Path) -> dict[str, Path]:
+    files = {
+        path.stem[len(_PREFIX) :]: path for path in (root / "annotations").glob(f"{_PREFIX}*.json")
+    }
+    if files:
+        return files
+    return {
+        "val" if path.parent.name == "valid" else path.parent.name: path
+        for path in root.glob(f"*/{_ROBOFLOW}")
+    }
+
+
+def _read_coco(found: _Found) -> Source:
+    file, root, split = found.place, found.root, found.split
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise malformed(file, "it is not a JSON object")
+    folder = file.parent if file.name == _ROBOFLOW else _image_folder(root, split)
+    return Source(file, split, tidied(content), (folder, root))
+
+
+def _image_folder(root: Path, split: str) -> Path:
+    for folder in (root / "images" / split, root / split):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"{root} has neither images/{split}/ nor {split}/; put the images of the split there."
+    )
+
+
+def malformed(file: Path, what: str) -> UserError:
+    """Return the error for annotations that cannot be used."""
+    return UserError(f"{file} cannot be used as annotations: {what}; correct it.")

@@ -1,0 +1,126 @@
+"""Data sets in Pascal VOC's format: an XML file of boxes for each image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from trt_yolov6.data.annotations import flag, number
+from trt_yolov6.data.images import IMAGE_SUFFIXES
+from trt_yolov6.data.sources import Source
+from trt_yolov6.errors import UserError
+
+_WHOLE = "all"
+"""The split of a data set that has no lists."""
+
+
+def voc_splits(root: Path) -> dict[str, list[Path]]:
+    """Return the XML files of each split; none where the folder is not such a data set.
+
+    `ImageSets/Main/<split>.txt` lists those in `Annotations/`; without lists all are one split.
+    Folders such as `train/` and `valid/` with XML beside their images are splits, too.
+    """
+    folder = root / "Annotations"
+    if folder.is_dir():
+        splits = {}
+        for listing in sorted((root / "ImageSets" / "Main").glob("*.txt")):
+            if "_" in listing.stem:  # lists of one class, `dog_train.txt`
+                continue
+            lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
+            stems = [line.split()[0] for line in lines if line.strip()]
+            splits[listing.stem] = [folder / f"{stem}.xml" for stem in stems]
+        return splits or ({_WHOLE: found} if (found := sorted(folder.glob("*.xml"))) else {})
+    splits = {
+        "val" if inner.name == "valid" else inner.name: found
+        for inner in sorted(path for path in root.iterdir() if path.is_dir())
+        if (found := sorted(inner.glob("*.xml")))
+    }
+    return splits or ({_WHOLE: found} if (found := sorted(root.glob("*.xml"))) else {})
+
+
+def read_voc(root: Path, split: str) -> Source:
+    """Read a split as the content of a COCO file.
+
+    Boxes are made of pixels xmin to xmax, both within and counted from 1, as the VOC development
+    kit defines them. `difficult` objects become `iscrowd`: neither finding nor missing one counts.
+    Classes are sorted by name.
+
+    Raises:
+        UserError: a file of the split is missing or is not such XML.
+    """
+    splits = voc_splits(root)
+    # Over all splits, so that training and validation have the same order.
+    parsed = {path: _parsed(path) for paths in splits.values() for path in paths}
+    names = sorted({item["name"] for record in parsed.values() for item in record["objects"]})
+    places = {name: place for place, name in enumerate(names, start=1)}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index, path in enumerate(splits[split], start=1):
+        record = parsed[path]
+        images.append(
+            {
+                "id": index,
+                "file_name": record["file_name"],
+                "width": record["width"],
+                "height": record["height"],
+            }
+        )
+        annotations += [
+            {
+                "image_id": index,
+                "category_id": places[item["name"]],
+                "bbox": item["bbox"],
+                "iscrowd": item["difficult"],
+                "where": f"{path} object {place}",
+            }
+            for place, item in enumerate(record["objects"], start=1)
+        ]
+    first = splits[split][0].parent
+    folders = (root / "JPEGImages", root / "images") if first.name == "Annotations" else (first,)
+    return Source(
+        file=first,
+        split=split,
+        content={
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": place, "name": name} for name, place in places.items()],
+        },
+        folders=(*(folder for folder in folders if folder.is_dir()), root),
+    )
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        tree = ElementTree.fromstring(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the data set.") from error
+    except (ElementTree.ParseError, ValueError) as error:
+        raise UserError(f"{path} is not an XML file ({error}); correct or remove it.") from error
+    if tree.tag != "annotation":
+        raise UserError(f"{path} is not a Pascal VOC annotation; correct or remove it.")
+    file_name = _text(tree, "filename")
+    if Path(file_name).suffix.lower() not in IMAGE_SUFFIXES:
+        file_name = f"{file_name or path.stem}.jpg"
+    objects = []
+    for item in tree.iter("object"):
+        corners = [number(_text(item, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+        box: Any = _text(item, "bndbox")
+        if all(isinstance(value, (int, float)) for value in corners):
+            x1, y1, x2, y2 = (float(value) for value in corners)  # type: ignore[arg-type]
+            # A file that counts from 0 after all keeps its first pixel.
+            left, top = max(x1 - 1, 0.0), max(y1 - 1, 0.0)
+            box = [left, top, x2 - left, y2 - top]
+        objects.append(
+            {
+                "name": _text(item, "name"),
+                "bbox": box,
+                "difficult": flag(_text(item, "difficult")),
+            }
+        )
+    width, height = (number(_text(tree, f"size/{key}")) for key in ("width", "height"))
+    return {"file_name": file_name, "width": width, "height": height, "objects": objects}
+
+
+def _text(element: ElementTree.Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()

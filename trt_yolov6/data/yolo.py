@@ -1,0 +1,215 @@
+"""Data sets of YOLO's kind: a text file of boxes for each image, and `data.yaml` over all."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from trt_yolov6.data.images import images_below, upright_size
+from trt_yolov6.data.sources import Source
+from trt_yolov6.errors import UserError
+
+SPLITS = ("train", "val", "test")
+"""The keys of `data.yaml` that name images; `valid` is read as `val`."""
+
+
+def find_yaml(data: Path) -> Path | None:
+    """Return the YAML file that describes a data set: the file itself, or one in its folder."""
+    if data.is_file():
+        return data if data.suffix in (".yaml", ".yml") else None
+    usual = [data / name for name in ("data.yaml", "data.yml", "dataset.yaml")]
+    there = [path for path in usual if path.is_file()]
+    if there:
+        return there[0]
+    others = sorted(path for path in data.glob("*.y*ml") if _has_names(path))
+    return others[0] if len(others) == 1 else None
+
+
+def yolo_splits(file: Path) -> dict[str, list[Path]]:
+    """Return the folders or lists of images of each split that `data.yaml` names.
+
+    Paths may be relative to the key `path`, to the file or to the working directory.
+
+    Raises:
+        UserError: the file is not such YAML.
+    """
+    content = _read_yaml(file)
+    splits: dict[str, list[Path]] = {}
+    for key in (*SPLITS, "valid"):
+        value = content.get(key)
+        if value in (None, "", []):
+            continue
+        listed = value if isinstance(value, list) else [value]
+        places = [place for place in listed if isinstance(place, str)]
+        if len(places) < len(listed):
+            raise UserError(f"{file} has {key}: {_short(value)}; give a folder of images.")
+        name = "val" if key == "valid" else key
+        splits.setdefault(name, [_resolved(file, content, place) for place in places])
+    return splits
+
+
+def read_yolo(file: Path, split: str) -> Source:
+    """Read a split as the content of a COCO file.
+
+    The boxes of `images/a.jpg` are in `labels/a.txt`, or in `a.txt` beside it: a line an object,
+    `class x y width height`, the centre and the sides as fractions of the image; or `class x1 y1
+    x2 y2 x3 y3 ...`, a polygon. An image without such a file has no objects.
+
+    Args:
+        file: `data.yaml`.
+        split: a key of `yolo_splits`.
+
+    Raises:
+        UserError: the YAML names no classes, or the split has no image or one that cannot be read.
+    """
+    names = _class_names(file, _read_yaml(file))
+    places = yolo_splits(file)[split]
+    paths = list(dict.fromkeys(path for place in places for path in _images(file, split, place)))
+    if not paths:
+        raise UserError(f"{file}: {split} has no image in {places[0]}; check the path.")
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(_size_or_none, paths))
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True), start=1):
+        width, height = size or (0, 0)
+        images.append({"id": number, "file_name": str(path), "width": width, "height": height})
+        for entry in _objects(label_path(path), width, height):
+            annotations.append({"image_id": number, **entry})
+    # Only a whole file of pixels is refused as such; a stray line is a malformed one.
+    pixels = [item for item in annotations if item.pop("is_in_pixels", False)]
+    if pixels and len(pixels) > 0.5 * len(annotations):
+        raise UserError(
+            f"{pixels[0]['where']} has numbers above 1: YOLO's format has the centre and the sides "
+            "as fractions of the image, not in pixels."
+        )
+    return Source(
+        file=file,
+        split=split,
+        content={
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+        },
+        folders=(places[0] if places[0].is_dir() else file.parent,),
+    )
+
+
+def label_path(image: Path) -> Path:
+    """Return where an image's boxes are: in `labels/` for `images/`, else beside it."""
+    parts = list(image.parts)
+    for place in range(len(parts) - 2, -1, -1):
+        if parts[place] == "images":
+            parts[place] = "labels"
+            return Path(*parts).with_suffix(".txt")
+    return image.with_suffix(".txt")
+
+
+def _objects(labels: Path, width: int, height: int) -> Iterator[dict[str, Any]]:
+    if not labels.is_file():
+        return
+    try:
+        lines = labels.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{labels} is not a readable text file; replace it.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{labels} line {number}"
+        try:
+            values = [float(word) for word in line.split()]
+        except ValueError:
+            values = []
+        if (
+            len(values) < 5
+            or not all(map(math.isfinite, values))
+            or values[0] != int(values[0])
+            or (len(values) > 5 and len(values) % 2 == 0)
+        ):
+            yield {"category_id": None, "bbox": line[:100], "where": where}
+            continue
+        entry: dict[str, Any] = {"category_id": int(values[0]), "where": where}
+        if len(values) == 5:
+            x, y, w, h = values[1:]
+            x, y = x - w / 2, y - h / 2
+        else:
+            xs, ys = values[1::2], values[2::2]
+            x, y = min(xs), min(ys)
+            w, h = max(xs) - x, max(ys) - y
+        entry["bbox"] = [x * width, y * height, w * width, h * height]
+        entry["is_in_pixels"] = max(values[1:]) > 1.5
+        yield entry
+
+
+def _images(file: Path, split: str, place: Path) -> list[Path]:
+    if place.is_dir():
+        return images_below(place)
+    if place.is_file() and place.suffix == ".txt":
+        lines = place.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        listed = [line.strip() for line in lines if line.strip()]
+        return [
+            path if (path := Path(line)).is_absolute() else place.parent / path for line in listed
+        ]
+    raise UserError(f"{file} says that {split} is in {place}, which is not there; correct it.")
+
+
+def _resolved(file: Path, content: Mapping[str, Any], place: str) -> Path:
+    root = content.get("path")
+    roots = [file.parent / root, Path(root)] if isinstance(root, str) and root else []
+    candidates = [base / place for base in (*roots, file.parent, Path())]
+    # Roboflow writes `../train/images` for a folder that lies beside the file.
+    plain = place
+    while plain.startswith("../"):
+        plain = plain[3:]
+        candidates.append(file.parent / plain)
+    return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def _class_names(file: Path, content: Mapping[str, Any]) -> list[str]:
+    names = content.get("names")
+    if isinstance(names, dict):
+        try:
+            names = [names[key] for key in sorted(names, key=int)]
+        except (ValueError, TypeError, OverflowError):
+            names = None
+    if not isinstance(names, list) or not names:
+        raise UserError(f"{file} has no list 'names'; give the class names there.")
+    return [str(name) for name in names]
+
+
+def _has_names(file: Path) -> bool:
+    try:
+        return "names" in _read_yaml(file)
+    except UserError:
+        return False
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check --data.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is not YAML ({reason}); correct it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold keys such as train, val and names; correct it.")
+    return content
+
+
+def _size_or_none(path: Path) -> tuple[int, int] | None:
+    """Return width and height; None for what cannot be read, which its reader will name."""
+    try:
+        return upright_size(path)
+    except UserError:
+        return None
+
+
+def _short(value: object) -> str:
+    return "".join(itertools.islice(str(value), 80))

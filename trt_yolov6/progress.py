@@ -1,0 +1,45 @@
+"""Long work off a terminal (nohup, Slurm, CI), where no progress bar shows: lines in the log."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+
+def is_logged(progress: bool = True) -> bool:
+    """Return whether progress is wanted and there is no terminal to draw a bar on."""
+    return progress and not sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def a_line_a_minute(
+    what: str, tell: Callable[[str], None], *, progress: bool = True, seconds: float = 60.0
+) -> Iterator[None]:
+    """Tell every minute that work goes on, as long as the block runs.
+
+    Args:
+        what: what is done, such as `building engines/yolov6s-int8.trt`.
+        tell: called from another thread.
+        progress: False says nothing, and neither does a terminal.
+        seconds: between two lines.
+    """
+    if not is_logged(progress):
+        yield
+        return
+    start = time.monotonic()
+    done = threading.Event()
+
+    def speak() -> None:
+        while not done.wait(seconds):
+            tell(f"still {what}, {(time.monotonic() - start) / 60:.0f} min so far")
+
+    speaker = threading.Thread(target=speak, name="a line a minute", daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()
