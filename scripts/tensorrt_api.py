@@ -2,14 +2,17 @@
 
     .venv/bin/python scripts/tensorrt_api.py
 
-The Python bindings of every release are on PyPI, though the library that they bind is not. pip
-downloads them here; a C compiler makes an empty library with the few functions that they look up;
-and then they import, without a GPU, and can be asked for their classes and signatures. Nothing can
-be built or run with them, but our callbacks can be derived from their classes and made, which is
-tried too. The 10.13 facts are then compared with `tensorrt-stubs`, and our code is type-checked
-against those as well.
+The Python bindings of every release from 10 on are on PyPI, though the library that they bind is
+not. pip downloads them here; a C compiler makes an empty library with the few functions that they
+look up; and then they import, without a GPU, and can be asked for their classes and signatures.
+Releases of TensorRT 8 are there with their library, which links cuBLAS and cuDNN; only those are
+replaced by empty ones. Nothing can be built or run without a GPU, but our callbacks can be derived
+from TensorRT's classes and made, which is tried too. The 10.13 facts are then compared with
+`tensorrt-stubs`, and our code is type-checked against those as well.
 
-Needs gcc and binutils (`readelf`, `nm`), and a Python for which the releases have wheels (3.11).
+Needs gcc and binutils (`readelf`, `nm`), a Python for which the later releases have wheels (3.11),
+and for TensorRT 8 a Python 3.10: `python3.10`, or what the environment variable PYTHON310 names. It
+needs no packages. TensorRT 8 takes 1.4 GB to download and 3 GB of room in the temporary folder.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +34,8 @@ sys.path.insert(0, str(TESTS))
 import tensorrt_api  # noqa: E402
 
 RELEASES = {
+    "tensorrt 8.5.3.1": "tensorrt==8.5.3.1",
+    "tensorrt 8.6.0": "tensorrt==8.6.0",
     "tensorrt 10.0.1": "tensorrt-cu12-bindings==10.0.1",
     "tensorrt 10.13.0.35": "tensorrt-cu12-bindings==10.13.0.35",
     "tensorrt 11.0.0.114": "tensorrt-cu13-bindings==11.0.0.114",
@@ -37,7 +43,21 @@ RELEASES = {
     "tensorrt-rtx 1.4.0.76": "tensorrt-rtx-cu13-bindings==1.4.0.76",
     "tensorrt-rtx 1.7.1.116": "tensorrt-rtx-cu13-bindings==1.7.1.116",
 }
-"""The oldest and the newest of what pyproject.toml admits, and what lies at the turns between."""
+"""The oldest and the newest of what the backends admit, and what lies at the turns between."""
+
+WHOLE = "tensorrt=="
+"""How requirements of packages begin that hold TensorRT's library too. They need Python 3.10."""
+
+FOR_PYTHON_310 = (
+    "--python-version=3.10",
+    "--implementation=cp",
+    "--platform=manylinux_2_17_x86_64",
+    "--only-binary=:all:",
+)
+"""Options of `pip download`."""
+
+OUR_NEEDS = ("numpy", "tqdm")
+"""What our code imports before it turns to TensorRT."""
 
 STUBS = ("tensorrt 10.13.0.35", "tensorrt-stubs==10.13.0.35.1")
 
@@ -54,16 +74,20 @@ from trt_yolov6.errors import UserError
 
 logger_of(api).log(api.ILogger.ERROR, "tried")
 assert logger_of(api).reason() == "tried"
-_progress_monitor(api, None), _profiler(api), output_allocator(api)
+_profiler(api), output_allocator(api)
+if hasattr(api, "IProgressMonitor"):
+    _progress_monitor(api, None)
 # What signatures do not tell: `Dims` can be iterated over, and a tuple goes for one.
-described = api.PluginTensorDesc()
-described.dims = (1, 2)
-assert tuple(described.dims) == (1, 2)
+assert tuple(api.Dims((1, 2))) == (1, 2)
+if hasattr(api, "PluginTensorDesc"):  # TensorRT 8 has no object to set one of
+    described = api.PluginTensorDesc()
+    described.dims = (1, 2)
+    assert tuple(described.dims) == (1, 2)
 # TensorRT-RTX crashes where TensorRT says that its library makes no builder.
 try:
-    if api.__name__ == "tensorrt_bindings":
+    if api.__name__ != "tensorrt_rtx_bindings":
         build_plan(Flavour("tensorrt", "TensorRT", api), b"", BuildSettings())
-        raise AssertionError("built without a library")
+        raise AssertionError("built without a GPU")
 except UserError as error:
     assert "cannot start its builder" in str(error), error
 json.dump(tensorrt_api.facts(api), sys.stdout)
@@ -71,44 +95,86 @@ json.dump(tensorrt_api.facts(api), sys.stdout)
 """What is done with each release's bindings."""
 
 
-def unpacked(requirement: str, folder: Path) -> Path:
-    """Download a wheel, without what it depends on, and return the folder it is unpacked in."""
+def unpacked(folder: Path, *wanted: str) -> Path:
+    """Download wheels, without what they depend on, and return the folder they are unpacked in.
+
+    Args:
+        folder: where to work.
+        wanted: requirements, and options of `pip download`.
+    """
     wheels = folder / "wheels"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(wheels)]
-    subprocess.run([*command, requirement], check=True)
-    (wheel,) = wheels.iterdir()
+    subprocess.run([*command, *wanted], check=True)
     target = folder / "unpacked"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
+    for wheel in wheels.iterdir():
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+        wheel.unlink()
     return target
 
 
-def make_empty_libraries(bindings: Path, folder: Path) -> None:
-    """Compile a library that does nothing for each of TensorRT's that the bindings need."""
-    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", _output("readelf", "-d", str(bindings)))
-    undefined = _output("nm", "-D", "--undefined-only", str(bindings))
-    wanted = re.findall(r"^ +U ((?:create|get|init)\w*_?\w*)$", undefined, re.MULTILINE)
+def make_empty_libraries(user: Path, replaced: str, functions: str, folder: Path) -> None:
+    """Compile libraries that do nothing, in the place of those that a library needs.
+
+    Args:
+        user: the library whose needs are met.
+        replaced: pattern of the names of libraries to make.
+        functions: pattern of the names of functions to put into each.
+        folder: where they go.
+    """
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", _output("readelf", "-d", str(user)))
+    undefined = _output("nm", "-D", "--undefined-only", str(user))
+    wanted = re.findall(rf"^ +U ({functions})(?:@(?!GLIBC)\S+)?$", undefined, re.MULTILINE)
     source = folder / "empty.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in wanted))
     for name in needed:
-        if name.startswith(("libnv", "libtensorrt")):
-            library = folder / name
-            flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}"]
-            subprocess.run(["gcc", *flags, "-o", str(library), str(source)], check=True)
+        if re.match(replaced, name):
+            # NVIDIA's mathematical libraries name the version of each symbol as themselves.
+            versions = folder / f"{name}.versions"
+            versions.write_text(f"{name} {{ global: *; }};")
+            flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}", f"-Wl,--version-script={versions}"]
+            subprocess.run(["gcc", *flags, "-o", str(folder / name), str(source)], check=True)
+
+
+def python_310() -> str:
+    """Return a Python 3.10.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    python = os.environ.get("PYTHON310") or shutil.which("python3.10")
+    if python is not None:
+        ask = [python, "-c", "import sys; print(*sys.version_info[:2])"]
+        if subprocess.run(ask, stdout=subprocess.PIPE, text=True).stdout.strip() == "3 10":
+            return python
+    raise SystemExit(
+        f"TensorRT 8 needs Python 3.10, and {python or 'python3.10'} is none; install it, or name "
+        "one by the environment variable PYTHON310."
+    )
 
 
 def facts_of(requirement: str) -> tensorrt_api.Facts:
     """Return the facts of a release, read by a Python of its own; try our callbacks with it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        root = unpacked(requirement, folder)
-        (bindings,) = (path for path in root.glob("*_bindings/tensorrt*.so"))
-        make_empty_libraries(bindings, folder)
+        if requirement.startswith(WHOLE):
+            python = python_310()
+            root = unpacked(folder, *FOR_PYTHON_310, requirement, *OUR_NEEDS)
+            module = "tensorrt"
+            (plugins,) = (root / module).glob("libnvinfer_plugin.so.*")
+            make_empty_libraries(plugins, r"libcu(blas|dnn)", r"cu(?:blas|dnn)\w+", folder)
+        else:
+            python = sys.executable
+            root = unpacked(folder, requirement)
+            (bindings,) = root.glob("*_bindings/tensorrt*.so")
+            module = bindings.parent.name
+            make_empty_libraries(bindings, r"lib(nv|tensorrt)", r"(?:create|get|init)\w+", folder)
         environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": "",
             "LD_LIBRARY_PATH": str(folder),
             "PYTHONPATH": os.pathsep.join([str(root), str(TESTS), str(TESTS.parent)]),
         }
-        command = [sys.executable, "-c", READ.format(module=bindings.parent.name)]
+        command = [python, "-c", READ.format(module=module)]
         output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)
     found: tensorrt_api.Facts = json.loads(output.stdout)
     return found
@@ -117,7 +183,7 @@ def facts_of(requirement: str) -> tensorrt_api.Facts:
 def published_stub(requirement: str) -> str:
     """Return the text of the published stubs, repaired so that Python and mypy can read it."""
     with tempfile.TemporaryDirectory() as name:
-        root = unpacked(requirement, Path(name))
+        root = unpacked(Path(name), requirement)
         text = (root / "tensorrt_bindings" / "tensorrt.pyi").read_text()
     # A parameter without a default behind others that have one; a parameter named `in`.
     text = text.replace("= None, channel_axis: int)", "= None, channel_axis: int = ...)")

@@ -48,6 +48,8 @@ CLASSES = (
     "IHostMemory",
     "IInt8Calibrator",
     "IInt8EntropyCalibrator2",
+    "IInt8MinMaxCalibrator",
+    "ILayer",
     "ILogger",
     "ILogger.Severity",
     "INetworkDefinition",
@@ -67,25 +69,34 @@ CLASSES = (
     "ParserError",
     "ProfilingVerbosity",
     "Runtime",
+    "TacticSource",
     "TensorIOMode",
 )
 """The classes whose facts are kept. Others are known by name only."""
 
 _BASES = "(bases)"
 
-_CPP = {"IBuilder": "Builder", "IParserError": "ParserError", "IRuntime": "Runtime"}
+_CPP = {
+    "IBuilder": "Builder",
+    "IEngineInspector": "EngineInspector",
+    "IParserError": "ParserError",
+    "IRuntime": "Runtime",
+}
 """C++ classes with another name in Python, which signatures show by mistake."""
 
 _NAME = re.compile(r"\b[A-Z]\w+(?:\.[A-Z]\w+)?(?!\w)").findall
 """The classes that a fact names."""
 
+_OF_CALIBRATORS = (
+    "get_batch_size",
+    "get_batch",
+    "read_calibration_cache",
+    "write_calibration_cache",
+)
+
 _MUST_OVERRIDE = {
-    "IInt8EntropyCalibrator2": (
-        "get_batch_size",
-        "get_batch",
-        "read_calibration_cache",
-        "write_calibration_cache",
-    ),
+    "IInt8EntropyCalibrator2": _OF_CALIBRATORS,
+    "IInt8MinMaxCalibrator": _OF_CALIBRATORS,
     "ILogger": ("log",),
     "IOutputAllocator": ("reallocate_output", "notify_shape"),
     "IProfiler": ("report_layer_time",),
@@ -194,7 +205,11 @@ def _plain(signature: str) -> str:
     text = re.sub(r"\b(?:CapsuleType|capsule|handle)\b", "object", text)
     text = re.sub(r"\b(?:List|Tuple|Dict)\b", lambda match: match[0].lower(), text)
     text = re.sub(r"^\((?:self|arg0): [\w.]+", "(self", text)
-    function = ast.parse(f"def f{text}: ...").body[0]
+    try:
+        function = ast.parse(f"def f{text}: ...").body[0]
+    except SyntaxError:
+        # A parameter without a default after others that have one (TensorRT 8): no default is told.
+        function = ast.parse(f"def f{re.sub(r' = [^,)]+', '', text)}: ...").body[0]
     assert isinstance(function, ast.FunctionDef)
     arguments = function.args
     arguments.defaults = [ast.Constant(...) for _ in arguments.defaults]

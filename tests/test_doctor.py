@@ -164,7 +164,40 @@ def test_each_missing_piece_has_its_install_line(
     gpus: tuple[environment.Gpu, ...],
     expected: str,
 ) -> None:
-    assert remedy(available, packages, gpus) == expected
+    assert remedy(available, packages, gpus, python=(3, 11)) == expected
+
+
+def test_tensorrt_8_is_offered_where_its_package_exists_only() -> None:
+    absent = Availability("tensorrt", False, False, None, "TensorRT does not import")
+    assert '".[tensorrt8]"' in remedy(absent, {}, GPU, python=(3, 10))
+    assert '".[tensorrt8]"' in remedy(absent, {}, (), python=(3, 10))
+    assert "tensorrt8" not in remedy(absent, {}, GPU, python=(3, 11))
+    # Of TensorRT-RTX there is no such release.
+    rtx = Availability("tensorrt-rtx", False, False, None, "TensorRT-RTX does not import")
+    assert "tensorrt8" not in remedy(rtx, {}, GPU, python=(3, 10))
+
+
+def test_an_installed_tensorrt_8_lacks_the_gpu_only(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings")
+    (tmp_path / "tensorrt.py").write_text('__version__ = "8.6.0"')
+    output = doctor_beside(tmp_path)
+    line = next(line for line in output.splitlines() if line.startswith("  tensorrt "))
+    if read_gpus():
+        assert "builds and runs 8.6.0" in line
+    else:
+        assert "does not work here 8.6.0" in line
+        assert "import" not in line
+        assert "-> to build and run: an NVIDIA GPU with its driver\n" in output
+
+
+def test_the_extra_of_tensorrt_8_is_one_release_with_the_libraries_it_links() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["tensorrt8"]
+    # Without a marker, so that pip refuses the extra on a Python that has no such package.
+    assert "tensorrt==8.6.0" in extra
+    assert any(item.startswith("nvidia-cudnn-cu12") and "<9" in item for item in extra)
+    assert any(item.startswith("nvidia-cublas-cu12") for item in extra)
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "onnxruntime"])

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import io
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.engines import cuda_device, tensorrt, tensorrt_rtx
-from trt_yolov6.engines.base import BuildSettings, Engine, LoadOptions
+from trt_yolov6.engines import (
+    cuda_device,
+    onnxruntime_backend,
+    tensorrt,
+    tensorrt_build,
+    tensorrt_rtx,
+)
+from trt_yolov6.engines.base import BuildSettings, Engine, ImplicitCalibration, LoadOptions
 from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
 from trt_yolov6.engines.tensorrt_common import one_line
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -258,6 +267,93 @@ def test_messages_of_tensorrt_lose_the_places_in_its_source() -> None:
     assert one_line(message) == "Cuda Runtime (cudaError 2: out of memory)"
     assert one_line("two\n  lines.") == "two lines"
     assert len(one_line("word " * 500)) <= 300
+
+
+# --- releases that are not installed: a stand-in says its version, and nothing else is asked ------
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Have `import tensorrt` find a package of some version."""
+    module = types.ModuleType("tensorrt")
+    module.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+
+
+@pytest.mark.parametrize(
+    ("python", "remedy"),
+    [
+        ((3, 10, 13), "or `pip install '.[tensorrt8]'` (8.6)"),
+        ((3, 11, 2), "(10 or 11; TensorRT 8 needs Python 3.10)"),
+    ],
+)
+def test_what_installs_tensorrt_depends_on_the_python(
+    monkeypatch: pytest.MonkeyPatch, python: tuple[int, ...], remedy: str
+) -> None:
+    monkeypatch.setattr(sys, "version_info", python)
+    pretend(monkeypatch, "8.4.3.1")
+    message = refusal(lambda: tensorrt.check(BuildSettings()))
+    assert "TensorRT 8.4.3.1 is too old; install version 8.5 or later" in message
+    assert remedy in message
+    assert not tensorrt.availability().can_build
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    message = refusal(lambda: tensorrt.check(BuildSettings()))
+    assert "TensorRT does not import" in message
+    assert remedy in message
+
+
+@without_gpu
+@pytest.mark.parametrize("version", ["8.5.3.1", "8.6.0", "11.4.0.106"])
+def test_without_a_gpu_every_tensorrt_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    pretend(monkeypatch, version)
+    found = tensorrt.availability()
+    assert (found.version, found.can_build, found.can_run) == (version, False, False)
+    assert "builds on the GPU it builds for" in refusal(lambda: tensorrt.check(BuildSettings()))
+
+
+CALIBRATION = ImplicitCalibration()
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "said"),
+    [
+        ("8.5.3.1", BuildSettings(optimization_level=3), "8.5.3.1 has no --optimization-level"),
+        ("8.5.3.1", BuildSettings(fp8=True), "8.5.3.1 has no FP8"),
+        ("8.6.0", BuildSettings(fp8=True), "8.6.0 has no FP8"),
+        ("8.6.0", BuildSettings(target="t4"), "--target t4 needs --backend tensorrt-rtx"),
+        ("11.0.0.114", BuildSettings(calibration=CALIBRATION), "calibration ends with version 10"),
+    ],
+)
+def test_what_a_release_of_tensorrt_does_not_have_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, version: str, settings: BuildSettings, said: str
+) -> None:
+    pretend(monkeypatch, version)
+    assert said in refusal(lambda: tensorrt.check(settings))
+
+
+def test_tensorrts_own_calibration_is_refused_by_the_other_backends() -> None:
+    settings = BuildSettings(calibration=CALIBRATION)
+    message = refusal(lambda: onnxruntime_backend.check(settings))
+    assert "--tensorrt-calibrator is for TensorRT engines" in message
+    assert message.endswith("--backend tensorrt.")
+    pytest.importorskip("tensorrt_rtx")
+    assert "TensorRT-RTX has no calibrators" in refusal(lambda: tensorrt_rtx.check(settings))
+
+
+def test_an_unknown_tactic_source_is_answered_with_the_known_ones() -> None:
+    class TacticSource(enum.IntEnum):
+        CUDNN = 2
+        EDGE_MASK_CONVOLUTIONS = 3
+
+    chosen: list[int] = []
+    api = types.SimpleNamespace(TacticSource=TacticSource)
+    config = types.SimpleNamespace(set_tactic_sources=chosen.append)
+    message = refusal(lambda: tensorrt_build._set_tactic_sources(api, config, ("cudnn", "cudn")))
+    assert "--tactic-sources cudn is not known; choose among cudnn, edge_mask" in message
+    assert not chosen
+    tensorrt_build._set_tactic_sources(api, config, ("edge_mask_convolutions", "cudnn"))
+    assert chosen == [0b1100]
 
 
 # --- progress -----------------------------------------------------------------------------------

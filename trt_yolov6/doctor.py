@@ -159,13 +159,19 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     return "\n".join(lines)
 
 
-def remedy(available: Availability, packages: dict[str, str | None], gpus: tuple[Gpu, ...]) -> str:
+def remedy(
+    available: Availability,
+    packages: dict[str, str | None],
+    gpus: tuple[Gpu, ...],
+    python: tuple[int, int] = sys.version_info[:2],
+) -> str:
     """Return what would make a backend work, or work on the GPU.
 
     Args:
         available: the backend's own report.
         packages: installed versions, by distribution.
         gpus: the GPUs of this machine.
+        python: version of Python, on which depends whether there is a TensorRT 8 to install.
 
     Returns:
         One line with the command to run; empty when nothing is missing.
@@ -186,6 +192,8 @@ def remedy(available: Availability, packages: dict[str, str | None], gpus: tuple
         return ""
     # The extras are named as the backends are. The package is on no index, only in its repository.
     install = f'pip install ".[{name}]" in the repository\'s folder'
+    if name == "tensorrt" and python < (3, 11):
+        install += ' (or ".[tensorrt8]" for TensorRT 8.6)'
     if available.can_build and available.can_run:
         return ""
     # RTX builds on machines without a GPU, so there the package alone is worth installing.
@@ -193,7 +201,7 @@ def remedy(available: Availability, packages: dict[str, str | None], gpus: tuple
     if not gpus:
         gpu = "an NVIDIA GPU with its driver"
         if not missing:
-            return f"to run: {gpu}"
+            return f"to {'run' if available.can_build else 'build and run'}: {gpu}"
         if name == "tensorrt-rtx" and not available.can_build:
             return f"to build for other machines: {install}; to run: {gpu} too"
         return f"to {'run' if available.can_build else 'build and run'}: {gpu}, then {install}"

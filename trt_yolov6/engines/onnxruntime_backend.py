@@ -83,18 +83,17 @@ def availability() -> Availability:
 def check(settings: BuildSettings) -> None:
     """Raise UserError for a setting that means nothing to ONNX Runtime."""
     ignored = {
-        "--target": settings.target,
-        "--timing-cache": settings.timing_cache,
-        "--workspace": settings.workspace_mib,
-        "--optimization-level": settings.optimization_level,
-        "--tactic-sources": settings.tactic_sources,
-        "--calibration-cache or --tensorrt-calibrator": settings.calibration,
+        "--target": (settings.target, "tensorrt-rtx"),
+        "--timing-cache": (settings.timing_cache, "tensorrt"),
+        "--workspace": (settings.workspace_mib, "tensorrt or tensorrt-rtx"),
+        "--optimization-level": (settings.optimization_level, "tensorrt or tensorrt-rtx"),
+        "--tactic-sources": (settings.tactic_sources, "tensorrt"),
+        "--calibration-cache or --tensorrt-calibrator": (settings.calibration, "tensorrt"),
     }
-    for option, value in ignored.items():
+    for option, (value, backends) in ignored.items():
         if value is not None:
             raise UserError(
-                f"{option} is for TensorRT engines; leave it out, or give --backend tensorrt or "
-                "tensorrt-rtx."
+                f"{option} is for TensorRT engines; leave it out, or give --backend {backends}."
             )
 
 

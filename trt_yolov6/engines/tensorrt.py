@@ -47,7 +47,8 @@ def availability() -> Availability:
 def check(settings: BuildSettings) -> None:
     """Raise UserError where TensorRT or a GPU is missing, or for a setting it cannot honour.
 
-    That is a target, from TensorRT 11 on a calibration cache, or FP8 on a GPU that has none.
+    That is a target, from TensorRT 11 on a calibration cache, before 8.6 an optimization level, and
+    FP8 in TensorRT 8 or on a GPU that has none.
     """
     flavour = _flavour()
     if settings.calibration is not None:
@@ -57,6 +58,12 @@ def check(settings: BuildSettings) -> None:
             f"--target {settings.target} needs --backend tensorrt-rtx: TensorRT times its layers "
             "on the GPU in the machine and builds for that one only."
         )
+    if settings.optimization_level is not None and flavour.release < (8, 6):
+        raise UserError(f"{flavour} has no --optimization-level (8.6 is the first); leave it out.")
+    if settings.fp8 and flavour.release < (9, 0):
+        raise UserError(
+            f"{flavour} has no FP8 (10 is the first that builds it); build with --int8 or --fp16."
+        )
     try:
         device = cuda_device.current_device()
     except MissingDependencyError as error:
@@ -65,11 +72,6 @@ def check(settings: BuildSettings) -> None:
             "has the GPU, or use --backend tensorrt-rtx with --target."
         ) from error
     if settings.fp8:
-        if flavour.release < (9, 0):
-            raise UserError(
-                f"{flavour} has no FP8 (10 is the first that builds it); build with --int8 or "
-                "--fp16."
-            )
         check_fp8(device)
 
 
@@ -121,7 +123,7 @@ def _install() -> str:
     """Return what installs a TensorRT that this Python can have."""
     newest = "`pip install '.[tensorrt]'`"
     if sys.version_info >= (3, 11):
-        return newest
+        return f"{newest} (10 or 11; TensorRT 8 needs Python 3.10)"
     return f"{newest} (10 or 11) or `pip install '.[tensorrt8]'` (8.6)"
 
 

@@ -87,8 +87,8 @@ def build_plan(
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
-    if settings.optimization_level is not None:
-        _set_optimization_level(flavour, config, settings.optimization_level)
+    if settings.optimization_level is not None:  # API: not tensorrt<8.6 (the backend refuses it)
+        config.builder_optimization_level = settings.optimization_level
     if settings.tactic_sources is not None:
         _set_tactic_sources(api, config, settings.tactic_sources)
     _set_profile(api, builder, network, config, settings)
@@ -134,9 +134,10 @@ def _network_flags(api: Any, *, weakly_typed: bool) -> int:
     return 1 << int(flags["EXPLICIT_BATCH"]) if not has_strong_types(api) else 0
 
 
-def _set_precisions(api: Any, network: Any, config: Any, weak: WeakGraph) -> None:
+def _set_precisions(  # API: tensorrt<11 (weakly typed networks)
+    api: Any, network: Any, config: Any, weak: WeakGraph
+) -> None:
     """Say by flags and constraints what the types of a graph said."""
-    # API: tensorrt<11 (weakly typed networks)
     if weak.quantized:
         config.set_flag(api.BuilderFlag.INT8)
     if weak.half:
@@ -154,12 +155,6 @@ def _set_precisions(api: Any, network: Any, config: Any, weak: WeakGraph) -> Non
             if layer.get_output(output).name in weak.single:
                 layer.precision = api.float32
                 layer.set_output_type(output, api.float32)
-
-
-def _set_optimization_level(flavour: Flavour, config: Any, level: int) -> None:
-    if flavour.backend == "tensorrt" and flavour.release < (8, 6):
-        raise UserError(f"{flavour} has no --optimization-level (8.6 is the first); leave it out.")
-    config.builder_optimization_level = level
 
 
 def _set_tactic_sources(api: Any, config: Any, names: Collection[str]) -> None:
@@ -180,14 +175,14 @@ def _parser_message(flavour: Flavour, parser: Any) -> str:
         return f"{flavour} does not parse the ONNX graph; check it with onnx.checker."
     error = parser.get_error(0)
     reason = one_line(error.desc())
-    if not hasattr(error, "node_operator"):
+    if not hasattr(error, "node_operator"):  # TensorRT 8
         return (
             f"{flavour} does not take node number {error.node()} of the ONNX graph ({reason}); "
             "export the graph without it, or use --backend onnxruntime."
         )
-    if not error.node_operator():  # API: tensorrt>=10 (before, errors do not tell the operator)
+    if not error.node_operator():
         return f"{flavour} does not parse the ONNX graph ({reason}); export it again."
-    name = error.node_name() or f"number {error.node()}"  # API: tensorrt>=10 (as above)
+    name = error.node_name() or f"number {error.node()}"  # API: not tensorrt<10 (returned above)
     return (
         f"{flavour} does not take node {name} ({error.node_operator()}) of the ONNX graph "
         f"({reason}); export the graph without it, or use --backend onnxruntime."
@@ -262,11 +257,11 @@ def _run_builder(
         ) as bar,
     ):
         monitor = None
-        if hasattr(flavour.api, "IProgressMonitor"):  # API: tensorrt>=10 (8 tells no progress)
+        if hasattr(flavour.api, "IProgressMonitor"):  # API: not tensorrt<10 (8 tells no progress)
             monitor = _progress_monitor(flavour.api, bar)
             config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
-        if monitor is not None:  # API: tensorrt>=10 (as above)
+        if monitor is not None:  # API: not tensorrt<10 (as above)
             # The builder must not outlive what it reports to.
             config.progress_monitor = None
             if monitor.interrupted:
@@ -315,7 +310,7 @@ class _Phase:
     done: int = 0
 
 
-def _progress_monitor(api: Any, bar: Any) -> Any:
+def _progress_monitor(api: Any, bar: Any) -> Any:  # API: not tensorrt<10 (8 tells no progress)
     """Return an `IProgressMonitor` that shows the builder's nested phases on one bar of 100."""
 
     class ProgressMonitor(api.IProgressMonitor):  # type: ignore[misc]

@@ -109,7 +109,7 @@ class Feed:
 
 def calibrate(
     api: Any, network: Any, config: Any, calibration: ImplicitCalibration, batch: int
-) -> Any:
+) -> Feed:
     """Have a builder take scales from a cache or from images.
 
     Args:
@@ -120,7 +120,7 @@ def calibrate(
         batch: the optimization profile's best batch size, where the network's is free.
 
     Returns:
-        The calibrator, a `Feed`, which has to outlive the build and be finished.
+        The calibrator, which has to outlive the build and be finished.
     """
     fixed = int(network.get_input(0).shape[0])
     batch = batch if fixed < 0 else fixed
@@ -135,7 +135,10 @@ def calibrate(
             api.IInt8MinMaxCalibrator.__init__(self)
             Feed.__init__(self, calibration, batch)
 
-    minmax = calibration.cache is None and calibration.algorithm == "minmax"
-    calibrator: Feed = MinMaxCalibrator() if minmax else EntropyCalibrator()
-    config.int8_calibrator = calibrator
-    return calibrator
+    if calibration.cache is None and calibration.algorithm == "minmax":
+        minmax = MinMaxCalibrator()
+        config.int8_calibrator = minmax
+        return minmax
+    entropy = EntropyCalibrator()
+    config.int8_calibrator = entropy
+    return entropy

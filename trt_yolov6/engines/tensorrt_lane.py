@@ -454,13 +454,13 @@ def output_allocator(api: Any) -> Any:
             self.shape: tuple[int, ...] = ()
             self.error: Exception | None = None
 
-        def reallocate_output_async(
-            self, tensor_name: str, memory: int, size: int, alignment: int, stream: int
+        def reallocate_output_async(  # API: not tensorrt<10 (8 calls the other one)
+            self, tensor_name: str, memory: object, size: int, alignment: int, stream: int
         ) -> int:
             return self.reallocate_output(tensor_name, memory, size, alignment)
 
         def reallocate_output(
-            self, tensor_name: str, memory: int, size: int, alignment: int
+            self, tensor_name: str, memory: object, size: int, alignment: int
         ) -> int:
             # cudaMalloc aligns to 256 bytes, which is all that is ever asked for.
             try:
