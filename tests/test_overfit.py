@@ -42,7 +42,7 @@ def test_eight_images_are_learned_by_heart(root: Path, tmp_path: Path) -> None:
         "yolov6n",
         str(data),
         train_split="val",
-        epochs=130,
+        epochs=200,
         plain_epochs=0,
         batch=8,
         image_size=224,
