@@ -385,16 +385,15 @@ class _Graph:
 
     def write(self) -> None:
         """Store the nodes and the constants that anything reads."""
-        nodes = [copy for node in self._kept() for copy in (_copy(node),)]
-        read = {name for node in nodes for name in node.input}
-        read.update(item.name for item in self._graph.output)
+        nodes = [_copy(node) for node in self._kept()]
+        outputs = {item.name for item in self._graph.output}
+        # First what dequantizes, then what only that has read.
         for kind in ("DequantizeLinear", "QuantizeLinear"):
+            read = outputs.union(name for node in nodes for name in node.input)
             nodes = [
                 node for node in nodes if node.op_type != kind or read.intersection(node.output)
             ]
-            read = {name for node in nodes for name in node.input}
-            read.update(item.name for item in self._graph.output)
-        read = {name for node in nodes for name in node.input}
+        read = outputs.union(name for node in nodes for name in node.input)
         constants = [_copy(item) for name, item in self._initializers.items() if name in read]
         del self._graph.node[:], self._graph.initializer[:], self._graph.value_info[:]
         self._graph.node.extend(nodes)
