@@ -19,7 +19,7 @@ from onnxruntime.quantization import (
     QuantType,
     quantize_static,
 )
-from small_graphs import GraphWriter, detector, random_images
+from small_graphs import SIZE, GraphWriter, detector, random_images
 
 from trt_yolov6.engines import backend
 from trt_yolov6.engines.base import BuildSettings
@@ -227,6 +227,24 @@ class TestOurOwnGraphs:
         # What the transposed convolution reads is quantized though it is computed in float.
         for tensor in sorted({*placement.tensors} - {"merge_relu"}):
             assert in_int8(_without_pair(model, tensor)) < everything, tensor
+
+    def test_after_a_build_that_failed_the_next_has_its_layers_in_int8(self) -> None:
+        api = pytest.importorskip("tensorrt_rtx")
+        from trt_yolov6.engines.tensorrt_common import logger_of
+        from trt_yolov6.engines.tensorrt_layers import engine_layers
+
+        def layers_of(model: onnx.ModelProto, target: str) -> list[tuple[str, ...]]:
+            settings = BuildSettings(BatchProfile(1, 1, 2), target=target, progress=False)
+            backend("tensorrt-rtx").build(model.SerializeToString(), settings)
+            return [layer.inputs for layer in engine_layers(logger_of(api).layers)]
+
+        expected = layers_of(ours(), "l4")
+        graph = GraphWriter()
+        weight = graph.constant("weight", np.ones((SIZE, SIZE), np.float32))
+        product = graph.node("MatMul", ["images", weight], "product")
+        with pytest.raises(UserError):  # it has no float32 matrix product for a T4
+            layers_of(graph.model(product), "t4")
+        assert layers_of(ours(), "l4") == expected
 
 
 def _without_pair(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:

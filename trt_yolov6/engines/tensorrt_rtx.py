@@ -9,13 +9,14 @@ which makes the first run of each batch size slow.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trt_yolov6.engines import cuda_device
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
-from trt_yolov6.engines.manifest import Manifest
+from trt_yolov6.engines.manifest import BatchProfile, Manifest
 from trt_yolov6.engines.runtime_cache import RuntimeCache, cache_path
 from trt_yolov6.engines.tensorrt_common import FIRST_WITH_FP8, Flavour, check_fp8
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -117,7 +118,37 @@ def build(model: bytes, settings: BuildSettings) -> bytes:
     _check_operators(flavour, model)
     from trt_yolov6.engines.tensorrt_build import build_plan
 
-    return build_plan(flavour, model, settings, _target_setter(flavour.api, capabilities))
+    set_target = _target_setter(flavour.api, capabilities)
+    try:
+        return build_plan(flavour, model, settings, set_target)
+    except UserError:
+        _forget_failure(flavour, set_target)
+        raise
+
+
+def _forget_failure(flavour: Flavour, set_target: Callable[[Any], None]) -> None:
+    """Build an engine of one operator, so that the next is not built as the one that failed.
+
+    After a build that failed for a T4, TensorRT-RTX 1.7 gives the next one in the process, for
+    Ada, the layers that it has for a T4, most of them in float.
+    """
+    from onnx import TensorProto, helper
+
+    from trt_yolov6.engines.tensorrt_build import build_plan
+
+    image, result = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 32, 32])
+        for name in ("images", "result")
+    )
+    node = helper.make_node("Relu", ["images"], ["result"], "relu")
+    model = helper.make_model(
+        helper.make_graph([node], "one_operator", [image], [result]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+    with contextlib.suppress(UserError):
+        settings = BuildSettings(BatchProfile(1, 1, 1), progress=False)
+        build_plan(flavour, model.SerializeToString(), settings, set_target)
 
 
 def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
