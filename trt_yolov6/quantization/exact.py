@@ -158,15 +158,8 @@ def with_single_quantization(model: onnx.ModelProto) -> onnx.ModelProto:
     constants = {item.name: item for item in model.graph.initializer}
 
     def is_meant(node: onnx.NodeProto) -> bool:
-        if node.op_type != "QuantizeLinear" or len(node.input) < 3:
-            return False
-        scale, zero = constants.get(node.input[1]), constants.get(node.input[2])
-        return (
-            scale is not None
-            and zero is not None
-            and scale.data_type == onnx.TensorProto.FLOAT16
-            and zero.data_type == onnx.TensorProto.INT8
-        )
+        half = onnx.TensorProto.FLOAT16
+        return node.op_type == "QuantizeLinear" and _is_int8(node, constants, half)
 
     if not any(is_meant(node) for node in model.graph.node):
         return model
@@ -197,15 +190,27 @@ def _dequantizes_int8(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorP
     import onnx
     from onnx import numpy_helper
 
-    if node.op_type != "DequantizeLinear" or len(node.input) != 3:
+    return (
+        node.op_type == "DequantizeLinear"
+        and _is_int8(node, constants, onnx.TensorProto.FLOAT)
+        and not numpy_helper.to_array(constants[node.input[2]]).any()
+    )
+
+
+def _is_int8(
+    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], scale_type: int
+) -> bool:
+    """Tell whether a Q/DQ node has a stored INT8 zero point and a stored scale of a type."""
+    import onnx
+
+    if len(node.input) != 3:
         return False
     scale, zero = constants.get(node.input[1]), constants.get(node.input[2])
     return (
         scale is not None
         and zero is not None
-        and scale.data_type == onnx.TensorProto.FLOAT
+        and scale.data_type == scale_type
         and zero.data_type == onnx.TensorProto.INT8
-        and not numpy_helper.to_array(zero).any()
     )
 
 
