@@ -280,7 +280,7 @@ def benchmark_many(
             uncounted=lambda index: runs[index].forget_last(),
         )
     return [
-        _result(engine, batch, run, {}, stopped_by, warm, clock, streams)
+        _result(engine, batch, run, (), stopped_by, warm, clock, streams)
         for engine, run, warm, clock in zip(engines, runs, warmed, clocks, strict=True)
     ]
 
@@ -371,8 +371,7 @@ def benchmark_end_to_end_many(
         )
     results = []
     for request, run, warm, clock in zip(requests, runs, warmed, clocks, strict=True):
-        by_stage = zip(STAGES, zip(*request.stage_seconds, strict=True), strict=True)
-        stages = {stage: summarize(values) for stage, values in by_stage}
+        stages = request.stage_seconds
         results.append(_result(request.engine, batch, run, stages, stopped_by, warm, clock))
     return results
 
@@ -680,7 +679,7 @@ def _result(
     engine: Engine,
     batch: int,
     run: Watched,
-    stages: dict[str, Latency],
+    stages: Sequence[tuple[float, ...]],
     stopped_by: StoppedBy,
     warm_up: WarmUp,
     clocks: tuple[CpuClock, tuple[Gpu, ...]],
@@ -689,10 +688,11 @@ def _result(
     manifest = engine.manifest
     cpu_clock, gpus = clocks
     seconds, shares = run.seconds, run.shares
-    quiet = [taken for taken, share in zip(seconds, shares, strict=False) if share <= DISTURBED]
-    if not shares:
-        quiet = seconds
+    runs = range(len(seconds))
+    quiet = [index for index in runs if not shares or shares[index] <= DISTURBED]
     disturbed = len(quiet) < max(min(MIN_RUNS, len(seconds)), (len(seconds) + 1) // 2)
+    counted = list(runs) if disturbed else quiet
+    by_stage = zip(*(stages[index] for index in counted), strict=True) if stages else ()
     return BenchmarkResult(
         engine=engine.path,
         engine_sha256=manifest.plan_sha256 if manifest else sha256_file(engine.path),
@@ -707,8 +707,8 @@ def _result(
         batch=batch,
         streams=streams,
         end_to_end=bool(stages),
-        latency=summarize(seconds if disturbed else quiet),
-        stages=stages,
+        latency=summarize([seconds[index] for index in counted]),
+        stages=dict(zip(STAGES, map(summarize, by_stage), strict=False)),
         all_runs=len(seconds),
         quiet_runs=len(quiet),
         disturbed=disturbed,
