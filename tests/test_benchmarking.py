@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from tiny_detector import load_tiny
 
-from trt_yolov6 import benchmarking
-from trt_yolov6.benchmarking import (
+from trt_yolov6.bench import latency as benchmarking
+from trt_yolov6.bench.latency import (
     MIN_RUNS_NARROW,
     STAGES,
     Watched,

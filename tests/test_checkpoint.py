@@ -25,13 +25,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trt_yolov6.authors.recognition import recognize
-from trt_yolov6.authors.tree import Tree
-from trt_yolov6.checkpoint import Checkpoint, load_checkpoint
-from trt_yolov6.coco_names import COCO_NAMES
+from trt_yolov6.checkpoints.archive import TorchArchive
+from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
+from trt_yolov6.checkpoints.meituan.recognition import recognize
+from trt_yolov6.checkpoints.meituan.tree import Tree
+from trt_yolov6.data.class_names import COCO_NAMES
 from trt_yolov6.errors import UserError
 from trt_yolov6.models import VARIANTS, YOLOv6, architecture, fuse
-from trt_yolov6.torch_archive import TorchArchive
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
