@@ -212,8 +212,10 @@ def cleaned(graph: Graph, options: argparse.Namespace) -> Graph:
     from collections import Counter
     from dataclasses import replace
 
-    from trt_yolov6.data.calibration import calibration_batches, input_spec
-    from trt_yolov6.quantization.qdq.cleanup import clean, verify_clean
+    from trt_yolov6.data.calibration import calibration_batches
+    from trt_yolov6.graph.inputs import input_spec
+    from trt_yolov6.quantization.qdq.cleanup import clean
+    from trt_yolov6.quantization.qdq.verify import verify_clean
 
     model, removals = clean(graph.model)
     if not removals:
