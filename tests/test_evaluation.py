@@ -137,7 +137,7 @@ def test_imperfect_results_score_as_pycocotools_scores_their_file(tmp_path: Path
         }
         for image, one in zip(dataset.images, found, strict=True)
         for (x1, y1, x2, y2), score, label in zip(
-            one.boxes.tolist(), one.scores.tolist(), one.classes.tolist(), strict=True
+            one.xyxy.tolist(), one.confidence.tolist(), one.class_id.tolist(), strict=True
         )
     ]
     mine = [result.ap, result.ap50, result.ap75, result.ap_small, result.ap_medium]
@@ -156,7 +156,7 @@ def test_a_border_moves_nothing_but_the_scale(tmp_path: Path) -> None:
         image = np.zeros((32, 32, 3), np.uint8)
         image[8:16, 16:24, 1] = 255
         (found,) = detect(engine, [image], nms=SURE, border=16)
-        np.testing.assert_allclose(found.boxes, [[16, 8, 24, 16]])
+        np.testing.assert_allclose(found.xyxy, [[16, 8, 24, 16]])
         assert evaluate(engine, dataset, nms=SURE, border=16, progress=False).ap is not None
 
 

@@ -45,9 +45,9 @@ def picture(x: int, y: int, channel: int, factor: int = 1) -> NDArray[np.uint8]:
 
 def test_detect_takes_arrays_of_any_size_in_order(engine: Engine) -> None:
     found = detect(engine, [picture(1, 2, 0), picture(3, 4, 2, 10)], nms=SURE, batch=1)
-    np.testing.assert_allclose(found[0].boxes, [[8, 16, 16, 24]])
-    np.testing.assert_allclose(found[1].boxes, [[240, 320, 320, 400]])
-    assert [one.classes.tolist() for one in found] == [[0], [2]]
+    np.testing.assert_allclose(found[0].xyxy, [[8, 16, 16, 24]])
+    np.testing.assert_allclose(found[1].xyxy, [[240, 320, 320, 400]])
+    assert [one.class_id.tolist() for one in found] == [[0], [2]]
     assert detect(engine, []) == []
 
 

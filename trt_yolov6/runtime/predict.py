@@ -123,7 +123,7 @@ def _detect_at_once(
         outputs = engine.start(array, nms.confidence).wait()
     else:
         outputs = _checked_outputs(engine, array, len(images), nms, _warn)
-    return postprocess(outputs, engine.output_layout, nms, placed)
+    return postprocess(outputs, engine.output_layout, nms, placed, class_names=engine.class_names)
 
 
 def _checked_outputs(
@@ -449,6 +449,7 @@ def process(
                 nms,
                 loaded.letterboxes,
                 clip=clip,
+                class_names=engine.class_names,
                 executor=helpers,
             )
         middle = time.perf_counter()
