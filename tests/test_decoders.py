@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.letterbox import fit
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.data.preprocessing import Preprocessing, parse_changes
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.detectors.layouts import LAYOUTS, YOLOV5_ANCHORS, YOLOV7_ANCHORS, Anchors
@@ -152,7 +152,7 @@ def test_ap_is_1_with_the_familys_images_only(name: str, tmp_path: Path) -> None
     other = "fit=corner" if own.fit != "corner" else "fit=letterbox"
     aps = []
     for changes in ((), (other,), (f"colour={'bgr' if own.colour == 'rgb' else 'rgb'}",)):
-        options = LoadOptions(decoder=decoder_of(name), preprocess=changes)
+        options = LoadOptions(decoder=decoder_of(name), preprocess=parse_changes(changes))
         with load_engine(path, options=options) as engine:
             aps.append(evaluate(engine, dataset, nms=NMS, progress=False).ap)
     assert aps[0] == pytest.approx(1)
@@ -442,13 +442,13 @@ def test_metadata_that_is_no_list_of_names_is_left_alone(names: str, tmp_path: P
 
 def test_a_changed_preprocessing_is_kept_in_the_manifest(tmp_path: Path) -> None:
     changes = ("colour=rgb", "mean=123.675,116.28,103.53", "std=58.395,57.12,57.375")
-    graph = graph_from_onnx(written("yolox", tmp_path), preprocess=changes)
+    graph = graph_from_onnx(written("yolox", tmp_path), preprocess=parse_changes(changes))
     built = build_engine(graph, backend="onnxruntime", output=tmp_path / "legacy.onnx")
     with load_engine(built.path) as engine:
         assert engine.preprocessing == Preprocessing(
             "corner", "linear", "rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
         )
-    with load_engine(built.path, options=LoadOptions(preprocess=("fit=stretch",))) as engine:
+    with load_engine(built.path, options=LoadOptions(preprocess={"fit": "stretch"})) as engine:
         assert engine.preprocessing.fit == "stretch"
         assert engine.preprocessing.colour == "rgb"
 

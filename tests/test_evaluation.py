@@ -317,9 +317,9 @@ def test_a_batch_the_engine_does_not_take_is_refused(tmp_path: Path, cells: Coco
 @pytest.mark.parametrize(
     ("asked", "option"),
     [
-        (NmsSettings(0.1, 0.65, 100), "--conf 0.2"),
-        (NmsSettings(0.3, 0.5, 100), "--iou 0.65"),
-        (NmsSettings(0.3, 0.65, 101), "--max-detections 100"),
+        (NmsSettings(0.1, 0.65, 100), "`confidence` 0.2"),
+        (NmsSettings(0.3, 0.5, 100), "`iou` 0.65"),
+        (NmsSettings(0.3, 0.65, 101), "`max_detections` 100"),
     ],
 )
 def test_thresholds_an_end2end_engine_cannot_meet_are_refused(

@@ -23,8 +23,9 @@ from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime import video as video_writing
+from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.draw import class_colour, draw_detections
-from trt_yolov6.runtime.predict import detect, infer_source
+from trt_yolov6.runtime.predict import detect
 from trt_yolov6.runtime.video import LONGEST_PAUSE, VideoWriter, h264_encoder
 from trt_yolov6.spec import NmsSettings
 

@@ -80,11 +80,11 @@ class Detections:
         return (self[index] for index in range(len(self)))
 
     @overload
-    def __getitem__(self, index: int) -> Detection: ...
+    def __getitem__(self, index: int | np.integer[Any]) -> Detection: ...
     @overload
     def __getitem__(self, index: slice | NDArray[Any] | Sequence[int]) -> Detections: ...
     def __getitem__(
-        self, index: int | slice | NDArray[Any] | Sequence[int]
+        self, index: int | np.integer[Any] | slice | NDArray[Any] | Sequence[int]
     ) -> Detection | Detections:
         if isinstance(index, (int, np.integer)):
             left, top, right, bottom = self.xyxy[index].tolist()
