@@ -49,6 +49,9 @@ class BuiltEngine:
     """Convolutions with INT8 or FP8 weights in the graph; the manifest says how many the engine
     has."""
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
 
 def for_tensorrt(graph: Graph) -> Graph:
     """Return a graph as TensorRT computes it: unsigned INT8 levels become signed ones.

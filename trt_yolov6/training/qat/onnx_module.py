@@ -83,8 +83,8 @@ class _Step:
 class GraphNetwork(nn.Module):
     """The part of an exported detector from its normalized image to its head's raw outputs.
 
-    In evaluation mode quantized convolutions add up whole numbers, as in `qdq.integer_arithmetic`:
-    the values of training but for the last bit, the same on every device.
+    In evaluation mode quantized convolutions add up whole numbers (see `integer_arithmetic`): the
+    values of training but for the last bit, the same on every device.
     """
 
     def __init__(
