@@ -1,0 +1,1 @@
+"""Serving: engines behind Triton Inference Server."""
