@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.train_bccd import Places, add_recipe, heading, train_once
-from trt_yolov6.files import write_json
+from trt_yolov6.common.files import write_json
 
 TABLES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "6": (

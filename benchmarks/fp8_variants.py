@@ -22,18 +22,18 @@ from typing import Any
 
 import onnx
 
-from trt_yolov6.benchmarking import benchmark_many, format_report, random_input
-from trt_yolov6.building import SUFFIXES, build_engine, graph_from_onnx
+from trt_yolov6.bench.latency import benchmark_many, format_report, random_input
+from trt_yolov6.common.files import write_json
+from trt_yolov6.common.machine import timestamp
 from trt_yolov6.engines import LoadOptions, backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.tensorrt_layers import engine_layers
-from trt_yolov6.environment import timestamp
+from trt_yolov6.engines.build import SUFFIXES, build_engine
+from trt_yolov6.engines.tensorrt.layer_log import engine_layers
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import write_json
-from trt_yolov6.precision import tail_nodes, to_fp16
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.levels import FP8
-from trt_yolov6.quantization.placement import (
+from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import (
     FP8_RULES,
     Rule,
     is_among_the_last,
@@ -44,6 +44,7 @@ from trt_yolov6.quantization.placement import (
     reads_few_channels,
     works_less_than,
 )
+from trt_yolov6.quantization.types import FP8
 
 REFERENCE = "fp16"
 
@@ -148,11 +149,11 @@ def random_graph(name: str, size: int, batch: int) -> tuple[onnx.ModelProto, dic
     import numpy as np
     import torch
 
-    from trt_yolov6.engines.manifest import BatchProfile
-    from trt_yolov6.export import ExportSettings, export_onnx
+    from trt_yolov6.graph.export import ExportSettings, export_onnx
     from trt_yolov6.models import architecture, build_model
     from trt_yolov6.quantization.collect import collect
-    from trt_yolov6.quantization.fallback import tensors_to_measure
+    from trt_yolov6.quantization.mixed_precision import tensors_to_measure
+    from trt_yolov6.spec import BatchProfile
 
     torch.manual_seed(0)
     network = build_model(architecture(name)).eval()

@@ -39,24 +39,26 @@ from benchmarks.gpu_graphs import (
     with_batch,
 )
 from trt_yolov6 import __version__
-from trt_yolov6.benchmarking import BenchmarkResult, benchmark_many, random_input
-from trt_yolov6.building import SUFFIXES, Graph, build_engine, graph_from_checkpoint
+from trt_yolov6.bench.latency import BenchmarkResult, benchmark_many, random_input
+from trt_yolov6.common.files import write_json
+from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.data.loader import default_workers, load_batches
-from trt_yolov6.detection import Detections, postprocess
+from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines import Engine, LoadOptions, backend, load_engine
-from trt_yolov6.engines.manifest import BatchProfile, NmsSettings, Precision, read_manifest
-from trt_yolov6.environment import package_versions, read_gpus, software_versions, timestamp
+from trt_yolov6.engines.build import SUFFIXES, build_engine
+from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.export import ExportSettings
-from trt_yolov6.files import write_json
-from trt_yolov6.inference import process
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.models import count_flops
-from trt_yolov6.quantization.levels import FP8
 from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+from trt_yolov6.quantization.types import FP8
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.predict import process
+from trt_yolov6.spec import BatchProfile, NmsSettings, Precision
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"

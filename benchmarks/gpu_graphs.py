@@ -20,11 +20,11 @@ import torch
 
 from benchmarks.authors_graph import authors_graph
 from benchmarks.fp8_variants import random_graph
-from trt_yolov6.building import Graph
-from trt_yolov6.engines.manifest import BatchProfile
-from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.graph.export import ExportSettings, export_onnx
+from trt_yolov6.graph.float16 import to_fp16
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.models import YOLOv6, architecture, build_model
-from trt_yolov6.precision import to_fp16
+from trt_yolov6.spec import BatchProfile
 
 CLASSES = 80
 

@@ -38,29 +38,31 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from trt_yolov6.building import Graph, graph_from_checkpoint, graph_from_onnx
-from trt_yolov6.data.coco import CocoDataset, load_coco
-from trt_yolov6.engines import load_engine
-from trt_yolov6.environment import cpu_model
-from trt_yolov6.errors import UserError
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.export import ExportSettings
-from trt_yolov6.files import read_json, write_json
-from trt_yolov6.inspection import OnnxDetails, inspect_file
-from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
-from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.equalization import equalize, tensors_to_measure
-from trt_yolov6.quantization.images import (
+from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.common.machine import cpu_model
+from trt_yolov6.data.calibration import (
     calibration_batches,
     calibration_images,
     images_sha256,
     input_spec,
 )
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.placement import LAYER_OPS, Placement, place
+from trt_yolov6.data.coco import CocoDataset, load_coco
+from trt_yolov6.diagnostics.inspection import OnnxDetails, inspect_file
+from trt_yolov6.engines import load_engine
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.graph.operators import LAYER_OPS
+from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
+from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
 from trt_yolov6.quantization.ptq import VARIANTS, Judge, QuantizationSettings, Variant, quantize
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import Placement, place
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import model_sha256
+from trt_yolov6.runtime.evaluate import evaluate
 
 SHARED = Path("../shared")
 

@@ -24,10 +24,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trt_yolov6.comparison.intervals import Interval
+from trt_yolov6.common.files import write_json
+from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.comparison.results import latency_of, read_results
-from trt_yolov6.environment import cpu_model, software_versions, timestamp
-from trt_yolov6.files import write_json
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,15 +22,15 @@ from typing import Any
 
 from benchmarks import ablations, paper
 from benchmarks.tables import GPU, RESULTS, ROOT, markdown, qat_int8, rep_optimizer
-from trt_yolov6.building import build_engine, graph_from_checkpoint
-from trt_yolov6.comparison.timing import Round, measure_round, summarize_rounds
+from trt_yolov6.common.files import read_json, write_bytes, write_json
+from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
+from trt_yolov6.comparison.rounds import Round, measure_round, summarize_rounds
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
-from trt_yolov6.engines.manifest import BatchProfile
-from trt_yolov6.environment import cpu_model, software_versions, timestamp
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.export import ExportSettings
-from trt_yolov6.files import read_json, write_bytes, write_json
+from trt_yolov6.engines.build import build_engine
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.spec import BatchProfile
 
 SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
 FILE = RESULTS / "paper-tables.json"
@@ -89,7 +89,7 @@ def measure_borders() -> list[dict[str, Any]]:
 def measure_cpu() -> list[dict[str, Any]]:
     """Table 20: latency of N, T and S in FP32 at batch 1 in ONNX Runtime, in rounds."""
     from benchmarks.gpu_graphs import as_graph, random_model
-    from trt_yolov6.export import export_onnx
+    from trt_yolov6.graph.export import export_onnx
 
     variants = ("yolov6n", "yolov6t", "yolov6s")
     rounds: dict[str, list[Round]] = {variant: [] for variant in variants}
@@ -128,7 +128,12 @@ def measure_cpu() -> list[dict[str, Any]]:
 def measure_partial() -> list[dict[str, Any]]:
     """Table 21: AP of the sample with six layers in float, chosen by each metric."""
     from trt_yolov6.quantization.ptq import QuantizationSettings, calibrate
-    from trt_yolov6.quantization.report import REPORTED_LAYERS, TENSOR_METRICS, ap_on, measure
+    from trt_yolov6.runtime.sensitivity_report import (
+        REPORTED_LAYERS,
+        TENSOR_METRICS,
+        ap_on,
+        measure,
+    )
 
     graph = graph_from_checkpoint(SAMPLE, ExportSettings())
     settings = QuantizationSettings(calibrator="minmax", equalize=False)

@@ -42,8 +42,8 @@ from benchmarks.skeletons import (
     skeleton,
     with_random_weights,
 )
+from trt_yolov6.common.files import write_bytes
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.files import write_bytes
 
 CLASSES = 80
 

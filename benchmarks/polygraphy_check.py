@@ -32,9 +32,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from trt_yolov6.common.files import write_json
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.files import write_json
 
 TOLERANCE = 1e-3
 """Largest difference from Polygraphy's outputs: its Euclidean norm over the output's."""

@@ -33,18 +33,18 @@ import numpy as np
 import torch
 
 from benchmarks.train_bccd import Places, add_recipe, heading
-from trt_yolov6.building import Graph, graph_from_checkpoint
-from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.common.files import read_json, write_bytes, write_json
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
-from trt_yolov6.evaluation import Evaluation, evaluate
-from trt_yolov6.export import ExportSettings
-from trt_yolov6.files import read_json, write_bytes, write_json
-from trt_yolov6.quantization.placement import Placement
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.ptq import QuantizationSettings
+from trt_yolov6.quantization.qdq.placement import Placement
+from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.training.dataset import load_training_set
-from trt_yolov6.training.graph_network import Quantization, Trained
-from trt_yolov6.training.qat import (
+from trt_yolov6.training.qat.onnx_module import Quantization, Trained
+from trt_yolov6.training.qat.training import (
     QatSettings,
     Start,
     evaluate_network,

@@ -29,16 +29,16 @@ from typing import Any
 import onnx
 
 from benchmarks.train_bccd import Places, add_recipe, heading, train_once
-from trt_yolov6.building import Graph, graph_from_checkpoint
-from trt_yolov6.checkpoint import Checkpoint, load_checkpoint
+from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
+from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.common.machine import cpu_model
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.engines import load_engine
-from trt_yolov6.environment import cpu_model
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.export import ExportSettings
-from trt_yolov6.files import read_json, write_json
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.models import fuse
 from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+from trt_yolov6.runtime.evaluate import evaluate
 
 KINDS: dict[str, tuple[str, ...]] = {
     "multi-branch": ("--block", "repvgg"),

@@ -18,15 +18,15 @@ from typing import Any
 import onnx
 
 from benchmarks.authors_graph import authors_graph
-from trt_yolov6.benchmarking import benchmark, benchmark_many, format_report
-from trt_yolov6.building import build_engine, graph_from_checkpoint
-from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.bench.latency import benchmark, benchmark_many, format_report
+from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.common.files import write_json
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
-from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.export import ExportSettings
-from trt_yolov6.files import write_json
+from trt_yolov6.engines.build import build_engine
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.spec import BatchProfile, NmsSettings
 
 WEIGHTS = Path("samples/yolov6n_bccd_authors.pt")
 

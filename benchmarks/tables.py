@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tensorrt8 import layer_kind
-from trt_yolov6.files import read_json, write_bytes
+from trt_yolov6.common.files import read_json, write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -29,13 +29,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.benchmarking import benchmark_many
-from trt_yolov6.building import Graph, build_engine, graph_from_onnx
+from trt_yolov6.bench.latency import benchmark_many
+from trt_yolov6.common.files import write_json
+from trt_yolov6.common.machine import read_gpus, software_versions, timestamp
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.base import BuildSettings, ImplicitCalibration
-from trt_yolov6.environment import read_gpus, software_versions, timestamp
+from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import write_json
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.onnx_import import graph_from_onnx
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("yolov6n", "yolov6t", "yolov6s", "yolov6m", "yolov6l", "yolov6l-relu")
@@ -78,15 +80,15 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
 
     from benchmarks.authors_graph import authors_graph
     from benchmarks.gpu_graphs import as_graph, random_model, with_batch
-    from trt_yolov6.export import ExportSettings, export_onnx
-    from trt_yolov6.precision import tail_nodes, to_fp16
+    from trt_yolov6.data.calibration import calibration_images
+    from trt_yolov6.graph.export import ExportSettings, export_onnx
+    from trt_yolov6.graph.float16 import tail_nodes, to_fp16
     from trt_yolov6.quantization.calibrators import group_amax
     from trt_yolov6.quantization.collect import collect
-    from trt_yolov6.quantization.fallback import most_sensitive
-    from trt_yolov6.quantization.images import calibration_images
-    from trt_yolov6.quantization.insert import insert_qdq
-    from trt_yolov6.quantization.placement import place
+    from trt_yolov6.quantization.mixed_precision import most_sensitive
     from trt_yolov6.quantization.ptq import batches_of
+    from trt_yolov6.quantization.qdq.insert import insert_qdq
+    from trt_yolov6.quantization.qdq.placement import place
     from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
 
     folder, name, batches = job
@@ -151,7 +153,7 @@ def jobs_in(folder: Path) -> list[Job]:
 
 def build(job: Job, folder: Path, level: int, timing_cache: bool) -> dict[str, Any]:
     """Build an engine; for a process of its own. Returns its row, without times."""
-    from trt_yolov6.engines.manifest import BatchProfile
+    from trt_yolov6.spec import BatchProfile
 
     row: dict[str, Any] = {
         "network": job.network,
@@ -202,7 +204,7 @@ def build(job: Job, folder: Path, level: int, timing_cache: bool) -> dict[str, A
 
 def _images(graph: Graph) -> Iterator[NDArray[Any]]:
     """Yield the calibration images as the graph takes them."""
-    from trt_yolov6.quantization.images import calibration_batches, input_spec
+    from trt_yolov6.data.calibration import calibration_batches, input_spec
 
     return calibration_batches(
         ROOT / "calib", input_spec(graph.model), preprocessing=graph.preprocessing
@@ -234,7 +236,7 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
     scores, and in pixels of boxes whose score is above 0.3 there.
     """
     from trt_yolov6.data.coco import load_coco
-    from trt_yolov6.evaluation import evaluate
+    from trt_yolov6.runtime.evaluate import evaluate
 
     data = load_coco(ROOT / "samples")
     for row in rows:
@@ -259,7 +261,7 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _sample_images(graph: str) -> Iterator[NDArray[Any]]:
-    from trt_yolov6.quantization.images import calibration_batches, input_spec
+    from trt_yolov6.data.calibration import calibration_batches, input_spec
 
     model = graph_from_onnx(graph).model
     return calibration_batches(ROOT / "samples" / "images" / "val", input_spec(model))
@@ -267,7 +269,7 @@ def _sample_images(graph: str) -> Iterator[NDArray[Any]]:
 
 def layers(folder: Path, engine: str) -> dict[str, float]:
     """Return the microseconds of each layer of an engine, launched one by one."""
-    from trt_yolov6.benchmarking import random_input
+    from trt_yolov6.bench.latency import random_input
 
     with load_engine(folder / engine, options=LoadOptions(cuda_graph=False)) as loaded:
         times = loaded.layer_times(random_input(loaded, loaded.batch.opt))

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from trt_yolov6.environment import cpu_model, software_versions
-from trt_yolov6.files import write_json
+from trt_yolov6.common.files import write_json
+from trt_yolov6.common.machine import cpu_model, software_versions
 
 TIMING_EPOCHS = 12
 

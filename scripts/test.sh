@@ -11,5 +11,6 @@ if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,tensorrt-rtx; fi
 bash scripts/environment.sh "$extras"
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
+.venv/bin/lint-imports
 .venv/bin/mypy
 .venv/bin/python -m pytest "$@"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trt_yolov6.building import BuiltEngine, build_engine, graph_from_checkpoint
-from trt_yolov6.export import ExportSettings
+from trt_yolov6.engines.build import BuiltEngine, build_engine
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

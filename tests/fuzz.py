@@ -354,7 +354,8 @@ def prepare(folder: Path) -> None:
     from tiny_detector import NAMES, load_tiny
     from training_data import write_tiny
 
-    from trt_yolov6.building import build_engine, graph_from_onnx
+    from trt_yolov6.engines.build import build_engine
+    from trt_yolov6.graph.onnx_import import graph_from_onnx
 
     rng = np.random.default_rng(0)
     for name in ("images/val", "calib", "annotations", "seeds"):
@@ -521,11 +522,6 @@ def fuzz(count: int, seed: int, names: list[str] | None, keep: Path | None) -> i
     import onnxruntime
     import torch
     import yaml
-
-    import trt_yolov6.checkpoint
-    import trt_yolov6.comparison.run
-    import trt_yolov6.evaluation
-    import trt_yolov6.inspection  # noqa: F401
 
     _ = cv2, onnx, onnxruntime, torch, yaml
     rng = random.Random(seed)

@@ -97,8 +97,8 @@ def faults_in(folder: Path) -> list[str]:
     import onnx
     import torch
 
+    from trt_yolov6.common.files import sha256_file
     from trt_yolov6.engines.manifest import read_manifest
-    from trt_yolov6.files import sha256_file
 
     found = []
     for path in sorted(folder.rglob("*")):
@@ -158,7 +158,7 @@ def kill_often(count: int, seed: int, names: list[str] | None) -> int:
     import onnxruntime
 
     import trt_yolov6.comparison.run
-    import trt_yolov6.training.qat
+    import trt_yolov6.training.qat.training
     import trt_yolov6.training.trainer  # noqa: F401
 
     _ = cv2, onnxruntime

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.cocoeval import COCOeval
 
-from trt_yolov6.detection import Detections
+from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.quantization import agreement as module
 from trt_yolov6.quantization.agreement import agreement, match
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import trt_yolov6.training.assigners as assigners
 from trt_yolov6.models.decode import anchor_points
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
-from trt_yolov6.training.iou import iou
+from trt_yolov6.training.box_similarity import iou
 from trt_yolov6.training.targets import Targets, pad_targets
 
 NAMES = ("tal", "atss", "simota")

@@ -33,7 +33,7 @@ from trt_yolov6.training.augmentation import (
     plan_batch,
     worth_keeping,
 )
-from trt_yolov6.training.data_check import DataReport
+from trt_yolov6.training.data_validation import DataReport
 from trt_yolov6.training.dataset import TrainingSet
 
 SIZE = 64

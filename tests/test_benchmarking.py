@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -20,8 +21,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from tiny_detector import load_tiny
 
-from trt_yolov6 import benchmarking
-from trt_yolov6.benchmarking import (
+from trt_yolov6.bench import latency as benchmarking
+from trt_yolov6.bench.latency import (
     MIN_RUNS_NARROW,
     STAGES,
     Watched,
@@ -403,6 +404,30 @@ def test_end_to_end_engines_take_turns_and_each_has_its_own_stages(
         assert {stage.runs for stage in result.stages.values()} == {result.latency.runs}
         means = sum(stage.mean for stage in result.stages.values())
         assert means == pytest.approx(result.latency.mean, rel=1e-6)
+
+
+def test_stages_are_of_the_runs_that_the_latency_is_of(
+    detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages of disturbed runs are left out with the runs, so that they still add up."""
+    readings = itertools.cycle(
+        [0, 0, 0, 0, 0, 1]
+    )  # before and after a block: each third one waited
+    waited = 0.0
+
+    def wait() -> float:
+        nonlocal waited
+        waited += next(readings) * 0.05
+        return waited
+
+    monkeypatch.setattr(benchmarking, "cpu_wait_seconds", wait)
+    with load_engine(detector) as engine:
+        result = benchmark_end_to_end(engine, IMAGES[:2], duration=0.5, warm_up=0, progress=False)
+    assert not result.disturbed
+    assert 0 < result.latency.runs < result.all_runs
+    assert {stage.runs for stage in result.stages.values()} == {result.latency.runs}
+    means = sum(stage.mean for stage in result.stages.values())
+    assert means == pytest.approx(result.latency.mean, rel=1e-6)
 
 
 @pytest.mark.parametrize("batch", [10**9, 10**18, 10**30])

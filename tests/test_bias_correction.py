@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.building import BuiltEngine
-from trt_yolov6.engines.onnxruntime_backend import exact_session
+from trt_yolov6.data.calibration import calibration_batches, input_spec
+from trt_yolov6.engines.build import BuiltEngine
+from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.bias_correction import (
     BiasCorrection,
     correct_biases,
@@ -20,10 +21,9 @@ from trt_yolov6.quantization.bias_correction import (
 )
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.images import calibration_batches, input_spec
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.integer_layers import integer_layers
-from trt_yolov6.quantization.placement import place
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.quantization.qdq.view import integer_layers
 
 Floats = NDArray[np.float32]
 
@@ -78,7 +78,7 @@ def coarse(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def outputs(model: onnx.ModelProto, images: Sequence[Floats]) -> list[Floats]:
-    session = exact_session(model.SerializeToString())
+    session = reference_session(model.SerializeToString())
     source = session.get_inputs()[0].name
     runs = [session.run(None, {source: image}) for image in images]
     return [np.concatenate(parts) for parts in zip(*runs, strict=True)]

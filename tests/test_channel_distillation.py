@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trt_yolov6.training.channel_distillation import channel_divergence, distillation_loss
+from trt_yolov6.training.qat.distillation import channel_divergence, distillation_loss
 
 
 def features(seed: int, scale: float = 2.0) -> np.ndarray:

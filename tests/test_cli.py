@@ -13,9 +13,9 @@ import pytest
 from test_evaluation import write_cells
 from tiny_detector import load_tiny
 
-from trt_yolov6.building import BuiltEngine
 from trt_yolov6.cli import main
 from trt_yolov6.engines import runs_here
+from trt_yolov6.engines.build import BuiltEngine
 
 
 @pytest.fixture
@@ -354,5 +354,5 @@ def test_a_missing_package_is_one_line(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "trt_yolov6.export", raising=False)
+    monkeypatch.delitem(sys.modules, "trt_yolov6.graph.export", raising=False)
     assert "needs the Python package torch" in refusal(capsys, "export")

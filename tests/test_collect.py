@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from trt_yolov6.building import BuiltEngine
-from trt_yolov6.data.letterbox import letterbox
-from trt_yolov6.engines.base import TensorSpec
-from trt_yolov6.errors import UserError
-from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.images import (
+from trt_yolov6.data.calibration import (
     calibration_batches,
     calibration_images,
     images_sha256,
     input_spec,
 )
+from trt_yolov6.data.letterbox import letterbox
+from trt_yolov6.engines.build import BuiltEngine
+from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.collect import collect
+from trt_yolov6.spec import TensorSpec
 
 
 def small_model(weight: float = 1.0) -> onnx.ModelProto:

@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from trt_yolov6.cli import main
+from trt_yolov6.common.files import sha256_file, write_json
 from trt_yolov6.comparison import ModelEntry, Plan, compare, read_results
+from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.plan import entries_for, read_plan
-from trt_yolov6.comparison.steps import Steps
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.files import sha256_file, write_json
+from trt_yolov6.runtime.evaluate import evaluate
 
 IMAGES = 6
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.comparison.gate import SAME_ENGINE, Limits, check, format_verdict, matched
-from trt_yolov6.comparison.intervals import Interval
 from trt_yolov6.errors import UserError
 
 RESULTS: dict[str, Any] = {

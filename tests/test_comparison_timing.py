@@ -9,8 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from trt_yolov6.benchmarking import DISTURBED
-from trt_yolov6.comparison.timing import (
+from trt_yolov6.bench.latency import DISTURBED
+from trt_yolov6.common.machine import cpu_wait_seconds
+from trt_yolov6.comparison.rounds import (
     Round,
     counted_rounds,
     paired_medians,
@@ -18,7 +19,6 @@ from trt_yolov6.comparison.timing import (
     sample_round,
     summarize_rounds,
 )
-from trt_yolov6.environment import cpu_wait_seconds
 
 
 class SharedMachine:

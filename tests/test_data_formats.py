@@ -12,7 +12,7 @@ from PIL import Image
 
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.errors import UserError
-from trt_yolov6.training.data_check import in_order, read_split
+from trt_yolov6.training.data_validation import in_order, read_split
 
 WIDTH, HEIGHT = 40, 30
 BOXES = {"a": [("cat", (2, 4, 10, 20)), ("dog", (20, 5, 8, 6))], "b": [("dog", (0, 0, 40, 30))]}

@@ -22,22 +22,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from trt_yolov6.building import build_engine, graph_from_onnx
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.preprocessing import Preprocessing
-from trt_yolov6.decoders.families import FAMILIES
-from trt_yolov6.decoders.layouts import LAYOUTS, YOLOV5_ANCHORS, YOLOV7_ANCHORS, Anchors
-from trt_yolov6.decoders.recognition import GraphFacts, recognize
-from trt_yolov6.detection import Detections, postprocess
+from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.detectors.families import FAMILIES
+from trt_yolov6.detectors.layouts import LAYOUTS, YOLOV5_ANCHORS, YOLOV7_ANCHORS, Anchors
+from trt_yolov6.detectors.recognition import GraphFacts, recognize
 from trt_yolov6.engines import load_engine
-from trt_yolov6.engines.base import LoadOptions, TensorSpec
-from trt_yolov6.engines.manifest import NmsSettings, OutputLayout, read_manifest
+from trt_yolov6.engines.base import LoadOptions
+from trt_yolov6.engines.build import build_engine
+from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.inference import detect
+from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization.ptq import Judge, QuantizationSettings, quantize
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.predict import detect
+from trt_yolov6.spec import NmsSettings, OutputLayout, TensorSpec
 
 NMS = NmsSettings(confidence=0.5)
 """Above the gray around a letterbox, 114 / 255, below the painted cells."""

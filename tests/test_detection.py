@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from trt_yolov6 import detection
 from trt_yolov6.data.letterbox import Letterbox, fit
-from trt_yolov6.detection import MAX_CANDIDATES, Detections, postprocess, suppress
-from trt_yolov6.engines.manifest import NmsSettings
+from trt_yolov6.detectors import detections as detection
+from trt_yolov6.detectors.detections import MAX_CANDIDATES, Detections, postprocess, suppress
 from trt_yolov6.errors import UserError
+from trt_yolov6.spec import NmsSettings
 
 SIZE = (640, 640)
 WHOLE = fit(SIZE, SIZE)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from trt_yolov6 import environment
-from trt_yolov6.doctor import diagnose, find_problems, format_diagnosis, remedy
+from trt_yolov6.common import machine as environment
+from trt_yolov6.common.machine import Cpu, int8_on_cpu, parse_gpus, read_gpus
+from trt_yolov6.diagnostics.doctor import diagnose, find_problems, format_diagnosis, remedy
 from trt_yolov6.engines import BACKENDS, best_backend
 from trt_yolov6.engines.base import Availability
-from trt_yolov6.environment import Cpu, int8_on_cpu, parse_gpus, read_gpus
 
 ROOT = Path(__file__).parents[1]
 

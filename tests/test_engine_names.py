@@ -9,19 +9,14 @@ from pathlib import Path
 import pytest
 from small_graphs import detector
 
-from trt_yolov6.building import (
-    Graph,
-    build_engine,
-    engine_path,
-    engine_stem,
-    graph_from_onnx,
-    write_graph,
-)
 from trt_yolov6.cli import main
 from trt_yolov6.engines import base, find_engine, load_engine
-from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
+from trt_yolov6.engines.build import build_engine, engine_path, engine_stem, write_graph
 from trt_yolov6.errors import UserError
-from trt_yolov6.inference import default_nms
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.runtime.predict import default_nms
+from trt_yolov6.spec import BatchProfile, NmsSettings
 
 
 @pytest.fixture
@@ -106,8 +101,8 @@ def test_an_int8_graph_that_would_all_be_computed_in_float_is_refused(
 ) -> None:
     """TensorRT-RTX 1.7 builds for a T4 without a GPU, and has no INT8 convolution for it."""
     pytest.importorskip("tensorrt_rtx")
-    from trt_yolov6.quantization.levels import INT8
-    from trt_yolov6.quantization.probe import computes
+    from trt_yolov6.engines.int8_probe import computes
+    from trt_yolov6.quantization.types import INT8
 
     settings = base.BuildSettings(target="t4")
     assert not computes("tensorrt-rtx", settings, INT8)

@@ -13,17 +13,13 @@ import pytest
 from onnx import TensorProto, helper
 from tiny_detector import NAMES, SIZE, load_tiny
 
-from trt_yolov6.building import build_engine, graph_from_onnx
 from trt_yolov6.engines import LoadOptions, backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.manifest import (
-    BatchProfile,
-    Manifest,
-    NmsSettings,
-    read_manifest,
-    write_manifest,
-)
+from trt_yolov6.engines.build import build_engine
+from trt_yolov6.engines.manifest import Manifest, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.spec import BatchProfile, NmsSettings
 
 
 def built(folder: Path, name: str = "tiny.onnx") -> Path:

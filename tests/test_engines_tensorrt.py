@@ -21,17 +21,15 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.engines import (
-    cuda_device,
-    onnxruntime_backend,
-    tensorrt,
-    tensorrt_build,
-    tensorrt_rtx,
-)
 from trt_yolov6.engines.base import BuildSettings, Engine, ImplicitCalibration, LoadOptions
-from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
-from trt_yolov6.engines.tensorrt_common import one_line
+from trt_yolov6.engines.cuda import device as cuda_device
+from trt_yolov6.engines.onnxruntime import backend as onnxruntime_backend
+from trt_yolov6.engines.tensorrt import builder as tensorrt_build
+from trt_yolov6.engines.tensorrt import enterprise as tensorrt
+from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
+from trt_yolov6.engines.tensorrt.flavour import one_line
 from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.spec import BatchProfile, NmsSettings
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd_authors.pt"
 T4 = BuildSettings(target="t4", batch=BatchProfile(1, 2, 4), progress=False)
@@ -172,8 +170,8 @@ def test_every_offered_target_builds_a_plan_of_its_own() -> None:
 @pytest.mark.slow
 def test_the_sample_builds_for_a_t4_in_half_precision() -> None:
     pytest.importorskip("tensorrt_rtx")
-    from trt_yolov6.checkpoint import load_checkpoint
-    from trt_yolov6.export import ExportSettings, export_onnx
+    from trt_yolov6.checkpoints.loading import load_checkpoint
+    from trt_yolov6.graph.export import ExportSettings, export_onnx
 
     model = load_checkpoint(SAMPLE).model
     profile = BatchProfile(1, 8, 8)

@@ -16,21 +16,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.rescaling import rescale_channels
-from trt_yolov6.building import BuiltEngine
+from trt_yolov6.data.calibration import calibration_batches, input_spec
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
-from trt_yolov6.evaluation import evaluate
+from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.quantization.calibrators import amax_of
-from trt_yolov6.quantization.channels import FIXED, rescale, trace_channels
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.equalization import (
-    equalize,
-    noise_to_signal,
-    tensors_to_measure,
-)
-from trt_yolov6.quantization.images import calibration_batches, input_spec
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.placement import place
+from trt_yolov6.quantization.equalization.channel_graph import FIXED, rescale, trace_channels
+from trt_yolov6.quantization.equalization.solve import equalize, noise_to_signal, tensors_to_measure
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.runtime.evaluate import evaluate
 
 SIZE = 8
 

@@ -21,11 +21,10 @@ from tiny_detector import CELL, GRID, NAMES, SIZE, load_named, load_tiny
 from trt_yolov6.data.coco import CocoDataset, load_coco, read_coco_image
 from trt_yolov6.data.loader import AHEAD, load_batches, to_input
 from trt_yolov6.engines import load_engine
-from trt_yolov6.engines.base import TensorSpec
-from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.errors import UserError
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.inference import detect
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.predict import detect
+from trt_yolov6.spec import NmsSettings, TensorSpec
 
 # Between the tiny detector's scores of gray, 114 / 255, and of the colours drawn here.
 SURE = NmsSettings(confidence=0.6)

@@ -10,9 +10,9 @@ from PIL import Image
 from test_evaluation import SURE, write_cells
 from tiny_detector import load_tiny
 
-from trt_yolov6.detection import Detections
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.evaluation_plots import Confusion, write_plots
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.evaluation_plots import Confusion, write_plots
 
 OBJECTS = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]], np.float64)
 LABELS = np.array([0, 1, 1])

@@ -16,14 +16,17 @@ from small_graphs import GraphWriter, detector, random_images
 from test_graph_network import moved
 
 from trt_yolov6.engines import load_engine
-from trt_yolov6.engines.onnxruntime_backend import exact_session
-from trt_yolov6.export import ExportSettings
-from trt_yolov6.quantization.exact import with_integer_convolutions, with_single_quantization
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.levels import FP8
-from trt_yolov6.quantization.placement import place
+from trt_yolov6.graph.export import ExportSettings
+from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.ptq import QuantizationSettings
-from trt_yolov6.training.qat import Start, prepare, trained_graph
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.integer_arithmetic import (
+    with_integer_convolutions,
+    with_single_quantization,
+)
+from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.quantization.types import FP8
+from trt_yolov6.training.qat.training import Start, prepare, trained_graph
 
 
 def run(
@@ -34,7 +37,7 @@ def run(
     copy.CopyFrom(model)
     for name in more:
         copy.graph.output.add(name=name)
-    session = exact_session(copy.SerializeToString(), threads)
+    session = reference_session(copy.SerializeToString(), threads)
     names = [item.name for item in session.get_outputs()]
     return dict(zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True))
 

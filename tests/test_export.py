@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from trt_yolov6.data.letterbox import fit
-from trt_yolov6.detection import Detections, postprocess
-from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
+from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.errors import UserError
-from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture, build_model
 from trt_yolov6.models.head import HeadLevel
+from trt_yolov6.spec import BatchProfile, NmsSettings
 
 ONE = BatchProfile(1, 1, 1)
 

@@ -14,13 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.building import BuiltEngine
-from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.models.complexity import count_flops
 from trt_yolov6.models.fusion import fuse
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.fallback import (
+from trt_yolov6.quantization.mixed_precision import (
     LayerCost,
     choose_float_layers,
     layer_costs,
@@ -28,7 +29,7 @@ from trt_yolov6.quantization.fallback import (
     rankings,
     tensors_to_measure,
 )
-from trt_yolov6.quantization.placement import layer_names, place
+from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.sensitivity import Distortion, Sensitivity, ranked
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -262,12 +263,12 @@ def test_ranges_suffice_whatever_is_left_in_float() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not LITE.exists(), reason="the shared YOLOv6Lite-L is not here")
 def test_a_few_depthwise_layers_are_found_to_break_a_real_detector() -> None:
-    from trt_yolov6.building import graph_from_onnx
+    from trt_yolov6.data.calibration import calibration_batches, input_spec
     from trt_yolov6.data.images import list_images
+    from trt_yolov6.graph.onnx_import import graph_from_onnx
     from trt_yolov6.quantization.calibrators import group_amax
-    from trt_yolov6.quantization.images import calibration_batches, input_spec
-    from trt_yolov6.quantization.insert import insert_qdq
     from trt_yolov6.quantization.ptq import Judge
+    from trt_yolov6.quantization.qdq.insert import insert_qdq
     from trt_yolov6.quantization.sensitivity import layer_distortions
 
     graph = graph_from_onnx(LITE)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trt_yolov6.errors import UserError
-from trt_yolov6.files import (
+from trt_yolov6.common.files import (
     atomic_path,
     check_writable,
     read_json,
@@ -17,6 +16,7 @@ from trt_yolov6.files import (
     sha256_file,
     write_bytes,
 )
+from trt_yolov6.errors import UserError
 
 
 def test_a_failure_leaves_the_old_content_and_no_other_file(tmp_path: Path) -> None:

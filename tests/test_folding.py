@@ -12,9 +12,10 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.building import build_engine, graph_from_onnx
 from trt_yolov6.engines import load_engine
-from trt_yolov6.folding import with_folded_weights
+from trt_yolov6.engines.build import build_engine
+from trt_yolov6.graph.normalize import with_folded_weights
+from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
 
 RNG = np.random.default_rng(0)

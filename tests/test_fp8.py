@@ -21,39 +21,43 @@ from small_graphs import GraphWriter, detector, random_images
 from test_export import ONE, TINY, random_model
 from test_ptq import save_noise
 
-from trt_yolov6.building import BuiltEngine, Graph, build_engine, graph_from_onnx
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
-from trt_yolov6.doctor import _has_fp8
-from trt_yolov6.engines import backend, cuda_device, load_engine, tensorrt_rtx
+from trt_yolov6.diagnostics.doctor import _has_fp8
+from trt_yolov6.diagnostics.inspection import OnnxDetails, format_inspection, inspect_file
+from trt_yolov6.engines import backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.onnxruntime_backend import exact_session
-from trt_yolov6.engines.tensorrt_lane import _profiler
-from trt_yolov6.engines.tensorrt_layers import quantized_layers
+from trt_yolov6.engines.build import BuiltEngine, build_engine
+from trt_yolov6.engines.cuda import device as cuda_device
+from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
+from trt_yolov6.engines.tensorrt.execution import _profiler
+from trt_yolov6.engines.tensorrt.layer_log import quantized_layers
 from trt_yolov6.errors import UserError
-from trt_yolov6.export import ExportSettings, export_onnx
-from trt_yolov6.inspection import OnnxDetails, format_inspection, inspect_file
+from trt_yolov6.graph.export import ExportSettings, export_onnx
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.calibrators import amax_of, quantization_error
-from trt_yolov6.quantization.insert import insert_qdq, quantize_weights
-from trt_yolov6.quantization.levels import E4M3_LEVELS, FP8, INT8
-from trt_yolov6.quantization.placement import (
+from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+from trt_yolov6.quantization.qdq.cleanup import clean
+from trt_yolov6.quantization.qdq.insert import insert_qdq, quantize_weights
+from trt_yolov6.quantization.qdq.placement import (
     FP8_RULES,
     Rule,
     is_among_the_last,
     is_narrower_than,
     is_pointwise,
     is_transposed,
-    layer_names,
     place,
     place_for,
     reads_few_channels,
     works_less_than,
 )
-from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
-from trt_yolov6.quantization.report import ap_on
 from trt_yolov6.quantization.statistics import Accumulator
-from trt_yolov6.quantization.surgery import clean
 from trt_yolov6.quantization.table import write_table
+from trt_yolov6.quantization.types import E4M3_LEVELS, FP8, INT8
+from trt_yolov6.runtime.sensitivity_report import ap_on
 
 MINMAX = QuantizationSettings(
     quantized=FP8, calibrator="minmax", equalize=False, bias_correction=False
@@ -70,7 +74,7 @@ def rounded(values: NDArray[np.floating[Any]], scale: float | NDArray[Any]) -> N
 
 
 def run(model: onnx.ModelProto, images: NDArray[Any]) -> list[NDArray[Any]]:
-    session = exact_session(model.SerializeToString())
+    session = reference_session(model.SerializeToString())
     results: list[NDArray[Any]] = session.run(None, {model.graph.input[0].name: images})
     return results
 

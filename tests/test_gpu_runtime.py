@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 from test_engines_tensorrt import detector
 
 from trt_yolov6.data.letterbox import fit
-from trt_yolov6.detection import Detections, postprocess
-from trt_yolov6.engines import cuda_device, tensorrt_rtx
+from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import BuildSettings, LoadOptions
-from trt_yolov6.engines.candidates import _ROW, _SOURCE, candidates_of, compile_options
-from trt_yolov6.engines.device_arrays import is_contiguous, lies_on_gpu
-from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
-from trt_yolov6.engines.runtime_cache import RuntimeCache, cache_path
+from trt_yolov6.engines.cuda import device as cuda_device
+from trt_yolov6.engines.cuda.arrays import is_contiguous, lies_on_gpu
+from trt_yolov6.engines.cuda.score_filter import _ROW, _SOURCE, candidates_of, compile_options
+from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
+from trt_yolov6.engines.tensorrt.runtime_cache import RuntimeCache, cache_path
 from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.spec import BatchProfile, NmsSettings
 
 
 def _has_gpu() -> bool:
@@ -253,7 +254,7 @@ def check_equal(found: Any, wanted: Any) -> None:
 @needs_gpu
 @pytest.mark.parametrize("record", [False, True], ids=["by RTX", "by this package"])
 def test_cuda_graphs_change_no_result(plan: Path, record: bool) -> None:
-    from trt_yolov6.engines.tensorrt_engine import ContextSettings, TensorRTEngine
+    from trt_yolov6.engines.tensorrt.engine import ContextSettings, TensorRTEngine
 
     flavour = tensorrt_rtx._flavour()
     cache = RuntimeCache(plan.with_suffix(".cache"))
@@ -314,7 +315,7 @@ def test_gpu_tensors_go_in_and_come_out_without_the_host(engine: Any) -> None:
 @needs_gpu
 @pytest.mark.parametrize("least", [0.0, 0.5, 0.999])
 def test_candidates_are_the_scores_above_the_threshold(engine: Any, least: float) -> None:
-    from trt_yolov6.engines.candidates import Candidates
+    from trt_yolov6.detectors.candidates import Candidates
 
     for batch in (4, 1, 3):
         outputs = engine.infer(images(batch))
@@ -420,7 +421,7 @@ def test_several_streams_do_more_in_the_same_time(engine: Any) -> None:
 
 @needs_gpu
 def test_a_gpu_without_room_is_named_in_one_sentence(plan: Path) -> None:
-    from trt_yolov6.engines.cuda_device import DeviceMemory, OutOfGpuMemoryError
+    from trt_yolov6.engines.cuda.device import DeviceMemory, OutOfGpuMemoryError
 
     with pytest.raises(OutOfGpuMemoryError, match="no memory for another"):
         DeviceMemory(1 << 44)

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from test_ptq import save_noise
 from training_data import tiny_architecture
 
-from trt_yolov6.building import Graph, graph_from_checkpoint
-from trt_yolov6.checkpoint import load_checkpoint
-from trt_yolov6.engines.onnxruntime_backend import exact_session
+from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.errors import UserError
-from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.models import Architecture, YOLOv6, build_model
 from trt_yolov6.models.decode import decode
 from trt_yolov6.quantization.ptq import QuantizationSettings
-from trt_yolov6.training.graph_network import GraphNetwork, feature_tensors, weight_scale
-from trt_yolov6.training.qat import Start, prepare, prepare_graph, trained_graph
+from trt_yolov6.training.qat.onnx_module import GraphNetwork, feature_tensors, weight_scale
+from trt_yolov6.training.qat.training import Start, prepare, prepare_graph, trained_graph
 
 CSP = dataclasses.replace(
     tiny_architecture(), csp_ratio=0.5, stage_repeats=(1, 2, 1, 1), neck_repeats=(1, 1, 1, 1)
@@ -82,7 +82,7 @@ def outputs_of(
     copy.CopyFrom(model)
     for name in names:
         copy.graph.output.add(name=name)
-    session = exact_session(copy.SerializeToString())
+    session = reference_session(copy.SerializeToString())
     found = session.run(list(names), {session.get_inputs()[0].name: images})
     return dict(zip(names, found, strict=True))
 
@@ -215,7 +215,7 @@ def test_untrained_it_gives_the_graph_of_ptq_to_the_byte(tmp_path: Path) -> None
 
 def test_forms_of_the_graph_do_not_matter(tmp_path: Path) -> None:
     """Pixels of uint8 are normalized in front, NMS comes behind."""
-    from trt_yolov6.engines.manifest import NmsSettings
+    from trt_yolov6.spec import NmsSettings
 
     arch = tiny_architecture()
     settings = ExportSettings((64, 64), nms=NmsSettings(), uint8_input=True)

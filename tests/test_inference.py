@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tiny_detector import CELL, load_tiny
 
-from trt_yolov6 import video_writing
-from trt_yolov6.detection import Detections
-from trt_yolov6.drawing import class_colour, draw_detections
+from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
-from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.errors import UserError
-from trt_yolov6.inference import detect, infer_source
-from trt_yolov6.video_writing import LONGEST_PAUSE, VideoWriter, h264_encoder
+from trt_yolov6.runtime import video as video_writing
+from trt_yolov6.runtime.draw import class_colour, draw_detections
+from trt_yolov6.runtime.predict import detect, infer_source
+from trt_yolov6.runtime.video import LONGEST_PAUSE, VideoWriter, h264_encoder
+from trt_yolov6.spec import NmsSettings
 
 SURE = NmsSettings(confidence=0.6)
 

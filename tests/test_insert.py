@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from small_graphs import GraphWriter, detector, random_images
 
-from trt_yolov6.building import BuiltEngine
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.letterbox import letterbox
 from trt_yolov6.data.loader import to_input
 from trt_yolov6.engines import backend, load_engine
-from trt_yolov6.engines.base import BuildSettings, TensorSpec
-from trt_yolov6.engines.manifest import BatchProfile
+from trt_yolov6.engines.base import BuildSettings
+from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.errors import UserError
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.quantization.insert import insert_qdq, quantize_weights
-from trt_yolov6.quantization.placement import layer_names, place
+from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.quantization.qdq.insert import insert_qdq, quantize_weights
+from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.spec import BatchProfile, TensorSpec
 
 
 def load(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -294,8 +295,8 @@ class TestSample:
         self, sample_graph: onnx.ModelProto, sample_ranges: dict[str, float], fp16: bool
     ) -> None:
         api = pytest.importorskip("tensorrt_rtx")
-        from trt_yolov6.engines.tensorrt_common import logger_of
-        from trt_yolov6.engines.tensorrt_layers import engine_layers, quantized_layers
+        from trt_yolov6.engines.tensorrt.flavour import logger_of
+        from trt_yolov6.engines.tensorrt.layer_log import engine_layers, quantized_layers
 
         names = list(layer_names(sample_graph).values())
         model = insert_qdq(sample_graph, place(sample_graph), sample_ranges, fp16=fp16)

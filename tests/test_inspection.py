@@ -13,16 +13,17 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.engines.manifest import BatchProfile, Manifest, write_manifest
-from trt_yolov6.errors import UserError
-from trt_yolov6.files import sha256_file
-from trt_yolov6.inspection import (
+from trt_yolov6.common.files import sha256_file
+from trt_yolov6.diagnostics.inspection import (
     CheckpointDetails,
     OnnxDetails,
     PlanDetails,
     format_inspection,
     inspect_file,
 )
+from trt_yolov6.engines.manifest import Manifest, write_manifest
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import BatchProfile
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd_authors.pt"
 
@@ -214,7 +215,7 @@ def test_a_graph_that_onnx_runtime_quantized_shows_its_int8_layers(
 
 
 def test_a_half_precision_graph_shows_its_fp16_layers(tmp_path: Path) -> None:
-    from trt_yolov6.precision import to_fp16
+    from trt_yolov6.graph.float16 import to_fp16
 
     details = details_of(to_fp16(graph()), tmp_path)
     assert details.precisions == {"fp16": 5}
@@ -231,8 +232,8 @@ def test_layers_are_listed_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_and_the_graph_exported_from_it_agree(tmp_path: Path) -> None:
-    from trt_yolov6.checkpoint import load_checkpoint
-    from trt_yolov6.export import ExportSettings, export_onnx
+    from trt_yolov6.checkpoints.loading import load_checkpoint
+    from trt_yolov6.graph.export import ExportSettings, export_onnx
 
     checkpoint = inspect_file(SAMPLE)
     details = checkpoint.details

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trt_yolov6.comparison.intervals import (
+from trt_yolov6.common.statistics import (
     Interval,
     prediction_interval,
     ratio_interval,

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trt_yolov6.training.iou import Similarity, ciou, giou, iou, pairwise, similarity, siou
+from trt_yolov6.training.box_similarity import (
+    Similarity,
+    ciou,
+    giou,
+    iou,
+    pairwise,
+    similarity,
+    siou,
+)
 
 KINDS = get_args(Similarity)
 Box = tuple[float, float, float, float]

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from small_graphs import detector
 
-from trt_yolov6.building import BuiltEngine, build_engine, graph_from_onnx
+from trt_yolov6.common.files import file_name, sha256_bytes, sha256_file
 from trt_yolov6.engines import load_engine, manifest
+from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.engines.manifest import read_manifest, write_pair
-from trt_yolov6.files import file_name, sha256_bytes, sha256_file
+from trt_yolov6.graph.onnx_import import graph_from_onnx
 
 
 @pytest.fixture

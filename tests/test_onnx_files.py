@@ -13,11 +13,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from small_graphs import GraphWriter, detector, random_images
 
-from trt_yolov6.building import build_engine, graph_from_onnx
 from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.onnx_files import graph_precision, read_onnx, sort_nodes
-from trt_yolov6.quantization.symmetric import with_symmetric_int8
+from trt_yolov6.graph.files import graph_precision, read_onnx, sort_nodes
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
 
 
 def run(model: onnx.ModelProto, image: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:

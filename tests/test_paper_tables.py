@@ -10,7 +10,7 @@ from benchmarks import ablations, paper
 from benchmarks.paper_tables import FILE, PAGE, page
 from trt_yolov6.cli import parser
 from trt_yolov6.cli.train import _train_settings
-from trt_yolov6.files import read_json
+from trt_yolov6.common.files import read_json
 
 
 def test_the_page_is_that_of_the_committed_results() -> None:

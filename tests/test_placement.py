@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_graphs import GraphWriter, detector
 
-from trt_yolov6.building import graph_from_checkpoint
-from trt_yolov6.engines.manifest import BatchProfile
 from trt_yolov6.errors import UserError
-from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint
+from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.models import architecture, build_model
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.placement import Placement, layer_names, place
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import Placement, place
+from trt_yolov6.spec import BatchProfile
 
 LAYERS = ("stem", "deep", "low", "reduce", "merge", "up", "join", "head", "cls", "reg")
 LITE = Path(__file__).parents[1].parent / "shared" / "models" / "yolov6lite_l_320.onnx"

@@ -14,10 +14,10 @@ from tiny_detector import GRID, SIZE, load_tiny
 
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine
-from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.errors import UserError
-from trt_yolov6.inference import detect, infer_source
-from trt_yolov6.plausibility import has_non_finite
+from trt_yolov6.runtime.plausibility import has_non_finite
+from trt_yolov6.runtime.predict import detect, infer_source
+from trt_yolov6.spec import NmsSettings
 
 WHITE = np.full((SIZE, SIZE, 3), 200, np.uint8)
 

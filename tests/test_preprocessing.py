@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.loader import fill_row, to_input
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
-from trt_yolov6.decoders.families import FAMILIES
-from trt_yolov6.engines.base import TensorSpec
+from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.errors import UserError
+from trt_yolov6.spec import TensorSpec
 
 SIZE = (96, 160)
 

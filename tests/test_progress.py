@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from training_data import write_shapes, write_tiny
 
-from trt_yolov6 import progress
 from trt_yolov6.cli import main
-from trt_yolov6.progress import a_line_a_minute, is_logged
+from trt_yolov6.common import progress
+from trt_yolov6.common.progress import a_line_a_minute, is_logged
 
 
 def test_only_off_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,14 +17,15 @@ from PIL import Image
 from test_export import ONE, random_model
 
 from benchmarks.rescaling import rescale_channels
-from trt_yolov6.building import BuiltEngine, Graph, build_engine, graph_from_onnx
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.graph.export import ExportSettings, export_onnx
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization import ptq
 from trt_yolov6.quantization.ptq import (
     QuantizationSettings,
@@ -32,8 +33,9 @@ from trt_yolov6.quantization.ptq import (
     calibrate,
     quantize,
 )
-from trt_yolov6.quantization.report import fallback_report, measure
 from trt_yolov6.quantization.table import write_table
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
 

@@ -15,19 +15,20 @@ import torch
 from test_graph_network import ARCHITECTURES, MINMAX, noise_folder, tiny_graph
 from training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
-from trt_yolov6.building import build_engine, graph_from_onnx
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.evaluation import evaluate
-from trt_yolov6.export import ExportSettings, export_onnx
+from trt_yolov6.graph.export import ExportSettings, export_onnx
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.models import YOLOv6, build_model
-from trt_yolov6.quantization.placement import layer_names
-from trt_yolov6.quantization.trt_cache import read_cache
+from trt_yolov6.quantization.tensorrt_cache import read_cache
+from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.training.dataset import load_training_set
-from trt_yolov6.training.graph_network import GraphNetwork, _Compact
-from trt_yolov6.training.qat import (
+from trt_yolov6.training.qat.onnx_module import GraphNetwork, _Compact
+from trt_yolov6.training.qat.training import (
     QatSettings,
     Start,
     evaluate_network,
@@ -131,8 +132,8 @@ def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def taught(shapes: Path) -> YOLOv6:
     """The tiny network, trained in float until it knows its eight pictures."""
+    from trt_yolov6.training.initialization import reset_predictions
     from trt_yolov6.training.losses import default_losses, detection_loss
-    from trt_yolov6.training.start import reset_predictions
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

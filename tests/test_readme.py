@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.tables import DOCUMENTS, TABLES, markdown, tables_filled
-from trt_yolov6.files import write_json
+from trt_yolov6.common.files import write_json
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 

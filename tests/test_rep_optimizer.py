@@ -17,15 +17,16 @@ from test_trainer import assert_same_bits, complaint
 from torch import Tensor, nn
 from training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
-from trt_yolov6.building import graph_from_checkpoint
-from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main
-from trt_yolov6.export import ExportSettings
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.models import Architecture, YOLOv6, build_model, fuse, single_branch
 from trt_yolov6.models.blocks import ConvBN, ScaledRepConv
 from trt_yolov6.models.fusion import merge_scaled
 from trt_yolov6.models.variants import VARIANTS, Variant
-from trt_yolov6.trained_checkpoint import Training, write_checkpoint
+from trt_yolov6.training.initialization import starting_model
+from trt_yolov6.training.log import read_log
 from trt_yolov6.training.optimizer import OptimizerSettings, make_optimizer, parameter_groups
 from trt_yolov6.training.recipe import TrainSettings, recipe_for, search_settings
 from trt_yolov6.training.rep_optimizer import (
@@ -34,9 +35,7 @@ from trt_yolov6.training.rep_optimizer import (
     gradient_multipliers,
     scaled_blocks,
 )
-from trt_yolov6.training.run_log import read_log
-from trt_yolov6.training.run_state import STATE_FILE
-from trt_yolov6.training.start import starting_model
+from trt_yolov6.training.state import STATE_FILE
 from trt_yolov6.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

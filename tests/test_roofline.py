@@ -9,9 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.benchmarking import random_input
-from trt_yolov6.engines import LoadOptions, load_engine
-from trt_yolov6.roofline import (
+from trt_yolov6.bench.latency import random_input
+from trt_yolov6.bench.roofline import (
     Ceilings,
     GraphWork,
     LayerWork,
@@ -19,6 +18,7 @@ from trt_yolov6.roofline import (
     graph_work,
     layer_times,
 )
+from trt_yolov6.engines import LoadOptions, load_engine
 
 
 @pytest.fixture(scope="module")

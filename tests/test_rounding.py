@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.building import BuiltEngine
-from trt_yolov6.engines.onnxruntime_backend import exact_session
+from trt_yolov6.data.calibration import calibration_batches, input_spec
+from trt_yolov6.engines.build import BuiltEngine
+from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.images import calibration_batches, input_spec
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.integer_layers import integer_layers
-from trt_yolov6.quantization.placement import place
-from trt_yolov6.quantization.rounding import adapt_rounding, rounded_rows
+from trt_yolov6.quantization.gptq import adapt_rounding, rounded_rows
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.quantization.qdq.view import integer_layers
 
 Floats = NDArray[np.float32]
 
@@ -36,7 +36,7 @@ def quantized(model: onnx.ModelProto, images: Sequence[Floats]) -> onnx.ModelPro
 def squared_error(
     one: onnx.ModelProto, other: onnx.ModelProto, images: Sequence[Floats]
 ) -> list[float]:
-    sessions = [exact_session(model.SerializeToString()) for model in (one, other)]
+    sessions = [reference_session(model.SerializeToString()) for model in (one, other)]
     source = sessions[0].get_inputs()[0].name
     errors = [
         [

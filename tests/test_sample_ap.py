@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from trt_yolov6.building import BuiltEngine, build_engine, graph_from_checkpoint, graph_from_onnx
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
-from trt_yolov6.engines.manifest import BatchProfile, NmsSettings
-from trt_yolov6.evaluation import Evaluation, evaluate
-from trt_yolov6.export import ExportSettings
+from trt_yolov6.engines.build import BuiltEngine, build_engine
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.runtime.evaluate import Evaluation, evaluate
+from trt_yolov6.spec import BatchProfile, NmsSettings
 
 pytestmark = pytest.mark.slow
 

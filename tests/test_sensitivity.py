@@ -16,14 +16,14 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch.nn import functional
 
-from trt_yolov6.building import BuiltEngine
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.letterbox import letterbox
+from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.placement import place
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.sensitivity import (
     TENSOR_METRICS,
     Distortion,

@@ -23,16 +23,17 @@ from small_graphs import SIZE, GraphWriter, detector, random_images
 
 from trt_yolov6.engines import backend
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.manifest import BatchProfile
 from trt_yolov6.errors import UserError
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.placement import layer_names, place
-from trt_yolov6.quantization.surgery import (
+from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.quantization.qdq.cleanup import (
     OutputShift,
     clean,
     verify_clean,
     without_activation_pairs,
 )
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.spec import BatchProfile
 
 SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True}
 INT8 = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
@@ -198,8 +199,8 @@ class TestOurOwnGraphs:
 
     def test_without_any_one_pair_tensorrt_rtx_computes_fewer_layers_in_int8(self) -> None:
         api = pytest.importorskip("tensorrt_rtx")
-        from trt_yolov6.engines.tensorrt_common import logger_of
-        from trt_yolov6.engines.tensorrt_layers import engine_layers
+        from trt_yolov6.engines.tensorrt.flavour import logger_of
+        from trt_yolov6.engines.tensorrt.layer_log import engine_layers
 
         def in_int8(model: onnx.ModelProto) -> set[str]:
             settings = BuildSettings(BatchProfile(1, 1, 2), target="l4", progress=False)
@@ -230,8 +231,8 @@ class TestOurOwnGraphs:
 
     def test_after_a_build_that_failed_the_next_has_its_layers_in_int8(self) -> None:
         api = pytest.importorskip("tensorrt_rtx")
-        from trt_yolov6.engines.tensorrt_common import logger_of
-        from trt_yolov6.engines.tensorrt_layers import engine_layers
+        from trt_yolov6.engines.tensorrt.flavour import logger_of
+        from trt_yolov6.engines.tensorrt.layer_log import engine_layers
 
         def layers_of(model: onnx.ModelProto, target: str) -> list[tuple[str, ...]]:
             settings = BuildSettings(BatchProfile(1, 1, 2), target=target, progress=False)

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from small_graphs import GraphWriter, detector, random_images
 
-from trt_yolov6.engines.onnxruntime_backend import exact_session
-from trt_yolov6.engines.tensorrt8_graph import (
+from trt_yolov6.engines.tensorrt.weakly_typed import (
     divide_channels,
     drop_idle_pairs,
     give_transposed_float_weights,
@@ -21,9 +20,10 @@ from trt_yolov6.engines.tensorrt8_graph import (
     join_siblings,
     weak_graph,
 )
-from trt_yolov6.precision import tail_nodes, to_fp16
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.placement import place
+from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import place
 
 
 def quantized(model: onnx.ModelProto, **keywords: Any) -> onnx.ModelProto:
@@ -32,7 +32,7 @@ def quantized(model: onnx.ModelProto, **keywords: Any) -> onnx.ModelProto:
 
 
 def run(model: onnx.ModelProto, image: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    session = exact_session(model.SerializeToString())
+    session = reference_session(model.SerializeToString())
     names = [item.name for item in session.get_outputs()]
     return dict(zip(names, session.run(names, {"images": image}), strict=True))
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from trt_yolov6.building import BuiltEngine
-from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.data.images import read_image
+from trt_yolov6.detectors.candidates import Candidates
 from trt_yolov6.engines import load_engine
-from trt_yolov6.engines.candidates import Candidates
+from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.errors import UserError
-from trt_yolov6.inference import detect
+from trt_yolov6.runtime.predict import detect
 from trt_yolov6.training.torch_engine import TorchEngine
 
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 from training_data import CLASS_NAMES, tiny_architecture, write_tiny
 
-from trt_yolov6.building import graph_from_checkpoint
-from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.errors import UserError
-from trt_yolov6.export import ExportSettings
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.models import Architecture, architecture, build_model
-from trt_yolov6.trained_checkpoint import Training, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,19 +19,19 @@ import torch
 from authors_format import FACTS, Facts
 from training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
-from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.cli import main
+from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.errors import UserError
-from trt_yolov6.inspection import inspect_file
+from trt_yolov6.training.initialization import starting_model
+from trt_yolov6.training.log import LOG_FILE, read_log
 from trt_yolov6.training.recipe import (
     ArchitectureOptions,
     TrainSettings,
     recipe_for,
     settings_from_json,
 )
-from trt_yolov6.training.run_log import LOG_FILE, read_log
-from trt_yolov6.training.run_state import STATE_FILE
-from trt_yolov6.training.start import starting_model
+from trt_yolov6.training.state import STATE_FILE
 from trt_yolov6.training.trainer import stored_settings, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -383,7 +383,7 @@ def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -
 
 
 def test_the_log_drops_what_is_done_again(tmp_path: Path) -> None:
-    from trt_yolov6.training.run_log import RunLog
+    from trt_yolov6.training.log import RunLog
 
     with RunLog(tmp_path) as log:
         for epoch in (1, 2, 3):

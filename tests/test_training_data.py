@@ -16,7 +16,7 @@ from trt_yolov6.data.letterbox import GRAY, letterbox
 from trt_yolov6.errors import UserError
 from trt_yolov6.training import dataset as dataset_module
 from trt_yolov6.training.augmentation import AugmentationSettings
-from trt_yolov6.training.data_check import BadDataError, check_data, write_report
+from trt_yolov6.training.data_validation import BadDataError, check_data, write_report
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,17 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_detector import NAMES, load_tiny
 
-from trt_yolov6.building import build_engine, graph_from_onnx
 from trt_yolov6.cli import main
-from trt_yolov6.engines.manifest import (
-    BatchProfile,
-    Manifest,
-    read_manifest,
-    write_manifest,
-)
+from trt_yolov6.common.files import sha256_file
+from trt_yolov6.engines.build import build_engine
+from trt_yolov6.engines.manifest import Manifest, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import sha256_file
-from trt_yolov6.triton import ServingSettings, config_text, export_triton, served_model
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.serving.triton import ServingSettings, config_text, export_triton, served_model
+from trt_yolov6.spec import BatchProfile
 
 
 def _schema() -> Any:
@@ -152,8 +149,8 @@ def test_any_text_survives_the_configuration(text: str) -> None:
 def served_model_of_nothing(text: str) -> Any:
     import numpy as np
 
-    from trt_yolov6.engines.base import TensorSpec
-    from trt_yolov6.triton import ServedModel
+    from trt_yolov6.serving.triton import ServedModel
+    from trt_yolov6.spec import TensorSpec
 
     spec = TensorSpec("x", (None, 3, 8, 8), np.dtype(np.float16))
     return ServedModel(

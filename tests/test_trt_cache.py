@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.quantization.trt_cache import (
+from trt_yolov6.quantization.tensorrt_cache import (
     header_version,
     read_cache,
     require_tensors,

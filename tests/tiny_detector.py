@@ -14,16 +14,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from trt_yolov6.common.files import sha256_file
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine
-from trt_yolov6.engines.manifest import (
-    BatchProfile,
-    Manifest,
-    NmsSettings,
-    OutputLayout,
-    write_manifest,
-)
-from trt_yolov6.files import sha256_file
+from trt_yolov6.engines.manifest import Manifest, write_manifest
+from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout
 
 SIZE, CELL = 64, 8
 GRID = SIZE // CELL

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import torch
 
+from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.models import Architecture, build_model
-from trt_yolov6.trained_checkpoint import Training, write_checkpoint
 
 CLASS_NAMES = ("square", "disc")
 

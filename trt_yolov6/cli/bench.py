@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.benchmarking import (
+    from trt_yolov6.bench.latency import (
         benchmark_end_to_end_many,
         benchmark_many,
         format_report,

@@ -27,8 +27,8 @@ from trt_yolov6.cli.options import (
     positive,
 )
 from trt_yolov6.cli.output import profile_text, reading_text, say, say_next
+from trt_yolov6.common.progress import a_line_a_minute
 from trt_yolov6.errors import UserError
-from trt_yolov6.progress import a_line_a_minute
 
 
 def add(commands: Commands) -> None:
@@ -121,16 +121,16 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.building import (
+    from trt_yolov6.data.sources import check_source
+    from trt_yolov6.engines import runs_here
+    from trt_yolov6.engines.base import BuildSettings
+    from trt_yolov6.engines.build import (
         all_in_float,
         build_engine,
         check_build,
         engine_path,
         for_tensorrt,
     )
-    from trt_yolov6.data.sources import check_source
-    from trt_yolov6.engines import runs_here
-    from trt_yolov6.engines.base import BuildSettings
 
     settings = BuildSettings(
         target=options.target,
@@ -152,8 +152,8 @@ def run(options: argparse.Namespace) -> None:
     backend = check_build(options.backend, options.output, settings)
     quantization = quantization_settings(options)
     if quantization:
-        from trt_yolov6.quantization.images import calibration_images
-        from trt_yolov6.quantization.probe import computes
+        from trt_yolov6.data.calibration import calibration_images
+        from trt_yolov6.engines.int8_probe import computes
 
         calibration_images(options.calib or SAMPLE_CALIB)
         kind = quantization.quantized

@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.doctor import diagnose, format_diagnosis
+    from trt_yolov6.diagnostics.doctor import diagnose, format_diagnosis
 
     result = diagnose()
     print(format_diagnosis(result))

@@ -12,14 +12,14 @@ from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
     from trt_yolov6.engines.base import Engine
-    from trt_yolov6.engines.manifest import NmsSettings
+    from trt_yolov6.spec import NmsSettings
 
 
 def load(path: Path, options: argparse.Namespace) -> Engine:
     """Load an engine as the options say."""
-    from trt_yolov6.decoders.outputs import dropped_text
     from trt_yolov6.engines import load_engine
     from trt_yolov6.engines.base import LoadOptions
+    from trt_yolov6.graph.outputs import dropped_text
 
     load_options = LoadOptions(
         threads=options.threads,
@@ -68,7 +68,7 @@ def newest_engine() -> Path:
 
 def nms_settings(options: argparse.Namespace) -> NmsSettings:
     """Return the thresholds of the options."""
-    from trt_yolov6.engines.manifest import NmsSettings
+    from trt_yolov6.spec import NmsSettings
 
     return thresholds(options, NmsSettings())
 

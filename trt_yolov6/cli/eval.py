@@ -20,7 +20,7 @@ from trt_yolov6.cli.options import (
 from trt_yolov6.cli.output import say, say_next, write_result
 
 if TYPE_CHECKING:
-    from trt_yolov6.evaluation import Evaluation
+    from trt_yolov6.runtime.evaluate import Evaluation
 
 
 def add(commands: Commands) -> None:
@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.data.letterbox import resolve_border
     from trt_yolov6.data.sources import check_source
-    from trt_yolov6.evaluation import evaluate
-    from trt_yolov6.evaluation_plots import write_plots
+    from trt_yolov6.runtime.evaluate import evaluate
+    from trt_yolov6.runtime.evaluation_plots import write_plots
 
     if options.data is not None:
         check_source(options.data, options.split)

@@ -38,15 +38,15 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.building import engine_stem, write_graph
-    from trt_yolov6.files import check_writable
+    from trt_yolov6.common.files import check_writable
+    from trt_yolov6.engines.build import engine_stem, write_graph
 
     if not options.calibration_cache:
         for name in ("calib", "calibrator", "calib_images", "no_equalize", "cache_version"):
             if getattr(options, name):
                 raise UserError(f"{spelled(name)} belongs to --calibration-cache; add it.")
     else:
-        from trt_yolov6.quantization.trt_cache import header_version
+        from trt_yolov6.quantization.tensorrt_cache import header_version
 
         # Refuses a version that reads no cache, before the work.
         header_version(options.cache_version or CACHE_VERSION)

@@ -78,9 +78,9 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
+    from trt_yolov6.common.machine import read_gpus
     from trt_yolov6.engines import LoadOptions
-    from trt_yolov6.environment import read_gpus
-    from trt_yolov6.triton import ServingSettings, export_triton, runs_on_cpu, served_model
+    from trt_yolov6.serving.triton import ServingSettings, export_triton, runs_on_cpu, served_model
 
     given = {"conf": "confidence", "iou": "iou", "max_detections": "max_detections"}
     thresholds = {

@@ -22,18 +22,18 @@ from trt_yolov6.errors import UserError
 if TYPE_CHECKING:
     import onnx
 
-    from trt_yolov6.building import Graph
-    from trt_yolov6.checkpoint import Checkpoint
+    from trt_yolov6.checkpoints.loading import Checkpoint
     from trt_yolov6.engines.base import BuildSettings, ImplicitCalibration
-    from trt_yolov6.engines.manifest import BatchProfile
-    from trt_yolov6.export import ExportSettings
+    from trt_yolov6.graph.export import ExportSettings
+    from trt_yolov6.graph.model import Graph
     from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.spec import BatchProfile
 
 
 def exported(options: argparse.Namespace, checkpoint: Checkpoint | None = None) -> Graph:
     """Return the graph of a checkpoint: of that given, of --weights, or of the sample's."""
-    from trt_yolov6.building import graph_from_checkpoint
-    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.checkpoints.loading import load_checkpoint
+    from trt_yolov6.graph.export import graph_from_checkpoint
 
     settings = _export_settings(options)
     checkpoint = checkpoint or load_checkpoint(_weights(options))
@@ -43,7 +43,8 @@ def exported(options: argparse.Namespace, checkpoint: Checkpoint | None = None) 
 
 def onnx_graph(options: argparse.Namespace) -> Graph:
     """Return the graph of --onnx."""
-    from trt_yolov6.building import graph_from_onnx, read_class_names
+    from trt_yolov6.data.class_names import read_class_names
+    from trt_yolov6.graph.onnx_import import graph_from_onnx
 
     for option in ("end2end", "uint8_input", "opset", "conf", "iou"):
         if is_given(getattr(options, option)):
@@ -90,8 +91,8 @@ def quantization_settings(options: argparse.Namespace) -> QuantizationSettings |
                 "--calib is for --int8 and --fp8, or for an --onnx file with Q/DQ nodes."
             )
         return None
-    from trt_yolov6.quantization.levels import FP8, INT8
     from trt_yolov6.quantization.ptq import QuantizationSettings, check_settings
+    from trt_yolov6.quantization.types import FP8, INT8
 
     settings = QuantizationSettings(
         quantized=FP8 if options.fp8 else INT8,
@@ -112,7 +113,7 @@ def quantized(graph: Graph, options: argparse.Namespace, settings: QuantizationS
     """Return a graph with Q/DQ nodes; its ranges are written beside the output."""
     from dataclasses import replace
 
-    from trt_yolov6.building import engine_stem
+    from trt_yolov6.engines.build import engine_stem
     from trt_yolov6.quantization.ptq import quantize
     from trt_yolov6.quantization.table import table_path, write_table
 
@@ -138,7 +139,7 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> Graph:
 
     from trt_yolov6.quantization.implicit import implicit_ranges
     from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
-    from trt_yolov6.quantization.trt_cache import write_cache
+    from trt_yolov6.quantization.tensorrt_cache import write_cache
 
     version = options.cache_version or CACHE_VERSION
     settings = QuantizationSettings(
@@ -187,7 +188,7 @@ def calibrated_by_tensorrt(
     """Return a float graph as the INT8 one it becomes, and the settings with images for it."""
     from dataclasses import replace
 
-    from trt_yolov6.quantization.images import calibration_images
+    from trt_yolov6.data.calibration import calibration_images
     from trt_yolov6.quantization.ptq import batches_of
 
     calibration = settings.calibration
@@ -211,8 +212,8 @@ def cleaned(graph: Graph, options: argparse.Namespace) -> Graph:
     from collections import Counter
     from dataclasses import replace
 
-    from trt_yolov6.quantization.images import calibration_batches, input_spec
-    from trt_yolov6.quantization.surgery import clean, verify_clean
+    from trt_yolov6.data.calibration import calibration_batches, input_spec
+    from trt_yolov6.quantization.qdq.cleanup import clean, verify_clean
 
     model, removals = clean(graph.model)
     if not removals:
@@ -248,7 +249,7 @@ def labelled_score(
     if data is None:
         return None
     from trt_yolov6.data.coco import load_coco
-    from trt_yolov6.quantization.report import ap_on
+    from trt_yolov6.runtime.sensitivity_report import ap_on
 
     return ap_on(graph, load_coco(data, split))
 
@@ -276,8 +277,8 @@ def _weights(options: argparse.Namespace) -> Path:
 
 
 def _export_settings(options: argparse.Namespace) -> ExportSettings:
-    from trt_yolov6.engines.manifest import NmsSettings
-    from trt_yolov6.export import DEFAULT_OPSET, ExportSettings
+    from trt_yolov6.graph.export import DEFAULT_OPSET, ExportSettings
+    from trt_yolov6.spec import NmsSettings
 
     if not options.end2end and (options.conf is not None or options.iou is not None):
         raise UserError("--conf and --iou belong to NMS in the graph; add --end2end.")
@@ -298,7 +299,7 @@ def _quantizes(options: argparse.Namespace) -> bool:
 
 
 def _profile(options: argparse.Namespace) -> BatchProfile | None:
-    from trt_yolov6.engines.manifest import BatchProfile
+    from trt_yolov6.spec import BatchProfile
 
     if options.batch is not None:
         return BatchProfile(options.batch, options.batch, options.batch)
@@ -306,6 +307,6 @@ def _profile(options: argparse.Namespace) -> BatchProfile | None:
 
 
 def _default_profile() -> BatchProfile:
-    from trt_yolov6.engines.manifest import BatchProfile
+    from trt_yolov6.spec import BatchProfile
 
     return BatchProfile()

@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.inspection import format_inspection, inspect_file
+    from trt_yolov6.diagnostics.inspection import format_inspection, inspect_file
 
     file = resolved(options.file)
     result = inspect_file(file)

@@ -10,7 +10,7 @@ from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
     from trt_yolov6.data.preprocessing import Preprocessing
-    from trt_yolov6.engines.manifest import BatchProfile
+    from trt_yolov6.spec import BatchProfile
 
 
 def say(text: str) -> None:
@@ -41,7 +41,7 @@ def check_json(path: Path | None) -> None:
     """Refuse a --json that cannot be written, before the work."""
     if path is None:
         return
-    from trt_yolov6.files import check_writable
+    from trt_yolov6.common.files import check_writable
 
     if path.suffix == ".json" and check_writable(path).is_file():
         from trt_yolov6.engines.manifest import manifest_owner
@@ -54,7 +54,7 @@ def check_json(path: Path | None) -> None:
 
 def write_result(path: Path, value: object) -> None:
     """Write what --json asks for."""
-    from trt_yolov6.files import write_json
+    from trt_yolov6.common.files import write_json
 
     write_json(path, value)
     say(f"{path}: written")

@@ -28,11 +28,11 @@ from trt_yolov6.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from trt_yolov6.building import Graph
-    from trt_yolov6.checkpoint import Checkpoint
+    from trt_yolov6.checkpoints.loading import Checkpoint
+    from trt_yolov6.graph.model import Graph
     from trt_yolov6.training.dataset import TrainingSet
-    from trt_yolov6.training.graph_network import GraphNetwork
-    from trt_yolov6.training.qat import QatSettings, Start
+    from trt_yolov6.training.qat.onnx_module import GraphNetwork
+    from trt_yolov6.training.qat.training import QatSettings, Start
 
 
 def add(commands: Commands) -> None:
@@ -126,14 +126,14 @@ def run(options: argparse.Namespace) -> None:
     if options.val_split != "none":
         check_source(options.data, options.val_split, "--val-split")
 
-    from trt_yolov6.building import SUFFIXES, build_engine, check_build
-    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.checkpoints.loading import load_checkpoint
+    from trt_yolov6.common.files import write_json
     from trt_yolov6.engines.base import BuildSettings
-    from trt_yolov6.files import write_json
+    from trt_yolov6.engines.build import SUFFIXES, build_engine, check_build
     from trt_yolov6.quantization.ptq import QuantizationSettings
-    from trt_yolov6.training.processes import chosen_device
-    from trt_yolov6.training.qat import prepare_graph, train_quantized, trained_graph
-    from trt_yolov6.training.run_log import write_log
+    from trt_yolov6.training.distributed import chosen_device
+    from trt_yolov6.training.log import write_log
+    from trt_yolov6.training.qat.training import prepare_graph, train_quantized, trained_graph
 
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
@@ -222,7 +222,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> QatSettings:
-    from trt_yolov6.training.qat import QatSettings
+    from trt_yolov6.training.qat.training import QatSettings
 
     if options.no_distillation:
         for name in ("distill_weight", "temperature"):
@@ -252,8 +252,8 @@ def _settings(options: argparse.Namespace) -> QatSettings:
 
 def _check_cache(options: argparse.Namespace) -> None:
     """Refuse a cache that cannot be written, or that no TensorRT of that version reads."""
-    from trt_yolov6.files import check_writable
-    from trt_yolov6.quantization.trt_cache import header_version
+    from trt_yolov6.common.files import check_writable
+    from trt_yolov6.quantization.tensorrt_cache import header_version
 
     if options.calibration_cache:
         check_writable(options.calibration_cache)
@@ -264,8 +264,8 @@ def _check_cache(options: argparse.Namespace) -> None:
 
 def _state_file(output: Path, trained: Path, resume: bool) -> Path:
     """Return where the state goes; there must be a begun training just if it is to be resumed."""
-    from trt_yolov6.files import check_writable
-    from trt_yolov6.training.run_state import sweep
+    from trt_yolov6.common.files import check_writable
+    from trt_yolov6.training.state import sweep
 
     state = check_writable(output / "state.pt")
     begun = (output / "settings.json").exists()
@@ -293,7 +293,7 @@ def _data(
     """Return the training split, with the checkpoint's classes; the other must be readable."""
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.training.dataset import load_training_set
-    from trt_yolov6.training.qat import check_classes
+    from trt_yolov6.training.qat.training import check_classes
 
     if options.val_split != "none":
         load_coco(options.data, options.val_split)
@@ -314,7 +314,7 @@ def _data(
 
 def _ap(network: GraphNetwork, start: Start, options: argparse.Namespace) -> float | None:
     """Return a network's AP on the validation split, on the device where it is."""
-    from trt_yolov6.training.qat import evaluate_network
+    from trt_yolov6.training.qat.training import evaluate_network
 
     if options.val_split == "none":
         return None
@@ -331,9 +331,9 @@ def _ap(network: GraphNetwork, start: Start, options: argparse.Namespace) -> flo
 
 def _write_cache(start: Start, trained: Any, path: Path, options: argparse.Namespace) -> None:
     """Write the paper's form: a graph without Q/DQ nodes, and the scales beside it."""
-    from trt_yolov6.export import write_onnx
-    from trt_yolov6.quantization.trt_cache import write_cache
-    from trt_yolov6.training.qat import rounded_weights
+    from trt_yolov6.graph.export import write_onnx
+    from trt_yolov6.quantization.tensorrt_cache import write_cache
+    from trt_yolov6.training.qat.training import rounded_weights
 
     version = options.cache_version or CACHE_VERSION
     write_onnx(path, rounded_weights(start, trained))

@@ -67,11 +67,11 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
+    from trt_yolov6.common.files import check_writable
     from trt_yolov6.data.sources import check_source
-    from trt_yolov6.files import check_writable
     from trt_yolov6.quantization.ptq import QuantizationSettings, calibrate
-    from trt_yolov6.quantization.report import fallback_report, measure
     from trt_yolov6.quantization.sensitivity import MEANING, direction
+    from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
 
     if options.plot:
         check_writable(options.plot)
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     if options.data is not None:
         check_source(options.data, options.split)
     if options.onnx:
-        from trt_yolov6.building import graph_from_onnx
+        from trt_yolov6.graph.onnx_import import graph_from_onnx
 
         graph = graph_from_onnx(
             options.onnx,

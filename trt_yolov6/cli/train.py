@@ -22,7 +22,7 @@ from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
-    from trt_yolov6.checkpoint import Checkpoint
+    from trt_yolov6.checkpoints.loading import Checkpoint
     from trt_yolov6.training.recipe import TrainSettings
     from trt_yolov6.training.rep_optimizer import RepOptimizerSettings
 
@@ -204,7 +204,7 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     """Return the paper's recipe with what the options change."""
     from dataclasses import replace
 
-    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.training.recipe import ArchitectureOptions, recipe_for, with_field
 
     weights = load_checkpoint(options.weights) if options.weights else None
@@ -278,7 +278,7 @@ def _rep_optimizer(
     options: argparse.Namespace,
 ) -> tuple[Checkpoint | None, RepOptimizerSettings | None]:
     """Return the checkpoint that --rep-optimizer names, or the settings of a search."""
-    from trt_yolov6.checkpoint import load_checkpoint
+    from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.training.rep_optimizer import RepOptimizerSettings, check_scales
 
     if options.rep_optimizer is None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trt_yolov6.comparison.intervals import Interval, ratio_of
+from trt_yolov6.common.statistics import Interval, ratio_of
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.errors import UserError
 

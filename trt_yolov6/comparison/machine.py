@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trt_yolov6 import __version__
-from trt_yolov6.comparison.plan import Plan
-from trt_yolov6.engines import backend as backend_module
-from trt_yolov6.environment import (
+from trt_yolov6.common.machine import (
     cpu_model,
     describe_cpu,
     package_versions,
@@ -18,6 +16,8 @@ from trt_yolov6.environment import (
     read_gpus,
     system_name,
 )
+from trt_yolov6.comparison.plan import Plan
+from trt_yolov6.engines import backend as backend_module
 
 
 def run_inputs(plan: Plan, backend: str, *packages: str) -> dict[str, Any]:

@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_yolov6.comparison.cases import BuiltCase, Work
+from trt_yolov6.bench.roofline import Ceilings, GraphWork, LayerWork, layer_times, measure_ceilings
+from trt_yolov6.common.files import sha256_bytes, sha256_file
+from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
+from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import clocks, run_inputs
-from trt_yolov6.comparison.timing import Round, measure_round, round_from_json
+from trt_yolov6.comparison.rounds import Round, measure_round, round_from_json
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
-from trt_yolov6.environment import cpu_wait_seconds, timestamp
 from trt_yolov6.errors import ClassesDifferError, UserError
-from trt_yolov6.files import sha256_bytes, sha256_file
-from trt_yolov6.roofline import Ceilings, GraphWork, LayerWork, layer_times, measure_ceilings
 
 EXAMPLE_CONFIDENCE = 0.4
 """Score from which on a detection is shown in the report's pictures, as `infer` draws them."""
@@ -72,7 +72,7 @@ def accuracy(
     found: Mapping[str, Any] | None = work.steps.find("accuracy", inputs)
     if found is not None:
         return found
-    from trt_yolov6.evaluation import evaluate
+    from trt_yolov6.runtime.evaluate import evaluate
 
     work.tell(f"AP of {built.name} on {len(dataset.images)} images ...")
     with built.load(plan, batch) as engine:
@@ -126,7 +126,7 @@ def example_images(dataset: CocoDataset, count: int) -> list[CocoImage]:
 
 def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[list[float]]]:
     """Return the detections in the example images: lists of x1, y1, x2, y2, score, class."""
-    from trt_yolov6.inference import detect
+    from trt_yolov6.runtime.predict import detect
 
     plan = work.plan
     images = [read_coco_image(image) for image in example_images(dataset, plan.examples)]
@@ -276,7 +276,7 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
 
 def _kernel_times(engine: Engine, batch: int) -> dict[str, float]:
     """Return seconds by kernel, of the quickest of some trials where others disturb them."""
-    from trt_yolov6.benchmarking import random_input
+    from trt_yolov6.bench.latency import random_input
 
     images = random_input(engine, batch)
     best: dict[str, float] = {}

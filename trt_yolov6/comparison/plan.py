@@ -34,8 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.errors import UserError, did_you_mean
+from trt_yolov6.spec import NmsSettings
 
 _PRECISION = re.compile(r"(fp32|fp16|(?:int8|fp8)(\+fp16)?(?::(\d{1,4}|auto))?)")
 
@@ -77,7 +77,7 @@ class ModelEntry:
     imgsz: tuple[int, int] | None = None
     """Height and width; default 640 for checkpoints, its own for an ONNX file."""
     decoder: str | None = None
-    """The family of an ONNX file, see `decoders.families`; None finds out."""
+    """The family of an ONNX file, see `detectors.families`; None finds out."""
     preprocess: tuple[str, ...] = ()
     """Changes to the family's pre-processing, each FIELD=VALUE of `Preprocessing`."""
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6 import __version__
-from trt_yolov6.comparison.cases import BuiltCase, Work
-from trt_yolov6.comparison.intervals import ratio_interval
+from trt_yolov6.common.files import write_bytes
+from trt_yolov6.common.machine import cpu_model
+from trt_yolov6.common.statistics import ratio_interval
+from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import environment
 from trt_yolov6.comparison.measure import Timings, example_images
 from trt_yolov6.comparison.plan import settings_of
 from trt_yolov6.comparison.results import KIND, SCHEMA
-from trt_yolov6.comparison.timing import (
+from trt_yolov6.comparison.rounds import (
     CPU_DRIFT,
     GPU_DRIFT,
     Round,
@@ -23,8 +25,6 @@ from trt_yolov6.comparison.timing import (
     summarize_rounds,
 )
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
-from trt_yolov6.environment import cpu_model
-from trt_yolov6.files import write_bytes
 
 EXAMPLE_SIDE = 640
 """Longer side of the pictures kept for the report, at most, in pixels."""

@@ -36,9 +36,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trt_yolov6.comparison.intervals import Interval
+from trt_yolov6.common.files import read_json
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import read_json
 
 SCHEMA = 1
 

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trt_yolov6.comparison.cases import Tell, Work, build_case, cases_of
+from trt_yolov6.common.files import check_writable, sha256_file, write_json
+from trt_yolov6.common.statistics import Interval, ratio_interval
+from trt_yolov6.comparison.cache import Steps
+from trt_yolov6.comparison.engines import Tell, Work, build_case, cases_of
 from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, matched
-from trt_yolov6.comparison.intervals import Interval, ratio_interval
 from trt_yolov6.comparison.measure import (
     accuracy,
     data_record,
@@ -24,14 +26,12 @@ from trt_yolov6.comparison.measure import (
 from trt_yolov6.comparison.plan import Plan, settings_of
 from trt_yolov6.comparison.records import results_of
 from trt_yolov6.comparison.results import FILE
-from trt_yolov6.comparison.steps import Steps
-from trt_yolov6.comparison.timing import Round, measure_round, paired_medians
+from trt_yolov6.comparison.rounds import Round, measure_round, paired_medians
+from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import LoadOptions
 from trt_yolov6.engines.manifest import read_manifest
-from trt_yolov6.files import check_writable, sha256_file, write_json
-from trt_yolov6.quantization.images import calibration_images
 
 
 def compare(

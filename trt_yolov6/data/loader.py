@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox, fill, fit, letterbox
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
-from trt_yolov6.engines.base import TensorSpec, empty_input, image_size_of
 from trt_yolov6.errors import UserError
+from trt_yolov6.spec import TensorSpec, empty_input, image_size_of
 
 Item = TypeVar("Item")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trt_yolov6.common.files import read_json
 from trt_yolov6.data.annotations import tidied
 from trt_yolov6.errors import UserError, did_you_mean
-from trt_yolov6.files import read_json
 
 _PREFIX = "instances_"
 _ROBOFLOW = "_annotations.coco.json"

@@ -26,9 +26,9 @@ __all__ = [
 ]
 
 BACKENDS = {
-    "tensorrt": "trt_yolov6.engines.tensorrt",
-    "tensorrt-rtx": "trt_yolov6.engines.tensorrt_rtx",
-    "onnxruntime": "trt_yolov6.engines.onnxruntime_backend",
+    "tensorrt": "trt_yolov6.engines.tensorrt.enterprise",
+    "tensorrt-rtx": "trt_yolov6.engines.tensorrt.rtx",
+    "onnxruntime": "trt_yolov6.engines.onnxruntime.backend",
 }
 """Backends by name, the fastest first; imported when needed."""
 

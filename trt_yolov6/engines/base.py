@@ -19,16 +19,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
-from trt_yolov6.engines.manifest import BatchProfile, Manifest, NmsSettings, OutputLayout
-from trt_yolov6.engines.tensor_spec import TensorSpec as TensorSpec
+from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
+from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, empty_input, image_size_of
+from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
-    from trt_yolov6.engines.candidates import Candidates
+    from trt_yolov6.detectors.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class BuildSettings:
     progress: bool = True
     """Show a progress bar while building."""
     on_layers: Callable[[str], None] | None = None
-    """Called with what the builder says of the engine's layers (see tensorrt_layers)."""
+    """Called with what the builder says of the engine's layers (see `layer_log`)."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LoadOptions:
     cuda_graph: bool = True
     """TensorRT: launch a run as one CUDA graph instead of kernel by kernel."""
     decoder: str | None = None
-    """Family of a detector without a manifest (see `decoders.families`); None finds out."""
+    """Family of a detector without a manifest (see `detectors.families`); None finds out."""
     preprocess: tuple[str, ...] = ()
     """Changes to how images are prepared, each FIELD=VALUE of `Preprocessing`."""
 
@@ -138,7 +138,7 @@ class Engine(abc.ABC):
     """Batch sizes it takes."""
     output_layout: OutputLayout
     decoder: str = "yolov6"
-    """The family it is of, see `decoders.families`."""
+    """The family it is of, see `detectors.families`."""
     preprocessing: Preprocessing = YOLOV6
     """How images become its input: RGB in 0..1, letterboxed, unless its family's differ."""
     class_names: tuple[str, ...]
@@ -249,31 +249,6 @@ class Engine(abc.ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def image_size_of(spec: TensorSpec) -> tuple[int, int]:
-    """Return height and width in pixels of an engine's input."""
-    height, width = spec.shape[1:3] if spec.dtype == np.uint8 else spec.shape[2:4]
-    assert height is not None
-    assert width is not None
-    return height, width
-
-
-def empty_input(spec: TensorSpec, rows: int) -> NDArray[Any]:
-    """Return an array for a batch of the shape and dtype an engine takes, its content undefined.
-
-    Raises:
-        UserError: it takes more memory than there is.
-    """
-    shape = tuple(length or 0 for length in spec.shape[1:])
-    try:
-        return np.empty((rows, *shape), spec.dtype)
-    except (MemoryError, ValueError, OverflowError) as error:  # the last two: beyond any address
-        height, width = image_size_of(spec)
-        raise UserError(
-            f"a batch of {rows} images of {height}x{width} does not fit in memory; give a smaller "
-            "--batch."
-        ) from error
 
 
 def check_images(engine: Engine, images: Any) -> None:

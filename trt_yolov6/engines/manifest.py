@@ -12,12 +12,9 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
-from trt_yolov6.engines.tensor_spec import TensorSpec
-from trt_yolov6.errors import UserError
-from trt_yolov6.files import (
+from trt_yolov6.common.files import (
     atomic_path,
     check_writable,
     file_name,
@@ -27,95 +24,11 @@ from trt_yolov6.files import (
     sha256_file,
     write_json,
 )
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, Precision, TensorSpec
 
 SCHEMA_VERSION = 1
-
-Precision = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
-"""`int8-dynamic` is ONNX Runtime's dynamic quantization: INT8 weights, ranges found as it runs."""
-
-OutputLayout = Literal[
-    "split",
-    "split_by_class",
-    "rows",
-    "corner_rows",
-    "grid_rows",
-    "columns",
-    "grids_yolov5",
-    "grids_yolov7",
-    "end2end",
-    "end2end_yolov7",
-    "end2end_ppyoloe",
-    "best",
-    "efficient_nms",
-]
-"""How a graph gives its detections; `decoders.layouts` has the arithmetic.
-
-Coordinates are in input pixels, scores and objectness in 0..1, unless it says otherwise. Outputs
-are found by their shapes where no name is given. Every anchor, NMS still to be done:
-
-split:           `boxes` (batch, anchors, 4): x1, y1, x2, y2, float32;
-                 `scores` (batch, anchors, classes), float32 or float16. Convolutions on a GPU keep
-                 channels last, so nothing has to be moved for it
-split_by_class:  (batch, anchors, 4): x1, y1, x2, y2; (batch, classes, anchors): scores
-rows:            (batch, anchors, 5 + classes): cx, cy, w, h, objectness, scores
-corner_rows:     (batch, anchors, 4 + classes): x1, y1, x2, y2, scores
-grid_rows:       as `rows`, but cx and cy are in cells from the cell's corner, w and h logarithms of
-                 cells; the cells of strides 8, 16, 32 (and 64) one after the other
-columns:         (batch, 4 + classes, anchors): cx, cy, w, h, scores
-grids_yolov5, grids_yolov7:
-                 three outputs (batch, 3, rows, columns, 5 + classes), before the sigmoid, of
-                 strides 8, 16, 32; with the anchors of that release
-
-Of each image the best, NMS done:
-
-end2end:         `detections` (n, 7): batch index, x1, y1, x2, y2, score, class
-end2end_yolov7:  (n, 7): batch index, x1, y1, x2, y2, class, score
-end2end_ppyoloe: (n, 6): class, score, x1, y1, x2, y2, image after image; (batch,): n of each
-best:            (batch, n, 6): x1, y1, x2, y2, score, class
-efficient_nms:   outputs with `num`, `box`, `score` and `class` in their names: (batch, 1),
-                 (batch, n, 4) x1, y1, x2, y2, (batch, n), (batch, n)
-"""
-
-
-@dataclass(frozen=True)
-class BatchProfile:
-    """The batch sizes an engine takes, and the one it is tuned for."""
-
-    min: int = 1
-    opt: int = 32
-    max: int = 32
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise UserError(
-                f"the batch profile {self.min},{self.opt},{self.max} is not increasing from 1; "
-                "give MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
-            )
-
-    @property
-    def is_static(self) -> bool:
-        """True when only one batch size is taken."""
-        return self.min == self.max
-
-
-@dataclass(frozen=True)
-class NmsSettings:
-    """Thresholds of the non-maximum suppression, in 0..1, and how many boxes an image keeps."""
-
-    confidence: float = 0.03
-    iou: float = 0.65
-    max_detections: int = 300
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.confidence < 1:
-            raise UserError(f"confidence {self.confidence} is out of range; give --conf in 0..1.")
-        if not 0 < self.iou <= 1:
-            raise UserError(f"IoU threshold {self.iou} is out of range; give --iou in 0..1.")
-        if self.max_detections < 1:
-            raise UserError(
-                f"at most {self.max_detections} detections an image is out of range; "
-                "give at least 1."
-            )
 
 
 @dataclass(frozen=True)
@@ -150,7 +63,7 @@ class Manifest:
     fp8_layers: int | None = None
     """Convolutions that the engine computes in FP8; None where its builder does not say."""
     decoder: str = "yolov6"
-    """The family of detectors whose outputs these are, see `decoders.families`."""
+    """The family of detectors whose outputs these are, see `detectors.families`."""
     preprocessing: Preprocessing = YOLOV6
     """How images become its input."""
     tensors: tuple[TensorSpec, ...] = ()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.detection import Detections
+from trt_yolov6.detectors.detections import Detections
 
 CONFIDENT = 0.3
 """A float detection counts as true from this score on."""

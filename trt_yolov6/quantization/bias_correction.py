@@ -26,10 +26,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from trt_yolov6.files import sha256_bytes
-from trt_yolov6.quantization.channels import constants_of
+from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.integer_layers import IntegerLayer, integer_layers, shift_bias
+from trt_yolov6.quantization.equalization.channel_graph import constants_of
+from trt_yolov6.quantization.qdq.view import IntegerLayer, integer_layers, shift_bias
 
 
 def correct_biases(

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.quantization.levels import INT8, QuantizedType
 from trt_yolov6.quantization.statistics import TensorStatistics, pooled
+from trt_yolov6.quantization.types import INT8, QuantizedType
 
 Method = Literal["minmax", "entropy", "percentile", "mse"]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.engines.onnxruntime_backend import WRONG_REWRITES
 from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.graph.reference import WRONG_REWRITES
 from trt_yolov6.quantization.statistics import Accumulator, TensorStatistics
 
 if TYPE_CHECKING:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.precision import nodes_after_layers
+from trt_yolov6.data.calibration import calibration_images
+from trt_yolov6.graph.float16 import nodes_after_layers
 from trt_yolov6.quantization.calibrators import METHODS, Method, amax_of
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.images import calibration_images
 from trt_yolov6.quantization.ptq import QuantizationSettings, QuantizedGraph, batches_of
 
 if TYPE_CHECKING:
     import onnx
 
-    from trt_yolov6.building import Graph
+    from trt_yolov6.graph.model import Graph
 
 
 def implicit_ranges(

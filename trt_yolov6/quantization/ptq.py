@@ -21,35 +21,33 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.building import Graph
-from trt_yolov6.data.letterbox import fit
-from trt_yolov6.data.preprocessing import Preprocessing
-from trt_yolov6.detection import Detections, postprocess
-from trt_yolov6.engines.manifest import NmsSettings, OutputLayout
-from trt_yolov6.errors import UserError
-from trt_yolov6.files import sha256_bytes
-from trt_yolov6.quantization.agreement import agreement
-from trt_yolov6.quantization.bias_correction import BiasCorrection, with_errors_removed
-from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_for
-from trt_yolov6.quantization.collect import check_weights, collect
-from trt_yolov6.quantization.equalization import equalize, tensors_to_measure
-from trt_yolov6.quantization.fallback import (
-    choose_float_layers,
-    layer_costs,
-    most_sensitive,
-    rankings,
-)
-from trt_yolov6.quantization.fallback import tensors_to_measure as tensors_for_any_choice
-from trt_yolov6.quantization.images import (
+from trt_yolov6.common.files import sha256_bytes
+from trt_yolov6.data.calibration import (
     calibration_batches,
     calibration_images,
     images_sha256,
     input_spec,
 )
-from trt_yolov6.quantization.insert import insert_qdq
-from trt_yolov6.quantization.levels import INT8, QuantizedType
-from trt_yolov6.quantization.placement import Placement, place_for
-from trt_yolov6.quantization.rounding import adapt_rounding
+from trt_yolov6.data.letterbox import fit
+from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.quantization.agreement import agreement
+from trt_yolov6.quantization.bias_correction import BiasCorrection, with_errors_removed
+from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_for
+from trt_yolov6.quantization.collect import check_weights, collect
+from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
+from trt_yolov6.quantization.gptq import adapt_rounding
+from trt_yolov6.quantization.mixed_precision import (
+    choose_float_layers,
+    layer_costs,
+    most_sensitive,
+    rankings,
+)
+from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.sensitivity import Sensitivity, layer_distortions, ranked
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import (
@@ -58,6 +56,8 @@ from trt_yolov6.quantization.table import (
     model_sha256,
     reusable_table,
 )
+from trt_yolov6.quantization.types import INT8, QuantizedType
+from trt_yolov6.spec import NmsSettings, OutputLayout
 
 if TYPE_CHECKING:
     import onnx
@@ -701,9 +701,9 @@ class Judge:
     def _run(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> list[Detections]:
         import onnxruntime
 
-        from trt_yolov6.engines.onnxruntime_backend import exact_session
+        from trt_yolov6.graph.reference import reference_session
 
-        session: onnxruntime.InferenceSession = exact_session(model.SerializeToString())
+        session: onnxruntime.InferenceSession = reference_session(model.SerializeToString())
         names = [output.name for output in session.get_outputs()]
         size = self._image_size
         found: list[Detections] = []

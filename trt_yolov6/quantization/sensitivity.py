@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.engines.onnxruntime_backend import exact_session
+from trt_yolov6.common.files import atomic_path
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.files import atomic_path
-from trt_yolov6.quantization.insert import (
+from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.quantization.qdq.insert import (
     activation_scales,
     insert_qdq,
     quantize_weights,
     weight_axis,
 )
-from trt_yolov6.quantization.levels import INT8
-from trt_yolov6.quantization.placement import Placement, layer_names, place
+from trt_yolov6.quantization.qdq.placement import Placement, place
+from trt_yolov6.quantization.types import INT8
 
 if TYPE_CHECKING:
     import onnx
@@ -181,7 +182,7 @@ def layer_distortions(
     if not placement.layers:
         return {}
     twins = _with_twins(model, placement, input_scales(model, placement, amax))
-    session = exact_session(twins.SerializeToString())
+    session = reference_session(twins.SerializeToString())
     source = session.get_inputs()[0].name
     wanted = [_sum_name(name, kind) for name in placement.layers for kind in _SUMS]
     totals = {name: Distortion(0.0, 0.0, 0.0, 0) for name in placement.layers}

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import read_json, write_json
-from trt_yolov6.quantization.levels import INT8, QUANTIZED_TYPES
+from trt_yolov6.quantization.types import INT8, QUANTIZED_TYPES
 
 if TYPE_CHECKING:
     import onnx

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from trt_yolov6.comparison.intervals import Interval
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.reports.tables import Row
 
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trt_yolov6.common.files import read_json
 from trt_yolov6.comparison.results import FILE, KIND, read_results
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import read_json
 from trt_yolov6.quantization.sensitivity import METRICS, Metric
 
 MAX_PICTURE_BYTES = 2_000_000

@@ -9,7 +9,6 @@ from typing import Any
 
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.comparison.summary import number
-from trt_yolov6.drawing import class_colour
 from trt_yolov6.quantization.sensitivity import MEANING, direction
 from trt_yolov6.reports.figures import PRECISIONS, bar, legend, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking
@@ -23,6 +22,7 @@ from trt_yolov6.reports.tables import (
     quantized_share,
     with_error,
 )
+from trt_yolov6.runtime.draw import class_colour
 
 SHOWN_LAYERS = 12
 """Layers a table has before the rest folds away."""

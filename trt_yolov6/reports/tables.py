@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_yolov6.comparison.intervals import Interval
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.comparison.summary import number
 from trt_yolov6.reports.material import Material

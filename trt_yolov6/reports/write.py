@@ -11,8 +11,8 @@ from pathlib import Path
 from string import Template
 
 from trt_yolov6 import __version__
+from trt_yolov6.common.files import check_writable, write_bytes
 from trt_yolov6.errors import UserError
-from trt_yolov6.files import check_writable, write_bytes
 from trt_yolov6.reports import sections
 from trt_yolov6.reports.material import Material
 from trt_yolov6.reports.tables import CSV_HEAD, NOTHING, csv_rows, overview, quantization, rows_of

@@ -1,1 +1,1 @@
-"""Serving: engines behind Triton Inference Server."""
+"""Model repositories for servers, and what runs inside Triton."""

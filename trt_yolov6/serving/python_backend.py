@@ -26,7 +26,7 @@ from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
     from trt_yolov6.engines.base import Engine, LoadOptions
-    from trt_yolov6.engines.manifest import NmsSettings
+    from trt_yolov6.spec import NmsSettings
 
 ENGINE_FILES = ("engine.onnx", "engine.trt")
 """What the engine is called in a version's folder, its manifest beside it."""
@@ -171,7 +171,7 @@ def nms_of(parameters: Mapping[str, str], engine: Engine) -> NmsSettings:
     Raises:
         UserError: a parameter is none, or the engine has decided otherwise.
     """
-    from trt_yolov6.inference import check_thresholds, default_nms
+    from trt_yolov6.runtime.predict import check_thresholds, default_nms
 
     default = default_nms(engine)
     nms = dataclasses.replace(

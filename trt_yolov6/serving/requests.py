@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.letterbox import Letterbox
 from trt_yolov6.data.loader import fill_row
-from trt_yolov6.detection import Detections, postprocess
+from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine
-from trt_yolov6.engines.manifest import NmsSettings
 from trt_yolov6.errors import UserError
+from trt_yolov6.spec import NmsSettings
 
 
 def run_tensors(engine: Engine, requests: Sequence[NDArray[Any]]) -> list[dict[str, NDArray[Any]]]:

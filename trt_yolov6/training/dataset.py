@@ -26,7 +26,7 @@ from trt_yolov6.training.augmentation import (
     plan_batch,
     to_device,
 )
-from trt_yolov6.training.data_check import (
+from trt_yolov6.training.data_validation import (
     DataReport,
     OnBadData,
     for_each_image,

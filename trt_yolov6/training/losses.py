@@ -19,7 +19,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import anchor_points, decode
 from trt_yolov6.models.variants import Architecture, variant_name
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
-from trt_yolov6.training.iou import similarity
+from trt_yolov6.training.box_similarity import similarity
 from trt_yolov6.training.targets import Targets
 
 ClassLoss = Literal["varifocal", "focal", "quality_focal", "poly"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from trt_yolov6.checkpoint import Checkpoint
+from trt_yolov6.checkpoints.loading import Checkpoint
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
     STRIDES,
@@ -21,7 +21,7 @@ from trt_yolov6.models.variants import (
     architecture,
 )
 from trt_yolov6.training.augmentation import AugmentationSettings, augmentation_for
-from trt_yolov6.training.data_check import OnBadData
+from trt_yolov6.training.data_validation import OnBadData
 from trt_yolov6.training.losses import DistillationSettings, LossSettings, default_losses
 from trt_yolov6.training.optimizer import OptimizerSettings, default_optimizer
 from trt_yolov6.training.rep_optimizer import RepOptimizerSettings

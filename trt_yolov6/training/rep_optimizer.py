@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trt_yolov6.checkpoint import Checkpoint
+from trt_yolov6.checkpoints.loading import Checkpoint
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import ScaledRepConv
 from trt_yolov6.models.network import YOLOv6

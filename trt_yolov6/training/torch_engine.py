@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trt_yolov6.engines.base import Engine, Run, TensorSpec, check_images
-from trt_yolov6.engines.candidates import Candidates
-from trt_yolov6.engines.manifest import BatchProfile
+from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.engines.base import Engine, Run, check_images
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.fusion import fuse
 from trt_yolov6.models.network import YOLOv6
-from trt_yolov6.training.graph_network import GraphNetwork
+from trt_yolov6.spec import BatchProfile, TensorSpec
+from trt_yolov6.training.qat.onnx_module import GraphNetwork
 
 
 class TorchEngine(Engine):

@@ -21,30 +21,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from trt_yolov6.checkpoint import load_checkpoint
+from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.checkpoints.native import Training, write_checkpoint
+from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.common.progress import is_logged
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.errors import UserError
-from trt_yolov6.evaluation import Evaluation, evaluate
-from trt_yolov6.files import read_json, write_json
 from trt_yolov6.models.blocks import BN_MOMENTUM
 from trt_yolov6.models.network import YOLOv6
-from trt_yolov6.progress import is_logged
-from trt_yolov6.trained_checkpoint import Training, write_checkpoint
+from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
+from trt_yolov6.training.distributed import Processes, joined, with_common_statistics
 from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
+from trt_yolov6.training.initialization import starting_model
+from trt_yolov6.training.log import RunLog, read_log
 from trt_yolov6.training.losses import Losses, detection_loss
 from trt_yolov6.training.optimizer import make_optimizer, set_rates
-from trt_yolov6.training.processes import Processes, joined, with_common_statistics
 from trt_yolov6.training.recipe import TrainSettings, search_settings, settings_from_json
-from trt_yolov6.training.run_log import RunLog, read_log
-from trt_yolov6.training.run_state import (
-    Learner,
-    Progress,
-    read_state,
-    restore,
-    save_state,
-    sweep,
-)
 from trt_yolov6.training.schedule import (
     LOSS_BATCH,
     Plan,
@@ -54,7 +47,7 @@ from trt_yolov6.training.schedule import (
     is_last_phase,
     make_plan,
 )
-from trt_yolov6.training.start import starting_model
+from trt_yolov6.training.state import Learner, Progress, read_state, restore, save_state, sweep
 from trt_yolov6.training.targets import Targets
 from trt_yolov6.training.torch_engine import TorchEngine
 

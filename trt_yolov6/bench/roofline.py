@@ -1,0 +1,286 @@
+"""How far each layer is from what the machine allows: its work, its time, the machine's ceilings.
+
+A layer's roofline is the larger of two times: its floating-point operations at the measured rate
+of large matrix products, and the bytes it must move (input, weights and output, once each) at
+the measured rate of a large copy (Williams, Waterman and Patterson, 2009). Activations are taken to
+be fused and concatenations to be free, so for a whole network it is a bound that is hard to reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trt_yolov6.common.machine import cpu_model, cpu_wait_seconds, describe_cpu
+from trt_yolov6.engines.base import Engine
+
+if TYPE_CHECKING:
+    import onnx
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
+
+# What backends put behind the name of the node, or tensor, that a kernel computes.
+_KERNEL_ENDINGS = re.compile(r"(_nchwc|_token_\d+|_myl\d+_\d+|/QuickGeluFusion/)+$")
+
+# Operators that backends compute along with the layer that they follow.
+_FUSED = ("Relu", "LeakyRelu", "Clip", "HardSwish", "Sigmoid", "Add")
+
+_MATRIX_SIDE = 1024
+_COPY_BYTES = 1 << 26
+_TRIALS, _MOST_TRIALS = 7, 60
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What one layer of a graph has to do for one image."""
+
+    name: str
+    operator: str
+    precision: str
+    """What it computes in, see `inspection.Layer`."""
+    flops: int
+    """Two a multiplication and addition."""
+    values: int
+    """Elements of its input and output, without weights."""
+    weights: int
+    """Elements of its weights, read once a batch."""
+
+    def bytes_moved(self, batch: int, element: int) -> int:
+        """Return the bytes that a batch moves, at so many an element."""
+        return (self.values * batch + self.weights) * element
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine can do at most, as measured."""
+
+    bytes_per_second: float
+    """Read and written together, of a copy too large for the caches of most machines."""
+    flops: Mapping[str, float]
+    """Operations a second of a large matrix product, by precision."""
+    how: str
+    """What was measured with, one line."""
+
+
+@dataclass(frozen=True)
+class GraphWork:
+    """A graph's layers and which of them a kernel belongs to."""
+
+    layers: tuple[LayerWork, ...]
+    owners: Mapping[str, str]
+    """Layer by the name of a node or tensor that it, or what is fused with it, computes."""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One layer, or one kernel that is of no layer, of an engine."""
+
+    name: str
+    operator: str
+    """Empty for a kernel that is of no layer."""
+    precision: str
+    seconds: float
+    roofline: float | None
+    """Least seconds that the ceilings allow; None where work or ceiling is unknown."""
+    bound: str
+    """`arithmetic` or `memory`; empty without a roofline."""
+
+
+def graph_work(model: onnx.ModelProto) -> GraphWork:
+    """Return what the layers of a graph have to do for one image.
+
+    Layers whose shapes are unknown are left out.
+
+    Args:
+        model: an ONNX graph with a free batch axis or a fixed one.
+    """
+    from trt_yolov6.diagnostics.inspection import layers_of
+
+    layers = layers_of(model)
+    names = {layer.name for layer in layers}
+    constants = {item.name for item in model.graph.initializer}
+    owners: dict[str, str] = {}
+    for node in model.graph.node:
+        name = node.name or node.output[0]
+        owner = name if name in names else None
+        if owner is None and node.op_type in _FUSED:
+            # What is fused with a layer reads that and nothing else that was computed.
+            computed = [item for item in node.input if item not in constants]
+            owner = owners.get(computed[0]) if len(set(computed)) == 1 else None
+        if owner is not None:
+            owners |= dict.fromkeys((name, *node.output), owner)
+    return GraphWork(
+        tuple(
+            LayerWork(
+                layer.name,
+                layer.operator,
+                layer.precision,
+                layer.flops,
+                layer.values,
+                math.prod(layer.weight_shape) if layer.weight_shape else 0,
+            )
+            for layer in layers
+            if layer.flops is not None and layer.values is not None
+        ),
+        owners,
+    )
+
+
+def layer_times(
+    kernels: Mapping[str, float],
+    work: GraphWork,
+    batch: int,
+    ceilings: Ceilings | None,
+    computed_in: str = "",
+) -> list[LayerTime]:
+    """Return the time of each layer beside what the machine allows, in the order they ran.
+
+    Args:
+        kernels: seconds by kernel, from `Engine.layer_times`.
+        work: of the graph that the engine was built from.
+        batch: images a run.
+        ceilings: of the machine; None leaves the rooflines out.
+        computed_in: precision that everything is computed in, where that is not the graph's.
+    """
+    layers = {layer.name: layer for layer in work.layers}
+    seconds: dict[str, float] = {}
+    for kernel, taken in kernels.items():
+        plain = _KERNEL_ENDINGS.sub("", kernel)
+        name = work.owners.get(kernel) or work.owners.get(plain) or kernel
+        seconds[name] = seconds.get(name, 0.0) + taken
+    return [
+        _layer_time(name, taken, layers.get(name), batch, ceilings, computed_in)
+        for name, taken in seconds.items()
+    ]
+
+
+def _layer_time(
+    name: str,
+    seconds: float,
+    layer: LayerWork | None,
+    batch: int,
+    ceilings: Ceilings | None,
+    computed_in: str,
+) -> LayerTime:
+    if layer is None:
+        return LayerTime(name, "", "", seconds, None, "")
+    precision = computed_in or layer.precision
+    if ceilings is None or precision not in ceilings.flops:
+        return LayerTime(name, layer.operator, layer.precision, seconds, None, "")
+    arithmetic = batch * layer.flops / ceilings.flops[precision]
+    element = ELEMENT_BYTES.get(precision, 4)
+    memory = layer.bytes_moved(batch, element) / ceilings.bytes_per_second
+    return LayerTime(
+        name=name,
+        operator=layer.operator,
+        precision=layer.precision,
+        seconds=seconds,
+        roofline=max(arithmetic, memory),
+        bound="arithmetic" if arithmetic >= memory else "memory",
+    )
+
+
+def measure_ceilings(engine: Engine) -> Ceilings | None:
+    """Measure the ceilings of the device that an engine runs on, in a second or two.
+
+    Returns:
+        None for a GPU that PyTorch cannot use here.
+    """
+    if engine.device == cpu_model():
+        return cpu_ceilings(engine.threads)
+    return _gpu_ceilings()
+
+
+def cpu_ceilings(threads: int | None = None) -> Ceilings:
+    """Measure the processor: ONNX Runtime's own matrix product, and a copy by as many threads.
+
+    Args:
+        threads: as an engine uses; None for ONNX Runtime's choice.
+    """
+    from onnx import TensorProto, helper
+
+    from trt_yolov6.graph.reference import reference_session
+
+    shape = [_MATRIX_SIDE, _MATRIX_SIDE]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["a", "b"], ["c"])],
+        "product",
+        [value("a", TensorProto.FLOAT, shape), value("b", TensorProto.FLOAT, shape)],
+        [value("c", TensorProto.FLOAT, shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = reference_session(model.SerializeToString(), threads)
+    a = np.random.default_rng(0).random(shape, dtype=np.float32)
+    product = _fastest(lambda: session.run(None, {"a": a, "b": a}))
+    cpu = describe_cpu()
+    workers = threads or cpu.cores or cpu.threads
+    source, target = (np.ones((workers, _COPY_BYTES), np.uint8) for _ in range(2))
+    with ThreadPoolExecutor(workers) as pool:
+        copy = _fastest(lambda: list(pool.map(np.copyto, target, source)))
+    return Ceilings(
+        bytes_per_second=2 * source.nbytes / copy,
+        flops={"fp32": 2 * _MATRIX_SIDE**3 / product},
+        how=f"ONNX Runtime product of {_MATRIX_SIDE}x{_MATRIX_SIDE} matrices, copy by {workers} "
+        "threads",
+    )
+
+
+def _gpu_ceilings() -> Ceilings | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+
+    def timed(run: Callable[[], Any]) -> float:
+        def once() -> None:
+            run()
+            torch.cuda.synchronize()
+
+        return _fastest(once)
+
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = timed(lambda: target.copy_(source))
+    side = 8192
+    flops = {}
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        a, b = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))
+        flops[name] = 2 * side**3 / timed(lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
+    eight = torch.randint(-9, 9, (side, side), device="cuda", dtype=torch.int8)
+    with contextlib.suppress(RuntimeError):  # a GPU without such products
+        flops["int8"] = 2 * side**3 / timed(lambda: torch._int_mm(eight, eight.t()))
+    return Ceilings(2 * source.numel() / copy, flops, f"PyTorch, products of {side}x{side}")
+
+
+def _fastest(run: Callable[[], Any]) -> float:
+    """Return the seconds of the fastest of some runs: a ceiling is what was reached once.
+
+    While other processes keep this one waiting, it tries on.
+    """
+    times: list[float] = []
+    quiet = 0
+    while len(times) < _MOST_TRIALS and quiet < _TRIALS:
+        before = cpu_wait_seconds()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+        after = cpu_wait_seconds()
+        if before is None or after is None or after - before <= 0.01 * times[-1]:
+            quiet += 1
+    return min(times)
+
+
+def slowest_first(times: Sequence[LayerTime]) -> list[LayerTime]:
+    """Return layers by their time, the longest first."""
+    return sorted(times, key=lambda one: one.seconds, reverse=True)

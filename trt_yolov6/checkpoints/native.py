@@ -1,0 +1,237 @@
+"""This package's own checkpoints: what `train` writes and `load_checkpoint` reads.
+
+A zip file of torch.save with plain values and tensors only, so `torch.load(weights_only=True)` and
+our own reader (see `inert_pickle`) take it without running anything:
+
+    format         `trt-yolov6 checkpoint`
+    version        2; version 1 had fewer fields in its architecture
+    architecture   the fields of `models.Architecture`
+    class_names    list of strings
+    weights        tensors by name, in training form: kernels in half precision, the rest in float32
+    settings       JSON: how it was trained (`training.TrainSettings`)
+    epoch          epochs behind it
+    AP             COCO AP on the validation split in 0..1, or None
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trt_yolov6.checkpoints.archive import TorchArchive
+from trt_yolov6.checkpoints.inert_pickle import Shell
+from trt_yolov6.common.files import atomic_path
+from trt_yolov6.errors import UserError
+from trt_yolov6.models.network import YOLOv6, shapes_only
+from trt_yolov6.models.variants import (
+    ActivationName,
+    Architecture,
+    BlockKind,
+    HeadKind,
+    NeckKind,
+    PoolingKind,
+    variant_name,
+)
+
+FORMAT = "trt-yolov6 checkpoint"
+VERSION = 2
+
+_LARGEST = {"stage_channels": 16384, "neck_channels": 16384}
+_MOST_REPEATS = 1000
+_MOST_CLASSES = 100_000
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a checkpoint of this package came about."""
+
+    settings: Mapping[str, Any]
+    """The fields of `training.recipe.TrainSettings`, as plain values."""
+    epoch: int
+    """Epochs behind it."""
+    ap: float | None
+    """COCO AP on the validation split in 0..1; None where it was not evaluated."""
+
+
+def write_checkpoint(
+    path: str | Path,
+    model: YOLOv6,
+    class_names: tuple[str, ...],
+    training: Training,
+) -> None:
+    """Write a network in training form, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    weights = {
+        name: _stored(tensor)
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(_COUNTER)
+    }
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": dataclasses.asdict(model.arch),
+        "class_names": list(class_names),
+        "weights": weights,
+        "settings": json.dumps(dict(training.settings)),
+        "epoch": training.epoch,
+        "AP": training.ap,
+    }
+    # To an open file: given a path, torch.save would put its name into the file.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """Return kernels in half precision, unless they overflow it, and all else as it is."""
+    tensor = tensor.detach().to("cpu", memory_format=torch.contiguous_format).clone()
+    if tensor.ndim > 1:
+        half = tensor.half()
+        if torch.isfinite(half).all():
+            return half
+    return tensor
+
+
+def is_trained(root: Any) -> bool:
+    """Return True where what was pickled says that it is in this format."""
+    return isinstance(root, dict) and root.get("format") == FORMAT
+
+
+def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Training]:
+    """Return network (eval mode, float32), class names and training of an opened file.
+
+    Raises:
+        UserError: it is damaged, or of a later version.
+    """
+    root, path = archive.root, archive.path
+    version = root.get("version")
+    if version not in (1, VERSION):
+        raise UserError(
+            f"{path} is a checkpoint of format version {str(version)[:20]}, this release of "
+            f"trt-yolov6 reads 1 to {VERSION}; update it."
+        )
+    arch = _architecture(path, root.get("architecture"), version)
+    names = root.get("class_names")
+    if (
+        not isinstance(names, list)
+        or len(names) != arch.num_classes
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise _damaged(path, f"its class names do not fit its {arch.num_classes} classes")
+    training = _training(path, root)
+    shells = root.get("weights")
+    if not isinstance(shells, dict):
+        raise _damaged(path, "it has no weights")
+    model = shapes_only(arch)
+    weights: dict[str, Tensor] = {}
+    for name, expected in model.state_dict().items():
+        if name.endswith(_COUNTER):
+            weights[name] = torch.tensor(0)
+            continue
+        shell = shells.get(name)
+        if not (isinstance(shell, Shell) and archive.is_tensor(shell)):
+            raise _damaged(path, f"the weight {name} is missing")
+        tensor = archive.tensor(shell)
+        if tensor.shape != expected.shape or not tensor.is_floating_point():
+            raise _damaged(path, f"the weight {name} does not fit its architecture")
+        tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path} has weights that are not finite numbers ({name}); its training diverged: "
+                "use another checkpoint."
+            )
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise _damaged(path, f"{name} has a negative variance")
+        weights[name] = tensor
+    surplus = sorted(str(name)[:80] for name in shells.keys() - weights.keys())
+    if surplus:
+        raise _damaged(path, f"it has weights that are not known (the first is {surplus[0]})")
+    model.load_state_dict(weights, assign=True)
+    return model.eval(), tuple(names), training
+
+
+def _architecture(path: Path, fields: Any, version: int) -> Architecture:
+    if version == 1 and isinstance(fields, dict):
+        # All of the neck had the activation of the blocks then.
+        defaults = {field.name: field.default for field in dataclasses.fields(Architecture)}
+        added = {name: defaults[name] for name in ("neck", "pooling", "mbla")}
+        fields = {**added, "neck_activation": fields.get("activation"), **fields}
+    wanted = {field.name for field in dataclasses.fields(Architecture)}
+    if not isinstance(fields, dict) or set(fields) != wanted:
+        raise _damaged(path, "its architecture is not complete")
+    choices: dict[str, Any] = {
+        "block": BlockKind,
+        "activation": ActivationName,
+        "head_activation": ActivationName,
+        "neck_activation": ActivationName,
+        "head": HeadKind,
+        "neck": NeckKind,
+        "pooling": PoolingKind,
+    }
+    lite = [fields["block"] == "lite", fields["neck"] == "lite", fields["pooling"] == "none"]
+    ratio = fields["csp_ratio"]
+    sound = (
+        isinstance(fields["name"], str)
+        and all(fields[name] in typing.get_args(kind) for name, kind in choices.items())
+        and all(
+            isinstance(fields[name], tuple | list)
+            and all(_between(item, 1, _LARGEST.get(name, _MOST_REPEATS)) for item in fields[name])
+            for name in _LENGTHS
+        )
+        and tuple(len(fields[name]) for name in _LENGTHS) in _lengths(fields)
+        and (ratio is None or (isinstance(ratio, float) and 0 < ratio <= 1))
+        and isinstance(fields["mbla"], bool)
+        and not (fields["mbla"] and ratio is None)
+        and len(set(lite)) == 1
+        and (not lite[0] or all(width % 8 == 0 for width in fields["stage_channels"]))
+        and _between(fields["reg_max"], 0, 1024)
+        and _between(fields["num_classes"], 1, _MOST_CLASSES)
+        and fields["input_channels"] == 3
+    )
+    if not sound:
+        raise _damaged(path, "its architecture is not one that can be built")
+    tuples = {name: tuple(fields[name]) for name in _LENGTHS}
+    arch = Architecture(**{**fields, **tuples})
+    return dataclasses.replace(arch, name=variant_name(arch))
+
+
+_LENGTHS = ("stage_channels", "neck_channels", "stage_repeats", "neck_repeats")
+
+
+def _lengths(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """Return how long the tuples of an architecture may be, in the order of `_LENGTHS`."""
+    if fields["neck"] == "lite":
+        return ((5, 1, 4, 0),)
+    return ((5, 6, 4, 4), (6, 9, 5, 6))
+
+
+def _training(path: Path, root: Mapping[str, Any]) -> Training:
+    epoch, ap, text = root.get("epoch"), root.get("AP"), root.get("settings")
+    try:
+        settings = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict) or not isinstance(epoch, int):
+        raise _damaged(path, "how it was trained cannot be read")
+    if ap is not None and not (isinstance(ap, float) and 0 <= ap <= 1):
+        raise _damaged(path, "its AP is no number of 0 to 1")
+    return Training(settings, epoch, ap)
+
+
+def _between(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged: {what}; copy or train it again.")

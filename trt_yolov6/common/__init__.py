@@ -1,0 +1,1 @@
+"""Files, machines, progress bars and statistics: what knows nothing of detectors."""

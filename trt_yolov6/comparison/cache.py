@@ -1,0 +1,64 @@
+"""Steps that are done once: each result is kept under what it depends on, and found again by that.
+
+A step's file holds its inputs beside its value, so that a person can see what a result is of. What
+is kept is found by the SHA-256 of the inputs: hashes of the files, settings, versions, device. A
+step whose inputs changed is another step; nothing has to be cleared by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.errors import UserError
+
+Inputs = Mapping[str, Any]
+"""What a step's result depends on; JSON-ready."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The finished steps of a comparison, one file each, in a folder."""
+
+    folder: Path
+
+    def find(self, kind: str, inputs: Inputs) -> Any:
+        """Return the value of a step that was done with the same inputs, or None."""
+        path = self._path(kind, inputs)
+        if not path.is_file():
+            return None
+        try:
+            content = read_json(path)
+        except UserError:  # whatever it was, the step is done again
+            return None
+        if not isinstance(content, dict) or content.get("inputs") != _plain(inputs):
+            return None
+        return content.get("value")
+
+    def keep(self, kind: str, inputs: Inputs, value: Any) -> None:
+        """Keep the value of a step, or what there is of it so far.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        content = {"kind": kind, "inputs": _plain(inputs), "value": value}
+        write_json(self._path(kind, inputs), content)
+
+    def _path(self, kind: str, inputs: Inputs) -> Path:
+        return self.folder / f"{kind}-{key_of(inputs)[:16]}.json"
+
+
+def key_of(inputs: Inputs) -> str:
+    """Return the SHA-256 of a step's inputs, whatever the order of their keys."""
+    text = json.dumps(_plain(inputs), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(inputs: Inputs) -> Any:
+    """Return the inputs as they come back from a JSON file."""
+    return json.loads(json.dumps(inputs))

@@ -1,0 +1,429 @@
+"""The engines of a comparison: which a plan asks for, and building those that are not there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_yolov6.common.files import sha256_file
+from trt_yolov6.comparison.cache import Steps
+from trt_yolov6.comparison.machine import machine, versions
+from trt_yolov6.comparison.plan import ModelEntry, Plan, PrecisionChoice, parse_precision
+from trt_yolov6.engines import best_backend, load_engine
+from trt_yolov6.engines.base import BuildSettings, Engine, LoadOptions
+from trt_yolov6.engines.manifest import Manifest, manifest_of, read_manifest
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import BatchProfile
+
+if TYPE_CHECKING:
+    import onnx
+
+    from trt_yolov6.diagnostics.inspection import OnnxDetails
+    from trt_yolov6.graph.model import Graph
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all steps of one comparison share."""
+
+    plan: Plan
+    output: Path
+    steps: Steps
+    tell: Tell
+    """Called with a line of progress now and then."""
+    graphs: dict[Any, Graph] = dataclasses.field(default_factory=dict)
+    """Graphs by model, batch profile and precision: exporting one takes seconds."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine of the comparison: a model at a precision on a backend."""
+
+    name: str
+    entry: ModelEntry
+    choice: PrecisionChoice | None
+    """None: the file is an engine, or a graph of its own precision, and taken as it is."""
+    backend: str
+    source: Mapping[str, Any]
+    """What the file is: sha256, buildable, precision, backend, batches (min, opt, max), batch (a
+    fixed one, or None) and what is known of its graph."""
+
+    @property
+    def stem(self) -> str:
+        """The name as that of a file."""
+        return "".join(c if c.isalnum() or c in "-_." else "_" for c in self.name)
+
+
+@dataclass(frozen=True)
+class BuiltCase:
+    """A case that was built, by batch size; one file may serve several."""
+
+    case: Case
+    files: Mapping[int, Path]
+    sha256: Mapping[int, str]
+    records: Mapping[int, Mapping[str, Any]]
+    """What the building step kept: file, build_s, parameters, flops, work, calibration …"""
+    left_out: tuple[str, ...] = ()
+    """Sentences about batch sizes that it does not take."""
+
+    @property
+    def name(self) -> str:
+        """The case's name."""
+        return self.case.name
+
+    @property
+    def largest(self) -> int:
+        """The largest batch size."""
+        return max(self.files)
+
+    def load(self, plan: Plan, batch: int, *, cuda_graph: bool = True) -> Engine:
+        """Load the engine of a batch size, as the plan runs engines."""
+        options = LoadOptions(plan.threads, plan.provider, cuda_graph)
+        if self.case.choice is None:  # taken as it is; a built one has it in its manifest
+            entry = self.case.entry
+            options = dataclasses.replace(
+                options, decoder=entry.decoder, preprocess=entry.preprocess
+            )
+        backend = self.case.backend if self.case.source["buildable"] else "auto"
+        return load_engine(self.files[batch], backend, options)
+
+
+def cases_of(work: Work) -> list[Case]:
+    """Return the engines that the plan asks for, in its order.
+
+    Raises:
+        UserError: a file is missing or damaged, or two engines have one name.
+    """
+    backends = [best_backend() if name == "auto" else name for name in work.plan.backends]
+    several = len(set(backends)) > 1
+    cases: list[Case] = []
+    for entry in work.plan.models:
+        source = _source(work, entry)
+        for asked in dict.fromkeys(backends):
+            backend = source["backend"] or asked
+            choices: list[PrecisionChoice | None] = [None]
+            if source["buildable"]:
+                texts = entry.precisions or work.plan.precisions
+                choices = [parse_precision(text) for text in dict.fromkeys(texts)]
+            for choice in choices:
+                name = f"{entry.label} {choice.name if choice else source['precision']}"
+                case = Case(
+                    name + (f" {backend}" if several else ""), entry, choice, backend, source
+                )
+                if case not in cases:
+                    cases.append(case)
+    names = [case.name for case in cases]
+    stems = [case.stem for case in cases]
+    for name, stem in zip(names, stems, strict=True):
+        if names.count(name) > 1:
+            raise UserError(
+                f"two engines of the comparison are called {name!r}; give their models names of "
+                "their own in a plan (`name:`)."
+            )
+        if stems.count(stem) > 1:
+            raise UserError(
+                f"{name!r} and another engine of the comparison would be one file, {stem}; give "
+                "their models names in a plan (`name:`) that differ in letters or digits."
+            )
+    return cases
+
+
+def build_case(work: Work, case: Case) -> BuiltCase:
+    """Build a case unless it is there.
+
+    Raises:
+        UserError: the file does not take any of the batch sizes, or cannot be built from.
+    """
+    wanted = sorted(set(work.plan.batches))
+    if not case.source["buildable"]:
+        return _as_it_is(case, wanted)
+    fixed = case.source["batch"]
+    left_out: tuple[str, ...] = ()
+    if fixed:
+        if fixed not in wanted:
+            raise UserError(
+                f"{case.entry.path} takes batch {fixed} only; add it to --batches, or export it "
+                "anew with a free batch axis."
+            )
+        left_out = _not_taken(case, [batch for batch in wanted if batch != fixed], f"batch {fixed}")
+        profiles = {fixed: BatchProfile(fixed, fixed, fixed)}
+    elif case.backend == "onnxruntime":
+        # One graph serves all sizes equally well, and is the same whichever are wanted.
+        most = max(32, *wanted)
+        profiles = dict.fromkeys(wanted, BatchProfile(1, most, most))
+    else:
+        profiles = {batch: BatchProfile(batch, batch, batch) for batch in wanted}
+    records = {batch: _record(work, case, profile) for batch, profile in profiles.items()}
+    return BuiltCase(
+        case,
+        {batch: work.output / record["file"] for batch, record in records.items()},
+        {batch: record["engine_sha256"] for batch, record in records.items()},
+        records,
+        left_out,
+    )
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
+    from trt_yolov6.data.class_names import read_class_names
+
+    choice, entry = case.choice, case.entry
+    assert choice is not None
+    inputs = {
+        "source": case.source["sha256"],
+        "names": entry.names and list(read_class_names(entry.names)),
+        "imgsz": entry.imgsz,
+        "decoder": entry.decoder,
+        "preprocess": entry.preprocess,
+        "precision": choice.name,
+        "calibration": _calibration_inputs(work.plan) if choice.quantizes else None,
+        "profile": dataclasses.astuple(profile),
+        "backend": case.backend,
+        "versions": versions(case.backend, "onnx", "onnxscript", "torch"),
+        "machine": None if case.backend == "onnxruntime" else machine(),
+        "label": case.name,
+    }
+    found: Mapping[str, Any] | None = work.steps.find("build", inputs)
+    if found is not None:
+        file = work.output / found["file"]
+        if file.is_file() and _hashes(file) == [
+            found["engine_sha256"],
+            found.get("manifest_sha256"),
+        ]:
+            return found
+    record = _build(work, case, choice, profile)
+    work.steps.keep("build", inputs, record)
+    return record
+
+
+def _hashes(engine: Path) -> list[str | None]:
+    """Return the SHA-256 of an engine and of its manifest, which says how images are prepared."""
+    manifest = manifest_of(engine)
+    return [sha256_file(engine), sha256_file(manifest) if manifest else None]
+
+
+def _build(
+    work: Work, case: Case, choice: PrecisionChoice, profile: BatchProfile
+) -> Mapping[str, Any]:
+    from trt_yolov6.engines.build import SUFFIXES, build_engine
+
+    work.tell(f"building {case.name} ...")
+    stem = case.stem + (f"_b{profile.max}" if profile.is_static else "")
+    path = work.output / "engines" / f"{stem}{SUFFIXES[case.backend]}"
+    graph = _graph(work, case.entry, profile, fp16=choice.base == "fp16")
+    if choice.quantizes:
+        graph = _quantized(work, graph, choice, path)
+    built = build_engine(
+        graph, backend=case.backend, output=path, settings=BuildSettings(progress=False)
+    )
+    return {
+        "file": str(path.relative_to(work.output)),
+        "engine_sha256": built.manifest.plan_sha256,
+        "manifest_sha256": _hashes(path)[1],
+        "build_s": built.seconds,
+        **_graph_record(graph.model),
+        **_manifest_record(built.manifest),
+    }
+
+
+def _graph(work: Work, entry: ModelEntry, profile: BatchProfile, fp16: bool) -> Graph:
+    from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+
+    key = entry, profile, fp16
+    if key not in work.graphs:
+        if entry.path.suffix == ".pt":
+            settings = ExportSettings(image_size=entry.imgsz, batch=profile, fp16=fp16)
+            work.graphs[key] = graph_from_checkpoint(entry.path, settings)
+        else:
+            work.graphs[key] = _onnx_graph(entry, batch=profile, fp16=fp16)
+    return work.graphs[key]
+
+
+def _onnx_graph(
+    entry: ModelEntry, batch: BatchProfile | None = None, *, fp16: bool = False
+) -> Graph:
+    from trt_yolov6.data.class_names import read_class_names
+    from trt_yolov6.graph.onnx_import import graph_from_onnx
+
+    return graph_from_onnx(
+        entry.path,
+        batch=batch,
+        image_size=entry.imgsz,
+        fp16=fp16,
+        class_names=read_class_names(entry.names) if entry.names else None,
+        decoder=entry.decoder,
+        preprocess=entry.preprocess,
+    )
+
+
+def _quantized(work: Work, graph: Graph, choice: PrecisionChoice, path: Path) -> Graph:
+    from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+    from trt_yolov6.quantization.table import table_path, write_table
+    from trt_yolov6.quantization.types import FP8, INT8
+
+    calibrator: Any = work.plan.calibrator
+    settings = QuantizationSettings(
+        quantized=FP8 if choice.base == "fp8" else INT8,
+        calibrator=calibrator,
+        float_layers=choice.float_layers or (),
+        fp16=choice.rest_fp16,
+        border=work.plan.border,
+    )
+    table = table_path(path)
+    found = quantize(graph, work.plan.calib, settings, table_file=table, tell=work.tell)
+    write_table(table, found.table)
+    return found.graph
+
+
+def _calibration_inputs(plan: Plan) -> Mapping[str, Any]:
+    from trt_yolov6.data.calibration import calibration_images, images_sha256
+
+    return {
+        "images": images_sha256(calibration_images(plan.calib)),
+        "calibrator": plan.calibrator,
+        "border": plan.border,
+    }
+
+
+def _as_it_is(case: Case, wanted: Sequence[int]) -> BuiltCase:
+    path, batches = case.entry.path, BatchProfile(*case.source["batches"])
+    takes = f"batches of {batches.min} to {batches.max}"
+    taken = [batch for batch in wanted if batches.min <= batch <= batches.max]
+    if not taken:
+        raise UserError(f"{path} takes {takes}, of which --batches has none; add one.")
+    sha256 = case.source["sha256"]
+    record = {"file": str(path.resolve()), "engine_sha256": sha256, **case.source["record"]}
+    return BuiltCase(
+        case,
+        dict.fromkeys(taken, path),
+        dict.fromkeys(taken, sha256),
+        dict.fromkeys(taken, record),
+        _not_taken(case, [batch for batch in wanted if batch not in taken], takes),
+    )
+
+
+def _not_taken(case: Case, batches: Sequence[int], takes: str) -> tuple[str, ...]:
+    if not batches:
+        return ()
+    missing = ", ".join(map(str, batches))
+    return (f"{case.name} takes {takes}: batch {missing} was not measured.",)
+
+
+# --- what a file is -----------------------------------------------------------------------------
+
+
+def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
+    """Say what a file is, see `Case.source`."""
+    path = entry.path
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; check the path.")
+    if path.suffix == ".pt" and (entry.names or entry.decoder or entry.preprocess):
+        raise UserError(
+            f"{path} is a checkpoint, which is a YOLOv6 and has its class names itself; leave "
+            "`names`, `decoder` and `preprocess` out of its entry."
+        )
+    file, manifest = _hashes(path)
+    inputs = {
+        "file": file,
+        "name": path.name,
+        "manifest": manifest,
+        "decoder": entry.decoder,
+        "names": str(entry.names) if entry.names else None,
+        "imgsz": entry.imgsz,
+        "preprocess": list(entry.preprocess),
+    }
+    known: Mapping[str, Any] | None = work.steps.find("source", inputs)
+    if known is None:
+        known = {"sha256": inputs["file"], **_described(entry)}
+        work.steps.keep("source", inputs, known)
+    if not known["buildable"] and (entry.precisions or len(work.plan.precisions) > 1):
+        work.tell(f"{path} is {known['precision']} already and is taken as it is")
+    return known
+
+
+def _described(entry: ModelEntry) -> dict[str, Any]:
+    path = entry.path
+    manifest = read_manifest(path)
+    if path.suffix == ".pt":
+        from trt_yolov6.checkpoints.loading import load_checkpoint
+
+        load_checkpoint(path)  # refused now, not after others have been built
+        return _description(buildable=True)
+    if manifest is not None:
+        record = _manifest_record(manifest)
+        if path.suffix == ".onnx":
+            record |= _graph_record(_read(path))
+        return _description(manifest.precision, manifest.backend, manifest.batch, record)
+    if path.suffix != ".onnx":
+        with load_engine(path, options=LoadOptions(decoder=entry.decoder)) as engine:
+            return _description(engine.precision, engine.backend, engine.batch)
+    from trt_yolov6.graph.onnx_import import graph_from_onnx
+
+    model = _read(path)
+    details = _details(model)
+    if details.quantize_nodes or "fp16" in details.precisions:
+        graph = graph_from_onnx(path, decoder=entry.decoder)
+        record = {"model": graph.name, **_graph_record(model)}
+        return _description(graph.precision, "onnxruntime", graph.batch, record)
+    batch = details.inputs[0].shape[0] if details.inputs and details.inputs[0].shape else None
+    fixed = batch if isinstance(batch, int) and batch > 0 else None
+    _onnx_graph(entry)  # refused now, not after others have been built
+    return {**_description(buildable=True), "batch": fixed}
+
+
+def _description(
+    precision: str = "",
+    backend: str = "",
+    batches: BatchProfile | None = None,
+    record: Mapping[str, Any] | None = None,
+    *,
+    buildable: bool = False,
+) -> dict[str, Any]:
+    return {
+        "buildable": buildable,
+        "precision": precision,
+        "backend": backend,
+        "batches": list(dataclasses.astuple(batches)) if batches else [],
+        "batch": None,
+        "record": dict(record or {}),
+    }
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    from trt_yolov6.graph.files import read_onnx
+
+    return read_onnx(path)
+
+
+def _details(model: onnx.ModelProto) -> OnnxDetails:
+    from trt_yolov6.diagnostics.inspection import inspect_onnx
+
+    return inspect_onnx(model)
+
+
+def _graph_record(model: onnx.ModelProto) -> dict[str, Any]:
+    """Return what of an ONNX graph goes into the results and the layers' rooflines."""
+    from trt_yolov6.bench.roofline import graph_work
+
+    details = _details(model)
+    return {
+        "parameters": details.parameters,
+        "flops": details.paper_flops,
+        "work": dataclasses.asdict(graph_work(model)),
+    }
+
+
+def _manifest_record(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "model": manifest.model,
+        "precision": manifest.precision,
+        "calibration": manifest.calibration,
+        "float_layers": list(manifest.float_layers),
+    }

@@ -1,0 +1,220 @@
+"""Latency in rounds: every engine in turn, loaded anew each time, spread over all the time.
+
+A machine that others use as well makes some runs slower than the engine is. Linux says how long
+this process's threads were kept waiting for a processor (`environment.cpu_wait_seconds`), so runs
+that were disturbed are told apart, and the latency is that of the others. Where hardly any run was
+left in peace, all count, and the interval reaches down to what the engine may be without the wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trt_yolov6.bench.latency import BLOCK_SECONDS, DISTURBED, Run, random_input
+from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
+from trt_yolov6.common.statistics import Interval, prediction_interval
+from trt_yolov6.engines.base import Engine, check_batch
+
+FEWEST_ROUNDS = 3
+"""Rounds with undisturbed runs, and half of all, before only these count."""
+
+CPU_DRIFT, GPU_DRIFT = 0.05, 0.01
+"""Least relative half width of a latency's interval, for what a run of a minute may not see: on a
+virtual machine whose host others use, too, the sample took 49.3 ms in some minutes and 53.9 ms in
+others, with nothing else running and the clock the same. That of GPUs is a guess so far."""
+
+_PATIENCE = 2.0
+"""A round without one undisturbed run goes on for so many times its length."""
+
+_UNCOUNTED = 2
+"""Runs after loading that are not counted: the first allocates, the second fills caches."""
+
+Load = Callable[[], Engine]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of one engine. All times in seconds."""
+
+    seconds: tuple[float, ...]
+    """Of each run, at least one."""
+    waited: tuple[float, ...]
+    """Time that threads waited for a processor, as a share of the run's; empty: unknown."""
+    date: str
+    """When it ended, ISO 8601 with the offset from UTC."""
+
+    @property
+    def quiet(self) -> tuple[float, ...]:
+        """The times of undisturbed runs; all of them where waiting is unknown."""
+        if not self.waited:
+            return self.seconds
+        return tuple(
+            seconds
+            for seconds, waited in zip(self.seconds, self.waited, strict=True)
+            if waited <= DISTURBED
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it JSON-ready, times to 0.1 microseconds."""
+        return {
+            "seconds": [round(value, 7) for value in self.seconds],
+            "waited": [round(value, 4) for value in self.waited],
+            "date": self.date,
+        }
+
+
+@dataclass(frozen=True)
+class RoundsSummary:
+    """What the rounds of one engine say. All times in seconds."""
+
+    latency: Interval
+    """Median over the rounds, and where a further round is to be expected."""
+    rounds: tuple[float, ...]
+    """The median of each round that counts."""
+    runs: int
+    """Runs in all."""
+    quiet_runs: int
+    """Runs that were not disturbed."""
+    disturbed: bool
+    """Too few were left in peace: all runs count."""
+    waited: float | None
+    """Share of the runs' time that threads waited for a processor; None: unknown."""
+    mean: float
+    """This and the following are of the runs that count."""
+    p90: float
+    p99: float
+    min: float
+
+
+def round_from_json(value: Any) -> Round:
+    """Return the round that `Round.to_json` gave."""
+    return Round(tuple(value["seconds"]), tuple(value["waited"]), value["date"])
+
+
+def measure_round(load: Load, batch: int, seconds: float) -> Round:
+    """Load an engine, run it for a while on resident random input, and close it.
+
+    Args:
+        load: loads the engine.
+        batch: images a run.
+        seconds: how long to measure; a run that was begun is finished, and where all runs were
+            disturbed it takes up to twice as long.
+
+    Raises:
+        UserError: the engine cannot be loaded, or does not take this batch.
+    """
+    with load() as engine:
+        check_batch(engine, batch)
+        run = engine.resident_run(random_input(engine, batch))
+        for _ in range(_UNCOUNTED):
+            if run() > seconds:
+                break  # as slow as a whole round: one is enough
+        return sample_round(run, seconds)
+
+
+def sample_round(
+    run: Run,
+    seconds: float,
+    *,
+    wait: Callable[[], float | None] = cpu_wait_seconds,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Round:
+    """Run an engine for a while and note how long each run took and how much it was disturbed.
+
+    Args:
+        run: runs it once and returns the seconds that took.
+        seconds: see `measure_round`.
+        wait: seconds that the process has waited for a processor so far, or None.
+        clock: the time in seconds.
+    """
+    times: list[float] = []
+    shares: list[float] = []
+    start = clock()
+    while True:
+        block_start, before = clock(), wait()
+        block: list[float] = []
+        while not block or clock() - block_start < BLOCK_SECONDS:
+            block.append(run())
+        after, now = wait(), clock()
+        times += block
+        if before is not None and after is not None:
+            # Threads that ended took their share of the sum with them.
+            shares += [max(0.0, after - before) / sum(block)] * len(block)
+        left_in_peace = len(shares) < len(times) or min(shares) <= DISTURBED
+        elapsed = now - start
+        if elapsed >= seconds and (left_in_peace or elapsed >= _PATIENCE * seconds):
+            break
+    date = timestamp()
+    return Round(tuple(times), tuple(shares) if len(shares) == len(times) else (), date)
+
+
+def counted_rounds(rounds: Sequence[Round]) -> tuple[list[tuple[float, ...]], bool]:
+    """Return the times that count, by round, and whether these are the disturbed ones as well.
+
+    A round without an undisturbed run has no times, unless all rounds are taken as they are.
+    """
+    quiet = [one.quiet for one in rounds]
+    if sum(map(bool, quiet)) >= _enough(len(rounds)):
+        return quiet, False
+    return [one.seconds for one in rounds], True
+
+
+def summarize_rounds(rounds: Sequence[Round], drift: float = CPU_DRIFT) -> RoundsSummary:
+    """Return what the rounds of one engine say.
+
+    Args:
+        rounds: two at least.
+        drift: least relative half width of the interval.
+    """
+    counted, disturbed = counted_rounds(rounds)
+    medians = tuple(float(np.median(times)) for times in counted if times)
+    latency = prediction_interval(medians, drift)
+    every = np.concatenate([one.seconds for one in rounds])
+    known = all(one.waited for one in rounds)
+    shares = np.concatenate([one.waited for one in rounds]) if known else None
+    if disturbed and shares is not None:
+        # No run can have lost more than its threads waited, one after the other.
+        least = float(np.min(every * np.maximum(0.0, 1 - shares)))
+        latency = Interval(latency.value, min(latency.low, least), latency.high)
+    values = np.concatenate([times for times in counted if times])
+    p90, p99 = np.percentile(values, (90, 99))
+    return RoundsSummary(
+        latency=latency,
+        rounds=medians,
+        runs=len(every),
+        quiet_runs=sum(len(one.quiet) for one in rounds),
+        disturbed=disturbed,
+        waited=None if shares is None else float((shares * every).sum() / every.sum()),
+        mean=float(values.mean()),
+        p90=float(p90),
+        p99=float(p99),
+        min=float(values.min()),
+    )
+
+
+def paired_medians(
+    rounds: Sequence[Round], base: Sequence[Round]
+) -> tuple[list[float], list[float]]:
+    """Return the medians of two engines, in the rounds in which both have undisturbed runs.
+
+    Where these are too few, all runs of both count: those in peace of one engine are never held
+    against the disturbed ones of the other.
+    """
+    quiet = [(one.quiet, other.quiet) for one, other in zip(rounds, base, strict=True)]
+    pairs = [(mine, theirs) for mine, theirs in quiet if mine and theirs]
+    if len(pairs) < _enough(len(rounds)):
+        pairs = [(one.seconds, other.seconds) for one, other in zip(rounds, base, strict=True)]
+    return (
+        [float(np.median(mine)) for mine, _ in pairs],
+        [float(np.median(theirs)) for _, theirs in pairs],
+    )
+
+
+def _enough(rounds: int) -> int:
+    """Return how many of so many rounds must have undisturbed runs, before only these count."""
+    return max(FEWEST_ROUNDS, (rounds + 1) // 2)

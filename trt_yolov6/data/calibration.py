@@ -1,0 +1,205 @@
+"""Calibration images: a folder in, the graph's letterboxed inputs out, always in the same order."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.data.images import list_images, read_image
+from trt_yolov6.data.loader import default_workers, load_batches
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+MINIMUM = 2
+"""Images a calibration needs at least: what one image happens to show is no range."""
+
+
+def calibration_images(
+    folder: str | Path, limit: int | None = None, tell: Callable[[str], None] | None = None
+) -> list[Path]:
+    """Return the images of a calibration folder that can be used, sorted by path.
+
+    Those that cannot be read are left out, and so are copies of a picture that is there already.
+
+    Args:
+        folder: searched with its sub-folders.
+        limit: take this many, spread evenly over the names; None for all.
+        tell: called with a line for each image left out, and one for the copies.
+
+    Raises:
+        UserError: the folder is missing, holds fewer than `MINIMUM` different images that can be
+            read, or nothing but pictures of a single colour.
+    """
+    paths = list_images(folder)
+    if limit is not None and limit < MINIMUM:
+        raise UserError(
+            f"{limit} calibration images are too few; take {MINIMUM} at least, better 32 or more."
+        )
+    if limit is not None and limit < len(paths):
+        paths = [paths[index * len(paths) // limit] for index in range(limit)]
+    tell = tell or (lambda _: None)
+    usable: list[Path] = []
+    reasons: list[str] = []
+    seen: dict[str, Path] = {}
+    copies = blank = 0
+    for path, looked in zip(paths, _look_at(paths), strict=True):
+        if isinstance(looked, UserError):
+            reasons.append(str(looked))
+            tell(f"left out of the calibration: {looked}")
+            continue
+        if seen.setdefault(looked.sha256, path) != path:
+            copies += 1
+            continue
+        blank += looked.is_blank
+        usable.append(path)
+    if not usable:
+        raise UserError(f"no image in {folder} can be read; the first problem: {reasons[0]}")
+    if blank == len(usable):
+        raise UserError(
+            f"every image in {folder} is of a single colour, such as all black: no range can be "
+            "found on them; give --calib images like those the detector will see."
+        )
+    if len(usable) < MINIMUM:
+        same = f", {copies + 1} times" if copies else ""
+        raise UserError(
+            f"one image is too few to calibrate with ({usable[0]}{same}); give --calib a folder of "
+            "32 or more that look like those the detector will see."
+        )
+    if copies:
+        tell(f"left out of the calibration: {copies} copies of pictures that are there already")
+    if blank:
+        tell(f"{blank} of {len(usable)} calibration images are of a single colour")
+    return usable
+
+
+@dataclass(frozen=True)
+class _Look:
+    sha256: str
+    """Of its pixels."""
+    is_blank: bool
+    """It shows no more than one colour."""
+
+
+def _look_at(paths: Sequence[Path]) -> list[_Look | UserError]:
+    """Return what each image is, or why it cannot be read."""
+    # Several steps of a build ask for the same images.
+    stamps = []
+    for path in paths:
+        state = path.stat()
+        stamps.append((str(path), state.st_size, state.st_mtime_ns))
+    return list(_look_at_files(tuple(stamps)))
+
+
+@functools.lru_cache(maxsize=2)
+def _look_at_files(files: tuple[tuple[str, int, int], ...]) -> tuple[_Look | UserError, ...]:
+    def look(file: tuple[str, int, int]) -> _Look | UserError:
+        try:
+            pixels = read_image(Path(file[0]))
+        except UserError as error:
+            return error
+        spread = int((pixels.max(axis=(0, 1)) - pixels.min(axis=(0, 1))).max())
+        digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        return _Look(digest, spread < _CONTRAST)
+
+    with ThreadPoolExecutor(default_workers(), thread_name_prefix="look") as pool:
+        return tuple(pool.map(look, files))
+
+
+_CONTRAST = 8
+"""Levels of 255 between the darkest and the brightest pixel from which a picture shows anything."""
+
+
+def calibration_batches(
+    folder: str | Path | Sequence[Path],
+    spec: TensorSpec,
+    *,
+    limit: int | None = None,
+    border: int = 0,
+    preprocessing: Preprocessing = YOLOV6,
+    workers: int | None = None,
+) -> Iterator[NDArray[Any]]:
+    """Yield what the graph takes for one calibration image after the other, sorted by path.
+
+    Args:
+        folder: a folder, or the list that `calibration_images` made of one.
+        spec: the graph's input. One with a fixed batch gets that many images at a time; the first
+            images come again to fill the last batch.
+        limit: see `calibration_images`.
+        border: gray pixels on every side, see `data.letterbox.fit`.
+        preprocessing: how images are prepared (`Graph.preprocessing`).
+        workers: reader threads; default: one a core.
+
+    Yields:
+        float32 (batch, 3, height, width), in 0..1 unless `preprocessing` says otherwise, or uint8
+        (batch, height, width, 3), as `spec` has it; batch is 1 where it is free.
+
+    Raises:
+        UserError: see `calibration_images`, or an image cannot be read.
+    """
+    paths = (
+        calibration_images(folder, limit)
+        if isinstance(folder, (str, Path))
+        else list(folder)[:limit]
+    )
+    batch = spec.shape[0] or 1
+    missing = -len(paths) % batch
+    paths += [paths[index % len(paths)] for index in range(missing)]
+    for loaded in load_batches(
+        paths,
+        read_image,
+        spec,
+        batch=batch,
+        border=border,
+        preprocessing=preprocessing,
+        workers=workers,
+    ):
+        yield loaded.input
+
+
+def input_spec(model: onnx.ModelProto) -> TensorSpec:
+    """Return name, shape and dtype of a graph's one input.
+
+    Raises:
+        UserError: it has several, or none.
+    """
+    import onnx
+
+    constants = {item.name for item in model.graph.initializer}
+    inputs = [item for item in model.graph.input if item.name not in constants]
+    if len(inputs) != 1:
+        names = ", ".join(item.name for item in inputs) or "none"
+        raise UserError(
+            f"the graph has the inputs {names}; quantization needs a detector with one image input."
+        )
+    tensor = inputs[0].type.tensor_type
+    shape = tuple(dim.dim_value or None for dim in tensor.shape.dim)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    return TensorSpec(inputs[0].name, shape, np.dtype(dtype))
+
+
+def images_sha256(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of the images' contents in their order; their names do not count.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()

@@ -1,0 +1,229 @@
+"""What a detector says about an image: the `Detections` value, and how raw outputs become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.data.letterbox import Letterbox
+from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.layouts import LAYOUTS, Found, ReadImage
+from trt_yolov6.spec import NmsSettings, OutputLayout
+
+MAX_CANDIDATES = 30000
+"""Boxes an image brings to the suppression at most, best first, as the authors' evaluation does."""
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The objects found in one image, best score first.
+
+    boxes:   float32 (n, 4), x1, y1, x2, y2 in pixels of the original image, inside its borders
+             unless `postprocess` was asked not to clip them
+    scores:  float32 (n,), in 0..1
+    classes: int64 (n,), index into the class names
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    classes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def postprocess(
+    outputs: Mapping[str, NDArray[Any]] | Candidates,
+    layout: OutputLayout,
+    nms: NmsSettings,
+    letterboxes: Sequence[Letterbox],
+    *,
+    clip: bool = True,
+    executor: Executor | None = None,
+) -> list[Detections]:
+    """Turn an engine's outputs for a batch into detections in the original images.
+
+    Candidates are chosen as the authors' evaluation does: every pair of an anchor and a class whose
+    score exceeds the confidence threshold is one, so that one anchor may stand for several classes;
+    classes do not suppress each other. What becomes of boxes that reach beyond the image is up to
+    `clip`: the authors' evaluator clamps them, `evaluation.evaluate` does not.
+
+    Args:
+        outputs: arrays by name, laid out as `layout` says (see `OutputLayout`); or the candidates
+            that an engine has chosen already, at the same confidence or a lower one.
+        layout: how to read them.
+        nms: thresholds; where NMS is in the graph they only filter further.
+        letterboxes: where each image lies in its row, all of one input size; rows beyond them are
+            padding and ignored.
+        clip: cut boxes off at the image's borders and drop those with nothing inside.
+        executor: works on several images at a time; default: one after the other.
+
+    Returns:
+        One `Detections` a letterbox.
+
+    Raises:
+        UserError: the outputs are not laid out so.
+    """
+    if isinstance(outputs, Candidates):
+        of_image = _from_candidates(outputs, nms, letterboxes, clip)
+    elif letterboxes:
+        of_image = _from_outputs(
+            LAYOUTS[layout].read(outputs, letterboxes[0].size), nms, letterboxes, clip
+        )
+    else:
+        return []
+    indices = range(len(letterboxes))
+    return list(map(of_image, indices) if executor is None else executor.map(of_image, indices))
+
+
+def suppress(
+    boxes: NDArray[np.floating],
+    scores: NDArray[np.floating],
+    classes: NDArray[np.integer],
+    iou: float,
+    limit: int,
+) -> NDArray[np.intp]:
+    """Greedy non-maximum suppression within each class.
+
+    From the best score down, a box is kept unless its IoU with a kept box of its class exceeds
+    `iou`. A box without area overlaps nothing, so it is kept, as torchvision and ONNX's
+    NonMaxSuppression keep it.
+
+    Args:
+        boxes: (n, 4), x1, y1, x2, y2; finite, however far off the image.
+        scores: (n,), from the best down.
+        classes: (n,), 0 or more.
+        iou: threshold in 0..1.
+        limit: how many boxes are wanted.
+
+    Returns:
+        intp (k,), indices of the kept boxes from the best down, at most `limit`.
+    """
+    rectangles = boxes.astype(np.float64)
+    rectangles[:, 2:] -= rectangles[:, :2]
+    sides = rectangles[:, 2:]
+    # Two boxes whose areas sum up to less than this are the same one to OpenCV, wherever they lie.
+    solid = (sides > 0).all(axis=1) & (sides.prod(axis=1) > np.finfo(np.float64).eps)
+    # What greedy suppression keeps among the best n is the beginning of what it keeps among all,
+    # so a few of the best candidates usually suffice for the boxes wanted.
+    count = 4 * limit
+    while True:
+        kept = ~solid[:count]
+        for label in np.unique(classes[:count][solid[:count]]):
+            mine = np.flatnonzero(solid[:count] & (classes[:count] == label))
+            kept[mine[_suppress_one_class(rectangles[mine], scores[mine], iou)]] = True
+        if np.count_nonzero(kept) >= limit or count >= len(boxes):
+            return np.flatnonzero(kept)[:limit]
+        count += count // 2
+
+
+def _suppress_one_class(
+    rectangles: NDArray[np.float64], scores: NDArray[np.floating], iou: float
+) -> NDArray[np.intp]:
+    """Return what greedy suppression keeps of (n, 4) x, y, width, height, best first.
+
+    Classes go through it one by one. OpenCV's own batched call shifts each class by its number
+    times the largest coordinate instead, so that one exploded box makes all others coincide.
+    """
+    import cv2
+
+    # Typed as sequences by OpenCV, though arrays are what it takes fastest.
+    places: Any = rectangles
+    ordered: Any = np.ascontiguousarray(scores, np.float32)
+    kept = cv2.dnn.NMSBoxes(places, ordered, 0.0, iou)
+    return np.asarray(kept, np.intp).reshape(-1)
+
+
+def _candidates(
+    scores: NDArray[Any], confidence: float
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """Return (column, row, score) of a matrix's entries above the threshold, from the best down."""
+    flat = scores.reshape(-1)
+    indices = np.flatnonzero(flat > confidence)
+    values = flat[indices].astype(np.float32)
+    if len(values) > MAX_CANDIDATES:
+        best = np.argpartition(-values, MAX_CANDIDATES - 1)[:MAX_CANDIDATES]
+        best.sort()
+        indices, values = indices[best], values[best]
+    order = np.argsort(-values, kind="stable")
+    rows, columns = np.divmod(indices[order], scores.shape[1])
+    return columns, rows, values[order]
+
+
+def _finish(
+    corners: NDArray[np.float64],
+    scores: NDArray[np.float32],
+    classes: NDArray[np.intp],
+    nms: NmsSettings,
+    placed: Letterbox,
+    clip: bool,
+) -> Detections:
+    """Suppress candidates, sorted from the best down, and map the rest to the original image."""
+    finite = np.isfinite(corners).all(axis=1)
+    if not finite.all():  # a network that overflowed in low precision
+        corners, scores, classes = corners[finite], scores[finite], classes[finite]
+    kept = suppress(corners, scores, classes, nms.iou, nms.max_detections)
+    return _in_source(corners[kept], scores[kept], classes[kept], placed, clip)
+
+
+def _in_source(
+    corners: NDArray[np.floating],
+    scores: NDArray[np.float32],
+    classes: NDArray[np.integer],
+    placed: Letterbox,
+    clip: bool,
+) -> Detections:
+    boxes = placed.to_source(corners, clip)
+    if clip:
+        visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        boxes, scores, classes = boxes[visible], scores[visible], classes[visible]
+    return Detections(boxes, scores.astype(np.float32), classes.astype(np.int64))
+
+
+_OfImage = Callable[[int], Detections]
+"""Makes the detections of an image by its place in the batch."""
+
+
+def _from_outputs(
+    read: ReadImage, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
+) -> _OfImage:
+    def of_image(index: int) -> Detections:
+        said = read(index)
+        if isinstance(said, Found):
+            return _chosen(said, nms, letterboxes[index], clip)
+        classes, anchors, kept = _candidates(said.scores, nms.confidence)
+        return _finish(said.corners(anchors), kept, classes, nms, letterboxes[index], clip)
+
+    return of_image
+
+
+def _chosen(found: Found, nms: NmsSettings, placed: Letterbox, clip: bool) -> Detections:
+    """Filter what a graph with NMS inside has found, and map it to the original image."""
+    sure = (found.scores > nms.confidence) & (found.classes >= 0)
+    sure &= np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.scores)
+    order = np.flatnonzero(sure)
+    order = order[np.argsort(-found.scores[order], kind="stable")[: nms.max_detections]]
+    return _in_source(found.boxes[order], found.scores[order], found.classes[order], placed, clip)
+
+
+def _from_candidates(
+    candidates: Candidates, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
+) -> _OfImage:
+    ends = np.searchsorted(candidates.images, np.arange(len(letterboxes) + 1))
+
+    def of_image(index: int) -> Detections:
+        mine = slice(ends[index], ends[index + 1])
+        scores = candidates.scores[mine]
+        # As in `_candidates`: the best down, equal ones by their place in the output.
+        order = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
+        order = order[scores[order] > nms.confidence]
+        corners = candidates.boxes[mine][order].astype(np.float64)
+        classes = candidates.classes[mine][order]
+        return _finish(corners, scores[order], classes, nms, letterboxes[index], clip)
+
+    return of_image

@@ -1,0 +1,66 @@
+"""What a detector tells of itself: in its manifest, else in its graph and that graph's metadata."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import NmsSettings, TensorSpec
+
+
+def check_input(spec: TensorSpec, path: str | Path) -> None:
+    """Raise UserError unless an engine can take this input: float32 NCHW or uint8 NHWC images."""
+    if len(spec.shape) == 4:
+        channels_last = spec.dtype == np.uint8
+        channels = spec.shape[3] if channels_last else spec.shape[1]
+        size = spec.shape[1:3] if channels_last else spec.shape[2:4]
+        if spec.dtype in (np.uint8, np.float32) and channels == 3 and None not in size:
+            return
+    raise UserError(
+        f"{path} takes {spec.dtype} {list(spec.shape)}; an engine takes float32 "
+        "(batch, 3, height, width) or uint8 (batch, height, width, 3) of a fixed size, which "
+        "`trt-yolov6 build --onnx FILE --imgsz N` gives a graph that leaves it free."
+    )
+
+
+def names_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Return the class names in a graph's metadata, or None where it has none.
+
+    This package writes them as a JSON list, Ultralytics as a Python dictionary.
+    """
+    try:
+        value = ast.literal_eval(metadata.get("names", ""))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+    if isinstance(value, dict):
+        # Numbers in YOLOv5 to 26, texts in files that went through JSON.
+        try:
+            value = [value[key] for key in sorted(value, key=int)]
+        except (ValueError, TypeError):
+            return None
+    return tuple(str(item) for item in value) if isinstance(value, list) and value else None
+
+
+def image_size_in(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return the height and width that Ultralytics' exporter notes, or None."""
+    try:
+        value = ast.literal_eval(metadata.get("imgsz", ""))
+        height, width = value
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+    whole = isinstance(height, int) and isinstance(width, int)
+    return (height, width) if whole and min(height, width) > 0 else None
+
+
+def nms_in(metadata: Mapping[str, str]) -> NmsSettings | None:
+    """Return the thresholds of the suppression inside a graph, as its metadata has them."""
+    try:
+        value = json.loads(metadata.get("nms", "null"))
+        return NmsSettings(**value) if value else None
+    except (ValueError, TypeError, UserError):
+        return None

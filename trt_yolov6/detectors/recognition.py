@@ -1,0 +1,325 @@
+"""Which family a graph is of, and how its outputs are laid out.
+
+Several families share a layout and differ in the images they take, so shapes alone do not tell.
+What else is looked at: the metadata that exporters leave, the names of nodes and weights, and
+whether anything is computed between the last convolutions and the output. Where that does not tell
+either, the user is asked: a wrong guess would cost AP without a word.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trt_yolov6.detectors.families import FAMILIES, Family, family_named
+from trt_yolov6.detectors.layouts import EFFICIENT_NMS_WORDS, LAYOUTS, STRIDES
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import OutputLayout, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What recognition looks at; of a plan without its graph, only the first two are known."""
+
+    outputs: tuple[TensorSpec, ...]
+    image_size: tuple[int, int] | None
+    """Input height and width in pixels."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    producer: str = ""
+    """The exporter, as the file and the graph in it name it."""
+    names: frozenset[str] = frozenset()
+    """Of nodes and weights."""
+    tail: frozenset[str] | None = None
+    """Operators that values go through behind the last convolutions; None where unknown."""
+
+
+def facts_of(
+    model: onnx.ModelProto, outputs: Sequence[TensorSpec], image_size: tuple[int, int] | None
+) -> GraphFacts:
+    """Return what there is to know of an ONNX graph."""
+    graph = model.graph
+    return GraphFacts(
+        outputs=tuple(outputs),
+        image_size=image_size,
+        metadata={item.key: item.value for item in model.metadata_props},
+        producer=f"{model.producer_name} {model.graph.name}",
+        names=frozenset(
+            [node.name for node in graph.node] + [item.name for item in graph.initializer]
+        ),
+        tail=_tail_operators(model),
+    )
+
+
+def recognize(
+    facts: GraphFacts, path: str | Path, decoder: str | None = None
+) -> tuple[Family, OutputLayout]:
+    """Return the family of a graph and the layout of its outputs.
+
+    Args:
+        facts: from `facts_of`.
+        path: of the graph, for messages.
+        decoder: a name of `FAMILIES`; None finds out.
+
+    Raises:
+        UserError: the outputs are of no known layout, not of the named family's, or of several
+            families between which only the user can choose.
+    """
+    family = None if decoder is None else family_named(decoder)
+    task = facts.metadata.get("task", "detect")
+    if task != "detect":
+        raise UserError(f"{path} is a model for the task {task}; a detector is needed.")
+    possible = _possible_layouts(facts)
+    if family is not None:
+        fitting = [layout for layout in family.layouts if layout in possible]
+        if not fitting:
+            raise UserError(
+                f"{path} has outputs of no layout that --decoder {family.name} reads "
+                f"({_listed(facts.outputs)}); it reads {', '.join(family.layouts)}."
+            )
+        if {"rows", "grid_rows"} <= set(fitting):
+            # A plan does not tell; YOLOX's exporter leaves the decoding out unless asked.
+            return family, "rows" if facts.tail and facts.tail - _MOVING else "grid_rows"
+        return family, fitting[0]
+    choices = _families_by_evidence(facts, possible) if possible else []
+    if not choices:
+        raise UserError(
+            f"{path} has outputs of no known layout ({_listed(facts.outputs)}); export it with "
+            "`trt-yolov6 export`, or as one of the families "
+            f"{', '.join(FAMILIES)} is exported (see docs/detectors.md)."
+        )
+    if len(choices) != 1:
+        raise UserError(
+            f"{path} has outputs ({_listed(facts.outputs)}) that do not tell which detector it is; "
+            f"name it with --decoder: {_titled(choices)}."
+        )
+    ((name, layout),) = choices
+    return FAMILIES[name], layout
+
+
+def is_detector(
+    facts: GraphFacts, decoder: str | None = None, *, only_known_anchors: bool = False
+) -> bool:
+    """Return whether a graph's outputs are of a known layout.
+
+    Args:
+        facts: from `facts_of`.
+        decoder: the layouts of this family only.
+        only_known_anchors: outputs with all anchors have to have as many as the input's size asks.
+    """
+    possible = set(_possible_layouts(facts))
+    if decoder is not None:
+        possible &= set(family_named(decoder).layouts)
+    if not possible or not only_known_anchors or possible & _NMS_INSIDE:
+        return bool(possible)
+    known = _anchor_counts(facts.image_size, 1) | _anchor_counts(facts.image_size, 3)
+    return any(known.intersection(spec.shape) for spec in facts.outputs if len(spec.shape) == 3)
+
+
+_Choice = tuple[str, OutputLayout]
+
+
+def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -> list[_Choice]:
+    """Return the families that a graph of one of the layouts may be of."""
+    first = possible[0]
+    if _is_ultralytics(facts):
+        if facts.metadata.get("head") == "RTDETRDecoder":
+            return []  # boxes in fractions of a stretched image, though of a shape that is read
+        return [("yolov8", one) for one in possible if one in FAMILIES["yolov8"].layouts]
+    if first in ("split_by_class", "end2end_ppyoloe") or (
+        "corner_rows" in possible and _PADDLE in facts.producer
+    ):
+        layout: OutputLayout = "corner_rows" if "corner_rows" in possible else first
+        # Nothing in the graph tells how its images were normalized.
+        return [("ppyoloe", layout), ("ppyoloe-plus", layout)]
+    if first == "grids_yolov5":
+        # Nor are the anchors in it.
+        return [("yolov5", "grids_yolov5"), ("yolov7", "grids_yolov7")]
+    if len(possible) > 1 and {"rows", "columns"} <= set(possible):
+        return [*_families_of_rows(facts), ("yolov8", "columns")]
+    if len(possible) > 1 and {"rows", "best"} <= set(possible):
+        return [*_families_of_rows(facts), ("yolov8", "best")]
+    if first == "rows":
+        return _families_of_rows(facts)
+    # What suppression leaves looks alike in all of these, and so do the images they take.
+    usual = {"efficient_nms": "yolov7", "end2end_yolov7": "yolov7", "columns": "yolov8"}
+    return [({**usual, "best": "yolov8"}.get(first, "yolov6"), first)]
+
+
+def _families_of_rows(facts: GraphFacts) -> list[_Choice]:
+    anchors = next(spec.shape[1] for spec in facts.outputs if len(spec.shape) == 3)
+    if anchors is not None and anchors in _anchor_counts(facts.image_size, 3):
+        return [("yolov5", "rows")]
+    if any("detect.cls_preds" in _dotted(name) for name in facts.names):
+        return [("yolov6", "rows")]
+    is_raw = facts.tail is not None and "Sigmoid" in facts.tail and not facts.tail - _MOVING
+    if is_raw:
+        return [("yolox", "grid_rows")]
+    if any("head.cls_preds" in _dotted(name) for name in facts.names):
+        return [("yolox", "rows")]
+    if facts.tail is not None and "Exp" in facts.tail:
+        # YOLOX decodes with it, and so does the first YOLOv6.
+        return [("yolov6", "rows"), ("yolox", "rows")]
+    return [("yolov6", "rows")]
+
+
+_PADDLE = "PaddlePaddle"
+"""What Paddle2ONNX calls itself in a graph's name, and in early versions as the producer."""
+
+
+def _is_ultralytics(facts: GraphFacts) -> bool:
+    # YOLOv5's own exporter leaves names and stride only.
+    return facts.metadata.get("author") == "Ultralytics" or facts.metadata.get(
+        "description", ""
+    ).startswith("Ultralytics")
+
+
+def _has_nms_inside(metadata: Mapping[str, str]) -> bool:
+    """Return whether Ultralytics' exporter notes that the graph chooses the boxes itself."""
+    if metadata.get("end2end") == "True":
+        return True
+    try:
+        arguments = ast.literal_eval(metadata.get("args", "{}"))
+        return bool(arguments.get("nms"))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, AttributeError):
+        return False
+
+
+def _dotted(name: str) -> str:
+    """Return a name with the dots that some exporters write as slashes."""
+    return name.strip("/").replace("/", ".")
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+def _possible_layouts(facts: GraphFacts) -> list[OutputLayout]:
+    """Return the layouts that the outputs' names and shapes admit."""
+    outputs = facts.outputs
+    ranks = sorted(len(spec.shape) for spec in outputs)
+    if {spec.name for spec in outputs} == {"boxes", "scores"} and ranks == [3, 3]:
+        boxes, scores = sorted(outputs, key=lambda spec: spec.name)
+        if not _by_class(boxes, scores):
+            return ["split"]
+    if ranks == [3, 3]:
+        boxes, scores = sorted(outputs, key=lambda spec: spec.shape[2] != 4)
+        if boxes.shape[2] == 4 and scores.shape[2] != 4:
+            return ["split_by_class"]
+    if len(outputs) == 4 and all(
+        sum(word in spec.name.lower() for spec in outputs) == 1 for word in EFFICIENT_NMS_WORDS
+    ):
+        return ["efficient_nms"]
+    if ranks == [5, 5, 5]:
+        return ["grids_yolov5", "grids_yolov7"]
+    if ranks == [1, 2]:
+        counts, rows = sorted(outputs, key=lambda spec: len(spec.shape))
+        if rows.shape[1] in (6, None) and np.issubdtype(counts.dtype, np.integer):
+            return ["end2end_ppyoloe"]
+    if ranks == [2] and outputs[0].shape[1] == 7:
+        return ["end2end" if outputs[0].name == "detections" else "end2end_yolov7"]
+    # YOLOv5's older exports have the three grids beside the decoded rows.
+    if ranks in ([3], [3, 5, 5, 5]):
+        return _layouts_of_one(next(spec for spec in outputs if len(spec.shape) == 3), facts)
+    return []
+
+
+def _by_class(boxes: TensorSpec, scores: TensorSpec) -> bool:
+    """Return whether scores come as (batch, classes, anchors)."""
+    anchors = boxes.shape[1]
+    return anchors is not None and scores.shape[2] == anchors != scores.shape[1]
+
+
+def _layouts_of_one(spec: TensorSpec, facts: GraphFacts) -> list[OutputLayout]:
+    """Return the layouts of a single output of rank 3: anchors first, or anchors last."""
+    _, first, last = spec.shape
+    if first is None and last is None and _is_ultralytics(facts):
+        return ["best" if _has_nms_inside(facts.metadata) else "columns"]
+    rows: list[OutputLayout] = ["rows", "grid_rows", "corner_rows"]
+    known = _anchor_counts(facts.image_size, 1) | _anchor_counts(facts.image_size, 3)
+    if last == 6 and first not in known:
+        # Six columns are also a box, objectness and one class.
+        if first is None:
+            return ["best"] if _is_ultralytics(facts) else [*rows, "best"]
+        return ["best"] if first <= _MOST_FOUND else rows
+    found: list[OutputLayout] = []
+    first_known, last_known = first in known, last in known
+    if first_known == last_known:  # neither, or both: the longer axis is the anchors'
+        both = first == last or (first_known and last_known)
+        rows_fit = last is None or first is None or first >= last
+        columns_fit = first is not None and (last is None or last > first)
+        if last is None and first is None:
+            rows_fit = columns_fit = False
+        elif last is None:
+            rows_fit = False
+    else:
+        both, rows_fit, columns_fit = False, first_known, last_known
+    if (rows_fit or both) and (last is None or last >= 6):
+        found += rows
+    if (columns_fit or both) and first is not None and first >= 5:
+        found.append("columns")
+    return found
+
+
+_NMS_INSIDE = {name for name, layout in LAYOUTS.items() if layout.nms_inside}
+
+_MOST_FOUND = 1000
+"""Boxes of an image that a graph with NMS inside gives at most; a head has more anchors."""
+
+
+def _anchor_counts(size: tuple[int, int] | None, each: int) -> set[int]:
+    """Return how many anchors heads with `each` a cell have for an input."""
+    if size is None:
+        return set()
+    return {
+        each * sum((size[0] // stride) * (size[1] // stride) for stride in strides)
+        for strides in STRIDES
+    }
+
+
+def _listed(outputs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{output.name} {list(output.shape)}" for output in outputs)
+
+
+def _titled(choices: Sequence[_Choice]) -> str:
+    names = list(dict.fromkeys(name for name, _ in choices))
+    return ", ".join(f"{name} ({FAMILIES[name].title})" for name in names)
+
+
+# --- the graph behind the last convolutions -----------------------------------------------------
+
+_MOVING = frozenset(
+    {
+        *("Cast", "Concat", "DequantizeLinear", "Flatten", "Gather", "Identity", "QuantizeLinear"),
+        *("Reshape", "Sigmoid", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+    }
+)
+"""Operators that decode nothing: they move values, or make a probability of one."""
+
+_HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def _tail_operators(model: onnx.ModelProto) -> frozenset[str]:
+    producers = {name: node for node in model.graph.node for name in node.output}
+    pending = [item.name for item in model.graph.output]
+    seen: set[str] = set()
+    found: set[str] = set()
+    while pending:
+        name = pending.pop()
+        node = producers.get(name)
+        if name in seen or node is None or node.op_type in _HEAVY:
+            continue
+        seen.add(name)
+        if node.op_type == "Constant":
+            continue
+        found.add(node.op_type)
+        # The further inputs of the others say where to, such as the shape of a Reshape.
+        values = node.input if node.op_type == "Concat" or node.op_type not in _MOVING else None
+        pending.extend(node.input[:1] if values is None else values)
+    return frozenset(found)

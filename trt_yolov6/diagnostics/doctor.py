@@ -1,0 +1,304 @@
+"""Which backends work on this machine, and what each missing one needs.
+
+Nothing here raises: a broken package is a finding, not a failure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import trt_yolov6
+from trt_yolov6.common.machine import (
+    Cpu,
+    CpuClock,
+    Gpu,
+    describe_cpu,
+    int8_on_cpu,
+    package_versions,
+    read_cpu_clock,
+    read_gpus,
+    system_name,
+)
+from trt_yolov6.engines import BACKENDS, backend, best_backend
+from trt_yolov6.engines.base import Availability
+from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8
+
+# What this package needs, by distribution, and the module that shows whether it works.
+_REQUIRED = {
+    "numpy": "numpy",
+    "onnx": "onnx",
+    "onnx-graphsurgeon": "onnx_graphsurgeon",
+    "onnxruntime": "onnxruntime",
+    "opencv-python-headless": "cv2",
+    "pycocotools": "pycocotools.mask",
+    "tqdm": "tqdm",
+    "torch": "torch",
+    "onnxscript": "onnxscript",
+}
+# Importing these takes seconds, so it is only checked that they are there.
+_SLOW_TO_IMPORT = ("torch", "onnxscript")
+
+
+@dataclass(frozen=True)
+class BackendState:
+    """What a backend can do here, and what would make it do more."""
+
+    availability: Availability
+    remedy: str
+    """What to install or get; empty when there is nothing to gain."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What this machine offers to this package."""
+
+    version: str
+    """Of this package."""
+    python: str
+    executable: str
+    system: str
+    cpu: Cpu
+    cpu_clock: CpuClock
+    int8_on_cpu: str
+    """What the CPU's own INT8 instructions do to convolutions."""
+    gpus: tuple[Gpu, ...]
+    packages: dict[str, str | None]
+    """Installed version by distribution, None where absent."""
+    problems: tuple[str, ...]
+    """Required packages that are missing or do not import, a line each."""
+    backends: tuple[BackendState, ...]
+    """In the order in which `--backend auto` prefers them."""
+    auto_build: str | None
+    """The backend that `build --backend auto` takes; None if none works."""
+    auto_run: dict[str, str | None]
+    """The backend that runs an engine without a manifest, by its suffix."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as a JSON-ready dict."""
+        value = dataclasses.asdict(self)
+        value["backends"] = [
+            {**dataclasses.asdict(state.availability), "remedy": state.remedy}
+            for state in self.backends
+        ]
+        return value
+
+
+def diagnose() -> Diagnosis:
+    """Look at the machine, the packages and every backend; takes about a second."""
+    cpu = describe_cpu()
+    gpus = read_gpus()
+    packages = package_versions()
+    states = tuple(
+        BackendState(state, remedy(state, packages, gpus))
+        for state in (_availability(name) for name in BACKENDS)
+    )
+    running = [state.availability.backend for state in states if state.availability.can_run]
+    return Diagnosis(
+        version=trt_yolov6.__version__,
+        python=platform.python_version(),
+        executable=sys.executable,
+        system=system_name(),
+        cpu=cpu,
+        cpu_clock=read_cpu_clock(),
+        int8_on_cpu=int8_on_cpu(cpu),
+        gpus=gpus,
+        packages=packages,
+        problems=find_problems(_REQUIRED),
+        backends=states,
+        auto_build=_auto_build(),
+        auto_run={
+            ".onnx": "onnxruntime" if "onnxruntime" in running else None,
+            ".trt": next((name for name in running if name != "onnxruntime"), None),
+        },
+    )
+
+
+def format_diagnosis(diagnosis: Diagnosis) -> str:
+    """Return a diagnosis as text for a terminal."""
+    installed = [f"{name} {text}" for name, text in diagnosis.packages.items() if text]
+    absent = [name for name, text in diagnosis.packages.items() if not text]
+    rows = [
+        ("trt-yolov6", diagnosis.version),
+        ("Python", f"{diagnosis.python} at {diagnosis.executable}"),
+        ("system", diagnosis.system),
+        ("CPU", _cpu_text(diagnosis.cpu, diagnosis.cpu_clock)),
+        ("INT8 on it", diagnosis.int8_on_cpu),
+        ("", "(ONNX Runtime engines compute Q/DQ graphs in float: exact anywhere, but no faster)"),
+        *(("GPU", _gpu_text(gpu)) for gpu in diagnosis.gpus),
+        *(() if diagnosis.gpus else (("GPU", "none that nvidia-smi knows of"),)),
+        ("installed", ", ".join(installed) or "nothing"),
+        ("absent", ", ".join(absent) or "nothing"),
+        *(("PROBLEM", problem) for problem in diagnosis.problems),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name.ljust(width)}  {text}" for name, text in rows]
+    lines += ["", "backends, best first"]
+    width = max((len(state.availability.backend) for state in diagnosis.backends), default=0)
+    for state in diagnosis.backends:
+        available = state.availability
+        version = f" {available.version}" if available.version else ""
+        lines.append(
+            f"  {available.backend.ljust(width)}  {_abilities(available)}{version}: "
+            f"{available.detail}"
+        )
+        if state.remedy:
+            lines.append(f"  {' ' * width}  -> {state.remedy}")
+    runs = ", ".join(
+        f"{suffix} with {name or 'nothing here'}" for suffix, name in diagnosis.auto_run.items()
+    )
+    lines += [
+        "",
+        f"--backend auto builds with {diagnosis.auto_build or 'nothing here'}; runs {runs}",
+    ]
+    return "\n".join(lines)
+
+
+def remedy(
+    available: Availability,
+    packages: dict[str, str | None],
+    gpus: tuple[Gpu, ...],
+    python: tuple[int, int] = sys.version_info[:2],
+) -> str:
+    """Return what would make a backend work, or work on the GPU.
+
+    Args:
+        available: the backend's own report.
+        packages: installed versions, by distribution.
+        gpus: the GPUs of this machine.
+        python: version of Python, on which depends whether there is a TensorRT 8 to install.
+
+    Returns:
+        One line with the command to run; empty when nothing is missing.
+    """
+    name = available.backend
+    if name == "onnxruntime":
+        if not available.can_run:
+            return "pip install --force-reinstall onnxruntime"
+        if gpus and "cuda does not load" in available.detail:
+            return 'for the GPU: pip install "onnxruntime-gpu[cuda,cudnn]"'
+        if gpus and "cuda" not in available.detail:
+            if packages.get("onnxruntime-gpu"):
+                return (
+                    "for the GPU: onnxruntime covers onnxruntime-gpu; pip uninstall -y onnxruntime "
+                    "onnxruntime-gpu && pip install onnxruntime-gpu"
+                )
+            return "for the GPU: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+        return ""
+    # The extras are named as the backends are. The package is on no index, only in its repository.
+    install = f'pip install ".[{name}]" in the repository\'s folder'
+    if name == "tensorrt" and python < (3, 11):
+        install += ' (or ".[tensorrt8]" for TensorRT 8.6)'
+    if available.can_build and available.can_run:
+        return ""
+    # RTX builds on machines without a GPU, so there the package alone is worth installing.
+    missing = available.version is None or not _is_importable("cuda.bindings")
+    if not gpus:
+        gpu = "an NVIDIA GPU with its driver"
+        if not missing:
+            return f"to {'run' if available.can_build else 'build and run'}: {gpu}"
+        if name == "tensorrt-rtx" and not available.can_build:
+            return f"to build for other machines: {install}; to run: {gpu} too"
+        return f"to {'run' if available.can_build else 'build and run'}: {gpu}, then {install}"
+    return install if missing else ""
+
+
+def find_problems(required: dict[str, str]) -> tuple[str, ...]:
+    """Return a line for each required package that is absent or does not import.
+
+    Args:
+        required: module to import, by distribution.
+    """
+    problems = []
+    for distribution, module in required.items():
+        if module in _SLOW_TO_IMPORT:
+            if not _is_importable(module):
+                problems.append(f"{distribution} is not installed: pip install {distribution}")
+            continue
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # broken packages raise anything
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            problems.append(
+                f"{distribution} does not import ({reason}): "
+                f"pip install --force-reinstall {distribution}"
+            )
+    return tuple(problems)
+
+
+def _availability(name: str) -> Availability:
+    try:
+        found = backend(name).availability()
+        if name == "onnxruntime" and found.can_run:
+            # Beyond what is there: whether it loads.
+            from trt_yolov6.engines.onnxruntime.providers import obstacle, usable
+
+            against = {short: obstacle(short) for short in usable()}
+            reasons = [f"; {short} does not load ({why})" for short, why in against.items() if why]
+            found = dataclasses.replace(found, detail=found.detail + "".join(reasons))
+        return found
+    except Exception as error:  # the module itself may need something that is broken
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return Availability(name, False, False, None, f"does not load ({reason})")
+
+
+def _auto_build() -> str | None:
+    try:
+        return best_backend()
+    except Exception:  # none works, or as in _availability
+        return None
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _abilities(available: Availability) -> str:
+    if available.can_build and available.can_run:
+        return "builds and runs"
+    if available.can_build:
+        return "builds only"
+    return "runs only" if available.can_run else "does not work here"
+
+
+def _cpu_text(cpu: Cpu, clock: CpuClock) -> str:
+    parts = [cpu.model, cpu.architecture]
+    if cpu.cores is not None:
+        parts.append(f"{cpu.cores} cores")
+    parts.append(f"{cpu.threads} threads")
+    if cpu.quota is not None:
+        parts.append(f"limited to {cpu.quota:g} cores' time")
+    if clock.mhz is not None:
+        highest = f" of {clock.max_mhz:.0f}" if clock.max_mhz else ""
+        parts.append(f"{clock.mhz:.0f}{highest} MHz")
+    if cpu.instruction_sets:
+        parts.append(" ".join(cpu.instruction_sets))
+    return ", ".join(parts)
+
+
+def _has_fp8(capability: str) -> bool:
+    version = tuple(int(part) for part in capability.split(".") if part.isdigit())
+    return version >= FIRST_WITH_FP8
+
+
+def _gpu_text(gpu: Gpu) -> str:
+    parts = [gpu.name]
+    if gpu.compute_capability:
+        parts.append(f"compute capability {gpu.compute_capability}")
+        parts.append("FP8" if _has_fp8(gpu.compute_capability) else "no FP8")
+    if gpu.memory_mib:
+        parts.append(f"{gpu.memory_mib} MiB")
+    parts.append(f"driver {gpu.driver or 'unknown'}")
+    if gpu.sm_max_mhz:
+        parts.append(f"up to {gpu.sm_max_mhz} MHz")
+    if gpu.power_limit_w:
+        parts.append(f"power limit {gpu.power_limit_w:.0f} W")
+    return ", ".join(parts)

@@ -1,0 +1,266 @@
+"""Checkpoint or ONNX file → engine: plan and manifest, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_yolov6.common.files import check_writable, file_name, sha256_bytes, sha256_file
+from trt_yolov6.engines import backend as backend_module
+from trt_yolov6.engines import best_backend
+from trt_yolov6.engines.base import BuildSettings
+from trt_yolov6.engines.manifest import Manifest, choose_manifest_path, write_pair
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.files import value_spec
+from trt_yolov6.graph.inputs import runtime_inputs
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.spec import BatchProfile
+
+if TYPE_CHECKING:
+    import onnx
+
+    from trt_yolov6.quantization.types import QuantizedName
+
+SUFFIXES = {"onnxruntime": ".onnx", "tensorrt": ".trt", "tensorrt-rtx": ".trt"}
+
+_UINT8 = 2
+"""`TensorProto.UINT8`."""
+
+ENGINES = Path("engines")
+"""Where an engine goes unless a path is given."""
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What `build_engine` wrote."""
+
+    path: Path
+    manifest_path: Path
+    manifest: Manifest
+    seconds: float
+    """Time the backend took for the plan."""
+    quantized_asked: int
+    """Convolutions with INT8 or FP8 weights in the graph; the manifest says how many the engine
+    has."""
+
+
+def for_tensorrt(graph: Graph) -> Graph:
+    """Return a graph as TensorRT computes it: unsigned INT8 levels become signed ones.
+
+    Raises:
+        UserError: see `quantization.qdq.symmetric.check_symmetric`.
+    """
+    if graph.precision not in ("int8", "int8-dynamic"):
+        return graph
+    from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
+
+    model, said = with_symmetric_int8(graph.model, graph.source)
+    if said is None:
+        return graph
+    return dataclasses.replace(graph, model=model, notes=(*graph.notes, said))
+
+
+def engine_stem(graph: Graph, target: str | None = None) -> str:
+    """Return what an engine is called by what it is: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
+
+    That is its checkpoint or ONNX file and precision, and where they are not the default, size,
+    batch, uint8 input, NMS in the graph, and the target.
+    """
+    height, width = graph.image_size
+    batch = graph.batch
+    default = BatchProfile()
+    parts = [graph.source.stem, graph.precision]
+    if (height, width) != (640, 640):
+        parts.append(str(height) if height == width else f"{height}x{width}")
+    if batch.is_static:
+        parts.append(f"b{batch.min}")
+    elif batch != default:
+        parts.append(f"b{batch.min}-{batch.opt}-{batch.max}")
+    if any(item.type.tensor_type.elem_type == _UINT8 for item in runtime_inputs(graph.model)):
+        parts.append("uint8")
+    if graph.source.suffix == ".pt" and graph.output_layout == "end2end":
+        parts.append("end2end")
+    if target is not None:
+        parts.append(target)
+    return "-".join(parts)
+
+
+def engine_path(
+    graph: Graph, backend: str, output: str | Path | None = None, target: str | None = None
+) -> Path:
+    """Return where `build_engine` writes: `output`, or into `engines/` under `engine_stem`."""
+    return Path(output) if output else ENGINES / f"{engine_stem(graph, target)}{SUFFIXES[backend]}"
+
+
+def check_build(backend: str, output: str | Path | None, settings: BuildSettings) -> str:
+    """Return the backend that `build_engine` would use, before the graph is exported.
+
+    Raises:
+        UserError: that backend is missing, refuses a setting, or does not write such a file, or
+            there (without `output`, in `engines/`) no file can be written.
+    """
+    name = best_backend() if backend == "auto" else backend
+    backend_module(name).check(settings)
+    suffix = SUFFIXES[name]
+    if output and (Path(output).suffix == ".onnx") != (suffix == ".onnx"):
+        raise UserError(
+            f"--output {output} does not fit the {name} backend; give a name that ends in "
+            f"{suffix}, or another --backend."
+        )
+    # The engine's name is known only once its graph is; its folder is known now.
+    check_writable(output or ENGINES / f"<name>{suffix}")
+    if output:
+        choose_manifest_path(output)
+    return name
+
+
+def build_engine(
+    graph: Graph,
+    *,
+    backend: str = "auto",
+    output: str | Path | None = None,
+    settings: BuildSettings | None = None,
+    allow_float: bool = False,
+) -> BuiltEngine:
+    """Build an engine and write plan and manifest.
+
+    Args:
+        graph: from `graph_from_checkpoint` or `graph_from_onnx`.
+        backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto` for the best that builds and
+            runs on this machine.
+        output: path of the plan; None for one in `engines/`, see `engine_stem`.
+        settings: target, caches and limits; their batch profile is replaced by the graph's.
+        allow_float: build an INT8 or FP8 graph even where the backend computes all of it in float.
+
+    Raises:
+        UserError: the backend is missing, refuses a setting, cannot build the graph, or computes
+            none of its convolutions in the 8 bits asked for.
+    """
+    fp8 = graph.precision == "fp8"
+    settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch, fp8=fp8)
+    name = check_build(backend, output, settings)
+    module = backend_module(name)
+    if name != "onnxruntime":
+        graph = for_tensorrt(graph)
+    path = engine_path(graph, name, output, settings.target)
+    asked = _quantized_convolutions(graph.model)
+    if settings.calibration is not None:
+        asked = len(layer_names(graph.model))
+    said: list[str] = []
+    settings = dataclasses.replace(settings, on_layers=_both(said.append, settings.on_layers))
+    start = time.perf_counter()
+    plan = module.build(graph.model.SerializeToString(), settings)
+    seconds = time.perf_counter() - start
+    quantized: QuantizedName = "fp8" if fp8 else "int8"
+    found = quantized_layers_of(graph.model, quantized, said) if asked and said else asked or None
+    target = settings.target or ("any" if name == "onnxruntime" else "this machine's GPU")
+    if asked and found == 0 and not allow_float:
+        raise all_in_float(graph.precision, name, target)
+    manifest = dataclasses.replace(
+        _manifest(graph, path, plan),
+        backend=name,
+        backend_version=module.availability().version or "unknown",
+        target=target,
+        int8_layers=None if fp8 else found,
+        fp8_layers=found if fp8 else None,
+    )
+    manifest_path = write_pair(path, plan, manifest)
+    return BuiltEngine(path, manifest_path, manifest, seconds, asked)
+
+
+def write_graph(graph: Graph, output: str | Path) -> Path:
+    """Write a graph as an ONNX file, with a manifest that says what it is; return its path.
+
+    ONNX Runtime runs it, and `build --onnx` takes it.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    path = Path(output)
+    content = graph.model.SerializeToString()
+    write_pair(path, content, _manifest(graph, path, content))
+    return path
+
+
+def all_in_float(precision: str, backend: str, target: str) -> UserError:
+    """Return the error for a backend that computes a quantized graph in float."""
+    label = precision.upper()
+    instead = (
+        "build with --backend tensorrt on that GPU"
+        if backend == "tensorrt-rtx"
+        else "build for a GPU that has it"
+    )
+    return UserError(
+        f"{backend} computes no convolution in {label} for {target}: the engine would be no faster "
+        f"than --fp16. Build with --fp16 instead of --{precision}, or {instead}; --allow-float "
+        "builds it all the same."
+    )
+
+
+def _manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
+    """Return the manifest of a graph as ONNX Runtime takes it."""
+    return Manifest(
+        engine=file_name(path),
+        model=graph.name,
+        class_names=graph.class_names,
+        image_size=graph.image_size,
+        batch=graph.batch,
+        precision=graph.precision,
+        output_layout=graph.output_layout,
+        backend="onnxruntime",
+        backend_version=backend_module("onnxruntime").availability().version or "unknown",
+        target="any",
+        plan_sha256=sha256_bytes(plan),
+        source=file_name(graph.source),
+        source_sha256=sha256_file(graph.source),
+        nms=graph.nms,
+        calibration=graph.calibration,
+        float_layers=graph.float_layers,
+        decoder=graph.decoder,
+        preprocessing=graph.preprocessing,
+        tensors=tuple(
+            value_spec(item, graph.source)
+            for item in (*runtime_inputs(graph.model), *graph.model.graph.output)
+        ),
+    )
+
+
+def _both(one: Callable[[str], None], other: Callable[[str], None] | None) -> Callable[[str], None]:
+    def call(text: str) -> None:
+        one(text)
+        if other is not None:
+            other(text)
+
+    return call
+
+
+def _quantized_convolutions(model: onnx.ModelProto) -> int:
+    """Return how many convolutions of a graph have INT8 or FP8 weights."""
+    nodes = model.graph.node
+    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    layers = (node for node in nodes if node.op_type in ("Conv", "ConvTranspose"))
+    return sum(node.input[1] in dequantized for node in layers)
+
+
+def quantized_layers_of(
+    model: onnx.ModelProto, quantized: QuantizedName, said: Sequence[str]
+) -> int | None:
+    """Return how many convolutions the builder says are in 8 bits; None if it says nothing.
+
+    Args:
+        model: that was built.
+        quantized: `int8` or `fp8`.
+        said: what `BuildSettings.on_layers` was called with.
+    """
+    from trt_yolov6.engines.tensorrt.layer_log import quantized_layers
+
+    names = layer_names(model).values()
+    return len(quantized_layers(said[-1], names, quantized)) if said and said[-1] else None
+
+
+# --- reading foreign graphs ---------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Backend `onnxruntime`: the graph itself, on a CPU or through a GPU provider."""

@@ -1,0 +1,370 @@
+"""ONNX Runtime: the engine that works everywhere. The plan is the ONNX graph itself.
+
+It runs on the CPU, or on a GPU through the CUDA and TensorRT execution providers where
+`onnxruntime-gpu` is installed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.common.files import read_json
+from trt_yolov6.detectors.metadata import check_input, nms_in
+from trt_yolov6.detectors.recognition import GraphFacts, facts_of
+from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions, check_images
+from trt_yolov6.engines.manifest import Manifest
+from trt_yolov6.engines.onnxruntime.providers import (
+    PROVIDERS,
+    check_started,
+    obstacle,
+    providers_for,
+    usable,
+)
+from trt_yolov6.engines.reading import class_names_of, reading_of
+from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.graph.files import graph_precision, read_weights, sort_nodes
+from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
+from trt_yolov6.graph.outputs import drop_other_outputs
+from trt_yolov6.graph.reference import has_qdq, open_session
+from trt_yolov6.quantization.qdq.integer_arithmetic import (
+    with_integer_convolutions,
+    with_single_quantization,
+)
+from trt_yolov6.spec import BatchProfile, TensorSpec, image_size_of
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+NAME = "onnxruntime"
+
+# A graph with a free batch axis and no manifest takes any batch.
+_ANY_BATCH = BatchProfile(min=1, opt=1, max=2**31 - 1)
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+
+
+def availability() -> Availability:
+    """Say whether ONNX Runtime is here, which version, and on what it would run."""
+    try:
+        import onnxruntime
+    except Exception as error:  # a broken installation raises more than ImportError
+        return Availability(
+            NAME, False, False, None, f"onnxruntime does not import ({error}); pip install it"
+        )
+    return Availability(
+        NAME, True, True, onnxruntime.__version__, "providers: " + ", ".join(usable())
+    )
+
+
+def check(settings: BuildSettings) -> None:
+    """Raise UserError for a setting that means nothing to ONNX Runtime."""
+    ignored = {
+        "--target": (settings.target, "tensorrt-rtx"),
+        "--timing-cache": (settings.timing_cache, "tensorrt"),
+        "--workspace": (settings.workspace_mib, "tensorrt or tensorrt-rtx"),
+        "--optimization-level": (settings.optimization_level, "tensorrt or tensorrt-rtx"),
+        "--tactic-sources": (settings.tactic_sources, "tensorrt"),
+        "--calibration-cache or --tensorrt-calibrator": (settings.calibration, "tensorrt"),
+    }
+    for option, (value, backends) in ignored.items():
+        if value is not None:
+            raise UserError(
+                f"{option} is for TensorRT engines; leave it out, or give --backend {backends}."
+            )
+
+
+def build(model: bytes, settings: BuildSettings) -> bytes:
+    """Return the plan of an ONNX model, which for ONNX Runtime is the model itself.
+
+    The graph is not stored optimized: ONNX Runtime's own rewriting depends on the processor it runs
+    on, so it is done when the engine is loaded.
+
+    Raises:
+        UserError: see `check`, or ONNX Runtime refuses the model.
+    """
+    check(settings)
+    _session(model, "the exported ONNX graph", LoadOptions(provider="cpu"))
+    return model
+
+
+def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
+    """Load an ONNX file as an engine.
+
+    Raises:
+        UserError: the file is cut short, no ONNX model, or not a detector this package decodes.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
+    graph: onnx.ModelProto | None = None
+    dropped: tuple[str, ...] = ()
+    if manifest is None:
+        # `build` has done this for engines that have one.
+        graph = _graph_of(content)
+        if graph is not None:
+            has_changed = read_weights(graph, path)
+            if len(runtime_inputs(graph)) > 1:
+                graph = with_one_input(graph, path)
+                has_changed = True
+            dropped = drop_other_outputs(graph, path, decoder=options.decoder)
+            if has_changed or dropped:
+                content = graph.SerializeToString()
+    exact, whole = _exactly(content, options)
+    session = _session(exact, path, options)
+    engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
+    engine.dropped_outputs = dropped
+    notes = []
+    if has_qdq(content):
+        label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
+        how = "on whole numbers held in float" if whole else "in float"
+        notes.append(f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed")
+    if options.provider is None and engine.provider == PROVIDERS["cpu"] and "cuda" in usable():
+        reason = obstacle("cuda") or "no usable GPU or cuDNN"
+        notes.append(f"on the CPU, for CUDA's provider does not start ({reason})")
+    engine.note = "; ".join(notes)
+    return engine
+
+
+class OnnxRuntimeEngine(Engine):
+    """An ONNX Runtime session behind the common interface."""
+
+    backend = NAME
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest | None,
+        session: onnxruntime.InferenceSession,
+        options: LoadOptions,
+        graph: onnx.ModelProto | None = None,
+    ) -> None:
+        """Wrap a session; `graph` is what it runs, by which its family is told, if need be."""
+        import onnxruntime
+
+        self.path = path
+        self.manifest = manifest
+        self._precision = None if graph is None else graph_precision(graph)
+        self.backend_version = onnxruntime.__version__
+        self._session: onnxruntime.InferenceSession | None = session
+        self.provider: str = session.get_providers()[0]
+        self.device = _device_name(self.provider)
+        self.threads = session.get_session_options().intra_op_num_threads or None
+        inputs = [_spec(item, path) for item in session.get_inputs()]
+        if len(inputs) != 1:
+            listed = ", ".join(f"{item.name} {list(item.shape)}" for item in inputs)
+            raise UserError(
+                f"{path} takes {listed}, not one batch of images; export the detector with a "
+                "single image input."
+            )
+        self.input = inputs[0]
+        self.outputs = tuple(_spec(item, path) for item in session.get_outputs())
+        check_input(self.input, path)
+        metadata = session.get_modelmeta().custom_metadata_map
+
+        def facts() -> GraphFacts:
+            size = image_size_of(self.input)
+            return (
+                GraphFacts(self.outputs, size, metadata)
+                if graph is None
+                else facts_of(graph, self.outputs, size)
+            )
+
+        reading = reading_of(manifest, options, path, facts)
+        self.decoder, self.output_layout = reading.decoder, reading.layout
+        self.preprocessing = reading.preprocessing
+        self.class_names = class_names_of(self.outputs, self.output_layout, manifest, metadata)
+        if self.output_layout == "end2end":
+            self.nms = manifest.nms if manifest else nms_in(metadata)
+        fixed = self.input.shape[0]
+        if fixed is not None:
+            self.batch = BatchProfile(fixed, fixed, fixed)
+        else:
+            self.batch = manifest.batch if manifest else _ANY_BATCH
+
+    @property
+    def precision(self) -> str:
+        """As the manifest says, else as the graph shows."""
+        return self._precision or super().precision
+
+    def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        session = self._checked(images)
+        names = [output.name for output in self.outputs]
+        return dict(zip(names, session.run(names, {self.input.name: images}), strict=True))
+
+    def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
+        import onnxruntime
+
+        session = self._checked(images)
+        if streams > 1:
+            raise UserError(
+                f"{self.path} runs in ONNX Runtime, which has no streams; leave --streams out, or "
+                "build it with TensorRT."
+            )
+        device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
+        resident = onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0)
+        binding = session.io_binding()
+        binding.bind_ortvalue_input(self.input.name, resident)
+        for output in self.outputs:
+            binding.bind_output(output.name, device)
+
+        def run() -> float:
+            start = time.perf_counter()
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            return time.perf_counter() - start
+
+        return run
+
+    def layer_times(self, images: NDArray[Any], runs: int = 20) -> dict[str, float]:
+        """Return the median seconds of each kernel, in the order they run, by name.
+
+        ONNX Runtime names a kernel by what it computes last of the graph, a node or a tensor, with
+        an ending such as `_nchwc` for its own layout. Its profiler, in a session of its own, adds
+        some microseconds to each. What runs there is the file's graph, whose INT8 convolutions are
+        not on whole numbers: that would break each into three kernels.
+
+        Raises:
+            UserError: as `infer`.
+        """
+        self._checked(images)
+        short = next(name for name, full in PROVIDERS.items() if full == self.provider)
+        options = LoadOptions(threads=self.threads, provider=short)
+        with tempfile.TemporaryDirectory() as folder:
+            session = _session(self.path.read_bytes(), self.path, options, Path(folder) / "run")
+            for _ in range(runs + 1):
+                session.run(None, {self.input.name: images})
+            events = read_json(session.end_profiling())
+        times: dict[str, list[float]] = {}
+        for event in events:
+            name, found, _ = str(event.get("name", "")).rpartition("_kernel_time")
+            if event.get("cat") == "Node" and found:
+                times.setdefault(name, []).append(float(event["dur"]) * 1e-6)
+        # The first run allocates.
+        return {name: float(np.median(seconds[1:] or seconds)) for name, seconds in times.items()}
+
+    def first_non_finite(self, images: NDArray[Any]) -> str | None:
+        """Return the name of the first tensor, in the graph's order, that is not finite.
+
+        The graph is run once more, without ONNX Runtime's rewriting and with every tensor as an
+        output.
+        """
+        import onnx
+        import onnxruntime
+
+        graph = _graph_of(self.path.read_bytes())
+        if graph is None:
+            return None
+        read_weights(graph, self.path)
+        sort_nodes(graph)
+        for weight in graph.graph.initializer:
+            values: NDArray[Any] = onnx.numpy_helper.to_array(weight)
+            if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+                return f"the weight {weight.name}"
+        names: list[str] = [name for node in graph.graph.node for name in node.output if name]
+        del graph.graph.output[:]
+        graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = onnxruntime.InferenceSession(
+                graph.SerializeToString(), settings, providers=[PROVIDERS["cpu"]]
+            )
+            values_of = session.run(names, {self.input.name: images})
+        except Exception:  # its exception classes share no public base; only a name is missing then
+            return None
+        for name, value in zip(names, values_of, strict=True):
+            floats = isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
+            if floats and not np.isfinite(value).all():
+                return name
+        return None
+
+    def close(self) -> None:
+        self._session = None
+
+    def _checked(self, images: NDArray[Any]) -> onnxruntime.InferenceSession:
+        if self._session is None:
+            raise UserError(f"the engine {self.path} is closed; load it again.")
+        check_images(self, images)
+        return self._session
+
+
+def _graph_of(content: bytes) -> onnx.ModelProto | None:
+    """Return a file's graph; None where it is no ONNX model, which ONNX Runtime will say."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load_from_string(content)
+    except (DecodeError, ValueError):
+        return None
+
+
+def _session(
+    model: bytes, source: str | Path, options: LoadOptions, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    session = open_session(
+        model,
+        source,
+        threads=options.threads,
+        providers=lambda: providers_for(options.provider),
+        fallback=options.provider is None,
+        profile=profile,
+    )
+    check_started(options.provider, session.get_providers()[0])
+    return session
+
+
+def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
+    """Return a graph whose INT8 is computed exactly on a CPU, and whether on whole numbers.
+
+    Other providers get the Q/DQ pairs: TensorRT's makes INT8 of them itself.
+    """
+    if not has_qdq(content):
+        return content, False
+    try:
+        on_cpu = providers_for(options.provider)[0] == PROVIDERS["cpu"]
+    except (ImportError, MissingDependencyError):  # what opens the session says so
+        return content, False
+    graph = _graph_of(content) if on_cpu else None
+    if graph is None:
+        return content, False
+    whole = with_integer_convolutions(graph)
+    exact = with_single_quantization(whole)
+    return content if exact is graph else exact.SerializeToString(), whole is not graph
+
+
+def _spec(item: Any, path: Path) -> TensorSpec:
+    dtype = _DTYPES.get(item.type)
+    if dtype is None:
+        raise UserError(
+            f"{path} has a tensor {item.name!r} of type {item.type}, which images and detections "
+            "cannot have; export the detector with float or uint8 input."
+        )
+    shape = tuple(size if isinstance(size, int) and size > 0 else None for size in item.shape)
+    return TensorSpec(item.name, shape, np.dtype(dtype))
+
+
+def _device_name(provider: str) -> str:
+    if provider != PROVIDERS["cpu"]:
+        return "GPU 0 through " + provider
+    from trt_yolov6.common.machine import cpu_model
+
+    return cpu_model()

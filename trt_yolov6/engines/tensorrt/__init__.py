@@ -1,0 +1,1 @@
+"""Backends `tensorrt` and `tensorrt-rtx`: one builder and engine for both."""

@@ -1,0 +1,361 @@
+"""ONNX in, plan out: the builder of TensorRT and TensorRT-RTX.
+
+Networks are strongly typed: every tensor has the type the ONNX graph gives it, so half precision
+and quantization are decided in the graph and nowhere else. That is the only way in TensorRT 11 and
+in TensorRT-RTX. TensorRT 8 has no such networks: there the same graph is given in single precision,
+with builder flags and constraints that say what its types said (`weakly_typed`). TensorRT's own
+calibration, which ends with version 10, needs a weakly typed network too.
+
+TF32, which TensorRT otherwise takes for float32 convolutions, is switched off: its 10-bit mantissa
+moves boxes by more than a pixel, as much as half precision does. TensorRT-RTX 1.6 takes it all the
+same (the environment variable NVIDIA_TF32_OVERRIDE=0 stops it, at run time).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from trt_yolov6.common.files import write_bytes
+from trt_yolov6.engines.base import BuildSettings
+from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of, one_line
+from trt_yolov6.engines.tensorrt.implicit_int8 import calibrate
+from trt_yolov6.engines.tensorrt.layer_log import inspected
+from trt_yolov6.engines.tensorrt.weakly_typed import WeakGraph, implicit_graph, weak_graph
+from trt_yolov6.errors import UserError
+
+MAX_OPTIMIZATION_LEVEL = 5
+
+
+def build_plan(
+    flavour: Flavour,
+    model: bytes,
+    settings: BuildSettings,
+    set_target: Callable[[Any], None] | None = None,
+) -> bytes:
+    """Build the plan of an ONNX model.
+
+    Args:
+        flavour: the TensorRT to build with.
+        model: a serialized ONNX model with one input, float32 (batch, 3, height, width) or uint8
+            (batch, height, width, 3), whose batch axis may be free.
+        settings: `batch` becomes the optimization profile of a free batch axis; a fixed one has to
+            lie inside it. `target` is not read here.
+        set_target: sets the target GPU in the `IBuilderConfig`; None builds for the GPU in use.
+
+    Returns:
+        The serialized engine.
+
+    Raises:
+        UserError: the graph has no translation, a setting is out of range, or the builder fails;
+            the sentence quotes its reason.
+    """
+    api = flavour.api
+    logger = logger_of(api)
+    logger.clear()
+    _check_settings(settings)
+    try:
+        builder = api.Builder(logger)
+    except TypeError as error:  # pybind11's word for a null pointer
+        raise UserError(
+            f"{flavour} cannot start its builder ({logger.reason()}); `trt-yolov6 doctor` says "
+            "what it needs."
+        ) from error
+    weak = None
+    if settings.calibration is not None or not has_strong_types(api):
+        calibration = settings.calibration
+        weak = weak_graph(model) if calibration is None else implicit_graph(model, calibration.fp16)
+    network = builder.create_network(_network_flags(api, weakly_typed=weak is not None))
+    parser = api.OnnxParser(network, logger)
+    if not parser.parse(model if weak is None else weak.model):
+        raise UserError(_parser_message(flavour, parser))
+    config = builder.create_builder_config()
+    if weak is not None:
+        _set_precisions(api, network, config, weak)
+    if set_target is not None:
+        set_target(config)
+    config.clear_flag(api.BuilderFlag.TF32)
+    # Only so is the message about the layers complete (see `layer_log`).
+    config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+    if settings.workspace_mib is not None:
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
+    if settings.optimization_level is not None:  # API: not tensorrt<8.6 (the backend refuses it)
+        config.builder_optimization_level = settings.optimization_level
+    if settings.tactic_sources is not None:
+        _set_tactic_sources(api, config, settings.tactic_sources)
+    _set_profile(api, builder, network, config, settings)
+    calibrator = None
+    if settings.calibration is not None:
+        calibrator = calibrate(api, network, config, settings.calibration, settings.batch.opt)
+    if settings.timing_cache is not None:
+        _attach_timing_cache(flavour, config, settings.timing_cache)
+    logger.clear()
+    plan = _run_builder(flavour, builder, network, config, settings)
+    if calibrator is not None:
+        calibrator.finish()
+    if settings.on_layers is not None:
+        settings.on_layers(logger.layers or inspected(api, plan))
+    if settings.timing_cache is not None:
+        write_bytes(settings.timing_cache, bytes(config.get_timing_cache().serialize()))
+    return plan
+
+
+def _check_settings(settings: BuildSettings) -> None:
+    level = settings.optimization_level
+    if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
+        raise UserError(
+            f"--optimization-level {level} is out of range; give 0 to {MAX_OPTIMIZATION_LEVEL}."
+        )
+    if settings.workspace_mib is not None and settings.workspace_mib < 1:
+        raise UserError(
+            f"--workspace {settings.workspace_mib} is out of range; give at least 1 MiB."
+        )
+
+
+def has_strong_types(api: Any) -> bool:
+    """Tell whether networks can be strongly typed: from TensorRT 10 on, and in TensorRT-RTX."""
+    return "STRONGLY_TYPED" in api.NetworkDefinitionCreationFlag.__members__
+
+
+def _network_flags(api: Any, *, weakly_typed: bool) -> int:
+    flags = api.NetworkDefinitionCreationFlag.__members__
+    if not weakly_typed:
+        # TensorRT 11 and TensorRT-RTX ignore the flag, because nothing else is left.
+        return 1 << int(flags["STRONGLY_TYPED"])
+    # TensorRT 10 has no other batches than explicit ones.
+    return 1 << int(flags["EXPLICIT_BATCH"]) if not has_strong_types(api) else 0
+
+
+def _set_precisions(  # API: tensorrt<11 (weakly typed networks)
+    api: Any, network: Any, config: Any, weak: WeakGraph
+) -> None:
+    """Say by flags and constraints what the types of a graph said."""
+    if weak.quantized:
+        config.set_flag(api.BuilderFlag.INT8)
+    if weak.half:
+        config.set_flag(api.BuilderFlag.FP16)
+        for index in range(network.num_outputs):
+            result = network.get_output(index)
+            if result.name in weak.half_outputs:
+                result.dtype = api.float16
+    if not weak.single:
+        return
+    config.set_flag(api.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for output in range(layer.num_outputs):
+            if layer.get_output(output).name in weak.single:
+                layer.precision = api.float32
+                layer.set_output_type(output, api.float32)
+
+
+def _set_tactic_sources(api: Any, config: Any, names: Collection[str]) -> None:
+    """Have the builder choose among these libraries' kernels only."""
+    offered = api.TacticSource.__members__
+    unknown = sorted(set(names) - {name.lower() for name in offered})
+    if unknown:
+        raise UserError(
+            f"--tactic-sources {unknown[0]} is not known; choose among "
+            f"{', '.join(sorted(name.lower() for name in offered))}."
+        )
+    config.set_tactic_sources(sum(1 << int(offered[name.upper()]) for name in names))
+
+
+def _parser_message(flavour: Flavour, parser: Any) -> str:
+    """Say which node of the graph TensorRT does not take, and why."""
+    if not parser.num_errors:
+        return f"{flavour} does not parse the ONNX graph; check it with onnx.checker."
+    error = parser.get_error(0)
+    reason = one_line(error.desc())
+    if not hasattr(error, "node_operator"):  # TensorRT 8
+        return (
+            f"{flavour} does not take node number {error.node()} of the ONNX graph ({reason}); "
+            "export the graph without it, or use --backend onnxruntime."
+        )
+    if not error.node_operator():
+        return f"{flavour} does not parse the ONNX graph ({reason}); export it again."
+    name = error.node_name() or f"number {error.node()}"  # API: not tensorrt<10 (returned above)
+    return (
+        f"{flavour} does not take node {name} ({error.node_operator()}) of the ONNX graph "
+        f"({reason}); export the graph without it, or use --backend onnxruntime."
+    )
+
+
+def _set_profile(
+    api: Any, builder: Any, network: Any, config: Any, settings: BuildSettings
+) -> None:
+    """Give a free batch axis its optimization profile, or check that a fixed one is wanted."""
+    if network.num_inputs != 1:
+        names = ", ".join(network.get_input(index).name for index in range(network.num_inputs))
+        raise UserError(
+            f"the ONNX graph has {network.num_inputs} inputs ({names}); export the detector with "
+            "a single image input."
+        )
+    images = network.get_input(0)
+    batch, *size = (int(length) for length in images.shape)
+    if len(size) != 3 or min(size) < 1 or images.dtype not in (api.float32, api.uint8):
+        raise UserError(
+            f"the ONNX graph's input {images.name} is {images.dtype} {[batch, *size]}; an engine "
+            "takes float32 (batch, 3, height, width) or uint8 (batch, height, width, 3) of a "
+            "fixed size."
+        )
+    wanted = settings.batch
+    if batch >= 0:
+        if not wanted.min <= batch <= wanted.max:
+            raise UserError(
+                f"the ONNX graph takes only batch {batch}; give --batch {batch}, or export it with "
+                "--dynamic."
+            )
+        return
+    profile = builder.create_optimization_profile()
+    shapes = [(number, *size) for number in (wanted.min, wanted.opt, wanted.max)]
+    profile.set_shape(images.name, *shapes)
+    config.add_optimization_profile(profile)
+
+
+def _attach_timing_cache(flavour: Flavour, config: Any, path: Path) -> None:
+    """Read the timing cache, or start an empty one, and have the builder use and extend it."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); check --timing-cache."
+        ) from error
+    logger = logger_of(flavour.api)
+    logger.clear()
+    cache = config.create_timing_cache(content)
+    accepted = cache is not None and config.set_timing_cache(cache, False)
+    # What it cannot read it replaces by an empty cache, with a warning only; written back, that
+    # would destroy the user's file.
+    if not accepted or (content and logger.problems):
+        raise UserError(
+            f"{path} is not a timing cache of {flavour} on this GPU ({logger.reason()}); name "
+            "another file for --timing-cache, or remove this one."
+        )
+
+
+def _run_builder(
+    flavour: Flavour, builder: Any, network: Any, config: Any, settings: BuildSettings
+) -> bytes:
+    with (
+        _without_chatter() as terminal,
+        # Off a terminal tqdm's `None` shows nothing, so that logs stay clean.
+        tqdm(
+            total=100,
+            desc=f"building with {flavour.label}",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}",
+            disable=None if settings.progress else True,
+            file=terminal,
+        ) as bar,
+    ):
+        monitor = None
+        if hasattr(flavour.api, "IProgressMonitor"):  # API: not tensorrt<10 (8 tells no progress)
+            monitor = _progress_monitor(flavour.api, bar)
+            config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+        if monitor is not None:  # API: not tensorrt<10 (as above)
+            # The builder must not outlive what it reports to.
+            config.progress_monitor = None
+            if monitor.interrupted:
+                raise KeyboardInterrupt
+        if plan is None:
+            raise UserError(
+                f"{flavour} cannot build the engine ({logger_of(flavour.api).reason()}); try "
+                "another --workspace, batch or precision."
+            )
+        bar.update(100 - bar.n)
+    return bytes(plan)
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[TextIO]:
+    """Drop what the library itself writes to standard error; yield a way to the real one.
+
+    TensorRT-RTX 1.7 prints two lines for every INT8 convolution, past its logger.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        if _descriptor(sys.stderr) != 2:  # redirected in Python: a notebook, say
+            yield sys.stderr
+        else:
+            with os.fdopen(os.dup(kept), "w") as terminal:
+                yield terminal
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+@dataclass
+class _Phase:
+    parent: str | None
+    steps: int
+    done: int = 0
+
+
+def _progress_monitor(api: Any, bar: Any) -> Any:  # API: not tensorrt<10 (8 tells no progress)
+    """Return an `IProgressMonitor` that shows the builder's nested phases on one bar of 100."""
+
+    class ProgressMonitor(api.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.IProgressMonitor.__init__(self)
+            self.interrupted = False
+            """Ctrl-C was pressed. TensorRT swallows exceptions of its callbacks, so it is kept."""
+            self._phases: dict[str, _Phase] = {}
+            self._lock = threading.Lock()  # TensorRT reports from several threads
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            try:
+                with self._lock:
+                    self._phases[phase_name] = _Phase(parent_phase, max(num_steps, 1))
+            except KeyboardInterrupt:
+                self.interrupted = True
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                with self._lock:
+                    if phase_name in self._phases:
+                        self._phases[phase_name].done = step + 1
+                        self._show()
+            except KeyboardInterrupt:
+                self.interrupted = True
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            try:
+                with self._lock:
+                    self._phases.pop(phase_name, None)
+            except KeyboardInterrupt:
+                self.interrupted = True
+
+        def _show(self) -> None:
+            roots = [name for name, phase in self._phases.items() if phase.parent is None]
+            percent = 100 * max((self._fraction(name) for name in roots), default=0.0)
+            if percent > bar.n:
+                bar.update(percent - bar.n)
+
+        def _fraction(self, name: str) -> float:
+            """Return how much of a phase is done, counting the running step's own phases."""
+            phase = self._phases[name]
+            inner = [key for key, child in self._phases.items() if child.parent == name]
+            running = max((self._fraction(key) for key in inner), default=0.0)
+            return min(1.0, (phase.done + running) / phase.steps)
+
+    return ProgressMonitor()

@@ -1,0 +1,382 @@
+"""Plan in, runner out: one `Engine` for TensorRT and TensorRT-RTX, with cuda-python underneath."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.metadata import check_input
+from trt_yolov6.detectors.recognition import GraphFacts
+from trt_yolov6.engines.base import Engine, LoadOptions, Run, check_images
+from trt_yolov6.engines.cuda import device as cuda_device
+from trt_yolov6.engines.cuda.arrays import lies_on_gpu, view_of
+from trt_yolov6.engines.cuda.device import OutOfGpuMemoryError, PinnedPool
+from trt_yolov6.engines.manifest import Manifest
+from trt_yolov6.engines.reading import class_names_of, reading_of
+from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
+from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
+from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.spec import BatchProfile, TensorSpec
+
+_ROUNDS = 20
+"""Rounds of runs on several streams between two looks at the clock."""
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How a TensorRT makes execution contexts, where it offers a choice.
+
+    make_config: makes the argument of `create_execution_context` from an `ICudaEngine`; None: there
+        is no argument.
+    record_graph: runs are recorded as CUDA graphs by this package; False: TensorRT-RTX does it, or
+        nobody.
+    launches_graphs: runs are launched as CUDA graphs, whoever records them.
+    after_first_run: called whenever a batch size has run for the first time, and at the end.
+    """
+
+    make_config: Callable[[Any], Any] | None = None
+    record_graph: bool = False
+    launches_graphs: bool = False
+    after_first_run: Callable[[], None] = lambda: None
+
+
+class TensorRTEngine(Engine):
+    """A TensorRT or TensorRT-RTX plan on the GPU, with buffers for its largest batch.
+
+    Args:
+        flavour: the TensorRT that built the plan.
+        path: the plan.
+        manifest: what `build` wrote beside it, if anything.
+        contexts: how execution contexts are made.
+        options: the decoder and the pre-processing of a plan without a manifest.
+
+    Raises:
+        UserError: no GPU; a plan cut short, of another version or for another GPU; tensors that are
+            no detector's; too little GPU memory.
+    """
+
+    in_flight = 2
+
+    def __init__(
+        self,
+        flavour: Flavour,
+        path: Path,
+        manifest: Manifest | None,
+        contexts: ContextSettings | None = None,
+        options: LoadOptions | None = None,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.nms = manifest.nms if manifest else None
+        self.backend = flavour.backend
+        self.backend_version = flavour.version
+        self._flavour = flavour
+        self._contexts = contexts or ContextSettings()
+        self._options = options or LoadOptions()
+        self._logger = logger_of(flavour.api)
+        try:
+            device = cuda_device.current_device()
+            cuda_device.free_memory()  # starts CUDA: a GPU that is busy says so here
+        except MissingDependencyError as error:
+            raise MissingDependencyError(
+                f"{path} runs on an NVIDIA GPU only, and {error}; `trt-yolov6 doctor` says what "
+                "is missing, and an .onnx engine runs on any machine."
+            ) from error
+        self.device = device.name
+        self._pinned = PinnedPool()
+        self._lanes: list[Lane] = []
+        self._idle: deque[Lane] = deque()
+        self._seen: set[int] = set()
+        self._runtime, self._engine = _deserialize(flavour, path, device)
+        self._read_tensors()
+        make_config = self._contexts.make_config
+        self._plan = LanePlan(
+            flavour=flavour,
+            path=path,
+            device=device.name,
+            engine=self._engine,
+            context_config=None if make_config is None else make_config(self._engine),
+            input=self.input,
+            outputs=self.outputs,
+            batch=self.batch,
+            record_graph=self._contexts.record_graph,
+            find_candidates=self.output_layout == "split"
+            and all(
+                output.dtype == np.float32
+                or (output.name == "scores" and output.dtype == np.float16)
+                for output in self.outputs
+            ),
+        )
+        try:
+            self._idle.append(self._new_lane())
+        except BaseException:
+            self.close()
+            raise
+
+    def infer(self, images: Any) -> dict[str, NDArray[Any]]:
+        """Run one batch; see `Engine.infer`. A CUDA tensor (DLPack) is read where it lies."""
+        outputs = self.start(images).wait()
+        assert isinstance(outputs, dict)
+        return outputs
+
+    def start(self, images: Any, confidence: float | None = None) -> Run:
+        lane = self._take()
+        try:
+            batch = self._checked(images, lane)
+            lane.start(batch, confidence)
+        except BaseException:
+            self._idle.append(lane)
+            raise
+        return _LaneRun(lane, self._done, batch.shape[0])
+
+    def infer_on_gpu(self, images: Any) -> dict[str, Any]:
+        """Run one batch and leave the outputs on the GPU.
+
+        Args:
+            images: as for `infer`.
+
+        Returns:
+            One object an output that speaks DLPack (`torch.from_dlpack` takes it), by name. It is
+            the engine's own memory: valid until the next run, or until the engine is closed.
+
+        Raises:
+            UserError: as `infer`; MissingDependencyError: there is no cuda-core.
+        """
+        lane = self._take()
+        try:
+            batch = self._checked(images, lane)
+            lane.start(batch, None, fetch=False)
+            outputs = lane.finish_on_gpu()
+        except BaseException:
+            self._idle.append(lane)
+            raise
+        self._done(lane, batch.shape[0])
+        return outputs
+
+    def empty_input(self, rows: int) -> NDArray[Any]:
+        shape = tuple(length or 0 for length in self.input.shape[1:])
+        return self._pinned.array((rows, *shape), self.input.dtype)
+
+    def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
+        self._check_open()
+        check_images(self, images)
+        while len(self._lanes) < streams:
+            self._idle.append(self._new_lane())
+        lanes = self._lanes[:streams]
+        work = [lane.resident(images) for lane in lanes]
+        if streams == 1:
+            stopwatch = cuda_device.Stopwatch(lanes[0].stream)
+
+            def run() -> float:
+                self._check_open()
+                return stopwatch.time(work[0])
+
+            return run
+
+        def rounds() -> float:
+            self._check_open()
+            start = time.perf_counter()
+            for _ in range(_ROUNDS):
+                for enqueue in work:
+                    enqueue()
+            for lane in lanes:
+                lane.stream.wait()
+            return (time.perf_counter() - start) / _ROUNDS
+
+        return rounds
+
+    def layer_times(self, images: NDArray[Any], runs: int = 20) -> dict[str, float]:
+        """Return the median seconds of each layer of the engine, in its order, by name.
+
+        Layers run apart for it, so that their sum exceeds a run's time; what matters is their
+        share.
+
+        Args:
+            images: as for `infer`, a NumPy array.
+            runs: how often to run.
+
+        Raises:
+            UserError: as `infer`, or runs are launched as CUDA graphs, which have no layers: load
+                the engine with `LoadOptions(cuda_graph=False)`.
+        """
+        if self._contexts.launches_graphs:
+            raise UserError(
+                f"{self.path} is launched as a CUDA graph, whose layers cannot be timed; load it "
+                "with cuda_graph=False (--no-cuda-graph)."
+            )
+        lane = self._take()
+        try:
+            check_images(self, images)
+            times = lane.profile(images, runs)
+        finally:
+            self._idle.append(lane)
+        return {name: float(np.median(seconds)) for name, seconds in times.items()}
+
+    def close(self) -> None:
+        if self._engine is None:
+            return
+        self._contexts.after_first_run()
+        # Dependents first: TensorRT wants the contexts gone before the engine.
+        for lane in self._lanes:
+            lane.close()
+        self._lanes.clear()
+        self._idle.clear()
+        self._plan = None  # type: ignore[assignment]
+        self._engine = None
+        self._runtime = None
+        self._pinned.close()
+
+    # --- opening ----------------------------------------------------------------------------------
+
+    def _read_tensors(self) -> None:
+        """Fill in the tensors, the batch profile and the output layout from the engine."""
+        api, engine = self._flavour.api, self._engine
+        inputs: list[TensorSpec] = []
+        outputs: list[TensorSpec] = []
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            is_input = engine.get_tensor_mode(name) == api.TensorIOMode.INPUT
+            shape = tuple(
+                None if length < 0 else int(length) for length in engine.get_tensor_shape(name)
+            )
+            spec = TensorSpec(name, shape, _dtype(engine.get_tensor_dtype(name), name))
+            (inputs if is_input else outputs).append(spec)
+        if len(inputs) != 1:
+            names = ", ".join(spec.name for spec in inputs)
+            raise UserError(
+                f"{self.path} has {len(inputs)} inputs ({names}); build it from a detector with a "
+                "single image input."
+            )
+        self.input = inputs[0]
+        self.outputs = tuple(outputs)
+        check_input(self.input, self.path)
+        fixed = self.input.shape[0]
+        if fixed is not None:
+            self.batch = BatchProfile(fixed, fixed, fixed)
+        else:
+            shapes = engine.get_tensor_profile_shape(self.input.name, 0)
+            self.batch = BatchProfile(*(int(shape[0]) for shape in shapes))
+        reading = reading_of(
+            self.manifest,
+            self._options,
+            self.path,
+            lambda: GraphFacts(self.outputs, self.image_size),
+        )
+        self.decoder, self.output_layout = reading.decoder, reading.layout
+        self.preprocessing = reading.preprocessing
+        self.class_names = class_names_of(self.outputs, self.output_layout, self.manifest)
+
+    def _new_lane(self) -> Lane:
+        try:
+            lane = Lane(self._plan, self._pinned)
+        except OutOfGpuMemoryError as error:
+            raise UserError(
+                f"{self.path} does not fit on the {self.device} with batch {self.batch.max}, where "
+                f"{error}"
+            ) from error
+        self._lanes.append(lane)
+        return lane
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._engine is None:
+            raise UserError(f"the engine {self.path} is closed; load it again.")
+        self._logger.clear()
+
+    def _take(self) -> Lane:
+        """Return a lane that has nothing to do, or a new one."""
+        self._check_open()
+        return self._idle.popleft() if self._idle else self._new_lane()
+
+    def _checked(self, images: Any, lane: Lane) -> Any:
+        """Return a batch as a NumPy array, or as a view of GPU memory that the lane may read."""
+        # `asarray` takes a tensor on the CPU too.
+        batch = view_of(images, lane.stream) if lies_on_gpu(images) else np.asarray(images)
+        check_images(self, batch)
+        return batch
+
+    def _done(self, lane: Lane, batch: int) -> None:
+        """Take a lane back that has ended a run."""
+        self._idle.append(lane)
+        if batch not in self._seen:
+            self._seen.add(batch)
+            self._contexts.after_first_run()
+
+
+class _LaneRun(Run):
+    """A batch on its way through a lane."""
+
+    def __init__(self, lane: Lane, done: Callable[[Lane, int], None], batch: int) -> None:
+        self._lane: Lane | None = lane
+        self._done = done
+        self._batch = batch
+
+    def wait(self) -> dict[str, NDArray[Any]] | Candidates:
+        assert self._lane is not None, "a run is waited for once"
+        lane, self._lane = self._lane, None
+        try:
+            return lane.finish()
+        finally:
+            self._done(lane, self._batch)
+
+
+def _deserialize(flavour: Flavour, path: Path, device: cuda_device.Device) -> tuple[Any, Any]:
+    """Return the `IRuntime` and the `ICudaEngine` of a plan."""
+    try:
+        plan = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
+    logger = logger_of(flavour.api)
+    logger.clear()
+    runtime = flavour.api.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan) if plan else None
+    if engine is None:
+        reason = _cause(logger.reason()) if plan else "the file is empty"
+        raise UserError(
+            f"{path} is not an engine that {flavour} loads on the {device.name} ({reason}); build "
+            f"it again on this machine with `trt-yolov6 build --backend {flavour.backend}`."
+        )
+    return runtime, engine
+
+
+_CAUSES = {
+    "blobSize": "the file is cut short",
+    "minBufferSize": "the file is cut short",
+    "magicTag": "the file is no plan",
+    "kSERIALIZATION_VERSION": "another version built it",
+}
+"""What a failed assertion in TensorRT's plan reader means, by a word of it."""
+
+
+def _cause(reason: str) -> str:
+    return next((cause for word, cause in _CAUSES.items() if word in reason), reason)
+
+
+_DTYPES = {
+    "BOOL": np.bool_,
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+}
+"""NumPy's types by `DataType`'s names. `nptype` of TensorRT 8 names one that NumPy lost."""
+
+
+def _dtype(dtype: Any, tensor: str) -> np.dtype[Any]:
+    if dtype.name not in _DTYPES:
+        raise UserError(
+            f"tensor {tensor!r} has the type {dtype}, which NumPy does not know; build the engine "
+            "with float32 inputs and outputs."
+        )
+    return np.dtype(_DTYPES[dtype.name])

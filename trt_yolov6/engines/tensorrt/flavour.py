@@ -1,0 +1,113 @@
+"""What TensorRT and TensorRT-RTX share at building and at running: the flavour and its messages.
+
+The two have nearly the same Python API in two modules, `tensorrt` and `tensorrt_rtx`. All shared
+code takes the imported module as a parameter, so that one process can use both: `eval` and `bench`
+compare their engines side by side. That is why Polygraphy's TensorRT loaders are not used here:
+Polygraphy settles on one of the two for the whole process, by an environment variable.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from trt_yolov6.engines.cuda.device import Device
+from trt_yolov6.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+LAYERS_HEADER = "Layers:\n"
+"""How the builder's verbose message about an engine's layers begins."""
+
+
+FIRST_WITH_FP8 = (8, 9)
+"""Compute capability from which on GPUs multiply in FP8: Ada, Hopper, Blackwell."""
+
+
+def check_fp8(device: Device) -> None:
+    """Raise UserError for a GPU without FP8."""
+    if device.capability < FIRST_WITH_FP8:
+        raise UserError(
+            f"the {device} has no FP8 (8.9 and later do: Ada, Hopper, Blackwell); build with "
+            "--int8 or --fp16 for it."
+        )
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the two TensorRTs."""
+
+    backend: str
+    """Its name as in `--backend`."""
+    label: str
+    """Its name in sentences."""
+    api: Any
+    """The imported module."""
+
+    @property
+    def version(self) -> str:
+        """Version of the imported module."""
+        return str(self.api.__version__)
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """Major and minor version."""
+        major, minor = self.version.split(".")[:2]
+        return int(major), int(minor)
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.version}"
+
+
+@functools.cache
+def logger_of(api: Any) -> Any:
+    """Return the one logger of a TensorRT module: an `ILogger` with `clear()` and `reason()`.
+
+    TensorRT keeps a single logger a process and complains about a second, so all builders and
+    runtimes share this one. Errors are kept for the exception to quote, warnings go to Python's
+    `logging`, and the rest is dropped.
+    """
+
+    class Logger(api.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)
+            self.problems: list[str] = []
+            """Errors and warnings since `clear`."""
+            self._errors: list[str] = []
+            self.layers = ""
+            """The builder's message about the engine's layers, see `layer_log`."""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (api.ILogger.ERROR, api.ILogger.INTERNAL_ERROR):
+                self._errors.append(message)
+                self.problems.append(message)
+                _LOG.debug("%s", message)
+            elif severity == api.ILogger.WARNING:
+                self.problems.append(message)
+                _LOG.warning("%s", message)
+            elif message.startswith(LAYERS_HEADER):
+                self.layers = message
+
+        def clear(self) -> None:
+            """Forget what was said before."""
+            self._errors.clear()
+            self.problems.clear()
+            self.layers = ""
+
+        def reason(self) -> str:
+            """Return the first error since `clear`, the cause of those behind it, on one line."""
+            return one_line(self._errors[0]) if self._errors else "it gives no reason"
+
+    return Logger()
+
+
+def one_line(message: str) -> str:
+    """Return a TensorRT message without the places in its source code, as one short line."""
+    text = re.sub(r"\[[\w.]+::\w+::\d+\] ", "", message)
+    text = re.sub(r"\(In [\w:~]+ at \S+:\d+ (\(.*?\))\)", r"\1", text)
+    text = re.sub(r"[,.]?\s*In (function )?[\w:~]+ at \S+:\d+", "", text)
+    text = " ".join(text.split()).rstrip(". ")
+    return text if len(text) <= 300 else text[:297] + "..."

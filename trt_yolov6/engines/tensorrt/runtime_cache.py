@@ -1,0 +1,60 @@
+"""TensorRT-RTX's runtime cache: kernels compiled for this GPU, kept beside the plan.
+
+TensorRT-RTX compiles an engine's kernels on the GPU that runs them, which takes seconds. The cache
+makes that happen once. TensorRT-RTX checks by itself whether a cache fits its version, the GPU and
+the driver; one that does not is made anew. A cache is a by-product: where it can be neither read
+nor written, the engine only starts more slowly.
+"""
+
+# API: tensorrt-rtx (TensorRT's plans hold finished kernels)
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trt_yolov6.common.files import write_bytes
+from trt_yolov6.errors import UserError
+
+SUFFIX = ".runtime-cache"
+
+
+def cache_path(plan: Path) -> Path:
+    """Return where the cache of a plan lies: `yolov6n.trt.runtime-cache`."""
+    return plan.with_name(plan.name + SUFFIX)
+
+
+class RuntimeCache:
+    """The `IRuntimeCache` of an engine, and the file it is kept in."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.used = False
+        """The file was there and fits."""
+        self._cache: Any = None
+        self._stored = b""
+
+    def attach(self, config: Any) -> None:
+        """Give an `IRuntimeConfig` the cache, filled from the file where that fits."""
+        self._cache = config.create_runtime_cache()
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            content = b""
+        if content and self._cache.deserialize(content):
+            self.used = True
+            self._stored = content
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Write the cache to its file, if it has grown since it was read or written."""
+        if self._cache is None:
+            return
+        content = bytes(self._cache.serialize())
+        if len(content) == len(self._stored):
+            return
+        try:
+            write_bytes(self.path, content)
+        except UserError:  # a folder that is read-only, say
+            return
+        self._stored = content

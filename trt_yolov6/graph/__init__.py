@@ -1,0 +1,1 @@
+"""ONNX graphs: exported, read, recognized, converted and run for reference."""

@@ -1,0 +1,573 @@
+"""Model → ONNX: the fused network traced by torch.onnx, with decoding (and NMS) put behind it.
+
+Only convolutions, activations, pooling and concatenation are traced, so no shape arithmetic can
+arise. Decoding is appended node by node, in the form with the least work: strides and signs of the
+box distances live in the weights of the last convolutions, so that decoding is one concatenation
+and one addition.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trt_yolov6.graph.model import Graph
+
+if TYPE_CHECKING:
+    from trt_yolov6.checkpoints.loading import Checkpoint
+
+import ast
+import dataclasses
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trt_yolov6 import __version__
+from trt_yolov6.common.files import write_bytes
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+from trt_yolov6.models import Architecture, YOLOv6, fuse
+from trt_yolov6.models.decode import anchor_points, decode
+from trt_yolov6.models.head import HeadLevel
+from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout
+
+MIN_OPSET, DEFAULT_OPSET, MAX_OPSET = 17, 18, 23
+
+# Signs of the distances left, top, right, bottom from an anchor point to x1, y1, x2, y2.
+_SIDES = np.array([-1, -1, 1, 1], np.float32)
+
+
+MAX_PIXELS = 4096 * 4096
+"""Largest input: 32 times the area of the images the networks are trained on."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the exported graph is to look like."""
+
+    image_size: tuple[int, int] | None = None
+    """Input height and width in pixels, multiples of `Architecture.size_multiple`; None: those that
+    the authors train the network at, mostly 640."""
+    batch: BatchProfile = dataclasses.field(default_factory=BatchProfile)
+    """A static profile (min = max) fixes the batch axis; any other leaves it free."""
+    fp16: bool = False
+    """Half-precision weights, activations and scores; input and box coordinates stay float32."""
+    nms: NmsSettings | None = None
+    """Non-maximum suppression in the graph with these thresholds; None leaves it to the host."""
+    uint8_input: bool = False
+    """uint8 (batch, height, width, 3) RGB input, normalized in the graph."""
+    opset: int = DEFAULT_OPSET
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            _check_size(self.image_size, 32)
+        if not MIN_OPSET <= self.opset <= MAX_OPSET:
+            raise UserError(
+                f"--opset {self.opset} is not supported; give {MIN_OPSET} to {MAX_OPSET}."
+            )
+
+    def size_for(self, arch: Architecture) -> tuple[int, int]:
+        """Return the input's height and width in pixels for a network.
+
+        Raises:
+            UserError: the size is no multiple of the network's coarsest stride.
+        """
+        size = self.image_size or (arch.image_size, arch.image_size)
+        _check_size(size, arch.size_multiple)
+        return size
+
+    @property
+    def output_layout(self) -> OutputLayout:
+        """Layout of the graph's outputs (see `OutputLayout`)."""
+        return "end2end" if self.nms else "split"
+
+
+def export_onnx(
+    model: YOLOv6,
+    settings: ExportSettings | None = None,
+    class_names: Sequence[str] = (),
+    *,
+    verify: bool = True,
+) -> onnx.ModelProto:
+    """Export a model as a checked ONNX graph with decoding inside.
+
+    Args:
+        model: in training or fused form, float32, on the CPU; it is not changed.
+        settings: shape, precision and ends of the graph.
+        class_names: written into the graph's metadata, so that the file speaks for itself.
+        verify: run the graph in ONNX Runtime beside the PyTorch model on one random batch.
+
+    Returns:
+        A graph with input `images` and the outputs `boxes` and `scores`, or `detections` with NMS
+        (shapes: see `OutputLayout`).
+
+    Raises:
+        UserError: the size does not fit the network, or `verify` found outputs that differ by more
+            than rounding explains.
+    """
+    settings = settings or ExportSettings()
+    traced = _trace(_with_scaled_boxes(fuse(model).eval()), settings)
+    _name_nodes(traced)
+    _use_older_operators(traced)
+    if verify:
+        plain = dataclasses.replace(settings, nms=None)
+        _verify(_composed(traced, model.arch, plain, class_names), model, plain)
+    return _composed(traced, model.arch, settings, class_names)
+
+
+def _composed(
+    traced: onnx.ModelProto,
+    arch: Architecture,
+    settings: ExportSettings,
+    class_names: Sequence[str],
+) -> onnx.ModelProto:
+    """Put the ends onto a traced network: decoding, NMS, normalization, half precision."""
+    graph = gs.import_onnx(traced)
+    _append_decoding(graph, arch, settings)
+    graph.toposort()
+    exact = tail_nodes(gs.export_onnx(graph)) if settings.fp16 else set()
+    if settings.nms:
+        _append_nms(graph, settings.nms)
+    if settings.uint8_input:
+        _prepend_normalization(graph, settings, settings.size_for(arch))
+    graph.cleanup().toposort()
+    proto: onnx.ModelProto = gs.export_onnx(graph)
+    if settings.fp16:
+        exact.update(node.name for node in graph.nodes if node.name.startswith("nms/"))
+        proto = to_fp16(proto, keep_float32=exact)
+    _finish(proto, arch.name, class_names, settings)
+    return proto
+
+
+def write_onnx(path: str | Path, model: onnx.ModelProto) -> None:
+    """Write an ONNX file, whole or not at all."""
+    write_bytes(path, model.SerializeToString())
+
+
+def _check_size(size: tuple[int, int], multiple: int) -> None:
+    height, width = size
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        fitting = "x".join(str(max(multiple, -(-side // multiple) * multiple)) for side in size)
+        raise UserError(
+            f"--imgsz {height}x{width} is not a multiple of {multiple}, which this network needs; "
+            f"give {fitting}, for example."
+        )
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"--imgsz {height}x{width} is more than {MAX_PIXELS:,} pixels; give a smaller size."
+        )
+
+
+# --- tracing ------------------------------------------------------------------------------------
+
+
+class _RawOutputs(nn.Module):
+    """The network with its per-level outputs flattened into one tuple, as the tracer wants them."""
+
+    def __init__(self, model: YOLOv6) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor for level in self.model.raw(images) for tensor in level)
+
+
+def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
+    profile = settings.batch
+    # torch.export takes sizes 0 and 1 as constants, so a free batch axis is traced with two images.
+    batch = profile.min if profile.is_static else 2
+    images = torch.zeros(1, 3, *settings.size_for(model.arch))
+    # Expanded, a large fixed batch takes no memory; a free axis must not look like a broadcast one.
+    if profile.is_static:
+        images = images.expand(batch, -1, -1, -1)
+    else:
+        images = images.repeat(batch, 1, 1, 1)
+    dynamic = None if profile.is_static else ({0: torch.export.Dim("batch", min=1)},)
+    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "torch.export"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _RawOutputs(model).eval(),
+            (images,),
+            input_names=["images"],
+            output_names=_raw_names(model),
+            dynamic_shapes=dynamic,
+            opset_version=max(settings.opset, 18),
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def _raw_names(model: YOLOv6) -> list[str]:
+    kinds = ("cls", "reg", "obj") if model.arch.head == "offset" else ("cls", "reg")
+    return [f"{kind}_{stride}" for stride in model.arch.strides for kind in kinds]
+
+
+class _quiet:
+    """Keep loggers silent for the duration of a `with` block."""
+
+    def __init__(self, *names: str) -> None:
+        self._loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self) -> None:
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+
+
+def _name_nodes(proto: onnx.ModelProto) -> None:
+    """Name each node after the module it comes from: `backbone.stem.conv`, `neck.reduce5.act` …"""
+    taken: dict[str, int] = {}
+    for node in proto.graph.node:
+        notes = {item.key: item.value for item in node.metadata_props}
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = scopes[-2].removeprefix("model.") if len(scopes) > 1 else ""
+        if node.op_type in ("Conv", "ConvTranspose"):
+            name = module
+        else:
+            name = f"{module}/{node.op_type.lower()}".removeprefix("/")
+        count = taken.get(name, 0)
+        taken[name] = count + 1
+        node.name = f"{name}_{count}" if count else name
+
+
+def _use_older_operators(proto: onnx.ModelProto) -> None:
+    """Write what only opset 18 can say as opset 17 can, too; this is also how others export it."""
+    shapes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in proto.graph.value_info
+    }
+    for node in proto.graph.node:
+        if node.op_type == "ReduceMean":
+            # Squeeze-and-excitation's, over height and width.
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:]
+            _keep_attributes(node)
+        elif node.op_type == "Split":
+            (axis,) = (item.i for item in node.attribute if item.name == "axis")
+            sizes = np.array([shapes[name][axis] for name in node.output], np.int64)
+            del node.input[1:]
+            node.input.append(f"{node.name}_sizes")
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(sizes, node.input[1]))
+            _keep_attributes(node, "axis")
+        elif node.op_type == "Resize":
+            _keep_attributes(node, "mode", "coordinate_transformation_mode", "nearest_mode")
+
+
+def _keep_attributes(node: onnx.NodeProto, *names: str) -> None:
+    kept = [item for item in node.attribute if item.name in names]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+# --- decoding -----------------------------------------------------------------------------------
+
+
+def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
+    """Fold stride and sign into the last box convolutions, in place on the fused copy."""
+    with torch.no_grad():
+        for stride, level in zip(model.arch.strides, model.head.levels, strict=True):
+            assert isinstance(level, HeadLevel)
+            conv = level.reg_pred
+            assert conv.bias is not None
+            factor, shift = (torch.from_numpy(part) for part in box_factors(model.arch, stride))
+            conv.weight *= factor[:, None, None, None]
+            conv.bias.copy_(conv.bias * factor + shift)
+    return model
+
+
+def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return what exported box convolutions have folded in: outputs are times factor, plus shift.
+
+    Strides are powers of two, so nothing is rounded. With DFL the softmax stands between, and the
+    factor has to be applied behind it.
+
+    Args:
+        arch: says which head it is.
+        stride: of the level, in pixels.
+
+    Returns:
+        factor and shift, float32 (4 * (reg_max + 1),).
+    """
+    channels = 4 * (arch.reg_max + 1)
+    factor, shift = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+    if arch.head == "offset":
+        # cx, cy in pixels; w and h leave the exponential as half sides in pixels.
+        factor[:2] = stride
+        shift[2:] = np.log(stride / 2)
+    elif not arch.reg_max:
+        factor *= _SIDES * stride
+    return factor, shift
+
+
+def _anchors(
+    size: tuple[int, int], level_strides: Sequence[int], cell_offset: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return anchor points in pixels, float32 (anchors, 2), and their strides (anchors, 1)."""
+    height, width = size
+    # Convolutions of stride 2 round up, which shows in Lite's coarsest level.
+    sizes = [(-(-height // stride), -(-width // stride)) for stride in level_strides]
+    points, strides = anchor_points(sizes, cell_offset, torch.zeros(()), level_strides)
+    return (points * strides).numpy().T, strides.numpy().T
+
+
+def _append_decoding(graph: gs.Graph, arch: Architecture, settings: ExportSettings) -> None:
+    raw = {tensor.name: tensor for tensor in graph.outputs}
+    points, strides = _anchors(
+        settings.size_for(arch), arch.strides, 0.0 if arch.head == "offset" else 0.5
+    )
+    # Behind the concatenation, whose kernel waits for memory anyway. Right behind the convolutions
+    # TensorRT-RTX fuses it with them; the largest then took 139 us (H200, N, batch 32), ten times
+    # what moving its data takes.
+    logits = _joined(graph, raw, "cls", [0, -1, arch.num_classes])
+    scores = _node(graph, "Sigmoid", "decode/scores", [logits])
+    if arch.head == "offset":
+        objectness = _joined(graph, raw, "obj", [0, -1, 1])
+        confidence = _node(graph, "Sigmoid", "decode/objectness", [objectness])
+        scores = _node(graph, "Mul", "decode/class_times_objectness", [scores, confidence])
+        boxes = _offset_boxes(graph, raw, points)
+    else:
+        boxes = _distance_boxes(graph, raw, arch.reg_max, points, strides)
+    batch = settings.batch.min if settings.batch.is_static else "batch"
+    boxes.name, boxes.dtype, boxes.shape = "boxes", np.float32, (batch, len(points), 4)
+    scores.name, scores.dtype = "scores", np.float32
+    scores.shape = (batch, len(points), arch.num_classes)
+    graph.outputs = [boxes, scores]
+
+
+def _distance_boxes(
+    graph: gs.Graph,
+    raw: dict[str, gs.Variable],
+    reg_max: int,
+    points: NDArray[np.float32],
+    strides: NDArray[np.float32],
+) -> gs.Variable:
+    corners = np.concatenate([points, points], axis=1)[None]
+    if not reg_max:
+        sides = _joined(graph, raw, "reg", [0, -1, 4])
+    else:
+        # DFL: each distance is the expectation over reg_max + 1 bins (Section 2.3.2).
+        bins = _joined(graph, raw, "reg", [0, -1, 4, reg_max + 1])
+        weights = _node(graph, "Softmax", "decode/dfl_softmax", [bins], axis=3)
+        ladder = gs.Constant("dfl_bins", np.arange(reg_max + 1, dtype=np.float32)[:, None])
+        distances = _node(graph, "MatMul", "decode/dfl_expectation", [weights, ladder])
+        flat = _reshape(graph, "decode/flat_distances", distances, [0, -1, 4])
+        factor = gs.Constant("signed_strides", (strides * _SIDES)[None])
+        sides = _node(graph, "Mul", "decode/signed_stride", [flat, factor])
+    return _node(graph, "Add", "decode/boxes", [sides, gs.Constant("anchor_points", corners)])
+
+
+def _offset_boxes(
+    graph: gs.Graph, raw: dict[str, gs.Variable], points: NDArray[np.float32]
+) -> gs.Variable:
+    joined = _joined(graph, raw, "reg", [0, -1, 4])
+    offsets, logarithms = gs.Variable("offsets"), gs.Variable("log_half_sizes")
+    graph.nodes.append(
+        gs.Node(
+            "Split",
+            "decode/offsets",
+            attrs={"axis": 2},
+            inputs=[joined, gs.Constant("two_and_two", np.array([2, 2], np.int64))],
+            outputs=[offsets, logarithms],
+        )
+    )
+    corner = gs.Constant("anchor_points", np.ascontiguousarray(points)[None])
+    center = _node(graph, "Add", "decode/centers", [offsets, corner])
+    half = _node(graph, "Exp", "decode/half_sizes", [logarithms])
+    first = _node(graph, "Sub", "decode/top_left", [center, half])
+    second = _node(graph, "Add", "decode/bottom_right", [center, half])
+    return _node(graph, "Concat", "decode/corners", [first, second], axis=2)
+
+
+def _joined(
+    graph: gs.Graph, raw: dict[str, gs.Variable], kind: str, shape: list[int]
+) -> gs.Variable:
+    """Put channels last, flatten one kind of output over its cells, join the levels' anchors."""
+    levels = []
+    for name in raw:
+        if not name.startswith(f"{kind}_"):
+            continue
+        last = _node(graph, "Transpose", f"decode/{name}_last", [raw[name]], perm=[0, 2, 3, 1])
+        levels.append(_reshape(graph, f"decode/{name}", last, shape))
+    return _node(graph, "Concat", f"decode/{kind}", levels, axis=1)
+
+
+def _append_nms(graph: gs.Graph, nms: NmsSettings) -> None:
+    """Put NonMaxSuppression behind `boxes` and `scores`, and gather what it selects into rows."""
+    boxes, scores = graph.outputs
+    boxes.name, scores.name = "decoded_boxes", "decoded_scores"
+    by_class = _node(graph, "Transpose", "nms/scores", [scores], perm=[0, 2, 1])
+    selected = _node(
+        graph,
+        "NonMaxSuppression",
+        "nms/suppression",
+        [
+            boxes,
+            by_class,
+            gs.Constant("max_per_class", np.array([nms.max_detections], np.int64)),
+            gs.Constant("iou_threshold", np.array([nms.iou], np.float32)),
+            gs.Constant("score_threshold", np.array([nms.confidence], np.float32)),
+        ],
+        "selected",
+    )
+    # Each row of `selected` is batch, class, box: it indexes the scores as it stands.
+    score = _node(graph, "GatherND", "nms/gather_scores", [by_class, selected])
+    column = gs.Constant("last_axis", np.array([1], np.int64))
+    score = _node(graph, "Unsqueeze", "nms/score_column", [score, column])
+    place = gs.Constant("batch_and_box", np.array([0, 2], np.int64))
+    place = _node(graph, "Gather", "nms/batch_and_box", [selected, place], axis=1)
+    kept = _node(graph, "GatherND", "nms/gather_boxes", [boxes, place])
+    floats = _node(graph, "Cast", "nms/index_floats", [selected], to=onnx.TensorProto.FLOAT)
+    first = gs.Constant("batch_index", np.array([0], np.int64))
+    image = _node(graph, "Gather", "nms/batch_column", [floats, first], axis=1)
+    label = _node(graph, "Gather", "nms/class_column", [floats, column], axis=1)
+    rows = _node(graph, "Concat", "nms/detections", [image, kept, score, label], axis=1)
+    rows.name, rows.dtype, rows.shape = "detections", np.float32, ("detections", 7)
+    graph.outputs = [rows]
+
+
+def _prepend_normalization(
+    graph: gs.Graph, settings: ExportSettings, size: tuple[int, int]
+) -> None:
+    """Take uint8 (batch, height, width, 3) images and scale them to 0..1 in the graph."""
+    floats = graph.inputs[0]
+    floats.name = "normalized"
+    batch = settings.batch.min if settings.batch.is_static else "batch"
+    pixels = gs.Variable("images", np.uint8, (batch, *size, 3))
+    # TensorRT wants a uint8 input cast before anything else is done with it.
+    cast = _node(graph, "Cast", "input/cast", [pixels], to=onnx.TensorProto.FLOAT)
+    planar = _node(graph, "Transpose", "input/planar", [cast], perm=[0, 3, 1, 2])
+    factor = gs.Constant("one_255th", np.array(1 / 255, np.float32))
+    graph.nodes.append(gs.Node("Mul", "input/normalize", inputs=[planar, factor], outputs=[floats]))
+    graph.inputs = [pixels]
+
+
+def _node(
+    graph: gs.Graph,
+    op: str,
+    name: str,
+    inputs: list[gs.Tensor],
+    output: str | None = None,
+    **attrs: Any,
+) -> gs.Variable:
+    result = gs.Variable(output or f"{name}_out")
+    graph.nodes.append(gs.Node(op, name, attrs=attrs, inputs=inputs, outputs=[result]))
+    return result
+
+
+def _reshape(graph: gs.Graph, name: str, tensor: gs.Tensor, shape: list[int]) -> gs.Variable:
+    # A zero copies the axis, so that the batch stays free without any shape arithmetic.
+    constant = gs.Constant(f"{name}_shape", np.array(shape, np.int64))
+    return _node(graph, "Reshape", name, [tensor, constant])
+
+
+# --- finishing ----------------------------------------------------------------------------------
+
+
+def _finish(
+    proto: onnx.ModelProto, name: str, class_names: Sequence[str], settings: ExportSettings
+) -> None:
+    """Stamp producer, opset and metadata, drop the tracer's notes, and check the graph."""
+    del proto.metadata_props[:]
+    for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output):
+        del part.metadata_props[:]
+    for part in (*proto.graph.value_info, *proto.graph.initializer):
+        del part.metadata_props[:]
+    for node in proto.graph.node:
+        node.doc_string = ""
+    del proto.graph.value_info[:]
+    # Nothing in the graph differs between opset 17 and 18, so the lower one is only a stamp.
+    proto.opset_import[0].version = settings.opset
+    proto.producer_name, proto.producer_version = "trt-yolov6", __version__
+    proto.graph.name = name
+    for key, value in {
+        "model": name,
+        "names": json.dumps(list(class_names)),
+        "nms": json.dumps(dataclasses.asdict(settings.nms) if settings.nms else None),
+    }.items():
+        proto.metadata_props.add(key=key, value=value)
+    onnx.checker.check_model(proto, full_check=True)
+
+
+def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> None:
+    """Compare the graph in ONNX Runtime with the PyTorch model on random images.
+
+    A fixed batch is freed in a copy first: two images tell as much as two hundred.
+    """
+    import onnxruntime
+
+    size = settings.size_for(model.arch)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for value in (*copy.graph.input, *copy.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (min(2, settings.batch.max), *size, 3), dtype=np.uint8
+    )
+    planar = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 255
+    with torch.inference_mode():
+        levels = model.eval().raw(torch.from_numpy(planar))
+        boxes, scores = decode(levels, model.arch)
+        largest = max(float(level[0].abs().max()) for level in levels)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    outputs = session.run(None, {"images": pixels if settings.uint8_input else planar})
+    # Measured on the sample: 1e-6 in float32 and 2e-3 in half precision, of the largest value.
+    limit = 2e-2 if settings.fp16 else 1e-4
+    for name, got, wanted, scale in zip(
+        ("boxes", "scores"),
+        outputs,
+        (boxes.mT.numpy(), scores.mT.numpy()),
+        # Rounding grows with what is rounded: logits of trained networks stay below about 16.
+        (max(*size, float(boxes.abs().max())), max(1, largest / 16)),
+        strict=True,
+    ):
+        error = float(np.abs(got - wanted).max()) / scale
+        if not error <= limit:
+            raise UserError(
+                f"the exported graph's {name} differ from the PyTorch model's by {error:.2g} of "
+                "their range; please report this with the checkpoint's name."
+            )
+
+
+def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSettings) -> Graph:
+    """Export a checkpoint: a file, or what `load_checkpoint` made of it.
+
+    Raises:
+        UserError: the file is no YOLOv6 checkpoint this package reads, or the size does not fit it.
+    """
+    from trt_yolov6.checkpoints.loading import load_checkpoint
+    from trt_yolov6.graph.export import export_onnx
+
+    checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
+    return Graph(
+        model=export_onnx(checkpoint.model, settings, checkpoint.class_names),
+        name=checkpoint.arch.name,
+        class_names=tuple(checkpoint.class_names),
+        image_size=settings.size_for(checkpoint.arch),
+        batch=settings.batch,
+        precision="fp16" if settings.fp16 else "fp32",
+        output_layout=settings.output_layout,
+        nms=settings.nms,
+        source=checkpoint.path,
+    )

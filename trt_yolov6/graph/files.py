@@ -1,0 +1,229 @@
+"""ONNX files in: whole, with the weights that lie beside them, in an order that can be run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import Precision, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+_MAX_BYTES = 2**31
+"""A protobuf message of this size or more cannot be written."""
+
+
+def read_onnx(path: str | Path) -> onnx.ModelProto:
+    """Read and check an ONNX file.
+
+    Weights kept in files of their own (`.onnx.data`) are read from the model's folder, so that the
+    model returned is whole. Nodes that stand before those whose results they read are sorted.
+
+    Raises:
+        UserError: the file or one with its weights is missing or cut short, or is no ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    try:
+        model = onnx.load_from_string(content)
+    except (DecodeError, ValueError, UnicodeDecodeError) as error:
+        raise _not_whole(path, error) from error
+    read_weights(model, path)
+    sort_nodes(model)
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
+        raise _not_whole(path, error) from error
+    if not model.graph.node:
+        raise UserError(f"{path} is not an ONNX model with any operator; export it again.")
+    return model
+
+
+def read_weights(model: onnx.ModelProto, path: Path) -> bool:
+    """Read the weights that a model keeps in other files into it; return whether it has such.
+
+    Args:
+        model: changed in place.
+        path: of the model; its weights lie in the same folder.
+
+    Raises:
+        UserError: such a file is missing, elsewhere or too short, or the whole is over 2 GiB.
+    """
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_model
+
+    places = sorted(set(_external_files(model)))
+    if not places:
+        return False
+    try:
+        load_external_data_for_model(model, str(path.absolute().parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        listed = ", ".join(places)
+        raise UserError(
+            f"{path} keeps weights in {listed}, which cannot be read from its folder; copy the "
+            "files together, or export with the weights inside."
+        ) from error
+    for tensor in _tensors(model.graph):
+        wanted = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for length in tensor.dims:
+            wanted *= length
+        if tensor.HasField("raw_data") and wanted > len(tensor.raw_data) and _is_bytewise(tensor):
+            raise UserError(
+                f"{path} keeps the weights of {tensor.name!r} in {', '.join(places)}, which is cut "
+                "short; copy it again."
+            )
+    if model.ByteSize() >= _MAX_BYTES:
+        raise UserError(
+            f"{path} has over 2 GiB of weights, more than an ONNX file can hold; a smaller "
+            "detector is needed."
+        )
+    return True
+
+
+def sort_nodes(model: onnx.ModelProto) -> bool:
+    """Put nodes after those whose results they read; return whether any had to be moved.
+
+    Half-precision exports of some tools append the casts at the end. The order is kept where it
+    can be run. A graph with a cycle is left as it is, for the checker to refuse.
+
+    Args:
+        model: changed in place; only its main graph, as no exporter unsorts others.
+    """
+    nodes = list(model.graph.node)
+    makers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    readers: list[list[int]] = [[] for _ in nodes]
+    waits = [0] * len(nodes)
+    is_sorted = True
+    for index, node in enumerate(nodes):
+        for maker in {makers[name] for name in names_read(node) if name in makers} - {index}:
+            readers[maker].append(index)
+            waits[index] += 1
+            is_sorted = is_sorted and maker < index
+    if is_sorted:
+        return False
+    ready = deque(index for index, count in enumerate(waits) if not count)
+    order: list[int] = []
+    while ready:
+        order.append(ready.popleft())
+        for reader in readers[order[-1]]:
+            waits[reader] -= 1
+            if not waits[reader]:
+                ready.append(reader)
+    if len(order) < len(nodes):
+        return False
+    moved = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(moved[index] for index in order)
+    return True
+
+
+def value_spec(value: onnx.ValueInfoProto, path: str | Path) -> TensorSpec:
+    """Return name, shape and dtype of a graph's input or output; an axis left free is None.
+
+    Raises:
+        UserError: it is not a tensor.
+    """
+    import onnx
+
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or not tensor.elem_type:
+        raise UserError(f"{path} has {value.name!r}, which is not a tensor; a detector is needed.")
+    # Some exporters write a free axis as -1 or 0.
+    shape = tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim)
+    return TensorSpec(
+        value.name, shape, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    )
+
+
+def graph_precision(model: onnx.ModelProto) -> Precision:
+    """Return the precision a graph is in, by its Q/DQ nodes and its weights."""
+    import onnx
+
+    operators = {node.op_type for node in model.graph.node}
+    if any(op.startswith("DynamicQuantize") for op in operators):
+        return "int8-dynamic"
+    if any(op == "QuantizeLinear" or op.startswith("QLinear") for op in operators):
+        # Nothing but Q/DQ nodes reads constants of such a type.
+        return "fp8" if any(map(_is_float8, _constants(model))) else "int8"
+    half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
+    return "fp16" if half else "fp32"
+
+
+def _constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from model.graph.initializer
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            yield from (item.t for item in node.attribute if item.name == "value")
+
+
+def _is_float8(tensor: onnx.TensorProto) -> bool:
+    import onnx
+
+    name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return name.startswith("FLOAT8")
+
+
+def names_read(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names of what a node reads, in its branches and bodies as well."""
+    from trt_yolov6.graph.operators import subgraphs
+
+    yield from (name for name in node.input if name)
+    for body in subgraphs(node):
+        yield from (item.name for item in body.output)
+        for inner in body.node:
+            yield from names_read(inner)
+
+
+def _external_files(model: onnx.ModelProto) -> Iterator[str]:
+    from onnx.external_data_helper import uses_external_data
+
+    for tensor in _tensors(model.graph):
+        if uses_external_data(tensor):
+            yield next((item.value for item in tensor.external_data if item.key == "location"), "?")
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    from trt_yolov6.graph.operators import subgraphs
+
+    yield from graph.initializer
+    for node in graph.node:
+        yield from (item.t for item in node.attribute if item.HasField("t"))
+        for body in subgraphs(node):
+            yield from _tensors(body)
+
+
+def _is_bytewise(tensor: onnx.TensorProto) -> bool:
+    """Return False for the types of which two or more values share a byte."""
+    import onnx
+
+    name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return not name.endswith(("INT4", "INT2", "FLOAT4E2M1", "STRING"))
+
+
+def _not_whole(path: Path, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"{path} is not a whole ONNX model ({reason}); export or copy it again.")
+
+
+def has_other_files(path: Path) -> bool:
+    """Return whether an ONNX file keeps weights in other files; False for what is no such file."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError, ValueError):
+        return False
+    return any(True for _ in _external_files(model))

@@ -1,0 +1,38 @@
+"""An ONNX detector ready to be quantized or built, with what its manifest will say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, Precision
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX model ready to be built, with what the manifest has to say about it."""
+
+    model: onnx.ModelProto
+    name: str
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    batch: BatchProfile
+    precision: Precision
+    output_layout: OutputLayout
+    nms: NmsSettings | None
+    source: Path
+    calibration: dict[str, Any] | None = None
+    """How an INT8 or FP8 graph was calibrated; None for others."""
+    float_layers: tuple[str, ...] = ()
+    """Layers of such a graph that were asked to stay in float."""
+    decoder: str = "yolov6"
+    """The family the detector is of, see `detectors.families`."""
+    preprocessing: Preprocessing = YOLOV6
+    """How images become its input."""
+    notes: tuple[str, ...] = ()
+    """What was changed of a file's graph as it was read, or rewritten for TensorRT: sentences."""

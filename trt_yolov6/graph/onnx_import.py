@@ -1,0 +1,178 @@
+"""A detector's ONNX file, recognized and made ready to be built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trt_yolov6.detectors.layouts import class_count
+from trt_yolov6.detectors.metadata import check_input, image_size_in, names_in, nms_in
+from trt_yolov6.detectors.recognition import facts_of, recognize
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
+from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.outputs import drop_other_outputs, dropped_text
+from trt_yolov6.spec import BatchProfile
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def graph_from_onnx(
+    path: str | Path,
+    *,
+    batch: BatchProfile | None = None,
+    image_size: tuple[int, int] | None = None,
+    fp16: bool = False,
+    class_names: Sequence[str] | None = None,
+    decoder: str | None = None,
+    preprocess: Sequence[str] = (),
+) -> Graph:
+    """Take a detector's ONNX file as it is, made half precision if asked.
+
+    Inputs beside the image that PaddleDetection's exports have become constants, and batch
+    normalization goes into the convolutions before it.
+
+    Args:
+        path: a graph with one image input and outputs of a layout in `OutputLayout`.
+        batch: profile of a free batch axis; must agree with a fixed one.
+        image_size: height and width, for graphs that leave them free; must agree with fixed ones.
+            None takes those that Ultralytics' exporter notes.
+        fp16: convert a float32 graph; decoding stays in float32.
+        class_names: in the order of the scores; None takes the file's own, or `class_0` …
+        decoder: the family it is of, a name of `detectors.families`; None finds out.
+        preprocess: changes to the family's pre-processing, each FIELD=VALUE of `Preprocessing`.
+
+    Raises:
+        UserError: the file is no such graph, or disagrees with what was asked.
+    """
+
+    from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+    from trt_yolov6.graph.normalize import with_folded_weights
+
+    path = Path(path)
+    model = read_onnx(path)
+    metadata = {item.key: item.value for item in model.metadata_props}
+    model = with_one_input(model, path, image_size)
+    inputs = runtime_inputs(model)
+    given = value_spec(inputs[0], path)
+    spatial = (1, 2) if given.dtype == np.uint8 else (2, 3)
+    if len(given.shape) != 4:
+        raise UserError(
+            f"{path} takes {list(given.shape)}, not a batch of images; a detector is needed."
+        )
+    sides = [given.shape[axis] for axis in spatial]
+    if image_size is None and None in sides:
+        image_size = image_size_in(metadata)
+    size = _fixed_size(path, sides, image_size)
+    profile = _fixed_batch(path, given.shape[0], batch)
+    dims = inputs[0].type.tensor_type.shape.dim
+    for axis, value in zip(spatial, size, strict=True):
+        dims[axis].dim_value = value
+    check_input(value_spec(inputs[0], path), path)
+    _fill_in_output_shapes(model)
+    dropped = drop_other_outputs(model, path, size, decoder)
+    outputs = [value_spec(item, path) for item in model.graph.output]
+    family, layout = recognize(facts_of(model, outputs, size), path, decoder)
+    precision = graph_precision(model)
+    if precision == "fp32":
+        model = with_folded_weights(model)
+    if precision not in ("fp32", "fp16") and fp16:
+        raise UserError(
+            f"{path} is quantized ({precision}), so its precision is decided already; leave --fp16 "
+            "out."
+        )
+    if fp16 and precision == "fp32":
+        _name_anonymous_nodes(model)
+        model = to_fp16(model, keep_float32=tail_nodes(model))
+        precision = "fp16"
+    count = class_count(outputs, layout)
+    labels = names_in(metadata) if class_names is None else tuple(class_names)
+    if labels is None:
+        labels = tuple(f"class_{index}" for index in range(count or 0))
+    elif count is not None and len(labels) != count:
+        raise UserError(
+            f"{len(labels)} class names were given for {path}, which has {count} classes; "
+            "check --names."
+        )
+    return Graph(
+        model=model,
+        # A name in a file is anyone's; it becomes that of the engine's file.
+        name=Path(metadata.get("model", "").replace("\\", "/")).name.lstrip(".") or path.stem,
+        class_names=labels,
+        image_size=size,
+        batch=profile,
+        precision=precision,
+        output_layout=layout,
+        nms=nms_in(metadata) if layout == "end2end" else None,
+        source=path,
+        decoder=family.name,
+        preprocessing=family.preprocessing.with_changes(preprocess),
+        notes=(dropped_text(dropped),) if dropped else (),
+    )
+
+
+def _fill_in_output_shapes(model: onnx.ModelProto) -> None:
+    """Give the outputs the lengths that follow from the image size, where the file leaves them."""
+    import onnx
+
+    shapes = [output.type.tensor_type.shape for output in model.graph.output]
+    if all(dim.dim_value for shape in shapes for dim in shape.dim[1:]):
+        return
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    # What the exporter noted of a free size would stand in the way.
+    del bare.graph.value_info[:]
+    for output in bare.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        return
+    for shape, output in zip(shapes, inferred.graph.output, strict=True):
+        known = output.type.tensor_type.shape
+        if not shape.dim:
+            shape.CopyFrom(known)
+        for own, found in zip(shape.dim, known.dim, strict=False):
+            if not own.dim_value and found.dim_value:
+                own.dim_value = found.dim_value
+
+
+def _fixed_size(
+    path: Path, sizes: Sequence[int | None], wanted: tuple[int, int] | None
+) -> tuple[int, int]:
+    if wanted is None:
+        if None in sizes:
+            raise UserError(f"{path} leaves its image size free; fix it with --imgsz.")
+        wanted = (sizes[0] or 0, sizes[1] or 0)
+    elif any(own is not None and own != asked for own, asked in zip(sizes, wanted, strict=True)):
+        raise UserError(
+            f"{path} takes images of {sizes[0]}x{sizes[1]}, not {wanted[0]}x{wanted[1]}; leave "
+            "--imgsz out, or export it anew."
+        )
+    return wanted
+
+
+def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> BatchProfile:
+    if own is None:
+        return wanted or BatchProfile()
+    if wanted and (wanted.min, wanted.max) != (own, own):
+        raise UserError(
+            f"{path} takes batch {own} only; leave --batch and --dynamic out, or export it anew "
+            "with a free batch axis."
+        )
+    return BatchProfile(own, own, own)
+
+
+def _name_anonymous_nodes(model: onnx.ModelProto) -> None:
+    taken = {node.name for node in model.graph.node}
+    for index, node in enumerate(model.graph.node):
+        if not node.name:
+            node.name = f"{node.op_type}_{index}"
+            while node.name in taken:
+                node.name += "_"
+            taken.add(node.name)

@@ -1,0 +1,540 @@
+"""Which channels of an ONNX graph may be rescaled, and which only together.
+
+Multiplying a channel by s > 0 where a convolution writes it, and dividing the weights that read it
+by s, leaves the function of the network as it is if everything between is positively homogeneous:
+f(s x) = s f(x). `trace_channels` follows every channel from the convolution that writes it to all
+that read it, and puts channels that must share one s into one class; `rescale` applies the factors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from trt_yolov6.graph.operators import subgraphs
+
+Classes = NDArray[np.intp]
+
+FIXED = 0
+"""The class of the channels that must keep their scale."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A Conv or ConvTranspose whose weights lie in the graph."""
+
+    position: int
+    """Its place among the graph's nodes."""
+    input: str
+    output: str
+    weight: str
+    bias: str | None
+    groups: int
+    transposed: bool
+
+    def by_output(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """View its weight as (output channels, input channels of their group, taps)."""
+        if not self.transposed:
+            return weight.reshape(weight.shape[0], weight.shape[1], -1)
+        grouped = weight.reshape(self.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+        merged: NDArray[Any] = np.swapaxes(grouped, 1, 2)
+        return merged.reshape(-1, merged.shape[2], merged.shape[3])
+
+    def from_output(self, view: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return what `by_output` made a view of, of the given shape."""
+        if not self.transposed:
+            return view.reshape(shape)
+        grouped = view.reshape(self.groups, -1, *view.shape[1:])
+        return np.swapaxes(grouped, 1, 2).reshape(shape)
+
+    def read_by(self, outputs: int, per_input: NDArray[Any]) -> NDArray[Any]:
+        """Spread a value of each input channel to the output channels that read it.
+
+        Args:
+            outputs: how many output channels there are.
+            per_input: (input channels,).
+
+        Returns:
+            (output channels, input channels of their group), or (1, input channels) without groups.
+        """
+        grouped = per_input.reshape(self.groups, -1)
+        return grouped if self.groups == 1 else np.repeat(grouped, outputs // self.groups, axis=0)
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """The channels of a graph and the classes that tie them."""
+
+    classes: Mapping[str, Classes]
+    """Class of each channel of a tensor (axis 1); tensors that keep their scale may be missing."""
+    sources: Mapping[str, Classes]
+    """Where each channel was written: equal numbers are copies of one channel."""
+    count: int
+    """Classes are numbered from 0, the fixed one, to count - 1."""
+    convolutions: tuple[Convolution, ...]
+    activations: tuple[str, ...]
+    """Tensors behind which a multiplication by a constant per channel has to be inserted, where
+    their classes are rescaled."""
+
+
+def trace_channels(model: onnx.ModelProto, *, through_activations: bool = False) -> ChannelMap:
+    """Follow the channels of two-dimensional convolutions through the graph.
+
+    Args:
+        model: a float graph with its nodes in topological order, as ONNX demands.
+        through_activations: let channels change their scale right behind an activation that is not
+            homogeneous (SiLU, HardSwish, …), by a multiplication to be inserted there.
+    """
+    trace = _Trace(model, through_activations)
+    for position, node in enumerate(model.graph.node):
+        rule = _RULES.get(node.op_type, _fix) if node.domain in ("", "ai.onnx") else _fix
+        trace.position = position
+        rule(trace, node)
+        _fix_outer_scope(trace, node)
+    for item in model.graph.output:
+        trace.fix(item.name)
+    return trace.result()
+
+
+def rescale(
+    model: onnx.ModelProto, channels: ChannelMap, factors: NDArray[np.float32]
+) -> onnx.ModelProto:
+    """Return the graph with each channel multiplied where written and divided where read.
+
+    Args:
+        model: the graph that `channels` was made from; it is not changed.
+        factors: (classes,) above 0; that of the fixed class is 1.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    constants = constants_of(result)
+    for item in channels.convolutions:
+        weight = numpy_helper.to_array(constants[item.weight]).copy()
+        written = factors[channels.classes[item.output]]
+        by_output = item.by_output(weight)
+        scaled = by_output * written[:, None, None]
+        if item.input in channels.classes:
+            read = item.read_by(len(scaled), factors[channels.classes[item.input]])
+            scaled = scaled / read[:, :, None]
+        _replace(constants[item.weight], item.from_output(scaled, weight.shape))
+        if item.bias:
+            bias = numpy_helper.to_array(constants[item.bias])
+            _replace(constants[item.bias], bias * written)
+    _insert_multiplications(result, channels, factors)
+    return result
+
+
+def _replace(tensor: onnx.TensorProto, values: NDArray[np.float32]) -> None:
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+
+
+def _insert_multiplications(
+    model: onnx.ModelProto, channels: ChannelMap, factors: NDArray[np.float32]
+) -> None:
+    """Behind an activation, nothing else can change the channels' scale."""
+    graph = model.graph
+    renamed: dict[str, str] = {}
+    added: dict[str, onnx.NodeProto] = {}
+    for name in channels.activations:
+        own = factors[channels.classes[name]]
+        if np.all(own == 1):
+            continue
+        renamed[name] = f"{name}_equalized"
+        constant = f"{name}_equalization"
+        graph.initializer.append(numpy_helper.from_array(own.reshape(1, -1, 1, 1), constant))
+        added[name] = helper.make_node("Mul", [name, constant], [renamed[name]], renamed[name])
+    nodes = []
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+        nodes.append(node)
+        nodes.extend(added[name] for name in node.output if name in added)
+    if added:
+        ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(ordered)
+
+
+def constants_of(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Return the constant tensors of a graph by name: initializers and Constant nodes' values."""
+    found = {item.name: item for item in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+    return found
+
+
+class _Trace:
+    """What is known while the nodes are visited in order."""
+
+    def __init__(self, model: onnx.ModelProto, through_activations: bool) -> None:
+        graph = model.graph
+        overridable = {item.name for item in graph.input}
+        self.initializers = {
+            name: item for name, item in constants_of(model).items() if name not in overridable
+        }
+        self.uses = Counter(name for node in graph.node for name in node.input)
+        self.producers = {name: node for node in graph.node for name in node.output}
+        self.shapes = _shapes(model)
+        self.through_activations = through_activations
+        self.position = 0
+        self.parents = [FIXED]
+        self.sources: dict[str, Classes] = {}
+        self.convolutions: list[Convolution] = []
+        self.activations: list[str] = []
+
+    def new(self, count: int) -> Classes:
+        first = len(self.parents)
+        self.parents.extend(range(first, first + count))
+        return np.arange(first, first + count)
+
+    def find(self, number: int) -> int:
+        while self.parents[number] != number:
+            self.parents[number] = self.parents[self.parents[number]]
+            number = self.parents[number]
+        return number
+
+    def tie(self, first: Classes, second: Classes) -> None:
+        for one, other in zip(first.ravel(), second.ravel(), strict=True):
+            low, high = sorted((self.find(int(one)), self.find(int(other))))
+            self.parents[high] = low  # the fixed class is the lowest
+
+    def fix(self, name: str) -> None:
+        if name in self.sources:
+            self.tie(self.sources[name], np.zeros_like(self.sources[name]))
+
+    def constant(self, name: str) -> NDArray[Any] | None:
+        found = self.initializers.get(name)
+        return None if found is None else numpy_helper.to_array(found)
+
+    def channels(self, name: str) -> int | None:
+        shape = self.shapes.get(name)
+        return shape[1] if shape is not None and len(shape) == 4 else None
+
+    def result(self) -> ChannelMap:
+        roots = np.array([self.find(number) for number in range(len(self.parents))])
+        numbers = np.unique(roots, return_inverse=True)[1]
+        classes = {
+            name: numbers[source] for name, source in self.sources.items() if source.ndim == 1
+        }
+        return ChannelMap(
+            classes=classes,
+            sources={name: self.sources[name] for name in classes},
+            count=int(numbers.max()) + 1,
+            convolutions=tuple(self.convolutions),
+            activations=tuple(self.activations),
+        )
+
+
+_Rule = Callable[[_Trace, onnx.NodeProto], None]
+
+
+def _fix(trace: _Trace, node: onnx.NodeProto) -> None:
+    """Anything unknown needs its inputs as they are; what it writes keeps its scale."""
+    for name in node.input:
+        trace.fix(name)
+
+
+def _fix_outer_scope(trace: _Trace, node: onnx.NodeProto) -> None:
+    """The body of an If or a Loop may read any tensor by name."""
+    for body in subgraphs(node):
+        for inner in body.node:
+            _fix(trace, inner)
+            _fix_outer_scope(trace, inner)
+        for item in body.output:
+            trace.fix(item.name)
+
+
+def _convolution(trace: _Trace, node: onnx.NodeProto) -> None:
+    """A convolution reads channels and writes new ones: scales end and begin here."""
+    weight = trace.initializers.get(node.input[1])
+    if weight is None or len(weight.dims) != 4 or weight.data_type != onnx.TensorProto.FLOAT:
+        return _fix(trace, node)
+    transposed = node.op_type == "ConvTranspose"
+    groups = _attribute(node, "group", 1)
+    bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+    outputs = weight.dims[1] * groups if transposed else weight.dims[0]
+    written = trace.new(outputs)
+    trace.sources[node.output[0]] = written
+    # A weight or a bias that several nodes read cannot be scaled for one of them.
+    own_weight = trace.uses[node.input[1]] == 1
+    own_bias = bias is None or (bias in trace.initializers and trace.uses[bias] == 1)
+    if not own_weight:
+        trace.fix(node.input[0])
+    if not (own_weight and own_bias):
+        trace.fix(node.output[0])
+    if own_weight:
+        trace.convolutions.append(
+            Convolution(
+                trace.position,
+                node.input[0],
+                node.output[0],
+                node.input[1],
+                bias if own_bias else None,
+                groups,
+                transposed,
+            )
+        )
+
+
+def _same_channels(trace: _Trace, node: onnx.NodeProto) -> None:
+    """Homogeneous operations that keep each channel to itself.
+
+    Relu, LeakyRelu and PRelu for s > 0; pooling (its padding never wins a maximum and is zero in a
+    mean); resizing over height and width, a weighted mean with constant weights.
+    """
+    if node.input[0] in trace.sources:
+        trace.sources[node.output[0]] = trace.sources[node.input[0]]
+
+
+def _prelu(trace: _Trace, node: onnx.NodeProto) -> None:
+    trace.fix(node.input[1])
+    _same_channels(trace, node)
+
+
+def _resize(trace: _Trace, node: onnx.NodeProto) -> None:
+    mode = _attribute(node, "coordinate_transformation_mode", "half_pixel")
+    if mode == "tf_crop_and_resize" or trace.channels(node.output[0]) != len(
+        trace.sources.get(node.input[0], ())
+    ):
+        return _fix(trace, node)  # outside the crop stands a constant that does not scale
+    return _same_channels(trace, node)
+
+
+def _spatial_mean(trace: _Trace, node: onnx.NodeProto) -> None:
+    axes = trace.constant(node.input[1]) if len(node.input) > 1 else None
+    listed = _attribute(node, "axes", None) if axes is None else axes.tolist()
+    keeps = _attribute(node, "keepdims", 1)
+    if listed is None or not keeps or any(axis % 4 not in (2, 3) for axis in listed):
+        return _fix(trace, node)
+    return _same_channels(trace, node)
+
+
+def _pad(trace: _Trace, node: onnx.NodeProto) -> None:
+    """Padding height and width with zeros or with the picture's own values."""
+    pads = trace.constant(node.input[1]) if len(node.input) > 1 else None
+    value = trace.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else 0
+    if (
+        pads is None
+        or pads.size != 8
+        or pads.reshape(2, 4)[:, :2].any()
+        or value is None
+        or np.any(value)
+    ):
+        return _fix(trace, node)
+    return _same_channels(trace, node)
+
+
+def _concat(trace: _Trace, node: onnx.NodeProto) -> None:
+    """Along the channels each keeps its class; along another axis the operands' are tied."""
+    parts = [trace.sources.get(name) for name in node.input]
+    axis = _attribute(node, "axis", 1)
+    if axis % 4 != 1:
+        return _elementwise(trace, node)
+    written = []
+    for name, part in zip(node.input, parts, strict=True):
+        if part is None:
+            count = trace.channels(name)
+            if count is None:
+                return _fix(trace, node)
+            part = np.zeros(count, np.intp)
+        if part.ndim != 1:
+            return _fix(trace, node)
+        written.append(part)
+    trace.sources[node.output[0]] = np.concatenate(written)
+    return None
+
+
+def _elementwise(trace: _Trace, node: onnx.NodeProto) -> None:
+    """Sums and the like of tensors: (s a) + (s b) = s (a + b) if both have the same s."""
+    parts = [trace.sources.get(name) for name in node.input]
+    first = parts[0]
+    if first is None or any(part is None or part.shape != first.shape for part in parts):
+        return _fix(trace, node)
+    for part in parts[1:]:
+        assert part is not None
+        trace.tie(first, part)
+    trace.sources[node.output[0]] = first
+    return None
+
+
+def _multiply(trace: _Trace, node: onnx.NodeProto) -> None:
+    """(s a) · b = s (a · b) for a b that keeps its scale: a constant, or the gate of an attention.
+
+    A tensor times its own sigmoid is an activation: the sigmoid has fixed the tensor's scale.
+    """
+    if _is_silu(trace, node):
+        return _activation(trace, node)
+    scaled = [name for name in node.input if name in trace.sources]
+    if (
+        len(scaled) != 1
+        or len(set(node.input)) != 2
+        or (node.op_type == "Div" and scaled[0] != node.input[0])
+        or trace.channels(node.output[0]) != trace.sources[scaled[0]].size
+        or trace.sources[scaled[0]].ndim != 1
+    ):
+        return _fix(trace, node)
+    trace.sources[node.output[0]] = trace.sources[scaled[0]]
+    return None
+
+
+def _is_silu(trace: _Trace, node: onnx.NodeProto) -> bool:
+    for gate, value in (list(node.input), list(node.input)[::-1]):
+        producer = trace.producers.get(gate)
+        if (
+            producer is not None
+            and producer.op_type in ("Sigmoid", "HardSigmoid")
+            and producer.input[0] == value
+        ):
+            return True
+    return False
+
+
+def _activation(trace: _Trace, node: onnx.NodeProto) -> None:
+    """SiLU, HardSwish and the like bend at fixed places: their input keeps its scale.
+
+    What they write has it too, unless a multiplication behind them changes it.
+    """
+    known = [trace.sources[name] for name in node.input if name in trace.sources]
+    _fix(trace, node)
+    if known and known[0].ndim == 1:
+        if trace.through_activations:
+            trace.sources[node.output[0]] = trace.new(known[0].size)
+            trace.activations.append(node.output[0])
+        else:
+            trace.sources[node.output[0]] = np.zeros_like(known[0])
+
+
+def _split(trace: _Trace, node: onnx.NodeProto) -> None:
+    source = trace.sources.get(node.input[0])
+    if source is None or source.ndim != 1:
+        return _fix(trace, node)
+    if _attribute(node, "axis", 0) % 4 != 1:
+        for name in node.output:
+            trace.sources[name] = source
+        return None
+    sizes = trace.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+    listed = _attribute(node, "split", None) if sizes is None else sizes.tolist()
+    if listed is None:
+        # Equal parts, the last one smaller where the number does not divide.
+        part = -(-source.size // len(node.output))
+        listed = [part] * (len(node.output) - 1)
+        listed.append(source.size - sum(listed))
+    if sum(listed) != source.size or min(listed) < 1:
+        return _fix(trace, node)
+    for name, piece in zip(node.output, np.split(source, np.cumsum(listed)[:-1]), strict=True):
+        trace.sources[name] = piece
+    return None
+
+
+def _slice(trace: _Trace, node: onnx.NodeProto) -> None:
+    source = trace.sources.get(node.input[0])
+    given = [trace.constant(name) if name else None for name in node.input[1:]]
+    if source is None or source.ndim != 1 or len(given) < 3 or any(item is None for item in given):
+        return _fix(trace, node)
+    starts, ends, axes = (np.atleast_1d(np.asarray(item)).tolist() for item in given[:3])
+    steps = np.atleast_1d(np.asarray(given[3])).tolist() if len(given) > 3 else [1] * len(axes)
+    if any(step < 1 for step in steps):
+        return _fix(trace, node)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if axis % 4 == 0:
+            return _fix(trace, node)
+        if axis % 4 == 1:
+            source = source[start:end:step]
+    trace.sources[node.output[0]] = source
+    return None
+
+
+def _reshape(trace: _Trace, node: onnx.NodeProto) -> None:
+    """The two reshapes of a channel shuffle: (N, C, H, W) ↔ (N, groups, C / groups, H, W)."""
+    source = trace.sources.get(node.input[0])
+    before, after = trace.shapes.get(node.input[0]), trace.shapes.get(node.output[0])
+    if (
+        source is None
+        or before is None
+        or after is None
+        or len(before) != source.ndim + 3
+        or len(after) not in (4, 5)
+        or before[-1] is None
+        or before[-2:] != after[-2:]
+        or before[-2] is None
+    ):
+        return _fix(trace, node)
+    groups = after[1:-2]
+    if any(size is None for size in groups) or np.prod(np.array(groups, int)) != source.size:
+        return _fix(trace, node)
+    trace.sources[node.output[0]] = source.reshape([int(size or 0) for size in groups])
+    return None
+
+
+def _transpose(trace: _Trace, node: onnx.NodeProto) -> None:
+    source = trace.sources.get(node.input[0])
+    if source is None or source.ndim != 2 or _attribute(node, "perm", []) != [0, 2, 1, 3, 4]:
+        return _fix(trace, node)
+    trace.sources[node.output[0]] = source.T
+    return None
+
+
+_RULES: dict[str, _Rule] = {
+    "Conv": _convolution,
+    "ConvTranspose": _convolution,
+    "Relu": _same_channels,
+    "LeakyRelu": _same_channels,
+    "PRelu": _prelu,
+    "Identity": _same_channels,
+    "Dropout": _same_channels,
+    "MaxPool": _same_channels,
+    "AveragePool": _same_channels,
+    "GlobalAveragePool": _same_channels,
+    "GlobalMaxPool": _same_channels,
+    "Resize": _resize,
+    "ReduceMean": _spatial_mean,
+    "ReduceMax": _spatial_mean,
+    "Pad": _pad,
+    "Concat": _concat,
+    "Add": _elementwise,
+    "Sub": _elementwise,
+    "Sum": _elementwise,
+    "Max": _elementwise,
+    "Min": _elementwise,
+    "Mul": _multiply,
+    "Div": _multiply,
+    "Split": _split,
+    "Slice": _slice,
+    "Reshape": _reshape,
+    "Transpose": _transpose,
+    "HardSwish": _activation,
+    "Swish": _activation,
+    "Mish": _activation,
+    "Gelu": _activation,
+    "Elu": _activation,
+    "Clip": _activation,
+}
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    for attribute in node.attribute:
+        if attribute.name == name:
+            value = onnx.helper.get_attribute_value(attribute)
+            return value.decode() if isinstance(value, bytes) else value
+    return default
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, Sequence[int | None]]:
+    """Return the shapes that can be inferred, with None for sizes that vary."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes: dict[str, Sequence[int | None]] = {}
+    for item in [*graph.input, *graph.value_info, *graph.output]:
+        kind = item.type.tensor_type
+        if kind.HasField("shape"):
+            shapes[item.name] = [
+                size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim
+            ]
+    return shapes

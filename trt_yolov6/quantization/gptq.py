@@ -1,0 +1,252 @@
+"""Adaptive rounding: choose INT8 weights so that the layer's output, not the weight, is nearest.
+
+Rounding every weight to the nearest level ignores that errors of weights which read correlated
+inputs add up or cancel. AdaRound (Nagel et al. 2020, "Up or down?", equation 21) learns for each
+weight whether to round up or down, by thousands of gradient steps a layer. The same layer-wise
+objective is a quadratic form in the weights' errors, with the inputs' second moments as its matrix,
+and can be solved greedily in closed form: round one column of weights, spread its error optimally
+over those still free, go on with the next (Frantar et al. 2023, "GPTQ", section 3). That takes
+seconds, needs no learning rate, is not bound to the two nearest levels, and gives the same bytes
+each time, so it is what is done here.
+
+The matrix is the inputs' covariance: what a layer's mean output moves, its bias takes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from trt_yolov6.quantization.equalization.channel_graph import constants_of
+from trt_yolov6.quantization.qdq.view import IntegerLayer, initializer, integer_layers, shift_bias
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+# Places of one image whose inputs count, for one layer.
+_PLACES = 1024
+
+# Added to the diagonal of the covariance, as a part of its mean: GPTQ's damping.
+_DAMPING = 0.01
+
+# Columns rounded before their errors are spread over all that follow.
+_BLOCK = 64
+
+# Memory for the covariances of the layers that one pass over the images serves.
+_COVARIANCE_BYTES = 256 << 20
+
+_LEVELS = 127
+
+
+def adapt_rounding(
+    float_model: onnx.ModelProto, quantized_model: onnx.ModelProto, images: Sequence[NDArray[Any]]
+) -> onnx.ModelProto:
+    """Return the Q/DQ graph with its INT8 weights rounded for the inputs that they meet.
+
+    Scales stay; biases take up what the layers' mean outputs move. Transposed convolutions whose
+    taps overlap keep their weights.
+
+    Args:
+        float_model: the float32 graph that was quantized, after equalization.
+        quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
+        images: a few dozen inputs of the graph. There is a pass over them for each 256 MiB of
+            covariances; the sample needs one.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(quantized_model)
+    constants = constants_of(float_model)
+    floats = {node.output[0]: node for node in float_model.graph.node}
+    jobs = [
+        _Job(layer, floats[layer.output], numpy_helper.to_array(constants[name]))
+        for layer in integer_layers(result)
+        if layer.output in floats and (name := floats[layer.output].input[1]) in constants
+    ]
+    for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
+        for job in _measured(quantized_model, chunk, images):
+            levels, mean_error = job.rounded()
+            stored = initializer(result, job.layer.weight)
+            stored.CopyFrom(numpy_helper.from_array(levels, stored.name))
+            shift_bias(result, job.layer, -mean_error)
+            job.free()
+    return result
+
+
+class _Job:
+    """One layer: it gathers the moments of its inputs, then rounds."""
+
+    def __init__(
+        self, layer: IntegerLayer, node: onnx.NodeProto, weight: NDArray[np.float32]
+    ) -> None:
+        self.layer = layer
+        self._weight = weight
+        self._kernel = (int(weight.shape[2]), int(weight.shape[3]))
+        attributes = {item.name: item for item in node.attribute}
+        self._groups = int(attributes["group"].i) if "group" in attributes else 1
+
+        def pair(name: str, default: Sequence[int]) -> list[int]:
+            return list(attributes[name].ints) if name in attributes else list(default)
+
+        self._strides = pair("strides", (1, 1))
+        self._pads = pair("pads", (0, 0, 0, 0))  # top, left, bottom, right
+        self._dilations = pair("dilations", (1, 1))
+        padding = attributes["auto_pad"].s if "auto_pad" in attributes else b"NOTSET"
+        self.is_linear_in_places = padding in (b"NOTSET", b"VALID") and (
+            not layer.transposed or (self._strides == list(self._kernel) and not any(self._pads))
+        )
+        self._count = 0
+        self._sum: torch.Tensor | None = None
+        self._products: torch.Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """Weights that make one output value."""
+        if self.layer.transposed:
+            return int(self._weight.shape[0]) // self._groups
+        return int(np.prod(self._weight.shape[1:]))
+
+    @property
+    def bytes(self) -> int:
+        return int(self._groups * self.columns**2 * 8)
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Take in a batch of the layer's inputs (batch, channels, height, width)."""
+        for image in torch.from_numpy(values.astype(np.float32, copy=False)):
+            places = self._places(image)
+            total = places.sum(dim=2, dtype=torch.float64)
+            products = (places @ places.transpose(1, 2)).double()
+            self._sum = total if self._sum is None else self._sum + total
+            self._products = products if self._products is None else self._products + products
+            self._count += places.shape[2]
+
+    def rounded(self) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+        """Return the levels of the weights, and by how much they move the mean output."""
+        assert self._sum is not None
+        assert self._products is not None
+        mean = self._sum / self._count
+        covariance = self._products / self._count - mean.unsqueeze(2) * mean.unsqueeze(1)
+        rows = torch.from_numpy(self._to_rows(self._weight).astype(np.float64))
+        spread = np.broadcast_to(self.layer.scale, self._weight.shape)
+        # One scale serves a row, since it belongs to one output channel.
+        scale = torch.from_numpy(self._to_rows(spread)[:, :, :1].astype(np.float64))
+        levels = rounded_rows(rows, scale, covariance)
+        errors = ((levels * scale - rows) @ mean.unsqueeze(2)).squeeze(2).numpy()
+        shape = self._weight.shape
+        outputs = shape[1] * self._groups if self.layer.transposed else shape[0]
+        # The taps of a transposed convolution are rows of their own, for one channel each.
+        mean_error = errors.reshape(outputs, -1).mean(axis=1)
+        return self._from_rows(levels.numpy()).astype(np.int8), mean_error
+
+    def free(self) -> None:
+        self._sum = self._products = None
+
+    def _places(self, image: torch.Tensor) -> torch.Tensor:
+        """Return (groups, columns, places) of the inputs of evenly spread output places."""
+        if self.layer.transposed:
+            columns = image.reshape(image.shape[0], -1)
+        else:
+            top, left, bottom, right = self._pads
+            padded = torch.nn.functional.pad(image, (left, right, top, bottom))
+            columns = torch.nn.functional.unfold(
+                padded.unsqueeze(0),
+                self._kernel,
+                dilation=tuple(self._dilations),
+                stride=tuple(self._strides),
+            )[0]
+        step = max(1, columns.shape[1] // _PLACES)
+        # A step that shares no factor with the width would be better still; odd ones mostly do.
+        chosen = columns[:, :: step | 1].contiguous()
+        return chosen.reshape(self._groups, -1, chosen.shape[1])
+
+    def _to_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """Arrange weights as (groups, rows, columns): what a row holds makes one output value."""
+        if not self.layer.transposed:
+            return weight.reshape(self._groups, weight.shape[0] // self._groups, -1)
+        grouped = weight.reshape(self._groups, -1, int(np.prod(weight.shape[1:])))
+        return np.ascontiguousarray(np.swapaxes(grouped, 1, 2))
+
+    def _from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+        if not self.layer.transposed:
+            return rows.reshape(self._weight.shape)
+        return np.ascontiguousarray(np.swapaxes(rows, 1, 2)).reshape(self._weight.shape)
+
+
+def rounded_rows(rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Round rows of weights so that their outputs' squared error is small (GPTQ).
+
+    Args:
+        rows: float64 (groups, rows, columns).
+        scale: float64 (groups, rows, 1), above 0.
+        covariance: float64 (groups, columns, columns) of the inputs that a group's rows read.
+
+    Returns:
+        float64 (groups, rows, columns) whole numbers in -127..127.
+    """
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    # The columns whose inputs vary most go first: later ones can make up for their errors.
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    columns = order.unsqueeze(1)
+    weights = rows.gather(2, columns.expand_as(rows))
+    sorted_rows = covariance.gather(1, order.unsqueeze(2).expand_as(covariance))
+    matrix = sorted_rows.gather(2, columns.expand_as(covariance))
+    level = diagonal.mean(dim=1)
+    damping = torch.where(level > 0, _DAMPING * level, torch.ones_like(level))
+    matrix = matrix + torch.diag_embed(damping.unsqueeze(1).expand_as(diagonal))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    levels = torch.empty_like(weights)
+    count = weights.shape[2]
+    for start in range(0, count, _BLOCK):
+        end = min(start + _BLOCK, count)
+        errors = torch.empty_like(weights[:, :, start:end])
+        for column in range(start, end):
+            own = weights[:, :, column : column + 1]
+            rounded = (own / scale).round().clamp(-_LEVELS, _LEVELS)
+            levels[:, :, column : column + 1] = rounded
+            error = (own - rounded * scale) / factor[:, column : column + 1, column : column + 1]
+            weights[:, :, column:end] -= error * factor[:, column : column + 1, column:end]
+            errors[:, :, column - start : column - start + 1] = error
+        weights[:, :, end:] -= errors @ factor[:, start:end, end:]
+    return torch.empty_like(levels).scatter_(2, columns.expand_as(levels), levels)
+
+
+def _chunks(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    chunk: list[_Job] = []
+    for job in jobs:
+        if chunk and sum(item.bytes for item in chunk) + job.bytes > _COVARIANCE_BYTES:
+            yield chunk
+            chunk = []
+        chunk.append(job)
+    if chunk:
+        yield chunk
+
+
+def _measured(
+    model: onnx.ModelProto, jobs: Sequence[_Job], images: Sequence[NDArray[Any]]
+) -> Sequence[_Job]:
+    """Run the images through the Q/DQ graph and give each job what its layer reads."""
+    session = _session(model, [job.layer.input for job in jobs])
+    names = list(dict.fromkeys(job.layer.input for job in jobs))
+    source = session.get_inputs()[0].name
+    for image in images:
+        values = dict(zip(names, session.run(names, {source: image}), strict=True))
+        for job in jobs:
+            job.add(values[job.layer.input])
+    return jobs
+
+
+def _session(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
+    from trt_yolov6.graph.reference import reference_session
+
+    extended = onnx.ModelProto()
+    extended.CopyFrom(model)
+    present = {item.name for item in model.graph.output}
+    extended.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in dict.fromkeys(tensors) if name not in present
+    )
+    return reference_session(extended.SerializeToString())

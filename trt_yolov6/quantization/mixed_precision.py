@@ -1,0 +1,319 @@
+"""Which layers stay in float: the most sensitive, or the cheapest set that keeps the accuracy.
+
+A layer's price is its share of the run time, since leaving it in float gives up what INT8 would
+have saved there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.operators import LAYER_OPS, layer_names
+from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.quantization.sensitivity import Distortion, Sensitivity
+
+if TYPE_CHECKING:
+    import onnx
+
+# NVIDIA's figures for a T4 in half precision: multiply-adds and bytes a second.
+_MULTIPLY_ADDS = 32.5e12
+_BYTES = 320e9
+
+_ELEMENT = 2
+"""Bytes of a number in half precision."""
+
+_BATCH = 32
+"""Images at a time for which run time is estimated: the paper's, and enough to fill the GPU."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a convolution costs."""
+
+    multiply_adds: int
+    """For one image."""
+    multiply_add_share: float
+    """Of all convolutions', in 0..1."""
+    time_share: float
+    """Estimated share of all convolutions' run time, in 0..1."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A set of float layers that was tried."""
+
+    layers: tuple[str, ...]
+    score: float
+    time_share: float
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The layers to keep in float, and how they were found."""
+
+    layers: tuple[str, ...]
+    """In the order of the ranking that they were taken from, the most sensitive first."""
+    score: float
+    """AP, or agreement, with them in float."""
+    met: bool
+    """Whether that is as high as was asked."""
+    multiply_add_share: float
+    """Share of the multiply-adds that is left in float."""
+    time_share: float
+    """Estimated share of the run time that is left in float."""
+    trials: tuple[Trial, ...]
+    """Everything that was scored, in order."""
+
+
+def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
+    """Return what each convolution of a graph costs, by layer name, in the graph's order.
+
+    Run time is the larger of what computing and what moving the data takes on a T4 (roofline: 65
+    TFLOPS in half precision, 320 GB/s, batch 32). INT8 halves either, so that shares are the same.
+    A depthwise convolution with one hundredth of the multiply-adds may take as long as a dense one.
+
+    Raises:
+        UserError: the graph's shapes cannot be inferred.
+    """
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = {item.name: list(item.dims) for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+            shapes[node.output[0]] = list(node.attribute[0].t.dims)
+    for item in [*graph.input, *graph.value_info, *graph.output]:
+        shapes[item.name] = [size.dim_value for size in item.type.tensor_type.shape.dim]
+    names = layer_names(model)
+    amounts: dict[str, tuple[int, float]] = {}
+    for node in graph.node:
+        if node.op_type not in LAYER_OPS:
+            continue
+        source, weight, result = (
+            shapes.get(name, []) for name in (*node.input[:2], node.output[0])
+        )
+        # A convolution's weights are used at each place of the output, a transposed one's at each
+        # place of the input.
+        places = result if node.op_type == "Conv" else source
+        if len(source) < 3 or len(result) < 3 or 0 in (*source[1:], *weight, *result[1:]):
+            raise UserError(
+                f"the shapes around {names[node.output[0]]} are not known, so that its cost is "
+                "not; export the graph with a fixed image size."
+            )
+        multiply_adds = math.prod(weight) * math.prod(places[2:])
+        moved = _BATCH * (math.prod(source[1:]) + math.prod(result[1:])) + math.prod(weight)
+        seconds = max(_BATCH * multiply_adds / _MULTIPLY_ADDS, _ELEMENT * moved / _BYTES)
+        amounts[names[node.output[0]]] = multiply_adds, seconds
+    work = sum(item[0] for item in amounts.values())
+    time = sum(item[1] for item in amounts.values())
+    return {
+        name: LayerCost(count, count / work, seconds / time)
+        for name, (count, seconds) in amounts.items()
+    }
+
+
+def tensors_to_measure(model: onnx.ModelProto, keep_float: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the tensors whose ranges are enough for any choice of float layers.
+
+    With other layers in float, pairs move: behind a concatenation rather than before it, to the
+    other term of an addition.
+
+    Args:
+        model: the float graph.
+        keep_float: layers that are in float in any case.
+    """
+    wanted = set(place(model, keep_float, requantize=True).tensors)
+    constants = {item.name for item in model.graph.initializer}
+    wanted.update(
+        name
+        for node in model.graph.node
+        if node.op_type in ("Add", "Sum") and wanted & {*node.output}
+        for name in node.input
+        if name not in constants
+    )
+    order = [item.name for item in model.graph.input]
+    order += [name for node in model.graph.node for name in node.output]
+    return tuple(name for name in order if name in wanted)
+
+
+def most_sensitive(sensitivity: Sensitivity, count: int) -> tuple[str, ...]:
+    """Return the `count` most sensitive layers, the most sensitive first.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if not 0 <= count <= len(sensitivity.layers):
+        raise UserError(
+            f"--float-layers {count} is out of range; {len(sensitivity.layers)} layers run in INT8."
+        )
+    return sensitivity.names[:count]
+
+
+def rankings(
+    distortions: Mapping[str, Distortion], costs: Mapping[str, LayerCost]
+) -> tuple[tuple[str, ...], ...]:
+    """Return orders in which layers may be left in float, the first to be first.
+
+    By signal-to-noise ratio, by mean squared error, and by noise to signal for the root of the run
+    time: the noise of several layers does not simply add up at the output, and which order serves
+    best differs from network to network.
+    """
+
+    def noise_to_signal(name: str) -> float:
+        return distortions[name].error / max(distortions[name].reference, 1e-30)
+
+    keys: tuple[Callable[[str], float], ...] = (
+        noise_to_signal,
+        lambda name: distortions[name].mse,
+        lambda name: noise_to_signal(name) / math.sqrt(max(costs[name].time_share, 1e-9)),
+    )
+    return tuple(dict.fromkeys(tuple(sorted(distortions, key=key, reverse=True)) for key in keys))
+
+
+def choose_float_layers(
+    orders: Iterable[Sequence[str]],
+    costs: Mapping[str, LayerCost],
+    score: Callable[[tuple[str, ...]], float],
+    least_score: float,
+    *,
+    most_share: float = 0.5,
+    most_trials: int = 40,
+    least_gain: float = 0.0,
+) -> Fallback:
+    """Find the layers to keep in float so that a score is reached for the least run time.
+
+    Of each order the shortest beginning that reaches the score is searched for, by doubling and
+    halving its length; the cheapest of them is then thinned, each layer being put back into INT8,
+    the dearest first, if the score allows. Nothing is tried that costs more than what has been
+    found.
+
+    Args:
+        orders: layers from the most sensitive on, see `rankings`.
+        costs: of the layers, see `layer_costs`.
+        score: AP, or agreement with the float network, with certain layers in float; higher is
+            better.
+        least_score: what is to be reached.
+        most_share: share of the multiply-adds that may be left in float.
+        most_trials: how often `score` is called at most.
+        least_gain: what a set that does not reach the score has to bring at least.
+
+    Returns:
+        The cheapest set that reaches `least_score`. If none was found, the one of those tried, none
+        in float among them, that is best worth its time: where the part that it closes of the gap
+        to `least_score` exceeds its share of the run time the most.
+    """
+    search = _Search(costs, score, least_score, most_share, most_trials, least_gain)
+    if not search.reaches(()):
+        for order in orders:
+            search.shortest_beginning(order)
+        search.thin_out()
+    return search.result()
+
+
+class _Search:
+    """The trials so far, and the best of them."""
+
+    def __init__(
+        self,
+        costs: Mapping[str, LayerCost],
+        score: Callable[[tuple[str, ...]], float],
+        least_score: float,
+        most_share: float,
+        most_trials: int,
+        least_gain: float,
+    ) -> None:
+        self._costs = costs
+        self._score = score
+        self._least_score = least_score
+        self._most_share = most_share
+        self._most_trials = most_trials
+        self._least_gain = least_gain
+        self._trials: dict[frozenset[str], Trial] = {}
+
+    def reaches(self, layers: tuple[str, ...]) -> bool:
+        """Score a set of layers unless that is done; false for one that may not be tried."""
+        key = frozenset(layers)
+        if key not in self._trials:
+            if len(self._trials) >= self._most_trials:
+                return False
+            self._trials[key] = Trial(layers, self._score(layers), self._time(layers))
+        return self._trials[key].score >= self._least_score
+
+    def shortest_beginning(self, order: Sequence[str]) -> None:
+        """Look for the shortest beginning of an order that reaches the score."""
+        limit = self._affordable(order)
+        low, high = 0, 1
+        while high < limit and not self.reaches(tuple(order[:high])):
+            low, high = high, 2 * high
+        high = min(high, limit)
+        if high <= low or not self.reaches(tuple(order[:high])):
+            return
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.reaches(tuple(order[:middle])):
+                high = middle
+            else:
+                low = middle
+
+    def thin_out(self) -> None:
+        """Put layers of the cheapest set back into INT8 where the score allows."""
+        found = self._cheapest()
+        if found is None:
+            return
+        kept = found.layers
+        for layer in sorted(kept, key=lambda name: self._costs[name].time_share, reverse=True):
+            fewer = tuple(name for name in kept if name != layer)
+            if self.reaches(fewer):
+                kept = fewer
+
+    def result(self) -> Fallback:
+        found = self._cheapest()
+        chosen = found or self._best_worth_its_time()
+        return Fallback(
+            layers=chosen.layers,
+            score=chosen.score,
+            met=found is not None,
+            multiply_add_share=self._work(chosen.layers),
+            time_share=chosen.time_share,
+            trials=tuple(self._trials.values()),
+        )
+
+    def _best_worth_its_time(self) -> Trial:
+        start = self._trials[frozenset()]
+        gap = self._least_score - start.score
+
+        def worth(trial: Trial) -> float:
+            gain = trial.score - start.score
+            if trial is not start and gain < self._least_gain:
+                return -math.inf
+            return gain / gap - trial.time_share
+
+        return max(self._trials.values(), key=lambda trial: (worth(trial), -trial.time_share))
+
+    def _cheapest(self) -> Trial | None:
+        reached = (item for item in self._trials.values() if item.score >= self._least_score)
+        return min(reached, key=lambda trial: (trial.time_share, len(trial.layers)), default=None)
+
+    def _affordable(self, order: Sequence[str]) -> int:
+        """Return how many layers of an order may be in float: no dearer set than the best."""
+        best = self._cheapest()
+        most_time = best.time_share if best else math.inf
+        count = 0
+        while (
+            count < len(order)
+            # Shares of all layers add up to 1 only within rounding.
+            and self._work(order[: count + 1]) <= self._most_share + 1e-9
+            and self._time(order[: count + 1]) < most_time
+        ):
+            count += 1
+        return count
+
+    def _work(self, layers: Collection[str]) -> float:
+        return math.fsum(self._costs[name].multiply_add_share for name in layers)
+
+    def _time(self, layers: Collection[str]) -> float:
+        return math.fsum(self._costs[name].time_share for name in layers)

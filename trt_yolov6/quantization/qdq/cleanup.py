@@ -1,0 +1,618 @@
+"""Q/DQ graphs from anywhere, made lean: what can go without costing INT8 layers is taken out.
+
+Quantizers put pairs of QuantizeLinear and DequantizeLinear nodes on every tensor they know the
+range of (ONNX Runtime), on the inputs of every module (pytorch-quantization, ModelOpt) or on stored
+weights. `clean` runs one pass for each kind of surplus until none finds anything; each removal is
+named. Some passes change no value (`exact` in the result); the others take out a rounding, or make
+scales equal, and `verify_clean` measures on images that outputs moved no more than that explains.
+FP8's nodes are left alone: which of them cost a kernel, and which save one, is another matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.operators import MOVING_OPS
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_graphsurgeon as gs
+
+_Q, _DQ = "QuantizeLinear", "DequantizeLinear"
+
+_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+# TensorRT computes these in INT8 where all that goes in and what comes out is quantized.
+_QUANTIZABLE = {"Add", "Sum", "AveragePool", "GlobalAveragePool"}
+
+# They only move or select values, and TensorRT moves dequantization behind them.
+_MOVING = {*MOVING_OPS, "Concat"}
+
+# They follow a convolution in one kernel.
+_FUSED = {
+    "BatchNormalization",
+    "Clip",
+    "Elu",
+    "HardSigmoid",
+    "HardSwish",
+    "LeakyRelu",
+    "PRelu",
+    "Relu",
+    "Sigmoid",
+    "Softplus",
+    "Tanh",
+}
+
+EXPLAINED = 2.0
+"""How far outputs may move, in multiples of what quantization had moved them before.
+
+A cleaned graph that is no farther from the float graph than the other was lies, by the triangle
+inequality, within twice that distance of it.
+"""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One thing that a pass took out or changed."""
+
+    kind: str
+    """Name of the pass."""
+    tensor: str
+    """The tensor that is no longer quantized there, or stored otherwise."""
+    reason: str
+    exact: bool
+    """No value in the graph changes by it, but for rounding in float."""
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class OutputShift:
+    """How far one output moved; root mean squares over all images, in the output's unit."""
+
+    output: str
+    moved: float
+    """Between the graph before surgery and after."""
+    quantization: float
+    """Between the graph before surgery and the same without any activation quantized."""
+    remaining: float
+    """Between the graph after surgery and that."""
+
+    @property
+    def explained(self) -> bool:
+        """The output moved no more than quantization explains, see `EXPLAINED`."""
+        return self.moved <= EXPLAINED * self.quantization
+
+
+def clean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Removal, ...]]:
+    """Return a Q/DQ graph without surplus, and what was removed, in the order it was.
+
+    A graph without Q/DQ nodes comes back as it is. A cleaned graph comes back unchanged.
+
+    Raises:
+        UserError: nothing of the result is valid ONNX, because the graph given was not.
+    """
+    import onnx
+    import onnx_graphsurgeon as gs
+
+    if not any(node.op_type in (_Q, _DQ) for node in model.graph.node):
+        return model, ()
+    graph = gs.import_onnx(model)
+    removals: list[Removal] = []
+    changed = True
+    while changed:
+        changed = False
+        for one_pass in PASSES:
+            found = list(one_pass(graph))
+            if found:
+                changed = True
+                removals += found
+                graph.cleanup()
+    if not removals:
+        return model, ()
+    result: onnx.ModelProto = gs.export_onnx(graph.cleanup().toposort())
+    del result.metadata_props[:]
+    result.metadata_props.extend(model.metadata_props)
+    result.ir_version = model.ir_version
+    try:
+        onnx.checker.check_model(result)
+    except onnx.checker.ValidationError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the Q/DQ graph is not valid ONNX ({reason}); export it again.") from error
+    return result, tuple(removals)
+
+
+def without_activation_pairs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph with its weights as they are and no activation quantized."""
+    import onnx_graphsurgeon as gs
+
+    graph = gs.import_onnx(model)
+    for pair in _pairs(graph):
+        if _is_pinned(graph, pair.source, pair.result):
+            continue
+        if pair.is_relu:
+            pair.result.inputs.clear()
+            graph.nodes.append(gs.Node("Relu", inputs=[pair.source], outputs=[pair.result]))
+        else:
+            _bypass(graph, pair.source, pair.result)
+    result: onnx.ModelProto = gs.export_onnx(graph.cleanup().toposort())
+    result.ir_version = model.ir_version
+    return result
+
+
+def verify_clean(
+    before: onnx.ModelProto, after: onnx.ModelProto, images: Iterable[NDArray[Any]]
+) -> tuple[OutputShift, ...]:
+    """Measure on images how far surgery moved the outputs, and how far quantization had.
+
+    Args:
+        before: the Q/DQ graph as it came.
+        after: what `clean` made of it.
+        images: batches of the shape and type that the graph takes; each is read once.
+
+    Returns:
+        One value an output of the graph, in its order; `explained` says whether it is in order.
+
+    Raises:
+        UserError: there is no image.
+    """
+    sessions = [_session(model) for model in (before, after, without_activation_pairs(before))]
+    names = [item.name for item in sessions[0].get_outputs()]
+    feed = sessions[0].get_inputs()[0].name
+    squares, count = np.zeros((3, len(names))), np.zeros(len(names))
+    for batch in images:
+        given, cleaned, exact = (session.run(names, {feed: batch}) for session in sessions)
+        for index, (old, new, real) in enumerate(zip(given, cleaned, exact, strict=True)):
+            old, new, real = (value.astype(np.float64) for value in (old, new, real))
+            for row, difference in enumerate((new - old, old - real, new - real)):
+                squares[row, index] += np.square(difference).sum()
+            count[index] += old.size
+    if not count.all():
+        raise UserError("surgery cannot be verified without images; give --calib a folder of some.")
+    return tuple(
+        OutputShift(name, *np.sqrt(squares[:, index] / count[index]).tolist())
+        for index, name in enumerate(names)
+    )
+
+
+# --- passes: each yields what it removed --------------------------------------------------------
+
+
+def fold_weights(graph: gs.Graph) -> Iterator[Removal]:
+    """Store weights as INT8 where a QuantizeLinear makes them from float at every start.
+
+    The values are those that the node would give; a quarter of the bytes is left.
+    """
+    for quantize in _nodes(graph, _Q):
+        weights, grid = _value(quantize.inputs[0]), _grid(quantize)
+        if weights is None or grid is None or grid.zero.dtype not in (np.int8, np.uint8):
+            continue
+        levels = _constant(graph, f"{quantize.inputs[0].name}/stored", grid.quantize(weights))
+        _bypass(graph, levels, quantize.outputs[0])
+        yield Removal(
+            "fold_weights", quantize.inputs[0].name, "stored as INT8 instead of float", True
+        )
+
+
+def fold_biases(graph: gs.Graph) -> Iterator[Removal]:
+    """Store biases in float where they are 32-bit integers behind a DequantizeLinear.
+
+    TensorRT wants the bias of an INT8 convolution in float, and has no 32-bit DequantizeLinear.
+    """
+    for dequantize in _nodes(graph, _DQ):
+        levels, grid = _value(dequantize.inputs[0]), _grid(dequantize)
+        if levels is None or grid is None or levels.dtype != np.int32:
+            continue
+        bias = _constant(
+            graph, f"{dequantize.inputs[0].name}/float", grid.dequantize(levels).astype(np.float32)
+        )
+        _bypass(graph, bias, dequantize.outputs[0])
+        yield Removal("fold_biases", dequantize.inputs[0].name, "stored as float", True)
+
+
+def merge_equal_pairs(graph: gs.Graph) -> Iterator[Removal]:
+    """Leave one pair of those that quantize one tensor in the same way for several readers."""
+    for op in (_Q, _DQ):
+        kept: dict[tuple[Any, ...], gs.Node] = {}
+        for node in _nodes(graph, op):
+            grid, source = _grid(node), node.inputs[0]
+            if grid is None or _value(source) is not None or node.outputs[0] in graph.outputs:
+                continue
+            first = kept.setdefault((id(source), *grid.key()), node)
+            if first is not node:
+                _bypass(graph, first.outputs[0], node.outputs[0])
+                yield Removal("merge_equal_pairs", source.name, "quantized twice, alike", True)
+
+
+def drop_requantization(graph: gs.Graph) -> Iterator[Removal]:
+    """Drop a pair that stands right behind another on the same tensor.
+
+    With equal scales the second does nothing. With others the first rounds once too often, if
+    nothing but the second reads it.
+    """
+    for quantize in _nodes(graph, _Q):
+        before = _maker(quantize.inputs[0])
+        if before is None or before.op != _DQ:
+            continue
+        first, second = _grid(before), _grid(quantize)
+        source = _maker(before.inputs[0])
+        if first is None or second is None or source is None or source.op != _Q:
+            continue
+        name = source.inputs[0].name
+        if first.key() == second.key():
+            for dequantize in [node for node in quantize.outputs[0].outputs if node.op == _DQ]:
+                _bypass(graph, before.outputs[0], dequantize.outputs[0])
+            yield Removal("drop_requantization", name, "quantized again with its own scale", True)
+        elif (
+            len(before.outputs[0].outputs) == 1
+            and before.outputs[0] not in graph.outputs
+            and not _is_relu(source.inputs[0], first)
+        ):
+            quantize.inputs[0] = source.inputs[0]
+            yield Removal("drop_requantization", name, "quantized again with another scale", False)
+
+
+def drop_pairs_in_fusions(graph: gs.Graph) -> Iterator[Removal]:
+    """Drop pairs between a convolution and what TensorRT computes in the same kernel with it.
+
+    That is an activation, or the addition of a shortcut, of whose terms only the other is to be
+    quantized.
+    """
+    for pair in _pairs(graph):
+        layer = _maker(pair.source)
+        if layer is None or layer.op not in _WEIGHTED or len(pair.source.outputs) != 1:
+            continue
+        readers = pair.result.outputs
+        activation = bool(readers) and all(
+            node.op in _FUSED or _is_gate(node, readers) for node in readers
+        )
+        shortcut = (
+            len(readers) == 1
+            and readers[0].op in ("Add", "Sum")
+            and _is_last_layer(graph, pair, readers[0])
+        )
+        if pair.result in graph.outputs or pair.is_relu or not (activation or shortcut):
+            continue
+        reason = f"kept {layer.op} {layer.name} from fusing with {readers[0].op}"
+        _bypass(graph, pair.source, pair.result)
+        yield Removal("drop_pairs_in_fusions", pair.source.name, reason, False)
+
+
+def drop_useless_pairs(graph: gs.Graph) -> Iterator[Removal]:
+    """Drop pairs that no INT8 layer reads: around operators that compute in float all the same.
+
+    Such are predictions, gates, and whatever a quantizer took along that TensorRT has no INT8
+    kernel for.
+    """
+    for pair in _pairs(graph):
+        if _is_read_in_int8(graph, pair.result, set()):
+            continue
+        if pair.is_relu or _is_pinned(graph, pair.source, pair.result):
+            continue
+        readers = sorted({node.op for node in pair.result.outputs}) or ["the outputs"]
+        _bypass(graph, pair.source, pair.result)
+        yield Removal(
+            "drop_useless_pairs",
+            pair.source.name,
+            f"read by {', '.join(readers)} only, which gains nothing from INT8",
+            False,
+        )
+
+
+def unify_scales(graph: gs.Graph) -> Iterator[Removal]:
+    """Give all that a concatenation, a pooling and the like takes and makes the largest scale.
+
+    With different scales each input is quantized anew in front of the concatenation.
+    """
+    pairs = _pairs(graph)
+    behind = {id(pair.result): pair for pair in pairs}
+    on: dict[int, list[_Pair]] = {}
+    for pair in pairs:
+        on.setdefault(id(pair.source), []).append(pair)
+
+    def carried(tensor: gs.Tensor) -> list[_Pair] | None:
+        """Return the pairs whose scales a tensor's values are on, or None where it is in float."""
+        if id(tensor) in behind:
+            return [behind[id(tensor)]]
+        maker = _maker(tensor)
+        if maker is not None and maker.op in (*_MOVING, "Resize"):
+            parts = [carried(item) for item in _data(maker)]
+            return None if None in parts else [one for part in parts if part for one in part]
+        return on.get(id(tensor))
+
+    parent = {id(pair.quantize): pair for pair in pairs}
+
+    def root(pair: _Pair) -> _Pair:
+        while parent[id(pair.quantize)] is not pair:
+            pair = parent[id(pair.quantize)]
+        return pair
+
+    for node in graph.nodes:
+        if node.op not in _MOVING and node.op != "Resize":
+            continue
+        # Not where one input is in float: the operator then works in float, whatever the scales.
+        joined = carried(node.outputs[0])
+        if not joined:
+            continue
+        joined = joined + [pair for tensor in node.outputs for pair in on.get(id(tensor), [])]
+        for pair in joined:
+            parent[id(root(pair).quantize)] = root(joined[0])
+    groups: dict[int, list[_Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(id(root(pair).quantize), []).append(pair)
+    for group in groups.values():
+        grids = [pair.grid for pair in group]
+        if any(grid.zero.any() or grid.scale.size != 1 for grid in grids):
+            continue
+        largest = max(grids, key=lambda grid: float(grid.scale.reshape(-1)[0]))
+        for pair in group:
+            if pair.grid.key() == largest.key() or pair.grid.zero.dtype != largest.zero.dtype:
+                continue
+            scale = _constant(graph, f"{pair.source.name}/unified_scale", largest.scale[0])
+            pair.quantize.inputs[1] = scale
+            for node in [reader for reader in pair.quantize.outputs[0].outputs if reader.op == _DQ]:
+                node.inputs[1] = scale
+            yield Removal(
+                "unify_scales",
+                pair.source.name,
+                f"scale {float(pair.grid.scale.reshape(-1)[0]):.4g} raised to "
+                f"{float(largest.scale.reshape(-1)[0]):.4g}, that of what it is joined with",
+                False,
+            )
+
+
+PASSES: tuple[Callable[[Any], Iterator[Removal]], ...] = (
+    fold_weights,
+    fold_biases,
+    merge_equal_pairs,
+    drop_requantization,
+    drop_pairs_in_fusions,
+    drop_useless_pairs,
+    unify_scales,
+)
+
+
+# --- the graph's vocabulary ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Scale and zero point of a QuantizeLinear or DequantizeLinear."""
+
+    scale: NDArray[Any]
+    zero: NDArray[Any]
+    axis: int
+
+    def key(self) -> tuple[Any, ...]:
+        axis = self.axis if self.scale.size > 1 else 0
+        return self.scale.tobytes(), self.zero.tobytes(), str(self.zero.dtype), axis
+
+    def quantize(self, values: NDArray[Any]) -> NDArray[Any]:
+        limits = np.iinfo(self.zero.dtype)
+        zero = self._spread(self.zero.astype(np.int64), values)
+        scale = self._spread(self.scale, values).astype(np.float32)
+        scaled = np.rint(values.astype(np.float32) / scale) + zero
+        return np.asarray(np.clip(scaled, limits.min, limits.max).astype(self.zero.dtype))
+
+    def dequantize(self, levels: NDArray[Any]) -> NDArray[Any]:
+        shifted = levels.astype(np.float64) - self._spread(self.zero.astype(np.int64), levels)
+        return np.asarray(shifted * self._spread(self.scale, levels))
+
+    def _spread(self, per_channel: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+        if per_channel.size == 1:
+            return np.asarray(per_channel.reshape(()))
+        shape = [1] * values.ndim
+        shape[self.axis] = -1
+        return np.asarray(per_channel.reshape(shape))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A QuantizeLinear on a computed tensor, and one DequantizeLinear behind it."""
+
+    source: gs.Tensor
+    quantize: gs.Node
+    result: gs.Tensor
+    grid: _Grid
+
+    @property
+    def is_relu(self) -> bool:
+        """It is more than quantization, see `_is_relu`."""
+        return _is_relu(self.source, self.grid)
+
+
+def _is_relu(source: gs.Tensor, grid: _Grid) -> bool:
+    """Tell whether quantization cuts negative values off, and so may stand for a ReLU.
+
+    ONNX Runtime's quantizer drops the ReLU then.
+    """
+    lowest = np.iinfo(grid.zero.dtype).min
+    maker = _maker(source)
+    positive = maker is not None and maker.op in ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
+    return bool((grid.zero == lowest).all()) and not positive
+
+
+def _pairs(graph: gs.Graph) -> list[_Pair]:
+    found: list[_Pair] = []
+    for dequantize in _nodes(graph, _DQ):
+        quantize = _maker(dequantize.inputs[0])
+        if quantize is None or quantize.op != _Q or _value(quantize.inputs[0]) is not None:
+            continue
+        grid, back = _grid(quantize), _grid(dequantize)
+        if grid is None or back is None or grid.key() != back.key():
+            continue
+        found.append(_Pair(quantize.inputs[0], quantize, dequantize.outputs[0], grid))
+    return found
+
+
+def _nodes(graph: gs.Graph, op: str) -> list[gs.Node]:
+    return [node for node in graph.nodes if node.op == op]
+
+
+def _maker(tensor: gs.Tensor) -> gs.Node | None:
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def _value(tensor: gs.Tensor) -> NDArray[Any] | None:
+    """Return a constant's value; None for a tensor that is computed, or is in FP8."""
+    import onnx_graphsurgeon as gs
+
+    if isinstance(tensor, gs.Constant):
+        # NumPy has no such type, and GraphSurgeon would write the values back in another.
+        if isinstance(tensor.dtype, int):
+            return None
+        return np.asarray(tensor.values)
+    maker = _maker(tensor)
+    if maker is not None and maker.op == "Constant" and "value" in maker.attrs:
+        return np.asarray(maker.attrs["value"].values)
+    return None
+
+
+def _grid(node: gs.Node) -> _Grid | None:
+    """Return a node's scale and zero point; None where they are computed or not INT8's kind."""
+    scale = _value(node.inputs[1])
+    zero: NDArray[Any] | None = np.zeros(1, np.uint8)
+    if len(node.inputs) > 2 and not node.inputs[2].is_empty():
+        zero = _value(node.inputs[2])
+    elif node.op == _DQ:
+        stored = _value(node.inputs[0])
+        maker = _maker(node.inputs[0])
+        if stored is not None:
+            zero = np.zeros(1, stored.dtype)
+        elif maker is not None and maker.op == _Q and len(maker.inputs) > 2:
+            zero = _value(maker.inputs[2])
+    if scale is None or zero is None or not np.issubdtype(zero.dtype, np.integer):
+        return None
+    # A scale for all may be stored with any shape of one element.
+    if scale.size == 1:
+        scale, zero = scale.reshape(1), zero.reshape(-1)[:1]
+    elif zero.size == 1:
+        zero = np.full(scale.shape, zero.reshape(-1)[0])
+    return _Grid(scale, zero, int(node.attrs.get("axis", 1)))
+
+
+def _data(node: gs.Node) -> list[gs.Tensor]:
+    """Return those of a moving operator's inputs that it moves."""
+    return list(node.inputs if node.op == "Concat" else node.inputs[:1])
+
+
+def _constant(graph: gs.Graph, name: str, value: NDArray[Any]) -> gs.Constant:
+    import onnx_graphsurgeon as gs
+
+    taken = graph.tensors()
+    while name in taken:
+        name += "_"
+    return gs.Constant(name, np.array(value, order="C"))
+
+
+def _bypass(graph: gs.Graph, source: gs.Tensor, result: gs.Tensor) -> None:
+    """Have the readers of `result` read `source`; an output of the graph keeps its name."""
+    if result in graph.outputs:
+        maker = _maker(source)
+        assert maker is not None
+        for node in list(source.outputs):
+            node.inputs = [result if item is source else item for item in node.inputs]
+        result.inputs.clear()
+        maker.outputs = [result if item is source else item for item in maker.outputs]
+        return
+    for node in list(result.outputs):
+        node.inputs = [source if item is result else item for item in node.inputs]
+    result.inputs.clear()
+
+
+def _is_pinned(graph: gs.Graph, source: gs.Tensor, result: gs.Tensor) -> bool:
+    """Tell whether both ends of a pair are the graph's own, so that it cannot be bypassed."""
+    return result in graph.outputs and (source in graph.outputs or not source.inputs)
+
+
+def _is_gate(node: gs.Node, readers: Sequence[gs.Node]) -> bool:
+    """Tell whether a multiplication is the second half of x · sigmoid(x), written as two nodes."""
+    if node.op != "Mul":
+        return False
+    sigmoids = [one for one in readers if one.op in ("Sigmoid", "HardSigmoid", "Tanh")]
+    return any(_reaches(one.outputs[0], node) for one in sigmoids)
+
+
+def _reaches(tensor: gs.Tensor, node: gs.Node) -> bool:
+    """Tell whether a node reads a tensor, directly or through Q/DQ nodes."""
+    return any(
+        reader is node or (reader.op in (_Q, _DQ) and _reaches(reader.outputs[0], node))
+        for reader in tensor.outputs
+    )
+
+
+def _is_last_layer(graph: gs.Graph, pair: _Pair, addition: gs.Node) -> bool:
+    """Tell whether a pair's layer is the one, of those whose outputs are added, that is fused."""
+    layers: list[gs.Node] = []
+    for tensor in addition.inputs:
+        maker = _maker(tensor)
+        if maker is not None and maker.op == _DQ:
+            quantize = _maker(maker.inputs[0])
+            tensor = quantize.inputs[0] if quantize is not None else tensor
+            maker = _maker(tensor)
+        if maker is not None and maker.op in _WEIGHTED and len(tensor.outputs) == 1:
+            layers.append(maker)
+            if tensor in addition.inputs:
+                return False  # another term is fused already
+    order = {id(node): index for index, node in enumerate(graph.nodes)}
+    return bool(layers) and max(layers, key=lambda node: order[id(node)]) is _maker(pair.source)
+
+
+def _is_read_in_int8(graph: gs.Graph, tensor: gs.Tensor, seen: set[int]) -> bool:
+    """Tell whether some reader of a dequantized tensor computes in INT8, or hands it on to one."""
+    if id(tensor) in seen:
+        return False
+    seen.add(id(tensor))
+    for node in tensor.outputs:
+        if node.op in _WEIGHTED and node.inputs[0] is tensor and _has_int8_weights(node):
+            return True
+        if node.op in _MOVING or node.op in ("Resize", _Q):
+            if any(_is_read_in_int8(graph, output, seen) for output in node.outputs):
+                return True
+        elif node.op == _DQ:
+            if _is_read_in_int8(graph, node.outputs[0], seen):
+                return True
+        elif node.op in _QUANTIZABLE and _is_quantized_around(graph, node, seen):
+            return True
+    return False
+
+
+def _has_int8_weights(node: gs.Node) -> bool:
+    """Tell whether a layer's second factor is dequantized, be it stored or computed."""
+    maker = _maker(node.inputs[1]) if len(node.inputs) > 1 else None
+    while maker is not None and maker.op in ("Transpose", "Reshape"):
+        maker = _maker(maker.inputs[0])
+    return maker is not None and maker.op == _DQ
+
+
+def _is_quantized_around(graph: gs.Graph, node: gs.Node, seen: set[int]) -> bool:
+    for tensor in node.inputs:
+        maker = _maker(tensor)
+        fused = maker is not None and maker.op in _WEIGHTED and len(tensor.outputs) == 1
+        if maker is None or not (maker.op == _DQ or fused):
+            return False
+    behind = node.outputs[0].outputs
+    if len(behind) == 1 and behind[0].op == "Relu":
+        behind = behind[0].outputs[0].outputs
+    return any(
+        reader.op == _Q and _is_read_in_int8(graph, reader.outputs[0], seen) for reader in behind
+    )
+
+
+def _session(model: onnx.ModelProto) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Exact INT8: see graph/reference.py.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )

@@ -1,0 +1,334 @@
+"""A float graph, its placement and its ranges in; the Q/DQ graph that every backend takes out.
+
+Activations are quantized symmetrically with one scale a tensor and zero point 0, weights with one
+scale an output channel (INT8) or one scale (FP8). Weights are stored quantized, once, with a
+DequantizeLinear behind them; biases stay in float, as TensorRT wants them. The zero points' data
+type says what is quantized to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.quantization.qdq.placement import Placement
+from trt_yolov6.quantization.types import INT8, QuantizedType
+
+if TYPE_CHECKING:
+    import onnx
+
+_HALF_SCALES_OPSET = 19
+
+
+def insert_qdq(
+    model: onnx.ModelProto,
+    placement: Placement,
+    amax: Mapping[str, float],
+    *,
+    quantized: QuantizedType = INT8,
+    fp16: bool = False,
+    keep_float32: Collection[str] | None = None,
+    weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
+) -> onnx.ModelProto:
+    """Return the graph with Q/DQ pairs on the placement's tensors, quantized weights in its layers.
+
+    The same arguments give the same bytes. A scale is amax / 127 for INT8 and amax / 448 for FP8,
+    that of a group the largest of its members'.
+
+    Args:
+        model: the float32 graph that `placement` was made for; it is not changed.
+        amax: largest magnitude that each tensor of the placement is to represent, above 0. Of a
+            group, one tensor is enough.
+        quantized: what tensors and weights are quantized to. FP8 needs opset 19.
+        fp16: compute the rest in half precision. The opset becomes 19 at least.
+        keep_float32: names of nodes that stay in float32 all the same; default: those behind the
+            last convolutions.
+        weight_scales: trained scales, float32 (channels,), by the weights' name; those of others
+            are made from their largest magnitudes.
+
+    Raises:
+        UserError: a range is missing, zero or not finite, or a weight is not finite.
+    """
+    import onnx
+
+    result = _at_opset(model, max(quantized.opset, _HALF_SCALES_OPSET if fp16 else 0))
+    graph = result.graph
+    scales = activation_scales(placement, amax, quantized)
+    scales |= {name: scales[source] for name, source in placement.repeated.items()}
+    if fp16:
+        scales = {
+            name: float(_half(np.float32(scale), quantized)) for name, scale in scales.items()
+        }
+    writer = _Writer(graph, scales, _scale_names(placement, scales), quantized, fp16, weight_scales)
+    readers_of_exact = {(tensor, output): tensor for tensor, output in placement.exact_reads}
+    outputs = {name for node in graph.node for name in node.output}
+    nodes: list[onnx.NodeProto] = []
+    for name in placement.tensors:
+        if name not in outputs:
+            nodes += writer.pair(name)
+    layers = {
+        output for output, name in layer_names(model).items() if name in set(placement.layers)
+    }
+    for original in graph.node:
+        node = onnx.NodeProto()
+        node.CopyFrom(original)
+        for index, name in enumerate(node.input):
+            if name in scales and (name, node.output[0]) not in readers_of_exact:
+                node.input[index] = writer.dequantized(name)
+        # Half precision and the engine's layers are told by nodes' names; see `layer_names`.
+        node.name = node.name or node.output[0]
+        if node.output[0] in layers:
+            nodes.append(writer.weights(node))
+        nodes.append(node)
+        for name in node.output:
+            if name in scales:
+                nodes += writer.pair(name)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _store(graph, writer.tensors())
+    if fp16:
+        from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+
+        kept = tail_nodes(result) if keep_float32 is None else keep_float32
+        result = to_fp16(result, keep_float32=kept)
+    # Class names lie in them; conversions drop them.
+    del result.metadata_props[:]
+    result.metadata_props.extend(model.metadata_props)
+    onnx.checker.check_model(result)
+    return result
+
+
+def activation_scales(
+    placement: Placement, amax: Mapping[str, float], quantized: QuantizedType = INT8
+) -> dict[str, float]:
+    """Return each quantized tensor's scale, equal within a group, float32 values.
+
+    Raises:
+        UserError: a range is missing, zero or not finite.
+    """
+    group_of = {name: group for group in placement.groups for name in group}
+    scales: dict[str, float] = {}
+    for name in placement.tensors:
+        members = group_of.get(name, (name,))
+        known = [(amax[member], member) for member in members if member in amax]
+        if not known:
+            raise UserError(
+                f"the calibration has no range for tensor {name!r}; calibrate anew for this graph."
+            )
+        for value, member in known:
+            if not math.isfinite(value) or value < 0:
+                raise UserError(
+                    f"the calibration gives tensor {member!r} the range {value}; check the "
+                    "weights for NaN and infinity, and calibrate anew."
+                )
+        scale = np.float32(max(known)[0]) / np.float32(quantized.largest)
+        if not scale >= np.finfo(np.float32).tiny:
+            raise UserError(
+                f"the calibration gives tensor {name!r} the range {max(known)[0]}, which nothing "
+                "can be scaled to; calibrate with images that are not blank."
+            )
+        scales[name] = float(scale)
+    return scales
+
+
+def quantize_weights(
+    weights: NDArray[np.floating[Any]],
+    axis: int | None,
+    quantized: QuantizedType = INT8,
+    *,
+    half_scales: bool = False,
+    scales: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Quantize weights symmetrically, one scale a channel or one for all.
+
+    Args:
+        weights: finite values of any shape.
+        axis: the channel axis; None for one scale.
+        quantized: what to quantize to.
+        half_scales: take scales that float16 represents, none smaller than exact.
+        scales: scales to take, above 0, float32 (channels,) or (); None: those of the largest
+            magnitudes.
+
+    Returns:
+        The codes (`QuantizedType.encode`) in the same shape, and float32 scales (channels,) or (),
+        all above 0.
+    """
+    values = weights.astype(np.float32)
+    others = tuple(other for other in range(values.ndim) if other != axis)
+    amax = np.abs(values).max(axis=others, initial=0, keepdims=True)
+    if scales is not None:
+        scale = scales.reshape(amax.shape)
+    else:
+        # A channel of zeros needs a scale too; any will do.
+        scale = np.where(amax > 0, amax, 1) / np.float32(quantized.largest)
+    scale = np.maximum(scale, quantized.smallest_scale(half=False)).astype(np.float32)
+    if half_scales:
+        scale = _half(scale, quantized)
+    return quantized.encode(values / scale), scale.reshape(() if axis is None else -1)
+
+
+def weight_axis(op: str) -> int:
+    """Return the axis of output channels in the weights of a convolution."""
+    # ConvTranspose keeps them as (in, out / groups, height, width).
+    return 1 if op == "ConvTranspose" else 0
+
+
+class _Writer:
+    """Makes the nodes and constants that are added to a graph."""
+
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        scales: Mapping[str, float],
+        scale_names: Mapping[str, str],
+        quantized: QuantizedType,
+        half_scales: bool,
+        weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> None:
+        self._codes: dict[str, NDArray[np.int8]] = {}
+        self._constants: dict[str, NDArray[np.float32]] = {}
+        self._scales = scales
+        self._scale_names = scale_names
+        self._quantized = quantized
+        self._half_scales = half_scales
+        self._weight_scales = weight_scales or {}
+        self._initializers = {item.name: item for item in graph.initializer}
+        self._constant_nodes = {
+            node.output[0]: node for node in graph.node if node.op_type == "Constant"
+        }
+
+    def tensors(self) -> list[onnx.TensorProto]:
+        """Return all constants that nodes made so far read."""
+        from onnx import numpy_helper
+
+        return [
+            *(numpy_helper.from_array(value, name) for name, value in self._constants.items()),
+            *(self._quantized.tensor(codes, name) for name, codes in self._codes.items()),
+        ]
+
+    def dequantized(self, tensor: str) -> str:
+        """Name of what a tensor's Q/DQ pair gives."""
+        return f"{tensor}/dequantized"
+
+    def pair(self, tensor: str) -> list[onnx.NodeProto]:
+        """Return the Q/DQ pair of a tensor."""
+        from onnx import helper
+
+        scale, zero = self._scale_names[tensor], "zero_point"
+        self._constants[scale] = np.array(self._scales[tensor], np.float32)
+        self._codes[zero] = np.array(0, np.int8)
+        quantized = f"{tensor}/quantized"
+        return [
+            helper.make_node(
+                "QuantizeLinear", [tensor, scale, zero], [quantized], f"{tensor}/quantize"
+            ),
+            helper.make_node(
+                "DequantizeLinear",
+                [quantized, scale, zero],
+                [self.dequantized(tensor)],
+                f"{tensor}/dequantize",
+            ),
+        ]
+
+    def weights(self, layer: onnx.NodeProto) -> onnx.NodeProto:
+        """Store a layer's weights quantized, and return the node that dequantizes them for it."""
+        from onnx import helper
+
+        name = layer.input[1]
+        axis = weight_axis(layer.op_type) if self._quantized.channel_scales else None
+        # Weights that two layers share are stored once, unless the axes differ.
+        suffix = "" if axis is None else f"/{axis}"
+        levels, scale = f"{name}/{self._quantized.name}{suffix}", f"{name}/scale{suffix}"
+        zero = self._quantize(name, axis, levels, scale)
+        layer.input[1] = f"{layer.output[0]}/weight"
+        node = helper.make_node(
+            "DequantizeLinear",
+            [levels, scale, zero],
+            [layer.input[1]],
+            f"{layer.output[0]}/weight/dequantize",
+        )
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        return node
+
+    def _quantize(self, name: str, axis: int | None, levels: str, scale: str) -> str:
+        """Quantize weights unless it is done already; return the name of their zero point."""
+        if levels not in self._codes:
+            weights = self._stored(name)
+            if not np.isfinite(weights).all():
+                raise UserError(
+                    f"the weights {name!r} hold NaN or infinity; the file is damaged or its "
+                    "training diverged."
+                )
+            self._codes[levels], self._constants[scale] = quantize_weights(
+                weights,
+                axis,
+                self._quantized,
+                half_scales=self._half_scales,
+                scales=self._weight_scales.get(name),
+            )
+        zeros = np.zeros(self._constants[scale].shape, np.int8)
+        zero = f"zero_points/{len(zeros)}" if zeros.ndim else "zero_point"
+        self._codes[zero] = zeros
+        return zero
+
+    def _stored(self, name: str) -> NDArray[Any]:
+        from onnx import numpy_helper
+
+        if name in self._initializers:
+            return np.asarray(numpy_helper.to_array(self._initializers[name]))
+        value = next(
+            item.t for item in self._constant_nodes[name].attribute if item.name == "value"
+        )
+        return np.asarray(numpy_helper.to_array(value))
+
+
+def _scale_names(placement: Placement, scales: Mapping[str, float]) -> dict[str, str]:
+    """Name the scales: a group has one, called after its first tensor."""
+    first = {name: group[0] for group in placement.groups for name in group}
+    first |= {name: first.get(source, source) for name, source in placement.repeated.items()}
+    return {name: f"{first.get(name, name)}/scale" for name in scales}
+
+
+def _half(scale: NDArray[np.float32], quantized: QuantizedType) -> NDArray[np.float32]:
+    """Round positive scales up to float16 values, so that no value falls out of the range."""
+    scale = np.maximum(scale, np.float32(quantized.smallest_scale(half=True)))
+    with np.errstate(over="ignore"):
+        half = np.asarray(scale).astype(np.float16)
+    short = half.astype(np.float32) < scale
+    half = np.where(short, np.nextafter(half, np.float16(np.inf)), half)
+    result = half.astype(np.float32)
+    if not np.isfinite(result).all():
+        raise UserError(
+            f"a range of {float(np.max(scale)) * quantized.largest:.3g} is too large for half "
+            f"precision; build with {quantized.option} --fp32."
+        )
+    return result
+
+
+def _at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
+    """Return a copy of the model whose opset is at least `least`."""
+    import onnx
+
+    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    if opset < least:
+        return onnx.version_converter.convert_version(model, least)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _store(graph: onnx.GraphProto, constants: Iterable[onnx.TensorProto]) -> None:
+    """Add constants to a graph and drop those that nothing reads any more."""
+    used = {name for node in graph.node for name in node.input}
+    used.update(item.name for item in graph.output)
+    kept = [item for item in graph.initializer if item.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    graph.initializer.extend(constants)

@@ -1,0 +1,551 @@
+"""Where quantization goes in a detector's graph: which layers it makes 8-bit, on which tensors.
+
+`place` reads a float ONNX graph and decides; `insert.insert_qdq` carries it out. Each rule is a
+function whose docstring gives its reason. They follow how TensorRT treats explicit quantization: a
+Q/DQ pair on the input of a convolution makes it run in INT8, quantization is fused into what
+computes the tensor, and operators that only move or select values work on INT8 if they get it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.operators import LAYER_OPS, MOVING_OPS, layer_names
+from trt_yolov6.quantization.types import QuantizedType
+
+if TYPE_CHECKING:
+    import onnx
+
+
+_POOLING_OPS = {"GlobalAveragePool", "GlobalMaxPool"}
+
+_POINTWISE_OPS = {
+    "Clip",
+    "Elu",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "LeakyRelu",
+    "Relu",
+    "Sigmoid",
+    "Tanh",
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which tensors of a float graph get a Q/DQ pair, and which layers run in INT8 by it.
+
+    All tuples are in the graph's order. Layers are named as by `layer_names`.
+    """
+
+    tensors: tuple[str, ...]
+    """Activation tensors to quantize: the range of each has to be known."""
+    groups: tuple[tuple[str, ...], ...]
+    """Tensors that share one scale; a tensor is in one group at most."""
+    layers: tuple[str, ...]
+    """Layers that run in INT8."""
+    float_layers: dict[str, str]
+    """Layers that stay in float, each with the reason."""
+    exact_reads: frozenset[tuple[str, str]]
+    """Pairs of a quantized tensor and the first output of a node that reads it as it was before."""
+    repeated: dict[str, str] = field(default_factory=dict)
+    """Results of concatenations, poolings and the like, each with a tensor of the same scale that
+    went into it: they get a pair too, which changes no value."""
+
+
+Rule = Callable[["_Graph", "onnx.NodeProto"], "str | None"]
+"""Says why a convolution stays in float, or None: see "rules to choose" below."""
+
+
+def place(
+    model: onnx.ModelProto,
+    keep_float: Collection[str] = (),
+    *,
+    leave_float: Sequence[Rule] = (),
+    hand_on: bool = True,
+    requantize: bool = False,
+) -> Placement:
+    """Decide what to quantize.
+
+    Args:
+        model: a float graph without Q/DQ, nodes in topological order (as ONNX demands).
+        keep_float: names of convolutions that stay in float and read their inputs unrounded.
+        leave_float: rules of this module after which further layers stay in float.
+        hand_on: have concatenations, poolings and the like hand on 8-bit values, and additions
+            take them; else quantized tensors are for the layers alone, and whatever else reads the
+            same tensor reads it unrounded.
+        requantize: count what comes out of concatenations, poolings and the like among `tensors`,
+            whose ranges have to be known; else it is `repeated`, with the scale of what goes in.
+
+    Raises:
+        UserError: the graph is quantized already, or has no layer of a name in `keep_float`.
+    """
+    graph = _Graph(model)
+    if any(node.op_type == "QuantizeLinear" for node in graph.nodes):
+        raise UserError(
+            "the graph has Q/DQ nodes already; give the float graph, or leave --int8 and --fp8 out "
+            "to build it as it is."
+        )
+    names = layer_names(model)
+    unknown = sorted(set(keep_float) - set(names.values()))
+    if unknown:
+        raise UserError(
+            f"--float-layers names {unknown[0]}, which is no convolution of the graph; "
+            "`trt-yolov6 inspect` lists them."
+        )
+    reasons = _float_layers(graph, names, set(keep_float), leave_float)
+    integer = {output for output, name in names.items() if name not in reasons}
+    if hand_on:
+        exact = _readers_that_want_exact(graph, integer)
+    else:
+        exact = {node.output[0] for node in graph.nodes} - integer
+    wanted = _wanted_tensors(graph, integer, exact)
+    links = list(_links(graph, wanted, exact)) if hand_on else []
+    wanted.update(source for sources, _ in links for source in sources)
+    late = set() if requantize else wanted.intersection(_dequantized_late(graph, links))
+    wanted -= late
+    tensors = tuple(name for name in graph.order if name in wanted)
+    return Placement(
+        tensors=tensors,
+        groups=_groups(tensors, links),
+        layers=tuple(name for name in names.values() if name not in reasons),
+        float_layers=reasons,
+        exact_reads=frozenset(
+            (tensor, node.output[0])
+            for tensor in tensors
+            for node in graph.readers(tensor)
+            if node.output[0] in exact
+        ),
+        repeated=_repeated((name for name in graph.order if name in late), tensors, links),
+    )
+
+
+# --- which layers run in INT8 -------------------------------------------------------------------
+
+
+def _float_layers(
+    graph: _Graph, names: dict[str, str], keep: set[str], leave_float: Sequence[Rule]
+) -> dict[str, str]:
+    """Return the layers that stay in float, with reasons.
+
+    All others run in INT8: the first, whose input of 0..1 loses one of its eight bits, and those
+    that make predictions, whose outputs stay in float because no INT8 layer reads them.
+    """
+    rules = (_has_no_stored_weights, _works_on_single_pixels(graph), _decodes_a_distribution)
+    reasons: dict[str, str] = {}
+    for node in graph.nodes:
+        name = names.get(node.output[0])
+        if name is None:
+            continue
+        if name in keep:
+            reasons[name] = "kept in float by choice"
+            continue
+        found = (rule(graph, node) for rule in (*rules, *leave_float))
+        if reason := next(filter(None, found), None):
+            reasons[name] = reason
+    return reasons
+
+
+def _has_no_stored_weights(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    """Weights that are computed cannot be stored as INT8."""
+    return None if graph.constant(node.input[1]) is not None else "its weights are computed"
+
+
+def _works_on_single_pixels(graph: _Graph) -> Rule:
+    """A convolution behind global pooling has one position to work on.
+
+    Such are the two of squeeze-and-excitation. They cost next to nothing, and the gates they make
+    scale whole channels, so that rounding them costs accuracy and saves no time.
+    """
+    pixels = _single_pixel_tensors(graph)
+    reason = "works on one pixel, behind global pooling"
+    return lambda _, node: reason if node.input[0] in pixels else None
+
+
+def _decodes_a_distribution(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    """A convolution behind a softmax takes the expectation over distribution bins (DFL).
+
+    It is part of the decoding: its weights are the bins' numbers, its output is coordinates.
+    """
+    name = node.input[0]
+    while (producer := graph.producer(name)) is not None:
+        if producer.op_type == "Softmax":
+            return "takes the expectation of a softmax"
+        if producer.op_type not in ("Transpose", "Reshape"):
+            return None
+        name = producer.input[0]
+    return None
+
+
+def _single_pixel_tensors(graph: _Graph) -> set[str]:
+    """Return the tensors of height and width 1 that global pooling makes, and what follows them."""
+    pixels: set[str] = set()
+    for node in graph.nodes:
+        if (
+            node.op_type in _POOLING_OPS
+            or (node.op_type == "ReduceMean" and _reduces_space(graph, node))
+            or (node.op_type in (*LAYER_OPS, *_POINTWISE_OPS) and node.input[0] in pixels)
+            or (
+                node.op_type in ("Mul", "Add", "Div")
+                and any(name in pixels for name in node.input)
+                and all(name in pixels or graph.constant(name) is not None for name in node.input)
+            )
+        ):
+            pixels.update(node.output)
+    return pixels
+
+
+def _reduces_space(graph: _Graph, node: onnx.NodeProto) -> bool:
+    import onnx
+
+    axes = next((list(item.ints) for item in node.attribute if item.name == "axes"), None)
+    if axes is None and len(node.input) > 1:
+        constant = graph.constant(node.input[1])
+        axes = None if constant is None else onnx.numpy_helper.to_array(constant).tolist()
+    return axes is not None and {axis % 4 for axis in axes} == {2, 3}
+
+
+# --- rules to choose, for `leave_float` ---------------------------------------------------------
+
+
+def reads_few_channels(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    """A convolution of fewer than 16 input channels, such as the first, fills no 8-bit instruction.
+
+    A tensor core multiplies 32 eight-bit channels at a time; what is missing is padded with zeros.
+    """
+    return "reads fewer than 16 channels" if _channels(graph, node)[0] < 16 else None
+
+
+def is_transposed(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    """TensorRT-RTX has no transposed convolution in FP8: it would dequantize its input again.
+
+    One that does not overlap is bound by the writing of its output anyway.
+    """
+    return "is a transposed convolution" if node.op_type == "ConvTranspose" else None
+
+
+def is_pointwise(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    """A 1x1 convolution does little work for each value that it reads and writes."""
+    return "is a 1x1 convolution" if math.prod(_weight_shape(graph, node)[2:]) == 1 else None
+
+
+def is_narrower_than(channels: int) -> Rule:
+    """A convolution of few input or output channels leaves most of a tensor core's tile empty."""
+
+    def rule(graph: _Graph, node: onnx.NodeProto) -> str | None:
+        few = min(_channels(graph, node)) < channels
+        return f"has fewer than {channels} channels" if few else None
+
+    return rule
+
+
+def works_less_than(multiply_adds: int) -> Rule:
+    """Quantizing pays where each value is used often.
+
+    TensorRT-RTX writes what a convolution computes in half precision and quantizes it in a kernel
+    of its own, which reads two bytes and writes one for each value. What FP8 saves is half the time
+    of the next convolution's multiply-adds, so many a value.
+    """
+
+    def rule(graph: _Graph, node: onnx.NodeProto) -> str | None:
+        shape = _weight_shape(graph, node)
+        outputs = shape[1] if node.op_type == "ConvTranspose" else shape[0] // _groups_of(node)
+        work = outputs * math.prod(shape[2:])
+        if node.op_type == "Conv":
+            work //= math.prod(_strides(node))
+        few = work < multiply_adds
+        return f"does fewer than {multiply_adds} multiply-adds a value" if few else None
+
+    return rule
+
+
+def is_among_the_last(count: int) -> Rule:
+    """Predictions have few channels and are what is judged; in the head SiLU stands between layers.
+
+    TensorRT-RTX fuses SiLU with a convolution in half precision, but not with one in FP8, which
+    makes a kernel more where no FP8 layer comes next.
+
+    Args:
+        count: layers counted from the outputs on; 1 leaves those in float that no other comes
+            after.
+    """
+    behind: dict[int, dict[str, int]] = {}
+
+    def rule(graph: _Graph, node: onnx.NodeProto) -> str | None:
+        if id(graph) not in behind:
+            behind.clear()
+            behind[id(graph)] = _layers_behind(graph)
+        last = behind[id(graph)][node.output[0]] < count
+        return f"is among the last {count} layers" if last else None
+
+    return rule
+
+
+def _layers_behind(graph: _Graph) -> dict[str, int]:
+    """Return the most layers that come one after another behind each tensor."""
+    found: dict[str, int] = {}
+    for node in reversed(graph.nodes):
+        for name in node.output:
+            found[name] = max(
+                (
+                    found[reader.output[0]] + (reader.op_type in LAYER_OPS)
+                    for reader in graph.readers(name)
+                ),
+                default=0,
+            )
+    return found
+
+
+def _weight_shape(graph: _Graph, node: onnx.NodeProto) -> tuple[int, ...]:
+    weights = graph.constant(node.input[1])
+    assert weights is not None  # `_has_no_stored_weights` comes first
+    return tuple(weights.dims)
+
+
+def _channels(graph: _Graph, node: onnx.NodeProto) -> tuple[int, int]:
+    """Return how many channels a convolution reads and makes, those of one group."""
+    one, other = _weight_shape(graph, node)[:2]
+    if node.op_type == "ConvTranspose":
+        return one // _groups_of(node), other
+    return other, one // _groups_of(node)
+
+
+def _groups_of(node: onnx.NodeProto) -> int:
+    return next((int(item.i) for item in node.attribute if item.name == "group"), 1)
+
+
+def _strides(node: onnx.NodeProto) -> tuple[int, ...]:
+    return next((tuple(item.ints) for item in node.attribute if item.name == "strides"), (1,))
+
+
+FP8_RULES: tuple[Rule, ...] = (
+    reads_few_channels,
+    is_transposed,
+    is_among_the_last(3),
+    works_less_than(1000),
+)
+"""After which layers stay in float when the others run in FP8: where it brings nothing."""
+
+
+def place_for(
+    quantized: QuantizedType, model: onnx.ModelProto, keep_float: Collection[str] = ()
+) -> Placement:
+    """Decide what to quantize to a type, as `place` does, by the rules that serve the type best.
+
+    FP8 stands right before layers that gain by it, and nowhere else. TensorRT-RTX (seen in 1.5 to
+    1.7) pools, concatenates and adds in half precision whatever is before it, so that a pair there
+    would only add kernels.
+    """
+    if quantized.is_floating:
+        return place(model, keep_float, leave_float=FP8_RULES, hand_on=False)
+    return place(model, keep_float)
+
+
+# --- which tensors carry INT8 -------------------------------------------------------------------
+
+
+def _readers_that_want_exact(graph: _Graph, integer: set[str]) -> set[str]:
+    """Return the nodes, by first output, that read tensors as they are before quantization.
+
+    A layer in float is there to lose nothing, so neither its input nor what leads only to it is
+    rounded, nor what leads to a graph output without another layer. Any other float operator (such
+    as the multiplication of a shortcut by its factor) reads the quantized tensor: reading the
+    other would make TensorRT write the tensor twice, once in float.
+    """
+    exact: set[str] = set()
+    for node in reversed(graph.nodes):
+        if node.output[0] in integer:
+            continue
+        wishes = [
+            user.output[0] in exact for name in node.output if name for user in graph.readers(name)
+        ]
+        # What only moves values is needed exactly as soon as one reader wants it so.
+        moves = bool(_concatenated(graph, node) or _moved(graph, node))
+        if node.op_type in LAYER_OPS or all(wishes) or (moves and any(wishes)):
+            exact.add(node.output[0])
+    return exact
+
+
+def _wanted_tensors(graph: _Graph, integer: set[str], exact: set[str]) -> set[str]:
+    """Return the tensors to quantize: what INT8 layers read, and what is added to their outputs."""
+    wanted = {node.input[0] for node in graph.nodes if node.output[0] in integer}
+    while found := set(_shortcuts(graph, integer, exact, wanted)) - wanted:
+        wanted |= found
+    return wanted
+
+
+def _links(graph: _Graph, wanted: set[str], exact: set[str]) -> Iterator[tuple[list[str], str]]:
+    """Yield what goes into and what comes out of operators that hand INT8 on.
+
+    All these tensors need equal scales, and only what goes in needs a pair: TensorRT quantizes as
+    early and dequantizes as late as it can. Seen in what TensorRT-RTX 1.7 builds: with pairs only
+    before them pooling and concatenation take INT8 and hand it on to the convolution; with a pair
+    only behind, one pooling that is read twice is computed twice; with pairs before some of a
+    concatenation's inputs only, the others come in float.
+
+    Where another reader wants the exact values, the operator stays in float.
+    """
+    pending, seen = sorted(wanted), set(wanted)
+    while pending:
+        name = pending.pop()
+        node = graph.producer(name)
+        if node is None or node.output[0] in exact or name in graph.outputs:
+            continue
+        sources = _concatenated(graph, node) or _moved(graph, node)
+        if sources:
+            yield sources, name
+            pending.extend(source for source in sources if source not in seen)
+            seen.update(sources)
+
+
+def _dequantized_late(graph: _Graph, links: Iterable[tuple[Sequence[str], str]]) -> Iterator[str]:
+    """Yield the results that need no pair of their own: INT8 comes out, and dequantization waits.
+
+    Not behind a resizing: TensorRT-RTX 1.7 dequantizes before it, and the convolution behind would
+    be left in float (four of the YOLOv6Lite's were).
+    """
+    for _, result in links:
+        node = graph.producer(result)
+        if node is not None and node.op_type != "Resize":
+            yield result
+
+
+def _repeated(
+    results: Iterable[str], tensors: Collection[str], links: Iterable[tuple[Sequence[str], str]]
+) -> dict[str, str]:
+    """Return what is dequantized late, each with a tensor of the same scale that has a pair.
+
+    Values do not change by a pair of their own. TensorRT 8 takes a convolution as INT8 only where a
+    pair stands right before it; else its weights' DequantizeLinear stays a layer, and the build
+    fails. TensorRT-RTX 1.7 makes the same layers of all these pairs as of none, but with one behind
+    a concatenation and none behind the pooling before it, that pooling is in float.
+    """
+    sources = {result: inputs[0] for inputs, result in links}
+    found: dict[str, str] = {}
+    for name in results:
+        source = name
+        while source not in tensors and source in sources:
+            source = sources[source]
+        if source in tensors:
+            found[name] = source
+    return found
+
+
+def _concatenated(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+    """A concatenation works in INT8 if all that goes in has the scale of what comes out.
+
+    The convolution behind it has one scale for its whole input anyway. With the same scale before
+    it TensorRT only copies bytes, or has the layers before it write into place; with others each
+    input would be quantized anew.
+    """
+    if node.op_type != "Concat" or any(graph.constant(name) is not None for name in node.input):
+        return []
+    return list(dict.fromkeys(node.input))
+
+
+def _moved(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+    """Pooling by maximum, resizing and moving values need no other scale behind than before.
+
+    Rounding is monotonic, so the maximum of rounded values is the rounded maximum; what is only
+    moved is not changed at all. Linear interpolation stays between the values it is given; cubic
+    interpolation overshoots, and pads with a value may leave the range: they stay in float.
+    """
+    if node.op_type == "Resize":
+        mode = next((item.s for item in node.attribute if item.name == "mode"), b"nearest")
+        moves = mode in (b"nearest", b"linear")
+    else:
+        moves = node.op_type in MOVING_OPS
+    return [node.input[0]] if moves and graph.constant(node.input[0]) is None else []
+
+
+def _shortcuts(
+    graph: _Graph, integer: set[str], exact: set[str], wanted: set[str]
+) -> Iterator[str]:
+    """Yield the tensors that residual additions add to the output of a convolution.
+
+    TensorRT fuses convolution, addition, ReLU and the quantization behind them into one INT8
+    kernel if the addend is INT8 too; the convolution's own output must not be quantized, because
+    that would part it from the addition. Where both terms are convolutions, the later one is fused.
+    Where activations stand between, the addition is a pointwise kernel of its own that reads what
+    it gets, and no tensor is quantized for its sake.
+    """
+    for node in graph.nodes:
+        if node.op_type not in ("Add", "Sum") or len(node.input) != 2 or node.output[0] in exact:
+            continue
+        if not _is_quantized_behind(graph, node, wanted):
+            continue
+        fused = [
+            name
+            for name in sorted(integer.intersection(node.input), key=graph.order.index)[::-1]
+            if len(graph.readers(name)) == 1 and name not in graph.outputs
+        ]
+        others = [name for name in node.input if fused and name != fused[0]]
+        if others and graph.constant(others[0]) is None:
+            yield others[0]
+
+
+def _is_quantized_behind(graph: _Graph, node: onnx.NodeProto, wanted: set[str]) -> bool:
+    """Tell whether a node's output, or the ReLU's that follows it, is a tensor to quantize."""
+    readers = graph.readers(node.output[0])
+    return node.output[0] in wanted or (
+        len(readers) == 1 and readers[0].op_type == "Relu" and readers[0].output[0] in wanted
+    )
+
+
+def _groups(
+    tensors: Iterable[str], links: Iterable[tuple[Sequence[str], str]]
+) -> tuple[tuple[str, ...], ...]:
+    """Join links that have a tensor in common: all its members get one scale."""
+    group_of: dict[str, set[str]] = {}
+    for sources, result in links:
+        link = {*sources, result}
+        joined = link.union(*(group_of.get(name, set()) for name in link))
+        for name in joined:
+            group_of[name] = joined
+    groups: dict[int, list[str]] = {}
+    for name in tensors:
+        if name in group_of:
+            groups.setdefault(id(group_of[name]), []).append(name)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+class _Graph:
+    """Look-ups in an ONNX graph: who makes a tensor, who reads it, whether it is constant."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.nodes = list(graph.node)
+        self.outputs = {item.name for item in graph.output}
+        self._initializers = {item.name: item for item in graph.initializer}
+        self._producers = {name: node for node in self.nodes for name in node.output if name}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                self._readers.setdefault(name, []).append(node)
+        self.order: list[str] = [item.name for item in graph.input]
+        self.order += [name for node in self.nodes for name in node.output if name]
+
+    def producer(self, name: str) -> onnx.NodeProto | None:
+        return self._producers.get(name)
+
+    def readers(self, name: str) -> list[onnx.NodeProto]:
+        return self._readers.get(name, [])
+
+    def constant(self, name: str) -> onnx.TensorProto | None:
+        """Return the stored value of a tensor; None for one that is computed or given."""
+        stored: onnx.TensorProto | None = self._initializers.get(name)
+        if stored is not None:
+            return stored
+        node = self.producer(name)
+        if node is None or node.op_type != "Constant":
+            return None
+        for item in node.attribute:
+            if item.name == "value":
+                tensor: onnx.TensorProto = item.t
+                return tensor
+        return None

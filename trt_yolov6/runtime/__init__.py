@@ -1,0 +1,1 @@
+"""Loaded engines at work: predict, evaluate, draw and write."""

@@ -1,0 +1,524 @@
+"""Engines into a model repository of Triton Inference Server, which serves them on many GPUs.
+
+    <repository>/yolov6n_int8/config.pbtxt      how it is batched and where it runs
+                             /labels.txt        the class names
+                             /1/model.plan      the engine, or model.onnx
+
+or, for Triton's Python backend, which runs this package and with it engines of every backend,
+
+    <repository>/yolov6n_int8_python/config.pbtxt
+                                    /labels.txt
+                                    /1/model.py         calls `serving.python_backend`
+                                    /1/engine.onnx      or engine.trt
+                                    /1/engine.json      its manifest
+
+`config.pbtxt` is a `ModelConfig` in protobuf's text format. It is written here by hand, since
+Triton's schema comes with its client only; the tests parse it with that schema. What a client needs
+to prepare images and to read the outputs stands in the configuration's `parameters`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from trt_yolov6.common.files import check_writable
+from trt_yolov6.engines import LoadOptions, load_engine
+from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
+from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.serving.config_text import fields_of, quoted, without_fields
+from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
+from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
+
+PLATFORMS = {
+    "tensorrt": ("tensorrt_plan", "model.plan"),
+    "onnxruntime": ("onnxruntime_onnx", "model.onnx"),
+}
+"""Triton's platform and its name for the file, by backend."""
+
+MODEL_FILE = "model.py"
+
+PYTHON = "python"
+"""Triton's name of the backend that runs a `model.py`."""
+
+Serves = Literal["tensors", "pictures"]
+"""What an entry of the Python backend takes: the engine's own input, for its own outputs; or
+encoded pictures, for boxes, scores and classes."""
+
+_PICTURES = TensorSpec("picture", (None, 1), np.dtype(object))
+"""The content of an image file each."""
+
+_DETECTIONS = (
+    TensorSpec("boxes", (None, None, 4), np.dtype(np.float32)),
+    TensorSpec("scores", (None, None), np.dtype(np.float32)),
+    TensorSpec("classes", (None, None), np.dtype(np.int64)),
+    TensorSpec("count", (None, 1), np.dtype(np.int32)),
+)
+"""As `serving.requests.stacked` makes them."""
+
+_TYPES = {
+    "float16": "TYPE_FP16",
+    "float32": "TYPE_FP32",
+    "float64": "TYPE_FP64",
+    "int8": "TYPE_INT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "uint8": "TYPE_UINT8",
+    "object": "TYPE_STRING",
+}
+
+_SHARED_OUTPUTS = ("end2end", "end2end_yolov7", "end2end_ppyoloe")
+"""Layouts whose outputs hold the boxes of all images together: Triton cannot part them again."""
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """How Triton is to run the engines."""
+
+    instances: int = 1
+    """Copies of the engine on each GPU, or on the CPU, that work side by side."""
+    gpus: tuple[int, ...] | None = None
+    """Numbers of the GPUs; None takes all that the server has, `()` the CPU (ONNX only)."""
+    max_queue_delay_us: int = 100
+    """Microseconds a request waits at most for others to share a batch with."""
+    default_cpu: bool = False
+    """Where `gpus` is None, ONNX files run on the CPU: the server has no GPU."""
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Fields of `NmsSettings`, of entries that take pictures; the others are as for `infer`."""
+    extra: str = ""
+    """Further fields of `ModelConfig` in protobuf's text format, such as a response cache. They
+    take the place of fields of the same name; `parameters` are added."""
+
+    def __post_init__(self) -> None:
+        if self.instances < 1:
+            raise UserError(f"--instances {self.instances} is too few; give 1 or more.")
+        if self.max_queue_delay_us < 0:
+            raise UserError(
+                f"--max-queue-delay-us {self.max_queue_delay_us} is negative; give 0 or more."
+            )
+        if self.gpus and (min(self.gpus) < 0 or len(set(self.gpus)) < len(self.gpus)):
+            raise UserError("--gpus names a GPU twice or below 0; give numbers such as 0,1.")
+        NmsSettings(**{key: self.thresholds[key] for key in self.thresholds})  # type: ignore[arg-type]
+        fixed = sorted(set(fields_of(self.extra)) & set(_OF_THE_ENGINE))
+        if fixed:
+            raise UserError(
+                f"--config sets {', '.join(fixed)}, which the engine decides; leave it out."
+            )
+
+
+_OF_THE_ENGINE = (
+    *("name", "platform", "backend", "default_model_filename"),
+    *("max_batch_size", "input", "output"),
+)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An engine as Triton knows it."""
+
+    engine: Path
+    name: str
+    """Of the entry: the network's name and precision, such as `yolov6n_int8`."""
+    platform: str
+    file_name: str
+    input: TensorSpec
+    outputs: tuple[TensorSpec, ...]
+    batch: BatchProfile
+    class_names: tuple[str, ...]
+    parameters: dict[str, str]
+    """What a client has to know: decoder, layout, pre-processing, names, where it came from."""
+    shared_outputs: bool
+    """The outputs hold the boxes of all images of a batch together."""
+    backend: str = "onnxruntime"
+    """What the engine was built for."""
+    serves: Serves | None = None
+    """Of the Python backend; None where Triton runs the engine itself."""
+
+    @property
+    def max_batch_size(self) -> int:
+        """Triton's: 0 where it must not put requests together, and shapes are given in full."""
+        if self.serves == "pictures":
+            return self.batch.max
+        return 0 if self.batch.is_static or self.shared_outputs else self.batch.max
+
+
+def export_triton(
+    engines: Sequence[str | Path],
+    output: str | Path,
+    settings: ServingSettings | None = None,
+    loading: LoadOptions | None = None,
+    names: Sequence[str] | None = None,
+    python: Serves | None = None,
+) -> tuple[Path, ...]:
+    """Write engines into a model repository, one entry each, all of them or none.
+
+    Args:
+        engines: plans of TensorRT or ONNX files, with manifests beside them or, for ONNX, without;
+            for the Python backend also plans of TensorRT-RTX.
+        output: the repository; made if missing. Other entries in it are left alone.
+        settings: instances, GPUs, batching.
+        loading: the decoder of ONNX files without a manifest, where the graph does not tell.
+        names: of the entries, in the order of `engines`; default: network and precision.
+        python: write entries of Triton's Python backend, which take this; default: Triton runs the
+            engines itself.
+
+    Returns:
+        The folders that were written, in the order of `engines`.
+
+    Raises:
+        UserError: an engine is missing, damaged or none that Triton loads, two would have the same
+            name, or an entry of that name is there already.
+    """
+    settings = settings or ServingSettings()
+    output = Path(output)
+    loading = loading or LoadOptions()
+    models = [served_model(path, loading, python) for path in engines]
+    if names is not None:
+        models = [
+            dataclasses.replace(model, name=_checked_name(name))
+            for model, name in zip(models, names, strict=True)
+        ]
+    texts = [config_text(model, settings) for model in models]
+    entries = [model.name for model in models]
+    for name in entries:
+        if entries.count(name) > 1:
+            twice = " and ".join(str(model.engine) for model in models if model.name == name)
+            raise UserError(f"{twice} would both become {name}; name the entries with --name.")
+        if (output / name).exists():
+            raise UserError(
+                f"{output / name} is there already; remove it or choose another --output."
+            )
+    check_writable(output / "config.pbtxt")
+    made = next(
+        (
+            folder
+            for folder in (*reversed(output.absolute().parents), output)
+            if not folder.exists()
+        ),
+        None,
+    )
+    written: list[Path] = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        # A name with a dot in front, which Triton does not take for a model.
+        with tempfile.TemporaryDirectory(prefix=".writing.", dir=output) as draft:
+            for model, text in zip(models, texts, strict=True):
+                _write_entry(Path(draft) / model.name, model, text)
+            for name in entries:
+                (Path(draft) / name).rename(output / name)
+                written.append(output / name)
+    except BaseException as error:
+        for folder in written:
+            shutil.rmtree(folder, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{output} cannot be written ({error.strerror or error}); free the disk or choose "
+                "a folder you may write to."
+            ) from error
+        raise
+    return tuple(written)
+
+
+def served_model(
+    engine: str | Path, loading: LoadOptions | None = None, python: Serves | None = None
+) -> ServedModel:
+    """Return what Triton has to know of an engine.
+
+    Its manifest tells, so that a plan need not be loaded; an ONNX file without one is, with
+    `loading`.
+
+    Args:
+        engine: the file.
+        loading: the decoder and the pre-processing of an ONNX file without a manifest.
+        python: what an entry of the Python backend takes; None where Triton runs the engine itself.
+
+    Raises:
+        UserError: it is missing, damaged or no engine that Triton loads, or the manifest is of an
+            early version and the engine cannot be loaded here either.
+    """
+    path = Path(engine)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; check --engine.")
+    manifest = read_manifest(path)
+    if manifest is not None:
+        check_plan(path, manifest)
+        _check_backend(path, manifest.backend, python)
+    if manifest is None and path.suffix == ".onnx":
+        _check_graph(path, python)
+    if manifest is None or not manifest.tensors:
+        model = _loaded_model(path, manifest, loading, python)
+    else:
+        source, *outputs = manifest.tensors
+        model = _model(path, manifest.backend, manifest, source, tuple(outputs), python)
+    return model if python is None else _in_python(model, python, manifest, loading)
+
+
+def _in_python(
+    model: ServedModel, serves: Serves, manifest: Manifest | None, loading: LoadOptions | None
+) -> ServedModel:
+    """Return an engine as this package runs it in Triton's Python backend."""
+    name = f"{model.name}_{PYTHON if serves == 'tensors' else serves}"
+    parameters = {**model.parameters, "serves": serves}
+    if manifest is None and loading is not None and loading.preprocess:
+        parameters["preprocess"] = json.dumps(list(loading.preprocess))
+    changes: dict[str, Any] = {"name": name, "platform": "", "parameters": parameters}
+    if serves == "pictures":
+        parameters["max_pixels"] = str(MAX_PIXELS)
+        changes.update(input=_PICTURES, outputs=_DETECTIONS, shared_outputs=False)
+    suffix = ".onnx" if model.backend == "onnxruntime" else ".trt"
+    file_name = next(name for name in ENGINE_FILES if name.endswith(suffix))
+    return dataclasses.replace(model, file_name=file_name, serves=serves, **changes)
+
+
+def _loaded_model(
+    path: Path, manifest: Manifest | None, loading: LoadOptions | None, python: Serves | None
+) -> ServedModel:
+    try:
+        with load_engine(path, options=loading) as engine:
+            _check_backend(path, engine.backend, python)
+            batch = manifest.batch if manifest else engine.batch
+            # An ONNX file with a free batch axis sets no limit itself.
+            free = BatchProfile() if batch.max > 1024 else batch
+            details: dict[str, Any] = {
+                "model": path.stem,
+                "precision": _precision_of(path),
+                "batch": free,
+                "class_names": engine.class_names,
+                "decoder": engine.decoder,
+                "output_layout": engine.output_layout,
+                "preprocessing": engine.preprocessing,
+            }
+            found = manifest or _Details(**details)
+            return _model(path, engine.backend, found, engine.input, engine.outputs, python)
+    except MissingDependencyError as error:
+        raise UserError(
+            f"{path} has no manifest that tells its tensors, and cannot be loaded to ask it "
+            f"({error}); build it again, or export it on the machine that runs it."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Details:
+    """What stands in a manifest, of an engine that has none."""
+
+    model: str
+    precision: str
+    batch: BatchProfile
+    class_names: tuple[str, ...]
+    decoder: str
+    output_layout: str
+    preprocessing: Any
+
+
+def _check_graph(path: Path, python: Serves | None) -> None:
+    """Raise UserError for an ONNX file that is no whole entry by itself.
+
+    Inputs that this package fills in itself Triton would ask of clients.
+    """
+    from trt_yolov6.graph.files import has_other_files, read_onnx
+    from trt_yolov6.graph.inputs import runtime_inputs
+
+    if has_other_files(path):
+        raise UserError(
+            f"{path} keeps weights in other files; build it with `trt-yolov6 build --onnx`, which "
+            "puts them inside, and export what was built."
+        )
+    if python is not None:
+        return
+    names = [item.name for item in runtime_inputs(read_onnx(path))]
+    if len(names) > 1:
+        raise UserError(
+            f"{path} has the inputs {', '.join(names)}, of which an engine has the image only; "
+            "build it with `trt-yolov6 build --onnx`, and export what was built."
+        )
+
+
+def _precision_of(path: Path) -> str:
+    from trt_yolov6.graph.files import graph_precision, read_onnx
+
+    return graph_precision(read_onnx(path)) if path.suffix == ".onnx" else "unknown"
+
+
+def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
+    if python is not None:
+        return
+    if backend == "tensorrt-rtx":
+        raise UserError(
+            f"{path} is a plan of TensorRT-RTX, which Triton's TensorRT backend does not load; "
+            "give --python-backend, or build it with --backend tensorrt."
+        )
+    if backend not in PLATFORMS:
+        raise UserError(f"{path} runs in {backend}, which Triton has no platform for.")
+
+
+def _model(
+    path: Path,
+    backend: str,
+    details: Manifest | _Details,
+    source: TensorSpec,
+    outputs: tuple[TensorSpec, ...],
+    python: Serves | None,
+) -> ServedModel:
+    platform, file_name = PLATFORMS.get(backend, ("", ""))
+    batch = details.batch
+    fixed = source.shape[0]
+    if fixed is not None:
+        batch = BatchProfile(fixed, fixed, fixed)
+    shared = details.output_layout in _SHARED_OUTPUTS
+    # This package fills small batches up.
+    if not batch.is_static and batch.min > 1 and not shared and python is None:
+        raise UserError(
+            f"{path} takes batches of {batch.min} or more, and Triton forms smaller ones where "
+            "requests are few; build it with --dynamic 1,OPT,MAX, or with --batch."
+        )
+    for spec in (source, *outputs):
+        if spec.dtype.name not in _TYPES:
+            raise UserError(f"{path} has a tensor {spec.name!r} of {spec.dtype}, not for Triton.")
+    parameters = {
+        "decoder": details.decoder,
+        "output_layout": details.output_layout,
+        "preprocessing": str(details.preprocessing),
+        "precision": details.precision,
+        "class_names": json.dumps(list(details.class_names)),
+    }
+    if isinstance(details, Manifest):
+        parameters["backend"] = f"{details.backend} {details.backend_version}"
+        parameters["plan_sha256"] = details.plan_sha256
+        if details.nms:
+            nms = details.nms
+            parameters["nms"] = f"confidence {nms.confidence}, IoU {nms.iou}"
+    return ServedModel(
+        engine=path,
+        name=_safe(f"{details.model}_{details.precision}"),
+        platform=platform,
+        file_name=file_name,
+        input=source,
+        outputs=outputs,
+        batch=batch,
+        class_names=details.class_names,
+        parameters=parameters,
+        shared_outputs=shared,
+        backend=backend,
+    )
+
+
+def _checked_name(name: str) -> str:
+    """Return a name for an entry; raise UserError for one that Triton does not take."""
+    if _safe(name) != name:
+        raise UserError(
+            f"--name {name} has characters that a model's name cannot have; give letters, digits, "
+            "dots, hyphens and underscores."
+        )
+    return name
+
+
+def _safe(name: str) -> str:
+    """Return a name that is one folder of its own, whatever a file said of itself."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-") or "model"
+
+
+# --- the configuration --------------------------------------------------------------------------
+
+
+def runs_on_cpu(model: ServedModel, settings: ServingSettings) -> bool:
+    """Return whether an engine is to run on the server's CPU."""
+    by_default = settings.default_cpu and model.backend == "onnxruntime"
+    return settings.gpus == () or (settings.gpus is None and by_default)
+
+
+def config_text(model: ServedModel, settings: ServingSettings) -> str:
+    """Return a model's `config.pbtxt`.
+
+    Raises:
+        UserError: a plan of TensorRT is to run on the CPU.
+    """
+    on_cpu = runs_on_cpu(model, settings)
+    if on_cpu and model.backend != "onnxruntime":
+        raise UserError(f"{model.engine} runs on GPUs only; leave --cpu out.")
+    batched = model.max_batch_size > 0
+    file_name = model.file_name if model.serves is None else MODEL_FILE
+    lines = [
+        f"name: {quoted(model.name)}",
+        *(
+            [f"platform: {quoted(model.platform)}"]
+            if model.serves is None
+            else [f"backend: {quoted(PYTHON)}"]
+        ),
+        f"default_model_filename: {quoted(file_name)}",
+        f"max_batch_size: {model.max_batch_size}",
+        *_block("input", _tensor_lines(model.input, batched)),
+    ]
+    # Triton's classification reads class names from there, by their place in the output.
+    labelled = next((spec for spec in model.outputs if "score" in spec.name), model.outputs[0])
+    for spec in model.outputs:
+        labels = ['label_filename: "labels.txt"'] if spec is labelled and model.class_names else []
+        lines += _block("output", [*_tensor_lines(spec, batched), *labels])
+    if batched:
+        preferred = sorted({model.batch.opt, model.batch.max} - {1})
+        lines += _block(
+            "dynamic_batching",
+            [
+                f"preferred_batch_size: [ {', '.join(map(str, preferred))} ]",
+                f"max_queue_delay_microseconds: {settings.max_queue_delay_us}",
+            ],
+        )
+    group = [f"count: {settings.instances}", f"kind: {'KIND_CPU' if on_cpu else 'KIND_GPU'}"]
+    if settings.gpus:
+        group.append(f"gpus: [ {', '.join(map(str, settings.gpus))} ]")
+    lines += _block("instance_group", group)
+    parameters = dict(model.parameters)
+    if model.serves == "pictures":
+        parameters.update((key, str(value)) for key, value in settings.thresholds.items())
+    for key, value in parameters.items():
+        block = _block("value", [f"string_value: {quoted(value)}"])
+        lines += _block("parameters", [f"key: {quoted(key)}", *block])
+    text = "\n".join(lines) + "\n"
+    if not settings.extra.strip():
+        return text
+    replaced = set(fields_of(settings.extra)) - {"parameters"}
+    return without_fields(text, replaced) + settings.extra.strip() + "\n"
+
+
+def _tensor_lines(spec: TensorSpec, batched: bool) -> list[str]:
+    # With batching, Triton adds the batch axis itself.
+    shape = spec.shape[1:] if batched else spec.shape
+    lengths = ", ".join("-1" if length is None else str(length) for length in shape)
+    return [
+        f"name: {quoted(spec.name)}",
+        f"data_type: {_TYPES[spec.dtype.name]}",
+        f"dims: [ {lengths} ]",
+    ]
+
+
+def _block(name: str, lines: Sequence[str]) -> list[str]:
+    return [f"{name} {{", *(f"  {line}" for line in lines), "}"]
+
+
+def _write_entry(folder: Path, model: ServedModel, config: str) -> None:
+    version = folder / "1"
+    version.mkdir(parents=True)
+    shutil.copyfile(model.engine, version / model.file_name)
+    if model.serves is not None:
+        # Copied, so that the entry's code is the same whatever wrote it.
+        shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / MODEL_FILE)
+        manifest = read_manifest(model.engine)
+        if manifest is not None:
+            write_manifest(
+                version / model.file_name, dataclasses.replace(manifest, engine=model.file_name)
+            )
+    (folder / "config.pbtxt").write_text(config)
+    if model.class_names:
+        # A line a name: one that has several would shift all behind it.
+        names = (" ".join(name.split()) for name in model.class_names)
+        (folder / "labels.txt").write_text("".join(f"{name}\n" for name in names), "utf-8")

@@ -1,0 +1,148 @@
+"""Value types that every package shares: tensors, batch profiles, precisions, output layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.errors import UserError
+
+Precision = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
+"""`int8-dynamic` is ONNX Runtime's dynamic quantization: INT8 weights, ranges found as it runs."""
+
+
+OutputLayout = Literal[
+    "split",
+    "split_by_class",
+    "rows",
+    "corner_rows",
+    "grid_rows",
+    "columns",
+    "grids_yolov5",
+    "grids_yolov7",
+    "end2end",
+    "end2end_yolov7",
+    "end2end_ppyoloe",
+    "best",
+    "efficient_nms",
+]
+"""How a graph gives its detections; `detectors.layouts` has the arithmetic.
+
+Coordinates are in input pixels, scores and objectness in 0..1, unless it says otherwise. Outputs
+are found by their shapes where no name is given. Every anchor, NMS still to be done:
+
+split:           `boxes` (batch, anchors, 4): x1, y1, x2, y2, float32;
+                 `scores` (batch, anchors, classes), float32 or float16. Convolutions on a GPU keep
+                 channels last, so nothing has to be moved for it
+split_by_class:  (batch, anchors, 4): x1, y1, x2, y2; (batch, classes, anchors): scores
+rows:            (batch, anchors, 5 + classes): cx, cy, w, h, objectness, scores
+corner_rows:     (batch, anchors, 4 + classes): x1, y1, x2, y2, scores
+grid_rows:       as `rows`, but cx and cy are in cells from the cell's corner, w and h logarithms of
+                 cells; the cells of strides 8, 16, 32 (and 64) one after the other
+columns:         (batch, 4 + classes, anchors): cx, cy, w, h, scores
+grids_yolov5, grids_yolov7:
+                 three outputs (batch, 3, rows, columns, 5 + classes), before the sigmoid, of
+                 strides 8, 16, 32; with the anchors of that release
+
+Of each image the best, NMS done:
+
+end2end:         `detections` (n, 7): batch index, x1, y1, x2, y2, score, class
+end2end_yolov7:  (n, 7): batch index, x1, y1, x2, y2, class, score
+end2end_ppyoloe: (n, 6): class, score, x1, y1, x2, y2, image after image; (batch,): n of each
+best:            (batch, n, 6): x1, y1, x2, y2, score, class
+efficient_nms:   outputs with `num`, `box`, `score` and `class` in their names: (batch, 1),
+                 (batch, n, 4) x1, y1, x2, y2, (batch, n), (batch, n)
+"""
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """The batch sizes an engine takes, and the one it is tuned for."""
+
+    min: int = 1
+    opt: int = 32
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UserError(
+                f"the batch profile {self.min},{self.opt},{self.max} is not increasing from 1; "
+                "give MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
+            )
+
+    @property
+    def is_static(self) -> bool:
+        """True when only one batch size is taken."""
+        return self.min == self.max
+
+
+@dataclass(frozen=True)
+class NmsSettings:
+    """Thresholds of the non-maximum suppression, in 0..1, and how many boxes an image keeps."""
+
+    confidence: float = 0.03
+    iou: float = 0.65
+    max_detections: int = 300
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.confidence < 1:
+            raise UserError(f"confidence {self.confidence} is out of range; give --conf in 0..1.")
+        if not 0 < self.iou <= 1:
+            raise UserError(f"IoU threshold {self.iou} is out of range; give --iou in 0..1.")
+        if self.max_detections < 1:
+            raise UserError(
+                f"at most {self.max_detections} detections an image is out of range; "
+                "give at least 1."
+            )
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape (None where it varies) and NumPy dtype of an engine's input or output."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON has it: the dtype by its name, null where a length varies."""
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
+        """Return what `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        shape = tuple(None if length is None else int(length) for length in value["shape"])
+        return cls(str(value["name"]), shape, np.dtype(value["dtype"]))
+
+
+def image_size_of(spec: TensorSpec) -> tuple[int, int]:
+    """Return height and width in pixels of an engine's input."""
+    height, width = spec.shape[1:3] if spec.dtype == np.uint8 else spec.shape[2:4]
+    assert height is not None
+    assert width is not None
+    return height, width
+
+
+def empty_input(spec: TensorSpec, rows: int) -> NDArray[Any]:
+    """Return an array for a batch of the shape and dtype an engine takes, its content undefined.
+
+    Raises:
+        UserError: it takes more memory than there is.
+    """
+    shape = tuple(length or 0 for length in spec.shape[1:])
+    try:
+        return np.empty((rows, *shape), spec.dtype)
+    except (MemoryError, ValueError, OverflowError) as error:  # the last two: beyond any address
+        height, width = image_size_of(spec)
+        raise UserError(
+            f"a batch of {rows} images of {height}x{width} does not fit in memory; give a smaller "
+            "--batch."
+        ) from error
