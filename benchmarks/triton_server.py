@@ -20,8 +20,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -99,13 +97,11 @@ def tritonserver(
     http, grpc = _free_ports(2)
     region = f"trt_yolov6_{os.getpid()}_{http}_"
     libraries = [sysconfig.get_config_var("LIBDIR") or "", os.environ.get("LD_LIBRARY_PATH", "")]
-    paths = [*_packages_of_models(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         # The Python in the models' process finds its environment by the first `python3` there.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(_programs_of_models(folder)), os.environ["PATH"]]),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     command = [
         str(folder / "bin" / "tritonserver"),
@@ -151,10 +147,10 @@ def _wait_until_ready(server: Server, patience: float) -> None:
     raise RuntimeError(f"tritonserver did not start:\n{server.log.read_text()[-4000:]}")
 
 
-def _packages_of_models(folder: Path) -> list[str]:
-    """Return where `scripts/tritonserver.sh` has put the NumPy that this server's backend takes."""
-    models = folder.parents[1] / "models"
-    return [str(models)] if models.is_dir() else []
+def _programs_of_models(folder: Path) -> Path:
+    """Return `bin` of the environment that `scripts/tritonserver.sh` has made for models, or ours."""
+    own = folder.parents[1] / "models" / "bin"
+    return own if own.is_dir() else Path(sys.executable).parent
 
 
 def _free_ports(count: int) -> list[int]:
