@@ -148,7 +148,7 @@ def _wait_until_ready(server: Server, patience: float) -> None:
 
 
 def _programs_of_models(folder: Path) -> Path:
-    """Return `bin` of the environment that `scripts/tritonserver.sh` has made for models, or ours."""
+    """Return `bin` of the environment that `tritonserver.sh` has made for models, or of ours."""
     own = folder.parents[1] / "models" / "bin"
     return own if own.is_dir() else Path(sys.executable).parent
 
