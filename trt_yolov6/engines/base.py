@@ -93,6 +93,8 @@ class LoadOptions:
     """CPU threads an ONNX Runtime session uses; None for one a physical core."""
     provider: str | None = None
     """ONNX Runtime execution provider: `cpu`, `cuda`, `tensorrt`; None for the best that works."""
+    gpu: int = 0
+    """Number of the GPU for ONNX Runtime's providers. TensorRT takes CUDA's current one."""
     cuda_graph: bool = True
     """TensorRT: launch a run as one CUDA graph instead of kernel by kernel."""
     decoder: str | None = None
