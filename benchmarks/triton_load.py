@@ -43,7 +43,8 @@ from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.engines import Engine, best_backend, load_engine
 from trt_yolov6.engines.build import SUFFIXES, build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
-from trt_yolov6.runtime.predict import detect, infer_source
+from trt_yolov6.runtime.annotate import infer_source
+from trt_yolov6.runtime.predict import detect
 from trt_yolov6.serving.config_text import without_fields
 from trt_yolov6.serving.triton import ServingSettings, export_triton
 from trt_yolov6.spec import BatchProfile
@@ -176,9 +177,9 @@ def equal(server: Server, engine: Engine, folder: Path) -> dict[str, Any]:
         for answer, own, record in zip(answers, expected, written, strict=True):
             boxes, scores, classes = (answer.as_numpy(n)[0] for n in ("boxes", "scores", "classes"))
             same += int(
-                np.array_equal(boxes, own.boxes)
-                and np.array_equal(scores, own.scores)
-                and np.array_equal(classes, own.classes)
+                np.array_equal(boxes, own.xyxy)
+                and np.array_equal(scores, own.confidence)
+                and np.array_equal(classes, own.class_id)
             )
             as_written += int(
                 [[round(value, 2) for value in box] for box in boxes.tolist()]

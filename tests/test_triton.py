@@ -296,12 +296,12 @@ def test_all_three_entries_of_an_engine_go_into_one_repository(
 def test_an_onnx_file_without_a_manifest_says_how_to_read_it(tmp_path: Path) -> None:
     path = tmp_path / "grids.onnx"
     onnx.save(families.yolov5(grids=True), path)
-    loading = LoadOptions(decoder="yolov5", preprocess=("colour=bgr",))
+    loading = LoadOptions(decoder="yolov5", preprocess={"colour": "bgr"})
     (folder,) = export_triton([path], tmp_path / "models", None, loading, python="tensors")
     config = parsed((folder / "config.pbtxt").read_text())
     told = {key: value.string_value for key, value in config.parameters.items()}
     options = load_options(told, folder / "1" / "engine.onnx", gpu=None, instances=1)
-    assert (options.decoder, options.preprocess) == ("yolov5", ("colour=bgr",))
+    assert (options.decoder, options.preprocess) == ("yolov5", {"colour": "bgr"})
 
 
 def test_instances_on_a_cpu_share_its_cores(engine: Path) -> None:
@@ -380,7 +380,7 @@ def test_fields_that_cannot_be_are_refused(extra: str, message: str) -> None:
 
 
 def test_thresholds_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match="--conf"):
+    with pytest.raises(UserError, match="confidence 1.5 is out of range"):
         ServingSettings(thresholds={"confidence": 1.5})
 
 

@@ -29,7 +29,8 @@ from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.runtime.predict import detect, infer_source
+from trt_yolov6.runtime.annotate import infer_source
+from trt_yolov6.runtime.predict import detect
 from trt_yolov6.serving.triton import ServingSettings, export_triton
 from trt_yolov6.spec import BatchProfile
 
@@ -161,9 +162,9 @@ def test_boxes_equal_those_of_infer_to_the_last_digit(
     for answer, found, record in zip(answers, expected, written, strict=True):
         boxes, scores, classes = (answer.as_numpy(n)[0] for n in ("boxes", "scores", "classes"))
         assert (boxes.dtype, scores.dtype, classes.dtype) == (np.float32, np.float32, np.int64)
-        np.testing.assert_array_equal(boxes, found.boxes)
-        np.testing.assert_array_equal(scores, found.scores)
-        np.testing.assert_array_equal(classes, found.classes)
+        np.testing.assert_array_equal(boxes, found.xyxy)
+        np.testing.assert_array_equal(scores, found.confidence)
+        np.testing.assert_array_equal(classes, found.class_id)
         assert answer.as_numpy("count").tolist() == [[len(found)]]
         assert [[round(v, 2) for v in box] for box in boxes.tolist()] == [
             one["box"] for one in record["detections"]

@@ -11,13 +11,9 @@ from trt_yolov6.cli.options import (
     add_command,
     add_decoder,
     add_quiet,
-<<<<<<< HEAD
     add_thresholds,
     positive,
-=======
-    positive,
     preprocess_changes,
->>>>>>> main
 )
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
@@ -112,14 +108,9 @@ def run(options: argparse.Namespace) -> None:
             "for each."
         )
     engines = [resolved(path) for path in options.engine]
-<<<<<<< HEAD
-    loading = LoadOptions(decoder=options.decoder, preprocess=tuple(options.preprocess or ()))
+    loading = LoadOptions(decoder=options.decoder, preprocess=preprocess_changes(options))
     python = options.python_backend
     folders = export_triton(engines, options.output, settings, loading, options.name, python)
-=======
-    loading = LoadOptions(decoder=options.decoder, preprocess=preprocess_changes(options))
-    folders = export_triton(engines, options.output, settings, loading, options.name)
->>>>>>> main
     for path, folder in zip(engines, folders, strict=True):
         model = served_model(path, loading, python)
         size = model.max_batch_size

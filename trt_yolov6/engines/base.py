@@ -93,14 +93,14 @@ class LoadOptions:
     """CPU threads an ONNX Runtime session uses; None for one a physical core."""
     provider: str | None = None
     """ONNX Runtime execution provider: `cpu`, `cuda`, `tensorrt`; None for the best that works."""
-    gpu: int = 0
-    """Number of the GPU for ONNX Runtime's providers. TensorRT takes CUDA's current one."""
     cuda_graph: bool = True
     """TensorRT: launch a run as one CUDA graph instead of kernel by kernel."""
     decoder: str | None = None
     """Family of a detector without a manifest (see `detectors.families`); None finds out."""
     preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Changes to how images are prepared: fields of `Preprocessing` by name."""
+    gpu: int = 0
+    """Number of the GPU for ONNX Runtime's providers. TensorRT takes CUDA's current one."""
 
 
 class Run(abc.ABC):

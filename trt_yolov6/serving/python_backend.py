@@ -163,7 +163,7 @@ def load_options(
         provider="cpu" if gpu is None and engine.suffix == ".onnx" else None,
         gpu=gpu or 0,
         decoder=None if told else parameters.get("decoder"),
-        preprocess=() if told else tuple(json.loads(parameters.get("preprocess", "[]"))),
+        preprocess={} if told else _changes(parameters.get("preprocess", "{}")),
     )
 
 
@@ -204,6 +204,12 @@ def _choose_gpu(index: int) -> None:
     (error,) = runtime.cudaSetDevice(index)
     if int(error) != 0:
         raise UserError(f"GPU {index} cannot be used ({error.name}); see `nvidia-smi`.")
+
+
+def _changes(text: str) -> dict[str, Any]:
+    """Return fields of `Preprocessing` from JSON, which has lists for tuples."""
+    fields = json.loads(text)
+    return {key: tuple(one) if isinstance(one, list) else one for key, one in fields.items()}
 
 
 def _count(config: Mapping[str, Any]) -> int:

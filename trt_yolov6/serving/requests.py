@@ -136,8 +136,8 @@ def stacked(found: Sequence[Detections]) -> dict[str, NDArray[Any]]:
     scores = np.zeros((len(found), most), np.float32)
     classes = np.full((len(found), most), -1, np.int64)
     for row, one in enumerate(found):
-        boxes[row, : len(one)] = one.boxes
-        scores[row, : len(one)] = one.scores
-        classes[row, : len(one)] = one.classes
+        boxes[row, : len(one)] = one.xyxy
+        scores[row, : len(one)] = one.confidence
+        classes[row, : len(one)] = one.class_id
     count = np.array([[len(one)] for one in found], np.int32)
     return {"boxes": boxes, "scores": scores, "classes": classes, "count": count}

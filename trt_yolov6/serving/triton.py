@@ -271,7 +271,7 @@ def _in_python(
     name = f"{model.name}_{PYTHON if serves == 'tensors' else serves}"
     parameters = {**model.parameters, "serves": serves}
     if manifest is None and loading is not None and loading.preprocess:
-        parameters["preprocess"] = json.dumps(list(loading.preprocess))
+        parameters["preprocess"] = json.dumps(dict(loading.preprocess))
     changes: dict[str, Any] = {"name": name, "platform": "", "parameters": parameters}
     if serves == "pictures":
         parameters["max_pixels"] = str(MAX_PIXELS)
