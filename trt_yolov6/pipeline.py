@@ -451,8 +451,10 @@ def _calibrated_by_tensorrt(
 
 def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
     """Remove surplus Q/DQ nodes of a graph that came with some, and verify it on images."""
-    from trt_yolov6.data.calibration import calibration_batches, input_spec
-    from trt_yolov6.quantization.qdq.cleanup import clean, verify_clean
+    from trt_yolov6.data.calibration import calibration_batches
+    from trt_yolov6.graph.inputs import input_spec
+    from trt_yolov6.quantization.qdq.cleanup import clean
+    from trt_yolov6.quantization.qdq.verify import verify_clean
 
     if graph.precision == "fp8":
         _log.info("surgery: FP8's Q/DQ nodes are left as they are")
