@@ -67,22 +67,21 @@ def sample_engine(make_once: Callable[..., Any]) -> BuiltEngine:
     return built
 
 
-class OneThread(onnxruntime.SessionOptions):
-    """A session's options, with one thread unless another number is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.intra_op_num_threads = 1
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_a_session() -> Iterator[None]:
     """Let ONNX Runtime compute on one thread: others would spin while they wait for work.
 
     That takes the core from the other worker, and a third more processor time in all.
     """
+    options_of_a_session = onnxruntime.SessionOptions
+
+    def with_one_thread() -> Any:
+        options = options_of_a_session()
+        options.intra_op_num_threads = 1
+        return options
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "SessionOptions", OneThread)
+        patch.setattr(onnxruntime, "SessionOptions", with_one_thread)
         yield
 
 

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_evaluation import write_cells
-from tiny_detector import load_tiny
-from training_data import write_shapes, write_tiny
+from support.tiny_detector import load_tiny, write_cells
+from support.training_data import write_shapes, write_tiny
 
 from trt_yolov6.cli import main
 from trt_yolov6.engines import runs_here

@@ -13,57 +13,14 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from support.networks import KINDS, ONE, TINY, random_model
 
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture, build_model
-from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.spec import BatchProfile, NmsSettings
-
-ONE = BatchProfile(1, 1, 1)
-
-
-TINY = dataclasses.replace(
-    architecture("yolov6n", num_classes=5),
-    stage_channels=(8, 8, 16, 16, 24),
-    neck_channels=(16, 8, 8, 16, 16, 24),
-    stage_repeats=(1, 2, 2, 2),
-    neck_repeats=(1, 1, 1, 2),
-)
-"""N with fewer and narrower layers: tracing takes a second."""
-
-KINDS = {
-    "plain": TINY,
-    "csp, dfl": dataclasses.replace(TINY, csp_ratio=0.5, reg_max=16),
-    "silu, dfl": dataclasses.replace(
-        TINY, block="conv", activation="silu", csp_ratio=0.5, reg_max=7
-    ),
-    "v0.1": dataclasses.replace(TINY, head="offset"),
-}
-
-
-def random_model(arch: Architecture = TINY) -> YOLOv6:
-    """A network whose weights and statistics are random, so that an error anywhere shows."""
-    torch.manual_seed(0)
-    model = build_model(arch).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    for level in model.head.levels:
-        assert isinstance(level, HeadLevel)
-        assert level.cls_pred.bias is not None
-        nn.init.normal_(level.cls_pred.weight, 0, 0.5)
-        nn.init.zeros_(level.cls_pred.bias)
-        if level.obj_pred is not None:
-            assert level.obj_pred.bias is not None
-            nn.init.constant_(level.obj_pred.bias, 2)
-    return model
 
 
 @functools.cache

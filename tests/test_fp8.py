@@ -17,10 +17,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
-from small_graphs import GraphWriter, detector, random_images
 from support.accuracy import average_precision, first_images
-from test_export import ONE, TINY, random_model
-from test_ptq import save_noise
+from support.networks import ONE, TINY, random_model
+from support.pictures import save_noise
+from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from small_graphs import GraphWriter, detector, random_images
 from support.accuracy import first_images, graph_precision
+from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import list_images, read_image

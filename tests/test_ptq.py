@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 from support.accuracy import average_precision, first_images
-from test_export import ONE, random_model
+from support.networks import ONE, random_model
+from support.pictures import save_noise
 
 from benchmarks.rescaling import rescale_channels
 from trt_yolov6.cli import main
@@ -55,11 +56,6 @@ def folder(tmp_path: Path) -> Path:
     for number in range(4):
         save_noise(result / f"{number}.png", seed=number)
     return result
-
-
-def save_noise(path: Path, seed: int) -> None:
-    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
 
 
 def weights_dtype(model: onnx.ModelProto, name: str) -> int:
