@@ -41,7 +41,7 @@ def test_four_images_are_learned_by_heart(root: Path, tmp_path: Path) -> None:
         "yolov6n",
         str(data),
         train_split="val",
-        epochs=150,
+        epochs=200,
         plain_epochs=0,
         batch=4,
         image_size=160,
