@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.cli.graphs import calibration_folder, exported, labelled_score
 from trt_yolov6.cli.options import (
     CACHE_VERSION,
@@ -129,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.common.files import write_json
     from trt_yolov6.engines.base import BuildSettings
-    from trt_yolov6.engines.build import SUFFIXES, build_engine, check_build
+    from trt_yolov6.engines.build import build_engine, check_build
     from trt_yolov6.quantization.ptq import QuantizationSettings
     from trt_yolov6.training.distributed import chosen_device
     from trt_yolov6.training.log import write_log
@@ -145,7 +146,7 @@ def run(options: argparse.Namespace) -> None:
     if options.model and name not in (options.model, f"yolov6{options.model}"):
         raise UserError(f"{options.weights} holds {name}, not {options.model}; leave --model out.")
     output = options.output or Path("runs/qat") / name
-    plan = output / f"{name}{SUFFIXES[options.backend]}"
+    plan = output / f"{name}{BACKENDS[options.backend].suffix}"
     check_build(options.backend, plan, BuildSettings())
     state = _state_file(output, output / f"{name}.onnx", options.resume)
 
