@@ -59,7 +59,7 @@ from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
 from trt_yolov6.quantization.types import FP8
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import process
-from trt_yolov6.spec import BatchProfile, NmsSettings, Precision
+from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
@@ -361,7 +361,7 @@ def measure_fp8(bench: Bench) -> dict[str, Any]:
     paths = {}
     for name in (REFERENCE, *FP8_PLACEMENTS):
         graph = as_graph(variant_graph(name, model, ranges), "yolov6s", bench.size, 32)
-        precision: Precision = "fp16" if name == REFERENCE else "fp8"
+        precision: PrecisionName = "fp16" if name == REFERENCE else "fp8"
         try:
             paths[name] = bench.build(
                 dataclasses.replace(graph, precision=precision), f"yolov6s_fp8_{name}"

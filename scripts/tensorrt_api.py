@@ -67,9 +67,9 @@ import json, sys
 import tensorrt_api
 import {module} as api
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.tensorrt_build import _progress_monitor, build_plan
-from trt_yolov6.engines.tensorrt_common import Flavour, logger_of
-from trt_yolov6.engines.tensorrt_lane import _profiler, output_allocator
+from trt_yolov6.engines.tensorrt.builder import _progress_monitor, build_plan
+from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
+from trt_yolov6.engines.tensorrt.execution import _profiler, output_allocator
 from trt_yolov6.errors import UserError
 
 logger_of(api).log(api.ILogger.ERROR, "tried")

@@ -137,7 +137,7 @@ def test_imperfect_results_score_as_pycocotools_scores_their_file(tmp_path: Path
         }
         for image, one in zip(dataset.images, found, strict=True)
         for (x1, y1, x2, y2), score, label in zip(
-            one.boxes.tolist(), one.scores.tolist(), one.classes.tolist(), strict=True
+            one.xyxy.tolist(), one.confidence.tolist(), one.class_id.tolist(), strict=True
         )
     ]
     mine = [result.ap, result.ap50, result.ap75, result.ap_small, result.ap_medium]
@@ -156,7 +156,7 @@ def test_a_border_moves_nothing_but_the_scale(tmp_path: Path) -> None:
         image = np.zeros((32, 32, 3), np.uint8)
         image[8:16, 16:24, 1] = 255
         (found,) = detect(engine, [image], nms=SURE, border=16)
-        np.testing.assert_allclose(found.boxes, [[16, 8, 24, 16]])
+        np.testing.assert_allclose(found.xyxy, [[16, 8, 24, 16]])
         assert evaluate(engine, dataset, nms=SURE, border=16, progress=False).ap is not None
 
 
@@ -317,9 +317,9 @@ def test_a_batch_the_engine_does_not_take_is_refused(tmp_path: Path, cells: Coco
 @pytest.mark.parametrize(
     ("asked", "option"),
     [
-        (NmsSettings(0.1, 0.65, 100), "--conf 0.2"),
-        (NmsSettings(0.3, 0.5, 100), "--iou 0.65"),
-        (NmsSettings(0.3, 0.65, 101), "--max-detections 100"),
+        (NmsSettings(0.1, 0.65, 100), "`confidence` 0.2"),
+        (NmsSettings(0.3, 0.5, 100), "`iou` 0.65"),
+        (NmsSettings(0.3, 0.65, 101), "`max_detections` 100"),
     ],
 )
 def test_thresholds_an_end2end_engine_cannot_meet_are_refused(

@@ -255,10 +255,12 @@ def test_nms_in_the_graph_gives_what_nms_on_the_host_gives(fp16: bool, kind: str
     assert sum(len(found) for found in host) > 10
     for wanted, got in zip(host, graph, strict=True):
         if not fp16:
-            assert sorted(got.classes) == sorted(wanted.classes)
-            order = [np.lexsort((*one.boxes.T.round(2), one.classes)) for one in (wanted, got)]
-            np.testing.assert_allclose(got.boxes[order[1]], wanted.boxes[order[0]], atol=0.2)
-            np.testing.assert_allclose(got.scores[order[1]], wanted.scores[order[0]], atol=1e-3)
+            assert sorted(got.class_id) == sorted(wanted.class_id)
+            order = [np.lexsort((*one.xyxy.T.round(2), one.class_id)) for one in (wanted, got)]
+            np.testing.assert_allclose(got.xyxy[order[1]], wanted.xyxy[order[0]], atol=0.2)
+            np.testing.assert_allclose(
+                got.confidence[order[1]], wanted.confidence[order[0]], atol=1e-3
+            )
         # Half-precision scores tie, and which of two boxes goes first is then open. But what one
         # keeps the other keeps as well, or a box of the class, no worse, that overlaps it.
         assert_covers(got, wanted, nms.iou)
@@ -266,9 +268,9 @@ def test_nms_in_the_graph_gives_what_nms_on_the_host_gives(fp16: bool, kind: str
 
 
 def assert_covers(kept: Detections, others: Detections, iou: float) -> None:
-    for box, score, label in zip(others.boxes, others.scores, others.classes, strict=True):
-        rivals = (kept.classes == label) & (kept.scores >= score - 1e-3)
-        assert overlaps(box, kept.boxes[rivals]).max(initial=0) > min(iou, 0.999) - 1e-3
+    for box, score, label in zip(others.xyxy, others.confidence, others.class_id, strict=True):
+        rivals = (kept.class_id == label) & (kept.confidence >= score - 1e-3)
+        assert overlaps(box, kept.xyxy[rivals]).max(initial=0) > min(iou, 0.999) - 1e-3
 
 
 def overlaps(box: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 
 from trt_yolov6.cli.engines import resolved
-from trt_yolov6.cli.options import Commands, add_command, add_decoder, add_quiet, positive
+from trt_yolov6.cli.options import (
+    Commands,
+    add_command,
+    add_decoder,
+    add_quiet,
+    positive,
+    preprocess_changes,
+)
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
@@ -70,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
             "for each."
         )
     engines = [resolved(path) for path in options.engine]
-    loading = LoadOptions(decoder=options.decoder, preprocess=tuple(options.preprocess or ()))
+    loading = LoadOptions(decoder=options.decoder, preprocess=preprocess_changes(options))
     folders = export_triton(engines, options.output, settings, loading, options.name)
     for path, folder in zip(engines, folders, strict=True):
         model = served_model(path, loading)

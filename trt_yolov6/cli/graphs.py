@@ -14,6 +14,7 @@ from trt_yolov6.cli.options import (
     SAMPLE_CALIB,
     SAMPLE_WEIGHTS,
     is_given,
+    preprocess_changes,
     spelled,
 )
 from trt_yolov6.cli.output import say
@@ -59,7 +60,7 @@ def onnx_graph(options: argparse.Namespace) -> Graph:
         fp16=options.fp16 and not _quantizes(options),
         class_names=read_class_names(options.names) if options.names else None,
         decoder=options.decoder,
-        preprocess=options.preprocess or (),
+        preprocess=preprocess_changes(options),
     )
     if options.fp32 and not _quantizes(options) and graph.precision != "fp32":
         raise UserError(

@@ -147,6 +147,13 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def preprocess_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what --preprocess changes: fields of `Preprocessing` by name."""
+    from trt_yolov6.data.preprocessing import parse_changes
+
+    return parse_changes(options.preprocess or ())
+
+
 def add_training(parser: argparse.ArgumentParser, output: str) -> None:
     """Add what concerns any training's data and run; `output` is the default folder."""
     parser.add_argument(
@@ -193,6 +200,21 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def spelled(name: str) -> str:
     """Return an option as it is typed, from its name among the parsed ones."""
     return f"--{name.replace('_', '-')}"
+
+
+_PARAMETERS = {"confidence": "conf", "image_size": "imgsz", "calibration": "calib"}
+"""Options whose name differs from that of the parameter they set."""
+
+
+def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the options of a command by the name of the parameter they set."""
+    options = {
+        action.dest: action.option_strings[0] for action in parser._actions if action.option_strings
+    }
+    renamed = {
+        parameter: options[option] for parameter, option in _PARAMETERS.items() if option in options
+    }
+    return {**options, **renamed}
 
 
 def is_given(value: object) -> bool:

@@ -15,6 +15,7 @@ from trt_yolov6.cli.options import (
     add_quiet,
     image_size,
     positive,
+    preprocess_changes,
 )
 from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
             options.onnx,
             image_size=options.imgsz,
             decoder=options.decoder,
-            preprocess=options.preprocess or (),
+            preprocess=preprocess_changes(options),
         )
     else:
         graph = exported(options)

@@ -12,12 +12,13 @@ from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.machine import machine, versions
-from trt_yolov6.comparison.plan import ModelEntry, Plan, PrecisionChoice, parse_precision
+from trt_yolov6.comparison.plan import ModelEntry, Plan
+from trt_yolov6.data.preprocessing import parse_changes
 from trt_yolov6.engines import best_backend, load_engine
 from trt_yolov6.engines.base import BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, manifest_of, read_manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile
+from trt_yolov6.spec import BatchProfile, Precision
 
 if TYPE_CHECKING:
     import onnx
@@ -47,7 +48,7 @@ class Case:
 
     name: str
     entry: ModelEntry
-    choice: PrecisionChoice | None
+    choice: Precision | None
     """None: the file is an engine, or a graph of its own precision, and taken as it is."""
     backend: str
     source: Mapping[str, Any]
@@ -88,7 +89,7 @@ class BuiltCase:
         if self.case.choice is None:  # taken as it is; a built one has it in its manifest
             entry = self.case.entry
             options = dataclasses.replace(
-                options, decoder=entry.decoder, preprocess=entry.preprocess
+                options, decoder=entry.decoder, preprocess=parse_changes(entry.preprocess)
             )
         backend = self.case.backend if self.case.source["buildable"] else "auto"
         return load_engine(self.files[batch], backend, options)
@@ -107,12 +108,12 @@ def cases_of(work: Work) -> list[Case]:
         source = _source(work, entry)
         for asked in dict.fromkeys(backends):
             backend = source["backend"] or asked
-            choices: list[PrecisionChoice | None] = [None]
+            choices: list[Precision | None] = [None]
             if source["buildable"]:
                 texts = entry.precisions or work.plan.precisions
-                choices = [parse_precision(text) for text in dict.fromkeys(texts)]
+                choices = list(dict.fromkeys(map(Precision.parse, texts)))
             for choice in choices:
-                name = f"{entry.label} {choice.name if choice else source['precision']}"
+                name = f"{entry.label} {choice or source['precision']}"
                 case = Case(
                     name + (f" {backend}" if several else ""), entry, choice, backend, source
                 )
@@ -183,7 +184,7 @@ def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
         "imgsz": entry.imgsz,
         "decoder": entry.decoder,
         "preprocess": entry.preprocess,
-        "precision": choice.name,
+        "precision": str(choice),
         "calibration": _calibration_inputs(work.plan) if choice.quantizes else None,
         "profile": dataclasses.astuple(profile),
         "backend": case.backend,
@@ -210,9 +211,7 @@ def _hashes(engine: Path) -> list[str | None]:
     return [sha256_file(engine), sha256_file(manifest) if manifest else None]
 
 
-def _build(
-    work: Work, case: Case, choice: PrecisionChoice, profile: BatchProfile
-) -> Mapping[str, Any]:
+def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> Mapping[str, Any]:
     from trt_yolov6.engines.build import build_engine
 
     work.tell(f"building {case.name} ...")
@@ -260,11 +259,11 @@ def _onnx_graph(
         fp16=fp16,
         class_names=read_class_names(entry.names) if entry.names else None,
         decoder=entry.decoder,
-        preprocess=entry.preprocess,
+        preprocess=parse_changes(entry.preprocess),
     )
 
 
-def _quantized(work: Work, graph: Graph, choice: PrecisionChoice, path: Path) -> Graph:
+def _quantized(work: Work, graph: Graph, choice: Precision, path: Path) -> Graph:
     from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
     from trt_yolov6.quantization.table import table_path, write_table
     from trt_yolov6.quantization.types import FP8, INT8
@@ -274,7 +273,7 @@ def _quantized(work: Work, graph: Graph, choice: PrecisionChoice, path: Path) ->
         quantized=FP8 if choice.base == "fp8" else INT8,
         calibrator=calibrator,
         float_layers=choice.float_layers or (),
-        fp16=choice.rest_fp16,
+        fp16=choice.rest == "fp16",
         border=work.plan.border,
     )
     table = table_path(path)

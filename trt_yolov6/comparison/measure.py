@@ -135,7 +135,7 @@ def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[lis
         [
             [*(round(value, 1) for value in box), round(score, 3), label]
             for box, score, label in zip(
-                one.boxes.tolist(), one.scores.tolist(), one.classes.tolist(), strict=True
+                one.xyxy.tolist(), one.confidence.tolist(), one.class_id.tolist(), strict=True
             )
             if score >= EXAMPLE_CONFIDENCE
         ]

@@ -48,6 +48,9 @@ class BuiltEngine:
     """Convolutions with INT8 or FP8 weights in the graph; the manifest says how many the engine
     has."""
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
 
 def for_tensorrt(graph: Graph) -> Graph:
     """Return a graph as TensorRT computes it: unsigned INT8 levels become signed ones.
@@ -265,6 +268,3 @@ def quantized_layers_of(
 
     names = layer_names(model).values()
     return len(quantized_layers(said[-1], names, quantized)) if said and said[-1] else None
-
-
-# --- reading foreign graphs ---------------------------------------------------------------------

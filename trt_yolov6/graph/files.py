@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import Precision, TensorSpec
+from trt_yolov6.spec import PrecisionName, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -147,7 +147,7 @@ def value_spec(value: onnx.ValueInfoProto, path: str | Path) -> TensorSpec:
     )
 
 
-def graph_precision(model: onnx.ModelProto) -> Precision:
+def graph_precision(model: onnx.ModelProto) -> PrecisionName:
     """Return the precision a graph is in, by its Q/DQ nodes and its weights."""
     import onnx
 

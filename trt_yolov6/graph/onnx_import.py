@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def graph_from_onnx(
     fp16: bool = False,
     class_names: Sequence[str] | None = None,
     decoder: str | None = None,
-    preprocess: Sequence[str] = (),
+    preprocess: Mapping[str, Any] | None = None,
 ) -> Graph:
     """Take a detector's ONNX file as it is, made half precision if asked.
 
@@ -45,7 +45,7 @@ def graph_from_onnx(
         fp16: convert a float32 graph; decoding stays in float32.
         class_names: in the order of the scores; None takes the file's own, or `class_0` …
         decoder: the family it is of, a name of `detectors.families`; None finds out.
-        preprocess: changes to the family's pre-processing, each FIELD=VALUE of `Preprocessing`.
+        preprocess: changes to the family's pre-processing, fields of `Preprocessing` by name.
 
     Raises:
         UserError: the file is no such graph, or disagrees with what was asked.
@@ -111,7 +111,7 @@ def graph_from_onnx(
         nms=nms_in(metadata) if layout == "end2end" else None,
         source=path,
         decoder=family.name,
-        preprocessing=family.preprocessing.with_changes(preprocess),
+        preprocessing=family.preprocessing.with_changes(preprocess or {}),
         notes=(dropped_text(dropped),) if dropped else (),
     )
 

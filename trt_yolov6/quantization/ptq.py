@@ -688,7 +688,7 @@ class Judge:
 
     def _agreement(self, found: Sequence[Detections], confident: float) -> float:
         # A graph with NMS inside does not tell how many classes there are.
-        seen = (one.classes.max(initial=-1) + 1 for one in (*self.reference, *found))
+        seen = (one.class_id.max(initial=-1) + 1 for one in (*self.reference, *found))
         return agreement(self.reference, found, max(self._named_classes, 1, *seen), confident)
 
     def detections(self, model: onnx.ModelProto) -> list[Detections]:

@@ -76,7 +76,7 @@ class _Step:
 class GraphNetwork(nn.Module):
     """The part of an exported detector from its normalized image to its head's raw outputs.
 
-    In evaluation mode quantized convolutions add up whole numbers, see `quantization.qdq.integer_arithmetic`: the
+    In evaluation mode quantized convolutions add up whole numbers (see `integer_arithmetic`): the
     values of training but for the last bit, the same on every device.
     """
 
