@@ -215,3 +215,15 @@ def _is_bytewise(tensor: onnx.TensorProto) -> bool:
 def _not_whole(path: Path, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(f"{path} is not a whole ONNX model ({reason}); export or copy it again.")
+
+
+def has_other_files(path: Path) -> bool:
+    """Return whether an ONNX file keeps weights in other files; False for what is no such file."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError, ValueError):
+        return False
+    return any(True for _ in _external_files(model))
