@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # TensorRT-RTX builds T4 engines without a GPU, so its tests run wherever its library installs.
-extras=dev
-if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,tensorrt-rtx; fi
+extras=dev,docs
+if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,tensorrt-rtx; fi
 bash scripts/environment.sh "$extras"
 # A server for the tests of export-triton, which skip without it.
 bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
@@ -15,4 +15,5 @@ bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
 .venv/bin/ruff check .
 .venv/bin/lint-imports
 .venv/bin/mypy
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 .venv/bin/python -m pytest "$@"

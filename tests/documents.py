@@ -1,8 +1,8 @@
 """Code blocks of the documents, and a small workspace in which their commands run.
 
 A fenced block of `bash`, `python` or `yaml` runs in CI unless the line before it says what it
-needs: `<!-- needs: gpu -->`. Its `trt-yolov6` commands are parsed even then. A `yaml` block is
-written to the file that its first line names (`# plan.yaml`).
+needs: `<!-- needs: gpu -->`. Its `trt-yolov6` commands are parsed even then. A block
+whose first line names a file (`# plan.yaml`, `# module.py`) is written to it instead.
 
 The workspace has the files that the documents name, as tiny networks and data sets; everything
 else about a command is as written, but for the time it may take (`_SHORTER`).
@@ -62,9 +62,9 @@ class Block:
 
     @property
     def name(self) -> str | None:
-        """The file that a `yaml` block is."""
-        found = re.match(r"# ([\w./-]+\.yaml)\b", self.text)
-        return found[1] if found and self.language == "yaml" else None
+        """The file that the block is to be written to."""
+        found = re.match(r"# ([\w./-]+\.(?:yaml|py))\b", self.text)
+        return found[1] if found else None
 
     @property
     def runs_here(self) -> bool:

@@ -47,6 +47,7 @@ def test_code_blocks_run(
     folder = tmp_path / "work"
     shutil.copytree(workspace, folder)
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     with restored_registries():
         for block in blocks(document):
             if block.runs_here:
@@ -54,11 +55,11 @@ def test_code_blocks_run(
 
 
 def _run(block: Block) -> None:
-    if block.language == "python":
-        exec(compile(block.padded_text, str(block.document), "exec"), {"__name__": "example"})
-        return
     if block.name:
         Path(block.name).write_text(block.text, encoding="utf-8")
+        return
+    if block.language == "python":
+        exec(compile(block.padded_text, str(block.document), "exec"), {"__name__": "example"})
         return
     for command in commands(block, shortened=True):
         assert cli.main(command) == 0, f"{block.place}: trt-yolov6 {' '.join(command)}"
