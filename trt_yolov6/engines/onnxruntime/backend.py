@@ -24,6 +24,7 @@ from trt_yolov6.engines.onnxruntime.providers import (
     PROVIDERS,
     check_started,
     obstacle,
+    on_gpu,
     providers_for,
     usable,
 )
@@ -171,7 +172,8 @@ class OnnxRuntimeEngine(Engine):
         self.backend_version = onnxruntime.__version__
         self._session: onnxruntime.InferenceSession | None = session
         self.provider: str = session.get_providers()[0]
-        self.device = _device_name(self.provider)
+        self._gpu = options.gpu
+        self.device = _device_name(self.provider, self._gpu)
         self.threads = session.get_session_options().intra_op_num_threads or None
         inputs = [_spec(item, path) for item in session.get_inputs()]
         if len(inputs) != 1:
@@ -225,11 +227,12 @@ class OnnxRuntimeEngine(Engine):
                 "build it with TensorRT."
             )
         device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
-        resident = onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0)
+        number = self._gpu if device == "cuda" else 0
+        resident = onnxruntime.OrtValue.ortvalue_from_numpy(images, device, number)
         binding = session.io_binding()
         binding.bind_ortvalue_input(self.input.name, resident)
         for output in self.outputs:
-            binding.bind_output(output.name, device)
+            binding.bind_output(output.name, device, number)
 
         def run() -> float:
             start = time.perf_counter()
@@ -252,7 +255,7 @@ class OnnxRuntimeEngine(Engine):
         """
         self._checked(images)
         short = next(name for name, full in PROVIDERS.items() if full == self.provider)
-        options = LoadOptions(threads=self.threads, provider=short)
+        options = LoadOptions(threads=self.threads, provider=short, gpu=self._gpu)
         with tempfile.TemporaryDirectory() as folder:
             session = _session(self.path.read_bytes(), self.path, options, Path(folder) / "run")
             for _ in range(runs + 1):
@@ -310,7 +313,7 @@ def _session(
         model,
         source,
         threads=options.threads,
-        providers=lambda: providers_for(options.provider),
+        providers=lambda: on_gpu(providers_for(options.provider), options.gpu),
         fallback=options.provider is None,
         profile=profile,
     )
@@ -348,9 +351,9 @@ def _spec(item: Any, path: Path) -> TensorSpec:
     return TensorSpec(item.name, shape, np.dtype(dtype))
 
 
-def _device_name(provider: str) -> str:
+def _device_name(provider: str, gpu: int) -> str:
     if provider != PROVIDERS["cpu"]:
-        return "GPU 0 through " + provider
+        return f"GPU {gpu} through {provider}"
     from trt_yolov6.common.machine import cpu_model
 
     return cpu_model()
