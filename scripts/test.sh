@@ -6,8 +6,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # TensorRT-RTX builds T4 engines without a GPU, so its tests run wherever its library installs.
-extras=dev
-if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,tensorrt-rtx; fi
+# Ray is half a gigabyte, but there is no other way to see two nodes and the death of one.
+extras=dev,ray
+if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,ray,tensorrt-rtx; fi
 bash scripts/environment.sh "$extras"
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
