@@ -13,5 +13,6 @@ bash scripts/environment.sh "$extras"
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/lint-imports
+bash scripts/lint_workflows.sh
 .venv/bin/mypy
 .venv/bin/python -m pytest "$@"
