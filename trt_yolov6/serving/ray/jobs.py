@@ -83,6 +83,8 @@ class RaySummary:
     warnings: tuple[str, ...]
     actors: Actors | None
     """None where there was nothing left to do."""
+    start_seconds: float
+    """Until the first results came: Ray, the actors, and one block."""
     wall_seconds: float
 
 
@@ -148,6 +150,7 @@ def infer_on_ray(
             failures=(),
             warnings=(),
             actors=None,
+            start_seconds=0.0,
             wall_seconds=0.0,
         )
         if left:
@@ -176,6 +179,7 @@ def _infer(
     notes: dict[str, None] = {}
     written: set[int] = set()
     objects = 0
+    start, first = time.perf_counter(), 0.0
 
     def tables(size: int) -> list[pyarrow.Table]:
         return [
@@ -199,6 +203,7 @@ def _infer(
         actors = _actors(ray, facts, options)
         work = _work(ray, files, nms, border, actors, options, is_evaluation=False)
         for block in _blocks(ray, work, actors, len(pictures), tables):
+            first = first or time.perf_counter() - start
             notes |= dict.fromkeys(block.notes)
             for one in block.pictures:
                 # A block that was computed twice, because its machine died, counts once.
@@ -227,6 +232,7 @@ def _infer(
         failures=tuple((pictures[index].name, why) for index, why in sorted(failures.items())),
         warnings=tuple(notes),
         actors=actors,
+        start_seconds=first,
     )
 
 
