@@ -151,7 +151,7 @@ def measure_ceilings(engine: Engine) -> Ceilings | None:
 
 
 def cpu_ceilings(threads: int | None = None) -> Ceilings:
-    """Measure the processor: ONNX Runtime's own matrix product, and a copy by as many threads.
+    """Measure the CPU: ONNX Runtime's matrix product, and a copy with the same thread count.
 
     Args:
         threads: as an engine uses; None for ONNX Runtime's choice.

@@ -81,7 +81,7 @@ class ExportSettings:
         """Return the input's height and width in pixels for a network.
 
         Raises:
-            UserError: the size is no multiple of the network's coarsest stride.
+            UserError: the size is not a multiple of the network's coarsest stride.
         """
         size = self.image_size or (arch.image_size, arch.image_size)
         _check_size(size, arch.size_multiple)
@@ -106,7 +106,7 @@ def export_onnx(
         model: in training or fused form, float32, on the CPU; it is not changed.
         settings: shape, precision and ends of the graph.
         class_names: written into the graph's metadata, so that the file speaks for itself.
-        verify: run the graph in ONNX Runtime beside the PyTorch model on one random batch.
+        verify: compare the graph in ONNX Runtime with the PyTorch model on a random batch.
 
     Returns:
         A graph with input `images` and the outputs `boxes` and `scores`, or `detections` with NMS
@@ -518,7 +518,7 @@ def _finish(
 def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> None:
     """Compare the graph in ONNX Runtime with the PyTorch model on random images.
 
-    A fixed batch is freed in a copy first: two images tell as much as two hundred.
+    A fixed batch is freed in a copy first: two images show as much as two hundred.
     """
     size = settings.size_for(model.arch)
     freed = copy.deepcopy(proto)
@@ -553,10 +553,10 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
 
 
 def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSettings) -> Graph:
-    """Export a checkpoint: a file, or what `load_checkpoint` made of it.
+    """Export a checkpoint: a file, or what `load_checkpoint` returned.
 
     Raises:
-        UserError: the file is no YOLOv6 checkpoint this package reads, or the size does not fit it.
+        UserError: the file is not a YOLOv6 checkpoint, or the size does not fit the network.
     """
     checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
     return Graph(

@@ -87,7 +87,7 @@ def place(
     unknown = sorted(set(exclude) - set(names.values()))
     if unknown:
         raise UserError(
-            f"--float-layers names {unknown[0]}, which is no convolution of the graph; "
+            f"--float-layers names {unknown[0]}, which is not a convolution of the graph; "
             "`trt-yolov6 inspect` lists them."
         )
     reasons = _float_layers(graph, names, set(exclude), exclude_rules)
@@ -155,7 +155,7 @@ def _works_on_single_pixels(graph: GraphIndex) -> Rule:
     channels, so that rounding them costs accuracy and saves no time.
     """
     pixels = _single_pixel_tensors(graph)
-    reason = "works on one pixel, behind global pooling"
+    reason = "works on one pixel, after global pooling"
     return lambda _, node: reason if node.input[0] in pixels else None
 
 
@@ -223,7 +223,7 @@ def works_less_than(multiply_adds: int) -> Rule:
 
     TensorRT-RTX writes what a convolution computes in half precision and quantizes it in a kernel
     of its own, which reads two bytes and writes one for each value. What FP8 saves is half the time
-    of the next convolution's multiply-adds, so many a value.
+    of the next convolution's multiply-adds for each value.
     """
 
     def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
@@ -323,12 +323,12 @@ def _wanted_tensors(graph: GraphIndex, integer: set[str], plain: set[str]) -> se
 
 
 def _links(graph: GraphIndex, wanted: set[str], plain: set[str]) -> Iterator[tuple[list[str], str]]:
-    """Yield what goes into and what comes out of operators that hand INT8 on.
+    """Yield what goes into and what comes out of operators that pass INT8 on.
 
     All these tensors need equal scales, and only what goes in needs a pair: TensorRT quantizes as
     early and dequantizes as late as it can. Seen in what TensorRT-RTX 1.7 builds: with pairs only
     before them pooling and concatenation take INT8 and hand it on to the convolution; with a pair
-    only behind, one pooling that is read twice is computed twice; with pairs before some of a
+    only after them, one pooling that is read twice is computed twice; with pairs before some of a
     concatenation's inputs only, the others come in float.
 
     Where another reader wants the unquantized values, the operator stays in float.
@@ -351,7 +351,7 @@ def _dequantized_late(
 ) -> Iterator[str]:
     """Yield the results that need no pair of their own: INT8 comes out, and dequantization waits.
 
-    Not behind a resizing: TensorRT-RTX 1.7 dequantizes before it, and the convolution behind would
+    Not after a resizing: TensorRT-RTX 1.7 dequantizes before it, and the convolution after it would
     be left in float (four of the YOLOv6Lite's were).
     """
     for _, result in links:
@@ -367,8 +367,8 @@ def _repeated(
 
     Values do not change by a pair of their own. TensorRT 8 takes a convolution as INT8 only where a
     pair stands right before it; else its weights' DequantizeLinear stays a layer, and the build
-    fails. TensorRT-RTX 1.7 makes the same layers of all these pairs as of none, but with one behind
-    a concatenation and none behind the pooling before it, that pooling is in float.
+    fails. TensorRT-RTX 1.7 makes the same layers of all these pairs as of none, but with one after
+    a concatenation and none after the pooling before it, that pooling is in float.
     """
     sources = {result: inputs[0] for inputs, result in links}
     found: dict[str, str] = {}
@@ -384,9 +384,9 @@ def _repeated(
 def _concatenated(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
     """A concatenation works in INT8 if all that goes in has the scale of what comes out.
 
-    The convolution behind it has one scale for its whole input anyway. With the same scale before
+    The convolution after it has one scale for its whole input anyway. With the same scale before
     it TensorRT only copies bytes, or has the layers before it write into place; with others each
-    input would be quantized anew.
+    input would be quantized again.
     """
     if node.op_type != "Concat" or any(name in graph.constants for name in node.input):
         return []
@@ -394,7 +394,7 @@ def _concatenated(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
 
 
 def _moved(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
-    """Pooling by maximum, resizing and moving values need no other scale behind than before.
+    """Max pooling, resizing and moving values keep the scale of their input.
 
     Rounding is monotonic, so the maximum of rounded values is the rounded maximum; what is only
     moved is not changed at all. Linear interpolation stays between the values it is given; cubic
@@ -412,7 +412,7 @@ def _shortcuts(
 ) -> Iterator[str]:
     """Yield the tensors that residual additions add to the output of a convolution.
 
-    TensorRT fuses convolution, addition, ReLU and the quantization behind them into one INT8
+    TensorRT fuses convolution, addition, ReLU and the quantization after them into one INT8
     kernel if the addend is INT8 too; the convolution's own output must not be quantized, because
     that would part it from the addition. Where both terms are convolutions, the later one is fused.
     Where activations stand between, the addition is a pointwise kernel of its own that reads what
@@ -421,7 +421,7 @@ def _shortcuts(
     for node in graph.nodes:
         if node.op_type not in ("Add", "Sum") or len(node.input) != 2 or node.output[0] in plain:
             continue
-        if not _is_quantized_behind(graph, node, wanted):
+        if not _is_quantized_after(graph, node, wanted):
             continue
         fused = [
             name
@@ -433,7 +433,7 @@ def _shortcuts(
             yield others[0]
 
 
-def _is_quantized_behind(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
+def _is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
     """Return whether a node's output, or the ReLU's that follows it, is a tensor to quantize."""
     readers = graph.readers(node.output[0])
     return node.output[0] in wanted or (
