@@ -9,7 +9,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.bench.latency import random_input
 from trt_yolov6.bench.roofline import (
     Ceilings,
     GraphWork,
@@ -18,6 +17,7 @@ from trt_yolov6.bench.roofline import (
     graph_work,
     layer_times,
 )
+from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.engines import LoadOptions, load_engine
 
 

@@ -276,7 +276,7 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
 
 def _kernel_times(engine: Engine, batch: int) -> dict[str, float]:
     """Return seconds by kernel, of the quickest of some trials where others disturb them."""
-    from trt_yolov6.bench.latency import random_input
+    from trt_yolov6.bench.sampling import random_input
 
     images = random_input(engine, batch)
     best: dict[str, float] = {}
