@@ -444,9 +444,9 @@ def test_a_batch_the_engine_does_not_take_is_refused(detector: Path, tmp_path: P
     path = tmp_path / "static.onnx"
     onnx.save(model, path)
     with load_engine(path) as engine:
-        with pytest.raises(UserError, match=r"static\.onnx takes only batch 2, not 32; .*--batch"):
+        with pytest.raises(UserError, match=r"static\.onnx takes only batch 2, not 32; .*`batch`"):
             benchmark(engine, batch=32, progress=False)
-        with pytest.raises(UserError, match="--batch"):
+        with pytest.raises(UserError, match="`batch`"):
             benchmark_end_to_end(engine, IMAGES[:1], batch=1, progress=False)
 
 

@@ -281,6 +281,7 @@ def check_batch(engine: Engine, batch: int) -> None:
             else f"batches of {profile.min} to {profile.max}"
         )
         raise UserError(
-            f"{engine.path} takes {takes}, not {batch}; give another --batch, or build it again "
-            "with --batch or --dynamic."
+            f"{engine.path} takes {takes}, not {batch}; give another `batch`, or build it again "
+            "for that size.",
+            "batch",
         )
