@@ -316,7 +316,7 @@ CALIBRATION = ImplicitCalibration()
 @pytest.mark.parametrize(
     ("version", "settings", "said"),
     [
-        ("8.5.3.1", BuildSettings(optimization_level=3), "8.5.3.1 has no --optimization-level"),
+        ("8.5.3.1", BuildSettings(optimization_level=3), "8.5.3.1 has no `optimization_level`"),
         ("8.5.3.1", BuildSettings(fp8=True), "8.5.3.1 has no FP8"),
         ("8.6.0", BuildSettings(fp8=True), "8.6.0 has no FP8"),
         ("8.6.0", BuildSettings(target="t4"), "`target` t4 needs `backend` tensorrt-rtx"),
