@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load (8)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of server and bench (5)")
+    parser.add_argument("--imgsz", type=int, default=640, help="side of the input (640)")
     parser.add_argument("--soak-seconds", type=float, default=600.0)
     parser.add_argument("--processes", type=int, default=1, help="processes of clients (1)")
     parser.add_argument("--json", type=Path, help="write the results there")
@@ -92,6 +93,7 @@ def main() -> None:
         fp16=options.fp16,
         uint8_input=options.uint8,
         batch=BatchProfile(1, options.batch, options.batch),
+        image_size=(options.imgsz, options.imgsz),
     )
     parts = options.only.split(",")
     result: dict[str, Any] = {
@@ -103,6 +105,7 @@ def main() -> None:
         "versions": software_versions(),
         "backend": backend,
         "batch": options.batch,
+        "image_size": options.imgsz,
         "instances": options.instances,
         "input": "uint8" if options.uint8 else "float32",
         "precision": "fp16" if options.fp16 else "fp32",

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from tiny_detector import load_tiny
+from support.tiny_detector import load_tiny
 
 from trt_yolov6.bench import sampling
 from trt_yolov6.bench.end_to_end import benchmark_end_to_end, benchmark_end_to_end_many

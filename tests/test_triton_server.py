@@ -6,6 +6,8 @@ import contextlib
 import json
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -73,11 +75,9 @@ def server(
     add(sample_engine.path, "sample", "pictures")
     add(tiny_engine, "tensors", "tensors", max_queue_delay_us=50_000)
     add(tiny_engine, "pictures", "pictures", instances=2)
-    add(tiny_engine, "sure", "pictures", thresholds={"confidence": 0.9})
-    add(tiny_engine, "cached", "pictures", CACHED)
-    add(tiny_engine, "ranked", "tensors", FIRST_COME)
+    add(tiny_engine, "sure", "pictures", CACHED, thresholds={"confidence": 0.9})
     with load_tiny(folder, batch=4, uint8=True) as fixed:
-        add(fixed.path, "fixed", "pictures")
+        add(fixed.path, "fixed", "pictures", FIRST_COME)
         add(fixed.path, "fixed_tensors", "tensors")
     log = folder / "server.log"
     with tritonserver(repository, log, ["--cache-config=local,size=1000000"]) as started:
@@ -215,6 +215,27 @@ def test_an_engine_of_a_fixed_batch_serves_fewer_pictures(server: Server) -> Non
     assert answer.as_numpy("scores").shape == (4, 64, 3)
 
 
+def test_the_example_prints_the_boxes_of_every_picture(
+    server: Server, root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one.png").write_bytes(painted((1, 2, 0), (5, 5, 2)))
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    (tmp_path / "two.png").write_bytes(painted((0, 0, 1)))
+    command = [sys.executable, str(root / "examples" / "triton_client.py"), "--model", "pictures"]
+    names = ["one.png", "none.png", "two.png"]
+    done = subprocess.run(
+        [*command, "--server", server.grpc, *names], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert sorted(done.stdout.splitlines()) == [
+        "one.png blue 1.0000 40.00 40.00 48.00 48.00",
+        "one.png red 1.0000 16.00 8.00 24.00 16.00",
+        "two.png green 1.0000 0.00 0.00 8.00 8.00",
+    ]
+    assert done.returncode == 1
+    assert "none.png: " in done.stderr
+    assert "no image" in done.stderr
+
+
 # --- batching and the configuration -------------------------------------------------------------
 
 
@@ -245,19 +266,22 @@ def test_two_instances_run_side_by_side(server: Server) -> None:
 
 def test_a_response_cache_is_an_option_of_the_configuration(server: Server) -> None:
     picture = painted((2, 2, 2))
-    first, second = (ask(server, "cached", [picture]).as_numpy("boxes") for _ in range(2))
+    before = statistics(server, "sure")["inference_stats"]
+    first, second = (ask(server, "sure", [picture]).as_numpy("boxes") for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    counted = statistics(server, "cached")["inference_stats"]
-    assert (counted["cache_miss"]["count"], counted["cache_hit"]["count"]) == (1, 1)
+    after = statistics(server, "sure")["inference_stats"]
+    for outcome in ("cache_miss", "cache_hit"):
+        assert after[outcome]["count"] - before[outcome].get("count", 0) == 1
 
 
 def test_priorities_are_an_option_of_the_configuration(server: Server) -> None:
-    images = np.zeros((1, 3, 64, 64), np.float32)
     with contextlib.closing(client_of(server, "grpc")) as client:
-        config = client.get_model_config("ranked").config
+        config = client.get_model_config("fixed").config
         assert config.dynamic_batching.priority_levels == 2
         assert config.dynamic_batching.default_priority_level == 2
-        client.infer("ranked", inputs_of("grpc", images=images), priority=1)
+        given = inputs_of("grpc", picture=bytes_array(painted((1, 1, 2))))
+        answer = client.infer("fixed", given, priority=1)
+    assert answer.as_numpy("classes").tolist() == [[2]]
 
 
 # --- trouble ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.progress import a_line_a_minute
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
@@ -236,7 +237,7 @@ def build(
         graph = _float_graph(source, None, **options)
     else:
         graph = _float_graph(source, wanted, **options)
-    if name != "onnxruntime":
+    if BACKENDS[name].tensorrt:
         graph = for_tensorrt(graph)
     for note in graph.notes:
         _log.info("%s: %s", graph.source, note)
@@ -451,8 +452,10 @@ def _calibrated_by_tensorrt(
 
 def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
     """Remove surplus Q/DQ nodes of a graph that came with some, and verify it on images."""
-    from trt_yolov6.data.calibration import calibration_batches, input_spec
-    from trt_yolov6.quantization.qdq.cleanup import clean, verify_clean
+    from trt_yolov6.data.calibration import calibration_batches
+    from trt_yolov6.graph.inputs import input_spec
+    from trt_yolov6.quantization.qdq.cleanup import clean
+    from trt_yolov6.quantization.qdq.verify import verify_clean
 
     if graph.precision == "fp8":
         _log.info("surgery: FP8's Q/DQ nodes are left as they are")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.machine import machine, versions
@@ -15,7 +16,6 @@ from trt_yolov6.comparison.plan import ModelEntry, Plan
 from trt_yolov6.data.preprocessing import parse_changes
 from trt_yolov6.engines import best_backend, load_engine
 from trt_yolov6.engines.base import Engine, LoadOptions
-from trt_yolov6.engines.build import SUFFIXES
 from trt_yolov6.engines.manifest import Manifest, manifest_of, read_manifest
 from trt_yolov6.errors import UserError
 from trt_yolov6.pipeline import build, export, quantize
@@ -24,7 +24,7 @@ from trt_yolov6.spec import BatchProfile, Precision
 if TYPE_CHECKING:
     import onnx
 
-    from trt_yolov6.diagnostics.inspection import OnnxDetails
+    from trt_yolov6.graph.inspect import OnnxDetails
     from trt_yolov6.graph.model import Graph
 
 Tell = Callable[[str], None]
@@ -216,7 +216,7 @@ def _hashes(engine: Path) -> list[str | None]:
 def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> Mapping[str, Any]:
     work.tell(f"building {case.name} ...")
     stem = case.stem + (f"_b{profile.max}" if profile.is_static else "")
-    path = work.output / "engines" / f"{stem}{SUFFIXES[case.backend]}"
+    path = work.output / "engines" / f"{stem}{BACKENDS[case.backend].suffix}"
     graph = _graph(work, case.entry, profile, choice if choice.base == "fp16" else None)
     if choice.quantizes:
         graph = _quantized(work.plan, graph, choice, path)
@@ -385,7 +385,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _details(model: onnx.ModelProto) -> OnnxDetails:
-    from trt_yolov6.diagnostics.inspection import inspect_onnx
+    from trt_yolov6.graph.inspect import inspect_onnx
 
     return inspect_onnx(model)
 
@@ -398,7 +398,7 @@ def _graph_record(model: onnx.ModelProto) -> dict[str, Any]:
     return {
         "parameters": details.parameters,
         "flops": details.paper_flops,
-        "work": dataclasses.asdict(graph_work(model)),
+        "graph_work": dataclasses.asdict(graph_work(model)),
     }
 
 

@@ -67,6 +67,8 @@ def _fields(text: str) -> Iterator[tuple[str, int, int]]:
         if match is None:
             raise _unreadable(text, position)
         kind, token = match.lastgroup, match[0]
+        if not found and kind not in ("space", "word"):
+            raise _unreadable(text, position)
         if kind == "open":
             open_brackets.append(_CLOSING[token])
         elif kind == "close":
@@ -74,8 +76,6 @@ def _fields(text: str) -> Iterator[tuple[str, int, int]]:
                 raise _unreadable(text, position)
         elif kind == "word" and not open_brackets and not after_colon:
             found.append((token, position))
-        elif not open_brackets and not found and kind != "space":
-            raise _unreadable(text, position)
         if kind != "space":
             after_colon = token == ":"
         position = match.end()

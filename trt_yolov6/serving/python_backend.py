@@ -56,15 +56,16 @@ class TritonPythonModel:
         from trt_yolov6.data.loader import default_workers
         from trt_yolov6.engines import load_engine
 
-        on_gpu = args["model_instance_kind"] == "GPU"
-        if on_gpu:
-            _choose_gpu(int(args["model_instance_device_id"]))
+        gpu = None
+        if args["model_instance_kind"] == "GPU":
+            gpu = int(args["model_instance_device_id"])
+            _choose_gpu(gpu)
         folder = Path(args["model_repository"], args["model_version"])
         path = next((folder / name for name in ENGINE_FILES if (folder / name).is_file()), None)
         if path is None:
             raise UserError(f"{folder} holds none of {', '.join(ENGINE_FILES)}; export it again.")
         self._engine: Engine = load_engine(
-            path, options=load_options(parameters, path, on_gpu=on_gpu, instances=_count(config))
+            path, options=load_options(parameters, path, gpu=gpu, instances=_count(config))
         )
         self._nms = nms_of(parameters, self._engine)
         self._pictures = parameters.get("serves") == "pictures"
@@ -135,7 +136,7 @@ class TritonPythonModel:
 
 
 def load_options(
-    parameters: Mapping[str, str], engine: Path, *, on_gpu: bool, instances: int
+    parameters: Mapping[str, str], engine: Path, *, gpu: int | None, instances: int
 ) -> LoadOptions:
     """Return how an entry's engine is loaded.
 
@@ -144,7 +145,7 @@ def load_options(
     Args:
         parameters: of the configuration.
         engine: the file.
-        on_gpu: the instance is one of a GPU's.
+        gpu: number of the GPU that the instance is on; None: it is on a CPU.
         instances: of the model on this processor.
 
     Raises:
@@ -154,21 +155,16 @@ def load_options(
     from trt_yolov6.engines.manifest import read_manifest
 
     threads = _number(parameters, "threads", int, 0) or None
-    if threads is None and not on_gpu and instances > 1:
+    if threads is None and gpu is None and instances > 1:
         threads = max(1, len(os.sched_getaffinity(0)) // instances)
     told = read_manifest(engine) is not None
     return LoadOptions(
         threads=threads,
-        provider=None if on_gpu or engine.suffix != ".onnx" else "cpu",
+        provider="cpu" if gpu is None and engine.suffix == ".onnx" else None,
+        gpu=gpu or 0,
         decoder=None if told else parameters.get("decoder"),
-        preprocess={} if told else _preprocess(parameters),
+        preprocess={} if told else _changes(parameters.get("preprocess", "{}")),
     )
-
-
-def _preprocess(parameters: Mapping[str, str]) -> dict[str, Any]:
-    """Return changes to the preprocessing: JSON has lists where `Preprocessing` has tuples."""
-    changes = json.loads(parameters.get("preprocess", "{}"))
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()}
 
 
 def nms_of(parameters: Mapping[str, str], engine: Engine) -> NmsSettings:
@@ -208,6 +204,12 @@ def _choose_gpu(index: int) -> None:
     (error,) = runtime.cudaSetDevice(index)
     if int(error) != 0:
         raise UserError(f"GPU {index} cannot be used ({error.name}); see `nvidia-smi`.")
+
+
+def _changes(text: str) -> dict[str, Any]:
+    """Return fields of `Preprocessing` from JSON, which has lists for tuples."""
+    fields = json.loads(text)
+    return {key: tuple(one) if isinstance(one, list) else one for key, one in fields.items()}
 
 
 def _count(config: Mapping[str, Any]) -> int:
