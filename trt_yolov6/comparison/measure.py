@@ -255,7 +255,7 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
         except UserError as error:
             return {"reason": str(error)}
         ceilings = _ceilings(work, engine)
-        device, computed_in = engine.device, "fp32" if engine.note else ""
+        device, computed_in = engine.device, engine.computed_in or ""
     graph = _graph_work(built.records[batch].get("graph_work"))
     return {
         "batch": batch,

@@ -149,6 +149,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     if is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
         how = "on whole numbers held in float" if whole else "in float"
+        engine.computed_in = "fp32"
         notes.append(f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed")
     if options.provider is None and engine.provider == PROVIDERS["cpu"] and "cuda" in usable():
         reason = obstacle("cuda") or "no usable GPU or cuDNN"
