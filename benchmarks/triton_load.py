@@ -37,7 +37,7 @@ import tritonclient.http as over_http
 
 from benchmarks.triton_server import Server, tritonserver
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.latency import random_input
+from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model, read_gpus, software_versions, timestamp
 from trt_yolov6.data.images import list_images, read_image

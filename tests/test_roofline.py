@@ -9,13 +9,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.bench.latency import random_input
 from trt_yolov6.bench.roofline import (
     GraphWork,
     cpu_ceilings,
     graph_work,
     layer_times,
 )
+from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.graph.cost import Ceilings, Layer
 
