@@ -36,7 +36,7 @@ def link_pictures(folder: Path, count: int) -> None:
     sources = sorted((ROOT / "samples/images/val").glob("*.jpg"))
     folder.mkdir()
     for number in range(count):
-        os.link(sources[number % len(sources)], folder / f"{number:06d}.jpg")
+        os.symlink(sources[number % len(sources)], folder / f"{number:06d}.jpg")
 
 
 def digest(output: Path) -> str:
@@ -119,7 +119,7 @@ def main() -> int:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all on loopback
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray starts its workers at niceness 15, which is to lose against whatever else runs here.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     run: Callable[[int, Path, Path, Path], dict[str, Any]]
     if options.nodes:
         run, sizes = on_nodes, options.nodes
