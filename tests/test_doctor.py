@@ -30,7 +30,7 @@ H200 = (
 def doctor_beside(stubs: Path, code: str = "") -> str:
     """Run `doctor` in a fresh interpreter that finds the packages in `stubs` first."""
     script = (
-        "from trt_yolov6.doctor import diagnose, format_diagnosis\n"
+        "from trt_yolov6.diagnostics.doctor import diagnose, format_diagnosis\n"
         f"print(format_diagnosis(diagnose()))\n{code}"
     )
     search = os.pathsep.join([str(stubs), str(ROOT)])

@@ -18,15 +18,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from test_evaluation import write_cells
-from tiny_detector import load_named, load_tiny
+from support.tiny_detector import load_named, load_tiny, write_cells
 
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.evaluate import evaluate
-from trt_yolov6.runtime.predict import infer_source
 from trt_yolov6.serving.ray.cluster import Actors, fitting_actors
 
 pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.cli.options import ENGINE_SUFFIXES, ENGINES
+from trt_yolov6.cli.options import ENGINE_SUFFIXES, ENGINES, preprocess_changes
 from trt_yolov6.cli.output import reading_text, say
 from trt_yolov6.errors import UserError
 
@@ -27,7 +27,7 @@ def load(path: Path, options: argparse.Namespace) -> Engine:
         provider=options.provider,
         cuda_graph=not options.no_cuda_graph,
         decoder=options.decoder,
-        preprocess=tuple(options.preprocess or ()),
+        preprocess=preprocess_changes(options),
     )
     engine = load_engine(resolved(path), options.backend, load_options)
     if engine.manifest is None:
@@ -47,7 +47,7 @@ def load_options(options: argparse.Namespace) -> LoadOptions:
         provider=options.provider,
         cuda_graph=not options.no_cuda_graph,
         decoder=options.decoder,
-        preprocess=tuple(options.preprocess or ()),
+        preprocess=preprocess_changes(options),
     )
 
 

@@ -74,7 +74,8 @@ def _or(words: tuple[str, ...]) -> str:
 
 def _infer_here(options: argparse.Namespace) -> None:
     from trt_yolov6.data.letterbox import resolve_border
-    from trt_yolov6.runtime.predict import default_nms, infer_source
+    from trt_yolov6.runtime.annotate import infer_source
+    from trt_yolov6.runtime.predict import default_nms
 
     with load(options.engine or newest_engine(), options) as engine, _stopped_by_ctrl_c() as stop:
         summary = infer_source(

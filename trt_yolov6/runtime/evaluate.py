@@ -379,7 +379,7 @@ def _scored(
 def _to_coco(
     image: CocoImage, detections: Detections, category_ids: Sequence[int | None]
 ) -> list[dict[str, Any]]:
-    corners = detections.boxes.astype(np.float64)
+    corners = detections.xyxy.astype(np.float64)
     corners[:, 2:] -= corners[:, :2]
     return [
         {
@@ -392,8 +392,8 @@ def _to_coco(
         }
         for box, score, index in zip(
             corners.tolist(),
-            detections.scores.tolist(),
-            detections.classes.tolist(),
+            detections.confidence.tolist(),
+            detections.class_id.tolist(),
             strict=True,
         )
         if category_ids[index] is not None
@@ -455,7 +455,7 @@ def _match(
     Raises:
         UserError: a detection is of a class that the data set does not have.
     """
-    highest = max((int(one.classes.max(initial=0)) for one in found), default=0)
+    highest = max((int(one.class_id.max(initial=0)) for one in found), default=0)
     if highest >= len(truth.categories):
         raise ClassesDifferError(
             f"the engine finds class {highest} (from 0), {truth.dataset.annotation_file} has "

@@ -1,9 +1,10 @@
 """Cross-layer equalization: rescale channels so that INT8 serves all of them.
 
 With one scale a tensor, a channel whose values are 100 times smaller than its neighbours' is left
-with one or two of the 255 levels. Where the channels' scale is free (see `channel_graph`), the producing
-weights are multiplied and the reading weights divided by a factor per channel, as Nagel et al. 2019
-("Data-free quantization through weight equalization and bias correction", section 4.1) do.
+with one or two of the 255 levels. Where the channels' scale is free (see `channel_graph`), the
+producing weights are multiplied and the reading weights divided by a factor per channel, as Nagel
+et al. 2019 ("Data-free quantization through weight equalization and bias correction", section 4.1)
+do.
 
 Their rule, the geometric mean of two weight ranges, is for weights with one scale a tensor. Here
 weights have one scale per output channel, so that the producer's do not care, and the scales trade
@@ -40,13 +41,12 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
+from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.quantization.equalization.channel_graph import (
     FIXED,
     ChannelMap,
     Convolution,
-    constants_of,
     rescale,
     trace_channels,
 )
@@ -328,7 +328,7 @@ def _readers(channels: ChannelMap) -> list[Convolution]:
 def _weights(model: onnx.ModelProto, channels: ChannelMap) -> dict[str, NDArray[np.float32]]:
     constants = constants_of(model)
     names = {name for item in channels.convolutions for name in (item.weight, item.bias) if name}
-    return {name: numpy_helper.to_array(constants[name]) for name in names}
+    return {name: tensor_value(constants[name]) for name in names}
 
 
 def _shared_scales(model: onnx.ModelProto) -> dict[str, str]:

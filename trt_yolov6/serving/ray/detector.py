@@ -184,9 +184,9 @@ def _found_row(index: int, size: tuple[int, int], found: Detections) -> Row:
         "error": None,
         "height": size[0],
         "width": size[1],
-        "boxes": found.boxes.reshape(-1),
-        "scores": found.scores,
-        "classes": found.classes,
+        "boxes": found.xyxy.reshape(-1),
+        "scores": found.confidence,
+        "classes": found.class_id,
     }
 
 
