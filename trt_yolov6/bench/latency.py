@@ -109,7 +109,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What was run before measuring."""
+    """Warm-up before measuring."""
 
     runs: int
     seconds: float
@@ -119,7 +119,7 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """How fast an engine is, and on what that was measured."""
+    """Latency and throughput of an engine, with the environment."""
 
     engine: Path
     engine_sha256: str
@@ -128,7 +128,7 @@ class BenchmarkResult:
     backend: str
     backend_version: str
     note: str
-    """How the engine computes, where that is not what its precision says; else empty."""
+    """Arithmetic of the engine where it differs from its precision; else empty."""
     device: str
     threads: int | None
     """CPU threads of an ONNX Runtime session, where they were chosen."""
@@ -410,7 +410,7 @@ class Watched:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of each run, the share of it that was waited; empty where unknown."""
+        """Share of each run that was spent waiting; empty where unknown."""
         self._end_block()
         return tuple(self._shares) if len(self._shares) == len(self.seconds) else ()
 
@@ -433,7 +433,7 @@ class _Request:
     nms: NmsSettings
     position: int = 0
     stage_seconds: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
-    """Of each run, the seconds of each of `STAGES`."""
+    """Seconds of each of `STAGES`, for each run."""
 
     def run(self) -> float:
         from trt_yolov6.data.images import read_image

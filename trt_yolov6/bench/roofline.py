@@ -42,14 +42,14 @@ _TRIALS, _MOST_TRIALS = 7, 60
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine can do at most, as measured."""
+    """Measured ceilings of a machine."""
 
     bytes_per_second: float
     """Read and written together, of a copy too large for the caches of most machines."""
     flops: Mapping[str, float]
     """Operations a second of a large matrix product, by precision."""
     how: str
-    """What was measured with, one line."""
+    """Measuring setup, one line."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class GraphWork:
     """A graph's layers and which of them a kernel belongs to."""
 
     layers: tuple[Layer, ...]
-    """Those whose FLOPs and shapes are known."""
+    """Layers whose FLOPs and shapes are known."""
     owners: Mapping[str, str]
     """Layer by the name of a node or tensor that it, or what is fused with it, computes."""
 

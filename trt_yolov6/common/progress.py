@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 
 def is_logged(progress: bool = True) -> bool:
-    """Return whether progress is wanted and there is no terminal to draw a bar on."""
+    """Return whether progress is wanted but stderr is not a terminal."""
     return progress and not sys.stderr.isatty()
 
 

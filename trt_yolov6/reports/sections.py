@@ -128,7 +128,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def quantization_cost(rows: Sequence[Row]) -> str:
-    """Return what each precision costs in AP, beside the share of the work that it does."""
+    """Return the AP that each precision costs, and its share of the work."""
     found = quantization(rows)
     if not found:
         return _how(
@@ -245,7 +245,7 @@ def examples(material: Material) -> str:
             parts.append(_example(example, picture, f"picture-{number_}-{index}", names))
     if missing:
         parts.append(
-            f"<p>{missing} picture{'s' * (missing != 1)} could not be found beside the results; "
+            f"<p>{missing} picture{'s' * (missing != 1)} could not be found next to the results; "
             "keep the folder <code>examples/</code> with <code>results.json</code>.</p>"
         )
     if not parts:
@@ -273,7 +273,7 @@ def examples(material: Material) -> str:
 
 
 def method(material: Material) -> str:
-    """Return what was measured on what, and how."""
+    """Return the section on environment and method."""
     parts = []
     for comparison in material.comparisons:
         value = comparison.value
