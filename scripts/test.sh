@@ -3,6 +3,7 @@
 #
 #   bash scripts/test.sh                 all
 #   bash scripts/test.sh -m "not slow"   without the slow tests
+#   bash scripts/test.sh -n 0            in one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # TensorRT-RTX builds T4 engines without a GPU, so its tests run wherever its library installs.
@@ -16,4 +17,8 @@ bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
 .venv/bin/lint-imports
 .venv/bin/mypy
 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
-.venv/bin/python -m pytest "$@"
+# A worker a core, each on one thread: two threads of one network, or two workers of two threads, would
+# wait for each other. A file's tests share what they make, so a file stays in one worker.
+export OMP_NUM_THREADS=1
+.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+    --durations 40 "$@"

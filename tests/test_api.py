@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_detector import CELL, NAMES, load_named
+from support.tiny_detector import CELL, NAMES, load_named
 
 import trt_yolov6
 from trt_yolov6 import Detections, Detector, Precision, UserError

@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from small_graphs import GraphWriter, detector, random_images
-from test_graph_network import moved
+from support.networks import moved
+from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.engines import load_engine
 from trt_yolov6.graph.export import ExportSettings

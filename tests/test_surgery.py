@@ -19,7 +19,7 @@ from onnxruntime.quantization import (
     QuantType,
     quantize_static,
 )
-from small_graphs import SIZE, GraphWriter, detector, random_images
+from support.small_graphs import SIZE, GraphWriter, detector, random_images
 
 from trt_yolov6.engines import backend
 from trt_yolov6.engines.base import BuildSettings

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from small_graphs import GraphWriter, detector, random_images
+from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.engines.tensorrt.weakly_typed import (
     divide_channels,

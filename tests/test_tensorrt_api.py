@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import TypeGuard
 
 import pytest
-import tensorrt_api
 from packaging.requirements import Requirement
+from support import tensorrt_api
 
 from trt_yolov6.engines.tensorrt.rtx import TARGETS
 

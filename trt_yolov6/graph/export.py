@@ -24,6 +24,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from trt_yolov6 import __version__
@@ -184,15 +185,11 @@ class _RawOutputs(nn.Module):
 
 def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
     profile = settings.batch
-    # torch.export takes sizes 0 and 1 as constants, so a free batch axis is traced with two images.
-    batch = profile.min if profile.is_static else 2
-    images = torch.zeros(1, 3, *settings.size_for(model.arch))
-    # Expanded, a large fixed batch takes no memory; a free axis must not look like a broadcast one.
-    if profile.is_static:
-        images = images.expand(batch, -1, -1, -1)
-    else:
-        images = images.repeat(batch, 1, 1, 1)
-    dynamic = None if profile.is_static else ({0: torch.export.Dim("batch", min=1)},)
+    # torch.export takes up to four times as long over a free axis, so it is freed afterwards. Three
+    # images, as `_verify` gives the graph one or two: a batch that is still fixed fails there.
+    batch = profile.min if profile.is_static else 3
+    # Expanded, a large fixed batch takes no memory.
+    images = torch.zeros(1, 3, *settings.size_for(model.arch)).expand(batch, -1, -1, -1)
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "torch.export"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -200,7 +197,6 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
             (images,),
             input_names=["images"],
             output_names=_raw_names(model),
-            dynamic_shapes=dynamic,
             opset_version=max(settings.opset, 18),
             dynamo=True,
             optimize=True,
@@ -208,7 +204,24 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
         )
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
+    if not profile.is_static:
+        _free_batch(proto, batch)
     return proto
+
+
+def _free_batch(proto: onnx.ModelProto, batch: int) -> None:
+    """Let a graph traced with `batch` images take any number of them.
+
+    Images are computed one by one, along the first axis of every tensor, so the number stands in
+    the graph's ends and in the shapes that tensors are given.
+    """
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    shapes = {node.input[1] for node in proto.graph.node if node.op_type == "Reshape"}
+    for item in proto.graph.initializer:
+        if item.name in shapes and (shape := numpy_helper.to_array(item).copy())[0] == batch:
+            shape[0] = -1
+            item.CopyFrom(numpy_helper.from_array(shape, item.name))
 
 
 def _raw_names(model: YOLOv6) -> list[str]:
