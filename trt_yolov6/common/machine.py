@@ -76,7 +76,7 @@ class Cpu:
 
     model: str
     architecture: str
-    """Such as `x86_64` or `aarch64`."""
+    """Machine type, such as `x86_64` or `aarch64`."""
     cores: int | None
     """Physical cores this process may run on."""
     threads: int

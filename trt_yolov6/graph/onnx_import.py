@@ -35,7 +35,7 @@ def graph_from_onnx(
 ) -> Graph:
     """Take a detector's ONNX file as it is, made half precision if asked.
 
-    Inputs beside the image that PaddleDetection's exports have become constants, and batch
+    Auxiliary inputs of PaddleDetection's exports become constants, and batch
     normalization goes into the convolutions before it.
 
     Args:
@@ -49,7 +49,7 @@ def graph_from_onnx(
         preprocess: changes to the family's pre-processing, fields of `Preprocessing` by name.
 
     Raises:
-        UserError: the file is no such graph, or disagrees with what was asked.
+        UserError: the file is not such a graph, or disagrees with what was asked.
     """
 
     from trt_yolov6.graph.float16 import tail_nodes, to_fp16
@@ -153,7 +153,7 @@ def _fixed_size(
     elif any(own is not None and own != asked for own, asked in zip(sizes, wanted, strict=True)):
         raise UserError(
             f"{path} takes images of {sizes[0]}x{sizes[1]}, not {wanted[0]}x{wanted[1]}; leave "
-            "--imgsz out, or export it anew."
+            "--imgsz out, or export it again."
         )
     return wanted
 
@@ -163,7 +163,7 @@ def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> Ba
         return wanted or BatchProfile()
     if wanted and (wanted.min, wanted.max) != (own, own):
         raise UserError(
-            f"{path} takes batch {own} only; leave --batch and --dynamic out, or export it anew "
+            f"{path} takes batch {own} only; leave --batch and --dynamic out, or export it again "
             "with a free batch axis."
         )
     return BatchProfile(own, own, own)

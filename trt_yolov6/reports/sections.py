@@ -206,7 +206,7 @@ def layers(material: Material) -> str:
     if not parts:
         return _how(
             "The results have no times of layers: they were left out (--no-layers), or the backend "
-            "does not tell.",
+            "does not report them.",
             "trt-yolov6 compare MODEL",
         )
     ceilings = [
@@ -345,7 +345,7 @@ def method(material: Material) -> str:
 
 _METHOD = """<p>Latency is of the engine alone, on input where it reads it, without pre- or
 post-processing, as in the paper; throughput is the batch size over it. Each round loads every
-engine anew and runs it for a while, in changing order, so that a drift of the machine hits all
+engine again and runs it for a while, in changing order, so that a drift of the machine hits all
 alike. Runs while which the process's threads waited for a processor are left out, unless hardly
 any others are there. The figure is the median over the rounds; its interval says where a further
 round is to be expected in 95 of 100 cases, and reaches at least 5 % to each side on a CPU, 1 % on a

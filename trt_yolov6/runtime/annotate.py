@@ -244,7 +244,7 @@ def _infer_video(
 
 
 def _is_whole(video: Path, frames: int) -> bool:
-    """Tell whether a written video has all its frames.
+    """Return whether a written video has all its frames.
 
     OpenCV's writer reports no error. A full disk is seen here: an MP4's table of frames comes last,
     and FFmpeg writes nothing more after a first failure.

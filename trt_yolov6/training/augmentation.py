@@ -351,7 +351,7 @@ def place_boxes(
 
 
 def worth_keeping(whole: Floats, inside: Floats) -> NDArray[np.bool_]:
-    """Tell which boxes are still worth learning after augmentation.
+    """Return which boxes are still worth learning after augmentation.
 
     Both sides must exceed `MIN_SIDE`, the visible area must exceed `MIN_VISIBLE` of the whole, and
     no side may be `MAX_ASPECT` times the other. The thresholds are the authors'.

@@ -121,7 +121,7 @@ def check_data(
         progress: show a bar, on a terminal.
 
     Raises:
-        UserError: there is no such split, or its file cannot be made out at all: it is no JSON,
+        UserError: there is no such split, or its file cannot be made out at all: it is not JSON,
             has no list of categories, images or annotations, or an image lacks its id or name.
     """
     checked = read_split(folder, split)

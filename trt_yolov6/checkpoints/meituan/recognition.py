@@ -63,7 +63,7 @@ class Predictions:
 
 
 def predictions(tree: Tree) -> Predictions:
-    """Tell the predictions that are decoded from those of anchor-aided and distilled training.
+    """Separate the decoded predictions from those of anchor-aided and distilled training.
 
     Mind that self-distillation of N and S swapped two names: `reg_preds` is trained with in 0.3.0,
     and is the prediction in 0.4.

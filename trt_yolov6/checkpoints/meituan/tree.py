@@ -33,7 +33,7 @@ class Tree:
     attributes: dict[str, dict[Any, Any]]
 
     def __contains__(self, prefix: str) -> bool:
-        """Tell whether there is a module of this name."""
+        """Return whether there is a module of this name."""
         return prefix in self.origins
 
     def tensor(self, key: str) -> Tensor:

@@ -450,7 +450,7 @@ def _shortcuts(
 
 
 def _is_quantized_behind(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
-    """Tell whether a node's output, or the ReLU's that follows it, is a tensor to quantize."""
+    """Return whether a node's output, or the ReLU's that follows it, is a tensor to quantize."""
     readers = graph.readers(node.output[0])
     return node.output[0] in wanted or (
         len(readers) == 1 and readers[0].op_type == "Relu" and readers[0].output[0] in wanted

@@ -83,7 +83,7 @@ class QatSettings:
     epochs: int = 10
     batch: int = 16
     learning_rate: float = 0.005
-    """Of Adam, for weights and biases, in quantization steps of the weights: a cosine down to
+    """Adam learning rate for weights and biases, in weight quantization steps: a cosine down to
     `final_share`."""
     scale_learning_rate: float = 0.05
     """Adam learning rate for scales, in quantization steps at the end of their range."""
@@ -102,7 +102,7 @@ class QatSettings:
     seed: int = 0
     precision: QatPrecision = "auto"
     bits: int = WIDEST
-    """Of weights and activations. Fewer than 8 cannot be exported; the first and the last layers
+    """Bit width of weights and activations. Below 8 there is no export; the first and last layers
     keep 8 then (LSQ, Section 3)."""
 
     def __post_init__(self) -> None:
