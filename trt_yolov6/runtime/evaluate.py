@@ -206,13 +206,13 @@ def evaluate(
 
 @dataclass(frozen=True)
 class FoundBatch:
-    """What was found in some images of a data set, wherever that was done."""
+    """Detections in some images of a data set, from any process."""
 
     images: tuple[CocoImage, ...]
     detections: tuple[Detections, ...]
-    """Of each image, not clipped to it (see `postprocess`)."""
+    """Detections of each image, not clipped to it (see `postprocess`)."""
     notes: tuple[str, ...] = ()
-    """What is odd about the outputs: sentences."""
+    """Notes on odd outputs."""
     read_seconds: float = 0.0
     preprocess_seconds: float = 0.0
     inference_seconds: float = 0.0
@@ -290,9 +290,9 @@ class _Truth:
     dataset: CocoDataset
     """With the classes that count."""
     categories: tuple[int | None, ...]
-    """Of each class of the engine, its category; None: the data set does not have it."""
+    """Category of each class of the engine; None where the data set lacks it."""
     rows: list[int | None]
-    """Of each class of the engine, its place among the classes that count."""
+    """Index of each class of the engine among the classes that count."""
     notes: tuple[str, ...]
 
 
@@ -316,7 +316,7 @@ def _truth(name: str, class_names: Sequence[str], dataset: CocoDataset) -> _Trut
 
 @dataclass
 class _Sums:
-    """What an evaluation has added up so far: seconds and matches."""
+    """Running totals of an evaluation: seconds and matches."""
 
     engine_done: float
     """When the engine was done with its latest batch, by `time.perf_counter`."""
