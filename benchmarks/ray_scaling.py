@@ -5,7 +5,7 @@
     python -m benchmarks.ray_scaling --engine engines/n.onnx --plain --pictures 10000
 
 With --nodes, the head and node 0 are held to the first core, each other node to a core of its own,
-so that one node stands for one machine and two for two. With --gpus, Ray gets that number of GPUs of
+so that one node stands for one machine. With --gpus, Ray gets that number of GPUs of
 this host. With --plain, both commands run whole, as a user would type them. Rounds are interleaved.
 Results of one kind are the same files whatever runs them; that is checked.
 """
