@@ -11,14 +11,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trt_yolov6.bench.latency import random_input
 from trt_yolov6.bench.roofline import (
-    Ceilings,
     GraphWork,
     cpu_ceilings,
     graph_work,
     layer_times,
 )
 from trt_yolov6.engines import LoadOptions, load_engine
-from trt_yolov6.graph.cost import Layer
+from trt_yolov6.graph.cost import Ceilings, Layer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_yolov6.bench.roofline import Ceilings, GraphWork, layer_times, measure_ceilings
+from trt_yolov6.bench.roofline import GraphWork, layer_times, measure_ceilings
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
 from trt_yolov6.comparison.engines import BuiltCase, Work
@@ -20,7 +20,7 @@ from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import ClassesDifferError, UserError
-from trt_yolov6.graph.cost import Layer
+from trt_yolov6.graph.cost import Ceilings, Layer
 
 EXAMPLE_CONFIDENCE = 0.4
 """Score from which on a detection is shown in the report's pictures, as `infer` draws them."""

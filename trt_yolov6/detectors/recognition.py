@@ -2,8 +2,8 @@
 
 Several families share a layout and differ in the images they take, so shapes alone do not decide.
 What else is looked at: the metadata that exporters leave, the names of nodes and weights, and
-whether anything is computed between the last convolutions and the output. Where that is not enough
-either, the user is asked: a wrong guess would cost AP without a word.
+whether anything is computed between the last convolutions and the output. Where that does not
+decide either, the user is asked: a wrong guess would cost AP without a word.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def recognize(
                 f"({_listed(facts.outputs)}); it reads {', '.join(family.layouts)}."
             )
         if {"rows", "grid_rows"} <= set(fitting):
-            # A plan does not show it; YOLOX's exporter omits the decoding unless asked.
+            # A plan does not show it; YOLOX's exporter leaves the decoding out unless asked.
             return family, "rows" if facts.decoding else "grid_rows"
         return family, fitting[0]
     choices = _families_by_evidence(facts, possible) if possible else []
@@ -93,7 +93,7 @@ def is_detector(
     Args:
         facts: from `graph.facts.facts_of`.
         decoder: the layouts of this family only.
-        only_known_anchors: outputs with all anchors have to have as many as the input's size asks.
+        only_known_anchors: outputs with all anchors must have as many as the input's size gives.
     """
     possible = set(_possible_layouts(facts))
     if decoder is not None:
@@ -118,7 +118,7 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
         "corner_rows" in possible and _PADDLE in facts.producer
     ):
         layout: OutputLayout = "corner_rows" if "corner_rows" in possible else first
-        # Nothing in the graph shows how its images were normalized.
+        # Nothing in the graph says how its images were normalized.
         return [("ppyoloe", layout), ("ppyoloe-plus", layout)]
     if first == "grids_yolov5":
         # Nor are the anchors in it.
@@ -210,7 +210,7 @@ def _possible_layouts(facts: GraphFacts) -> list[OutputLayout]:
             return ["end2end_ppyoloe"]
     if ranks == [2] and outputs[0].shape[1] == 7:
         return ["end2end" if outputs[0].name == "detections" else "end2end_yolov7"]
-    # YOLOv5's older exports have the three grids in addition to the decoded rows.
+    # YOLOv5's older exports have the three grids besides the decoded rows.
     if ranks in ([3], [3, 5, 5, 5]):
         return _layouts_of_one(next(spec for spec in outputs if len(spec.shape) == 3), facts)
     return []

@@ -106,7 +106,7 @@ def export_onnx(
         model: in training or fused form, float32, on the CPU; it is not changed.
         settings: shape, precision and ends of the graph.
         class_names: written into the graph's metadata, so that the file speaks for itself.
-        verify: compare the graph in ONNX Runtime with the PyTorch model on one random batch.
+        verify: compare the graph in ONNX Runtime with the PyTorch model on a random batch.
 
     Returns:
         A graph with input `images` and the outputs `boxes` and `scores`, or `detections` with NMS
@@ -518,7 +518,7 @@ def _finish(
 def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> None:
     """Compare the graph in ONNX Runtime with the PyTorch model on random images.
 
-    A fixed batch is freed in a copy first: two images tell as much as two hundred.
+    A fixed batch is freed in a copy first: two images show as much as two hundred.
     """
     size = settings.size_for(model.arch)
     freed = copy.deepcopy(proto)
@@ -553,10 +553,10 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
 
 
 def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSettings) -> Graph:
-    """Export a checkpoint: a file, or what `load_checkpoint` made of it.
+    """Export a checkpoint: a file, or what `load_checkpoint` returned.
 
     Raises:
-        UserError: the file is not a supported YOLOv6 checkpoint, or the size does not fit it.
+        UserError: the file is not a YOLOv6 checkpoint, or the size does not fit the network.
     """
     checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
     return Graph(

@@ -28,7 +28,7 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
     model returned is whole. Nodes that stand before those whose results they read are sorted.
 
     Raises:
-        UserError: the file or one with its weights is missing, cut short, or not an ONNX model.
+        UserError: the file or one with its weights is missing, cut short or not an ONNX model.
     """
     import onnx
     from google.protobuf.message import DecodeError

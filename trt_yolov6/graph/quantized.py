@@ -40,7 +40,7 @@ class Quantizer:
         return self._stored_scale().dtype
 
     def scale_for(self, rank: int) -> NDArray[np.float32]:
-        """Return the stored scale so that it broadcasts against codes of that rank.
+        """Return the stored scale so that it broadcasts against codes of `rank` axes.
 
         Raises:
             ValueError: the scale is computed.
@@ -200,7 +200,7 @@ def _code_type(graph: GraphIndex, node: onnx.NodeProto) -> int:
         zero_point = graph.constants.get(node.input[2])
         return onnx.TensorProto.UNDEFINED if zero_point is None else zero_point.data_type
     if node.op_type == "QuantizeLinear":
-        # Without either, ONNX makes uint8 of it.
+        # ONNX's default is uint8.
         return attribute(node, "output_dtype", 0) or onnx.TensorProto.UINT8
     codes = graph.constants.get(node.input[0])
     if codes is not None:

@@ -19,7 +19,7 @@ def nodes_after_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def layers_after(graph: GraphIndex) -> dict[str, int]:
-    """Return for each tensor the maximum number of convolutions in sequence after it."""
+    """Return for each tensor the length of the longest chain of convolutions after it."""
     found: dict[str, int] = {}
     for node in reversed(graph.nodes):
         for name in node.output:

@@ -286,10 +286,10 @@ class GraphNetwork(nn.Module):
             self._weight_quantizers[weight] = key
 
     def _compiled(self, nodes: Sequence[onnx.NodeProto]) -> list[_Step]:
-        exact_reads = (
+        unquantized_reads = (
             frozenset[tuple[str, str]]()
             if self._quantization is None
-            else self._quantization.placement.exact_reads
+            else self._quantization.placement.unquantized_reads
         )
         outputs = {name for level in self._outputs for name in level}
         last_reader: dict[str, int] = {}
@@ -308,7 +308,7 @@ class GraphNetwork(nn.Module):
                     "does not know; give a YOLOv6 checkpoint, and not one of MBLA or Lite."
                 )
             inputs = tuple(node.input)
-            exact = frozenset(n for n in inputs if (n, node.output[0]) in exact_reads)
+            exact = frozenset(n for n in inputs if (n, node.output[0]) in unquantized_reads)
             codes = None
             if inputs[0] in coded.keys() - exact and node.op_type in CONVOLUTIONS:
                 weights = self._weight_quantizers.get(inputs[1])
