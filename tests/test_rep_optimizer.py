@@ -470,7 +470,7 @@ def test_mistakes_cost_one_line(
     with_scales = (*base, "--rep-optimizer", str(scales))
     for arguments, says in (
         ((*base, "--search-epochs", "3"), "is for --rep-optimizer"),
-        ((*base, "--rep-optimizer", str(tiny)), "no hyper-search network"),
+        ((*base, "--rep-optimizer", str(tiny)), "not a hyper-search network"),
         ((*base, "--rep-optimizer", str(tmp_path / "none.pt")), "none.pt"),
         ((*base, "--rep-optimizer", "--weights", str(tiny)), "leave --weights"),
         ((*base, "--rep-optimizer", "--block", "conv"), "leave --block"),
