@@ -10,6 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=dev
 if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,tensorrt-rtx; fi
 bash scripts/environment.sh "$extras"
+# A server for the tests of export-triton, which skip without it.
+bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/lint-imports

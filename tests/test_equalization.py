@@ -17,9 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 from support.accuracy import first_images, graph_precision
 
 from benchmarks.rescaling import rescale_channels
-from trt_yolov6.data.calibration import calibration_batches, input_spec
+from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines.build import BuiltEngine
+from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.channel_graph import FIXED, rescale, trace_channels

@@ -37,7 +37,7 @@ def run(
     copy.CopyFrom(model)
     for name in more:
         copy.graph.output.add(name=name)
-    session = reference_session(copy.SerializeToString(), threads)
+    session = reference_session(copy, threads=threads)
     names = [item.name for item in session.get_outputs()]
     return dict(zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True))
 

@@ -25,7 +25,8 @@ from support.small_graphs import GraphWriter, detector, random_images
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.diagnostics.doctor import _has_fp8
-from trt_yolov6.diagnostics.inspection import OnnxDetails, format_inspection, inspect_file
+from trt_yolov6.diagnostics.inspection import inspect_file
+from trt_yolov6.diagnostics.inspection_text import format_inspection
 from trt_yolov6.engines import backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import BuiltEngine, build_engine
@@ -35,6 +36,7 @@ from trt_yolov6.engines.tensorrt.execution import _profiler
 from trt_yolov6.engines.tensorrt.layer_log import quantized_layers
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
+from trt_yolov6.graph.inspect import OnnxDetails
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.graph.operators import layer_names
@@ -75,7 +77,7 @@ def rounded(values: NDArray[np.floating[Any]], scale: float | NDArray[Any]) -> N
 
 
 def run(model: onnx.ModelProto, images: NDArray[Any]) -> list[NDArray[Any]]:
-    session = reference_session(model.SerializeToString())
+    session = reference_session(model)
     results: list[NDArray[Any]] = session.run(None, {model.graph.input[0].name: images})
     return results
 

@@ -35,7 +35,7 @@ def outputs_of(
     copy.CopyFrom(model)
     for name in names:
         copy.graph.output.add(name=name)
-    session = reference_session(copy.SerializeToString())
+    session = reference_session(copy)
     found = session.run(list(names), {session.get_inputs()[0].name: images})
     return dict(zip(names, found, strict=True))
 

@@ -434,7 +434,7 @@ def uncalled(source: Source, release: str) -> Iterator[ast.FunctionDef]:
 
 
 def test_the_files_that_use_tensorrt_are_found() -> None:
-    assert {"builder", "flavour", "rtx", "inspection"} <= set(SOURCES)
+    assert {"builder", "flavour", "rtx", "plan"} <= set(SOURCES)
     assert len(MISSPELLINGS) > 50
 
 

@@ -201,7 +201,12 @@ def spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-_PARAMETERS = {"confidence": "conf", "image_size": "imgsz", "calibration": "calib"}
+_PARAMETERS = {
+    "confidence": "conf",
+    "image_size": "imgsz",
+    "calibration": "calib",
+    "clean": "no_surgery",
+}
 """Options whose name differs from that of the parameter they set."""
 
 

@@ -22,7 +22,7 @@ from trt_yolov6.spec import BatchProfile, Precision
 if TYPE_CHECKING:
     import onnx
 
-    from trt_yolov6.diagnostics.inspection import OnnxDetails
+    from trt_yolov6.graph.inspect import OnnxDetails
     from trt_yolov6.graph.model import Graph
 
 Tell = Callable[[str], None]
@@ -402,7 +402,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _details(model: onnx.ModelProto) -> OnnxDetails:
-    from trt_yolov6.diagnostics.inspection import inspect_onnx
+    from trt_yolov6.graph.inspect import inspect_onnx
 
     return inspect_onnx(model)
 
@@ -415,7 +415,7 @@ def _graph_record(model: onnx.ModelProto) -> dict[str, Any]:
     return {
         "parameters": details.parameters,
         "flops": details.paper_flops,
-        "work": dataclasses.asdict(graph_work(model)),
+        "graph_work": dataclasses.asdict(graph_work(model)),
     }
 
 

@@ -137,7 +137,11 @@ def read_image(
     quiet_opencv()
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # for one, more pixels than OpenCV's limit
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" in str(error):
+            raise UserError(
+                f"{name} has more pixels than are decoded here; make it smaller."
+            ) from error
         image = None
     if image is None:
         raise UserError(f"{name} is damaged, cut short or no image; replace or remove it.")

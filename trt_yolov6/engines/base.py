@@ -99,6 +99,8 @@ class LoadOptions:
     """Family of a detector without a manifest (see `detectors.families`); None finds out."""
     preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Changes to how images are prepared: fields of `Preprocessing` by name."""
+    gpu: int = 0
+    """Number of the GPU for ONNX Runtime's providers. TensorRT takes CUDA's current one."""
 
 
 class Run(abc.ABC):

@@ -19,6 +19,7 @@ from trt_yolov6.graph.files import value_spec
 from trt_yolov6.graph.inputs import runtime_inputs
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.spec import BatchProfile
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def build_engine(
     if name != "onnxruntime":
         graph = for_tensorrt(graph)
     path = engine_path(graph, name, output, settings.target)
-    asked = _quantized_convolutions(graph.model)
+    asked = len(quantized_layers(graph.model))
     if settings.calibration is not None:
         asked = len(layer_names(graph.model))
     said: list[str] = []
@@ -242,14 +243,6 @@ def _both(one: Callable[[str], None], other: Callable[[str], None] | None) -> Ca
     return call
 
 
-def _quantized_convolutions(model: onnx.ModelProto) -> int:
-    """Return how many convolutions of a graph have INT8 or FP8 weights."""
-    nodes = model.graph.node
-    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    layers = (node for node in nodes if node.op_type in ("Conv", "ConvTranspose"))
-    return sum(node.input[1] in dequantized for node in layers)
-
-
 def quantized_layers_of(
     model: onnx.ModelProto, quantized: QuantizedName, said: Sequence[str]
 ) -> int | None:
@@ -260,7 +253,8 @@ def quantized_layers_of(
         quantized: `int8` or `fp8`.
         said: what `BuildSettings.on_layers` was called with.
     """
-    from trt_yolov6.engines.tensorrt.layer_log import quantized_layers
+    from trt_yolov6.engines.tensorrt import layer_log
 
     names = layer_names(model).values()
-    return len(quantized_layers(said[-1], names, quantized)) if said and said[-1] else None
+    found = layer_log.quantized_layers(said[-1], names, quantized) if said and said[-1] else None
+    return None if found is None else len(found)
