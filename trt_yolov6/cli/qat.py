@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.common.files import write_json
     from trt_yolov6.engines.base import BuildSettings
-    from trt_yolov6.engines.build import SUFFIXES, check_build
+    from trt_yolov6.engines.build import check_build
     from trt_yolov6.graph.export import write_onnx
     from trt_yolov6.pipeline import build, export, labelled_score
     from trt_yolov6.spec import BatchProfile, NmsSettings
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> None:
     if options.model and name not in (options.model, f"yolov6{options.model}"):
         raise UserError(f"{options.weights} holds {name}, not {options.model}; leave --model out.")
     output = options.output or Path("runs/qat") / name
-    plan = output / f"{name}{SUFFIXES[options.backend]}"
+    plan = output / f"{name}{BACKENDS[options.backend].suffix}"
     check_build(options.backend, plan, BuildSettings())
     state = _state_file(output, output / f"{name}.onnx", options.resume)
 

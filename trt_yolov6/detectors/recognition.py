@@ -74,7 +74,7 @@ def recognize(
         raise UserError(
             f"{path} has outputs of no known layout ({_listed(facts.outputs)}); export it with "
             "`trt-yolov6 export`, or as one of the families "
-            f"{', '.join(FAMILIES)} is exported (see docs/detectors.md)."
+            f"{', '.join(FAMILIES)} is exported (see docs/how-to/other-detectors.md)."
         )
     if len(choices) != 1:
         raise UserError(
@@ -130,8 +130,11 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
     if first == "rows":
         return _families_of_rows(facts)
     # What suppression leaves looks alike in all of these, and so do the images they take.
-    usual = {"efficient_nms": "yolov7", "end2end_yolov7": "yolov7", "columns": "yolov8"}
-    return [({**usual, "best": "yolov8"}.get(first, "yolov6"), first)]
+    usual = {"efficient_nms": "yolov7", "end2end_yolov7": "yolov7"}
+    usual |= {"columns": "yolov8", "best": "yolov8"}
+    if first in usual:
+        return [(usual[first], first)]
+    return [(name, first) for name, family in FAMILIES.items() if first in family.layouts]
 
 
 def _families_of_rows(facts: GraphFacts) -> list[_Choice]:
@@ -183,6 +186,9 @@ def _dotted(name: str) -> str:
 def _possible_layouts(facts: GraphFacts) -> list[OutputLayout]:
     """Return the layouts that the outputs' names and shapes admit."""
     outputs = facts.outputs
+    for name, layout in LAYOUTS.items():
+        if layout.fits is not None and layout.fits(outputs):
+            return [name]
     ranks = sorted(len(spec.shape) for spec in outputs)
     if {spec.name for spec in outputs} == {"boxes", "scores"} and ranks == [3, 3]:
         boxes, scores = sorted(outputs, key=lambda spec: spec.name)

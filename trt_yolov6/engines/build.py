@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import check_writable, file_name, sha256_bytes, sha256_file
 from trt_yolov6.engines import backend as backend_module
 from trt_yolov6.engines import best_backend
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from trt_yolov6.quantization.types import QuantizedName
 
-SUFFIXES = {"onnxruntime": ".onnx", "tensorrt": ".trt", "tensorrt-rtx": ".trt"}
 
 _UINT8 = 2
 """`TensorProto.UINT8`."""
@@ -98,7 +98,11 @@ def engine_path(
     graph: Graph, backend: str, output: str | Path | None = None, target: str | None = None
 ) -> Path:
     """Return where `build_engine` writes: `output`, or into `engines/` under `engine_stem`."""
-    return Path(output) if output else ENGINES / f"{engine_stem(graph, target)}{SUFFIXES[backend]}"
+    return (
+        Path(output)
+        if output
+        else ENGINES / f"{engine_stem(graph, target)}{BACKENDS[backend].suffix}"
+    )
 
 
 def check_build(backend: str, output: str | Path | None, settings: BuildSettings) -> str:
@@ -110,7 +114,7 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
     """
     name = best_backend() if backend == "auto" else backend
     backend_module(name).check(settings)
-    suffix = SUFFIXES[name]
+    suffix = BACKENDS[name].suffix
     if output and (Path(output).suffix == ".onnx") != (suffix == ".onnx"):
         raise UserError(
             f"--output {output} does not fit the {name} backend; give a name that ends in "
@@ -149,7 +153,7 @@ def build_engine(
     settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch, fp8=fp8)
     name = check_build(backend, output, settings)
     module = backend_module(name)
-    if name != "onnxruntime":
+    if BACKENDS[name].tensorrt:
         graph = for_tensorrt(graph)
     path = engine_path(graph, name, output, settings.target)
     asked = len(quantized_layers(graph.model))
@@ -162,7 +166,7 @@ def build_engine(
     seconds = time.perf_counter() - start
     quantized: QuantizedName = "fp8" if fp8 else "int8"
     found = quantized_layers_of(graph.model, quantized, said) if asked and said else asked or None
-    target = settings.target or ("any" if name == "onnxruntime" else "this machine's GPU")
+    target = settings.target or ("this machine's GPU" if BACKENDS[name].tensorrt else "any")
     if asked and found == 0 and not allow_float:
         raise all_in_float(graph.precision, name, target)
     manifest = dataclasses.replace(

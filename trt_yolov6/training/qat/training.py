@@ -74,7 +74,7 @@ WARMUP = 0.05
 
 @dataclass(frozen=True)
 class QatSettings:
-    """How a network is trained quantized; what came of the defaults is in docs/training.md."""
+    """Settings of a quantization-aware training; docs/measurements/qat.md evaluates them."""
 
     data: str
     """The data set's folder or `data.yaml`."""
