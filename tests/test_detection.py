@@ -273,7 +273,9 @@ def test_candidates_that_an_engine_chose_are_read_as_its_outputs_are(
     nms = NmsSettings(confidence=confidence, iou=0.5, max_detections=20)
     # Chosen at a lower confidence, of a batch whose last image is padding.
     batch, anchors, classes = np.nonzero(scores > 0.05)
-    chosen = Candidates(batch, classes, anchors, scores[batch, anchors, classes], boxes[batch, anchors])
+    chosen = Candidates(
+        batch, classes, anchors, scores[batch, anchors, classes], boxes[batch, anchors]
+    )
     places = [WHOLE] * max(1, images - 1)
     found = postprocess(chosen, "split", nms, places)
     expected = postprocess({"boxes": boxes, "scores": scores}, "split", nms, places)

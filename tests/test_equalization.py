@@ -22,11 +22,12 @@ from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.quantization.calibrators import amax_of
-from trt_yolov6.quantization.collect import TensorStatistics, collect
+from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.channel_graph import FIXED, rescale, trace_channels
 from trt_yolov6.quantization.equalization.solve import equalize, noise_to_signal, tensors_to_measure
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.quantization.statistics import TensorStatistics
 
 SIZE = 8
 
@@ -286,7 +287,8 @@ def expected_noise(model: onnx.ModelProto, found: dict[str, TensorStatistics]) -
         if node.op_type != "Conv" or node.input[0] not in found:
             continue
         weights = constants[node.input[1]].astype(float)
-        ranges = np.maximum(found[node.input[0]].channel_max, -found[node.input[0]].channel_min)
+        ranges = found[node.input[0]].amax_per_channel
+        assert ranges is not None
         squares = (0.1 * ranges) ** 2
         for output in weights:
             energy = (output**2).sum(axis=(1, 2))
@@ -312,11 +314,11 @@ def test_no_step_from_the_optimum_lessens_the_noise() -> None:
     best = equalize(model, measured(model), smooth=False)
     channels, least = trace_channels(best), noise_to_signal(best, measured(best))
     assert least < 0.5 * noise_to_signal(model, measured(model))
-    for place in range(channels.count):
+    for index in range(channels.count):
         for step in (0.7, 1.4):
             factors = np.ones(channels.count, np.float32)
-            if place != FIXED:
-                factors[place] = step
+            if index != FIXED:
+                factors[index] = step
                 moved = rescale(best, channels, factors)
                 assert noise_to_signal(moved, measured(moved)) > 0.995 * least
 

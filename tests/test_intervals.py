@@ -134,5 +134,8 @@ def test_the_interval_of_a_ratio_is_the_textbooks() -> None:
 
 def test_the_confidence_is_the_one_asked_for() -> None:
     rounds, base = [1.0, 2.0, 4.0], [1.0, 1.5, 1.0]
-    for interval in (prediction_interval(rounds, confidence=0.5), ratio_interval(rounds, base, 0.5)):
+    for interval in (
+        prediction_interval(rounds, confidence=0.5),
+        ratio_interval(rounds, base, 0.5),
+    ):
         assert 1 < interval.high / interval.value < 3  # t of 2 degrees of freedom: 0.816
