@@ -18,7 +18,7 @@ FILE = Path("x.pt")
 LIMIT = 100
 
 
-def nested(depth: int, innermost: Any = ()) -> Any:
+def nested(depth: int, innermost: Any = 1) -> Any:
     """A tuple in a tuple in a tuple ..."""
     for _ in range(depth):
         innermost = (innermost,)
