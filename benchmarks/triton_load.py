@@ -197,13 +197,10 @@ def load(
     """Load an entry with so many requests at a time, from processes of their own."""
     before = counted(server, entry)
     processes = min(options.processes, concurrency)
-    # Clients import and register their memory first.
-    start = time.time() + 1.5 + 0.1 * concurrency
     job: dict[str, Any] = {
         "address": server.grpc,
         "model": entry,
-        "start": start,
-        "end": start + options.seconds,
+        "seconds": options.seconds,
         "input": {
             "name": engine.input.name,
             "shape": list(engine.input.shape[1:]),
@@ -222,13 +219,19 @@ def load(
     clients = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.triton_client", json.dumps({**job, "threads": n})],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            text=True,
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for n in shares
     ]
-    answers = [json.loads(client.communicate()[0]) for client in clients]
+    # Clients import and register their memory first.
+    for client in clients:
+        assert client.stdout is not None
+        client.stdout.readline()
+    answers = [json.loads(answer) for answer in _answers(clients)]
     times = sorted(one for answer in answers for one in answer["latencies"])
     after = counted(server, entry)
     runs = after["execution_count"] - before["execution_count"]
@@ -249,6 +252,15 @@ def load(
         flush=True,
     )
     return value
+
+
+def _answers(clients: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """Let clients start at once and return what they print at the end."""
+    for client in clients:
+        assert client.stdin is not None
+        client.stdin.write("go\n")
+        client.stdin.flush()
+    return [client.communicate()[0] for client in clients]
 
 
 def counted(server: Server, entry: str) -> dict[str, Any]:
