@@ -166,8 +166,8 @@ def export_triton(
             for the Python backend also plans of TensorRT-RTX.
         output: the repository; made if missing. Other entries in it are left alone.
         settings: instances, GPUs, batching.
-            loading: the decoder of ONNX files without a manifest, where the graph is ambiguous.
-            names: of the entries, in the order of `engines`; default: network and precision.
+        loading: the decoder and the pre-processing of ONNX files without a manifest.
+        names: of the entries, in the order of `engines`; default: network and precision.
         python: write entries of Triton's Python backend, which take this; default: Triton runs the
             engines itself.
 
