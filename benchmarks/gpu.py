@@ -78,7 +78,7 @@ FP8_PLACEMENTS = ("default", "no_head_from_2000", "no_head", "all", "default_lay
 
 @dataclass
 class Bench:
-    """What all parts share: where engines go, how long to measure, the graphs."""
+    """State shared by all parts: folder of engines, measuring time, graphs."""
 
     backend: str
     folder: Path
@@ -370,7 +370,7 @@ def measure_fp8(bench: Bench) -> dict[str, Any]:
 
 
 def layers_us(path: Path, batch: int) -> dict[str, float]:
-    """Return the microseconds of an engine's layers; none where the backend does not tell."""
+    """Return the microseconds of an engine's layers; none where it does not report them."""
     options = LoadOptions(cuda_graph=False)
     with contextlib.suppress(UserError), load_engine(path, options=options) as engine:
         times = engine.layer_times(random_input(engine, batch))

@@ -147,7 +147,7 @@ def bytes_moved(model: onnx.ModelProto, batch: int, element: int) -> int:
 
 
 def _heads_of(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Cut a float32 graph off behind its heads."""
+    """Cut a float32 graph off after its heads."""
     first = [
         node.output[0]
         for node in model.graph.node

@@ -43,7 +43,7 @@ class GraphWork:
     """A graph's layers and which of them a kernel belongs to."""
 
     layers: tuple[Layer, ...]
-    """Those whose FLOPs and shapes are known."""
+    """Layers whose FLOPs and shapes are known."""
     owners: Mapping[str, str]
     """Layer by the name of a node or tensor that it, or what is fused with it, computes."""
 

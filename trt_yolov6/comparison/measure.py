@@ -38,7 +38,7 @@ Advance = Callable[[str, int], None]
 
 
 def data_record(dataset: CocoDataset) -> dict[str, Any]:
-    """Return what data set this is, as the results say it."""
+    """Return the data set's description in the results."""
     digest = hashlib.sha256()
     for image in dataset.images:
         digest.update(bytes.fromhex(sha256_file(image.path)))
@@ -171,13 +171,13 @@ def measure_timings(
     """Measure all engines at all batch sizes in rounds; each round goes over all of them.
 
     Every round is kept when it is done, so that an interrupted measurement loses one at most. All
-    of them together are one step: with another engine beside them, they are measured anew.
+    of them together are one step: with another engine among them, they are measured again.
 
     Args:
         work: what the comparison's steps share.
         built: the engines.
         advance: see `Advance`; a step is a round.
-        again: begin anew, whatever was kept.
+        again: ignore cached measurements.
     """
     plan = work.plan
     inputs = {
@@ -232,7 +232,7 @@ def measure_layers(work: Work, built: BuiltCase) -> Mapping[str, Any]:
 
     Returns:
         batch, computed_in, ceilings and layers, as `results` documents them; or `reason`, why its
-        backend does not tell.
+        backend does not report it.
     """
     batch = min(built.files)
     inputs = {

@@ -23,7 +23,7 @@ from trt_yolov6.spec import OutputLayout, TensorSpec
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What recognition looks at; of a plan without its graph, only the first two are known."""
+    """Input of recognition; for a plan without its graph, only the first two are known."""
 
     outputs: tuple[TensorSpec, ...]
     image_size: tuple[int, int] | None
@@ -32,11 +32,11 @@ class GraphFacts:
     producer: str = ""
     """The exporter, as the file and the graph in it name it."""
     names: frozenset[str] = frozenset()
-    """Of nodes and weights."""
+    """Names of nodes and weights."""
     tail: frozenset[str] | None = None
     """Operators that values go through after the last layers; None where unknown."""
     decoding: frozenset[str] | None = None
-    """Those of `tail` that compute more than a probability; None where unknown."""
+    """Operators of `tail` that compute more than a probability; None where unknown."""
 
 
 def recognize(
@@ -156,7 +156,7 @@ def _families_of_rows(facts: GraphFacts) -> list[_Choice]:
 
 
 _PADDLE = "PaddlePaddle"
-"""What Paddle2ONNX calls itself in a graph's name, and in early versions as the producer."""
+"""Paddle2ONNX's name for itself in a graph's name, and in early versions as the producer."""
 
 
 def _is_ultralytics(facts: GraphFacts) -> bool:

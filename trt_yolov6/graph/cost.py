@@ -1,4 +1,4 @@
-"""What each layer of an ONNX graph costs: multiply-adds, and elements read and written."""
+"""Cost of each layer of an ONNX graph: multiply-adds, and elements read and written."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def _layer(graph: SizedGraph, node: onnx.NodeProto) -> Layer:
 
 
 def _precision(graph: SizedGraph, node: onnx.NodeProto) -> str:
-    """Return what a layer computes in: the quantized type if both its factors have one."""
+    """Return a layer's arithmetic: the quantized type if both its factors have one."""
     types = [quantized_type(graph, name) for name in node.input[:2]]
     if None in types:
         return _short_dtype(graph.types.get(node.input[0], 0))

@@ -53,7 +53,7 @@ MAX_PIXELS = 4096 * 4096
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What the exported graph is to look like."""
+    """Form of the exported graph."""
 
     image_size: tuple[int, int] | None = None
     """Input height and width in pixels, multiples of `Architecture.size_multiple`; None: those that
@@ -307,7 +307,7 @@ def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
 
 
 def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return what exported box convolutions have folded in: outputs are times factor, plus shift.
+    """Return factor and shift that export folded into the box convolutions.
 
     Strides are powers of two, so nothing is rounded. With DFL the softmax stands between, and the
     factor has to be applied after it.

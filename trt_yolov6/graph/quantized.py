@@ -22,7 +22,7 @@ class Quantizer:
 
     node: onnx.NodeProto
     codes: onnx.TensorProto | None
-    """What a DequantizeLinear reads, where it is stored."""
+    """Stored input of a DequantizeLinear, with its scale."""
     scale: onnx.TensorProto | None
     """One scale, or one for each channel; None where it is computed."""
     zero_point: onnx.TensorProto | None
@@ -52,7 +52,7 @@ class Quantizer:
         return values
 
     def values(self) -> NDArray[np.float32]:
-        """Return what stored symmetric codes stand for.
+        """Return the values of stored symmetric codes.
 
         Raises:
             ValueError: codes or scale are computed.

@@ -1,4 +1,4 @@
-"""What comes after a graph's last layers: decoding, and all that predictions go through."""
+"""The tail of a graph, after its last layers: decoding, and all that predictions go through."""
 
 from __future__ import annotations
 

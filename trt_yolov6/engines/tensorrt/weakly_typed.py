@@ -42,7 +42,7 @@ _ALWAYS_FUSED = (["Relu"], ["LeakyRelu"], ["Clip"])
 _ACTIVATIONS = {"Elu", "HardSigmoid", "HardSwish", "Sigmoid", "Softplus", "Tanh"}
 
 _GATES = {"HardSigmoid", "Sigmoid"}
-"""What SiLU and HardSwish multiply a tensor by, computed from it."""
+"""Operators of the factor that SiLU and HardSwish multiply a tensor by."""
 
 
 @dataclass(frozen=True)
