@@ -3,7 +3,7 @@
     python -m benchmarks.sample_on_cpu [--duration 60] [--json benchmarks/results/cpu.json]
 
 Measures the AP of each form of the exported graph, the share of an evaluation's wall time that is
-the engine's own, and the latency of our graph beside one decoded as the authors decode, interleaved
+the engine's own, and the latency of our graph and of one decoded as the authors decode, interleaved
 in one run: a ratio that a busy machine changes little.
 """
 

@@ -126,7 +126,7 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
 
 
 def jobs_in(folder: Path) -> list[Job]:
-    """Return what is to be built of a folder's graphs: trained ones, then the largest batches."""
+    """Return the builds of a folder's graphs: trained ones, then the largest batches."""
     jobs = []
     for path in sorted(folder.glob("*.b*.onnx")):
         network, form, batch = path.name.removesuffix(".onnx").rsplit(".", 2)
@@ -279,7 +279,7 @@ def layers(folder: Path, engine: str) -> dict[str, float]:
 
 
 def layer_kind(name: str) -> str:
-    """Return what a layer of our networks does, by the name that TensorRT 8 gives it."""
+    """Return the kind of a layer of our networks, by its name in TensorRT 8."""
     for kind, words in _KINDS.items():
         if any(word in name for word in words):
             return kind

@@ -366,7 +366,7 @@ def test_shapes_of_real_exports_are_told_apart(
     ],
 )
 def test_shapes_that_are_either_of_two_are_asked_about(graph: GraphFacts) -> None:
-    with pytest.raises(UserError, match=r"do not tell .*yolov8"):
+    with pytest.raises(UserError, match=r"several families share.*yolov8"):
         recognize(graph, "x.onnx")
     assert recognize(graph, "x.onnx", "yolov8")[0].name == "yolov8"
 

@@ -172,7 +172,7 @@ def benchmark(
 
 
 class BenchmarkOptions(TypedDict, total=False):
-    """How `benchmark` measures."""
+    """Options of `benchmark`."""
 
     batch: int
     """Images a run (1)."""

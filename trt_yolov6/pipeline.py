@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from trt_yolov6.quantization.ptq import QuantizationSettings
 
 Source: TypeAlias = "str | Path | Checkpoint | Graph"
-"""What an engine is made from: a checkpoint (`.pt`), any detector's ONNX file, or a graph."""
+"""Source of an engine: a checkpoint (`.pt`), any detector's ONNX file, or a graph."""
 
 _log = logging.getLogger(__name__)
 
 
 class GraphOptions(TypedDict, total=False):
-    """How a checkpoint or ONNX file becomes a graph: keywords of `export`, `quantize`, `build`."""
+    """Options for making a graph: keywords of `export`, `quantize` and `build`."""
 
     image_size: int | tuple[int, int] | None
     """Side, or height and width, of the input in pixels; multiples of 32. Default: what a

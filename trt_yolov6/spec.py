@@ -93,7 +93,7 @@ OutputLayout = Literal[
     "best",
     "efficient_nms",
 ]
-"""How a graph gives its detections; `detectors.layouts` has the arithmetic.
+"""Layout of a graph's detections; `detectors.layouts` has the arithmetic.
 
 Coordinates are in input pixels, scores and objectness in 0..1, unless it says otherwise. Outputs
 are found by their shapes where no name is given. Every anchor, NMS still to be done:
@@ -192,7 +192,7 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
-        """Return what `to_json` gave.
+        """Return the value that `to_json` wrote.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.

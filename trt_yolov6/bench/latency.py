@@ -54,7 +54,7 @@ copies to and from it; decoding and NMS to detections."""
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """How fast an engine is, and on what that was measured."""
+    """Latency and throughput of an engine, with the environment."""
 
     engine: Path
     engine_sha256: str
@@ -63,7 +63,7 @@ class BenchmarkResult:
     backend: str
     backend_version: str
     note: str
-    """How the engine computes, where that is not what its precision says; else empty."""
+    """Arithmetic of the engine where it differs from its precision; else empty."""
     device: str
     threads: int | None
     """CPU threads of an ONNX Runtime session, where they were chosen."""

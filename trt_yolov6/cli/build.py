@@ -60,7 +60,7 @@ def add(commands: Commands) -> None:
         "--float-layers",
         type=layers_in_float,
         metavar="K|auto|NAMES",
-        help="keep so many of the most sensitive layers in float; as few as --max-ap-drop allows "
+        help="keep the K most sensitive layers in float; as few as --max-ap-drop allows "
         "(both with --int8 only); or these, with commas (0)",
     )
     int8.add_argument(

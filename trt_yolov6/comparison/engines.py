@@ -32,7 +32,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What all steps of one comparison share."""
+    """State shared by all steps of one comparison."""
 
     plan: Plan
     output: Path
@@ -53,7 +53,7 @@ class Case:
     """None: the file is an engine, or a graph of its own precision, and taken as it is."""
     backend: str
     source: Mapping[str, Any]
-    """What the file is: sha256, buildable, precision, backend, batches (min, opt, max), batch (a
+    """Facts of the file: sha256, buildable, precision, backend, batches (min, opt, max), batch (a
     fixed one, or None) and what is known of its graph."""
 
     @property
@@ -70,7 +70,7 @@ class BuiltCase:
     files: Mapping[int, Path]
     sha256: Mapping[int, str]
     records: Mapping[int, Mapping[str, Any]]
-    """What the building step kept: file, build_s, parameters, flops, work, calibration …"""
+    """Record of the building step: file, build_s, parameters, flops, work, calibration …"""
     left_out: tuple[str, ...] = ()
     """Sentences about batch sizes that it does not take."""
 
@@ -391,7 +391,7 @@ def _details(model: onnx.ModelProto) -> OnnxDetails:
 
 
 def _graph_record(model: onnx.ModelProto) -> dict[str, Any]:
-    """Return what of an ONNX graph goes into the results and the layers' rooflines."""
+    """Return an ONNX graph's part of the results and of the layers' rooflines."""
     from trt_yolov6.bench.roofline import graph_work
 
     details = _details(model)

@@ -23,7 +23,7 @@ SAME_ENGINE = Interval(1.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a comparison may lose against its baseline."""
+    """Allowed loss of a comparison against its baseline."""
 
     max_slowdown: float = 3.0
     """Percent that a latency may grow by."""
@@ -50,11 +50,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of it; each reason is a line."""
+    """Outcome of the gate; each reason is a line."""
 
     failures: tuple[str, ...]
     undecided: tuple[str, ...]
-    """What noise keeps from being decided."""
+    """Limits that noise leaves undecided."""
     passed: tuple[str, ...]
     strict: bool
 
@@ -138,7 +138,7 @@ def matched(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str
     """Return the engine of a comparison that each of a baseline's is, by their names.
 
     That of the same weights, precision, backend and size is the same whatever its file is called;
-    for the others, such as a checkpoint that was trained again, the name tells.
+    for the others, such as a checkpoint that was trained again, the name decides.
     """
     own = [_identity(engine) for engine in results["engines"]]
     theirs = [_identity(engine) for engine in baseline["engines"]]

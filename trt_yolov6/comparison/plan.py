@@ -1,4 +1,4 @@
-"""What is compared: models, precisions, batch sizes and data, from a YAML file or from Python.
+"""Plan of a comparison: models, precisions, batch sizes and data, from YAML or Python.
 
 A plan in YAML; every key but `models` may be left out, and paths are relative to the file:
 
@@ -9,7 +9,7 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
         precisions: [fp16]                 # instead of those below
         names: classes.txt                 # class names, one a line or COCO JSON
         imgsz: 640                         # input size, where not that of all below
-        decoder: yolox                     # where the graph does not tell its family
+        decoder: yolox                     # where the family cannot be recognized
         preprocess: [colour=rgb]           # what differs from the family's pre-processing
     precisions: [fp32, int8, "int8:6"]
     batches: [1, 32]
@@ -21,7 +21,7 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
     duration: 10
     imgsz: 640                             # of checkpoints, and of graphs that leave it open
 
-A precision is `fp32`, `fp16`, `int8` or `fp8`; behind the last two, `+fp16` makes the rest half
+A precision is `fp32`, `fp16`, `int8` or `fp8`; after the last two, `+fp16` makes the rest half
 precision, and `:6` or `:auto` leaves that many sensitive layers in float, as in `int8+fp16:6`.
 """
 
@@ -48,7 +48,7 @@ class ModelEntry:
 
     path: Path
     name: str = ""
-    """What it is called in the results; default: the file's name without its ending."""
+    """Name in the results; default: the file's name without its extension."""
     precisions: tuple[str, ...] = ()
     """Instead of the plan's."""
     names: Path | None = None
@@ -68,7 +68,7 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, and how it is measured."""
+    """Models, precisions and data to compare, and how to measure."""
 
     models: tuple[ModelEntry, ...]
     precisions: tuple[str, ...] = ("fp32",)
@@ -152,7 +152,7 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
         changes: fields of `Plan` that replace the file's.
 
     Raises:
-        UserError: the file is missing, is no YAML, or has a key or value that means nothing here.
+        UserError: the file is missing, is not YAML, or has a key or value that means nothing here.
     """
     import yaml
 
@@ -162,9 +162,9 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: bytes that are no UTF-8, or what YAML takes for a date, such as 2024-13-45.
+        # ValueError: bytes that are not UTF-8, or what YAML takes for a date, such as 2024-13-45.
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no YAML file ({reason}); correct it.") from error
+        raise UserError(f"{path} is not a YAML file ({reason}); correct it.") from error
     if not isinstance(value, dict) or not isinstance(value.get("models"), list):
         raise UserError(f"{path} has no list `models`; name what is to be compared there.")
     reader = _Reader(path)

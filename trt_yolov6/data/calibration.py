@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     pass
 
 MINIMUM = 2
-"""Images a calibration needs at least: what one image happens to show is no range."""
+"""Minimum number of calibration images: one image does not show a range."""
 
 
 def calibration_images(
@@ -88,13 +88,13 @@ def calibration_images(
 @dataclass(frozen=True)
 class _Look:
     sha256: str
-    """Of its pixels."""
+    """Hash of its pixels."""
     is_blank: bool
     """It shows no more than one colour."""
 
 
 def _look_at(paths: Sequence[Path]) -> list[_Look | UserError]:
-    """Return what each image is, or why it cannot be read."""
+    """Describe each image, or say why it cannot be read."""
     # Several steps of a build ask for the same images.
     stamps = []
     for path in paths:

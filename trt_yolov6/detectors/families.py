@@ -1,6 +1,6 @@
 """The families of detectors, a row each: the layouts it is exported in, and the images it takes.
 
-Its name is what `--decoder` takes. Where the pre-processing comes from is said beside each; it is
+Its name is what `--decoder` takes. The source of the pre-processing is named next to each; it is
 what the release's own evaluation does, since that is what its AP was reported with.
 """
 
@@ -19,7 +19,7 @@ class Family:
 
     name: str
     title: str
-    """What people call them."""
+    """Usual name."""
     layouts: tuple[OutputLayout, ...]
     """The forms of its exports, see `OutputLayout`."""
     preprocessing: Preprocessing

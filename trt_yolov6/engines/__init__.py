@@ -1,4 +1,4 @@
-"""Inference engines: one file a backend behind one small interface (base.py), and the manifest.
+"""Inference engines: one file per backend with one small interface (base.py), and the manifest.
 
 `load_engine` and `backend` are all that other parts of the package need.
 """
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class Backend(Protocol):
-    """What a backend module offers (see base.py)."""
+    """Interface of a backend module (see base.py)."""
 
     NAME: str
 
@@ -110,7 +110,7 @@ def load_engine(
     """Load an engine file for inference.
 
     Args:
-        path: a plan that `build` wrote, with its manifest beside it, or any detector's ONNX file.
+        path: a plan that `build` wrote, with its manifest next to it, or any detector's ONNX file.
         backend_name: a name of `BACKENDS`; `auto` takes the one in the manifest, ONNX Runtime for
             an `.onnx` file, else the first TensorRT that runs here.
         options: threads and execution provider.

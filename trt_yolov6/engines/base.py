@@ -1,4 +1,4 @@
-"""What every engine and every backend looks like from outside: a few verbs, the same for all.
+"""Interface of every engine and every backend: a few verbs, the same for all.
 
 A backend is a module of this package with four functions and a name:
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Availability:
-    """What a backend can do on this machine, for `doctor` and for `--backend auto`."""
+    """Capabilities of a backend on this machine, for `doctor` and for `--backend auto`."""
 
     backend: str
     can_build: bool
@@ -68,7 +68,7 @@ class ImplicitCalibration:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How a plan is built. A backend refuses, in a UserError, what it cannot honour."""
+    """Settings for building a plan. A backend refuses, in a UserError, what it cannot honour."""
 
     batch: BatchProfile = dataclasses.field(default_factory=BatchProfile)
     target: str | None = None
@@ -94,7 +94,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How an engine is loaded."""
+    """Settings for loading an engine."""
 
     threads: int | None = None
     """CPU threads an ONNX Runtime session uses; None for one a physical core."""
@@ -149,7 +149,7 @@ class Engine(abc.ABC):
     decoder: str = "yolov6"
     """The family it is of, see `detectors.families`."""
     preprocessing: Preprocessing = YOLOV6
-    """How images become its input: RGB in 0..1, letterboxed, unless its family's differ."""
+    """Preprocessing of its images: RGB in 0..1, letterboxed, unless its family's differ."""
     class_names: tuple[str, ...]
     note: str = ""
     """How the engine computes, where that is not what its precision says."""
@@ -200,7 +200,7 @@ class Engine(abc.ABC):
         return None
 
     def empty_input(self, rows: int) -> NDArray[Any]:
-        """Return an array for a batch of so many images, its content undefined.
+        """Return an uninitialized input array for `rows` images.
 
         Of an engine on a GPU it lies in page-locked memory, which the GPU reads without a detour.
 

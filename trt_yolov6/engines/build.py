@@ -38,7 +38,7 @@ ENGINES = Path("engines")
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What `build_engine` wrote."""
+    """Engine and manifest that `build_engine` wrote."""
 
     path: Path
     manifest_path: Path
@@ -70,7 +70,7 @@ def for_tensorrt(graph: Graph) -> Graph:
 
 
 def engine_stem(graph: Graph, target: str | None = None) -> str:
-    """Return what an engine is called by what it is: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
+    """Return an engine's descriptive name: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
 
     That is its checkpoint or ONNX file and precision, and where they are not the default, size,
     batch, uint8 input, NMS in the graph, and the target.

@@ -1,4 +1,4 @@
-"""How an engine is used: as its manifest says, else as its graph is recognized."""
+"""Decoding and preprocessing of an engine: from its manifest, else recognized from its graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trt_yolov6.spec import OutputLayout, TensorSpec
 
 @dataclass(frozen=True)
 class Reading:
-    """How an engine's outputs are read and its images prepared."""
+    """Decoding of an engine's outputs and preprocessing of its images."""
 
     decoder: str
     layout: OutputLayout

@@ -1,4 +1,4 @@
-"""Whether a network's outputs can be a detector's: looked at on the first batch of a run.
+"""Check, on the first batch of a run, whether a network's outputs can be a detector's.
 
 A wrong guess of the family, a sigmoid left out on export, or an overflow in half precision give
 figures all the same, and an AP of 0 says nothing of the reason.
@@ -18,7 +18,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
 
 _SLACK = 0.01
-"""How far a score may be from 0..1: half precision rounds."""
+"""Tolerance of scores outside 0..1: half precision rounds."""
 
 _EVERY = 0.99
 """The share of anchors above the threshold from which it is called every one."""

@@ -159,7 +159,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
 
 
 class OnnxRuntimeEngine(Engine):
-    """An ONNX Runtime session behind the common interface."""
+    """An ONNX Runtime session as an `Engine`."""
 
     backend = NAME
 
@@ -217,7 +217,7 @@ class OnnxRuntimeEngine(Engine):
 
     @property
     def precision(self) -> str:
-        """As the manifest says, else as the graph shows."""
+        """Precision in the manifest, else in the graph."""
         return self._precision or super().precision
 
     def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -123,7 +123,7 @@ def _check_settings(settings: BuildSettings) -> None:
 
 
 def has_strong_types(api: Any) -> bool:
-    """Tell whether networks can be strongly typed: from TensorRT 10 on, and in TensorRT-RTX."""
+    """Return whether networks can be strongly typed: from TensorRT 10 on, and in TensorRT-RTX."""
     return "STRONGLY_TYPED" in api.NetworkDefinitionCreationFlag.__members__
 
 

@@ -29,7 +29,7 @@ _LIBRARIES = {
     "cublas": ("libcublasLt.so.11", "libcublas.so.11", "libcublasLt.so.12", "libcublas.so.12"),
     "cudnn": ("libcudnn.so.8",),
 }
-"""What TensorRT 8 links, by NVIDIA's packages, in the order of loading. It finds none by itself."""
+"""Libraries that TensorRT 8 links and does not find by itself, by package, in loading order."""
 
 
 def availability() -> Availability:
@@ -127,7 +127,7 @@ def _flavour() -> Flavour:
 
 
 def _install() -> str:
-    """Return what installs a TensorRT that this Python can have."""
+    """Return the command that installs a TensorRT for this Python."""
     newest = "`pip install '.[tensorrt]'`"
     if sys.version_info >= (3, 11):
         return f"{newest} (10 or 11; TensorRT 8 needs Python 3.10)"

@@ -160,7 +160,7 @@ def _forget_failure(flavour: Flavour, set_target: Callable[[Any], None]) -> None
 def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     """Load a plan; of the options only `cuda_graph` concerns it.
 
-    The kernels that are compiled for this GPU are kept beside the plan, in
+    The kernels that are compiled for this GPU are kept next to the plan, in
     `<plan>.runtime-cache`, so that the next start is quick.
 
     Raises:
@@ -276,7 +276,7 @@ def _target_setter(api: Any, capabilities: tuple[str, ...]) -> Callable[[Any], N
 
 
 def _runtime_config(api: Any, cache: RuntimeCache, cuda_graph: bool) -> Callable[[Any], Any]:
-    """Return what makes an `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache, and
+    """Return a factory for `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache, and
     scratch memory from outside, which the contexts of a lane share.
 
     Eager: the kernels of a batch size are compiled before its first run, not during the first few.
