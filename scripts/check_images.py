@@ -98,7 +98,9 @@ def check(name: str, root: Path) -> None:
         if line.startswith("useradd "):
             continue  # below, commands run under its number
         print(f"RUN {line}", flush=True)
-        subprocess.run(["sh", "-ec", moved(line, root)], check=True)
+        # What this machine's root has in its own folder is in no image.
+        alone = {**os.environ, "PYTHONNOUSERSITE": "1"}
+        subprocess.run(["sh", "-ec", moved(line, root)], check=True, env=alone)
     shutil.rmtree(root / "src", ignore_errors=True)
     as_user: list[str] = []
     if os.getuid() == 0:
