@@ -23,7 +23,9 @@ from typing import Any
 import onnx
 
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.latency import benchmark_many, format_report, random_input
+from trt_yolov6.bench.latency import benchmark_many
+from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.bench.text import format_report
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import timestamp
 from trt_yolov6.engines import LoadOptions, backend, load_engine

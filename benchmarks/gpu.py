@@ -39,8 +39,9 @@ from benchmarks.gpu_graphs import (
 )
 from trt_yolov6 import __version__
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.latency import BenchmarkResult, benchmark_many, random_input
+from trt_yolov6.bench.latency import BenchmarkResult, benchmark_many
 from trt_yolov6.bench.roofline import gpu_ceilings
+from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
 from trt_yolov6.data.coco import load_coco

@@ -18,7 +18,8 @@ from typing import Any
 import onnx
 
 from benchmarks.authors_graph import authors_graph
-from trt_yolov6.bench.latency import benchmark, benchmark_many, format_report
+from trt_yolov6.bench.latency import benchmark, benchmark_many
+from trt_yolov6.bench.text import format_report
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.common.files import write_json
 from trt_yolov6.data.coco import load_coco

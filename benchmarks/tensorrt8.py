@@ -271,7 +271,7 @@ def _sample_images(graph: str) -> Iterator[NDArray[Any]]:
 
 def layers(folder: Path, engine: str) -> dict[str, float]:
     """Return the microseconds of each layer of an engine, launched one by one."""
-    from trt_yolov6.bench.latency import random_input
+    from trt_yolov6.bench.sampling import random_input
 
     with load_engine(folder / engine, options=LoadOptions(cuda_graph=False)) as loaded:
         times = loaded.layer_times(random_input(loaded, loaded.batch.opt))

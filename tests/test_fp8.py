@@ -394,9 +394,10 @@ def test_an_engine_says_what_it_has_in_fp8(wide: Graph, folder: Path, tmp_path: 
     with load_engine(built.path) as engine:
         assert engine.precision == "fp8"
         assert "the accuracy of FP8, not its speed" in engine.note
+        assert engine.computed_in == "fp32"
     found = graph_from_onnx(built.path)
     assert found.precision == "fp8"
-    with pytest.raises(UserError, match="leave --fp16 out"):
+    with pytest.raises(UserError, match="leave fp16 out"):
         graph_from_onnx(built.path, fp16=True)
 
 

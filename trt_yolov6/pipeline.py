@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.progress import a_line_a_minute
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
@@ -236,7 +237,7 @@ def build(
         graph = _float_graph(source, None, **options)
     else:
         graph = _float_graph(source, wanted, **options)
-    if name != "onnxruntime":
+    if BACKENDS[name].tensorrt:
         graph = for_tensorrt(graph)
     for note in graph.notes:
         _log.info("%s: %s", graph.source, note)

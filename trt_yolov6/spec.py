@@ -179,22 +179,6 @@ class NmsSettings:
 
 
 @dataclass(frozen=True)
-class PredictOptions:
-    """Options for running images through an engine."""
-
-    nms: NmsSettings | None = None
-    """Thresholds; None: those of the task, 0.4 confidence to show and 0.03 to evaluate."""
-    border: int = 0
-    """Gray pixels on every side of an image, see `data.letterbox.fit`."""
-    batch: int | None = None
-    """Images the engine is given at a time; None chooses, see `runtime.stream.choose_batch`."""
-    workers: int | None = None
-    """Threads that read and pre-process; None: one a core, at most sixteen."""
-    clip: bool = True
-    """Cut boxes off at the image's borders and drop those with nothing inside."""
-
-
-@dataclass(frozen=True)
 class TensorSpec:
     """Name, shape (None where it varies) and NumPy dtype of an engine's input or output."""
 

@@ -217,6 +217,12 @@ _PARAMETERS = {
     "image_size": "imgsz",
     "calibration": "calib",
     "clean": "no_surgery",
+    "class_names": "names",
+    "cuda_graph": "no_cuda_graph",
+    "images": "source",
+    "nms": "end2end",
+    "other_device": "allow_other_device",
+    "workspace_mib": "workspace",
 }
 """Options whose name differs from that of the parameter they set."""
 

@@ -255,7 +255,7 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
         except UserError as error:
             return {"reason": str(error)}
         ceilings = _ceilings(work, engine)
-        device, computed_in = engine.device, "fp32" if engine.note else ""
+        device, computed_in = engine.device, engine.computed_in or ""
     graph = _graph_work(built.records[batch].get("graph_work"))
     return {
         "batch": batch,
@@ -277,7 +277,7 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
 
 def _kernel_times(engine: Engine, batch: int) -> dict[str, float]:
     """Return seconds by kernel, of the quickest of some trials where others disturb them."""
-    from trt_yolov6.bench.latency import random_input
+    from trt_yolov6.bench.sampling import random_input
 
     images = random_input(engine, batch)
     best: dict[str, float] = {}

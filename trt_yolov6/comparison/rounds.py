@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_yolov6.bench.latency import BLOCK_SECONDS, DISTURBED, Run, random_input
+from trt_yolov6.bench.sampling import BLOCK_SECONDS, DISTURBED, Run, random_input
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
 from trt_yolov6.common.statistics import Interval, prediction_interval
 from trt_yolov6.engines.base import Engine, check_batch

@@ -194,7 +194,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); check --data.") from error
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}); check `data`.", "data"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} is not YAML ({reason}); correct it.") from error

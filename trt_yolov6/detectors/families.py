@@ -83,7 +83,8 @@ def family_named(name: str) -> Family:
     """
     if name not in FAMILIES:
         raise UserError(
-            f"--decoder {name} is not known{did_you_mean(name, FAMILIES)}; choose one of "
-            f"{', '.join(FAMILIES)}."
+            f"`decoder` {name} is not known{did_you_mean(name, FAMILIES)}; choose one of "
+            f"{', '.join(FAMILIES)}.",
+            "decoder",
         )
     return FAMILIES[name]

@@ -153,7 +153,8 @@ def grid(size: tuple[int, int], anchors: int) -> tuple[NDArray[np.float64], NDAr
             )
     raise UserError(
         f"{anchors} anchors are not those of an input of {size[0]}x{size[1]} with strides 8, 16, "
-        "32 (and 64); name another --decoder."
+        "32 (and 64); name another `decoder`.",
+        "decoder",
     )
 
 
@@ -318,7 +319,8 @@ def _unlike(outputs: Outputs, wanted: str) -> UserError:
     shapes = ", ".join(f"{key} {value.shape}" for key, value in outputs.items())
     return UserError(
         f"the engine's outputs ({shapes}) do not have {wanted}, which its output layout promises; "
-        "build it again with `trt-yolov6 build`, or name its --decoder."
+        "build it again with `trt-yolov6 build`, or name its `decoder`.",
+        "decoder",
     )
 
 

@@ -62,8 +62,9 @@ def recognize(
         fitting = [layout for layout in family.layouts if layout in possible]
         if not fitting:
             raise UserError(
-                f"{path} has outputs of no layout that --decoder {family.name} reads "
-                f"({_listed(facts.outputs)}); it reads {', '.join(family.layouts)}."
+                f"{path} has outputs of no layout that `decoder` {family.name} reads "
+                f"({_listed(facts.outputs)}); it reads {', '.join(family.layouts)}.",
+                "decoder",
             )
         if {"rows", "grid_rows"} <= set(fitting):
             # A plan does not show it; YOLOX's exporter leaves the decoding out unless asked.
@@ -78,8 +79,9 @@ def recognize(
         )
     if len(choices) != 1:
         raise UserError(
-            f"{path} has outputs ({_listed(facts.outputs)}) that several families share; "
-            f"name it with --decoder: {_titled(choices)}."
+            f"{path} has outputs ({_listed(facts.outputs)}) that do not tell which detector it is; "
+            f"name it with `decoder`: {_titled(choices)}.",
+            "decoder",
         )
     ((name, layout),) = choices
     return FAMILIES[name], layout

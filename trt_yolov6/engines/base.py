@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, empty_input, image_size_of
+from trt_yolov6.spec import (
+    BatchProfile,
+    NmsSettings,
+    OutputLayout,
+    PrecisionName,
+    empty_input,
+    image_size_of,
+)
 from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
@@ -145,7 +152,9 @@ class Engine(abc.ABC):
     """Preprocessing of its images: RGB in 0..1, letterboxed, unless its family's differ."""
     class_names: tuple[str, ...]
     note: str = ""
-    """Arithmetic of the engine where it differs from its precision."""
+    """How the engine computes, where that is not what its precision says."""
+    computed_in: PrecisionName | None = None
+    """What everything is computed in, where that is not the graph's precision."""
     dropped_outputs: tuple[str, ...] = ()
     """Outputs of a file without a manifest that are not a detector's and are not computed."""
     is_checked: bool = False
@@ -283,6 +292,7 @@ def check_batch(engine: Engine, batch: int) -> None:
             else f"batches of {profile.min} to {profile.max}"
         )
         raise UserError(
-            f"{engine.path} takes {takes}, not {batch}; give another --batch, or build it again "
-            "with --batch or --dynamic."
+            f"{engine.path} takes {takes}, not {batch}; give another `batch`, or build it again "
+            "for that size.",
+            "batch",
         )

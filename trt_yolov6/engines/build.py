@@ -117,8 +117,10 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
     suffix = BACKENDS[name].suffix
     if output and (Path(output).suffix == ".onnx") != (suffix == ".onnx"):
         raise UserError(
-            f"--output {output} does not fit the {name} backend; give a name that ends in "
-            f"{suffix}, or another --backend."
+            f"`output` {output} does not fit the {name} backend; give a name that ends in "
+            f"{suffix}, or another `backend`.",
+            "output",
+            "backend",
         )
     # The engine's name is known only once its graph is; its folder is known now.
     check_writable(output or ENGINES / f"<name>{suffix}")
@@ -199,14 +201,16 @@ def all_in_float(precision: str, backend: str, target: str) -> UserError:
     """Return the error for a backend that computes a quantized graph in float."""
     label = precision.upper()
     instead = (
-        "build with --backend tensorrt on that GPU"
+        "build with `backend` tensorrt on that GPU"
         if backend == "tensorrt-rtx"
         else "build for a GPU that has it"
     )
     return UserError(
         f"{backend} computes no convolution in {label} for {target}: the engine would be no faster "
-        f"than --fp16. Build with --fp16 instead of --{precision}, or {instead}; --allow-float "
-        "builds it all the same."
+        f"than fp16. Build with fp16 instead of {precision}, or {instead}; `allow_float` "
+        "builds it all the same.",
+        "allow_float",
+        "backend",
     )
 
 

@@ -45,8 +45,9 @@ def reading_of(
     else:
         if options.decoder not in (None, manifest.decoder):
             raise UserError(
-                f"{path} was built as {manifest.decoder}, not {options.decoder}; leave --decoder "
-                "out, or build it again with it."
+                f"{path} was built as {manifest.decoder}, not {options.decoder}; leave `decoder` "
+                "out, or build it again with it.",
+                "decoder",
             )
         reading = Reading(manifest.decoder, manifest.output_layout, manifest.preprocessing)
     return replace(reading, preprocessing=reading.preprocessing.with_changes(options.preprocess))

@@ -74,7 +74,7 @@ class ExportSettings:
             _check_size(self.image_size, 32)
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise UserError(
-                f"--opset {self.opset} is not supported; give {MIN_OPSET} to {MAX_OPSET}."
+                f"`opset` {self.opset} is not supported; give {MIN_OPSET} to {MAX_OPSET}.", "opset"
             )
 
     def size_for(self, arch: Architecture) -> tuple[int, int]:
@@ -160,12 +160,14 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
     if height < multiple or width < multiple or height % multiple or width % multiple:
         fitting = "x".join(str(max(multiple, -(-side // multiple) * multiple)) for side in size)
         raise UserError(
-            f"--imgsz {height}x{width} is not a multiple of {multiple}, which this network needs; "
-            f"give {fitting}, for example."
+            f"`image_size` {height}x{width} is not a multiple of {multiple}, which this network "
+            f"needs; give {fitting}, for example.",
+            "image_size",
         )
     if height * width > MAX_PIXELS:
         raise UserError(
-            f"--imgsz {height}x{width} is more than {MAX_PIXELS:,} pixels; give a smaller size."
+            f"`image_size` {height}x{width} is more than {MAX_PIXELS:,} pixels; give less.",
+            "image_size",
         )
 
 

@@ -69,7 +69,7 @@ def graph_from_onnx(
         model = with_folded_weights(model)
     if precision not in ("fp32", "fp16") and fp16:
         raise UserError(
-            f"{path} is quantized ({precision}), so its precision is decided already; leave --fp16 "
+            f"{path} is quantized ({precision}), so its precision is decided already; leave fp16 "
             "out."
         )
     if fp16 and precision == "fp32":
@@ -126,7 +126,8 @@ def _class_names(path: Path, names: tuple[str, ...] | None, count: int | None) -
     if count is not None and len(names) != count:
         raise UserError(
             f"{len(names)} class names were given for {path}, which has {count} classes; "
-            "check --names."
+            "check `class_names`.",
+            "class_names",
         )
     return names
 
@@ -158,12 +159,15 @@ def _fixed_size(
 ) -> tuple[int, int]:
     if wanted is None:
         if None in sizes:
-            raise UserError(f"{path} leaves its image size free; fix it with --imgsz.")
+            raise UserError(
+                f"{path} leaves its image size free; fix it with `image_size`.", "image_size"
+            )
         wanted = (sizes[0] or 0, sizes[1] or 0)
     elif any(own is not None and own != asked for own, asked in zip(sizes, wanted, strict=True)):
         raise UserError(
             f"{path} takes images of {sizes[0]}x{sizes[1]}, not {wanted[0]}x{wanted[1]}; leave "
-            "--imgsz out, or export it again."
+            "`image_size` out, or export it again.",
+            "image_size",
         )
     return wanted
 
@@ -173,8 +177,9 @@ def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> Ba
         return wanted or BatchProfile()
     if wanted and (wanted.min, wanted.max) != (own, own):
         raise UserError(
-            f"{path} takes batch {own} only; leave --batch and --dynamic out, or export it again "
-            "with a free batch axis."
+            f"{path} takes batch {own} only; leave `batch` out, or export it again "
+            "with a free batch axis.",
+            "batch",
         )
     return BatchProfile(own, own, own)
 

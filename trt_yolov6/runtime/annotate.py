@@ -93,7 +93,9 @@ def infer_source(
     else:
         places = [item.path.parent for item in media.items if item.path is not None]
     if any(output.resolve() == place.resolve() for place in places):
-        raise UserError(f"{output} is where the source lies; give another folder as --output.")
+        raise UserError(
+            f"{output} is where the source lies; give another folder as `output`.", "output"
+        )
     options = {"nms": nms or default_nms(engine), "border": border, "batch": batch}
     if isinstance(media, Video):
         clip = open_video(media, frames, stop)
@@ -216,7 +218,8 @@ def _infer_video(
             if not writer.close() or not _is_whole(temporary, writer.frames):
                 raise UserError(
                     f"{target} could not be written in whole; free the disk or give another "
-                    "--output."
+                    "`output`.",
+                    "output",
                 )
     finally:
         clip.close()

@@ -49,7 +49,8 @@ class TritonPythonModel:
         """
         config = json.loads(args["model_config"])
         parameters = {
-            key: value["string_value"] for key, value in config.get("parameters", {}).items()
+            key: value.get("string_value", "")
+            for key, value in config.get("parameters", {}).items()
         }
         limit_pictures(_number(parameters, "max_pixels", int, MAX_PIXELS))
 

@@ -92,7 +92,7 @@ class ServingSettings:
     """Microseconds a request waits at most for others to share a batch with."""
     default_cpu: bool = False
     """Where `gpus` is None, ONNX files run on the CPU: the server has no GPU."""
-    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    thresholds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of `NmsSettings`, of entries that take pictures; the others are as for `infer`."""
     extra: str = ""
     """Further fields of `ModelConfig` in protobuf's text format, such as a response cache. They
@@ -107,7 +107,7 @@ class ServingSettings:
             )
         if self.gpus and (min(self.gpus) < 0 or len(set(self.gpus)) < len(self.gpus)):
             raise UserError("--gpus names a GPU twice or below 0; give numbers such as 0,1.")
-        NmsSettings(**{key: self.thresholds[key] for key in self.thresholds})  # type: ignore[arg-type]
+        NmsSettings(**self.thresholds)
         fixed = sorted(set(fields_of(self.extra)) & set(_OF_THE_ENGINE))
         if fixed:
             raise UserError(
@@ -166,7 +166,7 @@ def export_triton(
             for the Python backend also plans of TensorRT-RTX.
         output: the repository; made if missing. Other entries in it are left alone.
         settings: instances, GPUs, batching.
-        loading: the decoder of ONNX files without a manifest, where the graph is ambiguous.
+        loading: the decoder and the pre-processing of ONNX files without a manifest.
         names: of the entries, in the order of `engines`; default: network and precision.
         python: write entries of Triton's Python backend, which take this; default: Triton runs the
             engines itself.
@@ -461,8 +461,9 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     ]
     # Triton's classification reads class names from there, by their place in the output.
     labelled = next((spec for spec in model.outputs if "score" in spec.name), model.outputs[0])
+    has_labels = bool(model.class_names) and model.serves != "pictures"
     for spec in model.outputs:
-        labels = ['label_filename: "labels.txt"'] if spec is labelled and model.class_names else []
+        labels = ['label_filename: "labels.txt"'] if spec is labelled and has_labels else []
         lines += _block("output", [*_tensor_lines(spec, batched), *labels])
     if batched:
         preferred = sorted({model.batch.opt, model.batch.max} - {1})
@@ -510,7 +511,6 @@ def _write_entry(folder: Path, model: ServedModel, config: str) -> None:
     version.mkdir(parents=True)
     shutil.copyfile(model.engine, version / model.file_name)
     if model.serves is not None:
-        # Copied, so that the entry's code is the same whatever wrote it.
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / MODEL_FILE)
         manifest = read_manifest(model.engine)
         if manifest is not None:

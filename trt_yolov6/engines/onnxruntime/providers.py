@@ -63,7 +63,8 @@ def providers_for(wanted: str | None) -> list[str]:
     if wanted not in present:
         raise MissingDependencyError(
             f"this ONNX Runtime has no {wanted!r} provider; install onnxruntime-gpu, or leave "
-            "--provider out."
+            "`provider` out.",
+            "provider",
         )
     reason = obstacle(wanted)
     if reason is not None:

@@ -210,7 +210,8 @@ class TensorRTEngine(Engine):
         if self._contexts.launches_graphs:
             raise UserError(
                 f"{self.path} is launched as a CUDA graph, whose layers cannot be timed; load it "
-                "with cuda_graph=False (--no-cuda-graph)."
+                "without one (`cuda_graph`).",
+                "cuda_graph",
             )
         lane = self._take()
         try:
@@ -334,7 +335,7 @@ def _deserialize(flavour: Flavour, path: Path, device: cuda_device.Device) -> tu
     try:
         plan = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     logger = logger_of(flavour.api)
     logger.clear()
     runtime = flavour.api.Runtime(logger)

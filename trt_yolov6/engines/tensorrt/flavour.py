@@ -32,7 +32,7 @@ def check_fp8(device: Device) -> None:
     if device.capability < FIRST_WITH_FP8:
         raise UserError(
             f"the {device} has no FP8 (8.9 and later do: Ada, Hopper, Blackwell); build with "
-            "--int8 or --fp16 for it."
+            "int8 or fp16 for it."
         )
 
 

@@ -31,7 +31,7 @@ def check_calibration(flavour: Flavour, calibration: ImplicitCalibration) -> Non
     if flavour.release[0] > LAST_WITH_CALIBRATORS:
         raise UserError(
             f"TensorRT's own calibration ends with version {LAST_WITH_CALIBRATORS}, and this is "
-            f"{flavour}; build from the graph with Q/DQ nodes (--int8) instead."
+            f"{flavour}; build from the graph with Q/DQ nodes (int8) instead."
         )
     if calibration.cache is not None:
         read_cache(calibration.cache)
