@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trt_yolov6.engines.base import BuildSettings, ImplicitCalibration
     from trt_yolov6.graph.export import ExportSettings
     from trt_yolov6.graph.model import Graph
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.spec import BatchProfile
 
 
@@ -91,7 +91,7 @@ def quantization_settings(options: argparse.Namespace) -> QuantizationSettings |
                 "--calib is for --int8 and --fp8, or for an --onnx file with Q/DQ nodes."
             )
         return None
-    from trt_yolov6.quantization.ptq import QuantizationSettings, check_settings
+    from trt_yolov6.quantization.settings import QuantizationSettings, check_settings
     from trt_yolov6.quantization.types import FP8, INT8
 
     settings = QuantizationSettings(
@@ -114,7 +114,7 @@ def quantized(graph: Graph, options: argparse.Namespace, settings: QuantizationS
     from dataclasses import replace
 
     from trt_yolov6.engines.build import engine_stem
-    from trt_yolov6.quantization.ptq import quantize
+    from trt_yolov6.quantization.pipeline import quantize
     from trt_yolov6.quantization.table import table_path, write_table
 
     folder = calibration_folder(options)
@@ -138,7 +138,8 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> Graph:
     from dataclasses import replace
 
     from trt_yolov6.quantization.implicit import implicit_ranges
-    from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+    from trt_yolov6.quantization.pipeline import quantize
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.tensorrt_cache import write_cache
 
     version = options.cache_version or CACHE_VERSION
@@ -189,7 +190,7 @@ def calibrated_by_tensorrt(
     from dataclasses import replace
 
     from trt_yolov6.data.calibration import calibration_images
-    from trt_yolov6.quantization.ptq import batches_of
+    from trt_yolov6.quantization.judge import batches_of
 
     calibration = settings.calibration
     assert calibration is not None

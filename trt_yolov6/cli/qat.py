@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.common.files import write_json
     from trt_yolov6.engines.base import BuildSettings
     from trt_yolov6.engines.build import SUFFIXES, build_engine, check_build
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.training.distributed import chosen_device
     from trt_yolov6.training.log import write_log
     from trt_yolov6.training.qat.training import prepare_graph, train_quantized, trained_graph

@@ -264,7 +264,8 @@ def _onnx_graph(
 
 
 def _quantized(work: Work, graph: Graph, choice: PrecisionChoice, path: Path) -> Graph:
-    from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+    from trt_yolov6.quantization.pipeline import quantize
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.table import table_path, write_table
     from trt_yolov6.quantization.types import FP8, INT8
 

@@ -13,7 +13,9 @@ from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.graph.float16 import nodes_after_layers
 from trt_yolov6.quantization.calibrators import METHODS, Method, amax_of
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.ptq import QuantizationSettings, QuantizedGraph, batches_of
+from trt_yolov6.quantization.judge import batches_of
+from trt_yolov6.quantization.pipeline import QuantizedGraph
+from trt_yolov6.quantization.settings import QuantizationSettings
 
 if TYPE_CHECKING:
     import onnx

@@ -3,7 +3,8 @@
 With one scale a tensor, a channel whose values are 100 times smaller than its neighbours' is left
 with one or two of the 255 levels. Where the channels' scale is free (see `channel_graph`), the
 producing weights are multiplied and the reading weights divided by a factor per channel, as Nagel
-et al. 2019 ("Data-free quantization through weight equalization and bias correction", section 4.1) do.
+et al. 2019 ("Data-free quantization through weight equalization and bias correction", section 4.1)
+do.
 
 Their rule, the geometric mean of two weight ranges, is for weights with one scale a tensor. Here
 weights have one scale per output channel, so that the producer's do not care, and the scales trade

@@ -94,3 +94,32 @@ def shift_bias(model: onnx.ModelProto, layer: IntegerLayer, change: NDArray[Any]
     model.graph.initializer.append(numpy_helper.from_array(after, own))
     del node.input[2:]
     node.input.append(own)
+
+
+def with_layers_of(model: onnx.ModelProto, other: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a Q/DQ graph with the weights and biases of another graph's layers of the same names.
+
+    Args:
+        model: it is not changed. Layers that are in float in either graph stay as they are.
+        other: made from the same float graph, with the same weight scales.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    theirs = {layer.output: layer for layer in integer_layers(other)}
+    for layer in integer_layers(result):
+        if layer.output not in theirs:
+            continue
+        known = theirs[layer.output]
+        initializer(result, layer.weight).CopyFrom(initializer(other, known.weight))
+        change = _bias(other, known) - _bias(result, layer)
+        if np.any(change):
+            shift_bias(result, layer, change)
+    return result
+
+
+def _bias(model: onnx.ModelProto, layer: IntegerLayer) -> NDArray[np.float64]:
+    """Return a layer's bias; 0 where it has none."""
+    node = model.graph.node[layer.position]
+    if len(node.input) < 3 or not node.input[2]:
+        return np.zeros((), np.float64)
+    return numpy_helper.to_array(initializer(model, node.input[2])).astype(np.float64)

@@ -33,14 +33,11 @@ from trt_yolov6.graph.operators import LAYER_OPS, layer_names
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.ptq import (
-    QuantizationSettings,
-    QuantizedGraph,
-    batches_of,
-    quantize,
-)
+from trt_yolov6.quantization.judge import batches_of
+from trt_yolov6.quantization.pipeline import QuantizedGraph, quantize
 from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import INT8
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.training.augmentation import AugmentationSettings
