@@ -24,6 +24,7 @@ from trt_yolov6.cli.options import (
     add_graph_options,
     add_quiet,
     layers_in_float,
+    percent,
     positive,
 )
 from trt_yolov6.cli.output import profile_text, reading_text, say, say_next
@@ -63,6 +64,13 @@ def add(commands: Commands) -> None:
         "--max-ap-drop", type=float, metavar="POINTS", help="for --float-layers auto (0.5)"
     )
     int8.add_argument(
+        "--max-slowdown",
+        type=percent,
+        metavar="PERCENT",
+        help="for --float-layers auto: how much run time, by layer times, the layers in float may "
+        "add, such as 5%%; without --max-ap-drop, the best that this allows",
+    )
+    int8.add_argument(
         "--data",
         type=Path,
         help="labelled data that --float-layers auto holds the budget on; without it, the "
@@ -73,9 +81,14 @@ def add(commands: Commands) -> None:
         "--no-bias-correction", action="store_true", help="leave the layers' biases as they are"
     )
     int8.add_argument(
+        "--no-reconstruct",
+        action="store_true",
+        help="--int8: do not try weights that are rounded for the inputs that they meet",
+    )
+    int8.add_argument(
         "--adaptive-rounding",
         action="store_true",
-        help="--int8: round weights for the inputs that they meet (some minutes)",
+        help="--int8: take such weights without trying",
     )
     int8.add_argument(
         "--allow-float",

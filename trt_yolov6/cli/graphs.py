@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trt_yolov6.engines.base import BuildSettings, ImplicitCalibration
     from trt_yolov6.graph.export import ExportSettings
     from trt_yolov6.graph.model import Graph
+    from trt_yolov6.quantization.search import Candidate
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.spec import BatchProfile
 
@@ -76,9 +77,10 @@ def quantization_settings(options: argparse.Namespace) -> QuantizationSettings |
         "float_layers",
         "no_equalize",
         "no_bias_correction",
+        "no_reconstruct",
         "adaptive_rounding",
     ]
-    for name in ("max_ap_drop", "data", "split"):
+    for name in ("max_ap_drop", "max_slowdown", "data", "split"):
         if getattr(options, name) is not None and options.float_layers != "auto":
             raise UserError(f"{spelled(name)} is for --float-layers auto; add it.")
     if not (options.int8 or options.fp8):
@@ -103,10 +105,41 @@ def quantization_settings(options: argparse.Namespace) -> QuantizationSettings |
         float_layers=() if options.float_layers is None else options.float_layers,
         bias_correction=not options.no_bias_correction,
         adaptive_rounding=options.adaptive_rounding,
-        max_ap_drop=0.5 if options.max_ap_drop is None else options.max_ap_drop,
+        reconstruct=not options.no_reconstruct,
+        max_ap_drop=_most_ap_drop(options),
+        max_slowdown=options.max_slowdown,
     )
     check_settings(settings)
     return settings
+
+
+def _most_ap_drop(options: argparse.Namespace) -> float | None:
+    """Return the budget of --float-layers auto in AP points; None where one in time is given."""
+    if options.max_ap_drop is None:
+        return None if options.max_slowdown is not None else 0.5
+    return float(options.max_ap_drop)
+
+
+def tried_table(candidates: Sequence[Candidate]) -> str:
+    """Return what a quantization tried as a table for the terminal."""
+    rows = [("decision", "tried", "agreement", "slower", "seconds")]
+    for item in candidates:
+        what = {
+            "graph and ranges": f"{item.variant}, {item.method}",
+            "weights": item.weights,
+            "float layers": f"{len(item.float_layers)} in float",
+        }[item.decides]
+        slower = f"{item.slowdown:.1%}" if item.float_layers else ""
+        cells = (f"{item.agreement:.3f}", slower, f"{item.seconds:.1f}")
+        rows.append((item.decides, what, *cells))
+    widths = [max(len(row[place]) for row in rows) for place in range(5)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def quantized(graph: Graph, options: argparse.Namespace, settings: QuantizationSettings) -> Graph:
@@ -126,6 +159,8 @@ def quantized(graph: Graph, options: argparse.Namespace, settings: QuantizationS
     result = quantize(graph, folder, settings, table_file=table_path(output), score=score, tell=say)
     write_table(table_path(output), result.table)
     placement = result.placement
+    if result.candidates:
+        print(tried_table(result.candidates))
     say(
         f"{len(placement.layers)} of {len(placement.layers) + len(placement.float_layers)} "
         f"convolutions in {settings.quantized.label}; ranges in {table_path(output)}"

@@ -184,6 +184,26 @@ def rankings(
     return tuple(dict.fromkeys(tuple(sorted(distortions, key=key, reverse=True)) for key in keys))
 
 
+def rankings_by_displacement(
+    displacements: Mapping[str, float], costs: Mapping[str, LayerCost]
+) -> tuple[tuple[str, ...], ...]:
+    """Return orders in which layers may be left in float, by what each does to the detections.
+
+    Movements of independent noise add up in square. First what is best worth its time, then what
+    moves most, whatever it costs.
+
+    Args:
+        displacements: of each layer alone (`displacement.layer_displacements`).
+        costs: of the layers.
+    """
+
+    def worth(name: str) -> float:
+        return displacements[name] ** 2 / max(costs[name].time_share, 1e-9)
+
+    keys: tuple[Callable[[str], float], ...] = (worth, lambda name: displacements[name])
+    return tuple(dict.fromkeys(tuple(sorted(displacements, key=k, reverse=True)) for k in keys))
+
+
 def choose_float_layers(
     orders: Iterable[Sequence[str]],
     costs: Mapping[str, LayerCost],

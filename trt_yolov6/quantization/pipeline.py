@@ -215,6 +215,7 @@ def _judged(
                 "weights": item.weights,
                 "float_layers": list(item.float_layers),
                 "agreement": round(item.agreement, 4),
+                "slowdown": round(item.slowdown, 4),
                 "seconds": round(item.seconds, 1),
             }
             for item in candidates

@@ -21,15 +21,18 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.bias_correction import BiasCorrection
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_for
 from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.displacement import Displacement, layer_displacements
 from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
 from trt_yolov6.quantization.gptq import adapt_rounding
 from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of, least_agreement
 from trt_yolov6.quantization.mixed_precision import (
     Fallback,
+    LayerCost,
     choose_float_layers,
     layer_costs,
     most_sensitive,
     rankings,
+    rankings_by_displacement,
 )
 from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
 from trt_yolov6.quantization.qdq.insert import insert_qdq
@@ -71,6 +74,9 @@ rescaled channels: less may be chance, and the AP may fall by it."""
 TOLERANCE = 0.005
 """A simpler candidate is kept where its agreement is this near to the best one's."""
 
+_WATCHED_IMAGES = 6
+"""Images in which each layer's effect on detections is looked at: some thousand anchors."""
+
 _COMPARISON = 100e9
 """Multiply-adds spent on comparing one candidate, within those limits."""
 
@@ -89,6 +95,8 @@ class Candidate:
     float_layers: tuple[str, ...] = ()
     seconds: float = 0.0
     """What making and judging it took."""
+    slowdown: float = 0.0
+    """By how much its float layers lengthen INT8's run time, estimated, 0..1."""
 
     @property
     def decides(self) -> str:
@@ -281,24 +289,48 @@ class Search:
             return wanted
         if wanted == 0:
             return ()
-        distortions = self._distortions(prepared, table)
+        costs = layer_costs(prepared.model)
         if isinstance(wanted, int):
-            chosen = most_sensitive(ranked(distortions, "snr"), wanted)
-            self._tell(f"in float: {', '.join(chosen)}")
+            chosen = most_sensitive(ranked(self._distortions(prepared, table), "snr"), wanted)
+            slower = sum(costs[name].time_share for name in chosen)
+            self._tell(
+                f"in float: {', '.join(chosen)}; ranked by signal-to-noise ratio whatever they "
+                f"cost, here about {slower:.1%} of INT8's time (auto weighs it)"
+            )
             return chosen
         tuned = tuning.tuned(self._inserted(prepared, table), weights)
-        return self._searched_float_layers(prepared, distortions, method, weights, tuned)
+        orders = self._orders(prepared, table, costs)
+        return self._searched_float_layers(prepared, costs, orders, method, weights, tuned)
+
+    def _orders(
+        self, prepared: Prepared, table: CalibrationTable, costs: Mapping[str, LayerCost]
+    ) -> tuple[tuple[str, ...], ...]:
+        """Return orders to leave layers in float, by what they do to detections if that is seen."""
+        graph = self._graph
+        if not Displacement.can_watch(graph):
+            return rankings(self._distortions(prepared, table), costs)
+        paths = evenly(self._split.calibrate, _WATCHED_IMAGES)
+        count = len(prepared.placement.layers)
+        self._tell(f"what each of {count} layers does to detections in {len(paths)} images ...")
+        images = list(batches_of(graph, paths, self._settings.border))
+        watch = Displacement(graph, images)
+        alone = layer_displacements(prepared.model, prepared.placement, table.amax, watch.of)
+        return rankings_by_displacement(alone, costs)
 
     def _searched_float_layers(
         self,
         prepared: Prepared,
-        distortions: Mapping[str, Distortion],
+        costs: Mapping[str, LayerCost],
+        orders: Sequence[Sequence[str]],
         method: Method,
         weights: Weights,
         tuned: onnx.ModelProto,
     ) -> tuple[str, ...]:
         judged, name, least, least_gain = self._budget()
         self._tell(f"float layers until the {name} is {least:.3f} ...")
+
+        def time_of(layers: tuple[str, ...]) -> float:
+            return sum(costs[one].time_share for one in layers)
 
         def score(layers: tuple[str, ...]) -> float:
             start = time.perf_counter()
@@ -309,15 +341,16 @@ class Search:
             value = judged(with_layers_of(model, tuned))
             seconds = time.perf_counter() - start
             self._candidates.append(
-                Candidate(prepared.variant, method, value, weights, layers, seconds)
+                Candidate(
+                    prepared.variant, method, value, weights, layers, seconds, time_of(layers)
+                )
             )
             self._tell(f"{len(layers)} layers in float: {name} {value:.3f}")
             return value
 
-        costs = layer_costs(prepared.model)
         slower = self._settings.max_slowdown
         found = choose_float_layers(
-            rankings(distortions, costs),
+            orders,
             costs,
             score,
             least,
@@ -330,6 +363,10 @@ class Search:
     def _budget(self) -> tuple[Callable[[onnx.ModelProto], float], str, float, float]:
         """Return how float layers are scored, the score's name, what to reach, the least gain."""
         drop = self._settings.max_ap_drop
+        if drop is None:  # the best that the time allows
+            if self._labelled is not None:
+                return self._labelled, "AP", 1.0, 0.0
+            return self._the_judge().confident_agreement, "agreement with float", 1.0, 0.0
         if self._labelled is not None:
             return self._labelled, "AP", self._labelled(self._graph.model) - drop / 100, 0.0
         judge = self._the_judge()

@@ -36,8 +36,8 @@ class QuantizationSettings:
     float_layers: tuple[str, ...] | int | Literal["auto"] = ()
     """Layers that stay in float: by name; so many of the most sensitive; or as few as keep the
     accuracy within `max_ap_drop`. FP8's by name only."""
-    max_ap_drop: float = 0.5
-    """What `auto` may lose, in AP points (hundredths)."""
+    max_ap_drop: float | None = 0.5
+    """What `auto` may lose, in AP points (hundredths); None: as little as `max_slowdown` allows."""
     max_slowdown: float | None = None
     """Per cent of INT8's run time that `auto` may add, by layer times; None leaves that open."""
     fp16: bool = False
@@ -50,6 +50,8 @@ class QuantizationSettings:
 
 def check_settings(settings: QuantizationSettings) -> None:
     """Raise UserError for what the type that is quantized to has no use for, or out of range."""
+    if settings.max_ap_drop is None and settings.max_slowdown is None:
+        raise UserError("nothing bounds --float-layers auto; give --max-ap-drop or --max-slowdown.")
     if settings.max_slowdown is not None and not 0 < settings.max_slowdown <= 100:
         raise UserError(
             f"--max-slowdown {settings.max_slowdown:g} is out of range; give per cent of the run "
@@ -80,7 +82,8 @@ def check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
     """Raise UserError for a wrong choice of float layers: calibrating takes a minute."""
     wanted = settings.float_layers
     if wanted == "auto":
-        least_agreement(settings.max_ap_drop)
+        if settings.max_ap_drop is not None:
+            least_agreement(settings.max_ap_drop)
         return
     kept = wanted if isinstance(wanted, tuple) else ()
     layers = place_for(settings.quantized, graph.model, kept).layers

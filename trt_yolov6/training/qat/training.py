@@ -207,7 +207,7 @@ def prepare_graph(
             "quantization-aware training starts from plain INT8; leave FP8, adaptive rounding and "
             "fp16 out of the quantization's settings (`trained_graph` takes fp16)."
         )
-    settings = dataclasses.replace(settings, bias_correction=False)
+    settings = dataclasses.replace(settings, bias_correction=False, reconstruct=False)
     # What training will not know is found out before a minute of calibration.
     GraphNetwork(graph.model, arch)
     result = quantize(graph, calib, settings, score=score, tell=tell)
