@@ -37,10 +37,10 @@ from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.graph.operators import LAYER_OPS
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.pipeline import quantize
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
-from trt_yolov6.quantization.qdq.placement import LAYER_OPS
 from trt_yolov6.quantization.resampling import interval, matched
 from trt_yolov6.quantization.search import evenly
 from trt_yolov6.quantization.settings import QuantizationSettings

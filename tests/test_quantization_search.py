@@ -170,7 +170,7 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
     kept = convolutions(tiny.model)[3]
     partly = with_layers_of(found.with_float((kept,)), tuned)
 
-    def biases(model: onnx.ModelProto) -> dict[str, np.ndarray[tuple[int, ...], np.dtype]]:  # type: ignore[type-arg]
+    def biases(model: onnx.ModelProto) -> dict[str, np.ndarray[tuple[int, ...], np.dtype]]:
         stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
         return {
             node.name: stored[node.input[2]]
