@@ -25,19 +25,21 @@ from typing import Any
 import numpy as np
 import onnx
 
-from benchmarks.int8_tools import Contender, Task, contenders, int8_layers
+from benchmarks.int8_tools import Contender, Task, contenders
 from benchmarks.rescaling import rescale_channels
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model
-from trt_yolov6.data.calibration import calibration_images, input_spec
+from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.data.coco import CocoDataset, CocoImage, load_coco
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import load_batches
 from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.graph.cost import layers_of
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.graph.operators import LAYER_OPS
+from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.pipeline import quantize
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
@@ -185,7 +187,7 @@ class _Judged:
         change = interval(
             lambda draws: own.ap(draws) - reference.ap(draws), count, resamples=RESAMPLES
         )
-        layers = [node for node in model.graph.node if node.op_type in LAYER_OPS]
+        layers = [layer for layer in layers_of(model) if layer.operator in CONVOLUTIONS]
         return {
             "ap": round(own.ap(), 4),
             "ap_float": round(reference.ap(), 4),
@@ -193,12 +195,12 @@ class _Judged:
             "agreement": round(agreed.value, 4),
             "interval": [round(agreed.low, 4), round(agreed.high, 4)],
             "images": count,
-            "int8_convolutions": len(int8_layers(model)),
+            "int8_convolutions": sum(layer.precision == "int8" for layer in layers),
             "convolutions": len(layers),
         }
 
     def _detections(self, model: onnx.ModelProto) -> list[Detections]:
-        session = reference_session(model.SerializeToString())
+        session = reference_session(model)
         names = [item.name for item in session.get_outputs()]
         source = session.get_inputs()[0].name
         paths = [image.path for _, images in self._parts for image in images]

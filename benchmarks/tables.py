@@ -21,7 +21,10 @@ from trt_yolov6.common.files import read_json, write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTS = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
 PLACEMENTS = {
     "fp16": "FP16",
     "default": "from 1000 multiply-adds a value on (`--fp8`)",
@@ -427,6 +430,32 @@ def tensorrt8_accuracy() -> str:
     return markdown(["the default checkpoint", "in INT8", "AP on the H100", "on a CPU"], lines)
 
 
+def summary() -> str:
+    """Return accuracy and speed by precision on TensorRT 8: the README's one table."""
+    rows = result(TENSORRT8)["rows"]
+    forms = (("fp32", "ours"), ("fp16", "ours"), ("int8+float6", "ptq"), ("int8", "ptq"))
+    fp16 = next(
+        row["fps"]
+        for row in rows
+        if row["fps"] and row["precision"] == "fp16" and row["how"] == "ours"
+    )
+    lines = []
+    for form in forms:
+        found = [row for row in rows if (row["precision"], row["how"]) == form]
+        accurate = next(row for row in found if row["ap"])
+        fast = next((row for row in found if row["fps"]), None)
+        lines.append(
+            [
+                TENSORRT8_FORMS[form],
+                f"{accurate['ap']:.4f}",
+                f"{accurate['ap_cpu']:.4f}",
+                f"{fast['fps']:,.0f}".replace(",", " ") if fast else "",
+                f"{fast['fps'] / fp16:.2f}" if fast else "",
+            ]
+        )
+    return markdown(["", "AP", "AP on a CPU", "images/s", "to FP16"], lines)
+
+
 def tensorrt8_layers() -> str:
     """Where the time of an engine goes on TensorRT 8, by the kind of layer."""
     found = result(TENSORRT8)["layers_us"]
@@ -445,7 +474,81 @@ def tensorrt8_layers() -> str:
     return markdown(["us, YOLOv6-S, batch 32", *heads], lines)
 
 
+TRITON = "triton-cpu.json"
+TRITON_ENTRIES = {
+    "tensors": "tensors",
+    "tensors_alone": "tensors, alone",
+    "pictures": "pictures",
+    "pictures_alone": "pictures, alone",
+}
+"""What the entries of `triton_load` are called in the documents."""
+
+
+def triton_where() -> str:
+    """What the figures of Triton were measured on, and whether its boxes are ours."""
+    data = result(TRITON)
+    same = data["equal"]
+    protocols = " and ".join(
+        f"{same[name]['equal_to_detect']} of {same['images']} over {label}"
+        for name, label in (("http", "HTTP"), ("grpc", "gRPC"))
+    )
+    return (
+        f"{data['cpu']}, {data['cores']} cores, {data['backend']}, YOLOv6-N, {data['precision']}, "
+        f"batches of up to {data['batch']}, {data['date'][:10]}: `{data['command']}`. "
+        f"{data.get('remark', '')} Images of the sample whose boxes, scores and classes are those "
+        f"of `infer` to the last bit: {protocols}, with {same['objects']} objects.\n"
+    )
+
+
+def triton_load() -> str:
+    """Throughput and latency of each entry by the number of requests at a time."""
+    found = {(row["entry"], row["concurrency"]): row for row in result(TRITON)["load"]}
+    rows = []
+    for count in sorted({count for _, count in found}):
+        cells = []
+        for entry in TRITON_ENTRIES:
+            row = found[entry, count]
+            cells.append(f"{row['per_second']:.1f}, {row['p99']:.1f} s ({row['mean_batch']:.1f})")
+        rows.append([count, *cells])
+    head = ["at a time: throughput, p99 (mean batch)", *TRITON_ENTRIES.values()]
+    return markdown(head, rows)
+
+
+def triton_bench() -> str:
+    """Throughput at 16 at a time over that of `bench`, in turns."""
+    data = result(TRITON)
+    part = data["bench"]
+    ratios = sorted(one["ratio"] for one in part["rounds"])
+    latency = statistics.median(one["p99"] for one in part["rounds"])
+    return (
+        f"Tensors at 16 at a time, over `bench` of the same engine at batch {data['batch']} on the "
+        f"same cores, in turns: **{part['ratio']:.2f}** times its throughput, the median of "
+        f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {latency:.2f} s.\n"
+    )
+
+
+def triton_soak() -> str:
+    """What the server holds in the course of a long load."""
+    seen = result(TRITON)["soak"]
+    last = seen[-1]["seconds"]
+    rows = []
+    for share in (0.1, 0.25, 0.5, 0.75, 1):
+        row = min(seen, key=lambda one: abs(one["seconds"] - share * last))
+        rows.append(
+            [
+                row["seconds"],
+                *(row[name] for name in ("good", "refused", "gone", "wrong")),
+                f"{row['memory'] / 1e6:.0f}",
+                f"{row['shared_memory'] / 1e6:.1f}",
+                row["files"],
+            ]
+        )
+    head = ["seconds of load", "good requests answered", "bad ones refused", "clients gone"]
+    return markdown([*head, "wrong answers", "MB", "MB shared", "open files"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "tensorrt8-speed": tensorrt8_speed,
     "tensorrt8-accuracy": tensorrt8_accuracy,
     "tensorrt8-layers": tensorrt8_layers,
@@ -461,6 +564,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat-visible": qat_visible,
     "qat-where": qat_where,
     "training": training,
+    "triton-where": triton_where,
+    "triton-load": triton_load,
+    "triton-bench": triton_bench,
+    "triton-soak": triton_soak,
     "rep-optimizer": rep_optimizer,
 }
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from trt_yolov6.comparison.plan import ModelEntry, Plan, entries_for, parse_precision, read_plan
+from trt_yolov6.comparison.plan import ModelEntry, Plan, entries_for, read_plan
 from trt_yolov6.errors import UserError
+from trt_yolov6.spec import Precision
 
 
 def test_a_plan_in_yaml_is_that_in_python(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ rounds: 5
         ("models: [n.pt]\nrounds: 2", "3 or more"),
         ("models: [n.pt]\nduration: -1", "out of range"),
         ("models: [n.pt]\niou: 3", "IoU"),
-        ("models: [n.pt]\nprecisions: [int4]", "'int4' is no precision"),
+        ("models: [n.pt]\nprecisions: [int4]", "'int4' is not a precision"),
         ("models: [n.pt]\nprecisions: []", "no precision"),
         ("models: [n.pt]\nbackends: []", "no backend"),
         ("models: [n.pt]\nbatches: [1, 4, 1]", "given twice"),
@@ -86,14 +87,15 @@ def test_what_is_wrong_with_a_plan_is_one_sentence(tmp_path: Path, text: str, wo
 def test_a_precision_says_what_is_quantized_and_what_is_not(
     text: str, base: str, half: bool, layers: int | str
 ) -> None:
-    found = parse_precision(text)
-    assert (found.base, found.rest_fp16, found.float_layers) == (base, half, layers)
+    found = Precision.parse(text)
+    assert (found.base, found.rest == "fp16", found.float_layers) == (base, half, layers)
+    assert str(found) == text.lower()
 
 
 @pytest.mark.parametrize("text", ["", "fp64", "fp32+fp16", "fp16:6", "int8:", "int8:-1", "fp8:6"])
 def test_other_precisions_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"precision|layers are ranked"):
-        parse_precision(text)
+        Precision.parse(text)
 
 
 def test_files_of_other_kinds_are_refused() -> None:

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import family_graphs as families
 import numpy as np
 import onnx
 import pytest
-from family_graphs import NAMES, SURE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support import family_graphs as families
+from support.family_graphs import NAMES, SURE
 
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.letterbox import fit
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.data.preprocessing import Preprocessing, parse_changes
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.detectors.layouts import LAYOUTS, YOLOV5_ANCHORS, YOLOV7_ANCHORS, Anchors
@@ -110,11 +110,11 @@ def check_found(found: Detections, boxes: NDArray[np.float64], score: float) -> 
     )
     got = sorted(
         (label, *box)
-        for label, box in zip(found.classes.tolist(), found.boxes.tolist(), strict=True)
+        for label, box in zip(found.class_id.tolist(), found.xyxy.tolist(), strict=True)
     )
     assert len(got) == len(wanted)
     np.testing.assert_allclose(got, wanted, atol=1e-3)
-    np.testing.assert_allclose(found.scores, score, rtol=1e-4)
+    np.testing.assert_allclose(found.confidence, score, rtol=1e-4)
 
 
 @each_export
@@ -154,7 +154,7 @@ def test_ap_is_1_with_the_familys_images_only(name: str, tmp_path: Path) -> None
     other = "fit=corner" if own.fit != "corner" else "fit=letterbox"
     aps = []
     for changes in ((), (other,), (f"colour={'bgr' if own.colour == 'rgb' else 'rgb'}",)):
-        options = LoadOptions(decoder=decoder_of(name), preprocess=changes)
+        options = LoadOptions(decoder=decoder_of(name), preprocess=parse_changes(changes))
         with load_engine(path, options=options) as engine:
             aps.append(evaluate(engine, dataset, nms=NMS, progress=False).ap)
     assert aps[0] == pytest.approx(1)
@@ -444,13 +444,13 @@ def test_metadata_that_is_no_list_of_names_is_left_alone(names: str, tmp_path: P
 
 def test_a_changed_preprocessing_is_kept_in_the_manifest(tmp_path: Path) -> None:
     changes = ("colour=rgb", "mean=123.675,116.28,103.53", "std=58.395,57.12,57.375")
-    graph = graph_from_onnx(written("yolox", tmp_path), preprocess=changes)
+    graph = graph_from_onnx(written("yolox", tmp_path), preprocess=parse_changes(changes))
     built = build_engine(graph, backend="onnxruntime", output=tmp_path / "legacy.onnx")
     with load_engine(built.path) as engine:
         assert engine.preprocessing == Preprocessing(
             "corner", "linear", "rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
         )
-    with load_engine(built.path, options=LoadOptions(preprocess=("fit=stretch",))) as engine:
+    with load_engine(built.path, options=LoadOptions(preprocess={"fit": "stretch"})) as engine:
         assert engine.preprocessing.fit == "stretch"
         assert engine.preprocessing.colour == "rgb"
 
@@ -491,9 +491,9 @@ def test_a_box_planted_in_a_yolox_grid_comes_back(plant: Any) -> None:
     rows[0, place, :4] = families.yolox_offsets(box[None], np.array([[column, row]]), 8 << level)[0]
     rows[0, place, 4:] = 0.9, 0.1, 0.8
     found = only_found({"output": rows}, "grid_rows", size)
-    np.testing.assert_allclose(found.boxes[0], box, atol=1e-3)
-    assert found.classes.tolist() == [1]
-    assert found.scores[0] == pytest.approx(0.72)
+    np.testing.assert_allclose(found.xyxy[0], box, atol=1e-3)
+    assert found.class_id.tolist() == [1]
+    assert found.confidence[0] == pytest.approx(0.72)
 
 
 @given(planted(), st.integers(0, 2), st.sampled_from([YOLOV5_ANCHORS, YOLOV7_ANCHORS]))
@@ -517,9 +517,9 @@ def test_a_box_planted_in_anchor_grids_comes_back(plant: Any, anchor: int, ancho
     # In any order of the outputs.
     outputs = {str(index): grids[index] for index in np.random.default_rng(row).permutation(3)}
     found = only_found(outputs, layout, size)
-    np.testing.assert_allclose(found.boxes[0], box, atol=2e-3)
-    assert found.classes.tolist() == [0]
-    assert found.scores[0] == pytest.approx(0.72, rel=1e-4)
+    np.testing.assert_allclose(found.xyxy[0], box, atol=2e-3)
+    assert found.class_id.tolist() == [0]
+    assert found.confidence[0] == pytest.approx(0.72, rel=1e-4)
 
 
 def test_the_anchors_are_the_releases() -> None:
@@ -537,7 +537,7 @@ def test_sides_that_overflow_are_dropped(recwarn: pytest.WarningsRecorder) -> No
     rows[0, :2, 4:] = 0.9
     rows[0, 0, 2] = 1e5
     found = only_found({"o": rows}, "grid_rows", (64, 64))
-    np.testing.assert_allclose(found.boxes, [[-4, -4, 12, 4]], atol=12)
+    np.testing.assert_allclose(found.xyxy, [[-4, -4, 12, 4]], atol=12)
     assert not recwarn.list
 
 
@@ -546,7 +546,7 @@ def test_padding_of_graphs_with_nms_inside_is_no_detection() -> None:
     best = np.zeros((2, 5, 6), np.float32)
     best[1, 0] = 1, 2, 30, 40, 0.9, 2
     first, second = postprocess({"o": best}, "best", NmsSettings(0.0), whole)
-    assert (len(first), second.classes.tolist()) == (0, [2])
+    assert (len(first), second.class_id.tolist()) == (0, [2])
     outputs = {
         "num_dets": np.array([[1], [0]]),
         "det_boxes": np.tile(np.array([1.0, 2, 30, 40], np.float32), (2, 3, 1)),
@@ -554,12 +554,12 @@ def test_padding_of_graphs_with_nms_inside_is_no_detection() -> None:
         "det_classes": np.array([[1, -1, -1], [-1, -1, -1]]),
     }
     first, second = postprocess(outputs, "efficient_nms", NMS, whole)
-    assert (first.classes.tolist(), len(second)) == ([1], 0)
+    assert (first.class_id.tolist(), len(second)) == ([1], 0)
     # PaddleDetection gives a row of class -1 where it finds nothing at all.
     rows = np.array([[2, 0.9, 1, 2, 30, 40], [-1, 0.9, 0, 0, 0, 0]], np.float32)
     outputs = {"rows": rows, "counts": np.array([1, 1], np.int32)}
     first, second = postprocess(outputs, "end2end_ppyoloe", NMS, whole)
-    assert (first.classes.tolist(), len(second)) == ([2], 0)
+    assert (first.class_id.tolist(), len(second)) == ([2], 0)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "split"])
@@ -576,5 +576,5 @@ def test_half_precision_outputs_are_taken() -> None:
     read = LAYOUTS["columns"].read({"o": columns}, (64, 64))(0)
     assert isinstance(read, Anchors)
     found = only_found({"o": columns}, "columns", (64, 64))
-    np.testing.assert_allclose(found.boxes, [[16, 28, 24, 32]])
-    assert found.scores.tolist() == [0.75]
+    np.testing.assert_allclose(found.xyxy, [[16, 28, 24, 32]])
+    assert found.confidence.tolist() == [0.75]

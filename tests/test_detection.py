@@ -155,7 +155,7 @@ def as_tuples(found: Detections) -> list[tuple[Any, ...]]:
     return [
         (*box, score, label)
         for box, score, label in zip(
-            found.boxes.tolist(), found.scores.tolist(), found.classes.tolist(), strict=True
+            found.xyxy.tolist(), found.confidence.tolist(), found.class_id.tolist(), strict=True
         )
     ]
 
@@ -190,8 +190,8 @@ def test_end2end_rows_are_filtered_sorted_and_capped_by_image() -> None:
     nms = NmsSettings(confidence=0.2, max_detections=2)
     first, second = postprocess({"detections": rows}, "end2end", nms, [WHOLE, WHOLE])
     assert as_tuples(first) == [(10, 10, 20, 20, pytest.approx(0.4), 1)]
-    np.testing.assert_allclose(second.scores, [0.9, 0.6])
-    assert second.classes.tolist() == [0, 1]
+    np.testing.assert_allclose(second.confidence, [0.9, 0.6])
+    assert second.class_id.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("layout", ["split", "rows", "end2end"])
@@ -203,8 +203,8 @@ def test_nothing_found_has_the_right_shapes(layout: Any) -> None:
     }
     # Four rows, of which one is an image and three are padding.
     (found,) = postprocess(empty[layout], layout, NmsSettings(), [WHOLE])
-    assert (found.boxes.shape, found.scores.shape, found.classes.shape) == ((0, 4), (0,), (0,))
-    dtypes = [found.boxes.dtype, found.scores.dtype, found.classes.dtype]
+    assert (found.xyxy.shape, found.confidence.shape, found.class_id.shape) == ((0, 4), (0,), (0,))
+    dtypes = [found.xyxy.dtype, found.confidence.dtype, found.class_id.dtype]
     assert dtypes == [np.float32, np.float32, np.int64]
 
 
@@ -215,8 +215,8 @@ def test_boxes_are_mapped_clipped_and_those_outside_dropped() -> None:
     (found,) = postprocess(
         {"boxes": boxes[None], "scores": scores[None]}, "split", NmsSettings(), [placed]
     )
-    np.testing.assert_allclose(found.boxes, [[50, 60, 150, 160], [0, 0, 320, 240]])
-    assert found.scores.tolist() == pytest.approx([0.9, 0.8])
+    np.testing.assert_allclose(found.xyxy, [[50, 60, 150, 160], [0, 0, 320, 240]])
+    assert found.confidence.tolist() == pytest.approx([0.9, 0.8])
 
 
 def test_boxes_that_are_not_clipped_stay_finite(recwarn: pytest.WarningsRecorder) -> None:
@@ -230,8 +230,8 @@ def test_boxes_that_are_not_clipped_stay_finite(recwarn: pytest.WarningsRecorder
     outputs = {"detections": np.concatenate([bad, rows])}
     (end2end,) = postprocess(outputs, "end2end", NmsSettings(), [placed], clip=False)
     for found in (split, end2end):
-        assert np.isfinite(found.boxes).all()
-        np.testing.assert_allclose(found.boxes[1], [2, 4, 60, 80])
+        assert np.isfinite(found.xyxy).all()
+        np.testing.assert_allclose(found.xyxy[1], [2, 4, 60, 80])
     assert not recwarn.list
 
 
@@ -256,7 +256,7 @@ def test_more_candidates_than_the_cap_keep_the_best(monkeypatch: pytest.MonkeyPa
     nms = NmsSettings(confidence=0.001, max_detections=4000)
     (found,) = postprocess({"boxes": boxes[None], "scores": scores[None]}, "split", nms, [WHOLE])
     best = np.sort(scores.reshape(-1))[::-1][:3000]
-    np.testing.assert_array_equal(found.scores, best)
+    np.testing.assert_array_equal(found.confidence, best)
 
 
 def test_outputs_of_another_layout_are_refused() -> None:

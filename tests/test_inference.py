@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tiny_detector import CELL, load_tiny
+from support.tiny_detector import CELL, load_tiny
 
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime import video as video_writing
+from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.draw import class_colour, draw_detections
-from trt_yolov6.runtime.predict import detect, infer_source
+from trt_yolov6.runtime.predict import detect
 from trt_yolov6.runtime.video import LONGEST_PAUSE, VideoWriter, h264_encoder
 from trt_yolov6.spec import NmsSettings
 
@@ -45,9 +46,9 @@ def picture(x: int, y: int, channel: int, factor: int = 1) -> NDArray[np.uint8]:
 
 def test_detect_takes_arrays_of_any_size_in_order(engine: Engine) -> None:
     found = detect(engine, [picture(1, 2, 0), picture(3, 4, 2, 10)], nms=SURE, batch=1)
-    np.testing.assert_allclose(found[0].boxes, [[8, 16, 16, 24]])
-    np.testing.assert_allclose(found[1].boxes, [[240, 320, 320, 400]])
-    assert [one.classes.tolist() for one in found] == [[0], [2]]
+    np.testing.assert_allclose(found[0].xyxy, [[8, 16, 16, 24]])
+    np.testing.assert_allclose(found[1].xyxy, [[240, 320, 320, 400]])
+    assert [one.class_id.tolist() for one in found] == [[0], [2]]
     assert detect(engine, []) == []
 
 

@@ -10,13 +10,14 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
-from tiny_detector import GRID, SIZE, load_tiny
+from support.tiny_detector import GRID, SIZE, load_tiny
 
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.plausibility import has_non_finite
-from trt_yolov6.runtime.predict import detect, infer_source
+from trt_yolov6.runtime.predict import detect
 from trt_yolov6.spec import NmsSettings
 
 WHITE = np.full((SIZE, SIZE, 3), 200, np.uint8)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trt_yolov6.data.loader import fill_row, to_input
-from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing, parse_changes
 from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import TensorSpec
@@ -97,7 +97,9 @@ def test_it_survives_the_manifest() -> None:
 
 
 def test_changes_are_read_as_a_user_writes_them() -> None:
-    changed = YOLOV6.with_changes(["fit=stretch", "std=58.395,57.12,57.375", "mean=127.5"])
+    changed = YOLOV6.with_changes(
+        parse_changes(["fit=stretch", "std=58.395,57.12,57.375", "mean=127.5"])
+    )
     assert changed == Preprocessing("stretch", mean=(127.5,) * 3, std=(58.395, 57.12, 57.375))
     assert str(changed) == "stretch, (RGB - 127.5) / 58.395,57.12,57.375"
     assert str(FAMILIES["yolox"].preprocessing) == "corner (linear), BGR"
@@ -118,4 +120,4 @@ def test_changes_are_read_as_a_user_writes_them() -> None:
 )
 def test_changes_that_mean_nothing_are_refused(change: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        YOLOV6.with_changes([change])
+        YOLOV6.with_changes(parse_changes([change]))

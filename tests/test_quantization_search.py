@@ -10,16 +10,16 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from test_export import ONE, random_model
-from test_ptq import MINMAX, convolutions, save_noise
+from support.networks import ONE, random_model
+from support.pictures import save_noise
+from test_ptq import MINMAX, convolutions
 
-from trt_yolov6.cli.graphs import tried_table
 from trt_yolov6.cli.options import percent
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.quantization.bias_correction import correct_biases
+from trt_yolov6.quantization.bias_correction import correct_biases, with_layers_of
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
 from trt_yolov6.quantization.judge import Judge, batches_of, split_images
 from trt_yolov6.quantization.mixed_precision import (
@@ -29,7 +29,7 @@ from trt_yolov6.quantization.mixed_precision import (
 )
 from trt_yolov6.quantization.pipeline import calibrate, quantize
 from trt_yolov6.quantization.qdq.insert import insert_qdq
-from trt_yolov6.quantization.qdq.view import with_layers_of
+from trt_yolov6.quantization.search import tried_table
 from trt_yolov6.quantization.settings import check_settings
 
 
@@ -96,8 +96,8 @@ def test_the_manifest_says_what_the_agreement_was_judged_on_and_what_was_tried(
     assert {item["decides"] for item in said["tried"]} == {"graph and ranges", "weights"}
     assert {item["weights"] for item in said["tried"]} == {"nearest", "biases", "reconstructed"}
     table = tried_table(result.candidates)
-    assert len(table.splitlines()) == 1 + len(result.candidates)
-    assert table.splitlines()[0].split() == ["decision", "tried", "agreement", "slower", "seconds"]
+    assert len(table) == 1 + len(result.candidates)
+    assert table[0].split() == ["decision", "tried", "agreement", "slower", "seconds"]
 
 
 # --- what layers move ---------------------------------------------------------------------------

@@ -24,9 +24,9 @@ def moved(rng: np.random.Generator, one: Detections, by: float) -> Detections:
     """The same detections, a little elsewhere, with other scores and one more."""
     extra = boxes(rng, 1)
     return Detections(
-        np.vstack([one.boxes + rng.normal(0, by, one.boxes.shape).astype(np.float32), extra.boxes]),
-        np.concatenate([rng.uniform(0.01, 1, len(one)), extra.scores]).astype(np.float32),
-        np.concatenate([one.classes, extra.classes]),
+        np.vstack([one.xyxy + rng.normal(0, by, one.xyxy.shape).astype(np.float32), extra.xyxy]),
+        np.concatenate([rng.uniform(0.01, 1, len(one)), extra.confidence]).astype(np.float32),
+        np.concatenate([one.class_id, extra.class_id]),
     )
 
 
@@ -74,7 +74,7 @@ def test_paired_differences_vary_less_than_either_figure() -> None:
     rng = np.random.default_rng(7)
     truth = [boxes(rng, 5) for _ in range(30)]
     first = [moved(rng, one, 1.5) for one in truth]
-    second = [Detections(one.boxes + np.float32(0.2), one.scores, one.classes) for one in first]
+    second = [Detections(one.xyxy + np.float32(0.2), one.confidence, one.class_id) for one in first]
     scored = matched(truth, first), matched(truth, second)
     alone = interval(scored[0].ap, 30, resamples=100)
     paired = interval(lambda draws: scored[0].ap(draws) - scored[1].ap(draws), 30, resamples=100)

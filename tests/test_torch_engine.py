@@ -28,9 +28,9 @@ def test_it_detects_what_onnx_runtime_detects(root: Path, sample_engine: BuiltEn
         (found,), (expected,) = detect(ours, images), detect(other, images)
         assert ours.precision == "fp32"
         assert ours.image_size == (640, 640)
-    np.testing.assert_array_equal(found.classes, expected.classes)
-    np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.05)
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-3)
+    np.testing.assert_array_equal(found.class_id, expected.class_id)
+    np.testing.assert_allclose(found.xyxy, expected.xyxy, atol=0.05)
+    np.testing.assert_allclose(found.confidence, expected.confidence, atol=1e-3)
 
 
 def test_candidates_are_the_scores_above_the_threshold(root: Path) -> None:

@@ -6,23 +6,27 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-import family_graphs as families
 import onnx
 import pytest
 from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_detector import NAMES, load_tiny
+from support import family_graphs as families
+from support.tiny_detector import NAMES, load_tiny
 
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import sha256_file
+from trt_yolov6.engines import LoadOptions
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.engines.manifest import Manifest, read_manifest, write_manifest
+from trt_yolov6.engines.onnxruntime.providers import on_gpu
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.serving.python_backend import load_options
 from trt_yolov6.serving.triton import ServingSettings, config_text, export_triton, served_model
 from trt_yolov6.spec import BatchProfile
 
@@ -214,12 +218,178 @@ def test_the_sample_exported_end_to_end(sample_engine: Any, tmp_path: Path) -> N
     )
 
 
+# --- by this package, in Triton's Python backend ------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_an_entry_of_the_python_backend_is_whole(
+    engine: Path, tmp_path: Path, backend: str
+) -> None:
+    plan = as_plan(engine, backend)
+    (folder,) = export_triton([plan], tmp_path / "models", python="tensors")
+    inside = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    files = ["1/engine.json", "1/engine.trt", "1/model.py"]
+    assert inside == ["1", *files, "config.pbtxt", "labels.txt"]
+    config = parsed((folder / "config.pbtxt").read_text())
+    assert (config.name, config.backend, config.platform) == ("tiny_int8_python", "python", "")
+    assert config.default_model_filename == "model.py"
+    # The same tensors as where Triton runs the engine itself.
+    assert [list(one.dims) for one in (*config.input, *config.output)] == [
+        [3, 64, 64],
+        [64, 4],
+        [64, 3],
+    ]
+    copy = folder / "1" / "engine.trt"
+    assert copy.read_bytes() == plan.read_bytes()
+    own, source = read_manifest(copy), read_manifest(plan)
+    assert own is not None
+    assert source is not None
+    assert dataclasses.replace(own, engine=source.engine) == source
+    code = (folder / "1" / "model.py").read_text()
+    assert "TritonPythonModel" in compile(code, "model.py", "exec").co_names
+
+
+def test_an_entry_for_pictures_takes_bytes_and_gives_boxes(engine: Path) -> None:
+    settings = ServingSettings(gpus=(), thresholds={"confidence": 0.25, "max_detections": 7})
+    config = parsed(config_text(served_model(engine, python="pictures"), settings))
+    (source,) = config.input
+    assert (source.name, source.data_type, list(source.dims)) == (
+        "picture",
+        SCHEMA.TYPE_STRING,
+        [1],
+    )
+    assert {one.name: (one.data_type, list(one.dims)) for one in config.output} == {
+        "boxes": (SCHEMA.TYPE_FP32, [-1, 4]),
+        "scores": (SCHEMA.TYPE_FP32, [-1]),
+        "classes": (SCHEMA.TYPE_INT64, [-1]),
+        "count": (SCHEMA.TYPE_INT32, [1]),
+    }
+    assert config.max_batch_size == 8
+    told = {key: value.string_value for key, value in config.parameters.items()}
+    assert (told["confidence"], told["max_detections"]) == ("0.25", "7")
+    assert "iou" not in told
+
+
+def test_pictures_of_a_fixed_batch_and_of_shared_boxes_are_batched(tmp_path: Path) -> None:
+    with load_tiny(tmp_path, batch=4) as tiny:
+        config = parsed(config_text(served_model(tiny.path, python="pictures"), ServingSettings()))
+    assert config.max_batch_size == 4
+    path = tmp_path / "v7.onnx"
+    onnx.save(families.yolov7_end2end(), path)
+    config = parsed(config_text(served_model(path, python="pictures"), ServingSettings()))
+    assert config.max_batch_size == 32
+    assert config.HasField("dynamic_batching")
+
+
+def test_all_three_entries_of_an_engine_go_into_one_repository(
+    engine: Path, tmp_path: Path
+) -> None:
+    for python in (None, "tensors", "pictures"):
+        export_triton([engine], tmp_path / "models", python=python)
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [
+        "tiny_fp32",
+        "tiny_fp32_pictures",
+        "tiny_fp32_python",
+    ]
+
+
+def test_an_onnx_file_without_a_manifest_says_how_to_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "grids.onnx"
+    onnx.save(families.yolov5(grids=True), path)
+    loading = LoadOptions(decoder="yolov5", preprocess={"colour": "bgr"})
+    (folder,) = export_triton([path], tmp_path / "models", None, loading, python="tensors")
+    config = parsed((folder / "config.pbtxt").read_text())
+    told = {key: value.string_value for key, value in config.parameters.items()}
+    options = load_options(told, folder / "1" / "engine.onnx", gpu=None, instances=1)
+    assert (options.decoder, options.preprocess) == ("yolov5", {"colour": "bgr"})
+
+
+def test_instances_on_a_cpu_share_its_cores(engine: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    threads = [
+        load_options(told, engine, gpu=gpu, instances=count).threads
+        for told, gpu, count in (
+            ({}, None, 1),
+            ({}, None, 2),
+            ({}, 1, 2),
+            ({"threads": "3"}, None, 2),
+        )
+    ]
+    assert threads == [None, max(1, cores // 2), None, 3]
+    with pytest.raises(UserError, match=r"threads is 'many'.*config.pbtxt"):
+        load_options({"threads": "many"}, engine, gpu=None, instances=1)
+
+
+def test_an_instance_of_a_gpu_runs_on_that_gpu(engine: Path) -> None:
+    assert load_options({}, engine, gpu=None, instances=1).provider == "cpu"
+    options = load_options({}, engine, gpu=3, instances=1)
+    assert (options.provider, options.gpu) == (None, 3)
+    assert on_gpu(["CUDAExecutionProvider", "CPUExecutionProvider"], options.gpu) == [
+        ("CUDAExecutionProvider", {"device_id": "3"}),
+        "CPUExecutionProvider",
+    ]
+
+
+def test_weights_in_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "apart.onnx"
+    onnx.save(families.yolov8(), path, save_as_external_data=True, size_threshold=0)
+    for python in (None, "tensors"):
+        with pytest.raises(UserError, match=r"weights in other files.*build --onnx"):
+            served_model(path, python=python)
+
+
+# --- further fields of the configuration --------------------------------------------------------
+
+EXTRA = """
+# A comment with a { in it.
+response_cache { enable: true }
+dynamic_batching {
+  priority_levels: 2
+  default_priority_level: 2
+  default_queue_policy { max_queue_size: 100 timeout_action: REJECT }
+}
+parameters { key: "note" value { string_value: "} dynamic_batching {" } }
+"""
+
+
+def test_further_fields_take_the_place_of_ours(engine: Path) -> None:
+    config = parsed(config_text(served_model(engine), ServingSettings(extra=EXTRA)))
+    assert config.response_cache.enable
+    batching = config.dynamic_batching
+    assert (batching.priority_levels, batching.default_queue_policy.max_queue_size) == (2, 100)
+    assert not batching.preferred_batch_size
+    assert config.parameters["note"].string_value == "} dynamic_batching {"
+    assert config.parameters["decoder"].string_value == "yolov6"
+    assert config.name == "tiny_fp32"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("max_batch_size: 3", "max_batch_size, which the engine decides"),
+        ('name: "other" input {}', "input, name"),
+        ("response_cache {", "lacks a '}'"),
+        ("response_cache { enable: true }}", "from line 1 on"),
+        ("version_policy\n= 3", "from line 2 on"),
+        ("{ enable: true }", "from line 1 on"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused(extra: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ServingSettings(extra=extra)
+
+
+def test_thresholds_out_of_range_are_refused() -> None:
+    with pytest.raises(UserError, match=r"confidence 1\.5 is out of range"):
+        ServingSettings(thresholds={"confidence": 1.5})
+
+
 # --- refused ------------------------------------------------------------------------------------
 
 
 def test_a_plan_of_tensorrt_rtx_is_refused(engine: Path, tmp_path: Path) -> None:
     plan = as_plan(engine, "tensorrt-rtx")
-    with pytest.raises(UserError, match="TensorRT-RTX, which Triton's TensorRT backend does not"):
+    with pytest.raises(UserError, match=r"TensorRT-RTX, which Triton's TensorRT.*--python-backend"):
         export_triton([engine, plan], tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
@@ -308,6 +478,26 @@ def test_the_command_writes_a_repository(
     assert list(config.instance_group[0].gpus) == [0, 1]
     assert main(command) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_the_command_writes_entries_for_pictures(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = tmp_path / "cache.pbtxt"
+    extra.write_text("response_cache { enable: true }")
+    command = ["export-triton", "--engine", str(engine), "--output", str(tmp_path / "models")]
+    python = [*command, "--cpu", "--python-backend"]
+    assert main([*python, "pictures", "--conf", "0.2", "--config", str(extra)]) == 0
+    assert "tiny_fp32_pictures: pictures" in capsys.readouterr().out
+    config = parsed((tmp_path / "models/tiny_fp32_pictures/config.pbtxt").read_text())
+    assert config.response_cache.enable
+    assert config.parameters["confidence"].string_value == "0.2"
+    assert main(python) == 0
+    assert "tiny_fp32_python: tensors" in capsys.readouterr().out
+    assert main([*python, "--conf", "0.2"]) == 2
+    assert "for --python-backend pictures" in capsys.readouterr().err
+    assert main([*command, "--config", str(tmp_path / "none")]) == 2
+    assert "--config" in capsys.readouterr().err
 
 
 def test_the_command_refuses_gpus_on_the_cpu(

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
     """Bad input or wrong usage.
 
-    The message is one sentence (or two short clauses) that names the file or option at fault and
-    says what to do. The command line prints it on stderr and exits with code 2.
+    The message is one sentence (or two short clauses) that names the file or parameter at fault and
+    says what to do. The command line prints it on stderr, with its own options in place of the
+    parameters, and exits with code 2.
+
+    Example:
+        >>> error = UserError("IoU threshold 2 is out of range; give `iou` in 0..1.", "iou")
+        >>> str(error)
+        'IoU threshold 2 is out of range; give `iou` in 0..1.'
+        >>> error.with_names({"iou": "--iou"})
+        'IoU threshold 2 is out of range; give --iou in 0..1.'
     """
+
+    def __init__(self, message: str, *parameters: str) -> None:
+        """Take the message and the names of the parameters that it has in backticks."""
+        super().__init__(message)
+        self.parameters = parameters
+
+    def with_names(self, names: Mapping[str, str]) -> str:
+        """Return the message with other names, such as options, in place of the parameters'."""
+        message = str(self)
+        for parameter in self.parameters:
+            if parameter in names:
+                message = message.replace(f"`{parameter}`", names[parameter])
+        return message
 
 
 class MissingDependencyError(UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,8 +12,70 @@ from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
 
-Precision = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
-"""`int8-dynamic` is ONNX Runtime's dynamic quantization: INT8 weights, ranges found as it runs."""
+PrecisionName = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
+"""Lowest precision in a graph. `int8-dynamic` is ONNX Runtime's dynamic quantization: INT8 weights,
+activation ranges computed at run time."""
+
+_PRECISION = re.compile(r"(fp32|fp16|int8|fp8)(\+fp16)?(?::(\d{1,4}|auto))?")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision to build in, written as `fp32`, `fp16`, `int8`, `fp8` or `int8+fp16:6`.
+
+    After the 8-bit types, `+fp16` puts everything else in half precision, and `:6` or `:auto` keeps
+    that many of the layers most sensitive to INT8 in float.
+
+    Example:
+        >>> Precision.parse("int8+fp16:6")
+        Precision(base='int8', rest='fp16', float_layers=6)
+        >>> str(Precision("int8", float_layers="auto"))
+        'int8:auto'
+    """
+
+    base: Literal["fp32", "fp16", "int8", "fp8"] = "fp32"
+    rest: Literal["fp32", "fp16"] = "fp32"
+    """Precision of the layers that are not quantized; only for the 8-bit types."""
+    float_layers: int | Literal["auto"] | tuple[str, ...] = 0
+    """Layers kept in float: a number of the most sensitive ones, as few as keep the accuracy
+    (`auto`), or these. With FP8 only by name."""
+
+    def __post_init__(self) -> None:
+        if not self.quantizes and (self.rest != "fp32" or self.float_layers not in (0, ())):
+            raise UserError(f"{self} is not a precision: only int8 and fp8 leave a rest in float.")
+        if self.base == "fp8" and not isinstance(self.float_layers, tuple) and self.float_layers:
+            raise UserError(
+                f"'{self}': layers are ranked for INT8 only; leave `:{self.float_layers}` out."
+            )
+
+    @classmethod
+    def parse(cls, text: str | Precision) -> Precision:
+        """Return the precision that a text names; one that is parsed already as it is.
+
+        Raises:
+            UserError: the text is not a precision.
+        """
+        if isinstance(text, Precision):
+            return text
+        found = _PRECISION.fullmatch(text.strip().lower())
+        base: Any = found[1] if found else ""
+        if found is None or (base in ("fp32", "fp16") and found[0] != base):
+            raise UserError(
+                f"{text!r} is not a precision; give fp32, fp16, int8 or fp8, the last two followed "
+                "by +fp16 or :LAYERS if wanted, such as int8+fp16:6."
+            )
+        kept: Any = "auto" if found[3] == "auto" else int(found[3] or 0)
+        return cls(base, "fp16" if found[2] else "fp32", kept)
+
+    @property
+    def quantizes(self) -> bool:
+        """True for INT8 and FP8."""
+        return self.base in ("int8", "fp8")
+
+    def __str__(self) -> str:
+        kept = self.float_layers
+        layers = ",".join(kept) if isinstance(kept, tuple) else str(kept or "")
+        return self.base + ("+fp16" if self.rest == "fp16" else "") + (layers and f":{layers}")
 
 
 OutputLayout = Literal[
@@ -74,6 +137,18 @@ class BatchProfile:
                 "give MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
             )
 
+    @classmethod
+    def of(cls, batch: int | tuple[int, int, int] | BatchProfile) -> BatchProfile:
+        """Return a profile: of one batch size, of (min, opt, max), or the one given.
+
+        Example:
+            >>> BatchProfile.of(8)
+            BatchProfile(min=8, opt=8, max=8)
+        """
+        if isinstance(batch, BatchProfile):
+            return batch
+        return cls(batch, batch, batch) if isinstance(batch, int) else cls(*batch)
+
     @property
     def is_static(self) -> bool:
         """True when only one batch size is taken."""
@@ -90,14 +165,33 @@ class NmsSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.confidence < 1:
-            raise UserError(f"confidence {self.confidence} is out of range; give --conf in 0..1.")
+            raise UserError(
+                f"confidence {self.confidence} is out of range; give `confidence` in 0..1.",
+                "confidence",
+            )
         if not 0 < self.iou <= 1:
-            raise UserError(f"IoU threshold {self.iou} is out of range; give --iou in 0..1.")
+            raise UserError(f"IoU threshold {self.iou} is out of range; give `iou` in 0..1.", "iou")
         if self.max_detections < 1:
             raise UserError(
                 f"at most {self.max_detections} detections an image is out of range; "
                 "give at least 1."
             )
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How images go through an engine."""
+
+    nms: NmsSettings | None = None
+    """Thresholds; None: those of the task, 0.4 confidence to show and 0.03 to evaluate."""
+    border: int = 0
+    """Gray pixels on every side of an image, see `data.letterbox.fit`."""
+    batch: int | None = None
+    """Images the engine is given at a time; None chooses, see `runtime.stream.choose_batch`."""
+    workers: int | None = None
+    """Threads that read and pre-process; None: one a core, at most sixteen."""
+    clip: bool = True
+    """Cut boxes off at the image's borders and drop those with nothing inside."""
 
 
 @dataclass(frozen=True)
@@ -144,5 +238,6 @@ def empty_input(spec: TensorSpec, rows: int) -> NDArray[Any]:
         height, width = image_size_of(spec)
         raise UserError(
             f"a batch of {rows} images of {height}x{width} does not fit in memory; give a smaller "
-            "--batch."
+            "`batch`.",
+            "batch",
         ) from error

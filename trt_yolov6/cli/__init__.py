@@ -30,8 +30,8 @@ from trt_yolov6.cli import (
     sensitivity,
     train,
 )
-from trt_yolov6.cli.options import Parser
-from trt_yolov6.cli.output import check_json
+from trt_yolov6.cli.options import Parser, option_names
+from trt_yolov6.cli.output import check_json, log_shown
 from trt_yolov6.errors import UserError
 
 _COMMANDS = (
@@ -62,10 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
         check_json(getattr(options, "json", None))
-        code = run(options)
+        with log_shown():
+            code = run(options)
         sys.stdout.flush()
     except UserError as error:
-        print(f"trt-yolov6 {options.command}: {error}", file=sys.stderr)
+        message = error.with_names(option_names(options.parser))
+        print(f"trt-yolov6 {options.command}: {message}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 
 from trt_yolov6.cli.engines import resolved
-from trt_yolov6.cli.options import Commands, add_command, add_decoder, add_quiet, positive
+from trt_yolov6.cli.options import (
+    Commands,
+    add_command,
+    add_decoder,
+    add_quiet,
+    add_thresholds,
+    positive,
+    preprocess_changes,
+)
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
@@ -20,7 +28,7 @@ def add(commands: Commands) -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="plans of TensorRT, or ONNX files; one entry each",
+        help="plans, or ONNX files; one entry each",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="the repository, new or not"
@@ -29,6 +37,15 @@ def add(commands: Commands) -> None:
         "--name",
         nargs="+",
         help="of the entries, one for each engine (network and precision, such as yolov6n_int8)",
+    )
+    parser.add_argument(
+        "--python-backend",
+        nargs="?",
+        const="tensors",
+        choices=("tensors", "pictures"),
+        help="run them by this package in Triton's Python backend, TensorRT-RTX's too: tensors in "
+        "and raw outputs out (if nothing follows), or encoded pictures in and boxes, scores and "
+        "classes out",
     )
     parser.add_argument(
         "--instances", type=positive, default=1, help="copies side by side on each GPU (1)"
@@ -48,6 +65,14 @@ def add(commands: Commands) -> None:
         metavar="US",
         help="microseconds that a request waits at most to share a batch (100)",
     )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="more of Triton's ModelConfig, in its text format, for each entry: a response cache, "
+        "priorities, limits of the queue; it takes the place of fields of the same name",
+    )
+    add_thresholds(parser, confidence=0.4)
     add_decoder(parser)
     add_quiet(parser)
 
@@ -58,11 +83,24 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.engines import LoadOptions
     from trt_yolov6.serving.triton import ServingSettings, export_triton, runs_on_cpu, served_model
 
+    given = {"conf": "confidence", "iou": "iou", "max_detections": "max_detections"}
+    thresholds = {
+        field: getattr(options, name)
+        for name, field in given.items()
+        if getattr(options, name) is not None
+    }
+    if thresholds and options.python_backend != "pictures":
+        raise UserError(
+            "--conf, --iou and --max-detections are for --python-backend pictures: other entries "
+            "give raw outputs; leave them out."
+        )
     settings = ServingSettings(
         instances=options.instances,
         gpus=() if options.cpu else options.gpus,
         max_queue_delay_us=options.max_queue_delay_us,
         default_cpu=not read_gpus(),
+        thresholds=thresholds,
+        extra="" if options.config is None else _text_of(options.config),
     )
     if options.name and len(options.name) != len(options.engine):
         raise UserError(
@@ -70,19 +108,21 @@ def run(options: argparse.Namespace) -> None:
             "for each."
         )
     engines = [resolved(path) for path in options.engine]
-    loading = LoadOptions(decoder=options.decoder, preprocess=tuple(options.preprocess or ()))
-    folders = export_triton(engines, options.output, settings, loading, options.name)
+    loading = LoadOptions(decoder=options.decoder, preprocess=preprocess_changes(options))
+    python = options.python_backend
+    folders = export_triton(engines, options.output, settings, loading, options.name, python)
     for path, folder in zip(engines, folders, strict=True):
-        model = served_model(path, loading)
+        model = served_model(path, loading, python)
         size = model.max_batch_size
         batching = f"batches of up to {size}" if size else "requests as they come, not batched"
-        print(f"{folder}: {model.platform}, {batching}")
+        runner = model.platform if python is None else f"{python} by {model.backend} in Python"
+        print(f"{folder}: {runner}, {batching}")
         on_cpu = runs_on_cpu(model, settings)
         if on_cpu and not options.cpu:
             print("  on the CPU, as this machine has no GPU; --gpus 0 for a server that has one")
         if model.platform == "tensorrt_plan" and "backend" in model.parameters:
             print(f"  for a Triton release with {model.parameters['backend']} and the same GPU")
-        if on_cpu and model.parameters["precision"] == "int8":
+        if on_cpu and python is None and model.parameters["precision"] == "int8":
             print(
                 "  on a CPU without VNNI, ONNX Runtime's INT8 convolutions saturate: Triton does "
                 "not switch that off, so that detections may be wrong"
@@ -97,3 +137,11 @@ def gpu_numbers(text: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form N or N,N")
     return tuple(int(part) for part in parts)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"--config {path} cannot be read ({reason}); check the path.") from error

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.errors import did_you_mean
 
 SAMPLE_WEIGHTS = Path("samples/yolov6n_bccd.pt")
@@ -17,7 +18,7 @@ SAMPLE_CALIB = Path("calib")
 CACHE_VERSION = "8.6.1"
 ENGINES = Path("engines")
 CALIBRATORS = ("auto", "minmax", "entropy", "percentile", "mse")
-ENGINE_SUFFIXES = (".onnx", ".trt", ".plan", ".engine")
+ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), ".plan", ".engine"}
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 """What `add_parser` of the whole command line adds commands to."""
@@ -109,7 +110,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime"),
+        choices=("auto", *BACKENDS),
         help="(auto: the best that works here)",
     )
 
@@ -128,6 +129,16 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
 
 
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    """Add --ray."""
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="work on a Ray cluster: host:port of its head, auto on one of its machines, or local; "
+        "an engine a GPU, or every --threads cores (docs/clusters.md)",
+    )
+
+
 def add_decoder(parser: argparse.ArgumentParser) -> None:
     """Add what concerns detectors of other families."""
     group = parser.add_argument_group("detectors of other families (ONNX files without a manifest)")
@@ -144,6 +155,13 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
         help="where images are not prepared as that family's: fit=letterbox|corner|stretch, "
         "interpolation=area|linear|cubic, colour=rgb|bgr, mean=R,G,B and std=R,G,B of 0..255",
     )
+
+
+def preprocess_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what --preprocess changes: fields of `Preprocessing` by name."""
+    from trt_yolov6.data.preprocessing import parse_changes
+
+    return parse_changes(options.preprocess or ())
 
 
 def add_training(parser: argparse.ArgumentParser, output: str) -> None:
@@ -192,6 +210,26 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def spelled(name: str) -> str:
     """Return an option as it is typed, from its name among the parsed ones."""
     return f"--{name.replace('_', '-')}"
+
+
+_PARAMETERS = {
+    "confidence": "conf",
+    "image_size": "imgsz",
+    "calibration": "calib",
+    "clean": "no_surgery",
+}
+"""Options whose name differs from that of the parameter they set."""
+
+
+def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the options of a command by the name of the parameter they set."""
+    options = {
+        action.dest: action.option_strings[0] for action in parser._actions if action.option_strings
+    }
+    renamed = {
+        parameter: options[option] for parameter, option in _PARAMETERS.items() if option in options
+    }
+    return {**options, **renamed}
 
 
 def is_given(value: object) -> bool:

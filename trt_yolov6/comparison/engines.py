@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.machine import machine, versions
-from trt_yolov6.comparison.plan import ModelEntry, Plan, PrecisionChoice, parse_precision
+from trt_yolov6.comparison.plan import ModelEntry, Plan
+from trt_yolov6.data.preprocessing import parse_changes
 from trt_yolov6.engines import best_backend, load_engine
 from trt_yolov6.engines.base import BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, manifest_of, read_manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile
+from trt_yolov6.spec import BatchProfile, Precision
 
 if TYPE_CHECKING:
     import onnx
 
-    from trt_yolov6.diagnostics.inspection import OnnxDetails
+    from trt_yolov6.graph.inspect import OnnxDetails
     from trt_yolov6.graph.model import Graph
 
 Tell = Callable[[str], None]
@@ -46,7 +48,7 @@ class Case:
 
     name: str
     entry: ModelEntry
-    choice: PrecisionChoice | None
+    choice: Precision | None
     """None: the file is an engine, or a graph of its own precision, and taken as it is."""
     backend: str
     source: Mapping[str, Any]
@@ -87,7 +89,7 @@ class BuiltCase:
         if self.case.choice is None:  # taken as it is; a built one has it in its manifest
             entry = self.case.entry
             options = dataclasses.replace(
-                options, decoder=entry.decoder, preprocess=entry.preprocess
+                options, decoder=entry.decoder, preprocess=parse_changes(entry.preprocess)
             )
         backend = self.case.backend if self.case.source["buildable"] else "auto"
         return load_engine(self.files[batch], backend, options)
@@ -106,12 +108,12 @@ def cases_of(work: Work) -> list[Case]:
         source = _source(work, entry)
         for asked in dict.fromkeys(backends):
             backend = source["backend"] or asked
-            choices: list[PrecisionChoice | None] = [None]
+            choices: list[Precision | None] = [None]
             if source["buildable"]:
                 texts = entry.precisions or work.plan.precisions
-                choices = [parse_precision(text) for text in dict.fromkeys(texts)]
+                choices = list(dict.fromkeys(map(Precision.parse, texts)))
             for choice in choices:
-                name = f"{entry.label} {choice.name if choice else source['precision']}"
+                name = f"{entry.label} {choice or source['precision']}"
                 case = Case(
                     name + (f" {backend}" if several else ""), entry, choice, backend, source
                 )
@@ -182,7 +184,7 @@ def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
         "imgsz": entry.imgsz,
         "decoder": entry.decoder,
         "preprocess": entry.preprocess,
-        "precision": choice.name,
+        "precision": str(choice),
         "calibration": _calibration_inputs(work.plan) if choice.quantizes else None,
         "profile": dataclasses.astuple(profile),
         "backend": case.backend,
@@ -209,14 +211,12 @@ def _hashes(engine: Path) -> list[str | None]:
     return [sha256_file(engine), sha256_file(manifest) if manifest else None]
 
 
-def _build(
-    work: Work, case: Case, choice: PrecisionChoice, profile: BatchProfile
-) -> Mapping[str, Any]:
-    from trt_yolov6.engines.build import SUFFIXES, build_engine
+def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> Mapping[str, Any]:
+    from trt_yolov6.engines.build import build_engine
 
     work.tell(f"building {case.name} ...")
     stem = case.stem + (f"_b{profile.max}" if profile.is_static else "")
-    path = work.output / "engines" / f"{stem}{SUFFIXES[case.backend]}"
+    path = work.output / "engines" / f"{stem}{BACKENDS[case.backend].suffix}"
     graph = _graph(work, case.entry, profile, fp16=choice.base == "fp16")
     if choice.quantizes:
         graph = _quantized(work, graph, choice, path)
@@ -259,11 +259,11 @@ def _onnx_graph(
         fp16=fp16,
         class_names=read_class_names(entry.names) if entry.names else None,
         decoder=entry.decoder,
-        preprocess=entry.preprocess,
+        preprocess=parse_changes(entry.preprocess),
     )
 
 
-def _quantized(work: Work, graph: Graph, choice: PrecisionChoice, path: Path) -> Graph:
+def _quantized(work: Work, graph: Graph, choice: Precision, path: Path) -> Graph:
     from trt_yolov6.quantization.pipeline import quantize
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.table import table_path, write_table
@@ -274,7 +274,7 @@ def _quantized(work: Work, graph: Graph, choice: PrecisionChoice, path: Path) ->
         quantized=FP8 if choice.base == "fp8" else INT8,
         calibrator=calibrator,
         float_layers=choice.float_layers or (),
-        fp16=choice.rest_fp16,
+        fp16=choice.rest == "fp16",
         border=work.plan.border,
     )
     table = table_path(path)
@@ -404,7 +404,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _details(model: onnx.ModelProto) -> OnnxDetails:
-    from trt_yolov6.diagnostics.inspection import inspect_onnx
+    from trt_yolov6.graph.inspect import inspect_onnx
 
     return inspect_onnx(model)
 
@@ -417,7 +417,7 @@ def _graph_record(model: onnx.ModelProto) -> dict[str, Any]:
     return {
         "parameters": details.parameters,
         "flops": details.paper_flops,
-        "work": dataclasses.asdict(graph_work(model)),
+        "graph_work": dataclasses.asdict(graph_work(model)),
     }
 
 

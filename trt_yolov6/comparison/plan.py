@@ -28,39 +28,18 @@ precision, and `:6` or `:auto` leaves that many sensitive layers in float, as in
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trt_yolov6.errors import UserError, did_you_mean
-from trt_yolov6.spec import NmsSettings
-
-_PRECISION = re.compile(r"(fp32|fp16|(?:int8|fp8)(\+fp16)?(?::(\d{1,4}|auto))?)")
+from trt_yolov6.spec import NmsSettings, Precision
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
 MODEL_SUFFIXES = (".pt", ".onnx", ".trt", ".plan", ".engine")
 """A checkpoint, an ONNX file or engine, and TensorRT's plans under their usual names."""
-
-
-@dataclass(frozen=True)
-class PrecisionChoice:
-    """A precision that a model is built in."""
-
-    name: str
-    """As it was written, such as `int8+fp16:6`."""
-    base: Literal["fp32", "fp16", "int8", "fp8"]
-    rest_fp16: bool = False
-    """Layers that are not quantized run in half precision."""
-    float_layers: int | Literal["auto"] = 0
-    """How many of the most sensitive layers stay in float."""
-
-    @property
-    def quantizes(self) -> bool:
-        """True for INT8 and FP8."""
-        return self.base in ("int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -125,7 +104,7 @@ class Plan:
         if not self.models:
             raise UserError("there is nothing to compare; name checkpoints, ONNX files or engines.")
         for text in (*self.precisions, *(p for model in self.models for p in model.precisions)):
-            parse_precision(text)
+            Precision.parse(text)
         if not self.precisions:
             raise UserError(
                 "no precision is given; name some with --precisions, such as fp32,int8."
@@ -158,25 +137,6 @@ class Plan:
             UserError: one is out of range.
         """
         return NmsSettings(self.confidence, self.iou, self.max_detections)
-
-
-def parse_precision(text: str) -> PrecisionChoice:
-    """Return the precision that a text such as `int8+fp16:6` names.
-
-    Raises:
-        UserError: it names none.
-    """
-    found = _PRECISION.fullmatch(text.strip().lower())
-    if not found:
-        raise UserError(
-            f"{text!r} is no precision; give fp32, fp16, int8 or fp8, the last two with +fp16 or "
-            ":LAYERS behind if wanted, such as int8+fp16:6."
-        )
-    base: Any = found[1].split("+")[0].split(":")[0]
-    kept: int | Literal["auto"] = "auto" if found[3] == "auto" else int(found[3] or 0)
-    if base == "fp8" and kept != 0:
-        raise UserError(f"{text!r}: layers are ranked for INT8 only; leave `:{found[3]}` out.")
-    return PrecisionChoice(found[1], base, bool(found[2]), kept)
 
 
 def read_plan(path: str | Path, **changes: Any) -> Plan:

@@ -90,7 +90,7 @@ def results_of(
 
 def _engine(built: BuiltCase, found: Mapping[str, Any]) -> dict[str, Any]:
     record, case = built.records[built.largest], built.case
-    precision = case.choice.name if case.choice else record.get("precision", found["precision"])
+    precision = str(case.choice) if case.choice else record.get("precision", found["precision"])
     return {
         "engine": built.name,
         "label": case.entry.label,

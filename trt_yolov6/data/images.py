@@ -91,7 +91,7 @@ def upright_size(path: Path) -> tuple[int, int]:
 
 
 def read_image(
-    source: Path | bytes, name: str | None = None, *, as_stored: bool = False
+    source: str | Path | bytes, name: str | None = None, *, as_stored: bool = False
 ) -> NDArray[np.uint8]:
     """Decode an image to RGB.
 
@@ -108,7 +108,12 @@ def read_image(
         uint8 (height, width, 3), RGB, C-contiguous.
 
     Raises:
-        UserError: the file is missing, empty, cut short or no image.
+        UserError: the file is missing, empty, cut short or not an image.
+
+    Example:
+        >>> from trt_yolov6 import read_image
+        >>> read_image("images/BloodImage_00007.jpg").shape
+        (480, 640, 3)
     """
     if isinstance(source, bytes):
         data, name = source, name or "the image"
@@ -132,7 +137,11 @@ def read_image(
     quiet_opencv()
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # for one, more pixels than OpenCV's limit
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" in str(error):
+            raise UserError(
+                f"{name} has more pixels than are decoded here; make it smaller."
+            ) from error
         image = None
     if image is None:
         raise UserError(f"{name} is damaged, cut short or no image; replace or remove it.")

@@ -49,18 +49,22 @@ class Preprocessing:
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 raise UserError(
-                    f"--preprocess {name}={getattr(self, name)} is unknown; choose one of "
-                    f"{', '.join(get_args(allowed))}."
+                    f"`preprocess` {name}={getattr(self, name)} is unknown; choose one of "
+                    f"{', '.join(get_args(allowed))}.",
+                    "preprocess",
                 )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(map(math.isfinite, values)):
                 raise UserError(
-                    f"--preprocess {name} needs one number or three, of red, green and blue in "
-                    "0..255."
+                    f"`preprocess` {name} needs one number or three, of red, green and blue in "
+                    "0..255.",
+                    "preprocess",
                 )
         if min(self.std) <= 0:
-            raise UserError("--preprocess std divides the pixels; give numbers above 0.")
+            raise UserError(
+                "`preprocess` std divides the pixels; give numbers above 0.", "preprocess"
+            )
 
     @property
     def channels(self) -> tuple[tuple[int, float, float], ...]:
@@ -68,23 +72,21 @@ class Preprocessing:
         order = (0, 1, 2) if self.colour == "rgb" else (2, 1, 0)
         return tuple((place, self.mean[place], self.std[place]) for place in order)
 
-    def with_changes(self, changes: Sequence[str]) -> Preprocessing:
-        """Return it with fields replaced, each change a `FIELD=VALUE`, numbers with commas.
+    def with_changes(self, changes: Mapping[str, Any]) -> Preprocessing:
+        """Return it with fields replaced, by name.
 
         Raises:
-            UserError: a change is not of that form, or no such field or value exists.
+            UserError: no such field or value exists.
         """
-        fields: dict[str, Any] = {}
         known = [field.name for field in dataclasses.fields(self)]
-        for change in changes:
-            name, equals, text = change.partition("=")
-            if not equals or name not in known:
+        for name in changes:
+            if name not in known:
                 raise UserError(
-                    f"--preprocess {change} is not understood{did_you_mean(name, known)}; give "
-                    f"FIELD=VALUE with a field of {', '.join(known)}."
+                    f"`preprocess` has no field {name}{did_you_mean(name, known)}; the fields are "
+                    f"{', '.join(known)}.",
+                    "preprocess",
                 )
-            fields[name] = _numbers(name, text) if name in ("mean", "std") else text
-        return dataclasses.replace(self, **fields)
+        return dataclasses.replace(self, **changes)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
@@ -114,12 +116,37 @@ YOLOV6 = Preprocessing()
 """What the paper's networks take: a letterbox, RGB in 0..1."""
 
 
+def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """Return fields of `Preprocessing` by name, of texts `FIELD=VALUE`, numbers with commas.
+
+    Raises:
+        UserError: a change is not of that form, or there is no such field.
+
+    Example:
+        >>> parse_changes(["fit=stretch", "mean=127.5"])
+        {'fit': 'stretch', 'mean': (127.5, 127.5, 127.5)}
+    """
+    fields: dict[str, Any] = {}
+    known = [field.name for field in dataclasses.fields(Preprocessing)]
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or name not in known:
+            raise UserError(
+                f"`preprocess` {change} is not understood{did_you_mean(name, known)}; give "
+                f"FIELD=VALUE with a field of {', '.join(known)}.",
+                "preprocess",
+            )
+        fields[name] = _numbers(name, text) if name in ("mean", "std") else text
+    return fields
+
+
 def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UserError(
-            f"--preprocess {name}={text} is not understood; give one number or three with commas."
+            f"`preprocess` {name}={text} is not understood; give one number or three with commas.",
+            "preprocess",
         ) from error
     return values * 3 if len(values) == 1 else values
 

@@ -1,11 +1,13 @@
-"""What a detector says about an image: the `Detections` value, and how raw outputs become one."""
+"""Detections of an image: the `Detections` value, and post-processing of raw outputs into it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,28 +15,117 @@ from numpy.typing import NDArray
 from trt_yolov6.data.letterbox import Letterbox
 from trt_yolov6.detectors.candidates import Candidates
 from trt_yolov6.detectors.layouts import LAYOUTS, Found, ReadImage
+from trt_yolov6.errors import MissingDependencyError
 from trt_yolov6.spec import NmsSettings, OutputLayout
+
+if TYPE_CHECKING:
+    import supervision
 
 MAX_CANDIDATES = 30000
 """Boxes an image brings to the suppression at most, best first, as the authors' evaluation does."""
 
 
 @dataclass(frozen=True)
-class Detections:
-    """The objects found in one image, best score first.
+class Detection:
+    """One object in an image."""
 
-    boxes:   float32 (n, 4), x1, y1, x2, y2 in pixels of the original image, inside its borders
-             unless `postprocess` was asked not to clip them
-    scores:  float32 (n,), in 0..1
-    classes: int64 (n,), index into the class names
+    xyxy: tuple[float, float, float, float]
+    """Left, top, right and bottom edge in pixels of the original image."""
+    confidence: float
+    """Score in 0..1."""
+    class_id: int
+    """Index into the detector's class names."""
+    class_name: str
+    """Name of the class, `class_<id>` where the detector has no names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """The objects found in one image, highest confidence first.
+
+    Fields are named as in supervision. Iterating yields `Detection` values; indexing by a number
+    gives one, indexing by a slice, a boolean mask or an array of indices gives a smaller
+    `Detections`.
+
+    Example:
+        >>> import numpy as np
+        >>> found = Detections(
+        ...     xyxy=np.array([[10, 20, 60, 80], [30, 30, 40, 50]], np.float32),
+        ...     confidence=np.array([0.75, 0.5], np.float32),
+        ...     class_id=np.array([1, 0]),
+        ...     class_names=("cat", "dog"),
+        ... )
+        >>> [(one.class_name, one.confidence) for one in found]
+        [('dog', 0.75), ('cat', 0.5)]
+        >>> found[found.confidence > 0.6].xyxy.tolist()
+        [[10.0, 20.0, 60.0, 80.0]]
     """
 
-    boxes: NDArray[np.float32]
-    scores: NDArray[np.float32]
-    classes: NDArray[np.int64]
+    xyxy: NDArray[np.float32]
+    """float32 (n, 4): left, top, right, bottom in pixels of the original image, inside its borders
+    unless `postprocess` was asked not to clip."""
+    confidence: NDArray[np.float32]
+    """float32 (n,), scores in 0..1."""
+    class_id: NDArray[np.int64]
+    """int64 (n,), indices into `class_names`."""
+    class_names: tuple[str, ...] = ()
+    """Names of the detector's classes; empty where they are unknown."""
+    path: Path | None = None
+    """File of the image; None where it was an array."""
 
     def __len__(self) -> int:
-        return len(self.scores)
+        return len(self.confidence)
+
+    def __iter__(self) -> Iterator[Detection]:
+        return (self[index] for index in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> Detection: ...
+    @overload
+    def __getitem__(self, index: slice | NDArray[Any] | Sequence[int]) -> Detections: ...
+    def __getitem__(
+        self, index: int | np.integer[Any] | slice | NDArray[Any] | Sequence[int]
+    ) -> Detection | Detections:
+        if isinstance(index, (int, np.integer)):
+            left, top, right, bottom = self.xyxy[index].tolist()
+            number = int(self.class_id[index])
+            return Detection(
+                (left, top, right, bottom),
+                float(self.confidence[index]),
+                number,
+                self.class_name(number),
+            )
+        chosen: Any = index if isinstance(index, (slice, np.ndarray)) else np.array(index, np.intp)
+        return dataclasses.replace(
+            self,
+            xyxy=self.xyxy[chosen],
+            confidence=self.confidence[chosen],
+            class_id=self.class_id[chosen],
+        )
+
+    def class_name(self, class_id: int) -> str:
+        """Return the name of a class, `class_<id>` where it has none."""
+        known = 0 <= class_id < len(self.class_names)
+        return self.class_names[class_id] if known else f"class_{class_id}"
+
+    def to_supervision(self) -> supervision.Detections:
+        """Return these detections as `supervision.Detections`, class names under `class_name`.
+
+        Raises:
+            MissingDependencyError: supervision is not installed.
+        """
+        try:
+            import supervision
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(
+                "to_supervision needs the package supervision; `pip install supervision`."
+            ) from error
+        return supervision.Detections(
+            xyxy=self.xyxy,
+            confidence=self.confidence,
+            class_id=self.class_id,
+            data={"class_name": np.array([self.class_name(int(c)) for c in self.class_id])},
+        )
 
 
 def postprocess(
@@ -44,6 +135,7 @@ def postprocess(
     letterboxes: Sequence[Letterbox],
     *,
     clip: bool = True,
+    class_names: tuple[str, ...] = (),
     executor: Executor | None = None,
 ) -> list[Detections]:
     """Turn an engine's outputs for a batch into detections in the original images.
@@ -61,6 +153,7 @@ def postprocess(
         letterboxes: where each image lies in its row, all of one input size; rows beyond them are
             padding and ignored.
         clip: cut boxes off at the image's borders and drop those with nothing inside.
+        class_names: the detector's, which the detections carry.
         executor: works on several images at a time; default: one after the other.
 
     Returns:
@@ -77,8 +170,12 @@ def postprocess(
         )
     else:
         return []
+
+    def named(index: int) -> Detections:
+        return dataclasses.replace(of_image(index), class_names=class_names)
+
     indices = range(len(letterboxes))
-    return list(map(of_image, indices) if executor is None else executor.map(of_image, indices))
+    return list(map(named, indices) if executor is None else executor.map(named, indices))
 
 
 def suppress(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -97,8 +97,10 @@ class LoadOptions:
     """TensorRT: launch a run as one CUDA graph instead of kernel by kernel."""
     decoder: str | None = None
     """Family of a detector without a manifest (see `detectors.families`); None finds out."""
-    preprocess: tuple[str, ...] = ()
-    """Changes to how images are prepared, each FIELD=VALUE of `Preprocessing`."""
+    preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Changes to how images are prepared: fields of `Preprocessing` by name."""
+    gpu: int = 0
+    """Number of the GPU for ONNX Runtime's providers. TensorRT takes CUDA's current one."""
 
 
 class Run(abc.ABC):

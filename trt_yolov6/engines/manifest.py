@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import (
     atomic_path,
     check_writable,
@@ -26,7 +27,7 @@ from trt_yolov6.common.files import (
 )
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, Precision, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, PrecisionName, TensorSpec
 
 SCHEMA_VERSION = 1
 
@@ -43,7 +44,7 @@ class Manifest:
     image_size: tuple[int, int]
     """Input height and width in pixels."""
     batch: BatchProfile
-    precision: Precision
+    precision: PrecisionName
     output_layout: OutputLayout
     backend: str
     backend_version: str
@@ -235,9 +236,9 @@ def _from_json(path: Path, value: dict[str, Any]) -> Manifest:
 def _check_values(manifest: Manifest, value: dict[str, Any]) -> None:
     """Raise ValueError for what a dataclass takes but no manifest has."""
     choices = {
-        "precision": get_args(Precision),
+        "precision": get_args(PrecisionName),
         "output_layout": get_args(OutputLayout),
-        "backend": ("onnxruntime", "tensorrt", "tensorrt-rtx"),
+        "backend": tuple(BACKENDS),
     }
     for name, allowed in choices.items():
         if getattr(manifest, name) not in allowed:

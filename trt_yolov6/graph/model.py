@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
-from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, Precision
+from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, PrecisionName
 
 if TYPE_CHECKING:
     import onnx
@@ -22,7 +22,7 @@ class Graph:
     class_names: tuple[str, ...]
     image_size: tuple[int, int]
     batch: BatchProfile
-    precision: Precision
+    precision: PrecisionName
     output_layout: OutputLayout
     nms: NmsSettings | None
     source: Path

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trt_yolov6.detectors.layouts import class_count
 from trt_yolov6.detectors.metadata import check_input, image_size_in, names_in, nms_in
-from trt_yolov6.detectors.recognition import facts_of, recognize
+from trt_yolov6.detectors.recognition import recognize
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.facts import facts_of
 from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
 from trt_yolov6.graph.model import Graph
@@ -30,7 +31,7 @@ def graph_from_onnx(
     fp16: bool = False,
     class_names: Sequence[str] | None = None,
     decoder: str | None = None,
-    preprocess: Sequence[str] = (),
+    preprocess: Mapping[str, Any] | None = None,
 ) -> Graph:
     """Take a detector's ONNX file as it is, made half precision if asked.
 
@@ -45,7 +46,7 @@ def graph_from_onnx(
         fp16: convert a float32 graph; decoding stays in float32.
         class_names: in the order of the scores; None takes the file's own, or `class_0` …
         decoder: the family it is of, a name of `detectors.families`; None finds out.
-        preprocess: changes to the family's pre-processing, each FIELD=VALUE of `Preprocessing`.
+        preprocess: changes to the family's pre-processing, fields of `Preprocessing` by name.
 
     Raises:
         UserError: the file is no such graph, or disagrees with what was asked.
@@ -111,7 +112,7 @@ def graph_from_onnx(
         nms=nms_in(metadata) if layout == "end2end" else None,
         source=path,
         decoder=family.name,
-        preprocessing=family.preprocessing.with_changes(preprocess),
+        preprocessing=family.preprocessing.with_changes(preprocess or {}),
         notes=(dropped_text(dropped),) if dropped else (),
     )
 

@@ -41,7 +41,7 @@ def agreement(
         0..1. Where the reference detects nothing at all, 1 if `found` is not sure of anything
         either, else 0.
     """
-    best = max((float(one.scores.max(initial=0)) for one in reference), default=0.0)
+    best = max((float(one.confidence.max(initial=0)) for one in reference), default=0.0)
     if 0 < best < confident:
         confident = best / 2
     truth = [_entries(image, one, confident) for image, one in enumerate(reference)]
@@ -145,7 +145,7 @@ def match(
 
 
 def _entries(image: int, detections: Detections, least: float) -> list[dict[str, Any]]:
-    corners = detections.boxes.astype(np.float64)
+    corners = detections.xyxy.astype(np.float64)
     sides = corners[:, 2:] - corners[:, :2]
     return [
         {
@@ -157,7 +157,7 @@ def _entries(image: int, detections: Detections, least: float) -> list[dict[str,
             "score": float(score),
         }
         for box, side, label, score in zip(
-            corners, sides, detections.classes, detections.scores, strict=True
+            corners, sides, detections.class_id, detections.confidence, strict=True
         )
         if score >= least
     ]

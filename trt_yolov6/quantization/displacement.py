@@ -65,7 +65,7 @@ class Displacement:
         from trt_yolov6.graph.reference import reference_session
         from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 
-        session = reference_session(with_integer_convolutions(model).SerializeToString())
+        session = reference_session(with_integer_convolutions(model))
         names = [output.name for output in session.get_outputs()]
         source = session.get_inputs()[0].name
         for images in self._images:

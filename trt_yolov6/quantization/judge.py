@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import sha256_bytes
-from trt_yolov6.data.calibration import calibration_batches, input_spec
+from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.quantization.agreement import agreement
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.resampling import Interval, interval, matched
@@ -133,7 +134,7 @@ class Judge:
 
     def _least_score(self, confident: float) -> float:
         """Return from which score on a float detection counts, as `agreement` has it."""
-        best = max((float(one.scores.max(initial=0)) for one in self.reference), default=0.0)
+        best = max((float(one.confidence.max(initial=0)) for one in self.reference), default=0.0)
         return best / 2 if 0 < best < confident else confident
 
     def confident_agreement(self, model: onnx.ModelProto) -> float:
@@ -156,7 +157,7 @@ class Judge:
 
     def _agreement(self, found: Sequence[Detections], confident: float) -> float:
         # A graph with NMS inside does not tell how many classes there are.
-        seen = (one.classes.max(initial=-1) + 1 for one in (*self.reference, *found))
+        seen = (one.class_id.max(initial=-1) + 1 for one in (*self.reference, *found))
         return agreement(self.reference, found, max(self._named_classes, 1, *seen), confident)
 
     def detections(self, model: onnx.ModelProto) -> list[Detections]:
@@ -172,7 +173,7 @@ class Judge:
         from trt_yolov6.graph.reference import reference_session
 
         # Whole numbers, as the engine will add them up; and they are faster than dequantized ones.
-        exact = with_integer_convolutions(model).SerializeToString()
+        exact = with_integer_convolutions(model)
         session: onnxruntime.InferenceSession = reference_session(exact)
         names = [output.name for output in session.get_outputs()]
         size = self._image_size

@@ -91,7 +91,7 @@ def matched(
         least_score: of an object, as where the objects are another network's detections.
     """
     objects = [_at_least(one, least_score) for one in truth]
-    labels = sorted({int(label) for one in objects for label in one.classes})
+    labels = sorted({int(label) for one in objects for label in one.class_id})
     return MatchedDetections(
         tuple(_match_class(objects, found, label) for label in labels), len(objects)
     )
@@ -124,20 +124,20 @@ def interval(
 
 
 def _at_least(one: Detections, score: float) -> Detections:
-    kept = one.scores >= score
-    return Detections(one.boxes[kept], one.scores[kept], one.classes[kept])
+    kept = one.confidence >= score
+    return one[kept]
 
 
 def _match_class(truth: Sequence[Detections], found: Sequence[Detections], label: int) -> _Class:
     images, scores, hits, objects = [], [], [], []
     for image, (wanted, seen) in enumerate(zip(truth, found, strict=True)):
-        boxes = wanted.boxes[wanted.classes == label].astype(np.float64)
-        own = seen.classes == label
-        order = np.argsort(-seen.scores[own], kind="stable")[:_MOST_DETECTIONS]
-        given = seen.boxes[own][order].astype(np.float64)
+        boxes = wanted.xyxy[wanted.class_id == label].astype(np.float64)
+        own = seen.class_id == label
+        order = np.argsort(-seen.confidence[own], kind="stable")[:_MOST_DETECTIONS]
+        given = seen.xyxy[own][order].astype(np.float64)
         to_object, _ = match(_overlaps(given, boxes), IOU_THRESHOLDS, len(given))
         images.append(np.full(len(given), image))
-        scores.append(seen.scores[own][order])
+        scores.append(seen.confidence[own][order])
         hits.append(to_object >= 0)
         objects.append(len(boxes))
     order = np.argsort(-np.concatenate(scores), kind="stable")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.errors import UserError
-from trt_yolov6.quantization.bias_correction import BiasCorrection
+from trt_yolov6.quantization.bias_correction import BiasCorrection, with_layers_of
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_for
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
@@ -37,7 +37,6 @@ from trt_yolov6.quantization.mixed_precision import (
 from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
-from trt_yolov6.quantization.qdq.view import with_layers_of
 from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
@@ -438,6 +437,30 @@ def weight_choices(settings: QuantizationSettings) -> tuple[Weights, ...]:
     if settings.quantized.is_floating or not settings.reconstruct:
         return ("biases",)
     return ("biases", "reconstructed")
+
+
+def tried_table(candidates: Sequence[Candidate]) -> list[str]:
+    """Return what a search tried as the lines of a table; none where nothing was."""
+    if not candidates:
+        return []
+    rows = [("decision", "tried", "agreement", "slower", "seconds")]
+    for item in candidates:
+        what = {
+            "graph and ranges": f"{item.variant}, {item.method}",
+            "weights": item.weights,
+            "float layers": f"{len(item.float_layers)} in float",
+        }[item.decides]
+        slower = f"{item.slowdown:.1%}" if item.float_layers else ""
+        cells = (f"{item.agreement:.3f}", slower, f"{item.seconds:.1f}")
+        rows.append((item.decides, what, *cells))
+    widths = [max(len(row[place]) for row in rows) for place in range(5)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def prepare(

@@ -42,20 +42,20 @@ def draw_detections(
     order = range(len(detections) - 1, -1, -1)
     height, width = image.shape[:2]
     last_pixel = np.array([width - 1, height - 1] * 2)
-    corners = np.minimum(np.rint(detections.boxes), last_pixel).astype(int).tolist()
+    corners = np.minimum(np.rint(detections.xyxy), last_pixel).astype(int).tolist()
     for index in order:
         x1, y1, x2, y2 = corners[index]
-        colour = class_colour(int(detections.classes[index]))
+        colour = class_colour(int(detections.class_id[index]))
         cv2.rectangle(canvas, (x1, y1), (x2, y2), _contrast(colour), thickness + 2)
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, thickness)
     # All labels after all boxes: no line crosses a name.
     for index in order:
-        label = int(detections.classes[index])
+        label = int(detections.class_id[index])
         name = class_names[label] if label < len(class_names) else str(label)
         x1, y1, _, y2 = corners[index]
         _draw_label(
             canvas,
-            f"{name} {detections.scores[index]:.2f}",
+            f"{name} {detections.confidence[index]:.2f}",
             (x1, y1, y2),
             class_colour(label),
             letter,

@@ -48,7 +48,7 @@ class Confusion:
         """
         free = np.ones(len(boxes), bool)
         nothing = len(self.counts) - 1
-        for box, score, label in zip(found.boxes, found.scores, found.classes, strict=True):
+        for box, score, label in zip(found.xyxy, found.confidence, found.class_id, strict=True):
             row = places[int(label)]
             if score < CONFUSION_CONFIDENCE or row is None:
                 continue

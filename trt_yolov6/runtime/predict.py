@@ -1,9 +1,10 @@
-"""Detection on arrays, pictures, folders and videos with any engine."""
+"""Detection on images with any engine: `detect` for a few or many, `process` for a stream."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 import warnings
 from collections import deque
@@ -11,25 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from trt_yolov6.common.files import atomic_path, write_bytes
-from trt_yolov6.data.images import IMAGE_SUFFIXES
 from trt_yolov6.data.loader import Batch, default_workers, fill_row, load_batches
-from trt_yolov6.data.media import Clip, Frame, Picture, Pictures, Video, find_media, open_video
+from trt_yolov6.data.media import Video, find_media
 from trt_yolov6.detectors.candidates import Candidates
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
 from trt_yolov6.errors import UserError
-from trt_yolov6.runtime.detection_files import Format, open_detection_files
-from trt_yolov6.runtime.draw import draw_detections
 from trt_yolov6.runtime.plausibility import check_outputs, has_non_finite
-from trt_yolov6.runtime.video import VideoWriter
 from trt_yolov6.spec import NmsSettings
 
 Item = TypeVar("Item")
@@ -57,55 +51,97 @@ class Processed(Generic[Item, Result]):
     """Time `finish` took."""
 
 
+Image: TypeAlias = "str | Path | NDArray[np.uint8]"
+"""A file, or uint8 (height, width, 3) RGB pixels."""
+
+Images: TypeAlias = "Image | Iterable[Image]"
+"""An image, a folder or glob of them, an array (n, height, width, 3), or several of any kind."""
+
+
 def detect(
     engine: Engine,
-    images: Sequence[NDArray[np.uint8]],
+    images: Images,
     *,
     nms: NmsSettings | None = None,
     border: int = 0,
     batch: int | None = None,
 ) -> list[Detections]:
-    """Find objects in images that are already in memory.
+    """Find objects in images.
 
     Args:
         engine: any loaded engine.
-        images: each uint8 (height, width, 3) RGB, of any size.
+        images: arrays, uint8 (height, width, 3) RGB of any size; paths of files, folders (searched
+            with their sub-folders, sorted by path) and globs; or several of these.
         nms: thresholds; default: `default_nms(engine)`, confidence 0.4.
         border: gray pixels around the image, see `letterbox.fit`.
         batch: images the engine is given at a time; default: see `choose_batch`.
 
     Returns:
-        One `Detections` an image, in pixels of that image.
+        One `Detections` an image, in order and in pixels of that image; a list for one image too.
 
     Raises:
-        UserError: an array is no such image, or the engine cannot do what is asked.
+        UserError: an array is not such an image, a file cannot be read, or the engine cannot do
+            what is asked.
     """
-
-    def read(index: int) -> NDArray[np.uint8]:
-        image = np.asarray(images[index])
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise UserError(
-                f"image {index} is {image.dtype} {image.shape}; give uint8 arrays of shape "
-                "(height, width, 3), RGB."
-            )
-        return np.ascontiguousarray(image)
-
+    items = _items(images)
     nms = nms or default_nms(engine)
-    found: list[Detections] = []
-    if len(images) <= choose_batch(engine, batch) and engine.batch.min <= len(images):
+    if len(items) <= choose_batch(engine, batch) and engine.batch.min <= len(items):
         check_thresholds(engine, nms)
-        return _detect_at_once(engine, [read(index) for index in range(len(images))], nms, border)
-    for step in process(
-        engine,
-        range(len(images)),
-        read,
-        lambda _, detections: detections,
-        nms=nms,
-        border=border,
-        batch=batch,
-    ):
-        found.extend(step.result)
+        found = _detect_at_once(engine, [item.read() for item in items], nms, border)
+    else:
+        found = []
+        for step in process(
+            engine,
+            items,
+            lambda item: item.read(),
+            lambda _, detections: detections,
+            nms=nms,
+            border=border,
+            batch=batch,
+        ):
+            found.extend(step.result)
+    return [
+        dataclasses.replace(one, path=item.path) for one, item in zip(found, items, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An image to be read when it is needed."""
+
+    path: Path | None
+    read: Callable[[], NDArray[np.uint8]]
+
+
+def _items(images: Images) -> list[_Item]:
+    """Return one item an image, in order."""
+    if isinstance(images, (str, Path)):
+        media = find_media(images)
+        if isinstance(media, Video):
+            raise UserError(
+                f"{images} is a video or stream; `annotate` reads those, `predict` reads images."
+            )
+        return [_Item(picture.path, picture.read) for picture in media.items]
+    several: Any = images
+    if hasattr(images, "__array_interface__") and np.ndim(several) != 4:
+        several = [several]  # one array, or a PIL image
+    found: list[_Item] = []
+    for image in several:
+        if isinstance(image, (str, Path)):
+            found += _items(image)
+        else:
+            found.append(_Item(None, functools.partial(_checked_image, image, len(found))))
     return found
+
+
+def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+        raise UserError(
+            f"image {index} is {pixels.dtype} {pixels.shape}; give uint8 arrays of shape "
+            "(height, width, 3), RGB."
+        )
+    return np.ascontiguousarray(pixels)
 
 
 def _detect_at_once(
@@ -123,7 +159,7 @@ def _detect_at_once(
         outputs = engine.start(array, nms.confidence).wait()
     else:
         outputs = _checked_outputs(engine, array, len(images), nms, _warn)
-    return postprocess(outputs, engine.output_layout, nms, placed)
+    return postprocess(outputs, engine.output_layout, nms, placed, class_names=engine.class_names)
 
 
 def _checked_outputs(
@@ -143,244 +179,6 @@ def _checked_outputs(
 
 def _warn(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)
-
-
-@dataclass(frozen=True)
-class InferenceSummary:
-    """What `infer_source` did."""
-
-    files: tuple[Path, ...]
-    """What holds the detections: files, and for YOLO's format their folder."""
-    outputs: tuple[Path, ...]
-    """The annotated pictures, or the one annotated video."""
-    images: int
-    """Pictures or frames that were processed."""
-    objects: int
-    failures: tuple[tuple[str, str], ...]
-    """Pictures that were left out because they could not be read, each with why, as one
-    sentence."""
-    warnings: tuple[str, ...]
-    """What is odd about those that were processed, such as a video that ends early: sentences."""
-    inference_seconds: float
-    wall_seconds: float
-
-
-def infer_source(
-    engine: Engine,
-    source: str | Path,
-    output: str | Path,
-    *,
-    formats: Sequence[Format] = ("json",),
-    frames: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
-    progress: bool = True,
-) -> InferenceSummary:
-    """Find objects in pictures or a video, and draw them.
-
-    Writes annotated pictures under their own names, below `output` as below `source`, or
-    `<stem>.mp4` of a video, without sound: H.264 where `ffmpeg` is on the path. A picture of a type
-    that is not written, such as PPM, becomes `<name>.jpg`.
-
-    What was found goes into `detections.json`, a list with `file`, `width`, `height` and
-    `detections` of each picture, or of each frame with `frame` (from 0) and `seconds` (its own time
-    in the video) besides. A detection has `box` ([x1, y1, x2, y2] in pixels of the original),
-    `score`, `class` and `name`. `detections.csv` has a row a detection; `labels/<stem>.txt`, or
-    `labels/<stem>_<frame>.txt`, YOLO's format with the score after the box.
-
-    Args:
-        engine: any loaded engine.
-        source: see `media.find_media`.
-        output: the folder to write to; made if missing, not the one the source lies in.
-        formats: of `detection_files.FORMATS`.
-        frames: end a video or stream after so many.
-        stop: asked before each frame of a video or stream: whether to end here.
-        nms, border, batch: as in `detect`.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
-            unreadable picture among others is listed in the summary instead.
-    """
-    output = Path(output)
-    media = find_media(source)
-    if isinstance(media, Video):
-        places = [] if media.is_live else [Path(media.address).parent]
-    else:
-        places = [item.path.parent for item in media.items if item.path is not None]
-    if any(output.resolve() == place.resolve() for place in places):
-        raise UserError(f"{output} is where the source lies; give another folder as --output.")
-    options = {"nms": nms or default_nms(engine), "border": border, "batch": batch}
-    if isinstance(media, Video):
-        clip = open_video(media, frames, stop)
-        return _infer_video(engine, media, clip, output, formats, progress, **options)
-    return _infer_pictures(engine, media, str(source), output, formats, progress, **options)
-
-
-def _infer_pictures(
-    engine: Engine,
-    pictures: Pictures,
-    source: str,
-    output: Path,
-    formats: Sequence[Format],
-    progress: bool,
-    **options: Any,
-) -> InferenceSummary:
-    start = time.perf_counter()
-    outputs: list[Path] = []
-    failures: list[tuple[str, str]] = []
-    odd: list[str] = []
-    seconds = 0.0
-
-    def finish(batch: Batch[Picture], found: list[Detections]) -> list[Path]:
-        written = []
-        for picture, image, detections in zip(batch.items, batch.images, found, strict=True):
-            drawn = draw_detections(image, detections, engine.class_names)
-            known = Path(picture.name).suffix.lower() in IMAGE_SUFFIXES
-            written.append(output / (picture.name if known else picture.name + ".jpg"))
-            _, encoded = cv2.imencode(
-                written[-1].suffix.lower(), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
-            )
-            write_bytes(written[-1], encoded.tobytes())
-            height, width = image.shape[:2]
-            files.add({"file": picture.name, "width": width, "height": height}, detections)
-        return written
-
-    with (
-        open_detection_files(output, formats, engine.class_names) as files,
-        tqdm(
-            total=len(pictures.items),
-            desc="infer",
-            unit="image",
-            disable=None if progress else True,
-        ) as bar,
-    ):
-        for step in process(
-            engine,
-            pictures.items,
-            Picture.read,
-            finish,
-            keep_images=True,
-            skip_unreadable=not pictures.is_single,
-            tell=odd.append,
-            **options,
-        ):
-            outputs.extend(step.result)
-            failures.extend((item.where, str(error)) for item, error in step.batch.failures)
-            seconds += step.inference_seconds
-            bar.update(len(step.batch.items) + len(step.batch.failures))
-        if not outputs:
-            raise UserError(
-                f"no image in {source} could be read; the first problem: {failures[0][1]}"
-            )
-    return InferenceSummary(
-        files=files.paths,
-        outputs=tuple(outputs),
-        images=files.images,
-        objects=files.objects,
-        failures=tuple(failures),
-        warnings=tuple(odd),
-        inference_seconds=seconds,
-        wall_seconds=time.perf_counter() - start,
-    )
-
-
-def _infer_video(
-    engine: Engine,
-    video: Video,
-    clip: Clip,
-    output: Path,
-    formats: Sequence[Format],
-    progress: bool,
-    **options: Any,
-) -> InferenceSummary:
-    start = time.perf_counter()
-    target = output / f"{video.name}.mp4"
-    name = video.address if video.is_live else Path(video.address).name
-    odd: list[str] = []
-    seconds = 0.0
-
-    def finish(batch: Batch[Frame], found: list[Detections]) -> None:
-        for frame, detections in zip(batch.items, found, strict=True):
-            height, width = frame.image.shape[:2]
-            drawn = draw_detections(frame.image, detections, engine.class_names)
-            writer.add(drawn, frame.seconds)
-            record = {"file": name, "frame": files.images, "seconds": round(frame.seconds, 3)}
-            files.add({**record, "width": width, "height": height}, detections)
-
-    try:
-        with (
-            atomic_path(target) as temporary,
-            open_detection_files(output, formats, engine.class_names) as files,
-            VideoWriter(temporary, clip.rate) as writer,
-        ):
-            with tqdm(
-                total=clip.announced or None,
-                desc="infer",
-                unit="frame",
-                disable=None if progress else True,
-            ) as bar:
-                # Frames can only be decoded in order, so the caller's thread does it and the
-                # loader's threads just resize them.
-                for step in process(
-                    engine, clip.frames, _pixels, finish, tell=odd.append, **options
-                ):
-                    seconds += step.inference_seconds
-                    bar.update(len(step.batch.items))
-            if not files.images:
-                raise UserError(f"{name} holds no frame that can be decoded; replace it.")
-            if not writer.close() or not _is_whole(temporary, writer.frames):
-                raise UserError(
-                    f"{target} could not be written in whole; free the disk or give another "
-                    "--output."
-                )
-    finally:
-        clip.close()
-    # The count in the header is an estimate in some formats, though a close one.
-    if files.images < 0.9 * clip.announced:
-        odd.append(
-            f"{name} ends after {files.images} of the {clip.announced} frames it announces; they "
-            "were processed, the rest is missing or damaged."
-        )
-    if not writer.is_h264:
-        odd.append(
-            f"{target} is MPEG-4, which browsers do not play: `ffmpeg` with an H.264 encoder is "
-            "not on the path."
-        )
-    return InferenceSummary(
-        files=files.paths,
-        outputs=(target,),
-        images=files.images,
-        objects=files.objects,
-        failures=(),
-        warnings=tuple(odd),
-        inference_seconds=seconds,
-        wall_seconds=time.perf_counter() - start,
-    )
-
-
-def _is_whole(video: Path, frames: int) -> bool:
-    """Tell whether a written video has all its frames.
-
-    OpenCV's writer reports no error. A full disk is seen here: an MP4's table of frames comes last,
-    and FFmpeg writes nothing more after a first failure.
-    """
-    capture = cv2.VideoCapture(str(video))
-    try:
-        return (
-            capture.isOpened()
-            and round(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == frames
-            and capture.set(cv2.CAP_PROP_POS_FRAMES, frames - 1)
-            and capture.read()[0]
-        )
-    finally:
-        capture.release()
-
-
-def _pixels(frame: Frame) -> NDArray[np.uint8]:
-    return frame.image
 
 
 def process(
@@ -449,6 +247,7 @@ def process(
                 nms,
                 loaded.letterboxes,
                 clip=clip,
+                class_names=engine.class_names,
                 executor=helpers,
             )
         middle = time.perf_counter()
@@ -521,7 +320,12 @@ def process(
 
 def default_nms(engine: Engine) -> NmsSettings:
     """Return the thresholds of `detect` and `infer`: those inside the graph where it has some."""
-    inside = engine.nms or NmsSettings()
+    return shown_nms(engine.nms)
+
+
+def shown_nms(inside: NmsSettings | None) -> NmsSettings:
+    """Return the thresholds of what is shown; `inside` are those of a graph that has some."""
+    inside = inside or NmsSettings()
     return dataclasses.replace(inside, confidence=max(SHOWN_CONFIDENCE, inside.confidence))
 
 
@@ -552,16 +356,19 @@ def check_thresholds(engine: Engine, nms: NmsSettings) -> None:
         return
     if nms.confidence < inside.confidence:
         raise UserError(
-            f"{engine.path} drops scores below {inside.confidence} itself; give --conf "
-            f"{inside.confidence} or more, or build it with another threshold."
+            f"{engine.path} drops scores below {inside.confidence} itself; give `confidence` "
+            f"{inside.confidence} or more, or build it with another threshold.",
+            "confidence",
         )
     if nms.iou != inside.iou:
         raise UserError(
-            f"{engine.path} suppresses at IoU {inside.iou} itself; give --iou {inside.iou} or "
-            "build it with another threshold."
+            f"{engine.path} suppresses at IoU {inside.iou} itself; give `iou` {inside.iou} or "
+            "build it with another threshold.",
+            "iou",
         )
     if nms.max_detections > inside.max_detections:
         raise UserError(
             f"{engine.path} keeps at most {inside.max_detections} boxes itself; give "
-            f"--max-detections {inside.max_detections} or fewer, or build it without --end2end."
+            f"`max_detections` {inside.max_detections} or fewer, or build it without NMS inside.",
+            "max_detections",
         )

@@ -1,1 +1,1 @@
-"""Model repositories for servers."""
+"""Model repositories for servers, and what runs inside Triton."""

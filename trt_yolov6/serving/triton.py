@@ -4,6 +4,14 @@
                              /labels.txt        the class names
                              /1/model.plan      the engine, or model.onnx
 
+or, for Triton's Python backend, which runs this package and with it engines of every backend,
+
+    <repository>/yolov6n_int8_python/config.pbtxt
+                                    /labels.txt
+                                    /1/model.py         calls `serving.python_backend`
+                                    /1/engine.onnx      or engine.trt
+                                    /1/engine.json      its manifest
+
 `config.pbtxt` is a `ModelConfig` in protobuf's text format. It is written here by hand, since
 Triton's schema comes with its client only; the tests parse it with that schema. What a client needs
 to prepare images and to read the outputs stands in the configuration's `parameters`.
@@ -16,22 +24,46 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from trt_yolov6.common.files import check_writable
 from trt_yolov6.engines import LoadOptions, load_engine
-from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest
+from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.spec import BatchProfile, TensorSpec
+from trt_yolov6.serving.config_text import fields_of, quoted, without_fields
+from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
+from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
 
 PLATFORMS = {
     "tensorrt": ("tensorrt_plan", "model.plan"),
     "onnxruntime": ("onnxruntime_onnx", "model.onnx"),
 }
 """Triton's platform and its name for the file, by backend."""
+
+MODEL_FILE = "model.py"
+
+PYTHON = "python"
+"""Triton's name of the backend that runs a `model.py`."""
+
+Serves = Literal["tensors", "pictures"]
+"""What an entry of the Python backend takes: the engine's own input, for its own outputs; or
+encoded pictures, for boxes, scores and classes."""
+
+_PICTURES = TensorSpec("picture", (None, 1), np.dtype(object))
+"""The content of an image file each."""
+
+_DETECTIONS = (
+    TensorSpec("boxes", (None, None, 4), np.dtype(np.float32)),
+    TensorSpec("scores", (None, None), np.dtype(np.float32)),
+    TensorSpec("classes", (None, None), np.dtype(np.int64)),
+    TensorSpec("count", (None, 1), np.dtype(np.int32)),
+)
+"""As `serving.requests.stacked` makes them."""
 
 _TYPES = {
     "float16": "TYPE_FP16",
@@ -41,6 +73,7 @@ _TYPES = {
     "int32": "TYPE_INT32",
     "int64": "TYPE_INT64",
     "uint8": "TYPE_UINT8",
+    "object": "TYPE_STRING",
 }
 
 _SHARED_OUTPUTS = ("end2end", "end2end_yolov7", "end2end_ppyoloe")
@@ -59,6 +92,11 @@ class ServingSettings:
     """Microseconds a request waits at most for others to share a batch with."""
     default_cpu: bool = False
     """Where `gpus` is None, ONNX files run on the CPU: the server has no GPU."""
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Fields of `NmsSettings`, of entries that take pictures; the others are as for `infer`."""
+    extra: str = ""
+    """Further fields of `ModelConfig` in protobuf's text format, such as a response cache. They
+    take the place of fields of the same name; `parameters` are added."""
 
     def __post_init__(self) -> None:
         if self.instances < 1:
@@ -69,6 +107,18 @@ class ServingSettings:
             )
         if self.gpus and (min(self.gpus) < 0 or len(set(self.gpus)) < len(self.gpus)):
             raise UserError("--gpus names a GPU twice or below 0; give numbers such as 0,1.")
+        NmsSettings(**{key: self.thresholds[key] for key in self.thresholds})  # type: ignore[arg-type]
+        fixed = sorted(set(fields_of(self.extra)) & set(_OF_THE_ENGINE))
+        if fixed:
+            raise UserError(
+                f"--config sets {', '.join(fixed)}, which the engine decides; leave it out."
+            )
+
+
+_OF_THE_ENGINE = (
+    *("name", "platform", "backend", "default_model_filename"),
+    *("max_batch_size", "input", "output"),
+)
 
 
 @dataclass(frozen=True)
@@ -88,10 +138,16 @@ class ServedModel:
     """What a client has to know: decoder, layout, pre-processing, names, where it came from."""
     shared_outputs: bool
     """The outputs hold the boxes of all images of a batch together."""
+    backend: str = "onnxruntime"
+    """What the engine was built for."""
+    serves: Serves | None = None
+    """Of the Python backend; None where Triton runs the engine itself."""
 
     @property
     def max_batch_size(self) -> int:
         """Triton's: 0 where it must not put requests together, and shapes are given in full."""
+        if self.serves == "pictures":
+            return self.batch.max
         return 0 if self.batch.is_static or self.shared_outputs else self.batch.max
 
 
@@ -101,15 +157,19 @@ def export_triton(
     settings: ServingSettings | None = None,
     loading: LoadOptions | None = None,
     names: Sequence[str] | None = None,
+    python: Serves | None = None,
 ) -> tuple[Path, ...]:
     """Write engines into a model repository, one entry each, all of them or none.
 
     Args:
-        engines: plans of TensorRT or ONNX files, with manifests beside them or, for ONNX, without.
+        engines: plans of TensorRT or ONNX files, with manifests beside them or, for ONNX, without;
+            for the Python backend also plans of TensorRT-RTX.
         output: the repository; made if missing. Other entries in it are left alone.
         settings: instances, GPUs, batching.
         loading: the decoder of ONNX files without a manifest, where the graph does not tell.
         names: of the entries, in the order of `engines`; default: network and precision.
+        python: write entries of Triton's Python backend, which take this; default: Triton runs the
+            engines itself.
 
     Returns:
         The folders that were written, in the order of `engines`.
@@ -120,7 +180,8 @@ def export_triton(
     """
     settings = settings or ServingSettings()
     output = Path(output)
-    models = [served_model(path, loading) for path in engines]
+    loading = loading or LoadOptions()
+    models = [served_model(path, loading, python) for path in engines]
     if names is not None:
         models = [
             dataclasses.replace(model, name=_checked_name(name))
@@ -169,11 +230,18 @@ def export_triton(
     return tuple(written)
 
 
-def served_model(engine: str | Path, loading: LoadOptions | None = None) -> ServedModel:
+def served_model(
+    engine: str | Path, loading: LoadOptions | None = None, python: Serves | None = None
+) -> ServedModel:
     """Return what Triton has to know of an engine.
 
     Its manifest tells, so that a plan need not be loaded; an ONNX file without one is, with
     `loading`.
+
+    Args:
+        engine: the file.
+        loading: the decoder and the pre-processing of an ONNX file without a manifest.
+        python: what an entry of the Python backend takes; None where Triton runs the engine itself.
 
     Raises:
         UserError: it is missing, damaged or no engine that Triton loads, or the manifest is of an
@@ -185,21 +253,40 @@ def served_model(engine: str | Path, loading: LoadOptions | None = None) -> Serv
     manifest = read_manifest(path)
     if manifest is not None:
         check_plan(path, manifest)
-        _check_backend(path, manifest.backend)
+        _check_backend(path, manifest.backend, python)
     if manifest is None and path.suffix == ".onnx":
-        _check_inputs(path)
+        _check_graph(path, python)
     if manifest is None or not manifest.tensors:
-        return _loaded_model(path, manifest, loading)
-    source, *outputs = manifest.tensors
-    return _model(path, manifest.backend, manifest, source, tuple(outputs))
+        model = _loaded_model(path, manifest, loading, python)
+    else:
+        source, *outputs = manifest.tensors
+        model = _model(path, manifest.backend, manifest, source, tuple(outputs), python)
+    return model if python is None else _in_python(model, python, manifest, loading)
+
+
+def _in_python(
+    model: ServedModel, serves: Serves, manifest: Manifest | None, loading: LoadOptions | None
+) -> ServedModel:
+    """Return an engine as this package runs it in Triton's Python backend."""
+    name = f"{model.name}_{PYTHON if serves == 'tensors' else serves}"
+    parameters = {**model.parameters, "serves": serves}
+    if manifest is None and loading is not None and loading.preprocess:
+        parameters["preprocess"] = json.dumps(dict(loading.preprocess))
+    changes: dict[str, Any] = {"name": name, "platform": "", "parameters": parameters}
+    if serves == "pictures":
+        parameters["max_pixels"] = str(MAX_PIXELS)
+        changes.update(input=_PICTURES, outputs=_DETECTIONS, shared_outputs=False)
+    suffix = ".onnx" if model.backend == "onnxruntime" else ".trt"
+    file_name = next(name for name in ENGINE_FILES if name.endswith(suffix))
+    return dataclasses.replace(model, file_name=file_name, serves=serves, **changes)
 
 
 def _loaded_model(
-    path: Path, manifest: Manifest | None, loading: LoadOptions | None
+    path: Path, manifest: Manifest | None, loading: LoadOptions | None, python: Serves | None
 ) -> ServedModel:
     try:
         with load_engine(path, options=loading) as engine:
-            _check_backend(path, engine.backend)
+            _check_backend(path, engine.backend, python)
             batch = manifest.batch if manifest else engine.batch
             # An ONNX file with a free batch axis sets no limit itself.
             free = BatchProfile() if batch.max > 1024 else batch
@@ -213,7 +300,7 @@ def _loaded_model(
                 "preprocessing": engine.preprocessing,
             }
             found = manifest or _Details(**details)
-            return _model(path, engine.backend, found, engine.input, engine.outputs)
+            return _model(path, engine.backend, found, engine.input, engine.outputs, python)
     except MissingDependencyError as error:
         raise UserError(
             f"{path} has no manifest that tells its tensors, and cannot be loaded to ask it "
@@ -234,11 +321,21 @@ class _Details:
     preprocessing: Any
 
 
-def _check_inputs(path: Path) -> None:
-    """Raise UserError for inputs that this package fills in itself: Triton would ask clients."""
-    from trt_yolov6.graph.files import read_onnx
+def _check_graph(path: Path, python: Serves | None) -> None:
+    """Raise UserError for an ONNX file that is no whole entry by itself.
+
+    Inputs that this package fills in itself Triton would ask of clients.
+    """
+    from trt_yolov6.graph.files import has_other_files, read_onnx
     from trt_yolov6.graph.inputs import runtime_inputs
 
+    if has_other_files(path):
+        raise UserError(
+            f"{path} keeps weights in other files; build it with `trt-yolov6 build --onnx`, which "
+            "puts them inside, and export what was built."
+        )
+    if python is not None:
+        return
     names = [item.name for item in runtime_inputs(read_onnx(path))]
     if len(names) > 1:
         raise UserError(
@@ -253,11 +350,13 @@ def _precision_of(path: Path) -> str:
     return graph_precision(read_onnx(path)) if path.suffix == ".onnx" else "unknown"
 
 
-def _check_backend(path: Path, backend: str) -> None:
+def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
+    if python is not None:
+        return
     if backend == "tensorrt-rtx":
         raise UserError(
             f"{path} is a plan of TensorRT-RTX, which Triton's TensorRT backend does not load; "
-            "build it with --backend tensorrt, or with --backend onnxruntime."
+            "give --python-backend, or build it with --backend tensorrt."
         )
     if backend not in PLATFORMS:
         raise UserError(f"{path} runs in {backend}, which Triton has no platform for.")
@@ -269,14 +368,16 @@ def _model(
     details: Manifest | _Details,
     source: TensorSpec,
     outputs: tuple[TensorSpec, ...],
+    python: Serves | None,
 ) -> ServedModel:
-    platform, file_name = PLATFORMS[backend]
+    platform, file_name = PLATFORMS.get(backend, ("", ""))
     batch = details.batch
     fixed = source.shape[0]
     if fixed is not None:
         batch = BatchProfile(fixed, fixed, fixed)
     shared = details.output_layout in _SHARED_OUTPUTS
-    if not batch.is_static and batch.min > 1 and not shared:
+    # This package fills small batches up.
+    if not batch.is_static and batch.min > 1 and not shared and python is None:
         raise UserError(
             f"{path} takes batches of {batch.min} or more, and Triton forms smaller ones where "
             "requests are few; build it with --dynamic 1,OPT,MAX, or with --batch."
@@ -308,6 +409,7 @@ def _model(
         class_names=details.class_names,
         parameters=parameters,
         shared_outputs=shared,
+        backend=backend,
     )
 
 
@@ -331,7 +433,7 @@ def _safe(name: str) -> str:
 
 def runs_on_cpu(model: ServedModel, settings: ServingSettings) -> bool:
     """Return whether an engine is to run on the server's CPU."""
-    by_default = settings.default_cpu and model.platform != "tensorrt_plan"
+    by_default = settings.default_cpu and model.backend == "onnxruntime"
     return settings.gpus == () or (settings.gpus is None and by_default)
 
 
@@ -342,13 +444,18 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
         UserError: a plan of TensorRT is to run on the CPU.
     """
     on_cpu = runs_on_cpu(model, settings)
-    if on_cpu and model.platform == "tensorrt_plan":
+    if on_cpu and model.backend != "onnxruntime":
         raise UserError(f"{model.engine} runs on GPUs only; leave --cpu out.")
     batched = model.max_batch_size > 0
+    file_name = model.file_name if model.serves is None else MODEL_FILE
     lines = [
-        f"name: {_quoted(model.name)}",
-        f"platform: {_quoted(model.platform)}",
-        f"default_model_filename: {_quoted(model.file_name)}",
+        f"name: {quoted(model.name)}",
+        *(
+            [f"platform: {quoted(model.platform)}"]
+            if model.serves is None
+            else [f"backend: {quoted(PYTHON)}"]
+        ),
+        f"default_model_filename: {quoted(file_name)}",
         f"max_batch_size: {model.max_batch_size}",
         *_block("input", _tensor_lines(model.input, batched)),
     ]
@@ -370,10 +477,17 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     if settings.gpus:
         group.append(f"gpus: [ {', '.join(map(str, settings.gpus))} ]")
     lines += _block("instance_group", group)
-    for key, value in model.parameters.items():
-        text = _block("value", [f"string_value: {_quoted(value)}"])
-        lines += _block("parameters", [f"key: {_quoted(key)}", *text])
-    return "\n".join(lines) + "\n"
+    parameters = dict(model.parameters)
+    if model.serves == "pictures":
+        parameters.update((key, str(value)) for key, value in settings.thresholds.items())
+    for key, value in parameters.items():
+        block = _block("value", [f"string_value: {quoted(value)}"])
+        lines += _block("parameters", [f"key: {quoted(key)}", *block])
+    text = "\n".join(lines) + "\n"
+    if not settings.extra.strip():
+        return text
+    replaced = set(fields_of(settings.extra)) - {"parameters"}
+    return without_fields(text, replaced) + settings.extra.strip() + "\n"
 
 
 def _tensor_lines(spec: TensorSpec, batched: bool) -> list[str]:
@@ -381,7 +495,7 @@ def _tensor_lines(spec: TensorSpec, batched: bool) -> list[str]:
     shape = spec.shape[1:] if batched else spec.shape
     lengths = ", ".join("-1" if length is None else str(length) for length in shape)
     return [
-        f"name: {_quoted(spec.name)}",
+        f"name: {quoted(spec.name)}",
         f"data_type: {_TYPES[spec.dtype.name]}",
         f"dims: [ {lengths} ]",
     ]
@@ -391,21 +505,18 @@ def _block(name: str, lines: Sequence[str]) -> list[str]:
     return [f"{name} {{", *(f"  {line}" for line in lines), "}"]
 
 
-def _quoted(text: str) -> str:
-    """Return a string of protobuf's text format: bytes beyond printable ASCII as octal escapes."""
-    characters = []
-    for byte in text.encode():
-        if byte in b'"\\':
-            characters.append("\\" + chr(byte))
-        else:
-            characters.append(chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}")
-    return '"' + "".join(characters) + '"'
-
-
 def _write_entry(folder: Path, model: ServedModel, config: str) -> None:
     version = folder / "1"
     version.mkdir(parents=True)
     shutil.copyfile(model.engine, version / model.file_name)
+    if model.serves is not None:
+        # Copied, so that the entry's code is the same whatever wrote it.
+        shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / MODEL_FILE)
+        manifest = read_manifest(model.engine)
+        if manifest is not None:
+            write_manifest(
+                version / model.file_name, dataclasses.replace(manifest, engine=model.file_name)
+            )
     (folder / "config.pbtxt").write_text(config)
     if model.class_names:
         # A line a name: one that has several would shift all behind it.

@@ -12,8 +12,9 @@ import functools
 import importlib.util
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from trt_yolov6.errors import MissingDependencyError
 
@@ -74,6 +75,13 @@ def providers_for(wanted: str | None) -> list[str]:
         # It hands on what TensorRT cannot compute.
         return [PROVIDERS[wanted], PROVIDERS["cuda"]]
     return [PROVIDERS[wanted]]
+
+
+def on_gpu(providers: Sequence[str], index: int) -> list[Any]:
+    """Return providers as ONNX Runtime takes them, those of GPUs with the number of theirs."""
+    return [
+        one if one == PROVIDERS["cpu"] else (one, {"device_id": str(index)}) for one in providers
+    ]
 
 
 def check_started(wanted: str | None, used: str) -> None:

@@ -1,0 +1,370 @@
+"""What the Python API of a TensorRT is, as facts, and the same facts as a type stub.
+
+`facts` reads them from an imported module (the classes that this package may touch, their members,
+and the signatures that pybind11 writes at the top of every docstring). `scripts/tensorrt_api.py`
+stores them for several releases in tests/data/tensorrt_api.json, and `stub` turns one release's
+facts into a .pyi file, against which `test_tensorrt_api.py` type-checks the engines.
+
+A member's fact is one of
+
+    (self, flags: int = ...) -> INetworkDefinition      a method; overloads are joined by ` ; `
+    -> int                                              a property to read
+    <-> int                                             a property to read and write
+    <- object                                           a property to write
+    = Severity                                          a constant
+    override (self, tensor_name, shape)                 known from the class's description only
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SNAPSHOT = Path(__file__).parents[1] / "data" / "tensorrt_api.json"
+
+Facts = dict[str, dict[str, str]]
+"""Class (qualified name; "" is the module) -> member -> fact."""
+
+CLASSES = (
+    "Builder",
+    "BuilderFlag",
+    "ComputeCapability",
+    "CudaGraphStrategy",
+    "DataType",
+    "Dims",
+    "DynamicShapesKernelSpecializationStrategy",
+    "EngineInspector",
+    "ExecutionContextAllocationStrategy",
+    "IBuilderConfig",
+    "ICudaEngine",
+    "IExecutionContext",
+    "IHostMemory",
+    "IInt8Calibrator",
+    "IInt8EntropyCalibrator2",
+    "IInt8MinMaxCalibrator",
+    "ILayer",
+    "ILogger",
+    "ILogger.Severity",
+    "INetworkDefinition",
+    "IOptimizationProfile",
+    "IOutputAllocator",
+    "IProfiler",
+    "IProgressMonitor",
+    "IRuntimeCache",
+    "IRuntimeConfig",
+    "ITensor",
+    "ITimingCache",
+    "LayerInformationFormat",
+    "Logger",
+    "MemoryPoolType",
+    "NetworkDefinitionCreationFlag",
+    "OnnxParser",
+    "ParserError",
+    "ProfilingVerbosity",
+    "Runtime",
+    "TacticSource",
+    "TensorIOMode",
+)
+"""The classes whose facts are kept. Others are known by name only."""
+
+_BASES = "(bases)"
+
+_CPP = {
+    "IBuilder": "Builder",
+    "IEngineInspector": "EngineInspector",
+    "IParserError": "ParserError",
+    "IRuntime": "Runtime",
+}
+"""C++ classes with another name in Python, which signatures show by mistake."""
+
+_NAME = re.compile(r"\b[A-Z]\w+(?:\.[A-Z]\w+)?(?!\w)").findall
+"""The classes that a fact names."""
+
+_OF_CALIBRATORS = (
+    "get_batch_size",
+    "get_batch",
+    "read_calibration_cache",
+    "write_calibration_cache",
+)
+
+_MUST_OVERRIDE = {
+    "IInt8EntropyCalibrator2": _OF_CALIBRATORS,
+    "IInt8MinMaxCalibrator": _OF_CALIBRATORS,
+    "ILogger": ("log",),
+    "IOutputAllocator": ("reallocate_output", "notify_shape"),
+    "IProfiler": ("report_layer_time",),
+    "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
+}
+"""What a class derived from one of these has to define, or TensorRT calls a pure virtual method."""
+
+
+# --- facts from a module ------------------------------------------------------------------------
+
+
+def facts(module: ModuleType) -> Facts:
+    """Return what a TensorRT module offers. It has to import, but needs no GPU and no library."""
+    found: Facts = {"": _module_facts(module)}
+    for name in CLASSES:
+        owner: Any = module
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        if owner is not None:
+            found[name] = _class_facts(owner)
+    return found
+
+
+def _module_facts(module: ModuleType) -> dict[str, str]:
+    found = {"__version__": "= str"}
+    for name, value in vars(module).items():
+        if isinstance(value, type) and name in CLASSES:
+            found[name] = "class"
+        elif name in ("nptype", "volume"):
+            found[name] = str(inspect.signature(value))
+        elif isinstance(value, getattr(module, "DataType", ())):
+            found[name] = "= DataType"
+    return dict(sorted(found.items()))
+
+
+def _class_facts(owner: type) -> dict[str, str]:
+    bases = [base.__qualname__ for base in owner.__bases__ if "pybind11" not in base.__module__]
+    found = {_BASES: ", ".join(bases)} if bases else {}
+    members = getattr(owner, "__members__", None)
+    if members is not None:
+        found["__members__"] = "= enum"
+    for name, value in vars(owner).items():
+        if name.startswith("_") and name not in ("__init__", "__getitem__", "__len__"):
+            continue
+        if name.startswith("add_") and owner.__name__ == "INetworkDefinition":
+            continue  # some sixty layers; networks come from a parser here
+        if isinstance(value, property):
+            found[name] = _property(value)
+        elif isinstance(value, type):
+            if value.__qualname__ == f"{owner.__qualname__}.{name}":
+                found[name] = "class"
+        elif callable(value) and (signatures := _signatures(value.__doc__)):
+            found[name] = signatures
+        elif hasattr(type(value), "__members__"):
+            found[name] = f"= {type(value).__qualname__}"
+    if members is not None:
+        for name in ("__init__", "name", "value"):
+            found.pop(name, None)
+    for name, arguments in re.findall(r"def (\w+)\((self, [\w, ]+)\):", owner.__doc__ or ""):
+        found.setdefault(name, f"override ({arguments})")
+    if members is None and _has_buffer(owner):
+        found["__buffer__"] = "(self, flags: int) -> memoryview"
+    return dict(sorted(found.items()))
+
+
+def _has_buffer(owner: type) -> bool:
+    """Say whether instances give their bytes to `bytes()` (slot 1 of a type is bf_getbuffer)."""
+    slot = ctypes.pythonapi.PyType_GetSlot
+    slot.restype = ctypes.c_void_p
+    slot.argtypes = [ctypes.py_object, ctypes.c_int]
+    return bool(slot(owner, 1))
+
+
+def _signatures(doc: str | None) -> str:
+    """Return the signatures at the top of a docstring by pybind11; nothing where there are none."""
+    lines = (doc or "").strip().splitlines()
+    if not lines or not (head := re.match(r"(\w+)\(", lines[0])):
+        return ""
+    if any(line.startswith("Overloaded function") for line in lines[:3]):
+        start = re.compile(rf"\s*\d+\. ({head[1]}\(.*)")
+        found = [match[1] for line in lines if (match := start.match(line))]
+    else:
+        found = lines[:1]
+    return " ; ".join(_plain(signature[signature.index("(") :]) for signature in found)
+
+
+def _property(value: property) -> str:
+    if value.fget is None:
+        return "<- object"
+    match = re.search(r"-> (.+)", value.fget.__doc__ or "")
+    kind = "object" if match is None else _plain(f"() -> {match[1]}").removeprefix("() -> ")
+    return f"-> {kind}" if value.fset is None else f"<-> {kind}"
+
+
+def _plain(signature: str) -> str:
+    """Return a signature as every release of pybind11 would write it, in names a stub knows."""
+    text = re.sub(r"= <[^>]*>", "= ...", signature.strip())
+    text = re.sub(r"(?:\w+::)+(\w+)", lambda match: _CPP.get(match[1], match[1]), text)
+    text = re.sub(r"\w+<[^>]*>", "object", text)  # a C++ type that has no Python name
+    text = re.sub(r"\b(?:tensorrt\w*\.)+", "", text)
+    text = re.sub(r"\b(?:typing|typing_extensions|collections\.abc|types)\.", "", text)
+    text = text.replace("SupportsInt | SupportsIndex", "int").replace("SupportsInt", "int")
+    text = text.replace("SupportsFloat | SupportsIndex", "float").replace("SupportsFloat", "float")
+    text = re.sub(r"numpy\.ndarray(\[[^\]]*\])?", "object", text)
+    text = re.sub(r"\bbuffer\b", "Buffer", text)
+    text = re.sub(r"\b(?:CapsuleType|capsule|handle)\b", "object", text)
+    text = re.sub(r"\b(?:List|Tuple|Dict)\b", lambda match: match[0].lower(), text)
+    text = re.sub(r"^\((?:self|arg0): [\w.]+", "(self", text)
+    try:
+        function = ast.parse(f"def f{text}: ...").body[0]
+    except SyntaxError:
+        # A parameter without a default after others that have one (TensorRT 8): no default is told.
+        function = ast.parse(f"def f{re.sub(r' = [^,)]+', '', text)}: ...").body[0]
+    assert isinstance(function, ast.FunctionDef)
+    arguments = function.args
+    arguments.defaults = [ast.Constant(...) for _ in arguments.defaults]
+    returned = "" if function.returns is None else f" -> {ast.unparse(function.returns)}"
+    return f"({ast.unparse(arguments)}){returned}".replace("=...", " = ...")
+
+
+# --- several releases in one file ---------------------------------------------------------------
+
+
+def write_snapshot(path: Path, releases: Mapping[str, Facts]) -> None:
+    """Write the facts of several releases, each fact once with the releases where it holds."""
+    merged: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for release, found in releases.items():
+        for owner, members in found.items():
+            for member, fact in members.items():
+                merged.setdefault(owner, {}).setdefault(member, {}).setdefault(fact, []).append(
+                    release
+                )
+    lines = []
+    for owner, entries in sorted(merged.items()):
+        lines.append(f"  {json.dumps(owner)}: {{")
+        shown = []
+        for member, variants in sorted(entries.items()):
+            value = {
+                fact: "all" if len(known) == len(releases) else ", ".join(known)
+                for fact, known in variants.items()
+            }
+            shown.append(f"    {json.dumps(member)}: {json.dumps(value)}")
+        lines.append(",\n".join(shown))
+        lines.append("  },")
+    lines[-1] = "  }"
+    body = "\n".join(lines)
+    path.write_text(f'{{"releases": {json.dumps(list(releases))},\n "facts": {{\n{body}\n}}}}\n')
+
+
+def read_snapshot(path: Path = SNAPSHOT) -> dict[str, Facts]:
+    """Return release ("tensorrt 11.4.0.106") -> its facts."""
+    content = json.loads(path.read_text())
+    releases: dict[str, Facts] = {release: {} for release in content["releases"]}
+    for owner, members in content["facts"].items():
+        for member, variants in members.items():
+            for fact, known in variants.items():
+                for release in releases if known == "all" else known.split(", "):
+                    releases[release].setdefault(owner, {})[member] = fact
+    return releases
+
+
+# --- facts to a stub ----------------------------------------------------------------------------
+
+
+def stub(found: Facts) -> str:
+    """Return a .pyi file for the facts of one release.
+
+    What pybind11's signatures leave out is added: TensorRT takes None for any object and a sequence
+    of numbers for `Dims`, and a class to derive from is abstract.
+    """
+    lines = [
+        "import builtins",
+        "from abc import ABC, abstractmethod",
+        "from collections.abc import Iterator, Sequence",
+        "from typing import Any, ClassVar, NoReturn, overload",
+        "from typing_extensions import Buffer",
+    ]
+    for name, fact in found[""].items():
+        if fact.startswith("("):
+            lines += _method("", name, fact, "")
+        elif fact != "class":
+            lines.append(f"{name}: {fact[2:]}")
+    lines.append("")
+    # Classes that are named in a signature and whose own facts are not kept.
+    named = {
+        name for members in found.values() for fact in members.values() for name in _NAME(fact)
+    }
+    known = {"Buffer", "None", "Sequence", *found}
+    lines += [f"class {name}: ..." for name in sorted(named - known)]
+    for owner in found:
+        if owner and "." not in owner:
+            lines += _class(found, owner, "")
+    text = "\n".join(lines) + "\n"
+    text = re.sub(r"\btuple\b(?!\[)", "tuple[Any, ...]", text)
+    text = re.sub(r"\blist\b(?!\[)", "list[Any]", text)
+    # The module's own member `bool`, a DataType, hides the type.
+    return re.sub(r"\bbool\b(?!: DataType)", "builtins.bool", text)
+
+
+def _class(found: Facts, owner: str, indent: str) -> list[str]:
+    members = found[owner]
+    required = _MUST_OVERRIDE.get(owner, ())
+    bases = ", ".join(filter(None, [members.get(_BASES), "ABC" if required else ""]))
+    lines = [f"{indent}class {owner.rpartition('.')[2]}({bases}):"]
+    inner = indent + "    "
+    if "__members__" in members:
+        lines += [
+            f"{inner}__members__: ClassVar[dict[str, {owner}]]",
+            f"{inner}name: str",
+            f"{inner}value: int",
+            f"{inner}def __init__(self, value: int) -> None: ...",
+            f"{inner}def __int__(self) -> int: ...",
+            f"{inner}def __index__(self) -> int: ...",
+        ]
+    for name, fact in members.items():
+        if name in ("__members__", _BASES):
+            continue
+        if fact == "class":
+            lines += _class(found, f"{owner}.{name}", inner)
+        elif fact.startswith("= "):
+            lines.append(f"{inner}{name}: ClassVar[{fact[2:]}]")
+        elif fact.startswith("-> "):
+            lines += [f"{inner}@property", f"{inner}def {name}(self) {fact}: ..."]
+        elif fact.startswith(("<-> ", "<- ")):
+            kind = fact.partition(" ")[2]
+            accepted = _accepting(kind)
+            kind = "NoReturn" if fact.startswith("<- ") else kind
+            lines += [
+                f"{inner}@property",
+                f"{inner}def {name}(self) -> {kind}: ...",
+                f"{inner}@{name}.setter",
+                f"{inner}def {name}(self, value: {accepted}) -> None: ...",
+            ]
+        else:
+            if name in required:
+                lines.append(f"{inner}@abstractmethod")
+            lines += _method(owner, name, fact, inner)
+    if owner == "Dims":
+        lines.append(f"{inner}def __iter__(self) -> Iterator[int]: ...")
+    if lines[-1].endswith("):"):
+        lines.append(f"{inner}...")
+    return lines
+
+
+def _method(owner: str, name: str, fact: str, indent: str) -> list[str]:
+    signatures = fact.removeprefix("override ").split(" ; ")
+    lines = []
+    for signature in signatures:
+        function = ast.parse(f"def f{signature}: ...").body[0]
+        assert isinstance(function, ast.FunctionDef)
+        for argument in function.args.args:
+            if argument.annotation is None and argument.arg != "self":
+                argument.annotation = ast.Name("Any")
+            elif argument.annotation is not None and owner not in _MUST_OVERRIDE:
+                argument.annotation = ast.parse(
+                    _accepting(ast.unparse(argument.annotation)), mode="eval"
+                ).body
+        returned = "Any" if function.returns is None else ast.unparse(function.returns)
+        if name == "get_batch":
+            returned += " | None"  # which ends the calibration
+        if len(signatures) > 1:
+            lines.append(f"{indent}@overload")
+        lines.append(f"{indent}def {name}({ast.unparse(function.args)}) -> {returned}: ...")
+    return lines
+
+
+def _accepting(kind: str) -> str:
+    """Return what may be given where pybind11 says `kind`."""
+    if kind == "Dims":
+        return "Dims | Sequence[int]"
+    return f"{kind} | None" if _NAME(kind) == [kind] and kind != "Buffer" else kind

@@ -1,0 +1,242 @@
+"""The public names of the package: what they are, what importing costs, and their examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.tiny_detector import CELL, NAMES, load_named
+
+import trt_yolov6
+from trt_yolov6 import Detections, Detector, Precision, UserError
+from trt_yolov6.spec import NmsSettings
+
+EXAMPLES = [
+    example
+    for name in sorted(trt_yolov6.__all__)
+    for example in doctest.DocTestFinder().find(getattr(trt_yolov6, name), name)
+    if example.examples
+]
+
+
+@pytest.fixture(scope="module")
+def folder(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples name: a checkpoint, its ONNX file, images and a data set of four."""
+    folder = tmp_path_factory.mktemp("examples")
+    shutil.copy(root / "samples" / "yolov6n_bccd.pt", folder / "yolov6n.pt")
+    images = sorted((root / "samples" / "images" / "val").iterdir())[:4]
+    content = json.loads((root / "samples" / "annotations" / "instances_val.json").read_text())
+    names = {path.name for path in images}
+    content["images"] = [one for one in content["images"] if one["file_name"] in names]
+    ids = {one["id"] for one in content["images"]}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in ids]
+    (folder / "cells" / "annotations").mkdir(parents=True)
+    (folder / "cells" / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    for place in (folder / "images", folder / "calib", folder / "cells" / "images" / "val"):
+        place.mkdir(parents=True)
+        for path in images:
+            shutil.copy(path, place)
+    trt_yolov6.export(folder / "yolov6n.pt", image_size=64, batch=1, output=folder / "yolov6n.onnx")
+    return folder
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])
+@pytest.mark.usefixtures("one_thread")
+def test_examples_give_what_they_say(
+    example: doctest.DocTest, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    found = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def test_every_verb_has_an_example() -> None:
+    verbs = {name for name in trt_yolov6.__all__ if inspect.isfunction(getattr(trt_yolov6, name))}
+    assert verbs - {example.name for example in EXAMPLES} == set()
+    assert len(verbs) >= 9
+
+
+def test_every_public_name_says_what_it_is_for() -> None:
+    for name in trt_yolov6.__all__:
+        assert (getattr(trt_yolov6, name).__doc__ or "").strip(), name
+    assert set(trt_yolov6.__all__) <= set(dir(trt_yolov6))
+
+
+def test_no_module_has_the_name_of_a_verb(root: Path) -> None:
+    modules = {path.stem for path in (root / "trt_yolov6").iterdir()}
+    assert modules & set(trt_yolov6.__all__) == set()
+
+
+def test_importing_the_package_imports_none_of_the_frameworks() -> None:
+    heavy = "{'torch', 'onnxruntime', 'numpy', 'onnx'}"
+    code = f"import sys, trt_yolov6; print(sorted({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'predict'"):
+        trt_yolov6.predict  # noqa: B018
+
+
+# --- prediction ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> Detector:
+    return Detector(load_named(tmp_path))
+
+
+def image(x: int, y: int, channel: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Return a black image with one cell of a pure colour."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL, channel] = 255
+    return pixels
+
+
+def test_images_come_as_arrays_files_folders_and_mixtures(
+    detector: Detector, tmp_path: Path
+) -> None:
+    place = tmp_path / "images"
+    place.mkdir()
+    for index, name in enumerate(("b.png", "a.png")):
+        Image.fromarray(image(index, 0, index)).save(place / name)
+    red = image(0, 0, 0)
+    for images, expected in (
+        (red, [0]),
+        (np.stack([red, red]), [0, 0]),
+        (Image.fromarray(red), [0]),
+        (place / "b.png", [0]),
+        (str(place / "a.png"), [1]),
+        (place, [1, 0]),
+        (str(place / "*.png"), [1, 0]),
+        ([place, red, place / "a.png"], [1, 0, 0, 1]),
+        ((one for one in (red, image(2, 2, 2))), [0, 2]),
+        ([], []),
+    ):
+        found = detector.predict(images, confidence=0.6)  # type: ignore[arg-type]
+        assert [one.class_id.tolist() for one in found] == [[label] for label in expected]
+    assert [one.path for one in detector.predict([place, red])] == [
+        place / "a.png",
+        place / "b.png",
+        None,
+    ]
+
+
+def test_many_images_give_what_each_gives_alone(detector: Detector) -> None:
+    several = [image(index % 8, index // 8, index % 3) for index in range(20)]
+    together = detector.predict(several, batch=3)
+    for one, pixels in zip(together, several, strict=True):
+        (alone,) = detector.predict(pixels)
+        np.testing.assert_array_equal(one.xyxy, alone.xyxy)
+        np.testing.assert_array_equal(one.class_id, alone.class_id)
+
+
+def test_thresholds_are_those_given(detector: Detector) -> None:
+    gray = image(1, 1, 0) // 2
+    assert len(detector.predict(gray)[0]) == 1
+    assert len(detector.predict(gray, confidence=0.6)[0]) == 0
+    with pytest.raises(UserError, match=r"give `iou` in 0\.\.1"):
+        detector.predict(gray, iou=2.0)
+
+
+def test_a_video_is_not_an_image(detector: Detector, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`annotate` reads those"):
+        detector.predict("rtsp://camera/stream")
+
+
+# --- detections ---------------------------------------------------------------------------------
+
+
+def some() -> Detections:
+    boxes = np.array([[0, 0, 10, 10], [5, 5, 20, 30], [1, 2, 3, 4]], np.float32)
+    scores = np.array([0.9, 0.5, 0.4], np.float32)
+    return Detections(boxes, scores, np.array([2, 0, 7]), class_names=NAMES)
+
+
+def test_detections_are_indexed_as_arrays_are() -> None:
+    found = some()
+    assert [one.class_name for one in found] == ["blue", "red", "class_7"]
+    assert list(found[-1].xyxy) == [1, 2, 3, 4]
+    assert found[np.int64(1)] == found[1]
+    assert [one.confidence for one in found[:2]] == pytest.approx([0.9, 0.5])
+    assert found[found.class_id == 0].xyxy.tolist() == [[5, 5, 20, 30]]
+    assert found[[2, 0]].class_id.tolist() == [7, 2]
+    assert len(found[[]]) == 0
+    with pytest.raises(IndexError):
+        found[3]
+
+
+def test_detections_become_those_of_supervision() -> None:
+    pytest.importorskip("supervision", reason="the conversion itself needs supervision")
+    found = some().to_supervision()
+    np.testing.assert_array_equal(found.xyxy, some().xyxy)
+    assert found.data["class_name"].tolist() == ["blue", "red", "class_7"]
+
+
+def test_a_missing_supervision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match="pip install supervision"):
+        some().to_supervision()
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int9"}, "not a precision"),
+        ({"precision": "int8"}, "name a folder of them as `calibration`"),
+        ({"precision": "fp32", "nms": NmsSettings()}, "`nms` is not for an ONNX file"),
+        ({"uint8_input": True}, "`uint8_input` is not for an ONNX file"),
+        ({"preprocess": {"color": "bgr"}}, r"no field color \(did you mean colour\?\)"),
+    ],
+)
+def test_python_callers_are_told_of_parameters(
+    options: dict[str, object], message: str, folder: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        trt_yolov6.build(folder / "yolov6n.onnx", **options)  # type: ignore[arg-type]
+    assert "--" not in str(error.value)
+
+
+def test_a_checkpoint_brings_its_names_and_a_graph_its_size(folder: Path) -> None:
+    with pytest.raises(UserError, match="`class_names` is not for a checkpoint"):
+        trt_yolov6.export(folder / "yolov6n.pt", class_names=("a", "b", "c"))
+    graph = trt_yolov6.export(folder / "yolov6n.onnx")
+    with pytest.raises(UserError, match="`image_size` is not for a graph"):
+        trt_yolov6.build(graph, image_size=64)
+    with pytest.raises(UserError, match="is fp32 and cannot be made fp16"):
+        trt_yolov6.build(graph, precision="fp16")
+    with pytest.raises(TypeError, match="imagesize"):
+        trt_yolov6.export(folder / "yolov6n.pt", imagesize=64)  # type: ignore[call-arg]
+
+
+def test_what_build_returns_is_a_path(folder: Path, tmp_path: Path) -> None:
+    built = trt_yolov6.build(folder / "yolov6n.onnx", output=tmp_path / "detector.onnx")
+    assert os.fspath(built) == str(tmp_path / "detector.onnx")
+    with trt_yolov6.load(built) as detector:
+        assert detector.class_names == ("RBC", "WBC", "Platelets")
+        assert "detector.onnx" in repr(detector)
+
+
+def test_precisions_are_written_as_they_are_read() -> None:
+    for text in ("fp32", "fp16", "int8", "fp8", "int8+fp16", "int8:6", "int8+fp16:auto"):
+        assert str(Precision.parse(text)) == text
+    named = Precision("int8", float_layers=("a", "b"))
+    assert str(named) == "int8:a,b"
+    assert Precision.parse(named) is named
+    with pytest.raises(UserError, match="only int8 and fp8"):
+        dataclasses.replace(named, base="fp16")

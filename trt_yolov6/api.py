@@ -1,0 +1,401 @@
+"""The package's verbs, which `trt_yolov6` re-exports and the command line calls."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
+
+from trt_yolov6.engines.base import Engine, LoadOptions
+from trt_yolov6.pipeline import build, export, quantize
+from trt_yolov6.runtime.detector import Detector
+from trt_yolov6.spec import NmsSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from trt_yolov6.bench.latency import BenchmarkResult
+    from trt_yolov6.comparison.plan import Plan
+    from trt_yolov6.diagnostics.inspection import Inspection
+    from trt_yolov6.runtime.evaluate import Evaluation
+    from trt_yolov6.training.recipe import TrainSettings
+    from trt_yolov6.training.trainer import TrainResult
+
+__all__ = [
+    "benchmark",
+    "build",
+    "compare",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "quantize",
+    "train",
+]
+
+AnyDetector: TypeAlias = "Detector | Engine | str | Path"
+"""A loaded detector, its engine, or the path of an engine file, loaded for the call only."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    provider: str | None = None,
+    cuda_graph: bool = True,
+    decoder: str | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+) -> Detector:
+    """Load an engine that `build` wrote, or any supported detector's ONNX file.
+
+    Args:
+        path: the engine; `engines/yolov6s.trt` also stands for the newest build of that name,
+            such as `engines/yolov6s-int8.trt`.
+        backend: `tensorrt`, `tensorrt-rtx` or `onnxruntime`; `auto`: what the file was built for.
+        threads: CPU threads of ONNX Runtime. Default: one a physical core.
+        provider: ONNX Runtime's execution provider, `cpu`, `cuda` or `tensorrt`. Default: the best
+            that works.
+        cuda_graph: TensorRT: launch each run as one CUDA graph.
+        decoder: family of a detector without a manifest, see `detectors.families`. Default: found
+            out from the graph.
+        preprocess: fields of `Preprocessing` that differ from the manifest's or the family's.
+
+    Raises:
+        UserError: the file is missing, damaged, not a detector, or needs a backend that does not
+            run here.
+
+    Example:
+        >>> from trt_yolov6 import load
+        >>> with load("yolov6n.onnx") as detector:
+        ...     found = detector.predict(["images/BloodImage_00007.jpg"])
+        >>> len(found)
+        1
+    """
+    from trt_yolov6.engines import find_engine, load_engine
+
+    options = LoadOptions(threads, provider, cuda_graph, decoder, dict(preprocess or {}))
+    return Detector(load_engine(find_engine(Path(path)), backend, options))
+
+
+def evaluate(
+    detector: AnyDetector,
+    data: str | Path,
+    split: str | None = None,
+    *,
+    nms: NmsSettings | None = None,
+    border: int = 0,
+    batch: int | None = None,
+    workers: int | None = None,
+    confusion: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure a detector's COCO average precision on labelled images.
+
+    Args:
+        detector: a loaded detector, or the path of an engine.
+        data: data set in COCO, YOLO or Pascal VOC layout: its folder or `data.yaml`.
+        split: part of it. Default: the only one, else `val`, else `val2017`.
+        nms: thresholds. Default: confidence 0.03, IoU 0.65, 300 boxes, as the YOLOv6 paper.
+        border: gray pixels on every side of an image.
+        batch: images given to the engine at a time. Default: up to 8.
+        workers: threads that read and pre-process. Default: one a core, at most 16.
+        confusion: also count which class objects are taken for.
+        progress: show a progress bar, if standard error is a terminal.
+
+    Returns:
+        AP in 0..1, in all and by class, and how long each stage took.
+
+    Raises:
+        UserError: the data cannot be read, or its classes are not the detector's.
+
+    Example:
+        >>> from trt_yolov6 import evaluate
+        >>> result = evaluate("yolov6n.onnx", "cells")
+        >>> result.images, 0 <= result.ap <= 1
+        (4, True)
+    """
+    from trt_yolov6.data.coco import load_coco
+    from trt_yolov6.runtime.evaluate import evaluate as evaluate_engine
+
+    with _opened(detector) as engine:
+        return evaluate_engine(
+            engine,
+            load_coco(data, split),
+            nms=nms,
+            border=border,
+            batch=batch,
+            workers=workers,
+            confusion=confusion,
+            progress=progress,
+        )
+
+
+@overload
+def benchmark(  # type: ignore[overload-overlap]  # a str is a Sequence[str]
+    detectors: AnyDetector, **options: Unpack[BenchmarkOptions]
+) -> BenchmarkResult: ...
+@overload
+def benchmark(
+    detectors: Sequence[AnyDetector], **options: Unpack[BenchmarkOptions]
+) -> list[BenchmarkResult]: ...
+def benchmark(
+    detectors: AnyDetector | Sequence[AnyDetector], **options: Unpack[BenchmarkOptions]
+) -> BenchmarkResult | list[BenchmarkResult]:
+    """Measure latency and throughput, with the confidence interval of the median.
+
+    Without `images`, the engine alone is timed on input that is in place, as the YOLOv6 paper does;
+    with them, everything from encoded images in memory to detections, stage after stage. Several
+    detectors take turns, so that drifting clocks affect all of them alike.
+
+    Args:
+        detectors: a loaded detector or the path of an engine, or several.
+        options: see `BenchmarkOptions`.
+
+    Returns:
+        One result, or a list of them for several detectors; times in seconds.
+
+    Raises:
+        UserError: an engine does not take the batch size, or an image cannot be read.
+
+    Example:
+        >>> from trt_yolov6 import benchmark
+        >>> result = benchmark("yolov6n.onnx", batch=1, duration=0.1, warm_up=0)
+        >>> result.throughput_fps == 1 / result.latency.median
+        True
+    """
+    if isinstance(detectors, (Detector, Engine, str, Path)):
+        return _benchmark([detectors], **options)[0]
+    return _benchmark(detectors, **options)
+
+
+class BenchmarkOptions(TypedDict, total=False):
+    """How `benchmark` measures."""
+
+    batch: int
+    """Images a run (1)."""
+    streams: int
+    """Batches that run side by side on a GPU, each on its own stream (1); not with `images`."""
+    images: Sequence[str | Path | bytes] | str | Path | None
+    """Encoded images to time end to end: a folder, files, or their bytes."""
+    nms: NmsSettings | None
+    """Thresholds of the end-to-end measurement; default: those of evaluation."""
+    duration: float
+    """Seconds of measuring an engine at most (10)."""
+    warm_up: float
+    """Seconds of running an engine before that at least (1)."""
+    progress: bool
+    """Show a progress bar, if standard error is a terminal (True)."""
+
+
+def _benchmark(
+    detectors: Sequence[AnyDetector],
+    *,
+    batch: int = 1,
+    streams: int = 1,
+    images: Sequence[str | Path | bytes] | str | Path | None = None,
+    nms: NmsSettings | None = None,
+    duration: float = 10.0,
+    warm_up: float = 1.0,
+    progress: bool = True,
+) -> list[BenchmarkResult]:
+    from trt_yolov6.bench.latency import benchmark_end_to_end_many, benchmark_many
+    from trt_yolov6.data.images import list_images
+    from trt_yolov6.errors import UserError
+
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(_opened(one)) for one in detectors]
+        if images is None:
+            if nms is not None:
+                raise UserError("`nms` is for timing with `images`; leave it out.", "nms", "images")
+            return benchmark_many(
+                engines,
+                batch=batch,
+                streams=streams,
+                duration=duration,
+                warm_up=warm_up,
+                progress=progress,
+            )
+        if streams > 1:
+            raise UserError("`streams` is for the engine alone; leave it out.", "streams")
+        if isinstance(images, (str, Path)):
+            images = list_images(images)
+        return benchmark_end_to_end_many(
+            engines,
+            [Path(image) if isinstance(image, str) else image for image in images],
+            batch=batch,
+            nms=nms,
+            duration=duration,
+            warm_up=warm_up,
+            progress=progress,
+        )
+
+
+def compare(
+    models: Plan | str | Path | Sequence[str | Path],
+    output: str | Path = "runs/compare",
+    *,
+    again: bool = False,
+    baseline: str | Path | Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **plan: Any,
+) -> dict[str, Any]:
+    """Compare detectors at several precisions and batch sizes: AP, latency and layer times.
+
+    An earlier comparison in the same folder is continued: what has not changed is not measured
+    again.
+
+    Args:
+        models: checkpoints, ONNX files and engines; or a plan, as a value or a YAML file.
+        output: folder to write to: `results.json`, the engines, and what is kept to continue.
+        again: measure latencies again, even if they are there.
+        baseline: results, or their folder, that the new ones are to be compared with later: other
+            data or thresholds are refused before anything is built.
+        progress: show a progress bar, if standard error is a terminal.
+        plan: fields of `comparison.plan.Plan`, such as `precisions=("fp32", "int8")`,
+            `batches=(1, 32)`, `data="samples"`, `calib="calib"`, `rounds=8`, `duration=10`.
+
+    Returns:
+        The results, see `comparison.results`.
+
+    Raises:
+        UserError: a file cannot be compared, or a precision cannot be built here.
+
+    Example:
+        >>> from trt_yolov6 import compare
+        >>> results = compare(["yolov6n.onnx"], "comparison", data="cells", batches=(1,),
+        ...                   rounds=3, duration=0.1, examples=0, layers=False, progress=False)
+        >>> [engine["engine"] for engine in results["engines"]]
+        ['yolov6n fp32']
+    """
+    import dataclasses
+    import logging
+
+    from trt_yolov6.comparison.plan import YAML_SUFFIXES, Plan, entries_for, read_plan
+    from trt_yolov6.comparison.results import read_results
+    from trt_yolov6.comparison.run import compare as compare_plan
+
+    if isinstance(models, Plan):
+        chosen = dataclasses.replace(models, **plan)
+    elif isinstance(models, (str, Path)) and Path(models).suffix.lower() in YAML_SUFFIXES:
+        chosen = read_plan(models, **plan)
+    else:
+        paths = [models] if isinstance(models, (str, Path)) else models
+        for name in ("data", "calib"):
+            if name in plan:
+                plan[name] = Path(plan[name])
+        chosen = Plan(entries_for([Path(path) for path in paths], plan.pop("imgsz", None)), **plan)
+    if isinstance(baseline, (str, Path)):
+        baseline = read_results(baseline)
+    return compare_plan(
+        chosen,
+        output,
+        again=again,
+        baseline=baseline,
+        tell=logging.getLogger(__name__).info,
+        progress=progress,
+    )
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Describe an engine, ONNX file, checkpoint or TensorRT plan.
+
+    Args:
+        path: the file, or a short name of an engine as `load` takes it.
+
+    Returns:
+        Size, hash, manifest and, by kind, inputs and outputs, layers, parameters and FLOPs.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind.
+
+    Example:
+        >>> from trt_yolov6 import inspect
+        >>> found = inspect("yolov6n.onnx")
+        >>> found.kind, found.manifest.class_names
+        ('onnx', ('RBC', 'WBC', 'Platelets'))
+    """
+    from trt_yolov6.diagnostics.inspection import inspect_file
+    from trt_yolov6.engines import find_engine
+
+    return inspect_file(find_engine(path))
+
+
+def train(
+    data: str | Path | TrainSettings,
+    output: str | Path | None = None,
+    *,
+    model: str | None = None,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **recipe: Any,
+) -> TrainResult:
+    """Train a YOLOv6 from random weights, or fine-tune a checkpoint, by the paper's recipe.
+
+    Args:
+        data: data set in COCO, YOLO or Pascal VOC layout: its folder or `data.yaml`; or complete
+            settings, which leave `model`, `weights` and `recipe` no say.
+        output: folder for checkpoints, log and state; None: `runs/train/<model>`.
+        model: variant, such as `n`, `s` or `l6_v3`; default: `s`, or that of `weights`.
+        weights: checkpoint to fine-tune.
+        device: `cpu`, `cuda` or `cuda:N`. Default: a GPU where there is one.
+        resume: continue the training in `output` with the same settings; after an interruption it
+            ends with the same weights on a CPU.
+        progress: show a progress bar; off a terminal, log a line an epoch.
+        recipe: what differs from the recipe: `epochs`, `batch`, `image_size`, `seed`, `precision`,
+            `teacher` and the other arguments of `training.recipe.recipe_for`.
+
+    Returns:
+        Paths and AP of the last and the best checkpoint, and the log.
+
+    Raises:
+        UserError: bad data, checkpoint or settings, a folder in use, or training diverged.
+
+    Example:
+        >>> from trt_yolov6 import train
+        >>> result = train("cells", "run", model="n", epochs=1, batch=4, image_size=64,
+        ...                train_split="val", progress=False)
+        >>> result.last.name, result.epochs
+        ('last.pt', 1)
+    """
+    import logging
+
+    from trt_yolov6.checkpoints.loading import load_checkpoint
+    from trt_yolov6.training.recipe import TrainSettings, recipe_for
+    from trt_yolov6.training.trainer import train as train_settings
+
+    if isinstance(data, TrainSettings):
+        settings = data
+    else:
+        checkpoint = load_checkpoint(weights) if weights else None
+        name = model or (checkpoint.arch.name if checkpoint else "s")
+        settings = recipe_for(
+            name if name.startswith("yolov6") else f"yolov6{name}",
+            str(data),
+            weights=checkpoint,
+            **recipe,
+        )
+    return train_settings(
+        settings,
+        output or Path("runs/train") / settings.variant,
+        device=device,
+        resume=resume,
+        progress=progress,
+        tell=logging.getLogger(__name__).info,
+    )
+
+
+@contextlib.contextmanager
+def _opened(detector: AnyDetector) -> Iterator[Engine]:
+    """Yield a detector's engine; one that is only named is loaded, and closed afterwards."""
+    if isinstance(detector, Engine):
+        yield detector
+    elif isinstance(detector, Detector):
+        yield detector.engine
+    else:
+        with load(detector) as loaded:
+            yield loaded.engine

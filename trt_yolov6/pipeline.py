@@ -1,0 +1,503 @@
+"""From a checkpoint or ONNX file to an engine: export, quantize, build. The one place for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+
+from trt_yolov6.common.progress import a_line_a_minute
+from trt_yolov6.data.sources import check_source
+from trt_yolov6.engines.base import BuildSettings
+from trt_yolov6.engines.build import (
+    BuiltEngine,
+    all_in_float,
+    build_engine,
+    check_build,
+    engine_path,
+    for_tensorrt,
+    write_graph,
+)
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.spec import BatchProfile, NmsSettings, Precision
+
+if TYPE_CHECKING:
+    import onnx
+    from typing_extensions import Unpack
+
+    from trt_yolov6.checkpoints.loading import Checkpoint
+    from trt_yolov6.quantization.settings import QuantizationSettings
+
+Source: TypeAlias = "str | Path | Checkpoint | Graph"
+"""What an engine is made from: a checkpoint (`.pt`), any detector's ONNX file, or a graph."""
+
+_log = logging.getLogger(__name__)
+
+
+class GraphOptions(TypedDict, total=False):
+    """How a checkpoint or ONNX file becomes a graph: keywords of `export`, `quantize`, `build`."""
+
+    image_size: int | tuple[int, int] | None
+    """Side, or height and width, of the input in pixels; multiples of 32. Default: what a
+    checkpoint was trained at (mostly 640), and an ONNX file's own."""
+    batch: int | tuple[int, int, int] | BatchProfile | None
+    """A fixed batch size, or (min, opt, max). Default: (1, 32, 32), and an ONNX file's own."""
+    nms: NmsSettings | None
+    """Checkpoints: put non-maximum suppression with these thresholds into the graph."""
+    uint8_input: bool
+    """Checkpoints: take uint8 RGB pixels (batch, height, width, 3), normalized in the graph."""
+    opset: int | None
+    """Checkpoints: ONNX opset, 17 or later. Default: 18."""
+    class_names: Sequence[str] | str | Path | None
+    """ONNX files: names in the order of the scores, or a file of them (text or COCO JSON)."""
+    decoder: str | None
+    """ONNX files: the detector's family, a name of `detectors.families`. Default: found out."""
+    preprocess: Mapping[str, Any] | None
+    """ONNX files: fields of `Preprocessing` that differ from the family's, by name."""
+
+
+def export(
+    source: Source,
+    *,
+    precision: str | Precision | None = None,
+    output: str | Path | None = None,
+    **options: Unpack[GraphOptions],
+) -> Graph:
+    """Export a checkpoint to ONNX, or read a detector's ONNX file.
+
+    Args:
+        source: a checkpoint or an ONNX file.
+        precision: `fp32` or `fp16`; None: fp32 for a checkpoint, the file's own for ONNX.
+        output: ONNX file to write, with a manifest next to it; None writes nothing.
+        options: see `GraphOptions`.
+
+    Returns:
+        The graph, for `quantize` and `build`.
+
+    Raises:
+        UserError: the source is not a detector, or an option does not apply to it.
+
+    Example:
+        >>> from trt_yolov6 import export
+        >>> graph = export("yolov6n.pt", image_size=64, batch=1, output="yolov6n.onnx")
+        >>> graph.name, graph.precision, graph.image_size, graph.class_names
+        ('yolov6n', 'fp32', (64, 64), ('RBC', 'WBC', 'Platelets'))
+    """
+    wanted = None if precision is None else Precision.parse(precision)
+    if wanted is not None and wanted.quantizes:
+        raise UserError(
+            f"export writes fp32 or fp16, not {wanted}; quantize the graph with `quantize`."
+        )
+    graph = _float_graph(source, wanted, **options)
+    if output is not None:
+        write_graph(graph, output)
+    return graph
+
+
+def quantize(
+    source: Source,
+    calibration: str | Path,
+    *,
+    precision: str | Precision = "int8",
+    settings: QuantizationSettings | None = None,
+    data: str | Path | None = None,
+    split: str | None = None,
+    table: str | Path | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+    **options: Unpack[GraphOptions],
+) -> Graph:
+    """Quantize a float detector after training, by inserting Q/DQ nodes.
+
+    Args:
+        source: a checkpoint, a float32 ONNX file or graph.
+        calibration: folder of images like those the detector will see, a few dozen.
+        precision: `int8` or `fp8`, with `+fp16` for the rest and `:6` or `:auto` for layers that
+            stay in float, such as `int8+fp16:auto`.
+        settings: how it is calibrated; its type, rest and float layers are replaced by
+            `precision`.
+        data: labelled data set on which `:auto` holds its budget of AP; without it, agreement with
+            the float network on the calibration images counts.
+        split: part of that data set.
+        table: calibration table to reuse where it still applies, and to write.
+        output: ONNX file to write, with a manifest next to it; None writes nothing.
+        progress: log a line a minute, off a terminal.
+        options: see `GraphOptions`.
+
+    Raises:
+        UserError: the source is not a float32 detector, or the images cannot calibrate it.
+
+    Example:
+        >>> from trt_yolov6 import QuantizationSettings, quantize
+        >>> quick = QuantizationSettings(calibrator="minmax", equalize=False, bias_correction=False)
+        >>> graph = quantize("yolov6n.onnx", "calib", settings=quick)
+        >>> graph.precision, graph.calibration["calibrator"]
+        ('int8', 'minmax')
+    """
+    from trt_yolov6.quantization import pipeline, search
+    from trt_yolov6.quantization.settings import check_settings
+    from trt_yolov6.quantization.table import write_table
+
+    wanted = Precision.parse(precision)
+    settings = quantization_settings(wanted, settings)
+    check_settings(settings)
+    if data is not None and wanted.float_layers != "auto":
+        raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.", "data")
+    graph = _float_graph(source, None, **options)
+    with a_line_a_minute(f"quantizing {graph.name}", _log.info, progress=progress):
+        result = pipeline.quantize(
+            graph,
+            calibration,
+            settings,
+            table_file=table,
+            score=labelled_score(graph, data, split),
+            tell=_log.info,
+        )
+    if table is not None:
+        write_table(table, result.table)
+    for line in search.tried_table(result.candidates):
+        _log.info("%s", line)
+    layers, kept = result.placement.layers, result.placement.float_layers
+    ranges = "" if table is None else f"; ranges in {table}"
+    _log.info(
+        "%d of %d convolutions in %s%s",
+        len(layers),
+        len(layers) + len(kept),
+        settings.quantized.label,
+        ranges,
+    )
+    if output is not None:
+        write_graph(result.graph, output)
+    return result.graph
+
+
+def build(
+    source: Source,
+    *,
+    precision: str | Precision | None = None,
+    calibration: str | Path | None = None,
+    backend: str = "auto",
+    target: str | None = None,
+    output: str | Path | None = None,
+    quantization: QuantizationSettings | None = None,
+    data: str | Path | None = None,
+    split: str | None = None,
+    settings: BuildSettings | None = None,
+    clean: bool = True,
+    allow_float: bool = False,
+    progress: bool = True,
+    **options: Unpack[GraphOptions],
+) -> BuiltEngine:
+    """Build an engine, and write it with its manifest.
+
+    Args:
+        source: a checkpoint, any detector's ONNX file, or a graph from `export` or `quantize`.
+        precision: `fp32`, `fp16`, `int8`, `fp8`, or as `int8+fp16:auto`, see `Precision`; None:
+            fp32 for a checkpoint, as it is for ONNX files and graphs.
+        calibration: folder of calibration images, for INT8 and FP8. With an ONNX file that has Q/DQ
+            nodes, the images on which their clean-up is verified.
+        backend: `tensorrt`, `tensorrt-rtx`, `onnxruntime`, or `auto`: the fastest that works here.
+        target: GPU to cross-build for with TensorRT-RTX, such as `t4`.
+        output: path of the engine; None: `engines/<name>-<precision>.onnx` or `.trt`.
+        quantization, data, split: as `settings`, `data` and `split` of `quantize`.
+        settings: TensorRT's limits, caches and calibration.
+        clean: remove surplus Q/DQ nodes that an ONNX file brings along.
+        allow_float: build even where the backend would compute a quantized graph in float.
+        progress: show a progress bar; off a terminal, log a line a minute.
+        options: see `GraphOptions`.
+
+    Returns:
+        Path and manifest; it can be handed to `load` and to `open` as the path.
+
+    Raises:
+        UserError: the backend is missing or refuses a setting, or see `export` and `quantize`.
+
+    Example:
+        >>> from trt_yolov6 import build
+        >>> built = build("yolov6n.onnx", precision="fp16", output="yolov6n-fp16.onnx")
+        >>> built.manifest.precision, built.manifest.backend
+        ('fp16', 'onnxruntime')
+    """
+    wanted = None if precision is None else Precision.parse(precision)
+    settings = dataclasses.replace(
+        settings or BuildSettings(),
+        fp8=wanted is not None and wanted.base == "fp8",
+        progress=progress,
+    )
+    if target is not None:
+        settings = dataclasses.replace(settings, target=target)
+    # Exporting takes seconds: what cannot be built is better refused before.
+    name = check_build(backend, output, settings)
+    if wanted is not None and wanted.quantizes:
+        _check_quantizing(wanted, calibration, quantization, name, settings, allow_float)
+        if data is not None:
+            check_source(data, split)
+        graph = _float_graph(source, None, **options)
+    else:
+        graph = _float_graph(source, wanted, **options)
+    if name != "onnxruntime":
+        graph = for_tensorrt(graph)
+    for note in graph.notes:
+        _log.info("%s: %s", graph.source, note)
+    if settings.calibration:
+        graph, settings = _calibrated_by_tensorrt(graph, calibration, settings, quantization)
+    elif wanted is not None and wanted.quantizes:
+        graph = _quantized_for(
+            graph, wanted, calibration, quantization, data, split, name, output, settings
+        )
+    elif not isinstance(source, Graph):
+        graph = _cleaned(graph, calibration) if clean else graph
+    path = engine_path(graph, name, output, settings.target)
+    if path.is_file():
+        _log.info("replacing %s%s", path, _described(path))
+    with a_line_a_minute(f"building {path}", _log.info, progress=progress):
+        return build_engine(
+            graph, backend=name, output=path, settings=settings, allow_float=allow_float
+        )
+
+
+def quantization_settings(
+    precision: Precision, settings: QuantizationSettings | None = None
+) -> QuantizationSettings:
+    """Return settings whose type, rest and float layers are those of a precision."""
+    from trt_yolov6.quantization.settings import QuantizationSettings
+    from trt_yolov6.quantization.types import FP8, INT8
+
+    return dataclasses.replace(
+        settings or QuantizationSettings(),
+        quantized=FP8 if precision.base == "fp8" else INT8,
+        fp16=precision.rest == "fp16",
+        float_layers=precision.float_layers or (),
+    )
+
+
+def labelled_score(
+    graph: Graph, data: str | Path | None, split: str | None
+) -> Callable[[onnx.ModelProto], float] | None:
+    """Return a function that measures a graph's AP on a data set; None without one."""
+    if data is None:
+        return None
+    from trt_yolov6.data.coco import load_coco
+    from trt_yolov6.runtime.sensitivity_report import ap_on
+
+    return ap_on(graph, load_coco(data, split))
+
+
+def _float_graph(
+    source: Source,
+    precision: Precision | None,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    batch: int | tuple[int, int, int] | BatchProfile | None = None,
+    nms: NmsSettings | None = None,
+    uint8_input: bool = False,
+    opset: int | None = None,
+    class_names: Sequence[str] | str | Path | None = None,
+    decoder: str | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+) -> Graph:
+    """Return a source's graph in fp32 or fp16, or (None) its own precision."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    profile = None if batch is None else BatchProfile.of(batch)
+    fp16 = precision is not None and precision.base == "fp16"
+    of_checkpoint = {"nms": nms, "uint8_input": uint8_input, "opset": opset}
+    of_onnx = {"class_names": class_names, "decoder": decoder, "preprocess": preprocess}
+    if isinstance(source, Graph):
+        of_file = {"image_size": image_size, "batch": batch}
+        _refuse({**of_checkpoint, **of_onnx, **of_file}, "a graph that is there already")
+        graph = source
+    elif _is_checkpoint(source):
+        from trt_yolov6.checkpoints.loading import load_checkpoint
+        from trt_yolov6.graph.export import DEFAULT_OPSET, ExportSettings, graph_from_checkpoint
+
+        _refuse(of_onnx, "a checkpoint, which is a YOLOv6 and brings its class names along")
+        settings = ExportSettings(
+            image_size=size,
+            batch=profile or BatchProfile(),
+            fp16=fp16,
+            nms=nms,
+            uint8_input=uint8_input,
+            opset=opset or DEFAULT_OPSET,
+        )
+        checkpoint = load_checkpoint(source) if isinstance(source, (str, Path)) else source
+        _log.info(
+            "exporting %s from %s to ONNX (some seconds) ...", checkpoint.arch.name, checkpoint.path
+        )
+        graph = graph_from_checkpoint(checkpoint, settings)
+    else:
+        from trt_yolov6.data.class_names import read_class_names
+        from trt_yolov6.graph.onnx_import import graph_from_onnx
+
+        assert isinstance(source, (str, Path))
+        _refuse(of_checkpoint, "an ONNX file: it changes how a checkpoint is exported")
+        if isinstance(class_names, (str, Path)):
+            class_names = read_class_names(class_names)
+        graph = graph_from_onnx(
+            source,
+            batch=profile,
+            image_size=size,
+            fp16=fp16,
+            class_names=class_names,
+            decoder=decoder,
+            preprocess=preprocess,
+        )
+    if precision is not None and graph.precision != precision.base:
+        raise UserError(
+            f"{graph.source} is {graph.precision} and cannot be made {precision}; leave that out."
+        )
+    return graph
+
+
+def _refuse(options: Mapping[str, Any], what: str) -> None:
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise UserError(f"`{name}` is not for {what}; leave it out.", name)
+
+
+def _is_checkpoint(source: str | Path | Checkpoint) -> bool:
+    """Return whether a source is a checkpoint: by its ending, else by its first bytes."""
+    if not isinstance(source, (str, Path)):
+        return True
+    path = Path(source)
+    if path.suffix in (".pt", ".pth", ".onnx") or not path.is_file():
+        return path.suffix in (".pt", ".pth")
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")  # an archive, or an early version's pickle
+
+
+def _check_quantizing(
+    precision: Precision,
+    calibration: str | Path | None,
+    quantization: QuantizationSettings | None,
+    backend: str,
+    settings: BuildSettings,
+    allow_float: bool,
+) -> None:
+    """Refuse what cannot be quantized for this backend, before minutes of work."""
+    from trt_yolov6.data.calibration import calibration_images
+    from trt_yolov6.engines.int8_probe import computes
+    from trt_yolov6.quantization.settings import check_settings
+
+    if calibration is None:
+        raise UserError(
+            f"{precision} needs calibration images; name a folder of them as `calibration`.",
+            "calibration",
+        )
+    how = quantization_settings(precision, quantization)
+    check_settings(how)
+    calibration_images(calibration)
+    if not allow_float and not computes(backend, settings, how.quantized):
+        raise all_in_float(precision.base, backend, settings.target or "this machine's GPU")
+
+
+def _quantized_for(
+    graph: Graph,
+    precision: Precision,
+    calibration: str | Path | None,
+    quantization: QuantizationSettings | None,
+    data: str | Path | None,
+    split: str | None,
+    backend: str,
+    output: str | Path | None,
+    settings: BuildSettings,
+) -> Graph:
+    """Return the quantized graph of an engine; its calibration table lies next to the engine."""
+    from trt_yolov6.quantization.table import table_path
+
+    assert calibration is not None
+    # Named as the engine will be, which the float graph's precision is not a part of.
+    named = dataclasses.replace(graph, precision=precision.base)
+    return quantize(
+        graph,
+        calibration,
+        precision=precision,
+        settings=quantization,
+        data=data,
+        split=split,
+        table=table_path(engine_path(named, backend, output, settings.target)),
+        progress=settings.progress,
+    )
+
+
+def _calibrated_by_tensorrt(
+    graph: Graph,
+    calibration: str | Path | None,
+    settings: BuildSettings,
+    quantization: QuantizationSettings | None,
+) -> tuple[Graph, BuildSettings]:
+    """Return a float graph as the INT8 one it becomes, and the settings with images for it."""
+    from trt_yolov6.data.calibration import calibration_images
+    from trt_yolov6.quantization.judge import batches_of
+
+    implicit = settings.calibration
+    assert implicit is not None
+    if graph.precision != "fp32":
+        raise UserError(
+            f"{graph.source} is {graph.precision}, and TensorRT calibrates float32 graphs; give "
+            "one without Q/DQ nodes and casts."
+        )
+    how: dict[str, Any] = {"cache": str(implicit.cache)}
+    if implicit.cache is None:
+        if calibration is None:
+            raise UserError("TensorRT calibrates on images; name `calibration`.", "calibration")
+        limit = quantization.image_limit if quantization else None
+        paths = list(calibration_images(calibration, limit))
+        implicit = dataclasses.replace(implicit, images=lambda: batches_of(graph, paths))
+        how = {"tensorrt": implicit.algorithm, "images": len(paths)}
+    quantized = dataclasses.replace(graph, precision="int8", calibration=how)
+    return quantized, dataclasses.replace(settings, calibration=implicit)
+
+
+def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
+    """Remove surplus Q/DQ nodes of a graph that came with some, and verify it on images."""
+    from trt_yolov6.data.calibration import calibration_batches
+    from trt_yolov6.graph.inputs import input_spec
+    from trt_yolov6.quantization.qdq.cleanup import clean
+    from trt_yolov6.quantization.qdq.verify import verify_clean
+
+    if graph.precision == "fp8":
+        _log.info("surgery: FP8's Q/DQ nodes are left as they are")
+    if graph.precision != "int8":
+        return graph
+    model, removals = clean(graph.model)
+    if not removals:
+        _log.info("surgery: no Q/DQ node of the graph is surplus")
+        return graph
+    for kind, count in Counter(removal.kind for removal in removals).items():
+        first = next(removal for removal in removals if removal.kind == kind)
+        _log.info("surgery: %d x %s, such as %s", count, kind.replace("_", " "), first)
+    if calibration is None:
+        _log.info("surgery: not verified; calibration images compare the outputs")
+        return dataclasses.replace(graph, model=model)
+    images = calibration_batches(
+        calibration, input_spec(model), limit=8, preprocessing=graph.preprocessing
+    )
+    for shift in verify_clean(graph.model, model, images):
+        _log.info(
+            "surgery: %s moved by %.3g (RMS); quantization itself moves it by %.3g",
+            shift.output,
+            shift.moved,
+            shift.quantization,
+        )
+        if not shift.explained:
+            raise UserError(
+                f"surgery on {graph.source} moved {shift.output} more than quantization explains; "
+                "leave it out (`clean`) and please report the file.",
+                "clean",
+            )
+    return dataclasses.replace(graph, model=model)
+
+
+def _described(path: Path) -> str:
+    """Say what an engine that is replaced is, as far as its manifest tells."""
+    from trt_yolov6.engines.manifest import read_manifest
+
+    try:
+        manifest = read_manifest(path)
+    except UserError:
+        return ""
+    return "" if manifest is None else f" ({manifest.precision}, of {manifest.source})"

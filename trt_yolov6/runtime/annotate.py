@@ -1,0 +1,265 @@
+"""Annotate pictures and videos: detections drawn, and written as JSON, CSV or YOLO labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from trt_yolov6.common.files import atomic_path, write_bytes
+from trt_yolov6.data.images import IMAGE_SUFFIXES
+from trt_yolov6.data.loader import Batch
+from trt_yolov6.data.media import Clip, Frame, Picture, Pictures, Video, find_media, open_video
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.engines.base import Engine
+from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.detection_files import Format, open_detection_files
+from trt_yolov6.runtime.draw import draw_detections
+from trt_yolov6.runtime.predict import default_nms, process
+from trt_yolov6.runtime.video import VideoWriter
+from trt_yolov6.spec import NmsSettings
+
+
+@dataclass(frozen=True)
+class InferenceSummary:
+    """What `infer_source` did."""
+
+    files: tuple[Path, ...]
+    """What holds the detections: files, and for YOLO's format their folder."""
+    outputs: tuple[Path, ...]
+    """The annotated pictures, or the one annotated video."""
+    images: int
+    """Pictures or frames that were processed."""
+    objects: int
+    failures: tuple[tuple[str, str], ...]
+    """Pictures that were left out because they could not be read, each with why, as one
+    sentence."""
+    warnings: tuple[str, ...]
+    """What is odd about those that were processed, such as a video that ends early: sentences."""
+    inference_seconds: float
+    wall_seconds: float
+
+
+def infer_source(
+    engine: Engine,
+    source: str | Path,
+    output: str | Path,
+    *,
+    formats: Sequence[Format] = ("json",),
+    frames: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    nms: NmsSettings | None = None,
+    border: int = 0,
+    batch: int | None = None,
+    progress: bool = True,
+) -> InferenceSummary:
+    """Find objects in pictures or a video, and draw them.
+
+    Writes annotated pictures under their own names, below `output` as below `source`, or
+    `<stem>.mp4` of a video, without sound: H.264 where `ffmpeg` is on the path. A picture of a type
+    that is not written, such as PPM, becomes `<name>.jpg`.
+
+    What was found goes into `detections.json`, a list with `file`, `width`, `height` and
+    `detections` of each picture, or of each frame with `frame` (from 0) and `seconds` (its own time
+    in the video) besides. A detection has `box` ([x1, y1, x2, y2] in pixels of the original),
+    `score`, `class` and `name`. `detections.csv` has a row a detection; `labels/<stem>.txt`, or
+    `labels/<stem>_<frame>.txt`, YOLO's format with the score after the box.
+
+    Args:
+        engine: any loaded engine.
+        source: see `media.find_media`.
+        output: the folder to write to; made if missing, not the one the source lies in.
+        formats: of `detection_files.FORMATS`.
+        frames: end a video or stream after so many.
+        stop: asked before each frame of a video or stream: whether to end here.
+        nms, border, batch: as in `detect`.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
+            unreadable picture among others is listed in the summary instead.
+    """
+    output = Path(output)
+    media = find_media(source)
+    if isinstance(media, Video):
+        places = [] if media.is_live else [Path(media.address).parent]
+    else:
+        places = [item.path.parent for item in media.items if item.path is not None]
+    if any(output.resolve() == place.resolve() for place in places):
+        raise UserError(f"{output} is where the source lies; give another folder as --output.")
+    options = {"nms": nms or default_nms(engine), "border": border, "batch": batch}
+    if isinstance(media, Video):
+        clip = open_video(media, frames, stop)
+        return _infer_video(engine, media, clip, output, formats, progress, **options)
+    return _infer_pictures(engine, media, str(source), output, formats, progress, **options)
+
+
+def _infer_pictures(
+    engine: Engine,
+    pictures: Pictures,
+    source: str,
+    output: Path,
+    formats: Sequence[Format],
+    progress: bool,
+    **options: Any,
+) -> InferenceSummary:
+    start = time.perf_counter()
+    outputs: list[Path] = []
+    failures: list[tuple[str, str]] = []
+    odd: list[str] = []
+    seconds = 0.0
+
+    def finish(batch: Batch[Picture], found: list[Detections]) -> list[Path]:
+        written = []
+        for picture, image, detections in zip(batch.items, batch.images, found, strict=True):
+            drawn = draw_detections(image, detections, engine.class_names)
+            known = Path(picture.name).suffix.lower() in IMAGE_SUFFIXES
+            written.append(output / (picture.name if known else picture.name + ".jpg"))
+            _, encoded = cv2.imencode(
+                written[-1].suffix.lower(), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
+            )
+            write_bytes(written[-1], encoded.tobytes())
+            height, width = image.shape[:2]
+            files.add({"file": picture.name, "width": width, "height": height}, detections)
+        return written
+
+    with (
+        open_detection_files(output, formats, engine.class_names) as files,
+        tqdm(
+            total=len(pictures.items),
+            desc="infer",
+            unit="image",
+            disable=None if progress else True,
+        ) as bar,
+    ):
+        for step in process(
+            engine,
+            pictures.items,
+            Picture.read,
+            finish,
+            keep_images=True,
+            skip_unreadable=not pictures.is_single,
+            tell=odd.append,
+            **options,
+        ):
+            outputs.extend(step.result)
+            failures.extend((item.where, str(error)) for item, error in step.batch.failures)
+            seconds += step.inference_seconds
+            bar.update(len(step.batch.items) + len(step.batch.failures))
+        if not outputs:
+            raise UserError(
+                f"no image in {source} could be read; the first problem: {failures[0][1]}"
+            )
+    return InferenceSummary(
+        files=files.paths,
+        outputs=tuple(outputs),
+        images=files.images,
+        objects=files.objects,
+        failures=tuple(failures),
+        warnings=tuple(odd),
+        inference_seconds=seconds,
+        wall_seconds=time.perf_counter() - start,
+    )
+
+
+def _infer_video(
+    engine: Engine,
+    video: Video,
+    clip: Clip,
+    output: Path,
+    formats: Sequence[Format],
+    progress: bool,
+    **options: Any,
+) -> InferenceSummary:
+    start = time.perf_counter()
+    target = output / f"{video.name}.mp4"
+    name = video.address if video.is_live else Path(video.address).name
+    odd: list[str] = []
+    seconds = 0.0
+
+    def finish(batch: Batch[Frame], found: list[Detections]) -> None:
+        for frame, detections in zip(batch.items, found, strict=True):
+            height, width = frame.image.shape[:2]
+            drawn = draw_detections(frame.image, detections, engine.class_names)
+            writer.add(drawn, frame.seconds)
+            record = {"file": name, "frame": files.images, "seconds": round(frame.seconds, 3)}
+            files.add({**record, "width": width, "height": height}, detections)
+
+    try:
+        with (
+            atomic_path(target) as temporary,
+            open_detection_files(output, formats, engine.class_names) as files,
+            VideoWriter(temporary, clip.rate) as writer,
+        ):
+            with tqdm(
+                total=clip.announced or None,
+                desc="infer",
+                unit="frame",
+                disable=None if progress else True,
+            ) as bar:
+                # Frames can only be decoded in order, so the caller's thread does it and the
+                # loader's threads just resize them.
+                for step in process(
+                    engine, clip.frames, _pixels, finish, tell=odd.append, **options
+                ):
+                    seconds += step.inference_seconds
+                    bar.update(len(step.batch.items))
+            if not files.images:
+                raise UserError(f"{name} holds no frame that can be decoded; replace it.")
+            if not writer.close() or not _is_whole(temporary, writer.frames):
+                raise UserError(
+                    f"{target} could not be written in whole; free the disk or give another "
+                    "--output."
+                )
+    finally:
+        clip.close()
+    # The count in the header is an estimate in some formats, though a close one.
+    if files.images < 0.9 * clip.announced:
+        odd.append(
+            f"{name} ends after {files.images} of the {clip.announced} frames it announces; they "
+            "were processed, the rest is missing or damaged."
+        )
+    if not writer.is_h264:
+        odd.append(
+            f"{target} is MPEG-4, which browsers do not play: `ffmpeg` with an H.264 encoder is "
+            "not on the path."
+        )
+    return InferenceSummary(
+        files=files.paths,
+        outputs=(target,),
+        images=files.images,
+        objects=files.objects,
+        failures=(),
+        warnings=tuple(odd),
+        inference_seconds=seconds,
+        wall_seconds=time.perf_counter() - start,
+    )
+
+
+def _is_whole(video: Path, frames: int) -> bool:
+    """Tell whether a written video has all its frames.
+
+    OpenCV's writer reports no error. A full disk is seen here: an MP4's table of frames comes last,
+    and FFmpeg writes nothing more after a first failure.
+    """
+    capture = cv2.VideoCapture(str(video))
+    try:
+        return (
+            capture.isOpened()
+            and round(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == frames
+            and capture.set(cv2.CAP_PROP_POS_FRAMES, frames - 1)
+            and capture.read()[0]
+        )
+    finally:
+        capture.release()
+
+
+def _pixels(frame: Frame) -> NDArray[np.uint8]:
+    return frame.image

@@ -1,0 +1,131 @@
+"""`Detector`: a loaded engine that goes from images to detections."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.engines.base import Engine
+from trt_yolov6.runtime.annotate import InferenceSummary, infer_source
+from trt_yolov6.runtime.detection_files import Format
+from trt_yolov6.runtime.predict import Images, default_nms, detect
+from trt_yolov6.spec import NmsSettings
+
+
+class Detector:
+    """A loaded detector. One thread at a time may use it; close it, or use it in a `with` block."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Take an engine, which is closed with the detector."""
+        self.engine = engine
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by `class_id`."""
+        return self.engine.class_names
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the network's input; images may be of any size."""
+        return self.engine.image_size
+
+    def predict(
+        self,
+        images: Images,
+        *,
+        confidence: float | None = None,
+        iou: float | None = None,
+        max_detections: int | None = None,
+        border: int = 0,
+        batch: int | None = None,
+    ) -> list[Detections]:
+        """Find objects in images.
+
+        Args:
+            images: RGB arrays, uint8 (height, width, 3), or PIL images; paths of files, folders
+                (searched with their sub-folders, sorted by path) and globs; or several of these.
+                OpenCV reads BGR: give `image[..., ::-1]`.
+            confidence: least score, in 0..1. Default: 0.4, or more where the graph suppresses
+                boxes itself with a higher one.
+            iou: boxes of a class that overlap more are one object. Default: 0.65, or the graph's.
+            max_detections: most objects an image. Default: 300, or the graph's.
+            border: gray pixels on every side of an image, as some YOLOv6 evaluations add.
+            batch: images given to the engine at a time. Default: up to 8.
+
+        Returns:
+            One `Detections` an image, in order; a list of one for a single image.
+
+        Raises:
+            UserError: an image cannot be read, or the engine cannot do what is asked.
+
+        Example:
+            >>> from trt_yolov6 import load
+            >>> with load("yolov6n.onnx") as detector:
+            ...     (found,) = detector.predict("images/BloodImage_00007.jpg", confidence=0.1)
+            ...     for one in found:
+            ...         box = one.class_name, one.confidence, one.xyxy
+            >>> found.xyxy.shape == (len(found), 4)
+            True
+        """
+        nms = self._nms(confidence, iou, max_detections)
+        return detect(self.engine, images, nms=nms, border=border, batch=batch)
+
+    def annotate(
+        self,
+        source: str | Path,
+        output: str | Path,
+        *,
+        confidence: float | None = None,
+        iou: float | None = None,
+        max_detections: int | None = None,
+        formats: Sequence[Format] = ("json",),
+        progress: bool = False,
+    ) -> InferenceSummary:
+        """Draw detections on pictures or a video and write them, as the command `infer` does.
+
+        Args:
+            source: picture, folder, video, glob, address or camera, see `data.media.find_media`.
+            output: folder to write to; not the one that the source lies in.
+            confidence, iou, max_detections: as in `predict`.
+            formats: `json`, `csv`, `yolo`; see `runtime.annotate.infer_source`.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            UserError: as `predict`, or the output cannot be written.
+        """
+        nms = self._nms(confidence, iou, max_detections)
+        return infer_source(
+            self.engine, source, output, formats=formats, nms=nms, progress=progress
+        )
+
+    def _nms(
+        self, confidence: float | None, iou: float | None, max_detections: int | None
+    ) -> NmsSettings:
+        given = {"confidence": confidence, "iou": iou, "max_detections": max_detections}
+        changes: dict[str, Any] = {
+            name: value for name, value in given.items() if value is not None
+        }
+        return dataclasses.replace(default_nms(self.engine), **changes)
+
+    def close(self) -> None:
+        """Free what the engine holds; the detector cannot be used afterwards."""
+        self.engine.close()
+
+    def __enter__(self) -> Detector:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        engine = self.engine
+        return f"<Detector {engine.path}: {engine.precision}, {engine.backend}, {engine.device}>"

@@ -1,0 +1,230 @@
+"""The model that Triton's Python backend runs: an engine of any backend, from its entry's folder.
+
+`export-triton --python-backend` writes an entry whose `model.py` imports `TritonPythonModel` from
+here. What it needs to know stands in the `parameters` of the entry's `config.pbtxt`:
+
+    serves               tensors or pictures
+    decoder, preprocess  of an ONNX file without a manifest
+    confidence, iou, max_detections
+                         thresholds of pictures; as those of `infer` where they are missing
+    max_pixels           of a picture, width times height: larger ones are refused
+    threads              CPU threads of an ONNX Runtime session
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.base import Engine, LoadOptions
+    from trt_yolov6.spec import NmsSettings
+
+ENGINE_FILES = ("engine.onnx", "engine.trt")
+"""What the engine is called in a version's folder, its manifest beside it."""
+
+MAX_PIXELS = 2**26
+"""Of a picture, unless the configuration says otherwise: 67 megapixels, 200 MB once decoded."""
+
+_OPENCV_LIMIT = "OPENCV_IO_MAX_IMAGE_PIXELS"
+
+
+class TritonPythonModel:
+    """One instance of a model, in a process of its own; Triton calls its methods in turn."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load the engine.
+
+        Args:
+            args: Triton's: the configuration as JSON, where the entry lies, the kind of processor
+                and its number.
+        """
+        config = json.loads(args["model_config"])
+        parameters = {
+            key: value["string_value"] for key, value in config.get("parameters", {}).items()
+        }
+        limit_pictures(_number(parameters, "max_pixels", int, MAX_PIXELS))
+
+        from trt_yolov6.data.loader import default_workers
+        from trt_yolov6.engines import load_engine
+
+        gpu = None
+        if args["model_instance_kind"] == "GPU":
+            gpu = int(args["model_instance_device_id"])
+            _choose_gpu(gpu)
+        folder = Path(args["model_repository"], args["model_version"])
+        path = next((folder / name for name in ENGINE_FILES if (folder / name).is_file()), None)
+        if path is None:
+            raise UserError(f"{folder} holds none of {', '.join(ENGINE_FILES)}; export it again.")
+        self._engine: Engine = load_engine(
+            path, options=load_options(parameters, path, gpu=gpu, instances=_count(config))
+        )
+        self._nms = nms_of(parameters, self._engine)
+        self._pictures = parameters.get("serves") == "pictures"
+        self._input = config["input"][0]["name"]
+        self._pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="pictures")
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer requests that Triton has put together, in one batch of the engine.
+
+        Args:
+            requests: `InferenceRequest`s; of all together no more images than `max_batch_size`.
+
+        Returns:
+            An `InferenceResponse` each, with outputs or an error of its own.
+        """
+        import triton_python_backend_utils as triton
+
+        answers: list[Any] = [None] * len(requests)
+        wanted: list[int] = []
+        inputs: list[Any] = []
+        for index, request in enumerate(requests):
+            if request.is_cancelled():
+                gone = triton.TritonError("the client is gone", triton.TritonError.CANCELLED)
+                answers[index] = triton.InferenceResponse(error=gone)
+                continue
+            wanted.append(index)
+            inputs.append(triton.get_input_tensor_by_name(request, self._input).as_numpy())
+        results: Sequence[dict[str, Any] | UserError]
+        try:
+            results = (self._detect if self._pictures else self._infer)(inputs) if inputs else []
+        except UserError as error:
+            results = [error] * len(inputs)
+        for index, result in zip(wanted, results, strict=True):
+            if isinstance(result, UserError):
+                wrong = triton.TritonError(str(result), triton.TritonError.INVALID_ARG)
+                answers[index] = triton.InferenceResponse(error=wrong)
+            else:
+                names = requests[index].requested_output_names()
+                tensors = [triton.Tensor(name, result[name]) for name in names]
+                answers[index] = triton.InferenceResponse(tensors)
+        return answers
+
+    def finalize(self) -> None:
+        """Free the engine."""
+        self._pool.shutdown()
+        self._engine.close()
+
+    def _infer(self, inputs: Sequence[Any]) -> Sequence[dict[str, Any] | UserError]:
+        from trt_yolov6.serving.requests import run_tensors
+
+        return run_tensors(self._engine, inputs)
+
+    def _detect(self, inputs: Sequence[Any]) -> Sequence[dict[str, Any] | UserError]:
+        from trt_yolov6.serving.requests import detect_encoded, stacked
+
+        pictures = [bytes(picture) for array in inputs for picture in array.reshape(-1)]
+        found = iter(detect_encoded(self._engine, pictures, self._nms, executor=self._pool))
+        results: list[dict[str, Any] | UserError] = []
+        for array in inputs:
+            mine = [next(found) for _ in range(array.size)]
+            wrong = [one for one in mine if isinstance(one, UserError)]
+            results.append(
+                wrong[0]
+                if wrong
+                else stacked([one for one in mine if not isinstance(one, UserError)])
+            )
+        return results
+
+
+def load_options(
+    parameters: Mapping[str, str], engine: Path, *, gpu: int | None, instances: int
+) -> LoadOptions:
+    """Return how an entry's engine is loaded.
+
+    Instances on a CPU share its processors unless `threads` says how many each has.
+
+    Args:
+        parameters: of the configuration.
+        engine: the file.
+        gpu: number of the GPU that the instance is on; None: it is on a CPU.
+        instances: of the model on this processor.
+
+    Raises:
+        UserError: a parameter is none.
+    """
+    from trt_yolov6.engines import LoadOptions
+    from trt_yolov6.engines.manifest import read_manifest
+
+    threads = _number(parameters, "threads", int, 0) or None
+    if threads is None and gpu is None and instances > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // instances)
+    told = read_manifest(engine) is not None
+    return LoadOptions(
+        threads=threads,
+        provider="cpu" if gpu is None and engine.suffix == ".onnx" else None,
+        gpu=gpu or 0,
+        decoder=None if told else parameters.get("decoder"),
+        preprocess={} if told else _changes(parameters.get("preprocess", "{}")),
+    )
+
+
+def nms_of(parameters: Mapping[str, str], engine: Engine) -> NmsSettings:
+    """Return the thresholds of an entry: its parameters', and `infer`'s where they say nothing.
+
+    Raises:
+        UserError: a parameter is none, or the engine has decided otherwise.
+    """
+    from trt_yolov6.runtime.predict import check_thresholds, default_nms
+
+    default = default_nms(engine)
+    nms = dataclasses.replace(
+        default,
+        confidence=_number(parameters, "confidence", float, default.confidence),
+        iou=_number(parameters, "iou", float, default.iou),
+        max_detections=_number(parameters, "max_detections", int, default.max_detections),
+    )
+    check_thresholds(engine, nms)
+    return nms
+
+
+def limit_pictures(pixels: int) -> None:
+    """Let OpenCV refuse larger pictures before it decodes them; once, before it is imported.
+
+    A file of a few kilobytes may claim a size whose pixels fill the memory.
+    """
+    if _OPENCV_LIMIT not in os.environ and "cv2" not in sys.modules:
+        os.environ[_OPENCV_LIMIT] = str(pixels)
+
+
+def _choose_gpu(index: int) -> None:
+    """Make a GPU the current one of this thread, in which engines are loaded and run."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:  # no TensorRT either
+        return
+    (error,) = runtime.cudaSetDevice(index)
+    if int(error) != 0:
+        raise UserError(f"GPU {index} cannot be used ({error.name}); see `nvidia-smi`.")
+
+
+def _changes(text: str) -> dict[str, Any]:
+    """Return fields of `Preprocessing` from JSON, which has lists for tuples."""
+    fields = json.loads(text)
+    return {key: tuple(one) if isinstance(one, list) else one for key, one in fields.items()}
+
+
+def _count(config: Mapping[str, Any]) -> int:
+    return sum(int(group.get("count") or 1) for group in config.get("instance_group", ()))
+
+
+def _number(
+    parameters: Mapping[str, str], name: str, kind: Callable[[str], Any], default: Any
+) -> Any:
+    text = parameters.get(name)
+    if text is None:
+        return default
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UserError(
+            f"the parameter {name} is {text!r}, not a number; correct config.pbtxt."
+        ) from error

@@ -1,0 +1,143 @@
+"""What a server does with requests that came together: one batch for all, an answer for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.data.images import read_image
+from trt_yolov6.data.letterbox import Letterbox
+from trt_yolov6.data.loader import fill_row
+from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.engines.base import Engine
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import NmsSettings
+
+
+def run_tensors(engine: Engine, requests: Sequence[NDArray[Any]]) -> list[dict[str, NDArray[Any]]]:
+    """Run the inputs of several requests as one batch.
+
+    A batch smaller than the engine takes is filled up with zeros, whose outputs are dropped.
+
+    Args:
+        engine: any loaded engine.
+        requests: inputs as `engine.input` says, each of one image or more, in all no more than the
+            engine takes.
+
+    Returns:
+        The engine's outputs for each request, by name: its own images' alone.
+
+    Raises:
+        UserError: an input is of the wrong shape or dtype, or there are too many images.
+    """
+    wanted = engine.input
+    for request in requests:
+        rest = zip(wanted.shape[1:], request.shape[1:], strict=False)
+        if (
+            request.dtype != wanted.dtype
+            or request.ndim != len(wanted.shape)
+            or any(length not in (None, given) for length, given in rest)
+        ):
+            raise UserError(
+                f"the input is {request.dtype} {list(request.shape)}, not {wanted.dtype} "
+                f"{['batch', *wanted.shape[1:]]}; send it as the configuration says."
+            )
+    counts = [len(request) for request in requests]
+    total = sum(counts)
+    if len(requests) == 1 and total >= engine.batch.min:
+        return [engine.infer(np.ascontiguousarray(requests[0]))]
+    # Of an engine on a GPU, memory that the GPU reads without a detour.
+    array = engine.empty_input(max(total, engine.batch.min))
+    start = 0
+    for request, count in zip(requests, counts, strict=True):
+        array[start : start + count] = request
+        start += count
+    array[start:] = 0
+    outputs = engine.infer(array)
+    ends = np.cumsum(counts)
+    return [
+        {name: value[end - count : end] for name, value in outputs.items()}
+        for count, end in zip(counts, ends, strict=True)
+    ]
+
+
+def detect_encoded(
+    engine: Engine,
+    pictures: Sequence[bytes],
+    nms: NmsSettings,
+    *,
+    border: int = 0,
+    executor: Executor,
+) -> list[Detections | UserError]:
+    """Find objects in encoded pictures, all in one batch.
+
+    Args:
+        engine: any loaded engine.
+        pictures: contents of image files, no more than the engine takes at a time.
+        nms: thresholds.
+        border: gray pixels around the image, see `letterbox.fit`.
+        executor: decodes and post-processes several pictures at a time.
+
+    Returns:
+        For each picture what was found, in its pixels, or why it could not be read.
+
+    Raises:
+        UserError: the engine cannot do what is asked.
+    """
+    array = engine.empty_input(max(len(pictures), engine.batch.min))
+
+    def prepare(index: int) -> Letterbox | UserError:
+        try:
+            image = read_image(pictures[index], "the picture")
+            return fill_row(array[index], image, engine.input, border, engine.preprocessing)
+        except UserError as error:
+            return error
+        except (MemoryError, cv2.error):
+            return UserError("the picture takes more memory than there is; send a smaller one.")
+
+    prepared = list(executor.map(prepare, range(len(pictures))))
+    placed = {index: item for index, item in enumerate(prepared) if isinstance(item, Letterbox)}
+    if not placed:
+        return [item for item in prepared if isinstance(item, UserError)]
+    rows = max(len(placed), engine.batch.min)
+    if len(placed) < len(pictures):
+        # Pictures that could not be read take no time of the engine's.
+        array[: len(placed)] = array[list(placed)]
+    array[len(placed) : rows] = 0
+    outputs = engine.start(array[:rows], nms.confidence).wait()
+    found = postprocess(
+        outputs, engine.output_layout, nms, tuple(placed.values()), executor=executor
+    )
+    by_picture = dict(zip(placed, found, strict=True))
+    return [
+        item if isinstance(item, UserError) else by_picture[index]
+        for index, item in enumerate(prepared)
+    ]
+
+
+def stacked(found: Sequence[Detections]) -> dict[str, NDArray[Any]]:
+    """Return the detections of one request's pictures as arrays of one length.
+
+    Args:
+        found: of one picture or more.
+
+    Returns:
+        `boxes` float32 (pictures, n, 4), `scores` float32 (pictures, n), `classes` int64 (pictures,
+        n), where n is that of the picture with most; rows beyond a picture's own `count`, int32
+        (pictures, 1), have score 0 and class -1.
+    """
+    most = max(len(one) for one in found)
+    boxes = np.zeros((len(found), most, 4), np.float32)
+    scores = np.zeros((len(found), most), np.float32)
+    classes = np.full((len(found), most), -1, np.int64)
+    for row, one in enumerate(found):
+        boxes[row, : len(one)] = one.xyxy
+        scores[row, : len(one)] = one.confidence
+        classes[row, : len(one)] = one.class_id
+    count = np.array([[len(one)] for one in found], np.int32)
+    return {"boxes": boxes, "scores": scores, "classes": classes, "count": count}
