@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 import tempfile
 import time
@@ -137,6 +138,8 @@ def main() -> None:
                 **judged.figures(model),
                 "seconds": round(time.perf_counter() - start, 1),
                 "machine": cpu_model(),
+                # Seconds say little where others used the cores.
+                "load": round(os.getloadavg()[1], 1),
             }
             print(row, flush=True)
             _keep(options.output, row)
