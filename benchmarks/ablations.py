@@ -4,8 +4,8 @@
 
 Each row is a training with one choice of the recipe changed. What several tables have in common,
 such as the recipe itself, is trained once. Trainings run `--jobs` side by side and take turns on
-the GPUs that there are; results are written after each, and the same command again goes on with
-what was interrupted. `python -m benchmarks.paper_tables` puts the results into PAPER.md.
+the available GPUs; results are written after each, and the same command resumes what was
+interrupted. `python -m benchmarks.paper_tables` puts the results into docs/measurements/paper.md.
 """
 
 from __future__ import annotations

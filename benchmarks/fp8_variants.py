@@ -22,12 +22,13 @@ from typing import Any
 
 import onnx
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.latency import benchmark_many, format_report, random_input
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import timestamp
 from trt_yolov6.engines import LoadOptions, backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.build import SUFFIXES, build_engine
+from trt_yolov6.engines.build import build_engine
 from trt_yolov6.engines.tensorrt.layer_log import engine_layers
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
@@ -199,7 +200,7 @@ def built(folder: Path, name: str, backend_name: str, settings: BuildSettings) -
 
 def plan_path(folder: Path, name: str, backend_name: str) -> Path:
     """Return where an engine lies."""
-    return folder / "engines" / f"{name}{SUFFIXES[backend_name]}"
+    return folder / "engines" / f"{name}{BACKENDS[backend_name].suffix}"
 
 
 def time_all(

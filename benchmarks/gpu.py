@@ -1,4 +1,4 @@
-"""Everything docs/measured.md says of a GPU, measured on the one in this machine, in one run.
+"""Measure, in one run, everything docs/measurements/speed.md reports for a GPU.
 
     python -m benchmarks.gpu --json benchmarks/results/NAME.json
 
@@ -39,6 +39,7 @@ from benchmarks.gpu_graphs import (
     with_batch,
 )
 from trt_yolov6 import __version__
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.latency import BenchmarkResult, benchmark_many, random_input
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
@@ -48,7 +49,7 @@ from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.data.loader import default_workers, load_batches
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines import Engine, LoadOptions, backend, load_engine
-from trt_yolov6.engines.build import SUFFIXES, build_engine
+from trt_yolov6.engines.build import build_engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
@@ -92,7 +93,7 @@ class Bench:
 
     def build(self, graph: Graph, name: str) -> Path:
         """Build an engine unless it is there."""
-        path = self.folder / f"{name}{SUFFIXES[self.backend]}"
+        path = self.folder / f"{name}{BACKENDS[self.backend].suffix}"
         if not path.exists():
             start = time.perf_counter()
             build_engine(graph, backend=self.backend, output=path)
@@ -424,7 +425,7 @@ def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
         graph = graph_from_checkpoint(
             SAMPLE, ExportSettings(batch=BatchProfile(1, 8, 8), **options)
         )
-        path = bench.folder / f"accuracy_{len(rows)}{SUFFIXES[backend_name]}"
+        path = bench.folder / f"accuracy_{len(rows)}{BACKENDS[backend_name].suffix}"
         build_engine(graph, backend=backend_name, output=path)
         rows.append(judged(name, path))
         rows[-1]["AP_to_FP32_on_CPU"] = rows[-1]["AP"] - rows[0]["AP"]

@@ -44,16 +44,17 @@ from trt_yolov6.data.calibration import (
     calibration_batches,
     calibration_images,
     images_sha256,
-    input_spec,
 )
 from trt_yolov6.data.coco import CocoDataset, load_coco
-from trt_yolov6.diagnostics.inspection import OnnxDetails, inspect_file
+from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.inputs import input_spec
+from trt_yolov6.graph.inspect import OnnxDetails
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.graph.operators import LAYER_OPS
+from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
@@ -71,7 +72,6 @@ AGREEMENT_IMAGES = 32
 
 # What can stand between a pair and the layer that reads it: values are moved or selected, so that
 # the layer still reads what was quantized.
-_MOVING_OPS = {"Concat", "Identity", "MaxPool", "Reshape", "Resize", "Slice", "Split", "Transpose"}
 
 
 @dataclass(frozen=True)
@@ -230,9 +230,8 @@ def _figures(path: Path, datasets: Mapping[str, CocoDataset]) -> dict[str, Any]:
         }
     details = inspect_file(path).details
     assert isinstance(details, OnnxDetails)
-    layers = [layer for layer in details.layers if layer.operator in LAYER_OPS]
-    integer = int8_layers(onnx.load(path))
-    work = [layer.flops or 0 for layer in layers]
+    layers = [layer for layer in details.layers if layer.operator in CONVOLUTIONS]
+    integer = [layer for layer in layers if layer.precision == "int8"]
     return {
         "AP": {name: result.ap for name, result in results.items()},
         "AP50": {name: result.ap50 for name, result in results.items()},
@@ -241,35 +240,9 @@ def _figures(path: Path, datasets: Mapping[str, CocoDataset]) -> dict[str, Any]:
         "dequantize_nodes": details.dequantize_nodes,
         "convolutions": len(layers),
         "int8_convolutions": len(integer),
-        "int8_share": sum(
-            count for layer, count in zip(layers, work, strict=True) if layer.name in integer
-        )
-        / sum(work),
+        "int8_share": sum(layer.flops or 0 for layer in integer)
+        / sum(layer.flops or 0 for layer in layers),
         "bytes": path.stat().st_size,
-    }
-
-
-def int8_layers(model: onnx.ModelProto) -> set[str]:
-    """Return the convolutions both of whose factors were quantized, by node name or else output.
-
-    The activations' pair need not be right before the layer: operators that only move values may
-    stand between.
-    """
-    makers = {name: node for node in model.graph.node for name in node.output}
-
-    def quantized(name: str) -> bool:
-        maker = makers.get(name)
-        if maker is None:
-            return False
-        if maker.op_type in _MOVING_OPS:
-            count = len(maker.input) if maker.op_type == "Concat" else 1
-            return all(quantized(source) for source in maker.input[:count])
-        return bool(maker.op_type == "DequantizeLinear")
-
-    return {
-        node.name or node.output[0]
-        for node in model.graph.node
-        if node.op_type in LAYER_OPS and all(quantized(name) for name in node.input[:2])
     }
 
 
@@ -412,13 +385,13 @@ class _OnnxRuntime:
             "CalibStridedMinMax": 4,
         }
         if self.where == "convolutions' inputs":
-            options["OpTypesToExcludeOutputQuantization"] = list(LAYER_OPS)
+            options["OpTypesToExcludeOutputQuantization"] = list(CONVOLUTIONS)
         quantize_static(
             prepared,
             path,
             _Reader(self.task),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=None if self.where == "every operator" else list(LAYER_OPS),
+            op_types_to_quantize=None if self.where == "every operator" else list(CONVOLUTIONS),
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,

@@ -1,7 +1,7 @@
 """The paper's tables that this hardware can show, theirs and ours beside each other, never mixed.
 
     python -m benchmarks.paper_tables --measure 1,14,20,21   measures; minutes on two cores
-    python -m benchmarks.paper_tables                        writes benchmarks/PAPER.md from results
+    python -m benchmarks.paper_tables                        writes docs/measurements/paper.md
     python -m benchmarks.paper_tables --check                fails where that is out of date
 
 Tables 1 (counts), 14 and 21 (the sample) and 20 (CPU) are measured here, into
@@ -35,7 +35,7 @@ from trt_yolov6.spec import BatchProfile
 SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
 FILE = RESULTS / "paper-tables.json"
 ABLATIONS = "ablations.json"
-PAGE = ROOT / "benchmarks" / "PAPER.md"
+PAGE = ROOT / "docs" / "measurements" / "paper.md"
 
 NAMES = {
     "yolov6n": "YOLOv6-N",
@@ -162,7 +162,7 @@ MEASURED: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 
 def page() -> str:
-    """Return PAPER.md: for each table a section, the paper's figures first, ours under them."""
+    """Return the page: for each table a section, the paper's figures first, ours under them."""
     parts = [
         "# The paper's tables, and ours\n",
         "Written by `python -m benchmarks.paper_tables`. The paper's figures are of COCO 2017 val "
@@ -401,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = page()
     if options.check:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-            sys.exit("benchmarks/PAPER.md differs from the results; run this script.")
+            sys.exit("docs/measurements/paper.md differs from the results; run this script.")
         return
     write_bytes(PAGE, text.encode())
 

@@ -1,4 +1,4 @@
-"""What docs/measured.md says of a CPU: the sample in every form, and beside the authors' graph.
+"""Measure what docs/measurements/speed.md reports for a CPU: the sample, and the authors' graph.
 
     python -m benchmarks.sample_on_cpu [--duration 60] [--json benchmarks/results/cpu.json]
 
@@ -41,7 +41,7 @@ FORMS = {
 
 
 def main() -> None:
-    """Run all and print what goes into docs/measured.md."""
+    """Run all and print what goes into docs/measurements/speed.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--duration", type=float, default=60.0, help="seconds a measurement")
     parser.add_argument("--json", type=Path, help="write the results there")

@@ -21,7 +21,10 @@ from trt_yolov6.common.files import read_json, write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTS = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
 PLACEMENTS = {
     "fp16": "FP16",
     "default": "from 1000 multiply-adds a value on (`--fp8`)",
@@ -405,6 +408,32 @@ def tensorrt8_accuracy() -> str:
     return markdown(["the default checkpoint", "in INT8", "AP on the H100", "on a CPU"], lines)
 
 
+def summary() -> str:
+    """Return accuracy and speed by precision on TensorRT 8: the README's one table."""
+    rows = result(TENSORRT8)["rows"]
+    forms = (("fp32", "ours"), ("fp16", "ours"), ("int8+float6", "ptq"), ("int8", "ptq"))
+    fp16 = next(
+        row["fps"]
+        for row in rows
+        if row["fps"] and row["precision"] == "fp16" and row["how"] == "ours"
+    )
+    lines = []
+    for form in forms:
+        found = [row for row in rows if (row["precision"], row["how"]) == form]
+        accurate = next(row for row in found if row["ap"])
+        fast = next((row for row in found if row["fps"]), None)
+        lines.append(
+            [
+                TENSORRT8_FORMS[form],
+                f"{accurate['ap']:.4f}",
+                f"{accurate['ap_cpu']:.4f}",
+                f"{fast['fps']:,.0f}".replace(",", " ") if fast else "",
+                f"{fast['fps'] / fp16:.2f}" if fast else "",
+            ]
+        )
+    return markdown(["", "AP", "AP on a CPU", "images/s", "to FP16"], lines)
+
+
 def tensorrt8_layers() -> str:
     """Where the time of an engine goes on TensorRT 8, by the kind of layer."""
     found = result(TENSORRT8)["layers_us"]
@@ -497,6 +526,7 @@ def triton_soak() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "tensorrt8-speed": tensorrt8_speed,
     "tensorrt8-accuracy": tensorrt8_accuracy,
     "tensorrt8-layers": tensorrt8_layers,

@@ -204,7 +204,8 @@ def build(job: Job, folder: Path, level: int, timing_cache: bool) -> dict[str, A
 
 def _images(graph: Graph) -> Iterator[NDArray[Any]]:
     """Yield the calibration images as the graph takes them."""
-    from trt_yolov6.data.calibration import calibration_batches, input_spec
+    from trt_yolov6.data.calibration import calibration_batches
+    from trt_yolov6.graph.inputs import input_spec
 
     return calibration_batches(
         ROOT / "calib", input_spec(graph.model), preprocessing=graph.preprocessing
@@ -261,7 +262,8 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _sample_images(graph: str) -> Iterator[NDArray[Any]]:
-    from trt_yolov6.data.calibration import calibration_batches, input_spec
+    from trt_yolov6.data.calibration import calibration_batches
+    from trt_yolov6.graph.inputs import input_spec
 
     model = graph_from_onnx(graph).model
     return calibration_batches(ROOT / "samples" / "images" / "val", input_spec(model))

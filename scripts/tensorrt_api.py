@@ -31,7 +31,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-import tensorrt_api  # noqa: E402
+from support import tensorrt_api  # noqa: E402
 
 RELEASES = {
     "tensorrt 8.5.3.1": "tensorrt==8.5.3.1",
@@ -64,7 +64,7 @@ STUBS = ("tensorrt 10.13.0.35", "tensorrt-stubs==10.13.0.35.1")
 
 READ = """
 import json, sys
-import tensorrt_api
+from support import tensorrt_api
 import {module} as api
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.tensorrt.builder import _progress_monitor, build_plan

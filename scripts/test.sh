@@ -3,11 +3,12 @@
 #
 #   bash scripts/test.sh                 all
 #   bash scripts/test.sh -m "not slow"   without the slow tests
+#   bash scripts/test.sh -n 0            in one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # TensorRT-RTX builds T4 engines without a GPU, so its tests run wherever its library installs.
-extras=dev
-if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,tensorrt-rtx; fi
+extras=dev,docs
+if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,tensorrt-rtx; fi
 bash scripts/environment.sh "$extras"
 # A server for the tests of export-triton, which skip without it.
 bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
@@ -15,4 +16,9 @@ bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
 .venv/bin/ruff check .
 .venv/bin/lint-imports
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+# A worker a core, each on one thread: two threads of one network, or two workers of two threads, would
+# wait for each other. A file's tests share what they make, so a file stays in one worker.
+export OMP_NUM_THREADS=1
+.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+    --durations 40 "$@"

@@ -1,17 +1,28 @@
-"""Shared by the tests: where the sample lies, and an engine built from it once a run."""
+"""Shared by the tests: the sample, what is made of it once a run, and threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
+from filelock import FileLock
 
 from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first: no worker starts on one while the others have no more."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -21,11 +32,57 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def sample_engine(tmp_path_factory: pytest.TempPathFactory) -> BuiltEngine:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`make_once(name, make)` returns `make(folder)`, called in one worker a run.
+
+    The result is pickled for the others; files that it names stay in the folder.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each worker has a folder of its own, in that of the run
+
+    def once(name: str, make: Callable[[Path], Any]) -> Any:
+        place = folder / "made-once" / name
+        place.mkdir(parents=True, exist_ok=True)
+        result = place / "result.pickle"
+        with FileLock(place / "lock"):
+            if not result.exists():
+                result.write_bytes(pickle.dumps(make(place)))
+        return pickle.loads(result.read_bytes())
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def sample_engine(make_once: Callable[..., Any]) -> BuiltEngine:
     """The sample checkpoint as `trt-yolov6 build` makes it: FP32, dynamic batch, 640."""
-    graph = graph_from_checkpoint(ROOT / "samples" / "yolov6n_bccd_authors.pt", ExportSettings())
-    output = tmp_path_factory.mktemp("engines") / "yolov6n.onnx"
-    return build_engine(graph, backend="onnxruntime", output=output)
+
+    def build(folder: Path) -> BuiltEngine:
+        graph = graph_from_checkpoint(
+            ROOT / "samples" / "yolov6n_bccd_authors.pt", ExportSettings()
+        )
+        return build_engine(graph, backend="onnxruntime", output=folder / "yolov6n.onnx")
+
+    built: BuiltEngine = make_once("sample_engine", build)
+    return built
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_a_session() -> Iterator[None]:
+    """Let ONNX Runtime compute on one thread: others would spin while they wait for work.
+
+    That takes the core from the other worker, and a third more processor time in all.
+    """
+    options_of_a_session = onnxruntime.SessionOptions
+
+    def with_one_thread() -> Any:
+        options = options_of_a_session()
+        options.intra_op_num_threads = 1
+        return options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", with_one_thread)
+        yield
 
 
 @pytest.fixture

@@ -350,9 +350,9 @@ def prepare(folder: Path) -> None:
     import cv2
     import numpy as np
     import onnx
-    from small_graphs import detector
-    from tiny_detector import NAMES, load_tiny
-    from training_data import write_tiny
+    from support.small_graphs import detector
+    from support.tiny_detector import NAMES, load_tiny
+    from support.training_data import write_tiny
 
     from trt_yolov6.engines.build import build_engine
     from trt_yolov6.graph.onnx_import import graph_from_onnx

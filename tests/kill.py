@@ -77,9 +77,8 @@ def commands(inputs: Path) -> list[Command]:
 def prepare(inputs: Path) -> None:
     """Write a training set, a tiny checkpoint, two tiny detectors and pictures."""
     import onnx
-    from test_evaluation import write_cells
-    from tiny_detector import load_tiny
-    from training_data import write_shapes, write_tiny
+    from support.tiny_detector import load_tiny, write_cells
+    from support.training_data import write_shapes, write_tiny
 
     write_shapes(inputs / "shapes")
     write_tiny(inputs / "tiny.pt")

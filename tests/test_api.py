@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_detector import CELL, NAMES, load_named
+from support.tiny_detector import CELL, NAMES, load_named
 
 import trt_yolov6
 from trt_yolov6 import Detections, Detector, Precision, UserError
@@ -178,7 +178,7 @@ def test_detections_are_indexed_as_arrays_are() -> None:
         found[3]
 
 
-def test_supervision_is_asked_for_by_name_where_it_is_missing() -> None:
+def test_detections_become_those_of_supervision() -> None:
     pytest.importorskip("supervision", reason="the conversion itself needs supervision")
     found = some().to_supervision()
     np.testing.assert_array_equal(found.xyxy, some().xyxy)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from plain_assigners import Labels, plain_atss, plain_simota, plain_task_aligned
+from support.plain_assigners import Labels, plain_atss, plain_simota, plain_task_aligned
 from torch import Tensor
 
 import trt_yolov6.training.assigners as assigners

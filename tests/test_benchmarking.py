@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from tiny_detector import load_tiny
+from support.tiny_detector import load_tiny
 
 from trt_yolov6.bench import latency as benchmarking
 from trt_yolov6.bench.latency import (

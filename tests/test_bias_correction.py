@@ -11,8 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.data.calibration import calibration_batches, input_spec
+from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.engines.build import BuiltEngine
+from trt_yolov6.graph.inputs import input_spec
+from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.bias_correction import (
     BiasCorrection,
@@ -23,7 +25,6 @@ from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
-from trt_yolov6.quantization.qdq.view import integer_layers
 
 Floats = NDArray[np.float32]
 
@@ -69,7 +70,7 @@ def coarse(model: onnx.ModelProto) -> onnx.ModelProto:
     """Keep 15 of the 255 levels: what 4 bits would leave of the weights."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    stored = {layer.weight for layer in integer_layers(result)}
+    stored = {layer.weight for layer in quantized_layers(result)}
     for item in result.graph.initializer:
         if item.name in stored:
             levels = np.rint(numpy_helper.to_array(item) / 18) * 18
@@ -78,7 +79,7 @@ def coarse(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def outputs(model: onnx.ModelProto, images: Sequence[Floats]) -> list[Floats]:
-    session = reference_session(model.SerializeToString())
+    session = reference_session(model)
     source = session.get_inputs()[0].name
     runs = [session.run(None, {source: image}) for image in images]
     return [np.concatenate(parts) for parts in zip(*runs, strict=True)]

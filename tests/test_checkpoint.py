@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import authors_format
 import numpy as np
 import pytest
 import torch
-from authors_format import FACTS, Facts, authors_model, fuse_as_authors, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import authors_format
+from support.authors_format import FACTS, Facts, authors_model, fuse_as_authors, write_checkpoint
 from torch import nn
 
 from trt_yolov6.checkpoints.archive import TorchArchive

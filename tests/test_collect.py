@@ -15,15 +15,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from trt_yolov6.data.calibration import (
-    calibration_batches,
-    calibration_images,
-    images_sha256,
-    input_spec,
-)
+from trt_yolov6.data.calibration import calibration_batches, calibration_images, images_sha256
 from trt_yolov6.data.letterbox import letterbox
 from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.spec import TensorSpec
 

@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import family_graphs
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from support import family_graphs
 
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import sha256_file, write_json

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import family_graphs as families
 import numpy as np
 import onnx
 import pytest
-from family_graphs import NAMES, SURE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support import family_graphs as families
+from support.family_graphs import NAMES, SURE
 
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco

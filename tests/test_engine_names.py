@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from small_graphs import detector
+from support.small_graphs import detector
 
 from trt_yolov6.cli import main
 from trt_yolov6.engines import base, find_engine, load_engine

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from tiny_detector import NAMES, SIZE, load_tiny
+from support.tiny_detector import NAMES, SIZE, load_tiny
 
 from trt_yolov6.engines import LoadOptions, backend, load_engine
 from trt_yolov6.engines.base import BuildSettings

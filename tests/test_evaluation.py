@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny_detector import CELL, GRID, NAMES, SIZE, load_named, load_tiny
+from support.tiny_detector import NAMES, SURE, load_named, load_tiny, write_cells
 
 from trt_yolov6.data.coco import CocoDataset, load_coco, read_coco_image
 from trt_yolov6.data.loader import AHEAD, load_batches, to_input
@@ -25,55 +25,6 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import detect
 from trt_yolov6.spec import NmsSettings, TensorSpec
-
-# Between the tiny detector's scores of gray, 114 / 255, and of the colours drawn here.
-SURE = NmsSettings(confidence=0.6)
-
-
-def write_cells(root: Path, images: int = 11, spoil: float = 0.0) -> CocoDataset:
-    """Write black pictures with coloured cells, of several sizes, and annotate the cells.
-
-    `spoil` is the share of annotations that are moved so far that nothing matches them well.
-    """
-    random = np.random.default_rng(0)
-    folder = root / "images" / "val"
-    folder.mkdir(parents=True)
-    records: list[dict[str, Any]] = []
-    boxes: list[dict[str, Any]] = []
-    for number in range(images):
-        factor = (1, 2, 5)[number % 3]
-        rows = (GRID, GRID // 2)[number % 2]
-        pixels = np.zeros((rows * CELL, SIZE, 3), np.uint8)
-        for cell in random.choice(rows * GRID, 5, replace=False):
-            label = int(random.integers(3))
-            strength = random.integers(160, 256)
-            y, x = divmod(int(cell), GRID)
-            pixels[y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL, label] = strength
-            shift = CELL * (random.random() < spoil) / 4
-            side = CELL * factor
-            boxes.append(
-                {
-                    "id": len(boxes),
-                    "image_id": 100 + number,
-                    "category_id": (label + 1) * 10,
-                    "bbox": [x * side + shift * factor, y * side, side, side],
-                    "area": side * side,
-                    "iscrowd": 0,
-                }
-            )
-        large = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-        name = f"{number}.png"
-        Image.fromarray(large).save(folder / name)
-        height, width = large.shape[:2]
-        records.append({"id": 100 + number, "file_name": name, "height": height, "width": width})
-    content = {
-        "images": records,
-        "annotations": boxes,
-        "categories": [{"id": 10 * (i + 1), "name": name} for i, name in enumerate(NAMES)],
-    }
-    (root / "annotations").mkdir()
-    (root / "annotations" / "instances_val.json").write_text(json.dumps(content))
-    return load_coco(root)
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_evaluation import SURE, write_cells
-from tiny_detector import load_tiny
+from support.tiny_detector import SURE, load_tiny, write_cells
 
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.runtime.evaluate import evaluate

@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from small_graphs import GraphWriter, detector, random_images
-from test_graph_network import moved
+from support.networks import moved
+from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.engines import load_engine
 from trt_yolov6.graph.export import ExportSettings
@@ -37,7 +37,7 @@ def run(
     copy.CopyFrom(model)
     for name in more:
         copy.graph.output.add(name=name)
-    session = reference_session(copy.SerializeToString(), threads)
+    session = reference_session(copy, threads=threads)
     names = [item.name for item in session.get_outputs()]
     return dict(zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True))
 

@@ -263,8 +263,9 @@ def test_ranges_suffice_whatever_is_left_in_float() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not LITE.exists(), reason="the shared YOLOv6Lite-L is not here")
 def test_a_few_depthwise_layers_are_found_to_break_a_real_detector() -> None:
-    from trt_yolov6.data.calibration import calibration_batches, input_spec
+    from trt_yolov6.data.calibration import calibration_batches
     from trt_yolov6.data.images import list_images
+    from trt_yolov6.graph.inputs import input_spec
     from trt_yolov6.graph.onnx_import import graph_from_onnx
     from trt_yolov6.quantization.calibrators import group_amax
     from trt_yolov6.quantization.ptq import Judge

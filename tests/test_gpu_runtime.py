@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
-from test_engines_tensorrt import detector
+from support.plan_graphs import detector
 
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.detectors.detections import Detections, postprocess

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +11,20 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from test_ptq import save_noise
-from training_data import tiny_architecture
+from support.networks import ARCHITECTURES, SMALL, moved, random_network, tiny_graph
+from support.pictures import noise_folder
+from support.training_data import tiny_architecture
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint
-from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.reference import reference_session
-from trt_yolov6.models import Architecture, YOLOv6, build_model
 from trt_yolov6.models.decode import decode
 from trt_yolov6.quantization.ptq import QuantizationSettings
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, feature_tensors, weight_scale
 from trt_yolov6.training.qat.training import Start, prepare, prepare_graph, trained_graph
 
-CSP = dataclasses.replace(
-    tiny_architecture(), csp_ratio=0.5, stage_repeats=(1, 2, 1, 1), neck_repeats=(1, 1, 1, 1)
-)
-ARCHITECTURES = {
-    "repvgg": tiny_architecture(),
-    "csp and dfl": dataclasses.replace(CSP, reg_max=4),
-    "offset head": dataclasses.replace(tiny_architecture(), head="offset"),
-}
-SMALL = ExportSettings((64, 64))
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
-
-
-def random_network(arch: Architecture) -> YOLOv6:
-    """A network whose every weight is random, biases and shortcut factors as well."""
-    torch.manual_seed(0)
-    model = build_model(arch)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
-
-
-@functools.cache
-def tiny_graph(name: str, settings: ExportSettings = SMALL) -> tuple[YOLOv6, Graph]:
-    """Return a network and its export, which is what takes time; not to be changed."""
-    model = random_network(ARCHITECTURES[name])
-    proto = export_onnx(model, settings, ("square", "disc"), verify=False)
-    graph = Graph(
-        model=proto,
-        name="tiny",
-        class_names=("square", "disc"),
-        image_size=(64, 64),
-        batch=settings.batch,
-        precision="fp32",
-        output_layout="split",
-        nms=None,
-        source=Path("tiny"),
-    )
-    return model, graph
-
-
-def noise_folder(folder: Path) -> Path:
-    folder.mkdir()
-    for number in range(4):
-        save_noise(folder / f"{number}.png", seed=number)
-    return folder
 
 
 def outputs_of(
@@ -82,7 +35,7 @@ def outputs_of(
     copy.CopyFrom(model)
     for name in names:
         copy.graph.output.add(name=name)
-    session = reference_session(copy.SerializeToString())
+    session = reference_session(copy)
     found = session.run(list(names), {session.get_inputs()[0].name: images})
     return dict(zip(names, found, strict=True))
 
@@ -142,18 +95,6 @@ def test_after_training_too_the_sample_computes_what_its_exported_graph_computes
     network = moved(start.student(), seed=0)
     images = np.random.default_rng(3).random((1, 3, 128, 128), np.float32)
     check_against_onnx_runtime(start, images, network)
-
-
-def moved(network: GraphNetwork, seed: int) -> GraphNetwork:
-    """Leave a network as training might: every weight and every scale moved a little."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.weight_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.02 * parameter.abs().mean() * noise)
-        for parameter in network.scale_parameters():
-            parameter.add_(5 * torch.randn(parameter.shape, generator=generator))
-    return network
 
 
 class Forced(GraphNetwork):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tiny_detector import CELL, load_tiny
+from support.tiny_detector import CELL, load_tiny
 
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine

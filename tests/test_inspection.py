@@ -13,16 +13,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from trt_yolov6.checkpoints.inspect import CheckpointDetails
 from trt_yolov6.common.files import sha256_file
-from trt_yolov6.diagnostics.inspection import (
-    CheckpointDetails,
-    OnnxDetails,
-    PlanDetails,
-    format_inspection,
-    inspect_file,
-)
+from trt_yolov6.diagnostics.inspection import inspect_file
+from trt_yolov6.diagnostics.inspection_text import format_inspection
 from trt_yolov6.engines.manifest import Manifest, write_manifest
+from trt_yolov6.engines.tensorrt.plan import PlanDetails
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.inspect import OnnxDetails
 from trt_yolov6.spec import BatchProfile
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd_authors.pt"

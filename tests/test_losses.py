@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from plain_assigners import plain_atss, plain_simota, plain_task_aligned
+from support.plain_assigners import plain_atss, plain_simota, plain_task_aligned
 from torch import Tensor
 
 import trt_yolov6.training.losses as module

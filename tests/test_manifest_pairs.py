@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_graphs import detector
+from support.small_graphs import detector
 
 from trt_yolov6.common.files import file_name, sha256_bytes, sha256_file
 from trt_yolov6.engines import load_engine, manifest

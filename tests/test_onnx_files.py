@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from small_graphs import GraphWriter, detector, random_images
+from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine

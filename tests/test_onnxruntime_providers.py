@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from tiny_detector import load_tiny
+from support.tiny_detector import load_tiny
 
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.onnxruntime import providers as providers

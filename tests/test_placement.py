@@ -6,14 +6,14 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
-import authors_format
 import numpy as np
 import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_graphs import GraphWriter, detector
+from support import authors_format
+from support.small_graphs import GraphWriter, detector
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
-from tiny_detector import GRID, SIZE, load_tiny
+from support.tiny_detector import GRID, SIZE, load_tiny
 
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine

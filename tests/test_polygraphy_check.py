@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_detector import load_tiny
+from support.tiny_detector import load_tiny
 
 pytest.importorskip("polygraphy")
 

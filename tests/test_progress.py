@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_data import write_shapes, write_tiny
+from support.training_data import write_shapes, write_tiny
 
 from trt_yolov6.cli import main
 from trt_yolov6.common import progress

@@ -12,8 +12,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from test_graph_network import ARCHITECTURES, MINMAX, noise_folder, tiny_graph
-from training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
+from support.networks import ARCHITECTURES, tiny_graph
+from support.pictures import noise_folder
+from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
@@ -24,6 +25,7 @@ from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.models import YOLOv6, build_model
+from trt_yolov6.quantization.ptq import QuantizationSettings
 from trt_yolov6.quantization.tensorrt_cache import read_cache
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.training.dataset import load_training_set
@@ -38,6 +40,8 @@ from trt_yolov6.training.qat.training import (
     train_quantized,
     trained_graph,
 )
+
+MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import assert_same_bits, complaint
+from support.runs import assert_same_bits, complaint
+from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 from torch import Tensor, nn
-from training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint

@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from chromium import Chromium, find_chromium
+from support.chromium import Chromium, find_chromium
 
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import write_json

@@ -13,15 +13,16 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.data.calibration import calibration_batches, input_spec
+from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.engines.build import BuiltEngine
+from trt_yolov6.graph.inputs import input_spec
+from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.gptq import adapt_rounding, rounded_rows
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
-from trt_yolov6.quantization.qdq.view import integer_layers
 
 Floats = NDArray[np.float32]
 
@@ -36,7 +37,7 @@ def quantized(model: onnx.ModelProto, images: Sequence[Floats]) -> onnx.ModelPro
 def squared_error(
     one: onnx.ModelProto, other: onnx.ModelProto, images: Sequence[Floats]
 ) -> list[float]:
-    sessions = [reference_session(model.SerializeToString()) for model in (one, other)]
+    sessions = [reference_session(model) for model in (one, other)]
     source = sessions[0].get_inputs()[0].name
     errors = [
         [
@@ -145,7 +146,7 @@ def test_levels_stay_in_range_and_bytes_repeat() -> None:
     first, second = (item.SerializeToString(deterministic=True) for item in results)
     assert first == second
     stored = {item.name: item for item in results[0].graph.initializer}
-    for layer in integer_layers(results[0]):
+    for layer in quantized_layers(results[0]):
         assert numpy_helper.to_array(stored[layer.weight]).min() >= -127
 
 

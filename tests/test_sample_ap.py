@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.accuracy import average_precision, first_images
 
-from trt_yolov6.data.coco import load_coco
+from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
@@ -21,14 +22,22 @@ from trt_yolov6.spec import BatchProfile, NmsSettings
 pytestmark = pytest.mark.slow
 
 
-def evaluated(path: Path, root: Path, batch: int = 8) -> Evaluation:
-    with load_engine(path) as engine:
-        return evaluate(engine, load_coco(root / "samples"), batch=batch, progress=False)
+@pytest.fixture(scope="module")
+def reference(sample_engine: BuiltEngine, root: Path) -> Evaluation:
+    with load_engine(sample_engine.path) as engine:
+        return evaluate(engine, load_coco(root / "samples"), batch=8, progress=False)
 
 
 @pytest.fixture(scope="module")
-def reference(sample_engine: BuiltEngine, root: Path) -> Evaluation:
-    return evaluated(sample_engine.path, root)
+def few(root: Path) -> CocoDataset:
+    """Two batches, the second not full."""
+    return first_images(load_coco(root / "samples"), 12)
+
+
+@pytest.fixture(scope="module")
+def expected(sample_engine: BuiltEngine, few: CocoDataset) -> float:
+    """AP of the sample on them."""
+    return average_precision(sample_engine.path, few)
 
 
 def test_fp32_gives_the_independent_figures(reference: Evaluation) -> None:
@@ -38,13 +47,15 @@ def test_fp32_gives_the_independent_figures(reference: Evaluation) -> None:
 
 
 def test_most_of_the_time_is_the_engines_own(reference: Evaluation) -> None:
-    assert reference.seconds.inference / reference.wall_seconds > 0.7  # 0.85 on a quiet machine
+    seconds = reference.seconds
+    # Against what runs beside it, however busy the machine is: some 10 times on a quiet one.
+    assert seconds.inference > 2 * (seconds.postprocess + seconds.coco)
 
 
 def test_batch_1_gives_the_same(
-    sample_engine: BuiltEngine, root: Path, reference: Evaluation
+    sample_engine: BuiltEngine, few: CocoDataset, expected: float
 ) -> None:
-    assert evaluated(sample_engine.path, root, batch=1).ap == pytest.approx(reference.ap, abs=1e-4)
+    assert average_precision(sample_engine.path, few, batch=1) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +69,11 @@ def test_batch_1_gives_the_same(
     ids=["uint8", "end2end", "static batch 8", "fp16"],
 )
 def test_every_form_of_the_graph_gives_the_same(
-    settings: ExportSettings, root: Path, tmp_path: Path, reference: Evaluation
+    settings: ExportSettings, root: Path, tmp_path: Path, few: CocoDataset, expected: float
 ) -> None:
     graph = graph_from_checkpoint(root / "samples" / "yolov6n_bccd_authors.pt", settings)
     built = build_engine(graph, backend="onnxruntime", output=tmp_path / "engine.onnx")
-    assert evaluated(built.path, root).ap == pytest.approx(reference.ap, abs=0.002)
+    assert average_precision(built.path, few) == pytest.approx(expected, abs=0.004)
 
 
 def test_a_foreign_detector_whose_category_ids_have_gaps(root: Path, tmp_path: Path) -> None:

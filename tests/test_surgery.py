@@ -19,20 +19,16 @@ from onnxruntime.quantization import (
     QuantType,
     quantize_static,
 )
-from small_graphs import SIZE, GraphWriter, detector, random_images
+from support.small_graphs import SIZE, GraphWriter, detector, random_images
 
 from trt_yolov6.engines import backend
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.operators import layer_names
-from trt_yolov6.quantization.qdq.cleanup import (
-    OutputShift,
-    clean,
-    verify_clean,
-    without_activation_pairs,
-)
+from trt_yolov6.quantization.qdq.cleanup import clean, without_activation_pairs
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.quantization.qdq.verify import OutputShift, verify_clean
 from trt_yolov6.spec import BatchProfile
 
 SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True}

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from small_graphs import GraphWriter, detector, random_images
+from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.engines.tensorrt.weakly_typed import (
     divide_channels,
@@ -32,7 +32,7 @@ def quantized(model: onnx.ModelProto, **keywords: Any) -> onnx.ModelProto:
 
 
 def run(model: onnx.ModelProto, image: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    session = reference_session(model.SerializeToString())
+    session = reference_session(model)
     names = [item.name for item in session.get_outputs()]
     return dict(zip(names, session.run(names, {"images": image}), strict=True))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_data import CLASS_NAMES, tiny_architecture, write_tiny
+from support.training_data import CLASS_NAMES, tiny_architecture, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint

@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import authors_format
 import pytest
 import torch
-from authors_format import FACTS, Facts
-from training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
+from support import authors_format
+from support.authors_format import FACTS, Facts
+from support.runs import assert_same_bits, complaint, weights_of
+from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.cli import main
@@ -54,25 +55,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_settings(data: Path, tiny: Path, **changes: Any) -> TrainSettings:
     values = {"epochs": 4, "batch": 4, "image_size": 96, "val_split": None, **changes}
     return recipe_for("yolov6-custom", str(data), weights=load_checkpoint(tiny), **values)
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return everything that was learned, in full precision."""
-    state = torch.load(folder / STATE_FILE, weights_only=True)
-    momenta = {
-        f"momentum {index}": value["momentum_buffer"]
-        for index, value in state["optimizer"]["state"].items()
-    }
-    averages = {f"average {name}": value for name, value in state["average"].items()}
-    return {**state["model"], **averages, **momenta}
-
-
-def assert_same_bits(one: Path, other: Path) -> None:
-    a, b = weights_of(one), weights_of(other)
-    assert a.keys() == b.keys()
-    differing = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not differing
-    assert (one / "last.pt").read_bytes() == (other / "last.pt").read_bytes()
 
 
 def test_a_training_leaves_checkpoints_a_log_and_its_settings(
@@ -331,13 +313,6 @@ def test_a_training_that_diverges_says_so(data: Path, tiny: Path, tmp_path: Path
 
 
 # The command line: one sentence and exit code 2.
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["train", *arguments]) == 2
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1
-    return text
 
 
 def test_mistakes_cost_one_line(

@@ -10,13 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import family_graphs as families
 import onnx
 import pytest
 from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_detector import NAMES, load_tiny
+from support import family_graphs as families
+from support.tiny_detector import NAMES, load_tiny
 
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import sha256_file
@@ -382,7 +382,7 @@ def test_fields_that_cannot_be_are_refused(extra: str, message: str) -> None:
 
 
 def test_thresholds_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match="confidence 1.5 is out of range"):
+    with pytest.raises(UserError, match=r"confidence 1\.5 is out of range"):
         ServingSettings(thresholds={"confidence": 1.5})
 
 

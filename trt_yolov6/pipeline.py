@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from trt_yolov6.common.progress import a_line_a_minute
+from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import (
     BuiltEngine,
@@ -230,6 +231,8 @@ def build(
     name = check_build(backend, output, settings)
     if wanted is not None and wanted.quantizes:
         _check_quantizing(wanted, calibration, quantization, name, settings, allow_float)
+        if data is not None:
+            check_source(data, split)
         graph = _float_graph(source, None, **options)
     else:
         graph = _float_graph(source, wanted, **options)
@@ -448,8 +451,10 @@ def _calibrated_by_tensorrt(
 
 def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
     """Remove surplus Q/DQ nodes of a graph that came with some, and verify it on images."""
-    from trt_yolov6.data.calibration import calibration_batches, input_spec
-    from trt_yolov6.quantization.qdq.cleanup import clean, verify_clean
+    from trt_yolov6.data.calibration import calibration_batches
+    from trt_yolov6.graph.inputs import input_spec
+    from trt_yolov6.quantization.qdq.cleanup import clean
+    from trt_yolov6.quantization.qdq.verify import verify_clean
 
     if graph.precision == "fp8":
         _log.info("surgery: FP8's Q/DQ nodes are left as they are")
@@ -478,7 +483,8 @@ def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
         if not shift.explained:
             raise UserError(
                 f"surgery on {graph.source} moved {shift.output} more than quantization explains; "
-                "build it with --no-surgery and please report the file."
+                "leave it out (`clean`) and please report the file.",
+                "clean",
             )
     return dataclasses.replace(graph, model=model)
 

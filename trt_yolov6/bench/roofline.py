@@ -1,4 +1,4 @@
-"""How far each layer is from what the machine allows: its work, its time, the machine's ceilings.
+"""Roofline of each layer: its work, its time, and the machine's ceilings.
 
 A layer's roofline is the larger of two times: its floating-point operations at the measured rate
 of large matrix products, and the bytes it must move (input, weights and output, once each) at
@@ -9,10 +9,9 @@ be fused and concatenations to be free, so for a whole network it is a bound tha
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,41 +20,24 @@ import numpy as np
 
 from trt_yolov6.common.machine import cpu_model, cpu_wait_seconds, describe_cpu
 from trt_yolov6.engines.base import Engine
+from trt_yolov6.graph.cost import Layer, layers_of
+from trt_yolov6.graph.index import constants_of
+from trt_yolov6.graph.operators import ACTIVATIONS
 
 if TYPE_CHECKING:
     import onnx
 
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 
-# What backends put behind the name of the node, or tensor, that a kernel computes.
+# What backends append to the name of the node, or tensor, that a kernel computes.
 _KERNEL_ENDINGS = re.compile(r"(_nchwc|_token_\d+|_myl\d+_\d+|/QuickGeluFusion/)+$")
 
 # Operators that backends compute along with the layer that they follow.
-_FUSED = ("Relu", "LeakyRelu", "Clip", "HardSwish", "Sigmoid", "Add")
+_FUSED = ACTIVATIONS | {"Add"}
 
 _MATRIX_SIDE = 1024
 _COPY_BYTES = 1 << 26
 _TRIALS, _MOST_TRIALS = 7, 60
-
-
-@dataclass(frozen=True)
-class LayerWork:
-    """What one layer of a graph has to do for one image."""
-
-    name: str
-    operator: str
-    precision: str
-    """What it computes in, see `inspection.Layer`."""
-    flops: int
-    """Two a multiplication and addition."""
-    values: int
-    """Elements of its input and output, without weights."""
-    weights: int
-    """Elements of its weights, read once a batch."""
-
-    def bytes_moved(self, batch: int, element: int) -> int:
-        """Return the bytes that a batch moves, at so many an element."""
-        return (self.values * batch + self.weights) * element
 
 
 @dataclass(frozen=True)
@@ -74,7 +56,8 @@ class Ceilings:
 class GraphWork:
     """A graph's layers and which of them a kernel belongs to."""
 
-    layers: tuple[LayerWork, ...]
+    layers: tuple[Layer, ...]
+    """Those whose FLOPs and shapes are known."""
     owners: Mapping[str, str]
     """Layer by the name of a node or tensor that it, or what is fused with it, computes."""
 
@@ -95,18 +78,14 @@ class LayerTime:
 
 
 def graph_work(model: onnx.ModelProto) -> GraphWork:
-    """Return what the layers of a graph have to do for one image.
-
-    Layers whose shapes are unknown are left out.
+    """Return the layers of a graph and which of them each node and tensor belongs to.
 
     Args:
         model: an ONNX graph with a free batch axis or a fixed one.
     """
-    from trt_yolov6.diagnostics.inspection import layers_of
-
     layers = layers_of(model)
     names = {layer.name for layer in layers}
-    constants = {item.name for item in model.graph.initializer}
+    constants = constants_of(model)
     owners: dict[str, str] = {}
     for node in model.graph.node:
         name = node.name or node.output[0]
@@ -117,21 +96,8 @@ def graph_work(model: onnx.ModelProto) -> GraphWork:
             owner = owners.get(computed[0]) if len(set(computed)) == 1 else None
         if owner is not None:
             owners |= dict.fromkeys((name, *node.output), owner)
-    return GraphWork(
-        tuple(
-            LayerWork(
-                layer.name,
-                layer.operator,
-                layer.precision,
-                layer.flops,
-                layer.values,
-                math.prod(layer.weight_shape) if layer.weight_shape else 0,
-            )
-            for layer in layers
-            if layer.flops is not None and layer.values is not None
-        ),
-        owners,
-    )
+    known = (layer for layer in layers if layer.flops is not None and layer.values is not None)
+    return GraphWork(tuple(known), owners)
 
 
 def layer_times(
@@ -141,7 +107,7 @@ def layer_times(
     ceilings: Ceilings | None,
     computed_in: str = "",
 ) -> list[LayerTime]:
-    """Return the time of each layer beside what the machine allows, in the order they ran.
+    """Return the time of each layer with its roofline, in the order they ran.
 
     Args:
         kernels: seconds by kernel, from `Engine.layer_times`.
@@ -165,7 +131,7 @@ def layer_times(
 def _layer_time(
     name: str,
     seconds: float,
-    layer: LayerWork | None,
+    layer: Layer | None,
     batch: int,
     ceilings: Ceilings | None,
     computed_in: str,
@@ -173,11 +139,11 @@ def _layer_time(
     if layer is None:
         return LayerTime(name, "", "", seconds, None, "")
     precision = computed_in or layer.precision
-    if ceilings is None or precision not in ceilings.flops:
+    moved = layer.bytes_moved(batch, ELEMENT_BYTES.get(precision, 4))
+    if ceilings is None or precision not in ceilings.flops or layer.flops is None or moved is None:
         return LayerTime(name, layer.operator, layer.precision, seconds, None, "")
     arithmetic = batch * layer.flops / ceilings.flops[precision]
-    element = ELEMENT_BYTES.get(precision, 4)
-    memory = layer.bytes_moved(batch, element) / ceilings.bytes_per_second
+    memory = moved / ceilings.bytes_per_second
     return LayerTime(
         name=name,
         operator=layer.operator,
@@ -218,7 +184,7 @@ def cpu_ceilings(threads: int | None = None) -> Ceilings:
         [value("c", TensorProto.FLOAT, shape)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    session = reference_session(model.SerializeToString(), threads)
+    session = reference_session(model, threads=threads)
     a = np.random.default_rng(0).random(shape, dtype=np.float32)
     product = _fastest(lambda: session.run(None, {"a": a, "b": a}))
     cpu = describe_cpu()
@@ -264,9 +230,9 @@ def _gpu_ceilings() -> Ceilings | None:
 
 
 def _fastest(run: Callable[[], Any]) -> float:
-    """Return the seconds of the fastest of some runs: a ceiling is what was reached once.
+    """Return the seconds of the fastest of several runs: a ceiling is what was reached once.
 
-    While other processes keep this one waiting, it tries on.
+    Runs during which other processes kept this one waiting do not count towards the number of runs.
     """
     times: list[float] = []
     quiet = 0
@@ -279,8 +245,3 @@ def _fastest(run: Callable[[], Any]) -> float:
         if before is None or after is None or after - before <= 0.01 * times[-1]:
             quiet += 1
     return min(times)
-
-
-def slowest_first(times: Sequence[LayerTime]) -> list[LayerTime]:
-    """Return layers by their time, the longest first."""
-    return sorted(times, key=lambda one: one.seconds, reverse=True)

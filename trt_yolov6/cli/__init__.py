@@ -31,7 +31,7 @@ from trt_yolov6.cli import (
     train,
 )
 from trt_yolov6.cli.options import Parser, option_names
-from trt_yolov6.cli.output import check_json
+from trt_yolov6.cli.output import check_json, log_shown
 from trt_yolov6.errors import UserError
 
 _COMMANDS = (
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
         check_json(getattr(options, "json", None))
-        code = run(options)
+        with log_shown():
+            code = run(options)
         sys.stdout.flush()
     except UserError as error:
         message = error.with_names(option_names(options.parser))

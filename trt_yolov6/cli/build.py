@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trt_yolov6.cli.graphs import (
-    calibrated_by_tensorrt,
-    cleaned,
-    exported,
+    calibration_folder,
+    calibration_settings,
+    checkpoint_options,
+    float_precision,
     implicit_calibration,
-    onnx_graph,
-    quantization_settings,
-    quantized,
+    onnx_options,
+    quantized_precision,
+    weights_or_sample,
 )
 from trt_yolov6.cli.options import (
     SAMPLE_CALIB,
@@ -26,9 +28,11 @@ from trt_yolov6.cli.options import (
     layers_in_float,
     positive,
 )
-from trt_yolov6.cli.output import profile_text, reading_text, say, say_next
-from trt_yolov6.common.progress import a_line_a_minute
+from trt_yolov6.cli.output import profile_text, reading_text, say_next
 from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.quantization.ptq import QuantizationSettings
 
 
 def add(commands: Commands) -> None:
@@ -121,16 +125,9 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.data.sources import check_source
     from trt_yolov6.engines import runs_here
     from trt_yolov6.engines.base import BuildSettings
-    from trt_yolov6.engines.build import (
-        all_in_float,
-        build_engine,
-        check_build,
-        engine_path,
-        for_tensorrt,
-    )
+    from trt_yolov6.pipeline import build
 
     settings = BuildSettings(
         target=options.target,
@@ -139,52 +136,27 @@ def run(options: argparse.Namespace) -> None:
         optimization_level=options.optimization_level,
         tactic_sources=options.tactic_sources,
         calibration=implicit_calibration(options),
-        fp8=options.fp8,
-        progress=not options.quiet,
     )
     if options.names and not options.onnx:
         raise UserError("--names is for --onnx: a checkpoint brings its class names along.")
     if (options.decoder or options.preprocess) and not options.onnx:
         raise UserError("--decoder and --preprocess are for --onnx: a checkpoint is a YOLOv6.")
-    if options.data is not None:
-        check_source(options.data, options.split)
-    # Exporting takes seconds: what cannot be built is better refused before.
-    backend = check_build(options.backend, options.output, settings)
-    quantization = quantization_settings(options)
-    if quantization:
-        from trt_yolov6.data.calibration import calibration_images
-        from trt_yolov6.engines.int8_probe import computes
-
-        calibration_images(options.calib or SAMPLE_CALIB)
-        kind = quantization.quantized
-        if not options.allow_float and not computes(backend, settings, kind):
-            target = options.target or "this machine's GPU"
-            raise all_in_float(kind.name, backend, target)
-    graph = onnx_graph(options) if options.onnx else exported(options)
-    if backend != "onnxruntime":
-        graph = for_tensorrt(graph)
-    for note in graph.notes:
-        say(f"{graph.source}: {note}")
-    if settings.calibration:
-        graph, settings = calibrated_by_tensorrt(graph, options, settings)
-    elif quantization:
-        with a_line_a_minute(f"quantizing {graph.name}", say, progress=not options.quiet):
-            graph = quantized(graph, options, quantization)
-    elif graph.precision == "fp8":
-        say("surgery: FP8's Q/DQ nodes are left as they are")
-    elif graph.precision == "int8" and not options.no_surgery:
-        graph = cleaned(graph, options)
-    path = engine_path(graph, backend, options.output, options.target)
-    if path.is_file():
-        say(f"replacing {path}{_described(path)}")
-    with a_line_a_minute(f"building {path}", say, progress=not options.quiet):
-        built = build_engine(
-            graph,
-            backend=options.backend,
-            output=options.output,
-            settings=settings,
-            allow_float=options.allow_float,
-        )
+    precision = quantized_precision(options)
+    built = build(
+        options.onnx or weights_or_sample(options.weights),
+        precision=precision or (None if settings.calibration else float_precision(options)),
+        calibration=_calibration(options, needed=precision is not None),
+        backend=options.backend,
+        output=options.output,
+        quantization=_quantization(options) if precision or settings.calibration else None,
+        data=options.data,
+        split=options.split,
+        settings=settings,
+        clean=not options.no_surgery,
+        allow_float=options.allow_float,
+        progress=not options.quiet,
+        **(onnx_options(options) if options.onnx else checkpoint_options(options)),
+    )
     manifest = built.manifest
     height, width = manifest.image_size
     print(
@@ -201,20 +173,24 @@ def run(options: argparse.Namespace) -> None:
             f"in {label}: {'the builder does not say how many' if found is None else found} of the "
             f"{built.quantized_asked} convolutions that the graph has in {label}"
         )
-    if backend == "onnxruntime" or runs_here(built.path):
+    if manifest.backend == "onnxruntime" or runs_here(built.path):
         say_next(options, "its AP", f"eval --engine {built.path}")
     else:
         say_next(options, "on the machine it is for", f"bench --engine {built.path}")
 
 
-def _described(path: Path) -> str:
-    """Say what an engine that is replaced is, as far as its manifest tells."""
-    from trt_yolov6.engines.manifest import read_manifest
+def _quantization(options: argparse.Namespace) -> QuantizationSettings:
+    return calibration_settings(
+        options,
+        bias_correction=not options.no_bias_correction,
+        adaptive_rounding=options.adaptive_rounding,
+        max_ap_drop=0.5 if options.max_ap_drop is None else options.max_ap_drop,
+    )
 
-    try:
-        manifest = read_manifest(path)
-    except UserError:
-        return ""
-    if manifest is None:
-        return ""
-    return f" ({manifest.precision}, of {manifest.source})"
+
+def _calibration(options: argparse.Namespace, *, needed: bool) -> Path | None:
+    """Return the calibration images; a clean-up of Q/DQ nodes is verified on them too."""
+    if needed or options.tensorrt_calibrator:
+        return calibration_folder(options.calib)
+    calib: Path | None = options.calib
+    return calib or (SAMPLE_CALIB if SAMPLE_CALIB.is_dir() else None)

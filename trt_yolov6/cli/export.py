@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.graphs import calibrated, exported
+from trt_yolov6.cli.graphs import (
+    calibrated,
+    check_cache,
+    checkpoint_options,
+    float_precision,
+    weights_or_sample,
+    write_scales,
+)
 from trt_yolov6.cli.options import (
     CACHE_VERSION,
     Commands,
@@ -13,10 +20,8 @@ from trt_yolov6.cli.options import (
     add_command,
     add_graph_options,
     add_quiet,
-    spelled,
 )
 from trt_yolov6.cli.output import profile_text, say_next
-from trt_yolov6.errors import UserError
 
 
 def add(commands: Commands) -> None:
@@ -40,27 +45,25 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.common.files import check_writable
     from trt_yolov6.engines.build import engine_stem, write_graph
+    from trt_yolov6.pipeline import export
 
-    if not options.calibration_cache:
-        for name in ("calib", "calibrator", "calib_images", "no_equalize", "cache_version"):
-            if getattr(options, name):
-                raise UserError(f"{spelled(name)} belongs to --calibration-cache; add it.")
-    else:
-        from trt_yolov6.quantization.tensorrt_cache import header_version
-
-        # Refuses a version that reads no cache, before the work.
-        header_version(options.cache_version or CACHE_VERSION)
-    for path in (options.output, options.calibration_cache):
-        if path:
-            check_writable(path)
-    graph = exported(options)
+    cache = options.calibration_cache
+    of_cache = ("calib", "calibrator", "calib_images", "no_equalize")
+    check_cache(cache, options.cache_version, [name for name in of_cache if getattr(options, name)])
+    if options.output:
+        check_writable(options.output)
+    # Calibration starts from float32.
+    precision = None if cache else float_precision(options)
+    source = weights_or_sample(options.weights)
+    graph = export(source, precision=precision, **checkpoint_options(options))
     output = options.output or Path(f"{engine_stem(graph)}.onnx")
-    if options.calibration_cache:
-        graph = calibrated(graph, options)
+    if cache:
+        graph, amax = calibrated(graph, options)
+        write_scales(cache, options.cache_version, amax, output)
     write_graph(graph, output)
     print(
         f"{output}: {graph.name}, {graph.precision}, batch {profile_text(graph.batch)}, "
         f"{len(graph.model.graph.node)} nodes, {output.stat().st_size / 2**20:.1f} MiB"
     )
-    cache = f" --calibration-cache {options.calibration_cache}" if options.calibration_cache else ""
-    say_next(options, "an engine of it", f"build --onnx {output}{cache}")
+    scales = f" --calibration-cache {cache}" if cache else ""
+    say_next(options, "an engine of it", f"build --onnx {output}{scales}")

@@ -1,16 +1,15 @@
-"""From options to the graph that is exported, quantized, cleaned or built."""
+"""From options to what is exported, quantized or built, and how: typed values for `pipeline`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.cli.engines import thresholds
 from trt_yolov6.cli.options import (
     CACHE_VERSION,
-    ENGINES,
     SAMPLE_CALIB,
     SAMPLE_WEIGHTS,
     is_given,
@@ -21,144 +20,119 @@ from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.checkpoints.loading import Checkpoint
-    from trt_yolov6.engines.base import BuildSettings, ImplicitCalibration
-    from trt_yolov6.graph.export import ExportSettings
+    from trt_yolov6.engines.base import ImplicitCalibration
     from trt_yolov6.graph.model import Graph
+    from trt_yolov6.pipeline import GraphOptions
     from trt_yolov6.quantization.ptq import QuantizationSettings
-    from trt_yolov6.spec import BatchProfile
+    from trt_yolov6.spec import BatchProfile, Precision
 
 
-def exported(options: argparse.Namespace, checkpoint: Checkpoint | None = None) -> Graph:
-    """Return the graph of a checkpoint: of that given, of --weights, or of the sample's."""
-    from trt_yolov6.checkpoints.loading import load_checkpoint
-    from trt_yolov6.graph.export import graph_from_checkpoint
+def weights_or_sample(weights: Path | None) -> Path:
+    """Return the checkpoint of --weights, or the sample's."""
+    if weights is not None:
+        return weights
+    if not SAMPLE_WEIGHTS.is_file():
+        raise UserError(
+            f"neither --weights nor --onnx is given and the sample {SAMPLE_WEIGHTS} is not here; "
+            "name a checkpoint with --weights."
+        )
+    say(f"no --weights given: taking the sample checkpoint {SAMPLE_WEIGHTS}")
+    return SAMPLE_WEIGHTS
 
-    settings = _export_settings(options)
-    checkpoint = checkpoint or load_checkpoint(_weights(options))
-    say(f"exporting {checkpoint.arch.name} from {checkpoint.path} to ONNX (some seconds) ...")
-    return graph_from_checkpoint(checkpoint, settings)
+
+def checkpoint_options(options: argparse.Namespace) -> GraphOptions:
+    """Return how a checkpoint is exported, as `add_graph_options` lets choose."""
+    from trt_yolov6.spec import NmsSettings
+
+    if not options.end2end and (options.conf is not None or options.iou is not None):
+        raise UserError("--conf and --iou belong to NMS in the graph; add --end2end.")
+    return {
+        "image_size": options.imgsz,
+        "batch": _batch(options),
+        "nms": thresholds(options, NmsSettings()) if options.end2end else None,
+        "uint8_input": options.uint8_input,
+        "opset": options.opset,
+    }
 
 
-def onnx_graph(options: argparse.Namespace) -> Graph:
-    """Return the graph of --onnx."""
-    from trt_yolov6.data.class_names import read_class_names
-    from trt_yolov6.graph.onnx_import import graph_from_onnx
-
+def onnx_options(options: argparse.Namespace) -> GraphOptions:
+    """Return how the graph of --onnx is read."""
     for option in ("end2end", "uint8_input", "opset", "conf", "iou"):
         if is_given(getattr(options, option)):
             raise UserError(
                 f"{spelled(option)} changes how a checkpoint is exported and cannot be "
                 "applied to --onnx; leave it out, or give --weights."
             )
-    graph = graph_from_onnx(
-        options.onnx,
-        batch=_profile(options),
-        image_size=options.imgsz,
-        fp16=options.fp16 and not _quantizes(options),
-        class_names=read_class_names(options.names) if options.names else None,
-        decoder=options.decoder,
-        preprocess=preprocess_changes(options),
-    )
-    if options.fp32 and not _quantizes(options) and graph.precision != "fp32":
+    return {
+        "image_size": options.imgsz,
+        "batch": _batch(options),
+        "class_names": options.names,
+        "decoder": options.decoder,
+        "preprocess": preprocess_changes(options),
+    }
+
+
+def float_precision(options: argparse.Namespace) -> str | None:
+    """Return what --fp32 and --fp16 ask for; None without either."""
+    return "fp16" if options.fp16 else "fp32" if options.fp32 else None
+
+
+def quantized_precision(options: argparse.Namespace) -> Precision | None:
+    """Return what --int8 or --fp8 ask for, with --fp16 and --float-layers; None without either."""
+    from trt_yolov6.spec import Precision
+
+    _check_quantization(options)
+    if not (options.int8 or options.fp8):
+        return None
+    kept = options.float_layers
+    if options.fp8 and kept is not None and not isinstance(kept, tuple) and kept != 0:
         raise UserError(
-            f"{options.onnx} is {graph.precision} and cannot be made --fp32; leave --fp32 out."
+            f"--float-layers {kept} ranks layers by what --int8 costs in them; name the layers "
+            "with --fp8."
         )
-    return graph
+    return Precision(
+        "fp8" if options.fp8 else "int8",
+        "fp16" if options.fp16 else "fp32",
+        0 if kept is None else kept,
+    )
 
 
-def quantization_settings(options: argparse.Namespace) -> QuantizationSettings | None:
-    """Return the settings of --int8 or --fp8, or None without either."""
-    only_quantized = [
-        "calibrator",
-        "calib_images",
-        "float_layers",
-        "no_equalize",
-        "no_bias_correction",
-        "adaptive_rounding",
-    ]
+def _check_quantization(options: argparse.Namespace) -> None:
+    """Refuse options that are only for --int8 and --fp8, or only for automatic float layers."""
     for name in ("max_ap_drop", "data", "split"):
         if getattr(options, name) is not None and options.float_layers != "auto":
             raise UserError(f"{spelled(name)} is for --float-layers auto; add it.")
-    if not (options.int8 or options.fp8):
-        for name in only_quantized:
-            of_tensorrt = name == "calib_images" and options.tensorrt_calibrator
-            if is_given(getattr(options, name)) and not of_tensorrt:
-                raise UserError(f"{spelled(name)} is for --int8 and --fp8; add one of them.")
-        if options.calib and not options.onnx and not options.tensorrt_calibrator:
-            raise UserError(
-                "--calib is for --int8 and --fp8, or for an --onnx file with Q/DQ nodes."
-            )
-        return None
-    from trt_yolov6.quantization.ptq import QuantizationSettings, check_settings
-    from trt_yolov6.quantization.types import FP8, INT8
+    if options.int8 or options.fp8:
+        return
+    for name in (
+        *("calibrator", "calib_images", "float_layers", "no_equalize", "no_bias_correction"),
+        "adaptive_rounding",
+    ):
+        of_tensorrt = name == "calib_images" and options.tensorrt_calibrator
+        if is_given(getattr(options, name)) and not of_tensorrt:
+            raise UserError(f"{spelled(name)} is for --int8 and --fp8; add one of them.")
+    if options.calib and not options.onnx and not options.tensorrt_calibrator:
+        raise UserError("--calib is for --int8 and --fp8, or for an --onnx file with Q/DQ nodes.")
 
-    settings = QuantizationSettings(
-        quantized=FP8 if options.fp8 else INT8,
+
+def calibration_settings(options: argparse.Namespace, **others: Any) -> QuantizationSettings:
+    """Return how ranges are found, as `add_calibration` lets choose; `others` are more fields."""
+    from trt_yolov6.quantization.ptq import QuantizationSettings
+
+    return QuantizationSettings(
         calibrator=options.calibrator or "auto",
         equalize=not options.no_equalize,
-        fp16=options.fp16,
         image_limit=options.calib_images,
-        float_layers=() if options.float_layers is None else options.float_layers,
-        bias_correction=not options.no_bias_correction,
-        adaptive_rounding=options.adaptive_rounding,
-        max_ap_drop=0.5 if options.max_ap_drop is None else options.max_ap_drop,
+        **others,
     )
-    check_settings(settings)
-    return settings
 
 
-def quantized(graph: Graph, options: argparse.Namespace, settings: QuantizationSettings) -> Graph:
-    """Return a graph with Q/DQ nodes; its ranges are written beside the output."""
-    from dataclasses import replace
-
-    from trt_yolov6.engines.build import engine_stem
-    from trt_yolov6.quantization.ptq import quantize
-    from trt_yolov6.quantization.table import table_path, write_table
-
-    folder = calibration_folder(options)
-    # Named as the engine will be, which the float graph's precision is not a part of.
-    named = replace(graph, precision="fp8" if options.fp8 else "int8")
-    output = options.output or ENGINES / f"{engine_stem(named, options.target)}.onnx"
-    automatic = options.float_layers == "auto"
-    score = labelled_score(graph, options.data, options.split) if automatic else None
-    result = quantize(graph, folder, settings, table_file=table_path(output), score=score, tell=say)
-    write_table(table_path(output), result.table)
-    placement = result.placement
-    say(
-        f"{len(placement.layers)} of {len(placement.layers) + len(placement.float_layers)} "
-        f"convolutions in {settings.quantized.label}; ranges in {table_path(output)}"
-    )
-    return result.graph
-
-
-def calibrated(graph: Graph, options: argparse.Namespace) -> Graph:
-    """Write a TensorRT calibration cache; return the float graph whose tensors it names."""
-    from dataclasses import replace
-
-    from trt_yolov6.quantization.implicit import implicit_ranges
-    from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
-    from trt_yolov6.quantization.tensorrt_cache import write_cache
-
-    version = options.cache_version or CACHE_VERSION
-    settings = QuantizationSettings(
-        calibrator=options.calibrator or "auto",
-        equalize=not options.no_equalize,
-        # Corrected biases would be in the graph with Q/DQ nodes, which this route does without.
-        bias_correction=False,
-        image_limit=options.calib_images,
-    )
-    folder = calibration_folder(options)
-    result = quantize(graph, folder, settings, tell=say)
-    amax = implicit_ranges(result, replace(graph, model=result.float_model), folder, settings)
-    write_cache(options.calibration_cache, amax, version)
-    print(
-        f"{options.calibration_cache}: {len(amax)} scales for TensorRT {version}; build with "
-        "`--onnx ... --calibration-cache ...`"
-    )
-    return replace(graph, model=result.float_model)
+def calibration_folder(calib: Path | None) -> Path:
+    """Return the folder of --calib, or the sample images."""
+    if calib is not None:
+        return calib
+    say(f"no --calib given: calibrating on {SAMPLE_CALIB}/")
+    return SAMPLE_CALIB
 
 
 def implicit_calibration(options: argparse.Namespace) -> ImplicitCalibration | None:
@@ -183,131 +157,55 @@ def implicit_calibration(options: argparse.Namespace) -> ImplicitCalibration | N
     return ImplicitCalibration(algorithm=algorithm, new_cache=cache, fp16=options.fp16)
 
 
-def calibrated_by_tensorrt(
-    graph: Graph, options: argparse.Namespace, settings: BuildSettings
-) -> tuple[Graph, BuildSettings]:
-    """Return a float graph as the INT8 one it becomes, and the settings with images for it."""
-    from dataclasses import replace
+def write_scales(cache: Path, version: str | None, amax: dict[str, float], graph: Path) -> None:
+    """Write a TensorRT calibration cache, and say how it is used."""
+    from trt_yolov6.quantization.tensorrt_cache import write_cache
 
-    from trt_yolov6.data.calibration import calibration_images
-    from trt_yolov6.quantization.ptq import batches_of
-
-    calibration = settings.calibration
-    assert calibration is not None
-    if graph.precision != "fp32":
-        raise UserError(
-            f"{graph.source} is {graph.precision}, and TensorRT calibrates float32 graphs; give "
-            "one without Q/DQ nodes and casts."
-        )
-    how: dict[str, Any] = {"cache": str(calibration.cache)}
-    if calibration.cache is None:
-        paths = list(calibration_images(calibration_folder(options), options.calib_images))
-        calibration = replace(calibration, images=lambda: batches_of(graph, paths))
-        how = {"tensorrt": calibration.algorithm, "images": len(paths)}
-    graph = replace(graph, precision="int8", calibration=how)
-    return graph, replace(settings, calibration=calibration)
-
-
-def cleaned(graph: Graph, options: argparse.Namespace) -> Graph:
-    """Take surplus Q/DQ nodes out of a graph that came with some, and prove it on images."""
-    from collections import Counter
-    from dataclasses import replace
-
-    from trt_yolov6.data.calibration import calibration_batches, input_spec
-    from trt_yolov6.quantization.qdq.cleanup import clean, verify_clean
-
-    model, removals = clean(graph.model)
-    if not removals:
-        say("surgery: no Q/DQ node of the graph is surplus")
-        return graph
-    for kind, count in Counter(removal.kind for removal in removals).items():
-        first = next(removal for removal in removals if removal.kind == kind)
-        say(f"surgery: {count} x {kind.replace('_', ' ')}, such as {first}")
-    folder = options.calib or (SAMPLE_CALIB if SAMPLE_CALIB.is_dir() else None)
-    if folder is None:
-        say("surgery: not verified; --calib DIR compares the outputs on its images")
-        return replace(graph, model=model)
-    images = calibration_batches(
-        folder, input_spec(model), limit=8, preprocessing=graph.preprocessing
-    )
-    for shift in verify_clean(graph.model, model, images):
-        say(
-            f"surgery: {shift.output} moved by {shift.moved:.3g} (RMS); quantization itself moves "
-            f"it by {shift.quantization:.3g}"
-        )
-        if not shift.explained:
-            raise UserError(
-                f"surgery on {graph.source} moved {shift.output} more than quantization explains; "
-                "build it with --no-surgery and please report the file."
-            )
-    return replace(graph, model=model)
-
-
-def labelled_score(
-    graph: Graph, data: Path | None, split: str | None
-) -> Callable[[onnx.ModelProto], float] | None:
-    """Return a function for the AP on a data set; None without one."""
-    if data is None:
-        return None
-    from trt_yolov6.data.coco import load_coco
-    from trt_yolov6.runtime.sensitivity_report import ap_on
-
-    return ap_on(graph, load_coco(data, split))
-
-
-def calibration_folder(options: argparse.Namespace) -> Path:
-    """Return the folder of --calib, or the sample images."""
-    if options.calib is not None:
-        folder: Path = options.calib
-        return folder
-    say(f"no --calib given: calibrating on {SAMPLE_CALIB}/")
-    return SAMPLE_CALIB
-
-
-def _weights(options: argparse.Namespace) -> Path:
-    weights: Path | None = options.weights
-    if weights is not None:
-        return weights
-    if not SAMPLE_WEIGHTS.is_file():
-        raise UserError(
-            f"neither --weights nor --onnx is given and the sample {SAMPLE_WEIGHTS} is not here; "
-            "name a checkpoint with --weights."
-        )
-    say(f"no --weights given: taking the sample checkpoint {SAMPLE_WEIGHTS}")
-    return SAMPLE_WEIGHTS
-
-
-def _export_settings(options: argparse.Namespace) -> ExportSettings:
-    from trt_yolov6.graph.export import DEFAULT_OPSET, ExportSettings
-    from trt_yolov6.spec import NmsSettings
-
-    if not options.end2end and (options.conf is not None or options.iou is not None):
-        raise UserError("--conf and --iou belong to NMS in the graph; add --end2end.")
-    return ExportSettings(
-        image_size=options.imgsz,
-        batch=_profile(options) or _default_profile(),
-        # Quantization starts from float32; the rest becomes half precision with the Q/DQ pairs.
-        fp16=options.fp16 and not _quantizes(options),
-        nms=thresholds(options, NmsSettings()) if options.end2end else None,
-        uint8_input=options.uint8_input,
-        opset=options.opset or DEFAULT_OPSET,
+    version = version or CACHE_VERSION
+    write_cache(cache, amax, version)
+    say(
+        f"{cache}: {len(amax)} scales for TensorRT {version}; build with `--onnx {graph} "
+        f"--calibration-cache {cache}`"
     )
 
 
-def _quantizes(options: argparse.Namespace) -> bool:
-    names = ("int8", "fp8", "calibration_cache", "tensorrt_calibrator")
-    return any(getattr(options, name, None) for name in names)
+def check_cache(cache: Path | None, version: str | None, others: Iterable[str] = ()) -> None:
+    """Refuse a cache that cannot be written, or that no TensorRT of that version reads.
+
+    Args:
+        cache: --calibration-cache.
+        version: --cache-version.
+        others: names of options that were given and go with a cache only.
+    """
+    from trt_yolov6.common.files import check_writable
+    from trt_yolov6.quantization.tensorrt_cache import header_version
+
+    if cache is not None:
+        header_version(version or CACHE_VERSION)
+        check_writable(cache)
+        return
+    for name in (*others, *(("cache_version",) if version else ())):
+        raise UserError(f"{spelled(name)} belongs to --calibration-cache; add it.")
 
 
-def _profile(options: argparse.Namespace) -> BatchProfile | None:
+def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[str, float]]:
+    """Return a float graph that is ready to be calibrated, and its tensors' ranges."""
+    from dataclasses import replace
+
+    from trt_yolov6.quantization.implicit import implicit_ranges
+    from trt_yolov6.quantization.ptq import quantize
+
+    # Corrected biases would be in the graph with Q/DQ nodes, which this route does without.
+    settings = calibration_settings(options, bias_correction=False)
+    folder = calibration_folder(options.calib)
+    result = quantize(graph, folder, settings, tell=say)
+    graph = replace(graph, model=result.float_model)
+    return graph, dict(implicit_ranges(result, graph, folder, settings))
+
+
+def _batch(options: argparse.Namespace) -> int | BatchProfile | None:
     from trt_yolov6.spec import BatchProfile
 
     if options.batch is not None:
-        return BatchProfile(options.batch, options.batch, options.batch)
+        return int(options.batch)
     return BatchProfile(*options.dynamic) if options.dynamic else None
-
-
-def _default_profile() -> BatchProfile:
-    from trt_yolov6.spec import BatchProfile
-
-    return BatchProfile()

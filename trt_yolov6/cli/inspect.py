@@ -21,7 +21,8 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.diagnostics.inspection import format_inspection, inspect_file
+    from trt_yolov6.diagnostics.inspection import inspect_file
+    from trt_yolov6.diagnostics.inspection_text import format_inspection
 
     file = resolved(options.file)
     result = inspect_file(file)

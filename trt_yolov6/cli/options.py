@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.errors import did_you_mean
 
 SAMPLE_WEIGHTS = Path("samples/yolov6n_bccd.pt")
@@ -17,7 +18,7 @@ SAMPLE_CALIB = Path("calib")
 CACHE_VERSION = "8.6.1"
 ENGINES = Path("engines")
 CALIBRATORS = ("auto", "minmax", "entropy", "percentile", "mse")
-ENGINE_SUFFIXES = (".onnx", ".trt", ".plan", ".engine")
+ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), ".plan", ".engine"}
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 """What `add_parser` of the whole command line adds commands to."""
@@ -109,7 +110,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        choices=("auto", "tensorrt", "tensorrt-rtx", "onnxruntime"),
+        choices=("auto", *BACKENDS),
         help="(auto: the best that works here)",
     )
 
@@ -201,7 +202,12 @@ def spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-_PARAMETERS = {"confidence": "conf", "image_size": "imgsz", "calibration": "calib"}
+_PARAMETERS = {
+    "confidence": "conf",
+    "image_size": "imgsz",
+    "calibration": "calib",
+    "clean": "no_surgery",
+}
 """Options whose name differs from that of the parameter they set."""
 
 

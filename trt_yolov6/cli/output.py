@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,27 @@ def say(text: str) -> None:
     """Print a line at once."""
     # On standard output: standard error is for what went wrong.
     print(text, flush=True)
+
+
+class _Lines(logging.Handler):
+    """Print the package's messages as they are."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextlib.contextmanager
+def log_shown() -> Iterator[None]:
+    """Print what the package logs of its progress, as long as the block runs."""
+    log = logging.getLogger("trt_yolov6")
+    handler, level = _Lines(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
 
 
 def say_next(options: argparse.Namespace, what: str, command: str) -> None:

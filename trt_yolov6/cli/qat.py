@@ -7,7 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.cli.graphs import calibration_folder, exported, labelled_score
+from trt_yolov6.cli.graphs import (
+    calibration_folder,
+    calibration_settings,
+    check_cache,
+    write_scales,
+)
 from trt_yolov6.cli.options import (
     CACHE_VERSION,
     Commands,
@@ -63,9 +68,7 @@ def add(commands: Commands) -> None:
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=positive, help="(10)")
-    recipe.add_argument(
-        "--batch", type=positive, dest="images_a_step", metavar="N", help="images a step (16)"
-    )
+    recipe.add_argument("--batch", type=positive, metavar="N", help="images a step (16)")
     recipe.add_argument("--lr", type=float, help="of weights, in quantization steps (0.005)")
     recipe.add_argument(
         "--scale-lr", type=float, help="of scales, in steps at their range's end (0.05)"
@@ -106,9 +109,6 @@ def add(commands: Commands) -> None:
     graph.add_argument(
         "--cache-version", metavar="X.Y.Z", help=f"TensorRT that reads it ({CACHE_VERSION})"
     )
-    parser.set_defaults(
-        batch=None, conf=None, iou=None, opset=None, fp32=False, int8=True, fp8=False
-    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -129,27 +129,40 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.common.files import write_json
     from trt_yolov6.engines.base import BuildSettings
-    from trt_yolov6.engines.build import SUFFIXES, build_engine, check_build
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.engines.build import check_build
+    from trt_yolov6.graph.export import write_onnx
+    from trt_yolov6.pipeline import build, export, labelled_score
+    from trt_yolov6.spec import BatchProfile, NmsSettings
     from trt_yolov6.training.distributed import chosen_device
     from trt_yolov6.training.log import write_log
-    from trt_yolov6.training.qat.training import prepare_graph, train_quantized, trained_graph
+    from trt_yolov6.training.qat.training import (
+        prepare_graph,
+        rounded_weights,
+        train_quantized,
+        trained_graph,
+    )
 
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
     settings = _settings(options)
-    _check_cache(options)
+    check_cache(options.calibration_cache, options.cache_version)
     device = chosen_device(options.device)
     checkpoint = load_checkpoint(options.weights)
     name = checkpoint.arch.name
     if options.model and name not in (options.model, f"yolov6{options.model}"):
         raise UserError(f"{options.weights} holds {name}, not {options.model}; leave --model out.")
     output = options.output or Path("runs/qat") / name
-    plan = output / f"{name}{SUFFIXES[options.backend]}"
+    plan = output / f"{name}{BACKENDS[options.backend].suffix}"
     check_build(options.backend, plan, BuildSettings())
     state = _state_file(output, output / f"{name}.onnx", options.resume)
 
-    graph = exported(options, checkpoint)
+    graph = export(
+        checkpoint,
+        image_size=options.imgsz,
+        batch=BatchProfile(*options.dynamic) if options.dynamic else None,
+        nms=NmsSettings() if options.end2end else None,
+        uint8_input=options.uint8_input,
+    )
     # Bad data is found out before minutes of calibration.
     data = _data(settings, graph, checkpoint, device, options)
     # The budget of automatic float layers is held on the validation split.
@@ -157,13 +170,8 @@ def run(options: argparse.Namespace) -> None:
     start = prepare_graph(
         graph,
         checkpoint.arch,
-        calibration_folder(options),
-        quantization=QuantizationSettings(
-            calibrator=options.calibrator or "auto",
-            equalize=not options.no_equalize,
-            image_limit=options.calib_images,
-            float_layers=() if options.float_layers is None else options.float_layers,
-        ),
+        calibration_folder(options.calib),
+        quantization=calibration_settings(options, float_layers=options.float_layers or ()),
         learn_scales=settings.learn_scales,
         score=labelled_score(graph, labelled, options.val_split)
         if options.float_layers == "auto"
@@ -193,11 +201,16 @@ def run(options: argparse.Namespace) -> None:
     )
     values["AP"] = _ap(result.network, start, options)
     quantized = trained_graph(start, result.trained, fp16=options.fp16)
-    built = build_engine(quantized, backend="onnxruntime", output=output / f"{name}.onnx")
+    built = build(quantized, backend="onnxruntime", output=output / f"{name}.onnx")
     if options.backend != "onnxruntime":
-        built = build_engine(quantized, backend=options.backend, output=plan)
+        built = build(quantized, backend=options.backend, output=plan)
     if options.calibration_cache:
-        _write_cache(start, result.trained, output / f"{name}.float.onnx", options)
+        # The paper's form: a graph without Q/DQ nodes, and the scales beside it.
+        float_graph = output / f"{name}.float.onnx"
+        write_onnx(float_graph, rounded_weights(start, result.trained))
+        write_scales(
+            options.calibration_cache, options.cache_version, result.trained.amax, float_graph
+        )
     write_log(output, result.log)
     shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
     print(
@@ -232,7 +245,7 @@ def _settings(options: argparse.Namespace) -> QatSettings:
                 )
     given = {
         "epochs": options.epochs,
-        "batch": options.images_a_step,
+        "batch": options.batch,
         "learning_rate": options.lr,
         "scale_learning_rate": options.scale_lr,
         "seed": options.seed,
@@ -248,18 +261,6 @@ def _settings(options: argparse.Namespace) -> QatSettings:
         distillation=not options.no_distillation,
         **{name: value for name, value in given.items() if value is not None},
     )
-
-
-def _check_cache(options: argparse.Namespace) -> None:
-    """Refuse a cache that cannot be written, or that no TensorRT of that version reads."""
-    from trt_yolov6.common.files import check_writable
-    from trt_yolov6.quantization.tensorrt_cache import header_version
-
-    if options.calibration_cache:
-        check_writable(options.calibration_cache)
-        header_version(options.cache_version or CACHE_VERSION)
-    elif options.cache_version:
-        raise UserError("--cache-version belongs to --calibration-cache; add it.")
 
 
 def _state_file(output: Path, trained: Path, resume: bool) -> Path:
@@ -327,18 +328,3 @@ def _ap(network: GraphNetwork, start: Start, options: argparse.Namespace) -> flo
         options.val_split,
     )
     return found.ap
-
-
-def _write_cache(start: Start, trained: Any, path: Path, options: argparse.Namespace) -> None:
-    """Write the paper's form: a graph without Q/DQ nodes, and the scales beside it."""
-    from trt_yolov6.graph.export import write_onnx
-    from trt_yolov6.quantization.tensorrt_cache import write_cache
-    from trt_yolov6.training.qat.training import rounded_weights
-
-    version = options.cache_version or CACHE_VERSION
-    write_onnx(path, rounded_weights(start, trained))
-    write_cache(options.calibration_cache, trained.amax, version)
-    say(
-        f"{options.calibration_cache}: {len(trained.amax)} scales for TensorRT {version}; build "
-        f"with `--onnx {path} --calibration-cache {options.calibration_cache}`"
-    )

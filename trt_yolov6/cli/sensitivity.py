@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.graphs import calibration_folder, exported, labelled_score
+from trt_yolov6.cli.graphs import calibration_folder, weights_or_sample
 from trt_yolov6.cli.options import (
     Commands,
     add_calibration,
@@ -54,22 +54,13 @@ def add(commands: Commands) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart")
     add_json(parser)
     add_quiet(parser)
-    parser.set_defaults(
-        fp16=False,
-        end2end=False,
-        conf=None,
-        iou=None,
-        uint8_input=False,
-        opset=None,
-        batch=None,
-        dynamic=None,
-    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.common.files import check_writable
     from trt_yolov6.data.sources import check_source
+    from trt_yolov6.pipeline import export, labelled_score
     from trt_yolov6.quantization.ptq import QuantizationSettings, calibrate
     from trt_yolov6.quantization.sensitivity import MEANING, direction
     from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
@@ -81,22 +72,20 @@ def run(options: argparse.Namespace) -> None:
     if options.data is not None:
         check_source(options.data, options.split)
     if options.onnx:
-        from trt_yolov6.graph.onnx_import import graph_from_onnx
-
-        graph = graph_from_onnx(
+        graph = export(
             options.onnx,
             image_size=options.imgsz,
             decoder=options.decoder,
             preprocess=preprocess_changes(options),
         )
     else:
-        graph = exported(options)
+        graph = export(weights_or_sample(options.weights), image_size=options.imgsz)
     settings = QuantizationSettings(
         calibrator=options.calibrator or "minmax",
         equalize=not options.no_equalize,
         image_limit=options.calib_images,
     )
-    calibrated = calibrate(graph, calibration_folder(options), settings, tell=say)
+    calibrated = calibrate(graph, calibration_folder(options.calib), settings, tell=say)
     score = labelled_score(graph, options.data, options.split)
     result = measure(graph, calibrated, options.metric, score)
     print(f"{options.metric}: {MEANING[options.metric]}; {direction(options.metric)}, first")

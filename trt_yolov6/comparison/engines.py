@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.machine import machine, versions
@@ -22,7 +23,7 @@ from trt_yolov6.spec import BatchProfile, Precision
 if TYPE_CHECKING:
     import onnx
 
-    from trt_yolov6.diagnostics.inspection import OnnxDetails
+    from trt_yolov6.graph.inspect import OnnxDetails
     from trt_yolov6.graph.model import Graph
 
 Tell = Callable[[str], None]
@@ -211,11 +212,11 @@ def _hashes(engine: Path) -> list[str | None]:
 
 
 def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> Mapping[str, Any]:
-    from trt_yolov6.engines.build import SUFFIXES, build_engine
+    from trt_yolov6.engines.build import build_engine
 
     work.tell(f"building {case.name} ...")
     stem = case.stem + (f"_b{profile.max}" if profile.is_static else "")
-    path = work.output / "engines" / f"{stem}{SUFFIXES[case.backend]}"
+    path = work.output / "engines" / f"{stem}{BACKENDS[case.backend].suffix}"
     graph = _graph(work, case.entry, profile, fp16=choice.base == "fp16")
     if choice.quantizes:
         graph = _quantized(work, graph, choice, path)
@@ -402,7 +403,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _details(model: onnx.ModelProto) -> OnnxDetails:
-    from trt_yolov6.diagnostics.inspection import inspect_onnx
+    from trt_yolov6.graph.inspect import inspect_onnx
 
     return inspect_onnx(model)
 
@@ -415,7 +416,7 @@ def _graph_record(model: onnx.ModelProto) -> dict[str, Any]:
     return {
         "parameters": details.parameters,
         "flops": details.paper_flops,
-        "work": dataclasses.asdict(graph_work(model)),
+        "graph_work": dataclasses.asdict(graph_work(model)),
     }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_yolov6.bench.roofline import Ceilings, GraphWork, LayerWork, layer_times, measure_ceilings
+from trt_yolov6.bench.roofline import Ceilings, GraphWork, layer_times, measure_ceilings
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
 from trt_yolov6.comparison.engines import BuiltCase, Work
@@ -20,6 +20,7 @@ from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import ClassesDifferError, UserError
+from trt_yolov6.graph.cost import Layer
 
 EXAMPLE_CONFIDENCE = 0.4
 """Score from which on a detection is shown in the report's pictures, as `infer` draws them."""
@@ -255,7 +256,7 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
             return {"reason": str(error)}
         ceilings = _ceilings(work, engine)
         device, computed_in = engine.device, "fp32" if engine.note else ""
-    graph = _graph_work(built.records[batch].get("work"))
+    graph = _graph_work(built.records[batch].get("graph_work"))
     return {
         "batch": batch,
         "computed_in": computed_in,
@@ -305,4 +306,4 @@ def _ceilings(work: Work, engine: Engine) -> Ceilings | None:
 def _graph_work(value: Any) -> GraphWork:
     """Return the work of a graph as the building step kept it; none of an engine without graph."""
     value = value or {"layers": [], "owners": {}}
-    return GraphWork(tuple(LayerWork(**layer) for layer in value["layers"]), value["owners"])
+    return GraphWork(tuple(Layer(**layer) for layer in value["layers"]), value["owners"])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.images import list_images, read_image
@@ -20,7 +19,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.spec import TensorSpec
 
 if TYPE_CHECKING:
-    import onnx
+    pass
 
 MINIMUM = 2
 """Images a calibration needs at least: what one image happens to show is no range."""
@@ -166,27 +165,6 @@ def calibration_batches(
         workers=workers,
     ):
         yield loaded.input
-
-
-def input_spec(model: onnx.ModelProto) -> TensorSpec:
-    """Return name, shape and dtype of a graph's one input.
-
-    Raises:
-        UserError: it has several, or none.
-    """
-    import onnx
-
-    constants = {item.name for item in model.graph.initializer}
-    inputs = [item for item in model.graph.input if item.name not in constants]
-    if len(inputs) != 1:
-        names = ", ".join(item.name for item in inputs) or "none"
-        raise UserError(
-            f"the graph has the inputs {names}; quantization needs a detector with one image input."
-        )
-    tensor = inputs[0].type.tensor_type
-    shape = tuple(dim.dim_value or None for dim in tensor.shape.dim)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    return TensorSpec(inputs[0].name, shape, np.dtype(dtype))
 
 
 def images_sha256(paths: Sequence[Path]) -> str:

@@ -55,8 +55,11 @@ class Layout:
     Raises UserError where the outputs are not laid out so.
     """
     classes: Callable[[Sequence[TensorSpec]], int | None]
-    """Returns how many classes the outputs tell of, or None where they do not say."""
+    """Returns the number of classes that the outputs' shapes give, or None."""
     nms_inside: bool = False
+    fits: Callable[[Sequence[TensorSpec]], bool] | None = None
+    """Returns whether outputs are laid out so by their names and shapes alone; None where
+    `recognition` decides, for layouts that several families share."""
 
 
 def class_count(outputs: Sequence[TensorSpec], layout: OutputLayout) -> int | None:

@@ -12,7 +12,6 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +19,6 @@ from trt_yolov6.detectors.families import FAMILIES, Family, family_named
 from trt_yolov6.detectors.layouts import EFFICIENT_NMS_WORDS, LAYOUTS, STRIDES
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import OutputLayout, TensorSpec
-
-if TYPE_CHECKING:
-    import onnx
 
 
 @dataclass(frozen=True)
@@ -38,24 +34,9 @@ class GraphFacts:
     names: frozenset[str] = frozenset()
     """Of nodes and weights."""
     tail: frozenset[str] | None = None
-    """Operators that values go through behind the last convolutions; None where unknown."""
-
-
-def facts_of(
-    model: onnx.ModelProto, outputs: Sequence[TensorSpec], image_size: tuple[int, int] | None
-) -> GraphFacts:
-    """Return what there is to know of an ONNX graph."""
-    graph = model.graph
-    return GraphFacts(
-        outputs=tuple(outputs),
-        image_size=image_size,
-        metadata={item.key: item.value for item in model.metadata_props},
-        producer=f"{model.producer_name} {model.graph.name}",
-        names=frozenset(
-            [node.name for node in graph.node] + [item.name for item in graph.initializer]
-        ),
-        tail=_tail_operators(model),
-    )
+    """Operators that values go through after the last layers; None where unknown."""
+    decoding: frozenset[str] | None = None
+    """Those of `tail` that compute more than a probability; None where unknown."""
 
 
 def recognize(
@@ -64,7 +45,7 @@ def recognize(
     """Return the family of a graph and the layout of its outputs.
 
     Args:
-        facts: from `facts_of`.
+        facts: from `graph.facts.facts_of`.
         path: of the graph, for messages.
         decoder: a name of `FAMILIES`; None finds out.
 
@@ -86,14 +67,14 @@ def recognize(
             )
         if {"rows", "grid_rows"} <= set(fitting):
             # A plan does not tell; YOLOX's exporter leaves the decoding out unless asked.
-            return family, "rows" if facts.tail and facts.tail - _MOVING else "grid_rows"
+            return family, "rows" if facts.decoding else "grid_rows"
         return family, fitting[0]
     choices = _families_by_evidence(facts, possible) if possible else []
     if not choices:
         raise UserError(
             f"{path} has outputs of no known layout ({_listed(facts.outputs)}); export it with "
             "`trt-yolov6 export`, or as one of the families "
-            f"{', '.join(FAMILIES)} is exported (see docs/detectors.md)."
+            f"{', '.join(FAMILIES)} is exported (see docs/how-to/other-detectors.md)."
         )
     if len(choices) != 1:
         raise UserError(
@@ -110,7 +91,7 @@ def is_detector(
     """Return whether a graph's outputs are of a known layout.
 
     Args:
-        facts: from `facts_of`.
+        facts: from `graph.facts.facts_of`.
         decoder: the layouts of this family only.
         only_known_anchors: outputs with all anchors have to have as many as the input's size asks.
     """
@@ -149,8 +130,11 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
     if first == "rows":
         return _families_of_rows(facts)
     # What suppression leaves looks alike in all of these, and so do the images they take.
-    usual = {"efficient_nms": "yolov7", "end2end_yolov7": "yolov7", "columns": "yolov8"}
-    return [({**usual, "best": "yolov8"}.get(first, "yolov6"), first)]
+    usual = {"efficient_nms": "yolov7", "end2end_yolov7": "yolov7"}
+    usual |= {"columns": "yolov8", "best": "yolov8"}
+    if first in usual:
+        return [(usual[first], first)]
+    return [(name, first) for name, family in FAMILIES.items() if first in family.layouts]
 
 
 def _families_of_rows(facts: GraphFacts) -> list[_Choice]:
@@ -159,8 +143,7 @@ def _families_of_rows(facts: GraphFacts) -> list[_Choice]:
         return [("yolov5", "rows")]
     if any("detect.cls_preds" in _dotted(name) for name in facts.names):
         return [("yolov6", "rows")]
-    is_raw = facts.tail is not None and "Sigmoid" in facts.tail and not facts.tail - _MOVING
-    if is_raw:
+    if facts.tail is not None and "Sigmoid" in facts.tail and not facts.decoding:
         return [("yolox", "grid_rows")]
     if any("head.cls_preds" in _dotted(name) for name in facts.names):
         return [("yolox", "rows")]
@@ -203,6 +186,9 @@ def _dotted(name: str) -> str:
 def _possible_layouts(facts: GraphFacts) -> list[OutputLayout]:
     """Return the layouts that the outputs' names and shapes admit."""
     outputs = facts.outputs
+    for name, layout in LAYOUTS.items():
+        if layout.fits is not None and layout.fits(outputs):
+            return [name]
     ranks = sorted(len(spec.shape) for spec in outputs)
     if {spec.name for spec in outputs} == {"boxes", "scores"} and ranks == [3, 3]:
         boxes, scores = sorted(outputs, key=lambda spec: spec.name)
@@ -290,36 +276,3 @@ def _listed(outputs: Sequence[TensorSpec]) -> str:
 def _titled(choices: Sequence[_Choice]) -> str:
     names = list(dict.fromkeys(name for name, _ in choices))
     return ", ".join(f"{name} ({FAMILIES[name].title})" for name in names)
-
-
-# --- the graph behind the last convolutions -----------------------------------------------------
-
-_MOVING = frozenset(
-    {
-        *("Cast", "Concat", "DequantizeLinear", "Flatten", "Gather", "Identity", "QuantizeLinear"),
-        *("Reshape", "Sigmoid", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
-    }
-)
-"""Operators that decode nothing: they move values, or make a probability of one."""
-
-_HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
-
-def _tail_operators(model: onnx.ModelProto) -> frozenset[str]:
-    producers = {name: node for node in model.graph.node for name in node.output}
-    pending = [item.name for item in model.graph.output]
-    seen: set[str] = set()
-    found: set[str] = set()
-    while pending:
-        name = pending.pop()
-        node = producers.get(name)
-        if name in seen or node is None or node.op_type in _HEAVY:
-            continue
-        seen.add(name)
-        if node.op_type == "Constant":
-            continue
-        found.add(node.op_type)
-        # The further inputs of the others say where to, such as the shape of a Reshape.
-        values = node.input if node.op_type == "Concat" or node.op_type not in _MOVING else None
-        pending.extend(node.input[:1] if values is None else values)
-    return frozenset(found)

@@ -9,6 +9,7 @@ import importlib
 from pathlib import Path
 from typing import Protocol
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -24,13 +25,6 @@ __all__ = [
     "load_engine",
     "runs_here",
 ]
-
-BACKENDS = {
-    "tensorrt": "trt_yolov6.engines.tensorrt.enterprise",
-    "tensorrt-rtx": "trt_yolov6.engines.tensorrt.rtx",
-    "onnxruntime": "trt_yolov6.engines.onnxruntime.backend",
-}
-"""Backends by name, the fastest first; imported when needed."""
 
 
 class Backend(Protocol):
@@ -61,7 +55,7 @@ def backend(name: str) -> Backend:
         raise UserError(
             f"--backend {name} is not known; choose one of auto, {', '.join(BACKENDS)}."
         )
-    return importlib.import_module(BACKENDS[name])
+    return importlib.import_module(BACKENDS[name].module)
 
 
 def best_backend() -> str:
@@ -165,8 +159,8 @@ def _check_exists(path: Path) -> None:
 def _backend_for(path: Path) -> str:
     if path.suffix == ".onnx":
         return "onnxruntime"
-    for name in ("tensorrt", "tensorrt-rtx"):
-        if backend(name).availability().can_run:
+    for name, row in BACKENDS.items():
+        if row.tensorrt and backend(name).availability().can_run:
             return name
     raise MissingDependencyError(
         f"{path} needs TensorRT and a GPU, and neither TensorRT nor TensorRT-RTX runs here; "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import check_writable, file_name, sha256_bytes, sha256_file
 from trt_yolov6.engines import backend as backend_module
 from trt_yolov6.engines import best_backend
@@ -19,6 +20,7 @@ from trt_yolov6.graph.files import value_spec
 from trt_yolov6.graph.inputs import runtime_inputs
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.spec import BatchProfile
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
     from trt_yolov6.quantization.types import QuantizedName
 
-SUFFIXES = {"onnxruntime": ".onnx", "tensorrt": ".trt", "tensorrt-rtx": ".trt"}
 
 _UINT8 = 2
 """`TensorProto.UINT8`."""
@@ -97,7 +98,11 @@ def engine_path(
     graph: Graph, backend: str, output: str | Path | None = None, target: str | None = None
 ) -> Path:
     """Return where `build_engine` writes: `output`, or into `engines/` under `engine_stem`."""
-    return Path(output) if output else ENGINES / f"{engine_stem(graph, target)}{SUFFIXES[backend]}"
+    return (
+        Path(output)
+        if output
+        else ENGINES / f"{engine_stem(graph, target)}{BACKENDS[backend].suffix}"
+    )
 
 
 def check_build(backend: str, output: str | Path | None, settings: BuildSettings) -> str:
@@ -109,7 +114,7 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
     """
     name = best_backend() if backend == "auto" else backend
     backend_module(name).check(settings)
-    suffix = SUFFIXES[name]
+    suffix = BACKENDS[name].suffix
     if output and (Path(output).suffix == ".onnx") != (suffix == ".onnx"):
         raise UserError(
             f"--output {output} does not fit the {name} backend; give a name that ends in "
@@ -148,10 +153,10 @@ def build_engine(
     settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch, fp8=fp8)
     name = check_build(backend, output, settings)
     module = backend_module(name)
-    if name != "onnxruntime":
+    if BACKENDS[name].tensorrt:
         graph = for_tensorrt(graph)
     path = engine_path(graph, name, output, settings.target)
-    asked = _quantized_convolutions(graph.model)
+    asked = len(quantized_layers(graph.model))
     if settings.calibration is not None:
         asked = len(layer_names(graph.model))
     said: list[str] = []
@@ -161,7 +166,7 @@ def build_engine(
     seconds = time.perf_counter() - start
     quantized: QuantizedName = "fp8" if fp8 else "int8"
     found = quantized_layers_of(graph.model, quantized, said) if asked and said else asked or None
-    target = settings.target or ("any" if name == "onnxruntime" else "this machine's GPU")
+    target = settings.target or ("this machine's GPU" if BACKENDS[name].tensorrt else "any")
     if asked and found == 0 and not allow_float:
         raise all_in_float(graph.precision, name, target)
     manifest = dataclasses.replace(
@@ -242,14 +247,6 @@ def _both(one: Callable[[str], None], other: Callable[[str], None] | None) -> Ca
     return call
 
 
-def _quantized_convolutions(model: onnx.ModelProto) -> int:
-    """Return how many convolutions of a graph have INT8 or FP8 weights."""
-    nodes = model.graph.node
-    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    layers = (node for node in nodes if node.op_type in ("Conv", "ConvTranspose"))
-    return sum(node.input[1] in dequantized for node in layers)
-
-
 def quantized_layers_of(
     model: onnx.ModelProto, quantized: QuantizedName, said: Sequence[str]
 ) -> int | None:
@@ -260,7 +257,8 @@ def quantized_layers_of(
         quantized: `int8` or `fp8`.
         said: what `BuildSettings.on_layers` was called with.
     """
-    from trt_yolov6.engines.tensorrt.layer_log import quantized_layers
+    from trt_yolov6.engines.tensorrt import layer_log
 
     names = layer_names(model).values()
-    return len(quantized_layers(said[-1], names, quantized)) if said and said[-1] else None
+    found = layer_log.quantized_layers(said[-1], names, quantized) if said and said[-1] else None
+    return None if found is None else len(found)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import (
     atomic_path,
     check_writable,
@@ -237,7 +238,7 @@ def _check_values(manifest: Manifest, value: dict[str, Any]) -> None:
     choices = {
         "precision": get_args(PrecisionName),
         "output_layout": get_args(OutputLayout),
-        "backend": ("onnxruntime", "tensorrt", "tensorrt-rtx"),
+        "backend": tuple(BACKENDS),
     }
     for name, allowed in choices.items():
         if getattr(manifest, name) not in allowed:

@@ -1,4 +1,4 @@
-"""Model → ONNX: the fused network traced by torch.onnx, with decoding (and NMS) put behind it.
+"""Export a model to ONNX: the fused network traced by torch.onnx, then decoding (and NMS).
 
 Only convolutions, activations, pooling and concatenation are traced, so no shape arithmetic can
 arise. Decoding is appended node by node, in the form with the least work: strides and signs of the
@@ -8,14 +8,8 @@ and one addition.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from trt_yolov6.graph.model import Graph
-
-if TYPE_CHECKING:
-    from trt_yolov6.checkpoints.loading import Checkpoint
-
 import ast
+import copy
 import dataclasses
 import json
 import logging
@@ -30,12 +24,19 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from trt_yolov6 import __version__
+from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import add_initializers
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+from trt_yolov6.graph.index import attribute, shapes_of
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.operators import CONVOLUTIONS
+from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.models import Architecture, YOLOv6, fuse
 from trt_yolov6.models.decode import anchor_points, decode
 from trt_yolov6.models.head import HeadLevel
@@ -184,15 +185,11 @@ class _RawOutputs(nn.Module):
 
 def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
     profile = settings.batch
-    # torch.export takes sizes 0 and 1 as constants, so a free batch axis is traced with two images.
-    batch = profile.min if profile.is_static else 2
-    images = torch.zeros(1, 3, *settings.size_for(model.arch))
-    # Expanded, a large fixed batch takes no memory; a free axis must not look like a broadcast one.
-    if profile.is_static:
-        images = images.expand(batch, -1, -1, -1)
-    else:
-        images = images.repeat(batch, 1, 1, 1)
-    dynamic = None if profile.is_static else ({0: torch.export.Dim("batch", min=1)},)
+    # torch.export takes up to four times as long over a free axis, so it is freed afterwards. Three
+    # images, as `_verify` gives the graph one or two: a batch that is still fixed fails there.
+    batch = profile.min if profile.is_static else 3
+    # Expanded, a large fixed batch takes no memory.
+    images = torch.zeros(1, 3, *settings.size_for(model.arch)).expand(batch, -1, -1, -1)
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "torch.export"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -200,7 +197,6 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
             (images,),
             input_names=["images"],
             output_names=_raw_names(model),
-            dynamic_shapes=dynamic,
             opset_version=max(settings.opset, 18),
             dynamo=True,
             optimize=True,
@@ -208,7 +204,24 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
         )
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
+    if not profile.is_static:
+        _free_batch(proto, batch)
     return proto
+
+
+def _free_batch(proto: onnx.ModelProto, batch: int) -> None:
+    """Let a graph traced with `batch` images take any number of them.
+
+    Images are computed one by one, along the first axis of every tensor, so the number stands in
+    the graph's ends and in the shapes that tensors are given.
+    """
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    shapes = {node.input[1] for node in proto.graph.node if node.op_type == "Reshape"}
+    for item in proto.graph.initializer:
+        if item.name in shapes and (shape := numpy_helper.to_array(item).copy())[0] == batch:
+            shape[0] = -1
+            item.CopyFrom(numpy_helper.from_array(shape, item.name))
 
 
 def _raw_names(model: YOLOv6) -> list[str]:
@@ -239,7 +252,7 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
         notes = {item.key: item.value for item in node.metadata_props}
         scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
         module = scopes[-2].removeprefix("model.") if len(scopes) > 1 else ""
-        if node.op_type in ("Conv", "ConvTranspose"):
+        if node.op_type in CONVOLUTIONS:
             name = module
         else:
             name = f"{module}/{node.op_type.lower()}".removeprefix("/")
@@ -250,10 +263,7 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
 
 def _use_older_operators(proto: onnx.ModelProto) -> None:
     """Write what only opset 18 can say as opset 17 can, too; this is also how others export it."""
-    shapes = {
-        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in proto.graph.value_info
-    }
+    shapes = shapes_of(proto)
     for node in proto.graph.node:
         if node.op_type == "ReduceMean":
             # Squeeze-and-excitation's, over height and width.
@@ -261,11 +271,10 @@ def _use_older_operators(proto: onnx.ModelProto) -> None:
             del node.input[1:]
             _keep_attributes(node)
         elif node.op_type == "Split":
-            (axis,) = (item.i for item in node.attribute if item.name == "axis")
+            axis = attribute(node, "axis")
             sizes = np.array([shapes[name][axis] for name in node.output], np.int64)
-            del node.input[1:]
-            node.input.append(f"{node.name}_sizes")
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(sizes, node.input[1]))
+            node.input[1:] = [f"{node.name}_sizes"]
+            add_initializers(proto.graph, {node.input[1]: sizes})
             _keep_attributes(node, "axis")
         elif node.op_type == "Resize":
             _keep_attributes(node, "mode", "coordinate_transformation_mode", "nearest_mode")
@@ -297,7 +306,7 @@ def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], N
     """Return what exported box convolutions have folded in: outputs are times factor, plus shift.
 
     Strides are powers of two, so nothing is rounded. With DFL the softmax stands between, and the
-    factor has to be applied behind it.
+    factor has to be applied after it.
 
     Args:
         arch: says which head it is.
@@ -333,7 +342,7 @@ def _append_decoding(graph: gs.Graph, arch: Architecture, settings: ExportSettin
     points, strides = _anchors(
         settings.size_for(arch), arch.strides, 0.0 if arch.head == "offset" else 0.5
     )
-    # Behind the concatenation, whose kernel waits for memory anyway. Right behind the convolutions
+    # After the concatenation, whose kernel waits for memory anyway. Right after the convolutions
     # TensorRT-RTX fuses it with them; the largest then took 139 us (H200, N, batch 32), ten times
     # what moving its data takes.
     logits = _joined(graph, raw, "cls", [0, -1, arch.num_classes])
@@ -410,7 +419,7 @@ def _joined(
 
 
 def _append_nms(graph: gs.Graph, nms: NmsSettings) -> None:
-    """Put NonMaxSuppression behind `boxes` and `scores`, and gather what it selects into rows."""
+    """Append NonMaxSuppression to `boxes` and `scores`, and gather what it selects into rows."""
     boxes, scores = graph.outputs
     boxes.name, scores.name = "decoded_boxes", "decoded_scores"
     by_class = _node(graph, "Transpose", "nms/scores", [scores], perm=[0, 2, 1])
@@ -511,12 +520,9 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
 
     A fixed batch is freed in a copy first: two images tell as much as two hundred.
     """
-    import onnxruntime
-
     size = settings.size_for(model.arch)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    for value in (*copy.graph.input, *copy.graph.output):
+    freed = copy.deepcopy(proto)
+    for value in (*freed.graph.input, *freed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     pixels = np.random.default_rng(0).integers(
         0, 256, (min(2, settings.batch.max), *size, 3), dtype=np.uint8
@@ -526,11 +532,7 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
         levels = model.eval().raw(torch.from_numpy(planar))
         boxes, scores = decode(levels, model.arch)
         largest = max(float(level[0].abs().max()) for level in levels)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = reference_session(freed, source="the exported graph")
     outputs = session.run(None, {"images": pixels if settings.uint8_input else planar})
     # Measured on the sample: 1e-6 in float32 and 2e-3 in half precision, of the largest value.
     limit = 2e-2 if settings.fp16 else 1e-4
@@ -556,9 +558,6 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
     Raises:
         UserError: the file is no YOLOv6 checkpoint this package reads, or the size does not fit it.
     """
-    from trt_yolov6.checkpoints.loading import load_checkpoint
-    from trt_yolov6.graph.export import export_onnx
-
     checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
     return Graph(
         model=export_onnx(checkpoint.model, settings, checkpoint.class_names),

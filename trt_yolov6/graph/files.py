@@ -1,4 +1,4 @@
-"""ONNX files in: whole, with the weights that lie beside them, in an order that can be run."""
+"""Read ONNX files whole: with weights kept in other files, and nodes in topological order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import set_nodes
+from trt_yolov6.graph.index import constants_of, names_read, subgraphs, type_name
 from trt_yolov6.spec import PrecisionName, TensorSpec
 
 if TYPE_CHECKING:
@@ -123,9 +125,7 @@ def sort_nodes(model: onnx.ModelProto) -> bool:
                 ready.append(reader)
     if len(order) < len(nodes):
         return False
-    moved = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(moved[index] for index in order)
+    set_nodes(model.graph, [nodes[index] for index in order])
     return True
 
 
@@ -156,34 +156,13 @@ def graph_precision(model: onnx.ModelProto) -> PrecisionName:
         return "int8-dynamic"
     if any(op == "QuantizeLinear" or op.startswith("QLinear") for op in operators):
         # Nothing but Q/DQ nodes reads constants of such a type.
-        return "fp8" if any(map(_is_float8, _constants(model))) else "int8"
+        return "fp8" if any(map(_is_float8, constants_of(model).values())) else "int8"
     half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
     return "fp16" if half else "fp32"
 
 
-def _constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from model.graph.initializer
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            yield from (item.t for item in node.attribute if item.name == "value")
-
-
 def _is_float8(tensor: onnx.TensorProto) -> bool:
-    import onnx
-
-    name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
-    return name.startswith("FLOAT8")
-
-
-def names_read(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield the names of what a node reads, in its branches and bodies as well."""
-    from trt_yolov6.graph.operators import subgraphs
-
-    yield from (name for name in node.input if name)
-    for body in subgraphs(node):
-        yield from (item.name for item in body.output)
-        for inner in body.node:
-            yield from names_read(inner)
+    return type_name(tensor.data_type).startswith("float8")
 
 
 def _external_files(model: onnx.ModelProto) -> Iterator[str]:
@@ -195,8 +174,6 @@ def _external_files(model: onnx.ModelProto) -> Iterator[str]:
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    from trt_yolov6.graph.operators import subgraphs
-
     yield from graph.initializer
     for node in graph.node:
         yield from (item.t for item in node.attribute if item.HasField("t"))
@@ -206,10 +183,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _is_bytewise(tensor: onnx.TensorProto) -> bool:
     """Return False for the types of which two or more values share a byte."""
-    import onnx
-
-    name: str = onnx.TensorProto.DataType.Name(tensor.data_type)
-    return not name.endswith(("INT4", "INT2", "FLOAT4E2M1", "STRING"))
+    return not type_name(tensor.data_type).endswith(("int4", "int2", "float4e2m1", "string"))
 
 
 def _not_whole(path: Path, error: Exception) -> UserError:

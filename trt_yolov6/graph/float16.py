@@ -7,34 +7,35 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trt_yolov6.graph.index import GraphIndex
+from trt_yolov6.graph.operators import FREE_OPS
+from trt_yolov6.graph.tail import nodes_after_layers
+
 if TYPE_CHECKING:
     import onnx
     import onnx_graphsurgeon as gs
 
 
-_MOVING = {"Concat", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
-
-
 def to_fp16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.ModelProto:
     """Return a graph that computes in float16; its inputs and outputs keep their types.
 
-    But `scores` that are computed in float16 leave the graph as float16: in float32 they would be
-    the same numbers in twice the bytes, and they are nearly all that leaves it.
+    The exception is `scores` computed in float16: they leave the graph as float16, since float32
+    would hold the same numbers in twice the bytes, and they are nearly all that leaves it.
 
     Args:
         model: a float32 graph with named nodes.
-        keep_float32: names of nodes that go on computing in float32.
+        keep_float32: names of nodes that keep computing in float32.
     """
     import onnx_graphsurgeon as gs
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     # Suppression and its index arithmetic have no half-precision kernels to speak of.
     blocked = ["NonMaxSuppression", "TopK", "Resize"]
-    exact = {
+    float32 = {
         name for node in model.graph.node if node.name in set(keep_float32) for name in node.output
     }
     outputs = [item.name for item in model.graph.output]
-    half = {"scores"} - exact if outputs == ["boxes", "scores"] else set()
+    half = {"scores"} - float32 if outputs == ["boxes", "scores"] else set()
     converted = convert_float_to_float16(
         model,
         keep_io_types=[
@@ -52,22 +53,23 @@ def to_fp16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.
 
 
 def _remove_bounces(graph: gs.Graph) -> None:
-    """Join what the converter casts to float16 and straight back.
+    """Remove casts to float16 and straight back.
 
-    It casts around every float32 node on its own, so between two of them a tensor would be rounded.
+    The converter casts around each float32 node by itself, so a tensor between two of them would be
+    rounded.
     """
     for back in [node for node in graph.nodes if _is_cast(node, np.float32)]:
         down = back.inputs[0].inputs[0] if back.inputs[0].inputs else None
         if down is None or not _is_cast(down, np.float16):
             continue
-        exact, result = down.inputs[0], back.outputs[0]
+        source, result = down.inputs[0], back.outputs[0]
         if result in graph.outputs:
-            producer = exact.inputs[0]
-            producer.outputs = [result if item is exact else item for item in producer.outputs]
-            exact, result = result, exact
+            producer = source.inputs[0]
+            producer.outputs = [result if item is source else item for item in producer.outputs]
+            source, result = result, source
         for user in list(result.outputs):
             if user is not back:
-                user.inputs = [exact if item is result else item for item in user.inputs]
+                user.inputs = [source if item is result else item for item in user.inputs]
         back.outputs.clear()
 
 
@@ -78,40 +80,22 @@ def _is_cast(node: gs.Node, dtype: type[np.generic]) -> bool:
     return bool(node.op == "Cast" and node.attrs["to"] in (wanted, dtype))
 
 
-def nodes_after_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """Return the nodes that no convolution or matrix product comes after, in the graph's order."""
-    heavy = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-    producers = {name: node for node in model.graph.node for name in node.output}
-    ahead: set[str] = set()
-    pending = [node for node in model.graph.node if node.op_type in heavy]
-    while pending:
-        node = pending.pop()
-        if node.output[0] in ahead:
-            continue
-        ahead.add(node.output[0])
-        pending.extend(producers[name] for name in node.input if name in producers)
-    return [node for node in model.graph.node if node.output[0] not in ahead]
-
-
 def tail_nodes(model: onnx.ModelProto) -> set[str]:
     """Return the names of the nodes after the last convolutions that compute in float32.
 
     In a detector these decode boxes. Pixel coordinates above 512 are multiples of 0.5 in float16,
-    so a graph keeps its tail in float32. Of one whose `boxes` and `scores` are outputs of their
-    own, only what leads to the boxes counts.
+    so a graph keeps its tail in float32. In a graph with `boxes` and `scores` as separate outputs,
+    only what leads to the boxes counts.
     """
     tail = nodes_after_layers(model)
     if [item.name for item in model.graph.output] == ["boxes", "scores"]:
-        wanted = {"boxes"}
-        for node in reversed(tail):  # in topological order, as ONNX demands
-            if wanted.intersection(node.output):
-                wanted.update(node.input)
+        wanted = GraphIndex(model).ancestors(["boxes"])
         tail = [node for node in tail if wanted.intersection(node.output)]
-    # What only moves half-precision values needs no other precision; what computes with them does.
-    exact: set[str] = set()
+    # Moving half-precision values needs no other precision; computing with them does.
+    float32: set[str] = set()
     names = set()
     for node in tail:
-        if node.op_type not in _MOVING or exact.intersection(node.input):
-            exact.update(node.output)
+        if node.op_type not in FREE_OPS or float32.intersection(node.input):
+            float32.update(node.output)
             names.add(node.name)
     return names

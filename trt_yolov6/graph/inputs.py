@@ -1,7 +1,7 @@
-"""Inputs beside the image, made constants, so that every engine has one input.
+"""Bind auxiliary inputs (`scale_factor`, `im_shape`) to constants, leaving one input, the image.
 
 PaddleDetection's exports take the factor that an image was resized by, to give boxes in the
-original image, and some its size. With a factor of 1 boxes come in input pixels, like everyone's.
+original image, and some its size. With a factor of 1 boxes come in input pixels, as elsewhere.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import add_initializers
+from trt_yolov6.graph.files import value_spec
+from trt_yolov6.spec import TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -20,9 +23,24 @@ SCALE_FACTOR, IMAGE_SHAPE = "scale_factor", "im_shape"
 
 
 def runtime_inputs(model: onnx.ModelProto) -> list[Any]:
-    """Return the graph's inputs that are no constants (`onnx.ValueInfoProto`)."""
+    """Return the graph's inputs that are not constants (`onnx.ValueInfoProto`)."""
     constants = {item.name for item in model.graph.initializer}
     return [item for item in model.graph.input if item.name not in constants]
+
+
+def input_spec(model: onnx.ModelProto) -> TensorSpec:
+    """Return name, shape and dtype of a graph's one input.
+
+    Raises:
+        UserError: it has several, or none.
+    """
+    inputs = runtime_inputs(model)
+    if len(inputs) != 1:
+        names = ", ".join(item.name for item in inputs) or "none"
+        raise UserError(
+            f"the graph has the inputs {names}; quantization needs a detector with one image input."
+        )
+    return value_spec(inputs[0], "the graph")
 
 
 def with_one_input(
@@ -57,7 +75,7 @@ def with_one_input(
         dtype = onnx.helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type)
         # One row serves a free batch: it is broadcast.
         value = np.tile(np.array(row, dtype), (batch if batch > 0 else 1, 1))
-        model.graph.initializer.append(onnx.numpy_helper.from_array(value, item.name))
+        add_initializers(model.graph, {item.name: value})
         model.graph.input.remove(item)
         # Before version 4 of the format an initializer had to be an input as well.
         model.ir_version = max(model.ir_version, 4)

@@ -10,8 +10,9 @@ import numpy as np
 
 from trt_yolov6.detectors.layouts import class_count
 from trt_yolov6.detectors.metadata import check_input, image_size_in, names_in, nms_in
-from trt_yolov6.detectors.recognition import facts_of, recognize
+from trt_yolov6.detectors.recognition import recognize
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.facts import facts_of
 from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
 from trt_yolov6.graph.model import Graph

@@ -1,41 +1,56 @@
-"""ONNX operators by what they do, and the names of the layers that have weights."""
+"""Classes of ONNX operators, with the reasons where two of them differ, and names of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx
 
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+"""Operators whose weights this package quantizes."""
 
-LAYER_OPS = ("Conv", "ConvTranspose")
-"""Operators with weights that are quantized."""
+WEIGHTED_OPS = (*CONVOLUTIONS, "Gemm", "MatMul")
+"""Operators that do nearly all of a network's work."""
+
+QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
+
+LAYOUT_OPS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators with the same values out as in, one tensor each, in another order or shape."""
+
+MOVING_OPS = LAYOUT_OPS | {"DepthToSpace", "MaxPool", "Slice", "SpaceToDepth", "Split"}
+"""Operators whose outputs hold values of their first input: one scale serves both.
+
+Concat, which has several inputs to move, and Resize, whose mode decides, are asked about apart.
+"""
+
+FREE_OPS = LAYOUT_OPS | {"Concat"}
+"""Operators that float16 graphs run in half precision after the last layers, too.
+
+Split and Slice are not among them: each of their outputs would be cast, instead of the one input.
+"""
+
+CODE_PRESERVING_OPS = ("Concat", "MaxPool")
+"""Those moving operators, Concat included, that stand between an exported network's layers: of
+codes on one scale they make codes on that scale."""
+
+UNDECODED_OPS = LAYOUT_OPS | {"Cast", "Concat", "Gather", "Sigmoid", "Slice", "Split", *QDQ_OPS}
+"""Operators after the last layers that decode nothing: they move values, or make a probability of
+one. MaxPool is not among them: a graph that pools its scores suppresses boxes by it."""
+
+ACTIVATIONS = frozenset(
+    {"Clip", "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"}
+)
+"""Elementwise activation functions without weights."""
+
+FUSED_OPS = ACTIVATIONS | {"BatchNormalization", "PRelu", "Softplus"}
+"""Operators that TensorRT computes in one kernel with the convolution before them."""
 
 
-# Operators whose output holds values of their first input, or, for linear interpolation, values
-# between them: the output's range lies within the input's.
-MOVING_OPS = {
-    "DepthToSpace",
-    "Flatten",
-    "Identity",
-    "MaxPool",
-    "Reshape",
-    "Slice",
-    "SpaceToDepth",
-    "Split",
-    "Squeeze",
-    "Transpose",
-    "Unsqueeze",
-}
-
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Yield the branches of an `If` and the body of a loop, which may read any tensor by name."""
-    for attribute in node.attribute:
-        yield from attribute.graphs
-        if attribute.HasField("g"):
-            yield attribute.g
+def weight_axis(op: str) -> int:
+    """Return the axis of output channels in the weights of a convolution."""
+    # ConvTranspose keeps them as (in, out / groups, height, width).
+    return 1 if op == "ConvTranspose" else 0
 
 
 def layer_names(model: onnx.ModelProto) -> dict[str, str]:
@@ -44,7 +59,7 @@ def layer_names(model: onnx.ModelProto) -> dict[str, str]:
     A layer is called as its node; where that has no name, or another layer has the same, as its
     output.
     """
-    layers = [node for node in model.graph.node if node.op_type in LAYER_OPS]
+    layers = [node for node in model.graph.node if node.op_type in CONVOLUTIONS]
     counts: dict[str, int] = {}
     for node in layers:
         counts[node.name] = counts.get(node.name, 0) + 1

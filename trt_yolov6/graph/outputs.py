@@ -1,4 +1,4 @@
-"""Outputs beside a detector's, such as those kept for debugging: found and dropped."""
+"""Find and drop outputs that are not a detector's, such as those kept for debugging."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.detectors.recognition import facts_of, is_detector
-from trt_yolov6.graph.files import names_read, value_spec
+from trt_yolov6.detectors.recognition import is_detector
+from trt_yolov6.graph.editing import drop_unread_initializers, set_nodes
+from trt_yolov6.graph.facts import facts_of
+from trt_yolov6.graph.files import value_spec
+from trt_yolov6.graph.index import names_read
 
 if TYPE_CHECKING:
     import onnx
@@ -23,10 +26,10 @@ def drop_other_outputs(
     size: tuple[int, int] | None = None,
     decoder: str | None = None,
 ) -> tuple[str, ...]:
-    """Take outputs away that are not a detector's, and the nodes that only they needed.
+    """Drop outputs that are not a detector's, and the nodes that only they needed.
 
-    As many are kept as together are of a known layout, the first ones among as many; those whose
-    shapes fit the input's size go before others.
+    The largest set of outputs with a known layout is kept, the first one of several; sets whose
+    shapes fit the input's size take precedence.
 
     Args:
         model: changed in place where its outputs together are of no known layout.
@@ -82,8 +85,6 @@ def _drop_unread(model: onnx.ModelProto) -> None:
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
             needed.update(names_read(node))
-            kept.append(type(node).FromString(node.SerializeToString()))
-    del model.graph.node[:]
-    model.graph.node.extend(reversed(kept))
-    for item in [item for item in model.graph.initializer if item.name not in needed]:
-        model.graph.initializer.remove(item)
+            kept.append(node)
+    set_nodes(model.graph, reversed(kept))
+    drop_unread_initializers(model.graph)

@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.graph.quantized import has_qdq
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
 
 WRONG_REWRITES = ("ReluQuantRewrite", "ClipQuantRewrite", "ConvMulFusion")
-"""Rewritings that Q/DQ graphs are computed without. The first two take a Relu or Clip in front of a
-QuantizeLinear away where the integers' range clips as well, and ONNX Runtime (1.32) does so with
-FP8, too, whose range does not. The last would multiply weights' codes by their scales again."""
+"""Optimizers that Q/DQ graphs are computed without. The first two remove a Relu or Clip before a
+QuantizeLinear where the integers' range clips as well, and ONNX Runtime (1.32) does so with FP8,
+too, whose range does not. The last would multiply weights' codes by their scales again."""
 
 
-def reference_session(model: bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """Open a graph of this package's own making on the CPU, Q/DQ pairs computed in float.
+def reference_session(
+    model: onnx.ModelProto | bytes,
+    *,
+    outputs: Iterable[str] = (),
+    threads: int | None = None,
+    spinning: bool = True,
+    optimized: bool = True,
+    source: str | Path = "the graph",
+) -> onnxruntime.InferenceSession:
+    """Open a graph on the CPU with Q/DQ pairs computed in float, and without `WRONG_REWRITES`.
 
     Args:
-        model: a serialized ONNX model.
+        model: an ONNX model; it is not changed.
+        outputs: names of tensors to have as outputs besides the graph's own.
         threads: CPU threads; None for one a physical core.
+        spinning: let threads spin while they wait for work.
+        optimized: let ONNX Runtime rewrite the graph.
+        source: what to call the graph in messages.
+
+    Raises:
+        UserError: see `open_session`.
     """
-    return open_session(model, "the graph", threads=threads)
+    if not isinstance(model, bytes):
+        from trt_yolov6.graph.editing import with_outputs
+
+        model = (with_outputs(model, outputs) if outputs else model).SerializeToString()
+    return open_session(
+        model, source, threads=threads, spinning=spinning, optimized=optimized, rewrites=False
+    )
 
 
 def open_session(
@@ -36,6 +59,9 @@ def open_session(
     providers: Callable[[], Sequence[Any]] = lambda: ["CPUExecutionProvider"],
     fallback: bool = False,
     profile: Path | None = None,
+    spinning: bool = True,
+    optimized: bool = True,
+    rewrites: bool | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open an ONNX Runtime session that does not fuse Q/DQ pairs.
 
@@ -46,6 +72,9 @@ def open_session(
         providers: returns the execution providers, best first.
         fallback: let ONNX Runtime take the next provider where one does not start.
         profile: prefix of the file for ONNX Runtime's profile; None for no profile.
+        spinning: let threads spin while they wait for work.
+        optimized: let ONNX Runtime rewrite the graph.
+        rewrites: allow `WRONG_REWRITES`; None allows them in graphs without Q/DQ pairs.
 
     Raises:
         UserError: ONNX Runtime is missing, refuses the model, or `threads` is absurd.
@@ -69,18 +98,22 @@ def open_session(
     if profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)
-    quantized = has_qdq(model)
-    if quantized:
-        # Without VNNI, ONNX Runtime's INT8 convolutions saturate in 16 bits and give other results
-        # than TensorRT. Left as Q/DQ pairs around float operators, the arithmetic is exact.
-        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not spinning:
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimized:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Without VNNI, ONNX Runtime's INT8 convolutions saturate in 16 bits and give other results than
+    # TensorRT. As Q/DQ pairs around float operators they do not. Float graphs are not affected.
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    if rewrites is None:
+        rewrites = not is_quantized(model)
     chosen = list(providers())
     try:
         return onnxruntime.InferenceSession(
             model,
             settings,
             providers=chosen,
-            disabled_optimizers=list(WRONG_REWRITES) if quantized else None,
+            disabled_optimizers=None if rewrites else list(WRONG_REWRITES),
             enable_fallback=int(fallback),
         )
     except Exception as error:  # its exception classes share no public base
@@ -90,9 +123,24 @@ def open_session(
         ) from error
 
 
-def has_qdq(model: bytes) -> bool:
+def is_quantized(model: bytes) -> bool:
     """Return whether a serialized model has Q/DQ nodes."""
-    return b"QuantizeLinear" in model
+    # Most models need not be parsed: the operator's name is in every one that has it.
+    if b"QuantizeLinear" not in model:
+        return False
+    parsed = parsed_model(model)
+    return parsed is not None and has_qdq(parsed)
+
+
+def parsed_model(content: bytes) -> onnx.ModelProto | None:
+    """Return a serialized model; None where it is not one, which ONNX Runtime will say."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load_from_string(content)
+    except (DecodeError, ValueError):
+        return None
 
 
 def first_line(error: Exception) -> str:

@@ -18,18 +18,19 @@ has fewer terms; what that misses is second-order.)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from trt_yolov6.common.files import sha256_bytes
+from trt_yolov6.graph.editing import add_initializers, replace_tensor
+from trt_yolov6.graph.index import attribute, constants_of, tensor_value
+from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.equalization.channel_graph import constants_of
-from trt_yolov6.quantization.qdq.view import IntegerLayer, integer_layers, shift_bias
 
 
 def correct_biases(
@@ -73,8 +74,10 @@ class BiasCorrection:
             return self._last[1]
         layers = [
             layer
-            for layer in integer_layers(quantized_model)
-            if layer.output in self._nodes and self._nodes[layer.output].input[1] in self._constants
+            for layer in quantized_layers(quantized_model)
+            if layer.has_own_codes
+            and layer.output in self._nodes
+            and self._nodes[layer.output].input[1] in self._constants
         ]
         inputs = [self._nodes[layer.output].input[0] for layer in layers]
         missing = {*inputs, *(layer.output for layer in layers)} - self._float_means.keys()
@@ -86,11 +89,9 @@ class BiasCorrection:
         found = {}
         for layer in layers:
             node = self._nodes[layer.output]
-            weight = numpy_helper.to_array(self._constants[node.input[1]]).astype(np.float64)
-            groups = next((item.i for item in node.attribute if item.name == "group"), 1)
-            from_input = _mean_response(
-                weight, after[layer.input] - before[node.input[0]], groups, _taps(node)
-            )
+            weight = tensor_value(self._constants[node.input[1]]).astype(np.float64)
+            moved = after[layer.input] - before[node.input[0]]
+            from_input = _mean_response(weight, moved, attribute(node, "group", 1), _taps(node))
             found[layer.output] = after[layer.output] - before[layer.output] - from_input
         self._last = digest, found
         return found
@@ -104,19 +105,39 @@ def with_errors_removed(
     A layer's own error hardly depends on which other layers are quantized, so that errors found in
     one graph do for another with more layers in float.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(quantized_model)
-    for layer in integer_layers(result):
-        if layer.output in errors:
+    result = copy.deepcopy(quantized_model)
+    for layer in quantized_layers(result):
+        if layer.has_own_codes and layer.output in errors:
             shift_bias(result, layer, -errors[layer.output])
     return result
+
+
+def shift_bias(model: onnx.ModelProto, layer: QuantizedLayer, change: NDArray[Any]) -> None:
+    """Add (output channels,) to a layer's bias in place, giving it one where it has none."""
+    node = model.graph.node[layer.position]
+    constants = {item.name: item for item in model.graph.initializer}
+    name = node.input[2] if len(node.input) > 2 else ""
+    if name and name not in constants:
+        raise ValueError(f"the bias {name!r} is not an initializer")
+    # A half-precision graph has half-precision scales, and its convolutions take such biases.
+    dtype = layer.weights.scale_type
+    before = tensor_value(constants[name]) if name else np.zeros(len(change), dtype)
+    after = (before.astype(np.float64) + change).astype(before.dtype)
+    is_shared = sum(list(item.input).count(name) for item in model.graph.node) > 1
+    if name and not is_shared:
+        replace_tensor(constants[name], after)
+        return
+    own = f"{layer.output}_bias"
+    add_initializers(model.graph, {own: after})
+    del node.input[2:]
+    node.input.append(own)
 
 
 def _means(
     model: onnx.ModelProto,
     images: Sequence[NDArray[Any]],
     inputs: Sequence[str],
-    layers: Sequence[IntegerLayer],
+    layers: Sequence[QuantizedLayer],
 ) -> dict[str, NDArray[np.float64]]:
     """Return the mean of each channel of the layers' inputs and outputs."""
     found = collect(model, images, [*inputs, *(item.output for item in layers)])
@@ -131,8 +152,7 @@ def _taps(node: onnx.NodeProto) -> float | None:
     """Return by how much a transposed convolution spreads each tap; None for a convolution."""
     if node.op_type == "Conv":
         return None
-    strides = next((list(item.ints) for item in node.attribute if item.name == "strides"), [1, 1])
-    return float(np.prod(strides))
+    return float(np.prod(attribute(node, "strides", [1, 1])))
 
 
 def _mean_response(

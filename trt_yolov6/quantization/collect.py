@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.graph.reference import WRONG_REWRITES
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.index import GraphIndex, tensor_value
+from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.statistics import Accumulator, TensorStatistics
 
 if TYPE_CHECKING:
@@ -88,10 +89,8 @@ def collect(
 
 def check_weights(model: onnx.ModelProto) -> None:
     """Raise UserError where a weight is NaN or infinite."""
-    from onnx import numpy_helper
-
     for tensor in model.graph.initializer:
-        values = numpy_helper.to_array(tensor)
+        values = tensor_value(tensor)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise UserError(
                 f"the weight {tensor.name!r} holds NaN or infinity, so the model cannot be "
@@ -117,43 +116,15 @@ def _session(
     model: onnx.ModelProto, tensors: Sequence[str], threads: int | None
 ) -> onnxruntime.InferenceSession:
     """Return a session with `tensors` as further outputs."""
-    import onnx
-
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"onnxruntime does not import ({error}); install it with `pip install onnxruntime`."
-        ) from error
-    produced = {name for node in model.graph.node for name in node.output}
-    inputs = {item.name for item in model.graph.input}
-    unknown = [name for name in tensors if name not in produced | inputs]
+    known = GraphIndex(model).order
+    unknown = [name for name in tensors if name not in known]
     if unknown:
         raise ValueError(f"the graph has no tensor {unknown[0]!r}")
-    present = {item.name for item in model.graph.output}
-    extended = onnx.ModelProto()
-    extended.CopyFrom(model)
-    extended.graph.output.extend(
-        onnx.ValueInfoProto(name=name)
-        for name in tensors
-        if name not in present and name not in inputs
+    return reference_session(
+        model,
+        outputs=tensors,
+        threads=threads or os.cpu_count(),
+        # A waiting thread that spins would take the core from the one that counts.
+        spinning=False,
+        source="the graph to be calibrated",
     )
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.intra_op_num_threads = threads or os.cpu_count() or 1
-    # A waiting thread that spins would take the core from the one that counts.
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    try:
-        return onnxruntime.InferenceSession(
-            extended.SerializeToString(),
-            settings,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=list(WRONG_REWRITES),
-        )
-    except Exception as error:  # its exception classes share no public base
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-        raise UserError(
-            f"ONNX Runtime {onnxruntime.__version__} does not run the graph that is to be "
-            f"calibrated ({reason}); check the ONNX file."
-        ) from error

@@ -14,20 +14,20 @@ The matrix is the inputs' covariance: what a layer's mean output moves, its bias
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
-from trt_yolov6.quantization.equalization.channel_graph import constants_of
-from trt_yolov6.quantization.qdq.view import IntegerLayer, initializer, integer_layers, shift_bias
-
-if TYPE_CHECKING:
-    import onnxruntime
+from trt_yolov6.graph.editing import replace_tensor
+from trt_yolov6.graph.index import attributes, constants_of, tensor_value
+from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
+from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.quantization.bias_correction import shift_bias
 
 # Places of one image whose inputs count, for one layer.
 _PLACES = 1024
@@ -58,20 +58,20 @@ def adapt_rounding(
         images: a few dozen inputs of the graph. There is a pass over them for each 256 MiB of
             covariances; the sample needs one.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(quantized_model)
-    constants = constants_of(float_model)
+    result = copy.deepcopy(quantized_model)
+    constants, stored = constants_of(float_model), constants_of(result)
     floats = {node.output[0]: node for node in float_model.graph.node}
     jobs = [
-        _Job(layer, floats[layer.output], numpy_helper.to_array(constants[name]))
-        for layer in integer_layers(result)
-        if layer.output in floats and (name := floats[layer.output].input[1]) in constants
+        _Job(layer, floats[layer.output], tensor_value(constants[name]))
+        for layer in quantized_layers(result)
+        if layer.has_own_codes
+        and layer.output in floats
+        and (name := floats[layer.output].input[1]) in constants
     ]
     for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
         for job in _measured(quantized_model, chunk, images):
             levels, mean_error = job.rounded()
-            stored = initializer(result, job.layer.weight)
-            stored.CopyFrom(numpy_helper.from_array(levels, stored.name))
+            replace_tensor(stored[job.layer.weight], levels)
             shift_bias(result, job.layer, -mean_error)
             job.free()
     return result
@@ -81,22 +81,17 @@ class _Job:
     """One layer: it gathers the moments of its inputs, then rounds."""
 
     def __init__(
-        self, layer: IntegerLayer, node: onnx.NodeProto, weight: NDArray[np.float32]
+        self, layer: QuantizedLayer, node: onnx.NodeProto, weight: NDArray[np.float32]
     ) -> None:
         self.layer = layer
         self._weight = weight
         self._kernel = (int(weight.shape[2]), int(weight.shape[3]))
-        attributes = {item.name: item for item in node.attribute}
-        self._groups = int(attributes["group"].i) if "group" in attributes else 1
-
-        def pair(name: str, default: Sequence[int]) -> list[int]:
-            return list(attributes[name].ints) if name in attributes else list(default)
-
-        self._strides = pair("strides", (1, 1))
-        self._pads = pair("pads", (0, 0, 0, 0))  # top, left, bottom, right
-        self._dilations = pair("dilations", (1, 1))
-        padding = attributes["auto_pad"].s if "auto_pad" in attributes else b"NOTSET"
-        self.is_linear_in_places = padding in (b"NOTSET", b"VALID") and (
+        given = attributes(node)
+        self._groups: int = given.get("group", 1)
+        self._strides = list(given.get("strides", (1, 1)))
+        self._pads = list(given.get("pads", (0, 0, 0, 0)))  # top, left, bottom, right
+        self._dilations = list(given.get("dilations", (1, 1)))
+        self.is_linear_in_places = given.get("auto_pad", "NOTSET") in ("NOTSET", "VALID") and (
             not layer.transposed or (self._strides == list(self._kernel) and not any(self._pads))
         )
         self._count = 0
@@ -230,23 +225,11 @@ def _measured(
     model: onnx.ModelProto, jobs: Sequence[_Job], images: Sequence[NDArray[Any]]
 ) -> Sequence[_Job]:
     """Run the images through the Q/DQ graph and give each job what its layer reads."""
-    session = _session(model, [job.layer.input for job in jobs])
     names = list(dict.fromkeys(job.layer.input for job in jobs))
+    session = reference_session(model, outputs=names)
     source = session.get_inputs()[0].name
     for image in images:
         values = dict(zip(names, session.run(names, {source: image}), strict=True))
         for job in jobs:
             job.add(values[job.layer.input])
     return jobs
-
-
-def _session(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
-    from trt_yolov6.graph.reference import reference_session
-
-    extended = onnx.ModelProto()
-    extended.CopyFrom(model)
-    present = {item.name for item in model.graph.output}
-    extended.graph.output.extend(
-        onnx.ValueInfoProto(name=name) for name in dict.fromkeys(tensors) if name not in present
-    )
-    return reference_session(extended.SerializeToString())

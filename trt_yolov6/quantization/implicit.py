@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_yolov6.data.calibration import calibration_images
-from trt_yolov6.graph.float16 import nodes_after_layers
+from trt_yolov6.graph.index import GraphIndex, shapes_of, types_of
+from trt_yolov6.graph.tail import nodes_after_layers
 from trt_yolov6.quantization.calibrators import METHODS, Method, amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.ptq import QuantizationSettings, QuantizedGraph, batches_of
@@ -51,26 +52,18 @@ def inner_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
     """
     import onnx
 
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    maps = {
-        item.name
-        for item in (*graph.value_info, *graph.output)
-        if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-        and len(item.type.tensor_type.shape.dim) == 4
-    }
+    known = onnx.shape_inference.infer_shapes(model)
+    shapes, types, graph = shapes_of(known), types_of(known), GraphIndex(model)
     after = {name for node in nodes_after_layers(model) for name in node.output}
-    readers: dict[str, list[str]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node.output[0])
     return tuple(
         name
-        for node in model.graph.node
+        for node in graph.nodes
         for name in node.output
-        if name in maps
+        if types.get(name) == onnx.TensorProto.FLOAT
+        and len(shapes.get(name, ())) == 4
         and name not in after
         and node.op_type not in ("Constant", "DequantizeLinear")
-        and not set(readers.get(name, ())) <= after
+        and not {reader.output[0] for reader in graph.readers(name)} <= after
     )
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.operators import LAYER_OPS, layer_names
+from trt_yolov6.graph.cost import layers_of
+from trt_yolov6.graph.index import GraphIndex
+from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
 from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.sensitivity import Distortion, Sensitivity
 
@@ -79,35 +81,17 @@ def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
     Raises:
         UserError: the graph's shapes cannot be inferred.
     """
-    import onnx
-
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes = {item.name: list(item.dims) for item in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-            shapes[node.output[0]] = list(node.attribute[0].t.dims)
-    for item in [*graph.input, *graph.value_info, *graph.output]:
-        shapes[item.name] = [size.dim_value for size in item.type.tensor_type.shape.dim]
-    names = layer_names(model)
+    layers = (layer for layer in layers_of(model) if layer.operator in CONVOLUTIONS)
     amounts: dict[str, tuple[int, float]] = {}
-    for node in graph.node:
-        if node.op_type not in LAYER_OPS:
-            continue
-        source, weight, result = (
-            shapes.get(name, []) for name in (*node.input[:2], node.output[0])
-        )
-        # A convolution's weights are used at each place of the output, a transposed one's at each
-        # place of the input.
-        places = result if node.op_type == "Conv" else source
-        if len(source) < 3 or len(result) < 3 or 0 in (*source[1:], *weight, *result[1:]):
+    for name, layer in zip(layer_names(model).values(), layers, strict=True):
+        moved = layer.bytes_moved(_BATCH, _ELEMENT)
+        if layer.flops is None or moved is None:
             raise UserError(
-                f"the shapes around {names[node.output[0]]} are not known, so that its cost is "
-                "not; export the graph with a fixed image size."
+                f"the shapes around {name} are not known, so that its cost is not; export the "
+                "graph with a fixed image size."
             )
-        multiply_adds = math.prod(weight) * math.prod(places[2:])
-        moved = _BATCH * (math.prod(source[1:]) + math.prod(result[1:])) + math.prod(weight)
-        seconds = max(_BATCH * multiply_adds / _MULTIPLY_ADDS, _ELEMENT * moved / _BYTES)
-        amounts[names[node.output[0]]] = multiply_adds, seconds
+        macs = layer.flops // 2
+        amounts[name] = macs, max(_BATCH * macs / _MULTIPLY_ADDS, moved / _BYTES)
     work = sum(item[0] for item in amounts.values())
     time = sum(item[1] for item in amounts.values())
     return {
@@ -127,17 +111,15 @@ def tensors_to_measure(model: onnx.ModelProto, keep_float: Collection[str] = ())
         keep_float: layers that are in float in any case.
     """
     wanted = set(place(model, keep_float, requantize=True).tensors)
-    constants = {item.name for item in model.graph.initializer}
+    graph = GraphIndex(model)
     wanted.update(
         name
-        for node in model.graph.node
+        for node in graph.nodes
         if node.op_type in ("Add", "Sum") and wanted & {*node.output}
         for name in node.input
-        if name not in constants
+        if name not in graph.constants
     )
-    order = [item.name for item in model.graph.input]
-    order += [name for node in model.graph.node for name in node.output]
-    return tuple(name for name in order if name in wanted)
+    return tuple(name for name in graph.order if name in wanted)
 
 
 def most_sensitive(sensitivity: Sensitivity, count: int) -> tuple[str, ...]:

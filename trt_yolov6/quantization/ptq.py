@@ -26,12 +26,12 @@ from trt_yolov6.data.calibration import (
     calibration_batches,
     calibration_images,
     images_sha256,
-    input_spec,
 )
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.agreement import agreement
 from trt_yolov6.quantization.bias_correction import BiasCorrection, with_errors_removed
@@ -703,7 +703,7 @@ class Judge:
 
         from trt_yolov6.graph.reference import reference_session
 
-        session: onnxruntime.InferenceSession = reference_session(model.SerializeToString())
+        session: onnxruntime.InferenceSession = reference_session(model)
         names = [output.name for output in session.get_outputs()]
         size = self._image_size
         found: list[Detections] = []

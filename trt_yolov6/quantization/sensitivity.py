@@ -8,6 +8,7 @@ rounding is seen, not what came to it from the layers before.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.files import atomic_path
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.graph.editing import add_initializers, at_opset
+from trt_yolov6.graph.index import constants_of, tensor_value
+from trt_yolov6.graph.operators import layer_names, weight_axis
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.qdq.insert import (
     activation_scales,
     insert_qdq,
     quantize_weights,
-    weight_axis,
 )
 from trt_yolov6.quantization.qdq.placement import Placement, place
 from trt_yolov6.quantization.types import INT8
@@ -182,7 +184,7 @@ def layer_distortions(
     if not placement.layers:
         return {}
     twins = _with_twins(model, placement, input_scales(model, placement, amax))
-    session = reference_session(twins.SerializeToString())
+    session = reference_session(twins)
     source = session.get_inputs()[0].name
     wanted = [_sum_name(name, kind) for name in placement.layers for kind in _SUMS]
     totals = {name: Distortion(0.0, 0.0, 0.0, 0) for name in placement.layers}
@@ -326,11 +328,11 @@ def _with_twins(
 ) -> onnx.ModelProto:
     """Return the graph with quantized twins beside its layers, and their sums as its outputs."""
     import onnx
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
-    result = _at_opset_13(model)
+    result = at_opset(model, INT8.opset)
     graph = result.graph
-    constants = _constants(graph)
+    constants = constants_of(result)
     nodes: list[onnx.NodeProto] = []
     added: dict[str, NDArray[Any]] = {"twin/zero_point": np.array(0, np.int8)}
     dequantized: dict[str, str] = {}
@@ -351,13 +353,12 @@ def _with_twins(
                 ("DequantizeLinear", quantized, dequantized[tensor]),
             ):
                 nodes.append(helper.make_node(op, [source, scale, "twin/zero_point"], [target]))
-        twin = onnx.NodeProto()
-        twin.CopyFrom(node)
+        twin = copy.deepcopy(node)
         twin.name = f"{layer}/twin"
         twin.output[0] = f"{layer}/twin/output"
         twin.input[0] = dequantized[tensor]
         twin.input[1] = f"{layer}/twin/weight"
-        weight = numpy_helper.to_array(constants[node.input[1]])
+        weight = tensor_value(constants[node.input[1]])
         added[twin.input[1]] = _rounded(weight, weight_axis(node.op_type))
         nodes.append(twin)
         difference = f"{layer}/twin/difference"
@@ -372,8 +373,8 @@ def _with_twins(
             for target, kind in zip(targets, kinds, strict=True)
         ]
     graph.node.extend(nodes)
-    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in added.items())
-    # What only the graph's own outputs need is not computed.
+    add_initializers(graph, added)
+    # Nodes that only the graph's own outputs need are not run then.
     del graph.output[:]
     graph.output.extend(outputs)
     return result
@@ -385,23 +386,3 @@ def _rounded(weight: NDArray[Any], axis: int) -> NDArray[np.float32]:
     shape = [1] * weight.ndim
     shape[axis] = -1
     return levels.astype(np.float32) * scale.reshape(shape)
-
-
-def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    found = {item.name: item for item in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-            found[node.output[0]] = node.attribute[0].t
-    return found
-
-
-def _at_opset_13(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of opset 13 at least."""
-    import onnx
-
-    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
-    if opset < 13:
-        return onnx.version_converter.convert_version(model, 13)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy

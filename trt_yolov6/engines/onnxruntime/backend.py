@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.files import read_json
 from trt_yolov6.detectors.metadata import check_input, nms_in
-from trt_yolov6.detectors.recognition import GraphFacts, facts_of
+from trt_yolov6.detectors.recognition import GraphFacts
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions, check_images
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.onnxruntime.providers import (
@@ -30,10 +30,17 @@ from trt_yolov6.engines.onnxruntime.providers import (
 )
 from trt_yolov6.engines.reading import class_names_of, reading_of
 from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.graph.facts import facts_of
 from trt_yolov6.graph.files import graph_precision, read_weights, sort_nodes
+from trt_yolov6.graph.index import tensor_value
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
 from trt_yolov6.graph.outputs import drop_other_outputs
-from trt_yolov6.graph.reference import has_qdq, open_session
+from trt_yolov6.graph.reference import (
+    is_quantized,
+    open_session,
+    parsed_model,
+    reference_session,
+)
 from trt_yolov6.quantization.qdq.integer_arithmetic import (
     with_integer_convolutions,
     with_single_quantization,
@@ -118,7 +125,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     dropped: tuple[str, ...] = ()
     if manifest is None:
         # `build` has done this for engines that have one.
-        graph = _graph_of(content)
+        graph = parsed_model(content)
         if graph is not None:
             has_changed = read_weights(graph, path)
             if len(runtime_inputs(graph)) > 1:
@@ -132,7 +139,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
     engine.dropped_outputs = dropped
     notes = []
-    if has_qdq(content):
+    if is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
         how = "on whole numbers held in float" if whole else "in float"
         notes.append(f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed")
@@ -268,28 +275,18 @@ class OnnxRuntimeEngine(Engine):
         The graph is run once more, without ONNX Runtime's rewriting and with every tensor as an
         output.
         """
-        import onnx
-        import onnxruntime
-
-        graph = _graph_of(self.path.read_bytes())
+        graph = parsed_model(self.path.read_bytes())
         if graph is None:
             return None
         read_weights(graph, self.path)
         sort_nodes(graph)
         for weight in graph.graph.initializer:
-            values: NDArray[Any] = onnx.numpy_helper.to_array(weight)
+            values = tensor_value(weight)
             if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
                 return f"the weight {weight.name}"
         names: list[str] = [name for node in graph.graph.node for name in node.output if name]
-        del graph.graph.output[:]
-        graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            session = onnxruntime.InferenceSession(
-                graph.SerializeToString(), settings, providers=[PROVIDERS["cpu"]]
-            )
+            session = reference_session(graph, outputs=names, optimized=False)
             values_of = session.run(names, {self.input.name: images})
         except Exception:  # its exception classes share no public base; only a name is missing then
             return None
@@ -307,17 +304,6 @@ class OnnxRuntimeEngine(Engine):
             raise UserError(f"the engine {self.path} is closed; load it again.")
         check_images(self, images)
         return self._session
-
-
-def _graph_of(content: bytes) -> onnx.ModelProto | None:
-    """Return a file's graph; None where it is no ONNX model, which ONNX Runtime will say."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        return onnx.load_from_string(content)
-    except (DecodeError, ValueError):
-        return None
 
 
 def _session(
@@ -340,13 +326,13 @@ def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
 
     Other providers get the Q/DQ pairs: TensorRT's makes INT8 of them itself.
     """
-    if not has_qdq(content):
+    if not is_quantized(content):
         return content, False
     try:
         on_cpu = providers_for(options.provider)[0] == PROVIDERS["cpu"]
     except (ImportError, MissingDependencyError):  # what opens the session says so
         return content, False
-    graph = _graph_of(content) if on_cpu else None
+    graph = parsed_model(content) if on_cpu else None
     if graph is None:
         return content, False
     whole = with_integer_convolutions(graph)

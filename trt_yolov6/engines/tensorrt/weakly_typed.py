@@ -23,14 +23,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.graph.float16 import nodes_after_layers
-from trt_yolov6.graph.operators import LAYER_OPS, MOVING_OPS
-from trt_yolov6.quantization.qdq.insert import weight_axis
+from trt_yolov6.graph.editing import (
+    drop_unread_initializers,
+    replace_tensor,
+    set_initializers,
+    set_nodes,
+)
+from trt_yolov6.graph.index import GraphIndex, attributes, tensor_value, types_of
+from trt_yolov6.graph.operators import CONVOLUTIONS, MOVING_OPS, QDQ_OPS
+from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
+from trt_yolov6.graph.tail import nodes_after_layers
 
 if TYPE_CHECKING:
     import onnx
-
-_QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 _ALWAYS_FUSED = (["Relu"], ["LeakyRelu"], ["Clip"])
 
@@ -65,7 +70,7 @@ def weak_graph(content: bytes) -> WeakGraph:
     import onnx
 
     model = onnx.load_from_string(content)
-    types = _tensor_types(model)
+    types = types_of(onnx.shape_inference.infer_shapes(model))
     half = onnx.TensorProto.FLOAT16 in types.values()
     single = frozenset(
         name
@@ -106,17 +111,6 @@ def implicit_graph(content: bytes, half: bool) -> WeakGraph:
 # --- half precision -----------------------------------------------------------------------------
 
 
-def _tensor_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the ONNX element types of all tensors."""
-    import onnx
-
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    found = {item.name: item.data_type for item in graph.initializer}
-    for item in (*graph.input, *graph.value_info, *graph.output):
-        found[item.name] = item.type.tensor_type.elem_type
-    return found
-
-
 def _widen(model: onnx.ModelProto, types: Mapping[str, int]) -> None:
     """Make all that is in half precision single, in place."""
     import onnx
@@ -142,12 +136,8 @@ def _widen(model: onnx.ModelProto, types: Mapping[str, int]) -> None:
 
 
 def _widen_tensor(tensor: onnx.TensorProto) -> None:
-    import onnx
-    from onnx import numpy_helper
-
-    if tensor.data_type == onnx.TensorProto.FLOAT16:
-        values = numpy_helper.to_array(tensor).astype(np.float32)
-        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    if tensor.data_type == tensor.FLOAT16:
+        replace_tensor(tensor, tensor_value(tensor).astype(np.float32))
 
 
 # --- INT8 ---------------------------------------------------------------------------------------
@@ -162,7 +152,7 @@ def drop_idle_pairs(model: onnx.ModelProto) -> None:
     graph = _Graph(model)
     scales: dict[str, float] = {}
     for node in graph.nodes:
-        scale = graph.value(node.input[1]) if node.op_type in _QDQ else None
+        scale = graph.value(node.input[1]) if node.op_type in QDQ_OPS else None
         if node.op_type == "DequantizeLinear" and scale is not None and scale.size == 1:
             scales[node.output[0]] = float(scale.item())
         elif node.op_type == "Concat" or node.op_type in MOVING_OPS:
@@ -179,7 +169,7 @@ def drop_idle_pairs(model: onnx.ModelProto) -> None:
         ):
             for dequantize in graph.readers(node.output[0]):
                 for reader in graph.readers(dequantize.output[0]):
-                    if reader.op_type not in LAYER_OPS:
+                    if reader.op_type not in CONVOLUTIONS:
                         graph.rewire(reader, dequantize.output[0], node.input[0])
     graph.write()
 
@@ -187,13 +177,9 @@ def drop_idle_pairs(model: onnx.ModelProto) -> None:
 def give_transposed_float_weights(model: onnx.ModelProto) -> None:
     """Store what the INT8 weights of transposed convolutions stand for, in float."""
     graph = _Graph(model)
-    for node in graph.nodes:
-        stored = graph.stored_weights(node) if node.op_type == "ConvTranspose" else None
-        if stored is not None:
-            shape = [1] * stored.codes.ndim
-            shape[weight_axis(node.op_type)] = -1
-            values = stored.codes.astype(np.float32) * stored.scales.reshape(shape)
-            node.input[1] = graph.constant(f"{node.output[0]}/float_weight", values)
+    for layer in graph.int8_layers("ConvTranspose"):
+        values = layer.weights.values()
+        layer.node.input[1] = graph.constant(f"{layer.output}/float_weight", values)
     graph.write()
 
 
@@ -217,21 +203,20 @@ def divide_channels(model: onnx.ModelProto) -> None:
 
 def join_siblings(model: onnx.ModelProto) -> None:
     """Make one convolution and a Split of INT8 convolutions that TensorRT would merge itself."""
-    from onnx import helper
-
     graph = _Graph(model)
-    families: dict[tuple[Any, ...], list[onnx.NodeProto]] = {}
-    for node in graph.nodes:
-        stored = graph.stored_weights(node) if node.op_type == "Conv" else None
-        biased = node.input[2:] and node.input[2]
-        if stored is None or (biased and graph.value(node.input[2]) is None):
+    families: dict[tuple[Any, ...], list[QuantizedLayer]] = {}
+    for layer in graph.int8_layers("Conv"):
+        if any(name not in graph.constants for name in layer.node.input[2:] if name):
             continue
-        attributes = sorted(
-            (item.name, str(helper.get_attribute_value(item))) for item in node.attribute
-        )
-        if dict(attributes).get("group", "1") == "1" and _is_bare(graph, node):
-            key = (node.input[0], *stored.codes.shape[1:], *attributes)
-            families.setdefault(key, []).append(node)
+        given = attributes(layer.node)
+        if given.get("group", 1) == 1 and _is_bare(graph, layer.node):
+            shape = graph.constants[layer.weight].dims[1:]
+            key = (
+                layer.input,
+                *shape,
+                *sorted((name, str(value)) for name, value in given.items()),
+            )
+            families.setdefault(key, []).append(layer)
     for members in families.values():
         if len(members) > 1:
             _join(graph, members)
@@ -239,7 +224,7 @@ def join_siblings(model: onnx.ModelProto) -> None:
 
 
 def _is_bare(graph: _Graph, node: onnx.NodeProto) -> bool:
-    """Tell whether TensorRT fuses no activation with a convolution.
+    """Return whether TensorRT fuses no activation with a convolution.
 
     It fuses a ReLU and the like always, others only where nothing but quantization follows them.
     """
@@ -261,24 +246,25 @@ def _is_bare(graph: _Graph, node: onnx.NodeProto) -> bool:
             return any(kind != "QuantizeLinear" for kind in kinds)
 
 
-def _join(graph: _Graph, members: Sequence[onnx.NodeProto]) -> None:
-    """Put one convolution and a Split in the place of the first of several that read one tensor."""
+def _join(graph: _Graph, layers: Sequence[QuantizedLayer]) -> None:
+    """Replace the first of several layers that read one tensor by one convolution and a Split."""
     from onnx import helper
 
+    members = [layer.node for layer in layers]
     first = members[0]
-    weights = [graph.stored_weights(node) for node in members]
-    stored = [item for item in weights if item is not None]
+    weights = [tensor_value(graph.constants[layer.weight]) for layer in layers]
     biases = [
         graph.value(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         for node in members
     ]
-    counts = [len(item.codes) for item in stored]
+    counts = [len(item) for item in weights]
     name = " || ".join(node.name or node.output[0] for node in members)
     output = f"{first.output[0]}/joined"
     scales = [
-        np.broadcast_to(item.scales, count) for item, count in zip(stored, counts, strict=True)
+        np.broadcast_to(tensor_value(graph.constants[layer.weights.node.input[1]]), count)
+        for layer, count in zip(layers, counts, strict=True)
     ]
-    codes = graph.constant(f"{output}/codes", np.concatenate([item.codes for item in stored]))
+    codes = graph.constant(f"{output}/codes", np.concatenate(weights))
     scale = graph.constant(f"{output}/scale", np.concatenate(scales))
     zero = graph.constant(f"{output}/zero_point", np.zeros(sum(counts), np.int8))
     bias = np.concatenate(
@@ -317,53 +303,28 @@ def _join(graph: _Graph, members: Sequence[onnx.NodeProto]) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Weights behind a DequantizeLinear: INT8 codes, and float32 scales, one or one a channel."""
-
-    codes: NDArray[Any]
-    scales: NDArray[Any]
-
-
-class _Graph:
-    """Look-ups in a graph, and the few ways in which this module changes it."""
+class _Graph(GraphIndex):
+    """A graph and the few ways in which this module changes it."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__(model)
         self._graph = model.graph
-        self.nodes = list(model.graph.node)
         self._initializers = {item.name: item for item in model.graph.initializer}
-        self._makers = {name: node for node in self.nodes for name in node.output if name}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.nodes:
-            for name in dict.fromkeys(node.input):
-                self._readers.setdefault(name, []).append(node)
         self._replaced: dict[str, list[onnx.NodeProto]] = {}
 
-    def readers(self, name: str) -> list[onnx.NodeProto]:
-        return self._readers.get(name, [])
-
-    def value(self, name: str) -> NDArray[Any] | None:
-        """Return a constant's value, or None for what is computed."""
-        from onnx import numpy_helper
-
-        if name in self._initializers:
-            return np.asarray(numpy_helper.to_array(self._initializers[name]))
-        maker = self._makers.get(name)
-        if maker is None or maker.op_type != "Constant" or maker.attribute[0].name != "value":
-            return None
-        return np.asarray(numpy_helper.to_array(maker.attribute[0].t))
-
-    def stored_weights(self, layer: onnx.NodeProto) -> _Stored | None:
-        """Return the INT8 weights of a layer that reads quantized values; None for other layers."""
-        maker, source = self._makers.get(layer.input[1]), self._makers.get(layer.input[0])
-        if maker is None or maker.op_type != "DequantizeLinear":
-            return None
-        if source is None or source.op_type != "DequantizeLinear":
-            return None
-        codes, scales = (self.value(name) for name in maker.input[:2])
-        if codes is None or scales is None or codes.dtype != np.int8 or scales.ndim > 1:
-            return None
-        return _Stored(codes, scales)
+    def int8_layers(self, op: str) -> Iterator[QuantizedLayer]:
+        """Yield the layers of an operator whose input and INT8 weights are dequantized."""
+        for layer in quantized_layers(self):
+            codes, scale = layer.weights.codes, layer.weights.scale
+            if (
+                layer.node.op_type == op
+                and layer.activations is not None
+                and codes is not None
+                and scale is not None
+                and codes.data_type == codes.INT8
+                and len(scale.dims) <= 1
+            ):
+                yield layer
 
     def rewire(self, node: onnx.NodeProto, before: str, after: str) -> None:
         """Have a node read one tensor in the place of another."""
@@ -385,26 +346,19 @@ class _Graph:
 
     def write(self) -> None:
         """Store the nodes and the constants that anything reads."""
-        nodes = [_copy(node) for node in self._kept()]
+        nodes = list(self._kept())
         outputs = {item.name for item in self._graph.output}
         # First what dequantizes, then what only that has read.
-        for kind in ("DequantizeLinear", "QuantizeLinear"):
+        for kind in reversed(QDQ_OPS):
             read = outputs.union(name for node in nodes for name in node.input)
             nodes = [
                 node for node in nodes if node.op_type != kind or read.intersection(node.output)
             ]
-        read = outputs.union(name for node in nodes for name in node.input)
-        constants = [_copy(item) for name, item in self._initializers.items() if name in read]
-        del self._graph.node[:], self._graph.initializer[:], self._graph.value_info[:]
-        self._graph.node.extend(nodes)
-        self._graph.initializer.extend(constants)
+        set_nodes(self._graph, nodes)
+        set_initializers(self._graph, self._initializers.values())
+        drop_unread_initializers(self._graph)
+        del self._graph.value_info[:]
 
     def _kept(self) -> Iterator[onnx.NodeProto]:
         for node in self.nodes:
             yield from self._replaced.get(node.output[0], [node])
-
-
-def _copy(item: Any) -> Any:
-    result = type(item)()
-    result.CopyFrom(item)
-    return result

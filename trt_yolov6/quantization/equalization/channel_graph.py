@@ -8,17 +8,26 @@ that read it, and puts channels that must share one s into one class; `rescale` 
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from trt_yolov6.graph.operators import subgraphs
+from trt_yolov6.graph.editing import add_initializers, replace_tensor, set_nodes
+from trt_yolov6.graph.index import (
+    GraphIndex,
+    attribute,
+    constants_of,
+    names_read,
+    shapes_of,
+    tensor_value,
+)
 
 Classes = NDArray[np.intp]
 
@@ -93,7 +102,7 @@ def trace_channels(model: onnx.ModelProto, *, through_activations: bool = False)
             homogeneous (SiLU, HardSwish, …), by a multiplication to be inserted there.
     """
     trace = _Trace(model, through_activations)
-    for position, node in enumerate(model.graph.node):
+    for position, node in enumerate(trace.graph.nodes):
         rule = _RULES.get(node.op_type, _fix) if node.domain in ("", "ai.onnx") else _fix
         trace.position = position
         rule(trace, node)
@@ -112,33 +121,27 @@ def rescale(
         model: the graph that `channels` was made from; it is not changed.
         factors: (classes,) above 0; that of the fixed class is 1.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copy.deepcopy(model)
     constants = constants_of(result)
     for item in channels.convolutions:
-        weight = numpy_helper.to_array(constants[item.weight]).copy()
+        weight = tensor_value(constants[item.weight]).copy()
         written = factors[channels.classes[item.output]]
         by_output = item.by_output(weight)
         scaled = by_output * written[:, None, None]
         if item.input in channels.classes:
             read = item.read_by(len(scaled), factors[channels.classes[item.input]])
             scaled = scaled / read[:, :, None]
-        _replace(constants[item.weight], item.from_output(scaled, weight.shape))
+        replace_tensor(constants[item.weight], item.from_output(scaled, weight.shape))
         if item.bias:
-            bias = numpy_helper.to_array(constants[item.bias])
-            _replace(constants[item.bias], bias * written)
+            replace_tensor(constants[item.bias], tensor_value(constants[item.bias]) * written)
     _insert_multiplications(result, channels, factors)
     return result
-
-
-def _replace(tensor: onnx.TensorProto, values: NDArray[np.float32]) -> None:
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
 
 
 def _insert_multiplications(
     model: onnx.ModelProto, channels: ChannelMap, factors: NDArray[np.float32]
 ) -> None:
-    """Behind an activation, nothing else can change the channels' scale."""
+    """After an activation, nothing else can change the channels' scale."""
     graph = model.graph
     renamed: dict[str, str] = {}
     added: dict[str, onnx.NodeProto] = {}
@@ -148,7 +151,7 @@ def _insert_multiplications(
             continue
         renamed[name] = f"{name}_equalized"
         constant = f"{name}_equalization"
-        graph.initializer.append(numpy_helper.from_array(own.reshape(1, -1, 1, 1), constant))
+        add_initializers(graph, {constant: own.reshape(1, -1, 1, 1)})
         added[name] = helper.make_node("Mul", [name, constant], [renamed[name]], renamed[name])
     nodes = []
     for node in graph.node:
@@ -157,32 +160,20 @@ def _insert_multiplications(
         nodes.append(node)
         nodes.extend(added[name] for name in node.output if name in added)
     if added:
-        ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(ordered)
-
-
-def constants_of(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """Return the constant tensors of a graph by name: initializers and Constant nodes' values."""
-    found = {item.name: item for item in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            found[node.output[0]] = node.attribute[0].t
-    return found
+        set_nodes(graph, nodes)
 
 
 class _Trace:
     """What is known while the nodes are visited in order."""
 
     def __init__(self, model: onnx.ModelProto, through_activations: bool) -> None:
-        graph = model.graph
-        overridable = {item.name for item in graph.input}
-        self.initializers = {
-            name: item for name, item in constants_of(model).items() if name not in overridable
+        self.graph = GraphIndex(model)
+        overridable = {item.name for item in model.graph.input}
+        self.constants = {
+            name: item for name, item in self.graph.constants.items() if name not in overridable
         }
-        self.uses = Counter(name for node in graph.node for name in node.input)
-        self.producers = {name: node for node in graph.node for name in node.output}
-        self.shapes = _shapes(model)
+        self.uses = Counter(name for node in self.graph.nodes for name in node.input)
+        self.shapes = shapes_of(onnx.shape_inference.infer_shapes(model, data_prop=True))
         self.through_activations = through_activations
         self.position = 0
         self.parents = [FIXED]
@@ -211,8 +202,8 @@ class _Trace:
             self.tie(self.sources[name], np.zeros_like(self.sources[name]))
 
     def constant(self, name: str) -> NDArray[Any] | None:
-        found = self.initializers.get(name)
-        return None if found is None else numpy_helper.to_array(found)
+        found = self.constants.get(name)
+        return None if found is None else tensor_value(found)
 
     def channels(self, name: str) -> int | None:
         shape = self.shapes.get(name)
@@ -244,28 +235,24 @@ def _fix(trace: _Trace, node: onnx.NodeProto) -> None:
 
 def _fix_outer_scope(trace: _Trace, node: onnx.NodeProto) -> None:
     """The body of an If or a Loop may read any tensor by name."""
-    for body in subgraphs(node):
-        for inner in body.node:
-            _fix(trace, inner)
-            _fix_outer_scope(trace, inner)
-        for item in body.output:
-            trace.fix(item.name)
+    for name in set(names_read(node)).difference(node.input):
+        trace.fix(name)
 
 
 def _convolution(trace: _Trace, node: onnx.NodeProto) -> None:
     """A convolution reads channels and writes new ones: scales end and begin here."""
-    weight = trace.initializers.get(node.input[1])
+    weight = trace.constants.get(node.input[1])
     if weight is None or len(weight.dims) != 4 or weight.data_type != onnx.TensorProto.FLOAT:
         return _fix(trace, node)
     transposed = node.op_type == "ConvTranspose"
-    groups = _attribute(node, "group", 1)
+    groups = attribute(node, "group", 1)
     bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
     outputs = weight.dims[1] * groups if transposed else weight.dims[0]
     written = trace.new(outputs)
     trace.sources[node.output[0]] = written
     # A weight or a bias that several nodes read cannot be scaled for one of them.
     own_weight = trace.uses[node.input[1]] == 1
-    own_bias = bias is None or (bias in trace.initializers and trace.uses[bias] == 1)
+    own_bias = bias is None or (bias in trace.constants and trace.uses[bias] == 1)
     if not own_weight:
         trace.fix(node.input[0])
     if not (own_weight and own_bias):
@@ -300,7 +287,7 @@ def _prelu(trace: _Trace, node: onnx.NodeProto) -> None:
 
 
 def _resize(trace: _Trace, node: onnx.NodeProto) -> None:
-    mode = _attribute(node, "coordinate_transformation_mode", "half_pixel")
+    mode = attribute(node, "coordinate_transformation_mode", "half_pixel")
     if mode == "tf_crop_and_resize" or trace.channels(node.output[0]) != len(
         trace.sources.get(node.input[0], ())
     ):
@@ -310,8 +297,8 @@ def _resize(trace: _Trace, node: onnx.NodeProto) -> None:
 
 def _spatial_mean(trace: _Trace, node: onnx.NodeProto) -> None:
     axes = trace.constant(node.input[1]) if len(node.input) > 1 else None
-    listed = _attribute(node, "axes", None) if axes is None else axes.tolist()
-    keeps = _attribute(node, "keepdims", 1)
+    listed = attribute(node, "axes", None) if axes is None else axes.tolist()
+    keeps = attribute(node, "keepdims", 1)
     if listed is None or not keeps or any(axis % 4 not in (2, 3) for axis in listed):
         return _fix(trace, node)
     return _same_channels(trace, node)
@@ -335,7 +322,7 @@ def _pad(trace: _Trace, node: onnx.NodeProto) -> None:
 def _concat(trace: _Trace, node: onnx.NodeProto) -> None:
     """Along the channels each keeps its class; along another axis the operands' are tied."""
     parts = [trace.sources.get(name) for name in node.input]
-    axis = _attribute(node, "axis", 1)
+    axis = attribute(node, "axis", 1)
     if axis % 4 != 1:
         return _elementwise(trace, node)
     written = []
@@ -387,7 +374,7 @@ def _multiply(trace: _Trace, node: onnx.NodeProto) -> None:
 
 def _is_silu(trace: _Trace, node: onnx.NodeProto) -> bool:
     for gate, value in (list(node.input), list(node.input)[::-1]):
-        producer = trace.producers.get(gate)
+        producer = trace.graph.producer(gate)
         if (
             producer is not None
             and producer.op_type in ("Sigmoid", "HardSigmoid")
@@ -416,12 +403,12 @@ def _split(trace: _Trace, node: onnx.NodeProto) -> None:
     source = trace.sources.get(node.input[0])
     if source is None or source.ndim != 1:
         return _fix(trace, node)
-    if _attribute(node, "axis", 0) % 4 != 1:
+    if attribute(node, "axis", 0) % 4 != 1:
         for name in node.output:
             trace.sources[name] = source
         return None
     sizes = trace.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
-    listed = _attribute(node, "split", None) if sizes is None else sizes.tolist()
+    listed = attribute(node, "split", None) if sizes is None else sizes.tolist()
     if listed is None:
         # Equal parts, the last one smaller where the number does not divide.
         part = -(-source.size // len(node.output))
@@ -476,7 +463,7 @@ def _reshape(trace: _Trace, node: onnx.NodeProto) -> None:
 
 def _transpose(trace: _Trace, node: onnx.NodeProto) -> None:
     source = trace.sources.get(node.input[0])
-    if source is None or source.ndim != 2 or _attribute(node, "perm", []) != [0, 2, 1, 3, 4]:
+    if source is None or source.ndim != 2 or attribute(node, "perm", []) != [0, 2, 1, 3, 4]:
         return _fix(trace, node)
     trace.sources[node.output[0]] = source.T
     return None
@@ -517,24 +504,3 @@ _RULES: dict[str, _Rule] = {
     "Elu": _activation,
     "Clip": _activation,
 }
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            value = onnx.helper.get_attribute_value(attribute)
-            return value.decode() if isinstance(value, bytes) else value
-    return default
-
-
-def _shapes(model: onnx.ModelProto) -> dict[str, Sequence[int | None]]:
-    """Return the shapes that can be inferred, with None for sizes that vary."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes: dict[str, Sequence[int | None]] = {}
-    for item in [*graph.input, *graph.value_info, *graph.output]:
-        kind = item.type.tensor_type
-        if kind.HasField("shape"):
-            shapes[item.name] = [
-                size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim
-            ]
-    return shapes

@@ -41,13 +41,12 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
+from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.quantization.equalization.channel_graph import (
     FIXED,
     ChannelMap,
     Convolution,
-    constants_of,
     rescale,
     trace_channels,
 )
@@ -329,7 +328,7 @@ def _readers(channels: ChannelMap) -> list[Convolution]:
 def _weights(model: onnx.ModelProto, channels: ChannelMap) -> dict[str, NDArray[np.float32]]:
     constants = constants_of(model)
     names = {name for item in channels.convolutions for name in (item.weight, item.bias) if name}
-    return {name: numpy_helper.to_array(constants[name]) for name in names}
+    return {name: tensor_value(constants[name]) for name in names}
 
 
 def _shared_scales(model: onnx.ModelProto) -> dict[str, str]:

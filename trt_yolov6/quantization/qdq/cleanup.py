@@ -1,16 +1,17 @@
-"""Q/DQ graphs from anywhere, made lean: what can go without costing INT8 layers is taken out.
+"""Clean up Q/DQ graphs from any quantizer: remove what can go without costing INT8 layers.
 
 Quantizers put pairs of QuantizeLinear and DequantizeLinear nodes on every tensor they know the
 range of (ONNX Runtime), on the inputs of every module (pytorch-quantization, ModelOpt) or on stored
-weights. `clean` runs one pass for each kind of surplus until none finds anything; each removal is
-named. Some passes change no value (`exact` in the result); the others take out a rounding, or make
-scales equal, and `verify_clean` measures on images that outputs moved no more than that explains.
-FP8's nodes are left alone: which of them cost a kernel, and which save one, is another matter.
+weights. `clean` runs one pass for each kind of surplus until none finds anything, and names each
+removal. Some passes change no value (`lossless` in the result); the others remove a rounding, or
+make scales equal, and `verify_clean` measures on images that outputs moved no more than that
+explains.
+FP8's nodes are left alone: which of them cost a kernel, and which save one, was not measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,43 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.operators import MOVING_OPS
+from trt_yolov6.graph.operators import FUSED_OPS, MOVING_OPS, QDQ_OPS, WEIGHTED_OPS
 
 if TYPE_CHECKING:
     import onnx
     import onnx_graphsurgeon as gs
 
-_Q, _DQ = "QuantizeLinear", "DequantizeLinear"
-
-_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_Q, _DQ = QDQ_OPS
 
 # TensorRT computes these in INT8 where all that goes in and what comes out is quantized.
 _QUANTIZABLE = {"Add", "Sum", "AveragePool", "GlobalAveragePool"}
 
-# They only move or select values, and TensorRT moves dequantization behind them.
+# They only move or select values, and TensorRT moves dequantization past them.
 _MOVING = {*MOVING_OPS, "Concat"}
-
-# They follow a convolution in one kernel.
-_FUSED = {
-    "BatchNormalization",
-    "Clip",
-    "Elu",
-    "HardSigmoid",
-    "HardSwish",
-    "LeakyRelu",
-    "PRelu",
-    "Relu",
-    "Sigmoid",
-    "Softplus",
-    "Tanh",
-}
-
-EXPLAINED = 2.0
-"""How far outputs may move, in multiples of what quantization had moved them before.
-
-A cleaned graph that is no farther from the float graph than the other was lies, by the triangle
-inequality, within twice that distance of it.
-"""
 
 
 @dataclass(frozen=True)
@@ -66,29 +43,11 @@ class Removal:
     tensor: str
     """The tensor that is no longer quantized there, or stored otherwise."""
     reason: str
-    exact: bool
+    lossless: bool
     """No value in the graph changes by it, but for rounding in float."""
 
     def __str__(self) -> str:
         return f"{self.tensor}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class OutputShift:
-    """How far one output moved; root mean squares over all images, in the output's unit."""
-
-    output: str
-    moved: float
-    """Between the graph before surgery and after."""
-    quantization: float
-    """Between the graph before surgery and the same without any activation quantized."""
-    remaining: float
-    """Between the graph after surgery and that."""
-
-    @property
-    def explained(self) -> bool:
-        """The output moved no more than quantization explains, see `EXPLAINED`."""
-        return self.moved <= EXPLAINED * self.quantization
 
 
 def clean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Removal, ...]]:
@@ -145,41 +104,6 @@ def without_activation_pairs(model: onnx.ModelProto) -> onnx.ModelProto:
     result: onnx.ModelProto = gs.export_onnx(graph.cleanup().toposort())
     result.ir_version = model.ir_version
     return result
-
-
-def verify_clean(
-    before: onnx.ModelProto, after: onnx.ModelProto, images: Iterable[NDArray[Any]]
-) -> tuple[OutputShift, ...]:
-    """Measure on images how far surgery moved the outputs, and how far quantization had.
-
-    Args:
-        before: the Q/DQ graph as it came.
-        after: what `clean` made of it.
-        images: batches of the shape and type that the graph takes; each is read once.
-
-    Returns:
-        One value an output of the graph, in its order; `explained` says whether it is in order.
-
-    Raises:
-        UserError: there is no image.
-    """
-    sessions = [_session(model) for model in (before, after, without_activation_pairs(before))]
-    names = [item.name for item in sessions[0].get_outputs()]
-    feed = sessions[0].get_inputs()[0].name
-    squares, count = np.zeros((3, len(names))), np.zeros(len(names))
-    for batch in images:
-        given, cleaned, exact = (session.run(names, {feed: batch}) for session in sessions)
-        for index, (old, new, real) in enumerate(zip(given, cleaned, exact, strict=True)):
-            old, new, real = (value.astype(np.float64) for value in (old, new, real))
-            for row, difference in enumerate((new - old, old - real, new - real)):
-                squares[row, index] += np.square(difference).sum()
-            count[index] += old.size
-    if not count.all():
-        raise UserError("surgery cannot be verified without images; give --calib a folder of some.")
-    return tuple(
-        OutputShift(name, *np.sqrt(squares[:, index] / count[index]).tolist())
-        for index, name in enumerate(names)
-    )
 
 
 # --- passes: each yields what it removed --------------------------------------------------------
@@ -267,11 +191,11 @@ def drop_pairs_in_fusions(graph: gs.Graph) -> Iterator[Removal]:
     """
     for pair in _pairs(graph):
         layer = _maker(pair.source)
-        if layer is None or layer.op not in _WEIGHTED or len(pair.source.outputs) != 1:
+        if layer is None or layer.op not in WEIGHTED_OPS or len(pair.source.outputs) != 1:
             continue
         readers = pair.result.outputs
         activation = bool(readers) and all(
-            node.op in _FUSED or _is_gate(node, readers) for node in readers
+            node.op in FUSED_OPS or _is_gate(node, readers) for node in readers
         )
         shortcut = (
             len(readers) == 1
@@ -429,7 +353,7 @@ class _Pair:
 
 
 def _is_relu(source: gs.Tensor, grid: _Grid) -> bool:
-    """Tell whether quantization cuts negative values off, and so may stand for a ReLU.
+    """Return whether quantization cuts negative values off, and so may stand for a ReLU.
 
     ONNX Runtime's quantizer drops the ReLU then.
     """
@@ -528,12 +452,12 @@ def _bypass(graph: gs.Graph, source: gs.Tensor, result: gs.Tensor) -> None:
 
 
 def _is_pinned(graph: gs.Graph, source: gs.Tensor, result: gs.Tensor) -> bool:
-    """Tell whether both ends of a pair are the graph's own, so that it cannot be bypassed."""
+    """Return whether both ends of a pair are the graph's own, so that it cannot be bypassed."""
     return result in graph.outputs and (source in graph.outputs or not source.inputs)
 
 
 def _is_gate(node: gs.Node, readers: Sequence[gs.Node]) -> bool:
-    """Tell whether a multiplication is the second half of x · sigmoid(x), written as two nodes."""
+    """Return whether a multiplication is the second node of x · sigmoid(x)."""
     if node.op != "Mul":
         return False
     sigmoids = [one for one in readers if one.op in ("Sigmoid", "HardSigmoid", "Tanh")]
@@ -541,7 +465,7 @@ def _is_gate(node: gs.Node, readers: Sequence[gs.Node]) -> bool:
 
 
 def _reaches(tensor: gs.Tensor, node: gs.Node) -> bool:
-    """Tell whether a node reads a tensor, directly or through Q/DQ nodes."""
+    """Return whether a node reads a tensor, directly or through Q/DQ nodes."""
     return any(
         reader is node or (reader.op in (_Q, _DQ) and _reaches(reader.outputs[0], node))
         for reader in tensor.outputs
@@ -549,7 +473,7 @@ def _reaches(tensor: gs.Tensor, node: gs.Node) -> bool:
 
 
 def _is_last_layer(graph: gs.Graph, pair: _Pair, addition: gs.Node) -> bool:
-    """Tell whether a pair's layer is the one, of those whose outputs are added, that is fused."""
+    """Return whether a pair's layer is the one, of those whose outputs are added, that is fused."""
     layers: list[gs.Node] = []
     for tensor in addition.inputs:
         maker = _maker(tensor)
@@ -557,7 +481,7 @@ def _is_last_layer(graph: gs.Graph, pair: _Pair, addition: gs.Node) -> bool:
             quantize = _maker(maker.inputs[0])
             tensor = quantize.inputs[0] if quantize is not None else tensor
             maker = _maker(tensor)
-        if maker is not None and maker.op in _WEIGHTED and len(tensor.outputs) == 1:
+        if maker is not None and maker.op in WEIGHTED_OPS and len(tensor.outputs) == 1:
             layers.append(maker)
             if tensor in addition.inputs:
                 return False  # another term is fused already
@@ -566,12 +490,12 @@ def _is_last_layer(graph: gs.Graph, pair: _Pair, addition: gs.Node) -> bool:
 
 
 def _is_read_in_int8(graph: gs.Graph, tensor: gs.Tensor, seen: set[int]) -> bool:
-    """Tell whether some reader of a dequantized tensor computes in INT8, or hands it on to one."""
+    """Return whether a reader of a dequantized tensor, or one after it, computes in INT8."""
     if id(tensor) in seen:
         return False
     seen.add(id(tensor))
     for node in tensor.outputs:
-        if node.op in _WEIGHTED and node.inputs[0] is tensor and _has_int8_weights(node):
+        if node.op in WEIGHTED_OPS and node.inputs[0] is tensor and _has_int8_weights(node):
             return True
         if node.op in _MOVING or node.op in ("Resize", _Q):
             if any(_is_read_in_int8(graph, output, seen) for output in node.outputs):
@@ -585,7 +509,7 @@ def _is_read_in_int8(graph: gs.Graph, tensor: gs.Tensor, seen: set[int]) -> bool
 
 
 def _has_int8_weights(node: gs.Node) -> bool:
-    """Tell whether a layer's second factor is dequantized, be it stored or computed."""
+    """Return whether a layer's second factor is dequantized, be it stored or computed."""
     maker = _maker(node.inputs[1]) if len(node.inputs) > 1 else None
     while maker is not None and maker.op in ("Transpose", "Reshape"):
         maker = _maker(maker.inputs[0])
@@ -595,7 +519,7 @@ def _has_int8_weights(node: gs.Node) -> bool:
 def _is_quantized_around(graph: gs.Graph, node: gs.Node, seen: set[int]) -> bool:
     for tensor in node.inputs:
         maker = _maker(tensor)
-        fused = maker is not None and maker.op in _WEIGHTED and len(tensor.outputs) == 1
+        fused = maker is not None and maker.op in WEIGHTED_OPS and len(tensor.outputs) == 1
         if maker is None or not (maker.op == _DQ or fused):
             return False
     behind = node.outputs[0].outputs
@@ -603,16 +527,4 @@ def _is_quantized_around(graph: gs.Graph, node: gs.Node, seen: set[int]) -> bool
         behind = behind[0].outputs[0].outputs
     return any(
         reader.op == _Q and _is_read_in_int8(graph, reader.outputs[0], seen) for reader in behind
-    )
-
-
-def _session(model: onnx.ModelProto) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Exact INT8: see graph/reference.py.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

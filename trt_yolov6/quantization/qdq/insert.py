@@ -1,22 +1,24 @@
-"""A float graph, its placement and its ranges in; the Q/DQ graph that every backend takes out.
+"""Insert Q/DQ pairs: from a float graph, its placement and its ranges to the Q/DQ graph.
 
 Activations are quantized symmetrically with one scale a tensor and zero point 0, weights with one
-scale an output channel (INT8) or one scale (FP8). Weights are stored quantized, once, with a
-DequantizeLinear behind them; biases stay in float, as TensorRT wants them. The zero points' data
-type says what is quantized to.
+scale an output channel. Weights are stored quantized, once, with a DequantizeLinear after them;
+biases stay in float, as TensorRT wants them. The zero points' data type is the quantized type.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.graph.editing import at_opset, drop_unread_initializers, set_nodes
+from trt_yolov6.graph.index import constants_of, tensor_value
+from trt_yolov6.graph.operators import layer_names, weight_axis
 from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.types import INT8, QuantizedType
 
@@ -47,7 +49,7 @@ def insert_qdq(
             group, one tensor is enough.
         quantized: what tensors and weights are quantized to. FP8 needs opset 19.
         fp16: compute the rest in half precision. The opset becomes 19 at least.
-        keep_float32: names of nodes that stay in float32 all the same; default: those behind the
+        keep_float32: names of nodes that stay in float32 all the same; default: those after the
             last convolutions.
         weight_scales: trained scales, float32 (channels,), by the weights' name; those of others
             are made from their largest magnitudes.
@@ -57,7 +59,7 @@ def insert_qdq(
     """
     import onnx
 
-    result = _at_opset(model, max(quantized.opset, _HALF_SCALES_OPSET if fp16 else 0))
+    result = at_opset(model, max(quantized.opset, _HALF_SCALES_OPSET if fp16 else 0))
     graph = result.graph
     scales = activation_scales(placement, amax, quantized)
     scales |= {name: scales[source] for name, source in placement.repeated.items()}
@@ -65,7 +67,9 @@ def insert_qdq(
         scales = {
             name: float(_half(np.float32(scale), quantized)) for name, scale in scales.items()
         }
-    writer = _Writer(graph, scales, _scale_names(placement, scales), quantized, fp16, weight_scales)
+    writer = _Writer(
+        result, scales, _scale_names(placement, scales), quantized, fp16, weight_scales
+    )
     readers_of_exact = {(tensor, output): tensor for tensor, output in placement.exact_reads}
     outputs = {name for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
@@ -76,12 +80,11 @@ def insert_qdq(
         output for output, name in layer_names(model).items() if name in set(placement.layers)
     }
     for original in graph.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
+        node = copy.deepcopy(original)
         for index, name in enumerate(node.input):
             if name in scales and (name, node.output[0]) not in readers_of_exact:
                 node.input[index] = writer.dequantized(name)
-        # Half precision and the engine's layers are told by nodes' names; see `layer_names`.
+        # Half precision and the engine's layers go by nodes' names; see `layer_names`.
         node.name = node.name or node.output[0]
         if node.output[0] in layers:
             nodes.append(writer.weights(node))
@@ -89,9 +92,9 @@ def insert_qdq(
         for name in node.output:
             if name in scales:
                 nodes += writer.pair(name)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    _store(graph, writer.tensors())
+    set_nodes(graph, nodes)
+    drop_unread_initializers(graph)
+    graph.initializer.extend(writer.tensors())
     if fp16:
         from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 
@@ -119,13 +122,13 @@ def activation_scales(
         known = [(amax[member], member) for member in members if member in amax]
         if not known:
             raise UserError(
-                f"the calibration has no range for tensor {name!r}; calibrate anew for this graph."
+                f"the calibration has no range for tensor {name!r}; calibrate again for this graph."
             )
         for value, member in known:
             if not math.isfinite(value) or value < 0:
                 raise UserError(
                     f"the calibration gives tensor {member!r} the range {value}; check the "
-                    "weights for NaN and infinity, and calibrate anew."
+                    "weights for NaN and infinity, and calibrate again."
                 )
         scale = np.float32(max(known)[0]) / np.float32(quantized.largest)
         if not scale >= np.finfo(np.float32).tiny:
@@ -173,18 +176,12 @@ def quantize_weights(
     return quantized.encode(values / scale), scale.reshape(() if axis is None else -1)
 
 
-def weight_axis(op: str) -> int:
-    """Return the axis of output channels in the weights of a convolution."""
-    # ConvTranspose keeps them as (in, out / groups, height, width).
-    return 1 if op == "ConvTranspose" else 0
-
-
 class _Writer:
     """Makes the nodes and constants that are added to a graph."""
 
     def __init__(
         self,
-        graph: onnx.GraphProto,
+        model: onnx.ModelProto,
         scales: Mapping[str, float],
         scale_names: Mapping[str, str],
         quantized: QuantizedType,
@@ -198,10 +195,7 @@ class _Writer:
         self._quantized = quantized
         self._half_scales = half_scales
         self._weight_scales = weight_scales or {}
-        self._initializers = {item.name: item for item in graph.initializer}
-        self._constant_nodes = {
-            node.output[0]: node for node in graph.node if node.op_type == "Constant"
-        }
+        self._stored = constants_of(model)
 
     def tensors(self) -> list[onnx.TensorProto]:
         """Return all constants that nodes made so far read."""
@@ -260,7 +254,7 @@ class _Writer:
     def _quantize(self, name: str, axis: int | None, levels: str, scale: str) -> str:
         """Quantize weights unless it is done already; return the name of their zero point."""
         if levels not in self._codes:
-            weights = self._stored(name)
+            weights = tensor_value(self._stored[name])
             if not np.isfinite(weights).all():
                 raise UserError(
                     f"the weights {name!r} hold NaN or infinity; the file is damaged or its "
@@ -277,16 +271,6 @@ class _Writer:
         zero = f"zero_points/{len(zeros)}" if zeros.ndim else "zero_point"
         self._codes[zero] = zeros
         return zero
-
-    def _stored(self, name: str) -> NDArray[Any]:
-        from onnx import numpy_helper
-
-        if name in self._initializers:
-            return np.asarray(numpy_helper.to_array(self._initializers[name]))
-        value = next(
-            item.t for item in self._constant_nodes[name].attribute if item.name == "value"
-        )
-        return np.asarray(numpy_helper.to_array(value))
 
 
 def _scale_names(placement: Placement, scales: Mapping[str, float]) -> dict[str, str]:
@@ -310,25 +294,3 @@ def _half(scale: NDArray[np.float32], quantized: QuantizedType) -> NDArray[np.fl
             f"precision; build with {quantized.option} --fp32."
         )
     return result
-
-
-def _at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
-    """Return a copy of the model whose opset is at least `least`."""
-    import onnx
-
-    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
-    if opset < least:
-        return onnx.version_converter.convert_version(model, least)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
-
-
-def _store(graph: onnx.GraphProto, constants: Iterable[onnx.TensorProto]) -> None:
-    """Add constants to a graph and drop those that nothing reads any more."""
-    used = {name for node in graph.node for name in node.input}
-    used.update(item.name for item in graph.output)
-    kept = [item for item in graph.initializer if item.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    graph.initializer.extend(constants)

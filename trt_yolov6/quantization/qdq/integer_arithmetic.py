@@ -1,33 +1,37 @@
-"""A Q/DQ graph whose INT8 convolutions add up whole numbers, as TensorRT does: the same everywhere.
+"""Integer-exact emulation of INT8 convolutions in float32: bit-identical wherever it runs.
 
     before   DQ(codes) ─▶ Conv(·, DQ(weights), bias)
     after    codes ─▶ Conv(·, weights' codes) ─▶ · scales ─▶ + bias
 
-A sum of dequantized values depends on their order in its last bit, so that now and then one falls
-on the other side of a rounding: another number of threads, processor or framework gives other
-detections. The codes themselves, held in float32, add up without any rounding.
+A sum of dequantized values depends on its order in the last bit, so that now and then a value falls
+on the other side of a rounding: another thread count, processor or framework gives other
+detections. The codes themselves, held in float32, are summed without any rounding.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.graph.operators import LAYER_OPS, subgraphs
-from trt_yolov6.quantization.qdq.insert import weight_axis
+from trt_yolov6.graph.editing import set_initializers, set_nodes
+from trt_yolov6.graph.index import GraphIndex, all_nodes, names_read, tensor_value
+from trt_yolov6.graph.operators import CODE_PRESERVING_OPS, QDQ_OPS
+from trt_yolov6.graph.quantized import (
+    QuantizedLayer,
+    Quantizer,
+    quantized_layers,
+    quantizer,
+)
 
 if TYPE_CHECKING:
     import onnx
 
-PASSING_ON = ("Concat", "MaxPool")
-"""What only moves values about: of codes of one scale they make codes of that scale."""
-
-_REPLACED = ("Cast", "QuantizeLinear", "DequantizeLinear", *PASSING_ON)
-"""What may be left over, read by nothing, once convolutions read codes."""
+_REMOVABLE = ("Cast", *QDQ_OPS, *CODE_PRESERVING_OPS)
+"""Operators that nothing may read any more once convolutions read codes."""
 
 
 def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -35,109 +39,149 @@ def with_integer_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Exact as long as sums of products of codes stay below 2^24, which float32 holds: with weights of
     a mean magnitude of 25 steps, inputs all at the range's end and 3x3 kernels, up to 587 channels.
-    What is in half precision or FP8, has zero points, a scale for each block, or a bias that is
-    dequantized as well, is left as it is.
+    Layers in half precision or FP8, with zero points, a scale for each block, or a bias that is
+    dequantized as well, are left as they are.
 
     Args:
-        model: with Q/DQ pairs as `insert_qdq` puts them; it is not changed.
+        model: with Q/DQ pairs as `insert_qdq` places them; it is not changed.
 
     Returns:
-        A graph of its own; `model` itself where there is nothing to do.
+        A new graph; `model` itself where there is nothing to do.
     """
-    import onnx
-    from onnx import helper, numpy_helper
+    rewriter = _Rewriter(model)
+    for node in rewriter.graph.nodes:
+        rewriter.add(node)
+    return rewriter.result() if rewriter.has_changed else model
 
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
-    constants = {item.name: item for item in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
-    taken = {*constants, *_names(graph)}
-    # Of tensors that hold codes times a scale: the codes as float32, and the scale's name.
-    known: dict[str, tuple[str, str]] = {}
-    codes_of: dict[str, str] = {}
-    # The same of what quantizes them again with that scale, which changes nothing.
-    again: dict[str, tuple[str, str]] = {}
-    nodes: list[onnx.NodeProto] = []
-    rewritten = False
 
-    def new(name: str) -> str:
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        return name
+class _Rewriter:
+    """The nodes and constants of the new graph, made node by node in the old one's order."""
 
-    def constant(name: str, value: NDArray[Any]) -> str:
-        name = new(name)
-        constants[name] = numpy_helper.from_array(np.asarray(value, np.float32), name)
-        return name
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = GraphIndex(model)
+        self.has_changed = False
+        self._model = model
+        self._layers = {item.output: item for item in quantized_layers(self.graph)}
+        self._taken = {*self.graph.constants, *self.graph.order, *self.graph.outputs}
+        for node in all_nodes(model.graph):
+            self._taken.update((*node.input, *node.output))
+        # Of tensors that hold codes times a scale: the codes as float32, and the scale's name.
+        self._codes: dict[str, tuple[str, str]] = {}
+        # The same of tensors that are quantized again with that scale, which changes nothing.
+        self._requantized: dict[str, tuple[str, str]] = {}
+        self._weights: dict[str, str] = {}
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: list[onnx.TensorProto] = []
 
-    for node in graph.node:
-        out = node.output[0]
-        if node.op_type == "QuantizeLinear" and node.input[0] in known:
-            if known[node.input[0]][1] == node.input[1]:
-                again[out] = known[node.input[0]]
-        elif _dequantizes_int8(node, constants) and node.input[0] in again:
-            known[out] = again[node.input[0]]
-        elif (
-            _dequantizes_int8(node, constants)
-            and node.input[0] not in constants
-            and math.prod(constants[node.input[1]].dims) == 1
-        ):
-            known[out] = (new(f"{out}/codes"), node.input[1])
-            nodes += [
-                helper.make_node(
-                    "Cast", [node.input[0]], [known[out][0]], to=onnx.TensorProto.FLOAT
-                ),
-                node,
-            ]
-            continue
-        if node.op_type in PASSING_ON and all(name in known for name in node.input):
-            (scale, *others) = {known[name][1] for name in node.input}
-            if not others:
-                moved = onnx.NodeProto()
-                moved.CopyFrom(node)
-                known[out] = (new(f"{out}/codes"), scale)
-                moved.name = known[out][0]
-                moved.input[:] = [known[name][0] for name in node.input]
-                moved.output[:] = [known[out][0]]
-                nodes.append(moved)
-        stored = makers.get(node.input[1]) if node.op_type in LAYER_OPS else None
-        if (
-            stored is None
-            or node.input[0] not in known
-            or not _dequantizes_int8(stored, constants)
-            or not _has_scale_by_output(node, stored, constants)
-        ):
-            nodes.append(node)
-            continue
-        rewritten = True
-        codes, scale = known[node.input[0]]
-        weights, scales, *_ = (numpy_helper.to_array(constants[name]) for name in stored.input)
-        factors = numpy_helper.to_array(constants[scale]).reshape(()) * scales
-        if stored.input[0] not in codes_of:
-            codes_of[stored.input[0]] = constant(f"{stored.input[0]}/float", weights)
-        total = new(f"{out}/sum")
-        convolution = onnx.NodeProto()
-        convolution.CopyFrom(node)
-        convolution.input[:] = [codes, codes_of[stored.input[0]]]
+    def add(self, node: onnx.NodeProto) -> None:
+        """Take in the next node: rewritten where it is a layer on codes, else as it is."""
+        if node.op_type == "QuantizeLinear":
+            codes = self._codes.get(node.input[0])
+            if codes is not None and codes[1] == node.input[1]:
+                self._requantized[node.output[0]] = codes
+        elif node.op_type == "DequantizeLinear":
+            self._follow_codes(node)
+        elif node.op_type in CODE_PRESERVING_OPS and all(n in self._codes for n in node.input):
+            self._move_codes(node)
+        layer = self._layers.get(node.output[0])
+        if layer is not None and self._runs_on_codes(layer):
+            self.has_changed = True
+            self._rewrite(layer)
+        else:
+            self._nodes.append(node)
+
+    def result(self) -> onnx.ModelProto:
+        """Return the new graph, without nodes and constants that nothing reads any more."""
+        result = copy.deepcopy(self._model)
+        graph = result.graph
+        read = {item.name for item in graph.output}
+        kept = []
+        for node in reversed(self._nodes):
+            if node.op_type not in _REMOVABLE or read.intersection(node.output):
+                read.update(names_read(node))
+                kept.append(node)
+        # A constant that is an input as well would become an input that must be given.
+        read.update(item.name for item in graph.input)
+        set_nodes(graph, reversed(kept))
+        tensors = (*graph.initializer, *self._constants)
+        set_initializers(graph, [item for item in tensors if item.name in read])
+        return result
+
+    def _follow_codes(self, node: onnx.NodeProto) -> None:
+        import onnx
+        from onnx import helper
+
+        found, source, target = quantizer(self.graph, node), node.input[0], node.output[0]
+        if not _dequantizes_int8(found):
+            return
+        if source in self._requantized:
+            self._codes[target] = self._requantized[source]
+        elif found.codes is None and found.scale is not None and math.prod(found.scale.dims) == 1:
+            codes = self._new(f"{target}/codes")
+            self._codes[target] = codes, node.input[1]
+            self._nodes.append(
+                helper.make_node("Cast", [source], [codes], to=onnx.TensorProto.FLOAT)
+            )
+
+    def _move_codes(self, node: onnx.NodeProto) -> None:
+        (scale, *others) = {self._codes[name][1] for name in node.input}
+        if others:
+            return
+        moved = copy.deepcopy(node)
+        moved.name = self._new(f"{node.output[0]}/codes")
+        moved.input[:] = [self._codes[name][0] for name in node.input]
+        moved.output[:] = [moved.name]
+        self._codes[node.output[0]] = moved.name, scale
+        self._nodes.append(moved)
+
+    def _runs_on_codes(self, layer: QuantizedLayer) -> bool:
+        return (
+            layer.input in self._codes
+            and _dequantizes_int8(layer.weights)
+            and layer.has_scale_by_output
+            and all(name in self.graph.constants for name in layer.node.input[2:] if name)
+        )
+
+    def _rewrite(self, layer: QuantizedLayer) -> None:
+        from onnx import helper
+
+        node, out, shape = layer.node, layer.output, (1, -1, 1, 1)
+        codes, scale = self._codes[layer.input]
+        factors = self._value(scale).reshape(()) * self._value(layer.weights.node.input[1])
+        if layer.weight not in self._weights:
+            self._weights[layer.weight] = self._constant(
+                f"{layer.weight}/float", self._value(layer.weight)
+            )
+        total = self._new(f"{out}/sum")
+        convolution = copy.deepcopy(node)
+        convolution.input[:] = [codes, self._weights[layer.weight]]
         convolution.output[:] = [total]
-        shape = (1, -1, 1, 1)
         bias = node.input[2] if len(node.input) > 2 else ""
-        scaled = new(f"{out}/scaled") if bias else out
-        name = constant(f"{out}/factors", factors.reshape(shape))
-        nodes += [
+        scaled = self._new(f"{out}/scaled") if bias else out
+        name = self._constant(f"{out}/factors", factors.reshape(shape))
+        self._nodes += [
             convolution,
             helper.make_node("Mul", [total, name], [scaled], f"{node.name}/scale"),
         ]
         if bias:
-            value = numpy_helper.to_array(constants[bias]).reshape(shape)
-            name = constant(f"{out}/bias", value)
-            nodes.append(helper.make_node("Add", [scaled, name], [out], f"{node.name}/bias"))
-    if not rewritten:
-        return model
-    _keep(graph, nodes, constants)
-    return result
+            name = self._constant(f"{out}/bias", self._value(bias).reshape(shape))
+            self._nodes.append(helper.make_node("Add", [scaled, name], [out], f"{node.name}/bias"))
+
+    def _value(self, name: str) -> NDArray[Any]:
+        return tensor_value(self.graph.constants[name])
+
+    def _new(self, name: str) -> str:
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
+
+    def _constant(self, name: str, value: NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        name = self._new(name)
+        self._constants.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
+        return name
 
 
 def with_single_quantization(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -150,125 +194,56 @@ def with_single_quantization(model: onnx.ModelProto) -> onnx.ModelProto:
         model: with Q/DQ pairs; it is not changed.
 
     Returns:
-        A graph of its own; `model` itself where there is nothing to do.
+        A new graph; `model` itself where there is nothing to do.
     """
     import onnx
     from onnx import helper, numpy_helper
 
-    constants = {item.name: item for item in model.graph.initializer}
-
-    def is_meant(node: onnx.NodeProto) -> bool:
-        half = onnx.TensorProto.FLOAT16
-        return node.op_type == "QuantizeLinear" and _is_int8(node, constants, half)
-
-    if not any(is_meant(node) for node in model.graph.node):
+    graph = GraphIndex(model)
+    half = {
+        node.output[0]
+        for node in graph.nodes
+        if node.op_type == "QuantizeLinear"
+        and _is_int8(quantizer(graph, node), onnx.TensorProto.FLOAT16)
+    }
+    if not half:
         return model
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copy.deepcopy(model)
     nodes: list[onnx.NodeProto] = []
     widened: dict[str, str] = {}
     for node in result.graph.node:
-        if is_meant(node):
+        if node.output[0] in half:
             value, scale = node.input[0], node.input[1]
             if scale not in widened:
                 widened[scale] = f"{scale}/single"
-                single = numpy_helper.to_array(constants[scale]).astype(np.float32)
+                single = tensor_value(graph.constants[scale]).astype(np.float32)
                 result.graph.initializer.append(numpy_helper.from_array(single, widened[scale]))
             exact = f"{node.output[0]}/single"
             nodes.append(helper.make_node("Cast", [value], [exact], to=onnx.TensorProto.FLOAT))
             node.input[0], node.input[1] = exact, widened[scale]
         nodes.append(node)
-    kept = type(result.graph)()
-    kept.node.extend(nodes)
-    del result.graph.node[:]
-    result.graph.node.extend(kept.node)
+    set_nodes(result.graph, nodes)
     return result
 
 
-def _dequantizes_int8(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
-    """Tell whether a node makes float32 of INT8 codes whose zero point is 0."""
-    import onnx
-    from onnx import numpy_helper
-
-    return (
-        node.op_type == "DequantizeLinear"
-        and _is_int8(node, constants, onnx.TensorProto.FLOAT)
-        and not numpy_helper.to_array(constants[node.input[2]]).any()
-    )
-
-
-def _is_int8(
-    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], scale_type: int
-) -> bool:
-    """Tell whether a Q/DQ node has a stored INT8 zero point and a stored scale of a type."""
+def _dequantizes_int8(found: Quantizer) -> bool:
+    """Return whether a node makes float32 values of INT8 codes whose zero point is 0."""
     import onnx
 
-    if len(node.input) != 3:
-        return False
-    scale, zero = constants.get(node.input[1]), constants.get(node.input[2])
     return (
-        scale is not None
-        and zero is not None
-        and scale.data_type == scale_type
-        and zero.data_type == onnx.TensorProto.INT8
+        _is_int8(found, onnx.TensorProto.FLOAT)
+        and found.zero_point is not None
+        and not tensor_value(found.zero_point).any()
     )
 
 
-def _has_scale_by_output(
-    node: onnx.NodeProto, stored: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
-) -> bool:
-    """Tell whether weights (4 axes) have one scale, or one for each of a layer's outputs."""
-    from onnx import helper
+def _is_int8(found: Quantizer, scale_type: int) -> bool:
+    """Return whether a Q/DQ node has a stored INT8 zero point and a stored scale of a type."""
+    import onnx
 
-    if any(name not in constants for name in (stored.input[0], *filter(None, node.input[2:]))):
-        return False
-    weights, scale = constants[stored.input[0]].dims, constants[stored.input[1]].dims
-    if len(weights) != 4:
-        return False
-    if math.prod(scale) == 1:
-        return True
-    attributes = {
-        item.name: helper.get_attribute_value(item) for item in (*node.attribute, *stored.attribute)
-    }
-    axis = weight_axis(node.op_type)
-    if node.op_type == "ConvTranspose" and attributes.get("group", 1) != 1:
-        return False
-    return bool(
-        attributes.get("axis", 1) % 4 == axis
-        and not attributes.get("block_size", 0)
-        and list(scale) == [weights[axis]]
+    return (
+        found.zero_point is not None
+        and found.zero_point.data_type == onnx.TensorProto.INT8
+        and found.scale is not None
+        and found.scale.data_type == scale_type
     )
-
-
-def _keep(
-    graph: onnx.GraphProto,
-    nodes: list[onnx.NodeProto],
-    constants: Mapping[str, onnx.TensorProto],
-) -> None:
-    """Make these the graph's nodes, but for pairs and constants that nothing reads any more."""
-    read = {item.name for item in graph.output}
-    read.update(name for node in nodes for inner in subgraphs(node) for name in _names(inner))
-    kept = []
-    for node in reversed(nodes):
-        if node.op_type not in _REPLACED or read.intersection(node.output):
-            read.update(node.input)
-            kept.append(node)
-    # A constant that is an input as well would become one that must be given.
-    read.update(item.name for item in graph.input)
-    # `extend` copies; what is in the graph must not be deleted before.
-    whole = type(graph)()
-    whole.node.extend(reversed(kept))
-    whole.initializer.extend(item for name, item in constants.items() if name in read)
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(whole.node)
-    graph.initializer.extend(whole.initializer)
-
-
-def _names(graph: onnx.GraphProto) -> Iterable[str]:
-    """Return all names of tensors in a graph, those of its branches and bodies included."""
-    for item in (*graph.input, *graph.output, *graph.initializer):
-        yield item.name
-    for node in graph.node:
-        yield from (*node.input, *node.output)
-        for inner in subgraphs(node):
-            yield from _names(inner)

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.operators import LAYER_OPS, MOVING_OPS, layer_names
+from trt_yolov6.graph.cost import macs_per_input
+from trt_yolov6.graph.index import GraphIndex, attribute
+from trt_yolov6.graph.operators import ACTIVATIONS, CONVOLUTIONS, MOVING_OPS, layer_names
+from trt_yolov6.graph.tail import layers_after
 from trt_yolov6.quantization.types import QuantizedType
 
 if TYPE_CHECKING:
@@ -23,17 +26,7 @@ if TYPE_CHECKING:
 
 _POOLING_OPS = {"GlobalAveragePool", "GlobalMaxPool"}
 
-_POINTWISE_OPS = {
-    "Clip",
-    "Elu",
-    "HardSigmoid",
-    "HardSwish",
-    "Identity",
-    "LeakyRelu",
-    "Relu",
-    "Sigmoid",
-    "Tanh",
-}
+_POINTWISE_OPS = ACTIVATIONS | {"Identity"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class Placement:
     went into it: they get a pair too, which changes no value."""
 
 
-Rule = Callable[["_Graph", "onnx.NodeProto"], "str | None"]
+Rule = Callable[[GraphIndex, "onnx.NodeProto"], "str | None"]
 """Says why a convolution stays in float, or None: see "rules to choose" below."""
 
 
@@ -85,7 +78,7 @@ def place(
     Raises:
         UserError: the graph is quantized already, or has no layer of a name in `keep_float`.
     """
-    graph = _Graph(model)
+    graph = GraphIndex(model)
     if any(node.op_type == "QuantizeLinear" for node in graph.nodes):
         raise UserError(
             "the graph has Q/DQ nodes already; give the float graph, or leave --int8 and --fp8 out "
@@ -129,7 +122,7 @@ def place(
 
 
 def _float_layers(
-    graph: _Graph, names: dict[str, str], keep: set[str], leave_float: Sequence[Rule]
+    graph: GraphIndex, names: dict[str, str], keep: set[str], leave_float: Sequence[Rule]
 ) -> dict[str, str]:
     """Return the layers that stay in float, with reasons.
 
@@ -151,12 +144,12 @@ def _float_layers(
     return reasons
 
 
-def _has_no_stored_weights(graph: _Graph, node: onnx.NodeProto) -> str | None:
+def _has_no_stored_weights(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     """Weights that are computed cannot be stored as INT8."""
-    return None if graph.constant(node.input[1]) is not None else "its weights are computed"
+    return None if node.input[1] in graph.constants else "its weights are computed"
 
 
-def _works_on_single_pixels(graph: _Graph) -> Rule:
+def _works_on_single_pixels(graph: GraphIndex) -> Rule:
     """A convolution behind global pooling has one position to work on.
 
     Such are the two of squeeze-and-excitation. They cost next to nothing, and the gates they make
@@ -167,7 +160,7 @@ def _works_on_single_pixels(graph: _Graph) -> Rule:
     return lambda _, node: reason if node.input[0] in pixels else None
 
 
-def _decodes_a_distribution(graph: _Graph, node: onnx.NodeProto) -> str | None:
+def _decodes_a_distribution(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     """A convolution behind a softmax takes the expectation over distribution bins (DFL).
 
     It is part of the decoding: its weights are the bins' numbers, its output is coordinates.
@@ -182,38 +175,35 @@ def _decodes_a_distribution(graph: _Graph, node: onnx.NodeProto) -> str | None:
     return None
 
 
-def _single_pixel_tensors(graph: _Graph) -> set[str]:
+def _single_pixel_tensors(graph: GraphIndex) -> set[str]:
     """Return the tensors of height and width 1 that global pooling makes, and what follows them."""
     pixels: set[str] = set()
     for node in graph.nodes:
         if (
             node.op_type in _POOLING_OPS
             or (node.op_type == "ReduceMean" and _reduces_space(graph, node))
-            or (node.op_type in (*LAYER_OPS, *_POINTWISE_OPS) and node.input[0] in pixels)
+            or (node.op_type in (*CONVOLUTIONS, *_POINTWISE_OPS) and node.input[0] in pixels)
             or (
                 node.op_type in ("Mul", "Add", "Div")
                 and any(name in pixels for name in node.input)
-                and all(name in pixels or graph.constant(name) is not None for name in node.input)
+                and all(name in pixels or name in graph.constants for name in node.input)
             )
         ):
             pixels.update(node.output)
     return pixels
 
 
-def _reduces_space(graph: _Graph, node: onnx.NodeProto) -> bool:
-    import onnx
-
-    axes = next((list(item.ints) for item in node.attribute if item.name == "axes"), None)
+def _reduces_space(graph: GraphIndex, node: onnx.NodeProto) -> bool:
+    axes = attribute(node, "axes")
     if axes is None and len(node.input) > 1:
-        constant = graph.constant(node.input[1])
-        axes = None if constant is None else onnx.numpy_helper.to_array(constant).tolist()
-    return axes is not None and {axis % 4 for axis in axes} == {2, 3}
+        axes = graph.value(node.input[1])
+    return axes is not None and {int(axis) % 4 for axis in axes} == {2, 3}
 
 
 # --- rules to choose, for `leave_float` ---------------------------------------------------------
 
 
-def reads_few_channels(graph: _Graph, node: onnx.NodeProto) -> str | None:
+def reads_few_channels(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     """A convolution of fewer than 16 input channels, such as the first, fills no 8-bit instruction.
 
     A tensor core multiplies 32 eight-bit channels at a time; what is missing is padded with zeros.
@@ -221,7 +211,7 @@ def reads_few_channels(graph: _Graph, node: onnx.NodeProto) -> str | None:
     return "reads fewer than 16 channels" if _channels(graph, node)[0] < 16 else None
 
 
-def is_transposed(graph: _Graph, node: onnx.NodeProto) -> str | None:
+def is_transposed(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     """TensorRT-RTX has no transposed convolution in FP8: it would dequantize its input again.
 
     One that does not overlap is bound by the writing of its output anyway.
@@ -229,7 +219,7 @@ def is_transposed(graph: _Graph, node: onnx.NodeProto) -> str | None:
     return "is a transposed convolution" if node.op_type == "ConvTranspose" else None
 
 
-def is_pointwise(graph: _Graph, node: onnx.NodeProto) -> str | None:
+def is_pointwise(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     """A 1x1 convolution does little work for each value that it reads and writes."""
     return "is a 1x1 convolution" if math.prod(_weight_shape(graph, node)[2:]) == 1 else None
 
@@ -237,7 +227,7 @@ def is_pointwise(graph: _Graph, node: onnx.NodeProto) -> str | None:
 def is_narrower_than(channels: int) -> Rule:
     """A convolution of few input or output channels leaves most of a tensor core's tile empty."""
 
-    def rule(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
         few = min(_channels(graph, node)) < channels
         return f"has fewer than {channels} channels" if few else None
 
@@ -252,13 +242,8 @@ def works_less_than(multiply_adds: int) -> Rule:
     of the next convolution's multiply-adds, so many a value.
     """
 
-    def rule(graph: _Graph, node: onnx.NodeProto) -> str | None:
-        shape = _weight_shape(graph, node)
-        outputs = shape[1] if node.op_type == "ConvTranspose" else shape[0] // _groups_of(node)
-        work = outputs * math.prod(shape[2:])
-        if node.op_type == "Conv":
-            work //= math.prod(_strides(node))
-        few = work < multiply_adds
+    def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
+        few = macs_per_input(node, _weight_shape(graph, node)) < multiply_adds
         return f"does fewer than {multiply_adds} multiply-adds a value" if few else None
 
     return rule
@@ -274,53 +259,27 @@ def is_among_the_last(count: int) -> Rule:
         count: layers counted from the outputs on; 1 leaves those in float that no other comes
             after.
     """
-    behind: dict[int, dict[str, int]] = {}
+    after: dict[int, dict[str, int]] = {}
 
-    def rule(graph: _Graph, node: onnx.NodeProto) -> str | None:
-        if id(graph) not in behind:
-            behind.clear()
-            behind[id(graph)] = _layers_behind(graph)
-        last = behind[id(graph)][node.output[0]] < count
+    def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
+        if id(graph) not in after:
+            after.clear()
+            after[id(graph)] = layers_after(graph)
+        last = after[id(graph)][node.output[0]] < count
         return f"is among the last {count} layers" if last else None
 
     return rule
 
 
-def _layers_behind(graph: _Graph) -> dict[str, int]:
-    """Return the most layers that come one after another behind each tensor."""
-    found: dict[str, int] = {}
-    for node in reversed(graph.nodes):
-        for name in node.output:
-            found[name] = max(
-                (
-                    found[reader.output[0]] + (reader.op_type in LAYER_OPS)
-                    for reader in graph.readers(name)
-                ),
-                default=0,
-            )
-    return found
+def _weight_shape(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, ...]:
+    return tuple(graph.constants[node.input[1]].dims)  # `_has_no_stored_weights` comes first
 
 
-def _weight_shape(graph: _Graph, node: onnx.NodeProto) -> tuple[int, ...]:
-    weights = graph.constant(node.input[1])
-    assert weights is not None  # `_has_no_stored_weights` comes first
-    return tuple(weights.dims)
-
-
-def _channels(graph: _Graph, node: onnx.NodeProto) -> tuple[int, int]:
+def _channels(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, int]:
     """Return how many channels a convolution reads and makes, those of one group."""
     one, other = _weight_shape(graph, node)[:2]
-    if node.op_type == "ConvTranspose":
-        return one // _groups_of(node), other
-    return other, one // _groups_of(node)
-
-
-def _groups_of(node: onnx.NodeProto) -> int:
-    return next((int(item.i) for item in node.attribute if item.name == "group"), 1)
-
-
-def _strides(node: onnx.NodeProto) -> tuple[int, ...]:
-    return next((tuple(item.ints) for item in node.attribute if item.name == "strides"), (1,))
+    groups = attribute(node, "group", 1)
+    return (one // groups, other) if node.op_type == "ConvTranspose" else (other, one // groups)
 
 
 FP8_RULES: tuple[Rule, ...] = (
@@ -349,7 +308,7 @@ def place_for(
 # --- which tensors carry INT8 -------------------------------------------------------------------
 
 
-def _readers_that_want_exact(graph: _Graph, integer: set[str]) -> set[str]:
+def _readers_that_want_exact(graph: GraphIndex, integer: set[str]) -> set[str]:
     """Return the nodes, by first output, that read tensors as they are before quantization.
 
     A layer in float is there to lose nothing, so neither its input nor what leads only to it is
@@ -366,12 +325,12 @@ def _readers_that_want_exact(graph: _Graph, integer: set[str]) -> set[str]:
         ]
         # What only moves values is needed exactly as soon as one reader wants it so.
         moves = bool(_concatenated(graph, node) or _moved(graph, node))
-        if node.op_type in LAYER_OPS or all(wishes) or (moves and any(wishes)):
+        if node.op_type in CONVOLUTIONS or all(wishes) or (moves and any(wishes)):
             exact.add(node.output[0])
     return exact
 
 
-def _wanted_tensors(graph: _Graph, integer: set[str], exact: set[str]) -> set[str]:
+def _wanted_tensors(graph: GraphIndex, integer: set[str], exact: set[str]) -> set[str]:
     """Return the tensors to quantize: what INT8 layers read, and what is added to their outputs."""
     wanted = {node.input[0] for node in graph.nodes if node.output[0] in integer}
     while found := set(_shortcuts(graph, integer, exact, wanted)) - wanted:
@@ -379,7 +338,7 @@ def _wanted_tensors(graph: _Graph, integer: set[str], exact: set[str]) -> set[st
     return wanted
 
 
-def _links(graph: _Graph, wanted: set[str], exact: set[str]) -> Iterator[tuple[list[str], str]]:
+def _links(graph: GraphIndex, wanted: set[str], exact: set[str]) -> Iterator[tuple[list[str], str]]:
     """Yield what goes into and what comes out of operators that hand INT8 on.
 
     All these tensors need equal scales, and only what goes in needs a pair: TensorRT quantizes as
@@ -403,7 +362,9 @@ def _links(graph: _Graph, wanted: set[str], exact: set[str]) -> Iterator[tuple[l
             seen.update(sources)
 
 
-def _dequantized_late(graph: _Graph, links: Iterable[tuple[Sequence[str], str]]) -> Iterator[str]:
+def _dequantized_late(
+    graph: GraphIndex, links: Iterable[tuple[Sequence[str], str]]
+) -> Iterator[str]:
     """Yield the results that need no pair of their own: INT8 comes out, and dequantization waits.
 
     Not behind a resizing: TensorRT-RTX 1.7 dequantizes before it, and the convolution behind would
@@ -436,19 +397,19 @@ def _repeated(
     return found
 
 
-def _concatenated(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+def _concatenated(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
     """A concatenation works in INT8 if all that goes in has the scale of what comes out.
 
     The convolution behind it has one scale for its whole input anyway. With the same scale before
     it TensorRT only copies bytes, or has the layers before it write into place; with others each
     input would be quantized anew.
     """
-    if node.op_type != "Concat" or any(graph.constant(name) is not None for name in node.input):
+    if node.op_type != "Concat" or any(name in graph.constants for name in node.input):
         return []
     return list(dict.fromkeys(node.input))
 
 
-def _moved(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+def _moved(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
     """Pooling by maximum, resizing and moving values need no other scale behind than before.
 
     Rounding is monotonic, so the maximum of rounded values is the rounded maximum; what is only
@@ -456,15 +417,14 @@ def _moved(graph: _Graph, node: onnx.NodeProto) -> list[str]:
     interpolation overshoots, and pads with a value may leave the range: they stay in float.
     """
     if node.op_type == "Resize":
-        mode = next((item.s for item in node.attribute if item.name == "mode"), b"nearest")
-        moves = mode in (b"nearest", b"linear")
+        moves = attribute(node, "mode", "nearest") in ("nearest", "linear")
     else:
         moves = node.op_type in MOVING_OPS
-    return [node.input[0]] if moves and graph.constant(node.input[0]) is None else []
+    return [node.input[0]] if moves and node.input[0] not in graph.constants else []
 
 
 def _shortcuts(
-    graph: _Graph, integer: set[str], exact: set[str], wanted: set[str]
+    graph: GraphIndex, integer: set[str], exact: set[str], wanted: set[str]
 ) -> Iterator[str]:
     """Yield the tensors that residual additions add to the output of a convolution.
 
@@ -485,11 +445,11 @@ def _shortcuts(
             if len(graph.readers(name)) == 1 and name not in graph.outputs
         ]
         others = [name for name in node.input if fused and name != fused[0]]
-        if others and graph.constant(others[0]) is None:
+        if others and others[0] not in graph.constants:
             yield others[0]
 
 
-def _is_quantized_behind(graph: _Graph, node: onnx.NodeProto, wanted: set[str]) -> bool:
+def _is_quantized_behind(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
     """Tell whether a node's output, or the ReLU's that follows it, is a tensor to quantize."""
     readers = graph.readers(node.output[0])
     return node.output[0] in wanted or (
@@ -512,40 +472,3 @@ def _groups(
         if name in group_of:
             groups.setdefault(id(group_of[name]), []).append(name)
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
-
-
-class _Graph:
-    """Look-ups in an ONNX graph: who makes a tensor, who reads it, whether it is constant."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        graph = model.graph
-        self.nodes = list(graph.node)
-        self.outputs = {item.name for item in graph.output}
-        self._initializers = {item.name: item for item in graph.initializer}
-        self._producers = {name: node for node in self.nodes for name in node.output if name}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.nodes:
-            for name in dict.fromkeys(node.input):
-                self._readers.setdefault(name, []).append(node)
-        self.order: list[str] = [item.name for item in graph.input]
-        self.order += [name for node in self.nodes for name in node.output if name]
-
-    def producer(self, name: str) -> onnx.NodeProto | None:
-        return self._producers.get(name)
-
-    def readers(self, name: str) -> list[onnx.NodeProto]:
-        return self._readers.get(name, [])
-
-    def constant(self, name: str) -> onnx.TensorProto | None:
-        """Return the stored value of a tensor; None for one that is computed or given."""
-        stored: onnx.TensorProto | None = self._initializers.get(name)
-        if stored is not None:
-            return stored
-        node = self.producer(name)
-        if node is None or node.op_type != "Constant":
-            return None
-        for item in node.attribute:
-            if item.name == "value":
-                tensor: onnx.TensorProto = item.t
-                return tensor
-        return None

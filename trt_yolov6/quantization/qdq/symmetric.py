@@ -1,11 +1,12 @@
-"""Q/DQ graphs in the one form that TensorRT computes in INT8: signed levels, zero points of 0.
+"""Make foreign Q/DQ graphs symmetric, as TensorRT computes INT8: signed codes, zero points of 0.
 
 ONNX Runtime's quantizer writes unsigned activations by default. TensorRT would read them as INT8
-and cut every level above 127 off, so they are rewritten, or the graph is refused.
+and saturate every code above 127, so they are rewritten, or the graph is refused.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import add_initializers, drop_unread_initializers, set_nodes
+from trt_yolov6.graph.index import GraphIndex, attribute, tensor_value
+from trt_yolov6.graph.operators import QDQ_OPS
 
 if TYPE_CHECKING:
     import onnx
@@ -45,11 +49,12 @@ def check_symmetric(model: onnx.ModelProto, source: str | Path) -> None:
             f"{source} computes with {foreign}, which TensorRT does not have; export it with Q/DQ "
             f"nodes (quant_format=QDQ), and {_ADVICE}."
         )
-    constants = _constants(model)
-    for node in _quantizers(model):
-        zero = _zero_point(node, constants)
-        name = node.input[0]
-        if zero is None or node.input[1] not in constants:
+    graph = GraphIndex(model)
+    for node in graph.nodes:
+        if node.op_type not in QDQ_OPS:
+            continue
+        zero, name = _zero_point(graph, node), node.input[0]
+        if zero is None or node.input[1] not in graph.constants:
             raise UserError(f"{source} computes the range of {name!r} as it runs; {_ADVICE}.")
         if zero.dtype in (np.int16, np.uint16):
             raise UserError(
@@ -81,59 +86,54 @@ def with_symmetric_int8(
         UserError: see `check_symmetric`.
     """
     import onnx
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
     check_symmetric(model, source)
-    constants = _constants(model)
-    unsigned = [
-        node
-        for node in _quantizers(model)
-        if (zero := _zero_point(node, constants)) is not None and zero.dtype == np.uint8
-    ]
+    graph = GraphIndex(model)
+    unsigned = {
+        node.output[0]: zero
+        for node in graph.nodes
+        if node.op_type in QDQ_OPS
+        and (zero := _zero_point(graph, node)) is not None
+        and zero.dtype == np.uint8
+    }
     if not unsigned:
         return model, None
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
-    makers = {name: node.op_type for node in graph.node for name in node.output}
+    result = copy.deepcopy(model)
     added: dict[str, NDArray[Any]] = {}
     halved = 0
     nodes = []
-    for node in graph.node:
-        zero = _zero_point(node, constants) if node.op_type in _QUANTIZERS else None
-        if zero is None or zero.dtype != np.uint8:
+    for node in result.graph.node:
+        if node.output[0] not in unsigned:
             nodes.append(node)
             continue
+        zero = unsigned[node.output[0]]
         shift = _shift(zero) or 0
         factor = 1 if shift else 2
         scale_name, zero_name = f"{node.input[1]}/x{factor}", f"{node.output[0]}/zero"
-        scale = constants[node.input[1]]
+        scale = tensor_value(graph.constants[node.input[1]])
         added[scale_name] = (scale * factor).astype(scale.dtype)
         added[zero_name] = np.zeros(zero.shape, np.int8)
         name = node.input[0]
-        if name in constants and node.op_type == "DequantizeLinear":
-            levels = (constants[name].astype(np.float64) - shift) / factor
+        if name in graph.constants and node.op_type == "DequantizeLinear":
+            codes = (tensor_value(graph.constants[name]).astype(np.float64) - shift) / factor
             name = f"{name}/int8/{factor}"
-            added[name] = np.clip(np.rint(levels), -128, 127).astype(np.int8)
+            added[name] = np.clip(np.rint(codes), -128, 127).astype(np.int8)
         elif node.op_type == "QuantizeLinear" and factor == 2:
             halved += 1
-            if makers.get(name) not in _NEVER_NEGATIVE:
+            producer = graph.producer(name)
+            if producer is None or producer.op_type not in _NEVER_NEGATIVE:
                 nodes.append(helper.make_node("Relu", [name], [f"{node.output[0]}/from_0"]))
                 name = f"{node.output[0]}/from_0"
         node.input[:] = [name, scale_name, zero_name]
-        for attribute in [item for item in node.attribute if item.name == "output_dtype"]:
-            node.attribute.remove(attribute)
+        for given in [item for item in node.attribute if item.name == "output_dtype"]:
+            node.attribute.remove(given)
         nodes.append(node)
-    kept = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
-    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-    initializers = [item for item in graph.initializer if item.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(initializers)
-    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in added.items())
-    # The types that were noted of quantized tensors.
-    del graph.value_info[:]
+    set_nodes(result.graph, nodes)
+    drop_unread_initializers(result.graph)
+    add_initializers(result.graph, added)
+    # It holds types of tensors that were unsigned.
+    del result.graph.value_info[:]
     onnx.checker.check_model(result)
     said = (
         f"unsigned levels rewritten as INT8: {halved} tensors from 0 up have half their resolution"
@@ -143,46 +143,19 @@ def with_symmetric_int8(
     return result, said
 
 
-_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+def _zero_point(graph: GraphIndex, node: onnx.NodeProto) -> NDArray[np.integer[Any]] | None:
+    """Return a Q/DQ node's zero point; None where it is not a constant."""
+    import onnx
 
-
-def _quantizers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.op_type in _QUANTIZERS]
-
-
-def _constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    from onnx import numpy_helper
-
-    wanted = {name for node in _quantizers(model) for name in node.input}
-    found = {
-        item.name: numpy_helper.to_array(item)
-        for item in model.graph.initializer
-        if item.name in wanted
-    }
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.output[0] in wanted:
-            for item in node.attribute:
-                if item.name == "value":
-                    found[node.output[0]] = numpy_helper.to_array(item.t)
-    return found
-
-
-def _zero_point(
-    node: onnx.NodeProto, constants: dict[str, NDArray[Any]]
-) -> NDArray[np.integer[Any]] | None:
-    """Return a node's zero point; None where it is not a constant."""
     if len(node.input) > 2 and node.input[2]:
-        return constants.get(node.input[2])
+        return graph.value(node.input[2])
     if node.op_type == "QuantizeLinear":
-        kind = next((item.i for item in node.attribute if item.name == "output_dtype"), 0)
-        if kind:
-            import onnx
-
-            return np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(kind))
-        return np.zeros((), np.uint8)  # what ONNX says of a node without one
-    stored = constants.get(node.input[0])
-    # Of what a QuantizeLinear made, that node tells.
-    return np.zeros((), np.int8 if stored is None else stored.dtype)
+        kind = attribute(node, "output_dtype", 0) or onnx.TensorProto.UINT8  # ONNX's default
+        return np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(kind))
+    codes = graph.constants.get(node.input[0])
+    # For codes that a QuantizeLinear makes, that node's zero point counts.
+    kind = onnx.TensorProto.INT8 if codes is None else codes.data_type
+    return np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(kind))
 
 
 def _shift(zero: NDArray[np.integer[Any]]) -> int | None:

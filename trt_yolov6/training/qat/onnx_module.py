@@ -7,6 +7,7 @@ weights and into the ranges, and `insert_qdq` makes of them what it makes of cal
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import replace_tensor
 from trt_yolov6.graph.export import box_factors
-from trt_yolov6.graph.operators import LAYER_OPS, layer_names
+from trt_yolov6.graph.index import GraphIndex, attributes, tensor_value
+from trt_yolov6.graph.operators import (
+    CODE_PRESERVING_OPS,
+    CONVOLUTIONS,
+    layer_names,
+    weight_axis,
+)
 from trt_yolov6.models.variants import Architecture
-from trt_yolov6.quantization.qdq.insert import quantize_weights, weight_axis
-from trt_yolov6.quantization.qdq.integer_arithmetic import PASSING_ON
+from trt_yolov6.quantization.qdq.insert import quantize_weights
 from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.types import INT8
 from trt_yolov6.training.qat.fake_quantize import WIDEST, FakeQuantizer, Levels, weight_levels
@@ -98,8 +105,6 @@ class GraphNetwork(nn.Module):
         Raises:
             UserError: the graph has an operator that exported networks do not have.
         """
-        from onnx import numpy_helper
-
         super().__init__()
         self.arch = arch
         self.features = tuple(features)
@@ -109,10 +114,8 @@ class GraphNetwork(nn.Module):
         self._outputs = tuple(
             tuple(f"{kind}_{stride}" for kind in kinds) for stride in arch.strides
         )
-        constants = {
-            item.name: np.array(numpy_helper.to_array(item)) for item in model.graph.initializer
-        }
-        nodes = _needed(model, {name for level in self._outputs for name in level}, constants)
+        constants = {item.name: np.array(tensor_value(item)) for item in model.graph.initializer}
+        nodes = _needed(model, {name for level in self._outputs for name in level})
         self._input = _first_input(nodes, constants)
         self._folded = _folded(nodes, arch)
         self._keys = {
@@ -224,20 +227,16 @@ class GraphNetwork(nn.Module):
         Scales become such as a range in float32 stands for, here as well: the network computes from
         then on what the exported graph does.
         """
-        import onnx
-        from onnx import numpy_helper
-
         if self._quantization is None:
             raise ValueError("a network without quantization has no ranges to export")
-        model = onnx.ModelProto()
-        model.CopyFrom(self._model)
+        model = copy.deepcopy(self._model)
         for item in model.graph.initializer:
             if item.name not in self._keys:
                 continue
             value = self._value(item.name).float().cpu().numpy()
             if item.name in self._folded:
                 value = self._folded[item.name].fold(value)
-            item.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), item.name))
+            replace_tensor(item, value)
         amax: dict[str, float] = {}
         for tensor, key in self._tensor_quantizers.items():
             quantizer = self._quantizer(key)
@@ -274,7 +273,7 @@ class GraphNetwork(nn.Module):
         names = layer_names(self._model)
         for node in nodes:
             layer = names.get(node.output[0], "")
-            weight = node.input[1] if node.op_type in LAYER_OPS else ""
+            weight = node.input[1] if node.op_type in CONVOLUTIONS else ""
             if layer not in given.weight_bits or weight in self._weight_quantizers:
                 continue
             value = self._value(weight).detach()
@@ -300,7 +299,7 @@ class GraphNetwork(nn.Module):
         coded = dict(self._tensor_quantizers)
         for index, node in enumerate(nodes):
             inside = {coded.get(name, "") for name in node.input}
-            if node.op_type in PASSING_ON and len(inside) == 1 and "" not in inside:
+            if node.op_type in CODE_PRESERVING_OPS and len(inside) == 1 and "" not in inside:
                 coded.setdefault(node.output[0], inside.pop())
             operator = _OPERATORS.get(node.op_type)
             if operator is None:
@@ -311,13 +310,13 @@ class GraphNetwork(nn.Module):
             inputs = tuple(node.input)
             exact = frozenset(n for n in inputs if (n, node.output[0]) in exact_reads)
             codes = None
-            if inputs[0] in coded.keys() - exact and node.op_type in LAYER_OPS:
+            if inputs[0] in coded.keys() - exact and node.op_type in CONVOLUTIONS:
                 weights = self._weight_quantizers.get(inputs[1])
                 codes = (coded[inputs[0]], weights) if weights is not None else None
             steps.append(
                 _Step(
                     operator,
-                    _attributes(node),
+                    attributes(node),
                     inputs,
                     exact,
                     node.output[0],
@@ -436,30 +435,21 @@ def weight_scale(weights: Tensor, axis: int, bits: int) -> Tensor:
 # --- reading the graph --------------------------------------------------------------------------
 
 
-def _needed(
-    model: onnx.ModelProto, outputs: set[str], constants: Mapping[str, Any]
-) -> list[onnx.NodeProto]:
+def _needed(model: onnx.ModelProto, outputs: set[str]) -> list[onnx.NodeProto]:
     """Return the nodes from the first convolution to the raw outputs, in the graph's order."""
-    makers = {name: node for node in model.graph.node for name in node.output}
-    missing = sorted(outputs - makers.keys())
+    graph = GraphIndex(model)
+    missing = sorted(outputs.difference(graph.order))
     if missing:
         raise UserError(
             f"the graph has no tensor {missing[0]}; quantization-aware training takes graphs that "
             "this package exported from a YOLOv6 checkpoint."
         )
-    layers = {node.output[0] for node in model.graph.node if node.op_type in LAYER_OPS}
-    behind_layer: set[str] = set()
-    for node in model.graph.node:
-        if node.output[0] in layers or any(name in behind_layer for name in node.input):
-            behind_layer.update(node.output)
-    wanted, pending = set[str](), list(outputs)
-    while pending:
-        name = pending.pop()
-        if name in wanted or name in constants or name not in behind_layer:
-            continue
-        wanted.add(name)
-        pending.extend(makers[name].input)
-    return [node for node in model.graph.node if node.output[0] in wanted]
+    after_layer: set[str] = set()
+    for node in graph.nodes:
+        if node.op_type in CONVOLUTIONS or after_layer.intersection(node.input):
+            after_layer.update(node.output)
+    wanted = graph.ancestors(outputs) & after_layer
+    return [node for node in graph.nodes if node.output[0] in wanted]
 
 
 def _first_input(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any]) -> str:
@@ -517,7 +507,7 @@ def _units(
     """
     units: dict[str, NDArray[np.float32]] = {}
     for node in nodes:
-        if node.op_type not in LAYER_OPS:
+        if node.op_type not in CONVOLUTIONS:
             continue
         weights, axis = np.abs(constants[node.input[1]]), weight_axis(node.op_type)
         of_output = _power_of_two(weights.max(axis=(1 - axis, 2, 3), keepdims=True))
@@ -539,17 +529,11 @@ def _power_of_two(values: NDArray[np.float32]) -> NDArray[np.float32]:
 _Attributes = Mapping[str, Any]
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    import onnx
-
-    return {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
-
-
 def _pads(attributes: _Attributes) -> tuple[int, ...]:
     """Return the padding of each axis, which must be the same on both sides."""
     pads = tuple(attributes.get("pads", (0, 0, 0, 0)))
     half = len(pads) // 2
-    if pads[:half] != pads[half:] or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+    if pads[:half] != pads[half:] or attributes.get("auto_pad", "NOTSET") != "NOTSET":
         raise UserError(
             "the graph pads one side more than the other, which quantization-aware training does "
             "not know; give a YOLOv6 checkpoint."

@@ -10,6 +10,7 @@ where that agreed best, with the same pairs, from the same scales on.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -27,9 +28,12 @@ from trt_yolov6.common.progress import is_logged
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import replace_tensor
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.index import GraphIndex, tensor_value
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.graph.operators import LAYER_OPS, layer_names
+from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names, weight_axis
+from trt_yolov6.graph.tail import layers_after
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
@@ -70,7 +74,7 @@ WARMUP = 0.05
 
 @dataclass(frozen=True)
 class QatSettings:
-    """How a network is trained quantized; what came of the defaults is in docs/training.md."""
+    """Settings of a quantization-aware training; docs/measurements/qat.md evaluates them."""
 
     data: str
     """The data set's folder or `data.yaml`."""
@@ -226,8 +230,8 @@ def prepare_graph(
         wide_layers, wide_tensors = _ends(model, placement)
         weight_bits = {name: WIDEST if name in wide_layers else bits for name in layers}
         scales, levels = _narrow(graph, result, calib, settings, bits, wide_tensors)
-    made = _outputs_of(model)
-    features = tuple(name for name in feature_tensors(graph.model) if name in made)
+    made = GraphIndex(model)
+    features = tuple(name for name in feature_tensors(graph.model) if made.producer(name))
     given = Quantization(placement, scales, levels, weight_bits, learn_scales)
     return Start(arch, result, given, features)
 
@@ -370,25 +374,20 @@ def rounded_weights(start: Start, trained: Trained) -> onnx.ModelProto:
     rounded to unless training made a scale larger than any weight of its channel needs.
     """
     import numpy as np
-    import onnx
-    from onnx import numpy_helper
 
-    from trt_yolov6.quantization.qdq.insert import quantize_weights, weight_axis
+    from trt_yolov6.quantization.qdq.insert import quantize_weights
 
-    model = onnx.ModelProto()
-    model.CopyFrom(trained.model)
+    model = copy.deepcopy(trained.model)
     constants = {item.name: item for item in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type not in LAYER_OPS or node.input[1] not in trained.weight_scales:
+        if node.op_type not in CONVOLUTIONS or node.input[1] not in trained.weight_scales:
             continue
         item, axis = constants[node.input[1]], weight_axis(node.op_type)
         scale = trained.weight_scales[node.input[1]]
-        codes, scale = quantize_weights(numpy_helper.to_array(item), axis, scales=scale)
+        codes, scale = quantize_weights(tensor_value(item), axis, scales=scale)
         shape = [1] * codes.ndim
         shape[axis] = -1
-        item.CopyFrom(
-            numpy_helper.from_array(codes.astype(np.float32) * scale.reshape(shape), item.name)
-        )
+        replace_tensor(item, codes.astype(np.float32) * scale.reshape(shape))
     return model
 
 
@@ -574,47 +573,25 @@ def _placed(network: GraphNetwork, device: torch.device | str) -> GraphNetwork:
 # --- fewer bits ---------------------------------------------------------------------------------
 
 
-def _outputs_of(model: onnx.ModelProto) -> set[str]:
-    return {name for node in model.graph.node for name in node.output}
-
-
 def _ends(model: onnx.ModelProto, placement: Placement) -> tuple[set[str], set[str]]:
     """Return the layers that read the image or make predictions, and what only they read."""
-    names = layer_names(model)
-    quantized = set(placement.tensors)
-    behind: set[str] = set()  # outputs that a later layer depends on
-    for node in reversed(model.graph.node):
-        if node.op_type in LAYER_OPS or any(name in behind for name in node.output):
-            behind.update(node.input)
-    made = _outputs_of(model)
-    layers, tensors = set(), set[str]()
-    for node in model.graph.node:
-        if node.op_type not in LAYER_OPS:
+    names, quantized = layer_names(model), set(placement.tensors)
+    graph = GraphIndex(model)
+    after = layers_after(graph)
+    layers, tensors, others = set(), set[str](), set[str]()
+    for node in graph.nodes:
+        if node.op_type not in CONVOLUTIONS:
             continue
-        first = node.input[0] not in made or not any(
-            other.op_type in LAYER_OPS for other in _ancestors(model, node.input[0])
-        )
-        last = node.output[0] not in behind
-        if first or last:
+        before = graph.ancestors([node.input[0]])
+        is_first = not before.intersection(names)
+        if is_first or not after[node.output[0]]:
             layers.add(names[node.output[0]])
             tensors.add(node.input[0])
-    for node in model.graph.node:
-        if node.op_type in LAYER_OPS and names[node.output[0]] not in layers:
-            tensors.discard(node.input[0])
+        else:
+            others.add(node.input[0])
+    tensors -= others
     grouped = {name for group in placement.groups for name in group}
     return layers, (tensors & quantized) - grouped
-
-
-def _ancestors(model: onnx.ModelProto, tensor: str) -> list[onnx.NodeProto]:
-    makers = {name: node for node in model.graph.node for name in node.output}
-    found: dict[str, onnx.NodeProto] = {}
-    pending = [tensor]
-    while pending:
-        node = makers.get(pending.pop())
-        if node is not None and node.output[0] not in found:
-            found[node.output[0]] = node
-            pending.extend(node.input)
-    return list(found.values())
 
 
 def _narrow(

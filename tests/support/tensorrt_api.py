@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-SNAPSHOT = Path(__file__).parent / "data" / "tensorrt_api.json"
+SNAPSHOT = Path(__file__).parents[1] / "data" / "tensorrt_api.json"
 
 Facts = dict[str, dict[str, str]]
 """Class (qualified name; "" is the module) -> member -> fact."""

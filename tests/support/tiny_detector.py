@@ -7,14 +7,18 @@ pure colours it is a perfect detector.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from trt_yolov6.common.files import sha256_file
+from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import Manifest, write_manifest
@@ -23,6 +27,8 @@ from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout
 SIZE, CELL = 64, 8
 GRID = SIZE // CELL
 NAMES = ("red", "green", "blue")
+# Between the tiny detector's scores of gray, 114 / 255, and of the colours drawn here.
+SURE = NmsSettings(confidence=0.6)
 
 
 def cell_boxes() -> NDArray[np.float32]:
@@ -144,3 +150,49 @@ def _graph(layout: OutputLayout, batch: int | None, uint8: bool) -> onnx.ModelPr
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     return model
+
+
+def write_cells(root: Path, images: int = 11, spoil: float = 0.0) -> CocoDataset:
+    """Write black pictures with coloured cells, of several sizes, and annotate the cells.
+
+    `spoil` is the share of annotations that are moved so far that nothing matches them well.
+    """
+    random = np.random.default_rng(0)
+    folder = root / "images" / "val"
+    folder.mkdir(parents=True)
+    records: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+    for number in range(images):
+        factor = (1, 2, 5)[number % 3]
+        rows = (GRID, GRID // 2)[number % 2]
+        pixels = np.zeros((rows * CELL, SIZE, 3), np.uint8)
+        for cell in random.choice(rows * GRID, 5, replace=False):
+            label = int(random.integers(3))
+            strength = random.integers(160, 256)
+            y, x = divmod(int(cell), GRID)
+            pixels[y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL, label] = strength
+            shift = CELL * (random.random() < spoil) / 4
+            side = CELL * factor
+            boxes.append(
+                {
+                    "id": len(boxes),
+                    "image_id": 100 + number,
+                    "category_id": (label + 1) * 10,
+                    "bbox": [x * side + shift * factor, y * side, side, side],
+                    "area": side * side,
+                    "iscrowd": 0,
+                }
+            )
+        large = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+        name = f"{number}.png"
+        Image.fromarray(large).save(folder / name)
+        height, width = large.shape[:2]
+        records.append({"id": 100 + number, "file_name": name, "height": height, "width": width})
+    content = {
+        "images": records,
+        "annotations": boxes,
+        "categories": [{"id": 10 * (i + 1), "name": name} for i, name in enumerate(NAMES)],
+    }
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    return load_coco(root)

@@ -1,0 +1,1 @@
+"""What several test modules share: graphs, networks, data sets, runs; no tests."""

@@ -1,0 +1,205 @@
+"""An inspection as text for a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from trt_yolov6.checkpoints.inspect import CheckpointDetails
+from trt_yolov6.diagnostics.inspection import Inspection
+from trt_yolov6.engines.tensorrt.plan import PlanDetails
+from trt_yolov6.graph.cost import Layer
+from trt_yolov6.graph.inspect import OnnxDetails
+
+
+def format_inspection(inspection: Inspection, *, layers: bool = False) -> str:
+    """Return an inspection as text for a terminal.
+
+    Args:
+        inspection: what `inspect_file` returned.
+        layers: list every layer too.
+    """
+    details = inspection.details
+    rows = [
+        ("file", f"{inspection.path}, {_size(inspection.size)}"),
+        ("SHA-256", inspection.sha256),
+    ]
+    listing: list[str] = []
+    if isinstance(details, OnnxDetails):
+        rows += _onnx_rows(details)
+        listing = _layer_lines(details.layers)
+    elif isinstance(details, CheckpointDetails):
+        rows += _checkpoint_rows(details)
+    else:
+        rows += _plan_rows(details)
+        listing = [f"  {name}" for name in details.layers]
+    rows += _manifest_rows(inspection)
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name.ljust(width)}  {text}" for name, text in rows]
+    if layers:
+        lines += ["layers", *listing] if listing else ["layers: none can be listed"]
+    return "\n".join(lines)
+
+
+def _onnx_rows(details: OnnxDetails) -> list[tuple[str, str]]:
+    opsets = ", ".join(f"{domain} {version}" for domain, version in details.opsets.items())
+    producer = f", by {details.producer}" if details.producer else ""
+    rows = [
+        ("kind", f"ONNX graph, opset {opsets}, IR {details.ir_version}{producer}"),
+        *(("input", str(tensor)) for tensor in details.inputs),
+        *(("output", str(tensor)) for tensor in details.outputs),
+        ("nodes", f"{sum(details.operators.values())}: {_counts(details.operators)}"),
+        ("parameters", f"{details.parameters:,}"),
+        (
+            "stored",
+            ", ".join(
+                f"{dtype} {item.elements:,} values in {item.tensors} ({_size(item.bytes)})"
+                for dtype, item in details.storage.items()
+            )
+            or "nothing",
+        ),
+        ("layers", f"{len(details.layers)}: {_counts(details.precisions)}"),
+    ]
+    if details.quantize_nodes or details.dequantize_nodes:
+        rows.append(
+            (
+                "Q/DQ",
+                f"{details.quantize_nodes} QuantizeLinear, "
+                f"{details.dequantize_nodes} DequantizeLinear",
+            )
+        )
+    if details.flops is None or details.paper_flops is None:
+        rows.append(("FLOPs", "unknown: the graph leaves the image size or a shape open"))
+    else:
+        text = f"{details.flops / 1e9:.2f} G an image"
+        if details.paper_flops != details.flops:
+            text += f" ({details.paper_flops / 1e9:.2f} G as the paper counts)"
+        rows.append(("FLOPs", text))
+    return rows
+
+
+def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
+    eps = ", ".join(f"{value:g}" for value in details.batch_norm_eps) or "none left"
+    boxes = f"DFL with {details.regression_bins + 1} bins" if details.regression_bins else "direct"
+    size = details.image_size
+    origin = f" of release {details.release}" if details.release else ""
+    rows = [
+        ("kind", f"checkpoint{origin}: {details.architecture}, {details.form} form"),
+        ("classes", f"{len(details.class_names)}: {', '.join(details.class_names)}"),
+        (
+            "parameters",
+            f"{details.parameters:,} in the file, {details.fused_parameters:,} when fused",
+        ),
+        (
+            "FLOPs",
+            f"{details.fused_flops / 1e9:.2f} G fused, at {size}x{size}, as the paper counts",
+        ),
+        (
+            "network",
+            f"{details.block} blocks, {details.activation}, box regression {boxes}, batch norm "
+            f"eps {eps}",
+        ),
+    ]
+    if details.training:
+        settings, ap = details.training["settings"], details.training["ap"]
+        text = f"{details.training['epoch']} of {settings.get('epochs', '?')} epochs"
+        text += f" on {settings.get('data', '?')}, input {settings.get('image_size', '?')}"
+        rows.append(("training", text + ("" if ap is None else f", AP {ap:.4f}")))
+    return rows
+
+
+def _plan_rows(details: PlanDetails) -> list[tuple[str, str]]:
+    rows = [
+        ("kind", f"plan of {details.flavour} {details.version}"),
+        *(("tensor", str(tensor)) for tensor in details.tensors),
+    ]
+    rows.append(("layers", details.note or f"{len(details.layers)}"))
+    return rows
+
+
+def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:
+    manifest = inspection.manifest
+    if manifest is None:
+        return [] if inspection.kind == "checkpoint" else [("manifest", "none")]
+    height, width = manifest.image_size
+    batch = manifest.batch
+    check = (
+        "matches this file"
+        if inspection.matches_manifest
+        else "describes ANOTHER file (cut short, or replaced): build the engine again"
+    )
+    rows = [
+        ("manifest", check),
+        (
+            "  model",
+            f"{manifest.model}, {manifest.precision}, {height}x{width}, "
+            f"{len(manifest.class_names)} classes",
+        ),
+        (
+            "  decoder",
+            f"{manifest.decoder}, outputs {manifest.output_layout}; images: "
+            f"{manifest.preprocessing}",
+        ),
+        (
+            "  batch",
+            f"{batch.min}"
+            if batch.is_static
+            else f"{batch.min} to {batch.max}, tuned for {batch.opt}",
+        ),
+        ("  built", f"by {manifest.backend} {manifest.backend_version} for {manifest.target}"),
+        ("  source", f"{manifest.source}, SHA-256 {manifest.source_sha256}"),
+    ]
+    if manifest.nms:
+        nms = manifest.nms
+        rows.append(
+            (
+                "  NMS",
+                f"confidence {nms.confidence}, IoU {nms.iou}, at most {nms.max_detections}",
+            )
+        )
+    if manifest.precision in ("int8", "fp8"):
+        layers = manifest.quantized_layers
+        count = "unknown" if layers is None else str(layers)
+        rows.append((f"  in {manifest.precision.upper()}", f"{count} convolutions of the engine"))
+    if manifest.calibration:
+        rows.append(("  calibration", json.dumps(manifest.calibration)))
+    if manifest.float_layers:
+        rows.append(("  in float", ", ".join(manifest.float_layers)))
+    return rows
+
+
+def _layer_lines(layers: Sequence[Layer]) -> list[str]:
+    rows = [("name", "operator", "weights", "stride", "groups", "precision", "MFLOPs")]
+    rows += [
+        (
+            layer.name,
+            layer.operator,
+            _times(layer.weight_shape),
+            _times(layer.strides),
+            str(layer.groups),
+            layer.precision,
+            "unknown" if layer.flops is None else f"{layer.flops / 1e6:.1f}",
+        )
+        for layer in layers
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(width) if index == len(row) - 1 else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "-"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} bytes"

@@ -1,0 +1,84 @@
+"""Small changes of ONNX graphs: copies at another opset, other nodes, further outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.graph.index import names_read
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
+    """Return a copy of a model, converted where its opset is lower than `least`."""
+    import onnx
+
+    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    if opset < least:
+        return onnx.version_converter.convert_version(model, least)
+    return copy.deepcopy(model)
+
+
+def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Replace a graph's nodes, some of which may be the graph's own."""
+    # `del` frees the graph's own nodes, so all are copied first.
+    kept = [copy.deepcopy(node) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def set_initializers(graph: onnx.GraphProto, tensors: Iterable[onnx.TensorProto]) -> None:
+    """Replace a graph's initializers, some of which may be the graph's own."""
+    kept = [copy.deepcopy(tensor) for tensor in tensors]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def read_names(graph: onnx.GraphProto) -> set[str]:
+    """Return the names of all that a graph's nodes read, and of its outputs."""
+    read = {name for node in graph.node for name in names_read(node)}
+    return read.union(item.name for item in graph.output)
+
+
+def drop_unread_initializers(graph: onnx.GraphProto) -> None:
+    """Remove the initializers that nothing reads."""
+    read = read_names(graph)
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in read:
+            del graph.initializer[index]
+
+
+def add_initializers(graph: onnx.GraphProto, values: Mapping[str, NDArray[Any]]) -> None:
+    """Append arrays as initializers, by name."""
+    from onnx import numpy_helper
+
+    graph.initializer.extend(
+        numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
+        for name, value in values.items()
+    )
+
+
+def replace_tensor(tensor: onnx.TensorProto, value: NDArray[Any]) -> None:
+    """Give a stored tensor another value, in place; its name stays."""
+    from onnx import numpy_helper
+
+    array = np.ascontiguousarray(value).reshape(np.shape(value))
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """Return a copy of a model that has further tensors as outputs, for ONNX Runtime."""
+    import onnx
+
+    result = copy.deepcopy(model)
+    present = {item.name for item in (*model.graph.input, *model.graph.output)}
+    result.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in present
+    )
+    return result

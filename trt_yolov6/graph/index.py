@@ -1,0 +1,181 @@
+"""Look-ups in an ONNX graph: producers, readers, constants, attributes, shapes, subgraphs.
+
+All of it reads the protobuf messages themselves. onnx_ir converts a model into objects of its own
+and back, which rewrites every byte of it, and costs more time than most of these look-ups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx
+
+
+class GraphIndex:
+    """A graph's nodes and constants by the tensors they produce and read.
+
+    It is made once and does not follow later changes of the graph. Only the main graph's nodes are
+    indexed; `names_read` finds what branches and loop bodies read.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.nodes = list(graph.node)
+        """In the graph's order, which is topological in a valid graph."""
+        self.outputs = frozenset(item.name for item in graph.output)
+        """Names of the graph's outputs."""
+        self.constants = constants_of(model)
+        """Initializers and the values of Constant nodes, by name."""
+        self._inputs = [item.name for item in graph.input]
+        self._producers = {name: node for node in self.nodes for name in node.output if name}
+
+    @cached_property
+    def _readers(self) -> dict[str, list[onnx.NodeProto]]:
+        readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                readers.setdefault(name, []).append(node)
+        return readers
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """The names of the graph's inputs and of all that its nodes produce, in its order."""
+        return (*self._inputs, *(name for node in self.nodes for name in node.output if name))
+
+    def producer(self, name: str) -> onnx.NodeProto | None:
+        """Return the node that produces a tensor; None for an input or an initializer."""
+        return self._producers.get(name)
+
+    def readers(self, name: str) -> list[onnx.NodeProto]:
+        """Return the nodes that read a tensor, each once, in the graph's order."""
+        return self._readers.get(name, [])
+
+    def value(self, name: str) -> NDArray[Any] | None:
+        """Return a constant's value; None for a tensor that is computed or given."""
+        tensor = self.constants.get(name)
+        return None if tensor is None else tensor_value(tensor)
+
+    def ancestors(self, names: Collection[str], stop: Collection[str] = ()) -> set[str]:
+        """Return the names of all computed tensors that some tensors depend on, these included.
+
+        Args:
+            names: of the tensors to start from.
+            stop: operators not to go beyond: their outputs are returned, their inputs not followed.
+        """
+        found: set[str] = set()
+        pending = list(names)
+        while pending:
+            name = pending.pop()
+            node = self.producer(name)
+            if node is not None and name not in found:
+                found.add(name)
+                if node.op_type not in stop:
+                    pending.extend(names_read(node))
+        return found
+
+
+def tensor_value(tensor: onnx.TensorProto) -> NDArray[Any]:
+    """Return a stored tensor as an array."""
+    from onnx import numpy_helper
+
+    return np.asarray(numpy_helper.to_array(tensor))
+
+
+def constants_of(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Return a graph's constants by name: initializers and the values of Constant nodes."""
+    found = {item.name: item for item in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            found.update(
+                (node.output[0], item.t) for item in node.attribute if item.name == "value"
+            )
+    return found
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Return a node's attributes by name: numbers, text, lists, `TensorProto`, `GraphProto`."""
+    from onnx import helper
+
+    found = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    return {
+        name: value.decode(errors="replace") if isinstance(value, bytes) else value
+        for name, value in found.items()
+    }
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """Return one attribute of a node, or `default` where the node does not have it."""
+    return attributes(node).get(name, default)
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the branches of an `If` and the body of a loop, which may read any tensor by name."""
+    for item in node.attribute:
+        yield from item.graphs
+        if item.HasField("g"):
+            yield item.g
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of its branches and loop bodies."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from all_nodes(inner)
+
+
+def names_read(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names of the tensors that a node reads, in its branches and loop bodies as well."""
+    yield from (name for name in node.input if name)
+    for body in subgraphs(node):
+        yield from (item.name for item in body.output)
+        for inner in body.node:
+            yield from names_read(inner)
+
+
+def inferred(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """Return a copy of a model with all shapes and types that ONNX infers; None where it fails."""
+    import onnx
+
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # its error classes share no public base
+        return None
+
+
+def shapes_of(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Return the shapes that a model states or stores, by tensor; None for a free axis."""
+    found = {
+        item.name: tuple(
+            axis.dim_value if axis.HasField("dim_value") else None
+            for axis in item.type.tensor_type.shape.dim
+        )
+        for item in _stated(model)
+        if item.type.tensor_type.HasField("shape")
+    }
+    return found | {name: tuple(item.dims) for name, item in constants_of(model).items()}
+
+
+def types_of(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the ONNX element types that a model states or stores, by tensor."""
+    found = {item.name: item.type.tensor_type.elem_type for item in _stated(model)}
+    return found | {name: item.data_type for name, item in constants_of(model).items()}
+
+
+def type_name(elem_type: int) -> str:
+    """Return ONNX's name of an element type, in lower case: `float`, `int8`, `float8e4m3fn`."""
+    import onnx
+
+    known = onnx.TensorProto.DataType.values()
+    name: str = onnx.TensorProto.DataType.Name(elem_type if elem_type in known else 0)
+    return name.lower()
+
+
+def _stated(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
+    yield from (*model.graph.input, *model.graph.value_info, *model.graph.output)
