@@ -59,10 +59,12 @@ def main() -> None:
     ready.wait()
     print("ready", flush=True)
     sys.stdin.readline()
+    spent = time.process_time()
     go.set()
     for thread in threads:
         thread.join()
-    print(json.dumps({"latencies": latencies, "failures": failures}))
+    spent = time.process_time() - spent
+    print(json.dumps({"latencies": latencies, "failures": failures, "cpu_seconds": spent}))
 
 
 @contextlib.contextmanager

@@ -71,6 +71,8 @@ class Load:
     mean_batch: float
     """Images in a batch, on average: of the server's statistics."""
     failures: int
+    cpu_per_image: float
+    """Seconds of processor time, of the server's processes and the clients'."""
 
 
 def main() -> None:
@@ -232,7 +234,9 @@ def load(
     for client in clients:
         assert client.stdout is not None
         client.stdout.readline()
+    spent = server.cpu_seconds()
     answers = [json.loads(answer) for answer in _answers(clients)]
+    spent = server.cpu_seconds() - spent + sum(answer["cpu_seconds"] for answer in answers)
     times = sorted(one for answer in answers for one in answer["latencies"])
     after = counted(server, entry)
     runs = after["execution_count"] - before["execution_count"]
@@ -245,6 +249,7 @@ def load(
         requests=len(times),
         mean_batch=images / runs,
         failures=sum(len(answer["failures"]) for answer in answers),
+        cpu_per_image=spent / len(times),
     )
     print(
         f"{entry:15s} {concurrency:3d} at a time: {value.per_second:8.1f}/s, "
@@ -271,23 +276,48 @@ def counted(server: Server, entry: str) -> dict[str, Any]:
 
 
 def beside_bench(server: Server, engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
-    """Take turns between what `bench` runs and a load of 16 at a time, both at the same batch."""
+    """Take turns between what `bench` runs and a load of 16 at a time, both at the same batch.
+
+    Where other programs want the cores too, the server's more numerous threads get more of them
+    than `bench`, so the processor time of an image is compared as well.
+    """
     run = engine.resident_run(random_input(engine, options.batch))
     rounds = []
     for _ in range(options.rounds):
         halves = []
+        spent = 0.0
         for _ in range(2):
+            spent -= time.process_time()
             end = time.perf_counter() + options.seconds / 2
             times = []
             while time.perf_counter() < end:
                 times.append(run())
+            spent += time.process_time()
             halves.append(times)
             if len(halves) == 1:
                 served = load(server, engine, "tensors", 16, options)
-        alone = options.batch / statistics.median(halves[0] + halves[1])
-        rounds.append({**vars(served), "bench": alone, "ratio": served.per_second / alone})
-        print(f"  bench {alone:.1f}/s, ratio {rounds[-1]['ratio']:.3f}", flush=True)
-    return {"ratio": statistics.median(one["ratio"] for one in rounds), "rounds": rounds}
+        both = halves[0] + halves[1]
+        alone = options.batch / statistics.median(both)
+        bench_cpu = spent / (options.batch * len(both))
+        rounds.append(
+            {
+                **vars(served),
+                "bench": alone,
+                "bench_cpu_per_image": bench_cpu,
+                "ratio": served.per_second / alone,
+                "cpu_ratio": bench_cpu / served.cpu_per_image,
+            }
+        )
+        one = rounds[-1]
+        print(
+            f"  bench {alone:.1f}/s, ratio {one['ratio']:.3f}, by processor time "
+            f"{one['cpu_ratio']:.3f}",
+            flush=True,
+        )
+    middle = {
+        name: statistics.median(one[name] for one in rounds) for name in ("ratio", "cpu_ratio")
+    }
+    return {**middle, "rounds": rounds}
 
 
 def soak(server: Server, engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
