@@ -37,12 +37,13 @@ import tritonclient.grpc as over_grpc
 import tritonclient.http as over_http
 
 from benchmarks.triton_server import Server, tritonserver
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.latency import random_input
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model, read_gpus, software_versions, timestamp
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.engines import Engine, best_backend, load_engine
-from trt_yolov6.engines.build import SUFFIXES, build_engine
+from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.predict import detect
@@ -115,7 +116,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = folder / f"yolov6n{SUFFIXES[backend]}"
+        path = folder / f"yolov6n{BACKENDS[backend].suffix}"
         build_engine(graph_from_checkpoint(WEIGHTS, settings), backend=backend, output=path)
         repository = folder / "models"
         export(path, repository, options.instances, backend == "onnxruntime")

@@ -7,14 +7,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # TensorRT-RTX builds T4 engines without a GPU, so its tests run wherever its library installs.
-extras=dev,docs
-if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,tensorrt-rtx; fi
+# Ray is half a gigabyte, but there is no other way to see two nodes and the death of one.
+extras=dev,docs,ray
+if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,ray,tensorrt-rtx; fi
 bash scripts/environment.sh "$extras"
 # A server for the tests of export-triton, which skip without it.
 bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/lint-imports
+bash scripts/lint_workflows.sh
 .venv/bin/mypy
 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 # A worker a core, each on one thread: two threads of one network, or two workers of two threads, would

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import family_graphs
 import onnx
-from training_data import write_shapes, write_tiny
+from support import family_graphs
+from support.training_data import write_shapes, write_tiny
 
 from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.detectors.layouts import LAYOUTS

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny_detector import NAMES, load_tiny
+from support.tiny_detector import NAMES, load_tiny
 
 from benchmarks.triton_server import SHARED_MEMORY, Server, find_tritonserver, tritonserver
 from trt_yolov6.data.images import list_images, read_image

@@ -11,7 +11,8 @@ from trt_yolov6.cli.output import reading_text, say
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
-    from trt_yolov6.engines.base import Engine
+    from trt_yolov6.engines.base import Engine, LoadOptions
+    from trt_yolov6.serving.ray.jobs import RayOptions
     from trt_yolov6.spec import NmsSettings
 
 
@@ -35,6 +36,32 @@ def load(path: Path, options: argparse.Namespace) -> Engine:
     if engine.dropped_outputs:
         say(f"{path}: {dropped_text(engine.dropped_outputs)}")
     return engine
+
+
+def load_options(options: argparse.Namespace) -> LoadOptions:
+    """Return how the options want an engine loaded."""
+    from trt_yolov6.engines.base import LoadOptions
+
+    return LoadOptions(
+        threads=options.threads,
+        provider=options.provider,
+        cuda_graph=not options.no_cuda_graph,
+        decoder=options.decoder,
+        preprocess=preprocess_changes(options),
+    )
+
+
+def ray_options(options: argparse.Namespace) -> RayOptions:
+    """Return where and how the options want work on a cluster done."""
+    from trt_yolov6.serving.ray.jobs import RayOptions
+
+    return RayOptions(
+        address=options.ray,
+        backend=options.backend,
+        load=load_options(options),
+        batch=options.batch,
+        progress=not options.quiet,
+    )
 
 
 def resolved(path: Path) -> Path:

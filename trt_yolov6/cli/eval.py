@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.cli.engines import load, newest_engine, nms_settings
+from trt_yolov6.cli.engines import load, newest_engine, nms_settings, ray_options, resolved
 from trt_yolov6.cli.options import (
     SAMPLE_DATA,
     Commands,
@@ -14,12 +14,15 @@ from trt_yolov6.cli.options import (
     add_command,
     add_json,
     add_loading,
+    add_ray,
     add_thresholds,
     positive,
 )
 from trt_yolov6.cli.output import say, say_next, write_result
+from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
+    from trt_yolov6.data.coco import CocoDataset
     from trt_yolov6.runtime.evaluate import Evaluation
 
 
@@ -37,24 +40,40 @@ def add(commands: Commands) -> None:
     add_border(parser)
     add_thresholds(parser)
     add_loading(parser)
+    add_ray(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.data.coco import load_coco
-    from trt_yolov6.data.letterbox import resolve_border
     from trt_yolov6.data.sources import check_source
-    from trt_yolov6.runtime.evaluate import evaluate
     from trt_yolov6.runtime.evaluation_plots import write_plots
 
     if options.data is not None:
         check_source(options.data, options.split)
-    with load(options.engine or newest_engine(), options) as engine:
-        if options.data is None:
-            say(f"no --data given: evaluating on the sample data set {SAMPLE_DATA}/")
-        dataset = load_coco(options.data or SAMPLE_DATA, options.split)
-        result = evaluate(
+    path = resolved(options.engine or newest_engine())
+    if options.data is None:
+        say(f"no --data given: evaluating on the sample data set {SAMPLE_DATA}/")
+    evaluated = _evaluated_here if options.ray is None else _evaluated_on_ray
+    result = evaluated(options, path, load_coco(options.data or SAMPLE_DATA, options.split))
+    for note in result.notes:
+        say(f"note: {note}")
+    print(_evaluation_text(result))
+    if options.plots and result.curves is not None and result.confusion is not None:
+        for plot in write_plots(options.plots, result.class_names, result.curves, result.confusion):
+            say(f"{plot}: drawn")
+    if options.json:
+        write_result(options.json, result.to_json())
+    say_next(options, "its speed", f"bench --engine {path}")
+
+
+def _evaluated_here(options: argparse.Namespace, path: Path, dataset: CocoDataset) -> Evaluation:
+    from trt_yolov6.data.letterbox import resolve_border
+    from trt_yolov6.runtime.evaluate import evaluate
+
+    with load(path, options) as engine:
+        return evaluate(
             engine,
             dataset,
             batch=options.batch,
@@ -64,15 +83,22 @@ def run(options: argparse.Namespace) -> None:
             progress=not options.quiet,
             confusion=options.plots is not None,
         )
-    for note in result.notes:
-        say(f"note: {note}")
-    print(_evaluation_text(result))
-    if options.plots and result.curves is not None and result.confusion is not None:
-        for path in write_plots(options.plots, result.class_names, result.curves, result.confusion):
-            say(f"{path}: drawn")
-    if options.json:
-        write_result(options.json, result.to_json())
-    say_next(options, "its speed", f"bench --engine {engine.path}")
+
+
+def _evaluated_on_ray(options: argparse.Namespace, path: Path, dataset: CocoDataset) -> Evaluation:
+    from trt_yolov6.serving.ray.jobs import evaluate_on_ray
+
+    if options.workers is not None:
+        raise UserError("--workers is not for --ray, where an engine reads with its --threads.")
+    return evaluate_on_ray(
+        path,
+        dataset,
+        ray_options(options),
+        nms=nms_settings(options),
+        resize=options.resize,
+        border=options.border,
+        confusion=options.plots is not None,
+    )
 
 
 def _evaluation_text(result: Evaluation) -> str:

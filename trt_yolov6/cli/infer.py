@@ -9,16 +9,22 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trt_yolov6.cli.engines import load, newest_engine, thresholds
+from trt_yolov6.cli.engines import load, newest_engine, ray_options, resolved, thresholds
 from trt_yolov6.cli.options import (
     Commands,
     add_border,
     add_command,
     add_loading,
+    add_ray,
     add_thresholds,
     positive,
 )
 from trt_yolov6.cli.output import say, say_next
+from trt_yolov6.errors import UserError
+
+_FILES = ("json", "csv", "yolo")
+_PARTS = ("jsonl", "parquet")
+_SHOWN_FAILURES = 20
 
 
 def add(commands: Commands) -> None:
@@ -28,27 +34,45 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--source",
         required=True,
-        help="picture, folder, video, 'glob*', http:// or rtsp:// address, or a camera's number",
+        help="picture, folder, video, 'glob*', http:// or rtsp:// address, or a camera's number; "
+        "with --ray also a listing (.txt), or an address such as s3://bucket/folder",
     )
     parser.add_argument(
         "--format",
         nargs="+",
-        choices=("json", "csv", "yolo"),
-        default=["json"],
-        help="of what was found (json)",
+        choices=(*_FILES, *_PARTS),
+        help="of what was found (json); with --ray jsonl or parquet (jsonl)",
     )
     parser.add_argument(
         "--frames", type=positive, metavar="N", help="of a video or stream: end then"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/infer"), help="(runs/infer)")
+    parser.add_argument(
+        "--output", default="runs/infer", help="(runs/infer); with --ray also an address"
+    )
     parser.add_argument("--batch", type=positive, help="images at a time")
     add_border(parser)
     add_thresholds(parser, confidence=0.4)
     add_loading(parser)
+    add_ray(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
+    taken, where = (_FILES, "without") if options.ray is None else (_PARTS, "with")
+    for form in options.format or ():
+        if form not in taken:
+            raise UserError(f"--format {form} is not written {where} --ray; give {_or(taken)}.")
+    if options.ray is None:
+        _infer_here(options)
+    else:
+        _infer_on_ray(options)
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _infer_here(options: argparse.Namespace) -> None:
     from trt_yolov6.data.letterbox import resolve_border
     from trt_yolov6.runtime.annotate import infer_source
     from trt_yolov6.runtime.predict import default_nms
@@ -58,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
             engine,
             options.source,
             options.output,
-            formats=options.format,
+            formats=options.format or ["json"],
             frames=options.frames,
             stop=stop,
             nms=thresholds(options, default_nms(engine)),
@@ -79,6 +103,43 @@ def run(options: argparse.Namespace) -> None:
     for path in summary.files:
         print(f"{path}: the detections")
     say_next(options, "its AP on labelled images", f"eval --engine {engine.path} --data DATA")
+
+
+def _infer_on_ray(options: argparse.Namespace) -> None:
+    from trt_yolov6.serving.ray.jobs import infer_on_ray
+
+    if options.frames is not None:
+        raise UserError("--frames is for videos, which --ray does not take; leave one of them out.")
+    if len(options.format or ()) > 1:
+        raise UserError("--ray writes one --format; give jsonl or parquet.")
+    engine = resolved(options.engine or newest_engine())
+    summary = infer_on_ray(
+        engine,
+        options.source,
+        options.output,
+        ray_options(options),
+        form=(options.format or ["jsonl"])[0],
+        nms=lambda default: thresholds(options, default),
+        resize=options.resize,
+        border=options.border,
+    )
+    if summary.done_before:
+        say(f"{summary.done_before} images were done already")
+    for _, reason in summary.failures[:_SHOWN_FAILURES]:
+        say(f"skipped: {reason}")
+    more = len(summary.failures) - _SHOWN_FAILURES
+    if more > 0:
+        say(f"and {more} more, see failures.jsonl")
+    for warning in summary.warnings:
+        say(f"warning: {warning}")
+    count = 0 if summary.actors is None else summary.actors.count
+    by = f" by {count} engine{'s' * (count > 1)}" if count else ""
+    print(
+        f"{summary.objects} objects in {summary.images} images{by}, {summary.wall_seconds:.1f} s "
+        "in all"
+    )
+    print(f"{summary.output}: the detections, in {summary.parts} parts")
+    say_next(options, "its AP on labelled images", f"eval --engine {engine} --data DATA --ray ...")
 
 
 @contextlib.contextmanager

@@ -129,6 +129,16 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
 
 
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    """Add --ray."""
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="work on a Ray cluster: host:port of its head, auto on one of its machines, or local; "
+        "an engine a GPU, or every --threads cores (docs/clusters.md)",
+    )
+
+
 def add_decoder(parser: argparse.ArgumentParser) -> None:
     """Add what concerns detectors of other families."""
     group = parser.add_argument_group("detectors of other families (ONNX files without a manifest)")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.cli.graphs import (
     calibration_folder,
     calibration_settings,

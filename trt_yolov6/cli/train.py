@@ -35,6 +35,12 @@ def add(commands: Commands) -> None:
     parser.add_argument("--val-split", help="part to evaluate on, or none (val)")
     add_training(parser, "runs/train/<model>")
     parser.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="go on where --output holds this very training, else begin it: for torchrun, Slurm "
+        "and Kubernetes, which start the same command again (docs/clusters.md)",
+    )
+    parser.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp16", "fp32"),
         help="(auto: bf16 or fp16 on a GPU, fp32 on a CPU)",
@@ -156,7 +162,7 @@ def run(options: argparse.Namespace) -> None:
         settings,
         output,
         device=options.device,
-        resume=options.resume,
+        resume="auto" if options.auto_resume else options.resume,
         progress=not options.quiet,
         tell=say,
     )

@@ -63,7 +63,7 @@ class DetectionFiles:
                 `seconds`.
             detections: what was found in it.
         """
-        found = self._described(detections)
+        found = described(detections, self._class_names)
         if "json" in self._formats:
             text = json.dumps({**record, "detections": found}, indent=2)
             start = ",\n" if self.images else "[\n"
@@ -89,23 +89,6 @@ class DetectionFiles:
             self._open["json"].write(b"\n]\n")
         for file in self._open.values():
             file.close()
-
-    def _described(self, detections: Detections) -> list[dict[str, Any]]:
-        names = self._class_names
-        return [
-            {
-                "box": [round(value, 2) for value in box],
-                "score": round(score, 4),
-                "class": label,
-                "name": names[label] if label < len(names) else str(label),
-            }
-            for box, score, label in zip(
-                detections.xyxy.tolist(),
-                detections.confidence.tolist(),
-                detections.class_id.tolist(),
-                strict=True,
-            )
-        ]
 
     def _label_path(self, record: dict[str, Any]) -> Path:
         name = Path(record["file"])
@@ -136,6 +119,24 @@ def open_detection_files(
         files = DetectionFiles(folder, formats, class_names, stack)
         yield files
         files.end()
+
+
+def described(detections: Detections, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return detections as JSON has them: `box`, `score`, `class` and `name` of each."""
+    return [
+        {
+            "box": [round(value, 2) for value in box],
+            "score": round(score, 4),
+            "class": label,
+            "name": class_names[label] if label < len(class_names) else str(label),
+        }
+        for box, score, label in zip(
+            detections.xyxy.tolist(),
+            detections.confidence.tolist(),
+            detections.class_id.tolist(),
+            strict=True,
+        )
+    ]
 
 
 def _yolo_lines(record: dict[str, Any], detections: Detections) -> str:

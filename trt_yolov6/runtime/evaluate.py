@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -152,46 +152,24 @@ def evaluate(
         UserError: the classes do not match, an image is unreadable or not of the recorded size, or
             the engine cannot do what is asked.
     """
-    match_of = match_classes(
-        engine.path.name,
-        engine.class_names,
-        dataset.annotation_file,
-        dataset.class_names,
-        _used(dataset),
-    )
-    notes = list(match_of.notes)
-    # Of each class of the engine, its category; None: the data set does not have it.
-    categories = tuple(
-        None if place is None else dataset.category_ids[place] for place in match_of.places
-    )
-    dataset = dataclasses.replace(
-        dataset,
-        category_ids=tuple(dataset.category_ids[place] for place in match_of.kept),
-        class_names=tuple(dataset.class_names[place] for place in match_of.kept),
-    )
+    truth = _truth(engine.path.name, engine.class_names, dataset)
+    notes = list(truth.notes)
     start = time.perf_counter()
-    read = preprocess = inference = postprocess = scoring = 0.0
-    engine_done = start
-    found_in_all = 0
-    matches: dict[int, list[Any]] = {}
-
-    counted = Confusion(len(dataset.class_names)) if confusion else None
-    rows = [
-        None if place is None else match_of.kept.index(place) for place in match_of.places
-    ] or list(range(len(dataset.class_names)))
-    objects = _objects_by_image(dataset) if confusion else {}
+    counted = Confusion(len(truth.dataset.class_names)) if confusion else None
+    objects = _objects_by_image(truth.dataset) if confusion else {}
+    sums = _Sums(engine_done=start)
 
     def match(batch: Batch[CocoImage], found: list[Detections]) -> _Matches:
         if counted is not None:
             for image, detections in zip(batch.items, found, strict=True):
-                counted.add(detections, rows, *objects[image.id])
-        return _match(truth.result(), dataset, categories, batch.items, found)
+                counted.add(detections, truth.rows, *objects[image.id])
+        return _match(annotated.result(), truth, batch.items, found)
 
     bar = tqdm(
         total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
     )
     with bar, ThreadPoolExecutor(1, thread_name_prefix="coco") as pool:
-        truth = pool.submit(_coco, dataset, dataset.images, dataset.annotations)
+        annotated = pool.submit(_annotated, truth)
         for step in process(
             engine,
             dataset.images,
@@ -204,21 +182,171 @@ def evaluate(
             clip=False,
             tell=notes.append,
         ):
-            matches.update(step.result.by_image)
-            read += step.batch.read_seconds
-            preprocess += step.batch.preprocess_seconds
-            inference += step.inference_seconds
-            engine_done = step.inference_end
-            postprocess += step.postprocess_seconds
-            scoring += step.finish_seconds
-            found_in_all += step.result.detections
+            sums.matches.update(step.result.by_image)
+            sums.read += step.batch.read_seconds
+            sums.preprocess += step.batch.preprocess_seconds
+            sums.inference += step.inference_seconds
+            sums.engine_done = step.inference_end
+            sums.postprocess += step.postprocess_seconds
+            sums.scoring += step.finish_seconds
+            sums.detections += step.result.detections
             bar.update(len(step.batch.items))
+    return _scored(
+        truth,
+        annotated.result(),
+        sums,
+        start,
+        name=engine.path.name,
+        precision=engine.precision,
+        backend=engine.backend,
+        notes=notes,
+        confusion=counted,
+    )
+
+
+@dataclass(frozen=True)
+class FoundBatch:
+    """What was found in some images of a data set, wherever that was done."""
+
+    images: tuple[CocoImage, ...]
+    detections: tuple[Detections, ...]
+    """Of each image, not clipped to it (see `postprocess`)."""
+    notes: tuple[str, ...] = ()
+    """What is odd about the outputs: sentences."""
+    read_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
+    inference_seconds: float = 0.0
+    postprocess_seconds: float = 0.0
+
+
+def evaluate_found(
+    name: str,
+    class_names: Sequence[str],
+    precision: str,
+    backend: str,
+    dataset: CocoDataset,
+    batches: Iterable[FoundBatch],
+    *,
+    progress: bool = True,
+    confusion: bool = False,
+) -> Evaluation:
+    """Measure the COCO AP of detections that come in batches, in any order, as `evaluate` does.
+
+    Args:
+        name: the engine's file name.
+        class_names, precision, backend: the engine's.
+        dataset: see `evaluate`.
+        batches: each image of the data set in one of them.
+        progress: show a progress bar on stderr.
+        confusion: count which class objects are taken for.
+
+    Raises:
+        UserError: the classes do not match.
+    """
+    truth = _truth(name, class_names, dataset)
+    notes = dict.fromkeys(truth.notes)
+    start = time.perf_counter()
+    annotated = _annotated(truth)
+    counted = Confusion(len(truth.dataset.class_names)) if confusion else None
+    objects = _objects_by_image(truth.dataset) if confusion else {}
+    sums = _Sums(engine_done=start)
+    bar = tqdm(
+        total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
+    )
+    with bar:
+        for found in batches:
+            sums.engine_done = before = time.perf_counter()
+            if found.images:
+                matches = _match(annotated, truth, found.images, found.detections)
+                sums.matches.update(matches.by_image)
+                sums.detections += matches.detections
+            if counted is not None:
+                for image, detections in zip(found.images, found.detections, strict=True):
+                    counted.add(detections, truth.rows, *objects[image.id])
+            sums.scoring += time.perf_counter() - before
+            sums.read += found.read_seconds
+            sums.preprocess += found.preprocess_seconds
+            sums.inference += found.inference_seconds
+            sums.postprocess += found.postprocess_seconds
+            notes |= dict.fromkeys(found.notes)
+            bar.update(len(found.images))
+    return _scored(
+        truth,
+        annotated,
+        sums,
+        start,
+        name=name,
+        precision=precision,
+        backend=backend,
+        notes=tuple(notes),
+        confusion=counted,
+    )
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """A data set as a detector's results are held against it."""
+
+    dataset: CocoDataset
+    """With the classes that count."""
+    categories: tuple[int | None, ...]
+    """Of each class of the engine, its category; None: the data set does not have it."""
+    rows: list[int | None]
+    """Of each class of the engine, its place among the classes that count."""
+    notes: tuple[str, ...]
+
+
+def _truth(name: str, class_names: Sequence[str], dataset: CocoDataset) -> _Truth:
+    match_of = match_classes(
+        name, class_names, dataset.annotation_file, dataset.class_names, _used(dataset)
+    )
+    counting = dataclasses.replace(
+        dataset,
+        category_ids=tuple(dataset.category_ids[place] for place in match_of.kept),
+        class_names=tuple(dataset.class_names[place] for place in match_of.kept),
+    )
+    return _Truth(
+        counting,
+        tuple(None if place is None else dataset.category_ids[place] for place in match_of.places),
+        [None if place is None else match_of.kept.index(place) for place in match_of.places]
+        or list(range(len(counting.class_names))),
+        match_of.notes,
+    )
+
+
+@dataclass
+class _Sums:
+    """What an evaluation has added up so far: seconds and matches."""
+
+    engine_done: float
+    """When the engine was done with its latest batch, by `time.perf_counter`."""
+    read: float = 0.0
+    preprocess: float = 0.0
+    inference: float = 0.0
+    postprocess: float = 0.0
+    scoring: float = 0.0
+    detections: int = 0
+    matches: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+
+
+def _scored(
+    truth: _Truth,
+    annotated: Any,
+    sums: _Sums,
+    start: float,
+    *,
+    name: str,
+    precision: str,
+    backend: str,
+    notes: Sequence[str],
+    confusion: Confusion | None,
+) -> Evaluation:
+    """Compute the AP of all that was matched."""
     before = time.perf_counter()
     (ap, ap50, ap75, ap_small, ap_medium, ap_large), per_class, curves = _average_precision(
-        truth.result(), matches
+        annotated, sums.matches
     )
     end = time.perf_counter()
-    scoring += end - before
     return Evaluation(
         ap=ap,
         ap50=ap50,
@@ -227,19 +355,24 @@ def evaluate(
         ap_medium=ap_medium,
         ap_large=ap_large,
         per_class=per_class,
-        class_names=dataset.class_names,
-        images=len(dataset.images),
-        detections=found_in_all,
+        class_names=truth.dataset.class_names,
+        images=len(truth.dataset.images),
+        detections=sums.detections,
         seconds=StageSeconds(
-            read, preprocess, inference, postprocess, scoring, tail=end - engine_done
+            sums.read,
+            sums.preprocess,
+            sums.inference,
+            sums.postprocess,
+            sums.scoring + end - before,
+            tail=end - sums.engine_done,
         ),
         wall_seconds=end - start,
-        engine=engine.path.name,
-        precision=engine.precision,
-        backend=engine.backend,
+        engine=name,
+        precision=precision,
+        backend=backend,
         notes=tuple(notes),
         curves=curves,
-        confusion=None if counted is None else counted.counts,
+        confusion=None if confusion is None else confusion.counts,
     )
 
 
@@ -293,6 +426,11 @@ def _used(dataset: CocoDataset) -> list[bool]:
     return [number in used for number in dataset.category_ids]
 
 
+def _annotated(truth: _Truth) -> Any:
+    """Return a pycocotools COCO object of all images with their annotated boxes."""
+    return _coco(truth.dataset, truth.dataset.images, truth.dataset.annotations)
+
+
 def _coco(dataset: CocoDataset, images: Sequence[CocoImage], annotations: Sequence[Any]) -> Any:
     """Return a pycocotools COCO object of some of the data set's images with these annotations."""
     coco = COCO()
@@ -307,9 +445,8 @@ def _coco(dataset: CocoDataset, images: Sequence[CocoImage], annotations: Sequen
 
 
 def _match(
-    truth: Any,
-    dataset: CocoDataset,
-    categories: Sequence[int | None],
+    annotated: Any,
+    truth: _Truth,
     images: Sequence[CocoImage],
     found: Sequence[Detections],
 ) -> _Matches:
@@ -319,20 +456,20 @@ def _match(
         UserError: a detection is of a class that the data set does not have.
     """
     highest = max((int(one.class_id.max(initial=0)) for one in found), default=0)
-    if highest >= len(categories):
+    if highest >= len(truth.categories):
         raise ClassesDifferError(
-            f"the engine finds class {highest} (from 0), {dataset.annotation_file} has "
-            f"{len(categories)} classes; evaluate the engine on the data set it was "
+            f"the engine finds class {highest} (from 0), {truth.dataset.annotation_file} has "
+            f"{len(truth.categories)} classes; evaluate the engine on the data set it was "
             "trained for."
         )
     results = [
         entry
         for image, detections in zip(images, found, strict=True)
-        for entry in _to_coco(image, detections, categories)
+        for entry in _to_coco(image, detections, truth.categories)
     ]
     for number, entry in enumerate(results, start=1):
         entry["id"] = number
-    scorer = COCOeval(truth, _coco(dataset, images, results), "bbox")
+    scorer = COCOeval(annotated, _coco(truth.dataset, images, results), "bbox")
     scorer.params.imgIds = [image.id for image in images]
     with contextlib.redirect_stdout(io.StringIO()):
         scorer.evaluate()

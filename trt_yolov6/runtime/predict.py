@@ -320,7 +320,12 @@ def process(
 
 def default_nms(engine: Engine) -> NmsSettings:
     """Return the thresholds of `detect` and `infer`: those inside the graph where it has some."""
-    inside = engine.nms or NmsSettings()
+    return shown_nms(engine.nms)
+
+
+def shown_nms(inside: NmsSettings | None) -> NmsSettings:
+    """Return the thresholds of what is shown; `inside` are those of a graph that has some."""
+    inside = inside or NmsSettings()
     return dataclasses.replace(inside, confidence=max(SHOWN_CONFIDENCE, inside.confidence))
 
 

@@ -44,6 +44,14 @@ class Processes:
         dist.all_reduce(total)
         return total / self.world
 
+    def of_first(self, value: bool) -> bool:
+        """Return what the first process gives; for what may change between two processes' looks."""
+        if self.world == 1:
+            return value
+        told = torch.tensor(int(value), device=self.device)
+        dist.broadcast(told, 0)
+        return bool(told.item())
+
     def wait(self) -> None:
         """Wait until all processes have come here."""
         if self.world > 1:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ def train(
     output_dir: str | Path,
     *,
     device: str | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     progress: bool = True,
     state_seconds: float = 30.0,
     tell: Callable[[str], None] | None = None,
@@ -146,7 +146,8 @@ def train(
         output_dir: the run's folder; must not hold another run.
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
         resume: go on from the folder's state; the settings must be the same. On a CPU the weights
-            end bit for bit as if nothing had happened.
+            end bit for bit as if nothing had happened. `auto` does so where the folder holds a
+            training, and begins one where it does not: for what starts the same command again.
         progress: show a progress bar on stderr; off a terminal, `tell` gets a line an epoch.
         state_seconds: least time between two writings of the state, after a step of the optimizer;
             whatever has been done since the last is done again after a kill.
@@ -166,6 +167,8 @@ def train(
             if speak is not None:
                 speak(sentence)
 
+        if resume == "auto":
+            resume = processes.of_first((folder / SETTINGS_FILE).exists())
         state = _open_folder(folder, settings, resume, processes)
         scales = None
         if settings.rep_optimizer is not None:

@@ -1,0 +1,153 @@
+"""Ray: connecting to a cluster, and how many actors of which size it has room for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trt_yolov6.errors import MissingDependencyError, UserError
+
+MOST_CORES = 4
+"""Cores of an actor where none are asked for: more help one small network little."""
+
+
+@dataclass(frozen=True)
+class Actors:
+    """How many engines run side by side, and what Ray sets aside for each."""
+
+    count: int
+    cpus: int
+    gpus: int
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Yield the package `ray`, connected to a cluster until the block ends.
+
+    A connection that is there already is the caller's: it is used, and left open.
+
+    Args:
+        address: `local` for a cluster of this machine alone, which listens on loopback and ends
+            with the block; else what `ray.init` takes, such as `auto` or `host:6379`.
+
+    Raises:
+        UserError: Ray is not installed, or no cluster answers.
+    """
+    ray = _import_ray(address)
+    if address.startswith("ray://"):
+        raise UserError(
+            f"--ray {address} is an address of Ray's client, through which Ray Data does not work; "
+            "run the command on a machine of the cluster, with --ray auto."
+        )
+    if ray.is_initialized():
+        with _quiet(ray):
+            yield ray
+        return
+    here: dict[str, Any] = {"address": address}
+    if address == "local":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        here |= {"num_cpus": cores, "include_dashboard": False}
+    try:
+        ray.init(**here, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"--ray {address} does not lead to a cluster ({reason}); give the address of its head, "
+            "auto on one of its machines, or local."
+        ) from error
+    try:
+        _check_loopback(ray, address)
+        with _quiet(ray):
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+def _import_ray(address: str) -> Any:
+    """Import Ray, told before it reads its environment how to behave."""
+    # Nobody is told of the job; what its C++ side logs stays in the session's folder.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if address == "local":
+        # Whoever reaches a cluster runs code on it. This is Ray's way to have all its servers on
+        # loopback, the default on Windows and macOS; elsewhere they take the machine's address,
+        # whatever `ray.init` is told.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    try:
+        import ray
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"--ray needs the Python package {error.name}; `pip install 'trt-yolov6[ray]'` gives "
+            "it."
+        ) from error
+    return ray
+
+
+def _check_loopback(ray: Any, address: str) -> None:
+    head = ray.get_runtime_context().gcs_address
+    if address == "local" and not head.startswith(("127.0.0.1:", "localhost:", "[::1]:")):
+        raise UserError(
+            f"Ray listens on {head}, where others reach it; import ray only after setting "
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, or start a cluster yourself and give its address."
+        )
+
+
+@contextlib.contextmanager
+def _quiet(ray: Any) -> Iterator[None]:
+    """Leave what is drawn and logged to our own bar."""
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars, context.print_on_execution_start
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = before
+        logger.setLevel(level)
+
+
+def fitting_actors(
+    nodes: Sequence[Mapping[str, float]], *, needs_gpu: bool, cores: int | None
+) -> Actors:
+    """Return how many actors a cluster has room for: one a GPU, or one a group of cores.
+
+    Args:
+        nodes: what each living machine has, by Ray's names `CPU` and `GPU`.
+        needs_gpu: an actor takes a GPU, and a share of the cores for reading and boxes.
+        cores: of an actor; default: those of the smallest machine that has any, at most
+            `MOST_CORES`; with GPUs, the cores there are for each, at most so many.
+
+    Raises:
+        UserError: no machine has room for one.
+    """
+    if needs_gpu:
+        with_gpu = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+        with_gpu = [(cpus, gpus) for cpus, gpus in with_gpu if gpus]
+        if not with_gpu:
+            raise UserError(
+                "the engine needs a GPU, and no machine of the cluster offers one; start Ray there "
+                "with GPUs, or give an .onnx engine."
+            )
+        each = cores or min(MOST_CORES, *(cpus // gpus for cpus, gpus in with_gpu))
+        count = sum(min(gpus, cpus // each if each else gpus) for cpus, gpus in with_gpu)
+        if not count:
+            raise UserError(f"no machine has {each} cores for a GPU; give fewer --threads.")
+        return Actors(count, each, 1)
+    sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
+    if not sizes:
+        raise UserError("no machine of the cluster offers Ray a core; start Ray there with some.")
+    each = cores or min(MOST_CORES, *sizes)
+    count = sum(size // each for size in sizes)
+    if not count:
+        raise UserError(
+            f"no machine of the cluster has the {each} cores of --threads (the largest has "
+            f"{max(sizes)}); give fewer."
+        )
+    return Actors(count, each, 0)

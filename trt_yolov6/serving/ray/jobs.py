@@ -1,0 +1,381 @@
+"""`infer` and `eval` on a cluster: pictures to the actors, and what they find into one place."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from trt_yolov6.common.files import one_writer
+from trt_yolov6.data.coco import CocoDataset, CocoImage
+from trt_yolov6.data.letterbox import resolve_border
+from trt_yolov6.engines.base import LoadOptions
+from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.detection_files import described
+from trt_yolov6.runtime.evaluate import Evaluation, FoundBatch, evaluate_found
+from trt_yolov6.runtime.predict import shown_nms
+from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
+from trt_yolov6.serving.ray.detector import (
+    Detector,
+    FoundInBlock,
+    Work,
+    block_of,
+    dataset_rows,
+    picture_rows,
+)
+from trt_yolov6.serving.ray.engine_files import EngineFacts, EngineFiles, read_engine
+from trt_yolov6.serving.ray.parts import (
+    PartFormat,
+    PartWriter,
+    ResultFolder,
+    files_in,
+    open_job,
+    part_names,
+)
+from trt_yolov6.serving.ray.pictures import RemotePicture, find_pictures, is_address
+from trt_yolov6.spec import NmsSettings
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MOST_IN_A_BLOCK = 256
+"""Pictures an actor does together: what is done again when its machine dies, twice that at most."""
+
+FAILURES_FILE = "failures.jsonl"
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Where and how a job runs; its results are the same whatever these are."""
+
+    address: str
+    """`local`, `auto`, or the address of a cluster's head."""
+    backend: str = "auto"
+    load: LoadOptions = dataclasses.field(default_factory=LoadOptions)
+    """`threads` are the cores of an actor."""
+    batch: int | None = None
+    """Images an engine is given at a time; default: see `predict.choose_batch`."""
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class RaySummary:
+    """What `infer_on_ray` did."""
+
+    output: str
+    parts: int
+    """Files of results in the folder now."""
+    images: int
+    """Pictures done by this run."""
+    done_before: int
+    """Pictures that earlier runs had done."""
+    objects: int
+    """Found by this run."""
+    failures: tuple[tuple[str, str], ...]
+    """Pictures that could not be read, each with why; the next run tries them again."""
+    warnings: tuple[str, ...]
+    actors: Actors | None
+    """None where there was nothing left to do."""
+    start_seconds: float
+    """Until the first results came: Ray, the actors, and one block."""
+    wall_seconds: float
+
+
+def infer_on_ray(
+    engine: str | Path,
+    source: str | Path,
+    output: str | Path,
+    options: RayOptions,
+    *,
+    form: PartFormat = "jsonl",
+    nms: Callable[[NmsSettings], NmsSettings] = lambda default: default,
+    resize: int | None = None,
+    border: int | None = None,
+) -> RaySummary:
+    """Find objects in many pictures on the machines of a Ray cluster.
+
+    Writes parts into the folder (see `parts`), each of them a row a picture: `file`, `width`,
+    `height` and `detections`, as in `detections.json` of `infer_source`. Nothing is drawn. Only the
+    machine that calls this writes, so each picture is in the parts once, whatever dies on the way;
+    called again, it goes on with what no part has yet. `failures.jsonl` lists what could not be
+    read in this run.
+
+    Args:
+        engine: an engine file; machines that do not have it at this path are sent a copy.
+        source: see `pictures.find_pictures`.
+        output: a folder, or an address in a store.
+        options: where it runs.
+        form: of the parts.
+        nms: makes the thresholds of the default, which is confidence 0.4, or what the engine has
+            inside.
+        resize, border: see `letterbox.resolve_border`.
+
+    Raises:
+        UserError: see `connected`, `find_pictures`, `open_job` and `load_engine`; or no picture
+            could be read.
+    """
+    start = time.perf_counter()
+    files, facts = read_engine(Path(engine), options.backend, options.load)
+    thresholds = nms(shown_nms(facts.nms))
+    pixels = resolve_border(resize, border, facts.image_size)
+    pictures = find_pictures(source)
+    folder = ResultFolder(output)
+    place = str(source) if is_address(str(source)) else str(Path(source).absolute())
+    job = {
+        "engine": facts.name,
+        "engine_sha256": files.sha256,
+        "source": place,
+        "format": form,
+        "border": pixels,
+        **dataclasses.asdict(thresholds),
+    }
+    lock = one_writer(Path(output)) if folder.is_local else contextlib.nullcontext()
+    with lock:
+        open_job(folder, job)
+        done = set(files_in(folder))
+        left = [picture for picture in pictures if picture.name not in done]
+        summary = RaySummary(
+            output=folder.place,
+            parts=0,
+            images=0,
+            done_before=len(pictures) - len(left),
+            objects=0,
+            failures=(),
+            warnings=(),
+            actors=None,
+            start_seconds=0.0,
+            wall_seconds=0.0,
+        )
+        if left:
+            with PartWriter(folder, form) as writer:
+                summary = _infer(files, facts, thresholds, pixels, left, writer, options, summary)
+        _write_failures(folder, summary.failures)
+        parts = len(part_names(folder))
+    if not summary.images and not summary.done_before:
+        raise UserError(
+            f"no image of {source} could be read; the first problem: {summary.failures[0][1]}"
+        )
+    return dataclasses.replace(summary, parts=parts, wall_seconds=time.perf_counter() - start)
+
+
+def _infer(
+    files: EngineFiles,
+    facts: EngineFacts,
+    nms: NmsSettings,
+    border: int,
+    pictures: Sequence[RemotePicture],
+    writer: PartWriter,
+    options: RayOptions,
+    summary: RaySummary,
+) -> RaySummary:
+    failures: dict[int, str] = {}
+    notes: dict[str, None] = {}
+    written: set[int] = set()
+    objects = 0
+    start, first = time.perf_counter(), 0.0
+
+    def tables(size: int) -> list[pyarrow.Table]:
+        return [
+            picture_rows(
+                [
+                    (index, pictures[index].store, pictures[index].path)
+                    for index in range(first, min(first + size, len(pictures)))
+                ]
+            )
+            for first in range(0, len(pictures), size)
+        ]
+
+    bar = tqdm(
+        total=len(pictures) + summary.done_before,
+        initial=summary.done_before,
+        desc="infer",
+        unit="image",
+        disable=None if options.progress else True,
+    )
+    with bar, connected(options.address) as ray:
+        actors = _actors(ray, facts, options)
+        work = _work(ray, files, nms, border, actors, options, is_evaluation=False)
+        for block in _blocks(ray, work, actors, len(pictures), tables):
+            first = first or time.perf_counter() - start
+            notes |= dict.fromkeys(block.notes)
+            for one in block.pictures:
+                # A block that was computed twice, because its machine died, counts once.
+                if one.index in written or one.index in failures:
+                    continue
+                bar.update()
+                if one.error is not None:
+                    failures[one.index] = one.error
+                    continue
+                written.add(one.index)
+                objects += len(one.detections)
+                height, width = one.size
+                found = described(one.detections, facts.class_names)
+                record = {"file": pictures[one.index].name, "width": width, "height": height}
+                writer.add({**record, "detections": found})
+            writer.flush_if_due()
+    missing = len(pictures) - len(written) - len(failures)
+    if missing:
+        raise UserError(
+            f"Ray lost {missing} of {len(pictures)} pictures; the same command again does these."
+        )
+    return dataclasses.replace(
+        summary,
+        images=len(written),
+        objects=objects,
+        failures=tuple((pictures[index].name, why) for index, why in sorted(failures.items())),
+        warnings=tuple(notes),
+        actors=actors,
+        start_seconds=first,
+    )
+
+
+def evaluate_on_ray(
+    engine: str | Path,
+    dataset: CocoDataset,
+    options: RayOptions,
+    *,
+    nms: NmsSettings | None = None,
+    resize: int | None = None,
+    border: int | None = None,
+    confusion: bool = False,
+) -> Evaluation:
+    """Measure an engine's COCO AP on the machines of a Ray cluster.
+
+    They send their detections here, where AP is computed once, so it is what `evaluate` gives.
+    Stage times are summed over the actors.
+
+    Args:
+        engine: see `infer_on_ray`.
+        dataset: its images must lie at the same paths on every machine.
+        options: where it runs.
+        nms: thresholds; default: as `evaluate`.
+        resize, border: see `letterbox.resolve_border`.
+        confusion: count which class objects are taken for.
+
+    Raises:
+        UserError: see `connected` and `evaluate`.
+    """
+    files, facts = read_engine(Path(engine), options.backend, options.load)
+    pixels = resolve_border(resize, border, facts.image_size)
+    images = dataset.images
+
+    def tables(size: int) -> list[pyarrow.Table]:
+        indexed = list(enumerate(images))
+        return [
+            dataset_rows(indexed[first : first + size]) for first in range(0, len(images), size)
+        ]
+
+    def found() -> Iterator[FoundBatch]:
+        seen: set[int] = set()
+        with connected(options.address) as ray:
+            actors = _actors(ray, facts, options)
+            work = _work(
+                ray, files, nms or NmsSettings(), pixels, actors, options, is_evaluation=True
+            )
+            for block in _blocks(ray, work, actors, len(images), tables):
+                fresh = [one for one in block.pictures if one.index not in seen]
+                seen.update(one.index for one in fresh)
+                yield _found_batch(images, block, fresh)
+        if len(seen) < len(images):
+            raise UserError(f"Ray lost {len(images) - len(seen)} images; start it again.")
+
+    return evaluate_found(
+        facts.name,
+        facts.class_names,
+        facts.precision,
+        facts.backend,
+        dataset,
+        found(),
+        progress=options.progress,
+        confusion=confusion,
+    )
+
+
+def _found_batch(
+    images: Sequence[CocoImage], block: FoundInBlock, fresh: Sequence[Any]
+) -> FoundBatch:
+    return FoundBatch(
+        images=tuple(images[one.index] for one in fresh),
+        detections=tuple(one.detections for one in fresh),
+        notes=block.notes,
+        read_seconds=block.read_seconds,
+        preprocess_seconds=block.preprocess_seconds,
+        inference_seconds=block.inference_seconds,
+        postprocess_seconds=block.postprocess_seconds,
+    )
+
+
+def _actors(ray: Any, facts: EngineFacts, options: RayOptions) -> Actors:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    on_gpu = facts.backend != "onnxruntime" or options.load.provider in ("cuda", "tensorrt")
+    return fitting_actors(nodes, needs_gpu=on_gpu, cores=options.load.threads)
+
+
+def _work(
+    ray: Any,
+    files: EngineFiles,
+    nms: NmsSettings,
+    border: int,
+    actors: Actors,
+    options: RayOptions,
+    *,
+    is_evaluation: bool,
+) -> Work:
+    return Work(
+        engine=ray.put(files),
+        sha256=files.sha256,
+        backend=options.backend,
+        options=dataclasses.replace(options.load, threads=max(1, actors.cpus)),
+        nms=nms,
+        border=border,
+        batch=options.batch,
+        threads=max(1, actors.cpus),
+        is_evaluation=is_evaluation,
+    )
+
+
+def _blocks(
+    ray: Any,
+    work: Work,
+    actors: Actors,
+    pictures: int,
+    tables: Callable[[int], list[pyarrow.Table]],
+) -> Iterator[FoundInBlock]:
+    """Yield what the actors find, block by block, in the order in which they are done.
+
+    Raises:
+        UserError: an actor says that the job cannot be done.
+    """
+    # Small enough that the last blocks end together, and that a death costs little.
+    size = max(1, min(MOST_IN_A_BLOCK, -(-pictures // (8 * actors.count))))
+    found = ray.data.from_arrow(tables(size)).map_batches(
+        Detector,
+        fn_constructor_args=(work,),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        # So few at the start that a job begins although machines are still coming up.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=actors.count, initial_size=actors.count
+        ),
+        num_cpus=actors.cpus,
+        num_gpus=actors.gpus or None,
+    )
+    for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+        block = block_of(table)
+        if block.fault is not None:
+            raise UserError(block.fault)
+        yield block
+
+
+def _write_failures(folder: ResultFolder, failures: Sequence[tuple[str, str]]) -> None:
+    if failures or FAILURES_FILE in folder.names():
+        lines = [json.dumps({"file": name, "error": why}) + "\n" for name, why in failures]
+        folder.write(FAILURES_FILE, "".join(lines).encode())

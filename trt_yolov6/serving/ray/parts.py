@@ -1,0 +1,242 @@
+"""Results of a job on disk or in a store: parts, each written whole, that tell what is done.
+
+A job's folder has `job.json`, what decides the results, and `part-000000.jsonl` (or `.parquet`) and
+so on, in the order in which they were written. A picture is done where a part has it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trt_yolov6.common.files import write_bytes
+from trt_yolov6.errors import UserError
+from trt_yolov6.serving.ray.pictures import file_system, is_address, read_bytes, store_of
+
+if TYPE_CHECKING:
+    import pyarrow
+
+PartFormat = Literal["jsonl", "parquet"]
+
+PART_FORMATS: tuple[PartFormat, ...] = ("jsonl", "parquet")
+
+JOB_FILE = "job.json"
+
+ROWS = 1000
+"""Pictures of a part at most."""
+
+SECONDS = 30.0
+"""A part is written after so long at the latest: what a kill costs."""
+
+_PART = re.compile(r"part-(\d{6,})\.(jsonl|parquet)")
+
+
+class ResultFolder:
+    """The files of a job's folder, by name, on disk or in a store."""
+
+    def __init__(self, place: str | Path) -> None:
+        self.place = str(place)
+        self._store = ""
+        self._path = self.place
+        if is_address(self.place):
+            self._store, inside = store_of(self.place)
+            base = file_system(self._store)[1]
+            self._path = f"{base}/{inside}" if base or self._store.startswith("file:") else inside
+
+    @property
+    def is_local(self) -> bool:
+        """It is a folder of the machine that starts the job."""
+        return not self._store
+
+    def names(self) -> list[str]:
+        """Return the names of the files, sorted; none where there is no folder yet."""
+        if not self._store:
+            folder = Path(self._path)
+            return sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+        from pyarrow.fs import FileSelector
+
+        system, _ = file_system(self._store)
+        try:
+            found = system.get_file_info(FileSelector(self._path, allow_not_found=True))
+        except OSError as error:
+            raise self._fault("listed", error) from error
+        return sorted(one.base_name for one in found)
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+        if self._store:
+            return read_bytes(self._store, f"{self._path}/{name}")
+        try:
+            return (Path(self._path) / name).read_bytes()
+        except OSError as error:
+            raise self._fault("read", error) from error
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        if not self._store:
+            write_bytes(Path(self._path) / name, content)
+            return
+        system, _ = file_system(self._store)
+        try:
+            system.create_dir(self._path, recursive=True)
+            with system.open_output_stream(f"{self._path}/{name}") as stream:
+                stream.write(content)
+        except OSError as error:
+            raise self._fault("written", error) from error
+
+    def _fault(self, what: str, error: OSError) -> UserError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return UserError(
+            f"{self.place} cannot be {what} ({reason}); check --output and the right to it."
+        )
+
+
+def open_job(folder: ResultFolder, job: dict[str, Any]) -> None:
+    """Begin a job in a folder, or make sure that what it holds is of the same job.
+
+    Args:
+        folder: where the results are, or will be.
+        job: all that decides the results, as values of JSON.
+
+    Raises:
+        UserError: the folder holds the results of another job.
+    """
+    names = folder.names()
+    if JOB_FILE in names:
+        try:
+            kept = json.loads(folder.read(JOB_FILE))
+            differing = sorted(
+                key for key in kept.keys() | job.keys() if kept.get(key) != job.get(key)
+            )
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"{folder.place}/{JOB_FILE} is damaged; give another --output."
+            ) from error
+        if differing:
+            raise UserError(
+                f"{folder.place} holds results of another {differing[0]} "
+                f"({kept.get(differing[0])!r}, not {job.get(differing[0])!r}); give another "
+                "--output, or the options it was begun with."
+            )
+        return
+    if any(_PART.fullmatch(name) for name in names):
+        raise UserError(f"{folder.place} holds parts but no {JOB_FILE}; give another --output.")
+    folder.write(JOB_FILE, (json.dumps(job, indent=2) + "\n").encode())
+
+
+def part_names(folder: ResultFolder) -> list[str]:
+    """Return the names of the parts that are there, in the order they were written."""
+    return [name for name in folder.names() if _PART.fullmatch(name)]
+
+
+def files_in(folder: ResultFolder) -> Iterator[str]:
+    """Yield the `file` of every picture in a folder's parts.
+
+    Raises:
+        UserError: a part is damaged.
+    """
+    for name in part_names(folder):
+        content = folder.read(name)
+        try:
+            if name.endswith(".jsonl"):
+                yield from [json.loads(line)["file"] for line in content.splitlines()]
+            else:
+                import pyarrow
+                import pyarrow.parquet
+
+                table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=["file"])
+                yield from table["file"].to_pylist()
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(
+                f"{folder.place}/{name} is damaged; delete it, and its pictures are done again."
+            ) from error
+
+
+class PartWriter:
+    """Gathers rows and writes them as parts; use it in a `with` block, which writes the last."""
+
+    def __init__(
+        self,
+        folder: ResultFolder,
+        kind: PartFormat,
+        rows: int = ROWS,
+        seconds: float = SECONDS,
+    ) -> None:
+        self.written = 0
+        """Parts written."""
+        self._folder, self._kind = folder, kind
+        self._most, self._seconds = rows, seconds
+        self._rows: list[dict[str, Any]] = []
+        self._since = 0.0
+        numbers = [int(match[1]) for name in folder.names() if (match := _PART.fullmatch(name))]
+        self._next = max(numbers, default=-1) + 1
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a picture: `file`, `width`, `height` and `detections`."""
+        if not self._rows:
+            self._since = time.monotonic()
+        self._rows.append(row)
+        if len(self._rows) >= self._most:
+            self.flush()
+
+    def flush_if_due(self) -> None:
+        """Write a part if its first row has waited long enough."""
+        if self._rows and time.monotonic() - self._since >= self._seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been gathered as a part."""
+        if not self._rows:
+            return
+        content = _jsonl(self._rows) if self._kind == "jsonl" else _parquet(self._rows)
+        self._folder.write(f"part-{self._next:06d}.{self._kind}", content)
+        self._next += 1
+        self.written += 1
+        self._rows = []
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Also when the job fails: what has been computed is right, and need not be done again.
+        self.flush()
+
+
+def _jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet_schema() -> pyarrow.Schema:
+    """Return the columns of a Parquet part; a row is a picture."""
+    import pyarrow as pa
+
+    detection = pa.struct(
+        [
+            ("box", pa.list_(pa.float64(), 4)),
+            ("score", pa.float64()),
+            ("class", pa.int64()),
+            ("name", pa.string()),
+        ]
+    )
+    return pa.schema(
+        [
+            ("file", pa.string()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("detections", pa.list_(detection)),
+        ]
+    )
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=parquet_schema()), sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
