@@ -1,4 +1,4 @@
-"""What docs/measurements/triton.md says: the same boxes, throughput and latency by load, and a soak.
+"""What docs/measurements/triton.md says: the same boxes, throughput and latency, and a soak.
 
     python -m benchmarks.triton_load --json benchmarks/results/NAME.json
     python -m benchmarks.triton_load --only soak --soak-seconds 600 --json FILE
