@@ -503,8 +503,8 @@ def triton_bench() -> str:
         f"Tensors at 16 at a time, over `bench` of the same engine at batch {data['batch']} on the "
         f"same cores, in turns: **{part['ratio']:.2f}** times its throughput, the median of "
         f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {latency:.2f} s. "
-        f"By processor time an image, of server and clients together, it is **{part['cpu_ratio']:.2f}** times "
-        f"({spent[0]:.2f} to {spent[-1]:.2f}).\n"
+        "By processor time an image, of server and clients together, it is "
+        f"**{part['cpu_ratio']:.2f}** times ({spent[0]:.2f} to {spent[-1]:.2f}).\n"
     )
 
 
