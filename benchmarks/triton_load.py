@@ -1,4 +1,4 @@
-"""What docs/measurements/triton.md says: the same boxes, throughput and latency, and a soak.
+"""Measure docs/measurements/triton.md: the same boxes, throughput and latency by load, and a soak.
 
     python -m benchmarks.triton_load --json benchmarks/results/NAME.json
     python -m benchmarks.triton_load --only soak --soak-seconds 600 --json FILE
@@ -7,7 +7,7 @@ Starts NVIDIA's tritonserver (`scripts/tritonserver.sh`) on loopback with the sa
 `export-triton --python-backend` writes it. Clients are processes of their own on the same machine
 (`benchmarks.triton_client`). On a machine with a GPU engines are built for it.
 
-equal  the boxes of all validation images over HTTP and gRPC, beside `detect`'s and `infer`'s
+equal  the boxes of all validation images over HTTP and gRPC, against `detect`'s and `infer`'s
 load   throughput and latency at 1 to 32 requests at a time, dynamic batching on and off
 bench  throughput at 16 at a time over that of `bench` on the same engine and batch, in turns
 soak   what the server holds while it is loaded for long, bad requests among the good
@@ -38,7 +38,7 @@ import tritonclient.http as over_http
 
 from benchmarks.triton_server import Server, tritonserver
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.latency import random_input
+from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model, read_gpus, software_versions, timestamp
 from trt_yolov6.data.images import list_images, read_image
@@ -62,7 +62,7 @@ ENTRIES = {"tensors": "tensors", "tensors_alone": "tensors", "pictures": "pictur
 
 @dataclass(frozen=True)
 class Load:
-    """What a load of some seconds gave."""
+    """Result of a load of some seconds."""
 
     per_second: float
     median: float
@@ -198,7 +198,7 @@ def equal(server: Server, engine: Engine, folder: Path) -> dict[str, Any]:
 def load(
     server: Server, engine: Engine, entry: str, concurrency: int, options: argparse.Namespace
 ) -> Load:
-    """Load an entry with so many requests at a time, from processes of their own."""
+    """Load an entry with a number of concurrent requests, from processes of their own."""
     before = counted(server, entry)
     processes = min(options.processes, concurrency)
     job: dict[str, Any] = {

@@ -32,9 +32,9 @@ class Server:
     grpc: str
     process: subprocess.Popen[bytes]
     log: Path
-    """What it and its models print."""
+    """Log of the server and its models."""
     region: str
-    """What the names of its shared memory begin with."""
+    """Prefix of the names of its shared memory."""
 
     def stop(self, patience: float = 40.0) -> int:
         """Ask it to end, as a process manager does, and return its exit status."""
@@ -56,7 +56,7 @@ class Server:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def used(self) -> dict[str, int]:
-        """Return what it holds: resident bytes, open files and bytes of shared memory, all told."""
+        """Return the total resident bytes, open files and bytes of shared memory."""
         private = files = 0
         for pid in self.processes():
             with contextlib.suppress(OSError):

@@ -290,5 +290,5 @@ def test_a_size_that_is_no_multiple_of_32_is_refused(size: tuple[int, int]) -> N
 
 
 def test_an_opset_out_of_range_is_refused() -> None:
-    with pytest.raises(UserError, match="--opset 12"):
+    with pytest.raises(UserError, match="`opset` 12"):
         ExportSettings(opset=12)

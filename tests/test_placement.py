@@ -113,7 +113,7 @@ class TestDetector:
     @given(st.sets(st.sampled_from(LAYERS)))
     def test_any_layers_can_stay_in_float(self, kept: set[str]) -> None:
         model = detector()
-        placement = place(model, keep_float=kept)
+        placement = place(model, exclude=kept)
         result = quantized(model, placement)
         assert set(placement.layers) == set(LAYERS) - kept == int8_layers(result)
         stored = {item.name: item.data_type for item in result.graph.initializer}
@@ -125,20 +125,20 @@ class TestDetector:
 
     def test_a_layer_in_float_reads_what_is_concatenated_unrounded(self) -> None:
         model = detector()
-        placement = place(model, keep_float={"join"})
+        placement = place(model, exclude={"join"})
         # `deep_relu` is quantized for `low`, but reaches `join` through the concatenation as it is.
-        assert ("deep_relu", "both") in placement.exact_reads
+        assert ("deep_relu", "both") in placement.unquantized_reads
         assert "up_out" not in placement.tensors
 
     def test_with_all_layers_in_float_the_graph_is_the_same(self) -> None:
         model = detector()
-        placement = place(model, keep_float=LAYERS)
+        placement = place(model, exclude=LAYERS)
         assert placement.tensors == ()
         assert insert_qdq(model, placement, {}).graph.node == model.graph.node
 
     def test_a_name_that_is_no_layer_is_refused(self) -> None:
         with pytest.raises(UserError, match="--float-layers names nonsense"):
-            place(detector(), keep_float={"stem", "nonsense"})
+            place(detector(), exclude={"stem", "nonsense"})
 
     def test_a_quantized_graph_is_refused(self) -> None:
         model = detector()
@@ -185,7 +185,7 @@ class TestRules:
         graph.conv("after", graph.node("Add", [branch, scaled], "total"), (8, 4))
         placement = place(graph.model("after_out"))
         assert placement.tensors == ("images", "trunk_relu", "total")
-        assert placement.exact_reads == frozenset()
+        assert placement.unquantized_reads == frozenset()
 
     def test_squeeze_and_excitation_stays_in_float(self) -> None:
         graph = GraphWriter()
@@ -231,7 +231,7 @@ class TestRules:
         for node in model.graph.node:
             node.name = "same" if node.name in ("stem", "deep") else ""
         assert tuple(layer_names(model).values()) == tuple(f"{name}_out" for name in LAYERS)
-        assert int8_layers(quantized(model, place(model, keep_float={"low_out"}))) >= {"up_out"}
+        assert int8_layers(quantized(model, place(model, exclude={"low_out"}))) >= {"up_out"}
 
 
 @pytest.mark.skipif(not LITE.exists(), reason="the YOLOv6Lite graph is not here")

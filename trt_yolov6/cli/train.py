@@ -131,7 +131,7 @@ def add(commands: Commands) -> None:
 
 
 _RESUMING = ("command", "run", "parser", "resume", "output", "device", "quiet", "json")
-"""What may be given along with `train --resume`."""
+"""Options allowed with `train --resume`."""
 
 
 def run(options: argparse.Namespace) -> None:

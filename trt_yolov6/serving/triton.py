@@ -51,7 +51,7 @@ PYTHON = "python"
 """Triton's name of the backend that runs a `model.py`."""
 
 Serves = Literal["tensors", "pictures"]
-"""What an entry of the Python backend takes: the engine's own input, for its own outputs; or
+"""Input of an entry of the Python backend: the engine's own input, for its own outputs; or
 encoded pictures, for boxes, scores and classes."""
 
 _PICTURES = TensorSpec("picture", (None, 1), np.dtype(object))
@@ -63,7 +63,7 @@ _DETECTIONS = (
     TensorSpec("classes", (None, None), np.dtype(np.int64)),
     TensorSpec("count", (None, 1), np.dtype(np.int32)),
 )
-"""As `serving.requests.stacked` makes them."""
+"""Outputs as `serving.requests.stacked` makes them."""
 
 _TYPES = {
     "float16": "TYPE_FP16",
@@ -82,7 +82,7 @@ _SHARED_OUTPUTS = ("end2end", "end2end_yolov7", "end2end_ppyoloe")
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How Triton is to run the engines."""
+    """Settings for running the engines in Triton."""
 
     instances: int = 1
     """Copies of the engine on each GPU, or on the CPU, that work side by side."""
@@ -127,7 +127,7 @@ class ServedModel:
 
     engine: Path
     name: str
-    """Of the entry: the network's name and precision, such as `yolov6n_int8`."""
+    """Name of the entry: the network's name and precision, such as `yolov6n_int8`."""
     platform: str
     file_name: str
     input: TensorSpec
@@ -135,13 +135,13 @@ class ServedModel:
     batch: BatchProfile
     class_names: tuple[str, ...]
     parameters: dict[str, str]
-    """What a client has to know: decoder, layout, pre-processing, names, where it came from."""
+    """Facts for clients: decoder, layout, pre-processing, names, where it came from."""
     shared_outputs: bool
     """The outputs hold the boxes of all images of a batch together."""
     backend: str = "onnxruntime"
-    """What the engine was built for."""
+    """Target of the engine."""
     serves: Serves | None = None
-    """Of the Python backend; None where Triton runs the engine itself."""
+    """Settings of the Python backend; None where Triton runs the engine itself."""
 
     @property
     def max_batch_size(self) -> int:
@@ -162,7 +162,7 @@ def export_triton(
     """Write engines into a model repository, one entry each, all of them or none.
 
     Args:
-        engines: plans of TensorRT or ONNX files, with manifests beside them or, for ONNX, without;
+        engines: plans of TensorRT or ONNX files, with manifests next to them or, for ONNX, without;
             for the Python backend also plans of TensorRT-RTX.
         output: the repository; made if missing. Other entries in it are left alone.
         settings: instances, GPUs, batching.
@@ -233,7 +233,7 @@ def export_triton(
 def served_model(
     engine: str | Path, loading: LoadOptions | None = None, python: Serves | None = None
 ) -> ServedModel:
-    """Return what Triton has to know of an engine.
+    """Return Triton's description of an engine.
 
     Its manifest tells, so that a plan need not be loaded; an ONNX file without one is, with
     `loading`.
@@ -310,7 +310,7 @@ def _loaded_model(
 
 @dataclass(frozen=True)
 class _Details:
-    """What stands in a manifest, of an engine that has none."""
+    """Manifest of an engine that has none."""
 
     model: str
     precision: str
@@ -322,7 +322,7 @@ class _Details:
 
 
 def _check_graph(path: Path, python: Serves | None) -> None:
-    """Raise UserError for an ONNX file that is no whole entry by itself.
+    """Raise UserError for an ONNX file that is not complete by itself.
 
     Inputs that this package fills in itself Triton would ask of clients.
     """
@@ -519,6 +519,6 @@ def _write_entry(folder: Path, model: ServedModel, config: str) -> None:
             )
     (folder / "config.pbtxt").write_text(config)
     if model.class_names:
-        # A line a name: one that has several would shift all behind it.
+        # A line a name: one that has several would shift all after it.
         names = (" ".join(name.split()) for name in model.class_names)
         (folder / "labels.txt").write_text("".join(f"{name}\n" for name in names), "utf-8")
