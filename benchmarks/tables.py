@@ -462,8 +462,13 @@ TRITON_ENTRIES = {
 """Names of `triton_load`'s entries in the documents."""
 
 
+_NOT_MEASURED = "Not measured yet.\n"
+
+
 def triton_where() -> str:
     """Environment of Triton's figures, and whether its boxes are ours."""
+    if not (RESULTS / TRITON).is_file():
+        return _NOT_MEASURED
     data = result(TRITON)
     same = data["equal"]
     protocols = " and ".join(
@@ -480,6 +485,8 @@ def triton_where() -> str:
 
 def triton_load() -> str:
     """Throughput and latency of each entry by the number of requests at a time."""
+    if not (RESULTS / TRITON).is_file():
+        return _NOT_MEASURED
     found = {(row["entry"], row["concurrency"]): row for row in result(TRITON)["load"]}
     rows = []
     for count in sorted({count for _, count in found}):
@@ -494,6 +501,8 @@ def triton_load() -> str:
 
 def triton_bench() -> str:
     """Throughput at 16 at a time over that of `bench`, in turns."""
+    if not (RESULTS / TRITON).is_file():
+        return _NOT_MEASURED
     data = result(TRITON)
     part = data["bench"]
     ratios = sorted(one["ratio"] for one in part["rounds"])
@@ -510,6 +519,8 @@ def triton_bench() -> str:
 
 def triton_soak() -> str:
     """Resources that the server holds during a long load."""
+    if not (RESULTS / TRITON).is_file():
+        return _NOT_MEASURED
     seen = result(TRITON)["soak"]
     last = seen[-1]["seconds"]
     rows = []

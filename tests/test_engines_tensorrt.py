@@ -169,7 +169,7 @@ def test_a_setting_that_cannot_be_honoured_is_refused_by_name(
 
 def test_a_fixed_batch_is_not_built_as_another() -> None:
     settings = BuildSettings(target="t4", batch=BatchProfile(1, 1, 1))
-    assert "--batch 2" in refusal(lambda: plan_of(detector(batch=2), settings))
+    assert "`batch` 2" in refusal(lambda: plan_of(detector(batch=2), settings))
 
 
 def test_an_operator_that_does_not_exist_is_named_with_its_node() -> None:

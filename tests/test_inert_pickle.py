@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trt_yolov6.checkpoints.inert_pickle import load_inert
+from trt_yolov6.checkpoints.inert_pickle import Shell, load_inert
 from trt_yolov6.errors import UserError
 
 FILE = Path("x.pt")
@@ -76,6 +77,48 @@ def test_tuples_may_be_nested_to_the_limit_and_no_deeper(protocol: int) -> None:
 def test_every_kind_of_nesting_counts(wrap: Any) -> None:
     assert loaded(wrap(nested(LIMIT - 1)), 4) == wrap(nested(LIMIT - 1))
     assert_damaged(pickle.dumps(wrap(nested(LIMIT)), 4))
+
+
+def named(module: str, name: str) -> bytes:
+    """A pickle that calls what a name stands for, with one number."""
+    return pickle.PROTO + b"\x02c" + f"{module}\n{name}\n".encode() + b"K\x05\x85R."
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("yolov6.layers.common", "RepVGGBlock"),
+        ("yolov6", "Model"),
+        ("torch.nn", "Parameter"),
+        ("torch.nn.modules.conv", "Conv2d"),
+        ("torch", "FloatStorage"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("__builtin__", "getattr"),
+    ],
+)
+def test_what_a_checkpoint_needs_becomes_a_shell_that_does_nothing(module: str, name: str) -> None:
+    shell = load_inert(named(module, name), FILE)
+    assert isinstance(shell, Shell)
+    assert shell.origin == f"{module.replace('__builtin__', 'builtins')}.{name}"
+    assert shell.args == (5,)
+    assert shell.state is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "reason"),
+    [
+        ("os", "system", "asks for os.system when it is loaded"),
+        ("builtins", "eval", "asks for builtins.eval"),
+        ("torch", "load", "asks for torch.load"),
+        ("torch.nnx", "Module", "asks for torch.nnx.Module"),
+        ("torch.hub", "load", "asks for torch.hub.load"),
+        ("yolov6x.models", "Model", "holds yolov6x.models.Model, not a YOLOv6"),
+        ("ultralytics.nn", "Model", "holds ultralytics.nn.Model, not a YOLOv6"),
+    ],
+)
+def test_what_no_checkpoint_needs_is_refused_by_name(module: str, name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=re.escape(reason)):
+        load_inert(named(module, name), FILE)
 
 
 def test_what_stands_beside_a_deep_value_is_no_deeper_for_it() -> None:

@@ -27,7 +27,7 @@ from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.engines import BACKENDS
 from trt_yolov6.models.variants import VARIANTS
 
-NEEDS = ("gpu", "network", "tensorrt-rtx", "triton", "minutes")
+NEEDS = ("gpu", "network", "tensorrt-rtx", "triton", "ray", "slurm", "minutes")
 LANGUAGES = ("bash", "python", "yaml")
 _SHORTER = {
     "bench": ("--duration", "0.05"),

@@ -129,7 +129,7 @@ class _Request:
     nms: NmsSettings
     position: int = 0
     stage_seconds: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
-    """Of each run, the seconds of each of `STAGES`."""
+    """Seconds of each of `STAGES`, for each run."""
 
     def run(self) -> float:
         engine, count = self.engine, len(self.encoded)

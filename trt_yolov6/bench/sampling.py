@@ -75,7 +75,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What was run before measuring."""
+    """Warm-up before measuring."""
 
     runs: int
     seconds: float
@@ -117,7 +117,7 @@ class Watched:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of each run, the share of it that was waited; empty where unknown."""
+        """Share of each run that was spent waiting; empty where unknown."""
         self._end_block()
         return tuple(self._shares) if len(self._shares) == len(self.seconds) else ()
 

@@ -1,4 +1,4 @@
-"""What `bench` prints: results as a table, and the slowest layers."""
+"""The output of `bench`: results as a table, and the slowest layers."""
 
 from __future__ import annotations
 

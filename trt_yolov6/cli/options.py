@@ -135,7 +135,7 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         "--ray",
         metavar="ADDRESS",
         help="work on a Ray cluster: host:port of its head, auto on one of its machines, or local; "
-        "an engine a GPU, or every --threads cores (docs/clusters.md)",
+        "an engine a GPU, or every --threads cores (docs/how-to/clusters.md)",
     )
 
 

@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
         "--auto-resume",
         action="store_true",
         help="go on where --output holds this very training, else begin it: for torchrun, Slurm "
-        "and Kubernetes, which start the same command again (docs/clusters.md)",
+        "and Kubernetes, which start the same command again (docs/how-to/clusters.md)",
     )
     parser.add_argument(
         "--precision",

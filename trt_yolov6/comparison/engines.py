@@ -151,7 +151,7 @@ def build_case(work: Work, case: Case) -> BuiltCase:
         if fixed not in wanted:
             raise UserError(
                 f"{case.entry.path} takes batch {fixed} only; add it to `batches`, or export it "
-                "anew with a free batch axis.",
+                "again with a free batch axis.",
                 "batches",
             )
         left_out = _not_taken(case, [batch for batch in wanted if batch != fixed], f"batch {fixed}")

@@ -79,7 +79,7 @@ def recognize(
         )
     if len(choices) != 1:
         raise UserError(
-            f"{path} has outputs ({_listed(facts.outputs)}) that do not tell which detector it is; "
+            f"{path} has outputs ({_listed(facts.outputs)}) that several families share; "
             f"name it with `decoder`: {_titled(choices)}.",
             "decoder",
         )

@@ -152,9 +152,9 @@ class Engine(abc.ABC):
     """Preprocessing of its images: RGB in 0..1, letterboxed, unless its family's differ."""
     class_names: tuple[str, ...]
     note: str = ""
-    """How the engine computes, where that is not what its precision says."""
+    """Arithmetic of the engine where it differs from its precision."""
     computed_in: PrecisionName | None = None
-    """What everything is computed in, where that is not the graph's precision."""
+    """Precision of all arithmetic, where it is not the graph's."""
     dropped_outputs: tuple[str, ...] = ()
     """Outputs of a file without a manifest that are not a detector's and are not computed."""
     is_checked: bool = False

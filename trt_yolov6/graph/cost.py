@@ -85,7 +85,7 @@ class Ceilings:
     flops: Mapping[str, float]
     """Floating-point operations a second of a large matrix product, by precision."""
     how: str
-    """How they were found, one line."""
+    """Origin of the figures, one line."""
 
     def seconds(self, layer: Layer, batch: int, precision: str) -> tuple[float, float] | None:
         """Return the least time that a layer's arithmetic and its memory traffic take, apart.

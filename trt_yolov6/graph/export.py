@@ -24,16 +24,15 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from trt_yolov6 import __version__
 from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.editing import add_initializers
+from trt_yolov6.graph.editing import add_initializers, replace_tensor
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
-from trt_yolov6.graph.index import attribute, shapes_of
+from trt_yolov6.graph.index import attribute, shapes_of, tensor_value
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.graph.reference import reference_session
@@ -215,15 +214,18 @@ def _free_batch(proto: onnx.ModelProto, batch: int) -> None:
     """Let a graph traced with `batch` images take any number of them.
 
     Images are computed one by one, along the first axis of every tensor, so the number stands in
-    the graph's ends and in the shapes that tensors are given.
+    the shapes of tensors and in those that reshapes give them.
     """
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    shapes = {node.input[1] for node in proto.graph.node if node.op_type == "Reshape"}
-    for item in proto.graph.initializer:
-        if item.name in shapes and (shape := numpy_helper.to_array(item).copy())[0] == batch:
+    graph = proto.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        axes = value.type.tensor_type.shape.dim
+        if len(axes) > 1 and axes[0].dim_value == batch:
+            axes[0].dim_param = "batch"
+    shapes = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
+    for item in graph.initializer:
+        if item.name in shapes and (shape := tensor_value(item).copy())[0] == batch:
             shape[0] = -1
-            item.CopyFrom(numpy_helper.from_array(shape, item.name))
+            replace_tensor(item, shape)
 
 
 def _raw_names(model: YOLOv6) -> list[str]:
