@@ -105,6 +105,12 @@ def test_boxes_without_area_overlap_nothing() -> None:
     assert kept.tolist() == [0, 1, 2, 3]
 
 
+def test_boxes_smaller_than_a_pixel_overlap_as_others_do() -> None:
+    boxes = np.array([[5, 5, 5.5, 5.5], [5, 5, 5.5, 5.45], [6, 6, 6.5, 6.5]], float)
+    scores = np.array([0.9, 0.8, 0.7], np.float32)
+    assert suppress(boxes, scores, np.zeros(3, int), 0.5, 10).tolist() == [0, 2]
+
+
 @pytest.mark.parametrize(("classes", "limit"), [(80, 300), (1, 300), (80, MAX_CANDIDATES)])
 def test_thousands_of_candidates_take_milliseconds(classes: int, limit: int) -> None:
     boxes, scores, labels = crowd(MAX_CANDIDATES, classes, 60)
