@@ -55,7 +55,7 @@ TABLES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "10": ("Distribution focal loss", {"without": (), "with": ("--dfl",)}),
     "11": ("Objectness loss", {"without": (), "with": ("--objectness",)}),
 }
-"""Number in the paper -> what is varied, and what `train` is told for each row (of N)."""
+"""Table of the paper -> the varied part, and `train`'s options for each row (of N)."""
 
 
 def main() -> None:
@@ -99,12 +99,12 @@ def main() -> None:
 
 
 def folder_name(changes: tuple[str, ...]) -> str:
-    """Return what the folder of a training is called."""
+    """Return the name of a training's folder."""
     return re.sub(r"[^\w.]+", "-", " ".join(changes)).strip("-") or "recipe"
 
 
 def rows_of(result: Mapping[str, Any], table: str) -> list[tuple[str, float, int]]:
-    """Return the rows of a table: label, median AP at the end in 0..1, seeds behind it."""
+    """Return the rows of a table: label, median AP at the end in 0..1, number of seeds."""
     rows = []
     for label, changes in TABLES[table][1].items():
         found = [

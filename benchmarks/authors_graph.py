@@ -3,7 +3,7 @@
 Their graph (release 0.2.1, fixed batch) makes anchor points and strides in the graph, moves anchors
 before channels, turns distances into centre and size by splitting and joining, multiplies by the
 strides, and joins boxes, a column of ones and scores into rows (batch, anchors, 5 + classes). This
-module writes that down anew from its description.
+module reimplements that from its description.
 """
 
 from __future__ import annotations

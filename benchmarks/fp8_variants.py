@@ -23,7 +23,9 @@ from typing import Any
 import onnx
 
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.latency import benchmark_many, format_report, random_input
+from trt_yolov6.bench.latency import benchmark_many
+from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.bench.text import format_report
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import timestamp
 from trt_yolov6.engines import LoadOptions, backend, load_engine
@@ -32,14 +34,13 @@ from trt_yolov6.engines.build import build_engine
 from trt_yolov6.engines.tensorrt.layer_log import engine_layers
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import (
     FP8_RULES,
     Rule,
     is_among_the_last,
-    is_narrower_than,
-    is_pointwise,
     is_transposed,
     place,
     reads_few_channels,
@@ -50,12 +51,19 @@ from trt_yolov6.quantization.types import FP8
 REFERENCE = "fp16"
 
 
+def is_small(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
+    """A 1x1 convolution, or one of fewer than 64 channels, does little work for each value."""
+    outputs, inputs, *kernel = graph.constants[node.input[1]].dims
+    few = max(kernel) == 1 or min(outputs, inputs) < 64
+    return "is a 1x1 convolution or has fewer than 64 channels" if few else None
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to put FP8 into a graph: arguments of `place`, and the weights' scales."""
 
     rules: tuple[Rule, ...] = ()
-    hand_on: bool = False
+    propagate: bool = False
     channel_scales: bool = True
 
 
@@ -65,11 +73,11 @@ _NO_HEAD = (*_NO_STEM, is_among_the_last(3))
 VARIANTS: dict[str, Variant] = {
     "all": Variant(),
     "all_layer_scales": Variant(channel_scales=False),
-    "all_handed_on": Variant(hand_on=True),
+    "all_handed_on": Variant(propagate=True),
     "no_stem": Variant(_NO_STEM),
     "no_predictions": Variant((*_NO_STEM, is_among_the_last(1))),
     "no_head": Variant(_NO_HEAD),
-    "only_3x3_from_64": Variant((*_NO_STEM, is_pointwise, is_narrower_than(64))),
+    "only_3x3_from_64": Variant((*_NO_STEM, is_small)),
     "no_head_from_250": Variant((*_NO_HEAD, works_less_than(250))),
     "no_head_from_500": Variant((*_NO_HEAD, works_less_than(500))),
     "no_head_from_1000": Variant((*_NO_HEAD, works_less_than(1000))),
@@ -140,7 +148,7 @@ def variant_graph(
     if name == REFERENCE:
         return to_fp16(model, keep_float32=tail_nodes(model))
     variant = VARIANTS[name]
-    placement = place(model, leave_float=variant.rules, hand_on=variant.hand_on)
+    placement = place(model, exclude_rules=variant.rules, propagate=variant.propagate)
     quantized = dataclasses.replace(FP8, channel_scales=variant.channel_scales)
     return insert_qdq(model, placement, ranges, quantized=quantized, fp16=True)
 

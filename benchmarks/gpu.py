@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 
 from benchmarks.fp8_variants import REFERENCE, variant_graph
@@ -40,7 +39,9 @@ from benchmarks.gpu_graphs import (
 )
 from trt_yolov6 import __version__
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.latency import BenchmarkResult, benchmark_many, random_input
+from trt_yolov6.bench.latency import BenchmarkResult, benchmark_many
+from trt_yolov6.bench.roofline import gpu_ceilings
+from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
 from trt_yolov6.data.coco import load_coco
@@ -78,7 +79,7 @@ FP8_PLACEMENTS = ("default", "no_head_from_2000", "no_head", "all", "default_lay
 
 @dataclass
 class Bench:
-    """What all parts share: where engines go, how long to measure, the graphs."""
+    """State shared by all parts: folder of engines, measuring time, graphs."""
 
     backend: str
     folder: Path
@@ -134,23 +135,11 @@ class Bench:
 
 def measure_ceilings(bench: Bench) -> dict[str, Any]:
     """Measure what the GPU can do at most: a large copy, large products in 16 and 8 bits."""
-    if not torch.cuda.is_available():
+    ceilings = gpu_ceilings()
+    if ceilings is None:
         return {"none": "PyTorch sees no GPU"}
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = cuda_seconds(lambda: target.copy_(source))
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
-    half = cuda_seconds(lambda: torch.mm(a, b))
-    found = {"bytes_per_second": 2 * source.numel() / copy, "fp16_flops": 2 * 8192**3 / half}
-    try:
-        small, other = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t()
-        one = torch.ones((), device="cuda")
-        eight = cuda_seconds(
-            lambda: torch._scaled_mm(small, other, one, one, out_dtype=torch.float16)
-        )
-        found["fp8_flops"] = 2 * 8192**3 / eight
-    except Exception as error:  # a GPU, or a PyTorch, without FP8
-        print(f"  no FP8 product: {error}", flush=True)
+    found = {f"{name}_flops": rate for name, rate in ceilings.flops.items()}
+    found["bytes_per_second"] = ceilings.bytes_per_second
     bench.ceilings.update(found)
     return dict(found)
 
@@ -382,7 +371,7 @@ def measure_fp8(bench: Bench) -> dict[str, Any]:
 
 
 def layers_us(path: Path, batch: int) -> dict[str, float]:
-    """Return the microseconds of an engine's layers; none where the backend does not tell."""
+    """Return the microseconds of an engine's layers; none where it does not report them."""
     options = LoadOptions(cuda_graph=False)
     with contextlib.suppress(UserError), load_engine(path, options=options) as engine:
         times = engine.layer_times(random_input(engine, batch))
@@ -557,21 +546,6 @@ def timed(run: Callable[[], float], seconds: float) -> list[float]:
     while not found or time.perf_counter() - start < seconds:
         found.append(run())
     return found
-
-
-def cuda_seconds(work: Callable[[], Any]) -> float:
-    """Return the median seconds of some PyTorch work on the GPU."""
-    times = []
-    event: Any = torch.cuda.Event
-    for turn in range(25):
-        start, stop = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        work()
-        stop.record()
-        stop.synchronize()
-        if turn >= 5:
-            times.append(start.elapsed_time(stop) / 1e3)
-    return float(np.median(times))
 
 
 def main() -> None:

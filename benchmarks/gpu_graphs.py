@@ -6,6 +6,7 @@ both ends, so that they differ in nothing but what is compared.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ from benchmarks.authors_graph import authors_graph
 from benchmarks.fp8_variants import random_graph
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.float16 import to_fp16
+from trt_yolov6.graph.index import shapes_of
 from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.models import YOLOv6, architecture, build_model
 from trt_yolov6.spec import BatchProfile
 
@@ -133,23 +136,18 @@ def bytes_moved(model: onnx.ModelProto, batch: int, element: int) -> int:
         batch: images.
         element: bytes an element: 2 in half precision, 1 in 8 bits.
     """
-    graph = onnx.shape_inference.infer_shapes(with_batch(model, batch), data_prop=True).graph
-    shapes = {item.name: list(item.dims) for item in graph.initializer}
-    for item in [*graph.input, *graph.value_info, *graph.output]:
-        shapes[item.name] = [size.dim_value for size in item.type.tensor_type.shape.dim]
-    moved = 0
-    for node in graph.node:
-        if node.op_type in ("Conv", "ConvTranspose", "MaxPool"):
-            for name in (*node.input[:2], node.output[0]):
-                count = 1
-                for length in shapes[name]:
-                    count *= max(length, 1)
-                moved += count * element
-    return moved
+    sized = onnx.shape_inference.infer_shapes(with_batch(model, batch), data_prop=True)
+    shapes = shapes_of(sized)
+    return element * sum(
+        math.prod(length or 1 for length in shapes[name])
+        for node in model.graph.node
+        if node.op_type in (*CONVOLUTIONS, "MaxPool")
+        for name in (*node.input[:2], node.output[0])
+    )
 
 
 def _heads_of(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Cut a float32 graph off behind its heads."""
+    """Cut a float32 graph off after its heads."""
     first = [
         node.output[0]
         for node in model.graph.node

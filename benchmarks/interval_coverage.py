@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--size", type=int, default=160, help="side of the images")
-    parser.add_argument("--precisions", default="fp32,fp16", help="engines beside each other")
+    parser.add_argument("--precisions", default="fp32,fp16", help="engines to interleave")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--duration", type=float, default=2.4, help="seconds an engine and run")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between runs")

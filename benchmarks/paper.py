@@ -1,4 +1,4 @@
-"""What the paper's tables say (arXiv 2209.02976v1), for `paper_tables` to set beside ours.
+"""The figures of the paper's tables (arXiv 2209.02976v1), for `paper_tables`.
 
 All of it is COCO 2017 val. Speeds are of an NVIDIA T4 in FP16: TensorRT 7.2 in Table 1, 8 in Table
 17. Table 20 is OpenCV's DNN module on a 2.6 GHz Intel Core i7 in FP32.

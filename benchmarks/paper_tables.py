@@ -1,4 +1,4 @@
-"""The paper's tables that this hardware can show, theirs and ours beside each other, never mixed.
+"""The paper's tables that this hardware can show, theirs and ours side by side, never mixed.
 
     python -m benchmarks.paper_tables --measure 1,14,20,21   measures; minutes on two cores
     python -m benchmarks.paper_tables                        writes docs/measurements/paper.md
@@ -243,7 +243,7 @@ def table_14() -> str:
 
 
 def table_15() -> str:
-    """Return what plain PTQ costs with and without RepOptimizer."""
+    """Return the cost of plain PTQ with and without RepOptimizer."""
     theirs = markdown(["Release", "Model", "FP32 AP", "INT8 AP"], [list(r) for r in paper.TABLE_15])
     rows = [
         [row["name"], f"{100 * row['AP']['val']:.1f}"]
@@ -319,7 +319,7 @@ def table_21() -> str:
 
 
 def table_5() -> str:
-    """Return what each design of the network brings."""
+    """Return the gain of each design of the network."""
     theirs = markdown(["Network", "AP", "FPS (b32)"], [list(row) for row in paper.TABLE_5])
     return (
         f"**The paper's** (T4, FP16):\n\n{theirs}\nOurs is not measured: the steps lead from "
@@ -349,7 +349,7 @@ def table_11() -> str:
 
 
 def table_16() -> str:
-    """Return what training repairs of what INT8 costs."""
+    """Return the share of INT8's loss that training recovers."""
     theirs = markdown(["Network", "INT8 AP", "FPS"], [list(row) for row in paper.TABLE_16])
     where = "YOLOv6-S (v1.0), T4"
     return _beside(where, theirs, "sample (N) on BCCD, exact INT8 arithmetic", qat_int8())

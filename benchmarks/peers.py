@@ -63,7 +63,7 @@ class Peer:
     """Makes its graph for a batch size, with the weights that its code starts from."""
 
     variant: str
-    """What its own code calls it."""
+    """Name in its own code."""
 
 
 def yolov5(peer: Peer, batch: int) -> onnx.ModelProto:

@@ -60,7 +60,7 @@ _TACTICS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 
 @dataclass(frozen=True)
 class Step:
-    """What one call of Polygraphy gave."""
+    """Result of one call of Polygraphy."""
 
     file: str
     step: str
@@ -69,14 +69,14 @@ class Step:
     passed: bool
     seconds: float
     difference: float | None = None
-    """Of the output that differs most; see `TOLERANCE`."""
+    """Difference of the output that differs most; see `TOLERANCE`."""
     found: str = ""
-    """What `inspect` counted, or the end of what a failed call printed."""
+    """Counts of `inspect`, or the end of a failed call's output."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How `polygraphy convert` builds a plan."""
+    """Options of `polygraphy convert` for building a plan."""
 
     precisions: tuple[str, ...] = ("fp16",)
     """TensorRT's flags; int8 where the graph has Q/DQ nodes."""
@@ -201,7 +201,7 @@ def check(
     """Check one file of ours.
 
     Args:
-        path: an ONNX file, or a plan with its manifest beside it.
+        path: an ONNX file, or a plan with its manifest next to it.
         batch: images, where the file leaves it open.
         conversion: also build a plan from the ONNX file and run it.
         folder: for that plan, which is kept; else it is deleted.
@@ -306,7 +306,7 @@ def _environment() -> dict[str, str]:
     except Exception:  # no cuda-pathfinder, or no such library: Polygraphy looks itself
         return environment
     paths = environment.get("LD_LIBRARY_PATH", "").split(os.pathsep)
-    # At the end: TensorRT 8 may have been given stand-ins for the libraries beside it.
+    # At the end: TensorRT 8 may have been given stand-ins for its libraries.
     environment["LD_LIBRARY_PATH"] = os.pathsep.join([*filter(None, paths), folder])
     return environment
 

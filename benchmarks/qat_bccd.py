@@ -1,4 +1,4 @@
-"""Quantization-aware training's figures: AP, time and memory on BCCD, beside PTQ and float.
+"""Quantization-aware training's figures: AP, time and memory on BCCD, with PTQ and float.
 
     python -m benchmarks.qat_bccd --data ../shared/data/bccd --json benchmarks/results/NAME.json
     python -m benchmarks.qat_bccd --evaluate-only runs/qat_bccd --json benchmarks/results/NAME.json
@@ -75,7 +75,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As files are called."""
+        """Name for files."""
         parts = [self.network, f"{self.bits}bit" if self.how[0] != "f" else "", self.how]
         parts += [f"{self.float_layers}float" if self.float_layers else ""]
         parts += ["tuned" if self.tuned else ""]
@@ -83,7 +83,7 @@ class Case:
 
     @property
     def trains(self) -> bool:
-        """Whether anything is trained."""
+        """True where anything is trained."""
         return self.how in ("float trained", "qat", "qat+cwd")
 
 

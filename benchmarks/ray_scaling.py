@@ -1,11 +1,11 @@
-"""How `infer --ray` scales over nodes on cores apart, or over GPUs; what it costs beside `infer`.
+"""Scaling of `infer --ray` over nodes on separate cores, or over GPUs; its cost against `infer`.
 
     python -m benchmarks.ray_scaling --engine engines/n.onnx --nodes 1 2 --pictures 2000
     python -m benchmarks.ray_scaling --engine engines/n.trt --gpus 1 2 4 --pictures 20000
     python -m benchmarks.ray_scaling --engine engines/n.onnx --plain --pictures 10000
 
 With --nodes, the head and node 0 are held to the first core, each other node to a core of its own,
-so that one node stands for one machine and two for two. With --gpus, Ray is given so many GPUs of
+so that one node stands for one machine. With --gpus, Ray gets that number of GPUs of
 this host. With --plain, both commands run whole, as a user would type them. Rounds are interleaved.
 Results of one kind are the same files whatever runs them; that is checked.
 """
@@ -36,7 +36,7 @@ def link_pictures(folder: Path, count: int) -> None:
     sources = sorted((ROOT / "samples/images/val").glob("*.jpg"))
     folder.mkdir()
     for number in range(count):
-        os.link(sources[number % len(sources)], folder / f"{number:06d}.jpg")
+        os.symlink(sources[number % len(sources)], folder / f"{number:06d}.jpg")
 
 
 def digest(output: Path) -> str:
@@ -48,7 +48,7 @@ def digest(output: Path) -> str:
 
 
 def on_nodes(nodes: int, engine: Path, pictures: Path, output: Path) -> dict[str, Any]:
-    """Run the job on so many one-core nodes of this machine, each held to its core."""
+    """Run the job on a number of one-core nodes of this machine, each pinned to its core."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -74,7 +74,7 @@ def on_nodes(nodes: int, engine: Path, pictures: Path, output: Path) -> dict[str
 
 
 def on_gpus(gpus: int, engine: Path, pictures: Path, output: Path) -> dict[str, Any]:
-    """Run the job on so many GPUs of this host."""
+    """Run the job on a number of GPUs of this host."""
     import ray
 
     from trt_yolov6.serving.ray.jobs import RayOptions, infer_on_ray

@@ -1,4 +1,4 @@
-"""RepOptimizer beside the network with branches: AP in float and in plain INT8, on BCCD.
+"""RepOptimizer and the network with branches compared: AP in float and in plain INT8, on BCCD.
 
     python -m benchmarks.rep_optimizer --jobs 4 --json benchmarks/results/rep-optimizer.json
     python -m benchmarks.rep_optimizer --quantize-only runs/rep_optimizer --json FILE
@@ -47,7 +47,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "hyper-search": ("--block", "scaled"),
     "rep-optimizer": (),
 }
-"""The networks, and what `train` is told of them; the last one is told the scales' checkpoint."""
+"""The networks with their `train` options; the last one also gets the scales' checkpoint."""
 
 RESULTS_FILE = "results.json"
 
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 class Results:
-    """What has been found, written after every step; threads may add to it."""
+    """Results so far, written after every step; threads may add to them."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.value: dict[str, Any] = {"runs": [], "quantized": []}

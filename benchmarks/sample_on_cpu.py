@@ -3,7 +3,7 @@
     python -m benchmarks.sample_on_cpu [--duration 60] [--json benchmarks/results/cpu.json]
 
 Measures the AP of each form of the exported graph, the share of an evaluation's wall time that is
-the engine's own, and the latency of our graph beside one decoded as the authors decode, interleaved
+the engine's own, and the latency of our graph and of one decoded as the authors decode, interleaved
 in one run: a ratio that a busy machine changes little.
 """
 
@@ -18,7 +18,8 @@ from typing import Any
 import onnx
 
 from benchmarks.authors_graph import authors_graph
-from trt_yolov6.bench.latency import benchmark, benchmark_many, format_report
+from trt_yolov6.bench.latency import benchmark, benchmark_many
+from trt_yolov6.bench.text import format_report
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.common.files import write_json
 from trt_yolov6.data.coco import load_coco

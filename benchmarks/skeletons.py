@@ -56,7 +56,7 @@ def skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_random_weights(skeleton: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
-    """Return a copy of a skeleton whose emptied weights are drawn anew.
+    """Return a copy of a skeleton whose emptied weights are drawn again.
 
     Each is drawn from the normal distribution that its own values had, cut at their least and
     greatest value, so that variances stay positive. The same seed gives the same weights in graphs

@@ -33,10 +33,10 @@ PLACEMENTS = {
     "all": "every convolution",
     "default_layer_scales": "as `--fp8`, one scale a layer (wrong results)",
 }
-"""What the placements of `fp8_variants` are called in the documents."""
+"""Names of `fp8_variants`' placements in the documents."""
 
 THEIR_AP = {"n": (0.518, 125), "s": (0.464, 112)}
-"""AP of the authors' released code on BCCD with the same settings, and the epochs behind it."""
+"""AP of the authors' released code on BCCD with the same settings, and its epochs."""
 
 REP_OPTIMIZER = "rep-optimizer.json"
 NETWORKS = {
@@ -45,7 +45,7 @@ NETWORKS = {
     "hyper-search": "hyper-search network",
     "rep-optimizer": "**single-branch, RepOptimizer**",
 }
-"""What the networks of `rep_optimizer` are called in the documents."""
+"""Names of `rep_optimizer`'s networks in the documents."""
 
 GPU = "h200-tensorrt-rtx-1.6.1.json"
 TENSORRT8 = "h100-tensorrt-8.json"
@@ -60,7 +60,7 @@ TENSORRT8_FORMS = {
     ("int8", "tensorrt-entropy"): "INT8, TensorRT's entropy calibration",
     ("int8", "tensorrt-minmax"): "INT8, TensorRT's min-max calibration",
 }
-"""What the rows of `tensorrt8` are called in the documents: by precision and how it came about."""
+"""Names of `tensorrt8`'s rows in the documents, by precision and method."""
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -135,7 +135,7 @@ def gpu_decoding() -> str:
 
 
 def gpu_fp8() -> str:
-    """FP8 beside FP16: speed of S, AP of the sample."""
+    """FP8 against FP16: speed of S, AP of the sample."""
     part = result(GPU)["parts"]["fp8"]
     rows = [
         [
@@ -153,7 +153,7 @@ def gpu_fp8() -> str:
 
 
 def gpu_fp8_accuracy() -> str:
-    """AP of FP8 on the GPU, beside FP32."""
+    """AP of FP8 on the GPU, with FP32."""
     parts = result(GPU)["parts"]
     theirs = next(row["AP"] for row in parts["accuracy"] if row["AP_to_FP32_on_CPU"] == 0)
     ours = next(row["AP"] for row in result(QAT)["rows"] if row["case"] == "sample-float")
@@ -174,7 +174,7 @@ def gpu_fp8_accuracy() -> str:
 
 
 def gpu_whole() -> str:
-    """What is not the engine alone: streams, copies, boxes, files."""
+    """More than the engine alone: streams, copies, boxes, files."""
     parts = result(GPU)["parts"]
     rows: list[list[Any]] = [
         [
@@ -229,7 +229,7 @@ def gpu_accuracy() -> str:
 
 
 def gpu_where() -> str:
-    """What the GPU figures were measured on."""
+    """Environment of the GPU figures."""
     data = result(GPU)
     gpu, ceilings = data["gpu"], data["parts"]["ceilings"]
     return (
@@ -276,7 +276,7 @@ def qat_visible() -> str:
 
 
 def qat_where() -> str:
-    """What the figures of quantization-aware training were measured on."""
+    """Environment of the figures of quantization-aware training."""
     if not (RESULTS / QAT).is_file():
         return "Not measured yet.\n"
     data = result(QAT)
@@ -298,7 +298,7 @@ def qat_where() -> str:
 def _qat_table(cases: Mapping[str, str]) -> str:
     """Return median AP over the seeds, its spread, and the exported graphs' AP, by case.
 
-    Not every graph came back from the GPU, so beside those stand the same networks' own AP.
+    Not every graph came back from the GPU, so the same networks' own AP stands next to it.
     Until the trainings have been run, a line that says so.
     """
     if not (RESULTS / QAT).is_file():
@@ -324,7 +324,7 @@ def _qat_table(cases: Mapping[str, str]) -> str:
 
 
 def training() -> str:
-    """AP of the recipe on BCCD and its time, beside the authors' code."""
+    """AP of the recipe on BCCD and its time, with the authors' code."""
     data = result("h200-train-bccd.json")
     rows = []
     for model, (theirs, after) in THEIR_AP.items():
@@ -388,7 +388,7 @@ def rep_optimizer() -> str:
 
 
 def tensorrt8_speed() -> str:
-    """INT8 beside FP16 on TensorRT 8, networks with random weights."""
+    """INT8 against FP16 on TensorRT 8, networks with random weights."""
     data = result(TENSORRT8)
     rows = [row for row in data["rows"] if row["ms"]]
     own = {
@@ -414,7 +414,7 @@ def tensorrt8_speed() -> str:
 
 
 def tensorrt8_accuracy() -> str:
-    """AP of the sample's engines on TensorRT 8, beside the same files on a CPU."""
+    """AP of the sample's engines on TensorRT 8, and of the same files on a CPU."""
     lines = [
         [
             TENSORRT8_FORMS[row["precision"], row["how"]],
@@ -481,11 +481,16 @@ TRITON_ENTRIES = {
     "pictures": "pictures",
     "pictures_alone": "pictures, alone",
 }
-"""What the entries of `triton_load` are called in the documents."""
+"""Names of `triton_load`'s entries in the documents."""
+
+
+_NOT_MEASURED = "Not measured yet.\n"
 
 
 def triton_where() -> str:
-    """What the figures of Triton were measured on, and whether its boxes are ours."""
+    """Environment of Triton's figures, and whether its boxes are ours."""
+    if not (RESULTS / TRITON).is_file():
+        return _NOT_MEASURED
     data = result(TRITON)
     same = data["equal"]
     protocols = " and ".join(
@@ -502,6 +507,8 @@ def triton_where() -> str:
 
 def triton_load() -> str:
     """Throughput and latency of each entry by the number of requests at a time."""
+    if not (RESULTS / TRITON).is_file():
+        return _NOT_MEASURED
     found = {(row["entry"], row["concurrency"]): row for row in result(TRITON)["load"]}
     rows = []
     for count in sorted({count for _, count in found}):
@@ -516,6 +523,8 @@ def triton_load() -> str:
 
 def triton_bench() -> str:
     """Throughput at 16 at a time over that of `bench`, in turns."""
+    if not (RESULTS / TRITON).is_file():
+        return _NOT_MEASURED
     data = result(TRITON)
     part = data["bench"]
     ratios = sorted(one["ratio"] for one in part["rounds"])
@@ -528,7 +537,9 @@ def triton_bench() -> str:
 
 
 def triton_soak() -> str:
-    """What the server holds in the course of a long load."""
+    """Resources that the server holds during a long load."""
+    if not (RESULTS / TRITON).is_file():
+        return _NOT_MEASURED
     seen = result(TRITON)["soak"]
     last = seen[-1]["seconds"]
     rows = []

@@ -126,7 +126,7 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
 
 
 def jobs_in(folder: Path) -> list[Job]:
-    """Return what is to be built of a folder's graphs: trained ones, then the largest batches."""
+    """Return the builds of a folder's graphs: trained ones, then the largest batches."""
     jobs = []
     for path in sorted(folder.glob("*.b*.onnx")):
         network, form, batch = path.name.removesuffix(".onnx").rsplit(".", 2)
@@ -271,7 +271,7 @@ def _sample_images(graph: str) -> Iterator[NDArray[Any]]:
 
 def layers(folder: Path, engine: str) -> dict[str, float]:
     """Return the microseconds of each layer of an engine, launched one by one."""
-    from trt_yolov6.bench.latency import random_input
+    from trt_yolov6.bench.sampling import random_input
 
     with load_engine(folder / engine, options=LoadOptions(cuda_graph=False)) as loaded:
         times = loaded.layer_times(random_input(loaded, loaded.batch.opt))
@@ -279,7 +279,7 @@ def layers(folder: Path, engine: str) -> dict[str, float]:
 
 
 def layer_kind(name: str) -> str:
-    """Return what a layer of our networks does, by the name that TensorRT 8 gives it."""
+    """Return the kind of a layer of our networks, by its name in TensorRT 8."""
     for kind, words in _KINDS.items():
         if any(word in name for word in words):
             return kind

@@ -95,7 +95,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 class Places:
-    """As many places as trainings may run at once; each says which GPU a training there sees."""
+    """One slot per concurrent training, with the GPU that it sees."""
 
     def __init__(self, jobs: int, device: str | None) -> None:
         self._free: queue.Queue[dict[str, str]] = queue.Queue()
@@ -118,7 +118,7 @@ class Places:
 
 
 def heading(script: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what a result says of how it was made."""
+    """Return a result's record of how it was made."""
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     return {
         "command": " ".join([f"python -m benchmarks.{script}", *sys.argv[1:]]),

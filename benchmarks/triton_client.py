@@ -25,8 +25,10 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype, sha
 
 
 def main() -> None:
-    """Wait for the time that was agreed on, load the server until the end, and print the times."""
+    """Say when ready, wait for a line, load the server for some seconds and print the times."""
     job = json.loads(sys.argv[1])
+    ready = threading.Barrier(job["threads"] + 1)
+    go = threading.Event()
     latencies: list[float] = []
     failures: list[str] = []
     lock = threading.Lock()
@@ -36,9 +38,10 @@ def main() -> None:
         opened = pictures(job, index) if job.get("pictures") else tensors(job, name)
         own: list[float] = []
         with opened as send:
-            send()
-            time.sleep(max(0.0, job["start"] - time.time()))
-            while time.time() < job["end"]:
+            ready.wait()
+            go.wait()
+            end = time.perf_counter() + job["seconds"]
+            while time.perf_counter() < end:
                 began = time.perf_counter()
                 try:
                     send()
@@ -53,9 +56,15 @@ def main() -> None:
     threads = [threading.Thread(target=work, args=(index,)) for index in range(job["threads"])]
     for thread in threads:
         thread.start()
+    ready.wait()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    spent = time.process_time()
+    go.set()
     for thread in threads:
         thread.join()
-    print(json.dumps({"latencies": latencies, "failures": failures}))
+    spent = time.process_time() - spent
+    print(json.dumps({"latencies": latencies, "failures": failures, "cpu_seconds": spent}))
 
 
 @contextlib.contextmanager
@@ -80,7 +89,7 @@ def tensors(job: dict[str, Any], name: str) -> Iterator[Callable[[], Any]]:
                 if part == "in":
                     shared_memory.set_shared_memory_region(region, [images])
                 client.register_system_shared_memory(f"{name}_{part}", f"/{name}_{part}", size)
-                stack.callback(client.unregister_system_shared_memory, f"{name}_{part}")
+                stack.callback(unregister, client, f"{name}_{part}")
             given = triton.InferInput(
                 source["name"], list(images.shape), np_to_triton_dtype(images.dtype)
             )
@@ -91,6 +100,17 @@ def tensors(job: dict[str, Any], name: str) -> Iterator[Callable[[], Any]]:
                 output.set_shared_memory(f"{name}_{spec['name']}", sizes[spec["name"]])
                 wanted.append(output)
             yield lambda: client.infer(job["model"], [given], outputs=wanted)
+
+
+def unregister(client: Any, region: str) -> None:
+    """Let the server forget a region; it may still be at the last answer."""
+    for _ in range(50):
+        try:
+            client.unregister_system_shared_memory(region)
+        except InferenceServerException:
+            time.sleep(0.02)
+        else:
+            return
 
 
 @contextlib.contextmanager
@@ -109,6 +129,7 @@ def pictures(job: dict[str, Any], index: int) -> Iterator[Callable[[], Any]]:
         return client.infer(job["model"], [given])
 
     with contextlib.closing(triton.InferenceServerClient(job["address"])) as client:
+        client.is_server_ready()
         yield send
 
 

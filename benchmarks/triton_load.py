@@ -1,4 +1,4 @@
-"""What docs/serving.md says of Triton: the same boxes, throughput and latency by load, and a soak.
+"""Measure docs/measurements/triton.md: the same boxes, throughput and latency by load, and a soak.
 
     python -m benchmarks.triton_load --json benchmarks/results/NAME.json
     python -m benchmarks.triton_load --only soak --soak-seconds 600 --json FILE
@@ -7,7 +7,7 @@ Starts NVIDIA's tritonserver (`scripts/tritonserver.sh`) on loopback with the sa
 `export-triton --python-backend` writes it. Clients are processes of their own on the same machine
 (`benchmarks.triton_client`). On a machine with a GPU engines are built for it.
 
-equal  the boxes of all validation images over HTTP and gRPC, beside `detect`'s and `infer`'s
+equal  the boxes of all validation images over HTTP and gRPC, against `detect`'s and `infer`'s
 load   throughput and latency at 1 to 32 requests at a time, dynamic batching on and off
 bench  throughput at 16 at a time over that of `bench` on the same engine and batch, in turns
 soak   what the server holds while it is loaded for long, bad requests among the good
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ import tritonclient.http as over_http
 
 from benchmarks.triton_server import Server, tritonserver
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.latency import random_input
+from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model, read_gpus, software_versions, timestamp
 from trt_yolov6.data.images import list_images, read_image
@@ -61,7 +62,7 @@ ENTRIES = {"tensors": "tensors", "tensors_alone": "tensors", "pictures": "pictur
 
 @dataclass(frozen=True)
 class Load:
-    """What a load of some seconds gave."""
+    """Result of a load of some seconds."""
 
     per_second: float
     median: float
@@ -71,6 +72,8 @@ class Load:
     mean_batch: float
     """Images in a batch, on average: of the server's statistics."""
     failures: int
+    cpu_per_image: float
+    """Seconds of processor time, of the server's processes and the clients'."""
 
 
 def main() -> None:
@@ -195,16 +198,13 @@ def equal(server: Server, engine: Engine, folder: Path) -> dict[str, Any]:
 def load(
     server: Server, engine: Engine, entry: str, concurrency: int, options: argparse.Namespace
 ) -> Load:
-    """Load an entry with so many requests at a time, from processes of their own."""
+    """Load an entry with a number of concurrent requests, from processes of their own."""
     before = counted(server, entry)
     processes = min(options.processes, concurrency)
-    # Clients import and register their memory first.
-    start = time.time() + 1.5 + 0.1 * concurrency
     job: dict[str, Any] = {
         "address": server.grpc,
         "model": entry,
-        "start": start,
-        "end": start + options.seconds,
+        "seconds": options.seconds,
         "input": {
             "name": engine.input.name,
             "shape": list(engine.input.shape[1:]),
@@ -223,13 +223,21 @@ def load(
     clients = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.triton_client", json.dumps({**job, "threads": n})],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            text=True,
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for n in shares
     ]
-    answers = [json.loads(client.communicate()[0]) for client in clients]
+    # Clients import and register their memory first.
+    for client in clients:
+        assert client.stdout is not None
+        client.stdout.readline()
+    spent = server.cpu_seconds()
+    answers = [json.loads(answer) for answer in _answers(clients)]
+    spent = server.cpu_seconds() - spent + sum(answer["cpu_seconds"] for answer in answers)
     times = sorted(one for answer in answers for one in answer["latencies"])
     after = counted(server, entry)
     runs = after["execution_count"] - before["execution_count"]
@@ -242,6 +250,7 @@ def load(
         requests=len(times),
         mean_batch=images / runs,
         failures=sum(len(answer["failures"]) for answer in answers),
+        cpu_per_image=spent / len(times),
     )
     print(
         f"{entry:15s} {concurrency:3d} at a time: {value.per_second:8.1f}/s, "
@@ -252,6 +261,15 @@ def load(
     return value
 
 
+def _answers(clients: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """Let clients start at once and return what they print at the end."""
+    for client in clients:
+        assert client.stdin is not None
+        client.stdin.write("go\n")
+        client.stdin.flush()
+    return [client.communicate()[0] for client in clients]
+
+
 def counted(server: Server, entry: str) -> dict[str, Any]:
     """Return the server's statistics of an entry."""
     with contextlib.closing(over_http.InferenceServerClient(server.http)) as client:
@@ -259,23 +277,48 @@ def counted(server: Server, entry: str) -> dict[str, Any]:
 
 
 def beside_bench(server: Server, engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
-    """Take turns between what `bench` runs and a load of 16 at a time, both at the same batch."""
+    """Take turns between what `bench` runs and a load of 16 at a time, both at the same batch.
+
+    Where other programs want the cores too, the server's more numerous threads get more of them
+    than `bench`, so the processor time of an image is compared as well.
+    """
     run = engine.resident_run(random_input(engine, options.batch))
     rounds = []
     for _ in range(options.rounds):
         halves = []
+        spent = 0.0
         for _ in range(2):
+            spent -= time.process_time()
             end = time.perf_counter() + options.seconds / 2
             times = []
             while time.perf_counter() < end:
                 times.append(run())
+            spent += time.process_time()
             halves.append(times)
             if len(halves) == 1:
                 served = load(server, engine, "tensors", 16, options)
-        alone = options.batch / statistics.median(halves[0] + halves[1])
-        rounds.append({**vars(served), "bench": alone, "ratio": served.per_second / alone})
-        print(f"  bench {alone:.1f}/s, ratio {rounds[-1]['ratio']:.3f}", flush=True)
-    return {"ratio": statistics.median(one["ratio"] for one in rounds), "rounds": rounds}
+        both = halves[0] + halves[1]
+        alone = options.batch / statistics.median(both)
+        bench_cpu = spent / (options.batch * len(both))
+        rounds.append(
+            {
+                **vars(served),
+                "bench": alone,
+                "bench_cpu_per_image": bench_cpu,
+                "ratio": served.per_second / alone,
+                "cpu_ratio": bench_cpu / served.cpu_per_image,
+            }
+        )
+        one = rounds[-1]
+        print(
+            f"  bench {alone:.1f}/s, ratio {one['ratio']:.3f}, by processor time "
+            f"{one['cpu_ratio']:.3f}",
+            flush=True,
+        )
+    middle = {
+        name: statistics.median(one[name] for one in rounds) for name in ("ratio", "cpu_ratio")
+    }
+    return {**middle, "rounds": rounds}
 
 
 def soak(server: Server, engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:

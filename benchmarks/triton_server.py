@@ -32,9 +32,9 @@ class Server:
     grpc: str
     process: subprocess.Popen[bytes]
     log: Path
-    """What it and its models print."""
+    """Log of the server and its models."""
     region: str
-    """What the names of its shared memory begin with."""
+    """Prefix of the names of its shared memory."""
 
     def stop(self, patience: float = 40.0) -> int:
         """Ask it to end, as a process manager does, and return its exit status."""
@@ -45,8 +45,18 @@ class Server:
         """Return the server's process and those of its models."""
         return [self.process.pid, *_descendants(self.process.pid)]
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time that its processes have taken so far."""
+        ticks = 0
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                # After the name, in parentheses: utime and stime are fields 14 and 15 of all.
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def used(self) -> dict[str, int]:
-        """Return what it holds: resident bytes, open files and bytes of shared memory, all told."""
+        """Return the total resident bytes, open files and bytes of shared memory."""
         private = files = 0
         for pid in self.processes():
             with contextlib.suppress(OSError):

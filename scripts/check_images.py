@@ -4,7 +4,7 @@
     python3 scripts/check_images.py --list cpu   the RUN lines alone
 
 The RUN lines are taken from the Dockerfile and run as they stand, but for the folders /src and
-/opt/trt-yolov6, which become folders of their own. The health check, the entry point and the
+/opt/trt-yolov6, which become folders of their own, and for the base image's Python packages. The health check, the entry point and the
 commands run as the image's user where this is root. Needs .venv (scripts/environment.sh) for an
 engine to run.
 """
@@ -98,7 +98,9 @@ def check(name: str, root: Path) -> None:
         if line.startswith("useradd "):
             continue  # below, commands run under its number
         print(f"RUN {line}", flush=True)
-        subprocess.run(["sh", "-ec", moved(line, root)], check=True)
+        # The packages of this machine's Python are not those of NVIDIA's container.
+        step = moved(line, root).replace(" --system-site-packages", "")
+        subprocess.run(["sh", "-ec", step], check=True)
     shutil.rmtree(root / "src", ignore_errors=True)
     as_user: list[str] = []
     if os.getuid() == 0:

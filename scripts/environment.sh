@@ -26,7 +26,7 @@ stamp=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 marker=".venv/.ready-$stamp-${extras:-base}"
 if [ ! -e "$marker" ]; then
     echo "installing into .venv, once: some 2 GB, and several more where pip takes PyTorch's CUDA" \
-        "build, as it does on Linux unless told otherwise; nothing is compiled ..." >&2
+        "build, the default on Linux; nothing is compiled ..." >&2
     # Off a terminal pip draws no bar, and for minutes there is nothing else to see.
     (while sleep 30; do echo "  ... $(du -sm .venv | cut -f1) MB so far" >&2; done) &
     teller=$!

@@ -46,7 +46,7 @@ RELEASES = {
 """The oldest and the newest of what the backends admit, and what lies at the turns between."""
 
 WHOLE = "tensorrt=="
-"""How requirements of packages begin that hold TensorRT's library too. They need Python 3.10."""
+"""Prefixes of requirements that also contain TensorRT's library. They need Python 3.10."""
 
 FOR_PYTHON_310 = (
     "--python-version=3.10",
@@ -57,7 +57,7 @@ FOR_PYTHON_310 = (
 """Options of `pip download`."""
 
 OUR_NEEDS = ("numpy", "tqdm")
-"""What our code imports before it turns to TensorRT."""
+"""Modules that our code imports before TensorRT."""
 
 STUBS = ("tensorrt 10.13.0.35", "tensorrt-stubs==10.13.0.35.1")
 
@@ -92,7 +92,7 @@ except UserError as error:
     assert "cannot start its builder" in str(error), error
 json.dump(tensorrt_api.facts(api), sys.stdout)
 """
-"""What is done with each release's bindings."""
+"""Script that runs with each release's bindings."""
 
 
 def unpacked(folder: Path, *wanted: str) -> Path:
@@ -185,7 +185,7 @@ def published_stub(requirement: str) -> str:
     with tempfile.TemporaryDirectory() as name:
         root = unpacked(Path(name), requirement)
         text = (root / "tensorrt_bindings" / "tensorrt.pyi").read_text()
-    # A parameter without a default behind others that have one; a parameter named `in`.
+    # A parameter without a default after others that have one; a parameter named `in`.
     text = text.replace("= None, channel_axis: int)", "= None, channel_axis: int = ...)")
     text = re.sub(r"\bin: ", "in_: ", text)
     # A member of the module that is named `bool` hides the type.

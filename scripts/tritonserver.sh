@@ -4,7 +4,7 @@
 #   bash scripts/tritonserver.sh
 #
 # The server is taken from the wheel of nvidia-pytriton, without the Python package around it, whose requirements
-# (NumPy 1) do not fit beside ours. Models get NumPy 1 all the same: with a later one the tensors of this release of the
+# (NumPy 1) conflict with ours. Models get NumPy 1 all the same: with a later one the tensors of this release of the
 # backend (24.10) are empty. The server holds the Python backend only, and is for Linux on x86-64 with glibc 2.35 or
 # later and Python 3.10 to 3.12.
 set -euo pipefail

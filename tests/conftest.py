@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import onnxruntime
 import pytest
 import torch
@@ -17,6 +18,12 @@ from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure() -> None:
+    """Let hypothesis take its time: a busy machine is not a mistake of the code."""
+    hypothesis.settings.register_profile("busy", deadline=None)
+    hypothesis.settings.load_profile("busy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

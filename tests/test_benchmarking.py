@@ -21,22 +21,19 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from support.tiny_detector import load_tiny
 
-from trt_yolov6.bench import latency as benchmarking
-from trt_yolov6.bench.latency import (
+from trt_yolov6.bench import sampling
+from trt_yolov6.bench.end_to_end import benchmark_end_to_end, benchmark_end_to_end_many
+from trt_yolov6.bench.latency import STAGES, benchmark, benchmark_many
+from trt_yolov6.bench.sampling import (
     MIN_RUNS_NARROW,
-    STAGES,
     Watched,
-    benchmark,
-    benchmark_end_to_end,
-    benchmark_end_to_end_many,
-    benchmark_many,
-    format_report,
     median_interval_ranks,
     random_input,
     sample,
     summarize,
     warm_up_run,
 )
+from trt_yolov6.bench.text import format_report
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.errors import UserError
 
@@ -228,7 +225,7 @@ def test_disturbed_runs_are_left_out_or_marked(
                 return 0.06
             return 0.01
 
-    monkeypatch.setattr(benchmarking, "cpu_wait_seconds", wait)
+    monkeypatch.setattr(sampling, "cpu_wait_seconds", wait)
     with load_tiny(tmp_path) as engine:
         monkeypatch.setattr(engine, "resident_run", lambda images, streams: Busy())
         result = benchmark(engine, duration=0.02, warm_up=0, progress=False)
@@ -420,7 +417,7 @@ def test_stages_are_of_the_runs_that_the_latency_is_of(
         waited += next(readings) * 0.05
         return waited
 
-    monkeypatch.setattr(benchmarking, "cpu_wait_seconds", wait)
+    monkeypatch.setattr(sampling, "cpu_wait_seconds", wait)
     with load_engine(detector) as engine:
         result = benchmark_end_to_end(engine, IMAGES[:2], duration=0.5, warm_up=0, progress=False)
     assert not result.disturbed
@@ -434,9 +431,9 @@ def test_stages_are_of_the_runs_that_the_latency_is_of(
 def test_a_batch_that_does_not_fit_in_memory_is_refused(detector: Path, batch: int) -> None:
     with load_engine(detector) as engine:
         engine.batch = dataclasses.replace(engine.batch, max=batch)
-        with pytest.raises(UserError, match=f"{batch} images .* smaller --batch"):
+        with pytest.raises(UserError, match=f"{batch} images .* smaller `batch`"):
             benchmark(engine, batch=batch, progress=False)
-        with pytest.raises(UserError, match=f"{batch} images .* smaller --batch"):
+        with pytest.raises(UserError, match=f"{batch} images .* smaller `batch`"):
             benchmark_end_to_end(engine, IMAGES[:1], batch=batch, progress=False)
 
 
@@ -447,9 +444,9 @@ def test_a_batch_the_engine_does_not_take_is_refused(detector: Path, tmp_path: P
     path = tmp_path / "static.onnx"
     onnx.save(model, path)
     with load_engine(path) as engine:
-        with pytest.raises(UserError, match=r"static\.onnx takes only batch 2, not 32; .*--batch"):
+        with pytest.raises(UserError, match=r"static\.onnx takes only batch 2, not 32; .*`batch`"):
             benchmark(engine, batch=32, progress=False)
-        with pytest.raises(UserError, match="--batch"):
+        with pytest.raises(UserError, match="`batch`"):
             benchmark_end_to_end(engine, IMAGES[:1], batch=1, progress=False)
 
 

@@ -7,12 +7,7 @@ import dataclasses
 import json
 import math
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from support import family_graphs
+from support.kills import Kill, run_killed
 
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import sha256_file, write_json
@@ -149,7 +145,8 @@ def test_results_say_what_was_measured_on_what(finished: Path, data: Path) -> No
     assert results["engines"][1]["parameters"] == 8 * 48 + 8
 
 
-def test_the_sixteenth_of_the_work_is_clearly_the_faster(finished: Path) -> None:
+def test_a_sixteenth_of_the_boxes_is_faster(finished: Path) -> None:
+    # With as many multiply-adds, so it is not sixteen times as fast, and by how much is open.
     ratios = {(one["engine"], one["batch"]): one for one in read_results(finished)["ratios"]}
     assert ratios["fine fp32", 4]["to"] == "coarse fp32"
     assert ratios["fine fp32", 4]["ratio"] > 1
@@ -157,9 +154,7 @@ def test_the_sixteenth_of_the_work_is_clearly_the_faster(finished: Path) -> None
 
 def test_a_second_run_repeats_nothing_and_says_the_same(finished: Path, plan: Plan) -> None:
     before, results = contents(finished), (finished / "results.json").read_bytes()
-    start = time.monotonic()
     compare(plan, finished, progress=False)
-    assert time.monotonic() - start < 5
     assert contents(finished) == before
     assert (finished / "results.json").read_bytes() == results
 
@@ -195,33 +190,24 @@ def test_an_engine_that_was_replaced_is_built_again(
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(
-    finished: Path, plan: Plan, tmp_path: Path, root: Path
+    finished: Path, plan: Plan, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     models = [str(model.path) for model in plan.models]
-    command = [sys.executable, "-m", "trt_yolov6", "compare", *models, "--precisions", "fp32"]
-    command += ["--batches", "1,4", "--data", str(plan.data), "--output", str(folder)]
-    command += ["--rounds", "5", "--duration", "0.5", "--no-layers", "--quiet"]
-    generator = random.Random(5)
-    done = 0
-    killed = 0
-    for _ in range(20):
-        process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
-        try:
-            # Longer each time, so that it comes to an end on a slow machine as well.
-            code = process.wait(1.5**killed * generator.uniform(0.7, 1.3))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-            kept = [json.loads(file.read_text()) for file in folder.glob("steps/timing-*.json")]
-            rounds = len(kept[0]["value"]) if kept else 0
-            assert rounds >= done  # what was done is never lost
-            done = rounds
-            continue
-        assert code == 0
-        break
-    assert killed
+    command = ["compare", *models, "--precisions", "fp32", "--batches", "1,4"]
+    command += ["--data", str(plan.data), "--output", str(folder)]
+    command += ["--rounds", "4", "--duration", "0.1", "--no-layers", "--quiet"]
+    code = "import sys\nfrom trt_yolov6.cli import main\nsys.exit(main(sys.argv[1:]))"
+    for kill, rounds in (
+        (Kill("build-", 1, after=True), 0),
+        (Kill("timing-", 2, after=False), 1),  # at the end of the second round
+        (Kill("timing-", 2, after=True), 3),
+    ):
+        run_killed(code, command, kill)
+        kept = [json.loads(file.read_text())["value"] for file in folder.glob("steps/timing-*")]
+        # What was done is never lost.
+        assert sum(map(len, kept)) == rounds
+    assert main(command) == 0
     results = read_results(folder)
     assert len(results["timings"]) == 4
     left_alone = {one["engine"]: one["AP"] for one in read_results(finished)["engines"]}

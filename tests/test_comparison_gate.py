@@ -110,7 +110,7 @@ def test_a_baseline_of_other_data_device_or_thresholds_is_refused() -> None:
             check(RESULTS, other)
     other = changed()
     other["engines"][0]["device"] = "another cpu"
-    with pytest.raises(UserError, match="--allow-other-device"):
+    with pytest.raises(UserError, match="`other_device`"):
         check(RESULTS, other)
     assert check(RESULTS, other, Limits(other_device=True)).ok
 

@@ -42,7 +42,7 @@ rounds: 5
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("models: [", "no YAML file"),
+        ("models: [", "not a YAML file"),
         ("- n.pt", "no list `models`"),
         ("models: n.pt", "no list `models`"),
         ("models: []", "nothing to compare"),
@@ -60,8 +60,8 @@ rounds: 5
         ("models: [n.pt]\nbatches: [1, 4, 1]", "given twice"),
         ("models: [n.pt]\nborder: -5", "border"),
         ("models: [n.pt]\nthreads: -3", "threads"),
-        ("models: [n.pt]\nsplit: 2024-13-45", "no YAML file"),  # YAML takes it for a date
-        ("models: !!python/object/apply:os.system ['touch pwned']", "no YAML file"),
+        ("models: [n.pt]\nsplit: 2024-13-45", "not a YAML file"),  # YAML takes it for a date
+        ("models: !!python/object/apply:os.system ['touch pwned']", "not a YAML file"),
     ],
 )
 def test_what_is_wrong_with_a_plan_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:

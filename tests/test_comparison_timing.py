@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from trt_yolov6.bench.latency import DISTURBED
+from trt_yolov6.bench.sampling import DISTURBED
 from trt_yolov6.common.machine import cpu_wait_seconds
 from trt_yolov6.comparison.rounds import (
     Round,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.detectors import detections as detection
+from trt_yolov6.detectors.candidates import Candidates
 from trt_yolov6.detectors.detections import MAX_CANDIDATES, Detections, postprocess, suppress
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
@@ -107,9 +108,9 @@ def test_boxes_without_area_overlap_nothing() -> None:
 @pytest.mark.parametrize(("classes", "limit"), [(80, 300), (1, 300), (80, MAX_CANDIDATES)])
 def test_thousands_of_candidates_take_milliseconds(classes: int, limit: int) -> None:
     boxes, scores, labels = crowd(MAX_CANDIDATES, classes, 60)
-    start = time.perf_counter()
+    start = time.thread_time()  # of the processor, whatever else the machine does
     suppress(boxes, scores, labels, 0.65, limit)
-    assert time.perf_counter() - start < 0.5  # at most 0.1 s on idle cores
+    assert time.thread_time() - start < 0.5  # at most 0.1 s on idle cores
 
 
 def split_outputs(
@@ -262,3 +263,22 @@ def test_more_candidates_than_the_cap_keep_the_best(monkeypatch: pytest.MonkeyPa
 def test_outputs_of_another_layout_are_refused() -> None:
     with pytest.raises(UserError, match="boxes"):
         postprocess({"rows": np.zeros((1, 10, 8))}, "split", NmsSettings(), [WHOLE])
+
+
+@given(seed=st.integers(0, 10**6), images=st.integers(1, 4), confidence=st.floats(0.1, 0.9))
+def test_candidates_that_an_engine_chose_are_read_as_its_outputs_are(
+    seed: int, images: int, confidence: float
+) -> None:
+    boxes, scores = split_outputs(images, 30, 3, seed)
+    nms = NmsSettings(confidence=confidence, iou=0.5, max_detections=20)
+    # Chosen at a lower confidence, of a batch whose last image is padding.
+    batch, anchors, classes = np.nonzero(scores > 0.05)
+    chosen = Candidates(
+        batch, classes, anchors, scores[batch, anchors, classes], boxes[batch, anchors]
+    )
+    places = [WHOLE] * max(1, images - 1)
+    found = postprocess(chosen, "split", nms, places)
+    expected = postprocess({"boxes": boxes, "scores": scores}, "split", nms, places)
+    assert len(found) == len(expected) == len(places)
+    for one, other in zip(found, expected, strict=True):
+        assert as_tuples(one) == as_tuples(other)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from documents import Block, blocks, commands, restored_registries, write_workspace
+from support.documents import Block, blocks, commands, restored_registries, write_workspace
 
 from benchmarks import tables
 from benchmarks.tables import DOCUMENTS, TABLES, markdown, tables_filled

@@ -187,7 +187,7 @@ def detector(path: Path, kind: int, shape: list[int], rows: list[int]) -> Path:
         (TensorProto.INT64, [1, 3, 64, 64], "takes int64"),
         (TensorProto.FLOAT, [1, 4, 64, 64], "an engine takes float32"),
         (TensorProto.FLOAT, [1, 64, 64, 3], "an engine takes float32"),
-        (TensorProto.FLOAT, [1, 3, -1, -1], "--imgsz"),
+        (TensorProto.FLOAT, [1, 3, -1, -1], "`image_size`"),
     ],
 )
 def test_an_input_that_no_engine_takes_is_refused_when_building(
@@ -212,10 +212,10 @@ def test_an_unknown_backend_lists_the_known_ones(engine_file: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "settings"),
     [
-        ("--target", BuildSettings(target="t4")),
-        ("--timing-cache", BuildSettings(timing_cache=Path("cache"))),
-        ("--workspace", BuildSettings(workspace_mib=64)),
-        ("--optimization-level", BuildSettings(optimization_level=3)),
+        ("`target`", BuildSettings(target="t4")),
+        ("`timing_cache`", BuildSettings(timing_cache=Path("cache"))),
+        ("`workspace_mib`", BuildSettings(workspace_mib=64)),
+        ("`optimization_level`", BuildSettings(optimization_level=3)),
     ],
 )
 def test_onnxruntime_refuses_what_only_tensorrt_has(

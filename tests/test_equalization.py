@@ -27,6 +27,7 @@ from trt_yolov6.quantization.equalization.channel_graph import FIXED, rescale, t
 from trt_yolov6.quantization.equalization.solve import equalize, noise_to_signal, tensors_to_measure
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.quantization.statistics import TensorStatistics
 
 SIZE = 8
 
@@ -261,6 +262,65 @@ def test_a_weight_that_two_convolutions_share_is_left_alone() -> None:
     channels = trace_channels(model)
     assert channels.classes[first].tolist() == [FIXED] * 4
     assert channels.classes["again"].tolist() == [FIXED] * 4
+
+
+def chain() -> onnx.ModelProto:
+    """Three convolutions with ReLU between them: what the formula of the noise can be tried on."""
+    drawing = Drawing(3)
+    first = drawing.add("Relu", [drawing.convolution("images")], 4)
+    second = drawing.add("Relu", [drawing.convolution(first)], 4)
+    drawing.convolution(second)
+    return drawing.model()
+
+
+def measured(model: onnx.ModelProto) -> dict[str, TensorStatistics]:
+    rng = np.random.default_rng(1)
+    images = [rng.normal(size=(1, 4, SIZE, SIZE)).astype(np.float32) for _ in range(4)]
+    return collect(model, images, tensors_to_measure(model))
+
+
+def expected_noise(model: onnx.ModelProto, found: dict[str, TensorStatistics]) -> float:
+    """The formula at the top of `equalization.solve`, for a chain of dense convolutions."""
+    constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    total = 0.0
+    for node in model.graph.node:
+        if node.op_type != "Conv" or node.input[0] not in found:
+            continue
+        weights = constants[node.input[1]].astype(float)
+        ranges = found[node.input[0]].amax_per_channel
+        assert ranges is not None
+        squares = (0.1 * ranges) ** 2
+        for output in weights:
+            energy = (output**2).sum(axis=(1, 2))
+            step = np.abs(output).max()
+            noise = ranges.max() ** 2 * energy.sum() + step**2 * (9 * squares).sum()
+            total += noise / (energy * squares).sum() / len(weights)
+    return total / (12 * 127**2)
+
+
+def test_the_noise_is_that_of_the_formula_however_channels_are_scaled() -> None:
+    model = chain()
+    channels = trace_channels(model)
+    for seed in range(3):
+        factors = np.exp2(np.random.default_rng(seed).uniform(-3, 3, channels.count))
+        factors[FIXED] = 1
+        scaled = rescale(model, channels, factors.astype(np.float32))
+        found = measured(scaled)
+        assert noise_to_signal(scaled, found) == pytest.approx(expected_noise(scaled, found))
+
+
+def test_no_step_from_the_optimum_lessens_the_noise() -> None:
+    model = rescale_channels(chain(), np.random.default_rng(0), 1, 256)
+    best = equalize(model, measured(model), smooth=False)
+    channels, least = trace_channels(best), noise_to_signal(best, measured(best))
+    assert least < 0.5 * noise_to_signal(model, measured(model))
+    for index in range(channels.count):
+        for step in (0.7, 1.4):
+            factors = np.ones(channels.count, np.float32)
+            if index != FIXED:
+                factors[index] = step
+                moved = rescale(best, channels, factors)
+                assert noise_to_signal(moved, measured(moved)) > 0.995 * least
 
 
 def test_rescaling_beforehand_changes_nothing() -> None:

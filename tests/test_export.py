@@ -191,6 +191,12 @@ def test_uint8_input_gives_what_normalized_floats_give() -> None:
         np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
+def test_a_free_batch_axis_is_free_in_half_precision_too() -> None:
+    graph = exported("plain", ExportSettings((64, 96), fp16=True)).graph
+    first = [value.type.tensor_type.shape.dim[0] for value in (*graph.input, *graph.output)]
+    assert [axis.dim_param for axis in first] == ["batch"] * 3
+
+
 def test_half_precision_keeps_input_and_coordinates_in_float32() -> None:
     images = planar(pixels(1))
     single = run(exported("plain", ExportSettings((64, 96))), images)
@@ -290,5 +296,5 @@ def test_a_size_that_is_no_multiple_of_32_is_refused(size: tuple[int, int]) -> N
 
 
 def test_an_opset_out_of_range_is_refused() -> None:
-    with pytest.raises(UserError, match="--opset 12"):
+    with pytest.raises(UserError, match="`opset` 12"):
         ExportSettings(opset=12)

@@ -223,7 +223,7 @@ def test_gradients_are_those_of_tensors_kept_whole(
     for whole in (False, True):
         if whole:
             monkeypatch.setattr(
-                "trt_yolov6.training.graph_network._Compact.remember", lambda *_: None
+                "trt_yolov6.training.qat.onnx_module._Compact.remember", lambda *_: None
             )
         network = start.student().train()
         parts = [part for level in network.raw(images) for part in level]

@@ -130,7 +130,7 @@ def test_the_sources_own_folder_is_not_written_to(tmp_path: Path, engine: Engine
     path = tmp_path / "a.png"
     Image.fromarray(picture(0, 0, 0)).save(path)
     for source in (path, tmp_path):
-        with pytest.raises(UserError, match="--output"):
+        with pytest.raises(UserError, match="`output`"):
             infer_source(engine, source, tmp_path, progress=False)
 
 

@@ -105,3 +105,37 @@ def test_errors_of_two_runs_add_in_quadrature() -> None:
 def test_without_a_lower_bound_nothing_is_known_of_the_ratio() -> None:
     ratio = ratio_of(Interval(2.0, 0.0, 3.0), Interval(1.0, 0.9, 1.1))
     assert (ratio.low, ratio.high) == (0.0, math.inf)
+
+
+def test_intervals_overlap_that_share_a_value_be_it_an_end() -> None:
+    middle = Interval(2.5, 2.0, 3.0)
+    for low, high, expected in ((1, 2, True), (3, 4, True), (2.2, 2.4, True), (1, 4, True)):
+        assert middle.overlaps(Interval(low, low, high)) is expected
+    for low, high in ((1, 1.999), (3.001, 4)):
+        assert not middle.overlaps(Interval(low, low, high))
+        assert not Interval(low, low, high).overlaps(middle)
+
+
+def test_the_error_is_the_larger_half_of_the_interval() -> None:
+    assert Interval(2.0, 1.0, 3.0).log_error == pytest.approx(math.log(2))
+    assert Interval(2.0, 1.5, 6.0).log_error == pytest.approx(math.log(3))
+    assert Interval(2.0, 1e-9, 2.0).log_error == pytest.approx(math.log(2e9))
+    assert Interval(2.0, 0.0, 2.0).log_error == math.inf
+
+
+def test_the_interval_of_a_ratio_is_the_textbooks() -> None:
+    # Logarithms of the ratios 0, 1, 2: mean 1, deviation 1, t of 2 degrees of freedom 4.3027.
+    found = ratio_interval([3.0, 3 * math.e, 5 * math.e**2], [3.0, 3.0, 5.0])
+    half = 4.302652729911275 / math.sqrt(3)
+    assert found.value == pytest.approx(math.e)
+    assert math.log(found.low) == pytest.approx(1 - half)
+    assert math.log(found.high) == pytest.approx(1 + half)
+
+
+def test_the_confidence_is_the_one_asked_for() -> None:
+    rounds, base = [1.0, 2.0, 4.0], [1.0, 1.5, 1.0]
+    for interval in (
+        prediction_interval(rounds, confidence=0.5),
+        ratio_interval(rounds, base, 0.5),
+    ):
+        assert 1 < interval.high / interval.value < 3  # t of 2 degrees of freedom: 0.816

@@ -160,5 +160,5 @@ def test_stretched_corners_come_back(height: int, width: int, size: tuple[int, i
 
 @pytest.mark.parametrize("mode", ["corner", "stretch"])
 def test_a_border_is_for_letterboxes(mode: Fit) -> None:
-    with pytest.raises(UserError, match=f"fit {mode}; leave --resize and --border out"):
+    with pytest.raises(UserError, match=f"fit {mode}; leave `resize` and `border` out"):
         fit((40, 40), (64, 64), 3, mode)

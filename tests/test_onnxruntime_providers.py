@@ -68,6 +68,7 @@ def test_an_engine_on_the_cpu_says_why_it_is_not_on_the_gpu(
     engine = load_engine(path)
     assert engine.note.startswith("on the CPU, for CUDA's provider does not start")
     assert "invalid ELF header" in engine.note
+    assert engine.computed_in is None  # a note says how, it does not mean another precision
     assert load_engine(path, options=LoadOptions(provider="cpu")).note == ""
     with pytest.raises(MissingDependencyError, match="does not load"):
         load_engine(path, options=LoadOptions(provider="cuda"))

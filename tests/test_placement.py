@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,17 @@ from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_chec
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.models import architecture, build_model
 from trt_yolov6.quantization.qdq.insert import insert_qdq
-from trt_yolov6.quantization.qdq.placement import Placement, place
+from trt_yolov6.quantization.qdq.placement import (
+    Placement,
+    Rule,
+    is_among_the_last,
+    is_narrower_than,
+    is_pointwise,
+    is_transposed,
+    place,
+    reads_few_channels,
+    works_less_than,
+)
 from trt_yolov6.spec import BatchProfile
 
 LAYERS = ("stem", "deep", "low", "reduce", "merge", "up", "join", "head", "cls", "reg")
@@ -113,7 +124,7 @@ class TestDetector:
     @given(st.sets(st.sampled_from(LAYERS)))
     def test_any_layers_can_stay_in_float(self, kept: set[str]) -> None:
         model = detector()
-        placement = place(model, keep_float=kept)
+        placement = place(model, exclude=kept)
         result = quantized(model, placement)
         assert set(placement.layers) == set(LAYERS) - kept == int8_layers(result)
         stored = {item.name: item.data_type for item in result.graph.initializer}
@@ -125,20 +136,20 @@ class TestDetector:
 
     def test_a_layer_in_float_reads_what_is_concatenated_unrounded(self) -> None:
         model = detector()
-        placement = place(model, keep_float={"join"})
+        placement = place(model, exclude={"join"})
         # `deep_relu` is quantized for `low`, but reaches `join` through the concatenation as it is.
-        assert ("deep_relu", "both") in placement.exact_reads
+        assert ("deep_relu", "both") in placement.unquantized_reads
         assert "up_out" not in placement.tensors
 
     def test_with_all_layers_in_float_the_graph_is_the_same(self) -> None:
         model = detector()
-        placement = place(model, keep_float=LAYERS)
+        placement = place(model, exclude=LAYERS)
         assert placement.tensors == ()
         assert insert_qdq(model, placement, {}).graph.node == model.graph.node
 
     def test_a_name_that_is_no_layer_is_refused(self) -> None:
         with pytest.raises(UserError, match="--float-layers names nonsense"):
-            place(detector(), keep_float={"stem", "nonsense"})
+            place(detector(), exclude={"stem", "nonsense"})
 
     def test_a_quantized_graph_is_refused(self) -> None:
         model = detector()
@@ -185,7 +196,7 @@ class TestRules:
         graph.conv("after", graph.node("Add", [branch, scaled], "total"), (8, 4))
         placement = place(graph.model("after_out"))
         assert placement.tensors == ("images", "trunk_relu", "total")
-        assert placement.exact_reads == frozenset()
+        assert placement.unquantized_reads == frozenset()
 
     def test_squeeze_and_excitation_stays_in_float(self) -> None:
         graph = GraphWriter()
@@ -231,7 +242,112 @@ class TestRules:
         for node in model.graph.node:
             node.name = "same" if node.name in ("stem", "deep") else ""
         assert tuple(layer_names(model).values()) == tuple(f"{name}_out" for name in LAYERS)
-        assert int8_layers(quantized(model, place(model, keep_float={"low_out"}))) >= {"up_out"}
+        assert int8_layers(quantized(model, place(model, exclude={"low_out"}))) >= {"up_out"}
+
+
+def in_float(rule: Rule, *layers: tuple[int, int], **attributes: Any) -> tuple[str, ...]:
+    """Which convolutions in a row, named `0`, `1` ..., a rule leaves in float."""
+    graph, tensor = GraphWriter(), "images"
+    for number, channels in enumerate(layers):
+        tensor = graph.conv(str(number), tensor, channels, **attributes)
+    return tuple(place(graph.model(tensor), leave_float=(rule,)).float_layers)
+
+
+class TestRulesToChoose:
+    def test_fewer_than_sixteen_input_channels(self) -> None:
+        layers = [(3, 16), (16, 15), (15, 4)]
+        assert in_float(reads_few_channels, *layers) == ("0", "2")
+
+    def test_the_channels_of_a_group_are_what_counts(self) -> None:
+        assert in_float(reads_few_channels, (3, 32), (32, 32)) == ("0",)
+        graph = GraphWriter()
+        wide = graph.conv("wide", "images", (3, 32))
+        graph.conv("halves", wide, (32, 32), group=2)
+        graph.conv("quarters", "halves_out", (32, 32), group=4)
+        placement = place(graph.model("quarters_out"), leave_float=(reads_few_channels,))
+        assert set(placement.float_layers) == {"wide", "quarters"}
+
+    def test_transposed_convolutions(self) -> None:
+        up = {"kernel": 2, "strides": [2, 2], "op": "ConvTranspose"}
+        assert in_float(is_transposed, (3, 8), (8, 4), **up) == ("0", "1")
+        assert in_float(is_transposed, (3, 8), (8, 4)) == ()
+        # Their weights have input channels first.
+        assert in_float(reads_few_channels, (3, 16), (16, 8), **up) == ("0",)
+
+    def test_convolutions_of_one_pixel(self) -> None:
+        assert in_float(is_pointwise, (3, 8), kernel=1) == ("0",)
+        assert in_float(is_pointwise, (3, 8), kernel=3) == ()
+
+    @pytest.mark.parametrize("channels", [(8, 16), (16, 8), (8, 8)])
+    def test_narrow_on_either_side(self, channels: tuple[int, int]) -> None:
+        first = (3, channels[0])
+        assert in_float(is_narrower_than(9), first, channels) == ("0", "1")
+        assert in_float(is_narrower_than(8), first, channels) == ("0",)
+
+    def test_little_work_for_a_value_read(self) -> None:
+        # A value is read by 9 products for each of 16 outputs; of every second row and column
+        # by a quarter of them.
+        assert in_float(works_less_than(144), (3, 16), kernel=3) == ()
+        assert in_float(works_less_than(145), (3, 16), kernel=3) == ("0",)
+        assert in_float(works_less_than(36), (3, 16), kernel=3, strides=[2, 2]) == ()
+        assert in_float(works_less_than(37), (3, 16), kernel=3, strides=[2, 2]) == ("0",)
+
+    @pytest.mark.parametrize("count", range(4))
+    def test_layers_counted_from_the_outputs(self, count: int) -> None:
+        layers = [(3, 8), (8, 8), (8, 4)]
+        assert in_float(is_among_the_last(count), *layers) == ("0", "1", "2")[3 - count :]
+
+
+class TestGates:
+    """What is one pixel large by global pooling, and what follows it."""
+
+    @staticmethod
+    def float_layers(axes: list[int] | None, then: str = "") -> set[str]:
+        graph = GraphWriter()
+        trunk = graph.conv("trunk", "images", (3, 8))
+        if axes is None:
+            pooled = graph.node("GlobalMaxPool", [trunk], "pooled")
+        else:
+            pooled = graph.node("ReduceMean", [trunk], "pooled", axes=axes, keepdims=1)
+        if then == "constant":
+            factor = graph.constant("factor", np.ones((1, 8, 1, 1), np.float32))
+            pooled = graph.node("Mul", [pooled, factor], "scaled")
+        elif then == "trunk":
+            pooled = graph.node("Mul", [pooled, trunk], "scaled")
+        elif then:
+            pooled = graph.node(then, [pooled], "moved")
+        graph.conv("reads", pooled, (8, 4))
+        return set(place(graph.model("reads_out")).float_layers)
+
+    @pytest.mark.parametrize("axes", [None, [2, 3], [-2, -1], [3, 2]])
+    def test_pooling_of_all_rows_and_columns_makes_one_pixel(self, axes: list[int] | None) -> None:
+        assert self.float_layers(axes) == {"reads"}
+
+    @pytest.mark.parametrize("axes", [[2], [3], [-1]])
+    def test_pooling_of_either_alone_does_not(self, axes: list[int]) -> None:
+        assert self.float_layers(axes) == set()
+
+    @pytest.mark.parametrize("then", ["Relu", "Sigmoid", "Identity", "constant"])
+    def test_what_alters_the_pixel_alone_leaves_it_one(self, then: str) -> None:
+        assert self.float_layers([2, 3], then) == {"reads"}
+
+    def test_what_scales_a_whole_tensor_does_not(self) -> None:
+        assert self.float_layers([2, 3], "trunk") == set()
+
+
+@pytest.mark.parametrize("between", [(), ("Transpose",), ("Transpose", "Reshape")])
+def test_the_expectation_may_be_taken_of_a_moved_distribution(between: tuple[str, ...]) -> None:
+    for moves in (True, False):
+        graph = GraphWriter()
+        tensor = graph.node("Softmax", [graph.conv("reg", "images", (3, 8))], "bins", axis=1)
+        for op in between if moves else ("Relu",):
+            if op == "Reshape":
+                shape = graph.constant("shape", np.array([0, 8, 32, 32], np.int64))
+                tensor = graph.node(op, [tensor, shape], op)
+            else:
+                tensor = graph.node(op, [tensor], op, **({"perm": [0, 1, 3, 2]} if moves else {}))
+        graph.conv("dfl", tensor, (8, 1))
+        assert (place(graph.model("dfl_out")).layers == ("reg",)) is moves
 
 
 @pytest.mark.skipif(not LITE.exists(), reason="the YOLOv6Lite graph is not here")

@@ -291,7 +291,7 @@ def test_it_goes_on_where_it_was_stopped(
     with pytest.raises(UserError, match="another network or with other settings"):
         train_quantized(fewer, settings, device="cpu", progress=False, state_file=state)
     state.write_bytes(b"junk")
-    with pytest.raises(UserError, match="delete it to start anew"):
+    with pytest.raises(UserError, match="delete it to start again"):
         train_quantized(start, settings, device="cpu", progress=False, state_file=state)
 
 

@@ -8,12 +8,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from support.runs import assert_same_bits, complaint
+from support.kills import Kill, run_killed
+from support.runs import TRAINING, assert_same_bits, complaint
 from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 from torch import Tensor, nn
 
@@ -331,21 +331,6 @@ def mini_settings(data: Path, variant: str) -> TrainSettings:
     )
 
 
-def _start(settings: TrainSettings, folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
-    code = (
-        "import json, sys, torch\n"
-        "torch.set_num_threads(1)\n"
-        "from trt_yolov6.models.variants import VARIANTS, Variant\n"
-        f"VARIANTS['yolov6mini'] = {MINI!r}\n"
-        "from trt_yolov6.training.recipe import settings_from_json\n"
-        "from trt_yolov6.training.trainer import train\n"
-        "settings = settings_from_json(json.loads(sys.argv[1]), 'test')\n"
-        f"train(settings, sys.argv[2], resume={resume}, progress=False, state_seconds=0)\n"
-    )
-    arguments = [sys.executable, "-c", code, json.dumps(settings.to_json()), str(folder)]
-    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
-
-
 @pytest.mark.slow
 def test_killed_in_the_search_and_after_it_a_run_ends_with_the_same_bits(
     data: Path, mini: str, tmp_path: Path
@@ -355,15 +340,15 @@ def test_killed_in_the_search_and_after_it_a_run_ends_with_the_same_bits(
     result = train(settings, undisturbed, progress=False, state_seconds=1e9)
     assert len(result.log) == 24
     assert [note.partition(" ")[0] for note in result.notes] == ["the", "RepOptimizer's"]
-    for sign in (killed / "search" / STATE_FILE, killed / STATE_FILE):
-        process = _start(settings, killed, resume=killed.exists())
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None and not sign.exists():
-            time.sleep(0.005)
-        time.sleep(0.1)
-        process.kill()
-        _, said = process.communicate()
-        assert sign.exists(), said.decode()
+    known = "from trt_yolov6.models.variants import VARIANTS, Variant\n"
+    known += f"VARIANTS['yolov6mini'] = {MINI!r}\n"
+    for resume, kill in (
+        ("start", Kill(STATE_FILE, 5, after=True)),
+        ("resume", Kill(STATE_FILE, 30, after=False)),
+    ):
+        arguments = [json.dumps(settings.to_json()), str(killed), resume]
+        run_killed(known + TRAINING, arguments, kill)
+    assert (killed / STATE_FILE).exists(), "it was killed in the search again"
     assert len(read_log(killed)) < 24, "it was over before the kill"
     assert main(["train", "--resume", "--output", str(killed), "--quiet"]) == 0
     for name in (".", "search"):
@@ -470,7 +455,7 @@ def test_mistakes_cost_one_line(
     with_scales = (*base, "--rep-optimizer", str(scales))
     for arguments, says in (
         ((*base, "--search-epochs", "3"), "is for --rep-optimizer"),
-        ((*base, "--rep-optimizer", str(tiny)), "no hyper-search network"),
+        ((*base, "--rep-optimizer", str(tiny)), "not a hyper-search network"),
         ((*base, "--rep-optimizer", str(tmp_path / "none.pt")), "none.pt"),
         ((*base, "--rep-optimizer", "--weights", str(tiny)), "leave --weights"),
         ((*base, "--rep-optimizer", "--block", "conv"), "leave --block"),

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,8 @@ import pytest
 import torch
 from support import authors_format
 from support.authors_format import FACTS, Facts
-from support.runs import assert_same_bits, complaint, weights_of
+from support.kills import Kill, run_killed
+from support.runs import TRAINING, assert_same_bits, complaint, weights_of
 from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
@@ -96,46 +94,22 @@ def test_the_loss_falls_and_the_weights_move(data: Path, tiny: Path, tmp_path: P
 
 
 def test_a_killed_run_ends_with_the_same_bits(data: Path, tiny: Path, tmp_path: Path) -> None:
-    settings = tiny_settings(data, tiny, epochs=40, plain_epochs=4)
-    undisturbed = tmp_path / "undisturbed"
+    # A state after every step of the optimizer, ten of them; `last.pt` first after the eighth.
+    settings = tiny_settings(data, tiny, epochs=10, plain_epochs=4)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     train(settings, undisturbed, progress=False, state_seconds=1e9)
-    killed = tmp_path / "killed"
-    seed = time.time_ns()
-    chance = random.Random(seed)
-    for attempt in range(2):
-        process = _start(settings, killed, resume=attempt > 0)
-        deadline = time.monotonic() + 60
-        before = (killed / STATE_FILE).stat().st_mtime_ns if attempt else 0
-        while time.monotonic() < deadline and process.poll() is None:
-            if (killed / STATE_FILE).exists() and (
-                (killed / STATE_FILE).stat().st_mtime_ns > before
-            ):
-                break
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    steps = torch.load(killed / STATE_FILE, weights_only=True)["progress"]
-    assert json.loads(steps)["step"] < 80, "it was over before the kill"
+    for start, kill in (
+        ("start", Kill(STATE_FILE, 4, after=False)),  # with the third state in its place
+        ("resume", Kill(STATE_FILE, 2, after=True)),
+        ("resume", Kill("last.pt", 1, after=True)),  # with a checkpoint newer than the state
+    ):
+        run_killed(TRAINING, [json.dumps(settings.to_json()), str(killed), start], kill)
     result = train(settings, killed, resume=True, progress=False)
-    assert [line["epoch"] for line in result.log] == list(range(1, 41)), seed
+    assert [line["epoch"] for line in result.log] == list(range(1, 11))
     assert_same_bits(undisturbed, killed)
     losses = [[line["loss"] for line in read_log(folder)] for folder in (undisturbed, killed)]
-    assert losses[0] == losses[1], seed
+    assert losses[0] == losses[1]
     assert not list(killed.glob(".*"))
-
-
-def _start(settings: TrainSettings, folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
-    code = (
-        "import json, sys, torch\n"
-        "torch.set_num_threads(1)\n"
-        "from trt_yolov6.training.recipe import settings_from_json\n"
-        "from trt_yolov6.training.trainer import train\n"
-        "settings = settings_from_json(json.loads(sys.argv[1]), 'test')\n"
-        f"train(settings, sys.argv[2], resume={resume}, progress=False, state_seconds=0)\n"
-    )
-    arguments = [sys.executable, "-c", code, json.dumps(settings.to_json()), str(folder)]
-    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
 
 
 def test_a_run_that_is_over_can_be_resumed_and_changes_nothing(

@@ -133,7 +133,7 @@ BAD_ANNOTATIONS = {
         "a box of four numbers should be",
     ),
     "no box": ({"id": 7, "image_id": 1, "category_id": 5}, "malformed", "has None where a box"),
-    "no object": ([1, 2], "malformed", "annotation number 2 is no JSON object"),
+    "no object": ([1, 2], "malformed", "annotation number 2 is not a JSON object"),
     "twice": (bad(), "duplicate", "repeats the box [4, 4, 20, 10] of another one"),
 }
 

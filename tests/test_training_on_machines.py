@@ -7,6 +7,7 @@ test make them; else two groups of processes that meet on loopback.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ import pytest
 from support.training_data import write_shapes, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.errors import UserError
 from trt_yolov6.training.log import read_log
 from trt_yolov6.training.recipe import recipe_for
 from trt_yolov6.training.trainer import train
@@ -187,3 +189,25 @@ def _end(agent: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(agent.pid, signal.SIGKILL)
     agent.wait()
+
+
+def test_a_training_is_begun_or_gone_on_with_by_the_same_call(tmp_path: Path) -> None:
+    data, tiny = write_shapes(tmp_path / "data"), write_tiny(tmp_path / "tiny.pt")
+    settings = recipe_for(
+        "yolov6-custom",
+        str(data),
+        weights=load_checkpoint(tiny),
+        epochs=1,
+        batch=4,
+        image_size=96,
+        val_split=None,
+    )
+    run = tmp_path / "run"
+    begun = train(settings, run, device="cpu", resume="auto", progress=False)
+    learned = begun.last.read_bytes()
+    again = train(settings, run, device="cpu", resume="auto", progress=False)
+    assert again.log == begun.log
+    assert again.last.read_bytes() == learned
+    other = dataclasses.replace(settings, seed=1)
+    with pytest.raises(UserError, match="another seed"):
+        train(other, run, device="cpu", resume="auto", progress=False)

@@ -265,6 +265,8 @@ def test_an_entry_for_pictures_takes_bytes_and_gives_boxes(engine: Path) -> None
         "count": (SCHEMA.TYPE_INT32, [1]),
     }
     assert config.max_batch_size == 8
+    # Triton would name scores by their place, which is not a class here.
+    assert not any(one.label_filename for one in config.output)
     told = {key: value.string_value for key, value in config.parameters.items()}
     assert (told["confidence"], told["max_detections"]) == ("0.25", "7")
     assert "iou" not in told

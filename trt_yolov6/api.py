@@ -172,7 +172,7 @@ def benchmark(
 
 
 class BenchmarkOptions(TypedDict, total=False):
-    """How `benchmark` measures."""
+    """Options of `benchmark`."""
 
     batch: int
     """Images a run (1)."""
@@ -201,7 +201,8 @@ def _benchmark(
     warm_up: float = 1.0,
     progress: bool = True,
 ) -> list[BenchmarkResult]:
-    from trt_yolov6.bench.latency import benchmark_end_to_end_many, benchmark_many
+    from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
+    from trt_yolov6.bench.latency import benchmark_many
     from trt_yolov6.data.images import list_images
     from trt_yolov6.errors import UserError
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
+from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.progress import a_line_a_minute
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
     from trt_yolov6.quantization.settings import QuantizationSettings
 
 Source: TypeAlias = "str | Path | Checkpoint | Graph"
-"""What an engine is made from: a checkpoint (`.pt`), any detector's ONNX file, or a graph."""
+"""Source of an engine: a checkpoint (`.pt`), any detector's ONNX file, or a graph."""
 
 _log = logging.getLogger(__name__)
 
 
 class GraphOptions(TypedDict, total=False):
-    """How a checkpoint or ONNX file becomes a graph: keywords of `export`, `quantize`, `build`."""
+    """Options for making a graph: keywords of `export`, `quantize` and `build`."""
 
     image_size: int | tuple[int, int] | None
     """Side, or height and width, of the input in pixels; multiples of 32. Default: what a
@@ -239,7 +240,7 @@ def build(
         graph = _float_graph(source, None, **options)
     else:
         graph = _float_graph(source, wanted, **options)
-    if name != "onnxruntime":
+    if BACKENDS[name].tensorrt:
         graph = for_tensorrt(graph)
     for note in graph.notes:
         _log.info("%s: %s", graph.source, note)

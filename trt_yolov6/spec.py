@@ -93,7 +93,7 @@ OutputLayout = Literal[
     "best",
     "efficient_nms",
 ]
-"""How a graph gives its detections; `detectors.layouts` has the arithmetic.
+"""Layout of a graph's detections; `detectors.layouts` has the arithmetic.
 
 Coordinates are in input pixels, scores and objectness in 0..1, unless it says otherwise. Outputs
 are found by their shapes where no name is given. Every anchor, NMS still to be done:
@@ -179,22 +179,6 @@ class NmsSettings:
 
 
 @dataclass(frozen=True)
-class PredictOptions:
-    """How images go through an engine."""
-
-    nms: NmsSettings | None = None
-    """Thresholds; None: those of the task, 0.4 confidence to show and 0.03 to evaluate."""
-    border: int = 0
-    """Gray pixels on every side of an image, see `data.letterbox.fit`."""
-    batch: int | None = None
-    """Images the engine is given at a time; None chooses, see `runtime.stream.choose_batch`."""
-    workers: int | None = None
-    """Threads that read and pre-process; None: one a core, at most sixteen."""
-    clip: bool = True
-    """Cut boxes off at the image's borders and drop those with nothing inside."""
-
-
-@dataclass(frozen=True)
 class TensorSpec:
     """Name, shape (None where it varies) and NumPy dtype of an engine's input or output."""
 
@@ -208,7 +192,7 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
-        """Return what `to_json` gave.
+        """Return the value that `to_json` wrote.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.

@@ -35,3 +35,15 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     text = capsys.readouterr().err
     assert text.count("\n") == 1
     return text
+
+
+TRAINING = """
+import json, sys, torch
+torch.set_num_threads(1)
+from trt_yolov6.training.recipe import settings_from_json
+from trt_yolov6.training.trainer import train
+settings = settings_from_json(json.loads(sys.argv[1]), "test")
+train(settings, sys.argv[2], resume=sys.argv[3] == "resume", progress=False, state_seconds=0)
+"""
+"""A training in a process of its own: its arguments are the settings, the folder, `start` or
+`resume`. A state is written after every step."""

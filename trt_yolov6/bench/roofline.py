@@ -20,14 +20,12 @@ import numpy as np
 
 from trt_yolov6.common.machine import cpu_model, cpu_wait_seconds, describe_cpu
 from trt_yolov6.engines.base import Engine
-from trt_yolov6.graph.cost import Layer, layers_of
+from trt_yolov6.graph.cost import Ceilings, Layer, layers_of
 from trt_yolov6.graph.index import constants_of
 from trt_yolov6.graph.operators import ACTIVATIONS
 
 if TYPE_CHECKING:
     import onnx
-
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 
 # What backends append to the name of the node, or tensor, that a kernel computes.
 _KERNEL_ENDINGS = re.compile(r"(_nchwc|_token_\d+|_myl\d+_\d+|/QuickGeluFusion/)+$")
@@ -41,23 +39,11 @@ _TRIALS, _MOST_TRIALS = 7, 60
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What a machine can do at most, as measured."""
-
-    bytes_per_second: float
-    """Read and written together, of a copy too large for the caches of most machines."""
-    flops: Mapping[str, float]
-    """Operations a second of a large matrix product, by precision."""
-    how: str
-    """What was measured with, one line."""
-
-
-@dataclass(frozen=True)
 class GraphWork:
     """A graph's layers and which of them a kernel belongs to."""
 
     layers: tuple[Layer, ...]
-    """Those whose FLOPs and shapes are known."""
+    """Layers whose FLOPs and shapes are known."""
     owners: Mapping[str, str]
     """Layer by the name of a node or tensor that it, or what is fused with it, computes."""
 
@@ -139,11 +125,10 @@ def _layer_time(
     if layer is None:
         return LayerTime(name, "", "", seconds, None, "")
     precision = computed_in or layer.precision
-    moved = layer.bytes_moved(batch, ELEMENT_BYTES.get(precision, 4))
-    if ceilings is None or precision not in ceilings.flops or layer.flops is None or moved is None:
+    least = ceilings.seconds(layer, batch, precision) if ceilings else None
+    if least is None:
         return LayerTime(name, layer.operator, layer.precision, seconds, None, "")
-    arithmetic = batch * layer.flops / ceilings.flops[precision]
-    memory = moved / ceilings.bytes_per_second
+    arithmetic, memory = least
     return LayerTime(
         name=name,
         operator=layer.operator,
@@ -162,11 +147,11 @@ def measure_ceilings(engine: Engine) -> Ceilings | None:
     """
     if engine.device == cpu_model():
         return cpu_ceilings(engine.threads)
-    return _gpu_ceilings()
+    return gpu_ceilings()
 
 
 def cpu_ceilings(threads: int | None = None) -> Ceilings:
-    """Measure the processor: ONNX Runtime's own matrix product, and a copy by as many threads.
+    """Measure the CPU: ONNX Runtime's matrix product, and a copy with the same thread count.
 
     Args:
         threads: as an engine uses; None for ONNX Runtime's choice.
@@ -200,7 +185,12 @@ def cpu_ceilings(threads: int | None = None) -> Ceilings:
     )
 
 
-def _gpu_ceilings() -> Ceilings | None:
+def gpu_ceilings() -> Ceilings | None:
+    """Measure GPU 0 with PyTorch: a large copy, and large products in each precision it has.
+
+    Returns:
+        None where PyTorch is missing or sees no GPU.
+    """
     try:
         import torch
     except ImportError:
@@ -226,6 +216,14 @@ def _gpu_ceilings() -> Ceilings | None:
     eight = torch.randint(-9, 9, (side, side), device="cuda", dtype=torch.int8)
     with contextlib.suppress(RuntimeError):  # a GPU without such products
         flops["int8"] = 2 * side**3 / timed(lambda: torch._int_mm(eight, eight.t()))
+    with contextlib.suppress(RuntimeError):  # a GPU without FP8
+        small = torch.randn(side, side, device="cuda").to(torch.float8_e4m3fn)
+        one = torch.ones((), device="cuda")
+        flops["fp8"] = (
+            2
+            * side**3
+            / timed(lambda: torch._scaled_mm(small, small.t(), one, one, out_dtype=torch.float16))
+        )
     return Ceilings(2 * source.numel() / copy, flops, f"PyTorch, products of {side}x{side}")
 
 

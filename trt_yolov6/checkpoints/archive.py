@@ -148,7 +148,7 @@ class TorchArchive:
 
 
 def _checked_size(path: Path) -> int:
-    """Return a file's size in bytes; refuse, by its first bytes, what is no zip archive."""
+    """Return a file's size in bytes; refuse, by its first bytes, anything but a zip archive."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the checkpoint file (.pt) in it.")
     try:
@@ -176,7 +176,7 @@ def _checked_size(path: Path) -> int:
 
 
 def _inside(numel: int, offset: int, size: tuple[Any, ...], stride: tuple[Any, ...]) -> bool:
-    """Return True where a strided view stays inside its storage and is no larger than it."""
+    """Return True where a strided view stays inside its storage and is not larger than it."""
     if len(size) != len(stride) or len(size) > 8 or offset < 0 or numel < 0:
         return False
     if not all(type(value) is int and value >= 0 for value in (*size, *stride)):

@@ -51,7 +51,7 @@ _PYTHON_2_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 EXPORT_IT = (
     "export it to ONNX with the code that it comes from and give that to `trt-yolov6 build --onnx`"
 )
-"""What there is to do with a checkpoint that is not read."""
+"""Advice for a checkpoint that is refused."""
 
 DAMAGE = (
     ArithmeticError,
@@ -67,7 +67,7 @@ DAMAGE = (
     pickle.UnpicklingError,
     struct.error,
 )
-"""What reading a damaged pickle or archive may raise."""
+"""Exceptions that reading a damaged pickle or archive may raise."""
 
 
 class Shell:
@@ -119,7 +119,7 @@ _CONTAINERS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def load_inert(content: bytes, path: Path) -> Any:
-    """Return what a pickle describes: plain values, containers, shells and storage references.
+    """Return the object tree of a pickle: plain values, containers, shells and storage references.
 
     Args:
         content: the pickle.
@@ -147,7 +147,7 @@ class _InertUnpickler(pickle.Unpickler):
         self._classes: dict[tuple[str, str], type[Shell]] = {}
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """Return what stands for a global, or refuse the file."""
+        """Return the stand-in for a global, or refuse the file."""
         module = _PYTHON_2_NAMES.get(module_name, module_name)
         key = (module, global_name)
         if key in _CONTAINERS:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: network, form, classes, parameters and training."""
+"""Inspect a checkpoint: network, form, classes, parameters and training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CheckpointDetails:
-    """What is in a checkpoint of the authors' code or of this package's training."""
+    """Content of a checkpoint of the authors' code or of this package's training."""
 
     architecture: str
     release: str | None
@@ -39,7 +39,7 @@ class CheckpointDetails:
 
 
 def inspect_checkpoint(path: Path) -> CheckpointDetails:
-    """Return what is in a checkpoint.
+    """Return a checkpoint's content.
 
     Raises:
         UserError: the file is not a checkpoint that this package reads.

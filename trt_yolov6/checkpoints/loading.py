@@ -37,7 +37,7 @@ class Checkpoint:
     form: Literal["training", "fused", "mixed"]
     """`training`: all batch normalizations are there; `fused`: none is."""
     training: Training | None = None
-    """How it was trained, where this package trained it."""
+    """Training record, if this package trained it."""
     release: str | None = None
     """Release of the authors' code that wrote it, such as `0.4`; None where this package did."""
 

@@ -9,7 +9,7 @@ our own reader (see `inert_pickle`) take it without running anything:
     class_names    list of strings
     weights        tensors by name, in training form: kernels in half precision, the rest in float32
     settings       JSON: how it was trained (`training.TrainSettings`)
-    epoch          epochs behind it
+    epoch          completed epochs
     AP             COCO AP on the validation split in 0..1, or None
 """
 
@@ -52,12 +52,12 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Training:
-    """How a checkpoint of this package came about."""
+    """Training record of a checkpoint of this package."""
 
     settings: Mapping[str, Any]
     """The fields of `training.recipe.TrainSettings`, as plain values."""
     epoch: int
-    """Epochs behind it."""
+    """Completed epochs."""
     ap: float | None
     """COCO AP on the validation split in 0..1; None where it was not evaluated."""
 
@@ -225,7 +225,7 @@ def _training(path: Path, root: Mapping[str, Any]) -> Training:
     if not isinstance(settings, dict) or not isinstance(epoch, int):
         raise _damaged(path, "how it was trained cannot be read")
     if ap is not None and not (isinstance(ap, float) and 0 <= ap <= 1):
-        raise _damaged(path, "its AP is no number of 0 to 1")
+        raise _damaged(path, "its AP is not a number from 0 to 1")
     return Training(settings, epoch, ap)
 
 

@@ -51,12 +51,8 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.bench.latency import (
-        benchmark_end_to_end_many,
-        benchmark_many,
-        format_report,
-        layer_report,
-    )
+    from trt_yolov6.api import benchmark
+    from trt_yolov6.bench.text import format_report, layer_report
 
     if options.layers and not options.no_cuda_graph:
         raise UserError("--layers times layers one by one; add --no-cuda-graph.")
@@ -68,26 +64,15 @@ def run(options: argparse.Namespace) -> None:
     if options.end_to_end and options.streams > 1:
         raise UserError("--streams is for the engine alone; leave it or --end-to-end out.")
     engines = [load(path, options) for path in options.engine or [newest_engine()]]
-    if options.end_to_end:
-        from trt_yolov6.data.images import list_images
-
-        images = list_images(options.source or SAMPLE_IMAGES)
-        results = benchmark_end_to_end_many(
-            engines,
-            images,
-            batch=options.batch,
-            duration=options.duration,
-            nms=nms_settings(options),
-            progress=not options.quiet,
-        )
-    else:
-        results = benchmark_many(
-            engines,
-            batch=options.batch,
-            streams=options.streams,
-            duration=options.duration,
-            progress=not options.quiet,
-        )
+    results = benchmark(
+        engines,
+        batch=options.batch,
+        streams=options.streams,
+        images=(options.source or SAMPLE_IMAGES) if options.end_to_end else None,
+        nms=nms_settings(options) if options.end_to_end else None,
+        duration=options.duration,
+        progress=not options.quiet,
+    )
     print(format_report(results))
     if options.layers:
         for engine in engines:

@@ -61,7 +61,7 @@ def add(commands: Commands) -> None:
         "--float-layers",
         type=layers_in_float,
         metavar="K|auto|NAMES",
-        help="keep so many of the most sensitive layers in float; as few as --max-ap-drop allows "
+        help="keep the K most sensitive layers in float; as few as --max-ap-drop allows "
         "(both with --int8 only); or these, with commas (0)",
     )
     int8.add_argument(
@@ -140,6 +140,7 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     from trt_yolov6.engines import runs_here
     from trt_yolov6.engines.base import BuildSettings
+    from trt_yolov6.engines.build import check_build
     from trt_yolov6.pipeline import build
 
     settings = BuildSettings(
@@ -149,12 +150,15 @@ def run(options: argparse.Namespace) -> None:
         optimization_level=options.optimization_level,
         tactic_sources=options.tactic_sources,
         calibration=implicit_calibration(options),
+        fp8=options.fp8,
     )
     if options.names and not options.onnx:
         raise UserError("--names is for --onnx: a checkpoint brings its class names along.")
     if (options.decoder or options.preprocess) and not options.onnx:
         raise UserError("--decoder and --preprocess are for --onnx: a checkpoint is a YOLOv6.")
     precision = quantized_precision(options)
+    # Before it is said which samples stand in for what is not given.
+    check_build(options.backend, options.output, settings)
     built = build(
         options.onnx or weights_or_sample(options.weights),
         precision=precision or (None if settings.calibration else float_precision(options)),

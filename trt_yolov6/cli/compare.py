@@ -68,7 +68,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
     parser.add_argument("--calibrator", choices=CALIBRATORS, help="(auto)")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"({DEFAULT_OUTPUT})")
-    parser.add_argument("--again", action="store_true", help="measure latencies anew")
+    parser.add_argument("--again", action="store_true", help="measure latencies again")
     add_quiet(parser)
 
     how = parser.add_argument_group("how it is measured")
@@ -182,7 +182,7 @@ def _texts(text: str) -> tuple[str, ...]:
 def _numbers(text: str) -> tuple[int, ...]:
     parts = _texts(text)
     if not parts:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers above 0")
     return tuple(positive(part) for part in parts)
 
 
@@ -190,4 +190,4 @@ def _percent(text: str) -> float:
     try:
         return float(text.strip().removesuffix("%"))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage, such as 3%") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, such as 3%") from error

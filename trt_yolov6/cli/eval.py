@@ -118,7 +118,7 @@ def _evaluation_text(result: Evaluation) -> str:
                 for name, value in zip(result.class_names, result.per_class, strict=True)
             ),
             f"  {result.wall_seconds:.2f} s in all, {share:.0%} of it in the engine: inference "
-            f"{seconds.inference:.2f} s; beside it read {seconds.read:.2f}, pre-process "
+            f"{seconds.inference:.2f} s; in parallel read {seconds.read:.2f}, pre-process "
             f"{seconds.preprocess:.2f}, post-process {seconds.postprocess:.2f}, COCO matching "
             f"{seconds.coco:.2f}; {seconds.tail:.2f} s after the last batch",
         ]

@@ -73,12 +73,12 @@ def onnx_options(options: argparse.Namespace) -> GraphOptions:
 
 
 def float_precision(options: argparse.Namespace) -> str | None:
-    """Return what --fp32 and --fp16 ask for; None without either."""
+    """Return the precision of --fp32 and --fp16; None without either."""
     return "fp16" if options.fp16 else "fp32" if options.fp32 else None
 
 
 def quantized_precision(options: argparse.Namespace) -> Precision | None:
-    """Return what --int8 or --fp8 ask for, with --fp16 and --float-layers; None without either."""
+    """Return the precision of --int8 or --fp8, --fp16 and --float-layers; None without either."""
     from trt_yolov6.spec import Precision
 
     _check_quantization(options)
@@ -136,7 +136,7 @@ def calibration_folder(calib: Path | None) -> Path:
 
 
 def implicit_calibration(options: argparse.Namespace) -> ImplicitCalibration | None:
-    """Return what --calibration-cache and --tensorrt-calibrator ask for; images come later."""
+    """Return the settings of --calibration-cache and --tensorrt-calibrator, without images."""
     from trt_yolov6.engines.base import ImplicitCalibration
 
     cache, algorithm = options.calibration_cache, options.tensorrt_calibrator
@@ -150,7 +150,7 @@ def implicit_calibration(options: argparse.Namespace) -> ImplicitCalibration | N
     if algorithm is None:
         if not options.onnx:
             raise UserError(
-                "--calibration-cache goes with the float graph that `export` wrote beside it; "
+                "--calibration-cache goes with the float graph that `export` wrote with it; "
                 "give that as --onnx, or have TensorRT calibrate with --tensorrt-calibrator."
             )
         return ImplicitCalibration(cache=cache, fp16=options.fp16)

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _next(file: Path) -> tuple[str, str]:
-    """Return what to do with a file of its kind, and the command for it."""
+    """Return the next step for a file of its kind, and its command."""
     if file.suffix in (".pt", ".pth"):
         return "an engine of it", f"build --weights {file}"
     return "its speed", f"bench --engine {file}"

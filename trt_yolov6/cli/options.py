@@ -21,7 +21,7 @@ CALIBRATORS = ("auto", "minmax", "entropy", "percentile", "mse")
 ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), ".plan", ".engine"}
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
-"""What `add_parser` of the whole command line adds commands to."""
+"""Group of the command line's commands, for `add_parser`."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def _nearest(self, message: str) -> str:
-        """Return what a word of a complaint is nearly: an option, or one of the choices."""
+        """Suggest the nearest option or choice for a word of a complaint."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             return did_you_mean(unknown[1], self._option_string_actions)
@@ -135,7 +135,7 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         "--ray",
         metavar="ADDRESS",
         help="work on a Ray cluster: host:port of its head, auto on one of its machines, or local; "
-        "an engine a GPU, or every --threads cores (docs/clusters.md)",
+        "an engine a GPU, or every --threads cores (docs/how-to/clusters.md)",
     )
 
 
@@ -158,7 +158,7 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
 
 
 def preprocess_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what --preprocess changes: fields of `Preprocessing` by name."""
+    """Return the changes of --preprocess: fields of `Preprocessing` by name."""
     from trt_yolov6.data.preprocessing import parse_changes
 
     return parse_changes(options.preprocess or ())
@@ -217,6 +217,12 @@ _PARAMETERS = {
     "image_size": "imgsz",
     "calibration": "calib",
     "clean": "no_surgery",
+    "class_names": "names",
+    "cuda_graph": "no_cuda_graph",
+    "images": "source",
+    "nms": "end2end",
+    "other_device": "allow_other_device",
+    "workspace_mib": "workspace",
 }
 """Options whose name differs from that of the parameter they set."""
 

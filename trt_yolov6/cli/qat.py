@@ -104,7 +104,7 @@ def add(commands: Commands) -> None:
         "--calibration-cache",
         type=Path,
         metavar="FILE",
-        help="TensorRT up to 10: write the scales there, and the graph without Q/DQ nodes beside "
+        help="TensorRT up to 10: write the scales there, and the graph without Q/DQ nodes next to "
         "the other",
     )
     graph.add_argument(
@@ -206,7 +206,7 @@ def run(options: argparse.Namespace) -> None:
     if options.backend != "onnxruntime":
         built = build(quantized, backend=options.backend, output=plan)
     if options.calibration_cache:
-        # The paper's form: a graph without Q/DQ nodes, and the scales beside it.
+        # The paper's form: a graph without Q/DQ nodes, and the scales next to it.
         float_graph = output / f"{name}.float.onnx"
         write_onnx(float_graph, rounded_weights(start, result.trained))
         write_scales(

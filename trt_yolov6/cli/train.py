@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
         "--auto-resume",
         action="store_true",
         help="go on where --output holds this very training, else begin it: for torchrun, Slurm "
-        "and Kubernetes, which start the same command again (docs/clusters.md)",
+        "and Kubernetes, which start the same command again (docs/how-to/clusters.md)",
     )
     parser.add_argument(
         "--precision",
@@ -131,7 +131,7 @@ def add(commands: Commands) -> None:
 
 
 _RESUMING = ("command", "run", "parser", "resume", "output", "device", "quiet", "json")
-"""What may be given along with `train --resume`."""
+"""Options allowed with `train --resume`."""
 
 
 def run(options: argparse.Namespace) -> None:

@@ -17,10 +17,10 @@ from trt_yolov6.errors import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on failure.
+    """Yield a temporary path next to `path`; rename it to `path` on success, delete it on failure.
 
     The temporary name keeps the suffix, because some writers choose the format by it. A link is
-    followed; what is no regular file (`/dev/stdout`, a pipe) is written to, never replaced.
+    followed; anything but a regular file (`/dev/stdout`, a pipe) is written to, never replaced.
 
     Raises:
         UserError: `path` is a folder, or it, its folder or its disk cannot be written to.

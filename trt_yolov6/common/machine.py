@@ -1,4 +1,4 @@
-"""What this machine is: processor, clocks, GPUs, package versions (for benchmarks and `doctor`).
+"""Describe this machine: processor, clocks, GPUs, package versions (for benchmarks and `doctor`).
 
 Nothing here raises: what cannot be found out is None, or left out.
 """
@@ -76,7 +76,7 @@ class Cpu:
 
     model: str
     architecture: str
-    """Such as `x86_64` or `aarch64`."""
+    """Machine type, such as `x86_64` or `aarch64`."""
     cores: int | None
     """Physical cores this process may run on."""
     threads: int
@@ -84,7 +84,7 @@ class Cpu:
     quota: float | None
     """CPU time a control group (a container) allows, in cores; None where it sets no limit."""
     instruction_sets: tuple[str, ...]
-    """Those of interest here, in the kernel's spelling; empty where the system does not say."""
+    """Instruction sets of interest, in the kernel's spelling; empty where unknown."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Gpu:
     power_limit_w: float | None
     persistence: bool | None
     slowed_by: tuple[str, ...]
-    """What held the clocks down when they were read; empty when nothing did."""
+    """Reasons for throttled clocks at the time of reading; empty without any."""
 
 
 def cpu_model() -> str:
@@ -121,7 +121,7 @@ def cpu_model() -> str:
 
 
 def describe_cpu() -> Cpu:
-    """Return what the processor is and how much of it this process may use."""
+    """Return the processor and the share of it that this process may use."""
     cpuinfo = _cpuinfo()
     flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or [""])[0].split())
     usable = _usable_cpus()

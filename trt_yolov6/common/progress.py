@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 
 def is_logged(progress: bool = True) -> bool:
-    """Return whether progress is wanted and there is no terminal to draw a bar on."""
+    """Return whether progress is wanted but stderr is not a terminal."""
     return progress and not sys.stderr.isatty()
 
 
@@ -18,7 +18,7 @@ def is_logged(progress: bool = True) -> bool:
 def a_line_a_minute(
     what: str, tell: Callable[[str], None], *, progress: bool = True, seconds: float = 60.0
 ) -> Iterator[None]:
-    """Tell every minute that work goes on, as long as the block runs.
+    """Report every minute that work goes on, as long as the block runs.
 
     Args:
         what: what is done, such as `building engines/yolov6s-int8.trt`.

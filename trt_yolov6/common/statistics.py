@@ -1,9 +1,9 @@
-"""How sure a latency is: intervals that hold from one run of a comparison to the next.
+"""Intervals of a latency that hold from one run of a comparison to the next.
 
 Run times within a second or two resemble each other more than they resemble those of an hour later:
 clocks drift, memory is laid out otherwise, neighbours come and go. An interval from all runs as if
 they were independent is narrow and wrong. So engines are measured in rounds, each with the engine
-loaded anew and spread over the whole time, and a round counts as one observation, its median.
+loaded again and spread over the whole time, and a round counts as one observation, its median.
 
 `prediction_interval` says where one more round would fall, in 95 of 100 cases (Hahn and Meeker,
 Statistical Intervals, Section 4.7; normal observations): m ± t s √(1 + 1/n). It does not

@@ -1,6 +1,6 @@
 """Steps that are done once: each result is kept under what it depends on, and found again by that.
 
-A step's file holds its inputs beside its value, so that a person can see what a result is of. What
+A step's file holds its inputs and its value, so that a person can see what a result is of. What
 is kept is found by the SHA-256 of the inputs: hashes of the files, settings, versions, device. A
 step whose inputs changed is another step; nothing has to be cleared by hand.
 """
@@ -18,7 +18,7 @@ from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.errors import UserError
 
 Inputs = Mapping[str, Any]
-"""What a step's result depends on; JSON-ready."""
+"""Inputs of a step, JSON-ready."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from trt_yolov6.comparison.machine import machine, versions
 from trt_yolov6.comparison.plan import ModelEntry, Plan
 from trt_yolov6.data.preprocessing import parse_changes
 from trt_yolov6.engines import best_backend, load_engine
-from trt_yolov6.engines.base import BuildSettings, Engine, LoadOptions
+from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, manifest_of, read_manifest
 from trt_yolov6.errors import UserError
+from trt_yolov6.pipeline import build, export, quantize
 from trt_yolov6.spec import BatchProfile, Precision
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What all steps of one comparison share."""
+    """State shared by all steps of one comparison."""
 
     plan: Plan
     output: Path
@@ -52,7 +53,7 @@ class Case:
     """None: the file is an engine, or a graph of its own precision, and taken as it is."""
     backend: str
     source: Mapping[str, Any]
-    """What the file is: sha256, buildable, precision, backend, batches (min, opt, max), batch (a
+    """Facts of the file: sha256, buildable, precision, backend, batches (min, opt, max), batch (a
     fixed one, or None) and what is known of its graph."""
 
     @property
@@ -69,7 +70,7 @@ class BuiltCase:
     files: Mapping[int, Path]
     sha256: Mapping[int, str]
     records: Mapping[int, Mapping[str, Any]]
-    """What the building step kept: file, build_s, parameters, flops, work, calibration …"""
+    """Record of the building step: file, build_s, parameters, flops, work, calibration …"""
     left_out: tuple[str, ...] = ()
     """Sentences about batch sizes that it does not take."""
 
@@ -149,8 +150,9 @@ def build_case(work: Work, case: Case) -> BuiltCase:
     if fixed:
         if fixed not in wanted:
             raise UserError(
-                f"{case.entry.path} takes batch {fixed} only; add it to --batches, or export it "
-                "anew with a free batch axis."
+                f"{case.entry.path} takes batch {fixed} only; add it to `batches`, or export it "
+                "again with a free batch axis.",
+                "batches",
             )
         left_out = _not_taken(case, [batch for batch in wanted if batch != fixed], f"batch {fixed}")
         profiles = {fixed: BatchProfile(fixed, fixed, fixed)}
@@ -212,17 +214,13 @@ def _hashes(engine: Path) -> list[str | None]:
 
 
 def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> Mapping[str, Any]:
-    from trt_yolov6.engines.build import build_engine
-
     work.tell(f"building {case.name} ...")
     stem = case.stem + (f"_b{profile.max}" if profile.is_static else "")
     path = work.output / "engines" / f"{stem}{BACKENDS[case.backend].suffix}"
-    graph = _graph(work, case.entry, profile, fp16=choice.base == "fp16")
+    graph = _graph(work, case.entry, profile, choice if choice.base == "fp16" else None)
     if choice.quantizes:
-        graph = _quantized(work, graph, choice, path)
-    built = build_engine(
-        graph, backend=case.backend, output=path, settings=BuildSettings(progress=False)
-    )
+        graph = _quantized(work.plan, graph, choice, path)
+    built = build(graph, backend=case.backend, output=path, progress=False)
     return {
         "file": str(path.relative_to(work.output)),
         "engine_sha256": built.manifest.plan_sha256,
@@ -233,54 +231,37 @@ def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> 
     }
 
 
-def _graph(work: Work, entry: ModelEntry, profile: BatchProfile, fp16: bool) -> Graph:
-    from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
-
-    key = entry, profile, fp16
+def _graph(
+    work: Work, entry: ModelEntry, profile: BatchProfile | None, precision: Precision | None
+) -> Graph:
+    key = entry, profile, precision
     if key not in work.graphs:
-        if entry.path.suffix == ".pt":
-            settings = ExportSettings(image_size=entry.imgsz, batch=profile, fp16=fp16)
-            work.graphs[key] = graph_from_checkpoint(entry.path, settings)
-        else:
-            work.graphs[key] = _onnx_graph(entry, batch=profile, fp16=fp16)
+        work.graphs[key] = export(
+            entry.path,
+            precision=precision,
+            image_size=entry.imgsz,
+            batch=profile,
+            class_names=entry.names,
+            decoder=entry.decoder,
+            preprocess=parse_changes(entry.preprocess) if entry.preprocess else None,
+        )
     return work.graphs[key]
 
 
-def _onnx_graph(
-    entry: ModelEntry, batch: BatchProfile | None = None, *, fp16: bool = False
-) -> Graph:
-    from trt_yolov6.data.class_names import read_class_names
-    from trt_yolov6.graph.onnx_import import graph_from_onnx
-
-    return graph_from_onnx(
-        entry.path,
-        batch=batch,
-        image_size=entry.imgsz,
-        fp16=fp16,
-        class_names=read_class_names(entry.names) if entry.names else None,
-        decoder=entry.decoder,
-        preprocess=parse_changes(entry.preprocess),
-    )
-
-
-def _quantized(work: Work, graph: Graph, choice: Precision, path: Path) -> Graph:
-    from trt_yolov6.quantization.pipeline import quantize
+def _quantized(plan: Plan, graph: Graph, choice: Precision, path: Path) -> Graph:
     from trt_yolov6.quantization.settings import QuantizationSettings
-    from trt_yolov6.quantization.table import table_path, write_table
-    from trt_yolov6.quantization.types import FP8, INT8
+    from trt_yolov6.quantization.table import table_path
 
-    calibrator: Any = work.plan.calibrator
-    settings = QuantizationSettings(
-        quantized=FP8 if choice.base == "fp8" else INT8,
-        calibrator=calibrator,
-        float_layers=choice.float_layers or (),
-        fp16=choice.rest == "fp16",
-        border=work.plan.border,
+    calibrator: Any = plan.calibrator
+    settings = QuantizationSettings(calibrator=calibrator, border=plan.border)
+    return quantize(
+        graph,
+        plan.calib,
+        precision=choice,
+        settings=settings,
+        table=table_path(path),
+        progress=False,
     )
-    table = table_path(path)
-    found = quantize(graph, work.plan.calib, settings, table_file=table, tell=work.tell)
-    write_table(table, found.table)
-    return found.graph
 
 
 def _calibration_inputs(plan: Plan) -> Mapping[str, Any]:
@@ -298,7 +279,7 @@ def _as_it_is(case: Case, wanted: Sequence[int]) -> BuiltCase:
     takes = f"batches of {batches.min} to {batches.max}"
     taken = [batch for batch in wanted if batches.min <= batch <= batches.max]
     if not taken:
-        raise UserError(f"{path} takes {takes}, of which --batches has none; add one.")
+        raise UserError(f"{path} takes {takes}, of which `batches` has none; add one.", "batches")
     sha256 = case.source["sha256"]
     record = {"file": str(path.resolve()), "engine_sha256": sha256, **case.source["record"]}
     return BuiltCase(
@@ -342,14 +323,14 @@ def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
     }
     known: Mapping[str, Any] | None = work.steps.find("source", inputs)
     if known is None:
-        known = {"sha256": inputs["file"], **_described(entry)}
+        known = {"sha256": inputs["file"], **_described(work, entry)}
         work.steps.keep("source", inputs, known)
     if not known["buildable"] and (entry.precisions or len(work.plan.precisions) > 1):
         work.tell(f"{path} is {known['precision']} already and is taken as it is")
     return known
 
 
-def _described(entry: ModelEntry) -> dict[str, Any]:
+def _described(work: Work, entry: ModelEntry) -> dict[str, Any]:
     path = entry.path
     manifest = read_manifest(path)
     if path.suffix == ".pt":
@@ -375,7 +356,7 @@ def _described(entry: ModelEntry) -> dict[str, Any]:
         return _description(graph.precision, "onnxruntime", graph.batch, record)
     batch = details.inputs[0].shape[0] if details.inputs and details.inputs[0].shape else None
     fixed = batch if isinstance(batch, int) and batch > 0 else None
-    _onnx_graph(entry)  # refused now, not after others have been built
+    _graph(work, entry, None, None)  # refused now, not after others have been built
     return {**_description(buildable=True), "batch": fixed}
 
 
@@ -410,7 +391,7 @@ def _details(model: onnx.ModelProto) -> OnnxDetails:
 
 
 def _graph_record(model: onnx.ModelProto) -> dict[str, Any]:
-    """Return what of an ONNX graph goes into the results and the layers' rooflines."""
+    """Return an ONNX graph's part of the results and of the layers' rooflines."""
     from trt_yolov6.bench.roofline import graph_work
 
     details = _details(model)

@@ -23,7 +23,7 @@ SAME_ENGINE = Interval(1.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a comparison may lose against its baseline."""
+    """Allowed loss of a comparison against its baseline."""
 
     max_slowdown: float = 3.0
     """Percent that a latency may grow by."""
@@ -37,22 +37,24 @@ class Limits:
     def __post_init__(self) -> None:
         if not 0 <= self.max_slowdown < float("inf"):
             raise UserError(
-                f"--max-slowdown {self.max_slowdown:g} is out of range; give percent, 0 or more."
+                f"`max_slowdown` {self.max_slowdown:g} is out of range; give percent, 0 or more.",
+                "max_slowdown",
             )
         if not 0 <= self.max_ap_drop <= 100:
             raise UserError(
-                f"--max-ap-drop {self.max_ap_drop:g} is out of range; give AP points (hundredths), "
-                "0 to 100."
+                f"`max_ap_drop` {self.max_ap_drop:g} is out of range; give AP points (hundredths), "
+                "0 to 100.",
+                "max_ap_drop",
             )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of it; each reason is a line."""
+    """Outcome of the gate; each reason is a line."""
 
     failures: tuple[str, ...]
     undecided: tuple[str, ...]
-    """What noise keeps from being decided."""
+    """Limits that noise leaves undecided."""
     passed: tuple[str, ...]
     strict: bool
 
@@ -136,7 +138,7 @@ def matched(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str
     """Return the engine of a comparison that each of a baseline's is, by their names.
 
     That of the same weights, precision, backend and size is the same whatever its file is called;
-    for the others, such as a checkpoint that was trained again, the name tells.
+    for the others, such as a checkpoint that was trained again, the name decides.
     """
     own = [_identity(engine) for engine in results["engines"]]
     theirs = [_identity(engine) for engine in baseline["engines"]]
@@ -182,7 +184,8 @@ def check_comparable(
         raise UserError(
             f"the baseline was measured on {', '.join(devices[1]) or 'no device'}, this comparison "
             f"on {', '.join(devices[0]) or 'no device'}; make a baseline here, or give "
-            "--allow-other-device."
+            "`other_device`.",
+            "other_device",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the engine: machine, versions, how engines are run."""
+"""Inputs of a measurement besides the engine: machine, versions, how engines are run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trt_yolov6.engines import backend as backend_module
 
 
 def run_inputs(plan: Plan, backend: str, *packages: str) -> dict[str, Any]:
-    """Return what any measurement on a backend depends on, as inputs of a step.
+    """Return the environment of a measurement on a backend, as inputs of a step.
 
     Args:
         plan: threads and provider.
@@ -47,7 +47,7 @@ def versions(backend: str, *packages: str) -> dict[str, str | None]:
 
 @functools.cache
 def machine() -> Mapping[str, Any]:
-    """Return what has to be the same for a measurement to be used again."""
+    """Return the values that must be equal for a measurement to be reused."""
     return {
         "cpu": cpu_model(),
         "processors": describe_cpu().threads,
@@ -64,7 +64,7 @@ def clocks() -> dict[str, Any]:
 
 
 def environment(readings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what machine this is; clocks are those of the last of the readings by `clocks`."""
+    """Describe this machine; clocks are those of the last of the readings by `clocks`."""
     last = readings[-1] if readings else {"cpu_clock": None, "gpus": []}
     return {
         "cpu": dataclasses.asdict(describe_cpu()),

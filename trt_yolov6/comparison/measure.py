@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_yolov6.bench.roofline import Ceilings, GraphWork, layer_times, measure_ceilings
+from trt_yolov6.bench.roofline import GraphWork, layer_times, measure_ceilings
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
 from trt_yolov6.comparison.engines import BuiltCase, Work
@@ -20,7 +20,7 @@ from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import ClassesDifferError, UserError
-from trt_yolov6.graph.cost import Layer
+from trt_yolov6.graph.cost import Ceilings, Layer
 
 EXAMPLE_CONFIDENCE = 0.4
 """Score from which on a detection is shown in the report's pictures, as `infer` draws them."""
@@ -38,7 +38,7 @@ Advance = Callable[[str, int], None]
 
 
 def data_record(dataset: CocoDataset) -> dict[str, Any]:
-    """Return what data set this is, as the results say it."""
+    """Return the data set's description in the results."""
     digest = hashlib.sha256()
     for image in dataset.images:
         digest.update(bytes.fromhex(sha256_file(image.path)))
@@ -171,13 +171,13 @@ def measure_timings(
     """Measure all engines at all batch sizes in rounds; each round goes over all of them.
 
     Every round is kept when it is done, so that an interrupted measurement loses one at most. All
-    of them together are one step: with another engine beside them, they are measured anew.
+    of them together are one step: with another engine among them, they are measured again.
 
     Args:
         work: what the comparison's steps share.
         built: the engines.
         advance: see `Advance`; a step is a round.
-        again: begin anew, whatever was kept.
+        again: ignore cached measurements.
     """
     plan = work.plan
     inputs = {
@@ -232,7 +232,7 @@ def measure_layers(work: Work, built: BuiltCase) -> Mapping[str, Any]:
 
     Returns:
         batch, computed_in, ceilings and layers, as `results` documents them; or `reason`, why its
-        backend does not tell.
+        backend does not report it.
     """
     batch = min(built.files)
     inputs = {
@@ -255,7 +255,7 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
         except UserError as error:
             return {"reason": str(error)}
         ceilings = _ceilings(work, engine)
-        device, computed_in = engine.device, "fp32" if engine.note else ""
+        device, computed_in = engine.device, engine.computed_in or ""
     graph = _graph_work(built.records[batch].get("graph_work"))
     return {
         "batch": batch,
@@ -277,7 +277,7 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
 
 def _kernel_times(engine: Engine, batch: int) -> dict[str, float]:
     """Return seconds by kernel, of the quickest of some trials where others disturb them."""
-    from trt_yolov6.bench.latency import random_input
+    from trt_yolov6.bench.sampling import random_input
 
     images = random_input(engine, batch)
     best: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What is compared: models, precisions, batch sizes and data, from a YAML file or from Python.
+"""Plan of a comparison: models, precisions, batch sizes and data, from YAML or Python.
 
 A plan in YAML; every key but `models` may be left out, and paths are relative to the file:
 
@@ -9,7 +9,7 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
         precisions: [fp16]                 # instead of those below
         names: classes.txt                 # class names, one a line or COCO JSON
         imgsz: 640                         # input size, where not that of all below
-        decoder: yolox                     # where the graph does not tell its family
+        decoder: yolox                     # where the family cannot be recognized
         preprocess: [colour=rgb]           # what differs from the family's pre-processing
     precisions: [fp32, int8, "int8:6"]
     batches: [1, 32]
@@ -21,7 +21,7 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
     duration: 10
     imgsz: 640                             # of checkpoints, and of graphs that leave it open
 
-A precision is `fp32`, `fp16`, `int8` or `fp8`; behind the last two, `+fp16` makes the rest half
+A precision is `fp32`, `fp16`, `int8` or `fp8`; after the last two, `+fp16` makes the rest half
 precision, and `:6` or `:auto` leaves that many sensitive layers in float, as in `int8+fp16:6`.
 """
 
@@ -48,7 +48,7 @@ class ModelEntry:
 
     path: Path
     name: str = ""
-    """What it is called in the results; default: the file's name without its ending."""
+    """Name in the results; default: the file's name without its extension."""
     precisions: tuple[str, ...] = ()
     """Instead of the plan's."""
     names: Path | None = None
@@ -68,7 +68,7 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, and how it is measured."""
+    """Models, precisions and data to compare, and how to measure."""
 
     models: tuple[ModelEntry, ...]
     precisions: tuple[str, ...] = ("fp32",)
@@ -107,26 +107,31 @@ class Plan:
             Precision.parse(text)
         if not self.precisions:
             raise UserError(
-                "no precision is given; name some with --precisions, such as fp32,int8."
+                "no precision is given; name some with `precisions`, such as fp32,int8.",
+                "precisions",
             )
         if not self.batches or min(self.batches) < 1:
-            raise UserError("batch sizes are whole numbers above 0; correct --batches.")
+            raise UserError("batch sizes are whole numbers above 0; correct `batches`.", "batches")
         if len(set(self.batches)) < len(self.batches):
-            raise UserError("a batch size is given twice; name each once in --batches.")
+            raise UserError("a batch size is given twice; name each once in `batches`.", "batches")
         if not self.backends:
-            raise UserError("no backend is given; name some with --backends, such as auto.")
+            raise UserError(
+                "no backend is given; name some with `backends`, such as auto.", "backends"
+            )
         if self.rounds < 3:
             raise UserError(
-                f"{self.rounds} rounds say nothing about spread; give --rounds 3 or more."
+                f"{self.rounds} rounds say nothing about spread; give `rounds` 3 or more.", "rounds"
             )
         if not 0 < self.duration < float("inf"):
-            raise UserError(f"--duration {self.duration} is out of range; give seconds above 0.")
+            raise UserError(
+                f"`duration` {self.duration} is out of range; give seconds above 0.", "duration"
+            )
         if self.examples < 0:
-            raise UserError("--examples is a number of images; give 0 or more.")
+            raise UserError("`examples` is a number of images; give 0 or more.", "examples")
         if self.border < 0:
-            raise UserError(f"--border {self.border} is negative; give 0 or more pixels.")
+            raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.", "border")
         if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads {self.threads} is too few; give 1 or more.")
+            raise UserError(f"`threads` {self.threads} is too few; give 1 or more.", "threads")
         _ = self.nms
 
     @property
@@ -147,7 +152,7 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
         changes: fields of `Plan` that replace the file's.
 
     Raises:
-        UserError: the file is missing, is no YAML, or has a key or value that means nothing here.
+        UserError: the file is missing, is not YAML, or has a key or value that means nothing here.
     """
     import yaml
 
@@ -157,9 +162,9 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: bytes that are no UTF-8, or what YAML takes for a date, such as 2024-13-45.
+        # ValueError: bytes that are not UTF-8, or what YAML takes for a date, such as 2024-13-45.
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no YAML file ({reason}); correct it.") from error
+        raise UserError(f"{path} is not a YAML file ({reason}); correct it.") from error
     if not isinstance(value, dict) or not isinstance(value.get("models"), list):
         raise UserError(f"{path} has no list `models`; name what is to be compared there.")
     reader = _Reader(path)

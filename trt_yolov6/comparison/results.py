@@ -24,7 +24,7 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
     ceilings          of each device: device, bytes_per_second, flops (by precision), how; or empty
     layers            one record an engine: engine, batch, computed_in, and layers: name,
                       operator, precision, ms, roofline_ms (or null), bound
-    examples          one record an image: file, picture (beside this file), width, height,
+    examples          one record an image: file, picture (next to this file), width, height,
                       annotated, and detections by engine; each a list of box, score, class
     left_out          sentences about what could not be measured
 """
@@ -161,7 +161,7 @@ def _check(value: dict[str, Any]) -> None:
         _check_types("cpu_clock", clock, _CLOCK)
     for name in (*_RECORDS, "left_out"):
         if not isinstance(value[name], list):
-            raise TypeError(f"{name} is no list")
+            raise TypeError(f"{name} is not a list")
         for record in value[name] if name in _RECORDS else ():
             _check_types(name, record, _RECORDS[name])
     if value["settings"]["rounds"] < 1:
@@ -173,7 +173,7 @@ def _check(value: dict[str, Any]) -> None:
         _check_numbers("image_size", engine["image_size"], 2)
     for timing in value["timings"]:
         if timing["engine"] not in names:
-            raise ValueError(f"timing of {timing['engine']!r}, which is no engine")
+            raise ValueError(f"timing of {timing['engine']!r}, which is not an engine")
         latency = latency_of(timing)
         if not 0 <= latency.low <= latency.value <= latency.high < math.inf or latency.value <= 0:
             raise ValueError(f"interval of {timing['engine']!r}")
@@ -199,9 +199,9 @@ def _check_types(where: str, record: Any, types: Mapping[str, Any]) -> None:
 
 def _check_numbers(where: str, values: Any, count: int) -> None:
     if not isinstance(values, list) or len(values) != count:
-        raise TypeError(f"{where} is no list of {count} numbers")
+        raise TypeError(f"{where} is not a list of {count} numbers")
     if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in values):
-        raise TypeError(f"{where} is no list of numbers")
+        raise TypeError(f"{where} is not a list of numbers")
 
 
 def _boxes(example: Mapping[str, Any]) -> list[list[Any]]:

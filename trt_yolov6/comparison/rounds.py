@@ -1,8 +1,8 @@
-"""Latency in rounds: every engine in turn, loaded anew each time, spread over all the time.
+"""Latency in rounds: every engine in turn, loaded again each time, spread over all the time.
 
 A machine that others use as well makes some runs slower than the engine is. Linux says how long
 this process's threads were kept waiting for a processor (`environment.cpu_wait_seconds`), so runs
-that were disturbed are told apart, and the latency is that of the others. Where hardly any run was
+that were disturbed are excluded, and the latency is that of the others. Where hardly any run was
 left in peace, all count, and the interval reaches down to what the engine may be without the wait.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_yolov6.bench.latency import BLOCK_SECONDS, DISTURBED, Run, random_input
+from trt_yolov6.bench.sampling import BLOCK_SECONDS, DISTURBED, Run, random_input
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
 from trt_yolov6.common.statistics import Interval, prediction_interval
 from trt_yolov6.engines.base import Engine, check_batch
@@ -29,7 +29,7 @@ virtual machine whose host others use, too, the sample took 49.3 ms in some minu
 others, with nothing else running and the clock the same. That of GPUs is a guess so far."""
 
 _PATIENCE = 2.0
-"""A round without one undisturbed run goes on for so many times its length."""
+"""Factor by which a round without an undisturbed run is extended at most."""
 
 _UNCOUNTED = 2
 """Runs after loading that are not counted: the first allocates, the second fills caches."""
@@ -42,7 +42,7 @@ class Round:
     """One turn of one engine. All times in seconds."""
 
     seconds: tuple[float, ...]
-    """Of each run, at least one."""
+    """Seconds of each run, at least one."""
     waited: tuple[float, ...]
     """Time that threads waited for a processor, as a share of the run's; empty: unknown."""
     date: str
@@ -70,7 +70,7 @@ class Round:
 
 @dataclass(frozen=True)
 class RoundsSummary:
-    """What the rounds of one engine say. All times in seconds."""
+    """Latency of one engine over its rounds. All times in seconds."""
 
     latency: Interval
     """Median over the rounds, and where a further round is to be expected."""
@@ -165,7 +165,7 @@ def counted_rounds(rounds: Sequence[Round]) -> tuple[list[tuple[float, ...]], bo
 
 
 def summarize_rounds(rounds: Sequence[Round], drift: float = CPU_DRIFT) -> RoundsSummary:
-    """Return what the rounds of one engine say.
+    """Summarize the rounds of one engine.
 
     Args:
         rounds: two at least.
@@ -216,5 +216,5 @@ def paired_medians(
 
 
 def _enough(rounds: int) -> int:
-    """Return how many of so many rounds must have undisturbed runs, before only these count."""
+    """Return the number of rounds with undisturbed runs required to exclude disturbed ones."""
     return max(FEWEST_ROUNDS, (rounds + 1) // 2)

@@ -51,7 +51,7 @@ def compare(
     Args:
         plan: what is compared and how.
         output: a folder; made if missing. An earlier comparison in it is gone on with.
-        again: measure latencies anew, even if they are there.
+        again: measure latencies again, even if they are there.
         baseline: results that these are to be held against afterwards.
         tell: called with a line of progress now and then.
         progress: show a progress bar on stderr.
@@ -106,7 +106,7 @@ def side_by_side(
     *,
     progress: bool = True,
 ) -> dict[tuple[str, int], Interval]:
-    """Measure engines beside those of a baseline, round by round, where both are still there.
+    """Measure engines and those of a baseline, round by round, where both are still there.
 
     On a machine whose speed drifts, the ratio of two engines in turns is known far better than that
     of two runs. An engine whose file is the baseline's own has the ratio 1. What it cannot show is
@@ -160,7 +160,7 @@ def side_by_side(
     seconds = plan.duration / plan.rounds
     with _bar(plan.rounds, progress and bool(pairs)) as advance:
         for turn in range(plan.rounds if pairs else 0):
-            advance(f"beside the baseline, round {turn + 1} of {plan.rounds}", 0)
+            advance(f"with the baseline, round {turn + 1} of {plan.rounds}", 0)
             for (name, batch), paths in pairs.items():
                 order = (0, 1) if turn % 2 == 0 else (1, 0)
                 for index in order:

@@ -22,7 +22,7 @@ _FALSE = ("", "0", "false", "no", "none", "null")
 def tidied(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a COCO file with ids, numbers and flags of the types they stand for.
 
-    Ids that are no whole numbers become such, from 1 on. What cannot be understood is left as it
+    Ids that are not integers are renumbered from 1 on. What cannot be understood is left as it
     is, for a check to name it; records may be shared with `content`.
     """
     result = dict(content)
@@ -171,7 +171,7 @@ def _numbers_of(ids: Sequence[object]) -> dict[Hashable, int]:
 
 
 def _key(value: object) -> int | str | None:
-    """Return what tells ids apart: 7, 7.0 and "7" are one."""
+    """Return a comparable form of an id: 7, 7.0 and "7" are the same."""
     value = whole(value)
     is_id = isinstance(value, (int, str)) and not isinstance(value, bool)
     return value if is_id else None  # type: ignore[return-value]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     pass
 
 MINIMUM = 2
-"""Images a calibration needs at least: what one image happens to show is no range."""
+"""Minimum number of calibration images: one image does not show a range."""
 
 
 def calibration_images(
@@ -68,13 +68,15 @@ def calibration_images(
     if blank == len(usable):
         raise UserError(
             f"every image in {folder} is of a single colour, such as all black: no range can be "
-            "found on them; give --calib images like those the detector will see."
+            "found on them; give `calibration` images like those the detector will see.",
+            "calibration",
         )
     if len(usable) < MINIMUM:
         same = f", {copies + 1} times" if copies else ""
         raise UserError(
-            f"one image is too few to calibrate with ({usable[0]}{same}); give --calib a folder of "
-            "32 or more that look like those the detector will see."
+            f"one image is too few to calibrate with ({usable[0]}{same}); give `calibration` a "
+            "folder of 32 or more that look like those the detector will see.",
+            "calibration",
         )
     if copies:
         tell(f"left out of the calibration: {copies} copies of pictures that are there already")
@@ -86,13 +88,13 @@ def calibration_images(
 @dataclass(frozen=True)
 class _Look:
     sha256: str
-    """Of its pixels."""
+    """Hash of its pixels."""
     is_blank: bool
     """It shows no more than one colour."""
 
 
 def _look_at(paths: Sequence[Path]) -> list[_Look | UserError]:
-    """Return what each image is, or why it cannot be read."""
+    """Describe each image, or say why it cannot be read."""
     # Several steps of a build ask for the same images.
     stamps = []
     for path in paths:

@@ -15,14 +15,14 @@ _PLACEHOLDER = re.compile(r"class_\d+|\d+")
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """How a detector's classes and a data set's meet."""
+    """Mapping from a detector's classes to a data set's."""
 
     places: tuple[int | None, ...]
-    """Of each class of the detector, its place among the data set's; None: it has no such."""
+    """For each class of the detector, its index in the data set; None where absent."""
     kept: tuple[int, ...]
     """The data set's classes that count, by their places, ascending."""
     notes: tuple[str, ...]
-    """What a reader must know: sentences. None where both sides agree class by class."""
+    """Notes for the user, as sentences. None where both sides agree class by class."""
 
 
 def match_classes(
@@ -35,7 +35,7 @@ def match_classes(
     """Match a detector's classes to a data set's.
 
     By name, whatever the order, where both sides have names; case, blanks, hyphens and underscores
-    do not tell names apart. Names that only one side has are matched by their order where as many
+    are ignored. Names that only one side has are matched by their order where as many
     are left over on both sides, and that is noted. Categories without an object are left out where
     the detector does not know them.
 
@@ -49,7 +49,7 @@ def match_classes(
     Raises:
         ClassesDifferError: the detector does not know classes that the data set has objects of.
     """
-    if not names:  # a graph with NMS inside and no manifest does not tell them
+    if not names:  # a graph with NMS inside and no manifest has none
         every = tuple(range(len(data_names)))
         return ClassMatch(every, every, ())
     own, other = _keys(names), _keys(data_names)
@@ -138,7 +138,7 @@ def _by_order(
 
 
 def _keys(names: Sequence[str]) -> list[str] | None:
-    """Return what to compare names by; None where they say nothing or are not unique."""
+    """Return normalized names for comparison; None where they are generic or not unique."""
     if all(_PLACEHOLDER.fullmatch(name) for name in names):
         return None
     keys = [re.sub(r"[\s_-]+", " ", name).strip().casefold() for name in names]

@@ -117,7 +117,7 @@ def read_coco_image(image: CocoImage) -> NDArray[np.uint8]:
     """Decode an image of a data set in the orientation its boxes refer to.
 
     A photograph with an EXIF rotation may have been annotated upright or as stored; the recorded
-    size tells which, so the image is turned only if that fits the record.
+    size shows which, so the image is turned only if that fits the record.
 
     Returns:
         uint8 (height, width, 3) RGB, of the recorded size.

@@ -155,7 +155,7 @@ def read_image(
 
 
 def _is_cut_short(data: bytes) -> bool:
-    """Tell whether a JPEG or PNG lacks its end.
+    """Return whether a JPEG or PNG lacks its end.
 
     OpenCV 4 paints the missing part of a JPEG gray and calls it read.
     """

@@ -83,7 +83,9 @@ def fit(
         if border:
             raise UserError(
                 f"a gray border is for letterboxed images, and this engine's input is of fit "
-                f"{mode}; leave --resize and --border out."
+                f"{mode}; leave `resize` and `border` out.",
+                "resize",
+                "border",
             )
         scale = min(size[0] / source[0], size[1] / source[1])
         shrunk = max(1, int(source[0] * scale)), max(1, int(source[1] * scale))
@@ -180,7 +182,8 @@ def resolve_border(
         if not 0 <= border < min(image_size) / 2:
             raise UserError(
                 f"a border of {border} pixels does not fit the engine's input of "
-                f"{height}x{width}; give --border between 0 and {(min(image_size) - 1) // 2}."
+                f"{height}x{width}; give `border` between 0 and {(min(image_size) - 1) // 2}.",
+                "border",
             )
         return border
     if isinstance(resize, int):
@@ -194,9 +197,11 @@ def resolve_border(
     )
     if not fits or implied < 0 or implied != int(implied):
         raise UserError(
-            f"--resize {resize[0]}x{resize[1]} with a border of "
+            f"`resize` {resize[0]}x{resize[1]} with a border of "
             f"{border if border is not None else 'equal pixels'} on every side does not make the "
-            f"engine's input of {height}x{width}; give a --resize and a --border so that "
-            "resize + 2 x border is that."
+            f"engine's input of {height}x{width}; give a `resize` and a `border` so that "
+            "resize + 2 x border is that.",
+            "resize",
+            "border",
         )
     return int(implied)

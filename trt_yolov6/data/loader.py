@@ -31,7 +31,7 @@ class Batch(Generic[Item]):
     """One batch, ready for an engine, and where it came from."""
 
     input: NDArray[Any]
-    """What the engine takes; rows beyond the items, if any, are padding."""
+    """The engine's input; rows after the items, if any, are padding."""
     items: tuple[Item, ...]
     """The source of each row."""
     letterboxes: tuple[Letterbox, ...]
@@ -90,7 +90,7 @@ def load_batches(
         keep_images: hand the original images on as well.
         skip_unreadable: list items whose reading raises UserError in `Batch.failures`, instead of
             raising it.
-        allocate: makes the array of a batch of so many rows (`Engine.empty_input`); default:
+        allocate: allocates a batch array by its number of rows (`Engine.empty_input`); default:
             ordinary memory.
 
     Raises:

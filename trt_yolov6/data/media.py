@@ -1,6 +1,6 @@
-"""What `infer` takes: pictures, folders, globs, videos, streams, cameras and addresses of pictures.
+"""Sources for `infer`: images, folders, globs, videos, streams, cameras and image URLs.
 
-A file is told by its content, not by its name: what OpenCV reads as a picture is one, and what it
+A file's content decides, not its name: what OpenCV reads as a picture is one, and what it
 opens as a video is one.
 """
 
@@ -44,7 +44,7 @@ class Picture:
     """For messages."""
     path: Path | None
     content: bytes | None = None
-    """Of one that was fetched."""
+    """Content, if it was fetched."""
 
     def read(self) -> NDArray[np.uint8]:
         """Decode it, see `images.read_image`."""
@@ -268,7 +268,7 @@ _LOOKED_AT = 32
 def _usual_rate(address: str) -> float | None:
     """Return a file's frames a second where it does not pause; None for what it says itself.
 
-    Of a camera that records on motion a file tells the average over its pauses, which is not a rate
+    A camera that records on motion writes the average over its pauses, which is not a rate
     that anything happens at.
     """
     capture = _opened(address)

@@ -1,4 +1,4 @@
-"""How an image becomes a network's input: where it is put, in which colours, and their range.
+"""Preprocessing of an image: its placement, channel order and value range.
 
 Detectors differ in it, and a detector that is given another's input still finds most things, only
 worse. So it is a value of its own, which the manifest keeps with the engine.
@@ -23,7 +23,7 @@ stretch:   it fills the input, its aspect ratio is lost
 """
 
 Interpolation = Literal["area", "linear", "cubic"]
-"""How an image is resized: `area` averages where it shrinks and is `linear` where it grows."""
+"""Interpolation for resizing: `area` averages where it shrinks and is `linear` where it grows."""
 
 Colour = Literal["rgb", "bgr"]
 
@@ -40,9 +40,9 @@ class Preprocessing:
     colour: Colour = "rgb"
     """The order of the input's channels."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Of red, green and blue, in gray levels of 0..255, whatever the order of the channels."""
+    """Mean of red, green and blue, in gray levels of 0..255, whatever the channel order."""
     std: tuple[float, float, float] = (255.0, 255.0, 255.0)
-    """What is divided by, in the same order."""
+    """Divisors (standard deviations), in the same order."""
 
     def __post_init__(self) -> None:
         choices = {"fit": Fit, "interpolation": Interpolation, "colour": Colour}
@@ -68,7 +68,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> tuple[tuple[int, float, float], ...]:
-        """For each channel of the input: its place in RGB, its mean and what is divided by."""
+        """Index in RGB, mean and divisor of each input channel."""
         order = (0, 1, 2) if self.colour == "rgb" else (2, 1, 0)
         return tuple((place, self.mean[place], self.std[place]) for place in order)
 
@@ -90,7 +90,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Return what `dataclasses.asdict` made JSON of.
+        """Return the value that `dataclasses.asdict` turned into JSON.
 
         Raises:
             TypeError, ValueError, UserError: it is something else.
@@ -113,7 +113,7 @@ class Preprocessing:
 
 
 YOLOV6 = Preprocessing()
-"""What the paper's networks take: a letterbox, RGB in 0..1."""
+"""Preprocessing of the paper's networks: a letterbox, RGB in 0..1."""
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Source:
     """One split of a data set as it was found; nothing in it has been checked."""
 
     file: Path
-    """What messages name: the annotation file, `data.yaml`, or a folder of XML."""
+    """Path for messages: the annotation file, `data.yaml`, or a folder of XML."""
     split: str
     content: Mapping[str, Any]
     """Lists `images`, `categories` and `annotations`, as in a COCO file. An annotation may have
@@ -34,7 +34,7 @@ def read_source(data: str | Path, split: str | None = None) -> Source:
 
     Known are COCO (`annotations/instances_<split>.json`, or Roboflow's
     `<split>/_annotations.coco.json`), YOLO (`data.yaml`, itself or in the folder) and Pascal VOC
-    (`Annotations/*.xml`, or XML beside the images).
+    (`Annotations/*.xml`, or XML next to the images).
 
     Args:
         data: a folder, or a YAML file.
@@ -70,7 +70,8 @@ def _find(data: Path, split: str | None, option: str = "--split") -> _Found:
 
     if not data.is_dir() and not (data.is_file() and data.suffix in (".yaml", ".yml")):
         raise UserError(
-            f"{data} is not a folder; give the data set's folder, or its data.yaml, as --data."
+            f"{data} is not a folder; give the data set's folder, or its data.yaml, as `data`.",
+            "data",
         )
     files = _coco_files(data) if data.is_dir() else {}
     if files:

@@ -19,7 +19,7 @@ def voc_splits(root: Path) -> dict[str, list[Path]]:
     """Return the XML files of each split; none where the folder is not such a data set.
 
     `ImageSets/Main/<split>.txt` lists those in `Annotations/`; without lists all are one split.
-    Folders such as `train/` and `valid/` with XML beside their images are splits, too.
+    Folders such as `train/` and `valid/` with XML next to their images are splits, too.
     """
     folder = root / "Annotations"
     if folder.is_dir():

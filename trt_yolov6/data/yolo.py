@@ -55,7 +55,7 @@ def yolo_splits(file: Path) -> dict[str, list[Path]]:
 def read_yolo(file: Path, split: str) -> Source:
     """Read a split as the content of a COCO file.
 
-    The boxes of `images/a.jpg` are in `labels/a.txt`, or in `a.txt` beside it: a line an object,
+    The boxes of `images/a.jpg` are in `labels/a.txt`, or in `a.txt` next to it: a line per object,
     `class x y width height`, the centre and the sides as fractions of the image; or `class x1 y1
     x2 y2 x3 y3 ...`, a polygon. An image without such a file has no objects.
 
@@ -100,7 +100,7 @@ def read_yolo(file: Path, split: str) -> Source:
 
 
 def label_path(image: Path) -> Path:
-    """Return where an image's boxes are: in `labels/` for `images/`, else beside it."""
+    """Return the path of an image's labels: in `labels/` for `images/`, else next to it."""
     parts = list(image.parts)
     for place in range(len(parts) - 2, -1, -1):
         if parts[place] == "images":
@@ -161,7 +161,7 @@ def _resolved(file: Path, content: Mapping[str, Any], place: str) -> Path:
     root = content.get("path")
     roots = [file.parent / root, Path(root)] if isinstance(root, str) and root else []
     candidates = [base / place for base in (*roots, file.parent, Path())]
-    # Roboflow writes `../train/images` for a folder that lies beside the file.
+    # Roboflow writes `../train/images` for a folder next to the file.
     plain = place
     while plain.startswith("../"):
         plain = plain[3:]
@@ -194,7 +194,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); check --data.") from error
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}); check `data`.", "data"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} is not YAML ({reason}); correct it.") from error

@@ -1,4 +1,4 @@
-"""Detectors of every family behind one `Detections` value.
+"""Detectors of every family, decoded into one `Detections` value.
 
 layouts.py      how outputs are laid out, and the arithmetic that reads each layout
 families.py     the table of families: the layouts each is exported in, the images it takes

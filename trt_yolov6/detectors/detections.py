@@ -222,7 +222,7 @@ def suppress(
 def _suppress_one_class(
     rectangles: NDArray[np.float64], scores: NDArray[np.floating], iou: float
 ) -> NDArray[np.intp]:
-    """Return what greedy suppression keeps of (n, 4) x, y, width, height, best first.
+    """Return the indices that greedy suppression keeps of (n, 4) x, y, width, height, best first.
 
     Classes go through it one by one. OpenCV's own batched call shifts each class by its number
     times the largest coordinate instead, so that one exploded box makes all others coincide.

@@ -1,6 +1,6 @@
 """The families of detectors, a row each: the layouts it is exported in, and the images it takes.
 
-Its name is what `--decoder` takes. Where the pre-processing comes from is said beside each; it is
+Its name is what `--decoder` takes. The source of the pre-processing is named next to each; it is
 what the release's own evaluation does, since that is what its AP was reported with.
 """
 
@@ -19,7 +19,7 @@ class Family:
 
     name: str
     title: str
-    """What people call them."""
+    """Usual name."""
     layouts: tuple[OutputLayout, ...]
     """The forms of its exports, see `OutputLayout`."""
     preprocessing: Preprocessing
@@ -83,7 +83,8 @@ def family_named(name: str) -> Family:
     """
     if name not in FAMILIES:
         raise UserError(
-            f"--decoder {name} is not known{did_you_mean(name, FAMILIES)}; choose one of "
-            f"{', '.join(FAMILIES)}."
+            f"`decoder` {name} is not known{did_you_mean(name, FAMILIES)}; choose one of "
+            f"{', '.join(FAMILIES)}.",
+            "decoder",
         )
     return FAMILIES[name]

@@ -1,4 +1,4 @@
-"""How detectors lay out their outputs, one entry a layout: what it looks like and how it is read.
+"""Output layouts of detectors, one entry each: which outputs have it and how to decode them.
 
 `OutputLayout` describes them. What is read here is what the network says, in pixels of its input;
 thresholds, suppression and the way back to the original image are `detection.postprocess`'s.
@@ -21,17 +21,17 @@ Outputs = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Anchors:
-    """What a network says of one image, an anchor a row; suppression is still to be done."""
+    """Predictions for one image before suppression, one row per anchor."""
 
     scores: NDArray[Any]
     """(anchors, classes) in 0..1."""
     corners: Callable[[NDArray[np.intp]], NDArray[np.float64]]
-    """Returns float64 (n, 4), x1, y1, x2, y2 in input pixels, of so many anchors."""
+    """Returns float64 (n, 4), x1, y1, x2, y2 in input pixels, of the given anchors."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a graph with NMS inside found in one image, in any order."""
+    """Detections of a graph with NMS inside for one image, in any order."""
 
     boxes: NDArray[np.float32]
     """(n, 4), x1, y1, x2, y2 in input pixels."""
@@ -63,7 +63,7 @@ class Layout:
 
 
 def class_count(outputs: Sequence[TensorSpec], layout: OutputLayout) -> int | None:
-    """Return how many classes the outputs tell of, or None where they do not say."""
+    """Return the number of classes that the outputs' shapes give, or None."""
     return LAYOUTS[layout].classes(outputs)
 
 
@@ -138,7 +138,7 @@ def grid(size: tuple[int, int], anchors: int) -> tuple[NDArray[np.float64], NDAr
         (anchors, 2) column and row of each cell, and (anchors,) its stride in pixels.
 
     Raises:
-        UserError: neither has so many.
+        UserError: neither has that number.
     """
     for strides in STRIDES:
         shapes = [(size[0] // stride, size[1] // stride) for stride in strides]
@@ -153,7 +153,8 @@ def grid(size: tuple[int, int], anchors: int) -> tuple[NDArray[np.float64], NDAr
             )
     raise UserError(
         f"{anchors} anchors are not those of an input of {size[0]}x{size[1]} with strides 8, 16, "
-        "32 (and 64); name another --decoder."
+        "32 (and 64); name another `decoder`.",
+        "decoder",
     )
 
 
@@ -245,7 +246,7 @@ def _read_best(outputs: Outputs, size: tuple[int, int]) -> ReadImage:
 
 
 EFFICIENT_NMS_WORDS = ("num", "box", "score", "class")
-"""What the names of TensorRT's EfficientNMS outputs have in them, whoever exported the graph."""
+"""Words in the names of TensorRT's EfficientNMS outputs, in every exporter's graphs."""
 
 
 def _read_efficient_nms(outputs: Outputs, size: tuple[int, int]) -> ReadImage:
@@ -318,7 +319,8 @@ def _unlike(outputs: Outputs, wanted: str) -> UserError:
     shapes = ", ".join(f"{key} {value.shape}" for key, value in outputs.items())
     return UserError(
         f"the engine's outputs ({shapes}) do not have {wanted}, which its output layout promises; "
-        "build it again with `trt-yolov6 build`, or name its --decoder."
+        "build it again with `trt-yolov6 build`, or name its `decoder`.",
+        "decoder",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a detector tells of itself: in its manifest, else in its graph and that graph's metadata."""
+"""A detector's description of itself: its manifest, else its graph and the graph's metadata."""
 
 from __future__ import annotations
 

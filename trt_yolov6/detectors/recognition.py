@@ -1,9 +1,9 @@
 """Which family a graph is of, and how its outputs are laid out.
 
-Several families share a layout and differ in the images they take, so shapes alone do not tell.
+Several families share a layout and differ in the images they take, so shapes alone do not decide.
 What else is looked at: the metadata that exporters leave, the names of nodes and weights, and
-whether anything is computed between the last convolutions and the output. Where that does not tell
-either, the user is asked: a wrong guess would cost AP without a word.
+whether anything is computed between the last convolutions and the output. Where that does not
+decide either, the user is asked: a wrong guess would cost AP without a word.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trt_yolov6.spec import OutputLayout, TensorSpec
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What recognition looks at; of a plan without its graph, only the first two are known."""
+    """Input of recognition; for a plan without its graph, only the first two are known."""
 
     outputs: tuple[TensorSpec, ...]
     image_size: tuple[int, int] | None
@@ -32,11 +32,11 @@ class GraphFacts:
     producer: str = ""
     """The exporter, as the file and the graph in it name it."""
     names: frozenset[str] = frozenset()
-    """Of nodes and weights."""
+    """Names of nodes and weights."""
     tail: frozenset[str] | None = None
     """Operators that values go through after the last layers; None where unknown."""
     decoding: frozenset[str] | None = None
-    """Those of `tail` that compute more than a probability; None where unknown."""
+    """Operators of `tail` that compute more than a probability; None where unknown."""
 
 
 def recognize(
@@ -62,11 +62,12 @@ def recognize(
         fitting = [layout for layout in family.layouts if layout in possible]
         if not fitting:
             raise UserError(
-                f"{path} has outputs of no layout that --decoder {family.name} reads "
-                f"({_listed(facts.outputs)}); it reads {', '.join(family.layouts)}."
+                f"{path} has outputs of no layout that `decoder` {family.name} reads "
+                f"({_listed(facts.outputs)}); it reads {', '.join(family.layouts)}.",
+                "decoder",
             )
         if {"rows", "grid_rows"} <= set(fitting):
-            # A plan does not tell; YOLOX's exporter leaves the decoding out unless asked.
+            # A plan does not show it; YOLOX's exporter leaves the decoding out unless asked.
             return family, "rows" if facts.decoding else "grid_rows"
         return family, fitting[0]
     choices = _families_by_evidence(facts, possible) if possible else []
@@ -78,8 +79,9 @@ def recognize(
         )
     if len(choices) != 1:
         raise UserError(
-            f"{path} has outputs ({_listed(facts.outputs)}) that do not tell which detector it is; "
-            f"name it with --decoder: {_titled(choices)}."
+            f"{path} has outputs ({_listed(facts.outputs)}) that several families share; "
+            f"name it with `decoder`: {_titled(choices)}.",
+            "decoder",
         )
     ((name, layout),) = choices
     return FAMILIES[name], layout
@@ -93,7 +95,7 @@ def is_detector(
     Args:
         facts: from `graph.facts.facts_of`.
         decoder: the layouts of this family only.
-        only_known_anchors: outputs with all anchors have to have as many as the input's size asks.
+        only_known_anchors: outputs with all anchors must have as many as the input's size gives.
     """
     possible = set(_possible_layouts(facts))
     if decoder is not None:
@@ -118,7 +120,7 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
         "corner_rows" in possible and _PADDLE in facts.producer
     ):
         layout: OutputLayout = "corner_rows" if "corner_rows" in possible else first
-        # Nothing in the graph tells how its images were normalized.
+        # Nothing in the graph says how its images were normalized.
         return [("ppyoloe", layout), ("ppyoloe-plus", layout)]
     if first == "grids_yolov5":
         # Nor are the anchors in it.
@@ -154,7 +156,7 @@ def _families_of_rows(facts: GraphFacts) -> list[_Choice]:
 
 
 _PADDLE = "PaddlePaddle"
-"""What Paddle2ONNX calls itself in a graph's name, and in early versions as the producer."""
+"""Paddle2ONNX's name for itself in a graph's name, and in early versions as the producer."""
 
 
 def _is_ultralytics(facts: GraphFacts) -> bool:
@@ -210,7 +212,7 @@ def _possible_layouts(facts: GraphFacts) -> list[OutputLayout]:
             return ["end2end_ppyoloe"]
     if ranks == [2] and outputs[0].shape[1] == 7:
         return ["end2end" if outputs[0].name == "detections" else "end2end_yolov7"]
-    # YOLOv5's older exports have the three grids beside the decoded rows.
+    # YOLOv5's older exports have the three grids besides the decoded rows.
     if ranks in ([3], [3, 5, 5, 5]):
         return _layouts_of_one(next(spec for spec in outputs if len(spec.shape) == 3), facts)
     return []

@@ -1,1 +1,1 @@
-"""What a file holds, and what this machine can do."""
+"""Inspection of files and of this machine."""

@@ -47,26 +47,26 @@ _SLOW_TO_IMPORT = ("torch", "onnxscript")
 
 @dataclass(frozen=True)
 class BackendState:
-    """What a backend can do here, and what would make it do more."""
+    """Capabilities of a backend here, and how to extend them."""
 
     availability: Availability
     remedy: str
-    """What to install or get; empty when there is nothing to gain."""
+    """Advice on what to install; empty when there is nothing to gain."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What this machine offers to this package."""
+    """Capabilities of this machine."""
 
     version: str
-    """Of this package."""
+    """Version of this package."""
     python: str
     executable: str
     system: str
     cpu: Cpu
     cpu_clock: CpuClock
     int8_on_cpu: str
-    """What the CPU's own INT8 instructions do to convolutions."""
+    """Effect of the CPU's INT8 instructions on convolutions."""
     gpus: tuple[Gpu, ...]
     packages: dict[str, str | None]
     """Installed version by distribution, None where absent."""
@@ -165,7 +165,7 @@ def remedy(
     gpus: tuple[Gpu, ...],
     python: tuple[int, int] = sys.version_info[:2],
 ) -> str:
-    """Return what would make a backend work, or work on the GPU.
+    """Return advice that makes a backend work, or work on the GPU.
 
     Args:
         available: the backend's own report.

@@ -35,7 +35,7 @@ class Inspection:
 
     @property
     def matches_manifest(self) -> bool | None:
-        """Whether the file is the one its manifest describes; None without a manifest."""
+        """True if the file is the one its manifest describes; None without a manifest."""
         return None if self.manifest is None else self.manifest.plan_sha256 == self.sha256
 
     def to_json(self) -> dict[str, Any]:

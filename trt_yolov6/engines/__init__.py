@@ -1,4 +1,4 @@
-"""Inference engines: one file a backend behind one small interface (base.py), and the manifest.
+"""Inference engines: one file per backend with one small interface (base.py), and the manifest.
 
 `load_engine` and `backend` are all that other parts of the package need.
 """
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class Backend(Protocol):
-    """What a backend module offers (see base.py)."""
+    """Interface of a backend module (see base.py)."""
 
     NAME: str
 
@@ -53,7 +53,7 @@ def backend(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise UserError(
-            f"--backend {name} is not known; choose one of auto, {', '.join(BACKENDS)}."
+            f"`backend` {name} is not known; choose one of auto, {', '.join(BACKENDS)}.", "backend"
         )
     return importlib.import_module(BACKENDS[name].module)
 
@@ -110,7 +110,7 @@ def load_engine(
     """Load an engine file for inference.
 
     Args:
-        path: a plan that `build` wrote, with its manifest beside it, or any detector's ONNX file.
+        path: a plan that `build` wrote, with its manifest next to it, or any detector's ONNX file.
         backend_name: a name of `BACKENDS`; `auto` takes the one in the manifest, ONNX Runtime for
             an `.onnx` file, else the first TensorRT that runs here.
         options: threads and execution provider.
@@ -133,7 +133,8 @@ def load_engine(
         backend_name = manifest.backend if manifest else _backend_for(path)
     elif manifest and manifest.backend != backend_name and path.suffix != ".onnx":
         raise UserError(
-            f"{path} was built for {manifest.backend}, not {backend_name}; leave --backend out."
+            f"{path} was built for {manifest.backend}, not {backend_name}; leave `backend` out.",
+            "backend",
         )
     return backend(backend_name).load(path, manifest, options or LoadOptions())
 
@@ -150,10 +151,10 @@ def _check_exists(path: Path) -> None:
     ]
     if others:
         raise UserError(
-            f"{path} does not exist, but {others[0]} does; use --engine {others[0]}, or build "
+            f"{path} does not exist, but {others[0]} does; load that, or build "
             f"{path.name} with `trt-yolov6 build` on a machine that has TensorRT."
         )
-    raise UserError(f"{path} does not exist; build it with `trt-yolov6 build`, or check --engine.")
+    raise UserError(f"{path} does not exist; build it with `trt-yolov6 build`, or check the path.")
 
 
 def _backend_for(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What every engine and every backend looks like from outside: a few verbs, the same for all.
+"""Interface of every engine and every backend: a few verbs, the same for all.
 
 A backend is a module of this package with four functions and a name:
 
@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, empty_input, image_size_of
+from trt_yolov6.spec import (
+    BatchProfile,
+    NmsSettings,
+    OutputLayout,
+    PrecisionName,
+    empty_input,
+    image_size_of,
+)
 from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Availability:
-    """What a backend can do on this machine, for `doctor` and for `--backend auto`."""
+    """Capabilities of a backend on this machine, for `doctor` and for `--backend auto`."""
 
     backend: str
     can_build: bool
@@ -61,7 +68,7 @@ class ImplicitCalibration:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How a plan is built. A backend refuses, in a UserError, what it cannot honour."""
+    """Settings for building a plan. A backend refuses, in a UserError, what it cannot honour."""
 
     batch: BatchProfile = dataclasses.field(default_factory=BatchProfile)
     target: str | None = None
@@ -87,7 +94,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How an engine is loaded."""
+    """Settings for loading an engine."""
 
     threads: int | None = None
     """CPU threads an ONNX Runtime session uses; None for one a physical core."""
@@ -142,10 +149,12 @@ class Engine(abc.ABC):
     decoder: str = "yolov6"
     """The family it is of, see `detectors.families`."""
     preprocessing: Preprocessing = YOLOV6
-    """How images become its input: RGB in 0..1, letterboxed, unless its family's differ."""
+    """Preprocessing of its images: RGB in 0..1, letterboxed, unless its family's differ."""
     class_names: tuple[str, ...]
     note: str = ""
-    """How the engine computes, where that is not what its precision says."""
+    """Arithmetic of the engine where it differs from its precision."""
+    computed_in: PrecisionName | None = None
+    """Precision of all arithmetic, where it is not the graph's."""
     dropped_outputs: tuple[str, ...] = ()
     """Outputs of a file without a manifest that are not a detector's and are not computed."""
     is_checked: bool = False
@@ -191,7 +200,7 @@ class Engine(abc.ABC):
         return None
 
     def empty_input(self, rows: int) -> NDArray[Any]:
-        """Return an array for a batch of so many images, its content undefined.
+        """Return an uninitialized input array for `rows` images.
 
         Of an engine on a GPU it lies in page-locked memory, which the GPU reads without a detour.
 
@@ -283,6 +292,7 @@ def check_batch(engine: Engine, batch: int) -> None:
             else f"batches of {profile.min} to {profile.max}"
         )
         raise UserError(
-            f"{engine.path} takes {takes}, not {batch}; give another --batch, or build it again "
-            "with --batch or --dynamic."
+            f"{engine.path} takes {takes}, not {batch}; give another `batch`, or build it again "
+            "for that size.",
+            "batch",
         )

@@ -38,7 +38,7 @@ ENGINES = Path("engines")
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What `build_engine` wrote."""
+    """Engine and manifest that `build_engine` wrote."""
 
     path: Path
     manifest_path: Path
@@ -70,7 +70,7 @@ def for_tensorrt(graph: Graph) -> Graph:
 
 
 def engine_stem(graph: Graph, target: str | None = None) -> str:
-    """Return what an engine is called by what it is: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
+    """Return an engine's descriptive name: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
 
     That is its checkpoint or ONNX file and precision, and where they are not the default, size,
     batch, uint8 input, NMS in the graph, and the target.
@@ -117,8 +117,10 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
     suffix = BACKENDS[name].suffix
     if output and (Path(output).suffix == ".onnx") != (suffix == ".onnx"):
         raise UserError(
-            f"--output {output} does not fit the {name} backend; give a name that ends in "
-            f"{suffix}, or another --backend."
+            f"`output` {output} does not fit the {name} backend; give a name that ends in "
+            f"{suffix}, or another `backend`.",
+            "output",
+            "backend",
         )
     # The engine's name is known only once its graph is; its folder is known now.
     check_writable(output or ENGINES / f"<name>{suffix}")
@@ -199,14 +201,16 @@ def all_in_float(precision: str, backend: str, target: str) -> UserError:
     """Return the error for a backend that computes a quantized graph in float."""
     label = precision.upper()
     instead = (
-        "build with --backend tensorrt on that GPU"
+        "build with `backend` tensorrt on that GPU"
         if backend == "tensorrt-rtx"
         else "build for a GPU that has it"
     )
     return UserError(
         f"{backend} computes no convolution in {label} for {target}: the engine would be no faster "
-        f"than --fp16. Build with --fp16 instead of --{precision}, or {instead}; --allow-float "
-        "builds it all the same."
+        f"than fp16. Build with fp16 instead of {precision}, or {instead}; `allow_float` "
+        "builds it all the same.",
+        "allow_float",
+        "backend",
     )
 
 

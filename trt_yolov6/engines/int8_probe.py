@@ -1,4 +1,4 @@
-"""Whether a backend computes convolutions in 8 bits for a target: asked with one of them.
+"""Probe whether a backend computes convolutions in 8 bits for a target, with one of them.
 
 TensorRT-RTX builds a T4 engine of an INT8 graph without a word and computes all of it in float.
 Calibration takes minutes, so that is better known before.

@@ -1,4 +1,4 @@
-"""The manifest beside an engine: what it was made from, for what, and how to read its outputs.
+"""The manifest next to an engine: its source, its target, and how to read its outputs.
 
 The plan itself stays pure, so that `trtexec --loadEngine` reads it. `engines/yolov6n.onnx` and
 `engines/yolov6n.trt` may lie side by side: the first built takes `yolov6n.json`, another gets
@@ -34,7 +34,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an engine is. Written as flat JSON; `nms` and `batch` are small objects."""
+    """Description of an engine. Written as flat JSON; `nms` and `batch` are small objects."""
 
     engine: str
     """File name of the engine this describes."""
@@ -49,7 +49,7 @@ class Manifest:
     backend: str
     backend_version: str
     target: str
-    """What it runs on: `cpu`, a GPU's name, or a cross-build target such as `t4`."""
+    """Device it runs on: `cpu`, a GPU's name, or a cross-build target such as `t4`."""
     plan_sha256: str
     source: str
     """File name of the checkpoint or ONNX file it was built from."""
@@ -66,7 +66,7 @@ class Manifest:
     decoder: str = "yolov6"
     """The family of detectors whose outputs these are, see `detectors.families`."""
     preprocessing: Preprocessing = YOLOV6
-    """How images become its input."""
+    """Preprocessing of its images."""
     tensors: tuple[TensorSpec, ...] = ()
     """Its input and then its outputs; empty in manifests of early versions."""
     schema: int = SCHEMA_VERSION
@@ -95,7 +95,7 @@ def choose_manifest_path(engine_path: str | Path) -> Path:
     """Return where an engine's manifest is to be written.
 
     That is `x.json` where it is free, describes this engine, or describes one that is gone; else
-    `x.onnx.json`. What is no manifest is never replaced.
+    `x.onnx.json`. Only a manifest is ever replaced.
 
     Raises:
         UserError: both names are taken by other files.
@@ -108,12 +108,12 @@ def choose_manifest_path(engine_path: str | Path) -> Path:
         if owner == name or (owner is not None and not path.with_name(native_name(owner)).exists()):
             return path
     raise UserError(
-        f"{path} is in the way of the manifest of {engine_path}; choose another --output."
+        f"{path} is in the way of the manifest of {engine_path}; choose another `output`.", "output"
     )
 
 
 def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
-    """Write the manifest beside its engine and return the path it was given."""
+    """Write the manifest next to its engine and return the path it was given."""
     path = choose_manifest_path(engine_path)
     _write(path, manifest)
     plain, full = manifest_paths(engine_path)
@@ -132,7 +132,7 @@ def write_pair(engine_path: str | Path, plan: bytes, manifest: Manifest) -> Path
 
     Of several processes that write one engine at once, the last one's pair is left. A process that
     is killed leaves the old pair or the new one: until the plan is in place the new manifest is
-    kept beside it as pending, and who reads it next puts it in place.
+    kept next to it as pending, and whoever reads it next puts it in place.
     """
     path = Path(engine_path)
     pending = _pending(path)
@@ -153,7 +153,7 @@ def _pending(engine_path: str | Path) -> Path:
 
 
 def _settle(engine_path: str | Path) -> None:
-    """Finish what a process that was killed in `write_pair` left behind."""
+    """Finish the work of a process that was killed in `write_pair`."""
     pending = _pending(engine_path)
     if not pending.is_file():
         return
@@ -192,7 +192,7 @@ def check_plan(engine_path: str | Path, manifest: Manifest) -> None:
 
 
 def manifest_owner(path: Path) -> str | None:
-    """Return the engine that a file is the manifest of, or None where it is no manifest."""
+    """Return the engine that a file is the manifest of, or None where it is not a manifest."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""How an engine is used: as its manifest says, else as its graph is recognized."""
+"""Decoding and preprocessing of an engine: from its manifest, else recognized from its graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trt_yolov6.spec import OutputLayout, TensorSpec
 
 @dataclass(frozen=True)
 class Reading:
-    """How an engine's outputs are read and its images prepared."""
+    """Decoding of an engine's outputs and preprocessing of its images."""
 
     decoder: str
     layout: OutputLayout
@@ -45,8 +45,9 @@ def reading_of(
     else:
         if options.decoder not in (None, manifest.decoder):
             raise UserError(
-                f"{path} was built as {manifest.decoder}, not {options.decoder}; leave --decoder "
-                "out, or build it again with it."
+                f"{path} was built as {manifest.decoder}, not {options.decoder}; leave `decoder` "
+                "out, or build it again with it.",
+                "decoder",
             )
         reading = Reading(manifest.decoder, manifest.output_layout, manifest.preprocessing)
     return replace(reading, preprocessing=reading.preprocessing.with_changes(options.preprocess))

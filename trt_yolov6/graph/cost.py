@@ -1,10 +1,10 @@
-"""What each layer of an ONNX graph costs: multiply-adds, and elements read and written."""
+"""Cost of each layer of an ONNX graph: multiply-adds, and elements read and written."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,8 @@ _SHORT_DTYPES = {
     "uint8": "int8",
     "undefined": "unknown",
 }
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
+
 _TRANSPARENT_OPS = (*QDQ_OPS, "Cast", "Identity")
 
 
@@ -72,6 +74,37 @@ class Layer:
             element: bytes an element.
         """
         return None if self.values is None else (self.values * batch + self.weights) * element
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The most that a device can do, measured or by its data sheet."""
+
+    bytes_per_second: float
+    """Read and written together."""
+    flops: Mapping[str, float]
+    """Floating-point operations a second of a large matrix product, by precision."""
+    how: str
+    """Origin of the figures, one line."""
+
+    def seconds(self, layer: Layer, batch: int, precision: str) -> tuple[float, float] | None:
+        """Return the least time that a layer's arithmetic and its memory traffic take, apart.
+
+        Args:
+            layer: its precision is not looked at.
+            batch: images.
+            precision: what it is computed in, and the size of an element.
+
+        Returns:
+            None where the layer's work or the ceiling is unknown.
+        """
+        moved = layer.bytes_moved(batch, ELEMENT_BYTES.get(precision, 4))
+        if layer.flops is None or moved is None or precision not in self.flops:
+            return None
+        return batch * layer.flops / self.flops[precision], moved / self.bytes_per_second
+
+
+T4 = Ceilings(320e9, {"fp16": 65e12}, "NVIDIA's data sheet of the T4")
 
 
 class SizedGraph(GraphIndex):
@@ -168,7 +201,7 @@ def _layer(graph: SizedGraph, node: onnx.NodeProto) -> Layer:
 
 
 def _precision(graph: SizedGraph, node: onnx.NodeProto) -> str:
-    """Return what a layer computes in: the quantized type if both its factors have one."""
+    """Return a layer's arithmetic: the quantized type if both its factors have one."""
     types = [quantized_type(graph, name) for name in node.input[:2]]
     if None in types:
         return _short_dtype(graph.types.get(node.input[0], 0))

@@ -24,16 +24,15 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from trt_yolov6 import __version__
 from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.editing import add_initializers
+from trt_yolov6.graph.editing import add_initializers, replace_tensor
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
-from trt_yolov6.graph.index import attribute, shapes_of
+from trt_yolov6.graph.index import attribute, shapes_of, tensor_value
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.graph.reference import reference_session
@@ -54,7 +53,7 @@ MAX_PIXELS = 4096 * 4096
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What the exported graph is to look like."""
+    """Form of the exported graph."""
 
     image_size: tuple[int, int] | None = None
     """Input height and width in pixels, multiples of `Architecture.size_multiple`; None: those that
@@ -74,14 +73,14 @@ class ExportSettings:
             _check_size(self.image_size, 32)
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise UserError(
-                f"--opset {self.opset} is not supported; give {MIN_OPSET} to {MAX_OPSET}."
+                f"`opset` {self.opset} is not supported; give {MIN_OPSET} to {MAX_OPSET}.", "opset"
             )
 
     def size_for(self, arch: Architecture) -> tuple[int, int]:
         """Return the input's height and width in pixels for a network.
 
         Raises:
-            UserError: the size is no multiple of the network's coarsest stride.
+            UserError: the size is not a multiple of the network's coarsest stride.
         """
         size = self.image_size or (arch.image_size, arch.image_size)
         _check_size(size, arch.size_multiple)
@@ -106,7 +105,7 @@ def export_onnx(
         model: in training or fused form, float32, on the CPU; it is not changed.
         settings: shape, precision and ends of the graph.
         class_names: written into the graph's metadata, so that the file speaks for itself.
-        verify: run the graph in ONNX Runtime beside the PyTorch model on one random batch.
+        verify: compare the graph in ONNX Runtime with the PyTorch model on a random batch.
 
     Returns:
         A graph with input `images` and the outputs `boxes` and `scores`, or `detections` with NMS
@@ -160,12 +159,14 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
     if height < multiple or width < multiple or height % multiple or width % multiple:
         fitting = "x".join(str(max(multiple, -(-side // multiple) * multiple)) for side in size)
         raise UserError(
-            f"--imgsz {height}x{width} is not a multiple of {multiple}, which this network needs; "
-            f"give {fitting}, for example."
+            f"`image_size` {height}x{width} is not a multiple of {multiple}, which this network "
+            f"needs; give {fitting}, for example.",
+            "image_size",
         )
     if height * width > MAX_PIXELS:
         raise UserError(
-            f"--imgsz {height}x{width} is more than {MAX_PIXELS:,} pixels; give a smaller size."
+            f"`image_size` {height}x{width} is more than {MAX_PIXELS:,} pixels; give less.",
+            "image_size",
         )
 
 
@@ -213,15 +214,18 @@ def _free_batch(proto: onnx.ModelProto, batch: int) -> None:
     """Let a graph traced with `batch` images take any number of them.
 
     Images are computed one by one, along the first axis of every tensor, so the number stands in
-    the graph's ends and in the shapes that tensors are given.
+    the shapes of tensors and in those that reshapes give them.
     """
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    shapes = {node.input[1] for node in proto.graph.node if node.op_type == "Reshape"}
-    for item in proto.graph.initializer:
-        if item.name in shapes and (shape := numpy_helper.to_array(item).copy())[0] == batch:
+    graph = proto.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        axes = value.type.tensor_type.shape.dim
+        if len(axes) > 1 and axes[0].dim_value == batch:
+            axes[0].dim_param = "batch"
+    shapes = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
+    for item in graph.initializer:
+        if item.name in shapes and (shape := tensor_value(item).copy())[0] == batch:
             shape[0] = -1
-            item.CopyFrom(numpy_helper.from_array(shape, item.name))
+            replace_tensor(item, shape)
 
 
 def _raw_names(model: YOLOv6) -> list[str]:
@@ -303,7 +307,7 @@ def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
 
 
 def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return what exported box convolutions have folded in: outputs are times factor, plus shift.
+    """Return factor and shift that export folded into the box convolutions.
 
     Strides are powers of two, so nothing is rounded. With DFL the softmax stands between, and the
     factor has to be applied after it.
@@ -518,7 +522,7 @@ def _finish(
 def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> None:
     """Compare the graph in ONNX Runtime with the PyTorch model on random images.
 
-    A fixed batch is freed in a copy first: two images tell as much as two hundred.
+    A fixed batch is freed in a copy first: two images show as much as two hundred.
     """
     size = settings.size_for(model.arch)
     freed = copy.deepcopy(proto)
@@ -553,10 +557,10 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
 
 
 def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSettings) -> Graph:
-    """Export a checkpoint: a file, or what `load_checkpoint` made of it.
+    """Export a checkpoint: a file, or what `load_checkpoint` returned.
 
     Raises:
-        UserError: the file is no YOLOv6 checkpoint this package reads, or the size does not fit it.
+        UserError: the file is not a YOLOv6 checkpoint, or the size does not fit the network.
     """
     checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
     return Graph(

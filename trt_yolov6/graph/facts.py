@@ -1,4 +1,4 @@
-"""What an ONNX graph shows of the family it is of, for `detectors.recognition`."""
+"""Evidence in an ONNX graph of its detector family, for `detectors.recognition`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def facts_of(
     model: onnx.ModelProto, outputs: Sequence[TensorSpec], image_size: tuple[int, int] | None
 ) -> GraphFacts:
-    """Return what recognition looks at in an ONNX graph."""
+    """Return the evidence for recognition in an ONNX graph."""
     tail = _tail_operators(model)
     return GraphFacts(
         outputs=tuple(outputs),

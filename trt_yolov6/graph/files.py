@@ -28,7 +28,7 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
     model returned is whole. Nodes that stand before those whose results they read are sorted.
 
     Raises:
-        UserError: the file or one with its weights is missing or cut short, or is no ONNX model.
+        UserError: the file or one with its weights is missing, cut short or not an ONNX model.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -192,7 +192,7 @@ def _not_whole(path: Path, error: Exception) -> UserError:
 
 
 def has_other_files(path: Path) -> bool:
-    """Return whether an ONNX file keeps weights in other files; False for what is no such file."""
+    """Return whether an ONNX file keeps weights in other files; False for any other file."""
     import onnx
     from google.protobuf.message import DecodeError
 

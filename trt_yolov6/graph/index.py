@@ -6,7 +6,7 @@ and back, which rewrites every byte of it, and costs more time than most of thes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +61,8 @@ class GraphIndex:
         tensor = self.constants.get(name)
         return None if tensor is None else tensor_value(tensor)
 
-    def ancestors(self, names: Collection[str], stop: Collection[str] = ()) -> set[str]:
-        """Return the names of all computed tensors that some tensors depend on, these included.
-
-        Args:
-            names: of the tensors to start from.
-            stop: operators not to go beyond: their outputs are returned, their inputs not followed.
-        """
+    def ancestors(self, names: Iterable[str]) -> set[str]:
+        """Return the names of all computed tensors that some tensors depend on, these included."""
         found: set[str] = set()
         pending = list(names)
         while pending:
@@ -75,8 +70,7 @@ class GraphIndex:
             node = self.producer(name)
             if node is not None and name not in found:
                 found.add(name)
-                if node.op_type not in stop:
-                    pending.extend(names_read(node))
+                pending.extend(names_read(node))
         return found
 
 

@@ -65,7 +65,7 @@ def with_one_input(
         names = ", ".join(item.name for item in inputs) or "none"
         raise UserError(
             f"{path} has the inputs {names}; a detector with one image input is needed (and at "
-            f"most {SCALE_FACTOR} and {IMAGE_SHAPE} beside it)."
+            f"most {SCALE_FACTOR} and {IMAGE_SHAPE} besides)."
         )
     image = next(item for item in inputs if item not in others)
     for item in others:

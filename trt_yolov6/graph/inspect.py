@@ -1,4 +1,4 @@
-"""What is in an ONNX graph: tensors, operators, layers, stored values and FLOPs."""
+"""Inspect an ONNX graph: tensors, operators, layers, stored values and FLOPs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class OnnxDetails:
-    """What is in an ONNX graph."""
+    """Content of an ONNX graph."""
 
     opsets: dict[str, int]
     """Version by domain; the standard domain is `ai.onnx`."""
@@ -72,7 +72,7 @@ class OnnxDetails:
 
 
 def inspect_onnx(model: onnx.ModelProto) -> OnnxDetails:
-    """Return what is in an ONNX graph."""
+    """Inspect an ONNX graph."""
     graph = SizedGraph(model)
     operators = Counter(
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"

@@ -27,12 +27,12 @@ class Graph:
     nms: NmsSettings | None
     source: Path
     calibration: dict[str, Any] | None = None
-    """How an INT8 or FP8 graph was calibrated; None for others."""
+    """Calibration of an INT8 or FP8 graph; None for others."""
     float_layers: tuple[str, ...] = ()
     """Layers of such a graph that were asked to stay in float."""
     decoder: str = "yolov6"
     """The family the detector is of, see `detectors.families`."""
     preprocessing: Preprocessing = YOLOV6
-    """How images become its input."""
+    """Preprocessing of its images."""
     notes: tuple[str, ...] = ()
-    """What was changed of a file's graph as it was read, or rewritten for TensorRT: sentences."""
+    """Notes on changes to a file's graph, on reading or for TensorRT."""

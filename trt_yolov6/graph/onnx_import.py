@@ -1,7 +1,8 @@
-"""A detector's ONNX file, recognized and made ready to be built."""
+"""Import a detector's ONNX file: recognize it and make it ready to be built."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,11 @@ from trt_yolov6.detectors.recognition import recognize
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.facts import facts_of
 from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
+from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+from trt_yolov6.graph.index import inferred
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
 from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.normalize import with_folded_weights
 from trt_yolov6.graph.outputs import drop_other_outputs, dropped_text
 from trt_yolov6.spec import BatchProfile
 
@@ -33,10 +37,10 @@ def graph_from_onnx(
     decoder: str | None = None,
     preprocess: Mapping[str, Any] | None = None,
 ) -> Graph:
-    """Take a detector's ONNX file as it is, made half precision if asked.
+    """Read a detector's ONNX file as a graph to build, in half precision if asked.
 
-    Inputs beside the image that PaddleDetection's exports have become constants, and batch
-    normalization goes into the convolutions before it.
+    Auxiliary inputs of PaddleDetection's exports become constants, and batch normalization is
+    folded into the convolutions before it.
 
     Args:
         path: a graph with one image input and outputs of a layout in `OutputLayout`.
@@ -49,32 +53,13 @@ def graph_from_onnx(
         preprocess: changes to the family's pre-processing, fields of `Preprocessing` by name.
 
     Raises:
-        UserError: the file is no such graph, or disagrees with what was asked.
+        UserError: the file is not such a graph, or disagrees with what was asked.
     """
-
-    from trt_yolov6.graph.float16 import tail_nodes, to_fp16
-    from trt_yolov6.graph.normalize import with_folded_weights
-
     path = Path(path)
     model = read_onnx(path)
     metadata = {item.key: item.value for item in model.metadata_props}
     model = with_one_input(model, path, image_size)
-    inputs = runtime_inputs(model)
-    given = value_spec(inputs[0], path)
-    spatial = (1, 2) if given.dtype == np.uint8 else (2, 3)
-    if len(given.shape) != 4:
-        raise UserError(
-            f"{path} takes {list(given.shape)}, not a batch of images; a detector is needed."
-        )
-    sides = [given.shape[axis] for axis in spatial]
-    if image_size is None and None in sides:
-        image_size = image_size_in(metadata)
-    size = _fixed_size(path, sides, image_size)
-    profile = _fixed_batch(path, given.shape[0], batch)
-    dims = inputs[0].type.tensor_type.shape.dim
-    for axis, value in zip(spatial, size, strict=True):
-        dims[axis].dim_value = value
-    check_input(value_spec(inputs[0], path), path)
+    size, profile = _fix_input(model, path, image_size, batch, metadata)
     _fill_in_output_shapes(model)
     dropped = drop_other_outputs(model, path, size, decoder)
     outputs = [value_spec(item, path) for item in model.graph.output]
@@ -84,27 +69,19 @@ def graph_from_onnx(
         model = with_folded_weights(model)
     if precision not in ("fp32", "fp16") and fp16:
         raise UserError(
-            f"{path} is quantized ({precision}), so its precision is decided already; leave --fp16 "
+            f"{path} is quantized ({precision}), so its precision is decided already; leave fp16 "
             "out."
         )
     if fp16 and precision == "fp32":
         _name_anonymous_nodes(model)
         model = to_fp16(model, keep_float32=tail_nodes(model))
         precision = "fp16"
-    count = class_count(outputs, layout)
     labels = names_in(metadata) if class_names is None else tuple(class_names)
-    if labels is None:
-        labels = tuple(f"class_{index}" for index in range(count or 0))
-    elif count is not None and len(labels) != count:
-        raise UserError(
-            f"{len(labels)} class names were given for {path}, which has {count} classes; "
-            "check --names."
-        )
     return Graph(
         model=model,
         # A name in a file is anyone's; it becomes that of the engine's file.
         name=Path(metadata.get("model", "").replace("\\", "/")).name.lstrip(".") or path.stem,
-        class_names=labels,
+        class_names=_class_names(path, labels, class_count(outputs, layout)),
         image_size=size,
         batch=profile,
         precision=precision,
@@ -117,24 +94,58 @@ def graph_from_onnx(
     )
 
 
+def _fix_input(
+    model: onnx.ModelProto,
+    path: Path,
+    image_size: tuple[int, int] | None,
+    batch: BatchProfile | None,
+    metadata: Mapping[str, str],
+) -> tuple[tuple[int, int], BatchProfile]:
+    """Fix the image size of a graph's one input, in place; return it, and the batch profile."""
+    (value,) = runtime_inputs(model)
+    given = value_spec(value, path)
+    spatial = (1, 2) if given.dtype == np.uint8 else (2, 3)
+    if len(given.shape) != 4:
+        raise UserError(
+            f"{path} takes {list(given.shape)}, not a batch of images; a detector is needed."
+        )
+    sides = [given.shape[axis] for axis in spatial]
+    if image_size is None and None in sides:
+        image_size = image_size_in(metadata)
+    size = _fixed_size(path, sides, image_size)
+    profile = _fixed_batch(path, given.shape[0], batch)
+    for axis, side in zip(spatial, size, strict=True):
+        value.type.tensor_type.shape.dim[axis].dim_value = side
+    check_input(value_spec(value, path), path)
+    return size, profile
+
+
+def _class_names(path: Path, names: tuple[str, ...] | None, count: int | None) -> tuple[str, ...]:
+    if names is None:
+        return tuple(f"class_{index}" for index in range(count or 0))
+    if count is not None and len(names) != count:
+        raise UserError(
+            f"{len(names)} class names were given for {path}, which has {count} classes; "
+            "check `class_names`.",
+            "class_names",
+        )
+    return names
+
+
 def _fill_in_output_shapes(model: onnx.ModelProto) -> None:
     """Give the outputs the lengths that follow from the image size, where the file leaves them."""
-    import onnx
-
     shapes = [output.type.tensor_type.shape for output in model.graph.output]
     if all(dim.dim_value for shape in shapes for dim in shape.dim[1:]):
         return
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
+    bare = copy.deepcopy(model)
     # What the exporter noted of a free size would stand in the way.
     del bare.graph.value_info[:]
     for output in bare.graph.output:
         output.type.tensor_type.ClearField("shape")
-    try:
-        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
-    except onnx.shape_inference.InferenceError:
+    sized = inferred(bare)
+    if sized is None:
         return
-    for shape, output in zip(shapes, inferred.graph.output, strict=True):
+    for shape, output in zip(shapes, sized.graph.output, strict=True):
         known = output.type.tensor_type.shape
         if not shape.dim:
             shape.CopyFrom(known)
@@ -148,12 +159,15 @@ def _fixed_size(
 ) -> tuple[int, int]:
     if wanted is None:
         if None in sizes:
-            raise UserError(f"{path} leaves its image size free; fix it with --imgsz.")
+            raise UserError(
+                f"{path} leaves its image size free; fix it with `image_size`.", "image_size"
+            )
         wanted = (sizes[0] or 0, sizes[1] or 0)
     elif any(own is not None and own != asked for own, asked in zip(sizes, wanted, strict=True)):
         raise UserError(
             f"{path} takes images of {sizes[0]}x{sizes[1]}, not {wanted[0]}x{wanted[1]}; leave "
-            "--imgsz out, or export it anew."
+            "`image_size` out, or export it again.",
+            "image_size",
         )
     return wanted
 
@@ -163,8 +177,9 @@ def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> Ba
         return wanted or BatchProfile()
     if wanted and (wanted.min, wanted.max) != (own, own):
         raise UserError(
-            f"{path} takes batch {own} only; leave --batch and --dynamic out, or export it anew "
-            "with a free batch axis."
+            f"{path} takes batch {own} only; leave `batch` out, or export it again "
+            "with a free batch axis.",
+            "batch",
         )
     return BatchProfile(own, own, own)
 

@@ -31,7 +31,7 @@ Split and Slice are not among them: each of their outputs would be cast, instead
 """
 
 CODE_PRESERVING_OPS = ("Concat", "MaxPool")
-"""Those moving operators, Concat included, that stand between an exported network's layers: of
+"""The moving operators, Concat included, that stand between an exported network's layers: of
 codes on one scale they make codes on that scale."""
 
 UNDECODED_OPS = LAYOUT_OPS | {"Cast", "Concat", "Gather", "Sigmoid", "Slice", "Split", *QDQ_OPS}

@@ -22,7 +22,7 @@ class Quantizer:
 
     node: onnx.NodeProto
     codes: onnx.TensorProto | None
-    """What a DequantizeLinear reads, where it is stored."""
+    """Stored input of a DequantizeLinear, with its scale."""
     scale: onnx.TensorProto | None
     """One scale, or one for each channel; None where it is computed."""
     zero_point: onnx.TensorProto | None
@@ -40,7 +40,7 @@ class Quantizer:
         return self._stored_scale().dtype
 
     def scale_for(self, rank: int) -> NDArray[np.float32]:
-        """Return the stored scale so that it broadcasts against codes of so many axes.
+        """Return the stored scale so that it broadcasts against codes of `rank` axes.
 
         Raises:
             ValueError: the scale is computed.
@@ -52,7 +52,7 @@ class Quantizer:
         return values
 
     def values(self) -> NDArray[np.float32]:
-        """Return what stored symmetric codes stand for.
+        """Return the values of stored symmetric codes.
 
         Raises:
             ValueError: codes or scale are computed.
@@ -200,7 +200,7 @@ def _code_type(graph: GraphIndex, node: onnx.NodeProto) -> int:
         zero_point = graph.constants.get(node.input[2])
         return onnx.TensorProto.UNDEFINED if zero_point is None else zero_point.data_type
     if node.op_type == "QuantizeLinear":
-        # Without either, ONNX makes uint8 of it.
+        # ONNX's default is uint8.
         return attribute(node, "output_dtype", 0) or onnx.TensorProto.UINT8
     codes = graph.constants.get(node.input[0])
     if codes is not None:

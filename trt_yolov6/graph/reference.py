@@ -88,8 +88,9 @@ def open_session(
     processors = os.cpu_count() or 1
     if threads is not None and threads > 4 * processors:
         raise UserError(
-            f"--threads {threads} is far more than this machine's {processors} processors; give "
-            "fewer."
+            f"`threads` {threads} is far more than this machine's {processors} processors; give "
+            "fewer.",
+            "threads",
         )
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3

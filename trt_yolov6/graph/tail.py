@@ -1,4 +1,4 @@
-"""What comes after a graph's last layers: decoding, and all that predictions go through."""
+"""The tail of a graph, after its last layers: decoding, and all that predictions go through."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def nodes_after_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def layers_after(graph: GraphIndex) -> dict[str, int]:
-    """Return for each tensor how many convolutions come one after another behind it, at most."""
+    """Return for each tensor the length of the longest chain of convolutions after it."""
     found: dict[str, int] = {}
     for node in reversed(graph.nodes):
         for name in node.output:

@@ -132,7 +132,7 @@ class ScaledRepConv(nn.Module):
     """The block of RepOptimizer's hyper-search (paper, 2.5.1; arXiv 2205.15242, Section 3).
 
     The branches of `RepConv`, each followed by a learned scale a channel in place of a batch
-    normalization; one normalization behind their sum. That much is linear, so the branches are
+    normalization; one normalization after their sum. That much is linear, so the branches are
     added up as kernels and one convolution is run: the same function, the same gradients.
     """
 
@@ -207,7 +207,7 @@ class BottleRep(nn.Module):
 
 
 class CSPStack(nn.Module):
-    """CSPStackRep (paper, Figure 3c): a stack of `BottleRep` beside a 1x1 path, then merged."""
+    """CSPStackRep (paper, Figure 3c): a stack of `BottleRep` and a 1x1 path, then merged."""
 
     def __init__(
         self, arch: Architecture, in_channels: int, out_channels: int, repeats: int
@@ -337,7 +337,7 @@ def _pyramid(pool: nn.Module, x: Tensor) -> Tensor:
 
 
 class BiFusion(nn.Module):
-    """What three levels say at the resolution of the middle one (YOLOv6 v3.0, Section 2.1)."""
+    """Fuse three levels at the resolution of the middle one (YOLOv6 v3.0, Section 2.1)."""
 
     def __init__(self, same: int, finer: int, channels: int, act: ActivationName) -> None:
         """Build.

@@ -1,4 +1,4 @@
-"""How large a network is: parameters and floating-point operations."""
+"""Count a network's parameters and floating-point operations."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Architecture:
     """Everything that fixes a network's layers; two equal values build the same layers."""
 
     name: str
-    """As in the variants table, or `yolov6-custom`."""
+    """Row of the variants table, or `yolov6-custom`."""
     stage_channels: tuple[int, ...]
     """Output channels of the stem and of the stages 2 to 5, or to 6 (P6)."""
     neck_channels: tuple[int, ...]
@@ -78,13 +78,13 @@ class Architecture:
     neck: NeckKind = "pan"
     """`pan`: Rep-PAN of v0.1 to v0.2.1; `bifusion`: 0.3's, which looks at a finer level, too."""
     pooling: PoolingKind = "sppf"
-    """What ends the backbone."""
+    """Pooling block at the end of the backbone."""
     mbla: bool = False
-    """Whether stacks are MBLA blocks (0.4), in place of CSPStackRep blocks."""
+    """True for stacks of MBLA blocks (0.4) instead of CSPStackRep blocks."""
 
     @property
     def stack(self) -> StackKind:
-        """Of what the stages are made."""
+        """Kind of block that the stages consist of."""
         if self.mbla:
             return "mbla"
         return "plain" if self.csp_ratio is None else "csp"
@@ -97,7 +97,7 @@ class Architecture:
 
     @property
     def head_channels(self) -> tuple[int, ...]:
-        """What the neck hands to the head, finest level first."""
+        """Channels between neck and head, finest level first."""
         if self.neck == "lite":
             return self.neck_channels * len(self.strides)
         laterals = len(self.strides) - 1
@@ -105,7 +105,7 @@ class Architecture:
 
     @property
     def size_multiple(self) -> int:
-        """What height and width of the input are multiples of.
+        """Divisor of the input's height and width.
 
         Lite's coarsest level is rounded up, so that it takes what three levels take.
         """
@@ -133,7 +133,7 @@ class Variant:
     pooling: PoolingKind = "sppf"
     mbla: bool = False
     p6: bool = False
-    """Whether there are a sixth stage and a fourth level."""
+    """True for a sixth stage and a fourth level."""
 
 
 _N = Variant(depth=0.33, width=0.25)

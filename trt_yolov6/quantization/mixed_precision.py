@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.cost import layers_of
+from trt_yolov6.graph.cost import T4, layers_of
 from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
 from trt_yolov6.quantization.qdq.placement import place
@@ -20,13 +20,6 @@ from trt_yolov6.quantization.sensitivity import Distortion, Sensitivity
 
 if TYPE_CHECKING:
     import onnx
-
-# NVIDIA's figures for a T4 in half precision: multiply-adds and bytes a second.
-_MULTIPLY_ADDS = 32.5e12
-_BYTES = 320e9
-
-_ELEMENT = 2
-"""Bytes of a number in half precision."""
 
 _BATCH = 32
 """Images at a time for which run time is estimated: the paper's, and enough to fill the GPU."""
@@ -93,14 +86,13 @@ def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
     layers = (layer for layer in layers_of(model) if layer.operator in CONVOLUTIONS)
     amounts: dict[str, tuple[int, float]] = {}
     for name, layer in zip(layer_names(model).values(), layers, strict=True):
-        moved = layer.bytes_moved(_BATCH, _ELEMENT)
-        if layer.flops is None or moved is None:
+        seconds = T4.seconds(layer, _BATCH, "fp16")
+        if layer.flops is None or seconds is None:
             raise UserError(
                 f"the shapes around {name} are not known, so that its cost is not; export the "
                 "graph with a fixed image size."
             )
-        macs = layer.flops // 2
-        amounts[name] = macs, max(_BATCH * macs / _MULTIPLY_ADDS, moved / _BYTES)
+        amounts[name] = layer.flops // 2, max(seconds)
     work = sum(item[0] for item in amounts.values())
     time = sum(item[1] for item in amounts.values())
     return {

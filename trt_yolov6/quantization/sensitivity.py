@@ -247,7 +247,7 @@ def only_layer(model: onnx.ModelProto, placement: Placement, layer: str) -> Plac
         groups=(),
         layers=(layer,),
         float_layers={name: "another layer is looked at" for name in outputs if name != layer},
-        exact_reads=frozenset(
+        unquantized_reads=frozenset(
             (tensor, node.output[0])
             for node in model.graph.node
             if tensor in node.input and node.output[0] != outputs[layer]

@@ -1,7 +1,7 @@
 """The report's charts as SVG and bars: colours by class, so that one drawing serves both themes.
 
 A precision has a colour and a shape of its own; the colours are those of Okabe and Ito, which
-people with any kind of colour vision tell apart.
+people with any kind of colour vision can distinguish.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trt_yolov6.common.statistics import Interval
 from trt_yolov6.reports.tables import Row
 
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
-"""Those with a colour and a shape; anything else is drawn as `other`."""
+"""Precisions with a colour and a shape; anything else is drawn as `other`."""
 
 _WIDTH, _HEIGHT = 380.0, 290.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 14.0, 14.0, 40.0
@@ -34,7 +34,7 @@ class Point:
     x: Interval
     y: float
     tip: str
-    """What is shown on hovering, touching or focusing it."""
+    """Text shown on hovering, touching or focusing it."""
 
 
 def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str = "left") -> str:
@@ -99,7 +99,7 @@ def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str 
 
 
 def legend(kinds: Sequence[str]) -> str:
-    """Return what colours and shapes mean."""
+    """Return the legend of colours and shapes."""
     items = "".join(
         f'<span class="key"><svg viewBox="0 0 14 14" class="mark {_class(kind)}" '
         f'aria-hidden="true">{shape(kind, 7, 7)}</svg>{escape(kind)}</span>'
@@ -133,7 +133,7 @@ def point_of(row: Row, x: Interval, batch: int, *, alone: bool = False) -> Point
         row: the engine.
         x: its place on the horizontal axis.
         batch: the batch size that is shown.
-        alone: its model is the only one, so that the precision is what tells marks apart.
+        alone: its model is the only one, so that the precision distinguishes the marks.
     """
     if row.ap is None:
         return None

@@ -1,4 +1,4 @@
-"""What a report is made of: results of comparisons and rankings of layers, read and checked."""
+"""Read and check the inputs of a report: results of comparisons and rankings of layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Comparison:
     def picture(self, example: Mapping[str, Any]) -> str | None:
         """Return an example's picture as base64 of a JPEG; None where it is gone."""
         path = (self.folder / str(example.get("picture", ""))).resolve()
-        # A results file names pictures beside itself, and nothing else of the disk.
+        # A results file may name only pictures next to itself.
         if not path.is_relative_to(self.folder.resolve()) or not path.is_file():
             return None
         content = path.read_bytes()
@@ -59,7 +59,7 @@ class Material:
 
     @property
     def several(self) -> bool:
-        """True where engines of several comparisons have to be told apart."""
+        """True where engines of several comparisons have to be distinguished."""
         return len(self.comparisons) > 1
 
 

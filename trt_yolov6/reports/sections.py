@@ -128,7 +128,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def quantization_cost(rows: Sequence[Row]) -> str:
-    """Return what each precision costs in AP, beside the share of the work that it does."""
+    """Return the AP that each precision costs, and its share of the work."""
     found = quantization(rows)
     if not found:
         return _how(
@@ -206,7 +206,7 @@ def layers(material: Material) -> str:
     if not parts:
         return _how(
             "The results have no times of layers: they were left out (--no-layers), or the backend "
-            "does not tell.",
+            "does not report them.",
             "trt-yolov6 compare MODEL",
         )
     ceilings = [
@@ -245,7 +245,7 @@ def examples(material: Material) -> str:
             parts.append(_example(example, picture, f"picture-{number_}-{index}", names))
     if missing:
         parts.append(
-            f"<p>{missing} picture{'s' * (missing != 1)} could not be found beside the results; "
+            f"<p>{missing} picture{'s' * (missing != 1)} could not be found next to the results; "
             "keep the folder <code>examples/</code> with <code>results.json</code>.</p>"
         )
     if not parts:
@@ -273,7 +273,7 @@ def examples(material: Material) -> str:
 
 
 def method(material: Material) -> str:
-    """Return what was measured on what, and how."""
+    """Return the section on environment and method."""
     parts = []
     for comparison in material.comparisons:
         value = comparison.value
@@ -345,7 +345,7 @@ def method(material: Material) -> str:
 
 _METHOD = """<p>Latency is of the engine alone, on input where it reads it, without pre- or
 post-processing, as in the paper; throughput is the batch size over it. Each round loads every
-engine anew and runs it for a while, in changing order, so that a drift of the machine hits all
+engine again and runs it for a while, in changing order, so that a drift of the machine hits all
 alike. Runs while which the process's threads waited for a processor are left out, unless hardly
 any others are there. The figure is the median over the rounds; its interval says where a further
 round is to be expected in 95 of 100 cases, and reaches at least 5 % to each side on a CPU, 1 % on a

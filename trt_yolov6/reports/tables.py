@@ -13,7 +13,7 @@ from trt_yolov6.comparison.summary import number
 from trt_yolov6.reports.material import Material
 
 NOTHING = "\N{EN DASH}"
-"""What stands where there is no value."""
+"""Placeholder for a missing value."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Row:
     name: str
     """Unique in the report."""
     label: str
-    """What the model is called."""
+    """Name of the model."""
     precision: str
     engine: Mapping[str, Any]
     timings: Mapping[int, Mapping[str, Any]]

@@ -29,10 +29,10 @@ from trt_yolov6.spec import NmsSettings
 
 @dataclass(frozen=True)
 class InferenceSummary:
-    """What `infer_source` did."""
+    """Summary of an `infer_source` run."""
 
     files: tuple[Path, ...]
-    """What holds the detections: files, and for YOLO's format their folder."""
+    """Files with the detections; for YOLO's format their folder."""
     outputs: tuple[Path, ...]
     """The annotated pictures, or the one annotated video."""
     images: int
@@ -42,7 +42,7 @@ class InferenceSummary:
     """Pictures that were left out because they could not be read, each with why, as one
     sentence."""
     warnings: tuple[str, ...]
-    """What is odd about those that were processed, such as a video that ends early: sentences."""
+    """Notes on processed inputs, such as a video that ends early."""
     inference_seconds: float
     wall_seconds: float
 
@@ -77,7 +77,7 @@ def infer_source(
         source: see `media.find_media`.
         output: the folder to write to; made if missing, not the one the source lies in.
         formats: of `detection_files.FORMATS`.
-        frames: end a video or stream after so many.
+        frames: end a video or stream after this number.
         stop: asked before each frame of a video or stream: whether to end here.
         nms, border, batch: as in `detect`.
         progress: show a progress bar on stderr.
@@ -93,7 +93,9 @@ def infer_source(
     else:
         places = [item.path.parent for item in media.items if item.path is not None]
     if any(output.resolve() == place.resolve() for place in places):
-        raise UserError(f"{output} is where the source lies; give another folder as --output.")
+        raise UserError(
+            f"{output} is where the source lies; give another folder as `output`.", "output"
+        )
     options = {"nms": nms or default_nms(engine), "border": border, "batch": batch}
     if isinstance(media, Video):
         clip = open_video(media, frames, stop)
@@ -216,7 +218,8 @@ def _infer_video(
             if not writer.close() or not _is_whole(temporary, writer.frames):
                 raise UserError(
                     f"{target} could not be written in whole; free the disk or give another "
-                    "--output."
+                    "`output`.",
+                    "output",
                 )
     finally:
         clip.close()
@@ -244,7 +247,7 @@ def _infer_video(
 
 
 def _is_whole(video: Path, frames: int) -> bool:
-    """Tell whether a written video has all its frames.
+    """Return whether a written video has all its frames.
 
     OpenCV's writer reports no error. A full disk is seen here: an MP4's table of frames comes last,
     and FFmpeg writes nothing more after a first failure.

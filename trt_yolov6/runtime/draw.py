@@ -67,7 +67,7 @@ def class_colour(index: int) -> Colour:
     """Return the RGB colour of a class, the same in every picture.
 
     Hues step by the golden ratio, so that neighbouring classes differ most; saturation and
-    brightness alternate to tell later ones apart.
+    brightness alternate to distinguish later ones.
     """
     hue = (0.02 + index * 0.618034) % 1
     saturation = (0.85, 0.55, 1.0)[index // 7 % 3]

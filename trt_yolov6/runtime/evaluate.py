@@ -39,10 +39,10 @@ class StageSeconds:
     read: float
     preprocess: float
     inference: float
-    """The engine, with the copies to and from it; what else runs, runs beside it, up to `tail`."""
+    """The engine, with the copies to and from it; everything else overlaps it, up to `tail`."""
     postprocess: float
     coco: float
-    """Matching, batch by batch beside the engine, and scoring at the end."""
+    """Matching, batch by batch in parallel with the engine, and scoring at the end."""
     tail: float
     """Wall time after the engine was done with its last batch: that batch's post-processing and
     matching, and the scoring. A part of both stages, so it is not to be added to them."""
@@ -50,7 +50,7 @@ class StageSeconds:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """COCO AP in 0..1 (IoU 0.50:0.95, 100 detections an image) and the times behind it.
+    """COCO AP in 0..1 (IoU 0.50:0.95, 100 detections an image) and the time it took.
 
     An AP is None where the data set has no object of the kind.
     """
@@ -73,7 +73,7 @@ class Evaluation:
     precision: str
     backend: str
     notes: tuple[str, ...] = ()
-    """What a reader must know beside the figures: sentences."""
+    """Notes for the reader of the figures."""
     curves: NDArray[np.float64] | None = dataclasses.field(default=None, repr=False)
     """(101, classes): precision at recalls 0, 0.01 ... 1 and IoU 0.5; -1 without an object."""
     confusion: NDArray[np.int64] | None = dataclasses.field(default=None, repr=False)
@@ -83,7 +83,7 @@ class Evaluation:
         """Return a flat dictionary, ready for `json.dumps`; an undefined AP is null.
 
         `wall_s` is the time in all. The other times are `StageSeconds`': `coco_s` sums up what
-        mostly runs beside the engine; only `tail_s` is spent after its last batch.
+        mostly overlaps the engine; only `tail_s` is spent after its last batch.
         """
         return {
             "AP": self.ap,
@@ -206,13 +206,13 @@ def evaluate(
 
 @dataclass(frozen=True)
 class FoundBatch:
-    """What was found in some images of a data set, wherever that was done."""
+    """Detections in some images of a data set, from any process."""
 
     images: tuple[CocoImage, ...]
     detections: tuple[Detections, ...]
-    """Of each image, not clipped to it (see `postprocess`)."""
+    """Detections of each image, not clipped to it (see `postprocess`)."""
     notes: tuple[str, ...] = ()
-    """What is odd about the outputs: sentences."""
+    """Notes on odd outputs."""
     read_seconds: float = 0.0
     preprocess_seconds: float = 0.0
     inference_seconds: float = 0.0
@@ -290,9 +290,9 @@ class _Truth:
     dataset: CocoDataset
     """With the classes that count."""
     categories: tuple[int | None, ...]
-    """Of each class of the engine, its category; None: the data set does not have it."""
+    """Category of each class of the engine; None where the data set lacks it."""
     rows: list[int | None]
-    """Of each class of the engine, its place among the classes that count."""
+    """Index of each class of the engine among the classes that count."""
     notes: tuple[str, ...]
 
 
@@ -316,7 +316,7 @@ def _truth(name: str, class_names: Sequence[str], dataset: CocoDataset) -> _Trut
 
 @dataclass
 class _Sums:
-    """What an evaluation has added up so far: seconds and matches."""
+    """Running totals of an evaluation: seconds and matches."""
 
     engine_done: float
     """When the engine was done with its latest batch, by `time.perf_counter`."""
@@ -486,7 +486,7 @@ def _average_precision(
     scorer = COCOeval(truth, iouType="bbox")
     by_image = [matches[number] for number in scorer.params.imgIds]
     scorer.evalImgs = [match for same_kind in zip(*by_image, strict=True) for match in same_kind]
-    # What `evaluate` leaves behind for `accumulate`.
+    # The attributes that `evaluate` leaves for `accumulate`.
     scorer._paramsEval = copy.deepcopy(scorer.params)
     with contextlib.redirect_stdout(io.StringIO()):
         scorer.accumulate()

@@ -1,4 +1,4 @@
-"""Whether a network's outputs can be a detector's: looked at on the first batch of a run.
+"""Check, on the first batch of a run, whether a network's outputs can be a detector's.
 
 A wrong guess of the family, a sigmoid left out on export, or an overflow in half precision give
 figures all the same, and an AP of 0 says nothing of the reason.
@@ -18,7 +18,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
 
 _SLACK = 0.01
-"""How far a score may be from 0..1: half precision rounds."""
+"""Tolerance of scores outside 0..1: half precision rounds."""
 
 _EVERY = 0.99
 """The share of anchors above the threshold from which it is called every one."""
@@ -55,7 +55,7 @@ def check_outputs(
         where = f"; the first tensor that is not is {first}" if first else ""
         said = f"{engine.path} gives NaN or infinity in {', '.join(broken)}{where}"
         if any(not np.isfinite(outputs[name]).any() for name in broken):
-            raise UserError(f"{said}. Build it with --fp32, or check its weights.")
+            raise UserError(f"{said}. Build it with fp32, or check its weights.")
         warnings.append(f"{said}. What is not finite counts as no detection")
     read = LAYOUTS[engine.output_layout].read(outputs, engine.image_size)
     said_of = [read(index) for index in range(images)]
@@ -93,7 +93,8 @@ def _check_scores(engine: Engine, said_of: Sequence[Anchors | Found]) -> None:
         raise UserError(
             f"{engine.path} has scores from {low:.3g} to {high:.3g}, read as {engine.decoder} "
             f"({engine.output_layout}): these are not probabilities. Export it with its sigmoid, "
-            "or name its family with --decoder."
+            "or name its family with `decoder`.",
+            "decoder",
         )
 
 
@@ -112,14 +113,16 @@ def _check_boxes(engine: Engine, anchors: Sequence[Anchors], confidence: float) 
         raise UserError(
             f"{engine.path} has all boxes within 2 pixels of the corner, read as {engine.decoder} "
             f"({engine.output_layout}): they are fractions of the image, or not decoded. Export it "
-            "with boxes in pixels, or name its family with --decoder."
+            "with boxes in pixels, or name its family with `decoder`.",
+            "decoder",
         )
     sides = corners[:, 2:] - corners[:, :2]
     if ((sides < 0).any(axis=1)).mean() > 0.5:
         raise UserError(
             f"{engine.path} has boxes that end before they begin, read as {engine.decoder} "
             f"({engine.output_layout}): they are laid out otherwise. Name its family with "
-            "--decoder."
+            "`decoder`.",
+            "decoder",
         )
 
 

@@ -40,9 +40,9 @@ class Processed(Generic[Item, Result]):
     """One batch after the engine and the post-processing."""
 
     batch: Batch[Item]
-    """As loaded, but its input is freed (empty): it is by far the largest part."""
+    """The loaded batch without its input, by far the largest part."""
     result: Result
-    """What `finish` made of it."""
+    """Result of `finish`."""
     inference_seconds: float
     inference_end: float
     """When the engine was done with it, by `time.perf_counter`."""
@@ -198,7 +198,7 @@ def process(
 ) -> Iterator[Processed[Item, Result]]:
     """Run an engine over a stream of images, everything but the engine in other threads.
 
-    Images are read and pre-processed ahead of the engine and its outputs post-processed behind
+    Images are read and pre-processed ahead of the engine and its outputs post-processed after
     it, so that the engine, which only the calling thread uses, waits as little as possible. On a
     GPU one batch is copied while another is computed, each on a stream of its own.
 

@@ -37,7 +37,7 @@ def fields_of(text: str) -> tuple[str, ...]:
     """Return the names of a message's own fields, in their order, those of messages inside aside.
 
     Raises:
-        UserError: the text is no message: a bracket or a string has no end, or a character is none.
+        UserError: the text is not a message: an open bracket or string, or an invalid character.
     """
     return tuple(name for name, _, _ in _fields(text))
 

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from trt_yolov6.spec import NmsSettings
 
 ENGINE_FILES = ("engine.onnx", "engine.trt")
-"""What the engine is called in a version's folder, its manifest beside it."""
+"""Name of the engine in a version's folder, with its manifest."""
 
 MAX_PIXELS = 2**26
-"""Of a picture, unless the configuration says otherwise: 67 megapixels, 200 MB once decoded."""
+"""Default limit of a picture's pixels: 67 megapixels, 200 MB once decoded."""
 
 _OPENCV_LIMIT = "OPENCV_IO_MAX_IMAGE_PIXELS"
 
@@ -49,7 +49,8 @@ class TritonPythonModel:
         """
         config = json.loads(args["model_config"])
         parameters = {
-            key: value["string_value"] for key, value in config.get("parameters", {}).items()
+            key: value.get("string_value", "")
+            for key, value in config.get("parameters", {}).items()
         }
         limit_pictures(_number(parameters, "max_pixels", int, MAX_PIXELS))
 

@@ -1,4 +1,4 @@
-"""What a server does with requests that came together: one batch for all, an answer for each."""
+"""Serve concurrent requests: one batch for all, an answer for each."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ PYTHON = "python"
 """Triton's name of the backend that runs a `model.py`."""
 
 Serves = Literal["tensors", "pictures"]
-"""What an entry of the Python backend takes: the engine's own input, for its own outputs; or
+"""Input of an entry of the Python backend: the engine's own input, for its own outputs; or
 encoded pictures, for boxes, scores and classes."""
 
 _PICTURES = TensorSpec("picture", (None, 1), np.dtype(object))
@@ -63,7 +63,7 @@ _DETECTIONS = (
     TensorSpec("classes", (None, None), np.dtype(np.int64)),
     TensorSpec("count", (None, 1), np.dtype(np.int32)),
 )
-"""As `serving.requests.stacked` makes them."""
+"""Outputs as `serving.requests.stacked` makes them."""
 
 _TYPES = {
     "float16": "TYPE_FP16",
@@ -82,7 +82,7 @@ _SHARED_OUTPUTS = ("end2end", "end2end_yolov7", "end2end_ppyoloe")
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How Triton is to run the engines."""
+    """Settings for running the engines in Triton."""
 
     instances: int = 1
     """Copies of the engine on each GPU, or on the CPU, that work side by side."""
@@ -92,7 +92,7 @@ class ServingSettings:
     """Microseconds a request waits at most for others to share a batch with."""
     default_cpu: bool = False
     """Where `gpus` is None, ONNX files run on the CPU: the server has no GPU."""
-    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    thresholds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of `NmsSettings`, of entries that take pictures; the others are as for `infer`."""
     extra: str = ""
     """Further fields of `ModelConfig` in protobuf's text format, such as a response cache. They
@@ -107,7 +107,7 @@ class ServingSettings:
             )
         if self.gpus and (min(self.gpus) < 0 or len(set(self.gpus)) < len(self.gpus)):
             raise UserError("--gpus names a GPU twice or below 0; give numbers such as 0,1.")
-        NmsSettings(**{key: self.thresholds[key] for key in self.thresholds})  # type: ignore[arg-type]
+        NmsSettings(**self.thresholds)
         fixed = sorted(set(fields_of(self.extra)) & set(_OF_THE_ENGINE))
         if fixed:
             raise UserError(
@@ -127,7 +127,7 @@ class ServedModel:
 
     engine: Path
     name: str
-    """Of the entry: the network's name and precision, such as `yolov6n_int8`."""
+    """Name of the entry: the network's name and precision, such as `yolov6n_int8`."""
     platform: str
     file_name: str
     input: TensorSpec
@@ -135,13 +135,13 @@ class ServedModel:
     batch: BatchProfile
     class_names: tuple[str, ...]
     parameters: dict[str, str]
-    """What a client has to know: decoder, layout, pre-processing, names, where it came from."""
+    """Facts for clients: decoder, layout, pre-processing, names, where it came from."""
     shared_outputs: bool
     """The outputs hold the boxes of all images of a batch together."""
     backend: str = "onnxruntime"
-    """What the engine was built for."""
+    """Target of the engine."""
     serves: Serves | None = None
-    """Of the Python backend; None where Triton runs the engine itself."""
+    """Settings of the Python backend; None where Triton runs the engine itself."""
 
     @property
     def max_batch_size(self) -> int:
@@ -162,11 +162,11 @@ def export_triton(
     """Write engines into a model repository, one entry each, all of them or none.
 
     Args:
-        engines: plans of TensorRT or ONNX files, with manifests beside them or, for ONNX, without;
+        engines: plans of TensorRT or ONNX files, with manifests next to them or, for ONNX, without;
             for the Python backend also plans of TensorRT-RTX.
         output: the repository; made if missing. Other entries in it are left alone.
         settings: instances, GPUs, batching.
-        loading: the decoder of ONNX files without a manifest, where the graph does not tell.
+        loading: the decoder and the pre-processing of ONNX files without a manifest.
         names: of the entries, in the order of `engines`; default: network and precision.
         python: write entries of Triton's Python backend, which take this; default: Triton runs the
             engines itself.
@@ -233,7 +233,7 @@ def export_triton(
 def served_model(
     engine: str | Path, loading: LoadOptions | None = None, python: Serves | None = None
 ) -> ServedModel:
-    """Return what Triton has to know of an engine.
+    """Return Triton's description of an engine.
 
     Its manifest tells, so that a plan need not be loaded; an ONNX file without one is, with
     `loading`.
@@ -310,7 +310,7 @@ def _loaded_model(
 
 @dataclass(frozen=True)
 class _Details:
-    """What stands in a manifest, of an engine that has none."""
+    """Manifest of an engine that has none."""
 
     model: str
     precision: str
@@ -322,7 +322,7 @@ class _Details:
 
 
 def _check_graph(path: Path, python: Serves | None) -> None:
-    """Raise UserError for an ONNX file that is no whole entry by itself.
+    """Raise UserError for an ONNX file that is not complete by itself.
 
     Inputs that this package fills in itself Triton would ask of clients.
     """
@@ -461,8 +461,9 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     ]
     # Triton's classification reads class names from there, by their place in the output.
     labelled = next((spec for spec in model.outputs if "score" in spec.name), model.outputs[0])
+    has_labels = bool(model.class_names) and model.serves != "pictures"
     for spec in model.outputs:
-        labels = ['label_filename: "labels.txt"'] if spec is labelled and model.class_names else []
+        labels = ['label_filename: "labels.txt"'] if spec is labelled and has_labels else []
         lines += _block("output", [*_tensor_lines(spec, batched), *labels])
     if batched:
         preferred = sorted({model.batch.opt, model.batch.max} - {1})
@@ -510,7 +511,6 @@ def _write_entry(folder: Path, model: ServedModel, config: str) -> None:
     version.mkdir(parents=True)
     shutil.copyfile(model.engine, version / model.file_name)
     if model.serves is not None:
-        # Copied, so that the entry's code is the same whatever wrote it.
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / MODEL_FILE)
         manifest = read_manifest(model.engine)
         if manifest is not None:
@@ -519,6 +519,6 @@ def _write_entry(folder: Path, model: ServedModel, config: str) -> None:
             )
     (folder / "config.pbtxt").write_text(config)
     if model.class_names:
-        # A line a name: one that has several would shift all behind it.
+        # A line a name: one that has several would shift all after it.
         names = (" ".join(name.split()) for name in model.class_names)
         (folder / "labels.txt").write_text("".join(f"{name}\n" for name in names), "utf-8")

@@ -28,7 +28,7 @@ _PAIRS_AT_ONCE = 2**26
 
 @dataclass(frozen=True)
 class Assignment:
-    """What every anchor of a batch shall predict.
+    """Training targets of every anchor of a batch.
 
     foreground: bool (batch, anchors), True where the anchor is to find an object
     matched:    int64 (batch, anchors), index into the image's row of the targets; 0 for background

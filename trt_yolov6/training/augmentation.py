@@ -45,7 +45,7 @@ MAX_ASPECT = 20.0
 
 @dataclass(frozen=True)
 class AugmentationSettings:
-    """How strongly pictures are varied; the defaults are the authors' for N, T and S.
+    """Augmentation settings; the defaults are the authors' for N, T and S.
 
     Source: the configurations of meituan/YOLOv6 v0.2 (`data_aug`); see `augmentation_for`.
 
@@ -58,25 +58,25 @@ class AugmentationSettings:
     mixup: float = 0.0
     """Probability, 0..1, that a mosaic is blended with another one."""
     degrees: float = 0.0
-    """Rotation, uniform in plus or minus so many degrees; 0..180."""
+    """Maximum rotation in degrees, uniform in both directions; 0..180."""
     translate: float = 0.1
     """Shift on each axis, uniform in plus or minus this fraction of the image size; 0..1."""
     scale: float = 0.5
     """Zoom, uniform in 1 plus or minus this; 0..0.99."""
     shear: float = 0.0
-    """Shear on each axis, uniform in plus or minus so many degrees; 0..44."""
+    """Maximum shear in degrees on each axis, uniform in both directions; 0..44."""
     hsv_h: float = 0.015
     """Hue, an angle from red, is multiplied by a factor uniform in 1 plus or minus this; 0..1."""
     hsv_s: float = 0.7
-    """As `hsv_h`, for saturation."""
+    """Saturation gain, sampled like `hsv_h`."""
     hsv_v: float = 0.4
-    """As `hsv_h`, for value (brightness)."""
+    """Value (brightness) gain, sampled like `hsv_h`."""
     flip_lr: float = 0.5
     """Probability, 0..1, of mirroring left to right."""
     flip_ud: float = 0.0
     """Probability, 0..1, of mirroring top to bottom."""
     border: int = 0
-    """Gray pixels left on every side of a picture that is no mosaic, as in `letterbox.fit`: the
+    """Gray pixels left on every side of a picture that is not a mosaic, as in `letterbox.fit`: the
     gray border of the paper's Section 2.4.3."""
 
     def __post_init__(self) -> None:
@@ -142,16 +142,16 @@ class Layers:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What the pictures of a batch will be made of."""
+    """Plan of a batch: the images and transforms of each picture."""
 
     pictures: int
-    """How many there are, B."""
+    """Number of pictures, B."""
     size: int
     """Their side S, in pixels."""
     singles: Layers
-    """The pictures that are no mosaics."""
+    """Pictures that are not mosaics."""
     mosaics: Layers
-    """Those that are."""
+    """Mosaic pictures."""
     mixed: Layers
     """Second mosaics, to be blended into some of the first."""
     mix: Floats
@@ -351,7 +351,7 @@ def place_boxes(
 
 
 def worth_keeping(whole: Floats, inside: Floats) -> NDArray[np.bool_]:
-    """Tell which boxes are still worth learning after augmentation.
+    """Return which boxes are still worth learning after augmentation.
 
     Both sides must exceed `MIN_SIDE`, the visible area must exceed `MIN_VISIBLE` of the whole, and
     no side may be `MAX_ASPECT` times the other. The thresholds are the authors'.
@@ -384,7 +384,7 @@ def make_pictures(
         gather: takes indices of k images and returns uint8 (k, 3, H, W) on `device`, each image
             at the top left of its (H, W).
         device: where to work.
-        chunk: pictures to work on at once; bounds the memory that is needed beside the result.
+        chunk: pictures to work on at once; bounds the memory needed in addition to the result.
 
     Returns:
         float32 (B, 3, S, S) RGB in 0..1.

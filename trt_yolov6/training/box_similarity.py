@@ -1,7 +1,7 @@
-"""How well boxes agree: IoU, GIoU, CIoU and SIoU, differentiable and safe for degenerate boxes.
+"""Similarity of boxes: IoU, GIoU, CIoU and SIoU, differentiable and safe for degenerate boxes.
 
 All take xyxy boxes, in any one unit, and compute in float32 (float64 for float64 input) even under
-autocast: areas of boxes in pixels leave float16's range. A ratio whose denominator is no area or
+autocast: areas of boxes in pixels leave float16's range. A ratio whose denominator is not area or
 no length counts as zero and passes no gradient, so nothing here gives NaN for finite boxes.
 """
 

@@ -48,7 +48,7 @@ Kind = Literal[
     "duplicate",
     "clipped",
 ]
-"""What can be wrong. All but `clipped` are problems; a clipped box is only noted."""
+"""Kinds of findings. All but `clipped` are problems; a clipped box is only noted."""
 
 OVERHANG = 0.01
 """Pixels a box may reach beyond its image unmentioned: rounding in the annotation file."""
@@ -63,14 +63,14 @@ class Problem:
     annotation_id: int | None
     """Id of the annotation; None: it has none, or the image itself is at fault."""
     kind: Kind
-    """What is wrong, in a word."""
+    """Kind of the problem."""
     sentence: str
     """The same for a reader."""
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What was found in a split."""
+    """Findings in a split."""
 
     annotation_file: Path
     images: int
@@ -78,7 +78,7 @@ class DataReport:
     annotations: int
     """Annotations the file lists."""
     problems: tuple[Problem, ...]
-    """What must be corrected or left out."""
+    """Problems that must be corrected or left out."""
     clipped: tuple[Problem, ...]
     """Boxes that reach beyond their image by more than `OVERHANG`: cut off at its edge, kept."""
     crowds: int
@@ -97,7 +97,7 @@ class BadDataError(UserError):
 
 @dataclass(frozen=True)
 class CheckedSplit:
-    """The usable part of a split, as far as it can be told without decoding its images."""
+    """The usable part of a split, judged without decoding its images."""
 
     images: tuple[CocoImage, ...]
     """The images whose file exists and whose size is recorded."""
@@ -121,7 +121,7 @@ def check_data(
         progress: show a bar, on a terminal.
 
     Raises:
-        UserError: there is no such split, or its file cannot be made out at all: it is no JSON,
+        UserError: there is no such split, or its file cannot be made out at all: it is not JSON,
             has no list of categories, images or annotations, or an image lacks its id or name.
     """
     checked = read_split(folder, split)
@@ -363,7 +363,7 @@ def _judge(
 ) -> _Object | tuple[Kind, str] | None:
     """Return an annotation's object, or what is wrong with it, or None if its image is at fault."""
     if not isinstance(entry, dict):
-        return "malformed", "is no JSON object"
+        return "malformed", "is not a JSON object"
     image_id, class_id = _integer(entry.get("image_id")), _integer(entry.get("category_id"))
     if image_id is None or image_id not in names:
         return "unknown-image", f"is for image {_short(entry.get('image_id'))}, which is not listed"
@@ -423,7 +423,7 @@ def _boxes_as_written(
 
 
 def _corners(box: object) -> Corners | None:
-    """Return x1, y1, x2, y2 of a COCO box, or None if it is no list of four numbers."""
+    """Return x1, y1, x2, y2 of a COCO box, or None if it is not a list of four numbers."""
     if not isinstance(box, list) or len(box) != 4:
         return None
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in box):

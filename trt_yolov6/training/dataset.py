@@ -57,7 +57,7 @@ class TrainingSet:
     files: tuple[Path, ...]
     """The n image files."""
     images: Tensor
-    """uint8 (n, 3, H, W) RGB on `device` or in host memory; each image top left, gray beside."""
+    """uint8 (n, 3, H, W) RGB on `device` or in host memory; images top left, padded with gray."""
     sizes: Tensor
     """int64 (n, 2) on the CPU: height and width of each image inside its row of `images`."""
     boxes: Tensor
@@ -67,7 +67,7 @@ class TrainingSet:
     first: Tensor
     """int64 (n + 1,) on the CPU: objects `first[i]` to `first[i + 1]` belong to image i."""
     report: DataReport
-    """What was found wrong and, since it loaded, left out."""
+    """Problems found and, since it loaded, left out."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -311,7 +311,7 @@ def _allocate(
 
 
 def _free_host_memory() -> int | None:
-    """Return the bytes that can be had without swapping, where the system tells."""
+    """Return the bytes that can be had without swapping, where the system reports it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -45,7 +45,7 @@ class Processes:
         return total / self.world
 
     def of_first(self, value: bool) -> bool:
-        """Return what the first process gives; for what may change between two processes' looks."""
+        """Return the first process's value, for facts that may change between processes."""
         if self.world == 1:
             return value
         told = torch.tensor(int(value), device=self.device)

@@ -47,7 +47,7 @@ class WeightAverage:
 
 
 def average_for(total_updates: int, decay: float | None = None) -> tuple[float, float]:
-    """Return decay and ramp for a training of so many steps of the optimizer.
+    """Return decay and ramp for a training of the given number of optimizer steps.
 
     Args:
         total_updates: steps of the optimizer in all.

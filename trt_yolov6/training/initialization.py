@@ -103,7 +103,7 @@ def _from_checkpoint(
         model,
         (
             f"{checkpoint.path} has {arch.num_classes} classes, the data set {len(class_names)}: "
-            f"the class predictions of the head start anew, the other {len(taken)} of "
+            f"the class predictions of the head start at random, the other {len(taken)} of "
             f"{len(own)} tensors are taken over.",
         ),
     )

@@ -1,4 +1,4 @@
-"""What a training writes about itself: one line of JSON an epoch, and TensorBoard's scalars."""
+"""Log of a training: one line of JSON per epoch, and TensorBoard's scalars."""
 
 from __future__ import annotations
 

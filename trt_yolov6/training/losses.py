@@ -1,4 +1,4 @@
-"""What training minimizes: classification, boxes, their distributions, objectness, distillation.
+"""Training losses: classification, boxes, their distributions, objectness, distillation.
 
 Paper, Sections 2.3 (losses) and 2.4.2 (self-distillation), and the choices of its Tables 6 to 11.
 Everything is computed in float32, under autocast too.
@@ -31,7 +31,7 @@ LEAST_AN_IMAGE = 0.25
 halfway. Without it, batches of few objects or none would blow up."""
 
 _SMALL_VARIANTS = ("yolov6n", "yolov6t")
-"""What the names of the variants begin with that take SIoU."""
+"""Prefixes of the variants that use SIoU."""
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,7 @@ def distribution_focal_loss(regression: Tensor, distances: Tensor, reg_max: int)
     """Return distribution focal loss (Li et al., 2020; the paper's M and L).
 
     The cross-entropy of the predicted distribution with the one that puts all its mass on the two
-    bins beside the distance, such that its mean is the distance.
+    bins around the distance, such that its mean is the distance.
 
     Args:
         regression: float (batch, 4 * (reg_max + 1), anchors), logits of the bins, those of one
@@ -424,7 +424,7 @@ def _class_loss(logits: Tensor, labels: Assignment, settings: LossSettings) -> T
 def _normalizers(
     weight: Tensor, foreground: Tensor, reduce_mean: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what losses, and what the objectness loss, are divided by."""
+    """Return the normalizers of the losses and of the objectness loss."""
     images = torch.full_like(weight[0, 0], len(weight))
     counts = torch.stack((weight.sum(), foreground.sum().to(weight.dtype), images))
     if reduce_mean is not None:

@@ -1,4 +1,4 @@
-"""What a training is asked to do: one frozen value, written as JSON into every checkpoint."""
+"""Settings of a training: one frozen value, written as JSON into every checkpoint."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ REG_MAX = 16
 
 @dataclass(frozen=True)
 class ArchitectureOptions:
-    """What differs from the variant's row; None leaves it (paper, Tables 2 to 4 and 11)."""
+    """Overrides of the variant's row; None keeps it (paper, Tables 2 to 4 and 11)."""
 
     block: BlockKind | None = None
     activation: ActivationName | None = None
     csp_ratio: float | None = None
     """Channel coefficient of CSPStackRep blocks; 0 for plain RepBlocks."""
     dfl: bool | None = None
-    """Whether the head predicts distributions over distances."""
+    """True if the head predicts distributions over distances."""
     objectness: bool | None = None
-    """Whether the head also predicts objectness (and offsets, as in v0.1)."""
+    """True if the head also predicts objectness (and offsets, as in v0.1)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TrainSettings:
     teacher: str | None = None
     """Checkpoint of the teacher of self-distillation (paper, 2.4.2)."""
     distillation: DistillationSettings | None = None
-    """How the student is held to the teacher; goes with `teacher`."""
+    """Distillation settings; only with `teacher`."""
     rep_optimizer: RepOptimizerSettings | None = None
     """Train a single-branch network as if it had branches (paper, 2.5.1); None: as it is."""
     compile: bool = False
@@ -305,7 +305,7 @@ def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{source} holds no settings of a training that this version knows ({error}); start "
-            "the training anew."
+            "the training again."
         ) from error
     return restored
 
@@ -336,8 +336,8 @@ def _check(settings: TrainSettings) -> None:
         (settings.batch >= 1, f"a batch of {settings.batch} is none; give --batch 1 or more"),
         (
             settings.image_size >= stride and settings.image_size % stride == 0,
-            f"an image size of {settings.image_size} is no multiple of {stride}; give --imgsz such "
-            "as 640",
+            f"an image size of {settings.image_size} is not a multiple of {stride}; give --imgsz "
+            "such as 640",
         ),
         (
             math.isfinite(optimizer.learning_rate) and optimizer.learning_rate > 0,

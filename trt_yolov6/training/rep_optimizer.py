@@ -66,17 +66,18 @@ def check_scales(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that RepOptimizer cannot be made from.
 
     Raises:
-        UserError: it is no hyper-search network.
+        UserError: it is not a hyper-search network.
     """
     if checkpoint.arch.block != "scaled":
         raise UserError(
-            f"{checkpoint.path} is no hyper-search network and has no scales; give --rep-optimizer "
-            "without a file to search for them, or a checkpoint trained with --block scaled."
+            f"{checkpoint.path} is not a hyper-search network and has no scales; give "
+            "--rep-optimizer without a file to search for them, or a checkpoint trained with "
+            "--block scaled."
         )
 
 
 def gradient_multipliers(search: YOLOv6) -> dict[str, Tensor]:
-    """Return what the gradients of a single-branch network are multiplied by.
+    """Return the factors for the gradients of a single-branch network.
 
     Args:
         search: the hyper-search network whose scales are taken.

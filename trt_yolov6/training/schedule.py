@@ -21,7 +21,7 @@ LOSS_BATCH = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a training takes, and which of them end in a step of the optimizer."""
+    """Number of steps of a training, and which of them end in an optimizer step."""
 
     images: int
     """In the training split."""

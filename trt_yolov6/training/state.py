@@ -27,13 +27,13 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass
 class Progress:
-    """How far a training has come; changed in place as it goes on."""
+    """Progress of a training; changed in place."""
 
     step: int = 0
     """The next step, from 0."""
     best_ap: float | None = None
     best_epoch: int = 0
-    """Epochs behind the best AP; 0 before the first evaluation."""
+    """Epoch of the best AP, from 1; 0 before the first evaluation."""
     epoch_seconds: float = 0.0
     """Time that the steps of the present epoch have taken so far."""
 
@@ -98,7 +98,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         content["settings"] = json.loads(content["settings"])
     except Exception as error:  # torch.load raises anything for a damaged file
         raise UserError(
-            f"{path} is damaged or of another version; start the training anew, in another folder."
+            f"{path} is damaged or of another version; start the training again, in another folder."
         ) from error
     state: dict[str, Any] = content
     return state
@@ -124,7 +124,7 @@ def restore(state: dict[str, Any], learner: Learner) -> Progress:
     except (KeyError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise UserError(
             f"the state does not fit the network ({str(error).splitlines()[0][:120]}); start the "
-            "training anew."
+            "training again."
         ) from error
     progress: Progress = state["progress"]
     return progress
@@ -144,7 +144,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a kill left half-written beside the files of a run."""
+    """Delete what a kill left half-written next to the files of a run."""
     for name in ("state", "last", "best", "log", "settings"):
         for leftover in folder.glob(f".{name}.*"):
             leftover.unlink(missing_ok=True)

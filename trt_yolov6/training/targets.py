@@ -1,4 +1,4 @@
-"""What the images of a training batch contain: boxes and classes, padded to one length."""
+"""Ground truth of a training batch: boxes and classes, padded to one length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A PyTorch network behind the engine interface, so that `evaluate` scores a model in training."""
+"""A PyTorch network as an engine, so that `evaluate` scores a model in training."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ BEST_FILE = "best.pt"
 LAST_FILE = "last.pt"
 DATA_REPORT_FILE = "bad_data.json"
 SEARCH_FOLDER = "search"
-"""Of the hyper-search that a training with RepOptimizer begins with, in its own folder."""
+"""Folder of RepOptimizer's hyper-search, inside the run's."""
 
 PARTS = ("total", "class", "box", "dfl", "objectness", "distill_class", "distill_box")
 """The losses that are logged."""
@@ -64,7 +64,7 @@ PARTS = ("total", "class", "box", "dfl", "objectness", "distill_class", "distill
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training came to."""
+    """Result of a training."""
 
     folder: Path
     last: Path
@@ -74,14 +74,14 @@ class TrainResult:
     last_ap: float | None
     best_ap: float | None
     best_epoch: int
-    """Epochs behind the best; 0 where nothing was evaluated."""
+    """Epoch of the best AP, from 1; 0 where nothing was evaluated."""
     epochs: int
     epoch_seconds: float
     """Median time of an epoch's steps, without evaluation."""
     wall_seconds: float
     """Time of this process's part in all."""
     notes: tuple[str, ...]
-    """What there is to say of the start and of the data: sentences."""
+    """Human-readable notes on initialization and data."""
     log: tuple[dict[str, Any], ...] = field(repr=False, default=())
     """The lines of the log, one an epoch."""
 
@@ -103,7 +103,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays as it is all through a training."""
+    """The constant parts of a training run."""
 
     settings: TrainSettings
     folder: Path
@@ -146,9 +146,9 @@ def train(
         output_dir: the run's folder; must not hold another run.
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
         resume: go on from the folder's state; the settings must be the same. On a CPU the weights
-            end bit for bit as if nothing had happened. `auto` does so where the folder holds a
-            training, and begins one where it does not: for what starts the same command again.
-        progress: show a progress bar on stderr; off a terminal, `tell` gets a line an epoch.
+            end bit for bit as if nothing had happened. `auto` resumes where the folder holds a
+            training, and begins one where it does not: for schedulers that repeat a command.
+        progress: show a progress bar on stderr; without a terminal, `tell` gets a line per epoch.
         state_seconds: least time between two writings of the state, after a step of the optimizer;
             whatever has been done since the last is done again after a kill.
         tell: called with sentences about the start and the data.
@@ -225,7 +225,7 @@ def _trained(run: _Run, state: dict[str, Any] | None, state_seconds: float) -> T
     """Train to the end, from a state or from the start; notes are the caller's to add."""
     folder, settings = run.folder, run.settings
     done = Progress() if state is None else restore(state, run.learner)
-    # Only now: what cannot be trained leaves no run behind.
+    # Only now: what cannot be trained leaves no run.
     if run.processes.is_first:
         write_json(folder / SETTINGS_FILE, settings.to_json())
     start = time.perf_counter()
@@ -260,7 +260,7 @@ def stored_settings(folder: str | Path) -> TrainSettings:
         )
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no settings of a training; start the training anew.")
+        raise UserError(f"{path} holds no settings of a training; start the training again.")
     return settings_from_json(value, str(path))
 
 
@@ -296,7 +296,7 @@ def _open_folder(
         if differing:
             raise UserError(
                 f"the run in {folder} was started with another {differing[0]}; resume it with the "
-                "settings it has, or start anew in another folder."
+                "settings it has, or start again in another folder."
             )
         # A kill before the first state leaves nothing to go on from: it starts again.
         state = read_state(folder) if (folder / "state.pt").exists() else None

@@ -1,4 +1,4 @@
-"""Which network a file holds: told from shapes and class names alone."""
+"""Recognize the network in a file from shapes and class names alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BLOCKS: dict[str, BlockKind] = {
 }
 _STACKS = ("RepBlock", "BepC3", "MBLABlock")
 ACTIVATION_KEYS = ("nonlinearity", "act", "block.act", "relu")
-"""What the authors call the activation of a block."""
+"""The authors' names for a block's activation."""
 # What they call its convolution in each of its forms.
 _WEIGHT_KEYS = (
     "rbr_reparam.weight",
@@ -63,7 +63,7 @@ class Predictions:
 
 
 def predictions(tree: Tree) -> Predictions:
-    """Tell the predictions that are decoded from those of anchor-aided and distilled training.
+    """Separate the decoded predictions from those of anchor-aided and distilled training.
 
     Mind that self-distillation of N and S swapped two names: `reg_preds` is trained with in 0.3.0,
     and is the prediction in 0.4.
@@ -274,7 +274,7 @@ def _mbla_repeats(tree: Tree, prefix: str) -> int:
 
 
 def _children(tree: Tree, prefix: str) -> int:
-    """Return how many numbered modules are in a list; 0 where there is no list."""
+    """Return the number of numbered modules in a list; 0 without a list."""
     count = 0
     while f"{prefix}.{count}" in tree:
         count += 1

@@ -16,7 +16,7 @@ from trt_yolov6.checkpoints.inert_pickle import EXPORT_IT, Shell
 from trt_yolov6.errors import UserError
 
 RELEASES = "releases 0.1 to 0.4"
-"""What is read here."""
+"""Module classes that are read."""
 
 _COUNTER = "num_batches_tracked"
 """A batch normalization's count of steps, which nothing here needs."""
@@ -33,7 +33,7 @@ class Tree:
     attributes: dict[str, dict[Any, Any]]
 
     def __contains__(self, prefix: str) -> bool:
-        """Tell whether there is a module of this name."""
+        """Return whether there is a module of this name."""
         return prefix in self.origins
 
     def tensor(self, key: str) -> Tensor:

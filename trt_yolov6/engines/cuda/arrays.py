@@ -28,7 +28,7 @@ class SupportsDLPack(Protocol):
 
 
 def lies_on_gpu(images: Any) -> bool:
-    """Tell whether images are a tensor of another library that lies on a CUDA GPU."""
+    """Return whether images are a tensor of another library that lies on a CUDA GPU."""
     return (
         not isinstance(images, np.ndarray)
         and isinstance(images, SupportsDLPack)
@@ -59,7 +59,7 @@ def view_of(tensor: SupportsDLPack, stream: Stream) -> Any:
 
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> bool:
-    """Tell whether elements lie in C order without gaps; strides count elements."""
+    """Return whether elements lie in C order without gaps; strides count elements."""
     expected = 1
     for length, stride in zip(reversed(shape), reversed(strides or ()), strict=False):
         if length > 1 and stride != expected:

@@ -125,7 +125,7 @@ class PinnedPool:
         return np.frombuffer(memoryview(content), dtype).reshape(shape)
 
     def holds(self, array: NDArray[Any]) -> bool:
-        """Tell whether an array lies in memory of this pool, from its first byte to its last."""
+        """Return whether an array lies in memory of this pool, from its first byte to its last."""
         start = array.ctypes.data
         memory = self._lent.get(start)
         if memory is None:  # not the beginning of a buffer, but perhaps a part of one
@@ -156,7 +156,7 @@ class PinnedPool:
 
 
 class Stream:
-    """A CUDA stream: work put on it runs in order, beside the host and beside other streams."""
+    """A CUDA stream: work put on it runs in order, concurrently with the host and other streams."""
 
     def __init__(self) -> None:
         self._cudart = _cudart()
@@ -166,14 +166,14 @@ class Stream:
         self.free = weakref.finalize(self, _release, self._cudart.cudaStreamDestroy, self.handle)
 
     def copy_in(self, target: DeviceMemory, source: int, nbytes: int, offset: int = 0) -> None:
-        """Start a copy to the GPU of `nbytes` that lie `offset` bytes behind a host address."""
+        """Start a copy to the GPU of `nbytes` at `offset` bytes from a host address."""
         assert offset + nbytes <= target.nbytes
         self._copy(target.address + offset, source + offset, nbytes, "cudaMemcpyHostToDevice")
 
     def copy_out(self, target: int, source: DeviceMemory, nbytes: int, offset: int = 0) -> None:
         """Start a copy of `nbytes` that lie `offset` bytes into GPU memory to a host address.
 
-        They arrive as many bytes behind that address.
+        They arrive at the same offset from that address.
         """
         assert offset + nbytes <= source.nbytes
         self._copy(target + offset, source.address + offset, nbytes, "cudaMemcpyDeviceToHost")

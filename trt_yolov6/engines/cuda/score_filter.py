@@ -70,7 +70,7 @@ _TYPES = (
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int),
     *(ctypes.c_float, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p),
 )
-"""Of the kernel's arguments, in their order."""
+"""Types of the kernel's arguments, in order."""
 _HEADER = _ROW.itemsize
 """Bytes in front of the rows: the number of candidates, and padding."""
 _THREADS = 256
@@ -197,7 +197,7 @@ def compile_options(capability: tuple[int, int], half_scores: bool) -> list[byte
 def _check_nvrtc(result: tuple[Any, ...]) -> Any:
     error, *values = result
     if int(error) != 0:
-        raise CudaError(f"NVRTC failed ({error.name}); install nvidia-cuda-nvrtc anew.")
+        raise CudaError(f"NVRTC failed ({error.name}); install nvidia-cuda-nvrtc again.")
     return values[0] if values else None
 
 

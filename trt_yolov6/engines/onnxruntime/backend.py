@@ -83,18 +83,25 @@ def availability() -> Availability:
 def check(settings: BuildSettings) -> None:
     """Raise UserError for a setting that means nothing to ONNX Runtime."""
     ignored = {
-        "--target": (settings.target, "tensorrt-rtx"),
-        "--timing-cache": (settings.timing_cache, "tensorrt"),
-        "--workspace": (settings.workspace_mib, "tensorrt or tensorrt-rtx"),
-        "--optimization-level": (settings.optimization_level, "tensorrt or tensorrt-rtx"),
-        "--tactic-sources": (settings.tactic_sources, "tensorrt"),
-        "--calibration-cache or --tensorrt-calibrator": (settings.calibration, "tensorrt"),
+        "target": "tensorrt-rtx",
+        "timing_cache": "tensorrt",
+        "workspace_mib": "tensorrt or tensorrt-rtx",
+        "optimization_level": "tensorrt or tensorrt-rtx",
+        "tactic_sources": "tensorrt",
     }
-    for option, (value, backends) in ignored.items():
-        if value is not None:
+    for name, backends in ignored.items():
+        if getattr(settings, name) is not None:
             raise UserError(
-                f"{option} is for TensorRT engines; leave it out, or give --backend {backends}."
+                f"`{name}` is for TensorRT engines; leave it out, or give `backend` {backends}.",
+                name,
+                "backend",
             )
+    if settings.calibration is not None:
+        raise UserError(
+            "TensorRT's own calibration is for TensorRT engines; leave it out, or give `backend` "
+            "tensorrt.",
+            "backend",
+        )
 
 
 def build(model: bytes, settings: BuildSettings) -> bytes:
@@ -120,7 +127,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     graph: onnx.ModelProto | None = None
     dropped: tuple[str, ...] = ()
     if manifest is None:
@@ -142,6 +149,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     if is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
         how = "on whole numbers held in float" if whole else "in float"
+        engine.computed_in = "fp32"
         notes.append(f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed")
     if options.provider is None and engine.provider == PROVIDERS["cpu"] and "cuda" in usable():
         reason = obstacle("cuda") or "no usable GPU or cuDNN"
@@ -151,7 +159,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
 
 
 class OnnxRuntimeEngine(Engine):
-    """An ONNX Runtime session behind the common interface."""
+    """An ONNX Runtime session as an `Engine`."""
 
     backend = NAME
 
@@ -209,7 +217,7 @@ class OnnxRuntimeEngine(Engine):
 
     @property
     def precision(self) -> str:
-        """As the manifest says, else as the graph shows."""
+        """Precision in the manifest, else in the graph."""
         return self._precision or super().precision
 
     def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -223,8 +231,9 @@ class OnnxRuntimeEngine(Engine):
         session = self._checked(images)
         if streams > 1:
             raise UserError(
-                f"{self.path} runs in ONNX Runtime, which has no streams; leave --streams out, or "
-                "build it with TensorRT."
+                f"{self.path} runs in ONNX Runtime, which has no streams; leave `streams` out, or "
+                "build it with TensorRT.",
+                "streams",
             )
         device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
         number = self._gpu if device == "cuda" else 0

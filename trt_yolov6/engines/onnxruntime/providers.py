@@ -63,7 +63,8 @@ def providers_for(wanted: str | None) -> list[str]:
     if wanted not in present:
         raise MissingDependencyError(
             f"this ONNX Runtime has no {wanted!r} provider; install onnxruntime-gpu, or leave "
-            "--provider out."
+            "`provider` out.",
+            "provider",
         )
     reason = obstacle(wanted)
     if reason is not None:
@@ -100,7 +101,7 @@ def check_started(wanted: str | None, used: str) -> None:
 
 @functools.cache
 def obstacle(short: str) -> str | None:
-    """Return what the loader says against a provider's library; None where it loads.
+    """Return the loader's complaint about a provider's library; None where it loads.
 
     CUDA's libraries are loaded on the way, from NVIDIA's wheels or PyTorch's. The CPU's provider is
     not a library of its own, so nothing stands against it.
@@ -135,7 +136,7 @@ def loader_says(folder: Path, short: str) -> str | None:
 def load_cuda_libraries() -> None:
     """Load CUDA's and cuDNN's libraries from NVIDIA's wheels, where those are installed.
 
-    ONNX Runtime looks beside itself. PyTorch's may lie in another folder of packages, such as the
+    ONNX Runtime looks in its own folder. PyTorch's may be in another folder of packages, as the
     system's under a virtual environment. What is on the loader's own path needs none of this.
     """
     import onnxruntime
@@ -156,7 +157,7 @@ def library_folders() -> list[Path]:
 
 
 def _said(call: Callable[[], object]) -> str:
-    """Return what a call prints: ONNX Runtime reports there, and the reader has no use for it."""
+    """Return a call's output: ONNX Runtime reports there, and the reader has no use for it."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         call()

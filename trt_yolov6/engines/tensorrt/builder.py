@@ -112,16 +112,18 @@ def _check_settings(settings: BuildSettings) -> None:
     level = settings.optimization_level
     if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
         raise UserError(
-            f"--optimization-level {level} is out of range; give 0 to {MAX_OPTIMIZATION_LEVEL}."
+            f"`optimization_level` {level} is out of range; give 0 to {MAX_OPTIMIZATION_LEVEL}.",
+            "optimization_level",
         )
     if settings.workspace_mib is not None and settings.workspace_mib < 1:
         raise UserError(
-            f"--workspace {settings.workspace_mib} is out of range; give at least 1 MiB."
+            f"`workspace_mib` {settings.workspace_mib} is out of range; give at least 1 MiB.",
+            "workspace_mib",
         )
 
 
 def has_strong_types(api: Any) -> bool:
-    """Tell whether networks can be strongly typed: from TensorRT 10 on, and in TensorRT-RTX."""
+    """Return whether networks can be strongly typed: from TensorRT 10 on, and in TensorRT-RTX."""
     return "STRONGLY_TYPED" in api.NetworkDefinitionCreationFlag.__members__
 
 
@@ -163,8 +165,9 @@ def _set_tactic_sources(api: Any, config: Any, names: Collection[str]) -> None:
     unknown = sorted(set(names) - {name.lower() for name in offered})
     if unknown:
         raise UserError(
-            f"--tactic-sources {unknown[0]} is not known; choose among "
-            f"{', '.join(sorted(name.lower() for name in offered))}."
+            f"`tactic_sources` {unknown[0]} is not known; choose among "
+            f"{', '.join(sorted(name.lower() for name in offered))}.",
+            "tactic_sources",
         )
     config.set_tactic_sources(sum(1 << int(offered[name.upper()]) for name in names))
 
@@ -211,8 +214,9 @@ def _set_profile(
     if batch >= 0:
         if not wanted.min <= batch <= wanted.max:
             raise UserError(
-                f"the ONNX graph takes only batch {batch}; give --batch {batch}, or export it with "
-                "--dynamic."
+                f"the ONNX graph takes only batch {batch}; give `batch` {batch}, or export it with "
+                "a free batch axis.",
+                "batch",
             )
         return
     profile = builder.create_optimization_profile()
@@ -227,7 +231,7 @@ def _attach_timing_cache(flavour: Flavour, config: Any, path: Path) -> None:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); check --timing-cache."
+            f"{path} cannot be read ({error.strerror}); check `timing_cache`.", "timing_cache"
         ) from error
     logger = logger_of(flavour.api)
     logger.clear()
@@ -238,7 +242,8 @@ def _attach_timing_cache(flavour: Flavour, config: Any, path: Path) -> None:
     if not accepted or (content and logger.problems):
         raise UserError(
             f"{path} is not a timing cache of {flavour} on this GPU ({logger.reason()}); name "
-            "another file for --timing-cache, or remove this one."
+            "another file for `timing_cache`, or remove this one.",
+            "timing_cache",
         )
 
 
@@ -269,7 +274,8 @@ def _run_builder(
         if plan is None:
             raise UserError(
                 f"{flavour} cannot build the engine ({logger_of(flavour.api).reason()}); try "
-                "another --workspace, batch or precision."
+                "another `workspace_mib`, batch or precision.",
+                "workspace_mib",
             )
         bar.update(100 - bar.n)
     return bytes(plan)

@@ -32,10 +32,10 @@ _ROUNDS = 20
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """How a TensorRT makes execution contexts, where it offers a choice.
+    """Method of making execution contexts, where TensorRT offers a choice.
 
     make_config: makes the argument of `create_execution_context` from an `ICudaEngine`; None: there
-        is no argument.
+        is not an argument.
     record_graph: runs are recorded as CUDA graphs by this package; False: TensorRT-RTX does it, or
         nobody.
     launches_graphs: runs are launched as CUDA graphs, whoever records them.
@@ -54,7 +54,7 @@ class TensorRTEngine(Engine):
     Args:
         flavour: the TensorRT that built the plan.
         path: the plan.
-        manifest: what `build` wrote beside it, if anything.
+        manifest: what `build` wrote next to it, if anything.
         contexts: how execution contexts are made.
         options: the decoder and the pre-processing of a plan without a manifest.
 
@@ -210,7 +210,8 @@ class TensorRTEngine(Engine):
         if self._contexts.launches_graphs:
             raise UserError(
                 f"{self.path} is launched as a CUDA graph, whose layers cannot be timed; load it "
-                "with cuda_graph=False (--no-cuda-graph)."
+                "without one (`cuda_graph`).",
+                "cuda_graph",
             )
         lane = self._take()
         try:
@@ -334,7 +335,7 @@ def _deserialize(flavour: Flavour, path: Path, device: cuda_device.Device) -> tu
     try:
         plan = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check --engine.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     logger = logger_of(flavour.api)
     logger.clear()
     runtime = flavour.api.Runtime(logger)
@@ -351,10 +352,10 @@ def _deserialize(flavour: Flavour, path: Path, device: cuda_device.Device) -> tu
 _CAUSES = {
     "blobSize": "the file is cut short",
     "minBufferSize": "the file is cut short",
-    "magicTag": "the file is no plan",
+    "magicTag": "the file is not a plan",
     "kSERIALIZATION_VERSION": "another version built it",
 }
-"""What a failed assertion in TensorRT's plan reader means, by a word of it."""
+"""Meaning of a failed assertion in TensorRT's plan reader, by a word of it."""
 
 
 def _cause(reason: str) -> str:

@@ -29,7 +29,7 @@ _LIBRARIES = {
     "cublas": ("libcublasLt.so.11", "libcublas.so.11", "libcublasLt.so.12", "libcublas.so.12"),
     "cudnn": ("libcudnn.so.8",),
 }
-"""What TensorRT 8 links, by NVIDIA's packages, in the order of loading. It finds none by itself."""
+"""Libraries that TensorRT 8 links and does not find by itself, by package, in loading order."""
 
 
 def availability() -> Availability:
@@ -55,21 +55,28 @@ def check(settings: BuildSettings) -> None:
         check_calibration(flavour, settings.calibration)
     if settings.target is not None:
         raise UserError(
-            f"--target {settings.target} needs --backend tensorrt-rtx: TensorRT times its layers "
-            "on the GPU in the machine and builds for that one only."
+            f"`target` {settings.target} needs `backend` tensorrt-rtx: TensorRT times its layers "
+            "on the GPU in the machine and builds for that one only.",
+            "target",
+            "backend",
         )
     if settings.optimization_level is not None and flavour.release < (8, 6):
-        raise UserError(f"{flavour} has no --optimization-level (8.6 is the first); leave it out.")
+        raise UserError(
+            f"{flavour} has no `optimization_level` (8.6 is the first); leave it out.",
+            "optimization_level",
+        )
     if settings.fp8 and flavour.release < (9, 0):
         raise UserError(
-            f"{flavour} has no FP8 (10 is the first that builds it); build with --int8 or --fp16."
+            f"{flavour} has no FP8 (10 is the first that builds it); build with int8 or fp16."
         )
     try:
         device = cuda_device.current_device()
     except MissingDependencyError as error:
         raise MissingDependencyError(
             f"TensorRT builds on the GPU it builds for, and {error}; build on the machine that "
-            "has the GPU, or use --backend tensorrt-rtx with --target."
+            "has the GPU, or use `backend` tensorrt-rtx with `target`.",
+            "backend",
+            "target",
         ) from error
     if settings.fp8:
         check_fp8(device)
@@ -120,7 +127,7 @@ def _flavour() -> Flavour:
 
 
 def _install() -> str:
-    """Return what installs a TensorRT that this Python can have."""
+    """Return the command that installs a TensorRT for this Python."""
     newest = "`pip install '.[tensorrt]'`"
     if sys.version_info >= (3, 11):
         return f"{newest} (10 or 11; TensorRT 8 needs Python 3.10)"

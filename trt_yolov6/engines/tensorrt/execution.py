@@ -48,7 +48,7 @@ _MOST_CONTEXTS = 8
 
 @dataclass(frozen=True)
 class LanePlan:
-    """What all lanes of an engine have in common."""
+    """State shared by all lanes of an engine."""
 
     flavour: Flavour
     path: Path

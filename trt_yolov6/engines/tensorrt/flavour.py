@@ -1,4 +1,4 @@
-"""What TensorRT and TensorRT-RTX share at building and at running: the flavour and its messages.
+"""Shared by TensorRT and TensorRT-RTX at building and running: the flavour and its messages.
 
 The two have nearly the same Python API in two modules, `tensorrt` and `tensorrt_rtx`. All shared
 code takes the imported module as a parameter, so that one process can use both: `eval` and `bench`
@@ -20,7 +20,7 @@ from trt_yolov6.errors import UserError
 _LOG = logging.getLogger(__name__)
 
 LAYERS_HEADER = "Layers:\n"
-"""How the builder's verbose message about an engine's layers begins."""
+"""Prefix of the builder's verbose message about an engine's layers."""
 
 
 FIRST_WITH_FP8 = (8, 9)
@@ -32,7 +32,7 @@ def check_fp8(device: Device) -> None:
     if device.capability < FIRST_WITH_FP8:
         raise UserError(
             f"the {device} has no FP8 (8.9 and later do: Ada, Hopper, Blackwell); build with "
-            "--int8 or --fp16 for it."
+            "int8 or fp16 for it."
         )
 
 
@@ -98,7 +98,7 @@ def logger_of(api: Any) -> Any:
             self.layers = ""
 
         def reason(self) -> str:
-            """Return the first error since `clear`, the cause of those behind it, on one line."""
+            """Return the first error since `clear`, the cause of those after it, on one line."""
             return one_line(self._errors[0]) if self._errors else "it gives no reason"
 
     return Logger()

@@ -31,14 +31,14 @@ def check_calibration(flavour: Flavour, calibration: ImplicitCalibration) -> Non
     if flavour.release[0] > LAST_WITH_CALIBRATORS:
         raise UserError(
             f"TensorRT's own calibration ends with version {LAST_WITH_CALIBRATORS}, and this is "
-            f"{flavour}; build from the graph with Q/DQ nodes (--int8) instead."
+            f"{flavour}; build from the graph with Q/DQ nodes (int8) instead."
         )
     if calibration.cache is not None:
         read_cache(calibration.cache)
 
 
 class Feed:
-    """What a calibrator is asked for: a cache to read, or batches on the GPU.
+    """Data for a calibrator: a cache to read, or batches on the GPU.
 
     TensorRT reads as many images as the network's batch holds, whatever `get_batch_size` says; with
     fewer in the buffer it ends in an illegal memory access (seen in 8.5.3 and 8.6.0). So a last
@@ -56,7 +56,7 @@ class Feed:
         self._stream = Stream()
         self._memory: DeviceMemory | None = None
         self.error: Exception | None = None
-        """What went wrong in a callback: TensorRT drops exceptions."""
+        """Exception of a callback: TensorRT drops it."""
 
     def get_batch_size(self) -> int:
         return self._batch

@@ -1,4 +1,4 @@
-"""What TensorRT made of a graph, layer by layer: from TensorRT-RTX's log, or from the plan.
+"""Read how TensorRT built a graph, layer by layer: from TensorRT-RTX's log, or from the plan.
 
 A plan can only be inspected on the GPU it was built for, which is where TensorRT builds. But a
 builder of TensorRT-RTX whose `config.profiling_verbosity` is DETAILED logs, as its last verbose
@@ -45,7 +45,7 @@ class EngineLayer:
 
 
 def inspected(api: Any, plan: bytes) -> str:
-    """Return what TensorRT's inspector says of a plan's layers, as JSON; needs the plan's GPU."""
+    """Return TensorRT's inspector's JSON on a plan's layers; needs the plan's GPU."""
     runtime = api.Runtime(logger_of(api))
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -1,4 +1,4 @@
-"""What is in a TensorRT plan: flavour and version, and tensors and layers where it opens."""
+"""Inspect a TensorRT plan: flavour and version, and tensors and layers where it opens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEADER_BYTES = 28
 
 @dataclass(frozen=True)
 class PlanDetails:
-    """What is in a TensorRT plan."""
+    """Content of a TensorRT plan."""
 
     flavour: str
     """`TensorRT` or `TensorRT-RTX`, by the first bytes."""
@@ -50,7 +50,7 @@ def read_plan_header(path: Path) -> tuple[str, str]:
 
 
 def inspect_plan(path: Path) -> PlanDetails:
-    """Return what is in a plan, as far as this machine's TensorRT opens it.
+    """Inspect a plan, as far as this machine's TensorRT opens it.
 
     Raises:
         UserError: the file does not begin like a plan.

@@ -89,18 +89,23 @@ def check(settings: BuildSettings) -> None:
     flavour = _flavour()
     if settings.timing_cache is not None:
         raise UserError(
-            "--timing-cache is for --backend tensorrt: TensorRT-RTX times nothing when it builds; "
-            "leave the option out."
+            "`timing_cache` is for `backend` tensorrt: TensorRT-RTX times nothing when it builds; "
+            "leave the option out.",
+            "timing_cache",
+            "backend",
         )
     if settings.calibration is not None:
         raise UserError(
-            "TensorRT's own calibration is for --backend tensorrt up to version 10: TensorRT-RTX "
-            "has no calibrators; build from the graph with Q/DQ nodes (--int8) instead."
+            "TensorRT's own calibration is for `backend` tensorrt up to version 10: TensorRT-RTX "
+            "has no calibrators; build from the graph with Q/DQ nodes (int8) instead.",
+            "backend",
         )
     if settings.tactic_sources is not None:
         raise UserError(
-            "--tactic-sources is for --backend tensorrt: TensorRT-RTX has kernels of its own only; "
-            "leave the option out."
+            "`tactic_sources` is for `backend` tensorrt: TensorRT-RTX has kernels of its own only; "
+            "leave the option out.",
+            "tactic_sources",
+            "backend",
         )
     capabilities = _capabilities(flavour, settings.target)
     if settings.fp8:
@@ -155,7 +160,7 @@ def _forget_failure(flavour: Flavour, set_target: Callable[[Any], None]) -> None
 def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     """Load a plan; of the options only `cuda_graph` concerns it.
 
-    The kernels that are compiled for this GPU are kept beside the plan, in
+    The kernels that are compiled for this GPU are kept next to the plan, in
     `<plan>.runtime-cache`, so that the next start is quick.
 
     Raises:
@@ -200,14 +205,17 @@ def _capabilities(flavour: Flavour, target: str | None) -> tuple[str, ...]:
         except MissingDependencyError as error:
             raise MissingDependencyError(
                 f"TensorRT-RTX does not know which GPU to build for, because {error}; give "
-                f"--target {'|'.join(targets(flavour.api))}."
+                f"`target` {'|'.join(targets(flavour.api))}.",
+                "target",
             ) from error
         _check_device(flavour, device)
         return ("CURRENT",)
     needed = TARGETS.get(target.lower())
     offered = targets(flavour.api)
     if needed is None:
-        raise UserError(f"--target {target} is not known; choose one of {', '.join(offered)}.")
+        raise UserError(
+            f"`target` {target} is not known; choose one of {', '.join(offered)}.", "target"
+        )
     if target.lower() not in offered:
         sm = needed[0].removeprefix("SM")
         raise UserError(
@@ -227,8 +235,9 @@ def _check_fp8(target: str | None, capabilities: tuple[str, ...]) -> None:
     if min(versions) < FIRST_WITH_FP8:
         major, minor = min(versions)
         raise UserError(
-            f"--target {target} takes in compute capability {major}.{minor}, which has no FP8 (8.9 "
-            "and later do: Ada, Hopper, Blackwell); build with --int8 or --fp16 for it."
+            f"`target` {target} takes in compute capability {major}.{minor}, which has no FP8 (8.9 "
+            "and later do: Ada, Hopper, Blackwell); build with int8 or fp16 for it.",
+            "target",
         )
 
 
@@ -245,8 +254,10 @@ def _check_operators(flavour: Flavour, model: bytes) -> None:
         if node.op_type in _DATA_DEPENDENT:
             raise UserError(
                 f"{flavour} has no {node.op_type} (node {node.name or node.output[0]}), nor any "
-                "output whose size depends on the image; leave out --end2end, or use --backend "
-                "tensorrt or onnxruntime."
+                "output whose size depends on the image; leave out `nms`, or use `backend` "
+                "tensorrt or onnxruntime.",
+                "nms",
+                "backend",
             )
 
 
@@ -257,14 +268,15 @@ def _target_setter(api: Any, capabilities: tuple[str, ...]) -> Callable[[Any], N
             if not config.set_compute_capability(getattr(api.ComputeCapability, name), index):
                 raise UserError(
                     f"TensorRT-RTX {api.__version__} does not take {name} as a target; choose "
-                    "another --target."
+                    "another `target`.",
+                    "target",
                 )
 
     return set_target
 
 
 def _runtime_config(api: Any, cache: RuntimeCache, cuda_graph: bool) -> Callable[[Any], Any]:
-    """Return what makes an `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache, and
+    """Return a factory for `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache, and
     scratch memory from outside, which the contexts of a lane share.
 
     Eager: the kernels of a batch size are compiled before its first run, not during the first few.

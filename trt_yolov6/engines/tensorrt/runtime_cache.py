@@ -1,8 +1,8 @@
-"""TensorRT-RTX's runtime cache: kernels compiled for this GPU, kept beside the plan.
+"""TensorRT-RTX's runtime cache: kernels compiled for this GPU, kept next to the plan.
 
 TensorRT-RTX compiles an engine's kernels on the GPU that runs them, which takes seconds. The cache
 makes that happen once. TensorRT-RTX checks by itself whether a cache fits its version, the GPU and
-the driver; one that does not is made anew. A cache is a by-product: where it can be neither read
+the driver; one that does not is made again. A cache is a by-product: where it can be neither read
 nor written, the engine only starts more slowly.
 """
 

@@ -6,7 +6,7 @@ other changes are forms of INT8 graphs, equal but for rounding in float, that Te
 it stops at the usual ones (seen in 8.6.0 on an H100):
 
 - A transposed convolution with INT8 weights ends in `buildRefitEngine: Assertion engine failed`,
-  whether they have one scale or many, stored or behind a pair. It gets float weights of the same
+  whether they have one scale or many, stored or after a pair. It gets float weights of the same
   values, and computes in half precision.
 - A multiplication by a constant per channel before a QuantizeLinear ends in `mergeScales: Assertion
   equalOrZero`. A division by the reciprocals does not.
@@ -42,7 +42,7 @@ _ALWAYS_FUSED = (["Relu"], ["LeakyRelu"], ["Clip"])
 _ACTIVATIONS = {"Elu", "HardSigmoid", "HardSwish", "Sigmoid", "Softplus", "Tanh"}
 
 _GATES = {"HardSigmoid", "Sigmoid"}
-"""What SiLU and HardSwish multiply a tensor by, computed from it."""
+"""Operators of the factor that SiLU and HardSwish multiply a tensor by."""
 
 
 @dataclass(frozen=True)

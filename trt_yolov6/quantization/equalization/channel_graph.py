@@ -89,7 +89,7 @@ class ChannelMap:
     """Classes are numbered from 0, the fixed one, to count - 1."""
     convolutions: tuple[Convolution, ...]
     activations: tuple[str, ...]
-    """Tensors behind which a multiplication by a constant per channel has to be inserted, where
+    """Tensors after which a multiplication by a constant per channel has to be inserted, where
     their classes are rescaled."""
 
 
@@ -98,7 +98,7 @@ def trace_channels(model: onnx.ModelProto, *, through_activations: bool = False)
 
     Args:
         model: a float graph with its nodes in topological order, as ONNX demands.
-        through_activations: let channels change their scale right behind an activation that is not
+        through_activations: let channels change their scale right after an activation that is not
             homogeneous (SiLU, HardSwish, …), by a multiplication to be inserted there.
     """
     trace = _Trace(model, through_activations)
@@ -387,7 +387,7 @@ def _is_silu(trace: _Trace, node: onnx.NodeProto) -> bool:
 def _activation(trace: _Trace, node: onnx.NodeProto) -> None:
     """SiLU, HardSwish and the like bend at fixed places: their input keeps its scale.
 
-    What they write has it too, unless a multiplication behind them changes it.
+    What they write has it too, unless a multiplication after them changes it.
     """
     known = [trace.sources[name] for name in node.input if name in trace.sources]
     _fix(trace, node)

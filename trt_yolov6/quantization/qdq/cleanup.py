@@ -126,7 +126,7 @@ def fold_weights(graph: gs.Graph) -> Iterator[Removal]:
 
 
 def fold_biases(graph: gs.Graph) -> Iterator[Removal]:
-    """Store biases in float where they are 32-bit integers behind a DequantizeLinear.
+    """Store biases in float where they are 32-bit integers read by a DequantizeLinear.
 
     TensorRT wants the bias of an INT8 convolution in float, and has no 32-bit DequantizeLinear.
     """
@@ -156,7 +156,7 @@ def merge_equal_pairs(graph: gs.Graph) -> Iterator[Removal]:
 
 
 def drop_requantization(graph: gs.Graph) -> Iterator[Removal]:
-    """Drop a pair that stands right behind another on the same tensor.
+    """Drop a pair that comes right after another on the same tensor.
 
     With equal scales the second does nothing. With others the first rounds once too often, if
     nothing but the second reads it.
@@ -233,18 +233,18 @@ def drop_useless_pairs(graph: gs.Graph) -> Iterator[Removal]:
 def unify_scales(graph: gs.Graph) -> Iterator[Removal]:
     """Give all that a concatenation, a pooling and the like takes and makes the largest scale.
 
-    With different scales each input is quantized anew in front of the concatenation.
+    With different scales each input is quantized again before the concatenation.
     """
     pairs = _pairs(graph)
-    behind = {id(pair.result): pair for pair in pairs}
+    by_result = {id(pair.result): pair for pair in pairs}
     on: dict[int, list[_Pair]] = {}
     for pair in pairs:
         on.setdefault(id(pair.source), []).append(pair)
 
     def carried(tensor: gs.Tensor) -> list[_Pair] | None:
         """Return the pairs whose scales a tensor's values are on, or None where it is in float."""
-        if id(tensor) in behind:
-            return [behind[id(tensor)]]
+        if id(tensor) in by_result:
+            return [by_result[id(tensor)]]
         maker = _maker(tensor)
         if maker is not None and maker.op in (*_MOVING, "Resize"):
             parts = [carried(item) for item in _data(maker)]
@@ -339,7 +339,7 @@ class _Grid:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A QuantizeLinear on a computed tensor, and one DequantizeLinear behind it."""
+    """A QuantizeLinear on a computed tensor, and one DequantizeLinear after it."""
 
     source: gs.Tensor
     quantize: gs.Node
@@ -522,9 +522,9 @@ def _is_quantized_around(graph: gs.Graph, node: gs.Node, seen: set[int]) -> bool
         fused = maker is not None and maker.op in WEIGHTED_OPS and len(tensor.outputs) == 1
         if maker is None or not (maker.op == _DQ or fused):
             return False
-    behind = node.outputs[0].outputs
-    if len(behind) == 1 and behind[0].op == "Relu":
-        behind = behind[0].outputs[0].outputs
+    readers = node.outputs[0].outputs
+    if len(readers) == 1 and readers[0].op == "Relu":
+        readers = readers[0].outputs[0].outputs
     return any(
-        reader.op == _Q and _is_read_in_int8(graph, reader.outputs[0], seen) for reader in behind
+        reader.op == _Q and _is_read_in_int8(graph, reader.outputs[0], seen) for reader in readers
     )

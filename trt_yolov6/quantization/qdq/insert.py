@@ -70,7 +70,7 @@ def insert_qdq(
     writer = _Writer(
         result, scales, _scale_names(placement, scales), quantized, fp16, weight_scales
     )
-    readers_of_exact = {(tensor, output): tensor for tensor, output in placement.exact_reads}
+    readers_of_exact = {(tensor, output): tensor for tensor, output in placement.unquantized_reads}
     outputs = {name for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
     for name in placement.tensors:

@@ -1,4 +1,4 @@
-"""Where quantization goes in a detector's graph: which layers it makes 8-bit, on which tensors.
+"""Place quantization in a detector's graph: which layers become 8-bit, and which tensors.
 
 `place` reads a float ONNX graph and decides; `insert.insert_qdq` carries it out. Each rule is a
 function whose docstring gives its reason. They follow how TensorRT treats explicit quantization: a
@@ -8,7 +8,6 @@ computes the tensor, and operators that only move or select values work on INT8 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -44,8 +43,8 @@ class Placement:
     """Layers that run in INT8."""
     float_layers: dict[str, str]
     """Layers that stay in float, each with the reason."""
-    exact_reads: frozenset[tuple[str, str]]
-    """Pairs of a quantized tensor and the first output of a node that reads it as it was before."""
+    unquantized_reads: frozenset[tuple[str, str]]
+    """Pairs of a quantized tensor and the first output of a node that reads it unquantized."""
     repeated: dict[str, str] = field(default_factory=dict)
     """Results of concatenations, poolings and the like, each with a tensor of the same scale that
     went into it: they get a pair too, which changes no value."""
@@ -57,26 +56,26 @@ Rule = Callable[[GraphIndex, "onnx.NodeProto"], "str | None"]
 
 def place(
     model: onnx.ModelProto,
-    keep_float: Collection[str] = (),
+    exclude: Collection[str] = (),
     *,
-    leave_float: Sequence[Rule] = (),
-    hand_on: bool = True,
+    exclude_rules: Sequence[Rule] = (),
+    propagate: bool = True,
     requantize: bool = False,
 ) -> Placement:
     """Decide what to quantize.
 
     Args:
         model: a float graph without Q/DQ, nodes in topological order (as ONNX demands).
-        keep_float: names of convolutions that stay in float and read their inputs unrounded.
-        leave_float: rules of this module after which further layers stay in float.
-        hand_on: have concatenations, poolings and the like hand on 8-bit values, and additions
-            take them; else quantized tensors are for the layers alone, and whatever else reads the
-            same tensor reads it unrounded.
-        requantize: count what comes out of concatenations, poolings and the like among `tensors`,
-            whose ranges have to be known; else it is `repeated`, with the scale of what goes in.
+        exclude: names of convolutions that stay in float and read their inputs unquantized.
+        exclude_rules: rules of this module by which further layers stay in float.
+        propagate: let concatenations, poolings and the like pass 8-bit values on, and additions
+            take them; else only layers read quantized tensors, and other nodes read them
+            unquantized.
+        requantize: count the results of concatenations, poolings and the like among `tensors`,
+            whose ranges have to be known; else they are `repeated`, with the scale of their input.
 
     Raises:
-        UserError: the graph is quantized already, or has no layer of a name in `keep_float`.
+        UserError: the graph is quantized already, or has no layer of a name in `exclude`.
     """
     graph = GraphIndex(model)
     if any(node.op_type == "QuantizeLinear" for node in graph.nodes):
@@ -85,20 +84,20 @@ def place(
             "to build it as it is."
         )
     names = layer_names(model)
-    unknown = sorted(set(keep_float) - set(names.values()))
+    unknown = sorted(set(exclude) - set(names.values()))
     if unknown:
         raise UserError(
-            f"--float-layers names {unknown[0]}, which is no convolution of the graph; "
+            f"--float-layers names {unknown[0]}, which is not a convolution of the graph; "
             "`trt-yolov6 inspect` lists them."
         )
-    reasons = _float_layers(graph, names, set(keep_float), leave_float)
+    reasons = _float_layers(graph, names, set(exclude), exclude_rules)
     integer = {output for output, name in names.items() if name not in reasons}
-    if hand_on:
-        exact = _readers_that_want_exact(graph, integer)
+    if propagate:
+        plain = _unquantized_readers(graph, integer)
     else:
-        exact = {node.output[0] for node in graph.nodes} - integer
-    wanted = _wanted_tensors(graph, integer, exact)
-    links = list(_links(graph, wanted, exact)) if hand_on else []
+        plain = {node.output[0] for node in graph.nodes} - integer
+    wanted = _wanted_tensors(graph, integer, plain)
+    links = list(_links(graph, wanted, plain)) if propagate else []
     wanted.update(source for sources, _ in links for source in sources)
     late = set() if requantize else wanted.intersection(_dequantized_late(graph, links))
     wanted -= late
@@ -108,11 +107,11 @@ def place(
         groups=_groups(tensors, links),
         layers=tuple(name for name in names.values() if name not in reasons),
         float_layers=reasons,
-        exact_reads=frozenset(
+        unquantized_reads=frozenset(
             (tensor, node.output[0])
             for tensor in tensors
             for node in graph.readers(tensor)
-            if node.output[0] in exact
+            if node.output[0] in plain
         ),
         repeated=_repeated((name for name in graph.order if name in late), tensors, links),
     )
@@ -122,7 +121,7 @@ def place(
 
 
 def _float_layers(
-    graph: GraphIndex, names: dict[str, str], keep: set[str], leave_float: Sequence[Rule]
+    graph: GraphIndex, names: dict[str, str], keep: set[str], exclude_rules: Sequence[Rule]
 ) -> dict[str, str]:
     """Return the layers that stay in float, with reasons.
 
@@ -138,7 +137,7 @@ def _float_layers(
         if name in keep:
             reasons[name] = "kept in float by choice"
             continue
-        found = (rule(graph, node) for rule in (*rules, *leave_float))
+        found = (rule(graph, node) for rule in (*rules, *exclude_rules))
         if reason := next(filter(None, found), None):
             reasons[name] = reason
     return reasons
@@ -150,18 +149,18 @@ def _has_no_stored_weights(graph: GraphIndex, node: onnx.NodeProto) -> str | Non
 
 
 def _works_on_single_pixels(graph: GraphIndex) -> Rule:
-    """A convolution behind global pooling has one position to work on.
+    """A convolution after global pooling works on a single position.
 
-    Such are the two of squeeze-and-excitation. They cost next to nothing, and the gates they make
-    scale whole channels, so that rounding them costs accuracy and saves no time.
+    The two of squeeze-and-excitation do. They cost next to nothing, and their gates scale whole
+    channels, so that rounding them costs accuracy and saves no time.
     """
     pixels = _single_pixel_tensors(graph)
-    reason = "works on one pixel, behind global pooling"
+    reason = "works on one pixel, after global pooling"
     return lambda _, node: reason if node.input[0] in pixels else None
 
 
 def _decodes_a_distribution(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
-    """A convolution behind a softmax takes the expectation over distribution bins (DFL).
+    """A convolution after a softmax takes the expectation over distribution bins (DFL).
 
     It is part of the decoding: its weights are the bins' numbers, its output is coordinates.
     """
@@ -200,13 +199,13 @@ def _reduces_space(graph: GraphIndex, node: onnx.NodeProto) -> bool:
     return axes is not None and {int(axis) % 4 for axis in axes} == {2, 3}
 
 
-# --- rules to choose, for `leave_float` ---------------------------------------------------------
+# --- rules to choose, for `exclude_rules` ---------------------------------------------------------
 
 
 def reads_few_channels(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
-    """A convolution of fewer than 16 input channels, such as the first, fills no 8-bit instruction.
+    """Convolutions with fewer than 16 input channels (the stem) cannot fill an 8-bit instruction.
 
-    A tensor core multiplies 32 eight-bit channels at a time; what is missing is padded with zeros.
+    A tensor core multiplies 32 eight-bit channels at a time; missing ones are padded with zeros.
     """
     return "reads fewer than 16 channels" if _channels(graph, node)[0] < 16 else None
 
@@ -219,27 +218,12 @@ def is_transposed(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     return "is a transposed convolution" if node.op_type == "ConvTranspose" else None
 
 
-def is_pointwise(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
-    """A 1x1 convolution does little work for each value that it reads and writes."""
-    return "is a 1x1 convolution" if math.prod(_weight_shape(graph, node)[2:]) == 1 else None
-
-
-def is_narrower_than(channels: int) -> Rule:
-    """A convolution of few input or output channels leaves most of a tensor core's tile empty."""
-
-    def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
-        few = min(_channels(graph, node)) < channels
-        return f"has fewer than {channels} channels" if few else None
-
-    return rule
-
-
 def works_less_than(multiply_adds: int) -> Rule:
     """Quantizing pays where each value is used often.
 
     TensorRT-RTX writes what a convolution computes in half precision and quantizes it in a kernel
     of its own, which reads two bytes and writes one for each value. What FP8 saves is half the time
-    of the next convolution's multiply-adds, so many a value.
+    of the next convolution's multiply-adds for each value.
     """
 
     def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
@@ -292,7 +276,7 @@ FP8_RULES: tuple[Rule, ...] = (
 
 
 def place_for(
-    quantized: QuantizedType, model: onnx.ModelProto, keep_float: Collection[str] = ()
+    quantized: QuantizedType, model: onnx.ModelProto, exclude: Collection[str] = ()
 ) -> Placement:
     """Decide what to quantize to a type, as `place` does, by the rules that serve the type best.
 
@@ -301,14 +285,14 @@ def place_for(
     would only add kernels.
     """
     if quantized.is_floating:
-        return place(model, keep_float, leave_float=FP8_RULES, hand_on=False)
-    return place(model, keep_float)
+        return place(model, exclude, exclude_rules=FP8_RULES, propagate=False)
+    return place(model, exclude)
 
 
 # --- which tensors carry INT8 -------------------------------------------------------------------
 
 
-def _readers_that_want_exact(graph: GraphIndex, integer: set[str]) -> set[str]:
+def _unquantized_readers(graph: GraphIndex, integer: set[str]) -> set[str]:
     """Return the nodes, by first output, that read tensors as they are before quantization.
 
     A layer in float is there to lose nothing, so neither its input nor what leads only to it is
@@ -316,44 +300,44 @@ def _readers_that_want_exact(graph: GraphIndex, integer: set[str]) -> set[str]:
     as the multiplication of a shortcut by its factor) reads the quantized tensor: reading the
     other would make TensorRT write the tensor twice, once in float.
     """
-    exact: set[str] = set()
+    plain: set[str] = set()
     for node in reversed(graph.nodes):
         if node.output[0] in integer:
             continue
         wishes = [
-            user.output[0] in exact for name in node.output if name for user in graph.readers(name)
+            user.output[0] in plain for name in node.output if name for user in graph.readers(name)
         ]
-        # What only moves values is needed exactly as soon as one reader wants it so.
+        # A data-movement operator stays unquantized if any of its readers wants that.
         moves = bool(_concatenated(graph, node) or _moved(graph, node))
         if node.op_type in CONVOLUTIONS or all(wishes) or (moves and any(wishes)):
-            exact.add(node.output[0])
-    return exact
+            plain.add(node.output[0])
+    return plain
 
 
-def _wanted_tensors(graph: GraphIndex, integer: set[str], exact: set[str]) -> set[str]:
+def _wanted_tensors(graph: GraphIndex, integer: set[str], plain: set[str]) -> set[str]:
     """Return the tensors to quantize: what INT8 layers read, and what is added to their outputs."""
     wanted = {node.input[0] for node in graph.nodes if node.output[0] in integer}
-    while found := set(_shortcuts(graph, integer, exact, wanted)) - wanted:
+    while found := set(_shortcuts(graph, integer, plain, wanted)) - wanted:
         wanted |= found
     return wanted
 
 
-def _links(graph: GraphIndex, wanted: set[str], exact: set[str]) -> Iterator[tuple[list[str], str]]:
-    """Yield what goes into and what comes out of operators that hand INT8 on.
+def _links(graph: GraphIndex, wanted: set[str], plain: set[str]) -> Iterator[tuple[list[str], str]]:
+    """Yield what goes into and what comes out of operators that pass INT8 on.
 
     All these tensors need equal scales, and only what goes in needs a pair: TensorRT quantizes as
     early and dequantizes as late as it can. Seen in what TensorRT-RTX 1.7 builds: with pairs only
     before them pooling and concatenation take INT8 and hand it on to the convolution; with a pair
-    only behind, one pooling that is read twice is computed twice; with pairs before some of a
+    only after them, one pooling that is read twice is computed twice; with pairs before some of a
     concatenation's inputs only, the others come in float.
 
-    Where another reader wants the exact values, the operator stays in float.
+    Where another reader wants the unquantized values, the operator stays in float.
     """
     pending, seen = sorted(wanted), set(wanted)
     while pending:
         name = pending.pop()
         node = graph.producer(name)
-        if node is None or node.output[0] in exact or name in graph.outputs:
+        if node is None or node.output[0] in plain or name in graph.outputs:
             continue
         sources = _concatenated(graph, node) or _moved(graph, node)
         if sources:
@@ -367,7 +351,7 @@ def _dequantized_late(
 ) -> Iterator[str]:
     """Yield the results that need no pair of their own: INT8 comes out, and dequantization waits.
 
-    Not behind a resizing: TensorRT-RTX 1.7 dequantizes before it, and the convolution behind would
+    Not after a resizing: TensorRT-RTX 1.7 dequantizes before it, and the convolution after it would
     be left in float (four of the YOLOv6Lite's were).
     """
     for _, result in links:
@@ -383,8 +367,8 @@ def _repeated(
 
     Values do not change by a pair of their own. TensorRT 8 takes a convolution as INT8 only where a
     pair stands right before it; else its weights' DequantizeLinear stays a layer, and the build
-    fails. TensorRT-RTX 1.7 makes the same layers of all these pairs as of none, but with one behind
-    a concatenation and none behind the pooling before it, that pooling is in float.
+    fails. TensorRT-RTX 1.7 makes the same layers of all these pairs as of none, but with one after
+    a concatenation and none after the pooling before it, that pooling is in float.
     """
     sources = {result: inputs[0] for inputs, result in links}
     found: dict[str, str] = {}
@@ -400,9 +384,9 @@ def _repeated(
 def _concatenated(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
     """A concatenation works in INT8 if all that goes in has the scale of what comes out.
 
-    The convolution behind it has one scale for its whole input anyway. With the same scale before
+    The convolution after it has one scale for its whole input anyway. With the same scale before
     it TensorRT only copies bytes, or has the layers before it write into place; with others each
-    input would be quantized anew.
+    input would be quantized again.
     """
     if node.op_type != "Concat" or any(name in graph.constants for name in node.input):
         return []
@@ -410,7 +394,7 @@ def _concatenated(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
 
 
 def _moved(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
-    """Pooling by maximum, resizing and moving values need no other scale behind than before.
+    """Max pooling, resizing and moving values keep the scale of their input.
 
     Rounding is monotonic, so the maximum of rounded values is the rounded maximum; what is only
     moved is not changed at all. Linear interpolation stays between the values it is given; cubic
@@ -424,20 +408,20 @@ def _moved(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
 
 
 def _shortcuts(
-    graph: GraphIndex, integer: set[str], exact: set[str], wanted: set[str]
+    graph: GraphIndex, integer: set[str], plain: set[str], wanted: set[str]
 ) -> Iterator[str]:
     """Yield the tensors that residual additions add to the output of a convolution.
 
-    TensorRT fuses convolution, addition, ReLU and the quantization behind them into one INT8
+    TensorRT fuses convolution, addition, ReLU and the quantization after them into one INT8
     kernel if the addend is INT8 too; the convolution's own output must not be quantized, because
     that would part it from the addition. Where both terms are convolutions, the later one is fused.
     Where activations stand between, the addition is a pointwise kernel of its own that reads what
     it gets, and no tensor is quantized for its sake.
     """
     for node in graph.nodes:
-        if node.op_type not in ("Add", "Sum") or len(node.input) != 2 or node.output[0] in exact:
+        if node.op_type not in ("Add", "Sum") or len(node.input) != 2 or node.output[0] in plain:
             continue
-        if not _is_quantized_behind(graph, node, wanted):
+        if not _is_quantized_after(graph, node, wanted):
             continue
         fused = [
             name
@@ -449,8 +433,8 @@ def _shortcuts(
             yield others[0]
 
 
-def _is_quantized_behind(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
-    """Tell whether a node's output, or the ReLU's that follows it, is a tensor to quantize."""
+def _is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
+    """Return whether a node's output, or the ReLU's that follows it, is a tensor to quantize."""
     readers = graph.readers(node.output[0])
     return node.output[0] in wanted or (
         len(readers) == 1 and readers[0].op_type == "Relu" and readers[0].output[0] in wanted

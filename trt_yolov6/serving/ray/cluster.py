@@ -17,7 +17,7 @@ MOST_CORES = 4
 
 @dataclass(frozen=True)
 class Actors:
-    """How many engines run side by side, and what Ray sets aside for each."""
+    """Number of parallel engines, and the resources that Ray reserves for each."""
 
     count: int
     cpus: int
@@ -122,7 +122,7 @@ def fitting_actors(
         nodes: what each living machine has, by Ray's names `CPU` and `GPU`.
         needs_gpu: an actor takes a GPU, and a share of the cores for reading and boxes.
         cores: of an actor; default: those of the smallest machine that has any, at most
-            `MOST_CORES`; with GPUs, the cores there are for each, at most so many.
+            `MOST_CORES`; with GPUs, the cores there are for each, up to that number.
 
     Raises:
         UserError: no machine has room for one.

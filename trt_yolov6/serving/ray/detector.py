@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What every actor of a job does."""
+    """Task of every actor of a job."""
 
     engine: Any
     """Ray's reference to the `EngineFiles`."""
@@ -41,14 +41,14 @@ class Work:
     border: int
     batch: int | None
     threads: int
-    """Of reading and boxes."""
+    """Threads for reading and boxes."""
     is_evaluation: bool
     """Pictures are those of a data set: boxes are not clipped, and all have to be readable."""
 
 
 @dataclass(frozen=True)
 class FoundInPicture:
-    """What came back of one picture."""
+    """Result for one picture."""
 
     index: int
     """Its place in the job."""
@@ -61,7 +61,7 @@ class FoundInPicture:
 
 @dataclass(frozen=True)
 class FoundInBlock:
-    """What came back of pictures that an actor did together."""
+    """Result for pictures that an actor processed together."""
 
     pictures: tuple[FoundInPicture, ...]
     fault: str | None

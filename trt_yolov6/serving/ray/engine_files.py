@@ -32,7 +32,7 @@ class EngineFiles:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What must be known of an engine before any machine has loaded it."""
+    """Facts of an engine needed before any machine has loaded it."""
 
     name: str
     """Its file name."""
@@ -75,8 +75,8 @@ def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineF
             f"{path} is not the file its manifest describes (cut short, or replaced); build it "
             "again with `trt-yolov6 build`."
         )
-    beside = manifest_of(path)
-    assert beside is not None
+    found = manifest_of(path)
+    assert found is not None
     facts = EngineFacts(
         path.name,
         manifest.class_names,
@@ -85,7 +85,7 @@ def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineF
         manifest.precision,
         manifest.backend if backend == "auto" else backend,
     )
-    return EngineFiles(path, plan, beside.name, beside.read_bytes()), facts
+    return EngineFiles(path, plan, found.name, found.read_bytes()), facts
 
 
 def load_here(
@@ -100,7 +100,7 @@ def load_here(
 
     Returns:
         The engine, and the folder of its copy, to be kept as long as it is used; None where the
-        file lies at the same path here, so that what is cached beside it serves again.
+        file lies at the same path here, so that caches next to it serve again.
 
     Raises:
         UserError: see `load_engine`.
@@ -119,17 +119,17 @@ def _is_the_same(files: EngineFiles, sha256: str) -> bool:
     try:
         if not files.path.is_file() or sha256_file(files.path) != sha256:
             return False
-        beside = manifest_of(files.path)
-        name = None if beside is None else beside.name
+        found = manifest_of(files.path)
+        name = None if found is None else found.name
         return name == files.manifest_name and (
-            beside is None or beside.read_bytes() == files.manifest
+            found is None or found.read_bytes() == files.manifest
         )
     except OSError:
         return False
 
 
 def _with_weights(path: Path) -> bytes:
-    """Return an ONNX file with the weights inside that it may keep in files beside it."""
+    """Return an ONNX file with the weights inside that it may keep in other files."""
     import onnx
 
     from trt_yolov6.graph.files import read_weights

@@ -67,7 +67,7 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class RaySummary:
-    """What `infer_on_ray` did."""
+    """Summary of an `infer_on_ray` run."""
 
     output: str
     parts: int

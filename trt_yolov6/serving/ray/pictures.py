@@ -1,4 +1,4 @@
-"""What a job on many machines reads: folders, listings, globs and addresses of object stores."""
+"""Sources of a job on many machines: folders, listings, globs and object store addresses."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def read_remote(store: str, path: str) -> NDArray[np.uint8]:
         store, path: of a `RemotePicture`.
 
     Raises:
-        UserError: it is missing, the store does not give it, or it is no picture.
+        UserError: it is missing, the store does not give it, or it is not a picture.
     """
     if not store:
         return read_image(Path(path))

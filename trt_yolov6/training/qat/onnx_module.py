@@ -46,15 +46,15 @@ class Quantization:
     scales: Mapping[str, float]
     """Scale of each of the placement's tensors, float32 values, equal within a group."""
     levels: Mapping[str, Levels]
-    """Of each of these tensors."""
+    """Quantization grid of each tensor, by name."""
     weight_bits: Mapping[str, int]
-    """Of each of the placement's layers."""
+    """Weight scales of each quantized layer, by name."""
     learn_scales: bool = True
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training made of a graph."""
+    """Weights and scales after training a graph."""
 
     model: onnx.ModelProto
     """The float graph with the trained weights."""
@@ -100,7 +100,7 @@ class GraphNetwork(nn.Module):
             model: float32, from `export_onnx`, as it is or equalized; it is not changed.
             arch: of the network that was exported.
             quantization: what to round; None: nothing, as for the teacher.
-            features: tensors that `forward` returns beside the outputs, see `feature_tensors`.
+            features: tensors that `forward` also returns, see `feature_tensors`.
 
         Raises:
             UserError: the graph has an operator that exported networks do not have.
@@ -222,7 +222,7 @@ class GraphNetwork(nn.Module):
 
     @torch.no_grad()
     def trained(self) -> Trained:
-        """Return what there is to export.
+        """Return the trained values to export.
 
         Scales become such as a range in float32 stands for, here as well: the network computes from
         then on what the exported graph does.
@@ -286,10 +286,10 @@ class GraphNetwork(nn.Module):
             self._weight_quantizers[weight] = key
 
     def _compiled(self, nodes: Sequence[onnx.NodeProto]) -> list[_Step]:
-        exact_reads = (
+        unquantized_reads = (
             frozenset[tuple[str, str]]()
             if self._quantization is None
-            else self._quantization.placement.exact_reads
+            else self._quantization.placement.unquantized_reads
         )
         outputs = {name for level in self._outputs for name in level}
         last_reader: dict[str, int] = {}
@@ -308,7 +308,7 @@ class GraphNetwork(nn.Module):
                     "does not know; give a YOLOv6 checkpoint, and not one of MBLA or Lite."
                 )
             inputs = tuple(node.input)
-            exact = frozenset(n for n in inputs if (n, node.output[0]) in exact_reads)
+            exact = frozenset(n for n in inputs if (n, node.output[0]) in unquantized_reads)
             codes = None
             if inputs[0] in coded.keys() - exact and node.op_type in CONVOLUTIONS:
                 weights = self._weight_quantizers.get(inputs[1])
@@ -462,7 +462,7 @@ def _first_input(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any]) 
 
 @dataclass(frozen=True)
 class _Folded:
-    """What export folded into a constant of the last box convolutions: times factor, plus shift.
+    """Factor and shift that export folded into the last box convolutions.
 
     The loss wants outputs without it.
     """
@@ -494,10 +494,10 @@ def _units(
     constants: Mapping[str, NDArray[Any]],
     bits: Mapping[str, int],
 ) -> dict[str, NDArray[np.float32]]:
-    """Return what layers' weights and biases are counted in while they are trained.
+    """Return the units of layers' weights and biases during training.
 
     That is, to the next power of two, which rounds nothing, a quantization step of each output
-    channel, times each input channel's largest weight beside the largest of all. Channels of
+    channel, times each input channel's largest weight relative to the largest of all. Channels of
     re-parameterized networks differ in size a hundredfold, in weights as in what they are
     multiplied with: so counted, one learning rate suits all of them, and any number of bits.
     Without it the sample lost a point of AP, and a rescaled one all of it.
@@ -542,7 +542,7 @@ def _pads(attributes: _Attributes) -> tuple[int, ...]:
 
 
 def _window(attributes: _Attributes) -> dict[str, Any]:
-    """Return what PyTorch's convolutions take of a node's attributes."""
+    """Return a node's attributes as arguments of PyTorch's convolutions."""
     return {
         "stride": tuple(attributes.get("strides", (1, 1))),
         "padding": _pads(attributes),

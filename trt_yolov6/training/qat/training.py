@@ -80,10 +80,10 @@ class QatSettings:
     epochs: int = 10
     batch: int = 16
     learning_rate: float = 0.005
-    """Of Adam, for weights and biases, in quantization steps of the weights: a cosine down to
+    """Adam learning rate for weights and biases, in weight quantization steps: a cosine down to
     `final_share`."""
     scale_learning_rate: float = 0.05
-    """Of Adam, for scales, in quantization steps at the end of their range."""
+    """Adam learning rate for scales, in quantization steps at the end of their range."""
     final_share: float = 0.01
     learn_scales: bool = True
     """Off: the calibrated scales stay."""
@@ -99,7 +99,7 @@ class QatSettings:
     seed: int = 0
     precision: QatPrecision = "auto"
     bits: int = WIDEST
-    """Of weights and activations. Fewer than 8 cannot be exported; the first and the last layers
+    """Bit width of weights and activations. Below 8 there is no export; the first and last layers
     keep 8 then (LSQ, Section 3)."""
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class Start:
 
     arch: Architecture
     quantized: QuantizedGraph
-    """What PTQ made of the graph: the float graph, placement, ranges."""
+    """Output of PTQ: the float graph, placement, ranges."""
     quantization: Quantization
     features: tuple[str, ...]
 
@@ -144,7 +144,7 @@ class QatResult:
     trained: Trained
     epochs: int
     seconds: float
-    """Of training alone, without calibration and loading."""
+    """Seconds of training alone, without calibration and loading."""
     epoch_seconds: tuple[float, ...]
     peak_bytes: int | None
     """Most memory that was allocated on the GPU; None on a CPU."""
@@ -509,7 +509,7 @@ class _Run:
         """Go on from a file if it is there; return the epochs that are done.
 
         Raises:
-            UserError: it is no such file, or of other settings.
+            UserError: it is not such a file, or of other settings.
         """
         if path is None or not Path(path).is_file():
             return 0
@@ -522,7 +522,7 @@ class _Run:
                 self.log = list(state["log"])
         except Exception as error:  # torch.load raises whatever a damaged file makes it raise
             raise UserError(
-                f"{path} is not the state of such a training; delete it to start anew."
+                f"{path} is not the state of such a training; delete it to start again."
             ) from error
         if not same:
             raise UserError(

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+
 from support import family_graphs
 from support.training_data import write_shapes, write_tiny
-
 from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.engines import BACKENDS
 from trt_yolov6.models.variants import VARIANTS
 
-NEEDS = ("gpu", "network", "tensorrt-rtx", "triton")
+NEEDS = ("gpu", "network", "tensorrt-rtx", "triton", "ray", "slurm", "minutes")
 LANGUAGES = ("bash", "python", "yaml")
 _SHORTER = {
     "bench": ("--duration", "0.05"),

@@ -1,0 +1,74 @@
+"""The documents' and docstrings' language: words that CONTRIBUTING replaces by plainer ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+BANNED = {
+    "anew": r"\banew\b",
+    "behind, for after": r"\bbehind\b",
+    "beside, for next to or besides": r"\bbeside\b",
+    "so many, for a number": r"\bso many\b",
+    "is no X, for is not a X": r"(?<!there )\b(?:is|are|was|were) no (?!longer|more|less|fast)\w+",
+    "be it": r"\bbe it\b",
+    "Return what": r"\bReturn what\b",
+    "Tell, for Return or Report": r'"""Tell\b',
+    "a docstring that makes no sense alone": r'"""(?:Of|As|What|How|Whether|Those|Such) ',
+    "does not tell, for is not known": r"\b(?:does|do) not tell\b",
+}
+"""By what is wrong with it, a pattern."""
+
+CLEAN = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs",
+    "benchmarks",
+    *(
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "trt_yolov6").iterdir())
+        if path.name not in ("quantization", "__pycache__")
+    ),
+)
+"""Where the rules hold already."""
+
+
+def _texts(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    return sorted(path for path in place.rglob("*") if path.suffix in (".py", ".md"))
+
+
+@pytest.mark.parametrize("place", CLEAN)
+def test_words_that_have_a_plainer_one_are_not_used(place: str) -> None:
+    found = []
+    for path in _texts(ROOT / place):
+        if path == ROOT / "CONTRIBUTING.md":
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            found += [
+                f"{path.relative_to(ROOT)}:{number}: {wrong}: {line.strip()}"
+                for wrong, pattern in BANNED.items()
+                if re.search(pattern, line)
+            ]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_banned"),
+    [
+        ("Return the boxes behind the head.", True),
+        ("It is no list.", True),
+        ("It is no longer a list; there is no list.", False),
+        ('"""Of each layer."""', True),
+        ('"""Offset of each layer."""', False),
+        ("besides, the images are known again", False),
+    ],
+)
+def test_the_patterns_find_the_words_and_nothing_else(line: str, is_banned: bool) -> None:
+    assert any(re.search(pattern, line) for pattern in BANNED.values()) == is_banned

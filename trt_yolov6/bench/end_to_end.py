@@ -1,0 +1,161 @@
+"""Timing from encoded images in memory to detections, one stage after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trt_yolov6.bench.latency import (
+    BenchmarkResult,
+    check_durations,
+    progress_bar,
+    result_of,
+    warm_up_each,
+)
+from trt_yolov6.bench.sampling import Watched, sample
+from trt_yolov6.data.images import read_image
+from trt_yolov6.data.loader import fill_row
+from trt_yolov6.detectors.detections import postprocess
+from trt_yolov6.engines.base import Engine, check_batch
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import NmsSettings, empty_input
+
+MAX_IMAGES = 256
+"""Pictures held in memory for an end-to-end measurement."""
+
+
+def benchmark_end_to_end(
+    engine: Engine,
+    images: Sequence[Path | bytes],
+    *,
+    batch: int = 1,
+    duration: float = 10.0,
+    warm_up: float = 1.0,
+    nms: NmsSettings | None = None,
+    progress: bool = True,
+) -> BenchmarkResult:
+    """Measure one engine from encoded images to detections; see `benchmark_end_to_end_many`."""
+    return benchmark_end_to_end_many(
+        [engine],
+        images,
+        batch=batch,
+        duration=duration,
+        warm_up=warm_up,
+        nms=nms,
+        progress=progress,
+    )[0]
+
+
+def benchmark_end_to_end_many(
+    engines: Sequence[Engine],
+    images: Sequence[Path | bytes],
+    *,
+    batch: int = 1,
+    duration: float = 10.0,
+    warm_up: float = 1.0,
+    nms: NmsSettings | None = None,
+    progress: bool = True,
+) -> list[BenchmarkResult]:
+    """Measure from encoded images in memory to detections, one stage after the other.
+
+    Each run takes the next `batch` images, in turn: decode, letterbox and batch, infer, decode the
+    boxes and suppress duplicates. Nothing overlaps, so this is the latency of a single request; a
+    pipeline such as `eval` has a higher throughput. Reading from disk is not in it. Several engines
+    take turns as in `benchmark_many`, each going through all the images by itself.
+
+    Args:
+        engines: loaded engines, at least one.
+        images: encoded pictures, or the files to read them from beforehand; at least one, and the
+            first `MAX_IMAGES` are used.
+        batch: images a run.
+        duration: as in `benchmark_many`.
+        warm_up: as in `benchmark_many`.
+        nms: thresholds; the defaults are those of the COCO evaluation, which keep many boxes.
+        progress: show a progress bar, if standard error is a terminal.
+
+    Returns:
+        One result an engine, in the same order.
+
+    Raises:
+        UserError: an image cannot be read, there is none, or as in `benchmark_many`.
+    """
+    check_durations(duration, warm_up)
+    for engine in engines:
+        check_batch(engine, batch)
+        empty_input(engine.input, batch)  # whether it fits, before pictures are decoded for it
+    if not images:
+        raise UserError(
+            "there is no image to time; name a folder of pictures with `images`.", "images"
+        )
+    encoded = [_read_bytes(image) for image in images[:MAX_IMAGES]]
+    for image in images[:MAX_IMAGES]:
+        read_image(image)  # so that a damaged picture is reported by its name, before timing
+    requests = [_Request(engine, encoded, batch, nms or NmsSettings()) for engine in engines]
+    runs = [Watched(request.run) for request in requests]
+    warmed, clocks = warm_up_each(runs, warm_up)
+    for request, run in zip(requests, runs, strict=True):
+        run.start()
+        request.stage_seconds.clear()
+
+    def forget(index: int) -> None:
+        requests[index].stage_seconds.pop()
+        runs[index].forget_last()
+
+    with progress_bar(duration * len(runs), progress) as advance:
+        _, stopped_by = sample(
+            runs,
+            duration=duration,
+            advance=advance,
+            uncounted=forget,
+        )
+    results = []
+    for request, run, warm, clock in zip(requests, runs, warmed, clocks, strict=True):
+        stages = request.stage_seconds
+        results.append(result_of(request.engine, batch, run, stages, stopped_by, warm, clock))
+    return results
+
+
+@dataclass
+class _Request:
+    """One engine and the images it goes through, a batch a run."""
+
+    engine: Engine
+    encoded: Sequence[bytes]
+    batch: int
+    nms: NmsSettings
+    position: int = 0
+    stage_seconds: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
+    """Seconds of each of `STAGES`, for each run."""
+
+    def run(self) -> float:
+        engine, count = self.engine, len(self.encoded)
+        chosen = [self.encoded[(self.position + offset) % count] for offset in range(self.batch)]
+        self.position = (self.position + self.batch) % count
+        times = [time.perf_counter()]
+        pictures = [read_image(content) for content in chosen]
+        times.append(time.perf_counter())
+        inputs = engine.empty_input(len(pictures))
+        placed = [
+            fill_row(row, picture, engine.input, preprocessing=engine.preprocessing)
+            for row, picture in zip(inputs, pictures, strict=True)
+        ]
+        times.append(time.perf_counter())
+        outputs = engine.start(inputs, self.nms.confidence).wait()
+        times.append(time.perf_counter())
+        postprocess(outputs, engine.output_layout, self.nms, placed)
+        times.append(time.perf_counter())
+        self.stage_seconds.append(tuple(end - start for start, end in itertools.pairwise(times)))
+        return times[-1] - times[0]
+
+
+def _read_bytes(image: Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise UserError(f"{image} cannot be read ({error.strerror}); check the path.") from error

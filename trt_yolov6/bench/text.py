@@ -1,0 +1,141 @@
+"""The output of `bench`: results as a table, and the slowest layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from trt_yolov6.bench.latency import BenchmarkResult
+from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.engines.base import Engine
+
+
+def format_report(results: Sequence[BenchmarkResult]) -> str:
+    """Return the results as text for a terminal: a line an engine, then where it was measured."""
+    first = results[0]
+    view = (
+        "end to end: encoded images in memory to detections, stages one after the other"
+        if first.end_to_end
+        else "engine alone: resident input, no pre- or post-processing"
+    )
+    rows = [("engine", "precision", "median ms", "95 % interval", "mean", "p90", "p99", "FPS")]
+    for result in results:
+        latency = result.latency
+        rows.append(
+            (
+                result.engine.name,
+                result.precision,
+                _number(latency.median * 1e3) + (" *" if result.disturbed else ""),
+                "too few runs"
+                if latency.interval is None
+                else " .. ".join(_number(bound * 1e3) for bound in latency.interval),
+                _number(latency.mean * 1e3),
+                _number(latency.p90 * 1e3),
+                _number(latency.p99 * 1e3),
+                _number(result.throughput_fps),
+            )
+        )
+    if first.streams > 1:
+        view += f"; {first.streams} streams side by side, latencies are of a round"
+    lines = [f"batch {first.batch}, {view}", *_table(rows)]
+    for result in results:
+        if result.stages:
+            stages = ", ".join(
+                f"{name} {_number(stage.median * 1e3)}" for name, stage in result.stages.items()
+            )
+            lines.append(f"  of these, medians in ms: {stages}")
+    if any(result.disturbed for result in results):
+        lines.append(
+            "* other processes disturbed nearly all runs: this is not the engine's speed; measure "
+            "again on a quiet machine"
+        )
+    lines += [f"{result.engine.name}: {_how_measured(result)}" for result in results]
+    lines += [f"{result.engine.name}: {result.note}" for result in results if result.note]
+    lines += dict.fromkeys(_where_measured(result) for result in results)
+    lines.append(", ".join(f"{name} {version}" for name, version in first.versions.items()))
+    return "\n".join(lines)
+
+
+def layer_report(engine: Engine, batch: int, top: int = 20) -> str:
+    """Return the layers of an engine that take longest, as text: share, microseconds, name.
+
+    Raises:
+        UserError: the engine cannot time its layers: it is none of TensorRT's, or it launches runs
+            as CUDA graphs.
+    """
+    times = engine.layer_times(random_input(engine, batch))
+    whole = sum(times.values())
+    ranked = sorted(times.items(), key=lambda item: item[1], reverse=True)
+    lines = [f"{engine.path.name}: {len(times)} layers, {_number(whole * 1e3)} ms one by one"]
+    lines += [
+        f"  {seconds / whole:6.1%}  {_number(seconds * 1e6):>8} us  {name}"
+        for name, seconds in ranked[:top]
+    ]
+    if len(ranked) > top:
+        rest = sum(seconds for _, seconds in ranked[top:])
+        lines.append(f"  {rest / whole:6.1%}  {_number(rest * 1e6):>8} us  the other layers")
+    return "\n".join(lines)
+
+
+def _how_measured(result: BenchmarkResult) -> str:
+    latency = result.latency
+    if latency.interval is None:
+        certainty = "too few for an interval of the median: give a longer --duration"
+    else:
+        low, high = (100 * (bound / latency.median - 1) for bound in latency.interval)
+        certainty = f"median known to {low:+.1f} % .. {high:+.1f} %"
+        if result.stopped_by == "time":
+            certainty += " when the time was up"
+    if not result.disturbed and result.all_runs > result.quiet_runs:
+        left_out = result.all_runs - result.quiet_runs
+        certainty += f"; {left_out} more were disturbed by other processes and left out"
+    drift = ", not yet steady" if result.warm_up.steady is False else ""
+    return (
+        f"{latency.runs} runs, {certainty}; after {result.warm_up.runs} to warm up "
+        f"({result.warm_up.seconds:.1f} s{drift})"
+    )
+
+
+def _where_measured(result: BenchmarkResult) -> str:
+    parts = [f"on {result.device}", f"{result.backend} {result.backend_version}"]
+    if result.threads:
+        parts.append(f"{result.threads} thread{'s' if result.threads > 1 else ''}")
+    gpu = result.gpu
+    if gpu is not None:
+        parts.append(f"SM clock {_of(gpu.sm_mhz, gpu.sm_max_mhz)} MHz")
+        parts.append(f"memory clock {_of(gpu.memory_mhz, gpu.memory_max_mhz)} MHz")
+        if gpu.power_limit_w is not None:
+            parts.append(f"power limit {gpu.power_limit_w:.0f} W")
+        if gpu.persistence is not None:
+            parts.append(f"persistence mode {'on' if gpu.persistence else 'off'}")
+        parts += [f"slowed by {reason}" for reason in gpu.slowed_by]
+        parts.append(f"driver {gpu.driver or 'unknown'}")
+    clock = result.cpu_clock
+    parts.append(f"CPU clock {_of(clock.mhz, clock.max_mhz)} MHz")
+    if clock.governor:
+        parts.append(f"governor {clock.governor}")
+    return ", ".join(parts)
+
+
+def _of(now: float | None, highest: float | None) -> str:
+    text = "unknown" if now is None else f"{now:.0f}"
+    return text if highest is None else f"{text} of {highest:.0f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns: the first two to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _number(value: float) -> str:
+    """Return a positive number with four significant digits, without an exponent."""
+    if value <= 0:
+        return "0"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}"
