@@ -529,10 +529,13 @@ def triton_bench() -> str:
     part = data["bench"]
     ratios = sorted(one["ratio"] for one in part["rounds"])
     latency = statistics.median(one["p99"] for one in part["rounds"])
+    spent = sorted(one["cpu_ratio"] for one in part["rounds"])
     return (
         f"Tensors at 16 at a time, over `bench` of the same engine at batch {data['batch']} on the "
         f"same cores, in turns: **{part['ratio']:.2f}** times its throughput, the median of "
-        f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {latency:.2f} s.\n"
+        f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {latency:.2f} s. "
+        "By processor time an image, of server and clients together, it is "
+        f"**{part['cpu_ratio']:.2f}** times ({spent[0]:.2f} to {spent[-1]:.2f}).\n"
     )
 
 

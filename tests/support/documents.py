@@ -29,11 +29,15 @@ from trt_yolov6.models.variants import VARIANTS
 
 NEEDS = ("gpu", "network", "tensorrt-rtx", "triton", "ray", "slurm", "minutes")
 LANGUAGES = ("bash", "python", "yaml")
+_SMALL = ("--imgsz", "64")
 _SHORTER = {
+    "build": _SMALL,
+    "export": _SMALL,
+    "sensitivity": _SMALL,
     "bench": ("--duration", "0.05"),
-    "compare": ("--duration", "0.05", "--rounds", "3"),
-    "train": ("--epochs", "1", "--imgsz", "64", "--batch", "4"),
-    "qat": ("--epochs", "1", "--imgsz", "64", "--batch", "4"),
+    "compare": ("--duration", "0.05", "--rounds", "3", "--examples", "1", "--no-layers", *_SMALL),
+    "train": ("--epochs", "1", "--batch", "4", *_SMALL),
+    "qat": ("--epochs", "1", "--batch", "4", *_SMALL),
 }
 _FENCE = re.compile(r"```(\w*)\n")
 _NEEDS = re.compile(r"<!-- needs: ([\w-]+) -->\n")
@@ -116,7 +120,8 @@ def commands(block: Block, *, shortened: bool = False) -> list[list[str]]:
             continue
         else:
             raise ValueError(f"{block.place}: {words[0]} does not run here; mark what it needs")
-        found.append([*arguments, *(_SHORTER.get(arguments[0], ()) if shortened else ())])
+        extra = _SHORTER.get(arguments[0], ()) if shortened and "--onnx" not in arguments else ()
+        found.append([*arguments, *extra])
     return found
 
 
