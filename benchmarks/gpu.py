@@ -56,7 +56,8 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.models import count_flops
-from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+from trt_yolov6.quantization.pipeline import quantize
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import FP8
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import process

@@ -58,9 +58,12 @@ from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
-from trt_yolov6.quantization.ptq import VARIANTS, Judge, QuantizationSettings, Variant, quantize
+from trt_yolov6.quantization.judge import Judge
+from trt_yolov6.quantization.pipeline import quantize
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place
+from trt_yolov6.quantization.search import VARIANTS, Variant
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import model_sha256
 from trt_yolov6.runtime.evaluate import evaluate
@@ -123,7 +126,7 @@ def main() -> None:
         work = Path(scratch)
         first = next(iter(task.datasets.values()))
         judge = Judge(task.graph, [image.path for image in first.images[:AGREEMENT_IMAGES]])
-        for contender in _contenders(task, work, options.modelopt, tools):
+        for contender in contenders(task, work, options.modelopt, tools):
             if contender.tool not in tools:
                 continue
             path = work / "quantized.onnx"
@@ -249,9 +252,16 @@ def _figures(path: Path, datasets: Mapping[str, CocoDataset]) -> dict[str, Any]:
 # --- who quantizes ------------------------------------------------------------------------------
 
 
-def _contenders(
-    task: Task, work: Path, modelopt: Path, tools: Sequence[str]
-) -> Iterator[Contender]:
+def contenders(task: Task, work: Path, modelopt: Path, tools: Sequence[str]) -> Iterator[Contender]:
+    """Yield who quantizes: of this package what `tools` names, and all others.
+
+    Args:
+        task: what is quantized.
+        work: a folder for intermediate files.
+        modelopt: the Python that has ModelOpt.
+        tools: `ours` and `fallback`, or neither.
+    """
+
     def as_it_is(path: Path) -> str:
         onnx.save(task.graph.model, path)
         return "the float graph"
@@ -351,7 +361,11 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return len(self._task.images)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        self._batches = calibration_batches(self._task.images[start_index:end_index], self._spec)
+        self._batches = calibration_batches(
+            self._task.images[start_index:end_index],
+            self._spec,
+            preprocessing=self._task.graph.preprocessing,
+        )
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         images = next(self._batches, None)
@@ -421,7 +435,9 @@ class _ModelOpt:
             )
         if not self.arrays.is_file():
             spec = input_spec(self.task.graph.model)
-            images = np.concatenate(list(calibration_batches(self.task.images, spec)))
+            preprocessing = self.task.graph.preprocessing
+            batches = calibration_batches(self.task.images, spec, preprocessing=preprocessing)
+            images = np.concatenate(list(batches))
             named: dict[str, Any] = {spec.name: images}
             np.savez(self.arrays, **named)
         options = [

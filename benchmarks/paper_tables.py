@@ -127,7 +127,8 @@ def measure_cpu() -> list[dict[str, Any]]:
 
 def measure_partial() -> list[dict[str, Any]]:
     """Table 21: AP of the sample with six layers in float, chosen by each metric."""
-    from trt_yolov6.quantization.ptq import QuantizationSettings, calibrate
+    from trt_yolov6.quantization.pipeline import calibrate
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.runtime.sensitivity_report import (
         REPORTED_LAYERS,
         TENSOR_METRICS,

@@ -39,8 +39,8 @@ from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.quantization.ptq import QuantizationSettings
 from trt_yolov6.quantization.qdq.placement import Placement
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.training.dataset import load_training_set
 from trt_yolov6.training.qat.onnx_module import Quantization, Trained

@@ -37,7 +37,8 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.models import fuse
-from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+from trt_yolov6.quantization.pipeline import quantize
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.evaluate import evaluate
 
 KINDS: dict[str, tuple[str, ...]] = {

@@ -93,6 +93,28 @@ def int8_steps() -> str:
     )
 
 
+def int8_real_networks() -> str:
+    """AP and agreement with float of networks that others trained, on held-out images."""
+    rows = [
+        [
+            row["network"],
+            row["tool"],
+            row["images"],
+            f"{row['ap']:.4f}",
+            f"{100 * row['ap_change'][0]:+.2f} "
+            f"[{100 * row['ap_change'][1]:+.2f}, {100 * row['ap_change'][2]:+.2f}]",
+            f"{row['agreement']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]",
+            f"{row['int8_convolutions']} of {row['convolutions']}",
+        ]
+        for row in sorted(
+            result("int8-real-networks.json")["rows"],
+            key=lambda row: (row["network"], not row["tool"].startswith("ours"), row["tool"]),
+        )
+    ]
+    head = ["network", "tool", "images", "AP", "points to float", "agreement", "INT8 convolutions"]
+    return markdown(head, rows)
+
+
 def gpu_decoding() -> str:
     """Speed by the way boxes are decoded, with its share of the roofline."""
     rows = [
@@ -507,10 +529,13 @@ def triton_bench() -> str:
     part = data["bench"]
     ratios = sorted(one["ratio"] for one in part["rounds"])
     latency = statistics.median(one["p99"] for one in part["rounds"])
+    spent = sorted(one["cpu_ratio"] for one in part["rounds"])
     return (
         f"Tensors at 16 at a time, over `bench` of the same engine at batch {data['batch']} on the "
         f"same cores, in turns: **{part['ratio']:.2f}** times its throughput, the median of "
-        f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {latency:.2f} s.\n"
+        f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {latency:.2f} s. "
+        "By processor time an image, of server and clients together, it is "
+        f"**{part['cpu_ratio']:.2f}** times ({spent[0]:.2f} to {spent[-1]:.2f}).\n"
     )
 
 
@@ -542,6 +567,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensorrt8-accuracy": tensorrt8_accuracy,
     "tensorrt8-layers": tensorrt8_layers,
     "int8-steps": int8_steps,
+    "int8-real-networks": int8_real_networks,
     "gpu-decoding": gpu_decoding,
     "gpu-fp8": gpu_fp8,
     "gpu-fp8-accuracy": gpu_fp8_accuracy,

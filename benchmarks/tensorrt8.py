@@ -85,8 +85,8 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     from trt_yolov6.graph.float16 import tail_nodes, to_fp16
     from trt_yolov6.quantization.calibrators import group_amax
     from trt_yolov6.quantization.collect import collect
+    from trt_yolov6.quantization.judge import batches_of
     from trt_yolov6.quantization.mixed_precision import most_sensitive
-    from trt_yolov6.quantization.ptq import batches_of
     from trt_yolov6.quantization.qdq.insert import insert_qdq
     from trt_yolov6.quantization.qdq.placement import place
     from trt_yolov6.quantization.sensitivity import layer_distortions, ranked

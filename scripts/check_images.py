@@ -4,9 +4,9 @@
     python3 scripts/check_images.py --list cpu   the RUN lines alone
 
 The RUN lines are taken from the Dockerfile and run as they stand, but for the folders /src and
-/opt/trt-yolov6, which become folders of their own, and for the base image's Python packages. The health check, the entry point and the
-commands run as the image's user where this is root. Needs .venv (scripts/environment.sh) for an
-engine to run.
+/opt/trt-yolov6, which become folders of their own, and for the base image's Python packages. The
+health check, the entry point and the commands run as the image's user where this is root. Needs
+.venv (scripts/environment.sh) for an engine to run.
 """
 
 from __future__ import annotations

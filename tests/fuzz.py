@@ -403,7 +403,8 @@ def prepare(folder: Path) -> None:
         output=folder / "built" / "e.onnx",
     )
     write_tiny(folder / "seeds" / "tiny.pt")
-    from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+    from trt_yolov6.quantization.pipeline import quantize
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.table import write_table
 
     settings = QuantizationSettings(calibrator="minmax", equalize=False, bias_correction=False)

@@ -36,7 +36,9 @@ from trt_yolov6.engines.build import build_engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.quantization.ptq import Judge, QuantizationSettings, quantize
+from trt_yolov6.quantization.judge import Judge
+from trt_yolov6.quantization.pipeline import quantize
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import detect
 from trt_yolov6.spec import NmsSettings, OutputLayout, TensorSpec

@@ -18,13 +18,13 @@ from support.small_graphs import GraphWriter, detector, random_images
 from trt_yolov6.engines import load_engine
 from trt_yolov6.graph.export import ExportSettings
 from trt_yolov6.graph.reference import reference_session
-from trt_yolov6.quantization.ptq import QuantizationSettings
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.integer_arithmetic import (
     with_integer_convolutions,
     with_single_quantization,
 )
 from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import FP8
 from trt_yolov6.training.qat.training import Start, prepare, trained_graph
 

@@ -268,7 +268,7 @@ def test_a_few_depthwise_layers_are_found_to_break_a_real_detector() -> None:
     from trt_yolov6.graph.inputs import input_spec
     from trt_yolov6.graph.onnx_import import graph_from_onnx
     from trt_yolov6.quantization.calibrators import group_amax
-    from trt_yolov6.quantization.ptq import Judge
+    from trt_yolov6.quantization.judge import Judge
     from trt_yolov6.quantization.qdq.insert import insert_qdq
     from trt_yolov6.quantization.sensitivity import layer_distortions
 

@@ -16,7 +16,8 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.normalize import with_folded_weights
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+from trt_yolov6.quantization.pipeline import quantize
+from trt_yolov6.quantization.settings import QuantizationSettings
 
 RNG = np.random.default_rng(0)
 

@@ -42,7 +42,7 @@ from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.calibrators import amax_of, quantization_error
-from trt_yolov6.quantization.ptq import QuantizationSettings, quantize
+from trt_yolov6.quantization.pipeline import quantize
 from trt_yolov6.quantization.qdq.cleanup import clean
 from trt_yolov6.quantization.qdq.insert import insert_qdq, quantize_weights
 from trt_yolov6.quantization.qdq.placement import (
@@ -55,6 +55,7 @@ from trt_yolov6.quantization.qdq.placement import (
     reads_few_channels,
     works_less_than,
 )
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import Accumulator
 from trt_yolov6.quantization.table import write_table
 from trt_yolov6.quantization.types import E4M3_LEVELS, FP8, INT8

@@ -20,7 +20,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.models.decode import decode
-from trt_yolov6.quantization.ptq import QuantizationSettings
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, feature_tensors, weight_scale
 from trt_yolov6.training.qat.training import Start, prepare, prepare_graph, trained_graph
 

@@ -25,8 +25,6 @@ from trt_yolov6.quantization.qdq.placement import (
     Placement,
     Rule,
     is_among_the_last,
-    is_narrower_than,
-    is_pointwise,
     is_transposed,
     place,
     reads_few_channels,
@@ -250,7 +248,7 @@ def in_float(rule: Rule, *layers: tuple[int, int], **attributes: Any) -> tuple[s
     graph, tensor = GraphWriter(), "images"
     for number, channels in enumerate(layers):
         tensor = graph.conv(str(number), tensor, channels, **attributes)
-    return tuple(place(graph.model(tensor), leave_float=(rule,)).float_layers)
+    return tuple(place(graph.model(tensor), exclude_rules=(rule,)).float_layers)
 
 
 class TestRulesToChoose:
@@ -264,7 +262,7 @@ class TestRulesToChoose:
         wide = graph.conv("wide", "images", (3, 32))
         graph.conv("halves", wide, (32, 32), group=2)
         graph.conv("quarters", "halves_out", (32, 32), group=4)
-        placement = place(graph.model("quarters_out"), leave_float=(reads_few_channels,))
+        placement = place(graph.model("quarters_out"), exclude_rules=(reads_few_channels,))
         assert set(placement.float_layers) == {"wide", "quarters"}
 
     def test_transposed_convolutions(self) -> None:
@@ -273,16 +271,6 @@ class TestRulesToChoose:
         assert in_float(is_transposed, (3, 8), (8, 4)) == ()
         # Their weights have input channels first.
         assert in_float(reads_few_channels, (3, 16), (16, 8), **up) == ("0",)
-
-    def test_convolutions_of_one_pixel(self) -> None:
-        assert in_float(is_pointwise, (3, 8), kernel=1) == ("0",)
-        assert in_float(is_pointwise, (3, 8), kernel=3) == ()
-
-    @pytest.mark.parametrize("channels", [(8, 16), (16, 8), (8, 8)])
-    def test_narrow_on_either_side(self, channels: tuple[int, int]) -> None:
-        first = (3, channels[0])
-        assert in_float(is_narrower_than(9), first, channels) == ("0", "1")
-        assert in_float(is_narrower_than(8), first, channels) == ("0",)
 
     def test_little_work_for_a_value_read(self) -> None:
         # A value is read by 9 products for each of 16 outputs; of every second row and column

@@ -27,13 +27,10 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.quantization import ptq
-from trt_yolov6.quantization.ptq import (
-    QuantizationSettings,
-    QuantizedGraph,
-    calibrate,
-    quantize,
-)
+from trt_yolov6.quantization import judge as judging
+from trt_yolov6.quantization.pipeline import QuantizedGraph, calibrate, quantize
+from trt_yolov6.quantization.search import Search
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import write_table
 from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
 
@@ -85,7 +82,8 @@ def test_all_convolutions_store_int8_and_outputs_stay_close(tiny: Graph, folder:
 
 def test_the_default_takes_the_candidate_that_agrees_best(tiny: Graph, folder: Path) -> None:
     result = quantize(tiny, folder)
-    tried = [item for item in result.candidates if item.variant == result.table.variant]
+    ranges = [item for item in result.candidates if item.decides == "graph and ranges"]
+    tried = [item for item in ranges if item.variant == result.table.variant]
     chosen = set(result.table.methods.values())
     assert len(chosen) == 1
     best = max(item.agreement for item in tried)
@@ -203,7 +201,8 @@ def test_float_layers_are_searched_with_the_biases_that_will_be_built(
 
     settings = dataclasses.replace(MINMAX, float_layers="auto")
     for helps in (True, False):
-        monkeypatch.setattr(ptq, "_biases_help", lambda *_, helps=helps: helps)
+        chosen = "biases" if helps else "nearest"
+        monkeypatch.setattr(Search, "_choose_weights", lambda *_, chosen=chosen: chosen)
         seen.clear()
         result = quantize(tiny, folder, settings, score=score)
         assert result.table.biases_corrected is helps
@@ -214,8 +213,8 @@ def test_float_layers_are_searched_with_the_biases_that_will_be_built(
 def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
     tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ptq.Judge, "harmless_agreement", lambda _: 0.25)
-    monkeypatch.setattr(ptq.Judge, "confident_agreement", lambda *_: 0.3)
+    monkeypatch.setattr(judging.Judge, "harmless_agreement", lambda _: 0.25)
+    monkeypatch.setattr(judging.Judge, "confident_agreement", lambda *_: 0.3)
     told: list[str] = []
     settings = dataclasses.replace(MINMAX, float_layers="auto", max_ap_drop=0.01)
     result = quantize(tiny, folder, settings, tell=told.append)
@@ -226,14 +225,14 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 def test_harmless_noise_is_of_two_gray_levels_and_always_the_same(dtype: type) -> None:
     gray: np.ndarray[Any, Any] = np.full((1, 3, 64, 64), 0.5 if dtype is np.float32 else 128, dtype)
-    noisy = [ptq._noisy(gray, np.random.default_rng(0), YOLOV6) for _ in range(2)]
+    noisy = [judging._noisy(gray, np.random.default_rng(0), YOLOV6) for _ in range(2)]
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert noisy[0].dtype == dtype
     levels = (noisy[0].astype(float) - gray) * (255 if dtype is np.float32 else 1)
     assert levels.std() == pytest.approx(2, rel=0.05)
     assert abs(levels.mean()) < 0.1
     white = gray * 0 + (1 if dtype is np.float32 else 255)
-    assert ptq._noisy(white, np.random.default_rng(0), YOLOV6).max() == white.max()
+    assert judging._noisy(white, np.random.default_rng(0), YOLOV6).max() == white.max()
 
 
 def test_harmless_noise_is_of_two_gray_levels_in_any_range() -> None:
@@ -241,17 +240,17 @@ def test_harmless_noise_is_of_two_gray_levels_in_any_range() -> None:
     # Blue comes first: 128 gray levels are (128 - 30) / 50 there.
     values = (128 - np.array([30, 20, 10])) / np.array([50, 2, 1])
     gray = np.broadcast_to(values[None, :, None, None], (1, 3, 64, 64)).astype(np.float32)
-    noise = ptq._noisy(gray, np.random.default_rng(0), how) - gray
+    noise = judging._noisy(gray, np.random.default_rng(0), how) - gray
     np.testing.assert_allclose(noise.std(axis=(0, 2, 3)) * [50, 2, 1], 2, rtol=0.05)
     black = np.broadcast_to(
         (-np.array([30, 20, 10]) / [50, 2, 1])[None, :, None, None], gray.shape
     ).astype(np.float32)
-    darkest = ptq._noisy(black, np.random.default_rng(0), how).min(axis=(0, 2, 3))
+    darkest = judging._noisy(black, np.random.default_rng(0), how).min(axis=(0, 2, 3))
     np.testing.assert_allclose(darkest, black[0, :, 0, 0])
 
 
 def test_the_float_network_agrees_with_itself_in_noise(tiny: Graph, folder: Path) -> None:
-    judge = ptq.Judge(tiny, sorted(folder.iterdir()))
+    judge = judging.Judge(tiny, sorted(folder.iterdir()))
     assert 0 <= judge.harmless_agreement() <= 1
     assert judge.harmless_agreement() == judge.harmless_agreement()
 

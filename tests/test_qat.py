@@ -25,7 +25,7 @@ from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.models import YOLOv6, build_model
-from trt_yolov6.quantization.ptq import QuantizationSettings
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.tensorrt_cache import read_cache
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.training.dataset import load_training_set

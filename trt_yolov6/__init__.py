@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trt_yolov6.engines.manifest import Manifest
     from trt_yolov6.errors import MissingDependencyError, UserError
     from trt_yolov6.graph.model import Graph
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.runtime.detector import Detector
     from trt_yolov6.runtime.evaluate import Evaluation
     from trt_yolov6.spec import BatchProfile, NmsSettings, Precision
@@ -96,7 +96,7 @@ _MODULES = {
     "engines.manifest": ("Manifest",),
     "errors": ("MissingDependencyError", "UserError"),
     "graph.model": ("Graph",),
-    "quantization.ptq": ("QuantizationSettings",),
+    "quantization.settings": ("QuantizationSettings",),
     "runtime.detector": ("Detector",),
     "runtime.evaluate": ("Evaluation",),
     "spec": ("BatchProfile", "NmsSettings", "Precision"),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from trt_yolov6.checkpoints.loading import Checkpoint
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.settings import QuantizationSettings
 
 Source: TypeAlias = "str | Path | Checkpoint | Graph"
 """Source of an engine: a checkpoint (`.pt`), any detector's ONNX file, or a graph."""
@@ -139,17 +139,18 @@ def quantize(
         >>> graph.precision, graph.calibration["calibrator"]
         ('int8', 'minmax')
     """
-    from trt_yolov6.quantization import ptq
+    from trt_yolov6.quantization import pipeline, search
+    from trt_yolov6.quantization.settings import check_settings
     from trt_yolov6.quantization.table import write_table
 
     wanted = Precision.parse(precision)
     settings = quantization_settings(wanted, settings)
-    ptq.check_settings(settings)
+    check_settings(settings)
     if data is not None and wanted.float_layers != "auto":
         raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.", "data")
     graph = _float_graph(source, None, **options)
     with a_line_a_minute(f"quantizing {graph.name}", _log.info, progress=progress):
-        result = ptq.quantize(
+        result = pipeline.quantize(
             graph,
             calibration,
             settings,
@@ -159,6 +160,8 @@ def quantize(
         )
     if table is not None:
         write_table(table, result.table)
+    for line in search.tried_table(result.candidates):
+        _log.info("%s", line)
     layers, kept = result.placement.layers, result.placement.float_layers
     ranges = "" if table is None else f"; ranges in {table}"
     _log.info(
@@ -262,7 +265,7 @@ def quantization_settings(
     precision: Precision, settings: QuantizationSettings | None = None
 ) -> QuantizationSettings:
     """Return settings whose type, rest and float layers are those of a precision."""
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.types import FP8, INT8
 
     return dataclasses.replace(
@@ -378,7 +381,7 @@ def _check_quantizing(
     """Refuse what cannot be quantized for this backend, before minutes of work."""
     from trt_yolov6.data.calibration import calibration_images
     from trt_yolov6.engines.int8_probe import computes
-    from trt_yolov6.quantization.ptq import check_settings
+    from trt_yolov6.quantization.settings import check_settings
 
     if calibration is None:
         raise UserError(
@@ -429,7 +432,7 @@ def _calibrated_by_tensorrt(
 ) -> tuple[Graph, BuildSettings]:
     """Return a float graph as the INT8 one it becomes, and the settings with images for it."""
     from trt_yolov6.data.calibration import calibration_images
-    from trt_yolov6.quantization.ptq import batches_of
+    from trt_yolov6.quantization.judge import batches_of
 
     implicit = settings.calibration
     assert implicit is not None

@@ -26,13 +26,14 @@ from trt_yolov6.cli.options import (
     add_graph_options,
     add_quiet,
     layers_in_float,
+    percent,
     positive,
 )
 from trt_yolov6.cli.output import profile_text, reading_text, say_next
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.settings import QuantizationSettings
 
 
 def add(commands: Commands) -> None:
@@ -67,6 +68,13 @@ def add(commands: Commands) -> None:
         "--max-ap-drop", type=float, metavar="POINTS", help="for --float-layers auto (0.5)"
     )
     int8.add_argument(
+        "--max-slowdown",
+        type=percent,
+        metavar="PERCENT",
+        help="for --float-layers auto: how much run time, by layer times, the layers in float may "
+        "add, such as 5%%; without --max-ap-drop, the best that this allows",
+    )
+    int8.add_argument(
         "--data",
         type=Path,
         help="labelled data that --float-layers auto holds the budget on; without it, the "
@@ -77,9 +85,14 @@ def add(commands: Commands) -> None:
         "--no-bias-correction", action="store_true", help="leave the layers' biases as they are"
     )
     int8.add_argument(
+        "--no-reconstruct",
+        action="store_true",
+        help="--int8: do not try weights that are rounded for the inputs that they meet",
+    )
+    int8.add_argument(
         "--adaptive-rounding",
         action="store_true",
-        help="--int8: round weights for the inputs that they meet (some minutes)",
+        help="--int8: take such weights without trying",
     )
     int8.add_argument(
         "--allow-float",
@@ -188,8 +201,17 @@ def _quantization(options: argparse.Namespace) -> QuantizationSettings:
         options,
         bias_correction=not options.no_bias_correction,
         adaptive_rounding=options.adaptive_rounding,
-        max_ap_drop=0.5 if options.max_ap_drop is None else options.max_ap_drop,
+        reconstruct=not options.no_reconstruct,
+        max_ap_drop=_most_ap_drop(options),
+        max_slowdown=options.max_slowdown,
     )
+
+
+def _most_ap_drop(options: argparse.Namespace) -> float | None:
+    """Return the budget of --float-layers auto in AP points; None where one in time is given."""
+    if options.max_ap_drop is None:
+        return None if options.max_slowdown is not None else 0.5
+    return float(options.max_ap_drop)
 
 
 def _calibration(options: argparse.Namespace, *, needed: bool) -> Path | None:

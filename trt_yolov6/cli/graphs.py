@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trt_yolov6.engines.base import ImplicitCalibration
     from trt_yolov6.graph.model import Graph
     from trt_yolov6.pipeline import GraphOptions
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.spec import BatchProfile, Precision
 
 
@@ -99,14 +99,14 @@ def quantized_precision(options: argparse.Namespace) -> Precision | None:
 
 def _check_quantization(options: argparse.Namespace) -> None:
     """Refuse options that are only for --int8 and --fp8, or only for automatic float layers."""
-    for name in ("max_ap_drop", "data", "split"):
+    for name in ("max_ap_drop", "max_slowdown", "data", "split"):
         if getattr(options, name) is not None and options.float_layers != "auto":
             raise UserError(f"{spelled(name)} is for --float-layers auto; add it.")
     if options.int8 or options.fp8:
         return
     for name in (
         *("calibrator", "calib_images", "float_layers", "no_equalize", "no_bias_correction"),
-        "adaptive_rounding",
+        *("no_reconstruct", "adaptive_rounding"),
     ):
         of_tensorrt = name == "calib_images" and options.tensorrt_calibrator
         if is_given(getattr(options, name)) and not of_tensorrt:
@@ -117,7 +117,7 @@ def _check_quantization(options: argparse.Namespace) -> None:
 
 def calibration_settings(options: argparse.Namespace, **others: Any) -> QuantizationSettings:
     """Return how ranges are found, as `add_calibration` lets choose; `others` are more fields."""
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.settings import QuantizationSettings
 
     return QuantizationSettings(
         calibrator=options.calibrator or "auto",
@@ -193,7 +193,7 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[s
     from dataclasses import replace
 
     from trt_yolov6.quantization.implicit import implicit_ranges
-    from trt_yolov6.quantization.ptq import quantize
+    from trt_yolov6.quantization.pipeline import quantize
 
     # Corrected biases would be in the graph with Q/DQ nodes, which this route does without.
     settings = calibration_settings(options, bias_correction=False)

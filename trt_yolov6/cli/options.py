@@ -246,6 +246,17 @@ def is_given(value: object) -> bool:
     return value is not None and value is not False
 
 
+def percent(text: str) -> float:
+    """Read a percentage above 0: `5` or `5%`."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage above 0, such as 5%")
+    return value
+
+
 def positive(text: str) -> int:
     """Parse a whole number above 0."""
     value = int(text) if text.isascii() and text.isdigit() else 0

@@ -249,7 +249,7 @@ def _graph(
 
 
 def _quantized(plan: Plan, graph: Graph, choice: Precision, path: Path) -> Graph:
-    from trt_yolov6.quantization.ptq import QuantizationSettings
+    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.table import table_path
 
     calibrator: Any = plan.calibrator

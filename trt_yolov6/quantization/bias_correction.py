@@ -112,6 +112,34 @@ def with_errors_removed(
     return result
 
 
+def with_layers_of(model: onnx.ModelProto, other: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a Q/DQ graph with the weights and biases of another graph's layers of the same names.
+
+    Args:
+        model: it is not changed. Layers that are in float in either graph stay as they are.
+        other: made from the same float graph, with the same weight scales.
+    """
+    result = copy.deepcopy(model)
+    ours, theirs = constants_of(result), constants_of(other)
+    tuned = {layer.output: layer for layer in quantized_layers(other) if layer.has_own_codes}
+    for layer in quantized_layers(result):
+        if not layer.has_own_codes or layer.output not in tuned:
+            continue
+        known = tuned[layer.output]
+        ours[layer.weight].CopyFrom(theirs[known.weight])
+        change = _bias(known, theirs) - _bias(layer, ours)
+        if np.any(change):
+            shift_bias(result, layer, change)
+    return result
+
+
+def _bias(layer: QuantizedLayer, constants: Mapping[str, onnx.TensorProto]) -> NDArray[np.float64]:
+    """Return a layer's bias; 0 where it has none."""
+    if len(layer.node.input) < 3 or not layer.node.input[2]:
+        return np.zeros((), np.float64)
+    return tensor_value(constants[layer.node.input[2]]).astype(np.float64)
+
+
 def shift_bias(model: onnx.ModelProto, layer: QuantizedLayer, change: NDArray[Any]) -> None:
     """Add (output channels,) to a layer's bias in place, giving it one where it has none."""
     node = model.graph.node[layer.position]

@@ -14,7 +14,9 @@ from trt_yolov6.graph.index import GraphIndex, shapes_of, types_of
 from trt_yolov6.graph.tail import nodes_after_layers
 from trt_yolov6.quantization.calibrators import METHODS, Method, amax_of
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.ptq import QuantizationSettings, QuantizedGraph, batches_of
+from trt_yolov6.quantization.judge import batches_of
+from trt_yolov6.quantization.pipeline import QuantizedGraph
+from trt_yolov6.quantization.settings import QuantizationSettings
 
 if TYPE_CHECKING:
     import onnx

@@ -63,6 +63,15 @@ class Fallback:
     trials: tuple[Trial, ...]
     """Everything that was scored, in order."""
 
+    @property
+    def slowdown(self) -> float:
+        """By how much the layers in float lengthen the run time of INT8, estimated, 0..1.
+
+        INT8 takes half of a layer's time (`layer_costs`), so that a share t of the time in float
+        takes (1 - t) / 2 + t in place of 1 / 2.
+        """
+        return self.time_share
+
 
 def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
     """Return what each convolution of a graph costs, by layer name, in the graph's order.
@@ -132,9 +141,9 @@ def rankings(
 ) -> tuple[tuple[str, ...], ...]:
     """Return orders in which layers may be left in float, the first to be first.
 
-    By signal-to-noise ratio, by mean squared error, and by noise to signal for the root of the run
-    time: the noise of several layers does not simply add up at the output, and which order serves
-    best differs from network to network.
+    By signal-to-noise ratio, by mean squared error, and by noise to signal for the run time and
+    for its root: the noise of several layers does not simply add up at the output, and which order
+    serves best differs from network to network and from budget to budget.
     """
 
     def noise_to_signal(name: str) -> float:
@@ -144,8 +153,29 @@ def rankings(
         noise_to_signal,
         lambda name: distortions[name].mse,
         lambda name: noise_to_signal(name) / math.sqrt(max(costs[name].time_share, 1e-9)),
+        lambda name: noise_to_signal(name) / max(costs[name].time_share, 1e-9),
     )
     return tuple(dict.fromkeys(tuple(sorted(distortions, key=key, reverse=True)) for key in keys))
+
+
+def rankings_by_displacement(
+    displacements: Mapping[str, float], costs: Mapping[str, LayerCost]
+) -> tuple[tuple[str, ...], ...]:
+    """Return orders in which layers may be left in float, by what each does to the detections.
+
+    Movements of independent noise add up in square. First what is best worth its time, then what
+    moves most, whatever it costs.
+
+    Args:
+        displacements: of each layer alone (`displacement.layer_displacements`).
+        costs: of the layers.
+    """
+
+    def worth(name: str) -> float:
+        return displacements[name] ** 2 / max(costs[name].time_share, 1e-9)
+
+    keys: tuple[Callable[[str], float], ...] = (worth, lambda name: displacements[name])
+    return tuple(dict.fromkeys(tuple(sorted(displacements, key=k, reverse=True)) for k in keys))
 
 
 def choose_float_layers(
@@ -157,6 +187,7 @@ def choose_float_layers(
     most_share: float = 0.5,
     most_trials: int = 40,
     least_gain: float = 0.0,
+    most_time: float | None = None,
 ) -> Fallback:
     """Find the layers to keep in float so that a score is reached for the least run time.
 
@@ -174,13 +205,15 @@ def choose_float_layers(
         most_share: share of the multiply-adds that may be left in float.
         most_trials: how often `score` is called at most.
         least_gain: what a set that does not reach the score has to bring at least.
+        most_time: share of the run time that may be left in float; None leaves that open.
 
     Returns:
-        The cheapest set that reaches `least_score`. If none was found, the one of those tried, none
-        in float among them, that is best worth its time: where the part that it closes of the gap
-        to `least_score` exceeds its share of the run time the most.
+        The cheapest set that reaches `least_score`. If none was found, with `most_time` the best of
+        those tried, for that time was granted; without it the one, none in float among them, that
+        is best worth its time: where the part that it closes of the gap to `least_score` exceeds
+        its share of the run time the most.
     """
-    search = _Search(costs, score, least_score, most_share, most_trials, least_gain)
+    search = _Search(costs, score, least_score, most_share, most_trials, least_gain, most_time)
     if not search.reaches(()):
         for order in orders:
             search.shortest_beginning(order)
@@ -199,6 +232,7 @@ class _Search:
         most_share: float,
         most_trials: int,
         least_gain: float,
+        most_time: float | None = None,
     ) -> None:
         self._costs = costs
         self._score = score
@@ -206,6 +240,7 @@ class _Search:
         self._most_share = most_share
         self._most_trials = most_trials
         self._least_gain = least_gain
+        self._most_time = most_time
         self._trials: dict[frozenset[str], Trial] = {}
 
     def reaches(self, layers: tuple[str, ...]) -> bool:
@@ -258,6 +293,8 @@ class _Search:
 
     def _best_worth_its_time(self) -> Trial:
         start = self._trials[frozenset()]
+        if self._most_time is not None:
+            return max(self._trials.values(), key=lambda trial: (trial.score, -trial.time_share))
         gap = self._least_score - start.score
 
         def worth(trial: Trial) -> float:
@@ -275,7 +312,8 @@ class _Search:
     def _affordable(self, order: Sequence[str]) -> int:
         """Return how many layers of an order may be in float: no dearer set than the best."""
         best = self._cheapest()
-        most_time = best.time_share if best else math.inf
+        granted = math.inf if self._most_time is None else self._most_time + 1e-9
+        most_time = min(best.time_share if best else math.inf, granted)
         count = 0
         while (
             count < len(order)

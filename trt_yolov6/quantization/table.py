@@ -19,7 +19,9 @@ from trt_yolov6.quantization.types import INT8, QUANTIZED_TYPES
 if TYPE_CHECKING:
     import onnx
 
-SCHEMA = 1
+SCHEMA = 2
+
+_TUNING = ("biases_corrected", "reconstructed")
 
 Setting = str | int | float | bool | None
 
@@ -47,11 +49,13 @@ class CalibrationTable:
     """Calibrator that gave each, by tensor."""
     key: CalibrationKey
     variant: str = "plain"
-    """Form of the graph whose tensors these are: see `ptq.VARIANTS`."""
+    """Form of the graph whose tensors these are: see `search.VARIANTS`."""
     float_layers: tuple[str, ...] = ()
     """Layers that were given or chosen to stay in float."""
     biases_corrected: bool = False
-    """Whether `correct_biases` is to follow."""
+    """Whether the layers' biases take back their mean errors."""
+    reconstructed: bool = False
+    """Whether the layers' weights are rounded for their inputs (`gptq.adapt_rounding`)."""
 
     def scale(self, tensor: str) -> float:
         """Return the quantization step of a tensor; KeyError for one that was not calibrated."""
@@ -81,6 +85,7 @@ def write_table(path: str | Path, table: CalibrationTable) -> None:
             "variant": table.variant,
             "float_layers": list(table.float_layers),
             "biases_corrected": table.biases_corrected,
+            "reconstructed": table.reconstructed,
             "key": {**asdict(table.key), "settings": dict(sorted(table.key.settings.items()))},
             "tensors": {
                 name: {"amax": amax, "method": table.methods.get(name, "")}
@@ -108,7 +113,7 @@ def read_table(path: str | Path) -> CalibrationTable:
         model, images, settings = key["model_sha256"], key["images_sha256"], key["settings"]
         variant = str(value["variant"])
         float_layers = tuple(str(name) for name in value["float_layers"])
-        corrected = bool(value["biases_corrected"])
+        corrected, reconstructed = (bool(value[name]) for name in _TUNING)
         amax = {str(name): float(entry["amax"]) for name, entry in value["tensors"].items()}
         methods = {str(name): str(entry["method"]) for name, entry in value["tensors"].items()}
         if not (isinstance(model, str) and isinstance(images, str) and isinstance(settings, dict)):
@@ -124,7 +129,13 @@ def read_table(path: str | Path) -> CalibrationTable:
                 "delete the file and calibrate again."
             )
     return CalibrationTable(
-        amax, methods, CalibrationKey(model, images, settings), variant, float_layers, corrected
+        amax,
+        methods,
+        CalibrationKey(model, images, settings),
+        variant,
+        float_layers,
+        corrected,
+        reconstructed,
     )
 
 

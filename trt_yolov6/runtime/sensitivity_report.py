@@ -16,7 +16,8 @@ from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.quantization.ptq import Calibrated, Judge, batches_of
+from trt_yolov6.quantization.judge import Judge, batches_of
+from trt_yolov6.quantization.pipeline import Calibrated
 from trt_yolov6.quantization.sensitivity import (
     MEANING,
     Metric,

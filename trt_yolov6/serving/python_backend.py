@@ -56,6 +56,7 @@ class TritonPythonModel:
 
         from trt_yolov6.data.loader import default_workers
         from trt_yolov6.engines import load_engine
+        from trt_yolov6.serving.requests import InputMemory
 
         gpu = None
         if args["model_instance_kind"] == "GPU":
@@ -68,6 +69,7 @@ class TritonPythonModel:
         self._engine: Engine = load_engine(
             path, options=load_options(parameters, path, gpu=gpu, instances=_count(config))
         )
+        self._memory = InputMemory(self._engine)
         self._nms = nms_of(parameters, self._engine)
         self._pictures = parameters.get("serves") == "pictures"
         self._input = config["input"][0]["name"]
@@ -117,13 +119,15 @@ class TritonPythonModel:
     def _infer(self, inputs: Sequence[Any]) -> Sequence[dict[str, Any] | UserError]:
         from trt_yolov6.serving.requests import run_tensors
 
-        return run_tensors(self._engine, inputs)
+        return run_tensors(self._engine, inputs, self._memory)
 
     def _detect(self, inputs: Sequence[Any]) -> Sequence[dict[str, Any] | UserError]:
         from trt_yolov6.serving.requests import detect_encoded, stacked
 
         pictures = [bytes(picture) for array in inputs for picture in array.reshape(-1)]
-        found = iter(detect_encoded(self._engine, pictures, self._nms, executor=self._pool))
+        found = iter(
+            detect_encoded(self._engine, pictures, self._nms, self._memory, executor=self._pool)
+        )
         results: list[dict[str, Any] | UserError] = []
         for array in inputs:
             mine = [next(found) for _ in range(array.size)]

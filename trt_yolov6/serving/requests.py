@@ -19,7 +19,26 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
 
 
-def run_tensors(engine: Engine, requests: Sequence[NDArray[Any]]) -> list[dict[str, NDArray[Any]]]:
+class InputMemory:
+    """Memory for an engine's input that one batch after the other uses.
+
+    The first touch of fresh pages takes longer than copying what comes into them.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._array = engine.empty_input(engine.batch.min)
+
+    def rows(self, count: int) -> NDArray[Any]:
+        """Return an array of so many rows, its content undefined, until the next call."""
+        if count > len(self._array):
+            self._array = self._engine.empty_input(count)
+        return self._array[:count]
+
+
+def run_tensors(
+    engine: Engine, requests: Sequence[NDArray[Any]], memory: InputMemory
+) -> list[dict[str, NDArray[Any]]]:
     """Run the inputs of several requests as one batch.
 
     A batch smaller than the engine takes is filled up with zeros, whose outputs are dropped.
@@ -28,6 +47,7 @@ def run_tensors(engine: Engine, requests: Sequence[NDArray[Any]]) -> list[dict[s
         engine: any loaded engine.
         requests: inputs as `engine.input` says, each of one image or more, in all no more than the
             engine takes.
+        memory: of the engine; not to be used by another thread meanwhile.
 
     Returns:
         The engine's outputs for each request, by name: its own images' alone.
@@ -51,8 +71,7 @@ def run_tensors(engine: Engine, requests: Sequence[NDArray[Any]]) -> list[dict[s
     total = sum(counts)
     if len(requests) == 1 and total >= engine.batch.min:
         return [engine.infer(np.ascontiguousarray(requests[0]))]
-    # Of an engine on a GPU, memory that the GPU reads without a detour.
-    array = engine.empty_input(max(total, engine.batch.min))
+    array = memory.rows(max(total, engine.batch.min))
     start = 0
     for request, count in zip(requests, counts, strict=True):
         array[start : start + count] = request
@@ -70,6 +89,7 @@ def detect_encoded(
     engine: Engine,
     pictures: Sequence[bytes],
     nms: NmsSettings,
+    memory: InputMemory,
     *,
     border: int = 0,
     executor: Executor,
@@ -80,6 +100,7 @@ def detect_encoded(
         engine: any loaded engine.
         pictures: contents of image files, no more than the engine takes at a time.
         nms: thresholds.
+        memory: as for `run_tensors`.
         border: gray pixels around the image, see `letterbox.fit`.
         executor: decodes and post-processes several pictures at a time.
 
@@ -89,7 +110,7 @@ def detect_encoded(
     Raises:
         UserError: the engine cannot do what is asked.
     """
-    array = engine.empty_input(max(len(pictures), engine.batch.min))
+    array = memory.rows(max(len(pictures), engine.batch.min))
 
     def prepare(index: int) -> Letterbox | UserError:
         try:

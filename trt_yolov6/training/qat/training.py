@@ -37,14 +37,11 @@ from trt_yolov6.graph.tail import layers_after
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.ptq import (
-    QuantizationSettings,
-    QuantizedGraph,
-    batches_of,
-    quantize,
-)
+from trt_yolov6.quantization.judge import batches_of
+from trt_yolov6.quantization.pipeline import QuantizedGraph, quantize
 from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import INT8
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.training.augmentation import AugmentationSettings
@@ -214,7 +211,7 @@ def prepare_graph(
             "quantization-aware training starts from plain INT8; leave FP8, adaptive rounding and "
             "fp16 out of the quantization's settings (`trained_graph` takes fp16)."
         )
-    settings = dataclasses.replace(settings, bias_correction=False)
+    settings = dataclasses.replace(settings, bias_correction=False, reconstruct=False)
     # What training will not know is found out before a minute of calibration.
     GraphNetwork(graph.model, arch)
     result = quantize(graph, calib, settings, score=score, tell=tell)

@@ -1,0 +1,270 @@
+"""INT8 of networks that others trained: AP, and agreement with float, on held-out images.
+
+    python -m benchmarks.int8_real_networks --networks yolox-nano,lite-l
+
+Each network is quantized from 64 images as the command line does by default, and judged in exact
+arithmetic on its validation images and on training images that were not among the 64, so neither by
+what calibrated nor by what chose. Beside it ONNX Runtime's quantizer and, where `--modelopt` names
+its Python, NVIDIA ModelOpt's. Rows of other networks and tools in the results file are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from benchmarks.int8_tools import Contender, Task, contenders
+from benchmarks.rescaling import rescale_channels
+from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.common.machine import cpu_model
+from trt_yolov6.data.calibration import calibration_images
+from trt_yolov6.data.coco import CocoDataset, CocoImage, load_coco
+from trt_yolov6.data.images import read_image
+from trt_yolov6.data.loader import load_batches
+from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.graph.cost import layers_of
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.inputs import input_spec
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.graph.operators import CONVOLUTIONS
+from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.quantization.pipeline import quantize
+from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
+from trt_yolov6.quantization.resampling import interval, matched
+from trt_yolov6.quantization.search import evenly
+from trt_yolov6.quantization.settings import QuantizationSettings
+from trt_yolov6.spec import NmsSettings
+
+RESULTS = Path("benchmarks/results/int8-real-networks.json")
+SHARED = Path("../shared")
+
+CALIBRATION = 64
+"""Images that each tool is given."""
+
+RESAMPLES = 200
+
+_CONFIDENT = 0.3
+"""Score from which on a float detection counts for the agreement."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A detector and its images."""
+
+    name: str
+    graph: Callable[[], Graph]
+    data: Path
+    calibrated_on: str
+    """Split that the calibration images are of."""
+    validation: str
+    """Split that is judged on whole."""
+    every: int = 1
+    """Of the other images of the first split, every so many-th is judged on."""
+
+
+def _rescaled() -> Graph:
+    graph = graph_from_checkpoint(Path("samples/yolov6n_bccd.pt"), ExportSettings())
+    model = rescale_channels(graph.model, np.random.default_rng(0), 1, 256)
+    return dataclasses.replace(graph, model=model)
+
+
+_COCO, _BCCD = SHARED / "data" / "coco256", SHARED / "data" / "bccd"
+
+NETWORKS = (
+    Network(
+        "yolox-nano",
+        lambda: graph_from_onnx(SHARED / "models" / "yolox_nano_416.onnx"),
+        *(_COCO, "train2017", "val2017"),
+    ),
+    Network(
+        "lite-l",
+        lambda: graph_from_onnx(SHARED / "models" / "yolov6lite_l_320.onnx"),
+        *(_COCO, "train2017", "val2017"),
+    ),
+    Network(
+        "sample",
+        lambda: graph_from_checkpoint(Path("samples/yolov6n_bccd.pt"), ExportSettings()),
+        *(_BCCD, "train", "val", 4),
+    ),
+    Network(
+        "authors-n",
+        lambda: graph_from_checkpoint(Path("samples/yolov6n_bccd_authors.pt"), ExportSettings()),
+        *(_BCCD, "train", "val", 4),
+    ),
+    Network("rescaled", _rescaled, *(_BCCD, "train", "val", 4)),
+)
+
+TOOLS: dict[str, QuantizationSettings] = {
+    "ours": QuantizationSettings(),
+    "ours, auto 5 %": QuantizationSettings(float_layers="auto", max_ap_drop=None, max_slowdown=5.0),
+}
+
+
+def main() -> None:
+    """Quantize, judge, and write a row for each network and tool."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--networks", default=",".join(one.name for one in NETWORKS))
+    parser.add_argument("--tools", help="with semicolons; default: all there are")
+    parser.add_argument("--modelopt", type=Path, help="Python with ModelOpt")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    wanted = options.tools.split(";") if options.tools else None
+    for network in NETWORKS:
+        if network.name not in options.networks.split(","):
+            continue
+        judged = _Judged(network)
+        for tool, make in _tools(judged, options.modelopt):
+            if wanted and tool not in wanted:
+                continue
+            start = time.perf_counter()
+            model = make()
+            row = {
+                "network": network.name,
+                "tool": tool,
+                **judged.figures(model),
+                "seconds": round(time.perf_counter() - start, 1),
+                "machine": cpu_model(),
+                # Seconds say little where others used the cores.
+                "load": round(os.getloadavg()[1], 1),
+            }
+            print(row, flush=True)
+            _keep(options.output, row)
+
+
+def _keep(path: Path, row: dict[str, Any]) -> None:
+    rows = read_json(path)["rows"] if path.is_file() else []
+    same = ("network", "tool")
+    rows = [item for item in rows if any(item[key] != row[key] for key in same)]
+    write_json(path, {"command": "python -m benchmarks.int8_real_networks", "rows": [*rows, row]})
+
+
+class _Judged:
+    """A network's float detections on the images that judge."""
+
+    def __init__(self, network: Network) -> None:
+        self.graph = network.graph()
+        paths = calibration_images(network.data / "images" / network.calibrated_on)
+        self.calibration = tuple(evenly(paths, CALIBRATION))
+        left = set(paths) - set(self.calibration)
+        other = load_coco(network.data, network.calibrated_on)
+        validation = load_coco(network.data, network.validation)
+        rest = [image for image in other.images if image.path in left][:: network.every]
+        self._parts = ((validation, validation.images), (other, tuple(rest)))
+        self.truth = [one for part in self._parts for one in _objects(*part)]
+        self.float_found = self._detections(self.graph.model)
+
+    @cached_property
+    def folder(self) -> Path:
+        """A folder of links to the calibration images."""
+        result = Path(tempfile.mkdtemp(prefix="calibration-"))
+        for path in self.calibration:
+            (result / path.name).symlink_to(path.resolve())
+        return result
+
+    @property
+    def task(self) -> Task:
+        """What other tools are given."""
+        return Task(self.graph, self.calibration, self.folder, {})
+
+    def figures(self, model: onnx.ModelProto) -> dict[str, Any]:
+        """Return a quantized graph's row: AP and agreement with their intervals."""
+        found = self._detections(with_integer_convolutions(model))
+        count = len(found)
+        own, reference = (matched(self.truth, each) for each in (found, self.float_found))
+        agree = matched(self.float_found, found, _CONFIDENT)
+        agreed = interval(agree.ap, count, resamples=RESAMPLES)
+        change = interval(
+            lambda draws: own.ap(draws) - reference.ap(draws), count, resamples=RESAMPLES
+        )
+        layers = [layer for layer in layers_of(model) if layer.operator in CONVOLUTIONS]
+        return {
+            "ap": round(own.ap(), 4),
+            "ap_float": round(reference.ap(), 4),
+            "ap_change": [round(v, 4) for v in (change.value, change.low, change.high)],
+            "agreement": round(agreed.value, 4),
+            "interval": [round(agreed.low, 4), round(agreed.high, 4)],
+            "images": count,
+            "int8_convolutions": sum(layer.precision == "int8" for layer in layers),
+            "convolutions": len(layers),
+        }
+
+    def _detections(self, model: onnx.ModelProto) -> list[Detections]:
+        session = reference_session(model)
+        names = [item.name for item in session.get_outputs()]
+        source = session.get_inputs()[0].name
+        paths = [image.path for _, images in self._parts for image in images]
+        found: list[Detections] = []
+        for batch in load_batches(
+            paths,
+            read_image,
+            input_spec(self.graph.model),
+            batch=1,
+            border=0,
+            preprocessing=self.graph.preprocessing,
+        ):
+            outputs = dict(zip(names, session.run(names, {source: batch.input}), strict=True))
+            found += postprocess(
+                outputs, self.graph.output_layout, NmsSettings(), batch.letterboxes, clip=False
+            )
+        return found
+
+
+def _objects(dataset: CocoDataset, images: tuple[CocoImage, ...]) -> list[Detections]:
+    """Return the labelled boxes of each image, as corners in its pixels."""
+    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
+    by_image: dict[int, list[Any]] = {image.id: [] for image in images}
+    for item in dataset.annotations:
+        if item["image_id"] in by_image:
+            x, y, width, height = item["bbox"]
+            box = (x, y, x + width, y + height)
+            by_image[item["image_id"]].append((box, place_of[item["category_id"]]))
+    return [
+        Detections(
+            np.array([box for box, _ in items], np.float32).reshape(-1, 4),
+            np.ones(len(items), np.float32),
+            np.array([label for _, label in items], np.int64),
+        )
+        for items in by_image.values()
+    ]
+
+
+def _tools(
+    judged: _Judged, modelopt: Path | None
+) -> Iterator[tuple[str, Callable[[], onnx.ModelProto]]]:
+    for name, settings in TOOLS.items():
+        yield name, functools.partial(_own, judged, settings)
+    work = Path(tempfile.mkdtemp(prefix="int8-"))
+    for contender in contenders(judged.task, work, modelopt or Path("none"), ()):
+        if contender.tool == "modelopt" and modelopt is None:
+            continue
+
+        def made(contender: Contender = contender) -> onnx.ModelProto:
+            contender.make(work / "quantized.onnx")
+            return onnx.load(work / "quantized.onnx")
+
+        yield contender.name, made
+
+
+def _own(judged: _Judged, settings: QuantizationSettings) -> onnx.ModelProto:
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    return quantize(judged.graph, judged.folder, settings, tell=say).graph.model
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Images that judge do not calibrate, layers are ranked by what they move, and trials are told."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from support.networks import ONE, random_model
+from support.pictures import save_noise
+from test_ptq import MINMAX, convolutions
+
+from trt_yolov6.cli.options import percent
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.export import ExportSettings, export_onnx
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.quantization.bias_correction import correct_biases, with_layers_of
+from trt_yolov6.quantization.displacement import Displacement, layer_displacements
+from trt_yolov6.quantization.judge import Judge, batches_of, split_images
+from trt_yolov6.quantization.mixed_precision import (
+    LayerCost,
+    choose_float_layers,
+    rankings_by_displacement,
+)
+from trt_yolov6.quantization.pipeline import calibrate, quantize
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.search import tried_table
+from trt_yolov6.quantization.settings import check_settings
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """YOLOv6 with few and narrow layers and random weights, for images of 64 x 64."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    onnx.save(export_onnx(random_model(), ExportSettings((64, 64), ONE), verify=False), path)
+    return graph_from_onnx(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pictures of noise."""
+    result = tmp_path_factory.mktemp("pictures")
+    for number in range(20):
+        save_noise(result / f"{number:02}.png", seed=number)
+    return result
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def test_of_many_images_half_judge_and_none_does_both() -> None:
+    paths = [Path(f"{number}.jpg") for number in range(33)]
+    split = split_images(paths)
+    assert split.is_held_out
+    assert not set(split.calibrate) & set(split.judge)
+    assert sorted((*split.calibrate, *split.judge)) == sorted(paths)
+    assert len(split.calibrate) - len(split.judge) in (0, 1)
+
+
+def test_of_few_images_all_do_both() -> None:
+    paths = [Path(f"{number}.jpg") for number in range(15)]
+    split = split_images(paths)
+    assert split.calibrate == split.judge == tuple(paths)
+    assert not split.is_held_out
+
+
+def test_ranges_do_not_depend_on_the_images_that_judge(tiny: Graph, folder: Path) -> None:
+    settings = dataclasses.replace(MINMAX, bias_correction=False)
+    result = quantize(tiny, folder, settings)
+    changed = split_images(sorted(folder.iterdir())).judge[0]
+    before = changed.read_bytes()
+    try:
+        save_noise(changed, seed=1000)
+        assert quantize(tiny, folder, settings).table.amax == result.table.amax
+    finally:
+        changed.write_bytes(before)
+
+
+def test_the_manifest_says_what_the_agreement_was_judged_on_and_what_was_tried(
+    tiny: Graph, folder: Path
+) -> None:
+    result = quantize(tiny, folder)
+    said = result.graph.calibration
+    assert said is not None
+    assert said["judged_on"] == {"images": 10, "held_out": True}
+    low, high = said["agreement_interval"]
+    assert low <= said["agreement"] <= high
+    judge = Judge(tiny, split_images(sorted(folder.iterdir())).judge)
+    assert said["agreement"] == pytest.approx(judge.agreement(result.graph.model), abs=1e-4)
+    assert len(said["tried"]) == len(result.candidates)
+    assert {item["decides"] for item in said["tried"]} == {"graph and ranges", "weights"}
+    assert {item["weights"] for item in said["tried"]} == {"nearest", "biases", "reconstructed"}
+    table = tried_table(result.candidates)
+    assert len(table) == 1 + len(result.candidates)
+    assert table[0].split() == ["decision", "tried", "agreement", "slower", "seconds"]
+
+
+# --- what layers move ---------------------------------------------------------------------------
+
+
+def test_nothing_moves_in_the_float_graph(tiny: Graph, folder: Path) -> None:
+    images = list(batches_of(tiny, sorted(folder.iterdir())[:2]))
+    assert Displacement(tiny, images).of(tiny.model) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_score_that_changes_counts_by_its_change(tiny: Graph, folder: Path) -> None:
+    images = list(batches_of(tiny, sorted(folder.iterdir())[:2]))
+    watch = Displacement(tiny, images)
+    model = onnx.ModelProto()
+    model.CopyFrom(tiny.model)
+    maker = next(node for node in model.graph.node if "scores" in node.output)
+    maker.output[0] = "as before"
+    change = np.zeros(len(tiny.class_names), np.float32)
+    change[0] = -0.125
+    model.graph.initializer.append(numpy_helper.from_array(change, "change"))
+    model.graph.node.append(onnx.helper.make_node("Add", ["as before", "change"], ["scores"]))
+    assert watch.of(model) == pytest.approx(0.125, abs=1e-6)
+
+
+def test_the_layer_that_is_rounded_coarsely_moves_most(tiny: Graph, folder: Path) -> None:
+    found = calibrate(tiny, folder, MINMAX)
+    images = list(batches_of(tiny, sorted(folder.iterdir())[:2]))
+    watch = Displacement(tiny, images)
+    name = found.placement.layers[-3]
+    tensor = next(node.input[0] for node in found.model.graph.node if node.name == name)
+    fine = layer_displacements(found.model, found.placement, found.table.amax, watch.of)
+    assert set(fine) == set(found.placement.layers)
+    coarse = {**found.table.amax, tensor: 100 * found.table.amax[tensor]}
+    moved = layer_displacements(found.model, found.placement, coarse, watch.of)
+    assert moved[name] > 3 * fine[name]
+
+
+def test_layers_are_left_in_float_for_what_they_move_by_their_time() -> None:
+    costs = {name: LayerCost(1, 0.25, share) for name, share in (("a", 0.8), ("b", 0.1))}
+    worth, plain = rankings_by_displacement({"a": 0.2, "b": 0.1}, costs)
+    assert (worth, plain) == (("b", "a"), ("a", "b"))
+
+
+def test_a_budget_in_time_is_kept_and_the_best_within_it_is_taken() -> None:
+    costs = {name: LayerCost(1, 0.05, 0.04) for name in "abcdefgh"}
+    gains = dict(zip("abcdefgh", (1, 8, 2, 7, 0.5, 0.1, 0.2, 0.3), strict=True))
+
+    def score(layers: tuple[str, ...]) -> float:
+        return 0.5 + 0.01 * sum(gains[name] for name in layers)
+
+    orders = [sorted(gains, key=lambda name: -gains[name])]
+    found = choose_float_layers(orders, costs, score, 1.0, most_time=0.10)
+    assert not found.met
+    assert set(found.layers) == {"b", "d"}
+    assert found.slowdown <= 0.10
+    assert all(trial.time_share <= 0.10 + 1e-9 for trial in found.trials)
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
+    tiny: Graph, folder: Path
+) -> None:
+    found = calibrate(tiny, folder, MINMAX)
+    whole = insert_qdq(found.model, found.placement, found.table.amax)
+    images = list(batches_of(tiny, sorted(folder.iterdir())[:4]))
+    tuned = correct_biases(found.model, whole, images)
+    assert with_layers_of(whole, tuned).SerializeToString() == tuned.SerializeToString()
+    kept = convolutions(tiny.model)[3]
+    partly = with_layers_of(found.with_float((kept,)), tuned)
+
+    def biases(model: onnx.ModelProto) -> dict[str, np.ndarray[tuple[int, ...], np.dtype]]:
+        stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+        return {
+            node.name: stored[node.input[2]]
+            for node in model.graph.node
+            if node.name in convolutions(model) and len(node.input) > 2
+        }
+
+    taken, theirs, own = biases(partly), biases(tuned), biases(found.model)
+    for name, value in taken.items():
+        np.testing.assert_allclose(value, (own if name == kept else theirs)[name], rtol=1e-6)
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+def test_percentages_are_read_with_and_without_their_sign() -> None:
+    assert percent("5%") == percent("5") == 5
+    for wrong in ("0", "-1", "five", "inf", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            percent(wrong)
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_slowdown": -1.0}, {"max_slowdown": 200.0}, {"max_ap_drop": None}]
+)
+def test_budgets_out_of_range_are_refused(change: dict[str, float | None]) -> None:
+    with pytest.raises(UserError):
+        check_settings(dataclasses.replace(MINMAX, **change))  # type: ignore[arg-type]

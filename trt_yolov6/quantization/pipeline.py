@@ -1,0 +1,274 @@
+"""Post-training quantization as a whole: float graph and calibration images in, Q/DQ graph out.
+
+    float graph ─ equalize ─ collect ─ calibrate ─ place ─ insert ─ tune weights ─▶ Q/DQ graph
+
+No calibrator and no equalization wins everywhere: min-max takes nothing from one network and much
+from another, entropy the reverse. So the default tries them (`search`): half of the calibration
+images make a candidate, the other half tell how well its detections agree with the float network's.
+No labels are needed.
+
+FP8 goes the same way. What it has no use for is left out: entropy calibration, multiplications
+after activations, ranking of layers and reconstruction are about INT8's evenly spaced levels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_yolov6.data.calibration import calibration_images, images_sha256
+from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.collect import check_weights
+from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of, split_images
+from trt_yolov6.quantization.mixed_precision import layer_costs
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import Placement, place_for
+from trt_yolov6.quantization.search import (
+    Candidate,
+    Prepared,
+    Search,
+    WeightTuning,
+    chosen_weights,
+    evenly,
+    method_of,
+    prepare,
+    variant_of,
+)
+from trt_yolov6.quantization.settings import (
+    QuantizationSettings,
+    check_float_layers,
+    check_settings,
+    described,
+)
+from trt_yolov6.quantization.statistics import TensorStatistics
+from trt_yolov6.quantization.table import (
+    CalibrationKey,
+    CalibrationTable,
+    model_sha256,
+    reusable_table,
+)
+from trt_yolov6.quantization.types import INT8
+
+if TYPE_CHECKING:
+    import onnx
+
+    from trt_yolov6.graph.model import Graph
+
+
+@dataclass(frozen=True)
+class QuantizedGraph:
+    """A Q/DQ graph, ready to be built, and how it came about."""
+
+    graph: Graph
+    float_model: onnx.ModelProto
+    """The float graph that the pairs were put into; its tensors are those of the table."""
+    table: CalibrationTable
+    placement: Placement
+    candidates: tuple[Candidate, ...]
+    """What was compared, in order; empty where nothing had to be chosen."""
+    note: str
+    """Whether an earlier table was used again, or why not; empty where there was none."""
+
+
+def quantize(
+    graph: Graph,
+    folder: str | Path,
+    settings: QuantizationSettings | None = None,
+    *,
+    table_file: str | Path | None = None,
+    score: Callable[[onnx.ModelProto], float] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> QuantizedGraph:
+    """Quantize a float graph with the images of a folder.
+
+    Args:
+        graph: from `graph.export.graph_from_checkpoint` or `graph_from_onnx`, float32.
+        folder: calibration images, a few dozen like those the detector will see.
+        settings: calibrator, equalization, float layers, companion precision.
+        table_file: an earlier calibration table, used again if it was made from the same things.
+        score: a graph's AP on labelled data (`sensitivity_report.ap_on`), which then holds the
+            budget of automatic float layers; None estimates it by agreement with the float network.
+        tell: called with a line of progress now and then.
+
+    Raises:
+        UserError: the graph is not float32, has a NaN in its weights or nothing that FP8 would
+            speed up, the folder has too few images, unreadable ones, or nothing but black, or see
+            `check_settings`.
+    """
+    settings = settings or QuantizationSettings()
+    say = tell or (lambda _: None)
+    check_settings(settings)
+    _check_graph(graph, settings)
+    check_float_layers(graph, settings)
+    paths = calibration_images(folder, settings.image_limit, tell)
+    split = split_images(paths)
+    key = _key(graph, paths, settings, by_ap=score is not None)
+    table, note = reusable_table(table_file, key) if table_file else (None, "")
+    if note:
+        say(note)
+    candidates: tuple[Candidate, ...] = ()
+    judge: Judge | None = None
+    if table is not None:
+        variant = variant_of(table)
+        prepared = prepare(graph, split.calibrate, settings, variant, say, measure=False)
+        inputs = list(batches_of(graph, evenly(split.calibrate), settings.border))
+        tuning = WeightTuning(prepared.model, inputs)
+    else:
+        found = Search(graph, split, settings, key, say, score).run()
+        prepared, table, tuning, judge = found.prepared, found.table, found.tuning, found.judge
+        candidates = found.candidates
+    quantized = settings.quantized
+    placement = place_for(quantized, prepared.model, table.float_layers)
+    model = insert_qdq(
+        prepared.model, placement, table.amax, quantized=quantized, fp16=settings.fp16
+    )
+    model = tuning.tuned(model, chosen_weights(table))
+    calibration = {
+        "calibrator": "+".join(sorted(set(table.methods.values()))),
+        "variant": table.variant,
+        "weights": chosen_weights(table),
+        "biases_corrected": table.biases_corrected,
+        "adaptive_rounding": table.reconstructed,
+        "images": len(paths),
+        "images_sha256": key.images_sha256,
+        f"{quantized.name}_layers": len(placement.layers),
+        f"{quantized.name}_share_of_multiply_adds": round(
+            _quantized_share(prepared.model, placement), 4
+        ),
+        "rest": "fp16" if settings.fp16 else "fp32",
+        **_judged(judge, split, model, candidates, say),
+    }
+    made = dataclasses.replace(
+        graph,
+        model=model,
+        precision=quantized.name,
+        calibration=calibration,
+        float_layers=table.float_layers,
+    )
+    return QuantizedGraph(made, prepared.model, table, placement, candidates, note)
+
+
+def _check_graph(graph: Graph, settings: QuantizationSettings) -> None:
+    """Raise UserError for a graph that cannot be quantized so."""
+    quantized = settings.quantized
+    if graph.precision != "fp32":
+        raise UserError(
+            f"{graph.source} is {graph.precision} already; {quantized.option} starts from a "
+            "float32 graph."
+        )
+    check_weights(graph.model)
+    if quantized.is_floating and not place_for(quantized, graph.model).layers:
+        raise UserError(
+            f"{graph.source} has no convolution that {quantized.option} would speed up: they "
+            "all do little work for each value that is quantized; build it with --fp16."
+        )
+
+
+def _key(
+    graph: Graph, paths: Sequence[Path], settings: QuantizationSettings, *, by_ap: bool
+) -> CalibrationKey:
+    return CalibrationKey(
+        model_sha256(graph.model),
+        images_sha256(paths),
+        {
+            "type": settings.quantized.name,
+            "calibrator": settings.calibrator,
+            "equalize": settings.equalize,
+            "bias_correction": settings.bias_correction,
+            "reconstruct": settings.reconstruct,
+            "adaptive_rounding": settings.adaptive_rounding,
+            "float_layers": described(settings) + (", by AP" if by_ap else ""),
+            "border": settings.border,
+            "preprocessing": str(graph.preprocessing),
+        },
+    )
+
+
+def _judged(
+    judge: Judge | None,
+    split: ImageSplit,
+    model: onnx.ModelProto,
+    candidates: Sequence[Candidate],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return for the manifest how well what is built agrees with float, and what was tried."""
+    if judge is None:
+        return {}
+    found = judge.interval(model)
+    held_out = "held-out" if split.is_held_out else "calibration"
+    say(
+        f"agreement with float {found.value:.3f} (95 % interval {found.low:.3f} to "
+        f"{found.high:.3f}) on {judge.images} {held_out} images"
+    )
+    return {
+        "agreement": round(found.value, 4),
+        "agreement_interval": [round(found.low, 4), round(found.high, 4)],
+        "judged_on": {"images": judge.images, "held_out": split.is_held_out},
+        "tried": [
+            {
+                "decides": item.decides,
+                "graph": item.variant,
+                "ranges": item.method,
+                "weights": item.weights,
+                "float_layers": list(item.float_layers),
+                "agreement": round(item.agreement, 4),
+                "slowdown": round(item.slowdown, 4),
+                "seconds": round(item.seconds, 1),
+            }
+            for item in candidates
+        ],
+    }
+
+
+def _quantized_share(model: onnx.ModelProto, placement: Placement) -> float:
+    costs = layer_costs(model)
+    return sum(costs[name].multiply_add_share for name in placement.layers)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A float graph calibrated for INT8, before any pair is put into it."""
+
+    model: onnx.ModelProto
+    placement: Placement
+    table: CalibrationTable
+    paths: tuple[Path, ...]
+    """The calibration images."""
+    statistics: Mapping[str, TensorStatistics]
+    """Of every tensor that any choice of float layers may quantize."""
+
+    def with_float(self, layers: tuple[str, ...]) -> onnx.ModelProto:
+        """Return the Q/DQ graph with some layers in float."""
+        prepared = Prepared(variant_of(self.table), self.model, self.placement, self.statistics)
+        table = prepared.table(method_of(self.table), self.table.key, INT8, layers)
+        return insert_qdq(self.model, place_for(INT8, self.model, layers), table.amax)
+
+
+def calibrate(
+    graph: Graph,
+    folder: str | Path,
+    settings: QuantizationSettings | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Calibrated:
+    """Calibrate a float graph for INT8 as `quantize` does, for a look at its layers.
+
+    Raises:
+        UserError: see `quantize`.
+    """
+    settings = dataclasses.replace(
+        settings or QuantizationSettings(),
+        quantized=INT8,
+        float_layers=0,
+        bias_correction=False,
+    )
+    check_weights(graph.model)
+    paths = calibration_images(folder, settings.image_limit, tell)
+    key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
+    found = Search(graph, split_images(paths), settings, key, tell or (lambda _: None)).run()
+    prepared = found.prepared
+    return Calibrated(
+        prepared.model, prepared.placement, found.table, tuple(paths), prepared.statistics
+    )

@@ -1,0 +1,181 @@
+"""COCO AP of one set of detections over any selection of its images, and its bootstrap intervals.
+
+pycocotools matches and scores in one go. To resample images, matching is done once here and kept
+by class; a resample then weights each image by how often it was drawn (Efron 1979). Two networks
+that are scored on the same draws differ in less than either figure varies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.quantization.agreement import match
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+"""COCO's, as pycocotools spells them."""
+
+_RECALLS = np.linspace(0.0, 1.0, 101)
+
+_MOST_DETECTIONS = 100
+"""Detections of one class in one image that count, the best first."""
+
+RESAMPLES = 400
+"""Bootstrap resamples: the ends of a 95 % interval then vary by a tenth of its width."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % bootstrap interval over images.
+
+    A resample shows fewer different images, on which an AP is another one in the mean. So what the
+    bootstrap tells is how far its values spread about their median, and that is laid about the
+    figure itself.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval: a smaller difference is not told from chance."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class _Class:
+    """Detections of one class over all images, the best first."""
+
+    images: NDArray[np.intp]
+    """(detections,) the image of each."""
+    hits: NDArray[np.bool_]
+    """(thresholds, detections) whether each meets an object."""
+    objects: NDArray[np.int64]
+    """(images,) objects of the class."""
+
+
+@dataclass(frozen=True)
+class MatchedDetections:
+    """Detections matched with objects, ready to be scored over any draw of the images."""
+
+    classes: tuple[_Class, ...]
+    images: int
+
+    def ap(self, draws: NDArray[np.int64] | None = None) -> float:
+        """Return COCO AP (IoU 0.50:0.95, all sizes), the mean over classes with an object.
+
+        Args:
+            draws: (images,) how often each image counts; None: once.
+
+        Returns:
+            0..1; NaN where no image that counts has an object.
+        """
+        draws = np.ones(self.images, np.int64) if draws is None else draws
+        values = [value for one in self.classes if (value := _precision(one, draws)) is not None]
+        return float(np.mean(values)) if values else float("nan")
+
+
+def matched(
+    truth: Sequence[Detections], found: Sequence[Detections], least_score: float = 0.0
+) -> MatchedDetections:
+    """Match detections with objects as COCO does.
+
+    Args:
+        truth: the objects of each image; their scores count from `least_score` on.
+        found: detections of the same images.
+        least_score: of an object, as where the objects are another network's detections.
+    """
+    objects = [_at_least(one, least_score) for one in truth]
+    labels = sorted({int(label) for one in objects for label in one.class_id})
+    return MatchedDetections(
+        tuple(_match_class(objects, found, label) for label in labels), len(objects)
+    )
+
+
+def interval(
+    statistic: Callable[[NDArray[np.int64]], float],
+    images: int,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return a statistic of a set of images with its percentile bootstrap interval.
+
+    Args:
+        statistic: of (images,) counts, how often each image was drawn.
+        images: how many there are.
+        resamples: how often to draw.
+        seed: of the draws; the same seed draws the same images for every statistic.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, images, (resamples, images))
+    values = np.array([statistic(np.bincount(row, minlength=images)) for row in drawn])
+    values = values[np.isfinite(values)]
+    whole = statistic(np.ones(images, np.int64))
+    if not values.size:
+        return Interval(whole, whole, whole)
+    low, middle, high = np.quantile(values, (0.025, 0.5, 0.975))
+    return Interval(whole, float(whole + low - middle), float(whole + high - middle))
+
+
+def _at_least(one: Detections, score: float) -> Detections:
+    kept = one.confidence >= score
+    return one[kept]
+
+
+def _match_class(truth: Sequence[Detections], found: Sequence[Detections], label: int) -> _Class:
+    images, scores, hits, objects = [], [], [], []
+    for image, (wanted, seen) in enumerate(zip(truth, found, strict=True)):
+        boxes = wanted.xyxy[wanted.class_id == label].astype(np.float64)
+        own = seen.class_id == label
+        order = np.argsort(-seen.confidence[own], kind="stable")[:_MOST_DETECTIONS]
+        given = seen.xyxy[own][order].astype(np.float64)
+        to_object, _ = match(_overlaps(given, boxes), IOU_THRESHOLDS, len(given))
+        images.append(np.full(len(given), image))
+        scores.append(seen.confidence[own][order])
+        hits.append(to_object >= 0)
+        objects.append(len(boxes))
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    return _Class(
+        np.concatenate(images)[order].astype(np.intp),
+        np.concatenate(hits, axis=1)[:, order],
+        np.array(objects, np.int64),
+    )
+
+
+def _overlaps(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return IoU (boxes, others) of corner boxes."""
+    if not len(boxes) or not len(others):
+        return np.zeros((len(boxes), len(others)))
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    shared = np.prod(np.maximum(high - low, 0), axis=2)
+    areas = [np.prod(each[:, 2:] - each[:, :2], axis=1) for each in (boxes, others)]
+    union = areas[0][:, None] + areas[1][None, :] - shared
+    return np.asarray(shared / np.maximum(union, 1e-12))
+
+
+def _precision(one: _Class, draws: NDArray[np.int64]) -> float | None:
+    """Return a class's AP, mean over IoU thresholds; None where no drawn image has an object."""
+    objects = int(draws @ one.objects)
+    if not objects:
+        return None
+    counts = draws[one.images]
+    drawn = counts > 0
+    counts = counts[drawn]
+    # Copies of an image stand next to each other and count as pycocotools would count them one
+    # by one, but for the order of equals.
+    true = np.cumsum(one.hits[:, drawn] * counts, axis=1)
+    seen = np.cumsum(counts)
+    precision = true / np.maximum(seen, 1)
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    total = 0.0
+    for row, best in zip(true, envelope, strict=True):
+        at = np.searchsorted(row / objects, _RECALLS, side="left")
+        total += float(best[at[at < len(best)]].sum())
+    return total / (len(_RECALLS) * len(true))

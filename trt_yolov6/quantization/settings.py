@@ -1,0 +1,99 @@
+"""How a graph is to be quantized, and which choices go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.calibrators import Method, methods_for
+from trt_yolov6.quantization.judge import HARMLESS_NOISE, least_agreement
+from trt_yolov6.quantization.mixed_precision import most_sensitive
+from trt_yolov6.quantization.qdq.placement import place_for
+from trt_yolov6.quantization.sensitivity import Sensitivity
+from trt_yolov6.quantization.types import INT8, QuantizedType
+
+if TYPE_CHECKING:
+    from trt_yolov6.graph.model import Graph
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """How a graph is quantized."""
+
+    quantized: QuantizedType = INT8
+    """What it is quantized to."""
+    calibrator: Method | Literal["auto"] = "auto"
+    """One for all tensors; `auto` takes the one whose detections agree best with the float ones."""
+    equalize: bool = True
+    """Try rescaled channels as well; off, the graph's weights stay as they are."""
+    bias_correction: bool = True
+    """Try biases that take back the mean error of each layer."""
+    reconstruct: bool = True
+    """Try weights that are rounded for the inputs that they meet, too. INT8's only."""
+    adaptive_rounding: bool = False
+    """Take such weights without trying. INT8's only."""
+    float_layers: tuple[str, ...] | int | Literal["auto"] = ()
+    """Layers that stay in float: by name; so many of the most sensitive; or as few as keep the
+    accuracy within `max_ap_drop`. FP8's by name only."""
+    max_ap_drop: float | None = 0.5
+    """What `auto` may lose, in AP points (hundredths); None: as little as `max_slowdown` allows."""
+    max_slowdown: float | None = None
+    """Per cent of INT8's run time that `auto` may add, by layer times; None leaves that open."""
+    fp16: bool = False
+    """Everything that is not quantized in half precision."""
+    image_limit: int | None = None
+    """Calibration images taken, spread evenly over the folder; None for all."""
+    border: int = 0
+    """Gray pixels around each image, as in evaluation."""
+
+
+def check_settings(settings: QuantizationSettings) -> None:
+    """Raise UserError for what the type that is quantized to has no use for, or out of range."""
+    if settings.max_ap_drop is None and settings.max_slowdown is None:
+        raise UserError("nothing bounds --float-layers auto; give --max-ap-drop or --max-slowdown.")
+    if settings.max_slowdown is not None and not 0 < settings.max_slowdown <= 100:
+        raise UserError(
+            f"--max-slowdown {settings.max_slowdown:g} is out of range; give per cent of the run "
+            "time, above 0 and up to 100, such as 5%."
+        )
+    quantized = settings.quantized
+    methods = methods_for(quantized)
+    if settings.calibrator != "auto" and settings.calibrator not in methods:
+        raise UserError(
+            f"--calibrator {settings.calibrator} is for --int8: it compares with levels that stand "
+            f"evenly; choose one of {', '.join(methods)} with {quantized.option}."
+        )
+    if not quantized.is_floating:
+        return
+    if settings.adaptive_rounding:
+        raise UserError(
+            f"--adaptive-rounding is for --int8; leave it out with {quantized.option}, whose "
+            "levels lie close together where most weights are."
+        )
+    if not isinstance(settings.float_layers, tuple) and settings.float_layers != 0:
+        raise UserError(
+            f"--float-layers {settings.float_layers} ranks layers by what --int8 costs in them; "
+            f"name the layers with {quantized.option}."
+        )
+
+
+def check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
+    """Raise UserError for a wrong choice of float layers: calibrating takes a minute."""
+    wanted = settings.float_layers
+    if wanted == "auto":
+        if settings.max_ap_drop is not None:
+            least_agreement(settings.max_ap_drop)
+        return
+    kept = wanted if isinstance(wanted, tuple) else ()
+    layers = place_for(settings.quantized, graph.model, kept).layers
+    if isinstance(wanted, int):
+        most_sensitive(Sensitivity("snr", tuple((name, 0.0) for name in layers)), wanted)
+
+
+def described(settings: QuantizationSettings) -> str:
+    """Return the choice of float layers as one string."""
+    layers = settings.float_layers
+    if layers == "auto":
+        return f"auto, {settings.max_ap_drop}, {settings.max_slowdown}, noise {HARMLESS_NOISE:g}"
+    return ", ".join(layers) if isinstance(layers, tuple) else str(layers)
