@@ -39,6 +39,9 @@ _SHORTER = {
     "train": ("--epochs", "1", "--batch", "4", *_SMALL),
     "qat": ("--epochs", "1", "--batch", "4", *_SMALL),
 }
+_KEPT = {"--onnx", "--resume"}
+"""Options of commands that take no others."""
+
 _FENCE = re.compile(r"```(\w*)\n")
 _NEEDS = re.compile(r"<!-- needs: ([\w-]+) -->\n")
 
@@ -120,7 +123,7 @@ def commands(block: Block, *, shortened: bool = False) -> list[list[str]]:
             continue
         else:
             raise ValueError(f"{block.place}: {words[0]} does not run here; mark what it needs")
-        extra = _SHORTER.get(arguments[0], ()) if shortened and "--onnx" not in arguments else ()
+        extra = _SHORTER.get(arguments[0], ()) if shortened and not _KEPT & {*arguments} else ()
         found.append([*arguments, *extra])
     return found
 
