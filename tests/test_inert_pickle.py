@@ -182,3 +182,12 @@ def test_a_mark_that_is_popped_is_gone() -> None:
     content = pickle.dumps(nested(LIMIT - 1), 2)[:-1]
     content += pickle.MARK + pickle.NONE + pickle.POP_MARK + pickle.TUPLE1
     assert load_inert(content + b".", FILE) == nested(LIMIT)
+
+
+def test_a_mark_that_is_popped_hides_no_depth() -> None:
+    deep = pickle.dumps(nested(LIMIT), 2)[2:-1]  # without protocol and end
+    assert_damaged(pickle.MARK + deep + pickle.MARK + pickle.POP + pickle.TUPLE + b".")
+    assert_damaged(pickle.MARK + pickle.MARK + pickle.POP + deep + pickle.TUPLE + b".")
+    # A value that is popped counts no more.
+    content = pickle.MARK + deep + pickle.POP + pickle.NONE + pickle.TUPLE + b"."
+    assert load_inert(content, FILE) == (None,)

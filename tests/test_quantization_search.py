@@ -156,6 +156,13 @@ def test_a_budget_in_time_is_kept_and_the_best_within_it_is_taken() -> None:
     assert all(trial.time_share <= 0.10 + 1e-9 for trial in found.trials)
 
 
+def test_a_layer_that_does_not_fit_does_not_keep_out_those_that_do() -> None:
+    costs = {"large": LayerCost(1, 0.1, 0.2), **{n: LayerCost(1, 0.05, 0.02) for n in "abc"}}
+    orders = [("a", "large", "b", "c")]
+    found = choose_float_layers(orders, costs, lambda one: len(one) / 10, 1.0, most_time=0.05)
+    assert set(found.layers) == {"a", "b"}
+
+
 # --- weights ------------------------------------------------------------------------------------
 
 

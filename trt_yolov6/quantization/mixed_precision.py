@@ -216,7 +216,7 @@ def choose_float_layers(
     search = _Search(costs, score, least_score, most_share, most_trials, least_gain, most_time)
     if not search.reaches(()):
         for order in orders:
-            search.shortest_beginning(order)
+            search.shortest_beginning(search.fitting(order))
         search.thin_out()
     return search.result()
 
@@ -251,6 +251,16 @@ class _Search:
                 return False
             self._trials[key] = Trial(layers, self._score(layers), self._time(layers))
         return self._trials[key].score >= self._least_score
+
+    def fitting(self, order: Sequence[str]) -> tuple[str, ...]:
+        """Return an order without the layers for which, after those before, no time is left."""
+        if self._most_time is None:
+            return tuple(order)
+        kept: list[str] = []
+        for name in order:
+            if self._time((*kept, name)) <= self._most_time + 1e-9:
+                kept.append(name)
+        return tuple(kept)
 
     def shortest_beginning(self, order: Sequence[str]) -> None:
         """Look for the shortest beginning of an order that reaches the score."""
