@@ -73,7 +73,7 @@ class Network:
     validation: str
     """Split that is judged on whole."""
     every: int = 1
-    """Of the other images of the first split, every so many-th is judged on."""
+    """Stride of the judged images among the other images of the first split."""
 
 
 def _rescaled() -> Graph:
@@ -177,7 +177,7 @@ class _Judged:
 
     @property
     def task(self) -> Task:
-        """What other tools are given."""
+        """Inputs for other tools."""
         return Task(self.graph, self.calibration, self.folder, {})
 
     def figures(self, model: onnx.ModelProto) -> dict[str, Any]:

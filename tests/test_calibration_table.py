@@ -73,7 +73,7 @@ def test_another_key_says_what_changed(tmp_path: Path, change: dict[str, Any], r
     write_table(tmp_path / "t.json", TABLE)
     table, sentence = reusable_table(tmp_path / "t.json", dataclasses.replace(KEY, **change))
     assert table is None
-    assert sentence.startswith("Calibrating anew")
+    assert sentence.startswith("Calibrating again")
     assert reason in sentence
 
 
@@ -116,7 +116,7 @@ def test_a_damaged_table_is_a_sentence_to_the_reader_and_a_reason_to_calibrate(
         read_table(path)
     table, sentence = reusable_table(path, KEY)
     assert table is None
-    assert sentence.startswith(f"Calibrating anew: {path}")
+    assert sentence.startswith(f"Calibrating again: {path}")
 
 
 @pytest.mark.parametrize("amax", [0.0, -1.0, float("nan"), float("inf")])

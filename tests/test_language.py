@@ -14,7 +14,7 @@ BANNED = {
     "behind, for after": r"\bbehind\b",
     "beside, for next to or besides": r"\bbeside\b",
     "so many, for a number": r"\bso many\b",
-    "is no X, for is not a X": r"(?<!there )\b(?:is|are|was|were) no (?!longer|more|less|fast)\w+",
+    "is no X, for is not a X": r"(?<![Tt]here )\b(?:is|are|was|were) no (?!longer|more|less|fast)\w+",
     "be it": r"\bbe it\b",
     "Return what": r"\bReturn what\b",
     "Tell, for Return or Report": r'"""Tell\b',
@@ -32,7 +32,7 @@ CLEAN = (
     *(
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "trt_yolov6").iterdir())
-        if path.name not in ("quantization", "__pycache__")
+        if path.name != "__pycache__"
     ),
 )
 """Where the rules hold already."""

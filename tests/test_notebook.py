@@ -23,6 +23,7 @@ def _printed(cell: dict[str, Any]) -> list[str]:
     return "".join(texts).splitlines()
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_prints_the_accuracy_that_the_notebook_shows(
     root: Path,
     tmp_path: Path,

@@ -136,7 +136,7 @@ def test_a_table_of_other_things_is_made_anew_and_the_reason_said(
     else:
         file.write_text("{}")
     result = quantize(graph, folder, settings, table_file=file)
-    assert result.note.startswith("Calibrating anew")
+    assert result.note.startswith("Calibrating again")
     assert reason in result.note
     fresh = quantize(graph, folder, settings)
     assert result.table == fresh.table

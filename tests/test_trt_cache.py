@@ -108,10 +108,10 @@ def test_tensorrt_11_reads_no_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "is no TensorRT calibration cache"),
-        (b"\x89PNG\r\n\x1a\n\xff", "is no TensorRT calibration cache"),
-        ('{"schema": 1}', "is no TensorRT calibration cache"),
-        ("images: 3c010a14\n", "is no TensorRT calibration cache"),
+        ("", "is not a TensorRT calibration cache"),
+        (b"\x89PNG\r\n\x1a\n\xff", "is not a TensorRT calibration cache"),
+        ('{"schema": 1}', "is not a TensorRT calibration cache"),
+        ("images: 3c010a14\n", "is not a TensorRT calibration cache"),
         ("TRT-8601-EntropyCalibration2\n", "holds no scale"),
         ("TRT-8601-Entropy9\nx: 3c010a14\n", "made by the calibrator Entropy9"),
         (MNIST + "fc 3c010a14\n", "line 10, is not"),

@@ -22,7 +22,7 @@ class Quantizer:
 
     node: onnx.NodeProto
     codes: onnx.TensorProto | None
-    """Stored input of a DequantizeLinear, with its scale."""
+    """Codes that the DequantizeLinear reads, where they are stored."""
     scale: onnx.TensorProto | None
     """One scale, or one for each channel; None where it is computed."""
     zero_point: onnx.TensorProto | None

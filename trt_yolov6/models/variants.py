@@ -84,7 +84,7 @@ class Architecture:
 
     @property
     def stack(self) -> StackKind:
-        """Kind of block that the stages consist of."""
+        """Kind of stack that the stages consist of."""
         if self.mbla:
             return "mbla"
         return "plain" if self.csp_ratio is None else "csp"

@@ -1,4 +1,4 @@
-"""How well a quantized detector agrees with the float one, on images that need no labels.
+"""Agreement of a quantized detector with the float one, on images without labels.
 
 What the float network is sure of is taken for the truth, and the quantized one's AP against it is
 the agreement. Unlike an error of tensors it sees what the engine's user sees: boxes that move,

@@ -1,10 +1,10 @@
 """Bias correction: take from each quantized convolution the mean error that its rounding adds.
 
 Rounded weights are off by a constant, so a layer's outputs are off in the mean wherever its inputs'
-mean is not zero, as behind a ReLU (Nagel et al. 2019, "Data-free quantization through weight
+mean is not zero, as after a ReLU (Nagel et al. 2019, "Data-free quantization through weight
 equalization and bias correction", section 4.2). A bias can take that back.
 
-Correcting layer by layer, each behind the corrected ones before it, needs a pass over the images
+Correcting layer by layer, each after the corrected ones before it, needs a pass over the images
 for every layer. Correcting all by what one pass shows counts an early error in each later layer.
 So the part that comes from the inputs is subtracted first: with the means of a layer's input in the
 float network and in the quantized one,

@@ -21,7 +21,7 @@ Method = Literal["minmax", "entropy", "percentile", "mse"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 FLOATING_METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse")
-"""Those that make sense for FP8; entropy compares with levels that stand evenly."""
+"""Calibrators for FP8; entropy assumes a uniform grid."""
 
 PERCENTILE = 99.99
 """Per cent of a tensor's values that the percentile calibrator does not clip, if not told."""
@@ -226,7 +226,7 @@ def _divergences(bins: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Q is constant over the filled bins of a level, so sum(P log Q) needs only the levels' masses,
     which running sums give: the cost is that of candidates times levels, not times bins.
-    Candidates that are no choice have an infinite divergence.
+    Impossible candidates have an infinite divergence.
     """
     mass = np.concatenate([[0.0], np.cumsum(bins)])
     filled = np.concatenate([[0], np.cumsum(bins > 0)])

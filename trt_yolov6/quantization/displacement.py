@@ -1,4 +1,4 @@
-"""How far a quantized network moves what the float one is sure of: boxes, and their scores.
+"""Displacement by quantization of the float network's confident boxes and scores.
 
 Agreement counts matches, so that a small change shows in some images only. Movements of the anchors
 that the float network gives a score are sums over thousands of values: they rank layers by what
@@ -49,7 +49,7 @@ class Displacement:
 
     @staticmethod
     def can_watch(graph: Graph) -> bool:
-        """Tell whether a graph gives every anchor; with NMS inside, it does not."""
+        """Return whether a graph gives every anchor; with NMS inside, it does not."""
         return not LAYOUTS[graph.output_layout].nms_inside
 
     def of(self, model: onnx.ModelProto) -> float:

@@ -39,7 +39,7 @@ point of 35 at 0.915. Their float networks' agreement with themselves tells them
 images moved by a pixel would rank them the other way round."""
 
 _RESAMPLES = 200
-"""Of the interval of what is built; it is printed with two digits."""
+"""Bootstrap resamples of the built graph's interval, which is printed with two digits."""
 
 FEWEST_TO_PART = 16
 """Images from which on half of them only judge. Of fewer, all calibrate and all judge."""
@@ -54,7 +54,7 @@ class ImageSplit:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether no image is in both parts."""
+        """True if no image is in both parts."""
         return not set(self.calibrate) & set(self.judge)
 
 
@@ -80,7 +80,7 @@ def least_agreement(max_ap_drop: float) -> float:
     """Return the agreement with the float network that an AP drop stands for.
 
     Found on YOLOv6Lite-L, over twenty-one ways to quantize it: relative AP lost is about
-    (1 - agreement) ** 1.7. The AP is taken for 0.5, since images without labels do not tell it.
+    (1 - agreement) ** 1.7. The AP is taken for 0.5, since images without labels do not give it.
 
     Args:
         max_ap_drop: in AP points (hundredths), above 0.
@@ -156,12 +156,12 @@ class Judge:
         return sum(values) / len(values)
 
     def _agreement(self, found: Sequence[Detections], confident: float) -> float:
-        # A graph with NMS inside does not tell how many classes there are.
+        # A graph with NMS inside does not show the number of classes.
         seen = (one.class_id.max(initial=-1) + 1 for one in (*self.reference, *found))
         return agreement(self.reference, found, max(self._named_classes, 1, *seen), confident)
 
     def detections(self, model: onnx.ModelProto) -> list[Detections]:
-        """Return what a graph finds in the images, in pixels of its input; kept for next time."""
+        """Return a graph's detections in the images, in pixels of its input; cached."""
         digest = sha256_bytes(model.SerializeToString())
         if digest not in self._found:
             self._found[digest] = self._run(model, self._images)

@@ -27,12 +27,12 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What a convolution costs."""
+    """Cost of a convolution."""
 
     multiply_adds: int
     """For one image."""
     multiply_add_share: float
-    """Of all convolutions', in 0..1."""
+    """Share of all convolutions' multiply-adds, in 0..1."""
     time_share: float
     """Estimated share of all convolutions' run time, in 0..1."""
 
@@ -55,7 +55,7 @@ class Fallback:
     score: float
     """AP, or agreement, with them in float."""
     met: bool
-    """Whether that is as high as was asked."""
+    """True if that meets the request."""
     multiply_add_share: float
     """Share of the multiply-adds that is left in float."""
     time_share: float
@@ -74,7 +74,7 @@ class Fallback:
 
 
 def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
-    """Return what each convolution of a graph costs, by layer name, in the graph's order.
+    """Return each convolution's cost, by layer name, in the graph's order.
 
     Run time is the larger of what computing and what moving the data takes on a T4 (roofline: 65
     TFLOPS in half precision, 320 GB/s, batch 32). INT8 halves either, so that shares are the same.
@@ -104,7 +104,7 @@ def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
 def tensors_to_measure(model: onnx.ModelProto, keep_float: Collection[str] = ()) -> tuple[str, ...]:
     """Return the tensors whose ranges are enough for any choice of float layers.
 
-    With other layers in float, pairs move: behind a concatenation rather than before it, to the
+    With other layers in float, pairs move: after a concatenation rather than before it, to the
     other term of an addition.
 
     Args:
@@ -127,7 +127,7 @@ def most_sensitive(sensitivity: Sensitivity, count: int) -> tuple[str, ...]:
     """Return the `count` most sensitive layers, the most sensitive first.
 
     Raises:
-        UserError: there are not so many.
+        UserError: there are fewer.
     """
     if not 0 <= count <= len(sensitivity.layers):
         raise UserError(

@@ -68,9 +68,9 @@ class QuantizedGraph:
     table: CalibrationTable
     placement: Placement
     candidates: tuple[Candidate, ...]
-    """What was compared, in order; empty where nothing had to be chosen."""
+    """Compared candidates, in order; empty where nothing had to be chosen."""
     note: str
-    """Whether an earlier table was used again, or why not; empty where there was none."""
+    """Note on reusing an earlier table, or why not; empty without one."""
 
 
 def quantize(
@@ -238,7 +238,7 @@ class Calibrated:
     paths: tuple[Path, ...]
     """The calibration images."""
     statistics: Mapping[str, TensorStatistics]
-    """Of every tensor that any choice of float layers may quantize."""
+    """Statistics of every tensor that any choice of float layers may quantize."""
 
     def with_float(self, layers: tuple[str, ...]) -> onnx.ModelProto:
         """Return the Q/DQ graph with some layers in float."""

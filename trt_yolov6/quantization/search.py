@@ -55,11 +55,11 @@ VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed")
 
 plain:     as it is
 equalized: channels rescaled where weights can absorb it (`equalization.equalize`)
-smoothed:  the same, and behind SiLU and HardSwish too, by multiplications that are put there
+smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
 """
 
 Weights = Literal["nearest", "biases", "reconstructed"]
-"""What becomes of weights: rounded to the nearest level; that, with corrected biases
+"""Weight rounding: rounded to the nearest level; that, with corrected biases
 (`bias_correction`); or rounded so that each layer's output is nearest (`gptq`), biases included."""
 
 FEWEST_IMAGES, MOST_IMAGES = 16, 64
@@ -93,7 +93,7 @@ class Candidate:
     weights: Weights = "nearest"
     float_layers: tuple[str, ...] = ()
     seconds: float = 0.0
-    """What making and judging it took."""
+    """Seconds of making and judging it."""
     slowdown: float = 0.0
     """By how much its float layers lengthen INT8's run time, estimated, 0..1."""
 
@@ -133,7 +133,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search chose."""
+    """Choice of a search."""
 
     prepared: Prepared
     table: CalibrationTable
@@ -433,14 +433,14 @@ _SAID: Mapping[Weights, str] = {
 
 
 def weight_choices(settings: QuantizationSettings) -> tuple[Weights, ...]:
-    """Return what to try beside rounding to the nearest, the quickest first."""
+    """Return the alternatives to rounding to the nearest, the quickest first."""
     if settings.quantized.is_floating or not settings.reconstruct:
         return ("biases",)
     return ("biases", "reconstructed")
 
 
 def tried_table(candidates: Sequence[Candidate]) -> list[str]:
-    """Return what a search tried as the lines of a table; none where nothing was."""
+    """Return a search's candidates as lines of a table; none without candidates."""
     if not candidates:
         return []
     rows = [("decision", "tried", "agreement", "slower", "seconds")]
@@ -504,7 +504,7 @@ def prepare(
 
 
 def chosen_weights(table: CalibrationTable) -> Weights:
-    """Return what a table says about weights."""
+    """Return a table's record on weights."""
     if table.reconstructed:
         return "reconstructed"
     return "biases" if table.biases_corrected else "nearest"
@@ -538,7 +538,7 @@ def images_to_compare(graph: Graph) -> int:
 
 
 def evenly(paths: Sequence[Path], count: int = FEWEST_IMAGES) -> Sequence[Path]:
-    """Return so many of the paths, spread evenly."""
+    """Return the given number of paths, spread evenly."""
     if len(paths) <= count:
         return paths
     return [paths[index * len(paths) // count] for index in range(count)]

@@ -1,7 +1,7 @@
-"""How much each layer suffers from INT8: by what it does to the layer's output, and to detections.
+"""INT8 sensitivity of each layer: the error of the layer's output, or of detections.
 
 MSE, signal-to-noise ratio and cosine similarity of all layers come from one pass over the images:
-beside each layer of the float graph stands its quantized twin, which reads the same float input
+each layer of the float graph gets a quantized twin, which reads the same float input
 through a Q/DQ pair, and the graph itself sums up how far the two are apart. So a layer's own
 rounding is seen, not what came to it from the layers before.
 """
@@ -47,7 +47,7 @@ MEANING: dict[Metric, str] = {
     "cosine": "cosine similarity of the layer's output with float's, -1 to 1",
     "ap": "AP with only this layer in INT8, 0 to 1",
 }
-"""What each metric is, with its unit."""
+"""Description of each metric, with its unit."""
 
 
 def direction(metric: Metric) -> str:
@@ -60,7 +60,7 @@ _SUMS = ("error", "reference", "values", "count")
 
 @dataclass(frozen=True)
 class Distortion:
-    """How far a layer's output is from float, as sums, so that those of several images add up.
+    """Error of a layer's output against float, as sums that add up over images.
 
     The cosine comes from the sum of squared differences, which keeps its digits where the two
     tensors are nearly the same.
@@ -126,7 +126,7 @@ class Sensitivity:
         return tuple(name for name, _ in self.layers)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `sensitivity --json` writes; a value that is not finite is null."""
+        """Return the JSON of `sensitivity --json`; a value that is not finite is null."""
         return {
             "metric": self.metric,
             "unit": MEANING[self.metric],
@@ -203,7 +203,7 @@ def layer_distortions(
 def ranked(distortions: Mapping[str, Distortion], metric: Metric) -> Sensitivity:
     """Return the layers by a tensor metric, the most sensitive first; ties in the given order."""
     if metric not in TENSOR_METRICS:
-        raise ValueError(f"{metric!r} is no metric of a layer's output")
+        raise ValueError(f"{metric!r} is not a metric of a layer's output")
     values = {name: float(getattr(item, metric)) for name, item in distortions.items()}
     return _sorted(metric, values)
 
@@ -326,7 +326,7 @@ def _sum_name(layer: str, kind: str) -> str:
 def _with_twins(
     model: onnx.ModelProto, placement: Placement, scales: Mapping[str, float]
 ) -> onnx.ModelProto:
-    """Return the graph with quantized twins beside its layers, and their sums as its outputs."""
+    """Return the graph with quantized twins of its layers, and their sums as its outputs."""
     import onnx
     from onnx import helper
 

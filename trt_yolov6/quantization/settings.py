@@ -1,4 +1,4 @@
-"""How a graph is to be quantized, and which choices go together."""
+"""Settings of quantization, and which choices go together."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """How a graph is quantized."""
+    """Settings for quantizing a graph."""
 
     quantized: QuantizedType = INT8
-    """What it is quantized to."""
+    """Number type of quantized tensors."""
     calibrator: Method | Literal["auto"] = "auto"
     """One for all tensors; `auto` takes the one whose detections agree best with the float ones."""
     equalize: bool = True
@@ -34,10 +34,10 @@ class QuantizationSettings:
     adaptive_rounding: bool = False
     """Take such weights without trying. INT8's only."""
     float_layers: tuple[str, ...] | int | Literal["auto"] = ()
-    """Layers that stay in float: by name; so many of the most sensitive; or as few as keep the
+    """Layers that stay in float: by name; a number of the most sensitive; or as few as keep the
     accuracy within `max_ap_drop`. FP8's by name only."""
     max_ap_drop: float | None = 0.5
-    """What `auto` may lose, in AP points (hundredths); None: as little as `max_slowdown` allows."""
+    """Allowed loss of `auto` in AP points (hundredths); None: as little as `max_slowdown` allows."""
     max_slowdown: float | None = None
     """Per cent of INT8's run time that `auto` may add, by layer times; None leaves that open."""
     fp16: bool = False

@@ -1,4 +1,4 @@
-"""What calibration remembers of a tensor: exact extremes and a histogram of magnitudes.
+"""Calibration statistics of a tensor: exact extremes and a histogram of magnitudes.
 
 The histogram's range is a power of two and doubles when a larger value comes, pairs of bins
 becoming one. Bins so merged are exactly the bins of the wider range, so the result depends neither

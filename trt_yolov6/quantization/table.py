@@ -1,4 +1,4 @@
-"""The calibration table: each tensor's range, and what it was made from, as JSON beside the engine.
+"""The calibration table: each tensor's range, and its inputs, as JSON next to the engine.
 
 It is used again while model, images and settings are the same; else the reason is said.
 """
@@ -28,7 +28,7 @@ Setting = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class CalibrationKey:
-    """What a table depends on: two equal keys make equal tables."""
+    """Inputs of a table: two equal keys make equal tables."""
 
     model_sha256: str
     """`model_sha256` of the graph that was calibrated."""
@@ -53,9 +53,9 @@ class CalibrationTable:
     float_layers: tuple[str, ...] = ()
     """Layers that were given or chosen to stay in float."""
     biases_corrected: bool = False
-    """Whether the layers' biases take back their mean errors."""
+    """True if the layers' biases correct their mean errors."""
     reconstructed: bool = False
-    """Whether the layers' weights are rounded for their inputs (`gptq.adapt_rounding`)."""
+    """True if the layers' weights are rounded for their inputs (`gptq.adapt_rounding`)."""
 
     def scale(self, tensor: str) -> float:
         """Return the quantization step of a tensor; KeyError for one that was not calibrated."""
@@ -142,7 +142,7 @@ def read_table(path: str | Path) -> CalibrationTable:
 def reusable_table(path: str | Path, key: CalibrationKey) -> tuple[CalibrationTable | None, str]:
     """Return the table at `path` if it was made from the same things, and a sentence either way.
 
-    The sentence says that the table is used again, or why it must be made anew; it is empty where
+    The sentence says that the table is used again, or why it must be made again; it is empty where
     there is none yet. A damaged table is a reason, not an error.
     """
     if not Path(path).exists():
@@ -151,10 +151,10 @@ def reusable_table(path: str | Path, key: CalibrationKey) -> tuple[CalibrationTa
         table = read_table(path)
     except UserError as error:
         reason = str(error).split(";")[0]
-        return None, f"Calibrating anew: {reason}."
+        return None, f"Calibrating again: {reason}."
     changed = _difference(table.key, key)
     if changed:
-        return None, f"Calibrating anew: {path} was made {changed}."
+        return None, f"Calibrating again: {path} was made {changed}."
     return table, f"Using the calibration in {path}: same model, images and settings."
 
 

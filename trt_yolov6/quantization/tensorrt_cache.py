@@ -33,7 +33,7 @@ _LINE = re.compile(r"(?P<name>.+): (?P<bits>[0-9a-fA-F]{1,8})")
 
 @dataclass(frozen=True)
 class TensorRtCache:
-    """What a calibration cache says."""
+    """Content of a calibration cache."""
 
     version: str
     """TensorRT's version as its header has it, such as `8601`."""
@@ -58,7 +58,7 @@ def header_version(version: str) -> str:
     """
     match = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:\..*)?", version)
     if match is None:
-        raise UserError(f"{version!r} is no TensorRT version; write it like 8.6.1.")
+        raise UserError(f"{version!r} is not a TensorRT version; write it like 8.6.1.")
     major, minor, patch = (int(part or 0) for part in match.groups())
     if major > 10:
         raise UserError(
@@ -94,7 +94,7 @@ def read_cache(path: str | Path) -> TensorRtCache:
     """Read a calibration cache.
 
     Raises:
-        UserError: the file is missing, is no such text, names an unknown calibrator, or has a
+        UserError: the file is missing, is not such text, names an unknown calibrator, or has a
             scale that is not a finite number above 0.
     """
     try:
@@ -108,7 +108,7 @@ def read_cache(path: str | Path) -> TensorRtCache:
     header = _HEADER.fullmatch(lines[0].strip()) if lines else None
     if header is None:
         raise UserError(
-            f"{path} is no TensorRT calibration cache, whose first line is like "
+            f"{path} is not a TensorRT calibration cache, whose first line is like "
             f"TRT-8601-{ALGORITHM}; give the text file that TensorRT's calibrator wrote."
         )
     version, algorithm = header.groups()

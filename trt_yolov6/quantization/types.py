@@ -28,9 +28,9 @@ class QuantizedType:
     """One type that tensors are quantized to."""
 
     name: QuantizedName
-    """As in manifests; with two dashes before it, as on the command line."""
+    """Name in manifests; with two dashes before it, on the command line."""
     label: str
-    """As in sentences."""
+    """Display name, e.g. `INT8`."""
     largest: int
     """Largest magnitude, which a tensor's range is scaled to. INT8's -128 is not used, so that its
     levels are symmetric."""

@@ -40,7 +40,7 @@ class Processed(Generic[Item, Result]):
     """One batch after the engine and the post-processing."""
 
     batch: Batch[Item]
-    """The loaded batch without its input, by far the largest part."""
+    """The loaded batch, its input (by far the largest part) freed."""
     result: Result
     """Result of `finish`."""
     inference_seconds: float

@@ -30,7 +30,7 @@ class InputMemory:
         self._array = engine.empty_input(engine.batch.min)
 
     def rows(self, count: int) -> NDArray[Any]:
-        """Return an array of so many rows, its content undefined, until the next call."""
+        """Return an uninitialized array of `count` rows, valid until the next call."""
         if count > len(self._array):
             self._array = self._engine.empty_input(count)
         return self._array[:count]

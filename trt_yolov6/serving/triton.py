@@ -139,9 +139,9 @@ class ServedModel:
     shared_outputs: bool
     """The outputs hold the boxes of all images of a batch together."""
     backend: str = "onnxruntime"
-    """Target of the engine."""
+    """Backend that the engine was built for."""
     serves: Serves | None = None
-    """Settings of the Python backend; None where Triton runs the engine itself."""
+    """Input of the Python backend; None where Triton runs the engine itself."""
 
     @property
     def max_batch_size(self) -> int:

@@ -16,7 +16,7 @@ from trt_yolov6.checkpoints.inert_pickle import EXPORT_IT, Shell
 from trt_yolov6.errors import UserError
 
 RELEASES = "releases 0.1 to 0.4"
-"""Module classes that are read."""
+"""Releases whose files are read."""
 
 _COUNTER = "num_batches_tracked"
 """A batch normalization's count of steps, which nothing here needs."""

@@ -57,7 +57,7 @@ class Convolution:
         return merged.reshape(-1, merged.shape[2], merged.shape[3])
 
     def from_output(self, view: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return what `by_output` made a view of, of the given shape."""
+        """Return the array under a view of `by_output`, in the given shape."""
         if not self.transposed:
             return view.reshape(shape)
         grouped = view.reshape(self.groups, -1, *view.shape[1:])
@@ -164,7 +164,7 @@ def _insert_multiplications(
 
 
 class _Trace:
-    """What is known while the nodes are visited in order."""
+    """State while the nodes are visited in order."""
 
     def __init__(self, model: onnx.ModelProto, through_activations: bool) -> None:
         self.graph = GraphIndex(model)

@@ -23,10 +23,10 @@ log s: the optimum does not depend on how the network was scaled before.
 
 Powers of two as factors would keep the float graph exact to the last bit, but they cost 1.4 dB of
 the 3.5 dB that equalization brings the sample. So the factors are not: the float outputs move by
-what rounding the weights anew moves them, about 1e-6 of their size.
+what rounding the weights again moves them, about 1e-6 of their size.
 
-What an activation that is no homogeneous function writes (SiLU, HardSwish) can be rescaled as well,
-by a multiplication to be inserted behind it; SmoothQuant's, where nothing can absorb it. That saves
+What an activation that is not homogeneous writes (SiLU, HardSwish) can be rescaled as well,
+by a multiplication to be inserted after it; SmoothQuant's, where nothing can absorb it. That saves
 YOLOv6Lite-L (min-max, all convolutions in INT8): AP 0.03 without, 0.34 with it, 0.35 in float.
 """
 
@@ -97,14 +97,14 @@ def equalize(
 ) -> onnx.ModelProto:
     """Return the graph with its channels rescaled for INT8; its function stays the same.
 
-    The ranges of tensors change, so they have to be collected anew.
+    The ranges of tensors change, so they have to be collected again.
 
     Args:
         model: a float32 graph without Q/DQ, its nodes in topological order; it is not changed.
         statistics: ranges per channel of `tensors_to_measure(model)`, as `collect` gives them.
             Tensors without one have their ranges estimated from the weights and biases before them.
         smooth: also rescale what SiLU, HardSwish and the like write, by a multiplication with a
-            constant per channel behind them. That adds nodes, which TensorRT can fuse into the
+            constant per channel after them. That adds nodes, which TensorRT can fuse into the
             activation's kernel. None: if it divides the expected noise by `SMOOTHING_GAIN`.
 
     Raises:
@@ -122,7 +122,7 @@ def equalize(
 def noise_to_signal(
     model: onnx.ModelProto, statistics: Mapping[str, TensorStatistics] | None = None
 ) -> float:
-    """Return what `equalize` minimizes, for the graph as it is.
+    """Return the objective of `equalize`, for the graph as it is.
 
     It is the expected ratio of INT8 noise to signal at a convolution's output, in power, averaged
     over output channels and summed over the convolutions whose input channels can be followed.
@@ -160,7 +160,7 @@ def _solved(
 
 @dataclass(frozen=True)
 class _Term:
-    """What one convolution adds to the noise.
+    """Contribution of one convolution to the noise.
 
     Its channels are in groups, as its weights are: (groups, channels of a group).
     """

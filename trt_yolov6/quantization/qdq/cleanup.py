@@ -509,7 +509,7 @@ def _is_read_in_int8(graph: gs.Graph, tensor: gs.Tensor, seen: set[int]) -> bool
 
 
 def _has_int8_weights(node: gs.Node) -> bool:
-    """Return whether a layer's second factor is dequantized, be it stored or computed."""
+    """Return whether a layer's second factor is dequantized, stored or computed."""
     maker = _maker(node.inputs[1]) if len(node.inputs) > 1 else None
     while maker is not None and maker.op in ("Transpose", "Reshape"):
         maker = _maker(maker.inputs[0])

@@ -363,7 +363,7 @@ def _dequantized_late(
 def _repeated(
     results: Iterable[str], tensors: Collection[str], links: Iterable[tuple[Sequence[str], str]]
 ) -> dict[str, str]:
-    """Return what is dequantized late, each with a tensor of the same scale that has a pair.
+    """Return the tensors dequantized late, each with a tensor of the same scale that has a pair.
 
     Values do not change by a pair of their own. TensorRT 8 takes a convolution as INT8 only where a
     pair stands right before it; else its weights' DequantizeLinear stays a layer, and the build

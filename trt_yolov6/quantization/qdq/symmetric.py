@@ -159,7 +159,7 @@ def _zero_point(graph: GraphIndex, node: onnx.NodeProto) -> NDArray[np.integer[A
 
 
 def _shift(zero: NDArray[np.integer[Any]]) -> int | None:
-    """Return what to take from levels to have them around 0; None where they cannot be."""
+    """Return the offset that centres levels on 0; None where there is none."""
     if zero.dtype == np.uint8 and (zero == 128).all():
         return 128
     return None if zero.astype(np.float32).any() else 0

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     import onnx
 
 EXPLAINED = 2.0
-"""How far outputs may move, in multiples of what quantization had moved them before.
+"""Limit of output changes, in multiples of the change by quantization before.
 
-A cleaned graph that is no farther from the float graph than the other was lies, by the triangle
+A cleaned graph that is not farther from the float graph than the other was lies, by the triangle
 inequality, within twice that distance of it.
 """
 
 
 @dataclass(frozen=True)
 class OutputShift:
-    """How far one output moved; root mean squares over all images, in the output's unit."""
+    """Change of one output; root mean squares over all images, in the output's unit."""
 
     output: str
     moved: float

@@ -48,7 +48,7 @@ class Quantization:
     levels: Mapping[str, Levels]
     """Quantization grid of each tensor, by name."""
     weight_bits: Mapping[str, int]
-    """Weight scales of each quantized layer, by name."""
+    """Bit width of the weights of each quantized layer, by name."""
     learn_scales: bool = True
 
 
