@@ -14,7 +14,7 @@ BANNED = {
     "behind, for after": r"\bbehind\b",
     "beside, for next to or besides": r"\bbeside\b",
     "so many, for a number": r"\bso many\b",
-    "is no X, for is not a X": r"(?<![Tt]here )\b(?:is|are|was|were) no (?!longer|more|less|fast)\w+",
+    "is no X, for is not a X": r"(?<![Tt]here )\b(?:is|are|was) no (?!longer|more|less|fast)\w+",
     "be it": r"\bbe it\b",
     "Return what": r"\bReturn what\b",
     "Tell, for Return or Report": r'"""Tell\b',

@@ -37,7 +37,7 @@ class QuantizationSettings:
     """Layers that stay in float: by name; a number of the most sensitive; or as few as keep the
     accuracy within `max_ap_drop`. FP8's by name only."""
     max_ap_drop: float | None = 0.5
-    """Allowed loss of `auto` in AP points (hundredths); None: as little as `max_slowdown` allows."""
+    """Loss that `auto` may cause, in AP points; None: as little as `max_slowdown` allows."""
     max_slowdown: float | None = None
     """Per cent of INT8's run time that `auto` may add, by layer times; None leaves that open."""
     fp16: bool = False
