@@ -30,7 +30,7 @@ from benchmarks.int8_tools import Contender, Task, contenders
 from benchmarks.rescaling import rescale_channels
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model
-from trt_yolov6.data.calibration import calibration_images
+from trt_yolov6.data.calibration import calibration_images, evenly
 from trt_yolov6.data.coco import CocoDataset, CocoImage, load_coco
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import load_batches
@@ -45,7 +45,6 @@ from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.pipeline import quantize
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.resampling import interval, matched
-from trt_yolov6.quantization.search import evenly
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.spec import NmsSettings
 

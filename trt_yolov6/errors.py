@@ -47,3 +47,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean ...?)` for a word that is nearly a known one; else nothing."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """Return the first line of an error's text, at most `most` characters; else its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.common.progress import a_line_a_minute
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
@@ -364,8 +365,8 @@ def _is_checkpoint(source: str | Path | Checkpoint) -> bool:
     if not isinstance(source, (str, Path)):
         return True
     path = Path(source)
-    if path.suffix in (".pt", ".pth", ".onnx") or not path.is_file():
-        return path.suffix in (".pt", ".pth")
+    if path.suffix in (*CHECKPOINT_SUFFIXES, ".onnx") or not path.is_file():
+        return path.suffix in CHECKPOINT_SUFFIXES
     with path.open("rb") as file:
         return file.read(2) in (b"PK", b"\x80\x02")  # an archive, or an early version's pickle
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.cli.engines import resolved
 from trt_yolov6.cli.options import Commands, add_command, add_json, add_quiet
 from trt_yolov6.cli.output import say_next, write_result
@@ -34,6 +35,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _next(file: Path) -> tuple[str, str]:
     """Return the next step for a file of its kind, and its command."""
-    if file.suffix in (".pt", ".pth"):
+    if file.suffix in CHECKPOINT_SUFFIXES:
         return "an engine of it", f"build --weights {file}"
     return "its speed", f"bench --engine {file}"

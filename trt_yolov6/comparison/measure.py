@@ -16,6 +16,7 @@ from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import clocks, run_inputs
 from trt_yolov6.comparison.rounds import Round, measure_round, round_from_json
+from trt_yolov6.data.calibration import evenly
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
@@ -120,9 +121,7 @@ def _reading(built: BuiltCase, batch: int) -> list[Any]:
 
 def example_images(dataset: CocoDataset, count: int) -> list[CocoImage]:
     """Return some images of a data set, spread evenly over it."""
-    total = len(dataset.images)
-    count = min(count, total)
-    return [dataset.images[index * total // count] for index in range(count)]
+    return list(evenly(dataset.images, count))
 
 
 def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[list[float]]]:

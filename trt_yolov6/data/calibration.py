@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
 MINIMUM = 2
 """Minimum number of calibration images: one image does not show a range."""
+
+
+Item = TypeVar("Item")
+
+
+def evenly(items: Sequence[Item], count: int) -> Sequence[Item]:
+    """Return the given number of items, spread evenly over all; all where there are no more."""
+    if len(items) <= count:
+        return items
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def calibration_images(
@@ -46,8 +56,8 @@ def calibration_images(
         raise UserError(
             f"{limit} calibration images are too few; take {MINIMUM} at least, better 32 or more."
         )
-    if limit is not None and limit < len(paths):
-        paths = [paths[index * len(paths) // limit] for index in range(limit)]
+    if limit is not None:
+        paths = list(evenly(paths, limit))
     tell = tell or (lambda _: None)
     usable: list[Path] = []
     reasons: list[str] = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.checkpoints.inspect import CheckpointDetails, inspect_checkpoint
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.engines.manifest import Manifest, read_manifest
@@ -16,7 +17,6 @@ from trt_yolov6.graph.files import read_onnx
 from trt_yolov6.graph.inspect import OnnxDetails, inspect_onnx
 
 ONNX_SUFFIXES = (".onnx",)
-CHECKPOINT_SUFFIXES = (".pt", ".pth")
 PLAN_SUFFIXES = (".trt", ".plan", ".engine")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 from trt_yolov6.graph.quantized import has_qdq
 
 if TYPE_CHECKING:
@@ -142,9 +142,3 @@ def parsed_model(content: bytes) -> onnx.ModelProto | None:
         return onnx.load_from_string(content)
     except (DecodeError, ValueError):
         return None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, at most 300 characters."""
-    text = str(error).strip().splitlines()
-    return text[0][:300] if text else type(error).__name__

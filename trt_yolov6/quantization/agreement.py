@@ -33,17 +33,13 @@ def agreement(
         reference: of the float network, one an image.
         found: of the quantized network on the same images, down to low scores.
         classes: how many classes there are.
-        confident: least score of a reference detection that counts. Where none reaches it, as on
-            images of another kind than the network was trained on, those count that score at least
-            half as high as the best.
+        confident: least score of a reference detection that counts, see `least_score`.
 
     Returns:
         0..1. Where the reference detects nothing at all, 1 if `found` is not sure of anything
         either, else 0.
     """
-    best = max((float(one.confidence.max(initial=0)) for one in reference), default=0.0)
-    if 0 < best < confident:
-        confident = best / 2
+    confident = least_score(reference, confident)
     truth = [_entries(image, one, confident) for image, one in enumerate(reference)]
     if not any(truth):
         return float(not any(_entries(image, one, confident) for image, one in enumerate(found)))
@@ -59,6 +55,16 @@ def agreement(
         scorer.accumulate()
     precision = scorer.eval["precision"][:, :, :, 0, -1]
     return float(np.mean(precision[precision > -1]))
+
+
+def least_score(reference: Sequence[Detections], confident: float) -> float:
+    """Return the score from which on a reference detection counts: `confident`, in 0..1.
+
+    Where none reaches it, as on images of another kind than the network was trained on, those count
+    that score at least half as high as the best.
+    """
+    best = max((float(one.confidence.max(initial=0)) for one in reference), default=0.0)
+    return best / 2 if 0 < best < confident else confident
 
 
 def _scorer(truth: Any, results: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.detectors.layouts import LAYOUTS, Anchors
+from trt_yolov6.detectors.overlap import iou
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.sensitivity import input_scales, only_layer
@@ -58,7 +59,7 @@ class Displacement:
         moved = []
         for (places, boxes, scores), found in zip(self._watched, self._anchors(model), strict=True):
             change = np.abs(found.scores[places].astype(np.float64) - scores).max(axis=1)
-            moved.append(1 - _overlap(boxes, found.corners(places)) + change)
+            moved.append(1 - iou(boxes, found.corners(places)) + change)
         return float(np.concatenate(moved).mean())
 
     def _anchors(self, model: onnx.ModelProto) -> Iterator[Anchors]:
@@ -107,13 +108,3 @@ def _watched(
     if not places.size:
         places = np.sort(np.argsort(-best, kind="stable")[:_FEWEST_ANCHORS])
     return places, one.corners(places), one.scores[places].astype(np.float64)
-
-
-def _overlap(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the IoU of each box with its counterpart; 0 where either is empty."""
-    low = np.maximum(boxes[:, :2], others[:, :2])
-    high = np.minimum(boxes[:, 2:], others[:, 2:])
-    shared = np.prod(np.maximum(high - low, 0), axis=1)
-    areas = [np.prod(np.maximum(each[:, 2:] - each[:, :2], 0), axis=1) for each in (boxes, others)]
-    union = areas[0] + areas[1] - shared
-    return np.asarray(np.divide(shared, union, out=np.zeros_like(shared), where=union > 0))

@@ -17,7 +17,7 @@ from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.inputs import input_spec
-from trt_yolov6.quantization.agreement import agreement
+from trt_yolov6.quantization.agreement import agreement, least_score
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.resampling import Interval, interval, matched
 from trt_yolov6.spec import NmsSettings, OutputLayout
@@ -125,17 +125,13 @@ class Judge:
         Half of its width is the smallest difference to another set of images that can be seen.
         """
         found = self.detections(model)
-        scored = [matched(self.reference, found, self._least_score(one)) for one in CONFIDENCES]
+        least = [least_score(self.reference, one) for one in CONFIDENCES]
+        scored = [matched(self.reference, found, score) for score in least]
 
         def mean(draws: NDArray[np.int64]) -> float:
             return float(np.mean([one.ap(draws) for one in scored]))
 
         return interval(mean, len(found), resamples=_RESAMPLES)
-
-    def _least_score(self, confident: float) -> float:
-        """Return from which score on a float detection counts, as `agreement` has it."""
-        best = max((float(one.confidence.max(initial=0)) for one in self.reference), default=0.0)
-        return best / 2 if 0 < best < confident else confident
 
     def confident_agreement(self, model: onnx.ModelProto) -> float:
         """Return the agreement from the highest of `CONFIDENCES` on, see `least_agreement`."""

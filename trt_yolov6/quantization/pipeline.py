@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.data.calibration import calibration_images, images_sha256
+from trt_yolov6.data.calibration import calibration_images, evenly, images_sha256
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.collect import check_weights
 from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of, split_images
@@ -27,12 +27,12 @@ from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.search import (
+    FEWEST_IMAGES,
     Candidate,
     Prepared,
     Search,
     WeightTuning,
     chosen_weights,
-    evenly,
     method_of,
     prepare,
     variant_of,
@@ -114,7 +114,7 @@ def quantize(
     if table is not None:
         variant = variant_of(table)
         prepared = prepare(graph, split.calibrate, settings, variant, say, measure=False)
-        inputs = list(batches_of(graph, evenly(split.calibrate), settings.border))
+        inputs = list(batches_of(graph, evenly(split.calibrate, FEWEST_IMAGES), settings.border))
         tuning = WeightTuning(prepared.model, inputs)
     else:
         found = Search(graph, split, settings, key, say, score).run()

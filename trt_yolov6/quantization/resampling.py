@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.detectors.overlap import iou
 from trt_yolov6.quantization.agreement import match
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -135,7 +136,7 @@ def _match_class(truth: Sequence[Detections], found: Sequence[Detections], label
         own = seen.class_id == label
         order = np.argsort(-seen.confidence[own], kind="stable")[:_MOST_DETECTIONS]
         given = seen.xyxy[own][order].astype(np.float64)
-        to_object, _ = match(_overlaps(given, boxes), IOU_THRESHOLDS, len(given))
+        to_object, _ = match(iou(given[:, None], boxes[None]), IOU_THRESHOLDS, len(given))
         images.append(np.full(len(given), image))
         scores.append(seen.confidence[own][order])
         hits.append(to_object >= 0)
@@ -146,18 +147,6 @@ def _match_class(truth: Sequence[Detections], found: Sequence[Detections], label
         np.concatenate(hits, axis=1)[:, order],
         np.array(objects, np.int64),
     )
-
-
-def _overlaps(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return IoU (boxes, others) of corner boxes."""
-    if not len(boxes) or not len(others):
-        return np.zeros((len(boxes), len(others)))
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    shared = np.prod(np.maximum(high - low, 0), axis=2)
-    areas = [np.prod(each[:, 2:] - each[:, :2], axis=1) for each in (boxes, others)]
-    union = areas[0][:, None] + areas[1][None, :] - shared
-    return np.asarray(shared / np.maximum(union, 1e-12))
 
 
 def _precision(one: _Class, draws: NDArray[np.int64]) -> float | None:

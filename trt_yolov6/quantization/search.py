@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import sha256_bytes
+from trt_yolov6.data.calibration import evenly
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.bias_correction import BiasCorrection, with_layers_of
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_for
@@ -187,7 +188,9 @@ class Search:
         self._key = key
         self._tell = tell
         self._labelled = labelled
-        self._inputs = list(batches_of(graph, evenly(split.calibrate), settings.border))
+        self._inputs = list(
+            batches_of(graph, evenly(split.calibrate, FEWEST_IMAGES), settings.border)
+        )
         self._methods: tuple[Method, ...] = (
             methods_for(self._quantized)
             if settings.calibrator == "auto"
@@ -232,7 +235,7 @@ class Search:
         for variant in self._variants:
             prepared = prepare(
                 self._graph,
-                evenly(self._split.calibrate),
+                evenly(self._split.calibrate, FEWEST_IMAGES),
                 self._settings,
                 variant,
                 self._tell,
@@ -535,13 +538,6 @@ def images_to_compare(graph: Graph) -> int:
     """Return how many images candidates are compared on."""
     work = sum(cost.multiply_adds for cost in layer_costs(graph.model).values())
     return max(FEWEST_IMAGES, min(MOST_IMAGES, round(_COMPARISON / max(work, 1))))
-
-
-def evenly(paths: Sequence[Path], count: int = FEWEST_IMAGES) -> Sequence[Path]:
-    """Return the given number of paths, spread evenly."""
-    if len(paths) <= count:
-        return paths
-    return [paths[index * len(paths) // count] for index in range(count)]
 
 
 def _tensors(model: onnx.ModelProto, settings: QuantizationSettings) -> Sequence[str]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.files import atomic_path
 from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.detectors.overlap import iou
 from trt_yolov6.errors import MissingDependencyError
 
 CONFUSION_CONFIDENCE = 0.25
@@ -52,7 +53,7 @@ class Confusion:
             row = places[int(label)]
             if score < CONFUSION_CONFIDENCE or row is None:
                 continue
-            overlaps = np.where(free, _iou(box.astype(np.float64), boxes), 0)
+            overlaps = np.where(free, iou(box.astype(np.float64), boxes), 0)
             best = int(overlaps.argmax()) if len(boxes) else 0
             if len(boxes) and overlaps[best] >= CONFUSION_IOU:
                 free[best] = False
@@ -156,15 +157,3 @@ def _save(path: Path, figure: Any) -> None:
     with atomic_path(path) as temporary:
         # Without the version in it, the same values give the same bytes.
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-
-
-def _iou(box: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the IoU of a box with each of some, all x1, y1, x2, y2."""
-    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
-    shared = np.clip(high - low, 0, None).prod(axis=1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    union = float((box[2:] - box[:2]).prod()) + areas - shared
-    ratios: NDArray[np.float64] = np.divide(
-        shared, union, out=np.zeros_like(shared), where=union > 0
-    )
-    return ratios

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.images import IMAGE_SUFFIXES, list_images, read_image
 from trt_yolov6.data.media import Video, find_media
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 
 LISTING_SUFFIXES = (".txt", ".lst")
 """A file of paths and addresses, one a line."""
@@ -111,8 +111,8 @@ def read_bytes(store: str, path: str) -> bytes:
             content: bytes = file.read()
     except OSError as error:
         raise UserError(
-            f"{_scheme(store)}://{path} cannot be read ({_first_line(error)}); check the address "
-            "and the credentials."
+            f"{_scheme(store)}://{path} cannot be read ({first_line(error, 200)}); check the "
+            "address and the credentials."
         ) from error
     return content
 
@@ -134,7 +134,7 @@ def file_system(store: str) -> tuple[Any, str]:
 
         if _scheme(store) not in fsspec.available_protocols():
             raise UserError(
-                f"{store} cannot be opened ({_first_line(error)}); give a path, or an address "
+                f"{store} cannot be opened ({first_line(error, 200)}); give a path, or an address "
                 "that pyarrow or fsspec reads."
             ) from error
         try:
@@ -172,7 +172,7 @@ def _below_address(address: str) -> tuple[RemotePicture, ...]:
         found = system.get_file_info(FileSelector(place, recursive=True, allow_not_found=True))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{address} cannot be listed ({_first_line(error)}); check the address and the "
+            f"{address} cannot be listed ({first_line(error, 200)}); check the address and the "
             "credentials."
         ) from error
     pictures = [
@@ -216,7 +216,3 @@ def _entries(names: Iterable[str], listing: str, folder: Path | None) -> Iterabl
 
 def _scheme(store: str) -> str:
     return store.partition("://")[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
