@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from trt_yolov6.graph.model import Graph
     from trt_yolov6.quantization.settings import QuantizationSettings
 
-Variant = Literal["plain", "equalized", "smoothed"]
+Variant = Literal["plain", "equalized", "smoothed", "shifted"]
 
-VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed")
+VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed", "shifted")
 """Forms of the float graph, from the least changed on; all compute the same function.
 
 plain:     as it is
 equalized: channels rescaled where weights can absorb it (`equalization.equalize`)
 smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
+shifted:   the same, and what is added to the channels before them centres their ranges on zero
+           where only convolutions without padding read them
 """
 
 Tell = Callable[[str], None]
@@ -104,7 +106,8 @@ def prepare(
 
     if variant != "plain":
         ranges = measured(model, tensors_to_measure(model))
-        model = equalize(model, ranges, smooth=variant == "smoothed")
+        shift = variant == "shifted"
+        model = equalize(model, ranges, smooth=shift or variant == "smoothed", shift=shift)
     placement = place_for(settings.quantized, model)
     statistics = measured(model, quantizable_tensors(model, settings)) if measure else {}
     return Prepared(variant, model, placement, statistics)

@@ -158,7 +158,7 @@ class Search:
             if settings.calibrator == "auto"
             else (settings.calibrator,)
         )
-        last = 1 if not settings.equalize else 2 if self._quantized.is_floating else 3
+        last = 1 if not settings.equalize else 2 if self._quantized.is_floating else len(VARIANTS)
         self._variants = VARIANTS[:last]
         self._candidates: list[Candidate] = []
         self._costs: Mapping[str, LayerCost] = {}

@@ -1,4 +1,4 @@
-"""What every anchor says, in PyTorch, so that gradients can pass: `detectors.layouts` in tensors."""
+"""Anchors in PyTorch, so that gradients can pass: `detectors.layouts` on tensors."""
 
 from __future__ import annotations
 
