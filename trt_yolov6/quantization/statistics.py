@@ -94,11 +94,7 @@ class Accumulator:
             return False
         if values.ndim >= 2:
             total = grouped.mean(axis=2).sum(axis=0, dtype=np.float64)
-            if (
-                self._channel_low is None
-                or self._channel_high is None
-                or self._channel_sum is None
-            ):
+            if self._channel_low is None or self._channel_high is None or self._channel_sum is None:
                 self._channel_low, self._channel_high, self._channel_sum = low, high, total
             else:
                 self._channel_low = np.minimum(self._channel_low, low)

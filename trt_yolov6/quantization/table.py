@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.learned import Learned, read_learned, write_learned
 from trt_yolov6.quantization.types import INT8, QUANTIZED_TYPES
 
 if TYPE_CHECKING:
     import onnx
 
-SCHEMA = 2
+SCHEMA = 3
 
 _TUNING = ("biases_corrected", "reconstructed")
 
@@ -56,6 +57,8 @@ class CalibrationTable:
     """True if the layers' biases correct their mean errors."""
     reconstructed: bool = False
     """True if the layers' weights are rounded for their inputs (`gptq.adapt_rounding`)."""
+    learned: Learned | None = None
+    """What the layers learned by gradients, if that was kept (`reconstruction.reconstruct`)."""
 
     def scale(self, tensor: str) -> float:
         """Return the quantization step of a tensor; KeyError for one that was not calibrated."""
@@ -68,8 +71,13 @@ def table_path(engine: str | Path) -> Path:
     return Path(engine).with_suffix(".calibration.json")
 
 
+def learned_path(table: str | Path) -> Path:
+    """Return where what was learned with a table lies: `engines/yolov6s.calibration.npz`."""
+    return Path(table).with_suffix(".npz")
+
+
 def write_table(path: str | Path, table: CalibrationTable) -> None:
-    """Write a table.
+    """Write a table, and what was learned with it next to it.
 
     Raises:
         UserError: the path cannot be written to.
@@ -78,6 +86,8 @@ def write_table(path: str | Path, table: CalibrationTable) -> None:
     for name, amax in table.amax.items():
         if not (math.isfinite(amax) and amax > 0):
             raise ValueError(f"the range of tensor {name!r} is {amax}")
+    if table.learned is not None:
+        write_learned(learned_path(path), table.learned)
     write_json(
         path,
         {
@@ -86,6 +96,7 @@ def write_table(path: str | Path, table: CalibrationTable) -> None:
             "float_layers": list(table.float_layers),
             "biases_corrected": table.biases_corrected,
             "reconstructed": table.reconstructed,
+            "learned_sha256": None if table.learned is None else table.learned.sha256,
             "key": {**asdict(table.key), "settings": dict(sorted(table.key.settings.items()))},
             "tensors": {
                 name: {"amax": amax, "method": table.methods.get(name, "")}
@@ -114,6 +125,7 @@ def read_table(path: str | Path) -> CalibrationTable:
         variant = str(value["variant"])
         float_layers = tuple(str(name) for name in value["float_layers"])
         corrected, reconstructed = (bool(value[name]) for name in _TUNING)
+        learned = value["learned_sha256"]
         amax = {str(name): float(entry["amax"]) for name, entry in value["tensors"].items()}
         methods = {str(name): str(entry["method"]) for name, entry in value["tensors"].items()}
         if not (isinstance(model, str) and isinstance(images, str) and isinstance(settings, dict)):
@@ -136,6 +148,7 @@ def read_table(path: str | Path) -> CalibrationTable:
         float_layers,
         corrected,
         reconstructed,
+        None if learned is None else read_learned(learned_path(path), str(learned)),
     )
 
 

@@ -160,8 +160,14 @@ class TorchGraph(nn.Module):
         return [self.get_parameter(key) for key in self._weight_of.values()]
 
     def bias_parameters(self) -> list[nn.Parameter]:
-        """Return the biases of the INT8 layers."""
+        """Return by how much the biases of the INT8 layers have changed, in their units."""
         return [self.get_parameter(key) for key in self._bias_of.values()]
+
+    def set_bias_units(self, units: Mapping[str, Tensor]) -> None:
+        """Have biases learn in units of their own, (channels,), by the layers' outputs."""
+        for output, key in self._bias_of.items():
+            if output in units:
+                self.get_buffer(f"{key}_unit").copy_(units[output])
 
     @torch.no_grad()
     def learned(self) -> onnx.ModelProto:
@@ -179,7 +185,7 @@ class TorchGraph(nn.Module):
             steps = self.get_parameter(self._weight_of[output]).detach().cpu().numpy()
             levels = np.clip(np.rint(steps), -INT8.largest, INT8.largest).astype(np.int8)
             replace_tensor(constants[layer.weight], levels)
-            bias = self.get_parameter(self._bias_of[output]).detach().cpu().numpy()
+            bias = self._bias(output).detach().cpu().numpy()
             own = f"{output}_bias_learned"
             node = result.graph.node[layer.position]
             del node.input[2:]
@@ -198,7 +204,7 @@ class TorchGraph(nn.Module):
             scale = self.get_buffer(f"{self._weight_of[output]}_scale")
             return _rounded_steps(steps) * scale
         if kind == "bias" and output in self._bias_of:
-            return self.get_parameter(self._bias_of[output])
+            return self._bias(output)
         return self._constants[name] if name else None
 
     def _quantizer(self, graph: GraphIndex, node: onnx.NodeProto) -> Operator:
@@ -235,7 +241,14 @@ class TorchGraph(nn.Module):
         start = np.zeros(count, np.float32) if bias is None else np.array(bias, np.float32)
         key = f"bias{len(self._bias_of)}"
         self._bias_of[layer.output] = key
-        self.register_parameter(key, nn.Parameter(torch.from_numpy(start)))
+        self.register_buffer(f"{key}_start", torch.from_numpy(start))
+        self.register_buffer(f"{key}_unit", torch.ones(count))
+        self.register_parameter(key, nn.Parameter(torch.zeros(count)))
+
+    def _bias(self, output: str) -> Tensor:
+        key = self._bias_of[output]
+        start, unit = self.get_buffer(f"{key}_start"), self.get_buffer(f"{key}_unit")
+        return start + unit * self.get_parameter(key)
 
 
 def _rounded_steps(steps: Tensor) -> Tensor:
