@@ -27,6 +27,7 @@ from trt_yolov6.engines.cuda.letterbox import (
     upright,
     write_record,
 )
+from trt_yolov6.engines.cuda.kernels import machine_code
 from trt_yolov6.spec import TensorSpec
 
 CUDA = resources.files("trt_yolov6.engines.cuda")
@@ -203,3 +204,14 @@ def test_planes_and_padded_rows_are_read_through_steps(kernels: dict[bool, ctype
     view = ImageView(planes.ctypes.data, 50, 33, 64, 1, planes.strides[0])
     wanted = run(kernels, [(view_of(image), placed)], spec, how, 1)
     np.testing.assert_array_equal(run(kernels, [(view, placed)], spec, how, 1), wanted)
+
+
+@pytest.mark.parametrize("define", [(), ("BYTE_INPUT",)])
+def test_it_compiles_for_every_gpu_that_tensorrt_runs_on(define: tuple[str, ...]) -> None:
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError:
+        pytest.skip("needs nvidia-cuda-nvrtc")
+    for capability in ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)):
+        assert machine_code(SOURCE, capability, define)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
@@ -35,7 +36,11 @@ from trt_yolov6.spec import (
 from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
+    from trt_yolov6.data.letterbox import Letterbox
     from trt_yolov6.detectors.candidates import Candidates
+    from trt_yolov6.engines.cuda.device import Event
+    from trt_yolov6.engines.cuda.jpeg import JpegDecoder
+    from trt_yolov6.engines.cuda.letterbox import ImageView
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,42 @@ class Engine(abc.ABC):
             UserError: as `infer`.
         """
         return FinishedRun(self.infer(images))
+
+    def takes_images(self) -> bool:
+        """Return whether `start_images` works: the engine letterboxes images on its GPU."""
+        return False
+
+    def start_images(
+        self,
+        images: Sequence[NDArray[np.uint8] | ImageView],
+        placed: Sequence[Letterbox],
+        nms: NmsSettings,
+        *,
+        rows: int | None = None,
+        after: Event | None = None,
+        patient: bool = False,
+    ) -> Run:
+        """Start a batch of images of any size: letterbox, engine and suppression on the GPU.
+
+        The run gives kept boxes where the suppression is done there, and outputs otherwise.
+
+        Args:
+            images: uint8 (height, width, 3), RGB, C-contiguous, or views of images on the GPU; not
+                to be changed or freed before the run has been waited for.
+            placed: where each goes in the input, see `data.letterbox.fit`.
+            nms: thresholds.
+            rows: of the engine's batch, more than there are images to pad it; default: as many.
+            after: an event on the GPU after which views can be read.
+            patient: wait for the run without using a core, some microseconds longer.
+
+        Raises:
+            UserError: the engine takes no batch of that size.
+        """
+        raise NotImplementedError
+
+    def jpeg_decoder(self) -> JpegDecoder | None:
+        """Return what decodes JPEGs on the engine's GPU for `start_images`, if it is installed."""
+        return None
 
     def first_non_finite(self, images: NDArray[Any]) -> str | None:
         """Return the name of the first tensor inside that is not finite; None where untold.
