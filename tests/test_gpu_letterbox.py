@@ -1,4 +1,4 @@
-"""The GPU's letterbox makes the pixels that OpenCV makes: its kernel, compiled for the CPU, shows it."""
+"""The GPU's letterbox makes the pixels that OpenCV makes: its kernel, compiled for the CPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.host_images import run_letterbox
 from support.kernels_on_cpu import letterbox_on_cpu
 
 from trt_yolov6.data.images import read_image
@@ -19,15 +20,13 @@ from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.data.loader import fill_row
 from trt_yolov6.data.preprocessing import Fit, Interpolation, Preprocessing
 from trt_yolov6.detectors.families import FAMILIES
+from trt_yolov6.engines.cuda.kernels import machine_code
 from trt_yolov6.engines.cuda.letterbox import (
-    RECORD_BYTES,
     SOURCE,
     ImageView,
     interleaved,
     upright,
-    write_record,
 )
-from trt_yolov6.engines.cuda.kernels import machine_code
 from trt_yolov6.spec import TensorSpec
 
 CUDA = resources.files("trt_yolov6.engines.cuda")
@@ -57,24 +56,8 @@ def run(
     rows: int,
 ) -> NDArray[Any]:
     """Return the input that the kernel makes of images in this machine's memory."""
-    records = bytearray(RECORD_BYTES * rows)
-    for row, (view, placed) in enumerate(images):
-        write_record(records, row, view, placed, how.interpolation)
-    is_byte = spec.dtype == np.uint8
-    height, width = images[0][1].size
     result = np.full((rows, *(length or 0 for length in spec.shape[1:])), 77, spec.dtype)
-    floats = ctypes.c_float * 3
-    buffer = (ctypes.c_char * len(records)).from_buffer(records)
-    kernels[is_byte].run(
-        buffer,
-        ctypes.c_void_p(result.ctypes.data),
-        rows,
-        height,
-        width,
-        int(how.colour == "bgr"),
-        floats(*how.mean),
-        floats(*how.std),
-    )
+    run_letterbox(kernels[spec.dtype == np.uint8], result, images, how, images[0][1].size)
     return result
 
 
@@ -112,7 +95,11 @@ def test_a_batch_is_bit_for_bit_what_the_cpu_makes(
     is_byte: bool,
 ) -> None:
     how = Preprocessing(
-        mode, interpolation, "bgr" if seed % 2 else "rgb", (seed % 5, 103.53, 0.0), (1.0, 57.375, 255)
+        mode,
+        interpolation,
+        "bgr" if seed % 2 else "rgb",
+        (seed % 5, 103.53, 0.0),
+        (1.0, 57.375, 255),
     )
     spec = spec_of((32 * tiles[0], 32 * tiles[1]), is_byte)
     border = border if mode == "letterbox" else 0
@@ -145,8 +132,10 @@ def test_whole_factors_are_averaged_as_opencv_averages_them(
 def test_cubic_interpolation_is_within_one_level(
     kernels: dict[bool, ctypes.CDLL], seed: int, height: int, width: int
 ) -> None:
-    image, spec, how = random_image(seed, height, width), spec_of((64, 96), True), (
-        FAMILIES["ppyoloe-plus"].preprocessing
+    image, spec, how = (
+        random_image(seed, height, width),
+        spec_of((64, 96), True),
+        (FAMILIES["ppyoloe-plus"].preprocessing),
     )
     wanted = np.zeros((1, 64, 96, 3), np.uint8)
     placed = fill_row(wanted[0], image, spec, 0, how)
@@ -166,16 +155,14 @@ def test_every_family_gets_its_input(kernels: dict[bool, ctypes.CDLL], family: s
 
 
 @pytest.mark.parametrize("orientation", range(9))
-def test_turned_images_are_read_upright(
-    kernels: dict[bool, ctypes.CDLL], orientation: int
-) -> None:
+def test_turned_images_are_read_upright(kernels: dict[bool, ctypes.CDLL], orientation: int) -> None:
     # OpenCV turns a picture by its tag: the reference is its own reading.
     stored = random_image(4, 40, 72)
     encoded = cv2.imencode(".png", stored)[1].tobytes()
     shown = read_image(with_orientation(encoded, orientation))
     pixels = np.ascontiguousarray(stored[..., ::-1])
     view = upright(view_of(pixels), orientation)
-    assert view.size == shown.shape[:2]
+    assert view.shape == shown.shape
     spec, how = spec_of((64, 64), True), Preprocessing()
     wanted = np.zeros((1, 64, 64, 3), np.uint8)
     placed = fill_row(wanted[0], shown, spec, 0, how)

@@ -1,4 +1,4 @@
-"""Which JPEGs are left to a GPU, and that their size and orientation are those that OpenCV reads."""
+"""Which JPEGs are left to a GPU; their size and orientation are those that OpenCV reads."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ _PROLOGUE = r"""
 #define __shared__ static
 struct Place { unsigned x, y, z; };
 static Place threadIdx, blockIdx, blockDim, gridDim;
-// Threads run one after the other: all up to the first barrier, then all up to the second, each time
-// from the start. What comes before a barrier writes only what all threads share.
+// Threads run one after the other: all up to the first barrier, then all up to the second, each
+// time from the start. What comes before a barrier writes only what all threads share.
 static int barriers_passed, barriers_open;
 #define __syncthreads() do { if (barriers_passed++ == barriers_open) return; } while (0)
 """

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from trt_yolov6.data.class_matching import match_classes
-from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
+from trt_yolov6.data.coco import CocoDataset, CocoImage, open_coco_image, read_coco_image
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
@@ -175,6 +175,7 @@ def evaluate(
             dataset.images,
             read_coco_image,
             match,
+            open_item=open_coco_image,
             nms=nms,
             border=border,
             batch=batch,

@@ -223,7 +223,7 @@ class Stream:
 
 
 class Event:
-    """A point in a stream's work, to be waited for by other streams, or here without using a core."""
+    """A point in a stream's work that streams wait for, or this thread without using a core."""
 
     def __init__(self) -> None:
         self._cudart = _cudart()

@@ -7,6 +7,7 @@ it for OpenCV (`fancy_upsampling`); its inverse DCT rounds differently, by a lev
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.data.jpeg import Jpeg
-from trt_yolov6.engines.cuda.device import Stream
+from trt_yolov6.engines.cuda.device import Event, Stream
 from trt_yolov6.engines.cuda.letterbox import ImageView, interleaved, upright
 from trt_yolov6.errors import MissingDependencyError
 
@@ -31,6 +32,8 @@ class DecodedBatch:
 
     images: list[Any] = field(default_factory=list)
     """`nvimgcodec.Image`, each with the memory of the largest image it held."""
+    ready: Event | None = None
+    """The event after which the images are there."""
 
 
 class JpegDecoder:
@@ -59,6 +62,7 @@ class JpegDecoder:
             else [codec.Backend(getattr(codec.BackendKind, name)) for name in backends]
         )
         self._codec = codec
+        self._stream = Stream()
         try:
             self._decoder = codec.Decoder(
                 max_num_cpu_threads=threads or 0, backends=kinds, options=options
@@ -73,15 +77,13 @@ class JpegDecoder:
             apply_exif_orientation=False, color_spec=codec.ColorSpec.SRGB, allow_any_depth=False
         )
 
-    def decode(
-        self, images: Sequence[Jpeg], stream: Stream, buffers: DecodedBatch
-    ) -> list[ImageView | None]:
-        """Decode a batch into buffers.
+    def decode(self, images: Sequence[Jpeg], buffers: DecodedBatch) -> list[ImageView | None]:
+        """Decode a batch into buffers, on a stream beside those of the engines.
 
         Args:
             images: files that `data.jpeg.open_image` left encoded.
-            stream: what comes next on it sees the pixels.
             buffers: where they go; what was there is overwritten, so nothing may read it any more.
+                The pixels are there after the event `buffers.ready`.
 
         Returns:
             A view of each upright image; None for one that this decoder cannot read.
@@ -98,10 +100,13 @@ class JpegDecoder:
         kept = buffers.images[: len(streams)]
         reused = {"images": kept} if len(kept) == len(streams) else {}
         decoded = self._decoder.decode(
-            list(streams.values()), params=self._params, cuda_stream=stream.handle, **reused
+            list(streams.values()), params=self._params, cuda_stream=self._stream.handle, **reused
         )
         if not reused:
             buffers.images = [one for one in decoded if one is not None]
+        if buffers.ready is None:
+            buffers.ready = Event()
+        buffers.ready.record(self._stream)
         for index, one in zip(streams, decoded, strict=True):
             found[index] = None if one is None else _view(one, images[index])
         return found
@@ -113,7 +118,7 @@ def _view(decoded: Any, image: Jpeg) -> ImageView | None:
         return None
     address = int(decoded.__cuda_array_interface__["data"][0])
     stored = interleaved(address, header.height, header.width, int(decoded.strides[0]))
-    return upright(stored, header.orientation)
+    return dataclasses.replace(upright(stored, header.orientation), owner=decoded)
 
 
 @functools.cache

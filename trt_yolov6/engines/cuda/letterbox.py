@@ -8,6 +8,7 @@ interpolation: within one level of 255).
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -50,11 +51,13 @@ class ImageView:
     row_step: int
     column_step: int
     channel_step: int = 1
+    owner: Any = dataclasses.field(default=None, compare=False, repr=False)
+    """What keeps the memory."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.height, self.width
+    def shape(self) -> tuple[int, int, int]:
+        """Height and width in pixels, and 3 channels."""
+        return self.height, self.width, 3
 
 
 def interleaved(address: int, height: int, width: int, row_step: int | None = None) -> ImageView:
@@ -64,7 +67,7 @@ def interleaved(address: int, height: int, width: int, row_step: int | None = No
 
 def upright(stored: ImageView, orientation: int) -> ImageView:
     """Return a stored image's view as its EXIF orientation, 1 to 8, says it is shown."""
-    address, height, width = stored.address, stored.height, stored.width
+    height, width = stored.height, stored.width
     down, right = stored.row_step, stored.column_step
     last_row, last_column = (height - 1) * down, (width - 1) * right
     # Where the shown image's first pixel lies, and the steps to the ones below and on its right.
@@ -79,7 +82,14 @@ def upright(stored: ImageView, orientation: int) -> ImageView:
     }.get(orientation, (0, down, right, False))
     if turned:
         height, width = width, height
-    return ImageView(address + first, height, width, below, beside, stored.channel_step)
+    return dataclasses.replace(
+        stored,
+        address=stored.address + first,
+        height=height,
+        width=width,
+        row_step=below,
+        column_step=beside,
+    )
 
 
 def method_of(placed: Letterbox, interpolation: Interpolation) -> int:

@@ -1,4 +1,4 @@
-"""Images on their way to the GPU: packed into page-locked memory by a few threads, copied as they are.
+"""Images on their way to the GPU, as they are: packed into page-locked memory, and copied.
 
 What travels is the raw uint8 image, a quarter of the letterboxed float input and less.
 """
@@ -23,7 +23,7 @@ _ALIGNMENT = 256
 
 
 class Staging:
-    """Room for the images of one batch, in page-locked memory and on the GPU; it grows as needed."""
+    """Growing room for the images of one batch, in page-locked memory and on the GPU."""
 
     def __init__(self, executor: Executor, locked: PinnedPool) -> None:
         """Take threads that copy, and the pool whose arrays the GPU reads without a detour."""

@@ -349,9 +349,7 @@ class TensorRTEngine(Engine):
             plan = dataclasses.replace(
                 plan, record_graph=self._contexts.launches_graphs, find_candidates=False
             )
-            self._pictures = pictures_of(
-                plan, self._pinned, self.preprocessing, self.output_layout
-            )
+            self._pictures = pictures_of(plan, self._pinned, self.preprocessing, self.output_layout)
             self._pictures_missing = self._pictures is None
         return self._pictures
 
