@@ -173,7 +173,7 @@ def test_it_can_be_left_early(tmp_path: Path, library: Library) -> None:
         )
         for _ in range(3):
             next(steps)
-        steps.close()  # type: ignore[attr-defined]
+        steps.close()
         assert sum(engine.taken) < 20
 
 

@@ -165,9 +165,9 @@ def test_decoded_pixels_are_opencvs_within_a_few_levels() -> None:
     paths = list_images(VAL)
     jpegs = [one for path in paths if isinstance(one := open_image(path), Jpeg)]
     assert len(jpegs) == len(paths)
-    for one, path in zip(decoded(jpegs), paths, strict=True):
-        assert one is not None, path
-        difference = np.abs(one.astype(int) - read_image(path))
+    for pixels, path in zip(decoded(jpegs), paths, strict=True):
+        assert pixels is not None, path
+        difference = np.abs(pixels.astype(int) - read_image(path))
         print(f"{path.name}: mean {difference.mean():.4f}, most {difference.max()}")
         assert difference.mean() < 0.6
         assert difference.max() <= 12

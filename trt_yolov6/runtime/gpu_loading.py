@@ -10,7 +10,7 @@ import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -74,7 +74,7 @@ def load_images(
     workers: int | None = None,
     keep_images: bool = False,
     skip_unreadable: bool = False,
-) -> Iterator[ImageBatch[Item]]:
+) -> Generator[ImageBatch[Item], None, None]:
     """Yield batches in the order of `items`, preparing the next ones meanwhile.
 
     At most `AHEAD` + 1 batches beyond those in use exist at any time.

@@ -217,7 +217,7 @@ def process(
     skip_unreadable: bool = False,
     clip: bool = True,
     tell: Callable[[str], None] = _warn,
-) -> Iterator[Processed[Item, Result]]:
+) -> Generator[Processed[Item, Result], None, None]:
     """Run an engine over a stream of images, everything but the engine in other threads.
 
     Images are read and pre-processed ahead of the engine and its outputs post-processed after
