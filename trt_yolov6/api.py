@@ -90,6 +90,7 @@ def evaluate(
     batch: int | None = None,
     workers: int | None = None,
     confusion: bool = False,
+    gpus: int = 1,
     progress: bool = True,
 ) -> Evaluation:
     """Measure a detector's COCO average precision on labelled images.
@@ -103,6 +104,7 @@ def evaluate(
         batch: images given to the engine at a time. Default: up to 8.
         workers: threads that read and pre-process. Default: one a core, at most 16.
         confusion: also count which class objects are taken for.
+        gpus: GPUs of this machine to work on, a process each. More than one needs TensorRT.
         progress: show a progress bar, if standard error is a terminal.
 
     Returns:
@@ -129,6 +131,7 @@ def evaluate(
             batch=batch,
             workers=workers,
             confusion=confusion,
+            gpus=gpus,
             progress=progress,
         )
 

@@ -166,6 +166,8 @@ class Engine(abc.ABC):
     """A batch's outputs have been found to be a detector's (see `plausibility`)."""
     in_flight: int = 1
     """Batches that `start` takes before the first is waited for."""
+    load_options: LoadOptions = LoadOptions()
+    """Options that it was loaded with."""
     nms: NmsSettings | None = None
     """The thresholds of the suppression inside an `end2end` graph, where they are known."""
 

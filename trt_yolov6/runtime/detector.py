@@ -83,6 +83,7 @@ class Detector:
         iou: float | None = None,
         max_detections: int | None = None,
         formats: Sequence[Format] = ("json",),
+        gpus: int = 1,
         progress: bool = False,
     ) -> InferenceSummary:
         """Draw detections on pictures or a video and write them, as the command `infer` does.
@@ -92,6 +93,7 @@ class Detector:
             output: folder to write to; not the one that the source lies in.
             confidence, iou, max_detections: as in `predict`.
             formats: `json`, `csv`, `yolo`; see `runtime.annotate.infer_source`.
+            gpus: GPUs of this machine to work on, a process each; for pictures only.
             progress: show a progress bar on stderr.
 
         Raises:
@@ -99,7 +101,7 @@ class Detector:
         """
         nms = self._nms(confidence, iou, max_detections)
         return infer_source(
-            self.engine, source, output, formats=formats, nms=nms, progress=progress
+            self.engine, source, output, formats=formats, nms=nms, gpus=gpus, progress=progress
         )
 
     def _nms(

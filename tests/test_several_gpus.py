@@ -1,0 +1,125 @@
+"""Several processes, one a GPU: the boxes of one, in order; errors and deaths are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.tiny_detector import CELL, load_named, load_tiny, tiny_dataset
+
+from trt_yolov6.data.images import read_image
+from trt_yolov6.data.loader import Batch
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.engines.base import LoadOptions
+from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.annotate import infer_source
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.predict import process
+from trt_yolov6.runtime.several_gpus import (
+    check_gpus,
+    file_of,
+    process_on_gpus,
+    visible_gpus,
+)
+from trt_yolov6.spec import NmsSettings
+
+SURE = NmsSettings(confidence=0.6)
+
+
+def write_pictures(folder: Path, count: int) -> list[Path]:
+    paths = []
+    for index in range(count):
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        x, y = index % 8 * CELL, index // 8 % 8 * CELL
+        pixels[y : y + CELL, x : x + CELL, index % 3] = 255
+        paths.append(folder / f"{index:03}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+def corners(batch: Batch[Path], found: list[Detections]) -> list[Any]:
+    return [
+        (path.name, one.xyxy.tolist()) for path, one in zip(batch.items, found, strict=True)
+    ] + [os.environ.get("CUDA_VISIBLE_DEVICES")]
+
+
+def die(batch: Batch[Path], found: list[Detections]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_results_come_in_order_and_from_every_process(tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path, 50)
+    paths[9].write_bytes(b"no picture")
+    with load_tiny(tmp_path) as engine:
+        options: dict[str, Any] = {"nms": SURE, "batch": 4, "skip_unreadable": True}
+        wanted = list(process(engine, paths, read_image, corners, **options))
+        steps = list(
+            process_on_gpus(
+                file_of(engine), ("5", "7"), iter(paths), read_image, corners, **options
+            )
+        )
+    assert [step.result[:-1] for step in steps] == [step.result[:-1] for step in wanted]
+    assert {step.result[-1] for step in steps} == {"5", "7"}
+    (failure,) = [failure for step in steps for failure in step.batch.failures]
+    assert failure[0] == paths[9]
+
+
+def test_an_error_or_a_death_ends_all(tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path, 6)
+    with load_tiny(tmp_path) as engine:
+        for finish, sentence in ((die, "the process of GPU 3 ended"), (corners, "is damaged")):
+            if finish is corners:
+                paths[5].write_bytes(b"no picture")
+            with pytest.raises(UserError, match=sentence):
+                list(
+                    process_on_gpus(
+                        file_of(engine), ("3",), paths, read_image, finish, batch=2, nms=SURE
+                    )
+                )
+
+
+def test_eval_and_infer_give_what_one_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    data = tiny_dataset(tmp_path / "data", 12)
+    with load_named(tmp_path) as engine:
+        one, two = (
+            evaluate(engine, data, nms=SURE, batch=2, progress=False, confusion=True, gpus=gpus)
+            for gpus in (1, 2)
+        )
+        assert one.ap == two.ap == 1
+        assert one.detections == two.detections
+        np.testing.assert_array_equal(one.confusion, two.confusion)
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        write_pictures(folder, 7)
+        summaries = [
+            infer_source(engine, folder, tmp_path / f"out{gpus}", batch=2, gpus=gpus, nms=SURE)
+            for gpus in (1, 2)
+        ]
+    names = [sorted(path.name for path in (tmp_path / f"out{gpus}").iterdir()) for gpus in (1, 2)]
+    assert names[0] == names[1]
+    assert len(names[0]) == 8
+    for name in names[0]:
+        assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
+    assert summaries[0].objects == summaries[1].objects == 7
+
+
+def test_as_many_gpus_are_used_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3")
+    assert visible_gpus() == ("2", "3")
+    assert check_gpus(1) == ("2",)
+    with pytest.raises(UserError, match="2 NVIDIA GPUs, not 3"):
+        check_gpus(3)
+
+
+def test_an_engine_is_loaded_elsewhere_as_it_was_here(tmp_path: Path) -> None:
+    with load_tiny(tmp_path) as engine:
+        assert file_of(engine).options == LoadOptions()
+        assert file_of(engine).backend == "onnxruntime"
