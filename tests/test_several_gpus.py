@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.tiny_detector import CELL, load_named, load_tiny, tiny_dataset
+from support.tiny_detector import CELL, load_named, load_tiny, write_cells
 
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import Batch
@@ -46,6 +48,21 @@ def corners(batch: Batch[Path], found: list[Detections]) -> list[Any]:
     return [
         (path.name, one.xyxy.tolist()) for path, one in zip(batch.items, found, strict=True)
     ] + [os.environ.get("CUDA_VISIBLE_DEVICES")]
+
+
+@dataclass(frozen=True)
+class Meet:
+    """Returns the corners once a process of every GPU has a batch."""
+
+    folder: Path
+    gpus: tuple[str, ...]
+
+    def __call__(self, batch: Batch[Path], found: list[Detections]) -> list[Any]:
+        (self.folder / os.environ["CUDA_VISIBLE_DEVICES"]).touch()
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not all((self.folder / gpu).exists() for gpu in self.gpus):
+            time.sleep(0.01)
+        return corners(batch, found)
 
 
 def die(batch: Batch[Path], found: list[Detections]) -> None:
@@ -87,7 +104,7 @@ def test_eval_and_infer_give_what_one_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    data = tiny_dataset(tmp_path / "data", 12)
+    data = write_cells(tmp_path / "data", 12)
     with load_named(tmp_path) as engine:
         one, two = (
             evaluate(engine, data, nms=SURE, batch=2, progress=False, confusion=True, gpus=gpus)

@@ -230,6 +230,19 @@ class Engine(abc.ABC):
         """
         raise NotImplementedError
 
+    def image_stage_seconds(
+        self,
+        images: Sequence[NDArray[np.uint8] | ImageView],
+        placed: Sequence[Letterbox],
+        nms: NmsSettings,
+    ) -> dict[str, float]:
+        """Return the median seconds of each stage of `start_images` alone, in order, by name.
+
+        Args:
+            images, placed, nms: as for `start_images`.
+        """
+        raise NotImplementedError
+
     def jpeg_decoder(self) -> JpegDecoder | None:
         """Return what decodes JPEGs on the engine's GPU for `start_images`, if it is installed."""
         return None

@@ -196,6 +196,15 @@ class TensorRTEngine(Engine):
         except OutOfGpuMemoryError as error:
             raise self._does_not_fit(error) from error
 
+    def image_stage_seconds(
+        self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
+    ) -> dict[str, float]:
+        self._check_open()
+        pictures = self._image_lanes()
+        assert pictures is not None, "`takes_images` says whether there is this way"
+        check_batch(self, len(images))
+        return pictures.stage_seconds(images, placed, nms)
+
     def jpeg_decoder(self) -> JpegDecoder | None:
         if self._decoder is None and not self._decoder_missing:
             try:
@@ -346,10 +355,8 @@ class TensorRTEngine(Engine):
             plan, make_config = self._plan, self._contexts.make_config_for_recording
             if make_config is not None:
                 plan = dataclasses.replace(plan, context_config=make_config(self._engine))
-            plan = dataclasses.replace(
-                plan, record_graph=self._contexts.launches_graphs, find_candidates=False
-            )
-            self._pictures = pictures_of(plan, self._pinned, self.preprocessing, self.output_layout)
+            plan = dataclasses.replace(plan, record_graph=self._contexts.launches_graphs)
+            self._pictures = pictures_of(plan, self._pinned, self.preprocessing)
             self._pictures_missing = self._pictures is None
         return self._pictures
 

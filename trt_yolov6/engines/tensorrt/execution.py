@@ -10,7 +10,6 @@ lane's contexts runs at a time, so they share the scratch memory.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -225,13 +224,6 @@ class Lane:
     def results(self) -> dict[str, NDArray[Any]]:
         """Return the outputs of the run that has just ended, after `copy_outputs`."""
         return {output.name: self._result(output) for output in self._plan.outputs}
-
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        """Return the outputs with their shapes for the batch that was prepared."""
-        return tuple(
-            dataclasses.replace(output, shape=self._output_shape(output.name))
-            for output in self._plan.outputs
-        )
 
     def profile(self, images: NDArray[Any], runs: int) -> dict[str, list[float]]:
         """Run a resident batch some times; return the seconds that each layer took, by its name.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox
 from trt_yolov6.data.preprocessing import Preprocessing
-from trt_yolov6.detectors.candidates import Candidates, Suppressed
+from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.engines.base import Run
 from trt_yolov6.engines.cuda.device import (
     CudaError,
@@ -27,6 +27,7 @@ from trt_yolov6.engines.cuda.device import (
     Event,
     PinnedMemory,
     PinnedPool,
+    Stopwatch,
 )
 from trt_yolov6.engines.cuda.letterbox import (
     RECORD_BYTES,
@@ -35,10 +36,13 @@ from trt_yolov6.engines.cuda.letterbox import (
     write_record,
 )
 from trt_yolov6.engines.cuda.staging import COPY_THREADS, Staging
-from trt_yolov6.engines.cuda.suppression import Suppression, suppression_for
+from trt_yolov6.engines.cuda.suppression import Suppression
 from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import NmsSettings, OutputLayout, image_size_of
+from trt_yolov6.spec import NmsSettings
+
+_STAGE_RUNS = 30
+"""Times that each stage is timed."""
 
 Image = NDArray[np.uint8] | ImageView
 """uint8 (height, width, 3) RGB in the host's memory, or a view of one on the GPU."""
@@ -50,7 +54,7 @@ class Pictures:
     Args:
         plan: the engine's, with contexts whose runs can be recorded.
         pinned: the engine's page-locked arrays.
-        preprocessing, layout: the engine's.
+        preprocessing: the engine's.
 
     Raises:
         CudaError: there is no NVRTC, it cannot compile for this GPU, or memory is short.
@@ -61,12 +65,10 @@ class Pictures:
         plan: LanePlan,
         pinned: PinnedPool,
         preprocessing: Preprocessing,
-        layout: OutputLayout,
     ) -> None:
         self._plan = plan
         self._pinned = pinned
         self._preprocessing = preprocessing
-        self._layout = layout
         self._kernel = LetterboxKernel(plan.input, preprocessing)
         self._copiers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="stage")
         self._lanes: list[PictureLane] = []
@@ -107,6 +109,16 @@ class Pictures:
             raise
         return _PictureRun(lane, self._idle.append, patient, functools.partial(done, rows))
 
+    def stage_seconds(
+        self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
+    ) -> dict[str, float]:
+        """Return the median seconds of each stage alone, in order, by name."""
+        lane = self._idle.popleft() if self._idle else self._new_lane()
+        try:
+            return lane.stage_seconds(images, placed, nms)
+        finally:
+            self._idle.append(lane)
+
     def close(self) -> None:
         """Free what the lanes hold."""
         for lane in self._lanes:
@@ -122,7 +134,6 @@ class Pictures:
             Staging(self._copiers, self._pinned),
             self._plan,
             self._preprocessing,
-            self._layout,
         )
         self._lanes.append(lane)
         return lane
@@ -138,7 +149,6 @@ class PictureLane:
         staging: Staging,
         plan: LanePlan,
         preprocessing: Preprocessing,
-        layout: OutputLayout,
     ) -> None:
         self._lane = lane
         self._kernel = kernel
@@ -153,9 +163,9 @@ class PictureLane:
         self._warm: set[tuple[int, NmsSettings]] = set()
         self._generation = lane.prepare(largest)
         self._records_graphs = plan.record_graph and lane.can_be_recorded
-        self._suppression: Suppression | None = suppression_for(
-            layout, lane.output_specs(), image_size_of(plan.input), largest
-        )
+        self._suppression: Suppression | None = None
+        if plan.reading is not None and lane.output_memory.keys() >= set(plan.reading.tensors):
+            self._suppression = Suppression(plan.reading, largest)
         self._end = Event()
         self._in_use: Any = None
         self._rows = largest
@@ -182,11 +192,11 @@ class PictureLane:
         if after is not None:
             stream.wait_for(after)
         self._rows, self._nms = rows, nms
-        self._is_suppressed = self._suppression is not None and self._suppression.fits(nms)
+        self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
         self._launch((rows, nms))
         self._end.record(stream)
 
-    def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Candidates | Suppressed:
+    def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the batch and return its boxes, or the outputs where they are not suppressed."""
         lane = self._lane
         try:
@@ -205,6 +215,51 @@ class PictureLane:
             return lane.results()
         finally:
             self._in_use = None
+
+    def stage_seconds(
+        self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
+    ) -> dict[str, float]:
+        """Return the median seconds of each stage alone; the images are placed first."""
+        rows, lane = len(images), self._lane
+        stream = lane.stream
+        self.start(images, placed, rows, nms, None)
+        self.finish(patient=False)
+        here = [image for image in images if not isinstance(image, ImageView)]
+
+        def copy() -> None:
+            self._staging.send(here, stream)
+            stream.copy_in(self._records, self._written.address, RECORD_BYTES * rows)
+
+        def letterbox() -> None:
+            target = lane.input_memory.address
+            self._kernel.enqueue(stream, self._records.address, target, rows)
+
+        def suppression() -> None:
+            self._take_boxes(rows, nms)
+
+        last = "suppression and copy back" if self._is_suppressed else "copy of all outputs"
+        stages: dict[str, Callable[[], None]] = {
+            **({"copy to the GPU": copy} if here else {}),
+            "letterbox": letterbox,
+            "engine": self._recorded(lane.run),
+            last: self._recorded(suppression),
+        }
+        stopwatch = Stopwatch(stream)
+        found = {}
+        for name, work in stages.items():
+            times = []
+            for _ in range(_STAGE_RUNS):
+                times.append(stopwatch.time(work))
+            found[name] = float(np.median(times))
+        return found
+
+    def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return what launches some work as a CUDA graph, where it can be one."""
+        if not self._records_graphs:
+            return work
+        with self._lane.stream.capture() as graph:
+            work()
+        return functools.partial(graph.launch, self._lane.stream)
 
     def close(self) -> None:
         """Free what the lane holds."""
@@ -248,6 +303,10 @@ class PictureLane:
         lane.stream.copy_in(self._records, self._written.address, RECORD_BYTES * rows)
         self._kernel.enqueue(lane.stream, self._records.address, lane.input_memory.address, rows)
         lane.run()
+        self._take_boxes(rows, nms)
+
+    def _take_boxes(self, rows: int, nms: NmsSettings) -> None:
+        lane = self._lane
         if self._is_suppressed:
             assert self._suppression is not None
             self._suppression.enqueue(lane.stream, lane.output_memory, rows, nms)
@@ -276,7 +335,7 @@ class _PictureRun(Run):
         self._patient = patient
         self._done = done
 
-    def wait(self) -> dict[str, NDArray[Any]] | Candidates | Suppressed:
+    def wait(self) -> dict[str, NDArray[Any]] | Suppressed:
         assert self._lane is not None, "a run is waited for once"
         lane, self._lane = self._lane, None
         try:
@@ -287,10 +346,10 @@ class _PictureRun(Run):
 
 
 def pictures_of(
-    plan: LanePlan, pinned: PinnedPool, preprocessing: Preprocessing, layout: OutputLayout
+    plan: LanePlan, pinned: PinnedPool, preprocessing: Preprocessing
 ) -> Pictures | None:
     """Return the lanes of an engine that take images; None where there can be none."""
     try:
-        return Pictures(plan, pinned, preprocessing, layout)
+        return Pictures(plan, pinned, preprocessing)
     except CudaError:
         return None
