@@ -75,10 +75,10 @@ def test_results_come_in_order_and_from_every_process(tmp_path: Path) -> None:
     with load_tiny(tmp_path) as engine:
         options: dict[str, Any] = {"nms": SURE, "batch": 4, "skip_unreadable": True}
         wanted = list(process(engine, paths, read_image, corners, **options))
+        gpus = "5", "7"
+        meet = Meet(tmp_path, gpus)
         steps = list(
-            process_on_gpus(
-                file_of(engine), ("5", "7"), iter(paths), read_image, corners, **options
-            )
+            process_on_gpus(file_of(engine), gpus, iter(paths), read_image, meet, **options)
         )
     assert [step.result[:-1] for step in steps] == [step.result[:-1] for step in wanted]
     assert {step.result[-1] for step in steps} == {"5", "7"}
