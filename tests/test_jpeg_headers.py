@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.gpu import has_gpu
 
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.jpeg import Jpeg, exif_orientation, open_image, read_header
-from trt_yolov6.errors import UserError
+from trt_yolov6.engines.cuda.jpeg import JpegDecoder
+from trt_yolov6.errors import MissingDependencyError, UserError
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "images"
 
@@ -130,3 +134,28 @@ def test_no_bytes_make_the_reader_fail(tail: bytes, place: int, value: int) -> N
         header = read_header(data)
         assert header is None or 1 <= header.orientation <= 8
     assert 1 <= exif_orientation(b"II*\0" + tail) <= 8
+
+
+def test_nvimagecodec_loads_without_a_word_and_takes_what_it_is_given() -> None:
+    pytest.importorskip("nvidia.nvimgcodec")
+    # In a process of its own: what it prints, it prints when it is loaded.
+    program = (
+        "from trt_yolov6.engines.cuda.jpeg import OPTIONS, nvimgcodec\n"
+        "codec = nvimgcodec()\n"
+        "codec.DecodeParams(apply_exif_orientation=False, color_spec=codec.ColorSpec.SRGB,"
+        " allow_any_depth=False)\n"
+        "[codec.Backend(kind) for kind in (codec.BackendKind.HW_GPU_ONLY,)]\n"
+        "codec.CodeStream(open(__import__('sys').argv[1], 'rb').read())\n"
+        "codec.Decoder(device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=0,"
+        " backends=None, options=OPTIONS)\n"
+    )
+    path = list_images(SAMPLES)[0]
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_without_a_gpu_the_decoder_says_so() -> None:
+    if has_gpu():
+        pytest.skip("there is a GPU")
+    with pytest.raises(MissingDependencyError):
+        JpegDecoder()

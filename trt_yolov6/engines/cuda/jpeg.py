@@ -7,6 +7,7 @@ it for OpenCV (`fancy_upsampling`); its inverse DCT rounds differently, by a lev
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.data.jpeg import Jpeg
-from trt_yolov6.engines.cuda.device import Event, Stream
+from trt_yolov6.engines.cuda.device import CudaError, Event, Stream
 from trt_yolov6.engines.cuda.letterbox import ImageView, interleaved, upright
 from trt_yolov6.errors import MissingDependencyError
 
@@ -62,12 +63,12 @@ class JpegDecoder:
             else [codec.Backend(getattr(codec.BackendKind, name)) for name in backends]
         )
         self._codec = codec
-        self._stream = Stream()
         try:
+            self._stream = Stream()
             self._decoder = codec.Decoder(
                 max_num_cpu_threads=threads or 0, backends=kinds, options=options
             )
-        except RuntimeError as error:
+        except (RuntimeError, CudaError) as error:
             raise MissingDependencyError(
                 f"nvImageCodec does not start ({error}); install nvidia-nvjpeg, or leave JPEGs to "
                 "the CPU."
@@ -156,14 +157,17 @@ def _only_nvjpeg() -> Iterator[None]:
     """
     names = {"NVIMGCODEC_EXTENSIONS_PATH": "", "PYNVIMGCODEC_VERBOSITY": "0"}
     found = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (found.submodule_search_locations or () if found else ())]
     plugins = [
-        path
-        for folder in (found.submodule_search_locations or () if found else ())
-        for path in Path(folder, "nvimgcodec", "extensions").glob("libnvjpeg_ext.so*")
+        path for root in roots for path in root.glob("nvimgcodec/extensions/libnvjpeg_ext.so*")
     ]
     if not plugins or any(name in os.environ for name in names):
         yield
         return
+    for library in (path for root in roots for path in root.glob("*/lib/libnvjpeg.so.*")):
+        # The plugin looks for it from where it lies itself, which will be elsewhere.
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(library))
     with tempfile.TemporaryDirectory() as folder:
         for plugin in plugins:
             Path(folder, plugin.name).symlink_to(plugin)
