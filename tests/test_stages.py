@@ -31,7 +31,9 @@ def test_the_limit_is_the_slowest_place_whose_stages_follow_one_another() -> Non
     )
     report = StageReport(Path("a.trt"), "fp16", "x", "GPU", 32, 0.03, stages, 1500.0, 1.5, 7.0)
     assert report.places == pytest.approx({"CPU": 3200, "GPU": 1600, "thread": 32000})
-    assert report.limit == ("GPU", pytest.approx(1600))
+    place, fps = report.limit
+    assert place == "GPU"
+    assert fps == pytest.approx(1600)
     value = report.to_json()
     assert value["to_slowest_place"] == pytest.approx(1500 / 1600)
     assert value["stages"][0] == {"name": "decode", "place": "CPU", "ms": 10, "fps": 3200}

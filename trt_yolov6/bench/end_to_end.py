@@ -144,7 +144,7 @@ class _Request:
             for row, picture in zip(inputs, pictures, strict=True)
         ]
         times.append(time.perf_counter())
-        outputs = engine.start(inputs, self.nms.confidence).wait()
+        outputs = engine.start(inputs, self.nms).wait()
         times.append(time.perf_counter())
         postprocess(outputs, engine.output_layout, self.nms, placed)
         times.append(time.perf_counter())

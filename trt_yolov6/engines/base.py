@@ -37,7 +37,7 @@ from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
     from trt_yolov6.data.letterbox import Letterbox
-    from trt_yolov6.detectors.candidates import Candidates
+    from trt_yolov6.detectors.candidates import Candidates, Suppressed
     from trt_yolov6.engines.cuda.device import Event
     from trt_yolov6.engines.cuda.jpeg import JpegDecoder
     from trt_yolov6.engines.cuda.letterbox import ImageView
@@ -119,8 +119,8 @@ class Run(abc.ABC):
     """A batch that an engine is working on."""
 
     @abc.abstractmethod
-    def wait(self) -> dict[str, NDArray[Any]] | Candidates:
-        """Wait until it is done, once, and return the outputs by name, or the candidates."""
+    def wait(self) -> dict[str, NDArray[Any]] | Candidates | Suppressed:
+        """Wait until it is done, once, and return the outputs by name, or what is left of them."""
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,13 @@ class Engine(abc.ABC):
             UserError: wrong shape or dtype, or a batch size outside the engine's profile.
         """
 
-    def start(self, images: NDArray[Any], confidence: float | None = None) -> Run:
+    def start(self, images: NDArray[Any], nms: NmsSettings | None = None) -> Run:
         """Start a batch, to be waited for later; up to `in_flight` may be under way.
 
         Args:
             images: as for `infer`; not to be changed before the run has been waited for.
-            confidence: only scores above it are of interest. An engine on a GPU then gives
-                `Candidates` where it can, instead of all outputs.
+            nms: only what these thresholds keep is of interest. An engine on a GPU then gives
+                `Suppressed` boxes or `Candidates` where it can, instead of all outputs.
 
         Raises:
             UserError: as `infer`.

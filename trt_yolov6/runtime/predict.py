@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.loader import Batch, default_workers, fill_row, load_batches
 from trt_yolov6.data.media import Video, find_media
-from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.candidates import Candidates, Suppressed
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
 from trt_yolov6.errors import UserError
@@ -166,7 +166,7 @@ def _detect_at_once(
         for row, image in zip(array, images, strict=True)
     ]
     if engine.is_checked:
-        outputs = engine.start(array, nms.confidence).wait()
+        outputs = engine.start(array, nms).wait()
     else:
         outputs = _checked_outputs(engine, array, len(images), nms, _warn)
     return postprocess(outputs, engine.output_layout, nms, placed, class_names=engine.class_names)
@@ -259,7 +259,7 @@ def process(
     steps = _steps(engine, source, read, open_item or read, nms, options)
 
     def conclude(
-        loaded: Batch[Item], outputs: dict[str, NDArray[np.generic]] | Candidates
+        loaded: Batch[Item], outputs: dict[str, NDArray[np.generic]] | Candidates | Suppressed
     ) -> tuple[Result, float, float]:
         start = time.perf_counter()
         found: list[Detections] = []

@@ -142,9 +142,10 @@ def _in_order(
             if chunk:
                 given[ours].append(number)
                 number += 1
-        for ours in wait(list(open_ends)):
+        ready: list[Any] = wait(list(open_ends))
+        for ours in ready:
             try:
-                kind, value = ours.recv()  # type: ignore[union-attr]
+                kind, value = ours.recv()
             except (EOFError, OSError) as error:
                 raise UserError(
                     f"the process of GPU {open_ends[ours]} ended before its work; see its messages "

@@ -266,8 +266,10 @@ __device__ void sort(u64* keys, u32 count) {
 __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* bins) {
     __shared__ u32 totals[THREADS / 32], split, before;
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    // Scores are hardly above 1; what is falls into the first bin.
-    u64 low = start != 0 ? start : key_of(1.0f, 0) < stop ? key_of(1.0f, 0) : 0, high = stop;
+    // Scores are hardly above 1, so bins begin there; what is above falls into the first one.
+    const u64 one = key_of(1.0f, 0);
+    bool is_open = start == 0 && one < stop;
+    u64 low = is_open ? one : start, high = stop;
     for (;;) {
         const int bits = 64 - __clzll(high - low - 1), shift = bits > LOG_THREADS ? bits - LOG_THREADS : 0;
         bins[thread] = 0;
@@ -296,8 +298,10 @@ __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* b
         if (bin == THREADS) return high;
         if (smaller > 0) return low + ((u64)bin << shift);
         // One bin has too many: the same again within it.
-        high = low + ((u64)(bin + 1) << shift);
-        low = bin == 0 ? start : low + ((u64)bin << shift);
+        const u64 begin = low + ((u64)bin << shift);
+        if (high - begin > 1ull << shift) high = begin + (1ull << shift);
+        low = is_open && bin == 0 ? start : begin;
+        is_open = false;
         __syncthreads();
     }
 }

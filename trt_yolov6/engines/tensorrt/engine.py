@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox
-from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.detectors.metadata import check_input
 from trt_yolov6.detectors.recognition import GraphFacts
 from trt_yolov6.engines.base import Engine, LoadOptions, Run, check_batch, check_images
@@ -22,6 +22,7 @@ from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.cuda.arrays import lies_on_gpu, view_of
 from trt_yolov6.engines.cuda.device import Event, OutOfGpuMemoryError, PinnedPool
 from trt_yolov6.engines.cuda.jpeg import JpegDecoder
+from trt_yolov6.engines.cuda.suppression import reading_of as reading_on_gpu
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.reading import class_names_of, reading_of
 from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
@@ -118,12 +119,7 @@ class TensorRTEngine(Engine):
             outputs=self.outputs,
             batch=self.batch,
             record_graph=self._contexts.record_graph,
-            find_candidates=self.output_layout == "split"
-            and all(
-                output.dtype == np.float32
-                or (output.name == "scores" and output.dtype == np.float16)
-                for output in self.outputs
-            ),
+            reading=reading_on_gpu(self.output_layout, self.outputs, self.image_size),
         )
         try:
             self._idle.append(self._new_lane())
@@ -137,11 +133,11 @@ class TensorRTEngine(Engine):
         assert isinstance(outputs, dict)
         return outputs
 
-    def start(self, images: Any, confidence: float | None = None) -> Run:
+    def start(self, images: Any, nms: NmsSettings | None = None) -> Run:
         lane = self._take()
         try:
             batch = self._checked(images, lane)
-            lane.start(batch, confidence)
+            lane.start(batch, nms)
         except BaseException:
             self._idle.append(lane)
             raise
@@ -398,7 +394,7 @@ class _LaneRun(Run):
         self._done = done
         self._batch = batch
 
-    def wait(self) -> dict[str, NDArray[Any]] | Candidates:
+    def wait(self) -> dict[str, NDArray[Any]] | Suppressed:
         assert self._lane is not None, "a run is waited for once"
         lane, self._lane = self._lane, None
         try:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.engines.cuda.arrays import output_view
 from trt_yolov6.engines.cuda.device import (
     CudaError,
@@ -32,14 +32,14 @@ from trt_yolov6.engines.cuda.device import (
     PinnedPool,
     Stream,
 )
-from trt_yolov6.engines.cuda.score_filter import CandidateFilter
+from trt_yolov6.engines.cuda.suppression import Reading, Suppression
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
 
 _COPY_THREADS = min(16, os.cpu_count() or 1)
 
-_Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, Stream, CandidateFilter)
+_Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, Stream, Suppression)
 
 
 _MOST_CONTEXTS = 8
@@ -64,8 +64,8 @@ class LanePlan:
     batch: BatchProfile
     record_graph: bool
     """Record runs as CUDA graphs here; TensorRT-RTX does so by itself."""
-    find_candidates: bool
-    """The outputs are `boxes` and `scores`, which the GPU can search."""
+    reading: Reading | None
+    """How the GPU reads the outputs to suppress boxes; None where it cannot."""
 
 
 @dataclass
@@ -99,15 +99,16 @@ class Lane:
         self._plan = plan
         self._pinned = pinned
         self._logger = logger_of(plan.flavour.api)
-        self._owned: list[DeviceMemory | PinnedMemory | Stream | CandidateFilter] = []
+        self._owned: list[DeviceMemory | PinnedMemory | Stream | Suppression] = []
         self._device_outputs: dict[str, DeviceMemory] = {}
         self._host_outputs: dict[str, PinnedMemory] = {}
         self._allocators: dict[str, Any] = {}
         self._bindings: dict[tuple[int, ...], _Binding] = {}
         self._scratch: DeviceMemory | None = None
         self._record_graph = plan.record_graph
-        self._filter: CandidateFilter | None = None
-        self._filtered = False
+        self._suppression: Suppression | None = None
+        self._can_suppress = plan.reading is not None
+        self._suppressed: tuple[int, NmsSettings] | None = None
         self._in_use: Any = None
         self._generation = 0
         self._copiers = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="to-gpu")
@@ -117,13 +118,13 @@ class Lane:
             self.close()
             raise
 
-    def start(self, images: Any, confidence: float | None, *, fetch: bool = True) -> None:
+    def start(self, images: Any, nms: NmsSettings | None, *, fetch: bool = True) -> None:
         """Put a run on the stream: copy in, compute, copy out. Nothing is waited for.
 
         Args:
             images: a NumPy array, or a view of GPU memory (`cuda.arrays.view_of`), of the
                 engine's shape and dtype; not to be changed before `finish` returns.
-            confidence: copy only scores above it, with their boxes; None copies all outputs.
+            nms: copy only the boxes that these thresholds keep; None copies all outputs.
             fetch: False leaves the outputs on the GPU.
         """
         shape = tuple(images.shape)
@@ -136,27 +137,27 @@ class Lane:
             address = int(images.ptr)
         self._bind(address, shape)
         self._enqueue()
-        self._filtered = fetch and confidence is not None and self._can_filter()
+        self._suppressed = None
         if not fetch:
             return
-        if self._filtered:
-            assert self._filter is not None
-            assert confidence is not None
-            boxes, scores = (self._device_outputs[name] for name in ("boxes", "scores"))
-            self._filter.start(self.stream, boxes, scores, shape[0], confidence)
+        suppression = None if nms is None else self._suppression_for(nms)
+        if suppression is not None and nms is not None:
+            suppression.enqueue(self.stream, self._device_outputs, shape[0], nms)
+            self._suppressed = shape[0], nms
         else:
             self._copy_outputs()
 
-    def finish(self) -> dict[str, NDArray[Any]] | Candidates:
+    def finish(self) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the run that was started, and return what it copied out."""
         try:
-            if self._filtered:
-                assert self._filter is not None
-                found = self._filter.finish(self.stream)
+            self.stream.wait()
+            if self._suppressed is not None:
+                assert self._suppression is not None
+                found = self._suppression.fetch(*self._suppressed)
                 if found is not None:
                     return found
                 self._copy_outputs()
-            self.stream.wait()
+                self.stream.wait()
             return {output.name: self._result(output) for output in self._plan.outputs}
         finally:
             self._in_use = None
@@ -317,19 +318,24 @@ class Lane:
         self._owned.append(resource)
         return resource
 
-    def _can_filter(self) -> bool:
-        """Make the candidate filter when it is first wanted; False where there can be none."""
+    def _suppression_for(self, nms: NmsSettings) -> Suppression | None:
+        """Return the suppression on the GPU, made when it is first wanted; None if there is none.
+
+        There is none without NVRTC, nor for outputs of a layout or a size that it does not take.
+        """
         plan = self._plan
-        if self._filter is None and plan.find_candidates:
-            shape = self._output_shape("scores")
+        if not self._can_suppress or not Suppression.fits(nms):
+            return None
+        if self._suppression is None:
+            assert plan.reading is not None
+            if not self._device_outputs.keys() >= set(plan.reading.tensors):
+                self._can_suppress = False
+                return None
             try:
-                half = next(out for out in plan.outputs if out.name == "scores").dtype != np.float32
-                self._filter = self._own(
-                    CandidateFilter(shape[2], shape[1], plan.batch.max, half_scores=half)
-                )
+                self._suppression = self._own(Suppression(plan.reading, plan.batch.max))
             except CudaError:
-                return False
-        return self._filter is not None
+                self._can_suppress = False
+        return self._suppression
 
     # --- running ----------------------------------------------------------------------------------
 
