@@ -67,7 +67,7 @@ class HostStream:
     def copy_in(self, target: HostMemory, source: int, nbytes: int, offset: int = 0) -> None:
         assert offset + nbytes <= target.nbytes
         assert not target.freed
-        self.do(lambda: ctypes.memmove(target.address + offset, source + offset, nbytes))
+        self.do(lambda: _move(target.address + offset, source + offset, nbytes))
 
     def wait_for(self, event: Any) -> None:
         self.do(event.check)
@@ -88,6 +88,10 @@ class HostStream:
         if not self.records:
             raise UserError("this cannot be recorded")
         graph.launch = lambda stream: [stream.do(work) for work in recorded]
+
+
+def _move(target: int, source: int, nbytes: int) -> None:
+    ctypes.memmove(target, source, nbytes)
 
 
 class HostEvent:
@@ -266,7 +270,8 @@ def test_as_many_lanes_are_made_as_batches_are_in_flight(engine: Engine) -> None
         if turn >= 2:
             check(running[turn - 2].wait(), engine, batches[turn - 2], 2)
     assert len(HostLane.made) == 3
-    assert lanes.start([], [], 1, NMS).wait()["scores"].shape[0] == 1
+    found: Any = lanes.start([], [], 1, NMS).wait()
+    assert found["scores"].shape[0] == 1
 
 
 def test_what_was_recorded_is_forgotten_when_a_context_changes(engine: Engine) -> None:
