@@ -38,6 +38,7 @@ from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.spec import PredictOptions
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("yolov6n", "yolov6t", "yolov6s", "yolov6m", "yolov6l", "yolov6l-relu")
@@ -243,7 +244,7 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
     for row in rows:
         if "ap" in row and "engine" in row:
             with load_engine(folder / row["engine"]) as engine:
-                found = evaluate(engine, data, batch=8, progress=False)
+                found = evaluate(engine, data, PredictOptions(batch=8), progress=False)
                 row["ap"] = None if found.ap is None else round(found.ap, 4)
                 images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))[:8]
                 outputs = engine.infer(images)

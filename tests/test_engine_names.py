@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.small_graphs import detector
@@ -15,8 +16,8 @@ from trt_yolov6.engines.build import build_engine, engine_path, engine_stem, wri
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.runtime.predict import default_nms
-from trt_yolov6.spec import BatchProfile, NmsSettings
+from trt_yolov6.runtime.predict import default_nms, resolve
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 
 @pytest.fixture
@@ -94,6 +95,40 @@ def test_what_is_shown_has_one_default_threshold(graph: Graph, tmp_path: Path) -
         assert default_nms(engine) == engine.nms
         engine.nms = NmsSettings(confidence=0.1, iou=0.7)
         assert default_nms(engine) == NmsSettings(confidence=0.4, iou=0.7)
+
+
+def test_options_change_only_what_they_give() -> None:
+    inside = NmsSettings(confidence=0.1, iou=0.7, max_detections=50)
+    options = PredictOptions(iou=0.5, border=3, batch=2)
+    assert options.nms(inside) == NmsSettings(0.1, 0.5, 50)
+    assert options.nms() == NmsSettings(iou=0.5)
+    assert options.over(inside) == PredictOptions(0.1, 0.5, 50, border=3, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"iou": 2}, "`iou`"),
+        ({"confidence": 1}, "`confidence`"),
+        ({"max_detections": 0}, "detections"),
+        ({"border": -1}, "`border`"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        PredictOptions(**options)
+
+
+@pytest.mark.parametrize(("options", "border"), [({"resize": 40}, 12), ({"border": 5}, 5), ({}, 0)])
+def test_the_border_follows_from_the_size_to_resize_to(
+    graph: Graph, options: dict[str, Any], border: int
+) -> None:
+    write_graph(graph, "plain.onnx")
+    with load_engine("plain.onnx") as engine:
+        assert engine.image_size == (64, 64)
+        assert resolve(engine, PredictOptions(**options)) == (NmsSettings(), border)
+        with pytest.raises(UserError, match="border"):
+            resolve(engine, PredictOptions(border=32))
 
 
 def test_an_int8_graph_that_would_all_be_computed_in_float_is_refused(

@@ -27,6 +27,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.serving.ray.cluster import Actors, fitting_actors
+from trt_yolov6.spec import PredictOptions
 
 pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 
@@ -182,7 +183,8 @@ def test_a_mistake_comes_back_as_a_sentence(cluster: Any, tiny: Path, pictures: 
             tiny,
             pictures,
             pictures.parent / "out",
-            RayOptions(address="auto", progress=False, batch=2**40),
+            RayOptions(address="auto", progress=False),
+            PredictOptions(batch=2**40),
         )
 
 

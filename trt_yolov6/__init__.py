@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.runtime.detector import Detector
     from trt_yolov6.runtime.evaluate import Evaluation
-    from trt_yolov6.spec import BatchProfile, NmsSettings, Precision
+    from trt_yolov6.spec import BatchProfile, NmsSettings, Precision, PredictOptions
     from trt_yolov6.training.recipe import TrainSettings
     from trt_yolov6.training.trainer import TrainResult
 
@@ -63,6 +63,7 @@ __all__ = [
     "NmsSettings",
     "Plan",
     "Precision",
+    "PredictOptions",
     "Preprocessing",
     "QuantizationSettings",
     "TrainResult",
@@ -99,7 +100,7 @@ _MODULES = {
     "quantization.settings": ("QuantizationSettings",),
     "runtime.detector": ("Detector",),
     "runtime.evaluate": ("Evaluation",),
-    "spec": ("BatchProfile", "NmsSettings", "Precision"),
+    "spec": ("BatchProfile", "NmsSettings", "Precision", "PredictOptions"),
     "training.recipe": ("TrainSettings",),
     "training.trainer": ("TrainResult",),
 }

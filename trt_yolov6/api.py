@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.pipeline import build, export, quantize
 from trt_yolov6.runtime.detector import Detector
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,11 +84,8 @@ def evaluate(
     detector: AnyDetector,
     data: str | Path,
     split: str | None = None,
+    options: PredictOptions | None = None,
     *,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
-    workers: int | None = None,
     confusion: bool = False,
     progress: bool = True,
 ) -> Evaluation:
@@ -98,10 +95,8 @@ def evaluate(
         detector: a loaded detector, or the path of an engine.
         data: data set in COCO, YOLO or Pascal VOC layout: its folder or `data.yaml`.
         split: part of it. Default: the only one, else `val`, else `val2017`.
-        nms: thresholds. Default: confidence 0.03, IoU 0.65, 300 boxes, as the YOLOv6 paper.
-        border: gray pixels on every side of an image.
-        batch: images given to the engine at a time. Default: up to 8.
-        workers: threads that read and pre-process. Default: one a core, at most 16.
+        options: thresholds, border, batch. Default thresholds: confidence 0.03, IoU 0.65, 300
+            boxes, as the YOLOv6 paper.
         confusion: also count which class objects are taken for.
         progress: show a progress bar, if standard error is a terminal.
 
@@ -124,10 +119,7 @@ def evaluate(
         return evaluate_engine(
             engine,
             load_coco(data, split),
-            nms=nms,
-            border=border,
-            batch=batch,
-            workers=workers,
+            options,
             confusion=confusion,
             progress=progress,
         )
@@ -180,8 +172,8 @@ class BenchmarkOptions(TypedDict, total=False):
     """Batches that run side by side on a GPU, each on its own stream (1); not with `images`."""
     images: Sequence[str | Path | bytes] | str | Path | None
     """Encoded images to time end to end: a folder, files, or their bytes."""
-    nms: NmsSettings | None
-    """Thresholds of the end-to-end measurement; default: those of evaluation."""
+    predict: PredictOptions | None
+    """Thresholds and border of the end-to-end measurement; default: those of evaluation."""
     duration: float
     """Seconds of measuring an engine at most (10)."""
     warm_up: float
@@ -196,7 +188,7 @@ def _benchmark(
     batch: int = 1,
     streams: int = 1,
     images: Sequence[str | Path | bytes] | str | Path | None = None,
-    nms: NmsSettings | None = None,
+    predict: PredictOptions | None = None,
     duration: float = 10.0,
     warm_up: float = 1.0,
     progress: bool = True,
@@ -209,8 +201,10 @@ def _benchmark(
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(_opened(one)) for one in detectors]
         if images is None:
-            if nms is not None:
-                raise UserError("`nms` is for timing with `images`; leave it out.", "nms", "images")
+            if predict is not None:
+                raise UserError(
+                    "`predict` is for timing with `images`; leave it out.", "predict", "images"
+                )
             return benchmark_many(
                 engines,
                 batch=batch,
@@ -226,8 +220,8 @@ def _benchmark(
         return benchmark_end_to_end_many(
             engines,
             [Path(image) if isinstance(image, str) else image for image in images],
+            predict,
             batch=batch,
-            nms=nms,
             duration=duration,
             warm_up=warm_up,
             progress=progress,

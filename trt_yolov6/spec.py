@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -176,6 +176,52 @@ class NmsSettings:
                 f"at most {self.max_detections} detections an image is out of range; "
                 "give at least 1."
             )
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How images become detections. What is None is left to the detector and the task.
+
+    Example:
+        >>> PredictOptions(confidence=0.1).nms(NmsSettings(iou=0.7))
+        NmsSettings(confidence=0.1, iou=0.7, max_detections=300)
+    """
+
+    confidence: float | None = None
+    """Least score in 0..1. Default: 0.4 for what is shown, 0.03 for evaluation and timing, or more
+    where the graph suppresses boxes itself with a higher one."""
+    iou: float | None = None
+    """Boxes of a class that overlap more, in 0..1, are one. Default: 0.65, or the graph's."""
+    max_detections: int | None = None
+    """Most objects an image. Default: 300, or the graph's."""
+    resize: int | tuple[int, int] | None = None
+    """Side, or (height, width), that images are resized to fit; gray border is the rest."""
+    border: int | None = None
+    """Gray pixels on every side of an image, as some YOLOv6 evaluations add (0)."""
+    batch: int | None = None
+    """Images given to the engine at a time. Default: up to 8."""
+    workers: int | None = None
+    """Threads that read and pre-process. Default: one a core, at most 16."""
+    clip: bool = True
+    """Cut boxes off at the image's edge; evaluation scores them as predicted."""
+
+    def __post_init__(self) -> None:
+        self.nms()
+        if self.border is not None and self.border < 0:
+            raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.", "border")
+
+    def nms(self, default: NmsSettings | None = None) -> NmsSettings:
+        """Return the thresholds; those that are None come from `default`, else `NmsSettings()`."""
+        return NmsSettings(**{**asdict(default or NmsSettings()), **self.thresholds()})
+
+    def over(self, default: NmsSettings) -> PredictOptions:
+        """Return the options with thresholds that are None taken from `default`."""
+        return replace(self, **asdict(self.nms(default)))
+
+    def thresholds(self) -> dict[str, Any]:
+        """Return the thresholds that are given, by name."""
+        values = {name: getattr(self, name) for name in ("confidence", "iou", "max_detections")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import Manifest, write_manifest
-from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout
+from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, PredictOptions
 
 SIZE, CELL = 64, 8
 GRID = SIZE // CELL
 NAMES = ("red", "green", "blue")
 # Between the tiny detector's scores of gray, 114 / 255, and of the colours drawn here.
-SURE = NmsSettings(confidence=0.6)
+SURE = PredictOptions(confidence=0.6)
 
 
 def cell_boxes() -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.cli.engines import load, newest_engine, nms_settings, ray_options, resolved
+from trt_yolov6.cli.engines import load, newest_engine, predict_options, ray_options, resolved
 from trt_yolov6.cli.options import (
     SAMPLE_DATA,
     Commands,
@@ -69,17 +69,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _evaluated_here(options: argparse.Namespace, path: Path, dataset: CocoDataset) -> Evaluation:
-    from trt_yolov6.data.letterbox import resolve_border
     from trt_yolov6.runtime.evaluate import evaluate
 
     with load(path, options) as engine:
         return evaluate(
             engine,
             dataset,
-            batch=options.batch,
-            nms=nms_settings(options),
-            border=resolve_border(options.resize, options.border, engine.image_size),
-            workers=options.workers,
+            predict_options(options),
             progress=not options.quiet,
             confusion=options.plots is not None,
         )
@@ -94,9 +90,7 @@ def _evaluated_on_ray(options: argparse.Namespace, path: Path, dataset: CocoData
         path,
         dataset,
         ray_options(options),
-        nms=nms_settings(options),
-        resize=options.resize,
-        border=options.border,
+        predict_options(options),
         confusion=options.plots is not None,
     )
 

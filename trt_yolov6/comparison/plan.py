@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.errors import UserError, did_you_mean
-from trt_yolov6.spec import NmsSettings, Precision
+from trt_yolov6.spec import NmsSettings, Precision, PredictOptions
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -128,20 +128,20 @@ class Plan:
             )
         if self.examples < 0:
             raise UserError("`examples` is a number of images; give 0 or more.", "examples")
-        if self.border < 0:
-            raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.", "border")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"`threads` {self.threads} is too few; give 1 or more.", "threads")
-        _ = self.nms
+        _ = self.predict_options
 
     @property
-    def nms(self) -> NmsSettings:
-        """The thresholds of the evaluation.
+    def predict_options(self) -> PredictOptions:
+        """Thresholds and border of the evaluation.
 
         Raises:
             UserError: one is out of range.
         """
-        return NmsSettings(self.confidence, self.iou, self.max_detections)
+        return PredictOptions(
+            self.confidence, self.iou, self.max_detections, border=self.border or None
+        )
 
 
 def read_plan(path: str | Path, **changes: Any) -> Plan:
