@@ -40,10 +40,17 @@ def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graph:
     ],
 )
 def test_a_name_says_checkpoint_precision_and_what_is_not_usual(
-    graph: Graph, changes: dict[str, object], target: str | None, stem: str
+    graph: Graph, changes: dict[str, Any], target: str | None, stem: str
 ) -> None:
-    usual = dataclasses.replace(graph, source=Path("in/cells.pt"), image_size=(640, 640))
-    built = dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
+    described = {"image_size": (640, 640)} | {
+        name: value for name, value in changes.items() if name in ("image_size", "output_layout")
+    }
+    built = dataclasses.replace(
+        graph,
+        source=Path("in/cells.pt"),
+        detector=dataclasses.replace(graph.detector, **described),
+        **{name: value for name, value in changes.items() if name not in described},
+    )
     assert engine_stem(built, target) == stem
     assert engine_path(built, "onnxruntime", None, target) == Path("engines", f"{stem}.onnx")
     assert engine_path(built, "onnxruntime", "x.onnx", target) == Path("x.onnx")
@@ -91,9 +98,11 @@ def test_what_is_shown_has_one_default_threshold(graph: Graph, tmp_path: Path) -
     with load_engine("plain.onnx") as engine:
         assert default_nms(engine) == NmsSettings(confidence=0.4)
         # What a graph has decided itself is not asked for again.
-        engine.nms = NmsSettings(confidence=0.5, iou=0.7, max_detections=100)
+        inside = NmsSettings(confidence=0.5, iou=0.7, max_detections=100)
+        engine.detector = dataclasses.replace(engine.detector, nms=inside)
         assert default_nms(engine) == engine.nms
-        engine.nms = NmsSettings(confidence=0.1, iou=0.7)
+        inside = NmsSettings(confidence=0.1, iou=0.7)
+        engine.detector = dataclasses.replace(engine.detector, nms=inside)
         assert default_nms(engine) == NmsSettings(confidence=0.4, iou=0.7)
 
 

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 from support.tiny_detector import NAMES, SIZE, load_tiny
 
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.engines import LoadOptions, backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import build_engine
@@ -234,18 +235,15 @@ def test_an_output_name_of_another_backend_is_refused(engine_file: Path) -> None
 MANIFEST = Manifest(
     engine="n.onnx",
     model="yolov6n",
-    class_names=("a", "b"),
-    image_size=(320, 640),
+    detector=DetectorSpec(("a", "b"), (320, 640), "end2end", nms=NmsSettings(0.1, 0.5, 100)),
     batch=BatchProfile(1, 4, 8),
     precision="fp16",
-    output_layout="end2end",
     backend="onnxruntime",
     backend_version="1.0",
     target="any",
     plan_sha256="0" * 64,
     source="n.pt",
     source_sha256="1" * 64,
-    nms=NmsSettings(0.1, 0.5, 100),
     float_layers=("head",),
 )
 

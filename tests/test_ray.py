@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -161,7 +162,7 @@ def test_an_evaluation_has_the_ap_of_one_process(cluster: Any, tmp_path: Path) -
     write_cells(tmp_path / "cells", images=20)
     dataset = load_coco(tmp_path / "cells")
     with load_named(tmp_path) as engine:
-        engine.class_names = ()  # as the file tells
+        engine.detector = dataclasses.replace(engine.detector, class_names=())  # as in the file
         expected = evaluate(engine, dataset, progress=False, confusion=True)
         found = evaluate_on_ray(engine.path, dataset, ANY, confusion=True)
     assert found.ap == expected.ap

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trt_yolov6.data.images import read_image
     from trt_yolov6.data.preprocessing import Preprocessing
     from trt_yolov6.detectors.detections import Detection, Detections
+    from trt_yolov6.detectors.spec import DetectorSpec
     from trt_yolov6.diagnostics.inspection import Inspection
     from trt_yolov6.engines.base import BuildSettings
     from trt_yolov6.engines.build import BuiltEngine
@@ -55,6 +56,7 @@ __all__ = [
     "Detection",
     "Detections",
     "Detector",
+    "DetectorSpec",
     "Evaluation",
     "Graph",
     "Inspection",
@@ -91,6 +93,7 @@ _MODULES = {
     "data.images": ("read_image",),
     "data.preprocessing": ("Preprocessing",),
     "detectors.detections": ("Detection", "Detections"),
+    "detectors.spec": ("DetectorSpec",),
     "diagnostics.inspection": ("Inspection",),
     "engines.base": ("BuildSettings",),
     "engines.build": ("BuiltEngine",),

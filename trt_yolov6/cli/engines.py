@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.cli.options import ENGINE_SUFFIXES, ENGINES, preprocess_changes
-from trt_yolov6.cli.output import reading_text, say
+from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ def load(path: Path, options: argparse.Namespace) -> Engine:
 
     engine = load_engine(resolved(path), options.backend, load_options(options))
     if engine.manifest is None:
-        reading = reading_text(engine.decoder, engine.output_layout, engine.preprocessing)
-        say(f"{path} has no manifest: {reading}")
+        say(f"{path} has no manifest: {engine.detector}")
     if engine.dropped_outputs:
         say(f"{path}: {dropped_text(engine.dropped_outputs)}")
     return engine

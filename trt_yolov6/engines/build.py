@@ -219,22 +219,17 @@ def _manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
     return Manifest(
         engine=file_name(path),
         model=graph.name,
-        class_names=graph.class_names,
-        image_size=graph.image_size,
+        detector=graph.detector,
         batch=graph.batch,
         precision=graph.precision,
-        output_layout=graph.output_layout,
         backend="onnxruntime",
         backend_version=backend_module("onnxruntime").availability().version or "unknown",
         target="any",
         plan_sha256=sha256_bytes(plan),
         source=file_name(graph.source),
         source_sha256=sha256_file(graph.source),
-        nms=graph.nms,
         calibration=graph.calibration,
         float_layers=graph.float_layers,
-        decoder=graph.decoder,
-        preprocessing=graph.preprocessing,
         tensors=tuple(
             value_spec(item, graph.source)
             for item in (*runtime_inputs(graph.model), *graph.model.graph.output)

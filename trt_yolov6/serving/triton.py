@@ -32,6 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trt_yolov6.common.files import check_writable
+from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -289,16 +290,7 @@ def _loaded_model(
             batch = manifest.batch if manifest else engine.batch
             # An ONNX file with a free batch axis sets no limit itself.
             free = BatchProfile() if batch.max > 1024 else batch
-            details: dict[str, Any] = {
-                "model": path.stem,
-                "precision": _precision_of(path),
-                "batch": free,
-                "class_names": engine.class_names,
-                "decoder": engine.decoder,
-                "output_layout": engine.output_layout,
-                "preprocessing": engine.preprocessing,
-            }
-            found = manifest or _Details(**details)
+            found = manifest or _Details(path.stem, _precision_of(path), free, engine.detector)
             return _model(path, engine.backend, found, engine.input, engine.outputs, python)
     except MissingDependencyError as error:
         raise UserError(
@@ -308,16 +300,13 @@ def _loaded_model(
 
 
 @dataclass(frozen=True)
-class _Details:
+class _Details(Described):
     """Manifest of an engine that has none."""
 
     model: str
     precision: str
     batch: BatchProfile
-    class_names: tuple[str, ...]
-    decoder: str
-    output_layout: str
-    preprocessing: Any
+    detector: DetectorSpec
 
 
 def _check_graph(path: Path, python: Serves | None) -> None:
