@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -235,16 +234,6 @@ class TensorSpec:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON has it: the dtype by its name, null where a length varies."""
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
-        """Return the value that `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
-        shape = tuple(None if length is None else int(length) for length in value["shape"])
-        return cls(str(value["name"]), shape, np.dtype(value["dtype"]))
 
 
 def image_size_of(spec: TensorSpec) -> tuple[int, int]:

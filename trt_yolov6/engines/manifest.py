@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import (
@@ -25,10 +25,10 @@ from trt_yolov6.common.files import (
     sha256_file,
     write_json,
 )
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.common.records import as_record
 from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, PrecisionName, TensorSpec
+from trt_yolov6.spec import BatchProfile, PrecisionName, TensorSpec
 
 SCHEMA_VERSION = 1
 
@@ -202,52 +202,10 @@ def _from_json(path: Path, value: dict[str, Any]) -> Manifest:
             f"{path} has manifest schema {value.get('schema')!r}, this version reads "
             f"{SCHEMA_VERSION}; build the engine again."
         )
-    try:
-        height, width = value["image_size"]
-        described = {
-            **_fields(DetectorSpec, value),
-            "class_names": tuple(value["class_names"]),
-            "image_size": (int(height), int(width)),
-            "nms": NmsSettings(**value["nms"]) if value.get("nms") else None,
-            "preprocessing": Preprocessing.from_json(value.get("preprocessing", {})),
-        }
-        manifest = Manifest(
-            **{
-                **_fields(Manifest, value),
-                "detector": DetectorSpec(**described),
-                "batch": BatchProfile(**value["batch"]),
-                "float_layers": tuple(value.get("float_layers", ())),
-                "tensors": tuple(map(TensorSpec.from_json, value.get("tensors", ()))),
-            }
-        )
-        _check_values(manifest, value)
-    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); build the engine again with "
-            "`trt-yolov6 build`."
-        ) from error
+    remedy = "build the engine again with `trt-yolov6 build`."
+    # The detector's fields are among the others; each class takes its own.
+    detector = as_record(value, DetectorSpec, f"{path} is damaged", remedy)
+    manifest = as_record({**value, "detector": detector}, Manifest, f"{path} is damaged", remedy)
+    if manifest.backend not in BACKENDS:
+        raise UserError(f"{path} is damaged: backend: {manifest.backend!r}; {remedy}")
     return manifest
-
-
-def _fields(kind: type[Any], value: dict[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(kind)}
-    return {key: item for key, item in value.items() if key in known}
-
-
-def _check_values(manifest: Manifest, value: dict[str, Any]) -> None:
-    """Raise ValueError for what a dataclass takes but no manifest has."""
-    choices = {
-        "precision": get_args(PrecisionName),
-        "output_layout": get_args(OutputLayout),
-        "backend": tuple(BACKENDS),
-    }
-    for name, allowed in choices.items():
-        if getattr(manifest, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
-    texts = ("engine", "model", "backend_version", "target", "plan_sha256", "source", "decoder")
-    wrong = [name for name in texts if not isinstance(getattr(manifest, name), str)]
-    if not isinstance(value["class_names"], list):
-        wrong.append("class_names")
-    wrong += [name for name in manifest.class_names if not isinstance(name, str)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is of the wrong type")
