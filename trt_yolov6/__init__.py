@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from trt_yolov6.detectors.detections import Detection, Detections
     from trt_yolov6.detectors.spec import DetectorSpec
     from trt_yolov6.diagnostics.inspection import Inspection
-    from trt_yolov6.engines.base import BuildSettings
+    from trt_yolov6.engines.base import BuildSettings, LoadOptions
     from trt_yolov6.engines.build import BuiltEngine
     from trt_yolov6.engines.manifest import Manifest
     from trt_yolov6.errors import MissingDependencyError, UserError
@@ -60,6 +60,7 @@ __all__ = [
     "Evaluation",
     "Graph",
     "Inspection",
+    "LoadOptions",
     "Manifest",
     "MissingDependencyError",
     "NmsSettings",
@@ -95,7 +96,7 @@ _MODULES = {
     "detectors.detections": ("Detection", "Detections"),
     "detectors.spec": ("DetectorSpec",),
     "diagnostics.inspection": ("Inspection",),
-    "engines.base": ("BuildSettings",),
+    "engines.base": ("BuildSettings", "LoadOptions"),
     "engines.build": ("BuiltEngine",),
     "engines.manifest": ("Manifest",),
     "errors": ("MissingDependencyError", "UserError"),

@@ -41,27 +41,18 @@ AnyDetector: TypeAlias = "Detector | Engine | str | Path"
 
 def load(
     path: str | os.PathLike[str],
+    options: LoadOptions | None = None,
     *,
     backend: str = "auto",
-    threads: int | None = None,
-    provider: str | None = None,
-    cuda_graph: bool = True,
-    decoder: str | None = None,
-    preprocess: Mapping[str, Any] | None = None,
 ) -> Detector:
     """Load an engine that `build` wrote, or any supported detector's ONNX file.
 
     Args:
         path: the engine; `engines/yolov6s.trt` also stands for the newest build of that name,
             such as `engines/yolov6s-int8.trt`.
+        options: threads, provider, CUDA graphs; family and preprocessing of a detector without a
+            manifest.
         backend: `tensorrt`, `tensorrt-rtx` or `onnxruntime`; `auto`: what the file was built for.
-        threads: CPU threads of ONNX Runtime. Default: one a physical core.
-        provider: ONNX Runtime's execution provider, `cpu`, `cuda` or `tensorrt`. Default: the best
-            that works.
-        cuda_graph: TensorRT: launch each run as one CUDA graph.
-        decoder: family of a detector without a manifest, see `detectors.families`. Default: found
-            out from the graph.
-        preprocess: fields of `Preprocessing` that differ from the manifest's or the family's.
 
     Raises:
         UserError: the file is missing, damaged, not a detector, or needs a backend that does not
@@ -76,7 +67,6 @@ def load(
     """
     from trt_yolov6.engines import find_engine, load_engine
 
-    options = LoadOptions(threads, provider, cuda_graph, decoder, dict(preprocess or {}))
     return Detector(load_engine(find_engine(Path(path)), backend, options))
 
 

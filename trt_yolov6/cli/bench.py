@@ -63,9 +63,10 @@ def run(options: argparse.Namespace) -> None:
             )
     if options.end_to_end and options.streams > 1:
         raise UserError("--streams is for the engine alone; leave it or --end-to-end out.")
-    engines = [load(path, options) for path in options.engine or [newest_engine()]]
+    detectors = [load(path, options) for path in options.engine or [newest_engine()]]
+    engines = [detector.engine for detector in detectors]
     results = benchmark(
-        engines,
+        detectors,
         batch=options.batch,
         streams=options.streams,
         images=(options.source or SAMPLE_IMAGES) if options.end_to_end else None,

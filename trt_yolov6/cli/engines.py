@@ -11,22 +11,24 @@ from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
-    from trt_yolov6.engines.base import Engine, LoadOptions
+    from trt_yolov6.engines.base import LoadOptions
+    from trt_yolov6.runtime.detector import Detector
     from trt_yolov6.serving.ray.jobs import RayOptions
     from trt_yolov6.spec import PredictOptions
 
 
-def load(path: Path, options: argparse.Namespace) -> Engine:
-    """Load an engine as the options say."""
-    from trt_yolov6.engines import load_engine
+def load(path: Path, options: argparse.Namespace) -> Detector:
+    """Load a detector as the options say, and say what was found out of one without a manifest."""
+    from trt_yolov6 import api
     from trt_yolov6.graph.outputs import dropped_text
 
-    engine = load_engine(resolved(path), options.backend, load_options(options))
+    detector = api.load(resolved(path), load_options(options), backend=options.backend)
+    engine = detector.engine
     if engine.manifest is None:
         say(f"{path} has no manifest: {engine.detector}")
     if engine.dropped_outputs:
         say(f"{path}: {dropped_text(engine.dropped_outputs)}")
-    return engine
+    return detector
 
 
 def load_options(options: argparse.Namespace) -> LoadOptions:

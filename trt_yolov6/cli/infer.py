@@ -73,11 +73,8 @@ def _or(words: tuple[str, ...]) -> str:
 
 
 def _infer_here(options: argparse.Namespace) -> None:
-    from trt_yolov6.runtime.annotate import infer_source
-
-    with load(options.engine or newest_engine(), options) as engine, _stopped_by_ctrl_c() as stop:
-        summary = infer_source(
-            engine,
+    with load(options.engine or newest_engine(), options) as detector, _stopped_by_ctrl_c() as stop:
+        summary = detector.annotate(
             options.source,
             options.output,
             predict_options(options),
@@ -98,7 +95,9 @@ def _infer_here(options: argparse.Namespace) -> None:
     print(f"{shown}: drawn")
     for path in summary.files:
         print(f"{path}: the detections")
-    say_next(options, "its AP on labelled images", f"eval --engine {engine.path} --data DATA")
+    say_next(
+        options, "its AP on labelled images", f"eval --engine {detector.engine.path} --data DATA"
+    )
 
 
 def _infer_on_ray(options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,6 +78,8 @@ class Detector:
         options: PredictOptions | None = None,
         *,
         formats: Sequence[Format] = ("json",),
+        frames: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
         progress: bool = False,
     ) -> InferenceSummary:
         """Draw detections on pictures or a video and write them, as the command `infer` does.
@@ -87,13 +89,22 @@ class Detector:
             output: folder to write to; not the one that the source lies in.
             options: thresholds, border and batch.
             formats: `json`, `csv`, `yolo`; see `runtime.annotate.infer_source`.
+            frames: end a video or stream after this number.
+            stop: asked before each frame of a video or stream: whether to end here.
             progress: show a progress bar on stderr.
 
         Raises:
             UserError: as `predict`, or the output cannot be written.
         """
         return infer_source(
-            self.engine, source, output, options, formats=formats, progress=progress
+            self.engine,
+            source,
+            output,
+            options,
+            formats=formats,
+            frames=frames,
+            stop=stop,
+            progress=progress,
         )
 
     def close(self) -> None:
