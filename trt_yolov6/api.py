@@ -153,17 +153,11 @@ def benchmark(
     return _benchmark(detectors, **options)
 
 
-class BenchmarkOptions(TypedDict, total=False):
-    """Options of `benchmark`."""
+class Measurement(TypedDict, total=False):
+    """How long to measure, and what."""
 
     batch: int
     """Images a run (1)."""
-    streams: int
-    """Batches that run side by side on a GPU, each on its own stream (1); not with `images`."""
-    images: Sequence[str | Path | bytes] | str | Path | None
-    """Encoded images to time end to end: a folder, files, or their bytes."""
-    predict: PredictOptions | None
-    """Thresholds and border of the end-to-end measurement; default: those of evaluation."""
     duration: float
     """Seconds of measuring an engine at most (10)."""
     warm_up: float
@@ -172,16 +166,24 @@ class BenchmarkOptions(TypedDict, total=False):
     """Show a progress bar, if standard error is a terminal (True)."""
 
 
+class BenchmarkOptions(Measurement, total=False):
+    """Options of `benchmark`."""
+
+    streams: int
+    """Batches that run side by side on a GPU, each on its own stream (1); not with `images`."""
+    images: Sequence[str | Path | bytes] | str | Path | None
+    """Encoded images to time end to end: a folder, files, or their bytes."""
+    predict: PredictOptions | None
+    """Thresholds and border of the end-to-end measurement; default: those of evaluation."""
+
+
 def _benchmark(
     detectors: Sequence[AnyDetector],
     *,
-    batch: int = 1,
-    streams: int = 1,
     images: Sequence[str | Path | bytes] | str | Path | None = None,
     predict: PredictOptions | None = None,
-    duration: float = 10.0,
-    warm_up: float = 1.0,
-    progress: bool = True,
+    streams: int = 1,
+    **how: Unpack[Measurement],
 ) -> list[BenchmarkResult]:
     from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
     from trt_yolov6.bench.latency import benchmark_many
@@ -195,14 +197,7 @@ def _benchmark(
                 raise UserError(
                     "`predict` is for timing with `images`; leave it out.", "predict", "images"
                 )
-            return benchmark_many(
-                engines,
-                batch=batch,
-                streams=streams,
-                duration=duration,
-                warm_up=warm_up,
-                progress=progress,
-            )
+            return benchmark_many(engines, streams=streams, **how)
         if streams > 1:
             raise UserError("`streams` is for the engine alone; leave it out.", "streams")
         if isinstance(images, (str, Path)):
@@ -211,10 +206,7 @@ def _benchmark(
             engines,
             [Path(image) if isinstance(image, str) else image for image in images],
             predict,
-            batch=batch,
-            duration=duration,
-            warm_up=warm_up,
-            progress=progress,
+            **how,
         )
 
 

@@ -53,22 +53,6 @@ class BuiltEngine:
         return str(self.path)
 
 
-def for_tensorrt(graph: Graph) -> Graph:
-    """Return a graph as TensorRT computes it: unsigned INT8 levels become signed ones.
-
-    Raises:
-        UserError: see `quantization.qdq.symmetric.check_symmetric`.
-    """
-    if graph.precision not in ("int8", "int8-dynamic"):
-        return graph
-    from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
-
-    model, said = with_symmetric_int8(graph.model, graph.source)
-    if said is None:
-        return graph
-    return dataclasses.replace(graph, model=model, notes=(*graph.notes, said))
-
-
 def engine_stem(graph: Graph, target: str | None = None) -> str:
     """Return an engine's descriptive name: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
 
@@ -155,8 +139,6 @@ def build_engine(
     settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch, fp8=fp8)
     name = check_build(backend, output, settings)
     module = backend_module(name)
-    if BACKENDS[name].tensorrt:
-        graph = for_tensorrt(graph)
     path = engine_path(graph, name, output, settings.target)
     asked = len(quantized_layers(graph.model))
     if settings.calibration is not None:
