@@ -128,16 +128,16 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], named: str) -
         PredictOptions(**options)
 
 
-@pytest.mark.parametrize(("options", "border"), [({"resize": 40}, 12), ({"border": 5}, 5), ({}, 0)])
+@pytest.mark.parametrize(("options", "border"), [({"resize": 20}, 6), ({"border": 5}, 5), ({}, 0)])
 def test_the_border_follows_from_the_size_to_resize_to(
     graph: Graph, options: dict[str, Any], border: int
 ) -> None:
     write_graph(graph, "plain.onnx")
     with load_engine("plain.onnx") as engine:
-        assert engine.image_size == (64, 64)
+        assert engine.image_size == (32, 32)
         assert resolve(engine, PredictOptions(**options)) == (NmsSettings(), border)
         with pytest.raises(UserError, match="border"):
-            resolve(engine, PredictOptions(border=32))
+            resolve(engine, PredictOptions(border=16))
 
 
 def test_an_int8_graph_that_would_all_be_computed_in_float_is_refused(
