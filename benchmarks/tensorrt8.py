@@ -286,7 +286,7 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
 
 
 def build_one(folder: Path, name: str, output: Path, level: int | None) -> None:
-    """Build the engine of a name, and write its row beside it."""
+    """Build the engine of a name, and write its row next to it."""
     (job,) = (job for job in jobs_in(folder) if job.name == name)
     row = build(job, output, level)
     write_json(output / f"{job.name}.row.json", row)

@@ -243,7 +243,7 @@ def test_a_picture_is_told_by_its_content(tmp_path: Path, engine: Engine) -> Non
 
 def test_frames_can_be_limited_and_stopped(tmp_path: Path, engine: Engine) -> None:
     write_video(tmp_path / "ride.avi", 20)
-    options: dict[str, Any] = {"nms": SURE, "progress": False}
+    options: dict[str, Any] = {"options": SURE, "progress": False}
     summary = infer_source(engine, tmp_path / "ride.avi", tmp_path / "a", frames=5, **options)
     assert (summary.images, [w for w in summary.warnings if "announces" in w]) == (5, [])
     asked: list[int] = []
@@ -314,7 +314,7 @@ def test_addresses_of_pictures_and_videos_are_fetched(
 ) -> None:
     Image.fromarray(picture(1, 2, 0, 10)).save(tmp_path / "a b.png")
     write_video(tmp_path / "ride.avi", 4)
-    options: dict[str, Any] = {"nms": SURE, "progress": False}
+    options: dict[str, Any] = {"options": SURE, "progress": False}
     summary = infer_source(engine, f"{server}/a%20b.png", tmp_path / "out", **options)
     assert ([path.name for path in summary.outputs], summary.objects) == (["a_b.png"], 1)
     summary = infer_source(engine, f"{server}/ride.avi", tmp_path / "out", **options)

@@ -154,7 +154,7 @@ def benchmark(
 
 
 class Measurement(TypedDict, total=False):
-    """How long to measure, and what."""
+    """Duration and size of a measurement."""
 
     batch: int
     """Images a run (1)."""

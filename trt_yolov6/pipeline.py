@@ -79,9 +79,9 @@ class BuildOptions(GraphOptions, total=False):
     """Further keywords of `build`."""
 
     quantization: QuantizationSettings | None
-    """How INT8 and FP8 are calibrated; type, rest and float layers are those of `precision`."""
+    """Calibration settings for INT8 and FP8; type, rest and float layers follow `precision`."""
     data: str | Path | None
-    """As for `quantize`."""
+    """Labelled data set, as for `quantize`."""
     split: str | None
     """Part of that data set."""
     target: str | None

@@ -179,7 +179,7 @@ class NmsSettings:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How images become detections. What is None is left to the detector and the task.
+    """Options for going from images to detections; None leaves one to the detector and the task.
 
     Example:
         >>> PredictOptions(confidence=0.1).nms(NmsSettings(iou=0.7))

@@ -18,7 +18,7 @@ from trt_yolov6.errors import UserError
 def detector_of(
     manifest: Manifest | None, options: LoadOptions, path: Path, facts: Callable[[], GraphFacts]
 ) -> DetectorSpec:
-    """Return what an engine computes, as its manifest says, else as its graph lets recognize.
+    """Return an engine's detector: as its manifest says, else as its graph lets recognize.
 
     Classes without names in the graph's metadata are `class_0`, `class_1` and so on.
 
