@@ -97,7 +97,7 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     from trt_yolov6.quantization.calibrators import group_amax
     from trt_yolov6.quantization.collect import collect
     from trt_yolov6.quantization.judge import batches_of
-    from trt_yolov6.quantization.mixed_precision import most_sensitive
+    from trt_yolov6.quantization.mixed_precision import layer_costs, most_sensitive, rankings
     from trt_yolov6.quantization.qdq.insert import insert_qdq
     from trt_yolov6.quantization.qdq.placement import place
     from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
@@ -120,8 +120,10 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
         placement = place(model)
         statistics = collect(model, batches_of(graph, paths), placement.tensors)
         amax = group_amax(statistics, placement.groups, "minmax")
-        ranks = ranked(layer_distortions(model, placement, amax, batches_of(graph, paths)), "snr")
-        forms["int8+float6"] = quantized(most_sensitive(ranks, 6))
+        distortions = layer_distortions(model, placement, amax, batches_of(graph, paths))
+        forms["int8+float6"] = quantized(most_sensitive(ranked(distortions, "snr"), 6))
+        worth = rankings(distortions, layer_costs(model))[-1]
+        forms["int8+float6-by_time"] = quantized(worth[:6])
     for form, content in forms.items():
         for batch in batches:
             onnx.save(with_batch(content, batch), folder / f"{name}.{form}.b{batch}.onnx")
