@@ -30,7 +30,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.runtime.evaluate import evaluate
-from trt_yolov6.spec import BatchProfile
+from trt_yolov6.spec import BatchProfile, PredictOptions
 
 SAMPLE = ROOT / "samples" / "yolov6n_bccd.pt"
 FILE = RESULTS / "paper-tables.json"
@@ -81,7 +81,7 @@ def measure_borders() -> list[dict[str, Any]]:
                     graph_from_checkpoint(SAMPLE, settings), backend="onnxruntime", output=path
                 )
             with load_engine(path) as engine:
-                found = evaluate(engine, dataset, border=border)
+                found = evaluate(engine, dataset, PredictOptions(border=border))
             rows.append({"resize": resize, "border": border, "AP": found.ap, "AP50": found.ap50})
     return rows
 

@@ -47,7 +47,7 @@ from trt_yolov6.runtime.detector import Detector
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.gpu_loading import load_images
 from trt_yolov6.runtime.predict import process
-from trt_yolov6.spec import BatchProfile, NmsSettings
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
@@ -239,9 +239,8 @@ def streamed(
     seconds: float,
 ) -> tuple[float, float, float]:
     """Return images a second of `process`, the cores it uses, and boxes an image."""
-    steps = process(
-        engine, itertools.cycle(items), read, keep, open_item=open_item, nms=nms, batch=BATCH
-    )
+    options = options_of(nms)
+    steps = process(engine, itertools.cycle(items), read, keep, options, open_item=open_item)
     with closing(steps):
         for _ in range(6):  # the first is checked on the CPU, the second recorded as a graph
             next(steps)
@@ -253,6 +252,11 @@ def streamed(
             boxes += sum(map(len, found))
         elapsed = time.perf_counter() - start
         return done / elapsed, (time.process_time() - used) / elapsed, boxes / max(done, 1)
+
+
+def options_of(nms: NmsSettings) -> PredictOptions:
+    """Return the options of batches of 32 with thresholds."""
+    return PredictOptions(nms.confidence, nms.iou, nms.max_detections, batch=BATCH)
 
 
 def keep(_batch: Any, found: list[Detections]) -> list[Detections]:
@@ -502,7 +506,9 @@ def measure_leaks(bench: Bench) -> dict[str, Any]:
 
         def run(batches: int) -> tuple[int, int]:
             items = itertools.islice(itertools.cycle(contents), BATCH * batches)
-            steps = process(engine, items, read_image, keep, open_item=open_image, batch=BATCH)
+            steps = process(
+                engine, items, read_image, keep, options_of(NmsSettings()), open_item=open_image
+            )
             for _ in steps:
                 pass
             return free_memory()[0], resident_bytes()
@@ -529,7 +535,9 @@ def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
         with load_engine(bench.engine(NAMES[0], 8)) as engine:
             if way == "CPU":
                 engine.takes_images = lambda: False  # type: ignore[method-assign]
-            result = evaluate(engine, load_coco(ROOT / "samples"), batch=8, progress=False)
+            result = evaluate(
+                engine, load_coco(ROOT / "samples"), PredictOptions(batch=8), progress=False
+            )
             rows.append(
                 {
                     "pictures on the": way,

@@ -21,9 +21,10 @@ from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.predict import detect, process
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
-SURE = NmsSettings(confidence=0.6)
+MANY = PredictOptions(confidence=0.6, batch=8)
+SURE = PredictOptions(confidence=0.6, batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,8 @@ def found_in(engine: Any, items: list[Path], **options: Any) -> tuple[list[Detec
         items,
         read_image,
         lambda _, detections: detections,
+        SURE,
         open_item=open_image,
-        nms=SURE,
-        batch=4,
         **options,
     ):
         found += step.result
@@ -127,7 +127,7 @@ def test_the_original_images_are_handed_on_where_they_are_wanted(
     with load_tiny(tmp_path) as plain:
         engine = HostImagesEngine(plain, library, decoder)
         steps = process(
-            engine, paths, read_image, lambda batch, _: batch.images, nms=SURE, keep_images=True
+            engine, paths, read_image, lambda batch, _: batch.images, SURE, keep_images=True
         )
         kept = [image for step in steps for image in step.result]
     for path, image in zip(paths, kept, strict=True):
@@ -167,9 +167,8 @@ def test_it_can_be_left_early(tmp_path: Path, library: Library) -> None:
             iter(paths),
             read_image,
             lambda _, found: found,
+            PredictOptions(batch=2),
             open_item=open_image,
-            nms=SURE,
-            batch=2,
         )
         for _ in range(3):
             next(steps)
@@ -184,9 +183,9 @@ def test_a_few_images_go_the_same_way_once_the_outputs_were_checked(
     with load_tiny(tmp_path) as plain:
         engine = HostImagesEngine(plain, library, HostDecoder(["002"]))
         mixed: list[Any] = [*paths, picture(1)]
-        wanted = detect(plain, mixed, nms=SURE)
+        wanted = detect(plain, mixed, MANY)
         for taken in ([], [7]):
-            found = detect(engine, mixed, nms=SURE)
+            found = detect(engine, mixed, MANY)
             assert_same(found, wanted)
             assert engine.taken == taken
 

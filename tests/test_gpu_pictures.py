@@ -27,12 +27,13 @@ from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import detect, process
-from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions, TensorSpec
 
 pytestmark = needs_gpu
 
 ROOT = Path(__file__).parents[1]
 VAL = ROOT / "samples" / "images" / "val"
+EIGHT = PredictOptions(batch=8)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["float32", "uint8"])
@@ -236,9 +237,7 @@ def test_a_stream_of_arrays_gives_the_boxes_of_the_cpus_way(engine: Engine, on_c
     found, wanted = (
         [
             one
-            for step in process(
-                which, range(30), images.__getitem__, lambda _, found: found, batch=8
-            )
+            for step in process(which, range(30), images.__getitem__, lambda _, found: found, EIGHT)
             for one in step.result
         ]
         for which in (engine, on_cpu)
@@ -267,8 +266,8 @@ def test_odd_files_are_read_as_ever(engine: Engine, on_cpu: Engine, tmp_path: Pa
 
 def test_the_ap_is_the_cpus(engine: Engine, on_cpu: Engine) -> None:
     data = load_coco(ROOT / "samples")
-    found = evaluate(engine, data, batch=8, progress=False)
-    wanted = evaluate(on_cpu, data, batch=8, progress=False)
+    found = evaluate(engine, data, EIGHT, progress=False)
+    wanted = evaluate(on_cpu, data, EIGHT, progress=False)
     assert found.ap is not None
     assert wanted.ap is not None
     print(f"AP {found.ap:.5f} on the GPU's way, {wanted.ap:.5f} on the CPU's")

@@ -28,9 +28,9 @@ from trt_yolov6.runtime.several_gpus import (
     process_on_gpus,
     visible_gpus,
 )
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
-SURE = NmsSettings(confidence=0.6)
+SURE = PredictOptions(confidence=0.6, batch=4)
 
 
 def write_pictures(folder: Path, count: int) -> list[Path]:
@@ -73,12 +73,11 @@ def test_results_come_in_order_and_from_every_process(tmp_path: Path) -> None:
     paths = write_pictures(tmp_path, 50)
     paths[9].write_bytes(b"no picture")
     with load_tiny(tmp_path) as engine:
-        options: dict[str, Any] = {"nms": SURE, "batch": 4, "skip_unreadable": True}
-        wanted = list(process(engine, paths, read_image, corners, **options))
+        wanted = list(process(engine, paths, read_image, corners, SURE, skip_unreadable=True))
         gpus = "5", "7"
         meet = Meet(tmp_path, gpus)
         steps = list(
-            process_on_gpus(file_of(engine), gpus, iter(paths), read_image, meet, **options)
+            process_on_gpus(gpus, engine, iter(paths), read_image, meet, SURE, skip_unreadable=True)
         )
     assert [step.result[:-1] for step in steps] == [step.result[:-1] for step in wanted]
     assert {step.result[-1] for step in steps} == {"5", "7"}
@@ -93,11 +92,7 @@ def test_an_error_or_a_death_ends_all(tmp_path: Path) -> None:
             if finish is corners:
                 paths[5].write_bytes(b"no picture")
             with pytest.raises(UserError, match=sentence):
-                list(
-                    process_on_gpus(
-                        file_of(engine), ("3",), paths, read_image, finish, batch=2, nms=SURE
-                    )
-                )
+                list(process_on_gpus(("3",), engine, paths, read_image, finish, SURE))
 
 
 def test_eval_and_infer_give_what_one_gives(
@@ -107,7 +102,7 @@ def test_eval_and_infer_give_what_one_gives(
     data = write_cells(tmp_path / "data", 12)
     with load_named(tmp_path) as engine:
         one, two = (
-            evaluate(engine, data, nms=SURE, batch=2, progress=False, confusion=True, gpus=gpus)
+            evaluate(engine, data, SURE, progress=False, confusion=True, gpus=gpus)
             for gpus in (1, 2)
         )
         assert one.ap == two.ap == 1
@@ -117,7 +112,7 @@ def test_eval_and_infer_give_what_one_gives(
         folder.mkdir()
         write_pictures(folder, 7)
         summaries = [
-            infer_source(engine, folder, tmp_path / f"out{gpus}", batch=2, gpus=gpus, nms=SURE)
+            infer_source(engine, folder, tmp_path / f"out{gpus}", SURE, gpus=gpus)
             for gpus in (1, 2)
         ]
     names = [sorted(path.name for path in (tmp_path / f"out{gpus}").iterdir()) for gpus in (1, 2)]

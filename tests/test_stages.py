@@ -16,10 +16,10 @@ from trt_yolov6.bench.stages import Stage, StageReport, benchmark_stages, format
 from trt_yolov6.cli import main
 from trt_yolov6.data.images import list_images
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import NmsSettings, PredictOptions
 
 IMAGES = list_images(Path(__file__).parents[1] / "samples" / "images" / "val")[:3]
-NMS = NmsSettings(confidence=0.5)
+SURE = PredictOptions(confidence=0.5)
 
 
 def test_the_limit_is_the_slowest_place_whose_stages_follow_one_another() -> None:
@@ -42,7 +42,7 @@ def test_the_limit_is_the_slowest_place_whose_stages_follow_one_another() -> Non
 
 def test_on_a_cpu_every_stage_is_timed(tmp_path: Path) -> None:
     with load_tiny(tmp_path) as engine:
-        report = benchmark_stages(engine, IMAGES, batch=2, duration=0.4, nms=NMS)
+        report = benchmark_stages(engine, IMAGES, SURE, batch=2, duration=0.4)
     assert [stage.name for stage in report.stages] == [
         *("decode", "letterbox", "engine", "suppression")
     ]
@@ -65,7 +65,7 @@ def test_on_an_engine_that_takes_images_its_own_stages_are_shown(tmp_path: Path)
         library = letterbox_on_cpu(source, tmp_path, byte_input=False)
     with load_tiny(tmp_path) as plain:
         engine = StagedEngine(plain, library, HostDecoder())
-        report = benchmark_stages(engine, IMAGES, batch=2, duration=0.4, nms=NMS)
+        report = benchmark_stages(engine, IMAGES, SURE, batch=2, duration=0.4)
     assert [stage.name for stage in report.stages] == [
         *("read and decode", "letterbox", "engine", "suppression and copy back"),
         "boxes to the images",

@@ -28,7 +28,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.serving.python_backend import load_options
 from trt_yolov6.serving.triton import ServingSettings, config_text, export_triton, served_model
-from trt_yolov6.spec import BatchProfile
+from trt_yolov6.spec import BatchProfile, PredictOptions
 
 
 def _schema() -> Any:
@@ -250,7 +250,7 @@ def test_an_entry_of_the_python_backend_is_whole(
 
 
 def test_an_entry_for_pictures_takes_bytes_and_gives_boxes(engine: Path) -> None:
-    settings = ServingSettings(gpus=(), thresholds={"confidence": 0.25, "max_detections": 7})
+    settings = ServingSettings(gpus=(), predict=PredictOptions(confidence=0.25, max_detections=7))
     config = parsed(config_text(served_model(engine, python="pictures"), settings))
     (source,) = config.input
     assert (source.name, source.data_type, list(source.dims)) == (
@@ -383,7 +383,7 @@ def test_fields_that_cannot_be_are_refused(extra: str, message: str) -> None:
 
 def test_thresholds_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match=r"confidence 1\.5 is out of range"):
-        ServingSettings(thresholds={"confidence": 1.5})
+        ServingSettings(predict=PredictOptions(confidence=1.5))
 
 
 # --- refused ------------------------------------------------------------------------------------

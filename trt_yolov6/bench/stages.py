@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.gpu_loading import load_images
 from trt_yolov6.runtime.predict import process
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import NmsSettings, PredictOptions
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ class StageReport:
 def benchmark_stages(
     engine: Engine,
     images: Sequence[Path | bytes],
+    options: PredictOptions | None = None,
     *,
     batch: int = 1,
     duration: float = 10.0,
-    nms: NmsSettings | None = None,
 ) -> StageReport:
     """Measure each stage from encoded images in memory to detections, and all of them together.
 
@@ -120,9 +120,9 @@ def benchmark_stages(
     Args:
         engine: any loaded engine.
         images: encoded pictures, or the files to read them from beforehand; the first `MAX_IMAGES`.
+        options: thresholds; default: those of the COCO evaluation, which keep many boxes.
         batch: images a run.
         duration: seconds in all, a third of it for the whole.
-        nms: thresholds; default: those of the COCO evaluation, which keep many boxes.
 
     Raises:
         UserError: an image cannot be read, there is none, or the engine takes no such batch.
@@ -137,11 +137,12 @@ def benchmark_stages(
     chosen = [encoded[index % len(encoded)] for index in range(batch)]
     for content in chosen:
         read_image(content)
-    nms = nms or NmsSettings()
+    options = replace(options or PredictOptions(), batch=batch)
+    nms = options.nms()
     measure = _stages_on_gpu if engine.takes_images() else _stages_here
     with contextlib.ExitStack() as stack:
         stages = tuple(measure(engine, chosen, nms, duration / 8, stack))
-    fps, cores, boxes = _whole(engine, encoded, batch, nms, duration / 3)
+    fps, cores, boxes = _whole(engine, encoded, options, duration / 3)
     return StageReport(
         engine.path,
         engine.precision,
@@ -252,7 +253,7 @@ def _stages_on_gpu(
 
 
 def _whole(
-    engine: Engine, encoded: Sequence[bytes], batch: int, nms: NmsSettings, seconds: float
+    engine: Engine, encoded: Sequence[bytes], options: PredictOptions, seconds: float
 ) -> tuple[float, float, float]:
     """Return images a second, busy cores and boxes an image of the whole pipeline."""
     steps = process(
@@ -260,9 +261,8 @@ def _whole(
         itertools.cycle(encoded),
         read_image,
         _counted,
+        options,
         open_item=open_image,
-        nms=nms,
-        batch=batch,
         tell=lambda _: None,
     )
     with contextlib.closing(steps):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.engines import load, newest_engine, nms_settings
+from trt_yolov6.cli.engines import load, newest_engine, predict_options
 from trt_yolov6.cli.options import (
     SAMPLE_IMAGES,
     Commands,
@@ -74,13 +74,14 @@ def run(options: argparse.Namespace) -> None:
     if options.stages:
         _run_stages(options)
         return
-    engines = [load(path, options) for path in options.engine or [newest_engine()]]
+    detectors = [load(path, options) for path in options.engine or [newest_engine()]]
+    engines = [detector.engine for detector in detectors]
     results = benchmark(
-        engines,
+        detectors,
         batch=options.batch,
         streams=options.streams,
         images=(options.source or SAMPLE_IMAGES) if options.end_to_end else None,
-        nms=nms_settings(options) if options.end_to_end else None,
+        predict=predict_options(options) if options.end_to_end else None,
         duration=options.duration,
         progress=not options.quiet,
     )
@@ -105,13 +106,13 @@ def _run_stages(options: argparse.Namespace) -> None:
     images = list_images(options.source or SAMPLE_IMAGES)
     reports = []
     for path in options.engine or [newest_engine()]:
-        with load(path, options) as engine:
+        with load(path, options) as detector:
             report = benchmark_stages(
-                engine,
+                detector.engine,
                 images,
+                predict_options(options),
                 batch=options.batch,
                 duration=options.duration,
-                nms=nms_settings(options),
             )
         reports.append(report)
         print(format_stages(report))

@@ -22,17 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.detectors.spec import Described
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import (
-    BatchProfile,
-    NmsSettings,
-    OutputLayout,
-    PrecisionName,
-    empty_input,
-    image_size_of,
-)
+from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, empty_input
 from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
@@ -133,7 +126,7 @@ class FinishedRun(Run):
         return self.outputs
 
 
-class Engine(abc.ABC):
+class Engine(Described, abc.ABC):
     """A loaded engine. One thread at a time may call it; close it, or use it in a `with` block."""
 
     path: Path
@@ -150,12 +143,6 @@ class Engine(abc.ABC):
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
     """Batch sizes it takes."""
-    output_layout: OutputLayout
-    decoder: str = "yolov6"
-    """The family it is of, see `detectors.families`."""
-    preprocessing: Preprocessing = YOLOV6
-    """Preprocessing of its images: RGB in 0..1, letterboxed, unless its family's differ."""
-    class_names: tuple[str, ...]
     note: str = ""
     """Arithmetic of the engine where it differs from its precision."""
     computed_in: PrecisionName | None = None
@@ -168,8 +155,6 @@ class Engine(abc.ABC):
     """Batches that `start` takes before the first is waited for."""
     load_options: LoadOptions = LoadOptions()
     """Options that it was loaded with."""
-    nms: NmsSettings | None = None
-    """The thresholds of the suppression inside an `end2end` graph, where they are known."""
 
     @abc.abstractmethod
     def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -295,11 +280,6 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Free what the engine holds; it cannot be used afterwards."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Input height and width in pixels."""
-        return image_size_of(self.input)
 
     @property
     def precision(self) -> str:

@@ -23,10 +23,10 @@ from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.detection_files import Format, open_detection_files
 from trt_yolov6.runtime.draw import draw_detections
-from trt_yolov6.runtime.predict import Processed, choose_batch, default_nms, process
-from trt_yolov6.runtime.several_gpus import check_gpus, file_of, process_on_gpus
+from trt_yolov6.runtime.predict import Processed, default_nms, process
+from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus
 from trt_yolov6.runtime.video import VideoWriter
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,11 @@ def infer_source(
     engine: Engine,
     source: str | Path,
     output: str | Path,
+    options: PredictOptions | None = None,
     *,
     formats: Sequence[Format] = ("json",),
     frames: int | None = None,
     stop: Callable[[], bool] = lambda: False,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
     progress: bool = True,
     gpus: int = 1,
 ) -> InferenceSummary:
@@ -79,10 +77,10 @@ def infer_source(
         engine: any loaded engine.
         source: see `media.find_media`.
         output: the folder to write to; made if missing, not the one the source lies in.
+        options: as in `detect`.
         formats: of `detection_files.FORMATS`.
         frames: end a video or stream after this number.
         stop: asked before each frame of a video or stream: whether to end here.
-        nms, border, batch: as in `detect`.
         progress: show a progress bar on stderr.
         gpus: GPUs to work on, a process each, see `several_gpus`; for pictures only.
 
@@ -100,17 +98,13 @@ def infer_source(
         raise UserError(
             f"{output} is where the source lies; give another folder as `output`.", "output"
         )
-    options = {
-        "nms": nms or default_nms(engine),
-        "border": border,
-        "batch": choose_batch(engine, batch),
-    }
+    options = (options or PredictOptions()).over(default_nms(engine))
     if isinstance(media, Video):
         if gpus > 1:
             raise UserError("the frames of a video go through one GPU; leave `gpus` out.", "gpus")
         clip = open_video(media, frames, stop)
-        return _infer_video(engine, media, clip, output, formats, progress, **options)
-    return _infer_pictures(engine, media, str(source), output, formats, progress, gpus, **options)
+        return _infer_video(engine, media, clip, output, formats, options, progress)
+    return _infer_pictures(engine, media, str(source), output, formats, options, progress, gpus)
 
 
 @dataclass(frozen=True)
@@ -150,20 +144,18 @@ def _infer_pictures(
     source: str,
     output: Path,
     formats: Sequence[Format],
+    options: PredictOptions,
     progress: bool,
     gpus: int,
-    **options: Any,
 ) -> InferenceSummary:
     start = time.perf_counter()
     outputs: list[Path] = []
     failures: list[tuple[str, str]] = []
     odd: list[str] = []
     seconds = 0.0
-    run: Callable[..., Iterator[Processed[Picture, list[_Drawn]]]] = functools.partial(
-        process, engine
-    )
+    run: Callable[..., Iterator[Processed[Picture, list[_Drawn]]]] = process
     if gpus > 1:
-        run = functools.partial(process_on_gpus, file_of(engine), check_gpus(gpus))
+        run = functools.partial(process_on_gpus, check_gpus(gpus))
     with (
         open_detection_files(output, formats, engine.class_names) as files,
         tqdm(
@@ -174,13 +166,14 @@ def _infer_pictures(
         ) as bar,
     ):
         for step in run(
+            engine,
             pictures.items,
             Picture.read,
             _Draw(output, engine.class_names),
+            options,
             keep_images=True,
             skip_unreadable=not pictures.is_single,
             tell=odd.append,
-            **options,
         ):
             for drawn in step.result:
                 outputs.append(drawn.path)
@@ -210,8 +203,8 @@ def _infer_video(
     clip: Clip,
     output: Path,
     formats: Sequence[Format],
+    options: PredictOptions,
     progress: bool,
-    **options: Any,
 ) -> InferenceSummary:
     start = time.perf_counter()
     target = output / f"{video.name}.mp4"
@@ -241,9 +234,7 @@ def _infer_video(
             ) as bar:
                 # Frames can only be decoded in order, so the caller's thread does it and the
                 # loader's threads just resize them.
-                for step in process(
-                    engine, clip.frames, _pixels, finish, tell=odd.append, **options
-                ):
+                for step in process(engine, clip.frames, _pixels, finish, options, tell=odd.append):
                     seconds += step.inference_seconds
                     bar.update(len(step.batch.items))
             if not files.images:

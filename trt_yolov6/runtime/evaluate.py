@@ -27,9 +27,9 @@ from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import ClassesDifferError
 from trt_yolov6.runtime.evaluation_plots import Confusion
-from trt_yolov6.runtime.predict import Processed, choose_batch, process
-from trt_yolov6.runtime.several_gpus import check_gpus, file_of, process_on_gpus
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.runtime.predict import Processed, process
+from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus
+from trt_yolov6.spec import PredictOptions
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,8 @@ class _Matches:
 def evaluate(
     engine: Engine,
     dataset: CocoDataset,
+    options: PredictOptions | None = None,
     *,
-    batch: int | None = None,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    workers: int | None = None,
     progress: bool = True,
     confusion: bool = False,
     gpus: int = 1,
@@ -145,10 +142,8 @@ def evaluate(
     Args:
         engine: any loaded engine.
         dataset: a split with the engine's classes, see `class_matching.match_classes`.
-        batch: images at a time; default: see `inference.choose_batch`.
-        nms: thresholds; default: `NmsSettings()`, confidence 0.03 and IoU 0.65.
-        border: gray pixels around the image, see `letterbox.fit`.
-        workers: threads that read and pre-process; default: one a core, at most eight.
+        options: thresholds and more, without `clip`; default thresholds: `NmsSettings()`,
+            confidence 0.03 and IoU 0.65.
         progress: show a progress bar on stderr.
         confusion: count which class objects are taken for.
         gpus: GPUs to work on, a process each, see `several_gpus`.
@@ -165,27 +160,24 @@ def evaluate(
     sums = _Sums(engine_done=start)
 
     matcher = _Matcher(truth, hands_on=confusion)
-    options: dict[str, Any] = {
-        "open_item": open_coco_image,
-        "nms": nms,
-        "border": border,
-        "batch": choose_batch(engine, batch),
-        "workers": workers,
-        "clip": False,
-        "tell": notes.append,
-    }
-    run: Callable[..., Iterator[Processed[CocoImage, _Matched]]] = functools.partial(
-        process, engine
-    )
+    run: Callable[..., Iterator[Processed[CocoImage, _Matched]]] = process
     if gpus > 1:
-        run = functools.partial(process_on_gpus, file_of(engine), check_gpus(gpus))
+        run = functools.partial(process_on_gpus, check_gpus(gpus))
 
     bar = tqdm(
         total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
     )
     with bar, ThreadPoolExecutor(1, thread_name_prefix="coco") as pool:
         annotated = pool.submit(matcher.annotated)
-        for step in run(dataset.images, read_coco_image, matcher, **options):
+        for step in run(
+            engine,
+            dataset.images,
+            read_coco_image,
+            matcher,
+            dataclasses.replace(options or PredictOptions(), clip=False),
+            open_item=open_coco_image,
+            tell=notes.append,
+        ):
             matches = step.result.matches
             sums.matches.update(matches.by_image)
             if counted is not None:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.letterbox import fit
+from trt_yolov6.data.letterbox import fit, resolve_border
 from trt_yolov6.data.loader import Batch, default_workers, fill_row, load_batches
 from trt_yolov6.data.media import Video, find_media
 from trt_yolov6.detectors.candidates import Candidates, Suppressed
@@ -27,7 +27,7 @@ from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.gpu_loading import Opened, decoded_on_gpu, load_images
 from trt_yolov6.runtime.plausibility import check_outputs, has_non_finite
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import NmsSettings, PredictOptions
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -64,10 +64,7 @@ Images: TypeAlias = "Image | Iterable[Image]"
 def detect(
     engine: Engine,
     images: Images,
-    *,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
+    options: PredictOptions | None = None,
 ) -> list[Detections]:
     """Find objects in images.
 
@@ -75,9 +72,7 @@ def detect(
         engine: any loaded engine.
         images: arrays, uint8 (height, width, 3) RGB of any size; paths of files, folders (searched
             with their sub-folders, sorted by path) and globs; or several of these.
-        nms: thresholds; default: `default_nms(engine)`, confidence 0.4.
-        border: gray pixels around the image, see `letterbox.fit`.
-        batch: images the engine is given at a time; default: see `choose_batch`.
+        options: thresholds and more; default thresholds: `default_nms(engine)`, confidence 0.4.
 
     Returns:
         One `Detections` an image, in order and in pixels of that image; a list for one image too.
@@ -87,10 +82,9 @@ def detect(
             what is asked.
     """
     items = _items(images)
-    nms = nms or default_nms(engine)
-    if len(items) <= choose_batch(engine, batch) and engine.batch.min <= len(items):
-        check_thresholds(engine, nms)
-        found = _detect_at_once(engine, items, nms, border)
+    options = (options or PredictOptions()).over(default_nms(engine))
+    if len(items) <= choose_batch(engine, options.batch) and engine.batch.min <= len(items):
+        found = _detect_at_once(engine, items, options)
     else:
         found = []
         for step in process(
@@ -98,10 +92,8 @@ def detect(
             items,
             lambda item: item.read(),
             lambda _, detections: detections,
+            options,
             open_item=lambda item: item.open(),
-            nms=nms,
-            border=border,
-            batch=batch,
         ):
             found.extend(step.result)
     return [
@@ -152,35 +144,37 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
 
 
 def _detect_at_once(
-    engine: Engine, items: Sequence[_Item], nms: NmsSettings, border: int
+    engine: Engine, items: Sequence[_Item], options: PredictOptions
 ) -> list[Detections]:
     """Find objects in one batch, in this thread: for a few images others only cost time."""
+    nms, border = resolve(engine, options)
     if not items:
         return []
+    run: Run
     if engine.is_checked and engine.takes_images():
-        return _detect_images(engine, [item.open() for item in items], nms, border)
-    images = [item.read() for item in items]
-    array = engine.empty_input(len(images))
-    placed = [
-        fill_row(row, image, engine.input, border, engine.preprocessing)
-        for row, image in zip(array, images, strict=True)
-    ]
-    if engine.is_checked:
-        outputs = engine.start(array, nms).wait()
+        images, ready = decoded_on_gpu(engine, [item.open() for item in items])
+        size, mode = engine.image_size, engine.preprocessing.fit
+        placed = [fit((image.shape[0], image.shape[1]), size, border, mode) for image in images]
+        run = engine.start_images(images, placed, nms, after=ready)
     else:
-        outputs = _checked_outputs(engine, array, len(images), nms, _warn)
-    return postprocess(outputs, engine.output_layout, nms, placed, class_names=engine.class_names)
-
-
-def _detect_images(
-    engine: Engine, opened: Sequence[Opened], nms: NmsSettings, border: int
-) -> list[Detections]:
-    """Find objects in one batch of images, everything on the engine's GPU."""
-    images, ready = decoded_on_gpu(engine, opened)
-    size, mode = engine.image_size, engine.preprocessing.fit
-    placed = [fit((image.shape[0], image.shape[1]), size, border, mode) for image in images]
-    outputs = engine.start_images(images, placed, nms, after=ready).wait()
-    return postprocess(outputs, engine.output_layout, nms, placed, class_names=engine.class_names)
+        pixels = [item.read() for item in items]
+        array = engine.empty_input(len(items))
+        placed = [
+            fill_row(row, image, engine.input, border, engine.preprocessing)
+            for row, image in zip(array, pixels, strict=True)
+        ]
+        if engine.is_checked:
+            run = engine.start(array, nms)
+        else:
+            run = FinishedRun(_checked_outputs(engine, array, len(items), nms, _warn))
+    return postprocess(
+        run.wait(),
+        engine.output_layout,
+        nms,
+        placed,
+        clip=options.clip,
+        class_names=engine.class_names,
+    )
 
 
 def _checked_outputs(
@@ -207,15 +201,11 @@ def process(
     items: Iterable[Item],
     read: Callable[[Item], NDArray[np.uint8]],
     finish: Callable[[Batch[Item], list[Detections]], Result],
+    options: PredictOptions | None = None,
     *,
     open_item: Callable[[Item], Opened] | None = None,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
-    workers: int | None = None,
     keep_images: bool = False,
     skip_unreadable: bool = False,
-    clip: bool = True,
     tell: Callable[[str], None] = _warn,
 ) -> Generator[Processed[Item, Result], None, None]:
     """Run an engine over a stream of images, everything but the engine in other threads.
@@ -234,10 +224,8 @@ def process(
         open_item: reads an item but may leave a JPEG encoded, see `data.jpeg.open_image`; default:
             `read`.
         finish: makes a result of a batch and its detections; called in one other thread, in order.
-        nms: thresholds; default: `NmsSettings()`, as for evaluation.
-        border, batch: as in `detect`.
-        workers, keep_images, skip_unreadable: as in `load_batches`.
-        clip: as in `postprocess`.
+        options: thresholds and more; default thresholds: `NmsSettings()`, as for evaluation.
+        keep_images, skip_unreadable: as in `load_batches`.
         tell: takes what is odd about the outputs, a sentence each (see `plausibility`), and numbers
             in later batches that are not finite; default: `warnings.warn`.
 
@@ -245,18 +233,16 @@ def process(
         UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
             `read` and `finish` raise.
     """
-    nms = nms or NmsSettings()
-    check_thresholds(engine, nms)
-    size = choose_batch(engine, batch)
-    source = iter(items)
-    options: dict[str, Any] = {
-        "batch": size,
+    options = options or PredictOptions()
+    nms, border = resolve(engine, options)
+    loading: dict[str, Any] = {
+        "batch": choose_batch(engine, options.batch),
         "border": border,
-        "workers": workers,
+        "workers": options.workers,
         "keep_images": keep_images,
         "skip_unreadable": skip_unreadable,
     }
-    steps = _steps(engine, source, read, open_item or read, nms, options)
+    steps = _steps(engine, iter(items), read, open_item or read, nms, loading)
 
     def conclude(
         loaded: Batch[Item], outputs: dict[str, NDArray[np.generic]] | Candidates | Suppressed
@@ -269,7 +255,7 @@ def process(
                 engine.output_layout,
                 nms,
                 loaded.letterboxes,
-                clip=clip,
+                clip=options.clip,
                 class_names=engine.class_names,
                 executor=helpers,
             )
@@ -359,28 +345,28 @@ def _steps(
     read: Callable[[Item], NDArray[np.uint8]],
     open_item: Callable[[Item], Opened],
     nms: NmsSettings,
-    options: dict[str, Any],
+    loading: dict[str, Any],
 ) -> Generator[_Step[Item], None, None]:
     """Yield batches ready for the engine: on an engine that takes images only the first here."""
     if not engine.takes_images():
-        yield from _prepared_here(engine, source, read, nms, options)
+        yield from _prepared_here(engine, source, read, nms, loading)
         return
     is_checked = False
     while not is_checked:
-        chunk = list(itertools.islice(source, options["batch"]))
+        chunk = list(itertools.islice(source, loading["batch"]))
         if not chunk:
             return
-        for step in _prepared_here(engine, chunk, read, nms, options):
+        for step in _prepared_here(engine, chunk, read, nms, loading):
             is_checked = bool(step.batch.items)
             yield step
-    with contextlib.closing(load_images(engine, source, open_item, **options)) as batches:
+    with contextlib.closing(load_images(engine, source, open_item, **loading)) as batches:
         for ready in batches:
             start = functools.partial(
                 engine.start_images,
                 ready.images,
                 ready.batch.letterboxes,
                 nms,
-                rows=options["batch"],
+                rows=loading["batch"],
                 after=ready.ready,
                 patient=True,
             )
@@ -392,7 +378,7 @@ def _prepared_here(
     items: Iterable[Item],
     read: Callable[[Item], NDArray[np.uint8]],
     nms: NmsSettings,
-    options: dict[str, Any],
+    loading: dict[str, Any],
 ) -> Generator[_Step[Item], None, None]:
     """Yield batches that were letterboxed in this machine's memory."""
     batches = load_batches(
@@ -402,12 +388,24 @@ def _prepared_here(
         pad_to=engine.batch.min,
         preprocessing=engine.preprocessing,
         allocate=engine.empty_input,
-        **options,
+        **loading,
     )
     with contextlib.closing(batches):
         for loaded in batches:
             yield _Step(loaded, functools.partial(engine.start, loaded.input, nms))
             del loaded  # not kept alive while the next one is waited for
+
+
+def resolve(engine: Engine, options: PredictOptions) -> tuple[NmsSettings, int]:
+    """Return the thresholds and the gray border in pixels that options mean for an engine.
+
+    Raises:
+        UserError: the engine has decided otherwise (see `check_thresholds`), or its input does not
+            fit them (see `letterbox.resolve_border`).
+    """
+    nms = options.nms()
+    check_thresholds(engine, nms)
+    return nms, resolve_border(options.resize, options.border, engine.image_size)
 
 
 def default_nms(engine: Engine) -> NmsSettings:

@@ -27,6 +27,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.predict import Processed, choose_batch, process
+from trt_yolov6.spec import PredictOptions
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -76,33 +77,35 @@ def check_gpus(count: int) -> tuple[str, ...]:
 
 
 def process_on_gpus(
-    engine: EngineFile,
     gpus: tuple[str, ...],
+    engine: Engine,
     items: Iterable[Item],
     read: Callable[[Item], NDArray[np.uint8]],
     finish: Callable[[Batch[Item], list[Detections]], Result],
+    options: PredictOptions | None = None,
     *,
-    batch: int,
     tell: Callable[[str], None] = lambda _: None,
-    **options: Any,
+    **others: Any,
 ) -> Generator[Processed[Item, Result], None, None]:
     """Do what `predict.process` does on several GPUs; batches come in the order of the items.
 
     Args:
-        engine: loaded once a GPU.
         gpus: from `check_gpus`.
+        engine: its file is loaded once a GPU.
         items, read, finish: as in `process`, but they travel to other processes, by pickle; what
             `finish` returns travels back. Original images do not.
-        batch: images at a time, see `predict.choose_batch`.
+        options: as in `process`.
         tell: takes what is odd about the outputs, once a sentence.
-        options: others of `process`.
+        others: of `process`.
 
     Raises:
         UserError: as `process`; or a process has died.
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[Any, Any] = {}
-    arguments = (engine, read, finish, {"batch": batch, **options})
+    batch = choose_batch(engine, (options or PredictOptions()).batch)
+    options = dataclasses.replace(options or PredictOptions(), batch=batch)
+    arguments = (file_of(engine), read, finish, options, others)
     try:
         for gpu in gpus:
             ours, theirs = context.Pipe()
@@ -174,7 +177,8 @@ def _work(
     engine_file: EngineFile,
     read: Callable[[Any], NDArray[np.uint8]],
     finish: Callable[[Batch[Any], list[Detections]], Any],
-    options: dict[str, Any],
+    options: PredictOptions,
+    others: dict[str, Any],
 ) -> None:
     """Be the process of one GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -191,12 +195,11 @@ def _work(
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
-                choose_batch(engine, options["batch"])
 
                 def tell(sentence: str) -> None:
                     theirs.send(("tell", sentence))
 
-                for step in process(engine, items(), read, finish, tell=tell, **options):
+                for step in process(engine, items(), read, finish, options, tell=tell, **others):
                     light = dataclasses.replace(step.batch, images=())
                     theirs.send(("done", dataclasses.replace(step, batch=light)))
             theirs.send(("end", None))

@@ -24,7 +24,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,13 @@ from typing import Any, Literal
 import numpy as np
 
 from trt_yolov6.common.files import check_writable
+from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.serving.config_text import fields_of, quoted, without_fields
 from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
-from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
+from trt_yolov6.spec import BatchProfile, PredictOptions, TensorSpec
 
 PLATFORMS = {
     "tensorrt": ("tensorrt_plan", "model.plan"),
@@ -92,8 +93,8 @@ class ServingSettings:
     """Microseconds a request waits at most for others to share a batch with."""
     default_cpu: bool = False
     """Where `gpus` is None, ONNX files run on the CPU: the server has no GPU."""
-    thresholds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of `NmsSettings`, of entries that take pictures; the others are as for `infer`."""
+    predict: PredictOptions = dataclasses.field(default_factory=PredictOptions)
+    """Thresholds of entries that take pictures; those that are None are as for `infer`."""
     extra: str = ""
     """Further fields of `ModelConfig` in protobuf's text format, such as a response cache. They
     take the place of fields of the same name; `parameters` are added."""
@@ -107,7 +108,6 @@ class ServingSettings:
             )
         if self.gpus and (min(self.gpus) < 0 or len(set(self.gpus)) < len(self.gpus)):
             raise UserError("--gpus names a GPU twice or below 0; give numbers such as 0,1.")
-        NmsSettings(**self.thresholds)
         fixed = sorted(set(fields_of(self.extra)) & set(_OF_THE_ENGINE))
         if fixed:
             raise UserError(
@@ -290,16 +290,7 @@ def _loaded_model(
             batch = manifest.batch if manifest else engine.batch
             # An ONNX file with a free batch axis sets no limit itself.
             free = BatchProfile() if batch.max > 1024 else batch
-            details: dict[str, Any] = {
-                "model": path.stem,
-                "precision": _precision_of(path),
-                "batch": free,
-                "class_names": engine.class_names,
-                "decoder": engine.decoder,
-                "output_layout": engine.output_layout,
-                "preprocessing": engine.preprocessing,
-            }
-            found = manifest or _Details(**details)
+            found = manifest or _Details(path.stem, _precision_of(path), free, engine.detector)
             return _model(path, engine.backend, found, engine.input, engine.outputs, python)
     except MissingDependencyError as error:
         raise UserError(
@@ -309,16 +300,13 @@ def _loaded_model(
 
 
 @dataclass(frozen=True)
-class _Details:
+class _Details(Described):
     """Manifest of an engine that has none."""
 
     model: str
     precision: str
     batch: BatchProfile
-    class_names: tuple[str, ...]
-    decoder: str
-    output_layout: str
-    preprocessing: Any
+    detector: DetectorSpec
 
 
 def _check_graph(path: Path, python: Serves | None) -> None:
@@ -480,7 +468,7 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     lines += _block("instance_group", group)
     parameters = dict(model.parameters)
     if model.serves == "pictures":
-        parameters.update((key, str(value)) for key, value in settings.thresholds.items())
+        parameters.update((key, str(value)) for key, value in settings.predict.thresholds().items())
     for key, value in parameters.items():
         block = _block("value", [f"string_value: {quoted(value)}"])
         lines += _block("parameters", [f"key: {quoted(key)}", *block])
