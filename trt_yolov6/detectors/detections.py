@@ -22,6 +22,7 @@ from trt_yolov6.spec import NmsSettings, OutputLayout
 if TYPE_CHECKING:
     import supervision
 
+
 @dataclass(frozen=True)
 class Detection:
     """One object in an image."""
