@@ -295,7 +295,7 @@ def _grids(anchors: Any) -> Any:
             return None
         rows, total = [], 0
         for out, pairs in zip(levels, anchors, strict=True):
-            _, _, height, width, length = _lengths(out)
+            _, _, height, width, _ = _lengths(out)
             sides = ",".join(f"{{{one[0]},{one[1]}}}" for one in pairs)
             rows.append(f"{{{height},{width},{size[0] / height},{size[1] / width},{{{sides}}}}}")
             total += 3 * height * width
