@@ -1,4 +1,4 @@
-"""The suppression kernels compiled by a C++ compiler, so that their logic is tested without a GPU."""
+"""The suppression kernels compiled by a C++ compiler, so that they are tested without a GPU."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _library(defines: Sequence[str]) -> ctypes.CDLL:
     program, library = folder / "kernels.cpp", folder / "kernels.so"
     header = Path(__file__).with_name("cuda_on_cpu.h")
     program.write_text(f'#include "{header}"\n{source_of(SOURCE)}\n{_RUN}')
-    # As `--fmad=false` does: a * b + c is rounded twice. The checks of `longjmp` know no coroutines.
+    # a * b + c is rounded twice, as by `--fmad=false`. The checks of `longjmp` know no coroutines.
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
     options = [f"-D{macro}" for macro in macros]
     subprocess.run([compiler, *flags, *options, "-o", library, program], check=True)

@@ -22,6 +22,7 @@ from trt_yolov6.spec import NmsSettings, OutputLayout
 if TYPE_CHECKING:
     import supervision
 
+
 @dataclass(frozen=True)
 class Detection:
     """One object in an image."""
@@ -143,9 +144,9 @@ def postprocess(
     `clip`: the authors' evaluator clamps them, `evaluation.evaluate` does not.
 
     Args:
-        outputs: arrays by name, laid out as `layout` says (see `OutputLayout`); or what an engine has
-            made of them already: candidates, or boxes suppressed at the same IoU; at the same
-            confidence or a lower one.
+        outputs: arrays by name, laid out as `layout` says (see `OutputLayout`); or what an engine
+            has made of them already, at the same confidence or a lower one: candidates, or the
+            boxes that suppression at the same IoU has kept.
         layout: how to read them.
         nms: thresholds; where NMS is in the graph they only filter further.
         letterboxes: where each image lies in its row, all of one input size; rows beyond them are

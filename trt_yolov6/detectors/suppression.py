@@ -65,7 +65,7 @@ def suppress(
             is_kept = np.ones(end, np.bool_)
             is_kept[one[better < count]] = False
             open_ = is_kept.take(one) & is_kept.take(better) & (better >= count)
-            # In order of the worse box; of all better ones it is then certain whether they are kept.
+            # In order of the worse box: which of the better ones are kept is then certain.
             for worse, other in zip(one[open_].tolist(), better[open_].tolist(), strict=True):
                 if is_kept[other]:
                     is_kept[worse] = False
@@ -129,4 +129,5 @@ def _iou(
     united = areas.take(one)
     united += areas.take(other)
     united -= shared
-    return np.divide(shared, united, out=shared)
+    shared /= united
+    return shared

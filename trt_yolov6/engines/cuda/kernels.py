@@ -96,11 +96,11 @@ def machine_code(source: str, capability: tuple[int, int], defines: Sequence[str
             b"--fmad=false",
             *(f"--define-macro={define}".encode() for define in defines),
         ]
-        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        if int(error) != 0:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if int(status) != 0:
             raise CudaError(
                 f"NVRTC cannot compile {source} for compute capability "
-                f"{capability[0]}.{capability[1]} ({error.name}: {_log(nvrtc, program)}); install "
+                f"{capability[0]}.{capability[1]} ({status.name}: {_log(nvrtc, program)}); install "
                 "the newest nvidia-cuda-nvrtc."
             )
         code = bytes(_check_nvrtc(nvrtc.nvrtcGetCUBINSize(program)))

@@ -102,6 +102,7 @@ class Suppression:
         defines = (f"MAX_KEPT={MAX_KEPT}", *reading.defines)
         self._kernels: Kernels = compiled(SOURCE, defines)
         self._reading = reading
+        self._capacity = reading.capacity
         self._counts = DeviceMemory(4 * max_batch)
         self._keys = DeviceMemory(8 * reading.capacity * max_batch)
         nbytes = result_dtype(MAX_KEPT).itemsize * max_batch
@@ -142,7 +143,7 @@ class Suppression:
                 *places,
                 confidence,
                 least_logit(nms.confidence),
-                reading.capacity,
+                self._capacity,
                 self._counts.address,
                 self._keys.address,
             ),
@@ -155,7 +156,7 @@ class Suppression:
             _SUPPRESS_TYPES,
             (
                 *places,
-                *(confidence, nms.iou, low, high, nms.max_detections, reading.capacity),
+                *(confidence, nms.iou, low, high, nms.max_detections, self._capacity),
                 *(self._counts.address, self._keys.address, self._results.address),
             ),
         )
@@ -168,7 +169,7 @@ class Suppression:
         There is none if an image had more candidates than `Reading.capacity`.
         """
         results = self._copy.array((batch,), result_dtype(nms.max_detections))
-        return suppressed_of(results, self._reading.capacity, nms)
+        return suppressed_of(results, self._capacity, nms)
 
     def free(self) -> None:
         """Free the buffers."""
@@ -294,7 +295,7 @@ def _grids(anchors: Any) -> Any:
             return None
         rows, total = [], 0
         for out, pairs in zip(levels, anchors, strict=True):
-            _, _, height, width, length = _lengths(out)
+            _, _, height, width, _ = _lengths(out)
             sides = ",".join(f"{{{one[0]},{one[1]}}}" for one in pairs)
             rows.append(f"{{{height},{width},{size[0] / height},{size[1] / width},{{{sides}}}}}")
             total += 3 * height * width
