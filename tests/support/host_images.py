@@ -90,7 +90,7 @@ class HostImagesEngine(Engine):
     def __init__(self, inner: Engine, library: Library, decoder: HostDecoder | None = None) -> None:
         names = (
             *("path", "manifest", "backend", "backend_version", "device", "input", "outputs"),
-            *("batch", "output_layout", "decoder", "preprocessing", "class_names", "nms"),
+            *("batch", "detector"),
         )
         for name in names:
             setattr(self, name, getattr(inner, name))

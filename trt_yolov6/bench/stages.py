@@ -39,7 +39,7 @@ class Stage:
 
     name: str
     place: str
-    """What works on it; stages of one place follow one another, those of different ones overlap."""
+    """Processor or threads that work on it; stages of different places overlap."""
     seconds: float
     """Median of a batch."""
 

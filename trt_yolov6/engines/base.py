@@ -229,7 +229,7 @@ class Engine(Described, abc.ABC):
         raise NotImplementedError
 
     def jpeg_decoder(self) -> JpegDecoder | None:
-        """Return what decodes JPEGs on the engine's GPU for `start_images`, if it is installed."""
+        """Return the decoder of JPEGs on the engine's GPU; None where nvImageCodec is missing."""
         return None
 
     def first_non_finite(self, images: NDArray[Any]) -> str | None:

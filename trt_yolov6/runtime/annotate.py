@@ -113,7 +113,7 @@ class _Drawn:
 
     path: Path
     record: dict[str, Any]
-    """What `DetectionFiles.add` takes."""
+    """Record for `DetectionFiles.add`."""
     detections: Detections
 
 

@@ -79,7 +79,7 @@ class JpegDecoder:
         )
 
     def decode(self, images: Sequence[Jpeg], buffers: DecodedBatch) -> list[ImageView | None]:
-        """Decode a batch into buffers, on a stream beside those of the engines.
+        """Decode a batch into buffers, on a stream of its own.
 
         Args:
             images: files that `data.jpeg.open_image` left encoded.

@@ -52,7 +52,7 @@ class ImageView:
     column_step: int
     channel_step: int = 1
     owner: Any = dataclasses.field(default=None, compare=False, repr=False)
-    """What keeps the memory."""
+    """Object whose life is the memory's."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -71,7 +71,7 @@ def upright(stored: ImageView, orientation: int) -> ImageView:
     down, right = stored.row_step, stored.column_step
     last_row, last_column = (height - 1) * down, (width - 1) * right
     # Where the shown image's first pixel lies, and the steps to the ones below and on its right.
-    first, below, beside, turned = {
+    first, below, after, turned = {
         2: (last_column, down, -right, False),
         3: (last_row + last_column, -down, -right, False),
         4: (last_row, -down, right, False),
@@ -88,7 +88,7 @@ def upright(stored: ImageView, orientation: int) -> ImageView:
         height=height,
         width=width,
         row_step=below,
-        column_step=beside,
+        column_step=after,
     )
 
 

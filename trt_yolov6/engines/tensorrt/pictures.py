@@ -254,7 +254,7 @@ class PictureLane:
         return found
 
     def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Return what launches some work as a CUDA graph, where it can be one."""
+        """Return a function that launches some work as a CUDA graph, or does it where none can."""
         if not self._records_graphs:
             return work
         with self._lane.stream.capture() as graph:
