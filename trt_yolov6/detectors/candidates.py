@@ -1,4 +1,4 @@
-"""Candidates of a batch, or the boxes kept, where a device chooses them before the host sees any."""
+"""Candidates of a batch, or the boxes kept, where a device chooses them before the host."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ _SUPPRESS_TYPES = (
 
 @dataclass(frozen=True)
 class Reading:
-    """Places and arithmetic of scores and boxes in a detector's outputs, as the kernels need them."""
+    """Places of scores and boxes in a detector's outputs, and the macros that read them."""
 
     anchors: int
     classes: int
