@@ -205,7 +205,7 @@ def equality(sets: int) -> dict[str, Any]:
 
 
 def sample_outputs(images: int) -> Outputs:
-    """Return what the sample network says of the sample's pictures, from ONNX Runtime."""
+    """Return the sample network's outputs for the sample's pictures, from ONNX Runtime."""
     pictures = list_images(Path(IMAGES))[:images]
     parts: dict[str, list[NDArray[Any]]] = {"boxes": [], "scores": []}
     graph = graph_from_checkpoint(SAMPLE, ExportSettings())
@@ -228,7 +228,7 @@ def repeated(outputs: Outputs, batch: int) -> Outputs:
 
 
 def dense_outputs(batch: int, candidates: int, anchors: int = 8400, classes: int = 1) -> Outputs:
-    """Return outputs with so many candidates an image, 300 clusters of boxes."""
+    """Return outputs with a number of candidates an image, in 300 clusters of boxes."""
     rng = np.random.default_rng(0)
     boxes = np.stack([crowd(rng, anchors, 300) for _ in range(batch)])
     scores = np.zeros((batch, anchors * classes), np.float32)
@@ -239,7 +239,7 @@ def dense_outputs(batch: int, candidates: int, anchors: int = 8400, classes: int
 
 
 def real(sample: Outputs) -> dict[str, Any]:
-    """Compare and time what the sample network says."""
+    """Compare and time the suppression of the sample network's outputs."""
     result: dict[str, Any] = {}
     for batch in (32, 1):
         outputs = repeated(sample, batch)
@@ -261,7 +261,7 @@ def real(sample: Outputs) -> dict[str, Any]:
 
 
 def speed() -> dict[str, Any]:
-    """Time random outputs with so many candidates an image."""
+    """Time random outputs with many candidates an image."""
     result: dict[str, Any] = {}
     nms = NmsSettings()
     for batch, candidates, classes in (

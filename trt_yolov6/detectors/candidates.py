@@ -1,4 +1,4 @@
-"""What is left of a batch's outputs when they leave the device: candidates, or the boxes kept."""
+"""Candidates of a batch, or the boxes kept, where a device chooses them before the host."""
 
 from __future__ import annotations
 

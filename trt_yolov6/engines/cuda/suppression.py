@@ -51,7 +51,7 @@ _SUPPRESS_TYPES = (
 
 @dataclass(frozen=True)
 class Reading:
-    """How the kernels read a detector's outputs."""
+    """Places of scores and boxes in a detector's outputs, and the macros that read them."""
 
     anchors: int
     classes: int
@@ -164,7 +164,7 @@ class Suppression:
         stream.copy_out(self._copy.address, self._results, nbytes)
 
     def fetch(self, batch: int, nms: NmsSettings) -> Suppressed | None:
-        """Return what a run kept whose stream has been waited for; None if there was no room.
+        """Return the boxes kept by a run whose stream has been waited for; None without room.
 
         There is none if an image had more candidates than `Reading.capacity`.
         """

@@ -65,7 +65,7 @@ class LanePlan:
     record_graph: bool
     """Record runs as CUDA graphs here; TensorRT-RTX does so by itself."""
     reading: Reading | None
-    """How the GPU reads the outputs to suppress boxes; None where it cannot."""
+    """Places of scores and boxes, for suppression on the GPU; None where there can be none."""
 
 
 @dataclass
