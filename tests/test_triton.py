@@ -391,7 +391,7 @@ def test_thresholds_out_of_range_are_refused() -> None:
 
 def test_a_plan_of_tensorrt_rtx_is_refused(engine: Path, tmp_path: Path) -> None:
     plan = as_plan(engine, "tensorrt-rtx")
-    with pytest.raises(UserError, match=r"TensorRT-RTX, which Triton's TensorRT.*--python-backend"):
+    with pytest.raises(UserError, match=r"TensorRT-RTX, which Triton's TensorRT.*`python`"):
         export_triton([engine, plan], tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
@@ -423,10 +423,10 @@ def test_a_plan_that_cannot_be_asked_is_refused_with_the_reason(engine: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"instances": 0}, "--instances"),
-        ({"max_queue_delay_us": -1}, "--max-queue-delay-us"),
-        ({"gpus": (0, 0)}, "--gpus"),
-        ({"gpus": (-1,)}, "--gpus"),
+        ({"instances": 0}, "`instances`"),
+        ({"max_queue_delay_us": -1}, "`max_queue_delay_us`"),
+        ({"gpus": (0, 0)}, "`gpus`"),
+        ({"gpus": (-1,)}, "`gpus`"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:

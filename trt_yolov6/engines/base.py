@@ -16,12 +16,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.closing import Closing
 from trt_yolov6.detectors.spec import Described
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
@@ -126,7 +126,7 @@ class FinishedRun(Run):
         return self.outputs
 
 
-class Engine(Described, abc.ABC):
+class Engine(Described, Closing):
     """A loaded engine. One thread at a time may call it; close it, or use it in a `with` block."""
 
     path: Path
@@ -277,25 +277,10 @@ class Engine(Described, abc.ABC):
             "TensorRT."
         )
 
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Free what the engine holds; it cannot be used afterwards."""
-
     @property
     def precision(self) -> str:
         """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
         return self.manifest.precision if self.manifest else "unknown"
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_images(engine: Engine, images: Any) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from trt_yolov6.common.closing import Closing
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.runtime.annotate import InferenceSummary, infer_source
@@ -16,7 +16,7 @@ from trt_yolov6.runtime.predict import Images, detect
 from trt_yolov6.spec import PredictOptions
 
 
-class Detector:
+class Detector(Closing):
     """A loaded detector. One thread at a time may use it; close it, or use it in a `with` block."""
 
     def __init__(self, engine: Engine) -> None:
@@ -113,17 +113,6 @@ class Detector:
     def close(self) -> None:
         """Free what the engine holds; the detector cannot be used afterwards."""
         self.engine.close()
-
-    def __enter__(self) -> Detector:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         engine = self.engine

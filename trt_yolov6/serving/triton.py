@@ -101,17 +101,17 @@ class ServingSettings:
 
     def __post_init__(self) -> None:
         if self.instances < 1:
-            raise UserError(f"--instances {self.instances} is too few; give 1 or more.")
+            raise UserError(f"`instances` {self.instances} is too few; give 1 or more.")
         if self.max_queue_delay_us < 0:
             raise UserError(
-                f"--max-queue-delay-us {self.max_queue_delay_us} is negative; give 0 or more."
+                f"`max_queue_delay_us` {self.max_queue_delay_us} is negative; give 0 or more."
             )
         if self.gpus and (min(self.gpus) < 0 or len(set(self.gpus)) < len(self.gpus)):
-            raise UserError("--gpus names a GPU twice or below 0; give numbers such as 0,1.")
+            raise UserError("`gpus` names a GPU twice or below 0; give numbers such as 0,1.")
         fixed = sorted(set(fields_of(self.extra)) & set(_OF_THE_ENGINE))
         if fixed:
             raise UserError(
-                f"--config sets {', '.join(fixed)}, which the engine decides; leave it out."
+                f"`extra` sets {', '.join(fixed)}, which the engine decides; leave it out."
             )
 
 
@@ -192,10 +192,10 @@ def export_triton(
     for name in entries:
         if entries.count(name) > 1:
             twice = " and ".join(str(model.engine) for model in models if model.name == name)
-            raise UserError(f"{twice} would both become {name}; name the entries with --name.")
+            raise UserError(f"{twice} would both become {name}; name the entries with `names`.")
         if (output / name).exists():
             raise UserError(
-                f"{output / name} is there already; remove it or choose another --output."
+                f"{output / name} is there already; remove it or choose another `output`."
             )
     check_writable(output / "config.pbtxt")
     made = next(
@@ -249,7 +249,7 @@ def served_model(
     """
     path = Path(engine)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; check --engine.")
+        raise UserError(f"{path} does not exist; check the path.")
     manifest = read_manifest(path)
     if manifest is not None:
         check_plan(path, manifest)
@@ -344,7 +344,7 @@ def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
     if backend == "tensorrt-rtx":
         raise UserError(
             f"{path} is a plan of TensorRT-RTX, which Triton's TensorRT backend does not load; "
-            "give --python-backend, or build it with --backend tensorrt."
+            "give `python`, or build it with the backend tensorrt."
         )
     if backend not in PLATFORMS:
         raise UserError(f"{path} runs in {backend}, which Triton has no platform for.")
@@ -368,7 +368,7 @@ def _model(
     if not batch.is_static and batch.min > 1 and not shared and python is None:
         raise UserError(
             f"{path} takes batches of {batch.min} or more, and Triton forms smaller ones where "
-            "requests are few; build it with --dynamic 1,OPT,MAX, or with --batch."
+            "requests are few; build it for batches from 1, or for one size."
         )
     for spec in (source, *outputs):
         if spec.dtype.name not in _TYPES:
@@ -405,8 +405,8 @@ def _checked_name(name: str) -> str:
     """Return a name for an entry; raise UserError for one that Triton does not take."""
     if _safe(name) != name:
         raise UserError(
-            f"--name {name} has characters that a model's name cannot have; give letters, digits, "
-            "dots, hyphens and underscores."
+            f"`names`: {name} has characters that a model's name cannot have; give letters, "
+            "digits, dots, hyphens and underscores."
         )
     return name
 
@@ -433,7 +433,7 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     """
     on_cpu = runs_on_cpu(model, settings)
     if on_cpu and model.backend != "onnxruntime":
-        raise UserError(f"{model.engine} runs on GPUs only; leave --cpu out.")
+        raise UserError(f"{model.engine} runs on GPUs only; give it `gpus`, not the CPU.")
     batched = model.max_batch_size > 0
     file_name = model.file_name if model.serves is None else MODEL_FILE
     lines = [
