@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -50,6 +51,10 @@ if TYPE_CHECKING:
     from trt_yolov6.training.qat.training import Start
 
 STATE_SECONDS = 15.0
+
+CUDNN_PLANS = int(os.environ.get("CUDNN_PLANS", "2"))
+"""Algorithms that cuDNN tries for a convolution: on a GPU that others use, too, trying takes long
+and measures little."""
 RUN = "run"
 FOUND_FILE = "found.npz"
 RESULT_FILE = "result.json"
@@ -89,7 +94,21 @@ def main() -> None:
 
     cv2.setNumThreads(1)
     torch.set_num_threads(2)
+    torch.backends.cudnn.benchmark_limit = CUDNN_PLANS
+    _limit_onnxruntime()
     serve(lambda order: do(Order(**order)))
+
+
+def _limit_onnxruntime() -> None:
+    """Give the sessions of this process few threads: many workers share the cores."""
+    import onnxruntime
+
+    class Few(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 4
+
+    onnxruntime.SessionOptions = Few
 
 
 def do(order: Order) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from benchmarks.folds import (
     read_truth,
     write_folds,
 )
-from benchmarks.packing import Job, Schedule, run_jobs, shared_gpu
+from benchmarks.packing import Job, Schedule, heed_signals, run_jobs, shared_gpu
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model, software_versions
 from trt_yolov6.quantization.resampling import Interval, MatchedDetections
@@ -65,7 +65,7 @@ def main() -> None:
             if job.order["fold"] == 0:
                 print(f"{job.name.split('/')[0]:28s} {FOLDS} x {job.seconds:5.0f} s")
     elif options.collect:
-        result = collect(options.collect, options.data)
+        result = collect(options.collect, options.data, options.limit)
         write_json(options.json, result)
         print(summary(result))
     else:
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Do jobs until the deadline."""
+    heed_signals()
     started = time.monotonic()
     state: Path = options.state.resolve()
     write_folds(options.data.resolve(), state / "data", limit=options.limit)
@@ -152,7 +153,8 @@ def run(options: argparse.Namespace) -> None:
         # First one worker on every GPU: jobs are spread evenly.
         places = [place for first in range(options.pack) for place in places[first :: options.pack]]
         command = [sys.executable, "-m", "benchmarks.ablation_jobs"]
-        run_jobs(schedule, command, places, state / "logs", finished)
+        with contextlib.suppress(KeyboardInterrupt):  # what is there is written
+            run_jobs(schedule, command, places, state / "logs", finished)
     seconds = time.monotonic() - started
     print(
         f"{len(results) - earlier} jobs done in {seconds:.0f} s, {len(results)} of {len(jobs)} in "
@@ -284,12 +286,13 @@ def write_out(out: Path, state: Path, heading: dict[str, Any]) -> None:
 # --- scoring ------------------------------------------------------------------------------------
 
 
-def collect(folders: Sequence[Path], data: Path) -> dict[str, Any]:
+def collect(folders: Sequence[Path], data: Path, limit: int | None = None) -> dict[str, Any]:
     """Score the results of one or several calls: AP of all folds together, and differences.
 
     Args:
         folders: what `--out` named, in order of time.
         data: BCCD.
+        limit: as for `write_folds`.
     """
     import tempfile
 
@@ -303,7 +306,7 @@ def collect(folders: Sequence[Path], data: Path) -> dict[str, Any]:
                     variant, fold, given = name.split("/")
                     found[variant, given][int(fold)] = arrays[name]
     with tempfile.TemporaryDirectory() as scratch:
-        truth = read_truth(write_folds(data.resolve(), Path(scratch)))
+        truth = read_truth(write_folds(data.resolve(), Path(scratch), limit=limit))
     whole = {
         key: match_all(truth, np.concatenate([parts[fold] for fold in sorted(parts)]))
         for key, parts in found.items()

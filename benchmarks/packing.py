@@ -178,10 +178,17 @@ class Worker:
         return self._process
 
 
+def heed_signals() -> None:
+    """Leave in order when told to: shells start background processes deaf to SIGINT."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 def serve(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Be a worker: read jobs from stdin, a line each, and write what they came to."""
     import traceback
 
+    heed_signals()
     for line in sys.stdin:
         try:
             result = handle(json.loads(line))
