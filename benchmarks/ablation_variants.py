@@ -255,7 +255,7 @@ def _table_4() -> dict[str, tuple[Cell | None, ...]]:
 
 
 def _table_14() -> dict[str, tuple[Cell | None, ...]]:
-    rows = {}
+    rows: dict[str, tuple[Cell | None, ...]] = {}
     for fading, tail in (("with", ""), ("without", "-no-fading")):
         for label, name in (("+ 16", BORDER), ("+ 0", PLAIN), ("- 6 + 3", INNER)):
             if (fading, name) != ("without", INNER):  # the paper has none

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import statistics
 import sys
 import time
@@ -36,7 +35,7 @@ from benchmarks.folds import (
 )
 from benchmarks.packing import Job, Schedule, heed_signals, run_jobs, shared_gpu
 from trt_yolov6.common.files import read_json, write_json
-from trt_yolov6.common.machine import cpu_model, software_versions
+from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
 from trt_yolov6.quantization.resampling import Interval, MatchedDetections
 
 GPU_MEMORY = 72.0
@@ -122,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
         started + options.deadline,
         options.last,
     )
-    log = {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    log = {"started": timestamp()}
 
     def finished(job: Job, result: dict[str, Any]) -> None:
         seconds = time.monotonic() - started
@@ -260,7 +259,7 @@ def write_out(out: Path, state: Path, heading: dict[str, Any]) -> None:
     written = set(read_json(listed)) if listed.is_file() else set()
     part: dict[str, Any] = {}
     size = 0
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%H%M%S")
+    stamp = time.strftime("%H%M%S")
     number = 0
 
     def write() -> None:

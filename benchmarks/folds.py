@@ -70,7 +70,9 @@ def write_folds(source: Path, target: Path, *, limit: int | None = None) -> Path
     done = target / "folds.json"
     if done.is_file():
         return target
-    images, annotations, categories = [], [], None
+    images: list[tuple[str, dict[str, Any], list[Any]]] = []
+    annotations: list[dict[str, Any]] = []
+    categories = None
     pixels = target / "images" / "all"
     pixels.mkdir(parents=True, exist_ok=True)
     for split in _SPLITS:
@@ -148,8 +150,8 @@ def unpack(rows: NDArray[Any], images: Sequence[int]) -> list[Detections]:
     ends = np.searchsorted(rows["image"], np.array(images), "right")
     return [
         Detections(
-            xyxy=part["box"].astype(np.float32) / _PIXEL,
-            confidence=part["score"].astype(np.float32) / 65535,
+            xyxy=part["box"].astype(np.float32) / np.float32(_PIXEL),
+            confidence=part["score"].astype(np.float32) / np.float32(65535),
             class_id=part["label"].astype(np.int64),
         )
         for part in (rows[start:end] for start, end in zip(starts, ends, strict=True))

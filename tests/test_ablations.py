@@ -281,7 +281,7 @@ def test_every_variant_is_a_recipe_that_can_be_built() -> None:
         assert set(variant.needs) <= VARIANTS.keys(), name
         options = ArchitectureOptions(**dict(variant.architecture))
         adapted(architecture(f"yolov6{variant.model}"), options)
-        teacher = {} if variant.teacher is None else {"teacher": "t.pt"}
+        teacher: dict[str, Any] = {} if variant.teacher is None else {"teacher": "t.pt"}
         settings = recipe_for(f"yolov6{variant.model}", "data", options=options, **teacher)
         for change in variant.changes:
             changed = with_field(settings, change)

@@ -199,7 +199,7 @@ class _Synchronized(torch.autograd.Function):
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse, counts = ctx.saved_tensors
         if not _is_dense(gradient):
             gradient = gradient.contiguous()
