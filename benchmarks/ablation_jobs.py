@@ -1,4 +1,4 @@
-"""What a worker of the ablations does: train a variant's network of a fold, or quantize it.
+"""The jobs of the ablations' workers: train a variant's network of a fold, or quantize it.
 
 Everything of a job is in a folder of its own, `STATE/<variant>/<fold>`: the training's run, the
 detections in the fold's images (`found.npz`) and, last, `result.json`. An interrupted job goes on

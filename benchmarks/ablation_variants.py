@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantized:
-    """How a trained network is brought to INT8."""
+    """Settings that bring a trained network to INT8."""
 
     network: str
     """The variant that trained it."""
@@ -26,7 +26,7 @@ class Quantized:
     float_layers: int = 0
     """Most sensitive layers that stay in float."""
     ranked_by: Metric | None = None
-    """What ranks them."""
+    """Metric that ranks them."""
     tuned: bool = False
     """Calibrator and equalization as `build --int8` chooses them; else min-max, not equalized."""
 
@@ -38,7 +38,7 @@ class Variant:
     model: str
     """`n`, `s`, ... as `train --model` takes it."""
     changes: tuple[str, ...] = ()
-    """As `train --set` takes them."""
+    """Assignments for `train --set`."""
     architecture: tuple[tuple[str, Any], ...] = ()
     """Fields of `ArchitectureOptions`."""
     schedule: Literal["short", "full"] = "short"

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--full-size", type=int, default=640, help="of its images (640)")
     parser.add_argument("--qat-epochs", type=int, default=10, help="of QAT (10)")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--limit", type=int, help="take only so many images, for a try")
+    parser.add_argument("--limit", type=int, help="number of images to take, for a try")
     parser.add_argument("--list", action="store_true", help="print the variants and their times")
     parser.add_argument("--collect", nargs="+", type=Path, metavar="OUT", help="score results")
     parser.add_argument(

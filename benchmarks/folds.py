@@ -62,7 +62,7 @@ def write_folds(source: Path, target: Path, *, limit: int | None = None) -> Path
     Args:
         source: BCCD with its published splits, in COCO's layout.
         target: folder of the data set to write; images are linked, not copied.
-        limit: take only so many images, for a try.
+        limit: number of images to take, for a try; None for all.
 
     Returns:
         `target`. What is there already is left.
@@ -169,7 +169,7 @@ class Truth:
 
 
 def read_truth(root: Path) -> Truth:
-    """Return what is to be found in the images of a data set that `write_folds` wrote."""
+    """Return the objects in the images of a data set that `write_folds` wrote."""
     dataset = load_folds(root)
     place_of = {number: place for place, number in enumerate(dataset.category_ids)}
     boxes: dict[int, list[list[float]]] = {image.id: [] for image in dataset.images}

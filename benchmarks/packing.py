@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 MARK = "@@result "
-"""What the line of a worker begins with that holds a job's result."""
+"""Beginning of the line in a worker's output that holds the result of a job."""
 
 TRIES = 2
 _POLL = 0.3
@@ -39,7 +39,7 @@ class Job:
     name: str
     """Unique."""
     order: dict[str, Any]
-    """What the worker gets, as JSON."""
+    """Message to the worker, ready for JSON."""
     needs: tuple[str, ...] = ()
     """Jobs that must be done before."""
     memory: float = 4.0
