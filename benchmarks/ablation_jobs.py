@@ -36,6 +36,7 @@ from trt_yolov6.data.coco import CocoDataset, load_coco, read_coco_image
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.runtime.predict import process
+from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.recipe import (
     ArchitectureOptions,
     TrainSettings,
@@ -243,10 +244,7 @@ def detect_all(engine: Engine, dataset: CocoDataset, border: int) -> dict[int, D
         dataset.images,
         read_coco_image,
         keep,
-        border=border,
-        batch=16,
-        workers=2,
-        clip=False,
+        PredictOptions(border=border, batch=16, workers=2, clip=False),
         tell=lambda _: None,
     )
     return dict(pair for step in steps for pair in step.result)

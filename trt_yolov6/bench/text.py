@@ -80,7 +80,7 @@ def layer_report(engine: Engine, batch: int, top: int = 20) -> str:
 def _how_measured(result: BenchmarkResult) -> str:
     latency = result.latency
     if latency.interval is None:
-        certainty = "too few for an interval of the median: give a longer --duration"
+        certainty = "too few for an interval of the median: measure for longer"
     else:
         low, high = (100 * (bound / latency.median - 1) for bound in latency.interval)
         certainty = f"median known to {low:+.1f} % .. {high:+.1f} %"

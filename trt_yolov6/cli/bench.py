@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.engines import load, newest_engine, nms_settings
+from trt_yolov6.cli.engines import load, newest_engine, predict_options
 from trt_yolov6.cli.options import (
     SAMPLE_IMAGES,
     Commands,
@@ -63,13 +63,14 @@ def run(options: argparse.Namespace) -> None:
             )
     if options.end_to_end and options.streams > 1:
         raise UserError("--streams is for the engine alone; leave it or --end-to-end out.")
-    engines = [load(path, options) for path in options.engine or [newest_engine()]]
+    detectors = [load(path, options) for path in options.engine or [newest_engine()]]
+    engines = [detector.engine for detector in detectors]
     results = benchmark(
-        engines,
+        detectors,
         batch=options.batch,
         streams=options.streams,
         images=(options.source or SAMPLE_IMAGES) if options.end_to_end else None,
-        nms=nms_settings(options) if options.end_to_end else None,
+        predict=predict_options(options) if options.end_to_end else None,
         duration=options.duration,
         progress=not options.quiet,
     )

@@ -218,6 +218,10 @@ _PARAMETERS = {
     "calibration": "calib",
     "clean": "no_surgery",
     "class_names": "names",
+    "address": "ray",
+    "extra": "config",
+    "names": "name",
+    "python": "python_backend",
     "cuda_graph": "no_cuda_graph",
     "images": "source",
     "nms": "end2end",
@@ -247,14 +251,11 @@ def is_given(value: object) -> bool:
 
 
 def percent(text: str) -> float:
-    """Read a percentage above 0: `5` or `5%`."""
+    """Read a percentage: `5` or `5%`."""
     try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage above 0, such as 5%")
-    return value
+        return float(text.strip().removesuffix("%"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, such as 5%") from error
 
 
 def positive(text: str) -> int:

@@ -187,9 +187,9 @@ def _check_data(options: argparse.Namespace) -> None:
 
     if options.data is None:
         raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
-    check_source(options.data, options.split or "train", "--split")
+    check_source(options.data, options.split or "train")
     if options.val_split != "none":
-        check_source(options.data, options.val_split, "--val-split")
+        check_source(options.data, options.val_split, "val_split")
 
 
 def _listed_variants() -> Iterator[str]:

@@ -16,22 +16,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 
-from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.common.closing import Closing
+from trt_yolov6.detectors.spec import Described
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import (
-    BatchProfile,
-    NmsSettings,
-    OutputLayout,
-    PrecisionName,
-    empty_input,
-    image_size_of,
-)
+from trt_yolov6.spec import BatchProfile, PrecisionName, empty_input
 from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
@@ -128,7 +121,7 @@ class FinishedRun(Run):
         return self.outputs
 
 
-class Engine(abc.ABC):
+class Engine(Described, Closing):
     """A loaded engine. One thread at a time may call it; close it, or use it in a `with` block."""
 
     path: Path
@@ -145,12 +138,6 @@ class Engine(abc.ABC):
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
     """Batch sizes it takes."""
-    output_layout: OutputLayout
-    decoder: str = "yolov6"
-    """The family it is of, see `detectors.families`."""
-    preprocessing: Preprocessing = YOLOV6
-    """Preprocessing of its images: RGB in 0..1, letterboxed, unless its family's differ."""
-    class_names: tuple[str, ...]
     note: str = ""
     """Arithmetic of the engine where it differs from its precision."""
     computed_in: PrecisionName | None = None
@@ -161,8 +148,6 @@ class Engine(abc.ABC):
     """A batch's outputs have been found to be a detector's (see `plausibility`)."""
     in_flight: int = 1
     """Batches that `start` takes before the first is waited for."""
-    nms: NmsSettings | None = None
-    """The thresholds of the suppression inside an `end2end` graph, where they are known."""
 
     @abc.abstractmethod
     def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -236,30 +221,10 @@ class Engine(abc.ABC):
             "TensorRT."
         )
 
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Free what the engine holds; it cannot be used afterwards."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Input height and width in pixels."""
-        return image_size_of(self.input)
-
     @property
     def precision(self) -> str:
         """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
         return self.manifest.precision if self.manifest else "unknown"
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_images(engine: Engine, images: Any) -> None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -24,7 +23,7 @@ from trt_yolov6.runtime.detection_files import Format, open_detection_files
 from trt_yolov6.runtime.draw import draw_detections
 from trt_yolov6.runtime.predict import default_nms, process
 from trt_yolov6.runtime.video import VideoWriter
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,11 @@ def infer_source(
     engine: Engine,
     source: str | Path,
     output: str | Path,
+    options: PredictOptions | None = None,
     *,
     formats: Sequence[Format] = ("json",),
     frames: int | None = None,
     stop: Callable[[], bool] = lambda: False,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
     progress: bool = True,
 ) -> InferenceSummary:
     """Find objects in pictures or a video, and draw them.
@@ -76,10 +73,10 @@ def infer_source(
         engine: any loaded engine.
         source: see `media.find_media`.
         output: the folder to write to; made if missing, not the one the source lies in.
+        options: as in `detect`.
         formats: of `detection_files.FORMATS`.
         frames: end a video or stream after this number.
         stop: asked before each frame of a video or stream: whether to end here.
-        nms, border, batch: as in `detect`.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -96,11 +93,11 @@ def infer_source(
         raise UserError(
             f"{output} is where the source lies; give another folder as `output`.", "output"
         )
-    options = {"nms": nms or default_nms(engine), "border": border, "batch": batch}
+    options = (options or PredictOptions()).over(default_nms(engine))
     if isinstance(media, Video):
         clip = open_video(media, frames, stop)
-        return _infer_video(engine, media, clip, output, formats, progress, **options)
-    return _infer_pictures(engine, media, str(source), output, formats, progress, **options)
+        return _infer_video(engine, media, clip, output, formats, options, progress)
+    return _infer_pictures(engine, media, str(source), output, formats, options, progress)
 
 
 def _infer_pictures(
@@ -109,8 +106,8 @@ def _infer_pictures(
     source: str,
     output: Path,
     formats: Sequence[Format],
+    options: PredictOptions,
     progress: bool,
-    **options: Any,
 ) -> InferenceSummary:
     start = time.perf_counter()
     outputs: list[Path] = []
@@ -146,10 +143,10 @@ def _infer_pictures(
             pictures.items,
             Picture.read,
             finish,
+            options,
             keep_images=True,
             skip_unreadable=not pictures.is_single,
             tell=odd.append,
-            **options,
         ):
             outputs.extend(step.result)
             failures.extend((item.where, str(error)) for item, error in step.batch.failures)
@@ -177,8 +174,8 @@ def _infer_video(
     clip: Clip,
     output: Path,
     formats: Sequence[Format],
+    options: PredictOptions,
     progress: bool,
-    **options: Any,
 ) -> InferenceSummary:
     start = time.perf_counter()
     target = output / f"{video.name}.mp4"
@@ -208,9 +205,7 @@ def _infer_video(
             ) as bar:
                 # Frames can only be decoded in order, so the caller's thread does it and the
                 # loader's threads just resize them.
-                for step in process(
-                    engine, clip.frames, _pixels, finish, tell=odd.append, **options
-                ):
+                for step in process(engine, clip.frames, _pixels, finish, options, tell=odd.append):
                     seconds += step.inference_seconds
                     bar.update(len(step.batch.items))
             if not files.images:

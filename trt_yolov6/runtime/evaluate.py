@@ -26,7 +26,7 @@ from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import ClassesDifferError
 from trt_yolov6.runtime.evaluation_plots import Confusion
 from trt_yolov6.runtime.predict import process
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,8 @@ class _Matches:
 def evaluate(
     engine: Engine,
     dataset: CocoDataset,
+    options: PredictOptions | None = None,
     *,
-    batch: int | None = None,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    workers: int | None = None,
     progress: bool = True,
     confusion: bool = False,
 ) -> Evaluation:
@@ -141,10 +138,8 @@ def evaluate(
     Args:
         engine: any loaded engine.
         dataset: a split with the engine's classes, see `class_matching.match_classes`.
-        batch: images at a time; default: see `inference.choose_batch`.
-        nms: thresholds; default: `NmsSettings()`, confidence 0.03 and IoU 0.65.
-        border: gray pixels around the image, see `letterbox.fit`.
-        workers: threads that read and pre-process; default: one a core, at most eight.
+        options: thresholds and more, without `clip`; default thresholds: `NmsSettings()`,
+            confidence 0.03 and IoU 0.65.
         progress: show a progress bar on stderr.
         confusion: count which class objects are taken for.
 
@@ -175,11 +170,7 @@ def evaluate(
             dataset.images,
             read_coco_image,
             match,
-            nms=nms,
-            border=border,
-            batch=batch,
-            workers=workers,
-            clip=False,
+            dataclasses.replace(options or PredictOptions(), clip=False),
             tell=notes.append,
         ):
             sums.matches.update(step.result.by_image)

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.data.letterbox import resolve_border
 from trt_yolov6.data.loader import Batch, default_workers, fill_row, load_batches
 from trt_yolov6.data.media import Video, find_media
 from trt_yolov6.detectors.candidates import Candidates
@@ -24,7 +25,7 @@ from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.plausibility import check_outputs, has_non_finite
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import NmsSettings, PredictOptions
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,10 +62,7 @@ Images: TypeAlias = "Image | Iterable[Image]"
 def detect(
     engine: Engine,
     images: Images,
-    *,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
+    options: PredictOptions | None = None,
 ) -> list[Detections]:
     """Find objects in images.
 
@@ -72,9 +70,7 @@ def detect(
         engine: any loaded engine.
         images: arrays, uint8 (height, width, 3) RGB of any size; paths of files, folders (searched
             with their sub-folders, sorted by path) and globs; or several of these.
-        nms: thresholds; default: `default_nms(engine)`, confidence 0.4.
-        border: gray pixels around the image, see `letterbox.fit`.
-        batch: images the engine is given at a time; default: see `choose_batch`.
+        options: thresholds and more; default thresholds: `default_nms(engine)`, confidence 0.4.
 
     Returns:
         One `Detections` an image, in order and in pixels of that image; a list for one image too.
@@ -84,10 +80,9 @@ def detect(
             what is asked.
     """
     items = _items(images)
-    nms = nms or default_nms(engine)
-    if len(items) <= choose_batch(engine, batch) and engine.batch.min <= len(items):
-        check_thresholds(engine, nms)
-        found = _detect_at_once(engine, [item.read() for item in items], nms, border)
+    options = (options or PredictOptions()).over(default_nms(engine))
+    if len(items) <= choose_batch(engine, options.batch) and engine.batch.min <= len(items):
+        found = _detect_at_once(engine, [item.read() for item in items], options)
     else:
         found = []
         for step in process(
@@ -95,9 +90,7 @@ def detect(
             items,
             lambda item: item.read(),
             lambda _, detections: detections,
-            nms=nms,
-            border=border,
-            batch=batch,
+            options,
         ):
             found.extend(step.result)
     return [
@@ -145,9 +138,10 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
 
 
 def _detect_at_once(
-    engine: Engine, images: Sequence[NDArray[np.uint8]], nms: NmsSettings, border: int
+    engine: Engine, images: Sequence[NDArray[np.uint8]], options: PredictOptions
 ) -> list[Detections]:
     """Find objects in one batch, in this thread: for a few images others only cost time."""
+    nms, border = resolve(engine, options)
     if not images:
         return []
     array = engine.empty_input(len(images))
@@ -159,7 +153,14 @@ def _detect_at_once(
         outputs = engine.start(array, nms.confidence).wait()
     else:
         outputs = _checked_outputs(engine, array, len(images), nms, _warn)
-    return postprocess(outputs, engine.output_layout, nms, placed, class_names=engine.class_names)
+    return postprocess(
+        outputs,
+        engine.output_layout,
+        nms,
+        placed,
+        clip=options.clip,
+        class_names=engine.class_names,
+    )
 
 
 def _checked_outputs(
@@ -186,14 +187,10 @@ def process(
     items: Iterable[Item],
     read: Callable[[Item], NDArray[np.uint8]],
     finish: Callable[[Batch[Item], list[Detections]], Result],
+    options: PredictOptions | None = None,
     *,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
-    workers: int | None = None,
     keep_images: bool = False,
     skip_unreadable: bool = False,
-    clip: bool = True,
     tell: Callable[[str], None] = _warn,
 ) -> Iterator[Processed[Item, Result]]:
     """Run an engine over a stream of images, everything but the engine in other threads.
@@ -207,10 +204,8 @@ def process(
         items: what to read, in order.
         read: turns an item into uint8 (height, width, 3) RGB; called from several threads.
         finish: makes a result of a batch and its detections; called in one other thread, in order.
-        nms: thresholds; default: `NmsSettings()`, as for evaluation.
-        border, batch: as in `detect`.
-        workers, keep_images, skip_unreadable: as in `load_batches`.
-        clip: as in `postprocess`.
+        options: thresholds and more; default thresholds: `NmsSettings()`, as for evaluation.
+        keep_images, skip_unreadable: as in `load_batches`.
         tell: takes what is odd about the outputs, a sentence each (see `plausibility`), and numbers
             in later batches that are not finite; default: `warnings.warn`.
 
@@ -218,9 +213,9 @@ def process(
         UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
             `read` and `finish` raise.
     """
-    nms = nms or NmsSettings()
-    check_thresholds(engine, nms)
-    size = choose_batch(engine, batch)
+    options = options or PredictOptions()
+    nms, border = resolve(engine, options)
+    size = choose_batch(engine, options.batch)
     batches = load_batches(
         items,
         read,
@@ -229,7 +224,7 @@ def process(
         pad_to=engine.batch.min,
         border=border,
         preprocessing=engine.preprocessing,
-        workers=workers,
+        workers=options.workers,
         keep_images=keep_images,
         skip_unreadable=skip_unreadable,
         allocate=engine.empty_input,
@@ -246,7 +241,7 @@ def process(
                 engine.output_layout,
                 nms,
                 loaded.letterboxes,
-                clip=clip,
+                clip=options.clip,
                 class_names=engine.class_names,
                 executor=helpers,
             )
@@ -316,6 +311,18 @@ def process(
         pool.shutdown(wait=True, cancel_futures=True)
         helpers.shutdown()
         batches.close()  # type: ignore[attr-defined]
+
+
+def resolve(engine: Engine, options: PredictOptions) -> tuple[NmsSettings, int]:
+    """Return the thresholds and the gray border in pixels that options mean for an engine.
+
+    Raises:
+        UserError: the engine has decided otherwise (see `check_thresholds`), or its input does not
+            fit them (see `letterbox.resolve_border`).
+    """
+    nms = options.nms()
+    check_thresholds(engine, nms)
+    return nms, resolve_border(options.resize, options.border, engine.image_size)
 
 
 def default_nms(engine: Engine) -> NmsSettings:

@@ -20,11 +20,11 @@ from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.cuda.arrays import lies_on_gpu, view_of
 from trt_yolov6.engines.cuda.device import OutOfGpuMemoryError, PinnedPool
 from trt_yolov6.engines.manifest import Manifest
-from trt_yolov6.engines.reading import class_names_of, reading_of
+from trt_yolov6.engines.reading import detector_of
 from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.spec import BatchProfile, TensorSpec
+from trt_yolov6.spec import BatchProfile, TensorSpec, image_size_of
 
 _ROUNDS = 20
 """Rounds of runs on several streams between two looks at the clock."""
@@ -75,7 +75,6 @@ class TensorRTEngine(Engine):
     ) -> None:
         self.path = path
         self.manifest = manifest
-        self.nms = manifest.nms if manifest else None
         self.backend = flavour.backend
         self.backend_version = flavour.version
         self._flavour = flavour
@@ -265,15 +264,12 @@ class TensorRTEngine(Engine):
         else:
             shapes = engine.get_tensor_profile_shape(self.input.name, 0)
             self.batch = BatchProfile(*(int(shape[0]) for shape in shapes))
-        reading = reading_of(
+        self.detector = detector_of(
             self.manifest,
             self._options,
             self.path,
-            lambda: GraphFacts(self.outputs, self.image_size),
+            lambda: GraphFacts(self.outputs, image_size_of(self.input)),
         )
-        self.decoder, self.output_layout = reading.decoder, reading.layout
-        self.preprocessing = reading.preprocessing
-        self.class_names = class_names_of(self.outputs, self.output_layout, self.manifest)
 
     def _new_lane(self) -> Lane:
         try:

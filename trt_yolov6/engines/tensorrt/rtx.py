@@ -69,7 +69,7 @@ def availability() -> Availability:
         reason = str(error).rstrip(".")
         names = ", ".join(targets(flavour.api))
         return Availability(
-            NAME, True, False, flavour.version, f"builds with --target ({names}) only: {reason}"
+            NAME, True, False, flavour.version, f"builds for a target ({names}) only: {reason}"
         )
     return Availability(NAME, True, True, flavour.version, str(device))
 
