@@ -202,7 +202,8 @@ def _best(scores: NDArray[Any]) -> NDArray[np.intp]:
     if len(keys) > MAX_CANDIDATES:
         keys = np.partition(keys, MAX_CANDIDATES)[:MAX_CANDIDATES]
     keys.sort()
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
+    order: NDArray[np.intp] = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
+    return order
 
 
 def _finish(

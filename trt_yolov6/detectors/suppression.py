@@ -152,10 +152,18 @@ class _Boxes:
 
     def part(self, chosen: slice | NDArray[np.intp]) -> _Boxes:
         """Return some of them; by a slice, without a copy."""
-        arrays = self.corners, self.areas, self.labels, self.firsts, self.seconds
-        if isinstance(chosen, slice):
-            return _Boxes(*(array[chosen] for array in arrays))
-        return _Boxes(*(array.take(chosen, axis=0) for array in arrays))
+
+        def some(array: NDArray[Any]) -> Any:
+            # `take` is several times as fast as an index.
+            return array[chosen] if isinstance(chosen, slice) else array.take(chosen, axis=0)
+
+        return _Boxes(
+            corners=some(self.corners),
+            areas=some(self.areas),
+            labels=some(self.labels),
+            firsts=some(self.firsts),
+            seconds=some(self.seconds),
+        )
 
     def put(self, start: int, boxes: _Boxes) -> None:
         """Write others over these from an index on; their vectors as a are not kept."""
