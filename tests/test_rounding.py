@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.graph.inputs import input_spec
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.calibrators import amax_of

@@ -19,6 +19,7 @@ from torch.nn import functional
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.letterbox import letterbox
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.qdq.insert import insert_qdq
