@@ -16,6 +16,7 @@ and batch size are measured interleaved; figures are medians.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
@@ -46,6 +47,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.spec import PredictOptions
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("yolov6n", "yolov6t", "yolov6s", "yolov6m", "yolov6l", "yolov6l-relu")
@@ -91,6 +93,7 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     from benchmarks.authors_graph import authors_graph
     from benchmarks.gpu_graphs import as_graph, random_model, with_batch
     from trt_yolov6.data.calibration import calibration_images
+    from trt_yolov6.engines.tensorrt.weakly_typed import activate_first
     from trt_yolov6.graph.export import ExportSettings, export_onnx
     from trt_yolov6.graph.float16 import tail_nodes, to_fp16
     from trt_yolov6.quantization.calibrators import group_amax
@@ -123,8 +126,13 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
         forms["int8+float6"] = quantized(most_sensitive(ranked(distortions, "snr"), 6))
         worth = rankings(distortions, layer_costs(model))[-1]
         forms["int8+float6-by_time"] = quantized(worth[:6])
+    if name == "yolov6s":
+        forms["int8-activated_first"] = copy.deepcopy(forms["int8"])
+        activate_first(forms["int8-activated_first"])
     for form, content in forms.items():
         for batch in batches:
+            if form == "int8-activated_first" and batch == 1:
+                continue
             onnx.save(with_batch(content, batch), folder / f"{name}.{form}.b{batch}.onnx")
     if name == "yolov6s":
         for batch in batches:
@@ -287,7 +295,7 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
 
 
 def build_one(folder: Path, name: str, output: Path, level: int | None) -> None:
-    """Build the engine of a name, and write its row beside it."""
+    """Build the engine of a name, and write its row next to it."""
     (job,) = (job for job in jobs_in(folder) if job.name == name)
     row = build(job, output, level)
     write_json(output / f"{job.name}.row.json", row)
@@ -350,7 +358,7 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
 def _score(row: dict[str, Any], folder: Path) -> None:
     data = load_coco(ROOT / "samples")
     with load_engine(folder / row["engine"]) as engine:
-        row["ap"] = rounded(evaluate(engine, data, batch=8, progress=False).ap)
+        row["ap"] = rounded(evaluate(engine, data, PredictOptions(batch=8), progress=False).ap)
         images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))[:8]
         outputs = engine.infer(images)
     print(f"{row['engine']}: AP {row['ap']}", flush=True)
@@ -358,7 +366,7 @@ def _score(row: dict[str, Any], folder: Path) -> None:
         return  # the graph holds no quantization to compare with
     with load_engine(row["graph"], "onnxruntime") as engine:
         expected = engine.infer(images)
-        row["ap_cpu"] = rounded(evaluate(engine, data, batch=8, progress=False).ap)
+        row["ap_cpu"] = rounded(evaluate(engine, data, PredictOptions(batch=8), progress=False).ap)
     far = expected["scores"].astype(np.float32) - outputs["scores"]
     seen = expected["scores"].max(axis=2) > 0.3
     moved = np.abs(expected["boxes"] - outputs["boxes"])[seen]

@@ -45,7 +45,8 @@ void find_block() {
 }
 void suppress_block() {
     suppress(given.first, given.second, given.third, given.confidence, given.iou, given.low,
-        given.high, given.reach, given.limit, given.capacity, given.counts, given.keys, given.results);
+        given.high, given.reach, given.limit, given.capacity, given.counts, given.keys,
+        given.results);
 }
 }
 

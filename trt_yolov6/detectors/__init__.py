@@ -1,5 +1,6 @@
 """Detectors of every family, decoded into one `Detections` value.
 
+spec.py         `DetectorSpec`: what a detector takes and gives
 layouts.py      how outputs are laid out, and the arithmetic that reads each layout
 families.py     the table of families: the layouts each is exported in, the images it takes
 recognition.py  the family of a graph: from its outputs, its metadata and what leads to them

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.engines.base import Engine, Run, check_images
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
@@ -31,7 +32,6 @@ class TorchEngine(Engine):
     """
 
     backend = "torch"
-    output_layout = "split"
     manifest = None
     is_checked = True  # outputs of this package's own, of weights that may know nothing yet
 
@@ -73,7 +73,7 @@ class TorchEngine(Engine):
             TensorSpec("scores", (None, anchors, len(class_names)), np.dtype(np.float32)),
         )
         self.batch = BatchProfile(1, 32, 1024)
-        self.class_names = class_names
+        self.detector = DetectorSpec(class_names, (image_size, image_size))
 
     @property
     def precision(self) -> str:

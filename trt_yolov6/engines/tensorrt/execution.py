@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,7 @@ class Lane:
         self._can_suppress = plan.reading is not None
         self._suppressed: tuple[int, NmsSettings] | None = None
         self._in_use: Any = None
+        self._generation = 0
         self._copiers = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="to-gpu")
         try:
             self._open()
@@ -186,6 +187,45 @@ class Lane:
 
         return enqueue
 
+    # --- for runs that others record, see `pictures` ----------------------------------------------
+
+    @property
+    def input_memory(self) -> DeviceMemory:
+        """Where `run` reads its input."""
+        return self._device_input
+
+    @property
+    def output_memory(self) -> Mapping[str, DeviceMemory]:
+        """Where `run` writes its outputs; without those whose size depends on the images."""
+        return self._device_outputs
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """A run allocates nothing, so that a CUDA graph can hold it."""
+        return not self._allocators
+
+    def prepare(self, rows: int) -> int:
+        """Make the next `run` one of the lane's own input, of a batch of `rows`.
+
+        Returns:
+            A number that changes when what was recorded before is not valid any more.
+        """
+        shape = tuple(length or 0 for length in self._plan.input.shape[1:])
+        self._bind(self._device_input.address, (rows, *shape))
+        return self._generation
+
+    def run(self) -> None:
+        """Put a run on the stream, kernel by kernel; what it is recorded in becomes a graph."""
+        self._execute(self._bound.context)
+
+    def copy_outputs(self) -> None:
+        """Put the copy of all outputs to the host on the stream."""
+        self._copy_outputs()
+
+    def results(self) -> dict[str, NDArray[Any]]:
+        """Return the outputs of the run that has just ended, after `copy_outputs`."""
+        return {output.name: self._result(output) for output in self._plan.outputs}
+
     def profile(self, images: NDArray[Any], runs: int) -> dict[str, list[float]]:
         """Run a resident batch some times; return the seconds that each layer took, by its name.
 
@@ -237,7 +277,6 @@ class Lane:
                 continue
             nbytes = math.prod(largest) * output.dtype.itemsize
             self._device_outputs[output.name] = self._own(DeviceMemory(nbytes))
-            self._host_outputs[output.name] = self._own(PinnedMemory(nbytes))
         self._place_outputs(self._bound.context)
 
     def _allocate_late(self, name: str) -> None:
@@ -359,6 +398,7 @@ class Lane:
             return _Binding(self._new_context(), 0)
         spare = self._bindings.pop(next(iter(self._bindings)))
         spare.drop_graph(self.stream)
+        self._generation += 1
         return spare
 
     def _misfit(self, shape: tuple[int, ...]) -> UserError:
@@ -403,10 +443,14 @@ class Lane:
 
     def _copy_outputs(self) -> None:
         for output in self._plan.outputs:
+            source = self._device_outputs.get(output.name)
+            if source is None:
+                continue
             memory = self._host_outputs.get(output.name)
-            if memory is not None:
-                nbytes = math.prod(self._output_shape(output.name)) * output.dtype.itemsize
-                self.stream.copy_out(memory.address, self._device_outputs[output.name], nbytes)
+            if memory is None:  # page-locked when first needed: boxes usually leave without them
+                memory = self._host_outputs[output.name] = self._own(PinnedMemory(source.nbytes))
+            nbytes = math.prod(self._output_shape(output.name)) * output.dtype.itemsize
+            self.stream.copy_out(memory.address, source, nbytes)
 
     def _output_shape(self, name: str) -> tuple[int, ...]:
         if name in self._allocators:
