@@ -4,8 +4,8 @@
 
 Needs a GPU with TensorRT or TensorRT-RTX, and nvImageCodec for the JPEG parts; no network. What is
 compared is measured interleaved, in one process, and every figure is a median. `--only` takes some
-of the parts: accuracy, decoding, single, batches, jpeg, stages, gpus, leaks. `--plans` keeps engines
-in a folder, or takes those that are there: `N_32.trt`, `S_1.trt` and so on, of uint8 input.
+of the parts: accuracy, decoding, single, batches, jpeg, stages, gpus, leaks. `--plans` keeps
+engines in a folder, or takes those that are there: `N_32.trt`, `S_1.trt` and so on, of uint8 input.
 """
 
 from __future__ import annotations
