@@ -39,7 +39,7 @@ from trt_yolov6.engines.cuda.device import (
     current_device,
     free_memory,
 )
-from trt_yolov6.engines.cuda.suppression import Suppression, reading_of
+from trt_yolov6.engines.cuda.suppression import MAX_KEPT, Suppression, reading_of
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.spec import NmsSettings, TensorSpec
 
@@ -182,7 +182,7 @@ def equality(sets: int) -> dict[str, Any]:
             nms = NmsSettings(
                 float(rng.choice([0.0, 0.03, 0.25, 0.5])),
                 float(rng.choice([0.1, 0.45, 0.5, 0.65, 0.9, rng.uniform(0.01, 1)])),
-                int(rng.choice([1, 20, 300, 1024])),
+                int(rng.choice([1, 20, 300, MAX_KEPT])),
             )
             gpu.send(outputs)
             found = gpu.run(batch, nms)
