@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from support.networks import ONE, random_model
 from support.pictures import save_noise
 
@@ -69,7 +71,7 @@ def quantized(calibrated: Calibrated) -> onnx.ModelProto:
     return insert_qdq(calibrated.model, calibrated.placement, calibrated.table.amax)
 
 
-def run(model: onnx.ModelProto, images: np.ndarray) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def run(model: onnx.ModelProto, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
     session = reference_session(model)
     names = [item.name for item in session.get_outputs()]
     return dict(zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True))

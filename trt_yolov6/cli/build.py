@@ -29,7 +29,7 @@ from trt_yolov6.cli.options import (
     percent,
     positive,
 )
-from trt_yolov6.cli.output import profile_text, reading_text, say_next
+from trt_yolov6.cli.output import profile_text, say_next
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def add(commands: Commands) -> None:
     )
     int8.add_argument(
         "--reconstruct",
+        dest="reconstruct_minutes",
         type=float,
         metavar="MINUTES",
         help="--int8: let scales, weights and biases learn for so long from the float network on "
@@ -191,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
     )
     print(f"{built.manifest_path}: its manifest")
     if options.onnx:
-        print(reading_text(manifest.decoder, manifest.output_layout, manifest.preprocessing))
+        print(manifest.detector)
     if built.quantized_asked:
         label, found = manifest.precision.upper(), manifest.quantized_layers
         print(
@@ -210,7 +211,7 @@ def _quantization(options: argparse.Namespace) -> QuantizationSettings:
         bias_correction=not options.no_bias_correction,
         adaptive_rounding=options.adaptive_rounding,
         reconstruct=not options.no_reconstruct,
-        reconstruct_minutes=options.reconstruct or 0.0,
+        reconstruct_minutes=options.reconstruct_minutes or 0.0,
         max_ap_drop=_most_ap_drop(options),
         max_slowdown=options.max_slowdown,
     )

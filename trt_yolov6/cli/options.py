@@ -129,6 +129,18 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
 
 
+def add_gpus(parser: argparse.ArgumentParser) -> None:
+    """Add --gpus."""
+    parser.add_argument(
+        "--gpus",
+        dest="gpu_count",  # `export-triton --gpus` takes their numbers
+        type=positive,
+        default=1,
+        metavar="N",
+        help="TensorRT: GPUs to work on (1)",
+    )
+
+
 def add_ray(parser: argparse.ArgumentParser) -> None:
     """Add --ray."""
     parser.add_argument(
@@ -218,6 +230,10 @@ _PARAMETERS = {
     "calibration": "calib",
     "clean": "no_surgery",
     "class_names": "names",
+    "address": "ray",
+    "extra": "config",
+    "names": "name",
+    "python": "python_backend",
     "cuda_graph": "no_cuda_graph",
     "images": "source",
     "nms": "end2end",
@@ -247,14 +263,11 @@ def is_given(value: object) -> bool:
 
 
 def percent(text: str) -> float:
-    """Read a percentage above 0: `5` or `5%`."""
+    """Read a percentage: `5` or `5%`."""
     try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage above 0, such as 5%")
-    return value
+        return float(text.strip().removesuffix("%"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, such as 5%") from error
 
 
 def positive(text: str) -> int:

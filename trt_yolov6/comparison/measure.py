@@ -67,7 +67,7 @@ def accuracy(
     inputs = {
         "engine": built.sha256[batch],
         "data": [data["annotations_sha256"], data["images_sha256"]],
-        "nms": dataclasses.asdict(plan.nms),
+        "nms": dataclasses.asdict(plan.predict_options.nms()),
         "border": plan.border,
         "examples": plan.examples,
         "reading": _reading(built, batch),
@@ -87,8 +87,7 @@ def accuracy(
             evaluation = evaluate(
                 engine,
                 dataset,
-                nms=plan.nms,
-                border=plan.border,
+                plan.predict_options,
                 progress=False,
                 seen=lambda image, detections: seen.update({image.id: detections}),
             ).to_json()
@@ -153,7 +152,7 @@ def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[lis
 
     plan = work.plan
     images = [read_coco_image(image) for image in example_images(dataset, plan.examples)]
-    found = detect(engine, images, nms=plan.nms, border=plan.border)
+    found = detect(engine, images, plan.predict_options)
     return [
         [
             [*(round(value, 1) for value in box), round(score, 3), label]

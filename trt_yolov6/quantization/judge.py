@@ -110,7 +110,7 @@ def least_agreement(max_ap_drop: float) -> float:
     """
     if not max_ap_drop > 0:
         raise UserError(
-            f"--max-ap-drop {max_ap_drop} is out of range; give AP points above 0, such as 0.5."
+            f"`max_ap_drop` {max_ap_drop} is out of range; give AP points above 0, such as 0.5."
         )
     return float(1 - (min(max_ap_drop, 50) / 50) ** (1 / 1.7))
 
@@ -157,7 +157,7 @@ class Judge:
         values = []
         for seed in range(2):
             rng = np.random.default_rng(seed)
-            noisy = (_noisy(images, rng, self._preprocessing) for images in self._images)
+            noisy = (with_noise(images, rng, self._preprocessing) for images in self._images)
             found = self._run(self._model, noisy)
             values.append(pooled_agreement([(self, found)], CONFIDENCES[-1:]))
         return sum(values) / len(values)
@@ -245,7 +245,7 @@ def _pooled(judged: Judged) -> tuple[list[Detections], list[Detections]]:
     )
 
 
-def _noisy(
+def with_noise(
     images: NDArray[Any], rng: np.random.Generator, preprocessing: Preprocessing
 ) -> NDArray[Any]:
     """Return a graph's input with `HARMLESS_NOISE`, of uint8 pixels or prepared float ones."""

@@ -59,6 +59,9 @@ _QUIET = 1e-3
 
 _VARIANCE_IMAGES = 8
 
+_INSIDE = 1.0
+"""Weight of the errors of layers."""
+
 Tell = Callable[[str], None]
 
 
@@ -102,6 +105,8 @@ def reconstruct(
         student.scale_parameters(),
         student.bias_parameters(),
     )
+    # With ten bits of mantissa a convolution on a GPU is off by more than INT8's rounding.
+    torch.backends.cudnn.allow_tf32 = False
     optimizer = torch.optim.Adam(
         [{"params": own, "lr": rate} for own, rate in zip(parameters, rates, strict=True)],
         betas=_BETAS,
@@ -176,7 +181,7 @@ class _Loss:
             self._read({name: one[name] for name in self._finals}, self._size)
             for one in (found, target)
         )
-        return torch.stack([*anchor_loss(own, guide), inside])
+        return torch.stack([*anchor_loss(own, guide), _INSIDE * inside])
 
 
 def anchor_loss(own: AnchorTensors, guide: AnchorTensors) -> tuple[Tensor, Tensor]:

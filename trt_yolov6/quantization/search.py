@@ -282,8 +282,8 @@ class Search:
         fold, *others = self._folds
         if others or not fold.split.is_held_out:
             raise UserError(
-                f"--reconstruct needs {FEWEST_TO_PART} calibration images at least, so that half "
-                "of them can judge; add some."
+                f"`reconstruct_minutes` needs {FEWEST_TO_PART} calibration images at least, so "
+                "that half of them can judge; add some."
             )
         from trt_yolov6.quantization.reconstruction import reconstruct
 

@@ -108,7 +108,7 @@ class TorchGraph(nn.Module):
             if operator is None or node.domain not in ("", "ai.onnx"):
                 raise UserError(
                     f"the graph has the operator {node.op_type}, which reconstruction by gradients "
-                    "does not know; leave --reconstruct out."
+                    "does not know; leave `reconstruct_minutes` out."
                 )
             if made[0] in self._layers:
                 self._add_bias(graph, self._layers[made[0]])
@@ -284,7 +284,7 @@ def _pads(given: Attributes, what: str = "pads") -> tuple[int, ...]:
     if given.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise UserError(
             "the graph pads automatically (auto_pad), which reconstruction by gradients does not "
-            "know; leave --reconstruct out."
+            "know; leave `reconstruct_minutes` out."
         )
     top, left, bottom, right = given.get(what, (0, 0, 0, 0))
     return left, right, top, bottom
@@ -316,7 +316,7 @@ def _conv_transpose(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     if (left, top) != (right, bottom):
         raise UserError(
             "the graph pads one side of a transposed convolution more than the other, which "
-            "reconstruction by gradients does not know; leave --reconstruct out."
+            "reconstruction by gradients does not know; leave `reconstruct_minutes` out."
         )
     return F.conv_transpose2d(
         inputs[0],
@@ -347,7 +347,7 @@ def _average_pool(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     if (left, top) != (right, bottom):
         raise UserError(
             "the graph pads one side of an average pooling more than the other, which "
-            "reconstruction by gradients does not know; leave --reconstruct out."
+            "reconstruction by gradients does not know; leave `reconstruct_minutes` out."
         )
     return F.avg_pool2d(
         inputs[0],
@@ -417,7 +417,7 @@ def _resize(given: Attributes, inputs: Sequence[Any]) -> Tensor:
         )
     raise UserError(
         f"the graph resizes ({mode}, {how}) in a way that reconstruction by gradients does not "
-        "know; leave --reconstruct out."
+        "know; leave `reconstruct_minutes` out."
     )
 
 

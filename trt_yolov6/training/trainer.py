@@ -30,6 +30,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import BN_MOMENTUM
 from trt_yolov6.models.network import YOLOv6
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
+from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.distributed import Processes, joined, with_common_statistics
 from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
@@ -386,7 +387,8 @@ def _prepare(
     average = WeightAverage(model, *average_for(plan.total_updates, settings.ema_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     teacher = _teacher(settings, model, data.class_names, device)
-    with_common_statistics(model, processes)
+    if settings.common_statistics:
+        with_common_statistics(model, processes)
     network: nn.Module = _Levels(model)
     if settings.compile:
         network = torch.compile(network)  # type: ignore[assignment]
@@ -694,8 +696,7 @@ def _evaluation(run: _Run) -> Evaluation | None:
         return evaluate(
             engine,
             run.validation,
-            batch=min(max(settings.batch, 1), 32),
-            border=settings.eval_border,
+            PredictOptions(batch=min(max(settings.batch, 1), 32), border=settings.eval_border),
             progress=False,
         )
 

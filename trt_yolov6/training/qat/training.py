@@ -45,6 +45,7 @@ from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import INT8
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
+from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.data_validation import OnBadData
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
@@ -403,7 +404,7 @@ def evaluate_network(
         _convolutions(device, exact=True),
         TorchEngine(network, class_names, image_size, half=False, name="qat") as engine,
     ):
-        return evaluate(engine, load_coco(data, split), batch=batch, progress=False)
+        return evaluate(engine, load_coco(data, split), PredictOptions(batch=batch), progress=False)
 
 
 # --- training -----------------------------------------------------------------------------------
