@@ -116,7 +116,7 @@ def prepare(
 def plain_statistics(
     graph: Graph, images: Sequence[NDArray[Any]], settings: QuantizationSettings
 ) -> Mapping[str, TensorStatistics]:
-    """Return what `prepare` takes as `known`: one pass serves all variants."""
+    """Return the statistics that `prepare` takes as `known`: one pass serves all variants."""
     plain = graph.model
     wanted = (*tensors_to_measure(plain), *quantizable_tensors(plain, settings))
     return collect(plain, images, wanted)

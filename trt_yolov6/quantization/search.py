@@ -89,7 +89,7 @@ _MOST_SETS, _MORE_SETS = 40, 16
 
 @dataclass(frozen=True)
 class Choice:
-    """How a graph in one variant is quantized."""
+    """Ranges, weights and float layers of a graph in one variant."""
 
     method: Method
     weights: Weights
@@ -105,8 +105,8 @@ class Found:
     candidates: tuple[Candidate, ...]
     tuning: WeightTuning
     agreement: Interval | None
-    """Of the built graph, or with several folds of what each made; None where nothing had to be
-    chosen."""
+    """Agreement of the built graph, or with several folds of what each made; None where nothing
+    had to be chosen."""
     images: int
     """Images that it was judged on."""
 
