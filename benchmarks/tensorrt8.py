@@ -16,6 +16,7 @@ and batch size are measured interleaved; figures are medians.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -86,7 +87,7 @@ class Job:
 def make_graphs(folder: Path, networks: Sequence[str], batches: Sequence[int]) -> None:
     """Write `NETWORK.PRECISION.bBATCH.onnx` for networks with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(6, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_make, [(folder, name, tuple(batches)) for name in networks]))
 
 
@@ -264,6 +265,9 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
+            claim = output / f"{job.name}.claim"
+            if (output / f"{job.name}.row.json").exists() or not _claimed(claim):
+                continue
             command = [sys.executable, "-s", "-m", "benchmarks.tensorrt8", "one", str(folder)]
             command += [job.name, "--output", str(output)]
             if options.level is not None:
@@ -281,6 +285,7 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
                     ).returncode
                 except subprocess.TimeoutExpired:
                     code = "stopped at the deadline"
+            claim.unlink()
             said = (output / f"{job.name}.log").read_text(errors="replace").strip()
             last = said.splitlines()[-1] if said else ""
             print(f"{job.name}: {time.perf_counter() - start:.0f} s, {code}, {last}", flush=True)
@@ -295,6 +300,21 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
     for thread in threads:
         thread.join()
     print(f"{waiting.qsize()} engines are left", flush=True)
+
+
+def _claimed(path: Path) -> bool:
+    """Take a job for this process; False if another that still runs has it."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        try:
+            os.kill(int(path.read_text()), 0)
+        except ProcessLookupError:
+            path.unlink()
+    try:
+        with open(path, "x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return False
+    return True
 
 
 def build_one(folder: Path, name: str, output: Path, level: int | None) -> None:
