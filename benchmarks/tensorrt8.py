@@ -58,6 +58,7 @@ NETWORKS = ("yolov6n", "yolov6t", "yolov6s", "yolov6m", "yolov6l", "yolov6l-relu
 BATCHES = (1, 32)
 OWN_TACTICS = ("edge_mask_convolutions", "jit_convolutions")
 """TensorRT's own kernels: a machine without cuBLAS and cuDNN has no others."""
+PARTS = ("speed", "layers", "accuracy")
 PEER = "own-export"
 """`how` of the detectors of `benchmarks.peers`."""
 
@@ -491,6 +492,7 @@ def main() -> None:
     building.add_argument("--deadline", type=float, default=420, help="seconds (420)")
     building.add_argument("--only", nargs="+", help="parts of engines' names")
     measuring.add_argument("--json", type=Path, required=True)
+    measuring.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     measuring.add_argument("--seconds", type=float, default=1.5, help="an engine (1.5)")
     options = parser.parse_args()
     output = getattr(options, "output", None) or options.folder
@@ -504,10 +506,10 @@ def main() -> None:
     elif options.action == "one":
         build_one(options.folder, options.name, output, options.level)
     else:
-        _measure_all(output, options.json, options.seconds)
+        _measure_all(output, options.json, options.seconds, options.parts)
 
 
-def _measure_all(folder: Path, path: Path, seconds: float) -> None:
+def _measure_all(folder: Path, path: Path, seconds: float, parts: Sequence[str]) -> None:
     rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.row.json"))]
     gpu = read_gpus()[0]
     found: dict[str, Any] = {
@@ -518,15 +520,18 @@ def _measure_all(folder: Path, path: Path, seconds: float) -> None:
         "software": software_versions(),
         "rows": rows,
     }
-    write_json(path, found)
-    measure(rows, folder, seconds)
-    write_json(path, found)
-    found["layers_us"] = {}
-    for row in rows:
-        if row.get("ms") and row["network"] in ("yolov6n", "yolov6s") and row["batch"] == 32:
-            found["layers_us"][row["engine"]] = layers(folder, row["engine"])
-    write_json(path, found)
-    score(rows, folder)
+    if "speed" in parts:
+        measure(rows, folder, seconds)
+        write_json(path, found)
+    if "layers" in parts:
+        found["layers_us"] = {
+            row["engine"]: layers(folder, row["engine"])
+            for row in rows
+            if row.get("ms") and row["network"] in ("yolov6n", "yolov6s") and row["batch"] == 32
+        }
+        write_json(path, found)
+    if "accuracy" in parts:
+        score(rows, folder)
     write_json(path, found)
     print(json.dumps([row for row in rows if "error" in row], indent=1))
 
