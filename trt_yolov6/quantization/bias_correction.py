@@ -49,6 +49,48 @@ def correct_biases(
     return BiasCorrection(float_model, images).correct(quantized_model)
 
 
+def without_mean_rounding(
+    float_model: onnx.ModelProto,
+    quantized_model: onnx.ModelProto,
+    means: Mapping[str, NDArray[np.float64]],
+) -> onnx.ModelProto:
+    """Return the Q/DQ graph whose biases take back what rounding its weights adds in the mean.
+
+    No image is needed, and of the mean errors the part that activations make stays. Without it,
+    forms of a graph could not be compared whose tensors have other means.
+
+    Args:
+        float_model: as in `correct_biases`.
+        quantized_model: as in `correct_biases`.
+        means: (channels,) the mean of each channel of the float tensors. Layers whose input
+            is neither among them nor a concatenation of such stay as they are.
+    """
+    result = copy.deepcopy(quantized_model)
+    constants = constants_of(float_model)
+    makers = {name: node for node in float_model.graph.node for name in node.output}
+
+    def mean_of(name: str) -> NDArray[np.float64] | None:
+        if name in means:
+            return means[name]
+        node = makers.get(name)
+        if node is None or node.op_type != "Concat" or attribute(node, "axis", 1) % 4 != 1:
+            return None
+        parts = [found for part in node.input if (found := mean_of(part)) is not None]
+        return np.concatenate(parts) if len(parts) == len(node.input) else None
+
+    for layer in quantized_layers(result):
+        node = makers.get(layer.output)
+        if not layer.has_own_codes or node is None or node.input[1] not in constants:
+            continue
+        mean = mean_of(node.input[0])
+        if mean is not None:
+            weight = tensor_value(constants[node.input[1]]).astype(np.float64)
+            lost = weight - layer.weights.values()
+            groups = attribute(node, "group", 1)
+            shift_bias(result, layer, _mean_response(lost, mean, groups, _taps(node)))
+    return result
+
+
 class BiasCorrection:
     """Corrects the biases of several Q/DQ graphs made from one float graph.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
@@ -53,6 +54,15 @@ class Prepared:
     def placed(self, quantized: QuantizedType, float_layers: tuple[str, ...]) -> Placement:
         """Return the placement with some layers in float."""
         return place_for(quantized, self.model, float_layers) if float_layers else self.placement
+
+    @property
+    def means(self) -> dict[str, NDArray[np.float64]]:
+        """Mean of each channel of the tensors that were measured, (channels,)."""
+        return {
+            name: one.mean_per_channel
+            for name, one in self.statistics.items()
+            if one.mean_per_channel is not None
+        }
 
     def table(
         self,
