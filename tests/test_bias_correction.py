@@ -173,8 +173,8 @@ def test_the_sample_in_int8_comes_nearer_to_float(sample_320: Graph, root: Path)
 def test_what_rounding_weights_adds_in_the_mean_is_taken_back_without_images(bias: bool) -> None:
     model, images = network("Relu", bias, kernel=1), noise(4, seed=1)
     rounded = coarse(quantized(model, images))
-    means = np.mean([image.mean(axis=(0, 2, 3)) for image in images], axis=0, dtype=np.float64)
-    corrected = without_mean_rounding(model, rounded, {"images": means})
+    means = np.stack([image.mean(axis=(0, 2, 3)) for image in images]).astype(float).mean(axis=0)
+    corrected = without_mean_rounding(model, rounded, {"images": np.asarray(means)})
 
     def error(changed: onnx.ModelProto) -> float:
         own, expected = (
