@@ -28,6 +28,7 @@ from trt_yolov6.quantization.mixed_precision import (
     rankings_by_displacement,
 )
 from trt_yolov6.quantization.pipeline import calibrate, quantize
+from trt_yolov6.quantization.preparation import RANGE_BITS
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.settings import check_settings
 from trt_yolov6.quantization.trials import tried_table
@@ -117,7 +118,8 @@ def test_of_few_images_the_folds_judge_and_all_build(
     # What is built is calibrated on all six: no range is narrower than that of any image.
     images = list(batches_of(tiny, sorted(tmp_path.iterdir())))
     seen = collect(result.float_model, images, list(result.table.amax))
-    assert all(result.table.amax[name] >= item.amax for name, item in seen.items())
+    within = 1 - 2.0**-RANGE_BITS
+    assert all(result.table.amax[name] >= within * item.amax for name, item in seen.items())
 
 
 # --- what layers move ---------------------------------------------------------------------------

@@ -27,10 +27,14 @@ import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import sha256_bytes
-from trt_yolov6.graph.editing import add_initializers, replace_tensor
+from trt_yolov6.graph.editing import add_initializers, replace_tensor, with_outputs
 from trt_yolov6.graph.index import attribute, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
 from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
+
+_PARTS = 256
+"""Steps that the largest mean error of a layer is counted in."""
 
 
 def correct_biases(
@@ -127,14 +131,19 @@ class BiasCorrection:
             means = _means(self._float_model, self._images, inputs, layers)
             self._float_means.update(means)
         before = self._float_means
-        after = _means(quantized_model, self._images, [item.input for item in layers], layers)
+        # On codes: the same on every processor.
+        exact = with_integer_convolutions(
+            with_outputs(quantized_model, (n for one in layers for n in (one.input, one.output)))
+        )
+        after = _means(exact, self._images, [item.input for item in layers], layers)
         found = {}
         for layer in layers:
             node = self._nodes[layer.output]
             weight = tensor_value(self._constants[node.input[1]]).astype(np.float64)
             moved = after[layer.input] - before[node.input[0]]
             from_input = _mean_response(weight, moved, attribute(node, "group", 1), _taps(node))
-            found[layer.output] = after[layer.output] - before[layer.output] - from_input
+            error = after[layer.output] - before[layer.output] - from_input
+            found[layer.output] = _on_grid(error)
         self._last = digest, found
         return found
 
@@ -218,6 +227,19 @@ def _means(
         for name, item in found.items()
         if item.mean_per_channel is not None
     }
+
+
+def _on_grid(errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Round a layer's mean errors to `_PARTS` of their largest, a power of two.
+
+    The float network's means differ in their last bits from processor to processor.
+    """
+    largest = float(np.abs(errors).max(initial=0))
+    if not largest:
+        return errors
+    step = 2.0 ** np.ceil(np.log2(largest)) / _PARTS
+    rounded: NDArray[np.float64] = np.rint(errors / step) * step
+    return rounded
 
 
 def _taps(node: onnx.NodeProto) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,11 @@ smoothed:  the same, and after SiLU and HardSwish too, by multiplications that a
 shifted:   the same, and what is added to the channels before them centres their ranges on zero
            where only convolutions without padding read them
 """
+
+RANGE_BITS = 11
+"""Significant bits of a range. Float sums differ in their last bits from processor to processor;
+the ranges made of them, and all that follows, hardly ever do when rounded so, and none is off by
+more than 0.05 %."""
 
 Tell = Callable[[str], None]
 
@@ -77,9 +83,18 @@ class Prepared:
         """
         placement = self.placed(quantized, float_layers)
         statistics = {name: self.statistics[name] for name in placement.tensors}
-        amax = group_amax(statistics, placement.groups, method, quantized)
+        amax = {
+            name: _in_bits(value, RANGE_BITS)
+            for name, value in group_amax(statistics, placement.groups, method, quantized).items()
+        }
         methods = dict.fromkeys(amax, str(method))
         return CalibrationTable(amax, methods, key, self.variant, float_layers)
+
+
+def _in_bits(value: float, bits: int) -> float:
+    """Return a number rounded to some significant bits."""
+    fraction, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
 
 
 def prepare(
