@@ -137,11 +137,14 @@ def _kept_of(block: _Boxes, chosen: _Boxes, count: int, iou: float) -> NDArray[n
 class _Boxes:
     """Boxes, and vectors of them whose product says which pairs may have an IoU above a threshold.
 
-    If two boxes a and b have an IoU above t, so have their projections on each axis, which then
-    start and end at most (1 - t) / t of b's side apart, both distances taken together. So the
-    squared distance of the corners, |a|^2 + |b|^2 - 2 a b, is at most r^2 = ((1 - t) / t)^2
-    (w_b^2 + h_b^2). It exceeds that where the product of the vectors (a, |a|^2, 1) and
-    (-2 b, 1, |b|^2 - r^2) is positive, the squares taken a little smaller for the rounding.
+    Let two boxes a and b share the part c of b's width and the part d of its height. On the axis of
+    x, their starts and their ends together are u of b's width apart, on the other v of its height.
+    What only one of them covers is then u d + v c of b's area, or more, and what both cover is c d.
+    An IoU above t means that the former is less than (1 - t) / t of the latter, and so that u + v
+    is, too, as c and d are at most 1. Hence the squared distance of the corners, |a|^2 + |b|^2 -
+    2 a b, is at most r^2 = ((1 - t) / t)^2 max(w_b, h_b)^2. It exceeds that where the product of
+    the vectors (a, |a|^2, 1) and (-2 b, 1, |b|^2 - r^2) is positive, the squares taken a little
+    smaller for the rounding.
     """
 
     corners: NDArray[np.float64]
@@ -176,14 +179,14 @@ class _Boxes:
         left, top, right, bottom = made.corners.T
         np.multiply(np.maximum(right - left, 0), bottom - top, out=made.areas)
         square = np.einsum("ij,ij->i", said, said) * np.float32(1 - _SLACK)
-        sides = said[:, 2:] - said[:, :2]
+        longer = np.maximum(said[:, 2] - said[:, 0], said[:, 3] - said[:, 1])
         reach = np.float32((1 + _SLACK) * ((1 - iou) / iou) ** 2)
         made.firsts[:, :4] = said
         made.firsts[:, 4] = square
         made.firsts[:, 5] = 1
         np.multiply(said, np.float32(-2), out=made.seconds[:, :4])
         made.seconds[:, 4] = 1
-        made.seconds[:, 5] = square - reach * np.einsum("ij,ij->i", sides, sides)
+        made.seconds[:, 5] = square - reach * longer**2
         return made
 
     def part(self, chosen: slice | NDArray[np.intp]) -> _Boxes:
