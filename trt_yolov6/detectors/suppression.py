@@ -97,9 +97,10 @@ def _unlike_the_nearest(boxes: _Boxes, chosen: _Boxes, iou: float) -> NDArray[np
     if not len(chosen.areas):
         return np.arange(count)
     nearest = np.empty(count, np.intp)
+    seconds = np.ascontiguousarray(chosen.seconds.T)  # multiplied faster so
     for start in range(0, count, _BLOCK):
         part = slice(start, start + _BLOCK)
-        (boxes.firsts[part] @ chosen.seconds.T).argmin(axis=1, out=nearest[part])
+        (boxes.firsts[part] @ seconds).argmin(axis=1, out=nearest[part])
     exceeds = _iou(boxes, np.arange(count), chosen, nearest) > iou
     exceeds &= boxes.labels == chosen.labels.take(nearest)
     return np.flatnonzero(~exceeds)
