@@ -173,7 +173,8 @@ def postprocess(
         return []
 
     def named(index: int) -> Detections:
-        return dataclasses.replace(of_image(index), class_names=class_names)
+        found = of_image(index)
+        return dataclasses.replace(found, class_names=class_names) if class_names else found
 
     indices = range(len(letterboxes))
     if executor is None or isinstance(outputs, Suppressed):  # which takes less than a thread's turn
@@ -235,9 +236,13 @@ def _in_source(
 ) -> Detections:
     boxes = placed.to_source(corners, clip)
     if clip:
-        visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        boxes, scores, classes = boxes[visible], scores[visible], classes[visible]
-    return Detections(boxes, scores.astype(np.float32), classes.astype(np.int64))
+        has_sides = boxes[:, 2:] > boxes[:, :2]
+        if not has_sides.all():
+            visible = has_sides.all(axis=1)
+            boxes, scores, classes = boxes[visible], scores[visible], classes[visible]
+    return Detections(
+        boxes, scores.astype(np.float32, copy=False), classes.astype(np.int64, copy=False)
+    )
 
 
 _OfImage = Callable[[int], Detections]
@@ -292,8 +297,11 @@ def _from_suppressed(
 
     def of_image(index: int) -> Detections:
         scores = suppressed.scores[index, : suppressed.counts[index]]
-        # A better box is suppressed by none that is worse: a higher threshold takes from the end.
-        kept = slice(min(np.count_nonzero(scores > nms.confidence), nms.max_detections))
+        count = len(scores)
+        if nms.confidence > done.confidence:
+            # A better box is suppressed by none that is worse: the others stay as they are.
+            count = int(np.count_nonzero(scores > nms.confidence))
+        kept = slice(min(count, nms.max_detections))
         boxes, classes = suppressed.boxes[index, kept], suppressed.classes[index, kept]
         return _in_source(boxes, scores[kept], classes, letterboxes[index], clip)
 
