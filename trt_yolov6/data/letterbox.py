@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -61,6 +62,31 @@ class Letterbox:
             np.minimum(mapped, _LARGEST, out=mapped)
         result: NDArray[np.float32] = mapped.astype(np.float32)
         return result
+
+
+def to_sources(
+    boxes: NDArray[np.floating], letterboxes: Sequence[Letterbox], clip: bool = True
+) -> NDArray[np.float32]:
+    """Map the boxes of several images to the originals, as `Letterbox.to_source` does.
+
+    Args:
+        boxes: (images, n, 4), x1, y1, x2, y2 in input pixels.
+        letterboxes: one an image.
+        clip: cut them off at the borders of their image, not just where float32 ends.
+
+    Returns:
+        float32 (images, n, 4), x1, y1, x2, y2 in pixels of the original images.
+    """
+    table = np.array(
+        [(one.left, one.top, *one.source, *one.resized) for one in letterboxes], np.float64
+    ).reshape(-1, 1, 6)
+    size = table[..., [3, 2, 3, 2]]
+    mapped = boxes - table[..., [0, 1, 0, 1]]
+    mapped *= size / table[..., [5, 4, 5, 4]]
+    np.maximum(mapped, 0 if clip else -_LARGEST, out=mapped)
+    np.minimum(mapped, size if clip else _LARGEST, out=mapped)
+    result: NDArray[np.float32] = mapped.astype(np.float32)
+    return result
 
 
 def fit(
