@@ -28,10 +28,12 @@ from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization import judge as judging
+from trt_yolov6.quantization import search
 from trt_yolov6.quantization.pipeline import QuantizedGraph, calibrate, quantize
-from trt_yolov6.quantization.search import Search
+from trt_yolov6.quantization.search import Choice, Search
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import write_table
+from trt_yolov6.quantization.weights import Weights
 from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
@@ -47,10 +49,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Graph:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four pictures of noise."""
+    """Three pictures of noise: too few to judge by others than those that calibrate."""
     result = tmp_path / "pictures"
     result.mkdir()
-    for number in range(4):
+    for number in range(3):
         save_noise(result / f"{number}.png", seed=number)
     return result
 
@@ -82,7 +84,7 @@ def test_all_convolutions_store_int8_and_outputs_stay_close(tiny: Graph, folder:
 
 def test_the_default_takes_the_candidate_that_agrees_best(tiny: Graph, folder: Path) -> None:
     result = quantize(tiny, folder)
-    ranges = [item for item in result.candidates if item.decides == "graph and ranges"]
+    ranges = [item for item in result.candidates if item.decides == "ranges"]
     tried = [item for item in ranges if item.variant == result.table.variant]
     chosen = set(result.table.methods.values())
     assert len(chosen) == 1
@@ -201,8 +203,12 @@ def test_float_layers_are_searched_with_the_biases_that_will_be_built(
 
     settings = dataclasses.replace(MINMAX, float_layers="auto")
     for helps in (True, False):
-        chosen = "biases" if helps else "nearest"
-        monkeypatch.setattr(Search, "_choose_weights", lambda *_, chosen=chosen: chosen)
+        weights: Weights = "biases" if helps else "nearest"
+
+        def chosen(_: Search, choice: Choice, weights: Weights = weights) -> Choice:
+            return dataclasses.replace(choice, weights=weights)
+
+        monkeypatch.setattr(Search, "_with_weights", chosen)
         seen.clear()
         result = quantize(tiny, folder, settings, score=score)
         assert result.table.biases_corrected is helps
@@ -214,7 +220,7 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
     tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging.Judge, "harmless_agreement", lambda _: 0.25)
-    monkeypatch.setattr(judging.Judge, "confident_agreement", lambda *_: 0.3)
+    monkeypatch.setattr(search, "pooled_agreement", lambda *_: 0.3)
     told: list[str] = []
     settings = dataclasses.replace(MINMAX, float_layers="auto", max_ap_drop=0.01)
     result = quantize(tiny, folder, settings, tell=told.append)

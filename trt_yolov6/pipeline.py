@@ -164,9 +164,10 @@ def quantize(
         >>> graph.precision, graph.calibration["calibrator"]
         ('int8', 'minmax')
     """
-    from trt_yolov6.quantization import pipeline, search
+    from trt_yolov6.quantization import pipeline
     from trt_yolov6.quantization.settings import check_settings
     from trt_yolov6.quantization.table import write_table
+    from trt_yolov6.quantization.trials import tried_table
 
     _check_names("quantize", options, QuantizeOptions)
     wanted = Precision.parse(precision)
@@ -188,7 +189,7 @@ def quantize(
         )
     if table is not None:
         write_table(table, result.table)
-    for line in search.tried_table(result.candidates):
+    for line in tried_table(result.candidates):
         _log.info("%s", line)
     layers, kept = result.placement.layers, result.placement.float_layers
     ranges = "" if table is None else f"; ranges in {table}"

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trt_yolov6.bench.roofline import GraphWork, layer_times, measure_ceilings
@@ -18,6 +19,7 @@ from trt_yolov6.comparison.machine import clocks, run_inputs
 from trt_yolov6.comparison.rounds import Round, measure_round, round_from_json
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
+from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import ClassesDifferError, UserError
@@ -72,14 +74,24 @@ def accuracy(
         **run_inputs(plan, built.case.backend, "opencv-python-headless", "pycocotools"),
     }
     found: Mapping[str, Any] | None = work.steps.find("accuracy", inputs)
-    if found is not None:
+    if found is not None and _has_detections(work, found):
         return found
+    from trt_yolov6.comparison.agreement import write_detections
     from trt_yolov6.runtime.evaluate import evaluate
 
     work.tell(f"AP of {built.name} on {len(dataset.images)} images ...")
+    file = Path("detections") / f"{built.case.stem}.npz"
+    seen: dict[int, Detections] = {}
     with built.load(plan, batch) as engine:
         try:
-            evaluation = evaluate(engine, dataset, plan.predict_options, progress=False).to_json()
+            evaluation = evaluate(
+                engine,
+                dataset,
+                plan.predict_options,
+                progress=False,
+                seen=lambda image, detections: seen.update({image.id: detections}),
+            ).to_json()
+            write_detections(work.output / file, [seen[image.id] for image in dataset.images])
             for note in evaluation["notes"]:
                 work.tell(f"{built.name}: {note}")
         except ClassesDifferError as error:
@@ -101,10 +113,22 @@ def accuracy(
             "image_size": list(engine.image_size),
             "precision": engine.precision,
             "examples": _examples(work, engine, dataset),
+            "detections_file": str(file) if seen else "",
+            "detections_sha256": sha256_file(work.output / file) if seen else "",
             "date": timestamp(),
         }
     work.steps.keep("accuracy", inputs, found)
     return found
+
+
+def _has_detections(work: Work, found: Mapping[str, Any]) -> bool:
+    """Return whether the detections that a step wrote are still there."""
+    if "detections_file" not in found:  # of an earlier version
+        return False
+    file = work.output / found["detections_file"]
+    return not found["detections_file"] or (
+        file.is_file() and sha256_file(file) == found["detections_sha256"]
+    )
 
 
 def _reading(built: BuiltCase, batch: int) -> list[Any]:

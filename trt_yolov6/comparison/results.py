@@ -13,7 +13,11 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
                       engine (its name), label, model, precision, backend, backend_version, device,
                       threads, note, image_size, source, source_sha256, parameters, flops, bytes,
                       calibration, float_layers, build_s, and of its accuracy AP, AP50, AP75, APs,
-                      APm, APl, images, detections, per_class
+                      APm, APl, images, detections, per_class; agreement: of a quantized engine
+                      with its model's float one (else null): with (that engine), value (AP of its
+                      detections against the float ones above 0.3) and its bootstrap interval over
+                      images, ap_change (to float: value, interval), images, and calibrated_on, how
+                      many of these calibrated it
     timings           one record an engine and batch size: engine, batch, engine_file,
                       engine_sha256, latency_ms (median, its interval, mean, p90, p99, min, rounds),
                       throughput_fps and its interval, runs, quiet_runs, disturbed, waited, date.
@@ -114,6 +118,16 @@ _LAYER: dict[str, Any] = {
     "roofline_ms": _Number | None,
 }
 
+_FIGURE: dict[str, Any] = {"value": _Number, "interval": list}
+
+_AGREEMENT: dict[str, Any] = {
+    **_FIGURE,
+    "with": str,
+    "ap_change": dict,
+    "images": int,
+    "calibrated_on": int,
+}
+
 _CLOCK: dict[str, Any] = {"mhz": _Number | None, "max_mhz": _Number | None}
 
 
@@ -170,6 +184,11 @@ def _check(value: dict[str, Any]) -> None:
     for engine in value["engines"]:
         if engine["AP"] is not None and not 0 <= engine["AP"] <= 1:
             raise ValueError(f"AP {engine['AP']}")
+        if (agreement := engine.get("agreement")) is not None:
+            _check_types("agreement", agreement, _AGREEMENT)
+            _check_types("ap_change", agreement["ap_change"], _FIGURE)
+            for figure in (agreement, agreement["ap_change"]):
+                _check_numbers("interval", figure["interval"], 2)
         _check_numbers("image_size", engine["image_size"], 2)
     for timing in value["timings"]:
         if timing["engine"] not in names:

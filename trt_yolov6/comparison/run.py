@@ -14,6 +14,7 @@ from typing import Any
 
 from trt_yolov6.common.files import check_writable, sha256_file, write_json
 from trt_yolov6.common.statistics import Interval, ratio_interval
+from trt_yolov6.comparison.agreement import agreements
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.engines import Tell, Work, build_case, cases_of
 from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, matched
@@ -86,13 +87,14 @@ def compare(
             advance(f"AP of {one.name}", 0)
             accuracies.append(accuracy(work, one, dataset, data))
             advance("", 1)
+        agreed = agreements(work, dataset, built, accuracies)
         timings = measure_timings(work, built, advance, again=again)
         layers = []
         for one in built if plan.layers else ():
             advance(f"layers of {one.name}", 0)
             layers.append(measure_layers(work, one))
             advance("", 1)
-    results = results_of(work, dataset, data, built, accuracies, timings, layers)
+    results = results_of(work, dataset, data, built, accuracies, agreed, timings, layers)
     write_json(output / FILE, results)
     return results
 

@@ -37,7 +37,14 @@ class Point:
     """Text shown on hovering, touching or focusing it."""
 
 
-def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str = "left") -> str:
+def trade_off(
+    points: Sequence[Point],
+    x_label: str,
+    title: str,
+    *,
+    better: str = "left",
+    y_label: str = "AP, %",
+) -> str:
     """Draw accuracy over speed, as the paper's Figure 1.
 
     Points of one series are joined by a line, in the order of their speed. A bar across a point is
@@ -48,6 +55,7 @@ def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str 
         x_label: what the horizontal axis shows, with its unit.
         title: says what the chart is, for those who cannot see it.
         better: `left` or `right`: where the faster ones are.
+        y_label: what the vertical axis shows.
     """
     lows = [max(point.x.low, point.x.value / 1.6) for point in points]
     highs = [min(point.x.high, point.x.value * 1.6) for point in points]
@@ -60,7 +68,7 @@ def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str 
         *_grid(x_axis, y_axis),
         f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:g}" y="{_HEIGHT - 6:g}" '
         f'text-anchor="middle">{escape(x_label)}</text>',
-        f'<text class="axis" x="{_LEFT - 34:g}" y="{_TOP - 3:g}">AP, %</text>',
+        f'<text class="axis" x="{_LEFT - 34:g}" y="{_TOP - 3:g}">{escape(y_label)}</text>',
         _hint(better),
     ]
     lines = []
@@ -88,7 +96,7 @@ def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str 
             f'aria-label="{escape(point.tip)}" data-tip="{escape(point.tip)}">'
             f'<circle class="touch" cx="{x:.1f}" cy="{y:.1f}" r="14"/>{shape(point.kind, x, y)}</g>'
         )
-        if place is not None:
+        if place is not None and point.label:
             anchor, label_x, label_y = place
             parts.append(
                 f'<text class="label" x="{label_x:.1f}" y="{label_y:.1f}" '

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.comparison.summary import number
 from trt_yolov6.quantization.sensitivity import MEANING, direction
-from trt_yolov6.reports.figures import PRECISIONS, bar, legend, point_of, trade_off
+from trt_yolov6.reports.figures import PRECISIONS, Point, bar, legend, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking
 from trt_yolov6.reports.tables import (
     NOTHING,
@@ -139,7 +140,10 @@ def quantization_cost(rows: Sequence[Row]) -> str:
     for label, own in found:
         known = [row.ap for row, _ in own if row.ap is not None]
         top = max(known, default=0.0) or 1.0
-        head = ["Precision", "AP, %", "", "to float", "APs", "APm", "APl", "in 8 bits", "in float"]
+        head = [
+            *("Precision", "AP, %", "", "to float", "agreement, %"),
+            *("APs", "APm", "APl", "in 8 bits", "in float"),
+        ]
         body = []
         for row, change in own:
             share = quantized_share(row.engine)
@@ -149,13 +153,15 @@ def quantization_cost(rows: Sequence[Row]) -> str:
                     Cell(row.precision),
                     Cell(_ap(row)),
                     Cell(bar((row.ap or 0) / top, row.base)),
-                    Cell(NOTHING if change is None else f"{change:+.2f}"),
+                    Cell(_change(row, change)),
+                    Cell(_agreement(row.engine.get("agreement"))),
                     *(Cell(_percent(row.engine.get(key))) for key in ("APs", "APm", "APl")),
                     Cell(NOTHING if share is None else f"{100 * share:.0f} %"),
                     Cell(str(len(layers)) if share is not None else NOTHING),
                 ]
             )
         parts.append(f"<h3>{escape(label)}</h3>" + html_table(head, body, raw=(2,), wide=2))
+        parts += [_float_layers_tried(row) for row, _ in own]
     images = max(row.engine["images"] for row in rows)
     parts.append(
         f'<p class="soft">"To float" is in AP points. On {images} images AP moves by some points '
@@ -165,7 +171,76 @@ def quantization_cost(rows: Sequence[Row]) -> str:
         else '<p class="soft">"To float" is in AP points; "in 8 bits" is the share of the '
         'multiply-adds, "in float" the layers that were left so.</p>'
     )
+    agreed = [row.engine["agreement"] for row in rows if row.engine.get("agreement")]
+    if agreed:
+        parts.append(
+            '<p class="soft">"Agreement" is the AP of its detections against the float engine\'s '
+            "own above a score of 0.3. It and the change of AP have 95 % bootstrap intervals over "
+            f"the images, in brackets: a smaller difference is not told from chance.{_same(agreed)}"
+            "</p>"
+        )
     return "".join(parts)
+
+
+def _same(agreed: Sequence[Mapping[str, Any]]) -> str:
+    """Say where images were judged on that had calibrated."""
+    shared = max(one["calibrated_on"] for one in agreed)
+    return f" {shared} of the images had calibrated it, which flatters it." if shared else ""
+
+
+def _change(row: Row, change: float | None) -> str:
+    """Return a change of AP in points, with its interval where that is known."""
+    if change is None:
+        return NOTHING
+    found = row.engine.get("agreement")
+    if not found:
+        return f"{change:+.2f}"
+    low, high = (100 * end for end in found["ap_change"]["interval"])
+    return f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _agreement(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return NOTHING
+    low, high = (100 * end for end in found["interval"])
+    return f"{100 * found['value']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _float_layers_tried(row: Row) -> str:
+    """Return the sets of float layers that were tried for an engine: agreement over added time."""
+    calibration = row.engine.get("calibration") or {}
+    tried = [one for one in calibration.get("tried") or () if one["decides"] == "float layers"]
+    if not tried:
+        return ""
+    chosen = sorted(row.engine.get("float_layers") or ())
+    ordered = sorted(tried, key=lambda one: (one["slowdown"], -one["agreement"]))
+    best = -math.inf
+    points = []
+    for number_, one in enumerate(ordered):
+        on_front = one["agreement"] > best
+        best = max(best, one["agreement"])
+        count = len(one["float_layers"])
+        is_built = sorted(one["float_layers"]) == chosen
+        x = 100 * one["slowdown"]
+        label = f"{count} in float" + (", built" if is_built else "")
+        points.append(
+            Point(
+                label if on_front or is_built else "",
+                "fp16" if is_built else "int8" if on_front else "other",
+                "front" if on_front else f"set {number_}",
+                Interval(x, x, x),
+                100 * one["agreement"],
+                f"{label}: agreement {100 * one['agreement']:.1f} %, {x:.1f} % slower",
+            )
+        )
+    title = f"{row.name}: agreement over added run time, {len(tried)} sets of float layers"
+    chart = trade_off(
+        points, "added run time by layer times, %", title, y_label="agreement with float, %"
+    )
+    return (
+        f'<div class="charts"><figure><figcaption>{escape(title)}</figcaption>{chart}</figure>'
+        "</div>"
+    )
 
 
 def sensitivity(rankings: Sequence[Ranking]) -> str:

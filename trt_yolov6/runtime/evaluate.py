@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import io
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -128,6 +128,7 @@ def evaluate(
     *,
     progress: bool = True,
     confusion: bool = False,
+    seen: Callable[[CocoImage, Detections], None] | None = None,
 ) -> Evaluation:
     """Measure an engine's COCO AP.
 
@@ -142,6 +143,8 @@ def evaluate(
             confidence 0.03 and IoU 0.65.
         progress: show a progress bar on stderr.
         confusion: count which class objects are taken for.
+        seen: called with each image and its detections, whose class ids are the data set's, without
+            those of classes that the data set lacks.
 
     Raises:
         UserError: the classes do not match, an image is unreadable or not of the recorded size, or
@@ -158,7 +161,11 @@ def evaluate(
         if counted is not None:
             for image, detections in zip(batch.items, found, strict=True):
                 counted.add(detections, truth.rows, *objects[image.id])
-        return _match(annotated.result(), truth, batch.items, found)
+        matches = _match(annotated.result(), truth, batch.items, found)
+        if seen is not None:
+            for image, detections in zip(batch.items, found, strict=True):
+                seen(image, _in_classes_of(dataset, truth, detections))
+        return matches
 
     bar = tqdm(
         total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
@@ -365,6 +372,15 @@ def _scored(
         curves=curves,
         confusion=None if confusion is None else confusion.counts,
     )
+
+
+def _in_classes_of(dataset: CocoDataset, truth: _Truth, found: Detections) -> Detections:
+    """Return detections with the data set's class ids, without classes that it lacks."""
+    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
+    places = np.array([-1 if n is None else place_of[n] for n in truth.categories], np.int64)
+    labels = places[found.class_id]
+    kept = labels >= 0
+    return Detections(found.xyxy[kept], found.confidence[kept], labels[kept])
 
 
 def _to_coco(

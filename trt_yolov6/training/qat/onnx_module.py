@@ -29,10 +29,10 @@ from trt_yolov6.graph.operators import (
     weight_axis,
 )
 from trt_yolov6.models.variants import Architecture
+from trt_yolov6.quantization.fake_quantize import WIDEST, FakeQuantizer, Levels, weight_levels
 from trt_yolov6.quantization.qdq.insert import quantize_weights
 from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.types import INT8
-from trt_yolov6.training.qat.fake_quantize import WIDEST, FakeQuantizer, Levels, weight_levels
 
 if TYPE_CHECKING:
     import onnx

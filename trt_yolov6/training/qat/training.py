@@ -37,6 +37,7 @@ from trt_yolov6.graph.tail import layers_after
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.fake_quantize import NARROWEST, WIDEST, Levels, activation_levels
 from trt_yolov6.quantization.judge import batches_of
 from trt_yolov6.quantization.pipeline import QuantizedGraph, quantize
 from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
@@ -51,7 +52,6 @@ from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.distributed import chosen_device
 from trt_yolov6.training.losses import LossSettings, default_losses, detection_loss
 from trt_yolov6.training.qat.distillation import distillation_loss
-from trt_yolov6.training.qat.fake_quantize import NARROWEST, WIDEST, Levels, activation_levels
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, Quantization, Trained, feature_tensors
 from trt_yolov6.training.schedule import cosine, derived_seed, epoch_order, make_plan
 from trt_yolov6.training.torch_engine import TorchEngine
