@@ -16,6 +16,7 @@ and batch size are measured interleaved; figures are medians.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
@@ -38,14 +39,17 @@ from numpy.typing import NDArray
 from trt_yolov6.bench.latency import benchmark_many
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import read_gpus, software_versions, timestamp
-from trt_yolov6.data.coco import load_coco
+from trt_yolov6.data.coco import CocoDataset, load_coco
+from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.base import BuildSettings, Engine, ImplicitCalibration
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.quantization.resampling import interval, matched
 from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.predict import detect
 from trt_yolov6.spec import PredictOptions
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +96,7 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     from benchmarks.authors_graph import authors_graph
     from benchmarks.gpu_graphs import as_graph, random_model, with_batch
     from trt_yolov6.data.calibration import calibration_images
+    from trt_yolov6.engines.tensorrt.weakly_typed import activate_first
     from trt_yolov6.graph.export import ExportSettings, export_onnx
     from trt_yolov6.graph.float16 import tail_nodes, to_fp16
     from trt_yolov6.quantization.calibrators import group_amax
@@ -124,8 +129,13 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
         forms["int8+float6"] = quantized(most_sensitive(ranked(distortions, "snr"), 6))
         worth = rankings(distortions, layer_costs(model))[-1]
         forms["int8+float6-by_time"] = quantized(worth[:6])
+    if name == "yolov6s":
+        forms["int8-activated_first"] = copy.deepcopy(forms["int8"])
+        activate_first(forms["int8-activated_first"])
     for form, content in forms.items():
         for batch in batches:
+            if form == "int8-activated_first" and batch == 1:
+                continue
             onnx.save(with_batch(content, batch), folder / f"{name}.{form}.b{batch}.onnx")
     if name == "yolov6s":
         for batch in batches:
@@ -350,26 +360,53 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
 
 def _score(row: dict[str, Any], folder: Path) -> None:
     data = load_coco(ROOT / "samples")
+    options = PredictOptions(batch=8)
     with load_engine(folder / row["engine"]) as engine:
-        row["ap"] = rounded(evaluate(engine, data, PredictOptions(batch=8), progress=False).ap)
+        row["ap"] = rounded(evaluate(engine, data, options, progress=False).ap)
         images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))[:8]
         outputs = engine.infer(images)
+        found = _detections(engine, data)
     print(f"{row['engine']}: AP {row['ap']}", flush=True)
     if row["how"].startswith(("cache", "tensorrt")):
         return  # the graph holds no quantization to compare with
     with load_engine(row["graph"], "onnxruntime") as engine:
         expected = engine.infer(images)
-        row["ap_cpu"] = rounded(evaluate(engine, data, PredictOptions(batch=8), progress=False).ap)
+        row["ap_cpu"] = rounded(evaluate(engine, data, options, progress=False).ap)
+        on_cpu = _detections(engine, data)
     far = expected["scores"].astype(np.float32) - outputs["scores"]
     seen = expected["scores"].max(axis=2) > 0.3
     moved = np.abs(expected["boxes"] - outputs["boxes"])[seen]
     row["score_difference"] = float(np.abs(far).max())
     row["box_difference_px"] = [float(value) for value in np.percentile(moved, [50, 99])]
+    truth = _objects(data)
+    own, other = matched(truth, found), matched(truth, on_cpu)
+    change = interval(lambda draws: own.ap(draws) - other.ap(draws), len(truth))
+    row["ap_change"] = [round(value, 4) for value in (change.value, change.low, change.high)]
+    row["agreement_with_cpu"] = round(matched(on_cpu, found, 0.3).ap(), 4)
     print(
         f"{row['engine']}: AP on the CPU {row['ap_cpu']}, scores {row['score_difference']:.4f}, "
-        f"boxes {row['box_difference_px']}",
+        f"boxes {row['box_difference_px']}, change {row['ap_change']}, agreement "
+        f"{row['agreement_with_cpu']}",
         flush=True,
     )
+
+
+def _detections(engine: Engine, data: CocoDataset) -> list[Detections]:
+    options = PredictOptions(confidence=0.03, batch=8, clip=False)
+    return detect(engine, [image.path for image in data.images], options)
+
+
+def _objects(data: CocoDataset) -> list[Detections]:
+    """Return the annotated objects of each image, with score 1."""
+    classes = {number: index for index, number in enumerate(data.category_ids)}
+    objects = []
+    for image in data.images:
+        own = [item for item in data.annotations if item["image_id"] == image.id]
+        boxes = np.array([item["bbox"] for item in own], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = np.array([classes[item["category_id"]] for item in own], np.int64)
+        objects.append(Detections(boxes, np.ones(len(own), np.float32), labels))
+    return objects
 
 
 def rounded(ap: float | None) -> float | None:

@@ -104,7 +104,7 @@ def _check_quantization(options: argparse.Namespace) -> None:
         return
     for name in (
         *("calibrator", "calib_images", "float_layers", "no_equalize", "no_bias_correction"),
-        *("no_reconstruct", "adaptive_rounding"),
+        *("reconstruct_minutes", "no_reconstruct", "adaptive_rounding"),
     ):
         of_tensorrt = name == "calib_images" and options.tensorrt_calibrator
         if is_given(getattr(options, name)) and not of_tensorrt:

@@ -127,13 +127,15 @@ def with_layers_of(model: onnx.ModelProto, other: onnx.ModelProto) -> onnx.Model
             continue
         known = tuned[layer.output]
         ours[layer.weight].CopyFrom(theirs[known.weight])
-        change = _bias(known, theirs) - _bias(layer, ours)
+        change = bias_of(known, theirs) - bias_of(layer, ours)
         if np.any(change):
             shift_bias(result, layer, change)
     return result
 
 
-def _bias(layer: QuantizedLayer, constants: Mapping[str, onnx.TensorProto]) -> NDArray[np.float64]:
+def bias_of(
+    layer: QuantizedLayer, constants: Mapping[str, onnx.TensorProto]
+) -> NDArray[np.float64]:
     """Return a layer's bias; 0 where it has none."""
     if len(layer.node.input) < 3 or not layer.node.input[2]:
         return np.zeros((), np.float64)

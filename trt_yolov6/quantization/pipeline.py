@@ -28,6 +28,7 @@ from trt_yolov6.quantization.judge import (
     images_to_build_from,
     split_images,
 )
+from trt_yolov6.quantization.learned import with_learned
 from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.preparation import Prepared, method_of, prepare, variant_of
 from trt_yolov6.quantization.qdq.insert import insert_qdq
@@ -121,13 +122,17 @@ def quantize(
     model = insert_qdq(
         prepared.model, placement, table.amax, quantized=quantized, fp16=settings.fp16
     )
-    model = tuning.tuned(model, chosen_weights(table))
+    if table.learned is None:
+        model = tuning.tuned(model, chosen_weights(table))
+    else:
+        model = with_learned(model, table.learned)
     calibration = {
         "calibrator": "+".join(sorted(set(table.methods.values()))),
         "variant": table.variant,
         "weights": chosen_weights(table),
         "biases_corrected": table.biases_corrected,
         "adaptive_rounding": table.reconstructed,
+        "tuned_by_gradients": table.learned is not None,
         "images": len(paths),
         "images_sha256": key.images_sha256,
         f"{quantized.name}_layers": len(placement.layers),
@@ -176,6 +181,7 @@ def _key(
             "equalize": settings.equalize,
             "bias_correction": settings.bias_correction,
             "reconstruct": settings.reconstruct,
+            "reconstruct_minutes": settings.reconstruct_minutes,
             "adaptive_rounding": settings.adaptive_rounding,
             "float_layers": described(settings) + (", by AP" if by_ap else ""),
             "border": settings.border,

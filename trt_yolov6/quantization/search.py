@@ -19,19 +19,23 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.bias_correction import with_layers_of
 from trt_yolov6.quantization.calibrators import Method, methods_for
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
 from trt_yolov6.quantization.judge import (
     CONFIDENCES,
+    FEWEST_TO_PART,
     ImageSplit,
     Judge,
     batches_of,
     images_to_build_from,
     least_agreement,
     pooled_agreement,
+    pooled_gain,
     pooled_interval,
 )
+from trt_yolov6.quantization.learned import as_built, learned_of
 from trt_yolov6.quantization.mixed_precision import (
     Fallback,
     LayerCost,
@@ -107,6 +111,10 @@ class Found:
     """Images that it was judged on."""
 
 
+_Tuned = tuple["onnx.ModelProto", Mapping[str, float]]
+"""A graph tuned by gradients, and the ranges of its tensors."""
+
+
 class _Fold:
     """One part of the images that makes candidates and one that judges them."""
 
@@ -177,13 +185,22 @@ class Search:
             self._tell(f"chosen: calibrator {choice.method}, graph {variant}")
         if not isinstance(wanted, tuple) and wanted != 0:
             choice = self._with_float_layers(choice)
-        return self._found(variant, choice)
+        tuned = self._tuned_by_gradients(choice) if self._settings.reconstruct_minutes else None
+        return self._found(variant, choice, tuned)
 
-    def _found(self, variant: Variant, choice: Choice) -> Found:
+    def _found(self, variant: Variant, choice: Choice, tuned: _Tuned | None) -> Found:
         (first, *others), agreement, images = self._folds, None, 0
         prepared, tuning = first.prepared, first.tuning
         if self._candidates:
-            judged = [(fold.judge, self._detections(fold, choice)) for fold in self._folds]
+            judged = [
+                (
+                    fold.judge,
+                    fold.judge.detections(tuned[0])
+                    if tuned is not None
+                    else self._detections(fold, choice),
+                )
+                for fold in self._folds
+            ]
             agreement = pooled_interval(judged)
             images = sum(judge.images for judge, _ in judged)
         if others:
@@ -196,6 +213,13 @@ class Search:
         table = dataclasses.replace(
             table, biases_corrected=weights != "nearest", reconstructed=weights == "reconstructed"
         )
+        if tuned is not None:
+            model, ranges = tuned
+            amax = {**table.amax, **ranges}
+            for group in prepared.placed(self._quantized, choice.float_layers).groups:
+                # Some have no pair of their own.
+                amax |= dict.fromkeys(group, next(ranges[one] for one in group if one in ranges))
+            table = dataclasses.replace(table, amax=amax, learned=learned_of(model))
         return Found(prepared, table, tuple(self._candidates), tuning, agreement, images)
 
     # --- decisions ------------------------------------------------------------------------------
@@ -252,6 +276,33 @@ class Search:
             if value > (best + CLEAR_GAIN if choice.weights == "nearest" else best):
                 choice, best = other, value
         return choice
+
+    def _tuned_by_gradients(self, choice: Choice) -> _Tuned | None:
+        """Return the graph that gradients have tuned and its ranges, if it is clearly better."""
+        fold, *others = self._folds
+        if others or not fold.split.is_held_out:
+            raise UserError(
+                f"`reconstruct_minutes` needs {FEWEST_TO_PART} calibration images at least, so "
+                "that half of them can judge; add some."
+            )
+        from trt_yolov6.quantization.reconstruction import reconstruct
+
+        start, minutes = time.perf_counter(), self._settings.reconstruct_minutes
+        before = self._model(fold, choice)
+        self._tell(f"tuning by gradients, {minutes:g} minutes ...")
+        images = list(batches_of(self._graph, fold.split.calibrate, self._settings.border))
+        raw = reconstruct(
+            self._graph, fold.prepared.model, before, images, 60 * minutes, self._tell
+        )
+        tuned, ranges = as_built(raw)
+        after, earlier = ([(fold.judge, fold.judge.detections(m))] for m in (tuned, before))
+        gain = pooled_gain(after, earlier)
+        self._keep("gradients", choice, pooled_agreement(after), start)
+        self._tell(
+            f"tuned by gradients: agreement with float {pooled_agreement(after):.3f} after "
+            f"{pooled_agreement(earlier):.3f}; {'kept' if gain.low > 0 else 'not clearly better'}"
+        )
+        return (tuned, ranges) if gain.low > 0 else None
 
     def _with_float_layers(self, choice: Choice) -> Choice:
         """Choose the layers that stay in float, and ranges and weights again with them."""

@@ -108,7 +108,7 @@ class TorchGraph(nn.Module):
             if operator is None or node.domain not in ("", "ai.onnx"):
                 raise UserError(
                     f"the graph has the operator {node.op_type}, which reconstruction by gradients "
-                    "does not know; leave --reconstruct out."
+                    "does not know; leave `reconstruct_minutes` out."
                 )
             if made[0] in self._layers:
                 self._add_bias(graph, self._layers[made[0]])
@@ -160,8 +160,14 @@ class TorchGraph(nn.Module):
         return [self.get_parameter(key) for key in self._weight_of.values()]
 
     def bias_parameters(self) -> list[nn.Parameter]:
-        """Return the biases of the INT8 layers."""
+        """Return by how much the biases of the INT8 layers have changed, in their units."""
         return [self.get_parameter(key) for key in self._bias_of.values()]
+
+    def set_bias_units(self, units: Mapping[str, Tensor]) -> None:
+        """Have biases learn in units of their own, (channels,), by the layers' outputs."""
+        for output, key in self._bias_of.items():
+            if output in units:
+                self.get_buffer(f"{key}_unit").copy_(units[output])
 
     @torch.no_grad()
     def learned(self) -> onnx.ModelProto:
@@ -179,7 +185,7 @@ class TorchGraph(nn.Module):
             steps = self.get_parameter(self._weight_of[output]).detach().cpu().numpy()
             levels = np.clip(np.rint(steps), -INT8.largest, INT8.largest).astype(np.int8)
             replace_tensor(constants[layer.weight], levels)
-            bias = self.get_parameter(self._bias_of[output]).detach().cpu().numpy()
+            bias = self._bias(output).detach().cpu().numpy()
             own = f"{output}_bias_learned"
             node = result.graph.node[layer.position]
             del node.input[2:]
@@ -198,7 +204,7 @@ class TorchGraph(nn.Module):
             scale = self.get_buffer(f"{self._weight_of[output]}_scale")
             return _rounded_steps(steps) * scale
         if kind == "bias" and output in self._bias_of:
-            return self.get_parameter(self._bias_of[output])
+            return self._bias(output)
         return self._constants[name] if name else None
 
     def _quantizer(self, graph: GraphIndex, node: onnx.NodeProto) -> Operator:
@@ -235,7 +241,14 @@ class TorchGraph(nn.Module):
         start = np.zeros(count, np.float32) if bias is None else np.array(bias, np.float32)
         key = f"bias{len(self._bias_of)}"
         self._bias_of[layer.output] = key
-        self.register_parameter(key, nn.Parameter(torch.from_numpy(start)))
+        self.register_buffer(f"{key}_start", torch.from_numpy(start))
+        self.register_buffer(f"{key}_unit", torch.ones(count))
+        self.register_parameter(key, nn.Parameter(torch.zeros(count)))
+
+    def _bias(self, output: str) -> Tensor:
+        key = self._bias_of[output]
+        start, unit = self.get_buffer(f"{key}_start"), self.get_buffer(f"{key}_unit")
+        return start + unit * self.get_parameter(key)
 
 
 def _rounded_steps(steps: Tensor) -> Tensor:
@@ -271,7 +284,7 @@ def _pads(given: Attributes, what: str = "pads") -> tuple[int, ...]:
     if given.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise UserError(
             "the graph pads automatically (auto_pad), which reconstruction by gradients does not "
-            "know; leave --reconstruct out."
+            "know; leave `reconstruct_minutes` out."
         )
     top, left, bottom, right = given.get(what, (0, 0, 0, 0))
     return left, right, top, bottom
@@ -303,7 +316,7 @@ def _conv_transpose(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     if (left, top) != (right, bottom):
         raise UserError(
             "the graph pads one side of a transposed convolution more than the other, which "
-            "reconstruction by gradients does not know; leave --reconstruct out."
+            "reconstruction by gradients does not know; leave `reconstruct_minutes` out."
         )
     return F.conv_transpose2d(
         inputs[0],
@@ -334,7 +347,7 @@ def _average_pool(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     if (left, top) != (right, bottom):
         raise UserError(
             "the graph pads one side of an average pooling more than the other, which "
-            "reconstruction by gradients does not know; leave --reconstruct out."
+            "reconstruction by gradients does not know; leave `reconstruct_minutes` out."
         )
     return F.avg_pool2d(
         inputs[0],
@@ -404,7 +417,7 @@ def _resize(given: Attributes, inputs: Sequence[Any]) -> Tensor:
         )
     raise UserError(
         f"the graph resizes ({mode}, {how}) in a way that reconstruction by gradients does not "
-        "know; leave --reconstruct out."
+        "know; leave `reconstruct_minutes` out."
     )
 
 

@@ -140,18 +140,20 @@ def rescale(
         weight = tensor_value(constants[item.weight]).copy()
         written = factors[channels.classes[item.output]]
         by_output = item.by_output(weight)
-        taken = by_source[channels.sources[item.input]] if item.input in channels.sources else None
-        if taken is not None and taken.any():
-            sums = by_output.astype(np.float64).sum(axis=2)
-            _add_to_bias(result, item, (sums * item.read_by(len(sums), taken)).sum(axis=1))
+        if item.input in channels.sources:
+            taken = by_source[channels.sources[item.input]]
+            if taken.any():
+                sums = by_output.astype(np.float64).sum(axis=2)
+                _add_to_bias(result, item, (sums * item.read_by(len(sums), taken)).sum(axis=1))
         scaled = by_output * written[:, None, None]
         if item.input in channels.classes:
             read = item.read_by(len(scaled), factors[channels.classes[item.input]])
             scaled = scaled / read[:, :, None]
         replace_tensor(constants[item.weight], item.from_output(scaled, weight.shape))
-        name = bias_of(result, item)
-        if name:
-            stored = constants_of(result)[name]
+        bias = result.graph.node[item.position].input[2:]
+        # One that others read keeps its values: nothing is written to another scale then.
+        if bias and np.any(written != 1):
+            stored = constants_of(result)[bias[0]]
             replace_tensor(stored, tensor_value(stored) * written)
     _insert_operators(result, channels, factors, shifts or {})
     return result
@@ -164,12 +166,6 @@ def shifts_by_source(channels: ChannelMap, shifts: Shifts) -> NDArray[np.float64
     for name, values in shifts.items():
         result[channels.sources[name]] = values
     return result
-
-
-def bias_of(model: onnx.ModelProto, item: Convolution) -> str:
-    """Return the name of a convolution's bias that it alone reads; empty without one."""
-    node = model.graph.node[item.position]
-    return node.input[2] if item.bias and len(node.input) > 2 else ""
 
 
 def _add_to_bias(model: onnx.ModelProto, item: Convolution, change: NDArray[np.float64]) -> None:
