@@ -189,7 +189,7 @@ def measure_boxes(bench: Bench) -> list[dict[str, Any]]:
 
         def boxes(images: NDArray[Any]) -> float:
             start = time.perf_counter()
-            outputs = engine.start(images, nms.confidence).wait()
+            outputs = engine.start(images, nms).wait()
             postprocess(outputs, engine.output_layout, nms, [place])
             return time.perf_counter() - start
 
@@ -252,12 +252,12 @@ def pipelined(
         nonlocal done
         outputs = running.pop(0).wait()
         # The engine is given its next batch before this one's boxes are looked at.
-        running.append(engine.start(batches[done % len(batches)], nms.confidence))
+        running.append(engine.start(batches[done % len(batches)], nms))
         postprocess(outputs, engine.output_layout, nms, [place] * len(batches[0]))
         done += len(batches[0])
 
     for index in range(engine.in_flight):
-        running.append(engine.start(batches[index % len(batches)], nms.confidence))
+        running.append(engine.start(batches[index % len(batches)], nms))
     while done < 4 * len(batches[0]) or time.perf_counter() - start < seconds:
         collect()
     elapsed = time.perf_counter() - start
@@ -336,7 +336,7 @@ def boxes_rate(engine: Engine, encoded: Sequence[bytes], seconds: float) -> floa
     batches = load_batches(encoded[:32], read_image, engine.input, batch=32)
     batch = next(iter(batches))
     nms = NmsSettings()
-    outputs = engine.start(batch.input, nms.confidence).wait()
+    outputs = engine.start(batch.input, nms).wait()
     with ThreadPoolExecutor(default_workers()) as executor:
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:

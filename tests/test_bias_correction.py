@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trt_yolov6.data.calibration import calibration_batches
-from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.graph.inputs import input_spec
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.bias_correction import (
@@ -156,8 +156,8 @@ def test_a_layer_s_error_hardly_depends_on_what_else_is_in_float() -> None:
 
 
 @pytest.mark.slow
-def test_the_sample_in_int8_comes_nearer_to_float(sample_engine: BuiltEngine, root: Path) -> None:
-    model = onnx.load(sample_engine.path)
+def test_the_sample_in_int8_comes_nearer_to_float(sample_320: Graph, root: Path) -> None:
+    model = sample_320.model
     images, unseen = (
         list(calibration_batches(folder, input_spec(model), limit=8))
         for folder in (root / "calib", root / "samples" / "images" / "val")

@@ -19,8 +19,8 @@ from support.accuracy import first_images, graph_precision
 from benchmarks.rescaling import rescale_channels
 from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.data.coco import load_coco
-from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.graph.inputs import input_spec
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.channel_graph import FIXED, rescale, trace_channels
@@ -338,8 +338,8 @@ def test_rescaling_beforehand_changes_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def sample(sample_engine: BuiltEngine) -> onnx.ModelProto:
-    return onnx.load(sample_engine.path)
+def sample(sample_320: Graph) -> onnx.ModelProto:
+    return sample_320.model
 
 
 def quantized(model: onnx.ModelProto, folder: Path, limit: int | None = 12) -> onnx.ModelProto:

@@ -313,7 +313,7 @@ def test_the_loader_reads_a_bounded_number_of_images_ahead() -> None:
         np.testing.assert_allclose(batch.input[:, 0, 0, 0] * 255, batch.items, rtol=1e-6)
         assert len(begun) <= 5 * (number + 1 + AHEAD)
     assert threading.active_count() > before
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert threading.active_count() == before
 
 

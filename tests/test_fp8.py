@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
-from support.accuracy import average_precision, first_images
+from support.accuracy import first_images, graph_precision
 from support.networks import ONE, TINY, random_model
 from support.pictures import save_noise
 from support.small_graphs import GraphWriter, detector, random_images
@@ -29,7 +29,7 @@ from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.diagnostics.inspection_text import format_inspection
 from trt_yolov6.engines import backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.build import BuiltEngine, build_engine
+from trt_yolov6.engines.build import build_engine
 from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
 from trt_yolov6.engines.tensorrt.execution import _profiler
@@ -363,18 +363,18 @@ def test_a_network_too_narrow_for_fp8_is_refused(wide: Graph, folder: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def sample_fp8(sample_engine: BuiltEngine, root: Path) -> Graph:
+def sample_fp8(sample_320: Graph, root: Path) -> Graph:
     """The sample in FP8 with half precision, calibrated on eight images."""
     settings = dataclasses.replace(MINMAX, fp16=True, image_limit=8)
-    return quantize(graph_from_onnx(sample_engine.path), root / "calib", settings).graph
+    return quantize(sample_320, root / "calib", settings).graph
 
 
 def test_the_sample_loses_less_than_half_a_point(
-    sample_fp8: Graph, sample_engine: BuiltEngine, root: Path
+    sample_fp8: Graph, sample_320: Graph, root: Path, tmp_path: Path
 ) -> None:
     few = first_images(load_coco(root / "samples"), 16)
     found = ap_on(sample_fp8, few)(sample_fp8.model)
-    assert found > average_precision(sample_engine.path, few) - 0.005
+    assert found > graph_precision(sample_320.model, tmp_path, few) - 0.005
 
 
 # --- engines ------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from trt_yolov6.data.letterbox import letterbox
 from trt_yolov6.data.loader import to_input
 from trt_yolov6.engines import backend
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.quantization.qdq.insert import insert_qdq, quantize_weights
 from trt_yolov6.quantization.qdq.placement import place
@@ -72,15 +72,15 @@ def initializers(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 
 
 @pytest.fixture(scope="module")
-def sample_graph(sample_engine: BuiltEngine) -> onnx.ModelProto:
-    return onnx.load(sample_engine.path)
+def sample_graph(sample_320: Graph) -> onnx.ModelProto:
+    return sample_320.model
 
 
 @pytest.fixture(scope="module")
 def sample_ranges(sample_graph: onnx.ModelProto, root: Path) -> dict[str, float]:
-    spec = TensorSpec("images", (1, 3, 640, 640), np.dtype(np.float32))
+    spec = TensorSpec("images", (1, 3, 320, 320), np.dtype(np.float32))
     images = [
-        to_input([letterbox(read_image(path), (640, 640))[0]], spec)
+        to_input([letterbox(read_image(path), (320, 320))[0]], spec)
         for path in list_images(root / "calib")[:8]
     ]
     return ranges(sample_graph, place(sample_graph).tensors, images)

@@ -10,15 +10,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from support.networks import ONE, random_model
 from support.pictures import save_noise
-from test_ptq import MINMAX, convolutions
+from support.quantized import MINMAX, convolutions, small_detector
 
 from trt_yolov6.cli.options import percent
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization.bias_correction import correct_biases, with_layers_of
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
 from trt_yolov6.quantization.judge import Judge, batches_of, split_images
@@ -36,9 +33,7 @@ from trt_yolov6.quantization.settings import check_settings
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     """YOLOv6 with few and narrow layers and random weights, for images of 64 x 64."""
-    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
-    onnx.save(export_onnx(random_model(), ExportSettings((64, 64), ONE), verify=False), path)
-    return graph_from_onnx(path)
+    return small_detector(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

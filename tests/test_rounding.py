@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trt_yolov6.data.calibration import calibration_batches
-from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.graph.inputs import input_spec
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.calibrators import amax_of
@@ -151,9 +151,9 @@ def test_levels_stay_in_range_and_bytes_repeat() -> None:
 
 
 @pytest.mark.slow
-def test_real_layers_come_nearer(sample_engine: BuiltEngine, root: Path) -> None:
+def test_real_layers_come_nearer(sample_320: Graph, root: Path) -> None:
     """The first eight layers of the sample, each judged at its own output."""
-    whole = onnx.load(sample_engine.path)
+    whole = sample_320.model
     convolutions = [node.output[0] for node in whole.graph.node if node.op_type == "Conv"][:8]
     extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(whole))
     model = extractor.extract_model(["images"], [convolutions[-1]])

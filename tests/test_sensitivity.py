@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.letterbox import letterbox
-from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.qdq.insert import insert_qdq
@@ -269,11 +269,11 @@ def test_a_chart_must_be_called_png(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_layer_of_the_sample_is_measured(sample_engine: BuiltEngine, root: Path) -> None:
-    model = onnx.load(sample_engine.path)
+def test_every_layer_of_the_sample_is_measured(sample_320: Graph, root: Path) -> None:
+    model = sample_320.model
     placement = place(model)
     batches = [
-        letterbox(read_image(path), (640, 640))[0].transpose(2, 0, 1)[None].astype(np.float32) / 255
+        letterbox(read_image(path), (320, 320))[0].transpose(2, 0, 1)[None].astype(np.float32) / 255
         for path in list_images(root / "calib")[:2]
     ]
     statistics = collect(model, batches, placement.tensors)

@@ -38,6 +38,7 @@ KINDS = {
         TINY, block="conv", activation="silu", csp_ratio=0.5, reg_max=7
     ),
     "v0.1": dataclasses.replace(TINY, head="offset"),
+    "leaky": dataclasses.replace(TINY, activation="leaky_relu", neck_activation="leaky_relu"),
 }
 
 

@@ -93,7 +93,7 @@ def benchmark_end_to_end_many(
         raise UserError(
             "there is no image to time; name a folder of pictures with `images`.", "images"
         )
-    encoded = [_read_bytes(image) for image in images[:MAX_IMAGES]]
+    encoded = [read_bytes(image) for image in images[:MAX_IMAGES]]
     for image in images[:MAX_IMAGES]:
         read_image(image)  # so that a damaged picture is reported by its name, before timing
     options = options or PredictOptions()
@@ -148,7 +148,7 @@ class _Request:
             for row, picture in zip(inputs, pictures, strict=True)
         ]
         times.append(time.perf_counter())
-        outputs = engine.start(inputs, self.nms.confidence).wait()
+        outputs = engine.start(inputs, self.nms).wait()
         times.append(time.perf_counter())
         postprocess(outputs, engine.output_layout, self.nms, placed)
         times.append(time.perf_counter())
@@ -156,7 +156,12 @@ class _Request:
         return times[-1] - times[0]
 
 
-def _read_bytes(image: Path | bytes) -> bytes:
+def read_bytes(image: Path | bytes) -> bytes:
+    """Return an encoded picture, read from its file unless it is one.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     if isinstance(image, bytes):
         return image
     try:

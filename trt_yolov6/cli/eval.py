@@ -12,6 +12,7 @@ from trt_yolov6.cli.options import (
     Commands,
     add_border,
     add_command,
+    add_gpus,
     add_json,
     add_loading,
     add_ray,
@@ -39,6 +40,7 @@ def add(commands: Commands) -> None:
     add_border(parser)
     add_thresholds(parser)
     add_loading(parser)
+    add_gpus(parser)
     add_ray(parser)
     add_json(parser)
 
@@ -83,6 +85,8 @@ def _evaluated_on_ray(options: argparse.Namespace, path: Path) -> Evaluation:
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.serving.ray.jobs import evaluate_on_ray
 
+    if options.gpus > 1:
+        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.workers is not None:
         raise UserError("--workers is not for --ray, where an engine reads with its --threads.")
     return evaluate_on_ray(

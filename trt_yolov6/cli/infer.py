@@ -14,6 +14,7 @@ from trt_yolov6.cli.options import (
     Commands,
     add_border,
     add_command,
+    add_gpus,
     add_loading,
     add_ray,
     add_thresholds,
@@ -53,6 +54,7 @@ def add(commands: Commands) -> None:
     add_border(parser)
     add_thresholds(parser, confidence=0.4)
     add_loading(parser)
+    add_gpus(parser)
     add_ray(parser)
 
 
@@ -103,6 +105,8 @@ def _infer_here(options: argparse.Namespace) -> None:
 def _infer_on_ray(options: argparse.Namespace) -> None:
     from trt_yolov6.serving.ray.jobs import infer_on_ray
 
+    if options.gpus > 1:
+        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.frames is not None:
         raise UserError("--frames is for videos, which --ray does not take; leave one of them out.")
     if len(options.format or ()) > 1:

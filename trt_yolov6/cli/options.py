@@ -129,6 +129,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
 
 
+def add_gpus(parser: argparse.ArgumentParser) -> None:
+    """Add --gpus."""
+    parser.add_argument(
+        "--gpus", type=positive, default=1, metavar="N", help="TensorRT: GPUs to work on (1)"
+    )
+
+
 def add_ray(parser: argparse.ArgumentParser) -> None:
     """Add --ray."""
     parser.add_argument(

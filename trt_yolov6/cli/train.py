@@ -73,7 +73,7 @@ def add(commands: Commands) -> None:
     model.add_argument(
         "--search-epochs", type=positive, metavar="N", help="length of the search (--epochs)"
     )
-    model.add_argument("--activation", choices=("relu", "silu"))
+    model.add_argument("--activation", choices=("relu", "silu", "leaky_relu"))
     model.add_argument(
         "--csp-ratio", type=float, metavar="R", help="channels inside CSPStackRep; 0: none"
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +23,8 @@ from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.detection_files import Format, open_detection_files
 from trt_yolov6.runtime.draw import draw_detections
-from trt_yolov6.runtime.predict import default_nms, process
+from trt_yolov6.runtime.predict import Processed, default_nms, process
+from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus
 from trt_yolov6.runtime.video import VideoWriter
 from trt_yolov6.spec import PredictOptions
 
@@ -95,9 +98,42 @@ def infer_source(
         )
     options = (options or PredictOptions()).over(default_nms(engine))
     if isinstance(media, Video):
+        if options.gpus > 1:
+            raise UserError("the frames of a video go through one GPU; leave `gpus` out.", "gpus")
         clip = open_video(media, frames, stop)
         return _infer_video(engine, media, clip, output, formats, options, progress)
     return _infer_pictures(engine, media, str(source), output, formats, options, progress)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A picture that was drawn and written."""
+
+    path: Path
+    record: dict[str, Any]
+    """Record for `DetectionFiles.add`."""
+    detections: Detections
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draws and writes the pictures of a batch; it may travel to other processes."""
+
+    output: Path
+    class_names: tuple[str, ...]
+
+    def __call__(self, batch: Batch[Picture], found: list[Detections]) -> list[_Drawn]:
+        written = []
+        for picture, image, detections in zip(batch.items, batch.images, found, strict=True):
+            drawn = draw_detections(image, detections, self.class_names)
+            known = Path(picture.name).suffix.lower() in IMAGE_SUFFIXES
+            path = self.output / (picture.name if known else picture.name + ".jpg")
+            _, encoded = cv2.imencode(path.suffix.lower(), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+            write_bytes(path, encoded.tobytes())
+            height, width = image.shape[:2]
+            record = {"file": picture.name, "width": width, "height": height}
+            written.append(_Drawn(path, record, detections))
+        return written
 
 
 def _infer_pictures(
@@ -114,21 +150,9 @@ def _infer_pictures(
     failures: list[tuple[str, str]] = []
     odd: list[str] = []
     seconds = 0.0
-
-    def finish(batch: Batch[Picture], found: list[Detections]) -> list[Path]:
-        written = []
-        for picture, image, detections in zip(batch.items, batch.images, found, strict=True):
-            drawn = draw_detections(image, detections, engine.class_names)
-            known = Path(picture.name).suffix.lower() in IMAGE_SUFFIXES
-            written.append(output / (picture.name if known else picture.name + ".jpg"))
-            _, encoded = cv2.imencode(
-                written[-1].suffix.lower(), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
-            )
-            write_bytes(written[-1], encoded.tobytes())
-            height, width = image.shape[:2]
-            files.add({"file": picture.name, "width": width, "height": height}, detections)
-        return written
-
+    run: Callable[..., Iterator[Processed[Picture, list[_Drawn]]]] = process
+    if options.gpus > 1:
+        run = functools.partial(process_on_gpus, check_gpus(options.gpus))
     with (
         open_detection_files(output, formats, engine.class_names) as files,
         tqdm(
@@ -138,17 +162,19 @@ def _infer_pictures(
             disable=None if progress else True,
         ) as bar,
     ):
-        for step in process(
+        for step in run(
             engine,
             pictures.items,
             Picture.read,
-            finish,
+            _Draw(output, engine.class_names),
             options,
             keep_images=True,
             skip_unreadable=not pictures.is_single,
             tell=odd.append,
         ):
-            outputs.extend(step.result)
+            for drawn in step.result:
+                outputs.append(drawn.path)
+                files.add(drawn.record, drawn.detections)
             failures.extend((item.where, str(error)) for item, error in step.batch.failures)
             seconds += step.inference_seconds
             bar.update(len(step.batch.items) + len(step.batch.failures))

@@ -89,7 +89,7 @@ class Detector(Closing):
         Args:
             source: picture, folder, video, glob, address or camera, see `data.media.find_media`.
             output: folder to write to; not the one that the source lies in.
-            options: thresholds, border and batch.
+            options: thresholds, border, batch, and the GPUs for pictures.
             formats: `json`, `csv`, `yolo`; see `runtime.annotate.infer_source`.
             frames: end a video or stream after this number.
             stop: asked before each frame of a video or stream: whether to end here.

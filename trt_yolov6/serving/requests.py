@@ -129,7 +129,7 @@ def detect_encoded(
         # Pictures that could not be read take no time of the engine's.
         array[: len(placed)] = array[list(placed)]
     array[len(placed) : rows] = 0
-    outputs = engine.start(array[:rows], nms.confidence).wait()
+    outputs = engine.start(array[:rows], nms).wait()
     found = postprocess(
         outputs, engine.output_layout, nms, tuple(placed.values()), executor=executor
     )

@@ -21,7 +21,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.fusion import fuse
 from trt_yolov6.models.network import YOLOv6
-from trt_yolov6.spec import BatchProfile, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
 from trt_yolov6.training.qat.onnx_module import GraphNetwork
 
 
@@ -84,11 +84,11 @@ class TorchEngine(Engine):
         boxes, scores = self._detect(images)
         return {"boxes": boxes.cpu().numpy(), "scores": scores.cpu().numpy()}
 
-    def start(self, images: NDArray[Any], confidence: float | None = None) -> Run:
-        if confidence is None:
+    def start(self, images: NDArray[Any], nms: NmsSettings | None = None) -> Run:
+        if nms is None:
             return super().start(images)
         boxes, scores = self._detect(images)
-        image, anchor, label = (scores > confidence).nonzero(as_tuple=True)
+        image, anchor, label = (scores > nms.confidence).nonzero(as_tuple=True)
         return _FoundRun(
             Candidates(
                 images=image.cpu().numpy(),

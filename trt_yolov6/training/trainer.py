@@ -387,7 +387,8 @@ def _prepare(
     average = WeightAverage(model, *average_for(plan.total_updates, settings.ema_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     teacher = _teacher(settings, model, data.class_names, device)
-    with_common_statistics(model, processes)
+    if settings.common_statistics:
+        with_common_statistics(model, processes)
     network: nn.Module = _Levels(model)
     if settings.compile:
         network = torch.compile(network)  # type: ignore[assignment]

@@ -172,7 +172,10 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     cache = RuntimeCache(cache_path(path))
     make_config = _runtime_config(flavour.api, cache, options.cuda_graph)
     contexts = ContextSettings(
-        make_config, launches_graphs=options.cuda_graph, after_first_run=cache.save
+        make_config,
+        make_config_for_recording=_runtime_config(flavour.api, cache, False),
+        launches_graphs=options.cuda_graph,
+        after_first_run=cache.save,
     )
     return TensorRTEngine(flavour, path, manifest, contexts, options)
 
