@@ -101,9 +101,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not a readable text file; check `class_names`.", "class_names"
-        ) from error
+        raise UserError(f"{path} is not a readable text file; check `class_names`.") from error
     if path.suffix == ".json":
         try:
             categories = sorted(json.loads(text)["categories"], key=lambda item: item["id"])
@@ -112,7 +110,6 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
             raise UserError(
                 f"{path} has no COCO categories; give such a file or one name a line as "
                 f"`class_names`.",
-                "class_names",
             ) from error
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:
