@@ -77,7 +77,7 @@ def infer_source(
         source: see `media.find_media`.
         output: the folder to write to; made if missing, not the one the source lies in.
         options: as in `detect`.
-        formats: of `detection_files.FORMATS`.
+        formats: see `detection_files.Format`.
         frames: end a video or stream after this number.
         stop: asked before each frame of a video or stream: whether to end here.
         progress: show a progress bar on stderr.
