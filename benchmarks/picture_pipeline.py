@@ -474,7 +474,7 @@ def loading_rate(engine: Engine, contents: Sequence[bytes], seconds: float) -> f
 
 
 def measure_stages(bench: Bench) -> list[dict[str, Any]]:
-    """What `bench --stages` shows."""
+    """Each stage alone and all together, as `bench --stages` measures them."""
     rows = []
     for name in NAMES:
         with load_engine(bench.engine(name, BATCH)) as engine:

@@ -16,6 +16,7 @@ and batch size are measured interleaved; figures are medians.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -57,6 +58,7 @@ NETWORKS = ("yolov6n", "yolov6t", "yolov6s", "yolov6m", "yolov6l", "yolov6l-relu
 BATCHES = (1, 32)
 OWN_TACTICS = ("edge_mask_convolutions", "jit_convolutions")
 """TensorRT's own kernels: a machine without cuBLAS and cuDNN has no others."""
+PARTS = ("speed", "layers", "accuracy")
 PEER = "own-export"
 """`how` of the detectors of `benchmarks.peers`."""
 
@@ -86,7 +88,7 @@ class Job:
 def make_graphs(folder: Path, networks: Sequence[str], batches: Sequence[int]) -> None:
     """Write `NETWORK.PRECISION.bBATCH.onnx` for networks with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(6, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_make, [(folder, name, tuple(batches)) for name in networks]))
 
 
@@ -264,6 +266,9 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
+            claim = output / f"{job.name}.claim"
+            if (output / f"{job.name}.row.json").exists() or not _claimed(claim):
+                continue
             command = [sys.executable, "-s", "-m", "benchmarks.tensorrt8", "one", str(folder)]
             command += [job.name, "--output", str(output)]
             if options.level is not None:
@@ -281,6 +286,7 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
                     ).returncode
                 except subprocess.TimeoutExpired:
                     code = "stopped at the deadline"
+            claim.unlink()
             said = (output / f"{job.name}.log").read_text(errors="replace").strip()
             last = said.splitlines()[-1] if said else ""
             print(f"{job.name}: {time.perf_counter() - start:.0f} s, {code}, {last}", flush=True)
@@ -295,6 +301,21 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
     for thread in threads:
         thread.join()
     print(f"{waiting.qsize()} engines are left", flush=True)
+
+
+def _claimed(path: Path) -> bool:
+    """Take a job for this process; False if another that still runs has it."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        try:
+            os.kill(int(path.read_text()), 0)
+        except ProcessLookupError:
+            path.unlink()
+    try:
+        with open(path, "x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return False
+    return True
 
 
 def build_one(folder: Path, name: str, output: Path, level: int | None) -> None:
@@ -471,6 +492,7 @@ def main() -> None:
     building.add_argument("--deadline", type=float, default=420, help="seconds (420)")
     building.add_argument("--only", nargs="+", help="parts of engines' names")
     measuring.add_argument("--json", type=Path, required=True)
+    measuring.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     measuring.add_argument("--seconds", type=float, default=1.5, help="an engine (1.5)")
     options = parser.parse_args()
     output = getattr(options, "output", None) or options.folder
@@ -484,10 +506,10 @@ def main() -> None:
     elif options.action == "one":
         build_one(options.folder, options.name, output, options.level)
     else:
-        _measure_all(output, options.json, options.seconds)
+        _measure_all(output, options.json, options.seconds, options.parts)
 
 
-def _measure_all(folder: Path, path: Path, seconds: float) -> None:
+def _measure_all(folder: Path, path: Path, seconds: float, parts: Sequence[str]) -> None:
     rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.row.json"))]
     gpu = read_gpus()[0]
     found: dict[str, Any] = {
@@ -498,15 +520,18 @@ def _measure_all(folder: Path, path: Path, seconds: float) -> None:
         "software": software_versions(),
         "rows": rows,
     }
-    write_json(path, found)
-    measure(rows, folder, seconds)
-    write_json(path, found)
-    found["layers_us"] = {}
-    for row in rows:
-        if row.get("ms") and row["network"] in ("yolov6n", "yolov6s") and row["batch"] == 32:
-            found["layers_us"][row["engine"]] = layers(folder, row["engine"])
-    write_json(path, found)
-    score(rows, folder)
+    if "speed" in parts:
+        measure(rows, folder, seconds)
+        write_json(path, found)
+    if "layers" in parts:
+        found["layers_us"] = {
+            row["engine"]: layers(folder, row["engine"])
+            for row in rows
+            if row.get("ms") and row["network"] in ("yolov6n", "yolov6s") and row["batch"] == 32
+        }
+        write_json(path, found)
+    if "accuracy" in parts:
+        score(rows, folder)
     write_json(path, found)
     print(json.dumps([row for row in rows if "error" in row], indent=1))
 

@@ -194,12 +194,10 @@ def _benchmark(
         engines = [stack.enter_context(_opened(one)) for one in detectors]
         if images is None:
             if predict is not None:
-                raise UserError(
-                    "`predict` is for timing with `images`; leave it out.", "predict", "images"
-                )
+                raise UserError("`predict` is for timing with `images`; leave it out.")
             return benchmark_many(engines, streams=streams, **how)
         if streams > 1:
-            raise UserError("`streams` is for the engine alone; leave it out.", "streams")
+            raise UserError("`streams` is for the engine alone; leave it out.")
         if isinstance(images, (str, Path)):
             images = list_images(images)
         return benchmark_end_to_end_many(

@@ -265,9 +265,12 @@ def is_given(value: object) -> bool:
 def percent(text: str) -> float:
     """Read a percentage: `5` or `5%`."""
     try:
-        return float(text.strip().removesuffix("%"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, such as 5%") from error
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, such as 5%")
+    return value
 
 
 def positive(text: str) -> int:

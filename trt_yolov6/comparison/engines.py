@@ -152,7 +152,6 @@ def build_case(work: Work, case: Case) -> BuiltCase:
             raise UserError(
                 f"{case.entry.path} takes batch {fixed} only; add it to `batches`, or export it "
                 "again with a free batch axis.",
-                "batches",
             )
         left_out = _not_taken(case, [batch for batch in wanted if batch != fixed], f"batch {fixed}")
         profiles = {fixed: BatchProfile(fixed, fixed, fixed)}
@@ -279,7 +278,7 @@ def _as_it_is(case: Case, wanted: Sequence[int]) -> BuiltCase:
     takes = f"batches of {batches.min} to {batches.max}"
     taken = [batch for batch in wanted if batches.min <= batch <= batches.max]
     if not taken:
-        raise UserError(f"{path} takes {takes}, of which `batches` has none; add one.", "batches")
+        raise UserError(f"{path} takes {takes}, of which `batches` has none; add one.")
     sha256 = case.source["sha256"]
     record = {"file": str(path.resolve()), "engine_sha256": sha256, **case.source["record"]}
     return BuiltCase(

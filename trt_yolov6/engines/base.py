@@ -315,5 +315,4 @@ def check_batch(engine: Engine, batch: int) -> None:
         raise UserError(
             f"{engine.path} takes {takes}, not {batch}; give another `batch`, or build it again "
             "for that size.",
-            "batch",
         )

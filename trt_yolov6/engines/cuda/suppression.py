@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +214,10 @@ def least_logit(confidence: float) -> float:
 
 # --- layouts ------------------------------------------------------------------------------------
 
+_Reader = Callable[[Sequence[TensorSpec], tuple[int, int]], "Reading | None"]
+"""Returns how to read outputs of a layout, given the input's height and width; None if they lack
+what it has."""
+
 
 def _split(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
     by_name = {out.name: out for out in outputs if len(out.shape) == 3}
@@ -294,7 +298,7 @@ def _columns(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | 
     )
 
 
-def _grids(anchors: Any) -> Any:
+def _grids(anchors: Any) -> _Reader:
     def reader(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
         levels = sorted(
             (out for out in outputs if len(out.shape) == 5), key=lambda out: -_lengths(out)[2]
@@ -349,7 +353,7 @@ def _lengths(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(length or 0 for length in spec.shape)
 
 
-_READERS: dict[OutputLayout, Any] = {
+_READERS: dict[OutputLayout, _Reader] = {
     "split": _split,
     "split_by_class": _split_by_class,
     "rows": _rows,
