@@ -246,7 +246,6 @@ def compare(
         ['yolov6n fp32']
     """
     import dataclasses
-    import logging
 
     from trt_yolov6.comparison.plan import YAML_SUFFIXES, Plan, entries_for, read_plan
     from trt_yolov6.comparison.results import read_results
@@ -269,7 +268,6 @@ def compare(
         output,
         again=again,
         baseline=baseline,
-        tell=logging.getLogger(__name__).info,
         progress=progress,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from trt_yolov6.graph.inspect import OnnxDetails
     from trt_yolov6.graph.model import Graph
 
-Tell = Callable[[str], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,6 @@ class Work:
     plan: Plan
     output: Path
     steps: Steps
-    tell: Tell
-    """Called with a line of progress now and then."""
     graphs: dict[Any, Graph] = dataclasses.field(default_factory=dict)
     """Graphs by model, batch profile and precision: exporting one takes seconds."""
 
@@ -213,7 +213,7 @@ def _hashes(engine: Path) -> list[str | None]:
 
 
 def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> Mapping[str, Any]:
-    work.tell(f"building {case.name} ...")
+    _log.info(f"building {case.name} ...")
     stem = case.stem + (f"_b{profile.max}" if profile.is_static else "")
     path = work.output / "engines" / f"{stem}{BACKENDS[case.backend].suffix}"
     graph = _graph(work, case.entry, profile, choice if choice.base == "fp16" else None)
@@ -325,7 +325,7 @@ def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
         known = {"sha256": inputs["file"], **_described(work, entry)}
         work.steps.keep("source", inputs, known)
     if not known["buildable"] and (entry.precisions or len(work.plan.precisions) > 1):
-        work.tell(f"{path} is {known['precision']} already and is taken as it is")
+        _log.info(f"{path} is {known['precision']} already and is taken as it is")
     return known
 
 
