@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.common.closing import Closing
-from trt_yolov6.detectors.spec import Described
+from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, empty_input
@@ -124,6 +124,17 @@ class FinishedRun(Run):
 
     def wait(self) -> dict[str, NDArray[Any]]:
         return self.outputs
+
+
+@dataclass(frozen=True)
+class EngineFacts(Described):
+    """Facts of an engine that are known without loading it."""
+
+    name: str
+    """Its file name."""
+    detector: DetectorSpec
+    precision: str
+    backend: str
 
 
 class Engine(Described, Closing):
@@ -276,6 +287,11 @@ class Engine(Described, Closing):
             f"{self.path} runs in {self.backend}, which does not time layers; build it with "
             "TensorRT."
         )
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What results say of it."""
+        return EngineFacts(self.path.name, self.detector, self.precision, self.backend)
 
     @property
     def precision(self) -> str:
