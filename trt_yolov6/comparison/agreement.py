@@ -1,4 +1,4 @@
-"""How well a quantized engine's detections agree with those of the same model's float engine.
+"""Agreement of a quantized engine's detections with those of the same model's float engine.
 
 An AP on a hundred images varies by points from one hundred to another, so two engines' APs tell
 little about the quantization between them. Held against the float engine's own detections, image
@@ -46,7 +46,7 @@ def write_detections(path: Path, found: Sequence[Detections]) -> None:
 
 
 def read_detections(path: Path) -> list[Detections]:
-    """Return what `write_detections` wrote."""
+    """Return the detections in a file that `write_detections` wrote."""
     with np.load(path, allow_pickle=False) as stored:
         ends = np.cumsum(stored["counts"])[:-1]
         parts = (np.split(stored[name], ends) for name in ("boxes", "scores", "classes"))

@@ -15,6 +15,7 @@ from typing import Any
 from trt_yolov6.bench.roofline import GraphWork, layer_times, measure_ceilings
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
+from trt_yolov6.comparison.cache import key_of
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import clocks, run_inputs
 from trt_yolov6.comparison.rounds import Round, measure_round, round_from_json
@@ -83,7 +84,7 @@ def accuracy(
     from trt_yolov6.runtime.evaluate import evaluate
 
     _log.info(f"AP of {built.name} on {len(dataset.images)} images ...")
-    file = Path("detections") / f"{built.case.stem}.npz"
+    file = Path("detections") / f"{built.case.stem}-{key_of(inputs)[:12]}.npz"
     seen: dict[int, Detections] = {}
     with built.load(plan, batch) as engine:
         try:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """What the INT8 layers of a graph have learned."""
+    """Weights and biases of the INT8 layers of a graph after learning."""
 
     codes: Mapping[str, NDArray[np.int8]]
     """Weights' codes by the layers' outputs, in the layers' shapes."""
@@ -126,7 +126,7 @@ def write_learned(path: Path, learned: Learned) -> None:
 
 
 def read_learned(path: Path, sha256: str) -> Learned:
-    """Return what `write_learned` wrote.
+    """Return the weights and biases in a file that `write_learned` wrote.
 
     Raises:
         UserError: the file is missing, damaged or of another calibration.

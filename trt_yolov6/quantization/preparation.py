@@ -81,6 +81,7 @@ def prepare(
     measure: bool = True,
     known: Mapping[str, TensorStatistics] | None = None,
     images: Sequence[NDArray[Any]] | None = None,
+    form: onnx.ModelProto | None = None,
 ) -> Prepared:
     """Bring the graph into a variant and, with `measure`, collect its tensors' statistics.
 
@@ -94,8 +95,9 @@ def prepare(
         known: the plain graph's statistics on the same images, of what `equalize` wants to know
             and of what the plain variant quantizes, where they have been collected.
         images: the paths' images as the graph takes them, where they have been read.
+        form: the graph in that variant (`formed`), where it has been made of these images.
     """
-    model = graph.model
+    model = graph.model if form is None else form
     say(f"{variant}: {len(paths)} images ...")
 
     def measured(form: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
@@ -104,19 +106,33 @@ def prepare(
         batches = batches_of(graph, paths, settings.border)
         return collect(form, batches if images is None else images, tensors)
 
-    if variant != "plain":
-        ranges = measured(model, tensors_to_measure(model))
-        shift = variant == "shifted"
-        model = equalize(model, ranges, smooth=shift or variant == "smoothed", shift=shift)
+    if form is None and variant != "plain":
+        model = formed(graph, variant, measured(model, tensors_to_measure(model)))
     placement = place_for(settings.quantized, model)
     statistics = measured(model, quantizable_tensors(model, settings)) if measure else {}
     return Prepared(variant, model, placement, statistics)
 
 
+def formed(
+    graph: Graph, variant: Variant, ranges: Mapping[str, TensorStatistics]
+) -> onnx.ModelProto:
+    """Return the graph in a variant.
+
+    Args:
+        graph: the float graph.
+        variant: the form wanted.
+        ranges: of what `equalize` wants to know of the plain graph.
+    """
+    if variant == "plain":
+        return graph.model
+    shift = variant == "shifted"
+    return equalize(graph.model, ranges, smooth=shift or variant == "smoothed", shift=shift)
+
+
 def plain_statistics(
     graph: Graph, images: Sequence[NDArray[Any]], settings: QuantizationSettings
 ) -> Mapping[str, TensorStatistics]:
-    """Return what `prepare` takes as `known`: one pass serves all variants."""
+    """Return the statistics that `prepare` takes as `known`: one pass serves all variants."""
     plain = graph.model
     wanted = (*tensors_to_measure(plain), *quantizable_tensors(plain, settings))
     return collect(plain, images, wanted)

@@ -138,7 +138,7 @@ def reconstruct(
 
 
 class _Loss:
-    """How far a quantized network is from the float one on some pictures.
+    """Distance of a quantized network from the float one on some pictures.
 
     Three parts: the boxes of the anchors that the float network gives a score, 1 - IoU weighted by
     it; their scores, and those that rise elsewhere; and the mean squared errors of all layers, each

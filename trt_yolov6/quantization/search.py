@@ -50,6 +50,7 @@ from trt_yolov6.quantization.preparation import (
     Prepared,
     Tell,
     Variant,
+    formed,
     plain_statistics,
     prepare,
 )
@@ -89,7 +90,7 @@ _MOST_SETS, _MORE_SETS = 40, 16
 
 @dataclass(frozen=True)
 class Choice:
-    """How a graph in one variant is quantized."""
+    """Ranges, weights and float layers of a graph in one variant."""
 
     method: Method
     weights: Weights
@@ -105,8 +106,8 @@ class Found:
     candidates: tuple[Candidate, ...]
     tuning: WeightTuning
     agreement: Interval | None
-    """Of the built graph, or with several folds of what each made; None where nothing had to be
-    chosen."""
+    """Agreement of the built graph, or with several folds of what each made; None where nothing
+    had to be chosen."""
     images: int
     """Images that it was judged on."""
 
@@ -124,6 +125,7 @@ class _Fold:
         self._settings = settings
         self.prepared: Prepared
         self.tuning: WeightTuning
+        self._known: dict[Variant, tuple[Prepared, WeightTuning]] = {}
 
     @cached_property
     def inputs(self) -> list[NDArray[Any]]:
@@ -136,10 +138,24 @@ class _Fold:
         many = evenly(self.split.judge, images_to_compare(self._graph))
         return Judge(self._graph, many, self._settings.border)
 
-    def take(self, prepared: Prepared) -> None:
-        """Go on with one form of the graph."""
+    def take(self, prepared: Prepared, *, whole: bool = True) -> None:
+        """Go on with one form of the graph.
+
+        Args:
+            prepared: it.
+            whole: its statistics are of all images that calibrate.
+        """
         self.prepared = prepared
         self.tuning = WeightTuning(prepared.model, self.inputs)
+        if whole:
+            self._known[prepared.variant] = prepared, self.tuning
+
+    def is_prepared(self, variant: Variant) -> bool:
+        """Return whether a form is there with all its statistics; then go on with it."""
+        if variant not in self._known:
+            return False
+        self.prepared, self.tuning = self._known[variant]
+        return True
 
 
 class Search:
@@ -177,9 +193,10 @@ class Search:
         named = wanted if isinstance(wanted, tuple) else ()
         variant = self._choose_variant(named)
         for fold in self._folds:
-            fold.take(
-                prepare(self._graph, fold.split.calibrate, self._settings, variant, self._tell)
-            )
+            if not fold.is_prepared(variant):
+                fold.take(
+                    prepare(self._graph, fold.split.calibrate, self._settings, variant, self._tell)
+                )
         choice = self._choose(named)
         if self._candidates:
             self._tell(f"chosen: calibrator {choice.method}, graph {variant}")
@@ -232,19 +249,22 @@ class Search:
         tried: list[Candidate] = []
         models: list[onnx.ModelProto] = []
         for variant in self._variants:
-            for fold, of_plain in zip(self._folds, known, strict=True):
+            forms = [formed(self._graph, variant, of_plain) for of_plain in known]
+            if forms[0] in models:  # there was nothing to rescale
+                continue
+            models.append(forms[0])
+            for fold, form, of_plain in zip(self._folds, forms, known, strict=True):
                 few = evenly(fold.split.calibrate, FEWEST_IMAGES)
                 fold.take(
                     prepare(
                         *(self._graph, few, self._settings, variant, self._tell),
                         known=of_plain,
                         images=fold.inputs,
-                    )
+                        form=form,
+                    ),
+                    whole=len(few) == len(fold.split.calibrate),
                 )
-            model = self._folds[0].prepared.model
-            if model not in models:  # else there was nothing to rescale
-                models.append(model)
-                tried.append(self._tried("graph", Choice(self._methods[0], "nearest", layers)))
+            tried.append(self._tried("graph", Choice(self._methods[0], "nearest", layers)))
         tolerance = CLEAR_GAIN if self._quantized.is_floating else TOLERANCE
         return _simplest_of_the_best(tried, tolerance).variant
 

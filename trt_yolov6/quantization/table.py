@@ -57,7 +57,7 @@ class CalibrationTable:
     reconstructed: bool = False
     """True if the layers' weights are rounded for their inputs (`gptq.adapt_rounding`)."""
     learned: Learned | None = None
-    """What the layers learned by gradients, if that was kept (`reconstruction.reconstruct`)."""
+    """Weights and biases that gradients made (`reconstruction.reconstruct`), where kept."""
 
     def scale(self, tensor: str) -> float:
         """Return the quantization step of a tensor; KeyError for one that was not calibrated."""

@@ -152,7 +152,7 @@ class TorchGraph(nn.Module):
         return {name: values[name] for name in self.outputs}
 
     def scale_parameters(self) -> list[nn.Parameter]:
-        """Return what learns the scales of activations."""
+        """Return the parameters of the scales of activations."""
         return [p for key, p in self.named_parameters() if key.startswith("quantizers.act")]
 
     def weight_parameters(self) -> list[nn.Parameter]:
@@ -512,4 +512,4 @@ OPERATORS: dict[str, Operator] = {
     "Transpose": lambda a, i: i[0].permute(tuple(a["perm"])),
     "Unsqueeze": _unsqueeze,
 }
-"""What graphs of detectors are made of; each takes a node's attributes and inputs."""
+"""Operators of detectors' graphs; each takes a node's attributes and inputs."""

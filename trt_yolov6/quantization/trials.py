@@ -11,8 +11,8 @@ from trt_yolov6.quantization.preparation import Variant
 from trt_yolov6.quantization.weights import Weights
 
 Decision = Literal["graph", "ranges", "weights", "float layers", "gradients"]
-"""What a candidate is tried for: the form of the graph, the calibrator, what becomes of weights,
-the layers that stay in float, tuning by gradients."""
+"""Decision that a candidate is tried for: the form of the graph, the calibrator, rounding of
+weights, the layers that stay in float, tuning by gradients."""
 
 
 @dataclass(frozen=True)

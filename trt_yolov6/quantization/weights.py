@@ -1,4 +1,4 @@
-"""What becomes of a Q/DQ graph's weights and biases: rounded, corrected, reconstructed, tuned."""
+"""Choices for a Q/DQ graph's weights and biases: rounded, corrected, reconstructed."""
 
 from __future__ import annotations
 

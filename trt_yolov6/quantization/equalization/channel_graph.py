@@ -92,7 +92,7 @@ class ChannelMap:
     """Tensors after which a multiplication by a constant per channel has to be inserted, where
     their classes are rescaled."""
     shiftable: frozenset[str] = frozenset()
-    """Those of them of which a constant per channel can be subtracted as well: only convolutions
+    """Activations of which a constant per channel can be subtracted as well: only convolutions
     without padding read them, and take it back by their biases."""
 
 
@@ -160,7 +160,7 @@ def rescale(
 
 
 def shifts_by_source(channels: ChannelMap, shifts: Shifts) -> NDArray[np.float64]:
-    """Return what is subtracted of each channel, (sources,), as `channels.sources` counts them."""
+    """Return the constants that are subtracted, (sources,), as `channels.sources` counts."""
     highest = max((int(one.max(initial=0)) for one in channels.sources.values()), default=0)
     result = np.zeros(highest + 1)
     for name, values in shifts.items():
