@@ -290,7 +290,7 @@ class Engine(Described, Closing):
 
     @property
     def facts(self) -> EngineFacts:
-        """What results say of it."""
+        """Name, detector, precision and backend."""
         return EngineFacts(self.path.name, self.detector, self.precision, self.backend)
 
     @property
