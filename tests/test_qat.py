@@ -29,17 +29,11 @@ from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.tensorrt_cache import read_cache
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.training.dataset import load_training_set
+from trt_yolov6.training.qat.export import rounded_weights, trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, _Compact
-from trt_yolov6.training.qat.training import (
-    QatSettings,
-    Start,
-    evaluate_network,
-    prepare,
-    prepare_graph,
-    rounded_weights,
-    train_quantized,
-    trained_graph,
-)
+from trt_yolov6.training.qat.preparation import Start, prepare, prepare_graph
+from trt_yolov6.training.qat.settings import QatSettings
+from trt_yolov6.training.qat.training import evaluate_network, train_quantized
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
 
@@ -344,12 +338,12 @@ def kept_bytes(forward: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"epochs": 0}, "give --epochs 1 or more"),
-        ({"batch": 0}, "give --batch 1 or more"),
-        ({"learning_rate": float("nan")}, "give one above 0"),
-        ({"temperature": 0.0}, "give --temperature above 0"),
-        ({"distill_weight": -1.0}, "give --distill-weight 0 or more"),
-        ({"bits": 1}, "give bits=2 to 8"),
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+        ({"batch": 0}, "`batch` must be at least 1"),
+        ({"learning_rate": float("nan")}, "`learning_rate` and the scales' must be above 0"),
+        ({"temperature": 0.0}, "`temperature` must be above 0"),
+        ({"distill_weight": -1.0}, "`distill_weight` must be at least 0"),
+        ({"bits": 1}, "`bits` must be 2 to 8"),
     ],
 )
 def test_wrong_settings_are_refused(named: dict[str, Any], message: str) -> None:
@@ -367,7 +361,7 @@ def test_nothing_but_float_layers_is_refused(calib: Path) -> None:
     _, graph = tiny_graph("repvgg")
     every = tuple(layer_names(graph.model).values())
     settings = dataclasses.replace(MINMAX, float_layers=every)
-    with pytest.raises(UserError, match="name fewer with --float-layers"):
+    with pytest.raises(UserError, match="name fewer in `float_layers`"):
         prepare_graph(graph, ARCHITECTURES["repvgg"], calib, quantization=settings)
 
 
@@ -461,7 +455,7 @@ def test_bad_data_is_found_before_the_calibration(
         (["--data", "{shapes}"], "--weights is missing"),
         (["--data", "{shapes}", "--weights", "none.pt"], "none.pt"),
         (["--data", "{shapes}", "--weights", "{tiny}", "--model", "s"], "leave --model out"),
-        (["--data", "{shapes}", "--weights", "{tiny}", "--lr", "0"], "give one above 0"),
+        (["--data", "{shapes}", "--weights", "{tiny}", "--lr", "0"], "`learning_rate` and the scales' must be above 0"),
         (
             ["--data", "{shapes}", "--weights", "{tiny}", "--no-distillation", "--temperature=2"],
             "leave --no-distillation out",

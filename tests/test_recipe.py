@@ -62,7 +62,7 @@ def test_options_change_the_architecture() -> None:
     assert (silu.activation, silu.neck_activation) == ("silu", "silu")
     with pytest.raises(UserError, match="out of range"):
         adapted(n, ArchitectureOptions(csp_ratio=2))
-    with pytest.raises(UserError, match="leave --block"):
+    with pytest.raises(UserError, match="leave `block`"):
         adapted(architecture("yolov6lite_s"), ArchitectureOptions(block="scaled"))
     with pytest.raises(UserError, match="MBLA"):
         adapted(architecture("yolov6s_mbla"), ArchitectureOptions(csp_ratio=0))
@@ -100,7 +100,7 @@ def test_any_field_can_be_set(assignment: str, value: object) -> None:
         ("epochs.most=1", "no parts"),
         ("losses.box=biou", "choose one of"),
         ("compile=perhaps", "no bool"),
-        ("epochs=0", "--epochs 1"),
+        ("epochs=0", "`epochs` must be at least 1"),
         ("optimizer.momentum=1.5", "momentum"),
         ("optimizer.weight_decay=-1", "weight decay"),
         ("optimizer.accumulate=0", "accumulating"),

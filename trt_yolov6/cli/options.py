@@ -213,15 +213,21 @@ def spelled(name: str) -> str:
 
 
 _PARAMETERS = {
-    "confidence": "conf",
-    "image_size": "imgsz",
+    "assignment": "set",
     "calibration": "calib",
-    "clean": "no_surgery",
     "class_names": "names",
+    "clean": "no_surgery",
+    "confidence": "conf",
     "cuda_graph": "no_cuda_graph",
+    "eval_border": "border",
+    "image_size": "imgsz",
     "images": "source",
+    "learning_rate": "lr",
     "nms": "end2end",
+    "on_bad_data": "bad_data",
     "other_device": "allow_other_device",
+    "state_file": "output",
+    "teacher": "distill",
     "workspace_mib": "workspace",
 }
 """Options whose name differs from that of the parameter they set."""
