@@ -103,13 +103,13 @@ def test_any_field_can_be_set(assignment: str, value: object) -> None:
         ("epochs=0", "`epochs` must be at least 1"),
         ("optimizer.momentum=1.5", "momentum"),
         ("optimizer.weight_decay=-1", "weight decay"),
-        ("optimizer.accumulate=0", "accumulating"),
-        ("plain_epochs=301", "--plain-epochs"),
+        ("optimizer.accumulate=0", "accumulate"),
+        ("plain_epochs=301", "`plain_epochs`"),
         ("eval_interval=-1", "interval"),
         ("ema_decay=1", "EMA"),
         ("eval_border=320", "border"),
-        ("teacher=a.pt", "--distill"),
-        ("optimizer.learning_rate=nan", "--lr"),
+        ("teacher=a.pt", "`teacher`"),
+        ("optimizer.learning_rate=nan", "`learning_rate`"),
     ],
 )
 def test_what_cannot_be_is_refused(assignment: str, says: str) -> None:
