@@ -179,7 +179,7 @@ def test_detections_are_indexed_as_arrays_are() -> None:
 
 
 def test_detections_become_those_of_supervision() -> None:
-    pytest.importorskip("supervision", reason="the conversion itself needs supervision")
+    pytest.importorskip("supervision")
     found = some().to_supervision()
     np.testing.assert_array_equal(found.xyxy, some().xyxy)
     assert found.data["class_name"].tolist() == ["blue", "red", "class_7"]

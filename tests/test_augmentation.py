@@ -326,7 +326,8 @@ def test_mixup_is_a_weighted_sum_with_the_boxes_of_both() -> None:
     torch.testing.assert_close(mixed[others], first[others])
 
     counts = [
-        data._targets(some, False).present.sum(1) for some in (planned, first_plan, second_plan)
+        data.targets(some, keep_all=False).present.sum(1)
+        for some in (planned, first_plan, second_plan)
     ]
     counts[2][others] = 0
     assert torch.equal(counts[0], counts[1] + counts[2])

@@ -266,7 +266,7 @@ def test_what_int8_does_follows_from_the_instruction_sets(
 def test_a_containers_cpu_limit_is_read_from_cgroup_v2(
     text: str | None, cores: float | None
 ) -> None:
-    assert environment._cgroup_quota(text) == cores
+    assert environment.cgroup_quota(text) == cores
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux only")

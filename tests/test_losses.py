@@ -90,7 +90,7 @@ def _some(targets: Targets, rows: slice) -> Targets:
 
 def _hold_labels(monkeypatch: pytest.MonkeyPatch) -> list[Assignment]:
     """Assign once and keep to it; returns the list that the labels come to stand in."""
-    original = module._assign
+    original = module.assigned
     kept: list[Assignment] = []
 
     def assign(*args: Any) -> Assignment:
@@ -98,7 +98,7 @@ def _hold_labels(monkeypatch: pytest.MonkeyPatch) -> list[Assignment]:
             kept.append(original(*args))
         return kept[0]
 
-    monkeypatch.setattr(module, "_assign", assign)
+    monkeypatch.setattr(module, "assigned", assign)
     return kept
 
 

@@ -230,14 +230,14 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 def test_harmless_noise_is_of_two_gray_levels_and_always_the_same(dtype: type) -> None:
     gray: np.ndarray[Any, Any] = np.full((1, 3, 64, 64), 0.5 if dtype is np.float32 else 128, dtype)
-    noisy = [judging._noisy(gray, np.random.default_rng(0), YOLOV6) for _ in range(2)]
+    noisy = [judging.with_noise(gray, np.random.default_rng(0), YOLOV6) for _ in range(2)]
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert noisy[0].dtype == dtype
     levels = (noisy[0].astype(float) - gray) * (255 if dtype is np.float32 else 1)
     assert levels.std() == pytest.approx(2, rel=0.05)
     assert abs(levels.mean()) < 0.1
     white = gray * 0 + (1 if dtype is np.float32 else 255)
-    assert judging._noisy(white, np.random.default_rng(0), YOLOV6).max() == white.max()
+    assert judging.with_noise(white, np.random.default_rng(0), YOLOV6).max() == white.max()
 
 
 def test_harmless_noise_is_of_two_gray_levels_in_any_range() -> None:
@@ -245,12 +245,12 @@ def test_harmless_noise_is_of_two_gray_levels_in_any_range() -> None:
     # Blue comes first: 128 gray levels are (128 - 30) / 50 there.
     values = (128 - np.array([30, 20, 10])) / np.array([50, 2, 1])
     gray = np.broadcast_to(values[None, :, None, None], (1, 3, 64, 64)).astype(np.float32)
-    noise = judging._noisy(gray, np.random.default_rng(0), how) - gray
+    noise = judging.with_noise(gray, np.random.default_rng(0), how) - gray
     np.testing.assert_allclose(noise.std(axis=(0, 2, 3)) * [50, 2, 1], 2, rtol=0.05)
     black = np.broadcast_to(
         (-np.array([30, 20, 10]) / [50, 2, 1])[None, :, None, None], gray.shape
     ).astype(np.float32)
-    darkest = judging._noisy(black, np.random.default_rng(0), how).min(axis=(0, 2, 3))
+    darkest = judging.with_noise(black, np.random.default_rng(0), how).min(axis=(0, 2, 3))
     np.testing.assert_allclose(darkest, black[0, :, 0, 0])
 
 

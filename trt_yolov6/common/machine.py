@@ -134,7 +134,7 @@ def describe_cpu() -> Cpu:
         architecture=platform.machine(),
         cores=None if None in siblings or not siblings else len(siblings),
         threads=len(usable) or os.cpu_count() or 1,
-        quota=_cgroup_quota(_read("/sys/fs/cgroup/cpu.max")),
+        quota=cgroup_quota(_read("/sys/fs/cgroup/cpu.max")),
         instruction_sets=tuple(name for name in _INSTRUCTION_SETS if name in flags),
     )
 
@@ -293,7 +293,7 @@ def _usable_cpus() -> list[int]:
         return list(range(os.cpu_count() or 1))
 
 
-def _cgroup_quota(text: str | None) -> float | None:
+def cgroup_quota(text: str | None) -> float | None:
     """Parse a cgroup v2 `cpu.max`: `max 100000` or, for two cores, `200000 100000`."""
     parts = (text or "").split()
     if len(parts) != 2:

@@ -146,7 +146,7 @@ class Judge:
         values = []
         for seed in range(2):
             rng = np.random.default_rng(seed)
-            noisy = (_noisy(images, rng, self._preprocessing) for images in self._images)
+            noisy = (with_noise(images, rng, self._preprocessing) for images in self._images)
             found = self._run(self._model, noisy)
             values.append(self._agreement(found, CONFIDENCES[-1]))
         return sum(values) / len(values)
@@ -183,7 +183,7 @@ class Judge:
         return found
 
 
-def _noisy(
+def with_noise(
     images: NDArray[Any], rng: np.random.Generator, preprocessing: Preprocessing
 ) -> NDArray[Any]:
     """Return a graph's input with `HARMLESS_NOISE`, of uint8 pixels or prepared float ones."""

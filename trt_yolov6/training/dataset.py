@@ -137,7 +137,7 @@ class TrainingSet:
     def _make(self, plan: BatchPlan, *, keep_all: bool) -> tuple[Tensor, Targets]:
         chunk = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
         pictures = make_pictures(plan, self._gather, self.device, chunk)
-        return pictures, self._targets(plan, keep_all)
+        return pictures, self.targets(plan, keep_all=keep_all)
 
     def _gather(self, images: NDArray[np.int64]) -> Tensor:
         """Return images, uint8 (k, 3, H, W), on the device."""
@@ -151,7 +151,7 @@ class TrainingSet:
             row.copy_(self.images[int(image)], non_blocking=True)
         return gathered
 
-    def _targets(self, plan: BatchPlan, keep_all: bool) -> Targets:
+    def targets(self, plan: BatchPlan, *, keep_all: bool) -> Targets:
         """Return the objects of a batch, unless `keep_all` without those that are barely left."""
         all_boxes, all_classes, first = self.boxes.numpy(), self.classes.numpy(), self.first.numpy()
         found = []

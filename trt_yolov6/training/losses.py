@@ -199,7 +199,7 @@ def detection_loss(
         boxes = boxes.transpose(1, 2)
         sizes = [(level[0].shape[2], level[0].shape[3]) for level in levels]
         points, strides = anchor_points(sizes, 0.5, regression, arch.strides)
-        labels = _assign(
+        labels = assigned(
             scores.detach().transpose(1, 2),
             boxes.detach(),
             (points * strides).T,
@@ -391,7 +391,7 @@ def box_divergence(student: Tensor, teacher: Tensor, reg_max: int, temperature: 
     return temperature**2 * (guide.exp() * (guide - own)).sum(2)
 
 
-def _assign(
+def assigned(
     scores: Tensor,
     boxes: Tensor,
     points: Tensor,
@@ -401,6 +401,7 @@ def _assign(
     arch: Architecture,
     assigner: Assigner,
 ) -> Assignment:
+    """Return the labels of all anchors by the assigner of a name; see `assigners`."""
     if assigner == "tal":
         return task_aligned(scores, boxes, points, targets)
     if assigner == "atss":
