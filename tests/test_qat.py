@@ -263,12 +263,21 @@ class Stopping:
 @pytest.fixture(scope="module")
 def two_epochs(start: Start, shapes: Path) -> QatResult:
     """A training of two epochs of two steps each."""
-    return train_quantized(start, settings_for(shapes, epochs=2), device="cpu", progress=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = train_quantized(start, settings_for(shapes, epochs=2), device="cpu", progress=False)
+    torch.set_num_threads(threads)
+    return result
 
 
 @pytest.mark.parametrize("seconds", [30, 0], ids=["after an epoch", "after a step"])
 def test_it_goes_on_where_it_was_stopped(
-    start: Start, shapes: Path, tmp_path: Path, two_epochs: QatResult, seconds: float
+    start: Start,
+    shapes: Path,
+    tmp_path: Path,
+    two_epochs: QatResult,
+    one_thread: None,
+    seconds: float,
 ) -> None:
     settings, state = settings_for(shapes, epochs=2), tmp_path / "state.pt"
     stopping: Any = Stopping(load_training_set(shapes, "train", 64, "cpu", progress=False), 3)
@@ -362,7 +371,8 @@ def kept_bytes(forward: Callable[[], object]) -> int:
     [
         ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
         ({"batch": 0}, "`batch` must be at least 1"),
-        ({"learning_rate": float("nan")}, "`learning_rate` and the scales' must be above 0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be above 0"),
+        ({"scale_learning_rate": -1.0}, "`scale_learning_rate` must be above 0"),
         ({"temperature": 0.0}, "`temperature` must be above 0"),
         ({"distill_weight": -1.0}, "`distill_weight` must be at least 0"),
         ({"bits": 1}, "`bits` must be 2 to 8"),
@@ -479,7 +489,7 @@ def test_bad_data_is_found_before_the_calibration(
         (["--data", "{shapes}", "--weights", "{tiny}", "--model", "s"], "leave --model out"),
         (
             ["--data", "{shapes}", "--weights", "{tiny}", "--lr", "0"],
-            "`learning_rate` and the scales' must be above 0",
+            "--lr must be above 0, got 0.0",
         ),
         (
             ["--data", "{shapes}", "--weights", "{tiny}", "--no-distillation", "--temperature=2"],

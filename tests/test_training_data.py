@@ -294,7 +294,9 @@ def test_a_set_that_does_not_fit_into_memory_is_refused(
 ) -> None:
     folder = write_set(tmp_path, [GOOD])
     monkeypatch.setattr(dataset_module, "_free_host_memory", lambda: 1000)
-    with pytest.raises(UserError, match=r"takes .* GB of memory at 40 pixels .* smaller `image_size`"):
+    with pytest.raises(
+        UserError, match=r"takes .* GB of memory at 40 pixels .* smaller `image_size`"
+    ):
         load_training_set(folder, None, 40, "cpu", progress=False)
 
 

@@ -226,6 +226,7 @@ _PARAMETERS = {
     "nms": "end2end",
     "on_bad_data": "bad_data",
     "other_device": "allow_other_device",
+    "scale_learning_rate": "scale_lr",
     "state_file": "output",
     "teacher": "distill",
     "workspace_mib": "workspace",

@@ -62,14 +62,18 @@ class QatSettings:
 
 
 def _check(settings: QatSettings) -> None:
-    rates = (settings.learning_rate, settings.scale_learning_rate)
     checks = [
         (settings.epochs >= 1, "epochs", f"must be at least 1, got {settings.epochs}"),
         (settings.batch >= 1, "batch", f"must be at least 1, got {settings.batch}"),
         (
-            all(math.isfinite(rate) and rate > 0 for rate in rates),
+            0 < settings.learning_rate < math.inf,
             "learning_rate",
-            f"and the scales' must be above 0, got {rates[0]} and {rates[1]}",
+            f"must be above 0, got {settings.learning_rate}",
+        ),
+        (
+            0 < settings.scale_learning_rate < math.inf,
+            "scale_learning_rate",
+            f"must be above 0, got {settings.scale_learning_rate}",
         ),
         (
             0 < settings.temperature < math.inf,
