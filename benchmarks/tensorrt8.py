@@ -1,24 +1,30 @@
 """INT8 and FP16 on TensorRT 8: speed of all variants side by side, accuracy of the sample.
 
-    python -m benchmarks.tensorrt8 graphs DIR [--networks yolov6n ...]   needs PyTorch
-    python -m benchmarks.tensorrt8 measure DIR --json FILE               needs TensorRT 8, a GPU
+    python -m benchmarks.tensorrt8 graphs DIR [--peers SKELETONS]      needs PyTorch for ours
+    python -m benchmarks.tensorrt8 build DIR --gpus 0 1 --deadline S   needs TensorRT 8, GPUs
+    python -m benchmarks.tensorrt8 measure DIR --json FILE             needs TensorRT 8, a GPU
 
 TensorRT 8 runs in Python 3.10, where a machine may have no PyTorch; so the graphs are made first.
 Speed is that of networks with random weights, 80 classes, 640 x 640; INT8's ranges are those of
 four of the sample's images. Accuracy is that of the detectors that lie in DIR as `NAME.ap.onnx`, on
-the sample's validation images. Engines are built side by side, and measured when all are built,
-those of one network and batch size interleaved; figures are medians.
+the sample's validation images; other detectors with weights of their own lie there as
+`NAME.PRECISION.bBATCH.onnx`, as the rest. Each engine is built by a process of its own, several on
+a GPU; what is built already is left, so that a run that was stopped goes on. Engines of one network
+and batch size are measured interleaved; figures are medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import itertools
 import json
 import multiprocessing
 import os
+import queue
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,18 +38,22 @@ from numpy.typing import NDArray
 from trt_yolov6.bench.latency import benchmark_many
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import read_gpus, software_versions, timestamp
+from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import LoadOptions, load_engine
-from trt_yolov6.engines.base import BuildSettings, ImplicitCalibration
+from trt_yolov6.engines.base import BuildSettings, Engine, ImplicitCalibration
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.runtime.evaluate import evaluate
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("yolov6n", "yolov6t", "yolov6s", "yolov6m", "yolov6l", "yolov6l-relu")
 BATCHES = (1, 32)
 OWN_TACTICS = ("edge_mask_convolutions", "jit_convolutions")
 """TensorRT's own kernels: a machine without cuBLAS and cuDNN has no others."""
+PEER = "own-export"
+"""`how` of the detectors of `benchmarks.peers`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     from trt_yolov6.quantization.calibrators import group_amax
     from trt_yolov6.quantization.collect import collect
     from trt_yolov6.quantization.judge import batches_of
-    from trt_yolov6.quantization.mixed_precision import most_sensitive
+    from trt_yolov6.quantization.mixed_precision import layer_costs, most_sensitive, rankings
     from trt_yolov6.quantization.qdq.insert import insert_qdq
     from trt_yolov6.quantization.qdq.placement import place
     from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
@@ -109,8 +119,10 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
         placement = place(model)
         statistics = collect(model, batches_of(graph, paths), placement.tensors)
         amax = group_amax(statistics, placement.groups, "minmax")
-        ranks = ranked(layer_distortions(model, placement, amax, batches_of(graph, paths)), "snr")
-        forms["int8+float6"] = quantized(most_sensitive(ranks, 6))
+        distortions = layer_distortions(model, placement, amax, batches_of(graph, paths))
+        forms["int8+float6"] = quantized(most_sensitive(ranked(distortions, "snr"), 6))
+        worth = rankings(distortions, layer_costs(model))[-1]
+        forms["int8+float6-by_time"] = quantized(worth[:6])
     for form, content in forms.items():
         for batch in batches:
             onnx.save(with_batch(content, batch), folder / f"{name}.{form}.b{batch}.onnx")
@@ -122,37 +134,64 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
             onnx.save(to_fp16(authors), folder / f"{name}.fp16-authors.b{batch}.onnx")
 
 
-# --- measuring ----------------------------------------------------------------------------------
+def make_peers(skeletons: Path, folder: Path) -> None:
+    """Fill the skeletons of `benchmarks.peers` and write them in half precision throughout.
+
+    That is the graph and the flag that `trtexec --fp16` builds from.
+    """
+    import onnx
+
+    from benchmarks.peers import load
+    from trt_yolov6.graph.float16 import to_fp16
+
+    for path in sorted(skeletons.glob("*.b*.onnx")):
+        name, batch = path.name.removesuffix(".onnx").rsplit(".", 1)
+        target = folder / f"{name}.fp16-{PEER}.{batch}.onnx"
+        if not target.exists():
+            onnx.save(to_fp16(load(path)), target)
+
+
+# --- building -----------------------------------------------------------------------------------
 
 
 def jobs_in(folder: Path) -> list[Job]:
-    """Return the builds of a folder's graphs: trained ones, then the largest batches."""
-    jobs = []
+    """Return the builds of a folder's graphs, what matters most first."""
+    jobs: list[Job] = []
     for path in sorted(folder.glob("*.b*.onnx")):
         network, form, batch = path.name.removesuffix(".onnx").rsplit(".", 2)
         precision, _, how = form.partition("-")
         how = how or ("ptq" if precision.startswith("int8") else "ours")
         jobs.append(Job(path, network, precision, how, int(batch.removeprefix("b"))))
-    order = {name: index for index, name in enumerate(("yolov6n", "yolov6s", "yolov6m"))}
-    jobs.sort(key=lambda job: (-job.batch, order.get(job.network, 9), job.network))
-    trained: list[Job] = []
     for path in sorted(folder.glob("*.ap.onnx")):
         network, form = path.name.removesuffix(".ap.onnx").split(".", 1)
         precision, _, how = form.partition("-")
         cache = path.with_suffix(".cache")
         given = ImplicitCalibration(cache=cache, fp16=True) if cache.exists() else None
-        trained.append(Job(path, network, precision, how or "ours", 8, True, given))
+        how = how or ("ptq" if precision.startswith("int8") else "ours")
+        jobs.append(Job(path, network, precision, how, 8, True, given))
         if form == "fp32":
             for algorithm in ("entropy", "minmax"):
                 own = ImplicitCalibration(
                     algorithm="minmax" if algorithm == "minmax" else "entropy", fp16=True
                 )
-                trained.append(Job(path, network, "int8", f"tensorrt-{algorithm}", 8, True, own))
-    return trained + jobs
+                jobs.append(Job(path, network, "int8", f"tensorrt-{algorithm}", 8, True, own))
+    return sorted(jobs, key=_urgency)
 
 
-def build(job: Job, folder: Path, level: int, timing_cache: bool) -> dict[str, Any]:
-    """Build an engine; for a process of its own. Returns its row, without times."""
+def _urgency(job: Job) -> tuple[int, ...]:
+    early = ("yolov6s", "yolov6n", "yolov6m", "yolov6l-relu")
+    place = early.index(job.network) if job.network in early else len(early)
+    if job.how == PEER:
+        return (3, -job.batch)
+    if job.accuracy:
+        return (1, 0)
+    if job.batch > 1 and place < len(early):
+        return (0, place)
+    return (2, place, -job.batch)
+
+
+def build(job: Job, folder: Path, level: int | None) -> dict[str, Any]:
+    """Build an engine into a folder. Returns its row, without times."""
     from trt_yolov6.spec import BatchProfile
 
     row: dict[str, Any] = {
@@ -163,19 +202,20 @@ def build(job: Job, folder: Path, level: int, timing_cache: bool) -> dict[str, A
         "graph": str(job.graph),
     }
     start = time.perf_counter()
+    if level is not None and job.accuracy:
+        level = 0  # it computes the same, whichever kernels
     try:
         batch = BatchProfile(job.batch, job.batch, job.batch)
-        graph = graph_from_onnx(job.graph, batch=batch)
+        decoder = "ppyoloe" if job.network.startswith("ppyoloe") else None
+        graph = graph_from_onnx(job.graph, batch=batch, decoder=decoder)
         calibration = job.calibration
         if calibration is not None:
             graph = dataclasses.replace(graph, precision="int8")
             if calibration.cache is None:
                 calibration = dataclasses.replace(calibration, images=lambda: _images(graph))
         settings = BuildSettings(
-            # One cache a process, since each writes its own whole.
-            timing_cache=folder / f"timing-{os.getpid()}.cache" if timing_cache else None,
             workspace_mib=4096,
-            optimization_level=0 if job.accuracy else level,
+            optimization_level=level,
             tactic_sources=OWN_TACTICS,
             calibration=calibration,
             progress=False,
@@ -184,22 +224,75 @@ def build(job: Job, folder: Path, level: int, timing_cache: bool) -> dict[str, A
             graph, backend="tensorrt", output=folder / f"{job.name}.trt", settings=settings
         )
     except UserError as error:
-        print(f"{job.name}: {error}", flush=True)
         return row | {"error": str(error)}
-    seconds = time.perf_counter() - start
-    print(
-        f"{job.name}: {seconds:.0f} s, {built.manifest.int8_layers} of {built.quantized_asked} "
-        "in INT8",
-        flush=True,
-    )
     return row | {
         "engine": built.path.name,
-        "build_s": round(seconds, 1),
+        "build_s": round(time.perf_counter() - start, 1),
         "int8_convolutions": built.manifest.int8_layers or 0,
         "convolutions": built.quantized_asked or None,
         "backend_version": built.manifest.backend_version,
-        "optimization_level": 0 if job.accuracy else level,
+        "optimization_level": level,
+        **({"ap": None} if job.accuracy else {}),
     }
+
+
+def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
+    """Build what is not built yet, a process an engine, several on each GPU, until a deadline."""
+    output.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + options.deadline
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs_in(folder):
+        wanted = any(text in job.name for text in options.only) if options.only else True
+        if wanted and not (output / f"{job.name}.row.json").exists():
+            waiting.put(job)
+
+    def work(gpu: int) -> None:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        while time.monotonic() < until:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            command = [sys.executable, "-s", "-m", "benchmarks.tensorrt8", "one", str(folder)]
+            command += [job.name, "--output", str(output)]
+            if options.level is not None:
+                command += ["--level", str(options.level)]
+            start = time.perf_counter()
+            with open(output / f"{job.name}.log", "w") as log:
+                try:
+                    code: object = subprocess.run(
+                        command,
+                        env=environment,
+                        stdout=log,
+                        stderr=log,
+                        check=False,
+                        timeout=max(1.0, until - time.monotonic()),
+                    ).returncode
+                except subprocess.TimeoutExpired:
+                    code = "stopped at the deadline"
+            said = (output / f"{job.name}.log").read_text(errors="replace").strip()
+            last = said.splitlines()[-1] if said else ""
+            print(f"{job.name}: {time.perf_counter() - start:.0f} s, {code}, {last}", flush=True)
+
+    threads = [
+        threading.Thread(target=work, args=(gpu,))
+        for _ in range(options.each)
+        for gpu in options.gpus
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(f"{waiting.qsize()} engines are left", flush=True)
+
+
+def build_one(folder: Path, name: str, output: Path, level: int | None) -> None:
+    """Build the engine of a name, and write its row beside it."""
+    (job,) = (job for job in jobs_in(folder) if job.name == name)
+    row = build(job, output, level)
+    write_json(output / f"{job.name}.row.json", row)
+    of = f"{row['int8_convolutions']} of {row['convolutions']} in INT8" if "engine" in row else ""
+    print(row.get("error", of))
 
 
 def _images(graph: Graph) -> Iterator[NDArray[Any]]:
@@ -212,6 +305,9 @@ def _images(graph: Graph) -> Iterator[NDArray[Any]]:
     )
 
 
+# --- measuring ----------------------------------------------------------------------------------
+
+
 def measure(rows: list[dict[str, Any]], folder: Path, seconds: float) -> None:
     """Add times to rows, engines of one network and batch size interleaved."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -219,15 +315,22 @@ def measure(rows: list[dict[str, Any]], folder: Path, seconds: float) -> None:
         if "engine" in row and "ap" not in row:
             groups.setdefault((row["network"], row["batch"]), []).append(row)
     for (network, batch), members in groups.items():
-        engines = [load_engine(folder / row["engine"]) for row in members]
-        results = benchmark_many(
-            engines, batch=batch, duration=seconds, warm_up=0.3, progress=False
-        )
-        for row, result, engine in zip(members, results, engines, strict=True):
+        engines: list[Engine] = []
+        try:
+            engines += [load_engine(folder / row["engine"]) for row in members]
+            results = benchmark_many(
+                engines, batch=batch, duration=seconds, warm_up=0.3, progress=False
+            )
+        except UserError as error:
+            print(f"{network} b{batch}: {error}", flush=True)
+            continue
+        finally:
+            for engine in engines:
+                engine.close()
+        for row, result in zip(members, results, strict=True):
             row["ms"] = round(result.latency.median * 1e3, 4)
             row["fps"] = round(result.throughput_fps)
             print(f"{network} b{batch} {row['precision']} {row['how']}: {row['ms']} ms", flush=True)
-            engine.close()
 
 
 def score(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -236,29 +339,41 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
     Differences are those from the same file in ONNX Runtime, over the first eight images: of
     scores, and in pixels of boxes whose score is above 0.3 there.
     """
-    from trt_yolov6.data.coco import load_coco
-    from trt_yolov6.runtime.evaluate import evaluate
-
-    data = load_coco(ROOT / "samples")
     for row in rows:
         if "ap" in row and "engine" in row:
-            with load_engine(folder / row["engine"]) as engine:
-                found = evaluate(engine, data, batch=8, progress=False)
-                row["ap"] = None if found.ap is None else round(found.ap, 4)
-                images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))[:8]
-                outputs = engine.infer(images)
-            with load_engine(row["graph"], "onnxruntime") as engine:
-                expected = engine.infer(images)
-            far = expected["scores"].astype(np.float32) - outputs["scores"]
-            seen = expected["scores"].max(axis=2) > 0.3
-            moved = np.abs(expected["boxes"] - outputs["boxes"])[seen]
-            row["score_difference"] = float(np.abs(far).max())
-            row["box_difference_px"] = [float(value) for value in np.percentile(moved, [50, 99])]
-            print(
-                f"{row['network']} {row['precision']} {row['how']}: AP {row['ap']}, scores "
-                f"{row['score_difference']:.4f}, boxes {row['box_difference_px']}",
-                flush=True,
-            )
+            try:
+                _score(row, folder)
+            except UserError as error:
+                print(f"{row['engine']}: {error}", flush=True)
+
+
+def _score(row: dict[str, Any], folder: Path) -> None:
+    data = load_coco(ROOT / "samples")
+    with load_engine(folder / row["engine"]) as engine:
+        row["ap"] = rounded(evaluate(engine, data, batch=8, progress=False).ap)
+        images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))[:8]
+        outputs = engine.infer(images)
+    print(f"{row['engine']}: AP {row['ap']}", flush=True)
+    if row["how"].startswith(("cache", "tensorrt")):
+        return  # the graph holds no quantization to compare with
+    with load_engine(row["graph"], "onnxruntime") as engine:
+        expected = engine.infer(images)
+        row["ap_cpu"] = rounded(evaluate(engine, data, batch=8, progress=False).ap)
+    far = expected["scores"].astype(np.float32) - outputs["scores"]
+    seen = expected["scores"].max(axis=2) > 0.3
+    moved = np.abs(expected["boxes"] - outputs["boxes"])[seen]
+    row["score_difference"] = float(np.abs(far).max())
+    row["box_difference_px"] = [float(value) for value in np.percentile(moved, [50, 99])]
+    print(
+        f"{row['engine']}: AP on the CPU {row['ap_cpu']}, scores {row['score_difference']:.4f}, "
+        f"boxes {row['box_difference_px']}",
+        flush=True,
+    )
+
+
+def rounded(ap: float | None) -> float | None:
+    """Return an AP with the four digits that results hold."""
+    return None if ap is None else round(ap, 4)
 
 
 def _sample_images(graph: str) -> Iterator[NDArray[Any]]:
@@ -300,63 +415,61 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     actions = parser.add_subparsers(dest="action", required=True)
     graphs = actions.add_parser("graphs")
+    building = actions.add_parser("build")
+    one = actions.add_parser("one")
     measuring = actions.add_parser("measure")
-    for one in (graphs, measuring):
-        one.add_argument("folder", type=Path)
-    graphs.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    for action in (graphs, building, one, measuring):
+        action.add_argument("folder", type=Path, help="of the graphs")
+    graphs.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
     graphs.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    graphs.add_argument("--peers", type=Path, help="folder that benchmarks.peers wrote")
+    one.add_argument("name")
+    for action in (building, one, measuring):
+        action.add_argument("--output", type=Path, help="of the engines (the folder)")
+    for action in (building, one):
+        action.add_argument("--level", type=int, help="optimization level (TensorRT's own)")
+    building.add_argument("--gpus", type=int, nargs="+", default=[0])
+    building.add_argument("--each", type=int, default=4, help="builders a GPU (4)")
+    building.add_argument("--deadline", type=float, default=420, help="seconds (420)")
+    building.add_argument("--only", nargs="+", help="parts of engines' names")
     measuring.add_argument("--json", type=Path, required=True)
-    measuring.add_argument("--seconds", type=float, default=1.5)
-    measuring.add_argument("--level", type=int, default=2)
-    measuring.add_argument("--workers", type=int, default=4)
-    measuring.add_argument("--no-timing-cache", action="store_true")
-    measuring.add_argument("--deadline", type=float, default=420, help="seconds for building")
+    measuring.add_argument("--seconds", type=float, default=1.5, help="an engine (1.5)")
     options = parser.parse_args()
+    output = getattr(options, "output", None) or options.folder
     if options.action == "graphs":
-        make_graphs(options.folder, options.networks, options.batches)
+        if options.networks:
+            make_graphs(options.folder, options.networks, options.batches)
+        if options.peers:
+            make_peers(options.peers, options.folder)
+    elif options.action == "build":
+        build_all(options.folder, output, options)
+    elif options.action == "one":
+        build_one(options.folder, options.name, output, options.level)
     else:
-        _measure_all(options)
+        _measure_all(output, options.json, options.seconds)
 
 
-def _measure_all(options: argparse.Namespace) -> None:
-    jobs = jobs_in(options.folder)
-    until = time.monotonic() + options.deadline
-    context = multiprocessing.get_context("spawn")
-    rows: list[dict[str, Any]] = []
-    pool = ProcessPoolExecutor(options.workers, mp_context=context)
-    futures = [
-        pool.submit(build, job, options.folder, options.level, not options.no_timing_cache)
-        for job in jobs
-    ]
-    for job, future in zip(jobs, futures, strict=True):
-        try:
-            row = future.result(timeout=max(0.0, until - time.monotonic()))
-        except concurrent.futures.TimeoutError:
-            row = {"network": job.network, "precision": job.precision, "how": job.how}
-            row |= {"batch": job.batch, "error": "not built in time"}
-        rows.append(row | ({"ap": None} if job.accuracy else {}))
-    for process in list(pool._processes.values()):
-        process.kill()
-    pool.shutdown(wait=False, cancel_futures=True)
+def _measure_all(folder: Path, path: Path, seconds: float) -> None:
+    rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.row.json"))]
     gpu = read_gpus()[0]
     found: dict[str, Any] = {
         "device": gpu.name,
         "driver": gpu.driver,
         "date": timestamp(),
-        "command": f"python -m benchmarks.tensorrt8 measure {options.folder} --json FILE",
+        "command": f"python -m benchmarks.tensorrt8 measure {folder} --json FILE",
         "software": software_versions(),
         "rows": rows,
     }
-    write_json(options.json, found)
-    score(rows, options.folder)
-    write_json(options.json, found)
-    measure(rows, options.folder, options.seconds)
-    write_json(options.json, found)
-    found["layers"] = {}
+    write_json(path, found)
+    measure(rows, folder, seconds)
+    write_json(path, found)
+    found["layers_us"] = {}
     for row in rows:
-        if row.get("engine") and row["network"] in ("yolov6n", "yolov6s") and row["batch"] == 32:
-            found["layers"][row["engine"]] = layers(options.folder, row["engine"])
-    write_json(options.json, found)
+        if row.get("ms") and row["network"] in ("yolov6n", "yolov6s") and row["batch"] == 32:
+            found["layers_us"][row["engine"]] = layers(folder, row["engine"])
+    write_json(path, found)
+    score(rows, folder)
+    write_json(path, found)
     print(json.dumps([row for row in rows if "error" in row], indent=1))
 
 

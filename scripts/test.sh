@@ -16,9 +16,11 @@ bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/lint-imports
-bash scripts/lint_workflows.sh
+# A core each.
+{ bash scripts/lint_workflows.sh && NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet; } &
+site=$!
 .venv/bin/mypy
-NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+wait "$site"
 # A worker a core, each on one thread: two threads of one network, or two workers of two threads, would
 # wait for each other. A file's tests share what they make, so a file stays in one worker.
 export OMP_NUM_THREADS=1

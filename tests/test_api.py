@@ -182,7 +182,7 @@ def test_detections_become_those_of_supervision() -> None:
     pytest.importorskip("supervision")
     found = some().to_supervision()
     np.testing.assert_array_equal(found.xyxy, some().xyxy)
-    assert found.data["class_name"].tolist() == ["blue", "red", "class_7"]
+    assert list(found.data["class_name"]) == ["blue", "red", "class_7"]
 
 
 def test_a_missing_supervision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
