@@ -293,7 +293,7 @@ def test_it_goes_on_where_it_was_stopped(
         )
     said: list[str] = []
     resumed = train_quantized(start, settings, device="cpu", state_file=state, tell=said.append)
-    assert "2 epochs, 1 of them done, of 2 steps" in said[0]
+    assert "2 epochs, 1 of them done" in said[0]
     for name, value in constants(two_epochs.trained.model).items():
         np.testing.assert_array_equal(constants(resumed.trained.model)[name], value)
     assert resumed.trained.amax == two_epochs.trained.amax

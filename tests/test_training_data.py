@@ -153,7 +153,7 @@ def test_a_bad_annotation_is_named_refused_or_left_out(tmp_path: Path, name: str
         load_training_set(folder, None, 40, "cpu", progress=False)
     message = str(error.value)
     assert "instances_train.json has 1 problem, the first being that annotation" in message
-    assert message.endswith("; correct the data set or give --bad-data skip to leave it out.")
+    assert message.endswith("; correct the data set or give `on_bad_data` skip to leave it out.")
     assert told in message
     assert error.value.report.problems == (problem,)
 
