@@ -61,7 +61,7 @@ from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import FP8
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import process
-from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName
+from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, PredictOptions
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
@@ -189,7 +189,7 @@ def measure_boxes(bench: Bench) -> list[dict[str, Any]]:
 
         def boxes(images: NDArray[Any]) -> float:
             start = time.perf_counter()
-            outputs = engine.start(images, nms.confidence).wait()
+            outputs = engine.start(images, nms).wait()
             postprocess(outputs, engine.output_layout, nms, [place])
             return time.perf_counter() - start
 
@@ -252,12 +252,12 @@ def pipelined(
         nonlocal done
         outputs = running.pop(0).wait()
         # The engine is given its next batch before this one's boxes are looked at.
-        running.append(engine.start(batches[done % len(batches)], nms.confidence))
+        running.append(engine.start(batches[done % len(batches)], nms))
         postprocess(outputs, engine.output_layout, nms, [place] * len(batches[0]))
         done += len(batches[0])
 
     for index in range(engine.in_flight):
-        running.append(engine.start(batches[index % len(batches)], nms.confidence))
+        running.append(engine.start(batches[index % len(batches)], nms))
     while done < 4 * len(batches[0]) or time.perf_counter() - start < seconds:
         collect()
     elapsed = time.perf_counter() - start
@@ -290,7 +290,7 @@ def measure_jpeg(bench: Bench) -> list[dict[str, Any]]:
 
             def whole(engine: Engine = engine, items: list[bytes] = items) -> float:
                 start = time.perf_counter()
-                steps = process(engine, items, read_image, keep, batch=32)
+                steps = process(engine, items, read_image, keep, PredictOptions(batch=32))
                 found = sum(len(step.result) for step in steps)
                 assert found == len(items)
                 return len(items) / (time.perf_counter() - start)
@@ -336,7 +336,7 @@ def boxes_rate(engine: Engine, encoded: Sequence[bytes], seconds: float) -> floa
     batches = load_batches(encoded[:32], read_image, engine.input, batch=32)
     batch = next(iter(batches))
     nms = NmsSettings()
-    outputs = engine.start(batch.input, nms.confidence).wait()
+    outputs = engine.start(batch.input, nms).wait()
     with ThreadPoolExecutor(default_workers()) as executor:
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
@@ -397,7 +397,9 @@ def fp8_sample(weights: Path, fp16: bool) -> Graph:
 def judged(name: str, path: Path) -> dict[str, Any]:
     """Return an engine's AP on the sample data set; ONNX Runtime's runs on the CPU."""
     with load_engine(path, options=LoadOptions(provider="cpu")) as engine:
-        result = evaluate(engine, load_coco(ROOT / "samples"), batch=8, progress=False).to_json()
+        result = evaluate(
+            engine, load_coco(ROOT / "samples"), PredictOptions(batch=8), progress=False
+        ).to_json()
         result.pop("per_class")
         return {**result, "engine": name, "device": engine.device}
 

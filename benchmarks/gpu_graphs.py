@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.authors_graph import authors_graph
 from benchmarks.fp8_variants import random_graph
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.float16 import to_fp16
 from trt_yolov6.graph.index import shapes_of
@@ -115,12 +116,13 @@ def as_graph(model: onnx.ModelProto, name: str, size: int, batch: int) -> Graph:
     return Graph(
         model=model,
         name=name,
-        class_names=tuple(f"class_{index}" for index in range(CLASSES)),
-        image_size=(size, size),
+        detector=DetectorSpec(
+            tuple(f"class_{index}" for index in range(CLASSES)),
+            (size, size),
+            "rows" if len(model.graph.output) == 1 else "split",
+        ),
         batch=BatchProfile(batch, batch, batch),
         precision="fp16",
-        output_layout="rows" if len(model.graph.output) == 1 else "split",
-        nms=None,
         source=Path(__file__),
     )
 

@@ -67,6 +67,7 @@ from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import model_sha256
 from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.spec import PredictOptions
 
 SHARED = Path("../shared")
 
@@ -228,7 +229,7 @@ def _figures(path: Path, datasets: Mapping[str, CocoDataset]) -> dict[str, Any]:
     """Judge a graph: its accuracy, its nodes, and what of it runs in INT8."""
     with load_engine(path) as engine:
         results = {
-            name: evaluate(engine, dataset, batch=4, progress=False)
+            name: evaluate(engine, dataset, PredictOptions(batch=4), progress=False)
             for name, dataset in datasets.items()
         }
     details = inspect_file(path).details

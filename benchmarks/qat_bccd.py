@@ -42,6 +42,7 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
+from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.dataset import load_training_set
 from trt_yolov6.training.qat.export import trained_graph
 from trt_yolov6.training.qat.onnx_module import Quantization, Trained
@@ -391,7 +392,7 @@ def _evaluate_exported(options: argparse.Namespace) -> None:
         if not path.is_file() or (options.only and row["case"] not in options.only):
             continue
         with load_engine(path) as engine:
-            found = evaluate(engine, dataset, batch=4, progress=False)
+            found = evaluate(engine, dataset, PredictOptions(batch=4), progress=False)
         row["AP_exported"], row["AP50_exported"] = found.ap, found.ap50
         print(_line(row), flush=True)
         if options.json:

@@ -40,6 +40,7 @@ from trt_yolov6.models import fuse
 from trt_yolov6.quantization.pipeline import quantize
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.spec import PredictOptions
 
 KINDS: dict[str, tuple[str, ...]] = {
     "multi-branch": ("--block", "repvgg"),
@@ -205,7 +206,7 @@ def _ap(graph: Graph, validation: CocoDataset) -> dict[str, Any]:
         path = Path(scratch) / "graph.onnx"
         onnx.save(graph.model, path)
         with load_engine(path) as engine:
-            found = evaluate(engine, validation, batch=8, progress=False)
+            found = evaluate(engine, validation, PredictOptions(batch=8), progress=False)
     return {"AP": found.ap, "AP50": found.ap50}
 
 

@@ -27,7 +27,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.runtime.evaluate import evaluate
-from trt_yolov6.spec import BatchProfile, NmsSettings
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 WEIGHTS = Path("samples/yolov6n_bccd_authors.pt")
 
@@ -61,7 +61,7 @@ def main() -> None:
             with load_engine(built.path) as engine:
                 # Fixed batch 1 is what it says; everything else is evaluated at batch 8.
                 batch = min(8, engine.batch.max)
-                value = evaluate(engine, dataset, batch=batch).to_json()
+                value = evaluate(engine, dataset, PredictOptions(batch=batch)).to_json()
             value["nodes"] = len(onnx.load(path).graph.node)
             value["engine_share"] = value["inference_s"] / value["wall_s"]
             result["evaluations"][name] = value

@@ -46,6 +46,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.spec import PredictOptions
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("yolov6n", "yolov6t", "yolov6s", "yolov6m", "yolov6l", "yolov6l-relu")
@@ -287,7 +288,7 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
 
 
 def build_one(folder: Path, name: str, output: Path, level: int | None) -> None:
-    """Build the engine of a name, and write its row beside it."""
+    """Build the engine of a name, and write its row next to it."""
     (job,) = (job for job in jobs_in(folder) if job.name == name)
     row = build(job, output, level)
     write_json(output / f"{job.name}.row.json", row)
@@ -350,7 +351,7 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
 def _score(row: dict[str, Any], folder: Path) -> None:
     data = load_coco(ROOT / "samples")
     with load_engine(folder / row["engine"]) as engine:
-        row["ap"] = rounded(evaluate(engine, data, batch=8, progress=False).ap)
+        row["ap"] = rounded(evaluate(engine, data, PredictOptions(batch=8), progress=False).ap)
         images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))[:8]
         outputs = engine.infer(images)
     print(f"{row['engine']}: AP {row['ap']}", flush=True)
@@ -358,7 +359,7 @@ def _score(row: dict[str, Any], folder: Path) -> None:
         return  # the graph holds no quantization to compare with
     with load_engine(row["graph"], "onnxruntime") as engine:
         expected = engine.infer(images)
-        row["ap_cpu"] = rounded(evaluate(engine, data, batch=8, progress=False).ap)
+        row["ap_cpu"] = rounded(evaluate(engine, data, PredictOptions(batch=8), progress=False).ap)
     far = expected["scores"].astype(np.float32) - outputs["scores"]
     seen = expected["scores"].max(axis=2) > 0.3
     moved = np.abs(expected["boxes"] - outputs["boxes"])[seen]

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # TensorRT-RTX builds T4 engines without a GPU, so its tests run wherever its library installs.
 # Ray is half a gigabyte, but there is no other way to see two nodes and the death of one.
 extras=dev,docs,ray
-if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,ray,tensorrt-rtx; fi
+if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,ray,tensorrt-rtx,gpu-images; fi
 bash scripts/environment.sh "$extras"
 # A server for the tests of export-triton, which skip without it.
 bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2

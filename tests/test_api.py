@@ -19,7 +19,7 @@ from support.tiny_detector import CELL, NAMES, load_named
 
 import trt_yolov6
 from trt_yolov6 import Detections, Detector, Precision, UserError
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import NmsSettings, PredictOptions
 
 EXAMPLES = [
     example
@@ -136,7 +136,7 @@ def test_images_come_as_arrays_files_folders_and_mixtures(
 
 def test_many_images_give_what_each_gives_alone(detector: Detector) -> None:
     several = [image(index % 8, index // 8, index % 3) for index in range(20)]
-    together = detector.predict(several, batch=3)
+    together = detector.predict(several, PredictOptions(batch=3))
     for one, pixels in zip(together, several, strict=True):
         (alone,) = detector.predict(pixels)
         np.testing.assert_array_equal(one.xyxy, alone.xyxy)

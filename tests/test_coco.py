@@ -88,7 +88,7 @@ def test_the_default_split_is_the_only_one_or_val_or_val2017(tmp_path: Path) -> 
     write_dataset(tmp_path, "special")
     assert load_coco(tmp_path).split == "special"
     write_dataset(tmp_path, "train")
-    with pytest.raises(UserError, match="--split: special, train"):
+    with pytest.raises(UserError, match="`split`: special, train"):
         load_coco(tmp_path)
     write_dataset(tmp_path, "val2017")
     assert load_coco(tmp_path).split == "val2017"

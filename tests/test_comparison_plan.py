@@ -49,7 +49,7 @@ rounds: 5
         ("models: [{name: n}]", "neither a path"),
         ("models: [n.pt]\nbatch: 1", "'batch' means nothing"),
         ("models: [{path: n.pt, int8: yes}]", "'int8' means nothing"),
-        ("models: [n.pt]\nbatches: [one]", "batches cannot be"),
+        ("models: [n.pt]\nbatches: [one]", r"plan\.yaml: batches\[0\]: expected int, got"),
         ("models: [n.pt]\nbatches: [0]", "above 0"),
         ("models: [n.pt]\nrounds: 2", "3 or more"),
         ("models: [n.pt]\nduration: -1", "out of range"),

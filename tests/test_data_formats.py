@@ -265,7 +265,7 @@ def test_a_label_that_cannot_be_meant_is_named(tmp_path: Path, line: str, said: 
         ("val: images/val", "no list 'names'"),
         ("names: [a]\nval: nowhere", "is not there"),
         ("names: [a]", "names no images"),
-        ("[1", "is not YAML"),
+        ("[1", "is not a YAML file"),
         ("7", "does not hold keys"),
     ],
 )

@@ -41,9 +41,10 @@ from trt_yolov6.quantization.pipeline import quantize
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import detect
-from trt_yolov6.spec import NmsSettings, OutputLayout, TensorSpec
+from trt_yolov6.spec import NmsSettings, OutputLayout, PredictOptions, TensorSpec
 
 NMS = NmsSettings(confidence=0.5)
+OPTIONS = PredictOptions(confidence=0.5)
 """Above the gray around a letterbox, 114 / 255, below the painted cells."""
 
 
@@ -130,7 +131,7 @@ def test_what_is_painted_is_found_through_a_built_engine(name: str, tmp_path: Pa
     image, boxes = families.picture(stored.preprocessing.fit)
     with load_engine(built.path) as engine:
         count = 1 if engine.batch.is_static else 3
-        for found in detect(engine, [image] * count, nms=NMS):
+        for found in detect(engine, [image] * count, OPTIONS):
             check_found(found, boxes, export.score)
 
 
@@ -141,7 +142,7 @@ def test_a_bare_file_is_read_alike(name: str, tmp_path: Path) -> None:
     with load_engine(written(name, tmp_path), options=options) as engine:
         assert (engine.decoder, engine.output_layout) == (export.family, export.layout)
         image, boxes = families.picture(engine.preprocessing.fit)
-        (found,) = detect(engine, [image], nms=NMS)
+        (found,) = detect(engine, [image], OPTIONS)
     check_found(found, boxes, export.score)
 
 
@@ -156,7 +157,7 @@ def test_ap_is_1_with_the_familys_images_only(name: str, tmp_path: Path) -> None
     for changes in ((), (other,), (f"colour={'bgr' if own.colour == 'rgb' else 'rgb'}",)):
         options = LoadOptions(decoder=decoder_of(name), preprocess=parse_changes(changes))
         with load_engine(path, options=options) as engine:
-            aps.append(evaluate(engine, dataset, nms=NMS, progress=False).ap)
+            aps.append(evaluate(engine, dataset, OPTIONS, progress=False).ap)
     assert aps[0] == pytest.approx(1)
     assert max(aps[1] or 0, aps[2] or 0) < 0.7
 
@@ -209,7 +210,7 @@ def test_int8_is_calibrated_on_the_familys_images(name: str, tmp_path: Path) -> 
     built = build_engine(result.graph, backend="onnxruntime", output=tmp_path / "int8.onnx")
     with load_engine(built.path) as engine:
         assert engine.precision == "int8"
-        ap = evaluate(engine, load_coco(data, "val"), nms=NMS, progress=False).ap
+        ap = evaluate(engine, load_coco(data, "val"), OPTIONS, progress=False).ap
     assert ap is not None
     assert ap > 0.75
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.detectors import detections as detection
-from trt_yolov6.detectors.candidates import Candidates
-from trt_yolov6.detectors.detections import MAX_CANDIDATES, Detections, postprocess, suppress
+from trt_yolov6.detectors.candidates import MAX_CANDIDATES, Candidates
+from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.detectors.suppression import suppress
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
 
@@ -69,53 +70,48 @@ def crowd(
 def test_suppression_equals_the_plain_one(
     count: int, classes: int, clusters: int, iou: float, limit: int, seed: int
 ) -> None:
-    boxes, scores, labels = crowd(count, classes, clusters, seed)
-    kept = suppress(boxes, scores, labels, iou, limit)
+    boxes, _, labels = crowd(count, classes, clusters, seed)
+    kept = suppress(boxes, labels, iou, limit)
     assert kept.dtype == np.intp
     assert kept.tolist() == plain_nms(boxes, labels, iou, limit)
 
 
 def test_boxes_of_exactly_the_threshold_both_stay() -> None:
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4]], float)  # IoU 0.5, 0.4, 0.8
-    scores = np.array([0.9, 0.8, 0.7], np.float32)
     labels = np.zeros(3, int)
-    assert suppress(boxes, scores, labels, 0.5, 10).tolist() == [0, 1]
+    assert suppress(boxes, labels, 0.5, 10).tolist() == [0, 1]
 
 
 def test_equal_boxes_of_different_classes_both_stay_even_off_the_image() -> None:
     # Shifting classes apart by the largest coordinate would bring these two together.
     boxes = np.array([[0, 0, 10, 10], [-11, -11, -1, -1], [0, 0, 10, 10]], float)
     labels = np.array([0, 1, 1])
-    scores = np.array([0.9, 0.8, 0.7], np.float32)
-    assert suppress(boxes, scores, labels, 0.5, 10).tolist() == [0, 1, 2]
+    assert suppress(boxes, labels, 0.5, 10).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("exploded", [[0, 0, 3e38, 10], [-3e38, -3e38, 3e38, 3e38]])
 def test_one_exploded_box_leaves_the_others_alone(exploded: list[float]) -> None:
     boxes = np.array([exploded, [0, 0, 10, 10], [100, 100, 110, 110], [0, 1, 10, 10]], np.float32)
-    scores = np.array([0.9, 0.8, 0.7, 0.6], np.float32)
     for labels in ([0, 0, 0, 0], [2, 1, 1, 1]):
-        assert suppress(boxes, scores, np.array(labels), 0.65, 10).tolist() == [0, 1, 2]
+        assert suppress(boxes, np.array(labels), 0.65, 10).tolist() == [0, 1, 2]
 
 
 def test_boxes_without_area_overlap_nothing() -> None:
     boxes = [[5, 5, 5, 9], [50, 50, 50, 50], [0, 0, 10, 10], [8, 8, 2, 2], [0, 0, 10, 10]]
-    scores = np.linspace(0.9, 0.5, 5)
-    kept = suppress(np.array(boxes, float), scores, np.zeros(5, int), 0.5, 10)
+    kept = suppress(np.array(boxes, float), np.zeros(5, int), 0.5, 10)
     assert kept.tolist() == [0, 1, 2, 3]
 
 
 def test_boxes_smaller_than_a_pixel_overlap_as_others_do() -> None:
     boxes = np.array([[5, 5, 5.5, 5.5], [5, 5, 5.5, 5.45], [6, 6, 6.5, 6.5]], float)
-    scores = np.array([0.9, 0.8, 0.7], np.float32)
-    assert suppress(boxes, scores, np.zeros(3, int), 0.5, 10).tolist() == [0, 2]
+    assert suppress(boxes, np.zeros(3, int), 0.5, 10).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(("classes", "limit"), [(80, 300), (1, 300), (80, MAX_CANDIDATES)])
 def test_thousands_of_candidates_take_milliseconds(classes: int, limit: int) -> None:
-    boxes, scores, labels = crowd(MAX_CANDIDATES, classes, 60)
+    boxes, _, labels = crowd(MAX_CANDIDATES, classes, 60)
     start = time.thread_time()  # of the processor, whatever else the machine does
-    suppress(boxes, scores, labels, 0.65, limit)
+    suppress(boxes, labels, 0.65, limit)
     assert time.thread_time() - start < 0.5  # at most 0.1 s on idle cores
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trt_yolov6.common import machine as environment
+from trt_yolov6.common import machine
 from trt_yolov6.common.machine import Cpu, int8_on_cpu, parse_gpus, read_gpus
 from trt_yolov6.diagnostics.doctor import diagnose, find_problems, format_diagnosis, remedy
 from trt_yolov6.engines import BACKENDS, best_backend
@@ -161,7 +161,7 @@ TENSORRT_RTX = 'pip install ".[tensorrt-rtx]" in the repository\'s folder'
 def test_each_missing_piece_has_its_install_line(
     available: Availability,
     packages: dict[str, str | None],
-    gpus: tuple[environment.Gpu, ...],
+    gpus: tuple[machine.Gpu, ...],
     expected: str,
 ) -> None:
     assert remedy(available, packages, gpus, python=(3, 11)) == expected
@@ -266,7 +266,7 @@ def test_what_int8_does_follows_from_the_instruction_sets(
 def test_a_containers_cpu_limit_is_read_from_cgroup_v2(
     text: str | None, cores: float | None
 ) -> None:
-    assert environment.cgroup_quota(text) == cores
+    assert machine.cgroup_quota(text) == cores
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux only")
@@ -276,7 +276,7 @@ def test_the_cpu_is_described_as_lscpu_does() -> None:
     except (OSError, subprocess.SubprocessError):
         pytest.skip("no lscpu")
     fields = dict(line.split(":", 1) for line in output.splitlines() if ":" in line)
-    cpu = environment.describe_cpu()
+    cpu = machine.describe_cpu()
     if "Model name" in fields and fields["Model name"].strip() != "-":
         assert cpu.model == fields["Model name"].strip()
     assert cpu.architecture == fields["Architecture"].strip()

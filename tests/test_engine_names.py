@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.small_graphs import detector
@@ -15,8 +16,8 @@ from trt_yolov6.engines.build import build_engine, engine_path, engine_stem, wri
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.runtime.predict import default_nms
-from trt_yolov6.spec import BatchProfile, NmsSettings
+from trt_yolov6.runtime.predict import default_nms, resolve
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 
 @pytest.fixture
@@ -39,10 +40,17 @@ def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graph:
     ],
 )
 def test_a_name_says_checkpoint_precision_and_what_is_not_usual(
-    graph: Graph, changes: dict[str, object], target: str | None, stem: str
+    graph: Graph, changes: dict[str, Any], target: str | None, stem: str
 ) -> None:
-    usual = dataclasses.replace(graph, source=Path("in/cells.pt"), image_size=(640, 640))
-    built = dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
+    described = {"image_size": (640, 640)} | {
+        name: value for name, value in changes.items() if name in ("image_size", "output_layout")
+    }
+    built = dataclasses.replace(
+        graph,
+        source=Path("in/cells.pt"),
+        detector=dataclasses.replace(graph.detector, **described),
+        **{name: value for name, value in changes.items() if name not in described},
+    )
     assert engine_stem(built, target) == stem
     assert engine_path(built, "onnxruntime", None, target) == Path("engines", f"{stem}.onnx")
     assert engine_path(built, "onnxruntime", "x.onnx", target) == Path("x.onnx")
@@ -90,10 +98,46 @@ def test_what_is_shown_has_one_default_threshold(graph: Graph, tmp_path: Path) -
     with load_engine("plain.onnx") as engine:
         assert default_nms(engine) == NmsSettings(confidence=0.4)
         # What a graph has decided itself is not asked for again.
-        engine.nms = NmsSettings(confidence=0.5, iou=0.7, max_detections=100)
+        inside = NmsSettings(confidence=0.5, iou=0.7, max_detections=100)
+        engine.detector = dataclasses.replace(engine.detector, nms=inside)
         assert default_nms(engine) == engine.nms
-        engine.nms = NmsSettings(confidence=0.1, iou=0.7)
+        inside = NmsSettings(confidence=0.1, iou=0.7)
+        engine.detector = dataclasses.replace(engine.detector, nms=inside)
         assert default_nms(engine) == NmsSettings(confidence=0.4, iou=0.7)
+
+
+def test_options_change_only_what_they_give() -> None:
+    inside = NmsSettings(confidence=0.1, iou=0.7, max_detections=50)
+    options = PredictOptions(iou=0.5, border=3, batch=2)
+    assert options.nms(inside) == NmsSettings(0.1, 0.5, 50)
+    assert options.nms() == NmsSettings(iou=0.5)
+    assert options.over(inside) == PredictOptions(0.1, 0.5, 50, border=3, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"iou": 2}, "`iou`"),
+        ({"confidence": 1}, "`confidence`"),
+        ({"max_detections": 0}, "detections"),
+        ({"border": -1}, "`border`"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        PredictOptions(**options)
+
+
+@pytest.mark.parametrize(("options", "border"), [({"resize": 20}, 6), ({"border": 5}, 5), ({}, 0)])
+def test_the_border_follows_from_the_size_to_resize_to(
+    graph: Graph, options: dict[str, Any], border: int
+) -> None:
+    write_graph(graph, "plain.onnx")
+    with load_engine("plain.onnx") as engine:
+        assert engine.image_size == (32, 32)
+        assert resolve(engine, PredictOptions(**options)) == (NmsSettings(), border)
+        with pytest.raises(UserError, match="border"):
+            resolve(engine, PredictOptions(border=16))
 
 
 def test_an_int8_graph_that_would_all_be_computed_in_float_is_refused(

@@ -13,13 +13,15 @@ import pytest
 from onnx import TensorProto, helper
 from support.tiny_detector import NAMES, SIZE, load_tiny
 
+from trt_yolov6.detectors.families import FAMILIES
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.engines import LoadOptions, backend, load_engine
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.engines.manifest import Manifest, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.spec import BatchProfile, NmsSettings
+from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
 
 
 def built(folder: Path, name: str = "tiny.onnx") -> Path:
@@ -234,18 +236,15 @@ def test_an_output_name_of_another_backend_is_refused(engine_file: Path) -> None
 MANIFEST = Manifest(
     engine="n.onnx",
     model="yolov6n",
-    class_names=("a", "b"),
-    image_size=(320, 640),
+    detector=DetectorSpec(("a", "b"), (320, 640), "end2end", nms=NmsSettings(0.1, 0.5, 100)),
     batch=BatchProfile(1, 4, 8),
     precision="fp16",
-    output_layout="end2end",
     backend="onnxruntime",
     backend_version="1.0",
     target="any",
     plan_sha256="0" * 64,
     source="n.pt",
     source_sha256="1" * 64,
-    nms=NmsSettings(0.1, 0.5, 100),
     float_layers=("head",),
 )
 
@@ -254,6 +253,12 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
     path = write_manifest(tmp_path / "n.onnx", MANIFEST)
     assert path == tmp_path / "n.json"
     assert read_manifest(tmp_path / "n.onnx") == MANIFEST
+    for family in FAMILIES.values():
+        detector = dataclasses.replace(MANIFEST.detector, preprocessing=family.preprocessing)
+        tensors = (TensorSpec("images", (None, 3, 320, 640), np.dtype("float32")),)
+        manifest = dataclasses.replace(MANIFEST, detector=detector, tensors=tensors)
+        write_manifest(tmp_path / "n.onnx", manifest)
+        assert read_manifest(tmp_path / "n.onnx") == manifest
 
 
 def test_two_engines_of_one_name_keep_a_manifest_each(tmp_path: Path) -> None:
@@ -275,9 +280,9 @@ def test_a_manifest_of_an_engine_that_is_gone_gives_way(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"schema": 99}, "schema 99"),
-        ({"image_size": "large"}, "is damaged"),
+        ({"image_size": [640, "x"]}, r"damaged: image_size\[1\]: expected int, got str;"),
         ({"batch": {"min": 1}}, None),
-        ({"batch": {"depth": 1}}, "is damaged"),
+        ({"batch": {"min": "1"}}, r"is damaged: batch\.min: expected int, got str;"),
         ({"class_names": None}, "is damaged"),
         ({"class_names": "abc"}, "is damaged"),
         ({"precision": 7}, "is damaged"),

@@ -24,7 +24,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import detect
-from trt_yolov6.spec import NmsSettings, TensorSpec
+from trt_yolov6.spec import NmsSettings, PredictOptions, TensorSpec
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_perfect_detector_scores_1(
     tmp_path: Path, cells: CocoDataset, fixed: int | None, batch: int | None, uint8: bool
 ) -> None:
     with load_tiny(tmp_path, batch=fixed, uint8=uint8) as engine:
-        result = evaluate(engine, cells, batch=batch, nms=SURE, progress=False)
+        result = evaluate(engine, cells, PredictOptions(0.6, batch=batch), progress=False)
     assert result.ap == pytest.approx(1)
     assert result.per_class == pytest.approx((1, 1, 1))
     assert (result.images, result.detections) == (11, 55)
@@ -61,11 +61,11 @@ def test_a_perfect_detector_scores_1(
 def test_rows_score_objectness_times_class(tmp_path: Path, cells: CocoDataset) -> None:
     with load_tiny(tmp_path, "rows") as engine:
         # Its scores are half as high.
-        nms = NmsSettings(confidence=0.3)
-        result = evaluate(engine, cells, nms=nms, progress=False)
+        nms = PredictOptions(confidence=0.3)
+        result = evaluate(engine, cells, nms, progress=False)
         assert result.ap == pytest.approx(1)
-        half = NmsSettings(confidence=0.51)
-        assert evaluate(engine, cells, nms=half, progress=False).detections == 0
+        half = PredictOptions(confidence=0.51)
+        assert evaluate(engine, cells, half, progress=False).detections == 0
 
 
 def test_imperfect_results_score_as_pycocotools_scores_their_file(tmp_path: Path) -> None:
@@ -75,10 +75,10 @@ def test_imperfect_results_score_as_pycocotools_scores_their_file(tmp_path: Path
     for box in content["annotations"]:
         box["id"] += 1
     dataset.annotation_file.write_text(json.dumps(content))
-    nms = NmsSettings(confidence=0.7)  # misses the paler cells
+    nms = PredictOptions(confidence=0.7)  # misses the paler cells
     with load_tiny(tmp_path) as engine:
-        result = evaluate(engine, dataset, nms=nms, progress=False)
-        found = detect(engine, [read_coco_image(image) for image in dataset.images], nms=nms)
+        result = evaluate(engine, dataset, nms, progress=False)
+        found = detect(engine, [read_coco_image(image) for image in dataset.images], nms)
     records = [
         {
             "image_id": image.id,
@@ -106,16 +106,18 @@ def test_a_border_moves_nothing_but_the_scale(tmp_path: Path) -> None:
     with load_tiny(tmp_path) as engine:
         image = np.zeros((32, 32, 3), np.uint8)
         image[8:16, 16:24, 1] = 255
-        (found,) = detect(engine, [image], nms=SURE, border=16)
+        (found,) = detect(engine, [image], PredictOptions(0.6, border=16))
         np.testing.assert_allclose(found.xyxy, [[16, 8, 24, 16]])
-        assert evaluate(engine, dataset, nms=SURE, border=16, progress=False).ap is not None
+        assert (
+            evaluate(engine, dataset, PredictOptions(0.6, border=16), progress=False).ap is not None
+        )
 
 
 def test_the_result_is_flat_json_with_null_for_sizes_without_objects(
     tmp_path: Path, cells: CocoDataset, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with load_tiny(tmp_path) as engine:
-        result = evaluate(engine, cells, nms=SURE, progress=True)
+        result = evaluate(engine, cells, SURE, progress=True)
     value = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert value["AP"] == pytest.approx(1)
     assert value["APl"] is None
@@ -135,7 +137,7 @@ def test_nothing_found_scores_0(tmp_path: Path, cells: CocoDataset) -> None:
     with load_tiny(tmp_path) as engine:
         for image in cells.images:
             Image.new("RGB", (image.width, image.height)).save(image.path)
-        result = evaluate(engine, cells, nms=SURE, progress=False)
+        result = evaluate(engine, cells, SURE, progress=False)
     assert (result.ap, result.detections) == (0, 0)
 
 
@@ -172,7 +174,7 @@ def test_a_category_that_nobody_annotated_is_left_out_and_named(
     """Roboflow puts one in front that stands for the whole data set."""
     changed = rewrite(cells, lambda content: content["categories"].insert(0, ROOT_CATEGORY))
     with load_named(tmp_path) if has_names else load_tiny(tmp_path) as engine:
-        result = evaluate(engine, changed, nms=SURE, progress=False)
+        result = evaluate(engine, changed, SURE, progress=False)
     assert result.ap == pytest.approx(1)
     assert result.class_names == NAMES
     assert "no object is of it: cells" in result.notes[0]
@@ -194,8 +196,8 @@ def test_classes_in_another_order_are_matched_by_name_and_that_is_said(
             item["category_id"] = ids[item["category_id"]]
 
     with load_named(tmp_path) as engine:
-        straight = evaluate(engine, cells, nms=SURE, progress=False)
-        result = evaluate(engine, rewrite(cells, reorder), nms=SURE, progress=False)
+        straight = evaluate(engine, cells, SURE, progress=False)
+        result = evaluate(engine, rewrite(cells, reorder), SURE, progress=False)
     assert straight.notes == ()
     assert (straight.ap, result.ap) == pytest.approx((1, 1))
     assert result.class_names == ("GREEN", "BLUE", "RED")
@@ -209,7 +211,7 @@ def test_names_that_do_not_agree_are_taken_in_order_and_named(
         content["categories"][2]["name"] = "azure"
 
     with load_named(tmp_path) as engine:
-        result = evaluate(engine, rewrite(cells, rename), nms=SURE, progress=False)
+        result = evaluate(engine, rewrite(cells, rename), SURE, progress=False)
     assert result.ap == pytest.approx(1)
     assert result.notes == (
         "the names of some classes differ, so they are taken in order: blue as azure",
@@ -224,7 +226,7 @@ def test_a_data_set_with_some_of_the_classes_counts_those(
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 30]
 
     with load_named(tmp_path) as engine:
-        result = evaluate(engine, rewrite(cells, only_blue), nms=SURE, progress=False)
+        result = evaluate(engine, rewrite(cells, only_blue), SURE, progress=False)
     assert result.ap == pytest.approx(1)
     assert "2 classes of" in result.notes[0]
 
@@ -242,17 +244,17 @@ def test_a_class_the_data_does_not_have_is_refused_when_the_engine_names_none(
         load_engine(tmp_path / "bare.onnx") as engine,
         pytest.raises(UserError, match=r"class 1 .*has 1 classes"),
     ):
-        evaluate(engine, load_coco(cells.root), batch=1, progress=False)
+        evaluate(engine, load_coco(cells.root), PredictOptions(batch=1), progress=False)
 
 
 def test_boxes_are_scored_as_predicted_not_clipped_to_the_image(tmp_path: Path) -> None:
     # The second picture has half the detector's height: above and below it all is gray.
     dataset = write_cells(tmp_path / "data", images=2)
-    gray = NmsSettings(confidence=0.4)
+    gray = PredictOptions(confidence=0.4)
     with load_tiny(tmp_path) as engine:
         pixels = [read_coco_image(image) for image in dataset.images]
-        shown = sum(len(one) for one in detect(engine, pixels, nms=gray))
-        scored = evaluate(engine, dataset, nms=gray, progress=False).detections
+        shown = sum(len(one) for one in detect(engine, pixels, gray))
+        scored = evaluate(engine, dataset, gray, progress=False).detections
     # 32 gray cells, each found as all three classes, are no detections in the image.
     assert (shown, scored) == (10, 10 + 32 * 3)
 
@@ -262,25 +264,25 @@ def test_a_batch_the_engine_does_not_take_is_refused(tmp_path: Path, cells: Coco
         load_tiny(tmp_path, batch=4) as engine,
         pytest.raises(UserError, match="only batch 4, not 3"),
     ):
-        evaluate(engine, cells, batch=3, progress=False)
+        evaluate(engine, cells, PredictOptions(batch=3), progress=False)
 
 
 @pytest.mark.parametrize(
     ("asked", "option"),
     [
-        (NmsSettings(0.1, 0.65, 100), "`confidence` 0.2"),
-        (NmsSettings(0.3, 0.5, 100), "`iou` 0.65"),
-        (NmsSettings(0.3, 0.65, 101), "`max_detections` 100"),
+        (PredictOptions(0.1, 0.65, 100), "`confidence` 0.2"),
+        (PredictOptions(0.3, 0.5, 100), "`iou` 0.65"),
+        (PredictOptions(0.3, 0.65, 101), "`max_detections` 100"),
     ],
 )
 def test_thresholds_an_end2end_engine_cannot_meet_are_refused(
-    tmp_path: Path, cells: CocoDataset, asked: NmsSettings, option: str
+    tmp_path: Path, cells: CocoDataset, asked: PredictOptions, option: str
 ) -> None:
     with load_tiny(tmp_path, "end2end", nms=NmsSettings(0.2, 0.65, 100)) as engine:
         with pytest.raises(UserError, match=option):
-            evaluate(engine, cells, nms=asked, progress=False)
-        for possible in (NmsSettings(0.2, 0.65, 100), NmsSettings(0.3, 0.65, 50)):
-            assert evaluate(engine, cells, nms=possible, progress=False).detections == 11
+            evaluate(engine, cells, asked, progress=False)
+        for possible in (PredictOptions(0.2, 0.65, 100), PredictOptions(0.3, 0.65, 50)):
+            assert evaluate(engine, cells, possible, progress=False).detections == 11
 
 
 def test_an_unreadable_image_ends_the_evaluation_and_its_threads(
@@ -289,7 +291,7 @@ def test_an_unreadable_image_ends_the_evaluation_and_its_threads(
     cells.images[5].path.write_bytes(b"")
     before = threading.active_count()
     with load_tiny(tmp_path) as engine, pytest.raises(UserError, match=r"5\.png is empty"):
-        evaluate(engine, cells, batch=2, progress=False)
+        evaluate(engine, cells, PredictOptions(batch=2), progress=False)
     assert threading.active_count() == before
 
 
@@ -311,7 +313,7 @@ def test_the_loader_reads_a_bounded_number_of_images_ahead() -> None:
         np.testing.assert_allclose(batch.input[:, 0, 0, 0] * 255, batch.items, rtol=1e-6)
         assert len(begun) <= 5 * (number + 1 + AHEAD)
     assert threading.active_count() > before
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert threading.active_count() == before
 
 

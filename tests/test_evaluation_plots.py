@@ -52,7 +52,7 @@ def test_classes_that_the_data_set_does_not_have_are_not_counted() -> None:
 def test_a_perfect_detector_is_on_the_diagonal_and_drawn(tmp_path: Path) -> None:
     cells = write_cells(tmp_path / "data")
     with load_tiny(tmp_path) as engine:
-        result = evaluate(engine, cells, nms=SURE, progress=False, confusion=True)
+        result = evaluate(engine, cells, SURE, progress=False, confusion=True)
     assert result.confusion is not None
     assert result.curves is not None
     assert result.confusion.sum() == np.trace(result.confusion) == 55

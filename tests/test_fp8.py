@@ -344,10 +344,10 @@ def test_named_layers_stay_in_float(wide: Graph, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"calibrator": "entropy"}, "--calibrator entropy is for --int8"),
-        ({"adaptive_rounding": True}, "--adaptive-rounding is for --int8"),
-        ({"float_layers": "auto"}, "--float-layers auto ranks layers by what --int8 costs"),
-        ({"float_layers": 3}, "--float-layers 3 ranks layers by what --int8 costs"),
+        ({"calibrator": "entropy"}, "`calibrator` entropy is for INT8"),
+        ({"adaptive_rounding": True}, "`adaptive_rounding` is for INT8"),
+        ({"float_layers": "auto"}, "`float_layers` auto ranks layers by what INT8 costs"),
+        ({"float_layers": 3}, "`float_layers` 3 ranks layers by what INT8 costs"),
     ],
 )
 def test_what_is_about_int8s_levels_is_refused(
@@ -358,7 +358,7 @@ def test_what_is_about_int8s_levels_is_refused(
 
 
 def test_a_network_too_narrow_for_fp8_is_refused(wide: Graph, folder: Path) -> None:
-    with pytest.raises(UserError, match="no convolution that --fp8 would speed up"):
+    with pytest.raises(UserError, match="no convolution that FP8 would speed up"):
         quantize(dataclasses.replace(wide, model=detector()), folder, MINMAX)
 
 

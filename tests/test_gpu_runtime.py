@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from support.plan_graphs import detector
 
 from trt_yolov6.data.letterbox import fit
+from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import BuildSettings, LoadOptions
 from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.cuda.arrays import is_contiguous, lies_on_gpu
-from trt_yolov6.engines.cuda.score_filter import _ROW, _SOURCE, candidates_of, compile_options
+from trt_yolov6.engines.cuda.suppression import MAX_KEPT
 from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
 from trt_yolov6.engines.tensorrt.runtime_cache import RuntimeCache, cache_path
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -46,63 +47,6 @@ needs_gpu = pytest.mark.skipif(not _has_gpu(), reason="needs an NVIDIA GPU and c
 
 
 # --- without a GPU ------------------------------------------------------------------------------
-
-
-def random_outputs(seed: int, batch: int, classes: int, anchors: int) -> dict[str, NDArray[Any]]:
-    """Outputs of the `split` layout, whose boxes overlap and whose scores have ties."""
-    rng = np.random.default_rng(seed)
-    corners = rng.uniform(0, 48, (batch, anchors, 2))
-    sides = rng.uniform(-1, 16, (batch, anchors, 2))
-    boxes = np.concatenate([corners, corners + sides], axis=2).astype(np.float32)
-    scores = rng.integers(0, 20, (batch, anchors, classes)) / np.float32(20)
-    return {"boxes": boxes, "scores": scores.astype(np.float32)}
-
-
-def rows_above(outputs: dict[str, NDArray[Any]], least: float) -> NDArray[Any]:
-    """What the kernel writes, sorted by place: the elements of the scores above a threshold."""
-    scores = outputs["scores"]
-    classes = scores.shape[2]
-    places = np.flatnonzero(scores > least)
-    rows = np.zeros(len(places), _ROW)
-    rows["place"] = places
-    rows["score"] = scores.reshape(-1)[places]
-    rows["box"] = outputs["boxes"].reshape(-1, 4)[places // classes]
-    return rows
-
-
-def same(found: list[Detections], wanted: list[Detections]) -> bool:
-    return len(found) == len(wanted) and all(
-        np.array_equal(getattr(one, part.name), getattr(other, part.name))
-        for one, other in zip(found, wanted, strict=True)
-        for part in dataclasses.fields(Detections)
-    )
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 4), st.integers(1, 40))
-def test_candidates_give_the_detections_that_whole_outputs_give(
-    seed: int, batch: int, classes: int, anchors: int
-) -> None:
-    outputs = random_outputs(seed, batch, classes, anchors)
-    placed = [fit((50, 64), (64, 64))] * batch
-    for least, asked in ((0.0, 0.0), (0.3, 0.3), (0.3, 0.5), (0.99, 0.99)):
-        nms = NmsSettings(asked, 0.5, 10)
-        wanted = postprocess(outputs, "split", nms, placed)
-        chosen = candidates_of(rows_above(outputs, least), classes, anchors)
-        assert same(postprocess(chosen, "split", nms, placed), wanted)
-
-
-def test_the_kernel_compiles_for_every_gpu_that_tensorrt_runs_on() -> None:
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError:
-        pytest.skip("needs nvidia-cuda-nvrtc")
-    for capability in ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)):
-        for half in (False, True):
-            _, program = nvrtc.nvrtcCreateProgram(_SOURCE.encode(), b"candidates.cu", 0, [], [])
-            options = compile_options(capability, half)
-            (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-            assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, (capability, half)
 
 
 @given(
@@ -245,6 +189,14 @@ def images(batch: int, seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).random((batch, 3, 32, 32), dtype=np.float32)
 
 
+def same(found: list[Detections], wanted: list[Detections]) -> bool:
+    return len(found) == len(wanted) and all(
+        np.array_equal(getattr(one, part.name), getattr(other, part.name))
+        for one, other in zip(found, wanted, strict=True)
+        for part in dataclasses.fields(Detections)
+    )
+
+
 def check_equal(found: Any, wanted: Any) -> None:
     assert set(found) == set(wanted)
     for name, value in wanted.items():
@@ -313,28 +265,32 @@ def test_gpu_tensors_go_in_and_come_out_without_the_host(engine: Any) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("least", [0.0, 0.5, 0.999])
-def test_candidates_are_the_scores_above_the_threshold(engine: Any, least: float) -> None:
-    from trt_yolov6.detectors.candidates import Candidates
-
+@pytest.mark.parametrize("confidence", [0.0, 0.5, 0.999])
+def test_what_the_gpu_keeps_is_what_the_cpu_keeps(engine: Any, confidence: float) -> None:
+    nms = NmsSettings(confidence, 0.5, 10)
     for batch in (4, 1, 3):
-        outputs = engine.infer(images(batch))
-        found = engine.start(images(batch), least).wait()
-        assert isinstance(found, Candidates), "is nvidia-cuda-nvrtc there?"
-        _, anchors, classes = outputs["scores"].shape
-        wanted = candidates_of(rows_above(outputs, least), classes, anchors)
-        for part in dataclasses.fields(Candidates):
-            np.testing.assert_array_equal(getattr(found, part.name), getattr(wanted, part.name))
+        placed = [fit((50, 64), (32, 32))] * batch
+        wanted = postprocess(engine.infer(images(batch)), "split", nms, placed, clip=False)
+        found = engine.start(images(batch), nms).wait()
+        assert isinstance(found, Suppressed), "is nvidia-cuda-nvrtc there?"
+        assert same(postprocess(found, "split", nms, placed, clip=False), wanted)
 
 
 @needs_gpu
 def test_more_candidates_than_there_is_room_for_bring_the_whole_outputs(engine: Any) -> None:
     outputs = engine.infer(images(4))
-    engine.start(images(4), 0.0).wait()
+    nms = NmsSettings(0.0)
+    engine.start(images(4), nms).wait()
     for lane in engine._lanes:
-        if lane._filter is not None:
-            lane._filter._capacity = 10
-    check_equal(engine.start(images(4), 0.0).wait(), outputs)
+        if lane._suppression is not None:
+            lane._suppression._capacity = 10
+    check_equal(engine.start(images(4), nms).wait(), outputs)
+
+
+@needs_gpu
+def test_more_boxes_than_the_gpu_keeps_bring_the_whole_outputs(engine: Any) -> None:
+    nms = NmsSettings(0.0, max_detections=MAX_KEPT + 1)
+    check_equal(engine.start(images(4), nms).wait(), engine.infer(images(4)))
 
 
 @needs_gpu
@@ -384,7 +340,7 @@ def test_ten_thousand_runs_leak_nothing(engine: Any, sizes: tuple[int, ...]) -> 
         for turn in range(count):
             batch = engine.empty_input(sizes[turn % len(sizes)])
             batch[:] = 0.5
-            engine.start(batch, 0.5).wait()
+            engine.start(batch, NmsSettings(0.5)).wait()
 
     def host_bytes() -> int:
         gc.collect()

@@ -27,9 +27,9 @@ from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.draw import class_colour, draw_detections
 from trt_yolov6.runtime.predict import detect
 from trt_yolov6.runtime.video import LONGEST_PAUSE, VideoWriter, h264_encoder
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
-SURE = NmsSettings(confidence=0.6)
+SURE = PredictOptions(confidence=0.6)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def picture(x: int, y: int, channel: int, factor: int = 1) -> NDArray[np.uint8]:
 
 
 def test_detect_takes_arrays_of_any_size_in_order(engine: Engine) -> None:
-    found = detect(engine, [picture(1, 2, 0), picture(3, 4, 2, 10)], nms=SURE, batch=1)
+    found = detect(engine, [picture(1, 2, 0), picture(3, 4, 2, 10)], PredictOptions(0.6, batch=1))
     np.testing.assert_allclose(found[0].xyxy, [[8, 16, 16, 24]])
     np.testing.assert_allclose(found[1].xyxy, [[240, 320, 320, 400]])
     assert [one.class_id.tolist() for one in found] == [[0], [2]]
@@ -75,7 +75,9 @@ def test_a_folder_gives_pictures_and_one_json_and_names_what_was_unreadable(
     (source / "b.jpg").write_bytes(b"")
     Image.fromarray(picture(3, 4, 2, 2)).save(source / "c.jpg", quality=95)
     (source / "d.png").write_bytes(b"text")
-    summary = infer_source(engine, source, tmp_path / "out", nms=SURE, batch=1, progress=False)
+    summary = infer_source(
+        engine, source, tmp_path / "out", PredictOptions(0.6, batch=1), progress=False
+    )
     assert [path.name for path in summary.outputs] == ["a.png", "c.jpg"]
     assert (summary.images, summary.objects) == (2, 2)
     assert [Path(path).name for path, _ in summary.failures] == ["b.jpg", "d.png"]
@@ -102,7 +104,7 @@ def test_a_picture_of_a_type_that_is_not_written_becomes_a_jpeg(
 ) -> None:
     source = tmp_path / "plain.ppm"
     Image.fromarray(picture(1, 2, 0, 10)).save(source)
-    summary = infer_source(engine, source, tmp_path / "out", nms=SURE, progress=False)
+    summary = infer_source(engine, source, tmp_path / "out", SURE, progress=False)
     assert [path.name for path in summary.outputs] == ["plain.ppm.jpg"]
     assert Image.open(summary.outputs[0]).format == "JPEG"
 
@@ -177,7 +179,9 @@ def write_video(path: Path, frames: int) -> None:
 def test_a_video_gives_a_video_and_the_boxes_of_each_frame(tmp_path: Path, engine: Engine) -> None:
     source = tmp_path / "ride.avi"
     write_video(source, 13)
-    summary = infer_source(engine, source, tmp_path / "out", nms=SURE, batch=4, progress=False)
+    summary = infer_source(
+        engine, source, tmp_path / "out", PredictOptions(0.6, batch=4), progress=False
+    )
     assert summary.images == 13
     assert [path.name for path in summary.outputs] == ["ride.mp4"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -205,7 +209,7 @@ def test_every_frame_has_its_own_time(tmp_path: Path, engine: Engine) -> None:
     source = tmp_path / "motion.mkv"
     times = [0.0, 0.1, 0.2, 2.0, 2.1, 5.0, 5.1]
     write_matroska(source, times)
-    summary = infer_source(engine, source, tmp_path / "out", nms=SURE, progress=False)
+    summary = infer_source(engine, source, tmp_path / "out", SURE, progress=False)
     frames = json.loads(summary.files[0].read_text())
     assert [frame["seconds"] for frame in frames] == pytest.approx(times, abs=0.002)
     # The drawn video has a constant rate; a frame is repeated until the next one's time.
@@ -226,20 +230,20 @@ def test_a_long_pause_is_cut_to_a_minute(tmp_path: Path) -> None:
 def test_a_video_is_told_by_its_content(tmp_path: Path, engine: Engine, name: str) -> None:
     write_video(tmp_path / "ride.avi", 4)
     (tmp_path / "ride.avi").rename(tmp_path / name)
-    summary = infer_source(engine, tmp_path / name, tmp_path / "out", nms=SURE, progress=False)
+    summary = infer_source(engine, tmp_path / name, tmp_path / "out", SURE, progress=False)
     assert (summary.images, summary.outputs[0].name) == (4, "clip.mp4")
 
 
 def test_a_picture_is_told_by_its_content(tmp_path: Path, engine: Engine) -> None:
     Image.fromarray(picture(1, 2, 0, 10)).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.mp4")
-    summary = infer_source(engine, tmp_path / "a.mp4", tmp_path / "out", nms=SURE, progress=False)
+    summary = infer_source(engine, tmp_path / "a.mp4", tmp_path / "out", SURE, progress=False)
     assert [path.name for path in summary.outputs] == ["a.mp4.jpg"]
 
 
 def test_frames_can_be_limited_and_stopped(tmp_path: Path, engine: Engine) -> None:
     write_video(tmp_path / "ride.avi", 20)
-    options: dict[str, Any] = {"nms": SURE, "progress": False}
+    options: dict[str, Any] = {"options": SURE, "progress": False}
     summary = infer_source(engine, tmp_path / "ride.avi", tmp_path / "a", frames=5, **options)
     assert (summary.images, [w for w in summary.warnings if "announces" in w]) == (5, [])
     asked: list[int] = []
@@ -272,7 +276,7 @@ def test_sub_folders_and_globs_keep_their_folders(tmp_path: Path, engine: Engine
     for source in (tmp_path / "in", str(tmp_path / "in" / "**" / "*.png")):
         out = tmp_path / f"out{len(str(source))}"
         summary = infer_source(
-            engine, source, out, nms=SURE, progress=False, formats=["json", "csv", "yolo"]
+            engine, source, out, SURE, progress=False, formats=["json", "csv", "yolo"]
         )
         written = sorted(str(path.relative_to(out)) for path in summary.outputs)
         assert written == ["b.png", "one/a.png", "two/a.png"]
@@ -310,7 +314,7 @@ def test_addresses_of_pictures_and_videos_are_fetched(
 ) -> None:
     Image.fromarray(picture(1, 2, 0, 10)).save(tmp_path / "a b.png")
     write_video(tmp_path / "ride.avi", 4)
-    options: dict[str, Any] = {"nms": SURE, "progress": False}
+    options: dict[str, Any] = {"options": SURE, "progress": False}
     summary = infer_source(engine, f"{server}/a%20b.png", tmp_path / "out", **options)
     assert ([path.name for path in summary.outputs], summary.objects) == (["a_b.png"], 1)
     summary = infer_source(engine, f"{server}/ride.avi", tmp_path / "out", **options)
@@ -344,7 +348,7 @@ def test_a_video_cut_short_is_processed_as_far_as_it_goes_and_named(
     write_video(source, 20)
     data = source.read_bytes()
     source.write_bytes(data[: len(data) // 2])
-    summary = infer_source(engine, source, tmp_path / "out", nms=SURE, progress=False)
+    summary = infer_source(engine, source, tmp_path / "out", SURE, progress=False)
     assert 0 < summary.images < 15
     assert summary.failures == ()
     assert f"cut.avi ends after {summary.images} of the 20 frames" in summary.warnings[0]
@@ -381,7 +385,7 @@ def test_a_video_that_the_disk_has_no_room_for_is_refused_and_not_left_behind(
     source = tmp_path / "ride.avi"
     write_video(source, frames)
     with files_no_larger_than(size), pytest.raises(UserError, match=named):
-        infer_source(engine, source, tmp_path / "out", nms=SURE, progress=False)
+        infer_source(engine, source, tmp_path / "out", SURE, progress=False)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trt_yolov6.checkpoints.inspect import CheckpointDetails
 from trt_yolov6.common.files import sha256_file
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.diagnostics.inspection_text import format_inspection
 from trt_yolov6.engines.manifest import Manifest, write_manifest
@@ -268,11 +269,9 @@ def manifest_for(path: Path) -> Manifest:
     return Manifest(
         engine=path.name,
         model="yolov6n",
-        class_names=("cell",),
-        image_size=(640, 640),
+        detector=DetectorSpec(("cell",), (640, 640)),
         batch=BatchProfile(1, 8, 32),
         precision="fp32",
-        output_layout="split",
         backend="onnxruntime",
         backend_version="1.0",
         target="cpu",

@@ -11,7 +11,7 @@ import pytest
 from support.tiny_detector import load_tiny
 
 from trt_yolov6.engines import LoadOptions, load_engine
-from trt_yolov6.engines.onnxruntime import providers as providers
+from trt_yolov6.engines.onnxruntime import providers
 from trt_yolov6.errors import MissingDependencyError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="libraries are named as on Linux")

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations, paper
+from benchmarks import paper
 from benchmarks.paper_tables import FILE, PAGE, page
-from trt_yolov6.cli import parser
-from trt_yolov6.cli.train import _train_settings
 from trt_yolov6.common.files import read_json
 
 
@@ -34,38 +32,9 @@ def test_the_papers_latency_is_that_of_its_throughput() -> None:
 
 def test_theirs_and_ours_stand_in_tables_of_their_own(root: Path) -> None:
     for section in PAGE.read_text(encoding="utf-8").split("## Table ")[1:]:
-        if "Ours is not measured" in section:
+        if "Ours is not measured" in section or "**Ours**" not in section:
             continue
         theirs, ours = section.split("**Ours**")
         assert theirs.count("**The paper's**") == 1
         assert "|" in theirs
         assert "|" in ours
-
-
-def test_our_choices_are_among_the_papers() -> None:
-    for number, (_, rows) in ablations.TABLES.items():
-        theirs = {row[0] for row in paper.ABLATIONS[number][1]}
-        assert rows.keys() <= theirs, f"Table {number} has other names"
-
-
-def test_every_row_of_tables_6_to_11_is_something_that_train_takes() -> None:
-    for number, (_, rows) in ablations.TABLES.items():
-        assert () in rows.values(), f"Table {number} lacks the recipe itself"
-        for changes in rows.values():
-            options = parser().parse_args(["train", "--data", "bccd", "--model", "n", *changes])
-            assert _train_settings(options).variant == "yolov6n"
-
-
-def test_a_table_of_ablations_takes_medians_of_its_own_rows() -> None:
-    runs = [
-        {"changes": list(changes), "AP": ap}
-        for changes, ap in (
-            ((), 0.5),
-            ((), 0.7),
-            ((), 0.6),
-            (("--dfl",), 0.4),
-            (("--dfl",), None),
-            (("--objectness",), 0.1),
-        )
-    ]
-    assert ablations.rows_of({"runs": runs}, "10") == [("without", 0.6, 3), ("with", 0.4, 1)]

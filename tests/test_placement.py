@@ -146,7 +146,7 @@ class TestDetector:
         assert insert_qdq(model, placement, {}).graph.node == model.graph.node
 
     def test_a_name_that_is_no_layer_is_refused(self) -> None:
-        with pytest.raises(UserError, match="--float-layers names nonsense"):
+        with pytest.raises(UserError, match="`float_layers` names nonsense"):
             place(detector(), exclude={"stem", "nonsense"})
 
     def test_a_quantized_graph_is_refused(self) -> None:

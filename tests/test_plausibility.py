@@ -18,7 +18,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.plausibility import has_non_finite
 from trt_yolov6.runtime.predict import detect
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
 WHITE = np.full((SIZE, SIZE, 3), 200, np.uint8)
 
@@ -45,7 +45,7 @@ def refused(engine: Engine, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         detect(engine, [WHITE])
     with pytest.raises(UserError, match=said):
-        detect(engine, [WHITE] * 20, batch=4)
+        detect(engine, [WHITE] * 20, PredictOptions(batch=4))
     Image.fromarray(WHITE).save(tmp_path / "white.png")
     with pytest.raises(UserError, match=said):
         infer_source(engine, tmp_path / "white.png", tmp_path / "out", progress=False)
@@ -107,7 +107,7 @@ def test_a_detector_is_taken_without_a_word(
     dark = np.zeros_like(WHITE)
     dark[:8, :8, 0] = 255
     with load_tiny(tmp_path) as engine:
-        assert len(detect(engine, [dark], nms=NmsSettings(confidence=0.6))[0]) == 1
+        assert len(detect(engine, [dark], PredictOptions(confidence=0.6))[0]) == 1
     assert not recwarn.list
 
 

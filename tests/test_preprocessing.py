@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import Any
 
 import cv2
@@ -87,13 +85,6 @@ def test_any_range_is_the_one_of_its_formula(colour: Any, mean: Any, std: Any) -
         wanted = wanted[..., ::-1]
     made = to_input([image], spec, how)
     np.testing.assert_allclose(made[0], wanted.transpose(2, 0, 1), rtol=1e-5, atol=1e-3)
-
-
-def test_it_survives_the_manifest() -> None:
-    for family in FAMILIES.values():
-        text = json.dumps(dataclasses.asdict(family.preprocessing))
-        assert Preprocessing.from_json(json.loads(text)) == family.preprocessing
-    assert Preprocessing.from_json({}) == YOLOV6
 
 
 def test_changes_are_read_as_a_user_writes_them() -> None:

@@ -28,6 +28,7 @@ from trt_yolov6.models import YOLOv6, build_model
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.tensorrt_cache import read_cache
 from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.qat.export import rounded_weights, trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, _Compact
@@ -215,7 +216,9 @@ def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> 
         trained_graph(sample, trained), backend="onnxruntime", output=tmp_path / "q.onnx"
     )
     with load_engine(built.path) as engine:
-        theirs = evaluate(engine, load_coco(root / "samples", "val"), batch=8, progress=False)
+        theirs = evaluate(
+            engine, load_coco(root / "samples", "val"), PredictOptions(batch=8), progress=False
+        )
     assert built.manifest.int8_layers == 58
     assert ours.ap == pytest.approx(theirs.ap, abs=5e-3)
     # What `build --onnx` makes of the file is the same graph.
@@ -432,7 +435,9 @@ def test_the_command_writes_a_graph_that_builds(
     assert main(build) == 0
     assert "no Q/DQ node of the graph is surplus" in capsys.readouterr().out
     with load_engine(built) as engine:
-        found = evaluate(engine, load_coco(shapes, "val"), batch=8, progress=False).ap
+        found = evaluate(
+            engine, load_coco(shapes, "val"), PredictOptions(batch=8), progress=False
+        ).ap
     assert found == pytest.approx(said["AP"], abs=1e-3)
 
     plain = onnx.load(output / "yolov6-custom.float.onnx")

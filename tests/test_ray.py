@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.serving.ray.cluster import Actors, fitting_actors
+from trt_yolov6.spec import PredictOptions
 
 pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 
@@ -160,7 +162,7 @@ def test_an_evaluation_has_the_ap_of_one_process(cluster: Any, tmp_path: Path) -
     write_cells(tmp_path / "cells", images=20)
     dataset = load_coco(tmp_path / "cells")
     with load_named(tmp_path) as engine:
-        engine.class_names = ()  # as the file tells
+        engine.detector = dataclasses.replace(engine.detector, class_names=())  # as in the file
         expected = evaluate(engine, dataset, progress=False, confusion=True)
         found = evaluate_on_ray(engine.path, dataset, ANY, confusion=True)
     assert found.ap == expected.ap
@@ -182,7 +184,8 @@ def test_a_mistake_comes_back_as_a_sentence(cluster: Any, tiny: Path, pictures: 
             tiny,
             pictures,
             pictures.parent / "out",
-            RayOptions(address="auto", progress=False, batch=2**40),
+            RayOptions(address="auto", progress=False),
+            PredictOptions(batch=2**40),
         )
 
 

@@ -60,6 +60,14 @@ def test_options_change_the_architecture() -> None:
     assert plain.stage_repeats == tuple(2 * length for length in m.stage_repeats)
     silu = adapted(n, ArchitectureOptions(activation="silu"))
     assert (silu.activation, silu.neck_activation) == ("silu", "silu")
+    longer = adapted(n, ArchitectureOptions(stage_repeats=(1, 2, 3, 4), neck_channels=(8,) * 6))
+    assert longer.stage_repeats == (1, 2, 3, 4)
+    assert longer.neck_channels == (8,) * 6
+    assert longer.neck_repeats == n.neck_repeats
+    with pytest.raises(UserError, match="give 4 numbers above 0"):
+        adapted(n, ArchitectureOptions(neck_repeats=(1, 2, 3)))
+    with pytest.raises(UserError, match="give 4 numbers above 0"):
+        adapted(n, ArchitectureOptions(stage_repeats=(1, 2, 3, 0)))
     with pytest.raises(UserError, match="out of range"):
         adapted(n, ArchitectureOptions(csp_ratio=2))
     with pytest.raises(UserError, match="leave `block`"):

@@ -17,15 +17,17 @@ from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
-from trt_yolov6.spec import BatchProfile, NmsSettings
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 pytestmark = pytest.mark.slow
+
+EIGHT = PredictOptions(batch=8)
 
 
 @pytest.fixture(scope="module")
 def reference(sample_engine: BuiltEngine, root: Path) -> Evaluation:
     with load_engine(sample_engine.path) as engine:
-        return evaluate(engine, load_coco(root / "samples"), batch=8, progress=False)
+        return evaluate(engine, load_coco(root / "samples"), EIGHT, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,10 @@ def test_a_foreign_detector_whose_category_ids_have_gaps(root: Path, tmp_path: P
     )
     with load_engine(built.path) as engine:
         result = evaluate(
-            engine, load_coco(shared / "data" / "coco256", "val2017"), batch=8, progress=False
+            engine,
+            load_coco(shared / "data" / "coco256", "val2017"),
+            PredictOptions(batch=8),
+            progress=False,
         )
     assert len(result.per_class) == 80
     assert result.ap == pytest.approx(0.3476, abs=0.003)

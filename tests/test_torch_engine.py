@@ -15,6 +15,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.predict import detect
+from trt_yolov6.spec import NmsSettings
 from trt_yolov6.training.torch_engine import TorchEngine
 
 
@@ -39,7 +40,7 @@ def test_candidates_are_the_scores_above_the_threshold(root: Path) -> None:
     with TorchEngine(checkpoint.model, checkpoint.class_names, 96) as engine:
         outputs = engine.infer(images)
         threshold = float(np.quantile(outputs["scores"], 0.99))
-        found = engine.start(images, threshold).wait()
+        found = engine.start(images, NmsSettings(threshold)).wait()
         assert isinstance(found, Candidates)
         image, anchor, label = np.nonzero(outputs["scores"] > threshold)
         np.testing.assert_array_equal(found.images, image)

@@ -28,7 +28,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.serving.python_backend import load_options
 from trt_yolov6.serving.triton import ServingSettings, config_text, export_triton, served_model
-from trt_yolov6.spec import BatchProfile
+from trt_yolov6.spec import BatchProfile, PredictOptions
 
 
 def _schema() -> Any:
@@ -250,7 +250,7 @@ def test_an_entry_of_the_python_backend_is_whole(
 
 
 def test_an_entry_for_pictures_takes_bytes_and_gives_boxes(engine: Path) -> None:
-    settings = ServingSettings(gpus=(), thresholds={"confidence": 0.25, "max_detections": 7})
+    settings = ServingSettings(gpus=(), predict=PredictOptions(confidence=0.25, max_detections=7))
     config = parsed(config_text(served_model(engine, python="pictures"), settings))
     (source,) = config.input
     assert (source.name, source.data_type, list(source.dims)) == (
@@ -383,7 +383,7 @@ def test_fields_that_cannot_be_are_refused(extra: str, message: str) -> None:
 
 def test_thresholds_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match=r"confidence 1\.5 is out of range"):
-        ServingSettings(thresholds={"confidence": 1.5})
+        ServingSettings(predict=PredictOptions(confidence=1.5))
 
 
 # --- refused ------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def test_thresholds_out_of_range_are_refused() -> None:
 
 def test_a_plan_of_tensorrt_rtx_is_refused(engine: Path, tmp_path: Path) -> None:
     plan = as_plan(engine, "tensorrt-rtx")
-    with pytest.raises(UserError, match=r"TensorRT-RTX, which Triton's TensorRT.*--python-backend"):
+    with pytest.raises(UserError, match=r"TensorRT-RTX, which Triton's TensorRT.*`python`"):
         export_triton([engine, plan], tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
@@ -423,10 +423,10 @@ def test_a_plan_that_cannot_be_asked_is_refused_with_the_reason(engine: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"instances": 0}, "--instances"),
-        ({"max_queue_delay_us": -1}, "--max-queue-delay-us"),
-        ({"gpus": (0, 0)}, "--gpus"),
-        ({"gpus": (-1,)}, "--gpus"),
+        ({"instances": 0}, "`instances`"),
+        ({"max_queue_delay_us": -1}, "`max_queue_delay_us`"),
+        ({"gpus": (0, 0)}, "`gpus`"),
+        ({"gpus": (-1,)}, "`gpus`"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:

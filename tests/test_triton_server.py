@@ -32,7 +32,7 @@ from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.predict import detect
 from trt_yolov6.serving.triton import ServingSettings, export_triton
-from trt_yolov6.spec import BatchProfile
+from trt_yolov6.spec import BatchProfile, PredictOptions
 
 try:
     find_tritonserver()
@@ -75,7 +75,7 @@ def server(
     add(sample_engine.path, "sample", "pictures")
     add(tiny_engine, "tensors", "tensors", max_queue_delay_us=50_000)
     add(tiny_engine, "pictures", "pictures", instances=2)
-    add(tiny_engine, "sure", "pictures", CACHED, thresholds={"confidence": 0.9})
+    add(tiny_engine, "sure", "pictures", CACHED, predict=PredictOptions(confidence=0.9))
     with load_tiny(folder, batch=4, uint8=True) as fixed:
         add(fixed.path, "fixed", "pictures", FIRST_COME)
         add(fixed.path, "fixed_tensors", "tensors")

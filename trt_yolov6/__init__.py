@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from trt_yolov6.data.images import read_image
     from trt_yolov6.data.preprocessing import Preprocessing
     from trt_yolov6.detectors.detections import Detection, Detections
+    from trt_yolov6.detectors.spec import DetectorSpec
     from trt_yolov6.diagnostics.inspection import Inspection
-    from trt_yolov6.engines.base import BuildSettings
+    from trt_yolov6.engines.base import BuildSettings, LoadOptions
     from trt_yolov6.engines.build import BuiltEngine
     from trt_yolov6.engines.manifest import Manifest
     from trt_yolov6.errors import MissingDependencyError, UserError
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.runtime.detector import Detector
     from trt_yolov6.runtime.evaluate import Evaluation
-    from trt_yolov6.spec import BatchProfile, NmsSettings, Precision
+    from trt_yolov6.spec import BatchProfile, NmsSettings, Precision, PredictOptions
     from trt_yolov6.training.recipe import TrainSettings
     from trt_yolov6.training.trainer import TrainResult
 
@@ -55,14 +56,17 @@ __all__ = [
     "Detection",
     "Detections",
     "Detector",
+    "DetectorSpec",
     "Evaluation",
     "Graph",
     "Inspection",
+    "LoadOptions",
     "Manifest",
     "MissingDependencyError",
     "NmsSettings",
     "Plan",
     "Precision",
+    "PredictOptions",
     "Preprocessing",
     "QuantizationSettings",
     "TrainResult",
@@ -90,8 +94,9 @@ _MODULES = {
     "data.images": ("read_image",),
     "data.preprocessing": ("Preprocessing",),
     "detectors.detections": ("Detection", "Detections"),
+    "detectors.spec": ("DetectorSpec",),
     "diagnostics.inspection": ("Inspection",),
-    "engines.base": ("BuildSettings",),
+    "engines.base": ("BuildSettings", "LoadOptions"),
     "engines.build": ("BuiltEngine",),
     "engines.manifest": ("Manifest",),
     "errors": ("MissingDependencyError", "UserError"),
@@ -99,7 +104,7 @@ _MODULES = {
     "quantization.settings": ("QuantizationSettings",),
     "runtime.detector": ("Detector",),
     "runtime.evaluate": ("Evaluation",),
-    "spec": ("BatchProfile", "NmsSettings", "Precision"),
+    "spec": ("BatchProfile", "NmsSettings", "Precision", "PredictOptions"),
     "training.recipe": ("TrainSettings",),
     "training.trainer": ("TrainResult",),
 }

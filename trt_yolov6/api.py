@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.pipeline import build, export, quantize
 from trt_yolov6.runtime.detector import Detector
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,27 +41,18 @@ AnyDetector: TypeAlias = "Detector | Engine | str | Path"
 
 def load(
     path: str | os.PathLike[str],
+    options: LoadOptions | None = None,
     *,
     backend: str = "auto",
-    threads: int | None = None,
-    provider: str | None = None,
-    cuda_graph: bool = True,
-    decoder: str | None = None,
-    preprocess: Mapping[str, Any] | None = None,
 ) -> Detector:
     """Load an engine that `build` wrote, or any supported detector's ONNX file.
 
     Args:
         path: the engine; `engines/yolov6s.trt` also stands for the newest build of that name,
             such as `engines/yolov6s-int8.trt`.
+        options: threads, provider, CUDA graphs; family and preprocessing of a detector without a
+            manifest.
         backend: `tensorrt`, `tensorrt-rtx` or `onnxruntime`; `auto`: what the file was built for.
-        threads: CPU threads of ONNX Runtime. Default: one a physical core.
-        provider: ONNX Runtime's execution provider, `cpu`, `cuda` or `tensorrt`. Default: the best
-            that works.
-        cuda_graph: TensorRT: launch each run as one CUDA graph.
-        decoder: family of a detector without a manifest, see `detectors.families`. Default: found
-            out from the graph.
-        preprocess: fields of `Preprocessing` that differ from the manifest's or the family's.
 
     Raises:
         UserError: the file is missing, damaged, not a detector, or needs a backend that does not
@@ -76,7 +67,6 @@ def load(
     """
     from trt_yolov6.engines import find_engine, load_engine
 
-    options = LoadOptions(threads, provider, cuda_graph, decoder, dict(preprocess or {}))
     return Detector(load_engine(find_engine(Path(path)), backend, options))
 
 
@@ -84,12 +74,10 @@ def evaluate(
     detector: AnyDetector,
     data: str | Path,
     split: str | None = None,
+    options: PredictOptions | None = None,
     *,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
-    workers: int | None = None,
     confusion: bool = False,
+    gpus: int = 1,
     progress: bool = True,
 ) -> Evaluation:
     """Measure a detector's COCO average precision on labelled images.
@@ -98,11 +86,10 @@ def evaluate(
         detector: a loaded detector, or the path of an engine.
         data: data set in COCO, YOLO or Pascal VOC layout: its folder or `data.yaml`.
         split: part of it. Default: the only one, else `val`, else `val2017`.
-        nms: thresholds. Default: confidence 0.03, IoU 0.65, 300 boxes, as the YOLOv6 paper.
-        border: gray pixels on every side of an image.
-        batch: images given to the engine at a time. Default: up to 8.
-        workers: threads that read and pre-process. Default: one a core, at most 16.
+        options: thresholds, border, batch. Default thresholds: confidence 0.03, IoU 0.65, 300
+            boxes, as the YOLOv6 paper.
         confusion: also count which class objects are taken for.
+        gpus: GPUs of this machine to work on, a process each. More than one needs TensorRT.
         progress: show a progress bar, if standard error is a terminal.
 
     Returns:
@@ -124,11 +111,9 @@ def evaluate(
         return evaluate_engine(
             engine,
             load_coco(data, split),
-            nms=nms,
-            border=border,
-            batch=batch,
-            workers=workers,
+            options,
             confusion=confusion,
+            gpus=gpus,
             progress=progress,
         )
 
@@ -171,17 +156,11 @@ def benchmark(
     return _benchmark(detectors, **options)
 
 
-class BenchmarkOptions(TypedDict, total=False):
-    """Options of `benchmark`."""
+class Measurement(TypedDict, total=False):
+    """Duration and size of a measurement."""
 
     batch: int
     """Images a run (1)."""
-    streams: int
-    """Batches that run side by side on a GPU, each on its own stream (1); not with `images`."""
-    images: Sequence[str | Path | bytes] | str | Path | None
-    """Encoded images to time end to end: a folder, files, or their bytes."""
-    nms: NmsSettings | None
-    """Thresholds of the end-to-end measurement; default: those of evaluation."""
     duration: float
     """Seconds of measuring an engine at most (10)."""
     warm_up: float
@@ -190,16 +169,24 @@ class BenchmarkOptions(TypedDict, total=False):
     """Show a progress bar, if standard error is a terminal (True)."""
 
 
+class BenchmarkOptions(Measurement, total=False):
+    """Options of `benchmark`."""
+
+    streams: int
+    """Batches that run side by side on a GPU, each on its own stream (1); not with `images`."""
+    images: Sequence[str | Path | bytes] | str | Path | None
+    """Encoded images to time end to end: a folder, files, or their bytes."""
+    predict: PredictOptions | None
+    """Thresholds and border of the end-to-end measurement; default: those of evaluation."""
+
+
 def _benchmark(
     detectors: Sequence[AnyDetector],
     *,
-    batch: int = 1,
-    streams: int = 1,
     images: Sequence[str | Path | bytes] | str | Path | None = None,
-    nms: NmsSettings | None = None,
-    duration: float = 10.0,
-    warm_up: float = 1.0,
-    progress: bool = True,
+    predict: PredictOptions | None = None,
+    streams: int = 1,
+    **how: Unpack[Measurement],
 ) -> list[BenchmarkResult]:
     from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
     from trt_yolov6.bench.latency import benchmark_many
@@ -209,16 +196,11 @@ def _benchmark(
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(_opened(one)) for one in detectors]
         if images is None:
-            if nms is not None:
-                raise UserError("`nms` is for timing with `images`; leave it out.", "nms", "images")
-            return benchmark_many(
-                engines,
-                batch=batch,
-                streams=streams,
-                duration=duration,
-                warm_up=warm_up,
-                progress=progress,
-            )
+            if predict is not None:
+                raise UserError(
+                    "`predict` is for timing with `images`; leave it out.", "predict", "images"
+                )
+            return benchmark_many(engines, streams=streams, **how)
         if streams > 1:
             raise UserError("`streams` is for the engine alone; leave it out.", "streams")
         if isinstance(images, (str, Path)):
@@ -226,11 +208,8 @@ def _benchmark(
         return benchmark_end_to_end_many(
             engines,
             [Path(image) if isinstance(image, str) else image for image in images],
-            batch=batch,
-            nms=nms,
-            duration=duration,
-            warm_up=warm_up,
-            progress=progress,
+            predict,
+            **how,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 
@@ -14,7 +15,7 @@ class UserError(Exception):
     parameters, and exits with code 2.
 
     Example:
-        >>> error = UserError("IoU threshold 2 is out of range; give `iou` in 0..1.", "iou")
+        >>> error = UserError("IoU threshold 2 is out of range; give `iou` in 0..1.")
         >>> str(error)
         'IoU threshold 2 is out of range; give `iou` in 0..1.'
         >>> error.with_names({"iou": "--iou"})
@@ -28,11 +29,7 @@ class UserError(Exception):
 
     def with_names(self, names: Mapping[str, str]) -> str:
         """Return the message with other names, such as options, in place of the parameters'."""
-        message = str(self)
-        for parameter in self.parameters:
-            if parameter in names:
-                message = message.replace(f"`{parameter}`", names[parameter])
-        return message
+        return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), str(self))
 
 
 class MissingDependencyError(UserError):

@@ -20,7 +20,6 @@ from trt_yolov6.engines.build import (
     build_engine,
     check_build,
     engine_path,
-    for_tensorrt,
     write_graph,
 )
 from trt_yolov6.errors import UserError
@@ -62,6 +61,39 @@ class GraphOptions(TypedDict, total=False):
     """ONNX files: fields of `Preprocessing` that differ from the family's, by name."""
 
 
+class QuantizeOptions(GraphOptions, total=False):
+    """Further keywords of `quantize`."""
+
+    data: str | Path | None
+    """Labelled data set on which `:auto` holds its budget of AP; without it, agreement with the
+    float network on the calibration images counts."""
+    split: str | None
+    """Part of that data set."""
+    table: str | Path | None
+    """Calibration table to reuse where it still applies, and to write."""
+    progress: bool
+    """Log a line a minute, off a terminal (True)."""
+
+
+class BuildOptions(GraphOptions, total=False):
+    """Further keywords of `build`."""
+
+    quantization: QuantizationSettings | None
+    """Calibration settings for INT8 and FP8; type, rest and float layers follow `precision`."""
+    data: str | Path | None
+    """Labelled data set, as for `quantize`."""
+    split: str | None
+    """Part of that data set."""
+    target: str | None
+    """GPU to cross-build for with TensorRT-RTX, such as `t4`."""
+    clean: bool
+    """Remove surplus Q/DQ nodes that an ONNX file brings along (True)."""
+    allow_float: bool
+    """Build even where the backend would compute a quantized graph in float (False)."""
+    progress: bool
+    """Show a progress bar; off a terminal, log a line a minute (True)."""
+
+
 def export(
     source: Source,
     *,
@@ -89,12 +121,13 @@ def export(
         >>> graph.name, graph.precision, graph.image_size, graph.class_names
         ('yolov6n', 'fp32', (64, 64), ('RBC', 'WBC', 'Platelets'))
     """
+    _check_names("export", options, GraphOptions)
     wanted = None if precision is None else Precision.parse(precision)
     if wanted is not None and wanted.quantizes:
         raise UserError(
             f"export writes fp32 or fp16, not {wanted}; quantize the graph with `quantize`."
         )
-    graph = _float_graph(source, wanted, **options)
+    graph = _float_graph(source, wanted, options)
     if output is not None:
         write_graph(graph, output)
     return graph
@@ -106,12 +139,8 @@ def quantize(
     *,
     precision: str | Precision = "int8",
     settings: QuantizationSettings | None = None,
-    data: str | Path | None = None,
-    split: str | None = None,
-    table: str | Path | None = None,
     output: str | Path | None = None,
-    progress: bool = True,
-    **options: Unpack[GraphOptions],
+    **options: Unpack[QuantizeOptions],
 ) -> Graph:
     """Quantize a float detector after training, by inserting Q/DQ nodes.
 
@@ -122,13 +151,8 @@ def quantize(
             stay in float, such as `int8+fp16:auto`.
         settings: how it is calibrated; its type, rest and float layers are replaced by
             `precision`.
-        data: labelled data set on which `:auto` holds its budget of AP; without it, agreement with
-            the float network on the calibration images counts.
-        split: part of that data set.
-        table: calibration table to reuse where it still applies, and to write.
         output: ONNX file to write, with a manifest next to it; None writes nothing.
-        progress: log a line a minute, off a terminal.
-        options: see `GraphOptions`.
+        options: see `QuantizeOptions` and `GraphOptions`.
 
     Raises:
         UserError: the source is not a float32 detector, or the images cannot calibrate it.
@@ -144,19 +168,22 @@ def quantize(
     from trt_yolov6.quantization.settings import check_settings
     from trt_yolov6.quantization.table import write_table
 
+    _check_names("quantize", options, QuantizeOptions)
     wanted = Precision.parse(precision)
     settings = quantization_settings(wanted, settings)
     check_settings(settings)
+    data, table = options.get("data"), options.get("table")
     if data is not None and wanted.float_layers != "auto":
         raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.", "data")
-    graph = _float_graph(source, None, **options)
+    graph = _float_graph(source, None, options)
+    progress = options.get("progress", True)
     with a_line_a_minute(f"quantizing {graph.name}", _log.info, progress=progress):
         result = pipeline.quantize(
             graph,
             calibration,
             settings,
             table_file=table,
-            score=labelled_score(graph, data, split),
+            score=labelled_score(graph, data, options.get("split")),
             tell=_log.info,
         )
     if table is not None:
@@ -183,16 +210,9 @@ def build(
     precision: str | Precision | None = None,
     calibration: str | Path | None = None,
     backend: str = "auto",
-    target: str | None = None,
     output: str | Path | None = None,
-    quantization: QuantizationSettings | None = None,
-    data: str | Path | None = None,
-    split: str | None = None,
     settings: BuildSettings | None = None,
-    clean: bool = True,
-    allow_float: bool = False,
-    progress: bool = True,
-    **options: Unpack[GraphOptions],
+    **options: Unpack[BuildOptions],
 ) -> BuiltEngine:
     """Build an engine, and write it with its manifest.
 
@@ -203,14 +223,9 @@ def build(
         calibration: folder of calibration images, for INT8 and FP8. With an ONNX file that has Q/DQ
             nodes, the images on which their clean-up is verified.
         backend: `tensorrt`, `tensorrt-rtx`, `onnxruntime`, or `auto`: the fastest that works here.
-        target: GPU to cross-build for with TensorRT-RTX, such as `t4`.
         output: path of the engine; None: `engines/<name>-<precision>.onnx` or `.trt`.
-        quantization, data, split: as `settings`, `data` and `split` of `quantize`.
         settings: TensorRT's limits, caches and calibration.
-        clean: remove surplus Q/DQ nodes that an ONNX file brings along.
-        allow_float: build even where the backend would compute a quantized graph in float.
-        progress: show a progress bar; off a terminal, log a line a minute.
-        options: see `GraphOptions`.
+        options: see `BuildOptions` and `GraphOptions`.
 
     Returns:
         Path and manifest; it can be handed to `load` and to `open` as the path.
@@ -224,41 +239,56 @@ def build(
         >>> built.manifest.precision, built.manifest.backend
         ('fp16', 'onnxruntime')
     """
+    _check_names("build", options, BuildOptions)
     wanted = None if precision is None else Precision.parse(precision)
+    progress = options.get("progress", True)
     settings = dataclasses.replace(
         settings or BuildSettings(),
         fp8=wanted is not None and wanted.base == "fp8",
         progress=progress,
     )
-    if target is not None:
-        settings = dataclasses.replace(settings, target=target)
+    if options.get("target") is not None:
+        settings = dataclasses.replace(settings, target=options["target"])
     # Exporting takes seconds: what cannot be built is better refused before.
     name = check_build(backend, output, settings)
-    if wanted is not None and wanted.quantizes:
-        _check_quantizing(wanted, calibration, quantization, name, settings, allow_float)
-        if data is not None:
-            check_source(data, split)
-        graph = _float_graph(source, None, **options)
-    else:
-        graph = _float_graph(source, wanted, **options)
+    quantized = wanted if wanted is not None and wanted.quantizes else None
+    if quantized is not None:
+        _check_quantizing(quantized, calibration, name, settings, options)
+    graph = _float_graph(source, None if quantized else wanted, options)
     if BACKENDS[name].tensorrt:
-        graph = for_tensorrt(graph)
+        graph = _for_tensorrt(graph)
     for note in graph.notes:
         _log.info("%s: %s", graph.source, note)
     if settings.calibration:
-        graph, settings = _calibrated_by_tensorrt(graph, calibration, settings, quantization)
-    elif wanted is not None and wanted.quantizes:
-        graph = _quantized_for(
-            graph, wanted, calibration, quantization, data, split, name, output, settings
+        graph, settings = _calibrated_by_tensorrt(graph, calibration, settings, options)
+    elif quantized is not None:
+        from trt_yolov6.quantization.table import table_path
+
+        assert calibration is not None
+        # Named as the engine will be, which the float graph's precision is not a part of.
+        named = dataclasses.replace(graph, precision=quantized.base)
+        graph = quantize(
+            graph,
+            calibration,
+            precision=quantized,
+            settings=options.get("quantization"),
+            data=options.get("data"),
+            split=options.get("split"),
+            table=table_path(engine_path(named, name, output, settings.target)),
+            progress=progress,
         )
-    elif not isinstance(source, Graph):
-        graph = _cleaned(graph, calibration) if clean else graph
+    elif not isinstance(source, Graph) and options.get("clean", True):
+        graph = _cleaned(graph, calibration)
     path = engine_path(graph, name, output, settings.target)
     if path.is_file():
         _log.info("replacing %s%s", path, _described(path))
     with a_line_a_minute(f"building {path}", _log.info, progress=progress):
         return build_engine(
-            graph, backend=name, output=path, settings=settings, allow_float=allow_float
+            graph,
+            backend=name,
+            output=path,
+            settings=settings,
+            allow_float=options.get("allow_float", False),
         )
 
 
@@ -292,22 +322,15 @@ def labelled_score(
 def _float_graph(
     source: Source,
     precision: Precision | None,
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    batch: int | tuple[int, int, int] | BatchProfile | None = None,
-    nms: NmsSettings | None = None,
-    uint8_input: bool = False,
-    opset: int | None = None,
-    class_names: Sequence[str] | str | Path | None = None,
-    decoder: str | None = None,
-    preprocess: Mapping[str, Any] | None = None,
+    options: GraphOptions | QuantizeOptions | BuildOptions,
 ) -> Graph:
     """Return a source's graph in fp32 or fp16, or (None) its own precision."""
+    image_size, batch = options.get("image_size"), options.get("batch")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     profile = None if batch is None else BatchProfile.of(batch)
     fp16 = precision is not None and precision.base == "fp16"
-    of_checkpoint = {"nms": nms, "uint8_input": uint8_input, "opset": opset}
-    of_onnx = {"class_names": class_names, "decoder": decoder, "preprocess": preprocess}
+    of_checkpoint = {name: options.get(name) for name in ("nms", "uint8_input", "opset")}
+    of_onnx = {name: options.get(name) for name in ("class_names", "decoder", "preprocess")}
     if isinstance(source, Graph):
         of_file = {"image_size": image_size, "batch": batch}
         _refuse({**of_checkpoint, **of_onnx, **of_file}, "a graph that is there already")
@@ -321,9 +344,9 @@ def _float_graph(
             image_size=size,
             batch=profile or BatchProfile(),
             fp16=fp16,
-            nms=nms,
-            uint8_input=uint8_input,
-            opset=opset or DEFAULT_OPSET,
+            nms=options.get("nms"),
+            uint8_input=options.get("uint8_input", False),
+            opset=options.get("opset") or DEFAULT_OPSET,
         )
         checkpoint = load_checkpoint(source) if isinstance(source, (str, Path)) else source
         _log.info(
@@ -336,6 +359,7 @@ def _float_graph(
 
         assert isinstance(source, (str, Path))
         _refuse(of_checkpoint, "an ONNX file: it changes how a checkpoint is exported")
+        class_names = options.get("class_names")
         if isinstance(class_names, (str, Path)):
             class_names = read_class_names(class_names)
         graph = graph_from_onnx(
@@ -344,14 +368,20 @@ def _float_graph(
             image_size=size,
             fp16=fp16,
             class_names=class_names,
-            decoder=decoder,
-            preprocess=preprocess,
+            decoder=options.get("decoder"),
+            preprocess=options.get("preprocess"),
         )
     if precision is not None and graph.precision != precision.base:
         raise UserError(
             f"{graph.source} is {graph.precision} and cannot be made {precision}; leave that out."
         )
     return graph
+
+
+def _check_names(function: str, options: Mapping[str, Any], known: type[Any]) -> None:
+    for name in options:
+        if name not in known.__annotations__:
+            raise TypeError(f"{function}() has no parameter {name!r}")
 
 
 def _refuse(options: Mapping[str, Any], what: str) -> None:
@@ -374,10 +404,9 @@ def _is_checkpoint(source: str | Path | Checkpoint) -> bool:
 def _check_quantizing(
     precision: Precision,
     calibration: str | Path | None,
-    quantization: QuantizationSettings | None,
     backend: str,
     settings: BuildSettings,
-    allow_float: bool,
+    options: BuildOptions,
 ) -> None:
     """Refuse what cannot be quantized for this backend, before minutes of work."""
     from trt_yolov6.data.calibration import calibration_images
@@ -389,47 +418,37 @@ def _check_quantizing(
             f"{precision} needs calibration images; name a folder of them as `calibration`.",
             "calibration",
         )
-    how = quantization_settings(precision, quantization)
+    how = quantization_settings(precision, options.get("quantization"))
     check_settings(how)
     calibration_images(calibration)
-    if not allow_float and not computes(backend, settings, how.quantized):
+    if not options.get("allow_float") and not computes(backend, settings, how.quantized):
         raise all_in_float(precision.base, backend, settings.target or "this machine's GPU")
+    data = options.get("data")
+    if data is not None:
+        check_source(data, options.get("split"))
 
 
-def _quantized_for(
-    graph: Graph,
-    precision: Precision,
-    calibration: str | Path | None,
-    quantization: QuantizationSettings | None,
-    data: str | Path | None,
-    split: str | None,
-    backend: str,
-    output: str | Path | None,
-    settings: BuildSettings,
-) -> Graph:
-    """Return the quantized graph of an engine; its calibration table lies next to the engine."""
-    from trt_yolov6.quantization.table import table_path
+def _for_tensorrt(graph: Graph) -> Graph:
+    """Return a graph as TensorRT computes it: unsigned INT8 levels become signed ones.
 
-    assert calibration is not None
-    # Named as the engine will be, which the float graph's precision is not a part of.
-    named = dataclasses.replace(graph, precision=precision.base)
-    return quantize(
-        graph,
-        calibration,
-        precision=precision,
-        settings=quantization,
-        data=data,
-        split=split,
-        table=table_path(engine_path(named, backend, output, settings.target)),
-        progress=settings.progress,
-    )
+    Raises:
+        UserError: see `quantization.qdq.symmetric.check_symmetric`.
+    """
+    if graph.precision not in ("int8", "int8-dynamic"):
+        return graph
+    from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
+
+    model, said = with_symmetric_int8(graph.model, graph.source)
+    if said is None:
+        return graph
+    return dataclasses.replace(graph, model=model, notes=(*graph.notes, said))
 
 
 def _calibrated_by_tensorrt(
     graph: Graph,
     calibration: str | Path | None,
     settings: BuildSettings,
-    quantization: QuantizationSettings | None,
+    options: BuildOptions,
 ) -> tuple[Graph, BuildSettings]:
     """Return a float graph as the INT8 one it becomes, and the settings with images for it."""
     from trt_yolov6.data.calibration import calibration_images
@@ -446,6 +465,7 @@ def _calibrated_by_tensorrt(
     if implicit.cache is None:
         if calibration is None:
             raise UserError("TensorRT calibrates on images; name `calibration`.", "calibration")
+        quantization = options.get("quantization")
         limit = quantization.image_limit if quantization else None
         paths = list(calibration_images(calibration, limit))
         implicit = dataclasses.replace(implicit, images=lambda: batches_of(graph, paths))

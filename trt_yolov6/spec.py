@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -179,6 +178,52 @@ class NmsSettings:
 
 
 @dataclass(frozen=True)
+class PredictOptions:
+    """Options for going from images to detections; None leaves one to the detector and the task.
+
+    Example:
+        >>> PredictOptions(confidence=0.1).nms(NmsSettings(iou=0.7))
+        NmsSettings(confidence=0.1, iou=0.7, max_detections=300)
+    """
+
+    confidence: float | None = None
+    """Least score in 0..1. Default: 0.4 for what is shown, 0.03 for evaluation and timing, or more
+    where the graph suppresses boxes itself with a higher one."""
+    iou: float | None = None
+    """Boxes of a class that overlap more, in 0..1, are one. Default: 0.65, or the graph's."""
+    max_detections: int | None = None
+    """Most objects an image. Default: 300, or the graph's."""
+    resize: int | tuple[int, int] | None = None
+    """Side, or (height, width), that images are resized to fit; gray border is the rest."""
+    border: int | None = None
+    """Gray pixels on every side of an image, as some YOLOv6 evaluations add (0)."""
+    batch: int | None = None
+    """Images given to the engine at a time. Default: up to 8."""
+    workers: int | None = None
+    """Threads that read and pre-process. Default: one a core, at most 16."""
+    clip: bool = True
+    """Cut boxes off at the image's edge; evaluation scores them as predicted."""
+
+    def __post_init__(self) -> None:
+        self.nms()
+        if self.border is not None and self.border < 0:
+            raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.", "border")
+
+    def nms(self, default: NmsSettings | None = None) -> NmsSettings:
+        """Return the thresholds; those that are None come from `default`, else `NmsSettings()`."""
+        return NmsSettings(**{**asdict(default or NmsSettings()), **self.thresholds()})
+
+    def over(self, default: NmsSettings) -> PredictOptions:
+        """Return the options with thresholds that are None taken from `default`."""
+        return replace(self, **asdict(self.nms(default)))
+
+    def thresholds(self) -> dict[str, Any]:
+        """Return the thresholds that are given, by name."""
+        values = {name: getattr(self, name) for name in ("confidence", "iou", "max_detections")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """Name, shape (None where it varies) and NumPy dtype of an engine's input or output."""
 
@@ -189,16 +234,6 @@ class TensorSpec:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON has it: the dtype by its name, null where a length varies."""
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
-        """Return the value that `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
-        shape = tuple(None if length is None else int(length) for length in value["shape"])
-        return cls(str(value["name"]), shape, np.dtype(value["dtype"]))
 
 
 def image_size_of(spec: TensorSpec) -> tuple[int, int]:

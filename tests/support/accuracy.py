@@ -10,6 +10,7 @@ import onnx
 from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.engines import load_engine
 from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.spec import PredictOptions
 
 
 def first_images(dataset: CocoDataset, count: int) -> CocoDataset:
@@ -24,7 +25,7 @@ def first_images(dataset: CocoDataset, count: int) -> CocoDataset:
 def average_precision(engine: Path, dataset: CocoDataset, batch: int = 8) -> float:
     """AP (0.50:0.95) of an engine or ONNX file, Q/DQ pairs computed in float."""
     with load_engine(engine) as loaded:
-        ap = evaluate(loaded, dataset, batch=batch, progress=False).ap
+        ap = evaluate(loaded, dataset, PredictOptions(batch=batch), progress=False).ap
     assert ap is not None
     return ap
 

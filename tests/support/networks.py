@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from support.training_data import tiny_architecture
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.models import Architecture, YOLOv6, architecture, build_model
@@ -37,6 +38,7 @@ KINDS = {
         TINY, block="conv", activation="silu", csp_ratio=0.5, reg_max=7
     ),
     "v0.1": dataclasses.replace(TINY, head="offset"),
+    "leaky": dataclasses.replace(TINY, activation="leaky_relu", neck_activation="leaky_relu"),
 }
 
 
@@ -90,12 +92,9 @@ def tiny_graph(name: str, settings: ExportSettings = SMALL) -> tuple[YOLOv6, Gra
     graph = Graph(
         model=proto,
         name="tiny",
-        class_names=("square", "disc"),
-        image_size=(64, 64),
+        detector=DetectorSpec(("square", "disc"), (64, 64)),
         batch=settings.batch,
         precision="fp32",
-        output_layout="split",
-        nms=None,
         source=Path("tiny"),
     )
     return model, graph

@@ -7,6 +7,7 @@ pure colours it is a perfect detector.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,17 @@ from PIL import Image
 
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.data.coco import CocoDataset, load_coco
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import Manifest, write_manifest
-from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout
+from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, PredictOptions
 
 SIZE, CELL = 64, 8
 GRID = SIZE // CELL
 NAMES = ("red", "green", "blue")
 # Between the tiny detector's scores of gray, 114 / 255, and of the colours drawn here.
-SURE = NmsSettings(confidence=0.6)
+SURE = PredictOptions(confidence=0.6)
 
 
 def cell_boxes() -> NDArray[np.float32]:
@@ -57,18 +59,15 @@ def load_tiny(
             Manifest(
                 engine=path.name,
                 model="tiny",
-                class_names=NAMES,
-                image_size=(SIZE, SIZE),
+                detector=DetectorSpec(NAMES, (SIZE, SIZE), layout, nms=nms),
                 batch=BatchProfile(batch or 1, batch or 1, batch or 1),
                 precision="fp32",
-                output_layout=layout,
                 backend="onnxruntime",
                 backend_version="",
                 target="cpu",
                 plan_sha256=sha256_file(path),
                 source="tiny",
                 source_sha256="",
-                nms=nms,
             ),
         )
     return load_engine(path)
@@ -77,7 +76,7 @@ def load_tiny(
 def load_named(folder: Path) -> Engine:
     """Load the detector with its class names, which `load_tiny`'s does not tell."""
     engine = load_tiny(folder)
-    engine.class_names = NAMES
+    engine.detector = dataclasses.replace(engine.detector, class_names=NAMES)
     return engine
 
 

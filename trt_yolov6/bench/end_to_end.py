@@ -22,7 +22,8 @@ from trt_yolov6.data.loader import fill_row
 from trt_yolov6.detectors.detections import postprocess
 from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import NmsSettings, empty_input
+from trt_yolov6.runtime.predict import resolve
+from trt_yolov6.spec import NmsSettings, PredictOptions, empty_input
 
 MAX_IMAGES = 256
 """Pictures held in memory for an end-to-end measurement."""
@@ -31,21 +32,21 @@ MAX_IMAGES = 256
 def benchmark_end_to_end(
     engine: Engine,
     images: Sequence[Path | bytes],
+    options: PredictOptions | None = None,
     *,
     batch: int = 1,
     duration: float = 10.0,
     warm_up: float = 1.0,
-    nms: NmsSettings | None = None,
     progress: bool = True,
 ) -> BenchmarkResult:
     """Measure one engine from encoded images to detections; see `benchmark_end_to_end_many`."""
     return benchmark_end_to_end_many(
         [engine],
         images,
+        options,
         batch=batch,
         duration=duration,
         warm_up=warm_up,
-        nms=nms,
         progress=progress,
     )[0]
 
@@ -53,11 +54,11 @@ def benchmark_end_to_end(
 def benchmark_end_to_end_many(
     engines: Sequence[Engine],
     images: Sequence[Path | bytes],
+    options: PredictOptions | None = None,
     *,
     batch: int = 1,
     duration: float = 10.0,
     warm_up: float = 1.0,
-    nms: NmsSettings | None = None,
     progress: bool = True,
 ) -> list[BenchmarkResult]:
     """Measure from encoded images in memory to detections, one stage after the other.
@@ -71,10 +72,11 @@ def benchmark_end_to_end_many(
         engines: loaded engines, at least one.
         images: encoded pictures, or the files to read them from beforehand; at least one, and the
             first `MAX_IMAGES` are used.
+        options: thresholds and border; the defaults are those of evaluation, which keeps many
+            boxes.
         batch: images a run.
         duration: as in `benchmark_many`.
         warm_up: as in `benchmark_many`.
-        nms: thresholds; the defaults are those of the COCO evaluation, which keep many boxes.
         progress: show a progress bar, if standard error is a terminal.
 
     Returns:
@@ -91,10 +93,11 @@ def benchmark_end_to_end_many(
         raise UserError(
             "there is no image to time; name a folder of pictures with `images`.", "images"
         )
-    encoded = [_read_bytes(image) for image in images[:MAX_IMAGES]]
+    encoded = [read_bytes(image) for image in images[:MAX_IMAGES]]
     for image in images[:MAX_IMAGES]:
         read_image(image)  # so that a damaged picture is reported by its name, before timing
-    requests = [_Request(engine, encoded, batch, nms or NmsSettings()) for engine in engines]
+    options = options or PredictOptions()
+    requests = [_Request(one, encoded, batch, *resolve(one, options)) for one in engines]
     runs = [Watched(request.run) for request in requests]
     warmed, clocks = warm_up_each(runs, warm_up)
     for request, run in zip(requests, runs, strict=True):
@@ -127,6 +130,7 @@ class _Request:
     encoded: Sequence[bytes]
     batch: int
     nms: NmsSettings
+    border: int
     position: int = 0
     stage_seconds: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
     """Seconds of each of `STAGES`, for each run."""
@@ -140,11 +144,11 @@ class _Request:
         times.append(time.perf_counter())
         inputs = engine.empty_input(len(pictures))
         placed = [
-            fill_row(row, picture, engine.input, preprocessing=engine.preprocessing)
+            fill_row(row, picture, engine.input, self.border, engine.preprocessing)
             for row, picture in zip(inputs, pictures, strict=True)
         ]
         times.append(time.perf_counter())
-        outputs = engine.start(inputs, self.nms.confidence).wait()
+        outputs = engine.start(inputs, self.nms).wait()
         times.append(time.perf_counter())
         postprocess(outputs, engine.output_layout, self.nms, placed)
         times.append(time.perf_counter())
@@ -152,7 +156,12 @@ class _Request:
         return times[-1] - times[0]
 
 
-def _read_bytes(image: Path | bytes) -> bytes:
+def read_bytes(image: Path | bytes) -> bytes:
+    """Return an encoded picture, read from its file unless it is one.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     if isinstance(image, bytes):
         return image
     try:

@@ -25,23 +25,23 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
             (
                 result.engine.name,
                 result.precision,
-                _number(latency.median * 1e3) + (" *" if result.disturbed else ""),
+                four_digits(latency.median * 1e3) + (" *" if result.disturbed else ""),
                 "too few runs"
                 if latency.interval is None
-                else " .. ".join(_number(bound * 1e3) for bound in latency.interval),
-                _number(latency.mean * 1e3),
-                _number(latency.p90 * 1e3),
-                _number(latency.p99 * 1e3),
-                _number(result.throughput_fps),
+                else " .. ".join(four_digits(bound * 1e3) for bound in latency.interval),
+                four_digits(latency.mean * 1e3),
+                four_digits(latency.p90 * 1e3),
+                four_digits(latency.p99 * 1e3),
+                four_digits(result.throughput_fps),
             )
         )
     if first.streams > 1:
         view += f"; {first.streams} streams side by side, latencies are of a round"
-    lines = [f"batch {first.batch}, {view}", *_table(rows)]
+    lines = [f"batch {first.batch}, {view}", *aligned(rows)]
     for result in results:
         if result.stages:
             stages = ", ".join(
-                f"{name} {_number(stage.median * 1e3)}" for name, stage in result.stages.items()
+                f"{name} {four_digits(stage.median * 1e3)}" for name, stage in result.stages.items()
             )
             lines.append(f"  of these, medians in ms: {stages}")
     if any(result.disturbed for result in results):
@@ -66,21 +66,21 @@ def layer_report(engine: Engine, batch: int, top: int = 20) -> str:
     times = engine.layer_times(random_input(engine, batch))
     whole = sum(times.values())
     ranked = sorted(times.items(), key=lambda item: item[1], reverse=True)
-    lines = [f"{engine.path.name}: {len(times)} layers, {_number(whole * 1e3)} ms one by one"]
+    lines = [f"{engine.path.name}: {len(times)} layers, {four_digits(whole * 1e3)} ms one by one"]
     lines += [
-        f"  {seconds / whole:6.1%}  {_number(seconds * 1e6):>8} us  {name}"
+        f"  {seconds / whole:6.1%}  {four_digits(seconds * 1e6):>8} us  {name}"
         for name, seconds in ranked[:top]
     ]
     if len(ranked) > top:
         rest = sum(seconds for _, seconds in ranked[top:])
-        lines.append(f"  {rest / whole:6.1%}  {_number(rest * 1e6):>8} us  the other layers")
+        lines.append(f"  {rest / whole:6.1%}  {four_digits(rest * 1e6):>8} us  the other layers")
     return "\n".join(lines)
 
 
 def _how_measured(result: BenchmarkResult) -> str:
     latency = result.latency
     if latency.interval is None:
-        certainty = "too few for an interval of the median: give a longer --duration"
+        certainty = "too few for an interval of the median: measure for longer"
     else:
         low, high = (100 * (bound / latency.median - 1) for bound in latency.interval)
         certainty = f"median known to {low:+.1f} % .. {high:+.1f} %"
@@ -122,7 +122,7 @@ def _of(now: float | None, highest: float | None) -> str:
     return text if highest is None else f"{text} of {highest:.0f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Align columns: the first two to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -134,7 +134,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _number(value: float) -> str:
+def four_digits(value: float) -> str:
     """Return a positive number with four significant digits, without an exponent."""
     if value <= 0:
         return "0"

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from trt_yolov6.checkpoints.inert_pickle import DAMAGE, Shell, StorageReference, load_inert
+from trt_yolov6.common.closing import Closing
 from trt_yolov6.errors import UserError
 
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
 
 
-class TorchArchive:
+class TorchArchive(Closing):
     """An opened file: `root` is what was pickled, and `tensor` makes a tensor in it real.
 
     Close it, or use it in a `with` block.
@@ -59,12 +60,6 @@ class TorchArchive:
     def close(self) -> None:
         """Close the file; tensors made from it stay valid."""
         self._zip.close()
-
-    def __enter__(self) -> TorchArchive:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def is_tensor(self, value: Any) -> bool:
         """Return True where `value` stands for a tensor or a parameter."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,24 +28,21 @@ from torch import Tensor
 from trt_yolov6.checkpoints.archive import TorchArchive
 from trt_yolov6.checkpoints.inert_pickle import Shell
 from trt_yolov6.common.files import atomic_path
+from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.network import YOLOv6, shapes_only
 from trt_yolov6.models.variants import (
-    ActivationName,
     Architecture,
-    BlockKind,
-    HeadKind,
-    NeckKind,
-    PoolingKind,
     variant_name,
 )
 
 FORMAT = "trt-yolov6 checkpoint"
 VERSION = 2
 
-_LARGEST = {"stage_channels": 16384, "neck_channels": 16384}
+_MOST_CHANNELS = 16384
 _MOST_REPEATS = 1000
 _MOST_CLASSES = 100_000
+_REMEDY = "copy or train it again."
 _COUNTER = "num_batches_tracked"
 
 
@@ -170,50 +166,29 @@ def _architecture(path: Path, fields: Any, version: int) -> Architecture:
     wanted = {field.name for field in dataclasses.fields(Architecture)}
     if not isinstance(fields, dict) or set(fields) != wanted:
         raise _damaged(path, "its architecture is not complete")
-    choices: dict[str, Any] = {
-        "block": BlockKind,
-        "activation": ActivationName,
-        "head_activation": ActivationName,
-        "neck_activation": ActivationName,
-        "head": HeadKind,
-        "neck": NeckKind,
-        "pooling": PoolingKind,
-    }
-    lite = [fields["block"] == "lite", fields["neck"] == "lite", fields["pooling"] == "none"]
-    ratio = fields["csp_ratio"]
+    arch = as_record(fields, Architecture, f"{path} is damaged: its architecture", _REMEDY)
+    lite = [arch.block == "lite", arch.neck == "lite", arch.pooling == "none"]
+    widths = (*arch.stage_channels, *arch.neck_channels)
+    repeats = (*arch.stage_repeats, *arch.neck_repeats)
     sound = (
-        isinstance(fields["name"], str)
-        and all(fields[name] in typing.get_args(kind) for name, kind in choices.items())
-        and all(
-            isinstance(fields[name], tuple | list)
-            and all(_between(item, 1, _LARGEST.get(name, _MOST_REPEATS)) for item in fields[name])
-            for name in _LENGTHS
-        )
-        and tuple(len(fields[name]) for name in _LENGTHS) in _lengths(fields)
-        and (ratio is None or (isinstance(ratio, float) and 0 < ratio <= 1))
-        and isinstance(fields["mbla"], bool)
-        and not (fields["mbla"] and ratio is None)
+        all(1 <= width <= _MOST_CHANNELS for width in widths)
+        and all(1 <= count <= _MOST_REPEATS for count in repeats)
+        and tuple(len(getattr(arch, name)) for name in _LENGTHS)
+        in ([(5, 1, 4, 0)] if lite[1] else [(5, 6, 4, 4), (6, 9, 5, 6)])
+        and (arch.csp_ratio is None or 0 < arch.csp_ratio <= 1)
+        and not (arch.mbla and arch.csp_ratio is None)
         and len(set(lite)) == 1
-        and (not lite[0] or all(width % 8 == 0 for width in fields["stage_channels"]))
-        and _between(fields["reg_max"], 0, 1024)
-        and _between(fields["num_classes"], 1, _MOST_CLASSES)
-        and fields["input_channels"] == 3
+        and (not lite[0] or all(width % 8 == 0 for width in arch.stage_channels))
+        and 0 <= arch.reg_max <= 1024
+        and 1 <= arch.num_classes <= _MOST_CLASSES
+        and arch.input_channels == 3
     )
     if not sound:
         raise _damaged(path, "its architecture is not one that can be built")
-    tuples = {name: tuple(fields[name]) for name in _LENGTHS}
-    arch = Architecture(**{**fields, **tuples})
     return dataclasses.replace(arch, name=variant_name(arch))
 
 
 _LENGTHS = ("stage_channels", "neck_channels", "stage_repeats", "neck_repeats")
-
-
-def _lengths(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-    """Return how long the tuples of an architecture may be, in the order of `_LENGTHS`."""
-    if fields["neck"] == "lite":
-        return ((5, 1, 4, 0),)
-    return ((5, 6, 4, 4), (6, 9, 5, 6))
 
 
 def _training(path: Path, root: Mapping[str, Any]) -> Training:
@@ -229,9 +204,5 @@ def _training(path: Path, root: Mapping[str, Any]) -> Training:
     return Training(settings, epoch, ap)
 
 
-def _between(value: Any, low: int, high: int) -> bool:
-    return type(value) is int and low <= value <= high
-
-
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged: {what}; copy or train it again.")
+    return UserError(f"{path} is damaged: {what}; {_REMEDY}")

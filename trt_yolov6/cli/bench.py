@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.engines import load, newest_engine, nms_settings
+from trt_yolov6.cli.engines import load, newest_engine, predict_options
 from trt_yolov6.cli.options import (
     SAMPLE_IMAGES,
     Commands,
@@ -40,9 +40,12 @@ def add(commands: Commands) -> None:
         "--end-to-end", action="store_true", help="with decoding, letterbox and NMS, in sequence"
     )
     parser.add_argument(
+        "--stages", action="store_true", help="each stage from JPEG to boxes, and what overlaps"
+    )
+    parser.add_argument(
         "--source",
         type=Path,
-        help=f"pictures for --end-to-end ({SAMPLE_IMAGES})",
+        help=f"pictures for --end-to-end and --stages ({SAMPLE_IMAGES})",
     )
     add_thresholds(parser)
     add_loading(parser)
@@ -56,20 +59,29 @@ def run(options: argparse.Namespace) -> None:
 
     if options.layers and not options.no_cuda_graph:
         raise UserError("--layers times layers one by one; add --no-cuda-graph.")
+    with_pictures = options.end_to_end or options.stages
     for name in ("conf", "iou", "max_detections", "source"):
-        if getattr(options, name) is not None and not options.end_to_end:
+        if getattr(options, name) is not None and not with_pictures:
             raise UserError(
-                f"{spelled(name)} is for --end-to-end: the engine alone has no such stage."
+                f"{spelled(name)} is for --end-to-end and --stages: the engine alone has no such "
+                "stage."
             )
-    if options.end_to_end and options.streams > 1:
-        raise UserError("--streams is for the engine alone; leave it or --end-to-end out.")
-    engines = [load(path, options) for path in options.engine or [newest_engine()]]
+    if options.end_to_end and options.stages:
+        raise UserError("--end-to-end and --stages measure apart; leave one of them out.")
+    for name in ("end_to_end", "stages"):
+        if getattr(options, name) and options.streams > 1:
+            raise UserError(f"--streams is for the engine alone; leave it or {spelled(name)} out.")
+    if options.stages:
+        _run_stages(options)
+        return
+    detectors = [load(path, options) for path in options.engine or [newest_engine()]]
+    engines = [detector.engine for detector in detectors]
     results = benchmark(
-        engines,
+        detectors,
         batch=options.batch,
         streams=options.streams,
         images=(options.source or SAMPLE_IMAGES) if options.end_to_end else None,
-        nms=nms_settings(options) if options.end_to_end else None,
+        predict=predict_options(options) if options.end_to_end else None,
         duration=options.duration,
         progress=not options.quiet,
     )
@@ -85,3 +97,26 @@ def run(options: argparse.Namespace) -> None:
     else:
         files = " ".join(str(engine.path) for engine in engines)
         say_next(options, "with AP and intervals", f"compare {files}")
+
+
+def _run_stages(options: argparse.Namespace) -> None:
+    from trt_yolov6.bench.stages import benchmark_stages, format_stages
+    from trt_yolov6.data.images import list_images
+
+    images = list_images(options.source or SAMPLE_IMAGES)
+    reports = []
+    for path in options.engine or [newest_engine()]:
+        with load(path, options) as detector:
+            report = benchmark_stages(
+                detector.engine,
+                images,
+                predict_options(options),
+                batch=options.batch,
+                duration=options.duration,
+            )
+        reports.append(report)
+        print(format_stages(report))
+    if options.json:
+        values = [report.to_json() for report in reports]
+        write_result(options.json, values[0] if len(values) == 1 else values)
+    say_next(options, "the engine alone", f"bench --engine {reports[0].engine}")

@@ -29,7 +29,7 @@ from trt_yolov6.cli.options import (
     percent,
     positive,
 )
-from trt_yolov6.cli.output import profile_text, reading_text, say_next
+from trt_yolov6.cli.output import profile_text, say_next
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def run(options: argparse.Namespace) -> None:
     )
     print(f"{built.manifest_path}: its manifest")
     if options.onnx:
-        print(reading_text(manifest.decoder, manifest.output_layout, manifest.preprocessing))
+        print(manifest.detector)
     if built.quantized_asked:
         label, found = manifest.precision.upper(), manifest.quantized_layers
         print(

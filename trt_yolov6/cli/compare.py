@@ -13,6 +13,7 @@ from trt_yolov6.cli.options import (
     add_quiet,
     image_size,
     is_given,
+    percent,
     positive,
     spelled,
 )
@@ -91,7 +92,7 @@ def add(commands: Commands) -> None:
     )
     gate.add_argument(
         "--max-slowdown",
-        type=_percent,
+        type=percent,
         metavar="PERCENT",
         help="that a latency may grow by, beyond doubt (3%%)",
     )
@@ -184,10 +185,3 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not parts:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers above 0")
     return tuple(positive(part) for part in parts)
-
-
-def _percent(text: str) -> float:
-    try:
-        return float(text.strip().removesuffix("%"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, such as 3%") from error

@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.cli.options import ENGINE_SUFFIXES, ENGINES, preprocess_changes
-from trt_yolov6.cli.output import reading_text, say
+from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
-    from trt_yolov6.engines.base import Engine, LoadOptions
-    from trt_yolov6.serving.ray.jobs import RayOptions
-    from trt_yolov6.spec import NmsSettings
-
-
-def load(path: Path, options: argparse.Namespace) -> Engine:
-    """Load an engine as the options say."""
-    from trt_yolov6.engines import load_engine
     from trt_yolov6.engines.base import LoadOptions
+    from trt_yolov6.runtime.detector import Detector
+    from trt_yolov6.serving.ray.jobs import RayOptions
+    from trt_yolov6.spec import PredictOptions
+
+
+def load(path: Path, options: argparse.Namespace) -> Detector:
+    """Load a detector as the options say, and say what was found out of one without a manifest."""
+    from trt_yolov6 import api
     from trt_yolov6.graph.outputs import dropped_text
 
-    load_options = LoadOptions(
-        threads=options.threads,
-        provider=options.provider,
-        cuda_graph=not options.no_cuda_graph,
-        decoder=options.decoder,
-        preprocess=preprocess_changes(options),
-    )
-    engine = load_engine(resolved(path), options.backend, load_options)
+    detector = api.load(resolved(path), load_options(options), backend=options.backend)
+    engine = detector.engine
     if engine.manifest is None:
-        reading = reading_text(engine.decoder, engine.output_layout, engine.preprocessing)
-        say(f"{path} has no manifest: {reading}")
+        say(f"{path} has no manifest: {engine.detector}")
     if engine.dropped_outputs:
         say(f"{path}: {dropped_text(engine.dropped_outputs)}")
-    return engine
+    return detector
 
 
 def load_options(options: argparse.Namespace) -> LoadOptions:
@@ -59,7 +52,6 @@ def ray_options(options: argparse.Namespace) -> RayOptions:
         address=options.ray,
         backend=options.backend,
         load=load_options(options),
-        batch=options.batch,
         progress=not options.quiet,
     )
 
@@ -93,20 +85,10 @@ def newest_engine() -> Path:
     return taken
 
 
-def nms_settings(options: argparse.Namespace) -> NmsSettings:
-    """Return the thresholds of the options."""
-    from trt_yolov6.spec import NmsSettings
+def predict_options(options: argparse.Namespace) -> PredictOptions:
+    """Return how the options want images to become detections."""
+    from trt_yolov6.spec import PredictOptions
 
-    return thresholds(options, NmsSettings())
-
-
-def thresholds(options: argparse.Namespace, default: NmsSettings) -> NmsSettings:
-    """Return thresholds with what the options change."""
-    from dataclasses import replace
-
-    given = {
-        "confidence": options.conf,
-        "iou": options.iou,
-        "max_detections": getattr(options, "max_detections", None),
-    }
-    return replace(default, **{key: value for key, value in given.items() if value is not None})
+    names = ("iou", "max_detections", "resize", "border", "batch", "workers")
+    given: dict[str, Any] = {name: getattr(options, name, None) for name in names}
+    return PredictOptions(options.conf, **given)

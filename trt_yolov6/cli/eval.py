@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.cli.engines import load, newest_engine, nms_settings, ray_options, resolved
+from trt_yolov6.cli.engines import load, newest_engine, predict_options, ray_options, resolved
 from trt_yolov6.cli.options import (
     SAMPLE_DATA,
     Commands,
     add_border,
     add_command,
+    add_gpus,
     add_json,
     add_loading,
     add_ray,
@@ -22,7 +23,6 @@ from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
-    from trt_yolov6.data.coco import CocoDataset
     from trt_yolov6.runtime.evaluate import Evaluation
 
 
@@ -40,13 +40,13 @@ def add(commands: Commands) -> None:
     add_border(parser)
     add_thresholds(parser)
     add_loading(parser)
+    add_gpus(parser)
     add_ray(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.data.coco import load_coco
     from trt_yolov6.data.sources import check_source
     from trt_yolov6.runtime.evaluation_plots import write_plots
 
@@ -55,8 +55,7 @@ def run(options: argparse.Namespace) -> None:
     path = resolved(options.engine or newest_engine())
     if options.data is None:
         say(f"no --data given: evaluating on the sample data set {SAMPLE_DATA}/")
-    evaluated = _evaluated_here if options.ray is None else _evaluated_on_ray
-    result = evaluated(options, path, load_coco(options.data or SAMPLE_DATA, options.split))
+    result = (_evaluated_here if options.ray is None else _evaluated_on_ray)(options, path)
     for note in result.notes:
         say(f"note: {note}")
     print(_evaluation_text(result))
@@ -68,35 +67,34 @@ def run(options: argparse.Namespace) -> None:
     say_next(options, "its speed", f"bench --engine {path}")
 
 
-def _evaluated_here(options: argparse.Namespace, path: Path, dataset: CocoDataset) -> Evaluation:
-    from trt_yolov6.data.letterbox import resolve_border
-    from trt_yolov6.runtime.evaluate import evaluate
+def _evaluated_here(options: argparse.Namespace, path: Path) -> Evaluation:
+    from trt_yolov6 import api
 
-    with load(path, options) as engine:
-        return evaluate(
-            engine,
-            dataset,
-            batch=options.batch,
-            nms=nms_settings(options),
-            border=resolve_border(options.resize, options.border, engine.image_size),
-            workers=options.workers,
-            progress=not options.quiet,
+    with load(path, options) as detector:
+        return api.evaluate(
+            detector,
+            options.data or SAMPLE_DATA,
+            options.split,
+            predict_options(options),
             confusion=options.plots is not None,
+            gpus=options.gpus,
+            progress=not options.quiet,
         )
 
 
-def _evaluated_on_ray(options: argparse.Namespace, path: Path, dataset: CocoDataset) -> Evaluation:
+def _evaluated_on_ray(options: argparse.Namespace, path: Path) -> Evaluation:
+    from trt_yolov6.data.coco import load_coco
     from trt_yolov6.serving.ray.jobs import evaluate_on_ray
 
+    if options.gpus > 1:
+        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.workers is not None:
         raise UserError("--workers is not for --ray, where an engine reads with its --threads.")
     return evaluate_on_ray(
         path,
-        dataset,
+        load_coco(options.data or SAMPLE_DATA, options.split),
         ray_options(options),
-        nms=nms_settings(options),
-        resize=options.resize,
-        border=options.border,
+        predict_options(options),
         confusion=options.plots is not None,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.engines import resolved
+from trt_yolov6.cli.engines import predict_options, resolved
 from trt_yolov6.cli.options import (
     Commands,
     add_command,
@@ -83,13 +83,8 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.engines import LoadOptions
     from trt_yolov6.serving.triton import ServingSettings, export_triton, runs_on_cpu, served_model
 
-    given = {"conf": "confidence", "iou": "iou", "max_detections": "max_detections"}
-    thresholds = {
-        field: getattr(options, name)
-        for name, field in given.items()
-        if getattr(options, name) is not None
-    }
-    if thresholds and options.python_backend != "pictures":
+    predict = predict_options(options)
+    if predict.thresholds() and options.python_backend != "pictures":
         raise UserError(
             "--conf, --iou and --max-detections are for --python-backend pictures: other entries "
             "give raw outputs; leave them out."
@@ -99,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
         gpus=() if options.cpu else options.gpus,
         max_queue_delay_us=options.max_queue_delay_us,
         default_cpu=not read_gpus(),
-        thresholds=thresholds,
+        predict=predict,
         extra="" if options.config is None else _text_of(options.config),
     )
     if options.name and len(options.name) != len(options.engine):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.cli.engines import thresholds
+from trt_yolov6.cli.engines import predict_options
 from trt_yolov6.cli.options import (
     CACHE_VERSION,
     SAMPLE_CALIB,
@@ -42,14 +42,12 @@ def weights_or_sample(weights: Path | None) -> Path:
 
 def checkpoint_options(options: argparse.Namespace) -> GraphOptions:
     """Return how a checkpoint is exported, as `add_graph_options` lets choose."""
-    from trt_yolov6.spec import NmsSettings
-
     if not options.end2end and (options.conf is not None or options.iou is not None):
         raise UserError("--conf and --iou belong to NMS in the graph; add --end2end.")
     return {
         "image_size": options.imgsz,
         "batch": _batch(options),
-        "nms": thresholds(options, NmsSettings()) if options.end2end else None,
+        "nms": predict_options(options).nms() if options.end2end else None,
         "uint8_input": options.uint8_input,
         "opset": options.opset,
     }

@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trt_yolov6.cli.engines import load, newest_engine, ray_options, resolved, thresholds
+from trt_yolov6.cli.engines import load, newest_engine, predict_options, ray_options, resolved
 from trt_yolov6.cli.options import (
     Commands,
     add_border,
     add_command,
+    add_gpus,
     add_loading,
     add_ray,
     add_thresholds,
@@ -53,6 +54,7 @@ def add(commands: Commands) -> None:
     add_border(parser)
     add_thresholds(parser, confidence=0.4)
     add_loading(parser)
+    add_gpus(parser)
     add_ray(parser)
 
 
@@ -73,22 +75,16 @@ def _or(words: tuple[str, ...]) -> str:
 
 
 def _infer_here(options: argparse.Namespace) -> None:
-    from trt_yolov6.data.letterbox import resolve_border
-    from trt_yolov6.runtime.annotate import infer_source
-    from trt_yolov6.runtime.predict import default_nms
-
-    with load(options.engine or newest_engine(), options) as engine, _stopped_by_ctrl_c() as stop:
-        summary = infer_source(
-            engine,
+    with load(options.engine or newest_engine(), options) as detector, _stopped_by_ctrl_c() as stop:
+        summary = detector.annotate(
             options.source,
             options.output,
+            predict_options(options),
             formats=options.format or ["json"],
             frames=options.frames,
             stop=stop,
-            nms=thresholds(options, default_nms(engine)),
-            border=resolve_border(options.resize, options.border, engine.image_size),
-            batch=options.batch,
             progress=not options.quiet,
+            gpus=options.gpus,
         )
     for _, reason in summary.failures:
         say(f"skipped: {reason}")
@@ -102,12 +98,16 @@ def _infer_here(options: argparse.Namespace) -> None:
     print(f"{shown}: drawn")
     for path in summary.files:
         print(f"{path}: the detections")
-    say_next(options, "its AP on labelled images", f"eval --engine {engine.path} --data DATA")
+    say_next(
+        options, "its AP on labelled images", f"eval --engine {detector.engine.path} --data DATA"
+    )
 
 
 def _infer_on_ray(options: argparse.Namespace) -> None:
     from trt_yolov6.serving.ray.jobs import infer_on_ray
 
+    if options.gpus > 1:
+        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.frames is not None:
         raise UserError("--frames is for videos, which --ray does not take; leave one of them out.")
     if len(options.format or ()) > 1:
@@ -118,10 +118,8 @@ def _infer_on_ray(options: argparse.Namespace) -> None:
         options.source,
         options.output,
         ray_options(options),
+        predict_options(options),
         form=(options.format or ["jsonl"])[0],
-        nms=lambda default: thresholds(options, default),
-        resize=options.resize,
-        border=options.border,
     )
     if summary.done_before:
         say(f"{summary.done_before} images were done already")

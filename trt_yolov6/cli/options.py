@@ -129,6 +129,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
 
 
+def add_gpus(parser: argparse.ArgumentParser) -> None:
+    """Add --gpus."""
+    parser.add_argument(
+        "--gpus", type=positive, default=1, metavar="N", help="TensorRT: GPUs to work on (1)"
+    )
+
+
 def add_ray(parser: argparse.ArgumentParser) -> None:
     """Add --ray."""
     parser.add_argument(
@@ -213,6 +220,7 @@ def spelled(name: str) -> str:
 
 
 _PARAMETERS = {
+    "address": "ray",
     "assignment": "set",
     "calibration": "calib",
     "class_names": "names",
@@ -220,12 +228,15 @@ _PARAMETERS = {
     "confidence": "conf",
     "cuda_graph": "no_cuda_graph",
     "eval_border": "border",
+    "extra": "config",
     "image_size": "imgsz",
     "images": "source",
     "learning_rate": "lr",
+    "names": "name",
     "nms": "end2end",
     "on_bad_data": "bad_data",
     "other_device": "allow_other_device",
+    "python": "python_backend",
     "scale_learning_rate": "scale_lr",
     "state_file": "output",
     "teacher": "distill",
@@ -254,14 +265,11 @@ def is_given(value: object) -> bool:
 
 
 def percent(text: str) -> float:
-    """Read a percentage above 0: `5` or `5%`."""
+    """Read a percentage: `5` or `5%`."""
     try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage above 0, such as 5%")
-    return value
+        return float(text.strip().removesuffix("%"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, such as 5%") from error
 
 
 def positive(text: str) -> int:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
-    from trt_yolov6.data.preprocessing import Preprocessing
     from trt_yolov6.spec import BatchProfile
 
 
@@ -54,11 +53,6 @@ def profile_text(profile: BatchProfile) -> str:
     if profile.is_static:
         return str(profile.min)
     return f"{profile.min}..{profile.max} (best at {profile.opt})"
-
-
-def reading_text(decoder: str, layout: str, preprocessing: Preprocessing) -> str:
-    """Say how an engine's outputs are read and its images prepared."""
-    return f"decoder {decoder}, outputs {layout}; images: {preprocessing}"
 
 
 def check_json(path: Path | None) -> None:

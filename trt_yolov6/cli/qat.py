@@ -124,9 +124,9 @@ def run(options: argparse.Namespace) -> None:
     # Before PyTorch is imported, which takes seconds.
     if options.data is None:
         raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
-    check_source(options.data, options.split, "--split")
+    check_source(options.data, options.split)
     if options.val_split != "none":
-        check_source(options.data, options.val_split, "--val-split")
+        check_source(options.data, options.val_split, "val_split")
 
     from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.common.files import write_json

@@ -73,7 +73,7 @@ def add(commands: Commands) -> None:
     model.add_argument(
         "--search-epochs", type=positive, metavar="N", help="length of the search (--epochs)"
     )
-    model.add_argument("--activation", choices=("relu", "silu"))
+    model.add_argument("--activation", choices=("relu", "silu", "leaky_relu"))
     model.add_argument(
         "--csp-ratio", type=float, metavar="R", help="channels inside CSPStackRep; 0: none"
     )
@@ -187,9 +187,9 @@ def _check_data(options: argparse.Namespace) -> None:
 
     if options.data is None:
         raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
-    check_source(options.data, options.split or "train", "--split")
+    check_source(options.data, options.split or "train")
     if options.val_split != "none":
-        check_source(options.data, options.val_split, "--val-split")
+        check_source(options.data, options.val_split, "val_split")
 
 
 def _listed_variants() -> Iterator[str]:

@@ -65,7 +65,7 @@ def accuracy(
     inputs = {
         "engine": built.sha256[batch],
         "data": [data["annotations_sha256"], data["images_sha256"]],
-        "nms": dataclasses.asdict(plan.nms),
+        "nms": dataclasses.asdict(plan.predict_options.nms()),
         "border": plan.border,
         "examples": plan.examples,
         "reading": _reading(built, batch),
@@ -79,9 +79,7 @@ def accuracy(
     work.tell(f"AP of {built.name} on {len(dataset.images)} images ...")
     with built.load(plan, batch) as engine:
         try:
-            evaluation = evaluate(
-                engine, dataset, nms=plan.nms, border=plan.border, progress=False
-            ).to_json()
+            evaluation = evaluate(engine, dataset, plan.predict_options, progress=False).to_json()
             for note in evaluation["notes"]:
                 work.tell(f"{built.name}: {note}")
         except ClassesDifferError as error:
@@ -130,7 +128,7 @@ def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[lis
 
     plan = work.plan
     images = [read_coco_image(image) for image in example_images(dataset, plan.examples)]
-    found = detect(engine, images, nms=plan.nms, border=plan.border)
+    found = detect(engine, images, plan.predict_options)
     return [
         [
             [*(round(value, 1) for value in box), round(score, 3), label]

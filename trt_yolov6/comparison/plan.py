@@ -28,13 +28,14 @@ precision, and `:6` or `:auto` leaves that many sensitive layers in float, as in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
-from trt_yolov6.errors import UserError, did_you_mean
-from trt_yolov6.spec import NmsSettings, Precision
+from trt_yolov6.common.records import as_record, check_keys, read_yaml
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import NmsSettings, Precision, PredictOptions
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -128,20 +129,20 @@ class Plan:
             )
         if self.examples < 0:
             raise UserError("`examples` is a number of images; give 0 or more.", "examples")
-        if self.border < 0:
-            raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.", "border")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"`threads` {self.threads} is too few; give 1 or more.", "threads")
-        _ = self.nms
+        _ = self.predict_options
 
     @property
-    def nms(self) -> NmsSettings:
-        """The thresholds of the evaluation.
+    def predict_options(self) -> PredictOptions:
+        """Thresholds and border of the evaluation.
 
         Raises:
             UserError: one is out of range.
         """
-        return NmsSettings(self.confidence, self.iou, self.max_detections)
+        return PredictOptions(
+            self.confidence, self.iou, self.max_detections, border=self.border or None
+        )
 
 
 def read_plan(path: str | Path, **changes: Any) -> Plan:
@@ -154,142 +155,53 @@ def read_plan(path: str | Path, **changes: Any) -> Plan:
     Raises:
         UserError: the file is missing, is not YAML, or has a key or value that means nothing here.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: bytes that are not UTF-8, or what YAML takes for a date, such as 2024-13-45.
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a YAML file ({reason}); correct it.") from error
+    value = read_yaml(path)
     if not isinstance(value, dict) or not isinstance(value.get("models"), list):
         raise UserError(f"{path} has no list `models`; name what is to be compared there.")
-    reader = _Reader(path)
-    fields = {**reader.fields(value, "", _PLAN_KEYS), **changes}
+    models = value.pop("models")
+    fields = {**_fields(path, "", value, {**get_type_hints(Plan), "imgsz": _SIZE}), **changes}
     size = fields.pop("imgsz", None)
     if "models" not in changes:
-        entries = [reader.model(entry) for entry in value["models"]]
+        entries = [_model(path, entry) for entry in models]
         fields["models"] = tuple(
             dataclasses.replace(entry, imgsz=entry.imgsz or size) for entry in entries
         )
     return Plan(**fields)
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Turns the values of one YAML file into those of `Plan`, or says what is wrong."""
-
-    file: Path
-
-    def model(self, entry: object) -> ModelEntry:
-        if isinstance(entry, str):
-            return ModelEntry(self.file.parent / entry)
-        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-            raise UserError(
-                f"{self.file}: an entry of `models` is neither a path nor has one under `path`; "
-                "correct it."
-            )
-        return ModelEntry(**self.fields(entry, "models: ", _MODEL_KEYS))
-
-    def fields(
-        self, value: dict[Any, Any], where: str, known: dict[str, Callable[[Any], Any]]
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, item in value.items():
-            if key == "models" and known is _PLAN_KEYS:
-                continue
-            if key not in known:
-                meant = did_you_mean(str(key), known)
-                raise UserError(
-                    f"{self.file}: {where}{key!r} means nothing{meant}; the keys are "
-                    f"{', '.join(known)}."
-                )
-            try:
-                found[key] = known[key](item)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise UserError(
-                    f"{self.file}: {where}{key} cannot be {item!r} ({error}); correct it."
-                ) from error
-            if isinstance(found[key], Path):
-                found[key] = self.file.parent / found[key]
-        return found
+_SIZE = tuple[int, int] | None
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise TypeError("a text is needed")
-    return value
+def _model(path: Path, entry: object) -> ModelEntry:
+    if isinstance(entry, str):
+        return ModelEntry(path.parent / entry)
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise UserError(
+            f"{path}: an entry of `models` is neither a path nor has one under `path`; correct it."
+        )
+    return ModelEntry(**_fields(path, "models: ", entry, get_type_hints(ModelEntry)))
 
 
-def _path(value: Any) -> Path:
-    return Path(_text(value))
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("true or false is needed")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError("a whole number is needed")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError("a number is needed")
-    return float(value)
-
-
-def _list(of: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-    def read(value: Any) -> tuple[Any, ...]:
-        return tuple(of(item) for item in (value if isinstance(value, list) else [value]))
-
-    return read
-
-
-def _size(value: Any) -> tuple[int, int]:
-    sides = _list(_whole)(value)
-    if len(sides) not in (1, 2) or min(sides) < 1:
-        raise ValueError("one side or [height, width] is needed")
-    return sides[0], sides[-1]
-
-
-_MODEL_KEYS: dict[str, Callable[[Any], Any]] = {
-    "path": _path,
-    "name": _text,
-    "precisions": _list(_text),
-    "names": _path,
-    "imgsz": _size,
-    "decoder": _text,
-    "preprocess": _list(_text),
-}
-
-_PLAN_KEYS: dict[str, Callable[[Any], Any]] = {
-    "precisions": _list(_text),
-    "batches": _list(_whole),
-    "backends": _list(_text),
-    "data": _path,
-    "split": _text,
-    "calib": _path,
-    "calibrator": _text,
-    "rounds": _whole,
-    "duration": _number,
-    "confidence": _number,
-    "iou": _number,
-    "max_detections": _whole,
-    "border": _whole,
-    "threads": _whole,
-    "provider": _text,
-    "layers": _flag,
-    "examples": _whole,
-    "imgsz": _size,
-}
+def _fields(path: Path, where: str, value: dict[Any, Any], types: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a mapping: paths from the file's folder, single items as lists."""
+    types.pop("models", None)
+    check_keys(path, where, value, list(types))
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if not isinstance(item, list) and (get_origin(types[key]) is tuple or key == "imgsz"):
+            item = [item]
+        if key == "imgsz" and len(item) == 1:
+            item = item * 2
+        found[key] = as_record(
+            item,
+            types[key],
+            f"{path}: {where}{key}",
+            decode=lambda _, name: path.parent / Path(name),
+        )
+        if key == "imgsz" and min(found[key]) < 1:
+            raise UserError(f"{path}: {where}imgsz: a side is below 1; correct it.")
+    return found
 
 
 def entries_for(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.annotations import check_units, find_image, flag
 from trt_yolov6.data.images import read_image
+from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.data.sources import malformed, read_source
 from trt_yolov6.errors import UserError
 
@@ -136,6 +137,28 @@ def read_coco_image(image: CocoImage) -> NDArray[np.uint8]:
         f"{image.path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but its annotations were "
         f"made for {image.width}x{image.height}; restore the image or correct the annotation file."
     )
+
+
+def open_coco_image(image: CocoImage) -> Jpeg | NDArray[np.uint8]:
+    """Read an image of a data set but leave a JPEG encoded that a GPU can decode.
+
+    Returns:
+        As `read_coco_image`, or a `Jpeg` of the recorded size.
+
+    Raises:
+        UserError: as `read_coco_image`; a file that is damaged further in is found later.
+    """
+    opened = open_image(image.path)
+    recorded = image.height, image.width
+    if isinstance(opened, Jpeg):
+        if opened.size == recorded:
+            return opened
+        as_stored = dataclasses.replace(opened.header, orientation=1)
+        if as_stored.size == recorded:
+            return dataclasses.replace(opened, header=as_stored)
+    elif opened.shape[:2] == recorded:
+        return opened
+    return read_coco_image(image)
 
 
 def read_records(

@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -72,7 +72,7 @@ def load_batches(
     keep_images: bool = False,
     skip_unreadable: bool = False,
     allocate: Callable[[int], NDArray[Any]] | None = None,
-) -> Iterator[Batch[Item]]:
+) -> Generator[Batch[Item], None, None]:
     """Yield batches in the order of `items`, preparing the next ones meanwhile.
 
     At most `AHEAD` batches beyond the one in use exist at any time. Closing the iterator early

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.images import list_images, quiet_opencv, read_image
+from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.errors import UserError
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -52,6 +53,13 @@ class Picture:
             return read_image(self.content, self.where)
         assert self.path is not None
         return read_image(self.path)
+
+    def open(self) -> Jpeg | NDArray[np.uint8]:
+        """Decode it unless a GPU can, see `jpeg.open_image`."""
+        if self.content is not None:
+            return open_image(self.content, self.where)
+        assert self.path is not None
+        return open_image(self.path)
 
 
 @dataclass(frozen=True)

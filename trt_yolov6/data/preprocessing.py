@@ -88,20 +88,6 @@ class Preprocessing:
                 )
         return dataclasses.replace(self, **changes)
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Return the value that `dataclasses.asdict` turned into JSON.
-
-        Raises:
-            TypeError, ValueError, UserError: it is something else.
-        """
-        numbers = {
-            name: tuple(float(item) for item in value[name])
-            for name in ("mean", "std")
-            if name in value
-        }
-        return cls(**{**value, **numbers})
-
     def __str__(self) -> str:
         """Return it in a line for people, such as `letterbox, RGB / 255`."""
         colour = self.colour.upper()

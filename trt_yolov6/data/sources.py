@@ -64,7 +64,7 @@ class _Found:
     split: str
 
 
-def _find(data: Path, split: str | None, option: str = "--split") -> _Found:
+def _find(data: Path, split: str | None, parameter: str = "split") -> _Found:
     from trt_yolov6.data.voc import voc_splits
     from trt_yolov6.data.yolo import find_yaml, yolo_splits
 
@@ -75,35 +75,35 @@ def _find(data: Path, split: str | None, option: str = "--split") -> _Found:
         )
     files = _coco_files(data) if data.is_dir() else {}
     if files:
-        chosen = choose_split(data, sorted(files), split, option)
+        chosen = choose_split(data, sorted(files), split, parameter)
         return _Found("coco", data, files[chosen], chosen)
     yaml_file = find_yaml(data)
     if yaml_file is not None:
-        chosen = choose_split(yaml_file, list(yolo_splits(yaml_file)), split, option)
+        chosen = choose_split(yaml_file, list(yolo_splits(yaml_file)), split, parameter)
         return _Found("yolo", data, yaml_file, chosen)
     xml = voc_splits(data)
     if xml:
-        return _Found("voc", data, data, choose_split(data, list(xml), split, option))
+        return _Found("voc", data, data, choose_split(data, list(xml), split, parameter))
     raise UserError(
         f"{data} has no annotations/instances_<split>.json, no data.yaml and no Pascal VOC "
         "Annotations/; give a data set in COCO, YOLO or VOC layout."
     )
 
 
-def check_source(data: str | Path, split: str | None = None, option: str = "--split") -> None:
+def check_source(data: str | Path, split: str | None = None, parameter: str = "split") -> None:
     """Refuse a data set that is none, or has no such split; quick, so ask before any work.
 
     Args:
         data, split: see `read_source`.
-        option: that names the split, for messages.
+        parameter: name of the one that gives the split, for messages.
 
     Raises:
         UserError: see `read_source`; the annotations themselves are not read.
     """
-    _find(Path(data), split, option)
+    _find(Path(data), split, parameter)
 
 
-def choose_split(data: Path, splits: list[str], split: str | None, option: str = "--split") -> str:
+def choose_split(data: Path, splits: list[str], split: str | None, parameter: str = "split") -> str:
     """Return the split to take.
 
     Raises:
@@ -116,7 +116,7 @@ def choose_split(data: Path, splits: list[str], split: str | None, option: str =
         if split not in splits:
             raise UserError(
                 f"{data} has no split {split!r}{did_you_mean(split, splits)}; give one of these as "
-                f"{option}: {present}."
+                f"`{parameter}`: {present}."
             )
         return split
     if len(splits) == 1:
@@ -124,7 +124,7 @@ def choose_split(data: Path, splits: list[str], split: str | None, option: str =
     for usual in ("val", "val2017"):
         if usual in splits:
             return usual
-    raise UserError(f"{data} has several splits; give one of these as {option}: {present}.")
+    raise UserError(f"{data} has several splits; give one of these as `{parameter}`: {present}.")
 
 
 def _coco_files(root: Path) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from trt_yolov6.common.records import read_yaml
 from trt_yolov6.data.images import images_below, upright_size
 from trt_yolov6.data.sources import Source
 from trt_yolov6.errors import UserError
@@ -189,17 +190,7 @@ def _has_names(file: Path) -> bool:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read ({error.strerror}); check `data`.", "data"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is not YAML ({reason}); correct it.") from error
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} does not hold keys such as train, val and names; correct it.")
     return content

@@ -1,4 +1,4 @@
-"""Scores above a threshold with their boxes, chosen before they leave the device."""
+"""Candidates of a batch, or the boxes kept, where a device chooses them before the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trt_yolov6.spec import NmsSettings
+
+MAX_CANDIDATES = 30000
+"""Boxes an image brings to the suppression at most, best first, as the authors' evaluation does."""
 
 
 @dataclass(frozen=True)
@@ -24,3 +29,20 @@ class Candidates:
     anchors: NDArray[np.int64]
     scores: NDArray[np.float32]
     boxes: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Suppressed:
+    """The boxes that suppression has kept of each image of a batch, the best first."""
+
+    counts: NDArray[np.int64]
+    """(batch,), how many boxes each image has kept."""
+    boxes: NDArray[np.float32]
+    """(batch, n, 4), x1, y1, x2, y2 in input pixels; those after an image's count are undefined, as
+    are their scores and classes."""
+    scores: NDArray[np.float32]
+    """(batch, n), in 0..1."""
+    classes: NDArray[np.integer]
+    """(batch, n), indices into the class names."""
+    nms: NmsSettings
+    """The thresholds."""

@@ -13,16 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox
-from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.candidates import MAX_CANDIDATES, Candidates, Suppressed
 from trt_yolov6.detectors.layouts import LAYOUTS, Found, ReadImage
+from trt_yolov6.detectors.suppression import suppress
 from trt_yolov6.errors import MissingDependencyError
 from trt_yolov6.spec import NmsSettings, OutputLayout
 
 if TYPE_CHECKING:
     import supervision
-
-MAX_CANDIDATES = 30000
-"""Boxes an image brings to the suppression at most, best first, as the authors' evaluation does."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class Detections:
 
 
 def postprocess(
-    outputs: Mapping[str, NDArray[Any]] | Candidates,
+    outputs: Mapping[str, NDArray[Any]] | Candidates | Suppressed,
     layout: OutputLayout,
     nms: NmsSettings,
     letterboxes: Sequence[Letterbox],
@@ -146,8 +144,9 @@ def postprocess(
     `clip`: the authors' evaluator clamps them, `evaluation.evaluate` does not.
 
     Args:
-        outputs: arrays by name, laid out as `layout` says (see `OutputLayout`); or the candidates
-            that an engine has chosen already, at the same confidence or a lower one.
+        outputs: arrays by name, laid out as `layout` says (see `OutputLayout`); or what an engine
+            has made of them already, at the same confidence or a lower one: candidates, or the
+            boxes that suppression at the same IoU has kept.
         layout: how to read them.
         nms: thresholds; where NMS is in the graph they only filter further.
         letterboxes: where each image lies in its row, all of one input size; rows beyond them are
@@ -164,6 +163,8 @@ def postprocess(
     """
     if isinstance(outputs, Candidates):
         of_image = _from_candidates(outputs, nms, letterboxes, clip)
+    elif isinstance(outputs, Suppressed):
+        of_image = _from_suppressed(outputs, nms, letterboxes, clip)
     elif letterboxes:
         of_image = _from_outputs(
             LAYOUTS[layout].read(outputs, letterboxes[0].size), nms, letterboxes, clip
@@ -178,93 +179,41 @@ def postprocess(
     return list(map(named, indices) if executor is None else executor.map(named, indices))
 
 
-def suppress(
-    boxes: NDArray[np.floating],
-    scores: NDArray[np.floating],
-    classes: NDArray[np.integer],
-    iou: float,
-    limit: int,
-) -> NDArray[np.intp]:
-    """Greedy non-maximum suppression within each class.
-
-    From the best score down, a box is kept unless its IoU with a kept box of its class exceeds
-    `iou`. A box without area overlaps nothing, so it is kept, as torchvision and ONNX's
-    NonMaxSuppression keep it.
-
-    Args:
-        boxes: (n, 4), x1, y1, x2, y2; finite, however far off the image.
-        scores: (n,), from the best down.
-        classes: (n,), 0 or more.
-        iou: threshold in 0..1.
-        limit: how many boxes are wanted.
-
-    Returns:
-        intp (k,), indices of the kept boxes from the best down, at most `limit`.
-    """
-    rectangles = boxes.astype(np.float64)
-    rectangles[:, 2:] -= rectangles[:, :2]
-    sides = rectangles[:, 2:]
-    # Two boxes whose areas sum up to less than this are the same one to OpenCV, wherever they lie.
-    solid = (sides > 0).all(axis=1) & (sides.prod(axis=1) > np.finfo(np.float64).eps)
-    # What greedy suppression keeps among the best n is the beginning of what it keeps among all,
-    # so a few of the best candidates usually suffice for the boxes wanted.
-    count = 4 * limit
-    while True:
-        kept = ~solid[:count]
-        for label in np.unique(classes[:count][solid[:count]]):
-            mine = np.flatnonzero(solid[:count] & (classes[:count] == label))
-            kept[mine[_suppress_one_class(rectangles[mine], scores[mine], iou)]] = True
-        if np.count_nonzero(kept) >= limit or count >= len(boxes):
-            return np.flatnonzero(kept)[:limit]
-        count += count // 2
-
-
-def _suppress_one_class(
-    rectangles: NDArray[np.float64], scores: NDArray[np.floating], iou: float
-) -> NDArray[np.intp]:
-    """Return the indices that greedy suppression keeps of (n, 4) x, y, width, height, best first.
-
-    Classes go through it one by one. OpenCV's own batched call shifts each class by its number
-    times the largest coordinate instead, so that one exploded box makes all others coincide.
-    """
-    import cv2
-
-    # Typed as sequences by OpenCV, though arrays are what it takes fastest.
-    places: Any = rectangles
-    ordered: Any = np.ascontiguousarray(scores, np.float32)
-    kept = cv2.dnn.NMSBoxes(places, ordered, 0.0, iou)
-    return np.asarray(kept, np.intp).reshape(-1)
-
-
 def _candidates(
     scores: NDArray[Any], confidence: float
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
     """Return (column, row, score) of a matrix's entries above the threshold, from the best down."""
     flat = scores.reshape(-1)
     indices = np.flatnonzero(flat > confidence)
-    values = flat[indices].astype(np.float32)
-    if len(values) > MAX_CANDIDATES:
-        best = np.argpartition(-values, MAX_CANDIDATES - 1)[:MAX_CANDIDATES]
-        best.sort()
-        indices, values = indices[best], values[best]
-    order = np.argsort(-values, kind="stable")
+    order = _best(flat[indices])
     rows, columns = np.divmod(indices[order], scores.shape[1])
-    return columns, rows, values[order]
+    return columns, rows, flat[indices[order]].astype(np.float32)
+
+
+def _best(scores: NDArray[Any]) -> NDArray[np.intp]:
+    """Return the order of scores from the best down, equal ones as they come, cut to the cap."""
+    if len(scores) <= MAX_CANDIDATES:
+        return np.argsort(-scores, kind="stable")
+    least = np.partition(scores, -MAX_CANDIDATES)[-MAX_CANDIDATES]
+    above = np.flatnonzero(scores >= least)
+    return above[np.argsort(-scores[above], kind="stable")[:MAX_CANDIDATES]]
 
 
 def _finish(
-    corners: NDArray[np.float64],
+    boxes: NDArray[np.floating],
     scores: NDArray[np.float32],
-    classes: NDArray[np.intp],
+    classes: NDArray[np.integer],
     nms: NmsSettings,
     placed: Letterbox,
     clip: bool,
 ) -> Detections:
     """Suppress candidates, sorted from the best down, and map the rest to the original image."""
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        corners = boxes.astype(np.float32)
     finite = np.isfinite(corners).all(axis=1)
     if not finite.all():  # a network that overflowed in low precision
         corners, scores, classes = corners[finite], scores[finite], classes[finite]
-    kept = suppress(corners, scores, classes, nms.iou, nms.max_detections)
+    kept = suppress(corners, classes, nms.iou, nms.max_detections)
     return _in_source(corners[kept], scores[kept], classes[kept], placed, clip)
 
 
@@ -316,11 +265,27 @@ def _from_candidates(
     def of_image(index: int) -> Detections:
         mine = slice(ends[index], ends[index + 1])
         scores = candidates.scores[mine]
-        # As in `_candidates`: the best down, equal ones by their place in the output.
-        order = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
+        order = _best(scores)
         order = order[scores[order] > nms.confidence]
-        corners = candidates.boxes[mine][order].astype(np.float64)
-        classes = candidates.classes[mine][order]
-        return _finish(corners, scores[order], classes, nms, letterboxes[index], clip)
+        boxes, classes = candidates.boxes[mine][order], candidates.classes[mine][order]
+        return _finish(boxes, scores[order], classes, nms, letterboxes[index], clip)
+
+    return of_image
+
+
+def _from_suppressed(
+    suppressed: Suppressed, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
+) -> _OfImage:
+    done = suppressed.nms
+    assert nms.iou == done.iou
+    assert nms.confidence >= done.confidence
+    assert nms.max_detections <= done.max_detections
+
+    def of_image(index: int) -> Detections:
+        scores = suppressed.scores[index, : suppressed.counts[index]]
+        # A better box is suppressed by none that is worse: a higher threshold takes from the end.
+        kept = slice(min(np.count_nonzero(scores > nms.confidence), nms.max_detections))
+        boxes, classes = suppressed.boxes[index, kept], suppressed.classes[index, kept]
+        return _in_source(boxes, scores[kept], classes, letterboxes[index], clip)
 
     return of_image

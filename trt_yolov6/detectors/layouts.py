@@ -89,7 +89,7 @@ def _read_rows(outputs: Outputs, size: tuple[int, int]) -> ReadImage:
     rows = _of_rank(outputs, 3)
 
     def read(index: int) -> Anchors:
-        row = rows[index]
+        row = _float32(rows[index])
         return Anchors(row[:, 5:] * row[:, 4:5], _around_centres(row[:, :4]))
 
     return read
@@ -113,7 +113,7 @@ def _read_grid_rows(outputs: Outputs, size: tuple[int, int]) -> ReadImage:
     cells, strides = grid(size, rows.shape[1])
 
     def read(index: int) -> Anchors:
-        row = rows[index]
+        row = _float32(rows[index])
 
         def corners(chosen: NDArray[np.intp]) -> NDArray[np.float64]:
             said, stride = row[chosen, :4].astype(np.float64), strides[chosen, None]
@@ -140,22 +140,39 @@ def grid(size: tuple[int, int], anchors: int) -> tuple[NDArray[np.float64], NDAr
     Raises:
         UserError: neither has that number.
     """
+    levels = levels_of(size, anchors)
+    if levels is None:
+        raise UserError(
+            f"{anchors} anchors are not those of an input of {size[0]}x{size[1]} with strides 8, "
+            "16, 32 (and 64); name another `decoder`.",
+            "decoder",
+        )
+    cells = [
+        np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
+        for _, (rows, columns) in levels
+    ]
+    strides = np.array([stride for stride, _ in levels], np.float64)
+    counts = [len(part) for part in cells]
+    return np.concatenate(cells).astype(np.float64), np.repeat(strides, counts)
+
+
+def levels_of(
+    size: tuple[int, int], anchors: int
+) -> tuple[tuple[int, tuple[int, int]], ...] | None:
+    """Return stride, and rows and columns, of each level of an anchor-free head.
+
+    Args:
+        size: height and width of the input in pixels.
+        anchors: how many there have to be, with strides 8, 16, 32 or 8, 16, 32, 64.
+
+    Returns:
+        The finest level first; None if neither has that number.
+    """
     for strides in STRIDES:
-        shapes = [(size[0] // stride, size[1] // stride) for stride in strides]
-        if sum(rows * columns for rows, columns in shapes) == anchors:
-            cells = [
-                np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
-                for rows, columns in shapes
-            ]
-            counts = [len(part) for part in cells]
-            return np.concatenate(cells).astype(np.float64), np.repeat(
-                np.array(strides, np.float64), counts
-            )
-    raise UserError(
-        f"{anchors} anchors are not those of an input of {size[0]}x{size[1]} with strides 8, 16, "
-        "32 (and 64); name another `decoder`.",
-        "decoder",
-    )
+        levels = tuple((stride, (size[0] // stride, size[1] // stride)) for stride in strides)
+        if sum(rows * columns for _, (rows, columns) in levels) == anchors:
+            return levels
+    return None
 
 
 STRIDES = ((8, 16, 32), (8, 16, 32, 64))
@@ -197,7 +214,7 @@ def _read_grids(anchors: Any) -> Callable[[Outputs, tuple[int, int]], ReadImage]
 
         def read(index: int) -> Anchors:
             row = np.concatenate([level[index].reshape(-1, level.shape[4]) for level in levels])
-            sure = _sigmoid(row[:, 4:])
+            sure = _sigmoid(_float32(row[:, 4:]))
 
             def corners(chosen: NDArray[np.intp]) -> NDArray[np.float64]:
                 said, at = 2 * _sigmoid(row[chosen, :4].astype(np.float64)), place[chosen]

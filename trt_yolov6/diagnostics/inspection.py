@@ -46,7 +46,7 @@ class Inspection:
             "bytes": self.size,
             "sha256": self.sha256,
             **dataclasses.asdict(self.details),
-            "manifest": dataclasses.asdict(self.manifest) if self.manifest else None,
+            "manifest": self.manifest.to_json() if self.manifest else None,
             "matches_manifest": self.matches_manifest,
         }
 

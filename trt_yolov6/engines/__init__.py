@@ -136,7 +136,10 @@ def load_engine(
             f"{path} was built for {manifest.backend}, not {backend_name}; leave `backend` out.",
             "backend",
         )
-    return backend(backend_name).load(path, manifest, options or LoadOptions())
+    options = options or LoadOptions()
+    engine = backend(backend_name).load(path, manifest, options)
+    engine.load_options = options
+    return engine
 
 
 def _check_exists(path: Path) -> None:

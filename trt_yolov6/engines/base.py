@@ -13,29 +13,27 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.common.closing import Closing
+from trt_yolov6.detectors.spec import Described
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import (
-    BatchProfile,
-    NmsSettings,
-    OutputLayout,
-    PrecisionName,
-    empty_input,
-    image_size_of,
-)
+from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, empty_input
 from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
-    from trt_yolov6.detectors.candidates import Candidates
+    from trt_yolov6.data.letterbox import Letterbox
+    from trt_yolov6.detectors.candidates import Candidates, Suppressed
+    from trt_yolov6.engines.cuda.device import Event
+    from trt_yolov6.engines.cuda.jpeg import JpegDecoder
+    from trt_yolov6.engines.cuda.letterbox import ImageView
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,8 @@ class Run(abc.ABC):
     """A batch that an engine is working on."""
 
     @abc.abstractmethod
-    def wait(self) -> dict[str, NDArray[Any]] | Candidates:
-        """Wait until it is done, once, and return the outputs by name, or the candidates."""
+    def wait(self) -> dict[str, NDArray[Any]] | Candidates | Suppressed:
+        """Wait until it is done, once, and return the outputs by name, or what is left of them."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class FinishedRun(Run):
         return self.outputs
 
 
-class Engine(abc.ABC):
+class Engine(Described, Closing):
     """A loaded engine. One thread at a time may call it; close it, or use it in a `with` block."""
 
     path: Path
@@ -145,12 +143,6 @@ class Engine(abc.ABC):
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
     """Batch sizes it takes."""
-    output_layout: OutputLayout
-    decoder: str = "yolov6"
-    """The family it is of, see `detectors.families`."""
-    preprocessing: Preprocessing = YOLOV6
-    """Preprocessing of its images: RGB in 0..1, letterboxed, unless its family's differ."""
-    class_names: tuple[str, ...]
     note: str = ""
     """Arithmetic of the engine where it differs from its precision."""
     computed_in: PrecisionName | None = None
@@ -161,8 +153,8 @@ class Engine(abc.ABC):
     """A batch's outputs have been found to be a detector's (see `plausibility`)."""
     in_flight: int = 1
     """Batches that `start` takes before the first is waited for."""
-    nms: NmsSettings | None = None
-    """The thresholds of the suppression inside an `end2end` graph, where they are known."""
+    load_options: LoadOptions = LoadOptions()
+    """Options that it was loaded with."""
 
     @abc.abstractmethod
     def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -178,18 +170,67 @@ class Engine(abc.ABC):
             UserError: wrong shape or dtype, or a batch size outside the engine's profile.
         """
 
-    def start(self, images: NDArray[Any], confidence: float | None = None) -> Run:
+    def start(self, images: NDArray[Any], nms: NmsSettings | None = None) -> Run:
         """Start a batch, to be waited for later; up to `in_flight` may be under way.
 
         Args:
             images: as for `infer`; not to be changed before the run has been waited for.
-            confidence: only scores above it are of interest. An engine on a GPU then gives
-                `Candidates` where it can, instead of all outputs.
+            nms: only what these thresholds keep is of interest. An engine on a GPU then gives
+                `Suppressed` boxes or `Candidates` where it can, instead of all outputs.
 
         Raises:
             UserError: as `infer`.
         """
         return FinishedRun(self.infer(images))
+
+    def takes_images(self) -> bool:
+        """Return whether `start_images` works: the engine letterboxes images on its GPU."""
+        return False
+
+    def start_images(
+        self,
+        images: Sequence[NDArray[np.uint8] | ImageView],
+        placed: Sequence[Letterbox],
+        nms: NmsSettings,
+        *,
+        rows: int | None = None,
+        after: Event | None = None,
+        patient: bool = False,
+    ) -> Run:
+        """Start a batch of images of any size: letterbox, engine and suppression on the GPU.
+
+        The run gives kept boxes where the suppression is done there, and outputs otherwise.
+
+        Args:
+            images: uint8 (height, width, 3), RGB, C-contiguous, or views of images on the GPU; not
+                to be changed or freed before the run has been waited for.
+            placed: where each goes in the input, see `data.letterbox.fit`.
+            nms: thresholds.
+            rows: of the engine's batch, more than there are images to pad it; default: as many.
+            after: an event on the GPU after which views can be read.
+            patient: wait for the run without using a core, some microseconds longer.
+
+        Raises:
+            UserError: the engine takes no batch of that size.
+        """
+        raise NotImplementedError
+
+    def image_stage_seconds(
+        self,
+        images: Sequence[NDArray[np.uint8] | ImageView],
+        placed: Sequence[Letterbox],
+        nms: NmsSettings,
+    ) -> dict[str, float]:
+        """Return the median seconds of each stage of `start_images` alone, in order, by name.
+
+        Args:
+            images, placed, nms: as for `start_images`.
+        """
+        raise NotImplementedError
+
+    def jpeg_decoder(self) -> JpegDecoder | None:
+        """Return the decoder of JPEGs on the engine's GPU; None where nvImageCodec is missing."""
+        return None
 
     def first_non_finite(self, images: NDArray[Any]) -> str | None:
         """Return the name of the first tensor inside that is not finite; None where untold.
@@ -236,30 +277,10 @@ class Engine(abc.ABC):
             "TensorRT."
         )
 
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Free what the engine holds; it cannot be used afterwards."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Input height and width in pixels."""
-        return image_size_of(self.input)
-
     @property
     def precision(self) -> str:
         """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
         return self.manifest.precision if self.manifest else "unknown"
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_images(engine: Engine, images: Any) -> None:

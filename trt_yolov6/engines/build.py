@@ -53,22 +53,6 @@ class BuiltEngine:
         return str(self.path)
 
 
-def for_tensorrt(graph: Graph) -> Graph:
-    """Return a graph as TensorRT computes it: unsigned INT8 levels become signed ones.
-
-    Raises:
-        UserError: see `quantization.qdq.symmetric.check_symmetric`.
-    """
-    if graph.precision not in ("int8", "int8-dynamic"):
-        return graph
-    from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
-
-    model, said = with_symmetric_int8(graph.model, graph.source)
-    if said is None:
-        return graph
-    return dataclasses.replace(graph, model=model, notes=(*graph.notes, said))
-
-
 def engine_stem(graph: Graph, target: str | None = None) -> str:
     """Return an engine's descriptive name: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
 
@@ -155,8 +139,6 @@ def build_engine(
     settings = dataclasses.replace(settings or BuildSettings(), batch=graph.batch, fp8=fp8)
     name = check_build(backend, output, settings)
     module = backend_module(name)
-    if BACKENDS[name].tensorrt:
-        graph = for_tensorrt(graph)
     path = engine_path(graph, name, output, settings.target)
     asked = len(quantized_layers(graph.model))
     if settings.calibration is not None:
@@ -219,22 +201,17 @@ def _manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
     return Manifest(
         engine=file_name(path),
         model=graph.name,
-        class_names=graph.class_names,
-        image_size=graph.image_size,
+        detector=graph.detector,
         batch=graph.batch,
         precision=graph.precision,
-        output_layout=graph.output_layout,
         backend="onnxruntime",
         backend_version=backend_module("onnxruntime").availability().version or "unknown",
         target="any",
         plan_sha256=sha256_bytes(plan),
         source=file_name(graph.source),
         source_sha256=sha256_file(graph.source),
-        nms=graph.nms,
         calibration=graph.calibration,
         float_layers=graph.float_layers,
-        decoder=graph.decoder,
-        preprocessing=graph.preprocessing,
         tensors=tuple(
             value_spec(item, graph.source)
             for item in (*runtime_inputs(graph.model), *graph.model.graph.output)

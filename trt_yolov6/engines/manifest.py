@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import (
@@ -25,27 +25,25 @@ from trt_yolov6.common.files import (
     sha256_file,
     write_json,
 )
-from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.common.records import as_record
+from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, PrecisionName, TensorSpec
+from trt_yolov6.spec import BatchProfile, PrecisionName, TensorSpec
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """Description of an engine. Written as flat JSON; `nms` and `batch` are small objects."""
+class Manifest(Described):
+    """Description of an engine, written as JSON: the detector's fields among the others."""
 
     engine: str
     """File name of the engine this describes."""
     model: str
     """Name of the network, such as `yolov6n`."""
-    class_names: tuple[str, ...]
-    image_size: tuple[int, int]
-    """Input height and width in pixels."""
+    detector: DetectorSpec
     batch: BatchProfile
     precision: PrecisionName
-    output_layout: OutputLayout
     backend: str
     backend_version: str
     target: str
@@ -54,8 +52,6 @@ class Manifest:
     source: str
     """File name of the checkpoint or ONNX file it was built from."""
     source_sha256: str
-    nms: NmsSettings | None = None
-    """The thresholds inside an `end2end` graph; None otherwise."""
     calibration: dict[str, Any] | None = None
     float_layers: tuple[str, ...] = ()
     """Layers of an INT8 or FP8 graph that stay in float, as asked or chosen."""
@@ -63,13 +59,15 @@ class Manifest:
     """Convolutions that the engine computes in INT8; None where its builder does not say."""
     fp8_layers: int | None = None
     """Convolutions that the engine computes in FP8; None where its builder does not say."""
-    decoder: str = "yolov6"
-    """The family of detectors whose outputs these are, see `detectors.families`."""
-    preprocessing: Preprocessing = YOLOV6
-    """Preprocessing of its images."""
     tensors: tuple[TensorSpec, ...] = ()
     """Its input and then its outputs; empty in manifests of early versions."""
     schema: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as its file has it."""
+        value = dataclasses.asdict(self)
+        tensors = [spec.to_json() for spec in self.tensors]
+        return {**value, **value.pop("detector"), "tensors": tensors}
 
     @property
     def quantized_layers(self) -> int | None:
@@ -115,16 +113,11 @@ def choose_manifest_path(engine_path: str | Path) -> Path:
 def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
     """Write the manifest next to its engine and return the path it was given."""
     path = choose_manifest_path(engine_path)
-    _write(path, manifest)
+    write_json(path, manifest.to_json())
     plain, full = manifest_paths(engine_path)
     if path == plain and manifest_owner(full) == manifest.engine:
         full.unlink()
     return path
-
-
-def _write(path: Path, manifest: Manifest) -> None:
-    tensors = [spec.to_json() for spec in manifest.tensors]
-    write_json(path, {**dataclasses.asdict(manifest), "tensors": tensors})
 
 
 def write_pair(engine_path: str | Path, plan: bytes, manifest: Manifest) -> Path:
@@ -141,7 +134,7 @@ def write_pair(engine_path: str | Path, plan: bytes, manifest: Manifest) -> Path
         check_writable(target)
         with atomic_path(path) as temporary:
             temporary.write_bytes(plan)
-            _write(pending, manifest)
+            write_json(pending, manifest.to_json())
         written = write_manifest(path, manifest)
         pending.unlink(missing_ok=True)
     return written
@@ -209,44 +202,10 @@ def _from_json(path: Path, value: dict[str, Any]) -> Manifest:
             f"{path} has manifest schema {value.get('schema')!r}, this version reads "
             f"{SCHEMA_VERSION}; build the engine again."
         )
-    try:
-        height, width = value["image_size"]
-        known = {field.name for field in dataclasses.fields(Manifest)}
-        manifest = Manifest(
-            **{
-                **{key: item for key, item in value.items() if key in known},
-                "class_names": tuple(value["class_names"]),
-                "image_size": (int(height), int(width)),
-                "batch": BatchProfile(**value["batch"]),
-                "nms": NmsSettings(**value["nms"]) if value.get("nms") else None,
-                "float_layers": tuple(value.get("float_layers", ())),
-                "preprocessing": Preprocessing.from_json(value.get("preprocessing", {})),
-                "tensors": tuple(map(TensorSpec.from_json, value.get("tensors", ()))),
-            }
-        )
-        _check_values(manifest, value)
-    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); build the engine again with "
-            "`trt-yolov6 build`."
-        ) from error
+    remedy = "build the engine again with `trt-yolov6 build`."
+    # The detector's fields are among the others; each class takes its own.
+    detector = as_record(value, DetectorSpec, f"{path} is damaged", remedy)
+    manifest = as_record({**value, "detector": detector}, Manifest, f"{path} is damaged", remedy)
+    if manifest.backend not in BACKENDS:
+        raise UserError(f"{path} is damaged: backend: {manifest.backend!r}; {remedy}")
     return manifest
-
-
-def _check_values(manifest: Manifest, value: dict[str, Any]) -> None:
-    """Raise ValueError for what a dataclass takes but no manifest has."""
-    choices = {
-        "precision": get_args(PrecisionName),
-        "output_layout": get_args(OutputLayout),
-        "backend": tuple(BACKENDS),
-    }
-    for name, allowed in choices.items():
-        if getattr(manifest, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
-    texts = ("engine", "model", "backend_version", "target", "plan_sha256", "source", "decoder")
-    wrong = [name for name in texts if not isinstance(getattr(manifest, name), str)]
-    if not isinstance(value["class_names"], list):
-        wrong.append("class_names")
-    wrong += [name for name in manifest.class_names if not isinstance(name, str)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is of the wrong type")

@@ -1,34 +1,26 @@
-"""Decoding and preprocessing of an engine: from its manifest, else recognized from its graph."""
+"""Description of an engine's detector: from its manifest, else recognized from its graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.detectors.layouts import class_count
-from trt_yolov6.detectors.metadata import names_in
+from trt_yolov6.detectors.metadata import names_in, nms_in
 from trt_yolov6.detectors.recognition import GraphFacts, recognize
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.engines.base import LoadOptions
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import OutputLayout, TensorSpec
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Decoding of an engine's outputs and preprocessing of its images."""
-
-    decoder: str
-    layout: OutputLayout
-    preprocessing: Preprocessing
-
-
-def reading_of(
+def detector_of(
     manifest: Manifest | None, options: LoadOptions, path: Path, facts: Callable[[], GraphFacts]
-) -> Reading:
-    """Return how to use an engine: as its manifest says, else as its graph lets recognize.
+) -> DetectorSpec:
+    """Return an engine's detector: as its manifest says, else as its graph lets recognize.
+
+    Classes without names in the graph's metadata are `class_0`, `class_1` and so on.
 
     Args:
         manifest: what `build` wrote, if anything.
@@ -40,8 +32,17 @@ def reading_of(
         UserError: see `detectors.recognition.recognize`, or the manifest says otherwise.
     """
     if manifest is None:
-        family, layout = recognize(facts(), path, options.decoder)
-        reading = Reading(family.name, layout, family.preprocessing)
+        known = facts()
+        assert known.image_size is not None
+        family, layout = recognize(known, path, options.decoder)
+        count = class_count(known.outputs, layout)
+        names = names_in(known.metadata)
+        if names is None or count not in (None, len(names)):
+            names = tuple(f"class_{index}" for index in range(count or 0))
+        nms = nms_in(known.metadata) if layout == "end2end" else None
+        detector = DetectorSpec(
+            names, known.image_size, layout, family.name, family.preprocessing, nms
+        )
     else:
         if options.decoder not in (None, manifest.decoder):
             raise UserError(
@@ -49,21 +50,5 @@ def reading_of(
                 "out, or build it again with it.",
                 "decoder",
             )
-        reading = Reading(manifest.decoder, manifest.output_layout, manifest.preprocessing)
-    return replace(reading, preprocessing=reading.preprocessing.with_changes(options.preprocess))
-
-
-def class_names_of(
-    outputs: Sequence[TensorSpec],
-    layout: OutputLayout,
-    manifest: Manifest | None,
-    metadata: Mapping[str, str] | None = None,
-) -> tuple[str, ...]:
-    """Return the class names of the manifest, else of the metadata, else `class_0`, `class_1` …"""
-    if manifest:
-        return manifest.class_names
-    count = class_count(outputs, layout)
-    names = names_in(metadata or {})
-    if names is not None and count in (None, len(names)):
-        return names
-    return tuple(f"class_{index}" for index in range(count or 0))
+        detector = manifest.detector
+    return replace(detector, preprocessing=detector.preprocessing.with_changes(options.preprocess))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from trt_yolov6 import __version__
 from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
 from trt_yolov6.common.files import write_bytes
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, replace_tensor
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
@@ -566,11 +567,13 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
     return Graph(
         model=export_onnx(checkpoint.model, settings, checkpoint.class_names),
         name=checkpoint.arch.name,
-        class_names=tuple(checkpoint.class_names),
-        image_size=settings.size_for(checkpoint.arch),
+        detector=DetectorSpec(
+            tuple(checkpoint.class_names),
+            settings.size_for(checkpoint.arch),
+            settings.output_layout,
+            nms=settings.nms,
+        ),
         batch=settings.batch,
         precision="fp16" if settings.fp16 else "fp32",
-        output_layout=settings.output_layout,
-        nms=settings.nms,
         source=checkpoint.path,
     )

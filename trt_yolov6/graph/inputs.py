@@ -85,5 +85,5 @@ def with_one_input(
 def _size_of(image: Any, path: str | Path) -> tuple[float, float]:
     sides = [dim.dim_value for dim in image.type.tensor_type.shape.dim[2:]]
     if len(sides) != 2 or min(sides) <= 0:
-        raise UserError(f"{path} leaves its image size free; fix it with `build --onnx --imgsz`.")
+        raise UserError(f"{path} leaves its image size free; fix it with `image_size`.")
     return sides[0], sides[1]

@@ -6,33 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
-from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout, PrecisionName
+from trt_yolov6.detectors.spec import Described, DetectorSpec
+from trt_yolov6.spec import BatchProfile, PrecisionName
 
 if TYPE_CHECKING:
     import onnx
 
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(Described):
     """An ONNX model ready to be built, with what the manifest has to say about it."""
 
     model: onnx.ModelProto
     name: str
-    class_names: tuple[str, ...]
-    image_size: tuple[int, int]
+    detector: DetectorSpec
     batch: BatchProfile
     precision: PrecisionName
-    output_layout: OutputLayout
-    nms: NmsSettings | None
     source: Path
     calibration: dict[str, Any] | None = None
     """Calibration of an INT8 or FP8 graph; None for others."""
     float_layers: tuple[str, ...] = ()
     """Layers of such a graph that were asked to stay in float."""
-    decoder: str = "yolov6"
-    """The family the detector is of, see `detectors.families`."""
-    preprocessing: Preprocessing = YOLOV6
-    """Preprocessing of its images."""
     notes: tuple[str, ...] = ()
     """Notes on changes to a file's graph, on reading or for TensorRT."""

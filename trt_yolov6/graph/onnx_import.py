@@ -12,6 +12,7 @@ import numpy as np
 from trt_yolov6.detectors.layouts import class_count
 from trt_yolov6.detectors.metadata import check_input, image_size_in, names_in, nms_in
 from trt_yolov6.detectors.recognition import recognize
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.facts import facts_of
 from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
@@ -81,15 +82,17 @@ def graph_from_onnx(
         model=model,
         # A name in a file is anyone's; it becomes that of the engine's file.
         name=Path(metadata.get("model", "").replace("\\", "/")).name.lstrip(".") or path.stem,
-        class_names=_class_names(path, labels, class_count(outputs, layout)),
-        image_size=size,
+        detector=DetectorSpec(
+            _class_names(path, labels, class_count(outputs, layout)),
+            size,
+            layout,
+            family.name,
+            family.preprocessing.with_changes(preprocess or {}),
+            nms_in(metadata) if layout == "end2end" else None,
+        ),
         batch=profile,
         precision=precision,
-        output_layout=layout,
-        nms=nms_in(metadata) if layout == "end2end" else None,
         source=path,
-        decoder=family.name,
-        preprocessing=family.preprocessing.with_changes(preprocess or {}),
         notes=(dropped_text(dropped),) if dropped else (),
     )
 

@@ -14,16 +14,22 @@ BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
 
 
-ACTIVATIONS: dict[ActivationName, type[nn.ReLU | nn.SiLU | nn.Hardswish]] = {
+LEAK = 0.1
+"""Slope of LeakyReLU below 0, as in YOLOv3; the paper names none."""
+
+ACTIVATIONS: dict[ActivationName, type[nn.ReLU | nn.SiLU | nn.Hardswish | nn.LeakyReLU]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "hardswish": nn.Hardswish,
+    "leaky_relu": nn.LeakyReLU,
 }
 """The layer of each name."""
 
 
 def activation(name: ActivationName) -> nn.Module:
     """Return a new activation layer."""
+    if name == "leaky_relu":
+        return nn.LeakyReLU(LEAK, inplace=True)
     return ACTIVATIONS[name](inplace=True)
 
 

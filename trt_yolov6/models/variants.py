@@ -18,7 +18,7 @@ BlockKind = Literal["repvgg", "conv", "scaled", "qarepvgg", "lite"]
 StackKind = Literal["plain", "csp", "mbla"]
 NeckKind = Literal["pan", "bifusion", "lite"]
 PoolingKind = Literal["sppf", "cspsppf", "none"]
-ActivationName = Literal["relu", "silu", "hardswish"]
+ActivationName = Literal["relu", "silu", "hardswish", "leaky_relu"]
 HeadKind = Literal["distance", "offset"]
 
 STRIDES = (8, 16, 32)

@@ -77,12 +77,12 @@ def collect(
         if pending is not None:
             pending.result()
     if not number:
-        raise UserError("there is no calibration image; give --calib a folder that holds some.")
+        raise UserError("there is no calibration image; name a folder of some as `calibration`.")
     result = {name: accumulator.result() for name, accumulator in accumulators.items()}
     if source in result and result[source].amax == 0:
         raise UserError(
             "all calibration images are black, which tells nothing about the network's ranges; "
-            "give --calib images like those the detector will see."
+            "calibrate on images like those the detector will see."
         )
     return result
 

@@ -90,7 +90,7 @@ def least_agreement(max_ap_drop: float) -> float:
     """
     if not max_ap_drop > 0:
         raise UserError(
-            f"--max-ap-drop {max_ap_drop} is out of range; give AP points above 0, such as 0.5."
+            f"`max_ap_drop` {max_ap_drop} is out of range; give AP points above 0, such as 0.5."
         )
     return float(1 - (min(max_ap_drop, 50) / 50) ** (1 / 1.7))
 

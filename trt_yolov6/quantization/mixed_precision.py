@@ -131,7 +131,7 @@ def most_sensitive(sensitivity: Sensitivity, count: int) -> tuple[str, ...]:
     """
     if not 0 <= count <= len(sensitivity.layers):
         raise UserError(
-            f"--float-layers {count} is out of range; {len(sensitivity.layers)} layers run in INT8."
+            f"`float_layers` {count} is out of range; {len(sensitivity.layers)} layers run in INT8."
         )
     return sensitivity.names[:count]
 

@@ -156,14 +156,14 @@ def _check_graph(graph: Graph, settings: QuantizationSettings) -> None:
     quantized = settings.quantized
     if graph.precision != "fp32":
         raise UserError(
-            f"{graph.source} is {graph.precision} already; {quantized.option} starts from a "
+            f"{graph.source} is {graph.precision} already; {quantized.label} starts from a "
             "float32 graph."
         )
     check_weights(graph.model)
     if quantized.is_floating and not place_for(quantized, graph.model).layers:
         raise UserError(
-            f"{graph.source} has no convolution that {quantized.option} would speed up: they "
-            "all do little work for each value that is quantized; build it with --fp16."
+            f"{graph.source} has no convolution that {quantized.label} would speed up: they "
+            "all do little work for each value that is quantized; build it in fp16."
         )
 
 

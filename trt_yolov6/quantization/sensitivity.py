@@ -196,7 +196,7 @@ def layer_distortions(
             error, reference, values, count = (next(found) for _ in _SUMS)
             totals[name] += Distortion(float(error), float(reference), float(values), int(count))
     if not seen:
-        raise UserError("there is no calibration image; give --calib a folder that holds some.")
+        raise UserError("there is no calibration image; name a folder of some as `calibration`.")
     return totals
 
 
@@ -276,7 +276,7 @@ def write_chart(result: Sensitivity, path: str | Path) -> None:
         MissingDependencyError: matplotlib is not installed.
     """
     if Path(path).suffix.lower() != ".png":
-        raise UserError(f"--plot {path} is not a PNG file; give a name that ends in .png.")
+        raise UserError(f"`plot` {path} is not a PNG file; give a name that ends in .png.")
     if not result.layers:
         raise UserError("no layer runs in INT8, so that there is nothing to draw.")
     try:

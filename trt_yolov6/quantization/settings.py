@@ -51,30 +51,30 @@ class QuantizationSettings:
 def check_settings(settings: QuantizationSettings) -> None:
     """Raise UserError for what the type that is quantized to has no use for, or out of range."""
     if settings.max_ap_drop is None and settings.max_slowdown is None:
-        raise UserError("nothing bounds --float-layers auto; give --max-ap-drop or --max-slowdown.")
+        raise UserError("nothing bounds `float_layers` auto; give `max_ap_drop` or `max_slowdown`.")
     if settings.max_slowdown is not None and not 0 < settings.max_slowdown <= 100:
         raise UserError(
-            f"--max-slowdown {settings.max_slowdown:g} is out of range; give per cent of the run "
+            f"`max_slowdown` {settings.max_slowdown:g} is out of range; give per cent of the run "
             "time, above 0 and up to 100, such as 5%."
         )
     quantized = settings.quantized
     methods = methods_for(quantized)
     if settings.calibrator != "auto" and settings.calibrator not in methods:
         raise UserError(
-            f"--calibrator {settings.calibrator} is for --int8: it compares with levels that stand "
-            f"evenly; choose one of {', '.join(methods)} with {quantized.option}."
+            f"`calibrator` {settings.calibrator} is for INT8: it compares with levels that stand "
+            f"evenly; choose one of {', '.join(methods)} with {quantized.label}."
         )
     if not quantized.is_floating:
         return
     if settings.adaptive_rounding:
         raise UserError(
-            f"--adaptive-rounding is for --int8; leave it out with {quantized.option}, whose "
+            f"`adaptive_rounding` is for INT8; leave it out with {quantized.label}, whose "
             "levels lie close together where most weights are."
         )
     if not isinstance(settings.float_layers, tuple) and settings.float_layers != 0:
         raise UserError(
-            f"--float-layers {settings.float_layers} ranks layers by what --int8 costs in them; "
-            f"name the layers with {quantized.option}."
+            f"`float_layers` {settings.float_layers} ranks layers by what INT8 costs in them; "
+            f"name the layers with {quantized.label}."
         )
 
 

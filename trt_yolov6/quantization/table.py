@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.types import INT8, QUANTIZED_TYPES
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     import onnx
 
 SCHEMA = 2
-
-_TUNING = ("biases_corrected", "reconstructed")
 
 Setting = str | int | float | bool | None
 
@@ -102,41 +101,47 @@ def read_table(path: str | Path) -> CalibrationTable:
         UserError: the file is missing or no calibration table, or a range is zero or not finite.
     """
     value = read_json(path)
-    try:
-        schema = value["schema"]
-        if schema != SCHEMA:
-            raise UserError(
-                f"{path} is a calibration table of version {schema}, not {SCHEMA}; delete it and "
-                "calibrate again."
-            )
-        key = value["key"]
-        model, images, settings = key["model_sha256"], key["images_sha256"], key["settings"]
-        variant = str(value["variant"])
-        float_layers = tuple(str(name) for name in value["float_layers"])
-        corrected, reconstructed = (bool(value[name]) for name in _TUNING)
-        amax = {str(name): float(entry["amax"]) for name, entry in value["tensors"].items()}
-        methods = {str(name): str(entry["method"]) for name, entry in value["tensors"].items()}
-        if not (isinstance(model, str) and isinstance(images, str) and isinstance(settings, dict)):
-            raise TypeError
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    schema = value.get("schema", SCHEMA) if isinstance(value, dict) else SCHEMA
+    if schema != SCHEMA:
         raise UserError(
-            f"{path} is not a calibration table of this package; delete it and calibrate again."
-        ) from error
-    for name, range_ in amax.items():
-        if not (math.isfinite(range_) and range_ > 0):
+            f"{path} is a calibration table of version {schema}, not {SCHEMA}; delete it and "
+            "calibrate again."
+        )
+    subject = f"{path} is not a calibration table of this package"
+    table = as_record(value, _File, subject, "delete it and calibrate again.")
+    for name, entry in table.tensors.items():
+        if not (math.isfinite(entry.amax) and entry.amax > 0):
             raise UserError(
-                f"{path} gives tensor {name!r} the range {range_}, not a finite number above 0; "
-                "delete the file and calibrate again."
+                f"{path} gives tensor {name!r} the range {entry.amax}, not a finite number above "
+                "0; delete the file and calibrate again."
             )
     return CalibrationTable(
-        amax,
-        methods,
-        CalibrationKey(model, images, settings),
-        variant,
-        float_layers,
-        corrected,
-        reconstructed,
+        {name: entry.amax for name, entry in table.tensors.items()},
+        {name: entry.method for name, entry in table.tensors.items()},
+        table.key,
+        table.variant,
+        table.float_layers,
+        table.biases_corrected,
+        table.reconstructed,
     )
+
+
+@dataclass(frozen=True)
+class _Range:
+    amax: float
+    method: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """Content of a table's file."""
+
+    variant: str
+    float_layers: tuple[str, ...]
+    biases_corrected: bool
+    reconstructed: bool
+    key: CalibrationKey
+    tensors: dict[str, _Range]
 
 
 def reusable_table(path: str | Path, key: CalibrationKey) -> tuple[CalibrationTable | None, str]:

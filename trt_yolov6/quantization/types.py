@@ -47,11 +47,6 @@ class QuantizedType:
     where with a scale for each channel they give what ONNX Runtime does.
     """
 
-    @property
-    def option(self) -> str:
-        """The option of the command line that asks for it."""
-        return f"--{self.name}"
-
     def smallest_scale(self, half: bool) -> float:
         """Return the least scale worth having, in float16 if `half`, else in float32.
 

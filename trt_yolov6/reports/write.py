@@ -51,7 +51,7 @@ def check_form(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in FORMS:
         raise UserError(
-            f"--output {path} is not a format of reports; give names that end in "
+            f"`output` {path} is not a format of reports; give names that end in "
             f"{', '.join(FORMS)}."
         )
     check_writable(path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.detection_files import Format, open_detection_files
 from trt_yolov6.runtime.draw import draw_detections
-from trt_yolov6.runtime.predict import default_nms, process
+from trt_yolov6.runtime.predict import Processed, default_nms, process
+from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus
 from trt_yolov6.runtime.video import VideoWriter
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,13 @@ def infer_source(
     engine: Engine,
     source: str | Path,
     output: str | Path,
+    options: PredictOptions | None = None,
     *,
     formats: Sequence[Format] = ("json",),
     frames: int | None = None,
     stop: Callable[[], bool] = lambda: False,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
     progress: bool = True,
+    gpus: int = 1,
 ) -> InferenceSummary:
     """Find objects in pictures or a video, and draw them.
 
@@ -76,11 +77,12 @@ def infer_source(
         engine: any loaded engine.
         source: see `media.find_media`.
         output: the folder to write to; made if missing, not the one the source lies in.
+        options: as in `detect`.
         formats: of `detection_files.FORMATS`.
         frames: end a video or stream after this number.
         stop: asked before each frame of a video or stream: whether to end here.
-        nms, border, batch: as in `detect`.
         progress: show a progress bar on stderr.
+        gpus: GPUs to work on, a process each, see `several_gpus`; for pictures only.
 
     Raises:
         UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
@@ -96,11 +98,44 @@ def infer_source(
         raise UserError(
             f"{output} is where the source lies; give another folder as `output`.", "output"
         )
-    options = {"nms": nms or default_nms(engine), "border": border, "batch": batch}
+    options = (options or PredictOptions()).over(default_nms(engine))
     if isinstance(media, Video):
+        if gpus > 1:
+            raise UserError("the frames of a video go through one GPU; leave `gpus` out.", "gpus")
         clip = open_video(media, frames, stop)
-        return _infer_video(engine, media, clip, output, formats, progress, **options)
-    return _infer_pictures(engine, media, str(source), output, formats, progress, **options)
+        return _infer_video(engine, media, clip, output, formats, options, progress)
+    return _infer_pictures(engine, media, str(source), output, formats, options, progress, gpus)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A picture that was drawn and written."""
+
+    path: Path
+    record: dict[str, Any]
+    """Record for `DetectionFiles.add`."""
+    detections: Detections
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draws and writes the pictures of a batch; it may travel to other processes."""
+
+    output: Path
+    class_names: tuple[str, ...]
+
+    def __call__(self, batch: Batch[Picture], found: list[Detections]) -> list[_Drawn]:
+        written = []
+        for picture, image, detections in zip(batch.items, batch.images, found, strict=True):
+            drawn = draw_detections(image, detections, self.class_names)
+            known = Path(picture.name).suffix.lower() in IMAGE_SUFFIXES
+            path = self.output / (picture.name if known else picture.name + ".jpg")
+            _, encoded = cv2.imencode(path.suffix.lower(), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+            write_bytes(path, encoded.tobytes())
+            height, width = image.shape[:2]
+            record = {"file": picture.name, "width": width, "height": height}
+            written.append(_Drawn(path, record, detections))
+        return written
 
 
 def _infer_pictures(
@@ -109,29 +144,18 @@ def _infer_pictures(
     source: str,
     output: Path,
     formats: Sequence[Format],
+    options: PredictOptions,
     progress: bool,
-    **options: Any,
+    gpus: int,
 ) -> InferenceSummary:
     start = time.perf_counter()
     outputs: list[Path] = []
     failures: list[tuple[str, str]] = []
     odd: list[str] = []
     seconds = 0.0
-
-    def finish(batch: Batch[Picture], found: list[Detections]) -> list[Path]:
-        written = []
-        for picture, image, detections in zip(batch.items, batch.images, found, strict=True):
-            drawn = draw_detections(image, detections, engine.class_names)
-            known = Path(picture.name).suffix.lower() in IMAGE_SUFFIXES
-            written.append(output / (picture.name if known else picture.name + ".jpg"))
-            _, encoded = cv2.imencode(
-                written[-1].suffix.lower(), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
-            )
-            write_bytes(written[-1], encoded.tobytes())
-            height, width = image.shape[:2]
-            files.add({"file": picture.name, "width": width, "height": height}, detections)
-        return written
-
+    run: Callable[..., Iterator[Processed[Picture, list[_Drawn]]]] = process
+    if gpus > 1:
+        run = functools.partial(process_on_gpus, check_gpus(gpus))
     with (
         open_detection_files(output, formats, engine.class_names) as files,
         tqdm(
@@ -141,17 +165,19 @@ def _infer_pictures(
             disable=None if progress else True,
         ) as bar,
     ):
-        for step in process(
+        for step in run(
             engine,
             pictures.items,
             Picture.read,
-            finish,
+            _Draw(output, engine.class_names),
+            options,
             keep_images=True,
             skip_unreadable=not pictures.is_single,
             tell=odd.append,
-            **options,
         ):
-            outputs.extend(step.result)
+            for drawn in step.result:
+                outputs.append(drawn.path)
+                files.add(drawn.record, drawn.detections)
             failures.extend((item.where, str(error)) for item, error in step.batch.failures)
             seconds += step.inference_seconds
             bar.update(len(step.batch.items) + len(step.batch.failures))
@@ -177,8 +203,8 @@ def _infer_video(
     clip: Clip,
     output: Path,
     formats: Sequence[Format],
+    options: PredictOptions,
     progress: bool,
-    **options: Any,
 ) -> InferenceSummary:
     start = time.perf_counter()
     target = output / f"{video.name}.mp4"
@@ -208,9 +234,7 @@ def _infer_video(
             ) as bar:
                 # Frames can only be decoded in order, so the caller's thread does it and the
                 # loader's threads just resize them.
-                for step in process(
-                    engine, clip.frames, _pixels, finish, tell=odd.append, **options
-                ):
+                for step in process(engine, clip.frames, _pixels, finish, options, tell=odd.append):
                     seconds += step.inference_seconds
                     bar.update(len(step.batch.items))
             if not files.images:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from trt_yolov6.common.closing import Closing
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.runtime.annotate import InferenceSummary, infer_source
 from trt_yolov6.runtime.detection_files import Format
-from trt_yolov6.runtime.predict import Images, default_nms, detect
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.runtime.predict import Images, detect
+from trt_yolov6.spec import PredictOptions
 
 
-class Detector:
+class Detector(Closing):
     """A loaded detector. One thread at a time may use it; close it, or use it in a `with` block."""
 
     def __init__(self, engine: Engine) -> None:
@@ -36,12 +36,11 @@ class Detector:
     def predict(
         self,
         images: Images,
+        options: PredictOptions | None = None,
         *,
         confidence: float | None = None,
         iou: float | None = None,
         max_detections: int | None = None,
-        border: int = 0,
-        batch: int | None = None,
     ) -> list[Detections]:
         """Find objects in images.
 
@@ -49,12 +48,8 @@ class Detector:
             images: RGB arrays, uint8 (height, width, 3), or PIL images; paths of files, folders
                 (searched with their sub-folders, sorted by path) and globs; or several of these.
                 OpenCV reads BGR: give `image[..., ::-1]`.
-            confidence: least score, in 0..1. Default: 0.4, or more where the graph suppresses
-                boxes itself with a higher one.
-            iou: boxes of a class that overlap more are one object. Default: 0.65, or the graph's.
-            max_detections: most objects an image. Default: 300, or the graph's.
-            border: gray pixels on every side of an image, as some YOLOv6 evaluations add.
-            batch: images given to the engine at a time. Default: up to 8.
+            options: thresholds, border and batch.
+            confidence, iou, max_detections: thresholds, instead of those of `options`.
 
         Returns:
             One `Detections` an image, in order; a list of one for a single image.
@@ -71,18 +66,21 @@ class Detector:
             >>> found.xyxy.shape == (len(found), 4)
             True
         """
-        nms = self._nms(confidence, iou, max_detections)
-        return detect(self.engine, images, nms=nms, border=border, batch=batch)
+        given = {"confidence": confidence, "iou": iou, "max_detections": max_detections}
+        changes: dict[str, Any] = {key: one for key, one in given.items() if one is not None}
+        options = dataclasses.replace(options or PredictOptions(), **changes)
+        return detect(self.engine, images, options)
 
     def annotate(
         self,
         source: str | Path,
         output: str | Path,
+        options: PredictOptions | None = None,
         *,
-        confidence: float | None = None,
-        iou: float | None = None,
-        max_detections: int | None = None,
         formats: Sequence[Format] = ("json",),
+        frames: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        gpus: int = 1,
         progress: bool = False,
     ) -> InferenceSummary:
         """Draw detections on pictures or a video and write them, as the command `infer` does.
@@ -90,41 +88,31 @@ class Detector:
         Args:
             source: picture, folder, video, glob, address or camera, see `data.media.find_media`.
             output: folder to write to; not the one that the source lies in.
-            confidence, iou, max_detections: as in `predict`.
+            options: thresholds, border and batch.
             formats: `json`, `csv`, `yolo`; see `runtime.annotate.infer_source`.
+            frames: end a video or stream after this number.
+            stop: asked before each frame of a video or stream: whether to end here.
+            gpus: GPUs of this machine to work on, a process each; for pictures only.
             progress: show a progress bar on stderr.
 
         Raises:
             UserError: as `predict`, or the output cannot be written.
         """
-        nms = self._nms(confidence, iou, max_detections)
         return infer_source(
-            self.engine, source, output, formats=formats, nms=nms, progress=progress
+            self.engine,
+            source,
+            output,
+            options,
+            formats=formats,
+            frames=frames,
+            stop=stop,
+            gpus=gpus,
+            progress=progress,
         )
-
-    def _nms(
-        self, confidence: float | None, iou: float | None, max_detections: int | None
-    ) -> NmsSettings:
-        given = {"confidence": confidence, "iou": iou, "max_detections": max_detections}
-        changes: dict[str, Any] = {
-            name: value for name, value in given.items() if value is not None
-        }
-        return dataclasses.replace(default_nms(self.engine), **changes)
 
     def close(self) -> None:
         """Free what the engine holds; the detector cannot be used afterwards."""
         self.engine.close()
-
-    def __enter__(self) -> Detector:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         engine = self.engine

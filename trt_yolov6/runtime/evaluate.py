@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +21,15 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from trt_yolov6.data.class_matching import match_classes
-from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
+from trt_yolov6.data.coco import CocoDataset, CocoImage, open_coco_image, read_coco_image
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import ClassesDifferError
 from trt_yolov6.runtime.evaluation_plots import Confusion
-from trt_yolov6.runtime.predict import process
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.runtime.predict import Processed, process
+from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus
+from trt_yolov6.spec import PredictOptions
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,11 @@ class _Matches:
 def evaluate(
     engine: Engine,
     dataset: CocoDataset,
+    options: PredictOptions | None = None,
     *,
-    batch: int | None = None,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    workers: int | None = None,
     progress: bool = True,
     confusion: bool = False,
+    gpus: int = 1,
 ) -> Evaluation:
     """Measure an engine's COCO AP.
 
@@ -141,12 +142,11 @@ def evaluate(
     Args:
         engine: any loaded engine.
         dataset: a split with the engine's classes, see `class_matching.match_classes`.
-        batch: images at a time; default: see `inference.choose_batch`.
-        nms: thresholds; default: `NmsSettings()`, confidence 0.03 and IoU 0.65.
-        border: gray pixels around the image, see `letterbox.fit`.
-        workers: threads that read and pre-process; default: one a core, at most eight.
+        options: thresholds and more, without `clip`; default thresholds: `NmsSettings()`,
+            confidence 0.03 and IoU 0.65.
         progress: show a progress bar on stderr.
         confusion: count which class objects are taken for.
+        gpus: GPUs to work on, a process each, see `several_gpus`.
 
     Raises:
         UserError: the classes do not match, an image is unreadable or not of the recorded size, or
@@ -159,37 +159,37 @@ def evaluate(
     objects = _objects_by_image(truth.dataset) if confusion else {}
     sums = _Sums(engine_done=start)
 
-    def match(batch: Batch[CocoImage], found: list[Detections]) -> _Matches:
-        if counted is not None:
-            for image, detections in zip(batch.items, found, strict=True):
-                counted.add(detections, truth.rows, *objects[image.id])
-        return _match(annotated.result(), truth, batch.items, found)
+    matcher = _Matcher(truth, hands_on=confusion)
+    run: Callable[..., Iterator[Processed[CocoImage, _Matched]]] = process
+    if gpus > 1:
+        run = functools.partial(process_on_gpus, check_gpus(gpus))
 
     bar = tqdm(
         total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
     )
     with bar, ThreadPoolExecutor(1, thread_name_prefix="coco") as pool:
-        annotated = pool.submit(_annotated, truth)
-        for step in process(
+        annotated = pool.submit(matcher.annotated)
+        for step in run(
             engine,
             dataset.images,
             read_coco_image,
-            match,
-            nms=nms,
-            border=border,
-            batch=batch,
-            workers=workers,
-            clip=False,
+            matcher,
+            dataclasses.replace(options or PredictOptions(), clip=False),
+            open_item=open_coco_image,
             tell=notes.append,
         ):
-            sums.matches.update(step.result.by_image)
+            matches = step.result.matches
+            sums.matches.update(matches.by_image)
+            if counted is not None:
+                for image, detections in zip(step.batch.items, step.result.found, strict=True):
+                    counted.add(detections, truth.rows, *objects[image.id])
             sums.read += step.batch.read_seconds
             sums.preprocess += step.batch.preprocess_seconds
             sums.inference += step.inference_seconds
             sums.engine_done = step.inference_end
             sums.postprocess += step.postprocess_seconds
             sums.scoring += step.finish_seconds
-            sums.detections += step.result.detections
+            sums.detections += matches.detections
             bar.update(len(step.batch.items))
     return _scored(
         truth,
@@ -202,6 +202,41 @@ def evaluate(
         notes=notes,
         confusion=counted,
     )
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """A batch's matches, and the detections if they are still wanted."""
+
+    matches: _Matches
+    found: list[Detections]
+
+
+class _Matcher:
+    """Matches the detections of batches to a data set's boxes; it may travel to other processes."""
+
+    def __init__(self, truth: _Truth, *, hands_on: bool) -> None:
+        self._truth = truth
+        self._hands_on = hands_on
+        self._lock = threading.Lock()
+        self._annotated: Any = None
+
+    def annotated(self) -> Any:
+        """Return pycocotools' object of the data set, made once a process."""
+        with self._lock:
+            if self._annotated is None:
+                self._annotated = _annotated(self._truth)
+            return self._annotated
+
+    def __call__(self, batch: Batch[CocoImage], found: list[Detections]) -> _Matched:
+        matches = _match(self.annotated(), self._truth, batch.items, found)
+        return _Matched(matches, found if self._hands_on else [])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"truth": self._truth, "hands_on": self._hands_on}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

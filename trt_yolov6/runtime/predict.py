@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,16 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.data.letterbox import fit, resolve_border
 from trt_yolov6.data.loader import Batch, default_workers, fill_row, load_batches
 from trt_yolov6.data.media import Video, find_media
-from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.candidates import Candidates, Suppressed
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
 from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.gpu_loading import Opened, decoded_on_gpu, load_images
 from trt_yolov6.runtime.plausibility import check_outputs, has_non_finite
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import NmsSettings, PredictOptions
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,10 +64,7 @@ Images: TypeAlias = "Image | Iterable[Image]"
 def detect(
     engine: Engine,
     images: Images,
-    *,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
+    options: PredictOptions | None = None,
 ) -> list[Detections]:
     """Find objects in images.
 
@@ -72,9 +72,7 @@ def detect(
         engine: any loaded engine.
         images: arrays, uint8 (height, width, 3) RGB of any size; paths of files, folders (searched
             with their sub-folders, sorted by path) and globs; or several of these.
-        nms: thresholds; default: `default_nms(engine)`, confidence 0.4.
-        border: gray pixels around the image, see `letterbox.fit`.
-        batch: images the engine is given at a time; default: see `choose_batch`.
+        options: thresholds and more; default thresholds: `default_nms(engine)`, confidence 0.4.
 
     Returns:
         One `Detections` an image, in order and in pixels of that image; a list for one image too.
@@ -84,10 +82,9 @@ def detect(
             what is asked.
     """
     items = _items(images)
-    nms = nms or default_nms(engine)
-    if len(items) <= choose_batch(engine, batch) and engine.batch.min <= len(items):
-        check_thresholds(engine, nms)
-        found = _detect_at_once(engine, [item.read() for item in items], nms, border)
+    options = (options or PredictOptions()).over(default_nms(engine))
+    if len(items) <= choose_batch(engine, options.batch) and engine.batch.min <= len(items):
+        found = _detect_at_once(engine, items, options)
     else:
         found = []
         for step in process(
@@ -95,9 +92,8 @@ def detect(
             items,
             lambda item: item.read(),
             lambda _, detections: detections,
-            nms=nms,
-            border=border,
-            batch=batch,
+            options,
+            open_item=lambda item: item.open(),
         ):
             found.extend(step.result)
     return [
@@ -111,6 +107,8 @@ class _Item:
 
     path: Path | None
     read: Callable[[], NDArray[np.uint8]]
+    open: Callable[[], Opened]
+    """The same, but a JPEG may be left encoded."""
 
 
 def _items(images: Images) -> list[_Item]:
@@ -121,7 +119,7 @@ def _items(images: Images) -> list[_Item]:
             raise UserError(
                 f"{images} is a video or stream; `annotate` reads those, `predict` reads images."
             )
-        return [_Item(picture.path, picture.read) for picture in media.items]
+        return [_Item(picture.path, picture.read, picture.open) for picture in media.items]
     several: Any = images
     if hasattr(images, "__array_interface__") and np.ndim(several) != 4:
         several = [several]  # one array, or a PIL image
@@ -130,7 +128,8 @@ def _items(images: Images) -> list[_Item]:
         if isinstance(image, (str, Path)):
             found += _items(image)
         else:
-            found.append(_Item(None, functools.partial(_checked_image, image, len(found))))
+            pixels = functools.partial(_checked_image, image, len(found))
+            found.append(_Item(None, pixels, pixels))
     return found
 
 
@@ -145,21 +144,37 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
 
 
 def _detect_at_once(
-    engine: Engine, images: Sequence[NDArray[np.uint8]], nms: NmsSettings, border: int
+    engine: Engine, items: Sequence[_Item], options: PredictOptions
 ) -> list[Detections]:
     """Find objects in one batch, in this thread: for a few images others only cost time."""
-    if not images:
+    nms, border = resolve(engine, options)
+    if not items:
         return []
-    array = engine.empty_input(len(images))
-    placed = [
-        fill_row(row, image, engine.input, border, engine.preprocessing)
-        for row, image in zip(array, images, strict=True)
-    ]
-    if engine.is_checked:
-        outputs = engine.start(array, nms.confidence).wait()
+    run: Run
+    if engine.is_checked and engine.takes_images():
+        images, ready = decoded_on_gpu(engine, [item.open() for item in items])
+        size, mode = engine.image_size, engine.preprocessing.fit
+        placed = [fit((image.shape[0], image.shape[1]), size, border, mode) for image in images]
+        run = engine.start_images(images, placed, nms, after=ready)
     else:
-        outputs = _checked_outputs(engine, array, len(images), nms, _warn)
-    return postprocess(outputs, engine.output_layout, nms, placed, class_names=engine.class_names)
+        pixels = [item.read() for item in items]
+        array = engine.empty_input(len(items))
+        placed = [
+            fill_row(row, image, engine.input, border, engine.preprocessing)
+            for row, image in zip(array, pixels, strict=True)
+        ]
+        if engine.is_checked:
+            run = engine.start(array, nms)
+        else:
+            run = FinishedRun(_checked_outputs(engine, array, len(items), nms, _warn))
+    return postprocess(
+        run.wait(),
+        engine.output_layout,
+        nms,
+        placed,
+        clip=options.clip,
+        class_names=engine.class_names,
+    )
 
 
 def _checked_outputs(
@@ -186,31 +201,31 @@ def process(
     items: Iterable[Item],
     read: Callable[[Item], NDArray[np.uint8]],
     finish: Callable[[Batch[Item], list[Detections]], Result],
+    options: PredictOptions | None = None,
     *,
-    nms: NmsSettings | None = None,
-    border: int = 0,
-    batch: int | None = None,
-    workers: int | None = None,
+    open_item: Callable[[Item], Opened] | None = None,
     keep_images: bool = False,
     skip_unreadable: bool = False,
-    clip: bool = True,
     tell: Callable[[str], None] = _warn,
-) -> Iterator[Processed[Item, Result]]:
+) -> Generator[Processed[Item, Result], None, None]:
     """Run an engine over a stream of images, everything but the engine in other threads.
 
     Images are read and pre-processed ahead of the engine and its outputs post-processed after
     it, so that the engine, which only the calling thread uses, waits as little as possible. On a
-    GPU one batch is copied while another is computed, each on a stream of its own.
+    GPU one batch is copied while another is computed, each on a stream of its own; where the engine
+    takes images (`Engine.takes_images`), the letterbox is done there, and so is the decoding of
+    JPEGs if nvImageCodec is installed. The first batch, whose outputs are checked, is prepared
+    here.
 
     Args:
         engine: any loaded engine.
         items: what to read, in order.
         read: turns an item into uint8 (height, width, 3) RGB; called from several threads.
+        open_item: reads an item but may leave a JPEG encoded, see `data.jpeg.open_image`; default:
+            `read`.
         finish: makes a result of a batch and its detections; called in one other thread, in order.
-        nms: thresholds; default: `NmsSettings()`, as for evaluation.
-        border, batch: as in `detect`.
-        workers, keep_images, skip_unreadable: as in `load_batches`.
-        clip: as in `postprocess`.
+        options: thresholds and more; default thresholds: `NmsSettings()`, as for evaluation.
+        keep_images, skip_unreadable: as in `load_batches`.
         tell: takes what is odd about the outputs, a sentence each (see `plausibility`), and numbers
             in later batches that are not finite; default: `warnings.warn`.
 
@@ -218,25 +233,19 @@ def process(
         UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
             `read` and `finish` raise.
     """
-    nms = nms or NmsSettings()
-    check_thresholds(engine, nms)
-    size = choose_batch(engine, batch)
-    batches = load_batches(
-        items,
-        read,
-        engine.input,
-        batch=size,
-        pad_to=engine.batch.min,
-        border=border,
-        preprocessing=engine.preprocessing,
-        workers=workers,
-        keep_images=keep_images,
-        skip_unreadable=skip_unreadable,
-        allocate=engine.empty_input,
-    )
+    options = options or PredictOptions()
+    nms, border = resolve(engine, options)
+    loading: dict[str, Any] = {
+        "batch": choose_batch(engine, options.batch),
+        "border": border,
+        "workers": options.workers,
+        "keep_images": keep_images,
+        "skip_unreadable": skip_unreadable,
+    }
+    steps = _steps(engine, iter(items), read, open_item or read, nms, loading)
 
     def conclude(
-        loaded: Batch[Item], outputs: dict[str, NDArray[np.generic]] | Candidates
+        loaded: Batch[Item], outputs: dict[str, NDArray[np.generic]] | Candidates | Suppressed
     ) -> tuple[Result, float, float]:
         start = time.perf_counter()
         found: list[Detections] = []
@@ -246,7 +255,7 @@ def process(
                 engine.output_layout,
                 nms,
                 loaded.letterboxes,
-                clip=clip,
+                clip=options.clip,
                 class_names=engine.class_names,
                 executor=helpers,
             )
@@ -261,16 +270,17 @@ def process(
         result, postprocess_seconds, finish_seconds = future.result()
         return Processed(loaded, result, seconds, end, postprocess_seconds, finish_seconds)
 
-    running: deque[tuple[Batch[Item], Run, float]] = deque()
+    running: deque[tuple[_Step[Item], Run, float]] = deque()
     engine_free = 0.0
     told: list[str] = []
 
     def collect() -> None:
         """Wait for the engine's oldest batch, and hand it on."""
         nonlocal engine_free
-        loaded, run, start = running.popleft()
+        step, run, start = running.popleft()
         outputs = run.wait()
         end = time.perf_counter()
+        step.end()
         if isinstance(outputs, dict) and not told:
             broken = [name for name, array in outputs.items() if has_non_finite(array)]
             if broken:
@@ -281,26 +291,26 @@ def process(
         # Where batches overlap in the engine, its time is shared among them.
         seconds = end - max(start, engine_free)
         engine_free = end
-        loaded = dataclasses.replace(loaded, input=np.empty(0, loaded.input.dtype))
+        loaded = dataclasses.replace(step.batch, input=np.empty(0, step.batch.input.dtype))
         pending.append((loaded, seconds, end, pool.submit(conclude, loaded, outputs)))
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
     helpers = ThreadPoolExecutor(default_workers(), thread_name_prefix="boxes")
     try:
         is_first = True
-        for loaded in batches:
+        for step in steps:
             start = time.perf_counter()
             run: Run
-            if not loaded.items:
+            count = len(step.batch.items)
+            if not count:
                 run = FinishedRun({})
             elif is_first:
-                count = len(loaded.items)
-                run = FinishedRun(_checked_outputs(engine, loaded.input, count, nms, tell))
+                run = FinishedRun(_checked_outputs(engine, step.batch.input, count, nms, tell))
                 is_first = False
             else:
-                run = engine.start(loaded.input, nms.confidence)
-            running.append((loaded, run, start))
-            del loaded, run  # the loop would keep the input alive while the next is waited for
+                run = step.start()
+            running.append((step, run, start))
+            del step, run  # the loop would keep the input alive while the next is waited for
             if len(running) >= engine.in_flight:
                 collect()
             if len(pending) > 1:
@@ -315,7 +325,87 @@ def process(
                 running.popleft()[1].wait()
         pool.shutdown(wait=True, cancel_futures=True)
         helpers.shutdown()
-        batches.close()  # type: ignore[attr-defined]
+        steps.close()
+
+
+@dataclass(frozen=True)
+class _Step(Generic[Item]):
+    """A batch that is ready for the engine."""
+
+    batch: Batch[Item]
+    start: Callable[[], Run]
+    """Gives it to the engine."""
+    end: Callable[[], None] = lambda: None
+    """To be called once the engine is done with it."""
+
+
+def _steps(
+    engine: Engine,
+    source: Iterator[Item],
+    read: Callable[[Item], NDArray[np.uint8]],
+    open_item: Callable[[Item], Opened],
+    nms: NmsSettings,
+    loading: dict[str, Any],
+) -> Generator[_Step[Item], None, None]:
+    """Yield batches ready for the engine: on an engine that takes images only the first here."""
+    if not engine.takes_images():
+        yield from _prepared_here(engine, source, read, nms, loading)
+        return
+    is_checked = False
+    while not is_checked:
+        chunk = list(itertools.islice(source, loading["batch"]))
+        if not chunk:
+            return
+        for step in _prepared_here(engine, chunk, read, nms, loading):
+            is_checked = bool(step.batch.items)
+            yield step
+    with contextlib.closing(load_images(engine, source, open_item, **loading)) as batches:
+        for ready in batches:
+            start = functools.partial(
+                engine.start_images,
+                ready.images,
+                ready.batch.letterboxes,
+                nms,
+                rows=loading["batch"],
+                after=ready.ready,
+                patient=True,
+            )
+            yield _Step(ready.batch, start, ready.give_back)
+
+
+def _prepared_here(
+    engine: Engine,
+    items: Iterable[Item],
+    read: Callable[[Item], NDArray[np.uint8]],
+    nms: NmsSettings,
+    loading: dict[str, Any],
+) -> Generator[_Step[Item], None, None]:
+    """Yield batches that were letterboxed in this machine's memory."""
+    batches = load_batches(
+        items,
+        read,
+        engine.input,
+        pad_to=engine.batch.min,
+        preprocessing=engine.preprocessing,
+        allocate=engine.empty_input,
+        **loading,
+    )
+    with contextlib.closing(batches):
+        for loaded in batches:
+            yield _Step(loaded, functools.partial(engine.start, loaded.input, nms))
+            del loaded  # not kept alive while the next one is waited for
+
+
+def resolve(engine: Engine, options: PredictOptions) -> tuple[NmsSettings, int]:
+    """Return the thresholds and the gray border in pixels that options mean for an engine.
+
+    Raises:
+        UserError: the engine has decided otherwise (see `check_thresholds`), or its input does not
+            fit them (see `letterbox.resolve_border`).
+    """
+    nms = options.nms()
+    check_thresholds(engine, nms)
+    return nms, resolve_border(options.resize, options.border, engine.image_size)
 
 
 def default_nms(engine: Engine) -> NmsSettings:

@@ -80,7 +80,7 @@ def _fields(text: str) -> Iterator[tuple[str, int, int]]:
             after_colon = token == ":"
         position = match.end()
     if open_brackets:
-        raise UserError(f"--config lacks a {open_brackets[-1]!r} at its end; add it.")
+        raise UserError(f"`extra` lacks a {open_brackets[-1]!r} at its end; add it.")
     starts = [start for _, start in found] + [len(text)]
     yield from ((name, start, end) for (name, start), end in zip(found, starts[1:], strict=True))
 
@@ -88,6 +88,6 @@ def _fields(text: str) -> Iterator[tuple[str, int, int]]:
 def _unreadable(text: str, position: int) -> UserError:
     line = text.count("\n", 0, position) + 1
     return UserError(
-        f"--config cannot be read from line {line} on, at {text[position : position + 20]!r}; give "
+        f"`extra` cannot be read from line {line} on, at {text[position : position + 20]!r}; give "
         "fields of Triton's ModelConfig in protobuf's text format."
     )

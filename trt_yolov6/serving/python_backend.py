@@ -13,7 +13,6 @@ here. What it needs to know stands in the `parameters` of the entry's `config.pb
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -26,7 +25,7 @@ from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
     from trt_yolov6.engines.base import Engine, LoadOptions
-    from trt_yolov6.spec import NmsSettings
+    from trt_yolov6.spec import PredictOptions
 
 ENGINE_FILES = ("engine.onnx", "engine.trt")
 """Name of the engine in a version's folder, with its manifest."""
@@ -70,7 +69,7 @@ class TritonPythonModel:
             path, options=load_options(parameters, path, gpu=gpu, instances=_count(config))
         )
         self._memory = InputMemory(self._engine)
-        self._nms = nms_of(parameters, self._engine)
+        self._options = predict_options(parameters, self._engine)
         self._pictures = parameters.get("serves") == "pictures"
         self._input = config["input"][0]["name"]
         self._pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="pictures")
@@ -126,7 +125,7 @@ class TritonPythonModel:
 
         pictures = [bytes(picture) for array in inputs for picture in array.reshape(-1)]
         found = iter(
-            detect_encoded(self._engine, pictures, self._nms, self._memory, executor=self._pool)
+            detect_encoded(self._engine, pictures, self._options, self._memory, self._pool)
         )
         results: list[dict[str, Any] | UserError] = []
         for array in inputs:
@@ -172,23 +171,23 @@ def load_options(
     )
 
 
-def nms_of(parameters: Mapping[str, str], engine: Engine) -> NmsSettings:
-    """Return the thresholds of an entry: its parameters', and `infer`'s where they say nothing.
+def predict_options(parameters: Mapping[str, str], engine: Engine) -> PredictOptions:
+    """Return an entry's thresholds: its parameters', and `infer`'s where they say nothing.
 
     Raises:
-        UserError: a parameter is none, or the engine has decided otherwise.
+        UserError: a parameter is not a number, or the engine has decided otherwise.
     """
-    from trt_yolov6.runtime.predict import check_thresholds, default_nms
+    from trt_yolov6.runtime.predict import default_nms, resolve
+    from trt_yolov6.spec import PredictOptions
 
     default = default_nms(engine)
-    nms = dataclasses.replace(
-        default,
+    options = PredictOptions(
         confidence=_number(parameters, "confidence", float, default.confidence),
         iou=_number(parameters, "iou", float, default.iou),
         max_detections=_number(parameters, "max_detections", int, default.max_detections),
     )
-    check_thresholds(engine, nms)
-    return nms
+    resolve(engine, options)
+    return options
 
 
 def limit_pictures(pixels: int) -> None:

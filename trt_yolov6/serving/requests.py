@@ -16,7 +16,8 @@ from trt_yolov6.data.loader import fill_row
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.runtime.predict import resolve
+from trt_yolov6.spec import PredictOptions
 
 
 class InputMemory:
@@ -88,10 +89,8 @@ def run_tensors(
 def detect_encoded(
     engine: Engine,
     pictures: Sequence[bytes],
-    nms: NmsSettings,
+    options: PredictOptions,
     memory: InputMemory,
-    *,
-    border: int = 0,
     executor: Executor,
 ) -> list[Detections | UserError]:
     """Find objects in encoded pictures, all in one batch.
@@ -99,9 +98,8 @@ def detect_encoded(
     Args:
         engine: any loaded engine.
         pictures: contents of image files, no more than the engine takes at a time.
-        nms: thresholds.
+        options: thresholds (default: as for evaluation) and border.
         memory: as for `run_tensors`.
-        border: gray pixels around the image, see `letterbox.fit`.
         executor: decodes and post-processes several pictures at a time.
 
     Returns:
@@ -110,6 +108,7 @@ def detect_encoded(
     Raises:
         UserError: the engine cannot do what is asked.
     """
+    nms, border = resolve(engine, options)
     array = memory.rows(max(len(pictures), engine.batch.min))
 
     def prepare(index: int) -> Letterbox | UserError:
@@ -130,7 +129,7 @@ def detect_encoded(
         # Pictures that could not be read take no time of the engine's.
         array[: len(placed)] = array[list(placed)]
     array[len(placed) : rows] = 0
-    outputs = engine.start(array[:rows], nms.confidence).wait()
+    outputs = engine.start(array[:rows], nms).wait()
     found = postprocess(
         outputs, engine.output_layout, nms, tuple(placed.values()), executor=executor
     )

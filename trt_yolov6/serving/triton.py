@@ -24,7 +24,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,13 @@ from typing import Any, Literal
 import numpy as np
 
 from trt_yolov6.common.files import check_writable
+from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.serving.config_text import fields_of, quoted, without_fields
 from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
-from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
+from trt_yolov6.spec import BatchProfile, PredictOptions, TensorSpec
 
 PLATFORMS = {
     "tensorrt": ("tensorrt_plan", "model.plan"),
@@ -92,26 +93,25 @@ class ServingSettings:
     """Microseconds a request waits at most for others to share a batch with."""
     default_cpu: bool = False
     """Where `gpus` is None, ONNX files run on the CPU: the server has no GPU."""
-    thresholds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of `NmsSettings`, of entries that take pictures; the others are as for `infer`."""
+    predict: PredictOptions = dataclasses.field(default_factory=PredictOptions)
+    """Thresholds of entries that take pictures; those that are None are as for `infer`."""
     extra: str = ""
     """Further fields of `ModelConfig` in protobuf's text format, such as a response cache. They
     take the place of fields of the same name; `parameters` are added."""
 
     def __post_init__(self) -> None:
         if self.instances < 1:
-            raise UserError(f"--instances {self.instances} is too few; give 1 or more.")
+            raise UserError(f"`instances` {self.instances} is too few; give 1 or more.")
         if self.max_queue_delay_us < 0:
             raise UserError(
-                f"--max-queue-delay-us {self.max_queue_delay_us} is negative; give 0 or more."
+                f"`max_queue_delay_us` {self.max_queue_delay_us} is negative; give 0 or more."
             )
         if self.gpus and (min(self.gpus) < 0 or len(set(self.gpus)) < len(self.gpus)):
-            raise UserError("--gpus names a GPU twice or below 0; give numbers such as 0,1.")
-        NmsSettings(**self.thresholds)
+            raise UserError("`gpus` names a GPU twice or below 0; give numbers such as 0,1.")
         fixed = sorted(set(fields_of(self.extra)) & set(_OF_THE_ENGINE))
         if fixed:
             raise UserError(
-                f"--config sets {', '.join(fixed)}, which the engine decides; leave it out."
+                f"`extra` sets {', '.join(fixed)}, which the engine decides; leave it out."
             )
 
 
@@ -192,10 +192,10 @@ def export_triton(
     for name in entries:
         if entries.count(name) > 1:
             twice = " and ".join(str(model.engine) for model in models if model.name == name)
-            raise UserError(f"{twice} would both become {name}; name the entries with --name.")
+            raise UserError(f"{twice} would both become {name}; name the entries with `names`.")
         if (output / name).exists():
             raise UserError(
-                f"{output / name} is there already; remove it or choose another --output."
+                f"{output / name} is there already; remove it or choose another `output`."
             )
     check_writable(output / "config.pbtxt")
     made = next(
@@ -249,7 +249,7 @@ def served_model(
     """
     path = Path(engine)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; check --engine.")
+        raise UserError(f"{path} does not exist; check the path.")
     manifest = read_manifest(path)
     if manifest is not None:
         check_plan(path, manifest)
@@ -290,16 +290,7 @@ def _loaded_model(
             batch = manifest.batch if manifest else engine.batch
             # An ONNX file with a free batch axis sets no limit itself.
             free = BatchProfile() if batch.max > 1024 else batch
-            details: dict[str, Any] = {
-                "model": path.stem,
-                "precision": _precision_of(path),
-                "batch": free,
-                "class_names": engine.class_names,
-                "decoder": engine.decoder,
-                "output_layout": engine.output_layout,
-                "preprocessing": engine.preprocessing,
-            }
-            found = manifest or _Details(**details)
+            found = manifest or _Details(path.stem, _precision_of(path), free, engine.detector)
             return _model(path, engine.backend, found, engine.input, engine.outputs, python)
     except MissingDependencyError as error:
         raise UserError(
@@ -309,16 +300,13 @@ def _loaded_model(
 
 
 @dataclass(frozen=True)
-class _Details:
+class _Details(Described):
     """Manifest of an engine that has none."""
 
     model: str
     precision: str
     batch: BatchProfile
-    class_names: tuple[str, ...]
-    decoder: str
-    output_layout: str
-    preprocessing: Any
+    detector: DetectorSpec
 
 
 def _check_graph(path: Path, python: Serves | None) -> None:
@@ -356,7 +344,7 @@ def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
     if backend == "tensorrt-rtx":
         raise UserError(
             f"{path} is a plan of TensorRT-RTX, which Triton's TensorRT backend does not load; "
-            "give --python-backend, or build it with --backend tensorrt."
+            "give `python`, or build it with the backend tensorrt."
         )
     if backend not in PLATFORMS:
         raise UserError(f"{path} runs in {backend}, which Triton has no platform for.")
@@ -380,7 +368,7 @@ def _model(
     if not batch.is_static and batch.min > 1 and not shared and python is None:
         raise UserError(
             f"{path} takes batches of {batch.min} or more, and Triton forms smaller ones where "
-            "requests are few; build it with --dynamic 1,OPT,MAX, or with --batch."
+            "requests are few; build it for batches from 1, or for one size."
         )
     for spec in (source, *outputs):
         if spec.dtype.name not in _TYPES:
@@ -417,8 +405,8 @@ def _checked_name(name: str) -> str:
     """Return a name for an entry; raise UserError for one that Triton does not take."""
     if _safe(name) != name:
         raise UserError(
-            f"--name {name} has characters that a model's name cannot have; give letters, digits, "
-            "dots, hyphens and underscores."
+            f"`names`: {name} has characters that a model's name cannot have; give letters, "
+            "digits, dots, hyphens and underscores."
         )
     return name
 
@@ -445,7 +433,7 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     """
     on_cpu = runs_on_cpu(model, settings)
     if on_cpu and model.backend != "onnxruntime":
-        raise UserError(f"{model.engine} runs on GPUs only; leave --cpu out.")
+        raise UserError(f"{model.engine} runs on GPUs only; give it `gpus`, not the CPU.")
     batched = model.max_batch_size > 0
     file_name = model.file_name if model.serves is None else MODEL_FILE
     lines = [
@@ -480,7 +468,7 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     lines += _block("instance_group", group)
     parameters = dict(model.parameters)
     if model.serves == "pictures":
-        parameters.update((key, str(value)) for key, value in settings.thresholds.items())
+        parameters.update((key, str(value)) for key, value in settings.predict.thresholds().items())
     for key, value in parameters.items():
         block = _block("value", [f"string_value: {quoted(value)}"])
         lines += _block("parameters", [f"key: {quoted(key)}", *block])

@@ -179,7 +179,8 @@ class _Levels(nn.Module):
 
 def _wrapped(model: YOLOv6, settings: TrainSettings, processes: Processes) -> nn.Module:
     """Return the network from images to raw levels, compiled and parallel as asked for."""
-    with_common_statistics(model, processes)
+    if settings.common_statistics:
+        with_common_statistics(model, processes)
     network: nn.Module = _Levels(model)
     if settings.compile:
         network = torch.compile(network)  # type: ignore[assignment]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from trt_yolov6.common.closing import Closing
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.errors import UserError
 
 LOG_FILE = "log.jsonl"
 
 
-class RunLog:
+class RunLog(Closing):
     """The log of a run, in its folder: `log.jsonl`, and TensorBoard files where that is installed.
 
     Close it, or use it in a `with` block.
@@ -55,17 +55,6 @@ class RunLog:
         """End TensorBoard's file."""
         if self._scalars is not None:
             self._scalars.close()
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def write_log(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -48,6 +48,12 @@ class ArchitectureOptions:
     """True if the head predicts distributions over distances."""
     objectness: bool | None = None
     """True if the head also predicts objectness (and offsets, as in v0.1)."""
+    stage_repeats: tuple[int, ...] | None = None
+    """Length of the backbone's stages, counted as in `Architecture`."""
+    neck_repeats: tuple[int, ...] | None = None
+    """Length of the neck's stacks, likewise."""
+    neck_channels: tuple[int, ...] | None = None
+    """Channels along the neck, as in `Architecture`."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,9 @@ class TrainSettings:
     """Distillation settings; only with `teacher`."""
     rep_optimizer: RepOptimizerSettings | None = None
     """Train a single-branch network as if it had branches (paper, 2.5.1); None: as it is."""
+    common_statistics: bool = True
+    """In several processes, normalize by the statistics of all processes' images. Off, each takes
+    its own images', and the first one's running statistics are kept: faster, another result."""
     compile: bool = False
     """Compile the network with torch.compile."""
     deterministic: bool = False
@@ -222,6 +231,16 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
 
             changes["stage_repeats"] = resized(arch.stage_repeats)
             changes["neck_repeats"] = resized(arch.neck_repeats)
+    for name in ("stage_repeats", "neck_repeats", "neck_channels"):
+        lengths = getattr(options, name)
+        if lengths is None:
+            continue
+        if len(lengths) != len(getattr(arch, name)) or min(lengths) < 1:
+            raise UserError(
+                f"{name} {lengths} does not fit {arch.name}; give "
+                f"{len(getattr(arch, name))} numbers above 0."
+            )
+        changes[name] = lengths
     if options.objectness:
         changes["head"] = "offset"
         if options.dfl:

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.engines.base import Engine, Run, check_images
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.fusion import fuse
 from trt_yolov6.models.network import YOLOv6
-from trt_yolov6.spec import BatchProfile, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
 from trt_yolov6.training.qat.onnx_module import GraphNetwork
 
 
@@ -31,7 +32,6 @@ class TorchEngine(Engine):
     """
 
     backend = "torch"
-    output_layout = "split"
     manifest = None
     is_checked = True  # outputs of this package's own, of weights that may know nothing yet
 
@@ -73,7 +73,7 @@ class TorchEngine(Engine):
             TensorSpec("scores", (None, anchors, len(class_names)), np.dtype(np.float32)),
         )
         self.batch = BatchProfile(1, 32, 1024)
-        self.class_names = class_names
+        self.detector = DetectorSpec(class_names, (image_size, image_size))
 
     @property
     def precision(self) -> str:
@@ -84,11 +84,11 @@ class TorchEngine(Engine):
         boxes, scores = self._detect(images)
         return {"boxes": boxes.cpu().numpy(), "scores": scores.cpu().numpy()}
 
-    def start(self, images: NDArray[Any], confidence: float | None = None) -> Run:
-        if confidence is None:
+    def start(self, images: NDArray[Any], nms: NmsSettings | None = None) -> Run:
+        if nms is None:
             return super().start(images)
         boxes, scores = self._detect(images)
-        image, anchor, label = (scores > confidence).nonzero(as_tuple=True)
+        image, anchor, label = (scores > nms.confidence).nonzero(as_tuple=True)
         return _FoundRun(
             Candidates(
                 images=image.cpu().numpy(),

@@ -20,6 +20,7 @@ from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.progress import is_logged
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
+from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.detection_task import DetectionTask, arithmetic, detection_task
 from trt_yolov6.training.distributed import Processes, joined
 from trt_yolov6.training.log import RunLog, read_log
@@ -328,8 +329,7 @@ def _evaluation(detector: DetectionTask) -> Evaluation | None:
         return evaluate(
             engine,
             detector.validation,
-            batch=min(max(settings.batch, 1), 32),
-            border=settings.eval_border,
+            PredictOptions(batch=min(max(settings.batch, 1), 32), border=settings.eval_border),
             progress=False,
         )
 

@@ -184,8 +184,12 @@ class Stream:
         _checked(self._cudart.cudaMemsetAsync(target.address, 0, nbytes, self.handle))
 
     def wait(self) -> None:
-        """Wait until all work put on the stream is done."""
+        """Wait until all work put on the stream is done, looking all the time."""
         _checked(self._cudart.cudaStreamSynchronize(self.handle))
+
+    def wait_for(self, event: Event) -> None:
+        """Have what comes next on the stream wait for an event, without waiting here."""
+        _checked(self._cudart.cudaStreamWaitEvent(self.handle, event.handle, 0))
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[CudaGraph]:
@@ -216,6 +220,24 @@ class Stream:
         _checked(
             self._cudart.cudaMemcpyAsync(target, source, nbytes, getattr(kinds, kind), self.handle)
         )
+
+
+class Event:
+    """A point in a stream's work that streams wait for, or this thread without using a core."""
+
+    def __init__(self) -> None:
+        self._cudart = _cudart()
+        flags = self._cudart.cudaEventDisableTiming | self._cudart.cudaEventBlockingSync
+        self.handle: Any = _checked(self._cudart.cudaEventCreateWithFlags(flags))
+        self.free = weakref.finalize(self, _release, self._cudart.cudaEventDestroy, self.handle)
+
+    def record(self, stream: Stream) -> None:
+        """Put the event after all that is on the stream."""
+        _checked(self._cudart.cudaEventRecord(self.handle, stream.handle))
+
+    def wait(self) -> None:
+        """Sleep until the event has happened."""
+        _checked(self._cudart.cudaEventSynchronize(self.handle))
 
 
 class CudaGraph:

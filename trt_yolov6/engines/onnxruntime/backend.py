@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import read_json
-from trt_yolov6.detectors.metadata import check_input, nms_in
+from trt_yolov6.detectors.metadata import check_input
 from trt_yolov6.detectors.recognition import GraphFacts
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions, check_images
 from trt_yolov6.engines.manifest import Manifest
@@ -28,7 +28,7 @@ from trt_yolov6.engines.onnxruntime.providers import (
     providers_for,
     usable,
 )
-from trt_yolov6.engines.reading import class_names_of, reading_of
+from trt_yolov6.engines.reading import detector_of
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.graph.facts import facts_of
 from trt_yolov6.graph.files import graph_precision, read_weights, sort_nodes
@@ -203,12 +203,7 @@ class OnnxRuntimeEngine(Engine):
                 else facts_of(graph, self.outputs, size)
             )
 
-        reading = reading_of(manifest, options, path, facts)
-        self.decoder, self.output_layout = reading.decoder, reading.layout
-        self.preprocessing = reading.preprocessing
-        self.class_names = class_names_of(self.outputs, self.output_layout, manifest, metadata)
-        if self.output_layout == "end2end":
-            self.nms = manifest.nms if manifest else nms_in(metadata)
+        self.detector = detector_of(manifest, options, path, facts)
         fixed = self.input.shape[0]
         if fixed is not None:
             self.batch = BatchProfile(fixed, fixed, fixed)

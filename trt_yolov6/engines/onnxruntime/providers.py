@@ -31,7 +31,7 @@ _REMEDIES = {
     ),
     "tensorrt": (
         "it takes the libraries of the TensorRT that it was built with from LD_LIBRARY_PATH; "
-        "--backend tensorrt needs none of it"
+        "the backend tensorrt needs none of it"
     ),
 }
 

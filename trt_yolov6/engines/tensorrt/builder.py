@@ -181,14 +181,14 @@ def _parser_message(flavour: Flavour, parser: Any) -> str:
     if not hasattr(error, "node_operator"):  # TensorRT 8
         return (
             f"{flavour} does not take node number {error.node()} of the ONNX graph ({reason}); "
-            "export the graph without it, or use --backend onnxruntime."
+            "export the graph without it, or use `backend` onnxruntime."
         )
     if not error.node_operator():
         return f"{flavour} does not parse the ONNX graph ({reason}); export it again."
     name = error.node_name() or f"number {error.node()}"  # API: not tensorrt<10 (returned above)
     return (
         f"{flavour} does not take node {name} ({error.node_operator()}) of the ONNX graph "
-        f"({reason}); export the graph without it, or use --backend onnxruntime."
+        f"({reason}); export the graph without it, or use `backend` onnxruntime."
     )
 
 

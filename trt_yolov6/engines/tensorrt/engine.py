@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.data.letterbox import Letterbox
+from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.detectors.metadata import check_input
 from trt_yolov6.detectors.recognition import GraphFacts
-from trt_yolov6.engines.base import Engine, LoadOptions, Run, check_images
+from trt_yolov6.engines.base import Engine, LoadOptions, Run, check_batch, check_images
 from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.cuda.arrays import lies_on_gpu, view_of
-from trt_yolov6.engines.cuda.device import OutOfGpuMemoryError, PinnedPool
+from trt_yolov6.engines.cuda.device import Event, OutOfGpuMemoryError, PinnedPool
+from trt_yolov6.engines.cuda.jpeg import JpegDecoder
+from trt_yolov6.engines.cuda.suppression import reading_of as reading_on_gpu
 from trt_yolov6.engines.manifest import Manifest
-from trt_yolov6.engines.reading import class_names_of, reading_of
+from trt_yolov6.engines.reading import detector_of
 from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
+from trt_yolov6.engines.tensorrt.pictures import Image, Pictures, pictures_of
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.spec import BatchProfile, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec, image_size_of
 
 _ROUNDS = 20
 """Rounds of runs on several streams between two looks at the clock."""
@@ -36,6 +41,7 @@ class ContextSettings:
 
     make_config: makes the argument of `create_execution_context` from an `ICudaEngine`; None: there
         is not an argument.
+    make_config_for_recording: the same, of contexts whose runs others record; None: `make_config`.
     record_graph: runs are recorded as CUDA graphs by this package; False: TensorRT-RTX does it, or
         nobody.
     launches_graphs: runs are launched as CUDA graphs, whoever records them.
@@ -43,6 +49,7 @@ class ContextSettings:
     """
 
     make_config: Callable[[Any], Any] | None = None
+    make_config_for_recording: Callable[[Any], Any] | None = None
     record_graph: bool = False
     launches_graphs: bool = False
     after_first_run: Callable[[], None] = lambda: None
@@ -75,7 +82,6 @@ class TensorRTEngine(Engine):
     ) -> None:
         self.path = path
         self.manifest = manifest
-        self.nms = manifest.nms if manifest else None
         self.backend = flavour.backend
         self.backend_version = flavour.version
         self._flavour = flavour
@@ -95,6 +101,10 @@ class TensorRTEngine(Engine):
         self._lanes: list[Lane] = []
         self._idle: deque[Lane] = deque()
         self._seen: set[int] = set()
+        self._pictures: Pictures | None = None
+        self._pictures_missing = False
+        self._decoder: JpegDecoder | None = None
+        self._decoder_missing = False
         self._runtime, self._engine = _deserialize(flavour, path, device)
         self._read_tensors()
         make_config = self._contexts.make_config
@@ -108,12 +118,7 @@ class TensorRTEngine(Engine):
             outputs=self.outputs,
             batch=self.batch,
             record_graph=self._contexts.record_graph,
-            find_candidates=self.output_layout == "split"
-            and all(
-                output.dtype == np.float32
-                or (output.name == "scores" and output.dtype == np.float16)
-                for output in self.outputs
-            ),
+            reading=reading_on_gpu(self.output_layout, self.outputs, self.image_size),
         )
         try:
             self._idle.append(self._new_lane())
@@ -127,11 +132,11 @@ class TensorRTEngine(Engine):
         assert isinstance(outputs, dict)
         return outputs
 
-    def start(self, images: Any, confidence: float | None = None) -> Run:
+    def start(self, images: Any, nms: NmsSettings | None = None) -> Run:
         lane = self._take()
         try:
             batch = self._checked(images, lane)
-            lane.start(batch, confidence)
+            lane.start(batch, nms)
         except BaseException:
             self._idle.append(lane)
             raise
@@ -160,6 +165,51 @@ class TensorRTEngine(Engine):
             raise
         self._done(lane, batch.shape[0])
         return outputs
+
+    def takes_images(self) -> bool:
+        return self._image_lanes() is not None
+
+    def start_images(
+        self,
+        images: Sequence[Image],
+        placed: Sequence[Letterbox],
+        nms: NmsSettings,
+        *,
+        rows: int | None = None,
+        after: Event | None = None,
+        patient: bool = False,
+    ) -> Run:
+        self._check_open()
+        pictures = self._image_lanes()
+        assert pictures is not None, "`takes_images` says whether there is this way"
+        rows = max(rows or len(images), self.batch.min)
+        check_batch(self, rows)
+        try:
+            return pictures.start(
+                images, placed, rows, nms, after=after, patient=patient, done=self._ran
+            )
+        except OutOfGpuMemoryError as error:
+            raise self._does_not_fit(error) from error
+
+    def image_stage_seconds(
+        self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
+    ) -> dict[str, float]:
+        self._check_open()
+        pictures = self._image_lanes()
+        assert pictures is not None, "`takes_images` says whether there is this way"
+        check_batch(self, len(images))
+        return pictures.stage_seconds(images, placed, nms)
+
+    def jpeg_decoder(self) -> JpegDecoder | None:
+        if self._decoder is None and not self._decoder_missing:
+            try:
+                self._decoder = JpegDecoder()
+            except MissingDependencyError:
+                self._decoder_missing = True
+        return self._decoder
+
+    def empty_image(self, height: int, width: int) -> NDArray[np.uint8]:
+        return self._pinned.array((height, width, 3), np.dtype(np.uint8))
 
     def empty_input(self, rows: int) -> NDArray[Any]:
         shape = tuple(length or 0 for length in self.input.shape[1:])
@@ -226,6 +276,10 @@ class TensorRTEngine(Engine):
             return
         self._contexts.after_first_run()
         # Dependents first: TensorRT wants the contexts gone before the engine.
+        if self._pictures is not None:
+            self._pictures.close()
+            self._pictures = None
+        self._decoder = None
         for lane in self._lanes:
             lane.close()
         self._lanes.clear()
@@ -265,26 +319,38 @@ class TensorRTEngine(Engine):
         else:
             shapes = engine.get_tensor_profile_shape(self.input.name, 0)
             self.batch = BatchProfile(*(int(shape[0]) for shape in shapes))
-        reading = reading_of(
+        self.detector = detector_of(
             self.manifest,
             self._options,
             self.path,
-            lambda: GraphFacts(self.outputs, self.image_size),
+            lambda: GraphFacts(self.outputs, image_size_of(self.input)),
         )
-        self.decoder, self.output_layout = reading.decoder, reading.layout
-        self.preprocessing = reading.preprocessing
-        self.class_names = class_names_of(self.outputs, self.output_layout, self.manifest)
 
     def _new_lane(self) -> Lane:
         try:
             lane = Lane(self._plan, self._pinned)
         except OutOfGpuMemoryError as error:
-            raise UserError(
-                f"{self.path} does not fit on the {self.device} with batch {self.batch.max}, where "
-                f"{error}"
-            ) from error
+            raise self._does_not_fit(error) from error
         self._lanes.append(lane)
         return lane
+
+    def _does_not_fit(self, error: OutOfGpuMemoryError) -> UserError:
+        return UserError(
+            f"{self.path} does not fit on the {self.device} with batch {self.batch.max}, where "
+            f"{error}"
+        )
+
+    def _image_lanes(self) -> Pictures | None:
+        """Return the lanes that take images, made when they are first wanted."""
+        if self._pictures is None and not self._pictures_missing:
+            self._check_open()
+            plan, make_config = self._plan, self._contexts.make_config_for_recording
+            if make_config is not None:
+                plan = dataclasses.replace(plan, context_config=make_config(self._engine))
+            plan = dataclasses.replace(plan, record_graph=self._contexts.launches_graphs)
+            self._pictures = pictures_of(plan, self._pinned, self.preprocessing)
+            self._pictures_missing = self._pictures is None
+        return self._pictures
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -308,6 +374,9 @@ class TensorRTEngine(Engine):
     def _done(self, lane: Lane, batch: int) -> None:
         """Take a lane back that has ended a run."""
         self._idle.append(lane)
+        self._ran(batch)
+
+    def _ran(self, batch: int) -> None:
         if batch not in self._seen:
             self._seen.add(batch)
             self._contexts.after_first_run()
@@ -321,7 +390,7 @@ class _LaneRun(Run):
         self._done = done
         self._batch = batch
 
-    def wait(self) -> dict[str, NDArray[Any]] | Candidates:
+    def wait(self) -> dict[str, NDArray[Any]] | Suppressed:
         assert self._lane is not None, "a run is waited for once"
         lane, self._lane = self._lane, None
         try:

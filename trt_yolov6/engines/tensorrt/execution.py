@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.detectors.candidates import Candidates
+from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.engines.cuda.arrays import output_view
 from trt_yolov6.engines.cuda.device import (
     CudaError,
@@ -32,14 +32,14 @@ from trt_yolov6.engines.cuda.device import (
     PinnedPool,
     Stream,
 )
-from trt_yolov6.engines.cuda.score_filter import CandidateFilter
+from trt_yolov6.engines.cuda.suppression import Reading, Suppression
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
 
 _COPY_THREADS = min(16, os.cpu_count() or 1)
 
-_Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, Stream, CandidateFilter)
+_Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, Stream, Suppression)
 
 
 _MOST_CONTEXTS = 8
@@ -64,8 +64,8 @@ class LanePlan:
     batch: BatchProfile
     record_graph: bool
     """Record runs as CUDA graphs here; TensorRT-RTX does so by itself."""
-    find_candidates: bool
-    """The outputs are `boxes` and `scores`, which the GPU can search."""
+    reading: Reading | None
+    """Places of scores and boxes, for suppression on the GPU; None where there can be none."""
 
 
 @dataclass
@@ -99,16 +99,18 @@ class Lane:
         self._plan = plan
         self._pinned = pinned
         self._logger = logger_of(plan.flavour.api)
-        self._owned: list[DeviceMemory | PinnedMemory | Stream | CandidateFilter] = []
+        self._owned: list[DeviceMemory | PinnedMemory | Stream | Suppression] = []
         self._device_outputs: dict[str, DeviceMemory] = {}
         self._host_outputs: dict[str, PinnedMemory] = {}
         self._allocators: dict[str, Any] = {}
         self._bindings: dict[tuple[int, ...], _Binding] = {}
         self._scratch: DeviceMemory | None = None
         self._record_graph = plan.record_graph
-        self._filter: CandidateFilter | None = None
-        self._filtered = False
+        self._suppression: Suppression | None = None
+        self._can_suppress = plan.reading is not None
+        self._suppressed: tuple[int, NmsSettings] | None = None
         self._in_use: Any = None
+        self._generation = 0
         self._copiers = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="to-gpu")
         try:
             self._open()
@@ -116,13 +118,13 @@ class Lane:
             self.close()
             raise
 
-    def start(self, images: Any, confidence: float | None, *, fetch: bool = True) -> None:
+    def start(self, images: Any, nms: NmsSettings | None, *, fetch: bool = True) -> None:
         """Put a run on the stream: copy in, compute, copy out. Nothing is waited for.
 
         Args:
             images: a NumPy array, or a view of GPU memory (`cuda.arrays.view_of`), of the
                 engine's shape and dtype; not to be changed before `finish` returns.
-            confidence: copy only scores above it, with their boxes; None copies all outputs.
+            nms: copy only the boxes that these thresholds keep; None copies all outputs.
             fetch: False leaves the outputs on the GPU.
         """
         shape = tuple(images.shape)
@@ -135,27 +137,27 @@ class Lane:
             address = int(images.ptr)
         self._bind(address, shape)
         self._enqueue()
-        self._filtered = fetch and confidence is not None and self._can_filter()
+        self._suppressed = None
         if not fetch:
             return
-        if self._filtered:
-            assert self._filter is not None
-            assert confidence is not None
-            boxes, scores = (self._device_outputs[name] for name in ("boxes", "scores"))
-            self._filter.start(self.stream, boxes, scores, shape[0], confidence)
+        suppression = None if nms is None else self._suppression_for(nms)
+        if suppression is not None and nms is not None:
+            suppression.enqueue(self.stream, self._device_outputs, shape[0], nms)
+            self._suppressed = shape[0], nms
         else:
             self._copy_outputs()
 
-    def finish(self) -> dict[str, NDArray[Any]] | Candidates:
+    def finish(self) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the run that was started, and return what it copied out."""
         try:
-            if self._filtered:
-                assert self._filter is not None
-                found = self._filter.finish(self.stream)
+            self.stream.wait()
+            if self._suppressed is not None:
+                assert self._suppression is not None
+                found = self._suppression.fetch(*self._suppressed)
                 if found is not None:
                     return found
                 self._copy_outputs()
-            self.stream.wait()
+                self.stream.wait()
             return {output.name: self._result(output) for output in self._plan.outputs}
         finally:
             self._in_use = None
@@ -184,6 +186,45 @@ class Lane:
             self._enqueue()
 
         return enqueue
+
+    # --- for runs that others record, see `pictures` ----------------------------------------------
+
+    @property
+    def input_memory(self) -> DeviceMemory:
+        """Where `run` reads its input."""
+        return self._device_input
+
+    @property
+    def output_memory(self) -> Mapping[str, DeviceMemory]:
+        """Where `run` writes its outputs; without those whose size depends on the images."""
+        return self._device_outputs
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """A run allocates nothing, so that a CUDA graph can hold it."""
+        return not self._allocators
+
+    def prepare(self, rows: int) -> int:
+        """Make the next `run` one of the lane's own input, of a batch of `rows`.
+
+        Returns:
+            A number that changes when what was recorded before is not valid any more.
+        """
+        shape = tuple(length or 0 for length in self._plan.input.shape[1:])
+        self._bind(self._device_input.address, (rows, *shape))
+        return self._generation
+
+    def run(self) -> None:
+        """Put a run on the stream, kernel by kernel; what it is recorded in becomes a graph."""
+        self._execute(self._bound.context)
+
+    def copy_outputs(self) -> None:
+        """Put the copy of all outputs to the host on the stream."""
+        self._copy_outputs()
+
+    def results(self) -> dict[str, NDArray[Any]]:
+        """Return the outputs of the run that has just ended, after `copy_outputs`."""
+        return {output.name: self._result(output) for output in self._plan.outputs}
 
     def profile(self, images: NDArray[Any], runs: int) -> dict[str, list[float]]:
         """Run a resident batch some times; return the seconds that each layer took, by its name.
@@ -236,7 +277,6 @@ class Lane:
                 continue
             nbytes = math.prod(largest) * output.dtype.itemsize
             self._device_outputs[output.name] = self._own(DeviceMemory(nbytes))
-            self._host_outputs[output.name] = self._own(PinnedMemory(nbytes))
         self._place_outputs(self._bound.context)
 
     def _allocate_late(self, name: str) -> None:
@@ -278,19 +318,24 @@ class Lane:
         self._owned.append(resource)
         return resource
 
-    def _can_filter(self) -> bool:
-        """Make the candidate filter when it is first wanted; False where there can be none."""
+    def _suppression_for(self, nms: NmsSettings) -> Suppression | None:
+        """Return the suppression on the GPU, made when it is first wanted; None if there is none.
+
+        There is none without NVRTC, nor for outputs of a layout or a size that it does not take.
+        """
         plan = self._plan
-        if self._filter is None and plan.find_candidates:
-            shape = self._output_shape("scores")
+        if not self._can_suppress or not Suppression.fits(nms):
+            return None
+        if self._suppression is None:
+            assert plan.reading is not None
+            if not self._device_outputs.keys() >= set(plan.reading.tensors):
+                self._can_suppress = False
+                return None
             try:
-                half = next(out for out in plan.outputs if out.name == "scores").dtype != np.float32
-                self._filter = self._own(
-                    CandidateFilter(shape[2], shape[1], plan.batch.max, half_scores=half)
-                )
+                self._suppression = self._own(Suppression(plan.reading, plan.batch.max))
             except CudaError:
-                return False
-        return self._filter is not None
+                self._can_suppress = False
+        return self._suppression
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -353,6 +398,7 @@ class Lane:
             return _Binding(self._new_context(), 0)
         spare = self._bindings.pop(next(iter(self._bindings)))
         spare.drop_graph(self.stream)
+        self._generation += 1
         return spare
 
     def _misfit(self, shape: tuple[int, ...]) -> UserError:
@@ -397,10 +443,14 @@ class Lane:
 
     def _copy_outputs(self) -> None:
         for output in self._plan.outputs:
+            source = self._device_outputs.get(output.name)
+            if source is None:
+                continue
             memory = self._host_outputs.get(output.name)
-            if memory is not None:
-                nbytes = math.prod(self._output_shape(output.name)) * output.dtype.itemsize
-                self.stream.copy_out(memory.address, self._device_outputs[output.name], nbytes)
+            if memory is None:  # page-locked when first needed: boxes usually leave without them
+                memory = self._host_outputs[output.name] = self._own(PinnedMemory(source.nbytes))
+            nbytes = math.prod(self._output_shape(output.name)) * output.dtype.itemsize
+            self.stream.copy_out(memory.address, source, nbytes)
 
     def _output_shape(self, name: str) -> tuple[int, ...]:
         if name in self._allocators:

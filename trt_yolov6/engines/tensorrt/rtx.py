@@ -69,7 +69,7 @@ def availability() -> Availability:
         reason = str(error).rstrip(".")
         names = ", ".join(targets(flavour.api))
         return Availability(
-            NAME, True, False, flavour.version, f"builds with --target ({names}) only: {reason}"
+            NAME, True, False, flavour.version, f"builds for a target ({names}) only: {reason}"
         )
     return Availability(NAME, True, True, flavour.version, str(device))
 
@@ -172,7 +172,10 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     cache = RuntimeCache(cache_path(path))
     make_config = _runtime_config(flavour.api, cache, options.cuda_graph)
     contexts = ContextSettings(
-        make_config, launches_graphs=options.cuda_graph, after_first_run=cache.save
+        make_config,
+        make_config_for_recording=_runtime_config(flavour.api, cache, False),
+        launches_graphs=options.cuda_graph,
+        after_first_run=cache.save,
     )
     return TensorRTEngine(flavour, path, manifest, contexts, options)
 

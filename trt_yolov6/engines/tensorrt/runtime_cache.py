@@ -36,14 +36,15 @@ class RuntimeCache:
 
     def attach(self, config: Any) -> None:
         """Give an `IRuntimeConfig` the cache, filled from the file where that fits."""
-        self._cache = config.create_runtime_cache()
-        try:
-            content = self.path.read_bytes()
-        except OSError:
-            content = b""
-        if content and self._cache.deserialize(content):
-            self.used = True
-            self._stored = content
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            try:
+                content = self.path.read_bytes()
+            except OSError:
+                content = b""
+            if content and self._cache.deserialize(content):
+                self.used = True
+                self._stored = content
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:

@@ -291,6 +291,6 @@ def _half(scale: NDArray[np.float32], quantized: QuantizedType) -> NDArray[np.fl
     if not np.isfinite(result).all():
         raise UserError(
             f"a range of {float(np.max(scale)) * quantized.largest:.3g} is too large for half "
-            f"precision; build with {quantized.option} --fp32."
+            f"precision; leave the rest in fp32."
         )
     return result

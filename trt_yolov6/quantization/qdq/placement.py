@@ -80,14 +80,14 @@ def place(
     graph = GraphIndex(model)
     if any(node.op_type == "QuantizeLinear" for node in graph.nodes):
         raise UserError(
-            "the graph has Q/DQ nodes already; give the float graph, or leave --int8 and --fp8 out "
-            "to build it as it is."
+            "the graph has Q/DQ nodes already; give the float graph, or build it as it "
+            "is, without quantizing."
         )
     names = layer_names(model)
     unknown = sorted(set(exclude) - set(names.values()))
     if unknown:
         raise UserError(
-            f"--float-layers names {unknown[0]}, which is not a convolution of the graph; "
+            f"`float_layers` names {unknown[0]}, which is not a convolution of the graph; "
             "`trt-yolov6 inspect` lists them."
         )
     reasons = _float_layers(graph, names, set(exclude), exclude_rules)

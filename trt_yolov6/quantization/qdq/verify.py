@@ -72,7 +72,7 @@ def verify_clean(
                 squares[row, index] += np.square(difference).sum()
             count[index] += old.size
     if not count.all():
-        raise UserError("surgery cannot be verified without images; give --calib a folder of some.")
+        raise UserError("surgery cannot be verified without images; give `calibration` some.")
     return tuple(
         OutputShift(name, *np.sqrt(squares[:, index] / count[index]).tolist())
         for index, name in enumerate(names)

@@ -40,8 +40,8 @@ def connected(address: str) -> Iterator[Any]:
     ray = _import_ray(address)
     if address.startswith("ray://"):
         raise UserError(
-            f"--ray {address} is an address of Ray's client, through which Ray Data does not work; "
-            "run the command on a machine of the cluster, with --ray auto."
+            f"`address` {address} is one of Ray's client, which Ray Data does not work through; "
+            "run the command on a machine of the cluster, with `address` auto."
         )
     if ray.is_initialized():
         with _quiet(ray):
@@ -56,7 +56,7 @@ def connected(address: str) -> Iterator[Any]:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"--ray {address} does not lead to a cluster ({reason}); give the address of its head, "
+            f"`address` {address} does not lead to a cluster ({reason}); give that of its head, "
             "auto on one of its machines, or local."
         ) from error
     try:
@@ -82,8 +82,8 @@ def _import_ray(address: str) -> Any:
         import ray.data
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f"--ray needs the Python package {error.name}; `pip install 'trt-yolov6[ray]'` gives "
-            "it."
+            f"work on a cluster needs the Python package {error.name}; `pip install "
+            "'trt-yolov6[ray]'` gives it."
         ) from error
     return ray
 
@@ -138,7 +138,7 @@ def fitting_actors(
         each = cores or min(MOST_CORES, *(cpus // gpus for cpus, gpus in with_gpu))
         count = sum(min(gpus, cpus // each if each else gpus) for cpus, gpus in with_gpu)
         if not count:
-            raise UserError(f"no machine has {each} cores for a GPU; give fewer --threads.")
+            raise UserError(f"no machine has {each} cores for a GPU; give fewer `threads`.")
         return Actors(count, each, 1)
     sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
     if not sizes:
@@ -147,7 +147,7 @@ def fitting_actors(
     count = sum(size // each for size in sizes)
     if not count:
         raise UserError(
-            f"no machine of the cluster has the {each} cores of --threads (the largest has "
+            f"no machine of the cluster has the {each} cores of `threads` (the largest has "
             f"{max(sizes)}); give fewer."
         )
     return Actors(count, each, 0)

@@ -20,7 +20,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.predict import process
 from trt_yolov6.serving.ray.engine_files import load_here
 from trt_yolov6.serving.ray.pictures import read_remote
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import PredictOptions
 
 if TYPE_CHECKING:
     import pyarrow
@@ -37,11 +37,7 @@ class Work:
     sha256: str
     backend: str
     options: LoadOptions
-    nms: NmsSettings
-    border: int
-    batch: int | None
-    threads: int
-    """Threads for reading and boxes."""
+    predict: PredictOptions
     is_evaluation: bool
     """Pictures are those of a data set: boxes are not clipped, and all have to be readable."""
 
@@ -120,7 +116,7 @@ class Detector:
         import ray
 
         # The cores of an actor are its own; Ray does not hold it to them.
-        cv2.setNumThreads(self._work.threads)
+        cv2.setNumThreads(self._work.predict.workers or 1)
         files = ray.get(self._work.engine)
         self._engine, self._folder = load_here(
             files, self._work.sha256, self._work.backend, self._work.options
@@ -148,12 +144,8 @@ class Detector:
                 rows,
                 _read_dataset_row if work.is_evaluation else _read_picture_row,
                 finish,
-                nms=work.nms,
-                border=work.border,
-                batch=work.batch,
-                workers=work.threads,
+                work.predict,
                 skip_unreadable=not work.is_evaluation,
-                clip=not work.is_evaluation,
                 tell=notes.append,
             ):
                 found += step.result

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trt_yolov6.common.files import sha256_bytes, sha256_file
+from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.engines.manifest import manifest_of, read_manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import NmsSettings
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,12 @@ class EngineFiles:
 
 
 @dataclass(frozen=True)
-class EngineFacts:
+class EngineFacts(Described):
     """Facts of an engine needed before any machine has loaded it."""
 
     name: str
     """Its file name."""
-    class_names: tuple[str, ...]
-    image_size: tuple[int, int]
-    """Input height and width in pixels."""
-    nms: NmsSettings | None
-    """The thresholds of the suppression inside the graph, if any."""
+    detector: DetectorSpec
     precision: str
     backend: str
 
@@ -59,14 +55,7 @@ def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineF
     manifest = read_manifest(path)
     if manifest is None:
         with load_engine(path, backend, options) as engine:
-            facts = EngineFacts(
-                path.name,
-                tuple(engine.class_names),
-                engine.image_size,
-                engine.nms,
-                engine.precision,
-                engine.backend,
-            )
+            facts = EngineFacts(path.name, engine.detector, engine.precision, engine.backend)
         plan = _with_weights(path) if path.suffix == ".onnx" else path.read_bytes()
         return EngineFiles(path, plan, None, b""), facts
     plan = path.read_bytes()
@@ -77,14 +66,8 @@ def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineF
         )
     found = manifest_of(path)
     assert found is not None
-    facts = EngineFacts(
-        path.name,
-        manifest.class_names,
-        manifest.image_size,
-        manifest.nms,
-        manifest.precision,
-        manifest.backend if backend == "auto" else backend,
-    )
+    ran_by = manifest.backend if backend == "auto" else backend
+    facts = EngineFacts(path.name, manifest.detector, manifest.precision, ran_by)
     return EngineFiles(path, plan, found.name, found.read_bytes()), facts
 
 

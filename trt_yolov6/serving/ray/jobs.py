@@ -40,7 +40,7 @@ from trt_yolov6.serving.ray.parts import (
     part_names,
 )
 from trt_yolov6.serving.ray.pictures import RemotePicture, find_pictures, is_address
-from trt_yolov6.spec import NmsSettings
+from trt_yolov6.spec import NmsSettings, PredictOptions
 
 if TYPE_CHECKING:
     import pyarrow
@@ -60,8 +60,6 @@ class RayOptions:
     backend: str = "auto"
     load: LoadOptions = dataclasses.field(default_factory=LoadOptions)
     """`threads` are the cores of an actor."""
-    batch: int | None = None
-    """Images an engine is given at a time; default: see `predict.choose_batch`."""
     progress: bool = True
 
 
@@ -93,11 +91,9 @@ def infer_on_ray(
     source: str | Path,
     output: str | Path,
     options: RayOptions,
+    predict: PredictOptions | None = None,
     *,
     form: PartFormat = "jsonl",
-    nms: Callable[[NmsSettings], NmsSettings] = lambda default: default,
-    resize: int | None = None,
-    border: int | None = None,
 ) -> RaySummary:
     """Find objects in many pictures on the machines of a Ray cluster.
 
@@ -112,10 +108,9 @@ def infer_on_ray(
         source: see `pictures.find_pictures`.
         output: a folder, or an address in a store.
         options: where it runs.
+        predict: thresholds, border and batch; default thresholds: confidence 0.4, or what the
+            engine has inside.
         form: of the parts.
-        nms: makes the thresholds of the default, which is confidence 0.4, or what the engine has
-            inside.
-        resize, border: see `letterbox.resolve_border`.
 
     Raises:
         UserError: see `connected`, `find_pictures`, `open_job` and `load_engine`; or no picture
@@ -123,8 +118,7 @@ def infer_on_ray(
     """
     start = time.perf_counter()
     files, facts = read_engine(Path(engine), options.backend, options.load)
-    thresholds = nms(shown_nms(facts.nms))
-    pixels = resolve_border(resize, border, facts.image_size)
+    predict = _resolved(predict, facts, shown_nms(facts.nms))
     pictures = find_pictures(source)
     folder = ResultFolder(output)
     place = str(source) if is_address(str(source)) else str(Path(source).absolute())
@@ -133,8 +127,8 @@ def infer_on_ray(
         "engine_sha256": files.sha256,
         "source": place,
         "format": form,
-        "border": pixels,
-        **dataclasses.asdict(thresholds),
+        "border": predict.border,
+        **dataclasses.asdict(predict.nms()),
     }
     lock = one_writer(Path(output)) if folder.is_local else contextlib.nullcontext()
     with lock:
@@ -155,7 +149,7 @@ def infer_on_ray(
         )
         if left:
             with PartWriter(folder, form) as writer:
-                summary = _infer(files, facts, thresholds, pixels, left, writer, options, summary)
+                summary = _infer(files, facts, predict, left, writer, options, summary)
         _write_failures(folder, summary.failures)
         parts = len(part_names(folder))
     if not summary.images and not summary.done_before:
@@ -168,8 +162,7 @@ def infer_on_ray(
 def _infer(
     files: EngineFiles,
     facts: EngineFacts,
-    nms: NmsSettings,
-    border: int,
+    predict: PredictOptions,
     pictures: Sequence[RemotePicture],
     writer: PartWriter,
     options: RayOptions,
@@ -201,7 +194,7 @@ def _infer(
     )
     with bar, connected(options.address) as ray:
         actors = _actors(ray, facts, options)
-        work = _work(ray, files, nms, border, actors, options, is_evaluation=False)
+        work = _work(ray, files, predict, actors, options, is_evaluation=False)
         for block in _blocks(ray, work, actors, len(pictures), tables):
             first = first or time.perf_counter() - start
             notes |= dict.fromkeys(block.notes)
@@ -240,10 +233,8 @@ def evaluate_on_ray(
     engine: str | Path,
     dataset: CocoDataset,
     options: RayOptions,
+    predict: PredictOptions | None = None,
     *,
-    nms: NmsSettings | None = None,
-    resize: int | None = None,
-    border: int | None = None,
     confusion: bool = False,
 ) -> Evaluation:
     """Measure an engine's COCO AP on the machines of a Ray cluster.
@@ -255,15 +246,14 @@ def evaluate_on_ray(
         engine: see `infer_on_ray`.
         dataset: its images must lie at the same paths on every machine.
         options: where it runs.
-        nms: thresholds; default: as `evaluate`.
-        resize, border: see `letterbox.resolve_border`.
+        predict: thresholds, border and batch; default thresholds: as `evaluate`.
         confusion: count which class objects are taken for.
 
     Raises:
         UserError: see `connected` and `evaluate`.
     """
     files, facts = read_engine(Path(engine), options.backend, options.load)
-    pixels = resolve_border(resize, border, facts.image_size)
+    predict = _resolved(predict, facts, NmsSettings())
     images = dataset.images
 
     def tables(size: int) -> list[pyarrow.Table]:
@@ -276,9 +266,7 @@ def evaluate_on_ray(
         seen: set[int] = set()
         with connected(options.address) as ray:
             actors = _actors(ray, facts, options)
-            work = _work(
-                ray, files, nms or NmsSettings(), pixels, actors, options, is_evaluation=True
-            )
+            work = _work(ray, files, predict, actors, options, is_evaluation=True)
             for block in _blocks(ray, work, actors, len(images), tables):
                 fresh = [one for one in block.pictures if one.index not in seen]
                 seen.update(one.index for one in fresh)
@@ -312,6 +300,15 @@ def _found_batch(
     )
 
 
+def _resolved(
+    predict: PredictOptions | None, facts: EngineFacts, default: NmsSettings
+) -> PredictOptions:
+    """Return options that say the same of an engine on every machine."""
+    predict = (predict or PredictOptions()).over(default)
+    border = resolve_border(predict.resize, predict.border, facts.image_size)
+    return dataclasses.replace(predict, resize=None, border=border)
+
+
 def _actors(ray: Any, facts: EngineFacts, options: RayOptions) -> Actors:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     on_gpu = facts.backend != "onnxruntime" or options.load.provider in ("cuda", "tensorrt")
@@ -321,8 +318,7 @@ def _actors(ray: Any, facts: EngineFacts, options: RayOptions) -> Actors:
 def _work(
     ray: Any,
     files: EngineFiles,
-    nms: NmsSettings,
-    border: int,
+    predict: PredictOptions,
     actors: Actors,
     options: RayOptions,
     *,
@@ -333,10 +329,7 @@ def _work(
         sha256=files.sha256,
         backend=options.backend,
         options=dataclasses.replace(options.load, threads=max(1, actors.cpus)),
-        nms=nms,
-        border=border,
-        batch=options.batch,
-        threads=max(1, actors.cpus),
+        predict=dataclasses.replace(predict, workers=max(1, actors.cpus), clip=not is_evaluation),
         is_evaluation=is_evaluation,
     )
 

@@ -91,7 +91,7 @@ class ResultFolder:
     def _fault(self, what: str, error: OSError) -> UserError:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return UserError(
-            f"{self.place} cannot be {what} ({reason}); check --output and the right to it."
+            f"{self.place} cannot be {what} ({reason}); check `output` and the right to it."
         )
 
 
@@ -114,17 +114,17 @@ def open_job(folder: ResultFolder, job: dict[str, Any]) -> None:
             )
         except (ValueError, AttributeError) as error:
             raise UserError(
-                f"{folder.place}/{JOB_FILE} is damaged; give another --output."
+                f"{folder.place}/{JOB_FILE} is damaged; give another `output`."
             ) from error
         if differing:
             raise UserError(
                 f"{folder.place} holds results of another {differing[0]} "
                 f"({kept.get(differing[0])!r}, not {job.get(differing[0])!r}); give another "
-                "--output, or the options it was begun with."
+                "`output`, or the options it was begun with."
             )
         return
     if any(_PART.fullmatch(name) for name in names):
-        raise UserError(f"{folder.place} holds parts but no {JOB_FILE}; give another --output.")
+        raise UserError(f"{folder.place} holds parts but no {JOB_FILE}; give another `output`.")
     folder.write(JOB_FILE, (json.dumps(job, indent=2) + "\n").encode())
 
 

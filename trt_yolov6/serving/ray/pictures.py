@@ -77,7 +77,9 @@ def find_pictures(source: str | Path) -> tuple[RemotePicture, ...]:
         raise UserError(f"{text} does not exist; check the path.")
     media = find_media(text)
     if isinstance(media, Video):
-        raise UserError(f"{text} is a video; leave --ray out, one machine decodes it in order.")
+        raise UserError(
+            f"{text} is a video, which one machine decodes in order; infer it without Ray."
+        )
     return tuple(
         RemotePicture(item.name, "", str(item.path.absolute()))
         for item in media.items

@@ -24,6 +24,7 @@ from trt_yolov6.common.progress import is_logged
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
+from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.distributed import Processes, chosen_device
 from trt_yolov6.training.loop import Reporter, StepLosses, Task, train_epochs
@@ -147,7 +148,7 @@ def evaluate_network(
         _convolutions(device, exact=True),
         TorchEngine(network, class_names, image_size, half=False, name="qat") as engine,
     ):
-        return evaluate(engine, load_coco(data, split), batch=batch, progress=False)
+        return evaluate(engine, load_coco(data, split), PredictOptions(batch=batch), progress=False)
 
 
 # --- what the loop trains -----------------------------------------------------------------------

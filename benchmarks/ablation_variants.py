@@ -1,0 +1,400 @@
+"""The trainings of the paper's ablations, in order of importance, and the tables they make.
+
+A variant is a recipe with a few choices changed; it is trained once in every fold. Two schedules:
+`full` is the default recipe, to be compared with earlier figures; `short` has smaller images and
+fewer epochs, and is what variants are compared with each other in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from trt_yolov6.quantization.sensitivity import Metric
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Settings that bring a trained network to INT8."""
+
+    network: str
+    """The variant that trained it."""
+    trained: Literal["plain", "distilled"] | None = None
+    """Quantization-aware training, without and with channel-wise distillation; None: PTQ."""
+    float_layers: int = 0
+    """Most sensitive layers that stay in float."""
+    ranked_by: Metric | None = None
+    """Metric that ranks them."""
+    tuned: bool = False
+    """Calibrator and equalization as `build --int8` chooses them; else min-max, not equalized."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train or quantize a network."""
+
+    model: str
+    """`n`, `s`, ... as `train --model` takes it."""
+    changes: tuple[str, ...] = ()
+    """Assignments for `train --set`."""
+    architecture: tuple[tuple[str, Any], ...] = ()
+    """Fields of `ArchitectureOptions`."""
+    schedule: Literal["short", "full"] = "short"
+    stretch: float = 1.0
+    """Epochs, times those of the schedule."""
+    seed: int = 0
+    borders: bool = False
+    """Judge it with gray borders as well (Table 14)."""
+    scales: str | None = None
+    """The variant whose scales RepOptimizer takes."""
+    teacher: str | None = None
+    """The variant that teaches it."""
+    quantized: Quantized | None = None
+    """Not trained, but made of a trained one."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The variants that must be trained before."""
+        network = None if self.quantized is None else self.quantized.network
+        return tuple(name for name in (self.scales, self.teacher, network) if name is not None)
+
+
+class HasSize(Protocol):
+    """Anything with an image size."""
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+
+
+PLAIN, BORDER, INNER = "plain", "border", "inner"
+"""Inputs that networks are judged with: as trained; with 16 gray pixels around it; and with the
+image shrunk by 6 pixels and 3 gray ones around it (paper, 2.4.3)."""
+
+
+def inputs_of(variant: Variant, order: HasSize) -> dict[str, tuple[int, int]]:
+    """Return side of the input and gray border inside it, for all that a variant is judged with."""
+    size = order.image_size
+    inputs = {PLAIN: (size, 0)}
+    if variant.borders:
+        inputs |= {BORDER: (size + 32, 16), INNER: (size, 3)}
+    return inputs
+
+
+def _of(model: str, *changes: str, **others: Any) -> Variant:
+    return Variant(model, changes, **others)
+
+
+def _built(model: str, **options: Any) -> Variant:
+    return Variant(model, architecture=tuple(options.items()))
+
+
+_NO_FADING = "plain_epochs=0"
+_NO_DECAY = "distillation.epochs=1000000"
+_MORE = 4 / 3
+"""Table 12 has 400 epochs and 300."""
+
+# Lengths of the stages and of the neck by which parameters and FLOPs come to those in Table 2: the
+# paper shortens or lengthens a network where it changes its blocks.
+_CSP_N: dict[str, Any] = {"stage_repeats": (1, 3, 4, 1), "neck_repeats": (3,) * 4}  # 2.3M, 5.6G
+_CSP_S: dict[str, Any] = {"stage_repeats": (2, 4, 6, 2), "neck_repeats": (4,) * 4}  # 11.5M, 27.7G
+_CSP_M: dict[str, Any] = {"stage_repeats": (2, 5, 7, 2), "neck_repeats": (5,) * 4}  # 27.8M, 68.4G
+_REP_M: dict[str, Any] = {"stage_repeats": (4, 8, 12, 4), "neck_repeats": (8,) * 4}  # 67.1M, 175.8G
+# The nearest to 54.7M and 142.7G: 60.8M and 145.3G.
+_CSP_L: dict[str, Any] = {"stage_repeats": (2, 3, 5, 2), "neck_repeats": (3,) * 4}
+# The nearest to 58.6M and 144.7G: 62.5M and 151.0G.
+_WIDE_NECK: dict[str, Any] = {
+    "neck_channels": (384, 192, 192, 384, 384, 768),
+    "neck_repeats": (1,) * 4,
+}
+
+
+def _losses(model: str, box: tuple[str, ...]) -> dict[str, Variant]:
+    """Return the variants of Tables 8 and 9 of a model; `box` are losses besides its own."""
+    found = {
+        f"{model}-{name.replace('_', '-')}": _of(model, f"losses.classification={name}")
+        for name in ("focal", "quality_focal", "poly")
+    }
+    return found | {f"{model}-{name}": _of(model, f"losses.box={name}") for name in box}
+
+
+def _tables_2_to_4(model: str, own: tuple[str, str]) -> dict[str, Variant]:
+    """Return the combinations of Table 4 besides the model's own."""
+    found = {}
+    for block in ("repvgg", "conv"):
+        for act in ("relu", "silu", "leaky_relu"):
+            if (block, act) != own:
+                name = f"{model}-{block}-{act.replace('_', '-')}"
+                found[name] = _built(model, block=block, activation=act)
+    return found
+
+
+VARIANTS: dict[str, Variant] = {
+    # What everything is compared with.
+    "n-full": _of("n", schedule="full"),
+    "s-full": _of("s", schedule="full"),
+    "n": _of("n", borders=True),
+    "s": _of("s", borders=True),
+    # RepOptimizer and INT8 of S: a chain, so it begins early.
+    "s-search": Variant("s", architecture=(("block", "scaled"),)),
+    # What the paper says most about.
+    "n-atss": _of("n", "losses.assigner=atss"),
+    "n-simota": _of("n", "losses.assigner=simota"),
+    **_losses("n", ("giou", "ciou")),
+    "n-objectness": _built("n", objectness=True),
+    "n-csp": _built("n", csp_ratio=0.5, **_CSP_N),
+    "n-again": _of("n", seed=1),
+    "s-rep": Variant("s", scales="s-search"),
+    "s-ptq": Variant("s", quantized=Quantized("s")),
+    "s-rep-ptq": Variant("s", quantized=Quantized("s-rep")),
+    **_tables_2_to_4("n", ("repvgg", "relu")),
+    "n-dfl": _built("n", dfl=True),
+    "n-no-warmup": _of("n", "losses.warmup_epochs=0"),
+    "n-simota-warmup": _of("n", "losses.warmup_assigner=simota"),
+    "n-no-fading": _of("n", _NO_FADING, borders=True),
+    "n-longer": _of("n", stretch=_MORE),
+    "s-csp": _built("s", csp_ratio=0.5, **_CSP_S),
+    **_losses("s", ("siou", "ciou")),
+    "s-objectness": _built("s", objectness=True),
+    "s-dfl": _built("s", dfl=True),
+    "s-no-fading": _of("s", _NO_FADING, borders=True),
+    "s-longer": _of("s", stretch=_MORE),
+    "s-again": _of("s", seed=1),
+    "s-rep-qat": Variant("s", quantized=Quantized("s-rep", "plain")),
+    "s-rep-qat-distilled": Variant("s", quantized=Quantized("s-rep", "distilled")),
+    "s-rep-partial-distilled": Variant("s", quantized=Quantized("s-rep", "distilled", 6, "mse")),
+    "s-qat-distilled": Variant("s", quantized=Quantized("s", "distilled")),
+    "s-ptq-tuned": Variant("s", quantized=Quantized("s", tuned=True)),
+    "s-rep-ptq-tuned": Variant("s", quantized=Quantized("s-rep", tuned=True)),
+    **{
+        f"s-rep-six-{metric}": Variant("s", quantized=Quantized("s-rep", None, 6, metric))
+        for metric in ("mse", "cosine", "snr", "ap")
+    },
+    # Larger networks.
+    "m": _of("m", borders=True),
+    "m-csp-half": _built("m", csp_ratio=0.5, **_CSP_M),
+    "m-objectness": _built("m", objectness=True),
+    "m-no-dfl": _built("m", dfl=False),
+    "m-poly": _of("m", "losses.classification=poly"),
+    "m-repblock": _built("m", csp_ratio=0.0, **_REP_M),
+    "m-focal": _of("m", "losses.classification=focal"),
+    "m-quality-focal": _of("m", "losses.classification=quality_focal"),
+    "m-siou": _of("m", "losses.box=siou"),
+    "m-ciou": _of("m", "losses.box=ciou"),
+    "m-no-fading": _of("m", _NO_FADING, borders=True),
+    **_tables_2_to_4("m", ("repvgg", "relu")),
+    "l": _of("l"),
+    "l-distilled": _of("l", teacher="l"),
+    "l-class-distilled": _of("l", "distillation.box_weight=0", _NO_DECAY, teacher="l"),
+    "l-both-distilled": _of("l", _NO_DECAY, teacher="l"),
+    "l-wide-neck": _built("l", **_WIDE_NECK),
+    "m-distilled": _of("m", teacher="m"),
+    "l-relu": _of("l_relu"),
+    "l-relu-csp": _built("l_relu", csp_ratio=2 / 3, **_CSP_L),
+    "t": _of("t"),
+    "t-longer": _of("t", stretch=_MORE),
+}
+"""Every variant by name, the most important first."""
+
+# --- the paper's tables -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One AP of a table: of a variant, with an input."""
+
+    variant: str
+    input: str = PLAIN
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper as a grid: rows of choices, columns of networks."""
+
+    number: str
+    title: str
+    what: str
+    """Heading of the rows."""
+    columns: tuple[str, ...]
+    """Networks, as in `paper`."""
+    base: str
+    """The row that the others are compared with."""
+    rows: dict[str, tuple[Cell | None, ...]]
+    """By label: a cell a column; None where there is nothing of ours."""
+    bases: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Rows that are compared with another one than `base`."""
+
+    def base_of(self, row: str, column: int) -> str | None:
+        """Return the row that a row is compared with in a column; None for that row itself."""
+        base = self.bases.get(row, self.base)
+        if self.rows[base][column] is None:
+            # The paper's own choice for that network.
+            base = [other for other, cells in self.rows.items() if cells[column] is not None][-1]
+        return None if base == row else base
+
+
+def _row(*names: str | None) -> tuple[Cell | None, ...]:
+    return tuple(None if name is None else Cell(name) for name in names)
+
+
+_NSM = ("YOLOv6-N", "YOLOv6-S", "YOLOv6-M")
+_ROW_4 = {"Conv": "conv", "RepConv": "repvgg"}
+_ACT_4 = {"SiLU": "silu", "ReLU": "relu", "LReLU": "leaky-relu"}
+
+
+def _table_4() -> dict[str, tuple[Cell | None, ...]]:
+    rows = {}
+    for act, act_name in _ACT_4.items():
+        for block, block_name in _ROW_4.items():
+            own = (block, act) == ("RepConv", "ReLU")
+            tail = "" if own else f"-{block_name}-{act_name}"
+            rows[f"{block}, {act}"] = _row(f"n{tail}", f"m{tail}")
+    return rows
+
+
+def _table_14() -> dict[str, tuple[Cell | None, ...]]:
+    rows: dict[str, tuple[Cell | None, ...]] = {}
+    for fading, tail in (("with", ""), ("without", "-no-fading")):
+        for label, name in (("+ 16", BORDER), ("+ 0", PLAIN), ("- 6 + 3", INNER)):
+            if (fading, name) != ("without", INNER):  # the paper has none
+                rows[f"{label}, {fading} fading"] = tuple(Cell(f"{m}{tail}", name) for m in "nsm")
+    return rows
+
+
+TABLES: dict[str, Table] = {
+    table.number: table
+    for table in (
+        Table(
+            "2",
+            "blocks and channel coefficients",
+            "Block",
+            (*_NSM, "YOLOv6-L-ReLU"),
+            "RepBlock",
+            {
+                "RepBlock": _row("n", "s", "m-repblock", None),
+                "CSPStackRep, 2/3": _row(None, None, "m", "l-relu-csp"),
+                "CSPStackRep, 1/2": _row("n-csp", "s-csp", "m-csp-half", "l-relu"),
+            },
+        ),
+        Table(
+            "3",
+            "width and depth of the neck",
+            "Neck",
+            ("YOLOv6-L",),
+            "slender and deep",
+            {"wide and shallow": _row("l-wide-neck"), "slender and deep": _row("l")},
+        ),
+        Table(
+            "4",
+            "convolution and activation",
+            "Layers",
+            ("YOLOv6-N", "YOLOv6-M"),
+            "RepConv, ReLU",
+            _table_4(),
+        ),
+        Table(
+            "6",
+            "assignment",
+            "Assignment",
+            ("YOLOv6-N",),
+            "TAL",
+            {"ATSS": _row("n-atss"), "SimOTA": _row("n-simota"), "TAL": _row("n")},
+        ),
+        Table(
+            "7",
+            "assignment of the first epochs",
+            "Assignment of the first epochs",
+            ("YOLOv6-N",),
+            "ATSS",
+            {
+                "as later (TAL)": _row("n-no-warmup"),
+                "ATSS": _row("n"),
+                "SimOTA": _row("n-simota-warmup"),
+            },
+        ),
+        Table(
+            "8",
+            "class loss",
+            "Class loss",
+            _NSM,
+            "VariFocal",
+            {
+                "focal": _row("n-focal", "s-focal", "m-focal"),
+                "poly": _row("n-poly", "s-poly", "m-poly"),
+                "quality focal": _row("n-quality-focal", "s-quality-focal", "m-quality-focal"),
+                "VariFocal": _row("n", "s", "m"),
+            },
+        ),
+        Table(
+            "9",
+            "box loss",
+            "Box loss",
+            _NSM,
+            "GIoU",
+            {
+                "GIoU": _row("n-giou", "s", "m"),
+                "CIoU": _row("n-ciou", "s-ciou", "m-ciou"),
+                "SIoU": _row("n", "s-siou", "m-siou"),
+            },
+        ),
+        Table(
+            "10",
+            "distribution focal loss",
+            "Distribution focal loss",
+            _NSM,
+            "without",
+            {"without": _row("n", "s", "m-no-dfl"), "with": _row("n-dfl", "s-dfl", "m")},
+        ),
+        Table(
+            "11",
+            "objectness loss",
+            "Objectness loss",
+            _NSM,
+            "without",
+            {
+                "without": _row("n", "s", "m-no-dfl"),
+                "with": _row("n-objectness", "s-objectness", "m-objectness"),
+            },
+        ),
+        Table(
+            "12",
+            "more epochs",
+            "Epochs",
+            ("YOLOv6-N", "YOLOv6-T", "YOLOv6-S"),
+            "300",
+            {"300": _row("n", "t", "s"), "400": _row("n-longer", "t-longer", "s-longer")},
+        ),
+        Table(
+            "13",
+            "self-distillation",
+            "Distillation",
+            ("YOLOv6-L",),
+            "none",
+            {
+                "none": _row("l"),
+                "classes": _row("l-class-distilled"),
+                "classes and boxes": _row("l-both-distilled"),
+                "classes and boxes, weight decays": _row("l-distilled"),
+            },
+            {
+                "classes and boxes": "classes",
+                "classes and boxes, weight decays": "classes and boxes",
+            },
+        ),
+        Table(
+            "14",
+            "gray borders",
+            "Image and border",
+            _NSM,
+            "+ 16, without fading",
+            _table_14(),
+            {
+                "+ 0, with fading": "+ 16, with fading",
+                "- 6 + 3, with fading": "+ 0, with fading",
+            },
+        ),
+    )
+}
+"""Tables 2 to 14 by number, but for 5."""

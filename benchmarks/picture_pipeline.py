@@ -1,0 +1,642 @@
+"""Measure, in one run, the way from pictures to boxes that docs/measurements/speed.md reports.
+
+    python -m benchmarks.picture_pipeline --json benchmarks/results/NAME.json
+
+Needs a GPU with TensorRT or TensorRT-RTX, and nvImageCodec for the JPEG parts; no network. What is
+compared is measured interleaved, in one process, and every figure is a median. `--only` takes some
+of the parts: single, batches, decoding, jpeg, gpus, leaks, accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gpu_graphs import Job, as_graph, make_all, with_batch
+from trt_yolov6 import __version__
+from trt_yolov6.backends import BACKENDS
+from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.common.files import write_json
+from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
+from trt_yolov6.data.coco import load_coco
+from trt_yolov6.data.images import list_images, read_image
+from trt_yolov6.data.jpeg import Jpeg, open_image
+from trt_yolov6.data.letterbox import fit
+from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.engines import Engine, backend, load_engine
+from trt_yolov6.engines.build import build_engine
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.runtime.detector import Detector
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.gpu_loading import load_images
+from trt_yolov6.runtime.predict import process
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
+IMAGES = ROOT / "samples" / "images" / "val"
+BATCH = 32
+THRESHOLDS = (0.03, 0.25)
+NAMES = ("N, sample", "S, random weights")
+
+
+@dataclass
+class Bench:
+    """State shared by all parts."""
+
+    backend: str
+    folder: Path
+    seconds: float
+    size: int
+    paths: dict[tuple[str, int], Path] = field(default_factory=dict)
+
+    def engine(self, name: str, batch: int) -> Path:
+        """Build the network of a name for one batch size, once."""
+        if (name, batch) not in self.paths:
+            start = time.perf_counter()
+            if name.startswith("N"):
+                settings = ExportSettings(
+                    (self.size, self.size),
+                    fp16=True,
+                    uint8_input=True,
+                    batch=BatchProfile(batch, batch, batch),
+                )
+                graph = graph_from_checkpoint(SAMPLE, settings)
+            else:
+                job = Job("ours, uint8 input", "yolov6s", self.size, 0)
+                import onnx
+
+                model = onnx.load_from_string(make_all([job])[job])
+                graph = as_graph(with_batch(model, batch), "yolov6s", self.size, batch)
+            suffix = BACKENDS[self.backend].suffix
+            path = self.folder / f"{name[0]}_{batch}{suffix}"
+            build_engine(graph, backend=self.backend, output=path)
+            self.paths[name, batch] = path
+            print(f"  built {path.name} in {time.perf_counter() - start:.1f} s", flush=True)
+        return self.paths[name, batch]
+
+
+def encoded_images() -> list[bytes]:
+    """Return the sample's JPEGs, 640 x 480."""
+    return [path.read_bytes() for path in list_images(IMAGES)]
+
+
+# --- one image ----------------------------------------------------------------------------------
+
+
+def measure_single(bench: Bench) -> list[dict[str, Any]]:
+    """One image in host memory to its boxes, against the engine alone."""
+    pixels = read_image(encoded_images()[0])
+    rows = []
+    for name, confidence in itertools.product(NAMES, THRESHOLDS):
+        with load_engine(bench.engine(name, 1)) as engine:
+            runs = single_runs(engine, pixels, NmsSettings(confidence))
+            times = interleaved(list(runs.values()), bench.seconds)
+        medians = [float(np.median(one)) for one in times]
+        for what, median in zip(runs, medians, strict=True):
+            rows.append(
+                {
+                    "network": name,
+                    "confidence": confidence,
+                    "what": what,
+                    "ms": median * 1e3,
+                    "to_engine": median / medians[0],
+                }
+            )
+    return rows
+
+
+def single_runs(
+    engine: Any, pixels: NDArray[np.uint8], nms: NmsSettings
+) -> dict[str, Callable[[], float]]:
+    """Return, by name, functions that go from an image to its boxes once and return the seconds."""
+    engine.is_checked = True
+    size = engine.image_size
+    square = np.ascontiguousarray(np.resize(pixels, (*size, 3)))
+    locked = engine.empty_image(*pixels.shape[:2])
+    locked[:] = pixels
+    detector = Detector(engine)
+
+    def boxes(image: NDArray[np.uint8]) -> None:
+        placed = [fit((image.shape[0], image.shape[1]), size)]
+        outputs = engine.start_images([image], placed, nms).wait()
+        postprocess(outputs, engine.output_layout, nms, placed)
+
+    def before() -> None:
+        placed = [fit(size, size)]
+        outputs = engine.start(square[None], nms).wait()
+        postprocess(outputs, engine.output_layout, nms, placed)
+
+    works: dict[str, Callable[[], Any]] = {
+        "page-locked 640x480": lambda: boxes(locked),
+        "ordinary 640x480": lambda: boxes(pixels),
+        "ordinary 640x640": lambda: boxes(square),
+        "Detector.predict, ordinary 640x480": lambda: detector.predict(
+            pixels, confidence=nms.confidence
+        ),
+        "prepared input, ordinary 640x640": before,
+    }
+    return {
+        "engine": engine.resident_run(random_input(engine, 1)),
+        **{what: functools.partial(seconds_of, work) for what, work in works.items()},
+    }
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Return how long something takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+# --- batches of arrays --------------------------------------------------------------------------
+
+
+def measure_batches(bench: Bench) -> list[dict[str, Any]]:
+    """32 uint8 images in ordinary memory to boxes, batch after batch, against the engine alone."""
+    pixels = [read_image(content) for content in encoded_images()]
+    rows = []
+    for name in NAMES:
+        with load_engine(bench.engine(name, BATCH)) as engine:
+            own = engine.resident_run(random_input(engine, BATCH))
+            # Copies, so that batches are as far apart in memory as in use.
+            batches = [
+                [pixels[(turn + index) % len(pixels)].copy() for index in range(BATCH)]
+                for turn in range(4)
+            ]
+            stream = list(itertools.chain.from_iterable(batches))
+            for confidence in THRESHOLDS:
+                nms = NmsSettings(confidence)
+                rates: dict[str, list[float]] = {"engine": [], "direct": [], "process": []}
+                pipelined(engine, batches, nms, 0.5)
+                for _ in range(3):
+                    median = float(np.median(timed(own, bench.seconds / 3)))
+                    rates["engine"].append(BATCH / median)
+                    rates["direct"].append(pipelined(engine, batches, nms, bench.seconds))
+                    rates["process"].append(
+                        streamed(engine, stream, lambda image: image, None, nms, bench.seconds)[0]
+                    )
+                medians = {what: float(np.median(values)) for what, values in rates.items()}
+                for what, fps in medians.items():
+                    rows.append(
+                        {
+                            "network": name,
+                            "confidence": confidence,
+                            "what": what,
+                            "fps": fps,
+                            "to_engine": fps / medians["engine"],
+                        }
+                    )
+    return rows
+
+
+def pipelined(
+    engine: Engine, batches: Sequence[Sequence[NDArray[np.uint8]]], nms: NmsSettings, seconds: float
+) -> float:
+    """Return images a second with as many batches in flight as the engine takes."""
+    placed = [fit(image.shape[:2], engine.image_size) for image in batches[0]]
+    turns = itertools.cycle(batches)
+
+    def give() -> Any:
+        return engine.start_images(next(turns), placed, nms, patient=True)
+
+    running = [give() for _ in range(engine.in_flight)]
+    done, start = 0, time.perf_counter()
+    while done < 4 * BATCH or time.perf_counter() - start < seconds:
+        outputs = running.pop(0).wait()
+        running.append(give())
+        postprocess(outputs, engine.output_layout, nms, placed)
+        done += BATCH
+    elapsed = time.perf_counter() - start
+    for run in running:
+        run.wait()
+    return done / elapsed
+
+
+def streamed(
+    engine: Engine,
+    items: Sequence[Any],
+    read: Callable[[Any], Any],
+    open_item: Callable[[Any], Any] | None,
+    nms: NmsSettings,
+    seconds: float,
+) -> tuple[float, float, float]:
+    """Return images a second of `process`, the cores it uses, and boxes an image."""
+    options = options_of(nms)
+    steps = process(engine, itertools.cycle(items), read, keep, options, open_item=open_item)
+    with closing(steps):
+        for _ in range(6):  # the first is checked on the CPU, the second recorded as a graph
+            next(steps)
+        done, boxes = 0, 0
+        start, used = time.perf_counter(), time.process_time()
+        while time.perf_counter() - start < seconds:
+            found = next(steps).result
+            done += len(found)
+            boxes += sum(map(len, found))
+        elapsed = time.perf_counter() - start
+        return done / elapsed, (time.process_time() - used) / elapsed, boxes / max(done, 1)
+
+
+def options_of(nms: NmsSettings) -> PredictOptions:
+    """Return the options of batches of 32 with thresholds."""
+    return PredictOptions(nms.confidence, nms.iou, nms.max_detections, batch=BATCH)
+
+
+def keep(_batch: Any, found: list[Detections]) -> list[Detections]:
+    """Hand detections on as they are."""
+    return found
+
+
+# --- JPEGs --------------------------------------------------------------------------------------
+
+DECODINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "repeated chroma": {"options": ":fancy_upsampling=0"},
+    "hardware only": {"backends": ["HW_GPU_ONLY"]},
+    "hardware only, repeated chroma": {
+        "backends": ["HW_GPU_ONLY"],
+        "options": ":fancy_upsampling=0",
+    },
+    "hybrid only": {"backends": ["HYBRID_CPU_GPU"]},
+    "CUDA only": {"backends": ["GPU_ONLY"]},
+}
+
+
+def measure_decoding(bench: Bench) -> list[dict[str, Any]]:
+    """JPEG decoding alone, by the decoder's parts and by batch size; how far pixels differ."""
+    from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder
+
+    contents = encoded_images()
+    opened = [open_image(content) for content in contents]
+    jpegs = [one for one in opened if isinstance(one, Jpeg)]
+    wanted = [read_image(content).astype(int) for content in contents]
+    rows = []
+    for name, options in DECODINGS.items():
+        row: dict[str, Any] = {"decoder": name}
+        rows.append(row)
+        try:
+            decoder = JpegDecoder(**options)
+            views = decoder.decode(jpegs[:BATCH], DecodedBatch())
+            row["decoded"] = sum(view is not None for view in views)
+            row["of"] = len(views)
+            differences = [
+                np.abs(pixels_of(view).astype(int) - pixels)
+                for view, pixels in zip(views, wanted, strict=False)
+                if view is not None
+            ]
+            if differences:
+                row["mean_levels"] = float(np.mean([one.mean() for one in differences]))
+                row["most_levels"] = int(max(one.max() for one in differences))
+                row["differing"] = float(np.mean([(one > 0).mean() for one in differences]))
+            for size in (1, 8, 32, 64, 128):
+                chunk = [jpegs[index % len(jpegs)] for index in range(size)]
+                buffers = [DecodedBatch() for _ in range(3)]
+                turn = itertools.cycle(buffers)
+
+                def decode(chunk: Any = chunk, turn: Any = turn, decoder: Any = decoder) -> float:
+                    start = time.perf_counter()
+                    place = next(turn)
+                    decoder.decode(chunk, place)
+                    return time.perf_counter() - start
+
+                for _ in range(5):
+                    decode()
+                for place in buffers:
+                    wait_for(place)
+                done, start, used = 0, time.perf_counter(), time.process_time()
+                while time.perf_counter() - start < min(bench.seconds, 1):
+                    decode()
+                    done += size
+                for place in buffers:
+                    wait_for(place)
+                elapsed = time.perf_counter() - start
+                row[f"fps_{size}"] = done / elapsed
+                row[f"cores_{size}"] = (time.process_time() - used) / elapsed
+        except Exception as error:  # one of them is missing on many GPUs
+            row["refused"] = f"{type(error).__name__}: {error}"
+    return rows
+
+
+def wait_for(buffers: Any) -> None:
+    """Wait until a batch is decoded."""
+    if buffers.ready is not None:
+        buffers.ready.wait()
+
+
+def pixels_of(view: Any) -> NDArray[np.uint8]:
+    """Copy a decoded image to the host."""
+    from trt_yolov6.engines.cuda.device import _checked, _cudart
+
+    cudart = _cudart()
+    _checked(cudart.cudaDeviceSynchronize())
+    result = np.empty((view.height, view.row_step), np.uint8)
+    kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+    _checked(cudart.cudaMemcpy(result.ctypes.data, view.address, result.nbytes, kind))
+    return result[:, : 3 * view.width].reshape(view.height, view.width, 3)
+
+
+def measure_jpeg(bench: Bench) -> list[dict[str, Any]]:
+    """JPEGs in memory to boxes, against what each stage alone would allow."""
+    contents = encoded_images()
+    rows = []
+    for name in NAMES:
+        with load_engine(bench.engine(name, BATCH)) as engine:
+            for confidence in THRESHOLDS:
+                rows.append(
+                    {
+                        "network": name,
+                        "confidence": confidence,
+                        **jpeg_row(engine, contents, NmsSettings(confidence), bench.seconds),
+                    }
+                )
+    return rows
+
+
+def jpeg_row(
+    engine: Engine, contents: Sequence[bytes], nms: NmsSettings, seconds: float
+) -> dict[str, Any]:
+    """Return the rate of the whole, and of each stage alone."""
+    stages = jpeg_stages(engine, contents, nms)
+    rates: dict[str, list[float]] = {
+        what: [] for what in ("whole", "reading and decoding", *stages)
+    }
+    cores, boxes = [], 0.0
+    for _ in range(3):
+        whole, used, boxes = streamed(engine, contents, read_image, open_image, nms, seconds)
+        rates["whole"].append(whole)
+        cores.append(used)
+        for what, stage in stages.items():
+            rates[what].append(BATCH / float(np.median(timed(stage, seconds / 3))))
+        rates["reading and decoding"].append(loading_rate(engine, contents, seconds / 3))
+    medians = {what: float(np.median(values)) for what, values in rates.items()}
+    slowest = min((fps, what) for what, fps in medians.items() if what != "whole")
+    return {
+        **{f"{what}_fps": fps for what, fps in medians.items()},
+        "slowest_stage": slowest[1],
+        "to_slowest_stage": medians["whole"] / slowest[0],
+        "cores": float(np.median(cores)),
+        "boxes_per_image": boxes,
+    }
+
+
+def jpeg_stages(
+    engine: Engine, contents: Sequence[bytes], nms: NmsSettings
+) -> dict[str, Callable[[], float]]:
+    """Return, by name, functions that run one stage on a batch and return its seconds."""
+    (loaded,) = itertools.islice(
+        load_images(
+            engine, itertools.islice(itertools.cycle(contents), BATCH), open_image, batch=BATCH
+        ),
+        1,
+    )
+    placed = loaded.batch.letterboxes
+    outputs = engine.start_images(loaded.images, placed, nms, after=loaded.ready).wait()
+    own = engine.resident_run(random_input(engine, BATCH))
+
+    def on_gpu() -> float:
+        start = time.perf_counter()
+        engine.start_images(loaded.images, placed, nms).wait()
+        return time.perf_counter() - start
+
+    def in_python() -> float:
+        start = time.perf_counter()
+        postprocess(outputs, engine.output_layout, nms, placed, clip=True)
+        return time.perf_counter() - start
+
+    def headers() -> float:
+        start = time.perf_counter()
+        for index in range(BATCH):
+            open_image(contents[index % len(contents)])
+        return time.perf_counter() - start
+
+    return {
+        "engine": own,
+        "letterbox, engine and suppression": on_gpu,
+        "boxes to the image": in_python,
+        "headers": headers,
+    }
+
+
+def loading_rate(engine: Engine, contents: Sequence[bytes], seconds: float) -> float:
+    """Return images a second that are read and decoded with nothing after them."""
+    batches = load_images(engine, itertools.cycle(contents), open_image, batch=BATCH)
+    with closing(batches):
+        for _ in range(6):
+            next(batches).give_back()
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            loaded = next(batches)
+            if loaded.ready is not None:
+                loaded.ready.wait()
+            loaded.give_back()
+            done += len(loaded.images)
+        return done / (time.perf_counter() - start)
+
+
+# --- several GPUs -------------------------------------------------------------------------------
+
+
+def measure_gpus(bench: Bench) -> list[dict[str, Any]]:
+    """The JPEG pipeline on one GPU and on several at once, a process each."""
+    count = len(read_gpus())
+    path = bench.engine(NAMES[0], BATCH)
+    rows: list[dict[str, Any]] = []
+    for number in sorted({1, min(2, count), count}):
+        rates = on_gpus(number, path, bench.seconds)
+        rows.append({"gpus": number, "fps": sum(rates), "each": rates})
+        rows[-1]["to_one"] = rows[-1]["fps"] / rows[0]["fps"]
+    return rows
+
+
+def on_gpus(count: int, path: Path, seconds: float) -> list[float]:
+    """Return images a second of each of some processes that run at the same time."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(count)
+    results = context.Queue()
+    workers = [
+        context.Process(target=one_gpu, args=(index, path, seconds, barrier, results))
+        for index in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    rates = [results.get(timeout=240) for _ in workers]
+    for worker in workers:
+        worker.join(30)
+    return rates
+
+
+def one_gpu(index: int, path: Path, seconds: float, barrier: Any, results: Any) -> None:
+    """Measure on one GPU, starting with the others."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+    with load_engine(path) as engine:
+        contents = encoded_images()
+        streamed(engine, contents, read_image, open_image, NmsSettings(), 1.0)
+        barrier.wait(240)
+        results.put(
+            streamed(engine, contents, read_image, open_image, NmsSettings(), 2 * seconds)[0]
+        )
+
+
+# --- leaks and accuracy -------------------------------------------------------------------------
+
+
+def measure_leaks(bench: Bench) -> dict[str, Any]:
+    """Ten thousand batches of one to eight JPEGs: memory of the GPU and of this process."""
+    from trt_yolov6.engines.cuda.device import free_memory
+
+    contents = encoded_images()
+    with load_engine(bench.engine(NAMES[0], BATCH)) as engine:
+
+        def run(batches: int) -> tuple[int, int]:
+            items = itertools.islice(itertools.cycle(contents), BATCH * batches)
+            steps = process(
+                engine, items, read_image, keep, options_of(NmsSettings()), open_item=open_image
+            )
+            for _ in steps:
+                pass
+            return free_memory()[0], resident_bytes()
+
+        before, start = run(100), time.perf_counter()
+        after = run(int(os.environ.get("LEAK_BATCHES", "10000")))
+    return {
+        "batches": int(os.environ.get("LEAK_BATCHES", "10000")),
+        "seconds": time.perf_counter() - start,
+        "gpu_bytes": before[0] - after[0],
+        "host_bytes": after[1] - before[1],
+    }
+
+
+def resident_bytes() -> int:
+    """Return the memory this process occupies."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
+    """AP of the sample with pictures prepared on the CPU and on the GPU."""
+    rows: list[dict[str, Any]] = []
+    for way in ("CPU", "GPU"):
+        with load_engine(bench.engine(NAMES[0], 8)) as engine:
+            if way == "CPU":
+                engine.takes_images = lambda: False  # type: ignore[method-assign]
+            result = evaluate(
+                engine, load_coco(ROOT / "samples"), PredictOptions(batch=8), progress=False
+            )
+            rows.append(
+                {
+                    "pictures on the": way,
+                    "decoder": engine.takes_images() and engine.jpeg_decoder() is not None,
+                    "AP": result.ap,
+                    "AP50": result.ap50,
+                    "detections": result.detections,
+                    "images": result.images,
+                }
+            )
+    rows[-1]["AP_to_CPU"] = rows[1]["AP"] - rows[0]["AP"]
+    return rows
+
+
+PARTS: dict[str, Callable[[Bench], Any]] = {
+    "accuracy": measure_accuracy,
+    "decoding": measure_decoding,
+    "single": measure_single,
+    "batches": measure_batches,
+    "jpeg": measure_jpeg,
+    "gpus": measure_gpus,
+    "leaks": measure_leaks,
+}
+
+
+# --- timing -------------------------------------------------------------------------------------
+
+
+def interleaved(runs: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
+    """Time runs in turns of a tenth of a second, after a warm-up; `seconds` for each."""
+    for run in runs:
+        timed(run, 0.3)
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(max(2, round(seconds / 0.1))):
+        for offset in range(len(runs)):
+            index = (turn + offset) % len(runs)
+            times[index] += timed(runs[index], 0.1)
+    return times
+
+
+def timed(run: Callable[[], float], seconds: float) -> list[float]:
+    """Return the times of runs made one after the other for some seconds."""
+    found: list[float] = []
+    start = time.perf_counter()
+    while not found or time.perf_counter() - start < seconds:
+        found.append(run())
+    return found
+
+
+def main() -> None:
+    """Run the parts and write the results after each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backend", default="tensorrt-rtx")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring one thing")
+    parser.add_argument("--imgsz", type=int, default=640, help="height and width of the input")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    options = parser.parse_args()
+    state = backend(options.backend).availability()
+    results: dict[str, Any] = {
+        "command": "python -m benchmarks.picture_pipeline " + " ".join(sys.argv[1:]),
+        "date": timestamp(),
+        "package": __version__,
+        "backend": options.backend,
+        "backend_version": state.version,
+        "device": state.detail,
+        "cores": os.cpu_count(),
+        "machine": platform.platform(),
+        "versions": software_versions()
+        | {key: value for key, value in package_versions().items() if value},
+        "parts": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options.backend, Path(folder), options.seconds, options.imgsz)
+        for name in options.only.split(","):
+            start = time.perf_counter()
+            print(f"== {name}", flush=True)
+            try:
+                part = PARTS[name](bench)
+            except Exception:  # the other parts are worth having
+                part = {"failed": traceback.format_exc()}
+                print(part["failed"], flush=True)
+            gpus = read_gpus()
+            results["parts"][name] = part
+            results["gpu"] = dataclasses.asdict(gpus[0]) if gpus else None
+            for row in part if isinstance(part, list) else [part]:
+                print(" ", short(row), flush=True)
+            print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+            write_json(options.json, results)
+
+
+def short(row: dict[str, Any]) -> str:
+    """Return a row for the eye."""
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+        if not isinstance(value, dict)
+    )
+
+
+if __name__ == "__main__":
+    main()

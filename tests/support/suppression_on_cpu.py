@@ -1,0 +1,132 @@
+"""The suppression kernels compiled by a C++ compiler, so that they are tested without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from trt_yolov6.detectors.candidates import Suppressed
+from trt_yolov6.engines.cuda.kernels import source_of
+from trt_yolov6.engines.cuda.suppression import (
+    SOURCE,
+    Reading,
+    float32_thresholds,
+    least_logit,
+    result_dtype,
+    suppressed_of,
+)
+from trt_yolov6.spec import NmsSettings
+
+_RUN = r"""
+namespace {
+struct Arguments {
+    const void *first, *second, *third;
+    float confidence, least, low, high;
+    double iou;
+    u32 limit, capacity;
+    u32* counts;
+    u64* keys;
+    unsigned char* results;
+} given;
+void find_block() {
+    find(given.first, given.second, given.third, given.confidence, given.least, given.capacity,
+        given.counts, given.keys);
+}
+void suppress_block() {
+    suppress(given.first, given.second, given.third, given.confidence, given.iou, given.low,
+        given.high, given.limit, given.capacity, given.counts, given.keys, given.results);
+}
+}
+
+extern "C" int run(const Arguments* arguments, unsigned batch, unsigned seed) {
+    given = *arguments;
+    on_cpu::shuffler.seed(seed);
+    const unsigned each = FIND_THREADS * FIND_EACH;
+    for (unsigned image = 0; image < batch; ++image)
+        for (unsigned part = 0; part * each < ANCHORS * CLASSES; ++part) {
+            blockIdx = {part, image, 0};
+            if (!on_cpu::run_block(FIND_THREADS, find_block)) return 1;
+        }
+    for (unsigned image = 0; image < batch; ++image) {
+        blockIdx = {image, 0, 0};
+        if (!on_cpu::run_block(THREADS, suppress_block)) return 2;
+    }
+    return 0;
+}
+"""
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("first", "second", "third")),
+        *((name, ctypes.c_float) for name in ("confidence", "least", "low", "high")),
+        ("iou", ctypes.c_double),
+        ("limit", ctypes.c_uint),
+        ("capacity", ctypes.c_uint),
+        *((name, ctypes.c_void_p) for name in ("counts", "keys", "results")),
+    )
+
+
+def suppressed_on_cpu(
+    reading: Reading,
+    outputs: Mapping[str, NDArray[Any]],
+    nms: NmsSettings,
+    *,
+    capacity: int | None = None,
+    seed: int = 0,
+) -> Suppressed | None:
+    """Return what the kernels make of outputs, with blocks of 128 threads and chunks of 256 keys.
+
+    Args:
+        reading: how to read them.
+        outputs: by name.
+        nms: thresholds.
+        capacity: candidates an image has room for; default: the reading's.
+        seed: of the order in which threads continue.
+    """
+    arrays = [np.ascontiguousarray(outputs[name]) for name in reading.tensors]
+    batch = len(arrays[0])
+    capacity = capacity or reading.capacity
+    low, high = float32_thresholds(nms.iou)
+    counts = np.zeros(batch, np.uint32)
+    keys = np.zeros((batch, capacity), np.uint64)
+    results = np.zeros(batch, result_dtype(nms.max_detections))
+    arguments = _Arguments(
+        *(array.ctypes.data for array in arrays),
+        *(nms.confidence, least_logit(nms.confidence), low, high, nms.iou),
+        *(nms.max_detections, capacity, counts.ctypes.data, keys.ctypes.data, results.ctypes.data),
+    )
+    failed = _library(reading.defines).run(ctypes.byref(arguments), batch, seed)
+    assert not failed, "threads wait for a barrier that the others do not come to"
+    return suppressed_of(results, capacity, nms)
+
+
+@functools.cache
+def _library(defines: Sequence[str]) -> ctypes.CDLL:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    folder = Path(tempfile.mkdtemp(prefix="suppression-"))
+    small = ("LOG_THREADS=7", "THREADS=128", "TILE=64", "FIND_THREADS=64", "FIND_EACH=4")
+    macros = ("MAX_KEPT=1024", *small, *defines)
+    program, library = folder / "kernels.cpp", folder / "kernels.so"
+    header = Path(__file__).with_name("cuda_on_cpu.h")
+    program.write_text(f'#include "{header}"\n{source_of(SOURCE)}\n{_RUN}')
+    # a * b + c is rounded twice, as by `--fmad=false`. The checks of `longjmp` know no coroutines.
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+    options = [f"-D{macro}" for macro in macros]
+    subprocess.run([compiler, *flags, *options, "-o", library, program], check=True)
+    try:
+        return ctypes.CDLL(str(library))
+    finally:
+        shutil.rmtree(folder)

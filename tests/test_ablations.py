@@ -1,0 +1,371 @@
+"""The five folds, the scheduling of many trainings, and the verdicts that are drawn from them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from benchmarks import ablation_variants, paper
+from benchmarks.ablation_variants import TABLES, VARIANTS
+from benchmarks.folds import (
+    FOLDS,
+    ap_by_fold,
+    ap_of,
+    deal,
+    difference,
+    match_all,
+    pack,
+    read_truth,
+    train_split,
+    unpack,
+    val_split,
+    write_folds,
+)
+from benchmarks.packing import MARK, Job, Schedule, run_jobs
+from benchmarks.paper_tables import sentence, verdict
+from trt_yolov6.data.coco import load_coco
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.models.variants import architecture
+from trt_yolov6.training.recipe import ArchitectureOptions, adapted, recipe_for, with_field
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples' 72 images as a data set of two splits, dealt into folds."""
+    source = tmp_path_factory.mktemp("source")
+    content = json.loads((ROOT / "samples/annotations/instances_val.json").read_text())
+    (source / "annotations").mkdir()
+    (source / "images").mkdir()
+    for split, part in (("train", slice(0, 50)), ("val", slice(50, None))):
+        images = content["images"][part]
+        kept = {image["id"] for image in images}
+        boxes = [entry for entry in content["annotations"] if entry["image_id"] in kept]
+        text = json.dumps({**content, "images": images, "annotations": boxes})
+        (source / "annotations" / f"instances_{split}.json").write_text(text)
+        (source / "images" / split).symlink_to(ROOT / "samples" / "images" / "val")
+    return write_folds(source, tmp_path_factory.mktemp("folds"))
+
+
+# --- folds --------------------------------------------------------------------------------------
+
+
+def test_every_image_is_judged_once_and_never_by_a_network_that_saw_it(folds: Path) -> None:
+    judged: list[str] = []
+    for fold in range(FOLDS):
+        seen = {image.path.name for image in load_coco(folds, train_split(fold)).images}
+        own = [image.path.name for image in load_coco(folds, val_split(fold)).images]
+        assert seen.isdisjoint(own)
+        assert len(seen) + len(own) == 72
+        judged += own
+    assert len(judged) == len(set(judged)) == 72
+
+
+def test_an_image_has_the_same_boxes_in_all_splits(folds: Path) -> None:
+    original = load_coco(ROOT / "samples", "val")
+    wanted = _boxes_by_name(original)
+    for split in ("all", train_split(1), val_split(1)):
+        for name, boxes in _boxes_by_name(load_coco(folds, split)).items():
+            assert boxes == wanted[name]
+
+
+def _boxes_by_name(dataset: Any) -> dict[str, list[Any]]:
+    names = {image.id: image.path.name for image in dataset.images}
+    found: dict[str, list[Any]] = {name: [] for name in names.values()}
+    for entry in dataset.annotations:
+        found[names[entry["image_id"]]].append((entry["category_id"], *entry["bbox"]))
+    return found
+
+
+@given(st.integers(5, 500), st.integers(0, 5))
+def test_folds_are_of_equal_size_but_for_one_image(images: int, seed: int) -> None:
+    sizes = np.bincount(deal(images, seed=seed), minlength=FOLDS)
+    assert sizes.max() - sizes.min() <= 1
+
+
+def test_detections_survive_being_stored() -> None:
+    rng = np.random.default_rng(0)
+    found = {number: _random(rng, number) for number in (1, 4, 7)}
+    back = unpack(pack(found), [1, 2, 4, 7])
+    assert len(back[1]) == 0
+    for number, one in zip((1, 4, 7), (back[0], *back[2:]), strict=True):
+        np.testing.assert_allclose(one.xyxy, found[number].xyxy, atol=1 / 64)
+        np.testing.assert_allclose(one.confidence, found[number].confidence, atol=1e-5)
+        assert one.class_id.tolist() == found[number].class_id.tolist()
+
+
+def _random(rng: np.random.Generator, count: int) -> Detections:
+    corners = rng.uniform(-20, 300, (count, 2)).astype(np.float32)
+    sides = rng.uniform(5, 300, (count, 2)).astype(np.float32)
+    return Detections(
+        xyxy=np.concatenate([corners, corners + sides], axis=1),
+        confidence=rng.uniform(0.03, 1, count).astype(np.float32),
+        class_id=rng.integers(0, 3, count),
+    )
+
+
+def test_ap_of_all_folds_is_pycocotools(folds: Path) -> None:
+    truth = read_truth(folds)
+    rng = np.random.default_rng(1)
+    rows = pack(_shaken(truth, rng))
+    ours = ap_of(match_all(truth, rows))
+    coco = _coco(folds)
+    results = [
+        {
+            "image_id": int(row["image"]),
+            "category_id": int(row["label"]) + 1,
+            "bbox": [*(row["box"][:2] / 32), *((row["box"][2:] - row["box"][:2]) / 32)],
+            "score": row["score"] / 65535,
+        }
+        for row in rows
+    ]
+    evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]
+    assert ours.value == pytest.approx(precision[precision >= 0].mean(), abs=1e-6)
+    assert ours.low < ours.value < ours.high
+
+
+def _shaken(truth: Any, rng: np.random.Generator, most: float = 0.2) -> dict[int, Detections]:
+    """Objects with edges off by up to `most` of their sides, and random scores."""
+    return {
+        number: Detections(
+            xyxy=one.xyxy
+            + rng.uniform(-most, most, one.xyxy.shape).astype(np.float32)
+            * np.tile(one.xyxy[:, 2:] - one.xyxy[:, :2], 2),
+            confidence=rng.uniform(0.1, 1, len(one)).astype(np.float32),
+            class_id=one.class_id,
+        )
+        for number, one in zip(truth.images, truth.objects, strict=True)
+    }
+
+
+def _coco(folds: Path) -> COCO:
+    before, sys.stdout = sys.stdout, io.StringIO()
+    try:
+        return COCO(folds / "annotations" / "instances_all.json")
+    finally:
+        sys.stdout = before
+
+
+def test_a_difference_is_paired(folds: Path) -> None:
+    truth = read_truth(folds)
+    found = _shaken(truth, np.random.default_rng(1))
+    own = match_all(truth, pack(found))
+    same = difference(own, own)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    worse = match_all(truth, pack(_shaken(truth, np.random.default_rng(2), 0.4)))
+    apart = difference(worse, own)
+    assert apart.value == pytest.approx(worse.ap() - own.ap())
+    assert apart.high < 0
+    # The AP of a fold counts the objects and detections of its images alone.
+    assert len(ap_by_fold(truth, own)) == FOLDS
+    assert min(ap_by_fold(truth, own)) < own.ap() < max(ap_by_fold(truth, own))
+
+
+# --- packing ------------------------------------------------------------------------------------
+
+
+def _schedule(jobs: list[Job], seconds: float = 60.0, **others: Any) -> Schedule:
+    return Schedule(jobs, set(), 10.0, time.monotonic() + seconds, **others)
+
+
+def test_jobs_come_in_order_once_what_they_need_is_there() -> None:
+    jobs = [Job("a", {}), Job("b", {}, needs=("a",)), Job("c", {})]
+    schedule = _schedule(jobs)
+    first = schedule.take("0")
+    second = schedule.take("0")
+    assert first is jobs[0]
+    assert second is jobs[2]
+    assert schedule.take("0") is None
+    schedule.finish(jobs[0], None)
+    assert schedule.take("0") is jobs[1]
+
+
+def test_jobs_of_a_gpu_fit_into_its_memory_together() -> None:
+    jobs = [Job("a", {}, memory=7), Job("b", {}, memory=7), Job("c", {}, memory=2)]
+    schedule = _schedule(jobs)
+    assert [schedule.take("0"), schedule.take("0"), schedule.take("1")] == [
+        jobs[0],
+        jobs[2],
+        jobs[1],
+    ]
+
+
+def test_a_job_that_fails_twice_takes_with_it_what_needs_it() -> None:
+    jobs = [Job("a", {}), Job("b", {}, needs=("a",))]
+    schedule = _schedule(jobs)
+    for _ in range(2):
+        assert not schedule.is_over
+        job = schedule.take("0")
+        assert job is not None
+        schedule.finish(job, "broken")
+    assert schedule.is_over
+    assert schedule.failed == {"a": "broken"}
+
+
+def test_the_last_call_begins_nothing_that_it_cannot_end() -> None:
+    jobs = [Job("long", {}, seconds=100), Job("short", {}, seconds=5)]
+    schedule = _schedule(jobs, 20.0, is_last=True)
+    assert schedule.take("0") is jobs[1]
+    schedule.finish(jobs[1], None)
+    assert schedule.take("0") is None
+    assert schedule.is_over
+
+
+WORKER = """
+import os, sys, time
+from benchmarks.packing import serve
+def handle(order):
+    if order["what"] == "die":
+        os._exit(3)
+    if order["what"] == "raise":
+        raise ValueError("no")
+    time.sleep(order.get("seconds", 0))
+    return {"pid": os.getpid(), "gpu": os.environ["GPU"], "what": order["what"]}
+serve(handle)
+"""
+
+
+def _run(jobs: list[Job], folder: Path, seconds: float = 30.0) -> tuple[Schedule, dict[str, Any]]:
+    schedule, found, lock = _schedule(jobs, seconds), {}, threading.Lock()
+
+    def finished(job: Job, result: dict[str, Any]) -> None:
+        with lock:
+            found[job.name] = result
+
+    places = [("0", {"GPU": "0"}), ("1", {"GPU": "1"})]
+    run_jobs(schedule, [sys.executable, "-c", WORKER], places, folder, finished)
+    return schedule, found
+
+
+def test_workers_do_all_jobs_and_survive_errors(tmp_path: Path) -> None:
+    jobs = [Job(str(number), {"what": str(number), "seconds": 0.2}) for number in range(4)]
+    jobs += [Job("raise", {"what": "raise"}), Job("die", {"what": "die"})]
+    schedule, found = _run(jobs, tmp_path)
+    assert schedule.done == {"0", "1", "2", "3"}
+    assert {found[name]["gpu"] for name in schedule.done} == {"0", "1"}
+    assert "ValueError: no" in schedule.failed["raise"]
+    assert "ended with 3" in schedule.failed["die"]
+    assert MARK not in schedule.failed["die"]
+
+
+def test_the_deadline_ends_what_is_running(tmp_path: Path) -> None:
+    start = time.monotonic()
+    schedule, found = _run([Job("a", {"what": "a", "seconds": 60})], tmp_path, 3.0)
+    assert time.monotonic() - start < 15
+    assert found == {}
+    assert schedule.done == set()
+
+
+# --- variants -----------------------------------------------------------------------------------
+
+
+def test_every_variant_is_a_recipe_that_can_be_built() -> None:
+    for name, variant in VARIANTS.items():
+        assert set(variant.needs) <= VARIANTS.keys(), name
+        options = ArchitectureOptions(**dict(variant.architecture))
+        adapted(architecture(f"yolov6{variant.model}"), options)
+        teacher: dict[str, Any] = {} if variant.teacher is None else {"teacher": "t.pt"}
+        settings = recipe_for(f"yolov6{variant.model}", "data", options=options, **teacher)
+        for change in variant.changes:
+            changed = with_field(settings, change)
+            assert changed != settings, f"{name}: {change} changes nothing"
+            settings = changed
+
+
+def test_variants_are_trained_after_what_they_need() -> None:
+    order = list(VARIANTS)
+    for name, variant in VARIANTS.items():
+        assert all(order.index(needed) < order.index(name) for needed in variant.needs), name
+
+
+def test_our_tables_are_grids_of_the_papers() -> None:
+    for number, table in TABLES.items():
+        networks, theirs = paper.ABLATIONS[number]
+        assert table.columns == networks
+        assert table.rows.keys() <= theirs.keys()
+        for row, cells in table.rows.items():
+            assert len(cells) == len(networks) == len(theirs[row])
+            for column, cell in enumerate(cells):
+                if cell is not None:
+                    assert cell.variant in VARIANTS
+                    assert theirs[row][column] is not None, f"Table {number}: {row}"
+                    base = table.base_of(row, column)
+                    assert base is None or table.rows[base][column] is not None
+
+
+def test_rebuilt_networks_have_the_parameters_of_table_2() -> None:
+    from trt_yolov6.models.complexity import count_parameters
+    from trt_yolov6.models.network import shapes_only
+
+    for name, millions in {"n-csp": 2.3, "s-csp": 11.5, "m-csp-half": 27.7}.items():
+        variant = VARIANTS[name]
+        options = dict(variant.architecture) | {"block": "conv", "dfl": True}
+        arch = adapted(architecture(f"yolov6{variant.model}"), ArchitectureOptions(**options))
+        assert count_parameters(shapes_only(arch)) / 1e6 == pytest.approx(millions, abs=0.08)
+
+
+# --- verdicts -----------------------------------------------------------------------------------
+
+
+@given(st.integers(-50, 50), st.floats(-0.05, 0.05), st.floats(0.0001, 0.05))
+def test_a_verdict_needs_an_interval_without_zero(theirs: int, value: float, half: float) -> None:
+    found = {"value": value, "low": value - half, "high": value + half}
+    said = verdict(theirs, found)
+    if abs(value) < half:
+        assert said == "cannot tell"
+    elif abs(value) > half:
+        assert said == ("agree" if theirs * value > 0 else "contradict")
+
+
+def test_a_sentence_counts_the_comparisons_and_says_what_could_be_shown() -> None:
+    _, theirs = paper.ABLATIONS["8"]
+    networks = paper.ABLATIONS["8"][0]
+    rows = [
+        _compared("YOLOv6-N", "poly", -0.02, 0.004),
+        _compared("YOLOv6-N", "focal", 0.02, 0.006),
+        _compared("YOLOv6-S", "focal", 0.001, 0.005),
+    ]
+    assert sentence(theirs, networks, rows) == (
+        "Ours agree in 1 of 3 comparisons (poly in N); contradict in 1 of 3 comparisons (focal in "
+        "N); cannot tell in 1 of 3 comparisons. The smallest difference that this can show is "
+        "about 0.5 points."
+    )
+
+
+def _compared(network: str, row: str, value: float, half: float) -> dict[str, Any]:
+    return {
+        "network": network,
+        "row": row,
+        "base": "VariFocal",
+        "value": value,
+        "low": value - half,
+        "high": value + half,
+    }
+
+
+def test_choices_that_inputs_are_named_after_exist() -> None:
+    sides = ablation_variants.inputs_of(VARIANTS["n"], _Size(320))
+    assert sides == {"plain": (320, 0), "border": (352, 16), "inner": (320, 3)}
+    assert math.isclose(sides["border"][0] - 2 * sides["border"][1], 320)
+
+
+class _Size:
+    def __init__(self, side: int) -> None:
+        self.image_size = side

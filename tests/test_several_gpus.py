@@ -1,0 +1,137 @@
+"""Several processes, one a GPU: the boxes of one, in order; errors and deaths are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.tiny_detector import CELL, load_named, load_tiny, write_cells
+
+from trt_yolov6.data.images import read_image
+from trt_yolov6.data.loader import Batch
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.engines.base import LoadOptions
+from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.annotate import infer_source
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.predict import process
+from trt_yolov6.runtime.several_gpus import (
+    check_gpus,
+    file_of,
+    process_on_gpus,
+    visible_gpus,
+)
+from trt_yolov6.spec import PredictOptions
+
+SURE = PredictOptions(confidence=0.6, batch=4)
+
+
+def write_pictures(folder: Path, count: int) -> list[Path]:
+    paths = []
+    for index in range(count):
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        x, y = index % 8 * CELL, index // 8 % 8 * CELL
+        pixels[y : y + CELL, x : x + CELL, index % 3] = 255
+        paths.append(folder / f"{index:03}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+def corners(batch: Batch[Path], found: list[Detections]) -> list[Any]:
+    return [
+        (path.name, one.xyxy.tolist()) for path, one in zip(batch.items, found, strict=True)
+    ] + [os.environ.get("CUDA_VISIBLE_DEVICES")]
+
+
+@dataclass(frozen=True)
+class Meet:
+    """Returns the corners once a process of every GPU has a batch."""
+
+    folder: Path
+    gpus: tuple[str, ...]
+
+    def __call__(self, batch: Batch[Path], found: list[Detections]) -> list[Any]:
+        (self.folder / os.environ["CUDA_VISIBLE_DEVICES"]).touch()
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not all((self.folder / gpu).exists() for gpu in self.gpus):
+            time.sleep(0.01)
+        return corners(batch, found)
+
+
+def die(batch: Batch[Path], found: list[Detections]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_results_come_in_order_and_from_every_process(tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path, 50)
+    paths[9].write_bytes(b"no picture")
+    with load_tiny(tmp_path) as engine:
+        wanted = list(process(engine, paths, read_image, corners, SURE, skip_unreadable=True))
+        gpus = "5", "7"
+        meet = Meet(tmp_path, gpus)
+        steps = list(
+            process_on_gpus(gpus, engine, iter(paths), read_image, meet, SURE, skip_unreadable=True)
+        )
+    assert [step.result[:-1] for step in steps] == [step.result[:-1] for step in wanted]
+    assert {step.result[-1] for step in steps} == {"5", "7"}
+    (failure,) = [failure for step in steps for failure in step.batch.failures]
+    assert failure[0] == paths[9]
+
+
+def test_an_error_or_a_death_ends_all(tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path, 6)
+    with load_tiny(tmp_path) as engine:
+        for finish, sentence in ((die, "the process of GPU 3 ended"), (corners, "is damaged")):
+            if finish is corners:
+                paths[5].write_bytes(b"no picture")
+            with pytest.raises(UserError, match=sentence):
+                list(process_on_gpus(("3",), engine, paths, read_image, finish, SURE))
+
+
+def test_eval_and_infer_give_what_one_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    data = write_cells(tmp_path / "data", 12)
+    with load_named(tmp_path) as engine:
+        one, two = (
+            evaluate(engine, data, SURE, progress=False, confusion=True, gpus=gpus)
+            for gpus in (1, 2)
+        )
+        assert one.ap == two.ap == 1
+        assert one.detections == two.detections
+        np.testing.assert_array_equal(one.confusion, two.confusion)
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        write_pictures(folder, 7)
+        summaries = [
+            infer_source(engine, folder, tmp_path / f"out{gpus}", SURE, gpus=gpus)
+            for gpus in (1, 2)
+        ]
+    names = [sorted(path.name for path in (tmp_path / f"out{gpus}").iterdir()) for gpus in (1, 2)]
+    assert names[0] == names[1]
+    assert len(names[0]) == 8
+    for name in names[0]:
+        assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
+    assert summaries[0].objects == summaries[1].objects == 7
+
+
+def test_as_many_gpus_are_used_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3")
+    assert visible_gpus() == ("2", "3")
+    assert check_gpus(1) == ("2",)
+    with pytest.raises(UserError, match="2 NVIDIA GPUs, not 3"):
+        check_gpus(3)
+
+
+def test_an_engine_is_loaded_elsewhere_as_it_was_here(tmp_path: Path) -> None:
+    with load_tiny(tmp_path) as engine:
+        assert file_of(engine).options == LoadOptions()
+        assert file_of(engine).backend == "onnxruntime"

@@ -1,0 +1,303 @@
+"""Where the time goes from JPEG files to boxes: each stage alone, what overlaps, and the whole.
+
+Stages of one place run one after the other; places run side by side, so that the whole can be as
+fast as the slowest place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_yolov6.bench.end_to_end import MAX_IMAGES, read_bytes
+from trt_yolov6.bench.latency import check_durations
+from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.bench.text import aligned, four_digits
+from trt_yolov6.data.images import read_image
+from trt_yolov6.data.jpeg import open_image
+from trt_yolov6.data.loader import default_workers, fill_row
+from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.engines.base import Engine, check_batch
+from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.gpu_loading import load_images
+from trt_yolov6.runtime.predict import process
+from trt_yolov6.spec import NmsSettings, PredictOptions
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the way, alone."""
+
+    name: str
+    place: str
+    """Processor or threads that work on it; stages of different places overlap."""
+    seconds: float
+    """Median of a batch."""
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """The stages of one engine, and all of them together."""
+
+    engine: Path
+    precision: str
+    backend: str
+    device: str
+    batch: int
+    confidence: float
+    stages: tuple[Stage, ...]
+    fps: float
+    """Images a second of all stages together, overlapping."""
+    cores: float
+    """CPU cores that were busy meanwhile."""
+    boxes: float
+    """Boxes an image that were found."""
+
+    @property
+    def places(self) -> dict[str, float]:
+        """Images a second that each place allows, by its name."""
+        names = dict.fromkeys(stage.place for stage in self.stages)
+        return {
+            name: self.batch / sum(stage.seconds for stage in self.stages if stage.place == name)
+            for name in names
+        }
+
+    @property
+    def limit(self) -> tuple[str, float]:
+        """The slowest place, and the images a second that it allows."""
+        return min(self.places.items(), key=lambda item: item[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dictionary, ready for `json.dumps`; times in milliseconds a batch."""
+        place, fps = self.limit
+        return {
+            "engine": self.engine.name,
+            "precision": self.precision,
+            "backend": self.backend,
+            "device": self.device,
+            "batch": self.batch,
+            "confidence": self.confidence,
+            "stages": [
+                {
+                    "name": stage.name,
+                    "place": stage.place,
+                    "ms": stage.seconds * 1e3,
+                    "fps": self.batch / stage.seconds,
+                }
+                for stage in self.stages
+            ],
+            "fps": self.fps,
+            "slowest_place": place,
+            "slowest_place_fps": fps,
+            "to_slowest_place": self.fps / fps,
+            "cores": self.cores,
+            "boxes_per_image": self.boxes,
+        }
+
+
+def benchmark_stages(
+    engine: Engine,
+    images: Sequence[Path | bytes],
+    options: PredictOptions | None = None,
+    *,
+    batch: int = 1,
+    duration: float = 10.0,
+) -> StageReport:
+    """Measure each stage from encoded images in memory to detections, and all of them together.
+
+    On an engine that takes images (`Engine.takes_images`) the letterbox and the suppression are
+    timed on the GPU, and decoding too where nvImageCodec is installed.
+
+    Args:
+        engine: any loaded engine.
+        images: encoded pictures, or the files to read them from beforehand; the first `MAX_IMAGES`.
+        options: thresholds; default: those of the COCO evaluation, which keep many boxes.
+        batch: images a run.
+        duration: seconds in all, a third of it for the whole.
+
+    Raises:
+        UserError: an image cannot be read, there is none, or the engine takes no such batch.
+    """
+    check_durations(duration, 0)
+    check_batch(engine, batch)
+    if not images:
+        raise UserError(
+            "there is no image to time; name a folder of pictures with `images`.", "images"
+        )
+    encoded = [read_bytes(image) for image in images[:MAX_IMAGES]]
+    chosen = [encoded[index % len(encoded)] for index in range(batch)]
+    for content in chosen:
+        read_image(content)
+    options = replace(options or PredictOptions(), batch=batch)
+    nms = options.nms()
+    measure = _stages_on_gpu if engine.takes_images() else _stages_here
+    with contextlib.ExitStack() as stack:
+        stages = tuple(measure(engine, chosen, nms, duration / 8, stack))
+    fps, cores, boxes = _whole(engine, encoded, options, duration / 3)
+    return StageReport(
+        engine.path,
+        engine.precision,
+        engine.backend,
+        engine.device,
+        batch,
+        nms.confidence,
+        stages,
+        fps,
+        cores,
+        boxes,
+    )
+
+
+def format_stages(report: StageReport) -> str:
+    """Return a report as text for a terminal."""
+    rows = [("stage", "place", "ms a batch", "images/s alone")]
+    for stage in report.stages:
+        rows.append(
+            (
+                stage.name,
+                stage.place,
+                four_digits(stage.seconds * 1e3),
+                four_digits(report.batch / stage.seconds),
+            )
+        )
+    place, fps = report.limit
+    return "\n".join(
+        [
+            f"{report.engine.name} ({report.precision}, {report.backend}) on {report.device}, "
+            f"batch {report.batch}, confidence {report.confidence:g}: "
+            f"{four_digits(report.boxes)} boxes an image",
+            *aligned(rows),
+            f"all together: {four_digits(report.fps)} images/s, {report.fps / fps:.0%} of what the "
+            f"slowest place, {place}, allows ({four_digits(fps)}), with "
+            f"{four_digits(report.cores)} cores busy",
+            "places work side by side; the stages of one place follow one another",
+        ]
+    )
+
+
+def _stages_here(
+    engine: Engine,
+    chosen: Sequence[bytes],
+    nms: NmsSettings,
+    seconds: float,
+    stack: contextlib.ExitStack,
+) -> Iterator[Stage]:
+    workers = default_workers()
+    threads = stack.enter_context(ThreadPoolExecutor(workers))
+    place = f"CPU, {workers} threads"
+    pictures = [read_image(content) for content in chosen]
+    array = engine.empty_input(len(chosen))
+
+    def fill(index: int) -> Any:
+        return fill_row(
+            array[index], pictures[index], engine.input, preprocessing=engine.preprocessing
+        )
+
+    def decode() -> None:
+        list(threads.map(read_image, chosen))
+
+    def letterbox() -> list[Any]:
+        return list(threads.map(fill, range(len(chosen))))
+
+    yield Stage("decode", place, _median(decode, seconds))
+    yield Stage("letterbox", place, _median(letterbox, seconds))
+    placed = letterbox()
+    own = engine.resident_run(random_input(engine, len(chosen)))
+    yield Stage("engine", engine.device, _median(own, seconds, own_clock=True))
+    outputs = engine.start(array, nms).wait()
+    suppress = functools.partial(
+        postprocess, outputs, engine.output_layout, nms, placed, executor=threads
+    )
+    yield Stage("suppression", "post-processing threads", _median(suppress, seconds))
+
+
+def _stages_on_gpu(
+    engine: Engine,
+    chosen: Sequence[bytes],
+    nms: NmsSettings,
+    seconds: float,
+    stack: contextlib.ExitStack,
+) -> Iterator[Stage]:
+    batch = len(chosen)
+    batches = load_images(engine, itertools.cycle(chosen), open_image, batch=batch)
+    stack.enter_context(contextlib.closing(batches))
+    has_decoder = engine.jpeg_decoder() is not None
+
+    def load() -> Any:
+        loaded = next(batches)
+        if loaded.ready is not None:
+            loaded.ready.wait()
+        loaded.give_back()
+        return loaded
+
+    for _ in range(4):
+        loaded = load()
+    where = "GPU's decoder" if has_decoder else f"CPU, {default_workers()} threads"
+    yield Stage("read and decode", where, _mean(load, seconds))
+    loaded = load()
+    placed = loaded.batch.letterboxes
+    for name, time_of_it in engine.image_stage_seconds(loaded.images, placed, nms).items():
+        yield Stage(name, engine.device, time_of_it)
+    outputs = engine.start_images(loaded.images, placed, nms).wait()
+    finish = functools.partial(postprocess, outputs, engine.output_layout, nms, placed)
+    yield Stage("boxes to the images", "post-processing thread", _median(finish, seconds))
+
+
+def _whole(
+    engine: Engine, encoded: Sequence[bytes], options: PredictOptions, seconds: float
+) -> tuple[float, float, float]:
+    """Return images a second, busy cores and boxes an image of the whole pipeline."""
+    steps = process(
+        engine,
+        itertools.cycle(encoded),
+        read_image,
+        _counted,
+        options,
+        open_item=open_image,
+        tell=lambda _: None,
+    )
+    with contextlib.closing(steps):
+        for _ in range(6):  # the first is checked, the second recorded as a graph
+            next(steps)
+        images = boxes = 0
+        start, used = time.perf_counter(), time.process_time()
+        while not images or time.perf_counter() - start < seconds:
+            counts = next(steps).result
+            images += len(counts)
+            boxes += sum(counts)
+        elapsed = time.perf_counter() - start
+        return images / elapsed, (time.process_time() - used) / elapsed, boxes / images
+
+
+def _counted(_batch: Any, found: list[Detections]) -> list[int]:
+    return [len(one) for one in found]
+
+
+def _median(work: Callable[[], Any], seconds: float, *, own_clock: bool = False) -> float:
+    """Return the median seconds of a run, which the work itself returns if it has a clock."""
+    work()
+    times: list[float] = []
+    start = time.perf_counter()
+    while not times or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        result = work()
+        times.append(result if own_clock else time.perf_counter() - before)
+    return float(np.median(times))
+
+
+def _mean(work: Callable[[], Any], seconds: float) -> float:
+    """Return the mean seconds of a run, of work that is done ahead."""
+    count, start = 0, time.perf_counter()
+    while not count or time.perf_counter() - start < seconds:
+        work()
+        count += 1
+    return (time.perf_counter() - start) / count

@@ -1,0 +1,155 @@
+"""JPEG headers: whether a GPU decodes the file as this package reads it, its size and orientation.
+
+Files are left encoded for a GPU that decodes them itself (`engines.cuda.jpeg`). What it would read
+differently, or not at all, goes to `images.read_image`: CMYK, RGB without conversion, 12 bits,
+arithmetic coding, odd sampling and files cut short.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.data.images import read_image
+from trt_yolov6.errors import UserError
+
+_START = b"\xff\xd8"
+_END = b"\xff\xd9"
+
+_FRAMES = (0xC0, 0xC1, 0xC2)
+"""Start-of-frame markers of baseline, extended and progressive Huffman coding (ITU T.81, B.2.2)."""
+_SAMPLINGS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
+"""Columns and rows of luma samples for each chroma sample: 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1."""
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """Facts about a JPEG that a GPU decodes as OpenCV does."""
+
+    height: int
+    """Rows of pixels as stored."""
+    width: int
+    orientation: int
+    """EXIF orientation, 1 to 8; from 5 on it is shown turned by a quarter."""
+    is_progressive: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the image as it is shown."""
+        is_turned = self.orientation >= 5
+        return (self.width, self.height) if is_turned else (self.height, self.width)
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """An encoded image that is left to a GPU."""
+
+    content: bytes
+    name: str
+    """For messages."""
+    header: JpegHeader
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the image as it is shown."""
+        return self.header.size
+
+    def read(self) -> NDArray[np.uint8]:
+        """Decode it here, see `images.read_image`."""
+        return read_image(self.content, self.name)
+
+
+def open_image(source: str | Path | bytes, name: str | None = None) -> Jpeg | NDArray[np.uint8]:
+    """Read a file and leave it encoded if a GPU can decode it; decode it otherwise.
+
+    Args:
+        source, name: as for `images.read_image`.
+
+    Returns:
+        A `Jpeg`, or uint8 (height, width, 3), RGB.
+
+    Raises:
+        UserError: as `images.read_image`; a file that is damaged further in is found later.
+    """
+    if isinstance(source, bytes):
+        data, name = source, name or "the image"
+    else:
+        name = name or str(source)
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise UserError(f"{name} cannot be read ({error.strerror}); check the path.") from error
+    header = read_header(data)
+    return read_image(data, name) if header is None else Jpeg(data, name, header)
+
+
+def read_header(data: bytes) -> JpegHeader | None:
+    """Return the header of a JPEG file; None for any that OpenCV should decode, and other files."""
+    if not data.startswith(_START):
+        return None
+    frame: tuple[int, bytes] | None = None
+    orientation: int | None = None
+    position, length = 2, len(data)
+    while position + 4 <= length and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        segment = data[position + 4 : end]
+        if marker == 0xDA:  # start of scan: its data never holds the end marker
+            if frame is None or data.find(_END, end) < 0:
+                return None
+            return _header(*frame, orientation or 1)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if marker not in _FRAMES:
+                return None
+            frame = marker, segment
+        elif marker == 0xE1 and orientation is None and segment.startswith(b"Exif\0\0"):
+            orientation = exif_orientation(segment[6:])
+        elif marker == 0xEE and segment.startswith(b"Adobe") and segment[11:12] != b"\x01":
+            return None  # stored as RGB, CMYK or YCCK
+        position = end
+    return None
+
+
+def _header(marker: int, frame: bytes, orientation: int) -> JpegHeader | None:
+    if len(frame) < 6:
+        return None
+    precision, height, width, components = struct.unpack_from(">BHHB", frame)
+    if precision != 8 or not height or not width or len(frame) < 6 + 3 * components:
+        return None
+    if components == 3:
+        numbers = frame[6], frame[9], frame[12]
+        columns, rows = frame[7] >> 4, frame[7] & 15
+        chroma = frame[10], frame[13]
+        # Named R, G and B they are stored as such.
+        if numbers == (82, 71, 66) or chroma != (0x11, 0x11) or (columns, rows) not in _SAMPLINGS:
+            return None
+    elif components != 1:
+        return None
+    return JpegHeader(height, width, orientation, marker == 0xC2)
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """Return the orientation in EXIF's TIFF structure, 1 to 8; 1 where it says none."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 8:
+        return 1
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    if start + 2 > len(tiff):
+        return 1
+    (count,) = struct.unpack_from(order + "H", tiff, start)
+    for index in range(count):
+        place = start + 2 + 12 * index
+        if place + 12 > len(tiff):
+            break
+        tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, place)
+        if tag == _ORIENTATION:
+            return int(value) if 1 <= value <= 8 else 1
+    return 1

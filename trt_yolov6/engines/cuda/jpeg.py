@@ -1,0 +1,179 @@
+"""JPEG decoding on the GPU by nvImageCodec, by its hardware decoder where there is one.
+
+An optional dependency (`pip install ".[gpu-images]"`). Chroma is interpolated as libjpeg-turbo does
+it for OpenCV (`fancy_upsampling`); its inverse DCT rounds differently, by a level or two of 255.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trt_yolov6.data.jpeg import Jpeg
+from trt_yolov6.engines.cuda.device import CudaError, Event, Stream
+from trt_yolov6.engines.cuda.letterbox import ImageView, interleaved, upright
+from trt_yolov6.errors import MissingDependencyError
+
+OPTIONS = ":fancy_upsampling=1"
+"""Decoder options: chroma is interpolated, not repeated."""
+
+
+@dataclass
+class DecodedBatch:
+    """Buffers on the GPU for the images of one batch, reused from batch to batch."""
+
+    images: list[Any] = field(default_factory=list)
+    """`nvimgcodec.Image`, each with the memory of the largest image it held."""
+    ready: Event | None = None
+    """The event after which the images are there."""
+
+
+class JpegDecoder:
+    """A decoder on the current GPU. One thread at a time may call it.
+
+    Args:
+        threads: CPU threads for what is not done in hardware; default: one a core.
+        backends: names of `nvimgcodec.BackendKind` to use, best first; default: all there are.
+        options: `nvimgcodec.Decoder`'s.
+
+    Raises:
+        MissingDependencyError: nvImageCodec is not installed or does not start.
+    """
+
+    def __init__(
+        self,
+        threads: int | None = None,
+        *,
+        backends: Sequence[str] | None = None,
+        options: str = OPTIONS,
+    ) -> None:
+        codec = nvimgcodec()
+        kinds = (
+            None
+            if backends is None
+            else [codec.Backend(getattr(codec.BackendKind, name)) for name in backends]
+        )
+        self._codec = codec
+        try:
+            self._stream = Stream()
+            self._decoder = codec.Decoder(
+                max_num_cpu_threads=threads or 0, backends=kinds, options=options
+            )
+        except (RuntimeError, CudaError) as error:
+            raise MissingDependencyError(
+                f"nvImageCodec does not start ({error}); install nvidia-nvjpeg, or leave JPEGs to "
+                "the CPU."
+            ) from error
+        # The orientation is applied while resizing, through steps in memory.
+        self._params = codec.DecodeParams(
+            apply_exif_orientation=False, color_spec=codec.ColorSpec.SRGB, allow_any_depth=False
+        )
+
+    def decode(self, images: Sequence[Jpeg], buffers: DecodedBatch) -> list[ImageView | None]:
+        """Decode a batch into buffers, on a stream of its own.
+
+        Args:
+            images: files that `data.jpeg.open_image` left encoded.
+            buffers: where they go; what was there is overwritten, so nothing may read it any more.
+                The pixels are there after the event `buffers.ready`.
+
+        Returns:
+            A view of each upright image; None for one that this decoder cannot read.
+        """
+        if not images:
+            return []
+        codec = self._codec
+        found: list[Any] = [None] * len(images)
+        streams: dict[int, Any] = {}
+        for index, image in enumerate(images):
+            # A header that its parser refuses.
+            with contextlib.suppress(RuntimeError, ValueError):
+                streams[index] = codec.CodeStream(image.content)
+        kept = buffers.images[: len(streams)]
+        reused = {"images": kept} if len(kept) == len(streams) else {}
+        decoded = self._decoder.decode(
+            list(streams.values()), params=self._params, cuda_stream=self._stream.handle, **reused
+        )
+        if not reused:
+            buffers.images = [one for one in decoded if one is not None]
+        if buffers.ready is None:
+            buffers.ready = Event()
+        buffers.ready.record(self._stream)
+        for index, one in zip(streams, decoded, strict=True):
+            found[index] = None if one is None else _view(one, images[index])
+        return found
+
+
+def _view(decoded: Any, image: Jpeg) -> ImageView | None:
+    header = image.header
+    if tuple(decoded.shape) != (header.height, header.width, 3):
+        return None
+    address = int(decoded.__cuda_array_interface__["data"][0])
+    stored = interleaved(address, header.height, header.width, int(decoded.strides[0]))
+    return dataclasses.replace(upright(stored, header.orientation), owner=decoded)
+
+
+@functools.cache
+def nvimgcodec() -> Any:
+    """Return the module.
+
+    Raises:
+        MissingDependencyError: it is not installed, or does not load.
+    """
+    try:
+        with _only_nvjpeg():
+            from nvidia import nvimgcodec as codec
+    except Exception as error:  # a broken installation raises more than ImportError
+        raise MissingDependencyError(
+            f"nvImageCodec does not import ({error}); install it with "
+            '`pip install ".[gpu-images]"` in the folder of trt-yolov6.'
+        ) from error
+    return codec
+
+
+def is_installed() -> bool:
+    """Return whether nvImageCodec imports."""
+    try:
+        nvimgcodec()
+    except MissingDependencyError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _only_nvjpeg() -> Iterator[None]:
+    """Have nvImageCodec load its JPEG plugin alone: others print that their libraries are missing.
+
+    It reads its folder of plugins from the environment, once, when it is imported.
+    """
+    names = {"NVIMGCODEC_EXTENSIONS_PATH": "", "PYNVIMGCODEC_VERBOSITY": "0"}
+    found = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (found.submodule_search_locations or () if found else ())]
+    plugins = [
+        path for root in roots for path in root.glob("nvimgcodec/extensions/libnvjpeg_ext.so*")
+    ]
+    if not plugins or any(name in os.environ for name in names):
+        yield
+        return
+    for library in (path for root in roots for path in root.glob("*/lib/libnvjpeg.so.*")):
+        # The plugin looks for it from where it lies itself, which will be elsewhere.
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(library))
+    with tempfile.TemporaryDirectory() as folder:
+        for plugin in plugins:
+            Path(folder, plugin.name).symlink_to(plugin)
+        os.environ.update(names, NVIMGCODEC_EXTENSIONS_PATH=folder)
+        try:
+            yield
+        finally:
+            for name in names:
+                os.environ.pop(name, None)

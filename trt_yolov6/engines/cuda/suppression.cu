@@ -1,0 +1,434 @@
+// Greedy non-maximum suppression within each class, of a whole batch, from a detector's raw outputs.
+//
+// `find` writes a 64-bit key of every score above the threshold: the score's bits, inverted, above the place of the
+// score, so that ascending keys are descending scores, and equal scores go by their place, as on the CPU. `suppress`,
+// one block an image, takes the keys from the smallest up in chunks, sorts a chunk in shared memory, and goes through
+// it in tiles: which of a tile's boxes does a kept one suppress, which of them suppress each other, which remain. It
+// ends as soon as enough boxes are kept, so most candidates are never sorted.
+//
+// Compiled by `suppression.py`, with the shape and the layout of the outputs as macros and without fused
+// multiply-adds: the arithmetic is that of `detectors.overlap.iou`, in float64 wherever float32 could decide otherwise.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifndef THREADS  // the tests have fewer
+#define LOG_THREADS 10
+#define THREADS (1 << LOG_THREADS)
+#define TILE 128
+#endif
+#define CHUNK (2 * THREADS)
+#define WORDS (TILE / 32)
+#define SUBSETS (THREADS / TILE)
+#define ALL 0xffffffffu
+
+// --- outputs ---------------------------------------------------------------------------------------------------------
+
+// Element (anchor, class) of an image's scores lies at anchor * SCORE_ANCHOR + class * SCORE_CLASS + SCORE_FIRST, side
+// k of an anchor's box at anchor * BOX_ANCHOR + k * BOX_SIDE + BOX_FIRST.
+
+#ifndef ON_CPU  // the tests bring their own
+__device__ __forceinline__ float of_half(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+#endif
+
+#ifdef HALF_SCORES
+typedef unsigned short Score;
+__device__ __forceinline__ float score_value(Score bits) { return of_half(bits); }
+#else
+typedef float Score;
+__device__ __forceinline__ float score_value(Score value) { return value; }
+#endif
+
+#ifdef HALF_BOXES
+typedef unsigned short Side;
+__device__ __forceinline__ float side_value(Side bits) { return of_half(bits); }
+#else
+typedef float Side;
+__device__ __forceinline__ float side_value(Side value) { return value; }
+#endif
+
+struct Outputs {
+    const Score* scores;
+    const Side* boxes;
+#ifdef LEVELS
+    const Score* levels[3];
+#endif
+};
+
+__device__ __forceinline__ float sigmoid(float value) { return (float)(1.0 / (1.0 + exp(-(double)value))); }
+
+#ifdef LEVELS
+// YOLOv5 and v7: three outputs (batch, 3, rows, columns, 5 + classes). LEVELS has a row each: rows, columns, stride in
+// y and x, and three pairs of an anchor's width and height.
+struct Level { int rows, columns; double stride_y, stride_x, sides[3][2]; };
+__device__ const Level LEVEL[3] = LEVELS;
+
+// Returns the row of 5 + classes numbers of an anchor, and where it is.
+__device__ const Score* anchor_row(const Outputs& outputs, u32 image, u32 anchor, const Level** level, u32* shape, u32* cell) {
+    for (int index = 0;; ++index) {
+        u32 cells = LEVEL[index].rows * LEVEL[index].columns;
+        if (anchor < 3 * cells || index == 2) {
+            *level = &LEVEL[index];
+            *shape = anchor / cells;
+            *cell = anchor % cells;
+            return outputs.levels[index] + ((u64)image * 3 * cells + anchor) * (5 + CLASSES);
+        }
+        anchor -= 3 * cells;
+    }
+}
+#endif
+
+// Returns a score as the CPU's reader of the layout computes it, or 0 where it cannot exceed the threshold.
+__device__ __forceinline__ float read_score(const Outputs& outputs, u32 image, u32 anchor, u32 label, float least) {
+#ifdef LEVELS
+    const Level* level;
+    u32 shape, cell;
+    const Score* row = anchor_row(outputs, image, anchor, &level, &shape, &cell);
+    float object = score_value(row[4]), score = score_value(row[5 + label]);
+    // A product of two sigmoids exceeds what neither of its factors does; most end here, without an exponential.
+    if (!(object > least && score > least)) return 0;
+    return sigmoid(score) * sigmoid(object);
+#else
+    const Score* scores = outputs.scores + (u64)image * SCORE_IMAGE;
+    float score = score_value(scores[anchor * SCORE_ANCHOR + label * SCORE_CLASS + SCORE_FIRST]);
+#ifdef OBJECTNESS
+    score *= score_value(scores[anchor * SCORE_ANCHOR + OBJECTNESS]);
+#endif
+    return score;
+#endif
+}
+
+// Four numbers of a box as they lie in the output.
+struct Raw { float side[4]; };
+
+__device__ __forceinline__ Raw read_box(const Outputs& outputs, u32 image, u32 anchor) {
+    Raw raw;
+#ifdef LEVELS
+    const Level* level;
+    u32 shape, cell;
+    const Score* row = anchor_row(outputs, image, anchor, &level, &shape, &cell);
+    for (int k = 0; k < 4; ++k) raw.side[k] = score_value(row[k]);
+#else
+    const Side* boxes = outputs.boxes + (u64)image * BOX_IMAGE + anchor * BOX_ANCHOR + BOX_FIRST;
+    for (int k = 0; k < 4; ++k) raw.side[k] = side_value(boxes[k * BOX_SIDE]);
+#endif
+    return raw;
+}
+
+// Returns x1, y1, x2, y2, computed in float64 and rounded once.
+__device__ __forceinline__ float4 corners(const Outputs& outputs, Raw raw, u32 anchor) {
+#if defined(CENTRES) || defined(CELLS) || defined(LEVELS)
+    double x = raw.side[0], y = raw.side[1], half_width, half_height;
+#ifdef LEVELS
+    const Level* level;
+    u32 shape, cell;
+    anchor_row(outputs, 0, anchor, &level, &shape, &cell);
+    double said[4];
+    for (int k = 0; k < 4; ++k) said[k] = 2 * (1.0 / (1.0 + exp(-(double)raw.side[k])));
+    x = (said[0] - 0.5 + cell % level->columns) * level->stride_x;
+    y = (said[1] - 0.5 + cell / level->columns) * level->stride_y;
+    half_width = said[2] * said[2] * level->sides[shape][0] / 2;
+    half_height = said[3] * said[3] * level->sides[shape][1] / 2;
+#elif defined(CELLS)
+    // YOLOX. CELLS has a row a level: its first anchor, columns and stride.
+    const int levels[][3] = CELLS;
+    int index = 0;
+    while (index + 1 < (int)(sizeof(levels) / sizeof(levels[0])) && anchor >= (u32)levels[index + 1][0]) ++index;
+    u32 cell = anchor - levels[index][0];
+    double stride = levels[index][2];
+    x = (x + cell % levels[index][1]) * stride;
+    y = (y + cell / levels[index][1]) * stride;
+    half_width = exp((double)raw.side[2]) * stride / 2;
+    half_height = exp((double)raw.side[3]) * stride / 2;
+#else
+    half_width = (double)raw.side[2] / 2;
+    half_height = (double)raw.side[3] / 2;
+#endif
+    return make_float4(
+        (float)(x - half_width), (float)(y - half_height), (float)(x + half_width), (float)(y + half_height));
+#else
+    return make_float4(raw.side[0], raw.side[1], raw.side[2], raw.side[3]);
+#endif
+}
+
+__device__ __forceinline__ Outputs outputs_at(const void* first, const void* second, const void* third) {
+    Outputs outputs;
+    outputs.scores = (const Score*)first;
+    outputs.boxes = (const Side*)second;
+#ifdef LEVELS
+    outputs.levels[0] = (const Score*)first;
+    outputs.levels[1] = (const Score*)second;
+    outputs.levels[2] = (const Score*)third;
+#endif
+    return outputs;
+}
+
+// --- candidates ------------------------------------------------------------------------------------------------------
+
+#ifndef FIND_THREADS
+#define FIND_THREADS 256
+#define FIND_EACH 8
+#endif
+
+__device__ __forceinline__ u64 key_of(float score, u32 place) {
+    return (u64)(ALL - __float_as_uint(score)) << 32 | place;
+}
+
+// Grid: (blocks of FIND_THREADS * FIND_EACH scores, images). `counts`, zero before, may end above the capacity.
+extern "C" __global__ void __launch_bounds__(FIND_THREADS) find(
+    const void* first, const void* second, const void* third,
+    float threshold, float least, u32 capacity, u32* counts, u64* keys)
+{
+    __shared__ u64 found[FIND_THREADS * FIND_EACH];
+    __shared__ u32 count, base;
+    const Outputs outputs = outputs_at(first, second, third);
+    const u32 image = blockIdx.y, begin = blockIdx.x * (FIND_THREADS * FIND_EACH) + threadIdx.x;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    float scores[FIND_EACH];
+    u32 places[FIND_EACH];
+#pragma unroll
+    for (int k = 0; k < FIND_EACH; ++k) {
+        // In the order of memory, so that a warp reads neighbours.
+        u32 element = begin + k * FIND_THREADS;
+#ifdef CLASS_BY_CLASS
+        u32 anchor = element % ANCHORS, label = element / ANCHORS;
+#else
+        u32 anchor = element / CLASSES, label = element % CLASSES;
+#endif
+        places[k] = anchor * CLASSES + label;
+        scores[k] = element < ANCHORS * CLASSES ? read_score(outputs, image, anchor, label, least) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < FIND_EACH; ++k)
+        if (scores[k] > threshold) found[atomicAdd(&count, 1u)] = key_of(scores[k], places[k]);
+    __syncthreads();
+    const u32 mine = count;
+    if (mine == 0) return;
+    if (threadIdx.x == 0) base = atomicAdd(&counts[image], mine);
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < mine; i += FIND_THREADS)
+        if (base + i < capacity) keys[(u64)image * capacity + base + i] = found[i];
+}
+
+// --- suppression -----------------------------------------------------------------------------------------------------
+
+struct Row { float box[4]; float score; int label; };
+struct Header { u32 kept, found, unused[2]; };
+
+// A box in shared memory, and what is compared of it.
+struct Kept { float4 box[MAX_KEPT]; float area[MAX_KEPT]; u32 label[MAX_KEPT]; };
+struct Tile { float4 box[TILE]; float area[TILE]; u32 label[TILE]; float score[TILE]; u32 over[TILE][WORDS]; };
+
+struct Threshold { float low, high; double exact; };
+
+// Returns whether the IoU of two boxes exceeds the threshold.
+__device__ __forceinline__ bool overlap(float4 a, float area_a, float4 b, float area_b, Threshold threshold) {
+    float width = fminf(a.z, b.z) - fmaxf(a.x, b.x), height = fminf(a.w, b.w) - fmaxf(a.y, b.y);
+    if (!(width > 0 && height > 0)) return false;  // so a box without area overlaps nothing
+    // In float32 both sides are right to 2e-6 where nothing over- or underflows; the thresholds are 1e-5 apart.
+    float shared = width * height, united = area_a + area_b - shared;
+    if (united > 1e-30f && united < 1e30f) {
+        if (shared < threshold.low * united) return false;
+        if (shared > threshold.high * united) return true;
+    }
+    double both = ((double)fminf(a.z, b.z) - fmaxf(a.x, b.x)) * ((double)fminf(a.w, b.w) - fmaxf(a.y, b.y));
+    double first = ((double)a.z - a.x) * ((double)a.w - a.y), second = ((double)b.z - b.x) * ((double)b.w - b.y);
+    return both / (first + second - both) > threshold.exact;
+}
+
+// Sorts the first `count` keys (a power of two, at most CHUNK) ascending: bitonic, a pair of keys a thread.
+__device__ void sort(u64* keys, u32 count) {
+    for (u32 size = 2; size <= count; size *= 2) {
+        for (u32 stride = size / 2; stride > 0; stride /= 2) {
+            u32 low = 2 * threadIdx.x - (threadIdx.x & (stride - 1)), high = low + stride;
+            if (high < count) {
+                u64 a = keys[low], b = keys[high];
+                if ((a > b) == ((low & size) == 0)) {
+                    keys[low] = b;
+                    keys[high] = a;
+                }
+            }
+            // A warp has 64 keys to itself as long as partners are no further apart.
+            u32 next = stride > 1 ? stride / 2 : size;
+            if (stride > 32 || next > 32) __syncthreads();
+            else __syncwarp();
+        }
+    }
+    __syncthreads();
+}
+
+// Returns a key such that some, and at most CHUNK, of an image's keys lie in [start, it).
+__device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* bins) {
+    __shared__ u32 totals[THREADS / 32], split, before;
+    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    // Scores are hardly above 1, so bins begin there; what is above falls into the first one.
+    const u64 one = key_of(1.0f, 0);
+    bool is_open = start == 0 && one < stop;
+    u64 low = is_open ? one : start, high = stop;
+    for (;;) {
+        const int bits = 64 - __clzll(high - low - 1), shift = bits > LOG_THREADS ? bits - LOG_THREADS : 0;
+        bins[thread] = 0;
+        if (thread == 0) split = THREADS;
+        __syncthreads();
+        for (u32 i = thread; i < count; i += THREADS) {
+            u64 key = keys[i];
+            if (key >= start && key < high) atomicAdd(&bins[key < low ? 0 : (key - low) >> shift], 1u);
+        }
+        __syncthreads();
+        const u32 own = bins[thread];
+        u32 sum = own;
+        for (int step = 1; step < 32; step *= 2) {
+            u32 other = __shfl_up_sync(ALL, sum, step);
+            if (lane >= step) sum += other;
+        }
+        if (lane == 31) totals[warp] = sum;
+        __syncthreads();
+        for (u32 i = 0; i < warp; ++i) sum += totals[i];
+        if (sum > CHUNK && sum - own <= CHUNK) {
+            split = thread;
+            before = sum - own;
+        }
+        __syncthreads();
+        const u32 bin = split, smaller = before;
+        if (bin == THREADS) return high;
+        if (smaller > 0) return low + ((u64)bin << shift);
+        // One bin has too many: the same again within it.
+        const u64 begin = low + ((u64)bin << shift);
+        if (high - begin > 1ull << shift) high = begin + (1ull << shift);
+        low = is_open && bin == 0 ? start : begin;
+        is_open = false;
+        __syncthreads();
+    }
+}
+
+// Grid: (images). Results of an image: a header and `limit` rows, of which the first `kept` are written.
+extern "C" __global__ void __launch_bounds__(THREADS) suppress(
+    const void* first, const void* second, const void* third,
+    float confidence, double iou, float low, float high, u32 limit, u32 capacity,
+    const u32* counts, const u64* all_keys, unsigned char* results)
+{
+    __shared__ u64 sorted[CHUNK];
+    __shared__ Kept kept;
+    __shared__ union { Tile tile; u32 bins[THREADS]; } scratch;
+    __shared__ u32 length, suppressed[WORDS], valid[WORDS], chosen[TILE], added;
+    const Outputs outputs = outputs_at(first, second, third);
+    const Threshold threshold = {low, high, iou};
+    Tile& tile = scratch.tile;
+    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32, image = blockIdx.x;
+    const u32 found = counts[image];
+    const u64* keys = all_keys + (u64)image * capacity;
+    unsigned char* result = results + (u64)image * (sizeof(Header) + limit * sizeof(Row));
+    Row* rows = (Row*)(result + sizeof(Header));
+    const u32 count = found > capacity ? 0 : found;  // the host sees it, and takes the outputs whole
+    const u64 stop = key_of(confidence, 0);
+    u64 start = 0;
+    u32 total = 0;
+    for (u32 seen = 0; seen < count && total < limit;) {
+        const u64 end = count <= CHUNK ? stop : chunk_end(keys, count, start, stop, scratch.bins);
+        if (thread == 0) length = 0;
+        __syncthreads();
+        for (u32 base = 0; base < count; base += THREADS) {
+            u64 key = base + thread < count ? keys[base + thread] : ~0ull;
+            bool inside = key >= start && key < end;
+            u32 votes = __ballot_sync(ALL, inside), slot = 0;
+            if (lane == 0 && votes) slot = atomicAdd(&length, (u32)__popc(votes));
+            slot = __shfl_sync(ALL, slot, 0);
+            if (inside) sorted[slot + __popc(votes & ((1u << lane) - 1))] = key;
+        }
+        __syncthreads();
+        const u32 size = length;
+        u32 padded = 2;
+        while (padded < size) padded *= 2;
+        for (u32 i = size + thread; i < padded; i += THREADS) sorted[i] = ~0ull;
+        __syncthreads();
+        sort(sorted, padded);
+        seen += size;
+        start = end;
+
+        // The boxes of a tile are read while the tile before is compared.
+        u64 key = 0;
+        Raw raw = {};
+        if (thread < TILE && thread < size) {
+            key = sorted[thread];
+            raw = read_box(outputs, image, (u32)key / CLASSES);
+        }
+        for (u32 at = 0; at < size && total < limit; at += TILE) {
+            if (thread < TILE) {
+                float4 box = corners(outputs, raw, (u32)key / CLASSES);
+                bool finite = at + thread < size && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
+                    && fabsf(box.z) <= 3.402823466e38f && fabsf(box.w) <= 3.402823466e38f;
+                tile.box[thread] = box;
+                tile.area[thread] = (box.z - box.x) * (box.w - box.y);
+                tile.label[thread] = (u32)key % CLASSES;
+                tile.score[thread] = __uint_as_float(ALL - (u32)(key >> 32));
+                u32 votes = __ballot_sync(ALL, finite);
+                if (lane == 0) {
+                    valid[warp] = votes;
+                    suppressed[warp] = 0;
+                }
+            }
+            __syncthreads();
+            if (thread < TILE && at + TILE + thread < size) {
+                key = sorted[at + TILE + thread];
+                raw = read_box(outputs, image, (u32)key / CLASSES);
+            }
+            // A warp compares 32 of the tile with its share of the kept boxes, and of the tile's better ones.
+            const u32 group = warp % WORDS, subset = warp / WORDS, mine = 32 * group + lane;
+            const float4 box = tile.box[mine];
+            const float area = tile.area[mine];
+            const u32 label = tile.label[mine];
+            bool out = false;
+            for (u32 other = subset; other < total; other += SUBSETS)
+                if (label == kept.label[other] && !out)
+                    out = overlap(box, area, kept.box[other], kept.area[other], threshold);
+            u32 votes = __ballot_sync(ALL, out);
+            if (lane == 0 && votes) atomicOr(&suppressed[group], votes);
+            for (u32 other = subset; other < 32 * (group + 1); other += SUBSETS) {
+                bool hit = other < mine && label == tile.label[other]
+                    && overlap(box, area, tile.box[other], tile.area[other], threshold);
+                votes = __ballot_sync(ALL, hit);
+                if (lane == 0) tile.over[other][group] = votes;
+            }
+            __syncthreads();
+            if (warp == 0) {
+                u32 alive[WORDS], taken = 0;
+#pragma unroll
+                for (int word = 0; word < WORDS; ++word) alive[word] = valid[word] & ~suppressed[word];
+#pragma unroll
+                for (int word = 0; word < WORDS; ++word) {
+                    while (alive[word] && total + taken < limit) {
+                        u32 best = 32 * word + __ffs(alive[word]) - 1;
+                        if (lane == 0) chosen[taken] = best;
+                        ++taken;
+                        alive[word] &= alive[word] - 1;
+#pragma unroll
+                        for (int later = word; later < WORDS; ++later) alive[later] &= ~tile.over[best][later];
+                    }
+                }
+                if (lane == 0) added = taken;
+            }
+            __syncthreads();
+            const u32 taken = added;
+            if (thread < taken) {
+                u32 from = chosen[thread], to = total + thread;
+                float4 best = tile.box[from];
+                kept.box[to] = best;
+                kept.area[to] = tile.area[from];
+                kept.label[to] = tile.label[from];
+                Row row = {{best.x, best.y, best.z, best.w}, tile.score[from], (int)tile.label[from]};
+                rows[to] = row;
+            }
+            total += taken;
+            __syncthreads();
+        }
+    }
+    if (thread == 0) {
+        Header header = {total, found, {0, 0}};
+        *(Header*)result = header;
+    }
+}

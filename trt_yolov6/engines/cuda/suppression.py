@@ -1,0 +1,353 @@
+"""Non-maximum suppression on the GPU: from an engine's raw outputs to the few boxes that are kept.
+
+A batch of 32 images with 80 classes has 86 MB of scores. Copying them to the host, searching and
+suppressing them there takes many times what the network does. Two kernels (`suppression.cu`) do it
+where the outputs lie, for all images of a batch at once, and only the boxes kept are copied.
+
+The boxes are those of `detections.suppress`, to the last bit. For YOLOX, v5 and v7, whose boxes or
+scores go through an exponential, they are so within the rounding of that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.detectors.candidates import MAX_CANDIDATES, Suppressed
+from trt_yolov6.detectors.layouts import YOLOV5_ANCHORS, YOLOV7_ANCHORS, levels_of
+from trt_yolov6.engines.cuda.device import DeviceMemory, PinnedMemory, Stream
+from trt_yolov6.engines.cuda.kernels import Kernels, compiled
+from trt_yolov6.spec import NmsSettings, OutputLayout, TensorSpec
+
+SOURCE = "suppression.cu"
+
+MAX_KEPT = 1024
+"""Boxes an image keeps at most here; they lie in the GPU's shared memory."""
+
+_THREADS = 1024
+"""`THREADS` of the kernels."""
+_FOUND_BY_BLOCK = 256 * 8
+"""Scores that a block of `find` looks at."""
+
+_ROW = np.dtype([("box", np.float32, 4), ("score", np.float32), ("label", np.int32)])
+_HEADER_BYTES = 16
+
+_FIND_TYPES = (
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float),
+    *(ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p),
+)
+_SUPPRESS_TYPES = (
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_double),
+    *(ctypes.c_float, ctypes.c_float, ctypes.c_uint, ctypes.c_uint),
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Places of scores and boxes in a detector's outputs, and the macros that read them."""
+
+    anchors: int
+    classes: int
+    tensors: tuple[str, str, str]
+    """Names of the outputs that the kernels are given: scores, boxes and nothing; or three levels,
+    the finest first."""
+    defines: tuple[str, ...]
+    """Macros of `suppression.cu`."""
+
+    @property
+    def capacity(self) -> int:
+        """Candidates an image has room for."""
+        return min(MAX_CANDIDATES, self.anchors * self.classes)
+
+
+def reading_of(
+    layout: OutputLayout, outputs: Sequence[TensorSpec], image_size: tuple[int, int]
+) -> Reading | None:
+    """Return how the kernels read outputs; None where they cannot, or suppression is in the graph.
+
+    Args:
+        layout: of the outputs, see `OutputLayout`.
+        outputs: with all lengths but the batch.
+        image_size: the input's height and width in pixels.
+    """
+    reader = _READERS.get(layout)
+    if reader is None or any(out.dtype not in (np.float32, np.float16) for out in outputs):
+        return None
+    if any(length is None for out in outputs for length in out.shape[1:]):
+        return None
+    found = reader(outputs, image_size)
+    fits = found is not None and 0 < found.anchors * found.classes < 2**31
+    return found if fits else None
+
+
+class Suppression:
+    """The kernels with their buffers, for the outputs of one engine; one batch at a time.
+
+    Args:
+        reading: how to read the outputs.
+        max_batch: images of the largest batch.
+
+    Raises:
+        CudaError: there is no NVRTC, or it cannot compile for this GPU.
+    """
+
+    def __init__(self, reading: Reading, max_batch: int) -> None:
+        defines = (f"MAX_KEPT={MAX_KEPT}", *reading.defines)
+        self._kernels: Kernels = compiled(SOURCE, defines)
+        self._reading = reading
+        self._capacity = reading.capacity
+        self._counts = DeviceMemory(4 * max_batch)
+        self._keys = DeviceMemory(8 * reading.capacity * max_batch)
+        nbytes = result_dtype(MAX_KEPT).itemsize * max_batch
+        self._results = DeviceMemory(nbytes)
+        self._copy = PinnedMemory(nbytes)
+
+    @staticmethod
+    def fits(nms: NmsSettings) -> bool:
+        """Return whether there is room for the boxes that thresholds let an image keep."""
+        return nms.max_detections <= MAX_KEPT
+
+    def enqueue(
+        self, stream: Stream, outputs: Mapping[str, DeviceMemory], batch: int, nms: NmsSettings
+    ) -> None:
+        """Put the suppression of a batch on a stream, and the copy of what is kept to the host.
+
+        Nothing is waited for or allocated: it can be recorded as a CUDA graph, which then belongs
+        to this object, the outputs' places, the batch and the thresholds.
+
+        Args:
+            stream: with the run that writes the outputs already on it.
+            outputs: where the engine writes them, by name.
+            batch: images in them.
+            nms: thresholds that `fits` has accepted.
+        """
+        reading = self._reading
+        places = [outputs[name].address for name in reading.tensors]
+        confidence = float(np.float32(nms.confidence))
+        low, high = float32_thresholds(nms.iou)
+        stream.clear(self._counts, 4 * batch)
+        self._kernels.launch(
+            stream,
+            "find",
+            (-(-reading.anchors * reading.classes // _FOUND_BY_BLOCK), batch, 1),
+            (256, 1, 1),
+            _FIND_TYPES,
+            (
+                *places,
+                confidence,
+                least_logit(nms.confidence),
+                self._capacity,
+                self._counts.address,
+                self._keys.address,
+            ),
+        )
+        self._kernels.launch(
+            stream,
+            "suppress",
+            (batch, 1, 1),
+            (_THREADS, 1, 1),
+            _SUPPRESS_TYPES,
+            (
+                *places,
+                *(confidence, nms.iou, low, high, nms.max_detections, self._capacity),
+                *(self._counts.address, self._keys.address, self._results.address),
+            ),
+        )
+        nbytes = result_dtype(nms.max_detections).itemsize * batch
+        stream.copy_out(self._copy.address, self._results, nbytes)
+
+    def fetch(self, batch: int, nms: NmsSettings) -> Suppressed | None:
+        """Return the boxes kept by a run whose stream has been waited for; None without room.
+
+        There is none if an image had more candidates than `Reading.capacity`.
+        """
+        results = self._copy.array((batch,), result_dtype(nms.max_detections))
+        return suppressed_of(results, self._capacity, nms)
+
+    def free(self) -> None:
+        """Free the buffers."""
+        for memory in (self._counts, self._keys, self._results, self._copy):
+            memory.free()
+
+
+def result_dtype(limit: int) -> np.dtype[Any]:
+    """Return the type of an image's results: a header and `limit` rows."""
+    header = [("kept", np.uint32), ("found", np.uint32), ("unused", np.uint32, 2)]
+    return np.dtype([*header, ("rows", _ROW, limit)])
+
+
+def suppressed_of(results: NDArray[Any], capacity: int, nms: NmsSettings) -> Suppressed | None:
+    """Return a copy of the kernels' results; None if an image's candidates did not fit."""
+    if (results["found"] > capacity).any():
+        return None
+    counts = results["kept"].astype(np.int64)
+    rows = results["rows"][:, : int(counts.max(initial=0))].copy()
+    return Suppressed(counts, rows["box"], rows["score"], rows["label"], nms)
+
+
+def float32_thresholds(iou: float) -> tuple[float, float]:
+    """Return bounds within which float32 cannot tell whether an IoU exceeds the threshold."""
+    if iou < 1e-6:
+        return -1.0, math.inf  # it never can
+    return iou * (1 - 1e-5), iou * (1 + 1e-5)
+
+
+def least_logit(confidence: float) -> float:
+    """Return a number that logits exceed whose sigmoid exceeds a confidence."""
+    return math.log(confidence / (1 - confidence)) - 1 if confidence > 0 else -math.inf
+
+
+# --- layouts ------------------------------------------------------------------------------------
+
+
+def _split(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
+    by_name = {out.name: out for out in outputs if len(out.shape) == 3}
+    if not {"boxes", "scores"} <= by_name.keys():
+        return None
+    boxes, scores = by_name["boxes"], by_name["scores"]
+    _, anchors, classes = _lengths(scores)
+    if _lengths(boxes)[1:] != (anchors, 4):
+        return None
+    return _reading(
+        (scores, boxes), anchors, classes, score=(classes, 1, 0), box=(4, 1, 0), flags=()
+    )
+
+
+def _split_by_class(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
+    boxes = [out for out in outputs if len(out.shape) == 3 and out.shape[2] == 4]
+    others = [out for out in outputs if len(out.shape) == 3 and out.shape[2] != 4]
+    if len(boxes) != 1 or len(others) != 1:
+        return None
+    _, classes, anchors = _lengths(others[0])
+    return _reading(
+        (others[0], boxes[0]),
+        anchors,
+        classes,
+        score=(1, anchors, 0),
+        box=(4, 1, 0),
+        flags=("CLASS_BY_CLASS",),
+    )
+
+
+def _rows(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
+    return _of_rows(outputs, 5, ("OBJECTNESS=4", "CENTRES"))
+
+
+def _corner_rows(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
+    return _of_rows(outputs, 4, ())
+
+
+def _grid_rows(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
+    found = _of_rows(outputs, 5, ())
+    levels = None if found is None else levels_of(size, found.anchors)
+    if found is None or levels is None:
+        return None
+    first, cells = 0, []
+    for stride, (rows, columns) in levels:
+        cells.append(f"{{{first},{columns},{stride}}}")
+        first += rows * columns
+    return _of_rows(outputs, 5, ("OBJECTNESS=4", f"CELLS={{{','.join(cells)}}}"))
+
+
+def _of_rows(outputs: Sequence[TensorSpec], first: int, flags: tuple[str, ...]) -> Reading | None:
+    rows = [out for out in outputs if len(out.shape) == 3]
+    if len(rows) != 1:
+        return None
+    _, anchors, length = _lengths(rows[0])
+    return _reading(
+        (rows[0], rows[0]),
+        anchors,
+        length - first,
+        score=(length, 1, first),
+        box=(length, 1, 0),
+        flags=flags,
+    )
+
+
+def _columns(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
+    columns = [out for out in outputs if len(out.shape) == 3]
+    if len(columns) != 1:
+        return None
+    _, length, anchors = _lengths(columns[0])
+    return _reading(
+        (columns[0], columns[0]),
+        anchors,
+        length - 4,
+        score=(1, anchors, 4 * anchors),
+        box=(1, anchors, 0),
+        flags=("CLASS_BY_CLASS", "CENTRES"),
+    )
+
+
+def _grids(anchors: Any) -> Any:
+    def reader(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
+        levels = sorted(
+            (out for out in outputs if len(out.shape) == 5), key=lambda out: -_lengths(out)[2]
+        )
+        if [_lengths(out)[1] for out in levels] != [3, 3, 3]:
+            return None
+        rows, total = [], 0
+        for out, pairs in zip(levels, anchors, strict=True):
+            _, _, height, width, _ = _lengths(out)
+            sides = ",".join(f"{{{one[0]},{one[1]}}}" for one in pairs)
+            rows.append(f"{{{height},{width},{size[0] / height},{size[1] / width},{{{sides}}}}}")
+            total += 3 * height * width
+        classes = _lengths(levels[0])[4] - 5
+        flags = [f"LEVELS={{{','.join(rows)}}}", f"ANCHORS={total}", f"CLASSES={classes}"]
+        if levels[0].dtype == np.float16:
+            flags.append("HALF_SCORES")
+        first, second, third = (out.name for out in levels)
+        return Reading(total, classes, (first, second, third), tuple(flags))
+
+    return reader
+
+
+def _reading(
+    tensors: tuple[TensorSpec, TensorSpec],
+    anchors: int,
+    classes: int,
+    *,
+    score: tuple[int, int, int],
+    box: tuple[int, int, int],
+    flags: tuple[str, ...],
+) -> Reading:
+    """Return the reading of scores and boxes that lie at a step an anchor, a step a class or side,
+    and a first element."""
+    scores, boxes = tensors
+    values = {
+        "ANCHORS": anchors,
+        "CLASSES": classes,
+        "SCORE_IMAGE": math.prod(_lengths(scores)[1:]),
+        **dict(zip(("SCORE_ANCHOR", "SCORE_CLASS", "SCORE_FIRST"), score, strict=True)),
+        "BOX_IMAGE": math.prod(_lengths(boxes)[1:]),
+        **dict(zip(("BOX_ANCHOR", "BOX_SIDE", "BOX_FIRST"), box, strict=True)),
+    }
+    defines = [*flags, *(f"{name}={value}" for name, value in values.items())]
+    if scores.dtype == np.float16:
+        defines.append("HALF_SCORES")
+    if boxes.dtype == np.float16:
+        defines.append("HALF_BOXES")
+    return Reading(anchors, classes, (scores.name, boxes.name, boxes.name), tuple(defines))
+
+
+def _lengths(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(length or 0 for length in spec.shape)
+
+
+_READERS: dict[OutputLayout, Any] = {
+    "split": _split,
+    "split_by_class": _split_by_class,
+    "rows": _rows,
+    "corner_rows": _corner_rows,
+    "grid_rows": _grid_rows,
+    "columns": _columns,
+    "grids_yolov5": _grids(YOLOV5_ANCHORS),
+    "grids_yolov7": _grids(YOLOV7_ANCHORS),
+}

@@ -1,0 +1,355 @@
+"""Images of any size to boxes on the GPU: letterbox, engine and suppression as one CUDA graph.
+
+Everything that differs from batch to batch lies in memory that the graph reads: the images' places
+and sizes in a small table, the pixels wherever the table says. So one graph serves all images of a
+batch size. What comes back is at most `max_detections` boxes an image.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.data.letterbox import Letterbox
+from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.detectors.candidates import Suppressed
+from trt_yolov6.engines.base import Run
+from trt_yolov6.engines.cuda.device import (
+    CudaError,
+    CudaGraph,
+    DeviceMemory,
+    Event,
+    PinnedMemory,
+    PinnedPool,
+    Stopwatch,
+)
+from trt_yolov6.engines.cuda.letterbox import (
+    RECORD_BYTES,
+    ImageView,
+    LetterboxKernel,
+    write_record,
+)
+from trt_yolov6.engines.cuda.staging import COPY_THREADS, Staging
+from trt_yolov6.engines.cuda.suppression import Suppression
+from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
+from trt_yolov6.errors import UserError
+from trt_yolov6.spec import NmsSettings
+
+_STAGE_RUNS = 30
+"""Times that each stage is timed."""
+
+Image = NDArray[np.uint8] | ImageView
+"""uint8 (height, width, 3) RGB in the host's memory, or a view of one on the GPU."""
+
+
+class Pictures:
+    """The lanes of an engine that take images as they are.
+
+    Args:
+        plan: the engine's, with contexts whose runs can be recorded.
+        pinned: the engine's page-locked arrays.
+        preprocessing: the engine's.
+
+    Raises:
+        CudaError: there is no NVRTC, it cannot compile for this GPU, or memory is short.
+    """
+
+    def __init__(
+        self,
+        plan: LanePlan,
+        pinned: PinnedPool,
+        preprocessing: Preprocessing,
+    ) -> None:
+        self._plan = plan
+        self._pinned = pinned
+        self._preprocessing = preprocessing
+        self._kernel = LetterboxKernel(plan.input, preprocessing)
+        self._copiers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="stage")
+        self._lanes: list[PictureLane] = []
+        self._idle: deque[PictureLane] = deque()
+        try:
+            self._idle.append(self._new_lane())
+        except BaseException:
+            self.close()
+            raise
+
+    def start(
+        self,
+        images: Sequence[Image],
+        placed: Sequence[Letterbox],
+        rows: int,
+        nms: NmsSettings,
+        *,
+        after: Event | None = None,
+        patient: bool = False,
+        done: Callable[[int], None] = lambda rows: None,
+    ) -> Run:
+        """Start a batch.
+
+        Args:
+            images: at most `rows`; not to be changed or freed before the run has been waited for.
+            placed: where each goes in the input.
+            rows: of the engine's batch; those without an image are zero.
+            nms: thresholds.
+            after: an event on the GPU that the images are there after.
+            patient: wait for the run without using a core, a few microseconds longer.
+            done: called with `rows` when the run has been waited for.
+        """
+        lane = self._idle.popleft() if self._idle else self._new_lane()
+        try:
+            lane.start(images, placed, rows, nms, after)
+        except BaseException:
+            self._idle.append(lane)
+            raise
+        return _PictureRun(lane, self._idle.append, patient, functools.partial(done, rows))
+
+    def stage_seconds(
+        self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
+    ) -> dict[str, float]:
+        """Return the median seconds of each stage alone, in order, by name."""
+        lane = self._idle.popleft() if self._idle else self._new_lane()
+        try:
+            return lane.stage_seconds(images, placed, nms)
+        finally:
+            self._idle.append(lane)
+
+    def close(self) -> None:
+        """Free what the lanes hold."""
+        for lane in self._lanes:
+            lane.close()
+        self._lanes.clear()
+        self._idle.clear()
+        self._copiers.shutdown()
+
+    def _new_lane(self) -> PictureLane:
+        lane = PictureLane(
+            Lane(self._plan, self._pinned),
+            self._kernel,
+            Staging(self._copiers, self._pinned),
+            self._plan,
+            self._preprocessing,
+        )
+        self._lanes.append(lane)
+        return lane
+
+
+class PictureLane:
+    """One batch of images in flight."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        kernel: LetterboxKernel,
+        staging: Staging,
+        plan: LanePlan,
+        preprocessing: Preprocessing,
+    ) -> None:
+        self._lane = lane
+        self._kernel = kernel
+        self._staging = staging
+        self._interpolation = preprocessing.interpolation
+        largest = plan.batch.max
+        nbytes = RECORD_BYTES * largest
+        self._records = DeviceMemory(nbytes)
+        self._written = PinnedMemory(nbytes)
+        self._table = self._written.array((nbytes,), np.dtype(np.uint8))
+        self._graphs: dict[tuple[int, NmsSettings], CudaGraph] = {}
+        self._warm: set[tuple[int, NmsSettings]] = set()
+        self._generation = lane.prepare(largest)
+        self._records_graphs = plan.record_graph and lane.can_be_recorded
+        self._suppression: Suppression | None = None
+        if plan.reading is not None and lane.output_memory.keys() >= set(plan.reading.tensors):
+            self._suppression = Suppression(plan.reading, largest)
+        self._end = Event()
+        self._in_use: Any = None
+        self._rows = largest
+        self._nms: NmsSettings | None = None
+        self._is_suppressed = False
+
+    def start(
+        self,
+        images: Sequence[Image],
+        placed: Sequence[Letterbox],
+        rows: int,
+        nms: NmsSettings,
+        after: Event | None,
+    ) -> None:
+        """Put a batch on the lane's stream."""
+        stream = self._lane.stream
+        self._in_use = images
+        here = [image for image in images if not isinstance(image, ImageView)]
+        sent = iter(self._staging.send(here, stream) if here else ())
+        for row, (image, place) in enumerate(zip(images, placed, strict=True)):
+            view = image if isinstance(image, ImageView) else next(sent)
+            write_record(self._table, row, view, place, self._interpolation)
+        self._table[RECORD_BYTES * len(images) :] = 0
+        if after is not None:
+            stream.wait_for(after)
+        self._rows, self._nms = rows, nms
+        self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
+        self._launch((rows, nms))
+        self._end.record(stream)
+
+    def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Suppressed:
+        """Wait for the batch and return its boxes, or the outputs where they are not suppressed."""
+        lane = self._lane
+        try:
+            if patient:
+                self._end.wait()
+            else:
+                lane.stream.wait()
+            if self._is_suppressed:
+                assert self._suppression is not None
+                assert self._nms is not None
+                found = self._suppression.fetch(self._rows, self._nms)
+                if found is not None:
+                    return found
+                lane.copy_outputs()
+                lane.stream.wait()
+            return lane.results()
+        finally:
+            self._in_use = None
+
+    def stage_seconds(
+        self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
+    ) -> dict[str, float]:
+        """Return the median seconds of each stage alone; the images are placed first."""
+        rows, lane = len(images), self._lane
+        stream = lane.stream
+        self.start(images, placed, rows, nms, None)
+        self.finish(patient=False)
+        here = [image for image in images if not isinstance(image, ImageView)]
+
+        def copy() -> None:
+            self._staging.send(here, stream)
+            stream.copy_in(self._records, self._written.address, RECORD_BYTES * rows)
+
+        def letterbox() -> None:
+            target = lane.input_memory.address
+            self._kernel.enqueue(stream, self._records.address, target, rows)
+
+        def suppression() -> None:
+            self._take_boxes(rows, nms)
+
+        last = "suppression and copy back" if self._is_suppressed else "copy of all outputs"
+        stages: dict[str, Callable[[], None]] = {
+            **({"copy to the GPU": copy} if here else {}),
+            "letterbox": letterbox,
+            "engine": self._recorded(lane.run),
+            last: self._recorded(suppression),
+        }
+        stopwatch = Stopwatch(stream)
+        found = {}
+        for name, work in stages.items():
+            times = []
+            for _ in range(_STAGE_RUNS):
+                times.append(stopwatch.time(work))
+            found[name] = float(np.median(times))
+        return found
+
+    def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that launches some work as a CUDA graph, or does it where none can."""
+        if not self._records_graphs:
+            return work
+        with self._lane.stream.capture() as graph:
+            work()
+        return functools.partial(graph.launch, self._lane.stream)
+
+    def close(self) -> None:
+        """Free what the lane holds."""
+        self._lane.stream.wait()
+        self._forget_graphs()
+        if self._suppression is not None:
+            self._suppression.free()
+        self._staging.free()
+        self._records.free()
+        self._written.free()
+        self._lane.close()
+
+    def _launch(self, key: tuple[int, NmsSettings]) -> None:
+        """Put everything after the images' copy on the stream, as one graph from the second time.
+
+        The first time is for what TensorRT does only once.
+        """
+        generation = self._lane.prepare(key[0])
+        if generation != self._generation:
+            self._forget_graphs()
+            self._generation = generation
+        graph = self._graphs.get(key)
+        if graph is None and key in self._warm and self._records_graphs:
+            stream = self._lane.stream
+            try:
+                with stream.capture() as graph:
+                    self._enqueue(key)
+                self._graphs[key] = graph
+            except UserError:  # a layer that cannot be recorded: nothing is lost but speed
+                self._records_graphs = False
+                graph = None
+        if graph is not None:
+            graph.launch(self._lane.stream)
+        else:
+            self._enqueue(key)
+            self._warm.add(key)
+
+    def _enqueue(self, key: tuple[int, NmsSettings]) -> None:
+        rows, nms = key
+        lane = self._lane
+        lane.stream.copy_in(self._records, self._written.address, RECORD_BYTES * rows)
+        self._kernel.enqueue(lane.stream, self._records.address, lane.input_memory.address, rows)
+        lane.run()
+        self._take_boxes(rows, nms)
+
+    def _take_boxes(self, rows: int, nms: NmsSettings) -> None:
+        lane = self._lane
+        if self._is_suppressed:
+            assert self._suppression is not None
+            self._suppression.enqueue(lane.stream, lane.output_memory, rows, nms)
+        else:
+            lane.copy_outputs()
+
+    def _forget_graphs(self) -> None:
+        for graph in self._graphs.values():
+            graph.free()
+        self._graphs.clear()
+        self._warm.clear()
+
+
+class _PictureRun(Run):
+    """A batch of images on its way."""
+
+    def __init__(
+        self,
+        lane: PictureLane,
+        give_back: Callable[[PictureLane], None],
+        patient: bool,
+        done: Callable[[], None],
+    ) -> None:
+        self._lane: PictureLane | None = lane
+        self._give_back = give_back
+        self._patient = patient
+        self._done = done
+
+    def wait(self) -> dict[str, NDArray[Any]] | Suppressed:
+        assert self._lane is not None, "a run is waited for once"
+        lane, self._lane = self._lane, None
+        try:
+            return lane.finish(self._patient)
+        finally:
+            self._give_back(lane)
+            self._done()
+
+
+def pictures_of(
+    plan: LanePlan, pinned: PinnedPool, preprocessing: Preprocessing
+) -> Pictures | None:
+    """Return the lanes of an engine that take images; None where there can be none."""
+    try:
+        return Pictures(plan, pinned, preprocessing)
+    except CudaError:
+        return None

@@ -1,0 +1,209 @@
+"""Images through an engine on several GPUs of one machine: a process each, results in order.
+
+Processes, not threads: what Python does for an image takes a hundredth of a millisecond to a tenth,
+so that one interpreter, whose threads take turns, is busy with one fast GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.common.machine import read_gpus
+from trt_yolov6.data.loader import Batch
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.base import Engine, LoadOptions
+from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.predict import Processed, choose_batch, process
+from trt_yolov6.spec import PredictOptions
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_AHEAD = 8
+"""Batches a GPU may be ahead of the one whose results come next."""
+_PATIENCE = 10
+"""Seconds that a process has to end by itself."""
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine for other processes to load."""
+
+    path: Path
+    backend: str
+    options: LoadOptions
+
+
+def file_of(engine: Engine) -> EngineFile:
+    """Return how another process loads an engine."""
+    return EngineFile(engine.path, engine.backend, engine.load_options)
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return tuple(str(index) for index in range(len(read_gpus())))
+    return tuple(name.strip() for name in named.split(",") if name.strip())
+
+
+def check_gpus(count: int) -> tuple[str, ...]:
+    """Return the first GPUs.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    found = visible_gpus()
+    if count > len(found):
+        raise UserError(
+            f"this process may use {len(found)} NVIDIA GPUs, not {count}; give a smaller `gpus`, "
+            "or look at CUDA_VISIBLE_DEVICES.",
+            "gpus",
+        )
+    return found[:count]
+
+
+def process_on_gpus(
+    gpus: tuple[str, ...],
+    engine: Engine,
+    items: Iterable[Item],
+    read: Callable[[Item], NDArray[np.uint8]],
+    finish: Callable[[Batch[Item], list[Detections]], Result],
+    options: PredictOptions | None = None,
+    *,
+    tell: Callable[[str], None] = lambda _: None,
+    **others: Any,
+) -> Generator[Processed[Item, Result], None, None]:
+    """Do what `predict.process` does on several GPUs; batches come in the order of the items.
+
+    Args:
+        gpus: from `check_gpus`.
+        engine: its file is loaded once a GPU.
+        items, read, finish: as in `process`, but they travel to other processes, by pickle; what
+            `finish` returns travels back. Original images do not.
+        options: as in `process`.
+        tell: takes what is odd about the outputs, once a sentence.
+        others: of `process`.
+
+    Raises:
+        UserError: as `process`; or a process has died.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Any, Any] = {}
+    batch = choose_batch(engine, (options or PredictOptions()).batch)
+    options = dataclasses.replace(options or PredictOptions(), batch=batch)
+    arguments = (file_of(engine), read, finish, options, others)
+    try:
+        for gpu in gpus:
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(theirs, gpu, *arguments), daemon=True)
+            worker.start()
+            theirs.close()
+            workers[ours] = worker
+        yield from _in_order(workers, gpus, iter(items), batch, tell)
+    finally:
+        for ours, worker in workers.items():
+            ours.close()  # a process that waits for work ends
+            worker.join(_PATIENCE)
+            if worker.is_alive():
+                worker.terminate()
+                worker.join()
+
+
+def _in_order(
+    workers: dict[Any, Any],
+    gpus: tuple[str, ...],
+    items: Iterator[Any],
+    batch: int,
+    tell: Callable[[str], None],
+) -> Generator[Any, None, None]:
+    """Give out batches as they are asked for, and yield their results in order."""
+    given: dict[Any, list[int]] = {ours: [] for ours in workers}
+    asking: list[Any] = []
+    done: dict[int, Any] = {}
+    told: set[str] = set()
+    open_ends = dict(zip(workers, gpus, strict=True))
+    number = following = 0
+    while open_ends:
+        while asking and number < following + _AHEAD * len(workers):
+            ours = asking.pop(0)
+            chunk = list(itertools.islice(items, batch))
+            ours.send(chunk)  # nothing in it: the end
+            if chunk:
+                given[ours].append(number)
+                number += 1
+        ready: list[Any] = wait(list(open_ends))
+        for ours in ready:
+            try:
+                kind, value = ours.recv()
+            except (EOFError, OSError) as error:
+                raise UserError(
+                    f"the process of GPU {open_ends[ours]} ended before its work; see its messages "
+                    "above, and whether another program takes the GPU's memory."
+                ) from error
+            if kind == "give":
+                asking.append(ours)
+            elif kind == "done":
+                done[given[ours].pop(0)] = value
+            elif kind == "tell":
+                if value not in told:
+                    told.add(value)
+                    tell(value)
+            elif kind == "failed":
+                raise value
+            else:
+                del open_ends[ours]
+        while following in done:
+            yield done.pop(following)
+            following += 1
+
+
+def _work(
+    theirs: Connection,
+    gpu: str,
+    engine_file: EngineFile,
+    read: Callable[[Any], NDArray[np.uint8]],
+    finish: Callable[[Batch[Any], list[Detections]], Any],
+    options: PredictOptions,
+    others: dict[str, Any],
+) -> None:
+    """Be the process of one GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+
+    def items() -> Iterator[Any]:
+        while True:
+            theirs.send(("give", None))
+            chunk = theirs.recv()
+            if not chunk:
+                return
+            yield from chunk
+
+    # Closed at the other end: nobody wants more.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
+
+                def tell(sentence: str) -> None:
+                    theirs.send(("tell", sentence))
+
+                for step in process(engine, items(), read, finish, options, tell=tell, **others):
+                    light = dataclasses.replace(step.batch, images=())
+                    theirs.send(("done", dataclasses.replace(step, batch=light)))
+            theirs.send(("end", None))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:
+            theirs.send(("failed", error))
