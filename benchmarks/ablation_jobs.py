@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from trt_yolov6.training.qat.onnx_module import GraphNetwork
     from trt_yolov6.training.qat.training import Start
 
-STATE_SECONDS = 15.0
+STATE_SECONDS = 25.0
 
 CUDNN_PLANS = int(os.environ.get("CUDNN_PLANS", "2"))
 """Algorithms that cuDNN tries for a convolution: on a GPU that others use, too, trying takes long

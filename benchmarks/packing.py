@@ -140,6 +140,8 @@ class Worker:
             for line in process.stdout:
                 if line.startswith(MARK):
                     result: dict[str, Any] = json.loads(line[len(MARK) :])
+                    if "CUDA" in str(result.get("error", "")):
+                        self.stop()  # its context may be unusable
                     return result
         except OSError as error:
             self.stop()
@@ -196,8 +198,6 @@ def serve(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
             traceback.print_exc()
             result = {"error": "".join(traceback.format_exception(error))[-3000:]}
         print(MARK + json.dumps(result), flush=True)
-        if "CUDA" in str(result.get("error", "")):
-            sys.exit(1)  # the context may be unusable
 
 
 def run_jobs(

@@ -49,6 +49,7 @@ NETWORKS = {
 
 GPU = "h200-tensorrt-rtx-1.6.1.json"
 TENSORRT8 = "h100-tensorrt-8.json"
+TRAINING_SPEED = "training-speed.json"
 
 TENSORRT8_FORMS = {
     ("fp32", "ours"): "FP32",
@@ -345,6 +346,36 @@ def training() -> str:
     return where + markdown(head, rows)
 
 
+def training_speed() -> str:
+    """Speed of training against the number of GPUs, and what bounds it."""
+    if not (RESULTS / TRAINING_SPEED).is_file():
+        return "Not measured yet: `python -m benchmarks.training_speed` fills this in.\n"
+    data = result(TRAINING_SPEED)
+    alone = {row["model"]: row["step_ms"] for row in data["rows"] if row["gpus"] == 1}
+    rows = []
+    for row in sorted(data["rows"], key=lambda row: (row["model"], row["gpus"], row["statistics"])):
+        spent = row.get("profile_ms", {})
+        base = alone.get(row["model"])
+        rows.append(
+            [
+                f"YOLOv6-{row['model'].upper()}",
+                row["gpus"],
+                "" if row["gpus"] == 1 else row["statistics"],
+                f"{row['step_ms']:.0f}",
+                f"{row['images_per_second']:.0f}",
+                "" if base is None else f"{base / row['step_ms']:.2f}",
+                f"{sum(spent.values()):.0f}" if spent else "",
+                f"{spent.get('communication', 0):.0f}" if spent else "",
+            ]
+        )
+    head = ["", "GPUs", "batch statistics", "a step, ms", "images/s", "times as fast as one"]
+    where = (
+        f"{data['device']}, {data['cores']} cores, {data['date']}, {data['batch']} images a step "
+        f"in all, {data['image_size']} pixels: `{data['command']}`.\n\n"
+    )
+    return where + markdown([*head, "GPU busy, ms", "of it NCCL"], rows)
+
+
 def rep_optimizer() -> str:
     """AP in float and in INT8 by the way a network was trained, as the paper's Tables 15 and 16.
 
@@ -578,6 +609,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat-visible": qat_visible,
     "qat-where": qat_where,
     "training": training,
+    "training-speed": training_speed,
     "triton-where": triton_where,
     "triton-load": triton_load,
     "triton-bench": triton_bench,

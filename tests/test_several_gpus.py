@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def test_eval_and_infer_give_what_one_gives(
     data = write_cells(tmp_path / "data", 12)
     with load_named(tmp_path) as engine:
         one, two = (
-            evaluate(engine, data, SURE, progress=False, confusion=True, gpus=gpus)
+            evaluate(engine, data, replace(SURE, gpus=gpus), progress=False, confusion=True)
             for gpus in (1, 2)
         )
         assert one.ap == two.ap == 1
@@ -112,7 +112,7 @@ def test_eval_and_infer_give_what_one_gives(
         folder.mkdir()
         write_pictures(folder, 7)
         summaries = [
-            infer_source(engine, folder, tmp_path / f"out{gpus}", SURE, gpus=gpus)
+            infer_source(engine, folder, tmp_path / f"out{gpus}", replace(SURE, gpus=gpus))
             for gpus in (1, 2)
         ]
     names = [sorted(path.name for path in (tmp_path / f"out{gpus}").iterdir()) for gpus in (1, 2)]

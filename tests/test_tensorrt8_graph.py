@@ -13,11 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.engines.tensorrt.weakly_typed import (
+    activate_first,
     divide_channels,
     drop_idle_pairs,
     give_transposed_float_weights,
     implicit_graph,
     join_siblings,
+    split_pools,
     weak_graph,
 )
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
@@ -78,9 +80,11 @@ def siblings(after: str) -> onnx.ModelProto:
 
 
 class TestHalfPrecision:
-    def test_a_float32_graph_stays_as_it_is(self) -> None:
+    def test_of_a_float32_graph_only_the_poolings_change(self) -> None:
         weak = weak_graph(detector().SerializeToString())
-        assert onnx.load_from_string(weak.model) == detector()
+        expected = detector()
+        split_pools(expected)
+        assert onnx.load_from_string(weak.model) == expected
         assert not weak.half
         assert not weak.quantized
 
@@ -115,6 +119,61 @@ class TestHalfPrecision:
         assert weak.half
         assert weak.single == {"cls_flat", "scores", "boxes"}
         assert onnx.load_from_string(weak.model) == model
+
+
+def pooled(**attributes: Any) -> onnx.ModelProto:
+    graph = GraphWriter()
+    first = graph.conv_relu("first", "images", (3, 4))
+    graph.node("MaxPool", [first], "pooled", **attributes)
+    return graph.model("pooled")
+
+
+class TestPools:
+    @pytest.mark.parametrize(
+        ("kernel", "pads"),
+        [([5, 5], [2, 2, 2, 2]), ([3, 4], [1, 0, 0, 3]), ([13, 13], [6] * 4), ([2, 3], [0] * 4)],
+    )
+    def test_rows_and_columns_give_the_maximum_of_the_rectangle(
+        self, kernel: list[int], pads: list[int]
+    ) -> None:
+        model = pooled(kernel_shape=kernel, pads=pads)
+        result = copy(model)
+        split_pools(result)
+        assert kinds(result)["MaxPool"] == 2
+        assert_same(model, result, rtol=0)
+
+    @pytest.mark.parametrize(
+        "attributes",
+        [
+            {"kernel_shape": [2, 2], "strides": [2, 2]},
+            {"kernel_shape": [3, 3], "dilations": [2, 2]},
+            {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER"},
+            {"kernel_shape": [1, 5], "pads": [0, 2, 0, 2]},
+        ],
+    )
+    def test_other_poolings_stay(self, attributes: dict[str, Any]) -> None:
+        model = pooled(**attributes)
+        result = copy(model)
+        split_pools(result)
+        assert kinds(result) == kinds(model)
+
+
+def test_scores_are_activated_before_they_are_moved() -> None:
+    graph = GraphWriter()
+    shape = graph.constant("shape", np.array([0, -1, 4], np.int64))
+    moved = []
+    for name in ("fine", "coarse"):
+        convolved = graph.conv(name, "images", (3, 4))
+        last = graph.node("Transpose", [convolved], f"{name}_last", perm=[0, 2, 3, 1])
+        moved.append(graph.node("Reshape", [last, shape], f"{name}_flat"))
+    logits = graph.node("Concat", moved, "logits", axis=1)
+    model = graph.model(graph.node("Sigmoid", [logits], "scores"))
+    result = copy(model)
+    activate_first(result)
+    assert kinds(result)["Sigmoid"] == 2
+    sources = {node.input[0] for node in result.graph.node if node.op_type == "Sigmoid"}
+    assert sources == {"fine_out", "coarse_out"}
+    assert_same(model, result, rtol=1e-6)
 
 
 class TestQuantized:

@@ -77,7 +77,6 @@ def evaluate(
     options: PredictOptions | None = None,
     *,
     confusion: bool = False,
-    gpus: int = 1,
     progress: bool = True,
 ) -> Evaluation:
     """Measure a detector's COCO average precision on labelled images.
@@ -86,10 +85,9 @@ def evaluate(
         detector: a loaded detector, or the path of an engine.
         data: data set in COCO, YOLO or Pascal VOC layout: its folder or `data.yaml`.
         split: part of it. Default: the only one, else `val`, else `val2017`.
-        options: thresholds, border, batch. Default thresholds: confidence 0.03, IoU 0.65, 300
+        options: thresholds, border, batch, GPUs. Default thresholds: confidence 0.03, IoU 0.65, 300
             boxes, as the YOLOv6 paper.
         confusion: also count which class objects are taken for.
-        gpus: GPUs of this machine to work on, a process each. More than one needs TensorRT.
         progress: show a progress bar, if standard error is a terminal.
 
     Returns:
@@ -113,7 +111,6 @@ def evaluate(
             load_coco(data, split),
             options,
             confusion=confusion,
-            gpus=gpus,
             progress=progress,
         )
 

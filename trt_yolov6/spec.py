@@ -201,11 +201,15 @@ class PredictOptions:
     """Images given to the engine at a time. Default: up to 8."""
     workers: int | None = None
     """Threads that read and pre-process. Default: one a core, at most 16."""
+    gpus: int = 1
+    """GPUs of this machine that go through pictures or a data set, a process each."""
     clip: bool = True
     """Cut boxes off at the image's edge; evaluation scores them as predicted."""
 
     def __post_init__(self) -> None:
         self.nms()
+        if self.gpus < 1:
+            raise UserError(f"`gpus` {self.gpus} is out of range; give 1 or more.", "gpus")
         if self.border is not None and self.border < 0:
             raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.", "border")
 

@@ -77,7 +77,6 @@ def _evaluated_here(options: argparse.Namespace, path: Path) -> Evaluation:
             options.split,
             predict_options(options),
             confusion=options.plots is not None,
-            gpus=options.gpus,
             progress=not options.quiet,
         )
 

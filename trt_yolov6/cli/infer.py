@@ -84,7 +84,6 @@ def _infer_here(options: argparse.Namespace) -> None:
             frames=options.frames,
             stop=stop,
             progress=not options.quiet,
-            gpus=options.gpus,
         )
     for _, reason in summary.failures:
         say(f"skipped: {reason}")

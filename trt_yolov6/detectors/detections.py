@@ -191,12 +191,19 @@ def _candidates(
 
 
 def _best(scores: NDArray[Any]) -> NDArray[np.intp]:
-    """Return the order of scores from the best down, equal ones as they come, cut to the cap."""
-    if len(scores) <= MAX_CANDIDATES:
-        return np.argsort(-scores, kind="stable")
-    least = np.partition(scores, -MAX_CANDIDATES)[-MAX_CANDIDATES]
-    above = np.flatnonzero(scores >= least)
-    return above[np.argsort(-scores[above], kind="stable")[:MAX_CANDIDATES]]
+    """Return the order of positive scores, the best first, equal ones as they come, up to the cap.
+
+    Positive floats are in the order of their bits. So one integer that holds both the bits and the
+    place is sorted, which takes a fraction of a stable `argsort`.
+    """
+    worse_first = scores.astype(np.float32).view(np.uint32)
+    keys = (~worse_first).astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(len(scores), dtype=np.uint64)
+    if len(keys) > MAX_CANDIDATES:
+        keys = np.partition(keys, MAX_CANDIDATES)[:MAX_CANDIDATES]
+    keys.sort()
+    order: NDArray[np.intp] = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
+    return order
 
 
 def _finish(

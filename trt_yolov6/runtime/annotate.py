@@ -59,7 +59,6 @@ def infer_source(
     frames: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
-    gpus: int = 1,
 ) -> InferenceSummary:
     """Find objects in pictures or a video, and draw them.
 
@@ -82,7 +81,6 @@ def infer_source(
         frames: end a video or stream after this number.
         stop: asked before each frame of a video or stream: whether to end here.
         progress: show a progress bar on stderr.
-        gpus: GPUs to work on, a process each, see `several_gpus`; for pictures only.
 
     Raises:
         UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
@@ -100,11 +98,11 @@ def infer_source(
         )
     options = (options or PredictOptions()).over(default_nms(engine))
     if isinstance(media, Video):
-        if gpus > 1:
+        if options.gpus > 1:
             raise UserError("the frames of a video go through one GPU; leave `gpus` out.", "gpus")
         clip = open_video(media, frames, stop)
         return _infer_video(engine, media, clip, output, formats, options, progress)
-    return _infer_pictures(engine, media, str(source), output, formats, options, progress, gpus)
+    return _infer_pictures(engine, media, str(source), output, formats, options, progress)
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,6 @@ def _infer_pictures(
     formats: Sequence[Format],
     options: PredictOptions,
     progress: bool,
-    gpus: int,
 ) -> InferenceSummary:
     start = time.perf_counter()
     outputs: list[Path] = []
@@ -154,8 +151,8 @@ def _infer_pictures(
     odd: list[str] = []
     seconds = 0.0
     run: Callable[..., Iterator[Processed[Picture, list[_Drawn]]]] = process
-    if gpus > 1:
-        run = functools.partial(process_on_gpus, check_gpus(gpus))
+    if options.gpus > 1:
+        run = functools.partial(process_on_gpus, check_gpus(options.gpus))
     with (
         open_detection_files(output, formats, engine.class_names) as files,
         tqdm(

@@ -80,7 +80,6 @@ class Detector(Closing):
         formats: Sequence[Format] = ("json",),
         frames: int | None = None,
         stop: Callable[[], bool] = lambda: False,
-        gpus: int = 1,
         progress: bool = False,
     ) -> InferenceSummary:
         """Draw detections on pictures or a video and write them, as the command `infer` does.
@@ -88,11 +87,10 @@ class Detector(Closing):
         Args:
             source: picture, folder, video, glob, address or camera, see `data.media.find_media`.
             output: folder to write to; not the one that the source lies in.
-            options: thresholds, border and batch.
+            options: thresholds, border, batch, and the GPUs for pictures.
             formats: `json`, `csv`, `yolo`; see `runtime.annotate.infer_source`.
             frames: end a video or stream after this number.
             stop: asked before each frame of a video or stream: whether to end here.
-            gpus: GPUs of this machine to work on, a process each; for pictures only.
             progress: show a progress bar on stderr.
 
         Raises:
@@ -106,7 +104,6 @@ class Detector(Closing):
             formats=formats,
             frames=frames,
             stop=stop,
-            gpus=gpus,
             progress=progress,
         )
 

@@ -131,7 +131,6 @@ def evaluate(
     *,
     progress: bool = True,
     confusion: bool = False,
-    gpus: int = 1,
 ) -> Evaluation:
     """Measure an engine's COCO AP.
 
@@ -146,7 +145,6 @@ def evaluate(
             confidence 0.03 and IoU 0.65.
         progress: show a progress bar on stderr.
         confusion: count which class objects are taken for.
-        gpus: GPUs to work on, a process each, see `several_gpus`.
 
     Raises:
         UserError: the classes do not match, an image is unreadable or not of the recorded size, or
@@ -159,10 +157,11 @@ def evaluate(
     objects = _objects_by_image(truth.dataset) if confusion else {}
     sums = _Sums(engine_done=start)
 
+    options = dataclasses.replace(options or PredictOptions(), clip=False)
     matcher = _Matcher(truth, hands_on=confusion)
     run: Callable[..., Iterator[Processed[CocoImage, _Matched]]] = process
-    if gpus > 1:
-        run = functools.partial(process_on_gpus, check_gpus(gpus))
+    if options.gpus > 1:
+        run = functools.partial(process_on_gpus, check_gpus(options.gpus))
 
     bar = tqdm(
         total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
@@ -174,7 +173,7 @@ def evaluate(
             dataset.images,
             read_coco_image,
             matcher,
-            dataclasses.replace(options or PredictOptions(), clip=False),
+            options,
             open_item=open_coco_image,
             tell=notes.append,
         ):

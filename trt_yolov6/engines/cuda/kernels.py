@@ -64,6 +64,9 @@ def compiled(source: str, defines: Sequence[str] = ()) -> Kernels:
     from cuda.bindings import runtime
 
     error, ordinal = runtime.cudaGetDevice()
+    if int(error) == 0:
+        # Makes the device's context current: the driver's calls, which load code, make none.
+        (error,) = runtime.cudaFree(0)
     if int(error) != 0:
         raise CudaError(f"CUDA failed ({error.name}); see whether `nvidia-smi` works.")
     return _loaded(int(ordinal), source, tuple(defines))

@@ -377,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 key = sorted[at + TILE + thread];
                 raw = read_box(outputs, image, (u32)key / CLASSES);
             }
-            // A warp compares 32 of the tile with its share of the kept boxes, and of the tile's better ones.
+            // A warp compares 32 of the tile with its share of the kept boxes, then of the tile's better ones.
             const u32 group = warp % WORDS, subset = warp / WORDS, mine = 32 * group + lane;
             const float4 box = tile.box[mine];
             const float area = tile.area[mine];
@@ -388,26 +388,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                     out = overlap(box, area, kept.box[other], kept.area[other], threshold);
             u32 votes = __ballot_sync(ALL, out);
             if (lane == 0 && votes) atomicOr(&suppressed[group], votes);
+            __syncthreads();
+            u32 left[WORDS];
+#pragma unroll
+            for (int word = 0; word < WORDS; ++word) left[word] = valid[word] & ~suppressed[word];
+            const bool is_left = (valid[group] & ~suppressed[group]) >> lane & 1;
             for (u32 other = subset; other < 32 * (group + 1); other += SUBSETS) {
-                bool hit = other < mine && label == tile.label[other]
+                if (!((valid[other / 32] & ~suppressed[other / 32]) >> other % 32 & 1)) continue;
+                bool hit = is_left && other < mine && label == tile.label[other]
                     && overlap(box, area, tile.box[other], tile.area[other], threshold);
                 votes = __ballot_sync(ALL, hit);
                 if (lane == 0) tile.over[other][group] = votes;
             }
             __syncthreads();
             if (warp == 0) {
-                u32 alive[WORDS], taken = 0;
-#pragma unroll
-                for (int word = 0; word < WORDS; ++word) alive[word] = valid[word] & ~suppressed[word];
+                u32 taken = 0;
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word) {
-                    while (alive[word] && total + taken < limit) {
-                        u32 best = 32 * word + __ffs(alive[word]) - 1;
+                    while (left[word] && total + taken < limit) {
+                        u32 best = 32 * word + __ffs(left[word]) - 1;
                         if (lane == 0) chosen[taken] = best;
                         ++taken;
-                        alive[word] &= alive[word] - 1;
+                        left[word] &= left[word] - 1;
 #pragma unroll
-                        for (int later = word; later < WORDS; ++later) alive[later] &= ~tile.over[best][later];
+                        for (int later = word; later < WORDS; ++later) left[later] &= ~tile.over[best][later];
                     }
                 }
                 if (lane == 0) added = taken;

@@ -12,6 +12,9 @@ it stops at the usual ones (seen in 8.6.0 on an H100):
   equalOrZero`. A division by the reciprocals does not.
 - Convolutions that read one tensor, and that no activation is fused with, are merged; in INT8 that
   ends in `chooseHigherPrecision: Assertion`. Here they are one convolution and a Split.
+
+A maximum over a square becomes one over its rows and one over its columns: the same numbers in 0.6
+to 0.9 times the time (5 x 5, INT8 and half precision, H100).
 """
 
 from __future__ import annotations
@@ -83,6 +86,7 @@ def weak_graph(content: bytes) -> WeakGraph:
     )
     if half:
         _widen(model, types)
+    split_pools(model)
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if quantized:
         drop_idle_pairs(model)
@@ -138,6 +142,84 @@ def _widen(model: onnx.ModelProto, types: Mapping[str, int]) -> None:
 def _widen_tensor(tensor: onnx.TensorProto) -> None:
     if tensor.data_type == tensor.FLOAT16:
         replace_tensor(tensor, tensor_value(tensor).astype(np.float32))
+
+
+def split_pools(model: onnx.ModelProto) -> None:
+    """Write poolings of stride 1 over a rectangle as one over rows and one over columns."""
+    from onnx import helper
+
+    graph = _Graph(model)
+    for node in graph.nodes:
+        given = attributes(node)
+        kernel = given.get("kernel_shape", [])
+        plain = (
+            node.op_type == "MaxPool"
+            and len(node.output) == 1
+            and len(kernel) == 2
+            and min(kernel) > 1
+            and set(given.get("strides", [1])) | set(given.get("dilations", [1])) == {1}
+            and given.get("auto_pad", b"NOTSET") == b"NOTSET"
+            and not given.get("ceil_mode", 0)
+        )
+        if not plain:
+            continue
+        top, left, bottom, right = given.get("pads", [0, 0, 0, 0])
+        name = node.name or node.output[0]
+        between = f"{node.output[0]}/columns"
+        graph.replace(
+            [node],
+            [
+                helper.make_node(
+                    "MaxPool",
+                    [node.input[0]],
+                    [between],
+                    f"{name}/columns",
+                    kernel_shape=[kernel[0], 1],
+                    pads=[top, 0, bottom, 0],
+                ),
+                helper.make_node(
+                    "MaxPool",
+                    [between],
+                    [node.output[0]],
+                    f"{name}/rows",
+                    kernel_shape=[1, kernel[1]],
+                    pads=[0, left, 0, right],
+                ),
+            ],
+        )
+    graph.write()
+
+
+def activate_first(model: onnx.ModelProto) -> None:
+    """Put a Sigmoid before the concatenation and the transpositions whose result it is applied to.
+
+    Right after convolutions TensorRT may fuse it with them.
+    """
+    from onnx import helper
+
+    graph = _Graph(model)
+    for node in graph.nodes:
+        if node.op_type != "Sigmoid":
+            continue
+        joined = graph.producer(node.input[0])
+        if joined is None or joined.op_type != "Concat" or len(graph.readers(node.input[0])) != 1:
+            continue
+        moves = [graph.producer(name) for name in joined.input]
+        while all(move is not None and move.op_type == "Reshape" for move in moves):
+            moves = [graph.producer(move.input[0]) for move in moves if move is not None]
+        found = [move for move in moves if move is not None and move.op_type == "Transpose"]
+        if len(found) != len(joined.input):
+            continue
+        for move in found:
+            active = f"{move.input[0]}/{node.name}"
+            first = helper.make_node(
+                "Sigmoid", [move.input[0]], [active], f"{node.name}/{move.name}"
+            )
+            graph.rewire(move, move.input[0], active)
+            graph.replace([move], [first, move])
+        graph.rewire(node, node.input[0], joined.output[0])
+        node.op_type = "Identity"
+    graph.write()
 
 
 # --- INT8 ---------------------------------------------------------------------------------------
