@@ -1,4 +1,4 @@
-"""What `train` trains: a detector with its data, losses, optimizer and teacher."""
+"""The task of `train`: a detector with its data, losses, optimizer and teacher."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DetectionTask:
     task: Task
     settings: TrainSettings
     average: WeightAverage
-    """What is evaluated and written."""
+    """Average of the weights, which is evaluated and written."""
     validation: CocoDataset | None
     half: bool
     """Evaluate in half precision."""

@@ -42,7 +42,7 @@ class Task:
     """A network, its data and its losses: the constant parts of a training."""
 
     name: str
-    """Of the progress bar and the log's header: `train`, `search` or `qat`."""
+    """Title of the progress bar and the log: `train`, `search` or `qat`."""
     subject: str
     """The network's name."""
     identity: Mapping[str, Any] | Sequence[Any]
@@ -55,7 +55,7 @@ class Task:
     augmentation: AugmentationSettings
     processes: Processes
     network: nn.Module
-    """What `losses` calls with the images; in several processes, its gradients are averaged."""
+    """Module that `losses` calls with the images; DistributedDataParallel in several processes."""
     learner: Learner
     losses: Callable[[Tensor, Targets, float], StepLosses]
     """Return the losses of images, their targets and the epoch, from 0, with its fraction."""
@@ -71,7 +71,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Reporter:
-    """How a training reports its progress."""
+    """Destinations of a training's progress."""
 
     progress: bool = True
     """Show a bar on a terminal's stderr."""

@@ -78,7 +78,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Call:
-    """How `train` was called: what does not decide the result."""
+    """Arguments of a call of `train` that do not decide the result."""
 
     processes: Processes
     note: Callable[[str], None]

@@ -1,4 +1,4 @@
-"""What quantization-aware training starts from: the calibrated graph as a network.
+"""Preparation of quantization-aware training: the calibrated graph as a network.
 
 checkpoint ─ fuse, export, calibrate, place ─▶ Start ─▶ GraphNetwork
 """
