@@ -7,6 +7,7 @@ from the training's state.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import os
@@ -272,7 +273,9 @@ def _quantize(order: Order, variant: Variant) -> dict[str, Any]:
         "float_layers": list(start.graph.float_layers),
     }
     device = torch.device(order.device)
-    if how.trained is None:
+    if how.per_tensor:
+        network = _with_one_weight_scale(start).to(device).eval()
+    elif how.trained is None:
         network = start.student(device).eval()
     else:
         result = train_quantized(
@@ -365,7 +368,13 @@ def _ranked_by_ap(order: Order, start: Start) -> list[str]:
     aps = {}
     for layer in given.placement.layers:
         placement = only_layer(model, given.placement, layer)
-        alone = dataclasses.replace(given, placement=placement, scales=scales, levels=levels)
+        alone = dataclasses.replace(
+            given,
+            placement=placement,
+            scales=scales,
+            levels=levels,
+            weight_bits={layer: WIDEST},
+        )
         network = GraphNetwork(model, start.arch, alone, ()).to(order.device)
         with (
             _exact(),
@@ -376,6 +385,31 @@ def _ranked_by_ap(order: Order, start: Start) -> list[str]:
             rows = pack(detect_all(engine, dataset, 0))
         aps[layer] = match_all(truth, rows).ap(counted.astype(np.int64))
     return sorted(aps, key=lambda layer: aps[layer])
+
+
+def _with_one_weight_scale(start: Start) -> GraphNetwork:
+    """Return PTQ's network with one scale for all of a layer's weights, as in v1.0's days."""
+    from trt_yolov6.graph.editing import replace_tensor
+    from trt_yolov6.graph.index import tensor_value
+    from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
+    from trt_yolov6.quantization.types import INT8
+    from trt_yolov6.training.qat.onnx_module import GraphNetwork
+
+    model = copy.deepcopy(start.quantized.float_model)
+    constants = {item.name: item for item in model.graph.initializer}
+    names = layer_names(model)
+    for node in model.graph.node:
+        if node.op_type not in CONVOLUTIONS:
+            continue
+        if names[node.output[0]] in start.quantization.placement.layers:
+            weights = tensor_value(constants[node.input[1]])
+            scale = np.abs(weights).max() / INT8.largest
+            replace_tensor(
+                constants[node.input[1]], (np.round(weights / scale) * scale).astype(np.float32)
+            )
+    # The weights are rounded already.
+    given = dataclasses.replace(start.quantization, weight_bits={})
+    return GraphNetwork(model, start.arch, given, ())
 
 
 def _exact() -> Any:

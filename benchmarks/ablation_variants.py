@@ -29,6 +29,8 @@ class Quantized:
     """Metric that ranks them."""
     tuned: bool = False
     """Calibrator and equalization as `build --int8` chooses them; else min-max, not equalized."""
+    per_tensor: bool = False
+    """One scale for all of a layer's weights; else one a channel."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,16 @@ VARIANTS: dict[str, Variant] = {
     **{
         f"s-rep-six-{metric}": Variant("s", quantized=Quantized("s-rep", None, 6, metric))
         for metric in ("mse", "cosine", "snr", "ap")
+    },
+    # Where RepOptimizer should show: one scale a layer, and the head of the first release.
+    "s-ptq-per-tensor": Variant("s", quantized=Quantized("s", per_tensor=True)),
+    "s-rep-ptq-per-tensor": Variant("s", quantized=Quantized("s-rep", per_tensor=True)),
+    "s-v1-search": Variant("s", architecture=(("block", "scaled"), ("objectness", True))),
+    "s-v1-rep": Variant("s", scales="s-v1-search"),
+    **{
+        f"{name}-ptq{tail}": Variant("s", quantized=Quantized(name, per_tensor=bool(tail)))
+        for name in ("s-objectness", "s-v1-rep")
+        for tail in ("", "-per-tensor")
     },
     # Larger networks.
     "m": _of("m", borders=True),

@@ -394,6 +394,14 @@ QUANTIZED_PAIRS = (
     ("s-rep-qat-distilled", "s-rep-qat"),
     ("s-rep-partial-distilled", "s-rep-qat-distilled"),
     *((f"s-rep-six-{metric}", "s-rep-ptq") for metric in ("mse", "cosine", "snr", "ap")),
+    *(
+        (f"{name}-ptq{tail}", name)
+        for name in ("s-objectness", "s-v1-rep")
+        for tail in ("", "-per-tensor")
+    ),
+    ("s-ptq-per-tensor", "s"),
+    ("s-rep-ptq-per-tensor", "s-rep"),
+    ("s-v1-rep", "s-objectness"),
     ("m-distilled", "m"),
     ("s-full", "n-full"),
     ("n-full", "n"),

@@ -4,18 +4,22 @@
 
 Needs a GPU with TensorRT or TensorRT-RTX, and nvImageCodec for the JPEG parts; no network. What is
 compared is measured interleaved, in one process, and every figure is a median. `--only` takes some
-of the parts: single, batches, decoding, jpeg, gpus, leaks, accuracy.
+of the parts: accuracy, decoding, single, batches, jpeg, stages, gpus, leaks. `--plans` keeps
+engines in a folder, or takes those that are there: `N_32.trt`, `S_1.trt` and so on, of uint8 input.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import faulthandler
 import functools
 import itertools
 import multiprocessing
 import os
 import platform
+import queue
 import sys
 import tempfile
 import time
@@ -29,10 +33,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu_graphs import Job, as_graph, make_all, with_batch
 from trt_yolov6 import __version__
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.bench.stages import benchmark_stages, format_stages
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
 from trt_yolov6.data.coco import load_coco
@@ -42,11 +46,11 @@ from trt_yolov6.data.letterbox import fit
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines import Engine, backend, load_engine
 from trt_yolov6.engines.build import build_engine
-from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.runtime.detector import Detector
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.gpu_loading import load_images
 from trt_yolov6.runtime.predict import process
+from trt_yolov6.runtime.several_gpus import process_on_gpus
 from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +74,14 @@ class Bench:
     def engine(self, name: str, batch: int) -> Path:
         """Build the network of a name for one batch size, once."""
         if (name, batch) not in self.paths:
+            path = self.folder / f"{name[0]}_{batch}{BACKENDS[self.backend].suffix}"
+            self.paths[name, batch] = path
+            if path.exists():
+                return path
+            # PyTorch is needed to build only.
+            from benchmarks.gpu_graphs import Job, as_graph, make_all, with_batch
+            from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+
             start = time.perf_counter()
             if name.startswith("N"):
                 settings = ExportSettings(
@@ -85,10 +97,7 @@ class Bench:
 
                 model = onnx.load_from_string(make_all([job])[job])
                 graph = as_graph(with_batch(model, batch), "yolov6s", self.size, batch)
-            suffix = BACKENDS[self.backend].suffix
-            path = self.folder / f"{name[0]}_{batch}{suffix}"
             build_engine(graph, backend=self.backend, output=path)
-            self.paths[name, batch] = path
             print(f"  built {path.name} in {time.perf_counter() - start:.1f} s", flush=True)
         return self.paths[name, batch]
 
@@ -281,57 +290,68 @@ DECODINGS: dict[str, dict[str, Any]] = {
 
 def measure_decoding(bench: Bench) -> list[dict[str, Any]]:
     """JPEG decoding alone, by the decoder's parts and by batch size; how far pixels differ."""
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for name in DECODINGS:
+        results = context.Queue()
+        # A process each: a decoder that a GPU lacks may take its process along.
+        worker = context.Process(target=decoding_row, args=(name, bench.seconds, results))
+        worker.start()
+        row: dict[str, Any] = {"decoder": name}
+        with contextlib.suppress(queue.Empty):
+            while not row.get("done"):
+                row.update(results.get(timeout=60))
+        worker.join(10)
+        rows.append({**row, "exit": worker.exitcode})
+    return rows
+
+
+def decoding_row(name: str, seconds: float, results: Any) -> None:
+    """Measure one decoder, and hand out what is known after each step."""
+    faulthandler.enable()
     from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder
 
     contents = encoded_images()
-    opened = [open_image(content) for content in contents]
-    jpegs = [one for one in opened if isinstance(one, Jpeg)]
-    wanted = [read_image(content).astype(int) for content in contents]
-    rows = []
-    for name, options in DECODINGS.items():
-        row: dict[str, Any] = {"decoder": name}
-        rows.append(row)
-        try:
-            decoder = JpegDecoder(**options)
-            views = decoder.decode(jpegs[:BATCH], DecodedBatch())
-            row["decoded"] = sum(view is not None for view in views)
-            row["of"] = len(views)
-            differences = [
-                np.abs(pixels_of(view).astype(int) - pixels)
-                for view, pixels in zip(views, wanted, strict=False)
-                if view is not None
-            ]
-            if differences:
-                row["mean_levels"] = float(np.mean([one.mean() for one in differences]))
-                row["most_levels"] = int(max(one.max() for one in differences))
-                row["differing"] = float(np.mean([(one > 0).mean() for one in differences]))
-            for size in (1, 8, 32, 64, 128):
-                chunk = [jpegs[index % len(jpegs)] for index in range(size)]
-                buffers = [DecodedBatch() for _ in range(3)]
-                turn = itertools.cycle(buffers)
-
-                def decode(chunk: Any = chunk, turn: Any = turn, decoder: Any = decoder) -> float:
-                    start = time.perf_counter()
-                    place = next(turn)
-                    decoder.decode(chunk, place)
-                    return time.perf_counter() - start
-
-                for _ in range(5):
-                    decode()
-                for place in buffers:
-                    wait_for(place)
-                done, start, used = 0, time.perf_counter(), time.process_time()
-                while time.perf_counter() - start < min(bench.seconds, 1):
-                    decode()
-                    done += size
-                for place in buffers:
-                    wait_for(place)
-                elapsed = time.perf_counter() - start
-                row[f"fps_{size}"] = done / elapsed
-                row[f"cores_{size}"] = (time.process_time() - used) / elapsed
-        except Exception as error:  # one of them is missing on many GPUs
-            row["refused"] = f"{type(error).__name__}: {error}"
-    return rows
+    jpegs = [one for content in contents if isinstance(one := open_image(content), Jpeg)]
+    try:
+        decoder = JpegDecoder(**DECODINGS[name])
+        views = decoder.decode(jpegs[:BATCH], DecodedBatch())
+        results.put({"decoded": sum(view is not None for view in views), "of": len(views)})
+        differences = [
+            np.abs(pixels_of(view).astype(int) - read_image(content))
+            for view, content in zip(views, contents, strict=False)
+            if view is not None
+        ]
+        if differences:
+            results.put(
+                {
+                    "mean_levels": float(np.mean([one.mean() for one in differences])),
+                    "most_levels": int(max(one.max() for one in differences)),
+                    "differing": float(np.mean([(one > 0).mean() for one in differences])),
+                }
+            )
+        for size in (1, 8, 32, 64):
+            chunk = [jpegs[index % len(jpegs)] for index in range(size)]
+            buffers = [DecodedBatch() for _ in range(4)]
+            turn = itertools.cycle(buffers)
+            for place in buffers:
+                decoder.decode(chunk, place)
+            for place in buffers:
+                wait_for(place)
+            done, start, used = 0, time.perf_counter(), time.process_time()
+            while time.perf_counter() - start < min(seconds, 1):
+                place = next(turn)
+                wait_for(place)
+                decoder.decode(chunk, place)
+                done += size
+            for place in buffers:
+                wait_for(place)
+            elapsed = time.perf_counter() - start
+            cores = (time.process_time() - used) / elapsed
+            results.put({f"fps_{size}": done / elapsed, f"cores_{size}": cores})
+    except Exception as error:  # one of them is missing on many GPUs
+        results.put({"refused": f"{type(error).__name__}: {error}"})
+    results.put({"done": True})
 
 
 def wait_for(buffers: Any) -> None:
@@ -450,6 +470,22 @@ def loading_rate(engine: Engine, contents: Sequence[bytes], seconds: float) -> f
         return done / (time.perf_counter() - start)
 
 
+# --- stages -------------------------------------------------------------------------------------
+
+
+def measure_stages(bench: Bench) -> list[dict[str, Any]]:
+    """Each stage alone and all together, as `bench --stages` measures them."""
+    rows = []
+    for name in NAMES:
+        with load_engine(bench.engine(name, BATCH)) as engine:
+            report = benchmark_stages(
+                engine, list_images(IMAGES), batch=BATCH, duration=3 * bench.seconds
+            )
+        print(format_stages(report), flush=True)
+        rows.append({"network": name, **report.to_json()})
+    return rows
+
+
 # --- several GPUs -------------------------------------------------------------------------------
 
 
@@ -458,11 +494,35 @@ def measure_gpus(bench: Bench) -> list[dict[str, Any]]:
     count = len(read_gpus())
     path = bench.engine(NAMES[0], BATCH)
     rows: list[dict[str, Any]] = []
-    for number in sorted({1, min(2, count), count}):
+    numbers = sorted({1, min(2, count), count})
+    for number in numbers:
         rates = on_gpus(number, path, bench.seconds)
-        rows.append({"gpus": number, "fps": sum(rates), "each": rates})
+        rows.append({"gpus": number, "way": "in memory", "fps": sum(rates), "each": rates})
         rows[-1]["to_one"] = rows[-1]["fps"] / rows[0]["fps"]
+    first = len(rows)
+    with load_engine(path) as engine:
+        for number in numbers:
+            fps = files_on_gpus(engine, number, bench.seconds)
+            rows.append({"gpus": number, "way": "files, process_on_gpus", "fps": fps})
+            rows[-1]["to_one"] = fps / rows[first]["fps"]
     return rows
+
+
+def files_on_gpus(engine: Engine, count: int, seconds: float) -> float:
+    """Return images a second from files to boxes in this process, by `--gpus`."""
+    files = list_images(IMAGES)
+    gpus = tuple(str(index) for index in range(count))
+    options = options_of(NmsSettings())
+    steps = process_on_gpus(
+        gpus, engine, itertools.cycle(files), read_image, keep, options, open_item=open_image
+    )
+    with closing(steps):
+        for _ in range(100 * count):  # all processes are at work then
+            next(steps)
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < 2 * seconds:
+            done += len(next(steps).result)
+        return done / (time.perf_counter() - start)
 
 
 def on_gpus(count: int, path: Path, seconds: float) -> list[float]:
@@ -558,6 +618,7 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     "single": measure_single,
     "batches": measure_batches,
     "jpeg": measure_jpeg,
+    "stages": measure_stages,
     "gpus": measure_gpus,
     "leaks": measure_leaks,
 }
@@ -594,8 +655,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring one thing")
     parser.add_argument("--imgsz", type=int, default=640, help="height and width of the input")
+    parser.add_argument("--plans", type=Path, help="folder of engines")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     options = parser.parse_args()
+    faulthandler.enable()
     state = backend(options.backend).availability()
     results: dict[str, Any] = {
         "command": "python -m benchmarks.picture_pipeline " + " ".join(sys.argv[1:]),
@@ -611,7 +674,9 @@ def main() -> None:
         "parts": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.backend, Path(folder), options.seconds, options.imgsz)
+        plans = options.plans or Path(folder)
+        plans.mkdir(parents=True, exist_ok=True)
+        bench = Bench(options.backend, plans, options.seconds, options.imgsz)
         for name in options.only.split(","):
             start = time.perf_counter()
             print(f"== {name}", flush=True)

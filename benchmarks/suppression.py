@@ -3,7 +3,7 @@
     python -m benchmarks.suppression --json benchmarks/results/NAME.json
 
 Needs an NVIDIA GPU with cuda-python and NVRTC (`--only cpu` needs none); no network, and about two
-minutes. `--only` takes some of the parts: equality, real, speed, leak, cpu.
+minutes. `--only` takes some of the parts: speed, real, cpu, leak, equality.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import write_json
-from trt_yolov6.common.machine import package_versions, software_versions, timestamp
+from trt_yolov6.common.machine import cpu_model, package_versions, software_versions, timestamp
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.loader import fill_row
@@ -39,7 +39,7 @@ from trt_yolov6.engines.cuda.device import (
     current_device,
     free_memory,
 )
-from trt_yolov6.engines.cuda.suppression import Suppression, reading_of
+from trt_yolov6.engines.cuda.suppression import MAX_KEPT, Suppression, reading_of
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.spec import NmsSettings, TensorSpec
 
@@ -182,7 +182,7 @@ def equality(sets: int) -> dict[str, Any]:
             nms = NmsSettings(
                 float(rng.choice([0.0, 0.03, 0.25, 0.5])),
                 float(rng.choice([0.1, 0.45, 0.5, 0.65, 0.9, rng.uniform(0.01, 1)])),
-                int(rng.choice([1, 20, 300, 1024])),
+                int(rng.choice([1, 20, 300, MAX_KEPT])),
             )
             gpu.send(outputs)
             found = gpu.run(batch, nms)
@@ -353,15 +353,15 @@ def parts(only: list[str], sets: int, batches: int) -> Iterator[tuple[str, Calla
 
     def of_sample(work: Callable[[Outputs], Any]) -> Any:
         if not sample:
-            sample.update(sample_outputs(32))
+            sample.update(sample_outputs(16))
         return work(sample)
 
     every: dict[str, Callable[[], Any]] = {
-        "equality": lambda: equality(sets),
         "speed": speed,
         "real": lambda: of_sample(real),
-        "leak": lambda: leak(batches),
         "cpu": lambda: of_sample(cpu),
+        "leak": lambda: leak(batches),
+        "equality": lambda: equality(sets),
     }
     for name, work in every.items():
         if not only or name in only:
@@ -379,8 +379,10 @@ def main() -> int:
     if gpu is not None:
         free_memory()  # starts CUDA
     report: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.suppression", *sys.argv[1:]]),
         "time": timestamp(),
         "gpu": gpu,
+        "cpu_model": cpu_model(),
         "software": {**software_versions(), **package_versions()},
     }
     failed = False

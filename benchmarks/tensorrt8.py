@@ -16,6 +16,7 @@ and batch size are measured interleaved; figures are medians.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -39,14 +40,17 @@ from numpy.typing import NDArray
 from trt_yolov6.bench.latency import benchmark_many
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import read_gpus, software_versions, timestamp
-from trt_yolov6.data.coco import load_coco
+from trt_yolov6.data.coco import CocoDataset, load_coco
+from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.base import BuildSettings, Engine, ImplicitCalibration
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.quantization.resampling import interval, matched
 from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.predict import detect
 from trt_yolov6.spec import PredictOptions
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +58,7 @@ NETWORKS = ("yolov6n", "yolov6t", "yolov6s", "yolov6m", "yolov6l", "yolov6l-relu
 BATCHES = (1, 32)
 OWN_TACTICS = ("edge_mask_convolutions", "jit_convolutions")
 """TensorRT's own kernels: a machine without cuBLAS and cuDNN has no others."""
+PARTS = ("speed", "layers", "accuracy")
 PEER = "own-export"
 """`how` of the detectors of `benchmarks.peers`."""
 
@@ -83,7 +88,7 @@ class Job:
 def make_graphs(folder: Path, networks: Sequence[str], batches: Sequence[int]) -> None:
     """Write `NETWORK.PRECISION.bBATCH.onnx` for networks with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(6, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_make, [(folder, name, tuple(batches)) for name in networks]))
 
 
@@ -261,6 +266,9 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
+            claim = output / f"{job.name}.claim"
+            if (output / f"{job.name}.row.json").exists() or not _claimed(claim):
+                continue
             command = [sys.executable, "-s", "-m", "benchmarks.tensorrt8", "one", str(folder)]
             command += [job.name, "--output", str(output)]
             if options.level is not None:
@@ -278,6 +286,7 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
                     ).returncode
                 except subprocess.TimeoutExpired:
                     code = "stopped at the deadline"
+            claim.unlink()
             said = (output / f"{job.name}.log").read_text(errors="replace").strip()
             last = said.splitlines()[-1] if said else ""
             print(f"{job.name}: {time.perf_counter() - start:.0f} s, {code}, {last}", flush=True)
@@ -292,6 +301,21 @@ def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
     for thread in threads:
         thread.join()
     print(f"{waiting.qsize()} engines are left", flush=True)
+
+
+def _claimed(path: Path) -> bool:
+    """Take a job for this process; False if another that still runs has it."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        try:
+            os.kill(int(path.read_text()), 0)
+        except ProcessLookupError:
+            path.unlink()
+    try:
+        with open(path, "x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return False
+    return True
 
 
 def build_one(folder: Path, name: str, output: Path, level: int | None) -> None:
@@ -357,26 +381,53 @@ def score(rows: list[dict[str, Any]], folder: Path) -> None:
 
 def _score(row: dict[str, Any], folder: Path) -> None:
     data = load_coco(ROOT / "samples")
+    options = PredictOptions(batch=8)
     with load_engine(folder / row["engine"]) as engine:
-        row["ap"] = rounded(evaluate(engine, data, PredictOptions(batch=8), progress=False).ap)
+        row["ap"] = rounded(evaluate(engine, data, options, progress=False).ap)
         images = np.concatenate(list(itertools.islice(_sample_images(row["graph"]), 8)))[:8]
         outputs = engine.infer(images)
+        found = _detections(engine, data)
     print(f"{row['engine']}: AP {row['ap']}", flush=True)
     if row["how"].startswith(("cache", "tensorrt")):
         return  # the graph holds no quantization to compare with
     with load_engine(row["graph"], "onnxruntime") as engine:
         expected = engine.infer(images)
-        row["ap_cpu"] = rounded(evaluate(engine, data, PredictOptions(batch=8), progress=False).ap)
+        row["ap_cpu"] = rounded(evaluate(engine, data, options, progress=False).ap)
+        on_cpu = _detections(engine, data)
     far = expected["scores"].astype(np.float32) - outputs["scores"]
     seen = expected["scores"].max(axis=2) > 0.3
     moved = np.abs(expected["boxes"] - outputs["boxes"])[seen]
     row["score_difference"] = float(np.abs(far).max())
     row["box_difference_px"] = [float(value) for value in np.percentile(moved, [50, 99])]
+    truth = _objects(data)
+    own, other = matched(truth, found), matched(truth, on_cpu)
+    change = interval(lambda draws: own.ap(draws) - other.ap(draws), len(truth))
+    row["ap_change"] = [round(value, 4) for value in (change.value, change.low, change.high)]
+    row["agreement_with_cpu"] = round(matched(on_cpu, found, 0.3).ap(), 4)
     print(
         f"{row['engine']}: AP on the CPU {row['ap_cpu']}, scores {row['score_difference']:.4f}, "
-        f"boxes {row['box_difference_px']}",
+        f"boxes {row['box_difference_px']}, change {row['ap_change']}, agreement "
+        f"{row['agreement_with_cpu']}",
         flush=True,
     )
+
+
+def _detections(engine: Engine, data: CocoDataset) -> list[Detections]:
+    options = PredictOptions(confidence=0.03, batch=8, clip=False)
+    return detect(engine, [image.path for image in data.images], options)
+
+
+def _objects(data: CocoDataset) -> list[Detections]:
+    """Return the annotated objects of each image, with score 1."""
+    classes = {number: index for index, number in enumerate(data.category_ids)}
+    objects = []
+    for image in data.images:
+        own = [item for item in data.annotations if item["image_id"] == image.id]
+        boxes = np.array([item["bbox"] for item in own], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = np.array([classes[item["category_id"]] for item in own], np.int64)
+        objects.append(Detections(boxes, np.ones(len(own), np.float32), labels))
+    return objects
 
 
 def rounded(ap: float | None) -> float | None:
@@ -441,6 +492,7 @@ def main() -> None:
     building.add_argument("--deadline", type=float, default=420, help="seconds (420)")
     building.add_argument("--only", nargs="+", help="parts of engines' names")
     measuring.add_argument("--json", type=Path, required=True)
+    measuring.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     measuring.add_argument("--seconds", type=float, default=1.5, help="an engine (1.5)")
     options = parser.parse_args()
     output = getattr(options, "output", None) or options.folder
@@ -454,10 +506,10 @@ def main() -> None:
     elif options.action == "one":
         build_one(options.folder, options.name, output, options.level)
     else:
-        _measure_all(output, options.json, options.seconds)
+        _measure_all(output, options.json, options.seconds, options.parts)
 
 
-def _measure_all(folder: Path, path: Path, seconds: float) -> None:
+def _measure_all(folder: Path, path: Path, seconds: float, parts: Sequence[str]) -> None:
     rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.row.json"))]
     gpu = read_gpus()[0]
     found: dict[str, Any] = {
@@ -468,15 +520,18 @@ def _measure_all(folder: Path, path: Path, seconds: float) -> None:
         "software": software_versions(),
         "rows": rows,
     }
-    write_json(path, found)
-    measure(rows, folder, seconds)
-    write_json(path, found)
-    found["layers_us"] = {}
-    for row in rows:
-        if row.get("ms") and row["network"] in ("yolov6n", "yolov6s") and row["batch"] == 32:
-            found["layers_us"][row["engine"]] = layers(folder, row["engine"])
-    write_json(path, found)
-    score(rows, folder)
+    if "speed" in parts:
+        measure(rows, folder, seconds)
+        write_json(path, found)
+    if "layers" in parts:
+        found["layers_us"] = {
+            row["engine"]: layers(folder, row["engine"])
+            for row in rows
+            if row.get("ms") and row["network"] in ("yolov6n", "yolov6s") and row["batch"] == 32
+        }
+        write_json(path, found)
+    if "accuracy" in parts:
+        score(rows, folder)
     write_json(path, found)
     print(json.dumps([row for row in rows if "error" in row], indent=1))
 

@@ -257,7 +257,7 @@ def test_kernels_go_through_more_candidates_than_a_chunk_in_order(
         scores[:] = 0.75
     scores = scores.astype(np.float16 if half else np.float32)
     outputs: dict[str, NDArray[Any]] = {"boxes": boxes, "scores": scores}
-    for limit in (40, 1024):
+    for limit in (40, MAX_KEPT):
         nms = NmsSettings(0.03, 0.65, limit)
         found = suppressed_on_cpu(split_reading(anchors, classes, half), outputs, nms)
         assert found is not None
@@ -446,7 +446,7 @@ def test_a_gpu_takes_thirty_thousand_candidates_and_reports_more() -> None:
     rng = np.random.default_rng(0)
     boxes = np.stack([crowd(rng, anchors, 30), crowd(rng, anchors, 3000)])
     scores = np.ceil(rng.uniform(0, 1, (2, anchors, classes)) * 500).astype(np.float32) / 500
-    nms = NmsSettings(0.0, 0.65, 1024)
+    nms = NmsSettings(0.0, 0.65, MAX_KEPT)
     found = suppressed_on_gpu(
         split_reading(anchors, classes), {"boxes": boxes, "scores": scores}, nms
     )

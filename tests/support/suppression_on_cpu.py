@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.engines.cuda.kernels import source_of
 from trt_yolov6.engines.cuda.suppression import (
+    MAX_KEPT,
     SOURCE,
     Reading,
     float32_thresholds,
@@ -31,7 +32,7 @@ _RUN = r"""
 namespace {
 struct Arguments {
     const void *first, *second, *third;
-    float confidence, least, low, high;
+    float confidence, least, low, high, reach;
     double iou;
     u32 limit, capacity;
     u32* counts;
@@ -44,7 +45,8 @@ void find_block() {
 }
 void suppress_block() {
     suppress(given.first, given.second, given.third, given.confidence, given.iou, given.low,
-        given.high, given.limit, given.capacity, given.counts, given.keys, given.results);
+        given.high, given.reach, given.limit, given.capacity, given.counts, given.keys,
+        given.results);
 }
 }
 
@@ -69,7 +71,7 @@ extern "C" int run(const Arguments* arguments, unsigned batch, unsigned seed) {
 class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("first", "second", "third")),
-        *((name, ctypes.c_float) for name in ("confidence", "least", "low", "high")),
+        *((name, ctypes.c_float) for name in ("confidence", "least", "low", "high", "reach")),
         ("iou", ctypes.c_double),
         ("limit", ctypes.c_uint),
         ("capacity", ctypes.c_uint),
@@ -97,13 +99,13 @@ def suppressed_on_cpu(
     arrays = [np.ascontiguousarray(outputs[name]) for name in reading.tensors]
     batch = len(arrays[0])
     capacity = capacity or reading.capacity
-    low, high = float32_thresholds(nms.iou)
+    low, high, reach = float32_thresholds(nms.iou)
     counts = np.zeros(batch, np.uint32)
     keys = np.zeros((batch, capacity), np.uint64)
     results = np.zeros(batch, result_dtype(nms.max_detections))
     arguments = _Arguments(
         *(array.ctypes.data for array in arrays),
-        *(nms.confidence, least_logit(nms.confidence), low, high, nms.iou),
+        *(nms.confidence, least_logit(nms.confidence), low, high, reach, nms.iou),
         *(nms.max_detections, capacity, counts.ctypes.data, keys.ctypes.data, results.ctypes.data),
     )
     failed = _library(reading.defines).run(ctypes.byref(arguments), batch, seed)
@@ -118,7 +120,7 @@ def _library(defines: Sequence[str]) -> ctypes.CDLL:
         pytest.skip("needs a C++ compiler")
     folder = Path(tempfile.mkdtemp(prefix="suppression-"))
     small = ("LOG_THREADS=7", "THREADS=128", "TILE=64", "FIND_THREADS=64", "FIND_EACH=4")
-    macros = ("MAX_KEPT=1024", *small, *defines)
+    macros = (f"MAX_KEPT={MAX_KEPT}", *small, *defines)
     program, library = folder / "kernels.cpp", folder / "kernels.so"
     header = Path(__file__).with_name("cuda_on_cpu.h")
     program.write_text(f'#include "{header}"\n{source_of(SOURCE)}\n{_RUN}')

@@ -91,4 +91,4 @@ def predict_options(options: argparse.Namespace) -> PredictOptions:
 
     names = ("iou", "max_detections", "resize", "border", "batch", "workers")
     given: dict[str, Any] = {name: getattr(options, name, None) for name in names}
-    return PredictOptions(options.conf, **given, gpus=getattr(options, "gpus", 1))
+    return PredictOptions(options.conf, **given, gpus=getattr(options, "gpu_count", 1))

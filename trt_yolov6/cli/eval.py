@@ -85,7 +85,7 @@ def _evaluated_on_ray(options: argparse.Namespace, path: Path) -> Evaluation:
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.serving.ray.jobs import evaluate_on_ray
 
-    if options.gpus > 1:
+    if options.gpu_count > 1:
         raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.workers is not None:
         raise UserError("--workers is not for --ray, where an engine reads with its --threads.")

@@ -105,7 +105,7 @@ def _infer_here(options: argparse.Namespace) -> None:
 def _infer_on_ray(options: argparse.Namespace) -> None:
     from trt_yolov6.serving.ray.jobs import infer_on_ray
 
-    if options.gpus > 1:
+    if options.gpu_count > 1:
         raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.frames is not None:
         raise UserError("--frames is for videos, which --ray does not take; leave one of them out.")

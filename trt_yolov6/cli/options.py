@@ -132,7 +132,12 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 def add_gpus(parser: argparse.ArgumentParser) -> None:
     """Add --gpus."""
     parser.add_argument(
-        "--gpus", type=positive, default=1, metavar="N", help="TensorRT: GPUs to work on (1)"
+        "--gpus",
+        dest="gpu_count",  # `export-triton --gpus` takes their numbers
+        type=positive,
+        default=1,
+        metavar="N",
+        help="TensorRT: GPUs to work on (1)",
     )
 
 

@@ -34,6 +34,7 @@ PACKAGES = (
     "tensorrt",
     "tensorrt-rtx-cu13",
     "cuda-python",
+    "nvidia-nvimgcodec-cu13",
 )
 """Distributions this package uses, required and optional."""
 

@@ -176,7 +176,9 @@ def postprocess(
         return dataclasses.replace(of_image(index), class_names=class_names)
 
     indices = range(len(letterboxes))
-    return list(map(named, indices) if executor is None else executor.map(named, indices))
+    if executor is None or isinstance(outputs, Suppressed):  # which takes less than a thread's turn
+        return list(map(named, indices))
+    return list(executor.map(named, indices))
 
 
 def _candidates(

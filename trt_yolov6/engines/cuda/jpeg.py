@@ -33,6 +33,8 @@ class DecodedBatch:
 
     images: list[Any] = field(default_factory=list)
     """`nvimgcodec.Image`, each with the memory of the largest image it held."""
+    sources: list[Any] = field(default_factory=list)
+    """Encoded images, which the hardware may still be reading when `decode` returns."""
     ready: Event | None = None
     """The event after which the images are there."""
 
@@ -98,6 +100,7 @@ class JpegDecoder:
             # A header that its parser refuses.
             with contextlib.suppress(RuntimeError, ValueError):
                 streams[index] = codec.CodeStream(image.content)
+        buffers.sources = [*streams.values(), *images]
         kept = buffers.images[: len(streams)]
         reused = {"images": kept} if len(kept) == len(streams) else {}
         decoded = self._decoder.decode(

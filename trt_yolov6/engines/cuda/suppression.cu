@@ -220,11 +220,50 @@ extern "C" __global__ void __launch_bounds__(FIND_THREADS) find(
 struct Row { float box[4]; float score; int label; };
 struct Header { u32 kept, found, unused[2]; };
 
-// A box in shared memory, and what is compared of it.
-struct Kept { float4 box[MAX_KEPT]; float area[MAX_KEPT]; u32 label[MAX_KEPT]; };
-struct Tile { float4 box[TILE]; float area[TILE]; u32 label[TILE]; float score[TILE]; u32 over[TILE][WORDS]; };
+#define GRID 10
+#define CELLS_OF_IMAGE (GRID * GRID)
 
-struct Threshold { float low, high; double exact; };
+// Boxes in shared memory, and what is compared of them. A bit of `near` says of a kept box and a cell of the image
+// whether boxes with their centre in the cell can overlap that box by more than the threshold.
+struct Kept {
+    float4 box[MAX_KEPT];
+    float area[MAX_KEPT];
+    u32 label[MAX_KEPT], near[MAX_KEPT / 32][CELLS_OF_IMAGE];
+};
+struct Tile {
+    float4 box[TILE];
+    float area[TILE], score[TILE];
+    u32 label[TILE], cell[TILE], over[TILE][WORDS];
+};
+
+// An IoU, what is surely below and above it in float32, and (1 - it) / (2 it), rounded up.
+struct Threshold { float low, high, reach; double exact; };
+
+// Returns the column or row of cells of a place on an axis of the image; never falls as places rise.
+__device__ __forceinline__ u32 cell_at(float place, float length) {
+    return (u32)fminf(fmaxf(place * (GRID / length), 0.0f), GRID - 1.0f);
+}
+
+__device__ __forceinline__ u32 cell_of(float4 box) {
+    return GRID * cell_at(0.5f * box.y + 0.5f * box.w, HEIGHT) + cell_at(0.5f * box.x + 0.5f * box.z, WIDTH);
+}
+
+// Returns the distance on an axis within which the centres of boxes lie that overlap one that spans low to high there:
+// starts and ends are, together, at most (1 - IoU) / IoU of its side apart (see `detectors.suppression`).
+__device__ __forceinline__ float reach_of(float low, float high, Threshold threshold) {
+    return threshold.reach * (high - low) + 1e-6f * (fabsf(low) + fabsf(high));
+}
+
+// Marks the cells that a kept box is near to.
+__device__ void mark(Kept& kept, u32 index, float4 box, Threshold threshold) {
+    const float x = 0.5f * box.x + 0.5f * box.z, y = 0.5f * box.y + 0.5f * box.w;
+    const float reach_x = reach_of(box.x, box.z, threshold), reach_y = reach_of(box.y, box.w, threshold);
+    const u32 left = cell_at(x - reach_x, WIDTH), right = cell_at(x + reach_x, WIDTH);
+    const u32 top = cell_at(y - reach_y, HEIGHT), bottom = cell_at(y + reach_y, HEIGHT);
+    for (u32 row = top; row <= bottom; ++row)
+        for (u32 column = left; column <= right; ++column)
+            atomicOr(&kept.near[index / 32][GRID * row + column], 1u << index % 32);
+}
 
 // Returns whether the IoU of two boxes exceeds the threshold.
 __device__ __forceinline__ bool overlap(float4 a, float area_a, float4 b, float area_b, Threshold threshold) {
@@ -309,7 +348,7 @@ __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* b
 // Grid: (images). Results of an image: a header and `limit` rows, of which the first `kept` are written.
 extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const void* first, const void* second, const void* third,
-    float confidence, double iou, float low, float high, u32 limit, u32 capacity,
+    float confidence, double iou, float low, float high, float reach, u32 limit, u32 capacity,
     const u32* counts, const u64* all_keys, unsigned char* results)
 {
     __shared__ u64 sorted[CHUNK];
@@ -317,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     __shared__ union { Tile tile; u32 bins[THREADS]; } scratch;
     __shared__ u32 length, suppressed[WORDS], valid[WORDS], chosen[TILE], added;
     const Outputs outputs = outputs_at(first, second, third);
-    const Threshold threshold = {low, high, iou};
+    const Threshold threshold = {low, high, reach, iou};
     Tile& tile = scratch.tile;
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32, image = blockIdx.x;
     const u32 found = counts[image];
@@ -328,6 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const u64 stop = key_of(confidence, 0);
     u64 start = 0;
     u32 total = 0;
+    for (u32 i = thread; i < MAX_KEPT / 32 * CELLS_OF_IMAGE; i += THREADS) (&kept.near[0][0])[i] = 0;
     for (u32 seen = 0; seen < count && total < limit;) {
         const u64 end = count <= CHUNK ? stop : chunk_end(keys, count, start, stop, scratch.bins);
         if (thread == 0) length = 0;
@@ -365,6 +405,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 tile.box[thread] = box;
                 tile.area[thread] = (box.z - box.x) * (box.w - box.y);
                 tile.label[thread] = (u32)key % CLASSES;
+                tile.cell[thread] = cell_of(box);
                 tile.score[thread] = __uint_as_float(ALL - (u32)(key >> 32));
                 u32 votes = __ballot_sync(ALL, finite);
                 if (lane == 0) {
@@ -381,11 +422,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
             const u32 group = warp % WORDS, subset = warp / WORDS, mine = 32 * group + lane;
             const float4 box = tile.box[mine];
             const float area = tile.area[mine];
-            const u32 label = tile.label[mine];
+            const u32 label = tile.label[mine], cell = tile.cell[mine];
             bool out = false;
-            for (u32 other = subset; other < total; other += SUBSETS)
-                if (label == kept.label[other] && !out)
-                    out = overlap(box, area, kept.box[other], kept.area[other], threshold);
+            for (u32 word = subset; 32 * word < total && !out; word += SUBSETS)
+                for (u32 bits = kept.near[word][cell]; bits && !out; bits &= bits - 1) {
+                    u32 other = 32 * word + __ffs(bits) - 1;
+                    if (label == kept.label[other])
+                        out = overlap(box, area, kept.box[other], kept.area[other], threshold);
+                }
             u32 votes = __ballot_sync(ALL, out);
             if (lane == 0 && votes) atomicOr(&suppressed[group], votes);
             __syncthreads();
@@ -424,6 +468,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 kept.box[to] = best;
                 kept.area[to] = tile.area[from];
                 kept.label[to] = tile.label[from];
+                mark(kept, to, best, threshold);
                 Row row = {{best.x, best.y, best.z, best.w}, tile.score[from], (int)tile.label[from]};
                 rows[to] = row;
             }

@@ -11,8 +11,9 @@ scores go through an exponential, they are so within the rounding of that.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from trt_yolov6.spec import NmsSettings, OutputLayout, TensorSpec
 
 SOURCE = "suppression.cu"
 
-MAX_KEPT = 1024
+MAX_KEPT = 512
 """Boxes an image keeps at most here; they lie in the GPU's shared memory."""
 
 _THREADS = 1024
@@ -44,7 +45,7 @@ _FIND_TYPES = (
 )
 _SUPPRESS_TYPES = (
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_double),
-    *(ctypes.c_float, ctypes.c_float, ctypes.c_uint, ctypes.c_uint),
+    *(ctypes.c_float, ctypes.c_float, ctypes.c_float, ctypes.c_uint, ctypes.c_uint),
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
 )
 
@@ -83,8 +84,10 @@ def reading_of(
     if any(length is None for out in outputs for length in out.shape[1:]):
         return None
     found = reader(outputs, image_size)
-    fits = found is not None and 0 < found.anchors * found.classes < 2**31
-    return found if fits else None
+    if found is None or not 0 < found.anchors * found.classes < 2**31:
+        return None
+    size = (f"HEIGHT={image_size[0]}.0f", f"WIDTH={image_size[1]}.0f")
+    return dataclasses.replace(found, defines=(*found.defines, *size))
 
 
 class Suppression:
@@ -131,7 +134,7 @@ class Suppression:
         reading = self._reading
         places = [outputs[name].address for name in reading.tensors]
         confidence = float(np.float32(nms.confidence))
-        low, high = float32_thresholds(nms.iou)
+        low, high, reach = float32_thresholds(nms.iou)
         stream.clear(self._counts, 4 * batch)
         self._kernels.launch(
             stream,
@@ -156,7 +159,7 @@ class Suppression:
             _SUPPRESS_TYPES,
             (
                 *places,
-                *(confidence, nms.iou, low, high, nms.max_detections, self._capacity),
+                *(confidence, nms.iou, low, high, reach, nms.max_detections, self._capacity),
                 *(self._counts.address, self._keys.address, self._results.address),
             ),
         )
@@ -192,11 +195,16 @@ def suppressed_of(results: NDArray[Any], capacity: int, nms: NmsSettings) -> Sup
     return Suppressed(counts, rows["box"], rows["score"], rows["label"], nms)
 
 
-def float32_thresholds(iou: float) -> tuple[float, float]:
-    """Return bounds within which float32 cannot tell whether an IoU exceeds the threshold."""
+def float32_thresholds(iou: float) -> tuple[float, float, float]:
+    """Return bounds within which float32 cannot tell whether an IoU exceeds the threshold.
+
+    The third number is, in sides of a box, how far at most the centre of one is that it overlaps by
+    more.
+    """
+    reach = min((1 - iou) / (2 * iou) * (1 + 1e-5), 3e38)
     if iou < 1e-6:
-        return -1.0, math.inf  # it never can
-    return iou * (1 - 1e-5), iou * (1 + 1e-5)
+        return -1.0, math.inf, reach  # it never can
+    return iou * (1 - 1e-5), iou * (1 + 1e-5), reach
 
 
 def least_logit(confidence: float) -> float:
@@ -205,6 +213,10 @@ def least_logit(confidence: float) -> float:
 
 
 # --- layouts ------------------------------------------------------------------------------------
+
+_Reader = Callable[[Sequence[TensorSpec], tuple[int, int]], "Reading | None"]
+"""Returns how to read outputs of a layout, given the input's height and width; None if they lack
+what it has."""
 
 
 def _split(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
@@ -286,7 +298,7 @@ def _columns(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | 
     )
 
 
-def _grids(anchors: Any) -> Any:
+def _grids(anchors: Any) -> _Reader:
     def reader(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
         levels = sorted(
             (out for out in outputs if len(out.shape) == 5), key=lambda out: -_lengths(out)[2]
@@ -341,7 +353,7 @@ def _lengths(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(length or 0 for length in spec.shape)
 
 
-_READERS: dict[OutputLayout, Any] = {
+_READERS: dict[OutputLayout, _Reader] = {
     "split": _split,
     "split_by_class": _split_by_class,
     "rows": _rows,
