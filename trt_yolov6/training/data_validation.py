@@ -91,7 +91,7 @@ class BadDataError(UserError):
     """A data set was refused; `report` says all that is wrong with it."""
 
     def __init__(self, message: str, report: DataReport) -> None:
-        super().__init__(message, "on_bad_data")
+        super().__init__(message)
         self.report = report
 
 

@@ -134,11 +134,10 @@ def _check_device(settings: TrainSettings, processes: Processes) -> None:
         raise UserError(
             f"a batch of {settings.batch} cannot be shared equally by {processes.world} processes; "
             "give a `batch` that can.",
-            "batch",
         )
     if settings.compile and processes.device.type != "cuda":
         # PyTorch 2.13: the compiled backward pass of this network corrupts memory on a CPU.
-        raise UserError("`compile` is for a GPU; leave it out on a CPU.", "compile")
+        raise UserError("`compile` is for a GPU; leave it out on a CPU.")
 
 
 def _training_data(
@@ -218,7 +217,7 @@ def _autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp16"
     if precision == "fp16" and device.type != "cuda":
-        raise UserError("`precision` fp16 needs a GPU; give bf16 or fp32 on a CPU.", "precision")
+        raise UserError("`precision` fp16 needs a GPU; give bf16 or fp32 on a CPU.")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 

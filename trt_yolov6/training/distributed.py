@@ -105,11 +105,9 @@ def chosen_device(name: str | None = None, local_rank: int | None = None) -> tor
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(
-            f"`device` {name} is not known; give cpu, cuda or cuda:N.", "device"
-        ) from error
+        raise UserError(f"`device` {name} is not known; give cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"`device` {name} is not supported; give cpu, cuda or cuda:N.", "device")
+        raise UserError(f"`device` {name} is not supported; give cpu, cuda or cuda:N.")
     if device.type == "cpu":
         return device
     index = local_rank if local_rank is not None else device.index or 0
@@ -117,7 +115,6 @@ def chosen_device(name: str | None = None, local_rank: int | None = None) -> tor
         raise UserError(
             f"PyTorch sees {torch.cuda.device_count()} GPUs here, no GPU {index}; give another "
             "`device`, start fewer processes, or install PyTorch with CUDA.",
-            "device",
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)

@@ -61,7 +61,6 @@ def starting_model(
         raise UserError(
             f"an image size of {settings.image_size} is not a multiple of {multiple}, which this "
             "network needs; give another `image_size`.",
-            "image_size",
         )
     return start
 
@@ -134,7 +133,6 @@ def _check_agreement(settings: TrainSettings, checkpoint: Checkpoint) -> None:
     if settings.variant != arch.name:
         raise UserError(
             f"{checkpoint.path} holds {arch.name}, not {settings.variant}; leave `model` out.",
-            "model",
         )
     if adapted(arch, settings.architecture) != arch:
         raise UserError(

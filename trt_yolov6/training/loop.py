@@ -223,8 +223,6 @@ def _line(task: Task, done: Progress, epoch: int) -> dict[str, Any]:
         raise UserError(
             f"the loss is not a finite number in epoch {epoch + 1}: training diverged; lower "
             "`learning_rate`, or start from other `weights`.",
-            "learning_rate",
-            "weights",
         )
     return task.line(epoch + 1, means, done.epoch_seconds)
 

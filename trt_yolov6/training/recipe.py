@@ -206,7 +206,6 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
         raise UserError(
             f"{arch.name} has one kind of block; leave `block`, `activation`, `csp_ratio` and "
             "`rep_optimizer` out.",
-            *("block", "activation", "csp_ratio", "rep_optimizer"),
         )
     if options.block is not None:
         changes["block"] = options.block
@@ -312,7 +311,7 @@ def _parsed(kind: Any, text: str, assignment: str) -> Any:
 
 
 def _assignment_error(text: str) -> UserError:
-    return UserError(f"`assignment`{text}.", "assignment")
+    return UserError(f"`assignment`{text}.")
 
 
 def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
@@ -356,88 +355,73 @@ def _check(settings: TrainSettings) -> None:
     optimizer = settings.optimizer
     rep = settings.rep_optimizer or RepOptimizerSettings()
     stride = max(STRIDES)
-    checks: list[tuple[bool, str, tuple[str, ...]]] = [
+    checks = [
         (
             settings.epochs >= 1,
             f"`epochs` must be at least 1, got {settings.epochs}",
-            ("epochs",),
         ),
-        (settings.batch >= 1, f"`batch` must be at least 1, got {settings.batch}", ("batch",)),
+        (settings.batch >= 1, f"`batch` must be at least 1, got {settings.batch}"),
         (
             settings.image_size >= stride and settings.image_size % stride == 0,
             f"an image size of {settings.image_size} is not a multiple of {stride}; give "
             "`image_size` such as 640",
-            ("image_size",),
         ),
         (
             math.isfinite(optimizer.learning_rate) and optimizer.learning_rate > 0,
             f"a learning rate of {optimizer.learning_rate} is out of range; give `learning_rate` "
             "above 0",
-            ("learning_rate",),
         ),
         (
             0 <= optimizer.momentum < 1 and 0 <= optimizer.warmup_momentum < 1,
             f"a momentum of {optimizer.momentum} is out of range; give one of 0 to 1",
-            (),
         ),
         (
             optimizer.weight_decay >= 0,
             f"a weight decay of {optimizer.weight_decay} is out of range; give 0 or more",
-            (),
         ),
         (
             optimizer.accumulate is None or optimizer.accumulate >= 1,
             f"`accumulate` must be at least 1, got {optimizer.accumulate}",
-            (),
         ),
         (
             0 <= settings.plain_epochs <= settings.epochs,
             f"{settings.plain_epochs} last epochs without Mosaic are not between 0 and the "
             f"{settings.epochs} in all; give other `plain_epochs`",
-            ("plain_epochs",),
         ),
         (
             settings.eval_interval >= 0,
             f"`eval_interval` must be at least 0, got {settings.eval_interval}",
-            ("eval_interval",),
         ),
         (
             settings.ema_decay is None or 0 <= settings.ema_decay < 1,
             f"an EMA decay of {settings.ema_decay} is out of range; give one of 0 to 1",
-            (),
         ),
         (
             0 <= settings.eval_border < settings.image_size // 2,
             f"a border of {settings.eval_border} leaves no image; give `eval_border` less",
-            ("eval_border",),
         ),
         (
             (settings.teacher is None) == (settings.distillation is None),
             "self-distillation needs a teacher; give the checkpoint as `teacher`",
-            ("teacher",),
         ),
         (
             settings.rep_optimizer is None or settings.weights is None,
             "RepOptimizer starts from random weights and its scales; leave `weights` or "
             "`rep_optimizer` out",
-            ("weights", "rep_optimizer"),
         ),
         (
             settings.rep_optimizer is None or settings.architecture.block is None,
             "RepOptimizer says what the blocks are; leave `block` or `rep_optimizer` out",
-            ("block", "rep_optimizer"),
         ),
         (
             rep.scales is None or rep.search_epochs is None,
             f"the scales are there already, in {rep.scales}; leave `search_epochs` out",
-            ("search_epochs",),
         ),
         (
             rep.search_epochs is None or rep.search_epochs >= 1,
             f"`search_epochs` must be at least 1, got {rep.search_epochs}",
-            ("search_epochs",),
         ),
     ]
-    for fine, complaint, parameters in checks:
+    for fine, complaint in checks:
         if not fine:
-            raise UserError(complaint + ".", *parameters)
+            raise UserError(complaint + ".")

@@ -73,8 +73,6 @@ def check_scales(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is not a hyper-search network and has no scales; give "
             "`rep_optimizer` without a file to search for them, or a checkpoint trained with "
             "`block` scaled.",
-            "rep_optimizer",
-            "block",
         )
 
 

@@ -252,7 +252,6 @@ def stored_settings(folder: str | Path) -> TrainSettings:
     if not path.is_file():
         raise UserError(
             f"{folder} holds no training; name the folder of an interrupted one as `output`.",
-            "output",
         )
     value = read_json(path)
     if not isinstance(value, dict):
@@ -283,8 +282,6 @@ def _open_folder(
     if stored.exists() or (folder / LAST_FILE).exists():
         raise UserError(
             f"{folder} holds a training already; give another `output`, or `resume` to go on.",
-            "output",
-            "resume",
         )
     return None
 

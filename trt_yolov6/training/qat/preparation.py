@@ -129,9 +129,7 @@ def prepare_graph(
     result = quantize(graph, calib, settings, score=score, tell=tell)
     layers = result.placement.layers
     if not layers:
-        raise UserError(
-            "all layers are to stay in float; name fewer in `float_layers`.", "float_layers"
-        )
+        raise UserError("all layers are to stay in float; name fewer in `float_layers`.")
     placement, model = result.placement, result.float_model
     if bits == WIDEST:
         scales = activation_scales(placement, result.table.amax)

@@ -93,4 +93,4 @@ def _check(settings: QatSettings) -> None:
     ]
     for fine, parameter, complaint in checks:
         if not fine:
-            raise UserError(f"`{parameter}` {complaint}.", parameter)
+            raise UserError(f"`{parameter}` {complaint}.")

@@ -259,7 +259,6 @@ def _restored(path: Path | None, task: Task) -> Progress:
         raise UserError(
             f"{path} is of a training of another network or with other settings; give those it "
             "began with, or another `state_file`.",
-            "state_file",
         )
     return restore(state, task.learner)
 
