@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from trt_yolov6.graph.model import Graph
     from trt_yolov6.training.dataset import TrainingSet
     from trt_yolov6.training.qat.onnx_module import GraphNetwork
-    from trt_yolov6.training.qat.training import QatSettings, Start
+    from trt_yolov6.training.qat.preparation import Start
+    from trt_yolov6.training.qat.settings import QatSettings
 
 
 def add(commands: Commands) -> None:
@@ -136,12 +137,9 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.spec import BatchProfile, NmsSettings
     from trt_yolov6.training.distributed import chosen_device
     from trt_yolov6.training.log import write_log
-    from trt_yolov6.training.qat.training import (
-        prepare_graph,
-        rounded_weights,
-        train_quantized,
-        trained_graph,
-    )
+    from trt_yolov6.training.qat.export import rounded_weights, trained_graph
+    from trt_yolov6.training.qat.preparation import prepare_graph
+    from trt_yolov6.training.qat.training import train_quantized
 
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
@@ -236,7 +234,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> QatSettings:
-    from trt_yolov6.training.qat.training import QatSettings
+    from trt_yolov6.training.qat.settings import QatSettings
 
     if options.no_distillation:
         for name in ("distill_weight", "temperature"):
@@ -295,7 +293,7 @@ def _data(
     """Return the training split, with the checkpoint's classes; the other must be readable."""
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.training.dataset import load_training_set
-    from trt_yolov6.training.qat.training import check_classes
+    from trt_yolov6.training.qat.preparation import check_classes
 
     if options.val_split != "none":
         load_coco(options.data, options.val_split)
