@@ -185,7 +185,6 @@ def quantize(
             settings,
             table_file=table,
             score=labelled_score(graph, data, options.get("split")),
-            tell=_log.info,
         )
     if table is not None:
         write_table(table, result.table)

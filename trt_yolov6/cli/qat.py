@@ -175,7 +175,6 @@ def run(options: argparse.Namespace) -> None:
         score=labelled_score(graph, labelled, options.val_split)
         if options.float_layers == "auto"
         else None,
-        tell=say,
     )
     placement = start.quantization.placement
     say(

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         equalize=not options.no_equalize,
         image_limit=options.calib_images,
     )
-    calibrated = calibrate(graph, calibration_folder(options.calib), settings, tell=say)
+    calibrated = calibrate(graph, calibration_folder(options.calib), settings)
     score = labelled_score(graph, options.data, options.split)
     result = measure(graph, calibrated, options.metric, score)
     print(f"{options.metric}: {MEANING[options.metric]}; {direction(options.metric)}, first")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 Variant = Literal["plain", "equalized", "smoothed", "shifted"]
 
+_log = logging.getLogger(__name__)
+
 VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed", "shifted")
 """Forms of the float graph, from the least changed on; all compute the same function.
 
@@ -37,8 +40,6 @@ smoothed:  the same, and after SiLU and HardSwish too, by multiplications that a
 shifted:   the same, and what is added to the channels before them centres their ranges on zero
            where only convolutions without padding read them
 """
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,6 @@ def prepare(
     paths: Sequence[Path],
     settings: QuantizationSettings,
     variant: Variant,
-    say: Tell,
     measure: bool = True,
     known: Mapping[str, TensorStatistics] | None = None,
     images: Sequence[NDArray[Any]] | None = None,
@@ -90,7 +90,6 @@ def prepare(
         paths: images that calibrate.
         settings: what is quantized to, and the border of the images.
         variant: the form wanted.
-        say: called with a line of progress.
         measure: collect statistics.
         known: the plain graph's statistics on the same images, of what `equalize` wants to know
             and of what the plain variant quantizes, where they have been collected.
@@ -98,7 +97,7 @@ def prepare(
         form: the graph in that variant (`formed`), where it has been made of these images.
     """
     model = graph.model if form is None else form
-    say(f"{variant}: {len(paths)} images ...")
+    _log.info(f"{variant}: {len(paths)} images ...")
 
     def measured(form: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
         if form is graph.model and known is not None:

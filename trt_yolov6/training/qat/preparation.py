@@ -72,7 +72,6 @@ def prepare(
     quantization: QuantizationSettings | None = None,
     bits: int = WIDEST,
     learn_scales: bool = True,
-    tell: Callable[[str], None] | None = None,
 ) -> Start:
     """Fuse, export and calibrate a checkpoint.
 
@@ -84,7 +83,6 @@ def prepare(
             corrected: training does that.
         bits: see `QatSettings`.
         learn_scales: see `QatSettings`.
-        tell: called with a line of progress now and then.
 
     Raises:
         UserError: see `load_checkpoint` and `quantize`; or all layers are to stay in float.
@@ -98,7 +96,6 @@ def prepare(
         quantization=quantization,
         bits=bits,
         learn_scales=learn_scales,
-        tell=tell,
     )
 
 
@@ -111,7 +108,6 @@ def prepare_graph(
     bits: int = WIDEST,
     learn_scales: bool = True,
     score: Callable[[onnx.ModelProto], float] | None = None,
-    tell: Callable[[str], None] | None = None,
 ) -> Start:
     """Calibrate a graph that `export_onnx` made of a network of `arch`; see `prepare`.
 
@@ -126,7 +122,7 @@ def prepare_graph(
     settings = dataclasses.replace(settings, bias_correction=False, reconstruct=False)
     # What training will not know is found out before a minute of calibration.
     GraphNetwork(graph.model, arch)
-    result = quantize(graph, calib, settings, score=score, tell=tell)
+    result = quantize(graph, calib, settings, score=score)
     layers = result.placement.layers
     if not layers:
         raise UserError("all layers are to stay in float; name fewer in `float_layers`.")
