@@ -19,6 +19,7 @@ from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.bias_correction import (
     BiasCorrection,
     with_errors_removed,
+    without_mean_rounding,
 )
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
@@ -165,3 +166,22 @@ def test_the_sample_in_int8_comes_nearer_to_float(sample_320: Graph, root: Path)
     before = squared_error(model, int8, unseen)
     after = squared_error(model, BiasCorrection(model, images).correct(int8), unseen)
     assert all(second < first for first, second in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_rounding_weights_adds_in_the_mean_is_taken_back_without_images(bias: bool) -> None:
+    model, images = network("Relu", bias, kernel=1), noise(4, seed=1)
+    rounded = coarse(quantized(model, images))
+    means = np.stack([image.mean(axis=(0, 2, 3)) for image in images]).astype(float).mean(axis=0)
+    corrected = without_mean_rounding(model, rounded, {"images": np.asarray(means)})
+
+    def error(changed: onnx.ModelProto) -> float:
+        own, expected = (
+            collect(one, images, ["y0"])["y0"].mean_per_channel for one in (changed, model)
+        )
+        assert own is not None
+        assert expected is not None
+        return float(np.abs(own - expected).max())
+
+    # What is left is the rounding of the images.
+    assert error(corrected) < 0.1 * error(rounded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from trt_yolov6.quantization.mixed_precision import (
     rankings_by_displacement,
 )
 from trt_yolov6.quantization.pipeline import calibrate, quantize
+from trt_yolov6.quantization.preparation import RANGE_BITS
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.settings import check_settings
 from trt_yolov6.quantization.trials import tried_table
@@ -116,7 +118,8 @@ def test_of_few_images_the_folds_judge_and_all_build(
     # What is built is calibrated on all six: no range is narrower than that of any image.
     images = list(batches_of(tiny, sorted(tmp_path.iterdir())))
     seen = collect(result.float_model, images, list(result.table.amax))
-    assert all(result.table.amax[name] >= item.amax for name, item in seen.items())
+    within = 1 - 2.0**-RANGE_BITS
+    assert all(result.table.amax[name] >= within * item.amax for name, item in seen.items())
 
 
 # --- what layers move ---------------------------------------------------------------------------
@@ -221,7 +224,12 @@ def test_percentages_are_read_with_and_without_their_sign() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"max_slowdown": -1.0}, {"max_slowdown": 200.0}, {"max_ap_drop": None}]
+    "change",
+    [
+        *({"max_slowdown": value} for value in (0.0, -1.0, 200.0, math.inf, math.nan)),
+        *({"reconstruct_minutes": value} for value in (-1.0, math.inf, math.nan)),
+        {"max_ap_drop": None},
+    ],
 )
 def test_budgets_out_of_range_are_refused(change: dict[str, float | None]) -> None:
     with pytest.raises(UserError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
@@ -41,6 +43,11 @@ shifted:   the same, and what is added to the channels before them centres their
            where only convolutions without padding read them
 """
 
+RANGE_BITS = 11
+"""Significant bits of a range. Float sums differ in their last bits from processor to processor;
+the ranges made of them, and all that follows, hardly ever do when rounded so, and none is off by
+more than 0.05 %."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -55,6 +62,15 @@ class Prepared:
         """Return the placement with some layers in float."""
         return place_for(quantized, self.model, float_layers) if float_layers else self.placement
 
+    @property
+    def means(self) -> dict[str, NDArray[np.float64]]:
+        """Mean of each channel of the tensors that were measured, (channels,)."""
+        return {
+            name: one.mean_per_channel
+            for name, one in self.statistics.items()
+            if one.mean_per_channel is not None
+        }
+
     def table(
         self,
         method: Method,
@@ -68,9 +84,18 @@ class Prepared:
         """
         placement = self.placed(quantized, float_layers)
         statistics = {name: self.statistics[name] for name in placement.tensors}
-        amax = group_amax(statistics, placement.groups, method, quantized)
+        amax = {
+            name: _in_bits(value, RANGE_BITS)
+            for name, value in group_amax(statistics, placement.groups, method, quantized).items()
+        }
         methods = dict.fromkeys(amax, str(method))
         return CalibrationTable(amax, methods, key, self.variant, float_layers)
+
+
+def _in_bits(value: float, bits: int) -> float:
+    """Return a number rounded to some significant bits."""
+    fraction, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
 
 
 def prepare(

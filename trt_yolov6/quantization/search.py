@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
-from trt_yolov6.quantization.bias_correction import with_layers_of
+from trt_yolov6.quantization.bias_correction import with_layers_of, without_mean_rounding
 from trt_yolov6.quantization.calibrators import Method, methods_for
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
 from trt_yolov6.quantization.judge import (
@@ -443,7 +443,9 @@ class Search:
 
     def _tried(self, decides: Decision, choice: Choice) -> Candidate:
         start = time.perf_counter()
-        result = self._keep(decides, choice, self._agreement(choice), start)
+        make = self._model if decides == "weights" else self._compared
+        judged = [(fold.judge, fold.judge.detections(make(fold, choice))) for fold in self._folds]
+        result = self._keep(decides, choice, pooled_agreement(judged), start)
         if decides != "weights":
             text = f"{result.variant}, {result.method}: agreement with float {result.agreement:.3f}"
             _log.info(text)
@@ -473,6 +475,13 @@ class Search:
         table = prepared.table(choice.method, self._key, self._quantized, layers)
         placement = prepared.placed(self._quantized, layers)
         return insert_qdq(prepared.model, placement, table.amax, quantized=self._quantized)
+
+    def _compared(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
+        """Return the graph by which forms and ranges are compared: biases are tried later on."""
+        model = self._inserted(fold, choice)
+        if self._quantized.is_floating or not self._settings.bias_correction:
+            return model
+        return without_mean_rounding(fold.prepared.model, model, fold.prepared.means)
 
     def _model(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
         return fold.tuning.tuned(self._inserted(fold, choice), choice.weights)
