@@ -403,7 +403,7 @@ def sample(sample_320: Graph) -> onnx.ModelProto:
     return sample_320.model
 
 
-def quantized(model: onnx.ModelProto, folder: Path, limit: int | None = 12) -> onnx.ModelProto:
+def quantized(model: onnx.ModelProto, folder: Path, limit: int = 12) -> onnx.ModelProto:
     placement = place(model)
     images = calibration_batches(folder, input_spec(model), limit=limit)
     found = collect(model, images, placement.tensors)
@@ -445,7 +445,7 @@ def test_hard_swish_networks_are_saved_by_smoothing(root: Path, tmp_path: Path) 
         pytest.skip(f"{path} is not here")
     model, data = onnx.load(path), shared / "data" / "coco256"
     folder = data / "images" / "train2017"
-    images = calibration_batches(folder, input_spec(model))
+    images = calibration_batches(folder, input_spec(model), limit=32)
     equalized = equalize(model, collect(model, images, tensors_to_measure(model)))
-    result = quantized(equalized, folder, limit=None)
+    result = quantized(equalized, folder, limit=32)
     assert graph_precision(result, tmp_path, load_coco(data, "val2017")) >= 0.33

@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 from support.accuracy import average_precision, first_images, graph_precision
+from support.logs import logged
 from support.pictures import save_noise
 from support.quantized import MINMAX, convolutions, small_detector, weights_dtype
 
@@ -131,8 +132,8 @@ def test_a_table_of_the_same_things_is_used_again_and_said_so(
     first = tiny_int8
     assert first.note == ""
     write_table(file, first.table)
-    said: list[str] = []
-    again = quantize(tiny, folder, table_file=file, tell=said.append)
+    with logged() as said:
+        again = quantize(tiny, folder, table_file=file)
     assert "same model, images and settings" in again.note
     assert again.note in said
     assert again.candidates == ()
@@ -252,9 +253,9 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
 ) -> None:
     monkeypatch.setattr(judging.Judge, "harmless_agreement", lambda _: 0.25)
     monkeypatch.setattr(search, "pooled_agreement", lambda *_: 0.3)
-    told: list[str] = []
     settings = dataclasses.replace(MINMAX, float_layers="auto", max_ap_drop=0.01)
-    result = quantize(tiny, folder, settings, tell=told.append)
+    with logged() as told:
+        result = quantize(tiny, folder, settings)
     assert result.table.float_layers == ()
     assert "float layers until the agreement with float is 0.250 ..." in told
 
@@ -352,9 +353,8 @@ def test_a_wrong_choice_of_float_layers_is_refused_before_the_calibration(
     tiny: Graph, folder: Path, wrong: dict[str, Any]
 ) -> None:
     settings = dataclasses.replace(MINMAX, **{"float_layers": "auto", **wrong})
-    told: list[str] = []
-    with pytest.raises(UserError):
-        quantize(tiny, folder, settings, tell=told.append)
+    with logged() as told, pytest.raises(UserError):
+        quantize(tiny, folder, settings)
     assert not told
 
 

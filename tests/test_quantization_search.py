@@ -18,7 +18,7 @@ from support.quantized import MINMAX, convolutions, small_detector
 from trt_yolov6.cli.options import percent
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.quantization.bias_correction import correct_biases, with_layers_of
+from trt_yolov6.quantization.bias_correction import BiasCorrection, with_layers_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
 from trt_yolov6.quantization.judge import Judge, batches_of, images_to_build_from, split_images
@@ -194,7 +194,7 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
     found = calibrate(tiny, folder, MINMAX)
     whole = insert_qdq(found.model, found.placement, found.table.amax)
     images = list(batches_of(tiny, sorted(folder.iterdir())[:4]))
-    tuned = correct_biases(found.model, whole, images)
+    tuned = BiasCorrection(found.model, images).correct(whole)
     assert with_layers_of(whole, tuned).SerializeToString() == tuned.SerializeToString()
     kept = convolutions(tiny.model)[3]
     partly = with_layers_of(found.with_float((kept,)), tuned)
@@ -217,8 +217,10 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
 
 def test_percentages_are_read_with_and_without_their_sign() -> None:
     assert percent("5%") == percent("5") == 5
-    with pytest.raises(argparse.ArgumentTypeError):
-        percent("five")
+    assert percent("0") == 0
+    for wrong in ("-1", "five", "inf", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            percent(wrong)
 
 
 @pytest.mark.parametrize(

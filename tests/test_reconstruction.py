@@ -112,7 +112,7 @@ def test_gradients_bring_outputs_nearer_to_float(
     start = insert_qdq(calibrated.model, calibrated.placement, wide)
     paths = sorted(folder.iterdir())
     images = list(batches_of(tiny, paths[:12]))
-    tuned = reconstruct(tiny, calibrated.model, start, images, 6, lambda _: None)
+    tuned = reconstruct(tiny, calibrated.model, start, images, 6)
 
     def error(model: onnx.ModelProto) -> float:
         total = 0.0

@@ -196,7 +196,7 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[s
     # Corrected biases would be in the graph with Q/DQ nodes, which this route does without.
     settings = calibration_settings(options, bias_correction=False)
     folder = calibration_folder(options.calib)
-    result = quantize(graph, folder, settings, tell=say)
+    result = quantize(graph, folder, settings)
     graph = replace(graph, model=result.float_model)
     return graph, dict(implicit_ranges(result, graph, folder, settings))
 

@@ -8,6 +8,7 @@ resampled images than either.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.quantization.agreement import CONFIDENT, least_score
 from trt_yolov6.quantization.resampling import Interval, interval, matched
+
+_log = logging.getLogger(__name__)
 
 FLOAT = ("fp32", "fp16")
 """Precisions that a quantized engine is held against, the first one there is."""
@@ -127,7 +130,7 @@ def _agreement(
     }
     known: dict[str, Any] | None = work.steps.find("agreement", inputs)
     if known is None:
-        work.tell(f"agreement of {one.name} with {other.name} ...")
+        _log.info(f"agreement of {one.name} with {other.name} ...")
         own_found, float_found = (
             read_detections(work.output / item["detections_file"]) for item in (own, reference)
         )

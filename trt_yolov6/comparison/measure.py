@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import ClassesDifferError, UserError
 from trt_yolov6.graph.cost import Ceilings, Layer
+
+_log = logging.getLogger(__name__)
 
 EXAMPLE_CONFIDENCE = 0.4
 """Score from which on a detection is shown in the report's pictures, as `infer` draws them."""
@@ -80,7 +83,7 @@ def accuracy(
     from trt_yolov6.comparison.agreement import write_detections
     from trt_yolov6.runtime.evaluate import evaluate
 
-    work.tell(f"AP of {built.name} on {len(dataset.images)} images ...")
+    _log.info(f"AP of {built.name} on {len(dataset.images)} images ...")
     file = Path("detections") / f"{built.case.stem}-{key_of(inputs)[:12]}.npz"
     seen: dict[int, Detections] = {}
     with built.load(plan, batch) as engine:
@@ -94,9 +97,9 @@ def accuracy(
             ).to_json()
             write_detections(work.output / file, [seen[image.id] for image in dataset.images])
             for note in evaluation["notes"]:
-                work.tell(f"{built.name}: {note}")
+                _log.info(f"{built.name}: {note}")
         except ClassesDifferError as error:
-            work.tell(f"{built.name} is timed without AP: {error}")
+            _log.info(f"{built.name} is timed without AP: {error}")
             evaluation = {
                 **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl")),
                 "backend": engine.backend,
@@ -216,7 +219,7 @@ def measure_timings(
     done: list[dict[str, Any]] = [] if again else list(work.steps.find("timing", inputs) or [])
     advance("", len(done))
     if 0 < len(done) < plan.rounds:
-        work.tell(f"going on with round {len(done) + 1} of {plan.rounds}")
+        _log.info(f"going on with round {len(done) + 1} of {plan.rounds}")
     turns = [(one, batch) for batch in plan.batches for one in built if batch in one.files]
     for number in range(len(done), plan.rounds):
         found: dict[str, Any] = {}
@@ -264,7 +267,7 @@ def measure_layers(work: Work, built: BuiltCase) -> Mapping[str, Any]:
     }
     found: Mapping[str, Any] | None = work.steps.find("layers", inputs)
     if found is None:
-        work.tell(f"layers of {built.name} ...")
+        _log.info(f"layers of {built.name} ...")
         found = _layers(work, built, batch)
         work.steps.keep("layers", inputs, found)
     return found

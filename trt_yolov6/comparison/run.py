@@ -16,7 +16,7 @@ from trt_yolov6.common.files import check_writable, sha256_file, write_json
 from trt_yolov6.common.statistics import Interval, ratio_interval
 from trt_yolov6.comparison.agreement import agreements
 from trt_yolov6.comparison.cache import Steps
-from trt_yolov6.comparison.engines import Tell, Work, build_case, cases_of
+from trt_yolov6.comparison.engines import Work, build_case, cases_of
 from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, matched
 from trt_yolov6.comparison.measure import (
     accuracy,
@@ -41,7 +41,6 @@ def compare(
     *,
     again: bool = False,
     baseline: Mapping[str, Any] | None = None,
-    tell: Tell | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compare detectors and write `results.json`.
@@ -54,7 +53,6 @@ def compare(
         output: a folder; made if missing. An earlier comparison in it is gone on with.
         again: measure latencies again, even if they are there.
         baseline: results that these are to be held against afterwards.
-        tell: called with a line of progress now and then.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -67,7 +65,7 @@ def compare(
     """
     output = Path(output)
     check_writable(output / FILE)
-    work = Work(plan, output, Steps(output / "steps"), tell or (lambda _: None))
+    work = Work(plan, output, Steps(output / "steps"))
     cases = cases_of(work)
     dataset = load_coco(plan.data, plan.split)
     if any(case.choice is not None and case.choice.quantizes for case in cases):

@@ -37,22 +37,6 @@ _PARTS = 256
 """Steps that the largest mean error of a layer is counted in."""
 
 
-def correct_biases(
-    float_model: onnx.ModelProto, quantized_model: onnx.ModelProto, images: Sequence[NDArray[Any]]
-) -> onnx.ModelProto:
-    """Return the Q/DQ graph with its quantized convolutions' biases corrected.
-
-    Args:
-        float_model: the float32 graph that was quantized, after equalization.
-        quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
-        images: a few dozen inputs of the graph; the sample needs no more than 8.
-
-    Raises:
-        UserError: there are no images, or they make a tensor NaN or infinite.
-    """
-    return BiasCorrection(float_model, images).correct(quantized_model)
-
-
 def without_mean_rounding(
     float_model: onnx.ModelProto,
     quantized_model: onnx.ModelProto,
@@ -64,8 +48,8 @@ def without_mean_rounding(
     forms of a graph could not be compared whose tensors have other means.
 
     Args:
-        float_model: as in `correct_biases`.
-        quantized_model: as in `correct_biases`.
+        float_model: the float32 graph that was quantized, after equalization.
+        quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
         means: (channels,) the mean of each channel of the float tensors. Layers whose input
             is neither among them nor a concatenation of such stay as they are.
     """
@@ -102,6 +86,10 @@ class BiasCorrection:
     """
 
     def __init__(self, float_model: onnx.ModelProto, images: Sequence[NDArray[Any]]) -> None:
+        """Take the float32 graph that was quantized, after equalization, and some inputs of it.
+
+        A few dozen images do; the sample needs no more than 8.
+        """
         self._float_model = float_model
         self._images = images
         self._constants = constants_of(float_model)
@@ -110,7 +98,11 @@ class BiasCorrection:
         self._last: tuple[str, dict[str, NDArray[np.float64]]] | None = None
 
     def correct(self, quantized_model: onnx.ModelProto) -> onnx.ModelProto:
-        """Return a Q/DQ graph with its biases corrected, see `correct_biases`."""
+        """Return a Q/DQ graph, made by `insert_qdq`, with its convolutions' biases corrected.
+
+        Raises:
+            UserError: there are no images, or they make a tensor NaN or infinite.
+        """
         return with_errors_removed(quantized_model, self.errors(quantized_model))
 
     def errors(self, quantized_model: onnx.ModelProto) -> dict[str, NDArray[np.float64]]:

@@ -14,6 +14,7 @@ after activations, ranking of layers and reconstruction are about INT8's evenly 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
     from trt_yolov6.graph.model import Graph
 
 
+_log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class QuantizedGraph:
     """A Q/DQ graph, ready to be built, and how it came about."""
@@ -79,7 +83,6 @@ def quantize(
     *,
     table_file: str | Path | None = None,
     score: Callable[[onnx.ModelProto], float] | None = None,
-    tell: Callable[[str], None] | None = None,
 ) -> QuantizedGraph:
     """Quantize a float graph with the images of a folder.
 
@@ -90,7 +93,6 @@ def quantize(
         table_file: an earlier calibration table, used again if it was made from the same things.
         score: a graph's AP on labelled data (`sensitivity_report.ap_on`), which then holds the
             budget of automatic float layers; None estimates it by agreement with the float network.
-        tell: called with a line of progress now and then.
 
     Raises:
         UserError: the graph is not float32, has a NaN in its weights or nothing that FP8 would
@@ -98,24 +100,23 @@ def quantize(
             `check_settings`.
     """
     settings = settings or QuantizationSettings()
-    say = tell or (lambda _: None)
     check_settings(settings)
     _check_graph(graph, settings)
     check_float_layers(graph, settings)
-    paths = calibration_images(folder, settings.image_limit, tell)
+    paths = calibration_images(folder, settings.image_limit, _log.info)
     folds = split_images(paths)
     key = _key(graph, paths, settings, by_ap=score is not None)
     table, note = reusable_table(table_file, key) if table_file else (None, "")
     if note:
-        say(note)
+        _log.info(note)
     found: Found | None = None
     if table is not None:
         variant, sources = variant_of(table), images_to_build_from(folds)
-        prepared = prepare(graph, sources, settings, variant, say, measure=False)
+        prepared = prepare(graph, sources, settings, variant, measure=False)
         inputs = list(batches_of(graph, evenly(sources, FEWEST_IMAGES), settings.border))
         tuning = WeightTuning(prepared.model, inputs)
     else:
-        found = Search(graph, folds, settings, key, say, score).run()
+        found = Search(graph, folds, settings, key, score).run()
         prepared, table, tuning = found.prepared, found.table, found.tuning
     quantized = settings.quantized
     placement = place_for(quantized, prepared.model, table.float_layers)
@@ -140,7 +141,7 @@ def quantize(
             _quantized_share(prepared.model, placement), 4
         ),
         "rest": "fp16" if settings.fp16 else "fp32",
-        **({} if found is None else _judged(found, folds, say)),
+        **({} if found is None else _judged(found, folds)),
     }
     made = dataclasses.replace(
         graph,
@@ -190,16 +191,14 @@ def _key(
     )
 
 
-def _judged(
-    found: Found, folds: Sequence[ImageSplit], say: Callable[[str], None]
-) -> dict[str, Any]:
+def _judged(found: Found, folds: Sequence[ImageSplit]) -> dict[str, Any]:
     """Return for the manifest how well what is built agrees with float, and what was tried."""
     agreement, held_out = found.agreement, all(fold.is_held_out for fold in folds)
     if agreement is None:
         return {}
     kind = "held-out" if held_out else "calibration"
     how = f", {len(folds)} folds" if len(folds) > 1 else ""
-    say(
+    _log.info(
         f"agreement with float {agreement.value:.3f} (95 % interval {agreement.low:.3f} to "
         f"{agreement.high:.3f}) on {found.images} {kind} images{how}"
     )
@@ -239,7 +238,6 @@ def calibrate(
     graph: Graph,
     folder: str | Path,
     settings: QuantizationSettings | None = None,
-    tell: Callable[[str], None] | None = None,
 ) -> Calibrated:
     """Calibrate a float graph for INT8 as `quantize` does, for a look at its layers.
 
@@ -253,9 +251,9 @@ def calibrate(
         bias_correction=False,
     )
     check_weights(graph.model)
-    paths = calibration_images(folder, settings.image_limit, tell)
+    paths = calibration_images(folder, settings.image_limit, _log.info)
     key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
-    found = Search(graph, split_images(paths), settings, key, tell or (lambda _: None)).run()
+    found = Search(graph, split_images(paths), settings, key).run()
     prepared = found.prepared
     return Calibrated(
         prepared.model, prepared.placement, found.table, tuple(paths), prepared.statistics

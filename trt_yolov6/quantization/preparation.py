@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Variant = Literal["plain", "equalized", "smoothed", "shifted"]
 
+_log = logging.getLogger(__name__)
+
 VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed", "shifted")
 """Forms of the float graph, from the least changed on; all compute the same function.
 
@@ -44,8 +47,6 @@ RANGE_BITS = 11
 """Significant bits of a range. Float sums differ in their last bits from processor to processor;
 the ranges made of them, and all that follows, hardly ever do when rounded so, and none is off by
 more than 0.05 %."""
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,6 @@ def prepare(
     paths: Sequence[Path],
     settings: QuantizationSettings,
     variant: Variant,
-    say: Tell,
     measure: bool = True,
     known: Mapping[str, TensorStatistics] | None = None,
     images: Sequence[NDArray[Any]] | None = None,
@@ -115,7 +115,6 @@ def prepare(
         paths: images that calibrate.
         settings: what is quantized to, and the border of the images.
         variant: the form wanted.
-        say: called with a line of progress.
         measure: collect statistics.
         known: the plain graph's statistics on the same images, of what `equalize` wants to know
             and of what the plain variant quantizes, where they have been collected.
@@ -123,7 +122,7 @@ def prepare(
         form: the graph in that variant (`formed`), where it has been made of these images.
     """
     model = graph.model if form is None else form
-    say(f"{variant}: {len(paths)} images ...")
+    _log.info(f"{variant}: {len(paths)} images ...")
 
     def measured(form: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
         if form is graph.model and known is not None:

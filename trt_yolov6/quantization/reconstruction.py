@@ -11,9 +11,10 @@ images to say.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import onnx
 
     from trt_yolov6.graph.model import Graph
+
+_log = logging.getLogger(__name__)
 
 WEIGHT_RATE, SCALE_RATE, BIAS_RATE = 0.02, 0.5, 0.002
 """Learning rates of Adam: of weights, in steps of INT8; of activations' ranges, in levels at their
@@ -62,8 +65,6 @@ _VARIANCE_IMAGES = 8
 _INSIDE = 1.0
 """Weight of the errors of layers."""
 
-Tell = Callable[[str], None]
-
 
 def reconstruct(
     graph: Graph,
@@ -71,7 +72,6 @@ def reconstruct(
     quantized_model: onnx.ModelProto,
     images: Sequence[NDArray[Any]],
     seconds: float,
-    tell: Tell,
     *,
     seed: int = 0,
 ) -> onnx.ModelProto:
@@ -84,7 +84,6 @@ def reconstruct(
             changed.
         images: each what the graph's input takes.
         seconds: how long to learn.
-        tell: called with a line of progress now and then.
         seed: of order and zoom of the images.
 
     Raises:
@@ -129,7 +128,7 @@ def reconstruct(
         step, count, sums = step + 1, count + 1, sums + parts.detach().cpu()
         if time.monotonic() - shown > max(10.0, seconds / 10):
             boxes, scores, inside = (sums / count).tolist()
-            tell(
+            _log.info(
                 f"tuning by gradients: {step} pictures, boxes {boxes:.4f}, scores {scores:.4f}, "
                 f"layers {inside:.4f}"
             )

@@ -9,6 +9,7 @@ both ways round.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,6 @@ from trt_yolov6.quantization.mixed_precision import (
 from trt_yolov6.quantization.preparation import (
     VARIANTS,
     Prepared,
-    Tell,
     Variant,
     formed,
     plain_statistics,
@@ -66,6 +66,8 @@ if TYPE_CHECKING:
 
     from trt_yolov6.graph.model import Graph
     from trt_yolov6.quantization.settings import QuantizationSettings
+
+_log = logging.getLogger(__name__)
 
 FEWEST_IMAGES, MOST_IMAGES = 16, 64
 """Images that candidates are compared on, spread evenly over those that judge: the lighter the
@@ -170,7 +172,6 @@ class Search:
         folds: Sequence[ImageSplit],
         settings: QuantizationSettings,
         key: CalibrationKey,
-        tell: Tell,
         labelled: Callable[[onnx.ModelProto], float] | None = None,
     ) -> None:
         self._graph = graph
@@ -178,7 +179,6 @@ class Search:
         self._settings = settings
         self._quantized = settings.quantized
         self._key = key
-        self._tell = tell
         self._labelled = labelled
         self._methods: tuple[Method, ...] = (
             methods_for(self._quantized)
@@ -197,12 +197,10 @@ class Search:
         variant = self._choose_variant(named)
         for fold in self._folds:
             if not fold.is_prepared(variant):
-                fold.take(
-                    prepare(self._graph, fold.split.calibrate, self._settings, variant, self._tell)
-                )
+                fold.take(prepare(self._graph, fold.split.calibrate, self._settings, variant))
         choice = self._choose(named)
         if self._candidates:
-            self._tell(f"chosen: calibrator {choice.method}, graph {variant}")
+            _log.info(f"chosen: calibrator {choice.method}, graph {variant}")
         if not isinstance(wanted, tuple) and wanted != 0:
             choice = self._with_float_layers(choice)
         tuned = self._tuned_by_gradients(choice) if self._settings.reconstruct_minutes else None
@@ -225,7 +223,7 @@ class Search:
             images = sum(judge.images for judge, _ in judged)
         if others:
             paths = images_to_build_from([fold.split for fold in self._folds])
-            prepared = prepare(self._graph, paths, self._settings, variant, self._tell)
+            prepared = prepare(self._graph, paths, self._settings, variant)
             inputs = batches_of(self._graph, paths, self._settings.border)
             tuning = WeightTuning(prepared.model, list(inputs))
         table = prepared.table(choice.method, self._key, self._quantized, choice.float_layers)
@@ -265,7 +263,7 @@ class Search:
                 few = evenly(fold.split.calibrate, FEWEST_IMAGES)
                 fold.take(
                     prepare(
-                        *(self._graph, few, self._settings, variant, self._tell),
+                        *(self._graph, few, self._settings, variant),
                         known=of_plain,
                         images=fold.inputs,
                         form=form,
@@ -300,7 +298,7 @@ class Search:
         for weights in weight_choices(settings):
             other = dataclasses.replace(choice, weights=weights)
             value = self._tried("weights", other).agreement
-            self._tell(f"{SAID[weights]}: agreement with float {value:.3f} after {best:.3f}")
+            _log.info(f"{SAID[weights]}: agreement with float {value:.3f} after {best:.3f}")
             if value > (best + CLEAR_GAIN if choice.weights == "nearest" else best):
                 choice, best = other, value
         return choice
@@ -317,16 +315,14 @@ class Search:
 
         start, minutes = time.perf_counter(), self._settings.reconstruct_minutes
         before = self._model(fold, choice)
-        self._tell(f"tuning by gradients, {minutes:g} minutes ...")
+        _log.info(f"tuning by gradients, {minutes:g} minutes ...")
         images = list(batches_of(self._graph, fold.split.calibrate, self._settings.border))
-        raw = reconstruct(
-            self._graph, fold.prepared.model, before, images, 60 * minutes, self._tell
-        )
+        raw = reconstruct(self._graph, fold.prepared.model, before, images, 60 * minutes)
         tuned, ranges = as_built(raw)
         after, earlier = ([(fold.judge, fold.judge.detections(m))] for m in (tuned, before))
         gain = pooled_gain(after, earlier)
         self._keep("gradients", choice, pooled_agreement(after), start)
-        self._tell(
+        _log.info(
             f"tuned by gradients: agreement with float {pooled_agreement(after):.3f} after "
             f"{pooled_agreement(earlier):.3f}; {'kept' if gain.low > 0 else 'not clearly better'}"
         )
@@ -341,7 +337,7 @@ class Search:
             table = first.table(choice.method, self._key, self._quantized)
             chosen = most_sensitive(ranked(self._distortions(table), "snr"), wanted)
             slower = self._slowdown(chosen)
-            self._tell(
+            _log.info(
                 f"in float: {', '.join(chosen)}; ranked by signal-to-noise ratio whatever they "
                 f"cost, here about {slower:.1%} of INT8's time (auto weighs it)"
             )
@@ -362,7 +358,7 @@ class Search:
             if not _is_better(found, best[0]):
                 break
             best = found, dataclasses.replace(like, float_layers=found.layers)
-        self._tell(limit(best[0]))
+        _log.info(limit(best[0]))
         return best[1]
 
     def _orders(self, choice: Choice) -> tuple[tuple[str, ...], ...]:
@@ -374,7 +370,7 @@ class Search:
             return rankings(self._distortions(table), self._costs)
         paths = evenly(fold.split.calibrate, _WATCHED_IMAGES)
         count = len(prepared.placement.layers)
-        self._tell(f"what each of {count} layers does to detections in {len(paths)} images ...")
+        _log.info(f"what each of {count} layers does to detections in {len(paths)} images ...")
         watch = Displacement(
             self._graph, list(batches_of(self._graph, paths, self._settings.border))
         )
@@ -398,14 +394,14 @@ class Search:
             What was found, and a function that says it.
         """
         score, name, least, least_gain = self._budget()
-        self._tell(f"float layers until the {name} is {least:.3f} ...")
+        _log.info(f"float layers until the {name} is {least:.3f} ...")
 
         def trial(layers: tuple[str, ...]) -> float:
             start = time.perf_counter()
             whole = dataclasses.replace(choice, float_layers=layers)
             value = score([self._model(fold, whole) for fold in self._folds])
             self._keep("float layers", whole, value, start)
-            self._tell(f"{len(layers)} layers in float: {name} {value:.3f}")
+            _log.info(f"{len(layers)} layers in float: {name} {value:.3f}")
             return value
 
         slower = self._settings.max_slowdown
@@ -432,7 +428,7 @@ class Search:
         budget = least_agreement(drop)
         values = [fold.judge.harmless_agreement() for fold in self._folds]
         harmless = sum(values) / len(values)
-        self._tell(
+        _log.info(
             f"the budget of {drop:g} AP points stands for an agreement of {budget:.3f}; the float "
             f"network's with itself, a little noise on the images, is {harmless:.3f}"
         )
@@ -447,7 +443,7 @@ class Search:
         result = self._keep(decides, choice, pooled_agreement(judged), start)
         if decides != "weights":
             text = f"{result.variant}, {result.method}: agreement with float {result.agreement:.3f}"
-            self._tell(text)
+            _log.info(text)
         return result
 
     def _keep(self, decides: Decision, choice: Choice, value: float, start: float) -> Candidate:
@@ -506,7 +502,7 @@ class Search:
         prepared = fold.prepared
         paths = evenly(fold.split.calibrate, images_to_compare(self._graph))
         count = len(prepared.placement.layers)
-        self._tell(f"sensitivity of {count} layers over {len(paths)} images ...")
+        _log.info(f"sensitivity of {count} layers over {len(paths)} images ...")
         images = batches_of(self._graph, paths, self._settings.border)
         return layer_distortions(prepared.model, prepared.placement, table.amax, images)
 

@@ -454,7 +454,7 @@ def _pad(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     if given.get("mode", "constant") != "constant" or len(inputs) > 3:
         raise UserError(
             "the graph pads in a way that reconstruction by gradients does not know; leave "
-            "--reconstruct out."
+            "`reconstruct` out."
         )
     pads = _list(inputs[1])
     half = len(pads) // 2

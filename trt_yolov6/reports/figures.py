@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from markupsafe import Markup
+
 from trt_yolov6.common.statistics import Interval
 from trt_yolov6.reports.tables import Row
 
@@ -44,7 +46,7 @@ def trade_off(
     *,
     better: str = "left",
     y_label: str = "AP, %",
-) -> str:
+) -> Markup:
     """Draw accuracy over speed, as the paper's Figure 1.
 
     Points of one series are joined by a line, in the order of their speed. A bar across a point is
@@ -103,20 +105,20 @@ def trade_off(
                 f'text-anchor="{anchor}">{escape(_short(point.label))}</text>'
             )
     parts.append("</svg>")
-    return "".join(parts)
+    return Markup("".join(parts))  # every text in it is escaped
 
 
-def legend(kinds: Sequence[str]) -> str:
+def legend(kinds: Sequence[str]) -> Markup:
     """Return the legend of colours and shapes."""
     items = "".join(
         f'<span class="key"><svg viewBox="0 0 14 14" class="mark {_class(kind)}" '
         f'aria-hidden="true">{shape(kind, 7, 7)}</svg>{escape(kind)}</span>'
         for kind in kinds
     )
-    return f'<p class="legend">{items}</p>'
+    return Markup(f'<p class="legend">{items}</p>')
 
 
-def bar(share: float, kind: str = "", marker: float | None = None) -> str:
+def bar(share: float, kind: str = "", marker: float | None = None) -> Markup:
     """Return a horizontal bar.
 
     Args:
@@ -128,7 +130,7 @@ def bar(share: float, kind: str = "", marker: float | None = None) -> str:
     line = ""
     if marker is not None:
         line = f'<i class="roof" style="left:{100 * min(1.0, max(0.0, marker)):.2f}%"></i>'
-    return (
+    return Markup(
         f'<span class="bar" aria-hidden="true"><i class="fill {_class(kind)}" '
         f'style="width:{100 * share:.2f}%"></i>{line}</span>'
     )
