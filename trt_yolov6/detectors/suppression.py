@@ -183,7 +183,7 @@ class _Boxes:
         return self.vectors[6:]
 
     def __len__(self) -> int:
-        return self.values.shape[1]
+        return int(self.values.shape[1])
 
     def part(self, chosen: slice | NDArray[np.intp]) -> _Boxes:
         """Return some of them; by a slice, without a copy."""
