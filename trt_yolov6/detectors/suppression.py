@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 96
-"""Boxes that are compared with the kept ones, and with each other, at a time. With 300 of those,
-OpenBLAS still computes the product in one thread, which is faster."""
+"""Boxes that are compared with the kept ones, and with each other, at a time. For 300 boxes kept,
+the product is then small enough for OpenBLAS to compute it in one thread, which is faster."""
 
 _SLACK = 4e-6
 """Relative error of a squared distance in float32: ten roundings, each at most 6e-8 of twice the
