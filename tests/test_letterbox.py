@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trt_yolov6.data.letterbox import GRAY, fit, letterbox, resolve_border
+from trt_yolov6.data.letterbox import GRAY, fit, letterbox, resolve_border, to_sources
 from trt_yolov6.data.preprocessing import Fit
 from trt_yolov6.errors import UserError
 
@@ -179,3 +179,20 @@ def test_stretched_corners_come_back(height: int, width: int, size: tuple[int, i
 def test_a_border_is_for_letterboxes(mode: Fit) -> None:
     with pytest.raises(UserError, match=f"fit {mode}; leave `resize` and `border` out"):
         fit((40, 40), (64, 64), 3, mode)
+
+
+@given(
+    st.lists(st.tuples(sides, sides), min_size=1, max_size=5),
+    inputs,
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_boxes_of_several_images_are_mapped_as_each_alone(
+    sources: list[tuple[int, int]], size: tuple[int, int], seed: int, clip: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    placed = [fit(source, size) for source in sources]
+    boxes = random.uniform(-100, 900, (len(placed), 7, 4)).astype(np.float32)
+    found = to_sources(boxes, placed, clip)
+    for index, one in enumerate(placed):
+        np.testing.assert_array_equal(found[index], one.to_source(boxes[index], clip))
