@@ -356,7 +356,7 @@ ALL = [0, 1, 2, 3, 4]
 def test_channels_are_followed_through_parts_of_tensors(
     op: str,
     constants: list[list[int] | float],
-    attributes: dict[str, int],
+    attributes: dict[str, Any],
     parts: list[list[int]] | None,
 ) -> None:
     drawing = Drawing(0)
