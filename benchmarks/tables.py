@@ -271,8 +271,8 @@ def suppression_where() -> str:
     return (
         f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. {sets['different']} of "
         f"{sets['sets']} random sets, of up to {sets['most_candidates']} candidates, are another "
-        f"than on the CPU. {leak['batches']} batches leave {leak['gpu_bytes']} bytes of GPU memory "
-        f"and {leak['host_bytes']} of host memory behind. On one core of the CPU there "
+        f"than on the CPU. {leak['batches']} batches leak {leak['gpu_bytes']} bytes of GPU memory "
+        f"and {leak['host_bytes']} of host memory. On one core of the CPU there "
         f"({data['cpu_model']}), the sample network's {cpu['candidates']:.0f} candidates an image "
         f"take {cpu['suppress_ms']:.2f} ms.\n"
     )
