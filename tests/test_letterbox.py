@@ -138,6 +138,23 @@ def test_targets_and_borders_that_do_not_add_up_are_refused(
         resolve_border(resize, border, (640, 640))
 
 
+@pytest.mark.parametrize(
+    ("resize", "border", "says"),
+    [
+        (None, 120, "a border of 120 pixels does not fit the engine's input of 240x320; give "),
+        (None, 120, "between 0 and 119."),
+        (320, 4, "240x320 with a border of 4 on every side"),
+        ((300, 301), None, "300x301 with a border of equal pixels on every side"),
+    ],
+)
+def test_what_does_not_add_up_is_said_in_numbers(
+    resize: int | tuple[int, int] | None, border: int | None, says: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_border(resize, border, (240, 320))
+    assert says in str(caught.value)
+
+
 @given(sides, sides, inputs)
 def test_in_a_corner_the_picture_is_as_large_as_yolox_makes_it(
     height: int, width: int, size: tuple[int, int]

@@ -114,8 +114,6 @@ def fit(
             raise UserError(
                 f"a gray border is for letterboxed images, and this engine's input is of fit "
                 f"{mode}; leave `resize` and `border` out.",
-                "resize",
-                "border",
             )
         scale = min(size[0] / source[0], size[1] / source[1])
         shrunk = max(1, int(source[0] * scale)), max(1, int(source[1] * scale))
@@ -213,7 +211,6 @@ def resolve_border(
             raise UserError(
                 f"a border of {border} pixels does not fit the engine's input of "
                 f"{height}x{width}; give `border` between 0 and {(min(image_size) - 1) // 2}.",
-                "border",
             )
         return border
     if isinstance(resize, int):
@@ -231,7 +228,5 @@ def resolve_border(
             f"{border if border is not None else 'equal pixels'} on every side does not make the "
             f"engine's input of {height}x{width}; give a `resize` and a `border` so that "
             "resize + 2 x border is that.",
-            "resize",
-            "border",
         )
     return int(implied)
