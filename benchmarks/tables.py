@@ -275,15 +275,44 @@ def suppression_where() -> str:
         return _NOT_MEASURED
     data = result(SUPPRESSION)
     sets, leak = data["equality"], data["leak"]
-    cpu = data["cpu"]["sample"]
-    return (
-        f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. {sets['different']} of "
-        f"{sets['sets']} random sets, of up to {sets['most_candidates']} candidates, are another "
-        f"than on the CPU. {leak['batches']} batches leave {leak['gpu_bytes']} bytes of GPU memory "
-        f"and {leak['host_bytes']} of host memory behind. On one core of the CPU there "
-        f"({data['cpu_model']}), the sample network's {cpu['candidates']:.0f} candidates an image "
-        f"take {cpu['suppress_ms']:.2f} ms.\n"
+    rows = [*data["real"].values(), *data["speed"].values()]
+    text = (
+        f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. "
+        f"{sum(row['different'] for row in rows)} of the images of this table have other boxes "
+        f"than on the CPU. Of {sets['sets']} random sets, with up to {sets['most_candidates']} "
+        f"candidates, {sets['different']} have"
     )
+    if sets.get("commit", data.get("commit")) != data.get("commit"):
+        text += (
+            f", as of commit {sets['commit']}, before the kernel looked kept boxes up by cells; "
+            f"since then {data['emulated']['different']} of {data['emulated']['sets']} in the "
+            "tests' emulation on a CPU"
+        )
+    return text + (
+        f". {leak['batches']} batches leave {leak['gpu_bytes']} bytes of GPU memory and "
+        f"{leak['host_bytes']} of host memory behind.\n"
+    )
+
+
+CPU_SUPPRESSION = "cpu-suppression.json"
+
+
+def cpu_suppression() -> str:
+    """Time of suppression on a CPU, and OpenCV's."""
+    if not (RESULTS / CPU_SUPPRESSION).is_file():
+        return _NOT_MEASURED
+    rows = [
+        [
+            "the sample network" if name == "sample" else f"random boxes, {name}",
+            f"{row['candidates']:.0f}",
+            f"{row['suppress_ms']:.2f}",
+            f"{row['postprocess_ms']:.2f}",
+            f"{row['opencv_ms']:.2f}",
+        ]
+        for name, row in result(CPU_SUPPRESSION)["cpu"].items()
+    ]
+    head = ["outputs", "candidates", "suppression", "all post-processing", "OpenCV, all candidates"]
+    return markdown(head, rows)
 
 
 QAT = "qat-bccd.json"
@@ -653,6 +682,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: functools.partial(pictures, name) for name in picture_tables.TABLES},
     "suppression": suppression,
     "suppression-where": suppression_where,
+    "cpu-suppression": cpu_suppression,
     "qat-int8": qat_int8,
     "qat-visible": qat_visible,
     "qat-where": qat_where,
