@@ -9,6 +9,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import statistics
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import picture_tables
 from benchmarks.tensorrt8 import layer_kind
 from trt_yolov6.common.files import read_json, write_bytes
 
@@ -215,6 +217,12 @@ def gpu_whole() -> str:
         for row in parts["overhead"]
     ]
     return markdown(["", "measured", "ratio"], rows)
+
+
+def pictures(name: str) -> str:
+    """A table of the way from pictures to boxes."""
+    head, *rows = picture_tables.TABLES[name](result(picture_tables.RESULT))
+    return markdown(head, rows)
 
 
 def gpu_accuracy() -> str:
@@ -691,6 +699,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-whole": gpu_whole,
     "gpu-accuracy": gpu_accuracy,
     "gpu-where": gpu_where,
+    "pictures-where": lambda: picture_tables.where(result(picture_tables.RESULT)),
+    **{name: functools.partial(pictures, name) for name in picture_tables.TABLES},
     "suppression": suppression,
     "suppression-where": suppression_where,
     "cpu-suppression": cpu_suppression,
