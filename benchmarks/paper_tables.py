@@ -130,12 +130,13 @@ INTRODUCTION = """Written by `python -m benchmarks.paper_tables`. The paper's fi
 choice changes, not the figures themselves.
 """
 
-HOW = """Each AP of ours, in percent, is of all {images} images: {folds} networks, trained in \
-five-fold cross-validation, each judge the fold they never saw, and their detections are scored \
-together. In brackets is the 95 % interval of a bootstrap over the images. Differences are paired: \
-both networks are scored on the same draws. "Agree" means that the interval of the difference \
-excludes zero on the paper's side, "contradict" on the other, "cannot tell" that it includes zero. \
-The interval does not know that another seed gives another network; {repeats}.
+HOW = """Each AP of ours, in percent, is of {folds} networks, trained in five-fold \
+cross-validation over all {images} images: each judges the fold that it never saw. Where two \
+intervals of 95 % are given, the first is Student's over the folds, which differ in images and \
+seeds: it knows what chance does in training, from five values. The second is a bootstrap over the \
+images, of the AP of all folds' detections together. Differences are paired: the same folds, seeds \
+and draws. "Agree" means that each interval of the difference excludes zero on the paper's side, \
+"contradict" on the other side, "cannot tell" that one includes zero.
 """
 
 
@@ -144,38 +145,36 @@ def how_ours_came_about() -> str:
     data = _ablations()
     if data is None:
         return f"{NOT_MEASURED}\n"
-    repeats = [
-        f"{row['base'].upper()} trained again with five other seeds differs by {_points(row)}"
-        for row in data["repeats"]
-    ]
-    text = HOW.format(
-        images=data["images"],
-        folds=data["folds"],
-        repeats="; ".join(repeats)
-        or "no training was repeated with other seeds to see by how much",
-    )
-    calls = data["calls"]
-    gpus = sum(call["seconds"] * len(call["gpus"]) for call in calls)
+    parts = [HOW.format(images=data["images"], folds=data["folds"])]
+    for row in data["repeats"]:
+        network = f"YOLOv6-{row['base'].upper()}"
+        parts.append(
+            f"{network} trained again with five other seeds differs by {_points(row['folds'])} "
+            f"over folds, {_points(row['images'])} over images: so much is chance.\n"
+        )
+    for call in data["calls"]:
+        minutes = call["seconds"] * len(call["gpus"]) / 60
+        parts.append(
+            f"Made in {minutes:.0f} GPU minutes on {call['device']}, {call['pack']} trainings side "
+            f"by side on a GPU{' under MPS' if call['mps'] else ''}, {call['started'][:10]}: "
+            f"`{call['command']}`. {call.get('remark', '')}".strip()
+            + "\n"
+        )
     rows = [
         [
             network,
             f"{entry['epochs']}",
             entry["image_size"],
             entry["batch"],
-            f"{100 * entry['AP']['plain']['fold_mean']:.2f}",
-            _ap(entry["AP"]["plain"]),
+            _interval(entry["AP"]["plain"]["folds"]),
+            _interval(entry["AP"]["plain"]["images"]),
             f"{entry['seconds']:.0f} s",
         ]
         for network, name in SCHEDULES.items()
         if (entry := data["variants"].get(name)) is not None
     ]
     head = ["", "epochs", "pixels", "batch", "AP, mean of folds", "AP, all images", "a training"]
-    made = (
-        f"Made on {calls[0]['device']} in {gpus / 60:.0f} GPU minutes, {calls[0]['pack']} "
-        f"trainings side by side on a GPU{', under MPS' if calls[0]['mps'] else ''} "
-        f"({calls[0]['started'][:10]}): `{calls[-1]['command']}`."
-    )
-    return f"{text}\n{made}\n\n{markdown(head, rows)}"
+    return "\n".join([*parts, markdown(head, rows)])
 
 
 SCHEDULES = {
@@ -202,46 +201,47 @@ def grid(number: str) -> str:
         markdown(head, [[row, *(_blank(ap) for ap in aps)] for row, aps in theirs.items()]),
     ]
     data = _ablations()
-    own = {} if data is None else _own_cells(table, data)
-    if data is None or not any(own.values()):
+    if data is None or not data["tables"][number]:
         parts.append(f"{NOT_MEASURED}\n")
         return "\n".join(parts)
+    own = _own_cells(table, data)
     shown = [index for index in range(len(networks)) if any(row[index] for row in own.values())]
     rows = [[row, *(cells[index] for index in shown)] for row, cells in own.items() if any(cells)]
     parts.append(f"**Ours** (AP of BCCD; {_schedule(table, data)}):\n")
     parts.append(markdown([table.what, *(networks[index] for index in shown)], rows))
     compared = data["tables"][number]
-    if compared:
-        lines = []
-        for row in compared:
-            column = networks.index(row["network"])
-            change = _their_change(theirs, row, column)
-            lines.append(
-                [
-                    row["network"],
-                    f"{row['row']} against {row['base']}",
-                    "" if change is None else f"{change:+.1f}",
-                    _points(row),
-                    "" if change is None else f"**{verdict(change, row)}**",
-                ]
-            )
-        parts.append(markdown(["Network", "Change", "theirs", "ours", ""], lines))
-        parts.append(f"{sentence(theirs, networks, compared)}\n")
+    lines = []
+    for row in compared:
+        column = networks.index(row["network"])
+        change = _their_change(theirs, row, column)
+        lines.append(
+            [
+                row["network"],
+                f"{row['row']} against {row['base']}",
+                "" if change is None else f"{change:+.1f}",
+                _points(row["folds"]),
+                _points(row["images"]),
+                "" if change is None else f"**{verdict(change, row)}**",
+            ]
+        )
+    parts.append(markdown(["Network", "Change", "theirs", *_INTERVALS, ""], lines))
+    parts.append(f"{sentence(theirs, networks, compared)}\n")
     return "\n".join(parts)
 
 
-def verdict(theirs: float, ours: Mapping[str, float]) -> str:
-    """Return whether a difference agrees with the paper's, by its interval.
+def verdict(theirs: float, ours: Mapping[str, Any]) -> str:
+    """Return whether a difference agrees with the paper's, by its intervals.
 
     Args:
         theirs: difference of AP in points.
-        ours: `value`, `low` and `high` of ours, 0..1.
+        ours: intervals over `folds` and, None where it is not known, over `images`, 0..1.
     """
-    if ours["low"] <= 0 <= ours["high"]:
+    known = [one for one in (ours["folds"], ours["images"]) if one is not None]
+    above = all(one["low"] > 0 for one in known)
+    below = all(one["high"] < 0 for one in known)
+    if not above and not below:
         return "cannot tell"
-    if theirs == 0:
-        return "contradict"
-    return "agree" if (theirs > 0) == (ours["value"] > 0) else "contradict"
+    return "agree" if (above and theirs > 0) or (below and theirs < 0) else "contradict"
 
 
 def sentence(
@@ -261,13 +261,17 @@ def sentence(
             what = f"{len(names)} of {sum(map(len, said.values()))} comparisons"
             listed = "" if kind == "cannot tell" else f" ({', '.join(names)})"
             parts.append(f"{kind} in {what}{listed}")
-    half = statistics.median((row["high"] - row["low"]) / 2 for row in compared)
-    return f"Ours {'; '.join(parts)}. {smallest(half)}"
+    return f"Ours {'; '.join(parts)}. {smallest(compared)}"
 
 
-def smallest(half: float) -> str:
-    """Return the sentence on the smallest difference that can be shown."""
-    return f"The smallest difference that this can show is about {100 * half:.1f} points."
+def smallest(compared: Sequence[Mapping[str, Any]]) -> str:
+    """Return the sentence on the smallest difference that comparisons can show."""
+    halves = [
+        max((one["high"] - one["low"]) / 2 for one in (row["folds"], row["images"]) if one)
+        for row in compared
+    ]
+    most = 100 * statistics.median(halves)
+    return f"The smallest difference that this can show is about {most:.1f} points."
 
 
 def _their_change(
@@ -310,12 +314,24 @@ def _ablations() -> dict[str, Any] | None:
     return data
 
 
-def _ap(found: Mapping[str, float]) -> str:
+_INTERVALS = ("ours, over folds", "over images")
+
+
+def _ap(found: Mapping[str, Any]) -> str:
+    """Return an AP as text: of all images, else the mean of the folds."""
+    return _interval(found["images"] or found["folds"])
+
+
+def _interval(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return ""
     return f"{100 * found['value']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
-def _points(row: Mapping[str, float]) -> str:
-    return f"{100 * row['value']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+def _points(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return ""
+    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
 
 
 def _blank(value: float | None) -> str:
@@ -385,14 +401,17 @@ def variants_table(rows: Mapping[str, str], pairs: Sequence[tuple[str, str]]) ->
     compared = [row for row in data["pairs"] if (row["variant"], row["base"]) in pairs]
     if compared:
         text += "\n" + markdown(
-            ["Change", "AP"],
+            ["Change", *_INTERVALS],
             [
-                [f"{labels[row['variant']]} against {labels[row['base']]}", _points(row)]
+                [
+                    f"{labels[row['variant']]} against {labels[row['base']]}",
+                    _points(row["folds"]),
+                    _points(row["images"]),
+                ]
                 for row in compared
             ],
         )
-        half = statistics.median((row["high"] - row["low"]) / 2 for row in compared)
-        text += f"\n{smallest(half)}"
+        text += f"\n{smallest(compared)}"
     return f"{text}\n"
 
 
