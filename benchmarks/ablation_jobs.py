@@ -50,7 +50,7 @@ from trt_yolov6.training.trainer import LAST_FILE, train
 if TYPE_CHECKING:
     from trt_yolov6.models.network import YOLOv6
     from trt_yolov6.training.qat.onnx_module import GraphNetwork
-    from trt_yolov6.training.qat.training import Start
+    from trt_yolov6.training.qat.preparation import Start
 
 STATE_SECONDS = 25.0
 
@@ -260,7 +260,8 @@ def _fold_ap(truth: Truth, fold: int, rows: Any) -> float:
 
 
 def _quantize(order: Order, variant: Variant) -> dict[str, Any]:
-    from trt_yolov6.training.qat.training import QatSettings, train_quantized
+    from trt_yolov6.training.qat.settings import QatSettings
+    from trt_yolov6.training.qat.training import train_quantized
 
     how = variant.quantized
     assert how is not None
@@ -303,7 +304,7 @@ def _started(order: Order, how: Quantized) -> Start:
     """Return a fold's network, calibrated, with the layers in float that a metric names."""
     from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
     from trt_yolov6.quantization.settings import QuantizationSettings
-    from trt_yolov6.training.qat.training import prepare_graph
+    from trt_yolov6.training.qat.preparation import prepare_graph
 
     checkpoint = load_checkpoint(order.checkpoint_of(how.network))
     size = order.image_size
@@ -353,8 +354,8 @@ def _ranked_by_ap(order: Order, start: Start) -> list[str]:
 
     Of training images: those to be judged on must not choose.
     """
+    from trt_yolov6.quantization.fake_quantize import WIDEST, activation_levels
     from trt_yolov6.quantization.sensitivity import input_scales, only_layer
-    from trt_yolov6.training.qat.fake_quantize import WIDEST, activation_levels
     from trt_yolov6.training.qat.onnx_module import GraphNetwork
 
     whole = load_coco(order.data, train_split(order.fold))

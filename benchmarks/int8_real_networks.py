@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--modelopt", type=Path, help="Python with ModelOpt")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     wanted = options.tools.split(";") if options.tools else None
     for network in NETWORKS:
         if network.name not in options.networks.split(","):
@@ -259,10 +260,7 @@ def _tools(
 
 
 def _own(judged: _Judged, settings: QuantizationSettings) -> onnx.ModelProto:
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    return quantize(judged.graph, judged.folder, settings, tell=say).graph.model
+    return quantize(judged.graph, judged.folder, settings).graph.model
 
 
 if __name__ == "__main__":

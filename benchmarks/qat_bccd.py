@@ -44,15 +44,11 @@ from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.dataset import load_training_set
+from trt_yolov6.training.qat.export import trained_graph
 from trt_yolov6.training.qat.onnx_module import Quantization, Trained
-from trt_yolov6.training.qat.training import (
-    QatSettings,
-    Start,
-    evaluate_network,
-    prepare_graph,
-    train_quantized,
-    trained_graph,
-)
+from trt_yolov6.training.qat.preparation import Start, prepare_graph
+from trt_yolov6.training.qat.settings import QatSettings
+from trt_yolov6.training.qat.training import evaluate_network, train_quantized
 
 WEIGHTS = Path("samples/yolov6n_bccd.pt")
 CALIB = Path("calib")

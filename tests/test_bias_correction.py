@@ -18,8 +18,8 @@ from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.bias_correction import (
     BiasCorrection,
-    correct_biases,
     with_errors_removed,
+    without_mean_rounding,
 )
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
@@ -102,7 +102,7 @@ def test_in_a_linear_network_no_mean_error_is_left(bias: bool) -> None:
         return float(np.abs(difference.mean(axis=(0, 2, 3))).max())
 
     # What is left is how the rounding of activations depends on the mean that was corrected.
-    assert mean_error(correct_biases(model, rough, images)) < 0.15 * mean_error(rough)
+    assert mean_error(BiasCorrection(model, images).correct(rough)) < 0.15 * mean_error(rough)
 
 
 def test_coarse_weights_lose_less_on_images_not_seen_before() -> None:
@@ -110,7 +110,7 @@ def test_coarse_weights_lose_less_on_images_not_seen_before() -> None:
     rough = coarse(quantized(model, images))
     unseen = noise(8, 1)
     before = squared_error(model, rough, unseen)[0]
-    after = squared_error(model, correct_biases(model, rough, images), unseen)[0]
+    after = squared_error(model, BiasCorrection(model, images).correct(rough), unseen)[0]
     assert after < 0.5 * before
 
 
@@ -118,7 +118,7 @@ def test_only_biases_change_and_the_argument_does_not() -> None:
     model, images = network("Relu"), noise(4, 0)
     int8 = quantized(model, images)
     content = int8.SerializeToString(deterministic=True)
-    result = correct_biases(model, int8, images)
+    result = BiasCorrection(model, images).correct(int8)
     assert int8.SerializeToString(deterministic=True) == content
     before = {item.name: item.SerializeToString() for item in int8.graph.initializer}
     after = {item.name: item.SerializeToString() for item in result.graph.initializer}
@@ -134,7 +134,7 @@ def test_one_correction_serves_several_graphs_and_gives_each_the_same() -> None:
     ]
     correction = BiasCorrection(model, images)
     for graph in graphs:
-        alone = correct_biases(model, graph, images).SerializeToString()
+        alone = BiasCorrection(model, images).correct(graph).SerializeToString()
         assert correction.correct(graph).SerializeToString() == alone
 
 
@@ -147,7 +147,7 @@ def test_a_layer_s_error_hardly_depends_on_what_else_is_in_float() -> None:
         squared_error(model, graph, noise(8, 1))[0]
         for graph in (
             partly,
-            correct_biases(model, partly, images),
+            BiasCorrection(model, images).correct(partly),
             with_errors_removed(partly, errors),
         )
     )
@@ -164,5 +164,24 @@ def test_the_sample_in_int8_comes_nearer_to_float(sample_320: Graph, root: Path)
     )
     int8 = quantized(model, images)
     before = squared_error(model, int8, unseen)
-    after = squared_error(model, correct_biases(model, int8, images), unseen)
+    after = squared_error(model, BiasCorrection(model, images).correct(int8), unseen)
     assert all(second < first for first, second in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_rounding_weights_adds_in_the_mean_is_taken_back_without_images(bias: bool) -> None:
+    model, images = network("Relu", bias, kernel=1), noise(4, seed=1)
+    rounded = coarse(quantized(model, images))
+    means = np.stack([image.mean(axis=(0, 2, 3)) for image in images]).astype(float).mean(axis=0)
+    corrected = without_mean_rounding(model, rounded, {"images": np.asarray(means)})
+
+    def error(changed: onnx.ModelProto) -> float:
+        own, expected = (
+            collect(one, images, ["y0"])["y0"].mean_per_channel for one in (changed, model)
+        )
+        assert own is not None
+        assert expected is not None
+        return float(np.abs(own - expected).max())
+
+    # What is left is the rounding of the images.
+    assert error(corrected) < 0.1 * error(rounded)

@@ -67,6 +67,9 @@ class Drawing:
         same = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
         if kind == "conv":
             self.convolution(source)
+        elif kind == "pointwise":
+            bias = [self.normal(4)] if len(self.nodes) % 2 else []
+            self.add("Conv", [source, self.normal(4, count, 1, 1), *bias], 4)
         elif kind == "depthwise":
             self.convolution(source, outputs=count, groups=count)
         elif kind == "grouped":
@@ -148,7 +151,7 @@ class Drawing:
 
 
 KINDS = [
-    *("conv", "conv", "conv", "depthwise", "grouped", "transposed", "transposed in groups"),
+    *("conv", "conv", "pointwise", "depthwise", "grouped", "transposed", "transposed in groups"),
     *("Relu", "Relu", "LeakyRelu", "PRelu", "Sigmoid", "HardSwish", "SiLU", "Identity"),
     *("MaxPool", "AveragePool", "Resize", "Concat", "halves", "Split", "Add", "attention"),
     *("scaled", "shifted", "shuffle"),
@@ -211,6 +214,64 @@ def test_equalized_networks_compute_the_same_with_no_more_noise(
     assert_same_function(model, result)
     if smooth is False:  # the same convolutions, so that their sums compare
         assert noise_to_signal(result) <= noise_to_signal(model) * 1.001
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn_models, st.integers(0, 2**31))
+def test_whatever_is_subtracted_the_function_stays(model: onnx.ModelProto, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    channels = trace_channels(model, through_activations=True)
+    shifts = {name: rng.normal(size=len(channels.sources[name])) for name in channels.shiftable}
+    factors = np.ones(channels.count, np.float32)
+    factors[FIXED + 1 :] = np.exp2(rng.uniform(-2, 2, channels.count - 1))
+    assert_same_function(model, rescale(model, channels, factors, shifts))
+
+
+def pointwise_after(kind: str, pads: int = 0, *between: str) -> tuple[Drawing, onnx.ModelProto]:
+    """A convolution, an activation, what stands between, and a convolution of one pixel."""
+    drawing = Drawing(0)
+    drawing.grow(kind, drawing.convolution("images"), "")
+    for name in between:
+        drawing.grow(name, list(drawing.channels)[-1], list(drawing.channels)[-1])
+    last = list(drawing.channels)[-1]
+    weight = drawing.normal(4, drawing.channels[last], 1, 1)
+    drawing.convolution(drawing.add("Conv", [last, weight], 4, pads=[pads] * 4))
+    return drawing, drawing.model()
+
+
+@pytest.mark.parametrize(
+    ("kind", "pads", "between", "count"),
+    [
+        ("SiLU", 0, (), 1),
+        ("HardSwish", 0, (), 1),
+        ("SiLU", 0, ("MaxPool", "shuffle", "Concat"), 1),
+        ("SiLU", 1, (), 0),  # zeros stand around it
+        ("SiLU", 0, ("AveragePool",), 0),  # its border is a mean with zeros, or not
+        ("Relu", 0, (), 0),  # fused with the convolution before it
+    ],
+)
+def test_channels_are_shifted_where_only_unpadded_convolutions_read_them(
+    kind: str, pads: int, between: tuple[str, ...], count: int
+) -> None:
+    _, model = pointwise_after(kind, pads, *between)
+    assert len(trace_channels(model, through_activations=True).shiftable) == count
+
+
+def test_shifted_channels_reach_as_far_below_zero_as_above() -> None:
+    _, model = pointwise_after("SiLU")
+    result = equalize(model, measured(model), shift=True)
+    assert_same_function(model, result)
+    tensor = next(
+        node.input[0] for node in result.graph.node if node.input[0].endswith("_equalized")
+    )
+    rng = np.random.default_rng(1)
+    images = [rng.normal(size=(1, 4, SIZE, SIZE)).astype(np.float32) for _ in range(4)]
+    found = collect(result, images, [tensor])[tensor]
+    assert found.low_per_channel is not None
+    assert found.high_per_channel is not None
+    np.testing.assert_allclose(found.low_per_channel, -found.high_per_channel, rtol=1e-4)
+    # And no channel has fewer of INT8's levels than it can have.
+    np.testing.assert_allclose(found.high_per_channel, found.amax, rtol=0.02)
 
 
 def free_channels(*kinds: str) -> int:
@@ -342,7 +403,7 @@ def sample(sample_320: Graph) -> onnx.ModelProto:
     return sample_320.model
 
 
-def quantized(model: onnx.ModelProto, folder: Path, limit: int | None = 12) -> onnx.ModelProto:
+def quantized(model: onnx.ModelProto, folder: Path, limit: int = 12) -> onnx.ModelProto:
     placement = place(model)
     images = calibration_batches(folder, input_spec(model), limit=limit)
     found = collect(model, images, placement.tensors)
@@ -384,7 +445,7 @@ def test_hard_swish_networks_are_saved_by_smoothing(root: Path, tmp_path: Path) 
         pytest.skip(f"{path} is not here")
     model, data = onnx.load(path), shared / "data" / "coco256"
     folder = data / "images" / "train2017"
-    images = calibration_batches(folder, input_spec(model))
+    images = calibration_batches(folder, input_spec(model), limit=32)
     equalized = equalize(model, collect(model, images, tensors_to_measure(model)))
-    result = quantized(equalized, folder, limit=None)
+    result = quantized(equalized, folder, limit=32)
     assert graph_precision(result, tmp_path, load_coco(data, "val2017")) >= 0.33

@@ -26,7 +26,8 @@ from trt_yolov6.quantization.qdq.integer_arithmetic import (
 from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import FP8
-from trt_yolov6.training.qat.training import Start, prepare, trained_graph
+from trt_yolov6.training.qat.export import trained_graph
+from trt_yolov6.training.qat.preparation import Start, prepare
 
 
 def run(

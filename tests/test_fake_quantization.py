@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_yolov6.training.qat.fake_quantize import (
+from trt_yolov6.quantization.fake_quantize import (
     FakeQuantizer,
     Levels,
     activation_levels,

@@ -21,8 +21,9 @@ from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_chec
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.models.decode import decode
 from trt_yolov6.quantization.settings import QuantizationSettings
+from trt_yolov6.training.qat.export import trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, feature_tensors, weight_scale
-from trt_yolov6.training.qat.training import Start, prepare, prepare_graph, trained_graph
+from trt_yolov6.training.qat.preparation import Start, prepare, prepare_graph
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
 

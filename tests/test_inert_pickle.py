@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 from collections import OrderedDict
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +104,83 @@ def test_what_a_checkpoint_needs_becomes_a_shell_that_does_nothing(module: str, 
     assert shell.origin == f"{module.replace('__builtin__', 'builtins')}.{name}"
     assert shell.args == (5,)
     assert shell.state is None
+
+
+def test_instances_of_one_class_are_shells_of_one_class() -> None:
+    conv, other = named("torch.nn", "Conv2d"), named("torch.nn", "Linear")
+    # Protocol 0 ends with a dot; the values are put into one list.
+    content = b"(" + conv[:-1] + conv[:-1] + other[:-1] + b"l."
+    first, second, third = load_inert(content, FILE)
+    assert type(first) is type(second)
+    assert type(first) is not type(third)
+
+
+def test_a_name_of_any_length_is_said_in_a_line() -> None:
+    with pytest.raises(UserError) as caught:
+        load_inert(named("yolov6x", "m" * 1000), FILE)
+    assert "holds yolov6x.mmm" in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+class StorageType(pickle.Pickler):
+    """Writes a storage as PyTorch does: a reference by `persistent_id`."""
+
+    def __init__(self, file: io.BytesIO, pid: Any) -> None:
+        super().__init__(file, 2)
+        self._pid = pid
+
+    def persistent_id(self, value: Any) -> Any:
+        return self._pid if value == "here" else None
+
+
+def stored(pid: Any) -> Any:
+    """Return what comes of a pickle that refers to a storage so."""
+    file = io.BytesIO()
+    StorageType(file, pid).dump("here")
+    return load_inert(file.getvalue(), FILE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(torch.FloatStorage, "float32"), (torch.HalfStorage, "float16"), (torch.LongStorage, "int64")],
+)
+def test_a_storage_becomes_a_reference_to_its_record(kind: type, dtype: str) -> None:
+    assert stored(("storage", kind, "17", "cpu", 5)) == (dtype, "17", 5)
+
+
+@pytest.mark.parametrize(
+    "pid",
+    [
+        "17",
+        ("storage", torch.FloatStorage, "17", "cpu"),
+        ("module", torch.FloatStorage, "17", "cpu", 5),
+        ("storage", torch.nn.Conv2d, "17", "cpu", 5),
+        ("storage", "FloatStorage", "17", "cpu", 5),
+        ("storage", torch.FloatStorage, 17, "cpu", 5),
+        ("storage", torch.FloatStorage, "17", "cpu", "5"),
+    ],
+)
+def test_a_storage_of_another_kind_is_refused(pid: Any) -> None:
+    with pytest.raises(UserError, match=r"x\.pt is damaged"):
+        stored(pid)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1), st.sampled_from([0, 1, 2, 3, 4, 5]))
+def test_what_is_one_value_stays_one(places: list[int], protocol: int) -> None:
+    """Whatever slot of the memo it comes from."""
+    parts = [[number] for number in range(5)]
+    found = loaded([parts[place] for place in places], protocol)
+    for one, place in zip(found, places, strict=True):
+        assert one == [place]
+        assert one is found[places.index(place)]
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_a_list_may_contain_itself(protocol: int) -> None:
+    value: list[Any] = []
+    value.append(value)
+    found = loaded(value, protocol)
+    assert found[0] is found
 
 
 @pytest.mark.parametrize(

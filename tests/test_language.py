@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -72,3 +73,33 @@ def test_words_that_have_a_plainer_one_are_not_used(place: str) -> None:
 )
 def test_the_patterns_find_the_words_and_nothing_else(line: str, is_banned: bool) -> None:
     assert any(re.search(pattern, line) for pattern in BANNED.values()) == is_banned
+
+
+def _words_of(error: ast.Call) -> str:
+    """Return an error's text, values left out, without the commands that it has in backticks."""
+    parts = [
+        node.value
+        for node in ast.walk(error)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    pieces = "".join(parts).split("`")
+    return " ".join(text for i, text in enumerate(pieces) if i % 2 == 0 or " " not in text)
+
+
+@pytest.mark.parametrize(
+    "package", sorted({path.parent for path in (ROOT / "trt_yolov6").rglob("*.py")}), ids=str
+)
+def test_errors_outside_the_command_line_name_parameters(package: Path) -> None:
+    """Python's callers know no options; `cli` puts them in the place of parameters."""
+    if package.name == "cli":
+        return
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {_words_of(node)}"
+        for path in package.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("UserError", "MissingDependencyError", "ClassesDifferError")
+        and re.search(r"(?<![\w-])--[a-z]", _words_of(node))
+    ]
+    assert not found, "\n" + "\n".join(found)

@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 from support.accuracy import average_precision, first_images, graph_precision
+from support.logs import logged
 from support.pictures import save_noise
 from support.quantized import MINMAX, convolutions, small_detector, weights_dtype
 
@@ -27,17 +28,19 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization import judge as judging
+from trt_yolov6.quantization import search
 from trt_yolov6.quantization.pipeline import QuantizedGraph, calibrate, quantize
-from trt_yolov6.quantization.search import Search
+from trt_yolov6.quantization.search import Choice, Search
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import read_table, write_table
+from trt_yolov6.quantization.weights import Weights
 from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
 
 
 def write_pictures(folder: Path) -> Path:
-    """Write four pictures of noise into a new folder."""
+    """Write three pictures of noise: too few to judge by others than those that calibrate."""
     folder.mkdir()
-    for number in range(4):
+    for number in range(3):
         save_noise(folder / f"{number}.png", seed=number)
     return folder
 
@@ -50,7 +53,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Graph:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four pictures of noise, to be changed at will."""
+    """Three pictures of noise, to be changed at will."""
     return write_pictures(tmp_path / "pictures")
 
 
@@ -80,7 +83,7 @@ def test_all_convolutions_store_int8(tiny: Graph, tiny_int8: QuantizedGraph) -> 
 
 def test_the_default_takes_the_candidate_that_agrees_best(tiny_int8: QuantizedGraph) -> None:
     result = tiny_int8
-    ranges = [item for item in result.candidates if item.decides == "graph and ranges"]
+    ranges = [item for item in result.candidates if item.decides == "ranges"]
     tried = [item for item in ranges if item.variant == result.table.variant]
     chosen = set(result.table.methods.values())
     assert len(chosen) == 1
@@ -103,8 +106,8 @@ def test_a_table_of_the_same_things_is_used_again_and_said_so(
     first = tiny_int8
     assert first.note == ""
     write_table(file, first.table)
-    said: list[str] = []
-    again = quantize(tiny, folder, table_file=file, tell=said.append)
+    with logged() as said:
+        again = quantize(tiny, folder, table_file=file)
     assert "same model, images and settings" in again.note
     assert again.note in said
     assert again.candidates == ()
@@ -206,8 +209,12 @@ def test_float_layers_are_searched_with_the_biases_that_will_be_built(
 
     settings = dataclasses.replace(MINMAX, float_layers="auto")
     for helps in (True, False):
-        chosen = "biases" if helps else "nearest"
-        monkeypatch.setattr(Search, "_choose_weights", lambda *_, chosen=chosen: chosen)
+        weights: Weights = "biases" if helps else "nearest"
+
+        def chosen(_: Search, choice: Choice, weights: Weights = weights) -> Choice:
+            return dataclasses.replace(choice, weights=weights)
+
+        monkeypatch.setattr(Search, "_with_weights", chosen)
         seen.clear()
         result = quantize(tiny, folder, settings, score=score)
         assert result.table.biases_corrected is helps
@@ -219,10 +226,10 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
     tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging.Judge, "harmless_agreement", lambda _: 0.25)
-    monkeypatch.setattr(judging.Judge, "confident_agreement", lambda *_: 0.3)
-    told: list[str] = []
+    monkeypatch.setattr(search, "pooled_agreement", lambda *_: 0.3)
     settings = dataclasses.replace(MINMAX, float_layers="auto", max_ap_drop=0.01)
-    result = quantize(tiny, folder, settings, tell=told.append)
+    with logged() as told:
+        result = quantize(tiny, folder, settings)
     assert result.table.float_layers == ()
     assert "float layers until the agreement with float is 0.250 ..." in told
 
@@ -320,9 +327,8 @@ def test_a_wrong_choice_of_float_layers_is_refused_before_the_calibration(
     tiny: Graph, folder: Path, wrong: dict[str, Any]
 ) -> None:
     settings = dataclasses.replace(MINMAX, **{"float_layers": "auto", **wrong})
-    told: list[str] = []
-    with pytest.raises(UserError):
-        quantize(tiny, folder, settings, tell=told.append)
+    with logged() as told, pytest.raises(UserError):
+        quantize(tiny, folder, settings)
     assert not told
 
 

@@ -29,18 +29,12 @@ from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.tensorrt_cache import read_cache
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.spec import PredictOptions
-from trt_yolov6.training.dataset import load_training_set
+from trt_yolov6.training.dataset import TrainingSet, load_training_set
+from trt_yolov6.training.qat.export import rounded_weights, trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, _Compact
-from trt_yolov6.training.qat.training import (
-    QatSettings,
-    Start,
-    evaluate_network,
-    prepare,
-    prepare_graph,
-    rounded_weights,
-    train_quantized,
-    trained_graph,
-)
+from trt_yolov6.training.qat.preparation import Start, prepare, prepare_graph
+from trt_yolov6.training.qat.settings import QatSettings
+from trt_yolov6.training.qat.training import QatResult, evaluate_network, train_quantized
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
 
@@ -245,43 +239,74 @@ def test_without_pairs_the_weights_lie_on_the_levels(start: Start, shapes: Path)
         assert np.abs(np.rint(levels)).max() <= 127
 
 
+class Stop(Exception):
+    """Ends a training from inside."""
+
+
+class Stopping:
+    """A training set that gives out a number of batches and then raises `Stop`."""
+
+    def __init__(self, data: TrainingSet, batches: int) -> None:
+        self._data = data
+        self._left = batches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batch(self, *arguments: Any, **named: Any) -> Any:
+        if not self._left:
+            raise Stop
+        self._left -= 1
+        return self._data.batch(*arguments, **named)
+
+
+@pytest.fixture(scope="module")
+def two_epochs(start: Start, shapes: Path) -> QatResult:
+    """A training of two epochs of two steps each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = train_quantized(start, settings_for(shapes, epochs=2), device="cpu", progress=False)
+    torch.set_num_threads(threads)
+    return result
+
+
+@pytest.mark.parametrize("seconds", [30, 0], ids=["after an epoch", "after a step"])
 def test_it_goes_on_where_it_was_stopped(
-    start: Start, shapes: Path, tmp_path: Path, one_thread: None
+    start: Start,
+    shapes: Path,
+    tmp_path: Path,
+    two_epochs: QatResult,
+    one_thread: None,
+    seconds: float,
 ) -> None:
-    settings = settings_for(shapes, epochs=2)
-    whole = train_quantized(start, settings, device="cpu", progress=False)
-
-    class Stop(Exception):
-        pass
-
-    state = tmp_path / "state.pt"
-    data = load_training_set(shapes, "train", 64, "cpu", progress=False)
-    calls: list[int] = []
-
-    class Stopping:
-        """The training set, until the second epoch is half over."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(data, name)
-
-        def __len__(self) -> int:
-            return len(data)
-
-        def batch(self, *arguments: Any, **named: Any) -> Any:
-            calls.append(1)
-            if len(calls) > 3:
-                raise Stop
-            return data.batch(*arguments, **named)
-
-    stopping: Any = Stopping()
+    settings, state = settings_for(shapes, epochs=2), tmp_path / "state.pt"
+    stopping: Any = Stopping(load_training_set(shapes, "train", 64, "cpu", progress=False), 3)
     with pytest.raises(Stop):
         train_quantized(
-            start, settings, device="cpu", progress=False, state_file=state, data=stopping
+            start,
+            settings,
+            device="cpu",
+            progress=False,
+            state_file=state,
+            state_seconds=seconds,
+            data=stopping,
         )
-    resumed = train_quantized(start, settings, device="cpu", progress=False, state_file=state)
-    for name, value in constants(whole.trained.model).items():
+    said: list[str] = []
+    resumed = train_quantized(start, settings, device="cpu", state_file=state, tell=said.append)
+    assert "2 epochs, 1 of them done" in said[0]
+    for name, value in constants(two_epochs.trained.model).items():
         np.testing.assert_array_equal(constants(resumed.trained.model)[name], value)
-    assert resumed.trained.amax == whole.trained.amax
+    assert resumed.trained.amax == two_epochs.trained.amax
+    for one, other in zip(resumed.log, two_epochs.log, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_a_state_of_another_training_is_refused(start: Start, shapes: Path, tmp_path: Path) -> None:
+    settings, state = settings_for(shapes), tmp_path / "state.pt"
+    train_quantized(start, settings, device="cpu", progress=False, state_file=state)
     other = dataclasses.replace(settings, seed=5)
     with pytest.raises(UserError, match="other settings"):
         train_quantized(start, other, device="cpu", progress=False, state_file=state)
@@ -347,12 +372,13 @@ def kept_bytes(forward: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"epochs": 0}, "give --epochs 1 or more"),
-        ({"batch": 0}, "give --batch 1 or more"),
-        ({"learning_rate": float("nan")}, "give one above 0"),
-        ({"temperature": 0.0}, "give --temperature above 0"),
-        ({"distill_weight": -1.0}, "give --distill-weight 0 or more"),
-        ({"bits": 1}, "give bits=2 to 8"),
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+        ({"batch": 0}, "`batch` must be at least 1"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be above 0"),
+        ({"scale_learning_rate": -1.0}, "`scale_learning_rate` must be above 0"),
+        ({"temperature": 0.0}, "`temperature` must be above 0"),
+        ({"distill_weight": -1.0}, "`distill_weight` must be at least 0"),
+        ({"bits": 1}, "`bits` must be 2 to 8"),
     ],
 )
 def test_wrong_settings_are_refused(named: dict[str, Any], message: str) -> None:
@@ -370,7 +396,7 @@ def test_nothing_but_float_layers_is_refused(calib: Path) -> None:
     _, graph = tiny_graph("repvgg")
     every = tuple(layer_names(graph.model).values())
     settings = dataclasses.replace(MINMAX, float_layers=every)
-    with pytest.raises(UserError, match="name fewer with --float-layers"):
+    with pytest.raises(UserError, match="name fewer in `float_layers`"):
         prepare_graph(graph, ARCHITECTURES["repvgg"], calib, quantization=settings)
 
 
@@ -466,7 +492,10 @@ def test_bad_data_is_found_before_the_calibration(
         (["--data", "{shapes}"], "--weights is missing"),
         (["--data", "{shapes}", "--weights", "none.pt"], "none.pt"),
         (["--data", "{shapes}", "--weights", "{tiny}", "--model", "s"], "leave --model out"),
-        (["--data", "{shapes}", "--weights", "{tiny}", "--lr", "0"], "give one above 0"),
+        (
+            ["--data", "{shapes}", "--weights", "{tiny}", "--lr", "0"],
+            "--lr must be above 0, got 0.0",
+        ),
         (
             ["--data", "{shapes}", "--weights", "{tiny}", "--no-distillation", "--temperature=2"],
             "leave --no-distillation out",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +18,20 @@ from support.quantized import MINMAX, convolutions, small_detector
 from trt_yolov6.cli.options import percent
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.quantization.bias_correction import correct_biases, with_layers_of
+from trt_yolov6.quantization.bias_correction import BiasCorrection, with_layers_of
+from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
-from trt_yolov6.quantization.judge import Judge, batches_of, split_images
+from trt_yolov6.quantization.judge import Judge, batches_of, images_to_build_from, split_images
 from trt_yolov6.quantization.mixed_precision import (
     LayerCost,
     choose_float_layers,
     rankings_by_displacement,
 )
 from trt_yolov6.quantization.pipeline import calibrate, quantize
+from trt_yolov6.quantization.preparation import RANGE_BITS
 from trt_yolov6.quantization.qdq.insert import insert_qdq
-from trt_yolov6.quantization.search import tried_table
 from trt_yolov6.quantization.settings import check_settings
+from trt_yolov6.quantization.trials import tried_table
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +54,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_of_many_images_half_judge_and_none_does_both() -> None:
     paths = [Path(f"{number}.jpg") for number in range(33)]
-    split = split_images(paths)
+    (split,) = split_images(paths)
     assert split.is_held_out
     assert not set(split.calibrate) & set(split.judge)
     assert sorted((*split.calibrate, *split.judge)) == sorted(paths)
     assert len(split.calibrate) - len(split.judge) in (0, 1)
 
 
-def test_of_few_images_all_do_both() -> None:
-    paths = [Path(f"{number}.jpg") for number in range(15)]
-    split = split_images(paths)
+def test_of_few_images_each_half_judges_what_the_other_made() -> None:
+    paths = [Path(f"{number:02}.jpg") for number in range(15)]
+    folds = split_images(paths)
+    assert all(fold.is_held_out for fold in folds)
+    assert sorted(path for fold in folds for path in fold.judge) == paths
+    assert images_to_build_from(folds) == tuple(paths)
+
+
+def test_of_three_images_all_do_both() -> None:
+    paths = [Path(f"{number}.jpg") for number in range(3)]
+    (split,) = split_images(paths)
     assert split.calibrate == split.judge == tuple(paths)
     assert not split.is_held_out
 
@@ -67,7 +79,7 @@ def test_of_few_images_all_do_both() -> None:
 def test_ranges_do_not_depend_on_the_images_that_judge(tiny: Graph, folder: Path) -> None:
     settings = dataclasses.replace(MINMAX, bias_correction=False)
     result = quantize(tiny, folder, settings)
-    changed = split_images(sorted(folder.iterdir())).judge[0]
+    changed = split_images(sorted(folder.iterdir()))[0].judge[0]
     before = changed.read_bytes()
     try:
         save_noise(changed, seed=1000)
@@ -82,17 +94,32 @@ def test_the_manifest_says_what_the_agreement_was_judged_on_and_what_was_tried(
     result = quantize(tiny, folder)
     said = result.graph.calibration
     assert said is not None
-    assert said["judged_on"] == {"images": 10, "held_out": True}
+    assert said["judged_on"] == {"images": 10, "held_out": True, "folds": 1}
     low, high = said["agreement_interval"]
     assert low <= said["agreement"] <= high
-    judge = Judge(tiny, split_images(sorted(folder.iterdir())).judge)
+    judge = Judge(tiny, split_images(sorted(folder.iterdir()))[0].judge)
     assert said["agreement"] == pytest.approx(judge.agreement(result.graph.model), abs=1e-4)
     assert len(said["tried"]) == len(result.candidates)
-    assert {item["decides"] for item in said["tried"]} == {"graph and ranges", "weights"}
+    assert {item["decides"] for item in said["tried"]} == {"graph", "ranges", "weights"}
     assert {item["weights"] for item in said["tried"]} == {"nearest", "biases", "reconstructed"}
     table = tried_table(result.candidates)
     assert len(table) == 1 + len(result.candidates)
     assert table[0].split() == ["decision", "tried", "agreement", "slower", "seconds"]
+
+
+def test_of_few_images_the_folds_judge_and_all_build(
+    tiny: Graph, folder: Path, tmp_path: Path
+) -> None:
+    for path in sorted(folder.iterdir())[:6]:
+        shutil.copy(path, tmp_path)
+    result = quantize(tiny, tmp_path, dataclasses.replace(MINMAX, reconstruct=False))
+    assert result.graph.calibration is not None
+    assert result.graph.calibration["judged_on"] == {"images": 6, "held_out": True, "folds": 2}
+    # What is built is calibrated on all six: no range is narrower than that of any image.
+    images = list(batches_of(tiny, sorted(tmp_path.iterdir())))
+    seen = collect(result.float_model, images, list(result.table.amax))
+    within = 1 - 2.0**-RANGE_BITS
+    assert all(result.table.amax[name] >= within * item.amax for name, item in seen.items())
 
 
 # --- what layers move ---------------------------------------------------------------------------
@@ -167,7 +194,7 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
     found = calibrate(tiny, folder, MINMAX)
     whole = insert_qdq(found.model, found.placement, found.table.amax)
     images = list(batches_of(tiny, sorted(folder.iterdir())[:4]))
-    tuned = correct_biases(found.model, whole, images)
+    tuned = BiasCorrection(found.model, images).correct(whole)
     assert with_layers_of(whole, tuned).SerializeToString() == tuned.SerializeToString()
     kept = convolutions(tiny.model)[3]
     partly = with_layers_of(found.with_float((kept,)), tuned)
@@ -190,13 +217,19 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
 
 def test_percentages_are_read_with_and_without_their_sign() -> None:
     assert percent("5%") == percent("5") == 5
-    for wrong in ("0", "-1", "five", "inf", "nan"):
+    assert percent("0") == 0
+    for wrong in ("-1", "five", "inf", "nan"):
         with pytest.raises(argparse.ArgumentTypeError):
             percent(wrong)
 
 
 @pytest.mark.parametrize(
-    "change", [{"max_slowdown": -1.0}, {"max_slowdown": 200.0}, {"max_ap_drop": None}]
+    "change",
+    [
+        *({"max_slowdown": value} for value in (0.0, -1.0, 200.0, math.inf, math.nan)),
+        *({"reconstruct_minutes": value} for value in (-1.0, math.inf, math.nan)),
+        {"max_ap_drop": None},
+    ],
 )
 def test_budgets_out_of_range_are_refused(change: dict[str, float | None]) -> None:
     with pytest.raises(UserError):

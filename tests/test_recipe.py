@@ -70,7 +70,7 @@ def test_options_change_the_architecture() -> None:
         adapted(n, ArchitectureOptions(stage_repeats=(1, 2, 3, 0)))
     with pytest.raises(UserError, match="out of range"):
         adapted(n, ArchitectureOptions(csp_ratio=2))
-    with pytest.raises(UserError, match="leave --block"):
+    with pytest.raises(UserError, match="leave `block`"):
         adapted(architecture("yolov6lite_s"), ArchitectureOptions(block="scaled"))
     with pytest.raises(UserError, match="MBLA"):
         adapted(architecture("yolov6s_mbla"), ArchitectureOptions(csp_ratio=0))
@@ -108,16 +108,16 @@ def test_any_field_can_be_set(assignment: str, value: object) -> None:
         ("epochs.most=1", "no parts"),
         ("losses.box=biou", "choose one of"),
         ("compile=perhaps", "no bool"),
-        ("epochs=0", "--epochs 1"),
+        ("epochs=0", "`epochs` must be at least 1"),
         ("optimizer.momentum=1.5", "momentum"),
         ("optimizer.weight_decay=-1", "weight decay"),
-        ("optimizer.accumulate=0", "accumulating"),
-        ("plain_epochs=301", "--plain-epochs"),
+        ("optimizer.accumulate=0", "accumulate"),
+        ("plain_epochs=301", "`plain_epochs`"),
         ("eval_interval=-1", "interval"),
         ("ema_decay=1", "EMA"),
         ("eval_border=320", "border"),
-        ("teacher=a.pt", "--distill"),
-        ("optimizer.learning_rate=nan", "--lr"),
+        ("teacher=a.pt", "`teacher`"),
+        ("optimizer.learning_rate=nan", "`learning_rate`"),
     ],
 )
 def test_what_cannot_be_is_refused(assignment: str, says: str) -> None:

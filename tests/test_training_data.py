@@ -153,7 +153,7 @@ def test_a_bad_annotation_is_named_refused_or_left_out(tmp_path: Path, name: str
         load_training_set(folder, None, 40, "cpu", progress=False)
     message = str(error.value)
     assert "instances_train.json has 1 problem, the first being that annotation" in message
-    assert message.endswith("; correct the data set or give --bad-data skip to leave it out.")
+    assert message.endswith("; correct the data set or give `on_bad_data` skip to leave it out.")
     assert told in message
     assert error.value.report.problems == (problem,)
 
@@ -285,7 +285,7 @@ def test_nothing_left_to_train_on_is_refused(tmp_path: Path) -> None:
         image.unlink()
     with pytest.raises(UserError, match="leaves no object to train on"):
         load_training_set(folder, None, 40, "cpu", on_bad_data="skip", progress=False)
-    with pytest.raises(UserError, match="--bad-data is 'ignore'; give refuse or skip"):
+    with pytest.raises(UserError, match="`on_bad_data` is 'ignore'; give refuse or skip"):
         load_training_set(folder, None, 40, "cpu", on_bad_data="ignore")  # type: ignore[arg-type]
 
 
@@ -294,7 +294,9 @@ def test_a_set_that_does_not_fit_into_memory_is_refused(
 ) -> None:
     folder = write_set(tmp_path, [GOOD])
     monkeypatch.setattr(dataset_module, "_free_host_memory", lambda: 1000)
-    with pytest.raises(UserError, match=r"takes .* GB of memory at 40 pixels .* smaller --imgsz"):
+    with pytest.raises(
+        UserError, match=r"takes .* GB of memory at 40 pixels .* smaller `image_size`"
+    ):
         load_training_set(folder, None, 40, "cpu", progress=False)
 
 

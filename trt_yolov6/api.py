@@ -194,12 +194,10 @@ def _benchmark(
         engines = [stack.enter_context(_opened(one)) for one in detectors]
         if images is None:
             if predict is not None:
-                raise UserError(
-                    "`predict` is for timing with `images`; leave it out.", "predict", "images"
-                )
+                raise UserError("`predict` is for timing with `images`; leave it out.")
             return benchmark_many(engines, streams=streams, **how)
         if streams > 1:
-            raise UserError("`streams` is for the engine alone; leave it out.", "streams")
+            raise UserError("`streams` is for the engine alone; leave it out.")
         if isinstance(images, (str, Path)):
             images = list_images(images)
         return benchmark_end_to_end_many(
@@ -248,7 +246,6 @@ def compare(
         ['yolov6n fp32']
     """
     import dataclasses
-    import logging
 
     from trt_yolov6.comparison.plan import YAML_SUFFIXES, Plan, entries_for, read_plan
     from trt_yolov6.comparison.results import read_results
@@ -271,7 +268,6 @@ def compare(
         output,
         again=again,
         baseline=baseline,
-        tell=logging.getLogger(__name__).info,
         progress=progress,
     )
 

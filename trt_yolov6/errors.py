@@ -22,13 +22,12 @@ class UserError(Exception):
         'IoU threshold 2 is out of range; give --iou in 0..1.'
     """
 
-    def __init__(self, message: str, *parameters: str) -> None:
-        """Take the message and the names of the parameters that it has in backticks."""
+    def __init__(self, message: str) -> None:
+        """Take the message, with parameters in backticks."""
         super().__init__(message)
-        self.parameters = parameters
 
     def with_names(self, names: Mapping[str, str]) -> str:
-        """Return the message with other names, such as options, in place of the parameters'."""
+        """Return the message with other names, such as options, in place of parameters."""
         return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), str(self))
 
 

@@ -164,9 +164,10 @@ def quantize(
         >>> graph.precision, graph.calibration["calibrator"]
         ('int8', 'minmax')
     """
-    from trt_yolov6.quantization import pipeline, search
+    from trt_yolov6.quantization import pipeline
     from trt_yolov6.quantization.settings import check_settings
     from trt_yolov6.quantization.table import write_table
+    from trt_yolov6.quantization.trials import tried_table
 
     _check_names("quantize", options, QuantizeOptions)
     wanted = Precision.parse(precision)
@@ -174,7 +175,7 @@ def quantize(
     check_settings(settings)
     data, table = options.get("data"), options.get("table")
     if data is not None and wanted.float_layers != "auto":
-        raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.", "data")
+        raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.")
     graph = _float_graph(source, None, options)
     progress = options.get("progress", True)
     with a_line_a_minute(f"quantizing {graph.name}", _log.info, progress=progress):
@@ -184,11 +185,10 @@ def quantize(
             settings,
             table_file=table,
             score=labelled_score(graph, data, options.get("split")),
-            tell=_log.info,
         )
     if table is not None:
         write_table(table, result.table)
-    for line in search.tried_table(result.candidates):
+    for line in tried_table(result.candidates):
         _log.info("%s", line)
     layers, kept = result.placement.layers, result.placement.float_layers
     ranges = "" if table is None else f"; ranges in {table}"
@@ -387,7 +387,7 @@ def _check_names(function: str, options: Mapping[str, Any], known: type[Any]) ->
 def _refuse(options: Mapping[str, Any], what: str) -> None:
     for name, value in options.items():
         if value is not None and value is not False:
-            raise UserError(f"`{name}` is not for {what}; leave it out.", name)
+            raise UserError(f"`{name}` is not for {what}; leave it out.")
 
 
 def _is_checkpoint(source: str | Path | Checkpoint) -> bool:
@@ -416,7 +416,6 @@ def _check_quantizing(
     if calibration is None:
         raise UserError(
             f"{precision} needs calibration images; name a folder of them as `calibration`.",
-            "calibration",
         )
     how = quantization_settings(precision, options.get("quantization"))
     check_settings(how)
@@ -464,7 +463,7 @@ def _calibrated_by_tensorrt(
     how: dict[str, Any] = {"cache": str(implicit.cache)}
     if implicit.cache is None:
         if calibration is None:
-            raise UserError("TensorRT calibrates on images; name `calibration`.", "calibration")
+            raise UserError("TensorRT calibrates on images; name `calibration`.")
         quantization = options.get("quantization")
         limit = quantization.image_limit if quantization else None
         paths = list(calibration_images(calibration, limit))
@@ -509,7 +508,6 @@ def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
             raise UserError(
                 f"surgery on {graph.source} moved {shift.output} more than quantization explains; "
                 "leave it out (`clean`) and please report the file.",
-                "clean",
             )
     return dataclasses.replace(graph, model=model)
 

@@ -166,10 +166,9 @@ class NmsSettings:
         if not 0 <= self.confidence < 1:
             raise UserError(
                 f"confidence {self.confidence} is out of range; give `confidence` in 0..1.",
-                "confidence",
             )
         if not 0 < self.iou <= 1:
-            raise UserError(f"IoU threshold {self.iou} is out of range; give `iou` in 0..1.", "iou")
+            raise UserError(f"IoU threshold {self.iou} is out of range; give `iou` in 0..1.")
         if self.max_detections < 1:
             raise UserError(
                 f"at most {self.max_detections} detections an image is out of range; "
@@ -202,16 +201,17 @@ class PredictOptions:
     workers: int | None = None
     """Threads that read and pre-process. Default: one a core, at most 16."""
     gpus: int = 1
-    """GPUs of this machine that go through pictures or a data set, a process each."""
+    """GPUs of this machine that go through pictures or a data set, a process each. With more than
+    one, a script begins its work under `if __name__ == "__main__":`, as `multiprocessing` wants."""
     clip: bool = True
     """Cut boxes off at the image's edge; evaluation scores them as predicted."""
 
     def __post_init__(self) -> None:
         self.nms()
         if self.gpus < 1:
-            raise UserError(f"`gpus` {self.gpus} is out of range; give 1 or more.", "gpus")
+            raise UserError(f"`gpus` {self.gpus} is out of range; give 1 or more.")
         if self.border is not None and self.border < 0:
-            raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.", "border")
+            raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.")
 
     def nms(self, default: NmsSettings | None = None) -> NmsSettings:
         """Return the thresholds; those that are None come from `default`, else `NmsSettings()`."""
@@ -262,5 +262,4 @@ def empty_input(spec: TensorSpec, rows: int) -> NDArray[Any]:
         raise UserError(
             f"a batch of {rows} images of {height}x{width} does not fit in memory; give a smaller "
             "`batch`.",
-            "batch",
         ) from error

@@ -90,9 +90,7 @@ def benchmark_end_to_end_many(
         check_batch(engine, batch)
         empty_input(engine.input, batch)  # whether it fits, before pictures are decoded for it
     if not images:
-        raise UserError(
-            "there is no image to time; name a folder of pictures with `images`.", "images"
-        )
+        raise UserError("there is no image to time; name a folder of pictures with `images`.")
     encoded = [read_bytes(image) for image in images[:MAX_IMAGES]]
     for image in images[:MAX_IMAGES]:
         read_image(image)  # so that a damaged picture is reported by its name, before timing

@@ -321,6 +321,6 @@ def _ms(seconds: float) -> float:
 
 def check_durations(duration: float, warm_up: float) -> None:
     if not 0 < duration < math.inf:
-        raise UserError(f"`duration` {duration} is out of range; give seconds above 0.", "duration")
+        raise UserError(f"`duration` {duration} is out of range; give seconds above 0.")
     if not 0 <= warm_up < math.inf:
         raise UserError(f"a warm-up of {warm_up} s is out of range; give 0 seconds or more.")

@@ -85,6 +85,15 @@ def add(commands: Commands) -> None:
         "--no-bias-correction", action="store_true", help="leave the layers' biases as they are"
     )
     int8.add_argument(
+        "--reconstruct",
+        dest="reconstruct_minutes",
+        type=float,
+        metavar="MINUTES",
+        help="--int8: let scales, weights and biases learn for so long from the float network on "
+        "the calibration images, and keep what comes of it if it is clearly better on those that "
+        "judge (0)",
+    )
+    int8.add_argument(
         "--no-reconstruct",
         action="store_true",
         help="--int8: do not try weights that are rounded for the inputs that they meet",
@@ -202,6 +211,7 @@ def _quantization(options: argparse.Namespace) -> QuantizationSettings:
         bias_correction=not options.no_bias_correction,
         adaptive_rounding=options.adaptive_rounding,
         reconstruct=not options.no_reconstruct,
+        reconstruct_minutes=options.reconstruct_minutes or 0.0,
         max_ap_drop=_most_ap_drop(options),
         max_slowdown=options.max_slowdown,
     )

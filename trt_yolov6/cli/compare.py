@@ -17,7 +17,7 @@ from trt_yolov6.cli.options import (
     positive,
     spelled,
 )
-from trt_yolov6.cli.output import say, say_next
+from trt_yolov6.cli.output import say_next
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,7 +135,6 @@ def run(options: argparse.Namespace) -> int:
         options.output,
         again=options.again,
         baseline=baseline,
-        tell=say,
         progress=not options.quiet,
     )
     print(format_results(results))

@@ -104,7 +104,7 @@ def _check_quantization(options: argparse.Namespace) -> None:
         return
     for name in (
         *("calibrator", "calib_images", "float_layers", "no_equalize", "no_bias_correction"),
-        *("no_reconstruct", "adaptive_rounding"),
+        *("reconstruct_minutes", "no_reconstruct", "adaptive_rounding"),
     ):
         of_tensorrt = name == "calib_images" and options.tensorrt_calibrator
         if is_given(getattr(options, name)) and not of_tensorrt:
@@ -196,7 +196,7 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[s
     # Corrected biases would be in the graph with Q/DQ nodes, which this route does without.
     settings = calibration_settings(options, bias_correction=False)
     folder = calibration_folder(options.calib)
-    result = quantize(graph, folder, settings, tell=say)
+    result = quantize(graph, folder, settings)
     graph = replace(graph, model=result.float_model)
     return graph, dict(implicit_ranges(result, graph, folder, settings))
 

@@ -225,19 +225,26 @@ def spelled(name: str) -> str:
 
 
 _PARAMETERS = {
-    "confidence": "conf",
-    "image_size": "imgsz",
-    "calibration": "calib",
-    "clean": "no_surgery",
-    "class_names": "names",
     "address": "ray",
-    "extra": "config",
-    "names": "name",
-    "python": "python_backend",
+    "assignment": "set",
+    "calibration": "calib",
+    "class_names": "names",
+    "clean": "no_surgery",
+    "confidence": "conf",
     "cuda_graph": "no_cuda_graph",
+    "eval_border": "border",
+    "extra": "config",
+    "image_size": "imgsz",
     "images": "source",
+    "learning_rate": "lr",
+    "names": "name",
     "nms": "end2end",
+    "on_bad_data": "bad_data",
     "other_device": "allow_other_device",
+    "python": "python_backend",
+    "scale_learning_rate": "scale_lr",
+    "state_file": "output",
+    "teacher": "distill",
     "workspace_mib": "workspace",
 }
 """Options whose name differs from that of the parameter they set."""
@@ -265,9 +272,12 @@ def is_given(value: object) -> bool:
 def percent(text: str) -> float:
     """Read a percentage: `5` or `5%`."""
     try:
-        return float(text.strip().removesuffix("%"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, such as 5%") from error
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, such as 5%")
+    return value
 
 
 def positive(text: str) -> int:

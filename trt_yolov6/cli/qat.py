@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.cli.graphs import (
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     import torch
 
     from trt_yolov6.checkpoints.loading import Checkpoint
+    from trt_yolov6.engines.build import BuiltEngine
     from trt_yolov6.graph.model import Graph
     from trt_yolov6.training.dataset import TrainingSet
-    from trt_yolov6.training.qat.onnx_module import GraphNetwork
-    from trt_yolov6.training.qat.training import QatSettings, Start
+    from trt_yolov6.training.qat.onnx_module import GraphNetwork, Trained
+    from trt_yolov6.training.qat.preparation import Start
+    from trt_yolov6.training.qat.settings import QatSettings
 
 
 def add(commands: Commands) -> None:
@@ -114,8 +116,6 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    import dataclasses
-
     from trt_yolov6.data.sources import check_source
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -131,17 +131,9 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.common.files import write_json
     from trt_yolov6.engines.base import BuildSettings
     from trt_yolov6.engines.build import check_build
-    from trt_yolov6.graph.export import write_onnx
-    from trt_yolov6.pipeline import build, export, labelled_score
-    from trt_yolov6.spec import BatchProfile, NmsSettings
     from trt_yolov6.training.distributed import chosen_device
     from trt_yolov6.training.log import write_log
-    from trt_yolov6.training.qat.training import (
-        prepare_graph,
-        rounded_weights,
-        train_quantized,
-        trained_graph,
-    )
+    from trt_yolov6.training.qat.training import train_quantized
 
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
@@ -156,37 +148,8 @@ def run(options: argparse.Namespace) -> None:
     plan = output / f"{name}{BACKENDS[options.backend].suffix}"
     check_build(options.backend, plan, BuildSettings())
     state = _state_file(output, output / f"{name}.onnx", options.resume)
-
-    graph = export(
-        checkpoint,
-        image_size=options.imgsz,
-        batch=BatchProfile(*options.dynamic) if options.dynamic else None,
-        nms=NmsSettings() if options.end2end else None,
-        uint8_input=options.uint8_input,
-    )
-    # Bad data is found out before minutes of calibration.
-    data = _data(settings, graph, checkpoint, device, options)
-    # The budget of automatic float layers is held on the validation split.
-    labelled = None if options.val_split == "none" else options.data
-    start = prepare_graph(
-        graph,
-        checkpoint.arch,
-        calibration_folder(options.calib),
-        quantization=calibration_settings(options, float_layers=options.float_layers or ()),
-        learn_scales=settings.learn_scales,
-        score=labelled_score(graph, labelled, options.val_split)
-        if options.float_layers == "auto"
-        else None,
-        tell=say,
-    )
-    placement = start.quantization.placement
-    say(
-        f"{len(placement.layers)} of {len(placement.layers) + len(placement.float_layers)} "
-        f"convolutions in INT8, {len(start.features)} features distilled"
-        if settings.distillation
-        else f"{len(placement.layers)} convolutions in INT8, no distillation"
-    )
-    values: dict[str, Any] = {
+    data, start = _start(settings, checkpoint, device, options)
+    aps = {
         "AP_float": _ap(start.teacher(device), start, options),
         "AP_ptq": _ap(start.student(device).eval(), start, options),
     }
@@ -200,43 +163,96 @@ def run(options: argparse.Namespace) -> None:
         data=data,
         tell=say,
     )
-    values["AP"] = _ap(result.network, start, options)
-    quantized = trained_graph(start, result.trained, fp16=options.fp16)
-    built = build(quantized, backend="onnxruntime", output=output / f"{name}.onnx")
-    if options.backend != "onnxruntime":
-        built = build(quantized, backend=options.backend, output=plan)
-    if options.calibration_cache:
-        # The paper's form: a graph without Q/DQ nodes, and the scales next to it.
-        float_graph = output / f"{name}.float.onnx"
-        write_onnx(float_graph, rounded_weights(start, result.trained))
-        write_scales(
-            options.calibration_cache, options.cache_version, result.trained.amax, float_graph
-        )
+    aps["AP"] = _ap(result.network, start, options)
+    built = _built(start, result.trained, output / name, plan, options)
     write_log(output, result.log)
-    shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
+    shown = ", ".join(f"{key} {value:.4f}" for key, value in aps.items() if value is not None)
     print(
         f"{built.path}: {shown or 'not evaluated'}; {result.epochs} epochs in "
         f"{result.seconds:.0f} s"
     )
     if options.json:
-        values |= {
+        placement = start.quantization.placement
+        value = {
+            **aps,
             "engine": str(built.path),
             "epochs": result.epochs,
             "seconds": result.seconds,
             "peak_bytes": result.peak_bytes,
             "int8_layers": len(placement.layers),
             "float_layers": list(placement.float_layers),
-            "settings": dataclasses.asdict(settings),
+            "settings": settings.to_json(),
             "log": list(result.log),
         }
-        write_result(options.json, values)
+        write_result(options.json, value)
     # Last of all: as long as it is there, an interrupted run can be resumed to this point.
     state.unlink(missing_ok=True)
     say_next(options, "for another backend", f"build --onnx {built.path} --backend ...")
 
 
+def _start(
+    settings: QatSettings,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    options: argparse.Namespace,
+) -> tuple[TrainingSet, Start]:
+    """Return the training data, and the network exported and calibrated."""
+    from trt_yolov6.pipeline import export, labelled_score
+    from trt_yolov6.spec import BatchProfile, NmsSettings
+    from trt_yolov6.training.qat.preparation import prepare_graph
+
+    graph = export(
+        checkpoint,
+        image_size=options.imgsz,
+        batch=BatchProfile(*options.dynamic) if options.dynamic else None,
+        nms=NmsSettings() if options.end2end else None,
+        uint8_input=options.uint8_input,
+    )
+    # Bad data is found out before minutes of calibration.
+    data = _data(settings, graph, checkpoint, device, options)
+    # The budget of automatic float layers is held on the validation split.
+    labelled = None if options.val_split == "none" else options.data
+    is_auto = options.float_layers == "auto"
+    start = prepare_graph(
+        graph,
+        checkpoint.arch,
+        calibration_folder(options.calib),
+        quantization=calibration_settings(options, float_layers=options.float_layers or ()),
+        learn_scales=settings.learn_scales,
+        score=labelled_score(graph, labelled, options.val_split) if is_auto else None,
+    )
+    placement = start.quantization.placement
+    say(
+        f"{len(placement.layers)} of {len(placement.layers) + len(placement.float_layers)} "
+        f"convolutions in INT8, {len(start.features)} features distilled"
+        if settings.distillation
+        else f"{len(placement.layers)} convolutions in INT8, no distillation"
+    )
+    return data, start
+
+
+def _built(
+    start: Start, trained: Trained, stem: Path, plan: Path, options: argparse.Namespace
+) -> BuiltEngine:
+    """Write the trained graph, the engine of --backend and the scales of --calibration-cache."""
+    from trt_yolov6.graph.export import write_onnx
+    from trt_yolov6.pipeline import build
+    from trt_yolov6.training.qat.export import rounded_weights, trained_graph
+
+    quantized = trained_graph(start, trained, fp16=options.fp16)
+    built = build(quantized, backend="onnxruntime", output=f"{stem}.onnx")
+    if options.backend != "onnxruntime":
+        built = build(quantized, backend=options.backend, output=plan)
+    if options.calibration_cache:
+        # The paper's form: a graph without Q/DQ nodes, and the scales next to it.
+        float_graph = Path(f"{stem}.float.onnx")
+        write_onnx(float_graph, rounded_weights(start, trained))
+        write_scales(options.calibration_cache, options.cache_version, trained.amax, float_graph)
+    return built
+
+
 def _settings(options: argparse.Namespace) -> QatSettings:
-    from trt_yolov6.training.qat.training import QatSettings
+    from trt_yolov6.training.qat.settings import QatSettings
 
     if options.no_distillation:
         for name in ("distill_weight", "temperature"):
@@ -295,7 +311,7 @@ def _data(
     """Return the training split, with the checkpoint's classes; the other must be readable."""
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.training.dataset import load_training_set
-    from trt_yolov6.training.qat.training import check_classes
+    from trt_yolov6.training.qat.preparation import check_classes
 
     if options.val_split != "none":
         load_coco(options.data, options.val_split)

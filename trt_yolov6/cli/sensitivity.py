@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         equalize=not options.no_equalize,
         image_limit=options.calib_images,
     )
-    calibrated = calibrate(graph, calibration_folder(options.calib), settings, tell=say)
+    calibrated = calibrate(graph, calibration_folder(options.calib), settings)
     score = labelled_score(graph, options.data, options.split)
     result = measure(graph, calibrated, options.metric, score)
     print(f"{options.metric}: {MEANING[options.metric]}; {direction(options.metric)}, first")
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{'...':>12}  {len(result.layers) - options.top} more, less sensitive")
     if options.report:
         by_ap = result if result.metric == "ap" else None
-        print(fallback_report(graph, calibrated, score, by_ap=by_ap, tell=say))
+        print(fallback_report(graph, calibrated, score, by_ap=by_ap))
     if options.plot:
         from trt_yolov6.quantization.sensitivity import write_chart
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from trt_yolov6.graph.inspect import OnnxDetails
     from trt_yolov6.graph.model import Graph
 
-Tell = Callable[[str], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,6 @@ class Work:
     plan: Plan
     output: Path
     steps: Steps
-    tell: Tell
-    """Called with a line of progress now and then."""
     graphs: dict[Any, Graph] = dataclasses.field(default_factory=dict)
     """Graphs by model, batch profile and precision: exporting one takes seconds."""
 
@@ -152,7 +152,6 @@ def build_case(work: Work, case: Case) -> BuiltCase:
             raise UserError(
                 f"{case.entry.path} takes batch {fixed} only; add it to `batches`, or export it "
                 "again with a free batch axis.",
-                "batches",
             )
         left_out = _not_taken(case, [batch for batch in wanted if batch != fixed], f"batch {fixed}")
         profiles = {fixed: BatchProfile(fixed, fixed, fixed)}
@@ -214,7 +213,7 @@ def _hashes(engine: Path) -> list[str | None]:
 
 
 def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> Mapping[str, Any]:
-    work.tell(f"building {case.name} ...")
+    _log.info(f"building {case.name} ...")
     stem = case.stem + (f"_b{profile.max}" if profile.is_static else "")
     path = work.output / "engines" / f"{stem}{BACKENDS[case.backend].suffix}"
     graph = _graph(work, case.entry, profile, choice if choice.base == "fp16" else None)
@@ -279,7 +278,7 @@ def _as_it_is(case: Case, wanted: Sequence[int]) -> BuiltCase:
     takes = f"batches of {batches.min} to {batches.max}"
     taken = [batch for batch in wanted if batches.min <= batch <= batches.max]
     if not taken:
-        raise UserError(f"{path} takes {takes}, of which `batches` has none; add one.", "batches")
+        raise UserError(f"{path} takes {takes}, of which `batches` has none; add one.")
     sha256 = case.source["sha256"]
     record = {"file": str(path.resolve()), "engine_sha256": sha256, **case.source["record"]}
     return BuiltCase(
@@ -326,7 +325,7 @@ def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
         known = {"sha256": inputs["file"], **_described(work, entry)}
         work.steps.keep("source", inputs, known)
     if not known["buildable"] and (entry.precisions or len(work.plan.precisions) > 1):
-        work.tell(f"{path} is {known['precision']} already and is taken as it is")
+        _log.info(f"{path} is {known['precision']} already and is taken as it is")
     return known
 
 

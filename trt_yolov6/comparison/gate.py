@@ -38,13 +38,11 @@ class Limits:
         if not 0 <= self.max_slowdown < float("inf"):
             raise UserError(
                 f"`max_slowdown` {self.max_slowdown:g} is out of range; give percent, 0 or more.",
-                "max_slowdown",
             )
         if not 0 <= self.max_ap_drop <= 100:
             raise UserError(
                 f"`max_ap_drop` {self.max_ap_drop:g} is out of range; give AP points (hundredths), "
                 "0 to 100.",
-                "max_ap_drop",
             )
 
 
@@ -185,7 +183,6 @@ def check_comparable(
             f"the baseline was measured on {', '.join(devices[1]) or 'no device'}, this comparison "
             f"on {', '.join(devices[0]) or 'no device'}; make a baseline here, or give "
             "`other_device`.",
-            "other_device",
         )
 
 

@@ -6,22 +6,28 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trt_yolov6.bench.roofline import GraphWork, layer_times, measure_ceilings
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
+from trt_yolov6.comparison.cache import key_of
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import clocks, run_inputs
 from trt_yolov6.comparison.rounds import Round, measure_round, round_from_json
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
+from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import ClassesDifferError, UserError
 from trt_yolov6.graph.cost import Ceilings, Layer
+
+_log = logging.getLogger(__name__)
 
 EXAMPLE_CONFIDENCE = 0.4
 """Score from which on a detection is shown in the report's pictures, as `infer` draws them."""
@@ -72,18 +78,28 @@ def accuracy(
         **run_inputs(plan, built.case.backend, "opencv-python-headless", "pycocotools"),
     }
     found: Mapping[str, Any] | None = work.steps.find("accuracy", inputs)
-    if found is not None:
+    if found is not None and _has_detections(work, found):
         return found
+    from trt_yolov6.comparison.agreement import write_detections
     from trt_yolov6.runtime.evaluate import evaluate
 
-    work.tell(f"AP of {built.name} on {len(dataset.images)} images ...")
+    _log.info(f"AP of {built.name} on {len(dataset.images)} images ...")
+    file = Path("detections") / f"{built.case.stem}-{key_of(inputs)[:12]}.npz"
+    seen: dict[int, Detections] = {}
     with built.load(plan, batch) as engine:
         try:
-            evaluation = evaluate(engine, dataset, plan.predict_options, progress=False).to_json()
+            evaluation = evaluate(
+                engine,
+                dataset,
+                plan.predict_options,
+                progress=False,
+                seen=lambda image, detections: seen.update({image.id: detections}),
+            ).to_json()
+            write_detections(work.output / file, [seen[image.id] for image in dataset.images])
             for note in evaluation["notes"]:
-                work.tell(f"{built.name}: {note}")
+                _log.info(f"{built.name}: {note}")
         except ClassesDifferError as error:
-            work.tell(f"{built.name} is timed without AP: {error}")
+            _log.info(f"{built.name} is timed without AP: {error}")
             evaluation = {
                 **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl")),
                 "backend": engine.backend,
@@ -101,10 +117,22 @@ def accuracy(
             "image_size": list(engine.image_size),
             "precision": engine.precision,
             "examples": _examples(work, engine, dataset),
+            "detections_file": str(file) if seen else "",
+            "detections_sha256": sha256_file(work.output / file) if seen else "",
             "date": timestamp(),
         }
     work.steps.keep("accuracy", inputs, found)
     return found
+
+
+def _has_detections(work: Work, found: Mapping[str, Any]) -> bool:
+    """Return whether the detections that a step wrote are still there."""
+    if "detections_file" not in found:  # of an earlier version
+        return False
+    file = work.output / found["detections_file"]
+    return not found["detections_file"] or (
+        file.is_file() and sha256_file(file) == found["detections_sha256"]
+    )
 
 
 def _reading(built: BuiltCase, batch: int) -> list[Any]:
@@ -191,7 +219,7 @@ def measure_timings(
     done: list[dict[str, Any]] = [] if again else list(work.steps.find("timing", inputs) or [])
     advance("", len(done))
     if 0 < len(done) < plan.rounds:
-        work.tell(f"going on with round {len(done) + 1} of {plan.rounds}")
+        _log.info(f"going on with round {len(done) + 1} of {plan.rounds}")
     turns = [(one, batch) for batch in plan.batches for one in built if batch in one.files]
     for number in range(len(done), plan.rounds):
         found: dict[str, Any] = {}
@@ -239,7 +267,7 @@ def measure_layers(work: Work, built: BuiltCase) -> Mapping[str, Any]:
     }
     found: Mapping[str, Any] | None = work.steps.find("layers", inputs)
     if found is None:
-        work.tell(f"layers of {built.name} ...")
+        _log.info(f"layers of {built.name} ...")
         found = _layers(work, built, batch)
         work.steps.keep("layers", inputs, found)
     return found

@@ -109,28 +109,23 @@ class Plan:
         if not self.precisions:
             raise UserError(
                 "no precision is given; name some with `precisions`, such as fp32,int8.",
-                "precisions",
             )
         if not self.batches or min(self.batches) < 1:
-            raise UserError("batch sizes are whole numbers above 0; correct `batches`.", "batches")
+            raise UserError("batch sizes are whole numbers above 0; correct `batches`.")
         if len(set(self.batches)) < len(self.batches):
-            raise UserError("a batch size is given twice; name each once in `batches`.", "batches")
+            raise UserError("a batch size is given twice; name each once in `batches`.")
         if not self.backends:
-            raise UserError(
-                "no backend is given; name some with `backends`, such as auto.", "backends"
-            )
+            raise UserError("no backend is given; name some with `backends`, such as auto.")
         if self.rounds < 3:
             raise UserError(
-                f"{self.rounds} rounds say nothing about spread; give `rounds` 3 or more.", "rounds"
+                f"{self.rounds} rounds say nothing about spread; give `rounds` 3 or more."
             )
         if not 0 < self.duration < float("inf"):
-            raise UserError(
-                f"`duration` {self.duration} is out of range; give seconds above 0.", "duration"
-            )
+            raise UserError(f"`duration` {self.duration} is out of range; give seconds above 0.")
         if self.examples < 0:
-            raise UserError("`examples` is a number of images; give 0 or more.", "examples")
+            raise UserError("`examples` is a number of images; give 0 or more.")
         if self.threads is not None and self.threads < 1:
-            raise UserError(f"`threads` {self.threads} is too few; give 1 or more.", "threads")
+            raise UserError(f"`threads` {self.threads} is too few; give 1 or more.")
         _ = self.predict_options
 
     @property

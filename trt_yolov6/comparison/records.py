@@ -36,6 +36,7 @@ def results_of(
     data: Mapping[str, Any],
     built: Sequence[BuiltCase],
     accuracies: Sequence[Mapping[str, Any]],
+    agreements: Sequence[Mapping[str, Any] | None],
     timings: Timings,
     layers: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -47,10 +48,11 @@ def results_of(
         data: from `measure.data_record`.
         built: the engines.
         accuracies: from `measure.accuracy`, one an engine.
+        agreements: from `agreement.agreements`, one an engine.
         timings: from `measure.measure_timings`.
         layers: from `measure.measure_layers`, one an engine, or none.
     """
-    engines = [_engine(one, found) for one, found in zip(built, accuracies, strict=True)]
+    engines = [_engine(*one) for one in zip(built, accuracies, agreements, strict=True)]
     rows = [
         _timing(one, batch, rounds, engine["device"])
         for batch in work.plan.batches
@@ -88,7 +90,9 @@ def results_of(
     }
 
 
-def _engine(built: BuiltCase, found: Mapping[str, Any]) -> dict[str, Any]:
+def _engine(
+    built: BuiltCase, found: Mapping[str, Any], agreement: Mapping[str, Any] | None
+) -> dict[str, Any]:
     record, case = built.records[built.largest], built.case
     precision = str(case.choice) if case.choice else record.get("precision", found["precision"])
     return {
@@ -107,6 +111,7 @@ def _engine(built: BuiltCase, found: Mapping[str, Any]) -> dict[str, Any]:
         "float_layers": record.get("float_layers", []),
         "build_s": record.get("build_s"),
         **{key: found[key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl", "images")},
+        "agreement": agreement,
         "detections": found["detections"],
         "per_class": found["per_class"],
     }

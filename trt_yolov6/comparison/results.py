@@ -13,7 +13,11 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
                       engine (its name), label, model, precision, backend, backend_version, device,
                       threads, note, image_size, source, source_sha256, parameters, flops, bytes,
                       calibration, float_layers, build_s, and of its accuracy AP, AP50, AP75, APs,
-                      APm, APl, images, detections, per_class
+                      APm, APl, images, detections, per_class; agreement: of a quantized engine
+                      with its model's float one (else null): with (that engine), value (AP of its
+                      detections against the float ones above 0.3) and its bootstrap interval over
+                      images, ap_change (to float: value, interval), images, and calibrated_on, how
+                      many of these calibrated it
     timings           one record an engine and batch size: engine, batch, engine_file,
                       engine_sha256, latency_ms (median, its interval, mean, p90, p99, min, rounds),
                       throughput_fps and its interval, runs, quiet_runs, disturbed, waited, date.
@@ -31,12 +35,15 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from trt_yolov6.common.files import read_json
+from trt_yolov6.common.records import as_record
 from trt_yolov6.common.statistics import Interval
 from trt_yolov6.errors import UserError
 
@@ -46,75 +53,140 @@ KIND = "comparison"
 
 FILE = "results.json"
 
-_Number = int | float
+_Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+_Interval = tuple[_Number, _Number]
+_Box = tuple[_Number, _Number, _Number, _Number, _Number, _Number]
 
-_OBJECTS: dict[str, dict[str, Any]] = {
-    "environment": {
-        "cpu": dict | None,
-        "cpu_clock": dict | None,
-        "gpus": list,
-        "packages": dict,
-    },
-    "data": {
-        "root": str,
-        "split": str,
-        "annotations_sha256": str,
-        "images_sha256": str,
-        "images": int,
-        "class_names": list,
-    },
-    "settings": {
-        "rounds": int,
-        "duration": _Number,
-        "confidence": _Number,
-        "iou": _Number,
-        "max_detections": int,
-        "border": int,
-    },
-}
-"""Types of what readers of the results rely on, by object."""
 
-_RECORDS: dict[str, dict[str, Any]] = {
-    "engines": {
-        **dict.fromkeys(("engine", "model", "precision", "backend", "device", "note"), str),
-        "backend_version": str | None,
-        "threads": int | None,
-        "image_size": list,
-        "images": int,
-        "AP": _Number | None,
-        "AP50": _Number | None,
-    },
-    "timings": {
-        "engine": str,
-        "batch": int,
-        "engine_sha256": str,
-        "latency_ms": dict,
-        "runs": int,
-        "quiet_runs": int,
-        "disturbed": bool,
-        "waited": _Number | None,
-    },
-    "ratios": {"engine": str, "batch": int, "ratio": _Number, "interval": list},
-    "ceilings": {"device": str, "bytes_per_second": _Number, "flops": dict, "how": str},
-    "layers": {"engine": str, "batch": int, "layers": list},
-    "examples": {
-        "file": str,
-        "picture": str,
-        "width": int,
-        "height": int,
-        "annotated": list,
-        "detections": dict,
-    },
-}
-"""The same by list of records."""
+# What readers of the results rely on; there is more in them.
 
-_LAYER: dict[str, Any] = {
-    **dict.fromkeys(("name", "operator", "precision", "bound"), str),
-    "ms": _Number,
-    "roofline_ms": _Number | None,
-}
 
-_CLOCK: dict[str, Any] = {"mhz": _Number | None, "max_mhz": _Number | None}
+class _Clock(TypedDict):
+    mhz: _Number | None
+    max_mhz: _Number | None
+
+
+class _Environment(TypedDict):
+    cpu: dict[str, Any] | None
+    cpu_clock: _Clock | None
+    gpus: list[dict[str, Any]]
+    packages: dict[str, Any]
+
+
+class _Data(TypedDict):
+    root: str
+    split: str
+    annotations_sha256: str
+    images_sha256: str
+    images: int
+    class_names: list[str]
+
+
+class _Settings(TypedDict):
+    rounds: Annotated[int, msgspec.Meta(ge=1)]
+    duration: _Number
+    confidence: _Number
+    iou: _Number
+    max_detections: int
+    border: int
+
+
+class _Figure(TypedDict):
+    value: _Number
+    interval: _Interval
+
+
+class _Agreement(_Figure):
+    ap_change: _Figure
+    images: int
+    calibrated_on: int
+
+
+class _OfQuantized(TypedDict, total=False):
+    agreement: _Agreement | None
+
+
+class _Engine(_OfQuantized):
+    engine: str
+    model: str
+    precision: str
+    backend: str
+    backend_version: str | None
+    device: str
+    threads: int | None
+    note: str
+    image_size: tuple[int, int]
+    images: int
+    AP: Annotated[float, msgspec.Meta(ge=0, le=1)] | None
+    AP50: _Number | None
+
+
+class _Latency(TypedDict):
+    median: Annotated[float, msgspec.Meta(gt=0)]
+    interval: _Interval
+
+
+class _Timing(TypedDict):
+    engine: str
+    batch: int
+    engine_sha256: str
+    latency_ms: _Latency
+    runs: int
+    quiet_runs: int
+    disturbed: bool
+    waited: _Number | None
+
+
+class _Ratio(TypedDict):
+    engine: str
+    batch: int
+    ratio: _Number
+    interval: _Interval
+
+
+class _Ceilings(TypedDict):
+    device: str
+    bytes_per_second: _Number
+    flops: dict[str, _Number]
+    how: str
+
+
+class _Layer(TypedDict):
+    name: str
+    operator: str
+    precision: str
+    bound: str
+    ms: _Number
+    roofline_ms: _Number | None
+
+
+class _Layers(TypedDict):
+    engine: str
+    batch: int
+    layers: list[_Layer]
+
+
+class _Example(TypedDict):
+    file: str
+    picture: str
+    width: int
+    height: int
+    annotated: list[_Box]
+    detections: dict[str, list[_Box]]
+
+
+class _Results(TypedDict):
+    date: str
+    environment: _Environment
+    data: _Data
+    settings: _Settings
+    engines: list[_Engine]
+    timings: list[_Timing]
+    ratios: list[_Ratio]
+    ceilings: list[_Ceilings]
+    layers: list[_Layers]
+    examples: list[_Example]
+    left_out: list[str]
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -136,13 +208,17 @@ def read_results(path: str | Path) -> dict[str, Any]:
             f"{path} has schema {value.get('schema')!r}, this version reads {SCHEMA}; run "
             "`trt-yolov6 compare` again."
         )
-    try:
-        _check(value)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); run `trt-yolov6 compare` again."
-        ) from error
-    return value
+    remedy = "run `trt-yolov6 compare` again."
+    as_record(value, _Results, f"{path} is damaged", remedy)
+    names = {engine["engine"] for engine in value["engines"]}
+    for timing in value["timings"]:
+        latency = latency_of(timing)
+        if timing["engine"] not in names or not 0 <= latency.low <= latency.value <= latency.high:
+            raise UserError(
+                f"{path} is damaged: no engine, or no interval, of {timing['engine']!r}; {remedy}"
+            )
+    found: dict[str, Any] = value
+    return found
 
 
 def latency_of(timing: Mapping[str, Any]) -> Interval:
@@ -150,63 +226,3 @@ def latency_of(timing: Mapping[str, Any]) -> Interval:
     latency = timing["latency_ms"]
     low, high = latency["interval"]
     return Interval(float(latency["median"]), float(low), float(high))
-
-
-def _check(value: dict[str, Any]) -> None:
-    """Raise KeyError, TypeError or ValueError for what readers of the results rely on."""
-    str(value["date"])
-    for name, types in _OBJECTS.items():
-        _check_types(name, value[name], types)
-    for clock in filter(None, [value["environment"]["cpu_clock"]]):
-        _check_types("cpu_clock", clock, _CLOCK)
-    for name in (*_RECORDS, "left_out"):
-        if not isinstance(value[name], list):
-            raise TypeError(f"{name} is not a list")
-        for record in value[name] if name in _RECORDS else ():
-            _check_types(name, record, _RECORDS[name])
-    if value["settings"]["rounds"] < 1:
-        raise ValueError(f"{value['settings']['rounds']} rounds")
-    names = {engine["engine"] for engine in value["engines"]}
-    for engine in value["engines"]:
-        if engine["AP"] is not None and not 0 <= engine["AP"] <= 1:
-            raise ValueError(f"AP {engine['AP']}")
-        _check_numbers("image_size", engine["image_size"], 2)
-    for timing in value["timings"]:
-        if timing["engine"] not in names:
-            raise ValueError(f"timing of {timing['engine']!r}, which is not an engine")
-        latency = latency_of(timing)
-        if not 0 <= latency.low <= latency.value <= latency.high < math.inf or latency.value <= 0:
-            raise ValueError(f"interval of {timing['engine']!r}")
-    for ratio in value["ratios"]:
-        _check_numbers("interval", ratio["interval"], 2)
-    for ceiling in value["ceilings"]:
-        _check_numbers("flops", list(ceiling["flops"].values()), len(ceiling["flops"]))
-    for layer in (layer for one in value["layers"] for layer in one["layers"]):
-        _check_types("layers", layer, _LAYER)
-    for example in value["examples"]:
-        for box in (box for boxes in _boxes(example) for box in boxes):
-            _check_numbers("a box", box, 6)
-
-
-def _check_types(where: str, record: Any, types: Mapping[str, Any]) -> None:
-    if not isinstance(record, dict):
-        raise TypeError(f"{where}: {type(record).__name__} instead of an object")
-    for key, kind in types.items():
-        item = record[key]
-        if not isinstance(item, kind) or (isinstance(item, float) and not math.isfinite(item)):
-            raise TypeError(f"{where}: {key} is {item!r:.40}")
-
-
-def _check_numbers(where: str, values: Any, count: int) -> None:
-    if not isinstance(values, list) or len(values) != count:
-        raise TypeError(f"{where} is not a list of {count} numbers")
-    if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in values):
-        raise TypeError(f"{where} is not a list of numbers")
-
-
-def _boxes(example: Mapping[str, Any]) -> list[list[Any]]:
-    """Return the lists of boxes of an example."""
-    found = [example["annotated"], *example["detections"].values()]
-    if not all(isinstance(boxes, list) for boxes in found):
-        raise TypeError("examples: no list of boxes")
-    return found

@@ -14,8 +14,9 @@ from typing import Any
 
 from trt_yolov6.common.files import check_writable, sha256_file, write_json
 from trt_yolov6.common.statistics import Interval, ratio_interval
+from trt_yolov6.comparison.agreement import agreements
 from trt_yolov6.comparison.cache import Steps
-from trt_yolov6.comparison.engines import Tell, Work, build_case, cases_of
+from trt_yolov6.comparison.engines import Work, build_case, cases_of
 from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, matched
 from trt_yolov6.comparison.measure import (
     accuracy,
@@ -40,7 +41,6 @@ def compare(
     *,
     again: bool = False,
     baseline: Mapping[str, Any] | None = None,
-    tell: Tell | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compare detectors and write `results.json`.
@@ -53,7 +53,6 @@ def compare(
         output: a folder; made if missing. An earlier comparison in it is gone on with.
         again: measure latencies again, even if they are there.
         baseline: results that these are to be held against afterwards.
-        tell: called with a line of progress now and then.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -66,7 +65,7 @@ def compare(
     """
     output = Path(output)
     check_writable(output / FILE)
-    work = Work(plan, output, Steps(output / "steps"), tell or (lambda _: None))
+    work = Work(plan, output, Steps(output / "steps"))
     cases = cases_of(work)
     dataset = load_coco(plan.data, plan.split)
     if any(case.choice is not None and case.choice.quantizes for case in cases):
@@ -86,13 +85,14 @@ def compare(
             advance(f"AP of {one.name}", 0)
             accuracies.append(accuracy(work, one, dataset, data))
             advance("", 1)
+        agreed = agreements(work, dataset, built, accuracies)
         timings = measure_timings(work, built, advance, again=again)
         layers = []
         for one in built if plan.layers else ():
             advance(f"layers of {one.name}", 0)
             layers.append(measure_layers(work, one))
             advance("", 1)
-    results = results_of(work, dataset, data, built, accuracies, timings, layers)
+    results = results_of(work, dataset, data, built, accuracies, agreed, timings, layers)
     write_json(output / FILE, results)
     return results
 

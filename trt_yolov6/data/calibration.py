@@ -79,14 +79,12 @@ def calibration_images(
         raise UserError(
             f"every image in {folder} is of a single colour, such as all black: no range can be "
             "found on them; give `calibration` images like those the detector will see.",
-            "calibration",
         )
     if len(usable) < MINIMUM:
         same = f", {copies + 1} times" if copies else ""
         raise UserError(
             f"one image is too few to calibrate with ({usable[0]}{same}); give `calibration` a "
             "folder of 32 or more that look like those the detector will see.",
-            "calibration",
         )
     if copies:
         tell(f"left out of the calibration: {copies} copies of pictures that are there already")

@@ -7,88 +7,17 @@ from pathlib import Path
 
 from trt_yolov6.errors import UserError
 
-COCO_NAMES = (
-    "person",
-    "bicycle",
-    "car",
-    "motorcycle",
-    "airplane",
-    "bus",
-    "train",
-    "truck",
-    "boat",
-    "traffic light",
-    "fire hydrant",
-    "stop sign",
-    "parking meter",
-    "bench",
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "backpack",
-    "umbrella",
-    "handbag",
-    "tie",
-    "suitcase",
-    "frisbee",
-    "skis",
-    "snowboard",
-    "sports ball",
-    "kite",
-    "baseball bat",
-    "baseball glove",
-    "skateboard",
-    "surfboard",
-    "tennis racket",
-    "bottle",
-    "wine glass",
-    "cup",
-    "fork",
-    "knife",
-    "spoon",
-    "bowl",
-    "banana",
-    "apple",
-    "sandwich",
-    "orange",
-    "broccoli",
-    "carrot",
-    "hot dog",
-    "pizza",
-    "donut",
-    "cake",
-    "chair",
-    "couch",
-    "potted plant",
-    "bed",
-    "dining table",
-    "toilet",
-    "tv",
-    "laptop",
-    "mouse",
-    "remote",
-    "keyboard",
-    "cell phone",
-    "microwave",
-    "oven",
-    "toaster",
-    "sink",
-    "refrigerator",
-    "book",
-    "clock",
-    "vase",
-    "scissors",
-    "teddy bear",
-    "hair drier",
-    "toothbrush",
-)
+_COCO = """\
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, \
+stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, \
+giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, \
+baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, \
+knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, \
+cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, \
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, \
+hair drier, toothbrush"""
+
+COCO_NAMES = tuple(_COCO.split(", "))
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
@@ -101,9 +30,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not a readable text file; check `class_names`.", "class_names"
-        ) from error
+        raise UserError(f"{path} is not a readable text file; check `class_names`.") from error
     if path.suffix == ".json":
         try:
             categories = sorted(json.loads(text)["categories"], key=lambda item: item["id"])
@@ -111,8 +38,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} has no COCO categories; give such a file or one name a line as "
-                f"`class_names`.",
-                "class_names",
+                "`class_names`."
             ) from error
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:

@@ -51,7 +51,6 @@ class Preprocessing:
                 raise UserError(
                     f"`preprocess` {name}={getattr(self, name)} is unknown; choose one of "
                     f"{', '.join(get_args(allowed))}.",
-                    "preprocess",
                 )
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -59,12 +58,9 @@ class Preprocessing:
                 raise UserError(
                     f"`preprocess` {name} needs one number or three, of red, green and blue in "
                     "0..255.",
-                    "preprocess",
                 )
         if min(self.std) <= 0:
-            raise UserError(
-                "`preprocess` std divides the pixels; give numbers above 0.", "preprocess"
-            )
+            raise UserError("`preprocess` std divides the pixels; give numbers above 0.")
 
     @property
     def channels(self) -> tuple[tuple[int, float, float], ...]:
@@ -84,7 +80,6 @@ class Preprocessing:
                 raise UserError(
                     f"`preprocess` has no field {name}{did_you_mean(name, known)}; the fields are "
                     f"{', '.join(known)}.",
-                    "preprocess",
                 )
         return dataclasses.replace(self, **changes)
 
@@ -120,7 +115,6 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
             raise UserError(
                 f"`preprocess` {change} is not understood{did_you_mean(name, known)}; give "
                 f"FIELD=VALUE with a field of {', '.join(known)}.",
-                "preprocess",
             )
         fields[name] = _numbers(name, text) if name in ("mean", "std") else text
     return fields
@@ -132,7 +126,6 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
     except ValueError as error:
         raise UserError(
             f"`preprocess` {name}={text} is not understood; give one number or three with commas.",
-            "preprocess",
         ) from error
     return values * 3 if len(values) == 1 else values
 

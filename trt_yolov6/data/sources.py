@@ -71,7 +71,6 @@ def _find(data: Path, split: str | None, parameter: str = "split") -> _Found:
     if not data.is_dir() and not (data.is_file() and data.suffix in (".yaml", ".yml")):
         raise UserError(
             f"{data} is not a folder; give the data set's folder, or its data.yaml, as `data`.",
-            "data",
         )
     files = _coco_files(data) if data.is_dir() else {}
     if files:

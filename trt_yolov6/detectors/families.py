@@ -85,6 +85,5 @@ def family_named(name: str) -> Family:
         raise UserError(
             f"`decoder` {name} is not known{did_you_mean(name, FAMILIES)}; choose one of "
             f"{', '.join(FAMILIES)}.",
-            "decoder",
         )
     return FAMILIES[name]

@@ -145,7 +145,6 @@ def grid(size: tuple[int, int], anchors: int) -> tuple[NDArray[np.float64], NDAr
         raise UserError(
             f"{anchors} anchors are not those of an input of {size[0]}x{size[1]} with strides 8, "
             "16, 32 (and 64); name another `decoder`.",
-            "decoder",
         )
     cells = [
         np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
@@ -337,7 +336,6 @@ def _unlike(outputs: Outputs, wanted: str) -> UserError:
     return UserError(
         f"the engine's outputs ({shapes}) do not have {wanted}, which its output layout promises; "
         "build it again with `trt-yolov6 build`, or name its `decoder`.",
-        "decoder",
     )
 
 

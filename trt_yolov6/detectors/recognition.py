@@ -64,7 +64,6 @@ def recognize(
             raise UserError(
                 f"{path} has outputs of no layout that `decoder` {family.name} reads "
                 f"({_listed(facts.outputs)}); it reads {', '.join(family.layouts)}.",
-                "decoder",
             )
         if {"rows", "grid_rows"} <= set(fitting):
             # A plan does not show it; YOLOX's exporter leaves the decoding out unless asked.
@@ -81,7 +80,6 @@ def recognize(
         raise UserError(
             f"{path} has outputs ({_listed(facts.outputs)}) that several families share; "
             f"name it with `decoder`: {_titled(choices)}.",
-            "decoder",
         )
     ((name, layout),) = choices
     return FAMILIES[name], layout

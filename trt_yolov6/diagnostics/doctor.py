@@ -38,6 +38,7 @@ _REQUIRED = {
     "opencv-python-headless": "cv2",
     "pycocotools": "pycocotools.mask",
     "tqdm": "tqdm",
+    "msgspec": "msgspec",
     "torch": "torch",
     "onnxscript": "onnxscript",
 }

@@ -53,7 +53,7 @@ def backend(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise UserError(
-            f"`backend` {name} is not known; choose one of auto, {', '.join(BACKENDS)}.", "backend"
+            f"`backend` {name} is not known; choose one of auto, {', '.join(BACKENDS)}."
         )
     return importlib.import_module(BACKENDS[name].module)
 
@@ -134,7 +134,6 @@ def load_engine(
     elif manifest and manifest.backend != backend_name and path.suffix != ".onnx":
         raise UserError(
             f"{path} was built for {manifest.backend}, not {backend_name}; leave `backend` out.",
-            "backend",
         )
     options = options or LoadOptions()
     engine = backend(backend_name).load(path, manifest, options)

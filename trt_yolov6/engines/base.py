@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.common.closing import Closing
-from trt_yolov6.detectors.spec import Described
+from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, empty_input
@@ -124,6 +124,17 @@ class FinishedRun(Run):
 
     def wait(self) -> dict[str, NDArray[Any]]:
         return self.outputs
+
+
+@dataclass(frozen=True)
+class EngineFacts(Described):
+    """Facts of an engine that are known without loading it."""
+
+    name: str
+    """Its file name."""
+    detector: DetectorSpec
+    precision: str
+    backend: str
 
 
 class Engine(Described, Closing):
@@ -278,6 +289,11 @@ class Engine(Described, Closing):
         )
 
     @property
+    def facts(self) -> EngineFacts:
+        """Name, detector, precision and backend."""
+        return EngineFacts(self.path.name, self.detector, self.precision, self.backend)
+
+    @property
     def precision(self) -> str:
         """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
         return self.manifest.precision if self.manifest else "unknown"
@@ -315,5 +331,4 @@ def check_batch(engine: Engine, batch: int) -> None:
         raise UserError(
             f"{engine.path} takes {takes}, not {batch}; give another `batch`, or build it again "
             "for that size.",
-            "batch",
         )

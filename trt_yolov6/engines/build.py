@@ -103,8 +103,6 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
         raise UserError(
             f"`output` {output} does not fit the {name} backend; give a name that ends in "
             f"{suffix}, or another `backend`.",
-            "output",
-            "backend",
         )
     # The engine's name is known only once its graph is; its folder is known now.
     check_writable(output or ENGINES / f"<name>{suffix}")
@@ -191,8 +189,6 @@ def all_in_float(precision: str, backend: str, target: str) -> UserError:
         f"{backend} computes no convolution in {label} for {target}: the engine would be no faster "
         f"than fp16. Build with fp16 instead of {precision}, or {instead}; `allow_float` "
         "builds it all the same.",
-        "allow_float",
-        "backend",
     )
 
 

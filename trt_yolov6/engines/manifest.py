@@ -106,7 +106,7 @@ def choose_manifest_path(engine_path: str | Path) -> Path:
         if owner == name or (owner is not None and not path.with_name(native_name(owner)).exists()):
             return path
     raise UserError(
-        f"{path} is in the way of the manifest of {engine_path}; choose another `output`.", "output"
+        f"{path} is in the way of the manifest of {engine_path}; choose another `output`."
     )
 
 

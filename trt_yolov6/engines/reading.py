@@ -48,7 +48,6 @@ def detector_of(
             raise UserError(
                 f"{path} was built as {manifest.decoder}, not {options.decoder}; leave `decoder` "
                 "out, or build it again with it.",
-                "decoder",
             )
         detector = manifest.detector
     return replace(detector, preprocessing=detector.preprocessing.with_changes(options.preprocess))

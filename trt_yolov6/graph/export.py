@@ -74,7 +74,7 @@ class ExportSettings:
             _check_size(self.image_size, 32)
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise UserError(
-                f"`opset` {self.opset} is not supported; give {MIN_OPSET} to {MAX_OPSET}.", "opset"
+                f"`opset` {self.opset} is not supported; give {MIN_OPSET} to {MAX_OPSET}."
             )
 
     def size_for(self, arch: Architecture) -> tuple[int, int]:
@@ -162,12 +162,10 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
         raise UserError(
             f"`image_size` {height}x{width} is not a multiple of {multiple}, which this network "
             f"needs; give {fitting}, for example.",
-            "image_size",
         )
     if height * width > MAX_PIXELS:
         raise UserError(
             f"`image_size` {height}x{width} is more than {MAX_PIXELS:,} pixels; give less.",
-            "image_size",
         )
 
 

@@ -130,7 +130,6 @@ def _class_names(path: Path, names: tuple[str, ...] | None, count: int | None) -
         raise UserError(
             f"{len(names)} class names were given for {path}, which has {count} classes; "
             "check `class_names`.",
-            "class_names",
         )
     return names
 
@@ -162,15 +161,12 @@ def _fixed_size(
 ) -> tuple[int, int]:
     if wanted is None:
         if None in sizes:
-            raise UserError(
-                f"{path} leaves its image size free; fix it with `image_size`.", "image_size"
-            )
+            raise UserError(f"{path} leaves its image size free; fix it with `image_size`.")
         wanted = (sizes[0] or 0, sizes[1] or 0)
     elif any(own is not None and own != asked for own, asked in zip(sizes, wanted, strict=True)):
         raise UserError(
             f"{path} takes images of {sizes[0]}x{sizes[1]}, not {wanted[0]}x{wanted[1]}; leave "
             "`image_size` out, or export it again.",
-            "image_size",
         )
     return wanted
 
@@ -182,7 +178,6 @@ def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> Ba
         raise UserError(
             f"{path} takes batch {own} only; leave `batch` out, or export it again "
             "with a free batch axis.",
-            "batch",
         )
     return BatchProfile(own, own, own)
 

@@ -90,7 +90,6 @@ def open_session(
         raise UserError(
             f"`threads` {threads} is far more than this machine's {processors} processors; give "
             "fewer.",
-            "threads",
         )
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3

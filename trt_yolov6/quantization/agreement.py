@@ -51,6 +51,8 @@ def agreement(
         # Objects of every size count alike here, so the other size ranges need no matching.
         scorer.params.areaRng = scorer.params.areaRng[:1]
         scorer.params.areaRngLbl = scorer.params.areaRngLbl[:1]
+        # And only the figure of 100 detections an image is read.
+        scorer.params.maxDets = scorer.params.maxDets[-1:]
         scorer.evaluate()
         scorer.accumulate()
     precision = scorer.eval["precision"][:, :, :, 0, -1]

@@ -27,26 +27,56 @@ import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import sha256_bytes
-from trt_yolov6.graph.editing import add_initializers, replace_tensor
+from trt_yolov6.graph.editing import add_initializers, replace_tensor, with_outputs
 from trt_yolov6.graph.index import attribute, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
 from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
+
+_PARTS = 256
+"""Steps that the largest mean error of a layer is counted in."""
 
 
-def correct_biases(
-    float_model: onnx.ModelProto, quantized_model: onnx.ModelProto, images: Sequence[NDArray[Any]]
+def without_mean_rounding(
+    float_model: onnx.ModelProto,
+    quantized_model: onnx.ModelProto,
+    means: Mapping[str, NDArray[np.float64]],
 ) -> onnx.ModelProto:
-    """Return the Q/DQ graph with its quantized convolutions' biases corrected.
+    """Return the Q/DQ graph whose biases take back what rounding its weights adds in the mean.
+
+    No image is needed, and of the mean errors the part that activations make stays. Without it,
+    forms of a graph could not be compared whose tensors have other means.
 
     Args:
         float_model: the float32 graph that was quantized, after equalization.
         quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
-        images: a few dozen inputs of the graph; the sample needs no more than 8.
-
-    Raises:
-        UserError: there are no images, or they make a tensor NaN or infinite.
+        means: (channels,) the mean of each channel of the float tensors. Layers whose input
+            is neither among them nor a concatenation of such stay as they are.
     """
-    return BiasCorrection(float_model, images).correct(quantized_model)
+    result = copy.deepcopy(quantized_model)
+    constants = constants_of(float_model)
+    makers = {name: node for node in float_model.graph.node for name in node.output}
+
+    def mean_of(name: str) -> NDArray[np.float64] | None:
+        if name in means:
+            return means[name]
+        node = makers.get(name)
+        if node is None or node.op_type != "Concat" or attribute(node, "axis", 1) % 4 != 1:
+            return None
+        parts = [found for part in node.input if (found := mean_of(part)) is not None]
+        return np.concatenate(parts) if len(parts) == len(node.input) else None
+
+    for layer in quantized_layers(result):
+        node = makers.get(layer.output)
+        if not layer.has_own_codes or node is None or node.input[1] not in constants:
+            continue
+        mean = mean_of(node.input[0])
+        if mean is not None:
+            weight = tensor_value(constants[node.input[1]]).astype(np.float64)
+            lost = weight - layer.weights.values()
+            groups = attribute(node, "group", 1)
+            shift_bias(result, layer, _mean_response(lost, mean, groups, _taps(node)))
+    return result
 
 
 class BiasCorrection:
@@ -56,6 +86,10 @@ class BiasCorrection:
     """
 
     def __init__(self, float_model: onnx.ModelProto, images: Sequence[NDArray[Any]]) -> None:
+        """Take the float32 graph that was quantized, after equalization, and some inputs of it.
+
+        A few dozen images do; the sample needs no more than 8.
+        """
         self._float_model = float_model
         self._images = images
         self._constants = constants_of(float_model)
@@ -64,7 +98,11 @@ class BiasCorrection:
         self._last: tuple[str, dict[str, NDArray[np.float64]]] | None = None
 
     def correct(self, quantized_model: onnx.ModelProto) -> onnx.ModelProto:
-        """Return a Q/DQ graph with its biases corrected, see `correct_biases`."""
+        """Return a Q/DQ graph, made by `insert_qdq`, with its convolutions' biases corrected.
+
+        Raises:
+            UserError: there are no images, or they make a tensor NaN or infinite.
+        """
         return with_errors_removed(quantized_model, self.errors(quantized_model))
 
     def errors(self, quantized_model: onnx.ModelProto) -> dict[str, NDArray[np.float64]]:
@@ -85,14 +123,19 @@ class BiasCorrection:
             means = _means(self._float_model, self._images, inputs, layers)
             self._float_means.update(means)
         before = self._float_means
-        after = _means(quantized_model, self._images, [item.input for item in layers], layers)
+        # On codes: the same on every processor.
+        exact = with_integer_convolutions(
+            with_outputs(quantized_model, (n for one in layers for n in (one.input, one.output)))
+        )
+        after = _means(exact, self._images, [item.input for item in layers], layers)
         found = {}
         for layer in layers:
             node = self._nodes[layer.output]
             weight = tensor_value(self._constants[node.input[1]]).astype(np.float64)
             moved = after[layer.input] - before[node.input[0]]
             from_input = _mean_response(weight, moved, attribute(node, "group", 1), _taps(node))
-            found[layer.output] = after[layer.output] - before[layer.output] - from_input
+            error = after[layer.output] - before[layer.output] - from_input
+            found[layer.output] = _on_grid(error)
         self._last = digest, found
         return found
 
@@ -127,13 +170,15 @@ def with_layers_of(model: onnx.ModelProto, other: onnx.ModelProto) -> onnx.Model
             continue
         known = tuned[layer.output]
         ours[layer.weight].CopyFrom(theirs[known.weight])
-        change = _bias(known, theirs) - _bias(layer, ours)
+        change = bias_of(known, theirs) - bias_of(layer, ours)
         if np.any(change):
             shift_bias(result, layer, change)
     return result
 
 
-def _bias(layer: QuantizedLayer, constants: Mapping[str, onnx.TensorProto]) -> NDArray[np.float64]:
+def bias_of(
+    layer: QuantizedLayer, constants: Mapping[str, onnx.TensorProto]
+) -> NDArray[np.float64]:
     """Return a layer's bias; 0 where it has none."""
     if len(layer.node.input) < 3 or not layer.node.input[2]:
         return np.zeros((), np.float64)
@@ -174,6 +219,19 @@ def _means(
         for name, item in found.items()
         if item.mean_per_channel is not None
     }
+
+
+def _on_grid(errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Round a layer's mean errors to `_PARTS` of their largest, a power of two.
+
+    The float network's means differ in their last bits from processor to processor.
+    """
+    largest = float(np.abs(errors).max(initial=0))
+    if not largest:
+        return errors
+    step = 2.0 ** np.ceil(np.log2(largest)) / _PARTS
+    rounded: NDArray[np.float64] = np.rint(errors / step) * step
+    return rounded
 
 
 def _taps(node: onnx.NodeProto) -> float | None:

@@ -23,14 +23,18 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from trt_yolov6.graph.editing import replace_tensor
+from trt_yolov6.graph.editing import replace_tensor, with_outputs
 from trt_yolov6.graph.index import attributes, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.bias_correction import shift_bias
+from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 
 # Places of one image whose inputs count, for one layer.
 _PLACES = 1024
+
+# Places whose products of codes add up to less than 2^24.
+_EXACT_PLACES = 1024
 
 # Added to the diagonal of the covariance, as a part of its mean: GPTQ's damping.
 _DAMPING = 0.01
@@ -85,6 +89,9 @@ class _Job:
     ) -> None:
         self.layer = layer
         self._weight = weight
+        scale = None if layer.activations is None else layer.activations.scale
+        self._unit = 1.0 if scale is None else float(tensor_value(scale).reshape(-1)[0])
+        self._reads_codes = scale is not None
         self._kernel = (int(weight.shape[2]), int(weight.shape[3]))
         given = attributes(node)
         self._groups: int = given.get("group", 1)
@@ -110,21 +117,30 @@ class _Job:
         return int(self._groups * self.columns**2 * 8)
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Take in a batch of the layer's inputs (batch, channels, height, width)."""
-        for image in torch.from_numpy(values.astype(np.float32, copy=False)):
+        """Take in a batch of the layer's inputs (batch, channels, height, width).
+
+        After a pair they are multiples of its scale. As whole numbers their sums of products are
+        exact in float32 below 2^24, so that every processor finds the same.
+        """
+        values = values.astype(np.float32, copy=False)
+        if self._reads_codes:
+            values = np.rint(values / np.float32(self._unit))
+        for image in torch.from_numpy(values):
             places = self._places(image)
             total = places.sum(dim=2, dtype=torch.float64)
-            products = (places @ places.transpose(1, 2)).double()
             self._sum = total if self._sum is None else self._sum + total
-            self._products = products if self._products is None else self._products + products
+            for part in torch.split(places, _EXACT_PLACES, dim=2):
+                products = (part @ part.transpose(1, 2)).double()
+                self._products = products if self._products is None else self._products + products
             self._count += places.shape[2]
 
     def rounded(self) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
         """Return the levels of the weights, and by how much they move the mean output."""
         assert self._sum is not None
         assert self._products is not None
-        mean = self._sum / self._count
-        covariance = self._products / self._count - mean.unsqueeze(2) * mean.unsqueeze(1)
+        mean = self._sum / self._count * self._unit
+        covariance = self._products / self._count * self._unit**2
+        covariance = covariance - mean.unsqueeze(2) * mean.unsqueeze(1)
         rows = torch.from_numpy(self._to_rows(self._weight).astype(np.float64))
         spread = np.broadcast_to(self.layer.scale, self._weight.shape)
         # One scale serves a row, since it belongs to one output channel.
@@ -226,7 +242,7 @@ def _measured(
 ) -> Sequence[_Job]:
     """Run the images through the Q/DQ graph and give each job what its layer reads."""
     names = list(dict.fromkeys(job.layer.input for job in jobs))
-    session = reference_session(model, outputs=names)
+    session = reference_session(with_integer_convolutions(with_outputs(model, names)))
     source = session.get_inputs()[0].name
     for image in images:
         values = dict(zip(names, session.run(names, {source: image}), strict=True))

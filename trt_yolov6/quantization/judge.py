@@ -38,11 +38,19 @@ Agreement depends on the data as well: the sample in INT8 loses no AP at 0.909, 
 point of 35 at 0.915. Their float networks' agreement with themselves tells them apart with noise;
 images moved by a pixel would rank them the other way round."""
 
+GAIN_CONFIDENCE = 0.8
+"""Confidence of the interval that a gain by gradients has to lie above zero with: in nine of ten
+cases it is then a gain."""
+
 _RESAMPLES = 200
 """Bootstrap resamples of the built graph's interval, which is printed with two digits."""
 
 FEWEST_TO_PART = 16
-"""Images from which on half of them only judge. Of fewer, all calibrate and all judge."""
+"""Images from which on half of them only judge. Fewer are parted in two folds: each half judges
+what the other one made, and what is built is then made from all."""
+
+FEWEST_TO_FOLD = 4
+"""Images from which on there are folds. Of fewer, all calibrate and all judge."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +66,27 @@ class ImageSplit:
         return not set(self.calibrate) & set(self.judge)
 
 
-def split_images(paths: Sequence[Path]) -> ImageSplit:
-    """Part images: every other one calibrates, the rest judges.
+def split_images(paths: Sequence[Path]) -> tuple[ImageSplit, ...]:
+    """Part images: every other one calibrates, the rest judges; of few, the reverse as well.
 
     Args:
         paths: sorted; neighbours are often alike, so that both parts see of everything.
+
+    Returns:
+        The folds, mostly one: candidates are made from each fold's `calibrate` and judged on its
+        `judge`.
     """
+    if len(paths) < FEWEST_TO_FOLD:
+        return (ImageSplit(tuple(paths), tuple(paths)),)
+    even, odd = tuple(paths[::2]), tuple(paths[1::2])
     if len(paths) < FEWEST_TO_PART:
-        return ImageSplit(tuple(paths), tuple(paths))
-    return ImageSplit(tuple(paths[::2]), tuple(paths[1::2]))
+        return ImageSplit(even, odd), ImageSplit(odd, even)
+    return (ImageSplit(even, odd),)
+
+
+def images_to_build_from(folds: Sequence[ImageSplit]) -> tuple[Path, ...]:
+    """Return the images that what is built is made from, sorted: of several folds, all."""
+    return tuple(sorted({path for fold in folds for path in fold.calibrate}))
 
 
 def batches_of(graph: Graph, paths: Sequence[Path], border: int = 0) -> Iterator[NDArray[Any]]:
@@ -106,7 +126,7 @@ class Judge:
         self._images = list(batches_of(graph, paths, border))
         self._preprocessing = graph.preprocessing
         self._layout: OutputLayout = graph.output_layout
-        self._named_classes = len(graph.class_names)
+        self.named_classes = len(graph.class_names)
         self._image_size = graph.image_size
         self._model = graph.model
         self._found: dict[str, list[Detections]] = {}
@@ -115,27 +135,18 @@ class Judge:
 
     def agreement(self, model: onnx.ModelProto) -> float:
         """Return the agreement of a quantized graph's detections with the float one's, 0..1."""
-        found = self.detections(model)
-        values = [self._agreement(found, one) for one in CONFIDENCES]
-        return sum(values) / len(values)
+        return pooled_agreement([(self, self.detections(model))])
 
     def interval(self, model: onnx.ModelProto) -> Interval:
         """Return `agreement` with its 95 % bootstrap interval over the images.
 
         Half of its width is the smallest difference to another set of images that can be seen.
         """
-        found = self.detections(model)
-        least = [least_score(self.reference, one) for one in CONFIDENCES]
-        scored = [matched(self.reference, found, score) for score in least]
-
-        def mean(draws: NDArray[np.int64]) -> float:
-            return float(np.mean([one.ap(draws) for one in scored]))
-
-        return interval(mean, len(found), resamples=_RESAMPLES)
+        return pooled_interval([(self, self.detections(model))])
 
     def confident_agreement(self, model: onnx.ModelProto) -> float:
         """Return the agreement from the highest of `CONFIDENCES` on, see `least_agreement`."""
-        return self._agreement(self.detections(model), CONFIDENCES[-1])
+        return pooled_agreement([(self, self.detections(model))], CONFIDENCES[-1:])
 
     def harmless_agreement(self) -> float:
         """Return the float network's agreement with itself on images with a little noise.
@@ -148,13 +159,8 @@ class Judge:
             rng = np.random.default_rng(seed)
             noisy = (with_noise(images, rng, self._preprocessing) for images in self._images)
             found = self._run(self._model, noisy)
-            values.append(self._agreement(found, CONFIDENCES[-1]))
+            values.append(pooled_agreement([(self, found)], CONFIDENCES[-1:]))
         return sum(values) / len(values)
-
-    def _agreement(self, found: Sequence[Detections], confident: float) -> float:
-        # A graph with NMS inside does not show the number of classes.
-        seen = (one.class_id.max(initial=-1) + 1 for one in (*self.reference, *found))
-        return agreement(self.reference, found, max(self._named_classes, 1, *seen), confident)
 
     def detections(self, model: onnx.ModelProto) -> list[Detections]:
         """Return a graph's detections in the images, in pixels of its input; cached."""
@@ -181,6 +187,62 @@ class Judge:
             whole = [fit(size, size)] * len(images)
             found += postprocess(outputs, self._layout, NmsSettings(), whole, clip=False)
         return found
+
+
+Judged = Sequence[tuple[Judge, Sequence[Detections]]]
+"""Detections of quantized graphs in the images of judges, as if all were one set of images."""
+
+
+def pooled_agreement(judged: Judged, confidences: Sequence[float] = CONFIDENCES) -> float:
+    """Return the agreement with the float network's detections, the mean over confidences."""
+    reference, found = _pooled(judged)
+    # A graph with NMS inside does not show the number of classes.
+    seen = (one.class_id.max(initial=-1) + 1 for one in (*reference, *found))
+    classes = max(judged[0][0].named_classes, 1, *seen)
+    return float(np.mean([agreement(reference, found, classes, one) for one in confidences]))
+
+
+def pooled_interval(judged: Judged) -> Interval:
+    """Return `pooled_agreement` with its 95 % bootstrap interval over the images."""
+    reference, found = _pooled(judged)
+    scored = [matched(reference, found, least_score(reference, one)) for one in CONFIDENCES]
+
+    def mean(draws: NDArray[np.int64]) -> float:
+        return float(np.mean([one.ap(draws) for one in scored]))
+
+    return interval(mean, len(found), resamples=_RESAMPLES)
+
+
+def pooled_gain(judged: Judged, before: Judged, confidence: float = GAIN_CONFIDENCE) -> Interval:
+    """Return by how much the agreement is higher than that of other detections.
+
+    Both are resampled alike, so that the interval is far narrower than that of either.
+
+    Args:
+        judged: detections of the one graph in the images of judges.
+        before: those of the other in the same images.
+        confidence: of the interval, 0..1.
+    """
+    pairs = []
+    for one in CONFIDENCES:
+        scored = []
+        for each in (judged, before):
+            reference, found = _pooled(each)
+            scored.append(matched(reference, found, least_score(reference, one)))
+        pairs.append(scored)
+
+    def gain(draws: NDArray[np.int64]) -> float:
+        return float(np.mean([own.ap(draws) - other.ap(draws) for own, other in pairs]))
+
+    count = sum(judge.images for judge, _ in judged)
+    return interval(gain, count, resamples=_RESAMPLES, confidence=confidence)
+
+
+def _pooled(judged: Judged) -> tuple[list[Detections], list[Detections]]:
+    return (
+        [one for judge, _ in judged for one in judge.reference],
+        [one for _, found in judged for one in found],
+    )
 
 
 def with_noise(

@@ -14,6 +14,7 @@ after activations, ranking of layers and reconstruction are about INT8's evenly 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +23,18 @@ from typing import TYPE_CHECKING, Any
 from trt_yolov6.data.calibration import calibration_images, evenly, images_sha256
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.collect import check_weights
-from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of, split_images
+from trt_yolov6.quantization.judge import (
+    ImageSplit,
+    batches_of,
+    images_to_build_from,
+    split_images,
+)
+from trt_yolov6.quantization.learned import with_learned
 from trt_yolov6.quantization.mixed_precision import layer_costs
+from trt_yolov6.quantization.preparation import Prepared, method_of, prepare, variant_of
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
-from trt_yolov6.quantization.search import (
-    FEWEST_IMAGES,
-    Candidate,
-    Prepared,
-    Search,
-    WeightTuning,
-    chosen_weights,
-    method_of,
-    prepare,
-    variant_of,
-)
+from trt_yolov6.quantization.search import FEWEST_IMAGES, Found, Search
 from trt_yolov6.quantization.settings import (
     QuantizationSettings,
     check_float_layers,
@@ -50,12 +48,17 @@ from trt_yolov6.quantization.table import (
     model_sha256,
     reusable_table,
 )
+from trt_yolov6.quantization.trials import Candidate
 from trt_yolov6.quantization.types import INT8
+from trt_yolov6.quantization.weights import WeightTuning, chosen_weights
 
 if TYPE_CHECKING:
     import onnx
 
     from trt_yolov6.graph.model import Graph
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,6 @@ def quantize(
     *,
     table_file: str | Path | None = None,
     score: Callable[[onnx.ModelProto], float] | None = None,
-    tell: Callable[[str], None] | None = None,
 ) -> QuantizedGraph:
     """Quantize a float graph with the images of a folder.
 
@@ -91,7 +93,6 @@ def quantize(
         table_file: an earlier calibration table, used again if it was made from the same things.
         score: a graph's AP on labelled data (`sensitivity_report.ap_on`), which then holds the
             budget of automatic float layers; None estimates it by agreement with the float network.
-        tell: called with a line of progress now and then.
 
     Raises:
         UserError: the graph is not float32, has a NaN in its weights or nothing that FP8 would
@@ -99,39 +100,40 @@ def quantize(
             `check_settings`.
     """
     settings = settings or QuantizationSettings()
-    say = tell or (lambda _: None)
     check_settings(settings)
     _check_graph(graph, settings)
     check_float_layers(graph, settings)
-    paths = calibration_images(folder, settings.image_limit, tell)
-    split = split_images(paths)
+    paths = calibration_images(folder, settings.image_limit, _log.info)
+    folds = split_images(paths)
     key = _key(graph, paths, settings, by_ap=score is not None)
     table, note = reusable_table(table_file, key) if table_file else (None, "")
     if note:
-        say(note)
-    candidates: tuple[Candidate, ...] = ()
-    judge: Judge | None = None
+        _log.info(note)
+    found: Found | None = None
     if table is not None:
-        variant = variant_of(table)
-        prepared = prepare(graph, split.calibrate, settings, variant, say, measure=False)
-        inputs = list(batches_of(graph, evenly(split.calibrate, FEWEST_IMAGES), settings.border))
+        variant, sources = variant_of(table), images_to_build_from(folds)
+        prepared = prepare(graph, sources, settings, variant, measure=False)
+        inputs = list(batches_of(graph, evenly(sources, FEWEST_IMAGES), settings.border))
         tuning = WeightTuning(prepared.model, inputs)
     else:
-        found = Search(graph, split, settings, key, say, score).run()
-        prepared, table, tuning, judge = found.prepared, found.table, found.tuning, found.judge
-        candidates = found.candidates
+        found = Search(graph, folds, settings, key, score).run()
+        prepared, table, tuning = found.prepared, found.table, found.tuning
     quantized = settings.quantized
     placement = place_for(quantized, prepared.model, table.float_layers)
     model = insert_qdq(
         prepared.model, placement, table.amax, quantized=quantized, fp16=settings.fp16
     )
-    model = tuning.tuned(model, chosen_weights(table))
+    if table.learned is None:
+        model = tuning.tuned(model, chosen_weights(table))
+    else:
+        model = with_learned(model, table.learned)
     calibration = {
         "calibrator": "+".join(sorted(set(table.methods.values()))),
         "variant": table.variant,
         "weights": chosen_weights(table),
         "biases_corrected": table.biases_corrected,
         "adaptive_rounding": table.reconstructed,
+        "tuned_by_gradients": table.learned is not None,
         "images": len(paths),
         "images_sha256": key.images_sha256,
         f"{quantized.name}_layers": len(placement.layers),
@@ -139,7 +141,7 @@ def quantize(
             _quantized_share(prepared.model, placement), 4
         ),
         "rest": "fp16" if settings.fp16 else "fp32",
-        **_judged(judge, split, model, candidates, say),
+        **({} if found is None else _judged(found, folds)),
     }
     made = dataclasses.replace(
         graph,
@@ -148,6 +150,7 @@ def quantize(
         calibration=calibration,
         float_layers=table.float_layers,
     )
+    candidates = () if found is None else found.candidates
     return QuantizedGraph(made, prepared.model, table, placement, candidates, note)
 
 
@@ -179,6 +182,7 @@ def _key(
             "equalize": settings.equalize,
             "bias_correction": settings.bias_correction,
             "reconstruct": settings.reconstruct,
+            "reconstruct_minutes": settings.reconstruct_minutes,
             "adaptive_rounding": settings.adaptive_rounding,
             "float_layers": described(settings) + (", by AP" if by_ap else ""),
             "border": settings.border,
@@ -187,39 +191,22 @@ def _key(
     )
 
 
-def _judged(
-    judge: Judge | None,
-    split: ImageSplit,
-    model: onnx.ModelProto,
-    candidates: Sequence[Candidate],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def _judged(found: Found, folds: Sequence[ImageSplit]) -> dict[str, Any]:
     """Return for the manifest how well what is built agrees with float, and what was tried."""
-    if judge is None:
+    agreement, held_out = found.agreement, all(fold.is_held_out for fold in folds)
+    if agreement is None:
         return {}
-    found = judge.interval(model)
-    held_out = "held-out" if split.is_held_out else "calibration"
-    say(
-        f"agreement with float {found.value:.3f} (95 % interval {found.low:.3f} to "
-        f"{found.high:.3f}) on {judge.images} {held_out} images"
+    kind = "held-out" if held_out else "calibration"
+    how = f", {len(folds)} folds" if len(folds) > 1 else ""
+    _log.info(
+        f"agreement with float {agreement.value:.3f} (95 % interval {agreement.low:.3f} to "
+        f"{agreement.high:.3f}) on {found.images} {kind} images{how}"
     )
     return {
-        "agreement": round(found.value, 4),
-        "agreement_interval": [round(found.low, 4), round(found.high, 4)],
-        "judged_on": {"images": judge.images, "held_out": split.is_held_out},
-        "tried": [
-            {
-                "decides": item.decides,
-                "graph": item.variant,
-                "ranges": item.method,
-                "weights": item.weights,
-                "float_layers": list(item.float_layers),
-                "agreement": round(item.agreement, 4),
-                "slowdown": round(item.slowdown, 4),
-                "seconds": round(item.seconds, 1),
-            }
-            for item in candidates
-        ],
+        "agreement": round(agreement.value, 4),
+        "agreement_interval": [round(agreement.low, 4), round(agreement.high, 4)],
+        "judged_on": {"images": found.images, "held_out": held_out, "folds": len(folds)},
+        "tried": [item.to_json() for item in found.candidates],
     }
 
 
@@ -251,7 +238,6 @@ def calibrate(
     graph: Graph,
     folder: str | Path,
     settings: QuantizationSettings | None = None,
-    tell: Callable[[str], None] | None = None,
 ) -> Calibrated:
     """Calibrate a float graph for INT8 as `quantize` does, for a look at its layers.
 
@@ -265,9 +251,9 @@ def calibrate(
         bias_correction=False,
     )
     check_weights(graph.model)
-    paths = calibration_images(folder, settings.image_limit, tell)
+    paths = calibration_images(folder, settings.image_limit, _log.info)
     key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
-    found = Search(graph, split_images(paths), settings, key, tell or (lambda _: None)).run()
+    found = Search(graph, split_images(paths), settings, key).run()
     prepared = found.prepared
     return Calibrated(
         prepared.model, prepared.placement, found.table, tuple(paths), prepared.statistics

@@ -104,6 +104,7 @@ def interval(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    confidence: float = 0.95,
 ) -> Interval:
     """Return a statistic of a set of images with its percentile bootstrap interval.
 
@@ -112,6 +113,7 @@ def interval(
         images: how many there are.
         resamples: how often to draw.
         seed: of the draws; the same seed draws the same images for every statistic.
+        confidence: of the interval, 0..1.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, images, (resamples, images))
@@ -120,7 +122,8 @@ def interval(
     whole = statistic(np.ones(images, np.int64))
     if not values.size:
         return Interval(whole, whole, whole)
-    low, middle, high = np.quantile(values, (0.025, 0.5, 0.975))
+    tail = (1 - confidence) / 2
+    low, middle, high = np.quantile(values, (tail, 0.5, 1 - tail))
     return Interval(whole, float(whole + low - middle), float(whole + high - middle))
 
 

@@ -1,31 +1,42 @@
 """The search for the quantized graph that agrees best with the float one, a decision at a time.
 
-    graph ─▶ ranges ─▶ weights and biases ─▶ float layers
+    graph ─▶ ranges ─▶ weights ─▶ float layers ─▶ ranges and weights again ─▶ tuning by gradients
 
-Everything is made from one part of the calibration images and judged on the other.
+Everything is made from one part of the calibration images and judged on the other; of few images,
+both ways round.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.data.calibration import evenly
+from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
-from trt_yolov6.quantization.bias_correction import BiasCorrection, with_layers_of
-from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_for
-from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.bias_correction import with_layers_of, without_mean_rounding
+from trt_yolov6.quantization.calibrators import Method, methods_for
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
-from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
-from trt_yolov6.quantization.gptq import adapt_rounding
-from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of, least_agreement
+from trt_yolov6.quantization.judge import (
+    CONFIDENCES,
+    FEWEST_TO_PART,
+    ImageSplit,
+    Judge,
+    batches_of,
+    images_to_build_from,
+    least_agreement,
+    pooled_agreement,
+    pooled_gain,
+    pooled_interval,
+)
+from trt_yolov6.quantization.learned import as_built, learned_of
 from trt_yolov6.quantization.mixed_precision import (
     Fallback,
     LayerCost,
@@ -35,13 +46,20 @@ from trt_yolov6.quantization.mixed_precision import (
     rankings,
     rankings_by_displacement,
 )
-from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
+from trt_yolov6.quantization.preparation import (
+    VARIANTS,
+    Prepared,
+    Variant,
+    formed,
+    plain_statistics,
+    prepare,
+)
 from trt_yolov6.quantization.qdq.insert import insert_qdq
-from trt_yolov6.quantization.qdq.placement import Placement, place_for
+from trt_yolov6.quantization.resampling import Interval
 from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked
-from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
-from trt_yolov6.quantization.types import INT8, QuantizedType
+from trt_yolov6.quantization.trials import Candidate, Decision
+from trt_yolov6.quantization.weights import SAID, Weights, WeightTuning, weight_choices
 
 if TYPE_CHECKING:
     import onnx
@@ -49,19 +67,7 @@ if TYPE_CHECKING:
     from trt_yolov6.graph.model import Graph
     from trt_yolov6.quantization.settings import QuantizationSettings
 
-Variant = Literal["plain", "equalized", "smoothed"]
-
-VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed")
-"""Forms of the float graph, from the least changed on; all compute the same function.
-
-plain:     as it is
-equalized: channels rescaled where weights can absorb it (`equalization.equalize`)
-smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
-"""
-
-Weights = Literal["nearest", "biases", "reconstructed"]
-"""Weight rounding: rounded to the nearest level; that, with corrected biases
-(`bias_correction`); or rounded so that each layer's output is nearest (`gptq`), biases included."""
+_log = logging.getLogger(__name__)
 
 FEWEST_IMAGES, MOST_IMAGES = 16, 64
 """Images that candidates are compared on, spread evenly over those that judge: the lighter the
@@ -80,56 +86,17 @@ _WATCHED_IMAGES = 6
 _COMPARISON = 100e9
 """Multiply-adds spent on comparing one candidate, within those limits."""
 
-Tell = Callable[[str], None]
+_MOST_SETS, _MORE_SETS = 40, 16
+"""Sets of float layers that are tried, at first and after ranges or weights have changed."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to quantize, and what came of it."""
+class Choice:
+    """Ranges, weights and float layers of a graph in one variant."""
 
-    variant: Variant
     method: Method
-    agreement: float
-    """AP of its detections against the float network's confident ones, 0..1."""
-    weights: Weights = "nearest"
+    weights: Weights
     float_layers: tuple[str, ...] = ()
-    seconds: float = 0.0
-    """Seconds of making and judging it."""
-    slowdown: float = 0.0
-    """By how much its float layers lengthen INT8's run time, estimated, 0..1."""
-
-    @property
-    def decides(self) -> str:
-        """Which decision it was tried for."""
-        if self.float_layers:
-            return "float layers"
-        return "graph and ranges" if self.weights == "nearest" else "weights"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A float graph in one variant, with the statistics that calibration needs."""
-
-    variant: Variant
-    model: onnx.ModelProto
-    placement: Placement
-    statistics: Mapping[str, TensorStatistics]
-
-    def table(
-        self,
-        method: Method,
-        key: CalibrationKey,
-        quantized: QuantizedType,
-        float_layers: tuple[str, ...] = (),
-    ) -> CalibrationTable:
-        """Return the ranges by a calibrator, with some layers in float."""
-        placement = self.placement
-        if float_layers:
-            placement = place_for(quantized, self.model, float_layers)
-        statistics = {name: self.statistics[name] for name in placement.tensors}
-        amax = group_amax(statistics, placement.groups, method, quantized)
-        methods = dict.fromkeys(amax, str(method))
-        return CalibrationTable(amax, methods, key, self.variant, float_layers)
 
 
 @dataclass(frozen=True)
@@ -140,33 +107,57 @@ class Found:
     table: CalibrationTable
     candidates: tuple[Candidate, ...]
     tuning: WeightTuning
-    judge: Judge | None
-    """None where nothing had to be chosen."""
+    agreement: Interval | None
+    """Agreement of the built graph, or with several folds of what each made; None where nothing
+    had to be chosen."""
+    images: int
+    """Images that it was judged on."""
 
 
-class WeightTuning:
-    """Makes a Q/DQ graph's weights and biases those of a choice of `Weights`.
+_Tuned = tuple["onnx.ModelProto", Mapping[str, float]]
+"""A graph tuned by gradients, and the ranges of its tensors."""
 
-    What was made of the last graphs is kept: the graph that is built was mostly tried before.
-    """
 
-    def __init__(self, float_model: onnx.ModelProto, images: Sequence[NDArray[Any]]) -> None:
-        self._float_model = float_model
-        self._images = images
-        self._correction = BiasCorrection(float_model, images)
-        self._kept: dict[tuple[str, Weights], onnx.ModelProto] = {}
+class _Fold:
+    """One part of the images that makes candidates and one that judges them."""
 
-    def tuned(self, model: onnx.ModelProto, weights: Weights) -> onnx.ModelProto:
-        """Return the graph with its weights and biases chosen so."""
-        if weights == "nearest":
-            return model
-        key = sha256_bytes(model.SerializeToString()), weights
-        if key not in self._kept:
-            if weights == "biases":
-                self._kept[key] = self._correction.correct(model)
-            else:
-                self._kept[key] = adapt_rounding(self._float_model, model, self._images)
-        return self._kept[key]
+    def __init__(self, graph: Graph, split: ImageSplit, settings: QuantizationSettings) -> None:
+        self.split = split
+        self._graph = graph
+        self._settings = settings
+        self.prepared: Prepared
+        self.tuning: WeightTuning
+        self._known: dict[Variant, tuple[Prepared, WeightTuning]] = {}
+
+    @cached_property
+    def inputs(self) -> list[NDArray[Any]]:
+        """Images for quick statistics and for tuning weights."""
+        paths = evenly(self.split.calibrate, FEWEST_IMAGES)
+        return list(batches_of(self._graph, paths, self._settings.border))
+
+    @cached_property
+    def judge(self) -> Judge:
+        many = evenly(self.split.judge, images_to_compare(self._graph))
+        return Judge(self._graph, many, self._settings.border)
+
+    def take(self, prepared: Prepared, *, whole: bool = True) -> None:
+        """Go on with one form of the graph.
+
+        Args:
+            prepared: it.
+            whole: its statistics are of all images that calibrate.
+        """
+        self.prepared = prepared
+        self.tuning = WeightTuning(prepared.model, self.inputs)
+        if whole:
+            self._known[prepared.variant] = prepared, self.tuning
+
+    def is_prepared(self, variant: Variant) -> bool:
+        """Return whether a form is there with all its statistics; then go on with it."""
+        if variant not in self._known:
+            return False
+        self.prepared, self.tuning = self._known[variant]
+        return True
 
 
 class Search:
@@ -175,363 +166,347 @@ class Search:
     def __init__(
         self,
         graph: Graph,
-        split: ImageSplit,
+        folds: Sequence[ImageSplit],
         settings: QuantizationSettings,
         key: CalibrationKey,
-        tell: Tell,
         labelled: Callable[[onnx.ModelProto], float] | None = None,
     ) -> None:
         self._graph = graph
-        self._split = split
+        self._folds = [_Fold(graph, split, settings) for split in folds]
         self._settings = settings
         self._quantized = settings.quantized
         self._key = key
-        self._tell = tell
         self._labelled = labelled
-        self._inputs = list(
-            batches_of(graph, evenly(split.calibrate, FEWEST_IMAGES), settings.border)
-        )
         self._methods: tuple[Method, ...] = (
             methods_for(self._quantized)
             if settings.calibrator == "auto"
             else (settings.calibrator,)
         )
-        last = 1 if not settings.equalize else 2 if self._quantized.is_floating else 3
+        last = 1 if not settings.equalize else 2 if self._quantized.is_floating else len(VARIANTS)
         self._variants = VARIANTS[:last]
-        self._judge: Judge | None = None
         self._candidates: list[Candidate] = []
+        self._costs: Mapping[str, LayerCost] = {}
 
     def run(self) -> Found:
         """Decide everything."""
-        variant = self._choose_variant()
-        prepared = prepare(self._graph, self._split.calibrate, self._settings, variant, self._tell)
-        method = self._choose_method(prepared)
+        wanted = self._settings.float_layers
+        named = wanted if isinstance(wanted, tuple) else ()
+        variant = self._choose_variant(named)
+        for fold in self._folds:
+            if not fold.is_prepared(variant):
+                fold.take(prepare(self._graph, fold.split.calibrate, self._settings, variant))
+        choice = self._choose(named)
         if self._candidates:
-            self._tell(f"chosen: calibrator {method}, graph {variant}")
-        table = prepared.table(method, self._key, self._quantized)
-        tuning = WeightTuning(prepared.model, self._inputs)
-        weights = self._choose_weights(prepared, table, method, tuning)
-        layers = self._choose_float_layers(prepared, table, method, weights, tuning)
-        if layers:
-            # With other layers in float, pairs stand elsewhere and groups are other ones.
-            table = prepared.table(method, self._key, self._quantized, layers)
+            _log.info(f"chosen: calibrator {choice.method}, graph {variant}")
+        if not isinstance(wanted, tuple) and wanted != 0:
+            choice = self._with_float_layers(choice)
+        tuned = self._tuned_by_gradients(choice) if self._settings.reconstruct_minutes else None
+        return self._found(variant, choice, tuned)
+
+    def _found(self, variant: Variant, choice: Choice, tuned: _Tuned | None) -> Found:
+        (first, *others), agreement, images = self._folds, None, 0
+        prepared, tuning = first.prepared, first.tuning
+        if self._candidates:
+            judged = [
+                (
+                    fold.judge,
+                    fold.judge.detections(tuned[0])
+                    if tuned is not None
+                    else self._detections(fold, choice),
+                )
+                for fold in self._folds
+            ]
+            agreement = pooled_interval(judged)
+            images = sum(judge.images for judge, _ in judged)
+        if others:
+            paths = images_to_build_from([fold.split for fold in self._folds])
+            prepared = prepare(self._graph, paths, self._settings, variant)
+            inputs = batches_of(self._graph, paths, self._settings.border)
+            tuning = WeightTuning(prepared.model, list(inputs))
+        table = prepared.table(choice.method, self._key, self._quantized, choice.float_layers)
+        weights = choice.weights
         table = dataclasses.replace(
             table, biases_corrected=weights != "nearest", reconstructed=weights == "reconstructed"
         )
-        return Found(prepared, table, tuple(self._candidates), tuning, self._judge)
+        if tuned is not None:
+            model, ranges = tuned
+            amax = {**table.amax, **ranges}
+            for group in prepared.placed(self._quantized, choice.float_layers).groups:
+                # Some have no pair of their own.
+                amax |= dict.fromkeys(group, next(ranges[one] for one in group if one in ranges))
+            table = dataclasses.replace(table, amax=amax, learned=learned_of(model))
+        return Found(prepared, table, tuple(self._candidates), tuning, agreement, images)
 
     # --- decisions ------------------------------------------------------------------------------
 
-    def _choose_variant(self) -> Variant:
+    def _choose_variant(self, layers: tuple[str, ...]) -> Variant:
         """Compare the forms of the graph by the first calibrator, ranges of a few images."""
         if len(self._variants) == 1:
             return self._variants[0]
-        # One pass over the plain graph serves its own calibration and both rescaled variants.
-        plain = self._graph.model
-        wanted = (*tensors_to_measure(plain), *_tensors(plain, self._settings))
-        known = collect(plain, self._inputs, wanted)
+        known = [plain_statistics(self._graph, f.inputs, self._settings) for f in self._folds]
         tried: list[Candidate] = []
         models: list[onnx.ModelProto] = []
         for variant in self._variants:
-            prepared = prepare(
-                self._graph,
-                evenly(self._split.calibrate, FEWEST_IMAGES),
-                self._settings,
-                variant,
-                self._tell,
-                known=known,
-                images=self._inputs,
-            )
-            if prepared.model not in models:  # else there was nothing to rescale
-                models.append(prepared.model)
-                tried.append(self._tried(prepared, self._methods[0]))
+            forms = [formed(self._graph, variant, of_plain) for of_plain in known]
+            if forms[0] in models:  # there was nothing to rescale
+                continue
+            models.append(forms[0])
+            for fold, form, of_plain in zip(self._folds, forms, known, strict=True):
+                few = evenly(fold.split.calibrate, FEWEST_IMAGES)
+                fold.take(
+                    prepare(
+                        *(self._graph, few, self._settings, variant),
+                        known=of_plain,
+                        images=fold.inputs,
+                        form=form,
+                    ),
+                    whole=len(few) == len(fold.split.calibrate),
+                )
+            tried.append(self._tried("graph", Choice(self._methods[0], "nearest", layers)))
         tolerance = CLEAR_GAIN if self._quantized.is_floating else TOLERANCE
         return _simplest_of_the_best(tried, tolerance).variant
 
-    def _choose_method(self, prepared: Prepared) -> Method:
+    def _choose(self, layers: tuple[str, ...]) -> Choice:
+        """Choose ranges, weights and biases, with certain layers in float."""
+        return self._with_weights(Choice(self._choose_method(layers), "nearest", layers))
+
+    def _choose_method(self, layers: tuple[str, ...]) -> Method:
         """Compare the calibrators on the chosen form of the graph."""
         if len(self._methods) == 1:
             return self._methods[0]
-        tried = [self._tried(prepared, method) for method in self._methods]
+        tried = [self._tried("ranges", Choice(one, "nearest", layers)) for one in self._methods]
         # A floating type loses nothing to a range that is too wide, so min-max comes first.
         tolerance = CLEAR_GAIN if self._quantized.is_floating else 0.0
         return _simplest_of_the_best(tried, tolerance).method
 
-    def _choose_weights(
-        self, prepared: Prepared, table: CalibrationTable, method: Method, tuning: WeightTuning
-    ) -> Weights:
+    def _with_weights(self, choice: Choice) -> Choice:
         """Compare what may become of weights; the next one has to be clearly better."""
         settings = self._settings
         if settings.adaptive_rounding:
-            return "reconstructed"
+            return dataclasses.replace(choice, weights="reconstructed")
         if not settings.bias_correction:
-            return "nearest"
-        model = self._inserted(prepared, table)
-        chosen: Weights = "nearest"
-        best = self._judged(model)
+            return choice
+        best = self._agreement(choice)
         for weights in weight_choices(settings):
-            value = self._try_weights(prepared, method, model, weights, tuning)
-            self._tell(f"{_SAID[weights]}: agreement with float {value:.3f} after {best:.3f}")
-            least = best + CLEAR_GAIN if chosen == "nearest" else best
-            if value > least:
-                chosen, best = weights, value
-        return chosen
+            other = dataclasses.replace(choice, weights=weights)
+            value = self._tried("weights", other).agreement
+            _log.info(f"{SAID[weights]}: agreement with float {value:.3f} after {best:.3f}")
+            if value > (best + CLEAR_GAIN if choice.weights == "nearest" else best):
+                choice, best = other, value
+        return choice
 
-    def _choose_float_layers(
-        self,
-        prepared: Prepared,
-        table: CalibrationTable,
-        method: Method,
-        weights: Weights,
-        tuning: WeightTuning,
-    ) -> tuple[str, ...]:
-        """Return the layers that stay in float: as named, or chosen by what they cost."""
+    def _tuned_by_gradients(self, choice: Choice) -> _Tuned | None:
+        """Return the graph that gradients have tuned and its ranges, if it is clearly better."""
+        fold, *others = self._folds
+        if others or not fold.split.is_held_out:
+            raise UserError(
+                f"`reconstruct_minutes` needs {FEWEST_TO_PART} calibration images at least, so "
+                "that half of them can judge; add some."
+            )
+        from trt_yolov6.quantization.reconstruction import reconstruct
+
+        start, minutes = time.perf_counter(), self._settings.reconstruct_minutes
+        before = self._model(fold, choice)
+        _log.info(f"tuning by gradients, {minutes:g} minutes ...")
+        images = list(batches_of(self._graph, fold.split.calibrate, self._settings.border))
+        raw = reconstruct(self._graph, fold.prepared.model, before, images, 60 * minutes)
+        tuned, ranges = as_built(raw)
+        after, earlier = ([(fold.judge, fold.judge.detections(m))] for m in (tuned, before))
+        gain = pooled_gain(after, earlier)
+        self._keep("gradients", choice, pooled_agreement(after), start)
+        _log.info(
+            f"tuned by gradients: agreement with float {pooled_agreement(after):.3f} after "
+            f"{pooled_agreement(earlier):.3f}; {'kept' if gain.low > 0 else 'not clearly better'}"
+        )
+        return (tuned, ranges) if gain.low > 0 else None
+
+    def _with_float_layers(self, choice: Choice) -> Choice:
+        """Choose the layers that stay in float, and ranges and weights again with them."""
         wanted = self._settings.float_layers
-        if isinstance(wanted, tuple):
-            return wanted
-        if wanted == 0:
-            return ()
-        costs = layer_costs(prepared.model)
+        first = self._folds[0].prepared
+        self._costs = layer_costs(first.model)
         if isinstance(wanted, int):
-            chosen = most_sensitive(ranked(self._distortions(prepared, table), "snr"), wanted)
-            slower = sum(costs[name].time_share for name in chosen)
-            self._tell(
+            table = first.table(choice.method, self._key, self._quantized)
+            chosen = most_sensitive(ranked(self._distortions(table), "snr"), wanted)
+            slower = self._slowdown(chosen)
+            _log.info(
                 f"in float: {', '.join(chosen)}; ranked by signal-to-noise ratio whatever they "
                 f"cost, here about {slower:.1%} of INT8's time (auto weighs it)"
             )
-            return chosen
-        tuned = tuning.tuned(self._inserted(prepared, table), weights)
-        orders = self._orders(prepared, table, costs)
-        return self._searched_float_layers(prepared, costs, orders, method, weights, tuned)
+            return self._choose(chosen)
+        orders = self._orders(choice)
+        found, limit = self._searched(choice, orders, [choice], _MOST_SETS)
+        best = found, dataclasses.replace(choice, float_layers=found.layers)
+        tuned = [choice]
+        while best[0].layers:
+            # With noisy layers in float, other ranges and weights may be the best, and with these
+            # fewer layers in float may do.
+            again = self._choose(best[0].layers)
+            if (again.method, again.weights) == (best[1].method, best[1].weights):
+                break
+            tuned.append(again)
+            found, limit = self._searched(again, (best[0].layers, *orders), tuned, _MORE_SETS)
+            if not _is_better(found, best[0]):
+                break
+            best = found, dataclasses.replace(again, float_layers=found.layers)
+        _log.info(limit(best[0]))
+        return best[1]
 
-    def _orders(
-        self, prepared: Prepared, table: CalibrationTable, costs: Mapping[str, LayerCost]
-    ) -> tuple[tuple[str, ...], ...]:
+    def _orders(self, choice: Choice) -> tuple[tuple[str, ...], ...]:
         """Return orders to leave layers in float, by what they do to detections if that is seen."""
-        graph = self._graph
-        if not Displacement.can_watch(graph):
-            return rankings(self._distortions(prepared, table), costs)
-        paths = evenly(self._split.calibrate, _WATCHED_IMAGES)
+        fold = self._folds[0]
+        prepared = fold.prepared
+        table = prepared.table(choice.method, self._key, self._quantized)
+        if not Displacement.can_watch(self._graph):
+            return rankings(self._distortions(table), self._costs)
+        paths = evenly(fold.split.calibrate, _WATCHED_IMAGES)
         count = len(prepared.placement.layers)
-        self._tell(f"what each of {count} layers does to detections in {len(paths)} images ...")
-        images = list(batches_of(graph, paths, self._settings.border))
-        watch = Displacement(graph, images)
+        _log.info(f"what each of {count} layers does to detections in {len(paths)} images ...")
+        watch = Displacement(
+            self._graph, list(batches_of(self._graph, paths, self._settings.border))
+        )
         alone = layer_displacements(prepared.model, prepared.placement, table.amax, watch.of)
-        return rankings_by_displacement(alone, costs)
+        return rankings_by_displacement(alone, self._costs)
 
-    def _searched_float_layers(
+    def _searched(
         self,
-        prepared: Prepared,
-        costs: Mapping[str, LayerCost],
+        choice: Choice,
         orders: Sequence[Sequence[str]],
-        method: Method,
-        weights: Weights,
-        tuned: onnx.ModelProto,
-    ) -> tuple[str, ...]:
-        judged, name, least, least_gain = self._budget()
-        self._tell(f"float layers until the {name} is {least:.3f} ...")
+        tuned: Sequence[Choice],
+        most_trials: int,
+    ) -> tuple[Fallback, Callable[[Fallback], str]]:
+        """Search for float layers with certain ranges and weights.
 
-        def time_of(layers: tuple[str, ...]) -> float:
-            return sum(costs[one].time_share for one in layers)
+        Args:
+            choice: ranges and weights.
+            orders: to leave layers in float.
+            tuned: choices whose weights the layers take, the last ones first.
+            most_trials: sets to try.
 
-        def score(layers: tuple[str, ...]) -> float:
+        Returns:
+            What was found, and a function that says it.
+        """
+        score, name, least, least_gain = self._budget()
+        _log.info(f"float layers until the {name} is {least:.3f} ...")
+        weights = [
+            [self._model(fold, dataclasses.replace(one, method=choice.method)) for one in tuned]
+            for fold in self._folds
+        ]
+
+        def trial(layers: tuple[str, ...]) -> float:
             start = time.perf_counter()
-            trial = prepared.table(method, self._key, INT8, layers)
-            model = insert_qdq(prepared.model, place_for(INT8, prepared.model, layers), trial.amax)
-            # What is searched is what will be built: a layer's own weights hardly depend on which
-            # others are in float.
-            value = judged(with_layers_of(model, tuned))
-            seconds = time.perf_counter() - start
-            self._candidates.append(
-                Candidate(
-                    prepared.variant, method, value, weights, layers, seconds, time_of(layers)
-                )
-            )
-            self._tell(f"{len(layers)} layers in float: {name} {value:.3f}")
+            whole = dataclasses.replace(choice, float_layers=layers)
+            models = []
+            for fold, made in zip(self._folds, weights, strict=True):
+                model = self._inserted(fold, whole)
+                # What is searched is what will be built: a layer's own weights hardly depend on
+                # which others are in float.
+                for other in made:
+                    model = with_layers_of(model, other)
+                models.append(model)
+            value = score(models)
+            self._keep("float layers", whole, value, start)
+            _log.info(f"{len(layers)} layers in float: {name} {value:.3f}")
             return value
 
         slower = self._settings.max_slowdown
         found = choose_float_layers(
             orders,
-            costs,
-            score,
+            self._costs,
+            trial,
             least,
+            most_trials=most_trials,
             least_gain=least_gain,
             most_time=None if slower is None else slower / 100,
         )
-        self._tell(_fallback_sentence(found, name, least, slower))
-        return found.layers
+        return found, lambda one: _fallback_sentence(one, name, least, slower)
 
-    def _budget(self) -> tuple[Callable[[onnx.ModelProto], float], str, float, float]:
+    def _budget(self) -> tuple[Callable[[Sequence[onnx.ModelProto]], float], str, float, float]:
         """Return how float layers are scored, the score's name, what to reach, the least gain."""
-        drop = self._settings.max_ap_drop
+        drop, labelled, name = self._settings.max_ap_drop, self._labelled, "agreement with float"
+        if labelled is not None:
+            # Each model of a fold would do; labelled images are others anyway.
+            least = 1.0 if drop is None else labelled(self._graph.model) - drop / 100
+            return lambda models: labelled(models[0]), "AP", least, 0.0
         if drop is None:  # the best that the time allows
-            if self._labelled is not None:
-                return self._labelled, "AP", 1.0, 0.0
-            return self._the_judge().confident_agreement, "agreement with float", 1.0, 0.0
-        if self._labelled is not None:
-            return self._labelled, "AP", self._labelled(self._graph.model) - drop / 100, 0.0
-        judge = self._the_judge()
-        budget, harmless = least_agreement(drop), judge.harmless_agreement()
-        self._tell(
+            return self._confident, name, 1.0, 0.0
+        budget = least_agreement(drop)
+        values = [fold.judge.harmless_agreement() for fold in self._folds]
+        harmless = sum(values) / len(values)
+        _log.info(
             f"the budget of {drop:g} AP points stands for an agreement of {budget:.3f}; the float "
             f"network's with itself, a little noise on the images, is {harmless:.3f}"
         )
-        name = "agreement with float"
-        return judge.confident_agreement, name, min(budget, harmless), CLEAR_GAIN
+        return self._confident, name, min(budget, harmless), CLEAR_GAIN
 
     # --- trying ---------------------------------------------------------------------------------
 
-    def _tried(self, prepared: Prepared, method: Method) -> Candidate:
+    def _tried(self, decides: Decision, choice: Choice) -> Candidate:
         start = time.perf_counter()
-        table = prepared.table(method, self._key, self._quantized)
-        value = self._judged(self._inserted(prepared, table))
-        seconds = time.perf_counter() - start
-        result = Candidate(prepared.variant, method, value, seconds=seconds)
-        self._candidates.append(result)
-        self._tell(f"{result.variant}, {method}: agreement with float {value:.3f}")
+        make = self._model if decides == "weights" else self._compared
+        judged = [(fold.judge, fold.judge.detections(make(fold, choice))) for fold in self._folds]
+        result = self._keep(decides, choice, pooled_agreement(judged), start)
+        if decides != "weights":
+            text = f"{result.variant}, {result.method}: agreement with float {result.agreement:.3f}"
+            _log.info(text)
         return result
 
-    def _try_weights(
-        self,
-        prepared: Prepared,
-        method: Method,
-        model: onnx.ModelProto,
-        weights: Weights,
-        tuning: WeightTuning,
-    ) -> float:
-        start = time.perf_counter()
-        value = self._judged(tuning.tuned(model, weights))
-        seconds = time.perf_counter() - start
-        self._candidates.append(
-            Candidate(prepared.variant, method, value, weights, seconds=seconds)
+    def _keep(self, decides: Decision, choice: Choice, value: float, start: float) -> Candidate:
+        result = Candidate(
+            decides,
+            self._folds[0].prepared.variant,
+            choice.method,
+            value,
+            choice.weights,
+            choice.float_layers,
+            time.perf_counter() - start,
+            self._slowdown(choice.float_layers),
         )
-        return value
+        self._candidates.append(result)
+        return result
 
-    def _inserted(self, prepared: Prepared, table: CalibrationTable) -> onnx.ModelProto:
-        return insert_qdq(prepared.model, prepared.placement, table.amax, quantized=self._quantized)
+    def _slowdown(self, layers: Sequence[str]) -> float:
+        if layers and not self._costs:
+            self._costs = layer_costs(self._folds[0].prepared.model)
+        return sum(self._costs[name].time_share for name in layers)
 
-    def _judged(self, model: onnx.ModelProto) -> float:
-        return self._the_judge().agreement(model)
+    def _inserted(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
+        prepared, layers = fold.prepared, choice.float_layers
+        table = prepared.table(choice.method, self._key, self._quantized, layers)
+        placement = prepared.placed(self._quantized, layers)
+        return insert_qdq(prepared.model, placement, table.amax, quantized=self._quantized)
 
-    def _the_judge(self) -> Judge:
-        if self._judge is None:
-            many = evenly(self._split.judge, images_to_compare(self._graph))
-            self._judge = Judge(self._graph, many, self._settings.border)
-        return self._judge
+    def _compared(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
+        """Return the graph by which forms and ranges are compared: biases are tried later on."""
+        model = self._inserted(fold, choice)
+        if self._quantized.is_floating or not self._settings.bias_correction:
+            return model
+        return without_mean_rounding(fold.prepared.model, model, fold.prepared.means)
 
-    def _distortions(self, prepared: Prepared, table: CalibrationTable) -> Mapping[str, Distortion]:
-        paths = evenly(self._split.calibrate, images_to_compare(self._graph))
+    def _model(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
+        return fold.tuning.tuned(self._inserted(fold, choice), choice.weights)
+
+    def _detections(self, fold: _Fold, choice: Choice) -> list[Detections]:
+        return fold.judge.detections(self._model(fold, choice))
+
+    def _agreement(self, choice: Choice) -> float:
+        return pooled_agreement([(f.judge, self._detections(f, choice)) for f in self._folds])
+
+    def _confident(self, models: Sequence[onnx.ModelProto]) -> float:
+        judged = [
+            (fold.judge, fold.judge.detections(model))
+            for fold, model in zip(self._folds, models, strict=True)
+        ]
+        return pooled_agreement(judged, CONFIDENCES[-1:])
+
+    def _distortions(self, table: CalibrationTable) -> Mapping[str, Distortion]:
+        fold = self._folds[0]
+        prepared = fold.prepared
+        paths = evenly(fold.split.calibrate, images_to_compare(self._graph))
         count = len(prepared.placement.layers)
-        self._tell(f"sensitivity of {count} layers over {len(paths)} images ...")
+        _log.info(f"sensitivity of {count} layers over {len(paths)} images ...")
         images = batches_of(self._graph, paths, self._settings.border)
         return layer_distortions(prepared.model, prepared.placement, table.amax, images)
-
-
-_SAID: Mapping[Weights, str] = {
-    "nearest": "weights rounded to the nearest",
-    "biases": "biases corrected",
-    "reconstructed": "layers reconstructed",
-}
-
-
-def weight_choices(settings: QuantizationSettings) -> tuple[Weights, ...]:
-    """Return the alternatives to rounding to the nearest, the quickest first."""
-    if settings.quantized.is_floating or not settings.reconstruct:
-        return ("biases",)
-    return ("biases", "reconstructed")
-
-
-def tried_table(candidates: Sequence[Candidate]) -> list[str]:
-    """Return a search's candidates as lines of a table; none without candidates."""
-    if not candidates:
-        return []
-    rows = [("decision", "tried", "agreement", "slower", "seconds")]
-    for item in candidates:
-        what = {
-            "graph and ranges": f"{item.variant}, {item.method}",
-            "weights": item.weights,
-            "float layers": f"{len(item.float_layers)} in float",
-        }[item.decides]
-        slower = f"{item.slowdown:.1%}" if item.float_layers else ""
-        cells = (f"{item.agreement:.3f}", slower, f"{item.seconds:.1f}")
-        rows.append((item.decides, what, *cells))
-    widths = [max(len(row[place]) for row in rows) for place in range(5)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def prepare(
-    graph: Graph,
-    paths: Sequence[Path],
-    settings: QuantizationSettings,
-    variant: Variant,
-    say: Tell,
-    measure: bool = True,
-    known: Mapping[str, TensorStatistics] | None = None,
-    images: Sequence[NDArray[Any]] | None = None,
-) -> Prepared:
-    """Bring the graph into a variant and, with `measure`, collect its tensors' statistics.
-
-    Args:
-        graph: the float graph.
-        paths: images that calibrate.
-        settings: what is quantized to, and the border of the images.
-        variant: the form wanted.
-        say: called with a line of progress.
-        measure: collect statistics.
-        known: the plain graph's statistics on the same images, of what `equalize` wants to know
-            and of what the plain variant quantizes, where they have been collected.
-        images: the paths' images as the graph takes them, where they have been read.
-    """
-    model = graph.model
-    say(f"{variant}: {len(paths)} images ...")
-
-    def measured(form: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
-        if form is graph.model and known is not None:
-            return {name: known[name] for name in dict.fromkeys(tensors)}
-        batches = batches_of(graph, paths, settings.border)
-        return collect(form, batches if images is None else images, tensors)
-
-    if variant != "plain":
-        ranges = measured(model, tensors_to_measure(model))
-        model = equalize(model, ranges, smooth=variant == "smoothed")
-    placement = place_for(settings.quantized, model)
-    statistics = measured(model, _tensors(model, settings)) if measure else {}
-    return Prepared(variant, model, placement, statistics)
-
-
-def chosen_weights(table: CalibrationTable) -> Weights:
-    """Return a table's record on weights."""
-    if table.reconstructed:
-        return "reconstructed"
-    return "biases" if table.biases_corrected else "nearest"
-
-
-def method_of(table: CalibrationTable) -> Method:
-    """Return the calibrator that made a table."""
-    used = set(table.methods.values())
-    return next(method for method in METHODS if method in used)
-
-
-def variant_of(table: CalibrationTable) -> Variant:
-    """Return the form of the graph that a table is for.
-
-    Raises:
-        UserError: there is no such form.
-    """
-    for variant in VARIANTS:
-        if variant == table.variant:
-            return variant
-    raise UserError(
-        f"the calibration table is for an unknown form {table.variant!r} of the graph; delete it "
-        "and calibrate again."
-    )
 
 
 def images_to_compare(graph: Graph) -> int:
@@ -540,11 +515,12 @@ def images_to_compare(graph: Graph) -> int:
     return max(FEWEST_IMAGES, min(MOST_IMAGES, round(_COMPARISON / max(work, 1))))
 
 
-def _tensors(model: onnx.ModelProto, settings: QuantizationSettings) -> Sequence[str]:
-    """Return the tensors whose statistics calibrating a graph takes."""
-    if settings.float_layers != ():
-        return tensors_for_any_choice(model)
-    return place_for(settings.quantized, model).tensors
+def _is_better(found: Fallback, best: Fallback) -> bool:
+    """Return whether a set of float layers is to be preferred: it meets the budget for less time,
+    or is nearer to it."""
+    if found.met != best.met:
+        return found.met
+    return found.time_share < best.time_share if found.met else found.score > best.score
 
 
 def _simplest_of_the_best(candidates: Sequence[Candidate], tolerance: float) -> Candidate:

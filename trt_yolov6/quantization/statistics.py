@@ -46,6 +46,10 @@ class TensorStatistics:
     """(channels,) largest magnitude along axis 1, exact; None for tensors without that axis."""
     mean_per_channel: NDArray[np.float64] | None
     """(channels,) mean along axis 1, of all values."""
+    low_per_channel: NDArray[np.float32] | None = None
+    """(channels,) smallest value along axis 1, with its sign, exact."""
+    high_per_channel: NDArray[np.float32] | None = None
+    """(channels,) largest value along axis 1, with its sign, exact."""
 
     @property
     def bins_in_use(self) -> int:
@@ -64,7 +68,8 @@ class Accumulator:
         self._histogram = np.zeros(BINS, np.int64)
         self._count = 0
         self._rows = 0
-        self._channel_amax: NDArray[np.float32] | None = None
+        self._channel_low: NDArray[np.float32] | None = None
+        self._channel_high: NDArray[np.float32] | None = None
         self._channel_sum: NDArray[np.float64] | None = None
 
     def add(self, values: NDArray[Any]) -> bool:
@@ -89,10 +94,11 @@ class Accumulator:
             return False
         if values.ndim >= 2:
             total = grouped.mean(axis=2).sum(axis=0, dtype=np.float64)
-            if self._channel_amax is None or self._channel_sum is None:
-                self._channel_amax, self._channel_sum = magnitude, total
+            if self._channel_low is None or self._channel_high is None or self._channel_sum is None:
+                self._channel_low, self._channel_high, self._channel_sum = low, high, total
             else:
-                self._channel_amax = np.maximum(self._channel_amax, magnitude)
+                self._channel_low = np.minimum(self._channel_low, low)
+                self._channel_high = np.maximum(self._channel_high, high)
                 self._channel_sum = self._channel_sum + total
         self._amax = max(self._amax, amax)
         self._amin = min(self._amin, float(low.min()))
@@ -104,6 +110,7 @@ class Accumulator:
     def result(self) -> TensorStatistics:
         """Return the statistics so far; at least one value must have been added."""
         mean = None if self._channel_sum is None else self._channel_sum / self._rows
+        low, high = self._channel_low, self._channel_high
         return TensorStatistics(
             name=self.name,
             amax=self._amax,
@@ -111,8 +118,12 @@ class Accumulator:
             histogram=self._histogram.copy(),
             bin_width=math.ldexp(1.0, self._exponent) / BINS,
             count=self._count,
-            amax_per_channel=self._channel_amax,
+            amax_per_channel=(
+                None if low is None or high is None else np.maximum(np.abs(low), np.abs(high))
+            ),
             mean_per_channel=mean,
+            low_per_channel=low,
+            high_per_channel=high,
         )
 
     def _count_magnitudes(self, values: NDArray[np.float32]) -> None:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.learned import Learned, read_learned, write_learned
 from trt_yolov6.quantization.types import INT8, QUANTIZED_TYPES
 
 if TYPE_CHECKING:
     import onnx
 
-SCHEMA = 2
+SCHEMA = 3
 
 Setting = str | int | float | bool | None
 
@@ -55,6 +56,8 @@ class CalibrationTable:
     """True if the layers' biases correct their mean errors."""
     reconstructed: bool = False
     """True if the layers' weights are rounded for their inputs (`gptq.adapt_rounding`)."""
+    learned: Learned | None = None
+    """Weights and biases that gradients made (`reconstruction.reconstruct`), where kept."""
 
     def scale(self, tensor: str) -> float:
         """Return the quantization step of a tensor; KeyError for one that was not calibrated."""
@@ -67,8 +70,13 @@ def table_path(engine: str | Path) -> Path:
     return Path(engine).with_suffix(".calibration.json")
 
 
+def learned_path(table: str | Path) -> Path:
+    """Return where what was learned with a table lies: `engines/yolov6s.calibration.npz`."""
+    return Path(table).with_suffix(".npz")
+
+
 def write_table(path: str | Path, table: CalibrationTable) -> None:
-    """Write a table.
+    """Write a table, and what was learned with it next to it.
 
     Raises:
         UserError: the path cannot be written to.
@@ -77,6 +85,8 @@ def write_table(path: str | Path, table: CalibrationTable) -> None:
     for name, amax in table.amax.items():
         if not (math.isfinite(amax) and amax > 0):
             raise ValueError(f"the range of tensor {name!r} is {amax}")
+    if table.learned is not None:
+        write_learned(learned_path(path), table.learned)
     write_json(
         path,
         {
@@ -85,6 +95,7 @@ def write_table(path: str | Path, table: CalibrationTable) -> None:
             "float_layers": list(table.float_layers),
             "biases_corrected": table.biases_corrected,
             "reconstructed": table.reconstructed,
+            "learned_sha256": None if table.learned is None else table.learned.sha256,
             "key": {**asdict(table.key), "settings": dict(sorted(table.key.settings.items()))},
             "tensors": {
                 name: {"amax": amax, "method": table.methods.get(name, "")}
@@ -115,6 +126,7 @@ def read_table(path: str | Path) -> CalibrationTable:
                 f"{path} gives tensor {name!r} the range {entry.amax}, not a finite number above "
                 "0; delete the file and calibrate again."
             )
+    learned = table.learned_sha256
     return CalibrationTable(
         {name: entry.amax for name, entry in table.tensors.items()},
         {name: entry.method for name, entry in table.tensors.items()},
@@ -123,6 +135,7 @@ def read_table(path: str | Path) -> CalibrationTable:
         table.float_layers,
         table.biases_corrected,
         table.reconstructed,
+        None if learned is None else read_learned(learned_path(path), learned),
     )
 
 
@@ -140,6 +153,7 @@ class _File:
     float_layers: tuple[str, ...]
     biases_corrected: bool
     reconstructed: bool
+    learned_sha256: str | None
     key: CalibrationKey
     tensors: dict[str, _Range]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,16 +142,6 @@ def read_cache(path: str | Path) -> TensorRtCache:
     if not scales:
         raise UserError(f"{path} holds no scale of any tensor; calibrate again.")
     return TensorRtCache(version, algorithm, scales)
-
-
-def require_tensors(cache: TensorRtCache, tensors: Collection[str], path: str | Path) -> None:
-    """Raise UserError unless the cache of `path` has a scale for each of a graph's `tensors`."""
-    missing = [name for name in tensors if name not in cache.scales]
-    if missing:
-        raise UserError(
-            f"{path} has no scale for {len(missing)} of the graph's {len(tensors)} tensors, "
-            f"{missing[0]!r} for one; it is a cache of another model, so calibrate this one."
-        )
 
 
 def _to_bits(name: str, scale: float) -> str:

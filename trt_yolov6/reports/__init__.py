@@ -3,8 +3,8 @@
     results.json, sensitivity.json ──▶ material ──▶ tables, figures, sections ──▶ page
 
 `material` reads and checks the files, `tables` makes rows that all three forms share, `figures`
-draws SVG, `sections` writes the parts of the page, `write` puts them into `page.html` with its
-style and script. Whatever comes from a file is escaped where it is written.
+draws SVG, `sections` gathers what each section shows, and `write` renders `page.html.jinja`, which
+escapes whatever it shows, with its style and script.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from markupsafe import Markup
+
 from trt_yolov6.common.statistics import Interval
 from trt_yolov6.reports.tables import Row
 
@@ -37,7 +39,14 @@ class Point:
     """Text shown on hovering, touching or focusing it."""
 
 
-def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str = "left") -> str:
+def trade_off(
+    points: Sequence[Point],
+    x_label: str,
+    title: str,
+    *,
+    better: str = "left",
+    y_label: str = "AP, %",
+) -> Markup:
     """Draw accuracy over speed, as the paper's Figure 1.
 
     Points of one series are joined by a line, in the order of their speed. A bar across a point is
@@ -48,6 +57,7 @@ def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str 
         x_label: what the horizontal axis shows, with its unit.
         title: says what the chart is, for those who cannot see it.
         better: `left` or `right`: where the faster ones are.
+        y_label: what the vertical axis shows.
     """
     lows = [max(point.x.low, point.x.value / 1.6) for point in points]
     highs = [min(point.x.high, point.x.value * 1.6) for point in points]
@@ -60,7 +70,7 @@ def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str 
         *_grid(x_axis, y_axis),
         f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:g}" y="{_HEIGHT - 6:g}" '
         f'text-anchor="middle">{escape(x_label)}</text>',
-        f'<text class="axis" x="{_LEFT - 34:g}" y="{_TOP - 3:g}">AP, %</text>',
+        f'<text class="axis" x="{_LEFT - 34:g}" y="{_TOP - 3:g}">{escape(y_label)}</text>',
         _hint(better),
     ]
     lines = []
@@ -88,27 +98,27 @@ def trade_off(points: Sequence[Point], x_label: str, title: str, *, better: str 
             f'aria-label="{escape(point.tip)}" data-tip="{escape(point.tip)}">'
             f'<circle class="touch" cx="{x:.1f}" cy="{y:.1f}" r="14"/>{shape(point.kind, x, y)}</g>'
         )
-        if place is not None:
+        if place is not None and point.label:
             anchor, label_x, label_y = place
             parts.append(
                 f'<text class="label" x="{label_x:.1f}" y="{label_y:.1f}" '
                 f'text-anchor="{anchor}">{escape(_short(point.label))}</text>'
             )
     parts.append("</svg>")
-    return "".join(parts)
+    return Markup("".join(parts))  # every text in it is escaped
 
 
-def legend(kinds: Sequence[str]) -> str:
+def legend(kinds: Sequence[str]) -> Markup:
     """Return the legend of colours and shapes."""
     items = "".join(
         f'<span class="key"><svg viewBox="0 0 14 14" class="mark {_class(kind)}" '
         f'aria-hidden="true">{shape(kind, 7, 7)}</svg>{escape(kind)}</span>'
         for kind in kinds
     )
-    return f'<p class="legend">{items}</p>'
+    return Markup(f'<p class="legend">{items}</p>')
 
 
-def bar(share: float, kind: str = "", marker: float | None = None) -> str:
+def bar(share: float, kind: str = "", marker: float | None = None) -> Markup:
     """Return a horizontal bar.
 
     Args:
@@ -120,7 +130,7 @@ def bar(share: float, kind: str = "", marker: float | None = None) -> str:
     line = ""
     if marker is not None:
         line = f'<i class="roof" style="left:{100 * min(1.0, max(0.0, marker)):.2f}%"></i>'
-    return (
+    return Markup(
         f'<span class="bar" aria-hidden="true"><i class="fill {_class(kind)}" '
         f'style="width:{100 * share:.2f}%"></i>{line}</span>'
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.common.files import read_json
+from trt_yolov6.common.records import as_record
 from trt_yolov6.comparison.results import FILE, KIND, read_results
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.sensitivity import METRICS, Metric
@@ -100,19 +101,21 @@ def read_material(paths: Sequence[str | Path]) -> Material:
     )
 
 
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    value: float | None
+
+
 def _ranking(path: Path, value: Mapping[str, Any]) -> Ranking:
-    try:
-        layers = tuple(
-            (str(layer["name"]), None if layer["value"] is None else float(layer["value"]))
-            for layer in value["layers"]
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); run `sensitivity --json` again."
-        ) from error
-    finite = tuple(
-        (name, number if number is None or math.isfinite(number) else None)
-        for name, number in layers
+    layers = as_record(
+        value.get("layers"),
+        tuple[_Layer, ...],
+        f"{path} is damaged: layers",
+        "run `sensitivity --json` again.",
     )
-    metric = next(known for known in METRICS if known == value["metric"])
-    return Ranking(path.name, metric, finite)
+    finite = tuple(
+        (one.name, one.value if one.value is not None and math.isfinite(one.value) else None)
+        for one in layers
+    )
+    return Ranking(path.name, value["metric"], finite)

@@ -1,16 +1,19 @@
-"""The parts of the page. Every text that comes from a file goes through `escape`."""
+"""The values of the page's sections, in the order in which its template shows them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.comparison.summary import number
 from trt_yolov6.quantization.sensitivity import MEANING, direction
-from trt_yolov6.reports.figures import PRECISIONS, bar, legend, point_of, trade_off
+from trt_yolov6.reports.figures import PRECISIONS, Point, bar, legend, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking
 from trt_yolov6.reports.tables import (
     NOTHING,
@@ -20,6 +23,7 @@ from trt_yolov6.reports.tables import (
     overview,
     quantization,
     quantized_share,
+    rows_of,
     with_error,
 )
 from trt_yolov6.runtime.draw import class_colour
@@ -27,33 +31,74 @@ from trt_yolov6.runtime.draw import class_colour
 SHOWN_LAYERS = 12
 """Layers a table has before the rest folds away."""
 
+SECTIONS = (
+    ("trade-off", "Accuracy and speed"),
+    ("table", "All engines"),
+    ("quantization", "Cost of quantization"),
+    ("sensitivity", "Sensitivity of layers"),
+    ("layers", "Time of layers"),
+    ("examples", "Examples"),
+    ("method", "Environment and method"),
+)
+"""Name and title of each section."""
 
-def headline(rows: Sequence[Row]) -> str:
-    """Return the answer first: what is most accurate, what is fastest, and what lies between."""
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names the rows."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    wide: int | None = None
+    """A column that takes what room there is."""
+
+    @property
+    def first(self) -> Table:
+        """The rows that are always shown."""
+        return Table(self.head, self.rows[:SHOWN_LAYERS], self.wide)
+
+    @property
+    def rest(self) -> Table:
+        """The rows that unfold."""
+        return Table(self.head, self.rows[SHOWN_LAYERS:], self.wide)
+
+
+def page_values(material: Material) -> dict[str, Any]:
+    """Return the values of the page's template, by name."""
+    rows = rows_of(material)
+    return {
+        "sections": SECTIONS,
+        "headline": _headline(rows),
+        "trade_offs": _trade_offs(rows),
+        "overview": Table(*overview(rows)),
+        "largest_batch": max(batches_of(rows), default=1),
+        "disturbed": any(row.disturbed(batch) for row in rows for batch in row.timings),
+        "quantization": _quantization_cost(rows),
+        "rankings": [_ranking(one) for one in material.rankings],
+        "layers": _layers(material),
+        "examples": _examples(material),
+        "method": [_method(one, several=material.several) for one in material.comparisons],
+    }
+
+
+def _headline(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Return the answer: what is most accurate, what is fastest, and what lies between."""
     batches = batches_of(rows)
-    scored = [row for row in rows if row.ap is not None]
-    if not scored or not batches:
-        return ""
-    batch = batches[0]
-    timed = [row for row in scored if row.latency(batch)]
+    timed = [row for row in rows if row.ap is not None and batches and row.latency(batches[0])]
     if not timed:
-        return ""
+        return None
+    batch = batches[0]
     best = max(timed, key=lambda row: row.ap or 0)
     fastest = min(timed, key=lambda row: _ms(row, batch))
-    lines = [
-        f"Most accurate: <strong>{escape(best.name)}</strong>, AP {_ap(best)} % at "
-        f"{number(_ms(best, batch))} ms (batch {batch})."
-    ]
-    if fastest is not best:
-        lines.append(
-            f"Fastest: <strong>{escape(fastest.name)}</strong>, {number(_ms(fastest, batch))} ms "
-            f"with AP {_ap(fastest)} %."
-        )
     front = pareto(timed, batch)
-    if len(timed) > 2 and len(front) < len(timed):
-        names = ", ".join(escape(row.name) for row in front)
-        lines.append(f"By these figures, none is both faster and more accurate than: {names}.")
-    return f"<p>{' '.join(lines)}</p>"
+    return {
+        "batch": batch,
+        "best": best,
+        "best_ms": number(_ms(best, batch)),
+        "fastest": None if fastest is best else fastest,
+        "fastest_ms": number(_ms(fastest, batch)),
+        "front": [row.name for row in front] if len(timed) > 2 and len(front) < len(timed) else (),
+    }
 
 
 def pareto(rows: Sequence[Row], batch: int) -> list[Row]:
@@ -65,12 +110,11 @@ def pareto(rows: Sequence[Row], batch: int) -> list[Row]:
     return front
 
 
-def trade_offs(rows: Sequence[Row]) -> str:
+def _trade_offs(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the paper's Figure 1: AP over latency, and AP over throughput."""
-    batches = batches_of(rows)
-    figures = []
+    charts = []
     alone = len({row.label for row in rows}) == 1
-    for batch, what in _axes(batches):
+    for batch, what in _axes(batches_of(rows)):
         points = []
         for row in rows:
             value = row.latency(batch) if what == "latency" else row.throughput(batch)
@@ -85,61 +129,26 @@ def trade_offs(rows: Sequence[Row]) -> str:
             label, title, better = "latency, ms", f"AP over latency, batch {batch}", "left"
         else:
             label, title, better = "images a second", f"AP over throughput, batch {batch}", "right"
-        chart = trade_off(points, label, title, better=better)
-        figures.append(f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>")
-    if not figures:
-        return "<p>No engine has both an AP and a latency.</p>"
+        charts.append((title, trade_off(points, label, title, better=better)))
     kinds = [kind for kind in PRECISIONS if any(row.base == kind for row in rows)]
     others = sorted({row.base for row in rows} - set(PRECISIONS))
-    return (
-        legend([*kinds, *others])
-        + _simulated(rows)
-        + f'<div class="charts">{"".join(figures)}</div>'
-        + '<p class="soft">A bar across a mark is the interval of its latency (see Method), cut '
-        "off where it is wider than the chart has room for. Hover, tap or focus a mark for its "
-        "figures.</p>"
-    )
+    simulated = [kind for kind in kinds if any(r.is_simulated and r.base == kind for r in rows)]
+    return {
+        "charts": charts,
+        "legend": legend([*kinds, *others]),
+        "simulated": " and ".join(kind.upper() for kind in simulated),
+    }
 
 
-def _simulated(rows: Sequence[Row]) -> str:
-    """Say where a latency is not that of the precision it stands for."""
-    kinds = [kind for kind in PRECISIONS if any(r.is_simulated and r.base == kind for r in rows)]
-    if not kinds:
-        return ""
-    named = " and ".join(kind.upper() for kind in kinds)
-    return (
-        f"<p><strong>A CPU computes {named} in float.</strong> Its AP is right; its latency says "
-        "nothing of a GPU, where lower precision is faster.</p>"
-    )
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return the table like Table 1, which the page's script makes sortable."""
-    head, cells = overview(rows)
-    text = html_table(head, cells, "sorts")
-    largest = max((batch for row in rows for batch in row.timings), default=1)
-    text += f'<p class="soft">(b{largest}): at batch {largest}. Press a head to sort.</p>'
-    if any(row.disturbed(batch) for row in rows for batch in row.timings):
-        text += (
-            '<p class="soft">* Other processes disturbed nearly all runs, so that the engine is '
-            "faster than this by an unknown amount.</p>"
-        )
-    return text
-
-
-def quantization_cost(rows: Sequence[Row]) -> str:
+def _quantization_cost(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the AP that each precision costs, and its share of the work."""
-    found = quantization(rows)
-    if not found:
-        return _how(
-            "No model was compared both in floating point and quantized.",
-            "trt-yolov6 compare MODEL --precisions fp32,int8,int8:6",
-        )
-    parts = []
-    for label, own in found:
-        known = [row.ap for row, _ in own if row.ap is not None]
-        top = max(known, default=0.0) or 1.0
-        head = ["Precision", "AP, %", "", "to float", "APs", "APm", "APl", "in 8 bits", "in float"]
+    head = [
+        *("Precision", "AP, %", "", "to float", "agreement, %"),
+        *("APs", "APm", "APl", "in 8 bits", "in float"),
+    ]
+    models = []
+    for label, own in quantization(rows):
+        top = max((row.ap for row, _ in own if row.ap is not None), default=0.0) or 1.0
         body = []
         for row, change in own:
             share = quantized_share(row.engine)
@@ -147,264 +156,111 @@ def quantization_cost(rows: Sequence[Row]) -> str:
             body.append(
                 [
                     Cell(row.precision),
-                    Cell(_ap(row)),
+                    Cell(row.ap_text),
                     Cell(bar((row.ap or 0) / top, row.base)),
-                    Cell(NOTHING if change is None else f"{change:+.2f}"),
+                    Cell(_change(row, change)),
+                    Cell(_agreement(row.engine.get("agreement"))),
                     *(Cell(_percent(row.engine.get(key))) for key in ("APs", "APm", "APl")),
                     Cell(NOTHING if share is None else f"{100 * share:.0f} %"),
                     Cell(str(len(layers)) if share is not None else NOTHING),
                 ]
             )
-        parts.append(f"<h3>{escape(label)}</h3>" + html_table(head, body, raw=(2,), wide=2))
-    images = max(row.engine["images"] for row in rows)
-    parts.append(
-        f'<p class="soft">"To float" is in AP points. On {images} images AP moves by some points '
-        'by chance, so that a small difference, of either sign, says little. "In 8 bits" is the '
-        'share of the multiply-adds, "in float" the layers that were left so.</p>'
-        if images < 1000
-        else '<p class="soft">"To float" is in AP points; "in 8 bits" is the share of the '
-        'multiply-adds, "in float" the layers that were left so.</p>'
-    )
-    return "".join(parts)
+        charts = [chart for row, _ in own for chart in _float_layers_tried(row)]
+        models.append({"label": label, "table": Table(head, body, wide=2), "charts": charts})
+    agreed = [row.engine["agreement"] for row in rows if row.engine.get("agreement")]
+    return {
+        "models": models,
+        "images": max((row.engine["images"] for row in rows), default=0),
+        "agreed": bool(agreed),
+        "shared": max((one["calibrated_on"] for one in agreed), default=0),
+    }
 
 
-def sensitivity(rankings: Sequence[Ranking]) -> str:
-    """Return a bar for each layer of each ranking, the most sensitive first."""
-    if not rankings:
-        return _how(
-            "No ranking of layers was given.",
-            "trt-yolov6 sensitivity --json sensitivity.json",
-            "trt-yolov6 report runs/compare sensitivity.json",
+def _change(row: Row, change: float | None) -> str:
+    """Return a change of AP in points, with its interval where that is known."""
+    if change is None:
+        return NOTHING
+    found = row.engine.get("agreement")
+    if not found:
+        return f"{change:+.2f}"
+    low, high = (100 * end for end in found["ap_change"]["interval"])
+    return f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _agreement(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return NOTHING
+    low, high = (100 * end for end in found["interval"])
+    return f"{100 * found['value']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _float_layers_tried(row: Row) -> list[tuple[str, Markup]]:
+    """Return a chart of the float layers that were tried: agreement over added time."""
+    calibration = row.engine.get("calibration") or {}
+    tried = [one for one in calibration.get("tried") or () if one["decides"] == "float layers"]
+    if not tried:
+        return []
+    chosen = sorted(row.engine.get("float_layers") or ())
+    ordered = sorted(tried, key=lambda one: (one["slowdown"], -one["agreement"]))
+    best = -math.inf
+    points = []
+    for number_, one in enumerate(ordered):
+        on_front = one["agreement"] > best
+        best = max(best, one["agreement"])
+        count = len(one["float_layers"])
+        is_built = sorted(one["float_layers"]) == chosen
+        x = 100 * one["slowdown"]
+        label = f"{count} in float" + (", built" if is_built else "")
+        points.append(
+            Point(
+                label if on_front or is_built else "",
+                "fp16" if is_built else "int8" if on_front else "other",
+                "front" if on_front else f"set {number_}",
+                Interval(x, x, x),
+                100 * one["agreement"],
+                f"{label}: agreement {100 * one['agreement']:.1f} %, {x:.1f} % slower",
+            )
         )
-    parts = []
-    for ranking in rankings:
-        lengths = _lengths(ranking)
-        scale = " (bars logarithmic)" if ranking.metric == "mse" else ""
-        head = ["Layer", ranking.metric.upper(), ""]
-        body = [
-            [
-                Cell(name),
-                Cell(NOTHING if value is None else f"{value:.4g}"),
-                Cell(bar(length, "int8")),
-            ]
-            for (name, value), length in zip(ranking.layers, lengths, strict=True)
-        ]
-        parts.append(
-            f"<h3>{escape(ranking.file)}</h3>"
-            f'<p class="soft">{escape(MEANING[ranking.metric])}{scale}; '
-            f"{direction(ranking.metric)}, first.</p>" + folded(head, body, raw=(2,), wide=2)
-        )
-    return "".join(parts)
+    title = f"{row.name}: agreement over added run time, {len(tried)} sets of float layers"
+    x_label, y_label = "added run time by layer times, %", "agreement with float, %"
+    return [(title, trade_off(points, x_label, title, y_label=y_label))]
 
 
-def layers(material: Material) -> str:
+def _ranking(ranking: Ranking) -> dict[str, Any]:
+    """Return a bar for each layer of a ranking, the most sensitive first."""
+    body = [
+        [Cell(name), Cell(NOTHING if value is None else f"{value:.4g}"), Cell(bar(length, "int8"))]
+        for (name, value), length in zip(ranking.layers, _lengths(ranking), strict=True)
+    ]
+    return {
+        "file": ranking.file,
+        "meaning": MEANING[ranking.metric],
+        "direction": direction(ranking.metric),
+        "logarithmic": ranking.metric == "mse",
+        "table": Table(["Layer", ranking.metric.upper(), ""], body, wide=2),
+    }
+
+
+def _layers(material: Material) -> dict[str, Any]:
     """Return the times of each engine's layers, their precision and their roofline."""
-    parts = []
-    for comparison in material.comparisons:
-        for one in comparison.value["layers"]:
-            parts.append(_layers_of(one, comparison, material.several))
-    if not parts:
-        return _how(
-            "The results have no times of layers: they were left out (--no-layers), or the backend "
-            "does not report them.",
-            "trt-yolov6 compare MODEL",
-        )
     ceilings = [
-        f"{escape(str(one['device']))}: {one['bytes_per_second'] / 1e9:.3g} GB/s, "
-        + ", ".join(f"{_rate(rate)} in {escape(str(name))}" for name, rate in one["flops"].items())
-        + f" ({escape(str(one['how']))})."
+        f"{one['device']}: {one['bytes_per_second'] / 1e9:.3g} GB/s, "
+        + ", ".join(f"{_rate(rate)} in {name}" for name, rate in one["flops"].items())
+        + f" ({one['how']})."
         for comparison in material.comparisons
         for one in comparison.value["ceilings"]
     ]
-    text = (
-        "A layer's roofline is the larger of its operations at the measured rate of a large matrix "
-        "product and of its bytes at the measured rate of a large copy; the line across a bar "
-        "stands there. Above 100 %, a layer's kernel does better than that product. "
-    )
-    text += (
-        "Measured ceilings: " + " ".join(dict.fromkeys(ceilings))
-        if ceilings
-        else (
-            "No ceilings could be measured on this device (a GPU needs PyTorch with CUDA for that)."
-        )
-    )
-    return "".join(parts) + f'<p class="soft">{text}</p>'
-
-
-def examples(material: Material) -> str:
-    """Return the same pictures with what each engine finds in them, side by side."""
-    parts = []
-    missing = 0
-    for number_, comparison in enumerate(material.comparisons):
-        names = comparison.value["data"].get("class_names", [])
-        for index, example in enumerate(comparison.value["examples"]):
-            picture = comparison.picture(example)
-            if picture is None:
-                missing += 1
-                continue
-            parts.append(_example(example, picture, f"picture-{number_}-{index}", names))
-    if missing:
-        parts.append(
-            f"<p>{missing} picture{'s' * (missing != 1)} could not be found next to the results; "
-            "keep the folder <code>examples/</code> with <code>results.json</code>.</p>"
-        )
-    if not parts:
-        return _how("The results have no example images.", "trt-yolov6 compare MODEL --examples 3")
-    used = sorted(
-        {
-            (int(found[5]), str(names[int(found[5])] if int(found[5]) < len(names) else found[5]))
+    return {
+        "engines": [
+            _layers_of(one, comparison, several=material.several)
             for comparison in material.comparisons
-            for names in [comparison.value["data"].get("class_names", [])]
-            for example in comparison.value["examples"]
-            for boxes in [example["annotated"], *example["detections"].values()]
-            for found in boxes
-        }
-    )
-    keys = "".join(
-        f'<span class="key"><svg viewBox="0 0 14 14" class="mark" aria-hidden="true">'
-        f'<rect x="1" y="1" width="12" height="12" fill="{_colour(index)}"/></svg>{escape(name)}'
-        "</span>"
-        for index, name in used[:20]
-    )
-    return (
-        f'<p class="legend">{keys}</p>' + "".join(parts) + '<p class="soft">Boxes with a score of '
-        "0.4 or more; hover over a box for its class and score.</p>"
-    )
+            for one in comparison.value["layers"]
+        ],
+        "ceilings": list(dict.fromkeys(ceilings)),
+    }
 
 
-def method(material: Material) -> str:
-    """Return the section on environment and method."""
-    parts = []
-    for comparison in material.comparisons:
-        value = comparison.value
-        settings, data, machine = value["settings"], value["data"], value["environment"]
-        timings = value["timings"]
-        runs = sum(timing["runs"] for timing in timings)
-        quiet = sum(timing["quiet_runs"] for timing in timings)
-        devices = sorted(
-            {
-                f"{one['device']}, {one['backend']} {one['backend_version']}"
-                + (f", {one['threads']} threads" if one["threads"] else "")
-                for one in value["engines"]
-            }
-        )
-        cpu = machine.get("cpu") or {}
-        rows = [
-            ("Data", f"{data['images']} images, {data['root']}, {data['split']}"),
-            ("Device", "; ".join(devices)),
-            ("Processor", f"{cpu.get('model')}, {cpu.get('threads')} threads"),
-            *(("GPU", _gpu_text(gpu)) for gpu in machine.get("gpus") or []),
-            ("CPU clock", _clock_text(machine.get("cpu_clock") or {})),
-            ("System", str(machine.get("system"))),
-            (
-                "Packages",
-                ", ".join(f"{name} {version}" for name, version in machine["packages"].items()),
-            ),
-            (
-                "Thresholds",
-                f"confidence {settings['confidence']}, IoU {settings['iou']}, at most "
-                f"{settings['max_detections']} boxes, border {settings['border']}",
-            ),
-            (
-                "Timing",
-                f"{settings['rounds']} rounds of "
-                f"{settings['duration'] / settings['rounds']:.3g} s, {runs} runs, {quiet} of them "
-                "undisturbed",
-            ),
-            ("Measured", str(value["date"])),
-            ("Data SHA-256", f"{data['annotations_sha256'][:16]}, {data['images_sha256'][:16]}"),
-        ]
-        notes = sorted({f"{one['note']}." for one in value["engines"] if one["note"]})
-        notes += value["left_out"]
-        title = f"<h3>{escape(comparison.name)}</h3>" if material.several else ""
-        terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in rows)
-        parts.append(
-            title
-            + "".join(f'<p class="notice">{escape(note)}</p>' for note in notes)
-            + f"<dl>{terms}</dl>"
-        )
-        hashes = [
-            [
-                Cell(f"{timing['engine']}, batch {timing['batch']}"),
-                Cell(with_error(latency_of(timing))),
-                Cell(str(timing["runs"])),
-                Cell(str(timing["quiet_runs"])),
-                Cell(NOTHING if timing["waited"] is None else f"{100 * timing['waited']:.1f} %"),
-                Cell(str(timing["engine_sha256"])[:16]),
-            ]
-            for timing in timings
-        ]
-        head = ["Engine", "ms", "runs", "undisturbed", "waited", "SHA-256"]
-        parts.append(
-            "<details><summary>Engines and their runs</summary>"
-            + html_table(head, hashes)
-            + "</details>"
-        )
-    return "".join(parts) + _METHOD
-
-
-_METHOD = """<p>Latency is of the engine alone, on input where it reads it, without pre- or
-post-processing, as in the paper; throughput is the batch size over it. Each round loads every
-engine again and runs it for a while, in changing order, so that a drift of the machine hits all
-alike. Runs while which the process's threads waited for a processor are left out, unless hardly
-any others are there. The figure is the median over the rounds; its interval says where a further
-round is to be expected in 95 of 100 cases, and reaches at least 5 % to each side on a CPU, 1 % on a
-GPU, so that it covers what differs from one run of the comparison to the next. AP is COCO's (IoU
-0.50 to 0.95), by pycocotools.</p>"""
-
-
-# --- parts of parts -----------------------------------------------------------------------------
-
-
-def html_table(
-    head: Sequence[str],
-    rows: Sequence[Sequence[Cell]],
-    kind: str = "",
-    *,
-    raw: Sequence[int] = (),
-    wide: int | None = None,
-) -> str:
-    """Return a table whose first column names the rows.
-
-    Args:
-        head: titles of the columns.
-        rows: the cells.
-        kind: a class of the table; `sorts` makes its head sort it.
-        raw: columns whose texts are HTML of this package's own.
-        wide: a column that takes what room there is.
-    """
-
-    def cell(index: int, one: Cell) -> str:
-        text = one.text if index in raw else escape(one.text)
-        value = "" if one.value is None else f' data-value="{escape(str(one.value))}"'
-        if index == 0:
-            return f'<th scope="row" class="name"{value} title="{escape(one.text)}">{text}</th>'
-        width = ' class="wide"' if index == wide else ""
-        return f"<td{value}{width}>{text}</td>"
-
-    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
-    body = "".join(
-        f"<tr>{''.join(cell(index, one) for index, one in enumerate(row))}</tr>" for row in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(head[0])} table">'
-        f'<table class="{kind}"><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def folded(head: Sequence[str], rows: Sequence[Sequence[Cell]], **options: Any) -> str:
-    """Return a table of the first rows, and one of the rest that unfolds."""
-    text = html_table(head, rows[:SHOWN_LAYERS], **options)
-    rest = rows[SHOWN_LAYERS:]
-    if rest:
-        text += (
-            f"<details><summary>{len(rest)} more</summary>{html_table(head, rest, **options)}"
-            "</details>"
-        )
-    return text
-
-
-def _layers_of(one: Mapping[str, Any], comparison: Comparison, several: bool) -> str:
+def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool) -> dict[str, Any]:
     found = sorted(one["layers"], key=lambda layer: layer["ms"], reverse=True)
     longest = max((layer["ms"] for layer in found), default=0.0) or 1.0
     whole = sum(layer["ms"] for layer in found)
@@ -454,44 +310,108 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, several: bool) ->
     if one.get("computed_in"):
         text += f"; all of it is computed in {one['computed_in']} here"
     head = ["Layer", "Precision", "ms", "share", "", "of roofline", "bound by"]
-    return f'<h3>{escape(title)}</h3><p class="soft">{escape(text)}.</p>' + folded(
-        head, body, raw=(4,), wide=4
-    )
+    return {"title": title, "text": text, "table": Table(head, body, wide=4)}
 
 
-def _example(
-    example: Mapping[str, Any], picture: str, name: str, class_names: Sequence[str]
-) -> str:
-    width, height = int(example["width"]), int(example["height"])
-    panels = [("annotated", example["annotated"]), *example["detections"].items()]
-    figures = []
-    for index, (title, boxes) in enumerate(panels):
-        source = (
-            f'<image id="{name}" width="{width}" height="{height}" '
-            f'href="data:image/jpeg;base64,{picture}"/>'
-            if index == 0
-            else f'<use href="#{name}"/>'
-        )
-        drawn = "".join(_box(box, class_names) for box in boxes)
-        figures.append(
-            f"<figure><figcaption>{escape(title)}: {len(boxes)}</figcaption>"
-            f'<svg viewBox="0 0 {width} {height}" role="img" '
-            f'aria-label="{escape(str(example["file"]))}, {escape(title)}: {len(boxes)} objects">'
-            f"{source}{drawn}</svg></figure>"
-        )
-    return f'<h3>{escape(str(example["file"]))}</h3><div class="examples">{"".join(figures)}</div>'
+def _examples(material: Material) -> dict[str, Any]:
+    """Return the same pictures with what each engine finds in them, side by side."""
+    found, missing = [], 0
+    classes: set[tuple[int, str]] = set()
+    for number_, comparison in enumerate(material.comparisons):
+        names = comparison.value["data"].get("class_names", [])
+        for index, example in enumerate(comparison.value["examples"]):
+            panels = [
+                (title, [_box(box, names) for box in boxes])
+                for title, boxes in (
+                    ("annotated", example["annotated"]),
+                    *example["detections"].items(),
+                )
+            ]
+            classes |= {(box["label"], box["name"]) for _, boxes in panels for box in boxes}
+            picture = comparison.picture(example)
+            if picture is None:
+                missing += 1
+                continue
+            size = {"width": int(example["width"]), "height": int(example["height"])}
+            name = f"picture-{number_}-{index}"
+            one = {"file": example["file"], "name": name, "jpeg": picture, "panels": panels}
+            found.append({**one, **size})
+    shown = [(_colour(label), name) for label, name in sorted(classes)[:20]]
+    return {"pictures": found, "missing": missing, "classes": shown}
 
 
-def _box(box: Sequence[float], class_names: Sequence[str]) -> str:
+def _box(box: Sequence[float], class_names: Sequence[str]) -> dict[str, Any]:
     x1, y1, x2, y2, score, index = (float(value) for value in box)
     label = int(index)
-    name = class_names[label] if label < len(class_names) else str(label)
-    text = escape(f"{name} {score:.2f}")
-    place = f'x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}"'
-    return (
-        f'<g><title>{text}</title><rect class="halo" {place}/>'
-        f'<rect class="box" {place} stroke="{_colour(label)}" pointer-events="all"/></g>'
+    name = str(class_names[label]) if label < len(class_names) else str(label)
+    return {
+        "label": label,
+        "name": name,
+        "text": f"{name} {score:.2f}",
+        "colour": _colour(label),
+        "x": f"{x1:.1f}",
+        "y": f"{y1:.1f}",
+        "width": f"{x2 - x1:.1f}",
+        "height": f"{y2 - y1:.1f}",
+    }
+
+
+def _method(comparison: Comparison, *, several: bool) -> dict[str, Any]:
+    """Return the section on environment and method."""
+    value = comparison.value
+    settings, data, machine = value["settings"], value["data"], value["environment"]
+    timings = value["timings"]
+    runs = sum(timing["runs"] for timing in timings)
+    quiet = sum(timing["quiet_runs"] for timing in timings)
+    devices = sorted(
+        {
+            f"{one['device']}, {one['backend']} {one['backend_version']}"
+            + (f", {one['threads']} threads" if one["threads"] else "")
+            for one in value["engines"]
+        }
     )
+    cpu = machine.get("cpu") or {}
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    terms = [
+        ("Data", f"{data['images']} images, {data['root']}, {data['split']}"),
+        ("Device", "; ".join(devices)),
+        ("Processor", f"{cpu.get('model')}, {cpu.get('threads')} threads"),
+        *(("GPU", _gpu_text(gpu)) for gpu in machine.get("gpus") or []),
+        ("CPU clock", _clock_text(machine.get("cpu_clock") or {})),
+        ("System", str(machine.get("system"))),
+        ("Packages", packages),
+        (
+            "Thresholds",
+            f"confidence {settings['confidence']}, IoU {settings['iou']}, at most "
+            f"{settings['max_detections']} boxes, border {settings['border']}",
+        ),
+        (
+            "Timing",
+            f"{settings['rounds']} rounds of "
+            f"{settings['duration'] / settings['rounds']:.3g} s, {runs} runs, {quiet} of them "
+            "undisturbed",
+        ),
+        ("Measured", str(value["date"])),
+        ("Data SHA-256", f"{data['annotations_sha256'][:16]}, {data['images_sha256'][:16]}"),
+    ]
+    body = [
+        [
+            Cell(f"{timing['engine']}, batch {timing['batch']}"),
+            Cell(with_error(latency_of(timing))),
+            Cell(str(timing["runs"])),
+            Cell(str(timing["quiet_runs"])),
+            Cell(NOTHING if timing["waited"] is None else f"{100 * timing['waited']:.1f} %"),
+            Cell(str(timing["engine_sha256"])[:16]),
+        ]
+        for timing in timings
+    ]
+    notes = sorted({f"{one['note']}." for one in value["engines"] if one["note"]})
+    return {
+        "title": comparison.name if several else "",
+        "notes": [*notes, *value["left_out"]],
+        "terms": terms,
+        "runs": Table(["Engine", "ms", "runs", "undisturbed", "waited", "SHA-256"], body),
+    }
 
 
 def _colour(label: int) -> str:
@@ -519,18 +439,9 @@ def _axes(batches: Sequence[int]) -> list[tuple[int, str]]:
     return [(batches[0], "latency"), (batches[-1], "throughput")]
 
 
-def _how(reason: str, *commands: str) -> str:
-    lines = "".join(f"<br><code>{escape(command)}</code>" for command in commands)
-    return f"<p>{escape(reason)} To get it:{lines}</p>"
-
-
 def _ms(row: Row, batch: int) -> float:
     latency = row.latency(batch)
     return math.inf if latency is None else latency.value
-
-
-def _ap(row: Row) -> str:
-    return NOTHING if row.ap is None else f"{100 * row.ap:.1f}"
 
 
 def _percent(value: Any) -> str:

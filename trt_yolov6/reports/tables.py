@@ -41,6 +41,11 @@ class Row:
         return None if value is None else float(value)
 
     @property
+    def ap_text(self) -> str:
+        """AP in per cent, for people."""
+        return NOTHING if self.ap is None else f"{100 * self.ap:.1f}"
+
+    @property
     def is_simulated(self) -> bool:
         """An 8-bit or half-precision engine of ONNX Runtime on a CPU, which computes it in float:
         the accuracy is right, the latency says nothing of a GPU."""

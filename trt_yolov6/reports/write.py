@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
-from string import Template
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from trt_yolov6 import __version__
 from trt_yolov6.common.files import check_writable, write_bytes
@@ -60,27 +61,20 @@ def check_form(path: str | Path) -> Path:
 
 def html_of(material: Material, title: str = "") -> str:
     """Return the report as one HTML page that needs no other file and no network."""
-    rows = rows_of(material)
-    parts = (
-        ("trade-off", "Accuracy and speed", sections.headline(rows) + sections.trade_offs(rows)),
-        ("table", "All engines", sections.table(rows)),
-        ("quantization", "Cost of quantization", sections.quantization_cost(rows)),
-        ("sensitivity", "Sensitivity of layers", sections.sensitivity(material.rankings)),
-        ("layers", "Time of layers", sections.layers(material)),
-        ("examples", "Examples", sections.examples(material)),
-        ("method", "Environment and method", sections.method(material)),
+    environment = Environment(
+        loader=PackageLoader("trt_yolov6.reports", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
-    return Template(_resource("page.html")).substitute(
-        title=escape(title or title_of(material)),
-        subtitle=escape(subtitle_of(material)),
+    return environment.get_template("page.html.jinja").render(
+        title=title or title_of(material),
+        subtitle=subtitle_of(material),
         style=_resource("page.css"),
         script=_resource("page.js"),
-        navigation="".join(f'<a href="#{name}">{escape(text)}</a>' for name, text, _ in parts),
-        sections="\n".join(
-            f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(text)}</h2>{body}</section>'
-            for name, text, body in parts
-        ),
-        footer=f"Made by trt-yolov6 {escape(__version__)}.",
+        version=__version__,
+        **sections.page_values(material),
     )
 
 
@@ -150,8 +144,8 @@ def subtitle_of(material: Material) -> str:
     return f"{', '.join(devices)} · {images} images · {dates}"
 
 
-def _resource(name: str) -> str:
-    return (files("trt_yolov6.reports") / name).read_text(encoding="utf-8")
+def _resource(name: str) -> Markup:
+    return Markup((files("trt_yolov6.reports") / name).read_text(encoding="utf-8"))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -77,7 +77,7 @@ def infer_source(
         source: see `media.find_media`.
         output: the folder to write to; made if missing, not the one the source lies in.
         options: as in `detect`.
-        formats: of `detection_files.FORMATS`.
+        formats: see `detection_files.Format`.
         frames: end a video or stream after this number.
         stop: asked before each frame of a video or stream: whether to end here.
         progress: show a progress bar on stderr.
@@ -93,13 +93,11 @@ def infer_source(
     else:
         places = [item.path.parent for item in media.items if item.path is not None]
     if any(output.resolve() == place.resolve() for place in places):
-        raise UserError(
-            f"{output} is where the source lies; give another folder as `output`.", "output"
-        )
+        raise UserError(f"{output} is where the source lies; give another folder as `output`.")
     options = (options or PredictOptions()).over(default_nms(engine))
     if isinstance(media, Video):
         if options.gpus > 1:
-            raise UserError("the frames of a video go through one GPU; leave `gpus` out.", "gpus")
+            raise UserError("the frames of a video go through one GPU; leave `gpus` out.")
         clip = open_video(media, frames, stop)
         return _infer_video(engine, media, clip, output, formats, options, progress)
     return _infer_pictures(engine, media, str(source), output, formats, options, progress)
@@ -240,7 +238,6 @@ def _infer_video(
                 raise UserError(
                     f"{target} could not be written in whole; free the disk or give another "
                     "`output`.",
-                    "output",
                 )
     finally:
         clip.close()

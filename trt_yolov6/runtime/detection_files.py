@@ -19,7 +19,6 @@ from trt_yolov6.detectors.detections import Detections
 
 Format = Literal["json", "csv", "yolo"]
 
-FORMATS: tuple[Format, ...] = ("json", "csv", "yolo")
 
 DETECTIONS_FILE = "detections"
 """Name of the JSON and CSV files, without the ending."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.common.closing import Closing
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
-from trt_yolov6.runtime.annotate import InferenceSummary, infer_source
-from trt_yolov6.runtime.detection_files import Format
 from trt_yolov6.runtime.predict import Images, detect
 from trt_yolov6.spec import PredictOptions
+
+if TYPE_CHECKING:
+    from trt_yolov6.runtime.annotate import InferenceSummary
+    from trt_yolov6.runtime.detection_files import Format
 
 
 class Detector(Closing):
@@ -96,6 +98,8 @@ class Detector(Closing):
         Raises:
             UserError: as `predict`, or the output cannot be written.
         """
+        from trt_yolov6.runtime.annotate import infer_source
+
         return infer_source(
             self.engine,
             source,

@@ -24,7 +24,7 @@ from trt_yolov6.data.class_matching import match_classes
 from trt_yolov6.data.coco import CocoDataset, CocoImage, open_coco_image, read_coco_image
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detectors.detections import Detections
-from trt_yolov6.engines.base import Engine
+from trt_yolov6.engines.base import Engine, EngineFacts
 from trt_yolov6.errors import ClassesDifferError
 from trt_yolov6.runtime.evaluation_plots import Confusion
 from trt_yolov6.runtime.predict import Processed, process
@@ -131,6 +131,7 @@ def evaluate(
     *,
     progress: bool = True,
     confusion: bool = False,
+    seen: Callable[[CocoImage, Detections], None] | None = None,
 ) -> Evaluation:
     """Measure an engine's COCO AP.
 
@@ -145,28 +146,20 @@ def evaluate(
             confidence 0.03 and IoU 0.65.
         progress: show a progress bar on stderr.
         confusion: count which class objects are taken for.
+        seen: called with each image and its detections, whose class ids are the data set's, without
+            those of classes that the data set lacks.
 
     Raises:
         UserError: the classes do not match, an image is unreadable or not of the recorded size, or
             the engine cannot do what is asked.
     """
-    truth = _truth(engine.path.name, engine.class_names, dataset)
-    notes = list(truth.notes)
-    start = time.perf_counter()
-    counted = Confusion(len(truth.dataset.class_names)) if confusion else None
-    objects = _objects_by_image(truth.dataset) if confusion else {}
-    sums = _Sums(engine_done=start)
-
+    tally = _Tally(engine.facts, dataset, confusion=confusion)
     options = dataclasses.replace(options or PredictOptions(), clip=False)
-    matcher = _Matcher(truth, hands_on=confusion)
+    matcher = _Matcher(tally.truth, hands_on=confusion or seen is not None)
     run: Callable[..., Iterator[Processed[CocoImage, _Matched]]] = process
     if options.gpus > 1:
         run = functools.partial(process_on_gpus, check_gpus(options.gpus))
-
-    bar = tqdm(
-        total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
-    )
-    with bar, ThreadPoolExecutor(1, thread_name_prefix="coco") as pool:
+    with _bar(dataset, shown=progress) as bar, ThreadPoolExecutor(1, "coco") as pool:
         annotated = pool.submit(matcher.annotated)
         for step in run(
             engine,
@@ -175,32 +168,22 @@ def evaluate(
             matcher,
             options,
             open_item=open_coco_image,
-            tell=notes.append,
+            tell=tally.note,
         ):
-            matches = step.result.matches
-            sums.matches.update(matches.by_image)
-            if counted is not None:
+            tally.add(step.batch.items, step.result.matches, step.result.found)
+            if seen is not None:
                 for image, detections in zip(step.batch.items, step.result.found, strict=True):
-                    counted.add(detections, truth.rows, *objects[image.id])
-            sums.read += step.batch.read_seconds
-            sums.preprocess += step.batch.preprocess_seconds
-            sums.inference += step.inference_seconds
-            sums.engine_done = step.inference_end
-            sums.postprocess += step.postprocess_seconds
-            sums.scoring += step.finish_seconds
-            sums.detections += matches.detections
+                    seen(image, _in_classes_of(dataset, tally.truth, detections))
+            tally.engine_done = step.inference_end
+            tally.spent(
+                read=step.batch.read_seconds,
+                preprocess=step.batch.preprocess_seconds,
+                inference=step.inference_seconds,
+                postprocess=step.postprocess_seconds,
+                coco=step.finish_seconds,
+            )
             bar.update(len(step.batch.items))
-    return _scored(
-        truth,
-        annotated.result(),
-        sums,
-        start,
-        name=engine.path.name,
-        precision=engine.precision,
-        backend=engine.backend,
-        notes=notes,
-        confusion=counted,
-    )
+    return tally.evaluation(annotated.result())
 
 
 @dataclass(frozen=True)
@@ -254,10 +237,7 @@ class FoundBatch:
 
 
 def evaluate_found(
-    name: str,
-    class_names: Sequence[str],
-    precision: str,
-    backend: str,
+    engine: EngineFacts,
     dataset: CocoDataset,
     batches: Iterable[FoundBatch],
     *,
@@ -267,8 +247,7 @@ def evaluate_found(
     """Measure the COCO AP of detections that come in batches, in any order, as `evaluate` does.
 
     Args:
-        name: the engine's file name.
-        class_names, precision, backend: the engine's.
+        engine: that found them.
         dataset: see `evaluate`.
         batches: each image of the data set in one of them.
         progress: show a progress bar on stderr.
@@ -277,43 +256,30 @@ def evaluate_found(
     Raises:
         UserError: the classes do not match.
     """
-    truth = _truth(name, class_names, dataset)
-    notes = dict.fromkeys(truth.notes)
-    start = time.perf_counter()
-    annotated = _annotated(truth)
-    counted = Confusion(len(truth.dataset.class_names)) if confusion else None
-    objects = _objects_by_image(truth.dataset) if confusion else {}
-    sums = _Sums(engine_done=start)
-    bar = tqdm(
-        total=len(dataset.images), desc="eval", unit="image", disable=None if progress else True
-    )
-    with bar:
+    tally = _Tally(engine, dataset, confusion=confusion)
+    annotated = _annotated(tally.truth)
+    with _bar(dataset, shown=progress) as bar:
         for found in batches:
-            sums.engine_done = before = time.perf_counter()
+            tally.engine_done = time.perf_counter()
             if found.images:
-                matches = _match(annotated, truth, found.images, found.detections)
-                sums.matches.update(matches.by_image)
-                sums.detections += matches.detections
-            if counted is not None:
-                for image, detections in zip(found.images, found.detections, strict=True):
-                    counted.add(detections, truth.rows, *objects[image.id])
-            sums.scoring += time.perf_counter() - before
-            sums.read += found.read_seconds
-            sums.preprocess += found.preprocess_seconds
-            sums.inference += found.inference_seconds
-            sums.postprocess += found.postprocess_seconds
-            notes |= dict.fromkeys(found.notes)
+                matches = _match(annotated, tally.truth, found.images, found.detections)
+                tally.add(found.images, matches, found.detections)
+            tally.spent(
+                read=found.read_seconds,
+                preprocess=found.preprocess_seconds,
+                inference=found.inference_seconds,
+                postprocess=found.postprocess_seconds,
+                coco=time.perf_counter() - tally.engine_done,
+            )
+            for note in found.notes:
+                tally.note(note)
             bar.update(len(found.images))
-    return _scored(
-        truth,
-        annotated,
-        sums,
-        start,
-        name=name,
-        precision=precision,
-        backend=backend,
-        notes=tuple(notes),
-        confusion=counted,
+    return tally.evaluation(annotated)
+
+
+def _bar(dataset: CocoDataset, *, shown: bool) -> Any:
+    return tqdm(
+        total=len(dataset.images), desc="eval", unit="image", disable=None if shown else True
     )
 
 
@@ -348,66 +314,78 @@ def _truth(name: str, class_names: Sequence[str], dataset: CocoDataset) -> _Trut
     )
 
 
-@dataclass
-class _Sums:
-    """Running totals of an evaluation: seconds and matches."""
+class _Tally:
+    """Running totals of an evaluation: matches, seconds and notes."""
 
-    engine_done: float
-    """When the engine was done with its latest batch, by `time.perf_counter`."""
-    read: float = 0.0
-    preprocess: float = 0.0
-    inference: float = 0.0
-    postprocess: float = 0.0
-    scoring: float = 0.0
-    detections: int = 0
-    matches: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+    def __init__(self, engine: EngineFacts, dataset: CocoDataset, *, confusion: bool) -> None:
+        self.engine = engine
+        self.truth = _truth(engine.name, engine.class_names, dataset)
+        self.start = self.engine_done = time.perf_counter()
+        self._notes = dict.fromkeys(self.truth.notes)
+        self._seconds = dict.fromkeys(
+            ("read", "preprocess", "inference", "postprocess", "coco"), 0.0
+        )
+        self._confusion = Confusion(len(self.truth.dataset.class_names)) if confusion else None
+        self._objects = _objects_by_image(self.truth.dataset) if confusion else {}
+        self._matches: dict[int, list[Any]] = {}
+        self._detections = 0
+
+    def note(self, sentence: str) -> None:
+        """Take a note, once."""
+        self._notes[sentence] = None
+
+    def add(
+        self, images: Sequence[CocoImage], matches: _Matches, found: Sequence[Detections]
+    ) -> None:
+        """Take the matches of some images, and for the confusion matrix their detections."""
+        self._matches.update(matches.by_image)
+        self._detections += matches.detections
+        if self._confusion is not None:
+            for image, detections in zip(images, found, strict=True):
+                self._confusion.add(detections, self.truth.rows, *self._objects[image.id])
+
+    def spent(self, **seconds: float) -> None:
+        """Take the seconds of a batch's stages."""
+        for stage, value in seconds.items():
+            self._seconds[stage] += value
+
+    def evaluation(self, annotated: Any) -> Evaluation:
+        """Compute the AP of all that was matched."""
+        before = time.perf_counter()
+        (ap, ap50, ap75, ap_small, ap_medium, ap_large), per_class, curves = _average_precision(
+            annotated, self._matches
+        )
+        end = time.perf_counter()
+        self._seconds["coco"] += end - before
+        return Evaluation(
+            ap=ap,
+            ap50=ap50,
+            ap75=ap75,
+            ap_small=ap_small,
+            ap_medium=ap_medium,
+            ap_large=ap_large,
+            per_class=per_class,
+            class_names=self.truth.dataset.class_names,
+            images=len(self.truth.dataset.images),
+            detections=self._detections,
+            seconds=StageSeconds(**self._seconds, tail=end - self.engine_done),
+            wall_seconds=end - self.start,
+            engine=self.engine.name,
+            precision=self.engine.precision,
+            backend=self.engine.backend,
+            notes=tuple(self._notes),
+            curves=curves,
+            confusion=None if self._confusion is None else self._confusion.counts,
+        )
 
 
-def _scored(
-    truth: _Truth,
-    annotated: Any,
-    sums: _Sums,
-    start: float,
-    *,
-    name: str,
-    precision: str,
-    backend: str,
-    notes: Sequence[str],
-    confusion: Confusion | None,
-) -> Evaluation:
-    """Compute the AP of all that was matched."""
-    before = time.perf_counter()
-    (ap, ap50, ap75, ap_small, ap_medium, ap_large), per_class, curves = _average_precision(
-        annotated, sums.matches
-    )
-    end = time.perf_counter()
-    return Evaluation(
-        ap=ap,
-        ap50=ap50,
-        ap75=ap75,
-        ap_small=ap_small,
-        ap_medium=ap_medium,
-        ap_large=ap_large,
-        per_class=per_class,
-        class_names=truth.dataset.class_names,
-        images=len(truth.dataset.images),
-        detections=sums.detections,
-        seconds=StageSeconds(
-            sums.read,
-            sums.preprocess,
-            sums.inference,
-            sums.postprocess,
-            sums.scoring + end - before,
-            tail=end - sums.engine_done,
-        ),
-        wall_seconds=end - start,
-        engine=name,
-        precision=precision,
-        backend=backend,
-        notes=tuple(notes),
-        curves=curves,
-        confusion=None if confusion is None else confusion.counts,
-    )
+def _in_classes_of(dataset: CocoDataset, truth: _Truth, found: Detections) -> Detections:
+    """Return detections with the data set's class ids, without classes that it lacks."""
+    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
+    places = np.array([-1 if n is None else place_of[n] for n in truth.categories], np.int64)
+    labels = places[found.class_id]
+    kept = labels >= 0
+    return Detections(found.xyxy[kept], found.confidence[kept], labels[kept])
 
 
 def _to_coco(

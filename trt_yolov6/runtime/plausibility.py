@@ -94,7 +94,6 @@ def _check_scores(engine: Engine, said_of: Sequence[Anchors | Found]) -> None:
             f"{engine.path} has scores from {low:.3g} to {high:.3g}, read as {engine.decoder} "
             f"({engine.output_layout}): these are not probabilities. Export it with its sigmoid, "
             "or name its family with `decoder`.",
-            "decoder",
         )
 
 
@@ -114,7 +113,6 @@ def _check_boxes(engine: Engine, anchors: Sequence[Anchors], confidence: float) 
             f"{engine.path} has all boxes within 2 pixels of the corner, read as {engine.decoder} "
             f"({engine.output_layout}): they are fractions of the image, or not decoded. Export it "
             "with boxes in pixels, or name its family with `decoder`.",
-            "decoder",
         )
     sides = corners[:, 2:] - corners[:, :2]
     if ((sides < 0).any(axis=1)).mean() > 0.5:
@@ -122,7 +120,6 @@ def _check_boxes(engine: Engine, anchors: Sequence[Anchors], confidence: float) 
             f"{engine.path} has boxes that end before they begin, read as {engine.decoder} "
             f"({engine.output_layout}): they are laid out otherwise. Name its family with "
             "`decoder`.",
-            "decoder",
         )
 
 

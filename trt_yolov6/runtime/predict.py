@@ -448,17 +448,14 @@ def check_thresholds(engine: Engine, nms: NmsSettings) -> None:
         raise UserError(
             f"{engine.path} drops scores below {inside.confidence} itself; give `confidence` "
             f"{inside.confidence} or more, or build it with another threshold.",
-            "confidence",
         )
     if nms.iou != inside.iou:
         raise UserError(
             f"{engine.path} suppresses at IoU {inside.iou} itself; give `iou` {inside.iou} or "
             "build it with another threshold.",
-            "iou",
         )
     if nms.max_detections > inside.max_detections:
         raise UserError(
             f"{engine.path} keeps at most {inside.max_detections} boxes itself; give "
             f"`max_detections` {inside.max_detections} or fewer, or build it without NMS inside.",
-            "max_detections",
         )

@@ -7,6 +7,7 @@ each one's six most sensitive layers bring back when they stay in float.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     import onnx
 
 Score = Callable[["onnx.ModelProto"], float]
+
+_log = logging.getLogger(__name__)
 
 REPORTED_LAYERS = 6
 """Layers that the paper's partial quantization leaves in float (Appendix B)."""
@@ -69,7 +72,6 @@ def fallback_report(
     score: Score | None = None,
     count: int = REPORTED_LAYERS,
     by_ap: Sensitivity | None = None,
-    tell: Callable[[str], None] | None = None,
 ) -> str:
     """Return a table like the paper's Table 21, in Markdown.
 
@@ -80,9 +82,7 @@ def fallback_report(
         count: layers to keep in float.
         by_ap: the layers by `ap`, from `measure`, for one more row; None leaves it out, since that
             ranking takes a run over the images for every layer.
-        tell: called with a line of progress now and then.
     """
-    say = tell or (lambda _: None)
     name = "AP" if score else "agreement with float"
     scored = score or Judge(graph, calibrated.paths).confident_agreement
     distortions = layer_distortions(
@@ -94,7 +94,7 @@ def fallback_report(
     rankings = [ranked(distortions, metric) for metric in TENSOR_METRICS]
     if by_ap is not None:
         rankings.append(by_ap)
-    say(f"scoring {len(rankings) + 2} graphs ...")
+    _log.info(f"scoring {len(rankings) + 2} graphs ...")
     rows = [
         f"| in float | {name} | layers |",
         "| --- | --- | --- |",

@@ -71,7 +71,6 @@ def check_gpus(count: int) -> tuple[str, ...]:
         raise UserError(
             f"this process may use {len(found)} NVIDIA GPUs, not {count}; give a smaller `gpus`, "
             "or look at CUDA_VISIBLE_DEVICES.",
-            "gpus",
         )
     return found[:count]
 

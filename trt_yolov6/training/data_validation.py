@@ -148,7 +148,7 @@ def refuse(report: DataReport, report_file: str | Path | None = None) -> None:
     where = f"; all are listed in {report_file}" if report_file is not None else ""
     raise BadDataError(
         f"{report.annotation_file} has {count} problem{'s' * (count > 1)}, the first being that "
-        f"{report.problems[0].sentence}; correct the data set or give --bad-data skip to leave "
+        f"{report.problems[0].sentence}; correct the data set or give `on_bad_data` skip to leave "
         f"{'them' if count > 1 else 'it'} out{where if count > 1 else ''}.",
         report,
     )

@@ -219,7 +219,7 @@ def load_training_set(
             into memory.
     """
     if on_bad_data not in ("refuse", "skip"):
-        raise UserError(f"--bad-data is {on_bad_data!r}; give refuse or skip.")
+        raise UserError(f"`on_bad_data` is {on_bad_data!r}; give refuse or skip.")
     checked = read_split(folder, split)
     if class_names is not None:
         checked = in_order(checked, class_names)
@@ -301,7 +301,7 @@ def _allocate(
     if free is not None and needed > free:
         raise UserError(
             f"{file} takes {needed / 1e9:.1f} GB of memory at {image_size} pixels and "
-            f"{free / 1e9:.1f} GB are free; give a smaller --imgsz or a part of the data set."
+            f"{free / 1e9:.1f} GB are free; give a smaller `image_size` or a part of the data set.",
         )
     if device.type == "cuda":
         # More than may be pinned still works, with slower copies.

@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from trt_yolov6.errors import UserError
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,28 @@ def chosen_device(name: str | None = None, local_rank: int | None = None) -> tor
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name} is not known; give cpu, cuda or cuda:N.") from error
+        raise UserError(f"`device` {name} is not known; give cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; give cpu, cuda or cuda:N.")
+        raise UserError(f"`device` {name} is not supported; give cpu, cuda or cuda:N.")
     if device.type == "cpu":
         return device
     index = local_rank if local_rank is not None else device.index or 0
     if index >= torch.cuda.device_count():
         raise UserError(
             f"PyTorch sees {torch.cuda.device_count()} GPUs here, no GPU {index}; give another "
-            "--device, start fewer processes, or install PyTorch with CUDA."
+            "`device`, start fewer processes, or install PyTorch with CUDA.",
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def placed(network: Network, device: torch.device | str) -> Network:
+    """Return a network on a device; on a GPU with its weights in channels-last order."""
+    where = torch.device(device)
+    if where.type != "cuda":
+        return network.to(where)
+    return network.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def with_common_statistics(model: nn.Module, processes: Processes) -> None:

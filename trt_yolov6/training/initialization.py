@@ -60,7 +60,7 @@ def starting_model(
     if settings.image_size % multiple:
         raise UserError(
             f"an image size of {settings.image_size} is not a multiple of {multiple}, which this "
-            "network needs; give another --imgsz."
+            "network needs; give another `image_size`.",
         )
     return start
 
@@ -132,7 +132,7 @@ def _check_agreement(settings: TrainSettings, checkpoint: Checkpoint) -> None:
     arch = checkpoint.arch
     if settings.variant != arch.name:
         raise UserError(
-            f"{checkpoint.path} holds {arch.name}, not {settings.variant}; leave --model out."
+            f"{checkpoint.path} holds {arch.name}, not {settings.variant}; leave `model` out.",
         )
     if adapted(arch, settings.architecture) != arch:
         raise UserError(

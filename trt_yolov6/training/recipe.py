@@ -204,8 +204,8 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
     of_blocks = (options.block, options.activation, options.csp_ratio)
     if arch.neck == "lite" and any(option is not None for option in of_blocks):
         raise UserError(
-            f"{arch.name} has one kind of block; leave --block, --activation, --csp-ratio and "
-            "--rep-optimizer out."
+            f"{arch.name} has one kind of block; leave `block`, `activation`, `csp_ratio` and "
+            "`rep_optimizer` out.",
         )
     if options.block is not None:
         changes["block"] = options.block
@@ -262,7 +262,7 @@ def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
     """
     path, equals, text = assignment.partition("=")
     if not equals:
-        raise UserError(f"--set {assignment} is not of the form FIELD=VALUE.")
+        raise _assignment_error(f" {assignment} is not of the form FIELD=VALUE")
     changed: TrainSettings = _with(settings, path.strip().split("."), text.strip(), assignment)
     return changed
 
@@ -271,19 +271,19 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
     fields = {item.name for item in dataclasses.fields(value)}
     if names[0] not in fields:
         meant = did_you_mean(names[0], fields)
-        raise UserError(
-            f"--set {assignment}: there is no {names[0]}{meant}; choose one of "
-            f"{', '.join(sorted(fields))}."
+        raise _assignment_error(
+            f" {assignment}: there is no {names[0]}{meant}; choose one of "
+            f"{', '.join(sorted(fields))}"
         )
     kind = typing.get_type_hints(type(value))[names[0]]
     current = getattr(value, names[0])
     if dataclasses.is_dataclass(current):
         if len(names) == 1:
             parts = ", ".join(f"{names[0]}.{item.name}" for item in dataclasses.fields(current))
-            raise UserError(f"--set {assignment}: name a part of it, one of {parts}.")
+            raise _assignment_error(f" {assignment}: name a part of it, one of {parts}")
         return dataclasses.replace(value, **{names[0]: _with(current, names[1:], text, assignment)})
     if len(names) > 1:
-        raise UserError(f"--set {assignment}: {names[0]} has no parts here.")
+        raise _assignment_error(f" {assignment}: {names[0]} has no parts here")
     return dataclasses.replace(value, **{names[0]: _parsed(kind, text, assignment)})
 
 
@@ -293,7 +293,7 @@ def _parsed(kind: Any, text: str, assignment: str) -> Any:
     if typing.get_origin(kind) is Literal:
         if text in choices:
             return text
-        raise UserError(f"--set {assignment}: choose one of {', '.join(map(str, choices))}.")
+        raise _assignment_error(f" {assignment}: choose one of {', '.join(map(str, choices))}")
     if type(None) in choices:
         if text.lower() == "none":
             return None
@@ -306,7 +306,12 @@ def _parsed(kind: Any, text: str, assignment: str) -> Any:
             return kind(text)
         except ValueError:
             pass
-    raise UserError(f"--set {assignment}: the value is no {getattr(kind, '__name__', 'value')}.")
+    wanted = getattr(kind, "__name__", "value")
+    raise _assignment_error(f" {assignment}: the value is no {wanted}")
+
+
+def _assignment_error(text: str) -> UserError:
+    return UserError(f"`assignment`{text}.")
 
 
 def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
@@ -351,16 +356,20 @@ def _check(settings: TrainSettings) -> None:
     rep = settings.rep_optimizer or RepOptimizerSettings()
     stride = max(STRIDES)
     checks = [
-        (settings.epochs >= 1, f"{settings.epochs} epochs are none; give --epochs 1 or more"),
-        (settings.batch >= 1, f"a batch of {settings.batch} is none; give --batch 1 or more"),
+        (
+            settings.epochs >= 1,
+            f"`epochs` must be at least 1, got {settings.epochs}",
+        ),
+        (settings.batch >= 1, f"`batch` must be at least 1, got {settings.batch}"),
         (
             settings.image_size >= stride and settings.image_size % stride == 0,
-            f"an image size of {settings.image_size} is not a multiple of {stride}; give --imgsz "
-            "such as 640",
+            f"an image size of {settings.image_size} is not a multiple of {stride}; give "
+            "`image_size` such as 640",
         ),
         (
             math.isfinite(optimizer.learning_rate) and optimizer.learning_rate > 0,
-            f"a learning rate of {optimizer.learning_rate} is out of range; give --lr above 0",
+            f"a learning rate of {optimizer.learning_rate} is out of range; give `learning_rate` "
+            "above 0",
         ),
         (
             0 <= optimizer.momentum < 1 and 0 <= optimizer.warmup_momentum < 1,
@@ -372,42 +381,45 @@ def _check(settings: TrainSettings) -> None:
         ),
         (
             optimizer.accumulate is None or optimizer.accumulate >= 1,
-            f"accumulating {optimizer.accumulate} steps is none; give 1 or more",
+            f"`accumulate` must be at least 1, got {optimizer.accumulate}",
         ),
         (
             0 <= settings.plain_epochs <= settings.epochs,
-            f"{settings.plain_epochs} last epochs without Mosaic are more than {settings.epochs} "
-            "in all; give --plain-epochs less",
+            f"{settings.plain_epochs} last epochs without Mosaic are not between 0 and the "
+            f"{settings.epochs} in all; give other `plain_epochs`",
         ),
-        (settings.eval_interval >= 0, "the evaluation interval is negative; give 0 or more"),
+        (
+            settings.eval_interval >= 0,
+            f"`eval_interval` must be at least 0, got {settings.eval_interval}",
+        ),
         (
             settings.ema_decay is None or 0 <= settings.ema_decay < 1,
             f"an EMA decay of {settings.ema_decay} is out of range; give one of 0 to 1",
         ),
         (
             0 <= settings.eval_border < settings.image_size // 2,
-            f"a border of {settings.eval_border} leaves no image; give less",
+            f"a border of {settings.eval_border} leaves no image; give `eval_border` less",
         ),
         (
             (settings.teacher is None) == (settings.distillation is None),
-            "self-distillation needs a teacher; give --distill TEACHER.pt",
+            "self-distillation needs a teacher; give the checkpoint as `teacher`",
         ),
         (
             settings.rep_optimizer is None or settings.weights is None,
-            "RepOptimizer starts from random weights and its scales; leave --weights or "
-            "--rep-optimizer out",
+            "RepOptimizer starts from random weights and its scales; leave `weights` or "
+            "`rep_optimizer` out",
         ),
         (
             settings.rep_optimizer is None or settings.architecture.block is None,
-            "RepOptimizer says what the blocks are; leave --block or --rep-optimizer out",
+            "RepOptimizer says what the blocks are; leave `block` or `rep_optimizer` out",
         ),
         (
             rep.scales is None or rep.search_epochs is None,
-            f"the scales are there already, in {rep.scales}; leave --search-epochs out",
+            f"the scales are there already, in {rep.scales}; leave `search_epochs` out",
         ),
         (
             rep.search_epochs is None or rep.search_epochs >= 1,
-            f"{rep.search_epochs} epochs of search are none; give --search-epochs 1 or more",
+            f"`search_epochs` must be at least 1, got {rep.search_epochs}",
         ),
     ]
     for fine, complaint in checks:

@@ -71,8 +71,8 @@ def check_scales(checkpoint: Checkpoint) -> None:
     if checkpoint.arch.block != "scaled":
         raise UserError(
             f"{checkpoint.path} is not a hyper-search network and has no scales; give "
-            "--rep-optimizer without a file to search for them, or a checkpoint trained with "
-            "--block scaled."
+            "`rep_optimizer` without a file to search for them, or a checkpoint trained with "
+            "`block` scaled.",
         )
 
 

@@ -7,7 +7,8 @@ tensors, the number of the next step and what has been seen so far.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class Progress:
     """Epoch of the best AP, from 1; 0 before the first evaluation."""
     epoch_seconds: float = 0.0
     """Time that the steps of the present epoch have taken so far."""
+    log: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of the epochs that are over, of a training without a log file."""
 
 
 @dataclass(frozen=True)
@@ -43,29 +46,36 @@ class Learner:
     """All that learns: the tensors of a state."""
 
     model: nn.Module
-    average: WeightAverage
-    optimizer: torch.optim.SGD
+    average: WeightAverage | None
+    """Moving average of the weights; None without one."""
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     sums: Tensor
     """float32 (parts,), on the device: sums of the losses of the present epoch's steps."""
 
 
 def save_state(
-    folder: Path, learner: Learner, progress: Progress, settings: dict[str, Any]
+    path: Path,
+    learner: Learner,
+    progress: Progress,
+    settings: Mapping[str, Any] | Sequence[Any],
 ) -> None:
     """Write the state between two steps, right after one of the optimizer.
+
+    `settings` is all that decides the result, ready for `json.dumps`.
 
     Raises:
         UserError: it cannot be written.
     """
+    average = learner.average
     content = {
         "format": FORMAT,
         "version": VERSION,
         "settings": json.dumps(settings, sort_keys=True),
         "progress": json.dumps(progress.__dict__),
         "model": _tensors(learner.model),
-        "average": _tensors(learner.average.model),
-        "average_updates": learner.average.updates,
+        "average": None if average is None else _tensors(average.model),
+        "average_updates": 0 if average is None else average.updates,
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "sums": learner.sums,
@@ -74,22 +84,16 @@ def save_state(
             torch.cuda.get_rng_state(learner.sums.device) if learner.sums.is_cuda else None
         ),
     }
-    with atomic_path(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Read the state in a run's folder, its tensors in host memory.
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a state, its tensors in host memory.
 
     Raises:
-        UserError: there is none, or it is damaged or of another version.
+        UserError: it is damaged or of another version.
     """
-    path = folder / STATE_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{folder} holds no {STATE_FILE}, so there is nothing to resume; name the folder of an "
-            "interrupted training as --output, or leave --resume out."
-        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT or content["version"] != VERSION:
@@ -98,7 +102,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         content["settings"] = json.loads(content["settings"])
     except Exception as error:  # torch.load raises anything for a damaged file
         raise UserError(
-            f"{path} is damaged or of another version; start the training again, in another folder."
+            f"{path} is damaged or of another version; delete it to start again."
         ) from error
     state: dict[str, Any] = content
     return state
@@ -112,8 +116,9 @@ def restore(state: dict[str, Any], learner: Learner) -> Progress:
     """
     try:
         _fill(learner.model, state["model"])
-        _fill(learner.average.model, state["average"])
-        learner.average.updates = state["average_updates"]
+        if learner.average is not None:
+            _fill(learner.average.model, state["average"])
+            learner.average.updates = state["average_updates"]
         learner.optimizer.load_state_dict(state["optimizer"])
         if learner.scaler.is_enabled():
             learner.scaler.load_state_dict(state["scaler"])

@@ -101,7 +101,7 @@ class TorchEngine(Engine):
 
     def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
         if streams > 1:
-            raise UserError("a PyTorch network has no streams here; leave --streams out.")
+            raise UserError("a PyTorch network has no streams; leave `streams` out.")
         check_images(self, images)
         resident = torch.from_numpy(images).to(self.torch_device)
 

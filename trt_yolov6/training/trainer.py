@@ -1,66 +1,40 @@
-"""The training itself: steps, evaluations, checkpoints. What each of them is stands elsewhere.
+"""`train`: a run's folder, RepOptimizer's search, evaluations and checkpoints around the loop.
 
-schedule -> order, rates        dataset -> batches        losses -> what is minimized
-optimizer, ema -> weights       torch_engine -> AP        run_state -> resuming
+initialization, dataset, losses, optimizer ─▶ detection_task ─▶ loop ─▶ checkpoints, log, state
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.progress import is_logged
-from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.errors import UserError
-from trt_yolov6.models.blocks import BN_MOMENTUM
-from trt_yolov6.models.network import YOLOv6
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.spec import PredictOptions
-from trt_yolov6.training.dataset import TrainingSet, load_training_set
-from trt_yolov6.training.distributed import Processes, joined, with_common_statistics
-from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
-from trt_yolov6.training.initialization import starting_model
+from trt_yolov6.training.detection_task import DetectionTask, arithmetic, detection_task
+from trt_yolov6.training.distributed import Processes, joined
 from trt_yolov6.training.log import RunLog, read_log
-from trt_yolov6.training.losses import Losses, detection_loss
-from trt_yolov6.training.optimizer import make_optimizer, set_rates
+from trt_yolov6.training.loop import Reporter, train_epochs
 from trt_yolov6.training.recipe import TrainSettings, search_settings, settings_from_json
-from trt_yolov6.training.schedule import (
-    LOSS_BATCH,
-    Plan,
-    derived_seed,
-    epoch_order,
-    evaluation_epochs,
-    is_last_phase,
-    make_plan,
-)
-from trt_yolov6.training.state import Learner, Progress, read_state, restore, save_state, sweep
-from trt_yolov6.training.targets import Targets
+from trt_yolov6.training.schedule import evaluation_epochs
+from trt_yolov6.training.state import STATE_FILE, Progress, read_state, restore, sweep
 from trt_yolov6.training.torch_engine import TorchEngine
 
 SETTINGS_FILE = "settings.json"
 BEST_FILE = "best.pt"
 LAST_FILE = "last.pt"
-DATA_REPORT_FILE = "bad_data.json"
 SEARCH_FOLDER = "search"
 """Folder of RepOptimizer's hyper-search, inside the run's."""
-
-PARTS = ("total", "class", "box", "dfl", "objectness", "distill_class", "distill_box")
-"""The losses that are logged."""
 
 
 @dataclass(frozen=True)
@@ -103,30 +77,22 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The constant parts of a training run."""
+class _Call:
+    """Arguments of a call of `train` that do not decide the result."""
 
-    settings: TrainSettings
-    folder: Path
     processes: Processes
-    plan: Plan
-    data: TrainingSet
-    validation: CocoDataset | None
-    network: nn.Module
-    """Maps images to raw levels; in several processes, its gradients are averaged."""
-    model: YOLOv6
-    """The same network, bare."""
-    teacher: YOLOv6 | None
-    learner: Learner
-    autocast: torch.dtype | None
-    progress: bool
-    log_line: Callable[[str], None] | None = None
+    note: Callable[[str], None]
+    """Takes sentences about the start and the data."""
+    log_line: Callable[[str], None] | None
     """Off a terminal: takes a header and a line an epoch."""
+    resume: bool
+    progress: bool
+    state_seconds: float
 
 
 def train(
     settings: TrainSettings,
-    output_dir: str | Path,
+    output: str | Path,
     *,
     device: str | None = None,
     resume: bool | Literal["auto"] = False,
@@ -144,7 +110,7 @@ def train(
 
     Args:
         settings: all that decides the result; see `recipe.recipe_for`.
-        output_dir: the run's folder; must not hold another run.
+        output: the run's folder; must not hold another run.
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
         resume: go on from the folder's state; the settings must be the same. On a CPU the weights
             end bit for bit as if nothing had happened. `auto` resumes where the folder holds a
@@ -158,8 +124,8 @@ def train(
         UserError: bad settings, data or checkpoint, a folder in use, or training diverged.
     """
     start = time.perf_counter()
-    folder = Path(output_dir)
-    with joined(device) as processes, _arithmetic(settings, processes):
+    folder = Path(output)
+    with joined(device) as processes, arithmetic(settings, processes.device):
         notes: list[str] = []
         speak = tell if tell is not None and processes.is_first else None
 
@@ -170,32 +136,18 @@ def train(
 
         if resume == "auto":
             resume = processes.of_first((folder / SETTINGS_FILE).exists())
+        logged = speak if is_logged(progress) else None
+        call = _Call(processes, note, logged, resume, progress, state_seconds)
         state = _open_folder(folder, settings, resume, processes)
         scales = None
         if settings.rep_optimizer is not None:
-            scales = settings.rep_optimizer.scales or _search(
-                settings, folder, processes, note, state, resume, progress, state_seconds
-            )
-        run = _prepare(
-            settings, folder, processes, progress and processes.is_first, note, scales=scales
-        )
-        if is_logged(progress):
-            run = dataclasses.replace(run, log_line=speak)
-        result = _trained(run, state, state_seconds)
-        return dataclasses.replace(
-            result, wall_seconds=time.perf_counter() - start, notes=tuple(notes)
-        )
+            scales = settings.rep_optimizer.scales or _search(settings, folder, state, call)
+        result = _trained(settings, folder, state, call, scales=scales)
+        return replace(result, wall_seconds=time.perf_counter() - start, notes=tuple(notes))
 
 
 def _search(
-    settings: TrainSettings,
-    folder: Path,
-    processes: Processes,
-    note: Callable[[str], None],
-    state: dict[str, Any] | None,
-    resume: bool,
-    progress: bool,
-    state_seconds: float,
+    settings: TrainSettings, folder: Path, state: dict[str, Any] | None, call: _Call
 ) -> Path:
     """Do RepOptimizer's hyper-search, or what is left of it; return its checkpoint.
 
@@ -205,33 +157,44 @@ def _search(
     last, wanted = place / LAST_FILE, search_settings(settings)
     if state is not None:
         return last
-    again = resume and (place / SETTINGS_FILE).exists()
+    again = call.resume and (place / SETTINGS_FILE).exists()
     if again and last.exists():
         training = load_checkpoint(last).training
         if training is not None and training.epoch == wanted.epochs:
             return last
-    state = _open_folder(place, wanted, again, processes)
-    run = _prepare(wanted, place, processes, progress and processes.is_first, note)
-    if is_logged(progress) and processes.is_first:
-        run = dataclasses.replace(run, log_line=print)
-    if processes.is_first:
-        write_json(folder / SETTINGS_FILE, settings.to_json())
-    result = _trained(run, state, state_seconds)
+    state = _open_folder(place, wanted, again, call.processes)
+    # What cannot be trained leaves no run, so the whole one's settings follow the search's.
+    result = _trained(wanted, place, state, call, settings_of={folder: settings})
     ap = "" if result.last_ap is None else f", AP {result.last_ap:.4f}"
-    note(f"the search for scales is over after {wanted.epochs} epochs{ap}.")
+    call.note(f"the search for scales is over after {wanted.epochs} epochs{ap}.")
     return last
 
 
-def _trained(run: _Run, state: dict[str, Any] | None, state_seconds: float) -> TrainResult:
-    """Train to the end, from a state or from the start; notes are the caller's to add."""
-    folder, settings = run.folder, run.settings
-    done = Progress() if state is None else restore(state, run.learner)
+def _trained(
+    settings: TrainSettings,
+    folder: Path,
+    state: dict[str, Any] | None,
+    call: _Call,
+    *,
+    scales: str | Path | None = None,
+    settings_of: Mapping[Path, TrainSettings] | None = None,
+) -> TrainResult:
+    """Train to the end, from a state or from the start; notes are the caller's to add.
+
+    `settings_of` are settings to write into other folders, once it is certain that there is a run.
+    """
+    processes, start = call.processes, time.perf_counter()
+    progress = call.progress and processes.is_first
+    detector = detection_task(
+        settings, folder, processes, progress=progress, note=call.note, scales=scales
+    )
+    done = Progress() if state is None else restore(state, detector.task.learner)
     # Only now: what cannot be trained leaves no run.
-    if run.processes.is_first:
-        write_json(folder / SETTINGS_FILE, settings.to_json())
-    start = time.perf_counter()
-    _train_steps(run, done, state_seconds)
-    lines = read_log(folder) if run.processes.is_first else []
+    if processes.is_first:
+        for place, its in {**(settings_of or {}), folder: settings}.items():
+            write_json(place / SETTINGS_FILE, its.to_json())
+    _train(detector, folder, done, call, Reporter(progress, call.log_line))
+    lines = read_log(folder) if processes.is_first else []
     times = [line["seconds"] for line in lines]
     return TrainResult(
         folder=folder,
@@ -248,6 +211,37 @@ def _trained(run: _Run, state: dict[str, Any] | None, state_seconds: float) -> T
     )
 
 
+def _train(
+    detector: DetectionTask, folder: Path, done: Progress, call: _Call, reporter: Reporter
+) -> None:
+    """Do the steps that are left; evaluate and write checkpoints where it is time."""
+    settings, task = detector.settings, detector.task
+    last_epochs = min(settings.plain_epochs, settings.epochs)
+    evaluated = set(evaluation_epochs(settings.epochs, settings.eval_interval, last_epochs))
+    with contextlib.ExitStack() as stack:
+        log: RunLog | None = None
+        if call.processes.is_first:
+            first_epoch = done.step // task.plan.steps_per_epoch
+            log = stack.enter_context(RunLog(folder, from_epoch=first_epoch))
+
+        def finish_epoch(epoch: int, line: dict[str, Any]) -> bool:
+            assert log is not None
+            due = epoch in evaluated or epoch + 1 == settings.epochs
+            if due:
+                _evaluate(detector, folder, done, line)
+            log.write(line)
+            return due
+
+        train_epochs(
+            task,
+            done,
+            state_file=folder / STATE_FILE,
+            state_seconds=call.state_seconds,
+            finish_epoch=finish_epoch,
+            reporter=reporter,
+        )
+
+
 def stored_settings(folder: str | Path) -> TrainSettings:
     """Return the settings of the run in a folder.
 
@@ -257,33 +251,12 @@ def stored_settings(folder: str | Path) -> TrainSettings:
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
         raise UserError(
-            f"{folder} holds no training; name the folder of an interrupted one as --output."
+            f"{folder} holds no training; name the folder of an interrupted one as `output`.",
         )
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no settings of a training; start the training again.")
     return settings_from_json(value, str(path))
-
-
-# --- preparing
-
-
-@contextlib.contextmanager
-def _arithmetic(settings: TrainSettings, processes: Processes) -> Iterator[None]:
-    """Choose PyTorch's algorithms for the run, and put back the choice of before."""
-    before = (
-        torch.backends.cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.backends.cudnn.benchmark = processes.device.type == "cuda" and not settings.deterministic
-    if settings.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before[0]
-        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
 
 
 def _open_folder(
@@ -300,14 +273,15 @@ def _open_folder(
                 "settings it has, or start again in another folder."
             )
         # A kill before the first state leaves nothing to go on from: it starts again.
-        state = read_state(folder) if (folder / "state.pt").exists() else None
+        file = folder / STATE_FILE
+        state = read_state(file) if file.exists() else None
         processes.wait()
         if processes.is_first:
             sweep(folder)
         return state
     if stored.exists() or (folder / LAST_FILE).exists():
         raise UserError(
-            f"{folder} holds a training already; give another --output, or --resume to go on."
+            f"{folder} holds a training already; give another `output`, or `resume` to go on.",
         )
     return None
 
@@ -325,398 +299,39 @@ def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -
     return sorted(found)
 
 
-def _prepare(
-    settings: TrainSettings,
-    folder: Path,
-    processes: Processes,
-    progress: bool,
-    note: Callable[[str], None],
-    *,
-    scales: str | Path | None = None,
-) -> _Run:
-    if settings.batch % processes.world:
-        raise UserError(
-            f"a batch of {settings.batch} cannot be shared equally by {processes.world} processes; "
-            "give a --batch that can."
-        )
-    device = processes.device
-    if settings.compile and device.type != "cuda":
-        # PyTorch 2.13: the compiled backward pass of this network corrupts memory on a CPU.
-        raise UserError("--compile is for a GPU; leave it out on a CPU.")
-    validation = (
-        None if settings.val_split is None else load_coco(settings.data, settings.val_split)
-    )
-    data = load_training_set(
-        settings.data,
-        settings.train_split,
-        settings.image_size,
-        device,
-        on_bad_data=settings.on_bad_data,
-        progress=progress,
-        report_file=folder / DATA_REPORT_FILE if processes.is_first else None,
-        class_names=load_checkpoint(settings.weights).class_names if settings.weights else None,
-    )
-    if validation is not None and set(validation.class_names) != set(data.class_names):
-        raise UserError(
-            f"the splits {settings.train_split} and {settings.val_split} of {settings.data} have "
-            "different classes; make their categories agree."
-        )
-    if data.report.problems:
-        note(
-            f"{len(data.report.problems)} problems of the data were left out of training; see "
-            f"{folder / DATA_REPORT_FILE}."
-        )
-    start = starting_model(settings, data.class_names, scales=scales)
-    for sentence in start.notes:
-        note(sentence)
-    model = start.model.train()
-    model = _placed(model, device)
-    plan = make_plan(
-        len(data),
-        batch=settings.batch,
-        epochs=settings.epochs,
-        warmup_epochs=settings.optimizer.warmup_epochs,
-        accumulate=settings.optimizer.accumulate,
-    )
-    _set_normalizations(model, plan)
-    on_gpu = device.type == "cuda"
-    autocast = _autocast_type(settings, device)
-    optimizer = make_optimizer(
-        model, settings.optimizer, settings.batch, fused=on_gpu, multipliers=start.multipliers
-    )
-    average = WeightAverage(model, *average_for(plan.total_updates, settings.ema_decay))
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
-    teacher = _teacher(settings, model, data.class_names, device)
-    if settings.common_statistics:
-        with_common_statistics(model, processes)
-    network: nn.Module = _Levels(model)
-    if settings.compile:
-        network = torch.compile(network)  # type: ignore[assignment]
-    if processes.world > 1:
-        network = DistributedDataParallel(
-            network,
-            device_ids=[device.index] if on_gpu else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-    sums = torch.zeros(len(PARTS), device=device)
-    return _Run(
-        settings=settings,
-        folder=folder,
-        processes=processes,
-        plan=plan,
-        data=data,
-        validation=validation,
-        network=network,
-        model=model,
-        teacher=teacher,
-        learner=Learner(model, average, optimizer, scaler, sums),
-        autocast=autocast,
-        progress=progress,
-    )
-
-
-class _Levels(nn.Module):
-    """The network with `raw` as its forward, which is what wrappers wrap."""
-
-    def __init__(self, model: YOLOv6) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> list[tuple[Tensor, ...]]:
-        return self.model.raw(images)
-
-
-def _set_normalizations(model: nn.Module, plan: Plan) -> None:
-    """Take out the step counters, a hundred tiny kernels a step, and keep up in short trainings.
-
-    Running statistics trail the weights by 1 / momentum steps: 33 with the authors' constant. In a
-    training of 150 steps, that alone would take all of the accuracy; so they trail by no larger a
-    share of it than the average of the weights does.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.num_batches_tracked = None
-            least = 1 / max(WINDOW * plan.total_steps, 2.0)
-            module.momentum = max(module.momentum or BN_MOMENTUM, least)
-
-
-def _placed(model: YOLOv6, device: torch.device) -> YOLOv6:
-    if device.type != "cuda":
-        return model
-    placed: YOLOv6 = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return placed
-
-
-def _autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
-    """Return the type that convolutions compute in; None for float32."""
-    precision = settings.precision
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp16"
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError("--precision fp16 needs a GPU; give bf16 or fp32 on a CPU.")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-
-
-def _teacher(
-    settings: TrainSettings, student: YOLOv6, class_names: tuple[str, ...], device: torch.device
-) -> YOLOv6 | None:
-    if settings.teacher is None:
-        return None
-    checkpoint = load_checkpoint(settings.teacher)
-    arch = checkpoint.arch
-    if checkpoint.class_names != class_names:
-        raise UserError(
-            f"the teacher {checkpoint.path} knows other classes than the data set; train one on it."
-        )
-    if (arch.reg_max, arch.head) != (student.arch.reg_max, student.arch.head):
-        raise UserError(
-            f"the teacher {checkpoint.path} predicts boxes in another way than the student; give "
-            "one with the same head and the same DFL bins."
-        )
-    return _placed(checkpoint.model, device).eval().requires_grad_(False)
-
-
-# --- training
-
-
-def _train_steps(run: _Run, done: Progress, state_seconds: float) -> None:
-    """Do the steps from `done.step` to the last, and what belongs between the epochs."""
-    settings, plan = run.settings, run.plan
-    last_epochs = min(settings.plain_epochs, settings.epochs)
-    evaluated = set(evaluation_epochs(settings.epochs, settings.eval_interval, last_epochs))
-    first_epoch = done.step // plan.steps_per_epoch
-    with contextlib.ExitStack() as stack:
-        log = None
-        if run.processes.is_first:
-            log = stack.enter_context(RunLog(run.folder, from_epoch=first_epoch))
-        what = "search" if run.model.arch.block == "scaled" else "train"
-        bar = stack.enter_context(
-            tqdm(
-                total=plan.total_steps,
-                initial=done.step,
-                desc=what,
-                unit="step",
-                disable=None if run.progress else True,
-            )
-        )
-        saver = _Saver(run, state_seconds)
-        if run.log_line is not None:
-            run.log_line(_header(run, done, what))
-        for epoch in range(first_epoch, settings.epochs):
-            _train_epoch(run, done, epoch, bar, saver)
-            line = _epoch_line(run, done, epoch)
-            if run.processes.is_first:
-                assert log is not None
-                _finish_epoch(run, done, epoch, line, evaluate_it=epoch in evaluated)
-                log.write(line)
-                saver.save(done, now=epoch in evaluated or epoch + 1 == settings.epochs)
-                bar.set_postfix_str(_postfix(line, done))
-                if run.log_line is not None:
-                    run.log_line(f"{_postfix(line, done)}, of {settings.epochs} epochs")
-            run.processes.wait()
-
-
-class _Saver:
-    """Writes the state, not too often."""
-
-    def __init__(self, run: _Run, seconds: float) -> None:
-        self._run = run
-        self._seconds = seconds
-        self._settings = run.settings.to_json()
-        self._last = time.monotonic()
-
-    def save(self, done: Progress, *, now: bool = False) -> None:
-        """Write it if it is time, or `now`; only in the first process."""
-        if not self._run.processes.is_first:
-            return
-        if now or time.monotonic() - self._last >= self._seconds:
-            save_state(self._run.folder, self._run.learner, done, self._settings)
-            self._last = time.monotonic()
-
-
-def _train_epoch(run: _Run, done: Progress, epoch: int, bar: Any, saver: _Saver) -> None:
-    """Do the epoch's steps that are not done yet; nothing in it waits for the device."""
-    settings, plan, learner = run.settings, run.plan, run.learner
-    order = epoch_order(plan, epoch, settings.seed)
-    strong = not is_last_phase(epoch, settings.epochs, settings.plain_epochs)
-    generator = torch.Generator()
-    begun = epoch * plan.steps_per_epoch
-    clock = time.perf_counter()
-    spent = done.epoch_seconds
-    if done.step == begun:
-        learner.sums.zero_()
-        spent = 0.0
-    for step in range(done.step, begun + plan.steps_per_epoch):
-        set_rates(learner.optimizer, settings.optimizer, plan, step)
-        generator.manual_seed(derived_seed(settings.seed, "batch", step))
-        place = (step - begun) * plan.batch
-        images, targets = run.data.batch(
-            order[place : place + plan.batch],
-            settings.augmentation,
-            generator,
-            strong=strong,
-            share=run.processes.share,
-        )
-        update = plan.updates[step]
-        losses = _backward(run, images, targets, step / plan.steps_per_epoch, update=update)
-        learner.sums.add_(_parts(losses))
-        if update:
-            _update(run)
-        bar.update()
-        done.step = step + 1
-        if update and step + 1 < begun + plan.steps_per_epoch:
-            done.epoch_seconds = spent + time.perf_counter() - clock
-            saver.save(done)
-    if learner.sums.is_cuda:
-        torch.cuda.synchronize(learner.sums.device)
-    done.epoch_seconds = spent + time.perf_counter() - clock
-
-
-def _backward(run: _Run, images: Tensor, targets: Targets, epoch: float, *, update: bool) -> Losses:
-    """Add the gradients of a batch to those that are there."""
-    settings, device = run.settings, run.processes.device
-    if device.type == "cuda":
-        images = images.contiguous(memory_format=torch.channels_last)
-    mixed = torch.autocast(device.type, run.autocast, enabled=run.autocast is not None)
-    # Gradients are exchanged once, before the optimizer's step.
-    alone = contextlib.nullcontext()
-    quiet = (
-        run.network.no_sync()
-        if isinstance(run.network, DistributedDataParallel) and not update
-        else alone
-    )
-    with quiet:
-        with mixed:
-            levels = run.network(images)
-            taught = None
-            if run.teacher is not None:
-                with torch.no_grad():
-                    taught = run.teacher.raw(images)
-        losses = detection_loss(
-            levels,
-            run.model.arch,
-            targets,
-            settings.losses,
-            image_size=settings.image_size,
-            epoch=epoch,
-            teacher_levels=taught,
-            distillation=settings.distillation,
-            reduce_mean=run.processes.mean if run.processes.world > 1 else None,
-        )
-        # The learning rate is meant for the sum of the gradients of 32 images each.
-        scaled = losses.total * (run.plan.batch / LOSS_BATCH)
-        run.learner.scaler.scale(scaled).backward()  # type: ignore[no-untyped-call]
-    return losses
-
-
-def _update(run: _Run) -> None:
-    """Step the optimizer with the gradients that are there, and the average after it."""
-    learner, limit = run.learner, run.settings.optimizer.clip_norm
-    if limit is not None:
-        learner.scaler.unscale_(learner.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
-    learner.average.update()
-
-
-def _parts(losses: Losses) -> Tensor:
-    """Return the losses of a step in the order of `PARTS`: float32, on the device."""
-    zero = torch.zeros_like(losses.total)
-    return torch.stack(
-        [losses.total.detach(), *(losses.parts.get(name, zero).float() for name in PARTS[1:])]
-    )
-
-
-# --- between the epochs
-
-
-def _epoch_line(run: _Run, done: Progress, epoch: int) -> dict[str, Any]:
-    """Return the log's line of an epoch, of the mean losses of all processes.
-
-    Raises:
-        UserError: the loss is not finite any more.
-    """
-    plan = run.plan
-    means = (run.processes.mean(run.learner.sums) / plan.steps_per_epoch).tolist()
-    total = means[0]
-    if total != total or total in (float("inf"), float("-inf")):
-        raise UserError(
-            f"the loss is not a finite number in epoch {epoch + 1}: training diverged; lower --lr, "
-            "or start from other --weights."
-        )
-    named = dict(zip(PARTS, means, strict=True))
-    shown = {f"loss_{name}": value for name, value in named.items() if name != "total"}
-    images = plan.steps_per_epoch * plan.batch
-    return {
-        "epoch": epoch + 1,
-        "loss": total,
-        **{name: value for name, value in shown.items() if value},
-        "learning_rate": run.learner.optimizer.param_groups[0]["lr"],
-        "seconds": done.epoch_seconds,
-        "images_per_second": images / max(done.epoch_seconds, 1e-9),
-    }
-
-
-def _finish_epoch(
-    run: _Run, done: Progress, epoch: int, line: dict[str, Any], *, evaluate_it: bool
-) -> None:
-    """Evaluate the averaged weights if it is time, and write the checkpoints; adds to the line."""
-    final = epoch + 1 == run.settings.epochs
-    if not evaluate_it and not final:
-        return
-    result = _evaluation(run)
-    ap = None
+def _evaluate(detector: DetectionTask, folder: Path, done: Progress, line: dict[str, Any]) -> None:
+    """Evaluate the averaged weights and write the checkpoints; adds to the epoch's line."""
+    epoch, result, ap = line["epoch"], _evaluation(detector), None
     if result is not None:
         ap = result.ap if result.ap is not None else 0.0
         line["AP"], line["AP50"] = ap, result.ap50
         line["evaluation_seconds"] = result.wall_seconds
-    _write(run, LAST_FILE, epoch + 1, ap)
+    _write(detector, folder / LAST_FILE, epoch, ap)
     if ap is not None and (done.best_ap is None or ap > done.best_ap):
-        done.best_ap, done.best_epoch = ap, epoch + 1
-        _write(run, BEST_FILE, epoch + 1, ap)
+        done.best_ap, done.best_epoch = ap, epoch
+        _write(detector, folder / BEST_FILE, epoch, ap)
 
 
-def _evaluation(run: _Run) -> Evaluation | None:
-    if run.validation is None:
+def _evaluation(detector: DetectionTask) -> Evaluation | None:
+    if detector.validation is None:
         return None
-    settings = run.settings
+    settings = detector.settings
     with TorchEngine(
-        run.learner.average.model,
-        run.data.class_names,
+        detector.average.model,
+        detector.task.data.class_names,
         settings.image_size,
-        half=run.autocast is not None and run.processes.device.type == "cuda",
+        half=detector.half,
         name=LAST_FILE,
     ) as engine:
         return evaluate(
             engine,
-            run.validation,
+            detector.validation,
             PredictOptions(batch=min(max(settings.batch, 1), 32), border=settings.eval_border),
             progress=False,
         )
 
 
-def _write(run: _Run, name: str, epoch: int, ap: float | None) -> None:
-    training = Training(run.settings.to_json(), epoch, ap)
-    write_checkpoint(run.folder / name, run.learner.average.model, run.data.class_names, training)
-
-
-def _header(run: _Run, done: Progress, what: str) -> str:
-    settings = run.settings
-    begun = done.step // run.plan.steps_per_epoch
-    after = f", {begun} of them done" if begun else ""
-    return (
-        f"{what}: {settings.variant} on {len(run.data)} images at {settings.image_size} pixels, "
-        f"{settings.epochs} epochs{after} of {run.plan.steps_per_epoch} steps, batch "
-        f"{settings.batch}, on {run.processes.device}; a line an epoch"
-    )
-
-
-def _postfix(line: dict[str, Any], done: Progress) -> str:
-    text = f"epoch {line['epoch']}, loss {line['loss']:.3f}, {line['seconds']:.2f} s/epoch"
-    return text if done.best_ap is None else f"{text}, best AP {done.best_ap:.4f}"
+def _write(detector: DetectionTask, path: Path, epoch: int, ap: float | None) -> None:
+    training = Training(detector.settings.to_json(), epoch, ap)
+    class_names = detector.task.data.class_names
+    write_checkpoint(path, detector.average.model, class_names, training)

@@ -93,14 +93,11 @@ def check(settings: BuildSettings) -> None:
         if getattr(settings, name) is not None:
             raise UserError(
                 f"`{name}` is for TensorRT engines; leave it out, or give `backend` {backends}.",
-                name,
-                "backend",
             )
     if settings.calibration is not None:
         raise UserError(
             "TensorRT's own calibration is for TensorRT engines; leave it out, or give `backend` "
             "tensorrt.",
-            "backend",
         )
 
 
@@ -228,7 +225,6 @@ class OnnxRuntimeEngine(Engine):
             raise UserError(
                 f"{self.path} runs in ONNX Runtime, which has no streams; leave `streams` out, or "
                 "build it with TensorRT.",
-                "streams",
             )
         device = "cpu" if self.provider == PROVIDERS["cpu"] else "cuda"
         number = self._gpu if device == "cuda" else 0

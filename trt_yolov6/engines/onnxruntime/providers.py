@@ -64,7 +64,6 @@ def providers_for(wanted: str | None) -> list[str]:
         raise MissingDependencyError(
             f"this ONNX Runtime has no {wanted!r} provider; install onnxruntime-gpu, or leave "
             "`provider` out.",
-            "provider",
         )
     reason = obstacle(wanted)
     if reason is not None:

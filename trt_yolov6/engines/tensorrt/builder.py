@@ -113,12 +113,10 @@ def _check_settings(settings: BuildSettings) -> None:
     if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
         raise UserError(
             f"`optimization_level` {level} is out of range; give 0 to {MAX_OPTIMIZATION_LEVEL}.",
-            "optimization_level",
         )
     if settings.workspace_mib is not None and settings.workspace_mib < 1:
         raise UserError(
             f"`workspace_mib` {settings.workspace_mib} is out of range; give at least 1 MiB.",
-            "workspace_mib",
         )
 
 
@@ -167,7 +165,6 @@ def _set_tactic_sources(api: Any, config: Any, names: Collection[str]) -> None:
         raise UserError(
             f"`tactic_sources` {unknown[0]} is not known; choose among "
             f"{', '.join(sorted(name.lower() for name in offered))}.",
-            "tactic_sources",
         )
     config.set_tactic_sources(sum(1 << int(offered[name.upper()]) for name in names))
 
@@ -216,7 +213,6 @@ def _set_profile(
             raise UserError(
                 f"the ONNX graph takes only batch {batch}; give `batch` {batch}, or export it with "
                 "a free batch axis.",
-                "batch",
             )
         return
     profile = builder.create_optimization_profile()
@@ -231,7 +227,7 @@ def _attach_timing_cache(flavour: Flavour, config: Any, path: Path) -> None:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); check `timing_cache`.", "timing_cache"
+            f"{path} cannot be read ({error.strerror}); check `timing_cache`."
         ) from error
     logger = logger_of(flavour.api)
     logger.clear()
@@ -243,7 +239,6 @@ def _attach_timing_cache(flavour: Flavour, config: Any, path: Path) -> None:
         raise UserError(
             f"{path} is not a timing cache of {flavour} on this GPU ({logger.reason()}); name "
             "another file for `timing_cache`, or remove this one.",
-            "timing_cache",
         )
 
 
@@ -275,7 +270,6 @@ def _run_builder(
             raise UserError(
                 f"{flavour} cannot build the engine ({logger_of(flavour.api).reason()}); try "
                 "another `workspace_mib`, batch or precision.",
-                "workspace_mib",
             )
         bar.update(100 - bar.n)
     return bytes(plan)

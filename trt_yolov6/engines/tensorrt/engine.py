@@ -261,7 +261,6 @@ class TensorRTEngine(Engine):
             raise UserError(
                 f"{self.path} is launched as a CUDA graph, whose layers cannot be timed; load it "
                 "without one (`cuda_graph`).",
-                "cuda_graph",
             )
         lane = self._take()
         try:

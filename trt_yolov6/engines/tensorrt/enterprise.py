@@ -57,13 +57,10 @@ def check(settings: BuildSettings) -> None:
         raise UserError(
             f"`target` {settings.target} needs `backend` tensorrt-rtx: TensorRT times its layers "
             "on the GPU in the machine and builds for that one only.",
-            "target",
-            "backend",
         )
     if settings.optimization_level is not None and flavour.release < (8, 6):
         raise UserError(
             f"{flavour} has no `optimization_level` (8.6 is the first); leave it out.",
-            "optimization_level",
         )
     if settings.fp8 and flavour.release < (9, 0):
         raise UserError(
@@ -75,8 +72,6 @@ def check(settings: BuildSettings) -> None:
         raise MissingDependencyError(
             f"TensorRT builds on the GPU it builds for, and {error}; build on the machine that "
             "has the GPU, or use `backend` tensorrt-rtx with `target`.",
-            "backend",
-            "target",
         ) from error
     if settings.fp8:
         check_fp8(device)

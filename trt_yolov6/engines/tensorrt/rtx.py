@@ -91,21 +91,16 @@ def check(settings: BuildSettings) -> None:
         raise UserError(
             "`timing_cache` is for `backend` tensorrt: TensorRT-RTX times nothing when it builds; "
             "leave the option out.",
-            "timing_cache",
-            "backend",
         )
     if settings.calibration is not None:
         raise UserError(
             "TensorRT's own calibration is for `backend` tensorrt up to version 10: TensorRT-RTX "
             "has no calibrators; build from the graph with Q/DQ nodes (int8) instead.",
-            "backend",
         )
     if settings.tactic_sources is not None:
         raise UserError(
             "`tactic_sources` is for `backend` tensorrt: TensorRT-RTX has kernels of its own only; "
             "leave the option out.",
-            "tactic_sources",
-            "backend",
         )
     capabilities = _capabilities(flavour, settings.target)
     if settings.fp8:
@@ -209,16 +204,13 @@ def _capabilities(flavour: Flavour, target: str | None) -> tuple[str, ...]:
             raise MissingDependencyError(
                 f"TensorRT-RTX does not know which GPU to build for, because {error}; give "
                 f"`target` {'|'.join(targets(flavour.api))}.",
-                "target",
             ) from error
         _check_device(flavour, device)
         return ("CURRENT",)
     needed = TARGETS.get(target.lower())
     offered = targets(flavour.api)
     if needed is None:
-        raise UserError(
-            f"`target` {target} is not known; choose one of {', '.join(offered)}.", "target"
-        )
+        raise UserError(f"`target` {target} is not known; choose one of {', '.join(offered)}.")
     if target.lower() not in offered:
         sm = needed[0].removeprefix("SM")
         raise UserError(
@@ -240,7 +232,6 @@ def _check_fp8(target: str | None, capabilities: tuple[str, ...]) -> None:
         raise UserError(
             f"`target` {target} takes in compute capability {major}.{minor}, which has no FP8 (8.9 "
             "and later do: Ada, Hopper, Blackwell); build with int8 or fp16 for it.",
-            "target",
         )
 
 
@@ -259,8 +250,6 @@ def _check_operators(flavour: Flavour, model: bytes) -> None:
                 f"{flavour} has no {node.op_type} (node {node.name or node.output[0]}), nor any "
                 "output whose size depends on the image; leave out `nms`, or use `backend` "
                 "tensorrt or onnxruntime.",
-                "nms",
-                "backend",
             )
 
 
@@ -272,7 +261,6 @@ def _target_setter(api: Any, capabilities: tuple[str, ...]) -> Callable[[Any], N
                 raise UserError(
                     f"TensorRT-RTX {api.__version__} does not take {name} as a target; choose "
                     "another `target`.",
-                    "target",
                 )
 
     return set_target

@@ -91,6 +91,9 @@ class ChannelMap:
     activations: tuple[str, ...]
     """Tensors after which a multiplication by a constant per channel has to be inserted, where
     their classes are rescaled."""
+    shiftable: frozenset[str] = frozenset()
+    """Activations of which a constant per channel can be subtracted as well: only convolutions
+    without padding read them, and take it back by their biases."""
 
 
 def trace_channels(model: onnx.ModelProto, *, through_activations: bool = False) -> ChannelMap:
@@ -112,53 +115,101 @@ def trace_channels(model: onnx.ModelProto, *, through_activations: bool = False)
     return trace.result()
 
 
+Shifts = Mapping[str, NDArray[np.float64]]
+"""(channels,) what is subtracted of each channel of a tensor, by its name."""
+
+
 def rescale(
-    model: onnx.ModelProto, channels: ChannelMap, factors: NDArray[np.float32]
+    model: onnx.ModelProto,
+    channels: ChannelMap,
+    factors: NDArray[np.float32],
+    shifts: Shifts | None = None,
 ) -> onnx.ModelProto:
     """Return the graph with each channel multiplied where written and divided where read.
 
     Args:
         model: the graph that `channels` was made from; it is not changed.
         factors: (classes,) above 0; that of the fixed class is 1.
+        shifts: of some of `channels.shiftable`: what is subtracted after the activation, before it
+            is multiplied, and added again by the biases of what reads it.
     """
     result = copy.deepcopy(model)
     constants = constants_of(result)
+    by_source = shifts_by_source(channels, shifts or {})
     for item in channels.convolutions:
         weight = tensor_value(constants[item.weight]).copy()
         written = factors[channels.classes[item.output]]
         by_output = item.by_output(weight)
+        if item.input in channels.sources:
+            taken = by_source[channels.sources[item.input]]
+            if taken.any():
+                sums = by_output.astype(np.float64).sum(axis=2)
+                _add_to_bias(result, item, (sums * item.read_by(len(sums), taken)).sum(axis=1))
         scaled = by_output * written[:, None, None]
         if item.input in channels.classes:
             read = item.read_by(len(scaled), factors[channels.classes[item.input]])
             scaled = scaled / read[:, :, None]
         replace_tensor(constants[item.weight], item.from_output(scaled, weight.shape))
-        if item.bias:
-            replace_tensor(constants[item.bias], tensor_value(constants[item.bias]) * written)
-    _insert_multiplications(result, channels, factors)
+        bias = result.graph.node[item.position].input[2:]
+        # One that others read keeps its values: nothing is written to another scale then.
+        if bias and np.any(written != 1):
+            stored = constants_of(result)[bias[0]]
+            replace_tensor(stored, tensor_value(stored) * written)
+    _insert_operators(result, channels, factors, shifts or {})
     return result
 
 
-def _insert_multiplications(
-    model: onnx.ModelProto, channels: ChannelMap, factors: NDArray[np.float32]
+def shifts_by_source(channels: ChannelMap, shifts: Shifts) -> NDArray[np.float64]:
+    """Return the constants that are subtracted, (sources,), as `channels.sources` counts."""
+    highest = max((int(one.max(initial=0)) for one in channels.sources.values()), default=0)
+    result = np.zeros(highest + 1)
+    for name, values in shifts.items():
+        result[channels.sources[name]] = values
+    return result
+
+
+def _add_to_bias(model: onnx.ModelProto, item: Convolution, change: NDArray[np.float64]) -> None:
+    """Add (output channels,) to a convolution's bias, giving it one of its own where needed."""
+    node, constants = model.graph.node[item.position], constants_of(model)
+    name = node.input[2] if len(node.input) > 2 else ""
+    before = tensor_value(constants[name]) if name else np.zeros(len(change), np.float32)
+    after = (before + change).astype(np.float32)
+    if name and name == item.bias:
+        replace_tensor(constants[name], after)
+        return
+    own = f"{item.output}_shifted_bias"
+    add_initializers(model.graph, {own: after})
+    del node.input[2:]
+    node.input.append(own)
+
+
+def _insert_operators(
+    model: onnx.ModelProto, channels: ChannelMap, factors: NDArray[np.float32], shifts: Shifts
 ) -> None:
-    """After an activation, nothing else can change the channels' scale."""
+    """After an activation, nothing else can change the channels' scale and middle."""
     graph = model.graph
     renamed: dict[str, str] = {}
-    added: dict[str, onnx.NodeProto] = {}
+    added: dict[str, list[onnx.NodeProto]] = {}
     for name in channels.activations:
-        own = factors[channels.classes[name]]
-        if np.all(own == 1):
-            continue
-        renamed[name] = f"{name}_equalized"
-        constant = f"{name}_equalization"
-        add_initializers(graph, {constant: own.reshape(1, -1, 1, 1)})
-        added[name] = helper.make_node("Mul", [name, constant], [renamed[name]], renamed[name])
+        own = factors[channels.classes[name]].reshape(1, -1, 1, 1)
+        taken = shifts.get(name, np.zeros(1)).reshape(1, -1, 1, 1).astype(np.float32)
+        steps = [("Sub", "shift", taken)] if taken.any() else []
+        steps += [("Mul", "equalization", own)] if np.any(own != 1) else []
+        source, made = name, []
+        for place, (operator, kind, value) in enumerate(steps, start=1):
+            constant = f"{name}_{kind}"
+            add_initializers(graph, {constant: value})
+            target = f"{name}_equalized" if place == len(steps) else f"{name}_shifted"
+            made.append(helper.make_node(operator, [source, constant], [target], target))
+            source = target
+        if made:
+            renamed[name], added[name] = source, made
     nodes = []
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
         nodes.append(node)
-        nodes.extend(added[name] for name in node.output if name in added)
+        nodes.extend(one for name in node.output for one in added.get(name, ()))
     if added:
         set_nodes(graph, nodes)
 
@@ -221,8 +272,38 @@ class _Trace:
             count=int(numbers.max()) + 1,
             convolutions=tuple(self.convolutions),
             activations=tuple(self.activations),
+            shiftable=frozenset(name for name in self.activations if self._can_shift(name)),
         )
 
+    def _can_shift(self, name: str) -> bool:
+        """Return whether all that reads a tensor hands a constant on to biases of convolutions."""
+        readers = self.graph.readers(name)
+        return (
+            bool(readers)
+            and name not in self.graph.outputs
+            and name in self.sources
+            and all(self._hands_shift_on(node, name) for node in readers)
+        )
+
+    def _hands_shift_on(self, node: onnx.NodeProto, name: str) -> bool:
+        if node.op_type == "Conv":
+            # Padding puts zeros around a tensor whose zero is somewhere else now.
+            return (
+                any(item.output == node.output[0] for item in self.convolutions)
+                and list(node.input).count(name) == 1
+                and not any(attribute(node, "pads", [0]))
+                and attribute(node, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID", "NOTSET")
+            )
+        if node.op_type == "Concat" and attribute(node, "axis", 1) % 4 != 1:
+            return False
+        return node.op_type in _SHIFT_PRESERVING and all(map(self._can_shift, node.output))
+
+
+_SHIFT_PRESERVING = frozenset(
+    {"Concat", "Identity", "MaxPool", "Reshape", "Resize", "Slice", "Split", "Transpose"}
+)
+"""Operators of which a constant comes out that went in, channel by channel: those that `_RULES`
+follow, means aside, which other operators than convolutions read."""
 
 _Rule = Callable[[_Trace, onnx.NodeProto], None]
 

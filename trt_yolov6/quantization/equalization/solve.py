@@ -47,7 +47,9 @@ from trt_yolov6.quantization.equalization.channel_graph import (
     FIXED,
     ChannelMap,
     Convolution,
+    Shifts,
     rescale,
+    shifts_by_source,
     trace_channels,
 )
 from trt_yolov6.quantization.qdq.placement import place
@@ -94,6 +96,7 @@ def equalize(
     statistics: Mapping[str, TensorStatistics] | None = None,
     *,
     smooth: bool | None = None,
+    shift: bool = False,
 ) -> onnx.ModelProto:
     """Return the graph with its channels rescaled for INT8; its function stays the same.
 
@@ -106,11 +109,17 @@ def equalize(
         smooth: also rescale what SiLU, HardSwish and the like write, by a multiplication with a
             constant per channel after them. That adds nodes, which TensorRT can fuse into the
             activation's kernel. None: if it divides the expected noise by `SMOOTHING_GAIN`.
+        shift: subtract the middle of each channel's range as well, before that multiplication,
+            where only convolutions without padding read it (`ChannelMap.shiftable`). What SiLU and
+            HardSwish write is hardly ever below zero: INT8's levels there are otherwise unused.
 
     Raises:
         UserError: the graph is quantized already.
     """
     statistics = statistics or {}
+    if shift:
+        shifted = _solved(model, statistics, through_activations=True, shift=True)
+        return rescale(model, shifted.channels, shifted.factors, shifted.shifts)
     plain = None if smooth else _solved(model, statistics, through_activations=False)
     smoothed = None if smooth is False else _solved(model, statistics, through_activations=True)
     if plain and (not smoothed or smoothed.noise * SMOOTHING_GAIN > plain.noise):
@@ -137,6 +146,7 @@ class _Solution:
     factors: NDArray[np.float32]
     """(classes,)"""
     noise: float
+    shifts: Shifts
 
 
 def _solved(
@@ -144,9 +154,11 @@ def _solved(
     statistics: Mapping[str, TensorStatistics],
     *,
     through_activations: bool,
+    shift: bool = False,
 ) -> _Solution:
     channels = trace_channels(model, through_activations=through_activations)
-    problem = _problem(model, channels, statistics)
+    shifts = _middles(channels, statistics) if shift else {}
+    problem = _problem(model, channels, statistics, shifts)
     nothing = torch.zeros(problem.count, dtype=torch.float64)
     octaves = nothing
     if problem.terms:
@@ -155,7 +167,29 @@ def _solved(
     before, after = (problem.noise(item * math.log(2)) for item in (nothing, octaves))
     if not after < before:
         octaves, after = nothing, before
-    return _Solution(channels, np.exp2(octaves.numpy()).astype(np.float32), after)
+    return _Solution(channels, np.exp2(octaves.numpy()).astype(np.float32), after, shifts)
+
+
+def _middles(channels: ChannelMap, statistics: Mapping[str, TensorStatistics]) -> Shifts:
+    """Return the middle of each channel's range, of the tensors that can be shifted."""
+    count = len(shifts_by_source(channels, {}))
+    low, high = np.full(count, np.inf), np.full(count, -np.inf)
+    for name, sources in channels.sources.items():
+        measured = statistics.get(name)
+        if measured is None or measured.low_per_channel is None:
+            continue
+        assert measured.high_per_channel is not None
+        if measured.low_per_channel.shape == sources.shape:
+            np.minimum.at(low, sources, measured.low_per_channel)
+            np.maximum.at(high, sources, measured.high_per_channel)
+    seen = np.isfinite(low)
+    middle = np.where(seen, (np.where(seen, low, 0) + np.where(seen, high, 0)) / 2, 0.0)
+    # In float32, as the graph will have them.
+    return {
+        name: middle[channels.sources[name]].astype(np.float32).astype(np.float64)
+        for name in channels.activations
+        if name in channels.shiftable
+    }
 
 
 @dataclass(frozen=True)
@@ -274,10 +308,14 @@ def _minimum(problem: _Problem) -> torch.Tensor:
 
 
 def _problem(
-    model: onnx.ModelProto, channels: ChannelMap, statistics: Mapping[str, TensorStatistics]
+    model: onnx.ModelProto,
+    channels: ChannelMap,
+    statistics: Mapping[str, TensorStatistics],
+    shifts: Shifts | None = None,
 ) -> _Problem:
     weights = _weights(model, channels)
     ranges = _ranges(channels, weights, statistics)
+    by_source = shifts_by_source(channels, shifts or {})
     shared = _shared_scales(model)
     numbers: dict[str, int] = {}
     terms = []
@@ -294,8 +332,9 @@ def _problem(
         share = np.divide(1, signal, where=heard, out=np.zeros_like(signal)) / heard.sum()
         outputs, inputs = energy.shape
         by_group = (item.groups, outputs // item.groups, inputs)
+        reach = _reach(item.input, own, by_source[channels.sources[item.input]], statistics)
         with np.errstate(divide="ignore"):
-            log_range = np.maximum(np.log(own), _LEAST_LOG)
+            log_range = np.maximum(np.log(reach), _LEAST_LOG)
             log_peaks = np.maximum(np.log(np.abs(weight).max(axis=2)), _LEAST_LOG)
         shape = (item.groups, inputs)
         classes = channels.classes[item.input]
@@ -312,13 +351,40 @@ def _problem(
                 weight=torch.from_numpy(share.reshape(by_group[:2])),
             )
         )
-        live = own > 0
-        level = np.log(own[live]).mean()
-        np.add.at(sums, classes[live], level - np.log(own[live]))
+        live = reach > 0
+        level = np.log(reach[live]).mean()
+        np.add.at(sums, classes[live], level - np.log(reach[live]))
         np.add.at(counts, classes[live], 1)
     start = sums / np.maximum(counts, 1)
     start[FIXED] = 0
     return _Problem(tuple(terms), channels.count, torch.from_numpy(start))
+
+
+def _reach(
+    name: str,
+    own: NDArray[np.float64],
+    shift: NDArray[np.float64],
+    statistics: Mapping[str, TensorStatistics],
+) -> NDArray[np.float64]:
+    """Return how far from zero each channel of a tensor reaches once it has been shifted.
+
+    Args:
+        name: of the tensor.
+        own: (channels,) the largest magnitudes before, above what was measured where that is
+            little, see `_ranges`.
+        shift: (channels,) what is subtracted.
+        statistics: ranges per channel.
+    """
+    measured = statistics.get(name)
+    if not shift.any() or measured is None or measured.low_per_channel is None:
+        return own + np.abs(shift)
+    assert measured.amax_per_channel is not None
+    assert measured.high_per_channel is not None
+    low, high = (
+        one.astype(np.float64) for one in (measured.low_per_channel, measured.high_per_channel)
+    )
+    unseen = own - measured.amax_per_channel
+    return np.where(shift != 0, np.maximum(high - shift, shift - low) + unseen, own)
 
 
 def _readers(channels: ChannelMap) -> list[Convolution]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,9 +156,6 @@ class Detector:
         except UserError as error:
             return _table([], {"fault": str(error)})
         return _table(found, {"notes": notes, **sums})
-
-
-Read = Callable[[Row], NDArray[np.uint8]]
 
 
 def _read_picture_row(row: Row) -> NDArray[np.uint8]:

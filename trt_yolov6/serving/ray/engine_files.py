@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trt_yolov6.common.files import sha256_bytes, sha256_file
-from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines import load_engine
-from trt_yolov6.engines.base import Engine, LoadOptions
+from trt_yolov6.engines.base import Engine, EngineFacts, LoadOptions
 from trt_yolov6.engines.manifest import manifest_of, read_manifest
 from trt_yolov6.errors import UserError
 
@@ -30,17 +29,6 @@ class EngineFiles:
         return sha256_bytes(self.plan)
 
 
-@dataclass(frozen=True)
-class EngineFacts(Described):
-    """Facts of an engine needed before any machine has loaded it."""
-
-    name: str
-    """Its file name."""
-    detector: DetectorSpec
-    precision: str
-    backend: str
-
-
 def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineFiles, EngineFacts]:
     """Read an engine's files and say what it is, by its manifest.
 
@@ -55,7 +43,7 @@ def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineF
     manifest = read_manifest(path)
     if manifest is None:
         with load_engine(path, backend, options) as engine:
-            facts = EngineFacts(path.name, engine.detector, engine.precision, engine.backend)
+            facts = engine.facts
         plan = _with_weights(path) if path.suffix == ".onnx" else path.read_bytes()
         return EngineFiles(path, plan, None, b""), facts
     plan = path.read_bytes()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from trt_yolov6.common.files import one_writer
 from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.data.letterbox import resolve_border
-from trt_yolov6.engines.base import LoadOptions
+from trt_yolov6.engines.base import EngineFacts, LoadOptions
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.detection_files import described
 from trt_yolov6.runtime.evaluate import Evaluation, FoundBatch, evaluate_found
@@ -30,7 +30,7 @@ from trt_yolov6.serving.ray.detector import (
     dataset_rows,
     picture_rows,
 )
-from trt_yolov6.serving.ray.engine_files import EngineFacts, EngineFiles, read_engine
+from trt_yolov6.serving.ray.engine_files import EngineFiles, read_engine
 from trt_yolov6.serving.ray.parts import (
     PartFormat,
     PartWriter,
@@ -275,10 +275,7 @@ def evaluate_on_ray(
             raise UserError(f"Ray lost {len(images) - len(seen)} images; start it again.")
 
     return evaluate_found(
-        facts.name,
-        facts.class_names,
-        facts.precision,
-        facts.backend,
+        facts,
         dataset,
         found(),
         progress=options.progress,

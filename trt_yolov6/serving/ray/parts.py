@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 PartFormat = Literal["jsonl", "parquet"]
 
-PART_FORMATS: tuple[PartFormat, ...] = ("jsonl", "parquet")
 
 JOB_FILE = "job.json"
 

@@ -8,7 +8,7 @@ weights and into the ranges, and `insert_qdq` makes of them what it makes of cal
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import replace_tensor
@@ -29,13 +28,20 @@ from trt_yolov6.graph.operators import (
     weight_axis,
 )
 from trt_yolov6.models.variants import Architecture
+from trt_yolov6.quantization.fake_quantize import WIDEST, FakeQuantizer, Levels, weight_levels
 from trt_yolov6.quantization.qdq.insert import quantize_weights
 from trt_yolov6.quantization.qdq.placement import Placement
+from trt_yolov6.quantization.torch_graph import OPERATORS, Attributes, Operator
 from trt_yolov6.quantization.types import INT8
-from trt_yolov6.training.qat.fake_quantize import WIDEST, FakeQuantizer, Levels, weight_levels
 
 if TYPE_CHECKING:
     import onnx
+
+
+_KNOWN = frozenset(
+    {"Add", "Concat", "Conv", "ConvTranspose", "HardSwish", "MaxPool", "Mul", "Relu", "Sigmoid"}
+)
+"""Operators of exported YOLOv6 networks."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,8 @@ class Trained:
 class _Step:
     """One operator."""
 
-    run: Callable[[_Attributes, Sequence[Tensor]], Tensor]
-    attributes: _Attributes
+    run: Operator
+    attributes: Attributes
     inputs: tuple[str, ...]
     exact: frozenset[str]
     """Inputs that it reads as they were before quantization."""
@@ -200,7 +206,7 @@ class GraphNetwork(nn.Module):
         assert step.codes is not None
         values, weights, *bias = (item.float() for item in inputs)
         of_values, of_weights = (self._quantizer(key).scale for key in step.codes)
-        sums = step.run(
+        sums: Tensor = step.run(
             step.attributes, [(values / of_values).round(), (weights / of_weights).round()]
         ).round()
         result = sums * (of_values * of_weights).reshape(1, -1, 1, 1)
@@ -301,8 +307,7 @@ class GraphNetwork(nn.Module):
             inside = {coded.get(name, "") for name in node.input}
             if node.op_type in CODE_PRESERVING_OPS and len(inside) == 1 and "" not in inside:
                 coded.setdefault(node.output[0], inside.pop())
-            operator = _OPERATORS.get(node.op_type)
-            if operator is None:
+            if node.op_type not in _KNOWN:
                 raise UserError(
                     f"the graph has the operator {node.op_type}, which quantization-aware training "
                     "does not know; give a YOLOv6 checkpoint, and not one of MBLA or Lite."
@@ -315,7 +320,7 @@ class GraphNetwork(nn.Module):
                 codes = (coded[inputs[0]], weights) if weights is not None else None
             steps.append(
                 _Step(
-                    operator,
+                    OPERATORS[node.op_type],
                     attributes(node),
                     inputs,
                     exact,
@@ -522,75 +527,3 @@ def _units(
 def _power_of_two(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the powers of two next above positive values; 1 for zeros."""
     return np.exp2(np.ceil(np.log2(np.where(values > 0, values, 1)))).astype(np.float32)
-
-
-# --- operators ----------------------------------------------------------------------------------
-
-_Attributes = Mapping[str, Any]
-
-
-def _pads(attributes: _Attributes) -> tuple[int, ...]:
-    """Return the padding of each axis, which must be the same on both sides."""
-    pads = tuple(attributes.get("pads", (0, 0, 0, 0)))
-    half = len(pads) // 2
-    if pads[:half] != pads[half:] or attributes.get("auto_pad", "NOTSET") != "NOTSET":
-        raise UserError(
-            "the graph pads one side more than the other, which quantization-aware training does "
-            "not know; give a YOLOv6 checkpoint."
-        )
-    return pads[:half]
-
-
-def _window(attributes: _Attributes) -> dict[str, Any]:
-    """Return a node's attributes as arguments of PyTorch's convolutions."""
-    return {
-        "stride": tuple(attributes.get("strides", (1, 1))),
-        "padding": _pads(attributes),
-        "dilation": tuple(attributes.get("dilations", (1, 1))),
-        "groups": attributes.get("group", 1),
-    }
-
-
-def _conv(attributes: _Attributes, inputs: Sequence[Tensor]) -> Tensor:
-    image, weight, *bias = inputs
-    return F.conv2d(
-        image,
-        weight,
-        bias[0] if bias else None,
-        **_window(attributes),
-    )
-
-
-def _conv_transpose(attributes: _Attributes, inputs: Sequence[Tensor]) -> Tensor:
-    image, weight, *bias = inputs
-    return F.conv_transpose2d(
-        image,
-        weight,
-        bias[0] if bias else None,
-        output_padding=tuple(attributes.get("output_padding", (0, 0))),
-        **_window(attributes),
-    )
-
-
-def _max_pool(attributes: _Attributes, inputs: Sequence[Tensor]) -> Tensor:
-    return F.max_pool2d(
-        inputs[0],
-        tuple(attributes["kernel_shape"]),
-        tuple(attributes.get("strides", (1, 1))),
-        _pads(attributes),
-        tuple(attributes.get("dilations", (1, 1))),
-        bool(attributes.get("ceil_mode", 0)),
-    )
-
-
-_OPERATORS: dict[str, Callable[[_Attributes, Sequence[Tensor]], Tensor]] = {
-    "Add": lambda _, inputs: inputs[0] + inputs[1],
-    "Concat": lambda attributes, inputs: torch.cat(list(inputs), attributes["axis"]),
-    "Conv": _conv,
-    "ConvTranspose": _conv_transpose,
-    "HardSwish": lambda _, inputs: F.hardswish(inputs[0]),
-    "MaxPool": _max_pool,
-    "Mul": lambda _, inputs: inputs[0] * inputs[1],
-    "Relu": lambda _, inputs: F.relu(inputs[0]),
-    "Sigmoid": lambda _, inputs: torch.sigmoid(inputs[0]),
-}

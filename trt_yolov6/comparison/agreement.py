@@ -1,0 +1,178 @@
+"""Agreement of a quantized engine's detections with those of the same model's float engine.
+
+An AP on a hundred images varies by points from one hundred to another, so two engines' APs tell
+little about the quantization between them. Held against the float engine's own detections, image
+for image, much smaller differences show; and the difference of two APs varies far less over
+resampled images than either.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_yolov6.common.files import atomic_path, sha256_file
+from trt_yolov6.comparison.engines import BuiltCase, Work
+from trt_yolov6.data.calibration import calibration_images
+from trt_yolov6.data.coco import CocoDataset, CocoImage
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.quantization.agreement import CONFIDENT, least_score
+from trt_yolov6.quantization.resampling import Interval, interval, matched
+
+_log = logging.getLogger(__name__)
+
+FLOAT = ("fp32", "fp16")
+"""Precisions that a quantized engine is held against, the first one there is."""
+
+FOLDER = "detections"
+"""Folder of the engines' detections, in a comparison's output."""
+
+
+def write_detections(path: Path, found: Sequence[Detections]) -> None:
+    """Write the detections in a data set's images, in its order, as an NPZ file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file,
+            counts=np.array([len(one) for one in found], np.int64),
+            boxes=np.concatenate([one.xyxy for one in found]).astype(np.float32),
+            scores=np.concatenate([one.confidence for one in found]).astype(np.float32),
+            classes=np.concatenate([one.class_id for one in found]).astype(np.int64),
+        )
+
+
+def read_detections(path: Path) -> list[Detections]:
+    """Return the detections in a file that `write_detections` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+        ends = np.cumsum(stored["counts"])[:-1]
+        parts = (np.split(stored[name], ends) for name in ("boxes", "scores", "classes"))
+        return [Detections(*one) for one in zip(*parts, strict=True)]
+
+
+def objects_of(dataset: CocoDataset, images: Sequence[CocoImage]) -> list[Detections]:
+    """Return the labelled boxes of each image, crowds aside, scored 1, by class of the data set."""
+    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
+    by_image: dict[int, list[tuple[tuple[float, ...], int]]] = {image.id: [] for image in images}
+    for item in dataset.annotations:
+        if item["image_id"] in by_image and not item["iscrowd"]:
+            x, y, width, height = item["bbox"]
+            box = (x, y, x + width, y + height)
+            by_image[item["image_id"]].append((box, place_of[item["category_id"]]))
+    return [
+        Detections(
+            np.array([box for box, _ in items], np.float32).reshape(-1, 4),
+            np.ones(len(items), np.float32),
+            np.array([label for _, label in items], np.int64),
+        )
+        for items in by_image.values()
+    ]
+
+
+def agreements(
+    work: Work,
+    dataset: CocoDataset,
+    built: Sequence[BuiltCase],
+    accuracies: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any] | None]:
+    """Return each quantized engine's agreement with its model's float engine, as `results` has it.
+
+    Args:
+        work: what the comparison's steps share.
+        dataset: what AP was measured on.
+        built: the engines.
+        accuracies: from `measure.accuracy`, one an engine.
+
+    Returns:
+        One an engine; None for a float one, and for one without a float engine to hold against.
+    """
+    pairs = list(zip(built, accuracies, strict=True))
+    found = []
+    for one, own in pairs:
+        base = None if own["precision"] in FLOAT else _float_engine(one, own, pairs)
+        found.append(None if base is None else _agreement(work, dataset, (one, own), base))
+    return found
+
+
+_Measured = tuple[BuiltCase, Mapping[str, Any]]
+
+
+def _float_engine(
+    one: BuiltCase, own: Mapping[str, Any], pairs: Sequence[_Measured]
+) -> _Measured | None:
+    """Return the same model's float engine of the same image size, on any backend."""
+    for precision in FLOAT:
+        for other, found in pairs:
+            if (
+                found["precision"] == precision
+                and found["detections_file"]
+                and other.case.entry.label == one.case.entry.label
+                and found["image_size"] == own["image_size"]
+            ):
+                return other, found
+    return None
+
+
+def _agreement(
+    work: Work, dataset: CocoDataset, measured: _Measured, base: _Measured
+) -> dict[str, Any] | None:
+    one, own = measured
+    other, reference = base
+    if not own["detections_file"]:
+        return None
+    inputs = {
+        "detections": [item["detections_sha256"] for item in (own, reference)],
+        "boxes": [[*item["bbox"], item["category_id"]] for item in dataset.annotations],
+        "calibration": [str(path) for path in _calibration(work, one)],
+    }
+    known: dict[str, Any] | None = work.steps.find("agreement", inputs)
+    if known is None:
+        _log.info(f"agreement of {one.name} with {other.name} ...")
+        own_found, float_found = (
+            read_detections(work.output / item["detections_file"]) for item in (own, reference)
+        )
+        known = {
+            **_figures(objects_of(dataset, dataset.images), own_found, float_found),
+            "calibrated_on": _judged_images(work, dataset, one),
+        }
+        work.steps.keep("agreement", inputs, known)
+    return {"with": other.name, **known}
+
+
+def _figures(
+    objects: Sequence[Detections], own: Sequence[Detections], reference: Sequence[Detections]
+) -> dict[str, Any]:
+    count = len(objects)
+    agree = matched(reference, own, least_score(reference, CONFIDENT))
+    of_own, of_float = matched(objects, own), matched(objects, reference)
+    return {
+        **_rounded(interval(agree.ap, count), "value"),
+        "ap_change": _rounded(
+            interval(lambda draws: of_own.ap(draws) - of_float.ap(draws), count), "value"
+        ),
+        "images": count,
+    }
+
+
+def _rounded(found: Interval, name: str) -> dict[str, Any]:
+    return {
+        name: round(found.value, 4),
+        "interval": [round(found.low, 4), round(found.high, 4)],
+    }
+
+
+def _calibration(work: Work, one: BuiltCase) -> Sequence[Path]:
+    """Return the images that calibrated an engine, as far as this comparison built it."""
+    choice = one.case.choice
+    if choice is None or not choice.quantizes:
+        return ()
+    return calibration_images(work.plan.calib)
+
+
+def _judged_images(work: Work, dataset: CocoDataset, one: BuiltCase) -> int:
+    """Return how many of the data set's images calibrated the engine, too."""
+    used = {sha256_file(path) for path in _calibration(work, one)}
+    return sum(sha256_file(image.path) in used for image in dataset.images) if used else 0

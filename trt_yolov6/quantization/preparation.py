@@ -1,0 +1,190 @@
+"""A float graph in the form that is quantized, with the statistics that calibration needs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
+from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
+from trt_yolov6.quantization.judge import batches_of
+from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
+from trt_yolov6.quantization.qdq.placement import Placement, place_for
+from trt_yolov6.quantization.statistics import TensorStatistics
+from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
+from trt_yolov6.quantization.types import QuantizedType
+
+if TYPE_CHECKING:
+    import onnx
+
+    from trt_yolov6.graph.model import Graph
+    from trt_yolov6.quantization.settings import QuantizationSettings
+
+Variant = Literal["plain", "equalized", "smoothed", "shifted"]
+
+_log = logging.getLogger(__name__)
+
+VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed", "shifted")
+"""Forms of the float graph, from the least changed on; all compute the same function.
+
+plain:     as it is
+equalized: channels rescaled where weights can absorb it (`equalization.equalize`)
+smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
+shifted:   the same, and what is added to the channels before them centres their ranges on zero
+           where only convolutions without padding read them
+"""
+
+RANGE_BITS = 11
+"""Significant bits of a range. Float sums differ in their last bits from processor to processor;
+the ranges made of them, and all that follows, hardly ever do when rounded so, and none is off by
+more than 0.05 %."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float graph in one variant, with the statistics that calibration needs."""
+
+    variant: Variant
+    model: onnx.ModelProto
+    placement: Placement
+    statistics: Mapping[str, TensorStatistics]
+
+    def placed(self, quantized: QuantizedType, float_layers: tuple[str, ...]) -> Placement:
+        """Return the placement with some layers in float."""
+        return place_for(quantized, self.model, float_layers) if float_layers else self.placement
+
+    @property
+    def means(self) -> dict[str, NDArray[np.float64]]:
+        """Mean of each channel of the tensors that were measured, (channels,)."""
+        return {
+            name: one.mean_per_channel
+            for name, one in self.statistics.items()
+            if one.mean_per_channel is not None
+        }
+
+    def table(
+        self,
+        method: Method,
+        key: CalibrationKey,
+        quantized: QuantizedType,
+        float_layers: tuple[str, ...] = (),
+    ) -> CalibrationTable:
+        """Return the ranges by a calibrator, with some layers in float.
+
+        With other layers in float, pairs stand elsewhere and groups are other ones.
+        """
+        placement = self.placed(quantized, float_layers)
+        statistics = {name: self.statistics[name] for name in placement.tensors}
+        amax = {
+            name: _in_bits(value, RANGE_BITS)
+            for name, value in group_amax(statistics, placement.groups, method, quantized).items()
+        }
+        methods = dict.fromkeys(amax, str(method))
+        return CalibrationTable(amax, methods, key, self.variant, float_layers)
+
+
+def _in_bits(value: float, bits: int) -> float:
+    """Return a number rounded to some significant bits."""
+    fraction, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
+
+
+def prepare(
+    graph: Graph,
+    paths: Sequence[Path],
+    settings: QuantizationSettings,
+    variant: Variant,
+    measure: bool = True,
+    known: Mapping[str, TensorStatistics] | None = None,
+    images: Sequence[NDArray[Any]] | None = None,
+    form: onnx.ModelProto | None = None,
+) -> Prepared:
+    """Bring the graph into a variant and, with `measure`, collect its tensors' statistics.
+
+    Args:
+        graph: the float graph.
+        paths: images that calibrate.
+        settings: what is quantized to, and the border of the images.
+        variant: the form wanted.
+        measure: collect statistics.
+        known: the plain graph's statistics on the same images, of what `equalize` wants to know
+            and of what the plain variant quantizes, where they have been collected.
+        images: the paths' images as the graph takes them, where they have been read.
+        form: the graph in that variant (`formed`), where it has been made of these images.
+    """
+    model = graph.model if form is None else form
+    _log.info(f"{variant}: {len(paths)} images ...")
+
+    def measured(form: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
+        if form is graph.model and known is not None:
+            return {name: known[name] for name in dict.fromkeys(tensors)}
+        batches = batches_of(graph, paths, settings.border)
+        return collect(form, batches if images is None else images, tensors)
+
+    if form is None and variant != "plain":
+        model = formed(graph, variant, measured(model, tensors_to_measure(model)))
+    placement = place_for(settings.quantized, model)
+    statistics = measured(model, quantizable_tensors(model, settings)) if measure else {}
+    return Prepared(variant, model, placement, statistics)
+
+
+def formed(
+    graph: Graph, variant: Variant, ranges: Mapping[str, TensorStatistics]
+) -> onnx.ModelProto:
+    """Return the graph in a variant.
+
+    Args:
+        graph: the float graph.
+        variant: the form wanted.
+        ranges: of what `equalize` wants to know of the plain graph.
+    """
+    if variant == "plain":
+        return graph.model
+    shift = variant == "shifted"
+    return equalize(graph.model, ranges, smooth=shift or variant == "smoothed", shift=shift)
+
+
+def plain_statistics(
+    graph: Graph, images: Sequence[NDArray[Any]], settings: QuantizationSettings
+) -> Mapping[str, TensorStatistics]:
+    """Return the statistics that `prepare` takes as `known`: one pass serves all variants."""
+    plain = graph.model
+    wanted = (*tensors_to_measure(plain), *quantizable_tensors(plain, settings))
+    return collect(plain, images, wanted)
+
+
+def quantizable_tensors(model: onnx.ModelProto, settings: QuantizationSettings) -> Sequence[str]:
+    """Return the tensors whose statistics calibrating a graph takes."""
+    if settings.float_layers != ():
+        return tensors_for_any_choice(model)
+    return place_for(settings.quantized, model).tensors
+
+
+def method_of(table: CalibrationTable) -> Method:
+    """Return the calibrator that made a table."""
+    used = set(table.methods.values())
+    return next(method for method in METHODS if method in used)
+
+
+def variant_of(table: CalibrationTable) -> Variant:
+    """Return the form of the graph that a table is for.
+
+    Raises:
+        UserError: there is no such form.
+    """
+    for variant in VARIANTS:
+        if variant == table.variant:
+            return variant
+    raise UserError(
+        f"the calibration table is for an unknown form {table.variant!r} of the graph; delete it "
+        "and calibrate again."
+    )

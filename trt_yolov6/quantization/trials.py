@@ -1,0 +1,73 @@
+"""The candidates that a search tries, and the table that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trt_yolov6.quantization.calibrators import Method
+from trt_yolov6.quantization.preparation import Variant
+from trt_yolov6.quantization.weights import Weights
+
+Decision = Literal["graph", "ranges", "weights", "float layers", "gradients"]
+"""Decision that a candidate is tried for: the form of the graph, the calibrator, rounding of
+weights, the layers that stay in float, tuning by gradients."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantize, and what came of it."""
+
+    decides: Decision
+    variant: Variant
+    method: Method
+    agreement: float
+    """AP of its detections against the float network's confident ones, 0..1."""
+    weights: Weights = "nearest"
+    float_layers: tuple[str, ...] = ()
+    seconds: float = 0.0
+    """Seconds of making and judging it."""
+    slowdown: float = 0.0
+    """By how much its float layers lengthen INT8's run time, estimated, 0..1."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it JSON-ready, for the manifest."""
+        return {
+            "decides": self.decides,
+            "graph": self.variant,
+            "ranges": self.method,
+            "weights": self.weights,
+            "float_layers": list(self.float_layers),
+            "agreement": round(self.agreement, 4),
+            "slowdown": round(self.slowdown, 4),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def tried_table(candidates: Sequence[Candidate]) -> list[str]:
+    """Return a search's candidates as lines of a table; none without candidates."""
+    if not candidates:
+        return []
+    rows = [("decision", "tried", "agreement", "slower", "seconds")]
+    for item in candidates:
+        what = {
+            "graph": item.variant,
+            "ranges": item.method,
+            "weights": item.weights,
+            "float layers": f"{len(item.float_layers)} in float",
+            "gradients": "tuned by gradients",
+        }[item.decides]
+        if item.float_layers and item.decides != "float layers":
+            what += f", {len(item.float_layers)} in float"
+        slower = f"{item.slowdown:.1%}" if item.float_layers else ""
+        cells = (f"{item.agreement:.3f}", slower, f"{item.seconds:.1f}")
+        rows.append((item.decides, what, *cells))
+    widths = [max(len(row[place]) for row in rows) for place in range(5)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

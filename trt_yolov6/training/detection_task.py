@@ -1,0 +1,315 @@
+"""The task of `train`: a detector with its data, losses, optimizer and teacher."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.data.coco import CocoDataset, load_coco
+from trt_yolov6.errors import UserError
+from trt_yolov6.models.blocks import BN_MOMENTUM
+from trt_yolov6.models.network import YOLOv6
+from trt_yolov6.training.dataset import TrainingSet, load_training_set
+from trt_yolov6.training.distributed import Processes, placed, with_common_statistics
+from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
+from trt_yolov6.training.initialization import starting_model
+from trt_yolov6.training.loop import StepLosses, Task
+from trt_yolov6.training.losses import Losses, detection_loss
+from trt_yolov6.training.optimizer import make_optimizer, set_rates
+from trt_yolov6.training.recipe import TrainSettings
+from trt_yolov6.training.schedule import LOSS_BATCH, Plan, make_plan
+from trt_yolov6.training.state import Learner
+from trt_yolov6.training.targets import Targets
+
+DATA_REPORT_FILE = "bad_data.json"
+
+PARTS = ("total", "class", "box", "dfl", "objectness", "distill_class", "distill_box")
+"""The losses that are logged."""
+
+
+@dataclass(frozen=True)
+class DetectionTask:
+    """A detector to be trained, and how it is evaluated."""
+
+    task: Task
+    settings: TrainSettings
+    average: WeightAverage
+    """Average of the weights, which is evaluated and written."""
+    validation: CocoDataset | None
+    half: bool
+    """Evaluate in half precision."""
+
+
+def detection_task(
+    settings: TrainSettings,
+    folder: Path,
+    processes: Processes,
+    *,
+    progress: bool = True,
+    note: Callable[[str], None],
+    scales: str | Path | None = None,
+) -> DetectionTask:
+    """Load the data and make the network, its optimizer and its average.
+
+    Args:
+        settings: of the training.
+        folder: the run's; takes the report on the data.
+        processes: that train together.
+        progress: show a bar while the data is loaded.
+        note: called with sentences about the data and the start.
+        scales: checkpoint of RepOptimizer's hyper-search.
+
+    Raises:
+        UserError: bad settings, data or checkpoint, or a device that cannot do what is asked.
+    """
+    _check_device(settings, processes)
+    validation = (
+        None if settings.val_split is None else load_coco(settings.data, settings.val_split)
+    )
+    data = _training_data(settings, folder, processes, validation, progress)
+    if data.report.problems:
+        note(
+            f"{len(data.report.problems)} problems of the data were left out of training; see "
+            f"{folder / DATA_REPORT_FILE}."
+        )
+    start = starting_model(settings, data.class_names, scales=scales)
+    for sentence in start.notes:
+        note(sentence)
+    device = processes.device
+    model = placed(start.model.train(), device)
+    plan = make_plan(
+        len(data),
+        batch=settings.batch,
+        epochs=settings.epochs,
+        warmup_epochs=settings.optimizer.warmup_epochs,
+        accumulate=settings.optimizer.accumulate,
+    )
+    _set_normalizations(model, plan)
+    on_gpu = device.type == "cuda"
+    autocast = _autocast_type(settings, device)
+    optimizer = make_optimizer(
+        model, settings.optimizer, settings.batch, fused=on_gpu, multipliers=start.multipliers
+    )
+    average = WeightAverage(model, *average_for(plan.total_updates, settings.ema_decay))
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+    teacher = _teacher(settings, model, data.class_names, device)
+    network = _wrapped(model, settings, processes)
+
+    def line(epoch: int, means: Sequence[float], seconds: float) -> dict[str, Any]:
+        rate = optimizer.param_groups[0]["lr"]
+        return _line(epoch, means, seconds, rate, plan.steps_per_epoch * plan.batch)
+
+    task = Task(
+        name="search" if model.arch.block == "scaled" else "train",
+        subject=settings.variant,
+        identity=settings.to_json(),
+        seed=settings.seed,
+        plan=plan,
+        plain_epochs=settings.plain_epochs,
+        data=data,
+        augmentation=settings.augmentation,
+        processes=processes,
+        network=network,
+        learner=Learner(model, average, optimizer, scaler, torch.zeros(len(PARTS), device=device)),
+        losses=_losses(settings, network, model, teacher, autocast, processes),
+        set_rates=lambda step: set_rates(optimizer, settings.optimizer, plan, step),
+        line=line,
+        # The learning rate is meant for the sum of the gradients of 32 images each.
+        loss_factor=plan.batch / LOSS_BATCH,
+        clip_norm=settings.optimizer.clip_norm,
+    )
+    return DetectionTask(task, settings, average, validation, autocast is not None and on_gpu)
+
+
+def _check_device(settings: TrainSettings, processes: Processes) -> None:
+    if settings.batch % processes.world:
+        raise UserError(
+            f"a batch of {settings.batch} cannot be shared equally by {processes.world} processes; "
+            "give a `batch` that can.",
+        )
+    if settings.compile and processes.device.type != "cuda":
+        # PyTorch 2.13: the compiled backward pass of this network corrupts memory on a CPU.
+        raise UserError("`compile` is for a GPU; leave it out on a CPU.")
+
+
+def _training_data(
+    settings: TrainSettings,
+    folder: Path,
+    processes: Processes,
+    validation: CocoDataset | None,
+    progress: bool,
+) -> TrainingSet:
+    data = load_training_set(
+        settings.data,
+        settings.train_split,
+        settings.image_size,
+        processes.device,
+        on_bad_data=settings.on_bad_data,
+        progress=progress,
+        report_file=folder / DATA_REPORT_FILE if processes.is_first else None,
+        class_names=load_checkpoint(settings.weights).class_names if settings.weights else None,
+    )
+    if validation is not None and set(validation.class_names) != set(data.class_names):
+        raise UserError(
+            f"the splits {settings.train_split} and {settings.val_split} of {settings.data} have "
+            "different classes; make their categories agree."
+        )
+    return data
+
+
+class _Levels(nn.Module):
+    """The network with `raw` as its forward, which is what wrappers wrap."""
+
+    def __init__(self, model: YOLOv6) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[tuple[Tensor, ...]]:
+        return self.model.raw(images)
+
+
+def _wrapped(model: YOLOv6, settings: TrainSettings, processes: Processes) -> nn.Module:
+    """Return the network from images to raw levels, compiled and parallel as asked for."""
+    if settings.common_statistics:
+        with_common_statistics(model, processes)
+    network: nn.Module = _Levels(model)
+    if settings.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
+    if processes.world == 1:
+        return network
+    device = processes.device
+    return DistributedDataParallel(
+        network,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _set_normalizations(model: nn.Module, plan: Plan) -> None:
+    """Take out the step counters, a hundred tiny kernels a step, and keep up in short trainings.
+
+    Running statistics trail the weights by 1 / momentum steps: 33 with the authors' constant. In a
+    training of 150 steps, that alone would take all of the accuracy; so they trail by no larger a
+    share of it than the average of the weights does.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None
+            least = 1 / max(WINDOW * plan.total_steps, 2.0)
+            module.momentum = max(module.momentum or BN_MOMENTUM, least)
+
+
+def _autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
+    """Return the type that convolutions compute in; None for float32."""
+    precision = settings.precision
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp16"
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("`precision` fp16 needs a GPU; give bf16 or fp32 on a CPU.")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+
+def _teacher(
+    settings: TrainSettings, student: YOLOv6, class_names: tuple[str, ...], device: torch.device
+) -> YOLOv6 | None:
+    if settings.teacher is None:
+        return None
+    checkpoint = load_checkpoint(settings.teacher)
+    arch = checkpoint.arch
+    if checkpoint.class_names != class_names:
+        raise UserError(
+            f"the teacher {checkpoint.path} knows other classes than the data set; train one on it."
+        )
+    if (arch.reg_max, arch.head) != (student.arch.reg_max, student.arch.head):
+        raise UserError(
+            f"the teacher {checkpoint.path} predicts boxes in another way than the student; give "
+            "one with the same head and the same DFL bins."
+        )
+    return placed(checkpoint.model, device).eval().requires_grad_(False)
+
+
+def _losses(
+    settings: TrainSettings,
+    network: nn.Module,
+    model: YOLOv6,
+    teacher: YOLOv6 | None,
+    autocast: torch.dtype | None,
+    processes: Processes,
+) -> Callable[[Tensor, Targets, float], StepLosses]:
+    device = processes.device
+
+    def losses(images: Tensor, targets: Targets, epoch: float) -> StepLosses:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            levels = network(images)
+            taught = None
+            if teacher is not None:
+                with torch.no_grad():
+                    taught = teacher.raw(images)
+        found = detection_loss(
+            levels,
+            model.arch,
+            targets,
+            settings.losses,
+            image_size=settings.image_size,
+            epoch=epoch,
+            teacher_levels=taught,
+            distillation=settings.distillation,
+            reduce_mean=processes.mean if processes.world > 1 else None,
+        )
+        return StepLosses(found.total, _parts(found))
+
+    return losses
+
+
+def _parts(losses: Losses) -> Tensor:
+    """Return the losses of a step in the order of `PARTS`: float32, on the device."""
+    zero = torch.zeros_like(losses.total)
+    return torch.stack(
+        [losses.total.detach(), *(losses.parts.get(name, zero).float() for name in PARTS[1:])]
+    )
+
+
+def _line(
+    epoch: int, means: Sequence[float], seconds: float, rate: float, images: int
+) -> dict[str, Any]:
+    """Return the log's line of an epoch; losses that the network does not have are left out."""
+    shown = {f"loss_{name}": value for name, value in zip(PARTS, means, strict=True) if value}
+    shown.pop("loss_total", None)
+    return {
+        "epoch": epoch,
+        "loss": means[0],
+        **shown,
+        "learning_rate": rate,
+        "seconds": seconds,
+        "images_per_second": images / max(seconds, 1e-9),
+    }
+
+
+@contextlib.contextmanager
+def arithmetic(settings: TrainSettings, device: torch.device) -> Iterator[None]:
+    """Choose PyTorch's algorithms for a training, and restore the earlier choice."""
+    before = (
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
+    if settings.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])

@@ -1,0 +1,71 @@
+"""Graphs of what quantization-aware training made: with Q/DQ nodes, or with rounded weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import replace_tensor
+from trt_yolov6.graph.index import tensor_value
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.operators import CONVOLUTIONS, weight_axis
+from trt_yolov6.quantization.fake_quantize import WIDEST
+from trt_yolov6.quantization.qdq.insert import insert_qdq, quantize_weights
+from trt_yolov6.training.qat.onnx_module import Trained
+from trt_yolov6.training.qat.preparation import Start
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Graph:
+    """Return the Q/DQ graph, ready to be built: PTQ's nodes with trained weights and scales.
+
+    Args:
+        start: what was trained.
+        trained: what came of it, of 8 bits.
+        fp16: everything that is not quantized in half precision, whose scales are rounded up to
+            float16.
+
+    Raises:
+        UserError: of fewer bits, which Q/DQ pairs of INT8 cannot express.
+    """
+    narrow = [bits for bits in start.quantization.weight_bits.values() if bits != WIDEST]
+    if narrow:
+        raise UserError(
+            f"a network of {narrow[0]} bits cannot be exported; train with bits={WIDEST} for INT8."
+        )
+    model = insert_qdq(
+        trained.model,
+        start.quantization.placement,
+        trained.amax,
+        fp16=fp16,
+        weight_scales=trained.weight_scales,
+    )
+    said = {**(start.graph.calibration or {}), "rest": "fp16" if fp16 else "fp32"}
+    said["quantization_aware_training"] = True
+    return dataclasses.replace(start.graph, model=model, calibration=said)
+
+
+def rounded_weights(start: Start, trained: Trained) -> onnx.ModelProto:
+    """Return the graph without Q/DQ nodes whose weights are rounded: goes with a scales cache.
+
+    TensorRT up to 10 then quantizes weights by their largest magnitude, which is what they are
+    rounded to unless training made a scale larger than any weight of its channel needs.
+    """
+    model = copy.deepcopy(trained.model)
+    constants = {item.name: item for item in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type not in CONVOLUTIONS or node.input[1] not in trained.weight_scales:
+            continue
+        item, axis = constants[node.input[1]], weight_axis(node.op_type)
+        scale = trained.weight_scales[node.input[1]]
+        codes, scale = quantize_weights(tensor_value(item), axis, scales=scale)
+        shape = [1] * codes.ndim
+        shape[axis] = -1
+        replace_tensor(item, codes.astype(np.float32) * scale.reshape(shape))
+    return model

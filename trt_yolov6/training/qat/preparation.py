@@ -1,0 +1,204 @@
+"""Preparation of quantization-aware training: the calibrated graph as a network.
+
+checkpoint ─ fuse, export, calibrate, place ─▶ Start ─▶ GraphNetwork
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
+from trt_yolov6.data.calibration import calibration_images
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+from trt_yolov6.graph.index import GraphIndex
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
+from trt_yolov6.graph.tail import layers_after
+from trt_yolov6.models.variants import Architecture
+from trt_yolov6.quantization.calibrators import group_amax
+from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.fake_quantize import WIDEST, Levels, activation_levels
+from trt_yolov6.quantization.judge import batches_of
+from trt_yolov6.quantization.pipeline import QuantizedGraph, quantize
+from trt_yolov6.quantization.qdq.insert import activation_scales
+from trt_yolov6.quantization.qdq.placement import Placement
+from trt_yolov6.quantization.settings import QuantizationSettings
+from trt_yolov6.quantization.types import INT8
+from trt_yolov6.training.distributed import placed
+from trt_yolov6.training.qat.onnx_module import GraphNetwork, Quantization, feature_tensors
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Start:
+    """A calibrated network, ready to be trained quantized."""
+
+    arch: Architecture
+    quantized: QuantizedGraph
+    """Output of PTQ: the float graph, placement, ranges."""
+    quantization: Quantization
+    features: tuple[str, ...]
+
+    @property
+    def graph(self) -> Graph:
+        """The graph's description."""
+        return self.quantized.graph
+
+    def student(self, device: torch.device | str = "cpu") -> GraphNetwork:
+        """Return the fake-quantized network, as calibrated: PTQ without corrected biases."""
+        model, features = self.quantized.float_model, self.features
+        return placed(GraphNetwork(model, self.arch, self.quantization, features), device)
+
+    def teacher(self, device: torch.device | str = "cpu") -> GraphNetwork:
+        """Return the float network, not to be trained."""
+        network = GraphNetwork(self.quantized.float_model, self.arch, None, self.features)
+        return placed(network.eval().requires_grad_(False), device)
+
+
+def prepare(
+    weights: str | Path | Checkpoint,
+    calib: str | Path,
+    *,
+    export: ExportSettings | None = None,
+    quantization: QuantizationSettings | None = None,
+    bits: int = WIDEST,
+    learn_scales: bool = True,
+) -> Start:
+    """Fuse, export and calibrate a checkpoint.
+
+    Args:
+        weights: in any form that `load_checkpoint` reads.
+        calib: folder of calibration images.
+        export: the form of the graph that is to come out.
+        quantization: calibrator, equalization and float layers, as for `quantize`. Biases are not
+            corrected: training does that.
+        bits: see `QatSettings`.
+        learn_scales: see `QatSettings`.
+
+    Raises:
+        UserError: see `load_checkpoint` and `quantize`; or all layers are to stay in float.
+    """
+    checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
+    graph = graph_from_checkpoint(checkpoint, export or ExportSettings())
+    return prepare_graph(
+        graph,
+        checkpoint.arch,
+        calib,
+        quantization=quantization,
+        bits=bits,
+        learn_scales=learn_scales,
+    )
+
+
+def prepare_graph(
+    graph: Graph,
+    arch: Architecture,
+    calib: str | Path,
+    *,
+    quantization: QuantizationSettings | None = None,
+    bits: int = WIDEST,
+    learn_scales: bool = True,
+    score: Callable[[onnx.ModelProto], float] | None = None,
+) -> Start:
+    """Calibrate a graph that `export_onnx` made of a network of `arch`; see `prepare`.
+
+    `score` is for automatic float layers, see `quantize`.
+    """
+    settings = quantization or QuantizationSettings()
+    if settings.quantized is not INT8 or settings.adaptive_rounding or settings.fp16:
+        raise UserError(
+            "quantization-aware training starts from plain INT8; leave FP8, adaptive rounding and "
+            "fp16 out of the quantization's settings (`trained_graph` takes fp16)."
+        )
+    settings = dataclasses.replace(settings, bias_correction=False, reconstruct=False)
+    # What training will not know is found out before a minute of calibration.
+    GraphNetwork(graph.model, arch)
+    result = quantize(graph, calib, settings, score=score)
+    layers = result.placement.layers
+    if not layers:
+        raise UserError("all layers are to stay in float; name fewer in `float_layers`.")
+    placement, model = result.placement, result.float_model
+    if bits == WIDEST:
+        scales = activation_scales(placement, result.table.amax)
+        levels = dict.fromkeys(placement.tensors, activation_levels(bits))
+        weight_bits = dict.fromkeys(layers, bits)
+    else:
+        wide_layers, wide_tensors = _ends(model, placement)
+        weight_bits = {name: WIDEST if name in wide_layers else bits for name in layers}
+        scales, levels = _narrow(graph, result, calib, settings, bits, wide_tensors)
+    made = GraphIndex(model)
+    features = tuple(name for name in feature_tensors(graph.model) if made.producer(name))
+    given = Quantization(placement, scales, levels, weight_bits, learn_scales)
+    return Start(arch, result, given, features)
+
+
+def check_classes(data: str | Path, count: int, arch: Architecture) -> None:
+    """Refuse a data set of another number of classes than the network's.
+
+    Raises:
+        UserError: there are other classes.
+    """
+    if count != arch.num_classes:
+        raise UserError(
+            f"{data} has {count} classes, the checkpoint {arch.num_classes}; give the data set it "
+            "was trained on."
+        )
+
+
+# --- fewer bits ---------------------------------------------------------------------------------
+
+
+def _ends(model: onnx.ModelProto, placement: Placement) -> tuple[set[str], set[str]]:
+    """Return the layers that read the image or make predictions, and what only they read."""
+    names, quantized = layer_names(model), set(placement.tensors)
+    graph = GraphIndex(model)
+    after = layers_after(graph)
+    layers, tensors, others = set(), set[str](), set[str]()
+    for node in graph.nodes:
+        if node.op_type not in CONVOLUTIONS:
+            continue
+        before = graph.ancestors([node.input[0]])
+        is_first = not before.intersection(names)
+        if is_first or not after[node.output[0]]:
+            layers.add(names[node.output[0]])
+            tensors.add(node.input[0])
+        else:
+            others.add(node.input[0])
+    tensors -= others
+    grouped = {name for group in placement.groups for name in group}
+    return layers, (tensors & quantized) - grouped
+
+
+def _narrow(
+    graph: Graph,
+    result: QuantizedGraph,
+    calib: str | Path,
+    settings: QuantizationSettings,
+    bits: int,
+    wide: set[str],
+) -> tuple[dict[str, float], dict[str, Levels]]:
+    """Return scales of the least squared error for fewer bits, and the levels."""
+    placement = result.placement
+    paths = calibration_images(calib, settings.image_limit)
+    images = batches_of(graph, paths, settings.border)
+    statistics = collect(result.float_model, images, placement.tensors)
+    scales: dict[str, float] = {}
+    levels: dict[str, Levels] = {}
+    group_of = {name: group for group in placement.groups for name in group}
+    for name in placement.tensors:
+        members = group_of.get(name, (name,))
+        negative = any(statistics[member].amin < 0 for member in members)
+        levels[name] = activation_levels(WIDEST if name in wide else bits, negative=negative)
+        kind = dataclasses.replace(INT8, largest=levels[name].high)
+        amax = group_amax({m: statistics[m] for m in members}, [members], "mse", kind)
+        scales[name] = amax[name] / levels[name].high
+    return scales, levels
