@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.pipeline import build, export, quantize
@@ -303,7 +303,7 @@ def train(
     model: str | None = None,
     weights: str | Path | None = None,
     device: str | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     progress: bool = True,
     **recipe: Any,
 ) -> TrainResult:
@@ -317,7 +317,7 @@ def train(
         weights: checkpoint to fine-tune.
         device: `cpu`, `cuda` or `cuda:N`. Default: a GPU where there is one.
         resume: continue the training in `output` with the same settings; after an interruption it
-            ends with the same weights on a CPU.
+            ends with the same weights on a CPU. `auto`: if the folder holds a training.
         progress: show a progress bar; off a terminal, log a line an epoch.
         recipe: what differs from the recipe: `epochs`, `batch`, `image_size`, `seed`, `precision`,
             `teacher` and the other arguments of `training.recipe.recipe_for`.
