@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 from trt_yolov6.engines.base import Engine, LoadOptions
-from trt_yolov6.pipeline import build, export, quantize
 from trt_yolov6.runtime.detector import Detector
 from trt_yolov6.spec import PredictOptions
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from trt_yolov6.bench.latency import BenchmarkResult
     from trt_yolov6.comparison.plan import Plan
     from trt_yolov6.diagnostics.inspection import Inspection
+    from trt_yolov6.pipeline import build, export, quantize
     from trt_yolov6.runtime.evaluate import Evaluation
     from trt_yolov6.training.recipe import TrainSettings
     from trt_yolov6.training.trainer import TrainResult
@@ -34,6 +34,20 @@ __all__ = [
     "quantize",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the verbs that make engines when they are used: those that run engines need them not.
+
+    Raises:
+        AttributeError: there is no such verb.
+    """
+    if name not in ("build", "export", "quantize"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from trt_yolov6 import pipeline
+
+    return getattr(pipeline, name)
+
 
 AnyDetector: TypeAlias = "Detector | Engine | str | Path"
 """A loaded detector, its engine, or the path of an engine file, loaded for the call only."""

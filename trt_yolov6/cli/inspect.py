@@ -22,11 +22,11 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.api import inspect
+    from trt_yolov6.diagnostics.inspection import inspect_file
     from trt_yolov6.diagnostics.inspection_text import format_inspection
 
     file = resolved(options.file)
-    result = inspect(file)
+    result = inspect_file(file)
     print(format_inspection(result, layers=options.layers))
     if options.json:
         write_result(options.json, result.to_json())
