@@ -113,20 +113,24 @@ _WIDE_NECK: dict[str, Any] = {
 }
 
 
-def _losses(model: str, box: tuple[str, ...]) -> dict[str, Variant]:
-    """Return the variants of Tables 8 and 9 of a model; `box` are losses besides its own."""
-    found = {
+def _class_losses(model: str) -> dict[str, Variant]:
+    """Return the variants of Table 8 besides the recipe itself."""
+    return {
         f"{model}-{name.replace('_', '-')}": _of(model, f"losses.classification={name}")
         for name in ("focal", "quality_focal", "poly")
     }
-    return found | {f"{model}-{name}": _of(model, f"losses.box={name}") for name in box}
 
 
-def _tables_2_to_4(model: str, own: tuple[str, str]) -> dict[str, Variant]:
+def _box_losses(model: str, names: tuple[str, ...]) -> dict[str, Variant]:
+    """Return the variants of Table 9 besides the recipe itself."""
+    return {f"{model}-{name}": _of(model, f"losses.box={name}") for name in names}
+
+
+def _combinations(model: str, own: tuple[str, str]) -> dict[str, Variant]:
     """Return the combinations of Table 4 besides the model's own."""
     found = {}
-    for block in ("repvgg", "conv"):
-        for act in ("relu", "silu", "leaky_relu"):
+    for act in ("relu", "silu", "leaky_relu"):
+        for block in ("repvgg", "conv"):
             if (block, act) != own:
                 name = f"{model}-{block}-{act.replace('_', '-')}"
                 found[name] = _built(model, block=block, activation=act)
@@ -134,49 +138,55 @@ def _tables_2_to_4(model: str, own: tuple[str, str]) -> dict[str, Variant]:
 
 
 VARIANTS: dict[str, Variant] = {
-    # What everything is compared with.
-    "n-full": _of("n", schedule="full"),
-    "s-full": _of("s", schedule="full"),
+    # N, where the paper says that a choice costs most.
     "n": _of("n", borders=True),
-    "s": _of("s", borders=True),
+    "n-atss": _of("n", "losses.assigner=atss"),
+    "n-objectness": _built("n", objectness=True),
+    "n-poly": _of("n", "losses.classification=poly"),
+    "n-csp": _built("n", csp_ratio=0.5, **_CSP_N),
     # RepOptimizer and INT8 of S: a chain, so it begins early.
     "s-search": Variant("s", architecture=(("block", "scaled"),)),
-    # What the paper says most about.
-    "n-atss": _of("n", "losses.assigner=atss"),
+    "s": _of("s", borders=True),
     "n-simota": _of("n", "losses.assigner=simota"),
-    **_losses("n", ("giou", "ciou")),
-    "n-objectness": _built("n", objectness=True),
-    "n-csp": _built("n", csp_ratio=0.5, **_CSP_N),
     "n-again": _of("n", seed=1),
     "s-rep": Variant("s", scales="s-search"),
     "s-ptq": Variant("s", quantized=Quantized("s")),
     "s-rep-ptq": Variant("s", quantized=Quantized("s-rep")),
-    **_tables_2_to_4("n", ("repvgg", "relu")),
+    "s-rep-qat-distilled": Variant("s", quantized=Quantized("s-rep", "distilled")),
+    "s-rep-partial-distilled": Variant("s", quantized=Quantized("s-rep", "distilled", 6, "mse")),
+    "s-ptq-per-tensor": Variant("s", quantized=Quantized("s", per_tensor=True)),
+    "s-rep-ptq-per-tensor": Variant("s", quantized=Quantized("s-rep", per_tensor=True)),
+    **{
+        f"s-rep-six-{metric}": Variant("s", quantized=Quantized("s-rep", None, 6, metric))
+        for metric in ("mse", "cosine", "snr", "ap")
+    },
+    # The rest of N.
+    "n-focal": _of("n", "losses.classification=focal"),
+    "n-quality-focal": _of("n", "losses.classification=quality_focal"),
+    **_box_losses("n", ("giou", "ciou")),
     "n-dfl": _built("n", dfl=True),
-    "n-no-warmup": _of("n", "losses.warmup_epochs=0"),
-    "n-simota-warmup": _of("n", "losses.warmup_assigner=simota"),
+    **_combinations("n", ("repvgg", "relu")),
     "n-no-fading": _of("n", _NO_FADING, borders=True),
     "n-longer": _of("n", stretch=_MORE),
+    "n-no-warmup": _of("n", "losses.warmup_epochs=0"),
+    "n-simota-warmup": _of("n", "losses.warmup_assigner=simota"),
+    # The default recipe.
+    "n-full": _of("n", schedule="full"),
+    "s-full": _of("s", schedule="full"),
+    # The rest of S.
     "s-csp": _built("s", csp_ratio=0.5, **_CSP_S),
-    **_losses("s", ("siou", "ciou")),
     "s-objectness": _built("s", objectness=True),
+    **_class_losses("s"),
+    **_box_losses("s", ("siou", "ciou")),
     "s-dfl": _built("s", dfl=True),
     "s-no-fading": _of("s", _NO_FADING, borders=True),
     "s-longer": _of("s", stretch=_MORE),
     "s-again": _of("s", seed=1),
     "s-rep-qat": Variant("s", quantized=Quantized("s-rep", "plain")),
-    "s-rep-qat-distilled": Variant("s", quantized=Quantized("s-rep", "distilled")),
-    "s-rep-partial-distilled": Variant("s", quantized=Quantized("s-rep", "distilled", 6, "mse")),
     "s-qat-distilled": Variant("s", quantized=Quantized("s", "distilled")),
     "s-ptq-tuned": Variant("s", quantized=Quantized("s", tuned=True)),
     "s-rep-ptq-tuned": Variant("s", quantized=Quantized("s-rep", tuned=True)),
-    **{
-        f"s-rep-six-{metric}": Variant("s", quantized=Quantized("s-rep", None, 6, metric))
-        for metric in ("mse", "cosine", "snr", "ap")
-    },
-    # Where RepOptimizer should show: one scale a layer, and the head of the first release.
-    "s-ptq-per-tensor": Variant("s", quantized=Quantized("s", per_tensor=True)),
-    "s-rep-ptq-per-tensor": Variant("s", quantized=Quantized("s-rep", per_tensor=True)),
+    # Where RepOptimizer should show: with the head of the first release.
     "s-v1-search": Variant("s", architecture=(("block", "scaled"), ("objectness", True))),
     "s-v1-rep": Variant("s", scales="s-v1-search"),
     **{
@@ -196,7 +206,7 @@ VARIANTS: dict[str, Variant] = {
     "m-siou": _of("m", "losses.box=siou"),
     "m-ciou": _of("m", "losses.box=ciou"),
     "m-no-fading": _of("m", _NO_FADING, borders=True),
-    **_tables_2_to_4("m", ("repvgg", "relu")),
+    **_combinations("m", ("repvgg", "relu")),
     "l": _of("l"),
     "l-distilled": _of("l", teacher="l"),
     "l-class-distilled": _of("l", "distillation.box_weight=0", _NO_DECAY, teacher="l"),

@@ -34,7 +34,7 @@ from benchmarks.folds import (
     write_folds,
 )
 from benchmarks.packing import Job, Schedule, heed_signals, run_jobs, shared_gpu
-from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.common.files import atomic_path, read_json, write_json
 from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
 from trt_yolov6.quantization.resampling import Interval, MatchedDetections
 
@@ -46,6 +46,7 @@ _COST = {"n": 0.45, "t": 0.55, "s": 0.6, "m": 1.7, "l": 3.0, "l_relu": 3.4}
 _MEMORY = {"n": 9.0, "t": 12.0, "s": 15.0, "m": 28.0, "l": 45.0, "l_relu": 50.0}
 _LEAST_COST = 0.06
 _OVERHEAD = 12.0
+_WRITE_SECONDS = 45.0
 
 _FOUND_BYTES = 9 * 2**20
 """Size of a file of detections, at most."""
@@ -121,9 +122,28 @@ def run(options: argparse.Namespace) -> None:
         started + options.deadline,
         options.last,
     )
-    log = {"started": timestamp()}
+    gpus = options.gpus.split(",")
+    heading: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.ablations", *sys.argv[1:]]),
+        "started": timestamp(),
+        "gpus": gpus,
+        "device": cpu_model(),
+        "versions": software_versions(),
+        "pack": options.pack,
+        "mps": False,
+    }
+    written = time.monotonic()
+
+    def write() -> None:
+        heading["seconds"] = time.monotonic() - started
+        heading["device"] = next(
+            (one["device"] for one in results.values() if "device" in one), cpu_model()
+        )
+        if options.out:
+            write_out(options.out, state, heading, jobs, results, schedule.failed)
 
     def finished(job: Job, result: dict[str, Any]) -> None:
+        nonlocal written
         seconds = time.monotonic() - started
         if "error" in result:
             print(f"{seconds:6.1f} {job.name}: {result['error'][-1500:]}", flush=True)
@@ -136,10 +156,12 @@ def run(options: argparse.Namespace) -> None:
             f"{result.get('peak_bytes', 0) / 1e9:.1f} GB",
             flush=True,
         )
+        if time.monotonic() - written > _WRITE_SECONDS:
+            write()
+            written = time.monotonic()
 
     with contextlib.ExitStack() as stack:
         places = []
-        gpus = options.gpus.split(",")
         for gpu in gpus:
             shared = (
                 {}
@@ -147,34 +169,19 @@ def run(options: argparse.Namespace) -> None:
                 else stack.enter_context(shared_gpu(gpu, wanted=not options.no_mps))
             )
             print(f"GPU {gpu}: {'with' if len(shared) > 1 else 'without'} MPS", flush=True)
-            environment = {"OMP_NUM_THREADS": "2", **shared}
-            places += [(gpu, environment)] * options.pack
+            heading["mps"] = heading["mps"] or len(shared) > 1
+            places += [(gpu, {"OMP_NUM_THREADS": "2", **shared})] * options.pack
         # First one worker on every GPU: jobs are spread evenly.
         places = [place for first in range(options.pack) for place in places[first :: options.pack]]
         command = [sys.executable, "-m", "benchmarks.ablation_jobs"]
         with contextlib.suppress(KeyboardInterrupt):  # what is there is written
             run_jobs(schedule, command, places, state / "logs", finished)
-    seconds = time.monotonic() - started
+        write()
     print(
-        f"{len(results) - earlier} jobs done in {seconds:.0f} s, {len(results)} of {len(jobs)} in "
-        f"all; failed: {sorted(schedule.failed)}",
+        f"{len(results) - earlier} jobs done in {heading['seconds']:.0f} s, {len(results)} of "
+        f"{len(jobs)} in all; failed: {sorted(schedule.failed)}",
         flush=True,
     )
-    if options.out:
-        heading = {
-            "command": " ".join(["python -m benchmarks.ablations", *sys.argv[1:]]),
-            **log,
-            "seconds": seconds,
-            "gpus": gpus,
-            "device": next((r["device"] for r in results.values() if "device" in r), cpu_model()),
-            "versions": software_versions(),
-            "pack": options.pack,
-            "mps": any(len(environment) > 2 for _, environment in places),
-            "failed": schedule.failed,
-            "missing": [job.name for job in jobs if job.name not in results],
-            "jobs": list(results.values()),
-        }
-        write_out(options.out, state, heading)
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
@@ -251,35 +258,39 @@ def _result(state: Path, job: Job) -> Path:
     return state / job.name / "result.json"
 
 
-def write_out(out: Path, state: Path, heading: dict[str, Any]) -> None:
-    """Write results into few files: figures, and detections that were not written before."""
+def write_out(
+    out: Path,
+    state: Path,
+    heading: Mapping[str, Any],
+    jobs: Sequence[Job],
+    results: Mapping[str, Any],
+    failed: Mapping[str, str],
+) -> None:
+    """Write all results so far into few files: figures, and detections."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "ablations.json", heading)
-    listed = state / "written.json"
-    written = set(read_json(listed)) if listed.is_file() else set()
-    part: dict[str, Any] = {}
+    write_json(
+        out / "ablations.json",
+        {
+            **heading,
+            "failed": dict(failed),
+            "missing": [job.name for job in jobs if job.name not in results],
+            "jobs": list(results.values()),
+        },
+    )
+    parts: list[dict[str, Any]] = [{}]
     size = 0
-    stamp = time.strftime("%H%M%S")
-    number = 0
-
-    def write() -> None:
-        np.savez_compressed(out / f"found-{stamp}-{number}.npz", **part)
-
-    for job in heading["jobs"]:
-        name = f"{job['variant']}/{job['fold']}"
+    for name in results:
         file = state / name / "found.npz"
-        if name in written or not file.is_file():
-            continue
-        if part and size + file.stat().st_size > _FOUND_BYTES:
-            write()
-            part, size, number = {}, 0, number + 1
-        with np.load(file) as found:
-            part |= {f"{name}/{given}": found[given] for given in found.files}
+        if size + file.stat().st_size > _FOUND_BYTES:
+            parts.append({})
+            size = 0
         size += file.stat().st_size
-        written.add(name)
-    if part:
-        write()
-    write_json(listed, sorted(written))
+        with np.load(file) as found:
+            parts[-1] |= {f"{name}/{given}": found[given] for given in found.files}
+    for number, part in enumerate(parts):
+        path = out / f"found-{number}.npz"
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            np.savez_compressed(stream, **part)
 
 
 # --- scoring ------------------------------------------------------------------------------------

@@ -242,6 +242,42 @@ def gpu_where() -> str:
     )
 
 
+SUPPRESSION = "h100-suppression.json"
+
+
+def suppression() -> str:
+    """Time of suppression on the GPU, by batch and candidates."""
+    if not (RESULTS / SUPPRESSION).is_file():
+        return _NOT_MEASURED
+    data = result(SUPPRESSION)
+    rows = []
+    for part, source in (("real", "the sample network, "), ("speed", "random boxes, ")):
+        for name, row in data[part].items():
+            batch, rest = name.removeprefix("batch ").split(", ", 1)
+            case = rest if part == "speed" else f"{rest}: {row['candidates']:.0f} candidates"
+            if case.endswith(" 1 classes"):
+                case = case.removesuffix("es")
+            rows.append([source + case, batch, f"{row['kept']:.0f}", f"{row['ms']:.3f}"])
+    return markdown(["outputs", "batch", "kept an image", "ms"], rows)
+
+
+def suppression_where() -> str:
+    """Environment of the figures of suppression, and what else was checked there."""
+    if not (RESULTS / SUPPRESSION).is_file():
+        return _NOT_MEASURED
+    data = result(SUPPRESSION)
+    sets, leak = data["equality"], data["leak"]
+    cpu = data["cpu"]["sample"]
+    return (
+        f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. {sets['different']} of "
+        f"{sets['sets']} random sets, of up to {sets['most_candidates']} candidates, are another "
+        f"than on the CPU. {leak['batches']} batches leave {leak['gpu_bytes']} bytes of GPU memory "
+        f"and {leak['host_bytes']} of host memory behind. On one core of the CPU there "
+        f"({data['cpu_model']}), the sample network's {cpu['candidates']:.0f} candidates an image "
+        f"take {cpu['suppress_ms']:.2f} ms.\n"
+    )
+
+
 QAT = "qat-bccd.json"
 
 
@@ -605,6 +641,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-whole": gpu_whole,
     "gpu-accuracy": gpu_accuracy,
     "gpu-where": gpu_where,
+    "suppression": suppression,
+    "suppression-where": suppression_where,
     "qat-int8": qat_int8,
     "qat-visible": qat_visible,
     "qat-where": qat_where,

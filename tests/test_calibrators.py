@@ -112,6 +112,15 @@ def test_mse_is_within_a_percent_of_the_best_of_all_candidates(kind: str) -> Non
     assert error(found) <= 1.01 * best
 
 
+@pytest.mark.parametrize("kind", ["normal", "laplace", "relu", "uniform"])
+def test_mse_finds_the_best_of_1024_magnitudes(kind: str) -> None:
+    """Of an error with one minimum the finer search, around the best of 64, is a whole one."""
+    statistics = in_pieces(samples(kind, 60_000))
+    every = statistics.amax * np.arange(1, 1025) / 1024
+    best = every[np.argmin(quantization_error(statistics, every))]
+    assert amax_of(statistics, "mse") == pytest.approx(best, rel=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["normal", "laplace", "uniform"])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
 def test_quantization_error_is_what_quantizing_the_values_costs(kind: str, fraction: float) -> None:

@@ -107,8 +107,6 @@ def letterboxed(
     how: Preprocessing,
     rows: int,
 ) -> NDArray[Any]:
-    from concurrent.futures import ThreadPoolExecutor
-
     from trt_yolov6.engines.cuda.device import DeviceMemory, PinnedPool, Stream
     from trt_yolov6.engines.cuda.letterbox import RECORD_BYTES, LetterboxKernel, write_record
     from trt_yolov6.engines.cuda.staging import Staging
@@ -117,17 +115,16 @@ def letterboxed(
     result = np.empty((rows, *(length or 0 for length in spec.shape[1:])), spec.dtype)
     target, records = DeviceMemory(result.nbytes), DeviceMemory(RECORD_BYTES * rows)
     table = np.zeros(RECORD_BYTES * rows, np.uint8)
-    with ThreadPoolExecutor(4) as threads:
-        staging = Staging(threads, pool)
-        locked = pool.array(images[0].shape, np.dtype(np.uint8))
-        locked[:] = images[0]
-        views = staging.send([locked, *images[1:]], stream)
-        for row, (view, place) in enumerate(zip(views, placed, strict=True)):
-            write_record(table, row, view, place, how.interpolation)
-        stream.copy_in(records, table.ctypes.data, table.nbytes)
-        kernel.enqueue(stream, records.address, target.address, rows)
-        stream.copy_out(result.ctypes.data, target, result.nbytes)
-        stream.wait()
+    staging = Staging(pool)
+    locked = pool.array(images[0].shape, np.dtype(np.uint8))
+    locked[:] = images[0]
+    views = staging.send([locked, *images[1:]], stream)
+    for row, (view, place) in enumerate(zip(views, placed, strict=True)):
+        write_record(table, row, view, place, how.interpolation)
+    stream.copy_in(records, table.ctypes.data, table.nbytes)
+    kernel.enqueue(stream, records.address, target.address, rows)
+    stream.copy_out(result.ctypes.data, target, result.nbytes)
+    stream.wait()
     return result
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trt_yolov6.data.letterbox import GRAY, fit, letterbox, resolve_border
+from trt_yolov6.data.letterbox import GRAY, fit, letterbox, resolve_border, to_sources
 from trt_yolov6.data.preprocessing import Fit
 from trt_yolov6.errors import UserError
 
@@ -138,6 +138,23 @@ def test_targets_and_borders_that_do_not_add_up_are_refused(
         resolve_border(resize, border, (640, 640))
 
 
+@pytest.mark.parametrize(
+    ("resize", "border", "says"),
+    [
+        (None, 120, "a border of 120 pixels does not fit the engine's input of 240x320; give "),
+        (None, 120, "between 0 and 119."),
+        (320, 4, "240x320 with a border of 4 on every side"),
+        ((300, 301), None, "300x301 with a border of equal pixels on every side"),
+    ],
+)
+def test_what_does_not_add_up_is_said_in_numbers(
+    resize: int | tuple[int, int] | None, border: int | None, says: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_border(resize, border, (240, 320))
+    assert says in str(caught.value)
+
+
 @given(sides, sides, inputs)
 def test_in_a_corner_the_picture_is_as_large_as_yolox_makes_it(
     height: int, width: int, size: tuple[int, int]
@@ -162,3 +179,20 @@ def test_stretched_corners_come_back(height: int, width: int, size: tuple[int, i
 def test_a_border_is_for_letterboxes(mode: Fit) -> None:
     with pytest.raises(UserError, match=f"fit {mode}; leave `resize` and `border` out"):
         fit((40, 40), (64, 64), 3, mode)
+
+
+@given(
+    st.lists(st.tuples(sides, sides), min_size=1, max_size=5),
+    inputs,
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_boxes_of_several_images_are_mapped_as_each_alone(
+    sources: list[tuple[int, int]], size: tuple[int, int], seed: int, clip: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    placed = [fit(source, size) for source in sources]
+    boxes = random.uniform(-100, 900, (len(placed), 7, 4)).astype(np.float32)
+    found = to_sources(boxes, placed, clip)
+    for index, one in enumerate(placed):
+        np.testing.assert_array_equal(found[index], one.to_source(boxes[index], clip))

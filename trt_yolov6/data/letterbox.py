@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -13,6 +14,9 @@ from trt_yolov6.errors import UserError
 
 GRAY = 114
 """Value of the pixels around the image, in all three channels."""
+
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,44 @@ class Letterbox:
         Returns:
             float32 (n, 4), x1, y1, x2, y2 in pixels of the original image.
         """
-        ratio_y, ratio_x = (
-            original / now for original, now in zip(self.source, self.resized, strict=True)
-        )
-        offset = np.array([self.left, self.top, self.left, self.top])
-        mapped = (boxes - offset) * np.array([ratio_x, ratio_y, ratio_x, ratio_y])
-        limits = np.finfo(np.float32)
+        height, width = self.source
+        ratio_y, ratio_x = height / self.resized[0], width / self.resized[1]
+        # In place, and without `np.clip`: for a few boxes the calls take longer than the numbers.
+        mapped = np.subtract(boxes, (self.left, self.top) * 2, dtype=np.float64)
+        mapped *= (ratio_x, ratio_y, ratio_x, ratio_y)
         if clip:
-            mapped = np.clip(mapped, 0, np.array([self.source[1], self.source[0]] * 2))
+            np.maximum(mapped, 0, out=mapped)
+            np.minimum(mapped, (width, height) * 2, out=mapped)
         else:
-            mapped = np.clip(mapped, limits.min, limits.max)
+            np.maximum(mapped, -_LARGEST, out=mapped)
+            np.minimum(mapped, _LARGEST, out=mapped)
         result: NDArray[np.float32] = mapped.astype(np.float32)
         return result
+
+
+def to_sources(
+    boxes: NDArray[np.floating], letterboxes: Sequence[Letterbox], clip: bool = True
+) -> NDArray[np.float32]:
+    """Map the boxes of several images to the originals, as `Letterbox.to_source` does.
+
+    Args:
+        boxes: (images, n, 4), x1, y1, x2, y2 in input pixels.
+        letterboxes: one an image.
+        clip: cut them off at the borders of their image, not just where float32 ends.
+
+    Returns:
+        float32 (images, n, 4), x1, y1, x2, y2 in pixels of the original images.
+    """
+    table = np.array(
+        [(one.left, one.top, *one.source, *one.resized) for one in letterboxes], np.float64
+    ).reshape(-1, 1, 6)
+    size = table[..., [3, 2, 3, 2]]
+    mapped = boxes - table[..., [0, 1, 0, 1]]
+    mapped *= size / table[..., [5, 4, 5, 4]]
+    np.maximum(mapped, 0 if clip else -_LARGEST, out=mapped)
+    np.minimum(mapped, size if clip else _LARGEST, out=mapped)
+    result: NDArray[np.float32] = mapped.astype(np.float32)
+    return result
 
 
 def fit(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.letterbox import Letterbox
+from trt_yolov6.data.letterbox import Letterbox, to_sources
 from trt_yolov6.detectors.candidates import MAX_CANDIDATES, Candidates, Suppressed
 from trt_yolov6.detectors.layouts import LAYOUTS, Found, ReadImage
 from trt_yolov6.detectors.suppression import suppress
@@ -164,7 +164,7 @@ def postprocess(
     if isinstance(outputs, Candidates):
         of_image = _from_candidates(outputs, nms, letterboxes, clip)
     elif isinstance(outputs, Suppressed):
-        of_image = _from_suppressed(outputs, nms, letterboxes, clip)
+        return _from_suppressed(outputs, nms, letterboxes, clip, class_names)
     elif letterboxes:
         of_image = _from_outputs(
             LAYOUTS[layout].read(outputs, letterboxes[0].size), nms, letterboxes, clip
@@ -173,12 +173,11 @@ def postprocess(
         return []
 
     def named(index: int) -> Detections:
-        return dataclasses.replace(of_image(index), class_names=class_names)
+        found = of_image(index)
+        return dataclasses.replace(found, class_names=class_names) if class_names else found
 
     indices = range(len(letterboxes))
-    if executor is None or isinstance(outputs, Suppressed):  # which takes less than a thread's turn
-        return list(map(named, indices))
-    return list(executor.map(named, indices))
+    return list(map(named, indices) if executor is None else executor.map(named, indices))
 
 
 def _candidates(
@@ -235,9 +234,13 @@ def _in_source(
 ) -> Detections:
     boxes = placed.to_source(corners, clip)
     if clip:
-        visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        boxes, scores, classes = boxes[visible], scores[visible], classes[visible]
-    return Detections(boxes, scores.astype(np.float32), classes.astype(np.int64))
+        has_sides = boxes[:, 2:] > boxes[:, :2]
+        if not has_sides.all():
+            visible = has_sides.all(axis=1)
+            boxes, scores, classes = boxes[visible], scores[visible], classes[visible]
+    return Detections(
+        boxes, scores.astype(np.float32, copy=False), classes.astype(np.int64, copy=False)
+    )
 
 
 _OfImage = Callable[[int], Detections]
@@ -283,18 +286,32 @@ def _from_candidates(
 
 
 def _from_suppressed(
-    suppressed: Suppressed, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
-) -> _OfImage:
+    suppressed: Suppressed,
+    nms: NmsSettings,
+    letterboxes: Sequence[Letterbox],
+    clip: bool,
+    class_names: tuple[str, ...],
+) -> list[Detections]:
+    """Map the boxes of all images at once: one by one, NumPy's calls would take longest."""
     done = suppressed.nms
     assert nms.iou == done.iou
     assert nms.confidence >= done.confidence
     assert nms.max_detections <= done.max_detections
-
-    def of_image(index: int) -> Detections:
-        scores = suppressed.scores[index, : suppressed.counts[index]]
-        # A better box is suppressed by none that is worse: a higher threshold takes from the end.
-        kept = slice(min(np.count_nonzero(scores > nms.confidence), nms.max_detections))
-        boxes, classes = suppressed.boxes[index, kept], suppressed.classes[index, kept]
-        return _in_source(boxes, scores[kept], classes, letterboxes[index], clip)
-
-    return of_image
+    number = len(letterboxes)
+    scores, classes = suppressed.scores[:number], suppressed.classes[:number]
+    counts = np.minimum(suppressed.counts[:number], nms.max_detections).tolist()
+    with np.errstate(all="ignore"):  # rows that hold no box hold anything
+        boxes = to_sources(suppressed.boxes[:number], letterboxes, clip)
+        has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+    found = []
+    for index, count in enumerate(counts):
+        kept: Any = slice(count)
+        if nms.confidence > done.confidence:
+            # A better box is suppressed by none that is worse: the others stay as they are.
+            kept = slice(int(np.count_nonzero(scores[index, kept] > nms.confidence)))
+        if clip and not has_area[index, kept].all():
+            kept = np.flatnonzero(has_area[index, kept])
+        found.append(
+            Detections(boxes[index, kept], scores[index, kept], classes[index, kept], class_names)
+        )
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,6 @@ _MANY = 1024
 """Boxes wanted from which on it is faster to take one class after the other: there are then as many
 kept ones of other classes, with which a box would be compared in vain."""
 
-_WINDOW = 8 * _BLOCK
-"""Boxes that are made ready at a time."""
-
 _NOT_EARLIER = ~np.tri(_BLOCK, k=-1, dtype=np.bool_)
 
 
@@ -36,7 +34,8 @@ def suppress(
     torchvision and ONNX's NonMaxSuppression keep it.
 
     Boxes go through it in blocks, no further than until enough are kept. One matrix product finds
-    the few pairs that are near enough (see `_Boxes`); only theirs is the IoU computed.
+    the few pairs that are near enough (see `_Boxes`); only theirs is the IoU computed. Before that,
+    boxes are compared with the nearest of those kept so far, which suppresses most of them.
 
     Args:
         boxes: (n, 4), x1, y1, x2, y2, the best first; finite in float32, to which they are rounded,
@@ -65,48 +64,88 @@ def _suppress(
     count = 0
     # Where boxes explode, products overflow to what counts as near, and empty ones have no IoU.
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(boxes), _BLOCK):
-            place = start % _WINDOW
-            if place == 0:
-                window = slice(start, start + _WINDOW)
-                ready = _Boxes.of(boxes[window], classes[window], iou)
-            block = ready.part(slice(place, place + _BLOCK))
-            length = len(block.areas)
-            end = count + length
-            chosen.put(count, block)
-            # NaN is near.
-            distant = block.firsts @ chosen.seconds[:end].T > 0
-            distant[:, count:] |= _NOT_EARLIER[:length, :length]
-            one, better = np.divmod(np.flatnonzero(~distant), end)
-            one += count
-            exceeds = chosen.iou(one, better) > iou
-            exceeds &= chosen.labels.take(one) == chosen.labels.take(better)
-            one, better = one[exceeds], better[exceeds]
-            is_kept = np.ones(end, np.bool_)
-            is_kept[one[better < count]] = False
-            rivals = is_kept.take(one) & (better >= count)
-            # In order of the worse box: which of the better ones are kept is then certain.
-            for worse, other in zip(one[rivals].tolist(), better[rivals].tolist(), strict=True):
-                if is_kept[other]:
-                    is_kept[worse] = False
-            added = np.flatnonzero(is_kept[count:])
-            kept[count : count + len(added)] = start + added
-            chosen.put(count, block.part(added))
-            count += len(added)
-            if count >= most:
-                break
-    return kept[: min(count, most)]
+        for window in _windows(len(boxes)):
+            ready = _Boxes.of(boxes[window], classes[window], iou)
+            left = _unlike_the_nearest(ready, chosen.part(slice(count)), iou)
+            for start in range(0, len(left), _BLOCK):
+                mine = left[start : start + _BLOCK]
+                block = ready.part(mine)
+                added = _kept_of(block, chosen, count, iou)
+                kept[count : count + len(added)] = window.start + mine[added]
+                chosen.put(count, block.part(added))
+                count += len(added)
+                if count >= most:
+                    return kept[:most]
+    return kept[:count]
+
+
+def _windows(count: int) -> Iterator[slice]:
+    """Yield the boxes that are made ready at a time, more and more."""
+    start, length = 0, 2 * _BLOCK
+    while start < count:
+        yield slice(start, min(start + length, count))
+        start += length
+        length = min(2 * length, 32 * _BLOCK)
+
+
+def _unlike_the_nearest(boxes: _Boxes, chosen: _Boxes, iou: float) -> NDArray[np.intp]:
+    """Return the boxes, by index, that the nearest of the kept boxes does not suppress.
+
+    It suppresses most of those that any does.
+    """
+    count = len(boxes.areas)
+    if not len(chosen.areas):
+        return np.arange(count)
+    nearest = np.empty(count, np.intp)
+    seconds = np.ascontiguousarray(chosen.seconds.T)  # multiplied faster so
+    for start in range(0, count, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        (boxes.firsts[part] @ seconds).argmin(axis=1, out=nearest[part])
+    exceeds = _iou(boxes, np.arange(count), chosen, nearest) > iou
+    exceeds &= boxes.labels == chosen.labels.take(nearest)
+    return np.flatnonzero(~exceeds)
+
+
+def _kept_of(block: _Boxes, chosen: _Boxes, count: int, iou: float) -> NDArray[np.intp]:
+    """Return the boxes of a block, by index, that neither kept ones suppress nor better ones of it.
+
+    Args:
+        block: the best first.
+        chosen: the boxes kept, with room for the block after them.
+        count: how many are kept.
+        iou: threshold.
+    """
+    length = len(block.areas)
+    end = count + length
+    chosen.put(count, block)
+    distant = block.firsts @ chosen.seconds[:end].T > 0  # NaN is near
+    distant[:, count:] |= _NOT_EARLIER[:length, :length]
+    one, better = np.divmod(np.flatnonzero(~distant), end)
+    exceeds = _iou(block, one, chosen, better) > iou
+    exceeds &= block.labels.take(one) == chosen.labels.take(better)
+    one, better = one[exceeds], better[exceeds] - count
+    is_kept = np.ones(length, np.bool_)
+    is_kept[one[better < 0]] = False
+    rivals = is_kept.take(one)
+    # In order of the worse box: which of the better ones are kept is then certain.
+    for worse, other in zip(one[rivals].tolist(), better[rivals].tolist(), strict=True):
+        if is_kept[other]:
+            is_kept[worse] = False
+    return np.flatnonzero(is_kept)
 
 
 @dataclass(frozen=True)
 class _Boxes:
     """Boxes, and vectors of them whose product says which pairs may have an IoU above a threshold.
 
-    If two boxes a and b have an IoU above t, so have their projections on each axis, which then
-    start and end at most (1 - t) / t of b's side apart, both distances taken together. So the
-    squared distance of the corners, |a|^2 + |b|^2 - 2 a b, is at most r^2 = ((1 - t) / t)^2
-    (w_b^2 + h_b^2). It exceeds that where the product of the vectors (a, |a|^2, 1) and
-    (-2 b, 1, |b|^2 - r^2) is positive, the squares taken a little smaller for the rounding.
+    Let two boxes a and b share the part c of b's width and the part d of its height. On the axis of
+    x, their starts and their ends together are u of b's width apart, on the other v of its height.
+    What only one of them covers is then u d + v c of b's area, or more, and what both cover is c d.
+    An IoU above t means that the former is less than (1 - t) / t of the latter, and so that u + v
+    is, too, as c and d are at most 1. Hence the squared distance of the corners, |a|^2 + |b|^2 -
+    2 a b, is at most r^2 = ((1 - t) / t)^2 max(w_b, h_b)^2. It exceeds that where the product of
+    the vectors (a, |a|^2, 1) and (-2 b, 1, |b|^2 - r^2) is positive, the squares taken a little
+    smaller for the rounding.
     """
 
     corners: NDArray[np.float64]
@@ -141,14 +180,14 @@ class _Boxes:
         left, top, right, bottom = made.corners.T
         np.multiply(np.maximum(right - left, 0), bottom - top, out=made.areas)
         square = np.einsum("ij,ij->i", said, said) * np.float32(1 - _SLACK)
-        sides = said[:, 2:] - said[:, :2]
+        longer = np.maximum(said[:, 2] - said[:, 0], said[:, 3] - said[:, 1])
         reach = np.float32((1 + _SLACK) * ((1 - iou) / iou) ** 2)
         made.firsts[:, :4] = said
         made.firsts[:, 4] = square
         made.firsts[:, 5] = 1
         np.multiply(said, np.float32(-2), out=made.seconds[:, :4])
         made.seconds[:, 4] = 1
-        made.seconds[:, 5] = square - reach * np.einsum("ij,ij->i", sides, sides)
+        made.seconds[:, 5] = square - reach * longer**2
         return made
 
     def part(self, chosen: slice | NDArray[np.intp]) -> _Boxes:
@@ -174,18 +213,21 @@ class _Boxes:
         self.labels[places] = boxes.labels
         self.seconds[places] = boxes.seconds
 
-    def iou(self, one: NDArray[np.intp], other: NDArray[np.intp]) -> Any:
-        """Return float64 (k,), the IoU of k pairs by index, as `overlap.iou` does, bit by bit."""
-        left, top, right, bottom = self.corners.take(one, axis=0).T
-        other_left, other_top, other_right, other_bottom = self.corners.take(other, axis=0).T
-        width = np.minimum(right, other_right)
-        width -= np.maximum(left, other_left)
-        height = np.minimum(bottom, other_bottom)
-        height -= np.maximum(top, other_top)
-        shared = np.maximum(width, 0, out=width)
-        shared *= np.maximum(height, 0, out=height)
-        united = self.areas.take(one)
-        united += self.areas.take(other)
-        united -= shared
-        shared /= united
-        return shared
+
+def _iou(
+    boxes: _Boxes, one: NDArray[np.intp], others: _Boxes, other: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """Return (k,), the IoU of k pairs by index, as `overlap.iou` does, bit by bit."""
+    left, top, right, bottom = boxes.corners.take(one, axis=0).T
+    other_left, other_top, other_right, other_bottom = others.corners.take(other, axis=0).T
+    width = np.minimum(right, other_right)
+    width -= np.maximum(left, other_left)
+    height = np.minimum(bottom, other_bottom)
+    height -= np.maximum(top, other_top)
+    shared: NDArray[np.float64] = np.maximum(width, 0, out=width)
+    shared *= np.maximum(height, 0, out=height)
+    united = boxes.areas.take(one)
+    united += others.areas.take(other)
+    united -= shared
+    shared /= united
+    return shared

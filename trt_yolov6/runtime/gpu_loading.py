@@ -35,6 +35,10 @@ Opened = Jpeg | NDArray[np.uint8]
 """A JPEG as it is, or uint8 (height, width, 3) RGB."""
 
 
+_A_TASK = 8
+"""Files that are read one after the other where the GPU decodes most of them."""
+
+
 @dataclass(frozen=True)
 class ImageBatch(Generic[Item]):
     """Images for `Engine.start_images`."""
@@ -120,7 +124,8 @@ def load_images(
     def submit() -> None:
         chunk = list(itertools.islice(source, batch))
         if chunk:
-            size = -(-len(chunk) // count)
+            # What is left to the GPU takes hardly longer than a task of its own.
+            size = -(-len(chunk) // count) if decoding is None else _A_TASK
             parts = [
                 readers.submit(read, chunk[first : first + size])
                 for first in range(0, len(chunk), size)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from trt_yolov6.engines.cuda.letterbox import (
     LetterboxKernel,
     write_record,
 )
-from trt_yolov6.engines.cuda.staging import COPY_THREADS, Staging
+from trt_yolov6.engines.cuda.staging import Staging
 from trt_yolov6.engines.cuda.suppression import Suppression
 from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
 from trt_yolov6.errors import UserError
@@ -70,7 +69,6 @@ class Pictures:
         self._pinned = pinned
         self._preprocessing = preprocessing
         self._kernel = LetterboxKernel(plan.input, preprocessing)
-        self._copiers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="stage")
         self._lanes: list[PictureLane] = []
         self._idle: deque[PictureLane] = deque()
         try:
@@ -125,13 +123,12 @@ class Pictures:
             lane.close()
         self._lanes.clear()
         self._idle.clear()
-        self._copiers.shutdown()
 
     def _new_lane(self) -> PictureLane:
         lane = PictureLane(
             Lane(self._plan, self._pinned),
             self._kernel,
-            Staging(self._copiers, self._pinned),
+            Staging(self._pinned),
             self._plan,
             self._preprocessing,
         )
@@ -240,7 +237,7 @@ class PictureLane:
         last = "suppression and copy back" if self._is_suppressed else "copy of all outputs"
         stages: dict[str, Callable[[], None]] = {
             **({"copy to the GPU": copy} if here else {}),
-            "letterbox": letterbox,
+            "letterbox": self._recorded(letterbox),
             "engine": self._recorded(lane.run),
             last: self._recorded(suppression),
         }

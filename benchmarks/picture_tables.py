@@ -1,0 +1,124 @@
+"""The tables of the way from pictures to boxes, from what `picture_pipeline` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+RESULT = "h100-pictures.json"
+
+
+def where(result: dict[str, Any]) -> str:
+    """Where and when it was measured."""
+    gpu = result["gpu"] or {}
+    return (
+        f"{gpu.get('name')}, driver {gpu.get('driver')}, {result['cores']} cores, "
+        f"{result['backend']} {result['backend_version']}, {result['date'][:10]}: "
+        f"`{result['command']}`."
+    )
+
+
+def single(result: dict[str, Any]) -> list[list[Any]]:
+    """One image to its boxes, against the engine."""
+    rows = result["parts"]["single"]
+    head = ["network, confidence", *dict.fromkeys(row["what"] for row in rows)]
+    lines: list[list[Any]] = [head]
+    for key in dict.fromkeys((row["network"], row["confidence"]) for row in rows):
+        mine = [row for row in rows if (row["network"], row["confidence"]) == key]
+        cells = [f"{row['ms']:.3f} ms, {row['to_engine']:.2f}" for row in mine]
+        lines.append([f"{key[0]}, {key[1]:g}", cells[0].split(",")[0], *cells[1:]])
+    return lines
+
+
+def batches(result: dict[str, Any]) -> list[list[Any]]:
+    """Batches of images in ordinary memory to boxes, and JPEGs in memory to boxes."""
+    lines: list[list[Any]] = [
+        [
+            "batch 32, confidence",
+            "engine alone",
+            "images to boxes",
+            "to the engine",
+            "JPEG to boxes",
+        ]
+    ]
+    lines[0] += ["slowest stage alone", "to it", "cores busy"]
+    jpegs = {(row["network"], row["confidence"]): row for row in result["parts"]["jpeg"]}
+    rows = result["parts"]["batches"]
+    for key in dict.fromkeys((row["network"], row["confidence"]) for row in rows):
+        mine = {row["what"]: row for row in rows if (row["network"], row["confidence"]) == key}
+        best, jpeg = mine["process"], jpegs[key]
+        slowest = jpeg["slowest_stage"]
+        lines.append(
+            [
+                f"{key[0]}, {key[1]:g}",
+                number(mine["engine"]["fps"]),
+                number(best["fps"]),
+                f"{best['to_engine']:.2f}",
+                number(jpeg["whole_fps"]),
+                f"{slowest}: {number(jpeg[slowest + '_fps'])}",
+                f"{jpeg['to_slowest_stage']:.2f}",
+                f"{jpeg['cores']:.1f}",
+            ]
+        )
+    return lines
+
+
+def stages(result: dict[str, Any]) -> list[list[Any]]:
+    """Milliseconds of each stage of a batch of 32, and images a second alone."""
+    reports = result["parts"]["stages"]
+    lines: list[list[Any]] = [
+        ["stage", "place", *(f"{report['network']}, {report['precision']}" for report in reports)]
+    ]
+    for index, stage in enumerate(reports[0]["stages"]):
+        cells = [
+            f"{one['ms']:.3f} ms, {number(one['fps'])}"
+            for one in (report["stages"][index] for report in reports)
+        ]
+        lines.append([stage["name"], stage["place"], *cells])
+    whole = [f"{number(one['fps'])}, {one['to_slowest_place']:.2f} of it" for one in reports]
+    lines.append(["all together, to the slowest place", "", *whole])
+    return lines
+
+
+def decoding(result: dict[str, Any]) -> list[list[Any]]:
+    """JPEG decoding alone: rates by batch size, and how far pixels are from OpenCV's."""
+    sizes = (1, 8, 32, 64)
+    lines: list[list[Any]] = [
+        ["decoder", *(f"images/s, {size} at a time" for size in sizes), "mean difference, levels"]
+    ]
+    lines[0].append("largest")
+    for row in result["parts"]["decoding"]:
+        if "mean_levels" not in row:
+            lines.append([row["decoder"], "not on this GPU", *[""] * (len(sizes) + 1)])
+            continue
+        rates = [number(row[f"fps_{size}"]) if f"fps_{size}" in row else "" for size in sizes]
+        lines.append([row["decoder"], *rates, f"{row['mean_levels']:.3f}", row["most_levels"]])
+    return lines
+
+
+def gpus(result: dict[str, Any]) -> list[list[Any]]:
+    """The JPEG pipeline on several GPUs."""
+    lines: list[list[Any]] = [["JPEGs to boxes", "GPUs", "images/s", "to one"]]
+    for row in result["parts"]["gpus"]:
+        way = row["way"]
+        lines.append([way, row["gpus"], number(row["fps"]), f"{row['to_one']:.2f}"])
+    return lines
+
+
+def number(value: float) -> str:
+    """Return a rate with a thin gap between thousands."""
+    return f"{value:,.0f}".replace(",", " ")
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[list[Any]]]] = {
+    "pictures-single": single,
+    "pictures-batches": batches,
+    "pictures-stages": stages,
+    "pictures-decoding": decoding,
+    "pictures-gpus": gpus,
+}
+
+
+def rows_of(lines: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Return a table's head and its rows."""
+    return [str(cell) for cell in lines[0]], [list(line) for line in lines[1:]]
