@@ -281,8 +281,8 @@ def suppression_where() -> str:
             "tests' emulation on a CPU"
         )
     return text + (
-        f". {leak['batches']} batches leave {leak['gpu_bytes']} bytes of GPU memory and "
-        f"{leak['host_bytes']} of host memory behind.\n"
+        f". After {leak['batches']} batches, {leak['gpu_bytes']} bytes of GPU memory and "
+        f"{leak['host_bytes']} of host memory more are in use.\n"
     )
 
 
