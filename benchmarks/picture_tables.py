@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 RESULT = "h100-pictures.json"
@@ -14,7 +14,7 @@ def where(result: dict[str, Any]) -> str:
     return (
         f"{gpu.get('name')}, driver {gpu.get('driver')}, {result['cores']} cores, "
         f"{result['backend']} {result['backend_version']}, {result['date'][:10]}: "
-        f"`{result['command']}`."
+        f"`{result['command']}`. {result.get('note', '')}\n"
     )
 
 
@@ -96,12 +96,14 @@ def decoding(result: dict[str, Any]) -> list[list[Any]]:
     return lines
 
 
-def gpus(result: dict[str, Any]) -> list[list[Any]]:
-    """The JPEG pipeline on several GPUs."""
-    lines: list[list[Any]] = [["JPEGs to boxes", "GPUs", "images/s", "to one"]]
-    for row in result["parts"]["gpus"]:
-        way = row["way"]
-        lines.append([way, row["gpus"], number(row["fps"]), f"{row['to_one']:.2f}"])
+def accuracy(result: dict[str, Any]) -> list[list[Any]]:
+    """AP of the sample with pictures prepared on the CPU and on the GPU."""
+    rows = result["parts"]["accuracy"]
+    lines: list[list[Any]] = [["pictures on the", "AP", "AP50", "to the CPU"]]
+    for row in rows:
+        difference = row["AP"] - rows[0]["AP"]
+        cells = [f"{row['AP']:.5f}", f"{row['AP50']:.5f}", f"{difference:+.5f}"]
+        lines.append([row["pictures on the"], *cells])
     return lines
 
 
@@ -115,10 +117,5 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[list[Any]]]] = {
     "pictures-batches": batches,
     "pictures-stages": stages,
     "pictures-decoding": decoding,
-    "pictures-gpus": gpus,
+    "pictures-accuracy": accuracy,
 }
-
-
-def rows_of(lines: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Return a table's head and its rows."""
-    return [str(cell) for cell in lines[0]], [list(line) for line in lines[1:]]

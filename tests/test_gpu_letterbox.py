@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -24,6 +26,7 @@ from trt_yolov6.engines.cuda.kernels import machine_code
 from trt_yolov6.engines.cuda.letterbox import (
     SOURCE,
     ImageView,
+    defines_of,
     interleaved,
     upright,
 )
@@ -182,6 +185,40 @@ def with_orientation(png: bytes, orientation: int) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.parametrize("is_byte", [False, True])
+def test_widths_that_are_not_whole_fours_are_made_pixel_by_pixel(
+    tmp_path: Path, is_byte: bool
+) -> None:
+    with resources.as_file(CUDA / SOURCE) as source:
+        library = letterbox_on_cpu(source, tmp_path, byte_input=is_byte, pixels=1)
+    spec, how, image = spec_of((50, 75), is_byte), Preprocessing(), random_image(7, 90, 120)
+    assert defines_of(spec)[-1] == "PIXELS=1"
+    wanted = np.zeros((1, *(length or 0 for length in spec.shape[1:])), spec.dtype)
+    placed = fill_row(wanted[0], image, spec, 0, how)
+    found = run({is_byte: library}, [(view_of(image), placed)], spec, how, 1)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("offset", range(8))
+@pytest.mark.parametrize("is_rgb", [False, True])
+def test_images_of_the_size_they_shall_have_are_copied_from_any_address(
+    kernels: dict[bool, ctypes.CDLL], offset: int, is_rgb: bool
+) -> None:
+    # At the very end of a buffer: what lies after it must not be read (valgrind would tell).
+    image = random_image(11, 62, 61 + offset)
+    memory = np.zeros(image.nbytes + 16, np.uint8)
+    lying = memory[offset : offset + image.nbytes].reshape(image.shape)
+    lying[:] = image if is_rgb else image[..., ::-1]
+    view = interleaved(lying.ctypes.data, *image.shape[:2])
+    if not is_rgb:
+        view = dataclasses.replace(view, address=view.address + 2, channel_step=-1)
+    spec, how = spec_of((64, 96), True), Preprocessing("corner")
+    wanted = np.full((1, 64, 96, 3), 114, np.uint8)
+    placed = Letterbox(image.shape[:2], (64, 96), image.shape[:2], 1.0, 1, offset)
+    wanted[0, 1:63, offset : offset + image.shape[1]] = image
+    np.testing.assert_array_equal(run(kernels, [(view, placed)], spec, how, 1), wanted)
+
+
 def test_planes_and_padded_rows_are_read_through_steps(kernels: dict[bool, ctypes.CDLL]) -> None:
     image = random_image(5, 50, 33)
     planes = np.zeros((3, 50, 64), np.uint8)
@@ -193,7 +230,7 @@ def test_planes_and_padded_rows_are_read_through_steps(kernels: dict[bool, ctype
     np.testing.assert_array_equal(run(kernels, [(view, placed)], spec, how, 1), wanted)
 
 
-@pytest.mark.parametrize("define", [(), ("BYTE_INPUT",)])
+@pytest.mark.parametrize("define", [(), ("BYTE_INPUT",), ("BYTE_INPUT", "PIXELS=1")])
 def test_it_compiles_for_every_gpu_that_tensorrt_runs_on(define: tuple[str, ...]) -> None:
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     try:

@@ -156,7 +156,7 @@ class HostKernels:
         self, stream: HostStream, name: str, grid: Any, block: Any, types: Any, values: Any
     ) -> None:
         records, target, height, width, is_bgr, *floats = values
-        assert grid == (-(-width // 32), -(-height // 8), grid[2])
+        assert grid == (-(-width // 128), -(-height // 8), grid[2])
         assert block == (32, 8, 1)
         assert len(types) == len(values)
         array = ctypes.c_float * 3

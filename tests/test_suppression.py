@@ -240,6 +240,7 @@ def test_kernels_keep_of_random_sets_what_the_cpu_keeps() -> None:
             np.testing.assert_array_equal(one.xyxy, other.xyxy)
             np.testing.assert_array_equal(one.confidence, other.confidence)
             np.testing.assert_array_equal(one.class_id, other.class_id)
+            assert one.class_id.dtype == other.class_id.dtype == np.int64
 
 
 @pytest.mark.parametrize("ties", [False, True, None])

@@ -20,6 +20,8 @@ from trt_yolov6.errors import UserError
 _START = b"\xff\xd8"
 _END = b"\xff\xd9"
 
+_EXIF = b"Exif\0\0"
+
 _FRAMES = (0xC0, 0xC1, 0xC2)
 """Start-of-frame markers of baseline, extended and progressive Huffman coding (ITU T.81, B.2.2)."""
 _SAMPLINGS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
@@ -101,18 +103,21 @@ def read_header(data: bytes) -> JpegHeader | None:
             position += 1
             continue
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        segment = data[position + 4 : end]
         if marker == 0xDA:  # start of scan: its data never holds the end marker
-            if frame is None or data.find(_END, end) < 0:
+            if frame is None or data.rfind(_END, end) < 0:  # from the end, where it usually is
                 return None
             return _header(*frame, orientation or 1)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if marker not in _FRAMES:
                 return None
-            frame = marker, segment
-        elif marker == 0xE1 and orientation is None and segment.startswith(b"Exif\0\0"):
-            orientation = exif_orientation(segment[6:])
-        elif marker == 0xEE and segment.startswith(b"Adobe") and segment[11:12] != b"\x01":
+            frame = marker, data[position + 4 : end]
+        elif marker == 0xE1 and orientation is None and data.startswith(_EXIF, position + 4, end):
+            orientation = exif_orientation(data[position + 4 + len(_EXIF) : end])
+        elif (
+            marker == 0xEE
+            and data.startswith(b"Adobe", position + 4, end)
+            and data[position + 15 : min(position + 16, end)] != b"\x01"
+        ):
             return None  # stored as RGB, CMYK or YCCK
         position = end
     return None

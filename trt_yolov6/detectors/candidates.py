@@ -42,7 +42,7 @@ class Suppressed:
     are their scores and classes."""
     scores: NDArray[np.float32]
     """(batch, n), in 0..1."""
-    classes: NDArray[np.integer]
+    classes: NDArray[np.int64]
     """(batch, n), indices into the class names."""
     nms: NmsSettings
     """The thresholds."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,17 +92,14 @@ def _unlike_the_nearest(boxes: _Boxes, chosen: _Boxes, iou: float) -> NDArray[np
 
     It suppresses most of those that any does.
     """
-    count = len(boxes.areas)
-    if not len(chosen.areas):
-        return np.arange(count)
-    nearest = np.empty(count, np.intp)
-    seconds = np.ascontiguousarray(chosen.seconds.T)  # multiplied faster so
-    for start in range(0, count, _BLOCK):
+    nearest = np.empty(len(boxes), np.intp)
+    if not len(chosen):
+        return np.arange(len(boxes))
+    for start in range(0, len(boxes), _BLOCK):
         part = slice(start, start + _BLOCK)
-        (boxes.firsts[part] @ seconds).argmin(axis=1, out=nearest[part])
-    exceeds = _iou(boxes, np.arange(count), chosen, nearest) > iou
-    exceeds &= boxes.labels == chosen.labels.take(nearest)
-    return np.flatnonzero(~exceeds)
+        product = boxes.firsts[:, part].T @ chosen.seconds
+        product.argmin(axis=1, out=nearest[part])
+    return np.flatnonzero(~_overlap(boxes.values, chosen.values.take(nearest, axis=1), iou))
 
 
 def _kept_of(block: _Boxes, chosen: _Boxes, count: int, iou: float) -> NDArray[np.intp]:
@@ -115,14 +111,13 @@ def _kept_of(block: _Boxes, chosen: _Boxes, count: int, iou: float) -> NDArray[n
         count: how many are kept.
         iou: threshold.
     """
-    length = len(block.areas)
+    length = len(block)
     end = count + length
     chosen.put(count, block)
-    distant = block.firsts @ chosen.seconds[:end].T > 0  # NaN is near
+    distant = block.firsts.T @ chosen.seconds[:, :end] > 0  # NaN is near
     distant[:, count:] |= _NOT_EARLIER[:length, :length]
     one, better = np.divmod(np.flatnonzero(~distant), end)
-    exceeds = _iou(block, one, chosen, better) > iou
-    exceeds &= block.labels.take(one) == chosen.labels.take(better)
+    exceeds = _overlap(block.values.take(one, axis=1), chosen.values.take(better, axis=1), iou)
     one, better = one[exceeds], better[exceeds] - count
     is_kept = np.ones(length, np.bool_)
     is_kept[one[better < 0]] = False
@@ -148,86 +143,80 @@ class _Boxes:
     smaller for the rounding.
     """
 
-    corners: NDArray[np.float64]
-    """(n, 4), x1, y1, x2, y2, rounded to float32."""
-    areas: NDArray[np.float64]
-    """(n,); 0 or less without area."""
-    labels: NDArray[np.int64]
-    """(n,), the classes."""
-    firsts: NDArray[np.float32]
-    """(n, 6), the vectors of the boxes as a."""
-    seconds: NDArray[np.float32]
-    """(n, 6), the vectors of the boxes as b."""
+    values: NDArray[np.float64]
+    """(6, n): x1, y1, x2, y2, rounded to float32; area, 0 or less where there is none; class."""
+    vectors: NDArray[np.float32]
+    """(12, n): the six numbers of each box as a, and as b."""
 
     @classmethod
     def empty(cls, count: int) -> _Boxes:
         """Return room for a number of boxes."""
-        return cls(
-            corners=np.empty((count, 4)),
-            areas=np.empty(count),
-            labels=np.empty(count, np.int64),
-            firsts=np.empty((count, 6), np.float32),
-            seconds=np.empty((count, 6), np.float32),
-        )
+        return cls(np.empty((6, count)), np.empty((12, count), np.float32))
 
     @classmethod
     def of(cls, boxes: NDArray[np.floating], classes: NDArray[np.integer], iou: float) -> _Boxes:
         """Return boxes (n, 4) and their classes, for a threshold of the IoU."""
-        said = boxes.astype(np.float32)
-        made = cls.empty(len(said))
-        made.corners[:] = said
-        made.labels[:] = classes
-        left, top, right, bottom = made.corners.T
-        np.multiply(np.maximum(right - left, 0), bottom - top, out=made.areas)
-        square = np.einsum("ij,ij->i", said, said) * np.float32(1 - _SLACK)
-        longer = np.maximum(said[:, 2] - said[:, 0], said[:, 3] - said[:, 1])
+        made = cls.empty(len(boxes))
+        firsts, seconds = made.firsts, made.seconds
+        corners = firsts[:4]
+        corners[:] = boxes.T
+        left, top, right, bottom, area, label = made.values
+        made.values[:4] = corners
+        np.multiply(np.maximum(right - left, 0), bottom - top, out=area)
+        label[:] = classes
+        square = np.einsum("ij,ij->j", corners, corners) * np.float32(1 - _SLACK)
+        longer = np.maximum(corners[2] - corners[0], corners[3] - corners[1])
         reach = np.float32((1 + _SLACK) * ((1 - iou) / iou) ** 2)
-        made.firsts[:, :4] = said
-        made.firsts[:, 4] = square
-        made.firsts[:, 5] = 1
-        np.multiply(said, np.float32(-2), out=made.seconds[:, :4])
-        made.seconds[:, 4] = 1
-        made.seconds[:, 5] = square - reach * longer**2
+        firsts[4], firsts[5] = square, 1
+        np.multiply(corners, np.float32(-2), out=seconds[:4])
+        seconds[4], seconds[5] = 1, square - reach * longer**2
         return made
+
+    @property
+    def firsts(self) -> NDArray[np.float32]:
+        """(6, n), the vectors of the boxes as a."""
+        return self.vectors[:6]
+
+    @property
+    def seconds(self) -> NDArray[np.float32]:
+        """(6, n), the vectors of the boxes as b."""
+        return self.vectors[6:]
+
+    def __len__(self) -> int:
+        return int(self.values.shape[1])
 
     def part(self, chosen: slice | NDArray[np.intp]) -> _Boxes:
         """Return some of them; by a slice, without a copy."""
-
-        def some(array: NDArray[Any]) -> Any:
-            # `take` is several times as fast as an index.
-            return array[chosen] if isinstance(chosen, slice) else array.take(chosen, axis=0)
-
-        return _Boxes(
-            corners=some(self.corners),
-            areas=some(self.areas),
-            labels=some(self.labels),
-            firsts=some(self.firsts),
-            seconds=some(self.seconds),
-        )
+        if isinstance(chosen, slice):
+            return _Boxes(self.values[:, chosen], self.vectors[:, chosen])
+        # Several times as fast as an index.
+        return _Boxes(self.values.take(chosen, axis=1), self.vectors.take(chosen, axis=1))
 
     def put(self, start: int, boxes: _Boxes) -> None:
-        """Write others over these from an index on; their vectors as a are not kept."""
-        places = slice(start, start + len(boxes.areas))
-        self.corners[places] = boxes.corners
-        self.areas[places] = boxes.areas
-        self.labels[places] = boxes.labels
-        self.seconds[places] = boxes.seconds
+        """Write others over these from an index on."""
+        places = slice(start, start + len(boxes))
+        self.values[:, places] = boxes.values
+        self.vectors[:, places] = boxes.vectors
 
 
-def _iou(
-    boxes: _Boxes, one: NDArray[np.intp], others: _Boxes, other: NDArray[np.intp]
-) -> NDArray[np.float64]:
-    """Return (k,), the IoU of k pairs by index, as `overlap.iou` does, bit by bit."""
-    left, top, right, bottom = boxes.corners.take(one, axis=0).T
-    other_left, other_top, other_right, other_bottom = others.corners.take(other, axis=0).T
-    width = np.minimum(right, other_right)
-    width -= np.maximum(left, other_left)
-    height = np.minimum(bottom, other_bottom)
-    height -= np.maximum(top, other_top)
-    shared: NDArray[np.float64] = np.maximum(width, 0, out=width)
-    shared *= np.maximum(height, 0, out=height)
-    united = boxes.areas.take(one)
-    united += others.areas.take(other)
+def _overlap(one: NDArray[np.float64], other: NDArray[np.float64], iou: float) -> NDArray[np.bool_]:
+    """Return whether the IoU of n pairs of boxes exceeds a threshold, and both are of one class.
+
+    It is that of `overlap.iou`, bit by bit.
+
+    Args:
+        one: (6, n), as in `_Boxes.values`.
+        other: the same.
+        iou: threshold.
+    """
+    low = np.maximum(one[:2], other[:2])
+    sides = np.minimum(one[2:4], other[2:4])
+    sides -= low
+    np.maximum(sides, 0, out=sides)
+    shared = sides[0] * sides[1]
+    united = one[4] + other[4]
     united -= shared
     shared /= united
-    return shared
+    exceeds: NDArray[np.bool_] = shared > iou
+    exceeds &= one[5] == other[5]
+    return exceeds

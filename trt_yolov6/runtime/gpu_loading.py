@@ -125,7 +125,8 @@ def load_images(
         chunk = list(itertools.islice(source, batch))
         if chunk:
             # What is left to the GPU takes hardly longer than a task of its own.
-            size = -(-len(chunk) // count) if decoding is None else _A_TASK
+            least = 1 if decoding is None else min(_A_TASK, len(chunk) // 4)
+            size = max(-(-len(chunk) // count), least)
             parts = [
                 readers.submit(read, chunk[first : first + size])
                 for first in range(0, len(chunk), size)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import importlib.util
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 from trt_yolov6.data.jpeg import Jpeg
 from trt_yolov6.engines.cuda.device import CudaError, Event, Stream
-from trt_yolov6.engines.cuda.letterbox import ImageView, interleaved, upright
+from trt_yolov6.engines.cuda.letterbox import ImageView, upright
 from trt_yolov6.errors import MissingDependencyError
 
 OPTIONS = ":fancy_upsampling=1"
@@ -121,8 +120,9 @@ def _view(decoded: Any, image: Jpeg) -> ImageView | None:
     if tuple(decoded.shape) != (header.height, header.width, 3):
         return None
     address = int(decoded.__cuda_array_interface__["data"][0])
-    stored = interleaved(address, header.height, header.width, int(decoded.strides[0]))
-    return dataclasses.replace(upright(stored, header.orientation), owner=decoded)
+    down = int(decoded.strides[0])
+    stored = ImageView(address, header.height, header.width, down, 3, owner=decoded)
+    return stored if header.orientation == 1 else upright(stored, header.orientation)
 
 
 @functools.cache

@@ -85,14 +85,11 @@ __device__ void fixed_taps(int place, int source, int target, int method, bool i
     taps->fixed[1] = to_fixed(fraction);
 }
 
-__device__ void make_taps(int place, int source, int target, int method, bool is_column, Taps* taps) {
+__device__ __noinline__ void make_taps(int place, int source, int target, int method, bool is_column, Taps* taps) {
     if (method == AREA) area_taps(place, source, target, taps);
     else if (method == AREA_OF_WHOLE_PIXELS) {
         taps->count = (int)rint(1.0 / ((double)target / source));
         taps->first = place * taps->count;
-    } else if (method == COPY) {
-        taps->first = place;
-        taps->count = 1;
     } else fixed_taps(place, source, target, method, is_column, taps);
 }
 
@@ -100,15 +97,14 @@ __device__ __forceinline__ float area_weight(const Taps* taps, int k) {
     return k == 0 ? taps->begin : k == taps->count - 1 ? taps->end : taps->middle;
 }
 
-// Return one channel of an output pixel.
-__device__ int resized(
+// Return one channel of an output pixel. A call, since written out twelve times it would fill
+// the instruction cache.
+__device__ __noinline__ int resized(
     const Picture* picture, const unsigned char* plane, const Taps* x, const Taps* y)
 {
     const long long row = picture->row_step, column = picture->column_step;
     const int bottom = picture->height - 1, right = picture->width - 1;
     switch (picture->method) {
-    case COPY:
-        return plane[y->first * row + x->first * column];
     case LINEAR:
     case ENLARGED_BY_AREA: {
         int value = 2;
@@ -159,8 +155,32 @@ typedef unsigned char Element;  // (batch, height, width, 3)
 typedef float Element;          // (batch, 3, height, width)
 #endif
 
+// Neighbours in a row that a thread makes: four, written at once, where rows are made of such.
+#ifndef PIXELS
+#define PIXELS 4
+#endif
+
 #define TILE_WIDTH 32
 #define TILE_HEIGHT 8
+#define COLUMNS (TILE_WIDTH * PIXELS)
+
+// Four neighbours of an image whose channels lie side by side, by words, as far as they are needed.
+__device__ __forceinline__ void copy_four(const unsigned char* first, bool is_rgb, int values[][3])
+{
+    const int shift = (int)((size_t)first & 3);
+    const unsigned* words = (const unsigned*)(first - shift);
+    const unsigned last = shift ? words[3] : 0;
+    const unsigned packed[3] = {
+        __funnelshift_r(words[0], words[1], 8 * shift),
+        __funnelshift_r(words[1], words[2], 8 * shift),
+        __funnelshift_r(words[2], last, 8 * shift)};
+#pragma unroll
+    for (int place = 0; place < 12; ++place) {
+        const int value = (packed[place / 4] >> (8 * (place % 4))) & 255;
+        if (is_rgb) values[place / 3][place % 3] = value;
+        else values[place / 3][2 - place % 3] = value;
+    }
+}
 
 extern "C" __global__ void letterbox(
     const Picture* __restrict__ pictures,  // one a row of the batch
@@ -168,42 +188,88 @@ extern "C" __global__ void letterbox(
     int is_bgr, float red_mean, float green_mean, float blue_mean,
     float red_std, float green_std, float blue_std)
 {
-    __shared__ Taps columns[TILE_WIDTH];
+    __shared__ Taps columns[COLUMNS];
     __shared__ Taps rows[TILE_HEIGHT];
     __shared__ Picture picture;
     const int thread = threadIdx.y * TILE_WIDTH + threadIdx.x;
     if (thread == 0) picture = pictures[blockIdx.z];
     __syncthreads();
-    // Of threads in different warps, so that they work at the same time.
-    if (picture.pixels && threadIdx.y == 0)
-        make_taps((int)(blockIdx.x * TILE_WIDTH + threadIdx.x) - picture.left, picture.width,
-            picture.resized_width, picture.method, true, columns + threadIdx.x);
-    if (picture.pixels && threadIdx.y == 1 && threadIdx.x < TILE_HEIGHT)
-        make_taps((int)(blockIdx.y * TILE_HEIGHT + threadIdx.x) - picture.top, picture.height,
-            picture.resized_height, picture.method, false, rows + threadIdx.x);
+    const bool has_taps = picture.pixels && picture.method != COPY;
+    for (int place = thread; has_taps && place < COLUMNS + TILE_HEIGHT;
+         place += TILE_WIDTH * TILE_HEIGHT) {
+        if (place < COLUMNS)
+            make_taps((int)(blockIdx.x * COLUMNS) + place - picture.left, picture.width,
+                picture.resized_width, picture.method, true, columns + place);
+        else
+            make_taps((int)(blockIdx.y * TILE_HEIGHT) + place - COLUMNS - picture.top,
+                picture.height, picture.resized_height, picture.method, false,
+                rows + (place - COLUMNS));
+    }
     __syncthreads();
 
-    const int x = blockIdx.x * TILE_WIDTH + threadIdx.x, y = blockIdx.y * TILE_HEIGHT + threadIdx.y;
+    const int x = (blockIdx.x * TILE_WIDTH + threadIdx.x) * PIXELS;
+    const int y = blockIdx.y * TILE_HEIGHT + threadIdx.y;
     if (x >= width || y >= height) return;
-    const bool is_inside = picture.pixels && x >= picture.left && y >= picture.top
-        && x < picture.left + picture.resized_width && y < picture.top + picture.resized_height;
-    int values[3] = {GRAY, GRAY, GRAY};
-    if (is_inside) {
-        for (int channel = 0; channel < 3; ++channel)
-            values[channel] = resized(&picture, picture.pixels + channel * picture.channel_step,
-                columns + threadIdx.x, rows + threadIdx.y);
+    int values[PIXELS][3];
+    const int at_y = y - picture.top, at_x = x - picture.left;
+    const bool is_row = picture.pixels && at_y >= 0 && at_y < picture.resized_height;
+    const int step = picture.channel_step;
+    if (PIXELS == 4 && is_row && picture.method == COPY && picture.column_step == 3
+        && (step == 1 || step == -1) && at_x >= 0 && at_x + PIXELS <= picture.resized_width) {
+        copy_four(picture.pixels + at_y * picture.row_step + at_x * 3LL - (step < 0 ? 2 : 0),
+            step > 0, values);
+    } else {
+#pragma unroll
+        for (int pixel = 0; pixel < PIXELS; ++pixel) {
+            const bool is_inside
+                = is_row && at_x + pixel >= 0 && at_x + pixel < picture.resized_width;
+#pragma unroll
+            for (int channel = 0; channel < 3; ++channel) {
+                int value = picture.pixels ? GRAY : 0;
+                if (is_inside) {
+                    const unsigned char* plane = picture.pixels + channel * step;
+                    value = picture.method == COPY
+                        ? plane[at_y * picture.row_step + (at_x + pixel) * picture.column_step]
+                        : resized(&picture, plane, columns + threadIdx.x * PIXELS + pixel,
+                            rows + threadIdx.y);
+                }
+                values[pixel][channel] = value;
+            }
+        }
     }
 #ifdef BYTE_INPUT
     Element* place = input + (((long long)blockIdx.z * height + y) * width + x) * 3;
+#if PIXELS == 4
+    unsigned words[3] = {0, 0, 0};
+#pragma unroll
+    for (int byte = 0; byte < 12; ++byte) {
+        const int* pixel = values[byte / 3];
+        const int value = is_bgr ? pixel[2 - byte % 3] : pixel[byte % 3];
+        words[byte / 4] |= (unsigned)value << (8 * (byte % 4));
+    }
+    for (int word = 0; word < 3; ++word) ((unsigned*)place)[word] = words[word];
+#else
     for (int channel = 0; channel < 3; ++channel)
-        place[channel] = picture.pixels ? values[is_bgr ? 2 - channel : channel] : 0;
+        place[channel] = values[0][is_bgr ? 2 - channel : channel];
+#endif
 #else
     const float means[3] = {red_mean, green_mean, blue_mean};
     const float stds[3] = {red_std, green_std, blue_std};
+#pragma unroll
     for (int channel = 0; channel < 3; ++channel) {
-        int from = is_bgr ? 2 - channel : channel;
-        input[(((long long)blockIdx.z * 3 + channel) * height + y) * width + x] =
-            picture.pixels ? ((float)values[from] - means[from]) / stds[from] : 0.f;
+        const int from = is_bgr ? 2 - channel : channel;
+        Element* place = input + (((long long)blockIdx.z * 3 + channel) * height + y) * width + x;
+        float made[PIXELS];
+        for (int pixel = 0; pixel < PIXELS; ++pixel)
+            made[pixel] = picture.pixels
+                ? ((float)(is_bgr ? values[pixel][2 - channel] : values[pixel][channel])
+                    - means[from]) / stds[from]
+                : 0.f;
+#if PIXELS == 4
+        *(float4*)place = make_float4(made[0], made[1], made[2], made[3]);
+#else
+        place[0] = made[0];
+#endif
     }
 #endif
 }

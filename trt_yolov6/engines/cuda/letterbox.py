@@ -142,6 +142,17 @@ def write_record(
     )
 
 
+def pixels_of_thread(width: int) -> int:
+    """Return how many neighbours a thread of the kernel makes in rows of a width."""
+    return 1 if width % 4 else 4
+
+
+def defines_of(spec: TensorSpec) -> tuple[str, ...]:
+    """Return the kernel's macros for an engine's input."""
+    kind = ("BYTE_INPUT",) if spec.dtype == np.uint8 else ()
+    return (*kind, f"PIXELS={pixels_of_thread(image_size_of(spec)[1])}")
+
+
 class LetterboxKernel:
     """The kernel for an engine's input.
 
@@ -154,9 +165,9 @@ class LetterboxKernel:
     """
 
     def __init__(self, spec: TensorSpec, preprocessing: Preprocessing) -> None:
-        defines = ("BYTE_INPUT",) if spec.dtype == np.uint8 else ()
-        self._kernels: Kernels = compiled(SOURCE, defines)
         self._size = image_size_of(spec)
+        self._kernels: Kernels = compiled(SOURCE, defines_of(spec))
+        self._columns = _TILE[0] * pixels_of_thread(self._size[1])
         self._constants = (
             int(preprocessing.colour == "bgr"),
             *(float(value) for value in (*preprocessing.mean, *preprocessing.std)),
@@ -173,6 +184,6 @@ class LetterboxKernel:
             rows: images of the batch.
         """
         height, width = self._size
-        grid = (-(-width // _TILE[0]), -(-height // _TILE[1]), rows)
+        grid = (-(-width // self._columns), -(-height // _TILE[1]), rows)
         values = (records, target, height, width, *self._constants)
         self._kernels.launch(stream, "letterbox", grid, (*_TILE, 1), _TYPES, values)

@@ -1,7 +1,6 @@
 """Images on their way to the GPU, as they are: packed into page-locked memory, and copied.
 
-What travels is the raw uint8 image, a quarter of the letterboxed float input and less. A single
-image in page-locked memory does not even travel first: the kernel reads it where it lies.
+What travels is the raw uint8 image, a quarter of the letterboxed float input and less.
 """
 
 from __future__ import annotations
@@ -53,10 +52,6 @@ class Staging:
             places.append(end)
             end += -(-image.nbytes // _ALIGNMENT) * _ALIGNMENT
         is_locked = [self._locked.holds(image) for image in images]
-        if len(images) == 1:
-            # The way through the GPU's memory takes longer than the kernel reading it from here.
-            address = images[0].ctypes.data if is_locked[0] else self._packed(images[0], 0, end)
-            return [_view(images[0], address, is_locked[0])]
         if self._device is None or self._device.nbytes < end:
             if self._device is not None:
                 self._device.free()
@@ -98,7 +93,7 @@ class Staging:
                 assert self._host is not None
                 self._copy(stream, self._host.address + first, first, until - first)
                 until = 0
-            self._packed(images[index], places[index], end)
+            self._pack(images[index], places[index], end)
             if not until:
                 first = places[index]
             until, last = places[index] + images[index].nbytes, index
@@ -106,8 +101,8 @@ class Staging:
             assert self._host is not None
             self._copy(stream, self._host.address + first, first, until - first)
 
-    def _packed(self, image: NDArray[np.uint8], place: int, end: int) -> int:
-        """Copy an image to its place in page-locked memory, as blue, green, red; its address.
+    def _pack(self, image: NDArray[np.uint8], place: int, end: int) -> None:
+        """Copy an image to its place in page-locked memory, as blue, green, red.
 
         OpenCV exchanges channels with several threads at once and without the interpreter's lock,
         the shortest way to have several threads copy a megabyte: 0.9 MB took 28 to 37 us on a
@@ -121,7 +116,6 @@ class Staging:
         whole = self._host.array((self._host.nbytes,), np.dtype(np.uint8))
         target = whole[place : place + image.nbytes].reshape(image.shape)
         cv2.cvtColor(image, cv2.COLOR_RGB2BGR, dst=target)
-        return self._host.address + place
 
     def _copy(self, stream: Stream, source: int, place: int, nbytes: int) -> None:
         assert self._device is not None

@@ -192,7 +192,8 @@ def suppressed_of(results: NDArray[Any], capacity: int, nms: NmsSettings) -> Sup
         return None
     counts = results["kept"].astype(np.int64)
     rows = results["rows"][:, : int(counts.max(initial=0))].copy()
-    return Suppressed(counts, rows["box"], rows["score"], rows["label"], nms)
+    labels = rows["label"].astype(np.int64)
+    return Suppressed(counts, rows["box"], rows["score"], labels, nms)
 
 
 def float32_thresholds(iou: float) -> tuple[float, float, float]:
