@@ -290,7 +290,7 @@ def suppression_where() -> str:
         )
     return text + (
         f". {leak['batches']} batches leave {leak['gpu_bytes']} bytes of GPU memory and "
-        f"{leak['host_bytes']} of host memory behind.\n"
+        f"{leak['host_bytes']} of host memory.\n"
     )
 
 
