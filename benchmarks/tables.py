@@ -289,7 +289,7 @@ def suppression_where() -> str:
             "tests' emulation on a CPU"
         )
     return text + (
-        f". {leak['batches']} batches leave {leak['gpu_bytes']} bytes of GPU memory and "
+        f". {leak['batches']} batches leak {leak['gpu_bytes']} bytes of GPU memory and "
         f"{leak['host_bytes']} of host memory.\n"
     )
 
