@@ -15,46 +15,39 @@ import contextlib
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.ablation_variants import TABLES, VARIANTS, Cell, Table, Variant
-from benchmarks.folds import (
-    FOLDS,
-    Truth,
-    ap_by_fold,
-    ap_of,
-    difference,
-    match_all,
-    read_truth,
-    write_folds,
-)
+from benchmarks.ablation_scores import collect, summary
+from benchmarks.ablation_variants import VARIANTS, Variant
+from benchmarks.folds import FOLDS, write_folds
 from benchmarks.packing import Job, Schedule, heed_signals, run_jobs, shared_gpu
 from trt_yolov6.common.files import atomic_path, read_json, write_json
 from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
-from trt_yolov6.quantization.resampling import Interval, MatchedDetections
 
 GPU_MEMORY = 72.0
 """GB of a GPU that the jobs may take together."""
 
-# Seconds of a GPU that is kept busy, an epoch of 292 images at 640 pixels; and GB at batch 32.
-_COST = {"n": 0.45, "t": 0.55, "s": 0.6, "m": 1.7, "l": 3.0, "l_relu": 3.4}
-_MEMORY = {"n": 9.0, "t": 12.0, "s": 15.0, "m": 28.0, "l": 45.0, "l_relu": 50.0}
-_LEAST_COST = 0.06
+# Seconds of an H100 that eight trainings keep busy, an epoch of 292 images at 640 pixels; and GB at
+# batch 32. Measured for N and S, guessed for the others.
+_COST = {"n": 0.2, "t": 0.25, "s": 0.3, "m": 1.0, "l": 2.0, "l_relu": 2.2}
+_MEMORY = {"n": 4.0, "t": 6.0, "s": 8.0, "m": 16.0, "l": 28.0, "l_relu": 30.0}
+_LEAST_COST = 0.076
 _OVERHEAD = 12.0
 _WRITE_SECONDS = 45.0
 
 _FOUND_BYTES = 9 * 2**20
 """Size of a file of detections, at most."""
 
-EPILOG = """how long it takes: see `docs/measurements/paper.md` for the run that is committed.
-`--list` prints every variant with its share. A training's time on a GPU that is kept busy by eight
-of them, for each of the five folds: N 0.1 s, S 0.15 s, M 0.5 s, L 0.8 s an epoch at 320 pixels and
-four times as much at 640. On a CPU only `--limit 10 --epochs 1 --size 64` comes to an end."""
+EPILOG = """how long it takes: on one H100 with 24 cores and eight trainings side by side under MPS,
+measured: N 43 s and S 60 s a training of 60 epochs at 320 pixels (0.6 and 0.7 s an epoch), N 224 s
+of 125 epochs at 640 pixels; so a variant of N, five trainings, takes 25 to 30 s of the GPU, and the
+default recipe of N 140 s. The first training of a worker takes 40 s longer. PTQ takes 10 s for each
+network. Guessed: M five and L ten times as long as N. `--list` prints all. A core a training is
+enough. On a CPU only `--limit 10 --epochs 1 --size 64` comes to an end."""
 
 
 def main() -> None:
@@ -65,7 +58,7 @@ def main() -> None:
             if job.order["fold"] == 0:
                 print(f"{job.name.split('/')[0]:28s} {FOLDS} x {job.seconds:5.0f} s")
     elif options.collect:
-        result = collect(options.collect, options.data, options.limit)
+        result = collect(options.collect, options.data, limit=options.limit)
         write_json(options.json, result)
         print(summary(result))
     else:
@@ -291,178 +284,6 @@ def write_out(
         path = out / f"found-{number}.npz"
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, **part)
-
-
-# --- scoring ------------------------------------------------------------------------------------
-
-
-def collect(folders: Sequence[Path], data: Path, limit: int | None = None) -> dict[str, Any]:
-    """Score the results of one or several calls: AP of all folds together, and differences.
-
-    Args:
-        folders: what `--out` named, in order of time.
-        data: BCCD.
-        limit: as for `write_folds`.
-    """
-    import tempfile
-
-    calls = [read_json(folder / "ablations.json") for folder in folders]
-    jobs = {(job["variant"], job["fold"]): job for call in calls for job in call["jobs"]}
-    found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
-    for folder in folders:
-        for file in sorted(folder.glob("found-*.npz")):
-            with np.load(file) as arrays:
-                for name in arrays.files:
-                    variant, fold, given = name.split("/")
-                    found[variant, given][int(fold)] = arrays[name]
-    with tempfile.TemporaryDirectory() as scratch:
-        truth = read_truth(write_folds(data.resolve(), Path(scratch), limit=limit))
-    whole = {
-        key: match_all(truth, np.concatenate([parts[fold] for fold in sorted(parts)]))
-        for key, parts in found.items()
-        if sorted(parts) == list(range(FOLDS))
-        and all((key[0], fold) in jobs for fold in range(FOLDS))
-    }
-    variants: dict[str, Any] = {}
-    for (name, given), one in whole.items():
-        own = [jobs[name, fold] for fold in range(FOLDS)]
-        entry = variants.setdefault(
-            name,
-            {
-                "folds": FOLDS,
-                "seeds": [job["seed"] for job in own],
-                "epochs": own[0]["epochs"],
-                "image_size": own[0]["image_size"],
-                "batch": own[0]["batch"],
-                "epoch_s": _median(job.get("epoch_s") for job in own),
-                "seconds": _median(job["seconds"] for job in own),
-                "float_layers": [job["float_layers"] for job in own if "float_layers" in job],
-                "AP": {},
-            },
-        )
-        entry["AP"][given] = _ap_entry(truth, one)
-    return {
-        "images": len(truth.images),
-        "folds": FOLDS,
-        "calls": [
-            {key: value for key, value in call.items() if key not in ("jobs", "missing")}
-            for call in calls
-        ],
-        "variants": {name: variants[name] for name in VARIANTS if name in variants},
-        "repeats": _repeats(whole),
-        "tables": {number: _compared(table, whole) for number, table in TABLES.items()},
-        "pairs": _pairs(whole),
-    }
-
-
-def _median(values: Any) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
-def _ap_entry(truth: Truth, one: MatchedDetections) -> dict[str, Any]:
-    by_fold = ap_by_fold(truth, one)
-    return {**_json(ap_of(one)), "by_fold": by_fold, "fold_mean": statistics.fmean(by_fold)}
-
-
-def _json(found: Interval) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}
-
-
-def _compared(
-    table: Table, whole: Mapping[tuple[str, str], MatchedDetections]
-) -> list[dict[str, Any]]:
-    """Return the differences from the base of a table, for all that is there."""
-    rows = []
-    for column, network in enumerate(table.columns):
-        for label, cells in table.rows.items():
-            own = cells[column]
-            base = None if own is None else table.base_of(label, column)
-            if own is None or base is None:
-                continue
-            other = table.rows[base][column]
-            if other is None or not {_key(own), _key(other)} <= whole.keys():
-                continue
-            found = difference(whole[_key(own)], whole[_key(other)])
-            rows.append({"network": network, "row": label, "base": base, **_json(found)})
-    return rows
-
-
-def _key(cell: Cell) -> tuple[str, str]:
-    return cell.variant, cell.input
-
-
-QUANTIZED_PAIRS = (
-    ("s-rep", "s"),
-    ("s-ptq", "s"),
-    ("s-rep-ptq", "s-rep"),
-    ("s-ptq-tuned", "s"),
-    ("s-rep-ptq-tuned", "s-rep"),
-    ("s-qat-distilled", "s"),
-    ("s-rep-qat", "s-rep"),
-    ("s-rep-qat-distilled", "s-rep"),
-    ("s-rep-partial-distilled", "s-rep"),
-    ("s-rep-qat-distilled", "s-rep-qat"),
-    ("s-rep-partial-distilled", "s-rep-qat-distilled"),
-    *((f"s-rep-six-{metric}", "s-rep-ptq") for metric in ("mse", "cosine", "snr", "ap")),
-    *(
-        (f"{name}-ptq{tail}", name)
-        for name in ("s-objectness", "s-v1-rep")
-        for tail in ("", "-per-tensor")
-    ),
-    ("s-ptq-per-tensor", "s"),
-    ("s-rep-ptq-per-tensor", "s-rep"),
-    ("s-v1-rep", "s-objectness"),
-    ("m-distilled", "m"),
-    ("s-full", "n-full"),
-    ("n-full", "n"),
-    ("s-full", "s"),
-)
-"""Variants that are compared outside Tables 2 to 14, each with what it is compared with."""
-
-
-def _pairs(whole: Mapping[tuple[str, str], MatchedDetections]) -> list[dict[str, Any]]:
-    there = {name: one for (name, given), one in whole.items() if given == "plain"}
-    return [
-        {"variant": own, "base": base, **_json(difference(there[own], there[base]))}
-        for own, base in QUANTIZED_PAIRS
-        if own in there and base in there
-    ]
-
-
-def _repeats(whole: Mapping[tuple[str, str], MatchedDetections]) -> list[dict[str, Any]]:
-    """Return the differences of the same recipe with other seeds: what chance alone makes."""
-    return [
-        {"variant": f"{model}-again", "base": model, **_json(difference(own, base))}
-        for model in ("n", "s")
-        if (own := whole.get((f"{model}-again", "plain"))) is not None
-        and (base := whole.get((model, "plain"))) is not None
-    ]
-
-
-def summary(result: Mapping[str, Any]) -> str:
-    """Return the APs and differences as text."""
-    lines = []
-    for name, entry in result["variants"].items():
-        for given, ap in entry["AP"].items():
-            lines.append(
-                f"{name:28s} {given:7s} AP {100 * ap['value']:.2f} "
-                f"({100 * ap['low']:.2f} to {100 * ap['high']:.2f}), mean of folds "
-                f"{100 * ap['fold_mean']:.2f}, {entry['epochs']} epochs at {entry['image_size']}"
-            )
-    for kind in ("repeats", "pairs"):
-        for row in result[kind]:
-            lines.append(f"{row['variant']} - {row['base']}: {_points(row)}")
-    for number, rows in result["tables"].items():
-        for row in rows:
-            lines.append(
-                f"Table {number}, {row['network']}: {row['row']} - {row['base']}: {_points(row)}"
-            )
-    return "\n".join(lines)
-
-
-def _points(row: Mapping[str, float]) -> str:
-    return f"{100 * row['value']:+.2f} ({100 * row['low']:+.2f} to {100 * row['high']:+.2f})"
 
 
 if __name__ == "__main__":

@@ -130,12 +130,13 @@ INTRODUCTION = """Written by `python -m benchmarks.paper_tables`. The paper's fi
 choice changes, not the figures themselves.
 """
 
-HOW = """Each AP of ours, in percent, is of all {images} images: {folds} networks, trained in \
-five-fold cross-validation, each judge the fold they never saw, and their detections are scored \
-together. In brackets is the 95 % interval of a bootstrap over the images. Differences are paired: \
-both networks are scored on the same draws. "Agree" means that the interval of the difference \
-excludes zero on the paper's side, "contradict" on the other, "cannot tell" that it includes zero. \
-The interval does not know that another seed gives another network; {repeats}.
+HOW = """Each AP of ours, in percent, is of {folds} networks, trained in five-fold \
+cross-validation over all {images} images: each judges the fold that it never saw. Where two \
+intervals of 95 % are given, the first is Student's over the folds, which differ in images and \
+seeds: it knows what chance does in training, from five values. The second is a bootstrap over the \
+images, of the AP of all folds' detections together. Differences are paired: the same folds, seeds \
+and draws. "Agree" means that each interval of the difference excludes zero on the paper's side, \
+"contradict" on the other side, "cannot tell" that one includes zero.
 """
 
 
@@ -144,38 +145,36 @@ def how_ours_came_about() -> str:
     data = _ablations()
     if data is None:
         return f"{NOT_MEASURED}\n"
-    repeats = [
-        f"{row['base'].upper()} trained again with five other seeds differs by {_points(row)}"
-        for row in data["repeats"]
-    ]
-    text = HOW.format(
-        images=data["images"],
-        folds=data["folds"],
-        repeats="; ".join(repeats)
-        or "no training was repeated with other seeds to see by how much",
-    )
-    calls = data["calls"]
-    gpus = sum(call["seconds"] * len(call["gpus"]) for call in calls)
+    parts = [HOW.format(images=data["images"], folds=data["folds"])]
+    for row in data["repeats"]:
+        network = f"YOLOv6-{row['base'].upper()}"
+        parts.append(
+            f"{network} trained again with five other seeds differs by {_points(row['folds'])} "
+            f"over folds, {_points(row['images'])} over images: so much is chance.\n"
+        )
+    for call in data["calls"]:
+        minutes = call["seconds"] * len(call["gpus"]) / 60
+        parts.append(
+            f"Made in {minutes:.0f} GPU minutes on {call['device']}, {call['pack']} trainings side "
+            f"by side on a GPU{' under MPS' if call['mps'] else ''}, {call['started'][:10]}: "
+            f"`{call['command']}`. {call.get('remark', '')}".strip()
+            + "\n"
+        )
     rows = [
         [
             network,
             f"{entry['epochs']}",
             entry["image_size"],
             entry["batch"],
-            f"{100 * entry['AP']['plain']['fold_mean']:.2f}",
-            _ap(entry["AP"]["plain"]),
+            _interval(entry["AP"]["plain"]["folds"]),
+            _interval(entry["AP"]["plain"]["images"]),
             f"{entry['seconds']:.0f} s",
         ]
         for network, name in SCHEDULES.items()
         if (entry := data["variants"].get(name)) is not None
     ]
     head = ["", "epochs", "pixels", "batch", "AP, mean of folds", "AP, all images", "a training"]
-    made = (
-        f"Made on {calls[0]['device']} in {gpus / 60:.0f} GPU minutes, {calls[0]['pack']} "
-        f"trainings side by side on a GPU{', under MPS' if calls[0]['mps'] else ''} "
-        f"({calls[0]['started'][:10]}): `{calls[-1]['command']}`."
-    )
-    return f"{text}\n{made}\n\n{markdown(head, rows)}"
+    return "\n".join([*parts, markdown(head, rows)])
 
 
 SCHEDULES = {
@@ -202,46 +201,47 @@ def grid(number: str) -> str:
         markdown(head, [[row, *(_blank(ap) for ap in aps)] for row, aps in theirs.items()]),
     ]
     data = _ablations()
-    own = {} if data is None else _own_cells(table, data)
-    if data is None or not any(own.values()):
+    if data is None or not data["tables"][number]:
         parts.append(f"{NOT_MEASURED}\n")
         return "\n".join(parts)
+    own = _own_cells(table, data)
     shown = [index for index in range(len(networks)) if any(row[index] for row in own.values())]
     rows = [[row, *(cells[index] for index in shown)] for row, cells in own.items() if any(cells)]
     parts.append(f"**Ours** (AP of BCCD; {_schedule(table, data)}):\n")
     parts.append(markdown([table.what, *(networks[index] for index in shown)], rows))
     compared = data["tables"][number]
-    if compared:
-        lines = []
-        for row in compared:
-            column = networks.index(row["network"])
-            change = _their_change(theirs, row, column)
-            lines.append(
-                [
-                    row["network"],
-                    f"{row['row']} against {row['base']}",
-                    "" if change is None else f"{change:+.1f}",
-                    _points(row),
-                    "" if change is None else f"**{verdict(change, row)}**",
-                ]
-            )
-        parts.append(markdown(["Network", "Change", "theirs", "ours", ""], lines))
-        parts.append(f"{sentence(theirs, networks, compared)}\n")
+    lines = []
+    for row in compared:
+        column = networks.index(row["network"])
+        change = _their_change(theirs, row, column)
+        lines.append(
+            [
+                row["network"],
+                f"{row['row']} against {row['base']}",
+                "" if change is None else f"{change:+.1f}",
+                _points(row["folds"]),
+                _points(row["images"]),
+                "" if change is None else f"**{verdict(change, row)}**",
+            ]
+        )
+    parts.append(markdown(["Network", "Change", "theirs", *_INTERVALS, ""], lines))
+    parts.append(f"{sentence(theirs, networks, compared)}\n")
     return "\n".join(parts)
 
 
-def verdict(theirs: float, ours: Mapping[str, float]) -> str:
-    """Return whether a difference agrees with the paper's, by its interval.
+def verdict(theirs: float, ours: Mapping[str, Any]) -> str:
+    """Return whether a difference agrees with the paper's, by its intervals.
 
     Args:
         theirs: difference of AP in points.
-        ours: `value`, `low` and `high` of ours, 0..1.
+        ours: intervals over `folds` and, None where it is not known, over `images`, 0..1.
     """
-    if ours["low"] <= 0 <= ours["high"]:
+    known = [one for one in (ours["folds"], ours["images"]) if one is not None]
+    above = all(one["low"] > 0 for one in known)
+    below = all(one["high"] < 0 for one in known)
+    if not above and not below:
         return "cannot tell"
-    if theirs == 0:
-        return "contradict"
-    return "agree" if (theirs > 0) == (ours["value"] > 0) else "contradict"
+    return "agree" if (above and theirs > 0) or (below and theirs < 0) else "contradict"
 
 
 def sentence(
@@ -250,24 +250,36 @@ def sentence(
     compared: Sequence[dict[str, Any]],
 ) -> str:
     """Return in words what the comparisons of a table come to, and what they could show."""
-    said: dict[str, list[str]] = {"agree": [], "contradict": [], "cannot tell": []}
+    verdicts = []
     for row in compared:
         change = _their_change(theirs, row, networks.index(row["network"]))
         if change is not None:
-            said[verdict(change, row)].append(f"{row['row']} in {row['network'][7:]}")
+            verdicts.append((f"{row['row']} in {row['network'][7:]}", verdict(change, row)))
+    return _in_words(verdicts, compared)
+
+
+def _in_words(verdicts: Sequence[tuple[str, str]], compared: Sequence[Mapping[str, Any]]) -> str:
+    said: dict[str, list[str]] = {"agree": [], "contradict": [], "cannot tell": []}
+    for name, kind in verdicts:
+        said[kind].append(name)
     parts = []
     for kind, names in said.items():
         if names:
             what = f"{len(names)} of {sum(map(len, said.values()))} comparisons"
             listed = "" if kind == "cannot tell" else f" ({', '.join(names)})"
             parts.append(f"{kind} in {what}{listed}")
-    half = statistics.median((row["high"] - row["low"]) / 2 for row in compared)
-    return f"Ours {'; '.join(parts)}. {smallest(half)}"
+    ours = f"Ours {'; '.join(parts)}. " if parts else ""
+    return ours + smallest(compared)
 
 
-def smallest(half: float) -> str:
-    """Return the sentence on the smallest difference that can be shown."""
-    return f"The smallest difference that this can show is about {100 * half:.1f} points."
+def smallest(compared: Sequence[Mapping[str, Any]]) -> str:
+    """Return the sentence on the smallest difference that comparisons can show."""
+    halves = [
+        max((one["high"] - one["low"]) / 2 for one in (row["folds"], row["images"]) if one)
+        for row in compared
+    ]
+    most = 100 * statistics.median(halves)
+    return f"The smallest difference that this can show is about {most:.1f} points."
 
 
 def _their_change(
@@ -310,12 +322,24 @@ def _ablations() -> dict[str, Any] | None:
     return data
 
 
-def _ap(found: Mapping[str, float]) -> str:
+_INTERVALS = ("ours, over folds", "over images")
+
+
+def _ap(found: Mapping[str, Any]) -> str:
+    """Return an AP as text: of all images, else the mean of the folds."""
+    return _interval(found["images"] or found["folds"])
+
+
+def _interval(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return ""
     return f"{100 * found['value']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
-def _points(row: Mapping[str, float]) -> str:
-    return f"{100 * row['value']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+def _points(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return ""
+    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
 
 
 def _blank(value: float | None) -> str:
@@ -364,12 +388,13 @@ def table_1() -> str:
     )
 
 
-def variants_table(rows: Mapping[str, str], pairs: Sequence[tuple[str, str]]) -> str:
+def variants_table(rows: Mapping[str, str], pairs: Mapping[tuple[str, str], float | None]) -> str:
     """Return a table of variants' AP and one of differences; or that they are not measured.
 
     Args:
         rows: label -> variant.
-        pairs: variants, and what each is compared with.
+        pairs: variants and what each is compared with -> the paper's difference in points, None
+            where it has none.
     """
     data = _ablations()
     there = {} if data is None else data["variants"]
@@ -384,31 +409,39 @@ def variants_table(rows: Mapping[str, str], pairs: Sequence[tuple[str, str]]) ->
     )
     compared = [row for row in data["pairs"] if (row["variant"], row["base"]) in pairs]
     if compared:
-        text += "\n" + markdown(
-            ["Change", "AP"],
-            [
-                [f"{labels[row['variant']]} against {labels[row['base']]}", _points(row)]
-                for row in compared
-            ],
-        )
-        half = statistics.median((row["high"] - row["low"]) / 2 for row in compared)
-        text += f"\n{smallest(half)}"
-    return f"{text}\n"
+        lines, verdicts = [], []
+        for row in compared:
+            change = pairs[row["variant"], row["base"]]
+            said = None if change is None else verdict(change, row)
+            if said is not None:
+                verdicts.append((labels[row["variant"]], said))
+            lines.append(
+                [
+                    f"{labels[row['variant']]} against {labels[row['base']]}",
+                    "" if change is None else f"{change:+.1f}",
+                    _points(row["folds"]),
+                    _points(row["images"]),
+                    "" if said is None else f"**{said}**",
+                ]
+            )
+        text += "\n" + markdown(["Change", "theirs", *_INTERVALS, ""], lines)
+        text += f"\n{_in_words(verdicts, compared)}\n"
+    return text
 
 
 INT8_ROWS = {
-    "FP32": "s",
+    "float": "s",
     "INT8, min-max": "s-ptq",
     "INT8, as `build` makes it": "s-ptq-tuned",
-    "RepOptimizer, FP32": "s-rep",
+    "RepOptimizer, float": "s-rep",
     "RepOptimizer, INT8, min-max": "s-rep-ptq",
     "RepOptimizer, INT8, as `build` makes it": "s-rep-ptq-tuned",
     "INT8, one scale a layer": "s-ptq-per-tensor",
     "RepOptimizer, INT8, one scale a layer": "s-rep-ptq-per-tensor",
-    "head of v0.1, FP32": "s-objectness",
+    "head of v0.1, float": "s-objectness",
     "head of v0.1, INT8, min-max": "s-objectness-ptq",
     "head of v0.1, INT8, one scale a layer": "s-objectness-ptq-per-tensor",
-    "head of v0.1, RepOptimizer, FP32": "s-v1-rep",
+    "head of v0.1, RepOptimizer, float": "s-v1-rep",
     "head of v0.1, RepOptimizer, INT8, min-max": "s-v1-rep-ptq",
     "head of v0.1, RepOptimizer, INT8, one scale a layer": "s-v1-rep-ptq-per-tensor",
 }
@@ -419,8 +452,8 @@ QAT_ROWS = {
     "RepOptimizer, QAT": "s-rep-qat",
     "RepOptimizer, QAT, distilled": "s-rep-qat-distilled",
     "RepOptimizer, partial QAT, distilled": "s-rep-partial-distilled",
-    "FP32": "s",
-    "RepOptimizer, FP32": "s-rep",
+    "float": "s",
+    "RepOptimizer, float": "s-rep",
 }
 FLOAT_ROWS = {
     "none in float": "s-rep-ptq",
@@ -436,22 +469,31 @@ EXACT = "YOLOv6-S on BCCD, five folds, exact INT8 arithmetic"
 def table_15() -> str:
     """Return the cost of plain PTQ with and without RepOptimizer."""
     theirs = markdown(["Release", "Model", "FP32 AP", "INT8 AP"], [list(r) for r in paper.TABLE_15])
-    pairs = [(name, name.split("-ptq")[0]) for name in INT8_ROWS.values() if "-ptq" in name]
-    ours = variants_table(INT8_ROWS, [("s-rep", "s"), ("s-v1-rep", "s-objectness"), *pairs])
-    return _beside("YOLOv6-S", theirs, EXACT, ours)
+    pairs: dict[tuple[str, str], float | None] = {
+        (name, name.split("-ptq")[0]): None for name in INT8_ROWS.values() if "-ptq" in name
+    }
+    # Of v2.0, and with the head of v0.1 of v1.0.
+    pairs |= {("s-rep", "s"): -0.3, ("s-ptq", "s"): -2.1, ("s-rep-ptq", "s-rep"): -0.5}
+    pairs |= {
+        ("s-v1-rep", "s-objectness"): 0.0,
+        ("s-objectness-ptq", "s-objectness"): -7.4,
+        ("s-v1-rep-ptq", "s-v1-rep"): -1.5,
+    }
+    return _beside("YOLOv6-S", theirs, EXACT, variants_table(INT8_ROWS, pairs))
 
 
 def table_16() -> str:
     """Return the share of INT8's loss that training recovers."""
     theirs = markdown(["Network", "INT8 AP", "FPS"], [list(row) for row in paper.TABLE_16])
-    pairs = (
-        ("s-qat-distilled", "s"),
-        ("s-rep-qat", "s-rep"),
-        ("s-rep-qat-distilled", "s-rep"),
-        ("s-rep-partial-distilled", "s-rep"),
-        ("s-rep-qat-distilled", "s-rep-qat"),
-        ("s-rep-partial-distilled", "s-rep-qat-distilled"),
-    )
+    # Their network in float has an AP of 42.4 (Table 15).
+    pairs = {
+        ("s-qat-distilled", "s"): None,
+        ("s-rep-qat", "s-rep"): None,
+        ("s-rep-qat-distilled", "s-rep"): -0.3,
+        ("s-rep-partial-distilled", "s-rep"): -0.1,
+        ("s-rep-qat-distilled", "s-rep-qat"): None,
+        ("s-rep-partial-distilled", "s-rep-qat-distilled"): 0.2,
+    }
     return _beside("YOLOv6-S (v1.0), T4", theirs, EXACT, variants_table(QAT_ROWS, pairs))
 
 
@@ -503,7 +545,8 @@ def table_20() -> str:
 def table_21() -> str:
     """Return AP with six layers in float."""
     theirs = markdown(["Six layers by", "AP"], [list(row) for row in paper.TABLE_21])
-    pairs = tuple((f"s-rep-six-{metric}", "s-rep-ptq") for metric, _ in paper.TABLE_21)
+    # Without any layer in float, theirs has an AP of 40.9 (Table 15).
+    pairs = {(f"s-rep-six-{metric}", "s-rep-ptq"): ap - 40.9 for metric, ap in paper.TABLE_21}
     return _beside(
         "YOLOv6-S (v1.0) with RepOptimizer",
         theirs,

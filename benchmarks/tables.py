@@ -59,6 +59,8 @@ TENSORRT8_FORMS = {
     ("fp16", "ours"): "FP16",
     ("int8", "ptq"): "INT8",
     ("int8+float6", "ptq"): "INT8, six layers in float",
+    ("int8", "ptq-rest-fp32"): "INT8, the rest in FP32",
+    ("int8", "qat"): "INT8 after QAT",
     ("int8", "cache"): "INT8 by a calibration cache",
     ("int8", "tensorrt-entropy"): "INT8, TensorRT's entropy calibration",
     ("int8", "tensorrt-minmax"): "INT8, TensorRT's min-max calibration",
@@ -275,22 +277,14 @@ def suppression_where() -> str:
         return _NOT_MEASURED
     data = result(SUPPRESSION)
     sets, leak = data["equality"], data["leak"]
-    rows = [*data["real"].values(), *data["speed"].values()]
-    text = (
-        f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. "
-        f"{sum(row['different'] for row in rows)} of the images of this table have other boxes "
-        f"than on the CPU. Of {sets['sets']} random sets, with up to {sets['most_candidates']} "
-        f"candidates, {sets['different']} have"
-    )
-    if sets.get("commit", data.get("commit")) != data.get("commit"):
-        text += (
-            f", as of commit {sets['commit']}, before the kernel looked kept boxes up by cells; "
-            f"since then {data['emulated']['different']} of {data['emulated']['sets']} in the "
-            "tests' emulation on a CPU"
-        )
-    return text + (
-        f". {leak['batches']} batches leak {leak['gpu_bytes']} bytes of GPU memory and "
-        f"{leak['host_bytes']} of host memory.\n"
+    cpu = data["cpu"]["sample"]
+    return (
+        f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. {sets['different']} of "
+        f"{sets['sets']} random sets, of up to {sets['most_candidates']} candidates, are another "
+        f"than on the CPU. {leak['batches']} batches leak {leak['gpu_bytes']} bytes of GPU memory "
+        f"and {leak['host_bytes']} of host memory. On one core of the CPU there "
+        f"({data['cpu_model']}), the sample network's {cpu['candidates']:.0f} candidates an image "
+        f"take {cpu['suppress_ms']:.2f} ms.\n"
     )
 
 
@@ -518,20 +512,46 @@ def tensorrt8_speed() -> str:
 
 
 def tensorrt8_accuracy() -> str:
-    """AP of the sample's engines on TensorRT 8, and of the same files on a CPU."""
+    """AP of trained detectors on TensorRT 8, and of the same files on a CPU."""
+    checkpoints = {"yolov6n": "default", "yolov6n-authors": "the authors'"}
+    lines = []
+    for row in sorted(
+        (row for row in result(TENSORRT8)["rows"] if row["ap"]),
+        key=lambda row: (row["network"], row["int8_convolutions"], row["precision"]),
+    ):
+        change = row.get("ap_change")
+        agreement = row.get("agreement_with_cpu")
+        lines.append(
+            [
+                checkpoints[row["network"]],
+                TENSORRT8_FORMS[row["precision"], row["how"]],
+                f"{row['int8_convolutions']} of {row['convolutions']}",
+                " and ".join(f"{ap:.4f}" for ap in row.get("ap_of_builds", [row["ap"]])),
+                "" if row["ap_cpu"] is None else f"{row['ap_cpu']:.4f}",
+                f"{change[0]:+.4f} ({change[1]:+.4f} to {change[2]:+.4f})" if change else "",
+                f"{agreement:.3f}" if agreement else "",
+            ]
+        )
+    head = ["checkpoint", "", "in INT8", "AP on the H100", "on a CPU", "difference", "agreement"]
+    return markdown(head, lines)
+
+
+def tensorrt8_others() -> str:
+    """ONNX Runtime on the GPU, and TensorRT-RTX, beside TensorRT 8."""
+    data = result(TENSORRT8)
     lines = [
         [
-            TENSORRT8_FORMS[row["precision"], row["how"]],
-            f"{row['int8_convolutions']} of {row['convolutions']}",
-            f"{row['ap']:.4f}",
-            "" if row["ap_cpu"] is None else f"{row['ap_cpu']:.4f}",
+            row["network"].replace("yolov6", "YOLOv6-").upper().replace("YOLOV", "YOLOv"),
+            row["precision"].upper(),
+            f"{row['how']}, {row['backend_version']}",
+            row["batch"],
+            f"{row['ms']:.2f}",
+            f"{row['ap']:.4f}" if row.get("ap") else "",
+            f"{row['ap_cpu']:.4f}" if row.get("ap_cpu") else "",
         ]
-        for row in sorted(
-            (row for row in result(TENSORRT8)["rows"] if row["ap"]),
-            key=lambda row: (row["int8_convolutions"], row["precision"]),
-        )
+        for row in (*data["onnxruntime"], *data["tensorrt_rtx"])
     ]
-    return markdown(["the default checkpoint", "in INT8", "AP on the H100", "on a CPU"], lines)
+    return markdown(["", "", "", "batch", "ms", "AP", "AP on a CPU"], lines)
 
 
 def summary() -> str:
@@ -546,7 +566,7 @@ def summary() -> str:
     lines = []
     for form in forms:
         found = [row for row in rows if (row["precision"], row["how"]) == form]
-        accurate = next(row for row in found if row["ap"])
+        accurate = next(row for row in found if row["ap"] and row["network"] == "yolov6n")
         fast = next((row for row in found if row["fps"]), None)
         lines.append(
             [
@@ -669,6 +689,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "tensorrt8-speed": tensorrt8_speed,
     "tensorrt8-accuracy": tensorrt8_accuracy,
+    "tensorrt8-others": tensorrt8_others,
     "tensorrt8-layers": tensorrt8_layers,
     "int8-steps": int8_steps,
     "int8-real-networks": int8_real_networks,

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks import ablation_variants, paper
+from benchmarks.ablation_scores import collect, over_folds
 from benchmarks.ablation_variants import TABLES, VARIANTS
 from benchmarks.folds import (
     FOLDS,
@@ -45,8 +46,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def folds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The samples' 72 images as a data set of two splits, dealt into folds."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples' 72 images as a data set of two splits."""
     source = tmp_path_factory.mktemp("source")
     content = json.loads((ROOT / "samples/annotations/instances_val.json").read_text())
     (source / "annotations").mkdir()
@@ -58,6 +59,12 @@ def folds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = json.dumps({**content, "images": images, "annotations": boxes})
         (source / "annotations" / f"instances_{split}.json").write_text(text)
         (source / "images" / split).symlink_to(ROOT / "samples" / "images" / "val")
+    return source
+
+
+@pytest.fixture(scope="module")
+def folds(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those images, dealt into folds."""
     return write_folds(source, tmp_path_factory.mktemp("folds"))
 
 
@@ -325,9 +332,12 @@ def test_rebuilt_networks_have_the_parameters_of_table_2() -> None:
 
 
 @given(st.integers(-50, 50), st.floats(-0.05, 0.05), st.floats(0.0001, 0.05))
-def test_a_verdict_needs_an_interval_without_zero(theirs: int, value: float, half: float) -> None:
+def test_a_verdict_needs_intervals_without_zero(theirs: int, value: float, half: float) -> None:
     found = {"value": value, "low": value - half, "high": value + half}
-    said = verdict(theirs, found)
+    wide = {"value": value, "low": -1.0, "high": 1.0}
+    said = verdict(theirs, {"folds": found, "images": None})
+    assert verdict(theirs, {"folds": found, "images": found}) == said
+    assert verdict(theirs, {"folds": found, "images": wide}) == "cannot tell"
     if abs(value) < half:
         assert said == "cannot tell"
     elif abs(value) > half:
@@ -350,14 +360,39 @@ def test_a_sentence_counts_the_comparisons_and_says_what_could_be_shown() -> Non
 
 
 def _compared(network: str, row: str, value: float, half: float) -> dict[str, Any]:
-    return {
-        "network": network,
-        "row": row,
-        "base": "VariFocal",
-        "value": value,
-        "low": value - half,
-        "high": value + half,
-    }
+    found = {"value": value, "low": value - half, "high": value + half}
+    return {"network": network, "row": row, "base": "VariFocal", "folds": found, "images": None}
+
+
+def test_the_interval_over_folds_is_students() -> None:
+    values = [0.50, 0.52, 0.49, 0.51, 0.53]
+    half = 2.776445 * 0.0158114 / math.sqrt(5)  # 97.5 % of Student's t of 4, deviation
+    found = over_folds(values)
+    assert (found.value, found.low, found.high) == pytest.approx((0.51, 0.51 - half, 0.51 + half))
+
+
+def test_variants_of_other_schedules_are_not_compared(source: Path, tmp_path: Path) -> None:
+    jobs = [
+        {
+            "variant": name,
+            "fold": fold,
+            "seed": fold,
+            "epochs": epochs,
+            "batch": 32,
+            "image_size": 320,
+            "AP": {"plain": 0.5 + 0.01 * fold + gain},
+            "seconds": 1.0,
+        }
+        for name, epochs, gain in (("n", 60, 0.0), ("n-poly", 60, -0.1), ("n-focal", 80, 0.1))
+        for fold in range(FOLDS)
+    ]
+    (tmp_path / "ablations.json").write_text(json.dumps({"jobs": jobs, "seconds": 1.0}))
+    result = collect([tmp_path], source)
+    assert set(result["variants"]) == {"n", "n-poly", "n-focal"}
+    (row,) = result["tables"]["8"]
+    assert row["row"] == "poly"
+    assert row["folds"]["value"] == pytest.approx(-0.1)
+    assert row["images"] is None
 
 
 def test_choices_that_inputs_are_named_after_exist() -> None:

@@ -23,6 +23,7 @@ from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.equalization import solve
 from trt_yolov6.quantization.equalization.channel_graph import FIXED, rescale, trace_channels
 from trt_yolov6.quantization.equalization.solve import equalize, noise_to_signal, tensors_to_measure
 from trt_yolov6.quantization.qdq.insert import insert_qdq
@@ -325,6 +326,78 @@ def test_a_weight_that_two_convolutions_share_is_left_alone() -> None:
     assert channels.classes["again"].tolist() == [FIXED] * 4
 
 
+ALL = [0, 1, 2, 3, 4]
+"""Channels of the convolution before the operator under test."""
+
+
+@pytest.mark.parametrize(
+    ("op", "constants", "attributes", "parts"),
+    [
+        ("Slice", [[1], [4], [1], [2]], {}, [[1, 3]]),
+        ("Slice", [[1], [4], [1]], {}, [[1, 2, 3]]),
+        ("Slice", [[0], [4], [2]], {}, [ALL]),
+        ("Slice", [[1], [4], [-1], [2]], {}, [ALL]),
+        ("Slice", [[2, 0], [5, 4], [1, 3]], {}, [[2, 3, 4]]),
+        ("Slice", [[0], [1], [0]], {}, None),
+        ("Slice", [[4], [0], [1], [-1]], {}, None),
+        ("Split", [[1, 4]], {"axis": 1}, [[0], [1, 2, 3, 4]]),
+        ("Split", [[2, 1, 2]], {"axis": -3}, [[0, 1], [2], [3, 4]]),
+        ("Split", [], {"axis": 1, "num_outputs": 2}, [[0, 1, 2], [3, 4]]),
+        ("Split", [[6, 2]], {"axis": 2}, [ALL, ALL]),
+        ("Pad", [[0, 0, 1, 1, 0, 0, 1, 1]], {}, [ALL]),
+        ("Pad", [[0, 0, 1, 0, 0, 0, 0, 1], 0.0], {}, [ALL]),
+        ("Pad", [[0, 0, 1, 1, 0, 0, 1, 1], 1.0], {}, None),
+        ("Pad", [[0, 1, 0, 0, 0, 0, 0, 0]], {}, None),
+        ("ReduceMean", [[2, 3]], {}, [ALL]),
+        ("ReduceMean", [[-1]], {"keepdims": 1}, [ALL]),
+        ("ReduceMean", [[1]], {}, None),
+    ],
+)
+def test_channels_are_followed_through_parts_of_tensors(
+    op: str,
+    constants: list[list[int] | float],
+    attributes: dict[str, Any],
+    parts: list[list[int]] | None,
+) -> None:
+    drawing = Drawing(0)
+    source = drawing.convolution("images", outputs=5)
+    values = [np.array(c, np.float32 if isinstance(c, float) else np.int64) for c in constants]
+    names = [f"part{index}" for index in range(len(parts or [ALL]))]
+    inputs = [source, *map(drawing.constant, values)]
+    drawing.nodes.append(helper.make_node(op, inputs, names, **attributes))
+    model = helper.make_model(
+        helper.make_graph(
+            drawing.nodes,
+            "parts",
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 4, SIZE, SIZE])],
+            [],
+            drawing.constants,
+        ),
+        opset_imports=[helper.make_opsetid("", 18)],
+    )
+    channels = trace_channels(model)
+    before = channels.classes[source]
+    if parts is None:
+        assert before.tolist() == [FIXED] * 5
+        return
+    assert sorted(before) == [1, 2, 3, 4, 5]
+    for name, part in zip(names, parts, strict=True):
+        assert channels.classes[name].tolist() == before[part].tolist()
+
+
+def test_smoothing_is_left_out_where_it_gains_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing = Drawing(0)
+    drawing.convolution(drawing.add("HardSwish", [drawing.convolution("images")], 4))
+    weights = numpy_helper.to_array(drawing.constants[0])
+    wild = weights * np.array([1, 10, 100, 1000], np.float32)[:, None, None, None]
+    drawing.constants[0].CopyFrom(numpy_helper.from_array(wild, "c0"))
+    model = drawing.model()
+    found = measured(model)
+    for gain, has_it in ((1e-6, True), (1e6, False)):
+        monkeypatch.setattr(solve, "SMOOTHING_GAIN", gain)
+        assert any(n.op_type == "Mul" for n in equalize(model, found).graph.node) is has_it
+
+
 def chain() -> onnx.ModelProto:
     """Three convolutions with ReLU between them: what the formula of the noise can be tried on."""
     drawing = Drawing(3)
@@ -382,6 +455,35 @@ def test_no_step_from_the_optimum_lessens_the_noise() -> None:
                 factors[index] = step
                 moved = rescale(best, channels, factors)
                 assert noise_to_signal(moved, measured(moved)) > 0.995 * least
+
+
+def test_a_channel_of_large_weights_gets_a_wider_range_than_the_others() -> None:
+    """One large weight of 64 rounds the others away, so that equal ranges are not the best."""
+    drawing = Drawing(0)
+    hidden = drawing.add("Relu", [drawing.convolution("images", outputs=64)], 64)
+    drawing.convolution(hidden, outputs=2)
+    model = drawing.model()
+    read = next(item for item in model.graph.initializer if item.dims == [2, 64, 3, 3])
+    weights = numpy_helper.to_array(read).copy()
+    weights[0, 0] *= 30
+    weights[1, 1] *= 30
+    read.CopyFrom(numpy_helper.from_array(weights, read.name))
+    best = equalize(model, measured(model), smooth=False)
+    channels, found = trace_channels(best), measured(best)
+    ranges = found[hidden].amax_per_channel
+    assert ranges is not None
+    assert ranges[:2].min() > 2 * np.median(ranges)
+    # No other factor of the two would do, and least of all the one that makes all ranges equal.
+    least = noise_to_signal(best, found)
+    for octaves in (-3, -1, -0.5, 0.5, 1, 3):
+        factors = np.ones(channels.count, np.float32)
+        factors[channels.classes[hidden][:2]] = 2.0**octaves
+        moved = rescale(best, channels, factors)
+        assert noise_to_signal(moved, measured(moved)) > 0.995 * least
+    factors = np.ones(channels.count, np.float32)
+    factors[channels.classes[hidden]] = 1 / ranges
+    equal = rescale(best, channels, factors)
+    assert noise_to_signal(equal, measured(equal)) > 1.05 * least
 
 
 def test_rescaling_beforehand_changes_nothing() -> None:

@@ -175,6 +175,40 @@ class TestRules:
         graph.conv("after", graph.node("Add", [second, first], "total"), (8, 4))
         assert place(graph.model("after_out")).tensors == ("images", "first_out", "total")
 
+    @pytest.mark.parametrize(
+        ("op", "terms", "fuses"),
+        [
+            ("Add", ["side", "branch_out"], True),
+            ("Sum", ["side", "branch_out"], True),
+            ("Mul", ["side", "branch_out"], False),
+            ("Sum", ["side", "branch_out", "trunk_out"], False),
+        ],
+    )
+    def test_only_the_addition_of_two_tensors_is_fused(
+        self, op: str, terms: list[str], fuses: bool
+    ) -> None:
+        graph = GraphWriter()
+        trunk = graph.conv("trunk", "images", (3, 8))
+        graph.node("Sigmoid", [trunk], "side")
+        graph.conv("branch", trunk, (8, 8))
+        graph.conv("after", graph.node(op, terms, "total"), (8, 4))
+        assert ("side" in place(graph.model("after_out")).tensors) is fuses
+
+    def test_a_convolution_that_others_read_too_is_not_fused_with_an_addition(self) -> None:
+        graph = GraphWriter()
+        trunk = graph.conv("trunk", "images", (3, 8))
+        branch = graph.conv("branch", trunk, (8, 8))
+        total = graph.node("Add", [graph.node("Sigmoid", [trunk], "side"), branch], "total")
+        graph.conv("after", total, (8, 4))
+        graph.node("Relu", [branch], "again")
+        assert "side" not in place(graph.model("after_out", "again")).tensors
+
+    def test_a_mean_of_everything_is_no_squeeze_of_space(self) -> None:
+        graph = GraphWriter()
+        trunk = graph.conv("trunk", "images", (3, 8))
+        gate = graph.conv("gate", graph.node("ReduceMean", [trunk], "mean"), (8, 8))
+        assert "trunk" in place(graph.model(gate)).layers
+
     def test_nothing_is_quantized_for_an_addition_behind_activations(self) -> None:
         graph = GraphWriter()
         terms = [
@@ -255,6 +289,14 @@ class TestRulesToChoose:
     def test_fewer_than_sixteen_input_channels(self) -> None:
         layers = [(3, 16), (16, 15), (15, 4)]
         assert in_float(reads_few_channels, *layers) == ("0", "2")
+
+    @pytest.mark.parametrize(("group", "few"), [(8, True), (4, False)])
+    def test_the_channels_of_a_transposed_convolution_s_group(self, group: int, few: bool) -> None:
+        graph = GraphWriter()
+        wide = graph.conv("wide", "images", (3, 64))
+        up = graph.conv("up", wide, (64, 2), kernel=2, op="ConvTranspose", group=group)
+        found = place(graph.model(up), exclude_rules=(reads_few_channels,)).float_layers
+        assert ("up" in found) is few
 
     def test_the_channels_of_a_group_are_what_counts(self) -> None:
         assert in_float(reads_few_channels, (3, 32), (32, 32)) == ("0",)

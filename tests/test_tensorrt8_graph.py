@@ -19,6 +19,7 @@ from trt_yolov6.engines.tensorrt.weakly_typed import (
     give_transposed_float_weights,
     implicit_graph,
     join_siblings,
+    scale_shortcuts,
     split_pools,
     weak_graph,
 )
@@ -222,6 +223,20 @@ class TestQuantized:
         assert kinds(result)["Div"] == 2
         assert kinds(result)["Mul"] == kinds(model)["Mul"] - 2
         assert_same(model, result, rtol=0.05)  # a rounding may fall on the other side
+
+
+@pytest.mark.parametrize(("factor", "scaled"), [(0.7, True), (-0.7, False)])
+def test_the_weight_of_a_shortcut_goes_into_the_scale(factor: float, scaled: bool) -> None:
+    graph = GraphWriter()
+    start = graph.pair(graph.conv_relu("start", "images", (3, 4)), 0.02)
+    weight = graph.constant("weight", np.array(factor, np.float32))
+    shortcut = graph.node("Mul", [weight, start], "shortcut")
+    inner = graph.conv_relu("inner", start, (4, 4))
+    model = graph.model(graph.node("Add", [inner, shortcut], "out"))
+    result = copy(model)
+    scale_shortcuts(result)
+    assert kinds(result)["Mul"] == (0 if scaled else 1)
+    assert_same(model, result, rtol=1e-6)
 
 
 class TestSiblings:

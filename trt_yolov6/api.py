@@ -6,10 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 from trt_yolov6.engines.base import Engine, LoadOptions
-from trt_yolov6.pipeline import build, export, quantize
 from trt_yolov6.runtime.detector import Detector
 from trt_yolov6.spec import PredictOptions
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from trt_yolov6.bench.latency import BenchmarkResult
     from trt_yolov6.comparison.plan import Plan
     from trt_yolov6.diagnostics.inspection import Inspection
+    from trt_yolov6.pipeline import build, export, quantize
     from trt_yolov6.runtime.evaluate import Evaluation
     from trt_yolov6.training.recipe import TrainSettings
     from trt_yolov6.training.trainer import TrainResult
@@ -34,6 +34,20 @@ __all__ = [
     "quantize",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the verbs that make engines when they are used: those that run engines need them not.
+
+    Raises:
+        AttributeError: there is no such verb.
+    """
+    if name not in ("build", "export", "quantize"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from trt_yolov6 import pipeline
+
+    return getattr(pipeline, name)
+
 
 AnyDetector: TypeAlias = "Detector | Engine | str | Path"
 """A loaded detector, its engine, or the path of an engine file, loaded for the call only."""
@@ -303,7 +317,7 @@ def train(
     model: str | None = None,
     weights: str | Path | None = None,
     device: str | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     progress: bool = True,
     **recipe: Any,
 ) -> TrainResult:
@@ -317,7 +331,7 @@ def train(
         weights: checkpoint to fine-tune.
         device: `cpu`, `cuda` or `cuda:N`. Default: a GPU where there is one.
         resume: continue the training in `output` with the same settings; after an interruption it
-            ends with the same weights on a CPU.
+            ends with the same weights on a CPU. `auto`: if the folder holds a training.
         progress: show a progress bar; off a terminal, log a line an epoch.
         recipe: what differs from the recipe: `epochs`, `batch`, `image_size`, `seed`, `precision`,
             `teacher` and the other arguments of `training.recipe.recipe_for`.

@@ -6,11 +6,10 @@ line can list the names at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class BackendRow:
+class BackendRow(NamedTuple):
     """Where a backend is, and how its plans are named."""
 
     module: str

@@ -112,9 +112,10 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare, print the results and, with a baseline, the gate's verdict."""
+    from trt_yolov6.api import compare
     from trt_yolov6.comparison.gate import Limits, check, check_comparable, format_verdict
     from trt_yolov6.comparison.results import FILE, read_results
-    from trt_yolov6.comparison.run import compare, side_by_side
+    from trt_yolov6.comparison.run import side_by_side
     from trt_yolov6.comparison.summary import format_results
 
     if options.baseline is None:

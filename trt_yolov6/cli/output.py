@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,18 +20,17 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-class _Lines(logging.Handler):
-    """Print the package's messages as they are."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
-
-
 @contextlib.contextmanager
 def log_shown() -> Iterator[None]:
     """Print what the package logs of its progress, as long as the block runs."""
+    import logging  # not for `--help`, which answers at once
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
     log = logging.getLogger("trt_yolov6")
-    handler, level = _Lines(), log.level
+    handler, level = Lines(), log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:

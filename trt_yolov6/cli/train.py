@@ -141,7 +141,8 @@ def run(options: argparse.Namespace) -> None:
         return
     if not options.resume:
         _check_data(options)
-    from trt_yolov6.training.trainer import stored_settings, train
+    from trt_yolov6.api import train
+    from trt_yolov6.training.trainer import stored_settings
 
     if options.resume:
         for name, value in vars(options).items():
@@ -164,7 +165,6 @@ def run(options: argparse.Namespace) -> None:
         device=options.device,
         resume="auto" if options.auto_resume else options.resume,
         progress=not options.quiet,
-        tell=say,
     )
     if not first:
         return

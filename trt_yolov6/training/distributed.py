@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -132,7 +132,8 @@ def placed(network: Network, device: torch.device | str) -> Network:
 def with_common_statistics(model: nn.Module, processes: Processes) -> None:
     """Make batch normalizations use the statistics of all processes' images, in place.
 
-    Parameters and buffers stay the same objects. Every process must have equally many images.
+    Parameters and buffers stay the same objects. On GPUs it is PyTorch's SyncBatchNorm, which has
+    no CPU version.
     """
     if processes.world == 1:
         return
@@ -143,8 +144,12 @@ def with_common_statistics(model: nn.Module, processes: Processes) -> None:
 
 
 def _common(bn: nn.BatchNorm2d, processes: Processes) -> nn.Module:
-    kind = GpuBatchNorm if processes.device.type == "cuda" else _CpuBatchNorm
-    common = kind(bn.num_features, bn.eps, bn.momentum or 0.1)
+    if processes.device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(bn)  # type: ignore[no-untyped-call]
+        # It counts its steps, whether anyone asks or not.
+        converted.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=processes.device)
+        return converted
+    common = _CommonBatchNorm(bn.num_features, bn.eps, bn.momentum or 0.1)
     common.weight, common.bias = bn.weight, bn.bias
     common.running_mean, common.running_var = bn.running_mean, bn.running_var
     common.num_batches_tracked = bn.num_batches_tracked
@@ -152,84 +157,8 @@ def _common(bn: nn.BatchNorm2d, processes: Processes) -> nn.Module:
     return common
 
 
-class GpuBatchNorm(nn.BatchNorm2d):
-    """Batch normalization over the images of all processes, each with equally many; on GPUs.
-
-    The kernels are those of PyTorch's SyncBatchNorm. That one lets processes have different numbers
-    of images, and to find out it waits for the GPU in every layer; this one never does.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        own = x if _is_dense(x) else x.contiguous()
-        result: Tensor = _Synchronized.apply(  # type: ignore[no-untyped-call]
-            own,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            0.1 if self.momentum is None else self.momentum,
-            self.eps,
-        )
-        return result
-
-
-class _Synchronized(torch.autograd.Function):
-    """Normalization with the mean and variance of all processes' values."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        world = dist.get_world_size()
-        own = torch.stack(torch.batch_norm_stats(x, eps))
-        everyone = own.new_empty(world, *own.shape)
-        dist.all_gather_into_tensor(everyone, own)
-        count = x.numel() // x.shape[1]
-        mean, inverse = torch.batch_norm_gather_stats_with_counts(
-            x,
-            everyone[:, 0],
-            everyone[:, 1],
-            running_mean,
-            running_var,
-            momentum,
-            eps,
-            own.new_full((world,), count),
-        )
-        counts = torch.full((world,), count, dtype=torch.int32, device=x.device)
-        ctx.save_for_backward(x, weight, mean, inverse, counts)
-        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse, counts = ctx.saved_tensors
-        if not _is_dense(gradient):
-            gradient = gradient.contiguous()
-        sums, moments, of_weight, of_bias = torch.batch_norm_backward_reduce(
-            gradient, x, mean, inverse, weight, True, True, True
-        )
-        both = torch.stack([sums, moments])
-        dist.all_reduce(both)
-        of_x = torch.batch_norm_backward_elemt(
-            gradient, x, mean, inverse, weight, both[0], both[1], counts
-        )
-        return of_x, of_weight, of_bias, None, None, None, None
-
-
-def _is_dense(value: Tensor) -> bool:
-    return value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
-
-
-class _CpuBatchNorm(nn.BatchNorm2d):
-    """The same on CPUs, where those kernels do not exist."""
+class _CommonBatchNorm(nn.BatchNorm2d):
+    """Batch normalization over the images of all processes, each with equally many; on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -10,6 +10,9 @@ it stops at the usual ones (seen in 8.6.0 on an H100):
   values, and computes in half precision.
 - A multiplication by a constant per channel before a QuantizeLinear ends in `mergeScales: Assertion
   equalOrZero`. A division by the reciprocals does not.
+- A multiplication of a dequantized tensor by one number (the shortcuts of M and L) ends in
+  `chooseHigherPrecision: Assertion`; it is likely, and not tried yet, that a DequantizeLinear with
+  the number in its scale does not.
 - Convolutions that read one tensor, and that no activation is fused with, are merged; in INT8 that
   ends in `chooseHigherPrecision: Assertion`. Here they are one convolution and a Split.
 
@@ -91,6 +94,7 @@ def weak_graph(content: bytes) -> WeakGraph:
     if quantized:
         drop_idle_pairs(model)
         give_transposed_float_weights(model)
+        scale_shortcuts(model)
         divide_channels(model)
         join_siblings(model)
     return WeakGraph(model.SerializeToString(), half, quantized, single, half_outputs)
@@ -262,6 +266,35 @@ def give_transposed_float_weights(model: onnx.ModelProto) -> None:
     for layer in graph.int8_layers("ConvTranspose"):
         values = layer.weights.values()
         layer.node.input[1] = graph.constant(f"{layer.output}/float_weight", values)
+    graph.write()
+
+
+def scale_shortcuts(model: onnx.ModelProto) -> None:
+    """Put a positive number that a dequantized tensor is multiplied by into its scale."""
+    from onnx import helper
+
+    graph = _Graph(model)
+    for node in graph.nodes:
+        if node.op_type != "Mul":
+            continue
+        for name, other in (node.input, reversed(node.input)):
+            factor, source = graph.value(name), graph.producer(other)
+            if factor is None or factor.size != 1 or not factor.item() > 0 or source is None:
+                continue
+            scale = graph.value(source.input[1]) if len(source.input) > 1 else None
+            if source.op_type != "DequantizeLinear" or scale is None or scale.size != 1:
+                continue
+            scaled = graph.constant(
+                f"{node.output[0]}/scale", np.array(scale.item() * factor.item(), np.float32)
+            )
+            dequantize = helper.make_node(
+                "DequantizeLinear",
+                [source.input[0], scaled, *source.input[2:]],
+                node.output,
+                node.name,
+            )
+            graph.replace([node], [dequantize])
+            break
     graph.write()
 
 

@@ -1,0 +1,248 @@
+"""Scores of the ablations: AP of all folds together, and how sure a difference is.
+
+Two intervals of 95 % say how sure. Over images: a bootstrap, paired, of the AP of all detections;
+it takes the networks as given. Over folds: Student's t of the five differences of AP, of networks
+with the same images and seeds; it knows what training does by chance, from five values.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ablation_variants import PLAIN, TABLES, VARIANTS, Cell, Table
+from benchmarks.folds import (
+    FOLDS,
+    ap_by_fold,
+    ap_of,
+    difference,
+    match_all,
+    read_truth,
+    write_folds,
+)
+from trt_yolov6.common.files import read_json
+from trt_yolov6.common.statistics import CONFIDENCE, student_t
+from trt_yolov6.quantization.resampling import Interval, MatchedDetections
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A variant's networks of all folds, judged with one input."""
+
+    variant: str
+    image_size: int
+    schedule: float
+    """Epochs, over those that the variant asks for of its schedule."""
+    by_fold: tuple[float, ...]
+    """AP of each fold's network in its own fold, 0..1."""
+    matched: MatchedDetections | None
+    """Detections of all folds; None where they were lost."""
+
+
+Scores = Mapping[tuple[str, str], Scored]
+"""By variant and input."""
+
+
+def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) -> dict[str, Any]:
+    """Score the results of one or several calls.
+
+    Args:
+        folders: what `--out` named, in order of time; of a job that is in several, the last counts.
+        data: BCCD.
+        limit: as for `write_folds`.
+    """
+    calls = [read_json(folder / "ablations.json") for folder in folders]
+    jobs: dict[tuple[str, int], dict[str, Any]] = {}
+    found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
+    for folder, call in zip(folders, calls, strict=True):
+        fresh = {(job["variant"], job["fold"]): job for job in call["jobs"]}
+        jobs |= fresh
+        for file in sorted(folder.glob("found-*.npz")):
+            with np.load(file) as arrays:
+                for name in arrays.files:
+                    variant, fold, given = name.split("/")
+                    if (variant, int(fold)) in fresh:
+                        found[variant, given][int(fold)] = arrays[name]
+    whole = {
+        name: own
+        for name in VARIANTS
+        if len(own := [jobs[name, fold] for fold in range(FOLDS) if (name, fold) in jobs]) == FOLDS
+        and len({(job["epochs"], job["image_size"]) for job in own}) == 1
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        truth = read_truth(write_folds(data.resolve(), Path(scratch), limit=limit))
+    scores: dict[tuple[str, str], Scored] = {}
+    for name, own in whole.items():
+        for given in own[0]["AP"]:
+            parts = found[name, given]
+            together = None
+            by_fold = [job["AP"][given] for job in own]
+            if sorted(parts) == list(range(FOLDS)):
+                together = match_all(truth, np.concatenate([parts[fold] for fold in range(FOLDS)]))
+                by_fold = ap_by_fold(truth, together)
+            scores[name, given] = Scored(
+                name,
+                own[0]["image_size"],
+                round(own[0]["epochs"] / VARIANTS[name].stretch),
+                tuple(by_fold),
+                together,
+            )
+    left_out = ("jobs", "missing")
+    return {
+        "images": len(truth.images),
+        "folds": FOLDS,
+        "calls": [
+            {key: value for key, value in call.items() if key not in left_out} for call in calls
+        ],
+        "variants": {name: _entry(name, own, scores) for name, own in whole.items()},
+        "repeats": _compared_pairs([(f"{model}-again", model) for model in "ns"], scores),
+        "tables": {number: _compared_rows(table, scores) for number, table in TABLES.items()},
+        "pairs": _compared_pairs(PAIRS, scores),
+    }
+
+
+def _entry(name: str, own: Sequence[dict[str, Any]], scores: Scores) -> dict[str, Any]:
+    return {
+        "folds": FOLDS,
+        "seeds": [job["seed"] for job in own],
+        "epochs": own[0]["epochs"],
+        "image_size": own[0]["image_size"],
+        "batch": own[0]["batch"],
+        "epoch_s": _median(job.get("epoch_s") for job in own),
+        "seconds": _median(job["seconds"] for job in own),
+        "float_layers": [job["float_layers"] for job in own if job.get("float_layers")],
+        "AP": {given: _figures(scores[name, given]) for given in own[0]["AP"]},
+    }
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _figures(one: Scored) -> dict[str, Any]:
+    return {
+        "by_fold": list(one.by_fold),
+        "folds": _json(over_folds(one.by_fold)),
+        "images": None if one.matched is None else _json(ap_of(one.matched)),
+    }
+
+
+def over_folds(values: Sequence[float]) -> Interval:
+    """Return the mean of the folds' values and Student's interval for it."""
+    mean = statistics.fmean(values)
+    count = len(values)
+    half = student_t(CONFIDENCE, count - 1) * statistics.stdev(values) / count**0.5
+    return Interval(mean, mean - half, mean + half)
+
+
+def compared(own: Scored, base: Scored) -> dict[str, Any]:
+    """Return how much higher an AP is than another one, with both intervals, 0..1."""
+    apart = [one - other for one, other in zip(own.by_fold, base.by_fold, strict=True)]
+    images = None
+    if own.matched is not None and base.matched is not None:
+        images = _json(difference(own.matched, base.matched))
+    return {"folds": _json(over_folds(apart)), "images": images}
+
+
+def _json(found: Interval) -> dict[str, float]:
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def _alike(own: Scored, base: Scored) -> bool:
+    """Return whether two variants were trained by the same schedule."""
+    quantized = [VARIANTS[one.variant].quantized is not None for one in (own, base)]
+    return own.image_size == base.image_size and (any(quantized) or own.schedule == base.schedule)
+
+
+def _compared_rows(table: Table, scores: Scores) -> list[dict[str, Any]]:
+    """Return the differences from the base of a table, for all that is there."""
+    rows = []
+    for column, network in enumerate(table.columns):
+        for label, cells in table.rows.items():
+            base = None if cells[column] is None else table.base_of(label, column)
+            if base is None:
+                continue
+            own, other = _of(cells[column], scores), _of(table.rows[base][column], scores)
+            if own is not None and other is not None and _alike(own, other):
+                found = compared(own, other)
+                rows.append({"network": network, "row": label, "base": base, **found})
+    return rows
+
+
+def _of(cell: Cell | None, scores: Scores) -> Scored | None:
+    return None if cell is None else scores.get((cell.variant, cell.input))
+
+
+PAIRS = (
+    ("s-rep", "s"),
+    ("s-ptq", "s"),
+    ("s-rep-ptq", "s-rep"),
+    ("s-ptq-tuned", "s"),
+    ("s-rep-ptq-tuned", "s-rep"),
+    ("s-qat-distilled", "s"),
+    ("s-rep-qat", "s-rep"),
+    ("s-rep-qat-distilled", "s-rep"),
+    ("s-rep-partial-distilled", "s-rep"),
+    ("s-rep-qat-distilled", "s-rep-qat"),
+    ("s-rep-partial-distilled", "s-rep-qat-distilled"),
+    *((f"s-rep-six-{metric}", "s-rep-ptq") for metric in ("mse", "cosine", "snr", "ap")),
+    *(
+        (f"{name}-ptq{tail}", name)
+        for name in ("s-objectness", "s-v1-rep")
+        for tail in ("", "-per-tensor")
+    ),
+    ("s-ptq-per-tensor", "s"),
+    ("s-rep-ptq-per-tensor", "s-rep"),
+    ("s-v1-rep", "s-objectness"),
+    ("m-distilled", "m"),
+    ("s-full", "n-full"),
+    ("n-full", "n"),
+    ("s-full", "s"),
+)
+"""Variants that are compared outside Tables 2 to 14, each with what it is compared with."""
+
+
+def _compared_pairs(pairs: Iterable[tuple[str, str]], scores: Scores) -> list[dict[str, Any]]:
+    return [
+        {"variant": own, "base": base, **compared(scores[own, PLAIN], scores[base, PLAIN])}
+        for own, base in pairs
+        if (own, PLAIN) in scores and (base, PLAIN) in scores
+    ]
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Return the APs and differences as text."""
+    lines = []
+    for name, entry in result["variants"].items():
+        for given, ap in entry["AP"].items():
+            lines.append(
+                f"{name:28s} {given:7s} AP over folds {_points(ap['folds'], '')}, over images "
+                f"{_points(ap['images'], '')}, {entry['epochs']} epochs at {entry['image_size']}"
+            )
+    for kind in ("repeats", "pairs"):
+        lines += [f"{row['variant']} - {row['base']}: {_both(row)}" for row in result[kind]]
+    for number, rows in result["tables"].items():
+        lines += [
+            f"Table {number}, {row['network']}: {row['row']} - {row['base']}: {_both(row)}"
+            for row in rows
+        ]
+    return "\n".join(lines)
+
+
+def _both(row: Mapping[str, Any]) -> str:
+    return f"over folds {_points(row['folds'])}, over images {_points(row['images'])}"
+
+
+def _points(found: Mapping[str, float] | None, sign: str = "+") -> str:
+    if found is None:
+        return "unknown"
+    value, low, high = (100 * found[name] for name in ("value", "low", "high"))
+    return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
