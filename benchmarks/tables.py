@@ -291,8 +291,8 @@ def suppression_where() -> str:
             "tests' emulation on a CPU"
         )
     return text + (
-        f". {leak['batches']} batches leak {leak['gpu_bytes']} bytes of GPU memory and "
-        f"{leak['host_bytes']} of host memory.\n"
+        f". After {leak['batches']} batches, {leak['gpu_bytes']} bytes of GPU memory and "
+        f"{leak['host_bytes']} of host memory more are in use.\n"
     )
 
 
@@ -545,7 +545,7 @@ def tensorrt8_accuracy() -> str:
 
 
 def tensorrt8_others() -> str:
-    """ONNX Runtime on the GPU, and TensorRT-RTX, next to TensorRT 8."""
+    """ONNX Runtime on the GPU, and TensorRT-RTX, beside TensorRT 8."""
     data = result(TENSORRT8)
     lines = [
         [
