@@ -277,14 +277,22 @@ def suppression_where() -> str:
         return _NOT_MEASURED
     data = result(SUPPRESSION)
     sets, leak = data["equality"], data["leak"]
-    cpu = data["cpu"]["sample"]
-    return (
-        f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. {sets['different']} of "
-        f"{sets['sets']} random sets, of up to {sets['most_candidates']} candidates, are another "
-        f"than on the CPU. {leak['batches']} batches leak {leak['gpu_bytes']} bytes of GPU memory "
-        f"and {leak['host_bytes']} of host memory. On one core of the CPU there "
-        f"({data['cpu_model']}), the sample network's {cpu['candidates']:.0f} candidates an image "
-        f"take {cpu['suppress_ms']:.2f} ms.\n"
+    rows = [*data["real"].values(), *data["speed"].values()]
+    text = (
+        f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. "
+        f"{sum(row['different'] for row in rows)} of the images of this table have other boxes "
+        f"than on the CPU. Of {sets['sets']} random sets, with up to {sets['most_candidates']} "
+        f"candidates, {sets['different']} have"
+    )
+    if sets.get("commit", data.get("commit")) != data.get("commit"):
+        text += (
+            f", as of commit {sets['commit']}, before the kernel looked kept boxes up by cells; "
+            f"since then {data['emulated']['different']} of {data['emulated']['sets']} in the "
+            "tests' emulation on a CPU"
+        )
+    return text + (
+        f". After {leak['batches']} batches, {leak['gpu_bytes']} bytes of GPU memory and "
+        f"{leak['host_bytes']} of host memory more are in use.\n"
     )
 
 

@@ -37,6 +37,7 @@ from benchmarks.folds import (
 )
 from benchmarks.packing import MARK, Job, Schedule, run_jobs
 from benchmarks.paper_tables import sentence, verdict
+from benchmarks.training_speed import write_repeated
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.models.variants import architecture
@@ -183,6 +184,16 @@ def test_a_difference_is_paired(folds: Path) -> None:
     # The AP of a fold counts the objects and detections of its images alone.
     assert len(ap_by_fold(truth, own)) == FOLDS
     assert min(ap_by_fold(truth, own)) < own.ap() < max(ap_by_fold(truth, own))
+
+
+def test_a_set_taken_several_times_has_the_boxes_of_its_images(
+    source: Path, tmp_path: Path
+) -> None:
+    once = _boxes_by_name(load_coco(source, "train"))
+    again = load_coco(write_repeated(source, tmp_path / "repeated", 120), "train")
+    assert len(again.images) == 120
+    for name, boxes in _boxes_by_name(again).items():
+        assert boxes == once[name.partition("-")[2]]
 
 
 # --- packing ------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def quantize(
         "weights": chosen_weights(table),
         "biases_corrected": table.biases_corrected,
         "adaptive_rounding": table.reconstructed,
-        "tuned_by_gradients": table.learned is not None,
+        "tuned_by_gradients": table.by_gradients,
         "images": len(paths),
         "images_sha256": key.images_sha256,
         f"{quantized.name}_layers": len(placement.layers),

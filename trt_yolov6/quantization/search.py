@@ -97,6 +97,9 @@ class Choice:
     method: Method
     weights: Weights
     float_layers: tuple[str, ...] = ()
+    like: tuple[Choice, ...] = ()
+    """Choices whose layers' weights and biases its own layers take, the last one first. A layer's
+    own hardly depend on which others are in float."""
 
 
 @dataclass(frozen=True)
@@ -228,13 +231,18 @@ class Search:
         table = dataclasses.replace(
             table, biases_corrected=weights != "nearest", reconstructed=weights == "reconstructed"
         )
+        if tuned is None and choice.like and choice.float_layers and not others:
+            # What was tried is what is built, now and from the table.
+            table = dataclasses.replace(table, learned=learned_of(self._model(first, choice)))
         if tuned is not None:
             model, ranges = tuned
             amax = {**table.amax, **ranges}
             for group in prepared.placed(self._quantized, choice.float_layers).groups:
                 # Some have no pair of their own.
                 amax |= dict.fromkeys(group, next(ranges[one] for one in group if one in ranges))
-            table = dataclasses.replace(table, amax=amax, learned=learned_of(model))
+            table = dataclasses.replace(
+                table, amax=amax, learned=learned_of(model), by_gradients=True
+            )
         return Found(prepared, table, tuple(self._candidates), tuning, agreement, images)
 
     # --- decisions ------------------------------------------------------------------------------
@@ -335,20 +343,21 @@ class Search:
             )
             return self._choose(chosen)
         orders = self._orders(choice)
-        found, limit = self._searched(choice, orders, [choice], _MOST_SETS)
-        best = found, dataclasses.replace(choice, float_layers=found.layers)
-        tuned = [choice]
+        base = dataclasses.replace(choice, like=(choice,))
+        found, limit = self._searched(base, orders, _MOST_SETS)
+        best = found, dataclasses.replace(base, float_layers=found.layers)
         while best[0].layers:
             # With noisy layers in float, other ranges and weights may be the best, and with these
-            # fewer layers in float may do.
+            # fewer layers in float may do, or others.
             again = self._choose(best[0].layers)
-            if (again.method, again.weights) == (best[1].method, best[1].weights):
+            score, *_ = self._budget()
+            if score([self._model(fold, again) for fold in self._folds]) <= best[0].score:
                 break
-            tuned.append(again)
-            found, limit = self._searched(again, (best[0].layers, *orders), tuned, _MORE_SETS)
+            like = dataclasses.replace(again, like=(*best[1].like, again))
+            found, limit = self._searched(like, (best[0].layers, *orders), _MORE_SETS)
             if not _is_better(found, best[0]):
                 break
-            best = found, dataclasses.replace(again, float_layers=found.layers)
+            best = found, dataclasses.replace(like, float_layers=found.layers)
         _log.info(limit(best[0]))
         return best[1]
 
@@ -372,7 +381,6 @@ class Search:
         self,
         choice: Choice,
         orders: Sequence[Sequence[str]],
-        tuned: Sequence[Choice],
         most_trials: int,
     ) -> tuple[Fallback, Callable[[Fallback], str]]:
         """Search for float layers with certain ranges and weights.
@@ -380,7 +388,6 @@ class Search:
         Args:
             choice: ranges and weights.
             orders: to leave layers in float.
-            tuned: choices whose weights the layers take, the last ones first.
             most_trials: sets to try.
 
         Returns:
@@ -388,23 +395,11 @@ class Search:
         """
         score, name, least, least_gain = self._budget()
         _log.info(f"float layers until the {name} is {least:.3f} ...")
-        weights = [
-            [self._model(fold, dataclasses.replace(one, method=choice.method)) for one in tuned]
-            for fold in self._folds
-        ]
 
         def trial(layers: tuple[str, ...]) -> float:
             start = time.perf_counter()
             whole = dataclasses.replace(choice, float_layers=layers)
-            models = []
-            for fold, made in zip(self._folds, weights, strict=True):
-                model = self._inserted(fold, whole)
-                # What is searched is what will be built: a layer's own weights hardly depend on
-                # which others are in float.
-                for other in made:
-                    model = with_layers_of(model, other)
-                models.append(model)
-            value = score(models)
+            value = score([self._model(fold, whole) for fold in self._folds])
             self._keep("float layers", whole, value, start)
             _log.info(f"{len(layers)} layers in float: {name} {value:.3f}")
             return value
@@ -484,7 +479,10 @@ class Search:
         return without_mean_rounding(fold.prepared.model, model, fold.prepared.means)
 
     def _model(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
-        return fold.tuning.tuned(self._inserted(fold, choice), choice.weights)
+        model = self._inserted(fold, choice)
+        for other in choice.like:
+            model = with_layers_of(model, self._model(fold, other))
+        return model if choice.like else fold.tuning.tuned(model, choice.weights)
 
     def _detections(self, fold: _Fold, choice: Choice) -> list[Detections]:
         return fold.judge.detections(self._model(fold, choice))

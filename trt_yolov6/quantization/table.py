@@ -57,7 +57,10 @@ class CalibrationTable:
     reconstructed: bool = False
     """True if the layers' weights are rounded for their inputs (`gptq.adapt_rounding`)."""
     learned: Learned | None = None
-    """Weights and biases that gradients made (`reconstruction.reconstruct`), where kept."""
+    """Weights and biases that are stored because the table does not say how to make them: those
+    of a search for float layers, and those that gradients made."""
+    by_gradients: bool = False
+    """True if gradients made them (`reconstruction.reconstruct`)."""
 
     def scale(self, tensor: str) -> float:
         """Return the quantization step of a tensor; KeyError for one that was not calibrated."""
@@ -95,6 +98,7 @@ def write_table(path: str | Path, table: CalibrationTable) -> None:
             "float_layers": list(table.float_layers),
             "biases_corrected": table.biases_corrected,
             "reconstructed": table.reconstructed,
+            "by_gradients": table.by_gradients,
             "learned_sha256": None if table.learned is None else table.learned.sha256,
             "key": {**asdict(table.key), "settings": dict(sorted(table.key.settings.items()))},
             "tensors": {
@@ -136,6 +140,7 @@ def read_table(path: str | Path) -> CalibrationTable:
         table.biases_corrected,
         table.reconstructed,
         None if learned is None else read_learned(learned_path(path), learned),
+        table.by_gradients,
     )
 
 
@@ -153,6 +158,7 @@ class _File:
     float_layers: tuple[str, ...]
     biases_corrected: bool
     reconstructed: bool
+    by_gradients: bool
     learned_sha256: str | None
     key: CalibrationKey
     tensors: dict[str, _Range]
