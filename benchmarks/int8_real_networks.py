@@ -110,6 +110,8 @@ NETWORKS = (
 TOOLS: dict[str, QuantizationSettings] = {
     "ours": QuantizationSettings(),
     "ours, auto 5 %": QuantizationSettings(float_layers="auto", max_ap_drop=None, max_slowdown=5.0),
+    "ours, auto 0.3 points": QuantizationSettings(float_layers="auto", max_ap_drop=0.3),
+    "ours, gradients 5 minutes": QuantizationSettings(reconstruct_minutes=5.0),
 }
 
 
