@@ -545,7 +545,7 @@ def tensorrt8_accuracy() -> str:
 
 
 def tensorrt8_others() -> str:
-    """ONNX Runtime on the GPU, and TensorRT-RTX, beside TensorRT 8."""
+    """ONNX Runtime on the GPU, and TensorRT-RTX, next to TensorRT 8."""
     data = result(TENSORRT8)
     lines = [
         [

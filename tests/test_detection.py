@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.detectors import detections as detection
-from trt_yolov6.detectors.candidates import MAX_CANDIDATES, Candidates
+from trt_yolov6.detectors.candidates import MAX_CANDIDATES, Candidates, Suppressed
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.detectors.suppression import suppress
 from trt_yolov6.errors import UserError
@@ -284,3 +284,73 @@ def test_candidates_that_an_engine_chose_are_read_as_its_outputs_are(
     assert len(found) == len(expected) == len(places)
     for one, other in zip(found, expected, strict=True):
         assert as_tuples(one) == as_tuples(other)
+
+
+def as_suppressed(candidates: Candidates, images: int, nms: NmsSettings) -> Suppressed:
+    """Return what an engine that suppresses by itself hands on: nonsense fills the rows up."""
+    found = postprocess(candidates, "split", nms, [WHOLE] * images, clip=False)
+    rows = nms.max_detections + 2
+    boxes = np.full((images + 1, rows, 4), np.nan, np.float32)
+    scores = np.full((images + 1, rows), 7, np.float32)
+    classes = np.full((images + 1, rows), -3, np.int64)
+    for index, one in enumerate(found):
+        boxes[index, : len(one)] = one.xyxy
+        scores[index, : len(one)] = one.confidence
+        classes[index, : len(one)] = one.class_id
+    # The last row is padding of the batch.
+    counts = np.array([*map(len, found), rows], np.int64)
+    return Suppressed(counts, boxes, scores, classes, nms)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    counts=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    confidence=st.sampled_from([0.03, 0.25, 0.5]),
+    limit=st.integers(1, 20),
+    clip=st.booleans(),
+)
+def test_boxes_that_an_engine_kept_are_read_as_its_candidates_are(
+    seed: int, counts: list[int], confidence: float, limit: int, clip: bool
+) -> None:
+    """At the same thresholds, at a higher confidence, and of fewer boxes."""
+    parts = [crowd(count, 3, 6, seed + index) for index, count in enumerate(counts)]
+    candidates = Candidates(
+        images=np.repeat(np.arange(len(counts)), counts),
+        classes=np.concatenate([labels for _, _, labels in parts]),
+        anchors=np.concatenate([np.arange(count) for count in counts]),
+        scores=np.concatenate([scores for _, scores, _ in parts]),
+        boxes=np.concatenate([boxes for boxes, _, _ in parts]),
+    )
+    suppressed = as_suppressed(candidates, len(counts), NmsSettings(0.03, 0.5, 20))
+    # Of a wide image, so that some boxes lie in the gray above it and below.
+    placed = [fit((320, 640), SIZE)] * len(counts)
+    asked = NmsSettings(confidence, 0.5, limit)
+    names = ("a", "b", "c")
+    expected, found = (
+        postprocess(outputs, "split", asked, placed, clip=clip, class_names=names)
+        for outputs in (candidates, suppressed)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one.class_names == other.class_names == names
+        np.testing.assert_array_equal(one.xyxy, other.xyxy)
+        np.testing.assert_array_equal(one.confidence, other.confidence)
+        np.testing.assert_array_equal(one.class_id, other.class_id)
+
+
+def test_a_score_of_exactly_the_threshold_is_not_above_it() -> None:
+    above = np.nextafter(np.float32(0.5), np.float32(1))
+    rows = np.array([[0, 1, 2, 30, 40, 0.5, 0], [0, 1, 2, 30, 41, above, 0]])
+    (inside,) = postprocess(
+        {"detections": rows.astype(np.float32)}, "end2end", NmsSettings(0.5), [WHOLE]
+    )
+    assert inside.xyxy[:, 3].tolist() == [41]
+    candidates = Candidates(
+        images=np.zeros(2, np.int64),
+        classes=np.zeros(2, np.int64),
+        anchors=np.arange(2),
+        scores=np.array([0.5, above], np.float32),
+        boxes=np.array([[1, 2, 30, 40], [1, 2, 30, 41]], np.float32),
+    )
+    (chosen,) = postprocess(candidates, "split", NmsSettings(0.5), [WHOLE])
+    assert chosen.xyxy[:, 3].tolist() == [41]

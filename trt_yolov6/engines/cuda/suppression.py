@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,6 +181,7 @@ class Suppression:
             memory.free()
 
 
+@functools.cache
 def result_dtype(limit: int) -> np.dtype[Any]:
     """Return the type of an image's results: a header and `limit` rows."""
     header = [("kept", np.uint32), ("found", np.uint32), ("unused", np.uint32, 2)]

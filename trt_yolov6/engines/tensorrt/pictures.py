@@ -101,7 +101,7 @@ class Pictures:
         """
         lane = self._idle.popleft() if self._idle else self._new_lane()
         try:
-            lane.start(images, placed, rows, nms, after)
+            lane.start(images, placed, rows, nms, after, patient)
         except BaseException:
             self._idle.append(lane)
             raise
@@ -176,6 +176,7 @@ class PictureLane:
         rows: int,
         nms: NmsSettings,
         after: Event | None,
+        patient: bool,
     ) -> None:
         """Put a batch on the lane's stream."""
         stream = self._lane.stream
@@ -191,7 +192,8 @@ class PictureLane:
         self._rows, self._nms = rows, nms
         self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
         self._launch((rows, nms))
-        self._end.record(stream)
+        if patient:
+            self._end.record(stream)
 
     def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the batch and return its boxes, or the outputs where they are not suppressed."""
@@ -219,7 +221,7 @@ class PictureLane:
         """Return the median seconds of each stage alone; the images are placed first."""
         rows, lane = len(images), self._lane
         stream = lane.stream
-        self.start(images, placed, rows, nms, None)
+        self.start(images, placed, rows, nms, None, False)
         self.finish(patient=False)
         here = [image for image in images if not isinstance(image, ImageView)]
 
