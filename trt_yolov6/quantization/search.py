@@ -80,6 +80,9 @@ rescaled channels: less may be chance, and the AP may fall by it."""
 TOLERANCE = 0.005
 """A simpler candidate is kept where its agreement is this near to the best one's."""
 
+_NEAR = 0.05
+"""Agreement by which another form of the graph may fall short and is still looked at closely."""
+
 _WATCHED_IMAGES = 6
 """Images in which each layer's effect on detections is looked at: some thousand anchors."""
 
@@ -194,11 +197,17 @@ class Search:
         """Decide everything."""
         wanted = self._settings.float_layers
         named = wanted if isinstance(wanted, tuple) else ()
-        variant = self._choose_variant(named)
-        for fold in self._folds:
-            if not fold.is_prepared(variant):
-                fold.take(prepare(self._graph, fold.split.calibrate, self._settings, variant))
-        choice = self._choose(named)
+        # With ranges and weights chosen, another form may be the better one of two near ones.
+        found: dict[Variant, tuple[float, Choice]] = {}
+        promising = self._promising_variants(named)
+        for variant in promising:
+            self._go_on_with(variant)
+            choice = self._choose(named)
+            value = self._agreement(choice) if len(promising) > 1 else 0.0
+            found[variant] = value, choice
+        variant = max(found, key=lambda one: found[one][0])
+        choice = found[variant][1]
+        self._go_on_with(variant)
         if self._candidates:
             _log.info(f"chosen: calibrator {choice.method}, graph {variant}")
         if not isinstance(wanted, tuple) and wanted != 0:
@@ -247,10 +256,21 @@ class Search:
 
     # --- decisions ------------------------------------------------------------------------------
 
-    def _choose_variant(self, layers: tuple[str, ...]) -> Variant:
-        """Compare the forms of the graph by the first calibrator, ranges of a few images."""
+    def _go_on_with(self, variant: Variant) -> None:
+        """Prepare a form of the graph with the statistics of all images."""
+        for fold in self._folds:
+            if not fold.is_prepared(variant):
+                fold.take(prepare(self._graph, fold.split.calibrate, self._settings, variant))
+
+    def _promising_variants(self, layers: tuple[str, ...]) -> tuple[Variant, ...]:
+        """Compare the forms of the graph by the first calibrator, ranges of a few images.
+
+        Returns:
+            The simplest of the best, and of the two forms that change activations the other one,
+            if it is near: by ranges alone they hardly differ.
+        """
         if len(self._variants) == 1:
-            return self._variants[0]
+            return self._variants[:1]
         known = [plain_statistics(self._graph, f.inputs, self._settings) for f in self._folds]
         tried: list[Candidate] = []
         models: list[onnx.ModelProto] = []
@@ -272,7 +292,14 @@ class Search:
                 )
             tried.append(self._tried("graph", Choice(self._methods[0], "nearest", layers)))
         tolerance = CLEAR_GAIN if self._quantized.is_floating else TOLERANCE
-        return _simplest_of_the_best(tried, tolerance).variant
+        best = _simplest_of_the_best(tried, tolerance)
+        near = [
+            item.variant
+            for item in tried
+            if {item.variant, best.variant} == {"smoothed", "shifted"}
+            and item.agreement > best.agreement - _NEAR
+        ]
+        return best.variant, *near
 
     def _choose(self, layers: tuple[str, ...]) -> Choice:
         """Choose ranges, weights and biases, with certain layers in float."""
