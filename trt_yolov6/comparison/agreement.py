@@ -9,6 +9,7 @@ resampled images than either.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,27 +135,26 @@ def _agreement(
         own_found, float_found = (
             read_detections(work.output / item["detections_file"]) for item in (own, reference)
         )
-        known = {
-            **_figures(objects_of(dataset, dataset.images), own_found, float_found),
-            "calibrated_on": _judged_images(work, dataset, one),
-        }
+        figures = _figures(objects_of(dataset, dataset.images), own_found, float_found)
+        if figures is None:
+            return None
+        known = {**figures, "calibrated_on": _judged_images(work, dataset, one)}
         work.steps.keep("agreement", inputs, known)
     return {"with": other.name, **known}
 
 
 def _figures(
     objects: Sequence[Detections], own: Sequence[Detections], reference: Sequence[Detections]
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """Return the figures; None where the float engine finds nothing, or no image has an object."""
     count = len(objects)
     agree = matched(reference, own, least_score(reference, CONFIDENT))
     of_own, of_float = matched(objects, own), matched(objects, reference)
-    return {
-        **_rounded(interval(agree.ap, count), "value"),
-        "ap_change": _rounded(
-            interval(lambda draws: of_own.ap(draws) - of_float.ap(draws), count), "value"
-        ),
-        "images": count,
-    }
+    agreed = interval(agree.ap, count)
+    change = interval(lambda draws: of_own.ap(draws) - of_float.ap(draws), count)
+    if not (math.isfinite(agreed.value) and math.isfinite(change.value)):
+        return None
+    return {**_rounded(agreed, "value"), "ap_change": _rounded(change, "value"), "images": count}
 
 
 def _rounded(found: Interval, name: str) -> dict[str, Any]:
