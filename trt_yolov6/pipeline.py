@@ -262,16 +262,20 @@ def build(
     if settings.calibration:
         graph, settings = _calibrated_by_tensorrt(graph, calibration, settings, options)
     elif quantized is not None:
+        from trt_yolov6.quantization.settings import QuantizationSettings
         from trt_yolov6.quantization.table import table_path
 
         assert calibration is not None
+        given = options.get("quantization") or QuantizationSettings()
+        if name == "tensorrt":
+            given = dataclasses.replace(given, shift=False)
         # Named as the engine will be, which the float graph's precision is not a part of.
         named = dataclasses.replace(graph, precision=quantized.base)
         graph = quantize(
             graph,
             calibration,
             precision=quantized,
-            settings=options.get("quantization"),
+            settings=given,
             data=options.get("data"),
             split=options.get("split"),
             table=table_path(engine_path(named, name, output, settings.target)),

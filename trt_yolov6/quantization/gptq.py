@@ -130,8 +130,11 @@ class _Job:
             total = places.sum(dim=2, dtype=torch.float64)
             self._sum = total if self._sum is None else self._sum + total
             for part in torch.split(places, _EXACT_PLACES, dim=2):
-                products = (part @ part.transpose(1, 2)).double()
-                self._products = products if self._products is None else self._products + products
+                products = part @ part.transpose(1, 2)
+                if self._products is None:
+                    self._products = products.double()
+                else:
+                    self._products += products  # in place: it may hold 40 MB
             self._count += places.shape[2]
 
     def rounded(self) -> tuple[NDArray[np.int8], NDArray[np.float64]]:

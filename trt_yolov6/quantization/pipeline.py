@@ -180,6 +180,7 @@ def _key(
             "type": settings.quantized.name,
             "calibrator": settings.calibrator,
             "equalize": settings.equalize,
+            "shift": settings.shift,
             "bias_correction": settings.bias_correction,
             "reconstruct": settings.reconstruct,
             "reconstruct_minutes": settings.reconstruct_minutes,

@@ -189,7 +189,7 @@ class Search:
             else (settings.calibrator,)
         )
         last = 1 if not settings.equalize else 2 if self._quantized.is_floating else len(VARIANTS)
-        self._variants = VARIANTS[:last]
+        self._variants = tuple(one for one in VARIANTS[:last] if settings.shift or one != "shifted")
         self._candidates: list[Candidate] = []
         self._costs: Mapping[str, LayerCost] = {}
 

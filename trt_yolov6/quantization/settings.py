@@ -30,6 +30,9 @@ class QuantizationSettings:
     """One for all tensors; `auto` takes the one whose detections agree best with the float ones."""
     equalize: bool = True
     """Try rescaled channels as well; off, the graph's weights stay as they are."""
+    shift: bool = True
+    """Try channels that are moved to the middle of their range as well. Not for TensorRT proper,
+    where that is untried, and TensorRT 8 may refuse it as it refuses multiplications there."""
     bias_correction: bool = True
     """Try biases that take back the mean error of each layer."""
     reconstruct: bool = True
