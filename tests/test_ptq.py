@@ -425,7 +425,8 @@ def test_the_sample_keeps_its_accuracy_in_int8_and_in_half_precision_beside(
     sample_engine: BuiltEngine, sample_int8: SampleInt8, root: Path, tmp_path: Path
 ) -> None:
     whole = load_coco(root / "samples")
-    assert average_precision(sample_int8.path, whole) >= 0.518  # 0.5207 in FP32
+    in_single = average_precision(sample_int8.path, whole)
+    assert in_single >= 0.518  # 0.5207 in FP32
     half = quantize(
         graph_from_onnx(sample_engine.path),
         root / "calib",
@@ -433,9 +434,9 @@ def test_the_sample_keeps_its_accuracy_in_int8_and_in_half_precision_beside(
         table_file=sample_int8.table_file,
     )
     assert half.table == read_table(sample_int8.table_file)
-    few = first_images(whole, 12)
-    ap = average_precision(built(half, tmp_path / "half.onnx"), few)
-    assert ap == pytest.approx(average_precision(sample_int8.path, few), abs=0.01)
+    # On all images: on twelve, what half precision moves across INT8's steps may cost a point.
+    ap = average_precision(built(half, tmp_path / "half.onnx"), whole)
+    assert ap == pytest.approx(in_single, abs=0.01)
 
 
 @pytest.mark.slow
