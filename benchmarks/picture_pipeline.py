@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.timing import interleaved, timed
 from trt_yolov6 import __version__
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.sampling import random_input
@@ -622,30 +623,6 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     "gpus": measure_gpus,
     "leaks": measure_leaks,
 }
-
-
-# --- timing -------------------------------------------------------------------------------------
-
-
-def interleaved(runs: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
-    """Time runs in turns of a tenth of a second, after a warm-up; `seconds` for each."""
-    for run in runs:
-        timed(run, 0.3)
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(max(2, round(seconds / 0.1))):
-        for offset in range(len(runs)):
-            index = (turn + offset) % len(runs)
-            times[index] += timed(runs[index], 0.1)
-    return times
-
-
-def timed(run: Callable[[], float], seconds: float) -> list[float]:
-    """Return the times of runs made one after the other for some seconds."""
-    found: list[float] = []
-    start = time.perf_counter()
-    while not found or time.perf_counter() - start < seconds:
-        found.append(run())
-    return found
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from trt_yolov6.bench.latency import benchmark_many
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import read_gpus, software_versions, timestamp
+from trt_yolov6.comparison.agreement import objects_of
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines import LoadOptions, load_engine
@@ -399,7 +400,7 @@ def _score(row: dict[str, Any], folder: Path) -> None:
     moved = np.abs(expected["boxes"] - outputs["boxes"])[seen]
     row["score_difference"] = float(np.abs(far).max())
     row["box_difference_px"] = [float(value) for value in np.percentile(moved, [50, 99])]
-    truth = _objects(data)
+    truth = objects_of(data, data.images)
     own, other = matched(truth, found), matched(truth, on_cpu)
     change = interval(lambda draws: own.ap(draws) - other.ap(draws), len(truth))
     row["ap_change"] = [round(value, 4) for value in (change.value, change.low, change.high)]
@@ -415,19 +416,6 @@ def _score(row: dict[str, Any], folder: Path) -> None:
 def _detections(engine: Engine, data: CocoDataset) -> list[Detections]:
     options = PredictOptions(confidence=0.03, batch=8, clip=False)
     return detect(engine, [image.path for image in data.images], options)
-
-
-def _objects(data: CocoDataset) -> list[Detections]:
-    """Return the annotated objects of each image, with score 1."""
-    classes = {number: index for index, number in enumerate(data.category_ids)}
-    objects = []
-    for image in data.images:
-        own = [item for item in data.annotations if item["image_id"] == image.id]
-        boxes = np.array([item["bbox"] for item in own], np.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        labels = np.array([classes[item["category_id"]] for item in own], np.int64)
-        objects.append(Detections(boxes, np.ones(len(own), np.float32), labels))
-    return objects
 
 
 def rounded(ap: float | None) -> float | None:

@@ -90,6 +90,24 @@ def upright_size(path: Path) -> tuple[int, int]:
     return (height, width) if is_turned else (width, height)
 
 
+def read_encoded(source: str | Path | bytes, name: str | None = None) -> tuple[bytes, str]:
+    """Return an image's bytes, still encoded, and its name for messages.
+
+    Args:
+        source, name: as for `read_image`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if isinstance(source, bytes):
+        return source, name or "the image"
+    name = name or str(source)
+    try:
+        return Path(source).read_bytes(), name
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror}); check the path.") from error
+
+
 def read_image(
     source: str | Path | bytes, name: str | None = None, *, as_stored: bool = False
 ) -> NDArray[np.uint8]:
@@ -115,14 +133,7 @@ def read_image(
         >>> read_image("images/BloodImage_00007.jpg").shape
         (480, 640, 3)
     """
-    if isinstance(source, bytes):
-        data, name = source, name or "the image"
-    else:
-        name = name or str(source)
-        try:
-            data = Path(source).read_bytes()
-        except OSError as error:
-            raise UserError(f"{name} cannot be read ({error.strerror}); check the path.") from error
+    data, name = read_encoded(source, name)
     if not data:
         raise UserError(f"{name} is empty (0 bytes); replace or remove it.")
     if _is_cut_short(data):

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.images import read_image
-from trt_yolov6.errors import UserError
+from trt_yolov6.data.images import read_encoded, read_image
 
 _START = b"\xff\xd8"
 _END = b"\xff\xd9"
@@ -78,14 +77,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Jpeg | ND
     Raises:
         UserError: as `images.read_image`; a file that is damaged further in is found later.
     """
-    if isinstance(source, bytes):
-        data, name = source, name or "the image"
-    else:
-        name = name or str(source)
-        try:
-            data = Path(source).read_bytes()
-        except OSError as error:
-            raise UserError(f"{name} cannot be read ({error.strerror}); check the path.") from error
+    data, name = read_encoded(source, name)
     header = read_header(data)
     return read_image(data, name) if header is None else Jpeg(data, name, header)
 

@@ -311,19 +311,25 @@ def _conv(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     )
 
 
-def _conv_transpose(given: Attributes, inputs: Sequence[Any]) -> Tensor:
+def _even_padding(given: Attributes, what: str) -> tuple[int, int]:
+    """Return the rows and columns of padding on each side; `what` is padded, in words."""
     left, right, top, bottom = _pads(given)
     if (left, top) != (right, bottom):
         raise UserError(
-            "the graph pads one side of a transposed convolution more than the other, which "
-            "reconstruction by gradients does not know; leave `reconstruct_minutes` out."
+            f"the graph pads one side of {what} more than the other, which reconstruction by "
+            "gradients does not know; leave `reconstruct_minutes` out."
         )
+    return top, left
+
+
+def _conv_transpose(given: Attributes, inputs: Sequence[Any]) -> Tensor:
+    padding = _even_padding(given, "a transposed convolution")
     return F.conv_transpose2d(
         inputs[0],
         inputs[1],
         inputs[2] if len(inputs) > 2 else None,
         stride=tuple(given.get("strides", (1, 1))),
-        padding=(top, left),
+        padding=padding,
         output_padding=tuple(given.get("output_padding", (0, 0))),
         groups=given.get("group", 1),
         dilation=tuple(given.get("dilations", (1, 1))),
@@ -343,17 +349,12 @@ def _max_pool(given: Attributes, inputs: Sequence[Any]) -> Tensor:
 
 
 def _average_pool(given: Attributes, inputs: Sequence[Any]) -> Tensor:
-    left, right, top, bottom = _pads(given)
-    if (left, top) != (right, bottom):
-        raise UserError(
-            "the graph pads one side of an average pooling more than the other, which "
-            "reconstruction by gradients does not know; leave `reconstruct_minutes` out."
-        )
+    padding = _even_padding(given, "an average pooling")
     return F.avg_pool2d(
         inputs[0],
         tuple(given["kernel_shape"]),
         tuple(given.get("strides", (1, 1))),
-        (top, left),
+        padding,
         bool(given.get("ceil_mode", 0)),
         bool(given.get("count_include_pad", 0)),
     )
