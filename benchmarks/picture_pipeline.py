@@ -559,28 +559,32 @@ def one_gpu(index: int, path: Path, seconds: float, barrier: Any, results: Any) 
 
 
 def measure_leaks(bench: Bench) -> dict[str, Any]:
-    """Ten thousand batches of one to eight JPEGs: memory of the GPU and of this process."""
+    """Ten thousand batches of 32 JPEGs: memory of the GPU and of this process meanwhile."""
     from trt_yolov6.engines.cuda.device import free_memory
 
     contents = encoded_images()
+    count = int(os.environ.get("LEAK_BATCHES", "10000"))
+    found: list[dict[str, int]] = []
     with load_engine(bench.engine(NAMES[0], BATCH)) as engine:
-
-        def run(batches: int) -> tuple[int, int]:
-            items = itertools.islice(itertools.cycle(contents), BATCH * batches)
-            steps = process(
-                engine, items, read_image, keep, options_of(NmsSettings()), open_item=open_image
-            )
-            for _ in steps:
-                pass
-            return free_memory()[0], resident_bytes()
-
-        before, start = run(100), time.perf_counter()
-        after = run(int(os.environ.get("LEAK_BATCHES", "10000")))
+        items = itertools.islice(itertools.cycle(contents), BATCH * (count + 200))
+        steps = process(
+            engine, items, read_image, keep, options_of(NmsSettings()), open_item=open_image
+        )
+        start = time.perf_counter()
+        for done, _ in enumerate(steps, start=-200):
+            if done >= 0 and done % max(count // 10, 1) == 0:
+                used = {"gpu_bytes": -free_memory()[0], "host_bytes": resident_bytes()}
+                first = found[0] if found else used
+                found.append({"batches": done, **used})
+                print("  ", done, {key: used[key] - first[key] for key in used}, flush=True)
+        seconds = time.perf_counter() - start
+    first, half, last = found[0], found[len(found) // 2], found[-1]
     return {
-        "batches": int(os.environ.get("LEAK_BATCHES", "10000")),
-        "seconds": time.perf_counter() - start,
-        "gpu_bytes": before[0] - after[0],
-        "host_bytes": after[1] - before[1],
+        "batches": count,
+        "seconds": seconds,
+        **{key: last[key] - first[key] for key in ("gpu_bytes", "host_bytes")},
+        "host_bytes_of_the_second_half": last["host_bytes"] - half["host_bytes"],
+        "host_bytes_each_tenth": [one["host_bytes"] - first["host_bytes"] for one in found],
     }
 
 

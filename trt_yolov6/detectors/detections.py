@@ -300,18 +300,30 @@ def _from_suppressed(
     number = len(letterboxes)
     scores, classes = suppressed.scores[:number], suppressed.classes[:number]
     counts = np.minimum(suppressed.counts[:number], nms.max_detections).tolist()
+    is_visible: Any = None
+    all_visible = [True] * number
     with np.errstate(all="ignore"):  # rows that hold no box hold anything
         boxes = to_sources(suppressed.boxes[:number], letterboxes, clip)
-        has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+        if clip:
+            is_visible = boxes[..., 2] > boxes[..., 0]
+            is_visible &= boxes[..., 3] > boxes[..., 1]
+            is_visible |= _is_no_box(boxes.shape[1], suppressed.counts[:number])
+            all_visible = list(is_visible.all(axis=1))
     found = []
     for index, count in enumerate(counts):
         kept: Any = slice(count)
         if nms.confidence > done.confidence:
             # A better box is suppressed by none that is worse: the others stay as they are.
             kept = slice(int(np.count_nonzero(scores[index, kept] > nms.confidence)))
-        if clip and not has_area[index, kept].all():
-            kept = np.flatnonzero(has_area[index, kept])
+        if is_visible is not None and not all_visible[index]:
+            kept = np.flatnonzero(is_visible[index, kept])
         found.append(
             Detections(boxes[index, kept], scores[index, kept], classes[index, kept], class_names)
         )
     return found
+
+
+def _is_no_box(rows: int, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return (images, rows), which rows come after the boxes of an image."""
+    is_beyond: NDArray[np.bool_] = np.arange(rows) >= counts[:, None]
+    return is_beyond

@@ -190,10 +190,11 @@ def result_dtype(limit: int) -> np.dtype[Any]:
 
 def suppressed_of(results: NDArray[Any], capacity: int, nms: NmsSettings) -> Suppressed | None:
     """Return a copy of the kernels' results; None if an image's candidates did not fit."""
-    if (results["found"] > capacity).any():
+    # Lists, since for a few images NumPy's calls take longer than what they compute.
+    if max(results["found"].tolist(), default=0) > capacity:
         return None
     counts = results["kept"].astype(np.int64)
-    rows = results["rows"][:, : int(counts.max(initial=0))].copy()
+    rows = results["rows"][:, : max(counts.tolist(), default=0)].copy()
     labels = rows["label"].astype(np.int64)
     return Suppressed(counts, rows["box"], rows["score"], labels, nms)
 
