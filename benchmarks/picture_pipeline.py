@@ -39,7 +39,13 @@ from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.bench.stages import benchmark_stages, format_stages
 from trt_yolov6.common.files import write_json
-from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
+from trt_yolov6.common.machine import (
+    package_versions,
+    read_gpus,
+    software_versions,
+    timestamp,
+    usable_cpus,
+)
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.jpeg import Jpeg, open_image
@@ -51,7 +57,7 @@ from trt_yolov6.runtime.detector import Detector
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.gpu_loading import load_images
 from trt_yolov6.runtime.predict import process
-from trt_yolov6.runtime.several_gpus import process_on_gpus
+from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus, visible_gpus
 from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 ROOT = Path(__file__).parents[1]
@@ -492,7 +498,7 @@ def measure_stages(bench: Bench) -> list[dict[str, Any]]:
 
 def measure_gpus(bench: Bench) -> list[dict[str, Any]]:
     """The JPEG pipeline on one GPU and on several at once, a process each."""
-    count = len(read_gpus())
+    count = len(visible_gpus())
     path = bench.engine(NAMES[0], BATCH)
     rows: list[dict[str, Any]] = []
     numbers = sorted({1, min(2, count), count})
@@ -512,10 +518,15 @@ def measure_gpus(bench: Bench) -> list[dict[str, Any]]:
 def files_on_gpus(engine: Engine, count: int, seconds: float) -> float:
     """Return images a second from files to boxes in this process, by `--gpus`."""
     files = list_images(IMAGES)
-    gpus = tuple(str(index) for index in range(count))
     options = options_of(NmsSettings())
     steps = process_on_gpus(
-        gpus, engine, itertools.cycle(files), read_image, keep, options, open_item=open_image
+        check_gpus(count),
+        engine,
+        itertools.cycle(files),
+        read_image,
+        keep,
+        options,
+        open_item=open_image,
     )
     with closing(steps):
         for _ in range(100 * count):  # all processes are at work then
@@ -545,7 +556,7 @@ def on_gpus(count: int, path: Path, seconds: float) -> list[float]:
 
 def one_gpu(index: int, path: Path, seconds: float, barrier: Any, results: Any) -> None:
     """Measure on one GPU, starting with the others."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[index]
     with load_engine(path) as engine:
         contents = encoded_images()
         streamed(engine, contents, read_image, open_image, NmsSettings(), 1.0)
@@ -648,7 +659,7 @@ def main() -> None:
         "backend": options.backend,
         "backend_version": state.version,
         "device": state.detail,
-        "cores": os.cpu_count(),
+        "cores": len(usable_cpus()),
         "machine": platform.platform(),
         "versions": software_versions()
         | {key: value for key, value in package_versions().items() if value},

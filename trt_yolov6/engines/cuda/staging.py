@@ -6,7 +6,6 @@ What travels is the raw uint8 image, a quarter of the letterboxed float input an
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,13 +14,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.engines.cuda.device import DeviceMemory, PinnedMemory, PinnedPool, Stream
 from trt_yolov6.engines.cuda.letterbox import ImageView, interleaved
 
 _ALIGNMENT = 256
 """Bytes that the place of an image sent by itself, and of a group, is a multiple of."""
 
-PACKERS = min(4, os.cpu_count() or 1)
+PACKERS = min(4, len(usable_cpus()))
 """Threads that pack a batch: what one of them copies keeps up with no fast engine."""
 
 _LEAST = 2 * 2**20
