@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from benchmarks.ablation_variants import VARIANTS, Quantized, Variant, inputs_of
+from benchmarks.ablation_variants import (
+    FOUND_FILE,
+    RESULT_FILE,
+    VARIANTS,
+    Quantized,
+    Variant,
+    inputs_of,
+)
 from benchmarks.folds import (
     Truth,
     calibration_folder,
@@ -58,8 +65,6 @@ CUDNN_PLANS = int(os.environ.get("CUDNN_PLANS", "2"))
 """Algorithms that cuDNN tries for a convolution: on a GPU that others use, too, trying takes long
 and measures little."""
 RUN = "run"
-FOUND_FILE = "found.npz"
-RESULT_FILE = "result.json"
 
 RANKED_IMAGES = 40
 """Training images by whose AP layers are ranked."""
