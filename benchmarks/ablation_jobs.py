@@ -100,7 +100,8 @@ def main() -> None:
     import cv2
 
     cv2.setNumThreads(1)
-    torch.set_num_threads(2)
+    # Threads that wait for each other, in many workers, keep the cores from all.
+    torch.set_num_threads(1)
     torch.backends.cudnn.benchmark_limit = CUDNN_PLANS
     _limit_onnxruntime()
     serve(lambda order: do(Order(**order)))
@@ -113,7 +114,7 @@ def _limit_onnxruntime() -> None:
     class Few(onnxruntime.SessionOptions):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.intra_op_num_threads = 4
+            self.intra_op_num_threads = 2
 
     onnxruntime.SessionOptions = Few
 

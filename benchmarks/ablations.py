@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ def run(options: argparse.Namespace) -> None:
     with one_writer(state):
         write_folds(options.data.resolve(), state / "data", limit=options.limit)
     jobs = jobs_of(options)
-    results = results_in(state, jobs)
+    names = [job.name for job in jobs]
+    results = results_in(state, names)
     schedule = Schedule(
         [_timed(job, results) for job in jobs],
         set(results),
@@ -134,10 +135,10 @@ def run(options: argparse.Namespace) -> None:
             heading["seconds"] = time.monotonic() - started
             heading["failed"] = dict(schedule.failed)
             write_json(call, heading)
-            known = results_in(state, jobs)
+            known = results_in(state, names)
             schedule.jobs = [_timed(job, known) for job in jobs]
             if options.out:
-                write_out(options.out, state, jobs)
+                write_out(options.out, state)
 
     def finished(job: Job, result: dict[str, Any]) -> None:
         seconds = time.monotonic() - started
@@ -166,7 +167,7 @@ def run(options: argparse.Namespace) -> None:
             )
             print(f"GPU {gpu}: {'with' if len(shared) > 1 else 'without'} MPS", flush=True)
             heading["mps"] = heading["mps"] or len(shared) > 1
-            places += [(gpu, {"OMP_NUM_THREADS": "2", **shared})] * options.pack
+            places += [(gpu, {"OMP_NUM_THREADS": "1", **shared})] * options.pack
         # First one worker on every GPU: jobs are spread evenly.
         places = [place for first in range(options.pack) for place in places[first :: options.pack]]
         command = [sys.executable, "-m", "benchmarks.ablation_jobs"]
@@ -175,14 +176,14 @@ def run(options: argparse.Namespace) -> None:
         write()
     print(
         f"{heading['jobs_done']} jobs done in {heading['seconds']:.0f} s, "
-        f"{len(results_in(state, jobs))} of {len(jobs)} in all; failed: {sorted(schedule.failed)}",
+        f"{len(results_in(state, names))} of {len(jobs)} in all; failed: {sorted(schedule.failed)}",
         flush=True,
     )
 
 
-def results_in(state: Path, jobs: Iterable[Job]) -> dict[str, Any]:
+def results_in(state: Path, names: Iterable[str]) -> dict[str, Any]:
     """Return the results that there are of jobs, by name, whichever driver did them."""
-    files = ((job.name, state / job.name / RESULT_FILE) for job in jobs)
+    files = ((name, state / name / RESULT_FILE) for name in names)
     return {name: read_json(path) for name, path in files if path.is_file()}
 
 
@@ -234,7 +235,9 @@ def _seconds(variant: Variant, size: int, epochs: int, qat_epochs: int, pack: in
     computed = pack * _COMPUTED[variant.model] * (size / 640) ** 2
     epoch = max(_ORDERED[variant.model], computed) * (1.3 if variant.teacher else 1.0)
     if variant.quantized is not None:
-        return 2 * _OVERHEAD + (3 * epoch * qat_epochs if variant.quantized.trained else 0.0)
+        ranking = 6 * _OVERHEAD if variant.quantized.ranked_by == "ap" else 0.0
+        training = 3 * epoch * qat_epochs if variant.quantized.trained else 0.0
+        return 2 * _OVERHEAD + ranking + training
     return _OVERHEAD + epoch * epochs
 
 
@@ -256,10 +259,11 @@ def _timed(job: Job, results: Mapping[str, Any]) -> Job:
     return dataclasses.replace(job, seconds=1.1 * statistics.median(alike) * epochs)
 
 
-def write_out(out: Path, state: Path, jobs: Sequence[Job]) -> None:
+def write_out(out: Path, state: Path) -> None:
     """Write all results so far, of all drivers, into few files: figures, and detections."""
     with one_writer(out):
-        results = results_in(state, jobs)
+        names = [f"{name}/{fold}" for name in VARIANTS for fold in range(FOLDS)]
+        results = results_in(state, names)
         calls = [read_json(path) for path in sorted((state / "calls").glob("*.json"))]
         parts: list[list[Path]] = [[]]
         size = 0
@@ -282,7 +286,7 @@ def write_out(out: Path, state: Path, jobs: Sequence[Job]) -> None:
             out / "ablations.json",
             {
                 "calls": calls,
-                "missing": [job.name for job in jobs if job.name not in results],
+                "missing": [name for name in names if name not in results],
                 "jobs": list(results.values()),
             },
         )

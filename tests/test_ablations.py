@@ -448,7 +448,7 @@ def test_results_of_a_folder_are_scored_with_all_their_detections(
     source: Path, folds: Path, tmp_path: Path
 ) -> None:
     truth = read_truth(folds)
-    state, jobs = tmp_path / "state", []
+    state = tmp_path / "state"
     for name, most in (("n", 0.2), ("n-poly", 0.3)):
         rows = pack(_shaken(truth, np.random.default_rng(1), most))
         for fold in range(FOLDS):
@@ -459,8 +459,7 @@ def test_results_of_a_folder_are_scored_with_all_their_detections(
             result = {"variant": name, "fold": fold, "seed": fold, "epochs": 60, "batch": 32}
             result |= {"image_size": 320, "AP": {"plain": 0.0}, "seconds": 1.0}
             (folder / RESULT_FILE).write_text(json.dumps(result))
-            jobs.append(Job(f"{name}/{fold}", {}))
-    write_out(tmp_path / "out", state, jobs)
+    write_out(tmp_path / "out", state)
     assert len(list((tmp_path / "out").iterdir())) == 2
     found = collect([tmp_path / "out"], source)
     (row,) = found["tables"]["8"]
