@@ -235,9 +235,10 @@ def _seconds(variant: Variant, size: int, epochs: int, qat_epochs: int, pack: in
     computed = pack * _COMPUTED[variant.model] * (size / 640) ** 2
     epoch = max(_ORDERED[variant.model], computed) * (1.3 if variant.teacher else 1.0)
     if variant.quantized is not None:
-        ranking = 6 * _OVERHEAD if variant.quantized.ranked_by == "ap" else 0.0
+        searched = variant.quantized.tuned or variant.quantized.ranked_by == "ap"
+        search = 6 * _OVERHEAD if searched else 0.0
         training = 3 * epoch * qat_epochs if variant.quantized.trained else 0.0
-        return 2 * _OVERHEAD + ranking + training
+        return 2 * _OVERHEAD + search + training
     return _OVERHEAD + epoch * epochs
 
 

@@ -45,7 +45,7 @@ class CommonBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         share = 0.1 if self.momentum is None else self.momentum
-        found: Tensor = _Normalized.apply(
+        found: Tensor = _Normalized.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, share
         )
         return found
@@ -84,7 +84,7 @@ class _Normalized(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
         grad = _dense(grad)
         channels, world = x.shape[1], dist.get_world_size()
