@@ -98,7 +98,7 @@ class Border:
         """
         inside = np.einsum("oab,ya->oyb", taps, self.rows.astype(np.float64))
         inside = np.einsum("oyb,xb->oyx", inside, self.columns.astype(np.float64))
-        whole = self.rows.all(axis=1)[:, None] & self.columns.all(axis=1)
+        whole = np.logical_and.outer(self.rows.all(axis=1), self.columns.all(axis=1))
         missing: NDArray[np.float64] = taps.sum(axis=(1, 2))[:, None, None] - inside
         return np.where(whole, 0.0, missing)
 
@@ -343,7 +343,6 @@ class _Trace:
             return False
         return node.op_type in _SHIFT_PRESERVING and all(map(self._can_shift, node.output))
 
-
     def _has_known_border(self, node: onnx.NodeProto) -> bool:
         """Return whether a convolution has no padding, or a border that can be made up for.
 
@@ -370,7 +369,8 @@ class _Trace:
             size, places = before[2 + axis] or 0, after[2 + axis] or 0
             first = np.arange(places) * strides[axis] - pads[axis]
             read = first[:, None] + np.arange(weight[2 + axis]) * dilations[axis]
-            return (read >= 0) & (read < size)
+            seen: NDArray[np.bool_] = (read >= 0) & (read < size)
+            return seen
 
         self.borders[output] = Border(inside(0), inside(1))
         return True
