@@ -168,7 +168,7 @@ def make_peers(skeletons: Path, folder: Path) -> None:
 
 
 def jobs_in(folder: Path) -> list[Job]:
-    """Return the builds of a folder's graphs, what matters most first."""
+    """Return the builds of a folder's graphs: large batches, then accuracy, one image, peers."""
     jobs: list[Job] = []
     for path in sorted(folder.glob("*.b*.onnx")):
         network, form, batch = path.name.removesuffix(".onnx").rsplit(".", 2)
@@ -192,7 +192,8 @@ def jobs_in(folder: Path) -> list[Job]:
 
 
 def _urgency(job: Job) -> tuple[int, ...]:
-    early = ("yolov6s", "yolov6n", "yolov6m", "yolov6l-relu")
+    # What takes longest first, so that the last builds end together.
+    early = ("yolov6l-relu", "yolov6l", "yolov6m", "yolov6s", "yolov6n", "yolov6t")
     place = early.index(job.network) if job.network in early else len(early)
     if job.how == PEER:
         return (3, -job.batch)
