@@ -77,7 +77,10 @@ def to_sources(
     Returns:
         float32 (images, n, 4), x1, y1, x2, y2 in pixels of the original images.
     """
-    table = np.array([_mapping(one) for one in letterboxes], np.float64).reshape(-1, 1, 12)
+    several = list(letterboxes)
+    if several and several.count(several[0]) == len(several):
+        del several[1:]
+    table = np.array([_mapping(one) for one in several], np.float64).reshape(-1, 1, 12)
     mapped = boxes - table[..., :4]
     mapped *= table[..., 4:8]
     np.maximum(mapped, 0 if clip else -_LARGEST, out=mapped)

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.engines.cuda.device import DeviceMemory, PinnedMemory, PinnedPool, Stream
-from trt_yolov6.engines.cuda.letterbox import ImageView, interleaved
+from trt_yolov6.engines.cuda.letterbox import ImageView
 
 _ALIGNMENT = 256
 """Bytes that the place of an image sent by itself, and of a group, is a multiple of."""
 
-PACKERS = min(4, len(usable_cpus()))
+PACKERS = min(8, max(1, len(usable_cpus()) // 2))
 """Threads that pack a batch: what one of them copies keeps up with no fast engine."""
 
 _LEAST = 2 * 2**20
@@ -39,9 +39,17 @@ class Staging:
         self._packers: ThreadPoolExecutor | None = None
         self._in_use: Any = None
 
-    def send(
+    def send(self, images: Sequence[NDArray[np.uint8]], stream: Stream) -> list[ImageView]:
+        """Start the copy of images, see `place`, and return where each will lie for the GPU."""
+        addresses, step = self.place(images, stream)
+        return [
+            ImageView(address, image.shape[0], image.shape[1], 3 * image.shape[1], 3, step)
+            for image, address in zip(images, addresses, strict=True)
+        ]
+
+    def place(
         self, images: Sequence[NDArray[np.uint8]], stream: Stream, *, stay: bool = False
-    ) -> list[ImageView]:
+    ) -> tuple[list[int], int]:
         """Start the copy of images; the last batch must have been read.
 
         Args:
@@ -51,39 +59,39 @@ class Staging:
             stay: a single image is left in page-locked memory, for the GPU to read it there.
 
         Returns:
-            Where each will lie for the GPU.
+            Where the red value of each image's first pixel will lie for the GPU, and the bytes from
+            red to green and from green to blue.
 
         Raises:
             CudaError: there is no room for them.
         """
         self._in_use = images
+        if not images:
+            return [], 1
         if len(images) == 1:
-            return [self._send_one(images[0], stream, stay)]
-        rest = [index for index, one in enumerate(images) if not self._locked.holds(one)]
-        groups = _groups([images[index].nbytes for index in rest])
+            return self._send_one(images[0], stream, stay)
+        holds = self._locked.holds
+        rest = [index for index, one in enumerate(images) if not holds(one)]
+        sizes = [image.nbytes for image in images]
+        groups = _groups([sizes[index] for index in rest])
         places, end = [0] * len(images), 0
         for group in groups:  # one after the other, so that a group is packed by one call
             for index in rest[group]:
                 places[index] = end
-                end += images[index].nbytes
+                end += sizes[index]
             end = _aligned(end)
         packed = end
-        is_packed = set(rest)
-        for index, image in enumerate(images):
-            if index not in is_packed:
-                places[index] = end
-                end = _aligned(end + image.nbytes)
+        locked = sorted(set(range(len(images))).difference(rest))
+        for index in locked:
+            places[index] = end
+            end = _aligned(end + sizes[index])
         self._make_room(packed, end)
-        for index, image in enumerate(images):
-            if index not in is_packed:
-                self._copy(stream, image.ctypes.data, places[index], image.nbytes)
         assert self._device is not None
-        base = self._device.address
+        for index in locked:
+            self._copy(stream, images[index].ctypes.data, places[index], sizes[index])
         self._pack_and_send(images, places, [rest[group] for group in groups], stream)
-        return [
-            interleaved(base + place, *image.shape[:2])
-            for image, place in zip(images, places, strict=True)
-        ]
+        base = self._device.address
+        return [base + place for place in places], 1
 
     def free(self) -> None:
         """Free the memory."""
@@ -109,14 +117,16 @@ class Staging:
             self._host = PinnedMemory(packed + packed // 4)
             self._whole = self._host.array((self._host.nbytes,), np.dtype(np.uint8))
 
-    def _send_one(self, image: NDArray[np.uint8], stream: Stream, stay: bool) -> ImageView:
+    def _send_one(
+        self, image: NDArray[np.uint8], stream: Stream, stay: bool
+    ) -> tuple[list[int], int]:
         """Send a single image, as blue, green, red unless it lies in page-locked memory already.
 
         OpenCV exchanges channels with several threads at once, the shortest way to have several
         copy a megabyte: 0.9 MB took 28 to 37 us on a machine with an H100, NumPy's copy 39 to 85,
         and four threads of Python's 260.
         """
-        (height, width, _), nbytes = image.shape, image.nbytes
+        nbytes = image.nbytes
         is_locked = self._locked.holds(image)
         self._make_room(0 if is_locked else nbytes, 0 if stay else nbytes)
         if is_locked:
@@ -130,9 +140,7 @@ class Staging:
             assert self._device is not None
             stream.copy_in(self._device, address, nbytes)
             address = self._device.address
-        if is_locked:
-            return interleaved(address, height, width)
-        return ImageView(address + 2, height, width, 3 * width, 3, -1)
+        return ([address], 1) if is_locked else ([address + 2], -1)
 
     def _pack_and_send(
         self,

@@ -33,6 +33,7 @@ from trt_yolov6.engines.cuda.letterbox import (
     RECORD_BYTES,
     ImageView,
     LetterboxKernel,
+    write_alike,
     write_record,
 )
 from trt_yolov6.engines.cuda.staging import Staging
@@ -184,10 +185,16 @@ class PictureLane:
         stream = self._lane.stream
         self._in_use = images
         here = [image for image in images if not isinstance(image, ImageView)]
-        sent = iter(self._staging.send(here, stream, stay=_stays(placed)) if here else ())
-        for row, (image, place) in enumerate(zip(images, placed, strict=True)):
-            view = image if isinstance(image, ImageView) else next(sent)
-            write_record(self._table, row, view, place, self._interpolation)
+        addresses, step = self._staging.place(here, stream, stay=_stays(placed))
+        if here and len(here) == len(placed) and _are_alike(images, placed):
+            write_alike(self._table, addresses, step, placed[0], self._interpolation)
+        else:
+            sent = iter(addresses)
+            for row, (image, place) in enumerate(zip(images, placed, strict=True)):
+                if not isinstance(image, ImageView):
+                    height, width = image.shape[:2]
+                    image = ImageView(next(sent), height, width, 3 * width, 3, step)
+                write_record(self._table, row, image, place, self._interpolation)
         if len(images) < self._largest:
             self._table[RECORD_BYTES * len(images) :] = 0
         self._send_records(stream)
@@ -231,7 +238,7 @@ class PictureLane:
         here = [image for image in images if not isinstance(image, ImageView)]
 
         def copy() -> None:
-            self._staging.send(here, stream)
+            self._staging.place(here, stream)
 
         def letterbox() -> None:
             target = lane.input_memory.address
@@ -337,6 +344,12 @@ class PictureLane:
             graph.free()
         self._graphs.clear()
         self._warm.clear()
+
+
+def _are_alike(images: Sequence[Image], placed: Sequence[Letterbox]) -> bool:
+    """Return whether images, none of them a view, are of one size and go to the same place."""
+    same_place = placed.count(placed[0]) == len(images)
+    return same_place and len({image.shape for image in images}) == 1
 
 
 def _stays(placed: Sequence[Letterbox]) -> bool:
