@@ -261,7 +261,6 @@ def _whole(
         _counted,
         options,
         open_item=open_image,
-        tell=lambda _: None,
     )
     with contextlib.closing(steps):
         for _ in range(6):  # the first is checked, the second recorded as a graph

@@ -168,11 +168,11 @@ def _infer_pictures(
             options,
             keep_images=True,
             skip_unreadable=not pictures.is_single,
-            tell=odd.append,
         ):
             for drawn in step.result:
                 outputs.append(drawn.path)
                 files.add(drawn.record, drawn.detections)
+            odd += step.notes
             failures.extend((item.where, str(error)) for item, error in step.batch.failures)
             seconds += step.inference_seconds
             bar.update(len(step.batch.items) + len(step.batch.failures))
@@ -229,7 +229,8 @@ def _infer_video(
             ) as bar:
                 # Frames can only be decoded in order, so the caller's thread does it and the
                 # loader's threads just resize them.
-                for step in process(engine, clip.frames, _pixels, finish, options, tell=odd.append):
+                for step in process(engine, clip.frames, _pixels, finish, options):
+                    odd += step.notes
                     seconds += step.inference_seconds
                     bar.update(len(step.batch.items))
             if not files.images:
