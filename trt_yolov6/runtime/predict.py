@@ -101,7 +101,8 @@ def detect(
             found.extend(step.result)
             _warn(step.notes)
     return [
-        dataclasses.replace(one, path=item.path) for one, item in zip(found, items, strict=True)
+        one if item.path is None else dataclasses.replace(one, path=item.path)
+        for one, item in zip(found, items, strict=True)
     ]
 
 

@@ -75,7 +75,7 @@ class TensorRTEngine(Engine):
             no detector's; too little GPU memory.
     """
 
-    in_flight = 2
+    in_flight = 3
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class TensorRTEngine(Engine):
         self._seen: set[int] = set()
         self._pictures: Pictures | None = None
         self._pictures_missing = False
-        self._decoder: JpegDecoder | None = None
+        self._decoders: list[JpegDecoder] = []
         self._decoder_missing = False
         self._runtime: trt.Runtime | None
         self._engine: trt.ICudaEngine | None
@@ -208,13 +208,13 @@ class TensorRTEngine(Engine):
         check_batch(self, len(images))
         return pictures.stage_seconds(images, placed, nms)
 
-    def jpeg_decoder(self) -> JpegDecoder | None:
-        if self._decoder is None and not self._decoder_missing:
+    def jpeg_decoder(self, number: int = 0) -> JpegDecoder | None:
+        while len(self._decoders) <= number and not self._decoder_missing:
             try:
-                self._decoder = JpegDecoder()
+                self._decoders.append(JpegDecoder())
             except MissingDependencyError:
                 self._decoder_missing = True
-        return self._decoder
+        return self._decoders[number] if number < len(self._decoders) else None
 
     def empty_image(self, height: int, width: int) -> NDArray[np.uint8]:
         return self._pinned.array((height, width, 3), np.dtype(np.uint8))
@@ -286,7 +286,7 @@ class TensorRTEngine(Engine):
         if self._pictures is not None:
             self._pictures.close()
             self._pictures = None
-        self._decoder = None
+        self._decoders.clear()
         for lane in self._lanes:
             lane.close()
         self._lanes.clear()

@@ -11,7 +11,6 @@ lane's contexts runs at a time, so they share the scratch memory.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.engines.cuda.arrays import output_view
 from trt_yolov6.engines.cuda.device import (
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 else:
     IOutputAllocator = IProfiler = object  # those of the module, see `instance_of`
 
-_COPY_THREADS = min(16, os.cpu_count() or 1)
+_COPY_THREADS = min(16, len(usable_cpus()))
 
 _Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, Stream, Suppression)
 
