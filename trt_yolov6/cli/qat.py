@@ -58,7 +58,6 @@ def add(commands: Commands) -> None:
     )
     add_quiet(parser)
     add_json(parser)
-
     where = parser.add_argument_group("quantization")
     add_calibration(where)
     where.add_argument(
@@ -68,7 +67,11 @@ def add(commands: Commands) -> None:
         help="partial training: as in build --int8 (0)",
     )
     where.add_argument("--fixed-scales", action="store_true", help="keep the calibrated scales")
+    _add_recipe(parser)
+    _add_graph(parser)
 
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=positive, help="(10)")
     recipe.add_argument("--batch", type=positive, metavar="N", help="images a step (16)")
@@ -83,6 +86,8 @@ def add(commands: Commands) -> None:
     recipe.add_argument("--distill-weight", type=float, help="of channel-wise distillation (0.1)")
     recipe.add_argument("--temperature", type=float, help="of channel-wise distillation (1)")
 
+
+def _add_graph(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("what is written")
     graph.add_argument(
         "--imgsz",

@@ -51,7 +51,12 @@ def add(commands: Commands) -> None:
     )
     add_quiet(parser)
     add_json(parser)
+    _add_network(parser)
+    _add_recipe(parser)
+    _add_losses(parser)
 
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("network (paper, Tables 2 to 4 and 11)")
     model.add_argument(
         "--model",
@@ -85,6 +90,8 @@ def add(commands: Commands) -> None:
     )
     model.add_argument("--objectness", action="store_true", help="predict objectness, as v0.1")
 
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=positive, help="(300)")
     recipe.add_argument("--batch", type=positive, help="images a step, over all GPUs (32)")
@@ -114,6 +121,8 @@ def add(commands: Commands) -> None:
         help="any other field of the settings, such as optimizer.momentum=0.9",
     )
 
+
+def _add_losses(parser: argparse.ArgumentParser) -> None:
     losses = parser.add_argument_group("assignment and losses (paper, Tables 6 to 11)")
     losses.add_argument("--assigner", choices=("tal", "atss", "simota"), help="(tal)")
     losses.add_argument(
