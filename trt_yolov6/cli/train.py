@@ -14,6 +14,7 @@ from trt_yolov6.cli.options import (
     add_json,
     add_quiet,
     add_training,
+    check_training_data,
     is_given,
     positive,
     spelled,
@@ -149,7 +150,7 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(_listed_variants()))
         return
     if not options.resume:
-        _check_data(options)
+        check_training_data(options)
     from trt_yolov6.api import train
     from trt_yolov6.training.trainer import stored_settings
 
@@ -188,17 +189,6 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         write_result(options.json, result.to_json())
     say_next(options, "an engine of it", f"build --weights {result.best or result.last}")
-
-
-def _check_data(options: argparse.Namespace) -> None:
-    """Refuse a --data that is none, before PyTorch is imported, which takes seconds."""
-    from trt_yolov6.data.sources import check_source
-
-    if options.data is None:
-        raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
-    check_source(options.data, options.split or "train")
-    if options.val_split != "none":
-        check_source(options.data, options.val_split, "val_split")
 
 
 def _listed_variants() -> Iterator[str]:
