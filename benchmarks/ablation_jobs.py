@@ -254,7 +254,6 @@ def detect_all(engine: Engine, dataset: CocoDataset, border: int) -> dict[int, D
         read_coco_image,
         keep,
         PredictOptions(border=border, batch=16, workers=2, clip=False),
-        tell=lambda _: None,
     )
     return dict(pair for step in steps for pair in step.result)
 

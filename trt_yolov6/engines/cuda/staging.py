@@ -94,7 +94,7 @@ class Staging:
         self._host = self._device = None
 
     def _make_room(self, packed: int, end: int) -> None:
-        """Have room for so many bytes in page-locked memory, and on the GPU."""
+        """Have room for that number of bytes in page-locked memory, and on the GPU."""
         if self._device is None or self._device.nbytes < end:
             if self._device is not None:
                 self._device.free()
