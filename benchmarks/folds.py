@@ -175,10 +175,10 @@ def stored(rows: NDArray[Any]) -> NDArray[np.uint8]:
     rows = rows[np.lexsort((-rows["score"].astype(np.int64), rows["image"]))]
     parts = []
     for name in FOUND.names or ():
-        values = rows[name].reshape(len(rows), -1)
+        values = np.ascontiguousarray(rows[name])
         if name in _RISING:
-            values = np.diff(values, axis=0, prepend=np.zeros_like(values[:1]))
-        planes = np.ascontiguousarray(values).view(np.uint8).reshape(len(rows), -1)
+            values[1:] = values[1:] - values[:-1]  # around zero where it must
+        planes = values.view(np.uint8).reshape(len(rows), FOUND[name].itemsize)
         parts.append(planes.T.ravel())
     return np.concatenate([np.frombuffer(np.int64(len(rows)).tobytes(), np.uint8), *parts])
 

@@ -160,6 +160,7 @@ def test_what_is_stored_scores_as_what_was_found(folds: Path) -> None:
     rows = np.concatenate([pack(_shaken(truth, rng, most)) for most in (0.2, 0.4)])
     back = restored(stored(without_missing_boxes(truth, rows)))
     assert len(back) == len(rows)
+    assert len(restored(stored(rows[:0]))) == 0
     assert 0 < (back["box"] == 0).all(axis=1).sum() < len(rows)
     whole, kept = match_all(truth, rows), match_all(truth, back)
     for _ in range(20):
