@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from benchmarks.ablation_variants import VARIANTS, Quantized, Variant, inputs_of
+from benchmarks.ablation_variants import (
+    FOUND_FILE,
+    RESULT_FILE,
+    VARIANTS,
+    Quantized,
+    Variant,
+    inputs_of,
+)
 from benchmarks.folds import (
     Truth,
     calibration_folder,
@@ -58,8 +65,6 @@ CUDNN_PLANS = int(os.environ.get("CUDNN_PLANS", "2"))
 """Algorithms that cuDNN tries for a convolution: on a GPU that others use, too, trying takes long
 and measures little."""
 RUN = "run"
-FOUND_FILE = "found.npz"
-RESULT_FILE = "result.json"
 
 RANKED_IMAGES = 40
 """Training images by whose AP layers are ranked."""
@@ -95,7 +100,8 @@ def main() -> None:
     import cv2
 
     cv2.setNumThreads(1)
-    torch.set_num_threads(2)
+    # Threads that wait for each other, in many workers, keep the cores from all.
+    torch.set_num_threads(1)
     torch.backends.cudnn.benchmark_limit = CUDNN_PLANS
     _limit_onnxruntime()
     serve(lambda order: do(Order(**order)))
@@ -108,7 +114,7 @@ def _limit_onnxruntime() -> None:
     class Few(onnxruntime.SessionOptions):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.intra_op_num_threads = 4
+            self.intra_op_num_threads = 2
 
     onnxruntime.SessionOptions = Few
 
@@ -246,7 +252,6 @@ def detect_all(engine: Engine, dataset: CocoDataset, border: int) -> dict[int, D
         read_coco_image,
         keep,
         PredictOptions(border=border, batch=16, workers=2, clip=False),
-        tell=lambda _: None,
     )
     return dict(pair for step in steps for pair in step.result)
 

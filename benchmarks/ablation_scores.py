@@ -7,10 +7,12 @@ with the same images and seeds; it knows what training does by chance, from five
 
 from __future__ import annotations
 
+import io
 import statistics
 import tempfile
+import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,18 +60,17 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
         data: BCCD.
         limit: as for `write_folds`.
     """
-    calls = [read_json(folder / "ablations.json") for folder in folders]
+    calls: list[dict[str, Any]] = []
     jobs: dict[tuple[str, int], dict[str, Any]] = {}
     found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
-    for folder, call in zip(folders, calls, strict=True):
-        fresh = {(job["variant"], job["fold"]): job for job in call["jobs"]}
+    for folder in folders:
+        results = read_json(folder / "ablations.json")
+        calls += [call for call in results["calls"] if call not in calls]
+        fresh = {(job["variant"], job["fold"]): job for job in results["jobs"]}
         jobs |= fresh
-        for file in sorted(folder.glob("found-*.npz")):
-            with np.load(file) as arrays:
-                for name in arrays.files:
-                    variant, fold, given = name.split("/")
-                    if (variant, int(fold)) in fresh:
-                        found[variant, given][int(fold)] = arrays[name]
+        for variant, fold, given, rows in _stored(folder):
+            if (variant, fold) in fresh:
+                found[variant, given][fold] = rows
     whole = {
         name: own
         for name in VARIANTS
@@ -94,18 +95,26 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
                 tuple(by_fold),
                 together,
             )
-    left_out = ("jobs", "missing")
     return {
         "images": len(truth.images),
         "folds": FOLDS,
-        "calls": [
-            {key: value for key, value in call.items() if key not in left_out} for call in calls
-        ],
+        "calls": calls,
         "variants": {name: _entry(name, own, scores) for name, own in whole.items()},
         "repeats": _compared_pairs([(f"{model}-again", model) for model in "ns"], scores),
         "tables": {number: _compared_rows(table, scores) for number, table in TABLES.items()},
         "pairs": _compared_pairs(PAIRS, scores),
     }
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, int, str, Any]]:
+    """Give variant, fold, input and detections of all that is stored in a call's folder."""
+    for file in sorted(folder.glob("found-*.zip")):
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                variant, fold, _ = name.split("/")
+                with np.load(io.BytesIO(archive.read(name))) as arrays:
+                    for given in arrays.files:
+                        yield variant, int(fold), given, arrays[given]
 
 
 def _entry(name: str, own: Sequence[dict[str, Any]], scores: Scores) -> dict[str, Any]:

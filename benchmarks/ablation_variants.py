@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from trt_yolov6.quantization.sensitivity import Metric
 
 
+RESULT_FILE, FOUND_FILE = "result.json", "found.npz"
+"""A variant's figures and detections of a fold, in its folder `STATE/<variant>/<fold>`."""
+
+
 @dataclass(frozen=True)
 class Quantized:
     """Settings that bring a trained network to INT8."""
@@ -138,42 +142,44 @@ def _combinations(model: str, own: tuple[str, str]) -> dict[str, Variant]:
 
 
 VARIANTS: dict[str, Variant] = {
-    # N, where the paper says that a choice costs most.
-    "n": _of("n", borders=True),
-    "n-atss": _of("n", "losses.assigner=atss"),
-    "n-objectness": _built("n", objectness=True),
-    "n-poly": _of("n", "losses.classification=poly"),
-    "n-csp": _built("n", csp_ratio=0.5, **_CSP_N),
-    # RepOptimizer and INT8 of S: a chain, so it begins early.
+    # What others are made of, or compared with.
     "s-search": Variant("s", architecture=(("block", "scaled"),)),
     "s": _of("s", borders=True),
+    "n": _of("n", borders=True),
+    # N, table by table: 2, 6, 8, 11, 4, 9, 10, 14, 12, 7.
+    "n-csp": _built("n", csp_ratio=0.5, **_CSP_N),
+    "n-atss": _of("n", "losses.assigner=atss"),
     "n-simota": _of("n", "losses.assigner=simota"),
-    "n-again": _of("n", seed=1),
     "s-rep": Variant("s", scales="s-search"),
+    **_class_losses("n"),
+    "n-objectness": _built("n", objectness=True),
+    "n-again": _of("n", seed=1),
+    # INT8 of S: Tables 15, 21 and 16.
     "s-ptq": Variant("s", quantized=Quantized("s")),
     "s-rep-ptq": Variant("s", quantized=Quantized("s-rep")),
-    "s-rep-qat-distilled": Variant("s", quantized=Quantized("s-rep", "distilled")),
-    "s-rep-partial-distilled": Variant("s", quantized=Quantized("s-rep", "distilled", 6, "mse")),
     "s-ptq-per-tensor": Variant("s", quantized=Quantized("s", per_tensor=True)),
     "s-rep-ptq-per-tensor": Variant("s", quantized=Quantized("s-rep", per_tensor=True)),
     **{
         f"s-rep-six-{metric}": Variant("s", quantized=Quantized("s-rep", None, 6, metric))
         for metric in ("mse", "cosine", "snr", "ap")
     },
-    # The rest of N.
-    "n-focal": _of("n", "losses.classification=focal"),
-    "n-quality-focal": _of("n", "losses.classification=quality_focal"),
+    "s-rep-qat-distilled": Variant("s", quantized=Quantized("s-rep", "distilled")),
+    "s-rep-partial-distilled": Variant("s", quantized=Quantized("s-rep", "distilled", 6, "mse")),
+    "s-rep-qat": Variant("s", quantized=Quantized("s-rep", "plain")),
+    "s-qat-distilled": Variant("s", quantized=Quantized("s", "distilled")),
+    "s-ptq-tuned": Variant("s", quantized=Quantized("s", tuned=True)),
+    "s-rep-ptq-tuned": Variant("s", quantized=Quantized("s-rep", tuned=True)),
+    **_combinations("n", ("repvgg", "relu")),
     **_box_losses("n", ("giou", "ciou")),
     "n-dfl": _built("n", dfl=True),
-    **_combinations("n", ("repvgg", "relu")),
     "n-no-fading": _of("n", _NO_FADING, borders=True),
     "n-longer": _of("n", stretch=_MORE),
     "n-no-warmup": _of("n", "losses.warmup_epochs=0"),
     "n-simota-warmup": _of("n", "losses.warmup_assigner=simota"),
-    # The default recipe.
-    "n-full": _of("n", schedule="full"),
+    # The default recipe: the longest of all but L, so it begins before the rest of S.
     "s-full": _of("s", schedule="full"),
-    # The rest of S.
+    "n-full": _of("n", schedule="full"),
+    # The rest of S: Tables 2, 11, 8, 9, 10, 14, 12.
     "s-csp": _built("s", csp_ratio=0.5, **_CSP_S),
     "s-objectness": _built("s", objectness=True),
     **_class_losses("s"),
@@ -182,10 +188,6 @@ VARIANTS: dict[str, Variant] = {
     "s-no-fading": _of("s", _NO_FADING, borders=True),
     "s-longer": _of("s", stretch=_MORE),
     "s-again": _of("s", seed=1),
-    "s-rep-qat": Variant("s", quantized=Quantized("s-rep", "plain")),
-    "s-qat-distilled": Variant("s", quantized=Quantized("s", "distilled")),
-    "s-ptq-tuned": Variant("s", quantized=Quantized("s", tuned=True)),
-    "s-rep-ptq-tuned": Variant("s", quantized=Quantized("s-rep", tuned=True)),
     # Where RepOptimizer should show: with the head of the first release.
     "s-v1-search": Variant("s", architecture=(("block", "scaled"), ("objectness", True))),
     "s-v1-rep": Variant("s", scales="s-v1-search"),
@@ -194,29 +196,28 @@ VARIANTS: dict[str, Variant] = {
         for name in ("s-objectness", "s-v1-rep")
         for tail in ("", "-per-tensor")
     },
-    # Larger networks.
-    "m": _of("m", borders=True),
-    "m-csp-half": _built("m", csp_ratio=0.5, **_CSP_M),
-    "m-objectness": _built("m", objectness=True),
-    "m-no-dfl": _built("m", dfl=False),
-    "m-poly": _of("m", "losses.classification=poly"),
-    "m-repblock": _built("m", csp_ratio=0.0, **_REP_M),
-    "m-focal": _of("m", "losses.classification=focal"),
-    "m-quality-focal": _of("m", "losses.classification=quality_focal"),
-    "m-siou": _of("m", "losses.box=siou"),
-    "m-ciou": _of("m", "losses.box=ciou"),
-    "m-no-fading": _of("m", _NO_FADING, borders=True),
-    **_combinations("m", ("repvgg", "relu")),
+    # Larger networks. L first, since it teaches: Tables 3 and 13; T for Table 12.
     "l": _of("l"),
+    "l-wide-neck": _built("l", **_WIDE_NECK),
+    "t": _of("t"),
+    "t-longer": _of("t", stretch=_MORE),
+    # M: Tables 10, 11, 14, 8, 9.
+    "m": _of("m", borders=True),
+    "m-no-dfl": _built("m", dfl=False),
+    "m-objectness": _built("m", objectness=True),
     "l-distilled": _of("l", teacher="l"),
     "l-class-distilled": _of("l", "distillation.box_weight=0", _NO_DECAY, teacher="l"),
     "l-both-distilled": _of("l", _NO_DECAY, teacher="l"),
-    "l-wide-neck": _built("l", **_WIDE_NECK),
-    "m-distilled": _of("m", teacher="m"),
+    "m-no-fading": _of("m", _NO_FADING, borders=True),
+    **_class_losses("m"),
+    **_box_losses("m", ("siou", "ciou")),
+    # Tables 2 and 4 of M and L-ReLU.
+    "m-csp-half": _built("m", csp_ratio=0.5, **_CSP_M),
     "l-relu": _of("l_relu"),
     "l-relu-csp": _built("l_relu", csp_ratio=2 / 3, **_CSP_L),
-    "t": _of("t"),
-    "t-longer": _of("t", stretch=_MORE),
+    "m-repblock": _built("m", csp_ratio=0.0, **_REP_M),
+    **_combinations("m", ("repvgg", "relu")),
+    "m-distilled": _of("m", teacher="m"),
 }
 """Every variant by name, the most important first."""
 

@@ -14,32 +14,31 @@ import argparse
 import contextlib
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.ablation_scores import collect, summary
-from benchmarks.ablation_variants import VARIANTS, Variant
+from benchmarks.ablation_variants import FOUND_FILE, RESULT_FILE, VARIANTS, Variant
 from benchmarks.folds import FOLDS, write_folds
-from benchmarks.packing import Job, Schedule, heed_signals, run_jobs, shared_gpu
-from trt_yolov6.common.files import atomic_path, read_json, write_json
+from benchmarks.packing import Claims, Job, Schedule, heed_signals, run_jobs, shared_gpu
+from trt_yolov6.common.files import atomic_path, one_writer, read_json, write_json
 from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
 
 GPU_MEMORY = 72.0
 """GB of a GPU that the jobs may take together."""
 
-# Seconds of an H100 that eight trainings keep busy, an epoch of 292 images at 640 pixels; and GB at
-# batch 32. Measured for N and S, guessed for the others.
-_COST = {"n": 0.2, "t": 0.25, "s": 0.3, "m": 1.0, "l": 2.0, "l_relu": 2.2}
+# Seconds of an epoch of 292 images. What an H100 computes at 640 pixels: measured for N, for the
+# others by their FLOPs. What a core needs to give the orders, at any size: measured for N and S.
+_COMPUTED = {"n": 0.2, "t": 0.35, "s": 0.4, "m": 0.8, "l": 1.4, "l_relu": 1.4}
+_ORDERED = {"n": 0.6, "t": 0.7, "s": 0.7, "m": 1.0, "l": 1.2, "l_relu": 1.2}
 _MEMORY = {"n": 4.0, "t": 6.0, "s": 8.0, "m": 16.0, "l": 28.0, "l_relu": 30.0}
-_LEAST_COST = 0.076
-_OVERHEAD = 12.0
-_WRITE_SECONDS = 45.0
-
-_FOUND_BYTES = 9 * 2**20
+"""GB at 640 pixels and batch 32."""
+_OVERHEAD = 10.0
+_FOUND_BYTES = 14 * 2**20
 """Size of a file of detections, at most."""
 
 EPILOG = """how long it takes: on one H100 with 24 cores and eight trainings side by side under MPS,
@@ -55,8 +54,8 @@ def main() -> None:
     options = _parser().parse_args()
     if options.list:
         for job in jobs_of(options):
-            if job.order["fold"] == 0:
-                print(f"{job.name.split('/')[0]:28s} {FOLDS} x {job.seconds:5.0f} s")
+            if job.order["fold"] == options.folds[0]:
+                print(f"{job.order['variant']:28s} {len(options.folds)} x {job.seconds:5.0f} s")
     elif options.collect:
         result = collect(options.collect, options.data, limit=options.limit)
         write_json(options.json, result)
@@ -104,16 +103,18 @@ def run(options: argparse.Namespace) -> None:
     heed_signals()
     started = time.monotonic()
     state: Path = options.state.resolve()
-    write_folds(options.data.resolve(), state / "data", limit=options.limit)
+    with one_writer(state):
+        write_folds(options.data.resolve(), state / "data", limit=options.limit)
     jobs = jobs_of(options)
-    results = {job.name: read_json(path) for job in jobs if (path := _result(state, job)).is_file()}
-    earlier = len(results)
+    names = [job.name for job in jobs]
+    results = results_in(state, names)
     schedule = Schedule(
         [_timed(job, results) for job in jobs],
         set(results),
         GPU_MEMORY,
         started + options.deadline,
         options.last,
+        Claims(state, RESULT_FILE),
     )
     gpus = options.gpus.split(",")
     heading: dict[str, Any] = {
@@ -124,24 +125,28 @@ def run(options: argparse.Namespace) -> None:
         "versions": software_versions(),
         "pack": options.pack,
         "mps": False,
+        "jobs_done": 0,
     }
-    written = time.monotonic()
+    call = state / "calls" / f"{heading['started'].replace(':', '')}-{options.gpus}.json"
+    writing = threading.Lock()
 
     def write() -> None:
-        heading["seconds"] = time.monotonic() - started
-        heading["device"] = next(
-            (one["device"] for one in results.values() if "device" in one), cpu_model()
-        )
-        if options.out:
-            write_out(options.out, state, heading, jobs, results, schedule.failed)
+        with writing:
+            heading["seconds"] = time.monotonic() - started
+            heading["failed"] = dict(schedule.failed)
+            write_json(call, heading)
+            known = results_in(state, names)
+            schedule.jobs = [_timed(job, known) for job in jobs]
+            if options.out:
+                write_out(options.out, state)
 
     def finished(job: Job, result: dict[str, Any]) -> None:
-        nonlocal written
         seconds = time.monotonic() - started
         if "error" in result:
             print(f"{seconds:6.1f} {job.name}: {result['error'][-1500:]}", flush=True)
             return
-        results[job.name] = result
+        heading["jobs_done"] += 1
+        heading["device"] = result.get("device", heading["device"])
         aps = " ".join(f"{name} {ap:.3f}" for name, ap in result["AP"].items())
         print(
             f"{seconds:6.1f} {job.name}: AP {aps}, {result['seconds']:.1f} s, "
@@ -149,9 +154,8 @@ def run(options: argparse.Namespace) -> None:
             f"{result.get('peak_bytes', 0) / 1e9:.1f} GB",
             flush=True,
         )
-        if time.monotonic() - written > _WRITE_SECONDS:
-            write()
-            written = time.monotonic()
+        if not writing.locked():
+            threading.Thread(target=write).start()  # the worker need not wait for it
 
     with contextlib.ExitStack() as stack:
         places = []
@@ -163,18 +167,24 @@ def run(options: argparse.Namespace) -> None:
             )
             print(f"GPU {gpu}: {'with' if len(shared) > 1 else 'without'} MPS", flush=True)
             heading["mps"] = heading["mps"] or len(shared) > 1
-            places += [(gpu, {"OMP_NUM_THREADS": "2", **shared})] * options.pack
+            places += [(gpu, {"OMP_NUM_THREADS": "1", **shared})] * options.pack
         # First one worker on every GPU: jobs are spread evenly.
         places = [place for first in range(options.pack) for place in places[first :: options.pack]]
         command = [sys.executable, "-m", "benchmarks.ablation_jobs"]
         with contextlib.suppress(KeyboardInterrupt):  # what is there is written
-            run_jobs(schedule, command, places, state / "logs", finished)
+            run_jobs(schedule, command, places, state / "logs" / options.gpus, finished)
         write()
     print(
-        f"{len(results) - earlier} jobs done in {heading['seconds']:.0f} s, {len(results)} of "
-        f"{len(jobs)} in all; failed: {sorted(schedule.failed)}",
+        f"{heading['jobs_done']} jobs done in {heading['seconds']:.0f} s, "
+        f"{len(results_in(state, names))} of {len(jobs)} in all; failed: {sorted(schedule.failed)}",
         flush=True,
     )
+
+
+def results_in(state: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Return the results that there are of jobs, by name, whichever driver did them."""
+    files = ((name, state / name / RESULT_FILE) for name in names)
+    return {name: read_json(path) for name, path in files if path.is_file()}
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
@@ -191,7 +201,6 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         epochs = options.full_epochs if full else options.epochs
         size = options.full_size if full else options.size
         epochs = max(1, round(epochs * variant.stretch))
-        cost = _cost(variant, size, epochs, options.qat_epochs)
         for fold in options.folds:
             order = {
                 "variant": name,
@@ -210,7 +219,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
                     order,
                     tuple(f"{needed}/{fold}" for needed in variant.needs),
                     1.5 + _MEMORY[variant.model] * (size / 640) ** 2,
-                    _OVERHEAD + cost * options.pack,
+                    _seconds(variant, size, epochs, options.qat_epochs, options.pack),
                 )
             )
     return jobs
@@ -221,12 +230,16 @@ def _all_needs(name: str) -> list[str]:
     return [*own, *(other for needed in own for other in _all_needs(needed))]
 
 
-def _cost(variant: Variant, size: int, epochs: int, qat_epochs: int) -> float:
-    """Return the guessed seconds of a busy GPU."""
-    epoch = max(_COST[variant.model] * (size / 640) ** 2, _LEAST_COST)
+def _seconds(variant: Variant, size: int, epochs: int, qat_epochs: int, pack: int) -> float:
+    """Return the guessed seconds of a job among others."""
+    computed = pack * _COMPUTED[variant.model] * (size / 640) ** 2
+    epoch = max(_ORDERED[variant.model], computed) * (1.3 if variant.teacher else 1.0)
     if variant.quantized is not None:
-        return 2.0 + (3 * epoch * qat_epochs if variant.quantized.trained else 0.0)
-    return epoch * epochs * (1.3 if variant.teacher else 1.0)
+        searched = variant.quantized.tuned or variant.quantized.ranked_by == "ap"
+        search = 6 * _OVERHEAD if searched else 0.0
+        training = 3 * epoch * qat_epochs if variant.quantized.trained else 0.0
+        return 2 * _OVERHEAD + search + training
+    return _OVERHEAD + epoch * epochs
 
 
 def _timed(job: Job, results: Mapping[str, Any]) -> Job:
@@ -247,43 +260,37 @@ def _timed(job: Job, results: Mapping[str, Any]) -> Job:
     return dataclasses.replace(job, seconds=1.1 * statistics.median(alike) * epochs)
 
 
-def _result(state: Path, job: Job) -> Path:
-    return state / job.name / "result.json"
-
-
-def write_out(
-    out: Path,
-    state: Path,
-    heading: Mapping[str, Any],
-    jobs: Sequence[Job],
-    results: Mapping[str, Any],
-    failed: Mapping[str, str],
-) -> None:
-    """Write all results so far into few files: figures, and detections."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        out / "ablations.json",
-        {
-            **heading,
-            "failed": dict(failed),
-            "missing": [job.name for job in jobs if job.name not in results],
-            "jobs": list(results.values()),
-        },
-    )
-    parts: list[dict[str, Any]] = [{}]
-    size = 0
-    for name in results:
-        file = state / name / "found.npz"
-        if size + file.stat().st_size > _FOUND_BYTES:
-            parts.append({})
-            size = 0
-        size += file.stat().st_size
-        with np.load(file) as found:
-            parts[-1] |= {f"{name}/{given}": found[given] for given in found.files}
-    for number, part in enumerate(parts):
-        path = out / f"found-{number}.npz"
-        with atomic_path(path) as temporary, temporary.open("wb") as stream:
-            np.savez_compressed(stream, **part)
+def write_out(out: Path, state: Path) -> None:
+    """Write all results so far, of all drivers, into few files: figures, and detections."""
+    with one_writer(out):
+        names = [f"{name}/{fold}" for name in VARIANTS for fold in range(FOLDS)]
+        results = results_in(state, names)
+        calls = [read_json(path) for path in sorted((state / "calls").glob("*.json"))]
+        parts: list[list[Path]] = [[]]
+        size = 0
+        for name in results:
+            file = state / name / FOUND_FILE
+            if size + file.stat().st_size > _FOUND_BYTES:
+                parts.append([])
+                size = 0
+            size += file.stat().st_size
+            parts[-1].append(file)
+        for number, files in enumerate(parts):
+            with (
+                atomic_path(out / f"found-{number}.zip") as temporary,
+                zipfile.ZipFile(temporary, "w") as archive,  # compressed already
+            ):
+                for file in files:
+                    archive.write(file, file.relative_to(state))
+        # Last: what it names is there.
+        write_json(
+            out / "ablations.json",
+            {
+                "calls": calls,
+                "missing": [name for name in names if name not in results],
+                "jobs": list(results.values()),
+            },
+        )
 
 
 if __name__ == "__main__":

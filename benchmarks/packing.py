@@ -9,7 +9,9 @@ A worker that dies takes nothing with it but its job, which is tried once more.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +28,10 @@ from typing import IO, Any
 MARK = "@@result "
 """Beginning of the line in a worker's output that holds the result of a job."""
 
+CLAIM_FILE = "claim"
 TRIES = 2
 _POLL = 0.3
+_LOOK = 2.0
 _LEAVE = 8.0
 """Seconds that a worker has for leaving."""
 
@@ -48,6 +52,50 @@ class Job:
     """Guess of how long it takes among others."""
 
 
+class Claims:
+    """Claims on the jobs of one folder, so that several drivers on a host do no job twice.
+
+    A claim is a lock on a file in the job's folder. The system gives it up when the driver ends,
+    however it ends.
+    """
+
+    def __init__(self, root: Path, done: str) -> None:
+        """Claim jobs in `root`, where a file named `done` in a job's folder ends the job."""
+        self._root = root
+        self._done = done
+        self._held: dict[str, int] = {}
+        self._looked = -math.inf
+
+    def claim(self, job: Job) -> bool:
+        """Return whether the job is this driver's now; False: it is done, or another's."""
+        folder = self._root / job.name
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / CLAIM_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            return False
+        if (folder / self._done).is_file():  # done since it was looked at
+            os.close(handle)
+            return False
+        self._held[job.name] = handle
+        return True
+
+    def give_up(self, job: Job) -> None:
+        """Let other drivers have the job."""
+        os.close(self._held.pop(job.name))
+
+    def look(self, jobs: Iterable[Job], done: set[str]) -> None:
+        """Add to `done` what any driver has done; not more often than every few seconds."""
+        if time.monotonic() - self._looked < _LOOK:
+            return
+        self._looked = time.monotonic()
+        for job in jobs:
+            if job.name not in done and (self._root / job.name / self._done).is_file():
+                done.add(job.name)
+
+
 @dataclass
 class Schedule:
     """Which job is next: the first that can run, in the order given.
@@ -64,6 +112,8 @@ class Schedule:
     """By `time.monotonic`."""
     is_last: bool = False
     """Begin nothing that would not come to its end before the deadline."""
+    claims: Claims | None = None
+    """Where other drivers do the same jobs."""
     failed: dict[str, str] = field(default_factory=dict)
     _tries: dict[str, int] = field(default_factory=dict)
     _running: dict[str, str] = field(default_factory=dict)
@@ -73,6 +123,8 @@ class Schedule:
     def take(self, gpu: str) -> Job | None:
         """Return the next job for a GPU, or None where there is none at the moment."""
         with self._lock:
+            if self.claims is not None:
+                self.claims.look(self.jobs, self.done)
             used = sum(job.memory for job in self.jobs if self._running.get(job.name) == gpu)
             left = self.deadline - time.monotonic()
             for job in self.jobs:
@@ -83,6 +135,7 @@ class Schedule:
                     or not set(job.needs) <= self.done
                     or (used and used + job.memory > self.memory)
                     or (self.is_last and job.seconds > left)
+                    or not (self.claims is None or self.claims.claim(job))
                 ):
                     continue
                 self._running[job.name] = gpu
@@ -93,6 +146,8 @@ class Schedule:
         """Say that a job is over, or why it is not."""
         with self._lock:
             self._running.pop(job.name, None)
+            if self.claims is not None:
+                self.claims.give_up(job)
             if error is None:
                 self.done.add(job.name)
                 return

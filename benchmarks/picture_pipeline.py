@@ -33,13 +33,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.timing import interleaved, timed
 from trt_yolov6 import __version__
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.bench.sampling import in_turns, random_input, timed
 from trt_yolov6.bench.stages import benchmark_stages, format_stages
 from trt_yolov6.common.files import write_json
-from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
+from trt_yolov6.common.machine import (
+    package_versions,
+    read_gpus,
+    software_versions,
+    timestamp,
+    usable_cpus,
+)
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.jpeg import Jpeg, open_image
@@ -51,7 +56,7 @@ from trt_yolov6.runtime.detector import Detector
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.gpu_loading import load_images
 from trt_yolov6.runtime.predict import process
-from trt_yolov6.runtime.several_gpus import process_on_gpus
+from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus, visible_gpus
 from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +123,7 @@ def measure_single(bench: Bench) -> list[dict[str, Any]]:
     for name, confidence in itertools.product(NAMES, THRESHOLDS):
         with load_engine(bench.engine(name, 1)) as engine:
             runs = single_runs(engine, pixels, NmsSettings(confidence))
-            times = interleaved(list(runs.values()), bench.seconds)
+            times = in_turns(list(runs.values()), bench.seconds)
         medians = [float(np.median(one)) for one in times]
         for what, median in zip(runs, medians, strict=True):
             rows.append(
@@ -492,7 +497,7 @@ def measure_stages(bench: Bench) -> list[dict[str, Any]]:
 
 def measure_gpus(bench: Bench) -> list[dict[str, Any]]:
     """The JPEG pipeline on one GPU and on several at once, a process each."""
-    count = len(read_gpus())
+    count = len(visible_gpus())
     path = bench.engine(NAMES[0], BATCH)
     rows: list[dict[str, Any]] = []
     numbers = sorted({1, min(2, count), count})
@@ -512,10 +517,15 @@ def measure_gpus(bench: Bench) -> list[dict[str, Any]]:
 def files_on_gpus(engine: Engine, count: int, seconds: float) -> float:
     """Return images a second from files to boxes in this process, by `--gpus`."""
     files = list_images(IMAGES)
-    gpus = tuple(str(index) for index in range(count))
     options = options_of(NmsSettings())
     steps = process_on_gpus(
-        gpus, engine, itertools.cycle(files), read_image, keep, options, open_item=open_image
+        check_gpus(count),
+        engine,
+        itertools.cycle(files),
+        read_image,
+        keep,
+        options,
+        open_item=open_image,
     )
     with closing(steps):
         for _ in range(100 * count):  # all processes are at work then
@@ -545,7 +555,7 @@ def on_gpus(count: int, path: Path, seconds: float) -> list[float]:
 
 def one_gpu(index: int, path: Path, seconds: float, barrier: Any, results: Any) -> None:
     """Measure on one GPU, starting with the others."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[index]
     with load_engine(path) as engine:
         contents = encoded_images()
         streamed(engine, contents, read_image, open_image, NmsSettings(), 1.0)
@@ -559,28 +569,32 @@ def one_gpu(index: int, path: Path, seconds: float, barrier: Any, results: Any) 
 
 
 def measure_leaks(bench: Bench) -> dict[str, Any]:
-    """Ten thousand batches of one to eight JPEGs: memory of the GPU and of this process."""
+    """Ten thousand batches of 32 JPEGs: memory of the GPU and of this process meanwhile."""
     from trt_yolov6.engines.cuda.device import free_memory
 
     contents = encoded_images()
+    count = int(os.environ.get("LEAK_BATCHES", "10000"))
+    found: list[dict[str, int]] = []
     with load_engine(bench.engine(NAMES[0], BATCH)) as engine:
-
-        def run(batches: int) -> tuple[int, int]:
-            items = itertools.islice(itertools.cycle(contents), BATCH * batches)
-            steps = process(
-                engine, items, read_image, keep, options_of(NmsSettings()), open_item=open_image
-            )
-            for _ in steps:
-                pass
-            return free_memory()[0], resident_bytes()
-
-        before, start = run(100), time.perf_counter()
-        after = run(int(os.environ.get("LEAK_BATCHES", "10000")))
+        items = itertools.islice(itertools.cycle(contents), BATCH * (count + 200))
+        steps = process(
+            engine, items, read_image, keep, options_of(NmsSettings()), open_item=open_image
+        )
+        start = time.perf_counter()
+        for done, _ in enumerate(steps, start=-200):
+            if done >= 0 and done % max(count // 10, 1) == 0:
+                used = {"gpu_bytes": -free_memory()[0], "host_bytes": resident_bytes()}
+                first = found[0] if found else used
+                found.append({"batches": done, **used})
+                print("  ", done, {key: used[key] - first[key] for key in used}, flush=True)
+        seconds = time.perf_counter() - start
+    first, half, last = found[0], found[len(found) // 2], found[-1]
     return {
-        "batches": int(os.environ.get("LEAK_BATCHES", "10000")),
-        "seconds": time.perf_counter() - start,
-        "gpu_bytes": before[0] - after[0],
-        "host_bytes": after[1] - before[1],
+        "batches": count,
+        "seconds": seconds,
+        **{key: last[key] - first[key] for key in ("gpu_bytes", "host_bytes")},
+        "host_bytes_of_the_second_half": last["host_bytes"] - half["host_bytes"],
+        "host_bytes_each_tenth": [one["host_bytes"] - first["host_bytes"] for one in found],
     }
 
 
@@ -644,7 +658,7 @@ def main() -> None:
         "backend": options.backend,
         "backend_version": state.version,
         "device": state.detail,
-        "cores": os.cpu_count(),
+        "cores": len(usable_cpus()),
         "machine": platform.platform(),
         "versions": software_versions()
         | {key: value for key, value in package_versions().items() if value},

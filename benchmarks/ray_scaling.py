@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.common.files import write_json
+from trt_yolov6.common.machine import cpu_model, read_gpus, software_versions, timestamp
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,10 +155,15 @@ def main() -> int:
         for size in sizes
     }
     result = {
+        "command": " ".join(["python -m benchmarks.ray_scaling", *sys.argv[1:]]),
+        "date": timestamp(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [gpu.name for gpu in read_gpus()],
+        "versions": software_versions(),
         "what": run.__name__,
         "engine": options.engine.name,
         "pictures": options.pictures,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "images_s": rates,
         "times_the_first": {size: rate / rates[sizes[0]] for size, rate in rates.items()},
         "rounds": lines,

@@ -693,7 +693,30 @@ def triton_soak() -> str:
     return markdown([*head, "wrong answers", "MB", "MB shared", "open files"], rows)
 
 
+def ray_on_cpus() -> str:
+    """Scaling of `infer --ray` over one-core nodes, and its cost against `infer`."""
+    found = result("ray-cpu.json")
+    rows = []
+    for part, label in (("nodes", "{} nodes of one core"), ("plain", "")):
+        data = found[part]
+        names = {"0": "`infer`", "1": "`infer --ray local`"}
+        for size, rate in data["images_s"].items():
+            runs = [one["images_s"] for one in data["rounds"] if str(one["size"]) == size]
+            rows.append(
+                [
+                    label.format(size).replace("1 nodes", "1 node") or names[size],
+                    data["pictures"],
+                    f"{rate:.1f}",
+                    f"{min(runs):.1f} to {max(runs):.1f}",
+                    f"{data['times_the_first'][size]:.2f}",
+                ]
+            )
+    head = ["run", "pictures", "images/s", "lowest and highest run", "times the first"]
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "ray-cpu": ray_on_cpus,
     "summary": summary,
     "tensorrt8-speed": tensorrt8_speed,
     "tensorrt8-accuracy": tensorrt8_accuracy,

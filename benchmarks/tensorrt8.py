@@ -8,8 +8,8 @@ TensorRT 8 runs in Python 3.10, where a machine may have no PyTorch; so the grap
 Speed is that of networks with random weights, 80 classes, 640 x 640; INT8's ranges are those of
 four of the sample's images. Accuracy is that of the detectors that lie in DIR as `NAME.ap.onnx`, on
 the sample's validation images; other detectors with weights of their own lie there as
-`NAME.PRECISION.bBATCH.onnx`, as the rest. Each engine is built by a process of its own, several on
-a GPU; what is built already is left, so that a run that was stopped goes on. Engines of one network
+`NAME.PRECISION.bBATCH.onnx`, as the rest. Several processes build on a
+GPU; what is built already is left, so that a run that was stopped goes on. Engines of one network
 and batch size are measured interleaved; figures are medians.
 """
 
@@ -23,7 +23,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -169,7 +168,7 @@ def make_peers(skeletons: Path, folder: Path) -> None:
 
 
 def jobs_in(folder: Path) -> list[Job]:
-    """Return the builds of a folder's graphs, what matters most first."""
+    """Return the builds of a folder's graphs: large batches, then accuracy, one image, peers."""
     jobs: list[Job] = []
     for path in sorted(folder.glob("*.b*.onnx")):
         network, form, batch = path.name.removesuffix(".onnx").rsplit(".", 2)
@@ -193,7 +192,8 @@ def jobs_in(folder: Path) -> list[Job]:
 
 
 def _urgency(job: Job) -> tuple[int, ...]:
-    early = ("yolov6s", "yolov6n", "yolov6m", "yolov6l-relu")
+    # What takes longest first, so that the last builds end together.
+    early = ("yolov6l-relu", "yolov6l", "yolov6m", "yolov6s", "yolov6n", "yolov6t")
     place = early.index(job.network) if job.network in early else len(early)
     if job.how == PEER:
         return (3, -job.batch)
@@ -251,57 +251,76 @@ def build(job: Job, folder: Path, level: int | None) -> dict[str, Any]:
 
 
 def build_all(folder: Path, output: Path, options: argparse.Namespace) -> None:
-    """Build what is not built yet, a process an engine, several on each GPU, until a deadline."""
+    """Build what is not built yet, several processes on each GPU, until a deadline.
+
+    A process builds one engine after the other: loading TensorRT's kernels takes most of the time
+    of the first.
+    """
     output.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + options.deadline
-    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs_in(folder):
-        wanted = any(text in job.name for text in options.only) if options.only else True
-        if wanted and not (output / f"{job.name}.row.json").exists():
-            waiting.put(job)
+    command = [sys.executable, "-s", "-m", "benchmarks.tensorrt8", "work", str(folder)]
+    command += ["--output", str(output)]
+    command += ["--level", str(options.level)] if options.level is not None else []
+    command += ["--only", *options.only] if options.only else []
 
-    def work(gpu: int) -> None:
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
-        while time.monotonic() < until:
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                return
-            claim = output / f"{job.name}.claim"
-            if (output / f"{job.name}.row.json").exists() or not _claimed(claim):
-                continue
-            command = [sys.executable, "-s", "-m", "benchmarks.tensorrt8", "one", str(folder)]
-            command += [job.name, "--output", str(output)]
-            if options.level is not None:
-                command += ["--level", str(options.level)]
-            start = time.perf_counter()
-            with open(output / f"{job.name}.log", "w") as log:
+    def work(number: int, gpu: int) -> None:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
+        code = 1
+        while code and time.monotonic() < until:
+            with open(output / f"builder-{number}.log", "a") as log:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
                 try:
-                    code: object = subprocess.run(
-                        command,
-                        env=environment,
-                        stdout=log,
-                        stderr=log,
-                        check=False,
-                        timeout=max(1.0, until - time.monotonic()),
-                    ).returncode
+                    code = process.wait(max(1.0, until - time.monotonic()))
                 except subprocess.TimeoutExpired:
-                    code = "stopped at the deadline"
-            claim.unlink()
-            said = (output / f"{job.name}.log").read_text(errors="replace").strip()
-            last = said.splitlines()[-1] if said else ""
-            print(f"{job.name}: {time.perf_counter() - start:.0f} s, {code}, {last}", flush=True)
+                    process.kill()
+                    process.wait()
+                    code = 0
+            _release(output, process.pid, f"the builder ended with {code}" if code else None)
 
-    threads = [
-        threading.Thread(target=work, args=(gpu,))
-        for _ in range(options.each)
-        for gpu in options.gpus
-    ]
+    gpus = [gpu for _ in range(options.each) for gpu in options.gpus]
+    threads = [threading.Thread(target=work, args=item) for item in enumerate(gpus)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    print(f"{waiting.qsize()} engines are left", flush=True)
+    print(f"{len(_left(folder, output, options.only))} engines are left", flush=True)
+
+
+def _left(folder: Path, output: Path, only: Sequence[str] | None) -> list[Job]:
+    return [
+        job
+        for job in jobs_in(folder)
+        if (not only or any(text in job.name for text in only))
+        and not (output / f"{job.name}.row.json").exists()
+    ]
+
+
+def _release(output: Path, pid: int, error: str | None) -> None:
+    """Free the job of a process that ended in the middle of it; with an error it is over."""
+    for claim in output.glob("*.claim"):
+        if claim.read_text() == str(pid):
+            if error:
+                name = claim.name.removesuffix(".claim")
+                write_json(output / f"{name}.row.json", {"engine_name": name, "error": error})
+            claim.unlink()
+
+
+def build_in_turn(folder: Path, output: Path, options: argparse.Namespace) -> None:
+    """Build engines that no other process builds, one after the other, until none is left."""
+    for job in _left(folder, output, options.only):
+        claim = output / f"{job.name}.claim"
+        if not _claimed(claim):
+            continue
+        if (output / f"{job.name}.row.json").exists():
+            claim.unlink()
+            continue
+        start = time.perf_counter()
+        row = build(job, output, options.level)
+        write_json(output / f"{job.name}.row.json", row)
+        claim.unlink()
+        counts = f"{row.get('int8_convolutions')} of {row.get('convolutions')} in INT8"
+        seconds = time.perf_counter() - start
+        print(f"{job.name}: {seconds:.0f} s, {row.get('error', counts)}", flush=True)
 
 
 def _claimed(path: Path) -> bool:
@@ -317,15 +336,6 @@ def _claimed(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def build_one(folder: Path, name: str, output: Path, level: int | None) -> None:
-    """Build the engine of a name, and write its row next to it."""
-    (job,) = (job for job in jobs_in(folder) if job.name == name)
-    row = build(job, output, level)
-    write_json(output / f"{job.name}.row.json", row)
-    of = f"{row['int8_convolutions']} of {row['convolutions']} in INT8" if "engine" in row else ""
-    print(row.get("error", of))
 
 
 def _images(graph: Graph) -> Iterator[NDArray[Any]]:
@@ -463,22 +473,21 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     graphs = actions.add_parser("graphs")
     building = actions.add_parser("build")
-    one = actions.add_parser("one")
+    working = actions.add_parser("work")
     measuring = actions.add_parser("measure")
-    for action in (graphs, building, one, measuring):
+    for action in (graphs, building, working, measuring):
         action.add_argument("folder", type=Path, help="of the graphs")
     graphs.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
     graphs.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     graphs.add_argument("--peers", type=Path, help="folder that benchmarks.peers wrote")
-    one.add_argument("name")
-    for action in (building, one, measuring):
+    for action in (building, working, measuring):
         action.add_argument("--output", type=Path, help="of the engines (the folder)")
-    for action in (building, one):
+    for action in (building, working):
         action.add_argument("--level", type=int, help="optimization level (TensorRT's own)")
+        action.add_argument("--only", nargs="+", help="parts of engines' names")
     building.add_argument("--gpus", type=int, nargs="+", default=[0])
     building.add_argument("--each", type=int, default=4, help="builders a GPU (4)")
     building.add_argument("--deadline", type=float, default=420, help="seconds (420)")
-    building.add_argument("--only", nargs="+", help="parts of engines' names")
     measuring.add_argument("--json", type=Path, required=True)
     measuring.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     measuring.add_argument("--seconds", type=float, default=1.5, help="an engine (1.5)")
@@ -491,8 +500,8 @@ def main() -> None:
             make_peers(options.peers, options.folder)
     elif options.action == "build":
         build_all(options.folder, output, options)
-    elif options.action == "one":
-        build_one(options.folder, options.name, output, options.level)
+    elif options.action == "work":
+        build_in_turn(options.folder, output, options)
     else:
         _measure_all(output, options.json, options.seconds, options.parts)
 

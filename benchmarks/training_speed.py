@@ -12,6 +12,7 @@ own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import subprocess
@@ -177,19 +178,32 @@ def _work(options: argparse.Namespace) -> None:
         dist.init_process_group("gloo")
     first = dist.get_rank() == 0
     for model in options.models:
-        for together in (True, False) if world == options.gpus > 1 else (True,):
-            row = _measured(options, model, together, world)
+        for kind in _kinds(options, world):
+            try:
+                row = _measured(options, model, kind, world)
+            except RuntimeError as error:  # of one kind: the others are still to be measured
+                print(f"{model}, {kind} statistics: {error}", file=sys.stderr, flush=True)
+                continue
             if first:
-                kind = "common" if together else "own"
                 write_json(Path(f"{options.worker}-{model}-{kind}.json"), row)
     dist.destroy_process_group()
 
 
-def _measured(
-    options: argparse.Namespace, model: str, together: bool, world: int
-) -> dict[str, Any]:
+COMMON, OWN, NO_WAITS = "common", "own", "common-without-waits"
+
+
+def _kinds(options: argparse.Namespace, world: int) -> tuple[str, ...]:
+    """Return the kinds of batch statistics to measure: all of them on the most GPUs."""
+    if world == 1:
+        return (COMMON,)
+    candidate = () if options.device == "cpu" else (NO_WAITS,)
+    return (COMMON, *candidate, OWN) if world == options.gpus else (COMMON, *candidate)
+
+
+def _measured(options: argparse.Namespace, model: str, kind: str, world: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
+    from benchmarks.common_statistics import without_waits
     from trt_yolov6.training.log import read_log
     from trt_yolov6.training.recipe import recipe_for
     from trt_yolov6.training.trainer import train
@@ -204,9 +218,10 @@ def _measured(
             batch=options.batch,
             image_size=options.imgsz,
             val_split=None,
-            common_statistics=together,
+            common_statistics=kind != OWN,
         )
-        train(settings, folder, device=options.device, progress=False, state_seconds=1e9)
+        with without_waits() if kind == NO_WAITS else contextlib.nullcontext():
+            train(settings, folder, device=options.device, progress=False, state_seconds=1e9)
         return read_log(folder) if rank == 0 else []
 
     steps = options.steps
@@ -215,9 +230,9 @@ def _measured(
         row: dict[str, Any] = {
             "model": model,
             "gpus": world,
-            "statistics": "common" if together else "own",
+            "statistics": kind,
         }
-        if options.device != "cpu" and together and world in (1, options.gpus):
+        if options.device != "cpu" and kind == COMMON and world in (1, options.gpus):
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 trained(1, Path(scratch) / "profiled")
             if rank == 0:

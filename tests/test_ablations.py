@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +21,8 @@ from pycocotools.cocoeval import COCOeval
 
 from benchmarks import ablation_variants, paper
 from benchmarks.ablation_scores import collect, over_folds
-from benchmarks.ablation_variants import TABLES, VARIANTS
+from benchmarks.ablation_variants import FOUND_FILE, RESULT_FILE, TABLES, VARIANTS
+from benchmarks.ablations import write_out
 from benchmarks.folds import (
     FOLDS,
     ap_by_fold,
@@ -35,7 +37,7 @@ from benchmarks.folds import (
     val_split,
     write_folds,
 )
-from benchmarks.packing import MARK, Job, Schedule, run_jobs
+from benchmarks.packing import MARK, Claims, Job, Schedule, run_jobs
 from benchmarks.paper_tables import sentence, verdict
 from benchmarks.training_speed import write_repeated
 from trt_yolov6.data.coco import load_coco
@@ -246,6 +248,42 @@ def test_the_last_call_begins_nothing_that_it_cannot_end() -> None:
     assert schedule.is_over
 
 
+def _claiming(jobs: list[Job], root: Path) -> Schedule:
+    return _schedule(jobs, claims=Claims(root, "done"))
+
+
+def test_drivers_of_one_folder_share_its_jobs(tmp_path: Path) -> None:
+    jobs = [Job("a/0", {}), Job("b/0", {}), Job("c/0", {}, needs=("a/0",))]
+    one, other = _claiming(jobs, tmp_path), _claiming(jobs, tmp_path)
+    assert one.take("0") is jobs[0]
+    assert other.take("1") is jobs[1]
+    assert one.take("0") is None
+    assert not one.is_over
+    (tmp_path / "a/0/done").touch()
+    one.finish(jobs[0], None)
+    # What one has done, the other does not do again, and goes on from.
+    other.finish(jobs[1], "broken")
+    assert _claiming(jobs, tmp_path).take("1") is jobs[1]
+    assert one.take("0") is jobs[2]
+
+
+def test_a_driver_that_dies_gives_up_its_claims(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from benchmarks.packing import Claims, Job\n"
+        "assert Claims(Path(sys.argv[1]), 'done').claim(Job('a/0', {})); print('claimed')\n"
+        "sys.stdout.flush(); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == b"claimed\n"
+    claims = Claims(tmp_path, "done")
+    assert not claims.claim(Job("a/0", {}))
+    driver.kill()
+    driver.communicate()
+    assert claims.claim(Job("a/0", {}))
+
+
 WORKER = """
 import os, sys, time
 from benchmarks.packing import serve
@@ -397,13 +435,40 @@ def test_variants_of_other_schedules_are_not_compared(source: Path, tmp_path: Pa
         for name, epochs, gain in (("n", 60, 0.0), ("n-poly", 60, -0.1), ("n-focal", 80, 0.1))
         for fold in range(FOLDS)
     ]
-    (tmp_path / "ablations.json").write_text(json.dumps({"jobs": jobs, "seconds": 1.0}))
+    (tmp_path / "ablations.json").write_text(json.dumps({"jobs": jobs, "calls": []}))
     result = collect([tmp_path], source)
     assert set(result["variants"]) == {"n", "n-poly", "n-focal"}
     (row,) = result["tables"]["8"]
     assert row["row"] == "poly"
     assert row["folds"]["value"] == pytest.approx(-0.1)
     assert row["images"] is None
+
+
+def test_results_of_a_folder_are_scored_with_all_their_detections(
+    source: Path, folds: Path, tmp_path: Path
+) -> None:
+    truth = read_truth(folds)
+    state = tmp_path / "state"
+    for name, most in (("n", 0.2), ("n-poly", 0.3)):
+        rows = pack(_shaken(truth, np.random.default_rng(1), most))
+        for fold in range(FOLDS):
+            own = np.array(truth.images)[truth.fold_of == fold]
+            folder = state / name / str(fold)
+            folder.mkdir(parents=True)
+            np.savez_compressed(folder / FOUND_FILE, plain=rows[np.isin(rows["image"], own)])
+            result = {"variant": name, "fold": fold, "seed": fold, "epochs": 60, "batch": 32}
+            result |= {"image_size": 320, "AP": {"plain": 0.0}, "seconds": 1.0}
+            (folder / RESULT_FILE).write_text(json.dumps(result))
+    write_out(tmp_path / "out", state)
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    found = collect([tmp_path / "out"], source)
+    (row,) = found["tables"]["8"]
+    wanted = [
+        match_all(truth, pack(_shaken(truth, np.random.default_rng(1), most))).ap()
+        for most in (0.3, 0.2)
+    ]
+    assert row["images"]["value"] == pytest.approx(wanted[0] - wanted[1], abs=1e-6)
+    assert row["images"]["high"] < 0
 
 
 def test_choices_that_inputs_are_named_after_exist() -> None:

@@ -228,6 +228,42 @@ def test_whatever_is_subtracted_the_function_stays(model: onnx.ModelProto, seed:
     assert_same_function(model, rescale(model, channels, factors, shifts))
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    pads=st.tuples(*[st.integers(0, 3)] * 4),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilations=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    multiplier=st.integers(1, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_the_border_of_a_padded_depthwise_convolution_stays_as_well(
+    pads: tuple[int, ...],
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    dilations: tuple[int, int],
+    multiplier: int,
+    seed: int,
+) -> None:
+    drawing, rng = Drawing(seed), np.random.default_rng(seed)
+    drawing.grow("SiLU", drawing.convolution("images"), "")
+    last = list(drawing.channels)[-1]
+    count = drawing.channels[last]
+    weight = drawing.normal(multiplier * count, 1, *kernel)
+    given = {"pads": pads, "strides": strides, "dilations": dilations, "group": count}
+    made = drawing.add("Conv", [last, weight], multiplier * count, **given)
+    drawing.convolution(made)
+    model = drawing.model()
+    channels = trace_channels(model, through_activations=True)
+    assert channels.shiftable == {last}
+    assert set(channels.bordered) == ({made} if any(pads) else set())
+    factors = np.exp2(rng.uniform(-2, 2, channels.count)).astype(np.float32)
+    factors[FIXED] = 1
+    shifted = rescale(model, channels, factors, {last: rng.normal(size=count)})
+    assert_same_function(model, shifted)
+    assert ("Add" in {node.op_type for node in shifted.graph.node}) == any(pads)
+
+
 def pointwise_after(kind: str, pads: int = 0, *between: str) -> tuple[Drawing, onnx.ModelProto]:
     """A convolution, an activation, what stands between, and a convolution of one pixel."""
     drawing = Drawing(0)

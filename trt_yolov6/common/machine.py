@@ -125,7 +125,7 @@ def describe_cpu() -> Cpu:
     """Return the processor and the share of it that this process may use."""
     cpuinfo = _cpuinfo()
     flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or [""])[0].split())
-    usable = _usable_cpus()
+    usable = usable_cpus()
     siblings = {
         _read(f"/sys/devices/system/cpu/cpu{index}/topology/thread_siblings_list")
         for index in usable
@@ -287,7 +287,8 @@ def _cpuinfo() -> dict[str, list[str]]:
     return values
 
 
-def _usable_cpus() -> list[int]:
+def usable_cpus() -> list[int]:
+    """Return the numbers of the cores that this process may use."""
     try:
         return sorted(os.sched_getaffinity(0))
     except (AttributeError, OSError):  # only Linux has it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,16 +78,21 @@ def to_sources(
     Returns:
         float32 (images, n, 4), x1, y1, x2, y2 in pixels of the original images.
     """
-    table = np.array(
-        [(one.left, one.top, *one.source, *one.resized) for one in letterboxes], np.float64
-    ).reshape(-1, 1, 6)
-    size = table[..., [3, 2, 3, 2]]
-    mapped = boxes - table[..., [0, 1, 0, 1]]
-    mapped *= size / table[..., [5, 4, 5, 4]]
+    table = np.array([_mapping(one) for one in letterboxes], np.float64).reshape(-1, 1, 12)
+    mapped = boxes - table[..., :4]
+    mapped *= table[..., 4:8]
     np.maximum(mapped, 0 if clip else -_LARGEST, out=mapped)
-    np.minimum(mapped, size if clip else _LARGEST, out=mapped)
+    np.minimum(mapped, table[..., 8:] if clip else _LARGEST, out=mapped)
     result: NDArray[np.float32] = mapped.astype(np.float32)
     return result
+
+
+@functools.lru_cache(maxsize=1024)
+def _mapping(one: Letterbox) -> tuple[float, ...]:
+    """Return, of x1, y1, x2, y2 each, what is subtracted, the factor, and the border."""
+    height, width = one.source
+    ratios = width / one.resized[1], height / one.resized[0]
+    return (one.left, one.top) * 2 + ratios * 2 + (width, height) * 2
 
 
 def fit(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -15,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.data.letterbox import Letterbox, fill, fit, letterbox
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.errors import UserError
@@ -55,8 +55,8 @@ class _Row:
 
 
 def default_workers() -> int:
-    """Return how many reader threads pay: one a core, at most sixteen."""
-    return min(16, os.cpu_count() or 1)
+    """Return how many reader threads pay: one a core of this process, at most sixteen."""
+    return min(16, len(usable_cpus()))
 
 
 def load_batches(

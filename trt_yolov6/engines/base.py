@@ -239,8 +239,12 @@ class Engine(Described, Closing):
         """
         raise NotImplementedError
 
-    def jpeg_decoder(self) -> JpegDecoder | None:
-        """Return the decoder of JPEGs on the engine's GPU; None where nvImageCodec is missing."""
+    def jpeg_decoder(self, number: int = 0) -> JpegDecoder | None:
+        """Return a decoder of JPEGs on the engine's GPU; None where nvImageCodec is missing.
+
+        Args:
+            number: 0 for the first; others work at the same time.
+        """
         return None
 
     def first_non_finite(self, images: NDArray[Any]) -> str | None:

@@ -35,6 +35,9 @@ Opened = Jpeg | NDArray[np.uint8]
 """A JPEG as it is, or uint8 (height, width, 3) RGB."""
 
 
+DECODERS = 1
+"""JPEG decoders that work side by side, a thread each."""
+
 _A_TASK = 8
 """Files that are read one after the other where the GPU decodes most of them."""
 
@@ -53,11 +56,22 @@ class ImageBatch(Generic[Item]):
 
 
 class _GpuDecoding:
-    """The decoder, and the buffers that are free."""
+    """The decoders, and the buffers that are free."""
 
-    def __init__(self, decoder: JpegDecoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoders: Sequence[JpegDecoder]) -> None:
+        self._idle = deque(decoders)
         self._free: deque[DecodedBatch] = deque()
+
+    def decode(self, images: Sequence[Jpeg], buffers: DecodedBatch) -> list[ImageView | None]:
+        """Decode a batch by a decoder that is idle, see `JpegDecoder.decode`.
+
+        No more threads may call it at a time than there are decoders.
+        """
+        decoder = self._idle.popleft()
+        try:
+            return decoder.decode(images, buffers)
+        finally:
+            self._idle.append(decoder)
 
     def take(self) -> DecodedBatch:
         """Return buffers that nothing reads any more."""
@@ -99,9 +113,10 @@ def load_images(
     source = iter(items)
     count = workers or default_workers()
     readers = ThreadPoolExecutor(count, thread_name_prefix="reader")
-    decoding_thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
-    decoder = None if keep_images else engine.jpeg_decoder()
-    decoding = None if decoder is None else _GpuDecoding(decoder)
+    decoding_thread = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+    decoders = [] if keep_images else [engine.jpeg_decoder(one) for one in range(DECODERS)]
+    found = [decoder for decoder in decoders if decoder is not None]
+    decoding = _GpuDecoding(found) if len(found) == DECODERS else None
     place = _placing(engine, border)
     pending: deque[Future[ImageBatch[Item]]] = deque()
 
@@ -204,7 +219,7 @@ def _decode(
         return None, _nothing
     buffers = decoding.take()
     jpegs = [one.image for one in encoded if isinstance(one.image, Jpeg)]
-    views = decoding.decoder.decode(jpegs, buffers)
+    views = decoding.decode(jpegs, buffers)
     rest = []
     for one, view in zip(encoded, views, strict=True):
         if view is None:

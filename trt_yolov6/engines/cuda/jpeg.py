@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.data.jpeg import Jpeg
 from trt_yolov6.engines.cuda.device import CudaError, Event, Stream
 from trt_yolov6.engines.cuda.letterbox import ImageView, upright
@@ -42,7 +43,7 @@ class JpegDecoder:
     """A decoder on the current GPU. One thread at a time may call it.
 
     Args:
-        threads: CPU threads for what is not done in hardware; default: one a core.
+        threads: CPU threads for what is not done in hardware; default: one a core of this process.
         backends: names of `nvimgcodec.BackendKind` to use, best first; default: all there are.
         options: `nvimgcodec.Decoder`'s.
 
@@ -67,7 +68,7 @@ class JpegDecoder:
         try:
             self._stream = Stream()
             self._decoder = codec.Decoder(
-                max_num_cpu_threads=threads or 0, backends=kinds, options=options
+                max_num_cpu_threads=threads or len(usable_cpus()), backends=kinds, options=options
             )
         except (RuntimeError, CudaError) as error:
             raise MissingDependencyError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,7 @@ def upright(stored: ImageView, orientation: int) -> ImageView:
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def method_of(placed: Letterbox, interpolation: Interpolation) -> int:
     """Return the number of the arithmetic that `data.letterbox.fill` has OpenCV use."""
     if placed.resized == placed.source:

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.engines.cuda.device import DeviceMemory, PinnedMemory, PinnedPool, Stream
 from trt_yolov6.engines.cuda.letterbox import ImageView, interleaved
 
 _ALIGNMENT = 256
-"""Bytes that an image's place is a multiple of."""
-_TOGETHER = 4 * 2**20
-"""Bytes that are packed before they are sent."""
+"""Bytes that the place of an image sent by itself, and of a group, is a multiple of."""
+
+PACKERS = min(4, len(usable_cpus()))
+"""Threads that pack a batch: what one of them copies keeps up with no fast engine."""
+
+_LEAST = 2 * 2**20
+"""Bytes that are worth a thread."""
 
 
 class Staging:
@@ -29,7 +35,9 @@ class Staging:
         """Take the pool whose arrays the GPU reads without a detour."""
         self._locked = locked
         self._host: PinnedMemory | None = None
+        self._whole: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._device: DeviceMemory | None = None
+        self._packers: ThreadPoolExecutor | None = None
         self._in_use: Any = None
 
     def send(self, images: Sequence[NDArray[np.uint8]], stream: Stream) -> list[ImageView]:
@@ -47,75 +55,93 @@ class Staging:
             CudaError: there is no room for them.
         """
         self._in_use = images
-        places, end = [], 0
-        for image in images:
-            places.append(end)
-            end += -(-image.nbytes // _ALIGNMENT) * _ALIGNMENT
-        is_locked = [self._locked.holds(image) for image in images]
-        if self._device is None or self._device.nbytes < end:
-            if self._device is not None:
-                self._device.free()
-                self._device = None
-            self._device = DeviceMemory(end + end // 4)
-        rest: list[int] = []
-        for index, (image, place) in enumerate(zip(images, places, strict=True)):
-            if is_locked[index]:
-                self._copy(stream, image.ctypes.data, place, image.nbytes)
-            else:
-                rest.append(index)
-        self._pack_and_send(images, places, rest, end, stream)
+        rest = [index for index, one in enumerate(images) if not self._locked.holds(one)]
+        groups = _groups([images[index].nbytes for index in rest])
+        places, end = [0] * len(images), 0
+        for group in groups:  # one after the other, so that a group is packed by one call
+            for index in rest[group]:
+                places[index] = end
+                end += images[index].nbytes
+            end = _aligned(end)
+        packed = end
+        is_packed = set(rest)
+        for index, image in enumerate(images):
+            if index not in is_packed:
+                places[index] = end
+                end = _aligned(end + image.nbytes)
+        self._make_room(packed, end)
+        for index, image in enumerate(images):
+            if index not in is_packed:
+                self._copy(stream, image.ctypes.data, places[index], image.nbytes)
+        assert self._device is not None
         base = self._device.address
+        if len(rest) == len(images) == 1:
+            return [self._send_one(images[0], base, stream)]
+        self._pack_and_send(images, places, [rest[group] for group in groups], stream)
         return [
-            _view(image, base + place, locked)
-            for image, place, locked in zip(images, places, is_locked, strict=True)
+            interleaved(base + place, *image.shape[:2])
+            for image, place in zip(images, places, strict=True)
         ]
 
     def free(self) -> None:
         """Free the memory."""
+        if self._packers is not None:
+            self._packers.shutdown()
+            self._packers = None
         for memory in (self._host, self._device):
             if memory is not None:
                 memory.free()
         self._host = self._device = None
 
+    def _make_room(self, packed: int, end: int) -> None:
+        """Have room for that number of bytes in page-locked memory, and on the GPU."""
+        if self._device is None or self._device.nbytes < end:
+            if self._device is not None:
+                self._device.free()
+                self._device = None
+            self._device = DeviceMemory(end + end // 4)
+        if packed and (self._host is None or self._host.nbytes < packed):
+            if self._host is not None:
+                self._host.free()
+                self._host = None
+            self._host = PinnedMemory(packed + packed // 4)
+            self._whole = self._host.array((self._host.nbytes,), np.dtype(np.uint8))
+
+    def _send_one(self, image: NDArray[np.uint8], base: int, stream: Stream) -> ImageView:
+        """Pack a single image as blue, green, red, and send it.
+
+        OpenCV exchanges channels with several threads at once, the shortest way to have several
+        copy a megabyte: 0.9 MB took 28 to 37 us on a machine with an H100, NumPy's copy 39 to 85,
+        and four threads of Python's 260.
+        """
+        assert self._host is not None
+        target = self._whole[: image.nbytes].reshape(image.shape)
+        cv2.cvtColor(image, cv2.COLOR_RGB2BGR, dst=target)
+        self._copy(stream, self._host.address, 0, image.nbytes)
+        height, width = image.shape[:2]
+        return dataclasses.replace(interleaved(base + 2, height, width), channel_step=-1)
+
     def _pack_and_send(
         self,
         images: Sequence[NDArray[np.uint8]],
         places: Sequence[int],
-        indices: Sequence[int],
-        end: int,
+        groups: Sequence[Sequence[int]],
         stream: Stream,
     ) -> None:
-        """Copy some of the images into page-locked memory, and send neighbours together."""
-        first = until = 0
-        last = -1
-        for index in indices:
-            if until and (index != last + 1 or until - first > _TOGETHER):
-                assert self._host is not None
-                self._copy(stream, self._host.address + first, first, until - first)
-                until = 0
-            self._pack(images[index], places[index], end)
-            if not until:
-                first = places[index]
-            until, last = places[index] + images[index].nbytes, index
-        if until:
+        """Copy groups of images into page-locked memory, several at a time, and send each."""
+
+        def pack(group: Sequence[int]) -> tuple[int, int]:
+            first, last = group[0], group[-1]
+            start, end = places[first], places[last] + images[last].nbytes
+            _join([images[index] for index in group], self._whole[start:end])
+            return start, end - start
+
+        if len(groups) > 1 and self._packers is None:
+            self._packers = ThreadPoolExecutor(PACKERS, thread_name_prefix="to-gpu")
+        work = map if len(groups) < 2 or self._packers is None else self._packers.map
+        for start, nbytes in work(pack, groups):
             assert self._host is not None
-            self._copy(stream, self._host.address + first, first, until - first)
-
-    def _pack(self, image: NDArray[np.uint8], place: int, end: int) -> None:
-        """Copy an image to its place in page-locked memory, as blue, green, red.
-
-        OpenCV exchanges channels with several threads at once and without the interpreter's lock,
-        the shortest way to have several threads copy a megabyte: 0.9 MB took 28 to 37 us on a
-        machine with an H100, NumPy's copy 39 to 85, and four threads of Python's 260.
-        """
-        if self._host is None or self._host.nbytes < end:
-            if self._host is not None:
-                self._host.free()
-                self._host = None
-            self._host = PinnedMemory(end + end // 4)
-        whole = self._host.array((self._host.nbytes,), np.dtype(np.uint8))
-        target = whole[place : place + image.nbytes].reshape(image.shape)
-        cv2.cvtColor(image, cv2.COLOR_RGB2BGR, dst=target)
+            self._copy(stream, self._host.address + start, start, nbytes)
 
     def _copy(self, stream: Stream, source: int, place: int, nbytes: int) -> None:
         assert self._device is not None
@@ -123,9 +149,25 @@ class Staging:
         stream.copy_in(self._device, source - place, nbytes, place)
 
 
-def _view(image: NDArray[np.uint8], address: int, is_rgb: bool) -> ImageView:
-    """Return the view of an image that lies as red, green, blue, or the other way round."""
-    height, width = image.shape[:2]
-    if is_rgb:
-        return interleaved(address, height, width)
-    return dataclasses.replace(interleaved(address + 2, height, width), channel_step=-1)
+def _groups(sizes: Sequence[int]) -> list[slice]:
+    """Return the neighbours that a thread packs together, of images of some bytes."""
+    if not sizes:
+        return []
+    number = max(1, min(PACKERS, len(sizes), sum(sizes) // _LEAST))
+    each = -(-len(sizes) // number)
+    return [slice(first, first + each) for first in range(0, len(sizes), each)]
+
+
+def _join(images: Sequence[NDArray[np.uint8]], target: NDArray[np.uint8]) -> None:
+    """Copy images one after the other into as many bytes.
+
+    By one call of OpenCV, which leaves the interpreter to other threads meanwhile; NumPy would ask
+    for it back after every image.
+    """
+    column = target.reshape(-1, 1)
+    joined = cv2.vconcat([image.reshape(-1, 1) for image in images], column)
+    assert joined is column or np.shares_memory(joined, column)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

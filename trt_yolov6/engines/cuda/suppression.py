@@ -34,6 +34,10 @@ MAX_KEPT = 512
 
 _THREADS = 1024
 """`THREADS` of the kernels."""
+DIRECT_ROWS = 1
+"""Images of a batch whose boxes the kernel writes into the host's memory itself: for a few, that is
+shorter than a copy."""
+
 _FOUND_BY_BLOCK = 256 * 8
 """Scores that a block of `find` looks at."""
 
@@ -136,6 +140,7 @@ class Suppression:
         places = [outputs[name].address for name in reading.tensors]
         confidence = float(np.float32(nms.confidence))
         low, high, reach = float32_thresholds(nms.iou)
+        results = self._copy if batch <= DIRECT_ROWS else self._results
         stream.clear(self._counts, 4 * batch)
         self._kernels.launch(
             stream,
@@ -161,11 +166,12 @@ class Suppression:
             (
                 *places,
                 *(confidence, nms.iou, low, high, reach, nms.max_detections, self._capacity),
-                *(self._counts.address, self._keys.address, self._results.address),
+                *(self._counts.address, self._keys.address, results.address),
             ),
         )
-        nbytes = result_dtype(nms.max_detections).itemsize * batch
-        stream.copy_out(self._copy.address, self._results, nbytes)
+        if results is self._results:
+            nbytes = result_dtype(nms.max_detections).itemsize * batch
+            stream.copy_out(self._copy.address, self._results, nbytes)
 
     def fetch(self, batch: int, nms: NmsSettings) -> Suppressed | None:
         """Return the boxes kept by a run whose stream has been waited for; None without room.
@@ -190,10 +196,11 @@ def result_dtype(limit: int) -> np.dtype[Any]:
 
 def suppressed_of(results: NDArray[Any], capacity: int, nms: NmsSettings) -> Suppressed | None:
     """Return a copy of the kernels' results; None if an image's candidates did not fit."""
-    if (results["found"] > capacity).any():
+    # Lists, since for a few images NumPy's calls take longer than what they compute.
+    if max(results["found"].tolist(), default=0) > capacity:
         return None
     counts = results["kept"].astype(np.int64)
-    rows = results["rows"][:, : int(counts.max(initial=0))].copy()
+    rows = results["rows"][:, : max(counts.tolist(), default=0)].copy()
     labels = rows["label"].astype(np.int64)
     return Suppressed(counts, rows["box"], rows["score"], labels, nms)
 

@@ -40,6 +40,9 @@ from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
 
+DIRECT_ROWS = 1
+"""Images of a batch whose places the kernel reads from the host's memory: a copy takes longer."""
+
 _STAGE_RUNS = 30
 """Times that each stage is timed."""
 
@@ -151,7 +154,7 @@ class PictureLane:
         self._kernel = kernel
         self._staging = staging
         self._interpolation = preprocessing.interpolation
-        largest = plan.batch.max
+        self._largest = largest = plan.batch.max
         nbytes = RECORD_BYTES * largest
         self._records = DeviceMemory(nbytes)
         self._written = PinnedMemory(nbytes)
@@ -186,7 +189,8 @@ class PictureLane:
         for row, (image, place) in enumerate(zip(images, placed, strict=True)):
             view = image if isinstance(image, ImageView) else next(sent)
             write_record(self._table, row, view, place, self._interpolation)
-        self._table[RECORD_BYTES * len(images) :] = 0
+        if len(images) < self._largest:
+            self._table[RECORD_BYTES * len(images) :] = 0
         if after is not None:
             stream.wait_for(after)
         self._rows, self._nms = rows, nms
@@ -209,6 +213,7 @@ class PictureLane:
                 found = self._suppression.fetch(self._rows, self._nms)
                 if found is not None:
                     return found
+                self._prepare(self._rows)
                 lane.copy_outputs()
                 lane.stream.wait()
             return lane.results()
@@ -276,11 +281,10 @@ class PictureLane:
 
         The first time is for what TensorRT does only once.
         """
-        generation = self._lane.prepare(key[0])
-        if generation != self._generation:
-            self._forget_graphs()
-            self._generation = generation
-        graph = self._graphs.get(key)
+        graph = self._graphs.get(key) if self._is_suppressed else None
+        if graph is None:  # what is recorded needs the lane again only for whole outputs
+            self._prepare(key[0])
+            graph = self._graphs.get(key)
         if graph is None and key in self._warm and self._records_graphs:
             stream = self._lane.stream
             try:
@@ -296,11 +300,21 @@ class PictureLane:
             self._enqueue(key)
             self._warm.add(key)
 
+    def _prepare(self, rows: int) -> None:
+        """Have the lane know the batch's size; forget what it says is not valid any more."""
+        generation = self._lane.prepare(rows)
+        if generation != self._generation:
+            self._forget_graphs()
+            self._generation = generation
+
     def _enqueue(self, key: tuple[int, NmsSettings]) -> None:
         rows, nms = key
         lane = self._lane
-        lane.stream.copy_in(self._records, self._written.address, RECORD_BYTES * rows)
-        self._kernel.enqueue(lane.stream, self._records.address, lane.input_memory.address, rows)
+        records = self._written.address
+        if rows > DIRECT_ROWS:
+            lane.stream.copy_in(self._records, records, RECORD_BYTES * rows)
+            records = self._records.address
+        self._kernel.enqueue(lane.stream, records, lane.input_memory.address, rows)
         lane.run()
         self._take_boxes(rows, nms)
 

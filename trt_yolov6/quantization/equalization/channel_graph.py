@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from trt_yolov6.graph.editing import add_initializers, replace_tensor, set_nodes
 from trt_yolov6.graph.index import (
     GraphIndex,
     attribute,
+    attributes,
     constants_of,
     names_read,
     shapes_of,
@@ -78,6 +79,31 @@ class Convolution:
 
 
 @dataclass(frozen=True)
+class Border:
+    """Positions of a padded convolution's kernel that lie in the picture."""
+
+    rows: NDArray[np.bool_]
+    """(output rows, kernel rows) whether that row of the kernel reads one of the input."""
+    columns: NDArray[np.bool_]
+    """(output columns, kernel columns)"""
+
+    def missing(self, taps: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return what padding leaves out of the response to a constant input.
+
+        Args:
+            taps: (channels, kernel rows, kernel columns) the response of each tap.
+
+        Returns:
+            (channels, rows, columns), 0 where the whole kernel lies in the picture.
+        """
+        inside = np.einsum("oab,ya->oyb", taps, self.rows.astype(np.float64))
+        inside = np.einsum("oyb,xb->oyx", inside, self.columns.astype(np.float64))
+        whole = np.logical_and.outer(self.rows.all(axis=1), self.columns.all(axis=1))
+        missing: NDArray[np.float64] = taps.sum(axis=(1, 2))[:, None, None] - inside
+        return np.where(whole, 0.0, missing)
+
+
+@dataclass(frozen=True)
 class ChannelMap:
     """The channels of a graph and the classes that tie them."""
 
@@ -93,7 +119,9 @@ class ChannelMap:
     their classes are rescaled."""
     shiftable: frozenset[str] = frozenset()
     """Activations of which a constant per channel can be subtracted as well: only convolutions
-    without padding read them, and take it back by their biases."""
+    read them, and take it back by their biases."""
+    bordered: Mapping[str, Border] = field(default_factory=dict)
+    """Borders of the convolutions with padding that read such activations, by their outputs."""
 
 
 def trace_channels(model: onnx.ModelProto, *, through_activations: bool = False) -> ChannelMap:
@@ -136,6 +164,7 @@ def rescale(
     result = copy.deepcopy(model)
     constants = constants_of(result)
     by_source = shifts_by_source(channels, shifts or {})
+    borders: dict[str, NDArray[np.float64]] = {}
     for item in channels.convolutions:
         weight = tensor_value(constants[item.weight]).copy()
         written = factors[channels.classes[item.output]]
@@ -143,8 +172,13 @@ def rescale(
         if item.input in channels.sources:
             taken = by_source[channels.sources[item.input]]
             if taken.any():
-                sums = by_output.astype(np.float64).sum(axis=2)
-                _add_to_bias(result, item, (sums * item.read_by(len(sums), taken)).sum(axis=1))
+                read = item.read_by(len(by_output), taken)
+                taps = (by_output.astype(np.float64) * read[:, :, None]).sum(axis=1)
+                _add_to_bias(result, item, taps.sum(axis=1))
+                if item.output in channels.bordered:
+                    taps = taps.reshape(len(taps), *weight.shape[2:])
+                    missing = channels.bordered[item.output].missing(taps)
+                    borders[item.output] = -missing * written[:, None, None]
         scaled = by_output * written[:, None, None]
         if item.input in channels.classes:
             read = item.read_by(len(scaled), factors[channels.classes[item.input]])
@@ -155,7 +189,7 @@ def rescale(
         if bias and np.any(written != 1):
             stored = constants_of(result)[bias[0]]
             replace_tensor(stored, tensor_value(stored) * written)
-    _insert_operators(result, channels, factors, shifts or {})
+    _insert_operators(result, channels, factors, shifts or {}, borders)
     return result
 
 
@@ -184,12 +218,22 @@ def _add_to_bias(model: onnx.ModelProto, item: Convolution, change: NDArray[np.f
 
 
 def _insert_operators(
-    model: onnx.ModelProto, channels: ChannelMap, factors: NDArray[np.float32], shifts: Shifts
+    model: onnx.ModelProto,
+    channels: ChannelMap,
+    factors: NDArray[np.float32],
+    shifts: Shifts,
+    borders: Mapping[str, NDArray[np.float64]],
 ) -> None:
-    """After an activation, nothing else can change the channels' scale and middle."""
+    """After an activation, nothing else can change the channels' scale and middle; after a padded
+    convolution, nothing else the border alone."""
     graph = model.graph
     renamed: dict[str, str] = {}
     added: dict[str, list[onnx.NodeProto]] = {}
+    for name, missing in borders.items():
+        constant, target = f"{name}_border", f"{name}_bordered"
+        add_initializers(graph, {constant: missing[None].astype(np.float32)})
+        renamed[name] = target
+        added[name] = [helper.make_node("Add", [name, constant], [target], target)]
     for name in channels.activations:
         own = factors[channels.classes[name]].reshape(1, -1, 1, 1)
         taken = shifts.get(name, np.zeros(1)).reshape(1, -1, 1, 1).astype(np.float32)
@@ -231,6 +275,7 @@ class _Trace:
         self.sources: dict[str, Classes] = {}
         self.convolutions: list[Convolution] = []
         self.activations: list[str] = []
+        self.borders: dict[str, Border] = {}
 
     def new(self, count: int) -> Classes:
         first = len(self.parents)
@@ -266,13 +311,15 @@ class _Trace:
         classes = {
             name: numbers[source] for name, source in self.sources.items() if source.ndim == 1
         }
+        shiftable = frozenset(name for name in self.activations if self._can_shift(name))
         return ChannelMap(
             classes=classes,
             sources={name: self.sources[name] for name in classes},
             count=int(numbers.max()) + 1,
             convolutions=tuple(self.convolutions),
             activations=tuple(self.activations),
-            shiftable=frozenset(name for name in self.activations if self._can_shift(name)),
+            shiftable=shiftable,
+            bordered=self.borders,
         )
 
     def _can_shift(self, name: str) -> bool:
@@ -287,16 +334,50 @@ class _Trace:
 
     def _hands_shift_on(self, node: onnx.NodeProto, name: str) -> bool:
         if node.op_type == "Conv":
-            # Padding puts zeros around a tensor whose zero is somewhere else now.
             return (
                 any(item.output == node.output[0] for item in self.convolutions)
                 and list(node.input).count(name) == 1
-                and not any(attribute(node, "pads", [0]))
-                and attribute(node, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID", "NOTSET")
+                and self._has_known_border(node)
             )
         if node.op_type == "Concat" and attribute(node, "axis", 1) % 4 != 1:
             return False
         return node.op_type in _SHIFT_PRESERVING and all(map(self._can_shift, node.output))
+
+    def _has_known_border(self, node: onnx.NodeProto) -> bool:
+        """Return whether a convolution has no padding, or a border that can be made up for.
+
+        Padding puts zeros around a tensor whose zero is somewhere else now. What they make of the
+        border is a constant, to be added after the convolution, if the size is known. That is done
+        after depthwise convolutions alone: it costs a constant as large as what they write.
+        """
+        given = attributes(node)
+        pads = given.get("pads", [0, 0, 0, 0])
+        if given.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+            return False
+        if not any(pads):
+            return True
+        output = node.output[0]
+        before, after = self.shapes.get(node.input[0]), self.shapes.get(output)
+        weight = self.constants[node.input[1]].dims
+        if not _is_depthwise(given, weight) or output in self.graph.outputs:
+            return False
+        if before is None or after is None or None in (*before[2:], *after[2:]):
+            return False
+        strides, dilations = given.get("strides", [1, 1]), given.get("dilations", [1, 1])
+
+        def inside(axis: int) -> NDArray[np.bool_]:
+            size, places = before[2 + axis] or 0, after[2 + axis] or 0
+            first = np.arange(places) * strides[axis] - pads[axis]
+            read = first[:, None] + np.arange(weight[2 + axis]) * dilations[axis]
+            seen: NDArray[np.bool_] = (read >= 0) & (read < size)
+            return seen
+
+        self.borders[output] = Border(inside(0), inside(1))
+        return True
+
+
+def _is_depthwise(given: Mapping[str, Any], weight: Sequence[int]) -> bool:
+    return given.get("group", 1) > 1 and weight[1] == 1
 
 
 _SHIFT_PRESERVING = frozenset(
