@@ -30,10 +30,25 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("busy")
 
 
+LONG = (
+    "checkpoint",
+    "cli",
+    "documents",
+    "export",
+    "fuzz",
+    "ray",
+    "tensorrt_api",
+    "trainer",
+    "triton_server",
+)
+"""Files of many tests that take long together, where none is marked."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first: no worker starts on one while the others have no more."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Put long files first: no worker starts on one while the others have no more."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    long |= {ROOT / "tests" / f"test_{name}.py" for name in LONG}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
