@@ -230,7 +230,10 @@ def test_boxes_that_are_not_clipped_stay_finite(recwarn: pytest.WarningsRecorder
     scores = np.array([[0.9], [0.8]], np.float32)
     rows = np.array([[0, *box, 0.5, 0] for box in boxes], np.float32)
     bad = np.array([[0, np.nan, 0, 1, 1, 0.9, 0], [0, 0, 0, np.inf, 1, 0.9, 0]], np.float32)
-    outputs = {"boxes": boxes[None], "scores": scores[None]}
+    outputs = {
+        "boxes": np.concatenate([bad[:, 1:5], boxes])[None],
+        "scores": np.concatenate([bad[:, 5:6], scores])[None],
+    }
     (split,) = postprocess(outputs, "split", NmsSettings(), [placed], clip=False)
     outputs = {"detections": np.concatenate([bad, rows])}
     (end2end,) = postprocess(outputs, "end2end", NmsSettings(), [placed], clip=False)
@@ -349,7 +352,7 @@ def test_a_score_of_exactly_the_threshold_is_not_above_it() -> None:
     assert inside.xyxy[:, 3].tolist() == [41]
     candidates = Candidates(
         images=np.zeros(2, np.int64),
-        classes=np.zeros(2, np.int64),
+        classes=np.arange(2),  # else the better one would suppress the other
         anchors=np.arange(2),
         scores=np.array([0.5, above], np.float32),
         boxes=np.array([[1, 2, 30, 40], [1, 2, 30, 41]], np.float32),
