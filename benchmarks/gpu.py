@@ -37,12 +37,11 @@ from benchmarks.gpu_graphs import (
     random_model,
     with_batch,
 )
-from benchmarks.timing import interleaved, timed
 from trt_yolov6 import __version__
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.latency import BenchmarkResult, benchmark_many
 from trt_yolov6.bench.roofline import gpu_ceilings
-from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.bench.sampling import in_turns, random_input, timed
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
 from trt_yolov6.data.coco import load_coco
@@ -172,7 +171,7 @@ def measure_streams(bench: Bench) -> list[dict[str, Any]]:
     for variant in VARIANTS:
         with load_engine(bench.engine("ours, uint8 input", variant, 1)) as engine:
             runs = {count: engine.resident_run(random_input(engine, 1), count) for count in (1, 4)}
-            times = interleaved(list(runs.values()), bench.seconds)
+            times = in_turns(list(runs.values()), bench.seconds)
         for count, seconds in zip(runs, times, strict=True):
             rows.append({"variant": variant, "streams": count, "fps": count / np.median(seconds)})
         rows[-1]["to_one_stream"] = rows[-1]["fps"] / rows[-2]["fps"]
@@ -194,7 +193,7 @@ def measure_boxes(bench: Bench) -> list[dict[str, Any]]:
             postprocess(outputs, engine.output_layout, nms, [place])
             return time.perf_counter() - start
 
-        own, first, second = interleaved(
+        own, first, second = in_turns(
             [engine.resident_run(ordinary), lambda: boxes(locked), lambda: boxes(ordinary)],
             bench.seconds,
         )
@@ -449,7 +448,7 @@ def measure_overhead(bench: Bench) -> list[dict[str, Any]]:
                 cudart.cudaEventSynchronize(stop)
                 return float(cudart.cudaEventElapsedTime(start, stop)[1]) / 1e3
 
-            ours, theirs = interleaved([run, bare], bench.seconds)
+            ours, theirs = in_turns([run, bare], bench.seconds)
             rows.append(
                 {
                     "variant": variant,

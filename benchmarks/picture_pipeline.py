@@ -33,10 +33,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.timing import interleaved, timed
 from trt_yolov6 import __version__
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.bench.sampling import in_turns, random_input, timed
 from trt_yolov6.bench.stages import benchmark_stages, format_stages
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import (
@@ -124,7 +123,7 @@ def measure_single(bench: Bench) -> list[dict[str, Any]]:
     for name, confidence in itertools.product(NAMES, THRESHOLDS):
         with load_engine(bench.engine(name, 1)) as engine:
             runs = single_runs(engine, pixels, NmsSettings(confidence))
-            times = interleaved(list(runs.values()), bench.seconds)
+            times = in_turns(list(runs.values()), bench.seconds)
         medians = [float(np.median(one)) for one in times]
         for what, median in zip(runs, medians, strict=True):
             rows.append(

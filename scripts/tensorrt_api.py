@@ -1,6 +1,7 @@
 """Writes tests/data/tensorrt_api.json: what the Python API of each TensorRT release is.
 
-    .venv/bin/python scripts/tensorrt_api.py
+    .venv/bin/python scripts/tensorrt_api.py          the facts, and api.pyi in engines/tensorrt
+    .venv/bin/python scripts/tensorrt_api.py --stub   api.pyi alone, without any download
 
 The Python bindings of every release from 10 on are on PyPI, though the library that they bind is
 not. pip downloads them here; a C compiler makes an empty library with the few functions that they
@@ -67,16 +68,16 @@ import json, sys
 from support import tensorrt_api
 import {module} as api
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.tensorrt.builder import _progress_monitor, build_plan
-from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
-from trt_yolov6.engines.tensorrt.execution import _profiler, output_allocator
+from trt_yolov6.engines.tensorrt.builder import ProgressMonitor, build_plan
+from trt_yolov6.engines.tensorrt.flavour import Flavour, instance_of, logger_of
+from trt_yolov6.engines.tensorrt.execution import OutputAllocator, Profiler
 from trt_yolov6.errors import UserError
 
 logger_of(api).log(api.ILogger.ERROR, "tried")
 assert logger_of(api).reason() == "tried"
-_profiler(api), output_allocator(api)
+instance_of(Profiler, api.IProfiler), instance_of(OutputAllocator, api.IOutputAllocator)
 if hasattr(api, "IProgressMonitor"):
-    _progress_monitor(api, None)
+    instance_of(ProgressMonitor, api.IProgressMonitor, None)
 # What signatures do not tell: `Dims` can be iterated over, and a tuple goes for one.
 assert tuple(api.Dims((1, 2))) == (1, 2)
 if hasattr(api, "PluginTensorDesc"):  # TensorRT 8 has no object to set one of
@@ -240,30 +241,40 @@ def _output(*command: str) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--stub"]:
+        write_stub()
+        return
     releases = {}
     for release, requirement in RELEASES.items():
         releases[release] = facts_of(requirement)
         count = sum(len(members) for members in releases[release].values())
         print(f"{release}: {count} facts")
     tensorrt_api.write_snapshot(tensorrt_api.SNAPSHOT, releases)
+    write_stub()
     release, requirement = STUBS
     text = published_stub(requirement)
     _show(f"{requirement} differs from the bindings", compare_with_stub(releases[release], text))
+    text += "".join(f"{line}\n" for line in tensorrt_api.module_class(releases[release]))
     _show(f"mypy's objections to our code by {requirement}", objections(release, text))
 
 
 def objections(release: str, text: str) -> list[str]:
     """Type-check the code as the test does, but against the published stubs."""
-    from test_tensorrt_api import SOURCES, check, in_code, package_name
+    from test_tensorrt_api import SOURCES, check, in_code
 
-    copies = {package_name(release): {name: it.copy(release) for name, it in SOURCES.items()}}
     with tempfile.TemporaryDirectory() as name:
-        problems = check(Path(name), copies, {release: text})
+        problems = check(Path(name), {release: text}, {})
     return [
         str(problem)
         for problem in in_code(problems, release)
         if release in SOURCES[problem.file].releases(problem.line)
     ]
+
+
+def write_stub() -> None:
+    """Write api.pyi: of the snapshot, what the package uses."""
+    releases, used = tensorrt_api.read_snapshot(), tensorrt_api.used_names()
+    tensorrt_api.STUB.write_text(tensorrt_api.package_stub(releases, used))
 
 
 def _show(title: str, lines: list[str]) -> None:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from support.plain_assigners import Labels, plain_atss, plain_simota, plain_task_aligned
+from support.training_data import pad_targets
 from torch import Tensor
 
 import trt_yolov6.training.assigners as assigners
 from trt_yolov6.models.decode import anchor_points
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
 from trt_yolov6.training.box_similarity import iou
-from trt_yolov6.training.targets import Targets, pad_targets
+from trt_yolov6.training.targets import Targets
 
 NAMES = ("tal", "atss", "simota")
 CLASSES = 3

@@ -21,7 +21,6 @@ from trt_yolov6.data.letterbox import GRAY
 from trt_yolov6.errors import UserError
 from trt_yolov6.training import dataset as dataset_module
 from trt_yolov6.training.augmentation import (
-    FINE_TUNING,
     NO_AUGMENTATION,
     AugmentationSettings,
     BatchPlan,
@@ -98,7 +97,6 @@ def test_the_settings_are_the_authors() -> None:
     assert augmentation_for("yolov6n") == augmentation_for("yolov6s") == AugmentationSettings()
     assert augmentation_for("yolov6m") == augmentation_for("yolov6l_relu")
     assert (augmentation_for("yolov6m").scale, augmentation_for("yolov6m").mixup) == (0.9, 0.1)
-    assert FINE_TUNING.mixup == 0.243
     with pytest.raises(UserError, match="no variant 'yolov6x'"):
         augmentation_for("yolov6x")
 
@@ -376,8 +374,18 @@ def test_factors_of_one_change_no_colour() -> None:
     torch.testing.assert_close(got, pictures, atol=1e-6, rtol=0)
 
 
-EVERYTHING = dataclasses.replace(
-    FINE_TUNING, mosaic=0.7, mixup=0.5, degrees=20, shear=5, flip_ud=0.5, border=3
+EVERYTHING = AugmentationSettings(
+    mosaic=0.7,
+    mixup=0.5,
+    degrees=20,
+    translate=0.245,
+    scale=0.898,
+    shear=5,
+    hsv_h=0.0138,
+    hsv_s=0.664,
+    hsv_v=0.464,
+    flip_ud=0.5,
+    border=3,
 )
 
 

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from support.tiny_detector import load_tiny
 
 from trt_yolov6.bench import sampling
-from trt_yolov6.bench.end_to_end import benchmark_end_to_end, benchmark_end_to_end_many
+from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
 from trt_yolov6.bench.latency import STAGES, benchmark, benchmark_many
 from trt_yolov6.bench.sampling import (
     MIN_RUNS_NARROW,
@@ -371,8 +371,8 @@ def test_two_engines_give_two_results_in_order(detector: Path, tmp_path: Path) -
 
 def test_end_to_end_reports_stages_that_add_up_to_the_whole(detector: Path) -> None:
     with load_engine(detector) as engine:
-        result = benchmark_end_to_end(
-            engine, [*IMAGES[:3], IMAGES[3].read_bytes()], batch=3, duration=0.6, warm_up=0.1,
+        (result,) = benchmark_end_to_end_many(
+            [engine], [*IMAGES[:3], IMAGES[3].read_bytes()], batch=3, duration=0.6, warm_up=0.1,
             progress=False,
         )  # fmt: skip
     assert result.end_to_end
@@ -419,7 +419,9 @@ def test_stages_are_of_the_runs_that_the_latency_is_of(
 
     monkeypatch.setattr(sampling, "cpu_wait_seconds", wait)
     with load_engine(detector) as engine:
-        result = benchmark_end_to_end(engine, IMAGES[:2], duration=0.5, warm_up=0, progress=False)
+        (result,) = benchmark_end_to_end_many(
+            [engine], IMAGES[:2], duration=0.5, warm_up=0, progress=False
+        )
     assert not result.disturbed
     assert 0 < result.latency.runs < result.all_runs
     assert {stage.runs for stage in result.stages.values()} == {result.latency.runs}
@@ -434,7 +436,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_refused(detector: Path, batch: i
         with pytest.raises(UserError, match=f"{batch} images .* smaller `batch`"):
             benchmark(engine, batch=batch, progress=False)
         with pytest.raises(UserError, match=f"{batch} images .* smaller `batch`"):
-            benchmark_end_to_end(engine, IMAGES[:1], batch=batch, progress=False)
+            benchmark_end_to_end_many([engine], IMAGES[:1], batch=batch, progress=False)
 
 
 def test_a_batch_the_engine_does_not_take_is_refused(detector: Path, tmp_path: Path) -> None:
@@ -447,7 +449,7 @@ def test_a_batch_the_engine_does_not_take_is_refused(detector: Path, tmp_path: P
         with pytest.raises(UserError, match=r"static\.onnx takes only batch 2, not 32; .*`batch`"):
             benchmark(engine, batch=32, progress=False)
         with pytest.raises(UserError, match="`batch`"):
-            benchmark_end_to_end(engine, IMAGES[:1], batch=1, progress=False)
+            benchmark_end_to_end_many([engine], IMAGES[:1], batch=1, progress=False)
 
 
 def test_end_to_end_names_a_picture_that_is_no_picture(detector: Path, tmp_path: Path) -> None:
@@ -455,11 +457,11 @@ def test_end_to_end_names_a_picture_that_is_no_picture(detector: Path, tmp_path:
     broken.write_bytes(b"no picture")
     with load_engine(detector) as engine:
         with pytest.raises(UserError, match=r"broken\.jpg"):
-            benchmark_end_to_end(engine, [IMAGES[0], broken], progress=False)
+            benchmark_end_to_end_many([engine], [IMAGES[0], broken], progress=False)
         with pytest.raises(UserError, match=r"missing\.jpg"):
-            benchmark_end_to_end(engine, [tmp_path / "missing.jpg"], progress=False)
+            benchmark_end_to_end_many([engine], [tmp_path / "missing.jpg"], progress=False)
         with pytest.raises(UserError, match="no image"):
-            benchmark_end_to_end(engine, [], progress=False)
+            benchmark_end_to_end_many([engine], [], progress=False)
 
 
 @pytest.mark.parametrize(

@@ -290,8 +290,8 @@ def test_an_unknown_tactic_source_is_answered_with_the_known_ones() -> None:
         EDGE_MASK_CONVOLUTIONS = 3
 
     chosen: list[int] = []
-    api = types.SimpleNamespace(TacticSource=TacticSource)
-    config = types.SimpleNamespace(set_tactic_sources=chosen.append)
+    api: Any = types.SimpleNamespace(TacticSource=TacticSource)
+    config: Any = types.SimpleNamespace(set_tactic_sources=chosen.append)
     message = refusal(lambda: tensorrt_build._set_tactic_sources(api, config, ("cudnn", "cudn")))
     assert "`tactic_sources` cudn is not known; choose among cudnn, edge_mask" in message
     assert not chosen

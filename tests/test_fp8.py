@@ -32,7 +32,8 @@ from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
-from trt_yolov6.engines.tensorrt.execution import _profiler
+from trt_yolov6.engines.tensorrt.execution import Profiler
+from trt_yolov6.engines.tensorrt.flavour import instance_of
 from trt_yolov6.engines.tensorrt.layer_log import quantized_layers
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
@@ -502,7 +503,7 @@ def test_codes_are_read_back_by_onnx() -> None:
 
 def test_each_kernels_times_are_kept_in_order() -> None:
     api = SimpleNamespace(IProfiler=type("IProfiler", (), {"__init__": lambda self: None}))
-    profiler = _profiler(api)
+    profiler = instance_of(Profiler, api.IProfiler)
     for milliseconds in (2.0, 4.0):
         profiler.report_layer_time("first", milliseconds)
         profiler.report_layer_time("second", 1.0)

@@ -148,7 +148,8 @@ def test_a_runtime_cache_is_read_only_where_it_fits_and_written_when_it_has_grow
     for stored, used in ((None, False), (b"1.5 of another version", False), (b"1.6 kernels", True)):
         if stored is not None:
             path.write_bytes(stored)
-        cache, config = RuntimeCache(path), Config()
+        cache = RuntimeCache(path)
+        config: Any = Config()
         cache.attach(config)
         assert cache.used is used
         if used:
@@ -162,7 +163,8 @@ def test_a_runtime_cache_is_read_only_where_it_fits_and_written_when_it_has_grow
 def test_a_folder_that_takes_no_runtime_cache_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = RuntimeCache(tmp_path / "file" / "n.trt.runtime-cache")
-    cache.attach(Config())
+    config: Any = Config()
+    cache.attach(config)
     cache.save()
     assert not cache.used
 

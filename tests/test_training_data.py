@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.training_data import checked_data
 
 from trt_yolov6.data.coco import load_coco, read_coco_image
 from trt_yolov6.data.letterbox import GRAY, letterbox
 from trt_yolov6.errors import UserError
 from trt_yolov6.training import dataset as dataset_module
 from trt_yolov6.training.augmentation import AugmentationSettings
-from trt_yolov6.training.data_validation import BadDataError, check_data, write_report
+from trt_yolov6.training.data_validation import BadDataError, write_report
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,7 +145,7 @@ def test_a_bad_annotation_is_named_refused_or_left_out(tmp_path: Path, name: str
     other = {**GOOD, "id": 8, "image_id": 2, "bbox": [1, 1, 39, 29]}
     folder = write_set(tmp_path, [GOOD, annotation, other])
 
-    (problem,) = check_data(folder, progress=False).problems
+    (problem,) = checked_data(folder).problems
     assert (problem.kind, problem.annotation_id) == (kind, 7 if name != "no object" else None)
     assert told in problem.sentence
     assert problem.image == (None if kind == "unknown-image" or name == "no object" else "a.png")
@@ -190,7 +191,7 @@ def test_a_bad_image_is_named_refused_or_left_out(
     folder = write_set(tmp_path, annotations)
     harm(folder / "images" / "train" / "b.png")
 
-    (problem,) = check_data(folder, progress=False).problems
+    (problem,) = checked_data(folder).problems
     assert (problem.image, problem.annotation_id, problem.kind) == ("b.png", None, kind)
     assert told in problem.sentence
     with pytest.raises(BadDataError, match=r"b\.png"):
@@ -209,7 +210,7 @@ def test_an_image_without_a_recorded_size_is_a_problem(tmp_path: Path) -> None:
         {"id": 2, "file_name": "b.png", "width": None, "height": 30},
     ]
     folder = write_set(tmp_path, [GOOD, bad(image_id=2)], images=images)
-    (problem,) = check_data(folder, progress=False).problems
+    (problem,) = checked_data(folder).problems
     assert problem.sentence == "the record of image b.png gives it no size"
     held = load_training_set(folder, None, 40, "cpu", on_bad_data="skip", progress=False)
     assert len(held) == len(held.boxes) == 1
@@ -231,7 +232,7 @@ def test_a_box_partly_outside_is_clipped_and_noted(tmp_path: Path) -> None:
 
 def test_crowds_are_left_out_and_images_without_annotation_counted(tmp_path: Path) -> None:
     folder = write_set(tmp_path, [GOOD, bad(image_id=2, iscrowd=1, bbox=None)])
-    report = check_data(folder, progress=False)
+    report = checked_data(folder)
     assert (report.crowds, report.empty_images, report.problems) == (1, 2, ())
     assert (report.images, report.annotations) == (3, 2)
     held = load_training_set(folder, None, 40, "cpu", progress=False)
@@ -247,7 +248,7 @@ def test_the_report_is_written_whole(tmp_path: Path) -> None:
     assert [entry["kind"] for entry in written["problems"]] == ["unknown-class", "empty-box"]
     assert written["problems"][0]["image"] == "a.png"
     assert written["annotation_file"].endswith("instances_train.json")
-    write_report(check_data(folder, progress=False), tmp_path / "again.json")
+    write_report(checked_data(folder), tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == written
     # Nothing to say, nothing written.
     load_training_set(

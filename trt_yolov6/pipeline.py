@@ -262,25 +262,11 @@ def build(
     if settings.calibration:
         graph, settings = _calibrated_by_tensorrt(graph, calibration, settings, options)
     elif quantized is not None:
-        from trt_yolov6.quantization.settings import QuantizationSettings
-        from trt_yolov6.quantization.table import table_path
-
         assert calibration is not None
-        given = options.get("quantization") or QuantizationSettings()
-        if name == "tensorrt":
-            given = dataclasses.replace(given, shift=False)
         # Named as the engine will be, which the float graph's precision is not a part of.
         named = dataclasses.replace(graph, precision=quantized.base)
-        graph = quantize(
-            graph,
-            calibration,
-            precision=quantized,
-            settings=given,
-            data=options.get("data"),
-            split=options.get("split"),
-            table=table_path(engine_path(named, name, output, settings.target)),
-            progress=progress,
-        )
+        engine = engine_path(named, name, output, settings.target)
+        graph = _quantized_for(name, engine, graph, quantized, calibration, options)
     elif not isinstance(source, Graph) and options.get("clean", True):
         graph = _cleaned(graph, calibration)
     path = engine_path(graph, name, output, settings.target)
@@ -294,6 +280,33 @@ def build(
             settings=settings,
             allow_float=options.get("allow_float", False),
         )
+
+
+def _quantized_for(
+    backend: str,
+    engine: Path,
+    graph: Graph,
+    precision: Precision,
+    calibration: str | Path,
+    options: BuildOptions,
+) -> Graph:
+    """Quantize a graph for a backend, with its calibration table next to the engine."""
+    from trt_yolov6.quantization.settings import QuantizationSettings
+    from trt_yolov6.quantization.table import table_path
+
+    settings = options.get("quantization") or QuantizationSettings()
+    if backend == "tensorrt":
+        settings = dataclasses.replace(settings, shift=False)
+    return quantize(
+        graph,
+        calibration,
+        precision=precision,
+        settings=settings,
+        data=options.get("data"),
+        split=options.get("split"),
+        table=table_path(engine),
+        progress=options.get("progress", True),
+    )
 
 
 def quantization_settings(

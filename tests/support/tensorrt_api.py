@@ -2,8 +2,9 @@
 
 `facts` reads them from an imported module (the classes that this package may touch, their members,
 and the signatures that pybind11 writes at the top of every docstring). `scripts/tensorrt_api.py`
-stores them for several releases in tests/data/tensorrt_api.json, and `stub` turns one release's
-facts into a .pyi file, against which `test_tensorrt_api.py` type-checks the engines.
+stores them for several releases in tests/data/tensorrt_api.json. `stub` turns one release's facts
+into a .pyi file, against which `test_tensorrt_api.py` type-checks the engines, and `package_stub`
+those of all releases into `trt_yolov6/engines/tensorrt/api.pyi`, which mypy and editors read.
 
 A member's fact is one of
 
@@ -22,12 +23,14 @@ import ctypes
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 SNAPSHOT = Path(__file__).parents[1] / "data" / "tensorrt_api.json"
+PACKAGE = Path(__file__).parents[2] / "trt_yolov6" / "engines" / "tensorrt"
+STUB = PACKAGE / "api.pyi"
 
 Facts = dict[str, dict[str, str]]
 """Class (qualified name; "" is the module) -> member -> fact."""
@@ -103,6 +106,17 @@ _MUST_OVERRIDE = {
     "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
 }
 """What a class derived from one of these has to define, or TensorRT calls a pure virtual method."""
+
+
+_MAY_BE_NONE = {
+    "build_serialized_network",
+    "create_execution_context",
+    "create_timing_cache",
+    "deserialize_cuda_engine",
+    "get_batch",  # ends the calibration
+    "read_calibration_cache",
+}
+"""Methods that return a null pointer when they fail, or may be given one, as no signature says."""
 
 
 # --- facts from a module ------------------------------------------------------------------------
@@ -261,62 +275,145 @@ def read_snapshot(path: Path = SNAPSHOT) -> dict[str, Facts]:
 # --- facts to a stub ----------------------------------------------------------------------------
 
 
-def stub(found: Facts) -> str:
+def used_names() -> set[str]:
+    """Return the words of the package's code for TensorRT, its members' names among them."""
+    texts = (path.read_text() for path in PACKAGE.glob("*.py"))
+    return {word for text in texts for word in re.findall(r"\w+", text)}
+
+
+def package_stub(releases: Mapping[str, Facts], used: Collection[str] | None = None) -> str:
+    """Return the text of api.pyi: what any release has, and which have it.
+
+    Where releases differ in a signature, it is the newest one's.
+
+    Args:
+        releases: facts by release.
+        used: names of members to keep; None: all.
+    """
+    merged: Facts = {}
+    known: dict[tuple[str, str], list[str]] = {}
+    # The newest first; what only TensorRT-RTX has comes last.
+    order = {release: ("rtx" in release, -place) for place, release in enumerate(releases)}
+    for release in sorted(order, key=order.__getitem__):
+        for owner, members in releases[release].items():
+            for member, fact in members.items():
+                special = not member[0].isalpha() or fact == "class"
+                if used is None or special or member in used:
+                    mine = merged.setdefault(owner, {})
+                    if mine.setdefault(member, fact).startswith("->") and fact.startswith("<->"):
+                        mine[member] = fact  # writable in an older one
+                    known.setdefault((owner, member), []).append(release)
+    kept = {name for name in merged if name and (used is None or name in used)}
+    while more := _named(merged, kept) & merged.keys() - kept:
+        kept |= more
+    merged[""] = {
+        name: fact for name, fact in merged[""].items() if fact != "class" or name in kept
+    }
+    notes = {
+        place: f"only {_shortened(names)}"
+        for place, names in known.items()
+        if len(names) < len(releases) and not place[1].startswith("(")
+    }
+    text = stub(
+        {owner: dict(sorted(merged[owner].items())) for owner in ("", *sorted(kept))}, notes
+    )
+    title = "TensorRT's API as the engines use it; written by scripts/tensorrt_api.py."
+    return f'"""{title}"""\n\n{text}'
+
+
+def _shortened(releases: Sequence[str]) -> str:
+    """Return releases by product, each with two parts of its version."""
+    products: dict[str, list[str]] = {}
+    for release in reversed(releases):
+        product, version = release.split()
+        products.setdefault(product, []).append(".".join(version.split(".")[:2]))
+    return "; ".join(f"{name} {', '.join(products[name])}" for name in sorted(products))
+
+
+def _named(found: Facts, owners: Collection[str]) -> set[str]:
+    """Return the classes that the facts of some classes name."""
+    facts = (fact for owner in owners for fact in found[owner].values())
+    return {name for fact in facts for name in _NAME(fact)}
+
+
+def stub(found: Facts, notes: Mapping[tuple[str, str], str] | None = None) -> str:
     """Return a .pyi file for the facts of one release.
 
     What pybind11's signatures leave out is added: TensorRT takes None for any object and a sequence
-    of numbers for `Dims`, and a class to derive from is abstract.
+    of numbers for `Dims`, and a class to derive from is abstract. `Api` is the type of the module.
+
+    Args:
+        found: the facts.
+        notes: comments on members, by class and name.
     """
     lines = [
-        "import builtins",
         "from abc import ABC, abstractmethod",
         "from collections.abc import Iterator, Sequence",
         "from typing import Any, ClassVar, NoReturn, overload",
+        "",
         "from typing_extensions import Buffer",
+        "",
+        *module_class(found, notes),
+        "",
+        "class _Enum:",
+        "    name: str",
+        "    value: int",
+        "    def __init__(self, value: int) -> None: ...",
+        "    def __int__(self) -> int: ...",
+        "    def __index__(self) -> int: ...",
+        "",
     ]
-    for name, fact in found[""].items():
-        if fact.startswith("("):
-            lines += _method("", name, fact, "")
-        elif fact != "class":
-            lines.append(f"{name}: {fact[2:]}")
-    lines.append("")
-    # Classes that are named in a signature and whose own facts are not kept.
-    named = {
-        name for members in found.values() for fact in members.values() for name in _NAME(fact)
-    }
     known = {"Buffer", "None", "Sequence", *found}
-    lines += [f"class {name}: ..." for name in sorted(named - known)]
+    lines += [f"class {name}: ..." for name in sorted(_named(found, found) - known)]
     for owner in found:
         if owner and "." not in owner:
-            lines += _class(found, owner, "")
+            lines += _class(found, owner, "", notes)
     text = "\n".join(lines) + "\n"
     text = re.sub(r"\btuple\b(?!\[)", "tuple[Any, ...]", text)
-    text = re.sub(r"\blist\b(?!\[)", "list[Any]", text)
-    # The module's own member `bool`, a DataType, hides the type.
-    return re.sub(r"\bbool\b(?!: DataType)", "builtins.bool", text)
+    return re.sub(r"\blist\b(?!\[)", "list[Any]", text)
 
 
-def _class(found: Facts, owner: str, indent: str) -> list[str]:
+def module_class(found: Facts, notes: Mapping[tuple[str, str], str] | None = None) -> list[str]:
+    """Return the lines of `Api`, the type of the module, which is a parameter in the code."""
+    lines = ["from . import api as _this", "", "class Api:"]
+    lines.append('    """A module, `tensorrt` or `tensorrt_rtx`."""')
+    for name, fact in found[""].items():
+        if fact.startswith("("):
+            lines += _method("", name, fact.replace("(", "(self, ", 1), "    ")
+        else:
+            # By the module's name, as the class has a member of the same name.
+            kind = f"type[_this.{name}]" if fact == "class" else fact[2:]
+            kind = "_this.DataType" if kind == "DataType" else kind
+            lines.append(f"    {name}: {kind}{_noted(notes, '', name)}")
+    return lines
+
+
+def _noted(notes: Mapping[tuple[str, str], str] | None, owner: str, name: str) -> str:
+    note = (notes or {}).get((owner, name))
+    return f"  # {note}" if note else ""
+
+
+def _class(
+    found: Facts, owner: str, indent: str, notes: Mapping[tuple[str, str], str] | None
+) -> list[str]:
     members = found[owner]
     required = _MUST_OVERRIDE.get(owner, ())
-    bases = ", ".join(filter(None, [members.get(_BASES), "ABC" if required else ""]))
-    lines = [f"{indent}class {owner.rpartition('.')[2]}({bases}):"]
+    is_enum = "__members__" in members
+    bases = [members.get(_BASES), "ABC" if required else "", "_Enum" if is_enum else ""]
+    lines = [f"{indent}class {owner.rpartition('.')[2]}({', '.join(filter(None, bases))}):"]
     inner = indent + "    "
-    if "__members__" in members:
-        lines += [
-            f"{inner}__members__: ClassVar[dict[str, {owner}]]",
-            f"{inner}name: str",
-            f"{inner}value: int",
-            f"{inner}def __init__(self, value: int) -> None: ...",
-            f"{inner}def __int__(self) -> int: ...",
-            f"{inner}def __index__(self) -> int: ...",
-        ]
+    if is_enum:
+        lines.append(f"{inner}__members__: ClassVar[dict[str, {owner}]]")
     for name, fact in members.items():
         if name in ("__members__", _BASES):
             continue
+        before = len(lines)
         if fact == "class":
-            lines += _class(found, f"{owner}.{name}", inner)
-        elif fact.startswith("= "):
+            lines += _class(found, f"{owner}.{name}", inner, notes)
+            continue
+        if fact == "= enum":
+            continue
+        if fact.startswith("= "):
             lines.append(f"{inner}{name}: ClassVar[{fact[2:]}]")
         elif fact.startswith("-> "):
             lines += [f"{inner}@property", f"{inner}def {name}(self) {fact}: ..."]
@@ -334,6 +431,7 @@ def _class(found: Facts, owner: str, indent: str) -> list[str]:
             if name in required:
                 lines.append(f"{inner}@abstractmethod")
             lines += _method(owner, name, fact, inner)
+        lines[before] += _noted(notes, owner, name)
     if owner == "Dims":
         lines.append(f"{inner}def __iter__(self) -> Iterator[int]: ...")
     if lines[-1].endswith("):"):
@@ -355,8 +453,8 @@ def _method(owner: str, name: str, fact: str, indent: str) -> list[str]:
                     _accepting(ast.unparse(argument.annotation)), mode="eval"
                 ).body
         returned = "Any" if function.returns is None else ast.unparse(function.returns)
-        if name == "get_batch":
-            returned += " | None"  # which ends the calibration
+        if name in _MAY_BE_NONE:
+            returned += " | None"
         if len(signatures) > 1:
             lines.append(f"{indent}@overload")
         lines.append(f"{indent}def {name}({ast.unparse(function.args)}) -> {returned}: ...")

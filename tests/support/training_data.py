@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.models import Architecture, build_model
+from trt_yolov6.training.data_validation import (
+    DataReport,
+    for_each_image,
+    full_report,
+    read_split,
+)
+from trt_yolov6.training.targets import Targets
 
 CLASS_NAMES = ("square", "disc")
 
@@ -85,3 +94,22 @@ def write_tiny(path: Path, num_classes: int = len(CLASS_NAMES)) -> Path:
     names = CLASS_NAMES if num_classes == len(CLASS_NAMES) else tuple(map(str, range(num_classes)))
     write_checkpoint(path, model, names, Training({}, 0, None))
     return path
+
+
+def checked_data(folder: Path) -> DataReport:
+    """Check every annotation of a data set, and every image by decoding it."""
+    checked = read_split(folder, None)
+    return full_report(checked, for_each_image(checked.images, lambda *_: None, progress=False))
+
+
+def pad_targets(boxes: Sequence[Tensor], classes: Sequence[Tensor]) -> Targets:
+    """Join the objects of several images: boxes (n, 4) and classes (n,) an image."""
+    most = max(1, *map(len, boxes))
+    joined = torch.zeros(len(boxes), most, 4)
+    labels = torch.zeros(len(boxes), most, dtype=torch.int64)
+    present = torch.zeros(len(boxes), most, dtype=torch.bool)
+    for row, (corners, names) in enumerate(zip(boxes, classes, strict=True)):
+        joined[row, : len(corners)] = corners
+        labels[row, : len(names)] = names
+        present[row, : len(names)] = True
+    return Targets(joined, labels, present)

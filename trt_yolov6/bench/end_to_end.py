@@ -29,28 +29,6 @@ MAX_IMAGES = 256
 """Pictures held in memory for an end-to-end measurement."""
 
 
-def benchmark_end_to_end(
-    engine: Engine,
-    images: Sequence[Path | bytes],
-    options: PredictOptions | None = None,
-    *,
-    batch: int = 1,
-    duration: float = 10.0,
-    warm_up: float = 1.0,
-    progress: bool = True,
-) -> BenchmarkResult:
-    """Measure one engine from encoded images to detections; see `benchmark_end_to_end_many`."""
-    return benchmark_end_to_end_many(
-        [engine],
-        images,
-        options,
-        batch=batch,
-        duration=duration,
-        warm_up=warm_up,
-        progress=progress,
-    )[0]
-
-
 def benchmark_end_to_end_many(
     engines: Sequence[Engine],
     images: Sequence[Path | bytes],

@@ -41,6 +41,7 @@ SEED = 0
 """Seed of the random input."""
 
 SLICE_SECONDS = 0.25
+WARM_UP_SECONDS = 0.3
 _STEADY = 0.02
 _STEADY_RUNS = 5
 
@@ -261,6 +262,22 @@ def sample(
         ):
             return times, "narrow"
         turn += 1
+
+
+def in_turns(runs: Sequence[Run], seconds: float) -> list[list[float]]:
+    """Warm up, then return the times of runs that take turns, see `sample`; `seconds` for each."""
+    for run in runs:
+        warm_up_run(run, WARM_UP_SECONDS)
+    return sample(runs, duration=seconds)[0]
+
+
+def timed(run: Run, seconds: float) -> list[float]:
+    """Return the times of runs made one after the other for some seconds, one at least."""
+    found: list[float] = []
+    start = time.perf_counter()
+    while not found or time.perf_counter() - start < seconds:
+        found.append(run())
+    return found
 
 
 def random_input(engine: Engine, batch: int) -> NDArray[Any]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from trt_yolov6.bench.end_to_end import MAX_IMAGES, read_bytes
 from trt_yolov6.bench.latency import check_durations
-from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.bench.sampling import random_input, timed
 from trt_yolov6.bench.text import aligned, four_digits
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.jpeg import open_image
@@ -210,7 +210,8 @@ def _stages_here(
     yield Stage("letterbox", place, _median(letterbox, seconds))
     placed = letterbox()
     own = engine.resident_run(random_input(engine, len(chosen)))
-    yield Stage("engine", engine.device, _median(own, seconds, own_clock=True))
+    own()
+    yield Stage("engine", engine.device, float(np.median(timed(own, seconds))))
     outputs = engine.start(array, nms).wait()
     suppress = functools.partial(
         postprocess, outputs, engine.output_layout, nms, placed, executor=threads
@@ -261,7 +262,6 @@ def _whole(
         _counted,
         options,
         open_item=open_image,
-        tell=lambda _: None,
     )
     with contextlib.closing(steps):
         for _ in range(6):  # the first is checked, the second recorded as a graph
@@ -280,16 +280,16 @@ def _counted(_batch: Any, found: list[Detections]) -> list[int]:
     return [len(one) for one in found]
 
 
-def _median(work: Callable[[], Any], seconds: float, *, own_clock: bool = False) -> float:
-    """Return the median seconds of a run, which the work itself returns if it has a clock."""
-    work()
-    times: list[float] = []
-    start = time.perf_counter()
-    while not times or time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        result = work()
-        times.append(result if own_clock else time.perf_counter() - before)
-    return float(np.median(times))
+def _median(work: Callable[[], object], seconds: float) -> float:
+    """Return the median seconds of a run, after one that is not counted."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    run()
+    return float(np.median(timed(run, seconds)))
 
 
 def _mean(work: Callable[[], Any], seconds: float) -> float:

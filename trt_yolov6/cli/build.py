@@ -46,6 +46,12 @@ def add(commands: Commands) -> None:
     add_graph_options(parser)
     parser.add_argument("--names", type=Path, help="class names for --onnx: text or COCO JSON")
     add_decoder(parser)
+    _add_quantization(parser)
+    _add_builder(parser)
+    add_quiet(parser)
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
     int8 = parser.add_argument_group("INT8 and FP8")
     types = int8.add_mutually_exclusive_group()
     types.add_argument(
@@ -57,30 +63,7 @@ def add(commands: Commands) -> None:
         help="the same in 8-bit floating point (E4M3), from compute capability 8.9 on",
     )
     add_calibration(int8)
-    int8.add_argument(
-        "--float-layers",
-        type=layers_in_float,
-        metavar="K|auto|NAMES",
-        help="keep the K most sensitive layers in float; as few as --max-ap-drop allows "
-        "(both with --int8 only); or these, with commas (0)",
-    )
-    int8.add_argument(
-        "--max-ap-drop", type=float, metavar="POINTS", help="for --float-layers auto (0.5)"
-    )
-    int8.add_argument(
-        "--max-slowdown",
-        type=percent,
-        metavar="PERCENT",
-        help="for --float-layers auto: how much run time, by layer times, the layers in float may "
-        "add, such as 5%%; without --max-ap-drop, the best that this allows",
-    )
-    int8.add_argument(
-        "--data",
-        type=Path,
-        help="labelled data that --float-layers auto holds the budget on; without it, the "
-        "agreement with the float network tells",
-    )
-    int8.add_argument("--split", help="part of that data set, such as val")
+    _add_float_layers(int8)
     int8.add_argument(
         "--no-bias-correction", action="store_true", help="leave the layers' biases as they are"
     )
@@ -123,6 +106,36 @@ def add(commands: Commands) -> None:
         help="TensorRT up to 10: have TensorRT itself calibrate the float graph on --calib, and "
         "write its scales to --calibration-cache, if that is given",
     )
+
+
+def _add_float_layers(int8: argparse._ActionsContainer) -> None:
+    int8.add_argument(
+        "--float-layers",
+        type=layers_in_float,
+        metavar="K|auto|NAMES",
+        help="keep the K most sensitive layers in float; as few as --max-ap-drop allows "
+        "(both with --int8 only); or these, with commas (0)",
+    )
+    int8.add_argument(
+        "--max-ap-drop", type=float, metavar="POINTS", help="for --float-layers auto (0.5)"
+    )
+    int8.add_argument(
+        "--max-slowdown",
+        type=percent,
+        metavar="PERCENT",
+        help="for --float-layers auto: how much run time, by layer times, the layers in float may "
+        "add, such as 5%%; without --max-ap-drop, the best that this allows",
+    )
+    int8.add_argument(
+        "--data",
+        type=Path,
+        help="labelled data that --float-layers auto holds the budget on; without it, the "
+        "agreement with the float network tells",
+    )
+    int8.add_argument("--split", help="part of that data set, such as val")
+
+
+def _add_builder(parser: argparse.ArgumentParser) -> None:
     add_backend(parser)
     parser.add_argument("--target", help="GPU to cross-build for with tensorrt-rtx, such as t4")
     parser.add_argument(
@@ -142,7 +155,6 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--optimization-level", type=int, choices=range(6), help="TensorRT builder effort"
     )
-    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -71,7 +71,11 @@ def add(commands: Commands) -> None:
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"({DEFAULT_OUTPUT})")
     parser.add_argument("--again", action="store_true", help="measure latencies again")
     add_quiet(parser)
+    _add_measuring(parser)
+    _add_gate(parser)
 
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is measured")
     how.add_argument("--rounds", type=positive, metavar="N", help="turns an engine gets (8)")
     how.add_argument(
@@ -86,6 +90,8 @@ def add(commands: Commands) -> None:
     how.add_argument("--threads", type=positive, help="CPU threads of ONNX Runtime")
     how.add_argument("--provider", choices=("cpu", "cuda", "tensorrt"), help="of ONNX Runtime")
 
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
     gate = parser.add_argument_group("gate")
     gate.add_argument(
         "--baseline", type=Path, metavar="FILE", help="results.json of an earlier comparison"

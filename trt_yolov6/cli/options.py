@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.errors import did_you_mean
+from trt_yolov6.errors import UserError, did_you_mean
 
 SAMPLE_WEIGHTS = Path("samples/yolov6n_bccd.pt")
 SAMPLE_DATA = Path("samples")
@@ -188,6 +188,17 @@ def add_training(parser: argparse.ArgumentParser, output: str) -> None:
         "--resume", action="store_true", help="go on with the interrupted training in --output"
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+
+
+def check_training_data(options: argparse.Namespace) -> None:
+    """Refuse a --data that is none, before PyTorch is imported, which takes seconds."""
+    from trt_yolov6.data.sources import check_source
+
+    if options.data is None:
+        raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
+    check_source(options.data, options.split or "train")
+    if options.val_split != "none":
+        check_source(options.data, options.val_split, "val_split")
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from trt_yolov6.cli.options import (
     add_json,
     add_quiet,
     add_training,
+    check_training_data,
     image_size,
     layers_in_float,
     positive,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from trt_yolov6.training.qat.onnx_module import GraphNetwork, Trained
     from trt_yolov6.training.qat.preparation import Start
     from trt_yolov6.training.qat.settings import QatSettings
+    from trt_yolov6.training.qat.training import QatResult
 
 
 def add(commands: Commands) -> None:
@@ -58,7 +60,6 @@ def add(commands: Commands) -> None:
     )
     add_quiet(parser)
     add_json(parser)
-
     where = parser.add_argument_group("quantization")
     add_calibration(where)
     where.add_argument(
@@ -68,7 +69,11 @@ def add(commands: Commands) -> None:
         help="partial training: as in build --int8 (0)",
     )
     where.add_argument("--fixed-scales", action="store_true", help="keep the calibrated scales")
+    _add_recipe(parser)
+    _add_graph(parser)
 
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=positive, help="(10)")
     recipe.add_argument("--batch", type=positive, metavar="N", help="images a step (16)")
@@ -83,6 +88,8 @@ def add(commands: Commands) -> None:
     recipe.add_argument("--distill-weight", type=float, help="of channel-wise distillation (0.1)")
     recipe.add_argument("--temperature", type=float, help="of channel-wise distillation (1)")
 
+
+def _add_graph(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("what is written")
     graph.add_argument(
         "--imgsz",
@@ -116,16 +123,9 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.data.sources import check_source
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("qat trains in one process; start it without torchrun.")
-    # Before PyTorch is imported, which takes seconds.
-    if options.data is None:
-        raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
-    check_source(options.data, options.split)
-    if options.val_split != "none":
-        check_source(options.data, options.val_split, "val_split")
+    check_training_data(options)
 
     from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.common.files import write_json
@@ -166,6 +166,20 @@ def run(options: argparse.Namespace) -> None:
     aps["AP"] = _ap(result.network, start, options)
     built = _built(start, result.trained, output / name, plan, options)
     write_log(output, result.log)
+    _print_result(options, start, settings, result, aps, built)
+    # Last of all: as long as it is there, an interrupted run can be resumed to this point.
+    state.unlink(missing_ok=True)
+    say_next(options, "for another backend", f"build --onnx {built.path} --backend ...")
+
+
+def _print_result(
+    options: argparse.Namespace,
+    start: Start,
+    settings: QatSettings,
+    result: QatResult,
+    aps: dict[str, float | None],
+    built: BuiltEngine,
+) -> None:
     shown = ", ".join(f"{key} {value:.4f}" for key, value in aps.items() if value is not None)
     print(
         f"{built.path}: {shown or 'not evaluated'}; {result.epochs} epochs in "
@@ -185,9 +199,6 @@ def run(options: argparse.Namespace) -> None:
             "log": list(result.log),
         }
         write_result(options.json, value)
-    # Last of all: as long as it is there, an interrupted run can be resumed to this point.
-    state.unlink(missing_ok=True)
-    say_next(options, "for another backend", f"build --onnx {built.path} --backend ...")
 
 
 def _start(

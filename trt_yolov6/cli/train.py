@@ -14,6 +14,7 @@ from trt_yolov6.cli.options import (
     add_json,
     add_quiet,
     add_training,
+    check_training_data,
     is_given,
     positive,
     spelled,
@@ -51,7 +52,12 @@ def add(commands: Commands) -> None:
     )
     add_quiet(parser)
     add_json(parser)
+    _add_network(parser)
+    _add_recipe(parser)
+    _add_losses(parser)
 
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("network (paper, Tables 2 to 4 and 11)")
     model.add_argument(
         "--model",
@@ -85,6 +91,8 @@ def add(commands: Commands) -> None:
     )
     model.add_argument("--objectness", action="store_true", help="predict objectness, as v0.1")
 
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=positive, help="(300)")
     recipe.add_argument("--batch", type=positive, help="images a step, over all GPUs (32)")
@@ -114,6 +122,8 @@ def add(commands: Commands) -> None:
         help="any other field of the settings, such as optimizer.momentum=0.9",
     )
 
+
+def _add_losses(parser: argparse.ArgumentParser) -> None:
     losses = parser.add_argument_group("assignment and losses (paper, Tables 6 to 11)")
     losses.add_argument("--assigner", choices=("tal", "atss", "simota"), help="(tal)")
     losses.add_argument(
@@ -140,7 +150,7 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(_listed_variants()))
         return
     if not options.resume:
-        _check_data(options)
+        check_training_data(options)
     from trt_yolov6.api import train
     from trt_yolov6.training.trainer import stored_settings
 
@@ -179,17 +189,6 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         write_result(options.json, result.to_json())
     say_next(options, "an engine of it", f"build --weights {result.best or result.last}")
-
-
-def _check_data(options: argparse.Namespace) -> None:
-    """Refuse a --data that is none, before PyTorch is imported, which takes seconds."""
-    from trt_yolov6.data.sources import check_source
-
-    if options.data is None:
-        raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
-    check_source(options.data, options.split or "train")
-    if options.val_split != "none":
-        check_source(options.data, options.val_split, "val_split")
 
 
 def _listed_variants() -> Iterator[str]:

@@ -29,9 +29,6 @@ _log = logging.getLogger(__name__)
 FLOAT = ("fp32", "fp16")
 """Precisions that a quantized engine is held against, the first one there is."""
 
-FOLDER = "detections"
-"""Folder of the engines' detections, in a comparison's output."""
-
 
 def write_detections(path: Path, found: Sequence[Detections]) -> None:
     """Write the detections in a data set's images, in its order, as an NPZ file."""

@@ -80,36 +80,11 @@ def accuracy(
     found: Mapping[str, Any] | None = work.steps.find("accuracy", inputs)
     if found is not None and _has_detections(work, found):
         return found
-    from trt_yolov6.comparison.agreement import write_detections
-    from trt_yolov6.runtime.evaluate import evaluate
-
     _log.info(f"AP of {built.name} on {len(dataset.images)} images ...")
     file = Path("detections") / f"{built.case.stem}-{key_of(inputs)[:12]}.npz"
-    seen: dict[int, Detections] = {}
     with built.load(plan, batch) as engine:
-        try:
-            evaluation = evaluate(
-                engine,
-                dataset,
-                plan.predict_options,
-                progress=False,
-                seen=lambda image, detections: seen.update({image.id: detections}),
-            ).to_json()
-            write_detections(work.output / file, [seen[image.id] for image in dataset.images])
-            for note in evaluation["notes"]:
-                _log.info(f"{built.name}: {note}")
-        except ClassesDifferError as error:
-            _log.info(f"{built.name} is timed without AP: {error}")
-            evaluation = {
-                **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl")),
-                "backend": engine.backend,
-                "images": len(dataset.images),
-                "detections": 0,
-                "per_class": [],
-                "notes": [str(error)],
-            }
         found = {
-            **evaluation,
+            **_evaluated(work, engine, built.name, dataset, file),
             "device": engine.device,
             "backend_version": engine.backend_version,
             "threads": engine.threads,
@@ -117,12 +92,48 @@ def accuracy(
             "image_size": list(engine.image_size),
             "precision": engine.precision,
             "examples": _examples(work, engine, dataset),
-            "detections_file": str(file) if seen else "",
-            "detections_sha256": sha256_file(work.output / file) if seen else "",
             "date": timestamp(),
         }
     work.steps.keep("accuracy", inputs, found)
     return found
+
+
+def _evaluated(
+    work: Work, engine: Engine, name: str, dataset: CocoDataset, file: Path
+) -> dict[str, Any]:
+    """Evaluate an engine and keep its detections in a file; without AP where the classes differ."""
+    from trt_yolov6.comparison.agreement import write_detections
+    from trt_yolov6.runtime.evaluate import evaluate
+
+    seen: dict[int, Detections] = {}
+    try:
+        evaluation = evaluate(
+            engine,
+            dataset,
+            work.plan.predict_options,
+            progress=False,
+            seen=lambda image, detections: seen.update({image.id: detections}),
+        )
+    except ClassesDifferError as error:
+        _log.info(f"{name} is timed without AP: {error}")
+        return {
+            **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl")),
+            "backend": engine.backend,
+            "images": len(dataset.images),
+            "detections": 0,
+            "per_class": [],
+            "notes": [str(error)],
+            "detections_file": "",
+            "detections_sha256": "",
+        }
+    write_detections(work.output / file, [seen[image.id] for image in dataset.images])
+    for note in evaluation.notes:
+        _log.info(f"{name}: {note}")
+    return {
+        **evaluation.to_json(),
+        "detections_file": str(file),
+        "detections_sha256": sha256_file(work.output / file),
+    }
 
 
 def _has_detections(work: Work, found: Mapping[str, Any]) -> bool:

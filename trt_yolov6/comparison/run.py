@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from trt_yolov6.common.files import check_writable, sha256_file, write_json
 from trt_yolov6.common.statistics import Interval, ratio_interval
@@ -33,6 +33,9 @@ from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import LoadOptions
 from trt_yolov6.engines.manifest import read_manifest
+
+_Key: TypeAlias = "tuple[str, int]"
+"""An engine's name and a batch size."""
 
 
 def compare(
@@ -105,7 +108,7 @@ def side_by_side(
     plan: Plan,
     *,
     progress: bool = True,
-) -> dict[tuple[str, int], Interval]:
+) -> dict[_Key, Interval]:
     """Measure engines and those of a baseline, round by round, where both are still there.
 
     On a machine whose speed drifts, the ratio of two engines in turns is known far better than that
@@ -125,38 +128,10 @@ def side_by_side(
         replaced, or ran in another version of its backend, on other threads or elsewhere are left
         out.
     """
-    where = [
-        {
-            engine["engine"]: [
-                *(engine[key] for key in ("backend", "backend_version", "device")),
-                *(value["settings"].get(key) for key in ("threads", "provider")),
-                *_drivers(value),
-            ]
-            for engine in value["engines"]
-        }
-        for value in (results, baseline)
-    ]
-    names = {name: before for before, name in matched(results, baseline).items()}
-    before = {(item["engine"], item["batch"]): item for item in baseline["timings"]}
-    found: dict[tuple[str, int], Interval] = {}
-    pairs: dict[tuple[str, int], tuple[Path, Path]] = {}
-    for timing in results["timings"]:
-        key = timing["engine"], timing["batch"]
-        name = names.get(timing["engine"], "")
-        earlier = before.get((name, timing["batch"]))
-        if earlier is None or where[0][key[0]] != where[1].get(name):
-            continue
-        own = Path(folder) / timing["engine_file"]
-        other = Path(baseline_folder) / str(earlier.get("engine_file", ""))
-        if timing["engine_sha256"] == earlier.get("engine_sha256"):
-            found[key] = SAME_ENGINE
-        elif other.is_file() and sha256_file(other) == earlier.get("engine_sha256"):
-            pairs[key] = own, other
-    rounds: dict[tuple[str, int], tuple[list[Round], list[Round]]] = {
-        key: ([], []) for key in pairs
-    }
+    same, pairs = _paired(results, Path(folder), baseline, Path(baseline_folder))
     labels = {engine["engine"]: engine.get("label") for engine in results["engines"]}
     decoders = {model.label: model.decoder for model in plan.models}
+    rounds: dict[_Key, tuple[list[Round], list[Round]]] = {key: ([], []) for key in pairs}
     seconds = plan.duration / plan.rounds
     with _bar(plan.rounds, progress and bool(pairs)) as advance:
         for turn in range(plan.rounds if pairs else 0):
@@ -171,11 +146,49 @@ def side_by_side(
                     load = functools.partial(load_engine, paths[index], options=options)
                     rounds[name, batch][index].append(measure_round(load, batch, seconds))
             advance("", 1)
+    found = dict.fromkeys(same, SAME_ENGINE)
     for key, (own_rounds, other_rounds) in rounds.items():
         mine, theirs = paired_medians(own_rounds, other_rounds)
         if len(mine) >= 3:
             found[key] = ratio_interval(mine, theirs)
     return found
+
+
+def _paired(
+    results: Mapping[str, Any], folder: Path, baseline: Mapping[str, Any], baseline_folder: Path
+) -> tuple[list[_Key], dict[_Key, tuple[Path, Path]]]:
+    """Return the engines that are the baseline's own, and the pairs of files to be timed in turns.
+
+    Arguments as for `side_by_side`.
+    """
+    where = [
+        {
+            engine["engine"]: [
+                *(engine[key] for key in ("backend", "backend_version", "device")),
+                *(value["settings"].get(key) for key in ("threads", "provider")),
+                *_drivers(value),
+            ]
+            for engine in value["engines"]
+        }
+        for value in (results, baseline)
+    ]
+    names = {name: before for before, name in matched(results, baseline).items()}
+    before = {(item["engine"], item["batch"]): item for item in baseline["timings"]}
+    same: list[_Key] = []
+    pairs: dict[_Key, tuple[Path, Path]] = {}
+    for timing in results["timings"]:
+        key = timing["engine"], timing["batch"]
+        name = names.get(timing["engine"], "")
+        earlier = before.get((name, timing["batch"]))
+        if earlier is None or where[0][key[0]] != where[1].get(name):
+            continue
+        own = folder / timing["engine_file"]
+        other = baseline_folder / str(earlier.get("engine_file", ""))
+        if timing["engine_sha256"] == earlier.get("engine_sha256"):
+            same.append(key)
+        elif other.is_file() and sha256_file(other) == earlier.get("engine_sha256"):
+            pairs[key] = own, other
+    return same, pairs
 
 
 def _drivers(results: Mapping[str, Any]) -> list[Any]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 96
-"""Boxes that are compared with the kept ones, and with each other, at a time. For 300 boxes kept,
-the product is then small enough for OpenBLAS to compute it in one thread, which is faster."""
+_BLOCK = 192
+"""Boxes that are compared with the kept ones, and with each other, at a time."""
+
+_PRODUCT = 96
+"""Boxes in a matrix product. For 300 boxes kept, it is then small enough for OpenBLAS to compute it
+in one thread, which is faster."""
+
+_FIRST = 192
+"""Boxes made ready at first; then twice as many, and so on."""
 
 _SLACK = 4e-6
 """Relative error of a squared distance in float32: ten roundings, each at most 6e-8 of twice the
@@ -19,6 +26,25 @@ boxes' squares, and as much again."""
 _MANY = 1024
 """Boxes wanted from which on it is faster to take one class after the other: there are then as many
 kept ones of other classes, with which a box would be compared in vain."""
+
+_CELLS = 32
+"""Rows and columns of `_Grid`."""
+
+_LOOKED_UP = 1024
+"""Boxes made ready at a time from which on a grid pays."""
+
+_WIDE = _CELLS + 4
+"""Rows and columns with two more on each side, so that all cells have others around them."""
+
+_AROUND = np.array(
+    [
+        row * _WIDE + column
+        for row, column in sorted(
+            itertools.product(range(-2, 3), repeat=2), key=lambda way: -(way[0] ** 2 + way[1] ** 2)
+        )
+    ]
+)
+"""Ways from a cell to those around it and to itself, the farthest first."""
 
 _NOT_EARLIER = ~np.tri(_BLOCK, k=-1, dtype=np.bool_)
 
@@ -34,7 +60,8 @@ def suppress(
 
     Boxes go through it in blocks, no further than until enough are kept. One matrix product finds
     the few pairs that are near enough (see `_Boxes`); only theirs is the IoU computed. Before that,
-    boxes are compared with the nearest of those kept so far, which suppresses most of them.
+    boxes are compared with the nearest of those kept so far, which suppresses most of them; where
+    there are many, first with the one that a grid says is nearest.
 
     Args:
         boxes: (n, 4), x1, y1, x2, y2, the best first; finite in float32, to which they are rounded,
@@ -60,17 +87,27 @@ def _suppress(
     most = min(limit, len(boxes))
     kept = np.empty(most + _BLOCK, np.intp)
     chosen = _Boxes.empty(len(kept))  # the boxes kept, and after them those of the block
-    count = 0
+    count = in_grid = 0
+    grid: _Grid | None = None
     # Where boxes explode, products overflow to what counts as near, and empty ones have no IoU.
     with np.errstate(over="ignore", invalid="ignore"):
         for window in _windows(len(boxes)):
-            ready = _Boxes.of(boxes[window], classes[window], iou)
+            values = _values(boxes[window], classes[window])
+            places = np.arange(window.start, window.stop)
+            if len(places) >= _LOOKED_UP and count > 1.1 * in_grid:
+                in_grid = count
+                grid = _Grid.of(chosen.values[:, :count])
+            if grid is not None:
+                guess = chosen.values.take(grid.boxes.take(grid.cells(values)), axis=1)
+                unlike = np.flatnonzero(~_overlap(values, guess, iou))
+                values, places = values.take(unlike, axis=1), places[unlike]
+            ready = _Boxes.of(values, iou)
             left = _unlike_the_nearest(ready, chosen.part(slice(count)), iou)
             for start in range(0, len(left), _BLOCK):
                 mine = left[start : start + _BLOCK]
                 block = ready.part(mine)
                 added = _kept_of(block, chosen, count, iou)
-                kept[count : count + len(added)] = window.start + mine[added]
+                kept[count : count + len(added)] = places[mine[added]]
                 chosen.put(count, block.part(added))
                 count += len(added)
                 if count >= most:
@@ -80,11 +117,11 @@ def _suppress(
 
 def _windows(count: int) -> Iterator[slice]:
     """Yield the boxes that are made ready at a time, more and more."""
-    start, length = 0, 2 * _BLOCK
+    start, length = 0, _FIRST
     while start < count:
         yield slice(start, min(start + length, count))
         start += length
-        length = min(2 * length, 32 * _BLOCK)
+        length = min(2 * length, 16 * _FIRST)
 
 
 def _unlike_the_nearest(boxes: _Boxes, chosen: _Boxes, iou: float) -> NDArray[np.intp]:
@@ -95,8 +132,8 @@ def _unlike_the_nearest(boxes: _Boxes, chosen: _Boxes, iou: float) -> NDArray[np
     nearest = np.empty(len(boxes), np.intp)
     if not len(chosen):
         return np.arange(len(boxes))
-    for start in range(0, len(boxes), _BLOCK):
-        part = slice(start, start + _BLOCK)
+    for start in range(0, len(boxes), _PRODUCT):
+        part = slice(start, start + _PRODUCT)
         product = boxes.firsts[:, part].T @ chosen.seconds
         product.argmin(axis=1, out=nearest[part])
     return np.flatnonzero(~_overlap(boxes.values, chosen.values.take(nearest, axis=1), iou))
@@ -114,7 +151,11 @@ def _kept_of(block: _Boxes, chosen: _Boxes, count: int, iou: float) -> NDArray[n
     length = len(block)
     end = count + length
     chosen.put(count, block)
-    distant = block.firsts.T @ chosen.seconds[:, :end] > 0  # NaN is near
+    product = np.empty((length, end), np.float32)
+    for start in range(0, length, _PRODUCT):
+        part = slice(start, start + _PRODUCT)
+        np.matmul(block.firsts[:, part].T, chosen.seconds[:, :end], out=product[part])
+    distant = product > 0  # NaN is near
     distant[:, count:] |= _NOT_EARLIER[:length, :length]
     one, better = np.divmod(np.flatnonzero(~distant), end)
     exceeds = _overlap(block.values.take(one, axis=1), chosen.values.take(better, axis=1), iou)
@@ -154,16 +195,12 @@ class _Boxes:
         return cls(np.empty((6, count)), np.empty((12, count), np.float32))
 
     @classmethod
-    def of(cls, boxes: NDArray[np.floating], classes: NDArray[np.integer], iou: float) -> _Boxes:
-        """Return boxes (n, 4) and their classes, for a threshold of the IoU."""
-        made = cls.empty(len(boxes))
+    def of(cls, values: NDArray[np.float64], iou: float) -> _Boxes:
+        """Return boxes, as `_values` gives them, for a threshold of the IoU."""
+        made = cls(values, np.empty((12, values.shape[1]), np.float32))
         firsts, seconds = made.firsts, made.seconds
         corners = firsts[:4]
-        corners[:] = boxes.T
-        left, top, right, bottom, area, label = made.values
-        made.values[:4] = corners
-        np.multiply(np.maximum(right - left, 0), bottom - top, out=area)
-        label[:] = classes
+        corners[:] = values[:4]
         square = np.einsum("ij,ij->j", corners, corners) * np.float32(1 - _SLACK)
         longer = np.maximum(corners[2] - corners[0], corners[3] - corners[1])
         reach = np.float32((1 + _SLACK) * ((1 - iou) / iou) ** 2)
@@ -197,6 +234,57 @@ class _Boxes:
         places = slice(start, start + len(boxes))
         self.values[:, places] = boxes.values
         self.vectors[:, places] = boxes.vectors
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """For each cell of a grid over some boxes, one whose centre is near, if there is any."""
+
+    start: NDArray[np.float64]
+    """(2, 1), the least x and y of a centre."""
+    step: NDArray[np.float64]
+    """(2, 1), sides of a cell."""
+    boxes: NDArray[np.intp]
+    """(cells,), row by row."""
+
+    @classmethod
+    def of(cls, values: NDArray[np.float64]) -> _Grid:
+        """Return the grid of boxes (6, n), at least one, as `_values` gives them."""
+        centres = values[:2] + values[2:4]
+        centres *= 0.5
+        start = centres.min(axis=1, keepdims=True)
+        step = (centres.max(axis=1, keepdims=True) - start) / _CELLS
+        step[step == 0] = 1
+        grid = cls(start, step, np.zeros(_WIDE**2, np.intp))
+        own = grid.cells(values[:, ::-1])
+        # Of boxes for one cell the last stays: the nearest, and of these the best.
+        grid.boxes[(_AROUND[:, None] + own).reshape(-1)] = np.tile(
+            np.arange(values.shape[1])[::-1], len(_AROUND)
+        )
+        return grid
+
+    def cells(self, values: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Return the cells where boxes (6, n) have their centres, or the last ones on that side."""
+        cells = values[:2] + values[2:4]
+        cells *= 0.5
+        cells -= self.start
+        cells /= self.step
+        # What is no number becomes some cell: the IoU decides anyway.
+        column, row = cells.astype(np.intp).clip(0, _CELLS - 1)
+        found: NDArray[np.intp] = row * _WIDE
+        found += column
+        found += 2 * _WIDE + 2
+        return found
+
+
+def _values(boxes: NDArray[np.floating], classes: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Return boxes (n, 4) and their classes as `_Boxes.values`."""
+    values = np.empty((6, len(boxes)))
+    left, top, right, bottom, area, label = values
+    values[:4] = boxes.T.astype(np.float32)
+    np.multiply(np.maximum(right - left, 0), bottom - top, out=area)
+    label[:] = classes
+    return values
 
 
 def _overlap(one: NDArray[np.float64], other: NDArray[np.float64], iou: float) -> NDArray[np.bool_]:

@@ -243,7 +243,7 @@ class Engine(Described, Closing):
         """Return a decoder of JPEGs on the engine's GPU; None where nvImageCodec is missing.
 
         Args:
-            number: 0 for the first; others work beside it.
+            number: 0 for the first; others work at the same time.
         """
         return None
 

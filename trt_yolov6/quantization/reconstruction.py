@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.quantization.torch_anchors import READERS, AnchorTensors, iou
 from trt_yolov6.quantization.torch_graph import TorchGraph
@@ -225,16 +224,3 @@ def varied(picture: Tensor, rng: np.random.Generator) -> Tensor:
     if picture.is_floating_point():
         return rows
     return rows.round().clamp(0, 255).to(picture.dtype).permute(0, 2, 3, 1)
-
-
-def float_weights(
-    float_model: onnx.ModelProto, quantized_model: onnx.ModelProto
-) -> dict[str, NDArray[np.float32]]:
-    """Return the unrounded weights of a Q/DQ graph's layers, by their outputs."""
-    constants = constants_of(float_model)
-    makers = {node.output[0]: node for node in float_model.graph.node}
-    return {
-        layer.output: tensor_value(constants[makers[layer.output].input[1]]).astype(np.float32)
-        for layer in quantized_layers(quantized_model)
-        if layer.has_own_codes
-    }

@@ -7,19 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from trt_yolov6.common.statistics import Interval
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.comparison.summary import number
 from trt_yolov6.quantization.sensitivity import MEANING, direction
-from trt_yolov6.reports.figures import PRECISIONS, Point, bar, legend, point_of, trade_off
+from trt_yolov6.reports.figures import Chart, Point, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking
 from trt_yolov6.reports.tables import (
     NOTHING,
+    PRECISIONS,
+    Bar,
     Cell,
     Row,
     batches_of,
+    class_of,
     overview,
     quantization,
     quantized_share,
@@ -129,13 +130,13 @@ def _trade_offs(rows: Sequence[Row]) -> dict[str, Any]:
             label, title, better = "latency, ms", f"AP over latency, batch {batch}", "left"
         else:
             label, title, better = "images a second", f"AP over throughput, batch {batch}", "right"
-        charts.append((title, trade_off(points, label, title, better=better)))
+        charts.append(trade_off(points, label, title, better=better))
     kinds = [kind for kind in PRECISIONS if any(row.base == kind for row in rows)]
     others = sorted({row.base for row in rows} - set(PRECISIONS))
     simulated = [kind for kind in kinds if any(r.is_simulated and r.base == kind for r in rows)]
     return {
         "charts": charts,
-        "legend": legend([*kinds, *others]),
+        "kinds": [(class_of(kind), kind) for kind in (*kinds, *others)],
         "simulated": " and ".join(kind.upper() for kind in simulated),
     }
 
@@ -157,7 +158,7 @@ def _quantization_cost(rows: Sequence[Row]) -> dict[str, Any]:
                 [
                     Cell(row.precision),
                     Cell(row.ap_text),
-                    Cell(bar((row.ap or 0) / top, row.base)),
+                    Cell("", bar=Bar((row.ap or 0) / top, row.base)),
                     Cell(_change(row, change)),
                     Cell(_agreement(row.engine.get("agreement"))),
                     *(Cell(_percent(row.engine.get(key))) for key in ("APs", "APm", "APl")),
@@ -194,7 +195,7 @@ def _agreement(found: Mapping[str, Any] | None) -> str:
     return f"{100 * found['value']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _float_layers_tried(row: Row) -> list[tuple[str, Markup]]:
+def _float_layers_tried(row: Row) -> list[Chart]:
     """Return a chart of the float layers that were tried: agreement over added time."""
     calibration = row.engine.get("calibration") or {}
     tried = [one for one in calibration.get("tried") or () if one["decides"] == "float layers"]
@@ -223,13 +224,17 @@ def _float_layers_tried(row: Row) -> list[tuple[str, Markup]]:
         )
     title = f"{row.name}: agreement over added run time, {len(tried)} sets of float layers"
     x_label, y_label = "added run time by layer times, %", "agreement with float, %"
-    return [(title, trade_off(points, x_label, title, y_label=y_label))]
+    return [trade_off(points, x_label, title, y_label=y_label)]
 
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:
     """Return a bar for each layer of a ranking, the most sensitive first."""
     body = [
-        [Cell(name), Cell(NOTHING if value is None else f"{value:.4g}"), Cell(bar(length, "int8"))]
+        [
+            Cell(name),
+            Cell(NOTHING if value is None else f"{value:.4g}"),
+            Cell("", bar=Bar(length, "int8")),
+        ]
         for (name, value), length in zip(ranking.layers, _lengths(ranking), strict=True)
     ]
     return {
@@ -280,11 +285,12 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool)
                 Cell(f"{layer['ms']:.3g}"),
                 Cell(f"{percent * layer['ms']:.1f} %"),
                 Cell(
-                    bar(
+                    "",
+                    bar=Bar(
                         layer["ms"] / longest,
                         layer["precision"],
                         None if roof is None else roof / longest,
-                    )
+                    ),
                 ),
                 Cell(share),
                 Cell(layer["bound"] or NOTHING),
@@ -298,7 +304,7 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool)
                 Cell(NOTHING),
                 Cell(f"{other:.3g}"),
                 Cell(f"{percent * other:.1f} %"),
-                Cell(bar(other / longest)),
+                Cell("", bar=Bar(other / longest)),
                 Cell(NOTHING),
                 Cell(NOTHING),
             ]

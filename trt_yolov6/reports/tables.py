@@ -16,6 +16,10 @@ NOTHING = "\N{EN DASH}"
 """Placeholder for a missing value."""
 
 
+PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+"""Precisions with a colour and a shape; anything else is drawn as `other`."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One engine, with its latency at each batch size that it was measured at."""
@@ -101,12 +105,36 @@ def batches_of(rows: Sequence[Row]) -> list[int]:
     return sorted({batch for row in rows for batch in row.timings})
 
 
+def class_of(kind: str) -> str:
+    """Return a precision's class in the style sheet; texts of files never become a class."""
+    return kind if kind in PRECISIONS else "other"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar."""
+
+    share: float
+    """Its length, 0..1 of the room there is; more, or none at all, fills it."""
+    precision: str = ""
+    """For the colour."""
+    marker: float | None = None
+    """Where a line stands on it, 0..1, such as the roofline."""
+
+    @property
+    def kind(self) -> str:
+        """Its class in the style sheet."""
+        return class_of(self.precision)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell: what is shown, and what it sorts by (None: last)."""
 
     text: str
     value: float | str | None = None
+    bar: Bar | None = None
+    """Shown instead of the text."""
 
 
 def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[Cell]]]:

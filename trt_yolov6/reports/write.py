@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -68,6 +69,7 @@ def html_of(material: Material, title: str = "") -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    environment.filters |= {"px": "{:.1f}".format, "percent": _percent}
     return environment.get_template("page.html.jinja").render(
         title=title or title_of(material),
         subtitle=subtitle_of(material),
@@ -142,6 +144,11 @@ def subtitle_of(material: Material) -> str:
     images = max(value["data"]["images"] for value in values)
     dates = ", ".join(dict.fromkeys(str(value["date"])[:10] for value in values))
     return f"{', '.join(devices)} · {images} images · {dates}"
+
+
+def _percent(share: float) -> str:
+    """Return a share of 0..1 in per cent; what is beyond, or not a number, is cut off."""
+    return f"{100 * min(1.0, max(0.0, share)) if math.isfinite(share) else 100:.2f}"
 
 
 def _resource(name: str) -> Markup:

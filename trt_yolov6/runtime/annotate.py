@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import cv2
 import numpy as np
@@ -146,19 +147,14 @@ def _infer_pictures(
     start = time.perf_counter()
     outputs: list[Path] = []
     failures: list[tuple[str, str]] = []
-    odd: list[str] = []
+    warnings: list[str] = []
     seconds = 0.0
     run: Callable[..., Iterator[Processed[Picture, list[_Drawn]]]] = process
     if options.gpus > 1:
         run = functools.partial(process_on_gpus, check_gpus(options.gpus))
     with (
         open_detection_files(output, formats, engine.class_names) as files,
-        tqdm(
-            total=len(pictures.items),
-            desc="infer",
-            unit="image",
-            disable=None if progress else True,
-        ) as bar,
+        _bar(len(pictures.items), "image", progress) as bar,
     ):
         for step in run(
             engine,
@@ -168,11 +164,11 @@ def _infer_pictures(
             options,
             keep_images=True,
             skip_unreadable=not pictures.is_single,
-            tell=odd.append,
         ):
             for drawn in step.result:
                 outputs.append(drawn.path)
                 files.add(drawn.record, drawn.detections)
+            warnings += step.notes
             failures.extend((item.where, str(error)) for item, error in step.batch.failures)
             seconds += step.inference_seconds
             bar.update(len(step.batch.items) + len(step.batch.failures))
@@ -186,10 +182,14 @@ def _infer_pictures(
         images=files.images,
         objects=files.objects,
         failures=tuple(failures),
-        warnings=tuple(odd),
+        warnings=tuple(warnings),
         inference_seconds=seconds,
         wall_seconds=time.perf_counter() - start,
     )
+
+
+def _bar(total: int | None, unit: str, progress: bool) -> tqdm[NoReturn]:
+    return tqdm(total=total, desc="infer", unit=unit, disable=None if progress else True)
 
 
 def _infer_video(
@@ -204,7 +204,7 @@ def _infer_video(
     start = time.perf_counter()
     target = output / f"{video.name}.mp4"
     name = video.address if video.is_live else Path(video.address).name
-    odd: list[str] = []
+    warnings: list[str] = []
     seconds = 0.0
 
     def finish(batch: Batch[Frame], found: list[Detections]) -> None:
@@ -215,40 +215,33 @@ def _infer_video(
             record = {"file": name, "frame": files.images, "seconds": round(frame.seconds, 3)}
             files.add({**record, "width": width, "height": height}, detections)
 
-    try:
-        with (
-            atomic_path(target) as temporary,
-            open_detection_files(output, formats, engine.class_names) as files,
-            VideoWriter(temporary, clip.rate) as writer,
-        ):
-            with tqdm(
-                total=clip.announced or None,
-                desc="infer",
-                unit="frame",
-                disable=None if progress else True,
-            ) as bar:
-                # Frames can only be decoded in order, so the caller's thread does it and the
-                # loader's threads just resize them.
-                for step in process(engine, clip.frames, _pixels, finish, options, tell=odd.append):
-                    seconds += step.inference_seconds
-                    bar.update(len(step.batch.items))
-            if not files.images:
-                raise UserError(f"{name} holds no frame that can be decoded; replace it.")
-            if not writer.close() or not _is_whole(temporary, writer.frames):
-                raise UserError(
-                    f"{target} could not be written in whole; free the disk or give another "
-                    "`output`.",
-                )
-    finally:
-        clip.close()
+    with (
+        contextlib.closing(clip),
+        atomic_path(target) as temporary,
+        open_detection_files(output, formats, engine.class_names) as files,
+        VideoWriter(temporary, clip.rate) as writer,
+    ):
+        with _bar(clip.announced or None, "frame", progress) as bar:
+            # Frames can only be decoded in order, so the caller's thread does it and the loader's
+            # threads just resize them.
+            for step in process(engine, clip.frames, _pixels, finish, options):
+                warnings += step.notes
+                seconds += step.inference_seconds
+                bar.update(len(step.batch.items))
+        if not files.images:
+            raise UserError(f"{name} holds no frame that can be decoded; replace it.")
+        if not writer.close() or not _is_whole(temporary, writer.frames):
+            raise UserError(
+                f"{target} could not be written in whole; free the disk or give another `output`.",
+            )
     # The count in the header is an estimate in some formats, though a close one.
     if files.images < 0.9 * clip.announced:
-        odd.append(
+        warnings.append(
             f"{name} ends after {files.images} of the {clip.announced} frames it announces; they "
             "were processed, the rest is missing or damaged."
         )
     if not writer.is_h264:
-        odd.append(
+        warnings.append(
             f"{target} is MPEG-4, which browsers do not play: `ffmpeg` with an H.264 encoder is "
             "not on the path."
         )
@@ -258,7 +251,7 @@ def _infer_video(
         images=files.images,
         objects=files.objects,
         failures=(),
-        warnings=tuple(odd),
+        warnings=tuple(warnings),
         inference_seconds=seconds,
         wall_seconds=time.perf_counter() - start,
     )

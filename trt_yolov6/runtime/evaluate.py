@@ -168,9 +168,9 @@ def evaluate(
             matcher,
             options,
             open_item=open_coco_image,
-            tell=tally.note,
         ):
             tally.add(step.batch.items, step.result.matches, step.result.found)
+            tally.note(step.notes)
             if seen is not None:
                 for image, detections in zip(step.batch.items, step.result.found, strict=True):
                     seen(image, _in_classes_of(dataset, tally.truth, detections))
@@ -271,8 +271,7 @@ def evaluate_found(
                 postprocess=found.postprocess_seconds,
                 coco=time.perf_counter() - tally.engine_done,
             )
-            for note in found.notes:
-                tally.note(note)
+            tally.note(found.notes)
             bar.update(len(found.images))
     return tally.evaluation(annotated)
 
@@ -330,9 +329,9 @@ class _Tally:
         self._matches: dict[int, list[Any]] = {}
         self._detections = 0
 
-    def note(self, sentence: str) -> None:
-        """Take a note, once."""
-        self._notes[sentence] = None
+    def note(self, sentences: Iterable[str]) -> None:
+        """Take notes, each once."""
+        self._notes.update(dict.fromkeys(sentences))
 
     def add(
         self, images: Sequence[CocoImage], matches: _Matches, found: Sequence[Detections]

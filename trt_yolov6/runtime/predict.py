@@ -46,6 +46,9 @@ class Processed(Generic[Item, Result]):
     """The loaded batch, its input (by far the largest part) freed."""
     result: Result
     """Result of `finish`."""
+    notes: tuple[str, ...]
+    """Notes on odd outputs, a sentence each (see `plausibility`): of the first batch, and of the
+    first with numbers that are not finite."""
     inference_seconds: float
     inference_end: float
     """When the engine was done with it, by `time.perf_counter`."""
@@ -96,6 +99,7 @@ def detect(
             open_item=lambda item: item.open(),
         ):
             found.extend(step.result)
+            _warn(step.notes)
     return [
         one if item.path is None else dataclasses.replace(one, path=item.path)
         for one, item in zip(found, items, strict=True)
@@ -167,7 +171,9 @@ def _detect_at_once(
         if engine.is_checked:
             run = engine.start(array, nms)
         else:
-            run = FinishedRun(_checked_outputs(engine, array, len(items), nms, _warn))
+            outputs, notes = _checked_outputs(engine, array, len(items), nms)
+            _warn(notes)
+            run = FinishedRun(outputs)
     return postprocess(
         run.wait(),
         engine.output_layout,
@@ -178,23 +184,23 @@ def _detect_at_once(
     )
 
 
+def _warn(notes: Iterable[str]) -> None:
+    for note in notes:
+        warnings.warn(note, stacklevel=4)
+
+
 def _checked_outputs(
-    engine: Engine,
-    array: NDArray[Any],
-    images: int,
-    nms: NmsSettings,
-    tell: Callable[[str], None],
-) -> dict[str, NDArray[Any]]:
-    """Run an engine's first batch and look whether what it gives can be a detector's."""
+    engine: Engine, array: NDArray[Any], images: int, nms: NmsSettings
+) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+    """Run an engine's first batch; return its outputs, and what is odd about them.
+
+    Raises:
+        UserError: they cannot be a detector's.
+    """
     outputs = engine.infer(array)
-    for warning in check_outputs(engine, outputs, images, nms.confidence, array):
-        tell(warning)
+    notes = tuple(check_outputs(engine, outputs, images, nms.confidence, array))
     engine.is_checked = True
-    return outputs
-
-
-def _warn(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=2)
+    return outputs, notes
 
 
 def process(
@@ -207,7 +213,6 @@ def process(
     open_item: Callable[[Item], Opened] | None = None,
     keep_images: bool = False,
     skip_unreadable: bool = False,
-    tell: Callable[[str], None] = _warn,
 ) -> Generator[Processed[Item, Result], None, None]:
     """Run an engine over a stream of images, everything but the engine in other threads.
 
@@ -227,8 +232,6 @@ def process(
         finish: makes a result of a batch and its detections; called in one other thread, in order.
         options: thresholds and more; default thresholds: `NmsSettings()`, as for evaluation.
         keep_images, skip_unreadable: as in `load_batches`.
-        tell: takes what is odd about the outputs, a sentence each (see `plausibility`), and numbers
-            in later batches that are not finite; default: `warnings.warn`.
 
     Raises:
         UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
@@ -244,89 +247,133 @@ def process(
         "skip_unreadable": skip_unreadable,
     }
     steps = _steps(engine, iter(items), read, open_item or read, nms, loading)
+    pipeline = _Pipeline(engine, nms, options.clip, finish)
+    try:
+        for step in steps:
+            pipeline.start(step)
+            del step  # the loop would keep the input alive while the next is waited for
+            if pipeline.is_full:
+                pipeline.collect()
+            if len(pipeline.pending) > 1:
+                yield pipeline.oldest()
+        while pipeline.running:
+            pipeline.collect()
+        while pipeline.pending:
+            yield pipeline.oldest()
+    finally:
+        pipeline.close()
+        steps.close()
 
-    def conclude(
-        loaded: Batch[Item], outputs: dict[str, NDArray[np.generic]] | Candidates | Suppressed
-    ) -> tuple[Result, float, float]:
+
+@dataclass(frozen=True)
+class _Running(Generic[Item]):
+    """A batch in the engine."""
+
+    step: _Step[Item]
+    run: Run
+    start: float
+    """When it was given to the engine, by `time.perf_counter`."""
+    notes: tuple[str, ...]
+
+
+class _Pipeline(Generic[Item, Result]):
+    """Batches in the engine (`running`), and those after it, in another thread (`pending`)."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        nms: NmsSettings,
+        clip: bool,
+        finish: Callable[[Batch[Item], list[Detections]], Result],
+    ) -> None:
+        self.running: deque[_Running[Item]] = deque()
+        self.pending: deque[Future[Processed[Item, Result]]] = deque()
+        self._engine, self._nms, self._clip, self._finish = engine, nms, clip, finish
+        self._is_first = True
+        self._engine_free = 0.0
+        self._gave_non_finite = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
+        self._helpers = ThreadPoolExecutor(default_workers(), thread_name_prefix="boxes")
+
+    @property
+    def is_full(self) -> bool:
+        """The engine takes no further batch before the oldest has ended."""
+        return len(self.running) >= self._engine.in_flight
+
+    def start(self, step: _Step[Item]) -> None:
+        """Give a batch to the engine; the first is run here, and its outputs are checked."""
+        start = time.perf_counter()
+        notes: tuple[str, ...] = ()
+        run: Run
+        count = len(step.batch.items)
+        if not count:
+            run = FinishedRun({})
+        elif self._is_first:
+            outputs, notes = _checked_outputs(self._engine, step.batch.input, count, self._nms)
+            run = FinishedRun(outputs)
+            self._is_first = False
+        else:
+            run = step.start()
+        self.running.append(_Running(step, run, start, notes))
+
+    def collect(self) -> None:
+        """Wait for the engine's oldest batch, and have its boxes found."""
+        batch = self.running.popleft()
+        outputs = batch.run.wait()
+        end = time.perf_counter()
+        batch.step.end()
+        notes = batch.notes
+        if isinstance(outputs, dict) and not self._gave_non_finite:
+            broken = [name for name, array in outputs.items() if has_non_finite(array)]
+            if broken:
+                self._gave_non_finite = True
+                where = ", ".join(broken)
+                notes += (f"{self._engine.path} gives NaN or infinity in {where} of some images",)
+        # Where batches overlap in the engine, its time is shared among them.
+        seconds = end - max(batch.start, self._engine_free)
+        self._engine_free = end
+        loaded = batch.step.batch
+        loaded = dataclasses.replace(loaded, input=np.empty(0, loaded.input.dtype))
+        self.pending.append(self._pool.submit(self._conclude, loaded, outputs, seconds, end, notes))
+
+    def oldest(self) -> Processed[Item, Result]:
+        """Wait for the oldest batch after the engine, and return it."""
+        return self.pending.popleft().result()
+
+    def close(self) -> None:
+        """End the threads; the engine is idle then, also when an error ends the work."""
+        while self.running:
+            with contextlib.suppress(UserError):
+                self.running.popleft().run.wait()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._helpers.shutdown()
+
+    def _conclude(
+        self,
+        loaded: Batch[Item],
+        outputs: dict[str, NDArray[np.generic]] | Candidates | Suppressed,
+        inference_seconds: float,
+        inference_end: float,
+        notes: tuple[str, ...],
+    ) -> Processed[Item, Result]:
         start = time.perf_counter()
         found: list[Detections] = []
         if loaded.items:  # none when all of a batch were unreadable
             found = postprocess(
                 outputs,
-                engine.output_layout,
-                nms,
+                self._engine.output_layout,
+                self._nms,
                 loaded.letterboxes,
-                clip=options.clip,
-                class_names=engine.class_names,
-                executor=helpers,
+                clip=self._clip,
+                class_names=self._engine.class_names,
+                executor=self._helpers,
             )
         middle = time.perf_counter()
-        result = finish(loaded, found)
-        return result, middle - start, time.perf_counter() - middle
-
-    pending: deque[tuple[Batch[Item], float, float, Future[tuple[Result, float, float]]]] = deque()
-
-    def oldest() -> Processed[Item, Result]:
-        loaded, seconds, end, future = pending.popleft()
-        result, postprocess_seconds, finish_seconds = future.result()
-        return Processed(loaded, result, seconds, end, postprocess_seconds, finish_seconds)
-
-    running: deque[tuple[_Step[Item], Run, float]] = deque()
-    engine_free = 0.0
-    told: list[str] = []
-
-    def collect() -> None:
-        """Wait for the engine's oldest batch, and hand it on."""
-        nonlocal engine_free
-        step, run, start = running.popleft()
-        outputs = run.wait()
+        result = self._finish(loaded, found)
         end = time.perf_counter()
-        step.end()
-        if isinstance(outputs, dict) and not told:
-            broken = [name for name, array in outputs.items() if has_non_finite(array)]
-            if broken:
-                told.append(
-                    f"{engine.path} gives NaN or infinity in {', '.join(broken)} of some images"
-                )
-                tell(told[0])
-        # Where batches overlap in the engine, its time is shared among them.
-        seconds = end - max(start, engine_free)
-        engine_free = end
-        loaded = dataclasses.replace(step.batch, input=np.empty(0, step.batch.input.dtype))
-        pending.append((loaded, seconds, end, pool.submit(conclude, loaded, outputs)))
-
-    pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
-    helpers = ThreadPoolExecutor(default_workers(), thread_name_prefix="boxes")
-    try:
-        is_first = True
-        for step in steps:
-            start = time.perf_counter()
-            run: Run
-            count = len(step.batch.items)
-            if not count:
-                run = FinishedRun({})
-            elif is_first:
-                run = FinishedRun(_checked_outputs(engine, step.batch.input, count, nms, tell))
-                is_first = False
-            else:
-                run = step.start()
-            running.append((step, run, start))
-            del step, run  # the loop would keep the input alive while the next is waited for
-            if len(running) >= engine.in_flight:
-                collect()
-            if len(pending) > 1:
-                yield oldest()
-        while running:
-            collect()
-        while pending:
-            yield oldest()
-    finally:
-        while running:  # the engine must be idle when an error leaves this
-            with contextlib.suppress(UserError):
-                running.popleft()[1].wait()
-        pool.shutdown(wait=True, cancel_futures=True)
-        helpers.shutdown()
-        steps.close()
+        return Processed(
+            loaded, result, notes, inference_seconds, inference_end, middle - start, end - middle
+        )
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,6 @@ def process_on_gpus(
     read: Callable[[Item], NDArray[np.uint8]],
     finish: Callable[[Batch[Item], list[Detections]], Result],
     options: PredictOptions | None = None,
-    *,
-    tell: Callable[[str], None] = lambda _: None,
     **others: Any,
 ) -> Generator[Processed[Item, Result], None, None]:
     """Do what `predict.process` does on several GPUs; batches come in the order of the items.
@@ -94,7 +92,6 @@ def process_on_gpus(
         items, read, finish: as in `process`, but they travel to other processes, by pickle; what
             `finish` returns travels back. Original images do not.
         options: as in `process`.
-        tell: takes what is odd about the outputs, once a sentence.
         others: of `process`.
 
     Raises:
@@ -112,7 +109,7 @@ def process_on_gpus(
             worker.start()
             theirs.close()
             workers[ours] = worker
-        yield from _in_order(workers, gpus, iter(items), batch, tell)
+        yield from _in_order(workers, gpus, iter(items), batch)
     finally:
         for ours, worker in workers.items():
             ours.close()  # a process that waits for work ends
@@ -127,13 +124,12 @@ def _in_order(
     gpus: tuple[str, ...],
     items: Iterator[Any],
     batch: int,
-    tell: Callable[[str], None],
 ) -> Generator[Any, None, None]:
     """Give out batches as they are asked for, and yield their results in order."""
     given: dict[Any, list[int]] = {ours: [] for ours in workers}
     asking: list[Any] = []
     done: dict[int, Any] = {}
-    told: set[str] = set()
+    noted: set[str] = set()
     open_ends = dict(zip(workers, gpus, strict=True))
     number = following = 0
     while open_ends:
@@ -157,16 +153,15 @@ def _in_order(
                 asking.append(ours)
             elif kind == "done":
                 done[given[ours].pop(0)] = value
-            elif kind == "tell":
-                if value not in told:
-                    told.add(value)
-                    tell(value)
             elif kind == "failed":
                 raise value
             else:
                 del open_ends[ours]
         while following in done:
-            yield done.pop(following)
+            step = done.pop(following)
+            notes = tuple(note for note in step.notes if note not in noted)
+            noted.update(notes)
+            yield dataclasses.replace(step, notes=notes)
             following += 1
 
 
@@ -194,11 +189,7 @@ def _work(
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
-
-                def tell(sentence: str) -> None:
-                    theirs.send(("tell", sentence))
-
-                for step in process(engine, items(), read, finish, options, tell=tell, **others):
+                for step in process(engine, items(), read, finish, options, **others):
                     light = dataclasses.replace(step.batch, images=())
                     theirs.send(("done", dataclasses.replace(step, batch=light)))
             theirs.send(("end", None))

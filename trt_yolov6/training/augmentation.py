@@ -95,19 +95,6 @@ NO_AUGMENTATION = AugmentationSettings(
 )
 """Everything off."""
 
-FINE_TUNING = AugmentationSettings(
-    mixup=0.243,
-    degrees=0.373,
-    translate=0.245,
-    scale=0.898,
-    shear=0.602,
-    hsv_h=0.0138,
-    hsv_s=0.664,
-    hsv_v=0.464,
-    flip_ud=0.00856,
-)
-"""The authors' settings for fine-tuning a checkpoint, the same for all variants."""
-
 
 def augmentation_for(variant: str) -> AugmentationSettings:
     """Return the authors' settings for a variant, such as `yolov6s`; M and larger are varied more.

@@ -110,25 +110,6 @@ class CheckedSplit:
     report: DataReport
 
 
-def check_data(
-    folder: str | Path, split: str | None = None, *, progress: bool = True
-) -> DataReport:
-    """Check a split of a data set: every annotation, and every image by decoding it.
-
-    Args:
-        folder: the data set's folder.
-        split: which part; default: as `load_coco`.
-        progress: show a bar, on a terminal.
-
-    Raises:
-        UserError: there is no such split, or its file cannot be made out at all: it is not JSON,
-            has no list of categories, images or annotations, or an image lacks its id or name.
-    """
-    checked = read_split(folder, split)
-    faults = for_each_image(checked.images, lambda index, pixels: None, progress=progress)
-    return full_report(checked, faults)
-
-
 def write_report(report: DataReport, path: str | Path) -> None:
     """Write a report as JSON: the fields of `DataReport`, problems as objects.
 
@@ -158,7 +139,9 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
     """Read a split and judge everything but the content of its images.
 
     Raises:
-        UserError: as `check_data`, or all boxes are in other units than pixels.
+        UserError: there is no such split, its file cannot be made out at all (it is not JSON, has
+            no list of categories, images or annotations, or an image lacks its id or name), or all
+            boxes are in other units than pixels.
     """
     source = read_source(folder, split)
     file, content = source.file, source.content

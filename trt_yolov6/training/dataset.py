@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trt_yolov6.data.letterbox import GRAY, fit
+from trt_yolov6.data.letterbox import Letterbox, fill, fit
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.augmentation import (
     AugmentationSettings,
@@ -223,28 +223,22 @@ def load_training_set(
     checked = read_split(folder, split)
     if class_names is not None:
         checked = in_order(checked, class_names)
+    # In the corner of a row: augmentation says where an image goes.
     placed = [
-        fit((image.height, image.width), (image_size, image_size)).resized
+        dataclasses.replace(
+            fit((image.height, image.width), (image_size, image_size)), top=0, left=0
+        )
         for image in checked.images
     ]
+    sizes = [one.resized for one in placed]
     device = torch.empty(0, device=device).device  # `cuda` becomes `cuda:0`
-    store = _allocate(placed, image_size, device, checked.report.annotation_file)
+    store = _allocate(sizes, image_size, device, checked.report.annotation_file)
 
-    def keep(index: int, pixels: NDArray[np.uint8]) -> None:
-        height, width = placed[index]
-        if pixels.shape[:2] != (height, width):
-            # As the letterbox of evaluation does.
-            shrinks = height * width < pixels.shape[0] * pixels.shape[1]
-            method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            pixels = cv2.resize(pixels, (width, height), interpolation=method).astype(
-                np.uint8, copy=False
-            )
-        row = store[index]
-        row[:, height:] = GRAY
-        row[:, :height, width:] = GRAY
-        row[:, :height, :width] = torch.from_numpy(pixels).to(store.device).permute(2, 0, 1)
-
-    faults = for_each_image(checked.images, keep, progress=progress)
+    faults = for_each_image(
+        checked.images,
+        lambda index, pixels: _keep(store[index], pixels, placed[index]),
+        progress=progress,
+    )
     report = full_report(checked, faults)
     if report_file is not None and (report.problems or report.clipped):
         write_report(report, report_file)
@@ -254,18 +248,10 @@ def load_training_set(
     for new, old in enumerate(good):
         if new != old:
             store[new] = store[old]
-
-    boxes = [
-        checked.boxes[index]
-        * np.array(
-            [
-                placed[index][1] / checked.images[index].width,
-                placed[index][0] / checked.images[index].height,
-            ]
-            * 2
-        )
-        for index in good
-    ]
+    boxes = []
+    for index in good:
+        (height, width), whole = sizes[index], placed[index].source
+        boxes.append(checked.boxes[index] * np.array([width / whole[1], height / whole[0]] * 2))
     counts = [len(item) for item in boxes]
     if not sum(counts):
         raise UserError(
@@ -278,12 +264,19 @@ def load_training_set(
         class_names=checked.class_names,
         files=tuple(checked.images[index].path for index in good),
         images=store[: len(good)],
-        sizes=torch.tensor([placed[index] for index in good]),
+        sizes=torch.tensor([sizes[index] for index in good]),
         boxes=torch.from_numpy(np.concatenate(boxes).astype(np.float32)),
         classes=torch.from_numpy(np.concatenate([checked.classes[index] for index in good])),
         first=torch.from_numpy(np.cumsum([0, *counts])),
         report=report,
     )
+
+
+def _keep(row: Tensor, pixels: NDArray[np.uint8], placed: Letterbox) -> None:
+    """Store an image, uint8 (height, width, 3), resized as for evaluation, in a row (3, H, W)."""
+    canvas = np.empty((*row.shape[1:], 3), np.uint8)
+    fill(canvas, pixels, placed)
+    row.copy_(torch.from_numpy(canvas).to(row.device).permute(2, 0, 1))
 
 
 def _allocate(

@@ -287,22 +287,6 @@ def varifocal_loss(
     return torch.where(positive, targets * _cross_entropy(logits, targets), negative)
 
 
-def focal_loss(
-    logits: Tensor, positive: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
-) -> Tensor:
-    """Return focal loss (Lin et al., 2017), elementwise: -α_t (1 - p_t)^γ log p_t.
-
-    p_t is the probability of what is true and α_t is α for positives, 1 - α for negatives.
-
-    Args:
-        logits: float, any shape.
-        positive: bool, the same shape.
-        alpha: weight of positives.
-        gamma: how much easy elements are weighed down.
-    """
-    return poly_loss(logits, positive, epsilon=0.0, alpha=alpha, gamma=gamma)
-
-
 def poly_loss(
     logits: Tensor,
     positive: Tensor,
@@ -313,8 +297,16 @@ def poly_loss(
 ) -> Tensor:
     """Return poly-1 focal loss (Leng et al., 2022), elementwise.
 
-    Focal loss plus α_t ε (1 - p_t)^(γ + 1): the first term of its expansion, weighed up.
-    Arguments as for `focal_loss`.
+    Focal loss (Lin et al., 2017), -α_t (1 - p_t)^γ log p_t, plus α_t ε (1 - p_t)^(γ + 1): the first
+    term of its expansion, weighed up. p_t is the probability of what is true, and α_t is α for
+    positives, 1 - α for negatives.
+
+    Args:
+        logits: float, any shape.
+        positive: bool, the same shape.
+        epsilon: weight of the added term; 0: plain focal loss.
+        alpha: weight of positives.
+        gamma: how much easy elements are weighed down.
     """
     wrong = torch.where(positive, -logits, logits)
     missing = torch.sigmoid(wrong)

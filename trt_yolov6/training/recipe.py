@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from trt_yolov6.checkpoints.loading import Checkpoint
 from trt_yolov6.errors import UserError, did_you_mean
@@ -25,8 +25,6 @@ from trt_yolov6.training.data_validation import OnBadData
 from trt_yolov6.training.losses import DistillationSettings, LossSettings, default_losses
 from trt_yolov6.training.optimizer import OptimizerSettings, default_optimizer
 from trt_yolov6.training.rep_optimizer import RepOptimizerSettings
-
-Value = TypeVar("Value")
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 """Arithmetic of the network while training; `auto`: bf16 where the GPU has it, else fp16, and fp32

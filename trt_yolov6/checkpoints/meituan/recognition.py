@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from trt_yolov6.models.variants import (
     ActivationName,
     Architecture,
     BlockKind,
-    HeadKind,
     variant_name,
 )
 
@@ -34,7 +34,8 @@ _BLOCKS: dict[str, BlockKind] = {
     "ConvBNReLU": "conv",
     "ConvBNSiLU": "conv",
 }
-_STACKS = ("RepBlock", "BepC3", "MBLABlock")
+_STACKS = {"RepBlock": "conv1", "BepC3": "cv3", "MBLABlock": "cv2"}
+"""Kinds of stacks, and the last convolution of each."""
 ACTIVATION_KEYS = ("nonlinearity", "act", "block.act", "relu")
 """The authors' names for a block's activation."""
 # What they call its convolution in each of its forms.
@@ -113,14 +114,8 @@ def _refuse_other_tasks(tree: Tree) -> None:
 
 
 def _rep(tree: Tree) -> Architecture:
-    stages = [2]
-    while f"backbone.ERBlock_{stages[-1] + 1}" in tree:
-        stages.append(stages[-1] + 1)
+    stages = _rep_stages(tree)
     top = stages[-1]
-    if top < 5:
-        raise tree.lacks(f"backbone.ERBlock_{top + 1}")
-    if top > 6:
-        raise tree.unknown(f"{top} stages")
     block = _BLOCKS.get(tree.class_of("backbone.stem"))
     if block is None:
         raise tree.unknown(f"blocks of class {tree.class_of('backbone.stem')}")
@@ -134,89 +129,95 @@ def _rep(tree: Tree) -> Architecture:
     pooling = pooling_prefix(tree, top)
     if tree.attributes.get(f"{pooling}.m", {}).get("kernel_size", 5) != 5:
         raise tree.unknown("another pooling size")
-
-    def channels(prefix: str) -> int:
-        return _weight(tree, prefix).shape[0]
-
-    ratio = None
-    if kind == "BepC3":
-        ratio = channels("backbone.ERBlock_2.1.cv1") / channels("backbone.ERBlock_2.1.cv3")
-    elif kind == "MBLABlock":
-        first = "backbone.ERBlock_2.1.m.0.0.conv1"
-        ratio = channels(first) / channels("backbone.ERBlock_2.1.cv2")
-
-    def stack_channels(prefix: str) -> int:
-        last = {"RepBlock": "conv1", "BepC3": "cv3", "MBLABlock": "cv2"}[kind]
-        return channels(f"{prefix}.{last}")
-
-    def repeats(prefix: str) -> int:
-        if kind == "MBLABlock":
-            return _mbla_repeats(tree, prefix)
-        chain = f"{prefix}.m" if kind == "BepC3" else prefix
-        return 1 + _children(tree, f"{chain}.block")
-
-    lateral_names = [f"neck.reduce_layer{index}" for index in range(laterals)]
-    down_names = [f"neck.downsample{index}" for index in reversed(range(3))][: top - 3]
-    stack_names = neck_stacks(top)
-    bottom_up = zip(down_names, stack_names[laterals:], strict=True)
-    head = predictions(tree)
+    down_names = [f"neck.downsample{index}" for index in reversed(range(3))][:laterals]
+    stack_names = [f"neck.{name}" for name in neck_stacks(top)]
+    neck = [f"neck.reduce_layer{index}" for index in range(laterals)]
+    for down, stack in zip(down_names, stack_names[laterals:], strict=True):
+        neck += [down, f"{stack}.{_STACKS[kind]}"]
     return Architecture(
         name="yolov6-custom",
         stage_channels=(
-            channels("backbone.stem"),
-            *(channels(f"backbone.ERBlock_{stage}.0") for stage in stages),
+            _width(tree, "backbone.stem"),
+            *(_width(tree, f"backbone.ERBlock_{stage}.0") for stage in stages),
         ),
-        neck_channels=(
-            *map(channels, lateral_names),
-            *(
-                width
-                for down, stack in bottom_up
-                for width in (channels(down), stack_channels(f"neck.{stack}"))
-            ),
+        neck_channels=tuple(_width(tree, name) for name in neck),
+        stage_repeats=tuple(
+            _repeats(tree, kind, f"backbone.ERBlock_{stage}.1") for stage in stages
         ),
-        stage_repeats=tuple(repeats(f"backbone.ERBlock_{stage}.1") for stage in stages),
-        neck_repeats=tuple(repeats(f"neck.{stack}") for stack in stack_names),
+        neck_repeats=tuple(_repeats(tree, kind, name) for name in stack_names),
         block=block,
-        csp_ratio=ratio,
+        csp_ratio=_csp_ratio(tree, kind),
         activation=activation_of(tree, "backbone.stem"),
-        reg_max=_reg_max(tree, head),
-        num_classes=_weight(tree, f"detect.{head.classes}.0").shape[0],
-        head=_head_kind(tree),
-        head_activation=activation_of(tree, "detect.stems.0"),
         input_channels=_weight(tree, "backbone.stem").shape[1],
-        neck_activation=activation_of(tree, "neck.reduce_layer0"),
         neck="bifusion" if bifusion else "pan",
         pooling="cspsppf" if f"{pooling}.cv7" in tree else "sppf",
         mbla=kind == "MBLABlock",
+        **_head_of(tree),
     )
 
 
+def _rep_stages(tree: Tree) -> list[int]:
+    """Return the numbers of the backbone's stages: 2 to 5, or to 6."""
+    stages = [2]
+    while f"backbone.ERBlock_{stages[-1] + 1}" in tree:
+        stages.append(stages[-1] + 1)
+    if stages[-1] < 5:
+        raise tree.lacks(f"backbone.ERBlock_{stages[-1] + 1}")
+    if stages[-1] > 6:
+        raise tree.unknown(f"{stages[-1]} stages")
+    return stages
+
+
+def _csp_ratio(tree: Tree, kind: str) -> float | None:
+    stack = "backbone.ERBlock_2.1"
+    if kind == "BepC3":
+        return _width(tree, f"{stack}.cv1") / _width(tree, f"{stack}.cv3")
+    if kind == "MBLABlock":
+        return _width(tree, f"{stack}.m.0.0.conv1") / _width(tree, f"{stack}.cv2")
+    return None
+
+
+def _repeats(tree: Tree, kind: str, prefix: str) -> int:
+    """Return the number of blocks in a stack."""
+    if kind == "MBLABlock":
+        return _mbla_repeats(tree, prefix)
+    chain = f"{prefix}.m" if kind == "BepC3" else prefix
+    return 1 + _children(tree, f"{chain}.block")
+
+
 def _lite(tree: Tree) -> Architecture:
-    head = predictions(tree)
     stages = range(1, 5)
     stem = "backbone.conv_0"
     ends = (stem, *(f"{lite_stage(index)}.0.conv_pw_3" for index in stages))
-    channels = tuple(_weight(tree, name).shape[0] for name in ends)
+    channels = tuple(_width(tree, name) for name in ends)
     if any(width % 8 for width in channels):
         raise tree.unknown(f"stages of {channels} channels")
     return Architecture(
         name="yolov6-custom",
         stage_channels=channels,
-        neck_channels=(_weight(tree, "neck.reduce_layer0").shape[0],),
+        neck_channels=(_width(tree, "neck.reduce_layer0"),),
         stage_repeats=tuple(_children(tree, lite_stage(index)) for index in stages),
         neck_repeats=(),
         block="lite",
         csp_ratio=None,
         activation=activation_of(tree, stem),
-        reg_max=_reg_max(tree, head),
-        num_classes=_weight(tree, f"detect.{head.classes}.0").shape[0],
-        head=_head_kind(tree),
-        head_activation=activation_of(tree, "detect.stems.0", ("act_1",)),
         input_channels=_weight(tree, stem).shape[1],
-        neck_activation=activation_of(tree, "neck.reduce_layer0"),
         neck="lite",
         pooling="none",
+        **_head_of(tree, ("act_1",)),
     )
+
+
+def _head_of(tree: Tree, keys: tuple[str, ...] = ACTIVATION_KEYS) -> dict[str, Any]:
+    """Return the fields of `Architecture` about the head, and the neck's activation."""
+    head = predictions(tree)
+    return {
+        "reg_max": _reg_max(tree, head),
+        "num_classes": _width(tree, f"detect.{head.classes}.0"),
+        "head": "offset" if "detect.obj_preds" in tree else "distance",
+        "head_activation": activation_of(tree, "detect.stems.0", keys),
+        "neck_activation": activation_of(tree, "neck.reduce_layer0"),
+    }
 
 
 def lite_stage(index: int) -> str:
@@ -251,13 +252,9 @@ def activation_of(
     raise tree.unknown(f"no activation at {prefix}")
 
 
-def _head_kind(tree: Tree) -> HeadKind:
-    return "offset" if "detect.obj_preds" in tree else "distance"
-
-
 def _reg_max(tree: Tree, head: Predictions) -> int:
     """Return the largest distance bin; the file's own `reg_max` says 16 without any, too."""
-    outputs = _weight(tree, f"detect.{head.boxes}.0").shape[0]
+    outputs = _width(tree, f"detect.{head.boxes}.0")
     if outputs % 4:
         raise tree.unknown(f"a head with {outputs} regression outputs")
     return outputs // 4 - 1
@@ -279,6 +276,11 @@ def _children(tree: Tree, prefix: str) -> int:
     while f"{prefix}.{count}" in tree:
         count += 1
     return count
+
+
+def _width(tree: Tree, prefix: str) -> int:
+    """Return the number of output channels of a block."""
+    return _weight(tree, prefix).shape[0]
 
 
 def _weight(tree: Tree, prefix: str) -> Tensor:

@@ -20,17 +20,23 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from tqdm import tqdm
 
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.engines.base import BuildSettings
-from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of, one_line
+from trt_yolov6.engines.tensorrt.flavour import Flavour, instance_of, logger_of, one_line
 from trt_yolov6.engines.tensorrt.implicit_int8 import calibrate
 from trt_yolov6.engines.tensorrt.layer_log import inspected
 from trt_yolov6.engines.tensorrt.weakly_typed import WeakGraph, implicit_graph, weak_graph
 from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.tensorrt import api as trt
+    from trt_yolov6.engines.tensorrt.api import IProgressMonitor  # API: not tensorrt<10 (as below)
+else:
+    IProgressMonitor = object  # that of the module, see `instance_of`
 
 MAX_OPTIMIZATION_LEVEL = 5
 
@@ -39,7 +45,7 @@ def build_plan(
     flavour: Flavour,
     model: bytes,
     settings: BuildSettings,
-    set_target: Callable[[Any], None] | None = None,
+    set_target: Callable[[trt.IBuilderConfig], None] | None = None,
 ) -> bytes:
     """Build the plan of an ONNX model.
 
@@ -120,12 +126,12 @@ def _check_settings(settings: BuildSettings) -> None:
         )
 
 
-def has_strong_types(api: Any) -> bool:
+def has_strong_types(api: trt.Api) -> bool:
     """Return whether networks can be strongly typed: from TensorRT 10 on, and in TensorRT-RTX."""
     return "STRONGLY_TYPED" in api.NetworkDefinitionCreationFlag.__members__
 
 
-def _network_flags(api: Any, *, weakly_typed: bool) -> int:
+def _network_flags(api: trt.Api, *, weakly_typed: bool) -> int:
     flags = api.NetworkDefinitionCreationFlag.__members__
     if not weakly_typed:
         # TensorRT 11 and TensorRT-RTX ignore the flag, because nothing else is left.
@@ -135,7 +141,7 @@ def _network_flags(api: Any, *, weakly_typed: bool) -> int:
 
 
 def _set_precisions(  # API: tensorrt<11 (weakly typed networks)
-    api: Any, network: Any, config: Any, weak: WeakGraph
+    api: trt.Api, network: trt.INetworkDefinition, config: trt.IBuilderConfig, weak: WeakGraph
 ) -> None:
     """Say by flags and constraints what the types of a graph said."""
     if weak.quantized:
@@ -157,7 +163,7 @@ def _set_precisions(  # API: tensorrt<11 (weakly typed networks)
                 layer.set_output_type(output, api.float32)
 
 
-def _set_tactic_sources(api: Any, config: Any, names: Collection[str]) -> None:
+def _set_tactic_sources(api: trt.Api, config: trt.IBuilderConfig, names: Collection[str]) -> None:
     """Have the builder choose among these libraries' kernels only."""
     offered = api.TacticSource.__members__
     unknown = sorted(set(names) - {name.lower() for name in offered})
@@ -169,7 +175,7 @@ def _set_tactic_sources(api: Any, config: Any, names: Collection[str]) -> None:
     config.set_tactic_sources(sum(1 << int(offered[name.upper()]) for name in names))
 
 
-def _parser_message(flavour: Flavour, parser: Any) -> str:
+def _parser_message(flavour: Flavour, parser: trt.OnnxParser) -> str:
     """Say which node of the graph TensorRT does not take, and why."""
     if not parser.num_errors:
         return f"{flavour} does not parse the ONNX graph; check it with onnx.checker."
@@ -190,7 +196,11 @@ def _parser_message(flavour: Flavour, parser: Any) -> str:
 
 
 def _set_profile(
-    api: Any, builder: Any, network: Any, config: Any, settings: BuildSettings
+    api: trt.Api,
+    builder: trt.Builder,
+    network: trt.INetworkDefinition,
+    config: trt.IBuilderConfig,
+    settings: BuildSettings,
 ) -> None:
     """Give a free batch axis its optimization profile, or check that a fixed one is wanted."""
     if network.num_inputs != 1:
@@ -221,7 +231,7 @@ def _set_profile(
     config.add_optimization_profile(profile)
 
 
-def _attach_timing_cache(flavour: Flavour, config: Any, path: Path) -> None:
+def _attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path) -> None:
     """Read the timing cache, or start an empty one, and have the builder use and extend it."""
     try:
         content = path.read_bytes() if path.exists() else b""
@@ -243,7 +253,11 @@ def _attach_timing_cache(flavour: Flavour, config: Any, path: Path) -> None:
 
 
 def _run_builder(
-    flavour: Flavour, builder: Any, network: Any, config: Any, settings: BuildSettings
+    flavour: Flavour,
+    builder: trt.Builder,
+    network: trt.INetworkDefinition,
+    config: trt.IBuilderConfig,
+    settings: BuildSettings,
 ) -> bytes:
     with (
         _without_chatter() as terminal,
@@ -258,7 +272,7 @@ def _run_builder(
     ):
         monitor = None
         if hasattr(flavour.api, "IProgressMonitor"):  # API: not tensorrt<10 (8 tells no progress)
-            monitor = _progress_monitor(flavour.api, bar)
+            monitor = instance_of(ProgressMonitor, flavour.api.IProgressMonitor, bar)
             config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if monitor is not None:  # API: not tensorrt<10 (as above)
@@ -310,52 +324,49 @@ class _Phase:
     done: int = 0
 
 
-def _progress_monitor(api: Any, bar: Any) -> Any:  # API: not tensorrt<10 (8 tells no progress)
-    """Return an `IProgressMonitor` that shows the builder's nested phases on one bar of 100."""
+class ProgressMonitor(IProgressMonitor):  # API: not tensorrt<10 (8 tells no progress)
+    """Shows the builder's nested phases on one bar of 100."""
 
-    class ProgressMonitor(api.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            api.IProgressMonitor.__init__(self)
-            self.interrupted = False
-            """Ctrl-C was pressed. TensorRT swallows exceptions of its callbacks, so it is kept."""
-            self._phases: dict[str, _Phase] = {}
-            self._lock = threading.Lock()  # TensorRT reports from several threads
+    def __init__(self, bar: tqdm[NoReturn]) -> None:
+        self._bar = bar
+        self.interrupted = False
+        """Ctrl-C was pressed. TensorRT swallows exceptions of its callbacks, so it is kept."""
+        self._phases: dict[str, _Phase] = {}
+        self._lock = threading.Lock()  # TensorRT reports from several threads
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            try:
-                with self._lock:
-                    self._phases[phase_name] = _Phase(parent_phase, max(num_steps, 1))
-            except KeyboardInterrupt:
-                self.interrupted = True
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        try:
+            with self._lock:
+                self._phases[phase_name] = _Phase(parent_phase, max(num_steps, 1))
+        except KeyboardInterrupt:
+            self.interrupted = True
 
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                with self._lock:
-                    if phase_name in self._phases:
-                        self._phases[phase_name].done = step + 1
-                        self._show()
-            except KeyboardInterrupt:
-                self.interrupted = True
-            return not self.interrupted
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        try:
+            with self._lock:
+                if phase_name in self._phases:
+                    self._phases[phase_name].done = step + 1
+                    self._show()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        return not self.interrupted
 
-        def phase_finish(self, phase_name: str) -> None:
-            try:
-                with self._lock:
-                    self._phases.pop(phase_name, None)
-            except KeyboardInterrupt:
-                self.interrupted = True
+    def phase_finish(self, phase_name: str) -> None:
+        try:
+            with self._lock:
+                self._phases.pop(phase_name, None)
+        except KeyboardInterrupt:
+            self.interrupted = True
 
-        def _show(self) -> None:
-            roots = [name for name, phase in self._phases.items() if phase.parent is None]
-            percent = 100 * max((self._fraction(name) for name in roots), default=0.0)
-            if percent > bar.n:
-                bar.update(percent - bar.n)
+    def _show(self) -> None:
+        roots = [name for name, phase in self._phases.items() if phase.parent is None]
+        percent = 100 * max((self._fraction(name) for name in roots), default=0.0)
+        if percent > self._bar.n:
+            self._bar.update(percent - self._bar.n)
 
-        def _fraction(self, name: str) -> float:
-            """Return how much of a phase is done, counting the running step's own phases."""
-            phase = self._phases[name]
-            inner = [key for key, child in self._phases.items() if child.parent == name]
-            running = max((self._fraction(key) for key in inner), default=0.0)
-            return min(1.0, (phase.done + running) / phase.steps)
-
-    return ProgressMonitor()
+    def _fraction(self, name: str) -> float:
+        """Return how much of a phase is done, counting the running step's own phases."""
+        phase = self._phases[name]
+        inner = [key for key, child in self._phases.items() if child.parent == name]
+        running = max((self._fraction(key) for key in inner), default=0.0)
+        return min(1.0, (phase.done + running) / phase.steps)

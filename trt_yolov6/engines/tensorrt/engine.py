@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,11 @@ from trt_yolov6.engines.tensorrt.pictures import Image, Pictures, pictures_of
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec, image_size_of
 
+if TYPE_CHECKING:
+    from trt_yolov6.engines.tensorrt import api as trt
+
+    MakeConfig = Callable[[trt.ICudaEngine], trt.IRuntimeConfig]  # API: tensorrt-rtx (has a choice)
+
 _ROUNDS = 20
 """Rounds of runs on several streams between two looks at the clock."""
 
@@ -48,8 +53,8 @@ class ContextSettings:
     after_first_run: called whenever a batch size has run for the first time, and at the end.
     """
 
-    make_config: Callable[[Any], Any] | None = None
-    make_config_for_recording: Callable[[Any], Any] | None = None
+    make_config: MakeConfig | None = None
+    make_config_for_recording: MakeConfig | None = None
     record_graph: bool = False
     launches_graphs: bool = False
     after_first_run: Callable[[], None] = lambda: None
@@ -105,15 +110,18 @@ class TensorRTEngine(Engine):
         self._pictures_missing = False
         self._decoders: list[JpegDecoder] = []
         self._decoder_missing = False
-        self._runtime, self._engine = _deserialize(flavour, path, device)
-        self._read_tensors()
+        self._runtime: trt.Runtime | None
+        self._engine: trt.ICudaEngine | None
+        self._runtime, engine = _deserialize(flavour, path, device)
+        self._engine = engine
+        self._read_tensors(engine)
         make_config = self._contexts.make_config
         self._plan = LanePlan(
             flavour=flavour,
             path=path,
             device=device.name,
-            engine=self._engine,
-            context_config=None if make_config is None else make_config(self._engine),
+            engine=engine,
+            context_config=None if make_config is None else make_config(engine),
             input=self.input,
             outputs=self.outputs,
             batch=self.batch,
@@ -290,9 +298,9 @@ class TensorRTEngine(Engine):
 
     # --- opening ----------------------------------------------------------------------------------
 
-    def _read_tensors(self) -> None:
+    def _read_tensors(self, engine: trt.ICudaEngine) -> None:
         """Fill in the tensors, the batch profile and the output layout from the engine."""
-        api, engine = self._flavour.api, self._engine
+        api = self._flavour.api
         inputs: list[TensorSpec] = []
         outputs: list[TensorSpec] = []
         for index in range(engine.num_io_tensors):
@@ -345,7 +353,7 @@ class TensorRTEngine(Engine):
             self._check_open()
             plan, make_config = self._plan, self._contexts.make_config_for_recording
             if make_config is not None:
-                plan = dataclasses.replace(plan, context_config=make_config(self._engine))
+                plan = dataclasses.replace(plan, context_config=make_config(plan.engine))
             plan = dataclasses.replace(plan, record_graph=self._contexts.launches_graphs)
             self._pictures = pictures_of(plan, self._pinned, self.preprocessing)
             self._pictures_missing = self._pictures is None
@@ -398,8 +406,9 @@ class _LaneRun(Run):
             self._done(lane, self._batch)
 
 
-def _deserialize(flavour: Flavour, path: Path, device: cuda_device.Device) -> tuple[Any, Any]:
-    """Return the `IRuntime` and the `ICudaEngine` of a plan."""
+def _deserialize(
+    flavour: Flavour, path: Path, device: cuda_device.Device
+) -> tuple[trt.Runtime, trt.ICudaEngine]:
     try:
         plan = path.read_bytes()
     except OSError as error:
@@ -442,7 +451,7 @@ _DTYPES = {
 """NumPy's types by `DataType`'s names. `nptype` of TensorRT 8 names one that NumPy lost."""
 
 
-def _dtype(dtype: Any, tensor: str) -> np.dtype[Any]:
+def _dtype(dtype: trt.DataType, tensor: str) -> np.dtype[Any]:
     if dtype.name not in _DTYPES:
         raise UserError(
             f"tensor {tensor!r} has the type {dtype}, which NumPy does not know; build the engine "

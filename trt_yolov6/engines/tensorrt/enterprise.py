@@ -12,7 +12,7 @@ import ctypes
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.cuda import device as cuda_device
@@ -20,6 +20,9 @@ from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.tensorrt.flavour import Flavour, check_fp8
 from trt_yolov6.engines.tensorrt.implicit_int8 import check_calibration
 from trt_yolov6.errors import MissingDependencyError, UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.tensorrt import api as trt
 
 NAME = "tensorrt"
 
@@ -111,8 +114,7 @@ def _flavour() -> Flavour:
             f"TensorRT does not import ({error}); install it with {_install()} "
             "in the folder of trt-yolov6."
         ) from error
-    api: Any = tensorrt
-    flavour = Flavour(NAME, "TensorRT", api)
+    flavour = Flavour(NAME, "TensorRT", cast("trt.Api", tensorrt))
     if flavour.release < _OLDEST:
         raise MissingDependencyError(
             f"{flavour} is too old; install version 8.5 or later with {_install()} in the folder "

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,15 @@ from trt_yolov6.engines.cuda.device import (
     Stream,
 )
 from trt_yolov6.engines.cuda.suppression import Reading, Suppression
-from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
+from trt_yolov6.engines.tensorrt.flavour import Flavour, instance_of, logger_of
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.tensorrt import api as trt
+    from trt_yolov6.engines.tensorrt.api import IOutputAllocator, IProfiler
+else:
+    IOutputAllocator = IProfiler = object  # those of the module, see `instance_of`
 
 _COPY_THREADS = min(16, len(usable_cpus()))
 
@@ -54,9 +60,8 @@ class LanePlan:
     path: Path
     device: str
     """Name of the GPU."""
-    engine: Any
-    """The `ICudaEngine`."""
-    context_config: Any
+    engine: trt.ICudaEngine
+    context_config: trt.IRuntimeConfig | None  # API: tensorrt-rtx (the other gives None)
     """Argument of `create_execution_context`, which says that scratch memory is given to it; None:
     it has its own."""
     input: TensorSpec
@@ -72,7 +77,7 @@ class LanePlan:
 class _Binding:
     """An `IExecutionContext` for one shape of the input, and its run recorded as a CUDA graph."""
 
-    context: Any
+    context: trt.IExecutionContext
     address: int
     """Where it reads its input."""
     runs: int = 0
@@ -102,7 +107,7 @@ class Lane:
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Suppression] = []
         self._device_outputs: dict[str, DeviceMemory] = {}
         self._host_outputs: dict[str, PinnedMemory] = {}
-        self._allocators: dict[str, Any] = {}
+        self._allocators: dict[str, OutputAllocator] = {}
         self._bindings: dict[tuple[int, ...], _Binding] = {}
         self._scratch: DeviceMemory | None = None
         self._record_graph = plan.record_graph
@@ -235,7 +240,7 @@ class Lane:
         for _ in range(3):
             enqueue()
         self.stream.wait()
-        profiler = _profiler(self._plan.flavour.api)
+        profiler = instance_of(Profiler, self._plan.flavour.api.IProfiler)
         context = self._bound.context
         context.profiler = profiler
         try:
@@ -244,8 +249,7 @@ class Lane:
                 self.stream.wait()
         finally:
             context.profiler = None
-        times: dict[str, list[float]] = profiler.times
-        return times
+        return profiler.times
 
     def close(self) -> None:
         """Free what the lane holds."""
@@ -281,7 +285,7 @@ class Lane:
 
     def _allocate_late(self, name: str) -> None:
         """Have TensorRT ask for an output's memory when a run tells its size."""
-        allocator = output_allocator(self._plan.flavour.api)
+        allocator = instance_of(OutputAllocator, self._plan.flavour.api.IOutputAllocator)
         self._allocators[name] = allocator
         self._host_outputs.pop(name, None)
         self._device_outputs.pop(name, None)
@@ -291,8 +295,8 @@ class Lane:
             binding.drop_graph(self.stream)
             binding.context.set_output_allocator(name, allocator)
 
-    def _new_context(self) -> Any:
-        """Return an `IExecutionContext` that shares scratch memory and outputs with the others."""
+    def _new_context(self) -> trt.IExecutionContext:
+        """Return a context that shares scratch memory and outputs with the others."""
         plan = self._plan
         self._logger.clear()
         arguments = () if plan.context_config is None else (plan.context_config,)
@@ -307,7 +311,7 @@ class Lane:
         self._place_outputs(context)
         return context
 
-    def _place_outputs(self, context: Any) -> None:
+    def _place_outputs(self, context: trt.IExecutionContext) -> None:
         for name, memory in self._device_outputs.items():
             context.set_tensor_address(name, memory.address)
         for name, allocator in self._allocators.items():
@@ -428,7 +432,7 @@ class Lane:
             self._execute(bound.context)
         bound.runs += 1
 
-    def _execute(self, context: Any) -> None:
+    def _execute(self, context: trt.IExecutionContext) -> None:
         if context.execute_async_v3(self.stream.handle):
             return
         for allocator in self._allocators.values():
@@ -454,8 +458,7 @@ class Lane:
 
     def _output_shape(self, name: str) -> tuple[int, ...]:
         if name in self._allocators:
-            shape: tuple[int, ...] = self._allocators[name].shape
-            return shape
+            return self._allocators[name].shape
         return tuple(int(length) for length in self._bound.context.get_tensor_shape(name))
 
     def _output_memory(self, name: str) -> DeviceMemory:
@@ -476,52 +479,39 @@ class Lane:
         return result
 
 
-def _profiler(api: Any) -> Any:
-    """Return an `IProfiler` that keeps what it is told: seconds by layer, in the engine's order."""
+class Profiler(IProfiler):
+    """Keeps what TensorRT tells it: seconds by layer, in the engine's order."""
 
-    class Profiler(api.IProfiler):  # type: ignore[misc]
-        def __init__(self) -> None:
-            api.IProfiler.__init__(self)
-            self.times: dict[str, list[float]] = {}
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = {}
 
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            self.times.setdefault(layer_name, []).append(ms / 1000)
-
-    return Profiler()
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        self.times.setdefault(layer_name, []).append(ms / 1000)
 
 
-def output_allocator(api: Any) -> Any:
-    """Return an `IOutputAllocator` for an output whose shape only the run tells.
+class OutputAllocator(IOutputAllocator):
+    """Memory of an output whose shape only the run tells; the largest that was asked for stays."""
 
-    It keeps the largest buffer it was asked for. `shape` is what the last run wrote, which is less
-    than the buffer holds.
-    """
+    def __init__(self) -> None:
+        self.memory: DeviceMemory | None = None
+        self.shape: tuple[int, ...] = ()
+        """Shape of what the last run wrote, which is less than the memory holds."""
+        self.error: Exception | None = None
 
-    class OutputAllocator(api.IOutputAllocator):  # type: ignore[misc]
-        def __init__(self) -> None:
-            api.IOutputAllocator.__init__(self)
-            self.memory: DeviceMemory | None = None
-            self.shape: tuple[int, ...] = ()
-            self.error: Exception | None = None
+    def reallocate_output_async(  # API: not tensorrt<10 (8 calls the other one)
+        self, tensor_name: str, memory: object, size: int, alignment: int, stream: int
+    ) -> int:
+        return self.reallocate_output(tensor_name, memory, size, alignment)
 
-        def reallocate_output_async(  # API: not tensorrt<10 (8 calls the other one)
-            self, tensor_name: str, memory: object, size: int, alignment: int, stream: int
-        ) -> int:
-            return self.reallocate_output(tensor_name, memory, size, alignment)
+    def reallocate_output(self, tensor_name: str, memory: object, size: int, alignment: int) -> int:
+        # cudaMalloc aligns to 256 bytes, which is all that is ever asked for.
+        try:
+            if self.memory is None or self.memory.nbytes < size:
+                self.memory = DeviceMemory(size)
+        except UserError as error:  # TensorRT drops exceptions; a null pointer stops it
+            self.error = error
+            return 0
+        return self.memory.address
 
-        def reallocate_output(
-            self, tensor_name: str, memory: object, size: int, alignment: int
-        ) -> int:
-            # cudaMalloc aligns to 256 bytes, which is all that is ever asked for.
-            try:
-                if self.memory is None or self.memory.nbytes < size:
-                    self.memory = DeviceMemory(size)
-            except UserError as error:  # TensorRT drops exceptions; a null pointer stops it
-                self.error = error
-                return 0
-            return self.memory.address
-
-        def notify_shape(self, tensor_name: str, shape: Any) -> None:
-            self.shape = tuple(int(length) for length in shape)
-
-    return OutputAllocator()
+    def notify_shape(self, tensor_name: str, shape: trt.Dims) -> None:
+        self.shape = tuple(int(length) for length in shape)

@@ -12,10 +12,18 @@ import functools
 import logging
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from trt_yolov6.engines.cuda.device import Device
 from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.tensorrt import api as trt
+    from trt_yolov6.engines.tensorrt.api import ILogger
+else:
+    ILogger = object  # that of the module, see `instance_of`
+
+_Own = TypeVar("_Own")
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,7 +52,7 @@ class Flavour:
     """Its name as in `--backend`."""
     label: str
     """Its name in sentences."""
-    api: Any
+    api: trt.Api
     """The imported module."""
 
     @property
@@ -62,46 +70,63 @@ class Flavour:
         return f"{self.label} {self.version}"
 
 
+class Logger(ILogger):
+    """A logger of TensorRT: errors are kept to be quoted, warnings go to Python's `logging`."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        """Errors and warnings since `clear`."""
+        self._errors: list[str] = []
+        self.layers = ""
+        """The builder's message about the engine's layers, see `layer_log`."""
+
+    def log(self, severity: trt.ILogger.Severity, message: str) -> None:
+        if severity.name in ("ERROR", "INTERNAL_ERROR"):
+            self._errors.append(message)
+            self.problems.append(message)
+            _LOG.debug("%s", message)
+        elif severity.name == "WARNING":
+            self.problems.append(message)
+            _LOG.warning("%s", message)
+        elif message.startswith(LAYERS_HEADER):
+            self.layers = message
+
+    def clear(self) -> None:
+        """Forget what was said before."""
+        self._errors.clear()
+        self.problems.clear()
+        self.layers = ""
+
+    def reason(self) -> str:
+        """Return the first error since `clear`, the cause of those after it, on one line."""
+        return one_line(self._errors[0]) if self._errors else "it gives no reason"
+
+
 @functools.cache
-def logger_of(api: Any) -> Any:
-    """Return the one logger of a TensorRT module: an `ILogger` with `clear()` and `reason()`.
+def logger_of(api: trt.Api) -> Logger:
+    """Return the one logger of a TensorRT module.
 
     TensorRT keeps a single logger a process and complains about a second, so all builders and
-    runtimes share this one. Errors are kept for the exception to quote, warnings go to Python's
-    `logging`, and the rest is dropped.
+    runtimes share this one.
+    """
+    return instance_of(Logger, api.ILogger)
+
+
+def instance_of(own: type[_Own], base: type[object], *arguments: object) -> _Own:
+    """Return an object of a class of ours that TensorRT can call.
+
+    Args:
+        own: its methods are those that TensorRT calls; it does not call its base's `__init__`.
+        base: the class to derive from, of the TensorRT module in use.
+        arguments: of `own`.
     """
 
-    class Logger(api.ILogger):  # type: ignore[misc]
+    class Derived(own, base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
-            api.ILogger.__init__(self)
-            self.problems: list[str] = []
-            """Errors and warnings since `clear`."""
-            self._errors: list[str] = []
-            self.layers = ""
-            """The builder's message about the engine's layers, see `layer_log`."""
+            base.__init__(self)
+            own.__init__(self, *arguments)
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (api.ILogger.ERROR, api.ILogger.INTERNAL_ERROR):
-                self._errors.append(message)
-                self.problems.append(message)
-                _LOG.debug("%s", message)
-            elif severity == api.ILogger.WARNING:
-                self.problems.append(message)
-                _LOG.warning("%s", message)
-            elif message.startswith(LAYERS_HEADER):
-                self.layers = message
-
-        def clear(self) -> None:
-            """Forget what was said before."""
-            self._errors.clear()
-            self.problems.clear()
-            self.layers = ""
-
-        def reason(self) -> str:
-            """Return the first error since `clear`, the cause of those after it, on one line."""
-            return one_line(self._errors[0]) if self._errors else "it gives no reason"
-
-    return Logger()
+    return Derived()
 
 
 def one_line(message: str) -> str:

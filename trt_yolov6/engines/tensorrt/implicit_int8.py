@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,17 @@ from numpy.typing import NDArray
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.engines.base import ImplicitCalibration
 from trt_yolov6.engines.cuda.device import DeviceMemory, Stream
-from trt_yolov6.engines.tensorrt.flavour import Flavour
+from trt_yolov6.engines.tensorrt.flavour import Flavour, instance_of
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.tensorrt_cache import read_cache
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from trt_yolov6.engines.tensorrt import api as trt
+    from trt_yolov6.engines.tensorrt.api import IInt8Calibrator
+else:
+    IInt8Calibrator = object  # one of the module, see `instance_of`
 
 LAST_WITH_CALIBRATORS = 10
 
@@ -37,7 +45,7 @@ def check_calibration(flavour: Flavour, calibration: ImplicitCalibration) -> Non
         read_cache(calibration.cache)
 
 
-class Feed:
+class Feed(IInt8Calibrator):
     """Data for a calibrator: a cache to read, or batches on the GPU.
 
     TensorRT reads as many images as the network's batch holds, whatever `get_batch_size` says; with
@@ -79,7 +87,7 @@ class Feed:
         cache = self._calibration.cache
         return None if cache is None else cache.read_bytes()
 
-    def write_calibration_cache(self, content: Any) -> None:
+    def write_calibration_cache(self, content: Buffer) -> None:
         if self._calibration.new_cache is not None:
             try:
                 write_bytes(self._calibration.new_cache, bytes(content))
@@ -108,14 +116,18 @@ class Feed:
 
 
 def calibrate(
-    api: Any, network: Any, config: Any, calibration: ImplicitCalibration, batch: int
+    api: trt.Api,
+    network: trt.INetworkDefinition,
+    config: trt.IBuilderConfig,
+    calibration: ImplicitCalibration,
+    batch: int,
 ) -> Feed:
     """Have a builder take scales from a cache or from images.
 
     Args:
         api: the `tensorrt` module, up to version 10.
-        network: the `INetworkDefinition`, not strongly typed.
-        config: its `IBuilderConfig`, with the INT8 flag and the optimization profile set.
+        network: not strongly typed.
+        config: with the INT8 flag and the optimization profile set.
         calibration: where scales come from.
         batch: the optimization profile's best batch size, where the network's is free.
 
@@ -125,20 +137,8 @@ def calibrate(
     fixed = int(network.get_input(0).shape[0])
     batch = batch if fixed < 0 else fixed
 
-    class EntropyCalibrator(Feed, api.IInt8EntropyCalibrator2):  # type: ignore[misc]
-        def __init__(self) -> None:
-            api.IInt8EntropyCalibrator2.__init__(self)
-            Feed.__init__(self, calibration, batch)
-
-    class MinMaxCalibrator(Feed, api.IInt8MinMaxCalibrator):  # type: ignore[misc]
-        def __init__(self) -> None:
-            api.IInt8MinMaxCalibrator.__init__(self)
-            Feed.__init__(self, calibration, batch)
-
-    if calibration.cache is None and calibration.algorithm == "minmax":
-        minmax = MinMaxCalibrator()
-        config.int8_calibrator = minmax
-        return minmax
-    entropy = EntropyCalibrator()
-    config.int8_calibrator = entropy
-    return entropy
+    minmax = calibration.cache is None and calibration.algorithm == "minmax"
+    base = api.IInt8MinMaxCalibrator if minmax else api.IInt8EntropyCalibrator2
+    feed = instance_of(Feed, base, calibration, batch)
+    config.int8_calibrator = feed
+    return feed

@@ -12,10 +12,13 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.engines.tensorrt.flavour import LAYERS_HEADER, logger_of
 from trt_yolov6.quantization.types import QuantizedName
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.tensorrt import api as trt
 
 _LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\]"
@@ -44,7 +47,7 @@ class EngineLayer:
     """Names of the ONNX nodes in it."""
 
 
-def inspected(api: Any, plan: bytes) -> str:
+def inspected(api: trt.Api, plan: bytes) -> str:
     """Return TensorRT's inspector's JSON on a plan's layers; needs the plan's GPU."""
     runtime = api.Runtime(logger_of(api))
     engine = runtime.deserialize_cuda_engine(plan)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.inspect import TensorInfo
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.tensorrt import api as trt
 
 _HEADER_BYTES = 28
 
@@ -58,7 +61,7 @@ def inspect_plan(path: Path) -> PlanDetails:
     flavour, version = read_plan_header(path)
     module = "tensorrt" if flavour == "TensorRT" else "tensorrt_rtx"
     try:
-        tensors, layers = _open_plan(path, importlib.import_module(module))
+        tensors, layers = _open_plan(path, cast("trt.Api", importlib.import_module(module)))
     except Exception as error:  # missing or broken TensorRT, no GPU, another version …
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         note = f"its layers cannot be listed here: {reason}"
@@ -66,7 +69,7 @@ def inspect_plan(path: Path) -> PlanDetails:
     return PlanDetails(flavour, version, tensors, layers, "")
 
 
-def _open_plan(path: Path, api: Any) -> tuple[tuple[TensorInfo, ...], tuple[str, ...]]:
+def _open_plan(path: Path, api: trt.Api) -> tuple[tuple[TensorInfo, ...], tuple[str, ...]]:
     """Deserialize a plan and list its inputs, outputs and layers; needs the GPU it is for."""
     from trt_yolov6.engines.cuda import device as cuda_device
     from trt_yolov6.engines.tensorrt.flavour import logger_of

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.cuda import device as cuda_device
@@ -21,6 +21,9 @@ from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8, Flavour, check_f
 from trt_yolov6.engines.tensorrt.runtime_cache import RuntimeCache, cache_path
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.spec import BatchProfile
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.tensorrt import api as trt
 
 NAME = "tensorrt-rtx"
 
@@ -74,7 +77,7 @@ def availability() -> Availability:
     return Availability(NAME, True, True, flavour.version, str(device))
 
 
-def targets(api: Any) -> tuple[str, ...]:
+def targets(api: trt.Api) -> tuple[str, ...]:
     """Return the names of `TARGETS` that this version of TensorRT-RTX builds for."""
     offered = api.ComputeCapability.__members__
     return tuple(name for name, needed in TARGETS.items() if all(sm in offered for sm in needed))
@@ -127,7 +130,7 @@ def build(model: bytes, settings: BuildSettings) -> bytes:
         raise
 
 
-def _forget_failure(flavour: Flavour, set_target: Callable[[Any], None]) -> None:
+def _forget_failure(flavour: Flavour, set_target: Callable[[trt.IBuilderConfig], None]) -> None:
     """Build an engine of one operator, so that the next is not built as the one that failed.
 
     After a build that failed for a T4, TensorRT-RTX 1.7 gives the next one in the process, for
@@ -183,7 +186,7 @@ def _flavour() -> Flavour:
             f"TensorRT-RTX does not import ({error}); install it with `{_INSTALL}` "
             "in the folder of trt-yolov6."
         ) from error
-    return Flavour(NAME, "TensorRT-RTX", tensorrt_rtx)
+    return Flavour(NAME, "TensorRT-RTX", cast("trt.Api", tensorrt_rtx))
 
 
 def _check_device(flavour: Flavour, device: cuda_device.Device) -> None:
@@ -253,8 +256,10 @@ def _check_operators(flavour: Flavour, model: bytes) -> None:
             )
 
 
-def _target_setter(api: Any, capabilities: tuple[str, ...]) -> Callable[[Any], None]:
-    def set_target(config: Any) -> None:
+def _target_setter(
+    api: trt.Api, capabilities: tuple[str, ...]
+) -> Callable[[trt.IBuilderConfig], None]:
+    def set_target(config: trt.IBuilderConfig) -> None:
         config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
             if not config.set_compute_capability(getattr(api.ComputeCapability, name), index):
@@ -266,7 +271,9 @@ def _target_setter(api: Any, capabilities: tuple[str, ...]) -> Callable[[Any], N
     return set_target
 
 
-def _runtime_config(api: Any, cache: RuntimeCache, cuda_graph: bool) -> Callable[[Any], Any]:
+def _runtime_config(
+    api: trt.Api, cache: RuntimeCache, cuda_graph: bool
+) -> Callable[[trt.ICudaEngine], trt.IRuntimeConfig]:
     """Return a factory for `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache, and
     scratch memory from outside, which the contexts of a lane share.
 
@@ -275,7 +282,7 @@ def _runtime_config(api: Any, cache: RuntimeCache, cuda_graph: bool) -> Callable
     results change when the other is ready.
     """
 
-    def make_config(engine: Any) -> Any:
+    def make_config(engine: trt.ICudaEngine) -> trt.IRuntimeConfig:
         config = engine.create_runtime_config()
         config.dynamic_shapes_kernel_specialization_strategy = (
             api.DynamicShapesKernelSpecializationStrategy.EAGER

@@ -11,10 +11,13 @@ nor written, the engine only starts more slowly.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.errors import UserError
+
+if TYPE_CHECKING:
+    from trt_yolov6.engines.tensorrt import api as trt
 
 SUFFIX = ".runtime-cache"
 
@@ -31,10 +34,10 @@ class RuntimeCache:
         self.path = path
         self.used = False
         """The file was there and fits."""
-        self._cache: Any = None
+        self._cache: trt.IRuntimeCache | None = None
         self._stored = b""
 
-    def attach(self, config: Any) -> None:
+    def attach(self, config: trt.IRuntimeConfig) -> None:
         """Give an `IRuntimeConfig` the cache, filled from the file where that fits."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()

@@ -145,9 +145,9 @@ class Detector:
                 finish,
                 work.predict,
                 skip_unreadable=not work.is_evaluation,
-                tell=notes.append,
             ):
                 found += step.result
+                notes += step.notes
                 found += [_failed_row(row["index"], str(e)) for row, e in step.batch.failures]
                 sums["read"] += step.batch.read_seconds
                 sums["preprocess"] += step.batch.preprocess_seconds
