@@ -81,7 +81,7 @@ TOLERANCE = 0.005
 """A simpler candidate is kept where its agreement is this near to the best one's."""
 
 _NEAR = 0.02
-"""Agreement by which another form of the graph may fall short and is still looked at closely."""
+"""Agreement by which another calibrator may fall short and is still looked at closely."""
 
 _WATCHED_IMAGES = 6
 """Images in which each layer's effect on detections is looked at: some thousand anchors."""
@@ -197,17 +197,9 @@ class Search:
         """Decide everything."""
         wanted = self._settings.float_layers
         named = wanted if isinstance(wanted, tuple) else ()
-        # With ranges and weights chosen, another form may be the better one of two near ones.
-        found: dict[Variant, tuple[float, Choice]] = {}
-        promising = self._promising_variants(named)
-        for variant in promising:
-            self._go_on_with(variant)
-            choice = self._choose(named)
-            value = self._agreement(choice) if len(promising) > 1 else 0.0
-            found[variant] = value, choice
-        variant = max(found, key=lambda one: found[one][0])
-        choice = found[variant][1]
+        variant = self._choose_variant(named)
         self._go_on_with(variant)
+        choice = self._choose(named)
         if self._candidates:
             _log.info(f"chosen: calibrator {choice.method}, graph {variant}")
         if not isinstance(wanted, tuple) and wanted != 0:
@@ -262,15 +254,10 @@ class Search:
             if not fold.is_prepared(variant):
                 fold.take(prepare(self._graph, fold.split.calibrate, self._settings, variant))
 
-    def _promising_variants(self, layers: tuple[str, ...]) -> tuple[Variant, ...]:
-        """Compare the forms of the graph by the first calibrator, ranges of a few images.
-
-        Returns:
-            The simplest of the best, and of the two forms that change activations the other one,
-            if it is near: by ranges alone they hardly differ.
-        """
+    def _choose_variant(self, layers: tuple[str, ...]) -> Variant:
+        """Compare the forms of the graph by the first calibrator, ranges of a few images."""
         if len(self._variants) == 1:
-            return self._variants[:1]
+            return self._variants[0]
         known = [plain_statistics(self._graph, f.inputs, self._settings) for f in self._folds]
         tried: list[Candidate] = []
         models: list[onnx.ModelProto] = []
@@ -292,27 +279,38 @@ class Search:
                 )
             tried.append(self._tried("graph", Choice(self._methods[0], "nearest", layers)))
         tolerance = CLEAR_GAIN if self._quantized.is_floating else TOLERANCE
-        best = _simplest_of_the_best(tried, tolerance)
-        near = [
-            item.variant
-            for item in tried
-            if {item.variant, best.variant} == {"smoothed", "shifted"}
-            and item.agreement > best.agreement - _NEAR
-        ]
-        return best.variant, *near
+        return _simplest_of_the_best(tried, tolerance).variant
 
     def _choose(self, layers: tuple[str, ...]) -> Choice:
         """Choose ranges, weights and biases, with certain layers in float."""
-        return self._with_weights(Choice(self._choose_method(layers), "nearest", layers))
+        first, *others = self._choose_methods(layers)
+        best = self._with_weights(Choice(first, "nearest", layers))
+        if best.weights != "reconstructed":
+            return best
+        # Of two calibrators that are near, either may be the better one with such weights.
+        for method in others:
+            other = dataclasses.replace(best, method=method)
+            value = self._tried("weights", other).agreement
+            _log.info(f"{method}, {SAID[other.weights]}: agreement with float {value:.3f}")
+            if value > self._agreement(best):
+                best = other
+        return best
 
-    def _choose_method(self, layers: tuple[str, ...]) -> Method:
-        """Compare the calibrators on the chosen form of the graph."""
+    def _choose_methods(self, layers: tuple[str, ...]) -> tuple[Method, ...]:
+        """Compare the calibrators on the chosen form of the graph.
+
+        Returns:
+            The best one, and for INT8 the second if it is near.
+        """
         if len(self._methods) == 1:
-            return self._methods[0]
+            return self._methods
         tried = [self._tried("ranges", Choice(one, "nearest", layers)) for one in self._methods]
-        # A floating type loses nothing to a range that is too wide, so min-max comes first.
-        tolerance = CLEAR_GAIN if self._quantized.is_floating else 0.0
-        return _simplest_of_the_best(tried, tolerance).method
+        if self._quantized.is_floating:
+            # It loses nothing to a range that is too wide, so min-max comes first.
+            return (_simplest_of_the_best(tried, CLEAR_GAIN).method,)
+        first, second, *_ = sorted(tried, key=lambda one: one.agreement, reverse=True)
+        is_near = second.agreement > first.agreement - _NEAR
+        return (first.method, second.method) if is_near else (first.method,)
 
     def _with_weights(self, choice: Choice) -> Choice:
         """Take the first change of the weights that is clearly better than none."""
