@@ -88,7 +88,7 @@ class Border:
     """(output columns, kernel columns)"""
 
     def missing(self, taps: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return what padding leaves out of the response to a constant input.
+        """Return the part of the response to a constant input that padding leaves out.
 
         Args:
             taps: (channels, kernel rows, kernel columns) the response of each tap.
