@@ -12,8 +12,8 @@ from pathlib import Path
 from trt_yolov6.bench.latency import (
     BenchmarkResult,
     check_durations,
-    progress_bar,
     result_of,
+    seconds_bar,
     warm_up_each,
 )
 from trt_yolov6.bench.sampling import Watched, sample
@@ -84,7 +84,7 @@ def benchmark_end_to_end_many(
         requests[index].stage_seconds.pop()
         runs[index].forget_last()
 
-    with progress_bar(duration * len(runs), progress) as advance:
+    with seconds_bar(duration * len(runs), progress) as advance:
         _, stopped_by = sample(
             runs,
             duration=duration,

@@ -44,6 +44,7 @@ from trt_yolov6.common.machine import (
     software_versions,
     timestamp,
 )
+from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.errors import UserError
 
@@ -207,7 +208,7 @@ def benchmark_many(
     warmed, clocks = warm_up_each(runs, warm_up)
     for run in runs:
         run.start()
-    with progress_bar(duration * len(runs), progress) as advance:
+    with seconds_bar(duration * len(runs), progress) as advance:
         _, stopped_by = sample(
             runs,
             duration=duration,
@@ -301,13 +302,10 @@ def _read_clocks() -> tuple[CpuClock, tuple[Gpu, ...]]:
 
 
 @contextmanager
-def progress_bar(seconds: float, shown: bool) -> Iterator[Callable[[float], None]]:
-    from tqdm import tqdm
-
-    bar_format = "measuring {bar} {n:.0f} of at most {total:.0f} s"
-    with tqdm(
-        total=seconds, bar_format=bar_format, leave=False, disable=None if shown else True
-    ) as bar:
+def seconds_bar(seconds: float, shown: bool) -> Iterator[Callable[[float], None]]:
+    """Show a bar of seconds; what is yielded takes those that have passed."""
+    text = "measuring {bar} {n:.0f} of at most {total:.0f} s"
+    with progress_bar(seconds, bar_format=text, leave=False, shown=shown) as bar:
 
         def advance(passed: float) -> None:
             bar.update(min(passed, seconds - bar.n))

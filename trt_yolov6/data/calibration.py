@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -17,9 +17,6 @@ from trt_yolov6.data.loader import default_workers, load_batches
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 MINIMUM = 2
 """Minimum number of calibration images: one image does not show a range."""

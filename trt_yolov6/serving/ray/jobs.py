@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from trt_yolov6.common.files import one_writer
+from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.data.letterbox import resolve_border
 from trt_yolov6.engines.base import EngineFacts, LoadOptions
@@ -185,12 +184,9 @@ def _infer(
             for first in range(0, len(pictures), size)
         ]
 
-    bar = tqdm(
-        total=len(pictures) + summary.done_before,
-        initial=summary.done_before,
-        desc="infer",
-        unit="image",
-        disable=None if options.progress else True,
+    before = summary.done_before
+    bar = progress_bar(
+        len(pictures) + before, initial=before, desc="infer", unit="image", shown=options.progress
     )
     with bar, connected(options.address) as ray:
         actors = _actors(ray, facts, options)
