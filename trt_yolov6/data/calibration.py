@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from trt_yolov6.common.files import read_bytes
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.loader import default_workers, load_batches
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
@@ -182,9 +183,5 @@ def images_sha256(paths: Sequence[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-        digest.update(hashlib.sha256(content).digest())
+        digest.update(hashlib.sha256(read_bytes(path)).digest())
     return digest.hexdigest()
