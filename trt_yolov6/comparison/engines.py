@@ -59,7 +59,7 @@ class SourceFile:
     batch: int | None = None
     """The only batch size that a graph takes; None: any."""
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What is known of its graph, as in `BuiltCase.records`."""
+    """Facts of its graph, as in `BuiltCase.records`."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from trt_yolov6.graph.editing import add_initializers, replace_tensor, set_nodes
+from trt_yolov6.graph.editing import add_initializers, add_to_bias, replace_tensor, set_nodes
 from trt_yolov6.graph.index import (
     GraphIndex,
     attribute,
@@ -88,7 +88,7 @@ class Border:
     """(output columns, kernel columns)"""
 
     def missing(self, taps: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return what padding leaves out of the response to a constant input.
+        """Return the part of the response to a constant input that padding leaves out.
 
         Args:
             taps: (channels, kernel rows, kernel columns) the response of each tap.
@@ -174,7 +174,8 @@ def rescale(
             if taken.any():
                 read = item.read_by(len(by_output), taken)
                 taps = (by_output.astype(np.float64) * read[:, :, None]).sum(axis=1)
-                _add_to_bias(result, item, taps.sum(axis=1))
+                own = f"{item.output}_shifted_bias"
+                add_to_bias(result, item.position, taps.sum(axis=1), own=own)
                 if item.output in channels.bordered:
                     taps = taps.reshape(len(taps), *weight.shape[2:])
                     missing = channels.bordered[item.output].missing(taps)
@@ -200,21 +201,6 @@ def shifts_by_source(channels: ChannelMap, shifts: Shifts) -> NDArray[np.float64
     for name, values in shifts.items():
         result[channels.sources[name]] = values
     return result
-
-
-def _add_to_bias(model: onnx.ModelProto, item: Convolution, change: NDArray[np.float64]) -> None:
-    """Add (output channels,) to a convolution's bias, giving it one of its own where needed."""
-    node, constants = model.graph.node[item.position], constants_of(model)
-    name = node.input[2] if len(node.input) > 2 else ""
-    before = tensor_value(constants[name]) if name else np.zeros(len(change), np.float32)
-    after = (before + change).astype(np.float32)
-    if name and name == item.bias:
-        replace_tensor(constants[name], after)
-        return
-    own = f"{item.output}_shifted_bias"
-    add_initializers(model.graph, {own: after})
-    del node.input[2:]
-    node.input.append(own)
 
 
 def _insert_operators(
