@@ -82,7 +82,7 @@ class BenchmarkResult:
     quiet_runs: int
     """Runs that no other process disturbed (see `DISTURBED`); all where that is unknown."""
     disturbed: bool
-    """Too few runs were left in peace, so that `latency` is of all; else it is of those alone."""
+    """Too few runs were undisturbed: `latency` covers all runs, else the undisturbed ones."""
     waited: float | None
     """Share of all runs' time that threads waited for a processor; None: unknown."""
     stopped_by: StoppedBy

@@ -60,8 +60,8 @@ def layer_report(engine: Engine, batch: int, top: int = 20) -> str:
     """Return the layers of an engine that take longest, as text: share, microseconds, name.
 
     Raises:
-        UserError: the engine cannot time its layers: it is none of TensorRT's, or it launches runs
-            as CUDA graphs.
+        UserError: the engine cannot time its layers: it is not a TensorRT engine, or it launches
+            runs as CUDA graphs.
     """
     times = engine.layer_times(random_input(engine, batch))
     whole = sum(times.values())

@@ -96,7 +96,7 @@ class _Look:
     sha256: str
     """Hash of its pixels."""
     is_blank: bool
-    """It shows no more than one colour."""
+    """True for an image of a single colour."""
 
 
 def _look_at(paths: Sequence[Path]) -> list[_Look | UserError]:

@@ -193,7 +193,7 @@ def choose_float_layers(
 
     Of each order the shortest beginning that reaches the score is searched for, by doubling and
     halving its length; the cheapest of them is then thinned, each layer being put back into INT8,
-    the dearest first, if the score allows. Nothing is tried that costs more than what has been
+    most expensive first, if the score allows. Nothing is tried that costs more than what has been
     found.
 
     Args:

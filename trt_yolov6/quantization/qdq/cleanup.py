@@ -348,7 +348,7 @@ class _Pair:
 
     @property
     def is_relu(self) -> bool:
-        """It is more than quantization, see `_is_relu`."""
+        """True where it does more than quantize, see `_is_relu`."""
         return _is_relu(self.source, self.grid)
 
 
