@@ -1,6 +1,6 @@
 """Latency and throughput of engines alone, with their uncertainty.
 
-`benchmark` and `benchmark_many` measure as the paper does (YOLOv6, arXiv:2209.02976): the engine
+`benchmark_many` measures as the paper does (YOLOv6, arXiv:2209.02976): the engine
 alone, warmed up, on input that is resident where the engine reads it, without pre- or
 post-processing; `bench.end_to_end` goes from encoded images to detections. Throughput is the batch
 size over the median latency of one batch.
@@ -144,26 +144,6 @@ class BenchmarkResult:
         if self.end_to_end:
             value["stages_ms"] = {name: _ms(stage.median) for name, stage in self.stages.items()}
         return value
-
-
-def benchmark(
-    engine: Engine,
-    *,
-    batch: int = 1,
-    streams: int = 1,
-    duration: float = 10.0,
-    warm_up: float = 1.0,
-    progress: bool = True,
-) -> BenchmarkResult:
-    """Measure one engine alone; see `benchmark_many`."""
-    return benchmark_many(
-        [engine],
-        batch=batch,
-        streams=streams,
-        duration=duration,
-        warm_up=warm_up,
-        progress=progress,
-    )[0]
 
 
 def benchmark_many(
