@@ -135,7 +135,6 @@ def calibration_batches(
     limit: int | None = None,
     border: int = 0,
     preprocessing: Preprocessing = YOLOV6,
-    workers: int | None = None,
 ) -> Iterator[NDArray[Any]]:
     """Yield what the graph takes for one calibration image after the other, sorted by path.
 
@@ -146,7 +145,6 @@ def calibration_batches(
         limit: see `calibration_images`.
         border: gray pixels on every side, see `data.letterbox.fit`.
         preprocessing: how images are prepared (`Graph.preprocessing`).
-        workers: reader threads; default: one a core.
 
     Yields:
         float32 (batch, 3, height, width), in 0..1 unless `preprocessing` says otherwise, or uint8
@@ -164,13 +162,7 @@ def calibration_batches(
     missing = -len(paths) % batch
     paths += [paths[index % len(paths)] for index in range(missing)]
     for loaded in load_batches(
-        paths,
-        read_image,
-        spec,
-        batch=batch,
-        border=border,
-        preprocessing=preprocessing,
-        workers=workers,
+        paths, read_image, spec, batch=batch, border=border, preprocessing=preprocessing
     ):
         yield loaded.input
 
