@@ -21,7 +21,7 @@ import numpy as np
 from trt_yolov6.bench.end_to_end import MAX_IMAGES
 from trt_yolov6.bench.latency import check_durations
 from trt_yolov6.bench.sampling import random_input, timed
-from trt_yolov6.bench.text import aligned, four_digits
+from trt_yolov6.common.text import aligned, four_digits
 from trt_yolov6.data.images import read_encoded, read_image
 from trt_yolov6.data.jpeg import open_image
 from trt_yolov6.data.loader import default_workers, fill_row
@@ -173,7 +173,7 @@ def format_stages(report: StageReport) -> str:
             f"{report.engine.name} ({report.precision}, {report.backend}) on {report.device}, "
             f"batch {report.batch}, confidence {report.confidence:g}: "
             f"{four_digits(report.boxes)} boxes an image",
-            *aligned(rows),
+            *aligned(rows, left=2),
             f"all together: {four_digits(report.fps)} images/s, {report.fps / fps:.0%} of what the "
             f"slowest place, {place}, allows ({four_digits(fps)}), with "
             f"{four_digits(report.cores)} cores busy",
