@@ -361,6 +361,23 @@ def test_a_score_of_exactly_the_threshold_is_not_above_it() -> None:
     assert chosen.xyxy[:, 3].tolist() == [41]
 
 
+def test_what_an_engine_kept_is_filtered_as_its_candidates_are() -> None:
+    above = np.nextafter(np.float32(0.5), np.float32(1))
+    candidates = Candidates(
+        images=np.zeros(3, np.int64),
+        classes=np.arange(3),
+        anchors=np.arange(3),
+        scores=np.array([0.75, above, 0.5], np.float32),
+        boxes=np.array([[5, 5, 5, 9], [1, 2, 30, 40], [1, 2, 30, 41]], np.float32),
+    )
+    nms = NmsSettings(0.5, 0.5, 20)
+    for outputs in (candidates, as_suppressed(candidates, 1, NmsSettings(0.03, 0.5, 20))):
+        (whole,) = postprocess(outputs, "split", nms, [WHOLE], clip=False)
+        assert whole.class_id.tolist() == [0, 1]
+        (clipped,) = postprocess(outputs, "split", nms, [WHOLE])
+        assert clipped.class_id.tolist() == [1]
+
+
 class Recorded(ThreadPoolExecutor):
     """Remembers what it was asked to do."""
 
