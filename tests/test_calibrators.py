@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -119,6 +120,24 @@ def test_mse_finds_the_best_of_1024_magnitudes(kind: str) -> None:
     every = statistics.amax * np.arange(1, 1025) / 1024
     best = every[np.argmin(quantization_error(statistics, every))]
     assert amax_of(statistics, "mse") == pytest.approx(best, rel=1e-9)
+
+
+def test_mse_cuts_off_a_lone_outlier_however_far_away_it_is() -> None:
+    found = in_pieces(np.append(samples("normal"), np.float32(400)))
+    # One of a hundred million.
+    often = np.where(np.arange(BINS) * found.bin_width < 399, 100, 1)
+    statistics = dataclasses.replace(found, histogram=found.histogram * often)
+    every = statistics.amax * np.arange(1, 1025) / 1024
+    best = every[np.argmin(quantization_error(statistics, every))]
+    assert best < statistics.amax / 64
+    assert amax_of(statistics, "mse") == pytest.approx(best, rel=1e-9)
+
+
+def test_the_quantization_error_is_a_mean_of_however_few_values() -> None:
+    one, many = (statistics_of(np.full(count, 0.3, np.float32)) for count in (1, 1000))
+    for amax in (0.1, 0.3):
+        assert quantization_error(one, amax) == pytest.approx(float(quantization_error(many, amax)))
+    assert quantization_error(one, 0.1) == pytest.approx(0.2**2, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["normal", "laplace", "uniform"])
