@@ -109,6 +109,27 @@ def test_boxes_smaller_than_a_pixel_overlap_as_others_do() -> None:
     assert suppress(boxes, np.zeros(3, int), 0.5, 10).tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("iou", [0.05, 0.1, 0.2, 0.3, 0.5, 0.65, 0.9])
+@pytest.mark.parametrize("way", ["right", "left", "down", "up"])
+def test_a_box_that_is_many_times_as_long_overlaps_by_its_share(iou: float, way: str) -> None:
+    for share, kept in ((1.01 * iou, [0]), (0.99 * iou, [0, 1])):
+        long = 10 / share
+        ends = {
+            "right": [0, 0, long, 10],
+            "left": [10 - long, 0, 10, 10],
+            "down": [0, 0, 10, long],
+            "up": [0, 10 - long, 10, 10],
+        }
+        pair = np.array([[0, 0, 10, 10], ends[way]], float)
+        assert suppress(pair, np.zeros(2, int), iou, 10).tolist() == kept
+        assert suppress(pair[::-1], np.zeros(2, int), iou, 10).tolist() == kept
+        # Also where there are thousands between them.
+        others = np.arange(3000)[:, None] * 40.0 + [1000, 1000, 1010, 1010]
+        many = np.concatenate([pair[:1], others, pair[1:]])
+        found = suppress(many, np.zeros(len(many), int), iou, 5000)
+        assert len(found) == 3000 + len(kept)
+
+
 @pytest.mark.parametrize(("classes", "limit"), [(80, 300), (1, 300), (80, MAX_CANDIDATES)])
 def test_thousands_of_candidates_take_milliseconds(classes: int, limit: int) -> None:
     boxes, _, labels = crowd(MAX_CANDIDATES, classes, 60)
