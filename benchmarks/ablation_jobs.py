@@ -34,8 +34,10 @@ from benchmarks.folds import (
     match_all,
     pack,
     read_truth,
+    stored,
     train_split,
     val_split,
+    without_missing_boxes,
 )
 from benchmarks.packing import serve
 from trt_yolov6.checkpoints.loading import load_checkpoint
@@ -226,17 +228,17 @@ def judge(
     """
     dataset = load_coco(order.data, val_split(order.fold))
     truth = read_truth(Path(order.data))
-    stored, aps = {}, {}
+    kept, aps = {}, {}
     for name, (network, side, border) in networks.items():
         from trt_yolov6.models.network import YOLOv6
 
         half = isinstance(network, YOLOv6) and order.device == "cuda"
         with TorchEngine(network, dataset.class_names, side, half=half, name=LAST_FILE) as engine:
             rows = pack(detect_all(engine, dataset, border))
-        stored[name] = rows
+        kept[name] = stored(without_missing_boxes(truth, rows))
         aps[name] = _fold_ap(truth, order.fold, rows)
     with atomic_path(order.folder / FOUND_FILE) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **stored)  # type: ignore[arg-type]
+        np.savez_compressed(file, **kept)  # type: ignore[arg-type]
     return {"AP": aps}
 
 

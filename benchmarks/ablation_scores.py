@@ -27,6 +27,7 @@ from benchmarks.folds import (
     difference,
     match_all,
     read_truth,
+    restored,
     write_folds,
 )
 from trt_yolov6.common.files import read_json
@@ -114,7 +115,7 @@ def _stored(folder: Path) -> Iterator[tuple[str, int, str, Any]]:
                 variant, fold, _ = name.split("/")
                 with np.load(io.BytesIO(archive.read(name))) as arrays:
                     for given in arrays.files:
-                        yield variant, int(fold), given, arrays[given]
+                        yield variant, int(fold), given, restored(arrays[given])
 
 
 def _entry(name: str, own: Sequence[dict[str, Any]], scores: Scores) -> dict[str, Any]:

@@ -167,8 +167,6 @@ VARIANTS: dict[str, Variant] = {
     "s-rep-partial-distilled": Variant("s", quantized=Quantized("s-rep", "distilled", 6, "mse")),
     "s-rep-qat": Variant("s", quantized=Quantized("s-rep", "plain")),
     "s-qat-distilled": Variant("s", quantized=Quantized("s", "distilled")),
-    "s-ptq-tuned": Variant("s", quantized=Quantized("s", tuned=True)),
-    "s-rep-ptq-tuned": Variant("s", quantized=Quantized("s-rep", tuned=True)),
     **_combinations("n", ("repvgg", "relu")),
     **_box_losses("n", ("giou", "ciou")),
     "n-dfl": _built("n", dfl=True),
@@ -178,7 +176,6 @@ VARIANTS: dict[str, Variant] = {
     "n-simota-warmup": _of("n", "losses.warmup_assigner=simota"),
     # The default recipe: the longest of all but L, so it begins before the rest of S.
     "s-full": _of("s", schedule="full"),
-    "n-full": _of("n", schedule="full"),
     # The rest of S: Tables 2, 11, 8, 9, 10, 14, 12.
     "s-csp": _built("s", csp_ratio=0.5, **_CSP_S),
     "s-objectness": _built("s", objectness=True),
@@ -188,6 +185,8 @@ VARIANTS: dict[str, Variant] = {
     "s-no-fading": _of("s", _NO_FADING, borders=True),
     "s-longer": _of("s", stretch=_MORE),
     "s-again": _of("s", seed=1),
+    "s-ptq-tuned": Variant("s", quantized=Quantized("s", tuned=True)),
+    "s-rep-ptq-tuned": Variant("s", quantized=Quantized("s-rep", tuned=True)),
     # Where RepOptimizer should show: with the head of the first release.
     "s-v1-search": Variant("s", architecture=(("block", "scaled"), ("objectness", True))),
     "s-v1-rep": Variant("s", scales="s-v1-search"),
@@ -196,6 +195,7 @@ VARIANTS: dict[str, Variant] = {
         for name in ("s-objectness", "s-v1-rep")
         for tail in ("", "-per-tensor")
     },
+    "n-full": _of("n", schedule="full"),
     # Larger networks. L first, since it teaches: Tables 3 and 13; T for Table 12.
     "l": _of("l"),
     "l-wide-neck": _built("l", **_WIDE_NECK),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import statistics
 import sys
 import threading
@@ -244,8 +245,6 @@ def _seconds(variant: Variant, size: int, epochs: int, qat_epochs: int, pack: in
 
 def _timed(job: Job, results: Mapping[str, Any]) -> Job:
     """Return the job with the time that others of its kind took, where some are done."""
-    import dataclasses
-
     own = VARIANTS[job.order["variant"]]
     alike = [
         one["seconds"] / one["epochs"]

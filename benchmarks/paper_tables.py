@@ -225,7 +225,13 @@ def grid(number: str) -> str:
             ]
         )
     parts.append(markdown(["Network", "Change", "theirs", *_INTERVALS, ""], lines))
-    parts.append(f"{sentence(theirs, networks, compared)}\n")
+    absent = [
+        f"{label} in {network[7:]}"
+        for column, network in enumerate(networks)
+        for label, cells in table.rows.items()
+        if (cell := cells[column]) is not None and cell.variant not in data["variants"]
+    ]
+    parts.append(f"{sentence(theirs, networks, compared)}{_not_run(absent)}\n")
     return "\n".join(parts)
 
 
@@ -280,6 +286,11 @@ def smallest(compared: Sequence[Mapping[str, Any]]) -> str:
     ]
     most = 100 * statistics.median(halves)
     return f"The smallest difference that this can show is about {most:.1f} points."
+
+
+def _not_run(names: Sequence[str]) -> str:
+    """Return a sentence on what was not run, to follow another one; empty where all was."""
+    return f" Not run: {', '.join(names)}." if names else ""
 
 
 def _their_change(
@@ -425,7 +436,8 @@ def variants_table(rows: Mapping[str, str], pairs: Mapping[tuple[str, str], floa
                 ]
             )
         text += "\n" + markdown(["Change", "theirs", *_INTERVALS, ""], lines)
-        text += f"\n{_in_words(verdicts, compared)}\n"
+        absent = [label for label, name in rows.items() if name not in there]
+        text += f"\n{_in_words(verdicts, compared)}{_not_run(absent)}\n"
     return text
 
 

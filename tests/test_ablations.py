@@ -32,9 +32,12 @@ from benchmarks.folds import (
     match_all,
     pack,
     read_truth,
+    restored,
+    stored,
     train_split,
     unpack,
     val_split,
+    without_missing_boxes,
     write_folds,
 )
 from benchmarks.packing import MARK, Claims, Job, Schedule, run_jobs
@@ -149,6 +152,20 @@ def test_ap_of_all_folds_is_pycocotools(folds: Path) -> None:
     precision = evaluation.eval["precision"][:, :, :, 0, 2]
     assert ours.value == pytest.approx(precision[precision >= 0].mean(), abs=1e-6)
     assert ours.low < ours.value < ours.high
+
+
+def test_what_is_stored_scores_as_what_was_found(folds: Path) -> None:
+    truth = read_truth(folds)
+    rng = np.random.default_rng(2)
+    rows = np.concatenate([pack(_shaken(truth, rng, most)) for most in (0.2, 0.4)])
+    back = restored(stored(without_missing_boxes(truth, rows)))
+    assert len(back) == len(rows)
+    assert len(restored(stored(rows[:0]))) == 0
+    assert 0 < (back["box"] == 0).all(axis=1).sum() < len(rows)
+    whole, kept = match_all(truth, rows), match_all(truth, back)
+    for _ in range(20):
+        draws = rng.integers(0, 3, len(truth.images))
+        assert whole.ap(draws) == kept.ap(draws)
 
 
 def _shaken(truth: Any, rng: np.random.Generator, most: float = 0.2) -> dict[int, Detections]:
@@ -455,7 +472,8 @@ def test_results_of_a_folder_are_scored_with_all_their_detections(
             own = np.array(truth.images)[truth.fold_of == fold]
             folder = state / name / str(fold)
             folder.mkdir(parents=True)
-            np.savez_compressed(folder / FOUND_FILE, plain=rows[np.isin(rows["image"], own)])
+            kept = without_missing_boxes(truth, rows[np.isin(rows["image"], own)])
+            np.savez_compressed(folder / FOUND_FILE, plain=stored(kept))
             result = {"variant": name, "fold": fold, "seed": fold, "epochs": 60, "batch": 32}
             result |= {"image_size": 320, "AP": {"plain": 0.0}, "seconds": 1.0}
             (folder / RESULT_FILE).write_text(json.dumps(result))
