@@ -219,13 +219,16 @@ class TestRules:
         assert place(graph.model("after_out")).tensors == ("images", "total")
 
     def test_nothing_is_quantized_for_an_addition_before_another_activation_than_relu(self) -> None:
-        for kind, quantized in (("Relu", ("images", "shortcut", "act")), ("Elu", ("images", "act"))):
+        for kind, quantized in (
+            ("Relu", ("images", "shortcut", "act")),
+            ("Elu", ("images", "act")),
+        ):
             graph = GraphWriter()
             shortcut = graph.node("Relu", [graph.conv("trunk", "images", (3, 8))], "shortcut")
             branch = graph.conv("branch", "images", (3, 8))
             total = graph.node("Add", [shortcut, branch], "total")
             graph.conv("after", graph.node(kind, [total], "act"), (8, 4))
-            assert place(graph.model("after_out")).tensors == quantized
+            assert place(graph.model("after_out")).tensors == ("images", *quantized)
 
     def test_a_shortcut_with_a_factor_reads_the_quantized_tensor(self) -> None:
         # As in the authors' BottleRep blocks: the tensor is quantized for the block's convolution.
