@@ -228,7 +228,7 @@ class TestRules:
             branch = graph.conv("branch", "images", (3, 8))
             total = graph.node("Add", [shortcut, branch], "total")
             graph.conv("after", graph.node(kind, [total], "act"), (8, 4))
-            assert place(graph.model("after_out")).tensors == ("images", *quantized)
+            assert place(graph.model("after_out")).tensors == quantized
 
     def test_a_shortcut_with_a_factor_reads_the_quantized_tensor(self) -> None:
         # As in the authors' BottleRep blocks: the tensor is quantized for the block's convolution.
