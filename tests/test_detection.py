@@ -288,9 +288,21 @@ def test_more_candidates_than_the_cap_keep_the_best(monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(found.confidence, best)
 
 
-def test_outputs_of_another_layout_are_refused() -> None:
-    with pytest.raises(UserError, match="boxes"):
-        postprocess({"rows": np.zeros((1, 10, 8))}, "split", NmsSettings(), [WHOLE])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"rows": (1, 10, 8)},
+        {"boxes": (1, 10, 4)},
+        {"boxes": (1, 10, 5), "scores": (1, 10, 3)},
+        {"boxes": (1, 10, 4), "scores": (1, 9, 3)},
+        {"boxes": (10, 4), "scores": (1, 10, 3)},
+        {"boxes": (1, 10, 4), "scores": (1, 10, 3, 1)},
+    ],
+)
+def test_outputs_of_another_layout_are_refused(shapes: dict[str, tuple[int, ...]]) -> None:
+    outputs = {name: np.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(UserError, match="do not have (boxes|scores)"):
+        postprocess(outputs, "split", NmsSettings(), [WHOLE])
 
 
 @given(seed=st.integers(0, 10**6), images=st.integers(1, 4), confidence=st.floats(0.1, 0.9))

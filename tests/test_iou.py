@@ -60,6 +60,9 @@ def test_the_overlap_of_detections_is_that_of_pycocotools() -> None:
     assert (found > 0).mean() > 0.3
     np.testing.assert_allclose(found, expected, atol=1e-12)
     np.testing.assert_array_equal(overlap.iou(one, other[:25]), found[:, :25].diagonal())
+    # Nor does the unit matter, such as fractions of an image.
+    small = overlap.iou(one[:, None] / 4096, other[None] / 4096)
+    np.testing.assert_allclose(small, found, atol=1e-12)
 
 
 def test_detections_that_do_not_meet_or_have_no_area_do_not_overlap() -> None:
