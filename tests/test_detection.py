@@ -301,7 +301,7 @@ def test_more_candidates_than_the_cap_keep_the_best(monkeypatch: pytest.MonkeyPa
 )
 def test_outputs_of_another_layout_are_refused(shapes: dict[str, tuple[int, ...]]) -> None:
     outputs = {name: np.zeros(shape) for name, shape in shapes.items()}
-    with pytest.raises(UserError, match="do not have (boxes|scores)"):
+    with pytest.raises(UserError, match=r"do not have (boxes|scores)"):
         postprocess(outputs, "split", NmsSettings(), [WHOLE])
 
 
