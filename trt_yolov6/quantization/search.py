@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.quantization.bias_correction import with_layers_of, without_mean_rounding
 from trt_yolov6.quantization.calibrators import Method, methods_for
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
@@ -82,6 +84,12 @@ TOLERANCE = 0.005
 
 _NEAR = 0.02
 """Agreement by which another calibrator may fall short and is still looked at closely."""
+
+_NEAR_FORM = 0.05
+"""The same of another form of the graph."""
+
+_MUCH = 0.25
+"""Part of the convolutions from which on shifted tensors make a form of its own."""
 
 _WATCHED_IMAGES = 6
 """Images in which each layer's effect on detections is looked at: some thousand anchors."""
@@ -197,9 +205,17 @@ class Search:
         """Decide everything."""
         wanted = self._settings.float_layers
         named = wanted if isinstance(wanted, tuple) else ()
-        variant = self._choose_variant(named)
+        # With ranges and weights chosen, another form may be the better one of two near ones.
+        found: dict[Variant, tuple[float, Choice]] = {}
+        promising = self._promising_variants(named)
+        for variant in promising:
+            self._go_on_with(variant)
+            choice = self._choose(named)
+            value = self._agreement(choice) if len(promising) > 1 else 0.0
+            found[variant] = value, choice
+        variant = max(found, key=lambda one: found[one][0])
+        choice = found[variant][1]
         self._go_on_with(variant)
-        choice = self._choose(named)
         if self._candidates:
             _log.info(f"chosen: calibrator {choice.method}, graph {variant}")
         if not isinstance(wanted, tuple) and wanted != 0:
@@ -254,10 +270,15 @@ class Search:
             if not fold.is_prepared(variant):
                 fold.take(prepare(self._graph, fold.split.calibrate, self._settings, variant))
 
-    def _choose_variant(self, layers: tuple[str, ...]) -> Variant:
-        """Compare the forms of the graph by the first calibrator, ranges of a few images."""
+    def _promising_variants(self, layers: tuple[str, ...]) -> tuple[Variant, ...]:
+        """Compare the forms of the graph by the first calibrator, ranges of a few images.
+
+        Returns:
+            The simplest of the best, and of the two forms that change activations the other one,
+            if it is near and much is shifted: by ranges of a few images alone they hardly differ.
+        """
         if len(self._variants) == 1:
-            return self._variants[0]
+            return self._variants[:1]
         known = [plain_statistics(self._graph, f.inputs, self._settings) for f in self._folds]
         tried: list[Candidate] = []
         models: list[onnx.ModelProto] = []
@@ -279,7 +300,15 @@ class Search:
                 )
             tried.append(self._tried("graph", Choice(self._methods[0], "nearest", layers)))
         tolerance = CLEAR_GAIN if self._quantized.is_floating else TOLERANCE
-        return _simplest_of_the_best(tried, tolerance).variant
+        best = _simplest_of_the_best(tried, tolerance)
+        near = [
+            item.variant
+            for item in tried
+            if {item.variant, best.variant} == {"smoothed", "shifted"}
+            and item.agreement > best.agreement - _NEAR_FORM
+            and _shifts_much(models[-1])
+        ]
+        return best.variant, *near
 
     def _choose(self, layers: tuple[str, ...]) -> Choice:
         """Choose ranges, weights and biases, with certain layers in float."""
@@ -536,6 +565,12 @@ def images_to_compare(graph: Graph) -> int:
     """Return how many images candidates are compared on."""
     work = sum(cost.multiply_adds for cost in layer_costs(graph.model).values())
     return max(FEWEST_IMAGES, min(MOST_IMAGES, round(_COMPARISON / max(work, 1))))
+
+
+def _shifts_much(shifted: onnx.ModelProto) -> bool:
+    """Return whether the shifted form, compared with the others, shifts more than a few tensors."""
+    kinds = Counter(node.op_type for node in shifted.graph.node)
+    return kinds["Sub"] >= _MUCH * sum(kinds[operator] for operator in CONVOLUTIONS)
 
 
 def _is_better(found: Fallback, best: Fallback) -> bool:
