@@ -92,7 +92,7 @@ def trade_off(
         title: says what the chart is, for those who cannot see it.
         better: `left` or `right`: where the faster ones are.
         y_label: what the vertical axis shows.
-        keys: kinds of points and what they stand for, where they are no precisions.
+        keys: kinds of points and what they stand for, where those are not precisions.
     """
     lows = [max(point.x.low, point.x.value / 1.6) for point in points]
     highs = [min(point.x.high, point.x.value * 1.6) for point in points]
