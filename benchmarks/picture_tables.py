@@ -108,7 +108,7 @@ def accuracy(result: dict[str, Any]) -> list[list[Any]]:
 
 
 def variants(result: dict[str, Any]) -> list[list[Any]]:
-    """What was varied for batches of N, and the images a second."""
+    """Images a second of batches of N, by the setting that was varied."""
     lines: list[list[Any]] = [["varied", "images a second"]]
     for what, value in result["parts"]["diagnosis"]["N_at_0.25_fps"].items():
         rates = value if isinstance(value, dict) else {"": value}
