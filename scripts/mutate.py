@@ -65,14 +65,11 @@ class Change:
 
 
 def changes(tree: ast.Module) -> Iterator[Change]:
-    """Yield the module with one change after the other; annotations and texts stay."""
-    skipped = {
-        id(node)
-        for owner in ast.walk(tree)
-        for part in (getattr(owner, "annotation", None), getattr(owner, "returns", None))
-        if part is not None
-        for node in ast.walk(part)
-    }
+    """Yield the module with one change after the other.
+
+    Annotations, texts, decorators and what is imported for annotations stay.
+    """
+    skipped = {id(node) for part in _left_alone(tree) for node in ast.walk(part)}
     nodes = list(ast.walk(tree))
     for index, node in enumerate(nodes):
         if id(node) in skipped:
@@ -84,6 +81,16 @@ def changes(tree: ast.Module) -> Iterator[Change]:
             _change(target, number)
             what = f"{before}  ->  {ast.unparse(target)}"
             yield Change(getattr(node, "lineno", 0), what.replace("\n", " ")[:150], changed)
+
+
+def _left_alone(tree: ast.Module) -> Iterator[ast.AST]:
+    for owner in ast.walk(tree):
+        yield from getattr(owner, "decorator_list", ())
+        for part in (getattr(owner, "annotation", None), getattr(owner, "returns", None)):
+            if part is not None:
+                yield part
+        if isinstance(owner, ast.If) and ast.unparse(owner.test) == "TYPE_CHECKING":
+            yield owner
 
 
 def _variants(node: ast.AST) -> int:
@@ -213,7 +220,7 @@ def main() -> int:
     print(f"{options.module}: {len(chosen)} changes, {seconds:.1f} s for the tests", flush=True)
     start, missed = time.monotonic(), 0
     for change in sorted(chosen, key=lambda change: change.line):
-        status, _ = run(path, change.tree, options.tests, int(4 * seconds) + 10)
+        status, _ = run(path, change.tree, options.tests, int(2 * seconds) + 3)
         if not status:
             missed += 1
             print(f"  {options.module}:{change.line}: {change.what}", flush=True)

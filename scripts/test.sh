@@ -11,16 +11,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=dev,docs,ray
 if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,ray,tensorrt-rtx,gpu-images; fi
 bash scripts/environment.sh "$extras"
-# A server for the tests of export-triton, which skip without it.
-bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
+# A core each: what waits for files and the network, and mypy.
+{
+    # A server for the tests of export-triton, which skip without it.
+    bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
+    bash scripts/lint_workflows.sh && NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+} &
+others=$!
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/lint-imports
-# A core each.
-{ bash scripts/lint_workflows.sh && NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet; } &
-site=$!
 .venv/bin/mypy
-wait "$site"
+wait "$others"
 # A worker a core, each on one thread: two threads of one network, or two workers of two threads, would
 # wait for each other. A file's tests share what they make, so a file stays in one worker.
 export OMP_NUM_THREADS=1

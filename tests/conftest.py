@@ -1,14 +1,17 @@
-"""Shared by the tests: the sample, what is made of it once a run, and threads."""
+"""Shared by the tests: the sample, what is made once a run, and threads."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -27,10 +30,25 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("busy")
 
 
+LONG = (
+    "checkpoint",
+    "cli",
+    "documents",
+    "export",
+    "fuzz",
+    "ray",
+    "tensorrt_api",
+    "trainer",
+    "triton_server",
+)
+"""Files of many tests that take long together, where none is marked."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first: no worker starts on one while the others have no more."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Put long files first: no worker starts on one while the others have no more."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    long |= {ROOT / "tests" / f"test_{name}.py" for name in LONG}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +103,48 @@ def sample_320(make_once: Callable[..., Any]) -> Graph:
 
     graph: Graph = make_once("sample_320", export)
     return graph
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What the package takes of a `torch.onnx.ONNXProgram`."""
+
+    content: bytes
+
+    @property
+    def model_proto(self) -> onnx.ModelProto:
+        """The graph, to be changed at will."""
+        model: onnx.ModelProto = onnx.ModelProto.FromString(self.content)
+        return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(make_once: Callable[..., Any]) -> Iterator[None]:
+    """Let PyTorch trace a network once a run: it takes seconds, and dozens of tests want the same.
+
+    A network is the same if its modules, architecture, weights, input and options are.
+    """
+    trace = torch.onnx.export
+
+    def traced(module: torch.nn.Module, args: tuple[torch.Tensor, ...], **options: Any) -> Traced:
+        shapes = [(tuple(one.shape), one.dtype) for one in args]
+        arch = getattr(getattr(module, "model", None), "arch", None)
+        digest = hashlib.sha256(repr((module, arch, shapes, options)).encode())
+        for name, value in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy())
+
+        def make(_: Path) -> Traced:
+            program = trace(module, args, **options)
+            assert program is not None
+            return Traced(program.model_proto.SerializeToString())
+
+        found: Traced = make_once(f"traced/{digest.hexdigest()}", make)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", traced)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

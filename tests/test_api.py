@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.tiny_detector import CELL, NAMES, load_named
+from support.tiny_detector import CELL, load_named
 
 import trt_yolov6
-from trt_yolov6 import Detections, Detector, Precision, UserError
+from trt_yolov6 import Detector, Precision, UserError
 from trt_yolov6.spec import NmsSettings, PredictOptions
 
 EXAMPLES = [
@@ -154,41 +154,6 @@ def test_thresholds_are_those_given(detector: Detector) -> None:
 def test_a_video_is_not_an_image(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`annotate` reads those"):
         detector.predict("rtsp://camera/stream")
-
-
-# --- detections ---------------------------------------------------------------------------------
-
-
-def some() -> Detections:
-    boxes = np.array([[0, 0, 10, 10], [5, 5, 20, 30], [1, 2, 3, 4]], np.float32)
-    scores = np.array([0.9, 0.5, 0.4], np.float32)
-    return Detections(boxes, scores, np.array([2, 0, 7]), class_names=NAMES)
-
-
-def test_detections_are_indexed_as_arrays_are() -> None:
-    found = some()
-    assert [one.class_name for one in found] == ["blue", "red", "class_7"]
-    assert list(found[-1].xyxy) == [1, 2, 3, 4]
-    assert found[np.int64(1)] == found[1]
-    assert [one.confidence for one in found[:2]] == pytest.approx([0.9, 0.5])
-    assert found[found.class_id == 0].xyxy.tolist() == [[5, 5, 20, 30]]
-    assert found[[2, 0]].class_id.tolist() == [7, 2]
-    assert len(found[[]]) == 0
-    with pytest.raises(IndexError):
-        found[3]
-
-
-def test_detections_become_those_of_supervision() -> None:
-    pytest.importorskip("supervision")
-    found = some().to_supervision()
-    np.testing.assert_array_equal(found.xyxy, some().xyxy)
-    assert list(found.data["class_name"]) == ["blue", "red", "class_7"]
-
-
-def test_a_missing_supervision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(UserError, match="pip install supervision"):
-        some().to_supervision()
 
 
 # --- building -----------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -228,7 +230,10 @@ def test_boxes_that_are_not_clipped_stay_finite(recwarn: pytest.WarningsRecorder
     scores = np.array([[0.9], [0.8]], np.float32)
     rows = np.array([[0, *box, 0.5, 0] for box in boxes], np.float32)
     bad = np.array([[0, np.nan, 0, 1, 1, 0.9, 0], [0, 0, 0, np.inf, 1, 0.9, 0]], np.float32)
-    outputs = {"boxes": boxes[None], "scores": scores[None]}
+    outputs = {
+        "boxes": np.concatenate([bad[:, 1:5], boxes])[None],
+        "scores": np.concatenate([bad[:, 5:6], scores])[None],
+    }
     (split,) = postprocess(outputs, "split", NmsSettings(), [placed], clip=False)
     outputs = {"detections": np.concatenate([bad, rows])}
     (end2end,) = postprocess(outputs, "end2end", NmsSettings(), [placed], clip=False)
@@ -347,10 +352,79 @@ def test_a_score_of_exactly_the_threshold_is_not_above_it() -> None:
     assert inside.xyxy[:, 3].tolist() == [41]
     candidates = Candidates(
         images=np.zeros(2, np.int64),
-        classes=np.zeros(2, np.int64),
+        classes=np.arange(2),  # else the better one would suppress the other
         anchors=np.arange(2),
         scores=np.array([0.5, above], np.float32),
         boxes=np.array([[1, 2, 30, 40], [1, 2, 30, 41]], np.float32),
     )
     (chosen,) = postprocess(candidates, "split", NmsSettings(0.5), [WHOLE])
     assert chosen.xyxy[:, 3].tolist() == [41]
+
+
+class Recorded(ThreadPoolExecutor):
+    """Remembers what it was asked to do."""
+
+    calls = 0
+
+    def submit(self, *args: Any, **named: Any) -> Any:
+        self.calls += 1
+        return super().submit(*args, **named)
+
+
+def test_several_images_at_a_time_give_what_one_after_the_other_gives() -> None:
+    boxes, scores = split_outputs(3, 20, 2)
+    outputs, places = {"boxes": boxes, "scores": scores}, [WHOLE] * 3
+    alone = postprocess(outputs, "split", NmsSettings(), places)
+    with Recorded(2) as executor:
+        found = postprocess(outputs, "split", NmsSettings(), places, executor=executor)
+    assert executor.calls == 3
+    assert [as_tuples(one) for one in found] == [as_tuples(one) for one in alone]
+
+
+def test_of_no_images_there_are_no_detections() -> None:
+    boxes, scores = split_outputs(1, 5, 2)
+    assert postprocess({"boxes": boxes, "scores": scores}, "split", NmsSettings(), []) == []
+
+
+# --- what comes of it ---------------------------------------------------------------------------
+
+
+def some() -> Detections:
+    boxes = np.array([[0, 0, 10, 10], [5, 5, 20, 30], [1, 2, 3, 4]], np.float32)
+    scores = np.array([0.9, 0.5, 0.4], np.float32)
+    return Detections(boxes, scores, np.array([2, 0, 7]), class_names=("red", "green", "blue"))
+
+
+def test_detections_are_indexed_as_arrays_are() -> None:
+    found = some()
+    assert [one.class_name for one in found] == ["blue", "red", "class_7"]
+    assert list(found[-1].xyxy) == [1, 2, 3, 4]
+    assert found[np.int64(1)] == found[1]
+    assert [one.confidence for one in found[:2]] == pytest.approx([0.9, 0.5])
+    assert found[found.class_id == 0].xyxy.tolist() == [[5, 5, 20, 30]]
+    assert found[[2, 0]].class_id.tolist() == [7, 2]
+    assert len(found[[]]) == 0
+    with pytest.raises(IndexError):
+        found[3]
+
+
+def test_a_class_without_a_name_is_called_by_its_number() -> None:
+    assert [some().class_name(number) for number in (-1, 0, 2, 3)] == [
+        "class_-1",
+        "red",
+        "blue",
+        "class_3",
+    ]
+
+
+def test_detections_become_those_of_supervision() -> None:
+    pytest.importorskip("supervision")
+    found = some().to_supervision()
+    np.testing.assert_array_equal(found.xyxy, some().xyxy)
+    assert list(found.data["class_name"]) == ["blue", "red", "class_7"]
+
+
+def test_a_missing_supervision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match="pip install supervision"):
+        some().to_supervision()

@@ -132,6 +132,12 @@ def test_the_interval_of_a_ratio_is_the_textbooks() -> None:
     assert math.log(found.high) == pytest.approx(1 + half)
 
 
+def test_rounds_without_their_counterpart_have_no_ratio() -> None:
+    for rounds, base in (([1.0, 2.0, 3.0], [1.0, 2.0]), ([1.0, 2.0], [1.0, 2.0, 3.0])):
+        with pytest.raises(ValueError, match=r"shorter|longer"):
+            ratio_interval(rounds, base)
+
+
 def test_the_confidence_is_the_one_asked_for() -> None:
     rounds, base = [1.0, 2.0, 4.0], [1.0, 1.5, 1.0]
     for interval in (

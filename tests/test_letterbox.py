@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trt_yolov6.data.letterbox import GRAY, fit, letterbox, resolve_border, to_sources
+from trt_yolov6.data.letterbox import fit, letterbox, resolve_border, to_sources
 from trt_yolov6.data.preprocessing import Fit
 from trt_yolov6.errors import UserError
 
@@ -76,7 +76,7 @@ def test_around_the_picture_all_is_gray_and_inside_is_the_picture(
     boxed, placed = letterbox(image, (96, 160), border)
     assert boxed.shape == (96, 160, 3)
     assert boxed.dtype == np.uint8
-    expected = np.full((96, 160, 3), GRAY, np.uint8)
+    expected = np.full((96, 160, 3), 114, np.uint8)  # as the networks were trained
     rows, columns = placed.resized
     expected[placed.top : placed.top + rows, placed.left : placed.left + columns] = 7
     np.testing.assert_array_equal(boxed, expected)
@@ -179,6 +179,15 @@ def test_stretched_corners_come_back(height: int, width: int, size: tuple[int, i
 def test_a_border_is_for_letterboxes(mode: Fit) -> None:
     with pytest.raises(UserError, match=f"fit {mode}; leave `resize` and `border` out"):
         fit((40, 40), (64, 64), 3, mode)
+
+
+def test_boxes_that_are_not_clipped_end_where_float32_does() -> None:
+    placed = fit((1280, 2560), (640, 1280))
+    boxes = np.array([[-10, 5, 1300, 700], [-3e38, -1e39, 3e38, 1e39]])
+    most = float(np.finfo(np.float32).max)
+    expected = [[-20, 10, 2600, 1400], [-most, -most, most, most]]
+    assert placed.to_source(boxes, clip=False).tolist() == expected
+    assert to_sources(boxes[None], [placed], clip=False)[0].tolist() == expected
 
 
 @given(

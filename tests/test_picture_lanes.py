@@ -261,6 +261,17 @@ def test_batches_give_what_prepared_input_gives(
     assert lane.closed
 
 
+@pytest.mark.parametrize("size", [(64, 48), (150, 211)])
+def test_images_of_one_size_are_placed_at_once(engine: Engine, size: tuple[int, int]) -> None:
+    lanes = pictures_of(engine)
+    random = np.random.default_rng(3)
+    for count, locked in [(4, ()), (4, (1, 2)), (3, (0,)), (1, ()), (1, (0,)), (2, (0, 1))]:
+        images = [random.integers(0, 256, (*size, 3), np.uint8) for _ in range(count)]
+        for index in locked:
+            images[index].flags.writeable = False
+        check(start(lanes, engine, images, count).wait(), engine, images, count)
+
+
 def test_as_many_lanes_are_made_as_batches_are_in_flight(engine: Engine) -> None:
     lanes = pictures_of(engine)
     batches = [[image(7 * turn + index) for index in range(2)] for turn in range(9)]

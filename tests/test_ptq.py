@@ -23,11 +23,10 @@ from benchmarks.rescaling import rescale_channels
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
-from trt_yolov6.engines.build import BuiltEngine, build_engine
+from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph import reference
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization import judge as judging
 from trt_yolov6.quantization import search
 from trt_yolov6.quantization.pipeline import QuantizedGraph, calibrate, quantize
@@ -402,13 +401,13 @@ class SampleInt8:
 
 @pytest.fixture(scope="module")
 def sample_int8(root: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleInt8:
-    """The sample by `build --int8 --calib calib/`."""
+    """The sample by `build --int8 --calib calib/`, for 320 x 320: at 640 it takes a minute more."""
     path = tmp_path_factory.mktemp("int8") / "sample.onnx"
     finished = subprocess.run(
         [
             *(sys.executable, "-c", MEASURED_BUILD, "build", "--int8", "--calib", "calib"),
             *("--weights", "samples/yolov6n_bccd_authors.pt", "--backend", "onnxruntime"),
-            *("--quiet", "--output", str(path)),
+            *("--imgsz", "320", "--quiet", "--output", str(path)),
         ],
         cwd=root,
         capture_output=True,
@@ -422,13 +421,13 @@ def sample_int8(root: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleI
 
 @pytest.mark.slow
 def test_the_sample_keeps_its_accuracy_in_int8_and_in_half_precision_beside(
-    sample_engine: BuiltEngine, sample_int8: SampleInt8, root: Path, tmp_path: Path
+    sample_320: Graph, sample_int8: SampleInt8, root: Path, tmp_path: Path
 ) -> None:
     whole = load_coco(root / "samples")
     in_single = average_precision(sample_int8.path, whole)
-    assert in_single >= 0.518  # 0.5207 in FP32
+    assert in_single >= graph_precision(sample_320.model, tmp_path, whole) - 0.003
     half = quantize(
-        graph_from_onnx(sample_engine.path),
+        sample_320,
         root / "calib",
         QuantizationSettings(fp16=True),
         table_file=sample_int8.table_file,
@@ -449,11 +448,11 @@ def test_the_samples_graph_is_whole_and_small(sample_int8: SampleInt8) -> None:
 
 
 @pytest.mark.slow
-def test_building_takes_less_than_2_gib(sample_int8: SampleInt8) -> None:
+def test_building_takes_less_than_1_6_gib(sample_int8: SampleInt8) -> None:
     if sample_int8.peak_kib is None:
         pytest.skip("reads Linux's /proc")
-    # Kept whole, what is measured of the images would be more than that by itself.
-    assert sample_int8.peak_kib < 2 * 2**20
+    # It takes 1.3. Kept whole, what is measured of the images would be 0.4 more.
+    assert sample_int8.peak_kib < 1.6 * 2**20
 
 
 @pytest.mark.slow

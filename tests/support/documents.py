@@ -33,12 +33,17 @@ _SMALL = ("--imgsz", "64")
 _SHORTER = {
     "build": _SMALL,
     "export": _SMALL,
-    "sensitivity": _SMALL,
+    "sensitivity": (*_SMALL, "--calibrator", "minmax", "--no-equalize"),
     "bench": ("--duration", "0.05"),
-    "compare": ("--duration", "0.05", "--rounds", "3", "--examples", "1", "--no-layers", *_SMALL),
+    "compare": (
+        *("--duration", "0.05", "--rounds", "3", "--examples", "1", "--no-layers"),
+        *("--calibrator", "minmax", *_SMALL),
+    ),
     "train": ("--epochs", "1", "--batch", "4", *_SMALL),
     "qat": ("--epochs", "1", "--batch", "4", *_SMALL),
 }
+_QUICKER = ("--calibrator", "minmax", "--no-equalize", "--no-reconstruct")
+"""For `--int8`, whose search has tests of its own."""
 _KEPT = {"--onnx", "--resume"}
 """Options of commands that take no others."""
 
@@ -123,7 +128,11 @@ def commands(block: Block, *, shortened: bool = False) -> list[list[str]]:
             continue
         else:
             raise ValueError(f"{block.place}: {words[0]} does not run here; mark what it needs")
-        extra = _SHORTER.get(arguments[0], ()) if shortened and not _KEPT & {*arguments} else ()
+        extra: list[str] = []
+        if shortened and not _KEPT & {*arguments}:
+            extra += _SHORTER.get(arguments[0], ())
+        if shortened and "--int8" in arguments:
+            extra += _QUICKER
         found.append([*arguments, *extra])
     return found
 

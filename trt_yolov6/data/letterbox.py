@@ -50,14 +50,13 @@ class Letterbox:
         Returns:
             float32 (n, 4), x1, y1, x2, y2 in pixels of the original image.
         """
-        height, width = self.source
-        ratio_y, ratio_x = height / self.resized[0], width / self.resized[1]
         # In place, and without `np.clip`: for a few boxes the calls take longer than the numbers.
-        mapped = np.subtract(boxes, (self.left, self.top) * 2, dtype=np.float64)
-        mapped *= (ratio_x, ratio_y, ratio_x, ratio_y)
+        start, ratio, most = _mapping_arrays(self)
+        mapped = boxes - start
+        mapped *= ratio
         if clip:
             np.maximum(mapped, 0, out=mapped)
-            np.minimum(mapped, (width, height) * 2, out=mapped)
+            np.minimum(mapped, most, out=mapped)
         else:
             np.maximum(mapped, -_LARGEST, out=mapped)
             np.minimum(mapped, _LARGEST, out=mapped)
@@ -78,7 +77,10 @@ def to_sources(
     Returns:
         float32 (images, n, 4), x1, y1, x2, y2 in pixels of the original images.
     """
-    table = np.array([_mapping(one) for one in letterboxes], np.float64).reshape(-1, 1, 12)
+    several = list(letterboxes)
+    if several and several.count(several[0]) == len(several):
+        del several[1:]
+    table = np.array([_mapping(one) for one in several], np.float64).reshape(-1, 1, 12)
     mapped = boxes - table[..., :4]
     mapped *= table[..., 4:8]
     np.maximum(mapped, 0 if clip else -_LARGEST, out=mapped)
@@ -93,6 +95,14 @@ def _mapping(one: Letterbox) -> tuple[float, ...]:
     height, width = one.source
     ratios = width / one.resized[1], height / one.resized[0]
     return (one.left, one.top) * 2 + ratios * 2 + (width, height) * 2
+
+
+@functools.lru_cache(maxsize=1024)
+def _mapping_arrays(one: Letterbox) -> NDArray[np.float64]:
+    """Return the same, float64 (3, 4)."""
+    table = np.array(_mapping(one), np.float64).reshape(3, 4)
+    table.flags.writeable = False
+    return table
 
 
 def fit(

@@ -185,7 +185,7 @@ def decoded_on_gpu(
     return [one.read() if isinstance(one, Jpeg) else one for one in images], ready
 
 
-@dataclass
+@dataclass(slots=True)
 class _Read:
     """One item that was read."""
 

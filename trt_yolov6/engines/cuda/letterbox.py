@@ -11,10 +11,12 @@ import ctypes
 import dataclasses
 import functools
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox
 from trt_yolov6.data.preprocessing import Interpolation, Preprocessing
@@ -142,6 +144,31 @@ def write_record(
         method_of(placed, interpolation),
         view.channel_step,
     )
+
+
+def write_alike(
+    records: NDArray[np.uint8],
+    addresses: Sequence[int],
+    channel_step: int,
+    placed: Letterbox,
+    interpolation: Interpolation,
+) -> None:
+    """Describe whole images of one size to the kernel, as `write_record` does one by one.
+
+    Args:
+        records: uint8, `RECORD_BYTES` a row, C-contiguous.
+        addresses: where the red value of each image's first pixel lies; its rows follow each other.
+        channel_step: bytes from red to green and from green to blue.
+        placed: where each goes.
+        interpolation: how each is resized.
+    """
+    height, width = placed.source
+    view = ImageView(addresses[0], height, width, 3 * width, 3, channel_step)
+    write_record(records, 0, view, placed, interpolation)
+    table = records.view(np.uint64).reshape(-1, RECORD_BYTES // 8)
+    number = len(addresses)
+    table[1:number] = table[0]
+    table[:number, 0] = addresses
 
 
 def pixels_of_thread(width: int) -> int:

@@ -5,7 +5,6 @@ What travels is the raw uint8 image, a quarter of the letterboxed float input an
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,12 +15,12 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.engines.cuda.device import DeviceMemory, PinnedMemory, PinnedPool, Stream
-from trt_yolov6.engines.cuda.letterbox import ImageView, interleaved
+from trt_yolov6.engines.cuda.letterbox import ImageView
 
 _ALIGNMENT = 256
 """Bytes that the place of an image sent by itself, and of a group, is a multiple of."""
 
-PACKERS = min(4, len(usable_cpus()))
+PACKERS = min(8, max(1, len(usable_cpus()) // 2))
 """Threads that pack a batch: what one of them copies keeps up with no fast engine."""
 
 _LEAST = 2 * 2**20
@@ -41,47 +40,58 @@ class Staging:
         self._in_use: Any = None
 
     def send(self, images: Sequence[NDArray[np.uint8]], stream: Stream) -> list[ImageView]:
+        """Start the copy of images, see `place`, and return where each will lie for the GPU."""
+        addresses, step = self.place(images, stream)
+        return [
+            ImageView(address, image.shape[0], image.shape[1], 3 * image.shape[1], 3, step)
+            for image, address in zip(images, addresses, strict=True)
+        ]
+
+    def place(
+        self, images: Sequence[NDArray[np.uint8]], stream: Stream, *, stay: bool = False
+    ) -> tuple[list[int], int]:
         """Start the copy of images; the last batch must have been read.
 
         Args:
             images: uint8 (height, width, 3), C-contiguous; not to be changed until what reads them
                 is done.
             stream: what comes next on it sees them.
+            stay: a single image is left in page-locked memory, for the GPU to read it there.
 
         Returns:
-            Where each will lie for the GPU.
+            Where the red value of each image's first pixel will lie for the GPU, and the bytes from
+            red to green and from green to blue.
 
         Raises:
             CudaError: there is no room for them.
         """
         self._in_use = images
-        rest = [index for index, one in enumerate(images) if not self._locked.holds(one)]
-        groups = _groups([images[index].nbytes for index in rest])
+        if not images:
+            return [], 1
+        if len(images) == 1:
+            return self._send_one(images[0], stream, stay)
+        holds = self._locked.holds
+        rest = [index for index, one in enumerate(images) if not holds(one)]
+        sizes = [image.nbytes for image in images]
+        groups = _groups([sizes[index] for index in rest])
         places, end = [0] * len(images), 0
         for group in groups:  # one after the other, so that a group is packed by one call
             for index in rest[group]:
                 places[index] = end
-                end += images[index].nbytes
+                end += sizes[index]
             end = _aligned(end)
         packed = end
-        is_packed = set(rest)
-        for index, image in enumerate(images):
-            if index not in is_packed:
-                places[index] = end
-                end = _aligned(end + image.nbytes)
+        locked = sorted(set(range(len(images))).difference(rest))
+        for index in locked:
+            places[index] = end
+            end = _aligned(end + sizes[index])
         self._make_room(packed, end)
-        for index, image in enumerate(images):
-            if index not in is_packed:
-                self._copy(stream, image.ctypes.data, places[index], image.nbytes)
         assert self._device is not None
-        base = self._device.address
-        if len(rest) == len(images) == 1:
-            return [self._send_one(images[0], base, stream)]
+        for index in locked:
+            self._copy(stream, images[index].ctypes.data, places[index], sizes[index])
         self._pack_and_send(images, places, [rest[group] for group in groups], stream)
-        return [
-            interleaved(base + place, *image.shape[:2])
-            for image, place in zip(images, places, strict=True)
-        ]
+        base = self._device.address
+        return [base + place for place in places], 1
 
     def free(self) -> None:
         """Free the memory."""
@@ -95,7 +105,7 @@ class Staging:
 
     def _make_room(self, packed: int, end: int) -> None:
         """Have room for that number of bytes in page-locked memory, and on the GPU."""
-        if self._device is None or self._device.nbytes < end:
+        if end and (self._device is None or self._device.nbytes < end):
             if self._device is not None:
                 self._device.free()
                 self._device = None
@@ -107,19 +117,30 @@ class Staging:
             self._host = PinnedMemory(packed + packed // 4)
             self._whole = self._host.array((self._host.nbytes,), np.dtype(np.uint8))
 
-    def _send_one(self, image: NDArray[np.uint8], base: int, stream: Stream) -> ImageView:
-        """Pack a single image as blue, green, red, and send it.
+    def _send_one(
+        self, image: NDArray[np.uint8], stream: Stream, stay: bool
+    ) -> tuple[list[int], int]:
+        """Send a single image, as blue, green, red unless it lies in page-locked memory already.
 
         OpenCV exchanges channels with several threads at once, the shortest way to have several
         copy a megabyte: 0.9 MB took 28 to 37 us on a machine with an H100, NumPy's copy 39 to 85,
         and four threads of Python's 260.
         """
-        assert self._host is not None
-        target = self._whole[: image.nbytes].reshape(image.shape)
-        cv2.cvtColor(image, cv2.COLOR_RGB2BGR, dst=target)
-        self._copy(stream, self._host.address, 0, image.nbytes)
-        height, width = image.shape[:2]
-        return dataclasses.replace(interleaved(base + 2, height, width), channel_step=-1)
+        nbytes = image.nbytes
+        is_locked = self._locked.holds(image)
+        self._make_room(0 if is_locked else nbytes, 0 if stay else nbytes)
+        if is_locked:
+            address = int(image.__array_interface__["data"][0])
+        else:
+            assert self._host is not None
+            target = self._whole[:nbytes].reshape(image.shape)
+            cv2.cvtColor(image, cv2.COLOR_RGB2BGR, dst=target)
+            address = self._host.address
+        if not stay:
+            assert self._device is not None
+            stream.copy_in(self._device, address, nbytes)
+            address = self._device.address
+        return ([address], 1) if is_locked else ([address + 2], -1)
 
     def _pack_and_send(
         self,

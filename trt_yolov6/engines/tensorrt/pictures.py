@@ -27,11 +27,13 @@ from trt_yolov6.engines.cuda.device import (
     PinnedMemory,
     PinnedPool,
     Stopwatch,
+    Stream,
 )
 from trt_yolov6.engines.cuda.letterbox import (
     RECORD_BYTES,
     ImageView,
     LetterboxKernel,
+    write_alike,
     write_record,
 )
 from trt_yolov6.engines.cuda.staging import Staging
@@ -39,9 +41,6 @@ from trt_yolov6.engines.cuda.suppression import Suppression
 from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
-
-DIRECT_ROWS = 1
-"""Images of a batch whose places the kernel reads from the host's memory: a copy takes longer."""
 
 _STAGE_RUNS = 30
 """Times that each stage is timed."""
@@ -159,6 +158,7 @@ class PictureLane:
         self._records = DeviceMemory(nbytes)
         self._written = PinnedMemory(nbytes)
         self._table = self._written.array((nbytes,), np.dtype(np.uint8))
+        self._sent_records = b""
         self._graphs: dict[tuple[int, NmsSettings], CudaGraph] = {}
         self._warm: set[tuple[int, NmsSettings]] = set()
         self._generation = lane.prepare(largest)
@@ -185,12 +185,19 @@ class PictureLane:
         stream = self._lane.stream
         self._in_use = images
         here = [image for image in images if not isinstance(image, ImageView)]
-        sent = iter(self._staging.send(here, stream) if here else ())
-        for row, (image, place) in enumerate(zip(images, placed, strict=True)):
-            view = image if isinstance(image, ImageView) else next(sent)
-            write_record(self._table, row, view, place, self._interpolation)
+        addresses, step = self._staging.place(here, stream, stay=_stays(placed))
+        if here and len(here) == len(placed) and _are_alike(images, placed):
+            write_alike(self._table, addresses, step, placed[0], self._interpolation)
+        else:
+            sent = iter(addresses)
+            for row, (image, place) in enumerate(zip(images, placed, strict=True)):
+                if not isinstance(image, ImageView):
+                    height, width = image.shape[:2]
+                    image = ImageView(next(sent), height, width, 3 * width, 3, step)
+                write_record(self._table, row, image, place, self._interpolation)
         if len(images) < self._largest:
             self._table[RECORD_BYTES * len(images) :] = 0
+        self._send_records(stream)
         if after is not None:
             stream.wait_for(after)
         self._rows, self._nms = rows, nms
@@ -231,8 +238,7 @@ class PictureLane:
         here = [image for image in images if not isinstance(image, ImageView)]
 
         def copy() -> None:
-            self._staging.send(here, stream)
-            stream.copy_in(self._records, self._written.address, RECORD_BYTES * rows)
+            self._staging.place(here, stream)
 
         def letterbox() -> None:
             target = lane.input_memory.address
@@ -243,7 +249,7 @@ class PictureLane:
 
         last = "suppression and copy back" if self._is_suppressed else "copy of all outputs"
         stages: dict[str, Callable[[], None]] = {
-            **({"copy to the GPU": copy} if here else {}),
+            **({"copy to the GPU": copy} if here and not _stays(placed) else {}),
             "letterbox": self._recorded(letterbox),
             "engine": self._recorded(lane.run),
             last: self._recorded(suppression),
@@ -256,6 +262,17 @@ class PictureLane:
                 times.append(stopwatch.time(work))
             found[name] = float(np.median(times))
         return found
+
+    def _send_records(self, stream: Stream) -> None:
+        """Have the images' places on the GPU, where those of the last batch still lie.
+
+        Of images of one size, sent from the same memory, they are the same from batch to batch.
+        """
+        records = self._table.tobytes()
+        if records != self._sent_records:
+            self._sent_records = b""
+            stream.copy_in(self._records, self._written.address, len(records))
+            self._sent_records = records
 
     def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         """Return a function that launches some work as a CUDA graph, or does it where none can."""
@@ -310,11 +327,7 @@ class PictureLane:
     def _enqueue(self, key: tuple[int, NmsSettings]) -> None:
         rows, nms = key
         lane = self._lane
-        records = self._written.address
-        if rows > DIRECT_ROWS:
-            lane.stream.copy_in(self._records, records, RECORD_BYTES * rows)
-            records = self._records.address
-        self._kernel.enqueue(lane.stream, records, lane.input_memory.address, rows)
+        self._kernel.enqueue(lane.stream, self._records.address, lane.input_memory.address, rows)
         lane.run()
         self._take_boxes(rows, nms)
 
@@ -331,6 +344,21 @@ class PictureLane:
             graph.free()
         self._graphs.clear()
         self._warm.clear()
+
+
+def _are_alike(images: Sequence[Image], placed: Sequence[Letterbox]) -> bool:
+    """Return whether images, none of them a view, are of one size and go to the same place."""
+    same_place = placed.count(placed[0]) == len(images)
+    return same_place and len({image.shape for image in images}) == 1
+
+
+def _stays(placed: Sequence[Letterbox]) -> bool:
+    """Return whether a batch's pixels stay in the host's memory, where the kernel reads them.
+
+    A single image that is not resized is read once. That takes no longer than the copy, and a call
+    less.
+    """
+    return len(placed) == 1 and placed[0].resized == placed[0].source
 
 
 class _PictureRun(Run):
