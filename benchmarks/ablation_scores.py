@@ -99,12 +99,17 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
     return {
         "images": len(truth.images),
         "folds": FOLDS,
-        "calls": calls,
+        "calls": [call | {"failed": _last_lines(call["failed"])} for call in calls],
         "variants": {name: _entry(name, own, scores) for name, own in whole.items()},
         "repeats": _compared_pairs([(f"{model}-again", model) for model in "ns"], scores),
         "tables": {number: _compared_rows(table, scores) for number, table in TABLES.items()},
         "pairs": _compared_pairs(PAIRS, scores),
     }
+
+
+def _last_lines(errors: Mapping[str, str]) -> dict[str, str]:
+    """Return what is said at the end of tracebacks."""
+    return {name: text.strip().splitlines()[-1] for name, text in errors.items()}
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, int, str, Any]]:
