@@ -46,10 +46,10 @@ _FOUND_BYTES = 14 * 2**20
 """Size of a file of detections, at most."""
 
 EPILOG = """how long it takes, measured on H100 under MPS, a training of 60 epochs at 320 pixels,
-among others: eight side by side with 24 cores N 43 s (0.6 s an epoch) and S 60 s; fourteen side by side
-with 14 cores N 65 s (1.0) and S 75 to 110 s (1.2), without branches N 43 s and S 54 s. The cores
-that give the orders are the bound, so a variant of N, five trainings, takes 25 s of a GPU either
-way, one of S 30 to 35 s. A worker's first training takes 40 s longer. QAT of S takes 50 to 70 s,
+among others: eight side by side with 24 cores N 43 s (0.6 s an epoch) and S 60 s; fourteen with 14
+cores N 65 s (1.0) and S 75 to 110 s (1.2), without branches N 43 s and S 54 s. The cores that give
+the orders are the bound, so a variant of N, five trainings, takes 25 s of a GPU either way, one of
+S 30 to 35 s. A worker's first training takes 40 s longer. QAT of S takes 50 to 70 s,
 PTQ 10 s, with six layers in float 20 s, and 55 s where AP ranks them or `build`'s search is run.
 N and S with all tables of theirs took 1 600 GPU seconds. The default recipe: N 224 s, eight side by
 side. Guessed: S by the default recipe 400 s, so give both a call of their own, `--only s-full
