@@ -7,6 +7,7 @@ with the same images and seeds; it knows what training does by chance, from five
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ import numpy as np
 from benchmarks.ablation_variants import PLAIN, TABLES, VARIANTS, Cell, Table
 from benchmarks.folds import (
     FOLDS,
+    MeanOf,
     ap_by_fold,
     ap_of,
     difference,
@@ -45,12 +47,17 @@ class Scored:
     """Epochs, over those that the variant asks for of its schedule."""
     by_fold: tuple[float, ...]
     """AP of each fold's network in its own fold, 0..1."""
-    matched: MatchedDetections | None
+    matched: MatchedDetections | MeanOf | None
     """Detections of all folds; None where they were lost."""
 
 
 Scores = Mapping[tuple[str, str], Scored]
 """By variant and input."""
+
+
+REPEATS = {"n": "n-again", "s": "s-again"}
+"""Variants that most others are compared with, and the same with other seeds. Other trainings are
+compared with the mean of both: what chance gave one would be in every difference."""
 
 
 def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) -> dict[str, Any]:
@@ -96,13 +103,17 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
                 tuple(by_fold),
                 together,
             )
+    means = {name: mean for name in REPEATS if (mean := _mean(name, scores)) is not None}
     return {
         "images": len(truth.images),
         "folds": FOLDS,
         "calls": [call | {"failed": _last_lines(call["failed"])} for call in calls],
         "variants": {name: _entry(name, own, scores) for name, own in whole.items()},
-        "repeats": _compared_pairs([(f"{model}-again", model) for model in "ns"], scores),
-        "tables": {number: _compared_rows(table, scores) for number, table in TABLES.items()},
+        "repeats": _compared_pairs([(again, name) for name, again in REPEATS.items()], scores),
+        "means": {name: _figures(one) for name, one in means.items()},
+        "tables": {
+            number: _compared_rows(table, scores, means) for number, table in TABLES.items()
+        },
         "pairs": _compared_pairs(PAIRS, scores),
     }
 
@@ -177,7 +188,20 @@ def _alike(own: Scored, base: Scored) -> bool:
     return own.image_size == base.image_size and (any(quantized) or own.schedule == base.schedule)
 
 
-def _compared_rows(table: Table, scores: Scores) -> list[dict[str, Any]]:
+def _mean(name: str, scores: Scores) -> Scored | None:
+    """Return a variant and its repeat as one, where both are there."""
+    one, again = scores.get((name, PLAIN)), scores.get((REPEATS[name], PLAIN))
+    if one is None or again is None:
+        return None
+    by_fold = tuple((a + b) / 2 for a, b in zip(one.by_fold, again.by_fold, strict=True))
+    known = [own for own in (one.matched, again.matched) if isinstance(own, MatchedDetections)]
+    together = MeanOf(tuple(known)) if len(known) == 2 else None
+    return dataclasses.replace(one, by_fold=by_fold, matched=together)
+
+
+def _compared_rows(
+    table: Table, scores: Scores, means: Mapping[str, Scored]
+) -> list[dict[str, Any]]:
     """Return the differences from the base of a table, for all that is there."""
     rows = []
     for column, network in enumerate(table.columns):
@@ -185,15 +209,20 @@ def _compared_rows(table: Table, scores: Scores) -> list[dict[str, Any]]:
             base = None if cells[column] is None else table.base_of(label, column)
             if base is None:
                 continue
-            own, other = _of(cells[column], scores), _of(table.rows[base][column], scores)
+            own, other = (
+                _of(cell, scores, means if table.is_plain else {})
+                for cell in (cells[column], table.rows[base][column])
+            )
             if own is not None and other is not None and _alike(own, other):
                 found = compared(own, other)
                 rows.append({"network": network, "row": label, "base": base, **found})
     return rows
 
 
-def _of(cell: Cell | None, scores: Scores) -> Scored | None:
-    return None if cell is None else scores.get((cell.variant, cell.input))
+def _of(cell: Cell | None, scores: Scores, means: Mapping[str, Scored]) -> Scored | None:
+    if cell is None:
+        return None
+    return means.get(cell.variant) or scores.get((cell.variant, cell.input))
 
 
 PAIRS = (

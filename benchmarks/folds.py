@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -278,7 +278,34 @@ def without_missing_boxes(truth: Truth, rows: NDArray[Any]) -> NDArray[Any]:
     return rows
 
 
-def ap_of(found: MatchedDetections) -> Interval:
+class Scorable(Protocol):
+    """Detections of networks, to be scored over any draw of the images."""
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+
+    def ap(self, draws: NDArray[np.int64] | None = None) -> float:
+        """Return AP, 0..1; `draws` (images,): how often each image counts."""
+
+
+@dataclass(frozen=True)
+class MeanOf:
+    """Trainings that differ in nothing but their seeds: their AP is the mean of theirs."""
+
+    parts: tuple[MatchedDetections, ...]
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return self.parts[0].images
+
+    def ap(self, draws: NDArray[np.int64] | None = None) -> float:
+        """Return the mean AP, 0..1; `draws` (images,): how often each image counts."""
+        return float(np.mean([part.ap(draws) for part in self.parts]))
+
+
+def ap_of(found: Scorable) -> Interval:
     """Return the AP over all images, 0..1, with its interval over images."""
     return interval(found.ap, found.images)
 
@@ -289,6 +316,6 @@ def ap_by_fold(truth: Truth, found: MatchedDetections) -> list[float]:
     return [found.ap((truth.fold_of == fold).astype(np.int64)) for fold in folds]
 
 
-def difference(own: MatchedDetections, base: MatchedDetections) -> Interval:
+def difference(own: Scorable, base: Scorable) -> Interval:
     """Return how much higher an AP is than another one, paired: both on the same draws."""
     return interval(lambda draws: own.ap(draws) - base.ap(draws), own.images)

@@ -137,6 +137,10 @@ seeds: it knows what chance does in training, from five values. The second is a 
 images, of the AP of all folds' detections together. Differences are paired: the same folds, seeds \
 and draws. "Agree" means that each interval of the difference excludes zero on the paper's side, \
 "contradict" on the other side, "cannot tell" that one includes zero.
+
+N and S by the recipe itself, with which the others are compared, were trained twice, with other \
+seeds; in Tables 2 to 13 the mean of both stands for them: the luck of one would be in every \
+difference.
 """
 
 
@@ -308,6 +312,8 @@ def _own_cells(table: ablation_variants.Table, data: Mapping[str, Any]) -> dict[
         for cell in cells:
             entry = None if cell is None else data["variants"].get(cell.variant)
             found = None if entry is None or cell is None else entry["AP"].get(cell.input)
+            if found is not None and cell is not None and table.is_plain:
+                found = data["means"].get(cell.variant, found)
             texts.append("" if found is None else _ap(found))
         rows[label] = texts
     return rows
