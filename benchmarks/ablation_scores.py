@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.ablation_variants import PLAIN, TABLES, VARIANTS, Cell, Table
 from benchmarks.folds import (
     FOLDS,
     MeanOf,
+    Scorable,
     ap_by_fold,
     ap_of,
     difference,
@@ -34,7 +36,7 @@ from benchmarks.folds import (
 )
 from trt_yolov6.common.files import read_json
 from trt_yolov6.common.statistics import CONFIDENCE, student_t
-from trt_yolov6.quantization.resampling import Interval, MatchedDetections
+from trt_yolov6.quantization.resampling import Interval, MatchedDetections, interval
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
             number: _compared_rows(table, scores, means) for number, table in TABLES.items()
         },
         "pairs": _compared_pairs(PAIRS, scores),
+        "rep_optimizer": rep_optimizer_gains(scores),
     }
 
 
@@ -260,6 +263,45 @@ def _compared_pairs(pairs: Iterable[tuple[str, str]], scores: Scores) -> list[di
         for own, base in pairs
         if (own, PLAIN) in scores and (base, PLAIN) in scores
     ]
+
+
+GAINS = {
+    "v2.0, min-max": ("s-rep-ptq", "s-rep", "s-ptq", "s"),
+    "v2.0, one scale a layer": ("s-rep-ptq-per-tensor", "s-rep", "s-ptq-per-tensor", "s"),
+    "v1.0, min-max": ("s-v1-rep-ptq", "s-v1-rep", "s-objectness-ptq", "s-objectness"),
+    "v1.0, one scale a layer": (
+        *("s-v1-rep-ptq-per-tensor", "s-v1-rep"),
+        *("s-objectness-ptq-per-tensor", "s-objectness"),
+    ),
+}
+"""Networks in INT8 and in float, with RepOptimizer and then with branches."""
+
+
+def rep_optimizer_gains(scores: Scores) -> list[dict[str, Any]]:
+    """Return how much less AP RepOptimizer's networks lose in INT8 than those with branches."""
+    rows = []
+    for label, names in GAINS.items():
+        own = [scores.get((name, PLAIN)) for name in names]
+        known = [one for one in own if one is not None]
+        if len(known) < len(names):
+            continue
+        apart = [
+            a - b - (c - d) for a, b, c, d in zip(*(one.by_fold for one in known), strict=True)
+        ]
+        found = [one.matched for one in known if one.matched is not None]
+        images = _json(_spared(*found)) if len(found) == len(names) else None
+        rows.append({"row": label, "folds": _json(over_folds(apart)), "images": images})
+    return rows
+
+
+def _spared(
+    quantized: Scorable, floating: Scorable, other_quantized: Scorable, other_floating: Scorable
+) -> Interval:
+    def statistic(draws: NDArray[np.int64]) -> float:
+        own = quantized.ap(draws) - floating.ap(draws)
+        return own - (other_quantized.ap(draws) - other_floating.ap(draws))
+
+    return interval(statistic, quantized.images)
 
 
 def summary(result: Mapping[str, Any]) -> str:
