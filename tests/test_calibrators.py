@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -33,14 +35,20 @@ def statistics_of(*batches: NDArray[np.floating]) -> TensorStatistics:
 def samples(kind: str, count: int = 1_000_000) -> NDArray[np.float32]:
     """Return `count` values in pieces so small that all of them are counted."""
     generator = np.random.default_rng(5)
-    normal = generator.standard_normal(count)
-    values = {
-        "normal": normal,
-        "relu": np.maximum(normal, 0),
-        "laplace": generator.laplace(size=count),
-        "uniform": generator.uniform(-1, 1, count),
-    }[kind]
-    return values.astype(np.float32)
+    half, few = count // 2, count // 600
+    makers: dict[str, Callable[[], NDArray[np.float64]]] = {
+        "normal": lambda: generator.standard_normal(count),
+        "relu": lambda: np.maximum(generator.standard_normal(count), 0),
+        "laplace": lambda: generator.laplace(size=count),
+        "uniform": lambda: generator.uniform(-1, 1, count),
+        "gamma": lambda: generator.gamma(0.5, size=count),
+        "t": lambda: generator.standard_t(2, count),
+        "few wide": lambda: np.append(
+            generator.uniform(0, 1, count - few), generator.uniform(0, 10, few)
+        ),
+        "half the same": lambda: np.append(np.full(half, 0.5), generator.uniform(4, 7.9, half)),
+    }
+    return makers[kind]().astype(np.float32)
 
 
 def in_pieces(values: NDArray[np.float32]) -> TensorStatistics:
@@ -121,6 +129,24 @@ def test_mse_finds_the_best_of_1024_magnitudes(kind: str) -> None:
     assert amax_of(statistics, "mse") == pytest.approx(best, rel=1e-9)
 
 
+def test_mse_cuts_off_a_lone_outlier_however_far_away_it_is() -> None:
+    found = in_pieces(np.append(samples("normal"), np.float32(400)))
+    # One of a hundred million.
+    often = np.where(np.arange(BINS) * found.bin_width < 399, 100, 1)
+    statistics = dataclasses.replace(found, histogram=found.histogram * often)
+    every = statistics.amax * np.arange(1, 1025) / 1024
+    best = every[np.argmin(quantization_error(statistics, every))]
+    assert best < statistics.amax / 64
+    assert amax_of(statistics, "mse") == pytest.approx(best, rel=1e-9)
+
+
+def test_the_quantization_error_is_a_mean_of_however_few_values() -> None:
+    one, many = (statistics_of(np.full(count, 0.3, np.float32)) for count in (1, 1000))
+    for amax in (0.1, 0.3):
+        assert quantization_error(one, amax) == pytest.approx(float(quantization_error(many, amax)))
+    assert quantization_error(one, 0.1) == pytest.approx(0.2**2, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["normal", "laplace", "uniform"])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
 def test_quantization_error_is_what_quantizing_the_values_costs(kind: str, fraction: float) -> None:
@@ -162,12 +188,17 @@ def slow_entropy(statistics: TensorStatistics) -> tuple[list[float], float]:
     return divergences, answer
 
 
-@pytest.mark.parametrize("kind", ["normal", "laplace", "relu"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "laplace", "relu", "gamma", "t", "few wide", "half the same"]
+)
 def test_entropy_is_the_definition_carried_out_for_every_candidate(kind: str) -> None:
     statistics = in_pieces(samples(kind, 60_000))
     divergences, answer = slow_entropy(statistics)
     assert min(divergences) < math.inf
     assert entropy_amax(statistics) == pytest.approx(answer)
+    # Shares count, not numbers.
+    rarer = dataclasses.replace(statistics, histogram=8 * statistics.histogram)
+    assert entropy_amax(rarer) == pytest.approx(answer)
 
 
 def test_entropy_cuts_off_a_lone_outlier() -> None:

@@ -109,6 +109,27 @@ def test_boxes_smaller_than_a_pixel_overlap_as_others_do() -> None:
     assert suppress(boxes, np.zeros(3, int), 0.5, 10).tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("iou", [0.05, 0.1, 0.2, 0.3, 0.5, 0.65, 0.9])
+@pytest.mark.parametrize("way", ["right", "left", "down", "up"])
+def test_a_box_that_is_many_times_as_long_overlaps_by_its_share(iou: float, way: str) -> None:
+    for share, kept in ((1.01 * iou, [0]), (0.99 * iou, [0, 1])):
+        long = 10 / share
+        ends = {
+            "right": [0, 0, long, 10],
+            "left": [10 - long, 0, 10, 10],
+            "down": [0, 0, 10, long],
+            "up": [0, 10 - long, 10, 10],
+        }
+        pair = np.array([[0, 0, 10, 10], ends[way]], float)
+        assert suppress(pair, np.zeros(2, int), iou, 10).tolist() == kept
+        assert suppress(pair[::-1], np.zeros(2, int), iou, 10).tolist() == kept
+        # Also where there are thousands between them.
+        others = np.arange(3000)[:, None] * 40.0 + [1000, 1000, 1010, 1010]
+        many = np.concatenate([pair[:1], others, pair[1:]])
+        found = suppress(many, np.zeros(len(many), int), iou, 5000)
+        assert len(found) == 3000 + len(kept)
+
+
 @pytest.mark.parametrize(("classes", "limit"), [(80, 300), (1, 300), (80, MAX_CANDIDATES)])
 def test_thousands_of_candidates_take_milliseconds(classes: int, limit: int) -> None:
     boxes, _, labels = crowd(MAX_CANDIDATES, classes, 60)
@@ -267,9 +288,21 @@ def test_more_candidates_than_the_cap_keep_the_best(monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(found.confidence, best)
 
 
-def test_outputs_of_another_layout_are_refused() -> None:
-    with pytest.raises(UserError, match="boxes"):
-        postprocess({"rows": np.zeros((1, 10, 8))}, "split", NmsSettings(), [WHOLE])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"rows": (1, 10, 8)},
+        {"boxes": (1, 10, 4)},
+        {"boxes": (1, 10, 5), "scores": (1, 10, 3)},
+        {"boxes": (1, 10, 4), "scores": (1, 9, 3)},
+        {"boxes": (10, 4), "scores": (1, 10, 3)},
+        {"boxes": (1, 10, 4), "scores": (1, 10, 3, 1)},
+    ],
+)
+def test_outputs_of_another_layout_are_refused(shapes: dict[str, tuple[int, ...]]) -> None:
+    outputs = {name: np.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(UserError, match=r"do not have (boxes|scores)"):
+        postprocess(outputs, "split", NmsSettings(), [WHOLE])
 
 
 @given(seed=st.integers(0, 10**6), images=st.integers(1, 4), confidence=st.floats(0.1, 0.9))
@@ -359,6 +392,23 @@ def test_a_score_of_exactly_the_threshold_is_not_above_it() -> None:
     )
     (chosen,) = postprocess(candidates, "split", NmsSettings(0.5), [WHOLE])
     assert chosen.xyxy[:, 3].tolist() == [41]
+
+
+def test_what_an_engine_kept_is_filtered_as_its_candidates_are() -> None:
+    above = np.nextafter(np.float32(0.5), np.float32(1))
+    candidates = Candidates(
+        images=np.zeros(3, np.int64),
+        classes=np.arange(3),
+        anchors=np.arange(3),
+        scores=np.array([0.75, above, 0.5], np.float32),
+        boxes=np.array([[5, 5, 5, 9], [1, 2, 30, 40], [1, 2, 30, 41]], np.float32),
+    )
+    nms = NmsSettings(0.5, 0.5, 20)
+    for outputs in (candidates, as_suppressed(candidates, 1, NmsSettings(0.03, 0.5, 20))):
+        (whole,) = postprocess(outputs, "split", nms, [WHOLE], clip=False)
+        assert whole.class_id.tolist() == [0, 1]
+        (clipped,) = postprocess(outputs, "split", nms, [WHOLE])
+        assert clipped.class_id.tolist() == [1]
 
 
 class Recorded(ThreadPoolExecutor):

@@ -24,7 +24,8 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization import solve
-from trt_yolov6.quantization.equalization.channel_graph import FIXED, rescale, trace_channels
+from trt_yolov6.quantization.equalization.channel_graph import FIXED, trace_channels
+from trt_yolov6.quantization.equalization.rescaling import rescale
 from trt_yolov6.quantization.equalization.solve import equalize, noise_to_signal, tensors_to_measure
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
@@ -309,6 +310,56 @@ def test_shifted_channels_reach_as_far_below_zero_as_above() -> None:
     np.testing.assert_allclose(found.low_per_channel, -found.high_per_channel, rtol=1e-4)
     # And no channel has fewer of INT8's levels than it can have.
     np.testing.assert_allclose(found.high_per_channel, found.amax, rtol=0.02)
+
+
+@pytest.mark.parametrize(("axis", "count"), [(1, 1), (-3, 1), (2, 0), (-1, 0)])
+def test_what_is_concatenated_can_be_shifted_channel_by_channel_only(axis: int, count: int) -> None:
+    drawing = Drawing(0)
+    drawing.grow("SiLU", drawing.convolution("images"), "")
+    active = list(drawing.channels)[-1]
+    both = drawing.add("Concat", [active, active], 8 if count else 4, axis=axis)
+    drawing.add("Conv", [both, drawing.normal(4, drawing.channels[both], 1, 1)], 4)
+    assert len(trace_channels(drawing.model(), through_activations=True).shiftable) == count
+
+
+@pytest.mark.parametrize("unknown", [None, 2, 3])
+def test_a_border_of_unknown_size_cannot_be_made_up_for(unknown: int | None) -> None:
+    drawing = Drawing(0)
+    drawing.grow("SiLU", drawing.convolution("images"), "")
+    drawing.grow("depthwise", list(drawing.channels)[-1], "")
+    model = drawing.model()
+    if unknown:
+        model.graph.input[0].type.tensor_type.shape.dim[unknown].dim_param = "free"
+    assert bool(trace_channels(model, through_activations=True).shiftable) is (unknown is None)
+
+
+def test_a_bias_that_others_read_as_well_keeps_its_values_when_channels_are_shifted() -> None:
+    drawing = Drawing(0)
+    drawing.grow("SiLU", drawing.convolution("images"), "")
+    active, shared = list(drawing.channels)[-1], drawing.normal(4)
+    drawing.add("Conv", [active, drawing.normal(4, 4, 1, 1), shared], 4)
+    drawing.add("Conv", ["images", drawing.normal(4, 4, 1, 1), shared], 4)
+    model = drawing.model()
+    channels = trace_channels(model, through_activations=True)
+    (name,) = channels.shiftable
+    shifts = {name: np.array([0.5, -1, 2, 3])}
+    assert_same_function(
+        model, rescale(model, channels, np.ones(channels.count, np.float32), shifts)
+    )
+
+
+def test_a_bias_of_its_own_takes_the_shift_back_in_place() -> None:
+    drawing = Drawing(0)
+    drawing.grow("SiLU", drawing.convolution("images"), "")
+    active = list(drawing.channels)[-1]
+    drawing.add("Conv", [active, drawing.normal(4, 4, 1, 1), drawing.normal(4)], 4)
+    model = drawing.model()
+    channels = trace_channels(model, through_activations=True)
+    shifts = {active: np.ones(4)}
+    assert channels.shiftable == {active}
+    result = rescale(model, channels, np.ones(channels.count, np.float32), shifts)
+    read = {name for node in result.graph.node for name in node.input}
+    assert {item.name for item in result.graph.initializer} <= read
 
 
 def free_channels(*kinds: str) -> int:

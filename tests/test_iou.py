@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from trt_yolov6.detectors import overlap
 from trt_yolov6.training.box_similarity import (
     Similarity,
     ciou,
@@ -46,6 +48,35 @@ def _random_boxes(count: int, seed: int) -> Tensor:
     corner = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) * 20
     size = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed + 1)) * 15 + 0.5
     return torch.cat((corner, corner + size), dim=1).double()
+
+
+def test_the_overlap_of_detections_is_that_of_pycocotools() -> None:
+    both = _random_boxes(60, 3).numpy()
+    one, other = both[:25], both[25:]
+    found = overlap.iou(one[:, None], other[None])
+    sides = (np.concatenate([part[:, :2], part[:, 2:] - part[:, :2]], 1) for part in (one, other))
+    expected = coco_mask.iou(*sides, [0] * len(other))
+    assert found.shape == (25, 35)
+    assert (found > 0).mean() > 0.3
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_array_equal(overlap.iou(one, other[:25]), found[:, :25].diagonal())
+    # Nor does the unit matter, such as fractions of an image.
+    small = overlap.iou(one[:, None] / 4096, other[None] / 4096)
+    np.testing.assert_allclose(small, found, atol=1e-12)
+
+
+def test_detections_that_do_not_meet_or_have_no_area_do_not_overlap() -> None:
+    box = np.array([10.0, 10, 20, 20])
+    shifts = [[10, 0], [-10, 0], [0, 10], [0, -10], [30, 30], [-30, 5]]
+    apart = box + np.array([[x, y, x, y] for x, y in shifts])
+    # Points, lines, and boxes turned inside out: in themselves and with what is around them.
+    empty = np.array([[12, 12, 12, 12], [12, 11, 12, 19], [11, 12, 19, 12], [18, 18, 12, 12.0]])
+    half_turned = np.array([[12, 18, 18, 12], [18, 12, 12, 18.0]])
+    for others in (apart, empty, half_turned):
+        assert (overlap.iou(box, others) == 0).all()
+        assert (overlap.iou(others, box) == 0).all()
+    for nothing in (empty, half_turned):
+        assert (overlap.iou(nothing, nothing) == 0).all()
 
 
 def test_iou_counts_cells() -> None:

@@ -218,6 +218,18 @@ class TestRules:
         graph.conv("after", graph.node("Add", terms, "total"), (8, 4))
         assert place(graph.model("after_out")).tensors == ("images", "total")
 
+    def test_nothing_is_quantized_for_an_addition_before_another_activation_than_relu(self) -> None:
+        for kind, quantized in (
+            ("Relu", ("images", "shortcut", "act")),
+            ("Elu", ("images", "act")),
+        ):
+            graph = GraphWriter()
+            shortcut = graph.node("Relu", [graph.conv("trunk", "images", (3, 8))], "shortcut")
+            branch = graph.conv("branch", "images", (3, 8))
+            total = graph.node("Add", [shortcut, branch], "total")
+            graph.conv("after", graph.node(kind, [total], "act"), (8, 4))
+            assert place(graph.model("after_out")).tensors == quantized
+
     def test_a_shortcut_with_a_factor_reads_the_quantized_tensor(self) -> None:
         # As in the authors' BottleRep blocks: the tensor is quantized for the block's convolution.
         graph = GraphWriter()
@@ -285,6 +297,17 @@ def in_float(rule: Rule, *layers: tuple[int, int], **attributes: Any) -> tuple[s
     return tuple(place(graph.model(tensor), exclude_rules=(rule,)).float_layers)
 
 
+def test_a_layer_whose_weights_are_computed_stays_in_float() -> None:
+    graph = GraphWriter()
+    trunk = graph.conv("trunk", "images", (3, 8))
+    shape = graph.constant("shape", np.array([8, 8, 1, 1]))
+    ones = graph.node("Expand", [graph.constant("one", np.ones(1, np.float32)), shape], "ones")
+    graph.node("Conv", [trunk, ones], "mixed")
+    placement = place(graph.model("mixed"))
+    assert placement.float_layers == {"mixed_node": "its weights are computed"}
+    assert placement.layers == ("trunk",)
+
+
 class TestRulesToChoose:
     def test_fewer_than_sixteen_input_channels(self) -> None:
         layers = [(3, 16), (16, 15), (15, 4)]
@@ -332,11 +355,14 @@ class TestGates:
     """What is one pixel large by global pooling, and what follows it."""
 
     @staticmethod
-    def float_layers(axes: list[int] | None, then: str = "") -> set[str]:
+    def float_layers(axes: list[int] | None, then: str = "", opset: int = 17) -> set[str]:
         graph = GraphWriter()
         trunk = graph.conv("trunk", "images", (3, 8))
         if axes is None:
             pooled = graph.node("GlobalMaxPool", [trunk], "pooled")
+        elif opset >= 18:
+            stored = graph.constant("axes", np.array(axes))
+            pooled = graph.node("ReduceMean", [trunk, stored], "pooled", keepdims=1)
         else:
             pooled = graph.node("ReduceMean", [trunk], "pooled", axes=axes, keepdims=1)
         if then == "constant":
@@ -347,15 +373,17 @@ class TestGates:
         elif then:
             pooled = graph.node(then, [pooled], "moved")
         graph.conv("reads", pooled, (8, 4))
-        return set(place(graph.model("reads_out")).float_layers)
+        return set(place(graph.model("reads_out", opset=opset)).float_layers)
 
     @pytest.mark.parametrize("axes", [None, [2, 3], [-2, -1], [3, 2]])
     def test_pooling_of_all_rows_and_columns_makes_one_pixel(self, axes: list[int] | None) -> None:
         assert self.float_layers(axes) == {"reads"}
+        assert self.float_layers(axes, opset=18) == {"reads"}
 
     @pytest.mark.parametrize("axes", [[2], [3], [-1]])
     def test_pooling_of_either_alone_does_not(self, axes: list[int]) -> None:
         assert self.float_layers(axes) == set()
+        assert self.float_layers(axes, opset=18) == set()
 
     @pytest.mark.parametrize("then", ["Relu", "Sigmoid", "Identity", "constant"])
     def test_what_alters_the_pixel_alone_leaves_it_one(self, then: str) -> None:

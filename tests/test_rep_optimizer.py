@@ -441,7 +441,13 @@ def test_two_processes_search_and_train_as_one(data: Path, tmp_path: Path) -> No
         alone, together = read_log(one / name), read_log(two / name)
         assert len(alone) == len(together) == epochs
         for a, b in zip(alone, together, strict=True):
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+            for part in ("loss", "loss_class", "loss_box"):
+                assert b[part] == pytest.approx(a[part], rel=1e-4)
+        weights = [
+            torch.load(run / name / STATE_FILE, weights_only=True)["model"] for run in (one, two)
+        ]
+        for key, value in weights[0].items():
+            torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-5)
 
 
 # The command line: one sentence and exit code 2.
