@@ -30,8 +30,9 @@ from benchmarks.int8_tools import Contender, Task, contenders
 from benchmarks.rescaling import rescale_channels
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model
+from trt_yolov6.comparison.agreement import objects_of
 from trt_yolov6.data.calibration import calibration_images, evenly
-from trt_yolov6.data.coco import CocoDataset, CocoImage, load_coco
+from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import load_batches
 from trt_yolov6.detectors.detections import Detections, postprocess
@@ -166,7 +167,7 @@ class _Judged:
         validation = load_coco(network.data, network.validation)
         rest = [image for image in other.images if image.path in left][:: network.every]
         self._parts = ((validation, validation.images), (other, tuple(rest)))
-        self.truth = [one for part in self._parts for one in _objects(*part)]
+        self.truth = [one for part in self._parts for one in objects_of(*part, crowds=True)]
         self.float_found = self._detections(self.graph.model)
 
     @cached_property
@@ -223,25 +224,6 @@ class _Judged:
                 outputs, self.graph.output_layout, NmsSettings(), batch.letterboxes, clip=False
             )
         return found
-
-
-def _objects(dataset: CocoDataset, images: tuple[CocoImage, ...]) -> list[Detections]:
-    """Return the labelled boxes of each image, as corners in its pixels."""
-    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
-    by_image: dict[int, list[Any]] = {image.id: [] for image in images}
-    for item in dataset.annotations:
-        if item["image_id"] in by_image:
-            x, y, width, height = item["bbox"]
-            box = (x, y, x + width, y + height)
-            by_image[item["image_id"]].append((box, place_of[item["category_id"]]))
-    return [
-        Detections(
-            np.array([box for box, _ in items], np.float32).reshape(-1, 4),
-            np.ones(len(items), np.float32),
-            np.array([label for _, label in items], np.int64),
-        )
-        for items in by_image.values()
-    ]
 
 
 def _tools(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import itertools
 import json
@@ -98,7 +97,6 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     from benchmarks.authors_graph import authors_graph
     from benchmarks.gpu_graphs import as_graph, random_model, with_batch
     from trt_yolov6.data.calibration import calibration_images
-    from trt_yolov6.engines.tensorrt.weakly_typed import activate_first
     from trt_yolov6.graph.export import ExportSettings, export_onnx
     from trt_yolov6.graph.float16 import tail_nodes, to_fp16
     from trt_yolov6.quantization.calibrators import group_amax
@@ -131,13 +129,8 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
         forms["int8+float6"] = quantized(most_sensitive(ranked(distortions, "snr"), 6))
         worth = rankings(distortions, layer_costs(model))[-1]
         forms["int8+float6-by_time"] = quantized(worth[:6])
-    if name == "yolov6s":
-        forms["int8-activated_first"] = copy.deepcopy(forms["int8"])
-        activate_first(forms["int8-activated_first"])
     for form, content in forms.items():
         for batch in batches:
-            if form == "int8-activated_first" and batch == 1:
-                continue
             onnx.save(with_batch(content, batch), folder / f"{name}.{form}.b{batch}.onnx")
     if name == "yolov6s":
         for batch in batches:

@@ -23,7 +23,7 @@ from support.tiny_detector import load_tiny
 
 from trt_yolov6.bench import sampling
 from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
-from trt_yolov6.bench.latency import STAGES, benchmark, benchmark_many
+from trt_yolov6.bench.latency import STAGES, benchmark_many
 from trt_yolov6.bench.sampling import (
     MIN_RUNS_NARROW,
     Watched,
@@ -228,7 +228,7 @@ def test_disturbed_runs_are_left_out_or_marked(
     monkeypatch.setattr(sampling, "cpu_wait_seconds", wait)
     with load_tiny(tmp_path) as engine:
         monkeypatch.setattr(engine, "resident_run", lambda images, streams: Busy())
-        result = benchmark(engine, duration=0.02, warm_up=0, progress=False)
+        (result,) = benchmark_many([engine], duration=0.02, warm_up=0, progress=False)
     assert result.disturbed is (share == 0.9)
     assert result.latency.median == pytest.approx(0.06 if result.disturbed else 0.01)
     assert 0 < result.quiet_runs < result.all_runs
@@ -316,7 +316,7 @@ def test_warm_up_of_a_slow_engine_is_two_runs() -> None:
 
 def test_a_real_engine_is_measured_and_the_result_reads_as_documented(detector: Path) -> None:
     with load_engine(detector) as engine:
-        result = benchmark(engine, batch=4, duration=0.5, warm_up=0.1, progress=False)
+        (result,) = benchmark_many([engine], batch=4, duration=0.5, warm_up=0.1, progress=False)
     value = json.loads(json.dumps(result.to_json()))
     assert {
         *("batch", "latency_ms", "throughput_fps"),
@@ -338,7 +338,7 @@ def test_a_real_engine_is_measured_and_the_result_reads_as_documented(detector: 
 
 def test_the_number_of_threads_asked_for_is_reported(detector: Path) -> None:
     with load_engine(detector, options=LoadOptions(threads=1)) as engine:
-        result = benchmark(engine, duration=0.1, warm_up=0, progress=False)
+        (result,) = benchmark_many([engine], duration=0.1, warm_up=0, progress=False)
     assert result.to_json()["threads"] == 1
     assert "1 thread," in format_report([result])
 
@@ -353,7 +353,7 @@ def test_latency_is_the_engines_own_time(detector: Path) -> None:
             start = time.perf_counter()
             engine.infer(images)
             loop.append(time.perf_counter() - start)
-        result = benchmark(engine, batch=64, duration=0.5, warm_up=0.1, progress=False)
+        (result,) = benchmark_many([engine], batch=64, duration=0.5, warm_up=0.1, progress=False)
     assert 0.2 < result.latency.median / float(np.median(loop)) < 2
 
 
@@ -434,7 +434,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_refused(detector: Path, batch: i
     with load_engine(detector) as engine:
         engine.batch = dataclasses.replace(engine.batch, max=batch)
         with pytest.raises(UserError, match=f"{batch} images .* smaller `batch`"):
-            benchmark(engine, batch=batch, progress=False)
+            benchmark_many([engine], batch=batch, progress=False)
         with pytest.raises(UserError, match=f"{batch} images .* smaller `batch`"):
             benchmark_end_to_end_many([engine], IMAGES[:1], batch=batch, progress=False)
 
@@ -447,7 +447,7 @@ def test_a_batch_the_engine_does_not_take_is_refused(detector: Path, tmp_path: P
     onnx.save(model, path)
     with load_engine(path) as engine:
         with pytest.raises(UserError, match=r"static\.onnx takes only batch 2, not 32; .*`batch`"):
-            benchmark(engine, batch=32, progress=False)
+            benchmark_many([engine], batch=32, progress=False)
         with pytest.raises(UserError, match="`batch`"):
             benchmark_end_to_end_many([engine], IMAGES[:1], batch=1, progress=False)
 
@@ -471,7 +471,7 @@ def test_durations_out_of_range_are_refused(
     detector: Path, duration: float, warm_up: float
 ) -> None:
     with load_engine(detector) as engine, pytest.raises(UserError, match="out of range"):
-        benchmark(engine, duration=duration, warm_up=warm_up, progress=False)
+        benchmark_many([engine], duration=duration, warm_up=warm_up, progress=False)
 
 
 def test_random_input_has_the_engines_dtype_and_range_and_is_the_same_each_time(

@@ -24,7 +24,8 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization import solve
-from trt_yolov6.quantization.equalization.channel_graph import FIXED, rescale, trace_channels
+from trt_yolov6.quantization.equalization.channel_graph import FIXED, trace_channels
+from trt_yolov6.quantization.equalization.rescaling import rescale
 from trt_yolov6.quantization.equalization.solve import equalize, noise_to_signal, tensors_to_measure
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place

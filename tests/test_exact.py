@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from support.networks import moved
+from support.quantized import prepared_sample
 from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.engines import load_engine
-from trt_yolov6.graph.export import ExportSettings
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.integer_arithmetic import (
@@ -27,7 +27,7 @@ from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import FP8
 from trt_yolov6.training.qat.export import trained_graph
-from trt_yolov6.training.qat.preparation import Start, prepare
+from trt_yolov6.training.qat.preparation import Start
 
 
 def run(
@@ -249,12 +249,7 @@ def test_graphs_of_other_tools_mean_what_they_meant(
 @pytest.fixture(scope="module")
 def sample(root: Path) -> Start:
     settings = QuantizationSettings(calibrator="minmax", equalize=False, image_limit=4)
-    return prepare(
-        root / "samples" / "yolov6n_bccd.pt",
-        root / "calib",
-        export=ExportSettings((256, 256)),
-        quantization=settings,
-    )
+    return prepared_sample(root, 256, settings)
 
 
 def test_the_trained_network_and_its_exported_graph_compute_the_same(sample: Start) -> None:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from support.networks import ARCHITECTURES, SMALL, moved, random_network, tiny_graph
 from support.pictures import noise_folder
+from support.quantized import prepared_sample
 from support.training_data import tiny_architecture
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
@@ -23,7 +24,7 @@ from trt_yolov6.models.decode import decode
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.training.qat.export import trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, feature_tensors, weight_scale
-from trt_yolov6.training.qat.preparation import Start, prepare, prepare_graph
+from trt_yolov6.training.qat.preparation import Start, prepare_graph
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
 
@@ -87,12 +88,7 @@ def test_quantized_it_computes_what_the_exported_graph_computes(name: str, tmp_p
 def test_after_training_too_the_sample_computes_what_its_exported_graph_computes(
     root: Path, one_thread: None
 ) -> None:
-    start = prepare(
-        root / "samples" / "yolov6n_bccd.pt",
-        root / "calib",
-        export=ExportSettings((128, 128)),
-        quantization=dataclasses.replace(MINMAX, image_limit=4),
-    )
+    start = prepared_sample(root, 128, dataclasses.replace(MINMAX, image_limit=4))
     network = moved(start.student(), seed=0)
     images = np.random.default_rng(3).random((1, 3, 128, 128), np.float32)
     check_against_onnx_runtime(start, images, network)

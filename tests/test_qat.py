@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.networks import ARCHITECTURES, tiny_graph
 from support.pictures import noise_folder
+from support.quantized import prepared_sample
 from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
 from trt_yolov6.cli import main
@@ -32,7 +33,7 @@ from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.qat.export import rounded_weights, trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, _Compact
-from trt_yolov6.training.qat.preparation import Start, prepare, prepare_graph
+from trt_yolov6.training.qat.preparation import Start, prepare_graph
 from trt_yolov6.training.qat.settings import QatSettings
 from trt_yolov6.training.qat.training import QatResult, evaluate_network, train_quantized
 
@@ -198,12 +199,7 @@ def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> 
     way grows through fifty layers, in ONNX Runtime with other optimizations as well.
     """
     size = 192
-    sample = prepare(
-        root / "samples" / "yolov6n_bccd.pt",
-        root / "calib",
-        export=ExportSettings((size, size)),
-        quantization=dataclasses.replace(MINMAX, image_limit=8),
-    )
+    sample = prepared_sample(root, size, dataclasses.replace(MINMAX, image_limit=8))
     network = sample.student()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

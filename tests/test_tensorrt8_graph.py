@@ -13,13 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.engines.tensorrt.weakly_typed import (
-    activate_first,
     divide_channels,
     drop_idle_pairs,
     give_transposed_float_weights,
     implicit_graph,
     join_siblings,
-    scale_shortcuts,
+    read_before_pairs,
     split_pools,
     weak_graph,
 )
@@ -159,24 +158,6 @@ class TestPools:
         assert kinds(result) == kinds(model)
 
 
-def test_scores_are_activated_before_they_are_moved() -> None:
-    graph = GraphWriter()
-    shape = graph.constant("shape", np.array([0, -1, 4], np.int64))
-    moved = []
-    for name in ("fine", "coarse"):
-        convolved = graph.conv(name, "images", (3, 4))
-        last = graph.node("Transpose", [convolved], f"{name}_last", perm=[0, 2, 3, 1])
-        moved.append(graph.node("Reshape", [last, shape], f"{name}_flat"))
-    logits = graph.node("Concat", moved, "logits", axis=1)
-    model = graph.model(graph.node("Sigmoid", [logits], "scores"))
-    result = copy(model)
-    activate_first(result)
-    assert kinds(result)["Sigmoid"] == 2
-    sources = {node.input[0] for node in result.graph.node if node.op_type == "Sigmoid"}
-    assert sources == {"fine_out", "coarse_out"}
-    assert_same(model, result, rtol=1e-6)
-
-
 class TestQuantized:
     def test_the_whole_computes_the_same(self) -> None:
         model = quantized(detector())
@@ -225,18 +206,22 @@ class TestQuantized:
         assert_same(model, result, rtol=0.05)  # a rounding may fall on the other side
 
 
-@pytest.mark.parametrize(("factor", "scaled"), [(0.7, True), (-0.7, False)])
-def test_the_weight_of_a_shortcut_goes_into_the_scale(factor: float, scaled: bool) -> None:
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_weighted_shortcut_reads_what_is_quantized(swapped: bool) -> None:
     graph = GraphWriter()
-    start = graph.pair(graph.conv_relu("start", "images", (3, 4)), 0.02)
-    weight = graph.constant("weight", np.array(factor, np.float32))
-    shortcut = graph.node("Mul", [weight, start], "shortcut")
+    source = graph.conv_relu("start", "images", (3, 4))
+    start = graph.pair(source, scale := 0.05)
+    weight = graph.constant("weight", np.array(-0.7, np.float32))
+    shortcut = graph.node("Mul", [start, weight] if swapped else [weight, start], "shortcut")
     inner = graph.conv_relu("inner", start, (4, 4))
     model = graph.model(graph.node("Add", [inner, shortcut], "out"))
     result = copy(model)
-    scale_shortcuts(result)
-    assert kinds(result)["Mul"] == (0 if scaled else 1)
-    assert_same(model, result, rtol=1e-6)
+    read_before_pairs(result)
+    (product,) = (node for node in result.graph.node if node.op_type == "Mul")
+    assert set(product.input) == {source, "weight"}
+    (convolution,) = (node for node in result.graph.node if node.name == "inner")
+    assert convolution.input[0] == start
+    assert_same(model, result, rtol=0.7 * scale / 2 + 1e-6)
 
 
 class TestSiblings:

@@ -7,10 +7,12 @@ from pathlib import Path
 import onnx
 
 from support.networks import ONE, random_model
-from trt_yolov6.graph.export import ExportSettings, export_onnx
+from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization.settings import QuantizationSettings
+from trt_yolov6.training.qat.preparation import Start, prepare_graph
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
 
@@ -20,6 +22,13 @@ def small_detector(folder: Path) -> Graph:
     path = folder / "tiny.onnx"
     onnx.save(export_onnx(random_model(), ExportSettings((64, 64), ONE), verify=False), path)
     return graph_from_onnx(path)
+
+
+def prepared_sample(root: Path, size: int, settings: QuantizationSettings) -> Start:
+    """Export the sample for square images and calibrate it for quantization-aware training."""
+    checkpoint = load_checkpoint(root / "samples" / "yolov6n_bccd.pt")
+    graph = graph_from_checkpoint(checkpoint, ExportSettings((size, size)))
+    return prepare_graph(graph, checkpoint.arch, root / "calib", quantization=settings)
 
 
 def convolutions(model: onnx.ModelProto) -> list[str]:

@@ -12,12 +12,12 @@ from pathlib import Path
 from trt_yolov6.bench.latency import (
     BenchmarkResult,
     check_durations,
-    progress_bar,
     result_of,
+    seconds_bar,
     warm_up_each,
 )
 from trt_yolov6.bench.sampling import Watched, sample
-from trt_yolov6.data.images import read_image
+from trt_yolov6.data.images import read_encoded, read_image
 from trt_yolov6.data.loader import fill_row
 from trt_yolov6.detectors.detections import postprocess
 from trt_yolov6.engines.base import Engine, check_batch
@@ -69,7 +69,7 @@ def benchmark_end_to_end_many(
         empty_input(engine.input, batch)  # whether it fits, before pictures are decoded for it
     if not images:
         raise UserError("there is no image to time; name a folder of pictures with `images`.")
-    encoded = [read_bytes(image) for image in images[:MAX_IMAGES]]
+    encoded = [read_encoded(image)[0] for image in images[:MAX_IMAGES]]
     for image in images[:MAX_IMAGES]:
         read_image(image)  # so that a damaged picture is reported by its name, before timing
     options = options or PredictOptions()
@@ -84,7 +84,7 @@ def benchmark_end_to_end_many(
         requests[index].stage_seconds.pop()
         runs[index].forget_last()
 
-    with progress_bar(duration * len(runs), progress) as advance:
+    with seconds_bar(duration * len(runs), progress) as advance:
         _, stopped_by = sample(
             runs,
             duration=duration,
@@ -130,17 +130,3 @@ class _Request:
         times.append(time.perf_counter())
         self.stage_seconds.append(tuple(end - start for start, end in itertools.pairwise(times)))
         return times[-1] - times[0]
-
-
-def read_bytes(image: Path | bytes) -> bytes:
-    """Return an encoded picture, read from its file unless it is one.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    if isinstance(image, bytes):
-        return image
-    try:
-        return image.read_bytes()
-    except OSError as error:
-        raise UserError(f"{image} cannot be read ({error.strerror}); check the path.") from error

@@ -1,6 +1,6 @@
 """Latency and throughput of engines alone, with their uncertainty.
 
-`benchmark` and `benchmark_many` measure as the paper does (YOLOv6, arXiv:2209.02976): the engine
+`benchmark_many` measures as the paper does (YOLOv6, arXiv:2209.02976): the engine
 alone, warmed up, on input that is resident where the engine reads it, without pre- or
 post-processing; `bench.end_to_end` goes from encoded images to detections. Throughput is the batch
 size over the median latency of one batch.
@@ -44,6 +44,7 @@ from trt_yolov6.common.machine import (
     software_versions,
     timestamp,
 )
+from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.errors import UserError
 
@@ -81,7 +82,7 @@ class BenchmarkResult:
     quiet_runs: int
     """Runs that no other process disturbed (see `DISTURBED`); all where that is unknown."""
     disturbed: bool
-    """Too few runs were left in peace, so that `latency` is of all; else it is of those alone."""
+    """Too few runs were undisturbed: `latency` covers all runs, else the undisturbed ones."""
     waited: float | None
     """Share of all runs' time that threads waited for a processor; None: unknown."""
     stopped_by: StoppedBy
@@ -145,26 +146,6 @@ class BenchmarkResult:
         return value
 
 
-def benchmark(
-    engine: Engine,
-    *,
-    batch: int = 1,
-    streams: int = 1,
-    duration: float = 10.0,
-    warm_up: float = 1.0,
-    progress: bool = True,
-) -> BenchmarkResult:
-    """Measure one engine alone; see `benchmark_many`."""
-    return benchmark_many(
-        [engine],
-        batch=batch,
-        streams=streams,
-        duration=duration,
-        warm_up=warm_up,
-        progress=progress,
-    )[0]
-
-
 def benchmark_many(
     engines: Sequence[Engine],
     *,
@@ -207,7 +188,7 @@ def benchmark_many(
     warmed, clocks = warm_up_each(runs, warm_up)
     for run in runs:
         run.start()
-    with progress_bar(duration * len(runs), progress) as advance:
+    with seconds_bar(duration * len(runs), progress) as advance:
         _, stopped_by = sample(
             runs,
             duration=duration,
@@ -301,13 +282,10 @@ def _read_clocks() -> tuple[CpuClock, tuple[Gpu, ...]]:
 
 
 @contextmanager
-def progress_bar(seconds: float, shown: bool) -> Iterator[Callable[[float], None]]:
-    from tqdm import tqdm
-
-    bar_format = "measuring {bar} {n:.0f} of at most {total:.0f} s"
-    with tqdm(
-        total=seconds, bar_format=bar_format, leave=False, disable=None if shown else True
-    ) as bar:
+def seconds_bar(seconds: float, shown: bool) -> Iterator[Callable[[float], None]]:
+    """Show a bar of seconds; what is yielded takes those that have passed."""
+    text = "measuring {bar} {n:.0f} of at most {total:.0f} s"
+    with progress_bar(seconds, bar_format=text, leave=False, shown=shown) as bar:
 
         def advance(passed: float) -> None:
             bar.update(min(passed, seconds - bar.n))

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from trt_yolov6.bench.end_to_end import MAX_IMAGES, read_bytes
+from trt_yolov6.bench.end_to_end import MAX_IMAGES
 from trt_yolov6.bench.latency import check_durations
 from trt_yolov6.bench.sampling import random_input, timed
-from trt_yolov6.bench.text import aligned, four_digits
-from trt_yolov6.data.images import read_image
+from trt_yolov6.common.text import aligned, four_digits
+from trt_yolov6.data.images import read_encoded, read_image
 from trt_yolov6.data.jpeg import open_image
 from trt_yolov6.data.loader import default_workers, fill_row
 from trt_yolov6.detectors.detections import Detections, postprocess
@@ -131,7 +131,7 @@ def benchmark_stages(
     check_batch(engine, batch)
     if not images:
         raise UserError("there is no image to time; name a folder of pictures with `images`.")
-    encoded = [read_bytes(image) for image in images[:MAX_IMAGES]]
+    encoded = [read_encoded(image)[0] for image in images[:MAX_IMAGES]]
     chosen = [encoded[index % len(encoded)] for index in range(batch)]
     for content in chosen:
         read_image(content)
@@ -173,7 +173,7 @@ def format_stages(report: StageReport) -> str:
             f"{report.engine.name} ({report.precision}, {report.backend}) on {report.device}, "
             f"batch {report.batch}, confidence {report.confidence:g}: "
             f"{four_digits(report.boxes)} boxes an image",
-            *aligned(rows),
+            *aligned(rows, left=2),
             f"all together: {four_digits(report.fps)} images/s, {report.fps / fps:.0%} of what the "
             f"slowest place, {place}, allows ({four_digits(fps)}), with "
             f"{four_digits(report.cores)} cores busy",

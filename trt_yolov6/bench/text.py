@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from trt_yolov6.bench.latency import BenchmarkResult
 from trt_yolov6.bench.sampling import random_input
+from trt_yolov6.common.text import aligned, four_digits
 from trt_yolov6.engines.base import Engine
 
 
@@ -37,7 +37,7 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
         )
     if first.streams > 1:
         view += f"; {first.streams} streams side by side, latencies are of a round"
-    lines = [f"batch {first.batch}, {view}", *aligned(rows)]
+    lines = [f"batch {first.batch}, {view}", *aligned(rows, left=2)]
     for result in results:
         if result.stages:
             stages = ", ".join(
@@ -60,8 +60,8 @@ def layer_report(engine: Engine, batch: int, top: int = 20) -> str:
     """Return the layers of an engine that take longest, as text: share, microseconds, name.
 
     Raises:
-        UserError: the engine cannot time its layers: it is none of TensorRT's, or it launches runs
-            as CUDA graphs.
+        UserError: the engine cannot time its layers: it is not a TensorRT engine, or it launches
+            runs as CUDA graphs.
     """
     times = engine.layer_times(random_input(engine, batch))
     whole = sum(times.values())
@@ -120,22 +120,3 @@ def _where_measured(result: BenchmarkResult) -> str:
 def _of(now: float | None, highest: float | None) -> str:
     text = "unknown" if now is None else f"{now:.0f}"
     return text if highest is None else f"{text} of {highest:.0f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns: the first two to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index < 2 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def four_digits(value: float) -> str:
-    """Return a positive number with four significant digits, without an exponent."""
-    if value <= 0:
-        return "0"
-    return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}"

@@ -207,10 +207,8 @@ def _listed_variants() -> Iterator[str]:
 
 def _train_settings(options: argparse.Namespace) -> TrainSettings:
     """Return the paper's recipe with what the options change."""
-    from dataclasses import replace
-
     from trt_yolov6.checkpoints.loading import load_checkpoint
-    from trt_yolov6.training.recipe import ArchitectureOptions, recipe_for, with_field
+    from trt_yolov6.training.recipe import ArchitectureOptions, recipe_for
 
     weights = load_checkpoint(options.weights) if options.weights else None
     scales, rep_optimizer = _rep_optimizer(options)
@@ -223,10 +221,6 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
             "no --model and no --weights given: training yolov6s, the one of n, t, s, m and l that "
             "the paper's tables are about"
         )
-
-    def given(**named: Any) -> dict[str, Any]:
-        return {name: value for name, value in named.items() if value is not None}
-
     settings = recipe_for(
         variant,
         str(options.data),
@@ -239,7 +233,7 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
         ),
         weights=weights,
         scales=scales,
-        **given(
+        **_given(
             rep_optimizer=rep_optimizer,
             epochs=options.epochs,
             plain_epochs=options.plain_epochs,
@@ -256,7 +250,16 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
         compile=options.compile,
         deterministic=options.deterministic,
     )
-    losses = given(
+    return _changed(settings, options)
+
+
+def _changed(settings: TrainSettings, options: argparse.Namespace) -> TrainSettings:
+    """Return a recipe with what the options change of its losses, its optimizer and the data."""
+    from dataclasses import replace
+
+    from trt_yolov6.training.recipe import with_field
+
+    losses = _given(
         classification=options.cls_loss,
         box=options.box_loss,
         assigner=options.assigner,
@@ -267,9 +270,9 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
         losses=replace(settings.losses, **losses),
         augmentation=replace(
             settings.augmentation,
-            **given(mosaic=options.mosaic, mixup=options.mixup, border=options.border),
+            **_given(mosaic=options.mosaic, mixup=options.mixup, border=options.border),
         ),
-        optimizer=replace(settings.optimizer, **given(learning_rate=options.lr)),
+        optimizer=replace(settings.optimizer, **_given(learning_rate=options.lr)),
     )
     if options.val_split is not None:
         chosen = None if options.val_split == "none" else options.val_split
@@ -277,6 +280,10 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     for assignment in options.set or ():
         settings = with_field(settings, assignment)
     return settings
+
+
+def _given(**named: Any) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _rep_optimizer(

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their hashes."""
+"""Files: read, written whole or not at all, and their hashes."""
 
 from __future__ import annotations
 
@@ -122,6 +122,18 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON to `path` atomically."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -134,9 +146,7 @@ def read_json(path: str | Path) -> Any:
         UserError: the file is missing, unreadable or no JSON.
     """
     try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+        return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file ({error}); check or replace it.") from error
 

@@ -1,4 +1,4 @@
-"""Long work off a terminal (nohup, Slurm, CI), where no progress bar shows: lines in the log."""
+"""Progress of long work: a bar on a terminal; off one (nohup, Slurm, CI), lines in the log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def progress_bar(total: float | None, *, shown: bool, **others: Any) -> tqdm[NoReturn]:
+    """Return a bar on stderr, for a `with` block; off a terminal nothing shows.
+
+    Args:
+        total: steps in all; None where that is not known.
+        shown: False shows nothing on a terminal either.
+        others: as `tqdm.tqdm` takes them, such as `desc` and `unit`.
+    """
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=None if shown else True, **others)
 
 
 def is_logged(progress: bool = True) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trt_yolov6.common.files import read_bytes
 from trt_yolov6.errors import UserError, did_you_mean
 
 Record = TypeVar("Record")
@@ -61,9 +62,7 @@ def read_yaml(path: str | Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+        return yaml.safe_load(read_bytes(path).decode("utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: bytes that are not UTF-8, or what YAML takes for a date, such as 2024-13-45.
         reason = " ".join(str(error).split())[:200]

@@ -51,12 +51,20 @@ def read_detections(path: Path) -> list[Detections]:
         return [Detections(*one) for one in zip(*parts, strict=True)]
 
 
-def objects_of(dataset: CocoDataset, images: Sequence[CocoImage]) -> list[Detections]:
-    """Return the labelled boxes of each image, crowds aside, scored 1, by class of the data set."""
+def objects_of(
+    dataset: CocoDataset, images: Sequence[CocoImage], *, crowds: bool = False
+) -> list[Detections]:
+    """Return the labelled boxes of each image, scored 1, by class of the data set.
+
+    Args:
+        dataset: the labels.
+        images: some of its images.
+        crowds: take crowds for objects as well.
+    """
     place_of = {number: place for place, number in enumerate(dataset.category_ids)}
     by_image: dict[int, list[tuple[tuple[float, ...], int]]] = {image.id: [] for image in images}
     for item in dataset.annotations:
-        if item["image_id"] in by_image and not item["iscrowd"]:
+        if item["image_id"] in by_image and (crowds or not item["iscrowd"]):
             x, y, width, height = item["bbox"]
             box = (x, y, x + width, y + height)
             by_image[item["image_id"]].append((box, place_of[item["category_id"]]))

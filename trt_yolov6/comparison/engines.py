@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import sha256_file
+from trt_yolov6.common.records import as_record
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.machine import machine, versions
 from trt_yolov6.comparison.plan import ModelEntry, Plan
@@ -44,6 +45,24 @@ class Work:
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """Facts of a file that is compared."""
+
+    sha256: str
+    buildable: bool = False
+    """Engines are built from it; else it is one, or a graph of its own precision."""
+    precision: str = ""
+    """Precision and backend of an engine; empty where it is still to be built."""
+    backend: str = ""
+    batches: tuple[int, ...] = ()
+    """Smallest, best and largest batch size of an engine."""
+    batch: int | None = None
+    """The only batch size that a graph takes; None: any."""
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Facts of its graph, as in `BuiltCase.records`."""
+
+
+@dataclass(frozen=True)
 class Case:
     """One engine of the comparison: a model at a precision on a backend."""
 
@@ -52,9 +71,7 @@ class Case:
     choice: Precision | None
     """None: the file is an engine, or a graph of its own precision, and taken as it is."""
     backend: str
-    source: Mapping[str, Any]
-    """Facts of the file: sha256, buildable, precision, backend, batches (min, opt, max), batch (a
-    fixed one, or None) and what is known of its graph."""
+    source: SourceFile
 
     @property
     def stem(self) -> str:
@@ -92,7 +109,7 @@ class BuiltCase:
             options = dataclasses.replace(
                 options, decoder=entry.decoder, preprocess=parse_changes(entry.preprocess)
             )
-        backend = self.case.backend if self.case.source["buildable"] else "auto"
+        backend = self.case.backend if self.case.source.buildable else "auto"
         return load_engine(self.files[batch], backend, options)
 
 
@@ -108,13 +125,13 @@ def cases_of(work: Work) -> list[Case]:
     for entry in work.plan.models:
         source = _source(work, entry)
         for asked in dict.fromkeys(backends):
-            backend = source["backend"] or asked
+            backend = source.backend or asked
             choices: list[Precision | None] = [None]
-            if source["buildable"]:
+            if source.buildable:
                 texts = entry.precisions or work.plan.precisions
                 choices = list(dict.fromkeys(map(Precision.parse, texts)))
             for choice in choices:
-                name = f"{entry.label} {choice or source['precision']}"
+                name = f"{entry.label} {choice or source.precision}"
                 case = Case(
                     name + (f" {backend}" if several else ""), entry, choice, backend, source
                 )
@@ -143,9 +160,9 @@ def build_case(work: Work, case: Case) -> BuiltCase:
         UserError: the file does not take any of the batch sizes, or cannot be built from.
     """
     wanted = sorted(set(work.plan.batches))
-    if not case.source["buildable"]:
+    if not case.source.buildable:
         return _as_it_is(case, wanted)
-    fixed = case.source["batch"]
+    fixed = case.source.batch
     left_out: tuple[str, ...] = ()
     if fixed:
         if fixed not in wanted:
@@ -180,7 +197,7 @@ def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
     choice, entry = case.choice, case.entry
     assert choice is not None
     inputs = {
-        "source": case.source["sha256"],
+        "source": case.source.sha256,
         "names": entry.names and list(read_class_names(entry.names)),
         "imgsz": entry.imgsz,
         "decoder": entry.decoder,
@@ -274,13 +291,13 @@ def _calibration_inputs(plan: Plan) -> Mapping[str, Any]:
 
 
 def _as_it_is(case: Case, wanted: Sequence[int]) -> BuiltCase:
-    path, batches = case.entry.path, BatchProfile(*case.source["batches"])
+    path, batches = case.entry.path, BatchProfile(*case.source.batches)
     takes = f"batches of {batches.min} to {batches.max}"
     taken = [batch for batch in wanted if batches.min <= batch <= batches.max]
     if not taken:
         raise UserError(f"{path} takes {takes}, of which `batches` has none; add one.")
-    sha256 = case.source["sha256"]
-    record = {"file": str(path.resolve()), "engine_sha256": sha256, **case.source["record"]}
+    sha256 = case.source.sha256
+    record = {"file": str(path.resolve()), "engine_sha256": sha256, **case.source.record}
     return BuiltCase(
         case,
         dict.fromkeys(taken, path),
@@ -300,8 +317,7 @@ def _not_taken(case: Case, batches: Sequence[int], takes: str) -> tuple[str, ...
 # --- what a file is -----------------------------------------------------------------------------
 
 
-def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
-    """Say what a file is, see `Case.source`."""
+def _source(work: Work, entry: ModelEntry) -> SourceFile:
     path = entry.path
     if not path.is_file():
         raise UserError(f"{path} does not exist; check the path.")
@@ -320,31 +336,34 @@ def _source(work: Work, entry: ModelEntry) -> Mapping[str, Any]:
         "imgsz": entry.imgsz,
         "preprocess": list(entry.preprocess),
     }
-    known: Mapping[str, Any] | None = work.steps.find("source", inputs)
+    known = work.steps.find("source", inputs)
     if known is None:
-        known = {"sha256": inputs["file"], **_described(work, entry)}
-        work.steps.keep("source", inputs, known)
-    if not known["buildable"] and (entry.precisions or len(work.plan.precisions) > 1):
-        _log.info(f"{path} is {known['precision']} already and is taken as it is")
-    return known
+        source = dataclasses.replace(_described(work, entry), sha256=str(file))
+        work.steps.keep("source", inputs, dataclasses.asdict(source))
+    else:
+        source = as_record(known, SourceFile, f"a step kept in {work.output} is damaged")
+    if not source.buildable and (entry.precisions or len(work.plan.precisions) > 1):
+        _log.info(f"{path} is {source.precision} already and is taken as it is")
+    return source
 
 
-def _described(work: Work, entry: ModelEntry) -> dict[str, Any]:
+def _described(work: Work, entry: ModelEntry) -> SourceFile:
+    """Find out what a file is; its hash is left out."""
     path = entry.path
     manifest = read_manifest(path)
     if path.suffix == ".pt":
         from trt_yolov6.checkpoints.loading import load_checkpoint
 
         load_checkpoint(path)  # refused now, not after others have been built
-        return _description(buildable=True)
+        return SourceFile("", buildable=True)
     if manifest is not None:
         record = _manifest_record(manifest)
         if path.suffix == ".onnx":
             record |= _graph_record(_read(path))
-        return _description(manifest.precision, manifest.backend, manifest.batch, record)
+        return _taken(manifest.precision, manifest.backend, manifest.batch, record)
     if path.suffix != ".onnx":
         with load_engine(path, options=LoadOptions(decoder=entry.decoder)) as engine:
-            return _description(engine.precision, engine.backend, engine.batch)
+            return _taken(engine.precision, engine.backend, engine.batch, {})
     from trt_yolov6.graph.onnx_import import graph_from_onnx
 
     model = _read(path)
@@ -352,29 +371,17 @@ def _described(work: Work, entry: ModelEntry) -> dict[str, Any]:
     if details.quantize_nodes or "fp16" in details.precisions:
         graph = graph_from_onnx(path, decoder=entry.decoder)
         record = {"model": graph.name, **_graph_record(model)}
-        return _description(graph.precision, "onnxruntime", graph.batch, record)
+        return _taken(graph.precision, "onnxruntime", graph.batch, record)
     batch = details.inputs[0].shape[0] if details.inputs and details.inputs[0].shape else None
     fixed = batch if isinstance(batch, int) and batch > 0 else None
     _graph(work, entry, None, None)  # refused now, not after others have been built
-    return {**_description(buildable=True), "batch": fixed}
+    return SourceFile("", buildable=True, batch=fixed)
 
 
-def _description(
-    precision: str = "",
-    backend: str = "",
-    batches: BatchProfile | None = None,
-    record: Mapping[str, Any] | None = None,
-    *,
-    buildable: bool = False,
-) -> dict[str, Any]:
-    return {
-        "buildable": buildable,
-        "precision": precision,
-        "backend": backend,
-        "batches": list(dataclasses.astuple(batches)) if batches else [],
-        "batch": None,
-        "record": dict(record or {}),
-    }
+def _taken(
+    precision: str, backend: str, batch: BatchProfile, record: Mapping[str, Any]
+) -> SourceFile:
+    return SourceFile("", False, precision, backend, dataclasses.astuple(batch), record=record)
 
 
 def _read(path: Path) -> onnx.ModelProto:

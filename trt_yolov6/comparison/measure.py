@@ -340,6 +340,6 @@ def _ceilings(work: Work, engine: Engine) -> Ceilings | None:
 
 
 def _graph_work(value: Any) -> GraphWork:
-    """Return the work of a graph as the building step kept it; none of an engine without graph."""
+    """Return the work of a graph as the building step kept it; without a graph, no layers."""
     value = value or {"layers": [], "owners": {}}
     return GraphWork(tuple(Layer(**layer) for layer in value["layers"]), value["owners"])

@@ -103,7 +103,7 @@ def _engine(
         **{key: found[key] for key in ("backend", "backend_version", "device", "threads", "note")},
         "image_size": found["image_size"],
         "source": case.entry.path.name,
-        "source_sha256": case.source["sha256"],
+        "source_sha256": case.source.sha256,
         "parameters": record.get("parameters"),
         "flops": record.get("flops"),
         "bytes": built.files[built.largest].stat().st_size,

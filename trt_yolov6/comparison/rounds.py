@@ -1,9 +1,9 @@
 """Latency in rounds: every engine in turn, loaded again each time, spread over all the time.
 
 A machine that others use as well makes some runs slower than the engine is. Linux says how long
-this process's threads were kept waiting for a processor (`environment.cpu_wait_seconds`), so runs
-that were disturbed are excluded, and the latency is that of the others. Where hardly any run was
-left in peace, all count, and the interval reaches down to what the engine may be without the wait.
+this process's threads were kept waiting for a processor (`machine.cpu_wait_seconds`), so disturbed
+runs are excluded. Where hardly any was undisturbed, all count, and the interval reaches down to
+what the engine may take without the wait.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class RoundsSummary:
     quiet_runs: int
     """Runs that were not disturbed."""
     disturbed: bool
-    """Too few were left in peace: all runs count."""
+    """Too few runs were undisturbed: the statistics cover all."""
     waited: float | None
     """Share of the runs' time that threads waited for a processor; None: unknown."""
     mean: float
@@ -202,8 +202,8 @@ def paired_medians(
 ) -> tuple[list[float], list[float]]:
     """Return the medians of two engines, in the rounds in which both have undisturbed runs.
 
-    Where these are too few, all runs of both count: those in peace of one engine are never held
-    against the disturbed ones of the other.
+    Where these are too few, all runs of both count: undisturbed runs of one engine are never
+    compared with disturbed ones of the other.
     """
     quiet = [(one.quiet, other.quiet) for one, other in zip(rounds, base, strict=True)]
     pairs = [(mine, theirs) for mine, theirs in quiet if mine and theirs]

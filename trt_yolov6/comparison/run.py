@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from trt_yolov6.common.files import check_writable, sha256_file, write_json
+from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.common.statistics import Interval, ratio_interval
 from trt_yolov6.comparison.agreement import agreements
 from trt_yolov6.comparison.cache import Steps
@@ -199,11 +200,7 @@ def _drivers(results: Mapping[str, Any]) -> list[Any]:
 @contextmanager
 def _bar(total: int, shown: bool) -> Iterator[Callable[[str, int], None]]:
     """Show a bar; what is yielded says what is being done, and counts what is done."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total, desc="compare", unit="step", leave=False, disable=None if shown else True
-    ) as bar:
+    with progress_bar(total, desc="compare", unit="step", leave=False, shown=shown) as bar:
 
         def advance(text: str, done: int) -> None:
             if text:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from trt_yolov6.common.text import aligned, four_digits
 from trt_yolov6.comparison.results import latency_of
 
 
@@ -26,9 +27,9 @@ def format_results(results: Mapping[str, Any]) -> str:
                 ap_text(engine["AP"]),
                 ap_text(engine["AP50"]),
                 str(timing["batch"]),
-                number(latency.value),
-                f"{number(latency.low)} .. {number(latency.high)}",
-                number(timing["throughput_fps"]),
+                four_digits(latency.value),
+                f"{four_digits(latency.low)} .. {four_digits(latency.high)}",
+                four_digits(timing["throughput_fps"]),
                 "" if ratio is None else ratio_text(ratio),
             )
         )
@@ -36,7 +37,7 @@ def format_results(results: Mapping[str, Any]) -> str:
     lines = [
         f"{data['images']} images of {data['root']}, {data['split']}; engine alone, resident "
         f"input, {results['settings']['rounds']} rounds",
-        *_aligned(rows),
+        *aligned(rows),
     ]
     if any(timing["disturbed"] for timing in results["timings"]):
         lines.append("* other processes disturbed nearly all runs; the interval allows for that")
@@ -58,27 +59,3 @@ def ratio_text(ratio: Mapping[str, Any]) -> str:
 def ap_text(value: float | None) -> str:
     """Return an AP with four digits, or that there is none."""
     return "n/a" if value is None else f"{value:.4f}"
-
-
-def number(value: float) -> str:
-    """Return a number of 0 or more with four significant digits, without an exponent."""
-    if value <= 0:
-        return "0"
-    digits = 0
-    scaled = value
-    while scaled < 1000 and digits < 6:
-        scaled *= 10
-        digits += 1
-    return f"{value:.{digits}f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns: the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

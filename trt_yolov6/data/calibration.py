@@ -8,18 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from trt_yolov6.common.files import read_bytes
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.loader import default_workers, load_batches
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 MINIMUM = 2
 """Minimum number of calibration images: one image does not show a range."""
@@ -98,7 +96,7 @@ class _Look:
     sha256: str
     """Hash of its pixels."""
     is_blank: bool
-    """It shows no more than one colour."""
+    """True for an image of a single colour."""
 
 
 def _look_at(paths: Sequence[Path]) -> list[_Look | UserError]:
@@ -137,7 +135,6 @@ def calibration_batches(
     limit: int | None = None,
     border: int = 0,
     preprocessing: Preprocessing = YOLOV6,
-    workers: int | None = None,
 ) -> Iterator[NDArray[Any]]:
     """Yield what the graph takes for one calibration image after the other, sorted by path.
 
@@ -148,7 +145,6 @@ def calibration_batches(
         limit: see `calibration_images`.
         border: gray pixels on every side, see `data.letterbox.fit`.
         preprocessing: how images are prepared (`Graph.preprocessing`).
-        workers: reader threads; default: one a core.
 
     Yields:
         float32 (batch, 3, height, width), in 0..1 unless `preprocessing` says otherwise, or uint8
@@ -166,13 +162,7 @@ def calibration_batches(
     missing = -len(paths) % batch
     paths += [paths[index % len(paths)] for index in range(missing)]
     for loaded in load_batches(
-        paths,
-        read_image,
-        spec,
-        batch=batch,
-        border=border,
-        preprocessing=preprocessing,
-        workers=workers,
+        paths, read_image, spec, batch=batch, border=border, preprocessing=preprocessing
     ):
         yield loaded.input
 
@@ -185,9 +175,5 @@ def images_sha256(paths: Sequence[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-        digest.update(hashlib.sha256(content).digest())
+        digest.update(hashlib.sha256(read_bytes(path)).digest())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.files import read_bytes
 from trt_yolov6.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -101,11 +102,7 @@ def read_encoded(source: str | Path | bytes, name: str | None = None) -> tuple[b
     """
     if isinstance(source, bytes):
         return source, name or "the image"
-    name = name or str(source)
-    try:
-        return Path(source).read_bytes(), name
-    except OSError as error:
-        raise UserError(f"{name} cannot be read ({error.strerror}); check the path.") from error
+    return read_bytes(source), name or str(source)
 
 
 def read_image(

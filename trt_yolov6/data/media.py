@@ -68,7 +68,7 @@ class Pictures:
 
     items: tuple[Picture, ...]
     is_single: bool
-    """One was named, so that it has to be readable."""
+    """True where one was named, which then has to be readable."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Video:
     name: str
     """For file names: of a file its stem."""
     is_live: bool
-    """It has no end of its own."""
+    """True for what has no end of its own."""
 
 
 def find_media(source: str | Path) -> Pictures | Video:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from trt_yolov6.common.files import read_bytes
 from trt_yolov6.data.annotations import flag, number
 from trt_yolov6.data.images import IMAGE_SUFFIXES
 from trt_yolov6.data.sources import Source
@@ -92,9 +93,7 @@ def read_voc(root: Path, split: str) -> Source:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        tree = ElementTree.fromstring(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the data set.") from error
+        tree = ElementTree.fromstring(read_bytes(path))
     except (ElementTree.ParseError, ValueError) as error:
         raise UserError(f"{path} is not an XML file ({error}); correct or remove it.") from error
     if tree.tag != "annotation":

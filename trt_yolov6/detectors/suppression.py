@@ -269,7 +269,7 @@ class _Grid:
         cells *= 0.5
         cells -= self.start
         cells /= self.step
-        # What is no number becomes some cell: the IoU decides anyway.
+        # NaN becomes some cell: the IoU decides anyway.
         column, row = cells.astype(np.intp).clip(0, _CELLS - 1)
         found: NDArray[np.intp] = row * _WIDE
         found += column

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from trt_yolov6.checkpoints.inspect import CheckpointDetails
+from trt_yolov6.common.text import aligned
 from trt_yolov6.diagnostics.inspection import Inspection
 from trt_yolov6.engines.tensorrt.plan import PlanDetails
 from trt_yolov6.graph.cost import Layer
@@ -182,15 +183,7 @@ def _layer_lines(layers: Sequence[Layer]) -> list[str]:
         )
         for layer in layers
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            cell.rjust(width) if index == len(row) - 1 else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return [f"  {line}" for line in aligned(rows, left=len(rows[0]) - 1)]
 
 
 def _times(shape: Sequence[int]) -> str:

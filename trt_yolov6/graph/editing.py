@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.graph.index import names_read
+from trt_yolov6.graph.index import constants_of, names_read, tensor_value
 
 if TYPE_CHECKING:
     import onnx
@@ -70,6 +70,41 @@ def replace_tensor(tensor: onnx.TensorProto, value: NDArray[Any]) -> None:
 
     array = np.ascontiguousarray(value).reshape(np.shape(value))
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def add_to_bias(
+    model: onnx.ModelProto,
+    position: int,
+    change: NDArray[Any],
+    *,
+    own: str,
+    dtype: np.dtype[Any] | type[np.floating] = np.float32,
+) -> None:
+    """Add to a convolution's bias in place.
+
+    Args:
+        model: it is changed.
+        position: the convolution's index among the graph's nodes.
+        change: (output channels,)
+        own: name of the bias that it gets where it has none, or one that other nodes read.
+        dtype: type of one that it gets for none.
+
+    Raises:
+        ValueError: the bias is computed.
+    """
+    node, constants = model.graph.node[position], constants_of(model)
+    name = node.input[2] if len(node.input) > 2 else ""
+    if name and name not in constants:
+        raise ValueError(f"the bias {name!r} is computed")
+    before = tensor_value(constants[name]) if name else np.zeros(len(change), dtype)
+    after = (before.astype(np.float64) + change).astype(before.dtype)
+    is_shared = sum(list(item.input).count(name) for item in model.graph.node) > 1
+    if name and not is_shared:
+        replace_tensor(constants[name], after)
+        return
+    add_initializers(model.graph, {own: after})
+    del node.input[2:]
+    node.input.append(own)
 
 
 def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:

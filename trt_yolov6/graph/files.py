@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trt_yolov6.common.files import read_bytes
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import set_nodes
 from trt_yolov6.graph.index import constants_of, names_read, subgraphs, type_name
@@ -34,10 +35,7 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    content = read_bytes(path)
     try:
         model = onnx.load_from_string(content)
     except (DecodeError, ValueError, UnicodeDecodeError) as error:

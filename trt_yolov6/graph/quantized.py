@@ -104,7 +104,7 @@ class QuantizedLayer:
 
     @property
     def transposed(self) -> bool:
-        """It is a ConvTranspose."""
+        """True for a ConvTranspose."""
         return self.node.op_type == "ConvTranspose"
 
     @property

@@ -27,7 +27,7 @@ import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import sha256_bytes
-from trt_yolov6.graph.editing import add_initializers, replace_tensor, with_outputs
+from trt_yolov6.graph.editing import add_to_bias, with_outputs
 from trt_yolov6.graph.index import attribute, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
 from trt_yolov6.quantization.collect import collect
@@ -187,23 +187,9 @@ def bias_of(
 
 def shift_bias(model: onnx.ModelProto, layer: QuantizedLayer, change: NDArray[Any]) -> None:
     """Add (output channels,) to a layer's bias in place, giving it one where it has none."""
-    node = model.graph.node[layer.position]
-    constants = {item.name: item for item in model.graph.initializer}
-    name = node.input[2] if len(node.input) > 2 else ""
-    if name and name not in constants:
-        raise ValueError(f"the bias {name!r} is not an initializer")
     # A half-precision graph has half-precision scales, and its convolutions take such biases.
     dtype = layer.weights.scale_type
-    before = tensor_value(constants[name]) if name else np.zeros(len(change), dtype)
-    after = (before.astype(np.float64) + change).astype(before.dtype)
-    is_shared = sum(list(item.input).count(name) for item in model.graph.node) > 1
-    if name and not is_shared:
-        replace_tensor(constants[name], after)
-        return
-    own = f"{layer.output}_bias"
-    add_initializers(model.graph, {own: after})
-    del node.input[2:]
-    node.input.append(own)
+    add_to_bias(model, layer.position, change, own=f"{layer.output}_bias", dtype=dtype)
 
 
 def _means(

@@ -14,8 +14,11 @@ The matrix is the inputs' covariance: what a layer's mean output moves, its bias
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,9 @@ _PLACES = 1024
 # Places whose products of codes add up to less than 2^24.
 _EXACT_PLACES = 1024
 
+# Rows of products that are computed at a time, from the diagonal on.
+_TRIANGLE_ROWS = 512
+
 # Added to the diagonal of the covariance, as a part of its mean: GPTQ's damping.
 _DAMPING = 0.01
 
@@ -46,6 +52,9 @@ _BLOCK = 64
 _COVARIANCE_BYTES = 256 << 20
 
 _LEVELS = 127
+
+# More would take memory: each holds a few copies of a layer's covariance.
+_MOST_WORKERS = 4
 
 
 def adapt_rounding(
@@ -72,13 +81,27 @@ def adapt_rounding(
         and layer.output in floats
         and (name := floats[layer.output].input[1]) in constants
     ]
-    for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
-        for job in _measured(quantized_model, chunk, images):
-            levels, mean_error = job.rounded()
-            replace_tensor(stored[job.layer.weight], levels)
-            shift_bias(result, job.layer, -mean_error)
-            job.free()
+    with _workers() as workers:
+        for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
+            _measure(quantized_model, chunk, images, workers)
+            for job, (levels, mean_error) in zip(
+                chunk, workers.map(_Job.rounded, chunk), strict=True
+            ):
+                replace_tensor(stored[job.layer.weight], levels)
+                shift_bias(result, job.layer, -mean_error)
     return result
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that serve a layer each; PyTorch's own would wait for each other after every step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Job:
@@ -114,7 +137,7 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        return int(self._groups * self.columns**2 * 8)
+        return int(self._groups * self.columns**2 * (4 if self._reads_codes else 8))
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Take in a batch of the layer's inputs (batch, channels, height, width).
@@ -122,28 +145,44 @@ class _Job:
         After a pair they are multiples of its scale. As whole numbers their sums of products are
         exact in float32 below 2^24, so that every processor finds the same.
         """
-        values = values.astype(np.float32, copy=False)
-        if self._reads_codes:
-            values = np.rint(values / np.float32(self._unit))
-        for image in torch.from_numpy(values):
-            places = self._places(image)
-            total = places.sum(dim=2, dtype=torch.float64)
-            self._sum = total if self._sum is None else self._sum + total
+        for image in values:
+            places = self._places(image.astype(np.float32, copy=False))
+            if self._reads_codes:
+                places = (places / np.float32(self._unit)).round()
             for part in torch.split(places, _EXACT_PLACES, dim=2):
-                products = part @ part.transpose(1, 2)
-                if self._products is None:
-                    self._products = products.double()
-                else:
-                    self._products += products  # in place: it may hold 40 MB
+                self._add(part)
             self._count += places.shape[2]
+
+    def _add(self, part: torch.Tensor) -> None:
+        """Add up (groups, columns, places), of the products one triangle."""
+        groups, columns, _ = part.shape
+        kind = torch.int32 if self._reads_codes else torch.float64
+        if self._sum is None or self._products is None:
+            self._sum = torch.zeros(groups, columns, dtype=kind)
+            self._products = torch.zeros(groups, columns, columns, dtype=kind)
+        self._sum += part.sum(dim=2).to(kind)
+        transposed = part.transpose(1, 2)
+        for start in range(0, columns, _TRIANGLE_ROWS):
+            end = start + _TRIANGLE_ROWS
+            products = part[:, start:end] @ transposed[:, :, start:]
+            self._products[:, start:end, start:] += products.to(kind)
+
+    def _moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and covariance of the inputs, float64; the sums are gone then."""
+        assert self._sum is not None
+        assert self._products is not None
+        mean = self._sum.double() * (self._unit / self._count)
+        covariance = self._products.double()
+        self._sum = self._products = None
+        for start in range(0, self.columns, _TRIANGLE_ROWS):
+            end = start + _TRIANGLE_ROWS
+            covariance[:, end:, start:end] = covariance[:, start:end, end:].transpose(1, 2)
+        covariance *= self._unit**2 / self._count
+        return mean, covariance.baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
 
     def rounded(self) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
         """Return the levels of the weights, and by how much they move the mean output."""
-        assert self._sum is not None
-        assert self._products is not None
-        mean = self._sum / self._count * self._unit
-        covariance = self._products / self._count * self._unit**2
-        covariance = covariance - mean.unsqueeze(2) * mean.unsqueeze(1)
+        mean, covariance = self._moments()
         rows = torch.from_numpy(self._to_rows(self._weight).astype(np.float64))
         spread = np.broadcast_to(self.layer.scale, self._weight.shape)
         # One scale serves a row, since it belongs to one output channel.
@@ -156,26 +195,35 @@ class _Job:
         mean_error = errors.reshape(outputs, -1).mean(axis=1)
         return self._from_rows(levels.numpy()).astype(np.int8), mean_error
 
-    def free(self) -> None:
-        self._sum = self._products = None
-
-    def _places(self, image: torch.Tensor) -> torch.Tensor:
+    def _places(self, image: NDArray[np.float32]) -> torch.Tensor:
         """Return (groups, columns, places) of the inputs of evenly spread output places."""
+        channels, height, width = image.shape
         if self.layer.transposed:
-            columns = image.reshape(image.shape[0], -1)
+            rows, columns, taps = height, width, [(0, 0)]
         else:
             top, left, bottom, right = self._pads
-            padded = torch.nn.functional.pad(image, (left, right, top, bottom))
-            columns = torch.nn.functional.unfold(
-                padded.unsqueeze(0),
-                self._kernel,
-                dilation=tuple(self._dilations),
-                stride=tuple(self._strides),
-            )[0]
-        step = max(1, columns.shape[1] // _PLACES)
+            reach = [(k - 1) * d + 1 for k, d in zip(self._kernel, self._dilations, strict=True)]
+            rows = (height + top + bottom - reach[0]) // self._strides[0] + 1
+            columns = (width + left + right - reach[1]) // self._strides[1] + 1
+            taps = [
+                (row * self._dilations[0] - top, column * self._dilations[1] - left)
+                for row in range(self._kernel[0])
+                for column in range(self._kernel[1])
+            ]
+        count = rows * columns
         # A step that shares no factor with the width would be better still; odd ones mostly do.
-        chosen = columns[:, :: step | 1].contiguous()
-        return chosen.reshape(self._groups, -1, chosen.shape[1])
+        step = max(1, count // _PLACES) | 1
+        place = np.arange(0, count, step)
+        strides = (1, 1) if self.layer.transposed else self._strides
+        y, x = place // columns * strides[0], place % columns * strides[1]
+        flat = image.reshape(channels, -1)
+        found = np.empty((channels, len(taps), len(place)), np.float32)
+        for tap, (down, right) in enumerate(taps):
+            row, column = y + down, x + right
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = np.where(inside, row * width + column, 0)
+            np.multiply(flat[:, index], inside, out=found[:, tap])
+        return torch.from_numpy(found).reshape(self._groups, -1, len(place))
 
     def _to_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """Arrange weights as (groups, rows, columns): what a row holds makes one output value."""
@@ -193,6 +241,11 @@ class _Job:
 def rounded_rows(rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     """Round rows of weights so that their outputs' squared error is small (GPTQ).
 
+    With the columns in some order, the covariance is R Rᵀ for an upper triangular R, and the error
+    of an output |e R|² for errors e of its weights. Rounded one after the other, each weight makes
+    up for what those before it have left in its own component of e R: what GPTQ does, without an
+    inverse.
+
     Args:
         rows: float64 (groups, rows, columns).
         scale: float64 (groups, rows, 1), above 0.
@@ -204,29 +257,38 @@ def rounded_rows(rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tens
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     # The columns whose inputs vary most go first: later ones can make up for their errors.
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    columns = order.unsqueeze(1)
-    weights = rows.gather(2, columns.expand_as(rows))
-    sorted_rows = covariance.gather(1, order.unsqueeze(2).expand_as(covariance))
-    matrix = sorted_rows.gather(2, columns.expand_as(covariance))
     level = diagonal.mean(dim=1)
     damping = torch.where(level > 0, _DAMPING * level, torch.ones_like(level))
-    matrix = matrix + torch.diag_embed(damping.unsqueeze(1).expand_as(diagonal))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    levels = torch.empty_like(weights)
-    count = weights.shape[2]
-    for start in range(0, count, _BLOCK):
-        end = min(start + _BLOCK, count)
-        errors = torch.empty_like(weights[:, :, start:end])
-        for column in range(start, end):
-            own = weights[:, :, column : column + 1]
-            rounded = (own / scale).round().clamp(-_LEVELS, _LEVELS)
-            levels[:, :, column : column + 1] = rounded
-            error = (own - rounded * scale) / factor[:, column : column + 1, column : column + 1]
-            weights[:, :, column:end] -= error * factor[:, column : column + 1, column:end]
-            errors[:, :, column - start : column - start + 1] = error
-        weights[:, :, end:] -= errors @ factor[:, start:end, end:]
-    return torch.empty_like(levels).scatter_(2, columns.expand_as(levels), levels)
+    reverse = order.flip(1)
+    levels = torch.empty_like(rows)
+    for group in range(len(rows)):
+        first = order[group]
+        # From the other end a lower triangle is an upper one.
+        last_first = covariance[group][reverse[group][:, None], reverse[group]]
+        last_first.diagonal().add_(damping[group])
+        torch.linalg.cholesky(last_first, out=last_first)
+        upper = last_first.flip(0, 1)
+        found = _rounded(rows[group][:, first].T.contiguous(), scale[group].T, upper)
+        levels[group][:, first] = found.T
+    return levels
+
+
+def _rounded(weights: torch.Tensor, scale: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+    """Round (columns, rows) weights, by (1, rows) scales, one column after the other."""
+    levels, errors = torch.empty_like(weights), torch.empty_like(weights)
+    scales = scale[0].numpy()
+    for start in range(0, len(weights), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        left = (upper[:start, block].T @ errors[:start]).numpy()
+        # NumPy takes a third of PyTorch's time for steps as small as these.
+        own, made, lost = (one[block].numpy() for one in (weights, levels, errors))
+        factor = upper[block, block].numpy()
+        for column in range(len(own)):
+            target = own[column] + left[column] / factor[column, column]
+            made[column] = np.clip(np.rint(target / scales), -_LEVELS, _LEVELS)
+            lost[column] = own[column] - made[column] * scales
+            left[column + 1 :] += factor[column, column + 1 :, None] * lost[column]
+    return levels
 
 
 def _chunks(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
@@ -240,15 +302,17 @@ def _chunks(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
         yield chunk
 
 
-def _measured(
-    model: onnx.ModelProto, jobs: Sequence[_Job], images: Sequence[NDArray[Any]]
-) -> Sequence[_Job]:
+def _measure(
+    model: onnx.ModelProto,
+    jobs: Sequence[_Job],
+    images: Sequence[NDArray[Any]],
+    workers: ThreadPoolExecutor,
+) -> None:
     """Run the images through the Q/DQ graph and give each job what its layer reads."""
     names = list(dict.fromkeys(job.layer.input for job in jobs))
     session = reference_session(with_integer_convolutions(with_outputs(model, names)))
     source = session.get_inputs()[0].name
     for image in images:
         values = dict(zip(names, session.run(names, {source: image}), strict=True))
-        for job in jobs:
-            job.add(values[job.layer.input])
-    return jobs
+        inputs = [values[job.layer.input] for job in jobs]
+        list(workers.map(_Job.add, jobs, inputs))  # to see their errors

@@ -101,17 +101,13 @@ def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
     }
 
 
-def tensors_to_measure(model: onnx.ModelProto, keep_float: Collection[str] = ()) -> tuple[str, ...]:
+def tensors_to_measure(model: onnx.ModelProto) -> tuple[str, ...]:
     """Return the tensors whose ranges are enough for any choice of float layers.
 
     With other layers in float, pairs move: after a concatenation rather than before it, to the
-    other term of an addition.
-
-    Args:
-        model: the float graph.
-        keep_float: layers that are in float in any case.
+    other term of an addition. The model is the float graph.
     """
-    wanted = set(place(model, keep_float, requantize=True).tensors)
+    wanted = set(place(model, requantize=True).tensors)
     graph = GraphIndex(model)
     wanted.update(
         name
@@ -193,7 +189,7 @@ def choose_float_layers(
 
     Of each order the shortest beginning that reaches the score is searched for, by doubling and
     halving its length; the cheapest of them is then thinned, each layer being put back into INT8,
-    the dearest first, if the score allows. Nothing is tried that costs more than what has been
+    most expensive first, if the score allows. Nothing is tried that costs more than what has been
     found.
 
     Args:

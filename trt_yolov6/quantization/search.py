@@ -80,7 +80,7 @@ rescaled channels: less may be chance, and the AP may fall by it."""
 TOLERANCE = 0.005
 """A simpler candidate is kept where its agreement is this near to the best one's."""
 
-_NEAR = 0.05
+_NEAR = 0.02
 """Agreement by which another form of the graph may fall short and is still looked at closely."""
 
 _WATCHED_IMAGES = 6
@@ -315,7 +315,7 @@ class Search:
         return _simplest_of_the_best(tried, tolerance).method
 
     def _with_weights(self, choice: Choice) -> Choice:
-        """Compare what may become of weights; the next one has to be clearly better."""
+        """Take the first change of the weights that is clearly better than none."""
         settings = self._settings
         if settings.adaptive_rounding:
             return dataclasses.replace(choice, weights="reconstructed")
@@ -326,8 +326,8 @@ class Search:
             other = dataclasses.replace(choice, weights=weights)
             value = self._tried("weights", other).agreement
             _log.info(f"{SAID[weights]}: agreement with float {value:.3f} after {best:.3f}")
-            if value > (best + CLEAR_GAIN if choice.weights == "nearest" else best):
-                choice, best = other, value
+            if value > best + CLEAR_GAIN:
+                return other
         return choice
 
     def _tuned_by_gradients(self, choice: Choice) -> _Tuned | None:

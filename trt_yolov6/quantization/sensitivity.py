@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import atomic_path
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.common.plots import new_figure, save_figure
+from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, at_opset
 from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.graph.operators import layer_names, weight_axis
@@ -279,19 +279,11 @@ def write_chart(result: Sensitivity, path: str | Path) -> None:
         raise UserError(f"`plot` {path} is not a PNG file; give a name that ends in .png.")
     if not result.layers:
         raise UserError("no layer runs in INT8, so that there is nothing to draw.")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"matplotlib does not import ({error}); install it with `pip install matplotlib`."
-        ) from error
     names, values = zip(*result.layers, strict=True)
     bars = np.array(values, np.float64)
     finite = bars[np.isfinite(bars)]
     bars = np.nan_to_num(bars, posinf=finite.max(initial=0), neginf=finite.min(initial=0))
-    figure = Figure(figsize=(9, 1.2 + 0.19 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.2 + 0.19 * len(names))
     axes = figure.subplots()
     axes.barh(np.arange(len(names)), bars, color="#2f6f9f", height=0.75)
     if result.metric == "mse" and (bars > 0).any():
@@ -308,9 +300,7 @@ def write_chart(result: Sensitivity, path: str | Path) -> None:
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        # Without the version in it, the same values give the same bytes.
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+    save_figure(path, figure)
 
 
 def _sorted(metric: Metric, values: Mapping[str, float]) -> Sensitivity:

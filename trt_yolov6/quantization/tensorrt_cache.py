@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_yolov6.common.files import write_bytes
+from trt_yolov6.common.files import read_bytes, write_bytes
 from trt_yolov6.errors import UserError
 
 ALGORITHM = "EntropyCalibration2"
@@ -97,10 +97,7 @@ def read_cache(path: str | Path) -> TensorRtCache:
         UserError: the file is missing, is not such text, names an unknown calibrator, or has a
             scale that is not a finite number above 0.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    content = read_bytes(path)
     try:
         lines = content.decode().splitlines()
     except UnicodeDecodeError:

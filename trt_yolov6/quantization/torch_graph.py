@@ -22,7 +22,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, replace_tensor
 from trt_yolov6.graph.index import GraphIndex, attributes, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
-from trt_yolov6.quantization.fake_quantize import FakeQuantizer, Levels, activation_levels
+from trt_yolov6.quantization.fake_quantize import FakeQuantizer, activation_levels
 from trt_yolov6.quantization.types import INT8
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 Attributes = Mapping[str, Any]
 Operator = Callable[[Attributes, Sequence[Any]], Any]
 """Takes a node's attributes and inputs; returns one tensor, or a sequence of them."""
-
-WEIGHT_LEVELS = Levels(-INT8.largest, INT8.largest)
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,12 @@ class TorchGraph(nn.Module):
         self,
         model: onnx.ModelProto,
         outputs: Iterable[str] = (),
-        *,
-        weights: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         """Read a graph.
 
         Args:
             model: float32, or from `insert_qdq`; it is not changed.
             outputs: tensors to compute; none: the graph's own outputs.
-            weights: unrounded weights that learning starts from, by the layers' outputs; those of
-                other layers are the dequantized ones.
 
         Raises:
             UserError: the graph has an operator that is not known here; see `can_read`.
@@ -102,7 +96,7 @@ class TorchGraph(nn.Module):
                 steps.append((_same, {}, names[:1], made))
                 continue
             if made[0] in dequantized:
-                self._add_layer(dequantized[made[0]], weights or {})
+                self._add_layer(dequantized[made[0]])
                 continue
             operator = OPERATORS.get(node.op_type)
             if operator is None or node.domain not in ("", "ai.onnx"):
@@ -221,12 +215,11 @@ class TorchGraph(nn.Module):
             )
         return lambda _, inputs: self.quantizers[key](inputs[0])
 
-    def _add_layer(self, layer: QuantizedLayer, weights: Mapping[str, NDArray[np.float32]]) -> None:
+    def _add_layer(self, layer: QuantizedLayer) -> None:
         scale = layer.scale.astype(np.float32)
-        value = weights.get(layer.output, layer.weights.values())
         key = f"weight{len(self._weight_of)}"
         self._weight_of[layer.output] = key
-        steps = np.asarray(value / scale, np.float32)
+        steps = np.asarray(layer.weights.values() / scale, np.float32)
         self.register_parameter(key, nn.Parameter(torch.from_numpy(steps)))
         self.register_buffer(f"{key}_scale", torch.from_numpy(np.array(scale)))
 

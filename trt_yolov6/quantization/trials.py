@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trt_yolov6.common.text import aligned
 from trt_yolov6.quantization.calibrators import Method
 from trt_yolov6.quantization.preparation import Variant
 from trt_yolov6.quantization.weights import Weights
@@ -63,11 +64,4 @@ def tried_table(candidates: Sequence[Candidate]) -> list[str]:
         slower = f"{item.slowdown:.1%}" if item.float_layers else ""
         cells = (f"{item.agreement:.3f}", slower, f"{item.seconds:.1f}")
         rows.append((item.decides, what, *cells))
-    widths = [max(len(row[place]) for row in rows) for place in range(5)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, left=2)

@@ -59,10 +59,10 @@ class WeightTuning:
 
 
 def weight_choices(settings: QuantizationSettings) -> tuple[Weights, ...]:
-    """Return the alternatives to rounding to the nearest, the quickest first."""
+    """Return the alternatives to rounding to the nearest, the one that brings most first."""
     if settings.quantized.is_floating or not settings.reconstruct:
         return ("biases",)
-    return ("biases", "reconstructed")
+    return ("reconstructed", "biases")
 
 
 def chosen_weights(table: CalibrationTable) -> Weights:

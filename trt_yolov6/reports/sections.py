@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trt_yolov6.common.statistics import Interval
+from trt_yolov6.common.text import four_digits
 from trt_yolov6.comparison.results import latency_of
-from trt_yolov6.comparison.summary import number
 from trt_yolov6.quantization.sensitivity import MEANING, direction
 from trt_yolov6.reports.figures import Chart, Point, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking
@@ -95,9 +95,9 @@ def _headline(rows: Sequence[Row]) -> dict[str, Any] | None:
     return {
         "batch": batch,
         "best": best,
-        "best_ms": number(_ms(best, batch)),
+        "best_ms": four_digits(_ms(best, batch)),
         "fastest": None if fastest is best else fastest,
-        "fastest_ms": number(_ms(fastest, batch)),
+        "fastest_ms": four_digits(_ms(fastest, batch)),
         "front": [row.name for row in front] if len(timed) > 2 and len(front) < len(timed) else (),
     }
 

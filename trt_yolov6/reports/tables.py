@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trt_yolov6.common.statistics import Interval
+from trt_yolov6.common.text import four_digits
 from trt_yolov6.comparison.results import latency_of
-from trt_yolov6.comparison.summary import number
 from trt_yolov6.reports.material import Material
 
 NOTHING = "\N{EN DASH}"
@@ -222,10 +222,10 @@ def ap_cell(value: float | None) -> Cell:
 def with_error(interval: Interval) -> str:
     """Return a value and its interval's larger half, such as `53.7 ± 0.4`, or its upper end."""
     if interval.low <= 0:
-        return f"{number(interval.value)} (below {number(interval.high)})"
+        return f"{four_digits(interval.value)} (below {four_digits(interval.high)})"
     error = max(interval.high - interval.value, interval.value - interval.low)
     if error <= 0:
-        return number(interval.value)
+        return four_digits(interval.value)
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{interval.value:.{digits}f} ± {error:.{digits}f}"
 

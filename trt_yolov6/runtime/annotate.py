@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from trt_yolov6.common.files import atomic_path, write_bytes
+from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.images import IMAGE_SUFFIXES
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.data.media import Clip, Frame, Picture, Pictures, Video, find_media, open_video
@@ -154,7 +154,7 @@ def _infer_pictures(
         run = functools.partial(process_on_gpus, check_gpus(options.gpus))
     with (
         open_detection_files(output, formats, engine.class_names) as files,
-        _bar(len(pictures.items), "image", progress) as bar,
+        progress_bar(len(pictures.items), desc="infer", unit="image", shown=progress) as bar,
     ):
         for step in run(
             engine,
@@ -188,10 +188,6 @@ def _infer_pictures(
     )
 
 
-def _bar(total: int | None, unit: str, progress: bool) -> tqdm[NoReturn]:
-    return tqdm(total=total, desc="infer", unit=unit, disable=None if progress else True)
-
-
 def _infer_video(
     engine: Engine,
     video: Video,
@@ -221,7 +217,8 @@ def _infer_video(
         open_detection_files(output, formats, engine.class_names) as files,
         VideoWriter(temporary, clip.rate) as writer,
     ):
-        with _bar(clip.announced or None, "frame", progress) as bar:
+        frames = clip.announced or None
+        with progress_bar(frames, desc="infer", unit="frame", shown=progress) as bar:
             # Frames can only be decoded in order, so the caller's thread does it and the loader's
             # threads just resize them.
             for step in process(engine, clip.frames, _pixels, finish, options):

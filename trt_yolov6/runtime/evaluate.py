@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tqdm import tqdm
 
+from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.class_matching import match_classes
 from trt_yolov6.data.coco import CocoDataset, CocoImage, open_coco_image, read_coco_image
 from trt_yolov6.data.loader import Batch
@@ -277,9 +277,7 @@ def evaluate_found(
 
 
 def _bar(dataset: CocoDataset, *, shown: bool) -> Any:
-    return tqdm(
-        total=len(dataset.images), desc="eval", unit="image", disable=None if shown else True
-    )
+    return progress_bar(len(dataset.images), desc="eval", unit="image", shown=shown)
 
 
 @dataclass(frozen=True)

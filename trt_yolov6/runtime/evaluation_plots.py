@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import atomic_path
+from trt_yolov6.common.plots import new_figure, save_figure
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.detectors.overlap import iou
-from trt_yolov6.errors import MissingDependencyError
 
 CONFUSION_CONFIDENCE = 0.25
 """Score from which a detection is a statement, for the confusion matrix."""
@@ -84,13 +83,13 @@ def write_plots(
         MissingDependencyError: matplotlib is not installed.
     """
     curves, matrix = Path(folder) / "pr-curves.png", Path(folder) / "confusion.png"
-    _save(curves, _curves(class_names, precision))
-    _save(matrix, _matrix(class_names, confusion))
+    save_figure(curves, _curves(class_names, precision))
+    save_figure(matrix, _matrix(class_names, confusion))
     return curves, matrix
 
 
 def _curves(class_names: Sequence[str], precision: NDArray[np.float64]) -> Any:
-    figure = _figure(8, 6)
+    figure = new_figure(8, 6)
     axes = figure.subplots()
     recall = np.linspace(0, 1, len(precision))
     known = [index for index in range(precision.shape[1]) if precision[0, index] > -1]
@@ -117,7 +116,7 @@ def _curves(class_names: Sequence[str], precision: NDArray[np.float64]) -> Any:
 def _matrix(class_names: Sequence[str], counts: NDArray[np.int64]) -> Any:
     size = len(counts)
     side = min(18.0, 3.5 + 0.45 * size)
-    figure = _figure(side, side)
+    figure = new_figure(side, side)
     axes = figure.subplots()
     of_column = counts / np.maximum(1, counts.sum(axis=0, keepdims=True))
     axes.imshow(of_column, cmap="Blues", vmin=0, vmax=1)
@@ -138,22 +137,3 @@ def _matrix(class_names: Sequence[str], counts: NDArray[np.int64]) -> Any:
                 column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=7
             )
     return figure
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"matplotlib does not import ({error}); install it with `pip install matplotlib`."
-        ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(path: Path, figure: Any) -> None:
-    with atomic_path(path) as temporary:
-        # Without the version in it, the same values give the same bytes.
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})

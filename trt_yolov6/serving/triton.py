@@ -198,6 +198,12 @@ def export_triton(
                 f"{output / name} is there already; remove it or choose another `output`."
             )
     check_writable(output / "config.pbtxt")
+    _write_entries(models, texts, output)
+    return tuple(output / name for name in entries)
+
+
+def _write_entries(models: Sequence[ServedModel], texts: Sequence[str], output: Path) -> None:
+    """Write all entries, or none."""
     made = next(
         (
             folder
@@ -213,9 +219,9 @@ def export_triton(
         with tempfile.TemporaryDirectory(prefix=".writing.", dir=output) as draft:
             for model, text in zip(models, texts, strict=True):
                 _write_entry(Path(draft) / model.name, model, text)
-            for name in entries:
-                (Path(draft) / name).rename(output / name)
-                written.append(output / name)
+            for model in models:
+                (Path(draft) / model.name).rename(output / model.name)
+                written.append(output / model.name)
     except BaseException as error:
         for folder in written:
             shutil.rmtree(folder, ignore_errors=True)
@@ -227,7 +233,6 @@ def export_triton(
                 "a folder you may write to."
             ) from error
         raise
-    return tuple(written)
 
 
 def served_model(

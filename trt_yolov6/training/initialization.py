@@ -23,7 +23,7 @@ from trt_yolov6.training.schedule import derived_seed
 
 @dataclass(frozen=True)
 class Start:
-    """A network to train, on the CPU, and what there is to say about where it comes from."""
+    """A network to train, on the CPU, and notes on where it comes from."""
 
     model: YOLOv6
     notes: tuple[str, ...]

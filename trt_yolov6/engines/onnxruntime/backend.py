@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import read_json
+from trt_yolov6.common.files import read_bytes, read_json
 from trt_yolov6.detectors.metadata import check_input
 from trt_yolov6.detectors.recognition import GraphFacts
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions, check_images
@@ -121,10 +121,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     Raises:
         UserError: the file is cut short, no ONNX model, or not a detector this package decodes.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    content = read_bytes(path)
     graph: onnx.ModelProto | None = None
     dropped: tuple[str, ...] = ()
     if manifest is None:

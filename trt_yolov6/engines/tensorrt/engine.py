@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.files import read_bytes
 from trt_yolov6.data.letterbox import Letterbox
 from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.detectors.metadata import check_input
@@ -409,10 +410,7 @@ class _LaneRun(Run):
 def _deserialize(
     flavour: Flavour, path: Path, device: cuda_device.Device
 ) -> tuple[trt.Runtime, trt.ICudaEngine]:
-    try:
-        plan = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    plan = read_bytes(path)
     logger = logger_of(flavour.api)
     logger.clear()
     runtime = flavour.api.Runtime(logger)

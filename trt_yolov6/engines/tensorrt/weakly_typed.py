@@ -11,8 +11,9 @@ it stops at the usual ones (seen in 8.6.0 on an H100):
 - A multiplication by a constant per channel before a QuantizeLinear ends in `mergeScales: Assertion
   equalOrZero`. A division by the reciprocals does not.
 - A multiplication of a dequantized tensor by one number (the shortcuts of M and L) ends in
-  `chooseHigherPrecision: Assertion`; it is likely, and not tried yet, that a DequantizeLinear with
-  the number in its scale does not.
+  `chooseHigherPrecision: Assertion`, also as a division, with the number in the scale, or with both
+  terms of the sum dequantized. It reads what the pair quantizes instead, so the shortcut is not
+  rounded to INT8.
 - Convolutions that read one tensor, and that no activation is fused with, are merged; in INT8 that
   ends in `chooseHigherPrecision: Assertion`. Here they are one convolution and a Split.
 
@@ -94,7 +95,7 @@ def weak_graph(content: bytes) -> WeakGraph:
     if quantized:
         drop_idle_pairs(model)
         give_transposed_float_weights(model)
-        scale_shortcuts(model)
+        read_before_pairs(model)
         divide_channels(model)
         join_siblings(model)
     return WeakGraph(model.SerializeToString(), half, quantized, single, half_outputs)
@@ -194,38 +195,6 @@ def split_pools(model: onnx.ModelProto) -> None:
     graph.write()
 
 
-def activate_first(model: onnx.ModelProto) -> None:
-    """Put a Sigmoid before the concatenation and the transpositions whose result it is applied to.
-
-    Right after convolutions TensorRT may fuse it with them.
-    """
-    from onnx import helper
-
-    graph = _Graph(model)
-    for node in graph.nodes:
-        if node.op_type != "Sigmoid":
-            continue
-        joined = graph.producer(node.input[0])
-        if joined is None or joined.op_type != "Concat" or len(graph.readers(node.input[0])) != 1:
-            continue
-        moves = [graph.producer(name) for name in joined.input]
-        while all(move is not None and move.op_type == "Reshape" for move in moves):
-            moves = [graph.producer(move.input[0]) for move in moves if move is not None]
-        found = [move for move in moves if move is not None and move.op_type == "Transpose"]
-        if len(found) != len(joined.input):
-            continue
-        for move in found:
-            active = f"{move.input[0]}/{node.name}"
-            first = helper.make_node(
-                "Sigmoid", [move.input[0]], [active], f"{node.name}/{move.name}"
-            )
-            graph.rewire(move, move.input[0], active)
-            graph.replace([move], [first, move])
-        graph.rewire(node, node.input[0], joined.output[0])
-        node.op_type = "Identity"
-    graph.write()
-
-
 # --- INT8 ---------------------------------------------------------------------------------------
 
 
@@ -269,32 +238,24 @@ def give_transposed_float_weights(model: onnx.ModelProto) -> None:
     graph.write()
 
 
-def scale_shortcuts(model: onnx.ModelProto) -> None:
-    """Put a positive number that a dequantized tensor is multiplied by into its scale."""
-    from onnx import helper
-
+def read_before_pairs(model: onnx.ModelProto) -> None:
+    """Have a multiplication by one number read what a pair quantizes in the place of its result."""
     graph = _Graph(model)
     for node in graph.nodes:
         if node.op_type != "Mul":
             continue
         for name, other in (node.input, reversed(node.input)):
-            factor, source = graph.value(name), graph.producer(other)
-            if factor is None or factor.size != 1 or not factor.item() > 0 or source is None:
+            factor, dequantize = graph.value(name), graph.producer(other)
+            if factor is None or factor.size != 1 or dequantize is None:
                 continue
-            scale = graph.value(source.input[1]) if len(source.input) > 1 else None
-            if source.op_type != "DequantizeLinear" or scale is None or scale.size != 1:
-                continue
-            scaled = graph.constant(
-                f"{node.output[0]}/scale", np.array(scale.item() * factor.item(), np.float32)
-            )
-            dequantize = helper.make_node(
-                "DequantizeLinear",
-                [source.input[0], scaled, *source.input[2:]],
-                node.output,
-                node.name,
-            )
-            graph.replace([node], [dequantize])
-            break
+            quantize = graph.producer(dequantize.input[0])
+            if (
+                dequantize.op_type == "DequantizeLinear"
+                and quantize is not None
+                and quantize.op_type == "QuantizeLinear"
+            ):
+                graph.rewire(node, other, quantize.input[0])
+                break
     graph.write()
 
 

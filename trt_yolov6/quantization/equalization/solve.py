@@ -47,11 +47,9 @@ from trt_yolov6.quantization.equalization.channel_graph import (
     FIXED,
     ChannelMap,
     Convolution,
-    Shifts,
-    rescale,
-    shifts_by_source,
     trace_channels,
 )
+from trt_yolov6.quantization.equalization.rescaling import Shifts, rescale, shifts_by_source
 from trt_yolov6.quantization.qdq.placement import place
 
 if TYPE_CHECKING:

@@ -3,9 +3,8 @@
 Quantizers put pairs of QuantizeLinear and DequantizeLinear nodes on every tensor they know the
 range of (ONNX Runtime), on the inputs of every module (pytorch-quantization, ModelOpt) or on stored
 weights. `clean` runs one pass for each kind of surplus until none finds anything, and names each
-removal. Some passes change no value (`lossless` in the result); the others remove a rounding, or
-make scales equal, and `verify_clean` measures on images that outputs moved no more than that
-explains.
+removal. Some passes change no value; the others remove a rounding, or make scales equal, and
+`verify_clean` measures on images that outputs moved no more than that explains.
 FP8's nodes are left alone: which of them cost a kernel, and which save one, was not measured.
 """
 
@@ -43,8 +42,6 @@ class Removal:
     tensor: str
     """The tensor that is no longer quantized there, or stored otherwise."""
     reason: str
-    lossless: bool
-    """No value in the graph changes by it, but for rounding in float."""
 
     def __str__(self) -> str:
         return f"{self.tensor}: {self.reason}"
@@ -120,9 +117,7 @@ def fold_weights(graph: gs.Graph) -> Iterator[Removal]:
             continue
         levels = _constant(graph, f"{quantize.inputs[0].name}/stored", grid.quantize(weights))
         _bypass(graph, levels, quantize.outputs[0])
-        yield Removal(
-            "fold_weights", quantize.inputs[0].name, "stored as INT8 instead of float", True
-        )
+        yield Removal("fold_weights", quantize.inputs[0].name, "stored as INT8 instead of float")
 
 
 def fold_biases(graph: gs.Graph) -> Iterator[Removal]:
@@ -138,7 +133,7 @@ def fold_biases(graph: gs.Graph) -> Iterator[Removal]:
             graph, f"{dequantize.inputs[0].name}/float", grid.dequantize(levels).astype(np.float32)
         )
         _bypass(graph, bias, dequantize.outputs[0])
-        yield Removal("fold_biases", dequantize.inputs[0].name, "stored as float", True)
+        yield Removal("fold_biases", dequantize.inputs[0].name, "stored as float")
 
 
 def merge_equal_pairs(graph: gs.Graph) -> Iterator[Removal]:
@@ -152,7 +147,7 @@ def merge_equal_pairs(graph: gs.Graph) -> Iterator[Removal]:
             first = kept.setdefault((id(source), *grid.key()), node)
             if first is not node:
                 _bypass(graph, first.outputs[0], node.outputs[0])
-                yield Removal("merge_equal_pairs", source.name, "quantized twice, alike", True)
+                yield Removal("merge_equal_pairs", source.name, "quantized twice, alike")
 
 
 def drop_requantization(graph: gs.Graph) -> Iterator[Removal]:
@@ -173,14 +168,14 @@ def drop_requantization(graph: gs.Graph) -> Iterator[Removal]:
         if first.key() == second.key():
             for dequantize in [node for node in quantize.outputs[0].outputs if node.op == _DQ]:
                 _bypass(graph, before.outputs[0], dequantize.outputs[0])
-            yield Removal("drop_requantization", name, "quantized again with its own scale", True)
+            yield Removal("drop_requantization", name, "quantized again with its own scale")
         elif (
             len(before.outputs[0].outputs) == 1
             and before.outputs[0] not in graph.outputs
             and not _is_relu(source.inputs[0], first)
         ):
             quantize.inputs[0] = source.inputs[0]
-            yield Removal("drop_requantization", name, "quantized again with another scale", False)
+            yield Removal("drop_requantization", name, "quantized again with another scale")
 
 
 def drop_pairs_in_fusions(graph: gs.Graph) -> Iterator[Removal]:
@@ -206,7 +201,7 @@ def drop_pairs_in_fusions(graph: gs.Graph) -> Iterator[Removal]:
             continue
         reason = f"kept {layer.op} {layer.name} from fusing with {readers[0].op}"
         _bypass(graph, pair.source, pair.result)
-        yield Removal("drop_pairs_in_fusions", pair.source.name, reason, False)
+        yield Removal("drop_pairs_in_fusions", pair.source.name, reason)
 
 
 def drop_useless_pairs(graph: gs.Graph) -> Iterator[Removal]:
@@ -226,7 +221,6 @@ def drop_useless_pairs(graph: gs.Graph) -> Iterator[Removal]:
             "drop_useless_pairs",
             pair.source.name,
             f"read by {', '.join(readers)} only, which gains nothing from INT8",
-            False,
         )
 
 
@@ -288,7 +282,6 @@ def unify_scales(graph: gs.Graph) -> Iterator[Removal]:
                 pair.source.name,
                 f"scale {float(pair.grid.scale.reshape(-1)[0]):.4g} raised to "
                 f"{float(largest.scale.reshape(-1)[0]):.4g}, that of what it is joined with",
-                False,
             )
 
 
@@ -348,7 +341,7 @@ class _Pair:
 
     @property
     def is_relu(self) -> bool:
-        """It is more than quantization, see `_is_relu`."""
+        """True where it does more than quantize, see `_is_relu`."""
         return _is_relu(self.source, self.grid)
 
 

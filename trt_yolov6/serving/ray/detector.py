@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ class FoundInBlock:
     postprocess_seconds: float = 0.0
 
 
-def picture_rows(items: list[tuple[int, str, str]]) -> pyarrow.Table:
+def picture_rows(items: Sequence[tuple[int, str, str]]) -> pyarrow.Table:
     """Return the table that tells an actor what to read: index, store and path of pictures."""
     import pyarrow as pa
 
@@ -76,7 +77,7 @@ def picture_rows(items: list[tuple[int, str, str]]) -> pyarrow.Table:
     return pa.table({"index": columns[0], "store": columns[1], "path": columns[2]})
 
 
-def dataset_rows(items: list[tuple[int, CocoImage]]) -> pyarrow.Table:
+def dataset_rows(items: Sequence[tuple[int, CocoImage]]) -> pyarrow.Table:
     """Return the table that tells an actor which images of a data set to read."""
     import pyarrow as pa
 

@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trt_yolov6.common.files import one_writer
+from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.data.letterbox import resolve_border
 from trt_yolov6.engines.base import EngineFacts, LoadOptions
@@ -49,6 +48,9 @@ MOST_IN_A_BLOCK = 256
 """Pictures an actor does together: what is done again when its machine dies, twice that at most."""
 
 FAILURES_FILE = "failures.jsonl"
+
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -173,29 +175,15 @@ def _infer(
     written: set[int] = set()
     objects = 0
     start, first = time.perf_counter(), 0.0
-
-    def tables(size: int) -> list[pyarrow.Table]:
-        return [
-            picture_rows(
-                [
-                    (index, pictures[index].store, pictures[index].path)
-                    for index in range(first, min(first + size, len(pictures)))
-                ]
-            )
-            for first in range(0, len(pictures), size)
-        ]
-
-    bar = tqdm(
-        total=len(pictures) + summary.done_before,
-        initial=summary.done_before,
-        desc="infer",
-        unit="image",
-        disable=None if options.progress else True,
+    before = summary.done_before
+    bar = progress_bar(
+        len(pictures) + before, initial=before, desc="infer", unit="image", shown=options.progress
     )
     with bar, connected(options.address) as ray:
         actors = _actors(ray, facts, options)
         work = _work(ray, files, predict, actors, options, is_evaluation=False)
-        for block in _blocks(ray, work, actors, len(pictures), tables):
+        rows = [(index, one.store, one.path) for index, one in enumerate(pictures)]
+        for block in _blocks(ray, work, actors, rows, picture_rows):
             first = first or time.perf_counter() - start
             notes |= dict.fromkeys(block.notes)
             for one in block.pictures:
@@ -256,18 +244,12 @@ def evaluate_on_ray(
     predict = _resolved(predict, facts, NmsSettings())
     images = dataset.images
 
-    def tables(size: int) -> list[pyarrow.Table]:
-        indexed = list(enumerate(images))
-        return [
-            dataset_rows(indexed[first : first + size]) for first in range(0, len(images), size)
-        ]
-
     def found() -> Iterator[FoundBatch]:
         seen: set[int] = set()
         with connected(options.address) as ray:
             actors = _actors(ray, facts, options)
             work = _work(ray, files, predict, actors, options, is_evaluation=True)
-            for block in _blocks(ray, work, actors, len(images), tables):
+            for block in _blocks(ray, work, actors, list(enumerate(images)), dataset_rows):
                 fresh = [one for one in block.pictures if one.index not in seen]
                 seen.update(one.index for one in fresh)
                 yield _found_batch(images, block, fresh)
@@ -335,17 +317,25 @@ def _blocks(
     ray: Any,
     work: Work,
     actors: Actors,
-    pictures: int,
-    tables: Callable[[int], list[pyarrow.Table]],
+    rows: Sequence[Row],
+    table_of: Callable[[Sequence[Row]], pyarrow.Table],
 ) -> Iterator[FoundInBlock]:
     """Yield what the actors find, block by block, in the order in which they are done.
+
+    Args:
+        ray: the module, connected.
+        work: for the actors.
+        actors: how many.
+        rows: of all pictures.
+        table_of: makes the table of a block, which tells an actor what to read.
 
     Raises:
         UserError: an actor says that the job cannot be done.
     """
     # Small enough that the last blocks end together, and that a death costs little.
-    size = max(1, min(MOST_IN_A_BLOCK, -(-pictures // (8 * actors.count))))
-    found = ray.data.from_arrow(tables(size)).map_batches(
+    size = max(1, min(MOST_IN_A_BLOCK, -(-len(rows) // (8 * actors.count))))
+    tables = [table_of(rows[first : first + size]) for first in range(0, len(rows), size)]
+    found = ray.data.from_arrow(tables).map_batches(
         Detector,
         fn_constructor_args=(work,),
         batch_size=None,

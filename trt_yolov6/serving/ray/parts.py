@@ -29,7 +29,7 @@ ROWS = 1000
 """Pictures of a part at most."""
 
 SECONDS = 30.0
-"""A part is written after so long at the latest: what a kill costs."""
+"""Longest time between two parts: what a kill costs."""
 
 _PART = re.compile(r"part-(\d{6,})\.(jsonl|parquet)")
 
@@ -48,7 +48,7 @@ class ResultFolder:
 
     @property
     def is_local(self) -> bool:
-        """It is a folder of the machine that starts the job."""
+        """True for a folder of the machine that starts the job."""
         return not self._store
 
     def names(self) -> list[str]:

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
@@ -64,41 +62,6 @@ class Start:
         return placed(network.eval().requires_grad_(False), device)
 
 
-def prepare(
-    weights: str | Path | Checkpoint,
-    calib: str | Path,
-    *,
-    export: ExportSettings | None = None,
-    quantization: QuantizationSettings | None = None,
-    bits: int = WIDEST,
-    learn_scales: bool = True,
-) -> Start:
-    """Fuse, export and calibrate a checkpoint.
-
-    Args:
-        weights: in any form that `load_checkpoint` reads.
-        calib: folder of calibration images.
-        export: the form of the graph that is to come out.
-        quantization: calibrator, equalization and float layers, as for `quantize`. Biases are not
-            corrected: training does that.
-        bits: see `QatSettings`.
-        learn_scales: see `QatSettings`.
-
-    Raises:
-        UserError: see `load_checkpoint` and `quantize`; or all layers are to stay in float.
-    """
-    checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
-    graph = graph_from_checkpoint(checkpoint, export or ExportSettings())
-    return prepare_graph(
-        graph,
-        checkpoint.arch,
-        calib,
-        quantization=quantization,
-        bits=bits,
-        learn_scales=learn_scales,
-    )
-
-
 def prepare_graph(
     graph: Graph,
     arch: Architecture,
@@ -109,9 +72,20 @@ def prepare_graph(
     learn_scales: bool = True,
     score: Callable[[onnx.ModelProto], float] | None = None,
 ) -> Start:
-    """Calibrate a graph that `export_onnx` made of a network of `arch`; see `prepare`.
+    """Calibrate a graph, to be trained quantized.
 
-    `score` is for automatic float layers, see `quantize`.
+    Args:
+        graph: that `export_onnx` made of a network of `arch`, in the form that is to come out.
+        arch: of the network.
+        calib: folder of calibration images.
+        quantization: calibrator, equalization and float layers, as for `quantize`. Biases are not
+            corrected: training does that.
+        bits: see `QatSettings`.
+        learn_scales: see `QatSettings`.
+        score: for automatic float layers, see `quantize`.
+
+    Raises:
+        UserError: see `quantize`; or all layers are to stay in float.
     """
     settings = quantization or QuantizationSettings()
     if settings.quantized is not INT8 or settings.adaptive_rounding or settings.fp16:
