@@ -337,6 +337,11 @@ def test_what_suppresses_by_itself_needs_no_known_number_of_anchors(
     assert is_detector(graph) is (graph.outputs[0].name != "logits")
 
 
+def test_a_classifier_is_refused() -> None:
+    with pytest.raises(UserError, match=r"outputs of no known layout \(logits \[1, 1000\]\)"):
+        recognize(facts(("logits", [1, 1000])), "classifier.onnx")
+
+
 ULTRALYTICS = {"author": "Ultralytics", "task": "detect"}
 
 
