@@ -316,3 +316,4 @@ def _measure(
         values = dict(zip(names, session.run(names, {source: image}), strict=True))
         inputs = [values[job.layer.input] for job in jobs]
         list(workers.map(_Job.add, jobs, inputs))  # to see their errors
+        del values, inputs  # or two images' would be held
