@@ -7,6 +7,7 @@ with the same images and seeds; it knows what training does by chance, from five
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import statistics
 import tempfile
@@ -18,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.ablation_variants import PLAIN, TABLES, VARIANTS, Cell, Table
 from benchmarks.folds import (
     FOLDS,
+    MeanOf,
+    Scorable,
     ap_by_fold,
     ap_of,
     difference,
@@ -32,7 +36,7 @@ from benchmarks.folds import (
 )
 from trt_yolov6.common.files import read_json
 from trt_yolov6.common.statistics import CONFIDENCE, student_t
-from trt_yolov6.quantization.resampling import Interval, MatchedDetections
+from trt_yolov6.quantization.resampling import Interval, MatchedDetections, interval
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,17 @@ class Scored:
     """Epochs, over those that the variant asks for of its schedule."""
     by_fold: tuple[float, ...]
     """AP of each fold's network in its own fold, 0..1."""
-    matched: MatchedDetections | None
+    matched: MatchedDetections | MeanOf | None
     """Detections of all folds; None where they were lost."""
 
 
 Scores = Mapping[tuple[str, str], Scored]
 """By variant and input."""
+
+
+REPEATS = {"n": "n-again", "s": "s-again"}
+"""Variants that most others are compared with, and the same with other seeds. Other trainings are
+compared with the mean of both: what chance gave one would be in every difference."""
 
 
 def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) -> dict[str, Any]:
@@ -96,15 +105,25 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
                 tuple(by_fold),
                 together,
             )
+    means = {name: mean for name in REPEATS if (mean := _mean(name, scores)) is not None}
     return {
         "images": len(truth.images),
         "folds": FOLDS,
-        "calls": calls,
+        "calls": [call | {"failed": _last_lines(call["failed"])} for call in calls],
         "variants": {name: _entry(name, own, scores) for name, own in whole.items()},
-        "repeats": _compared_pairs([(f"{model}-again", model) for model in "ns"], scores),
-        "tables": {number: _compared_rows(table, scores) for number, table in TABLES.items()},
+        "repeats": _compared_pairs([(again, name) for name, again in REPEATS.items()], scores),
+        "means": {name: _figures(one) for name, one in means.items()},
+        "tables": {
+            number: _compared_rows(table, scores, means) for number, table in TABLES.items()
+        },
         "pairs": _compared_pairs(PAIRS, scores),
+        "rep_optimizer": rep_optimizer_gains(scores),
     }
+
+
+def _last_lines(errors: Mapping[str, str]) -> dict[str, str]:
+    """Return what is said at the end of tracebacks."""
+    return {name: text.strip().splitlines()[-1] for name, text in errors.items()}
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, int, str, Any]]:
@@ -172,7 +191,20 @@ def _alike(own: Scored, base: Scored) -> bool:
     return own.image_size == base.image_size and (any(quantized) or own.schedule == base.schedule)
 
 
-def _compared_rows(table: Table, scores: Scores) -> list[dict[str, Any]]:
+def _mean(name: str, scores: Scores) -> Scored | None:
+    """Return a variant and its repeat as one, where both are there."""
+    one, again = scores.get((name, PLAIN)), scores.get((REPEATS[name], PLAIN))
+    if one is None or again is None:
+        return None
+    by_fold = tuple((a + b) / 2 for a, b in zip(one.by_fold, again.by_fold, strict=True))
+    known = [own for own in (one.matched, again.matched) if isinstance(own, MatchedDetections)]
+    together = MeanOf(tuple(known)) if len(known) == 2 else None
+    return dataclasses.replace(one, by_fold=by_fold, matched=together)
+
+
+def _compared_rows(
+    table: Table, scores: Scores, means: Mapping[str, Scored]
+) -> list[dict[str, Any]]:
     """Return the differences from the base of a table, for all that is there."""
     rows = []
     for column, network in enumerate(table.columns):
@@ -180,15 +212,20 @@ def _compared_rows(table: Table, scores: Scores) -> list[dict[str, Any]]:
             base = None if cells[column] is None else table.base_of(label, column)
             if base is None:
                 continue
-            own, other = _of(cells[column], scores), _of(table.rows[base][column], scores)
+            own, other = (
+                _of(cell, scores, means if table.is_plain else {})
+                for cell in (cells[column], table.rows[base][column])
+            )
             if own is not None and other is not None and _alike(own, other):
                 found = compared(own, other)
                 rows.append({"network": network, "row": label, "base": base, **found})
     return rows
 
 
-def _of(cell: Cell | None, scores: Scores) -> Scored | None:
-    return None if cell is None else scores.get((cell.variant, cell.input))
+def _of(cell: Cell | None, scores: Scores, means: Mapping[str, Scored]) -> Scored | None:
+    if cell is None:
+        return None
+    return means.get(cell.variant) or scores.get((cell.variant, cell.input))
 
 
 PAIRS = (
@@ -226,6 +263,45 @@ def _compared_pairs(pairs: Iterable[tuple[str, str]], scores: Scores) -> list[di
         for own, base in pairs
         if (own, PLAIN) in scores and (base, PLAIN) in scores
     ]
+
+
+GAINS = {
+    "v2.0, min-max": ("s-rep-ptq", "s-rep", "s-ptq", "s"),
+    "v2.0, one scale a layer": ("s-rep-ptq-per-tensor", "s-rep", "s-ptq-per-tensor", "s"),
+    "v1.0, min-max": ("s-v1-rep-ptq", "s-v1-rep", "s-objectness-ptq", "s-objectness"),
+    "v1.0, one scale a layer": (
+        *("s-v1-rep-ptq-per-tensor", "s-v1-rep"),
+        *("s-objectness-ptq-per-tensor", "s-objectness"),
+    ),
+}
+"""Networks in INT8 and in float, with RepOptimizer and then with branches."""
+
+
+def rep_optimizer_gains(scores: Scores) -> list[dict[str, Any]]:
+    """Return how much less AP RepOptimizer's networks lose in INT8 than those with branches."""
+    rows = []
+    for label, names in GAINS.items():
+        own = [scores.get((name, PLAIN)) for name in names]
+        known = [one for one in own if one is not None]
+        if len(known) < len(names):
+            continue
+        apart = [
+            a - b - (c - d) for a, b, c, d in zip(*(one.by_fold for one in known), strict=True)
+        ]
+        found = [one.matched for one in known if one.matched is not None]
+        images = _json(_spared(*found)) if len(found) == len(names) else None
+        rows.append({"row": label, "folds": _json(over_folds(apart)), "images": images})
+    return rows
+
+
+def _spared(
+    quantized: Scorable, floating: Scorable, other_quantized: Scorable, other_floating: Scorable
+) -> Interval:
+    def statistic(draws: NDArray[np.int64]) -> float:
+        own = quantized.ap(draws) - floating.ap(draws)
+        return own - (other_quantized.ap(draws) - other_floating.ap(draws))
+
+    return interval(statistic, quantized.images)
 
 
 def summary(result: Mapping[str, Any]) -> str:

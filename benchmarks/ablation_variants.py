@@ -249,6 +249,12 @@ class Table:
     bases: dict[str, str] = dataclasses.field(default_factory=dict)
     """Rows that are compared with another one than `base`."""
 
+    @property
+    def is_plain(self) -> bool:
+        """True where networks are compared; False: what one network makes of several inputs."""
+        cells = [cell for row in self.rows.values() for cell in row if cell is not None]
+        return all(cell.input == PLAIN for cell in cells)
+
     def base_of(self, row: str, column: int) -> str | None:
         """Return the row that a row is compared with in a column; None for that row itself."""
         base = self.bases.get(row, self.base)

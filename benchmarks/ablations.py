@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import statistics
 import sys
 import threading
@@ -32,22 +33,32 @@ from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
 GPU_MEMORY = 72.0
 """GB of a GPU that the jobs may take together."""
 
-# Seconds of an epoch of 292 images. What an H100 computes at 640 pixels: measured for N, for the
-# others by their FLOPs. What a core needs to give the orders, at any size: measured for N and S.
+# Seconds of an epoch of 292 images: what an H100 computes at 640 pixels, measured for N, for the
+# others by their FLOPs; what a core needs to give the orders, at any size, measured for N and S.
 _COMPUTED = {"n": 0.2, "t": 0.35, "s": 0.4, "m": 0.8, "l": 1.4, "l_relu": 1.4}
-_ORDERED = {"n": 0.6, "t": 0.7, "s": 0.7, "m": 1.0, "l": 1.2, "l_relu": 1.2}
+_ORDERED = {"n": 0.62, "t": 0.7, "s": 0.75, "m": 1.0, "l": 1.2, "l_relu": 1.2}
+_CORES = 1.6
+"""Cores that a training keeps busy."""
 _MEMORY = {"n": 4.0, "t": 6.0, "s": 8.0, "m": 16.0, "l": 28.0, "l_relu": 30.0}
 """GB at 640 pixels and batch 32."""
 _OVERHEAD = 10.0
 _FOUND_BYTES = 14 * 2**20
 """Size of a file of detections, at most."""
 
-EPILOG = """how long it takes: on one H100 with 24 cores and eight trainings side by side under MPS,
-measured: N 43 s and S 60 s a training of 60 epochs at 320 pixels (0.6 and 0.7 s an epoch), N 224 s
-of 125 epochs at 640 pixels; so a variant of N, five trainings, takes 25 to 30 s of the GPU, and the
-default recipe of N 140 s. The first training of a worker takes 40 s longer. PTQ takes 10 s for each
-network. Guessed: M five and L ten times as long as N. `--list` prints all. A core a training is
-enough. On a CPU only `--limit 10 --epochs 1 --size 64` comes to an end."""
+EPILOG = """how long it takes, measured on H100 under MPS, a training of 60 epochs at 320 pixels,
+among others: eight side by side with 24 cores N 43 s (0.6 s an epoch) and S 60 s; fourteen with 14
+cores N 65 s (1.0) and S 75 to 110 s (1.2), without branches N 43 s and S 54 s. The cores that give
+the orders are the bound, so a variant of N, five trainings, takes 25 s of a GPU either way, one of
+S 30 to 35 s. A worker's first training takes 40 s longer. QAT of S takes 50 to 70 s,
+PTQ 10 s, with six layers in float 20 s, and 55 s where AP ranks them or `build`'s search is run.
+N and S with all tables of theirs took 1 600 GPU seconds. The default recipe: N 224 s, eight side by
+side. Guessed: S by the default recipe 400 s, so give both a call of their own, `--only s-full
+n-full --gpus 0,1 --pack 5`; M, three and L, five times as long as N; all of M and L 1 800 GPU
+seconds. `--list` prints every variant. On a CPU only `--limit 10 --epochs 1 --full-epochs 1 --size
+64 --full-size 64 --qat-epochs 1 --batch 4` comes to an end.
+
+several GPUs: one call with `--gpus 0,1,2,3`, or calls beside each other on one host with the same
+`--state`, which share the work. What a call does not finish, the next one goes on with."""
 
 
 def main() -> None:
@@ -220,7 +231,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
                     order,
                     tuple(f"{needed}/{fold}" for needed in variant.needs),
                     1.5 + _MEMORY[variant.model] * (size / 640) ** 2,
-                    _seconds(variant, size, epochs, options.qat_epochs, options.pack),
+                    _seconds(variant, size, epochs, options),
                 )
             )
     return jobs
@@ -231,16 +242,19 @@ def _all_needs(name: str) -> list[str]:
     return [*own, *(other for needed in own for other in _all_needs(needed))]
 
 
-def _seconds(variant: Variant, size: int, epochs: int, qat_epochs: int, pack: int) -> float:
+def _seconds(variant: Variant, size: int, epochs: int, options: argparse.Namespace) -> float:
     """Return the guessed seconds of a job among others."""
-    computed = pack * _COMPUTED[variant.model] * (size / 640) ** 2
-    epoch = max(_ORDERED[variant.model], computed) * (1.3 if variant.teacher else 1.0)
-    if variant.quantized is not None:
-        searched = variant.quantized.tuned or variant.quantized.ranked_by == "ap"
-        search = 6 * _OVERHEAD if searched else 0.0
-        training = 3 * epoch * qat_epochs if variant.quantized.trained else 0.0
-        return 2 * _OVERHEAD + search + training
-    return _OVERHEAD + epoch * epochs
+    workers: int = options.pack * len(options.gpus.split(","))
+    crowd = max(1.0, _CORES * workers / len(os.sched_getaffinity(0)))
+    computed: float = options.pack * _COMPUTED[variant.model] * (size / 640) ** 2
+    epoch: float = max(crowd * _ORDERED[variant.model], computed) * (
+        1.3 if variant.teacher else 1.0
+    )
+    if variant.quantized is None:
+        return _OVERHEAD + epoch * epochs
+    ranked = 4 * _OVERHEAD if variant.quantized.tuned or variant.quantized.ranked_by == "ap" else 0
+    trained = 3 * epoch * options.qat_epochs if variant.quantized.trained else 0.0
+    return _OVERHEAD + ranked + trained
 
 
 def _timed(job: Job, results: Mapping[str, Any]) -> Job:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,12 @@ from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.detectors.overlap import iou
-from trt_yolov6.quantization.agreement import match
 from trt_yolov6.quantization.resampling import (
     IOU_THRESHOLDS,
     Interval,
     MatchedDetections,
     interval,
+    match,
     matched,
 )
 
@@ -189,11 +189,11 @@ def restored(data: NDArray[np.uint8]) -> NDArray[Any]:
     rows = np.zeros(count, FOUND)
     start = 8
     for name in FOUND.names or ():
-        field = FOUND[name]
-        size = count * field.itemsize
-        planes = data[start : start + size].reshape(field.itemsize, count)
-        values = np.ascontiguousarray(planes.T).view(field.base).reshape(count, *field.shape)
-        rows[name] = np.cumsum(values, dtype=field.base) if name in _RISING else values
+        kind = FOUND[name]
+        size = count * kind.itemsize
+        planes = data[start : start + size].reshape(kind.itemsize, count)
+        values = np.ascontiguousarray(planes.T).view(kind.base).reshape(count, *kind.shape)
+        rows[name] = np.cumsum(values, dtype=kind.base) if name in _RISING else values
         start += size
     return rows
 
@@ -241,9 +241,23 @@ def load_folds(root: Path) -> CocoDataset:
 # --- figures ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Remembered(MatchedDetections):
+    """Matched detections that score a draw once, for all that they are compared with."""
+
+    known: dict[bytes, float] = field(default_factory=dict)
+
+    def ap(self, draws: NDArray[np.int64] | None = None) -> float:
+        key = b"" if draws is None else draws.astype(np.int16).tobytes()
+        if key not in self.known:
+            self.known[key] = super().ap(draws)
+        return self.known[key]
+
+
 def match_all(truth: Truth, rows: NDArray[Any]) -> MatchedDetections:
     """Match the detections of all folds with the objects of all images."""
-    return matched(truth.objects, unpack(rows, truth.images))
+    found = matched(truth.objects, unpack(rows, truth.images))
+    return _Remembered(found.classes, found.images)
 
 
 def without_missing_boxes(truth: Truth, rows: NDArray[Any]) -> NDArray[Any]:
@@ -264,7 +278,34 @@ def without_missing_boxes(truth: Truth, rows: NDArray[Any]) -> NDArray[Any]:
     return rows
 
 
-def ap_of(found: MatchedDetections) -> Interval:
+class Scorable(Protocol):
+    """Detections of networks, to be scored over any draw of the images."""
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+
+    def ap(self, draws: NDArray[np.int64] | None = None) -> float:
+        """Return AP, 0..1; `draws` (images,): how often each image counts."""
+
+
+@dataclass(frozen=True)
+class MeanOf:
+    """Trainings that differ in nothing but their seeds: their AP is the mean of theirs."""
+
+    parts: tuple[MatchedDetections, ...]
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return self.parts[0].images
+
+    def ap(self, draws: NDArray[np.int64] | None = None) -> float:
+        """Return the mean AP, 0..1; `draws` (images,): how often each image counts."""
+        return float(np.mean([part.ap(draws) for part in self.parts]))
+
+
+def ap_of(found: Scorable) -> Interval:
     """Return the AP over all images, 0..1, with its interval over images."""
     return interval(found.ap, found.images)
 
@@ -275,6 +316,6 @@ def ap_by_fold(truth: Truth, found: MatchedDetections) -> list[float]:
     return [found.ap((truth.fold_of == fold).astype(np.int64)) for fold in folds]
 
 
-def difference(own: MatchedDetections, base: MatchedDetections) -> Interval:
+def difference(own: Scorable, base: Scorable) -> Interval:
     """Return how much higher an AP is than another one, paired: both on the same draws."""
     return interval(lambda draws: own.ap(draws) - base.ap(draws), own.images)

@@ -461,6 +461,32 @@ def test_variants_of_other_schedules_are_not_compared(source: Path, tmp_path: Pa
     assert row["images"] is None
 
 
+def test_what_most_are_compared_with_is_the_mean_of_two_trainings(
+    source: Path, tmp_path: Path
+) -> None:
+    jobs = [
+        {
+            "variant": name,
+            "fold": fold,
+            "seed": fold,
+            "epochs": 60,
+            "batch": 32,
+            "image_size": 320,
+            "AP": dict.fromkeys(("plain", "border", "inner"), 0.5 + 0.01 * fold + gain),
+            "seconds": 1.0,
+        }
+        for name, gain in (("n", 0.02), ("n-again", -0.02), ("n-poly", -0.1))
+        for fold in range(FOLDS)
+    ]
+    (tmp_path / "ablations.json").write_text(json.dumps({"jobs": jobs, "calls": []}))
+    result = collect([tmp_path], source)
+    (row,) = result["tables"]["8"]
+    assert row["folds"]["value"] == pytest.approx(-0.1)
+    assert result["means"]["n"]["folds"]["value"] == pytest.approx(0.52)
+    # One network with two inputs is compared with itself.
+    assert {row["folds"]["value"] for row in result["tables"]["14"]} == {0}
+
+
 def test_results_of_a_folder_are_scored_with_all_their_detections(
     source: Path, folds: Path, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.models.decode import decode
+from trt_yolov6.quantization.equalization.channel_graph import trace_channels
+from trt_yolov6.quantization.equalization.rescaling import rescale
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.training.qat.export import trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, feature_tensors, weight_scale
@@ -83,6 +85,23 @@ def test_quantized_it_computes_what_the_exported_graph_computes(name: str, tmp_p
     _, graph = tiny_graph(name)
     start = prepare_graph(graph, arch, noise_folder(tmp_path / "calib"), quantization=MINMAX)
     check_against_onnx_runtime(start, np.random.default_rng(7).random((2, 3, 64, 64), np.float32))
+
+
+def test_channels_moved_to_the_middle_of_their_range_are_computed_as_exported(
+    tmp_path: Path,
+) -> None:
+    arch = ARCHITECTURES["csp and dfl"]
+    _, graph = tiny_graph("csp and dfl")
+    channels = trace_channels(graph.model, through_activations=True)
+    rng = np.random.default_rng(5)
+    shifts = {
+        name: rng.normal(scale=0.1, size=len(channels.sources[name])) for name in channels.shiftable
+    }
+    ones = np.ones(channels.count, np.float32)
+    shifted = dataclasses.replace(graph, model=rescale(graph.model, channels, ones, shifts))
+    assert "Sub" in {node.op_type for node in shifted.model.graph.node}
+    start = prepare_graph(shifted, arch, noise_folder(tmp_path / "calib"), quantization=MINMAX)
+    check_against_onnx_runtime(start, rng.random((2, 3, 64, 64), np.float32))
 
 
 def test_after_training_too_the_sample_computes_what_its_exported_graph_computes(

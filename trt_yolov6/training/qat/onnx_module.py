@@ -39,9 +39,12 @@ if TYPE_CHECKING:
 
 
 _KNOWN = frozenset(
-    {"Add", "Concat", "Conv", "ConvTranspose", "HardSwish", "MaxPool", "Mul", "Relu", "Sigmoid"}
+    {
+        *("Add", "Concat", "Conv", "ConvTranspose", "HardSwish", "MaxPool", "Mul", "Relu"),
+        *("Sigmoid", "Sub"),
+    }
 )
-"""Operators of exported YOLOv6 networks."""
+"""Operators of exported YOLOv6 networks, and of what calibration makes of them."""
 
 
 @dataclass(frozen=True)
