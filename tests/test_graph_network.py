@@ -21,7 +21,8 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.models.decode import decode
-from trt_yolov6.quantization.equalization.channel_graph import rescale, trace_channels
+from trt_yolov6.quantization.equalization.channel_graph import trace_channels
+from trt_yolov6.quantization.equalization.rescaling import rescale
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.training.qat.export import trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, feature_tensors, weight_scale
