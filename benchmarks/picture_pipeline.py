@@ -503,6 +503,7 @@ def measure_gpus(bench: Bench) -> list[dict[str, Any]]:
     numbers = sorted({1, min(2, count), count})
     for number in numbers:
         rates = on_gpus(number, path, bench.seconds)
+        print(f"  {number} GPUs: {rates}", flush=True)
         rows.append({"gpus": number, "way": "in memory", "fps": sum(rates), "each": rates})
         rows[-1]["to_one"] = rows[-1]["fps"] / rows[0]["fps"]
     first = len(rows)

@@ -107,6 +107,26 @@ def accuracy(result: dict[str, Any]) -> list[list[Any]]:
     return lines
 
 
+def variants(result: dict[str, Any]) -> list[list[Any]]:
+    """Images a second of batches of N, by the setting that was varied."""
+    lines: list[list[Any]] = [["varied", "images a second"]]
+    for what, value in result["parts"]["diagnosis"]["N_at_0.25_fps"].items():
+        rates = value if isinstance(value, dict) else {"": value}
+        cells = (f"{key}: {number(fps)}" if key else number(fps) for key, fps in rates.items())
+        lines.append([what, "; ".join(cells)])
+    return lines
+
+
+def one_image(result: dict[str, Any]) -> list[list[Any]]:
+    """Microseconds of the steps of one image, on the GPU and on the host."""
+    found = result["parts"]["diagnosis"]["one_image_us"]
+    steps = list(dict.fromkeys(step for times in found.values() for step in times))
+    lines: list[list[Any]] = [["us", *found]]
+    for step in steps:
+        lines.append([step, *(times.get(step, "") for times in found.values())])
+    return lines
+
+
 def number(value: float) -> str:
     """Return a rate with a thin gap between thousands."""
     return f"{value:,.0f}".replace(",", " ")
@@ -116,6 +136,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[list[Any]]]] = {
     "pictures-single": single,
     "pictures-batches": batches,
     "pictures-stages": stages,
+    "pictures-variants": variants,
+    "pictures-one": one_image,
     "pictures-decoding": decoding,
     "pictures-accuracy": accuracy,
 }

@@ -282,21 +282,13 @@ def suppression_where() -> str:
     data = result(SUPPRESSION)
     sets, leak = data["equality"], data["leak"]
     rows = [*data["real"].values(), *data["speed"].values()]
-    text = (
+    return (
         f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. "
         f"{sum(row['different'] for row in rows)} of the images of this table have other boxes "
         f"than on the CPU. Of {sets['sets']} random sets, with up to {sets['most_candidates']} "
-        f"candidates, {sets['different']} have"
-    )
-    if sets.get("commit", data.get("commit")) != data.get("commit"):
-        text += (
-            f", as of commit {sets['commit']}, before the kernel looked kept boxes up by cells; "
-            f"since then {data['emulated']['different']} of {data['emulated']['sets']} in the "
-            "tests' emulation on a CPU"
-        )
-    return text + (
-        f". After {leak['batches']} batches, {leak['gpu_bytes']} bytes of GPU memory and "
-        f"{leak['host_bytes']} of host memory more are in use.\n"
+        f"candidates, {sets['different']} have. After {leak['batches']} batches, "
+        f"{leak['gpu_bytes']} bytes of GPU memory and {leak['host_bytes']} of host memory more "
+        "are in use.\n"
     )
 
 

@@ -29,7 +29,7 @@ from trt_yolov6.data.preprocessing import Preprocessing, parse_changes
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.detectors.layouts import LAYOUTS, YOLOV5_ANCHORS, YOLOV7_ANCHORS, Anchors
-from trt_yolov6.detectors.recognition import GraphFacts, recognize
+from trt_yolov6.detectors.recognition import GraphFacts, is_detector, recognize
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import LoadOptions
 from trt_yolov6.engines.build import build_engine
@@ -304,6 +304,42 @@ def facts(*outputs: tuple[str, Sequence[int | None]], size: int = 640, **more: A
         for name, shape in outputs
     )
     return GraphFacts(specs, (size, size), **more)
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        (facts(("output0", [1, 300, 6])), True),
+        (facts(("detections", [None, 7])), True),
+        (facts(("output", [None, 7])), True),
+        (facts(("num", [1]), ("boxes", [None, 6])), True),
+        (
+            facts(
+                ("num_dets", [1, 1]),
+                ("det_boxes", [1, 100, 4]),
+                ("det_scores", [1, 100]),
+                ("det_classes", [1, 100]),
+            ),
+            True,
+        ),
+        (facts(("outputs", [1, 8400, 85])), True),
+        (facts(("outputs", [1, 8401, 85])), False),
+        (facts(("boxes", [1, 8400, 4]), ("scores", [1, 8400, 80])), True),
+        (facts(("boxes", [1, 500, 4]), ("scores", [1, 500, 80])), False),
+        (facts(("logits", [1, 1000])), False),
+    ],
+)
+def test_what_suppresses_by_itself_needs_no_known_number_of_anchors(
+    graph: GraphFacts, expected: bool
+) -> None:
+    assert is_detector(graph, only_known_anchors=True) is expected
+    # Without that, all but the classifier may be one.
+    assert is_detector(graph) is (graph.outputs[0].name != "logits")
+
+
+def test_a_classifier_is_refused() -> None:
+    with pytest.raises(UserError, match=r"outputs of no known layout \(logits \[1, 1000\]\)"):
+        recognize(facts(("logits", [1, 1000])), "classifier.onnx")
 
 
 ULTRALYTICS = {"author": "Ultralytics", "task": "detect"}

@@ -452,7 +452,7 @@ def test_detections_are_indexed_as_arrays_are() -> None:
     assert found[np.int64(1)] == found[1]
     assert [one.confidence for one in found[:2]] == pytest.approx([0.9, 0.5])
     assert found[found.class_id == 0].xyxy.tolist() == [[5, 5, 20, 30]]
-    assert found[[2, 0]].class_id.tolist() == [7, 2]
+    assert found[[2, 0]].class_id.tolist() == found[(2, 0)].class_id.tolist() == [7, 2]
     assert len(found[[]]) == 0
     with pytest.raises(IndexError):
         found[3]

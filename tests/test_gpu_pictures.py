@@ -128,8 +128,8 @@ def letterboxed(
     return result
 
 
-def decoded(jpegs: list[Jpeg]) -> list[NDArray[np.uint8] | None]:
-    """Decode on the GPU and copy back, upright."""
+def decoded(jpegs: list[Jpeg], *, first: int = 0) -> list[NDArray[np.uint8] | None]:
+    """Decode on the GPU and copy back, upright; before, some of them as a batch of their own."""
     from trt_yolov6.engines.cuda.device import DeviceMemory, Stream
     from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder, is_installed
 
@@ -137,7 +137,9 @@ def decoded(jpegs: list[Jpeg]) -> list[NDArray[np.uint8] | None]:
         pytest.skip("needs nvidia-nvimgcodec")
     buffers, stream = DecodedBatch(), Stream()
     found: list[NDArray[np.uint8] | None] = []
-    views = JpegDecoder().decode(jpegs, buffers)
+    decoder = JpegDecoder()
+    decoder.decode(jpegs[:first], DecodedBatch())
+    views = decoder.decode(jpegs, buffers)
     assert buffers.ready is not None
     buffers.ready.wait()
     for view in views:
@@ -169,6 +171,12 @@ def test_decoded_pixels_are_opencvs_within_a_few_levels() -> None:
         print(f"{path.name}: mean {difference.mean():.4f}, most {difference.max()}")
         assert difference.mean() < 0.6
         assert difference.max() <= 12
+
+
+def test_pixels_are_the_same_whatever_was_decoded_before() -> None:
+    jpegs = [one for path in list_images(VAL) if isinstance(one := open_image(path), Jpeg)]
+    for pixels, wanted in zip(decoded(jpegs, first=1), decoded(jpegs), strict=True):
+        np.testing.assert_array_equal(pixels, wanted)
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": "4:4:4"}, {"progressive": True}])

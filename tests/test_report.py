@@ -316,6 +316,30 @@ def test_the_front_holds_what_no_other_engine_beats(files: list[Path]) -> None:
     ]
 
 
+def test_tried_float_layers_are_drawn_and_what_the_marks_stand_for(
+    tmp_path: Path, results: dict[str, Any]
+) -> None:
+    found = copy.deepcopy(results)
+    engine = next(one for one in found["engines"] if one["precision"] == "int8:6")
+    sets = [((), 0.90, 0.0), (("a",), 0.89, 0.01), (("b",), 0.92, 0.02), (("a", "b"), 0.95, 0.03)]
+    engine["calibration"]["tried"] = [
+        {"decides": "float layers", "float_layers": layers, "agreement": value, "slowdown": time}
+        for layers, value, time in sets
+    ]
+    write_json(tmp_path / "tried" / "results.json", found)
+    page = html_of(read_material([tmp_path / "tried"]))
+    figure = next(one for one in page.split("<figure>") if "4 sets of float layers" in one)
+    keys = re.findall(r'class="mark (\w+)".*?</svg>([^<]+)</span>', figure)
+    assert keys == [
+        ("fp16", "built"),
+        ("int8", "best within its time"),
+        ("other", "another set"),
+    ]
+    drawn = re.findall(r'<g class="point (\w+)".*?aria-label="([^"]+)"', figure)
+    assert [kind for kind, _ in drawn] == ["other", "int8", "int8", "fp16"]
+    assert drawn[-1][1] == "2 in float, built: agreement 95.0 %, 3.0 % slower"
+
+
 def test_what_results_lack_says_how_to_get_it(tmp_path: Path, results: dict[str, Any]) -> None:
     bare = copy.deepcopy(results)
     bare.update(layers=[], examples=[], ceilings=[])

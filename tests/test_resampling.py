@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.coco_scores import pycocotools_ap
 
 from trt_yolov6.detectors.detections import Detections
-from trt_yolov6.quantization.agreement import agreement
 from trt_yolov6.quantization.resampling import interval, matched
 
 
@@ -35,7 +35,7 @@ def test_over_all_images_it_is_pycocotools_ap(seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth = [boxes(rng, int(rng.integers(0, 6))) for _ in range(12)]
     found = [moved(rng, one, 2.0) for one in truth]
-    expected = agreement(truth, found, 3, 0.3)
+    expected = pycocotools_ap(truth, found, 0.3)
     assert 0.05 < expected < 0.95
     assert matched(truth, found, 0.3).ap() == pytest.approx(expected, abs=1e-9)
 
@@ -46,7 +46,7 @@ def test_an_image_that_is_left_out_counts_as_if_it_were_not_there() -> None:
     found = [moved(rng, one, 2.0) for one in truth]
     draws = np.array([1, 0, 1, 1, 0, 1, 1, 1])
     kept = [index for index in range(8) if draws[index]]
-    expected = agreement([truth[i] for i in kept], [found[i] for i in kept], 3, 0.0)
+    expected = pycocotools_ap([truth[i] for i in kept], [found[i] for i in kept])
     assert matched(truth, found).ap(draws) == pytest.approx(expected, abs=1e-9)
 
 

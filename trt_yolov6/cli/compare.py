@@ -10,8 +10,9 @@ from trt_yolov6.cli.options import (
     CALIBRATORS,
     Commands,
     add_command,
+    add_image_size,
     add_quiet,
-    image_size,
+    add_thresholds,
     is_given,
     percent,
     positive,
@@ -58,12 +59,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--batches", type=_numbers, metavar="N,...", help="batch sizes (1,32)")
     parser.add_argument("--backends", type=_texts, metavar="B,...", help="(auto)")
-    parser.add_argument(
-        "--imgsz",
-        type=image_size,
-        metavar="N|HxW",
-        help="input size of what is built (640 for checkpoints, an ONNX file's own)",
-    )
+    add_image_size(parser, "input size of what is built (640 for checkpoints, an ONNX file's own)")
     parser.add_argument("--data", type=Path, help="data set: a folder or data.yaml (samples/)")
     parser.add_argument("--split", help="part of the data set, such as val or val2017")
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
@@ -83,9 +79,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--no-layers", action="store_true", help="leave the times of layers out")
     how.add_argument("--examples", type=int, metavar="N", help="images kept for the report (3)")
-    how.add_argument("--conf", type=float, help="confidence threshold (0.03)")
-    how.add_argument("--iou", type=float, help="IoU threshold of NMS (0.65)")
-    how.add_argument("--max-detections", type=positive, help="boxes kept an image (300)")
+    add_thresholds(how)
     how.add_argument("--border", type=int, help="gray pixels on each side (0)")
     how.add_argument("--threads", type=positive, help="CPU threads of ONNX Runtime")
     how.add_argument("--provider", choices=("cpu", "cuda", "tensorrt"), help="of ONNX Runtime")

@@ -76,19 +76,27 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
         metavar="MIN,OPT,MAX",
         help="batch sizes taken and the one tuned for (1,32,32)",
     )
-    parser.add_argument(
-        "--imgsz",
-        type=image_size,
-        metavar="N|HxW",
-        help="input size, a multiple of 32 (640; P6 1280, Lite 320)",
-    )
-    parser.add_argument("--end2end", action="store_true", help="NMS in the graph")
+    add_image_size(parser)
+    add_ends(parser)
     parser.add_argument("--conf", type=float, help="confidence threshold of --end2end (0.03)")
     parser.add_argument("--iou", type=float, help="IoU threshold of --end2end (0.65)")
+    parser.add_argument("--opset", type=int, help="ONNX opset, 17 or later (18)")
+
+
+def add_image_size(
+    parser: argparse._ActionsContainer,
+    text: str = "input size, a multiple of 32 (640; P6 1280, Lite 320)",
+) -> None:
+    """Add --imgsz."""
+    parser.add_argument("--imgsz", type=image_size, metavar="N|HxW", help=text)
+
+
+def add_ends(parser: argparse._ActionsContainer) -> None:
+    """Add what may stand before and after the network in its graph."""
+    parser.add_argument("--end2end", action="store_true", help="NMS in the graph")
     parser.add_argument(
         "--uint8-input", action="store_true", help="take uint8 RGB pixels, normalize in the graph"
     )
-    parser.add_argument("--opset", type=int, help="ONNX opset, 17 or later (18)")
 
 
 def add_calibration(parser: argparse._ActionsContainer) -> None:
@@ -208,7 +216,7 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_thresholds(parser: argparse.ArgumentParser, confidence: float = 0.03) -> None:
+def add_thresholds(parser: argparse._ActionsContainer, confidence: float = 0.03) -> None:
     """Add the thresholds of NMS; `confidence` is the default that is told."""
     parser.add_argument("--conf", type=float, help=f"confidence threshold ({confidence})")
     parser.add_argument("--iou", type=float, help="IoU threshold of NMS (0.65)")

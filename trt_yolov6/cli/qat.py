@@ -19,11 +19,12 @@ from trt_yolov6.cli.options import (
     Commands,
     add_calibration,
     add_command,
+    add_ends,
+    add_image_size,
     add_json,
     add_quiet,
     add_training,
     check_training_data,
-    image_size,
     layers_in_float,
     positive,
     spelled,
@@ -91,18 +92,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_graph(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("what is written")
-    graph.add_argument(
-        "--imgsz",
-        type=image_size,
-        metavar="N|HxW",
-        help="input size, a multiple of 32 (640; P6 1280, Lite 320)",
-    )
+    add_image_size(graph)
     graph.add_argument("--fp16", action="store_true", help="what is not INT8 in half precision")
     graph.add_argument("--dynamic", type=three_numbers, metavar="MIN,OPT,MAX", help="(1,32,32)")
-    graph.add_argument("--end2end", action="store_true", help="NMS in the graph")
-    graph.add_argument(
-        "--uint8-input", action="store_true", help="take uint8 RGB pixels, normalize in the graph"
-    )
+    add_ends(graph)
     graph.add_argument(
         "--backend",
         choices=("tensorrt", "tensorrt-rtx", "onnxruntime"),

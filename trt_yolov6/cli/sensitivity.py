@@ -11,9 +11,9 @@ from trt_yolov6.cli.options import (
     add_calibration,
     add_command,
     add_decoder,
+    add_image_size,
     add_json,
     add_quiet,
-    image_size,
     positive,
     preprocess_changes,
 )
@@ -27,9 +27,7 @@ def add(commands: Commands) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
     source.add_argument("--onnx", type=Path, metavar="FILE", help="a detector's float ONNX file")
-    parser.add_argument(
-        "--imgsz", type=image_size, metavar="N|HxW", help="input size (640; P6 1280, Lite 320)"
-    )
+    add_image_size(parser, "input size (640; P6 1280, Lite 320)")
     parser.add_argument(
         "--metric",
         choices=("mse", "snr", "cosine", "ap"),

@@ -126,7 +126,6 @@ class Judge:
         self._images = list(batches_of(graph, paths, border))
         self._preprocessing = graph.preprocessing
         self._layout: OutputLayout = graph.output_layout
-        self.named_classes = len(graph.class_names)
         self._image_size = graph.image_size
         self._model = graph.model
         self._found: dict[str, list[Detections]] = {}
@@ -196,10 +195,7 @@ Judged = Sequence[tuple[Judge, Sequence[Detections]]]
 def pooled_agreement(judged: Judged, confidences: Sequence[float] = CONFIDENCES) -> float:
     """Return the agreement with the float network's detections, the mean over confidences."""
     reference, found = _pooled(judged)
-    # A graph with NMS inside does not show the number of classes.
-    seen = (one.class_id.max(initial=-1) + 1 for one in (*reference, *found))
-    classes = max(judged[0][0].named_classes, 1, *seen)
-    return float(np.mean([agreement(reference, found, classes, one) for one in confidences]))
+    return float(np.mean([agreement(reference, found, one) for one in confidences]))
 
 
 def pooled_interval(judged: Judged) -> Interval:

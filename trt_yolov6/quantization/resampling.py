@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.detectors.overlap import iou
-from trt_yolov6.quantization.agreement import match
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """COCO's, as pycocotools spells them."""
@@ -136,8 +136,11 @@ def _match_class(truth: Sequence[Detections], found: Sequence[Detections], label
     images, scores, hits, objects = [], [], [], []
     for image, (wanted, seen) in enumerate(zip(truth, found, strict=True)):
         boxes = wanted.xyxy[wanted.class_id == label].astype(np.float64)
+        boxes = boxes[_areas(boxes) >= 0]
         own = seen.class_id == label
         order = np.argsort(-seen.confidence[own], kind="stable")[:_MOST_DETECTIONS]
+        # COCO passes over what has a negative area, though not in counting to 100.
+        order = order[_areas(seen.xyxy[own][order]) >= 0]
         given = seen.xyxy[own][order].astype(np.float64)
         to_object, _ = match(iou(given[:, None], boxes[None]), IOU_THRESHOLDS, len(given))
         images.append(np.full(len(given), image))
@@ -150,6 +153,43 @@ def _match_class(truth: Sequence[Detections], found: Sequence[Detections], label
         np.concatenate(hits, axis=1)[:, order],
         np.array(objects, np.int64),
     )
+
+
+def match(
+    overlaps: Any, thresholds: NDArray[np.float64], count: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Match detections to objects as COCO does, each from the best down to the best one left.
+
+    Args:
+        overlaps: IoU (detections, objects), the best detection first; empty without either.
+        thresholds: (thresholds,) least IoU of a match.
+        count: detections.
+
+    Returns:
+        (thresholds, detections) the object of each detection, and (thresholds, objects) the
+        reverse; -1 for none.
+    """
+    overlaps = np.asarray(overlaps, np.float64)
+    objects = overlaps.shape[1] if overlaps.ndim == 2 else 0
+    to_object = np.full((len(thresholds), count), -1, np.intp)
+    to_detection = np.full((len(thresholds), objects), -1, np.intp)
+    if not count or not objects:
+        return to_object, to_detection
+    least = np.minimum(thresholds, 1 - 1e-10)
+    rows = np.arange(len(thresholds))
+    for index in np.flatnonzero(overlaps.max(axis=1) >= least.min()):
+        left = np.where(to_detection < 0, overlaps[index], -1.0)
+        # Of several with the same overlap the last one is taken.
+        best = objects - 1 - left[:, ::-1].argmax(axis=1)
+        hit = left[rows, best] >= least
+        to_object[hit, index] = best[hit]
+        to_detection[rows[hit], best[hit]] = index
+    return to_object, to_detection
+
+
+def _areas(boxes: NDArray[np.floating]) -> NDArray[np.floating]:
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return np.asarray(sides[:, 0] * sides[:, 1])
 
 
 def _precision(one: _Class, draws: NDArray[np.int64]) -> float | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.quantization.bias_correction import with_layers_of, without_mean_rounding
 from trt_yolov6.quantization.calibrators import Method, methods_for
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
@@ -81,7 +83,13 @@ TOLERANCE = 0.005
 """A simpler candidate is kept where its agreement is this near to the best one's."""
 
 _NEAR = 0.02
-"""Agreement by which another form of the graph may fall short and is still looked at closely."""
+"""Agreement by which another calibrator may fall short and is still looked at closely."""
+
+_NEAR_FORM = 0.05
+"""The same of another form of the graph."""
+
+_MUCH = 0.25
+"""Part of the convolutions from which on shifted tensors make a form of its own."""
 
 _WATCHED_IMAGES = 6
 """Images in which each layer's effect on detections is looked at: some thousand anchors."""
@@ -267,7 +275,7 @@ class Search:
 
         Returns:
             The simplest of the best, and of the two forms that change activations the other one,
-            if it is near: by ranges alone they hardly differ.
+            if it is near and much is shifted: by ranges of a few images alone they hardly differ.
         """
         if len(self._variants) == 1:
             return self._variants[:1]
@@ -297,22 +305,41 @@ class Search:
             item.variant
             for item in tried
             if {item.variant, best.variant} == {"smoothed", "shifted"}
-            and item.agreement > best.agreement - _NEAR
+            and item.agreement > best.agreement - _NEAR_FORM
+            and _shifts_much(models[-1])
         ]
         return best.variant, *near
 
     def _choose(self, layers: tuple[str, ...]) -> Choice:
         """Choose ranges, weights and biases, with certain layers in float."""
-        return self._with_weights(Choice(self._choose_method(layers), "nearest", layers))
+        first, *others = self._choose_methods(layers)
+        best = self._with_weights(Choice(first, "nearest", layers))
+        if best.weights != "reconstructed":
+            return best
+        # Of two calibrators that are near, either may be the better one with such weights.
+        for method in others:
+            other = dataclasses.replace(best, method=method)
+            value = self._tried("weights", other).agreement
+            _log.info(f"{method}, {SAID[other.weights]}: agreement with float {value:.3f}")
+            if value > self._agreement(best):
+                best = other
+        return best
 
-    def _choose_method(self, layers: tuple[str, ...]) -> Method:
-        """Compare the calibrators on the chosen form of the graph."""
+    def _choose_methods(self, layers: tuple[str, ...]) -> tuple[Method, ...]:
+        """Compare the calibrators on the chosen form of the graph.
+
+        Returns:
+            The best one, and for INT8 the second if it is near.
+        """
         if len(self._methods) == 1:
-            return self._methods[0]
+            return self._methods
         tried = [self._tried("ranges", Choice(one, "nearest", layers)) for one in self._methods]
-        # A floating type loses nothing to a range that is too wide, so min-max comes first.
-        tolerance = CLEAR_GAIN if self._quantized.is_floating else 0.0
-        return _simplest_of_the_best(tried, tolerance).method
+        if self._quantized.is_floating:
+            # It loses nothing to a range that is too wide, so min-max comes first.
+            return (_simplest_of_the_best(tried, CLEAR_GAIN).method,)
+        first, second, *_ = sorted(tried, key=lambda one: one.agreement, reverse=True)
+        is_near = second.agreement > first.agreement - _NEAR
+        return (first.method, second.method) if is_near else (first.method,)
 
     def _with_weights(self, choice: Choice) -> Choice:
         """Take the first change of the weights that is clearly better than none."""
@@ -538,6 +565,12 @@ def images_to_compare(graph: Graph) -> int:
     """Return how many images candidates are compared on."""
     work = sum(cost.multiply_adds for cost in layer_costs(graph.model).values())
     return max(FEWEST_IMAGES, min(MOST_IMAGES, round(_COMPARISON / max(work, 1))))
+
+
+def _shifts_much(shifted: onnx.ModelProto) -> bool:
+    """Return whether the shifted form, compared with the others, shifts more than a few tensors."""
+    kinds = Counter(node.op_type for node in shifted.graph.node)
+    return kinds["Sub"] >= _MUCH * sum(kinds[operator] for operator in CONVOLUTIONS)
 
 
 def _is_better(found: Fallback, best: Fallback) -> bool:

@@ -31,8 +31,8 @@ class QuantizationSettings:
     equalize: bool = True
     """Try rescaled channels as well; off, the graph's weights stay as they are."""
     shift: bool = True
-    """Try channels that are moved to the middle of their range as well. Not for TensorRT proper,
-    where that is untried, and TensorRT 8 may refuse it as it refuses multiplications there."""
+    """Try channels that are moved to the middle of their range as well. Not for TensorRT proper:
+    TensorRT 8.6 takes YOLOv6-N so, but borders that are added after convolutions are untried."""
     bias_correction: bool = True
     """Try biases that take back the mean error of each layer."""
     reconstruct: bool = True

@@ -272,14 +272,14 @@ def _same(_: Attributes, inputs: Sequence[Any]) -> Any:
     return inputs[0]
 
 
-def _pads(given: Attributes, what: str = "pads") -> tuple[int, ...]:
+def _pads(given: Attributes) -> tuple[int, ...]:
     """Return F.pad's argument: left, right, top, bottom."""
     if given.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise UserError(
             "the graph pads automatically (auto_pad), which reconstruction by gradients does not "
             "know; leave `reconstruct_minutes` out."
         )
-    top, left, bottom, right = given.get(what, (0, 0, 0, 0))
+    top, left, bottom, right = given.get("pads", (0, 0, 0, 0))
     return left, right, top, bottom
 
 
@@ -357,10 +357,10 @@ def _list(value: Any) -> list[int]:
     return [int(item) for item in value.reshape(-1).tolist()]
 
 
-def _axes(given: Attributes, inputs: Sequence[Any], place: int = 1) -> list[int]:
+def _axes(given: Attributes, inputs: Sequence[Any]) -> list[int]:
     """Return axes, an attribute in older opsets and an input in newer ones."""
-    if len(inputs) > place and inputs[place] is not None:
-        return _list(inputs[place])
+    if len(inputs) > 1 and inputs[1] is not None:
+        return _list(inputs[1])
     return list(given.get("axes", ()))
 
 

@@ -65,6 +65,8 @@ class Chart:
     lines: tuple[tuple[str, str], ...]
     """Class and `points` of each."""
     marks: tuple[Mark, ...]
+    keys: tuple[tuple[str, str], ...] = ()
+    """Class of a mark and what it stands for, where the page's legend does not say it."""
 
     width, height = _WIDTH, _HEIGHT
     left, right, top, bottom = _LEFT, _RIGHT, _TOP, _BOTTOM
@@ -77,6 +79,7 @@ def trade_off(
     *,
     better: str = "left",
     y_label: str = "AP, %",
+    keys: Sequence[tuple[str, str]] = (),
 ) -> Chart:
     """Chart accuracy over speed, as the paper's Figure 1.
 
@@ -89,6 +92,7 @@ def trade_off(
         title: says what the chart is, for those who cannot see it.
         better: `left` or `right`: where the faster ones are.
         y_label: what the vertical axis shows.
+        keys: kinds of points and what they stand for, where those are not precisions.
     """
     lows = [max(point.x.low, point.x.value / 1.6) for point in points]
     highs = [min(point.x.high, point.x.value * 1.6) for point in points]
@@ -127,6 +131,7 @@ def trade_off(
         tuple((y_axis(value), _tick(value)) for value in y_axis.ticks()),
         tuple(lines),
         tuple(marks),
+        tuple((class_of(kind), text) for kind, text in keys),
     )
 
 

@@ -224,7 +224,15 @@ def _float_layers_tried(row: Row) -> list[Chart]:
         )
     title = f"{row.name}: agreement over added run time, {len(tried)} sets of float layers"
     x_label, y_label = "added run time by layer times, %", "agreement with float, %"
-    return [trade_off(points, x_label, title, y_label=y_label)]
+    keys = [("fp16", "built"), ("int8", "best within its time"), ("other", "another set")]
+    drawn = {point.kind for point in points}
+    # The built one is drawn last, over any other that it meets.
+    points.sort(key=lambda point: [kind for kind, _ in keys[::-1]].index(point.kind))
+    return [
+        trade_off(
+            points, x_label, title, y_label=y_label, keys=[one for one in keys if one[0] in drawn]
+        )
+    ]
 
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from trt_yolov6.data.media import Clip, Frame, Picture, Pictures, Video, find_me
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.runtime.detection_files import Format, open_detection_files
+from trt_yolov6.runtime.detection_files import DetectionFiles, Format, open_detection_files
 from trt_yolov6.runtime.draw import draw_detections
 from trt_yolov6.runtime.predict import Processed, default_nms, process
 from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus
@@ -176,16 +176,7 @@ def _infer_pictures(
             raise UserError(
                 f"no image in {source} could be read; the first problem: {failures[0][1]}"
             )
-    return InferenceSummary(
-        files=files.paths,
-        outputs=tuple(outputs),
-        images=files.images,
-        objects=files.objects,
-        failures=tuple(failures),
-        warnings=tuple(warnings),
-        inference_seconds=seconds,
-        wall_seconds=time.perf_counter() - start,
-    )
+    return _summary(files, outputs, warnings, seconds, start, failures)
 
 
 def _infer_video(
@@ -242,12 +233,23 @@ def _infer_video(
             f"{target} is MPEG-4, which browsers do not play: `ffmpeg` with an H.264 encoder is "
             "not on the path."
         )
+    return _summary(files, [target], warnings, seconds, start)
+
+
+def _summary(
+    files: DetectionFiles,
+    outputs: Sequence[Path],
+    warnings: Sequence[str],
+    seconds: float,
+    start: float,
+    failures: Sequence[tuple[str, str]] = (),
+) -> InferenceSummary:
     return InferenceSummary(
         files=files.paths,
-        outputs=(target,),
+        outputs=tuple(outputs),
         images=files.images,
         objects=files.objects,
-        failures=(),
+        failures=tuple(failures),
         warnings=tuple(warnings),
         inference_seconds=seconds,
         wall_seconds=time.perf_counter() - start,

@@ -76,7 +76,7 @@ class TensorRTEngine(Engine):
             no detector's; too little GPU memory.
     """
 
-    in_flight = 3
+    in_flight = 2
 
     def __init__(
         self,

@@ -27,7 +27,6 @@ from trt_yolov6.engines.cuda.device import (
     PinnedMemory,
     PinnedPool,
     Stopwatch,
-    Stream,
 )
 from trt_yolov6.engines.cuda.letterbox import (
     RECORD_BYTES,
@@ -158,7 +157,7 @@ class PictureLane:
         self._records = DeviceMemory(nbytes)
         self._written = PinnedMemory(nbytes)
         self._table = self._written.array((nbytes,), np.dtype(np.uint8))
-        self._sent_records = b""
+        self._sent_alike: tuple[list[int], int, Letterbox] | None = None
         self._graphs: dict[tuple[int, NmsSettings], CudaGraph] = {}
         self._warm: set[tuple[int, NmsSettings]] = set()
         self._generation = lane.prepare(largest)
@@ -187,7 +186,7 @@ class PictureLane:
         here = [image for image in images if not isinstance(image, ImageView)]
         addresses, step = self._staging.place(here, stream, stay=_stays(placed))
         if here and len(here) == len(placed) and _are_alike(images, placed):
-            write_alike(self._table, addresses, step, placed[0], self._interpolation)
+            self._send_alike(addresses, step, placed[0])
         else:
             sent = iter(addresses)
             for row, (image, place) in enumerate(zip(images, placed, strict=True)):
@@ -195,9 +194,7 @@ class PictureLane:
                     height, width = image.shape[:2]
                     image = ImageView(next(sent), height, width, 3 * width, 3, step)
                 write_record(self._table, row, image, place, self._interpolation)
-        if len(images) < self._largest:
-            self._table[RECORD_BYTES * len(images) :] = 0
-        self._send_records(stream)
+            self._send_records(len(images))
         if after is not None:
             stream.wait_for(after)
         self._rows, self._nms = rows, nms
@@ -263,16 +260,23 @@ class PictureLane:
             found[name] = float(np.median(times))
         return found
 
-    def _send_records(self, stream: Stream) -> None:
-        """Have the images' places on the GPU, where those of the last batch still lie.
+    def _send_alike(self, addresses: list[int], step: int, place: Letterbox) -> None:
+        """Have the places of images of one size on the GPU.
 
-        Of images of one size, sent from the same memory, they are the same from batch to batch.
+        Those of the last batch still lie there, and often are the same.
         """
-        records = self._table.tobytes()
-        if records != self._sent_records:
-            self._sent_records = b""
-            stream.copy_in(self._records, self._written.address, len(records))
-            self._sent_records = records
+        alike = (addresses, step, place)
+        if alike != self._sent_alike:
+            write_alike(self._table, addresses, step, place, self._interpolation)
+            self._send_records(len(addresses))
+            self._sent_alike = alike
+
+    def _send_records(self, images: int) -> None:
+        """Send the table of a number of images, with zeros in its other rows."""
+        self._sent_alike = None
+        if images < self._largest:
+            self._table[RECORD_BYTES * images :] = 0
+        self._lane.stream.copy_in(self._records, self._written.address, len(self._table))
 
     def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         """Return a function that launches some work as a CUDA graph, or does it where none can."""
@@ -348,6 +352,8 @@ class PictureLane:
 
 def _are_alike(images: Sequence[Image], placed: Sequence[Letterbox]) -> bool:
     """Return whether images, none of them a view, are of one size and go to the same place."""
+    if len(images) == 1:
+        return True
     same_place = placed.count(placed[0]) == len(images)
     return same_place and len({image.shape for image in images}) == 1
 
