@@ -49,6 +49,7 @@ from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import at_opset
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.inspect import OnnxDetails
@@ -274,7 +275,8 @@ def contenders(task: Task, work: Path, modelopt: Path, tools: Sequence[str]) -> 
     if "fallback" in tools:
         yield Contender("ours, float layers auto", "fallback", lambda path: _own(task, path, True))
     float_graph, arrays = work / "float.onnx", work / "images.npz"
-    onnx.save(task.graph.model, float_graph)
+    # Scales for each channel are not known before.
+    onnx.save(at_opset(task.graph.model, 17), float_graph)
     minmax, entropy = CalibrationMethod.MinMax, CalibrationMethod.Entropy
     for method, where in (
         (minmax, "every operator"),
