@@ -57,30 +57,36 @@ HEAVY = (
 
 @dataclass(frozen=True)
 class Change:
-    """A changed module."""
+    """A small change to a module."""
 
     line: int
     what: str
-    tree: ast.Module
+    place: int
+    """Of the node that changes, as `ast.walk` counts them."""
+    number: int
+    """Which of the ways to change it."""
+
+    def made_to(self, tree: ast.Module) -> ast.Module:
+        """Return the module with this change."""
+        changed = copy.deepcopy(tree)
+        _change(list(ast.walk(changed))[self.place], self.number)
+        return changed
 
 
 def changes(tree: ast.Module) -> Iterator[Change]:
-    """Yield the module with one change after the other.
+    """Yield the changes that there are.
 
     Annotations, texts, decorators and what is imported for annotations stay.
     """
     skipped = {id(node) for part in _left_alone(tree) for node in ast.walk(part)}
-    nodes = list(ast.walk(tree))
-    for index, node in enumerate(nodes):
+    for place, node in enumerate(ast.walk(tree)):
         if id(node) in skipped:
             continue
         for number in range(_variants(node)):
-            changed = copy.deepcopy(tree)
-            target = list(ast.walk(changed))[index]
-            before = ast.unparse(target)
-            _change(target, number)
-            what = f"{before}  ->  {ast.unparse(target)}"
-            yield Change(getattr(node, "lineno", 0), what.replace("\n", " ")[:150], changed)
+            changed = copy.deepcopy(node)
+            _change(changed, number)
+            what = f"{ast.unparse(node)}  ->  {ast.unparse(changed)}".replace("\n", " ")[:150]
+            yield Change(getattr(node, "lineno", 0), what, place, number)
 
 
 def _left_alone(tree: ast.Module) -> Iterator[ast.AST]:
@@ -220,7 +226,7 @@ def main() -> int:
     print(f"{options.module}: {len(chosen)} changes, {seconds:.1f} s for the tests", flush=True)
     start, missed = time.monotonic(), 0
     for change in sorted(chosen, key=lambda change: change.line):
-        status, _ = run(path, change.tree, options.tests, int(2 * seconds) + 3)
+        status, _ = run(path, change.made_to(tree), options.tests, int(2 * seconds) + 3)
         if not status:
             missed += 1
             print(f"  {options.module}:{change.line}: {change.what}", flush=True)

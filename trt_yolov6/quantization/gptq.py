@@ -49,12 +49,9 @@ _DAMPING = 0.01
 _BLOCK = 64
 
 # Memory for the covariances of the layers that one pass over the images serves.
-_COVARIANCE_BYTES = 256 << 20
+_COVARIANCE_BYTES = 64 << 20
 
 _LEVELS = 127
-
-# More would take memory: each holds a few copies of a layer's covariance.
-_MOST_WORKERS = 4
 
 
 def adapt_rounding(
@@ -68,8 +65,8 @@ def adapt_rounding(
     Args:
         float_model: the float32 graph that was quantized, after equalization.
         quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
-        images: a few dozen inputs of the graph. There is a pass over them for each 256 MiB of
-            covariances; the sample needs one.
+        images: a few dozen inputs of the graph. There is a pass over them for each 64 MiB of
+            sums of products.
     """
     result = copy.deepcopy(quantized_model)
     constants, stored = constants_of(float_model), constants_of(result)
@@ -84,9 +81,8 @@ def adapt_rounding(
     with _workers() as workers:
         for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
             _measure(quantized_model, chunk, images, workers)
-            for job, (levels, mean_error) in zip(
-                chunk, workers.map(_Job.rounded, chunk), strict=True
-            ):
+            for job in chunk:  # one at a time: wide layers take a few copies of their covariance
+                levels, mean_error = job.rounded()
                 replace_tensor(stored[job.layer.weight], levels)
                 shift_bias(result, job.layer, -mean_error)
     return result
@@ -98,7 +94,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as workers:
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
             yield workers
     finally:
         torch.set_num_threads(threads)
