@@ -244,12 +244,11 @@ def _all_needs(name: str) -> list[str]:
 
 def _seconds(variant: Variant, size: int, epochs: int, options: argparse.Namespace) -> float:
     """Return the guessed seconds of a job among others."""
-    workers: int = options.pack * len(options.gpus.split(","))
+    workers = options.pack * len(options.gpus.split(","))
     crowd = max(1.0, _CORES * workers / len(os.sched_getaffinity(0)))
-    computed: float = options.pack * _COMPUTED[variant.model] * (size / 640) ** 2
-    epoch: float = max(crowd * _ORDERED[variant.model], computed) * (
-        1.3 if variant.teacher else 1.0
-    )
+    computed = options.pack * _COMPUTED[variant.model] * (size / 640) ** 2
+    epoch: float = max(crowd * _ORDERED[variant.model], computed)
+    epoch *= 1.3 if variant.teacher else 1.0
     if variant.quantized is None:
         return _OVERHEAD + epoch * epochs
     ranked = 4 * _OVERHEAD if variant.quantized.tuned or variant.quantized.ranked_by == "ap" else 0
