@@ -122,7 +122,7 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
 
 
 def _last_lines(errors: Mapping[str, str]) -> dict[str, str]:
-    """Return what is said at the end of tracebacks."""
+    """Return the last line of each traceback, by job."""
     return {name: text.strip().splitlines()[-1] for name, text in errors.items()}
 
 

@@ -51,13 +51,13 @@ cores N 65 s (1.0) and S 75 to 110 s (1.2), without branches N 43 s and S 54 s. 
 the orders are the bound, so a variant of N, five trainings, takes 25 s of a GPU either way, one of
 S 30 to 35 s. A worker's first training takes 40 s longer. QAT of S takes 50 to 70 s,
 PTQ 10 s, with six layers in float 20 s, and 55 s where AP ranks them or `build`'s search is run.
-N and S with all tables of theirs took 1 600 GPU seconds. The default recipe: N 224 s, eight side by
-side. Guessed: S by the default recipe 400 s, so give both a call of their own, `--only s-full
+52 variants of N, S and T took 1 600 GPU seconds. The default recipe: N 224 s, eight side by side.
+Guessed: S by the default recipe 400 s, so give both a call of their own, `--only s-full
 n-full --gpus 0,1 --pack 5`; M, three and L, five times as long as N; all of M and L 1 800 GPU
 seconds. `--list` prints every variant. On a CPU only `--limit 10 --epochs 1 --full-epochs 1 --size
 64 --full-size 64 --qat-epochs 1 --batch 4` comes to an end.
 
-several GPUs: one call with `--gpus 0,1,2,3`, or calls beside each other on one host with the same
+several GPUs: one call with `--gpus 0,1,2,3`, or several calls at a time on one host with the same
 `--state`, which share the work. What a call does not finish, the next one goes on with."""
 
 
@@ -244,16 +244,15 @@ def _all_needs(name: str) -> list[str]:
 
 def _seconds(variant: Variant, size: int, epochs: int, options: argparse.Namespace) -> float:
     """Return the guessed seconds of a job among others."""
-    workers: int = options.pack * len(options.gpus.split(","))
+    workers = options.pack * len(options.gpus.split(","))
     crowd = max(1.0, _CORES * workers / len(os.sched_getaffinity(0)))
-    computed: float = options.pack * _COMPUTED[variant.model] * (size / 640) ** 2
-    epoch: float = max(crowd * _ORDERED[variant.model], computed) * (
-        1.3 if variant.teacher else 1.0
-    )
+    computed = options.pack * _COMPUTED[variant.model] * (size / 640) ** 2
+    epoch: float = max(crowd * _ORDERED[variant.model], computed)
+    epoch *= 1.3 if variant.teacher else 1.0
     if variant.quantized is None:
         return _OVERHEAD + epoch * epochs
     ranked = 4 * _OVERHEAD if variant.quantized.tuned or variant.quantized.ranked_by == "ap" else 0
-    trained = 3 * epoch * options.qat_epochs if variant.quantized.trained else 0.0
+    trained: float = 3 * epoch * options.qat_epochs if variant.quantized.trained else 0.0
     return _OVERHEAD + ranked + trained
 
 

@@ -283,7 +283,7 @@ class Scorable(Protocol):
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """Number of images."""
 
     def ap(self, draws: NDArray[np.int64] | None = None) -> float:
         """Return AP, 0..1; `draws` (images,): how often each image counts."""
@@ -297,7 +297,7 @@ class MeanOf:
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """Number of images."""
         return self.parts[0].images
 
     def ap(self, draws: NDArray[np.int64] | None = None) -> float:
