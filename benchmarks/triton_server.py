@@ -61,8 +61,9 @@ class Server:
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 status = Path(f"/proc/{pid}/status").read_text()
-                anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-                private += int(anonymous.split()[1]) * 1024
+                lines = (line for line in status.splitlines() if line.startswith("RssAnon"))
+                # A process that has ended, but was not waited for, has no such line.
+                private += int(next(lines, "RssAnon: 0 kB").split()[1]) * 1024
                 files += len(os.listdir(f"/proc/{pid}/fd"))
         regions = SHARED_MEMORY.glob(f"{self.region}*")
         shared = sum(path.stat().st_blocks * 512 for path in regions)

@@ -84,6 +84,17 @@ def server(
         yield started
 
 
+@pytest.fixture
+def server_of_tensors(tmp_path: Path, tiny_engine: Path) -> Iterator[Server]:
+    """A server for one test, whose log is shown if it does not survive that."""
+    repository, log = tmp_path / "models", tmp_path / "server.log"
+    settings = ServingSettings(gpus=(), max_queue_delay_us=50_000)
+    export_triton([tiny_engine], repository, settings, names=["tensors"], python="tensors")
+    with tritonserver(repository, log) as started:
+        yield started
+        assert started.process.poll() is None, log.read_text()[-4000:]
+
+
 def client_of(server: Server, protocol: str, **options: Any) -> Any:
     """Return a client; close it."""
     return CLIENTS[protocol].InferenceServerClient(getattr(server, protocol), **options)
@@ -360,7 +371,8 @@ def test_tensors_of_another_shape_are_refused(
         client.infer("tensors", inputs_of(protocol, images=good))
 
 
-def test_clients_that_go_away_leave_the_others_served(server: Server) -> None:
+def test_clients_that_go_away_leave_the_others_served(server_of_tensors: Server) -> None:
+    server = server_of_tensors
     body = json.dumps(
         {
             "inputs": [
