@@ -23,18 +23,12 @@ from trt_yolov6.training import distributed
 @contextlib.contextmanager
 def without_waits() -> Iterator[None]:
     """Give trainings that begin in the context `CommonBatchNorm` in place of SyncBatchNorm."""
-    with mock.patch.object(distributed, "_common", lambda bn, _: _taking(bn)):
+
+    def common(bn: nn.BatchNorm2d, _: object) -> nn.Module:
+        return distributed.taking_over(bn, CommonBatchNorm)
+
+    with mock.patch.object(distributed, "_common", common):
         yield
-
-
-def _taking(bn: nn.BatchNorm2d) -> nn.Module:
-    """Return the normalization with the parameters and buffers of another one."""
-    common = CommonBatchNorm(bn.num_features, bn.eps, bn.momentum or 0.1)
-    common.weight, common.bias = bn.weight, bn.bias
-    common.running_mean, common.running_var = bn.running_mean, bn.running_var
-    common.num_batches_tracked = bn.num_batches_tracked
-    common.train(bn.training)
-    return common
 
 
 class CommonBatchNorm(nn.BatchNorm2d):

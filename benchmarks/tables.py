@@ -690,21 +690,25 @@ def triton_soak() -> str:
 def ray_on_cpus() -> str:
     """Scaling of `infer --ray` over one-core nodes, and its cost against `infer`."""
     found = result("ray-cpu.json")
+    runs = {
+        ("nodes", "1"): "1 node of one core",
+        ("nodes", "2"): "2 nodes of one core",
+        ("plain", "0"): "`infer`",
+        ("plain", "1"): "`infer --ray local`",
+    }
     rows = []
-    for part, label in (("nodes", "{} nodes of one core"), ("plain", "")):
+    for (part, size), label in runs.items():
         data = found[part]
-        names = {"0": "`infer`", "1": "`infer --ray local`"}
-        for size, rate in data["images_s"].items():
-            runs = [one["images_s"] for one in data["rounds"] if str(one["size"]) == size]
-            rows.append(
-                [
-                    label.format(size).replace("1 nodes", "1 node") or names[size],
-                    data["pictures"],
-                    f"{rate:.1f}",
-                    f"{min(runs):.1f} to {max(runs):.1f}",
-                    f"{data['times_the_first'][size]:.2f}",
-                ]
-            )
+        rates = [one["images_s"] for one in data["rounds"] if str(one["size"]) == size]
+        rows.append(
+            [
+                label,
+                data["pictures"],
+                f"{data['images_s'][size]:.1f}",
+                f"{min(rates):.1f} to {max(rates):.1f}",
+                f"{data['times_the_first'][size]:.2f}",
+            ]
+        )
     head = ["run", "pictures", "images/s", "lowest and highest run", "times the first"]
     return markdown(head, rows)
 

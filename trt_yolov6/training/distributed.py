@@ -149,12 +149,17 @@ def _common(bn: nn.BatchNorm2d, processes: Processes) -> nn.Module:
         # It counts its steps, whether anyone asks or not.
         converted.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=processes.device)
         return converted
-    common = _CommonBatchNorm(bn.num_features, bn.eps, bn.momentum or 0.1)
-    common.weight, common.bias = bn.weight, bn.bias
-    common.running_mean, common.running_var = bn.running_mean, bn.running_var
-    common.num_batches_tracked = bn.num_batches_tracked
-    common.train(bn.training)
-    return common
+    return taking_over(bn, _CommonBatchNorm)
+
+
+def taking_over(bn: nn.BatchNorm2d, kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:
+    """Return a normalization of another kind with the parameters and buffers of a given one."""
+    other = kind(bn.num_features, bn.eps, bn.momentum or 0.1)
+    other.weight, other.bias = bn.weight, bn.bias
+    other.running_mean, other.running_var = bn.running_mean, bn.running_var
+    other.num_batches_tracked = bn.num_batches_tracked
+    other.train(bn.training)
+    return other
 
 
 class _CommonBatchNorm(nn.BatchNorm2d):
