@@ -20,8 +20,10 @@ import onnx
 import onnxruntime
 import pytest
 from filelock import FileLock
+from support.accuracy import graph_precision
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.graph.model import Graph
 
@@ -120,6 +122,17 @@ def sample_320(make_once: Callable[..., Any]) -> Graph:
 
     graph: Graph = make_once("sample_320", export)
     return graph
+
+
+@pytest.fixture(scope="session")
+def sample_320_ap(make_once: Callable[..., Any], sample_320: Graph) -> float:
+    """Its AP on all sample images."""
+
+    def evaluate(folder: Path) -> float:
+        return graph_precision(sample_320.model, folder, load_coco(ROOT / "samples"))
+
+    ap: float = make_once("sample_320_ap", evaluate)
+    return ap
 
 
 @dataclass(frozen=True)
