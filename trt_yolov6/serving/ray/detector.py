@@ -70,7 +70,7 @@ class FoundInBlock:
 
 
 def table_of(value: Sequence[Item] | FoundInBlock) -> pyarrow.Table:
-    """Return what goes to an actor, or comes from one, as a table of one row, as Ray Data wants.
+    """Return a message to or from an actor as a table of one row, which Ray Data moves.
 
     It is pickled, as is all that Ray sends between its processes.
     """
