@@ -175,7 +175,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.resume:
         why = "was chosen when the training began; with --resume leave it out."
-        refuse(options, vars(options).keys() - set(_RESUMING), why)
+        refuse(options, [name for name in vars(options) if name not in _RESUMING], why)
         if options.output is None:
             raise UserError("--resume needs the folder of the training; name it with --output.")
         settings, output = stored_settings(options.output), options.output
