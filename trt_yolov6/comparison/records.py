@@ -128,9 +128,7 @@ def _timing(built: BuiltCase, batch: int, rounds: Sequence[Round], device: str) 
         "latency_ms": {
             "median": summary.latency.value * 1e3,
             "interval": [low * 1e3, high * 1e3],
-            **{
-                name: getattr(summary.counted, name) * 1e3 for name in ("mean", "p90", "p99", "min")
-            },
+            **{name: getattr(counted, name) * 1e3 for name in ("mean", "p90", "p99", "min")},
             "rounds": [value * 1e3 for value in summary.rounds],
         },
         "throughput_fps": batch / summary.latency.value,
