@@ -338,7 +338,7 @@ def _blocks(
     found = ray.data.from_arrow(tables).map_batches(
         Detector,
         fn_constructor_args=(work,),
-        batch_size=None,
+        batch_size=size,  # a table; Ray wants a number where there are GPUs
         batch_format="pyarrow",
         zero_copy_batch=True,
         # So few at the start that a job begins although machines are still coming up.
