@@ -4,7 +4,7 @@
 
 N and S on BCCD at 640 pixels and 256 images a step, on 1, 2 and 4 GPUs, with the batch statistics
 of all GPUs' images together (the default), and on all of them with each GPU's own as well; and, on
-one, with the recipe's 32 images a step. Two candidates are measured beside them: common statistics
+one, with the recipe's 32 images a step. Two candidates are measured as well: common statistics
 without waiting for the GPU (`common_statistics`), and those with the network's passes as CUDA
 graphs (`graphed_network`). A minute and a half on four H100: fewer GPUs are measured side by side
 on those that are free. The images are taken several times, so that an epoch has steps enough. The
@@ -40,16 +40,16 @@ COMMON, OWN, NO_WAITS, GRAPHED = "common", "own", "common, without waits", "comm
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one set of processes measures."""
+    """A measurement by one set of processes."""
 
     gpus: int
     batch: int
     kinds: tuple[str, ...]
-    """Of batch statistics."""
+    """Kinds of batch statistics."""
 
 
 def parts_of(options: argparse.Namespace) -> list[list[Part]]:
-    """Return what is measured at a time, side by side on the GPUs that there are.
+    """Return the parts of each turn, side by side on the GPUs that there are.
 
     All GPUs come last: what could go wrong between them must not cost what they are compared with.
     """

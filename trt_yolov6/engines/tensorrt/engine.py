@@ -30,7 +30,7 @@ from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
 from trt_yolov6.engines.tensorrt.pictures import Image, Pictures, pictures_of
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.spec import NmsSettings, TensorSpec, image_size_of
+from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec, image_size_of
 
 if TYPE_CHECKING:
     from trt_yolov6.engines.tensorrt import api as trt
