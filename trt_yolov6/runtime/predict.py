@@ -160,7 +160,7 @@ def _detect_at_once(
         images, ready = decoded_on_gpu(engine, [item.open() for item in items])
         size, mode = engine.image_size, engine.preprocessing.fit
         placed = [fit((image.shape[0], image.shape[1]), size, border, mode) for image in images]
-        run = engine.start_images(images, placed, nms, after=ready)
+        run = engine.start_images(images, placed, nms, clip=options.clip, after=ready)
     else:
         pixels = [item.read() for item in items]
         array = engine.empty_input(len(items))
@@ -246,7 +246,8 @@ def process(
         "keep_images": keep_images,
         "skip_unreadable": skip_unreadable,
     }
-    steps = _steps(engine, iter(items), read, open_item or read, nms, loading)
+    source = iter(items)
+    steps = _steps(engine, source, read, open_item or read, nms, options.clip, loading)
     pipeline = _Pipeline(engine, nms, options.clip, finish)
     try:
         for step in steps:
@@ -393,6 +394,7 @@ def _steps(
     read: Callable[[Item], NDArray[np.uint8]],
     open_item: Callable[[Item], Opened],
     nms: NmsSettings,
+    clip: bool,
     loading: dict[str, Any],
 ) -> Generator[_Step[Item], None, None]:
     """Yield batches ready for the engine: on an engine that takes images only the first here."""
@@ -414,6 +416,7 @@ def _steps(
                 ready.images,
                 ready.batch.letterboxes,
                 nms,
+                clip=clip,
                 rows=loading["batch"],
                 after=ready.ready,
                 patient=True,
