@@ -188,8 +188,24 @@ class PictureLane:
         """Put a batch on the lane's stream."""
         stream = self._lane.stream
         self._in_use = images
+        if len(images) == 1 and not isinstance(images[0], ImageView):
+            stay = _stays(placed)
+            address, step = self._staging.place_one(images[0], stream, stay=stay)
+            self._send_alike([address], step, placed[0])
+        else:
+            self._send_several(images, placed)
+        if after is not None:
+            stream.wait_for(after)
+        self._key = key = rows, nms, clip
+        self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
+        self._launch(key)
+        if patient:
+            self._end.record(stream)
+
+    def _send_several(self, images: Sequence[Image], placed: Sequence[Letterbox]) -> None:
+        """Have images and their places on the GPU."""
         here = [image for image in images if not isinstance(image, ImageView)]
-        addresses, step = self._staging.place(here, stream, stay=_stays(placed))
+        addresses, step = self._staging.place(here, self._lane.stream)
         if here and len(here) == len(placed) and _are_alike(images, placed):
             self._send_alike(addresses, step, placed[0])
         else:
@@ -200,13 +216,6 @@ class PictureLane:
                     image = ImageView(next(sent), height, width, 3 * width, 3, step)
                 write_record(self._table, row, image, place, self._interpolation)
             self._send_records(len(images))
-        if after is not None:
-            stream.wait_for(after)
-        self._key = key = rows, nms, clip
-        self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
-        self._launch(key)
-        if patient:
-            self._end.record(stream)
 
     def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the batch and return its boxes, or the outputs where they are not suppressed."""
@@ -358,8 +367,6 @@ class PictureLane:
 
 def _are_alike(images: Sequence[Image], placed: Sequence[Letterbox]) -> bool:
     """Return whether images, none of them a view, are of one size and go to the same place."""
-    if len(images) == 1:
-        return True
     same_place = placed.count(placed[0]) == len(images)
     return same_place and len({image.shape for image in images}) == 1
 
