@@ -433,9 +433,7 @@ def jpeg_stages(
         1,
     )
     placed = loaded.batch.letterboxes
-    outputs = engine.start_images(
-        loaded.images, placed, nms, clip=True, after=loaded.ready
-    ).wait()
+    outputs = engine.start_images(loaded.images, placed, nms, clip=True, after=loaded.ready).wait()
     own = engine.resident_run(random_input(engine, BATCH))
 
     def on_gpu() -> float:

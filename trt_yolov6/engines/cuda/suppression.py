@@ -185,9 +185,7 @@ class Suppression:
             nbytes = result_dtype(nms.max_detections).itemsize * batch
             stream.copy_out(self._copy.address, self._results, nbytes)
 
-    def fetch(
-        self, batch: int, nms: NmsSettings, clip: bool | None = None
-    ) -> Suppressed | None:
+    def fetch(self, batch: int, nms: NmsSettings, clip: bool | None = None) -> Suppressed | None:
         """Return the boxes kept by a run whose stream has been waited for; None without room.
 
         There is none if an image had more candidates than `Reading.capacity`. Arguments are those
@@ -222,7 +220,8 @@ def result_dtype(limit: int) -> np.dtype[Any]:
     offsets = [offset for _, offset in fields.values()]
     itemsize = -(-(first + 28 * limit) // 16) * 16
     made: Any = {"names": names, "formats": formats, "offsets": offsets, "itemsize": itemsize}
-    return np.dtype(made)
+    dtype: np.dtype[Any] = np.dtype(made)
+    return dtype
 
 
 def suppressed_of(
