@@ -168,6 +168,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         make_config,
         make_config_for_recording=_runtime_config(flavour.api, cache, False),
         launches_graphs=options.cuda_graph,
+        compiles_batch_sizes=True,
         after_first_run=cache.save,
     )
     return TensorRTEngine(flavour, path, manifest, contexts, options)
