@@ -226,7 +226,7 @@ class Results:
 
 
 def results_in(content: NDArray[np.uint8], limit: int) -> Results:
-    """Return what lies in memory, uint8 (batch, `result_bytes(limit)`)."""
+    """Return the results in memory, uint8 (batch, `result_bytes(limit)`)."""
     ends = [_HEADER_BYTES + size * limit for size in (0, 16, 24, 28)]
     parts = [content[:, start:end] for start, end in itertools.pairwise((0, *ends))]
     return Results(
