@@ -447,7 +447,7 @@ def variants_table(
         pairs: variants and what each is compared with -> the paper's difference in points, None
             where it has none.
         both_seeds: show the mean of two trainings, where there are two.
-        speeds: precision, as in TensorRT's results, by label: its speed is shown beside the AP.
+        speeds: precision, as in TensorRT's results, by label: its speed stands next to the AP.
     """
     data = _ablations()
     there = {} if data is None else data["variants"]
