@@ -48,7 +48,7 @@ Image = NDArray[np.uint8] | ImageView
 """uint8 (height, width, 3) RGB in the host's memory, or a view of one on the GPU."""
 
 _Key: TypeAlias = "tuple[int, NmsSettings, bool | None]"
-"""What a recorded run belongs to: rows, thresholds, and whether boxes are mapped and clipped."""
+"""Rows, thresholds and `clip` of a recorded run."""
 
 
 class Pictures:
