@@ -154,6 +154,9 @@ class Engine(Described, Closing):
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
     """Batch sizes it takes."""
+    batch_steps: tuple[int, ...] = ()
+    """Batch sizes to run, ascending, where a new one takes seconds of compilation; () where it does
+    not."""
     note: str = ""
     """Arithmetic of the engine where it differs from its precision."""
     computed_in: PrecisionName | None = None
@@ -194,6 +197,15 @@ class Engine(Described, Closing):
         """
         return FinishedRun(self.infer(images))
 
+    def rows_for(self, images: int) -> int:
+        """Return the batch size to run for a number of images, the rest of it padding.
+
+        It is the smallest that the engine takes or, of its `batch_steps`, the next one.
+        """
+        return next(
+            (step for step in self.batch_steps if step >= images), max(images, self.batch.min)
+        )
+
     def takes_images(self) -> bool:
         """Return whether `start_images` works: the engine letterboxes images on its GPU."""
         return False
@@ -204,6 +216,7 @@ class Engine(Described, Closing):
         placed: Sequence[Letterbox],
         nms: NmsSettings,
         *,
+        clip: bool | None = None,
         rows: int | None = None,
         after: Event | None = None,
         patient: bool = False,
@@ -217,6 +230,8 @@ class Engine(Described, Closing):
                 to be changed or freed before the run has been waited for.
             placed: where each goes in the input, see `data.letterbox.fit`.
             nms: thresholds.
+            clip: have kept boxes mapped to the images, cut off at their borders or not, see
+                `Suppressed.clip`; default: they stay in input pixels.
             rows: of the engine's batch, more than there are images to pad it; default: as many.
             after: an event on the GPU after which views can be read.
             patient: wait for the run without using a core, some microseconds longer.
