@@ -43,6 +43,7 @@ class Api:
     NetworkDefinitionCreationFlag: type[_this.NetworkDefinitionCreationFlag]
     OnnxParser: type[_this.OnnxParser]
     ParserError: type[_this.ParserError]
+    PreviewFeature: type[_this.PreviewFeature]
     ProfilingVerbosity: type[_this.ProfilingVerbosity]
     Runtime: type[_this.Runtime]
     TacticSource: type[_this.TacticSource]
@@ -165,6 +166,7 @@ class IBuilderConfig():
     def set_compute_capability(self, compute_capability: ComputeCapability | None, index: int) -> bool: ...  # only tensorrt-rtx 1.4, 1.7
     def set_flag(self, flag: BuilderFlag | None) -> None: ...
     def set_memory_pool_limit(self, pool: MemoryPoolType | None, pool_size: int) -> None: ...
+    def set_preview_feature(self, feature: PreviewFeature | None, enable: bool) -> None: ...
     def set_tactic_sources(self, tactic_sources: int) -> bool: ...
     def set_timing_cache(self, cache: ITimingCache | None, ignore_mismatch: bool) -> bool: ...
 class ICudaEngine():
@@ -391,6 +393,9 @@ class ParserError():
     def node(self) -> int: ...
     def node_name(self) -> str: ...  # only tensorrt 10.0, 10.13, 11.0, 11.4; tensorrt-rtx 1.4, 1.7
     def node_operator(self) -> str: ...  # only tensorrt 10.0, 10.13, 11.0, 11.4; tensorrt-rtx 1.4, 1.7
+class PreviewFeature(_Enum):
+    __members__: ClassVar[dict[str, PreviewFeature]]
+    PROFILE_SHARING_0806: ClassVar[PreviewFeature]  # only tensorrt 8.6, 10.0, 10.13; tensorrt-rtx 1.4
 class ProfilingVerbosity(_Enum):
     __members__: ClassVar[dict[str, ProfilingVerbosity]]
     DETAILED: ClassVar[ProfilingVerbosity]
