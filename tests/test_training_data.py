@@ -119,13 +119,13 @@ BAD_ANNOTATIONS = {
     "right of the image": (bad(bbox=[40, 0, 5, 5]), "outside", "lies outside its 40x30 pixels"),
     "above the image": (bad(bbox=[0, -9, 5, 9]), "outside", "lies outside its 40x30 pixels"),
     "no width": (bad(bbox=[3, 3, 0, 5]), "empty-box", "has no area"),
-    "negative height": (bad(bbox=[3, 9, 5, -5]), "empty-box", "has no area"),
+    "negative height": (bad(bbox=[3, 9, 5, -5]), "malformed", "sides are negative"),
     "NaN": (bad(bbox=[3, float("nan"), 5, 5]), "not-finite", "is not finite"),
     "infinite": (bad(bbox=[3, 3, float("inf"), 5]), "not-finite", "is not finite"),
     "overflow": (bad(bbox=[1e308, 3, 1e308, 5]), "not-finite", "is not finite"),
     "beyond floats": (bad(bbox=[10**400, 3, 5, 5]), "not-finite", "is not finite"),
-    "no such class": (bad(category_id=4), "unknown-class", "category 4, which does not exist"),
-    "class as text": (bad(category_id="five"), "unknown-class", "which does not exist"),
+    "no such class": (bad(category_id=4), "unknown-class", "category 4, which is not listed"),
+    "class as text": (bad(category_id="five"), "unknown-class", "five, which is not listed"),
     "no such image": (bad(image_id=12), "unknown-image", "image 12, which is not listed"),
     "three numbers": (bad(bbox=[1, 2, 3]), "malformed", "where a box of four numbers should be"),
     "text in the box": (
@@ -211,7 +211,7 @@ def test_an_image_without_a_recorded_size_is_a_problem(tmp_path: Path) -> None:
     ]
     folder = write_set(tmp_path, [GOOD, bad(image_id=2)], images=images)
     (problem,) = checked_data(folder).problems
-    assert problem.sentence == "the record of image b.png gives it no size"
+    assert problem.sentence == "image b.png has no recorded size, or cannot be read"
     held = load_training_set(folder, None, 40, "cpu", on_bad_data="skip", progress=False)
     assert len(held) == len(held.boxes) == 1
 
@@ -264,7 +264,7 @@ def test_the_report_is_written_whole(tmp_path: Path) -> None:
         ({"images": []}, "it has no images"),
         ({"annotations": None}, "it has no list 'annotations'"),
         ({"images": [{"id": 1}]}, "entry 0 of 'images' lacks 'file_name'"),
-        ({"categories": [{"id": 1, "name": "a"}] * 2}, "category id 1 occurs 2 times"),
+        ({"categories": [{"id": 1, "name": "a"}] * 2}, "category id 1 occurs twice"),
     ],
 )
 def test_a_file_that_is_none_is_refused_either_way(

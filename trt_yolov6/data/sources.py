@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trt_yolov6.common.files import read_json
-from trt_yolov6.data.annotations import tidied
 from trt_yolov6.errors import UserError, did_you_mean
 
 _PREFIX = "instances_"
@@ -144,7 +143,7 @@ def _read_coco(found: _Found) -> Source:
     if not isinstance(content, dict):
         raise malformed(file, "it is not a JSON object")
     folder = file.parent if file.name == _ROBOFLOW else _image_folder(root, split)
-    return Source(file, split, tidied(content), (folder, root))
+    return Source(file, split, content, (folder, root))
 
 
 def _image_folder(root: Path, split: str) -> Path:
