@@ -269,7 +269,7 @@ def test_mistakes_cost_one_line(
     assert "--data is missing" in complaint(capsys)
     assert "there is no variant" in complaint(capsys, *base, "--model", "q")
     assert "multiple of 32" in complaint(capsys, *base, "--imgsz", "100")
-    assert "--lr above 0" in complaint(capsys, *base, "--lr", "-1")
+    assert "--lr must be above 0" in complaint(capsys, *base, "--lr", "-1")
     assert "not of the form" in complaint(capsys, *base, "--set", "epochs")
     assert "there is no speed" in complaint(capsys, *base, "--set", "optimizer.speed=1")
     assert "no float" in complaint(capsys, *base, "--set", "optimizer.momentum=high")

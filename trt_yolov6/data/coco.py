@@ -88,7 +88,7 @@ class AnnotatedSplit:
     dataset: CocoDataset
     """Images whose file exists and whose size is recorded, and their well-formed annotations."""
     corners: tuple[Corners | None, ...]
-    """Of each annotation x1, y1, x2, y2 inside the image; None for a problem in `TOLERATED`."""
+    """Box of each annotation inside its image, x1, y1, x2, y2; None for a `TOLERATED` problem."""
     problems: tuple[Problem, ...]
     clipped: tuple[Problem, ...]
     """Boxes that reach beyond their image by more than `OVERHANG`."""

@@ -18,18 +18,19 @@ gray.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from trt_yolov6.common.ranges import Share, check_fields
 from trt_yolov6.data.letterbox import GRAY, fit
-from trt_yolov6.errors import UserError
 from trt_yolov6.models.variants import architecture
 
 Floats = NDArray[np.float64]
@@ -53,41 +54,34 @@ class AugmentationSettings:
         UserError: a value is out of its range.
     """
 
-    mosaic: float = 1.0
-    """Probability, 0..1, that four images are joined into one picture."""
-    mixup: float = 0.0
-    """Probability, 0..1, that a mosaic is blended with another one."""
-    degrees: float = 0.0
-    """Maximum rotation in degrees, uniform in both directions; 0..180."""
-    translate: float = 0.1
-    """Shift on each axis, uniform in plus or minus this fraction of the image size; 0..1."""
-    scale: float = 0.5
-    """Zoom, uniform in 1 plus or minus this; 0..0.99."""
-    shear: float = 0.0
-    """Maximum shear in degrees on each axis, uniform in both directions; 0..44."""
-    hsv_h: float = 0.015
-    """Hue, an angle from red, is multiplied by a factor uniform in 1 plus or minus this; 0..1."""
-    hsv_s: float = 0.7
+    mosaic: Share = 1.0
+    """Probability that four images are joined into one picture."""
+    mixup: Share = 0.0
+    """Probability that a mosaic is blended with another one."""
+    degrees: Annotated[float, Meta(ge=0, le=180)] = 0.0
+    """Maximum rotation in degrees, uniform in both directions."""
+    translate: Share = 0.1
+    """Shift on each axis, uniform in plus or minus this fraction of the image size."""
+    scale: Annotated[float, Meta(ge=0, le=0.99)] = 0.5
+    """Zoom, uniform in 1 plus or minus this."""
+    shear: Annotated[float, Meta(ge=0, le=44)] = 0.0
+    """Maximum shear in degrees on each axis, uniform in both directions."""
+    hsv_h: Share = 0.015
+    """Hue, an angle from red, is multiplied by a factor uniform in 1 plus or minus this."""
+    hsv_s: Share = 0.7
     """Saturation gain, sampled like `hsv_h`."""
-    hsv_v: float = 0.4
+    hsv_v: Share = 0.4
     """Value (brightness) gain, sampled like `hsv_h`."""
-    flip_lr: float = 0.5
-    """Probability, 0..1, of mirroring left to right."""
-    flip_ud: float = 0.0
-    """Probability, 0..1, of mirroring top to bottom."""
-    border: int = 0
+    flip_lr: Share = 0.5
+    """Probability of mirroring left to right."""
+    flip_ud: Share = 0.0
+    """Probability of mirroring top to bottom."""
+    border: Annotated[int, Meta(ge=0)] = 0
     """Gray pixels left on every side of a picture that is not a mosaic, as in `letterbox.fit`: the
     gray border of the paper's Section 2.4.3."""
 
     def __post_init__(self) -> None:
-        limits = {"degrees": 180.0, "scale": 0.99, "shear": 44.0, "border": math.inf}
-        for field in dataclasses.fields(self):
-            value, limit = getattr(self, field.name), limits.get(field.name, 1.0)
-            if not 0 <= value <= limit:
-                most = f"between 0 and {limit:g}" if limit < math.inf else "of at least 0"
-                raise UserError(
-                    f"the augmentation setting {field.name} is {value}; give a value {most}."
-                )
+        check_fields(self)
 
 
 NO_AUGMENTATION = AugmentationSettings(

@@ -7,14 +7,17 @@ Everything is computed in float32, under autocast too.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 from torch.nn import functional as F
 
+from trt_yolov6.common.ranges import Count, NotNegative, Positive, check_fields
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import anchor_points, decode
 from trt_yolov6.models.variants import Architecture, variant_name
@@ -50,31 +53,17 @@ class LossSettings:
     """Objectness loss (paper, Table 11); needs the `offset` head, which cannot do without."""
     assigner: Assigner = "tal"
     warmup_assigner: Assigner = "atss"
-    warmup_epochs: int = 4
+    warmup_epochs: Annotated[int, Meta(ge=0)] = 4
     """`warmup_assigner` labels the epochs before this one, `assigner` the rest."""
-    class_weight: float = 1.0
-    box_weight: float = 2.5
-    dfl_weight: float = 0.5
-    objectness_weight: float = 1.0
-    poly_epsilon: float = 1.0
-    """Weight of the term that poly loss adds to focal loss; may be negative, above -1."""
+    class_weight: NotNegative = 1.0
+    box_weight: NotNegative = 2.5
+    dfl_weight: NotNegative = 0.5
+    objectness_weight: NotNegative = 1.0
+    poly_epsilon: Annotated[float, Meta(gt=-1, le=sys.float_info.max)] = 1.0
+    """Weight of the term that poly loss adds to focal loss."""
 
     def __post_init__(self) -> None:
-        for name, names in (
-            ("classification", get_args(ClassLoss)),
-            ("box", get_args(BoxLoss)),
-            ("assigner", get_args(Assigner)),
-            ("warmup_assigner", get_args(Assigner)),
-        ):
-            if getattr(self, name) not in names:
-                value = getattr(self, name)
-                raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(names)}.")
-        weights = ("class_weight", "box_weight", "dfl_weight", "objectness_weight")
-        for name in ("warmup_epochs", *weights):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be zero or more.")
-        if not -1 < self.poly_epsilon < math.inf:
-            raise UserError(f"poly_epsilon is {self.poly_epsilon}; it must be above -1.")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -89,25 +78,20 @@ class DistillationSettings:
         UserError: `epochs` or a temperature is not above zero, or a weight is negative.
     """
 
-    epochs: int
+    epochs: Count
     """Length of the training, over which the weight decays."""
-    class_weight: float = 1.0
+    class_weight: NotNegative = 1.0
     """Beside `LossSettings.class_weight`, by which it is multiplied."""
-    box_weight: float = 1.0
+    box_weight: NotNegative = 1.0
     """Beside `LossSettings.dfl_weight`, by which it is multiplied."""
-    class_temperature: float = 1.0
+    class_temperature: Positive = 1.0
     """Divides the class logits. High ones make the many background anchors weigh as much as the
     few others."""
-    box_temperature: float = 20.0
+    box_temperature: Positive = 20.0
     """Divides the logits of the distance bins (20: the authors' released value)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "class_temperature", "box_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above zero.")
-        for name in ("class_weight", "box_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be zero or more.")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
