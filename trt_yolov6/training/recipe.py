@@ -286,7 +286,8 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
         raise _assignment_error(f" {assignment}: {names[0]} has no parts here")
     kind = typing.get_type_hints(type(value), include_extras=True)[names[0]]
     is_none = text.lower() == "none" and type(None) in typing.get_args(kind)
-    changed = None if is_none else fitting(text, kind, f"`{names[0]}`", strict=False)
+    subject = f"`assignment` {assignment}: {names[0]}"
+    changed = None if is_none else fitting(text, kind, subject, strict=False)
     return dataclasses.replace(value, **{names[0]: changed})
 
 
