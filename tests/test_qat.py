@@ -12,10 +12,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from support.logs import logged
 from support.networks import ARCHITECTURES, tiny_graph
 from support.pictures import noise_folder
 from support.quantized import prepared_sample
-from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
+from support.training_data import (
+    CLASS_NAMES,
+    tiny_architecture,
+    unaugmented,
+    write_shapes,
+    write_tiny,
+)
 
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
@@ -141,7 +148,7 @@ def taught(shapes: Path) -> YOLOv6:
     model = build_model(tiny_architecture())
     reset_predictions(model)
     data = load_training_set(shapes, "train", 64, "cpu", progress=False)
-    images, targets = data.unaugmented(range(8))
+    images, targets = unaugmented(data, range(8))
     losses = dataclasses.replace(default_losses(model.arch), warmup_epochs=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(120):
@@ -290,8 +297,8 @@ def test_it_goes_on_where_it_was_stopped(
             state_seconds=seconds,
             data=stopping,
         )
-    said: list[str] = []
-    resumed = train_quantized(start, settings, device="cpu", state_file=state, tell=said.append)
+    with logged() as said:
+        resumed = train_quantized(start, settings, device="cpu", state_file=state)
     assert "2 epochs, 1 of them done" in said[0]
     for name, value in constants(two_epochs.trained.model).items():
         np.testing.assert_array_equal(constants(resumed.trained.model)[name], value)

@@ -117,7 +117,7 @@ def test_any_field_can_be_set(assignment: str, value: object) -> None:
         ("ema_decay=1", "ema_decay must be below 1"),
         ("eval_border=320", "border"),
         ("teacher=a.pt", "`teacher`"),
-        ("optimizer.learning_rate=nan", "`learning_rate`"),
+        ("optimizer.learning_rate=nan", "learning_rate must be above 0"),
     ],
 )
 def test_what_cannot_be_is_refused(assignment: str, says: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from support import authors_format
 from support.authors_format import FACTS, Facts
 from support.kills import Kill, run_killed
+from support.logs import logged
 from support.runs import TRAINING, assert_same_bits, complaint, weights_of
 from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
 
@@ -56,8 +57,8 @@ def test_a_training_leaves_checkpoints_a_log_and_its_settings(
     data: Path, tiny: Path, tmp_path: Path
 ) -> None:
     settings = tiny_settings(data, tiny, val_split="val", eval_interval=2)
-    said: list[str] = []
-    result = train(settings, tmp_path / "run", progress=False, tell=said.append)
+    with logged() as said:
+        result = train(settings, tmp_path / "run", progress=False)
     assert [line["epoch"] for line in result.log] == [1, 2, 3, 4]
     assert all(line["loss"] > 0 and line["seconds"] > 0 for line in result.log)
     assert [line["epoch"] for line in result.log if "AP" in line] == [2, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.models import Architecture, build_model
+from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.data_validation import (
     DataReport,
     for_each_image,
     full_report,
     read_split,
 )
+from trt_yolov6.training.dataset import TrainingSet
 from trt_yolov6.training.targets import Targets
 
 CLASS_NAMES = ("square", "disc")
@@ -94,6 +97,20 @@ def write_tiny(path: Path, num_classes: int = len(CLASS_NAMES)) -> Path:
     names = CLASS_NAMES if num_classes == len(CLASS_NAMES) else tuple(map(str, range(num_classes)))
     write_checkpoint(path, model, names, Training({}, 0, None))
     return path
+
+
+NO_AUGMENTATION = AugmentationSettings(
+    mosaic=0, mixup=0, translate=0, scale=0, hsv_h=0, hsv_s=0, hsv_v=0, flip_lr=0
+)
+"""Everything off."""
+
+
+def unaugmented(
+    data: TrainingSet, indices: Sequence[int] | Tensor, border: int = 0
+) -> tuple[Tensor, Targets]:
+    """Return letterboxed images and their objects, as evaluation would see them."""
+    plain = dataclasses.replace(NO_AUGMENTATION, border=border)
+    return data.batch(indices, plain, torch.Generator(), strong=False)
 
 
 def checked_data(folder: Path) -> DataReport:

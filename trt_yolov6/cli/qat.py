@@ -154,7 +154,6 @@ def run(options: argparse.Namespace) -> None:
         state_file=state,
         progress=not options.quiet,
         data=data,
-        tell=say,
     )
     aps["AP"] = _ap(result.network, start, options)
     built = _built(start, result.trained, output / name, plan, options)

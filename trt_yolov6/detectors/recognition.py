@@ -8,7 +8,6 @@ decide either, the user is asked: a wrong guess would cost AP without a word.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from trt_yolov6.detectors.families import FAMILIES, Family, family_named
 from trt_yolov6.detectors.layouts import EFFICIENT_NMS_WORDS, LAYOUTS, STRIDES
+from trt_yolov6.detectors.metadata import literal
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import OutputLayout, TensorSpec
 
@@ -168,11 +168,8 @@ def _has_nms_inside(metadata: Mapping[str, str]) -> bool:
     """Return whether Ultralytics' exporter notes that the graph chooses the boxes itself."""
     if metadata.get("end2end") == "True":
         return True
-    try:
-        arguments = ast.literal_eval(metadata.get("args", "{}"))
-        return bool(arguments.get("nms"))
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, AttributeError):
-        return False
+    arguments = literal(metadata.get("args", "{}"))
+    return isinstance(arguments, dict) and bool(arguments.get("nms"))
 
 
 def _dotted(name: str) -> str:

@@ -9,12 +9,13 @@ and one addition.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,19 +233,17 @@ def _raw_names(model: YOLOv6) -> list[str]:
     return [f"{kind}_{stride}" for stride in model.arch.strides for kind in kinds]
 
 
-class _quiet:
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
     """Keep loggers silent for the duration of a `with` block."""
-
-    def __init__(self, *names: str) -> None:
-        self._loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,9 +77,8 @@ def read_weights(model: onnx.ModelProto, path: Path) -> bool:
             "files together, or export with the weights inside."
         ) from error
     for tensor in _tensors(model.graph):
-        wanted = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for length in tensor.dims:
-            wanted *= length
+        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        wanted = width * math.prod(tensor.dims)
         if tensor.HasField("raw_data") and wanted > len(tensor.raw_data) and _is_bytewise(tensor):
             raise UserError(
                 f"{path} keeps the weights of {tensor.name!r} in {', '.join(places)}, which is cut "
@@ -103,25 +103,15 @@ def sort_nodes(model: onnx.ModelProto) -> bool:
     """
     nodes = list(model.graph.node)
     makers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    readers: list[list[int]] = [[] for _ in nodes]
-    waits = [0] * len(nodes)
-    is_sorted = True
-    for index, node in enumerate(nodes):
-        for maker in {makers[name] for name in names_read(node) if name in makers} - {index}:
-            readers[maker].append(index)
-            waits[index] += 1
-            is_sorted = is_sorted and maker < index
-    if is_sorted:
+    needs = {
+        index: {makers[name] for name in names_read(node) if name in makers} - {index}
+        for index, node in enumerate(nodes)
+    }
+    if all(maker < index for index, made in needs.items() for maker in made):
         return False
-    ready = deque(index for index, count in enumerate(waits) if not count)
-    order: list[int] = []
-    while ready:
-        order.append(ready.popleft())
-        for reader in readers[order[-1]]:
-            waits[reader] -= 1
-            if not waits[reader]:
-                ready.append(reader)
-    if len(order) < len(nodes):
+    try:
+        order = tuple(TopologicalSorter(needs).static_order())
+    except CycleError:
         return False
     set_nodes(model.graph, [nodes[index] for index in order])
     return True

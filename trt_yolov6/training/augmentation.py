@@ -17,7 +17,6 @@ gray.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -82,12 +81,6 @@ class AugmentationSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-NO_AUGMENTATION = AugmentationSettings(
-    mosaic=0, mixup=0, translate=0, scale=0, hsv_h=0, hsv_s=0, hsv_v=0, flip_lr=0
-)
-"""Everything off."""
 
 
 def augmentation_for(variant: str) -> AugmentationSettings:
@@ -216,13 +209,6 @@ def plan_batch(
         mix=np.sort(beta[mixed])[:, _BETA // 2],
         colour=1 + gains * (2 * row[:, 4:7] - 1),
     )
-
-
-def plain_plan(images: Indices, sizes: Indices, *, size: int, border: int = 0) -> BatchPlan:
-    """Plan letterboxed images, as evaluation sees them; arguments as in `plan_batch`."""
-    settings = dataclasses.replace(NO_AUGMENTATION, border=border)
-    numbers = np.full((len(images), DRAWS), 0.5)
-    return plan_batch(images, sizes, numbers, settings, size=size, strong=False)
 
 
 def _affine(

@@ -22,7 +22,6 @@ from trt_yolov6.training.augmentation import (
     draw,
     make_pictures,
     place_boxes,
-    plain_plan,
     plan_batch,
     to_device,
 )
@@ -115,29 +114,9 @@ class TrainingSet:
             size=self.image_size,
             strong=strong,
         )
-        return self._make(plan, keep_all=False)
-
-    def unaugmented(
-        self, indices: Tensor | Sequence[int], *, border: int = 0
-    ) -> tuple[Tensor, Targets]:
-        """Return letterboxed images and all their objects, as evaluation would see them.
-
-        Args:
-            indices: which images.
-            border: gray pixels on every side, see `letterbox.fit`.
-
-        Returns:
-            As `batch`.
-        """
-        plan = plain_plan(
-            _indices(indices, len(self)), self.sizes.numpy(), size=self.image_size, border=border
-        )
-        return self._make(plan, keep_all=True)
-
-    def _make(self, plan: BatchPlan, *, keep_all: bool) -> tuple[Tensor, Targets]:
         chunk = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
         pictures = make_pictures(plan, self._gather, self.device, chunk)
-        return pictures, self.targets(plan, keep_all=keep_all)
+        return pictures, self.targets(plan)
 
     def _gather(self, images: NDArray[np.int64]) -> Tensor:
         """Return images, uint8 (k, 3, H, W), on the device."""
@@ -151,8 +130,8 @@ class TrainingSet:
             row.copy_(self.images[int(image)], non_blocking=True)
         return gathered
 
-    def targets(self, plan: BatchPlan, *, keep_all: bool) -> Targets:
-        """Return the objects of a batch, unless `keep_all` without those that are barely left."""
+    def targets(self, plan: BatchPlan) -> Targets:
+        """Return the objects of a batch without those that are barely left."""
         all_boxes, all_classes, first = self.boxes.numpy(), self.classes.numpy(), self.first.numpy()
         found = []
         for layers in (plan.singles, plan.mosaics, plan.mixed):
@@ -162,10 +141,9 @@ class TrainingSet:
             # Places in `boxes`: for each image, from its first object on.
             starts = np.repeat(first[images] - np.cumsum(counts) + counts, counts)
             places = starts + np.arange(len(starts))
-            boxes, worth = place_boxes(
+            boxes, keep = place_boxes(
                 layers, plan.size, all_boxes[places].astype(np.float64), tiles
             )
-            keep = np.ones_like(worth) if keep_all else worth
             rows = layers.rows[tiles // layers.images.shape[1]]
             found.append((rows[keep], boxes[keep], all_classes[places][keep]))
         rows, boxes, classes = (np.concatenate(items) for items in zip(*found, strict=True))

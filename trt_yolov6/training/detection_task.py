@@ -46,6 +46,8 @@ class DetectionTask:
     validation: CocoDataset | None
     half: bool
     """Evaluate in half precision."""
+    notes: tuple[str, ...]
+    """Notes on the data and on where the network comes from, as sentences."""
 
 
 def detection_task(
@@ -54,7 +56,6 @@ def detection_task(
     processes: Processes,
     *,
     progress: bool = True,
-    note: Callable[[str], None],
     scales: str | Path | None = None,
 ) -> DetectionTask:
     """Load the data and make the network, its optimizer and its average.
@@ -64,7 +65,6 @@ def detection_task(
         folder: the run's; takes the report on the data.
         processes: that train together.
         progress: show a bar while the data is loaded.
-        note: called with sentences about the data and the start.
         scales: checkpoint of RepOptimizer's hyper-search.
 
     Raises:
@@ -75,14 +75,11 @@ def detection_task(
         None if settings.val_split is None else load_coco(settings.data, settings.val_split)
     )
     data = _training_data(settings, folder, processes, validation, progress)
-    if data.report.problems:
-        note(
-            f"{len(data.report.problems)} problems of the data were left out of training; see "
-            f"{folder / DATA_REPORT_FILE}."
-        )
     start = starting_model(settings, data.class_names, scales=scales)
-    for sentence in start.notes:
-        note(sentence)
+    notes = start.notes
+    if data.report.problems:
+        problems = f"{len(data.report.problems)} problems of the data were left out of training"
+        notes = (f"{problems}; see {folder / DATA_REPORT_FILE}.", *notes)
     device = processes.device
     model = placed(start.model.train(), device)
     plan = make_plan(
@@ -126,7 +123,9 @@ def detection_task(
         loss_factor=plan.batch / LOSS_BATCH,
         clip_norm=settings.optimizer.clip_norm,
     )
-    return DetectionTask(task, settings, average, validation, autocast is not None and on_gpu)
+    return DetectionTask(
+        task, settings, average, validation, autocast is not None and on_gpu, notes
+    )
 
 
 def _check_device(settings: TrainSettings, processes: Processes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -308,18 +309,25 @@ def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
     remedy = "start the training again."
     subject = f"{source} holds no settings of a training that this version knows"
     restored = as_record(value, TrainSettings, subject, remedy)
-    unknown = _unknown(value, restored.to_json())
+    unknown = _flat(value).keys() - _flat(restored.to_json()).keys()
     if unknown:
-        raise UserError(f"{subject}: {unknown[0]}; {remedy}")
+        raise UserError(f"{subject}: {min(unknown)}; {remedy}")
     return restored
 
 
-def _unknown(value: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """Return the names of fields that `known` does not have."""
-    found = [name for name in value if name not in known]
+def differences(one: TrainSettings, other: TrainSettings) -> list[str]:
+    """Return the names of the fields in which two settings differ, such as `optimizer.momentum`."""
+    # As JSON has them: a list is what a tuple is.
+    a, b = (_flat(json.loads(json.dumps(item.to_json()))) for item in (one, other))
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of nested dictionaries by their dotted names."""
+    found: dict[str, Any] = {}
     for name, part in value.items():
-        if isinstance(part, dict) and isinstance(known.get(name), dict):
-            found += _unknown(part, known[name])
+        is_nested = isinstance(part, dict)
+        found |= {f"{name}.{k}": v for k, v in _flat(part).items()} if is_nested else {name: part}
     return found
 
 
