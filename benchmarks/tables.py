@@ -600,7 +600,7 @@ def tensorrt8_layers() -> str:
     return markdown(["us, YOLOv6-S, batch 32", *heads], lines)
 
 
-TRITON = "triton-cpu.json"
+TRITON_CPU, TRITON_GPU = "triton-cpu.json", "triton-gpu.json"
 TRITON_ENTRIES = {
     "tensors": "tensors",
     "tensors_alone": "tensors, alone",
@@ -613,11 +613,11 @@ TRITON_ENTRIES = {
 _NOT_MEASURED = "Not measured yet.\n"
 
 
-def triton_where() -> str:
+def triton_where(name: str) -> str:
     """Environment of Triton's figures, and whether its boxes are ours."""
-    if not (RESULTS / TRITON).is_file():
+    if not (RESULTS / name).is_file():
         return _NOT_MEASURED
-    data = result(TRITON)
+    data = result(name)
     same = data["equal"]
     protocols = " and ".join(
         f"{same[name]['equal_to_detect']} of {same['images']} over {label}"
@@ -631,11 +631,11 @@ def triton_where() -> str:
     )
 
 
-def triton_load() -> str:
+def triton_load(name: str) -> str:
     """Throughput and latency of each entry by the number of requests at a time."""
-    if not (RESULTS / TRITON).is_file():
+    if not (RESULTS / name).is_file():
         return _NOT_MEASURED
-    found = {(row["entry"], row["concurrency"]): row for row in result(TRITON)["load"]}
+    found = {(row["entry"], row["concurrency"]): row for row in result(name)["load"]}
     rows = []
     for count in sorted({count for _, count in found}):
         cells = []
@@ -647,11 +647,11 @@ def triton_load() -> str:
     return markdown(head, rows)
 
 
-def triton_bench() -> str:
+def triton_bench(name: str) -> str:
     """Throughput at 16 at a time over that of `bench`, in turns."""
-    if not (RESULTS / TRITON).is_file():
+    if not (RESULTS / name).is_file():
         return _NOT_MEASURED
-    data = result(TRITON)
+    data = result(name)
     part = data["bench"]
     ratios = sorted(one["ratio"] for one in part["rounds"])
     latency = statistics.median(one["p99"] for one in part["rounds"])
@@ -667,9 +667,9 @@ def triton_bench() -> str:
 
 def triton_soak() -> str:
     """Resources that the server holds during a long load."""
-    if not (RESULTS / TRITON).is_file():
+    if not (RESULTS / TRITON_CPU).is_file():
         return _NOT_MEASURED
-    seen = result(TRITON)["soak"]
+    seen = result(TRITON_CPU)["soak"]
     last = seen[-1]["seconds"]
     rows = []
     for share in (0.1, 0.25, 0.5, 0.75, 1):
@@ -713,6 +713,18 @@ def ray_on_cpus() -> str:
     return markdown(head, rows)
 
 
+def ray_on_gpus() -> str:
+    """Scaling of `infer --ray` over GPUs of one host."""
+    if not (RESULTS / "ray-gpu.json").is_file():
+        return _NOT_MEASURED
+    data = result("ray-gpu.json")
+    rows = [
+        [count, data["pictures"], f"{rate:.0f}", f"{data['times_the_first'][count]:.2f}"]
+        for count, rate in data["images_s"].items()
+    ]
+    return markdown(["GPUs", "pictures", "images/s", "times one"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ray-cpu": ray_on_cpus,
     "summary": summary,
@@ -738,9 +750,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat-where": qat_where,
     "training": training,
     "training-speed": training_speed,
-    "triton-where": triton_where,
-    "triton-load": triton_load,
-    "triton-bench": triton_bench,
+    "triton-where": lambda: triton_where(TRITON_CPU),
+    "triton-load": lambda: triton_load(TRITON_CPU),
+    "triton-bench": lambda: triton_bench(TRITON_CPU),
+    "triton-gpu-where": lambda: triton_where(TRITON_GPU),
+    "triton-gpu-load": lambda: triton_load(TRITON_GPU),
+    "triton-gpu-bench": lambda: triton_bench(TRITON_GPU),
+    "ray-gpu": ray_on_gpus,
     "triton-soak": triton_soak,
     "rep-optimizer": rep_optimizer,
 }
