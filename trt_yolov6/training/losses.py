@@ -252,62 +252,48 @@ def check_losses(settings: LossSettings, arch: Architecture) -> None:
         )
 
 
-def varifocal_loss(
-    logits: Tensor, targets: Tensor, positive: Tensor, *, alpha: float = 0.75, gamma: float = 2.0
-) -> Tensor:
+def varifocal_loss(logits: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
     """Return VariFocal loss (Zhang et al., 2021), elementwise.
 
     With p the sigmoid of the logit and q the target: q BCE(p, q) where positive, else
-    -α p^γ log(1 - p).
+    -0.75 p² log(1 - p).
 
     Args:
         logits: float, any shape.
         targets: float in 0..1, the same shape: the quality of the positive.
         positive: bool, the same shape.
-        alpha: weight of negatives.
-        gamma: how much easy negatives are weighed down.
     """
-    negative = alpha * torch.sigmoid(logits).pow(gamma) * F.softplus(logits)
+    negative = 0.75 * torch.sigmoid(logits).pow(2.0) * F.softplus(logits)
     return torch.where(positive, targets * _cross_entropy(logits, targets), negative)
 
 
-def poly_loss(
-    logits: Tensor,
-    positive: Tensor,
-    *,
-    epsilon: float = 1.0,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-) -> Tensor:
+def poly_loss(logits: Tensor, positive: Tensor, *, epsilon: float = 1.0) -> Tensor:
     """Return poly-1 focal loss (Leng et al., 2022), elementwise.
 
-    Focal loss (Lin et al., 2017), -α_t (1 - p_t)^γ log p_t, plus α_t ε (1 - p_t)^(γ + 1): the first
-    term of its expansion, weighed up. p_t is the probability of what is true, and α_t is α for
-    positives, 1 - α for negatives.
+    Focal loss (Lin et al., 2017), -α (1 - p)² log p, plus α ε (1 - p)³: the first term of its
+    expansion, weighed up. p is the probability of what is true, and α is 0.25 for positives, 0.75
+    for negatives.
 
     Args:
         logits: float, any shape.
         positive: bool, the same shape.
         epsilon: weight of the added term; 0: plain focal loss.
-        alpha: weight of positives.
-        gamma: how much easy elements are weighed down.
     """
     wrong = torch.where(positive, -logits, logits)
     missing = torch.sigmoid(wrong)
-    weight = torch.where(positive, alpha, 1 - alpha)
-    return weight * missing.pow(gamma) * (F.softplus(wrong) + epsilon * missing)
+    weight = torch.where(positive, 0.25, 0.75)
+    return weight * missing.pow(2.0) * (F.softplus(wrong) + epsilon * missing)
 
 
-def quality_focal_loss(logits: Tensor, targets: Tensor, *, beta: float = 2.0) -> Tensor:
-    """Return quality focal loss (Li et al., 2020), elementwise: |q - p|^β BCE(p, q).
+def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return quality focal loss (Li et al., 2020), elementwise: |q - p|² BCE(p, q).
 
     Args:
         logits: float, any shape.
         targets: float in 0..1, the same shape: the quality q, 0 for negatives.
-        beta: how much good estimates are weighed down.
     """
     difference = (targets - torch.sigmoid(logits)).abs()
-    return difference.pow(beta) * _cross_entropy(logits, targets)
+    return difference.pow(2.0) * _cross_entropy(logits, targets)
 
 
 def distribution_focal_loss(regression: Tensor, distances: Tensor, reg_max: int) -> Tensor:
