@@ -423,29 +423,37 @@ def training_speed() -> str:
     if not (RESULTS / TRAINING_SPEED).is_file():
         return "Not measured yet: `python -m benchmarks.training_speed` fills this in.\n"
     data = result(TRAINING_SPEED)
-    alone = {row["model"]: row["step_ms"] for row in data["rows"] if row["gpus"] == 1}
+    base = {
+        (row["model"], row["batch"]): row["step_ms"]
+        for row in data["rows"]
+        if row["gpus"] == 1 and row["statistics"] == "common"
+    }
     rows = []
-    for row in sorted(data["rows"], key=lambda row: (row["model"], row["gpus"], row["statistics"])):
+    for row in sorted(data["rows"], key=lambda row: (row["model"], row["batch"], row["gpus"])):
         spent = row.get("profile_ms", {})
-        base = alone.get(row["model"])
+        most = ", ".join(f"{kind} {ms:.0f}" for kind, ms in list(spent.items())[:4])
+        alone = base.get((row["model"], row["batch"]))
+        how = row["statistics"] if row["gpus"] > 1 else row["statistics"].removeprefix("common, ")
         rows.append(
             [
                 f"YOLOv6-{row['model'].upper()}",
+                row["batch"],
                 row["gpus"],
-                "" if row["gpus"] == 1 else row["statistics"],
+                "" if row["gpus"] == 1 and how == "common" else how,
                 f"{row['step_ms']:.0f}",
                 f"{row['images_per_second']:.0f}",
-                "" if base is None else f"{base / row['step_ms']:.2f}",
-                f"{sum(spent.values()):.0f}" if spent else "",
-                f"{spent.get('communication', 0):.0f}" if spent else "",
+                "" if alone is None else f"{alone / row['step_ms']:.2f}",
+                f"{row['loss']:.3f}",
+                f"{sum(spent.values()):.0f}: {most}" if spent else "",
             ]
         )
-    head = ["", "GPUs", "batch statistics", "a step, ms", "images/s", "times as fast as one"]
+    head = ["", "images a step", "GPUs", "batch statistics", "a step, ms", "images/s"]
+    head += ["times as fast as one", "loss", "GPU busy, ms, with most of it"]
     where = (
-        f"{data['device']}, {data['cores']} cores, {data['date']}, {data['batch']} images a step "
-        f"in all, {data['image_size']} pixels: `{data['command']}`.\n\n"
+        f"{data['device']}, {data['cores']} cores, {data['date']}, {data['image_size']} pixels: "
+        f"`{data['command']}`.\n\n"
     )
-    return where + markdown([*head, "GPU busy, ms", "of it NCCL"], rows)
+    return where + markdown(head, rows)
 
 
 def rep_optimizer() -> str:

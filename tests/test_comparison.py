@@ -22,9 +22,10 @@ from support.logs import logged
 
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import sha256_file, write_json
-from trt_yolov6.comparison import ModelEntry, Plan, compare, read_results
 from trt_yolov6.comparison.cache import Steps
-from trt_yolov6.comparison.plan import entries_for, read_plan
+from trt_yolov6.comparison.plan import ModelEntry, Plan, entries_for, read_plan
+from trt_yolov6.comparison.results import read_results
+from trt_yolov6.comparison.run import compare
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError

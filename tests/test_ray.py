@@ -32,7 +32,7 @@ from trt_yolov6.spec import PredictOptions
 
 pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 
-from trt_yolov6.serving.ray import parts
+from trt_yolov6.serving.ray import jobs, parts
 from trt_yolov6.serving.ray.jobs import RayOptions, evaluate_on_ray, infer_on_ray
 from trt_yolov6.serving.ray.parts import PartFormat, PartWriter, ResultFolder, files_in, open_job
 
@@ -125,6 +125,20 @@ def test_a_cluster_finds_what_one_process_finds(
     assert "no image" in why
     told = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
     assert told == [{"file": name, "error": why}]
+
+
+def test_an_actor_of_a_gpu_finds_what_one_of_a_cpu_finds(
+    cluster: Any, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray only counts GPUs: this node has none, and the engine runs on its core.
+    node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
+    monkeypatch.setattr(jobs, "fitting_actors", lambda *_, **__: Actors(1, 1, 1))
+    try:
+        summary = infer_on_ray(tiny, pictures, tmp_path / "out", ANY)
+    finally:
+        cluster.remove_node(node)
+    assert summary.actors == Actors(1, 1, 1)
+    assert summary.images == summary.objects == 30
 
 
 def test_a_second_run_does_what_is_left(

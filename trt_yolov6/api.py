@@ -261,20 +261,13 @@ def compare(
     """
     import dataclasses
 
-    from trt_yolov6.comparison.plan import YAML_SUFFIXES, Plan, entries_for, read_plan
+    from trt_yolov6.comparison.plan import Plan, plan_of
     from trt_yolov6.comparison.results import read_results
     from trt_yolov6.comparison.run import compare as compare_plan
 
-    if isinstance(models, Plan):
-        chosen = dataclasses.replace(models, **plan)
-    elif isinstance(models, (str, Path)) and Path(models).suffix.lower() in YAML_SUFFIXES:
-        chosen = read_plan(models, **plan)
-    else:
-        paths = [models] if isinstance(models, (str, Path)) else models
-        for name in ("data", "calib"):
-            if name in plan:
-                plan[name] = Path(plan[name])
-        chosen = Plan(entries_for([Path(path) for path in paths], plan.pop("imgsz", None)), **plan)
+    chosen = (
+        dataclasses.replace(models, **plan) if isinstance(models, Plan) else plan_of(models, **plan)
+    )
     if isinstance(baseline, (str, Path)):
         baseline = read_results(baseline)
     return compare_plan(

@@ -104,45 +104,22 @@ class BenchmarkResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a flat, JSON-ready dict; times in milliseconds, clocks in MHz."""
-        low, high = self.latency.interval or (None, None)
-        value: dict[str, Any] = {
-            "batch": self.batch,
+        value = dataclasses.asdict(self)
+        latency, stages = value.pop("latency"), value.pop("stages")
+        interval, runs = latency.pop("interval"), latency.pop("runs")
+        value |= {
+            "engine": str(self.engine),
+            "image_size": list(self.image_size),
             "latency_ms": {
-                "median": _ms(self.latency.median),
-                "mean": _ms(self.latency.mean),
-                "p90": _ms(self.latency.p90),
-                "p99": _ms(self.latency.p99),
-                "min": _ms(self.latency.min),
-                "median_ci95": None if low is None or high is None else [_ms(low), _ms(high)],
+                **{name: _ms(seconds) for name, seconds in latency.items()},
+                "median_ci95": interval and [_ms(bound) for bound in interval],
             },
             "throughput_fps": self.throughput_fps,
             "throughput_fps_of_mean": self.batch * self.streams / self.latency.mean,
-            "streams": self.streams,
-            "runs": self.latency.runs,
-            "quiet_runs": self.quiet_runs,
-            "disturbed": self.disturbed,
-            "waited": self.waited,
-            "stopped_by": self.stopped_by,
-            "warm_up": dataclasses.asdict(self.warm_up),
-            "end_to_end": self.end_to_end,
-            "engine": str(self.engine),
-            "engine_sha256": self.engine_sha256,
-            "model": self.model,
-            "image_size": list(self.image_size),
-            "precision": self.precision,
-            "note": self.note,
-            "backend": self.backend,
-            "backend_version": self.backend_version,
-            "device": self.device,
-            "threads": self.threads,
-            "cpu": self.cpu,
-            "cpu_clock": dataclasses.asdict(self.cpu_clock),
-            "gpu": dataclasses.asdict(self.gpu) if self.gpu else None,
-            "versions": self.versions,
-            "date": self.date,
+            "runs": runs,
         }
         if self.end_to_end:
-            value["stages_ms"] = {name: _ms(stage.median) for name, stage in self.stages.items()}
+            value["stages_ms"] = {name: _ms(stage["median"]) for name, stage in stages.items()}
         return value
 
 

@@ -14,7 +14,7 @@ from trt_yolov6.cli.options import (
     add_loading,
     add_thresholds,
     positive,
-    spelled,
+    refuse,
 )
 from trt_yolov6.cli.output import say_next, write_result
 from trt_yolov6.errors import UserError
@@ -44,6 +44,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--source",
+        dest="images",
         type=Path,
         help=f"pictures for --end-to-end and --stages ({SAMPLE_IMAGES})",
     )
@@ -57,20 +58,17 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.api import benchmark
     from trt_yolov6.bench.text import format_report, layer_report
 
-    if options.layers and not options.no_cuda_graph:
+    if options.layers and options.cuda_graph:
         raise UserError("--layers times layers one by one; add --no-cuda-graph.")
-    with_pictures = options.end_to_end or options.stages
-    for name in ("conf", "iou", "max_detections", "source"):
-        if getattr(options, name) is not None and not with_pictures:
-            raise UserError(
-                f"{spelled(name)} is for --end-to-end and --stages: the engine alone has no such "
-                "stage."
-            )
+    if not (options.end_to_end or options.stages):
+        names = "confidence", "iou", "max_detections", "images"
+        why = "is for --end-to-end and --stages: the engine alone has no such stage."
+        refuse(options, names, why)
     if options.end_to_end and options.stages:
         raise UserError("--end-to-end and --stages measure apart; leave one of them out.")
-    for name in ("end_to_end", "stages"):
-        if getattr(options, name) and options.streams > 1:
-            raise UserError(f"--streams is for the engine alone; leave it or {spelled(name)} out.")
+    if options.streams > 1:
+        why = "goes with one stream; leave it or --streams out."
+        refuse(options, ("end_to_end", "stages"), why)
     if options.stages:
         _run_stages(options)
         return
@@ -80,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         detectors,
         batch=options.batch,
         streams=options.streams,
-        images=(options.source or SAMPLE_IMAGES) if options.end_to_end else None,
+        images=(options.images or SAMPLE_IMAGES) if options.end_to_end else None,
         predict=predict_options(options) if options.end_to_end else None,
         duration=options.duration,
         progress=not options.quiet,
@@ -103,7 +101,7 @@ def _run_stages(options: argparse.Namespace) -> None:
     from trt_yolov6.bench.stages import benchmark_stages, format_stages
     from trt_yolov6.data.images import list_images
 
-    images = list_images(options.source or SAMPLE_IMAGES)
+    images = list_images(options.images or SAMPLE_IMAGES)
     reports = []
     for path in options.engine or [newest_engine()]:
         with load(path, options) as detector:

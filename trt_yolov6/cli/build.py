@@ -21,16 +21,19 @@ from trt_yolov6.cli.options import (
     Commands,
     add_backend,
     add_calibration,
+    add_checkpoint_or_onnx,
     add_command,
+    add_data,
     add_decoder,
+    add_float_layers,
     add_graph_options,
     add_quiet,
-    layers_in_float,
+    chosen,
     percent,
     positive,
+    refuse,
 )
 from trt_yolov6.cli.output import profile_text, say_next
-from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
     from trt_yolov6.quantization.settings import QuantizationSettings
@@ -40,11 +43,11 @@ def add(commands: Commands) -> None:
     """Add the command to the parser."""
     text = "build an engine from a checkpoint or an ONNX file"
     parser = add_command(commands, "build", run, text)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
-    source.add_argument("--onnx", type=Path, metavar="FILE", help="a detector's ONNX file")
+    add_checkpoint_or_onnx(parser, "a detector's ONNX file")
     add_graph_options(parser)
-    parser.add_argument("--names", type=Path, help="class names for --onnx: text or COCO JSON")
+    parser.add_argument(
+        "--names", dest="class_names", type=Path, help="class names for --onnx: text or COCO JSON"
+    )
     add_decoder(parser)
     _add_quantization(parser)
     _add_builder(parser)
@@ -65,12 +68,16 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     add_calibration(int8)
     _add_float_layers(int8)
     int8.add_argument(
-        "--no-bias-correction", action="store_true", help="leave the layers' biases as they are"
+        "--no-bias-correction",
+        dest="bias_correction",
+        action="store_false",
+        help="leave the layers' biases as they are",
     )
     int8.add_argument(
         "--reconstruct",
         dest="reconstruct_minutes",
         type=float,
+        default=0.0,
         metavar="MINUTES",
         help="--int8: let scales, weights and biases learn for so long from the float network on "
         "the calibration images, and keep what comes of it if it is clearly better on those that "
@@ -78,13 +85,12 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     )
     int8.add_argument(
         "--no-reconstruct",
-        action="store_true",
+        dest="reconstruct",
+        action="store_false",
         help="--int8: do not try weights that are rounded for the inputs that they meet",
     )
     int8.add_argument(
-        "--adaptive-rounding",
-        action="store_true",
-        help="--int8: take such weights without trying",
+        "--adaptive-rounding", action="store_true", help="--int8: take such weights without trying"
     )
     int8.add_argument(
         "--allow-float",
@@ -92,7 +98,10 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         help="build even where the backend computes all of it in float",
     )
     int8.add_argument(
-        "--no-surgery", action="store_true", help="leave the Q/DQ nodes of --onnx as they are"
+        "--no-surgery",
+        dest="clean",
+        action="store_false",
+        help="leave the Q/DQ nodes of --onnx as they are",
     )
     int8.add_argument(
         "--calibration-cache",
@@ -109,12 +118,10 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_float_layers(int8: argparse._ActionsContainer) -> None:
-    int8.add_argument(
-        "--float-layers",
-        type=layers_in_float,
-        metavar="K|auto|NAMES",
-        help="keep the K most sensitive layers in float; as few as --max-ap-drop allows "
-        "(both with --int8 only); or these, with commas (0)",
+    add_float_layers(
+        int8,
+        "keep the K most sensitive layers in float; as few as --max-ap-drop allows (both with "
+        "--int8 only); or these, with commas (0)",
     )
     int8.add_argument(
         "--max-ap-drop", type=float, metavar="POINTS", help="for --float-layers auto (0.5)"
@@ -126,13 +133,11 @@ def _add_float_layers(int8: argparse._ActionsContainer) -> None:
         help="for --float-layers auto: how much run time, by layer times, the layers in float may "
         "add, such as 5%%; without --max-ap-drop, the best that this allows",
     )
-    int8.add_argument(
-        "--data",
-        type=Path,
-        help="labelled data that --float-layers auto holds the budget on; without it, the "
-        "agreement with the float network tells",
+    add_data(
+        int8,
+        "labelled data that --float-layers auto holds the budget on; without it, the agreement "
+        "with the float network tells",
     )
-    int8.add_argument("--split", help="part of that data set, such as val")
 
 
 def _add_builder(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +156,13 @@ def _add_builder(parser: argparse.ArgumentParser) -> None:
         help="TensorRT: libraries whose kernels it may choose, such as "
         "edge_mask_convolutions,jit_convolutions, which needs no cuBLAS or cuDNN",
     )
-    parser.add_argument("--workspace", type=positive, metavar="MIB", help="scratch memory limit")
+    parser.add_argument(
+        "--workspace",
+        dest="workspace_mib",
+        type=positive,
+        metavar="MIB",
+        help="scratch memory limit",
+    )
     parser.add_argument(
         "--optimization-level", type=int, choices=range(6), help="TensorRT builder effort"
     )
@@ -165,18 +176,14 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.pipeline import build
 
     settings = BuildSettings(
-        target=options.target,
-        timing_cache=options.timing_cache,
-        workspace_mib=options.workspace,
-        optimization_level=options.optimization_level,
+        **chosen(options, "target", "timing_cache", "workspace_mib", "optimization_level"),
         tactic_sources=options.tactic_sources,
         calibration=implicit_calibration(options),
         fp8=options.fp8,
     )
-    if options.names and not options.onnx:
-        raise UserError("--names is for --onnx: a checkpoint brings its class names along.")
-    if (options.decoder or options.preprocess) and not options.onnx:
-        raise UserError("--decoder and --preprocess are for --onnx: a checkpoint is a YOLOv6.")
+    if not options.onnx:
+        names = "class_names", "decoder", "preprocess"
+        refuse(options, names, "is for --onnx: a checkpoint is a YOLOv6 and names its classes.")
     precision = quantized_precision(options)
     # Before it is said which samples stand in for what is not given.
     check_build(options.backend, options.output, settings)
@@ -190,7 +197,7 @@ def run(options: argparse.Namespace) -> None:
         data=options.data,
         split=options.split,
         settings=settings,
-        clean=not options.no_surgery,
+        clean=options.clean,
         allow_float=options.allow_float,
         progress=not options.quiet,
         **(onnx_options(options) if options.onnx else checkpoint_options(options)),
@@ -218,27 +225,19 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _quantization(options: argparse.Namespace) -> QuantizationSettings:
-    return calibration_settings(
-        options,
-        bias_correction=not options.no_bias_correction,
-        adaptive_rounding=options.adaptive_rounding,
-        reconstruct=not options.no_reconstruct,
-        reconstruct_minutes=options.reconstruct_minutes or 0.0,
-        max_ap_drop=_most_ap_drop(options),
-        max_slowdown=options.max_slowdown,
+    names = "bias_correction", "adaptive_rounding", "reconstruct", "reconstruct_minutes"
+    # A budget in time takes the place of the default one in AP.
+    budgets = (
+        chosen(options, "max_ap_drop")
+        if options.max_slowdown is None
+        else {"max_ap_drop": options.max_ap_drop, "max_slowdown": options.max_slowdown}
     )
-
-
-def _most_ap_drop(options: argparse.Namespace) -> float | None:
-    """Return the budget of --float-layers auto in AP points; None where one in time is given."""
-    if options.max_ap_drop is None:
-        return None if options.max_slowdown is not None else 0.5
-    return float(options.max_ap_drop)
+    return calibration_settings(options, **chosen(options, *names), **budgets)
 
 
 def _calibration(options: argparse.Namespace, *, needed: bool) -> Path | None:
     """Return the calibration images; a clean-up of Q/DQ nodes is verified on them too."""
     if needed or options.tensorrt_calibrator:
-        return calibration_folder(options.calib)
-    calib: Path | None = options.calib
-    return calib or (SAMPLE_CALIB if SAMPLE_CALIB.is_dir() else None)
+        return calibration_folder(options.calibration)
+    given: Path | None = options.calibration
+    return given or (SAMPLE_CALIB if SAMPLE_CALIB.is_dir() else None)

@@ -12,10 +12,10 @@ from trt_yolov6.cli.options import (
     Commands,
     add_border,
     add_command,
-    add_gpus,
+    add_data,
     add_json,
     add_loading,
-    add_ray,
+    add_machines,
     add_thresholds,
     positive,
 )
@@ -30,8 +30,7 @@ def add(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "eval", run, "measure COCO average precision")
     parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
-    parser.add_argument("--data", type=Path, help="data set: a folder or data.yaml (samples/)")
-    parser.add_argument("--split", help="part of the data set, such as val or val2017")
+    add_data(parser)
     parser.add_argument("--batch", type=positive, help="images at a time")
     parser.add_argument("--workers", type=positive, help="threads that decode images")
     parser.add_argument(
@@ -40,8 +39,7 @@ def add(commands: Commands) -> None:
     add_border(parser)
     add_thresholds(parser)
     add_loading(parser)
-    add_gpus(parser)
-    add_ray(parser)
+    add_machines(parser)
     add_json(parser)
 
 
@@ -55,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     path = resolved(options.engine or newest_engine())
     if options.data is None:
         say(f"no --data given: evaluating on the sample data set {SAMPLE_DATA}/")
-    result = (_evaluated_here if options.ray is None else _evaluated_on_ray)(options, path)
+    result = (_evaluated_here if options.address is None else _evaluated_on_ray)(options, path)
     for note in result.notes:
         say(f"note: {note}")
     print(_evaluation_text(result))
@@ -85,8 +83,6 @@ def _evaluated_on_ray(options: argparse.Namespace, path: Path) -> Evaluation:
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.serving.ray.jobs import evaluate_on_ray
 
-    if options.gpu_count > 1:
-        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.workers is not None:
         raise UserError("--workers is not for --ray, where an engine reads with its --threads.")
     return evaluate_on_ray(

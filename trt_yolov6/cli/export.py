@@ -14,8 +14,8 @@ from trt_yolov6.cli.graphs import (
     write_scales,
 )
 from trt_yolov6.cli.options import (
-    CACHE_VERSION,
     Commands,
+    add_cache,
     add_calibration,
     add_command,
     add_graph_options,
@@ -31,12 +31,7 @@ def add(commands: Commands) -> None:
     add_graph_options(parser)
     parser.add_argument("--output", type=Path, help="default: <weights>-<precision>.onnx")
     cache = parser.add_argument_group("INT8 for TensorRT up to 10, without Q/DQ nodes")
-    cache.add_argument(
-        "--calibration-cache", type=Path, metavar="FILE", help="write the tensors' scales there"
-    )
-    cache.add_argument(
-        "--cache-version", metavar="X.Y.Z", help=f"TensorRT that reads it ({CACHE_VERSION})"
-    )
+    add_cache(cache, "write the tensors' scales there")
     add_calibration(cache)
     add_quiet(parser)
 
@@ -48,8 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.pipeline import export
 
     cache = options.calibration_cache
-    of_cache = ("calib", "calibrator", "calib_images", "no_equalize")
-    check_cache(cache, options.cache_version, [name for name in of_cache if getattr(options, name)])
+    check_cache(options, "calibration", "calibrator", "image_limit", "equalize")
     if options.output:
         check_writable(options.output)
     # Calibration starts from float32.

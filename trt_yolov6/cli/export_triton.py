@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.engines import predict_options, resolved
+from trt_yolov6.cli.engines import resolved
 from trt_yolov6.cli.options import (
     Commands,
     add_command,
     add_decoder,
     add_quiet,
     add_thresholds,
+    chosen,
     positive,
     preprocess_changes,
 )
@@ -24,22 +25,20 @@ def add(commands: Commands) -> None:
     text = "write engines into a model repository of Triton Inference Server"
     parser = add_command(commands, "export-triton", run, text)
     parser.add_argument(
-        "--engine",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="plans, or ONNX files; one entry each",
+        "--engine", type=Path, nargs="+", required=True, help="plans, or ONNX files; one entry each"
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="the repository, new or not"
     )
     parser.add_argument(
         "--name",
+        dest="names",
         nargs="+",
         help="of the entries, one for each engine (network and precision, such as yolov6n_int8)",
     )
     parser.add_argument(
         "--python-backend",
+        dest="python",
         nargs="?",
         const="tensors",
         choices=("tensors", "pictures"),
@@ -67,6 +66,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--config",
+        dest="extra",
         type=Path,
         metavar="FILE",
         help="more of Triton's ModelConfig, in its text format, for each entry: a response cache, "
@@ -82,9 +82,10 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.common.machine import read_gpus
     from trt_yolov6.engines import LoadOptions
     from trt_yolov6.serving.triton import ServingSettings, export_triton, runs_on_cpu, served_model
+    from trt_yolov6.spec import PredictOptions
 
-    predict = predict_options(options)
-    if predict.thresholds() and options.python_backend != "pictures":
+    predict = PredictOptions(**chosen(options, "confidence", "iou", "max_detections"))
+    if predict.thresholds() and options.python != "pictures":
         raise UserError(
             "--conf, --iou and --max-detections are for --python-backend pictures: other entries "
             "give raw outputs; leave them out."
@@ -95,17 +96,17 @@ def run(options: argparse.Namespace) -> None:
         max_queue_delay_us=options.max_queue_delay_us,
         default_cpu=not read_gpus(),
         predict=predict,
-        extra="" if options.config is None else _text_of(options.config),
+        extra="" if options.extra is None else _text_of(options.extra),
     )
-    if options.name and len(options.name) != len(options.engine):
+    if options.names and len(options.names) != len(options.engine):
         raise UserError(
-            f"--name has {len(options.name)} names for {len(options.engine)} engines; give one "
+            f"--name has {len(options.names)} names for {len(options.engine)} engines; give one "
             "for each."
         )
     engines = [resolved(path) for path in options.engine]
     loading = LoadOptions(decoder=options.decoder, preprocess=preprocess_changes(options))
-    python = options.python_backend
-    folders = export_triton(engines, options.output, settings, loading, options.name, python)
+    python = options.python
+    folders = export_triton(engines, options.output, settings, loading, options.names, python)
     for path, folder in zip(engines, folders, strict=True):
         model = served_model(path, loading, python)
         size = model.max_batch_size

@@ -14,9 +14,8 @@ from trt_yolov6.cli.options import (
     Commands,
     add_border,
     add_command,
-    add_gpus,
     add_loading,
-    add_ray,
+    add_machines,
     add_thresholds,
     positive,
 )
@@ -54,17 +53,16 @@ def add(commands: Commands) -> None:
     add_border(parser)
     add_thresholds(parser, confidence=0.4)
     add_loading(parser)
-    add_gpus(parser)
-    add_ray(parser)
+    add_machines(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    taken, where = (_FILES, "without") if options.ray is None else (_PARTS, "with")
+    taken, where = (_FILES, "without") if options.address is None else (_PARTS, "with")
     for form in options.format or ():
         if form not in taken:
             raise UserError(f"--format {form} is not written {where} --ray; give {_or(taken)}.")
-    if options.ray is None:
+    if options.address is None:
         _infer_here(options)
     else:
         _infer_on_ray(options)
@@ -105,8 +103,6 @@ def _infer_here(options: argparse.Namespace) -> None:
 def _infer_on_ray(options: argparse.Namespace) -> None:
     from trt_yolov6.serving.ray.jobs import infer_on_ray
 
-    if options.gpu_count > 1:
-        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.frames is not None:
         raise UserError("--frames is for videos, which --ray does not take; leave one of them out.")
     if len(options.format or ()) > 1:

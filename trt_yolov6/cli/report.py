@@ -36,7 +36,8 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Read everything, then write each form."""
-    from trt_yolov6.reports import check_form, read_material, write_report
+    from trt_yolov6.reports.material import read_material
+    from trt_yolov6.reports.write import check_form, write_report
 
     material = read_material(options.results)
     for path in options.output:

@@ -134,18 +134,17 @@ def _agreement(
         "boxes": [[*item["bbox"], item["category_id"]] for item in dataset.annotations],
         "calibration": [str(path) for path in _calibration(work, one)],
     }
-    known: dict[str, Any] | None = work.steps.find("agreement", inputs)
-    if known is None:
+
+    def measure() -> dict[str, Any] | None:
         _log.info(f"agreement of {one.name} with {other.name} ...")
         own_found, float_found = (
             read_detections(work.output / item["detections_file"]) for item in (own, reference)
         )
         figures = _figures(objects_of(dataset, dataset.images), own_found, float_found)
-        if figures is None:
-            return None
-        known = {**figures, "calibrated_on": _judged_images(work, dataset, one)}
-        work.steps.keep("agreement", inputs, known)
-    return {"with": other.name, **known}
+        return figures and {**figures, "calibrated_on": _judged_images(work, dataset, one)}
+
+    known = work.steps.once("agreement", inputs, measure)
+    return known and {"with": other.name, **known}
 
 
 def _figures(

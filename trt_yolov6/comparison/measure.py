@@ -77,24 +77,26 @@ def accuracy(
         "reading": _reading(built, batch),
         **run_inputs(plan, built.case.backend, "opencv-python-headless", "pycocotools"),
     }
-    found: Mapping[str, Any] | None = work.steps.find("accuracy", inputs)
-    if found is not None and _has_detections(work, found):
-        return found
-    _log.info(f"AP of {built.name} on {len(dataset.images)} images ...")
     file = Path("detections") / f"{built.case.stem}-{key_of(inputs)[:12]}.npz"
-    with built.load(plan, batch) as engine:
-        found = {
-            **_evaluated(work, engine, built.name, dataset, file),
-            "device": engine.device,
-            "backend_version": engine.backend_version,
-            "threads": engine.threads,
-            "note": engine.note,
-            "image_size": list(engine.image_size),
-            "precision": engine.precision,
-            "examples": _examples(work, engine, dataset),
-            "date": timestamp(),
-        }
-    work.steps.keep("accuracy", inputs, found)
+
+    def measure() -> Mapping[str, Any]:
+        _log.info(f"AP of {built.name} on {len(dataset.images)} images ...")
+        with built.load(plan, batch) as engine:
+            return {
+                **_evaluated(work, engine, built.name, dataset, file),
+                "device": engine.device,
+                "backend_version": engine.backend_version,
+                "threads": engine.threads,
+                "note": engine.note,
+                "image_size": list(engine.image_size),
+                "precision": engine.precision,
+                "examples": _examples(work, engine, dataset),
+                "date": timestamp(),
+            }
+
+    found: Mapping[str, Any] = work.steps.once(
+        "accuracy", inputs, measure, lambda found: _has_detections(work, found)
+    )
     return found
 
 
@@ -138,8 +140,6 @@ def _evaluated(
 
 def _has_detections(work: Work, found: Mapping[str, Any]) -> bool:
     """Return whether the detections that a step wrote are still there."""
-    if "detections_file" not in found:  # of an earlier version
-        return False
     file = work.output / found["detections_file"]
     return not found["detections_file"] or (
         file.is_file() and sha256_file(file) == found["detections_sha256"]
@@ -276,15 +276,14 @@ def measure_layers(work: Work, built: BuiltCase) -> Mapping[str, Any]:
         "batch": batch,
         **run_inputs(work.plan, built.case.backend),
     }
-    found: Mapping[str, Any] | None = work.steps.find("layers", inputs)
-    if found is None:
-        _log.info(f"layers of {built.name} ...")
-        found = _layers(work, built, batch)
-        work.steps.keep("layers", inputs, found)
+    found: Mapping[str, Any] = work.steps.once(
+        "layers", inputs, lambda: _layers(work, built, batch)
+    )
     return found
 
 
 def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
+    _log.info(f"layers of {built.name} ...")
     with built.load(work.plan, batch, cuda_graph=False) as engine:
         try:
             kernels = _kernel_times(engine, batch)
@@ -331,11 +330,12 @@ def _kernel_times(engine: Engine, batch: int) -> dict[str, float]:
 
 def _ceilings(work: Work, engine: Engine) -> Ceilings | None:
     inputs = {"device": engine.device, **run_inputs(work.plan, engine.backend)}
-    found = work.steps.find("ceilings", inputs)
-    if found is None:
+
+    def measure() -> dict[str, Any]:
         measured = measure_ceilings(engine)
-        found = dataclasses.asdict(measured) if measured else {}
-        work.steps.keep("ceilings", inputs, found)
+        return dataclasses.asdict(measured) if measured else {}
+
+    found = work.steps.once("ceilings", inputs, measure)
     return Ceilings(**found) if found else None
 
 

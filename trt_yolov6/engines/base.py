@@ -154,6 +154,9 @@ class Engine(Described, Closing):
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
     """Batch sizes it takes."""
+    batch_steps: tuple[int, ...] = ()
+    """Batch sizes to run, ascending, where a new one takes seconds of compilation; () where it does
+    not."""
     note: str = ""
     """Arithmetic of the engine where it differs from its precision."""
     computed_in: PrecisionName | None = None
@@ -193,6 +196,15 @@ class Engine(Described, Closing):
             UserError: as `infer`.
         """
         return FinishedRun(self.infer(images))
+
+    def rows_for(self, images: int) -> int:
+        """Return the batch size to run for a number of images, the rest of it padding.
+
+        It is the smallest that the engine takes or, of its `batch_steps`, the next one.
+        """
+        return next(
+            (step for step in self.batch_steps if step >= images), max(images, self.batch.min)
+        )
 
     def takes_images(self) -> bool:
         """Return whether `start_images` works: the engine letterboxes images on its GPU."""

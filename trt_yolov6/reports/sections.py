@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trt_yolov6.common.statistics import Interval
 from trt_yolov6.common.text import four_digits
@@ -44,24 +43,11 @@ SECTIONS = (
 """Name and title of each section."""
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table whose first column names the rows."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    wide: int | None = None
-    """A column that takes what room there is."""
-
-    @property
-    def first(self) -> Table:
-        """The rows that are always shown."""
-        return Table(self.head, self.rows[:SHOWN_LAYERS], self.wide)
-
-    @property
-    def rest(self) -> Table:
-        """The rows that unfold."""
-        return Table(self.head, self.rows[SHOWN_LAYERS:], self.wide)
 
 
 def page_values(material: Material) -> dict[str, Any]:
@@ -69,6 +55,7 @@ def page_values(material: Material) -> dict[str, Any]:
     rows = rows_of(material)
     return {
         "sections": SECTIONS,
+        "shown_layers": SHOWN_LAYERS,
         "headline": _headline(rows),
         "trade_offs": _trade_offs(rows),
         "overview": Table(*overview(rows)),
@@ -150,24 +137,20 @@ def _quantization_cost(rows: Sequence[Row]) -> dict[str, Any]:
     models = []
     for label, own in quantization(rows):
         top = max((row.ap for row, _ in own if row.ap is not None), default=0.0) or 1.0
-        body = []
+        body: list[list[Cell]] = []
         for row, change in own:
             share = quantized_share(row.engine)
-            layers = row.engine.get("float_layers") or []
+            kept = str(len(row.engine.get("float_layers") or ()))
             body.append(
                 [
-                    Cell(row.precision),
-                    Cell(row.ap_text),
-                    Cell("", bar=Bar((row.ap or 0) / top, row.base)),
-                    Cell(_change(row, change)),
-                    Cell(_agreement(row.engine.get("agreement"))),
-                    *(Cell(_percent(row.engine.get(key))) for key in ("APs", "APm", "APl")),
-                    Cell(NOTHING if share is None else f"{100 * share:.0f} %"),
-                    Cell(str(len(layers)) if share is not None else NOTHING),
+                    *(row.precision, row.ap_text, Bar((row.ap or 0) / top, row.base)),
+                    *(_change(row, change), _agreement(row.engine.get("agreement"))),
+                    *(_percent(row.engine.get(key)) for key in ("APs", "APm", "APl")),
+                    *((NOTHING,) * 2 if share is None else (f"{100 * share:.0f} %", kept)),
                 ]
             )
         charts = [chart for row, _ in own for chart in _float_layers_tried(row)]
-        models.append({"label": label, "table": Table(head, body, wide=2), "charts": charts})
+        models.append({"label": label, "table": Table(head, body), "charts": charts})
     agreed = [row.engine["agreement"] for row in rows if row.engine.get("agreement")]
     return {
         "models": models,
@@ -237,12 +220,8 @@ def _float_layers_tried(row: Row) -> list[Chart]:
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:
     """Return a bar for each layer of a ranking, the most sensitive first."""
-    body = [
-        [
-            Cell(name),
-            Cell(NOTHING if value is None else f"{value:.4g}"),
-            Cell("", bar=Bar(length, "int8")),
-        ]
+    body: list[list[Cell]] = [
+        [name, NOTHING if value is None else f"{value:.4g}", Bar(length, "int8")]
         for (name, value), length in zip(ranking.layers, _lengths(ranking), strict=True)
     ]
     return {
@@ -250,7 +229,7 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         "meaning": MEANING[ranking.metric],
         "direction": direction(ranking.metric),
         "logarithmic": ranking.metric == "mse",
-        "table": Table(["Layer", ranking.metric.upper(), ""], body, wide=2),
+        "table": Table(["Layer", ranking.metric.upper(), ""], body),
     }
 
 
@@ -281,42 +260,17 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool)
     named = [layer for layer in found if layer["operator"]]
     rest = [layer for layer in found if not layer["operator"]]
     floor = [layer["roofline_ms"] for layer in named if layer["roofline_ms"] is not None]
-    body = []
-    for layer in named:
-        roof = layer["roofline_ms"]
-        # A profile in whole microseconds may say 0.
-        share = f"{100 * roof / layer['ms']:.0f} %" if roof is not None and layer["ms"] else NOTHING
-        body.append(
-            [
-                Cell(layer["name"]),
-                Cell(layer["precision"] or NOTHING),
-                Cell(f"{layer['ms']:.3g}"),
-                Cell(f"{percent * layer['ms']:.1f} %"),
-                Cell(
-                    "",
-                    bar=Bar(
-                        layer["ms"] / longest,
-                        layer["precision"],
-                        None if roof is None else roof / longest,
-                    ),
-                ),
-                Cell(share),
-                Cell(layer["bound"] or NOTHING),
-            ]
-        )
     if rest:
-        other = sum(layer["ms"] for layer in rest)
-        body.append(
-            [
-                Cell(f"{len(rest)} other kernels"),
-                Cell(NOTHING),
-                Cell(f"{other:.3g}"),
-                Cell(f"{percent * other:.1f} %"),
-                Cell("", bar=Bar(other / longest)),
-                Cell(NOTHING),
-                Cell(NOTHING),
-            ]
-        )
+        other = {"name": f"{len(rest)} other kernels", "ms": sum(layer["ms"] for layer in rest)}
+        named.append({**rest[0], **other, "precision": "", "roofline_ms": None, "bound": ""})
+    body: list[list[Cell]] = []
+    for layer in named:
+        ms, precision, roof = layer["ms"], layer["precision"], layer["roofline_ms"]
+        bar = Bar(ms / longest, precision, None if roof is None else roof / longest)
+        # A profile in whole microseconds may say 0.
+        share = f"{100 * roof / ms:.0f} %" if roof is not None and ms else NOTHING
+        times = f"{ms:.3g}", f"{percent * ms:.1f} %", bar, share
+        body.append([layer["name"], precision or NOTHING, *times, layer["bound"] or NOTHING])
     title = one["engine"] + (f" ({comparison.name})" if several else "")
     text = f"{len(found)} kernels, {whole:.3g} ms one by one at batch {one['batch']}"
     if floor:
@@ -324,7 +278,7 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool)
     if one.get("computed_in"):
         text += f"; all of it is computed in {one['computed_in']} here"
     head = ["Layer", "Precision", "ms", "share", "", "of roofline", "bound by"]
-    return {"title": title, "text": text, "table": Table(head, body, wide=4)}
+    return {"title": title, "text": text, "table": Table(head, body)}
 
 
 def _examples(material: Material) -> dict[str, Any]:
@@ -410,12 +364,10 @@ def _method(comparison: Comparison, *, several: bool) -> dict[str, Any]:
     ]
     body = [
         [
-            Cell(f"{timing['engine']}, batch {timing['batch']}"),
-            Cell(with_error(latency_of(timing))),
-            Cell(str(timing["runs"])),
-            Cell(str(timing["quiet_runs"])),
-            Cell(NOTHING if timing["waited"] is None else f"{100 * timing['waited']:.1f} %"),
-            Cell(str(timing["engine_sha256"])[:16]),
+            *(f"{timing['engine']}, batch {timing['batch']}", with_error(latency_of(timing))),
+            *(str(timing["runs"]), str(timing["quiet_runs"])),
+            NOTHING if timing["waited"] is None else f"{100 * timing['waited']:.1f} %",
+            str(timing["engine_sha256"])[:16],
         ]
         for timing in timings
     ]

@@ -160,13 +160,15 @@ def _detect_at_once(
         images, ready = decoded_on_gpu(engine, [item.open() for item in items])
         size, mode = engine.image_size, engine.preprocessing.fit
         placed = [fit((image.shape[0], image.shape[1]), size, border, mode) for image in images]
-        run = engine.start_images(images, placed, nms, after=ready)
+        rows = engine.rows_for(len(items))
+        run = engine.start_images(images, placed, nms, rows=rows, after=ready)
     else:
         pixels = [item.read() for item in items]
-        array = engine.empty_input(len(items))
+        array = engine.empty_input(engine.rows_for(len(items)))
+        array[len(items) :] = 0
         placed = [
             fill_row(row, image, engine.input, border, engine.preprocessing)
-            for row, image in zip(array, pixels, strict=True)
+            for row, image in zip(array, pixels, strict=False)
         ]
         if engine.is_checked:
             run = engine.start(array, nms)

@@ -55,7 +55,7 @@ class TritonPythonModel:
 
         from trt_yolov6.data.loader import default_workers
         from trt_yolov6.engines import load_engine
-        from trt_yolov6.serving.requests import InputMemory
+        from trt_yolov6.serving.requests import InputMemory, make_ready
 
         gpu = None
         if args["model_instance_kind"] == "GPU":
@@ -71,6 +71,7 @@ class TritonPythonModel:
         self._memory = InputMemory(self._engine)
         self._options = predict_options(parameters, self._engine)
         self._pictures = parameters.get("serves") == "pictures"
+        make_ready(self._engine, self._memory, self._options if self._pictures else None)
         self._input = config["input"][0]["name"]
         self._pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="pictures")
 

@@ -51,6 +51,7 @@ class ContextSettings:
     record_graph: runs are recorded as CUDA graphs by this package; False: TensorRT-RTX does it, or
         nobody.
     launches_graphs: runs are launched as CUDA graphs, whoever records them.
+    compiles_batch_sizes: kernels are compiled for each batch size, which takes seconds.
     after_first_run: called whenever a batch size has run for the first time, and at the end.
     """
 
@@ -58,6 +59,7 @@ class ContextSettings:
     make_config_for_recording: MakeConfig | None = None
     record_graph: bool = False
     launches_graphs: bool = False
+    compiles_batch_sizes: bool = False
     after_first_run: Callable[[], None] = lambda: None
 
 
@@ -116,6 +118,8 @@ class TensorRTEngine(Engine):
         self._runtime, engine = _deserialize(flavour, path, device)
         self._engine = engine
         self._read_tensors(engine)
+        if self._contexts.compiles_batch_sizes:
+            self.batch_steps = self.batch.steps()
         make_config = self._contexts.make_config
         self._plan = LanePlan(
             flavour=flavour,

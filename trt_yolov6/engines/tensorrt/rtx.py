@@ -136,19 +136,14 @@ def _forget_failure(flavour: Flavour, set_target: Callable[[trt.IBuilderConfig],
     After a build that failed for a T4, TensorRT-RTX 1.7 gives the next one in the process, for
     Ada, the layers that it has for a T4, most of them in float.
     """
-    from onnx import TensorProto, helper
+    import onnx.parser
 
     from trt_yolov6.engines.tensorrt.builder import build_plan
 
-    image, result = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 32, 32])
-        for name in ("images", "result")
-    )
-    node = helper.make_node("Relu", ["images"], ["result"], "relu")
-    model = helper.make_model(
-        helper.make_graph([node], "one_operator", [image], [result]),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=9,
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 17]>
+        one_operator (float[1, 3, 32, 32] images) => (float[1, 3, 32, 32] result)
+        { result = Relu(images) }"""
     )
     with contextlib.suppress(UserError):
         settings = BuildSettings(BatchProfile(1, 1, 1), progress=False)
@@ -173,6 +168,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         make_config,
         make_config_for_recording=_runtime_config(flavour.api, cache, False),
         launches_graphs=options.cuda_graph,
+        compiles_batch_sizes=True,
         after_first_run=cache.save,
     )
     return TensorRTEngine(flavour, path, manifest, contexts, options)
