@@ -17,7 +17,7 @@ from trt_yolov6.data.letterbox import GRAY, letterbox
 from trt_yolov6.errors import UserError
 from trt_yolov6.training import dataset as dataset_module
 from trt_yolov6.training.augmentation import AugmentationSettings, worth_keeping
-from trt_yolov6.training.data_validation import BadDataError, write_report
+from trt_yolov6.training.data_validation import BadDataError, settle
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -250,7 +250,7 @@ def test_the_report_is_written_whole(tmp_path: Path) -> None:
     assert [entry["kind"] for entry in written["problems"]] == ["unknown-class", "empty-box"]
     assert written["problems"][0]["image"] == "a.png"
     assert written["annotation_file"].endswith("instances_train.json")
-    write_report(checked_data(folder), tmp_path / "again.json")
+    settle(checked_data(folder), "skip", tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == written
     # Nothing to say, nothing written.
     load_training_set(

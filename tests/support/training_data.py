@@ -16,12 +16,7 @@ from torch import Tensor
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.models import Architecture, build_model
 from trt_yolov6.training.augmentation import AugmentationSettings
-from trt_yolov6.training.data_validation import (
-    DataReport,
-    for_each_image,
-    full_report,
-    read_split,
-)
+from trt_yolov6.training.data_validation import DataReport, decode, read_split
 from trt_yolov6.training.dataset import TrainingSet
 from trt_yolov6.training.targets import Targets
 
@@ -115,8 +110,7 @@ def unaugmented(
 
 def checked_data(folder: Path) -> DataReport:
     """Check every annotation of a data set, and every image by decoding it."""
-    checked = read_split(folder, None)
-    return full_report(checked, for_each_image(checked.images, lambda *_: None, progress=False))
+    return decode(read_split(folder, None), lambda *_: None, progress=False)[0]
 
 
 def pad_targets(boxes: Sequence[Tensor], classes: Sequence[Tensor]) -> Targets:

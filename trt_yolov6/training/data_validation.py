@@ -69,22 +69,26 @@ class CheckedSplit:
     report: DataReport
 
 
-def write_report(report: DataReport, path: str | Path) -> None:
-    """Write a report as JSON: the fields of `DataReport`, problems as objects.
+def settle(
+    report: DataReport, on_bad_data: OnBadData, report_file: str | Path | None = None
+) -> None:
+    """Write a report if there is anything in it, and refuse a data set that has problems.
+
+    Args:
+        report: on the whole split.
+        on_bad_data: `skip` to go on with problems.
+        report_file: takes the fields of `DataReport` as JSON; None: written nowhere.
 
     Raises:
+        BadDataError: there are problems; says how many, the first, and what to do.
         UserError: the file cannot be written.
     """
-    content = dataclasses.asdict(report)
-    content["annotation_file"] = str(report.annotation_file)
-    write_json(path, content)
-
-
-def refuse(report: DataReport, report_file: str | Path | None = None) -> None:
-    """Raise BadDataError if a report has problems: how many, the first, and what to do."""
-    if not report.problems:
-        return
+    if report_file is not None and (report.problems or report.clipped):
+        content = {**dataclasses.asdict(report), "annotation_file": str(report.annotation_file)}
+        write_json(report_file, content)
     count = len(report.problems)
+    if not count or on_bad_data == "skip":
+        return
     where = f"; all are listed in {report_file}" if report_file is not None else ""
     raise BadDataError(
         f"{report.annotation_file} has {count} problem{'s' * (count > 1)}, the first being that "
@@ -148,27 +152,23 @@ def in_order(checked: CheckedSplit, names: Sequence[str]) -> CheckedSplit:
     )
 
 
-def for_each_image(
-    images: tuple[CocoImage, ...],
-    use: Callable[[int, NDArray[np.uint8]], None],
-    *,
-    progress: bool,
-) -> dict[int, Problem]:
-    """Decode images in threads and hand each to `use`.
+def decode(
+    checked: CheckedSplit, use: Callable[[int, NDArray[np.uint8]], None], *, progress: bool
+) -> tuple[DataReport, list[int]]:
+    """Decode the images of a split in threads and hand each to `use`.
 
     Args:
-        images: what to read.
-        use: takes an image's place in `images` and its pixels, uint8 (height, width, 3) RGB of
+        checked: the split.
+        use: takes an image's place in the split and its pixels, uint8 (height, width, 3) RGB of
             the recorded size; called from several threads, in any order.
         progress: show a bar, on a terminal.
 
     Returns:
-        What is wrong with each image that could not be used, by its place.
+        The report on the whole split, and the places of the images that could be used.
     """
-    faults: dict[int, Problem] = {}
 
     def read(index: int) -> Problem | None:
-        image = images[index]
+        image = checked.images[index]
         try:
             pixels = read_coco_image(image)
         except UserError as error:
@@ -183,21 +183,20 @@ def for_each_image(
         use(index, pixels)
         return None
 
+    count, faults, good = len(checked.images), list[Problem](), list[int]()
     with (
-        progress_bar(len(images), shown=progress, desc="load", unit="image") as bar,
+        progress_bar(count, shown=progress, desc="load", unit="image") as bar,
         ThreadPoolExecutor(default_workers(), thread_name_prefix="decode") as pool,
     ):
-        for index, fault in enumerate(pool.map(read, range(len(images)))):
-            if fault is not None:
-                faults[index] = fault
+        for index, fault in enumerate(pool.map(read, range(count))):
+            if fault is None:
+                good.append(index)
+            else:
+                faults.append(fault)
             bar.update()
-    return faults
-
-
-def full_report(checked: CheckedSplit, faults: dict[int, Problem]) -> DataReport:
-    """Add what decoding the images of a split found; in the order of the images."""
-    report = checked.report
-    empty = sum(not len(boxes) for index, boxes in enumerate(checked.boxes) if index not in faults)
-    return dataclasses.replace(
-        report, problems=(*faults.values(), *report.problems), empty_images=empty
+    report = dataclasses.replace(
+        checked.report,
+        problems=(*faults, *checked.report.problems),
+        empty_images=sum(not len(checked.boxes[index]) for index in good),
     )
+    return report, good

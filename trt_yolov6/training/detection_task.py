@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +101,6 @@ def detection_task(
     teacher = _teacher(settings, model, data.class_names, device)
     network = _wrapped(model, settings, processes)
 
-    def line(epoch: int, means: Sequence[float], seconds: float) -> dict[str, Any]:
-        rate = optimizer.param_groups[0]["lr"]
-        return _line(epoch, means, seconds, rate, plan.steps_per_epoch * plan.batch)
-
     task = Task(
         name="search" if model.arch.block == "scaled" else "train",
         subject=settings.variant,
@@ -118,7 +115,7 @@ def detection_task(
         learner=Learner(model, average, optimizer, scaler, torch.zeros(len(PARTS), device=device)),
         losses=_losses(settings, network, model, teacher, autocast, processes),
         set_rates=lambda step: set_rates(optimizer, settings.optimizer, plan, step),
-        line=line,
+        line=functools.partial(_line, optimizer, plan.steps_per_epoch * plan.batch),
         # The learning rate is meant for the sum of the gradients of 32 images each.
         loss_factor=plan.batch / LOSS_BATCH,
         clip_norm=settings.optimizer.clip_norm,
@@ -281,7 +278,11 @@ def _parts(losses: Losses) -> Tensor:
 
 
 def _line(
-    epoch: int, means: Sequence[float], seconds: float, rate: float, images: int
+    optimizer: torch.optim.Optimizer,
+    images: int,
+    epoch: int,
+    means: Sequence[float],
+    seconds: float,
 ) -> dict[str, Any]:
     """Return the log's line of an epoch; losses that the network does not have are left out."""
     shown = {f"loss_{name}": value for name, value in zip(PARTS, means, strict=True) if value}
@@ -290,7 +291,7 @@ def _line(
         "epoch": epoch,
         "loss": means[0],
         **shown,
-        "learning_rate": rate,
+        "learning_rate": optimizer.param_groups[0]["lr"],
         "seconds": seconds,
         "images_per_second": images / max(seconds, 1e-9),
     }

@@ -21,12 +21,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import replace_tensor
 from trt_yolov6.graph.export import box_factors
 from trt_yolov6.graph.index import GraphIndex, attributes, tensor_value
-from trt_yolov6.graph.operators import (
-    CODE_PRESERVING_OPS,
-    CONVOLUTIONS,
-    layer_names,
-    weight_axis,
-)
+from trt_yolov6.graph.operators import CODE_PRESERVING_OPS, CONVOLUTIONS, layer_names, weight_axis
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.fake_quantize import WIDEST, FakeQuantizer, Levels, weight_levels
 from trt_yolov6.quantization.qdq.insert import quantize_weights
