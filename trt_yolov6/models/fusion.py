@@ -39,13 +39,14 @@ def is_fused(model: nn.Module) -> bool:
 def _fuse_children(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, ConvBN):
-            setattr(module, name, fuse_conv_bn(child))
+            setattr(module, name, fuse_normalization(child.conv, child.bn, child.act))
         elif isinstance(child, RepConv):
             setattr(module, name, fuse_rep_conv(child))
         elif isinstance(child, QARepConv):
             setattr(module, name, fuse_qarep_conv(child))
         elif isinstance(child, ScaledRepConv):
-            setattr(module, name, fuse_conv_bn(merge_scaled(child)))
+            merged = merge_scaled(child)
+            setattr(module, name, fuse_normalization(merged.conv, merged.bn, merged.act))
         else:
             _fuse_children(child)
 
@@ -87,11 +88,6 @@ def merge_scaled(block: ScaledRepConv, *, bias: bool = False) -> ConvBN:
     merged.bn = copy.deepcopy(block.bn)
     merged.act = copy.deepcopy(block.act)
     return merged.train(block.training)
-
-
-def fuse_conv_bn(block: ConvBN) -> ConvAct:
-    """Fold the batch normalization of a block into its convolution."""
-    return fuse_normalization(block.conv, block.bn, block.act)
 
 
 def fuse_normalization(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module) -> ConvAct:

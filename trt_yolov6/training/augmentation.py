@@ -216,13 +216,8 @@ def _affine(
 ) -> Floats:
     """Return matrices (L, 2, 3) from a plane centred on 0 to the picture, flips included.
 
-    Rotation and zoom come first, then the two shears at once, then the shift.
-
-    Args:
-        numbers: (L, 6): angle, zoom, shear of x, shear of y, shift of x, shift of y.
-        flips: (L, 2): left to right, top to bottom.
-        settings: how strongly to vary.
-        size: side of a picture.
+    Rotation and zoom come first, then the two shears at once, then the shift: `numbers`, (L, 6),
+    are of angle, zoom, shears of x and y, shifts of x and y; `flips`, (L, 2), of x and y.
     """
     signed = 2 * numbers - 1
     angle = np.radians(settings.degrees * signed[:, 0])

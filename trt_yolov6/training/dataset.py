@@ -295,11 +295,7 @@ def _free_host_memory() -> int | None:
 
 
 def _indices(indices: Tensor | Sequence[int], images: int) -> NDArray[np.int64]:
-    """Return image indices as an array.
-
-    Raises:
-        IndexError: one is not that of an image.
-    """
+    """Return image indices as an array, or raise IndexError."""
     chosen: NDArray[np.int64] = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
     if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < images:
         raise IndexError(f"image indices go from 0 to {images - 1}")

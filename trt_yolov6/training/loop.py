@@ -202,11 +202,7 @@ def _update(task: Task) -> None:
 
 
 def _line(task: Task, done: Progress, epoch: int) -> dict[str, Any]:
-    """Return the log's line of an epoch, of the mean losses of all processes.
-
-    Raises:
-        UserError: the loss is not finite any more.
-    """
+    """Return the log's line of an epoch, or raise UserError if the loss is not finite any more."""
     sums = task.processes.mean(task.learner.sums)
     means = (sums / task.plan.steps_per_epoch).tolist()
     if not math.isfinite(means[0]):

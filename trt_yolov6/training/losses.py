@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from trt_yolov6.common.ranges import Count, NotNegative, Positive, check_fields
 from trt_yolov6.errors import UserError
-from trt_yolov6.models.decode import anchor_points, decode
+from trt_yolov6.models.decode import anchor_points, decode, joined
 from trt_yolov6.models.variants import Architecture, variant_name
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
 from trt_yolov6.training.box_similarity import similarity
@@ -177,8 +177,8 @@ def detection_loss(
         raise ValueError("teacher_levels and distillation go together")
     with torch.autocast(levels[0][0].device.type, enabled=False):
         levels = [tuple(_wide(part) for part in level) for level in levels]
-        logits = _join([level[0] for level in levels]).transpose(1, 2)
-        regression = _join([level[1] for level in levels])
+        logits = joined([level[0] for level in levels]).transpose(1, 2)
+        regression = joined([level[1] for level in levels])
         boxes, scores = decode(levels, arch)
         boxes = boxes.transpose(1, 2)
         sizes = [(level[0].shape[2], level[0].shape[3]) for level in levels]
@@ -207,17 +207,17 @@ def detection_loss(
             each = distribution_focal_loss(regression, distances, arch.reg_max).mean(1)
             sums["dfl"] = by_dfl * (each * weight).sum()
         if settings.objectness:
-            objectness = _join([level[2] for level in levels]).squeeze(1)
+            objectness = joined([level[2] for level in levels]).squeeze(1)
             each = _cross_entropy(objectness, labels.foreground.to(objectness.dtype))
             sums["objectness"] = settings.objectness_weight / found * each.sum()
         if teacher_levels is not None and distillation is not None:
             _check_teacher(levels, teacher_levels)
             decay = distillation_weight(epoch, distillation.epochs)
-            guide = _join([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
+            guide = joined([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
             each = class_divergence(logits, guide, distillation.class_temperature)
             sums["distill_class"] = decay * distillation.class_weight * by_class * each.sum()
             if arch.reg_max:
-                guide = _join([_wide(level[1].detach()) for level in teacher_levels])
+                guide = joined([_wide(level[1].detach()) for level in teacher_levels])
                 each = box_divergence(
                     regression, guide, arch.reg_max, distillation.box_temperature
                 ).mean(1)
@@ -416,11 +416,6 @@ def _bins(regression: Tensor, reg_max: int) -> Tensor:
     """(batch, 4 * (reg_max + 1), anchors) as (batch, 4, reg_max + 1, anchors)."""
     batch, _, anchors = regression.shape
     return regression.view(batch, 4, reg_max + 1, anchors)
-
-
-def _join(maps: Sequence[Tensor]) -> Tensor:
-    """Flatten and concatenate (batch, c, h, w) to (batch, c, anchors)."""
-    return torch.cat([level.flatten(2) for level in maps], dim=2)
 
 
 def _check_shapes(

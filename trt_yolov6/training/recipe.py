@@ -223,15 +223,9 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
         changes["csp_ratio"] = options.csp_ratio or None
         if (arch.csp_ratio is None) != (changes["csp_ratio"] is None):
             # A bottleneck of a CSPStackRep block has two blocks.
-            factor = 1 if changes["csp_ratio"] is None else 2
-
-            def resized(lengths: tuple[int, ...]) -> tuple[int, ...]:
-                if factor == 2:
-                    return tuple(max(length // 2, 1) for length in lengths)
-                return tuple(length * 2 for length in lengths)
-
-            changes["stage_repeats"] = resized(arch.stage_repeats)
-            changes["neck_repeats"] = resized(arch.neck_repeats)
+            factor = 2.0 if changes["csp_ratio"] is None else 0.5
+            for name in ("stage_repeats", "neck_repeats"):
+                changes[name] = tuple(max(int(n * factor), 1) for n in getattr(arch, name))
     for name in ("stage_repeats", "neck_repeats", "neck_channels"):
         lengths = getattr(options, name)
         if lengths is None:

@@ -503,10 +503,7 @@ def _units(
     channel, times each input channel's largest weight relative to the largest of all. Channels of
     re-parameterized networks differ in size a hundredfold, in weights as in what they are
     multiplied with: so counted, one learning rate suits all of them, and any number of bits.
-    Without it the sample lost a point of AP, and a rescaled one all of it.
-
-    Args:
-        bits: by the layers' outputs.
+    Without it the sample lost a point of AP, and a rescaled one all of it. `bits` are by outputs.
     """
     units: dict[str, NDArray[np.float32]] = {}
     for node in nodes:

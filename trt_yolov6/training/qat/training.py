@@ -248,11 +248,7 @@ def _identity(start: Start, settings: QatSettings, data: TrainingSet) -> list[An
 
 
 def _restored(path: Path | None, task: Task) -> Progress:
-    """Go on from a state if it is there; return how far it had come.
-
-    Raises:
-        UserError: it is not such a file, or of other settings.
-    """
+    """Go on from a state if it is there, of the same settings; return how far it had come."""
     if path is None or not path.is_file():
         return Progress()
     state = read_state(path)
