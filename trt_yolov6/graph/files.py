@@ -14,6 +14,7 @@ from trt_yolov6.common.files import read_bytes
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import set_nodes
 from trt_yolov6.graph.index import constants_of, names_read, subgraphs, type_name
+from trt_yolov6.graph.reference import parsed_model
 from trt_yolov6.spec import PrecisionName, TensorSpec
 
 if TYPE_CHECKING:
@@ -181,11 +182,8 @@ def _not_whole(path: Path, error: Exception) -> UserError:
 
 def has_other_files(path: Path) -> bool:
     """Return whether an ONNX file keeps weights in other files; False for any other file."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (OSError, DecodeError, ValueError):
+        model = parsed_model(path.read_bytes())
+    except OSError:
         return False
-    return any(True for _ in _external_files(model))
+    return model is not None and any(True for _ in _external_files(model))

@@ -175,6 +175,12 @@ def plan_batch(
     flips = row[:, 2:4] < (settings.flip_lr, settings.flip_ud)
     gains = np.array([settings.hsv_h, settings.hsv_s, settings.hsv_v])
 
+    def affine(rows: Indices, of: Floats) -> Floats:
+        return _affine(of[rows, 10:], flips[rows], settings, size)
+
+    def mosaic(rows: Indices, about: Indices, of: Floats) -> Layers:
+        return _mosaic_layers(rows, about[rows], sizes, of[rows], affine(rows, of), size)
+
     mosaics, mixed = np.flatnonzero(is_mosaic), np.flatnonzero(is_mixed)
     singles = np.flatnonzero(~is_mosaic)
     others = (second[:, 0] * len(sizes)).astype(np.int64)
@@ -182,29 +188,10 @@ def plan_batch(
         pictures=len(images),
         size=size,
         singles=_single_layers(
-            singles,
-            images[singles],
-            sizes,
-            _affine(first[singles, 10:], flips[singles], settings, size),
-            size,
-            settings.border,
+            singles, images[singles], sizes, affine(singles, first), size, settings.border
         ),
-        mosaics=_mosaic_layers(
-            mosaics,
-            images[mosaics],
-            sizes,
-            first[mosaics],
-            _affine(first[mosaics, 10:], flips[mosaics], settings, size),
-            size,
-        ),
-        mixed=_mosaic_layers(
-            mixed,
-            others[mixed],
-            sizes,
-            second[mixed],
-            _affine(second[mixed, 10:], flips[mixed], settings, size),
-            size,
-        ),
+        mosaics=mosaic(mosaics, images, first),
+        mixed=mosaic(mixed, others, second),
         # The middle one of 63 uniform numbers has the distribution Beta(32, 32).
         mix=np.sort(beta[mixed])[:, _BETA // 2],
         colour=1 + gains * (2 * row[:, 4:7] - 1),
@@ -353,26 +340,19 @@ def make_pictures(
     """
     out = torch.empty(plan.pictures, 3, plan.size, plan.size, device=device)
 
-    def each(layers: Layers, use: Callable[[int, slice | Tensor, Tensor], None]) -> None:
+    for layers in (plan.singles, plan.mosaics, plan.mixed):
         for start in range(0, len(layers.rows), chunk):
             part = slice(start, start + chunk)
-            images, rows = layers.images[part], layers.rows[part]
+            images, rows = layers.images[part], _rows(layers.rows[part], device)
             pictures = gather(images.ravel())
             pictures = pictures.view(*images.shape, *pictures.shape[1:])
             sizes = _upload(layers.sizes[part], device)
             inverse = _upload(invert(layers.matrix[part]), device)
-            use(start, _rows(rows, device), render(pictures, sizes, inverse, plan.size))
-
-    def write(start: int, rows: slice | Tensor, pictures: Tensor) -> None:
-        out[rows] = pictures
-
-    def blend(start: int, rows: slice | Tensor, pictures: Tensor) -> None:
-        part = _upload(plan.mix[start : start + len(pictures)], device)
-        out[rows] = torch.lerp(pictures, out[rows], part[:, None, None, None])
-
-    each(plan.singles, write)
-    each(plan.mosaics, write)
-    each(plan.mixed, blend)
+            made = render(pictures, sizes, inverse, plan.size)
+            if layers is plan.mixed:
+                kept = _upload(plan.mix[part], device)
+                made = torch.lerp(made, out[rows], kept[:, None, None, None])
+            out[rows] = made
     if (plan.colour != 1).any():
         colour = _upload(plan.colour, device)
         for start in range(0, plan.pictures, chunk):

@@ -108,6 +108,7 @@ def train_epochs(
             line = _line(task, done, epoch)
             if task.processes.is_first:
                 due = finish_epoch(epoch, line)
+                done.log.append(line)
                 saver.save(done, now=due)
                 bar.set_postfix_str(_postfix(line, done))
                 if is_logged(progress):

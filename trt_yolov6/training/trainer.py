@@ -22,7 +22,7 @@ from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.detection_task import DetectionTask, arithmetic, detection_task
 from trt_yolov6.training.distributed import Processes, joined
-from trt_yolov6.training.log import RunLog, read_log
+from trt_yolov6.training.log import scalars, write_log
 from trt_yolov6.training.loop import train_epochs
 from trt_yolov6.training.recipe import (
     TrainSettings,
@@ -195,7 +195,7 @@ def _trained(
         for place, its in {**(settings_of or {}), folder: settings}.items():
             write_json(place / SETTINGS_FILE, its.to_json())
     _train(detector, folder, done, call)
-    lines = read_log(folder) if processes.is_first else []
+    lines = done.log
     times = [line["seconds"] for line in lines]
     return TrainResult(
         folder=folder,
@@ -217,18 +217,17 @@ def _train(detector: DetectionTask, folder: Path, done: Progress, call: _Call) -
     settings, task = detector.settings, detector.task
     last_epochs = min(settings.plain_epochs, settings.epochs)
     evaluated = set(evaluation_epochs(settings.epochs, settings.eval_interval, last_epochs))
-    with contextlib.ExitStack() as stack:
-        log: RunLog | None = None
-        if call.processes.is_first:
-            first_epoch = done.step // task.plan.steps_per_epoch
-            log = stack.enter_context(RunLog(folder, from_epoch=first_epoch))
+    first_epoch = done.step // task.plan.steps_per_epoch
+    is_first = call.processes.is_first
+    with scalars(folder, first_epoch) if is_first else contextlib.nullcontext() as add_scalars:
 
         def finish_epoch(epoch: int, line: dict[str, Any]) -> bool:
-            assert log is not None
+            assert add_scalars is not None
             due = epoch in evaluated or epoch + 1 == settings.epochs
             if due:
                 _evaluate(detector, folder, done, line)
-            log.write(line)
+            write_log(folder, [*done.log, line])
+            add_scalars(line)
             return due
 
         train_epochs(

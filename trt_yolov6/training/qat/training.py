@@ -105,17 +105,13 @@ def train_quantized(
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
 
-    def finish_epoch(_: int, line: dict[str, Any]) -> bool:
-        done.log.append(line)
-        return True
-
     with _convolutions(where, exact=False):
         train_epochs(
             task,
             done,
             state_file=state,
             state_seconds=state_seconds,
-            finish_epoch=finish_epoch,
+            finish_epoch=lambda *_: True,
             progress=progress,
         )
     seconds = tuple(line["seconds"] for line in done.log)
@@ -136,8 +132,6 @@ def evaluate_network(
     image_size: int,
     data: str | Path,
     split: str | None = None,
-    *,
-    batch: int = 16,
 ) -> Evaluation:
     """Return the AP of a network on the device where it is, in float32 without TF32."""
     device = next(network.parameters()).device
@@ -145,7 +139,7 @@ def evaluate_network(
         _convolutions(device, exact=True),
         TorchEngine(network, class_names, image_size, half=False, name="qat") as engine,
     ):
-        return evaluate(engine, load_coco(data, split), PredictOptions(batch=batch), progress=False)
+        return evaluate(engine, load_coco(data, split), PredictOptions(batch=16), progress=False)
 
 
 # --- what the loop trains -----------------------------------------------------------------------
