@@ -9,6 +9,7 @@ Augmentation, losses and optimizer stay as they are: their shapes change from st
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from unittest import mock
 
@@ -60,3 +61,36 @@ def captured(network: nn.Module, shape: tuple[int, int, int, int]) -> nn.Module:
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     return network
+
+
+def gradient_difference(variant: str, images: int, image_size: int) -> float:
+    """Return how far a graphed network's gradients are from a plain one's, over their size.
+
+    In bf16, of two batches whose gradients are added up, each with the losses' gradients made up.
+    """
+    from benchmarks.gpu_graphs import random_model
+
+    device = torch.device("cuda")
+    network = detection_task._Levels(random_model(variant)).to(device).train()
+    shape = (images, 3, image_size, image_size)
+    graphed_one = captured(copy.deepcopy(network), shape)
+    generator = torch.Generator(device).manual_seed(0)
+    batches = [torch.rand(shape, device=device, generator=generator) for _ in range(2)]
+    found = []
+    for one in (network, graphed_one):
+        for batch in batches:
+            with torch.autocast("cuda", torch.bfloat16):
+                levels = one(batch.contiguous(memory_format=torch.channels_last))
+            total = torch.stack(
+                [part.float().square().mean() for level in levels for part in level]
+            )
+            total.sum().backward()  # type: ignore[no-untyped-call]
+        found.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(own) if own.grad is None else own.grad).flatten()
+                    for own in one.parameters()
+                ]
+            )
+        )
+    return float((found[0] - found[1]).norm() / found[0].norm())

@@ -151,7 +151,7 @@ def single_runs(
 
     def boxes(image: NDArray[np.uint8]) -> None:
         placed = [fit((image.shape[0], image.shape[1]), size)]
-        outputs = engine.start_images([image], placed, nms).wait()
+        outputs = engine.start_images([image], placed, nms, clip=True).wait()
         postprocess(outputs, engine.output_layout, nms, placed)
 
     def before() -> None:
@@ -230,7 +230,7 @@ def pipelined(
     turns = itertools.cycle(batches)
 
     def give() -> Any:
-        return engine.start_images(next(turns), placed, nms, patient=True)
+        return engine.start_images(next(turns), placed, nms, clip=True, patient=True)
 
     running = [give() for _ in range(engine.in_flight)]
     done, start = 0, time.perf_counter()
@@ -433,12 +433,12 @@ def jpeg_stages(
         1,
     )
     placed = loaded.batch.letterboxes
-    outputs = engine.start_images(loaded.images, placed, nms, after=loaded.ready).wait()
+    outputs = engine.start_images(loaded.images, placed, nms, clip=True, after=loaded.ready).wait()
     own = engine.resident_run(random_input(engine, BATCH))
 
     def on_gpu() -> float:
         start = time.perf_counter()
-        engine.start_images(loaded.images, placed, nms).wait()
+        engine.start_images(loaded.images, placed, nms, clip=True).wait()
         return time.perf_counter() - start
 
     def in_python() -> float:

@@ -201,6 +201,7 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['model']} on {row['gpus']}, {row['batch']} images, {row['statistics']} statistics: "
         f"{row['step_ms']:.1f} ms "
         f"a step, {row['images_per_second']:.0f} images/s, loss {row['loss']:.4f}; {shares}"
+        + (f"; differs by {row['difference']:.1e}" if "difference" in row else "")
     )
 
 
@@ -255,8 +256,8 @@ def _loaded_once() -> Iterator[None]:
 def _measured(options: argparse.Namespace, model: str, kind: str, world: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks.common_statistics import without_waits
-    from benchmarks.graphed_network import graphed
+    from benchmarks.common_statistics import largest_difference, without_waits
+    from benchmarks.graphed_network import gradient_difference, graphed
     from trt_yolov6.training.log import read_log
     from trt_yolov6.training.recipe import recipe_for, with_field
     from trt_yolov6.training.trainer import train
@@ -284,14 +285,18 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
             train(settings, folder, device=options.device, progress=False, state_seconds=1e9)
         return read_log(folder) if rank == 0 else []
 
+    row: dict[str, Any] = {
+        "model": model,
+        "gpus": world,
+        "batch": options.batch,
+        "statistics": kind,
+    }
+    if kind == NO_WAITS:
+        row["difference"] = largest_difference()
+    if kind == GRAPHED and world == 1:
+        row["difference"] = gradient_difference(f"yolov6{model}", 8, 320)
     with tempfile.TemporaryDirectory() as scratch:
         log = trained(EPOCHS, Path(scratch) / "run")
-        row: dict[str, Any] = {
-            "model": model,
-            "gpus": world,
-            "batch": options.batch,
-            "statistics": kind,
-        }
         if options.device != "cpu" and kind == COMMON and world in (1, options.gpus):
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 trained(1, Path(scratch) / "profiled")

@@ -370,10 +370,10 @@ def test_further_fields_take_the_place_of_ours(engine: Path) -> None:
     [
         ("max_batch_size: 3", "max_batch_size, which the engine decides"),
         ('name: "other" input {}', "input, name"),
-        ("response_cache {", "lacks a '}'"),
-        ("response_cache { enable: true }}", "from line 1 on"),
-        ("version_policy\n= 3", "from line 2 on"),
-        ("{ enable: true }", "from line 1 on"),
+        ("response_cache {", r"cannot be read \(1:17"),
+        ("response_cache { enable: true }}", r"cannot be read \(1:32"),
+        ("version_policy\n= 3", r"cannot be read \(2:1"),
+        ("{ enable: true }", r"cannot be read \(1:1"),
     ],
 )
 def test_fields_that_cannot_be_are_refused(extra: str, message: str) -> None:

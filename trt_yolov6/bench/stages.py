@@ -246,7 +246,7 @@ def _stages_on_gpu(
     placed = loaded.batch.letterboxes
     for name, time_of_it in engine.image_stage_seconds(loaded.images, placed, nms).items():
         yield Stage(name, engine.device, time_of_it)
-    outputs = engine.start_images(loaded.images, placed, nms).wait()
+    outputs = engine.start_images(loaded.images, placed, nms, clip=True).wait()
     finish = functools.partial(postprocess, outputs, engine.output_layout, nms, placed)
     yield Stage("boxes to the images", "post-processing thread", _median(finish, seconds))
 

@@ -5,30 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import load, newest_engine, predict_options
-from trt_yolov6.cli.options import (
-    SAMPLE_IMAGES,
-    Commands,
-    add_command,
-    add_json,
-    add_loading,
-    add_thresholds,
-    positive,
-    refuse,
-)
 from trt_yolov6.cli.output import say_next, write_result
 from trt_yolov6.errors import UserError
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "bench", run, "measure latency and throughput")
+    parser = common.add_command(commands, "bench", run, "measure latency and throughput")
     parser.add_argument(
         "--engine", type=Path, nargs="+", help="one or several; default: the newest in engines/"
     )
-    parser.add_argument("--batch", type=positive, default=1, help="images a run (1)")
+    parser.add_argument("--batch", type=common.positive, default=1, help="images a run (1)")
     parser.add_argument(
-        "--streams", type=positive, default=1, help="batches side by side on a GPU (1)"
+        "--streams", type=common.positive, default=1, help="batches side by side on a GPU (1)"
     )
     parser.add_argument(
         "--duration", type=float, default=10.0, help="most seconds of measuring an engine (10)"
@@ -46,11 +37,11 @@ def add(commands: Commands) -> None:
         "--source",
         dest="images",
         type=Path,
-        help=f"pictures for --end-to-end and --stages ({SAMPLE_IMAGES})",
+        help=f"pictures for --end-to-end and --stages ({common.SAMPLE_IMAGES})",
     )
-    add_thresholds(parser)
-    add_loading(parser)
-    add_json(parser)
+    common.add_thresholds(parser)
+    common.add_loading(parser)
+    common.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -63,12 +54,12 @@ def run(options: argparse.Namespace) -> None:
     if not (options.end_to_end or options.stages):
         names = "confidence", "iou", "max_detections", "images"
         why = "is for --end-to-end and --stages: the engine alone has no such stage."
-        refuse(options, names, why)
+        common.refuse(options, names, why)
     if options.end_to_end and options.stages:
         raise UserError("--end-to-end and --stages measure apart; leave one of them out.")
     if options.streams > 1:
         why = "goes with one stream; leave it or --streams out."
-        refuse(options, ("end_to_end", "stages"), why)
+        common.refuse(options, ("end_to_end", "stages"), why)
     if options.stages:
         _run_stages(options)
         return
@@ -78,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         detectors,
         batch=options.batch,
         streams=options.streams,
-        images=(options.images or SAMPLE_IMAGES) if options.end_to_end else None,
+        images=(options.images or common.SAMPLE_IMAGES) if options.end_to_end else None,
         predict=predict_options(options) if options.end_to_end else None,
         duration=options.duration,
         progress=not options.quiet,
@@ -101,7 +92,7 @@ def _run_stages(options: argparse.Namespace) -> None:
     from trt_yolov6.bench.stages import benchmark_stages, format_stages
     from trt_yolov6.data.images import list_images
 
-    images = list_images(options.images or SAMPLE_IMAGES)
+    images = list_images(options.images or common.SAMPLE_IMAGES)
     reports = []
     for path in options.engine or [newest_engine()]:
         with load(path, options) as detector:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.graphs import (
     calibration_folder,
     calibration_settings,
@@ -16,42 +17,25 @@ from trt_yolov6.cli.graphs import (
     quantized_precision,
     weights_or_sample,
 )
-from trt_yolov6.cli.options import (
-    SAMPLE_CALIB,
-    Commands,
-    add_backend,
-    add_calibration,
-    add_checkpoint_or_onnx,
-    add_command,
-    add_data,
-    add_decoder,
-    add_float_layers,
-    add_graph_options,
-    add_quiet,
-    chosen,
-    percent,
-    positive,
-    refuse,
-)
 from trt_yolov6.cli.output import profile_text, say_next
 
 if TYPE_CHECKING:
     from trt_yolov6.quantization.settings import QuantizationSettings
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "build an engine from a checkpoint or an ONNX file"
-    parser = add_command(commands, "build", run, text)
-    add_checkpoint_or_onnx(parser, "a detector's ONNX file")
-    add_graph_options(parser)
+    parser = common.add_command(commands, "build", run, text)
+    common.add_checkpoint_or_onnx(parser, "a detector's ONNX file")
+    common.add_graph_options(parser)
     parser.add_argument(
         "--names", dest="class_names", type=Path, help="class names for --onnx: text or COCO JSON"
     )
-    add_decoder(parser)
+    common.add_decoder(parser)
     _add_quantization(parser)
     _add_builder(parser)
-    add_quiet(parser)
+    common.add_quiet(parser)
 
 
 def _add_quantization(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +49,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the same in 8-bit floating point (E4M3), from compute capability 8.9 on",
     )
-    add_calibration(int8)
+    common.add_calibration(int8)
     _add_float_layers(int8)
     int8.add_argument(
         "--no-bias-correction",
@@ -118,7 +102,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_float_layers(int8: argparse._ActionsContainer) -> None:
-    add_float_layers(
+    common.add_float_layers(
         int8,
         "keep the K most sensitive layers in float; as few as --max-ap-drop allows (both with "
         "--int8 only); or these, with commas (0)",
@@ -128,12 +112,12 @@ def _add_float_layers(int8: argparse._ActionsContainer) -> None:
     )
     int8.add_argument(
         "--max-slowdown",
-        type=percent,
+        type=common.percent,
         metavar="PERCENT",
         help="for --float-layers auto: how much run time, by layer times, the layers in float may "
         "add, such as 5%%; without --max-ap-drop, the best that this allows",
     )
-    add_data(
+    common.add_data(
         int8,
         "labelled data that --float-layers auto holds the budget on; without it, the agreement "
         "with the float network tells",
@@ -141,7 +125,7 @@ def _add_float_layers(int8: argparse._ActionsContainer) -> None:
 
 
 def _add_builder(parser: argparse.ArgumentParser) -> None:
-    add_backend(parser)
+    common.add_backend(parser)
     parser.add_argument("--target", help="GPU to cross-build for with tensorrt-rtx, such as t4")
     parser.add_argument(
         "--output",
@@ -159,7 +143,7 @@ def _add_builder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workspace",
         dest="workspace_mib",
-        type=positive,
+        type=common.positive,
         metavar="MIB",
         help="scratch memory limit",
     )
@@ -176,14 +160,16 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.pipeline import build
 
     settings = BuildSettings(
-        **chosen(options, "target", "timing_cache", "workspace_mib", "optimization_level"),
+        **common.chosen(options, "target", "timing_cache", "workspace_mib", "optimization_level"),
         tactic_sources=options.tactic_sources,
         calibration=implicit_calibration(options),
         fp8=options.fp8,
     )
     if not options.onnx:
         names = "class_names", "decoder", "preprocess"
-        refuse(options, names, "is for --onnx: a checkpoint is a YOLOv6 and names its classes.")
+        common.refuse(
+            options, names, "is for --onnx: a checkpoint is a YOLOv6 and names its classes."
+        )
     precision = quantized_precision(options)
     # Before it is said which samples stand in for what is not given.
     check_build(options.backend, options.output, settings)
@@ -228,11 +214,11 @@ def _quantization(options: argparse.Namespace) -> QuantizationSettings:
     names = "bias_correction", "adaptive_rounding", "reconstruct", "reconstruct_minutes"
     # A budget in time takes the place of the default one in AP.
     budgets = (
-        chosen(options, "max_ap_drop")
+        common.chosen(options, "max_ap_drop")
         if options.max_slowdown is None
         else {"max_ap_drop": options.max_ap_drop, "max_slowdown": options.max_slowdown}
     )
-    return calibration_settings(options, **chosen(options, *names), **budgets)
+    return calibration_settings(options, **common.chosen(options, *names), **budgets)
 
 
 def _calibration(options: argparse.Namespace, *, needed: bool) -> Path | None:
@@ -240,4 +226,4 @@ def _calibration(options: argparse.Namespace, *, needed: bool) -> Path | None:
     if needed or options.tensorrt_calibrator:
         return calibration_folder(options.calibration)
     given: Path | None = options.calibration
-    return given or (SAMPLE_CALIB if SAMPLE_CALIB.is_dir() else None)
+    return given or (common.SAMPLE_CALIB if common.SAMPLE_CALIB.is_dir() else None)

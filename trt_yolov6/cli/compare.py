@@ -5,20 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.options import (
-    CALIBRATORS,
-    Commands,
-    add_command,
-    add_data,
-    add_image_size,
-    add_quiet,
-    add_session,
-    add_thresholds,
-    chosen,
-    percent,
-    positive,
-    refuse,
-)
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.output import say_next
 
 DEFAULT_OUTPUT = Path("runs/compare")
@@ -32,10 +19,10 @@ _PLAN = (
 )
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "compare detectors at several precisions and batch sizes: AP, latency, layers"
-    parser = add_command(commands, "compare", run, text)
+    parser = common.add_command(commands, "compare", run, text)
     parser.description = (
         f"{text}. Goes on where an earlier comparison in --output was interrupted; what has not "
         "changed is not measured again."
@@ -58,20 +45,20 @@ def add(commands: Commands) -> None:
     parser.add_argument("--batches", type=_numbers, metavar="N,...", help="batch sizes (1,32)")
     parser.add_argument("--backends", type=_texts, metavar="B,...", help="(auto)")
     text = "input size of what is built (640 for checkpoints, an ONNX file's own)"
-    add_image_size(parser, text, dest="imgsz")
-    add_data(parser)
+    common.add_image_size(parser, text, dest="imgsz")
+    common.add_data(parser)
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
-    parser.add_argument("--calibrator", choices=CALIBRATORS, help="(auto)")
+    parser.add_argument("--calibrator", choices=common.CALIBRATORS, help="(auto)")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"({DEFAULT_OUTPUT})")
     parser.add_argument("--again", action="store_true", help="measure latencies again")
-    add_quiet(parser)
+    common.add_quiet(parser)
     _add_measuring(parser)
     _add_gate(parser)
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--rounds", type=positive, metavar="N", help="turns an engine gets (8)")
+    how.add_argument("--rounds", type=common.positive, metavar="N", help="turns an engine gets (8)")
     how.add_argument(
         "--duration", type=float, metavar="S", help="seconds an engine and batch size (10)"
     )
@@ -83,9 +70,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         help="leave the times of layers out",
     )
     how.add_argument("--examples", type=int, metavar="N", help="images kept for the report (3)")
-    add_thresholds(how)
+    common.add_thresholds(how)
     how.add_argument("--border", type=int, help="gray pixels on each side (0)")
-    add_session(how)
+    common.add_session(how)
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +82,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     )
     gate.add_argument(
         "--max-slowdown",
-        type=percent,
+        type=common.percent,
         metavar="PERCENT",
         help="that a latency may grow by, beyond doubt (3%%)",
     )
@@ -126,9 +113,9 @@ def run(options: argparse.Namespace) -> int:
     from trt_yolov6.comparison.summary import format_results
 
     if options.baseline is None:
-        refuse(options, _LIMITS, "belongs to --baseline; add it.")
-    plan = plan_of(options.models, **chosen(options, *_PLAN))
-    limits = Limits(**chosen(options, *_LIMITS))
+        common.refuse(options, _LIMITS, "belongs to --baseline; add it.")
+    plan = plan_of(options.models, **common.chosen(options, *_PLAN))
+    limits = Limits(**common.chosen(options, *_LIMITS))
     # Read first: the comparison may write to where it lies.
     baseline = read_results(options.baseline) if options.baseline else None
     results = compare(
@@ -158,4 +145,4 @@ def _numbers(text: str) -> tuple[int, ...]:
     parts = _texts(text)
     if not parts:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers above 0")
-    return tuple(positive(part) for part in parts)
+    return tuple(common.positive(part) for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.graphs import (
     calibrated,
     check_cache,
@@ -13,27 +14,19 @@ from trt_yolov6.cli.graphs import (
     weights_or_sample,
     write_scales,
 )
-from trt_yolov6.cli.options import (
-    Commands,
-    add_cache,
-    add_calibration,
-    add_command,
-    add_graph_options,
-    add_quiet,
-)
 from trt_yolov6.cli.output import profile_text, say_next
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "export", run, "export a checkpoint to ONNX")
+    parser = common.add_command(commands, "export", run, "export a checkpoint to ONNX")
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
-    add_graph_options(parser)
+    common.add_graph_options(parser)
     parser.add_argument("--output", type=Path, help="default: <weights>-<precision>.onnx")
     cache = parser.add_argument_group("INT8 for TensorRT up to 10, without Q/DQ nodes")
-    add_cache(cache, "write the tensors' scales there")
-    add_calibration(cache)
-    add_quiet(parser)
+    common.add_cache(cache, "write the tensors' scales there")
+    common.add_calibration(cache)
+    common.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -5,25 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import resolved
-from trt_yolov6.cli.options import (
-    Commands,
-    add_command,
-    add_decoder,
-    add_quiet,
-    add_thresholds,
-    chosen,
-    positive,
-    preprocess_changes,
-)
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "write engines into a model repository of Triton Inference Server"
-    parser = add_command(commands, "export-triton", run, text)
+    parser = common.add_command(commands, "export-triton", run, text)
     parser.add_argument(
         "--engine", type=Path, nargs="+", required=True, help="plans, or ONNX files; one entry each"
     )
@@ -47,7 +38,7 @@ def add(commands: Commands) -> None:
         "classes out",
     )
     parser.add_argument(
-        "--instances", type=positive, default=1, help="copies side by side on each GPU (1)"
+        "--instances", type=common.positive, default=1, help="copies side by side on each GPU (1)"
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -72,9 +63,9 @@ def add(commands: Commands) -> None:
         help="more of Triton's ModelConfig, in its text format, for each entry: a response cache, "
         "priorities, limits of the queue; it takes the place of fields of the same name",
     )
-    add_thresholds(parser, confidence=0.4)
-    add_decoder(parser)
-    add_quiet(parser)
+    common.add_thresholds(parser, confidence=0.4)
+    common.add_decoder(parser)
+    common.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -84,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.serving.triton import ServingSettings, export_triton, runs_on_cpu, served_model
     from trt_yolov6.spec import PredictOptions
 
-    predict = PredictOptions(**chosen(options, "confidence", "iou", "max_detections"))
+    predict = PredictOptions(**common.chosen(options, "confidence", "iou", "max_detections"))
     if predict.thresholds() and options.python != "pictures":
         raise UserError(
             "--conf, --iou and --max-detections are for --python-backend pictures: other entries "
@@ -104,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
             "for each."
         )
     engines = [resolved(path) for path in options.engine]
-    loading = LoadOptions(decoder=options.decoder, preprocess=preprocess_changes(options))
+    loading = LoadOptions(decoder=options.decoder, preprocess=common.preprocess_changes(options))
     python = options.python
     folders = export_triton(engines, options.output, settings, loading, options.names, python)
     for path, folder in zip(engines, folders, strict=True):

@@ -9,16 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import load, newest_engine, predict_options, ray_options, resolved
-from trt_yolov6.cli.options import (
-    Commands,
-    add_border,
-    add_command,
-    add_loading,
-    add_machines,
-    add_thresholds,
-    positive,
-)
 from trt_yolov6.cli.output import say, say_next
 from trt_yolov6.errors import UserError
 
@@ -27,9 +19,11 @@ _PARTS = ("jsonl", "parquet")
 _SHOWN_FAILURES = 20
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "infer", run, "detect objects in a picture, a folder or a video")
+    parser = common.add_command(
+        commands, "infer", run, "detect objects in a picture, a folder or a video"
+    )
     parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
     parser.add_argument(
         "--source",
@@ -44,16 +38,16 @@ def add(commands: Commands) -> None:
         help="of what was found (json); with --ray jsonl or parquet (jsonl)",
     )
     parser.add_argument(
-        "--frames", type=positive, metavar="N", help="of a video or stream: end then"
+        "--frames", type=common.positive, metavar="N", help="of a video or stream: end then"
     )
     parser.add_argument(
         "--output", default="runs/infer", help="(runs/infer); with --ray also an address"
     )
-    parser.add_argument("--batch", type=positive, help="images at a time")
-    add_border(parser)
-    add_thresholds(parser, confidence=0.4)
-    add_loading(parser)
-    add_machines(parser)
+    parser.add_argument("--batch", type=common.positive, help="images at a time")
+    common.add_border(parser)
+    common.add_thresholds(parser, confidence=0.4)
+    common.add_loading(parser)
+    common.add_machines(parser)
 
 
 def run(options: argparse.Namespace) -> None:

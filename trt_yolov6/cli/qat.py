@@ -8,28 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.graphs import (
     calibration_folder,
     calibration_settings,
     check_cache,
     write_scales,
-)
-from trt_yolov6.cli.options import (
-    Commands,
-    add_cache,
-    add_calibration,
-    add_command,
-    add_dynamic,
-    add_ends,
-    add_float_layers,
-    add_image_size,
-    add_json,
-    add_quiet,
-    add_training,
-    check_training_data,
-    chosen,
-    positive,
-    refuse,
 )
 from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
@@ -54,22 +38,22 @@ _SETTINGS = (
 """Options that are fields of `QatSettings`."""
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "train a checkpoint with INT8's rounding in place (quantization-aware training)"
-    parser = add_command(commands, "qat", run, text)
+    parser = common.add_command(commands, "qat", run, text)
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
     parser.add_argument("--model", metavar="n|t|s|m|l|NAME", help="what it must hold, as a check")
-    add_training(parser, "runs/qat/<model>")
+    common.add_training(parser, "runs/qat/<model>")
     parser.set_defaults(train_split="train", val_split="val")
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), help="(auto: fp32, on a GPU in TF32)"
     )
-    add_quiet(parser)
-    add_json(parser)
+    common.add_quiet(parser)
+    common.add_json(parser)
     where = parser.add_argument_group("quantization")
-    add_calibration(where)
-    add_float_layers(where, "partial training: as in build --int8 (0)")
+    common.add_calibration(where)
+    common.add_float_layers(where, "partial training: as in build --int8 (0)")
     where.add_argument(
         "--fixed-scales",
         dest="learn_scales",
@@ -82,8 +66,8 @@ def add(commands: Commands) -> None:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=positive, help="(10)")
-    recipe.add_argument("--batch", type=positive, metavar="N", help="images a step (16)")
+    recipe.add_argument("--epochs", type=common.positive, help="(10)")
+    recipe.add_argument("--batch", type=common.positive, metavar="N", help="images a step (16)")
     recipe.add_argument(
         "--lr", dest="learning_rate", type=float, help="of weights, in quantization steps (0.005)"
     )
@@ -106,17 +90,17 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_graph(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("what is written")
-    add_image_size(graph)
+    common.add_image_size(graph)
     graph.add_argument("--fp16", action="store_true", help="what is not INT8 in half precision")
-    add_dynamic(graph, "dynamic", "(1,32,32)")
-    add_ends(graph)
+    common.add_dynamic(graph, "dynamic", "(1,32,32)")
+    common.add_ends(graph)
     graph.add_argument(
         "--backend",
         choices=("tensorrt", "tensorrt-rtx", "onnxruntime"),
         default="onnxruntime",
         help="build for it as well (the ONNX file itself is ONNX Runtime's engine)",
     )
-    add_cache(
+    common.add_cache(
         graph,
         "TensorRT up to 10: write the scales there, and the graph without Q/DQ nodes next to the "
         "other",
@@ -127,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("qat trains in one process; start it without torchrun.")
-    check_training_data(options)
+    common.check_training_data(options)
 
     from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.common.files import write_json
@@ -265,8 +249,8 @@ def _settings(options: argparse.Namespace) -> QatSettings:
 
     if not options.distillation:
         names = "distill_weight", "temperature"
-        refuse(options, names, "is for distillation; leave --no-distillation out.")
-    return QatSettings(data=str(options.data), **chosen(options, *_SETTINGS))
+        common.refuse(options, names, "is for distillation; leave --no-distillation out.")
+    return QatSettings(data=str(options.data), **common.chosen(options, *_SETTINGS))
 
 
 def _state_file(output: Path, trained: Path, resume: bool) -> Path:

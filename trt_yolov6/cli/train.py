@@ -8,17 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.cli.options import (
-    Commands,
-    add_command,
-    add_json,
-    add_quiet,
-    add_training,
-    check_training_data,
-    chosen,
-    positive,
-    refuse,
-)
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
@@ -28,10 +18,10 @@ if TYPE_CHECKING:
     from trt_yolov6.training.rep_optimizer import RepOptimizerSettings
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "train", run, "train a network, or train a checkpoint on")
-    add_training(parser, "runs/train/<model>")
+    parser = common.add_command(commands, "train", run, "train a network, or train a checkpoint on")
+    common.add_training(parser, "runs/train/<model>")
     parser.add_argument(
         "--auto-resume",
         action="store_true",
@@ -47,8 +37,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--deterministic", action="store_true", help="the same bits every time on a GPU too; slower"
     )
-    add_quiet(parser)
-    add_json(parser)
+    common.add_quiet(parser)
+    common.add_json(parser)
     _add_network(parser)
     _add_recipe(parser)
     _add_losses(parser)
@@ -74,7 +64,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "hyper-search; without a file, search first, in OUTPUT/search",
     )
     model.add_argument(
-        "--search-epochs", type=positive, metavar="N", help="length of the search (--epochs)"
+        "--search-epochs", type=common.positive, metavar="N", help="length of the search (--epochs)"
     )
     model.add_argument("--activation", choices=("relu", "silu", "leaky_relu"))
     model.add_argument(
@@ -93,12 +83,12 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=positive, help="(300)")
-    recipe.add_argument("--batch", type=positive, help="images a step, over all GPUs (32)")
+    recipe.add_argument("--epochs", type=common.positive, help="(300)")
+    recipe.add_argument("--batch", type=common.positive, help="images a step, over all GPUs (32)")
     recipe.add_argument(
         "--imgsz",
         dest="image_size",
-        type=positive,
+        type=common.positive,
         metavar="N",
         help="input size, a multiple of 32 (640; P6 a multiple of 64, 1280; Lite 320)",
     )
@@ -169,13 +159,13 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(_listed_variants()))
         return
     if not options.resume:
-        check_training_data(options)
+        common.check_training_data(options)
     from trt_yolov6.api import train
     from trt_yolov6.training.trainer import stored_settings
 
     if options.resume:
         why = "was chosen when the training began; with --resume leave it out."
-        refuse(options, [name for name in vars(options) if name not in _RESUMING], why)
+        common.refuse(options, [name for name in vars(options) if name not in _RESUMING], why)
         if options.output is None:
             raise UserError("--resume needs the folder of the training; name it with --output.")
         settings, output = stored_settings(options.output), options.output
@@ -239,12 +229,12 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
         variant,
         str(options.data),
         options=ArchitectureOptions(
-            **chosen(options, "block", "activation", "csp_ratio", "dfl", "objectness")
+            **common.chosen(options, "block", "activation", "csp_ratio", "dfl", "objectness")
         ),
         weights=weights,
         scales=scales,
         rep_optimizer=rep_optimizer,
-        **chosen(options, *_RECIPE),
+        **common.chosen(options, *_RECIPE),
     )
     return _changed(settings, options)
 
@@ -255,15 +245,15 @@ def _changed(settings: TrainSettings, options: argparse.Namespace) -> TrainSetti
 
     from trt_yolov6.training.recipe import with_field
 
-    augmentation = chosen(options, "mosaic", "mixup")
+    augmentation = common.chosen(options, "mosaic", "mixup")
     if options.eval_border is not None:
         augmentation["border"] = options.eval_border
-    losses = chosen(options, "classification", "box", "assigner", "warmup_assigner")
+    losses = common.chosen(options, "classification", "box", "assigner", "warmup_assigner")
     settings = replace(
         settings,
         losses=replace(settings.losses, **losses),
         augmentation=replace(settings.augmentation, **augmentation),
-        optimizer=replace(settings.optimizer, **chosen(options, "learning_rate")),
+        optimizer=replace(settings.optimizer, **common.chosen(options, "learning_rate")),
     )
     if options.val_split is not None:
         split = None if options.val_split == "none" else options.val_split

@@ -216,6 +216,7 @@ class Engine(Described, Closing):
         placed: Sequence[Letterbox],
         nms: NmsSettings,
         *,
+        clip: bool | None = None,
         rows: int | None = None,
         after: Event | None = None,
         patient: bool = False,
@@ -229,6 +230,8 @@ class Engine(Described, Closing):
                 to be changed or freed before the run has been waited for.
             placed: where each goes in the input, see `data.letterbox.fit`.
             nms: thresholds.
+            clip: have kept boxes mapped to the images, cut off at their borders or not, see
+                `Suppressed.clip`; default: they stay in input pixels.
             rows: of the engine's batch, more than there are images to pad it; default: as many.
             after: an event on the GPU after which views can be read.
             patient: wait for the run without using a core, some microseconds longer.

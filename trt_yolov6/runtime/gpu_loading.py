@@ -161,6 +161,30 @@ def load_images(
         readers.shutdown(wait=True, cancel_futures=True)
 
 
+def take_images(
+    engine: Engine,
+    items: Iterable[Item],
+    read: Callable[[Item], NDArray[np.uint8]],
+    *,
+    batch: int,
+    border: int = 0,
+    keep_images: bool = False,
+    skip_unreadable: bool = False,
+) -> Generator[ImageBatch[Item], None, None]:
+    """Do what `load_images` does, of images that lie in memory already, in the calling thread.
+
+    There is nothing to wait for, so threads would only take turns at Python's lock.
+    """
+    source = iter(items)
+    place = _placing(engine, border)
+    while chunk := list(itertools.islice(source, batch)):
+        opened = [_read(read, item, False) for item in chunk]
+        for one in opened:
+            if isinstance(one.image, UserError) and not skip_unreadable:
+                raise one.image
+        yield _batch_of(chunk, opened, place, None, _nothing, keep_images, 0.0)
+
+
 def decoded_on_gpu(
     engine: Engine, opened: Sequence[Opened]
 ) -> tuple[list[ImageView | NDArray[np.uint8]], Event | None]:

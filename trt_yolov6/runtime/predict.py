@@ -10,10 +10,10 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,14 @@ from trt_yolov6.detectors.candidates import Candidates, Suppressed
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
 from trt_yolov6.errors import UserError
-from trt_yolov6.runtime.gpu_loading import Opened, decoded_on_gpu, load_images
+from trt_yolov6.runtime.gpu_loading import Opened, decoded_on_gpu, load_images, take_images
 from trt_yolov6.runtime.plausibility import check_outputs, has_non_finite
 from trt_yolov6.spec import NmsSettings, PredictOptions
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_P = ParamSpec("_P")
+_Found = TypeVar("_Found")
 
 DEFAULT_BATCH = 8
 
@@ -97,6 +99,7 @@ def detect(
             lambda _, detections: detections,
             options,
             open_item=lambda item: item.open(),
+            in_memory=all(item.path is None for item in items),
         ):
             found.extend(step.result)
             _warn(step.notes)
@@ -161,7 +164,7 @@ def _detect_at_once(
         size, mode = engine.image_size, engine.preprocessing.fit
         placed = [fit((image.shape[0], image.shape[1]), size, border, mode) for image in images]
         rows = engine.rows_for(len(items))
-        run = engine.start_images(images, placed, nms, rows=rows, after=ready)
+        run = engine.start_images(images, placed, nms, rows=rows, clip=options.clip, after=ready)
     else:
         pixels = [item.read() for item in items]
         array = engine.empty_input(engine.rows_for(len(items)))
@@ -215,6 +218,7 @@ def process(
     open_item: Callable[[Item], Opened] | None = None,
     keep_images: bool = False,
     skip_unreadable: bool = False,
+    in_memory: bool = False,
 ) -> Generator[Processed[Item, Result], None, None]:
     """Run an engine over a stream of images, everything but the engine in other threads.
 
@@ -234,6 +238,8 @@ def process(
         finish: makes a result of a batch and its detections; called in one other thread, in order.
         options: thresholds and more; default thresholds: `NmsSettings()`, as for evaluation.
         keep_images, skip_unreadable: as in `load_batches`.
+        in_memory: `read` hands out what lies in memory already. On an engine that takes images, all
+            is then done in the calling thread, `finish` too: others would have nothing to wait for.
 
     Raises:
         UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
@@ -248,8 +254,11 @@ def process(
         "keep_images": keep_images,
         "skip_unreadable": skip_unreadable,
     }
-    steps = _steps(engine, iter(items), read, open_item or read, nms, loading)
-    pipeline = _Pipeline(engine, nms, options.clip, finish)
+    source = iter(items)
+    in_memory = in_memory and engine.takes_images()
+    opened = None if in_memory else open_item or read
+    steps = _steps(engine, source, read, opened, nms, options.clip, loading)
+    pipeline = _Pipeline(engine, nms, options.clip, finish, in_memory)
     try:
         for step in steps:
             pipeline.start(step)
@@ -278,6 +287,17 @@ class _Running(Generic[Item]):
     notes: tuple[str, ...]
 
 
+class _ThisThread(Executor):
+    """Does at once what it is given."""
+
+    def submit(
+        self, fn: Callable[_P, _Found], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> Future[_Found]:
+        future: Future[_Found] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
 class _Pipeline(Generic[Item, Result]):
     """Batches in the engine (`running`), and those after it, in another thread (`pending`)."""
 
@@ -287,6 +307,7 @@ class _Pipeline(Generic[Item, Result]):
         nms: NmsSettings,
         clip: bool,
         finish: Callable[[Batch[Item], list[Detections]], Result],
+        in_memory: bool,
     ) -> None:
         self.running: deque[_Running[Item]] = deque()
         self.pending: deque[Future[Processed[Item, Result]]] = deque()
@@ -294,7 +315,9 @@ class _Pipeline(Generic[Item, Result]):
         self._is_first = True
         self._engine_free = 0.0
         self._gave_non_finite = False
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
+        self._pool: Executor = (
+            _ThisThread() if in_memory else ThreadPoolExecutor(1, thread_name_prefix="postprocess")
+        )
         self._helpers = ThreadPoolExecutor(default_workers(), thread_name_prefix="boxes")
 
     @property
@@ -393,11 +416,15 @@ def _steps(
     engine: Engine,
     source: Iterator[Item],
     read: Callable[[Item], NDArray[np.uint8]],
-    open_item: Callable[[Item], Opened],
+    open_item: Callable[[Item], Opened] | None,
     nms: NmsSettings,
+    clip: bool,
     loading: dict[str, Any],
 ) -> Generator[_Step[Item], None, None]:
-    """Yield batches ready for the engine: on an engine that takes images only the first here."""
+    """Yield batches ready for the engine: on an engine that takes images only the first here.
+
+    Without `open_item` they are read in this thread.
+    """
     if not engine.takes_images():
         yield from _prepared_here(engine, source, read, nms, loading)
         return
@@ -409,13 +436,19 @@ def _steps(
         for step in _prepared_here(engine, chunk, read, nms, loading):
             is_checked = bool(step.batch.items)
             yield step
-    with contextlib.closing(load_images(engine, source, open_item, **loading)) as batches:
+    if open_item is None:
+        del loading["workers"]
+        loaded = take_images(engine, source, read, **loading)
+    else:
+        loaded = load_images(engine, source, open_item, **loading)
+    with contextlib.closing(loaded) as batches:
         for ready in batches:
             start = functools.partial(
                 engine.start_images,
                 ready.images,
                 ready.batch.letterboxes,
                 nms,
+                clip=clip,
                 rows=loading["batch"],
                 after=ready.ready,
                 patient=True,

@@ -19,11 +19,13 @@ to prepare images and to read the outputs stands in the configuration's `paramet
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,7 @@ from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.serving.config_text import fields_of, quoted, without_fields
+from trt_yolov6.serving.config_text import fields_of, quoted
 from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
 from trt_yolov6.spec import BatchProfile, PredictOptions, TensorSpec
 
@@ -204,35 +206,26 @@ def export_triton(
 
 def _write_entries(models: Sequence[ServedModel], texts: Sequence[str], output: Path) -> None:
     """Write all entries, or none."""
-    made = next(
-        (
-            folder
-            for folder in (*reversed(output.absolute().parents), output)
-            if not folder.exists()
-        ),
-        None,
-    )
-    written: list[Path] = []
+    absent = [folder for folder in (output, *output.absolute().parents) if not folder.exists()]
+    undo = contextlib.ExitStack()
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        # A name with a dot in front, which Triton does not take for a model.
-        with tempfile.TemporaryDirectory(prefix=".writing.", dir=output) as draft:
-            for model, text in zip(models, texts, strict=True):
-                _write_entry(Path(draft) / model.name, model, text)
-            for model in models:
-                (Path(draft) / model.name).rename(output / model.name)
-                written.append(output / model.name)
-    except BaseException as error:
-        for folder in written:
-            shutil.rmtree(folder, ignore_errors=True)
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{output} cannot be written ({error.strerror or error}); free the disk or choose "
-                "a folder you may write to."
-            ) from error
-        raise
+        with undo:
+            if absent:
+                undo.callback(shutil.rmtree, absent[-1], ignore_errors=True)
+            output.mkdir(parents=True, exist_ok=True)
+            # A name with a dot in front, which Triton does not take for a model.
+            with tempfile.TemporaryDirectory(prefix=".writing.", dir=output) as draft:
+                for model, text in zip(models, texts, strict=True):
+                    _write_entry(Path(draft) / model.name, model, text)
+                for model in models:
+                    (Path(draft) / model.name).rename(output / model.name)
+                    undo.callback(shutil.rmtree, output / model.name, ignore_errors=True)
+            undo.pop_all()
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be written ({error.strerror or error}); free the disk or choose "
+            "a folder you may write to."
+        ) from error
 
 
 def served_model(
@@ -440,48 +433,40 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     if on_cpu and model.backend != "onnxruntime":
         raise UserError(f"{model.engine} runs on GPUs only; give it `gpus`, not the CPU.")
     batched = model.max_batch_size > 0
-    file_name = model.file_name if model.serves is None else MODEL_FILE
-    lines = [
+    runner = f"platform: {quoted(model.platform)}"
+    if model.serves is not None:
+        runner = f"backend: {quoted(PYTHON)}"
+    fields = [
         f"name: {quoted(model.name)}",
-        *(
-            [f"platform: {quoted(model.platform)}"]
-            if model.serves is None
-            else [f"backend: {quoted(PYTHON)}"]
-        ),
-        f"default_model_filename: {quoted(file_name)}",
+        runner,
+        f"default_model_filename: {quoted(MODEL_FILE if model.serves else model.file_name)}",
         f"max_batch_size: {model.max_batch_size}",
-        *_block("input", _tensor_lines(model.input, batched)),
+        _block("input", *_tensor_lines(model.input, batched)),
     ]
     # Triton's classification reads class names from there, by their place in the output.
     labelled = next((spec for spec in model.outputs if "score" in spec.name), model.outputs[0])
     has_labels = bool(model.class_names) and model.serves != "pictures"
     for spec in model.outputs:
         labels = ['label_filename: "labels.txt"'] if spec is labelled and has_labels else []
-        lines += _block("output", [*_tensor_lines(spec, batched), *labels])
+        fields.append(_block("output", *_tensor_lines(spec, batched), *labels))
     if batched:
         preferred = sorted({model.batch.opt, model.batch.max} - {1})
-        lines += _block(
-            "dynamic_batching",
-            [
-                f"preferred_batch_size: [ {', '.join(map(str, preferred))} ]",
-                f"max_queue_delay_microseconds: {settings.max_queue_delay_us}",
-            ],
-        )
+        size = f"preferred_batch_size: [ {', '.join(map(str, preferred))} ]"
+        delay = f"max_queue_delay_microseconds: {settings.max_queue_delay_us}"
+        fields.append(_block("dynamic_batching", size, delay))
     group = [f"count: {settings.instances}", f"kind: {'KIND_CPU' if on_cpu else 'KIND_GPU'}"]
     if settings.gpus:
         group.append(f"gpus: [ {', '.join(map(str, settings.gpus))} ]")
-    lines += _block("instance_group", group)
+    fields.append(_block("instance_group", *group))
     parameters = dict(model.parameters)
     if model.serves == "pictures":
         parameters.update((key, str(value)) for key, value in settings.predict.thresholds().items())
     for key, value in parameters.items():
-        block = _block("value", [f"string_value: {quoted(value)}"])
-        lines += _block("parameters", [f"key: {quoted(key)}", *block])
-    text = "\n".join(lines) + "\n"
-    if not settings.extra.strip():
-        return text
+        block = _block("value", f"string_value: {quoted(value)}")
+        fields.append(_block("parameters", f"key: {quoted(key)}", block))
     replaced = set(fields_of(settings.extra)) - {"parameters"}
-    return without_fields(text, replaced) + settings.extra.strip() + "\n"
+    kept = [field for field in fields if re.split(r"\W", field, maxsplit=1)[0] not in replaced]
+    return "\n".join([*kept, settings.extra.strip()]).rstrip("\n") + "\n"
 
 
 def _tensor_lines(spec: TensorSpec, batched: bool) -> list[str]:
@@ -495,8 +480,9 @@ def _tensor_lines(spec: TensorSpec, batched: bool) -> list[str]:
     ]
 
 
-def _block(name: str, lines: Sequence[str]) -> list[str]:
-    return [f"{name} {{", *(f"  {line}" for line in lines), "}"]
+def _block(name: str, *fields: str) -> str:
+    inside = textwrap.indent("\n".join(fields), "  ")
+    return f"{name} {{\n{inside}\n}}"
 
 
 def _write_entry(folder: Path, model: ServedModel, config: str) -> None:

@@ -217,8 +217,22 @@ extern "C" __global__ void __launch_bounds__(FIND_THREADS) find(
 
 // --- suppression -----------------------------------------------------------------------------------------------------
 
-struct Row { float box[4]; float score; int label; };
+// Results of an image: a header, `limit` boxes, labels and scores, and what makes the next one's boxes aligned.
 struct Header { u32 kept, found, unused[2]; };
+
+// An image of the batch, as letterbox.cu's kernel is told of it.
+struct Picture {
+    const unsigned char* pixels;
+    long long row_step, column_step;
+    int height, width, top, left, resized_height, resized_width, method, channel_step;
+};
+
+// Returns a place on an axis of the input as one of the image, as `data.letterbox.to_sources` does.
+__device__ __forceinline__ float to_source(float place, int first, int resized, int length, bool clip) {
+    const double least = clip ? 0 : -3.402823466e38f, most = clip ? length : 3.402823466e38f;
+    const double mapped = ((double)place - first) * ((double)length / resized);
+    return (float)(mapped < least ? least : mapped > most ? most : mapped);
+}
 
 #define GRID 10
 #define CELLS_OF_IMAGE (GRID * GRID)
@@ -227,13 +241,13 @@ struct Header { u32 kept, found, unused[2]; };
 // whether boxes with their centre in the cell can overlap that box by more than the threshold.
 struct Kept {
     float4 box[MAX_KEPT];
-    float area[MAX_KEPT];
+    float area[MAX_KEPT], score[MAX_KEPT];
     u32 label[MAX_KEPT], near[MAX_KEPT / 32][CELLS_OF_IMAGE];
 };
 struct Tile {
     float4 box[TILE];
     float area[TILE], score[TILE];
-    u32 label[TILE], cell[TILE], over[TILE][WORDS];
+    u32 label[TILE], cell[TILE], better[TILE][WORDS];  // the better ones of the tile that overlap it
 };
 
 // An IoU, what is surely below and above it in float32, and (1 - it) / (2 it), rounded up.
@@ -254,15 +268,16 @@ __device__ __forceinline__ float reach_of(float low, float high, Threshold thres
     return threshold.reach * (high - low) + 1e-6f * (fabsf(low) + fabsf(high));
 }
 
-// Marks the cells that a kept box is near to.
-__device__ void mark(Kept& kept, u32 index, float4 box, Threshold threshold) {
+// Marks the cells that a kept box is near to; a warp does it together.
+__device__ void mark(Kept& kept, u32 index, float4 box, Threshold threshold, u32 lane) {
     const float x = 0.5f * box.x + 0.5f * box.z, y = 0.5f * box.y + 0.5f * box.w;
     const float reach_x = reach_of(box.x, box.z, threshold), reach_y = reach_of(box.y, box.w, threshold);
     const u32 left = cell_at(x - reach_x, WIDTH), right = cell_at(x + reach_x, WIDTH);
     const u32 top = cell_at(y - reach_y, HEIGHT), bottom = cell_at(y + reach_y, HEIGHT);
-    for (u32 row = top; row <= bottom; ++row)
-        for (u32 column = left; column <= right; ++column)
-            atomicOr(&kept.near[index / 32][GRID * row + column], 1u << index % 32);
+    if (right < left || bottom < top) return;  // a box of negative sides overlaps nothing
+    const u32 columns = right - left + 1, cells = columns * (bottom - top + 1);
+    for (u32 cell = lane; cell < cells; cell += 32)
+        atomicOr(&kept.near[index / 32][GRID * (top + cell / columns) + left + cell % columns], 1u << index % 32);
 }
 
 // Returns whether the IoU of two boxes exceeds the threshold.
@@ -280,23 +295,62 @@ __device__ __forceinline__ bool overlap(float4 a, float area_a, float4 b, float 
     return both / (first + second - both) > threshold.exact;
 }
 
-// Sorts the first `count` keys (a power of two, at most CHUNK) ascending: bitonic, a pair of keys a thread.
+// Does the steps of a bitonic sort, from a stride of at most 32 on, on a warp's 64 keys: those at `first` (in `low`) and
+// 32 beyond it.
+__device__ __forceinline__ void order(u64& low, u64& high, u32 first, u32 size, u32 stride) {
+    const bool low_rises = (first & size) == 0, high_rises = (first + 32 & size) == 0;
+    if (stride == 32) {
+        if ((low > high) == low_rises) {
+            const u64 key = low;
+            low = high;
+            high = key;
+        }
+        stride = 16;
+    }
+    for (; stride > 0; stride /= 2) {
+        const bool is_first = (first & stride) == 0;
+        const u64 other_low = __shfl_xor_sync(ALL, low, stride), other_high = __shfl_xor_sync(ALL, high, stride);
+        if ((low < other_low) != (is_first == low_rises)) low = other_low;
+        if ((high < other_high) != (is_first == high_rises)) high = other_high;
+    }
+}
+
+// Sorts the first `count` keys (a power of two, from 64 to CHUNK) ascending: bitonic, two keys a thread.
 __device__ void sort(u64* keys, u32 count) {
-    for (u32 size = 2; size <= count; size *= 2) {
-        for (u32 stride = size / 2; stride > 0; stride /= 2) {
-            u32 low = 2 * threadIdx.x - (threadIdx.x & (stride - 1)), high = low + stride;
-            if (high < count) {
-                u64 a = keys[low], b = keys[high];
-                if ((a > b) == ((low & size) == 0)) {
-                    keys[low] = b;
-                    keys[high] = a;
+    const u32 first = 64 * (threadIdx.x / 32) + threadIdx.x % 32;
+    const bool has_keys = first < count;  // a warp's threads all have, or none
+    u64 low = 0, high = 0;
+    if (has_keys) {
+        low = keys[first];
+        high = keys[first + 32];
+        for (u32 size = 2; size <= 64; size *= 2) order(low, high, first, size, size / 2);
+    }
+    for (u32 size = 128; size <= count; size *= 2) {
+        if (has_keys) {
+            keys[first] = low;
+            keys[first + 32] = high;
+        }
+        __syncthreads();
+        for (u32 stride = size / 2; stride > 32; stride /= 2) {
+            u32 at = 2 * threadIdx.x - (threadIdx.x & (stride - 1)), partner = at + stride;
+            if (partner < count) {
+                u64 a = keys[at], b = keys[partner];
+                if ((a > b) == ((at & size) == 0)) {
+                    keys[at] = b;
+                    keys[partner] = a;
                 }
             }
-            // A warp has 64 keys to itself as long as partners are no further apart.
-            u32 next = stride > 1 ? stride / 2 : size;
-            if (stride > 32 || next > 32) __syncthreads();
-            else __syncwarp();
+            __syncthreads();
         }
+        if (has_keys) {
+            low = keys[first];
+            high = keys[first + 32];
+            order(low, high, first, size, 32);
+        }
+    }
+    if (has_keys) {
+        keys[first] = low;
+        keys[first + 32] = high;
     }
     __syncthreads();
 }
@@ -345,24 +399,23 @@ __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* b
     }
 }
 
-// Grid: (images). Results of an image: a header and `limit` rows, of which the first `kept` are written.
+// Grid: (images). With `pictures`, boxes are mapped to them; with `clip`, they are cut off at the pictures' borders, and
+// those with nothing inside are left out.
 extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const void* first, const void* second, const void* third,
     float confidence, double iou, float low, float high, float reach, u32 limit, u32 capacity,
-    const u32* counts, const u64* all_keys, unsigned char* results)
+    const u32* counts, const u64* all_keys, const Picture* pictures, u32 clip, unsigned char* results)
 {
     __shared__ u64 sorted[CHUNK];
     __shared__ Kept kept;
     __shared__ union { Tile tile; u32 bins[THREADS]; } scratch;
-    __shared__ u32 length, suppressed[WORDS], valid[WORDS], chosen[TILE], added;
+    __shared__ u32 length, suppressed[WORDS], valid[WORDS], chosen[TILE], added, totals[THREADS / 32], written;
     const Outputs outputs = outputs_at(first, second, third);
     const Threshold threshold = {low, high, reach, iou};
     Tile& tile = scratch.tile;
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32, image = blockIdx.x;
     const u32 found = counts[image];
     const u64* keys = all_keys + (u64)image * capacity;
-    unsigned char* result = results + (u64)image * (sizeof(Header) + limit * sizeof(Row));
-    Row* rows = (Row*)(result + sizeof(Header));
     const u32 count = found > capacity ? 0 : found;  // the host sees it, and takes the outputs whole
     const u64 stop = key_of(confidence, 0);
     u64 start = 0;
@@ -382,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         }
         __syncthreads();
         const u32 size = length;
-        u32 padded = 2;
+        u32 padded = 64;
         while (padded < size) padded *= 2;
         for (u32 i = size + thread; i < padded; i += THREADS) sorted[i] = ~0ull;
         __syncthreads();
@@ -407,6 +460,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 tile.label[thread] = (u32)key % CLASSES;
                 tile.cell[thread] = cell_of(box);
                 tile.score[thread] = __uint_as_float(ALL - (u32)(key >> 32));
+#pragma unroll
+                for (int word = 0; word < WORDS; ++word) tile.better[thread][word] = 0;
                 u32 votes = __ballot_sync(ALL, finite);
                 if (lane == 0) {
                     valid[warp] = votes;
@@ -433,32 +488,43 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
             u32 votes = __ballot_sync(ALL, out);
             if (lane == 0 && votes) atomicOr(&suppressed[group], votes);
             __syncthreads();
-            u32 left[WORDS];
-#pragma unroll
-            for (int word = 0; word < WORDS; ++word) left[word] = valid[word] & ~suppressed[word];
             const bool is_left = (valid[group] & ~suppressed[group]) >> lane & 1;
-            for (u32 other = subset; other < 32 * (group + 1); other += SUBSETS) {
-                if (!((valid[other / 32] & ~suppressed[other / 32]) >> other % 32 & 1)) continue;
-                bool hit = is_left && other < mine && label == tile.label[other]
-                    && overlap(box, area, tile.box[other], tile.area[other], threshold);
-                votes = __ballot_sync(ALL, hit);
-                if (lane == 0) tile.over[other][group] = votes;
+#pragma unroll
+            for (int word = 0; word < WORDS; ++word) {
+                if (word > (int)group) break;
+                const u32 left = valid[word] & ~suppressed[word];
+                u32 overlapping = 0;
+                for (u32 place = subset; place < 32; place += SUBSETS) {
+                    const u32 other = 32 * word + place;
+                    if ((left >> place & 1) && is_left && other < mine && label == tile.label[other]
+                        && overlap(box, area, tile.box[other], tile.area[other], threshold))
+                        overlapping |= 1u << place;
+                }
+                if (overlapping) atomicOr(&tile.better[mine][word], overlapping);
             }
             __syncthreads();
             if (warp == 0) {
-                u32 taken = 0;
+                // One is kept as soon as all better ones that overlap it are known to be suppressed.
+                u32 keeps[WORDS], taken = 0;
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word) {
-                    while (left[word] && total + taken < limit) {
-                        u32 best = 32 * word + __ffs(left[word]) - 1;
-                        if (lane == 0) chosen[taken] = best;
-                        ++taken;
-                        left[word] &= left[word] - 1;
+                    const u32* better = tile.better[32 * word + lane];
+                    bool is_open = (valid[word] & ~suppressed[word]) >> lane & 1;
 #pragma unroll
-                        for (int later = word; later < WORDS; ++later) left[later] &= ~tile.over[best][later];
+                    for (int before = 0; before < word; ++before) is_open = is_open && !(better[before] & keeps[before]);
+                    const u32 own = better[word];
+                    keeps[word] = 0;
+                    for (u32 open; (open = __ballot_sync(ALL, is_open));) {
+                        const bool is_best = is_open && !(own & open);
+                        const u32 best = __ballot_sync(ALL, is_best);
+                        keeps[word] |= best;
+                        is_open = is_open && !is_best && !(own & best);
                     }
+                    const u32 place = taken + __popc(keeps[word] & ((1u << lane) - 1));
+                    if ((keeps[word] >> lane & 1) && total + place < limit) chosen[place] = 32 * word + lane;
+                    taken += __popc(keeps[word]);
                 }
-                if (lane == 0) added = taken;
+                if (lane == 0) added = taken < limit - total ? taken : limit - total;
             }
             __syncthreads();
             const u32 taken = added;
@@ -467,17 +533,52 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 float4 best = tile.box[from];
                 kept.box[to] = best;
                 kept.area[to] = tile.area[from];
+                kept.score[to] = tile.score[from];
                 kept.label[to] = tile.label[from];
-                mark(kept, to, best, threshold);
-                Row row = {{best.x, best.y, best.z, best.w}, tile.score[from], (int)tile.label[from]};
-                rows[to] = row;
             }
+            for (u32 index = warp; index < taken; index += THREADS / 32)
+                mark(kept, total + index, tile.box[chosen[index]], threshold, lane);
             total += taken;
             __syncthreads();
         }
     }
+
+    unsigned char* result = results + (u64)image * ((sizeof(Header) + 28 * limit + 15) / 16 * 16);
+    float4* boxes = (float4*)(result + sizeof(Header));
+    long long* labels = (long long*)(boxes + limit);
+    float* scores = (float*)(labels + limit);
+    if (thread == 0) written = 0;
+    for (u32 base = 0; base < total; base += THREADS) {
+        const u32 index = base + thread;
+        bool is_there = index < total;
+        float4 box = {};
+        if (is_there) box = kept.box[index];
+        if (is_there && pictures) {
+            const Picture picture = pictures[image];
+            box.x = to_source(box.x, picture.left, picture.resized_width, picture.width, clip);
+            box.y = to_source(box.y, picture.top, picture.resized_height, picture.height, clip);
+            box.z = to_source(box.z, picture.left, picture.resized_width, picture.width, clip);
+            box.w = to_source(box.w, picture.top, picture.resized_height, picture.height, clip);
+            is_there = !clip || (box.z > box.x && box.w > box.y);
+        }
+        const u32 votes = __ballot_sync(ALL, is_there);
+        if (lane == 0) totals[warp] = __popc(votes);
+        __syncthreads();
+        u32 place = written + __popc(votes & ((1u << lane) - 1)), all = written;
+        for (u32 other = 0; other < THREADS / 32; ++other) {
+            if (other < warp) place += totals[other];
+            all += totals[other];
+        }
+        if (is_there) {
+            boxes[place] = box;
+            labels[place] = kept.label[index];
+            scores[place] = kept.score[index];
+        }
+        __syncthreads();
+        if (thread == 0) written = all;
+    }
     if (thread == 0) {
-        Header header = {total, found, {0, 0}};
+        Header header = {written, found, {0, 0}};
         *(Header*)result = header;
     }
 }

@@ -188,6 +188,7 @@ class TensorRTEngine(Engine):
         placed: Sequence[Letterbox],
         nms: NmsSettings,
         *,
+        clip: bool | None = None,
         rows: int | None = None,
         after: Event | None = None,
         patient: bool = False,
@@ -199,7 +200,7 @@ class TensorRTEngine(Engine):
         check_batch(self, rows)
         try:
             return pictures.start(
-                images, placed, rows, nms, after=after, patient=patient, done=self._ran
+                images, placed, rows, nms, clip=clip, after=after, patient=patient, done=self._ran
             )
         except OutOfGpuMemoryError as error:
             raise self._does_not_fit(error) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,9 @@ _STAGE_RUNS = 30
 
 Image = NDArray[np.uint8] | ImageView
 """uint8 (height, width, 3) RGB in the host's memory, or a view of one on the GPU."""
+
+_Key: TypeAlias = "tuple[int, NmsSettings, bool | None]"
+"""What a recorded run belongs to: rows, thresholds, and whether boxes are mapped and clipped."""
 
 
 class Pictures:
@@ -85,6 +88,7 @@ class Pictures:
         rows: int,
         nms: NmsSettings,
         *,
+        clip: bool | None = None,
         after: Event | None = None,
         patient: bool = False,
         done: Callable[[int], None] = lambda rows: None,
@@ -96,13 +100,14 @@ class Pictures:
             placed: where each goes in the input.
             rows: of the engine's batch; those without an image are zero.
             nms: thresholds.
+            clip: see `Engine.start_images`.
             after: an event on the GPU that the images are there after.
             patient: wait for the run without using a core, a few microseconds longer.
             done: called with `rows` when the run has been waited for.
         """
         lane = self._idle.popleft() if self._idle else self._new_lane()
         try:
-            lane.start(images, placed, rows, nms, after, patient)
+            lane.start(images, placed, rows, nms, clip, after, patient)
         except BaseException:
             self._idle.append(lane)
             raise
@@ -158,8 +163,8 @@ class PictureLane:
         self._written = PinnedMemory(nbytes)
         self._table = self._written.array((nbytes,), np.dtype(np.uint8))
         self._sent_alike: tuple[list[int], int, Letterbox] | None = None
-        self._graphs: dict[tuple[int, NmsSettings], CudaGraph] = {}
-        self._warm: set[tuple[int, NmsSettings]] = set()
+        self._graphs: dict[_Key, CudaGraph] = {}
+        self._warm: set[_Key] = set()
         self._generation = lane.prepare(largest)
         self._records_graphs = plan.record_graph and lane.can_be_recorded
         self._suppression: Suppression | None = None
@@ -167,8 +172,7 @@ class PictureLane:
             self._suppression = Suppression(plan.reading, largest)
         self._end = Event()
         self._in_use: Any = None
-        self._rows = largest
-        self._nms: NmsSettings | None = None
+        self._key: _Key = (largest, NmsSettings(), None)
         self._is_suppressed = False
 
     def start(
@@ -177,14 +181,31 @@ class PictureLane:
         placed: Sequence[Letterbox],
         rows: int,
         nms: NmsSettings,
+        clip: bool | None,
         after: Event | None,
         patient: bool,
     ) -> None:
         """Put a batch on the lane's stream."""
         stream = self._lane.stream
         self._in_use = images
+        if len(images) == 1 and not isinstance(images[0], ImageView):
+            stay = _stays(placed)
+            address, step = self._staging.place_one(images[0], stream, stay=stay)
+            self._send_alike([address], step, placed[0])
+        else:
+            self._send_several(images, placed)
+        if after is not None:
+            stream.wait_for(after)
+        self._key = key = rows, nms, clip
+        self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
+        self._launch(key)
+        if patient:
+            self._end.record(stream)
+
+    def _send_several(self, images: Sequence[Image], placed: Sequence[Letterbox]) -> None:
+        """Have images and their places on the GPU."""
         here = [image for image in images if not isinstance(image, ImageView)]
-        addresses, step = self._staging.place(here, stream, stay=_stays(placed))
+        addresses, step = self._staging.place(here, self._lane.stream)
         if here and len(here) == len(placed) and _are_alike(images, placed):
             self._send_alike(addresses, step, placed[0])
         else:
@@ -195,13 +216,6 @@ class PictureLane:
                     image = ImageView(next(sent), height, width, 3 * width, 3, step)
                 write_record(self._table, row, image, place, self._interpolation)
             self._send_records(len(images))
-        if after is not None:
-            stream.wait_for(after)
-        self._rows, self._nms = rows, nms
-        self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
-        self._launch((rows, nms))
-        if patient:
-            self._end.record(stream)
 
     def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the batch and return its boxes, or the outputs where they are not suppressed."""
@@ -213,11 +227,10 @@ class PictureLane:
                 lane.stream.wait()
             if self._is_suppressed:
                 assert self._suppression is not None
-                assert self._nms is not None
-                found = self._suppression.fetch(self._rows, self._nms)
+                found = self._suppression.fetch(*self._key)
                 if found is not None:
                     return found
-                self._prepare(self._rows)
+                self._prepare(self._key[0])
                 lane.copy_outputs()
                 lane.stream.wait()
             return lane.results()
@@ -230,7 +243,7 @@ class PictureLane:
         """Return the median seconds of each stage alone; the images are placed first."""
         rows, lane = len(images), self._lane
         stream = lane.stream
-        self.start(images, placed, rows, nms, None, False)
+        self.start(images, placed, rows, nms, True, None, False)
         self.finish(patient=False)
         here = [image for image in images if not isinstance(image, ImageView)]
 
@@ -242,7 +255,7 @@ class PictureLane:
             self._kernel.enqueue(stream, self._records.address, target, rows)
 
         def suppression() -> None:
-            self._take_boxes(rows, nms)
+            self._take_boxes(self._key)
 
         last = "suppression and copy back" if self._is_suppressed else "copy of all outputs"
         stages: dict[str, Callable[[], None]] = {
@@ -297,7 +310,7 @@ class PictureLane:
         self._written.free()
         self._lane.close()
 
-    def _launch(self, key: tuple[int, NmsSettings]) -> None:
+    def _launch(self, key: _Key) -> None:
         """Put everything after the images' copy on the stream, as one graph from the second time.
 
         The first time is for what TensorRT does only once.
@@ -328,18 +341,20 @@ class PictureLane:
             self._forget_graphs()
             self._generation = generation
 
-    def _enqueue(self, key: tuple[int, NmsSettings]) -> None:
-        rows, nms = key
+    def _enqueue(self, key: _Key) -> None:
+        rows = key[0]
         lane = self._lane
         self._kernel.enqueue(lane.stream, self._records.address, lane.input_memory.address, rows)
         lane.run()
-        self._take_boxes(rows, nms)
+        self._take_boxes(key)
 
-    def _take_boxes(self, rows: int, nms: NmsSettings) -> None:
+    def _take_boxes(self, key: _Key) -> None:
         lane = self._lane
         if self._is_suppressed:
             assert self._suppression is not None
-            self._suppression.enqueue(lane.stream, lane.output_memory, rows, nms)
+            rows, nms, clip = key
+            outputs, records = lane.output_memory, self._records.address
+            self._suppression.enqueue(lane.stream, outputs, rows, nms, records=records, clip=clip)
         else:
             lane.copy_outputs()
 
@@ -352,8 +367,6 @@ class PictureLane:
 
 def _are_alike(images: Sequence[Image], placed: Sequence[Letterbox]) -> bool:
     """Return whether images, none of them a view, are of one size and go to the same place."""
-    if len(images) == 1:
-        return True
     same_place = placed.count(placed[0]) == len(images)
     return same_place and len({image.shape for image in images}) == 1
 

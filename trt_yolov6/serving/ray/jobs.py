@@ -64,22 +64,22 @@ class RaySummary:
     """Summary of an `infer_on_ray` run."""
 
     output: str
-    parts: int
-    """Files of results in the folder now."""
-    images: int
-    """Pictures done by this run."""
     done_before: int
     """Pictures that earlier runs had done."""
-    objects: int
+    parts: int = 0
+    """Files of results in the folder now."""
+    images: int = 0
+    """Pictures done by this run."""
+    objects: int = 0
     """Found by this run."""
-    failures: tuple[tuple[str, str], ...]
+    failures: tuple[tuple[str, str], ...] = ()
     """Pictures that could not be read, each with why; the next run tries them again."""
-    warnings: tuple[str, ...]
-    actors: Actors | None
+    warnings: tuple[str, ...] = ()
+    actors: Actors | None = None
     """None where there was nothing left to do."""
-    start_seconds: float
+    start_seconds: float = 0.0
     """Until the first results came: Ray, the actors, and one block."""
-    wall_seconds: float
+    wall_seconds: float = 0.0
 
 
 def infer_on_ray(
@@ -131,18 +131,7 @@ def infer_on_ray(
         open_job(folder, job)
         done = set(files_in(folder))
         left = [picture for picture in pictures if picture.name not in done]
-        summary = RaySummary(
-            output=folder.place,
-            parts=0,
-            images=0,
-            done_before=len(pictures) - len(left),
-            objects=0,
-            failures=(),
-            warnings=(),
-            actors=None,
-            start_seconds=0.0,
-            wall_seconds=0.0,
-        )
+        summary = RaySummary(folder.place, done_before=len(pictures) - len(left))
         if left:
             with PartWriter(folder, form) as writer:
                 summary = _infer(files, facts, predict, left, writer, options, summary)
@@ -311,7 +300,7 @@ def _blocks(ray: Any, work: Work, actors: Actors, items: Sequence[Item]) -> Iter
     found = ray.data.from_arrow(tables).map_batches(
         Detector,
         fn_constructor_args=(work,),
-        batch_size=size,  # a table; Ray wants a number where there are GPUs
+        batch_size=1,  # a block; Ray wants a number where there are GPUs
         batch_format="pyarrow",
         zero_copy_batch=True,
         # So few at the start that a job begins although machines are still coming up.
