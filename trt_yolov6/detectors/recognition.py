@@ -235,12 +235,8 @@ def _layouts_of_one(spec: TensorSpec, facts: GraphFacts) -> list[OutputLayout]:
     first_known, last_known = first in known, last in known
     if first_known == last_known:  # neither, or both: the longer axis is the anchors'
         both = first == last or (first_known and last_known)
-        rows_fit = last is None or first is None or first >= last
+        rows_fit = last is not None and (first is None or first >= last)
         columns_fit = first is not None and (last is None or last > first)
-        if last is None and first is None:
-            rows_fit = columns_fit = False
-        elif last is None:
-            rows_fit = False
     else:
         both, rows_fit, columns_fit = False, first_known, last_known
     if (rows_fit or both) and (last is None or last >= 6):
