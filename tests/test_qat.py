@@ -38,7 +38,7 @@ from trt_yolov6.quantization.tensorrt_cache import read_cache
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
-from trt_yolov6.training.qat.export import rounded_weights, trained_graph
+from trt_yolov6.training.qat.export import rounded_graph, trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, _Compact
 from trt_yolov6.training.qat.preparation import Start, prepare_graph
 from trt_yolov6.training.qat.settings import QatSettings
@@ -230,7 +230,7 @@ def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> 
 
 def test_without_pairs_the_weights_lie_on_the_levels(start: Start, shapes: Path) -> None:
     result = train_quantized(start, settings_for(shapes), device="cpu", progress=False)
-    model = rounded_weights(start, result.trained)
+    model = rounded_graph(start, result.trained)
     assert not any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     for name, scale in result.trained.weight_scales.items():
         weights = constants(model)[name]
