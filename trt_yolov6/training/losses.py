@@ -212,20 +212,36 @@ def detection_loss(
             sums["objectness"] = settings.objectness_weight / found * each.sum()
         if teacher_levels is not None and distillation is not None:
             _check_teacher(levels, teacher_levels)
-            decay = distillation_weight(epoch, distillation.epochs)
-            guide = joined([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
-            each = class_divergence(logits, guide, distillation.class_temperature)
-            sums["distill_class"] = decay * distillation.class_weight * by_class * each.sum()
-            if arch.reg_max:
-                guide = joined([_wide(level[1].detach()) for level in teacher_levels])
-                each = box_divergence(
-                    regression, guide, arch.reg_max, distillation.box_temperature
-                ).mean(1)
-                scale = decay * distillation.box_weight * by_dfl
-                sums["distill_box"] = scale * (each * weight).sum()
+            student, factors = (logits, regression, weight), (by_class, by_dfl)
+            sums |= _distilled(student, teacher_levels, distillation, epoch, arch.reg_max, factors)
         total = torch.stack(list(sums.values())).sum()
     parts = {name: value.detach() for name, value in sums.items()}
     return Losses(total, parts, labels.foreground.sum())
+
+
+def _distilled(
+    student: tuple[Tensor, Tensor, Tensor],
+    teacher_levels: Sequence[tuple[Tensor, ...]],
+    settings: DistillationSettings,
+    epoch: float,
+    reg_max: int,
+    factors: tuple[Tensor, Tensor],
+) -> dict[str, Tensor]:
+    """Return the losses of distillation.
+
+    `student` are its logits, regression and the anchors' weights; `factors` are those of the losses
+    of classes and of distributions.
+    """
+    (logits, regression, weight), (by_class, by_dfl) = student, factors
+    decay = distillation_weight(epoch, settings.epochs)
+    guide = joined([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
+    each = class_divergence(logits, guide, settings.class_temperature)
+    sums = {"distill_class": decay * settings.class_weight * by_class * each.sum()}
+    if reg_max:
+        guide = joined([_wide(level[1].detach()) for level in teacher_levels])
+        each = box_divergence(regression, guide, reg_max, settings.box_temperature).mean(1)
+        sums["distill_box"] = decay * settings.box_weight * by_dfl * (each * weight).sum()
+    return sums
 
 
 def check_losses(settings: LossSettings, arch: Architecture) -> None:
