@@ -97,14 +97,9 @@ def make_optimizer(
     """
     accumulate = settings.accumulate or max(1, round(NOMINAL_BATCH / batch))
     decay = settings.weight_decay * batch * accumulate / NOMINAL_BATCH
-    scales, kernels, biases = parameter_groups(model)
-    groups = [
-        {"params": scales, "weight_decay": 0.0},
-        {"params": kernels, "weight_decay": decay},
-        {"params": biases, "weight_decay": 0.0},
-    ]
+    groups = zip(parameter_groups(model), (0.0, decay, 0.0), strict=True)
     optimizer = torch.optim.SGD(
-        [group for group in groups if group["params"]],
+        [{"params": group, "weight_decay": share} for group, share in groups if group],
         lr=settings.learning_rate,
         momentum=settings.momentum,
         nesterov=settings.momentum > 0,
