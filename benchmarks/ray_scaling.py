@@ -143,6 +143,10 @@ def main() -> int:
                     "load": os.getloadavg()[0],
                 }
                 line["images_s"] = options.pictures / line["seconds"]
+                if line["start_s"]:
+                    line["images_s_running"] = options.pictures / (
+                        line["seconds"] - line["start_s"]
+                    )
                 if run is not by_command or size:
                     digests.add(digest(output))
                 lines.append(line)

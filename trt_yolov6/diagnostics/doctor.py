@@ -25,6 +25,7 @@ from trt_yolov6.common.machine import (
     read_gpus,
     system_name,
 )
+from trt_yolov6.common.text import aligned
 from trt_yolov6.engines import BACKENDS, backend, best_backend
 from trt_yolov6.engines.base import Availability
 from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8
@@ -137,9 +138,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         ("absent", ", ".join(absent) or "nothing"),
         *(("PROBLEM", problem) for problem in diagnosis.problems),
     ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name.ljust(width)}  {text}" for name, text in rows]
-    lines += ["", "backends, best first"]
+    lines = [*aligned(rows, left=2), "", "backends, best first"]
     width = max((len(state.availability.backend) for state in diagnosis.backends), default=0)
     for state in diagnosis.backends:
         available = state.availability

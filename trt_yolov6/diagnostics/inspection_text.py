@@ -35,8 +35,7 @@ def format_inspection(inspection: Inspection, *, layers: bool = False) -> str:
         rows += _plan_rows(details)
         listing = [f"  {name}" for name in details.layers]
     rows += _manifest_rows(inspection)
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name.ljust(width)}  {text}" for name, text in rows]
+    lines = aligned(rows, left=2)
     if layers:
         lines += ["layers", *listing] if listing else ["layers: none can be listed"]
     return "\n".join(lines)

@@ -34,10 +34,13 @@ from typing import Any, Literal
 import numpy as np
 
 from trt_yolov6.common.files import check_writable
-from trt_yolov6.detectors.spec import Described, DetectorSpec
-from trt_yolov6.engines import LoadOptions, load_engine
+from trt_yolov6.engines import LoadOptions
+from trt_yolov6.engines.build import graph_manifest
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.files import has_other_files, read_onnx
+from trt_yolov6.graph.inputs import runtime_inputs
+from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.serving.config_text import fields_of, quoted
 from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
 from trt_yolov6.spec import BatchProfile, PredictOptions, TensorSpec
@@ -233,8 +236,7 @@ def served_model(
 ) -> ServedModel:
     """Return Triton's description of an engine.
 
-    Its manifest tells, so that a plan need not be loaded; an ONNX file without one is, with
-    `loading`.
+    Its manifest tells, so that a plan need not be loaded; an ONNX file without one is looked into.
 
     Args:
         engine: the file.
@@ -242,8 +244,8 @@ def served_model(
         python: what an entry of the Python backend takes; None where Triton runs the engine itself.
 
     Raises:
-        UserError: it is missing, damaged or no engine that Triton loads, or the manifest is of an
-            early version and the engine cannot be loaded here either.
+        UserError: it is missing, damaged or no engine that Triton loads, or a plan without a
+            manifest.
     """
     path = Path(engine)
     if not path.is_file():
@@ -251,24 +253,23 @@ def served_model(
     manifest = read_manifest(path)
     if manifest is not None:
         check_plan(path, manifest)
-        _check_backend(path, manifest.backend, python)
-    if manifest is None and path.suffix == ".onnx":
+    elif path.suffix == ".onnx":
         _check_graph(path, python)
+        loading = loading or LoadOptions()
+        graph = graph_from_onnx(path, decoder=loading.decoder, preprocess=loading.preprocess)
+        manifest = graph_manifest(graph, path, path.read_bytes())
     if manifest is None or not manifest.tensors:
-        model = _loaded_model(path, manifest, loading, python)
-    else:
-        source, *outputs = manifest.tensors
-        model = _model(path, manifest.backend, manifest, source, tuple(outputs), python)
-    return model if python is None else _in_python(model, python, manifest, loading)
+        raise UserError(f"{path} has no manifest that tells its tensors; build it again.")
+    _check_backend(path, manifest.backend, python)
+    model = _model(path, manifest, python)
+    return model if python is None else _in_python(model, python, loading)
 
 
-def _in_python(
-    model: ServedModel, serves: Serves, manifest: Manifest | None, loading: LoadOptions | None
-) -> ServedModel:
+def _in_python(model: ServedModel, serves: Serves, loading: LoadOptions | None) -> ServedModel:
     """Return an engine as this package runs it in Triton's Python backend."""
     name = f"{model.name}_{PYTHON if serves == 'tensors' else serves}"
     parameters = {**model.parameters, "serves": serves}
-    if manifest is None and loading is not None and loading.preprocess:
+    if loading is not None and loading.preprocess:
         parameters["preprocess"] = json.dumps(dict(loading.preprocess))
     changes: dict[str, Any] = {"name": name, "platform": "", "parameters": parameters}
     if serves == "pictures":
@@ -279,42 +280,11 @@ def _in_python(
     return dataclasses.replace(model, file_name=file_name, serves=serves, **changes)
 
 
-def _loaded_model(
-    path: Path, manifest: Manifest | None, loading: LoadOptions | None, python: Serves | None
-) -> ServedModel:
-    try:
-        with load_engine(path, options=loading) as engine:
-            _check_backend(path, engine.backend, python)
-            batch = manifest.batch if manifest else engine.batch
-            # An ONNX file with a free batch axis sets no limit itself.
-            free = BatchProfile() if batch.max > 1024 else batch
-            found = manifest or _Details(path.stem, _precision_of(path), free, engine.detector)
-            return _model(path, engine.backend, found, engine.input, engine.outputs, python)
-    except MissingDependencyError as error:
-        raise UserError(
-            f"{path} has no manifest that tells its tensors, and cannot be loaded to ask it "
-            f"({error}); build it again, or export it on the machine that runs it."
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Details(Described):
-    """Manifest of an engine that has none."""
-
-    model: str
-    precision: str
-    batch: BatchProfile
-    detector: DetectorSpec
-
-
 def _check_graph(path: Path, python: Serves | None) -> None:
     """Raise UserError for an ONNX file that is not complete by itself.
 
     Inputs that this package fills in itself Triton would ask of clients.
     """
-    from trt_yolov6.graph.files import has_other_files, read_onnx
-    from trt_yolov6.graph.inputs import runtime_inputs
-
     if has_other_files(path):
         raise UserError(
             f"{path} keeps weights in other files; build it with `trt-yolov6 build --onnx`, which "
@@ -330,12 +300,6 @@ def _check_graph(path: Path, python: Serves | None) -> None:
         )
 
 
-def _precision_of(path: Path) -> str:
-    from trt_yolov6.graph.files import graph_precision, read_onnx
-
-    return graph_precision(read_onnx(path)) if path.suffix == ".onnx" else "unknown"
-
-
 def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
     if python is not None:
         return
@@ -348,15 +312,9 @@ def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
         raise UserError(f"{path} runs in {backend}, which Triton has no platform for.")
 
 
-def _model(
-    path: Path,
-    backend: str,
-    details: Manifest | _Details,
-    source: TensorSpec,
-    outputs: tuple[TensorSpec, ...],
-    python: Serves | None,
-) -> ServedModel:
-    platform, file_name = PLATFORMS.get(backend, ("", ""))
+def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
+    platform, file_name = PLATFORMS.get(details.backend, ("", ""))
+    source, *outputs = details.tensors
     batch = details.batch
     fixed = source.shape[0]
     if fixed is not None:
@@ -377,25 +335,24 @@ def _model(
         "preprocessing": str(details.preprocessing),
         "precision": details.precision,
         "class_names": json.dumps(list(details.class_names)),
+        "backend": f"{details.backend} {details.backend_version}",
+        "plan_sha256": details.plan_sha256,
     }
-    if isinstance(details, Manifest):
-        parameters["backend"] = f"{details.backend} {details.backend_version}"
-        parameters["plan_sha256"] = details.plan_sha256
-        if details.nms:
-            nms = details.nms
-            parameters["nms"] = f"confidence {nms.confidence}, IoU {nms.iou}"
+    if details.nms:
+        nms = details.nms
+        parameters["nms"] = f"confidence {nms.confidence}, IoU {nms.iou}"
     return ServedModel(
         engine=path,
         name=_safe(f"{details.model}_{details.precision}"),
         platform=platform,
         file_name=file_name,
         input=source,
-        outputs=outputs,
+        outputs=tuple(outputs),
         batch=batch,
         class_names=details.class_names,
         parameters=parameters,
         shared_outputs=shared,
-        backend=backend,
+        backend=details.backend,
     )
 
 

@@ -53,6 +53,13 @@ TARGETS: dict[str, tuple[str, ...]] = {
 them. Which of the names a version of TensorRT-RTX builds for, `targets()` says.
 """
 
+_REFUSED = {
+    "timing_cache": "`timing_cache` is for TensorRT: TensorRT-RTX times nothing when it builds",
+    "calibration": "TensorRT-RTX has no calibrators, as TensorRT up to version 10 has",
+    "tactic_sources": "`tactic_sources` is for TensorRT: TensorRT-RTX has kernels of its own only",
+}
+"""Settings that it cannot honour, and why."""
+
 # Seen with 1.6.1 and 1.7.1: "has no runners that implement it", for every target.
 _DATA_DEPENDENT = {"NonMaxSuppression", "NonZero"}
 
@@ -90,21 +97,9 @@ def check(settings: BuildSettings) -> None:
     in FP8, or a timing cache.
     """
     flavour = _flavour()
-    if settings.timing_cache is not None:
-        raise UserError(
-            "`timing_cache` is for `backend` tensorrt: TensorRT-RTX times nothing when it builds; "
-            "leave the option out.",
-        )
-    if settings.calibration is not None:
-        raise UserError(
-            "TensorRT's own calibration is for `backend` tensorrt up to version 10: TensorRT-RTX "
-            "has no calibrators; build from the graph with Q/DQ nodes (int8) instead.",
-        )
-    if settings.tactic_sources is not None:
-        raise UserError(
-            "`tactic_sources` is for `backend` tensorrt: TensorRT-RTX has kernels of its own only; "
-            "leave the option out.",
-        )
+    for name, why in _REFUSED.items():
+        if getattr(settings, name) is not None:
+            raise UserError(f"{why}; leave the option out, or give `backend` tensorrt.")
     capabilities = _capabilities(flavour, settings.target)
     if settings.fp8:
         _check_fp8(settings.target, capabilities)
