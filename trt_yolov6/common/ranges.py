@@ -33,7 +33,9 @@ def check_fields(settings: object) -> None:
     """
     cls: Any = type(settings)
     for name, kind in _annotations(cls).items():
-        fitting(getattr(settings, name), kind, f"`{name}`")
+        value = getattr(settings, name)
+        # NumPy's numbers are numbers as well.
+        fitting(value.item() if hasattr(value, "item") else value, kind, f"`{name}`")
 
 
 def fitting(value: Any, kind: Any, subject: str, *, strict: bool = True) -> Any:
@@ -65,6 +67,8 @@ def _wanted(kind: Any, message: str) -> str:
         if typing.get_origin(part) is Literal:
             return f"one of {', '.join(map(str, typing.get_args(part)))}"
     bound = re.fullmatch(r"Expected `\w+` ([<>]=?) (\S+)", message)
+    if bound and float(bound[2]) == _LARGEST:
+        return "finite"
     if bound:
         return f"{_RELATIONS[bound[1]]} {float(bound[2]):g}"
     expected = re.match(r"Expected `(\w+)", message)
