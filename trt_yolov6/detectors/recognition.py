@@ -45,7 +45,7 @@ def recognize(
     """Return the family of a graph and the layout of its outputs.
 
     Args:
-        facts: from `graph.facts.facts_of`.
+        facts: from `graph.outputs.facts_of`.
         path: of the graph, for messages.
         decoder: a name of `FAMILIES`; None finds out.
 
@@ -91,7 +91,7 @@ def is_detector(
     """Return whether a graph's outputs are of a known layout.
 
     Args:
-        facts: from `graph.facts.facts_of`.
+        facts: from `graph.outputs.facts_of`.
         decoder: the layouts of this family only.
         only_known_anchors: outputs with all anchors must have as many as the input's size gives.
     """
