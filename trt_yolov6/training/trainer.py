@@ -195,7 +195,7 @@ def _trained(
         for place, its in {**(settings_of or {}), folder: settings}.items():
             write_json(place / SETTINGS_FILE, its.to_json())
     _train(detector, folder, done, call)
-    lines = done.log
+    lines = done.log if processes.is_first else []
     times = [line["seconds"] for line in lines]
     return TrainResult(
         folder=folder,
