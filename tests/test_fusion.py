@@ -20,7 +20,7 @@ from trt_yolov6.models import (
     is_fused,
 )
 from trt_yolov6.models.blocks import ConvBN, QARepConv, RepConv
-from trt_yolov6.models.fusion import fuse_conv_bn, fuse_qarep_conv, fuse_rep_conv
+from trt_yolov6.models.fusion import fuse_normalization, fuse_qarep_conv, fuse_rep_conv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,7 +128,7 @@ def test_a_convolution_folds_as_pytorch_folds_it(bias: bool) -> None:
     block = ConvBN(6, 5, 3, stride=2, act="silu", bias=bias).double().eval()
     randomize_statistics(block)
     expected = fuse_conv_bn_eval(block.conv, block.bn)
-    folded = fuse_conv_bn(block).conv
+    folded = fuse_normalization(block.conv, block.bn, block.act).conv
     assert folded.bias is not None
     assert expected.bias is not None
     torch.testing.assert_close(folded.weight, expected.weight)
@@ -160,5 +160,5 @@ def test_branches_that_are_folded_already_fold_into_one_convolution() -> None:
     expected = block(x)
     for name in ("dense", "pointwise"):
         branch = getattr(block, name)
-        setattr(block, name, fuse_conv_bn(branch))
+        setattr(block, name, fuse_normalization(branch.conv, branch.bn, branch.act))
     torch.testing.assert_close(fuse_rep_conv(block)(x), expected, rtol=1e-12, atol=1e-12)

@@ -13,7 +13,6 @@ from trt_yolov6.models.variants import ActivationName, Architecture
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
 
-
 LEAK = 0.1
 """Slope of LeakyReLU below 0, as in YOLOv3; the paper names none."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def fuse(model: YOLOv6) -> YOLOv6:
     are fused already are kept.
     """
     fused = copy.deepcopy(model).eval()
-    _fuse_children(fused)
+    _replace(fused, _fused)
     return fused
 
 
@@ -36,18 +37,26 @@ def is_fused(model: nn.Module) -> bool:
     return not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-def _fuse_children(module: nn.Module) -> None:
+def _replace(module: nn.Module, change: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put what `change` returns in the place of a module's descendants, unless it is None."""
     for name, child in module.named_children():
-        if isinstance(child, ConvBN):
-            setattr(module, name, fuse_conv_bn(child))
-        elif isinstance(child, RepConv):
-            setattr(module, name, fuse_rep_conv(child))
-        elif isinstance(child, QARepConv):
-            setattr(module, name, fuse_qarep_conv(child))
-        elif isinstance(child, ScaledRepConv):
-            setattr(module, name, fuse_conv_bn(merge_scaled(child)))
+        new = change(child)
+        if new is None:
+            _replace(child, change)
         else:
-            _fuse_children(child)
+            setattr(module, name, new)
+
+
+def _fused(block: nn.Module) -> ConvAct | None:
+    if isinstance(block, RepConv):
+        return fuse_rep_conv(block)
+    if isinstance(block, QARepConv):
+        return fuse_qarep_conv(block)
+    if isinstance(block, ScaledRepConv):
+        block = merge_scaled(block)
+    return (
+        fuse_normalization(block.conv, block.bn, block.act) if isinstance(block, ConvBN) else None
+    )
 
 
 def single_branch(model: YOLOv6) -> YOLOv6:
@@ -58,16 +67,12 @@ def single_branch(model: YOLOv6) -> YOLOv6:
     """
     merged = copy.deepcopy(model)
     merged.arch = dataclasses.replace(model.arch, block="conv")
-    _merge_children(merged, bias=has_conv_bias(merged.arch))
+    bias = has_conv_bias(merged.arch)
+    _replace(
+        merged,
+        lambda block: merge_scaled(block, bias=bias) if isinstance(block, ScaledRepConv) else None,
+    )
     return merged
-
-
-def _merge_children(module: nn.Module, *, bias: bool) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, ScaledRepConv):
-            setattr(module, name, merge_scaled(child, bias=bias))
-        else:
-            _merge_children(child, bias=bias)
 
 
 def merge_scaled(block: ScaledRepConv, *, bias: bool = False) -> ConvBN:
@@ -87,11 +92,6 @@ def merge_scaled(block: ScaledRepConv, *, bias: bool = False) -> ConvBN:
     merged.bn = copy.deepcopy(block.bn)
     merged.act = copy.deepcopy(block.act)
     return merged.train(block.training)
-
-
-def fuse_conv_bn(block: ConvBN) -> ConvAct:
-    """Fold the batch normalization of a block into its convolution."""
-    return fuse_normalization(block.conv, block.bn, block.act)
 
 
 def fuse_normalization(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module) -> ConvAct:

@@ -36,10 +36,15 @@ from trt_yolov6.graph.editing import (
     set_initializers,
     set_nodes,
 )
-from trt_yolov6.graph.index import GraphIndex, attributes, tensor_value, types_of
+from trt_yolov6.graph.index import (
+    GraphIndex,
+    attributes,
+    nodes_after_layers,
+    tensor_value,
+    types_of,
+)
 from trt_yolov6.graph.operators import CONVOLUTIONS, MOVING_OPS, QDQ_OPS
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
-from trt_yolov6.graph.tail import nodes_after_layers
 
 if TYPE_CHECKING:
     import onnx
