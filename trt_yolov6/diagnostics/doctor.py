@@ -270,18 +270,16 @@ def _abilities(available: Availability) -> str:
 
 
 def _cpu_text(cpu: Cpu, clock: CpuClock) -> str:
-    parts = [cpu.model, cpu.architecture]
-    if cpu.cores is not None:
-        parts.append(f"{cpu.cores} cores")
-    parts.append(f"{cpu.threads} threads")
-    if cpu.quota is not None:
-        parts.append(f"limited to {cpu.quota:g} cores' time")
-    if clock.mhz is not None:
-        highest = f" of {clock.max_mhz:.0f}" if clock.max_mhz else ""
-        parts.append(f"{clock.mhz:.0f}{highest} MHz")
-    if cpu.instruction_sets:
-        parts.append(" ".join(cpu.instruction_sets))
-    return ", ".join(parts)
+    highest = f" of {clock.max_mhz:.0f}" if clock.max_mhz else ""
+    return _joined(
+        cpu.model,
+        cpu.architecture,
+        cpu.cores is not None and f"{cpu.cores} cores",
+        f"{cpu.threads} threads",
+        cpu.quota is not None and f"limited to {cpu.quota:g} cores' time",
+        clock.mhz is not None and f"{clock.mhz:.0f}{highest} MHz",
+        " ".join(cpu.instruction_sets),
+    )
 
 
 def _has_fp8(capability: str) -> bool:
@@ -290,15 +288,17 @@ def _has_fp8(capability: str) -> bool:
 
 
 def _gpu_text(gpu: Gpu) -> str:
-    parts = [gpu.name]
-    if gpu.compute_capability:
-        parts.append(f"compute capability {gpu.compute_capability}")
-        parts.append("FP8" if _has_fp8(gpu.compute_capability) else "no FP8")
-    if gpu.memory_mib:
-        parts.append(f"{gpu.memory_mib} MiB")
-    parts.append(f"driver {gpu.driver or 'unknown'}")
-    if gpu.sm_max_mhz:
-        parts.append(f"up to {gpu.sm_max_mhz} MHz")
-    if gpu.power_limit_w:
-        parts.append(f"power limit {gpu.power_limit_w:.0f} W")
-    return ", ".join(parts)
+    capability = gpu.compute_capability
+    return _joined(
+        gpu.name,
+        capability and f"compute capability {capability}",
+        capability and ("FP8" if _has_fp8(capability) else "no FP8"),
+        gpu.memory_mib and f"{gpu.memory_mib} MiB",
+        f"driver {gpu.driver or 'unknown'}",
+        gpu.sm_max_mhz and f"up to {gpu.sm_max_mhz} MHz",
+        gpu.power_limit_w and f"power limit {gpu.power_limit_w:.0f} W",
+    )
+
+
+def _joined(*parts: object) -> str:
+    return ", ".join(str(part) for part in parts if part)

@@ -312,6 +312,11 @@ class Engine(Described, Closing):
         """Name, detector, precision and backend."""
         return EngineFacts(self.path.name, self.detector, self.precision, self.backend)
 
+    def described(self) -> dict[str, Any]:
+        """Return what a measurement says of an engine, JSON-ready."""
+        names = "precision", "backend", "backend_version", "device", "threads", "note"
+        return {name: getattr(self, name) for name in names} | {"image_size": self.image_size}
+
     @property
     def precision(self) -> str:
         """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
