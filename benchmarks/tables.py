@@ -726,11 +726,22 @@ def ray_on_gpus() -> str:
     if not (RESULTS / "ray-gpu.json").is_file():
         return _NOT_MEASURED
     data = result("ray-gpu.json")
-    rows = [
-        [count, data["pictures"], f"{rate:.0f}", f"{data['times_the_first'][count]:.2f}"]
-        for count, rate in data["images_s"].items()
-    ]
-    return markdown(["GPUs", "pictures", "images/s", "times one"], rows)
+    first = data["rounds"][0]
+    rows = []
+    for run in data["rounds"]:
+        times = run["images_s_running"] / first["images_s_running"]
+        rows.append(
+            [
+                run["size"],
+                data["pictures"],
+                f"{run['start_s']:.1f}",
+                f"{run['images_s']:.0f}",
+                f"{run['images_s_running']:.0f}",
+                f"{times:.2f}",
+            ]
+        )
+    head = ["GPUs", "pictures", "start, s", "images/s, start included", "while it runs"]
+    return markdown([*head, "times one GPU"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

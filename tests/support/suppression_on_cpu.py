@@ -25,7 +25,8 @@ from trt_yolov6.engines.cuda.suppression import (
     Reading,
     float32_thresholds,
     least_logit,
-    result_dtype,
+    result_bytes,
+    results_in,
     suppressed_of,
 )
 from trt_yolov6.spec import NmsSettings
@@ -109,7 +110,7 @@ def suppressed_on_cpu(
     low, high, reach = float32_thresholds(nms.iou)
     counts = np.zeros(batch, np.uint32)
     keys = np.zeros((batch, capacity), np.uint64)
-    results = np.zeros((batch, result_dtype(nms.max_detections).itemsize), np.uint8)
+    results = np.zeros((batch, result_bytes(nms.max_detections)), np.uint8)
     records = np.zeros(RECORD_BYTES * batch, np.uint8)
     for row, one in enumerate(placed):
         write_record(records, row, interleaved(0, *one.source), one, "linear")
@@ -121,7 +122,7 @@ def suppressed_on_cpu(
     )
     failed = _library(reading.defines).run(ctypes.byref(arguments), batch, seed)
     assert not failed, "threads wait for a barrier that the others do not come to"
-    return suppressed_of(results, capacity, nms, clip)
+    return suppressed_of(results_in(results, nms.max_detections), capacity, nms, clip)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ class Suppressed:
     """The boxes that suppression has kept of each image of a batch, the best first."""
 
     counts: Sequence[int]
-    """How many boxes each image of the batch has kept."""
+    """Number of boxes that each image of the batch has kept."""
     boxes: NDArray[np.float32]
     """(batch, n, 4), x1, y1, x2, y2 in input pixels, or see `clip`; those after an image's count
     are undefined, as are their scores and classes."""

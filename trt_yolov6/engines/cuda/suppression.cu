@@ -18,7 +18,9 @@ typedef unsigned long long u64;
 #define TILE 128
 #endif
 #define CHUNK (2 * THREADS)
+#define MOST_OF_BIN 64
 #define WORDS (TILE / 32)
+#define WARPS (THREADS / 32)
 #define SUBSETS (THREADS / TILE)
 #define ALL 0xffffffffu
 
@@ -234,7 +236,7 @@ __device__ __forceinline__ float to_source(float place, int first, int resized, 
     return (float)(mapped < least ? least : mapped > most ? most : mapped);
 }
 
-#define GRID 10
+#define GRID 10  // at most 16, see `mark`
 #define CELLS_OF_IMAGE (GRID * GRID)
 
 // Boxes in shared memory, and what is compared of them. A bit of `near` says of a kept box and a cell of the image
@@ -274,10 +276,9 @@ __device__ void mark(Kept& kept, u32 index, float4 box, Threshold threshold, u32
     const float reach_x = reach_of(box.x, box.z, threshold), reach_y = reach_of(box.y, box.w, threshold);
     const u32 left = cell_at(x - reach_x, WIDTH), right = cell_at(x + reach_x, WIDTH);
     const u32 top = cell_at(y - reach_y, HEIGHT), bottom = cell_at(y + reach_y, HEIGHT);
-    if (right < left || bottom < top) return;  // a box of negative sides overlaps nothing
-    const u32 columns = right - left + 1, cells = columns * (bottom - top + 1);
-    for (u32 cell = lane; cell < cells; cell += 32)
-        atomicOr(&kept.near[index / 32][GRID * (top + cell / columns) + left + cell % columns], 1u << index % 32);
+    const u32 column = left + lane % 16;
+    for (u32 row = top + lane / 16; row <= bottom && column <= right; row += 2)
+        atomicOr(&kept.near[index / 32][GRID * row + column], 1u << index % 32);
 }
 
 // Returns whether the IoU of two boxes exceeds the threshold.
@@ -355,10 +356,68 @@ __device__ void sort(u64* keys, u32 count) {
     __syncthreads();
 }
 
+// Adds up what the threads have; returns the sum of those before a thread and of itself.
+__device__ u32 sum_up_to(u32 own, u32* totals) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int step = 1; step < 32; step *= 2) {
+        u32 other = __shfl_up_sync(ALL, own, step);
+        if (lane >= step) own += other;
+    }
+    if (lane == 31) totals[warp] = own;
+    __syncthreads();
+    for (u32 before = 0; before < warp; ++before) own += totals[before];
+    return own;
+}
+
+// Sorts `size` keys of [start, end), at most CHUNK: by bins of about equal width first, then within them. Returns
+// whether no bin had too many for it; if one has, the keys are as before.
+__device__ bool sort_by_bins(u64* keys, u32 size, u64 start, u64 end, u32* bins, u32* totals) {
+    __shared__ u32 most;
+    const u32 thread = threadIdx.x;
+    const u64 one = key_of(1.0f, 0), low = start == 0 && one < end ? one : start;  // see `chunk_end`
+    const int bits = 64 - __clzll(end - low - 1), shift = bits > LOG_THREADS ? bits - LOG_THREADS : 0;
+    u64 mine[2];
+    u32 bin[2], slot[2];
+    bins[thread] = 0;
+    if (thread == 0) most = 0;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        if (thread + k * THREADS < size) {
+            mine[k] = keys[thread + k * THREADS];
+            bin[k] = mine[k] < low ? 0 : (u32)((mine[k] - low) >> shift);
+            slot[k] = atomicAdd(&bins[bin[k]], 1u);
+            if (slot[k] >= MOST_OF_BIN) most = 1;
+        }
+    __syncthreads();
+    const u32 own = bins[thread], sum = sum_up_to(own, totals);
+    if (most) return false;
+    bins[thread] = sum - own;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        if (thread + k * THREADS < size) keys[bins[bin[k]] + slot[k]] = mine[k];
+    __syncthreads();
+    u32 place[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        if (thread + k * THREADS < size) {
+            const u32 first = bins[bin[k]], last = bin[k] + 1 < THREADS ? bins[bin[k] + 1] : size;
+            place[k] = first;
+            for (u32 other = first; other < last; ++other) place[k] += keys[other] < mine[k];
+        }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        if (thread + k * THREADS < size) keys[place[k]] = mine[k];
+    __syncthreads();
+    return true;
+}
+
 // Returns a key such that some, and at most CHUNK, of an image's keys lie in [start, it).
-__device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* bins) {
-    __shared__ u32 totals[THREADS / 32], split, before;
-    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+__device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* bins, u32* totals) {
+    __shared__ u32 split, before;
+    const u32 thread = threadIdx.x;
     // Scores are hardly above 1, so bins begin there; what is above falls into the first one.
     const u64 one = key_of(1.0f, 0);
     bool is_open = start == 0 && one < stop;
@@ -374,14 +433,7 @@ __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* b
         }
         __syncthreads();
         const u32 own = bins[thread];
-        u32 sum = own;
-        for (int step = 1; step < 32; step *= 2) {
-            u32 other = __shfl_up_sync(ALL, sum, step);
-            if (lane >= step) sum += other;
-        }
-        if (lane == 31) totals[warp] = sum;
-        __syncthreads();
-        for (u32 i = 0; i < warp; ++i) sum += totals[i];
+        const u32 sum = sum_up_to(own, totals);
         if (sum > CHUNK && sum - own <= CHUNK) {
             split = thread;
             before = sum - own;
@@ -409,7 +461,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     __shared__ u64 sorted[CHUNK];
     __shared__ Kept kept;
     __shared__ union { Tile tile; u32 bins[THREADS]; } scratch;
-    __shared__ u32 length, suppressed[WORDS], valid[WORDS], chosen[TILE], added, totals[THREADS / 32], written;
+    __shared__ u32 length, suppressed[WORDS], valid[WORDS], alive[TILE], chosen[TILE], added, totals[WARPS], written;
     const Outputs outputs = outputs_at(first, second, third);
     const Threshold threshold = {low, high, reach, iou};
     Tile& tile = scratch.tile;
@@ -422,7 +474,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     u32 total = 0;
     for (u32 i = thread; i < MAX_KEPT / 32 * CELLS_OF_IMAGE; i += THREADS) (&kept.near[0][0])[i] = 0;
     for (u32 seen = 0; seen < count && total < limit;) {
-        const u64 end = count <= CHUNK ? stop : chunk_end(keys, count, start, stop, scratch.bins);
+        const u64 end = count <= CHUNK ? stop : chunk_end(keys, count, start, stop, scratch.bins, totals);
         if (thread == 0) length = 0;
         __syncthreads();
         for (u32 base = 0; base < count; base += THREADS) {
@@ -435,25 +487,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         }
         __syncthreads();
         const u32 size = length;
-        u32 padded = 64;
-        while (padded < size) padded *= 2;
-        for (u32 i = size + thread; i < padded; i += THREADS) sorted[i] = ~0ull;
-        __syncthreads();
-        sort(sorted, padded);
+        if (!sort_by_bins(sorted, size, start, end, scratch.bins, totals)) {
+            u32 padded = 64;
+            while (padded < size) padded *= 2;
+            for (u32 i = size + thread; i < padded; i += THREADS) sorted[i] = ~0ull;
+            __syncthreads();
+            sort(sorted, padded);
+        }
         seen += size;
         start = end;
 
-        // The boxes of a tile are read while the tile before is compared.
+        // The boxes of a tile are read while the tile before is compared. The first tile is small: the best boxes
+        // overlap most, and what they suppress is not compared with the others.
         u64 key = 0;
         Raw raw = {};
-        if (thread < TILE && thread < size) {
+        u32 width = total == 0 ? 32 : TILE;
+        if (thread < width && thread < size) {
             key = sorted[thread];
             raw = read_box(outputs, image, (u32)key / CLASSES);
         }
-        for (u32 at = 0; at < size && total < limit; at += TILE) {
+        for (u32 at = 0; at < size && total < limit; at += width, width = TILE) {
             if (thread < TILE) {
                 float4 box = corners(outputs, raw, (u32)key / CLASSES);
-                bool finite = at + thread < size && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
+                bool finite = thread < width && at + thread < size && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
                     && fabsf(box.z) <= 3.402823466e38f && fabsf(box.w) <= 3.402823466e38f;
                 tile.box[thread] = box;
                 tile.area[thread] = (box.z - box.x) * (box.w - box.y);
@@ -469,38 +525,51 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 }
             }
             __syncthreads();
-            if (thread < TILE && at + TILE + thread < size) {
-                key = sorted[at + TILE + thread];
+            if (thread < TILE && at + width + thread < size) {
+                key = sorted[at + width + thread];
                 raw = read_box(outputs, image, (u32)key / CLASSES);
             }
-            // A warp compares 32 of the tile with its share of the kept boxes, then of the tile's better ones.
-            const u32 group = warp % WORDS, subset = warp / WORDS, mine = 32 * group + lane;
-            const float4 box = tile.box[mine];
-            const float area = tile.area[mine];
-            const u32 label = tile.label[mine], cell = tile.cell[mine];
-            bool out = false;
-            for (u32 word = subset; 32 * word < total && !out; word += SUBSETS)
-                for (u32 bits = kept.near[word][cell]; bits && !out; bits &= bits - 1) {
-                    u32 other = 32 * word + __ffs(bits) - 1;
-                    if (label == kept.label[other])
-                        out = overlap(box, area, kept.box[other], kept.area[other], threshold);
-                }
-            u32 votes = __ballot_sync(ALL, out);
-            if (lane == 0 && votes) atomicOr(&suppressed[group], votes);
+            // A warp compares 32 of the tile with its share of the kept boxes.
+            {
+                const u32 group = warp % WORDS, mine = 32 * group + lane;
+                const float4 box = tile.box[mine];
+                const float area = tile.area[mine];
+                const u32 label = tile.label[mine], cell = tile.cell[mine];
+                bool out = false;
+                for (u32 word = warp / WORDS; 32 * word < total && !out; word += SUBSETS)
+                    for (u32 bits = kept.near[word][cell]; bits && !out; bits &= bits - 1) {
+                        u32 other = 32 * word + __ffs(bits) - 1;
+                        if (label == kept.label[other])
+                            out = overlap(box, area, kept.box[other], kept.area[other], threshold);
+                    }
+                u32 votes = __ballot_sync(ALL, out);
+                if (lane == 0 && votes) atomicOr(&suppressed[group], votes);
+            }
             __syncthreads();
-            const bool is_left = (valid[group] & ~suppressed[group]) >> lane & 1;
+            // Those left, in order: with few of them, all warps share few comparisons.
+            u32 number = 0;
 #pragma unroll
             for (int word = 0; word < WORDS; ++word) {
-                if (word > (int)group) break;
                 const u32 left = valid[word] & ~suppressed[word];
-                u32 overlapping = 0;
-                for (u32 place = subset; place < 32; place += SUBSETS) {
-                    const u32 other = 32 * word + place;
-                    if ((left >> place & 1) && is_left && other < mine && label == tile.label[other]
-                        && overlap(box, area, tile.box[other], tile.area[other], threshold))
-                        overlapping |= 1u << place;
+                if (warp == word && (left >> lane & 1)) alive[number + __popc(left & ((1u << lane) - 1))] = thread;
+                number += __popc(left);
+            }
+            __syncthreads();
+            const u32 groups = (number + 31) / 32;
+            if (groups) {
+                const u32 subsets = WARPS / groups, subset = warp / groups, mine = 32 * (warp % groups) + lane;
+                const u32 last = 32 * (warp % groups) + 32 < number ? 32 * (warp % groups) + 32 : number;
+                if (subset < subsets && mine < number) {
+                    const u32 one = alive[mine], label = tile.label[one];
+                    const float4 box = tile.box[one];
+                    const float area = tile.area[one];
+                    for (u32 better = subset; better < last; better += subsets) {
+                        const u32 other = alive[better];
+                        if (better < mine && label == tile.label[other]
+                            && overlap(box, area, tile.box[other], tile.area[other], threshold))
+                            atomicOr(&tile.better[mine][better / 32], 1u << better % 32);
+                    }
                 }
-                if (overlapping) atomicOr(&tile.better[mine][word], overlapping);
             }
             __syncthreads();
             if (warp == 0) {
@@ -508,12 +577,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 u32 keeps[WORDS], taken = 0;
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word) {
-                    const u32* better = tile.better[32 * word + lane];
-                    bool is_open = (valid[word] & ~suppressed[word]) >> lane & 1;
+                    keeps[word] = 0;
+                    if (32 * word >= number) break;
+                    const u32 mine = 32 * word + lane;
+                    const u32* better = tile.better[mine];
+                    bool is_open = mine < number;
 #pragma unroll
                     for (int before = 0; before < word; ++before) is_open = is_open && !(better[before] & keeps[before]);
                     const u32 own = better[word];
-                    keeps[word] = 0;
                     for (u32 open; (open = __ballot_sync(ALL, is_open));) {
                         const bool is_best = is_open && !(own & open);
                         const u32 best = __ballot_sync(ALL, is_best);
@@ -521,7 +592,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                         is_open = is_open && !is_best && !(own & best);
                     }
                     const u32 place = taken + __popc(keeps[word] & ((1u << lane) - 1));
-                    if ((keeps[word] >> lane & 1) && total + place < limit) chosen[place] = 32 * word + lane;
+                    if ((keeps[word] >> lane & 1) && total + place < limit) chosen[place] = alive[mine];
                     taken += __popc(keeps[word]);
                 }
                 if (lane == 0) added = taken < limit - total ? taken : limit - total;
@@ -536,7 +607,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 kept.score[to] = tile.score[from];
                 kept.label[to] = tile.label[from];
             }
-            for (u32 index = warp; index < taken; index += THREADS / 32)
+            for (u32 index = warp; index < taken; index += WARPS)
                 mark(kept, total + index, tile.box[chosen[index]], threshold, lane);
             total += taken;
             __syncthreads();
@@ -565,7 +636,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         if (lane == 0) totals[warp] = __popc(votes);
         __syncthreads();
         u32 place = written + __popc(votes & ((1u << lane) - 1)), all = written;
-        for (u32 other = 0; other < THREADS / 32; ++other) {
+        for (u32 other = 0; other < WARPS; ++other) {
             if (other < warp) place += totals[other];
             all += totals[other];
         }

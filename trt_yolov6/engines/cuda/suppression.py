@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,10 +112,10 @@ class Suppression:
         self._capacity = reading.capacity
         self._counts = DeviceMemory(4 * max_batch)
         self._keys = DeviceMemory(8 * reading.capacity * max_batch)
-        nbytes = result_dtype(MAX_KEPT).itemsize * max_batch
+        nbytes = result_bytes(MAX_KEPT) * max_batch
         self._results = DeviceMemory(nbytes)
         self._copy = PinnedMemory(nbytes)
-        self._views: dict[tuple[int, int], NDArray[Any]] = {}
+        self._views: dict[tuple[int, int], Results] = {}
 
     @staticmethod
     def fits(nms: NmsSettings) -> bool:
@@ -182,7 +182,7 @@ class Suppression:
             ),
         )
         if results is self._results:
-            nbytes = result_dtype(nms.max_detections).itemsize * batch
+            nbytes = result_bytes(nms.max_detections) * batch
             stream.copy_out(self._copy.address, self._results, nbytes)
 
     def fetch(self, batch: int, nms: NmsSettings, clip: bool | None = None) -> Suppressed | None:
@@ -194,8 +194,9 @@ class Suppression:
         key = batch, nms.max_detections
         results = self._views.get(key)
         if results is None:
-            shape = batch, result_dtype(nms.max_detections).itemsize
-            results = self._views[key] = self._copy.array(shape, np.dtype(np.uint8))
+            shape = batch, result_bytes(nms.max_detections)
+            content = self._copy.array(shape, np.dtype(np.uint8))
+            results = self._views[key] = results_in(content, nms.max_detections)
         return suppressed_of(results, self._capacity, nms, clip)
 
     def free(self) -> None:
@@ -205,41 +206,55 @@ class Suppression:
             memory.free()
 
 
-@functools.cache
-def result_dtype(limit: int) -> np.dtype[Any]:
-    """Return the type of an image's results, with room for `limit` boxes."""
-    first = _HEADER_BYTES
-    fields = {
-        "kept": (np.uint32, 0),
-        "found": (np.uint32, 4),
-        "boxes": ((np.float32, (limit, 4)), first),
-        "classes": ((np.int64, limit), first + 16 * limit),
-        "scores": ((np.float32, limit), first + 24 * limit),
-    }
-    names, formats = list(fields), [kind for kind, _ in fields.values()]
-    offsets = [offset for _, offset in fields.values()]
-    itemsize = -(-(first + 28 * limit) // 16) * 16
-    made: Any = {"names": names, "formats": formats, "offsets": offsets, "itemsize": itemsize}
-    dtype: np.dtype[Any] = np.dtype(made)
-    return dtype
+def result_bytes(limit: int) -> int:
+    """Return the bytes of an image's results, with room for `limit` boxes."""
+    return -(-(_HEADER_BYTES + 28 * limit) // 16) * 16
+
+
+@dataclass(frozen=True)
+class Results:
+    """A batch's results where the kernels write them."""
+
+    numbers: NDArray[np.uint32]
+    """(batch, 2), how many boxes are kept, and how many candidates there were."""
+    boxes: NDArray[np.float32]
+    """(batch, limit, 4)"""
+    scores: NDArray[np.float32]
+    """(batch, limit)"""
+    classes: NDArray[np.int64]
+    """(batch, limit)"""
+
+
+def results_in(content: NDArray[np.uint8], limit: int) -> Results:
+    """Return the results in memory, uint8 (batch, `result_bytes(limit)`)."""
+    ends = [_HEADER_BYTES + size * limit for size in (0, 16, 24, 28)]
+    parts = [content[:, start:end] for start, end in itertools.pairwise((0, *ends))]
+    return Results(
+        parts[0].view(np.uint32)[:, :2],
+        parts[1].view(np.float32).reshape(-1, limit, 4),
+        parts[3].view(np.float32),
+        parts[2].view(np.int64),
+    )
 
 
 def suppressed_of(
-    results: NDArray[Any], capacity: int, nms: NmsSettings, clip: bool | None = None
+    results: Results, capacity: int, nms: NmsSettings, clip: bool | None = None
 ) -> Suppressed | None:
     """Return a copy of the kernels' results; None if an image's candidates did not fit.
 
     Args:
-        results: uint8 (batch, bytes of a `result_dtype`), C-contiguous.
+        results: for the thresholds' `max_detections`.
         capacity: candidates an image had room for.
         nms, clip: as they were given to `Suppression.enqueue`.
     """
-    # Copied as bytes: NumPy copies records field by field.
-    records = results.copy().view(result_dtype(nms.max_detections))[:, 0]
-    if max(records["found"].tolist()) > capacity:
+    kept, found = zip(*results.numbers.tolist(), strict=True)
+    if max(found) > capacity:
         return None
-    kept = records["kept"].tolist()
-    return Suppressed(kept, records["boxes"], records["scores"], records["classes"], nms, clip)
+    most = max(kept)
+    boxes, scores, classes = (
+        array[:, :most].copy() for array in (results.boxes, results.scores, results.classes)
+    )
+    return Suppressed(kept, boxes, scores, classes, nms, clip)
 
 
 def float32_thresholds(iou: float) -> tuple[float, float, float]:
