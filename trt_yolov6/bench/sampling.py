@@ -280,6 +280,29 @@ def timed(run: Run, seconds: float) -> list[float]:
     return found
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    """Do a piece of work once and return the seconds that took; with `partial`, a `Run` of it."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def rate(step: Callable[[], int], seconds: float, least: int = 1) -> float:
+    """Return how many items a second are done, over some seconds.
+
+    Args:
+        step: does some and returns how many.
+        seconds: how long; a step that was begun is finished.
+        least: steps to be done in any case.
+    """
+    steps = done = 0
+    start = time.perf_counter()
+    while steps < least or time.perf_counter() - start < seconds:
+        done += step()
+        steps += 1
+    return done / (time.perf_counter() - start)
+
+
 def random_input(engine: Engine, batch: int) -> NDArray[Any]:
     """Return a batch of random images of the shape and dtype the engine takes, the same each time.
 
