@@ -1,4 +1,7 @@
-"""The package's verbs, which `trt_yolov6` re-exports and the command line calls."""
+"""The verbs that run, measure and train, which `trt_yolov6` re-exports and the command line calls.
+
+Those that make engines are in `pipeline`.
+"""
 
 from __future__ import annotations
 
@@ -18,36 +21,9 @@ if TYPE_CHECKING:
     from trt_yolov6.bench.latency import BenchmarkResult
     from trt_yolov6.comparison.plan import Plan
     from trt_yolov6.diagnostics.inspection import Inspection
-    from trt_yolov6.pipeline import build, export, quantize
     from trt_yolov6.runtime.evaluate import Evaluation
     from trt_yolov6.training.recipe import TrainSettings
     from trt_yolov6.training.trainer import TrainResult
-
-__all__ = [
-    "benchmark",
-    "build",
-    "compare",
-    "evaluate",
-    "export",
-    "inspect",
-    "load",
-    "quantize",
-    "train",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Import the verbs that make engines when they are used: those that run engines need them not.
-
-    Raises:
-        AttributeError: there is no such verb.
-    """
-    if name not in ("build", "export", "quantize"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from trt_yolov6 import pipeline
-
-    return getattr(pipeline, name)
-
 
 AnyDetector: TypeAlias = "Detector | Engine | str | Path"
 """A loaded detector, its engine, or the path of an engine file, loaded for the call only."""
