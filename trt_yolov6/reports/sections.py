@@ -10,22 +10,9 @@ from trt_yolov6.common.statistics import Interval
 from trt_yolov6.common.text import four_digits
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.quantization.sensitivity import MEANING, direction
+from trt_yolov6.reports import tables
 from trt_yolov6.reports.figures import Chart, Point, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking
-from trt_yolov6.reports.tables import (
-    NOTHING,
-    PRECISIONS,
-    Bar,
-    Cell,
-    Row,
-    batches_of,
-    class_of,
-    overview,
-    quantization,
-    quantized_share,
-    rows_of,
-    with_error,
-)
 from trt_yolov6.runtime.draw import class_colour
 
 SHOWN_LAYERS = 12
@@ -47,19 +34,19 @@ class Table(NamedTuple):
     """A table whose first column names the rows."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[tables.Cell]]
 
 
 def page_values(material: Material) -> dict[str, Any]:
     """Return the values of the page's template, by name."""
-    rows = rows_of(material)
+    rows = tables.rows_of(material)
     return {
         "sections": SECTIONS,
         "shown_layers": SHOWN_LAYERS,
         "headline": _headline(rows),
         "trade_offs": _trade_offs(rows),
-        "overview": Table(*overview(rows)),
-        "largest_batch": max(batches_of(rows), default=1),
+        "overview": Table(*tables.overview(rows)),
+        "largest_batch": max(tables.batches_of(rows), default=1),
         "disturbed": any(row.disturbed(batch) for row in rows for batch in row.timings),
         "quantization": _quantization_cost(rows),
         "rankings": [_ranking(one) for one in material.rankings],
@@ -69,9 +56,9 @@ def page_values(material: Material) -> dict[str, Any]:
     }
 
 
-def _headline(rows: Sequence[Row]) -> dict[str, Any] | None:
+def _headline(rows: Sequence[tables.Row]) -> dict[str, Any] | None:
     """Return the answer: what is most accurate, what is fastest, and what lies between."""
-    batches = batches_of(rows)
+    batches = tables.batches_of(rows)
     timed = [row for row in rows if row.ap is not None and batches and row.latency(batches[0])]
     if not timed:
         return None
@@ -89,20 +76,20 @@ def _headline(rows: Sequence[Row]) -> dict[str, Any] | None:
     }
 
 
-def pareto(rows: Sequence[Row], batch: int) -> list[Row]:
+def pareto(rows: Sequence[tables.Row], batch: int) -> list[tables.Row]:
     """Return the engines that no other beats in both AP and latency, the fastest first."""
-    front: list[Row] = []
+    front: list[tables.Row] = []
     for row in sorted(rows, key=lambda row: (_ms(row, batch), -(row.ap or 0))):
         if not front or (row.ap or 0) > (front[-1].ap or 0):
             front.append(row)
     return front
 
 
-def _trade_offs(rows: Sequence[Row]) -> dict[str, Any]:
+def _trade_offs(rows: Sequence[tables.Row]) -> dict[str, Any]:
     """Return the paper's Figure 1: AP over latency, and AP over throughput."""
     charts = []
     alone = len({row.label for row in rows}) == 1
-    for batch, what in _axes(batches_of(rows)):
+    for batch, what in _axes(tables.batches_of(rows)):
         points = []
         for row in rows:
             value = row.latency(batch) if what == "latency" else row.throughput(batch)
@@ -118,35 +105,35 @@ def _trade_offs(rows: Sequence[Row]) -> dict[str, Any]:
         else:
             label, title, better = "images a second", f"AP over throughput, batch {batch}", "right"
         charts.append(trade_off(points, label, title, better=better))
-    kinds = [kind for kind in PRECISIONS if any(row.base == kind for row in rows)]
-    others = sorted({row.base for row in rows} - set(PRECISIONS))
+    kinds = [kind for kind in tables.PRECISIONS if any(row.base == kind for row in rows)]
+    others = sorted({row.base for row in rows} - set(tables.PRECISIONS))
     simulated = [kind for kind in kinds if any(r.is_simulated and r.base == kind for r in rows)]
     return {
         "charts": charts,
-        "kinds": [(class_of(kind), kind) for kind in (*kinds, *others)],
+        "kinds": [(tables.class_of(kind), kind) for kind in (*kinds, *others)],
         "simulated": " and ".join(kind.upper() for kind in simulated),
     }
 
 
-def _quantization_cost(rows: Sequence[Row]) -> dict[str, Any]:
+def _quantization_cost(rows: Sequence[tables.Row]) -> dict[str, Any]:
     """Return the AP that each precision costs, and its share of the work."""
     head = [
         *("Precision", "AP, %", "", "to float", "agreement, %"),
         *("APs", "APm", "APl", "in 8 bits", "in float"),
     ]
     models = []
-    for label, own in quantization(rows):
+    for label, own in tables.quantization(rows):
         top = max((row.ap for row, _ in own if row.ap is not None), default=0.0) or 1.0
-        body: list[list[Cell]] = []
+        body: list[list[tables.Cell]] = []
         for row, change in own:
-            share = quantized_share(row.engine)
+            share = tables.quantized_share(row.engine)
             kept = str(len(row.engine.get("float_layers") or ()))
             body.append(
                 [
-                    *(row.precision, row.ap_text, Bar((row.ap or 0) / top, row.base)),
+                    *(row.precision, row.ap_text, tables.Bar((row.ap or 0) / top, row.base)),
                     *(_change(row, change), _agreement(row.engine.get("agreement"))),
                     *(_percent(row.engine.get(key)) for key in ("APs", "APm", "APl")),
-                    *((NOTHING,) * 2 if share is None else (f"{100 * share:.0f} %", kept)),
+                    *((tables.NOTHING,) * 2 if share is None else (f"{100 * share:.0f} %", kept)),
                 ]
             )
         charts = [chart for row, _ in own for chart in _float_layers_tried(row)]
@@ -160,10 +147,10 @@ def _quantization_cost(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _change(row: Row, change: float | None) -> str:
+def _change(row: tables.Row, change: float | None) -> str:
     """Return a change of AP in points, with its interval where that is known."""
     if change is None:
-        return NOTHING
+        return tables.NOTHING
     found = row.engine.get("agreement")
     if not found:
         return f"{change:+.2f}"
@@ -173,12 +160,12 @@ def _change(row: Row, change: float | None) -> str:
 
 def _agreement(found: Mapping[str, Any] | None) -> str:
     if not found:
-        return NOTHING
+        return tables.NOTHING
     low, high = (100 * end for end in found["interval"])
     return f"{100 * found['value']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _float_layers_tried(row: Row) -> list[Chart]:
+def _float_layers_tried(row: tables.Row) -> list[Chart]:
     """Return a chart of the float layers that were tried: agreement over added time."""
     calibration = row.engine.get("calibration") or {}
     tried = [one for one in calibration.get("tried") or () if one["decides"] == "float layers"]
@@ -220,8 +207,8 @@ def _float_layers_tried(row: Row) -> list[Chart]:
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:
     """Return a bar for each layer of a ranking, the most sensitive first."""
-    body: list[list[Cell]] = [
-        [name, NOTHING if value is None else f"{value:.4g}", Bar(length, "int8")]
+    body: list[list[tables.Cell]] = [
+        [name, tables.NOTHING if value is None else f"{value:.4g}", tables.Bar(length, "int8")]
         for (name, value), length in zip(ranking.layers, _lengths(ranking), strict=True)
     ]
     return {
@@ -263,14 +250,16 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool)
     if rest:
         other = {"name": f"{len(rest)} other kernels", "ms": sum(layer["ms"] for layer in rest)}
         named.append({**rest[0], **other, "precision": "", "roofline_ms": None, "bound": ""})
-    body: list[list[Cell]] = []
+    body: list[list[tables.Cell]] = []
     for layer in named:
         ms, precision, roof = layer["ms"], layer["precision"], layer["roofline_ms"]
-        bar = Bar(ms / longest, precision, None if roof is None else roof / longest)
+        bar = tables.Bar(ms / longest, precision, None if roof is None else roof / longest)
         # A profile in whole microseconds may say 0.
-        share = f"{100 * roof / ms:.0f} %" if roof is not None and ms else NOTHING
+        share = f"{100 * roof / ms:.0f} %" if roof is not None and ms else tables.NOTHING
         times = f"{ms:.3g}", f"{percent * ms:.1f} %", bar, share
-        body.append([layer["name"], precision or NOTHING, *times, layer["bound"] or NOTHING])
+        body.append(
+            [layer["name"], precision or tables.NOTHING, *times, layer["bound"] or tables.NOTHING]
+        )
     title = one["engine"] + (f" ({comparison.name})" if several else "")
     text = f"{len(found)} kernels, {whole:.3g} ms one by one at batch {one['batch']}"
     if floor:
@@ -364,9 +353,12 @@ def _method(comparison: Comparison, *, several: bool) -> dict[str, Any]:
     ]
     body = [
         [
-            *(f"{timing['engine']}, batch {timing['batch']}", with_error(latency_of(timing))),
+            *(
+                f"{timing['engine']}, batch {timing['batch']}",
+                tables.with_error(latency_of(timing)),
+            ),
             *(str(timing["runs"]), str(timing["quiet_runs"])),
-            NOTHING if timing["waited"] is None else f"{100 * timing['waited']:.1f} %",
+            tables.NOTHING if timing["waited"] is None else f"{100 * timing['waited']:.1f} %",
             str(timing["engine_sha256"])[:16],
         ]
         for timing in timings
@@ -405,13 +397,13 @@ def _axes(batches: Sequence[int]) -> list[tuple[int, str]]:
     return [(batches[0], "latency"), (batches[-1], "throughput")]
 
 
-def _ms(row: Row, batch: int) -> float:
+def _ms(row: tables.Row, batch: int) -> float:
     latency = row.latency(batch)
     return math.inf if latency is None else latency.value
 
 
 def _percent(value: Any) -> str:
-    return f"{100 * value:.1f}" if isinstance(value, (int, float)) else NOTHING
+    return f"{100 * value:.1f}" if isinstance(value, (int, float)) else tables.NOTHING
 
 
 def _rate(flops: float) -> str:
