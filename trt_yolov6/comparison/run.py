@@ -53,15 +53,8 @@ def compare(
     `output` also gets `engines/` (what was built), `steps/` (what has been measured so far) and
     `examples/` (a few images for the report).
 
-    Args:
-        plan: what is compared and how.
-        output: a folder; made if missing. An earlier comparison in it is gone on with.
-        again: measure latencies again, even if they are there.
-        baseline: results that these are to be held against afterwards.
-        progress: show a progress bar on stderr.
-
     Returns:
-        What was written, see `results`.
+        What was written, see `results`; the arguments are those of `api.compare`.
 
     Raises:
         UserError: a file is missing or of no kind that can be compared, two engines have one name,
