@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,35 +142,53 @@ def benchmark_many(
         sampling.Watched(engine.resident_run(sampling.random_input(engine, batch), streams))
         for engine in engines
     ]
-    warmed, clocks = warm_up_each(runs, warm_up)
+    return measured(engines, runs, batch, duration, warm_up, progress=progress, streams=streams)
+
+
+def measured(
+    engines: Sequence[Engine],
+    runs: Sequence[sampling.Watched],
+    batch: int,
+    duration: float,
+    warm_up: float,
+    *,
+    progress: bool,
+    streams: int = 1,
+) -> list[BenchmarkResult]:
+    """Warm up, and measure runs in turns; the arguments are as for `benchmark_many`."""
+    warmed, clocks = [], []
     for run in runs:
+        with _clocks_under_load() as reading:
+            warmed.append(sampling.warm_up_run(run, warm_up, until=reading.done))
+        clocks.append(reading.result())
         run.start()
-    with seconds_bar(duration * len(runs), progress) as advance:
+    whole = duration * len(runs)
+    text = "measuring {bar} {n:.0f} of at most {total:.0f} s"
+    with progress_bar(whole, bar_format=text, leave=False, shown=progress) as bar:
         _, stopped_by = sampling.sample(
             runs,
             duration=duration,
-            advance=advance,
+            advance=lambda passed: bar.update(min(passed, whole - bar.n)),
             uncounted=lambda index: runs[index].forget_last(),
         )
     return [
-        result_of(engine, batch, run, (), stopped_by, warm, clock, streams)
+        _result(engine, batch, run, stopped_by, warm, clock, streams)
         for engine, run, warm, clock in zip(engines, runs, warmed, clocks, strict=True)
     ]
 
 
-def result_of(
+def _result(
     engine: Engine,
     batch: int,
     run: sampling.Watched,
-    stages: Sequence[tuple[float, ...]],
     stopped_by: sampling.StoppedBy,
     warm_up: sampling.WarmUp,
     clocks: tuple[machine.CpuClock, tuple[machine.Gpu, ...]],
-    streams: int = 1,
+    streams: int,
 ) -> BenchmarkResult:
     manifest = engine.manifest
     cpu_clock, gpus = clocks
-    seconds, shares = run.seconds, run.shares
+    seconds, shares, stages = run.seconds, run.shares, run.stages
     runs = range(len(seconds))
     quiet = [index for index in runs if not shares or shares[index] <= sampling.DISTURBED]
     disturbed = len(quiet) < max(min(sampling.MIN_RUNS, len(seconds)), (len(seconds) + 1) // 2)
@@ -208,18 +226,6 @@ def _gpu_of(device: str, gpus: Sequence[machine.Gpu]) -> machine.Gpu | None:
     return gpus[0] if gpus and device.startswith("GPU 0") else None
 
 
-def warm_up_each(
-    runs: Sequence[sampling.Run], seconds: float
-) -> tuple[list[sampling.WarmUp], list[tuple[machine.CpuClock, tuple[machine.Gpu, ...]]]]:
-    """Warm up one engine after the other, and read the clocks meanwhile."""
-    warmed, clocks = [], []
-    for run in runs:
-        with _clocks_under_load() as reading:
-            warmed.append(sampling.warm_up_run(run, seconds, until=reading.done))
-        clocks.append(reading.result())
-    return warmed, clocks
-
-
 @contextmanager
 def _clocks_under_load() -> Iterator[Future[tuple[machine.CpuClock, tuple[machine.Gpu, ...]]]]:
     """Read the clocks in another thread while the block, a warm-up, keeps the device busy."""
@@ -230,18 +236,6 @@ def _clocks_under_load() -> Iterator[Future[tuple[machine.CpuClock, tuple[machin
 def _read_clocks() -> tuple[machine.CpuClock, tuple[machine.Gpu, ...]]:
     time.sleep(sampling.SLICE_SECONDS)  # clocks rise only once there is work
     return machine.read_cpu_clock(), machine.read_gpus()
-
-
-@contextmanager
-def seconds_bar(seconds: float, shown: bool) -> Iterator[Callable[[float], None]]:
-    """Show a bar of seconds; what is yielded takes those that have passed."""
-    text = "measuring {bar} {n:.0f} of at most {total:.0f} s"
-    with progress_bar(seconds, bar_format=text, leave=False, shown=shown) as bar:
-
-        def advance(passed: float) -> None:
-            bar.update(min(passed, seconds - bar.n))
-
-        yield advance
 
 
 def _ms(seconds: float) -> float:

@@ -96,6 +96,8 @@ class Watched:
     def start(self) -> None:
         """Forget the runs so far."""
         self.seconds: list[float] = []
+        self.stages: list[tuple[float, ...]] = []
+        """Seconds of each stage of each run, where the run itself notes them here."""
         self._shares: list[float] = []
         self._block = 0.0
         self._before: float | None = None
@@ -114,6 +116,7 @@ class Watched:
         """Take back the last run."""
         self._end_block()
         self.seconds.pop()
+        del self.stages[len(self.seconds) :]
         self._shares = self._shares[: len(self.seconds)]
 
     @property

@@ -171,25 +171,17 @@ def split_pools(model: onnx.ModelProto) -> None:
         top, left, bottom, right = given.get("pads", [0, 0, 0, 0])
         name = node.name or node.output[0]
         between = f"{node.output[0]}/columns"
+        halves = (
+            ("columns", node.input[0], between, [kernel[0], 1], [top, 0, bottom, 0]),
+            ("rows", between, node.output[0], [1, kernel[1]], [0, left, 0, right]),
+        )
         graph.replace(
             [node],
             [
                 helper.make_node(
-                    "MaxPool",
-                    [node.input[0]],
-                    [between],
-                    f"{name}/columns",
-                    kernel_shape=[kernel[0], 1],
-                    pads=[top, 0, bottom, 0],
-                ),
-                helper.make_node(
-                    "MaxPool",
-                    [between],
-                    [node.output[0]],
-                    f"{name}/rows",
-                    kernel_shape=[1, kernel[1]],
-                    pads=[0, left, 0, right],
-                ),
+                    "MaxPool", [read], [made], f"{name}/{half}", kernel_shape=shape, pads=pads
+                )
+                for half, read, made, shape, pads in halves
             ],
         )
     graph.write()
