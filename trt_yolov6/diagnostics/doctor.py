@@ -15,7 +15,7 @@ from typing import Any
 
 import trt_yolov6
 from trt_yolov6.common import machine
-from trt_yolov6.common.text import aligned
+from trt_yolov6.common.text import aligned, joined
 from trt_yolov6.engines import BACKENDS, backend, best_backend
 from trt_yolov6.engines.base import Availability
 from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8
@@ -261,7 +261,7 @@ def _abilities(available: Availability) -> str:
 
 def _cpu_text(cpu: machine.Cpu, clock: machine.CpuClock) -> str:
     highest = f" of {clock.max_mhz:.0f}" if clock.max_mhz else ""
-    return _joined(
+    return joined(
         cpu.model,
         cpu.architecture,
         cpu.cores is not None and f"{cpu.cores} cores",
@@ -279,7 +279,7 @@ def _has_fp8(capability: str) -> bool:
 
 def _gpu_text(gpu: machine.Gpu) -> str:
     capability = gpu.compute_capability
-    return _joined(
+    return joined(
         gpu.name,
         capability and f"compute capability {capability}",
         capability and ("FP8" if _has_fp8(capability) else "no FP8"),
@@ -288,7 +288,3 @@ def _gpu_text(gpu: machine.Gpu) -> str:
         gpu.sm_max_mhz and f"up to {gpu.sm_max_mhz} MHz",
         gpu.power_limit_w and f"power limit {gpu.power_limit_w:.0f} W",
     )
-
-
-def _joined(*parts: object) -> str:
-    return ", ".join(str(part) for part in parts if part)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trt_yolov6.common.statistics import Interval
-from trt_yolov6.common.text import four_digits
+from trt_yolov6.common.text import four_digits, joined, of_highest
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.quantization.sensitivity import MEANING, direction
 from trt_yolov6.reports import tables
@@ -87,24 +87,23 @@ def pareto(rows: Sequence[tables.Row], batch: int) -> list[tables.Row]:
 
 def _trade_offs(rows: Sequence[tables.Row]) -> dict[str, Any]:
     """Return the paper's Figure 1: AP over latency, and AP over throughput."""
-    charts = []
     alone = len({row.label for row in rows}) == 1
-    for batch, what in _axes(tables.batches_of(rows)):
-        points = []
-        for row in rows:
-            value = row.latency(batch) if what == "latency" else row.throughput(batch)
-            if (
-                value is not None
+    batches = tables.batches_of(rows)
+    axes = (
+        (batches[:1], tables.Row.latency, "latency, ms", "AP over latency", "left"),
+        (batches[-1:], tables.Row.throughput, "images a second", "AP over throughput", "right"),
+    )
+    charts = []
+    for some, value_of, label, title, better in axes:
+        for batch in some:
+            points = [
+                point
+                for row in rows
+                if (value := value_of(row, batch)) is not None
                 and (point := point_of(row, value, batch, alone=alone)) is not None
-            ):
-                points.append(point)
-        if not points:
-            continue
-        if what == "latency":
-            label, title, better = "latency, ms", f"AP over latency, batch {batch}", "left"
-        else:
-            label, title, better = "images a second", f"AP over throughput, batch {batch}", "right"
-        charts.append(trade_off(points, label, title, better=better))
+            ]
+            if points:
+                charts.append(trade_off(points, label, f"{title}, batch {batch}", better=better))
     kinds = [kind for kind in tables.PRECISIONS if any(row.base == kind for row in rows)]
     others = sorted({row.base for row in rows} - set(tables.PRECISIONS))
     simulated = [kind for kind in kinds if any(r.is_simulated and r.base == kind for r in rows)]
@@ -390,13 +389,6 @@ def _lengths(ranking: Ranking) -> list[float]:
     return [1.0 if value is None else 0.04 + 0.96 * (value - low) / span for value in values]
 
 
-def _axes(batches: Sequence[int]) -> list[tuple[int, str]]:
-    """Return the batch size and axis of each chart."""
-    if not batches:
-        return []
-    return [(batches[0], "latency"), (batches[-1], "throughput")]
-
-
 def _ms(row: tables.Row, batch: int) -> float:
     latency = row.latency(batch)
     return math.inf if latency is None else latency.value
@@ -412,15 +404,15 @@ def _rate(flops: float) -> str:
 
 
 def _gpu_text(gpu: Mapping[str, Any]) -> str:
-    parts = [str(gpu.get("name")), f"driver {gpu.get('driver')}"]
-    for name, key in (("SM", "sm"), ("memory", "memory")):
-        parts.append(f"{name} clock {gpu.get(f'{key}_mhz')} of {gpu.get(f'{key}_max_mhz')} MHz")
-    parts += [f"slowed by {reason}" for reason in gpu.get("slowed_by") or []]
-    return ", ".join(parts)
+    return joined(
+        gpu.get("name"),
+        f"driver {gpu.get('driver')}",
+        f"SM clock {gpu.get('sm_mhz')} of {gpu.get('sm_max_mhz')} MHz",
+        f"memory clock {gpu.get('memory_mhz')} of {gpu.get('memory_max_mhz')} MHz",
+        *(f"slowed by {reason}" for reason in gpu.get("slowed_by") or ()),
+    )
 
 
 def _clock_text(clock: Mapping[str, Any]) -> str:
-    now, highest = clock.get("mhz"), clock.get("max_mhz")
-    text = "unknown" if now is None else f"{now:.0f} MHz"
-    text += f" of {highest:.0f}" if highest is not None else ""
-    return text + (f", governor {clock['governor']}" if clock.get("governor") else "")
+    text = of_highest(clock.get("mhz"), clock.get("max_mhz"))
+    return joined(f"{text} MHz", clock.get("governor") and f"governor {clock['governor']}")
