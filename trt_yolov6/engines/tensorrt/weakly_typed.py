@@ -316,7 +316,7 @@ def _is_bare(graph: _Graph, node: onnx.NodeProto) -> bool:
 
 def _join(graph: _Graph, layers: Sequence[QuantizedLayer]) -> None:
     """Replace the first of several layers that read one tensor by one convolution and a Split."""
-    from onnx import helper
+    from onnx.helper import make_node
 
     members = [layer.node for layer in layers]
     first = members[0]
@@ -342,31 +342,19 @@ def _join(graph: _Graph, layers: Sequence[QuantizedLayer]) -> None:
         ]
     ).astype(np.float32)
     sizes = graph.constant(f"{output}/sizes", np.array(counts))
-    convolution = helper.make_node(
-        "Conv",
-        [first.input[0], f"{output}/weight", graph.constant(f"{output}/bias", bias)],
-        [output],
-        name,
-    )
+    weight = f"{output}/weight"
+    bias_name = graph.constant(f"{output}/bias", bias)
+    outputs = [node.output[0] for node in members]
+    read = [first.input[0], weight, bias_name]
+    convolution = make_node("Conv", read, [output], name)
     convolution.attribute.extend(first.attribute)
+    stored = [codes, scale, zero]
     graph.replace(
         members,
         [
-            helper.make_node(
-                "DequantizeLinear",
-                [codes, scale, zero],
-                [f"{output}/weight"],
-                f"{output}/dequantize",
-                axis=0,
-            ),
+            make_node("DequantizeLinear", stored, [weight], f"{output}/dequantize", axis=0),
             convolution,
-            helper.make_node(
-                "Split",
-                [output, sizes],
-                [node.output[0] for node in members],
-                f"{output}/split",
-                axis=1,
-            ),
+            make_node("Split", [output, sizes], outputs, f"{output}/split", axis=1),
         ],
     )
 
