@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.bench.sampling import seconds_of
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import cpu_model, package_versions, software_versions, timestamp
 from trt_yolov6.data.images import list_images, read_image
@@ -366,9 +367,7 @@ def _best_of(works: dict[str, Callable[[], Any]], rounds: int = 25) -> dict[str,
     times = dict.fromkeys(works, math.inf)
     for _ in range(rounds):
         for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            times[name] = min(times[name], time.perf_counter() - start)
+            times[name] = min(times[name], seconds_of(work))
     return times
 
 
