@@ -26,10 +26,13 @@ from benchmarks.folds import (
     FOLDS,
     MeanOf,
     Scorable,
+    Truth,
     ap_by_fold,
     ap_of,
     difference,
+    load_folds,
     match_all,
+    of_class,
     read_truth,
     restored,
     write_folds,
@@ -88,7 +91,8 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
         and len({(job["epochs"], job["image_size"]) for job in own}) == 1
     }
     with tempfile.TemporaryDirectory() as scratch:
-        truth = read_truth(write_folds(data.resolve(), Path(scratch), limit=limit))
+        root = write_folds(data.resolve(), Path(scratch), limit=limit)
+        truth, class_names = read_truth(root), load_folds(root).class_names
     scores: dict[tuple[str, str], Scored] = {}
     for name, own in whole.items():
         for given in own[0]["AP"]:
@@ -121,6 +125,7 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
         },
         "pairs": _compared_pairs(PAIRS, scores, means),
         "rep_optimizer": rep_optimizer_gains(scores, means),
+        "classes": _compared_classes(truth, class_names, scores, means),
     }
 
 
@@ -289,6 +294,41 @@ def _together(names: Sequence[str], scores: Scores, means: Scores) -> list[Score
         if len(there) == len(names):
             return there
     return None
+
+
+BY_CLASS = (
+    *((f"{model}-dfl", model) for model in "ns"),
+    *((f"{model}-objectness", model) for model in "ns"),
+    *((f"{model}-csp", model) for model in "ns"),
+    ("n-simota", "n"),
+    ("s", "n"),
+)
+"""Variants that are compared class by class: what contradicts the paper is looked into."""
+
+
+def _compared_classes(
+    truth: Truth, class_names: Sequence[str], scores: Scores, means: Scores
+) -> list[dict[str, Any]]:
+    rows = []
+    for names in BY_CLASS:
+        known = [means.get((name, PLAIN)) or scores.get((name, PLAIN)) for name in names]
+        own, base = (None if one is None else one.matched for one in known)
+        if own is None or base is None:
+            continue
+        for place, label in enumerate(class_names):
+            one, other = of_class(own, place), of_class(base, place)
+            pairs = zip(ap_by_fold(truth, one), ap_by_fold(truth, other), strict=True)
+            apart = [value - before for value, before in pairs]
+            rows.append(
+                {
+                    "variant": names[0],
+                    "base": names[1],
+                    "class": label,
+                    "folds": _json(over_folds(apart)),
+                    "images": _json(difference(one, other)),
+                }
+            )
+    return rows
 
 
 GAINS = {
