@@ -294,7 +294,8 @@ def test_an_actor_takes_a_gpu_or_a_group_of_cores() -> None:
     assert fit((16, 0)) == Actors(4, 4, 0)
     assert fit((0, 0), (1, 0), (3, 0)) == Actors(4, 1, 0)
     assert fit((8, 0), (6, 0), cores=4) == Actors(3, 4, 0)
-    assert fit((64, 4), (16, 0), gpu=True) == Actors(4, 4, 1)
+    assert fit((64, 4), (16, 0), gpu=True) == Actors(4, 16, 1)
+    assert fit((64, 1), gpu=True) == Actors(1, 16, 1)
     assert fit((4, 4), gpu=True) == Actors(4, 1, 1)
     assert fit((8, 4), gpu=True, cores=4) == Actors(2, 4, 1)
     with pytest.raises(UserError, match="needs a GPU"):
