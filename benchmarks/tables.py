@@ -651,7 +651,9 @@ def triton_load(name: str) -> str:
         cells = []
         for entry in TRITON_ENTRIES:
             row = found[entry, count]
-            cells.append(f"{row['per_second']:.1f}, {1e3 * row['p99']:.0f} ms ({row['mean_batch']:.1f})")
+            cells.append(
+                f"{row['per_second']:.1f}, {1e3 * row['p99']:.0f} ms ({row['mean_batch']:.1f})"
+            )
         rows.append([count, *cells])
     head = ["at a time: throughput, p99 (mean batch)", *TRITON_ENTRIES.values()]
     return markdown(head, rows)
