@@ -67,4 +67,4 @@ def _prepare(kill: Kill) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    Path.replace = replace_or_die  # type: ignore[method-assign]
+    Path.replace = replace_or_die  # type: ignore[assignment, method-assign]

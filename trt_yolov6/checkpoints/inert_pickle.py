@@ -193,7 +193,7 @@ _DEEPEST = 100
 
 
 class _Effect(NamedTuple):
-    """What an opcode does to the pickle's stack."""
+    """Effect of an opcode on the pickle's stack."""
 
     taken: int
     """Values that it takes; those below the mark, if it takes all that lie above one."""

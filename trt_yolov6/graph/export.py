@@ -37,7 +37,7 @@ from trt_yolov6.graph.index import attribute, shapes_of, tensor_value
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.graph.reference import reference_session
-from trt_yolov6.models import Architecture, YOLOv6, fuse
+from trt_yolov6.models import Architecture, YOLOv6, fold_shortcuts, fuse
 from trt_yolov6.models.decode import anchor_points, decode
 from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout
@@ -117,7 +117,9 @@ def export_onnx(
             than rounding explains.
     """
     settings = settings or ExportSettings()
-    traced = _trace(_with_scaled_boxes(fuse(model).eval()), settings)
+    fused = fuse(model).eval()
+    fold_shortcuts(fused)
+    traced = _trace(_with_scaled_boxes(fused), settings)
     _name_nodes(traced)
     _use_older_operators(traced)
     if verify:

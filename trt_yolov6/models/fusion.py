@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trt_yolov6.models.blocks import (
+    BottleRep,
     ConvAct,
     ConvBN,
+    CSPStack,
     QARepConv,
     RepConv,
     ScaledRepConv,
@@ -57,6 +59,58 @@ def _fused(block: nn.Module) -> ConvAct | None:
     return (
         fuse_normalization(block.conv, block.bn, block.act) if isinstance(block, ConvBN) else None
     )
+
+
+def fold_shortcuts(model: YOLOv6) -> None:
+    """Fold the weights of shortcuts into convolutions, in place: sums of two terms are left.
+
+    A block that ends in ReLU computes relu(w y + b) + a x. With z in the place of x / A, where A is
+    the product of the weights so far, it is relu(w y / A' + b / A') + z, where A' = A a: ReLU does
+    not care for a positive factor. So the convolution that ends a block is divided by A', those
+    that read z are multiplied by A, and the last is the one that merges the stack's two paths.
+    Other activations have no such rule, and the factor stays. It costs a kernel of its own, and
+    TensorRT 8 does not build it in INT8.
+
+    Args:
+        model: as `fuse` returns it.
+    """
+    for module in model.modules():
+        if isinstance(module, CSPStack):
+            _fold_shortcuts_of(module)
+
+
+_WIDEST = 64.0
+"""Largest product of shortcuts' weights, or of their reciprocals, that is folded: the values between
+blocks grow as much, and float16 ends at 65504."""
+
+
+def _fold_shortcuts_of(stack: CSPStack) -> None:
+    merge = stack.merge
+    bottlenecks = [block for block in stack.bottlenecks if isinstance(block, BottleRep)]
+    factors = [1.0]
+    for block in bottlenecks:
+        last = block.second if isinstance(block.third, nn.Identity) else block.third
+        if (
+            block.alpha is None
+            or not isinstance(last, ConvAct)
+            or not isinstance(last.act, nn.ReLU)
+        ):
+            return
+        factors.append(factors[-1] * float(block.alpha.detach()))
+    if not isinstance(merge, ConvAct) or not all(1 / _WIDEST <= f <= _WIDEST for f in factors):
+        return
+    for block, before, after in zip(bottlenecks, factors, factors[1:], strict=False):
+        last = block.second if isinstance(block.third, nn.Identity) else block.third
+        assert isinstance(block.first, ConvAct)
+        assert isinstance(last, ConvAct)
+        assert last.conv.bias is not None
+        with torch.no_grad():
+            block.first.conv.weight.mul_(before)
+            last.conv.weight.div_(after)
+            last.conv.bias.div_(after)
+        block.alpha = None
+    with torch.no_grad():
+        merge.conv.weight[:, : merge.conv.in_channels // 2].mul_(factors[-1])
 
 
 def single_branch(model: YOLOv6) -> YOLOv6:
