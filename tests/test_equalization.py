@@ -227,6 +227,16 @@ def test_equalized_networks_compute_the_same_with_no_more_noise(
         assert noise_to_signal(result) <= noise_to_signal(model) * 1.001
 
 
+def test_a_convolution_of_zeros_has_no_say_in_the_factors() -> None:
+    model = drawn_model(0, [("Relu", 0, 0), ("conv", 0, 0), ("Relu", 0, 0), ("conv", 0, 0)])
+    weight = model.graph.node[2].input[1]
+    (stored,) = (item for item in model.graph.initializer if item.name == weight)
+    stored.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(stored)), weight))
+    result = equalize(model, smooth=False)
+    assert result.graph.initializer != model.graph.initializer
+    assert_same_function(model, result)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn_models, st.integers(0, 2**31))
 def test_whatever_is_subtracted_the_function_stays(model: onnx.ModelProto, seed: int) -> None:
