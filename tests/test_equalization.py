@@ -207,6 +207,15 @@ def test_whatever_the_factors_the_function_stays(
     assert_same_function(model, rescale(model, channels, factors.astype(np.float32)))
 
 
+def test_factors_of_one_add_no_operator() -> None:
+    model = drawn_model(0, [("HardSwish", 0, 0), ("conv", 0, 0)])
+    channels = trace_channels(model, through_activations=True)
+    ones, others = (np.full(channels.count, value, np.float32) for value in (1, 2))
+    others[FIXED] = 1
+    assert len(rescale(model, channels, others).graph.node) > len(model.graph.node)
+    assert rescale(model, channels, ones).graph.node == model.graph.node
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn_models, st.sampled_from([True, False, None]))
 def test_equalized_networks_compute_the_same_with_no_more_noise(
