@@ -448,7 +448,7 @@ def variants_table(
         pairs: variants and what each is compared with -> the paper's difference in points, None
             where it has none.
         both_seeds: show the mean of two trainings, where there are two.
-        speeds: precision, as in TensorRT's results, by label: its speed is shown next to the AP.
+        speeds: precision, as in TensorRT's results, by label: its speed stands next to the AP.
     """
     data = _ablations()
     there = {} if data is None else data["variants"]
@@ -675,7 +675,7 @@ def table_5() -> str:
 
 
 def by_class() -> str:
-    """Return the table of differences class by class."""
+    """Return what choices change class by class."""
     data = _ablations()
     if data is None or not data["classes"]:
         return f"{NOT_MEASURED}\n"

@@ -178,11 +178,31 @@ def take_images(
     source = iter(items)
     place = _placing(engine, border)
     while chunk := list(itertools.islice(source, batch)):
-        opened = [_read(read, item, False) for item in chunk]
-        for one in opened:
-            if isinstance(one.image, UserError) and not skip_unreadable:
-                raise one.image
-        yield _batch_of(chunk, opened, place, None, _nothing, keep_images, 0.0)
+        start = time.perf_counter()
+        taken, images, failures = [], [], []
+        for item in chunk:
+            try:
+                images.append(read(item))
+            except UserError as error:
+                if not skip_unreadable:
+                    raise
+                failures.append((item, error))
+            else:
+                taken.append(item)
+        yield ImageBatch(
+            Batch(
+                input=np.empty(0, np.uint8),
+                items=tuple(taken),
+                letterboxes=tuple(place((one.shape[0], one.shape[1])) for one in images),
+                images=tuple(images) if keep_images else (),
+                failures=tuple(failures),
+                read_seconds=time.perf_counter() - start,
+                preprocess_seconds=0.0,
+            ),
+            tuple(images),
+            None,
+            _nothing,
+        )
 
 
 def decoded_on_gpu(

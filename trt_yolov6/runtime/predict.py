@@ -312,6 +312,8 @@ class _Pipeline(Generic[Item, Result]):
         self.running: deque[_Running[Item]] = deque()
         self.pending: deque[Future[Processed[Item, Result]]] = deque()
         self._engine, self._nms, self._clip, self._finish = engine, nms, clip, finish
+        # Packing images takes about as long as a fast engine: with one batch more, it never waits.
+        self._most = engine.in_flight + in_memory
         self._is_first = True
         self._engine_free = 0.0
         self._gave_non_finite = False
@@ -323,7 +325,7 @@ class _Pipeline(Generic[Item, Result]):
     @property
     def is_full(self) -> bool:
         """The engine takes no further batch before the oldest has ended."""
-        return len(self.running) >= self._engine.in_flight
+        return len(self.running) >= self._most
 
     def start(self, step: _Step[Item]) -> None:
         """Give a batch to the engine; the first is run here, and its outputs are checked."""

@@ -45,7 +45,7 @@ class Parameters:
     iou: float | None = None
     max_detections: int | None = None
     max_pixels: int = MAX_PIXELS
-    """Of a picture, width times height: larger ones are refused."""
+    """Largest picture that is read, width times height."""
     threads: int | None = None
     """CPU threads of an ONNX Runtime session; default: those there are, shared by the instances."""
 

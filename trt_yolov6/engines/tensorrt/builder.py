@@ -230,6 +230,9 @@ def _set_profile(
     shapes = [(number, *size) for number in (wanted.min, wanted.opt, wanted.max)]
     profile.set_shape(images.name, *shapes)
     config.add_optimization_profile(profile)
+    # From TensorRT 10 on, profiles are shared anyway.
+    if not has_strong_types(api) and "PROFILE_SHARING_0806" in api.PreviewFeature.__members__:
+        config.set_preview_feature(api.PreviewFeature.__members__["PROFILE_SHARING_0806"], True)
 
 
 def _attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path) -> None:

@@ -120,6 +120,11 @@ class TensorRTEngine(Engine):
         self._read_tensors(engine)
         if self._contexts.compiles_batch_sizes:
             self.batch_steps = self.batch.steps()
+        # Before 8.6, contexts do not share an optimization profile, and plans have one.
+        self._one_context = flavour.release < (8, 6) and not self.batch.is_static
+        if self._one_context:
+            self.in_flight = 1
+            self._pictures_missing = True
         make_config = self._contexts.make_config
         self._plan = LanePlan(
             flavour=flavour,
@@ -340,6 +345,11 @@ class TensorRTEngine(Engine):
         )
 
     def _new_lane(self) -> Lane:
+        if self._one_context and self._lanes:
+            raise UserError(
+                f"{self._flavour} runs one batch of {self.path} at a time, as its batch axis is "
+                "free; build it for a fixed batch to run several."
+            )
         try:
             lane = Lane(self._plan, self._pinned)
         except OutOfGpuMemoryError as error:

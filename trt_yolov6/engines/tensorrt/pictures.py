@@ -111,7 +111,7 @@ class Pictures:
         except BaseException:
             self._idle.append(lane)
             raise
-        return _PictureRun(lane, self._idle.append, patient, functools.partial(done, rows))
+        return _PictureRun(lane, self._idle.append, patient, done)
 
     def stage_seconds(
         self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
@@ -174,6 +174,8 @@ class PictureLane:
         self._in_use: Any = None
         self._key: _Key = (largest, NmsSettings(), None)
         self._is_suppressed = False
+        self._graph: CudaGraph | None = None
+        """The recorded run of `_key`, where boxes are suppressed."""
 
     def start(
         self,
@@ -189,16 +191,21 @@ class PictureLane:
         stream = self._lane.stream
         self._in_use = images
         if len(images) == 1 and not isinstance(images[0], ImageView):
-            stay = _stays(placed)
+            (place,) = placed
+            stay = place.resized == place.source
             address, step = self._staging.place_one(images[0], stream, stay=stay)
-            self._send_alike([address], step, placed[0])
+            self._send_alike([address], step, place)
         else:
             self._send_several(images, placed)
         if after is not None:
             stream.wait_for(after)
-        self._key = key = rows, nms, clip
-        self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
-        self._launch(key)
+        key = rows, nms, clip
+        if self._graph is not None and key == self._key:
+            self._graph.launch(stream)
+        else:
+            self._key = key
+            self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
+            self._launch(key)
         if patient:
             self._end.record(stream)
 
@@ -216,6 +223,11 @@ class PictureLane:
                     image = ImageView(next(sent), height, width, 3 * width, 3, step)
                 write_record(self._table, row, image, place, self._interpolation)
             self._send_records(len(images))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that was started last."""
+        return self._key[0]
 
     def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the batch and return its boxes, or the outputs where they are not suppressed."""
@@ -259,7 +271,7 @@ class PictureLane:
 
         last = "suppression and copy back" if self._is_suppressed else "copy of all outputs"
         stages: dict[str, Callable[[], None]] = {
-            **({"copy to the GPU": copy} if here and not _stays(placed) else {}),
+            **({} if not here or _stays(placed) else {"copy to the GPU": copy}),
             "letterbox": self._recorded(letterbox),
             "engine": self._recorded(lane.run),
             last: self._recorded(suppression),
@@ -328,6 +340,7 @@ class PictureLane:
             except UserError:  # a layer that cannot be recorded: nothing is lost but speed
                 self._records_graphs = False
                 graph = None
+        self._graph = graph if self._is_suppressed else None
         if graph is not None:
             graph.launch(self._lane.stream)
         else:
@@ -362,6 +375,7 @@ class PictureLane:
         for graph in self._graphs.values():
             graph.free()
         self._graphs.clear()
+        self._graph = None
         self._warm.clear()
 
 
@@ -388,7 +402,7 @@ class _PictureRun(Run):
         lane: PictureLane,
         give_back: Callable[[PictureLane], None],
         patient: bool,
-        done: Callable[[], None],
+        done: Callable[[int], None],
     ) -> None:
         self._lane: PictureLane | None = lane
         self._give_back = give_back
@@ -402,7 +416,7 @@ class _PictureRun(Run):
             return lane.finish(self._patient)
         finally:
             self._give_back(lane)
-            self._done()
+            self._done(lane.rows)
 
 
 def pictures_of(
