@@ -41,15 +41,8 @@ def results_of(
 ) -> dict[str, Any]:
     """Return the results, and write the example images that they name.
 
-    Args:
-        work: what the comparison's steps share.
-        dataset: what AP was measured on.
-        data: from `measure.data_record`.
-        built: the engines.
-        accuracies: from `measure.accuracy`, one an engine.
-        agreements: from `agreement.agreements`, one an engine.
-        timings: from `measure.measure_timings`.
-        layers: from `measure.measure_layers`, one an engine, or none.
+    The arguments are what the functions of those names in `measure` and `agreement` returned;
+    accuracies, agreements and layers one an engine, layers also none.
     """
     engines = [_engine(*one) for one in zip(built, accuracies, agreements, strict=True)]
     rows = [

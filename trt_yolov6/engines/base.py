@@ -1,13 +1,4 @@
-"""Interface of every engine and every backend: a few verbs, the same for all.
-
-A backend is a module of this package with four functions and a name:
-
-    NAME: str                                                 as in `--backend`
-    availability() -> Availability                            never raises
-    check(settings) -> None                                   refuses what it cannot honour
-    build(model, settings) -> bytes                           ONNX in, plan out
-    load(path, manifest, options) -> Engine                   plan in, runner out
-"""
+"""Interface of every engine, and the values that backends (`engines.Backend`) take and give."""
 
 from __future__ import annotations
 
@@ -312,6 +303,11 @@ class Engine(Described, Closing):
         """Name, detector, precision and backend."""
         return EngineFacts(self.path.name, self.detector, self.precision, self.backend)
 
+    def described(self) -> dict[str, Any]:
+        """Return the facts of an engine that measurements state, JSON-ready."""
+        names = "precision", "backend", "backend_version", "device", "threads", "note"
+        return {name: getattr(self, name) for name in names} | {"image_size": self.image_size}
+
     @property
     def precision(self) -> str:
         """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
@@ -333,7 +329,7 @@ def check_images(engine: Engine, images: Any) -> None:
         shape = ["batch", *wanted.shape[1:]]
         raise UserError(
             f"{engine.path} takes {wanted.dtype} images of shape {shape}, not {images.dtype} "
-            f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.to_input."
+            f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.fill_row."
         )
     check_batch(engine, batch)
 

@@ -34,7 +34,6 @@ class Work:
 
     engine: Any
     """Ray's reference to the `EngineFiles`."""
-    sha256: str
     backend: str
     options: LoadOptions
     predict: PredictOptions
@@ -110,9 +109,7 @@ class Detector:
         # The cores of an actor are its own; Ray does not hold it to them.
         cv2.setNumThreads(self._work.predict.workers or 1)
         files = ray.get(self._work.engine)
-        self._engine, self._folder = load_here(
-            files, self._work.sha256, self._work.backend, self._work.options
-        )
+        self._engine, self._folder = load_here(files, self._work.backend, self._work.options)
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
         """Detect in the pictures of a table of `Item`s; return one of a `FoundInBlock`."""

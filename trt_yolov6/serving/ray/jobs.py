@@ -280,7 +280,6 @@ def _work(
 ) -> Work:
     return Work(
         engine=ray.put(files),
-        sha256=files.sha256,
         backend=options.backend,
         options=dataclasses.replace(options.load, threads=max(1, actors.cpus)),
         predict=dataclasses.replace(predict, workers=max(1, actors.cpus), clip=not is_evaluation),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.images import IMAGE_SUFFIXES, list_images, read_image
+from trt_yolov6.data.images import IMAGE_SUFFIXES, read_image
 from trt_yolov6.data.media import Video, find_media
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 
@@ -67,14 +66,6 @@ def find_pictures(source: str | Path) -> tuple[RemotePicture, ...]:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a listing ({error}); check it.") from error
         return _listed(lines, str(path), path.absolute().parent)
-    if path.is_dir():
-        folder = path.absolute()
-        return tuple(
-            RemotePicture(one.relative_to(path).as_posix(), "", str(folder / one.relative_to(path)))
-            for one in list_images(path)
-        )
-    if not path.is_file() and not glob.has_magic(text):
-        raise UserError(f"{text} does not exist; check the path.")
     media = find_media(text)
     if isinstance(media, Video):
         raise UserError(
