@@ -48,8 +48,8 @@ _DAMPING = 0.01
 # Columns rounded before their errors are spread over all that follow.
 _BLOCK = 64
 
-# Memory for the covariances of the layers that one pass over the images serves.
-_COVARIANCE_BYTES = 64 << 20
+# Memory for the sums of products of the layers that one pass over the images serves: YOLOv6-N's.
+_SUMS_BYTES = 128 << 20
 
 _LEVELS = 127
 
@@ -65,7 +65,7 @@ def adapt_rounding(
     Args:
         float_model: the float32 graph that was quantized, after equalization.
         quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
-        images: a few dozen inputs of the graph. There is a pass over them for each 64 MiB of
+        images: a few dozen inputs of the graph. There is a pass over them for each 128 MiB of
             sums of products.
     """
     result = copy.deepcopy(quantized_model)
@@ -122,7 +122,7 @@ class _Job:
         )
         self._count = 0
         self._sum: torch.Tensor | None = None
-        self._products: torch.Tensor | None = None
+        self._products: list[torch.Tensor] = []
 
     @property
     def columns(self) -> int:
@@ -133,7 +133,9 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        return int(self._groups * self.columns**2 * (4 if self._reads_codes else 8))
+        starts = range(0, self.columns, _TRIANGLE_ROWS)
+        values = sum(min(_TRIANGLE_ROWS, self.columns - s) * (self.columns - s) for s in starts)
+        return self._groups * values * (4 if self._reads_codes else 8)
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Take in a batch of the layer's inputs (batch, channels, height, width).
@@ -150,29 +152,29 @@ class _Job:
             self._count += places.shape[2]
 
     def _add(self, part: torch.Tensor) -> None:
-        """Add up (groups, columns, places), of the products one triangle."""
-        groups, columns, _ = part.shape
+        """Add up (groups, columns, places), of the products one triangle in blocks of rows."""
         kind = torch.int32 if self._reads_codes else torch.float64
-        if self._sum is None or self._products is None:
-            self._sum = torch.zeros(groups, columns, dtype=kind)
-            self._products = torch.zeros(groups, columns, columns, dtype=kind)
-        self._sum += part.sum(dim=2).to(kind)
+        total = part.sum(dim=2).to(kind)
+        self._sum = total if self._sum is None else self._sum.add_(total)
         transposed = part.transpose(1, 2)
-        for start in range(0, columns, _TRIANGLE_ROWS):
+        for index, start in enumerate(range(0, part.shape[1], _TRIANGLE_ROWS)):
             end = start + _TRIANGLE_ROWS
-            products = part[:, start:end] @ transposed[:, :, start:]
-            self._products[:, start:end, start:] += products.to(kind)
+            products = (part[:, start:end] @ transposed[:, :, start:]).to(kind)
+            if index < len(self._products):
+                self._products[index] += products
+            else:
+                self._products.append(products)
 
     def _moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and covariance of the inputs, float64; the sums are gone then."""
         assert self._sum is not None
-        assert self._products is not None
         mean = self._sum.double() * (self._unit / self._count)
-        covariance = self._products.double()
-        self._sum = self._products = None
-        for start in range(0, self.columns, _TRIANGLE_ROWS):
-            end = start + _TRIANGLE_ROWS
+        covariance = torch.empty(self._groups, self.columns, self.columns, dtype=torch.float64)
+        for index, rows in enumerate(self._products):
+            start, end = index * _TRIANGLE_ROWS, index * _TRIANGLE_ROWS + rows.shape[1]
+            covariance[:, start:end, start:] = rows
             covariance[:, end:, start:end] = covariance[:, start:end, end:].transpose(1, 2)
+        self._sum, self._products = None, []
         covariance *= self._unit**2 / self._count
         return mean, covariance.baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
 
@@ -290,7 +292,7 @@ def _rounded(weights: torch.Tensor, scale: torch.Tensor, upper: torch.Tensor) ->
 def _chunks(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
     chunk: list[_Job] = []
     for job in jobs:
-        if chunk and sum(item.bytes for item in chunk) + job.bytes > _COVARIANCE_BYTES:
+        if chunk and sum(item.bytes for item in chunk) + job.bytes > _SUMS_BYTES:
             yield chunk
             chunk = []
         chunk.append(job)
