@@ -82,7 +82,7 @@ rescaled channels: less may be chance, and the AP may fall by it."""
 TOLERANCE = 0.005
 """A simpler candidate is kept where its agreement is this near to the best one's."""
 
-_NEAR = 0.02
+_NEAR = TOLERANCE
 """Agreement by which another calibrator may fall short and is still looked at closely."""
 
 _NEAR_FORM = 0.05
