@@ -53,14 +53,21 @@ _SUMS_BYTES = 128 << 20
 
 _LEVELS = 127
 
+# Rows of so few weights get the scale that suits their rounding best: what many errors average to,
+# a few can be chosen to be. A depthwise convolution has nine weights a row.
+_SHORT_ROW = 32
+
+# Parts of the scale that the largest weight asks for; of equal ones the first is taken.
+_SCALES = np.concatenate([[1.0], np.linspace(0.8, 1.1, 31)])
+
 
 def adapt_rounding(
     float_model: onnx.ModelProto, quantized_model: onnx.ModelProto, images: Sequence[NDArray[Any]]
 ) -> onnx.ModelProto:
     """Return the Q/DQ graph with its INT8 weights rounded for the inputs that they meet.
 
-    Scales stay; biases take up what the layers' mean outputs move. Transposed convolutions whose
-    taps overlap keep their weights.
+    Scales stay but for rows of a few weights; biases take up what the layers' mean outputs move.
+    Transposed convolutions whose taps overlap keep their weights.
 
     Args:
         float_model: the float32 graph that was quantized, after equalization.
@@ -82,8 +89,10 @@ def adapt_rounding(
         for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
             _measure(quantized_model, chunk, images, workers)
             for job in chunk:  # one at a time: wide layers take a few copies of their covariance
-                levels, mean_error = job.rounded()
+                levels, scale, mean_error = job.rounded()
                 replace_tensor(stored[job.layer.weight], levels)
+                if scale is not None:
+                    replace_tensor(stored[job.layer.weight_scale], scale)
                 shift_bias(result, job.layer, -mean_error)
     return result
 
@@ -178,20 +187,34 @@ class _Job:
         covariance *= self._unit**2 / self._count
         return mean, covariance.baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
 
-    def rounded(self) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
-        """Return the levels of the weights, and by how much they move the mean output."""
+    def rounded(
+        self,
+    ) -> tuple[NDArray[np.int8], NDArray[np.floating[Any]] | None, NDArray[np.float64]]:
+        """Return the levels of the weights, their scale if it is another one, and by how much they
+        move the mean output."""
         mean, covariance = self._moments()
         rows = torch.from_numpy(self._to_rows(self._weight).astype(np.float64))
         spread = np.broadcast_to(self.layer.scale, self._weight.shape)
         # One scale serves a row, since it belongs to one output channel.
         scale = torch.from_numpy(self._to_rows(spread)[:, :, :1].astype(np.float64))
-        levels = rounded_rows(rows, scale, covariance)
+        own_scale = None
+        if self.columns <= _SHORT_ROW and not self.layer.transposed and self._has_scale_a_row:
+            kind = self.layer.weights.scale_type
+            scale, levels = _best_scales(rows, scale, covariance, kind)
+            own_scale = scale.reshape(-1).numpy().astype(kind)
+        else:
+            levels = rounded_rows(rows, scale, covariance)
         errors = ((levels * scale - rows) @ mean.unsqueeze(2)).squeeze(2).numpy()
         shape = self._weight.shape
         outputs = shape[1] * self._groups if self.layer.transposed else shape[0]
         # The taps of a transposed convolution are rows of their own, for one channel each.
         mean_error = errors.reshape(outputs, -1).mean(axis=1)
-        return self._from_rows(levels.numpy()).astype(np.int8), mean_error
+        return self._from_rows(levels.numpy()).astype(np.int8), own_scale, mean_error
+
+    @property
+    def _has_scale_a_row(self) -> bool:
+        scale = self.layer.weights.scale
+        return scale is not None and list(scale.dims) == [self._weight.shape[0]]
 
     def _places(self, image: NDArray[np.float32]) -> torch.Tensor:
         """Return (groups, columns, places) of the inputs of evenly spread output places."""
@@ -269,6 +292,31 @@ def rounded_rows(rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tens
         found = _rounded(rows[group][:, first].T.contiguous(), scale[group].T, upper)
         levels[group][:, first] = found.T
     return levels
+
+
+def _best_scales(
+    rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tensor, kind: np.dtype[Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales with which rows are rounded best, and the levels; see `rounded_rows`.
+
+    Args:
+        rows: float64 (groups, rows, columns).
+        scale: float64 (groups, rows, 1) for their largest weights.
+        covariance: float64 (groups, columns, columns).
+        kind: type that scales are stored in.
+    """
+    groups, count, columns = rows.shape
+    several = (scale * torch.from_numpy(_SCALES)).numpy().astype(kind)
+    scales = torch.from_numpy(several.astype(np.float64)).reshape(groups, -1, 1)
+    many = rows.repeat_interleave(len(_SCALES), dim=1)
+    levels = rounded_rows(many, scales, covariance)
+    errors = levels * scales - many
+    lost = ((errors @ covariance) * errors).sum(dim=2).reshape(groups, count, -1)
+    # Of equal ones the first, whatever the processor.
+    best = torch.from_numpy(lost.numpy().argmin(axis=2))[:, :, None]
+    found = levels.reshape(groups, count, -1, columns)
+    index = best.unsqueeze(3).expand(-1, -1, -1, columns)
+    return scales.reshape(groups, count, -1).gather(2, best), found.gather(2, index).squeeze(2)
 
 
 def _rounded(weights: torch.Tensor, scale: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
