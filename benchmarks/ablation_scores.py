@@ -21,15 +21,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ablation_variants import PLAIN, TABLES, VARIANTS, Cell, Table
+from benchmarks.ablation_variants import PLAIN, REPEATS, TABLES, VARIANTS, Cell, Table
 from benchmarks.folds import (
     FOLDS,
     MeanOf,
     Scorable,
+    Truth,
     ap_by_fold,
     ap_of,
     difference,
+    load_folds,
     match_all,
+    of_class,
     read_truth,
     restored,
     write_folds,
@@ -57,16 +60,12 @@ Scores = Mapping[tuple[str, str], Scored]
 """By variant and input."""
 
 
-REPEATS = {"n": "n-again", "s": "s-again"}
-"""Variants that most others are compared with, and the same with other seeds. Other trainings are
-compared with the mean of both: what chance gave one would be in every difference."""
-
-
 def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) -> dict[str, Any]:
     """Score the results of one or several calls.
 
     Args:
-        folders: what `--out` named, in order of time; of a job that is in several, the last counts.
+        folders: what `--out` named, in order of time; of a job that is in several, the last counts,
+            unless all folds of its variant are in an earlier one and not in that.
         data: BCCD.
         limit: as for `write_folds`.
     """
@@ -77,6 +76,10 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
         results = read_json(folder / "ablations.json")
         calls += [call for call in results["calls"] if call not in calls]
         fresh = {(job["variant"], job["fold"]): job for job in results["jobs"]}
+        for name in {name for name, _ in fresh}:
+            if _is_whole(name, jobs) and not _is_whole(name, fresh):
+                # Half of a second try: networks that belong together stay together.
+                fresh = {key: job for key, job in fresh.items() if key[0] != name}
         jobs |= fresh
         for variant, fold, given, rows in _stored(folder):
             if (variant, fold) in fresh:
@@ -88,7 +91,8 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
         and len({(job["epochs"], job["image_size"]) for job in own}) == 1
     }
     with tempfile.TemporaryDirectory() as scratch:
-        truth = read_truth(write_folds(data.resolve(), Path(scratch), limit=limit))
+        root = write_folds(data.resolve(), Path(scratch), limit=limit)
+        truth, class_names = read_truth(root), load_folds(root).class_names
     scores: dict[tuple[str, str], Scored] = {}
     for name, own in whole.items():
         for given in own[0]["AP"]:
@@ -105,20 +109,28 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
                 tuple(by_fold),
                 together,
             )
-    means = {name: mean for name in REPEATS if (mean := _mean(name, scores)) is not None}
+    means = {key: mean for key in scores if (mean := _mean(key, scores)) is not None}
     return {
         "images": len(truth.images),
         "folds": FOLDS,
         "calls": [call | {"failed": _last_lines(call["failed"])} for call in calls],
         "variants": {name: _entry(name, own, scores) for name, own in whole.items()},
-        "repeats": _compared_pairs([(again, name) for name, again in REPEATS.items()], scores),
-        "means": {name: _figures(one) for name, one in means.items()},
+        "repeats": _compared_pairs([(again, name) for name, again in REPEATS.items()], scores, {}),
+        "means": {
+            name: {given: _figures(one) for (own, given), one in means.items() if own == name}
+            for name in dict.fromkeys(name for name, _ in means)
+        },
         "tables": {
             number: _compared_rows(table, scores, means) for number, table in TABLES.items()
         },
-        "pairs": _compared_pairs(PAIRS, scores),
-        "rep_optimizer": rep_optimizer_gains(scores),
+        "pairs": _compared_pairs(PAIRS, scores, means),
+        "rep_optimizer": rep_optimizer_gains(scores, means),
+        "classes": _compared_classes(truth, class_names, scores, means),
     }
+
+
+def _is_whole(name: str, jobs: Mapping[tuple[str, int], Any]) -> bool:
+    return all((name, fold) in jobs for fold in range(FOLDS))
 
 
 def _last_lines(errors: Mapping[str, str]) -> dict[str, str]:
@@ -191,10 +203,11 @@ def _alike(own: Scored, base: Scored) -> bool:
     return own.image_size == base.image_size and (any(quantized) or own.schedule == base.schedule)
 
 
-def _mean(name: str, scores: Scores) -> Scored | None:
-    """Return a variant and its repeat as one, where both are there."""
-    one, again = scores.get((name, PLAIN)), scores.get((REPEATS[name], PLAIN))
-    if one is None or again is None:
+def _mean(key: tuple[str, str], scores: Scores) -> Scored | None:
+    """Return a variant and its repeat as one, with one input, where both are there."""
+    name, given = key
+    one, again = scores[key], scores.get((REPEATS.get(name, ""), given))
+    if again is None or not _alike(one, again):
         return None
     by_fold = tuple((a + b) / 2 for a, b in zip(one.by_fold, again.by_fold, strict=True))
     known = [own for own in (one.matched, again.matched) if isinstance(own, MatchedDetections)]
@@ -202,9 +215,7 @@ def _mean(name: str, scores: Scores) -> Scored | None:
     return dataclasses.replace(one, by_fold=by_fold, matched=together)
 
 
-def _compared_rows(
-    table: Table, scores: Scores, means: Mapping[str, Scored]
-) -> list[dict[str, Any]]:
+def _compared_rows(table: Table, scores: Scores, means: Scores) -> list[dict[str, Any]]:
     """Return the differences from the base of a table, for all that is there."""
     rows = []
     for column, network in enumerate(table.columns):
@@ -213,7 +224,7 @@ def _compared_rows(
             if base is None:
                 continue
             own, other = (
-                _of(cell, scores, means if table.is_plain else {})
+                _of(cell, table, scores, means)
                 for cell in (cells[column], table.rows[base][column])
             )
             if own is not None and other is not None and _alike(own, other):
@@ -222,18 +233,23 @@ def _compared_rows(
     return rows
 
 
-def _of(cell: Cell | None, scores: Scores, means: Mapping[str, Scored]) -> Scored | None:
+def _of(cell: Cell | None, table: Table, scores: Scores, means: Scores) -> Scored | None:
     if cell is None:
         return None
-    return means.get(cell.variant) or scores.get((cell.variant, cell.input))
+    key = cell.variant, cell.input
+    # Inputs are compared with each other on the same networks.
+    inputs = [given for name, given in scores if name == cell.variant]
+    if table.is_plain or all((cell.variant, given) in means for given in inputs):
+        return means.get(key) or scores.get(key)
+    return scores.get(key)
 
 
 PAIRS = (
     ("s-rep", "s"),
     ("s-ptq", "s"),
     ("s-rep-ptq", "s-rep"),
-    ("s-ptq-tuned", "s"),
-    ("s-rep-ptq-tuned", "s-rep"),
+    ("s-again-ptq-tuned", "s-again"),
+    ("s-rep-again-ptq-tuned", "s-rep-again"),
     ("s-qat-distilled", "s"),
     ("s-rep-qat", "s-rep"),
     ("s-rep-qat-distilled", "s-rep"),
@@ -253,20 +269,74 @@ PAIRS = (
     ("s-full", "n-full"),
     ("n-full", "n"),
     ("s-full", "s"),
+    ("n-default", "n-full"),
+    ("s-default", "s-full"),
 )
 """Variants that are compared outside Tables 2 to 14, each with what it is compared with."""
 
 
-def _compared_pairs(pairs: Iterable[tuple[str, str]], scores: Scores) -> list[dict[str, Any]]:
-    return [
-        {"variant": own, "base": base, **compared(scores[own, PLAIN], scores[base, PLAIN])}
-        for own, base in pairs
-        if (own, PLAIN) in scores and (base, PLAIN) in scores
-    ]
+def _compared_pairs(
+    pairs: Iterable[tuple[str, str]], scores: Scores, means: Scores
+) -> list[dict[str, Any]]:
+    rows = []
+    for own, base in pairs:
+        found = _together((own, base), scores, means)
+        if found is not None:
+            rows.append({"variant": own, "base": base, **compared(*found)})
+    return rows
+
+
+def _together(names: Sequence[str], scores: Scores, means: Scores) -> list[Scored] | None:
+    """Return variants of one network each: the means of two seeds if all of them have one."""
+    for known in (means, scores):
+        found = [known.get((name, PLAIN)) for name in names]
+        there = [one for one in found if one is not None]
+        if len(there) == len(names):
+            return there
+    return None
+
+
+BY_CLASS = (
+    *((f"{model}-dfl", model) for model in "ns"),
+    *((f"{model}-objectness", model) for model in "ns"),
+    *((f"{model}-csp", model) for model in "ns"),
+    ("n-simota", "n"),
+    ("s", "n"),
+)
+"""Variants that are compared class by class: what contradicts the paper is looked into."""
+
+
+def _compared_classes(
+    truth: Truth, class_names: Sequence[str], scores: Scores, means: Scores
+) -> list[dict[str, Any]]:
+    rows = []
+    for names in BY_CLASS:
+        known = [means.get((name, PLAIN)) or scores.get((name, PLAIN)) for name in names]
+        own, base = (None if one is None else one.matched for one in known)
+        if own is None or base is None:
+            continue
+        for place, label in enumerate(class_names):
+            one, other = of_class(own, place), of_class(base, place)
+            pairs = zip(ap_by_fold(truth, one), ap_by_fold(truth, other), strict=True)
+            apart = [value - before for value, before in pairs]
+            rows.append(
+                {
+                    "variant": names[0],
+                    "base": names[1],
+                    "class": label,
+                    "folds": _json(over_folds(apart)),
+                    "images": _json(difference(one, other)),
+                }
+            )
+    return rows
 
 
 GAINS = {
     "v2.0, min-max": ("s-rep-ptq", "s-rep", "s-ptq", "s"),
+    "v2.0, as `build` makes it": (
+        *("s-rep-again-ptq-tuned", "s-rep-again"),
+        *("s-again-ptq-tuned", "s-again"),
+    ),
     "v2.0, one scale a layer": ("s-rep-ptq-per-tensor", "s-rep", "s-ptq-per-tensor", "s"),
     "v1.0, min-max": ("s-v1-rep-ptq", "s-v1-rep", "s-objectness-ptq", "s-objectness"),
     "v1.0, one scale a layer": (
@@ -277,13 +347,12 @@ GAINS = {
 """Networks in INT8 and in float, with RepOptimizer and then with branches."""
 
 
-def rep_optimizer_gains(scores: Scores) -> list[dict[str, Any]]:
+def rep_optimizer_gains(scores: Scores, means: Scores) -> list[dict[str, Any]]:
     """Return how much less AP RepOptimizer's networks lose in INT8 than those with branches."""
     rows = []
     for label, names in GAINS.items():
-        own = [scores.get((name, PLAIN)) for name in names]
-        known = [one for one in own if one is not None]
-        if len(known) < len(names):
+        known = _together(names, scores, means)
+        if known is None:
             continue
         apart = [
             a - b - (c - d) for a, b, c, d in zip(*(one.by_fold for one in known), strict=True)

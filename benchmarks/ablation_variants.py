@@ -1,8 +1,9 @@
 """The trainings of the paper's ablations, in order of importance, and the tables they make.
 
-A variant is a recipe with a few choices changed; it is trained once in every fold. Two schedules:
-`full` is the default recipe, to be compared with earlier figures; `short` has smaller images and
-fewer epochs, and is what variants are compared with each other in.
+A variant is a recipe with a few choices changed; it is trained once in every fold. Three schedules:
+`full` is the recipe of the sample, to be compared with earlier figures; `short` has smaller images
+and fewer epochs, and is what variants of N, T and S are compared with each other in; `large` has
+fewer epochs still, for M and L.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Variant:
     """Assignments for `train --set`."""
     architecture: tuple[tuple[str, Any], ...] = ()
     """Fields of `ArchitectureOptions`."""
-    schedule: Literal["short", "full"] = "short"
+    schedule: Literal["short", "large", "full"] = "short"
     stretch: float = 1.0
     """Epochs, times those of the schedule."""
     seed: int = 0
@@ -90,17 +91,23 @@ def inputs_of(variant: Variant, order: HasSize) -> dict[str, tuple[int, int]]:
 
 
 def _of(model: str, *changes: str, **others: Any) -> Variant:
-    return Variant(model, changes, **others)
+    return Variant(model, changes, **{"schedule": _schedule(model)} | others)
 
 
 def _built(model: str, **options: Any) -> Variant:
-    return Variant(model, architecture=tuple(options.items()))
+    return Variant(model, architecture=tuple(options.items()), schedule=_schedule(model))
+
+
+def _schedule(model: str) -> Literal["short", "large"]:
+    return "large" if model.startswith(("m", "l")) else "short"
 
 
 _NO_FADING = "plain_epochs=0"
 _NO_DECAY = "distillation.epochs=1000000"
 _MORE = 4 / 3
 """Table 12 has 400 epochs and 300."""
+_DEFAULT = 300 / 125
+"""`train` has 300 epochs where the sample had 125."""
 
 # Lengths of the stages and of the neck by which parameters and FLOPs come to those in Table 2: the
 # paper shortens or lengthens a network where it changes its blocks.
@@ -153,7 +160,7 @@ VARIANTS: dict[str, Variant] = {
     "s-rep": Variant("s", scales="s-search"),
     **_class_losses("n"),
     "n-objectness": _built("n", objectness=True),
-    "n-again": _of("n", seed=1),
+    "n-again": _of("n", seed=1, borders=True),
     # INT8 of S: Tables 15, 21 and 16.
     "s-ptq": Variant("s", quantized=Quantized("s")),
     "s-rep-ptq": Variant("s", quantized=Quantized("s-rep")),
@@ -184,9 +191,7 @@ VARIANTS: dict[str, Variant] = {
     "s-dfl": _built("s", dfl=True),
     "s-no-fading": _of("s", _NO_FADING, borders=True),
     "s-longer": _of("s", stretch=_MORE),
-    "s-again": _of("s", seed=1),
-    "s-ptq-tuned": Variant("s", quantized=Quantized("s", tuned=True)),
-    "s-rep-ptq-tuned": Variant("s", quantized=Quantized("s-rep", tuned=True)),
+    "s-again": _of("s", seed=1, borders=True),
     # Where RepOptimizer should show: with the head of the first release.
     "s-v1-search": Variant("s", architecture=(("block", "scaled"), ("objectness", True))),
     "s-v1-rep": Variant("s", scales="s-v1-search"),
@@ -196,6 +201,23 @@ VARIANTS: dict[str, Variant] = {
         for tail in ("", "-per-tensor")
     },
     "n-full": _of("n", schedule="full"),
+    # Once more with other seeds: Tables 15, 14, 11 and 6.
+    "s-search-again": Variant("s", architecture=(("block", "scaled"),), seed=1),
+    "s-rep-again": Variant("s", scales="s-search-again", seed=1),
+    **{
+        f"{name}-ptq{tail}": Variant(
+            "s", quantized=Quantized(name, per_tensor=tail == "-per-tensor", tuned=tail == "-tuned")
+        )
+        for name in ("s-again", "s-rep-again")
+        for tail in ("", "-per-tensor", "-tuned")
+    },
+    "n-no-fading-again": _of("n", _NO_FADING, seed=1, borders=True),
+    "s-no-fading-again": _of("s", _NO_FADING, seed=1, borders=True),
+    "s-objectness-again": Variant("s", architecture=(("objectness", True),), seed=1),
+    "n-simota-again": _of("n", "losses.assigner=simota", seed=1),
+    # As many epochs as `train` has by default.
+    "n-default": _of("n", schedule="full", stretch=_DEFAULT),
+    "s-default": _of("s", schedule="full", stretch=_DEFAULT),
     # Larger networks. L first, since it teaches: Tables 3 and 13; T for Table 12.
     "l": _of("l"),
     "l-wide-neck": _built("l", **_WIDE_NECK),
@@ -220,6 +242,23 @@ VARIANTS: dict[str, Variant] = {
     "m-distilled": _of("m", teacher="m"),
 }
 """Every variant by name, the most important first."""
+
+REPEATS = {
+    "n": "n-again",
+    "s": "s-again",
+    "n-simota": "n-simota-again",
+    "n-no-fading": "n-no-fading-again",
+    "s-no-fading": "s-no-fading-again",
+    "s-objectness": "s-objectness-again",
+    "s-rep": "s-rep-again",
+    **{
+        f"{name}-ptq{tail}": f"{name}-again-ptq{tail}"
+        for name in ("s", "s-rep")
+        for tail in ("", "-per-tensor")
+    },
+}
+"""Variants and the same with other seeds. Where both are there, the mean of both is compared: what
+chance gave one that others are compared with would be in every difference."""
 
 # --- the paper's tables -------------------------------------------------------------------------
 

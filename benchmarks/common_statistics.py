@@ -99,3 +99,26 @@ def _dense(x: Tensor) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
+
+
+def largest_difference() -> float:
+    """Return how far normalized values and gradients are from SyncBatchNorm's; in all processes."""
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(dist.get_rank())
+    x, grad = (torch.randn(8, 24, 40, 40, device=device, generator=generator) for _ in range(2))
+    found = []
+    for kind in (nn.SyncBatchNorm, CommonBatchNorm):
+        bn = kind(24).to(device)
+        with torch.no_grad():
+            bn.weight.copy_(torch.linspace(0.5, 2, 24))
+        given = (3 * x + dist.get_rank()).contiguous(memory_format=torch.channels_last)
+        given.requires_grad_()
+        values = bn(given)
+        values.backward(grad)
+        tensors = (values, given.grad, bn.weight.grad, bn.bias.grad, bn.running_mean)
+        found.append([*tensors, bn.running_var])
+    differences = [
+        float((one - other).abs().max() / one.abs().max())
+        for one, other in zip(*found, strict=True)
+    ]
+    return max(differences)

@@ -305,12 +305,23 @@ class MeanOf:
         return float(np.mean([part.ap(draws) for part in self.parts]))
 
 
+def of_class(found: MatchedDetections | MeanOf, place: int) -> MatchedDetections | MeanOf:
+    """Return the detections of one class alone, by its place among the classes."""
+    if isinstance(found, MeanOf):
+        return MeanOf(tuple(_of_class(part, place) for part in found.parts))
+    return _of_class(found, place)
+
+
+def _of_class(found: MatchedDetections, place: int) -> MatchedDetections:
+    return _Remembered((found.classes[place],), found.images)
+
+
 def ap_of(found: Scorable) -> Interval:
     """Return the AP over all images, 0..1, with its interval over images."""
     return interval(found.ap, found.images)
 
 
-def ap_by_fold(truth: Truth, found: MatchedDetections) -> list[float]:
+def ap_by_fold(truth: Truth, found: Scorable) -> list[float]:
     """Return the AP of each fold's network in its own fold."""
     folds = range(int(truth.fold_of.max()) + 1)
     return [found.ap((truth.fold_of == fold).astype(np.int64)) for fold in folds]

@@ -182,8 +182,6 @@ def random_graph(name: str, size: int, batch: int) -> tuple[onnx.ModelProto, dic
 
 def built(folder: Path, name: str, backend_name: str, settings: BuildSettings) -> dict[str, Any]:
     """Build an engine; return its kernels, by kind and the types of what they read and write."""
-    said: list[str] = []
-    settings = dataclasses.replace(settings, on_layers=said.append)
     try:
         engine = build_engine(
             graph_from_onnx(folder / f"{name}.onnx"),
@@ -193,8 +191,8 @@ def built(folder: Path, name: str, backend_name: str, settings: BuildSettings) -
         )
     except UserError as error:
         return {"refused": str(error)}
-    (folder / f"{name}.layers.txt").write_text("\n".join(said))
-    layers = engine_layers("\n".join(said))
+    (folder / f"{name}.layers.txt").write_text(engine.layers)
+    layers = engine_layers(engine.layers)
     kinds = Counter(
         f"{layer.kind} {'+'.join(layer.inputs)} -> {'+'.join(layer.outputs)}" for layer in layers
     )

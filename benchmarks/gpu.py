@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import pickle
 import platform
 import sys
@@ -41,7 +42,7 @@ from trt_yolov6 import __version__
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.latency import BenchmarkResult, benchmark_many
 from trt_yolov6.bench.roofline import gpu_ceilings
-from trt_yolov6.bench.sampling import in_turns, random_input, timed
+from trt_yolov6.bench.sampling import in_turns, random_input, rate, seconds_of, timed
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import package_versions, read_gpus, software_versions, timestamp
 from trt_yolov6.data.coco import load_coco
@@ -188,10 +189,11 @@ def measure_boxes(bench: Bench) -> list[dict[str, Any]]:
         locked[:] = ordinary
 
         def boxes(images: NDArray[Any]) -> float:
-            start = time.perf_counter()
-            outputs = engine.start(images, nms).wait()
-            postprocess(outputs, engine.output_layout, nms, [place])
-            return time.perf_counter() - start
+            def once() -> None:
+                outputs = engine.start(images, nms).wait()
+                postprocess(outputs, engine.output_layout, nms, [place])
+
+            return seconds_of(once)
 
         own, first, second = in_turns(
             [engine.resident_run(ordinary), lambda: boxes(locked), lambda: boxes(ordinary)],
@@ -244,26 +246,20 @@ def pipelined(
     seconds: float,
 ) -> float:
     """Return images a second with as many batches in flight as the engine takes."""
-    running: list[Any] = []
-    done = 0
-    start = time.perf_counter()
+    turns = itertools.cycle(batches)
+    running = [engine.start(next(turns), nms) for _ in range(engine.in_flight)]
 
-    def collect() -> None:
-        nonlocal done
+    def collect() -> int:
         outputs = running.pop(0).wait()
         # The engine is given its next batch before this one's boxes are looked at.
-        running.append(engine.start(batches[done % len(batches)], nms))
+        running.append(engine.start(next(turns), nms))
         postprocess(outputs, engine.output_layout, nms, [place] * len(batches[0]))
-        done += len(batches[0])
+        return len(batches[0])
 
-    for index in range(engine.in_flight):
-        running.append(engine.start(batches[index % len(batches)], nms))
-    while done < 4 * len(batches[0]) or time.perf_counter() - start < seconds:
-        collect()
-    elapsed = time.perf_counter() - start
+    found = rate(collect, seconds, least=4)
     for run in running:
         run.wait()
-    return done / elapsed
+    return found
 
 
 def measure_jpeg(bench: Bench) -> list[dict[str, Any]]:
@@ -288,28 +284,22 @@ def measure_jpeg(bench: Bench) -> list[dict[str, Any]]:
             count = 32 * int(max(30, 60 * bench.seconds))
             items = [encoded[index % len(encoded)] for index in range(count)]
 
-            def whole(engine: Engine = engine, items: list[bytes] = items) -> float:
-                start = time.perf_counter()
+            def whole(engine: Engine = engine, items: list[bytes] = items) -> int:
                 steps = process(engine, items, read_image, keep, PredictOptions(batch=32))
-                found = sum(len(step.result) for step in steps)
-                assert found == len(items)
-                return len(items) / (time.perf_counter() - start)
+                return sum(len(step.result) for step in steps)
 
-            def loading(engine: Engine = engine, items: list[bytes] = items) -> float:
-                start = time.perf_counter()
+            def loading(engine: Engine = engine, items: list[bytes] = items) -> int:
                 loaded = load_batches(
                     items, read_image, engine.input, batch=32, allocate=engine.empty_input
                 )
-                for batch in loaded:
-                    del batch
-                return len(items) / (time.perf_counter() - start)
+                return sum(len(batch.letterboxes) for batch in loaded)
 
             rates: dict[str, list[float]] = {"whole": [], "loading": [], "engine": [], "boxes": []}
             own = engine.resident_run(random_input(engine, 32))
             whole()
             for _ in range(3):
-                rates["whole"].append(whole())
-                rates["loading"].append(loading())
+                rates["whole"].append(rate(whole, 0))
+                rates["loading"].append(rate(loading, 0))
                 rates["engine"].append(32 / float(np.median(timed(own, bench.seconds / 3))))
                 rates["boxes"].append(boxes_rate(engine, encoded, bench.seconds / 3))
             medians = {stage: float(np.median(values)) for stage, values in rates.items()}
@@ -338,11 +328,12 @@ def boxes_rate(engine: Engine, encoded: Sequence[bytes], seconds: float) -> floa
     nms = NmsSettings()
     outputs = engine.start(batch.input, nms).wait()
     with ThreadPoolExecutor(default_workers()) as executor:
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            postprocess(outputs, engine.output_layout, nms, batch.letterboxes, executor=executor)
-            count += len(batch.letterboxes)
-        return count / (time.perf_counter() - start)
+
+        def suppress() -> int:
+            placed = batch.letterboxes
+            return len(postprocess(outputs, engine.output_layout, nms, placed, executor=executor))
+
+        return rate(suppress, seconds)
 
 
 def measure_fp8(bench: Bench) -> dict[str, Any]:

@@ -33,10 +33,10 @@ from trt_yolov6.spec import BatchProfile
 CLASSES = 80
 
 
-def random_model(variant: str) -> YOLOv6:
+def random_model(variant: str, classes: int = CLASSES) -> YOLOv6:
     """Return a variant with random weights, always the same ones."""
     torch.manual_seed(0)
-    return build_model(architecture(variant, CLASSES)).eval()
+    return build_model(architecture(variant, classes)).eval()
 
 
 def our_graph(

@@ -122,6 +122,7 @@ def page() -> str:
             parts.append(f"Ours is not measured yet: `{command}`.\n")
         else:
             parts.append(section())
+    parts += ["## Differences by class\n", by_class()]
     return "\n".join(parts)
 
 
@@ -138,9 +139,9 @@ images, of the AP of all folds' detections together. Differences are paired: the
 and draws. "Agree" means that each interval of the difference excludes zero on the paper's side, \
 "contradict" on the other side, "cannot tell" that one includes zero.
 
-N and S by the recipe itself, with which the others are compared, were trained twice, with other \
-seeds; in Tables 2 to 13 the mean of both stands for them: the luck of one would be in every \
-difference.
+What was trained twice, with other seeds, is marked "two seeds" and stands for the mean of both: \
+the luck of one that others are compared with would be in every difference. Where a network is \
+compared with itself, in INT8 or with other inputs, both are of the same seeds.
 """
 
 
@@ -150,12 +151,13 @@ def how_ours_came_about() -> str:
     if data is None:
         return f"{NOT_MEASURED}\n"
     parts = [HOW.format(images=data["images"], folds=data["folds"])]
-    for row in data["repeats"]:
-        network = f"YOLOv6-{row['base'].upper()}"
-        parts.append(
-            f"{network} trained again with five other seeds differs by {_points(row['folds'])} "
-            f"over folds, {_points(row['images'])} over images: so much is chance.\n"
-        )
+    parts.append("So much is chance, trained again with five other seeds:\n")
+    again = [
+        [f"`{row['base']}`", _points(row["folds"]), _points(row["images"])]
+        for row in data["repeats"]
+        if ablation_variants.VARIANTS[row["base"]].quantized is None
+    ]
+    parts.append(markdown(["Variant", "over folds", "over images"], again))
     for call in data["calls"]:
         minutes = call["seconds"] * len(call["gpus"]) / 60
         parts.append(
@@ -176,23 +178,26 @@ def how_ours_came_about() -> str:
         ]
         for network, name in SCHEDULES.items()
         if (entry := data["variants"].get(name)) is not None
-        for found in [data["means"].get(name, entry["AP"]["plain"])]
+        for found in [data["means"].get(name, entry["AP"])["plain"]]
     ]
     head = ["", "epochs", "pixels", "batch", "AP, mean of folds", "AP, all images", "a training"]
     return "\n".join([*parts, markdown(head, rows)])
 
 
 SCHEDULES = {
-    "YOLOv6-N, default recipe": "n-full",
-    "YOLOv6-S, default recipe": "s-full",
-    "YOLOv6-N, as the tables compare it (mean of two)": "n",
-    "YOLOv6-S (mean of two)": "s",
+    "YOLOv6-N, default recipe, the sample's epochs": "n-full",
+    "YOLOv6-S, default recipe, the sample's epochs": "s-full",
+    "YOLOv6-N, default recipe": "n-default",
+    "YOLOv6-S, default recipe": "s-default",
+    "YOLOv6-N, as the tables compare it": "n",
+    "YOLOv6-S": "s",
     "YOLOv6-T": "t",
     "YOLOv6-M": "m",
     "YOLOv6-L": "l",
     "YOLOv6-L-ReLU": "l-relu",
 }
 
+TWO_SEEDS = ", two seeds"
 NOT_MEASURED = "Ours is not measured yet: `python -m benchmarks.ablations`."
 
 
@@ -277,7 +282,7 @@ def _in_words(verdicts: Sequence[tuple[str, str]], compared: Sequence[Mapping[st
     for kind, names in said.items():
         if names:
             what = f"{len(names)} of {sum(map(len, said.values()))} comparisons"
-            listed = "" if kind == "cannot tell" else f" ({', '.join(names)})"
+            listed = "" if kind == "cannot tell" else f" ({'; '.join(names)})"
             parts.append(f"{kind} in {what}{listed}")
     ours = f"Ours {'; '.join(parts)}. " if parts else ""
     return ours + smallest(compared)
@@ -295,7 +300,7 @@ def smallest(compared: Sequence[Mapping[str, Any]]) -> str:
 
 def _not_run(names: Sequence[str]) -> str:
     """Return a sentence on what was not run, to follow another one; empty where all was."""
-    return f" Not run: {', '.join(names)}." if names else ""
+    return f" Not run: {'; '.join(names)}." if names else ""
 
 
 def _their_change(
@@ -312,23 +317,36 @@ def _own_cells(table: ablation_variants.Table, data: Mapping[str, Any]) -> dict[
         texts = []
         for cell in cells:
             entry = None if cell is None else data["variants"].get(cell.variant)
-            found = None if entry is None or cell is None else entry["AP"].get(cell.input)
-            if found is not None and cell is not None and table.is_plain:
-                found = data["means"].get(cell.variant, found)
-            texts.append("" if found is None else _ap(found))
+            found, mark = None, ""
+            if entry is not None and cell is not None:
+                found = entry["AP"].get(cell.input)
+                means = data["means"].get(cell.variant, {})
+                if cell.input in means and (table.is_plain or means.keys() == entry["AP"].keys()):
+                    found, mark = means[cell.input], TWO_SEEDS
+            texts.append("" if found is None else _ap(found) + mark)
         rows[label] = texts
     return rows
 
 
 def _schedule(table: ablation_variants.Table, data: Mapping[str, Any]) -> str:
     """Return epochs, size, folds and seeds of a table's trainings in words."""
-    names = [cell.variant for cells in table.rows.values() for cell in cells if cell is not None]
-    own = [data["variants"][name] for name in dict.fromkeys(names) if name in data["variants"]]
-    epochs = " or ".join(str(value) for value in sorted({entry["epochs"] for entry in own}))
-    sizes = " or ".join(str(value) for value in sorted({entry["image_size"] for entry in own}))
+    epochs: dict[str, list[str]] = {}
+    sizes = set()
+    for column, network in enumerate(table.columns):
+        cells = [row[column] for row in table.rows.values()]
+        names = [cell.variant for cell in cells if cell is not None]
+        own = [data["variants"][name] for name in names if name in data["variants"]]
+        if own:
+            text = " or ".join(str(value) for value in sorted({entry["epochs"] for entry in own}))
+            epochs.setdefault(text, []).append(network[7:])
+            sizes |= {entry["image_size"] for entry in own}
+    if len(epochs) == 1:
+        lengths = f"{next(iter(epochs))} epochs"
+    else:
+        lengths = ", ".join(f"{text} epochs of {' and '.join(own)}" for text, own in epochs.items())
     return (
-        f"{epochs} epochs at {sizes} pixels, {data['folds']} folds, a seed each, "
-        f"{data['images']} images"
+        f"{lengths} at {' or '.join(map(str, sorted(sizes)))} pixels, {data['folds']} folds, a "
+        f"seed each, {data['images']} images"
     )
 
 
@@ -416,13 +434,21 @@ def table_1() -> str:
     )
 
 
-def variants_table(rows: Mapping[str, str], pairs: Mapping[tuple[str, str], float | None]) -> str:
+def variants_table(
+    rows: Mapping[str, str],
+    pairs: Mapping[tuple[str, str], float | None],
+    *,
+    both_seeds: bool = False,
+    speeds: Mapping[str, str] | None = None,
+) -> str:
     """Return a table of variants' AP and one of differences; or that they are not measured.
 
     Args:
         rows: label -> variant.
         pairs: variants and what each is compared with -> the paper's difference in points, None
             where it has none.
+        both_seeds: show the mean of two trainings, where there are two.
+        speeds: precision, as in TensorRT's results, by label: its speed stands next to the AP.
     """
     data = _ablations()
     there = {} if data is None else data["variants"]
@@ -431,10 +457,20 @@ def variants_table(rows: Mapping[str, str], pairs: Mapping[tuple[str, str], floa
         return f"{NOT_MEASURED}\n"
     labels = {name: label for label, name in rows.items()}
     one = next(iter(known.values()))
-    text = markdown(
-        [f"YOLOv6-S, {one['image_size']} pixels", "AP"],
-        [[label, _ap(entry["AP"]["plain"])] for label, entry in known.items()],
-    )
+    means = data["means"] if both_seeds else {}
+    cells = []
+    for label, name in rows.items():
+        if name in means:
+            cells.append([label, _ap(means[name]["plain"]) + TWO_SEEDS])
+        elif name in there:
+            cells.append([label, _ap(there[name]["AP"]["plain"])])
+    head = [f"YOLOv6-S, {one['image_size']} pixels, {one['folds']} folds", "AP"]
+    if speeds is not None:
+        fps = int8_speeds()
+        head.append("FPS (b32), TensorRT 8 on H100, 640 pixels")
+        for row in cells:
+            row.append(f"{fps[speeds[row[0]]][32]:.0f}")
+    text = markdown(head, cells)
     compared = [row for row in data["pairs"] if (row["variant"], row["base"]) in pairs]
     if compared:
         lines, verdicts = [], []
@@ -461,10 +497,8 @@ def variants_table(rows: Mapping[str, str], pairs: Mapping[tuple[str, str], floa
 INT8_ROWS = {
     "float": "s",
     "INT8, min-max": "s-ptq",
-    "INT8, as `build` makes it": "s-ptq-tuned",
     "RepOptimizer, float": "s-rep",
     "RepOptimizer, INT8, min-max": "s-rep-ptq",
-    "RepOptimizer, INT8, as `build` makes it": "s-rep-ptq-tuned",
     "INT8, one scale a layer": "s-ptq-per-tensor",
     "RepOptimizer, INT8, one scale a layer": "s-rep-ptq-per-tensor",
     "head of v0.1, float": "s-objectness",
@@ -473,6 +507,10 @@ INT8_ROWS = {
     "head of v0.1, RepOptimizer, float": "s-v1-rep",
     "head of v0.1, RepOptimizer, INT8, min-max": "s-v1-rep-ptq",
     "head of v0.1, RepOptimizer, INT8, one scale a layer": "s-v1-rep-ptq-per-tensor",
+    "other seeds, float": "s-again",
+    "other seeds, INT8, as `build` makes it": "s-again-ptq-tuned",
+    "other seeds, RepOptimizer, float": "s-rep-again",
+    "other seeds, RepOptimizer, INT8, as `build` makes it": "s-rep-again-ptq-tuned",
 }
 QAT_ROWS = {
     "INT8, min-max": "s-ptq",
@@ -508,7 +546,10 @@ def table_15() -> str:
         ("s-objectness-ptq", "s-objectness"): -7.4,
         ("s-v1-rep-ptq", "s-v1-rep"): -1.5,
     }
-    ours = variants_table(INT8_ROWS, pairs) + _rep_optimizer_gains()
+    data = _ablations()
+    known = {} if data is None else data["means"]
+    both = {"s", "s-ptq", "s-rep", "s-rep-ptq"} <= known.keys()
+    ours = variants_table(INT8_ROWS, pairs, both_seeds=both) + _rep_optimizer_gains()
     return _beside("YOLOv6-S", theirs, EXACT, ours)
 
 
@@ -519,16 +560,17 @@ def _rep_optimizer_gains() -> str:
         return ""
     # What INT8 costs in Table 15, without RepOptimizer and with it.
     theirs = {"v2.0, min-max": 2.1 - 0.5, "v1.0, min-max": 7.4 - 1.5}
-    rows = []
+    rows, verdicts = [], []
     for row in data["rep_optimizer"]:
         change = theirs.get(row["row"])
         own = [_points(row["folds"]), _points(row["images"])]
         if change is None:
             rows.append([row["row"], "", *own, ""])
         else:
-            rows.append([row["row"], f"{change:+.1f}", *own, f"**{verdict(change, row)}**"])
+            verdicts.append((row["row"], verdict(change, row)))
+            rows.append([row["row"], f"{change:+.1f}", *own, f"**{verdicts[-1][1]}**"])
     head = ["RepOptimizer spares in INT8", "theirs", *_INTERVALS, ""]
-    return f"\n{markdown(head, rows)}\n{smallest(data['rep_optimizer'])}\n"
+    return f"\n{markdown(head, rows)}\n{_in_words(verdicts, data['rep_optimizer'])}\n"
 
 
 def table_16() -> str:
@@ -543,7 +585,28 @@ def table_16() -> str:
         ("s-rep-qat-distilled", "s-rep-qat"): None,
         ("s-rep-partial-distilled", "s-rep-qat-distilled"): 0.2,
     }
-    return _beside("YOLOv6-S (v1.0), T4", theirs, EXACT, variants_table(QAT_ROWS, pairs))
+    speeds = dict.fromkeys(QAT_ROWS, "int8") | {
+        "RepOptimizer, partial QAT, distilled": "int8+float6",
+        "float": "fp16",
+        "RepOptimizer, float": "fp16",
+    }
+    ours = variants_table(QAT_ROWS, pairs, speeds=speeds)
+    return _beside("YOLOv6-S (v1.0), T4", theirs, EXACT, ours) + SAME_GRAPH
+
+
+SAME_GRAPH = """
+Speeds are those of Table 17, of random weights: all weights make the same graph, and \
+RepOptimizer's network is that with branches once fused.
+"""
+
+
+def int8_speeds() -> dict[str, dict[int, float]]:
+    """Return images/s of YOLOv6-S in TensorRT by precision and batch."""
+    speeds: dict[str, dict[int, float]] = {}
+    for row in read_json(RESULTS / TENSORRT8)["rows"]:
+        if row["network"] == "yolov6s" and row["how"] in ("ours", "ptq"):
+            speeds.setdefault(row["precision"], {})[row["batch"]] = row["fps"]
+    return speeds
 
 
 def table_17() -> str:
@@ -553,19 +616,17 @@ def table_17() -> str:
         [["" if cell is None else cell for cell in row] for row in paper.TABLE_17],
     )
     data = read_json(RESULTS / TENSORRT8)
-    speeds: dict[str, dict[int, float]] = {}
-    for row in data["rows"]:
-        if row["network"] == "yolov6s" and row["how"] in ("ours", "ptq"):
-            speeds.setdefault(row["precision"], {})[row["batch"]] = row["fps"]
+    speeds = int8_speeds()
+    batches = sorted({batch for fps in speeds.values() for batch in fps})
     rows = [
         [
             precision.upper().replace("+FLOAT6", ", six layers in float"),
-            *(f"{fps[batch]:.0f}" if batch in fps else "" for batch in (1, 32)),
+            *(f"{fps[batch]:.0f}" if batch in fps else "" for batch in batches),
         ]
         for precision, fps in speeds.items()
     ]
     where = f"{data['device']}, TensorRT {data['rows'][0]['backend_version']}, random weights"
-    ours = markdown(["YOLOv6-S", "FPS (b1)", "FPS (b32)"], rows)
+    ours = markdown(["YOLOv6-S", *(f"FPS (b{batch})" for batch in batches)], rows)
     return _beside("T4, TensorRT 8", theirs, where, ours) + "\nThe AP of INT8 is in Table 16.\n"
 
 
@@ -610,6 +671,22 @@ def table_5() -> str:
     return (
         f"**The paper's** (T4, FP16):\n\n{theirs}\nOurs is not measured: the steps lead from "
         "YOLOv5's anchors, backbone and neck, which `train` does not build.\n"
+    )
+
+
+def by_class() -> str:
+    """Return the changes by choices, class by class."""
+    data = _ablations()
+    if data is None or not data["classes"]:
+        return f"{NOT_MEASURED}\n"
+    rows = []
+    for row in data["classes"]:
+        names = [f"`{row['variant']}`", f"`{row['base']}`", row["class"]]
+        rows.append([*names, _points(row["folds"]), _points(row["images"])])
+    return (
+        "Classes count alike in AP, however many objects they have: of 13 in an image, 11 are red "
+        "cells (RBC), one is a white cell (WBC), one a platelet.\n\n"
+        + markdown(["Variant", "against", "class", *_INTERVALS], rows)
     )
 
 

@@ -151,7 +151,7 @@ def single_runs(
 
     def boxes(image: NDArray[np.uint8]) -> None:
         placed = [fit((image.shape[0], image.shape[1]), size)]
-        outputs = engine.start_images([image], placed, nms).wait()
+        outputs = engine.start_images([image], placed, nms, clip=True).wait()
         postprocess(outputs, engine.output_layout, nms, placed)
 
     def before() -> None:
@@ -206,7 +206,9 @@ def measure_batches(bench: Bench) -> list[dict[str, Any]]:
                     rates["engine"].append(BATCH / median)
                     rates["direct"].append(pipelined(engine, batches, nms, bench.seconds))
                     rates["process"].append(
-                        streamed(engine, stream, lambda image: image, None, nms, bench.seconds)[0]
+                        streamed(
+                            engine, stream, as_it_is, None, nms, bench.seconds, in_memory=True
+                        )[0]
                     )
                 medians = {what: float(np.median(values)) for what, values in rates.items()}
                 for what, fps in medians.items():
@@ -230,7 +232,7 @@ def pipelined(
     turns = itertools.cycle(batches)
 
     def give() -> Any:
-        return engine.start_images(next(turns), placed, nms, patient=True)
+        return engine.start_images(next(turns), placed, nms, clip=True, patient=True)
 
     running = [give() for _ in range(engine.in_flight)]
     done, start = 0, time.perf_counter()
@@ -252,10 +254,20 @@ def streamed(
     open_item: Callable[[Any], Any] | None,
     nms: NmsSettings,
     seconds: float,
+    *,
+    in_memory: bool = False,
 ) -> tuple[float, float, float]:
     """Return images a second of `process`, the cores it uses, and boxes an image."""
     options = options_of(nms)
-    steps = process(engine, itertools.cycle(items), read, keep, options, open_item=open_item)
+    steps = process(
+        engine,
+        itertools.cycle(items),
+        read,
+        keep,
+        options,
+        open_item=open_item,
+        in_memory=in_memory,
+    )
     with closing(steps):
         for _ in range(6):  # the first is checked on the CPU, the second recorded as a graph
             next(steps)
@@ -267,6 +279,11 @@ def streamed(
             boxes += sum(map(len, found))
         elapsed = time.perf_counter() - start
         return done / elapsed, (time.process_time() - used) / elapsed, boxes / max(done, 1)
+
+
+def as_it_is(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Hand an image on."""
+    return image
 
 
 def options_of(nms: NmsSettings) -> PredictOptions:
@@ -433,12 +450,12 @@ def jpeg_stages(
         1,
     )
     placed = loaded.batch.letterboxes
-    outputs = engine.start_images(loaded.images, placed, nms, after=loaded.ready).wait()
+    outputs = engine.start_images(loaded.images, placed, nms, clip=True, after=loaded.ready).wait()
     own = engine.resident_run(random_input(engine, BATCH))
 
     def on_gpu() -> float:
         start = time.perf_counter()
-        engine.start_images(loaded.images, placed, nms).wait()
+        engine.start_images(loaded.images, placed, nms, clip=True).wait()
         return time.perf_counter() - start
 
     def in_python() -> float:
@@ -501,17 +518,23 @@ def measure_gpus(bench: Bench) -> list[dict[str, Any]]:
     path = bench.engine(NAMES[0], BATCH)
     rows: list[dict[str, Any]] = []
     numbers = sorted({1, min(2, count), count})
-    for number in numbers:
-        rates = on_gpus(number, path, bench.seconds)
-        print(f"  {number} GPUs: {rates}", flush=True)
-        rows.append({"gpus": number, "way": "in memory", "fps": sum(rates), "each": rates})
-        rows[-1]["to_one"] = rows[-1]["fps"] / rows[0]["fps"]
+    with GpuProcesses(count, path) as processes:
+        for number in numbers:
+            rates = processes.rates(number, 2 * bench.seconds)
+            rows.append({"gpus": number, "way": "in memory", "fps": sum(rates), "each": rates})
+            rows[-1]["to_one"] = rows[-1]["fps"] / rows[0]["fps"]
+            print(" ", short(rows[-1]), flush=True)
     first = len(rows)
     with load_engine(path) as engine:
         for number in numbers:
+            start = time.perf_counter()
             fps = files_on_gpus(engine, number, bench.seconds)
             rows.append({"gpus": number, "way": "files, process_on_gpus", "fps": fps})
             rows[-1]["to_one"] = fps / rows[first]["fps"]
+            took = time.perf_counter() - start
+            print(
+                " ", short(rows[-1]), f"({took:.0f} s, the processes' start included)", flush=True
+            )
     return rows
 
 
@@ -537,33 +560,77 @@ def files_on_gpus(engine: Engine, count: int, seconds: float) -> float:
         return done / (time.perf_counter() - start)
 
 
-def on_gpus(count: int, path: Path, seconds: float) -> list[float]:
-    """Return images a second of each of some processes that run at the same time."""
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(count)
-    results = context.Queue()
-    workers = [
-        context.Process(target=one_gpu, args=(index, path, seconds, barrier, results))
-        for index in range(count)
-    ]
-    for worker in workers:
-        worker.start()
-    rates = [results.get(timeout=240) for _ in workers]
-    for worker in workers:
-        worker.join(30)
-    return rates
+class GpuProcesses:
+    """A process a GPU, each with the engine loaded and warm; started once, all at the same time."""
+
+    def __init__(self, count: int, path: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ends: list[Any] = []
+        self._processes: list[Any] = []
+        started = time.perf_counter()
+        for index in range(count):
+            ours, theirs = context.Pipe()
+            process_ = context.Process(target=one_gpu, args=(index, path, theirs), daemon=True)
+            process_.start()
+            theirs.close()
+            self._ends.append(ours)
+            self._processes.append(process_)
+        for index in range(count):
+            steps = self._answer(index)
+            took = time.perf_counter() - started
+            print(f"  GPU {index} is ready after {took:.1f} s: {steps}", flush=True)
+
+    def rates(self, count: int, seconds: float) -> list[float]:
+        """Return images a second of each of the first processes, at work at the same time."""
+        for ours in self._ends[:count]:
+            ours.send(seconds)
+        return [self._answer(index) for index in range(count)]
+
+    def _answer(self, index: int) -> Any:
+        if not self._ends[index].poll(60):
+            raise RuntimeError(f"the process of GPU {index} does not answer")
+        answer = self._ends[index].recv()  # EOFError: it has ended
+        if isinstance(answer, str):
+            raise RuntimeError(f"the process of GPU {index} failed: {answer}")
+        return answer
+
+    def __enter__(self) -> GpuProcesses:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for ours in self._ends:
+            ours.close()
+        for one in self._processes:
+            one.join(10)
+            if one.is_alive():
+                one.terminate()
 
 
-def one_gpu(index: int, path: Path, seconds: float, barrier: Any, results: Any) -> None:
-    """Measure on one GPU, starting with the others."""
+def one_gpu(index: int, path: Path, theirs: Any) -> None:
+    """Be the process of a GPU: say what starting took, then a rate whenever one is asked for."""
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(45)  # where it hangs, if it does
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[index]
-    with load_engine(path) as engine:
-        contents = encoded_images()
-        streamed(engine, contents, read_image, open_image, NmsSettings(), 1.0)
-        barrier.wait(240)
-        results.put(
-            streamed(engine, contents, read_image, open_image, NmsSettings(), 2 * seconds)[0]
-        )
+    start, steps = time.perf_counter(), {}
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        try:
+            with load_engine(path) as engine:
+                steps["engine"] = round(time.perf_counter() - start, 1)
+                contents = encoded_images()
+                streamed(engine, contents, read_image, open_image, NmsSettings(), 0.5)
+                steps["first batches"] = round(time.perf_counter() - start, 1)
+                theirs.send(steps)
+                faulthandler.cancel_dump_traceback_later()
+                while True:
+                    seconds = theirs.recv()
+                    rate = streamed(
+                        engine, contents, read_image, open_image, NmsSettings(), seconds
+                    )
+                    theirs.send(rate[0])
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception:
+            theirs.send(traceback.format_exc())
 
 
 # --- leaks and accuracy -------------------------------------------------------------------------

@@ -303,6 +303,7 @@ def cpu_suppression() -> str:
         [
             "the sample network" if name == "sample" else f"random boxes, {name}",
             f"{row['candidates']:.0f}",
+            f"{row['suppress_again_ms']:.2f}",
             f"{row['suppress_ms']:.2f}",
             f"{row['suppress_ms_of_the_slowest_image']:.2f}",
             f"{row['postprocess_ms']:.2f}",
@@ -310,8 +311,9 @@ def cpu_suppression() -> str:
         ]
         for name, row in result(CPU_SUPPRESSION)["cpu"].items()
     ]
-    head = ["outputs", "candidates", "suppression", "of the slowest image", "all post-processing"]
-    return markdown([*head, "OpenCV, all candidates"], rows)
+    head = ["outputs", "candidates", "suppression, again at once", "after OpenCV's"]
+    head += ["of the slowest image", "all post-processing", "OpenCV, all candidates"]
+    return markdown(head, rows)
 
 
 QAT = "qat-bccd.json"
@@ -423,29 +425,37 @@ def training_speed() -> str:
     if not (RESULTS / TRAINING_SPEED).is_file():
         return "Not measured yet: `python -m benchmarks.training_speed` fills this in.\n"
     data = result(TRAINING_SPEED)
-    alone = {row["model"]: row["step_ms"] for row in data["rows"] if row["gpus"] == 1}
+    base = {
+        (row["model"], row["batch"]): row["step_ms"]
+        for row in data["rows"]
+        if row["gpus"] == 1 and row["statistics"] == "common"
+    }
     rows = []
-    for row in sorted(data["rows"], key=lambda row: (row["model"], row["gpus"], row["statistics"])):
+    for row in sorted(data["rows"], key=lambda row: (row["model"], row["batch"], row["gpus"])):
         spent = row.get("profile_ms", {})
-        base = alone.get(row["model"])
+        most = ", ".join(f"{kind} {ms:.0f}" for kind, ms in list(spent.items())[:4])
+        alone = base.get((row["model"], row["batch"]))
+        how = row["statistics"] if row["gpus"] > 1 else row["statistics"].removeprefix("common, ")
         rows.append(
             [
                 f"YOLOv6-{row['model'].upper()}",
+                row["batch"],
                 row["gpus"],
-                "" if row["gpus"] == 1 else row["statistics"],
+                "" if row["gpus"] == 1 and how == "common" else how,
                 f"{row['step_ms']:.0f}",
                 f"{row['images_per_second']:.0f}",
-                "" if base is None else f"{base / row['step_ms']:.2f}",
-                f"{sum(spent.values()):.0f}" if spent else "",
-                f"{spent.get('communication', 0):.0f}" if spent else "",
+                "" if alone is None else f"{alone / row['step_ms']:.2f}",
+                f"{row['loss']:.3f}",
+                f"{sum(spent.values()):.0f}: {most}" if spent else "",
             ]
         )
-    head = ["", "GPUs", "batch statistics", "a step, ms", "images/s", "times as fast as one"]
+    head = ["", "images a step", "GPUs", "batch statistics", "a step, ms", "images/s"]
+    head += ["times as fast as one", "loss", "GPU busy, ms, with most of it"]
     where = (
-        f"{data['device']}, {data['cores']} cores, {data['date']}, {data['batch']} images a step "
-        f"in all, {data['image_size']} pixels: `{data['command']}`.\n\n"
+        f"{data['device']}, {data['cores']} cores, {data['date']}, {data['image_size']} pixels: "
+        f"`{data['command']}`.\n\n"
     )
-    return where + markdown([*head, "GPU busy, ms", "of it NCCL"], rows)
+    return where + markdown(head, rows)
 
 
 def rep_optimizer() -> str:
@@ -600,7 +610,7 @@ def tensorrt8_layers() -> str:
     return markdown(["us, YOLOv6-S, batch 32", *heads], lines)
 
 
-TRITON = "triton-cpu.json"
+TRITON_CPU, TRITON_GPU = "triton-cpu.json", "triton-gpu.json"
 TRITON_ENTRIES = {
     "tensors": "tensors",
     "tensors_alone": "tensors, alone",
@@ -613,11 +623,11 @@ TRITON_ENTRIES = {
 _NOT_MEASURED = "Not measured yet.\n"
 
 
-def triton_where() -> str:
+def triton_where(name: str) -> str:
     """Environment of Triton's figures, and whether its boxes are ours."""
-    if not (RESULTS / TRITON).is_file():
+    if not (RESULTS / name).is_file():
         return _NOT_MEASURED
-    data = result(TRITON)
+    data = result(name)
     same = data["equal"]
     protocols = " and ".join(
         f"{same[name]['equal_to_detect']} of {same['images']} over {label}"
@@ -631,27 +641,29 @@ def triton_where() -> str:
     )
 
 
-def triton_load() -> str:
+def triton_load(name: str) -> str:
     """Throughput and latency of each entry by the number of requests at a time."""
-    if not (RESULTS / TRITON).is_file():
+    if not (RESULTS / name).is_file():
         return _NOT_MEASURED
-    found = {(row["entry"], row["concurrency"]): row for row in result(TRITON)["load"]}
+    found = {(row["entry"], row["concurrency"]): row for row in result(name)["load"]}
     rows = []
     for count in sorted({count for _, count in found}):
         cells = []
         for entry in TRITON_ENTRIES:
             row = found[entry, count]
-            cells.append(f"{row['per_second']:.1f}, {row['p99']:.1f} s ({row['mean_batch']:.1f})")
+            cells.append(
+                f"{row['per_second']:.1f}, {1e3 * row['p99']:.0f} ms ({row['mean_batch']:.1f})"
+            )
         rows.append([count, *cells])
     head = ["at a time: throughput, p99 (mean batch)", *TRITON_ENTRIES.values()]
     return markdown(head, rows)
 
 
-def triton_bench() -> str:
+def triton_bench(name: str) -> str:
     """Throughput at 16 at a time over that of `bench`, in turns."""
-    if not (RESULTS / TRITON).is_file():
+    if not (RESULTS / name).is_file():
         return _NOT_MEASURED
-    data = result(TRITON)
+    data = result(name)
     part = data["bench"]
     ratios = sorted(one["ratio"] for one in part["rounds"])
     latency = statistics.median(one["p99"] for one in part["rounds"])
@@ -659,7 +671,7 @@ def triton_bench() -> str:
     return (
         f"Tensors at 16 at a time, over `bench` of the same engine at batch {data['batch']} on the "
         f"same cores, in turns: **{part['ratio']:.2f}** times its throughput, the median of "
-        f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {latency:.2f} s. "
+        f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {1e3 * latency:.0f} ms. "
         "By processor time an image, of server and clients together, it is "
         f"**{part['cpu_ratio']:.2f}** times ({spent[0]:.2f} to {spent[-1]:.2f}).\n"
     )
@@ -667,9 +679,9 @@ def triton_bench() -> str:
 
 def triton_soak() -> str:
     """Resources that the server holds during a long load."""
-    if not (RESULTS / TRITON).is_file():
+    if not (RESULTS / TRITON_CPU).is_file():
         return _NOT_MEASURED
-    seen = result(TRITON)["soak"]
+    seen = result(TRITON_CPU)["soak"]
     last = seen[-1]["seconds"]
     rows = []
     for share in (0.1, 0.25, 0.5, 0.75, 1):
@@ -713,6 +725,29 @@ def ray_on_cpus() -> str:
     return markdown(head, rows)
 
 
+def ray_on_gpus() -> str:
+    """Scaling of `infer --ray` over GPUs of one host."""
+    if not (RESULTS / "ray-gpu.json").is_file():
+        return _NOT_MEASURED
+    data = result("ray-gpu.json")
+    first = data["rounds"][0]
+    rows = []
+    for run in data["rounds"]:
+        times = run["images_s_running"] / first["images_s_running"]
+        rows.append(
+            [
+                run["size"],
+                data["pictures"],
+                f"{run['start_s']:.1f}",
+                f"{run['images_s']:.0f}",
+                f"{run['images_s_running']:.0f}",
+                f"{times:.2f}",
+            ]
+        )
+    head = ["GPUs", "pictures", "start, s", "images/s, start included", "while it runs"]
+    return markdown([*head, "times one GPU"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ray-cpu": ray_on_cpus,
     "summary": summary,
@@ -738,9 +773,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat-where": qat_where,
     "training": training,
     "training-speed": training_speed,
-    "triton-where": triton_where,
-    "triton-load": triton_load,
-    "triton-bench": triton_bench,
+    "triton-where": lambda: triton_where(TRITON_CPU),
+    "triton-load": lambda: triton_load(TRITON_CPU),
+    "triton-bench": lambda: triton_bench(TRITON_CPU),
+    "triton-gpu-where": lambda: triton_where(TRITON_GPU),
+    "triton-gpu-load": lambda: triton_load(TRITON_GPU),
+    "triton-gpu-bench": lambda: triton_bench(TRITON_GPU),
+    "ray-gpu": ray_on_gpus,
     "triton-soak": triton_soak,
     "rep-optimizer": rep_optimizer,
 }

@@ -5,12 +5,12 @@
     python -m benchmarks.tensorrt8 measure DIR --json FILE             needs TensorRT 8, a GPU
 
 TensorRT 8 runs in Python 3.10, where a machine may have no PyTorch; so the graphs are made first.
-Speed is that of networks with random weights, 80 classes, 640 x 640; INT8's ranges are those of
-four of the sample's images. Accuracy is that of the detectors that lie in DIR as `NAME.ap.onnx`, on
-the sample's validation images; other detectors with weights of their own lie there as
-`NAME.PRECISION.bBATCH.onnx`, as the rest. Several processes build on a
-GPU; what is built already is left, so that a run that was stopped goes on. Engines of one network
-and batch size are measured interleaved; figures are medians.
+Speed is that of networks with random weights, 80 classes (S also with 3), 640 x 640; INT8's ranges
+are those of four of the sample's images. Accuracy is that of the detectors that lie in DIR as
+`NAME.ap.onnx`, on the sample's validation images; other detectors with weights of their own lie
+there as `NAME.PRECISION.bBATCH.onnx`, as the rest. Several processes build on a GPU; what is built
+already is left, so that a run that was stopped goes on. Engines of one network and batch size are
+measured interleaved; figures are medians.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ from trt_yolov6.spec import PredictOptions
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("yolov6n", "yolov6t", "yolov6s", "yolov6m", "yolov6l", "yolov6l-relu")
+FEW_CLASSES = "yolov6s-3classes"
+"""S as BCCD's detectors are: decoding 80 classes takes a part of the time that INT8 does not."""
 BATCHES = (1, 32)
 OWN_TACTICS = ("edge_mask_convolutions", "jit_convolutions")
 """TensorRT's own kernels: a machine without cuBLAS and cuDNN has no others."""
@@ -108,7 +110,9 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
 
     folder, name, batches = job
-    network = random_model(name.replace("-", "_"))
+    few = name == FEW_CLASSES
+    variant = name.removesuffix("-3classes").replace("-", "_")
+    network = random_model(variant, 3) if few else random_model(variant)
     model = export_onnx(network, ExportSettings(), verify=False)
     half = to_fp16(model, keep_float32=tail_nodes(model))
     graph = dataclasses.replace(as_graph(model, name, 640, 1), precision="fp32")
@@ -470,7 +474,9 @@ def main() -> None:
     measuring = actions.add_parser("measure")
     for action in (graphs, building, working, measuring):
         action.add_argument("folder", type=Path, help="of the graphs")
-    graphs.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
+    graphs.add_argument(
+        "--networks", nargs="*", default=list(NETWORKS), choices=(*NETWORKS, FEW_CLASSES)
+    )
     graphs.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     graphs.add_argument("--peers", type=Path, help="folder that benchmarks.peers wrote")
     for action in (building, working, measuring):

@@ -3,30 +3,75 @@
     python -m benchmarks.training_speed --gpus 4 --json benchmarks/results/training-speed.json
 
 N and S on BCCD at 640 pixels and 256 images a step, on 1, 2 and 4 GPUs, with the batch statistics
-of all GPUs' images together (the default), and on all of them with each GPU's own as well. A
-minute and a half on four H100. Fewer GPUs are measured side by side on those that are free. The
-images are taken several times, so that an epoch has steps enough. The profile is of an epoch of its
-own.
+of all GPUs' images together (the default), and on all of them with each GPU's own as well; and, on
+one, with the recipe's 32 images a step. Two candidates are measured as well: common statistics
+without waiting for the GPU (`common_statistics`), and those with the network's passes as CUDA
+graphs (`graphed_network`). A minute and a half on four H100: fewer GPUs are measured side by side
+on those that are free. The images are taken several times, so that an epoch has steps enough. The
+profile is of an epoch of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
+import functools
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model, software_versions
 
-EPOCHS = 3
+EPOCHS = 2
 """The last is the one that is reported: in the first cuDNN looks for its algorithms."""
+RECIPE_BATCH = 32
+"""Images a step of the recipe, on one GPU."""
+COMMON, OWN, NO_WAITS, GRAPHED = "common", "own", "common, without waits", "common, graphed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A measurement by one set of processes."""
+
+    gpus: int
+    batch: int
+    kinds: tuple[str, ...]
+    """Kinds of batch statistics."""
+
+
+def parts_of(options: argparse.Namespace) -> list[list[Part]]:
+    """Return the parts of each turn, side by side on the GPUs that there are.
+
+    All GPUs come last: what could go wrong between them must not cost what they are compared with.
+    """
+    counts = [count for count in (1, 2, 4, 8) if count <= options.gpus]
+    on_gpu = options.device != "cpu"
+    turns: list[list[Part]] = [[]]
+    free = options.gpus
+    parts = [Part(1, RECIPE_BATCH, (COMMON, GRAPHED))] if on_gpu else []
+    for count in counts[:-1]:
+        candidates = (NO_WAITS,) if count > 1 and on_gpu else ()
+        parts.append(Part(count, options.batch, (COMMON, *candidates)))
+    for part in parts:
+        if part.gpus > free:
+            turns.append([])
+            free = options.gpus
+        turns[-1].append(part)
+        free -= part.gpus
+    several = counts[-1] > 1
+    # What was never seen to work comes last here, too.
+    kinds = (COMMON, *((NO_WAITS,) if several and on_gpu else ()), *((OWN,) if several else ()))
+    turns.append([Part(counts[-1], options.batch, (*kinds, *((GRAPHED,) if on_gpu else ())))])
+    return [turn for turn in turns if turn]
 
 
 def main() -> None:
@@ -45,58 +90,55 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", default=["n", "s"])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--imgsz", type=int, default=640)
-    parser.add_argument("--steps", type=int, default=8, help="steps of an epoch (8)")
+    parser.add_argument("--steps", type=int, default=6, help="steps of an epoch (6)")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds, of all together")
     parser.add_argument("--device", default="cuda", help="cpu, for a try")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kinds", nargs="+", help=argparse.SUPPRESS)
     return parser
 
 
 def _run_all(options: argparse.Namespace) -> None:
     start = time.monotonic()
-    counts = [count for count in (1, 2, 4, 8) if count <= options.gpus]
-    # The largest alone, then all others side by side.
-    turns: list[list[int]] = [[counts[-1]], []]
-    free = options.gpus
-    for count in reversed(counts[:-1]):
-        if count > free:
-            turns.append([])
-            free = options.gpus
-        turns[-1].append(count)
-        free -= count
     result: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.training_speed", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "device": cpu_model() if options.device == "cpu" else _gpu_name(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "versions": software_versions(),
-        "batch": options.batch,
         "image_size": options.imgsz,
         "rows": [],
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = write_repeated(options.data, folder / "data", options.batch * options.steps)
-        for turn in filter(None, turns):
+        turns = parts_of(options)
+        for number, turn in enumerate(turns):
             first = 0
             running = []
-            for count in turn:
-                running.append(_started(options, data, folder, count, first))
-                first += count
-            for count, process, file in running:
-                left = options.timeout - (time.monotonic() - start)
+            for part in turn:
+                running.append((part, *_started(options, part, data, folder, first)))
+                first += part.gpus
+            # The last turn is the longest: it has half of the time for itself.
+            left = options.timeout - (time.monotonic() - start)
+            ends = time.monotonic() + (left if number == len(turns) - 1 else left / 2)
+            for part, process, file in running:
                 try:
-                    _, said = process.communicate(timeout=max(left, 1))
+                    _, said = process.communicate(timeout=max(ends - time.monotonic(), 1))
                 except subprocess.TimeoutExpired:
                     process.terminate()  # torchrun ends its processes
-                    _, said = process.communicate()
+                    try:
+                        _, said = process.communicate(timeout=10)
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+                        _, said = process.communicate()
                 rows = [read_json(one) for one in sorted(file.parent.glob(f"{file.name}-*.json"))]
                 result["rows"] += rows
                 for row in rows:
                     print(_line(row), flush=True)
                 if process.returncode:
-                    print(f"{count} GPUs: {said[-3000:]}", flush=True)
+                    print(f"{part}: {said[-3000:]}", flush=True)
             if options.json:
                 write_json(options.json, result)
     result["seconds"] = time.monotonic() - start
@@ -129,21 +171,22 @@ def write_repeated(source: Path, target: Path, count: int) -> Path:
 
 
 def _started(
-    options: argparse.Namespace, data: Path, folder: Path, count: int, first: int
-) -> tuple[int, subprocess.Popen[str], Path]:
-    file = folder / f"on-{count}"
+    options: argparse.Namespace, part: Part, data: Path, folder: Path, first: int
+) -> tuple[subprocess.Popen[str], Path]:
+    file = folder / f"on-{part.gpus}-{part.batch}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(count), "-m", "benchmarks.training_speed"]
+    command += ["--nproc-per-node", str(part.gpus), "-m", "benchmarks.training_speed"]
     command += ["--worker", str(file), "--data", str(data), "--device", options.device]
-    command += ["--batch", str(options.batch), "--imgsz", str(options.imgsz)]
-    command += ["--steps", str(options.steps), "--gpus", str(options.gpus)]
-    command += ["--models", *options.models]
-    visible = ",".join(str(first + number) for number in range(count))
+    command += ["--batch", str(part.batch), "--imgsz", str(options.imgsz)]
+    steps = options.steps * options.batch // part.batch  # of the same images
+    command += ["--steps", str(steps), "--gpus", str(options.gpus)]
+    command += ["--models", *options.models, "--kinds", *part.kinds]
+    visible = ",".join(str(first + number) for number in range(part.gpus))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": "2"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    return count, process, file
+    return process, file
 
 
 def _gpu_name() -> str:
@@ -155,8 +198,10 @@ def _gpu_name() -> str:
 def _line(row: dict[str, Any]) -> str:
     shares = ", ".join(f"{name} {ms:.1f}" for name, ms in row.get("profile_ms", {}).items())
     return (
-        f"{row['model']} on {row['gpus']}, {row['statistics']} statistics: {row['step_ms']:.1f} ms "
+        f"{row['model']} on {row['gpus']}, {row['batch']} images, {row['statistics']} statistics: "
+        f"{row['step_ms']:.1f} ms "
         f"a step, {row['images_per_second']:.0f} images/s, loss {row['loss']:.4f}; {shares}"
+        + (f"; differs by {row['difference']:.1e}" if "difference" in row else "")
     )
 
 
@@ -177,38 +222,48 @@ def _work(options: argparse.Namespace) -> None:
     else:
         dist.init_process_group("gloo")
     first = dist.get_rank() == 0
-    for model in options.models:
-        for kind in _kinds(options, world):
-            try:
-                row = _measured(options, model, kind, world)
-            except RuntimeError as error:  # of one kind: the others are still to be measured
-                print(f"{model}, {kind} statistics: {error}", file=sys.stderr, flush=True)
-                continue
-            if first:
-                write_json(Path(f"{options.worker}-{model}-{kind}.json"), row)
+    with _loaded_once():
+        for kind in options.kinds:
+            for model in options.models:
+                try:
+                    row = _measured(options, model, kind, world)
+                except Exception as error:  # of one kind: the others are still to be measured
+                    print(f"{model}, {kind}: {error!r}", file=sys.stderr, flush=True)
+                    continue
+                if first:
+                    number = options.kinds.index(kind)
+                    write_json(Path(f"{options.worker}-{number}-{model}.json"), row)
     dist.destroy_process_group()
 
 
-COMMON, OWN, NO_WAITS = "common", "own", "common-without-waits"
+@contextlib.contextmanager
+def _loaded_once() -> Iterator[None]:
+    """Let the trainings of a process share their images."""
+    from trt_yolov6.training import detection_task
+    from trt_yolov6.training.dataset import load_training_set
 
+    @functools.cache
+    def once(*what: Any) -> Any:
+        return load_training_set(*what, progress=False)
 
-def _kinds(options: argparse.Namespace, world: int) -> tuple[str, ...]:
-    """Return the kinds of batch statistics to measure: all of them on the most GPUs."""
-    if world == 1:
-        return (COMMON,)
-    candidate = () if options.device == "cpu" else (NO_WAITS,)
-    return (COMMON, *candidate, OWN) if world == options.gpus else (COMMON, *candidate)
+    def loaded(folder: str, split: str, image_size: int, device: Any, **_: Any) -> Any:
+        return once(folder, split, image_size, device)
+
+    with mock.patch.object(detection_task, "load_training_set", loaded):
+        yield
 
 
 def _measured(options: argparse.Namespace, model: str, kind: str, world: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks.common_statistics import without_waits
+    from benchmarks.common_statistics import largest_difference, without_waits
+    from benchmarks.graphed_network import gradient_difference, graphed
     from trt_yolov6.training.log import read_log
-    from trt_yolov6.training.recipe import recipe_for
+    from trt_yolov6.training.recipe import recipe_for, with_field
     from trt_yolov6.training.trainer import train
 
     rank = int(os.environ["RANK"])
+    steps = options.steps
 
     def trained(epochs: int, folder: Path) -> list[dict[str, Any]]:
         settings = recipe_for(
@@ -220,18 +275,28 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
             val_split=None,
             common_statistics=kind != OWN,
         )
-        with without_waits() if kind == NO_WAITS else contextlib.nullcontext():
+        # Labelled as in all epochs but the first four.
+        settings = with_field(settings, "losses.warmup_epochs=0")
+        with contextlib.ExitStack() as stack:
+            if kind in (NO_WAITS, GRAPHED):
+                stack.enter_context(without_waits())
+            if kind == GRAPHED:
+                stack.enter_context(graphed(options.batch // world, options.imgsz))
             train(settings, folder, device=options.device, progress=False, state_seconds=1e9)
         return read_log(folder) if rank == 0 else []
 
-    steps = options.steps
+    row: dict[str, Any] = {
+        "model": model,
+        "gpus": world,
+        "batch": options.batch,
+        "statistics": kind,
+    }
+    if kind == NO_WAITS:
+        row["difference"] = largest_difference()
+    if kind == GRAPHED and world == 1:
+        row["difference"] = gradient_difference(f"yolov6{model}", 8, 320)
     with tempfile.TemporaryDirectory() as scratch:
         log = trained(EPOCHS, Path(scratch) / "run")
-        row: dict[str, Any] = {
-            "model": model,
-            "gpus": world,
-            "statistics": kind,
-        }
         if options.device != "cpu" and kind == COMMON and world in (1, options.gpus):
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 trained(1, Path(scratch) / "profiled")
@@ -250,10 +315,13 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
 
 _KINDS = (
     ("communication", ("nccl",)),
+    ("augmentation", ("grid_sampler",)),
+    ("assignment", ("topk", "TopK", "radix", "Sort", "scan")),
     ("normalization", ("batch_norm", "bn_")),
     ("convolution", ("conv", "gemm", "cutlass", "wgrad", "dgrad", "fprop", "xmma", "nvjet")),
     ("optimizer, average", ("multi_tensor",)),
     ("copies", ("Memcpy", "Memset", "nchwToNhwc", "nhwcToNchw")),
+    ("elementwise, sums", ("elementwise", "reduce", "Reduce")),
 )
 
 

@@ -35,6 +35,8 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as over_grpc
 import tritonclient.http as over_http
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
 
 from benchmarks.triton_server import Server, tritonserver
 from trt_yolov6.backends import BACKENDS
@@ -47,7 +49,6 @@ from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.predict import detect
-from trt_yolov6.serving.config_text import without_fields
 from trt_yolov6.serving.triton import ServingSettings, export_triton
 from trt_yolov6.spec import BatchProfile
 
@@ -153,8 +154,10 @@ def export(engine: Path, repository: Path, instances: int, on_cpu: bool) -> None
         )
         export_triton([engine], repository, settings, names=[name], python=serves)  # type: ignore[arg-type]
         if name.endswith("alone"):
-            config = repository / name / "config.pbtxt"
-            config.write_text(without_fields(config.read_text(), {"dynamic_batching"}))
+            path = repository / name / "config.pbtxt"
+            config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+            config.ClearField("dynamic_batching")
+            path.write_text(text_format.MessageToString(config))
 
 
 def equal(server: Server, engine: Engine, folder: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ FOR_PYTHON_310 = (
 )
 """Options of `pip download`."""
 
-OUR_NEEDS = ("numpy", "tqdm")
+OUR_NEEDS = ("numpy", "ml-dtypes", "tqdm")
 """Modules that our code imports before TensorRT."""
 
 STUBS = ("tensorrt 10.13.0.35", "tensorrt-stubs==10.13.0.35.1")

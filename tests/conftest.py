@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
+import importlib
+import importlib.util
 import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import onnx
 import onnxruntime
 import pytest
-import torch
 from filelock import FileLock
+from support.accuracy import graph_precision
 
+from trt_yolov6.backends import BACKENDS
+from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines.build import BuiltEngine, build_engine
-from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.graph.model import Graph
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,6 +99,8 @@ def sample_engine(make_once: Callable[..., Any]) -> BuiltEngine:
     """The sample checkpoint as `trt-yolov6 build` makes it: FP32, dynamic batch, 640."""
 
     def build(folder: Path) -> BuiltEngine:
+        from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+
         graph = graph_from_checkpoint(
             ROOT / "samples" / "yolov6n_bccd_authors.pt", ExportSettings()
         )
@@ -105,11 +115,24 @@ def sample_320(make_once: Callable[..., Any]) -> Graph:
     """The sample for images of 320 x 320: the same layers, for a quarter of the work."""
 
     def export(_: Path) -> Graph:
+        from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
+
         checkpoint = ROOT / "samples" / "yolov6n_bccd_authors.pt"
         return graph_from_checkpoint(checkpoint, ExportSettings((320, 320)))
 
     graph: Graph = make_once("sample_320", export)
     return graph
+
+
+@pytest.fixture(scope="session")
+def sample_320_ap(make_once: Callable[..., Any], sample_320: Graph) -> float:
+    """Its AP on all sample images."""
+
+    def evaluate(folder: Path) -> float:
+        return graph_precision(sample_320.model, folder, load_coco(ROOT / "samples"))
+
+    ap: float = make_once("sample_320_ap", evaluate)
+    return ap
 
 
 @dataclass(frozen=True)
@@ -131,6 +154,12 @@ def traced_once(make_once: Callable[..., Any]) -> Iterator[None]:
 
     A network is the same if its modules, architecture, weights, input and options are.
     """
+    if importlib.util.find_spec("torch") is None:
+        yield  # as on a machine that only runs engines
+        return
+    import torch
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
     trace = torch.onnx.export
 
     def traced(module: torch.nn.Module, args: tuple[torch.Tensor, ...], **options: Any) -> Traced:
@@ -149,7 +178,10 @@ def traced_once(make_once: Callable[..., Any]) -> Iterator[None]:
         found: Traced = make_once(f"traced/{digest.hexdigest()}", make)
         return found
 
+    # A third of the time of a trace goes into reading the source of the exporter's 500 operators.
+    operators = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", operators)
         patch.setattr(torch.onnx, "export", traced)
         yield
 
@@ -172,9 +204,21 @@ def one_thread_a_session() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def gpu_backend(request: pytest.FixtureRequest) -> ModuleType:
+    """Each TensorRT that runs here, as its module."""
+    module = importlib.import_module(BACKENDS[request.param].module)
+    state = module.availability()
+    if not state.can_run:
+        pytest.skip(state.detail)
+    return module
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Run PyTorch on one thread: small networks gain nothing from more where cores are busy."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -22,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from benchmarks import ablation_variants, paper
 from benchmarks.ablation_scores import collect, over_folds
 from benchmarks.ablation_variants import FOUND_FILE, RESULT_FILE, TABLES, VARIANTS
-from benchmarks.ablations import write_out
+from benchmarks.ablations import _parser, jobs_of, write_out
 from benchmarks.folds import (
     FOLDS,
     ap_by_fold,
@@ -42,7 +43,7 @@ from benchmarks.folds import (
 )
 from benchmarks.packing import MARK, Claims, Job, Schedule, run_jobs
 from benchmarks.paper_tables import sentence, verdict
-from benchmarks.training_speed import write_repeated
+from benchmarks.training_speed import COMMON, parts_of, write_repeated
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.models.variants import architecture
@@ -203,6 +204,17 @@ def test_a_difference_is_paired(folds: Path) -> None:
     # The AP of a fold counts the objects and detections of its images alone.
     assert len(ap_by_fold(truth, own)) == FOLDS
     assert min(ap_by_fold(truth, own)) < own.ap() < max(ap_by_fold(truth, own))
+
+
+@given(st.sampled_from([1, 2, 4, 8]))
+def test_trainings_that_are_timed_side_by_side_have_a_gpu_each(gpus: int) -> None:
+    options = argparse.Namespace(gpus=gpus, device="cuda", batch=256)
+    turns = parts_of(options)
+    assert all(sum(part.gpus for part in turn) <= gpus for turn in turns)
+    assert [part.gpus for part in turns[-1]] == [gpus]
+    alone = [part for turn in turns for part in turn if part.gpus == 1 and part.batch == 256]
+    assert len(alone) == 1, "what the others are compared with"
+    assert alone[0].kinds[0] == COMMON
 
 
 def test_a_set_taken_several_times_has_the_boxes_of_its_images(
@@ -368,6 +380,12 @@ def test_variants_are_trained_after_what_they_need() -> None:
         assert all(order.index(needed) < order.index(name) for needed in variant.needs), name
 
 
+def test_variants_are_trained_in_the_order_given_each_after_what_it_needs() -> None:
+    options = _parser().parse_args(["--only", "s-v1-rep-ptq", "n", "s-search", "--folds", "0"])
+    names = [job.order["variant"] for job in jobs_of(options)]
+    assert names == ["s-v1-search", "s-v1-rep", "s-v1-rep-ptq", "n", "s-search"]
+
+
 def test_our_tables_are_grids_of_the_papers() -> None:
     for number, table in TABLES.items():
         networks, theirs = paper.ABLATIONS[number]
@@ -482,9 +500,20 @@ def test_what_most_are_compared_with_is_the_mean_of_two_trainings(
     result = collect([tmp_path], source)
     (row,) = result["tables"]["8"]
     assert row["folds"]["value"] == pytest.approx(-0.1)
-    assert result["means"]["n"]["folds"]["value"] == pytest.approx(0.52)
+    assert result["means"]["n"]["plain"]["folds"]["value"] == pytest.approx(0.52)
     # One network with two inputs is compared with itself.
     assert {row["folds"]["value"] for row in result["tables"]["14"]} == {0}
+
+
+def test_a_second_try_that_did_not_end_leaves_the_first(source: Path, tmp_path: Path) -> None:
+    job = {"variant": "n", "epochs": 60, "batch": 32, "image_size": 320, "seconds": 1.0}
+    for name, ap, folds in (("first", 0.5, FOLDS), ("second", 0.6, 3), ("third", 0.7, FOLDS)):
+        jobs = [job | {"fold": fold, "seed": fold, "AP": {"plain": ap}} for fold in range(folds)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ablations.json").write_text(json.dumps({"jobs": jobs, "calls": []}))
+    for names, ap in ((("first", "second"), 0.5), (("first", "third"), 0.7)):
+        result = collect([tmp_path / name for name in names], source)
+        assert result["variants"]["n"]["AP"]["plain"]["by_fold"] == [ap] * FOLDS
 
 
 def test_results_of_a_folder_are_scored_with_all_their_detections(

@@ -336,7 +336,7 @@ def as_suppressed(candidates: Candidates, images: int, nms: NmsSettings) -> Supp
         scores[index, : len(one)] = one.confidence
         classes[index, : len(one)] = one.class_id
     # The last row is padding of the batch.
-    counts = np.array([*map(len, found), rows], np.int64)
+    counts = [*map(len, found), rows]
     return Suppressed(counts, boxes, scores, classes, nms)
 
 

@@ -27,7 +27,7 @@ from trt_yolov6.engines.onnxruntime import backend as onnxruntime_backend
 from trt_yolov6.engines.tensorrt import builder as tensorrt_build
 from trt_yolov6.engines.tensorrt import enterprise as tensorrt
 from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
-from trt_yolov6.engines.tensorrt.flavour import one_line
+from trt_yolov6.engines.tensorrt.flavour import Flavour, one_line
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings
 
@@ -199,6 +199,22 @@ def test_a_plan_cannot_be_loaded_without_a_gpu_and_the_reason_is_said(tmp_path: 
     assert "GPU" in message
 
 
+@pytest.mark.parametrize(
+    ("backend", "version", "shares"),
+    [
+        ("tensorrt", "8.5.3.1", False),
+        ("tensorrt", "8.6.0", True),
+        ("tensorrt", "10.9.0.34", True),
+        ("tensorrt-rtx", "1.6.1.120", True),
+    ],
+)
+def test_only_before_tensorrt_8_6_do_contexts_not_share_a_profile(
+    backend: str, version: str, shares: bool
+) -> None:
+    api: Any = types.SimpleNamespace(__version__=version)
+    assert Flavour(backend, "TensorRT", api).shares_profiles is shares
+
+
 def test_messages_of_tensorrt_lose_the_places_in_its_source() -> None:
     message = (
         "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Network has dynamic or "
@@ -361,20 +377,12 @@ def test_ctrl_c_stops_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- on a GPU -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[tensorrt, tensorrt_rtx], ids=["tensorrt", "tensorrt-rtx"])
-def backend(request: pytest.FixtureRequest) -> Any:
-    state = request.param.availability()
-    if not state.can_run:
-        pytest.skip(state.detail)
-    return request.param
-
-
 @pytest.fixture
-def engine(backend: Any, tmp_path: Path) -> Iterator[Engine]:
+def engine(gpu_backend: Any, tmp_path: Path) -> Iterator[Engine]:
     path = tmp_path / "detector.trt"
     settings = BuildSettings(batch=BatchProfile(1, 2, 4), progress=False)
-    path.write_bytes(backend.build(detector().SerializeToString(), settings))
-    with backend.load(path, None, LoadOptions()) as loaded:
+    path.write_bytes(gpu_backend.build(detector().SerializeToString(), settings))
+    with gpu_backend.load(path, None, LoadOptions()) as loaded:
         yield loaded
 
 
@@ -399,13 +407,13 @@ def _images(batch: int, *, uint8: bool = False) -> NDArray[Any]:
 @pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("uint8", [False, True], ids=["float32", "uint8"])
 def test_outputs_equal_onnx_runtimes_at_every_batch_size(
-    backend: Any, tmp_path: Path, uint8: bool, fp16: bool
+    gpu_backend: Any, tmp_path: Path, uint8: bool, fp16: bool
 ) -> None:
     model = detector(uint8=uint8, fp16=fp16)
     path = tmp_path / "detector.trt"
     settings = BuildSettings(batch=BatchProfile(1, 2, 4), progress=False)
-    path.write_bytes(backend.build(model.SerializeToString(), settings))
-    with backend.load(path, None, LoadOptions()) as loaded:
+    path.write_bytes(gpu_backend.build(model.SerializeToString(), settings))
+    with gpu_backend.load(path, None, LoadOptions()) as loaded:
         for batch in (4, 1, 2, 3, 2):
             images = _images(batch, uint8=uint8)
             found = loaded.infer(images)
@@ -478,9 +486,9 @@ def test_a_closed_engine_says_so(engine: Engine) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("kept", [0, 20, 5000])
-def test_a_plan_cut_short_is_refused(backend: Any, engine: Engine, kept: int) -> None:
+def test_a_plan_cut_short_is_refused(gpu_backend: Any, engine: Engine, kept: int) -> None:
     path = engine.path.with_name("short.trt")
     path.write_bytes(engine.path.read_bytes()[:kept])
-    message = refusal(lambda: backend.load(path, None, LoadOptions()))
+    message = refusal(lambda: gpu_backend.load(path, None, LoadOptions()))
     assert "short.trt" in message
     assert "empty" in message or "cut short" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,37 @@ def test_unreadable_files_are_left_out_and_named(
         ]
         with pytest.raises(UserError, match=f"{min(bad):03}.jpg is damaged"):
             found_in(engine, paths)
+
+
+def test_images_in_memory_are_handled_in_the_calling_thread(
+    library: Library, tmp_path: Path
+) -> None:
+    images = [picture(seed) for seed in range(21)]
+    threads: set[int] = set()
+
+    def read(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if not any(image is one for one in images[:4]):  # those are prepared and checked
+            threads.add(threading.get_ident())
+        if image is images[9]:
+            raise UserError("this one is bad")
+        return image
+
+    def finish(batch: Any, found: list[Detections]) -> tuple[Any, list[Detections]]:
+        threads.add(threading.get_ident())
+        return batch, found
+
+    def run(engine: Any, **options: Any) -> list[Detections]:
+        steps = process(engine, images, read, finish, SURE, in_memory=True, **options)
+        return [one for step in steps for one in step.result[1]]
+
+    with load_tiny(tmp_path) as plain:
+        wanted = detect(plain, images[:9] + images[10:], MANY)
+        engine = HostImagesEngine(plain, library)
+        assert_same(run(engine, skip_unreadable=True), wanted)
+        assert threads == {threading.get_ident()}
+        assert engine.taken == [4, 3, 4, 4, 1]
+        with pytest.raises(UserError, match="this one is bad"):
+            run(engine)
 
 
 def test_it_can_be_left_early(tmp_path: Path, library: Library) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from support.gpu import needs_gpu
 
-from trt_yolov6.data.coco import load_coco, read_coco_image
+from trt_yolov6.data.coco import CocoImage, load_coco, read_coco_image
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.data.letterbox import fit
@@ -26,7 +27,7 @@ from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.runtime.evaluate import evaluate
-from trt_yolov6.runtime.predict import detect, process
+from trt_yolov6.runtime.predict import SHOWN_CONFIDENCE, detect, process
 from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions, TensorSpec
 
 pytestmark = needs_gpu
@@ -34,6 +35,8 @@ pytestmark = needs_gpu
 ROOT = Path(__file__).parents[1]
 VAL = ROOT / "samples" / "images" / "val"
 EIGHT = PredictOptions(batch=8)
+OFF = 7e-6
+"""Part of the values that the hardware decodes to another number than OpenCV, a level off."""
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["float32", "uint8"])
@@ -79,6 +82,22 @@ def assert_same(found: list[Detections], wanted: list[Detections]) -> None:
         np.testing.assert_array_equal(one.xyxy, other.xyxy)
         np.testing.assert_array_equal(one.confidence, other.confidence)
         np.testing.assert_array_equal(one.class_id, other.class_id)
+
+
+def assert_close(found: Detections, wanted: Detections) -> None:
+    """Each of the boxes found is wanted, within what half precision makes of a level of 255.
+
+    Boxes of nearly equal scores may change places, and those near the threshold come and go.
+    """
+    for one in found:
+        if one.confidence < SHOWN_CONFIDENCE + 0.02:
+            continue
+        assert any(
+            one.class_id == other.class_id
+            and abs(one.confidence - other.confidence) < 0.02
+            and np.allclose(one.xyxy, other.xyxy, atol=3)
+            for other in wanted
+        ), f"{one} is not among {list(wanted)}"
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -265,19 +284,35 @@ def test_odd_files_are_read_as_ever(engine: Engine, on_cpu: Engine, tmp_path: Pa
     paths = sorted(tmp_path.iterdir()) * 4
     for one, other in zip(detect(engine, paths), detect(on_cpu, paths), strict=True):
         assert one.path == other.path
-        assert len(one) == len(other)
-        np.testing.assert_allclose(one.xyxy, other.xyxy, atol=3)
+        assert_close(one, other)
+        assert_close(other, one)
 
 
-def test_the_ap_is_the_cpus(engine: Engine, on_cpu: Engine) -> None:
+def test_the_ap_is_the_cpus(
+    engine: Engine, on_cpu: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or differs by what as many values a level off, at random, change it on the CPU's way, too.
+
+    In half precision that is a box more or less at some threshold of the IoU, of 72 images.
+    """
     data = load_coco(ROOT / "samples")
-    found = evaluate(engine, data, EIGHT, progress=False)
-    wanted = evaluate(on_cpu, data, EIGHT, progress=False)
-    assert found.ap is not None
-    assert wanted.ap is not None
-    print(f"AP {found.ap:.5f} on the GPU's way, {wanted.ap:.5f} on the CPU's")
-    assert found.ap == pytest.approx(wanted.ap, abs=5e-4)
-    assert read_coco_image(data.images[0]).shape[2] == 3
+    found = evaluate(engine, data, EIGHT, progress=False).ap
+    wanted = [evaluate(on_cpu, data, EIGHT, progress=False).ap]
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+
+        def read(image: CocoImage, random: Any = random) -> NDArray[np.uint8]:
+            pixels = read_coco_image(image).astype(np.int16)
+            places = random.integers(0, pixels.size, random.poisson(OFF * pixels.size))
+            pixels.reshape(-1)[places] += random.choice((-1, 1), len(places))
+            return pixels.clip(0, 255).astype(np.uint8)
+
+        monkeypatch.setattr("trt_yolov6.runtime.evaluate.read_coco_image", read)
+        one_thread = dataclasses.replace(EIGHT, workers=1)
+        wanted.append(evaluate(on_cpu, data, one_thread, progress=False).ap)
+    print(f"AP {found:.5f} on the GPU's way; {wanted} on the CPU's, the last with values off")
+    assert found is not None
+    assert min(filter(None, wanted)) - 5e-4 <= found <= max(filter(None, wanted)) + 5e-4
 
 
 def test_thousands_of_batches_leak_nothing(engine: Engine) -> None:

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
+from support.gpu import needs_gpu
 from support.plan_graphs import detector
 
 from trt_yolov6.data.letterbox import fit
@@ -31,20 +32,8 @@ from trt_yolov6.engines.cuda.arrays import is_contiguous, lies_on_gpu
 from trt_yolov6.engines.cuda.suppression import MAX_KEPT
 from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
 from trt_yolov6.engines.tensorrt.runtime_cache import RuntimeCache, cache_path
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.errors import UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings
-
-
-def _has_gpu() -> bool:
-    try:
-        cuda_device.current_device()
-    except MissingDependencyError:
-        return False
-    return True
-
-
-needs_gpu = pytest.mark.skipif(not _has_gpu(), reason="needs an NVIDIA GPU and cuda-python")
-
 
 # --- without a GPU ------------------------------------------------------------------------------
 
@@ -173,17 +162,16 @@ def test_a_folder_that_takes_no_runtime_cache_stops_nothing(tmp_path: Path) -> N
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Path:
-    pytest.importorskip("tensorrt_rtx")
+def plan(gpu_backend: Any, tmp_path: Path) -> Path:
     path = tmp_path / "detector.trt"
     settings = BuildSettings(batch=BatchProfile(1, 2, 4), progress=False)
-    path.write_bytes(tensorrt_rtx.build(detector().SerializeToString(), settings))
+    path.write_bytes(gpu_backend.build(detector().SerializeToString(), settings))
     return path
 
 
 @pytest.fixture
-def engine(plan: Path) -> Iterator[Any]:
-    with tensorrt_rtx.load(plan, None, LoadOptions()) as loaded:
+def engine(gpu_backend: Any, plan: Path) -> Iterator[Any]:
+    with gpu_backend.load(plan, None, LoadOptions()) as loaded:
         yield loaded
 
 
@@ -205,23 +193,44 @@ def check_equal(found: Any, wanted: Any) -> None:
         np.testing.assert_array_equal(found[name], value)
 
 
+def assert_same_over_changing_batches(engine: Any, other: Any) -> None:
+    for batch in (1, 1, 1, 4, 4, 4, 1, 2, 2, 2):
+        for seed in range(2):
+            check_equal(engine.infer(images(batch, seed)), other.infer(images(batch, seed)))
+
+
+def has_recorded(engine: Any) -> bool:
+    """Return whether a CUDA graph of a whole batch has been recorded by this package."""
+    bindings = [one for lane in engine._lanes for one in lane._bindings.values()]
+    return any(one.graph is not None for one in bindings)
+
+
 @needs_gpu
-@pytest.mark.parametrize("record", [False, True], ids=["by RTX", "by this package"])
-def test_cuda_graphs_change_no_result(plan: Path, record: bool) -> None:
+def test_cuda_graphs_change_no_result(gpu_backend: Any, plan: Path) -> None:
+    plain = gpu_backend.load(plan, None, LoadOptions(cuda_graph=False))
+    graphed = gpu_backend.load(plan, None, LoadOptions(cuda_graph=True))
+    with plain, graphed:
+        assert_same_over_changing_batches(graphed, plain)
+        # TensorRT-RTX records its graphs itself.
+        assert has_recorded(graphed) == (gpu_backend is not tensorrt_rtx)
+        assert not has_recorded(plain)
+
+
+@needs_gpu
+def test_a_graph_recorded_here_of_tensorrt_rtx_changes_no_result(
+    gpu_backend: Any, plan: Path
+) -> None:
+    if gpu_backend is not tensorrt_rtx:
+        pytest.skip("TensorRT's graphs are always recorded here")
     from trt_yolov6.engines.tensorrt.engine import ContextSettings, TensorRTEngine
 
     flavour = tensorrt_rtx._flavour()
     cache = RuntimeCache(plan.with_suffix(".cache"))
-    config = tensorrt_rtx._runtime_config(flavour.api, cache, not record)
-    contexts = ContextSettings(config, record_graph=record)
-    graphed = TensorRTEngine(flavour, plan, None, contexts)
-    with tensorrt_rtx.load(plan, None, LoadOptions(cuda_graph=False)) as plain, graphed:
-        for batch in (1, 1, 1, 4, 4, 4, 1, 2, 2, 2):
-            for seed in range(2):
-                wanted = plain.infer(images(batch, seed))
-                check_equal(graphed.infer(images(batch, seed)), wanted)
-        recorded = [c.graph for lane in graphed._lanes for c in lane._bindings.values()]
-        assert any(graph is not None for graph in recorded) == record
+    config = tensorrt_rtx._runtime_config(flavour.api, cache, False)
+    graphed = TensorRTEngine(flavour, plan, None, ContextSettings(config, record_graph=True))
+    with gpu_backend.load(plan, None, LoadOptions(cuda_graph=False)) as plain, graphed:
+        assert_same_over_changing_batches(graphed, plain)
+        assert has_recorded(graphed)
 
 
 @needs_gpu
@@ -296,7 +305,11 @@ def test_more_boxes_than_the_gpu_keeps_bring_the_whole_outputs(engine: Any) -> N
 
 
 @needs_gpu
-def test_the_second_start_uses_the_kernels_that_the_first_compiled(plan: Path) -> None:
+def test_the_second_start_uses_the_kernels_that_the_first_compiled(
+    gpu_backend: Any, plan: Path
+) -> None:
+    if gpu_backend is not tensorrt_rtx:
+        pytest.skip("a plan of TensorRT holds its kernels")
     with tensorrt_rtx.load(plan, None, LoadOptions()) as first:
         wanted = first.infer(images(2))
     stored = cache_path(plan).read_bytes()
@@ -310,8 +323,8 @@ def test_the_second_start_uses_the_kernels_that_the_first_compiled(plan: Path) -
 
 
 @needs_gpu
-def test_two_engines_in_two_threads_give_their_own_results(plan: Path) -> None:
-    engines = [tensorrt_rtx.load(plan, None, LoadOptions()) for _ in range(2)]
+def test_two_engines_in_two_threads_give_their_own_results(gpu_backend: Any, plan: Path) -> None:
+    engines = [gpu_backend.load(plan, None, LoadOptions()) for _ in range(2)]
     wanted = [[engine.infer(images(2, seed)) for seed in range(8)] for engine in engines]
     wrong: list[str] = []
 
@@ -357,8 +370,8 @@ def test_ten_thousand_runs_leak_nothing(engine: Any, sizes: tuple[int, ...]) -> 
 
 
 @needs_gpu
-def test_the_layers_take_about_the_time_of_the_whole(plan: Path) -> None:
-    with tensorrt_rtx.load(plan, None, LoadOptions(cuda_graph=False)) as loaded:
+def test_the_layers_take_about_the_time_of_the_whole(gpu_backend: Any, plan: Path) -> None:
+    with gpu_backend.load(plan, None, LoadOptions(cuda_graph=False)) as loaded:
         layers: Any = loaded
         seconds = layers.layer_times(images(4))
         run = loaded.resident_run(images(4))
@@ -378,7 +391,7 @@ def test_several_streams_do_more_in_the_same_time(engine: Any) -> None:
 
 
 @needs_gpu
-def test_a_gpu_without_room_is_named_in_one_sentence(plan: Path) -> None:
+def test_a_gpu_without_room_is_named_in_one_sentence(gpu_backend: Any, plan: Path) -> None:
     from trt_yolov6.engines.cuda.device import DeviceMemory, OutOfGpuMemoryError
 
     with pytest.raises(OutOfGpuMemoryError, match="no memory for another"):
@@ -392,7 +405,7 @@ def test_a_gpu_without_room_is_named_in_one_sentence(plan: Path) -> None:
             break
     try:
         with pytest.raises(UserError) as caught:
-            tensorrt_rtx.load(plan, None, LoadOptions()).infer(images(4))
+            gpu_backend.load(plan, None, LoadOptions()).infer(images(4))
         assert "\n" not in str(caught.value)
     finally:
         for memory in taken:

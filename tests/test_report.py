@@ -21,9 +21,10 @@ from support.chromium import Chromium, find_chromium
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import write_json
 from trt_yolov6.errors import UserError
-from trt_yolov6.reports import csv_of, html_of, markdown_of, read_material
+from trt_yolov6.reports.material import read_material
 from trt_yolov6.reports.sections import pareto
 from trt_yolov6.reports.tables import NOTHING, quantization, rows_of
+from trt_yolov6.reports.write import csv_of, html_of, markdown_of
 
 ENGINES = (
     # label, precision, AP, ms at batch 1, ms at batch 32

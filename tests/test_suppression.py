@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -268,6 +269,36 @@ def test_kernels_go_through_more_candidates_than_a_chunk_in_order(
         for image in range(2):
             wanted = plain_image(boxes[image], outputs["scores"][image].astype(np.float32), nms)
             assert rows_of(found, image) == wanted
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_kernels_map_boxes_to_the_images_as_the_cpu_does(clip: bool) -> None:
+    anchors, classes, limit = 300, 2, 200
+    rng = np.random.default_rng(5)
+    sizes = [(64, 64), (37, 61), (480, 640), (1, 900), (64, 33), (1080, 7)]
+    placed = [fit(size, SIZE) for size in sizes]
+    boxes = np.stack([crowd(rng, anchors, 150, size=64) for _ in placed])
+    boxes[:, ::9, 1::2] -= 64  # above the image
+    boxes[:, 4::50] *= np.float32(1e36)
+    scores = rng.uniform(0, 1, (len(placed), anchors, classes)).astype(np.float32)
+    outputs = {"boxes": boxes, "scores": scores}
+    nms = NmsSettings(0.3, 0.65, limit)
+    reading = split_reading(anchors, classes)
+    found = suppressed_on_cpu(reading, outputs, nms, placed=placed, clip=clip)
+    assert found is not None
+    assert found.clip is clip
+    higher = dataclasses.replace(nms, confidence=0.6)
+    for asked in (nms, higher):
+        for one, other in zip(
+            postprocess(found, "split", asked, placed, clip=clip, class_names=("a", "b")),
+            postprocess(outputs, "split", asked, placed, clip=clip, class_names=("a", "b")),
+            strict=True,
+        ):
+            assert one.class_names == ("a", "b")
+            assert 5 < len(one) <= limit
+            np.testing.assert_array_equal(one.xyxy, other.xyxy)
+            np.testing.assert_array_equal(one.confidence, other.confidence)
+            np.testing.assert_array_equal(one.class_id, other.class_id)
 
 
 def test_kernels_report_more_candidates_than_there_is_room_for() -> None:

@@ -26,7 +26,7 @@ from trt_yolov6.engines.manifest import Manifest, read_manifest, write_manifest
 from trt_yolov6.engines.onnxruntime.providers import on_gpu
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.onnx_import import graph_from_onnx
-from trt_yolov6.serving.python_backend import load_options
+from trt_yolov6.serving.python_backend import Parameters, load_options, read_parameters
 from trt_yolov6.serving.triton import ServingSettings, config_text, export_triton, served_model
 from trt_yolov6.spec import BatchProfile, PredictOptions
 
@@ -302,14 +302,16 @@ def test_an_onnx_file_without_a_manifest_says_how_to_read_it(tmp_path: Path) -> 
     (folder,) = export_triton([path], tmp_path / "models", None, loading, python="tensors")
     config = parsed((folder / "config.pbtxt").read_text())
     told = {key: value.string_value for key, value in config.parameters.items()}
-    options = load_options(told, folder / "1" / "engine.onnx", gpu=None, instances=1)
+    options = load_options(
+        read_parameters(told), folder / "1" / "engine.onnx", gpu=None, instances=1
+    )
     assert (options.decoder, options.preprocess) == ("yolov5", {"colour": "bgr"})
 
 
 def test_instances_on_a_cpu_share_its_cores(engine: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     threads = [
-        load_options(told, engine, gpu=gpu, instances=count).threads
+        load_options(read_parameters(told), engine, gpu=gpu, instances=count).threads
         for told, gpu, count in (
             ({}, None, 1),
             ({}, None, 2),
@@ -318,13 +320,13 @@ def test_instances_on_a_cpu_share_its_cores(engine: Path) -> None:
         )
     ]
     assert threads == [None, max(1, cores // 2), None, 3]
-    with pytest.raises(UserError, match=r"threads is 'many'.*config.pbtxt"):
-        load_options({"threads": "many"}, engine, gpu=None, instances=1)
+    with pytest.raises(UserError, match=r"threads: expected int.*config.pbtxt"):
+        read_parameters({"threads": "many"})
 
 
 def test_an_instance_of_a_gpu_runs_on_that_gpu(engine: Path) -> None:
-    assert load_options({}, engine, gpu=None, instances=1).provider == "cpu"
-    options = load_options({}, engine, gpu=3, instances=1)
+    assert load_options(Parameters(), engine, gpu=None, instances=1).provider == "cpu"
+    options = load_options(Parameters(), engine, gpu=3, instances=1)
     assert (options.provider, options.gpu) == (None, 3)
     assert on_gpu(["CUDAExecutionProvider", "CPUExecutionProvider"], options.gpu) == [
         ("CUDAExecutionProvider", {"device_id": "3"}),
@@ -370,10 +372,10 @@ def test_further_fields_take_the_place_of_ours(engine: Path) -> None:
     [
         ("max_batch_size: 3", "max_batch_size, which the engine decides"),
         ('name: "other" input {}', "input, name"),
-        ("response_cache {", "lacks a '}'"),
-        ("response_cache { enable: true }}", "from line 1 on"),
-        ("version_policy\n= 3", "from line 2 on"),
-        ("{ enable: true }", "from line 1 on"),
+        ("response_cache {", r"cannot be read \(1:17"),
+        ("response_cache { enable: true }}", r"cannot be read \(1:32"),
+        ("version_policy\n= 3", r"cannot be read \(2:1"),
+        ("{ enable: true }", r"cannot be read \(1:1"),
     ],
 )
 def test_fields_that_cannot_be_are_refused(extra: str, message: str) -> None:

@@ -16,17 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trt_yolov6.api import (
-        benchmark,
-        build,
-        compare,
-        evaluate,
-        export,
-        inspect,
-        load,
-        quantize,
-        train,
-    )
+    from trt_yolov6.api import benchmark, compare, evaluate, inspect, load, train
     from trt_yolov6.bench.latency import BenchmarkResult
     from trt_yolov6.comparison.plan import Plan
     from trt_yolov6.data.images import read_image
@@ -39,6 +29,7 @@ if TYPE_CHECKING:
     from trt_yolov6.engines.manifest import Manifest
     from trt_yolov6.errors import MissingDependencyError, UserError
     from trt_yolov6.graph.model import Graph
+    from trt_yolov6.pipeline import build, export, quantize
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.runtime.detector import Detector
     from trt_yolov6.runtime.evaluate import Evaluation
@@ -85,10 +76,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": (
-        *("benchmark", "build", "compare", "evaluate", "export", "inspect", "load", "quantize"),
-        "train",
-    ),
+    "api": ("benchmark", "compare", "evaluate", "inspect", "load", "train"),
     "bench.latency": ("BenchmarkResult",),
     "comparison.plan": ("Plan",),
     "data.images": ("read_image",),
@@ -101,6 +89,7 @@ _MODULES = {
     "engines.manifest": ("Manifest",),
     "errors": ("MissingDependencyError", "UserError"),
     "graph.model": ("Graph",),
+    "pipeline": ("build", "export", "quantize"),
     "quantization.settings": ("QuantizationSettings",),
     "runtime.detector": ("Detector",),
     "runtime.evaluate": ("Evaluation",),

@@ -1,4 +1,7 @@
-"""The package's verbs, which `trt_yolov6` re-exports and the command line calls."""
+"""The verbs that run, measure and train, which `trt_yolov6` re-exports and the command line calls.
+
+Those that make engines are in `pipeline`.
+"""
 
 from __future__ import annotations
 
@@ -18,36 +21,9 @@ if TYPE_CHECKING:
     from trt_yolov6.bench.latency import BenchmarkResult
     from trt_yolov6.comparison.plan import Plan
     from trt_yolov6.diagnostics.inspection import Inspection
-    from trt_yolov6.pipeline import build, export, quantize
     from trt_yolov6.runtime.evaluate import Evaluation
     from trt_yolov6.training.recipe import TrainSettings
     from trt_yolov6.training.trainer import TrainResult
-
-__all__ = [
-    "benchmark",
-    "build",
-    "compare",
-    "evaluate",
-    "export",
-    "inspect",
-    "load",
-    "quantize",
-    "train",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Import the verbs that make engines when they are used: those that run engines need them not.
-
-    Raises:
-        AttributeError: there is no such verb.
-    """
-    if name not in ("build", "export", "quantize"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from trt_yolov6 import pipeline
-
-    return getattr(pipeline, name)
-
 
 AnyDetector: TypeAlias = "Detector | Engine | str | Path"
 """A loaded detector, its engine, or the path of an engine file, loaded for the call only."""
@@ -163,8 +139,26 @@ def benchmark(
         True
     """
     if isinstance(detectors, (Detector, Engine, str, Path)):
-        return _benchmark([detectors], **options)[0]
-    return _benchmark(detectors, **options)
+        return benchmark([detectors], **options)[0]
+    from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
+    from trt_yolov6.bench.latency import benchmark_many
+    from trt_yolov6.data.images import list_images
+    from trt_yolov6.errors import UserError
+
+    how: dict[str, Any] = {**options}
+    images, predict = how.pop("images", None), how.pop("predict", None)
+    if images is None and predict is not None:
+        raise UserError("`predict` is for timing with `images`; leave it out.")
+    if images is not None and how.pop("streams", 1) > 1:
+        raise UserError("`streams` is for the engine alone; leave it out.")
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(_opened(one)) for one in detectors]
+        if images is None:
+            return benchmark_many(engines, **how)
+        if isinstance(images, (str, Path)):
+            images = list_images(images)
+        files = [Path(image) if isinstance(image, str) else image for image in images]
+        return benchmark_end_to_end_many(engines, files, predict, **how)
 
 
 class Measurement(TypedDict, total=False):
@@ -189,37 +183,6 @@ class BenchmarkOptions(Measurement, total=False):
     """Encoded images to time end to end: a folder, files, or their bytes."""
     predict: PredictOptions | None
     """Thresholds and border of the end-to-end measurement; default: those of evaluation."""
-
-
-def _benchmark(
-    detectors: Sequence[AnyDetector],
-    *,
-    images: Sequence[str | Path | bytes] | str | Path | None = None,
-    predict: PredictOptions | None = None,
-    streams: int = 1,
-    **how: Unpack[Measurement],
-) -> list[BenchmarkResult]:
-    from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
-    from trt_yolov6.bench.latency import benchmark_many
-    from trt_yolov6.data.images import list_images
-    from trt_yolov6.errors import UserError
-
-    with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(_opened(one)) for one in detectors]
-        if images is None:
-            if predict is not None:
-                raise UserError("`predict` is for timing with `images`; leave it out.")
-            return benchmark_many(engines, streams=streams, **how)
-        if streams > 1:
-            raise UserError("`streams` is for the engine alone; leave it out.")
-        if isinstance(images, (str, Path)):
-            images = list_images(images)
-        return benchmark_end_to_end_many(
-            engines,
-            [Path(image) if isinstance(image, str) else image for image in images],
-            predict,
-            **how,
-        )
 
 
 def compare(
@@ -261,20 +224,13 @@ def compare(
     """
     import dataclasses
 
-    from trt_yolov6.comparison.plan import YAML_SUFFIXES, Plan, entries_for, read_plan
+    from trt_yolov6.comparison.plan import Plan, plan_of
     from trt_yolov6.comparison.results import read_results
     from trt_yolov6.comparison.run import compare as compare_plan
 
-    if isinstance(models, Plan):
-        chosen = dataclasses.replace(models, **plan)
-    elif isinstance(models, (str, Path)) and Path(models).suffix.lower() in YAML_SUFFIXES:
-        chosen = read_plan(models, **plan)
-    else:
-        paths = [models] if isinstance(models, (str, Path)) else models
-        for name in ("data", "calib"):
-            if name in plan:
-                plan[name] = Path(plan[name])
-        chosen = Plan(entries_for([Path(path) for path in paths], plan.pop("imgsz", None)), **plan)
+    chosen = (
+        dataclasses.replace(models, **plan) if isinstance(models, Plan) else plan_of(models, **plan)
+    )
     if isinstance(baseline, (str, Path)):
         baseline = read_results(baseline)
     return compare_plan(
@@ -349,8 +305,6 @@ def train(
         >>> result.last.name, result.epochs
         ('last.pt', 1)
     """
-    import logging
-
     from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.training.recipe import TrainSettings, recipe_for
     from trt_yolov6.training.trainer import train as train_settings
@@ -372,7 +326,6 @@ def train(
         device=device,
         resume=resume,
         progress=progress,
-        tell=logging.getLogger(__name__).info,
     )
 
 

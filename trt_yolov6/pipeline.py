@@ -61,37 +61,36 @@ class GraphOptions(TypedDict, total=False):
     """ONNX files: fields of `Preprocessing` that differ from the family's, by name."""
 
 
-class QuantizeOptions(GraphOptions, total=False):
-    """Further keywords of `quantize`."""
+class LabelledOptions(GraphOptions, total=False):
+    """Further keywords of `quantize` and `build`."""
 
     data: str | Path | None
     """Labelled data set on which `:auto` holds its budget of AP; without it, agreement with the
     float network on the calibration images counts."""
     split: str | None
     """Part of that data set."""
+    progress: bool
+    """Show a progress bar; off a terminal, log a line a minute (True)."""
+
+
+class QuantizeOptions(LabelledOptions, total=False):
+    """Further keywords of `quantize`."""
+
     table: str | Path | None
     """Calibration table to reuse where it still applies, and to write."""
-    progress: bool
-    """Log a line a minute, off a terminal (True)."""
 
 
-class BuildOptions(GraphOptions, total=False):
+class BuildOptions(LabelledOptions, total=False):
     """Further keywords of `build`."""
 
     quantization: QuantizationSettings | None
     """Calibration settings for INT8 and FP8; type, rest and float layers follow `precision`."""
-    data: str | Path | None
-    """Labelled data set, as for `quantize`."""
-    split: str | None
-    """Part of that data set."""
     target: str | None
     """GPU to cross-build for with TensorRT-RTX, such as `t4`."""
     clean: bool
     """Remove surplus Q/DQ nodes that an ONNX file brings along (True)."""
     allow_float: bool
     """Build even where the backend would compute a quantized graph in float (False)."""
-    progress: bool
-    """Show a progress bar; off a terminal, log a line a minute (True)."""
 
 
 def export(
@@ -178,7 +177,7 @@ def quantize(
         raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.")
     graph = _float_graph(source, None, options)
     progress = options.get("progress", True)
-    with a_line_a_minute(f"quantizing {graph.name}", _log.info, progress=progress):
+    with a_line_a_minute(f"quantizing {graph.name}", progress=progress):
         result = pipeline.quantize(
             graph,
             calibration,
@@ -272,7 +271,7 @@ def build(
     path = engine_path(graph, name, output, settings.target)
     if path.is_file():
         _log.info("replacing %s%s", path, _described(path))
-    with a_line_a_minute(f"building {path}", _log.info, progress=progress):
+    with a_line_a_minute(f"building {path}", progress=progress):
         return build_engine(
             graph,
             backend=name,

@@ -136,6 +136,17 @@ class BatchProfile:
                 "give MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
             )
 
+    def steps(self) -> tuple[int, ...]:
+        """Return few batch sizes, ascending, so that the next is at most twice any it stands for.
+
+        Example:
+            >>> BatchProfile(1, 8, 12).steps()
+            (1, 2, 4, 8, 12)
+        """
+        powers = {2**power for power in range(self.max.bit_length())}
+        larger = {size for size in powers if size > self.min}
+        return tuple(sorted(larger | {self.min, self.opt, self.max}))
+
     @classmethod
     def of(cls, batch: int | tuple[int, int, int] | BatchProfile) -> BatchProfile:
         """Return a profile: of one batch size, of (min, opt, max), or the one given.

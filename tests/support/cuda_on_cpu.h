@@ -145,6 +145,12 @@ inline unsigned __shfl_up_sync(unsigned, unsigned value, int step) {
     unsigned lane = on_cpu::current % 32;
     return on_cpu::exchange(value)[lane >= (unsigned)step ? lane - step : lane];
 }
+inline unsigned long long __shfl_xor_sync(unsigned, unsigned long long value, unsigned mask) {
+    const unsigned lane = on_cpu::current % 32 ^ mask;
+    const unsigned long long low = on_cpu::exchange((unsigned)value)[lane];
+    const unsigned long long high = on_cpu::exchange((unsigned)(value >> 32))[lane];
+    return high << 32 | low;
+}
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
     unsigned before = *address;
     *address += value;

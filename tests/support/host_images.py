@@ -122,6 +122,7 @@ class HostImagesEngine(Engine):
         placed: Sequence[Letterbox],
         nms: NmsSettings,
         *,
+        clip: bool | None = None,
         rows: int | None = None,
         after: Any = None,
         patient: bool = False,

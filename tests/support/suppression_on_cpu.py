@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from trt_yolov6.data.letterbox import Letterbox
 from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.engines.cuda.kernels import source_of
+from trt_yolov6.engines.cuda.letterbox import RECORD_BYTES, interleaved, write_record
 from trt_yolov6.engines.cuda.suppression import (
     MAX_KEPT,
     SOURCE,
     Reading,
     float32_thresholds,
     least_logit,
-    result_dtype,
+    result_bytes,
+    results_in,
     suppressed_of,
 )
 from trt_yolov6.spec import NmsSettings
@@ -34,9 +37,10 @@ struct Arguments {
     const void *first, *second, *third;
     float confidence, least, low, high, reach;
     double iou;
-    u32 limit, capacity;
+    u32 limit, capacity, clip;
     u32* counts;
     u64* keys;
+    const Picture* pictures;
     unsigned char* results;
 } given;
 void find_block() {
@@ -46,7 +50,7 @@ void find_block() {
 void suppress_block() {
     suppress(given.first, given.second, given.third, given.confidence, given.iou, given.low,
         given.high, given.reach, given.limit, given.capacity, given.counts, given.keys,
-        given.results);
+        given.pictures, given.clip, given.results);
 }
 }
 
@@ -75,7 +79,8 @@ class _Arguments(ctypes.Structure):
         ("iou", ctypes.c_double),
         ("limit", ctypes.c_uint),
         ("capacity", ctypes.c_uint),
-        *((name, ctypes.c_void_p) for name in ("counts", "keys", "results")),
+        ("clip", ctypes.c_uint),
+        *((name, ctypes.c_void_p) for name in ("counts", "keys", "pictures", "results")),
     )
 
 
@@ -86,6 +91,8 @@ def suppressed_on_cpu(
     *,
     capacity: int | None = None,
     seed: int = 0,
+    placed: Sequence[Letterbox] = (),
+    clip: bool | None = None,
 ) -> Suppressed | None:
     """Return what the kernels make of outputs, with blocks of 128 threads and chunks of 256 keys.
 
@@ -95,6 +102,7 @@ def suppressed_on_cpu(
         nms: thresholds.
         capacity: candidates an image has room for; default: the reading's.
         seed: of the order in which threads continue.
+        placed, clip: have boxes mapped to the images, see `Suppression.enqueue`.
     """
     arrays = [np.ascontiguousarray(outputs[name]) for name in reading.tensors]
     batch = len(arrays[0])
@@ -102,15 +110,19 @@ def suppressed_on_cpu(
     low, high, reach = float32_thresholds(nms.iou)
     counts = np.zeros(batch, np.uint32)
     keys = np.zeros((batch, capacity), np.uint64)
-    results = np.zeros(batch, result_dtype(nms.max_detections))
+    results = np.zeros((batch, result_bytes(nms.max_detections)), np.uint8)
+    records = np.zeros(RECORD_BYTES * batch, np.uint8)
+    for row, one in enumerate(placed):
+        write_record(records, row, interleaved(0, *one.source), one, "linear")
     arguments = _Arguments(
         *(array.ctypes.data for array in arrays),
         *(nms.confidence, least_logit(nms.confidence), low, high, reach, nms.iou),
-        *(nms.max_detections, capacity, counts.ctypes.data, keys.ctypes.data, results.ctypes.data),
+        *(nms.max_detections, capacity, bool(clip), counts.ctypes.data, keys.ctypes.data),
+        *(None if clip is None else records.ctypes.data, results.ctypes.data),
     )
     failed = _library(reading.defines).run(ctypes.byref(arguments), batch, seed)
     assert not failed, "threads wait for a barrier that the others do not come to"
-    return suppressed_of(results, capacity, nms)
+    return suppressed_of(results_in(results, nms.max_detections), capacity, nms, clip)
 
 
 @functools.cache

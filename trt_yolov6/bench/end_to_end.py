@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_yolov6.bench.latency import (
-    BenchmarkResult,
-    check_durations,
-    result_of,
-    seconds_bar,
-    warm_up_each,
-)
-from trt_yolov6.bench.sampling import Watched, sample
+from trt_yolov6.bench.latency import BenchmarkResult, check_durations, measured
+from trt_yolov6.bench.sampling import Watched
 from trt_yolov6.data.images import read_encoded, read_image
 from trt_yolov6.data.loader import fill_row
 from trt_yolov6.detectors.detections import postprocess
@@ -73,29 +66,8 @@ def benchmark_end_to_end_many(
     for image in images[:MAX_IMAGES]:
         read_image(image)  # so that a damaged picture is reported by its name, before timing
     options = options or PredictOptions()
-    requests = [_Request(one, encoded, batch, *resolve(one, options)) for one in engines]
-    runs = [Watched(request.run) for request in requests]
-    warmed, clocks = warm_up_each(runs, warm_up)
-    for request, run in zip(requests, runs, strict=True):
-        run.start()
-        request.stage_seconds.clear()
-
-    def forget(index: int) -> None:
-        requests[index].stage_seconds.pop()
-        runs[index].forget_last()
-
-    with seconds_bar(duration * len(runs), progress) as advance:
-        _, stopped_by = sample(
-            runs,
-            duration=duration,
-            advance=advance,
-            uncounted=forget,
-        )
-    results = []
-    for request, run, warm, clock in zip(requests, runs, warmed, clocks, strict=True):
-        stages = request.stage_seconds
-        results.append(result_of(request.engine, batch, run, stages, stopped_by, warm, clock))
-    return results
+    runs = [_Request(one, encoded, batch, *resolve(one, options)).watched for one in engines]
+    return measured(engines, runs, batch, duration, warm_up, progress=progress)
 
 
 @dataclass
@@ -108,8 +80,9 @@ class _Request:
     nms: NmsSettings
     border: int
     position: int = 0
-    stage_seconds: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
-    """Seconds of each of `STAGES`, for each run."""
+
+    def __post_init__(self) -> None:
+        self.watched = Watched(self.run)
 
     def run(self) -> float:
         engine, count = self.engine, len(self.encoded)
@@ -128,5 +101,5 @@ class _Request:
         times.append(time.perf_counter())
         postprocess(outputs, engine.output_layout, self.nms, placed)
         times.append(time.perf_counter())
-        self.stage_seconds.append(tuple(end - start for start, end in itertools.pairwise(times)))
+        self.watched.stages.append(tuple(end - start for start, end in itertools.pairwise(times)))
         return times[-1] - times[0]

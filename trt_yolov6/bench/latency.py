@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,30 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from trt_yolov6.bench.sampling import (
-    DISTURBED,
-    MIN_RUNS,
-    SLICE_SECONDS,
-    Latency,
-    Run,
-    StoppedBy,
-    WarmUp,
-    Watched,
-    random_input,
-    sample,
-    summarize,
-    warm_up_run,
-)
+from trt_yolov6.bench import sampling
+from trt_yolov6.common import machine
 from trt_yolov6.common.files import sha256_file
-from trt_yolov6.common.machine import (
-    CpuClock,
-    Gpu,
-    cpu_model,
-    read_cpu_clock,
-    read_gpus,
-    software_versions,
-    timestamp,
-)
 from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.errors import UserError
@@ -74,8 +53,8 @@ class BenchmarkResult:
     streams: int
     """Batches that ran side by side; `latency` is then that of a round, one batch on each."""
     end_to_end: bool
-    latency: Latency
-    stages: dict[str, Latency]
+    latency: sampling.Latency
+    stages: dict[str, sampling.Latency]
     """Latency of each of `STAGES` for a batch; empty unless end to end."""
     all_runs: int
     """Runs that were made."""
@@ -85,13 +64,13 @@ class BenchmarkResult:
     """Too few runs were undisturbed: `latency` covers all runs, else the undisturbed ones."""
     waited: float | None
     """Share of all runs' time that threads waited for a processor; None: unknown."""
-    stopped_by: StoppedBy
+    stopped_by: sampling.StoppedBy
     """`narrow`: the interval of the median was narrow enough; `time`: the time given was up."""
-    warm_up: WarmUp
+    warm_up: sampling.WarmUp
     cpu: str
-    cpu_clock: CpuClock
+    cpu_clock: machine.CpuClock
     """Read under load, while warming up."""
-    gpu: Gpu | None
+    gpu: machine.Gpu | None
     """The GPU the engine ran on, its clocks read under load; None on a CPU, or if unknown."""
     versions: dict[str, str]
     date: str
@@ -104,45 +83,22 @@ class BenchmarkResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a flat, JSON-ready dict; times in milliseconds, clocks in MHz."""
-        low, high = self.latency.interval or (None, None)
-        value: dict[str, Any] = {
-            "batch": self.batch,
+        value = dataclasses.asdict(self)
+        latency, stages = value.pop("latency"), value.pop("stages")
+        interval, runs = latency.pop("interval"), latency.pop("runs")
+        value |= {
+            "engine": str(self.engine),
+            "image_size": list(self.image_size),
             "latency_ms": {
-                "median": _ms(self.latency.median),
-                "mean": _ms(self.latency.mean),
-                "p90": _ms(self.latency.p90),
-                "p99": _ms(self.latency.p99),
-                "min": _ms(self.latency.min),
-                "median_ci95": None if low is None or high is None else [_ms(low), _ms(high)],
+                **{name: _ms(seconds) for name, seconds in latency.items()},
+                "median_ci95": interval and [_ms(bound) for bound in interval],
             },
             "throughput_fps": self.throughput_fps,
             "throughput_fps_of_mean": self.batch * self.streams / self.latency.mean,
-            "streams": self.streams,
-            "runs": self.latency.runs,
-            "quiet_runs": self.quiet_runs,
-            "disturbed": self.disturbed,
-            "waited": self.waited,
-            "stopped_by": self.stopped_by,
-            "warm_up": dataclasses.asdict(self.warm_up),
-            "end_to_end": self.end_to_end,
-            "engine": str(self.engine),
-            "engine_sha256": self.engine_sha256,
-            "model": self.model,
-            "image_size": list(self.image_size),
-            "precision": self.precision,
-            "note": self.note,
-            "backend": self.backend,
-            "backend_version": self.backend_version,
-            "device": self.device,
-            "threads": self.threads,
-            "cpu": self.cpu,
-            "cpu_clock": dataclasses.asdict(self.cpu_clock),
-            "gpu": dataclasses.asdict(self.gpu) if self.gpu else None,
-            "versions": self.versions,
-            "date": self.date,
+            "runs": runs,
         }
         if self.end_to_end:
-            value["stages_ms"] = {name: _ms(stage.median) for name, stage in self.stages.items()}
+            value["stages_ms"] = {name: _ms(stage["median"]) for name, stage in stages.items()}
         return value
 
 
@@ -183,73 +139,86 @@ def benchmark_many(
     for engine in engines:
         check_batch(engine, batch)
     runs = [
-        Watched(engine.resident_run(random_input(engine, batch), streams)) for engine in engines
+        sampling.Watched(engine.resident_run(sampling.random_input(engine, batch), streams))
+        for engine in engines
     ]
-    warmed, clocks = warm_up_each(runs, warm_up)
+    return measured(engines, runs, batch, duration, warm_up, progress=progress, streams=streams)
+
+
+def measured(
+    engines: Sequence[Engine],
+    runs: Sequence[sampling.Watched],
+    batch: int,
+    duration: float,
+    warm_up: float,
+    *,
+    progress: bool,
+    streams: int = 1,
+) -> list[BenchmarkResult]:
+    """Warm up, and measure runs in turns; the arguments are as for `benchmark_many`."""
+    warmed, clocks = [], []
     for run in runs:
+        with _clocks_under_load() as reading:
+            warmed.append(sampling.warm_up_run(run, warm_up, until=reading.done))
+        clocks.append(reading.result())
         run.start()
-    with seconds_bar(duration * len(runs), progress) as advance:
-        _, stopped_by = sample(
+    whole = duration * len(runs)
+    text = "measuring {bar} {n:.0f} of at most {total:.0f} s"
+    with progress_bar(whole, bar_format=text, leave=False, shown=progress) as bar:
+        _, stopped_by = sampling.sample(
             runs,
             duration=duration,
-            advance=advance,
+            advance=lambda passed: bar.update(min(passed, whole - bar.n)),
             uncounted=lambda index: runs[index].forget_last(),
         )
     return [
-        result_of(engine, batch, run, (), stopped_by, warm, clock, streams)
+        _result(engine, batch, run, stopped_by, warm, clock, streams)
         for engine, run, warm, clock in zip(engines, runs, warmed, clocks, strict=True)
     ]
 
 
-def result_of(
+def _result(
     engine: Engine,
     batch: int,
-    run: Watched,
-    stages: Sequence[tuple[float, ...]],
-    stopped_by: StoppedBy,
-    warm_up: WarmUp,
-    clocks: tuple[CpuClock, tuple[Gpu, ...]],
-    streams: int = 1,
+    run: sampling.Watched,
+    stopped_by: sampling.StoppedBy,
+    warm_up: sampling.WarmUp,
+    clocks: tuple[machine.CpuClock, tuple[machine.Gpu, ...]],
+    streams: int,
 ) -> BenchmarkResult:
     manifest = engine.manifest
     cpu_clock, gpus = clocks
-    seconds, shares = run.seconds, run.shares
+    seconds, shares, stages = run.seconds, run.shares, run.stages
     runs = range(len(seconds))
-    quiet = [index for index in runs if not shares or shares[index] <= DISTURBED]
-    disturbed = len(quiet) < max(min(MIN_RUNS, len(seconds)), (len(seconds) + 1) // 2)
+    quiet = [index for index in runs if not shares or shares[index] <= sampling.DISTURBED]
+    disturbed = len(quiet) < max(min(sampling.MIN_RUNS, len(seconds)), (len(seconds) + 1) // 2)
     counted = list(runs) if disturbed else quiet
     by_stage = zip(*(stages[index] for index in counted), strict=True) if stages else ()
     return BenchmarkResult(
         engine=engine.path,
         engine_sha256=manifest.plan_sha256 if manifest else sha256_file(engine.path),
         model=manifest.model if manifest else engine.path.stem,
-        precision=engine.precision,
-        backend=engine.backend,
-        backend_version=engine.backend_version,
-        device=engine.device,
-        threads=engine.threads,
-        note=engine.note,
-        image_size=engine.image_size,
+        **engine.described(),
         batch=batch,
         streams=streams,
         end_to_end=bool(stages),
-        latency=summarize([seconds[index] for index in counted]),
-        stages=dict(zip(STAGES, map(summarize, by_stage), strict=False)),
+        latency=sampling.summarize([seconds[index] for index in counted]),
+        stages=dict(zip(STAGES, map(sampling.summarize, by_stage), strict=False)),
         all_runs=len(seconds),
         quiet_runs=len(quiet),
         disturbed=disturbed,
         waited=float(np.dot(shares, seconds) / sum(seconds)) if shares else None,
         stopped_by=stopped_by,
         warm_up=warm_up,
-        cpu=cpu_model(),
+        cpu=machine.cpu_model(),
         cpu_clock=cpu_clock,
         gpu=_gpu_of(engine.device, gpus),
-        versions=software_versions(),
-        date=timestamp(),
+        versions=machine.software_versions(),
+        date=machine.timestamp(),
     )
 
 
-def _gpu_of(device: str, gpus: Sequence[Gpu]) -> Gpu | None:
+def _gpu_of(device: str, gpus: Sequence[machine.Gpu]) -> machine.Gpu | None:
     """Return the GPU that an engine's device name means."""
     for gpu in gpus:
         if gpu.name in device:
@@ -257,40 +226,16 @@ def _gpu_of(device: str, gpus: Sequence[Gpu]) -> Gpu | None:
     return gpus[0] if gpus and device.startswith("GPU 0") else None
 
 
-def warm_up_each(
-    runs: Sequence[Run], seconds: float
-) -> tuple[list[WarmUp], list[tuple[CpuClock, tuple[Gpu, ...]]]]:
-    """Warm up one engine after the other, and read the clocks meanwhile."""
-    warmed, clocks = [], []
-    for run in runs:
-        with _clocks_under_load() as reading:
-            warmed.append(warm_up_run(run, seconds, until=reading.done))
-        clocks.append(reading.result())
-    return warmed, clocks
-
-
 @contextmanager
-def _clocks_under_load() -> Iterator[Future[tuple[CpuClock, tuple[Gpu, ...]]]]:
+def _clocks_under_load() -> Iterator[Future[tuple[machine.CpuClock, tuple[machine.Gpu, ...]]]]:
     """Read the clocks in another thread while the block, a warm-up, keeps the device busy."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         yield pool.submit(_read_clocks)
 
 
-def _read_clocks() -> tuple[CpuClock, tuple[Gpu, ...]]:
-    time.sleep(SLICE_SECONDS)  # clocks rise only once there is work
-    return read_cpu_clock(), read_gpus()
-
-
-@contextmanager
-def seconds_bar(seconds: float, shown: bool) -> Iterator[Callable[[float], None]]:
-    """Show a bar of seconds; what is yielded takes those that have passed."""
-    text = "measuring {bar} {n:.0f} of at most {total:.0f} s"
-    with progress_bar(seconds, bar_format=text, leave=False, shown=shown) as bar:
-
-        def advance(passed: float) -> None:
-            bar.update(min(passed, seconds - bar.n))
-
-        yield advance
+def _read_clocks() -> tuple[machine.CpuClock, tuple[machine.Gpu, ...]]:
+    time.sleep(sampling.SLICE_SECONDS)  # clocks rise only once there is work
+    return machine.read_cpu_clock(), machine.read_gpus()
 
 
 def _ms(seconds: float) -> float:

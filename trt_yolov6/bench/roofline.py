@@ -156,19 +156,16 @@ def cpu_ceilings(threads: int | None = None) -> Ceilings:
     Args:
         threads: as an engine uses; None for ONNX Runtime's choice.
     """
-    from onnx import TensorProto, helper
+    import onnx.parser
 
     from trt_yolov6.graph.reference import reference_session
 
-    shape = [_MATRIX_SIDE, _MATRIX_SIDE]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["a", "b"], ["c"])],
-        "product",
-        [value("a", TensorProto.FLOAT, shape), value("b", TensorProto.FLOAT, shape)],
-        [value("c", TensorProto.FLOAT, shape)],
+    shape = _MATRIX_SIDE, _MATRIX_SIDE
+    matrix = f"float[{_MATRIX_SIDE}, {_MATRIX_SIDE}]"
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 17]>
+        product ({matrix} a, {matrix} b) => ({matrix} c) {{ c = MatMul(a, b) }}"""
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     session = reference_session(model, threads=threads)
     a = np.random.default_rng(0).random(shape, dtype=np.float32)
     product = _fastest(lambda: session.run(None, {"a": a, "b": a}))

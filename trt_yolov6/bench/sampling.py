@@ -96,6 +96,8 @@ class Watched:
     def start(self) -> None:
         """Forget the runs so far."""
         self.seconds: list[float] = []
+        self.stages: list[tuple[float, ...]] = []
+        """Seconds of each stage of each run, where the run itself notes them here."""
         self._shares: list[float] = []
         self._block = 0.0
         self._before: float | None = None
@@ -114,6 +116,7 @@ class Watched:
         """Take back the last run."""
         self._end_block()
         self.seconds.pop()
+        del self.stages[len(self.seconds) :]
         self._shares = self._shares[: len(self.seconds)]
 
     @property
@@ -278,6 +281,29 @@ def timed(run: Run, seconds: float) -> list[float]:
     while not found or time.perf_counter() - start < seconds:
         found.append(run())
     return found
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Do a piece of work once and return the seconds that took; with `partial`, a `Run` of it."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def rate(step: Callable[[], int], seconds: float, least: int = 1) -> float:
+    """Return how many items a second are done, over some seconds.
+
+    Args:
+        step: does some and returns how many.
+        seconds: how long; a step that was begun is finished.
+        least: steps to be done in any case.
+    """
+    steps = done = 0
+    start = time.perf_counter()
+    while steps < least or time.perf_counter() - start < seconds:
+        done += step()
+        steps += 1
+    return done / (time.perf_counter() - start)
 
 
 def random_input(engine: Engine, batch: int) -> NDArray[Any]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from trt_yolov6.bench.end_to_end import MAX_IMAGES
 from trt_yolov6.bench.latency import check_durations
-from trt_yolov6.bench.sampling import random_input, timed
+from trt_yolov6.bench.sampling import random_input, seconds_of, timed
 from trt_yolov6.common.text import aligned, four_digits
 from trt_yolov6.data.images import read_encoded, read_image
 from trt_yolov6.data.jpeg import open_image
@@ -241,12 +241,12 @@ def _stages_on_gpu(
     for _ in range(4):
         loaded = load()
     where = "GPU's decoder" if has_decoder else f"CPU, {default_workers()} threads"
-    yield Stage("read and decode", where, _mean(load, seconds))
+    yield Stage("read and decode", where, float(np.mean(_times(load, seconds))))
     loaded = load()
     placed = loaded.batch.letterboxes
     for name, time_of_it in engine.image_stage_seconds(loaded.images, placed, nms).items():
         yield Stage(name, engine.device, time_of_it)
-    outputs = engine.start_images(loaded.images, placed, nms).wait()
+    outputs = engine.start_images(loaded.images, placed, nms, clip=True).wait()
     finish = functools.partial(postprocess, outputs, engine.output_layout, nms, placed)
     yield Stage("boxes to the images", "post-processing thread", _median(finish, seconds))
 
@@ -281,21 +281,10 @@ def _counted(_batch: Any, found: list[Detections]) -> list[int]:
 
 
 def _median(work: Callable[[], object], seconds: float) -> float:
-    """Return the median seconds of a run, after one that is not counted."""
-
-    def run() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    run()
-    return float(np.median(timed(run, seconds)))
+    return float(np.median(_times(work, seconds)))
 
 
-def _mean(work: Callable[[], Any], seconds: float) -> float:
-    """Return the mean seconds of a run, of work that is done ahead."""
-    count, start = 0, time.perf_counter()
-    while not count or time.perf_counter() - start < seconds:
-        work()
-        count += 1
-    return (time.perf_counter() - start) / count
+def _times(work: Callable[[], object], seconds: float) -> list[float]:
+    """Return the seconds of each run, after one that is not counted."""
+    work()
+    return timed(functools.partial(seconds_of, work), seconds)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from trt_yolov6.bench.latency import BenchmarkResult
 from trt_yolov6.bench.sampling import random_input
-from trt_yolov6.common.text import aligned, four_digits
+from trt_yolov6.common.machine import Gpu
+from trt_yolov6.common.text import aligned, four_digits, joined, of_highest
 from trt_yolov6.engines.base import Engine
 
 
@@ -97,26 +98,22 @@ def _how_measured(result: BenchmarkResult) -> str:
 
 
 def _where_measured(result: BenchmarkResult) -> str:
-    parts = [f"on {result.device}", f"{result.backend} {result.backend_version}"]
-    if result.threads:
-        parts.append(f"{result.threads} thread{'s' if result.threads > 1 else ''}")
-    gpu = result.gpu
-    if gpu is not None:
-        parts.append(f"SM clock {_of(gpu.sm_mhz, gpu.sm_max_mhz)} MHz")
-        parts.append(f"memory clock {_of(gpu.memory_mhz, gpu.memory_max_mhz)} MHz")
-        if gpu.power_limit_w is not None:
-            parts.append(f"power limit {gpu.power_limit_w:.0f} W")
-        if gpu.persistence is not None:
-            parts.append(f"persistence mode {'on' if gpu.persistence else 'off'}")
-        parts += [f"slowed by {reason}" for reason in gpu.slowed_by]
-        parts.append(f"driver {gpu.driver or 'unknown'}")
     clock = result.cpu_clock
-    parts.append(f"CPU clock {_of(clock.mhz, clock.max_mhz)} MHz")
-    if clock.governor:
-        parts.append(f"governor {clock.governor}")
-    return ", ".join(parts)
+    return joined(
+        f"on {result.device}",
+        f"{result.backend} {result.backend_version}",
+        result.threads and f"{result.threads} thread{'s' * (result.threads > 1)}",
+        *(_gpu_parts(result.gpu) if result.gpu else ()),
+        f"CPU clock {of_highest(clock.mhz, clock.max_mhz)} MHz",
+        clock.governor and f"governor {clock.governor}",
+    )
 
 
-def _of(now: float | None, highest: float | None) -> str:
-    text = "unknown" if now is None else f"{now:.0f}"
-    return text if highest is None else f"{text} of {highest:.0f}"
+def _gpu_parts(gpu: Gpu) -> Iterator[object]:
+    yield f"SM clock {of_highest(gpu.sm_mhz, gpu.sm_max_mhz)} MHz"
+    yield f"memory clock {of_highest(gpu.memory_mhz, gpu.memory_max_mhz)} MHz"
+    yield gpu.power_limit_w is not None and f"power limit {gpu.power_limit_w:.0f} W"
+    if gpu.persistence is not None:
+        yield f"persistence mode {'on' if gpu.persistence else 'off'}"
+    yield from (f"slowed by {reason}" for reason in gpu.slowed_by)
+    yield f"driver {gpu.driver or 'unknown'}"

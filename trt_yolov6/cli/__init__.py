@@ -59,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _write_what_the_terminal_lacks()
     options = parser().parse_args(arguments)
+
+    def refused(message: str, code: int = 2) -> int:
+        print(f"trt-yolov6 {options.command}: {message}", file=sys.stderr)
+        return code
+
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
         check_json(getattr(options, "json", None))
@@ -66,19 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = run(options)
         sys.stdout.flush()
     except UserError as error:
-        message = error.with_names(option_names(options.parser))
-        print(f"trt-yolov6 {options.command}: {message}", file=sys.stderr)
-        return 2
+        return refused(error.with_names(option_names(options.parser)))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if not package or package == "trt_yolov6":
             raise
-        print(
-            f"trt-yolov6 {options.command}: this needs the Python package {package}, which is not "
-            "installed; `trt-yolov6 doctor` says how to get it.",
-            file=sys.stderr,
+        return refused(
+            f"this needs the Python package {package}, which is not installed; `trt-yolov6 doctor` "
+            "says how to get it."
         )
-        return 2
     except BrokenPipeError:
         # The reader (`| head`) has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,15 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         # The system's own word on a file: a name too long, a disk that is gone.
         place = error.filename if isinstance(error.filename, str) else "a file"
-        print(
-            f"trt-yolov6 {options.command}: {place[:200]} cannot be used "
-            f"({error.strerror or error}); check the path and the disk.",
-            file=sys.stderr,
-        )
-        return 2
+        reason = error.strerror or error
+        return refused(f"{place[:200]} cannot be used ({reason}); check the path and the disk.")
     except KeyboardInterrupt:
-        print(f"trt-yolov6 {options.command}: interrupted", file=sys.stderr)
-        return 130
+        return refused("interrupted", 130)
     return code or 0
 
 

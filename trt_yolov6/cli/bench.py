@@ -5,30 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import load, newest_engine, predict_options
-from trt_yolov6.cli.options import (
-    SAMPLE_IMAGES,
-    Commands,
-    add_command,
-    add_json,
-    add_loading,
-    add_thresholds,
-    positive,
-    spelled,
-)
 from trt_yolov6.cli.output import say_next, write_result
 from trt_yolov6.errors import UserError
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "bench", run, "measure latency and throughput")
+    parser = common.add_command(commands, "bench", run, "measure latency and throughput")
     parser.add_argument(
         "--engine", type=Path, nargs="+", help="one or several; default: the newest in engines/"
     )
-    parser.add_argument("--batch", type=positive, default=1, help="images a run (1)")
+    parser.add_argument("--batch", type=common.positive, default=1, help="images a run (1)")
     parser.add_argument(
-        "--streams", type=positive, default=1, help="batches side by side on a GPU (1)"
+        "--streams", type=common.positive, default=1, help="batches side by side on a GPU (1)"
     )
     parser.add_argument(
         "--duration", type=float, default=10.0, help="most seconds of measuring an engine (10)"
@@ -44,12 +35,13 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--source",
+        dest="images",
         type=Path,
-        help=f"pictures for --end-to-end and --stages ({SAMPLE_IMAGES})",
+        help=f"pictures for --end-to-end and --stages ({common.SAMPLE_IMAGES})",
     )
-    add_thresholds(parser)
-    add_loading(parser)
-    add_json(parser)
+    common.add_thresholds(parser)
+    common.add_loading(parser)
+    common.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,20 +49,17 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.api import benchmark
     from trt_yolov6.bench.text import format_report, layer_report
 
-    if options.layers and not options.no_cuda_graph:
+    if options.layers and options.cuda_graph:
         raise UserError("--layers times layers one by one; add --no-cuda-graph.")
-    with_pictures = options.end_to_end or options.stages
-    for name in ("conf", "iou", "max_detections", "source"):
-        if getattr(options, name) is not None and not with_pictures:
-            raise UserError(
-                f"{spelled(name)} is for --end-to-end and --stages: the engine alone has no such "
-                "stage."
-            )
+    if not (options.end_to_end or options.stages):
+        names = "confidence", "iou", "max_detections", "images"
+        why = "is for --end-to-end and --stages: the engine alone has no such stage."
+        common.refuse(options, names, why)
     if options.end_to_end and options.stages:
         raise UserError("--end-to-end and --stages measure apart; leave one of them out.")
-    for name in ("end_to_end", "stages"):
-        if getattr(options, name) and options.streams > 1:
-            raise UserError(f"--streams is for the engine alone; leave it or {spelled(name)} out.")
+    if options.streams > 1:
+        why = "goes with one stream; leave it or --streams out."
+        common.refuse(options, ("end_to_end", "stages"), why)
     if options.stages:
         _run_stages(options)
         return
@@ -80,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         detectors,
         batch=options.batch,
         streams=options.streams,
-        images=(options.source or SAMPLE_IMAGES) if options.end_to_end else None,
+        images=(options.images or common.SAMPLE_IMAGES) if options.end_to_end else None,
         predict=predict_options(options) if options.end_to_end else None,
         duration=options.duration,
         progress=not options.quiet,
@@ -103,7 +92,7 @@ def _run_stages(options: argparse.Namespace) -> None:
     from trt_yolov6.bench.stages import benchmark_stages, format_stages
     from trt_yolov6.data.images import list_images
 
-    images = list_images(options.source or SAMPLE_IMAGES)
+    images = list_images(options.images or common.SAMPLE_IMAGES)
     reports = []
     for path in options.engine or [newest_engine()]:
         with load(path, options) as detector:

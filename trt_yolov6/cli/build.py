@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.graphs import (
     calibration_folder,
     calibration_settings,
@@ -16,39 +17,25 @@ from trt_yolov6.cli.graphs import (
     quantized_precision,
     weights_or_sample,
 )
-from trt_yolov6.cli.options import (
-    SAMPLE_CALIB,
-    Commands,
-    add_backend,
-    add_calibration,
-    add_command,
-    add_decoder,
-    add_graph_options,
-    add_quiet,
-    layers_in_float,
-    percent,
-    positive,
-)
 from trt_yolov6.cli.output import profile_text, say_next
-from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
     from trt_yolov6.quantization.settings import QuantizationSettings
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "build an engine from a checkpoint or an ONNX file"
-    parser = add_command(commands, "build", run, text)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
-    source.add_argument("--onnx", type=Path, metavar="FILE", help="a detector's ONNX file")
-    add_graph_options(parser)
-    parser.add_argument("--names", type=Path, help="class names for --onnx: text or COCO JSON")
-    add_decoder(parser)
+    parser = common.add_command(commands, "build", run, text)
+    common.add_checkpoint_or_onnx(parser, "a detector's ONNX file")
+    common.add_graph_options(parser)
+    parser.add_argument(
+        "--names", dest="class_names", type=Path, help="class names for --onnx: text or COCO JSON"
+    )
+    common.add_decoder(parser)
     _add_quantization(parser)
     _add_builder(parser)
-    add_quiet(parser)
+    common.add_quiet(parser)
 
 
 def _add_quantization(parser: argparse.ArgumentParser) -> None:
@@ -62,15 +49,19 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the same in 8-bit floating point (E4M3), from compute capability 8.9 on",
     )
-    add_calibration(int8)
+    common.add_calibration(int8)
     _add_float_layers(int8)
     int8.add_argument(
-        "--no-bias-correction", action="store_true", help="leave the layers' biases as they are"
+        "--no-bias-correction",
+        dest="bias_correction",
+        action="store_false",
+        help="leave the layers' biases as they are",
     )
     int8.add_argument(
         "--reconstruct",
         dest="reconstruct_minutes",
         type=float,
+        default=0.0,
         metavar="MINUTES",
         help="--int8: let scales, weights and biases learn for so long from the float network on "
         "the calibration images, and keep what comes of it if it is clearly better on those that "
@@ -78,13 +69,12 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     )
     int8.add_argument(
         "--no-reconstruct",
-        action="store_true",
+        dest="reconstruct",
+        action="store_false",
         help="--int8: do not try weights that are rounded for the inputs that they meet",
     )
     int8.add_argument(
-        "--adaptive-rounding",
-        action="store_true",
-        help="--int8: take such weights without trying",
+        "--adaptive-rounding", action="store_true", help="--int8: take such weights without trying"
     )
     int8.add_argument(
         "--allow-float",
@@ -92,7 +82,10 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         help="build even where the backend computes all of it in float",
     )
     int8.add_argument(
-        "--no-surgery", action="store_true", help="leave the Q/DQ nodes of --onnx as they are"
+        "--no-surgery",
+        dest="clean",
+        action="store_false",
+        help="leave the Q/DQ nodes of --onnx as they are",
     )
     int8.add_argument(
         "--calibration-cache",
@@ -109,34 +102,30 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_float_layers(int8: argparse._ActionsContainer) -> None:
-    int8.add_argument(
-        "--float-layers",
-        type=layers_in_float,
-        metavar="K|auto|NAMES",
-        help="keep the K most sensitive layers in float; as few as --max-ap-drop allows "
-        "(both with --int8 only); or these, with commas (0)",
+    common.add_float_layers(
+        int8,
+        "keep the K most sensitive layers in float; as few as --max-ap-drop allows (both with "
+        "--int8 only); or these, with commas (0)",
     )
     int8.add_argument(
         "--max-ap-drop", type=float, metavar="POINTS", help="for --float-layers auto (0.5)"
     )
     int8.add_argument(
         "--max-slowdown",
-        type=percent,
+        type=common.percent,
         metavar="PERCENT",
         help="for --float-layers auto: how much run time, by layer times, the layers in float may "
         "add, such as 5%%; without --max-ap-drop, the best that this allows",
     )
-    int8.add_argument(
-        "--data",
-        type=Path,
-        help="labelled data that --float-layers auto holds the budget on; without it, the "
-        "agreement with the float network tells",
+    common.add_data(
+        int8,
+        "labelled data that --float-layers auto holds the budget on; without it, the agreement "
+        "with the float network tells",
     )
-    int8.add_argument("--split", help="part of that data set, such as val")
 
 
 def _add_builder(parser: argparse.ArgumentParser) -> None:
-    add_backend(parser)
+    common.add_backend(parser)
     parser.add_argument("--target", help="GPU to cross-build for with tensorrt-rtx, such as t4")
     parser.add_argument(
         "--output",
@@ -151,7 +140,13 @@ def _add_builder(parser: argparse.ArgumentParser) -> None:
         help="TensorRT: libraries whose kernels it may choose, such as "
         "edge_mask_convolutions,jit_convolutions, which needs no cuBLAS or cuDNN",
     )
-    parser.add_argument("--workspace", type=positive, metavar="MIB", help="scratch memory limit")
+    parser.add_argument(
+        "--workspace",
+        dest="workspace_mib",
+        type=common.positive,
+        metavar="MIB",
+        help="scratch memory limit",
+    )
     parser.add_argument(
         "--optimization-level", type=int, choices=range(6), help="TensorRT builder effort"
     )
@@ -165,18 +160,16 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.pipeline import build
 
     settings = BuildSettings(
-        target=options.target,
-        timing_cache=options.timing_cache,
-        workspace_mib=options.workspace,
-        optimization_level=options.optimization_level,
+        **common.chosen(options, "target", "timing_cache", "workspace_mib", "optimization_level"),
         tactic_sources=options.tactic_sources,
         calibration=implicit_calibration(options),
         fp8=options.fp8,
     )
-    if options.names and not options.onnx:
-        raise UserError("--names is for --onnx: a checkpoint brings its class names along.")
-    if (options.decoder or options.preprocess) and not options.onnx:
-        raise UserError("--decoder and --preprocess are for --onnx: a checkpoint is a YOLOv6.")
+    if not options.onnx:
+        names = "class_names", "decoder", "preprocess"
+        common.refuse(
+            options, names, "is for --onnx: a checkpoint is a YOLOv6 and names its classes."
+        )
     precision = quantized_precision(options)
     # Before it is said which samples stand in for what is not given.
     check_build(options.backend, options.output, settings)
@@ -190,7 +183,7 @@ def run(options: argparse.Namespace) -> None:
         data=options.data,
         split=options.split,
         settings=settings,
-        clean=not options.no_surgery,
+        clean=options.clean,
         allow_float=options.allow_float,
         progress=not options.quiet,
         **(onnx_options(options) if options.onnx else checkpoint_options(options)),
@@ -218,27 +211,19 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _quantization(options: argparse.Namespace) -> QuantizationSettings:
-    return calibration_settings(
-        options,
-        bias_correction=not options.no_bias_correction,
-        adaptive_rounding=options.adaptive_rounding,
-        reconstruct=not options.no_reconstruct,
-        reconstruct_minutes=options.reconstruct_minutes or 0.0,
-        max_ap_drop=_most_ap_drop(options),
-        max_slowdown=options.max_slowdown,
+    names = "bias_correction", "adaptive_rounding", "reconstruct", "reconstruct_minutes"
+    # A budget in time takes the place of the default one in AP.
+    budgets = (
+        common.chosen(options, "max_ap_drop")
+        if options.max_slowdown is None
+        else {"max_ap_drop": options.max_ap_drop, "max_slowdown": options.max_slowdown}
     )
-
-
-def _most_ap_drop(options: argparse.Namespace) -> float | None:
-    """Return the budget of --float-layers auto in AP points; None where one in time is given."""
-    if options.max_ap_drop is None:
-        return None if options.max_slowdown is not None else 0.5
-    return float(options.max_ap_drop)
+    return calibration_settings(options, **common.chosen(options, *names), **budgets)
 
 
 def _calibration(options: argparse.Namespace, *, needed: bool) -> Path | None:
     """Return the calibration images; a clean-up of Q/DQ nodes is verified on them too."""
     if needed or options.tensorrt_calibrator:
-        return calibration_folder(options.calib)
-    calib: Path | None = options.calib
-    return calib or (SAMPLE_CALIB if SAMPLE_CALIB.is_dir() else None)
+        return calibration_folder(options.calibration)
+    given: Path | None = options.calibration
+    return given or (common.SAMPLE_CALIB if common.SAMPLE_CALIB.is_dir() else None)

@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.cli.options import (
-    CALIBRATORS,
-    Commands,
-    add_command,
-    add_image_size,
-    add_quiet,
-    add_thresholds,
-    is_given,
-    percent,
-    positive,
-    spelled,
-)
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.output import say_next
-from trt_yolov6.errors import UserError
-
-if TYPE_CHECKING:
-    from trt_yolov6.comparison.plan import Plan
 
 DEFAULT_OUTPUT = Path("runs/compare")
 
-_GATE_OPTIONS = ("max_slowdown", "max_ap_drop", "strict", "allow_other_device")
+_LIMITS = ("max_slowdown", "max_ap_drop", "strict", "other_device")
 
-_PLAN_OPTIONS = (
-    *("precisions", "batches", "backends", "data", "split", "calib", "calibrator"),
-    *("rounds", "duration", "border", "max_detections", "threads", "provider", "examples", "iou"),
+_PLAN = (
+    *("precisions", "batches", "backends", "imgsz", "data", "split", "calib", "calibrator"),
+    *("rounds", "duration", "layers", "examples", "confidence", "iou", "max_detections", "border"),
+    *("threads", "provider"),
 )
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "compare detectors at several precisions and batch sizes: AP, latency, layers"
-    parser = add_command(commands, "compare", run, text)
+    parser = common.add_command(commands, "compare", run, text)
     parser.description = (
         f"{text}. Goes on where an earlier comparison in --output was interrupted; what has not "
         "changed is not measured again."
@@ -59,30 +44,35 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--batches", type=_numbers, metavar="N,...", help="batch sizes (1,32)")
     parser.add_argument("--backends", type=_texts, metavar="B,...", help="(auto)")
-    add_image_size(parser, "input size of what is built (640 for checkpoints, an ONNX file's own)")
-    parser.add_argument("--data", type=Path, help="data set: a folder or data.yaml (samples/)")
-    parser.add_argument("--split", help="part of the data set, such as val or val2017")
+    text = "input size of what is built (640 for checkpoints, an ONNX file's own)"
+    common.add_image_size(parser, text, dest="imgsz")
+    common.add_data(parser)
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
-    parser.add_argument("--calibrator", choices=CALIBRATORS, help="(auto)")
+    parser.add_argument("--calibrator", choices=common.CALIBRATORS, help="(auto)")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"({DEFAULT_OUTPUT})")
     parser.add_argument("--again", action="store_true", help="measure latencies again")
-    add_quiet(parser)
+    common.add_quiet(parser)
     _add_measuring(parser)
     _add_gate(parser)
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--rounds", type=positive, metavar="N", help="turns an engine gets (8)")
+    how.add_argument("--rounds", type=common.positive, metavar="N", help="turns an engine gets (8)")
     how.add_argument(
         "--duration", type=float, metavar="S", help="seconds an engine and batch size (10)"
     )
-    how.add_argument("--no-layers", action="store_true", help="leave the times of layers out")
+    how.add_argument(
+        "--no-layers",
+        dest="layers",
+        action="store_const",
+        const=False,
+        help="leave the times of layers out",
+    )
     how.add_argument("--examples", type=int, metavar="N", help="images kept for the report (3)")
-    add_thresholds(how)
+    common.add_thresholds(how)
     how.add_argument("--border", type=int, help="gray pixels on each side (0)")
-    how.add_argument("--threads", type=positive, help="CPU threads of ONNX Runtime")
-    how.add_argument("--provider", choices=("cpu", "cuda", "tensorrt"), help="of ONNX Runtime")
+    common.add_session(how)
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +82,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     )
     gate.add_argument(
         "--max-slowdown",
-        type=percent,
+        type=common.percent,
         metavar="PERCENT",
         help="that a latency may grow by, beyond doubt (3%%)",
     )
@@ -106,7 +96,10 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="what noise leaves undecided fails as well"
     )
     gate.add_argument(
-        "--allow-other-device", action="store_true", help="take a baseline of another device"
+        "--allow-other-device",
+        dest="other_device",
+        action="store_true",
+        help="take a baseline of another device",
     )
 
 
@@ -114,29 +107,19 @@ def run(options: argparse.Namespace) -> int:
     """Compare, print the results and, with a baseline, the gate's verdict."""
     from trt_yolov6.api import compare
     from trt_yolov6.comparison.gate import Limits, check, check_comparable, format_verdict
+    from trt_yolov6.comparison.plan import plan_of
     from trt_yolov6.comparison.results import FILE, read_results
     from trt_yolov6.comparison.run import side_by_side
     from trt_yolov6.comparison.summary import format_results
 
     if options.baseline is None:
-        for name in _GATE_OPTIONS:
-            if is_given(getattr(options, name)):
-                raise UserError(f"{spelled(name)} belongs to --baseline; add it.")
-    plan = _plan(options)
-    given = {
-        name: getattr(options, name)
-        for name in ("max_slowdown", "max_ap_drop")
-        if getattr(options, name) is not None
-    }
-    limits = Limits(**given, strict=options.strict, other_device=options.allow_other_device)
+        common.refuse(options, _LIMITS, "belongs to --baseline; add it.")
+    plan = plan_of(options.models, **common.chosen(options, *_PLAN))
+    limits = Limits(**common.chosen(options, *_LIMITS))
     # Read first: the comparison may write to where it lies.
     baseline = read_results(options.baseline) if options.baseline else None
     results = compare(
-        plan,
-        options.output,
-        again=options.again,
-        baseline=baseline,
-        progress=not options.quiet,
+        plan, options.output, again=options.again, baseline=baseline, progress=not options.quiet
     )
     print(format_results(results))
     print(f"{options.output / FILE}: written")
@@ -154,28 +137,6 @@ def run(options: argparse.Namespace) -> int:
     return 0 if verdict.ok else 1
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    from trt_yolov6.comparison.plan import YAML_SUFFIXES, Plan, entries_for, read_plan
-
-    changes: dict[str, Any] = {
-        name: getattr(options, name) for name in _PLAN_OPTIONS if getattr(options, name) is not None
-    }
-    if options.conf is not None:
-        changes["confidence"] = options.conf
-    if options.no_layers:
-        changes["layers"] = False
-    plans = [path for path in options.models if path.suffix.lower() in YAML_SUFFIXES]
-    if not plans:
-        return Plan(entries_for(options.models, options.imgsz), **changes)
-    if len(options.models) > 1:
-        raise UserError(
-            f"{plans[0]} is a plan, which names its models itself; give it alone, or models alone."
-        )
-    if options.imgsz is not None:
-        changes["imgsz"] = options.imgsz
-    return read_plan(plans[0], **changes)
-
-
 def _texts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -184,4 +145,4 @@ def _numbers(text: str) -> tuple[int, ...]:
     parts = _texts(text)
     if not parts:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers above 0")
-    return tuple(positive(part) for part in parts)
+    return tuple(common.positive(part) for part in parts)

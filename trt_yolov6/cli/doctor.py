@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from trt_yolov6.cli.options import Commands, add_command, add_json, add_quiet
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.output import say_next, write_result
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "say which backends work here, and what others need"
-    parser = add_command(commands, "doctor", run, text)
-    add_json(parser)
-    add_quiet(parser)
+    parser = common.add_command(commands, "doctor", run, text)
+    common.add_json(parser)
+    common.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trt_yolov6.cli.options import ENGINE_SUFFIXES, ENGINES, preprocess_changes
+from trt_yolov6.cli.options import ENGINE_SUFFIXES, ENGINES, chosen, preprocess_changes
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
@@ -36,10 +36,7 @@ def load_options(options: argparse.Namespace) -> LoadOptions:
     from trt_yolov6.engines.base import LoadOptions
 
     return LoadOptions(
-        threads=options.threads,
-        provider=options.provider,
-        cuda_graph=not options.no_cuda_graph,
-        decoder=options.decoder,
+        **chosen(options, "threads", "provider", "cuda_graph", "decoder"),
         preprocess=preprocess_changes(options),
     )
 
@@ -48,8 +45,10 @@ def ray_options(options: argparse.Namespace) -> RayOptions:
     """Return where and how the options want work on a cluster done."""
     from trt_yolov6.serving.ray.jobs import RayOptions
 
+    if options.gpus > 1:
+        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     return RayOptions(
-        address=options.ray,
+        address=options.address,
         backend=options.backend,
         load=load_options(options),
         progress=not options.quiet,
@@ -89,6 +88,5 @@ def predict_options(options: argparse.Namespace) -> PredictOptions:
     """Return how the options want images to become detections."""
     from trt_yolov6.spec import PredictOptions
 
-    names = ("iou", "max_detections", "resize", "border", "batch", "workers")
-    given: dict[str, Any] = {name: getattr(options, name, None) for name in names}
-    return PredictOptions(options.conf, **given, gpus=getattr(options, "gpu_count", 1))
+    names = "confidence", "iou", "max_detections", "resize", "border", "batch", "workers", "gpus"
+    return PredictOptions(**chosen(options, *(name for name in names if hasattr(options, name))))

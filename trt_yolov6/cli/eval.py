@@ -6,19 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import load, newest_engine, predict_options, ray_options, resolved
-from trt_yolov6.cli.options import (
-    SAMPLE_DATA,
-    Commands,
-    add_border,
-    add_command,
-    add_gpus,
-    add_json,
-    add_loading,
-    add_ray,
-    add_thresholds,
-    positive,
-)
 from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
@@ -26,23 +15,21 @@ if TYPE_CHECKING:
     from trt_yolov6.runtime.evaluate import Evaluation
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "eval", run, "measure COCO average precision")
+    parser = common.add_command(commands, "eval", run, "measure COCO average precision")
     parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
-    parser.add_argument("--data", type=Path, help="data set: a folder or data.yaml (samples/)")
-    parser.add_argument("--split", help="part of the data set, such as val or val2017")
-    parser.add_argument("--batch", type=positive, help="images at a time")
-    parser.add_argument("--workers", type=positive, help="threads that decode images")
+    common.add_data(parser)
+    parser.add_argument("--batch", type=common.positive, help="images at a time")
+    parser.add_argument("--workers", type=common.positive, help="threads that decode images")
     parser.add_argument(
         "--plots", type=Path, metavar="DIR", help="write PR curves and a confusion matrix there"
     )
-    add_border(parser)
-    add_thresholds(parser)
-    add_loading(parser)
-    add_gpus(parser)
-    add_ray(parser)
-    add_json(parser)
+    common.add_border(parser)
+    common.add_thresholds(parser)
+    common.add_loading(parser)
+    common.add_machines(parser)
+    common.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -54,8 +41,8 @@ def run(options: argparse.Namespace) -> None:
         check_source(options.data, options.split)
     path = resolved(options.engine or newest_engine())
     if options.data is None:
-        say(f"no --data given: evaluating on the sample data set {SAMPLE_DATA}/")
-    result = (_evaluated_here if options.ray is None else _evaluated_on_ray)(options, path)
+        say(f"no --data given: evaluating on the sample data set {common.SAMPLE_DATA}/")
+    result = (_evaluated_here if options.address is None else _evaluated_on_ray)(options, path)
     for note in result.notes:
         say(f"note: {note}")
     print(_evaluation_text(result))
@@ -73,7 +60,7 @@ def _evaluated_here(options: argparse.Namespace, path: Path) -> Evaluation:
     with load(path, options) as detector:
         return api.evaluate(
             detector,
-            options.data or SAMPLE_DATA,
+            options.data or common.SAMPLE_DATA,
             options.split,
             predict_options(options),
             confusion=options.plots is not None,
@@ -85,13 +72,11 @@ def _evaluated_on_ray(options: argparse.Namespace, path: Path) -> Evaluation:
     from trt_yolov6.data.coco import load_coco
     from trt_yolov6.serving.ray.jobs import evaluate_on_ray
 
-    if options.gpu_count > 1:
-        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.workers is not None:
         raise UserError("--workers is not for --ray, where an engine reads with its --threads.")
     return evaluate_on_ray(
         path,
-        load_coco(options.data or SAMPLE_DATA, options.split),
+        load_coco(options.data or common.SAMPLE_DATA, options.split),
         ray_options(options),
         predict_options(options),
         confusion=options.plots is not None,

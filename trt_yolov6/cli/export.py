@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.graphs import (
     calibrated,
     check_cache,
@@ -13,32 +14,19 @@ from trt_yolov6.cli.graphs import (
     weights_or_sample,
     write_scales,
 )
-from trt_yolov6.cli.options import (
-    CACHE_VERSION,
-    Commands,
-    add_calibration,
-    add_command,
-    add_graph_options,
-    add_quiet,
-)
 from trt_yolov6.cli.output import profile_text, say_next
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "export", run, "export a checkpoint to ONNX")
+    parser = common.add_command(commands, "export", run, "export a checkpoint to ONNX")
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
-    add_graph_options(parser)
+    common.add_graph_options(parser)
     parser.add_argument("--output", type=Path, help="default: <weights>-<precision>.onnx")
     cache = parser.add_argument_group("INT8 for TensorRT up to 10, without Q/DQ nodes")
-    cache.add_argument(
-        "--calibration-cache", type=Path, metavar="FILE", help="write the tensors' scales there"
-    )
-    cache.add_argument(
-        "--cache-version", metavar="X.Y.Z", help=f"TensorRT that reads it ({CACHE_VERSION})"
-    )
-    add_calibration(cache)
-    add_quiet(parser)
+    common.add_cache(cache, "write the tensors' scales there")
+    common.add_calibration(cache)
+    common.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -48,8 +36,7 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.pipeline import export
 
     cache = options.calibration_cache
-    of_cache = ("calib", "calibrator", "calib_images", "no_equalize")
-    check_cache(cache, options.cache_version, [name for name in of_cache if getattr(options, name)])
+    check_cache(options, "calibration", "calibrator", "image_limit", "equalize")
     if options.output:
         check_writable(options.output)
     # Calibration starts from float32.

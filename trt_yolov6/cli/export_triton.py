@@ -5,41 +5,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.engines import predict_options, resolved
-from trt_yolov6.cli.options import (
-    Commands,
-    add_command,
-    add_decoder,
-    add_quiet,
-    add_thresholds,
-    positive,
-    preprocess_changes,
-)
+from trt_yolov6.cli import options as common
+from trt_yolov6.cli.engines import resolved
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "write engines into a model repository of Triton Inference Server"
-    parser = add_command(commands, "export-triton", run, text)
+    parser = common.add_command(commands, "export-triton", run, text)
     parser.add_argument(
-        "--engine",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="plans, or ONNX files; one entry each",
+        "--engine", type=Path, nargs="+", required=True, help="plans, or ONNX files; one entry each"
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="the repository, new or not"
     )
     parser.add_argument(
         "--name",
+        dest="names",
         nargs="+",
         help="of the entries, one for each engine (network and precision, such as yolov6n_int8)",
     )
     parser.add_argument(
         "--python-backend",
+        dest="python",
         nargs="?",
         const="tensors",
         choices=("tensors", "pictures"),
@@ -48,7 +38,7 @@ def add(commands: Commands) -> None:
         "classes out",
     )
     parser.add_argument(
-        "--instances", type=positive, default=1, help="copies side by side on each GPU (1)"
+        "--instances", type=common.positive, default=1, help="copies side by side on each GPU (1)"
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -67,14 +57,15 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--config",
+        dest="extra",
         type=Path,
         metavar="FILE",
         help="more of Triton's ModelConfig, in its text format, for each entry: a response cache, "
         "priorities, limits of the queue; it takes the place of fields of the same name",
     )
-    add_thresholds(parser, confidence=0.4)
-    add_decoder(parser)
-    add_quiet(parser)
+    common.add_thresholds(parser, confidence=0.4)
+    common.add_decoder(parser)
+    common.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -82,9 +73,10 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.common.machine import read_gpus
     from trt_yolov6.engines import LoadOptions
     from trt_yolov6.serving.triton import ServingSettings, export_triton, runs_on_cpu, served_model
+    from trt_yolov6.spec import PredictOptions
 
-    predict = predict_options(options)
-    if predict.thresholds() and options.python_backend != "pictures":
+    predict = PredictOptions(**common.chosen(options, "confidence", "iou", "max_detections"))
+    if predict.thresholds() and options.python != "pictures":
         raise UserError(
             "--conf, --iou and --max-detections are for --python-backend pictures: other entries "
             "give raw outputs; leave them out."
@@ -95,17 +87,17 @@ def run(options: argparse.Namespace) -> None:
         max_queue_delay_us=options.max_queue_delay_us,
         default_cpu=not read_gpus(),
         predict=predict,
-        extra="" if options.config is None else _text_of(options.config),
+        extra="" if options.extra is None else _text_of(options.extra),
     )
-    if options.name and len(options.name) != len(options.engine):
+    if options.names and len(options.names) != len(options.engine):
         raise UserError(
-            f"--name has {len(options.name)} names for {len(options.engine)} engines; give one "
+            f"--name has {len(options.names)} names for {len(options.engine)} engines; give one "
             "for each."
         )
     engines = [resolved(path) for path in options.engine]
-    loading = LoadOptions(decoder=options.decoder, preprocess=preprocess_changes(options))
-    python = options.python_backend
-    folders = export_triton(engines, options.output, settings, loading, options.name, python)
+    loading = LoadOptions(decoder=options.decoder, preprocess=common.preprocess_changes(options))
+    python = options.python
+    folders = export_triton(engines, options.output, settings, loading, options.names, python)
     for path, folder in zip(engines, folders, strict=True):
         model = served_model(path, loading, python)
         size = model.max_batch_size

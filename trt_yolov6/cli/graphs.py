@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_yolov6.cli.engines import predict_options
 from trt_yolov6.cli.options import (
     CACHE_VERSION,
     SAMPLE_CALIB,
     SAMPLE_WEIGHTS,
-    is_given,
+    chosen,
     preprocess_changes,
-    spelled,
+    refuse,
 )
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from trt_yolov6.graph.model import Graph
     from trt_yolov6.pipeline import GraphOptions
     from trt_yolov6.quantization.settings import QuantizationSettings
-    from trt_yolov6.spec import BatchProfile, Precision
+    from trt_yolov6.spec import Precision
 
 
 def weights_or_sample(weights: Path | None) -> Path:
@@ -42,12 +40,15 @@ def weights_or_sample(weights: Path | None) -> Path:
 
 def checkpoint_options(options: argparse.Namespace) -> GraphOptions:
     """Return how a checkpoint is exported, as `add_graph_options` lets choose."""
-    if not options.end2end and (options.conf is not None or options.iou is not None):
-        raise UserError("--conf and --iou belong to NMS in the graph; add --end2end.")
+    from trt_yolov6.spec import NmsSettings
+
+    thresholds = "confidence", "iou"
+    if not options.end2end:
+        refuse(options, thresholds, "belongs to NMS in the graph; add --end2end.")
     return {
-        "image_size": options.imgsz,
-        "batch": _batch(options),
-        "nms": predict_options(options).nms() if options.end2end else None,
+        "image_size": options.image_size,
+        "batch": options.batch,
+        "nms": NmsSettings(**chosen(options, *thresholds)) if options.end2end else None,
         "uint8_input": options.uint8_input,
         "opset": options.opset,
     }
@@ -55,16 +56,16 @@ def checkpoint_options(options: argparse.Namespace) -> GraphOptions:
 
 def onnx_options(options: argparse.Namespace) -> GraphOptions:
     """Return how the graph of --onnx is read."""
-    for option in ("end2end", "uint8_input", "opset", "conf", "iou"):
-        if is_given(getattr(options, option)):
-            raise UserError(
-                f"{spelled(option)} changes how a checkpoint is exported and cannot be "
-                "applied to --onnx; leave it out, or give --weights."
-            )
+    refuse(
+        options,
+        ("end2end", "uint8_input", "opset", "confidence", "iou"),
+        "changes how a checkpoint is exported and cannot be applied to --onnx; leave it out, or "
+        "give --weights.",
+    )
     return {
-        "image_size": options.imgsz,
-        "batch": _batch(options),
-        "class_names": options.names,
+        "image_size": options.image_size,
+        "batch": options.batch,
+        "class_names": options.class_names,
         "decoder": options.decoder,
         "preprocess": preprocess_changes(options),
     }
@@ -97,19 +98,19 @@ def quantized_precision(options: argparse.Namespace) -> Precision | None:
 
 def _check_quantization(options: argparse.Namespace) -> None:
     """Refuse options that are only for --int8 and --fp8, or only for automatic float layers."""
-    for name in ("max_ap_drop", "max_slowdown", "data", "split"):
-        if getattr(options, name) is not None and options.float_layers != "auto":
-            raise UserError(f"{spelled(name)} is for --float-layers auto; add it.")
+    if options.float_layers != "auto":
+        budget = "max_ap_drop", "max_slowdown", "data", "split"
+        refuse(options, budget, "is for --float-layers auto; add it.")
     if options.int8 or options.fp8:
         return
-    for name in (
-        *("calibrator", "calib_images", "float_layers", "no_equalize", "no_bias_correction"),
-        *("reconstruct_minutes", "no_reconstruct", "adaptive_rounding"),
-    ):
-        of_tensorrt = name == "calib_images" and options.tensorrt_calibrator
-        if is_given(getattr(options, name)) and not of_tensorrt:
-            raise UserError(f"{spelled(name)} is for --int8 and --fp8; add one of them.")
-    if options.calib and not options.onnx and not options.tensorrt_calibrator:
+    if not options.tensorrt_calibrator:
+        refuse(options, ("image_limit",), "is for --int8 and --fp8; add one of them.")
+    names = (
+        *("calibrator", "float_layers", "equalize", "bias_correction"),
+        *("reconstruct_minutes", "reconstruct", "adaptive_rounding"),
+    )
+    refuse(options, names, "is for --int8 and --fp8; add one of them.")
+    if options.calibration and not options.onnx and not options.tensorrt_calibrator:
         raise UserError("--calib is for --int8 and --fp8, or for an --onnx file with Q/DQ nodes.")
 
 
@@ -117,12 +118,8 @@ def calibration_settings(options: argparse.Namespace, **others: Any) -> Quantiza
     """Return how ranges are found, as `add_calibration` lets choose; `others` are more fields."""
     from trt_yolov6.quantization.settings import QuantizationSettings
 
-    return QuantizationSettings(
-        calibrator=options.calibrator or "auto",
-        equalize=not options.no_equalize,
-        image_limit=options.calib_images,
-        **others,
-    )
+    names = "calibrator", "equalize", "image_limit"
+    return QuantizationSettings(**chosen(options, *names), **others)
 
 
 def calibration_folder(calib: Path | None) -> Path:
@@ -167,23 +164,20 @@ def write_scales(cache: Path, version: str | None, amax: dict[str, float], graph
     )
 
 
-def check_cache(cache: Path | None, version: str | None, others: Iterable[str] = ()) -> None:
-    """Refuse a cache that cannot be written, or that no TensorRT of that version reads.
+def check_cache(options: argparse.Namespace, *others: str) -> None:
+    """Refuse a cache that cannot be written, or that no TensorRT of --cache-version reads.
 
-    Args:
-        cache: --calibration-cache.
-        version: --cache-version.
-        others: names of options that were given and go with a cache only.
+    Without --calibration-cache, `others` are refused: options that go with a cache only.
     """
     from trt_yolov6.common.files import check_writable
     from trt_yolov6.quantization.tensorrt_cache import header_version
 
-    if cache is not None:
-        header_version(version or CACHE_VERSION)
-        check_writable(cache)
+    if options.calibration_cache is None:
+        names = (*others, "cache_version")
+        refuse(options, names, "belongs to --calibration-cache; add it.")
         return
-    for name in (*others, *(("cache_version",) if version else ())):
-        raise UserError(f"{spelled(name)} belongs to --calibration-cache; add it.")
+    header_version(options.cache_version or CACHE_VERSION)
+    check_writable(options.calibration_cache)
 
 
 def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[str, float]]:
@@ -195,15 +189,7 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[s
 
     # Corrected biases would be in the graph with Q/DQ nodes, which this route does without.
     settings = calibration_settings(options, bias_correction=False)
-    folder = calibration_folder(options.calib)
+    folder = calibration_folder(options.calibration)
     result = quantize(graph, folder, settings)
     graph = replace(graph, model=result.float_model)
     return graph, dict(implicit_ranges(result, graph, folder, settings))
-
-
-def _batch(options: argparse.Namespace) -> int | BatchProfile | None:
-    from trt_yolov6.spec import BatchProfile
-
-    if options.batch is not None:
-        return int(options.batch)
-    return BatchProfile(*options.dynamic) if options.dynamic else None

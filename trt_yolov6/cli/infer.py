@@ -9,17 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import load, newest_engine, predict_options, ray_options, resolved
-from trt_yolov6.cli.options import (
-    Commands,
-    add_border,
-    add_command,
-    add_gpus,
-    add_loading,
-    add_ray,
-    add_thresholds,
-    positive,
-)
 from trt_yolov6.cli.output import say, say_next
 from trt_yolov6.errors import UserError
 
@@ -28,9 +19,11 @@ _PARTS = ("jsonl", "parquet")
 _SHOWN_FAILURES = 20
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "infer", run, "detect objects in a picture, a folder or a video")
+    parser = common.add_command(
+        commands, "infer", run, "detect objects in a picture, a folder or a video"
+    )
     parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
     parser.add_argument(
         "--source",
@@ -45,26 +38,25 @@ def add(commands: Commands) -> None:
         help="of what was found (json); with --ray jsonl or parquet (jsonl)",
     )
     parser.add_argument(
-        "--frames", type=positive, metavar="N", help="of a video or stream: end then"
+        "--frames", type=common.positive, metavar="N", help="of a video or stream: end then"
     )
     parser.add_argument(
         "--output", default="runs/infer", help="(runs/infer); with --ray also an address"
     )
-    parser.add_argument("--batch", type=positive, help="images at a time")
-    add_border(parser)
-    add_thresholds(parser, confidence=0.4)
-    add_loading(parser)
-    add_gpus(parser)
-    add_ray(parser)
+    parser.add_argument("--batch", type=common.positive, help="images at a time")
+    common.add_border(parser)
+    common.add_thresholds(parser, confidence=0.4)
+    common.add_loading(parser)
+    common.add_machines(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    taken, where = (_FILES, "without") if options.ray is None else (_PARTS, "with")
+    taken, where = (_FILES, "without") if options.address is None else (_PARTS, "with")
     for form in options.format or ():
         if form not in taken:
             raise UserError(f"--format {form} is not written {where} --ray; give {_or(taken)}.")
-    if options.ray is None:
+    if options.address is None:
         _infer_here(options)
     else:
         _infer_on_ray(options)
@@ -105,8 +97,6 @@ def _infer_here(options: argparse.Namespace) -> None:
 def _infer_on_ray(options: argparse.Namespace) -> None:
     from trt_yolov6.serving.ray.jobs import infer_on_ray
 
-    if options.gpu_count > 1:
-        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
     if options.frames is not None:
         raise UserError("--frames is for videos, which --ray does not take; leave one of them out.")
     if len(options.format or ()) > 1:

@@ -6,18 +6,20 @@ import argparse
 from pathlib import Path
 
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import resolved
-from trt_yolov6.cli.options import Commands, add_command, add_json, add_quiet
 from trt_yolov6.cli.output import say_next, write_result
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "inspect", run, "say what an engine, ONNX file or checkpoint is")
+    parser = common.add_command(
+        commands, "inspect", run, "say what an engine, ONNX file or checkpoint is"
+    )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--layers", action="store_true", help="list every layer")
-    add_json(parser)
-    add_quiet(parser)
+    common.add_json(parser)
+    common.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:

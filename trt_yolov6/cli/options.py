@@ -1,10 +1,14 @@
-"""Options that several commands have, the types of their values, and default folders."""
+"""Options that several commands have, the types of their values, and default folders.
+
+A parsed option has the name of the parameter that it sets (`dest`), so that settings are made of
+the options that were `chosen`, and messages about parameters name options (`option_names`).
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -70,25 +74,45 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
     precision.add_argument("--fp16", action="store_true", help="half precision")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--batch", type=positive, metavar="N", help="a fixed batch size")
-    size.add_argument(
-        "--dynamic",
-        type=three_numbers,
-        metavar="MIN,OPT,MAX",
-        help="batch sizes taken and the one tuned for (1,32,32)",
-    )
+    add_dynamic(size, "batch", "batch sizes taken and the one tuned for (1,32,32)")
     add_image_size(parser)
     add_ends(parser)
-    parser.add_argument("--conf", type=float, help="confidence threshold of --end2end (0.03)")
+    parser.add_argument(
+        "--conf", dest="confidence", type=float, help="confidence threshold of --end2end (0.03)"
+    )
     parser.add_argument("--iou", type=float, help="IoU threshold of --end2end (0.65)")
     parser.add_argument("--opset", type=int, help="ONNX opset, 17 or later (18)")
+
+
+def add_dynamic(parser: argparse._ActionsContainer, dest: str, text: str) -> None:
+    """Add --dynamic."""
+    parser.add_argument(
+        "--dynamic", dest=dest, type=three_numbers, metavar="MIN,OPT,MAX", help=text
+    )
+
+
+def add_checkpoint_or_onnx(parser: argparse.ArgumentParser, onnx: str) -> None:
+    """Add --weights and --onnx, one of which may be given."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
+    source.add_argument("--onnx", type=Path, metavar="FILE", help=onnx)
+
+
+def add_data(
+    parser: argparse._ActionsContainer, text: str = "data set: a folder or data.yaml (samples/)"
+) -> None:
+    """Add --data and --split."""
+    parser.add_argument("--data", type=Path, help=text)
+    parser.add_argument("--split", help="part of the data set, such as val or val2017")
 
 
 def add_image_size(
     parser: argparse._ActionsContainer,
     text: str = "input size, a multiple of 32 (640; P6 1280, Lite 320)",
+    dest: str = "image_size",
 ) -> None:
     """Add --imgsz."""
-    parser.add_argument("--imgsz", type=image_size, metavar="N|HxW", help=text)
+    parser.add_argument("--imgsz", dest=dest, type=image_size, metavar="N|HxW", help=text)
 
 
 def add_ends(parser: argparse._ActionsContainer) -> None:
@@ -99,18 +123,40 @@ def add_ends(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_calibration(parser: argparse._ActionsContainer) -> None:
-    """Add the choice of calibration images and calibrator."""
-    parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
+def add_calibration(parser: argparse._ActionsContainer, calibrator: str = "auto") -> None:
+    """Add the choice of calibration images and calibrator, of which one is the default."""
+    parser.add_argument(
+        "--calib", dest="calibration", type=Path, metavar="DIR", help="calibration images (calib/)"
+    )
     parser.add_argument(
         "--calibrator",
         choices=CALIBRATORS,
-        help="(auto: what agrees best with the float network on the images)",
+        default=calibrator,
+        help=f"auto: what agrees best with the float network on the images ({calibrator})",
     )
     parser.add_argument(
-        "--calib-images", type=positive, metavar="N", help="take N of them, spread evenly"
+        "--calib-images",
+        dest="image_limit",
+        type=positive,
+        metavar="N",
+        help="take N of them, spread evenly",
     )
-    parser.add_argument("--no-equalize", action="store_true", help="leave channels as they are")
+    parser.add_argument(
+        "--no-equalize", dest="equalize", action="store_false", help="leave channels as they are"
+    )
+
+
+def add_float_layers(parser: argparse._ActionsContainer, text: str) -> None:
+    """Add --float-layers."""
+    parser.add_argument("--float-layers", type=layers_in_float, metavar="K|auto|NAMES", help=text)
+
+
+def add_cache(parser: argparse._ActionsContainer, text: str) -> None:
+    """Add the calibration cache that is written, and whose it is."""
+    parser.add_argument("--calibration-cache", type=Path, metavar="FILE", help=text)
+    parser.add_argument(
+        "--cache-version", metavar="X.Y.Z", help=f"TensorRT that reads it ({CACHE_VERSION})"
+    )
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -123,36 +169,36 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add what concerns the run of an engine."""
-    add_backend(parser)
+def add_session(parser: argparse._ActionsContainer) -> None:
+    """Add what concerns ONNX Runtime's sessions."""
     parser.add_argument("--threads", type=positive, help="CPU threads of ONNX Runtime")
     parser.add_argument(
         "--provider", choices=("cpu", "cuda", "tensorrt"), help="ONNX Runtime execution provider"
     )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add what concerns the run of an engine."""
+    add_backend(parser)
+    add_session(parser)
     parser.add_argument(
-        "--no-cuda-graph", action="store_true", help="TensorRT: launch kernels one by one"
+        "--no-cuda-graph",
+        dest="cuda_graph",
+        action="store_false",
+        help="TensorRT: launch kernels one by one",
     )
     add_decoder(parser)
     add_quiet(parser)
 
 
-def add_gpus(parser: argparse.ArgumentParser) -> None:
-    """Add --gpus."""
+def add_machines(parser: argparse.ArgumentParser) -> None:
+    """Add --gpus and --ray."""
     parser.add_argument(
-        "--gpus",
-        dest="gpu_count",  # `export-triton --gpus` takes their numbers
-        type=positive,
-        default=1,
-        metavar="N",
-        help="TensorRT: GPUs to work on (1)",
+        "--gpus", type=positive, default=1, metavar="N", help="TensorRT: GPUs to work on (1)"
     )
-
-
-def add_ray(parser: argparse.ArgumentParser) -> None:
-    """Add --ray."""
     parser.add_argument(
         "--ray",
+        dest="address",
         metavar="ADDRESS",
         help="work on a Ray cluster: host:port of its head, auto on one of its machines, or local; "
         "an engine a GPU, or every --threads cores (docs/how-to/clusters.md)",
@@ -186,8 +232,12 @@ def preprocess_changes(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_training(parser: argparse.ArgumentParser, output: str) -> None:
     """Add what concerns any training's data and run; `output` is the default folder."""
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml")
+    parser.add_argument("--split", dest="train_split", help="part to train on (train)")
+    parser.add_argument("--val-split", help="part to evaluate on, or none (val)")
     parser.add_argument(
         "--bad-data",
+        dest="on_bad_data",
         choices=("refuse", "skip"),
         help="what is wrong with the data: say it and end, or leave it out (refuse)",
     )
@@ -204,7 +254,7 @@ def check_training_data(options: argparse.Namespace) -> None:
 
     if options.data is None:
         raise UserError("--data is missing; name a data set in COCO, YOLO or VOC layout.")
-    check_source(options.data, options.split or "train")
+    check_source(options.data, options.train_split or "train")
     if options.val_split != "none":
         check_source(options.data, options.val_split, "val_split")
 
@@ -218,7 +268,9 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 
 def add_thresholds(parser: argparse._ActionsContainer, confidence: float = 0.03) -> None:
     """Add the thresholds of NMS; `confidence` is the default that is told."""
-    parser.add_argument("--conf", type=float, help=f"confidence threshold ({confidence})")
+    parser.add_argument(
+        "--conf", dest="confidence", type=float, help=f"confidence threshold ({confidence})"
+    )
     parser.add_argument("--iou", type=float, help="IoU threshold of NMS (0.65)")
     parser.add_argument("--max-detections", type=positive, help="boxes kept an image (300)")
 
@@ -238,54 +290,36 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
 
 
-def spelled(name: str) -> str:
-    """Return an option as it is typed, from its name among the parsed ones."""
-    return f"--{name.replace('_', '-')}"
-
-
-_PARAMETERS = {
-    "address": "ray",
-    "assignment": "set",
-    "calibration": "calib",
-    "class_names": "names",
-    "clean": "no_surgery",
-    "confidence": "conf",
-    "cuda_graph": "no_cuda_graph",
-    "eval_border": "border",
-    "extra": "config",
-    "image_size": "imgsz",
+_ALSO = {
+    "border": "eval_border",
     "images": "source",
-    "learning_rate": "lr",
-    "names": "name",
     "nms": "end2end",
-    "on_bad_data": "bad_data",
-    "other_device": "allow_other_device",
-    "python": "python_backend",
-    "scale_learning_rate": "scale_lr",
+    "split": "train_split",
     "state_file": "output",
-    "teacher": "distill",
-    "workspace_mib": "workspace",
 }
-"""Options whose name differs from that of the parameter they set."""
+"""Parameters that options of other names set too."""
 
 
 def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the options of a command by the name of the parameter they set."""
-    options = {
-        action.dest: action.option_strings[0] for action in parser._actions if action.option_strings
-    }
-    renamed = {
-        parameter: options[option] for parameter, option in _PARAMETERS.items() if option in options
-    }
-    return {**options, **renamed}
+    """Return the options of a command by the names of the parameters they set."""
+    options: dict[str, str] = {}
+    for action in parser._actions:
+        if action.option_strings:
+            options.setdefault(action.dest, action.option_strings[0])
+    return {name: options[other] for name, other in _ALSO.items() if other in options} | options
 
 
-def is_given(value: object) -> bool:
-    """Return True for the value of an option that was given, 0 among them.
+def chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the values of some options by name, without those left to their default, None."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
-    Those left out are None, and flags are False.
-    """
-    return value is not None and value is not False
+
+def refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raise UserError for the first of some options that was given; `why` follows its name."""
+    for name in names:
+        if getattr(options, name) != options.parser.get_default(name):
+            raise UserError(f"{option_names(options.parser)[name]} {why}")
 
 
 def percent(text: str) -> float:

@@ -8,27 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.graphs import (
     calibration_folder,
     calibration_settings,
     check_cache,
     write_scales,
-)
-from trt_yolov6.cli.options import (
-    CACHE_VERSION,
-    Commands,
-    add_calibration,
-    add_command,
-    add_ends,
-    add_image_size,
-    add_json,
-    add_quiet,
-    add_training,
-    check_training_data,
-    layers_in_float,
-    positive,
-    spelled,
-    three_numbers,
 )
 from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
@@ -46,45 +31,58 @@ if TYPE_CHECKING:
     from trt_yolov6.training.qat.training import QatResult
 
 
-def add(commands: Commands) -> None:
+_SETTINGS = (
+    *("train_split", "on_bad_data", "epochs", "batch", "learning_rate", "scale_learning_rate"),
+    *("learn_scales", "distillation", "distill_weight", "temperature", "seed", "precision"),
+)
+"""Options that are fields of `QatSettings`."""
+
+
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "train a checkpoint with INT8's rounding in place (quantization-aware training)"
-    parser = add_command(commands, "qat", run, text)
+    parser = common.add_command(commands, "qat", run, text)
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
     parser.add_argument("--model", metavar="n|t|s|m|l|NAME", help="what it must hold, as a check")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml")
-    parser.add_argument("--split", default="train", help="part to train on (train)")
-    parser.add_argument("--val-split", default="val", help="part to evaluate on, or none (val)")
-    add_training(parser, "runs/qat/<model>")
+    common.add_training(parser, "runs/qat/<model>")
+    parser.set_defaults(train_split="train", val_split="val")
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), help="(auto: fp32, on a GPU in TF32)"
     )
-    add_quiet(parser)
-    add_json(parser)
+    common.add_quiet(parser)
+    common.add_json(parser)
     where = parser.add_argument_group("quantization")
-    add_calibration(where)
+    common.add_calibration(where)
+    common.add_float_layers(where, "partial training: as in build --int8 (0)")
     where.add_argument(
-        "--float-layers",
-        type=layers_in_float,
-        metavar="K|auto|NAMES",
-        help="partial training: as in build --int8 (0)",
+        "--fixed-scales",
+        dest="learn_scales",
+        action="store_false",
+        help="keep the calibrated scales",
     )
-    where.add_argument("--fixed-scales", action="store_true", help="keep the calibrated scales")
     _add_recipe(parser)
     _add_graph(parser)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=positive, help="(10)")
-    recipe.add_argument("--batch", type=positive, metavar="N", help="images a step (16)")
-    recipe.add_argument("--lr", type=float, help="of weights, in quantization steps (0.005)")
+    recipe.add_argument("--epochs", type=common.positive, help="(10)")
+    recipe.add_argument("--batch", type=common.positive, metavar="N", help="images a step (16)")
     recipe.add_argument(
-        "--scale-lr", type=float, help="of scales, in steps at their range's end (0.05)"
+        "--lr", dest="learning_rate", type=float, help="of weights, in quantization steps (0.005)"
+    )
+    recipe.add_argument(
+        "--scale-lr",
+        dest="scale_learning_rate",
+        type=float,
+        help="of scales, in steps at their range's end (0.05)",
     )
     recipe.add_argument("--seed", type=int, help="(0)")
     recipe.add_argument(
-        "--no-distillation", action="store_true", help="do without the float network's features"
+        "--no-distillation",
+        dest="distillation",
+        action="store_false",
+        help="do without the float network's features",
     )
     recipe.add_argument("--distill-weight", type=float, help="of channel-wise distillation (0.1)")
     recipe.add_argument("--temperature", type=float, help="of channel-wise distillation (1)")
@@ -92,25 +90,20 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_graph(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("what is written")
-    add_image_size(graph)
+    common.add_image_size(graph)
     graph.add_argument("--fp16", action="store_true", help="what is not INT8 in half precision")
-    graph.add_argument("--dynamic", type=three_numbers, metavar="MIN,OPT,MAX", help="(1,32,32)")
-    add_ends(graph)
+    common.add_dynamic(graph, "dynamic", "(1,32,32)")
+    common.add_ends(graph)
     graph.add_argument(
         "--backend",
         choices=("tensorrt", "tensorrt-rtx", "onnxruntime"),
         default="onnxruntime",
         help="build for it as well (the ONNX file itself is ONNX Runtime's engine)",
     )
-    graph.add_argument(
-        "--calibration-cache",
-        type=Path,
-        metavar="FILE",
-        help="TensorRT up to 10: write the scales there, and the graph without Q/DQ nodes next to "
-        "the other",
-    )
-    graph.add_argument(
-        "--cache-version", metavar="X.Y.Z", help=f"TensorRT that reads it ({CACHE_VERSION})"
+    common.add_cache(
+        graph,
+        "TensorRT up to 10: write the scales there, and the graph without Q/DQ nodes next to the "
+        "other",
     )
 
 
@@ -118,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("qat trains in one process; start it without torchrun.")
-    check_training_data(options)
+    common.check_training_data(options)
 
     from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.common.files import write_json
@@ -131,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
     settings = _settings(options)
-    check_cache(options.calibration_cache, options.cache_version)
+    check_cache(options)
     device = chosen_device(options.device)
     checkpoint = load_checkpoint(options.weights)
     name = checkpoint.arch.name
@@ -154,7 +147,6 @@ def run(options: argparse.Namespace) -> None:
         state_file=state,
         progress=not options.quiet,
         data=data,
-        tell=say,
     )
     aps["AP"] = _ap(result.network, start, options)
     built = _built(start, result.trained, output / name, plan, options)
@@ -195,20 +187,17 @@ def _print_result(
 
 
 def _start(
-    settings: QatSettings,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    options: argparse.Namespace,
+    settings: QatSettings, checkpoint: Checkpoint, device: torch.device, options: argparse.Namespace
 ) -> tuple[TrainingSet, Start]:
     """Return the training data, and the network exported and calibrated."""
     from trt_yolov6.pipeline import export, labelled_score
-    from trt_yolov6.spec import BatchProfile, NmsSettings
+    from trt_yolov6.spec import NmsSettings
     from trt_yolov6.training.qat.preparation import prepare_graph
 
     graph = export(
         checkpoint,
-        image_size=options.imgsz,
-        batch=BatchProfile(*options.dynamic) if options.dynamic else None,
+        image_size=options.image_size,
+        batch=options.dynamic,
         nms=NmsSettings() if options.end2end else None,
         uint8_input=options.uint8_input,
     )
@@ -220,7 +209,7 @@ def _start(
     start = prepare_graph(
         graph,
         checkpoint.arch,
-        calibration_folder(options.calib),
+        calibration_folder(options.calibration),
         quantization=calibration_settings(options, float_layers=options.float_layers or ()),
         learn_scales=settings.learn_scales,
         score=labelled_score(graph, labelled, options.val_split) if is_auto else None,
@@ -241,7 +230,7 @@ def _built(
     """Write the trained graph, the engine of --backend and the scales of --calibration-cache."""
     from trt_yolov6.graph.export import write_onnx
     from trt_yolov6.pipeline import build
-    from trt_yolov6.training.qat.export import rounded_weights, trained_graph
+    from trt_yolov6.training.qat.export import rounded_graph, trained_graph
 
     quantized = trained_graph(start, trained, fp16=options.fp16)
     built = build(quantized, backend="onnxruntime", output=f"{stem}.onnx")
@@ -250,7 +239,7 @@ def _built(
     if options.calibration_cache:
         # The paper's form: a graph without Q/DQ nodes, and the scales next to it.
         float_graph = Path(f"{stem}.float.onnx")
-        write_onnx(float_graph, rounded_weights(start, trained))
+        write_onnx(float_graph, rounded_graph(start, trained))
         write_scales(options.calibration_cache, options.cache_version, trained.amax, float_graph)
     return built
 
@@ -258,30 +247,10 @@ def _built(
 def _settings(options: argparse.Namespace) -> QatSettings:
     from trt_yolov6.training.qat.settings import QatSettings
 
-    if options.no_distillation:
-        for name in ("distill_weight", "temperature"):
-            if getattr(options, name) is not None:
-                raise UserError(
-                    f"{spelled(name)} is for distillation; leave --no-distillation out."
-                )
-    given = {
-        "epochs": options.epochs,
-        "batch": options.batch,
-        "learning_rate": options.lr,
-        "scale_learning_rate": options.scale_lr,
-        "seed": options.seed,
-        "distill_weight": options.distill_weight,
-        "temperature": options.temperature,
-        "precision": options.precision,
-        "on_bad_data": options.bad_data,
-    }
-    return QatSettings(
-        data=str(options.data),
-        train_split=options.split,
-        learn_scales=not options.fixed_scales,
-        distillation=not options.no_distillation,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    if not options.distillation:
+        names = "distill_weight", "temperature"
+        common.refuse(options, names, "is for distillation; leave --no-distillation out.")
+    return QatSettings(data=str(options.data), **common.chosen(options, *_SETTINGS))
 
 
 def _state_file(output: Path, trained: Path, resume: bool) -> Path:
@@ -342,10 +311,6 @@ def _ap(network: GraphNetwork, start: Start, options: argparse.Namespace) -> flo
         return None
     graph = start.graph
     found = evaluate_network(
-        network,
-        graph.class_names,
-        max(graph.image_size),
-        options.data,
-        options.val_split,
+        network, graph.class_names, max(graph.image_size), options.data, options.val_split
     )
     return found.ap

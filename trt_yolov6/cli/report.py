@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.options import Commands, add_command, add_quiet
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.output import say_next
 
 DEFAULT_OUTPUT = Path("report.html")
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "make a page (HTML), Markdown or CSV of what `compare` found"
-    parser = add_command(commands, "report", run, text)
+    parser = common.add_command(commands, "report", run, text)
     parser.add_argument(
         "results",
         type=Path,
@@ -31,12 +31,13 @@ def add(commands: Commands) -> None:
         help=f"ending in .html, .md or .csv; several are written at once ({DEFAULT_OUTPUT})",
     )
     parser.add_argument("--title", default="", help="of the page")
-    add_quiet(parser)
+    common.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Read everything, then write each form."""
-    from trt_yolov6.reports import check_form, read_material, write_report
+    from trt_yolov6.reports.material import read_material
+    from trt_yolov6.reports.write import check_form, write_report
 
     material = read_material(options.results)
     for path in options.output:

@@ -5,53 +5,39 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.cli.graphs import calibration_folder, weights_or_sample
-from trt_yolov6.cli.options import (
-    Commands,
-    add_calibration,
-    add_command,
-    add_decoder,
-    add_image_size,
-    add_json,
-    add_quiet,
-    positive,
-    preprocess_changes,
-)
+from trt_yolov6.cli import options as common
+from trt_yolov6.cli.graphs import calibration_folder, calibration_settings, weights_or_sample
 from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "sensitivity", run, "rank layers by what INT8 costs in them")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
-    source.add_argument("--onnx", type=Path, metavar="FILE", help="a detector's float ONNX file")
-    add_image_size(parser, "input size (640; P6 1280, Lite 320)")
+    parser = common.add_command(
+        commands, "sensitivity", run, "rank layers by what INT8 costs in them"
+    )
+    common.add_checkpoint_or_onnx(parser, "a detector's float ONNX file")
+    common.add_image_size(parser, "input size (640; P6 1280, Lite 320)")
     parser.add_argument(
         "--metric",
         choices=("mse", "snr", "cosine", "ap"),
         default="snr",
         help="at each layer's output, or the AP with only that layer in INT8 (snr)",
     )
-    add_decoder(parser)
-    add_calibration(parser)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="labelled data for AP; without it, the agreement with the float network counts",
-    )
-    parser.add_argument("--split", help="part of the data set, such as val")
+    common.add_decoder(parser)
+    common.add_calibration(parser, "minmax")
+    text = "labelled data for AP; without it, the agreement with the float network counts"
+    common.add_data(parser, text)
     parser.add_argument(
         "--report",
         action="store_true",
         help="also the AP with each metric's six most sensitive layers in float (those by ap only "
         "with --metric ap, which scores a graph for every layer)",
     )
-    parser.add_argument("--top", type=positive, default=12, help="layers printed (12)")
+    parser.add_argument("--top", type=common.positive, default=12, help="layers printed (12)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart")
-    add_json(parser)
-    add_quiet(parser)
+    common.add_json(parser)
+    common.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -61,7 +47,6 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.pipeline import export, labelled_score
     from trt_yolov6.quantization.pipeline import calibrate
     from trt_yolov6.quantization.sensitivity import MEANING, direction
-    from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
 
     if options.plot:
@@ -73,18 +58,14 @@ def run(options: argparse.Namespace) -> None:
     if options.onnx:
         graph = export(
             options.onnx,
-            image_size=options.imgsz,
+            image_size=options.image_size,
             decoder=options.decoder,
-            preprocess=preprocess_changes(options),
+            preprocess=common.preprocess_changes(options),
         )
     else:
-        graph = export(weights_or_sample(options.weights), image_size=options.imgsz)
-    settings = QuantizationSettings(
-        calibrator=options.calibrator or "minmax",
-        equalize=not options.no_equalize,
-        image_limit=options.calib_images,
-    )
-    calibrated = calibrate(graph, calibration_folder(options.calib), settings)
+        graph = export(weights_or_sample(options.weights), image_size=options.image_size)
+    settings = calibration_settings(options)
+    calibrated = calibrate(graph, calibration_folder(options.calibration), settings)
     score = labelled_score(graph, options.data, options.split)
     result = measure(graph, calibrated, options.metric, score)
     print(f"{options.metric}: {MEANING[options.metric]}; {direction(options.metric)}, first")

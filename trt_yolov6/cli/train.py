@@ -6,19 +6,9 @@ import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trt_yolov6.cli.options import (
-    Commands,
-    add_command,
-    add_json,
-    add_quiet,
-    add_training,
-    check_training_data,
-    is_given,
-    positive,
-    spelled,
-)
+from trt_yolov6.cli import options as common
 from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.errors import UserError
 
@@ -28,13 +18,10 @@ if TYPE_CHECKING:
     from trt_yolov6.training.rep_optimizer import RepOptimizerSettings
 
 
-def add(commands: Commands) -> None:
+def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "train", run, "train a network, or train a checkpoint on")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml")
-    parser.add_argument("--split", help="part to train on (train)")
-    parser.add_argument("--val-split", help="part to evaluate on, or none (val)")
-    add_training(parser, "runs/train/<model>")
+    parser = common.add_command(commands, "train", run, "train a network, or train a checkpoint on")
+    common.add_training(parser, "runs/train/<model>")
     parser.add_argument(
         "--auto-resume",
         action="store_true",
@@ -50,8 +37,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--deterministic", action="store_true", help="the same bits every time on a GPU too; slower"
     )
-    add_quiet(parser)
-    add_json(parser)
+    common.add_quiet(parser)
+    common.add_json(parser)
     _add_network(parser)
     _add_recipe(parser)
     _add_losses(parser)
@@ -77,7 +64,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "hyper-search; without a file, search first, in OUTPUT/search",
     )
     model.add_argument(
-        "--search-epochs", type=positive, metavar="N", help="length of the search (--epochs)"
+        "--search-epochs", type=common.positive, metavar="N", help="length of the search (--epochs)"
     )
     model.add_argument("--activation", choices=("relu", "silu", "leaky_relu"))
     model.add_argument(
@@ -89,21 +76,27 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="predict distributions over distances",
     )
-    model.add_argument("--objectness", action="store_true", help="predict objectness, as v0.1")
+    model.add_argument(
+        "--objectness", action="store_true", default=None, help="predict objectness, as v0.1"
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=positive, help="(300)")
-    recipe.add_argument("--batch", type=positive, help="images a step, over all GPUs (32)")
+    recipe.add_argument("--epochs", type=common.positive, help="(300)")
+    recipe.add_argument("--batch", type=common.positive, help="images a step, over all GPUs (32)")
     recipe.add_argument(
         "--imgsz",
-        type=positive,
+        dest="image_size",
+        type=common.positive,
         metavar="N",
         help="input size, a multiple of 32 (640; P6 a multiple of 64, 1280; Lite 320)",
     )
     recipe.add_argument(
-        "--lr", type=float, help="learning rate for 32 images (N 0.02, others 0.01)"
+        "--lr",
+        dest="learning_rate",
+        type=float,
+        help="learning rate for 32 images (N 0.02, others 0.01)",
     )
     recipe.add_argument("--seed", type=int, help="(0)")
     recipe.add_argument("--mosaic", type=float, help="probability of Mosaic (1)")
@@ -112,11 +105,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--plain-epochs", type=int, help="last epochs without Mosaic and Mixup (15)"
     )
     recipe.add_argument(
-        "--border", type=int, help="gray pixels on every side, in training and evaluation (0)"
+        "--border",
+        dest="eval_border",
+        type=int,
+        help="gray pixels on every side, in training and evaluation (0)",
     )
     recipe.add_argument("--eval-interval", type=int, help="epochs between evaluations (10)")
     recipe.add_argument(
         "--set",
+        dest="assignment",
         action="append",
         metavar="FIELD=VALUE",
         help="any other field of the settings, such as optimizer.momentum=0.9",
@@ -130,18 +127,30 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
         "--warmup-assigner", choices=("tal", "atss", "simota"), help="of the first epochs (atss)"
     )
     losses.add_argument(
-        "--cls-loss", choices=("varifocal", "focal", "quality_focal", "poly"), help="(varifocal)"
+        "--cls-loss",
+        dest="classification",
+        choices=("varifocal", "focal", "quality_focal", "poly"),
+        help="(varifocal)",
     )
     losses.add_argument(
-        "--box-loss", choices=("siou", "giou", "ciou"), help="(N and T siou, others giou)"
+        "--box-loss",
+        dest="box",
+        choices=("siou", "giou", "ciou"),
+        help="(N and T siou, others giou)",
     )
     losses.add_argument(
-        "--distill", type=Path, metavar="TEACHER.pt", help="self-distillation (paper, 2.4.2)"
+        "--distill", dest="teacher", metavar="TEACHER.pt", help="self-distillation (paper, 2.4.2)"
     )
 
 
 _RESUMING = ("command", "run", "parser", "resume", "output", "device", "quiet", "json")
 """Options allowed with `train --resume`."""
+
+_RECIPE = (
+    *("epochs", "plain_epochs", "image_size", "batch", "seed", "train_split", "eval_interval"),
+    *("eval_border", "on_bad_data", "precision", "teacher", "compile", "deterministic"),
+)
+"""Options that are fields of `TrainSettings`."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -150,18 +159,13 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(_listed_variants()))
         return
     if not options.resume:
-        check_training_data(options)
+        common.check_training_data(options)
     from trt_yolov6.api import train
     from trt_yolov6.training.trainer import stored_settings
 
     if options.resume:
-        for name, value in vars(options).items():
-            # `--no-dfl` is a False that was given.
-            if (is_given(value) or (name, value) == ("dfl", False)) and name not in _RESUMING:
-                raise UserError(
-                    f"{spelled(name)} was chosen when the training began; with "
-                    "--resume leave it out."
-                )
+        why = "was chosen when the training began; with --resume leave it out."
+        common.refuse(options, [name for name in vars(options) if name not in _RESUMING], why)
         if options.output is None:
             raise UserError("--resume needs the folder of the training; name it with --output.")
         settings, output = stored_settings(options.output), options.output
@@ -225,30 +229,12 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
         variant,
         str(options.data),
         options=ArchitectureOptions(
-            block=options.block,
-            activation=options.activation,
-            csp_ratio=options.csp_ratio,
-            dfl=options.dfl,
-            objectness=options.objectness or None,
+            **common.chosen(options, "block", "activation", "csp_ratio", "dfl", "objectness")
         ),
         weights=weights,
         scales=scales,
-        **_given(
-            rep_optimizer=rep_optimizer,
-            epochs=options.epochs,
-            plain_epochs=options.plain_epochs,
-            image_size=options.imgsz,
-            batch=options.batch,
-            seed=options.seed,
-            train_split=options.split,
-            eval_interval=options.eval_interval,
-            eval_border=options.border,
-            on_bad_data=options.bad_data,
-            precision=options.precision,
-            teacher=str(options.distill) if options.distill else None,
-        ),
-        compile=options.compile,
-        deterministic=options.deterministic,
+        rep_optimizer=rep_optimizer,
+        **common.chosen(options, *_RECIPE),
     )
     return _changed(settings, options)
 
@@ -259,31 +245,22 @@ def _changed(settings: TrainSettings, options: argparse.Namespace) -> TrainSetti
 
     from trt_yolov6.training.recipe import with_field
 
-    losses = _given(
-        classification=options.cls_loss,
-        box=options.box_loss,
-        assigner=options.assigner,
-        warmup_assigner=options.warmup_assigner,
-    )
+    augmentation = common.chosen(options, "mosaic", "mixup")
+    if options.eval_border is not None:
+        augmentation["border"] = options.eval_border
+    losses = common.chosen(options, "classification", "box", "assigner", "warmup_assigner")
     settings = replace(
         settings,
         losses=replace(settings.losses, **losses),
-        augmentation=replace(
-            settings.augmentation,
-            **_given(mosaic=options.mosaic, mixup=options.mixup, border=options.border),
-        ),
-        optimizer=replace(settings.optimizer, **_given(learning_rate=options.lr)),
+        augmentation=replace(settings.augmentation, **augmentation),
+        optimizer=replace(settings.optimizer, **common.chosen(options, "learning_rate")),
     )
     if options.val_split is not None:
-        chosen = None if options.val_split == "none" else options.val_split
-        settings = replace(settings, val_split=chosen)
-    for assignment in options.set or ():
+        split = None if options.val_split == "none" else options.val_split
+        settings = replace(settings, val_split=split)
+    for assignment in options.assignment or ():
         settings = with_field(settings, assignment)
     return settings
-
-
-def _given(**named: Any) -> dict[str, Any]:
-    return {name: value for name, value in named.items() if value is not None}
 
 
 def _rep_optimizer(

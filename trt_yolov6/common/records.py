@@ -19,6 +19,7 @@ def as_record(
     subject: str,
     remedy: str = "correct it.",
     *,
+    strict: bool = True,
     decode: Callable[[type[Any], Any], Any] | None = None,
 ) -> Record:
     """Return plain values, as JSON and YAML give them, as a dataclass or another type.
@@ -30,6 +31,7 @@ def as_record(
         kind: dataclass, `TypedDict` or any other type that msgspec converts to.
         subject: first words of the message, such as the file's name and `is damaged`.
         remedy: last clause of the message.
+        strict: False reads numbers from texts as well.
         decode: makes a value of a type that is not one of msgspec's; default: calls the type.
 
     Raises:
@@ -38,7 +40,7 @@ def as_record(
     import msgspec
 
     try:
-        return msgspec.convert(value, kind, dec_hook=decode or _call)
+        return msgspec.convert(value, kind, strict=strict, dec_hook=decode or _call)
     except (msgspec.ValidationError, UserError, RecursionError) as error:
         raise UserError(f"{subject}{_where(str(error))}; {remedy}") from error
 

@@ -23,6 +23,17 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     ]
 
 
+def joined(*parts: object) -> str:
+    """Join parts with commas, without those that are empty, None, 0 or False."""
+    return ", ".join(str(part) for part in parts if part)
+
+
+def of_highest(now: float | None, highest: float | None) -> str:
+    """Return a clock and the highest it may have, such as `1410 of 1980`."""
+    text = "unknown" if now is None else f"{now:.0f}"
+    return text if highest is None else f"{text} of {highest:.0f}"
+
+
 def four_digits(value: float) -> str:
     """Return a number of 0 or more with four significant digits, without an exponent."""
     if value <= 0:

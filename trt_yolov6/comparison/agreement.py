@@ -8,6 +8,8 @@ resampled images than either.
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_yolov6.common.files import atomic_path, sha256_file
+from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.data.coco import CocoDataset, CocoImage
@@ -30,22 +32,22 @@ FLOAT = ("fp32", "fp16")
 """Precisions that a quantized engine is held against, the first one there is."""
 
 
-def write_detections(path: Path, found: Sequence[Detections]) -> None:
-    """Write the detections in a data set's images, in its order, as an NPZ file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            counts=np.array([len(one) for one in found], np.int64),
-            boxes=np.concatenate([one.xyxy for one in found]).astype(np.float32),
-            scores=np.concatenate([one.confidence for one in found]).astype(np.float32),
-            classes=np.concatenate([one.class_id for one in found]).astype(np.int64),
-        )
+def packed(found: Sequence[Detections]) -> str:
+    """Return the detections in a data set's images, in its order, as text: NPZ in base64."""
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        counts=np.array([len(one) for one in found], np.int64),
+        boxes=np.concatenate([one.xyxy for one in found]).astype(np.float32),
+        scores=np.concatenate([one.confidence for one in found]).astype(np.float32),
+        classes=np.concatenate([one.class_id for one in found]).astype(np.int64),
+    )
+    return base64.b64encode(content.getvalue()).decode()
 
 
-def read_detections(path: Path) -> list[Detections]:
-    """Return the detections in a file that `write_detections` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
+def unpacked(text: str) -> list[Detections]:
+    """Return the detections in a text by `packed`."""
+    with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as stored:
         ends = np.cumsum(stored["counts"])[:-1]
         parts = (np.split(stored[name], ends) for name in ("boxes", "scores", "classes"))
         return [Detections(*one) for one in zip(*parts, strict=True)]
@@ -114,7 +116,7 @@ def _float_engine(
         for other, found in pairs:
             if (
                 found["precision"] == precision
-                and found["detections_file"]
+                and found["found"]
                 and other.case.entry.label == one.case.entry.label
                 and found["image_size"] == own["image_size"]
             ):
@@ -127,25 +129,22 @@ def _agreement(
 ) -> dict[str, Any] | None:
     one, own = measured
     other, reference = base
-    if not own["detections_file"]:
+    if not own["found"]:
         return None
     inputs = {
-        "detections": [item["detections_sha256"] for item in (own, reference)],
+        "detections": [sha256_bytes(item["found"].encode()) for item in (own, reference)],
         "boxes": [[*item["bbox"], item["category_id"]] for item in dataset.annotations],
         "calibration": [str(path) for path in _calibration(work, one)],
     }
-    known: dict[str, Any] | None = work.steps.find("agreement", inputs)
-    if known is None:
+
+    def measure() -> dict[str, Any] | None:
         _log.info(f"agreement of {one.name} with {other.name} ...")
-        own_found, float_found = (
-            read_detections(work.output / item["detections_file"]) for item in (own, reference)
-        )
+        own_found, float_found = (unpacked(item["found"]) for item in (own, reference))
         figures = _figures(objects_of(dataset, dataset.images), own_found, float_found)
-        if figures is None:
-            return None
-        known = {**figures, "calibrated_on": _judged_images(work, dataset, one)}
-        work.steps.keep("agreement", inputs, known)
-    return {"with": other.name, **known}
+        return figures and {**figures, "calibrated_on": _judged_images(work, dataset, one)}
+
+    known = work.steps.once("agreement", inputs, measure)
+    return known and {"with": other.name, **known}
 
 
 def _figures(
@@ -159,14 +158,12 @@ def _figures(
     change = interval(lambda draws: of_own.ap(draws) - of_float.ap(draws), count)
     if not (math.isfinite(agreed.value) and math.isfinite(change.value)):
         return None
-    return {**_rounded(agreed, "value"), "ap_change": _rounded(change, "value"), "images": count}
+    return {**_rounded(agreed), "ap_change": _rounded(change), "images": count}
 
 
-def _rounded(found: Interval, name: str) -> dict[str, Any]:
-    return {
-        name: round(found.value, 4),
-        "interval": [round(found.low, 4), round(found.high, 4)],
-    }
+def _rounded(found: Interval) -> dict[str, Any]:
+    low, high = round(found.low, 4), round(found.high, 4)
+    return {"value": round(found.value, 4), "interval": [low, high]}
 
 
 def _calibration(work: Work, one: BuiltCase) -> Sequence[Path]:

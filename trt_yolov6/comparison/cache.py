@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,31 @@ class Steps:
     """The finished steps of a comparison, one file each, in a folder."""
 
     folder: Path
+
+    def once(
+        self,
+        kind: str,
+        inputs: Inputs,
+        work: Callable[[], Any],
+        is_whole: Callable[[Any], bool] = lambda value: True,
+    ) -> Any:
+        """Return the value of a step: the one kept, where that is still whole, else by doing it.
+
+        Args:
+            kind: name of the step.
+            inputs: all that the value depends on.
+            work: does it; a value of None is not kept.
+            is_whole: whether the files are there that a kept value names.
+
+        Raises:
+            UserError: of `work`, or the folder cannot be written to.
+        """
+        value = self.find(kind, inputs)
+        if value is None or not is_whole(value):
+            value = work()
+            if value is not None:
+                self.keep(kind, inputs, value)
+        return value
 
     def find(self, kind: str, inputs: Inputs) -> Any:
         """Return the value of a step that was done with the same inputs, or None."""

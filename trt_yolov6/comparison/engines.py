@@ -10,25 +10,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.bench.roofline import graph_work
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.common.records import as_record
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.machine import machine, versions
 from trt_yolov6.comparison.plan import ModelEntry, Plan
+from trt_yolov6.data.calibration import calibration_images, images_sha256
+from trt_yolov6.data.class_names import read_class_names
 from trt_yolov6.data.preprocessing import parse_changes
 from trt_yolov6.engines import best_backend, load_engine
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, manifest_of, read_manifest
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.files import read_onnx
+from trt_yolov6.graph.inspect import inspect_onnx
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.pipeline import build, export, quantize
+from trt_yolov6.quantization.settings import QuantizationSettings
+from trt_yolov6.quantization.table import table_path
 from trt_yolov6.spec import BatchProfile, Precision
 
 if TYPE_CHECKING:
     import onnx
-
-    from trt_yolov6.graph.inspect import OnnxDetails
-    from trt_yolov6.graph.model import Graph
-
 
 _log = logging.getLogger(__name__)
 
@@ -192,8 +197,6 @@ def build_case(work: Work, case: Case) -> BuiltCase:
 
 
 def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
-    from trt_yolov6.data.class_names import read_class_names
-
     choice, entry = case.choice, case.entry
     assert choice is not None
     inputs = {
@@ -210,17 +213,16 @@ def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
         "machine": None if case.backend == "onnxruntime" else machine(),
         "label": case.name,
     }
-    found: Mapping[str, Any] | None = work.steps.find("build", inputs)
-    if found is not None:
+
+    def is_whole(found: Mapping[str, Any]) -> bool:
         file = work.output / found["file"]
-        if file.is_file() and _hashes(file) == [
-            found["engine_sha256"],
-            found.get("manifest_sha256"),
-        ]:
-            return found
-    record = _build(work, case, choice, profile)
-    work.steps.keep("build", inputs, record)
-    return record
+        hashes = [found["engine_sha256"], found.get("manifest_sha256")]
+        return file.is_file() and _hashes(file) == hashes
+
+    found: Mapping[str, Any] = work.steps.once(
+        "build", inputs, lambda: _build(work, case, choice, profile), is_whole
+    )
+    return found
 
 
 def _hashes(engine: Path) -> list[str | None]:
@@ -265,9 +267,6 @@ def _graph(
 
 
 def _quantized(plan: Plan, graph: Graph, choice: Precision, path: Path) -> Graph:
-    from trt_yolov6.quantization.settings import QuantizationSettings
-    from trt_yolov6.quantization.table import table_path
-
     calibrator: Any = plan.calibrator
     settings = QuantizationSettings(calibrator=calibrator, border=plan.border)
     return quantize(
@@ -281,8 +280,6 @@ def _quantized(plan: Plan, graph: Graph, choice: Precision, path: Path) -> Graph
 
 
 def _calibration_inputs(plan: Plan) -> Mapping[str, Any]:
-    from trt_yolov6.data.calibration import calibration_images, images_sha256
-
     return {
         "images": images_sha256(calibration_images(plan.calib)),
         "calibrator": plan.calibrator,
@@ -336,12 +333,12 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
         "imgsz": entry.imgsz,
         "preprocess": list(entry.preprocess),
     }
-    known = work.steps.find("source", inputs)
-    if known is None:
-        source = dataclasses.replace(_described(work, entry), sha256=str(file))
-        work.steps.keep("source", inputs, dataclasses.asdict(source))
-    else:
-        source = as_record(known, SourceFile, f"a step kept in {work.output} is damaged")
+
+    def describe() -> dict[str, Any]:
+        return dataclasses.asdict(dataclasses.replace(_described(work, entry), sha256=str(file)))
+
+    known = work.steps.once("source", inputs, describe)
+    source = as_record(known, SourceFile, f"a step kept in {work.output} is damaged")
     if not source.buildable and (entry.precisions or len(work.plan.precisions) > 1):
         _log.info(f"{path} is {source.precision} already and is taken as it is")
     return source
@@ -359,15 +356,13 @@ def _described(work: Work, entry: ModelEntry) -> SourceFile:
     if manifest is not None:
         record = _manifest_record(manifest)
         if path.suffix == ".onnx":
-            record |= _graph_record(_read(path))
+            record |= _graph_record(read_onnx(path))
         return _taken(manifest.precision, manifest.backend, manifest.batch, record)
     if path.suffix != ".onnx":
         with load_engine(path, options=LoadOptions(decoder=entry.decoder)) as engine:
             return _taken(engine.precision, engine.backend, engine.batch, {})
-    from trt_yolov6.graph.onnx_import import graph_from_onnx
-
-    model = _read(path)
-    details = _details(model)
+    model = read_onnx(path)
+    details = inspect_onnx(model)
     if details.quantize_nodes or "fp16" in details.precisions:
         graph = graph_from_onnx(path, decoder=entry.decoder)
         record = {"model": graph.name, **_graph_record(model)}
@@ -384,23 +379,9 @@ def _taken(
     return SourceFile("", False, precision, backend, dataclasses.astuple(batch), record=record)
 
 
-def _read(path: Path) -> onnx.ModelProto:
-    from trt_yolov6.graph.files import read_onnx
-
-    return read_onnx(path)
-
-
-def _details(model: onnx.ModelProto) -> OnnxDetails:
-    from trt_yolov6.graph.inspect import inspect_onnx
-
-    return inspect_onnx(model)
-
-
 def _graph_record(model: onnx.ModelProto) -> dict[str, Any]:
     """Return an ONNX graph's part of the results and of the layers' rooflines."""
-    from trt_yolov6.bench.roofline import graph_work
-
-    details = _details(model)
+    details = inspect_onnx(model)
     return {
         "parameters": details.parameters,
         "flops": details.paper_flops,

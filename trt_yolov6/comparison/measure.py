@@ -7,15 +7,13 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trt_yolov6.bench.roofline import GraphWork, layer_times, measure_ceilings
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
-from trt_yolov6.comparison.cache import key_of
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import clocks, run_inputs
 from trt_yolov6.comparison.rounds import Round, measure_round, round_from_json
@@ -27,6 +25,9 @@ from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import ClassesDifferError, UserError
 from trt_yolov6.graph.cost import Ceilings, Layer
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 _log = logging.getLogger(__name__)
 
 EXAMPLE_CONFIDENCE = 0.4
@@ -36,9 +37,6 @@ LAYER_TRIALS = 3
 """Times that layers are measured over, while others keep this process waiting."""
 
 LAYER_RUNS = 20
-
-Advance = Callable[[str, int], None]
-"""Called with what is being done, and how many steps are done since."""
 
 
 # --- accuracy -----------------------------------------------------------------------------------
@@ -77,32 +75,24 @@ def accuracy(
         "reading": _reading(built, batch),
         **run_inputs(plan, built.case.backend, "opencv-python-headless", "pycocotools"),
     }
-    found: Mapping[str, Any] | None = work.steps.find("accuracy", inputs)
-    if found is not None and _has_detections(work, found):
-        return found
-    _log.info(f"AP of {built.name} on {len(dataset.images)} images ...")
-    file = Path("detections") / f"{built.case.stem}-{key_of(inputs)[:12]}.npz"
-    with built.load(plan, batch) as engine:
-        found = {
-            **_evaluated(work, engine, built.name, dataset, file),
-            "device": engine.device,
-            "backend_version": engine.backend_version,
-            "threads": engine.threads,
-            "note": engine.note,
-            "image_size": list(engine.image_size),
-            "precision": engine.precision,
-            "examples": _examples(work, engine, dataset),
-            "date": timestamp(),
-        }
-    work.steps.keep("accuracy", inputs, found)
+
+    def measure() -> Mapping[str, Any]:
+        _log.info(f"AP of {built.name} on {len(dataset.images)} images ...")
+        with built.load(plan, batch) as engine:
+            return {
+                **_evaluated(work, engine, built.name, dataset),
+                **engine.described(),
+                "examples": _examples(work, engine, dataset),
+                "date": timestamp(),
+            }
+
+    found: Mapping[str, Any] = work.steps.once("accuracy", inputs, measure)
     return found
 
 
-def _evaluated(
-    work: Work, engine: Engine, name: str, dataset: CocoDataset, file: Path
-) -> dict[str, Any]:
-    """Evaluate an engine and keep its detections in a file; without AP where the classes differ."""
-    from trt_yolov6.comparison.agreement import write_detections
+def _evaluated(work: Work, engine: Engine, name: str, dataset: CocoDataset) -> dict[str, Any]:
+    """Evaluate an engine and pack its detections; without AP where the classes differ."""
+    from trt_yolov6.comparison.agreement import packed
     from trt_yolov6.runtime.evaluate import evaluate
 
     seen: dict[int, Detections] = {}
@@ -118,32 +108,16 @@ def _evaluated(
         _log.info(f"{name} is timed without AP: {error}")
         return {
             **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl")),
-            "backend": engine.backend,
             "images": len(dataset.images),
             "detections": 0,
             "per_class": [],
             "notes": [str(error)],
-            "detections_file": "",
-            "detections_sha256": "",
+            "found": None,
         }
-    write_detections(work.output / file, [seen[image.id] for image in dataset.images])
     for note in evaluation.notes:
         _log.info(f"{name}: {note}")
-    return {
-        **evaluation.to_json(),
-        "detections_file": str(file),
-        "detections_sha256": sha256_file(work.output / file),
-    }
-
-
-def _has_detections(work: Work, found: Mapping[str, Any]) -> bool:
-    """Return whether the detections that a step wrote are still there."""
-    if "detections_file" not in found:  # of an earlier version
-        return False
-    file = work.output / found["detections_file"]
-    return not found["detections_file"] or (
-        file.is_file() and sha256_file(file) == found["detections_sha256"]
-    )
+    found = packed([seen[image.id] for image in dataset.images])
+    return {**evaluation.to_json(), "found": found}
 
 
 def _reading(built: BuiltCase, batch: int) -> list[Any]:
@@ -202,7 +176,7 @@ class Timings:
 
 
 def measure_timings(
-    work: Work, built: Sequence[BuiltCase], advance: Advance, *, again: bool = False
+    work: Work, built: Sequence[BuiltCase], bar: tqdm[NoReturn], *, again: bool = False
 ) -> Timings:
     """Measure all engines at all batch sizes in rounds; each round goes over all of them.
 
@@ -212,7 +186,7 @@ def measure_timings(
     Args:
         work: what the comparison's steps share.
         built: the engines.
-        advance: see `Advance`; a step is a round.
+        bar: of which each round is a step.
         again: ignore cached measurements.
     """
     plan = work.plan
@@ -228,7 +202,7 @@ def measure_timings(
         },
     }
     done: list[dict[str, Any]] = [] if again else list(work.steps.find("timing", inputs) or [])
-    advance("", len(done))
+    bar.update(len(done))
     if 0 < len(done) < plan.rounds:
         _log.info(f"going on with round {len(done) + 1} of {plan.rounds}")
     turns = [(one, batch) for batch in plan.batches for one in built if batch in one.files]
@@ -238,13 +212,13 @@ def measure_timings(
         shift = number % len(turns)
         order = [*turns[shift:], *turns[:shift]]
         for one, batch in order if number % 2 == 0 else reversed(order):
-            advance(f"latency, round {number + 1} of {plan.rounds}: {one.name}", 0)
+            bar.set_description(f"latency, round {number + 1} of {plan.rounds}: {one.name}")
             load = functools.partial(one.load, plan, batch)
             measured = measure_round(load, batch, plan.duration / plan.rounds)
             found[_turn_name(one, batch)] = measured.to_json()
         done.append({"rounds": found, "clocks": clocks()})
         work.steps.keep("timing", inputs, done)
-        advance("", 1)
+        bar.update()
     return Timings(
         {
             (one.name, batch): [
@@ -276,15 +250,14 @@ def measure_layers(work: Work, built: BuiltCase) -> Mapping[str, Any]:
         "batch": batch,
         **run_inputs(work.plan, built.case.backend),
     }
-    found: Mapping[str, Any] | None = work.steps.find("layers", inputs)
-    if found is None:
-        _log.info(f"layers of {built.name} ...")
-        found = _layers(work, built, batch)
-        work.steps.keep("layers", inputs, found)
+    found: Mapping[str, Any] = work.steps.once(
+        "layers", inputs, lambda: _layers(work, built, batch)
+    )
     return found
 
 
 def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
+    _log.info(f"layers of {built.name} ...")
     with built.load(work.plan, batch, cuda_graph=False) as engine:
         try:
             kernels = _kernel_times(engine, batch)
@@ -331,11 +304,12 @@ def _kernel_times(engine: Engine, batch: int) -> dict[str, float]:
 
 def _ceilings(work: Work, engine: Engine) -> Ceilings | None:
     inputs = {"device": engine.device, **run_inputs(work.plan, engine.backend)}
-    found = work.steps.find("ceilings", inputs)
-    if found is None:
+
+    def measure() -> dict[str, Any]:
         measured = measure_ceilings(engine)
-        found = dataclasses.asdict(measured) if measured else {}
-        work.steps.keep("ceilings", inputs, found)
+        return dataclasses.asdict(measured) if measured else {}
+
+    found = work.steps.once("ceilings", inputs, measure)
     return Ceilings(**found) if found else None
 
 

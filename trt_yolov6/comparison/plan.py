@@ -140,6 +140,29 @@ class Plan:
         )
 
 
+def plan_of(models: str | Path | Sequence[str | Path], **changes: Any) -> Plan:
+    """Return a plan of checkpoints, ONNX files and engines, or the one that a YAML file holds.
+
+    Args:
+        models: their paths, or that of a plan.
+        changes: fields of `Plan`, and `imgsz`, the height and width of what is built; of a plan's
+            file they replace its own.
+
+    Raises:
+        UserError: a model is of a kind that cannot be compared, or see `read_plan`.
+    """
+    paths = [Path(path) for path in ([models] if isinstance(models, (str, Path)) else models)]
+    changes |= {name: Path(changes[name]) for name in ("data", "calib") if name in changes}
+    plans = [path for path in paths if path.suffix.lower() in YAML_SUFFIXES]
+    if not plans:
+        return Plan(entries_for(paths, changes.pop("imgsz", None)), **changes)
+    if len(paths) > 1:
+        raise UserError(
+            f"{plans[0]} is a plan, which names its models itself; give it alone, or models alone."
+        )
+    return read_plan(plans[0], **changes)
+
+
 def read_plan(path: str | Path, **changes: Any) -> Plan:
     """Read a plan from a YAML file (see the module's text).
 

@@ -20,7 +20,6 @@ from trt_yolov6.comparison.rounds import (
     CPU_DRIFT,
     GPU_DRIFT,
     Round,
-    RoundsSummary,
     paired_medians,
     summarize_rounds,
 )
@@ -42,15 +41,8 @@ def results_of(
 ) -> dict[str, Any]:
     """Return the results, and write the example images that they name.
 
-    Args:
-        work: what the comparison's steps share.
-        dataset: what AP was measured on.
-        data: from `measure.data_record`.
-        built: the engines.
-        accuracies: from `measure.accuracy`, one an engine.
-        agreements: from `agreement.agreements`, one an engine.
-        timings: from `measure.measure_timings`.
-        layers: from `measure.measure_layers`, one an engine, or none.
+    The arguments are what the functions of those names in `measure` and `agreement` returned;
+    accuracies, agreements and layers one an engine, layers also none.
     """
     engines = [_engine(*one) for one in zip(built, accuracies, agreements, strict=True)]
     rows = [
@@ -119,8 +111,8 @@ def _engine(
 
 def _timing(built: BuiltCase, batch: int, rounds: Sequence[Round], device: str) -> dict[str, Any]:
     drift = CPU_DRIFT if device == cpu_model() else GPU_DRIFT
-    summary: RoundsSummary = summarize_rounds(rounds, drift)
-    low, high = summary.latency.low, summary.latency.high
+    summary = summarize_rounds(rounds, drift)
+    low, high, counted = summary.latency.low, summary.latency.high, summary.counted
     return {
         "engine": built.name,
         "batch": batch,
@@ -129,10 +121,7 @@ def _timing(built: BuiltCase, batch: int, rounds: Sequence[Round], device: str) 
         "latency_ms": {
             "median": summary.latency.value * 1e3,
             "interval": [low * 1e3, high * 1e3],
-            "mean": summary.mean * 1e3,
-            "p90": summary.p90 * 1e3,
-            "p99": summary.p99 * 1e3,
-            "min": summary.min * 1e3,
+            **{name: getattr(counted, name) * 1e3 for name in ("mean", "p90", "p99", "min")},
             "rounds": [value * 1e3 for value in summary.rounds],
         },
         "throughput_fps": batch / summary.latency.value,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_yolov6.bench.sampling import BLOCK_SECONDS, DISTURBED, Run, random_input
+from trt_yolov6.bench.sampling import DISTURBED, Latency, Run, Watched, random_input, summarize
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
 from trt_yolov6.common.statistics import Interval, prediction_interval
 from trt_yolov6.engines.base import Engine, check_batch
@@ -76,6 +76,8 @@ class RoundsSummary:
     """Median over the rounds, and where a further round is to be expected."""
     rounds: tuple[float, ...]
     """The median of each round that counts."""
+    counted: Latency
+    """Statistics of the runs that count."""
     runs: int
     """Runs in all."""
     quiet_runs: int
@@ -84,11 +86,6 @@ class RoundsSummary:
     """Too few runs were undisturbed: the statistics cover all."""
     waited: float | None
     """Share of the runs' time that threads waited for a processor; None: unknown."""
-    mean: float
-    """This and the following are of the runs that count."""
-    p90: float
-    p99: float
-    min: float
 
 
 def round_from_json(value: Any) -> Round:
@@ -132,25 +129,16 @@ def sample_round(
         wait: seconds that the process has waited for a processor so far, or None.
         clock: the time in seconds.
     """
-    times: list[float] = []
-    shares: list[float] = []
+    watched = Watched(run, wait)
     start = clock()
     while True:
-        block_start, before = clock(), wait()
-        block: list[float] = []
-        while not block or clock() - block_start < BLOCK_SECONDS:
-            block.append(run())
-        after, now = wait(), clock()
-        times += block
-        if before is not None and after is not None:
-            # Threads that ended took their share of the sum with them.
-            shares += [max(0.0, after - before) / sum(block)] * len(block)
-        left_in_peace = len(shares) < len(times) or min(shares) <= DISTURBED
-        elapsed = now - start
-        if elapsed >= seconds and (left_in_peace or elapsed >= _PATIENCE * seconds):
-            break
-    date = timestamp()
-    return Round(tuple(times), tuple(shares) if len(shares) == len(times) else (), date)
+        watched()
+        elapsed = clock() - start
+        if elapsed >= seconds:
+            shares = watched.shares
+            left_in_peace = not shares or min(shares) <= DISTURBED
+            if left_in_peace or elapsed >= _PATIENCE * seconds:
+                return Round(tuple(watched.seconds), shares, timestamp())
 
 
 def counted_rounds(rounds: Sequence[Round]) -> tuple[list[tuple[float, ...]], bool]:
@@ -181,19 +169,14 @@ def summarize_rounds(rounds: Sequence[Round], drift: float = CPU_DRIFT) -> Round
         # No run can have lost more than its threads waited, one after the other.
         least = float(np.min(every * np.maximum(0.0, 1 - shares)))
         latency = Interval(latency.value, min(latency.low, least), latency.high)
-    values = np.concatenate([times for times in counted if times])
-    p90, p99 = np.percentile(values, (90, 99))
     return RoundsSummary(
         latency=latency,
         rounds=medians,
+        counted=summarize([seconds for times in counted for seconds in times]),
         runs=len(every),
         quiet_runs=sum(len(one.quiet) for one in rounds),
         disturbed=disturbed,
         waited=None if shares is None else float((shares * every).sum() / every.sum()),
-        mean=float(values.mean()),
-        p90=float(p90),
-        p99=float(p99),
-        min=float(values.min()),
     )
 
 

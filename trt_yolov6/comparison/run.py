@@ -7,8 +7,7 @@ was, round by round, and one that is run again with nothing changed only reads w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,6 +37,8 @@ from trt_yolov6.engines.manifest import read_manifest
 _Key: TypeAlias = "tuple[str, int]"
 """An engine's name and a batch size."""
 
+_BAR = {"desc": "compare", "unit": "step", "leave": False}
+
 
 def compare(
     plan: Plan,
@@ -52,15 +53,8 @@ def compare(
     `output` also gets `engines/` (what was built), `steps/` (what has been measured so far) and
     `examples/` (a few images for the report).
 
-    Args:
-        plan: what is compared and how.
-        output: a folder; made if missing. An earlier comparison in it is gone on with.
-        again: measure latencies again, even if they are there.
-        baseline: results that these are to be held against afterwards.
-        progress: show a progress bar on stderr.
-
     Returns:
-        What was written, see `results`.
+        What was written, see `results`; the arguments are those of `api.compare`.
 
     Raises:
         UserError: a file is missing or of no kind that can be compared, two engines have one name,
@@ -78,24 +72,22 @@ def compare(
     if baseline is not None:
         check_basis(data, settings_of(plan), baseline)
     steps = (2 + plan.layers) * len(cases) + plan.rounds
-    with _bar(steps, progress) as advance:
-        built = []
+    built, accuracies, layers = [], [], []
+    with progress_bar(steps, shown=progress, **_BAR) as bar:
         for case in cases:
-            advance(f"building {case.name}", 0)
+            bar.set_description(f"building {case.name}")
             built.append(build_case(work, case))
-            advance("", 1)
-        accuracies = []
+            bar.update()
         for one in built:
-            advance(f"AP of {one.name}", 0)
+            bar.set_description(f"AP of {one.name}")
             accuracies.append(accuracy(work, one, dataset, data))
-            advance("", 1)
+            bar.update()
         agreed = agreements(work, dataset, built, accuracies)
-        timings = measure_timings(work, built, advance, again=again)
-        layers = []
+        timings = measure_timings(work, built, bar, again=again)
         for one in built if plan.layers else ():
-            advance(f"layers of {one.name}", 0)
+            bar.set_description(f"layers of {one.name}")
             layers.append(measure_layers(work, one))
-            advance("", 1)
+            bar.update()
     results = results_of(work, dataset, data, built, accuracies, agreed, timings, layers)
     write_json(output / FILE, results)
     return results
@@ -134,9 +126,9 @@ def side_by_side(
     decoders = {model.label: model.decoder for model in plan.models}
     rounds: dict[_Key, tuple[list[Round], list[Round]]] = {key: ([], []) for key in pairs}
     seconds = plan.duration / plan.rounds
-    with _bar(plan.rounds, progress and bool(pairs)) as advance:
+    with progress_bar(plan.rounds, shown=progress and bool(pairs), **_BAR) as bar:
         for turn in range(plan.rounds if pairs else 0):
-            advance(f"with the baseline, round {turn + 1} of {plan.rounds}", 0)
+            bar.set_description(f"with the baseline, round {turn + 1} of {plan.rounds}")
             for (name, batch), paths in pairs.items():
                 order = (0, 1) if turn % 2 == 0 else (1, 0)
                 for index in order:
@@ -146,7 +138,7 @@ def side_by_side(
                     options = LoadOptions(plan.threads, plan.provider, decoder=decoder)
                     load = functools.partial(load_engine, paths[index], options=options)
                     rounds[name, batch][index].append(measure_round(load, batch, seconds))
-            advance("", 1)
+            bar.update()
     found = dict.fromkeys(same, SAME_ENGINE)
     for key, (own_rounds, other_rounds) in rounds.items():
         mine, theirs = paired_medians(own_rounds, other_rounds)
@@ -195,16 +187,3 @@ def _paired(
 def _drivers(results: Mapping[str, Any]) -> list[Any]:
     """Return the GPU drivers that results were measured with: an upgrade is another engine."""
     return [gpu.get("driver") for gpu in results.get("environment", {}).get("gpus", ())]
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[str, int], None]]:
-    """Show a bar; what is yielded says what is being done, and counts what is done."""
-    with progress_bar(total, desc="compare", unit="step", leave=False, shown=shown) as bar:
-
-        def advance(text: str, done: int) -> None:
-            if text:
-                bar.set_description_str(text)
-            bar.update(done)
-
-        yield advance

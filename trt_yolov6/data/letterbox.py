@@ -108,6 +108,7 @@ def _mapping_arrays(one: Letterbox) -> NDArray[np.float64]:
     return table
 
 
+@functools.lru_cache(maxsize=1024)
 def fit(
     source: tuple[int, int], size: tuple[int, int], border: int = 0, mode: Fit = "letterbox"
 ) -> Letterbox:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,14 +36,17 @@ class Candidates:
 class Suppressed:
     """The boxes that suppression has kept of each image of a batch, the best first."""
 
-    counts: NDArray[np.int64]
-    """(batch,), how many boxes each image has kept."""
+    counts: Sequence[int]
+    """Number of boxes that each image of the batch has kept."""
     boxes: NDArray[np.float32]
-    """(batch, n, 4), x1, y1, x2, y2 in input pixels; those after an image's count are undefined, as
-    are their scores and classes."""
+    """(batch, n, 4), x1, y1, x2, y2 in input pixels, or see `clip`; those after an image's count
+    are undefined, as are their scores and classes."""
     scores: NDArray[np.float32]
     """(batch, n), in 0..1."""
     classes: NDArray[np.int64]
     """(batch, n), indices into the class names."""
     nms: NmsSettings
     """The thresholds."""
+    clip: bool | None = None
+    """Boxes are in pixels of the original images already, cut off at their borders or not; None:
+    they are in input pixels."""

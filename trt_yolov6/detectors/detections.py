@@ -141,7 +141,7 @@ def postprocess(
     Candidates are chosen as the authors' evaluation does: every pair of an anchor and a class whose
     score exceeds the confidence threshold is one, so that one anchor may stand for several classes;
     classes do not suppress each other. What becomes of boxes that reach beyond the image is up to
-    `clip`: the authors' evaluator clamps them, `evaluation.evaluate` does not.
+    `clip`: the authors' evaluator clamps them, `runtime.evaluate` does not.
 
     Args:
         outputs: arrays by name, laid out as `layout` says (see `OutputLayout`); or what an engine
@@ -300,38 +300,44 @@ def _from_suppressed(
     assert nms.iou == done.iou
     assert nms.confidence >= done.confidence
     assert nms.max_detections <= done.max_detections
-    number = len(letterboxes)
-    scores, classes = suppressed.scores[:number], suppressed.classes[:number]
-    counts = [min(count, nms.max_detections) for count in suppressed.counts[:number].tolist()]
-    if number == 1 and nms.confidence == done.confidence:
-        (count,) = counts
-        boxes = suppressed.boxes[0, :count]
-        kept_scores, kept_classes = scores[0, :count], classes[0, :count]
-        return [_in_source(boxes, kept_scores, kept_classes, letterboxes[0], clip, class_names)]
-    is_visible: Any = None
+    assert suppressed.clip in (None, clip)
+    limit, number = nms.max_detections, len(letterboxes)
+    boxes, scores, classes = suppressed.boxes, suppressed.scores, suppressed.classes
+    counts = [min(count, limit) for count in suppressed.counts[:number]]
+    if nms.confidence > done.confidence:
+        # A better box is suppressed by none that is worse: the others stay as they are.
+        counts = [
+            int(np.count_nonzero(row[:count] > nms.confidence))
+            for row, count in zip(scores, counts, strict=False)
+        ]
     all_visible = [True] * number
-    with np.errstate(all="ignore"):  # rows that hold no box hold anything
-        boxes = to_sources(suppressed.boxes[:number], letterboxes, clip)
-        if clip:
-            is_visible = boxes[..., 2] > boxes[..., 0]
-            is_visible &= boxes[..., 3] > boxes[..., 1]
-            is_visible |= _is_no_box(boxes.shape[1], suppressed.counts[:number])
-            all_visible = list(is_visible.all(axis=1))
+    is_visible: Any = None
+    if suppressed.clip is None:
+        if number == 1:
+            (count,) = counts
+            kept = boxes[0, :count], scores[0, :count], classes[0, :count]
+            return [_in_source(*kept, letterboxes[0], clip, class_names)]
+        with np.errstate(all="ignore"):  # rows that hold no box hold anything
+            boxes = to_sources(boxes[:number], letterboxes, clip)
+            if clip:
+                is_visible = boxes[..., 2] > boxes[..., 0]
+                is_visible &= boxes[..., 3] > boxes[..., 1]
+                is_visible |= _is_no_box(boxes.shape[1], counts)
+                all_visible = list(is_visible.all(axis=1))
     found = []
     for index, count in enumerate(counts):
-        kept: Any = slice(count)
-        if nms.confidence > done.confidence:
-            # A better box is suppressed by none that is worse: the others stay as they are.
-            kept = slice(int(np.count_nonzero(scores[index, kept] > nms.confidence)))
-        if is_visible is not None and not all_visible[index]:
-            kept = np.flatnonzero(is_visible[index, kept])
+        chosen: Any = slice(count)
+        if not all_visible[index]:
+            chosen = np.flatnonzero(is_visible[index, :count])
         found.append(
-            Detections(boxes[index, kept], scores[index, kept], classes[index, kept], class_names)
+            Detections(
+                boxes[index, chosen], scores[index, chosen], classes[index, chosen], class_names
+            )
         )
     return found
 
 
-def _is_no_box(rows: int, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _is_no_box(rows: int, counts: Sequence[int]) -> NDArray[np.bool_]:
     """Return (images, rows), which rows come after the boxes of an image."""
-    is_beyond: NDArray[np.bool_] = np.arange(rows) >= counts[:, None]
+    is_beyond: NDArray[np.bool_] = np.arange(rows) >= np.array(counts)[:, None]
     return is_beyond

@@ -14,17 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import trt_yolov6
-from trt_yolov6.common.machine import (
-    Cpu,
-    CpuClock,
-    Gpu,
-    describe_cpu,
-    int8_on_cpu,
-    package_versions,
-    read_cpu_clock,
-    read_gpus,
-    system_name,
-)
+from trt_yolov6.common import machine
+from trt_yolov6.common.text import aligned, joined
 from trt_yolov6.engines import BACKENDS, backend, best_backend
 from trt_yolov6.engines.base import Availability
 from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8
@@ -64,11 +55,11 @@ class Diagnosis:
     python: str
     executable: str
     system: str
-    cpu: Cpu
-    cpu_clock: CpuClock
+    cpu: machine.Cpu
+    cpu_clock: machine.CpuClock
     int8_on_cpu: str
     """Effect of the CPU's INT8 instructions on convolutions."""
-    gpus: tuple[Gpu, ...]
+    gpus: tuple[machine.Gpu, ...]
     packages: dict[str, str | None]
     """Installed version by distribution, None where absent."""
     problems: tuple[str, ...]
@@ -92,9 +83,9 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at the machine, the packages and every backend; takes about a second."""
-    cpu = describe_cpu()
-    gpus = read_gpus()
-    packages = package_versions()
+    cpu = machine.describe_cpu()
+    gpus = machine.read_gpus()
+    packages = machine.package_versions()
     states = tuple(
         BackendState(state, remedy(state, packages, gpus))
         for state in (_availability(name) for name in BACKENDS)
@@ -104,10 +95,10 @@ def diagnose() -> Diagnosis:
         version=trt_yolov6.__version__,
         python=platform.python_version(),
         executable=sys.executable,
-        system=system_name(),
+        system=machine.system_name(),
         cpu=cpu,
-        cpu_clock=read_cpu_clock(),
-        int8_on_cpu=int8_on_cpu(cpu),
+        cpu_clock=machine.read_cpu_clock(),
+        int8_on_cpu=machine.int8_on_cpu(cpu),
         gpus=gpus,
         packages=packages,
         problems=find_problems(_REQUIRED),
@@ -137,9 +128,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         ("absent", ", ".join(absent) or "nothing"),
         *(("PROBLEM", problem) for problem in diagnosis.problems),
     ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name.ljust(width)}  {text}" for name, text in rows]
-    lines += ["", "backends, best first"]
+    lines = [*aligned(rows, left=2), "", "backends, best first"]
     width = max((len(state.availability.backend) for state in diagnosis.backends), default=0)
     for state in diagnosis.backends:
         available = state.availability
@@ -163,7 +152,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
 def remedy(
     available: Availability,
     packages: dict[str, str | None],
-    gpus: tuple[Gpu, ...],
+    gpus: tuple[machine.Gpu, ...],
     python: tuple[int, int] = sys.version_info[:2],
 ) -> str:
     """Return advice that makes a backend work, or work on the GPU.
@@ -270,19 +259,17 @@ def _abilities(available: Availability) -> str:
     return "runs only" if available.can_run else "does not work here"
 
 
-def _cpu_text(cpu: Cpu, clock: CpuClock) -> str:
-    parts = [cpu.model, cpu.architecture]
-    if cpu.cores is not None:
-        parts.append(f"{cpu.cores} cores")
-    parts.append(f"{cpu.threads} threads")
-    if cpu.quota is not None:
-        parts.append(f"limited to {cpu.quota:g} cores' time")
-    if clock.mhz is not None:
-        highest = f" of {clock.max_mhz:.0f}" if clock.max_mhz else ""
-        parts.append(f"{clock.mhz:.0f}{highest} MHz")
-    if cpu.instruction_sets:
-        parts.append(" ".join(cpu.instruction_sets))
-    return ", ".join(parts)
+def _cpu_text(cpu: machine.Cpu, clock: machine.CpuClock) -> str:
+    highest = f" of {clock.max_mhz:.0f}" if clock.max_mhz else ""
+    return joined(
+        cpu.model,
+        cpu.architecture,
+        cpu.cores is not None and f"{cpu.cores} cores",
+        f"{cpu.threads} threads",
+        cpu.quota is not None and f"limited to {cpu.quota:g} cores' time",
+        clock.mhz is not None and f"{clock.mhz:.0f}{highest} MHz",
+        " ".join(cpu.instruction_sets),
+    )
 
 
 def _has_fp8(capability: str) -> bool:
@@ -290,16 +277,14 @@ def _has_fp8(capability: str) -> bool:
     return version >= FIRST_WITH_FP8
 
 
-def _gpu_text(gpu: Gpu) -> str:
-    parts = [gpu.name]
-    if gpu.compute_capability:
-        parts.append(f"compute capability {gpu.compute_capability}")
-        parts.append("FP8" if _has_fp8(gpu.compute_capability) else "no FP8")
-    if gpu.memory_mib:
-        parts.append(f"{gpu.memory_mib} MiB")
-    parts.append(f"driver {gpu.driver or 'unknown'}")
-    if gpu.sm_max_mhz:
-        parts.append(f"up to {gpu.sm_max_mhz} MHz")
-    if gpu.power_limit_w:
-        parts.append(f"power limit {gpu.power_limit_w:.0f} W")
-    return ", ".join(parts)
+def _gpu_text(gpu: machine.Gpu) -> str:
+    capability = gpu.compute_capability
+    return joined(
+        gpu.name,
+        capability and f"compute capability {capability}",
+        capability and ("FP8" if _has_fp8(capability) else "no FP8"),
+        gpu.memory_mib and f"{gpu.memory_mib} MiB",
+        f"driver {gpu.driver or 'unknown'}",
+        gpu.sm_max_mhz and f"up to {gpu.sm_max_mhz} MHz",
+        gpu.power_limit_w and f"power limit {gpu.power_limit_w:.0f} W",
+    )

@@ -35,8 +35,7 @@ def format_inspection(inspection: Inspection, *, layers: bool = False) -> str:
         rows += _plan_rows(details)
         listing = [f"  {name}" for name in details.layers]
     rows += _manifest_rows(inspection)
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name.ljust(width)}  {text}" for name, text in rows]
+    lines = aligned(rows, left=2)
     if layers:
         lines += ["layers", *listing] if listing else ["layers: none can be listed"]
     return "\n".join(lines)
@@ -45,30 +44,22 @@ def format_inspection(inspection: Inspection, *, layers: bool = False) -> str:
 def _onnx_rows(details: OnnxDetails) -> list[tuple[str, str]]:
     opsets = ", ".join(f"{domain} {version}" for domain, version in details.opsets.items())
     producer = f", by {details.producer}" if details.producer else ""
+    stored = [
+        f"{dtype} {item.elements:,} values in {item.tensors} ({_size(item.bytes)})"
+        for dtype, item in details.storage.items()
+    ]
+    pairs = details.quantize_nodes, details.dequantize_nodes
     rows = [
         ("kind", f"ONNX graph, opset {opsets}, IR {details.ir_version}{producer}"),
         *(("input", str(tensor)) for tensor in details.inputs),
         *(("output", str(tensor)) for tensor in details.outputs),
         ("nodes", f"{sum(details.operators.values())}: {_counts(details.operators)}"),
         ("parameters", f"{details.parameters:,}"),
-        (
-            "stored",
-            ", ".join(
-                f"{dtype} {item.elements:,} values in {item.tensors} ({_size(item.bytes)})"
-                for dtype, item in details.storage.items()
-            )
-            or "nothing",
-        ),
+        ("stored", ", ".join(stored) or "nothing"),
         ("layers", f"{len(details.layers)}: {_counts(details.precisions)}"),
     ]
-    if details.quantize_nodes or details.dequantize_nodes:
-        rows.append(
-            (
-                "Q/DQ",
-                f"{details.quantize_nodes} QuantizeLinear, "
-                f"{details.dequantize_nodes} DequantizeLinear",
-            )
-        )
+    if any(pairs):
+        rows.append(("Q/DQ", f"{pairs[0]} QuantizeLinear, {pairs[1]} DequantizeLinear"))
     if details.flops is None or details.paper_flops is None:
         rows.append(("FLOPs", "unknown: the graph leaves the image size or a shape open"))
     else:
@@ -87,19 +78,12 @@ def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
     rows = [
         ("kind", f"checkpoint{origin}: {details.architecture}, {details.form} form"),
         ("classes", f"{len(details.class_names)}: {', '.join(details.class_names)}"),
-        (
-            "parameters",
-            f"{details.parameters:,} in the file, {details.fused_parameters:,} when fused",
-        ),
+        ("parameters", f"{details.parameters:,} in the file, {details.fused_parameters:,} fused"),
         (
             "FLOPs",
-            f"{details.fused_flops / 1e9:.2f} G fused, at {size}x{size}, as the paper counts",
+            f"{details.fused_flops / 1e9:.2f} G fused at {size}x{size}, as the paper counts",
         ),
-        (
-            "network",
-            f"{details.block} blocks, {details.activation}, box regression {boxes}, batch norm "
-            f"eps {eps}",
-        ),
+        ("network", f"{details.block} blocks, {details.activation}, boxes {boxes}, BN eps {eps}"),
     ]
     if details.training:
         settings, ap = details.training["settings"], details.training["ap"]
@@ -124,40 +108,24 @@ def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:
         return [] if inspection.kind == "checkpoint" else [("manifest", "none")]
     height, width = manifest.image_size
     batch = manifest.batch
-    check = (
-        "matches this file"
-        if inspection.matches_manifest
-        else "describes ANOTHER file (cut short, or replaced): build the engine again"
-    )
+    check = "matches this file"
+    if not inspection.matches_manifest:
+        check = "describes ANOTHER file (cut short, or replaced): build the engine again"
+    classes = f"{len(manifest.class_names)} classes"
+    sizes = f"{batch.min} to {batch.max}, tuned for {batch.opt}"
+    outputs = f"outputs {manifest.output_layout}; images: {manifest.preprocessing}"
     rows = [
         ("manifest", check),
-        (
-            "  model",
-            f"{manifest.model}, {manifest.precision}, {height}x{width}, "
-            f"{len(manifest.class_names)} classes",
-        ),
-        (
-            "  decoder",
-            f"{manifest.decoder}, outputs {manifest.output_layout}; images: "
-            f"{manifest.preprocessing}",
-        ),
-        (
-            "  batch",
-            f"{batch.min}"
-            if batch.is_static
-            else f"{batch.min} to {batch.max}, tuned for {batch.opt}",
-        ),
+        ("  model", f"{manifest.model}, {manifest.precision}, {height}x{width}, {classes}"),
+        ("  decoder", f"{manifest.decoder}, {outputs}"),
+        ("  batch", str(batch.min) if batch.is_static else sizes),
         ("  built", f"by {manifest.backend} {manifest.backend_version} for {manifest.target}"),
         ("  source", f"{manifest.source}, SHA-256 {manifest.source_sha256}"),
     ]
     if manifest.nms:
         nms = manifest.nms
-        rows.append(
-            (
-                "  NMS",
-                f"confidence {nms.confidence}, IoU {nms.iou}, at most {nms.max_detections}",
-            )
-        )
+        at_most = f"at most {nms.max_detections}"
+        rows.append(("  NMS", f"confidence {nms.confidence}, IoU {nms.iou}, {at_most}"))
     if manifest.precision in ("int8", "fp8"):
         layers = manifest.quantized_layers
         count = "unknown" if layers is None else str(layers)

@@ -28,9 +28,10 @@ __all__ = [
 
 
 class Backend(Protocol):
-    """Interface of a backend module (see base.py)."""
+    """Interface of a backend module."""
 
     NAME: str
+    """Name of the backend, as in `--backend`."""
 
     def availability(self) -> Availability:
         """Say what works on this machine; never raises."""

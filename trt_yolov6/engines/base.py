@@ -1,13 +1,4 @@
-"""Interface of every engine and every backend: a few verbs, the same for all.
-
-A backend is a module of this package with four functions and a name:
-
-    NAME: str                                                 as in `--backend`
-    availability() -> Availability                            never raises
-    check(settings) -> None                                   refuses what it cannot honour
-    build(model, settings) -> bytes                           ONNX in, plan out
-    load(path, manifest, options) -> Engine                   plan in, runner out
-"""
+"""Interface of every engine, and the values that backends (`engines.Backend`) take and give."""
 
 from __future__ import annotations
 
@@ -154,6 +145,9 @@ class Engine(Described, Closing):
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
     """Batch sizes it takes."""
+    batch_steps: tuple[int, ...] = ()
+    """Batch sizes to run, ascending, where a new one takes seconds of compilation; () where it does
+    not."""
     note: str = ""
     """Arithmetic of the engine where it differs from its precision."""
     computed_in: PrecisionName | None = None
@@ -194,6 +188,15 @@ class Engine(Described, Closing):
         """
         return FinishedRun(self.infer(images))
 
+    def rows_for(self, images: int) -> int:
+        """Return the batch size to run for a number of images, the rest of it padding.
+
+        It is the smallest that the engine takes or, of its `batch_steps`, the next one.
+        """
+        return next(
+            (step for step in self.batch_steps if step >= images), max(images, self.batch.min)
+        )
+
     def takes_images(self) -> bool:
         """Return whether `start_images` works: the engine letterboxes images on its GPU."""
         return False
@@ -204,6 +207,7 @@ class Engine(Described, Closing):
         placed: Sequence[Letterbox],
         nms: NmsSettings,
         *,
+        clip: bool | None = None,
         rows: int | None = None,
         after: Event | None = None,
         patient: bool = False,
@@ -217,6 +221,8 @@ class Engine(Described, Closing):
                 to be changed or freed before the run has been waited for.
             placed: where each goes in the input, see `data.letterbox.fit`.
             nms: thresholds.
+            clip: have kept boxes mapped to the images, cut off at their borders or not, see
+                `Suppressed.clip`; default: they stay in input pixels.
             rows: of the engine's batch, more than there are images to pad it; default: as many.
             after: an event on the GPU after which views can be read.
             patient: wait for the run without using a core, some microseconds longer.
@@ -297,6 +303,11 @@ class Engine(Described, Closing):
         """Name, detector, precision and backend."""
         return EngineFacts(self.path.name, self.detector, self.precision, self.backend)
 
+    def described(self) -> dict[str, Any]:
+        """Return the facts of an engine that measurements state, JSON-ready."""
+        names = "precision", "backend", "backend_version", "device", "threads", "note"
+        return {name: getattr(self, name) for name in names} | {"image_size": self.image_size}
+
     @property
     def precision(self) -> str:
         """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
@@ -318,7 +329,7 @@ def check_images(engine: Engine, images: Any) -> None:
         shape = ["batch", *wanted.shape[1:]]
         raise UserError(
             f"{engine.path} takes {wanted.dtype} images of shape {shape}, not {images.dtype} "
-            f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.to_input."
+            f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.fill_row."
         )
     check_batch(engine, batch)
 

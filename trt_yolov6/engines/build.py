@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,8 @@ class BuiltEngine:
     quantized_asked: int
     """Convolutions with INT8 or FP8 weights in the graph; the manifest says how many the engine
     has."""
+    layers: str = ""
+    """The builder's account of the engine's layers, see `engines.tensorrt.layer_log`."""
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -142,7 +144,7 @@ def build_engine(
     if settings.calibration is not None:
         asked = len(layer_names(graph.model))
     said: list[str] = []
-    settings = dataclasses.replace(settings, on_layers=_both(said.append, settings.on_layers))
+    settings = dataclasses.replace(settings, on_layers=said.append)
     start = time.perf_counter()
     plan = module.build(graph.model.SerializeToString(), settings)
     seconds = time.perf_counter() - start
@@ -152,7 +154,7 @@ def build_engine(
     if asked and found == 0 and not allow_float:
         raise all_in_float(graph.precision, name, target)
     manifest = dataclasses.replace(
-        _manifest(graph, path, plan),
+        graph_manifest(graph, path, plan),
         backend=name,
         backend_version=module.availability().version or "unknown",
         target=target,
@@ -160,7 +162,7 @@ def build_engine(
         fp8_layers=found if fp8 else None,
     )
     manifest_path = write_pair(path, plan, manifest)
-    return BuiltEngine(path, manifest_path, manifest, seconds, asked)
+    return BuiltEngine(path, manifest_path, manifest, seconds, asked, "\n".join(said))
 
 
 def write_graph(graph: Graph, output: str | Path) -> Path:
@@ -173,7 +175,7 @@ def write_graph(graph: Graph, output: str | Path) -> Path:
     """
     path = Path(output)
     content = graph.model.SerializeToString()
-    write_pair(path, content, _manifest(graph, path, content))
+    write_pair(path, content, graph_manifest(graph, path, content))
     return path
 
 
@@ -192,8 +194,8 @@ def all_in_float(precision: str, backend: str, target: str) -> UserError:
     )
 
 
-def _manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
-    """Return the manifest of a graph as ONNX Runtime takes it."""
+def graph_manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
+    """Return the manifest of a graph's ONNX file, which ONNX Runtime runs as it is."""
     return Manifest(
         engine=file_name(path),
         model=graph.name,
@@ -213,15 +215,6 @@ def _manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
             for item in (*runtime_inputs(graph.model), *graph.model.graph.output)
         ),
     )
-
-
-def _both(one: Callable[[str], None], other: Callable[[str], None] | None) -> Callable[[str], None]:
-    def call(text: str) -> None:
-        one(text)
-        if other is not None:
-            other(text)
-
-    return call
 
 
 def quantized_layers_of(

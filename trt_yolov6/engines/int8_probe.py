@@ -10,7 +10,8 @@ import dataclasses
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+import onnx.parser
+from onnx import numpy_helper
 
 from trt_yolov6.engines import backend as backend_module
 from trt_yolov6.engines.base import BuildSettings
@@ -18,8 +19,6 @@ from trt_yolov6.engines.build import quantized_layers_of
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.types import QuantizedType
 from trt_yolov6.spec import BatchProfile
-
-_CHANNELS, _SIDE = 64, 32
 
 
 def computes(backend: str, settings: BuildSettings, kind: QuantizedType) -> bool:
@@ -53,33 +52,28 @@ def computes(backend: str, settings: BuildSettings, kind: QuantizedType) -> bool
     return found is None or found > 0
 
 
+_GRAPH = """
+<ir_version: 9, opset_import: ["" : 19]>
+probe (float[1, 64, 32, 32] images) => (float[1, 64, 32, 32] scores)
+<float scale = {0.01}, ELEMENT zero = {0}>
+{
+    positive = Relu(images)
+    levels = QuantizeLinear(positive, scale, zero)
+    rounded = DequantizeLinear(levels, scale, zero)
+    weight_levels = QuantizeLinear(weights, scale, zero)
+    rounded_weights = DequantizeLinear(weight_levels, scale, zero)
+    conv = Conv <pads = [1, 1, 1, 1]> (rounded, rounded_weights)
+    scores = Relu(conv)
+}
+"""
+
+
 def _one_convolution(kind: QuantizedType) -> onnx.ModelProto:
     """Return a graph with a convolution between ReLUs, its input and weights quantized."""
-    element = onnx.TensorProto.FLOAT8E4M3FN if kind.name == "fp8" else onnx.TensorProto.INT8
-    generator = np.random.default_rng(0)
-    weights = generator.normal(0, 0.05, (_CHANNELS, _CHANNELS, 3, 3)).astype(np.float32)
-    zero = helper.make_tensor("zero", element, [], [0])
-    shape = [1, _CHANNELS, _SIDE, _SIDE]
-    nodes = [
-        helper.make_node("Relu", ["images"], ["positive"], "first"),
-        helper.make_node("QuantizeLinear", ["positive", "scale", "zero"], ["levels"], "q"),
-        helper.make_node("DequantizeLinear", ["levels", "scale", "zero"], ["rounded"], "dq"),
-        helper.make_node("QuantizeLinear", ["weights", "scale", "zero"], ["weight_levels"], "wq"),
-        helper.make_node(
-            "DequantizeLinear", ["weight_levels", "scale", "zero"], ["rounded_weights"], "wdq"
-        ),
-        helper.make_node("Conv", ["rounded", "rounded_weights"], ["conv"], "conv", pads=[1] * 4),
-        helper.make_node("Relu", ["conv"], ["scores"], "last"),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "probe",
-        [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, shape)],
-        [
-            numpy_helper.from_array(weights, "weights"),
-            numpy_helper.from_array(np.array(0.01, np.float32), "scale"),
-            zero,
-        ],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    element = "float8e4m3fn" if kind.name == "fp8" else "int8"
+    model = onnx.parser.parse_model(_GRAPH.replace("ELEMENT", element))
+    weights = np.random.default_rng(0).normal(0, 0.05, (64, 64, 3, 3)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weights, "weights"))
+    for node in model.graph.node:
+        node.name = node.output[0]
+    return model

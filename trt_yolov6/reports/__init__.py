@@ -6,18 +6,3 @@
 draws SVG, `sections` gathers what each section shows, and `write` renders `page.html.jinja`, which
 escapes whatever it shows, with its style and script.
 """
-
-from __future__ import annotations
-
-from trt_yolov6.reports.material import Material, read_material
-from trt_yolov6.reports.write import check_form, csv_of, html_of, markdown_of, write_report
-
-__all__ = [
-    "Material",
-    "check_form",
-    "csv_of",
-    "html_of",
-    "markdown_of",
-    "read_material",
-    "write_report",
-]

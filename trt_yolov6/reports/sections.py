@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trt_yolov6.common.statistics import Interval
-from trt_yolov6.common.text import four_digits
+from trt_yolov6.common.text import four_digits, joined, of_highest
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.quantization.sensitivity import MEANING, direction
+from trt_yolov6.reports import tables
 from trt_yolov6.reports.figures import Chart, Point, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking
-from trt_yolov6.reports.tables import (
-    NOTHING,
-    PRECISIONS,
-    Bar,
-    Cell,
-    Row,
-    batches_of,
-    class_of,
-    overview,
-    quantization,
-    quantized_share,
-    rows_of,
-    with_error,
-)
 from trt_yolov6.runtime.draw import class_colour
 
 SHOWN_LAYERS = 12
@@ -44,35 +30,23 @@ SECTIONS = (
 """Name and title of each section."""
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table whose first column names the rows."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    wide: int | None = None
-    """A column that takes what room there is."""
-
-    @property
-    def first(self) -> Table:
-        """The rows that are always shown."""
-        return Table(self.head, self.rows[:SHOWN_LAYERS], self.wide)
-
-    @property
-    def rest(self) -> Table:
-        """The rows that unfold."""
-        return Table(self.head, self.rows[SHOWN_LAYERS:], self.wide)
+    rows: Sequence[Sequence[tables.Cell]]
 
 
 def page_values(material: Material) -> dict[str, Any]:
     """Return the values of the page's template, by name."""
-    rows = rows_of(material)
+    rows = tables.rows_of(material)
     return {
         "sections": SECTIONS,
+        "shown_layers": SHOWN_LAYERS,
         "headline": _headline(rows),
         "trade_offs": _trade_offs(rows),
-        "overview": Table(*overview(rows)),
-        "largest_batch": max(batches_of(rows), default=1),
+        "overview": Table(*tables.overview(rows)),
+        "largest_batch": max(tables.batches_of(rows), default=1),
         "disturbed": any(row.disturbed(batch) for row in rows for batch in row.timings),
         "quantization": _quantization_cost(rows),
         "rankings": [_ranking(one) for one in material.rankings],
@@ -82,9 +56,9 @@ def page_values(material: Material) -> dict[str, Any]:
     }
 
 
-def _headline(rows: Sequence[Row]) -> dict[str, Any] | None:
+def _headline(rows: Sequence[tables.Row]) -> dict[str, Any] | None:
     """Return the answer: what is most accurate, what is fastest, and what lies between."""
-    batches = batches_of(rows)
+    batches = tables.batches_of(rows)
     timed = [row for row in rows if row.ap is not None and batches and row.latency(batches[0])]
     if not timed:
         return None
@@ -102,72 +76,67 @@ def _headline(rows: Sequence[Row]) -> dict[str, Any] | None:
     }
 
 
-def pareto(rows: Sequence[Row], batch: int) -> list[Row]:
+def pareto(rows: Sequence[tables.Row], batch: int) -> list[tables.Row]:
     """Return the engines that no other beats in both AP and latency, the fastest first."""
-    front: list[Row] = []
+    front: list[tables.Row] = []
     for row in sorted(rows, key=lambda row: (_ms(row, batch), -(row.ap or 0))):
         if not front or (row.ap or 0) > (front[-1].ap or 0):
             front.append(row)
     return front
 
 
-def _trade_offs(rows: Sequence[Row]) -> dict[str, Any]:
+def _trade_offs(rows: Sequence[tables.Row]) -> dict[str, Any]:
     """Return the paper's Figure 1: AP over latency, and AP over throughput."""
-    charts = []
     alone = len({row.label for row in rows}) == 1
-    for batch, what in _axes(batches_of(rows)):
-        points = []
-        for row in rows:
-            value = row.latency(batch) if what == "latency" else row.throughput(batch)
-            if (
-                value is not None
+    batches = tables.batches_of(rows)
+    axes = (
+        (batches[:1], tables.Row.latency, "latency, ms", "AP over latency", "left"),
+        (batches[-1:], tables.Row.throughput, "images a second", "AP over throughput", "right"),
+    )
+    charts = []
+    for some, value_of, label, title, better in axes:
+        for batch in some:
+            points = [
+                point
+                for row in rows
+                if (value := value_of(row, batch)) is not None
                 and (point := point_of(row, value, batch, alone=alone)) is not None
-            ):
-                points.append(point)
-        if not points:
-            continue
-        if what == "latency":
-            label, title, better = "latency, ms", f"AP over latency, batch {batch}", "left"
-        else:
-            label, title, better = "images a second", f"AP over throughput, batch {batch}", "right"
-        charts.append(trade_off(points, label, title, better=better))
-    kinds = [kind for kind in PRECISIONS if any(row.base == kind for row in rows)]
-    others = sorted({row.base for row in rows} - set(PRECISIONS))
+            ]
+            if points:
+                charts.append(trade_off(points, label, f"{title}, batch {batch}", better=better))
+    kinds = [kind for kind in tables.PRECISIONS if any(row.base == kind for row in rows)]
+    others = sorted({row.base for row in rows} - set(tables.PRECISIONS))
     simulated = [kind for kind in kinds if any(r.is_simulated and r.base == kind for r in rows)]
     return {
         "charts": charts,
-        "kinds": [(class_of(kind), kind) for kind in (*kinds, *others)],
+        "kinds": [(tables.class_of(kind), kind) for kind in (*kinds, *others)],
         "simulated": " and ".join(kind.upper() for kind in simulated),
     }
 
 
-def _quantization_cost(rows: Sequence[Row]) -> dict[str, Any]:
+def _quantization_cost(rows: Sequence[tables.Row]) -> dict[str, Any]:
     """Return the AP that each precision costs, and its share of the work."""
     head = [
         *("Precision", "AP, %", "", "to float", "agreement, %"),
         *("APs", "APm", "APl", "in 8 bits", "in float"),
     ]
     models = []
-    for label, own in quantization(rows):
+    for label, own in tables.quantization(rows):
         top = max((row.ap for row, _ in own if row.ap is not None), default=0.0) or 1.0
-        body = []
+        body: list[list[tables.Cell]] = []
         for row, change in own:
-            share = quantized_share(row.engine)
-            layers = row.engine.get("float_layers") or []
+            share = tables.quantized_share(row.engine)
+            kept = str(len(row.engine.get("float_layers") or ()))
             body.append(
                 [
-                    Cell(row.precision),
-                    Cell(row.ap_text),
-                    Cell("", bar=Bar((row.ap or 0) / top, row.base)),
-                    Cell(_change(row, change)),
-                    Cell(_agreement(row.engine.get("agreement"))),
-                    *(Cell(_percent(row.engine.get(key))) for key in ("APs", "APm", "APl")),
-                    Cell(NOTHING if share is None else f"{100 * share:.0f} %"),
-                    Cell(str(len(layers)) if share is not None else NOTHING),
+                    *(row.precision, row.ap_text, tables.Bar((row.ap or 0) / top, row.base)),
+                    *(_change(row, change), _agreement(row.engine.get("agreement"))),
+                    *(_percent(row.engine.get(key)) for key in ("APs", "APm", "APl")),
+                    *((tables.NOTHING,) * 2 if share is None else (f"{100 * share:.0f} %", kept)),
                 ]
             )
         charts = [chart for row, _ in own for chart in _float_layers_tried(row)]
-        models.append({"label": label, "table": Table(head, body, wide=2), "charts": charts})
+        models.append({"label": label, "table": Table(head, body), "charts": charts})
     agreed = [row.engine["agreement"] for row in rows if row.engine.get("agreement")]
     return {
         "models": models,
@@ -177,10 +146,10 @@ def _quantization_cost(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _change(row: Row, change: float | None) -> str:
+def _change(row: tables.Row, change: float | None) -> str:
     """Return a change of AP in points, with its interval where that is known."""
     if change is None:
-        return NOTHING
+        return tables.NOTHING
     found = row.engine.get("agreement")
     if not found:
         return f"{change:+.2f}"
@@ -190,12 +159,12 @@ def _change(row: Row, change: float | None) -> str:
 
 def _agreement(found: Mapping[str, Any] | None) -> str:
     if not found:
-        return NOTHING
+        return tables.NOTHING
     low, high = (100 * end for end in found["interval"])
     return f"{100 * found['value']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _float_layers_tried(row: Row) -> list[Chart]:
+def _float_layers_tried(row: tables.Row) -> list[Chart]:
     """Return a chart of the float layers that were tried: agreement over added time."""
     calibration = row.engine.get("calibration") or {}
     tried = [one for one in calibration.get("tried") or () if one["decides"] == "float layers"]
@@ -237,12 +206,8 @@ def _float_layers_tried(row: Row) -> list[Chart]:
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:
     """Return a bar for each layer of a ranking, the most sensitive first."""
-    body = [
-        [
-            Cell(name),
-            Cell(NOTHING if value is None else f"{value:.4g}"),
-            Cell("", bar=Bar(length, "int8")),
-        ]
+    body: list[list[tables.Cell]] = [
+        [name, tables.NOTHING if value is None else f"{value:.4g}", tables.Bar(length, "int8")]
         for (name, value), length in zip(ranking.layers, _lengths(ranking), strict=True)
     ]
     return {
@@ -250,7 +215,7 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         "meaning": MEANING[ranking.metric],
         "direction": direction(ranking.metric),
         "logarithmic": ranking.metric == "mse",
-        "table": Table(["Layer", ranking.metric.upper(), ""], body, wide=2),
+        "table": Table(["Layer", ranking.metric.upper(), ""], body),
     }
 
 
@@ -281,41 +246,18 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool)
     named = [layer for layer in found if layer["operator"]]
     rest = [layer for layer in found if not layer["operator"]]
     floor = [layer["roofline_ms"] for layer in named if layer["roofline_ms"] is not None]
-    body = []
-    for layer in named:
-        roof = layer["roofline_ms"]
-        # A profile in whole microseconds may say 0.
-        share = f"{100 * roof / layer['ms']:.0f} %" if roof is not None and layer["ms"] else NOTHING
-        body.append(
-            [
-                Cell(layer["name"]),
-                Cell(layer["precision"] or NOTHING),
-                Cell(f"{layer['ms']:.3g}"),
-                Cell(f"{percent * layer['ms']:.1f} %"),
-                Cell(
-                    "",
-                    bar=Bar(
-                        layer["ms"] / longest,
-                        layer["precision"],
-                        None if roof is None else roof / longest,
-                    ),
-                ),
-                Cell(share),
-                Cell(layer["bound"] or NOTHING),
-            ]
-        )
     if rest:
-        other = sum(layer["ms"] for layer in rest)
+        other = {"name": f"{len(rest)} other kernels", "ms": sum(layer["ms"] for layer in rest)}
+        named.append({**rest[0], **other, "precision": "", "roofline_ms": None, "bound": ""})
+    body: list[list[tables.Cell]] = []
+    for layer in named:
+        ms, precision, roof = layer["ms"], layer["precision"], layer["roofline_ms"]
+        bar = tables.Bar(ms / longest, precision, None if roof is None else roof / longest)
+        # A profile in whole microseconds may say 0.
+        share = f"{100 * roof / ms:.0f} %" if roof is not None and ms else tables.NOTHING
+        times = f"{ms:.3g}", f"{percent * ms:.1f} %", bar, share
         body.append(
-            [
-                Cell(f"{len(rest)} other kernels"),
-                Cell(NOTHING),
-                Cell(f"{other:.3g}"),
-                Cell(f"{percent * other:.1f} %"),
-                Cell("", bar=Bar(other / longest)),
-                Cell(NOTHING),
-                Cell(NOTHING),
-            ]
+            [layer["name"], precision or tables.NOTHING, *times, layer["bound"] or tables.NOTHING]
         )
     title = one["engine"] + (f" ({comparison.name})" if several else "")
     text = f"{len(found)} kernels, {whole:.3g} ms one by one at batch {one['batch']}"
@@ -324,7 +266,7 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool)
     if one.get("computed_in"):
         text += f"; all of it is computed in {one['computed_in']} here"
     head = ["Layer", "Precision", "ms", "share", "", "of roofline", "bound by"]
-    return {"title": title, "text": text, "table": Table(head, body, wide=4)}
+    return {"title": title, "text": text, "table": Table(head, body)}
 
 
 def _examples(material: Material) -> dict[str, Any]:
@@ -410,12 +352,13 @@ def _method(comparison: Comparison, *, several: bool) -> dict[str, Any]:
     ]
     body = [
         [
-            Cell(f"{timing['engine']}, batch {timing['batch']}"),
-            Cell(with_error(latency_of(timing))),
-            Cell(str(timing["runs"])),
-            Cell(str(timing["quiet_runs"])),
-            Cell(NOTHING if timing["waited"] is None else f"{100 * timing['waited']:.1f} %"),
-            Cell(str(timing["engine_sha256"])[:16]),
+            *(
+                f"{timing['engine']}, batch {timing['batch']}",
+                tables.with_error(latency_of(timing)),
+            ),
+            *(str(timing["runs"]), str(timing["quiet_runs"])),
+            tables.NOTHING if timing["waited"] is None else f"{100 * timing['waited']:.1f} %",
+            str(timing["engine_sha256"])[:16],
         ]
         for timing in timings
     ]
@@ -446,20 +389,13 @@ def _lengths(ranking: Ranking) -> list[float]:
     return [1.0 if value is None else 0.04 + 0.96 * (value - low) / span for value in values]
 
 
-def _axes(batches: Sequence[int]) -> list[tuple[int, str]]:
-    """Return the batch size and axis of each chart."""
-    if not batches:
-        return []
-    return [(batches[0], "latency"), (batches[-1], "throughput")]
-
-
-def _ms(row: Row, batch: int) -> float:
+def _ms(row: tables.Row, batch: int) -> float:
     latency = row.latency(batch)
     return math.inf if latency is None else latency.value
 
 
 def _percent(value: Any) -> str:
-    return f"{100 * value:.1f}" if isinstance(value, (int, float)) else NOTHING
+    return f"{100 * value:.1f}" if isinstance(value, (int, float)) else tables.NOTHING
 
 
 def _rate(flops: float) -> str:
@@ -468,15 +404,15 @@ def _rate(flops: float) -> str:
 
 
 def _gpu_text(gpu: Mapping[str, Any]) -> str:
-    parts = [str(gpu.get("name")), f"driver {gpu.get('driver')}"]
-    for name, key in (("SM", "sm"), ("memory", "memory")):
-        parts.append(f"{name} clock {gpu.get(f'{key}_mhz')} of {gpu.get(f'{key}_max_mhz')} MHz")
-    parts += [f"slowed by {reason}" for reason in gpu.get("slowed_by") or []]
-    return ", ".join(parts)
+    return joined(
+        gpu.get("name"),
+        f"driver {gpu.get('driver')}",
+        f"SM clock {gpu.get('sm_mhz')} of {gpu.get('sm_max_mhz')} MHz",
+        f"memory clock {gpu.get('memory_mhz')} of {gpu.get('memory_max_mhz')} MHz",
+        *(f"slowed by {reason}" for reason in gpu.get("slowed_by") or ()),
+    )
 
 
 def _clock_text(clock: Mapping[str, Any]) -> str:
-    now, highest = clock.get("mhz"), clock.get("max_mhz")
-    text = "unknown" if now is None else f"{now:.0f} MHz"
-    text += f" of {highest:.0f}" if highest is not None else ""
-    return text + (f", governor {clock['governor']}" if clock.get("governor") else "")
+    text = of_highest(clock.get("mhz"), clock.get("max_mhz"))
+    return joined(f"{text} MHz", clock.get("governor") and f"governor {clock['governor']}")

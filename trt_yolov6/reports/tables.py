@@ -128,31 +128,36 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One cell: what is shown, and what it sorts by (None: last)."""
+class Sorted:
+    """A cell that its table can be sorted by; other cells come last."""
 
     text: str
-    value: float | str | None = None
-    bar: Bar | None = None
-    """Shown instead of the text."""
+    value: float | str
+
+    def __str__(self) -> str:
+        return self.text
 
 
-def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[Cell]]]:
+Cell = str | Sorted | Bar
+"""Content of one cell."""
+
+
+def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[str | Sorted]]]:
     """Return head and cells of a table like the paper's Table 1; (b32) is batch 32."""
     batches = batches_of(rows)
     head = ["Model", "Precision", "Size", "AP", "AP50"]
     for batch in batches:
         head += [f"ms (b{batch})", f"FPS (b{batch})"]
     head += ["Params, M", "FLOPs, G", "File, MiB", "Backend"]
-    table = []
+    table: list[list[str | Sorted]] = []
     for row in rows:
         engine = row.engine
         height, width = engine["image_size"]
         size = f"{height}" if height == width else f"{height}x{width}"
         cells = [
-            Cell(row.label, row.label),
-            Cell(row.precision, row.precision),
-            Cell(size, height * width),
+            Sorted(row.label, row.label),
+            Sorted(row.precision, row.precision),
+            Sorted(size, height * width),
             ap_cell(engine["AP"]),
             ap_cell(engine["AP50"]),
         ]
@@ -162,20 +167,20 @@ def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[Cell]]]:
             _scaled(engine.get("parameters"), 1e6, 2),
             _scaled(engine.get("flops"), 1e9, 1),
             _scaled(engine.get("bytes"), 2**20, 1),
-            Cell(str(engine["backend"]), str(engine["backend"])),
+            Sorted(engine["backend"], engine["backend"]),
         ]
         table.append(cells)
     return head, table
 
 
-def _speed_cells(row: Row, batch: int) -> list[Cell]:
+def _speed_cells(row: Row, batch: int) -> list[str | Sorted]:
     latency, rate = row.latency(batch), row.throughput(batch)
     if latency is None or rate is None:
-        return [Cell(NOTHING), Cell(NOTHING)]
+        return [NOTHING, NOTHING]
     mark = " *" if row.disturbed(batch) else ""
     return [
-        Cell(with_error(latency) + mark, latency.value),
-        Cell(grouped(rate.value) + mark, rate.value),
+        Sorted(with_error(latency) + mark, latency.value),
+        Sorted(grouped(rate.value) + mark, rate.value),
     ]
 
 
@@ -214,9 +219,9 @@ def quantized_share(engine: Mapping[str, Any]) -> float | None:
     return None
 
 
-def ap_cell(value: float | None) -> Cell:
+def ap_cell(value: float | None) -> str | Sorted:
     """Return an AP in percent, as the paper prints it."""
-    return Cell(NOTHING) if value is None else Cell(f"{100 * value:.1f}", float(value))
+    return NOTHING if value is None else Sorted(f"{100 * value:.1f}", value)
 
 
 def with_error(interval: Interval) -> str:
@@ -237,10 +242,10 @@ def grouped(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _scaled(value: Any, unit: float, digits: int) -> Cell:
+def _scaled(value: Any, unit: float, digits: int) -> str | Sorted:
     if not isinstance(value, (int, float)):
-        return Cell(NOTHING)
-    return Cell(f"{value / unit:.{digits}f}", float(value))
+        return NOTHING
+    return Sorted(f"{value / unit:.{digits}f}", value)
 
 
 CSV_HEAD = (

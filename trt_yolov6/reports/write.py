@@ -87,7 +87,7 @@ def markdown_of(material: Material, title: str = "") -> str:
     parts = [
         f"# {_plain(title or title_of(material))}",
         _plain(subtitle_of(material)),
-        _table(head, [[cell.text for cell in row] for row in cells]),
+        _table(head, [list(map(str, row)) for row in cells]),
     ]
     found = quantization(rows)
     if found:

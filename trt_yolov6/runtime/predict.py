@@ -10,10 +10,10 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,14 @@ from trt_yolov6.detectors.candidates import Candidates, Suppressed
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_batch
 from trt_yolov6.errors import UserError
-from trt_yolov6.runtime.gpu_loading import Opened, decoded_on_gpu, load_images
+from trt_yolov6.runtime.gpu_loading import Opened, decoded_on_gpu, load_images, take_images
 from trt_yolov6.runtime.plausibility import check_outputs, has_non_finite
 from trt_yolov6.spec import NmsSettings, PredictOptions
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_P = ParamSpec("_P")
+_Found = TypeVar("_Found")
 
 DEFAULT_BATCH = 8
 
@@ -85,10 +87,12 @@ def detect(
             what is asked.
     """
     items = _items(images)
-    options = (options or PredictOptions()).over(default_nms(engine))
+    options = options or PredictOptions()
+    default = default_nms(engine)
     if len(items) <= choose_batch(engine, options.batch) and engine.batch.min <= len(items):
-        found = _detect_at_once(engine, items, options)
+        found = _detect_at_once(engine, items, options, options.nms(default))
     else:
+        options = options.over(default)
         found = []
         for step in process(
             engine,
@@ -97,6 +101,7 @@ def detect(
             lambda _, detections: detections,
             options,
             open_item=lambda item: item.open(),
+            in_memory=all(item.path is None for item in items),
         ):
             found.extend(step.result)
             _warn(step.notes)
@@ -149,10 +154,14 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
 
 
 def _detect_at_once(
-    engine: Engine, items: Sequence[_Item], options: PredictOptions
+    engine: Engine, items: Sequence[_Item], options: PredictOptions, nms: NmsSettings
 ) -> list[Detections]:
-    """Find objects in one batch, in this thread: for a few images others only cost time."""
-    nms, border = resolve(engine, options)
+    """Find objects in one batch, in this thread: for a few images others only cost time.
+
+    Thresholds are those of `nms`, not those of `options`.
+    """
+    check_thresholds(engine, nms)
+    border = resolve_border(options.resize, options.border, engine.image_size)
     if not items:
         return []
     run: Run
@@ -160,13 +169,15 @@ def _detect_at_once(
         images, ready = decoded_on_gpu(engine, [item.open() for item in items])
         size, mode = engine.image_size, engine.preprocessing.fit
         placed = [fit((image.shape[0], image.shape[1]), size, border, mode) for image in images]
-        run = engine.start_images(images, placed, nms, after=ready)
+        rows = engine.rows_for(len(items))
+        run = engine.start_images(images, placed, nms, rows=rows, clip=options.clip, after=ready)
     else:
         pixels = [item.read() for item in items]
-        array = engine.empty_input(len(items))
+        array = engine.empty_input(engine.rows_for(len(items)))
+        array[len(items) :] = 0
         placed = [
             fill_row(row, image, engine.input, border, engine.preprocessing)
-            for row, image in zip(array, pixels, strict=True)
+            for row, image in zip(array, pixels, strict=False)
         ]
         if engine.is_checked:
             run = engine.start(array, nms)
@@ -213,6 +224,7 @@ def process(
     open_item: Callable[[Item], Opened] | None = None,
     keep_images: bool = False,
     skip_unreadable: bool = False,
+    in_memory: bool = False,
 ) -> Generator[Processed[Item, Result], None, None]:
     """Run an engine over a stream of images, everything but the engine in other threads.
 
@@ -232,6 +244,8 @@ def process(
         finish: makes a result of a batch and its detections; called in one other thread, in order.
         options: thresholds and more; default thresholds: `NmsSettings()`, as for evaluation.
         keep_images, skip_unreadable: as in `load_batches`.
+        in_memory: `read` hands out what lies in memory already. On an engine that takes images, all
+            is then done in the calling thread, `finish` too: others would have nothing to wait for.
 
     Raises:
         UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
@@ -246,8 +260,11 @@ def process(
         "keep_images": keep_images,
         "skip_unreadable": skip_unreadable,
     }
-    steps = _steps(engine, iter(items), read, open_item or read, nms, loading)
-    pipeline = _Pipeline(engine, nms, options.clip, finish)
+    source = iter(items)
+    in_memory = in_memory and engine.takes_images()
+    opened = None if in_memory else open_item or read
+    steps = _steps(engine, source, read, opened, nms, options.clip, loading)
+    pipeline = _Pipeline(engine, nms, options.clip, finish, in_memory)
     try:
         for step in steps:
             pipeline.start(step)
@@ -276,6 +293,17 @@ class _Running(Generic[Item]):
     notes: tuple[str, ...]
 
 
+class _ThisThread(Executor):
+    """Does at once what it is given."""
+
+    def submit(
+        self, fn: Callable[_P, _Found], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> Future[_Found]:
+        future: Future[_Found] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
 class _Pipeline(Generic[Item, Result]):
     """Batches in the engine (`running`), and those after it, in another thread (`pending`)."""
 
@@ -285,20 +313,25 @@ class _Pipeline(Generic[Item, Result]):
         nms: NmsSettings,
         clip: bool,
         finish: Callable[[Batch[Item], list[Detections]], Result],
+        in_memory: bool,
     ) -> None:
         self.running: deque[_Running[Item]] = deque()
         self.pending: deque[Future[Processed[Item, Result]]] = deque()
         self._engine, self._nms, self._clip, self._finish = engine, nms, clip, finish
+        # Packing images takes about as long as a fast engine: with one batch more, it never waits.
+        self._most = engine.in_flight + in_memory
         self._is_first = True
         self._engine_free = 0.0
         self._gave_non_finite = False
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
+        self._pool: Executor = (
+            _ThisThread() if in_memory else ThreadPoolExecutor(1, thread_name_prefix="postprocess")
+        )
         self._helpers = ThreadPoolExecutor(default_workers(), thread_name_prefix="boxes")
 
     @property
     def is_full(self) -> bool:
         """The engine takes no further batch before the oldest has ended."""
-        return len(self.running) >= self._engine.in_flight
+        return len(self.running) >= self._most
 
     def start(self, step: _Step[Item]) -> None:
         """Give a batch to the engine; the first is run here, and its outputs are checked."""
@@ -391,11 +424,15 @@ def _steps(
     engine: Engine,
     source: Iterator[Item],
     read: Callable[[Item], NDArray[np.uint8]],
-    open_item: Callable[[Item], Opened],
+    open_item: Callable[[Item], Opened] | None,
     nms: NmsSettings,
+    clip: bool,
     loading: dict[str, Any],
 ) -> Generator[_Step[Item], None, None]:
-    """Yield batches ready for the engine: on an engine that takes images only the first here."""
+    """Yield batches ready for the engine: on an engine that takes images only the first here.
+
+    Without `open_item` they are read in this thread.
+    """
     if not engine.takes_images():
         yield from _prepared_here(engine, source, read, nms, loading)
         return
@@ -407,13 +444,19 @@ def _steps(
         for step in _prepared_here(engine, chunk, read, nms, loading):
             is_checked = bool(step.batch.items)
             yield step
-    with contextlib.closing(load_images(engine, source, open_item, **loading)) as batches:
+    if open_item is None:
+        del loading["workers"]
+        loaded = take_images(engine, source, read, **loading)
+    else:
+        loaded = load_images(engine, source, open_item, **loading)
+    with contextlib.closing(loaded) as batches:
         for ready in batches:
             start = functools.partial(
                 engine.start_images,
                 ready.images,
                 ready.batch.letterboxes,
                 nms,
+                clip=clip,
                 rows=loading["batch"],
                 after=ready.ready,
                 patient=True,
@@ -461,6 +504,7 @@ def default_nms(engine: Engine) -> NmsSettings:
     return shown_nms(engine.nms)
 
 
+@functools.lru_cache(maxsize=64)
 def shown_nms(inside: NmsSettings | None) -> NmsSettings:
     """Return the thresholds of what is shown; `inside` are those of a graph that has some."""
     inside = inside or NmsSettings()

@@ -1,14 +1,7 @@
 """The model that Triton's Python backend runs: an engine of any backend, from its entry's folder.
 
 `export-triton --python-backend` writes an entry whose `model.py` imports `TritonPythonModel` from
-here. What it needs to know stands in the `parameters` of the entry's `config.pbtxt`:
-
-    serves               tensors or pictures
-    decoder, preprocess  of an ONNX file without a manifest
-    confidence, iou, max_detections
-                         thresholds of pictures; as those of `infer` where they are missing
-    max_pixels           of a picture, width times height: larger ones are refused
-    threads              CPU threads of an ONNX Runtime session
+here. What it needs to know stands in the `Parameters` of the entry's `config.pbtxt`.
 """
 
 from __future__ import annotations
@@ -16,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +31,35 @@ MAX_PIXELS = 2**26
 _OPENCV_LIMIT = "OPENCV_IO_MAX_IMAGE_PIXELS"
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """The `parameters` of an entry's configuration that concern this package."""
+
+    serves: Literal["tensors", "pictures"] = "tensors"
+    decoder: str | None = None
+    """Family of an ONNX file without a manifest."""
+    preprocess: str = "{}"
+    """Fields of `Preprocessing` that differ from the family's, as JSON."""
+    confidence: float | None = None
+    """This and the next two are thresholds of pictures; default: as `infer`."""
+    iou: float | None = None
+    max_detections: int | None = None
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, width times height."""
+    threads: int | None = None
+    """CPU threads of an ONNX Runtime session; default: those there are, shared by the instances."""
+
+
+def read_parameters(texts: Mapping[str, str]) -> Parameters:
+    """Return the parameters of a configuration; those of others, such as clients, are passed over.
+
+    Raises:
+        UserError: one is not what it should be.
+    """
+    remedy = "correct config.pbtxt."
+    return as_record(texts, Parameters, "a parameter is wrong", remedy, strict=False)
+
+
 class TritonPythonModel:
     """One instance of a model, in a process of its own; Triton calls its methods in turn."""
 
@@ -47,15 +71,13 @@ class TritonPythonModel:
                 and its number.
         """
         config = json.loads(args["model_config"])
-        parameters = {
-            key: value.get("string_value", "")
-            for key, value in config.get("parameters", {}).items()
-        }
-        limit_pictures(_number(parameters, "max_pixels", int, MAX_PIXELS))
+        texts = config.get("parameters", {}).items()
+        parameters = read_parameters({key: text.get("string_value", "") for key, text in texts})
+        limit_pictures(parameters.max_pixels)
 
         from trt_yolov6.data.loader import default_workers
         from trt_yolov6.engines import load_engine
-        from trt_yolov6.serving.requests import InputMemory
+        from trt_yolov6.serving.requests import InputMemory, make_ready
 
         gpu = None
         if args["model_instance_kind"] == "GPU":
@@ -70,7 +92,8 @@ class TritonPythonModel:
         )
         self._memory = InputMemory(self._engine)
         self._options = predict_options(parameters, self._engine)
-        self._pictures = parameters.get("serves") == "pictures"
+        self._pictures = parameters.serves == "pictures"
+        make_ready(self._engine, self._memory, self._options if self._pictures else None)
         self._input = config["input"][0]["name"]
         self._pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="pictures")
 
@@ -140,7 +163,7 @@ class TritonPythonModel:
 
 
 def load_options(
-    parameters: Mapping[str, str], engine: Path, *, gpu: int | None, instances: int
+    parameters: Parameters, engine: Path, *, gpu: int | None, instances: int
 ) -> LoadOptions:
     """Return how an entry's engine is loaded.
 
@@ -151,14 +174,11 @@ def load_options(
         engine: the file.
         gpu: number of the GPU that the instance is on; None: it is on a CPU.
         instances: of the model on this processor.
-
-    Raises:
-        UserError: a parameter is none.
     """
     from trt_yolov6.engines import LoadOptions
     from trt_yolov6.engines.manifest import read_manifest
 
-    threads = _number(parameters, "threads", int, 0) or None
+    threads = parameters.threads
     if threads is None and gpu is None and instances > 1:
         threads = max(1, len(os.sched_getaffinity(0)) // instances)
     told = read_manifest(engine) is not None
@@ -166,26 +186,22 @@ def load_options(
         threads=threads,
         provider="cpu" if gpu is None and engine.suffix == ".onnx" else None,
         gpu=gpu or 0,
-        decoder=None if told else parameters.get("decoder"),
-        preprocess={} if told else _changes(parameters.get("preprocess", "{}")),
+        decoder=None if told else parameters.decoder,
+        preprocess={} if told else _changes(parameters.preprocess),
     )
 
 
-def predict_options(parameters: Mapping[str, str], engine: Engine) -> PredictOptions:
+def predict_options(parameters: Parameters, engine: Engine) -> PredictOptions:
     """Return an entry's thresholds: its parameters', and `infer`'s where they say nothing.
 
     Raises:
-        UserError: a parameter is not a number, or the engine has decided otherwise.
+        UserError: the engine has decided otherwise.
     """
     from trt_yolov6.runtime.predict import default_nms, resolve
     from trt_yolov6.spec import PredictOptions
 
-    default = default_nms(engine)
-    options = PredictOptions(
-        confidence=_number(parameters, "confidence", float, default.confidence),
-        iou=_number(parameters, "iou", float, default.iou),
-        max_detections=_number(parameters, "max_detections", int, default.max_detections),
-    )
+    given = PredictOptions(parameters.confidence, parameters.iou, parameters.max_detections)
+    options = given.over(default_nms(engine))
     resolve(engine, options)
     return options
 
@@ -218,17 +234,3 @@ def _changes(text: str) -> dict[str, Any]:
 
 def _count(config: Mapping[str, Any]) -> int:
     return sum(int(group.get("count") or 1) for group in config.get("instance_group", ()))
-
-
-def _number(
-    parameters: Mapping[str, str], name: str, kind: Callable[[str], Any], default: Any
-) -> Any:
-    text = parameters.get(name)
-    if text is None:
-        return default
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise UserError(
-            f"the parameter {name} is {text!r}, not a number; correct config.pbtxt."
-        ) from error

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.images import read_image
-from trt_yolov6.data.letterbox import Letterbox
+from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.data.loader import fill_row
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine
@@ -37,12 +37,32 @@ class InputMemory:
         return self._array[:count]
 
 
+def make_ready(engine: Engine, memory: InputMemory, options: PredictOptions | None) -> None:
+    """Run every batch size that takes seconds of compilation once, before requests wait for it.
+
+    Args:
+        engine: any loaded engine.
+        memory: as for `run_tensors`.
+        options: those of `detect_encoded`; None: requests are for `run_tensors`.
+    """
+    for rows in engine.batch_steps:
+        if options is not None and engine.takes_images():
+            black = np.zeros((*engine.image_size, 3), np.uint8)
+            placed = fit(engine.image_size, engine.image_size, 0, engine.preprocessing.fit)
+            nms, _ = resolve(engine, options)
+            engine.start_images([black], [placed], nms, rows=rows).wait()
+            continue
+        array = memory.rows(rows)
+        array[:] = 0
+        engine.infer(array)
+
+
 def run_tensors(
     engine: Engine, requests: Sequence[NDArray[Any]], memory: InputMemory
 ) -> list[dict[str, NDArray[Any]]]:
     """Run the inputs of several requests as one batch.
 
-    A batch smaller than the engine takes is filled up with zeros, whose outputs are dropped.
+    A batch is filled up to `engine.rows_for` with zeros, whose outputs are dropped.
 
     Args:
         engine: any loaded engine.
@@ -70,9 +90,10 @@ def run_tensors(
             )
     counts = [len(request) for request in requests]
     total = sum(counts)
-    if len(requests) == 1 and total >= engine.batch.min:
+    rows = engine.rows_for(total)
+    if len(requests) == 1 and total == rows:
         return [engine.infer(np.ascontiguousarray(requests[0]))]
-    array = memory.rows(max(total, engine.batch.min))
+    array = memory.rows(rows)
     start = 0
     for request, count in zip(requests, counts, strict=True):
         array[start : start + count] = request
@@ -109,12 +130,18 @@ def detect_encoded(
         UserError: the engine cannot do what is asked.
     """
     nms, border = resolve(engine, options)
-    array = memory.rows(max(len(pictures), engine.batch.min))
+    on_gpu = engine.takes_images()
+    array = memory.rows(0 if on_gpu else engine.rows_for(len(pictures)))
+    images: dict[int, NDArray[np.uint8]] = {}
 
     def prepare(index: int) -> Letterbox | UserError:
         try:
             image = read_image(pictures[index], "the picture")
-            return fill_row(array[index], image, engine.input, border, engine.preprocessing)
+            if not on_gpu:
+                return fill_row(array[index], image, engine.input, border, engine.preprocessing)
+            images[index] = image
+            height, width = image.shape[:2]
+            return fit((height, width), engine.image_size, border, engine.preprocessing.fit)
         except UserError as error:
             return error
         except (MemoryError, cv2.error):
@@ -124,14 +151,19 @@ def detect_encoded(
     placed = {index: item for index, item in enumerate(prepared) if isinstance(item, Letterbox)}
     if not placed:
         return [item for item in prepared if isinstance(item, UserError)]
-    rows = max(len(placed), engine.batch.min)
-    if len(placed) < len(pictures):
-        # Pictures that could not be read take no time of the engine's.
-        array[: len(placed)] = array[list(placed)]
-    array[len(placed) : rows] = 0
-    outputs = engine.start(array[:rows], nms).wait()
+    # Pictures that could not be read take no time of the engine's.
+    rows = engine.rows_for(len(placed))
+    if on_gpu:
+        run = engine.start_images(
+            [images[index] for index in placed], tuple(placed.values()), nms, rows=rows
+        )
+    else:
+        if len(placed) < len(pictures):
+            array[: len(placed)] = array[list(placed)]
+        array[len(placed) : rows] = 0
+        run = engine.start(array[:rows], nms)
     found = postprocess(
-        outputs, engine.output_layout, nms, tuple(placed.values()), executor=executor
+        run.wait(), engine.output_layout, nms, tuple(placed.values()), executor=executor
     )
     by_picture = dict(zip(placed, found, strict=True))
     return [

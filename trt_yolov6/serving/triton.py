@@ -19,11 +19,13 @@ to prepare images and to read the outputs stands in the configuration's `paramet
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +34,14 @@ from typing import Any, Literal
 import numpy as np
 
 from trt_yolov6.common.files import check_writable
-from trt_yolov6.detectors.spec import Described, DetectorSpec
-from trt_yolov6.engines import LoadOptions, load_engine
+from trt_yolov6.engines import LoadOptions
+from trt_yolov6.engines.build import graph_manifest
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
-from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.serving.config_text import fields_of, quoted, without_fields
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.files import has_other_files, read_onnx
+from trt_yolov6.graph.inputs import runtime_inputs
+from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.serving.config_text import fields_of, quoted
 from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
 from trt_yolov6.spec import BatchProfile, PredictOptions, TensorSpec
 
@@ -204,35 +209,26 @@ def export_triton(
 
 def _write_entries(models: Sequence[ServedModel], texts: Sequence[str], output: Path) -> None:
     """Write all entries, or none."""
-    made = next(
-        (
-            folder
-            for folder in (*reversed(output.absolute().parents), output)
-            if not folder.exists()
-        ),
-        None,
-    )
-    written: list[Path] = []
+    absent = [folder for folder in (output, *output.absolute().parents) if not folder.exists()]
+    undo = contextlib.ExitStack()
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        # A name with a dot in front, which Triton does not take for a model.
-        with tempfile.TemporaryDirectory(prefix=".writing.", dir=output) as draft:
-            for model, text in zip(models, texts, strict=True):
-                _write_entry(Path(draft) / model.name, model, text)
-            for model in models:
-                (Path(draft) / model.name).rename(output / model.name)
-                written.append(output / model.name)
-    except BaseException as error:
-        for folder in written:
-            shutil.rmtree(folder, ignore_errors=True)
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{output} cannot be written ({error.strerror or error}); free the disk or choose "
-                "a folder you may write to."
-            ) from error
-        raise
+        with undo:
+            if absent:
+                undo.callback(shutil.rmtree, absent[-1], ignore_errors=True)
+            output.mkdir(parents=True, exist_ok=True)
+            # A name with a dot in front, which Triton does not take for a model.
+            with tempfile.TemporaryDirectory(prefix=".writing.", dir=output) as draft:
+                for model, text in zip(models, texts, strict=True):
+                    _write_entry(Path(draft) / model.name, model, text)
+                for model in models:
+                    (Path(draft) / model.name).rename(output / model.name)
+                    undo.callback(shutil.rmtree, output / model.name, ignore_errors=True)
+            undo.pop_all()
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be written ({error.strerror or error}); free the disk or choose "
+            "a folder you may write to."
+        ) from error
 
 
 def served_model(
@@ -240,8 +236,7 @@ def served_model(
 ) -> ServedModel:
     """Return Triton's description of an engine.
 
-    Its manifest tells, so that a plan need not be loaded; an ONNX file without one is, with
-    `loading`.
+    Its manifest tells, so that a plan need not be loaded; an ONNX file without one is looked into.
 
     Args:
         engine: the file.
@@ -249,8 +244,8 @@ def served_model(
         python: what an entry of the Python backend takes; None where Triton runs the engine itself.
 
     Raises:
-        UserError: it is missing, damaged or no engine that Triton loads, or the manifest is of an
-            early version and the engine cannot be loaded here either.
+        UserError: it is missing, damaged or no engine that Triton loads, or a plan without a
+            manifest.
     """
     path = Path(engine)
     if not path.is_file():
@@ -258,24 +253,23 @@ def served_model(
     manifest = read_manifest(path)
     if manifest is not None:
         check_plan(path, manifest)
-        _check_backend(path, manifest.backend, python)
-    if manifest is None and path.suffix == ".onnx":
+    elif path.suffix == ".onnx":
         _check_graph(path, python)
+        loading = loading or LoadOptions()
+        graph = graph_from_onnx(path, decoder=loading.decoder, preprocess=loading.preprocess)
+        manifest = graph_manifest(graph, path, path.read_bytes())
     if manifest is None or not manifest.tensors:
-        model = _loaded_model(path, manifest, loading, python)
-    else:
-        source, *outputs = manifest.tensors
-        model = _model(path, manifest.backend, manifest, source, tuple(outputs), python)
-    return model if python is None else _in_python(model, python, manifest, loading)
+        raise UserError(f"{path} has no manifest that tells its tensors; build it again.")
+    _check_backend(path, manifest.backend, python)
+    model = _model(path, manifest, python)
+    return model if python is None else _in_python(model, python, loading)
 
 
-def _in_python(
-    model: ServedModel, serves: Serves, manifest: Manifest | None, loading: LoadOptions | None
-) -> ServedModel:
+def _in_python(model: ServedModel, serves: Serves, loading: LoadOptions | None) -> ServedModel:
     """Return an engine as this package runs it in Triton's Python backend."""
     name = f"{model.name}_{PYTHON if serves == 'tensors' else serves}"
     parameters = {**model.parameters, "serves": serves}
-    if manifest is None and loading is not None and loading.preprocess:
+    if loading is not None and loading.preprocess:
         parameters["preprocess"] = json.dumps(dict(loading.preprocess))
     changes: dict[str, Any] = {"name": name, "platform": "", "parameters": parameters}
     if serves == "pictures":
@@ -286,42 +280,11 @@ def _in_python(
     return dataclasses.replace(model, file_name=file_name, serves=serves, **changes)
 
 
-def _loaded_model(
-    path: Path, manifest: Manifest | None, loading: LoadOptions | None, python: Serves | None
-) -> ServedModel:
-    try:
-        with load_engine(path, options=loading) as engine:
-            _check_backend(path, engine.backend, python)
-            batch = manifest.batch if manifest else engine.batch
-            # An ONNX file with a free batch axis sets no limit itself.
-            free = BatchProfile() if batch.max > 1024 else batch
-            found = manifest or _Details(path.stem, _precision_of(path), free, engine.detector)
-            return _model(path, engine.backend, found, engine.input, engine.outputs, python)
-    except MissingDependencyError as error:
-        raise UserError(
-            f"{path} has no manifest that tells its tensors, and cannot be loaded to ask it "
-            f"({error}); build it again, or export it on the machine that runs it."
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Details(Described):
-    """Manifest of an engine that has none."""
-
-    model: str
-    precision: str
-    batch: BatchProfile
-    detector: DetectorSpec
-
-
 def _check_graph(path: Path, python: Serves | None) -> None:
     """Raise UserError for an ONNX file that is not complete by itself.
 
     Inputs that this package fills in itself Triton would ask of clients.
     """
-    from trt_yolov6.graph.files import has_other_files, read_onnx
-    from trt_yolov6.graph.inputs import runtime_inputs
-
     if has_other_files(path):
         raise UserError(
             f"{path} keeps weights in other files; build it with `trt-yolov6 build --onnx`, which "
@@ -337,12 +300,6 @@ def _check_graph(path: Path, python: Serves | None) -> None:
         )
 
 
-def _precision_of(path: Path) -> str:
-    from trt_yolov6.graph.files import graph_precision, read_onnx
-
-    return graph_precision(read_onnx(path)) if path.suffix == ".onnx" else "unknown"
-
-
 def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
     if python is not None:
         return
@@ -355,15 +312,9 @@ def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
         raise UserError(f"{path} runs in {backend}, which Triton has no platform for.")
 
 
-def _model(
-    path: Path,
-    backend: str,
-    details: Manifest | _Details,
-    source: TensorSpec,
-    outputs: tuple[TensorSpec, ...],
-    python: Serves | None,
-) -> ServedModel:
-    platform, file_name = PLATFORMS.get(backend, ("", ""))
+def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
+    platform, file_name = PLATFORMS.get(details.backend, ("", ""))
+    source, *outputs = details.tensors
     batch = details.batch
     fixed = source.shape[0]
     if fixed is not None:
@@ -384,25 +335,24 @@ def _model(
         "preprocessing": str(details.preprocessing),
         "precision": details.precision,
         "class_names": json.dumps(list(details.class_names)),
+        "backend": f"{details.backend} {details.backend_version}",
+        "plan_sha256": details.plan_sha256,
     }
-    if isinstance(details, Manifest):
-        parameters["backend"] = f"{details.backend} {details.backend_version}"
-        parameters["plan_sha256"] = details.plan_sha256
-        if details.nms:
-            nms = details.nms
-            parameters["nms"] = f"confidence {nms.confidence}, IoU {nms.iou}"
+    if details.nms:
+        nms = details.nms
+        parameters["nms"] = f"confidence {nms.confidence}, IoU {nms.iou}"
     return ServedModel(
         engine=path,
         name=_safe(f"{details.model}_{details.precision}"),
         platform=platform,
         file_name=file_name,
         input=source,
-        outputs=outputs,
+        outputs=tuple(outputs),
         batch=batch,
         class_names=details.class_names,
         parameters=parameters,
         shared_outputs=shared,
-        backend=backend,
+        backend=details.backend,
     )
 
 
@@ -440,48 +390,40 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     if on_cpu and model.backend != "onnxruntime":
         raise UserError(f"{model.engine} runs on GPUs only; give it `gpus`, not the CPU.")
     batched = model.max_batch_size > 0
-    file_name = model.file_name if model.serves is None else MODEL_FILE
-    lines = [
+    runner = f"platform: {quoted(model.platform)}"
+    if model.serves is not None:
+        runner = f"backend: {quoted(PYTHON)}"
+    fields = [
         f"name: {quoted(model.name)}",
-        *(
-            [f"platform: {quoted(model.platform)}"]
-            if model.serves is None
-            else [f"backend: {quoted(PYTHON)}"]
-        ),
-        f"default_model_filename: {quoted(file_name)}",
+        runner,
+        f"default_model_filename: {quoted(MODEL_FILE if model.serves else model.file_name)}",
         f"max_batch_size: {model.max_batch_size}",
-        *_block("input", _tensor_lines(model.input, batched)),
+        _block("input", *_tensor_lines(model.input, batched)),
     ]
     # Triton's classification reads class names from there, by their place in the output.
     labelled = next((spec for spec in model.outputs if "score" in spec.name), model.outputs[0])
     has_labels = bool(model.class_names) and model.serves != "pictures"
     for spec in model.outputs:
         labels = ['label_filename: "labels.txt"'] if spec is labelled and has_labels else []
-        lines += _block("output", [*_tensor_lines(spec, batched), *labels])
+        fields.append(_block("output", *_tensor_lines(spec, batched), *labels))
     if batched:
         preferred = sorted({model.batch.opt, model.batch.max} - {1})
-        lines += _block(
-            "dynamic_batching",
-            [
-                f"preferred_batch_size: [ {', '.join(map(str, preferred))} ]",
-                f"max_queue_delay_microseconds: {settings.max_queue_delay_us}",
-            ],
-        )
+        size = f"preferred_batch_size: [ {', '.join(map(str, preferred))} ]"
+        delay = f"max_queue_delay_microseconds: {settings.max_queue_delay_us}"
+        fields.append(_block("dynamic_batching", size, delay))
     group = [f"count: {settings.instances}", f"kind: {'KIND_CPU' if on_cpu else 'KIND_GPU'}"]
     if settings.gpus:
         group.append(f"gpus: [ {', '.join(map(str, settings.gpus))} ]")
-    lines += _block("instance_group", group)
+    fields.append(_block("instance_group", *group))
     parameters = dict(model.parameters)
     if model.serves == "pictures":
         parameters.update((key, str(value)) for key, value in settings.predict.thresholds().items())
     for key, value in parameters.items():
-        block = _block("value", [f"string_value: {quoted(value)}"])
-        lines += _block("parameters", [f"key: {quoted(key)}", *block])
-    text = "\n".join(lines) + "\n"
-    if not settings.extra.strip():
-        return text
+        block = _block("value", f"string_value: {quoted(value)}")
+        fields.append(_block("parameters", f"key: {quoted(key)}", block))
     replaced = set(fields_of(settings.extra)) - {"parameters"}
-    return without_fields(text, replaced) + settings.extra.strip() + "\n"
+    kept = [field for field in fields if re.split(r"\W", field, maxsplit=1)[0] not in replaced]
+    return "\n".join([*kept, settings.extra.strip()]).rstrip("\n") + "\n"
 
 
 def _tensor_lines(spec: TensorSpec, batched: bool) -> list[str]:
@@ -495,8 +437,9 @@ def _tensor_lines(spec: TensorSpec, batched: bool) -> list[str]:
     ]
 
 
-def _block(name: str, lines: Sequence[str]) -> list[str]:
-    return [f"{name} {{", *(f"  {line}" for line in lines), "}"]
+def _block(name: str, *fields: str) -> str:
+    inside = textwrap.indent("\n".join(fields), "  ")
+    return f"{name} {{\n{inside}\n}}"
 
 
 def _write_entry(folder: Path, model: ServedModel, config: str) -> None:

@@ -188,7 +188,9 @@ class Stream:
 
     def wait(self) -> None:
         """Wait until all work put on the stream is done, looking all the time."""
-        _checked(self._cudart.cudaStreamSynchronize(self.handle))
+        result = self._cudart.cudaStreamSynchronize(self.handle)
+        if result[0]:
+            _checked(result)
 
     def wait_for(self, event: Event) -> None:
         """Have what comes next on the stream wait for an event, without waiting here."""
@@ -260,7 +262,9 @@ class CudaGraph:
 
     def launch(self, stream: Stream) -> None:
         """Put the recorded work on a stream."""
-        _checked(self._cudart.cudaGraphLaunch(self._handle, stream.handle))
+        result = self._cudart.cudaGraphLaunch(self._handle, stream.handle)
+        if result[0]:
+            _checked(result)
 
 
 class Stopwatch:

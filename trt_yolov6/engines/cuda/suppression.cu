@@ -18,7 +18,9 @@ typedef unsigned long long u64;
 #define TILE 128
 #endif
 #define CHUNK (2 * THREADS)
+#define MOST_OF_BIN 64
 #define WORDS (TILE / 32)
+#define WARPS (THREADS / 32)
 #define SUBSETS (THREADS / TILE)
 #define ALL 0xffffffffu
 
@@ -217,23 +219,37 @@ extern "C" __global__ void __launch_bounds__(FIND_THREADS) find(
 
 // --- suppression -----------------------------------------------------------------------------------------------------
 
-struct Row { float box[4]; float score; int label; };
+// Results of an image: a header, `limit` boxes, labels and scores, and what makes the next one's boxes aligned.
 struct Header { u32 kept, found, unused[2]; };
 
-#define GRID 10
+// An image of the batch, as letterbox.cu's kernel is told of it.
+struct Picture {
+    const unsigned char* pixels;
+    long long row_step, column_step;
+    int height, width, top, left, resized_height, resized_width, method, channel_step;
+};
+
+// Returns a place on an axis of the input as one of the image, as `data.letterbox.to_sources` does.
+__device__ __forceinline__ float to_source(float place, int first, int resized, int length, bool clip) {
+    const double least = clip ? 0 : -3.402823466e38f, most = clip ? length : 3.402823466e38f;
+    const double mapped = ((double)place - first) * ((double)length / resized);
+    return (float)(mapped < least ? least : mapped > most ? most : mapped);
+}
+
+#define GRID 10  // at most 16, see `mark`
 #define CELLS_OF_IMAGE (GRID * GRID)
 
 // Boxes in shared memory, and what is compared of them. A bit of `near` says of a kept box and a cell of the image
 // whether boxes with their centre in the cell can overlap that box by more than the threshold.
 struct Kept {
     float4 box[MAX_KEPT];
-    float area[MAX_KEPT];
+    float area[MAX_KEPT], score[MAX_KEPT];
     u32 label[MAX_KEPT], near[MAX_KEPT / 32][CELLS_OF_IMAGE];
 };
 struct Tile {
     float4 box[TILE];
     float area[TILE], score[TILE];
-    u32 label[TILE], cell[TILE], over[TILE][WORDS];
+    u32 label[TILE], cell[TILE], better[TILE][WORDS];  // the better ones of the tile that overlap it
 };
 
 // An IoU, what is surely below and above it in float32, and (1 - it) / (2 it), rounded up.
@@ -254,15 +270,15 @@ __device__ __forceinline__ float reach_of(float low, float high, Threshold thres
     return threshold.reach * (high - low) + 1e-6f * (fabsf(low) + fabsf(high));
 }
 
-// Marks the cells that a kept box is near to.
-__device__ void mark(Kept& kept, u32 index, float4 box, Threshold threshold) {
+// Marks the cells that a kept box is near to; a warp does it together.
+__device__ void mark(Kept& kept, u32 index, float4 box, Threshold threshold, u32 lane) {
     const float x = 0.5f * box.x + 0.5f * box.z, y = 0.5f * box.y + 0.5f * box.w;
     const float reach_x = reach_of(box.x, box.z, threshold), reach_y = reach_of(box.y, box.w, threshold);
     const u32 left = cell_at(x - reach_x, WIDTH), right = cell_at(x + reach_x, WIDTH);
     const u32 top = cell_at(y - reach_y, HEIGHT), bottom = cell_at(y + reach_y, HEIGHT);
-    for (u32 row = top; row <= bottom; ++row)
-        for (u32 column = left; column <= right; ++column)
-            atomicOr(&kept.near[index / 32][GRID * row + column], 1u << index % 32);
+    const u32 column = left + lane % 16;
+    for (u32 row = top + lane / 16; row <= bottom && column <= right; row += 2)
+        atomicOr(&kept.near[index / 32][GRID * row + column], 1u << index % 32);
 }
 
 // Returns whether the IoU of two boxes exceeds the threshold.
@@ -280,31 +296,128 @@ __device__ __forceinline__ bool overlap(float4 a, float area_a, float4 b, float 
     return both / (first + second - both) > threshold.exact;
 }
 
-// Sorts the first `count` keys (a power of two, at most CHUNK) ascending: bitonic, a pair of keys a thread.
+// Does the steps of a bitonic sort, from a stride of at most 32 on, on a warp's 64 keys: those at `first` (in `low`) and
+// 32 beyond it.
+__device__ __forceinline__ void order(u64& low, u64& high, u32 first, u32 size, u32 stride) {
+    const bool low_rises = (first & size) == 0, high_rises = (first + 32 & size) == 0;
+    if (stride == 32) {
+        if ((low > high) == low_rises) {
+            const u64 key = low;
+            low = high;
+            high = key;
+        }
+        stride = 16;
+    }
+    for (; stride > 0; stride /= 2) {
+        const bool is_first = (first & stride) == 0;
+        const u64 other_low = __shfl_xor_sync(ALL, low, stride), other_high = __shfl_xor_sync(ALL, high, stride);
+        if ((low < other_low) != (is_first == low_rises)) low = other_low;
+        if ((high < other_high) != (is_first == high_rises)) high = other_high;
+    }
+}
+
+// Sorts the first `count` keys (a power of two, from 64 to CHUNK) ascending: bitonic, two keys a thread.
 __device__ void sort(u64* keys, u32 count) {
-    for (u32 size = 2; size <= count; size *= 2) {
-        for (u32 stride = size / 2; stride > 0; stride /= 2) {
-            u32 low = 2 * threadIdx.x - (threadIdx.x & (stride - 1)), high = low + stride;
-            if (high < count) {
-                u64 a = keys[low], b = keys[high];
-                if ((a > b) == ((low & size) == 0)) {
-                    keys[low] = b;
-                    keys[high] = a;
+    const u32 first = 64 * (threadIdx.x / 32) + threadIdx.x % 32;
+    const bool has_keys = first < count;  // a warp's threads all have, or none
+    u64 low = 0, high = 0;
+    if (has_keys) {
+        low = keys[first];
+        high = keys[first + 32];
+        for (u32 size = 2; size <= 64; size *= 2) order(low, high, first, size, size / 2);
+    }
+    for (u32 size = 128; size <= count; size *= 2) {
+        if (has_keys) {
+            keys[first] = low;
+            keys[first + 32] = high;
+        }
+        __syncthreads();
+        for (u32 stride = size / 2; stride > 32; stride /= 2) {
+            u32 at = 2 * threadIdx.x - (threadIdx.x & (stride - 1)), partner = at + stride;
+            if (partner < count) {
+                u64 a = keys[at], b = keys[partner];
+                if ((a > b) == ((at & size) == 0)) {
+                    keys[at] = b;
+                    keys[partner] = a;
                 }
             }
-            // A warp has 64 keys to itself as long as partners are no further apart.
-            u32 next = stride > 1 ? stride / 2 : size;
-            if (stride > 32 || next > 32) __syncthreads();
-            else __syncwarp();
+            __syncthreads();
         }
+        if (has_keys) {
+            low = keys[first];
+            high = keys[first + 32];
+            order(low, high, first, size, 32);
+        }
+    }
+    if (has_keys) {
+        keys[first] = low;
+        keys[first + 32] = high;
     }
     __syncthreads();
 }
 
+// Adds up what the threads have; returns the sum of those before a thread and of itself.
+__device__ u32 sum_up_to(u32 own, u32* totals) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int step = 1; step < 32; step *= 2) {
+        u32 other = __shfl_up_sync(ALL, own, step);
+        if (lane >= step) own += other;
+    }
+    if (lane == 31) totals[warp] = own;
+    __syncthreads();
+    for (u32 before = 0; before < warp; ++before) own += totals[before];
+    return own;
+}
+
+// Sorts `size` keys of [start, end), at most CHUNK: by bins of about equal width first, then within them. Returns
+// whether no bin had too many for it; if one has, the keys are as before.
+__device__ bool sort_by_bins(u64* keys, u32 size, u64 start, u64 end, u32* bins, u32* totals) {
+    __shared__ u32 most;
+    const u32 thread = threadIdx.x;
+    const u64 one = key_of(1.0f, 0), low = start == 0 && one < end ? one : start;  // see `chunk_end`
+    const int bits = 64 - __clzll(end - low - 1), shift = bits > LOG_THREADS ? bits - LOG_THREADS : 0;
+    u64 mine[2];
+    u32 bin[2], slot[2];
+    bins[thread] = 0;
+    if (thread == 0) most = 0;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        if (thread + k * THREADS < size) {
+            mine[k] = keys[thread + k * THREADS];
+            bin[k] = mine[k] < low ? 0 : (u32)((mine[k] - low) >> shift);
+            slot[k] = atomicAdd(&bins[bin[k]], 1u);
+            if (slot[k] >= MOST_OF_BIN) most = 1;
+        }
+    __syncthreads();
+    const u32 own = bins[thread], sum = sum_up_to(own, totals);
+    if (most) return false;
+    bins[thread] = sum - own;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        if (thread + k * THREADS < size) keys[bins[bin[k]] + slot[k]] = mine[k];
+    __syncthreads();
+    u32 place[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        if (thread + k * THREADS < size) {
+            const u32 first = bins[bin[k]], last = bin[k] + 1 < THREADS ? bins[bin[k] + 1] : size;
+            place[k] = first;
+            for (u32 other = first; other < last; ++other) place[k] += keys[other] < mine[k];
+        }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        if (thread + k * THREADS < size) keys[place[k]] = mine[k];
+    __syncthreads();
+    return true;
+}
+
 // Returns a key such that some, and at most CHUNK, of an image's keys lie in [start, it).
-__device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* bins) {
-    __shared__ u32 totals[THREADS / 32], split, before;
-    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+__device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* bins, u32* totals) {
+    __shared__ u32 split, before;
+    const u32 thread = threadIdx.x;
     // Scores are hardly above 1, so bins begin there; what is above falls into the first one.
     const u64 one = key_of(1.0f, 0);
     bool is_open = start == 0 && one < stop;
@@ -320,14 +433,7 @@ __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* b
         }
         __syncthreads();
         const u32 own = bins[thread];
-        u32 sum = own;
-        for (int step = 1; step < 32; step *= 2) {
-            u32 other = __shfl_up_sync(ALL, sum, step);
-            if (lane >= step) sum += other;
-        }
-        if (lane == 31) totals[warp] = sum;
-        __syncthreads();
-        for (u32 i = 0; i < warp; ++i) sum += totals[i];
+        const u32 sum = sum_up_to(own, totals);
         if (sum > CHUNK && sum - own <= CHUNK) {
             split = thread;
             before = sum - own;
@@ -345,31 +451,30 @@ __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* b
     }
 }
 
-// Grid: (images). Results of an image: a header and `limit` rows, of which the first `kept` are written.
+// Grid: (images). With `pictures`, boxes are mapped to them; with `clip`, they are cut off at the pictures' borders, and
+// those with nothing inside are left out.
 extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const void* first, const void* second, const void* third,
     float confidence, double iou, float low, float high, float reach, u32 limit, u32 capacity,
-    const u32* counts, const u64* all_keys, unsigned char* results)
+    const u32* counts, const u64* all_keys, const Picture* pictures, u32 clip, unsigned char* results)
 {
     __shared__ u64 sorted[CHUNK];
     __shared__ Kept kept;
     __shared__ union { Tile tile; u32 bins[THREADS]; } scratch;
-    __shared__ u32 length, suppressed[WORDS], valid[WORDS], chosen[TILE], added;
+    __shared__ u32 length, suppressed[WORDS], valid[WORDS], alive[TILE], chosen[TILE], added, totals[WARPS], written;
     const Outputs outputs = outputs_at(first, second, third);
     const Threshold threshold = {low, high, reach, iou};
     Tile& tile = scratch.tile;
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32, image = blockIdx.x;
     const u32 found = counts[image];
     const u64* keys = all_keys + (u64)image * capacity;
-    unsigned char* result = results + (u64)image * (sizeof(Header) + limit * sizeof(Row));
-    Row* rows = (Row*)(result + sizeof(Header));
     const u32 count = found > capacity ? 0 : found;  // the host sees it, and takes the outputs whole
     const u64 stop = key_of(confidence, 0);
     u64 start = 0;
     u32 total = 0;
     for (u32 i = thread; i < MAX_KEPT / 32 * CELLS_OF_IMAGE; i += THREADS) (&kept.near[0][0])[i] = 0;
     for (u32 seen = 0; seen < count && total < limit;) {
-        const u64 end = count <= CHUNK ? stop : chunk_end(keys, count, start, stop, scratch.bins);
+        const u64 end = count <= CHUNK ? stop : chunk_end(keys, count, start, stop, scratch.bins, totals);
         if (thread == 0) length = 0;
         __syncthreads();
         for (u32 base = 0; base < count; base += THREADS) {
@@ -382,31 +487,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         }
         __syncthreads();
         const u32 size = length;
-        u32 padded = 2;
-        while (padded < size) padded *= 2;
-        for (u32 i = size + thread; i < padded; i += THREADS) sorted[i] = ~0ull;
-        __syncthreads();
-        sort(sorted, padded);
+        if (!sort_by_bins(sorted, size, start, end, scratch.bins, totals)) {
+            u32 padded = 64;
+            while (padded < size) padded *= 2;
+            for (u32 i = size + thread; i < padded; i += THREADS) sorted[i] = ~0ull;
+            __syncthreads();
+            sort(sorted, padded);
+        }
         seen += size;
         start = end;
 
-        // The boxes of a tile are read while the tile before is compared.
+        // The boxes of a tile are read while the tile before is compared. The first tile is small: the best boxes
+        // overlap most, and what they suppress is not compared with the others.
         u64 key = 0;
         Raw raw = {};
-        if (thread < TILE && thread < size) {
+        u32 width = total == 0 ? 32 : TILE;
+        if (thread < width && thread < size) {
             key = sorted[thread];
             raw = read_box(outputs, image, (u32)key / CLASSES);
         }
-        for (u32 at = 0; at < size && total < limit; at += TILE) {
+        for (u32 at = 0; at < size && total < limit; at += width, width = TILE) {
             if (thread < TILE) {
                 float4 box = corners(outputs, raw, (u32)key / CLASSES);
-                bool finite = at + thread < size && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
+                bool finite = thread < width && at + thread < size && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
                     && fabsf(box.z) <= 3.402823466e38f && fabsf(box.w) <= 3.402823466e38f;
                 tile.box[thread] = box;
                 tile.area[thread] = (box.z - box.x) * (box.w - box.y);
                 tile.label[thread] = (u32)key % CLASSES;
                 tile.cell[thread] = cell_of(box);
                 tile.score[thread] = __uint_as_float(ALL - (u32)(key >> 32));
+#pragma unroll
+                for (int word = 0; word < WORDS; ++word) tile.better[thread][word] = 0;
                 u32 votes = __ballot_sync(ALL, finite);
                 if (lane == 0) {
                     valid[warp] = votes;
@@ -414,51 +525,77 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 }
             }
             __syncthreads();
-            if (thread < TILE && at + TILE + thread < size) {
-                key = sorted[at + TILE + thread];
+            if (thread < TILE && at + width + thread < size) {
+                key = sorted[at + width + thread];
                 raw = read_box(outputs, image, (u32)key / CLASSES);
             }
-            // A warp compares 32 of the tile with its share of the kept boxes, then of the tile's better ones.
-            const u32 group = warp % WORDS, subset = warp / WORDS, mine = 32 * group + lane;
-            const float4 box = tile.box[mine];
-            const float area = tile.area[mine];
-            const u32 label = tile.label[mine], cell = tile.cell[mine];
-            bool out = false;
-            for (u32 word = subset; 32 * word < total && !out; word += SUBSETS)
-                for (u32 bits = kept.near[word][cell]; bits && !out; bits &= bits - 1) {
-                    u32 other = 32 * word + __ffs(bits) - 1;
-                    if (label == kept.label[other])
-                        out = overlap(box, area, kept.box[other], kept.area[other], threshold);
-                }
-            u32 votes = __ballot_sync(ALL, out);
-            if (lane == 0 && votes) atomicOr(&suppressed[group], votes);
+            // A warp compares 32 of the tile with its share of the kept boxes.
+            {
+                const u32 group = warp % WORDS, mine = 32 * group + lane;
+                const float4 box = tile.box[mine];
+                const float area = tile.area[mine];
+                const u32 label = tile.label[mine], cell = tile.cell[mine];
+                bool out = false;
+                for (u32 word = warp / WORDS; 32 * word < total && !out; word += SUBSETS)
+                    for (u32 bits = kept.near[word][cell]; bits && !out; bits &= bits - 1) {
+                        u32 other = 32 * word + __ffs(bits) - 1;
+                        if (label == kept.label[other])
+                            out = overlap(box, area, kept.box[other], kept.area[other], threshold);
+                    }
+                u32 votes = __ballot_sync(ALL, out);
+                if (lane == 0 && votes) atomicOr(&suppressed[group], votes);
+            }
             __syncthreads();
-            u32 left[WORDS];
+            // Those left, in order: with few of them, all warps share few comparisons.
+            u32 number = 0;
 #pragma unroll
-            for (int word = 0; word < WORDS; ++word) left[word] = valid[word] & ~suppressed[word];
-            const bool is_left = (valid[group] & ~suppressed[group]) >> lane & 1;
-            for (u32 other = subset; other < 32 * (group + 1); other += SUBSETS) {
-                if (!((valid[other / 32] & ~suppressed[other / 32]) >> other % 32 & 1)) continue;
-                bool hit = is_left && other < mine && label == tile.label[other]
-                    && overlap(box, area, tile.box[other], tile.area[other], threshold);
-                votes = __ballot_sync(ALL, hit);
-                if (lane == 0) tile.over[other][group] = votes;
+            for (int word = 0; word < WORDS; ++word) {
+                const u32 left = valid[word] & ~suppressed[word];
+                if (warp == word && (left >> lane & 1)) alive[number + __popc(left & ((1u << lane) - 1))] = thread;
+                number += __popc(left);
+            }
+            __syncthreads();
+            const u32 groups = (number + 31) / 32;
+            if (groups) {
+                const u32 subsets = WARPS / groups, subset = warp / groups, mine = 32 * (warp % groups) + lane;
+                const u32 last = 32 * (warp % groups) + 32 < number ? 32 * (warp % groups) + 32 : number;
+                if (subset < subsets && mine < number) {
+                    const u32 one = alive[mine], label = tile.label[one];
+                    const float4 box = tile.box[one];
+                    const float area = tile.area[one];
+                    for (u32 better = subset; better < last; better += subsets) {
+                        const u32 other = alive[better];
+                        if (better < mine && label == tile.label[other]
+                            && overlap(box, area, tile.box[other], tile.area[other], threshold))
+                            atomicOr(&tile.better[mine][better / 32], 1u << better % 32);
+                    }
+                }
             }
             __syncthreads();
             if (warp == 0) {
-                u32 taken = 0;
+                // One is kept as soon as all better ones that overlap it are known to be suppressed.
+                u32 keeps[WORDS], taken = 0;
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word) {
-                    while (left[word] && total + taken < limit) {
-                        u32 best = 32 * word + __ffs(left[word]) - 1;
-                        if (lane == 0) chosen[taken] = best;
-                        ++taken;
-                        left[word] &= left[word] - 1;
+                    keeps[word] = 0;
+                    if (32 * word >= number) break;
+                    const u32 mine = 32 * word + lane;
+                    const u32* better = tile.better[mine];
+                    bool is_open = mine < number;
 #pragma unroll
-                        for (int later = word; later < WORDS; ++later) left[later] &= ~tile.over[best][later];
+                    for (int before = 0; before < word; ++before) is_open = is_open && !(better[before] & keeps[before]);
+                    const u32 own = better[word];
+                    for (u32 open; (open = __ballot_sync(ALL, is_open));) {
+                        const bool is_best = is_open && !(own & open);
+                        const u32 best = __ballot_sync(ALL, is_best);
+                        keeps[word] |= best;
+                        is_open = is_open && !is_best && !(own & best);
                     }
+                    const u32 place = taken + __popc(keeps[word] & ((1u << lane) - 1));
+                    if ((keeps[word] >> lane & 1) && total + place < limit) chosen[place] = alive[mine];
+                    taken += __popc(keeps[word]);
                 }
-                if (lane == 0) added = taken;
+                if (lane == 0) added = taken < limit - total ? taken : limit - total;
             }
             __syncthreads();
             const u32 taken = added;
@@ -467,17 +604,52 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 float4 best = tile.box[from];
                 kept.box[to] = best;
                 kept.area[to] = tile.area[from];
+                kept.score[to] = tile.score[from];
                 kept.label[to] = tile.label[from];
-                mark(kept, to, best, threshold);
-                Row row = {{best.x, best.y, best.z, best.w}, tile.score[from], (int)tile.label[from]};
-                rows[to] = row;
             }
+            for (u32 index = warp; index < taken; index += WARPS)
+                mark(kept, total + index, tile.box[chosen[index]], threshold, lane);
             total += taken;
             __syncthreads();
         }
     }
+
+    unsigned char* result = results + (u64)image * ((sizeof(Header) + 28 * limit + 15) / 16 * 16);
+    float4* boxes = (float4*)(result + sizeof(Header));
+    long long* labels = (long long*)(boxes + limit);
+    float* scores = (float*)(labels + limit);
+    if (thread == 0) written = 0;
+    for (u32 base = 0; base < total; base += THREADS) {
+        const u32 index = base + thread;
+        bool is_there = index < total;
+        float4 box = {};
+        if (is_there) box = kept.box[index];
+        if (is_there && pictures) {
+            const Picture picture = pictures[image];
+            box.x = to_source(box.x, picture.left, picture.resized_width, picture.width, clip);
+            box.y = to_source(box.y, picture.top, picture.resized_height, picture.height, clip);
+            box.z = to_source(box.z, picture.left, picture.resized_width, picture.width, clip);
+            box.w = to_source(box.w, picture.top, picture.resized_height, picture.height, clip);
+            is_there = !clip || (box.z > box.x && box.w > box.y);
+        }
+        const u32 votes = __ballot_sync(ALL, is_there);
+        if (lane == 0) totals[warp] = __popc(votes);
+        __syncthreads();
+        u32 place = written + __popc(votes & ((1u << lane) - 1)), all = written;
+        for (u32 other = 0; other < WARPS; ++other) {
+            if (other < warp) place += totals[other];
+            all += totals[other];
+        }
+        if (is_there) {
+            boxes[place] = box;
+            labels[place] = kept.label[index];
+            scores[place] = kept.score[index];
+        }
+        __syncthreads();
+        if (thread == 0) written = all;
+    }
     if (thread == 0) {
-        Header header = {total, found, {0, 0}};
+        Header header = {written, found, {0, 0}};
         *(Header*)result = header;
     }
 }

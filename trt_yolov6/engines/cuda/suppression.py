@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,6 @@ shorter than a copy."""
 _FOUND_BY_BLOCK = 256 * 8
 """Scores that a block of `find` looks at."""
 
-_ROW = np.dtype([("box", np.float32, 4), ("score", np.float32), ("label", np.int32)])
 _HEADER_BYTES = 16
 
 _FIND_TYPES = (
@@ -51,7 +50,7 @@ _FIND_TYPES = (
 _SUPPRESS_TYPES = (
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_double),
     *(ctypes.c_float, ctypes.c_float, ctypes.c_float, ctypes.c_uint, ctypes.c_uint),
-    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p),
 )
 
 
@@ -113,9 +112,10 @@ class Suppression:
         self._capacity = reading.capacity
         self._counts = DeviceMemory(4 * max_batch)
         self._keys = DeviceMemory(8 * reading.capacity * max_batch)
-        nbytes = result_dtype(MAX_KEPT).itemsize * max_batch
+        nbytes = result_bytes(MAX_KEPT) * max_batch
         self._results = DeviceMemory(nbytes)
         self._copy = PinnedMemory(nbytes)
+        self._views: dict[tuple[int, int], Results] = {}
 
     @staticmethod
     def fits(nms: NmsSettings) -> bool:
@@ -123,7 +123,14 @@ class Suppression:
         return nms.max_detections <= MAX_KEPT
 
     def enqueue(
-        self, stream: Stream, outputs: Mapping[str, DeviceMemory], batch: int, nms: NmsSettings
+        self,
+        stream: Stream,
+        outputs: Mapping[str, DeviceMemory],
+        batch: int,
+        nms: NmsSettings,
+        *,
+        records: int = 0,
+        clip: bool | None = None,
     ) -> None:
         """Put the suppression of a batch on a stream, and the copy of what is kept to the host.
 
@@ -135,6 +142,10 @@ class Suppression:
             outputs: where the engine writes them, by name.
             batch: images in them.
             nms: thresholds that `fits` has accepted.
+            records: address on the GPU of what `letterbox.write_record` wrote of each image.
+            clip: map boxes to those images, cut off at their borders or not (see
+                `Letterbox.to_source`), and leave out those with nothing inside; None: boxes stay in
+                input pixels.
         """
         reading = self._reading
         places = [outputs[name].address for name in reading.tensors]
@@ -166,59 +177,84 @@ class Suppression:
             (
                 *places,
                 *(confidence, nms.iou, low, high, reach, nms.max_detections, self._capacity),
-                *(self._counts.address, self._keys.address, results.address),
+                *(self._counts.address, self._keys.address),
+                *(0 if clip is None else records, bool(clip), results.address),
             ),
         )
         if results is self._results:
-            nbytes = result_dtype(nms.max_detections).itemsize * batch
+            nbytes = result_bytes(nms.max_detections) * batch
             stream.copy_out(self._copy.address, self._results, nbytes)
 
-    def fetch(self, batch: int, nms: NmsSettings) -> Suppressed | None:
+    def fetch(self, batch: int, nms: NmsSettings, clip: bool | None = None) -> Suppressed | None:
         """Return the boxes kept by a run whose stream has been waited for; None without room.
 
-        There is none if an image had more candidates than `Reading.capacity`.
+        There is none if an image had more candidates than `Reading.capacity`. Arguments are those
+        of `enqueue`.
         """
-        results = self._copy.array((batch,), result_dtype(nms.max_detections))
-        return suppressed_of(results, self._capacity, nms)
+        key = batch, nms.max_detections
+        results = self._views.get(key)
+        if results is None:
+            shape = batch, result_bytes(nms.max_detections)
+            content = self._copy.array(shape, np.dtype(np.uint8))
+            results = self._views[key] = results_in(content, nms.max_detections)
+        return suppressed_of(results, self._capacity, nms, clip)
 
     def free(self) -> None:
         """Free the buffers."""
+        self._views.clear()
         for memory in (self._counts, self._keys, self._results, self._copy):
             memory.free()
 
 
-@functools.cache
-def result_dtype(limit: int) -> np.dtype[Any]:
-    """Return the type of an image's results: a header and `limit` rows."""
-    header = [("kept", np.uint32), ("found", np.uint32), ("unused", np.uint32, 2)]
-    return np.dtype([*header, ("rows", _ROW, limit)])
+def result_bytes(limit: int) -> int:
+    """Return the bytes of an image's results, with room for `limit` boxes."""
+    return -(-(_HEADER_BYTES + 28 * limit) // 16) * 16
 
 
-def suppressed_of(results: NDArray[Any], capacity: int, nms: NmsSettings) -> Suppressed | None:
-    """Return a copy of the kernels' results; None if an image's candidates did not fit."""
-    if len(results) == 1:
-        return _suppressed_of_one(results, capacity, nms)
-    # Lists, since for a few images NumPy's calls take longer than what they compute.
-    if max(results["found"].tolist(), default=0) > capacity:
+@dataclass(frozen=True)
+class Results:
+    """A batch's results where the kernels write them."""
+
+    numbers: NDArray[np.uint32]
+    """(batch, 2), how many boxes are kept, and how many candidates there were."""
+    boxes: NDArray[np.float32]
+    """(batch, limit, 4)"""
+    scores: NDArray[np.float32]
+    """(batch, limit)"""
+    classes: NDArray[np.int64]
+    """(batch, limit)"""
+
+
+def results_in(content: NDArray[np.uint8], limit: int) -> Results:
+    """Return the results in memory, uint8 (batch, `result_bytes(limit)`)."""
+    ends = [_HEADER_BYTES + size * limit for size in (0, 16, 24, 28)]
+    parts = [content[:, start:end] for start, end in itertools.pairwise((0, *ends))]
+    return Results(
+        parts[0].view(np.uint32)[:, :2],
+        parts[1].view(np.float32).reshape(-1, limit, 4),
+        parts[3].view(np.float32),
+        parts[2].view(np.int64),
+    )
+
+
+def suppressed_of(
+    results: Results, capacity: int, nms: NmsSettings, clip: bool | None = None
+) -> Suppressed | None:
+    """Return a copy of the kernels' results; None if an image's candidates did not fit.
+
+    Args:
+        results: for the thresholds' `max_detections`.
+        capacity: candidates an image had room for.
+        nms, clip: as they were given to `Suppression.enqueue`.
+    """
+    kept, found = zip(*results.numbers.tolist(), strict=True)
+    if max(found) > capacity:
         return None
-    counts = results["kept"].astype(np.int64)
-    rows = results["rows"][:, : max(counts.tolist(), default=0)].copy()
-    labels = rows["label"].astype(np.int64)
-    return Suppressed(counts, rows["box"], rows["score"], labels, nms)
-
-
-def _suppressed_of_one(results: NDArray[Any], capacity: int, nms: NmsSettings) -> Suppressed | None:
-    """Return the same for one image, by the fewest calls of NumPy, which are what takes time."""
-    numbers = results.view(np.uint32)
-    kept, found = numbers[:2].tolist()
-    if found > capacity:
-        return None
-    first = _HEADER_BYTES // 4
-    rows = numbers[first : first + 6 * kept].copy().reshape(1, kept, 6)
-    values = rows.view(np.float32)
-    labels = rows[..., 5].astype(np.int64)
-    counts = np.array((kept,), np.int64)
-    return Suppressed(counts, values[..., :4], values[..., 4], labels, nms)
+    most = max(kept)
+    boxes, scores, classes = (
+        array[:, :most].copy() for array in (results.boxes, results.scores, results.classes)
+    )
+    return Suppressed(kept, boxes, scores, classes, nms, clip)
 
 
 def float32_thresholds(iou: float) -> tuple[float, float, float]:

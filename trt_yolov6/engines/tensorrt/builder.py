@@ -28,7 +28,7 @@ from trt_yolov6.common.files import write_bytes
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.tensorrt.flavour import Flavour, instance_of, logger_of, one_line
 from trt_yolov6.engines.tensorrt.implicit_int8 import calibrate
-from trt_yolov6.engines.tensorrt.layer_log import inspected
+from trt_yolov6.engines.tensorrt.layer_log import inspected, opened
 from trt_yolov6.engines.tensorrt.weakly_typed import WeakGraph, implicit_graph, weak_graph
 from trt_yolov6.errors import UserError
 
@@ -108,7 +108,8 @@ def build_plan(
     if calibrator is not None:
         calibrator.finish()
     if settings.on_layers is not None:
-        settings.on_layers(logger.layers or inspected(api, plan))
+        engine = None if logger.layers else opened(plan, api)
+        settings.on_layers(inspected(engine, api) if engine else logger.layers)
     if settings.timing_cache is not None:
         write_bytes(settings.timing_cache, bytes(config.get_timing_cache().serialize()))
     return plan
@@ -229,6 +230,9 @@ def _set_profile(
     shapes = [(number, *size) for number in (wanted.min, wanted.opt, wanted.max)]
     profile.set_shape(images.name, *shapes)
     config.add_optimization_profile(profile)
+    # From TensorRT 10 on, profiles are shared anyway.
+    if not has_strong_types(api) and "PROFILE_SHARING_0806" in api.PreviewFeature.__members__:
+        config.set_preview_feature(api.PreviewFeature.__members__["PROFILE_SHARING_0806"], True)
 
 
 def _attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path) -> None:
@@ -334,29 +338,28 @@ class ProgressMonitor(IProgressMonitor):  # API: not tensorrt<10 (8 tells no pro
         self._phases: dict[str, _Phase] = {}
         self._lock = threading.Lock()  # TensorRT reports from several threads
 
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
         try:
             with self._lock:
-                self._phases[phase_name] = _Phase(parent_phase, max(num_steps, 1))
+                yield
         except KeyboardInterrupt:
             self.interrupted = True
 
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        with self._noticing():
+            self._phases[phase_name] = _Phase(parent_phase, max(num_steps, 1))
+
     def step_complete(self, phase_name: str, step: int) -> bool:
-        try:
-            with self._lock:
-                if phase_name in self._phases:
-                    self._phases[phase_name].done = step + 1
-                    self._show()
-        except KeyboardInterrupt:
-            self.interrupted = True
+        with self._noticing():
+            if phase_name in self._phases:
+                self._phases[phase_name].done = step + 1
+                self._show()
         return not self.interrupted
 
     def phase_finish(self, phase_name: str) -> None:
-        try:
-            with self._lock:
-                self._phases.pop(phase_name, None)
-        except KeyboardInterrupt:
-            self.interrupted = True
+        with self._noticing():
+            self._phases.pop(phase_name, None)
 
     def _show(self) -> None:
         roots = [name for name, phase in self._phases.items() if phase.parent is None]

@@ -51,6 +51,7 @@ class ContextSettings:
     record_graph: runs are recorded as CUDA graphs by this package; False: TensorRT-RTX does it, or
         nobody.
     launches_graphs: runs are launched as CUDA graphs, whoever records them.
+    compiles_batch_sizes: kernels are compiled for each batch size, which takes seconds.
     after_first_run: called whenever a batch size has run for the first time, and at the end.
     """
 
@@ -58,6 +59,7 @@ class ContextSettings:
     make_config_for_recording: MakeConfig | None = None
     record_graph: bool = False
     launches_graphs: bool = False
+    compiles_batch_sizes: bool = False
     after_first_run: Callable[[], None] = lambda: None
 
 
@@ -116,6 +118,13 @@ class TensorRTEngine(Engine):
         self._runtime, engine = _deserialize(flavour, path, device)
         self._engine = engine
         self._read_tensors(engine)
+        if self._contexts.compiles_batch_sizes:
+            self.batch_steps = self.batch.steps()
+        # Plans have one profile.
+        self._one_context = not flavour.shares_profiles and not self.batch.is_static
+        if self._one_context:
+            self.in_flight = 1
+            self._pictures_missing = True
         make_config = self._contexts.make_config
         self._plan = LanePlan(
             flavour=flavour,
@@ -184,6 +193,7 @@ class TensorRTEngine(Engine):
         placed: Sequence[Letterbox],
         nms: NmsSettings,
         *,
+        clip: bool | None = None,
         rows: int | None = None,
         after: Event | None = None,
         patient: bool = False,
@@ -195,7 +205,7 @@ class TensorRTEngine(Engine):
         check_batch(self, rows)
         try:
             return pictures.start(
-                images, placed, rows, nms, after=after, patient=patient, done=self._ran
+                images, placed, rows, nms, clip=clip, after=after, patient=patient, done=self._ran
             )
         except OutOfGpuMemoryError as error:
             raise self._does_not_fit(error) from error
@@ -335,6 +345,11 @@ class TensorRTEngine(Engine):
         )
 
     def _new_lane(self) -> Lane:
+        if self._one_context and self._lanes:
+            raise UserError(
+                f"{self._flavour} runs one batch of {self.path} at a time, as its batch axis is "
+                "free; build it for a fixed batch to run several."
+            )
         try:
             lane = Lane(self._plan, self._pinned)
         except OutOfGpuMemoryError as error:

@@ -47,14 +47,15 @@ class EngineLayer:
     """Names of the ONNX nodes in it."""
 
 
-def inspected(api: trt.Api, plan: bytes) -> str:
-    """Return TensorRT's inspector's JSON on a plan's layers; needs the plan's GPU."""
-    runtime = api.Runtime(logger_of(api))
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        return ""
+def inspected(engine: trt.ICudaEngine, api: trt.Api) -> str:
+    """Return TensorRT's inspector's JSON on the layers of an engine."""
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(api.LayerInformationFormat.JSON))
+
+
+def opened(plan: bytes, api: trt.Api) -> trt.ICudaEngine | None:
+    """Return the engine of a plan; needs the plan's GPU. None where it does not open."""
+    return api.Runtime(logger_of(api)).deserialize_cuda_engine(plan)
 
 
 def inspector_layers(text: str) -> list[Any]:

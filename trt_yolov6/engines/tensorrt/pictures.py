@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,9 @@ _STAGE_RUNS = 30
 
 Image = NDArray[np.uint8] | ImageView
 """uint8 (height, width, 3) RGB in the host's memory, or a view of one on the GPU."""
+
+_Key: TypeAlias = "tuple[int, NmsSettings, bool | None]"
+"""Rows, thresholds and `clip` of a recorded run."""
 
 
 class Pictures:
@@ -85,6 +88,7 @@ class Pictures:
         rows: int,
         nms: NmsSettings,
         *,
+        clip: bool | None = None,
         after: Event | None = None,
         patient: bool = False,
         done: Callable[[int], None] = lambda rows: None,
@@ -96,17 +100,18 @@ class Pictures:
             placed: where each goes in the input.
             rows: of the engine's batch; those without an image are zero.
             nms: thresholds.
+            clip: see `Engine.start_images`.
             after: an event on the GPU that the images are there after.
             patient: wait for the run without using a core, a few microseconds longer.
             done: called with `rows` when the run has been waited for.
         """
         lane = self._idle.popleft() if self._idle else self._new_lane()
         try:
-            lane.start(images, placed, rows, nms, after, patient)
+            lane.start(images, placed, rows, nms, clip, after, patient)
         except BaseException:
             self._idle.append(lane)
             raise
-        return _PictureRun(lane, self._idle.append, patient, functools.partial(done, rows))
+        return _PictureRun(lane, self._idle.append, patient, done)
 
     def stage_seconds(
         self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
@@ -158,8 +163,8 @@ class PictureLane:
         self._written = PinnedMemory(nbytes)
         self._table = self._written.array((nbytes,), np.dtype(np.uint8))
         self._sent_alike: tuple[list[int], int, Letterbox] | None = None
-        self._graphs: dict[tuple[int, NmsSettings], CudaGraph] = {}
-        self._warm: set[tuple[int, NmsSettings]] = set()
+        self._graphs: dict[_Key, CudaGraph] = {}
+        self._warm: set[_Key] = set()
         self._generation = lane.prepare(largest)
         self._records_graphs = plan.record_graph and lane.can_be_recorded
         self._suppression: Suppression | None = None
@@ -167,9 +172,10 @@ class PictureLane:
             self._suppression = Suppression(plan.reading, largest)
         self._end = Event()
         self._in_use: Any = None
-        self._rows = largest
-        self._nms: NmsSettings | None = None
+        self._key: _Key = (largest, NmsSettings(), None)
         self._is_suppressed = False
+        self._graph: CudaGraph | None = None
+        """The recorded run of `_key`, where boxes are suppressed."""
 
     def start(
         self,
@@ -177,14 +183,36 @@ class PictureLane:
         placed: Sequence[Letterbox],
         rows: int,
         nms: NmsSettings,
+        clip: bool | None,
         after: Event | None,
         patient: bool,
     ) -> None:
         """Put a batch on the lane's stream."""
         stream = self._lane.stream
         self._in_use = images
+        if len(images) == 1 and not isinstance(images[0], ImageView):
+            (place,) = placed
+            stay = place.resized == place.source
+            address, step = self._staging.place_one(images[0], stream, stay=stay)
+            self._send_alike([address], step, place)
+        else:
+            self._send_several(images, placed)
+        if after is not None:
+            stream.wait_for(after)
+        key = rows, nms, clip
+        if self._graph is not None and key == self._key:
+            self._graph.launch(stream)
+        else:
+            self._key = key
+            self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
+            self._launch(key)
+        if patient:
+            self._end.record(stream)
+
+    def _send_several(self, images: Sequence[Image], placed: Sequence[Letterbox]) -> None:
+        """Have images and their places on the GPU."""
         here = [image for image in images if not isinstance(image, ImageView)]
-        addresses, step = self._staging.place(here, stream, stay=_stays(placed))
+        addresses, step = self._staging.place(here, self._lane.stream)
         if here and len(here) == len(placed) and _are_alike(images, placed):
             self._send_alike(addresses, step, placed[0])
         else:
@@ -195,13 +223,11 @@ class PictureLane:
                     image = ImageView(next(sent), height, width, 3 * width, 3, step)
                 write_record(self._table, row, image, place, self._interpolation)
             self._send_records(len(images))
-        if after is not None:
-            stream.wait_for(after)
-        self._rows, self._nms = rows, nms
-        self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
-        self._launch((rows, nms))
-        if patient:
-            self._end.record(stream)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that was started last."""
+        return self._key[0]
 
     def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the batch and return its boxes, or the outputs where they are not suppressed."""
@@ -213,11 +239,10 @@ class PictureLane:
                 lane.stream.wait()
             if self._is_suppressed:
                 assert self._suppression is not None
-                assert self._nms is not None
-                found = self._suppression.fetch(self._rows, self._nms)
+                found = self._suppression.fetch(*self._key)
                 if found is not None:
                     return found
-                self._prepare(self._rows)
+                self._prepare(self._key[0])
                 lane.copy_outputs()
                 lane.stream.wait()
             return lane.results()
@@ -230,7 +255,7 @@ class PictureLane:
         """Return the median seconds of each stage alone; the images are placed first."""
         rows, lane = len(images), self._lane
         stream = lane.stream
-        self.start(images, placed, rows, nms, None, False)
+        self.start(images, placed, rows, nms, True, None, False)
         self.finish(patient=False)
         here = [image for image in images if not isinstance(image, ImageView)]
 
@@ -242,11 +267,11 @@ class PictureLane:
             self._kernel.enqueue(stream, self._records.address, target, rows)
 
         def suppression() -> None:
-            self._take_boxes(rows, nms)
+            self._take_boxes(self._key)
 
         last = "suppression and copy back" if self._is_suppressed else "copy of all outputs"
         stages: dict[str, Callable[[], None]] = {
-            **({"copy to the GPU": copy} if here and not _stays(placed) else {}),
+            **({} if not here or _stays(placed) else {"copy to the GPU": copy}),
             "letterbox": self._recorded(letterbox),
             "engine": self._recorded(lane.run),
             last: self._recorded(suppression),
@@ -297,7 +322,7 @@ class PictureLane:
         self._written.free()
         self._lane.close()
 
-    def _launch(self, key: tuple[int, NmsSettings]) -> None:
+    def _launch(self, key: _Key) -> None:
         """Put everything after the images' copy on the stream, as one graph from the second time.
 
         The first time is for what TensorRT does only once.
@@ -315,6 +340,7 @@ class PictureLane:
             except UserError:  # a layer that cannot be recorded: nothing is lost but speed
                 self._records_graphs = False
                 graph = None
+        self._graph = graph if self._is_suppressed else None
         if graph is not None:
             graph.launch(self._lane.stream)
         else:
@@ -328,18 +354,20 @@ class PictureLane:
             self._forget_graphs()
             self._generation = generation
 
-    def _enqueue(self, key: tuple[int, NmsSettings]) -> None:
-        rows, nms = key
+    def _enqueue(self, key: _Key) -> None:
+        rows = key[0]
         lane = self._lane
         self._kernel.enqueue(lane.stream, self._records.address, lane.input_memory.address, rows)
         lane.run()
-        self._take_boxes(rows, nms)
+        self._take_boxes(key)
 
-    def _take_boxes(self, rows: int, nms: NmsSettings) -> None:
+    def _take_boxes(self, key: _Key) -> None:
         lane = self._lane
         if self._is_suppressed:
             assert self._suppression is not None
-            self._suppression.enqueue(lane.stream, lane.output_memory, rows, nms)
+            rows, nms, clip = key
+            outputs, records = lane.output_memory, self._records.address
+            self._suppression.enqueue(lane.stream, outputs, rows, nms, records=records, clip=clip)
         else:
             lane.copy_outputs()
 
@@ -347,13 +375,12 @@ class PictureLane:
         for graph in self._graphs.values():
             graph.free()
         self._graphs.clear()
+        self._graph = None
         self._warm.clear()
 
 
 def _are_alike(images: Sequence[Image], placed: Sequence[Letterbox]) -> bool:
     """Return whether images, none of them a view, are of one size and go to the same place."""
-    if len(images) == 1:
-        return True
     same_place = placed.count(placed[0]) == len(images)
     return same_place and len({image.shape for image in images}) == 1
 
@@ -375,7 +402,7 @@ class _PictureRun(Run):
         lane: PictureLane,
         give_back: Callable[[PictureLane], None],
         patient: bool,
-        done: Callable[[], None],
+        done: Callable[[int], None],
     ) -> None:
         self._lane: PictureLane | None = lane
         self._give_back = give_back
@@ -389,7 +416,7 @@ class _PictureRun(Run):
             return lane.finish(self._patient)
         finally:
             self._give_back(lane)
-            self._done()
+            self._done(lane.rows)
 
 
 def pictures_of(

@@ -73,13 +73,12 @@ def _open_plan(path: Path, api: trt.Api) -> tuple[tuple[TensorInfo, ...], tuple[
     """Deserialize a plan and list its inputs, outputs and layers; needs the GPU it is for."""
     from trt_yolov6.engines.cuda import device as cuda_device
     from trt_yolov6.engines.tensorrt.flavour import logger_of
-    from trt_yolov6.engines.tensorrt.layer_log import inspector_layers
+    from trt_yolov6.engines.tensorrt.layer_log import inspected, inspector_layers, opened
 
     cuda_device.current_device()
     logger = logger_of(api)
     logger.clear()
-    runtime = api.Runtime(logger)
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    engine = opened(path.read_bytes(), api)
     if engine is None:
         raise RuntimeError(logger.reason())
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -91,11 +90,9 @@ def _open_plan(path: Path, api: trt.Api) -> tuple[tuple[TensorInfo, ...], tuple[
         )
         for name in names
     )
-    inspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(api.LayerInformationFormat.JSON)
     # With detailed profiling a layer is an object, else only its name.
     layers = tuple(
         str(layer.get("Name", layer)) if isinstance(layer, dict) else str(layer)
-        for layer in inspector_layers(text)
+        for layer in inspector_layers(inspected(engine, api))
     )
     return tensors, layers

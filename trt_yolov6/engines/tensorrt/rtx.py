@@ -53,6 +53,13 @@ TARGETS: dict[str, tuple[str, ...]] = {
 them. Which of the names a version of TensorRT-RTX builds for, `targets()` says.
 """
 
+_REFUSED = {
+    "timing_cache": "`timing_cache` is for TensorRT: TensorRT-RTX times nothing when it builds",
+    "calibration": "TensorRT-RTX has no calibrators, as TensorRT up to version 10 has",
+    "tactic_sources": "`tactic_sources` is for TensorRT: TensorRT-RTX has kernels of its own only",
+}
+"""Settings that it cannot honour, and why."""
+
 # Seen with 1.6.1 and 1.7.1: "has no runners that implement it", for every target.
 _DATA_DEPENDENT = {"NonMaxSuppression", "NonZero"}
 
@@ -90,21 +97,9 @@ def check(settings: BuildSettings) -> None:
     in FP8, or a timing cache.
     """
     flavour = _flavour()
-    if settings.timing_cache is not None:
-        raise UserError(
-            "`timing_cache` is for `backend` tensorrt: TensorRT-RTX times nothing when it builds; "
-            "leave the option out.",
-        )
-    if settings.calibration is not None:
-        raise UserError(
-            "TensorRT's own calibration is for `backend` tensorrt up to version 10: TensorRT-RTX "
-            "has no calibrators; build from the graph with Q/DQ nodes (int8) instead.",
-        )
-    if settings.tactic_sources is not None:
-        raise UserError(
-            "`tactic_sources` is for `backend` tensorrt: TensorRT-RTX has kernels of its own only; "
-            "leave the option out.",
-        )
+    for name, why in _REFUSED.items():
+        if getattr(settings, name) is not None:
+            raise UserError(f"{why}; leave the option out, or give `backend` tensorrt.")
     capabilities = _capabilities(flavour, settings.target)
     if settings.fp8:
         _check_fp8(settings.target, capabilities)
@@ -136,19 +131,14 @@ def _forget_failure(flavour: Flavour, set_target: Callable[[trt.IBuilderConfig],
     After a build that failed for a T4, TensorRT-RTX 1.7 gives the next one in the process, for
     Ada, the layers that it has for a T4, most of them in float.
     """
-    from onnx import TensorProto, helper
+    import onnx.parser
 
     from trt_yolov6.engines.tensorrt.builder import build_plan
 
-    image, result = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 32, 32])
-        for name in ("images", "result")
-    )
-    node = helper.make_node("Relu", ["images"], ["result"], "relu")
-    model = helper.make_model(
-        helper.make_graph([node], "one_operator", [image], [result]),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=9,
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 17]>
+        one_operator (float[1, 3, 32, 32] images) => (float[1, 3, 32, 32] result)
+        { result = Relu(images) }"""
     )
     with contextlib.suppress(UserError):
         settings = BuildSettings(BatchProfile(1, 1, 1), progress=False)
@@ -173,6 +163,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         make_config,
         make_config_for_recording=_runtime_config(flavour.api, cache, False),
         launches_graphs=options.cuda_graph,
+        compiles_batch_sizes=True,
         after_first_run=cache.save,
     )
     return TensorRTEngine(flavour, path, manifest, contexts, options)

@@ -10,7 +10,7 @@ it stops at the usual ones (seen in 8.6.0 on an H100):
   values, and computes in half precision.
 - A multiplication by a constant per channel before a QuantizeLinear ends in `mergeScales: Assertion
   equalOrZero`. A division by the reciprocals does not.
-- A multiplication of a dequantized tensor by one number (the shortcuts of M and L) ends in
+- A multiplication of a dequantized tensor by one number (the shortcuts of L) ends in
   `chooseHigherPrecision: Assertion`, also as a division, with the number in the scale, or with both
   terms of the sum dequantized. It reads what the pair quantizes instead, so the shortcut is not
   rounded to INT8.
@@ -36,10 +36,15 @@ from trt_yolov6.graph.editing import (
     set_initializers,
     set_nodes,
 )
-from trt_yolov6.graph.index import GraphIndex, attributes, tensor_value, types_of
+from trt_yolov6.graph.index import (
+    GraphIndex,
+    attributes,
+    nodes_after_layers,
+    tensor_value,
+    types_of,
+)
 from trt_yolov6.graph.operators import CONVOLUTIONS, MOVING_OPS, QDQ_OPS
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
-from trt_yolov6.graph.tail import nodes_after_layers
 
 if TYPE_CHECKING:
     import onnx
@@ -171,25 +176,17 @@ def split_pools(model: onnx.ModelProto) -> None:
         top, left, bottom, right = given.get("pads", [0, 0, 0, 0])
         name = node.name or node.output[0]
         between = f"{node.output[0]}/columns"
+        halves = (
+            ("columns", node.input[0], between, [kernel[0], 1], [top, 0, bottom, 0]),
+            ("rows", between, node.output[0], [1, kernel[1]], [0, left, 0, right]),
+        )
         graph.replace(
             [node],
             [
                 helper.make_node(
-                    "MaxPool",
-                    [node.input[0]],
-                    [between],
-                    f"{name}/columns",
-                    kernel_shape=[kernel[0], 1],
-                    pads=[top, 0, bottom, 0],
-                ),
-                helper.make_node(
-                    "MaxPool",
-                    [between],
-                    [node.output[0]],
-                    f"{name}/rows",
-                    kernel_shape=[1, kernel[1]],
-                    pads=[0, left, 0, right],
-                ),
+                    "MaxPool", [read], [made], f"{name}/{half}", kernel_shape=shape, pads=pads
+                )
+                for half, read, made, shape, pads in halves
             ],
         )
     graph.write()
@@ -324,7 +321,7 @@ def _is_bare(graph: _Graph, node: onnx.NodeProto) -> bool:
 
 def _join(graph: _Graph, layers: Sequence[QuantizedLayer]) -> None:
     """Replace the first of several layers that read one tensor by one convolution and a Split."""
-    from onnx import helper
+    from onnx.helper import make_node
 
     members = [layer.node for layer in layers]
     first = members[0]
@@ -350,31 +347,19 @@ def _join(graph: _Graph, layers: Sequence[QuantizedLayer]) -> None:
         ]
     ).astype(np.float32)
     sizes = graph.constant(f"{output}/sizes", np.array(counts))
-    convolution = helper.make_node(
-        "Conv",
-        [first.input[0], f"{output}/weight", graph.constant(f"{output}/bias", bias)],
-        [output],
-        name,
-    )
+    weight = f"{output}/weight"
+    bias_name = graph.constant(f"{output}/bias", bias)
+    outputs = [node.output[0] for node in members]
+    read = [first.input[0], weight, bias_name]
+    convolution = make_node("Conv", read, [output], name)
     convolution.attribute.extend(first.attribute)
+    stored = [codes, scale, zero]
     graph.replace(
         members,
         [
-            helper.make_node(
-                "DequantizeLinear",
-                [codes, scale, zero],
-                [f"{output}/weight"],
-                f"{output}/dequantize",
-                axis=0,
-            ),
+            make_node("DequantizeLinear", stored, [weight], f"{output}/dequantize", axis=0),
             convolution,
-            helper.make_node(
-                "Split",
-                [output, sizes],
-                [node.output[0] for node in members],
-                f"{output}/split",
-                axis=1,
-            ),
+            make_node("Split", [output, sizes], outputs, f"{output}/split", axis=1),
         ],
     )
 

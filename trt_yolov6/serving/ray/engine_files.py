@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_yolov6.common.files import sha256_bytes, sha256_file
+from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine, EngineFacts, LoadOptions
-from trt_yolov6.engines.manifest import manifest_of, read_manifest
-from trt_yolov6.errors import UserError
+from trt_yolov6.engines.manifest import check_plan, manifest_of, read_manifest
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,13 @@ class EngineFiles:
 
     path: Path
     """Absolute, on the machine that starts the job."""
-    plan: bytes
-    manifest_name: str | None
-    manifest: bytes
+    contents: Mapping[str, bytes]
+    """By file name: the plan, and its manifest if it has one."""
 
     @property
     def sha256(self) -> str:
         """The hash of the plan, in hexadecimal."""
-        return sha256_bytes(self.plan)
+        return sha256_bytes(self.contents[self.path.name])
 
 
 def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineFiles, EngineFacts]:
@@ -45,28 +44,22 @@ def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineF
         with load_engine(path, backend, options) as engine:
             facts = engine.facts
         plan = _with_weights(path) if path.suffix == ".onnx" else path.read_bytes()
-        return EngineFiles(path, plan, None, b""), facts
-    plan = path.read_bytes()
-    if sha256_bytes(plan) != manifest.plan_sha256:
-        raise UserError(
-            f"{path} is not the file its manifest describes (cut short, or replaced); build it "
-            "again with `trt-yolov6 build`."
-        )
+        return EngineFiles(path, {path.name: plan}), facts
+    check_plan(path, manifest)
     found = manifest_of(path)
     assert found is not None
     ran_by = manifest.backend if backend == "auto" else backend
     facts = EngineFacts(path.name, manifest.detector, manifest.precision, ran_by)
-    return EngineFiles(path, plan, found.name, found.read_bytes()), facts
+    return EngineFiles(path, {one.name: one.read_bytes() for one in (path, found)}), facts
 
 
 def load_here(
-    files: EngineFiles, sha256: str, backend: str, options: LoadOptions
+    files: EngineFiles, backend: str, options: LoadOptions
 ) -> tuple[Engine, tempfile.TemporaryDirectory[str] | None]:
     """Load an engine on this machine.
 
     Args:
         files: the engine.
-        sha256: of its plan.
         backend, options: as for `load_engine`.
 
     Returns:
@@ -76,25 +69,19 @@ def load_here(
     Raises:
         UserError: see `load_engine`.
     """
-    if _is_the_same(files, sha256):
+    if _is_here(files):
         return load_engine(files.path, backend, options), None
     folder = tempfile.TemporaryDirectory(prefix="trt-yolov6-", ignore_cleanup_errors=True)
-    copy = Path(folder.name) / files.path.name
-    copy.write_bytes(files.plan)
-    if files.manifest_name is not None:
-        copy.with_name(files.manifest_name).write_bytes(files.manifest)
-    return load_engine(copy, backend, options), folder
+    for name, content in files.contents.items():
+        Path(folder.name, name).write_bytes(content)
+    return load_engine(Path(folder.name, files.path.name), backend, options), folder
 
 
-def _is_the_same(files: EngineFiles, sha256: str) -> bool:
+def _is_here(files: EngineFiles) -> bool:
     try:
-        if not files.path.is_file() or sha256_file(files.path) != sha256:
-            return False
         found = manifest_of(files.path)
-        name = None if found is None else found.name
-        return name == files.manifest_name and (
-            found is None or found.read_bytes() == files.manifest
-        )
+        own = [files.path] if found is None else [files.path, found]
+        return files.contents == {path.name: path.read_bytes() for path in own}
     except OSError:
         return False
 

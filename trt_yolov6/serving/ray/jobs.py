@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from trt_yolov6.common.files import one_writer
 from trt_yolov6.common.progress import progress_bar
-from trt_yolov6.data.coco import CocoDataset, CocoImage
+from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.data.letterbox import resolve_border
 from trt_yolov6.engines.base import EngineFacts, LoadOptions
 from trt_yolov6.errors import UserError
@@ -24,10 +24,10 @@ from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
 from trt_yolov6.serving.ray.detector import (
     Detector,
     FoundInBlock,
+    Item,
     Work,
-    block_of,
-    dataset_rows,
-    picture_rows,
+    table_of,
+    values_of,
 )
 from trt_yolov6.serving.ray.engine_files import EngineFiles, read_engine
 from trt_yolov6.serving.ray.parts import (
@@ -41,16 +41,10 @@ from trt_yolov6.serving.ray.parts import (
 from trt_yolov6.serving.ray.pictures import RemotePicture, find_pictures, is_address
 from trt_yolov6.spec import NmsSettings, PredictOptions
 
-if TYPE_CHECKING:
-    import pyarrow
-
 MOST_IN_A_BLOCK = 256
 """Pictures an actor does together: what is done again when its machine dies, twice that at most."""
 
 FAILURES_FILE = "failures.jsonl"
-
-
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -70,22 +64,22 @@ class RaySummary:
     """Summary of an `infer_on_ray` run."""
 
     output: str
-    parts: int
-    """Files of results in the folder now."""
-    images: int
-    """Pictures done by this run."""
     done_before: int
     """Pictures that earlier runs had done."""
-    objects: int
+    parts: int = 0
+    """Files of results in the folder now."""
+    images: int = 0
+    """Pictures done by this run."""
+    objects: int = 0
     """Found by this run."""
-    failures: tuple[tuple[str, str], ...]
+    failures: tuple[tuple[str, str], ...] = ()
     """Pictures that could not be read, each with why; the next run tries them again."""
-    warnings: tuple[str, ...]
-    actors: Actors | None
+    warnings: tuple[str, ...] = ()
+    actors: Actors | None = None
     """None where there was nothing left to do."""
-    start_seconds: float
+    start_seconds: float = 0.0
     """Until the first results came: Ray, the actors, and one block."""
-    wall_seconds: float
+    wall_seconds: float = 0.0
 
 
 def infer_on_ray(
@@ -137,18 +131,7 @@ def infer_on_ray(
         open_job(folder, job)
         done = set(files_in(folder))
         left = [picture for picture in pictures if picture.name not in done]
-        summary = RaySummary(
-            output=folder.place,
-            parts=0,
-            images=0,
-            done_before=len(pictures) - len(left),
-            objects=0,
-            failures=(),
-            warnings=(),
-            actors=None,
-            start_seconds=0.0,
-            wall_seconds=0.0,
-        )
+        summary = RaySummary(folder.place, done_before=len(pictures) - len(left))
         if left:
             with PartWriter(folder, form) as writer:
                 summary = _infer(files, facts, predict, left, writer, options, summary)
@@ -182,24 +165,22 @@ def _infer(
     with bar, connected(options.address) as ray:
         actors = _actors(ray, facts, options)
         work = _work(ray, files, predict, actors, options, is_evaluation=False)
-        rows = [(index, one.store, one.path) for index, one in enumerate(pictures)]
-        for block in _blocks(ray, work, actors, rows, picture_rows):
+        for block in _blocks(ray, work, actors, list(enumerate(pictures))):
             first = first or time.perf_counter() - start
             notes |= dict.fromkeys(block.notes)
+            # A block that was computed twice, because its machine died, counts once.
+            failures |= {index: why for index, why in block.failures if index not in written}
             for one in block.pictures:
-                # A block that was computed twice, because its machine died, counts once.
-                if one.index in written or one.index in failures:
-                    continue
-                bar.update()
-                if one.error is not None:
-                    failures[one.index] = one.error
+                if one.index in written:
                     continue
                 written.add(one.index)
+                failures.pop(one.index, None)
                 objects += len(one.detections)
                 height, width = one.size
                 found = described(one.detections, facts.class_names)
                 record = {"file": pictures[one.index].name, "width": width, "height": height}
                 writer.add({**record, "detections": found})
+            bar.update(before + len(written) + len(failures) - bar.n)
             writer.flush_if_due()
     missing = len(pictures) - len(written) - len(failures)
     if missing:
@@ -242,17 +223,25 @@ def evaluate_on_ray(
     """
     files, facts = read_engine(Path(engine), options.backend, options.load)
     predict = _resolved(predict, facts, NmsSettings())
-    images = dataset.images
+    images = [dataclasses.replace(one, path=one.path.absolute()) for one in dataset.images]
 
     def found() -> Iterator[FoundBatch]:
         seen: set[int] = set()
         with connected(options.address) as ray:
             actors = _actors(ray, facts, options)
             work = _work(ray, files, predict, actors, options, is_evaluation=True)
-            for block in _blocks(ray, work, actors, list(enumerate(images)), dataset_rows):
+            for block in _blocks(ray, work, actors, list(enumerate(images))):
                 fresh = [one for one in block.pictures if one.index not in seen]
                 seen.update(one.index for one in fresh)
-                yield _found_batch(images, block, fresh)
+                yield FoundBatch(
+                    images=tuple(dataset.images[one.index] for one in fresh),
+                    detections=tuple(one.detections for one in fresh),
+                    notes=block.notes,
+                    read_seconds=block.read_seconds,
+                    preprocess_seconds=block.preprocess_seconds,
+                    inference_seconds=block.inference_seconds,
+                    postprocess_seconds=block.postprocess_seconds,
+                )
         if len(seen) < len(images):
             raise UserError(f"Ray lost {len(images) - len(seen)} images; start it again.")
 
@@ -262,20 +251,6 @@ def evaluate_on_ray(
         found(),
         progress=options.progress,
         confusion=confusion,
-    )
-
-
-def _found_batch(
-    images: Sequence[CocoImage], block: FoundInBlock, fresh: Sequence[Any]
-) -> FoundBatch:
-    return FoundBatch(
-        images=tuple(images[one.index] for one in fresh),
-        detections=tuple(one.detections for one in fresh),
-        notes=block.notes,
-        read_seconds=block.read_seconds,
-        preprocess_seconds=block.preprocess_seconds,
-        inference_seconds=block.inference_seconds,
-        postprocess_seconds=block.postprocess_seconds,
     )
 
 
@@ -305,7 +280,6 @@ def _work(
 ) -> Work:
     return Work(
         engine=ray.put(files),
-        sha256=files.sha256,
         backend=options.backend,
         options=dataclasses.replace(options.load, threads=max(1, actors.cpus)),
         predict=dataclasses.replace(predict, workers=max(1, actors.cpus), clip=not is_evaluation),
@@ -313,32 +287,19 @@ def _work(
     )
 
 
-def _blocks(
-    ray: Any,
-    work: Work,
-    actors: Actors,
-    rows: Sequence[Row],
-    table_of: Callable[[Sequence[Row]], pyarrow.Table],
-) -> Iterator[FoundInBlock]:
+def _blocks(ray: Any, work: Work, actors: Actors, items: Sequence[Item]) -> Iterator[FoundInBlock]:
     """Yield what the actors find, block by block, in the order in which they are done.
-
-    Args:
-        ray: the module, connected.
-        work: for the actors.
-        actors: how many.
-        rows: of all pictures.
-        table_of: makes the table of a block, which tells an actor what to read.
 
     Raises:
         UserError: an actor says that the job cannot be done.
     """
     # Small enough that the last blocks end together, and that a death costs little.
-    size = max(1, min(MOST_IN_A_BLOCK, -(-len(rows) // (8 * actors.count))))
-    tables = [table_of(rows[first : first + size]) for first in range(0, len(rows), size)]
+    size = max(1, min(MOST_IN_A_BLOCK, -(-len(items) // (8 * actors.count))))
+    tables = [table_of(items[first : first + size]) for first in range(0, len(items), size)]
     found = ray.data.from_arrow(tables).map_batches(
         Detector,
         fn_constructor_args=(work,),
-        batch_size=None,
+        batch_size=1,  # a block; Ray wants a number where there are GPUs
         batch_format="pyarrow",
         zero_copy_batch=True,
         # So few at the start that a job begins although machines are still coming up.
@@ -349,10 +310,10 @@ def _blocks(
         num_gpus=actors.gpus or None,
     )
     for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
-        block = block_of(table)
-        if block.fault is not None:
-            raise UserError(block.fault)
-        yield block
+        for block in values_of(table):
+            if block.fault is not None:
+                raise UserError(block.fault)
+            yield block
 
 
 def _write_failures(folder: ResultFolder, failures: Sequence[tuple[str, str]]) -> None:

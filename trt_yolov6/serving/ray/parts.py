@@ -6,6 +6,7 @@ so on, in the order in which they were written. A picture is done where a part h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -13,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trt_yolov6.common.closing import Closing
 from trt_yolov6.common.files import write_bytes
-from trt_yolov6.errors import UserError
-from trt_yolov6.serving.ray.pictures import file_system, is_address, read_bytes, store_of
+from trt_yolov6.errors import UserError, first_line
+from trt_yolov6.serving.ray.pictures import file_system, is_address, place_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,60 +40,50 @@ class ResultFolder:
     """The files of a job's folder, by name, on disk or in a store."""
 
     def __init__(self, place: str | Path) -> None:
-        self.place = str(place)
-        self._store = ""
-        self._path = self.place
-        if is_address(self.place):
-            self._store, inside = store_of(self.place)
-            base = file_system(self._store)[1]
-            self._path = f"{base}/{inside}" if base or self._store.startswith("file:") else inside
+        from pyarrow.fs import LocalFileSystem
 
-    @property
-    def is_local(self) -> bool:
+        self.place = str(place)
+        self.is_local = not is_address(self.place)
         """True for a folder of the machine that starts the job."""
-        return not self._store
+        if self.is_local:
+            self._system, self._path = LocalFileSystem(), self.place
+        else:
+            store, self._path = place_of(self.place)
+            self._system, _ = file_system(store)
 
     def names(self) -> list[str]:
         """Return the names of the files, sorted; none where there is no folder yet."""
-        if not self._store:
-            folder = Path(self._path)
-            return sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
         from pyarrow.fs import FileSelector
 
-        system, _ = file_system(self._store)
-        try:
-            found = system.get_file_info(FileSelector(self._path, allow_not_found=True))
-        except OSError as error:
-            raise self._fault("listed", error) from error
+        with self._faults("listed"):
+            found = self._system.get_file_info(FileSelector(self._path, allow_not_found=True))
         return sorted(one.base_name for one in found)
 
     def read(self, name: str) -> bytes:
         """Return the content of a file."""
-        if self._store:
-            return read_bytes(self._store, f"{self._path}/{name}")
-        try:
-            return (Path(self._path) / name).read_bytes()
-        except OSError as error:
-            raise self._fault("read", error) from error
+        with self._faults("read"), self._system.open_input_file(f"{self._path}/{name}") as file:
+            content: bytes = file.read()
+        return content
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all."""
-        if not self._store:
+        if self.is_local:
             write_bytes(Path(self._path) / name, content)
             return
-        system, _ = file_system(self._store)
-        try:
-            system.create_dir(self._path, recursive=True)
-            with system.open_output_stream(f"{self._path}/{name}") as stream:
+        with self._faults("written"):
+            self._system.create_dir(self._path, recursive=True)
+            with self._system.open_output_stream(f"{self._path}/{name}") as stream:
                 stream.write(content)
-        except OSError as error:
-            raise self._fault("written", error) from error
 
-    def _fault(self, what: str, error: OSError) -> UserError:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        return UserError(
-            f"{self.place} cannot be {what} ({reason}); check `output` and the right to it."
-        )
+    @contextlib.contextmanager
+    def _faults(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.place} cannot be {what} ({first_line(error, 200)}); check `output` and the "
+                "right to it."
+            ) from error
 
 
 def open_job(folder: ResultFolder, job: dict[str, Any]) -> None:
@@ -155,7 +147,7 @@ def files_in(folder: ResultFolder) -> Iterator[str]:
             ) from error
 
 
-class PartWriter:
+class PartWriter(Closing):
     """Gathers rows and writes them as parts; use it in a `with` block, which writes the last."""
 
     def __init__(
@@ -197,11 +189,8 @@ class PartWriter:
         self.written += 1
         self._rows = []
 
-    def __enter__(self) -> PartWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Also when the job fails: what has been computed is right, and need not be done again.
+    def close(self) -> None:
+        """Write the last part; also when the job fails, as what was computed is right."""
         self.flush()
 
 

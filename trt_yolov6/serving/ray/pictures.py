@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.images import IMAGE_SUFFIXES, list_images, read_image
+from trt_yolov6.data.images import IMAGE_SUFFIXES, read_image
 from trt_yolov6.data.media import Video, find_media
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 
@@ -67,14 +66,6 @@ def find_pictures(source: str | Path) -> tuple[RemotePicture, ...]:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a listing ({error}); check it.") from error
         return _listed(lines, str(path), path.absolute().parent)
-    if path.is_dir():
-        folder = path.absolute()
-        return tuple(
-            RemotePicture(one.relative_to(path).as_posix(), "", str(folder / one.relative_to(path)))
-            for one in list_images(path)
-        )
-    if not path.is_file() and not glob.has_magic(text):
-        raise UserError(f"{text} does not exist; check the path.")
     media = find_media(text)
     if isinstance(media, Video):
         raise UserError(
@@ -149,25 +140,26 @@ def file_system(store: str) -> tuple[Any, str]:
     return system, path.rstrip("/")
 
 
-def store_of(address: str) -> tuple[str, str]:
-    """Split an address into that of its store, which keeps the options, and the path inside."""
+def place_of(address: str) -> tuple[str, str]:
+    """Split an address into that of its store, which keeps the options, and the path there."""
     parts = urlsplit(address)
     store = urlunsplit((parts.scheme.lower(), parts.netloc, "/", parts.query, ""))
-    return store, parts.path.strip("/")
+    inside = parts.path.strip("/")
+    _, base = file_system(store)
+    if not base and store.startswith("file:"):
+        return store, f"/{inside}"
+    return store, "/".join(part for part in (base, inside) if part) or "/"
 
 
 def _below_address(address: str) -> tuple[RemotePicture, ...]:
     from pyarrow.fs import FileSelector, FileType
 
-    store, inside = store_of(address)
-    system, base = file_system(store)
-    place = "/".join(part for part in (base, inside) if part) or "/"
-    if not base and store.startswith("file:"):
-        place = "/" + inside
+    store, place = place_of(address)
+    system, _ = file_system(store)
     try:
         what = system.get_file_info(place)
         if what.type == FileType.File:
-            if PurePosixPath(inside).suffix.lower() in LISTING_SUFFIXES:
+            if PurePosixPath(place).suffix.lower() in LISTING_SUFFIXES:
                 lines = read_bytes(store, place).decode("utf-8").splitlines()
                 return _listed(lines, address, None)
             return (RemotePicture(PurePosixPath(place).name, store, place),)
@@ -202,11 +194,7 @@ def _listed(lines: Sequence[str], listing: str, folder: Path | None) -> tuple[Re
 def _entries(names: Iterable[str], listing: str, folder: Path | None) -> Iterable[RemotePicture]:
     for name in names:
         if is_address(name):
-            store, inside = store_of(name)
-            _, base = file_system(store)
-            local = not base and store.startswith("file:")
-            place = "/" + inside if local else "/".join(part for part in (base, inside) if part)
-            yield RemotePicture(name, store, place)
+            yield RemotePicture(name, *place_of(name))
         elif folder is None and not os.path.isabs(name):
             raise UserError(
                 f"{listing} lists {name}, a relative path; a listing in a store needs addresses "
