@@ -675,7 +675,7 @@ def table_5() -> str:
 
 
 def by_class() -> str:
-    """Return what choices change class by class."""
+    """Return the changes by choices, class by class."""
     data = _ablations()
     if data is None or not data["classes"]:
         return f"{NOT_MEASURED}\n"

@@ -303,6 +303,7 @@ def cpu_suppression() -> str:
         [
             "the sample network" if name == "sample" else f"random boxes, {name}",
             f"{row['candidates']:.0f}",
+            f"{row['suppress_again_ms']:.2f}",
             f"{row['suppress_ms']:.2f}",
             f"{row['suppress_ms_of_the_slowest_image']:.2f}",
             f"{row['postprocess_ms']:.2f}",
@@ -310,8 +311,9 @@ def cpu_suppression() -> str:
         ]
         for name, row in result(CPU_SUPPRESSION)["cpu"].items()
     ]
-    head = ["outputs", "candidates", "suppression", "of the slowest image", "all post-processing"]
-    return markdown([*head, "OpenCV, all candidates"], rows)
+    head = ["outputs", "candidates", "suppression, again at once", "after OpenCV's"]
+    head += ["of the slowest image", "all post-processing", "OpenCV, all candidates"]
+    return markdown(head, rows)
 
 
 QAT = "qat-bccd.json"
@@ -649,7 +651,9 @@ def triton_load(name: str) -> str:
         cells = []
         for entry in TRITON_ENTRIES:
             row = found[entry, count]
-            cells.append(f"{row['per_second']:.1f}, {row['p99']:.1f} s ({row['mean_batch']:.1f})")
+            cells.append(
+                f"{row['per_second']:.1f}, {1e3 * row['p99']:.0f} ms ({row['mean_batch']:.1f})"
+            )
         rows.append([count, *cells])
     head = ["at a time: throughput, p99 (mean batch)", *TRITON_ENTRIES.values()]
     return markdown(head, rows)
@@ -667,7 +671,7 @@ def triton_bench(name: str) -> str:
     return (
         f"Tensors at 16 at a time, over `bench` of the same engine at batch {data['batch']} on the "
         f"same cores, in turns: **{part['ratio']:.2f}** times its throughput, the median of "
-        f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {latency:.2f} s. "
+        f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {1e3 * latency:.0f} ms. "
         "By processor time an image, of server and clients together, it is "
         f"**{part['cpu_ratio']:.2f}** times ({spent[0]:.2f} to {spent[-1]:.2f}).\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import importlib
@@ -19,8 +20,10 @@ import onnx
 import onnxruntime
 import pytest
 from filelock import FileLock
+from support.accuracy import graph_precision
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.graph.model import Graph
 
@@ -121,6 +124,17 @@ def sample_320(make_once: Callable[..., Any]) -> Graph:
     return graph
 
 
+@pytest.fixture(scope="session")
+def sample_320_ap(make_once: Callable[..., Any], sample_320: Graph) -> float:
+    """Its AP on all sample images."""
+
+    def evaluate(folder: Path) -> float:
+        return graph_precision(sample_320.model, folder, load_coco(ROOT / "samples"))
+
+    ap: float = make_once("sample_320_ap", evaluate)
+    return ap
+
+
 @dataclass(frozen=True)
 class Traced:
     """What the package takes of a `torch.onnx.ONNXProgram`."""
@@ -144,6 +158,7 @@ def traced_once(make_once: Callable[..., Any]) -> Iterator[None]:
         yield  # as on a machine that only runs engines
         return
     import torch
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     trace = torch.onnx.export
 
@@ -163,7 +178,10 @@ def traced_once(make_once: Callable[..., Any]) -> Iterator[None]:
         found: Traced = make_once(f"traced/{digest.hexdigest()}", make)
         return found
 
+    # A third of the time of a trace goes into reading the source of the exporter's 500 operators.
+    operators = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", operators)
         patch.setattr(torch.onnx, "export", traced)
         yield
 

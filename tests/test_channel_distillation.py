@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trt_yolov6.training.qat.distillation import channel_divergence, distillation_loss
+from trt_yolov6.training.qat.distillation import channel_divergence
 
 
 def features(seed: int, scale: float = 2.0) -> np.ndarray:
@@ -68,12 +68,8 @@ def test_a_channel_without_spread_blows_nothing_up() -> None:
     assert 0 <= loss.item() < 1e-2
 
 
-def test_the_teacher_gets_no_gradient_and_features_add_up() -> None:
-    own = [torch.tensor(features(seed), requires_grad=True) for seed in (6, 7)]
-    guide = [torch.tensor(features(seed), requires_grad=True) for seed in (8, 9)]
-    loss = distillation_loss(own, guide, 2.0)
-    expected = sum(channel_divergence(a, b, 2.0).item() for a, b in zip(own, guide, strict=True))
-    assert loss.item() == pytest.approx(expected)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert all(item.grad is None for item in guide)
-    assert all(item.grad is not None for item in own)
+def test_the_teacher_gets_no_gradient() -> None:
+    own, guide = (torch.tensor(features(seed), requires_grad=True) for seed in (6, 8))
+    channel_divergence(own, guide, 2.0).backward()  # type: ignore[no-untyped-call]
+    assert guide.grad is None
+    assert own.grad is not None

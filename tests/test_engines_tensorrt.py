@@ -27,7 +27,7 @@ from trt_yolov6.engines.onnxruntime import backend as onnxruntime_backend
 from trt_yolov6.engines.tensorrt import builder as tensorrt_build
 from trt_yolov6.engines.tensorrt import enterprise as tensorrt
 from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
-from trt_yolov6.engines.tensorrt.flavour import one_line
+from trt_yolov6.engines.tensorrt.flavour import Flavour, one_line
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings
 
@@ -197,6 +197,22 @@ def test_a_plan_cannot_be_loaded_without_a_gpu_and_the_reason_is_said(tmp_path: 
     message = refusal(lambda: tensorrt_rtx.load(path, None, LoadOptions()))
     assert "small.trt" in message
     assert "GPU" in message
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "shares"),
+    [
+        ("tensorrt", "8.5.3.1", False),
+        ("tensorrt", "8.6.0", True),
+        ("tensorrt", "10.9.0.34", True),
+        ("tensorrt-rtx", "1.6.1.120", True),
+    ],
+)
+def test_only_before_tensorrt_8_6_do_contexts_not_share_a_profile(
+    backend: str, version: str, shares: bool
+) -> None:
+    api: Any = types.SimpleNamespace(__version__=version)
+    assert Flavour(backend, "TensorRT", api).shares_profiles is shares
 
 
 def test_messages_of_tensorrt_lose_the_places_in_its_source() -> None:

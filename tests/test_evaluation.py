@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from support.pictures import prepared
 from support.tiny_detector import NAMES, SURE, load_named, load_tiny, write_cells
 
 from trt_yolov6.data.coco import CocoDataset, load_coco, read_coco_image
-from trt_yolov6.data.loader import AHEAD, load_batches, to_input
+from trt_yolov6.data.loader import AHEAD, load_batches
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import evaluate
@@ -331,10 +332,10 @@ def test_the_last_batch_is_padded_and_unreadable_items_leave_no_gap() -> None:
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.uint8])
-def test_to_input_lays_images_out_as_the_engine_reads_them(kind: type) -> None:
+def test_images_are_laid_out_as_the_engine_reads_them(kind: type) -> None:
     shape = (None, 3, 8, 16) if kind is np.float32 else (None, 8, 16, 3)
     images = list(np.random.default_rng(0).integers(0, 256, (2, 8, 16, 3)).astype(np.uint8))
-    made = to_input(images, TensorSpec("images", shape, np.dtype(kind)))
+    made = prepared(images, TensorSpec("images", shape, np.dtype(kind)))
     stacked = np.stack(images)
     wanted = stacked.transpose(0, 3, 1, 2) / np.float32(255) if kind is np.float32 else stacked
     assert made.flags.c_contiguous

@@ -16,11 +16,12 @@ from trt_yolov6.models import (
     YOLOv6,
     architecture,
     build_model,
+    fold_shortcuts,
     fuse,
     is_fused,
 )
-from trt_yolov6.models.blocks import ConvBN, QARepConv, RepConv
-from trt_yolov6.models.fusion import fuse_conv_bn, fuse_qarep_conv, fuse_rep_conv
+from trt_yolov6.models.blocks import BottleRep, ConvBN, CSPStack, QARepConv, RepConv
+from trt_yolov6.models.fusion import fuse_normalization, fuse_qarep_conv, fuse_rep_conv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,7 +129,7 @@ def test_a_convolution_folds_as_pytorch_folds_it(bias: bool) -> None:
     block = ConvBN(6, 5, 3, stride=2, act="silu", bias=bias).double().eval()
     randomize_statistics(block)
     expected = fuse_conv_bn_eval(block.conv, block.bn)
-    folded = fuse_conv_bn(block).conv
+    folded = fuse_normalization(block.conv, block.bn, block.act).conv
     assert folded.bias is not None
     assert expected.bias is not None
     torch.testing.assert_close(folded.weight, expected.weight)
@@ -160,5 +161,58 @@ def test_branches_that_are_folded_already_fold_into_one_convolution() -> None:
     expected = block(x)
     for name in ("dense", "pointwise"):
         branch = getattr(block, name)
-        setattr(block, name, fuse_conv_bn(branch))
+        setattr(block, name, fuse_normalization(branch.conv, branch.bn, branch.act))
     torch.testing.assert_close(fuse_rep_conv(block)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def random_stacks(variant: str) -> YOLOv6:
+    """Return a fused network with random shortcut weights, in double precision."""
+    torch.manual_seed(0)
+    model = build_model(narrowed(architecture(variant, 3))).double().eval()
+    randomize_statistics(model)
+    for block in model.modules():
+        if isinstance(block, BottleRep) and block.alpha is not None:
+            block.alpha.data.uniform_(0.8, 1.25)
+    return fuse(model)
+
+
+def weights_of_shortcuts(model: YOLOv6) -> list[float | None]:
+    return [
+        None if block.alpha is None else float(block.alpha.detach())
+        for block in model.modules()
+        if isinstance(block, BottleRep)
+    ]
+
+
+@pytest.mark.parametrize("variant", ["yolov6m", "yolov6l_relu"])
+def test_shortcuts_after_relu_lose_their_weights_and_nothing_else(variant: str) -> None:
+    model = random_stacks(variant)
+    folded = copy.deepcopy(model)
+    fold_shortcuts(folded)
+    assert None not in weights_of_shortcuts(model)
+    assert set(weights_of_shortcuts(folded)) == {None}
+    images = torch.rand(1, 3, 64, 96, dtype=torch.float64)
+    assert largest_difference(model, folded, images) < 1e-9
+
+
+@pytest.mark.parametrize("weight", [-0.5, 0.0, 1e-9, 1e9, float("nan")])
+def test_a_weight_that_cannot_be_divided_by_stays(weight: float) -> None:
+    model = random_stacks("yolov6m")
+    stack = next(module for module in model.modules() if isinstance(module, CSPStack))
+    block = stack.bottlenecks[-1]
+    assert isinstance(block, BottleRep)
+    assert block.alpha is not None
+    block.alpha.data.fill_(weight)
+    before = copy.deepcopy(stack.state_dict())
+    fold_shortcuts(model)
+    after = stack.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) or key.endswith("alpha") for key in before)
+    assert None in weights_of_shortcuts(model), "other stacks are folded"
+
+
+def test_shortcuts_after_another_activation_keep_their_weights() -> None:
+    model = random_stacks("yolov6l")
+    before = weights_of_shortcuts(model)
+    fold_shortcuts(model)
+    assert weights_of_shortcuts(model) == before

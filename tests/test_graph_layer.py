@@ -9,10 +9,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trt_yolov6.graph.cost import Ceilings, layers_of, macs_per_input
 from trt_yolov6.graph.editing import at_opset, drop_unread_initializers, set_nodes, with_outputs
-from trt_yolov6.graph.index import GraphIndex, attribute, attributes, names_read, shapes_of
+from trt_yolov6.graph.index import (
+    GraphIndex,
+    attribute,
+    attributes,
+    layers_after,
+    names_read,
+    nodes_after_layers,
+    shapes_of,
+)
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.graph.reference import is_quantized, reference_session
-from trt_yolov6.graph.tail import layers_after, nodes_after_layers
 
 
 def model(

@@ -18,12 +18,11 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from support.accuracy import first_images, graph_precision
+from support.pictures import prepared
 from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import list_images, read_image
-from trt_yolov6.data.letterbox import letterbox
-from trt_yolov6.data.loader import to_input
 from trt_yolov6.engines import backend
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.errors import UserError
@@ -79,10 +78,7 @@ def sample_graph(sample_320: Graph) -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def sample_ranges(sample_graph: onnx.ModelProto, root: Path) -> dict[str, float]:
     spec = TensorSpec("images", (1, 3, 320, 320), np.dtype(np.float32))
-    images = [
-        to_input([letterbox(read_image(path), (320, 320))[0]], spec)
-        for path in list_images(root / "calib")[:8]
-    ]
+    images = [prepared([read_image(path)], spec) for path in list_images(root / "calib")[:8]]
     return ranges(sample_graph, place(sample_graph).tensors, images)
 
 

@@ -249,7 +249,7 @@ DEGENERATE = torch.tensor(
 def test_degenerate_boxes_give_numbers(kind: Similarity) -> None:
     first = DEGENERATE.clone().requires_grad_()
     second = DEGENERATE.clone().requires_grad_()
-    values = pairwise(first, second, kind)
+    values = similarity(first.unsqueeze(-2), second.unsqueeze(-3), kind)
     assert values.dtype == torch.float32
     assert bool(values.isfinite().all())
     values.sum().backward()  # type: ignore[no-untyped-call]
@@ -274,7 +274,7 @@ def test_half_precision_is_computed_in_float32(kind: Similarity) -> None:
 
 def test_pairwise_is_every_pair() -> None:
     first, second = _random_boxes(6, 0).view(2, 3, 4), _random_boxes(8, 3).view(2, 4, 4)
-    values = pairwise(first, second, "siou")
+    values = siou(first.unsqueeze(-2), second.unsqueeze(-3))
     assert values.shape == (2, 3, 4)
     for image in range(2):
         for i in range(3):

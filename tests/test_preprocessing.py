@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support import pictures
 
-from trt_yolov6.data.loader import fill_row, to_input
+from trt_yolov6.data.loader import fill_row
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing, parse_changes
 from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.errors import UserError
@@ -83,7 +84,7 @@ def test_any_range_is_the_one_of_its_formula(colour: Any, mean: Any, std: Any) -
     wanted = (image.astype(np.float64) - mean) / std
     if colour == "bgr":
         wanted = wanted[..., ::-1]
-    made = to_input([image], spec, how)
+    made = pictures.prepared([image], spec, how)
     np.testing.assert_allclose(made[0], wanted.transpose(2, 0, 1), rtol=1e-5, atol=1e-3)
 
 

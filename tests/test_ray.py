@@ -104,7 +104,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-# On the cluster.
+# On two nodes, until one dies.
 
 
 def test_a_cluster_finds_what_one_process_finds(
@@ -127,18 +127,58 @@ def test_a_cluster_finds_what_one_process_finds(
     assert told == [{"file": name, "error": why}]
 
 
-def test_an_actor_of_a_gpu_finds_what_one_of_a_cpu_finds(
-    cluster: Any, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_evaluation_has_the_ap_of_one_process(cluster: Any, tmp_path: Path) -> None:
+    write_cells(tmp_path / "cells", images=20)
+    dataset = load_coco(tmp_path / "cells")
+    with load_named(tmp_path) as engine:
+        engine.detector = dataclasses.replace(engine.detector, class_names=())  # as in the file
+        expected = evaluate(engine, dataset, progress=False, confusion=True)
+        found = evaluate_on_ray(engine.path, dataset, ANY, confusion=True)
+    assert found.ap == expected.ap
+    assert found.per_class == expected.per_class
+    assert (found.ap50, found.ap75, found.ap_small) == (
+        expected.ap50,
+        expected.ap75,
+        expected.ap_small,
+    )
+    assert found.detections == expected.detections
+    assert found.confusion is not None
+    assert expected.confusion is not None
+    assert np.array_equal(found.confusion, expected.confusion)
+
+
+def test_every_picture_counts_once_although_a_node_dies(
+    cluster: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Ray only counts GPUs: this node has none, and the engine runs on its core.
-    node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
-    monkeypatch.setattr(jobs, "fitting_actors", lambda *_, **__: Actors(1, 1, 1))
-    try:
-        summary = infer_on_ray(tiny, pictures, tmp_path / "out", ANY)
-    finally:
-        cluster.remove_node(node)
-    assert summary.actors == Actors(1, 1, 1)
-    assert summary.images == summary.objects == 30
+    import ray
+
+    folder, out = tmp_path / "many", tmp_path / "out"
+    write_pictures(folder, 40)
+    for source in list(folder.glob("00*.png")):
+        for number in range(50):
+            os.link(source, folder / f"copy{number:02d}_{source.name}")
+    killed_after: list[int] = []
+    add = PartWriter.add
+
+    def add_and_kill(self: PartWriter, row: dict[str, Any]) -> None:
+        add(self, row)
+        killed_after.append(1)
+        if len(killed_after) == 200:
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+    monkeypatch.setattr(PartWriter, "add", add_and_kill)
+    summary = infer_on_ray(tiny, folder, out, ANY)
+    files = Counter(row["file"] for row in rows_of(out))
+    wanted = {path.relative_to(folder).as_posix() for path in folder.rglob("0*.png")}
+    wanted |= {path.name for path in folder.glob("copy*.png")}
+    assert set(files) == wanted
+    assert set(files.values()) == {1}
+    assert summary.images == len(wanted) == len(killed_after)
+    # The head and the node that is left.
+    assert sum(node["Alive"] for node in ray.nodes()) == 2
+
+
+# On the node that is left, with one actor: what follows is the same on any number.
 
 
 def test_a_second_run_does_what_is_left(
@@ -172,26 +212,6 @@ def test_a_second_run_does_what_is_left(
     assert sorted(out.iterdir()) == files
 
 
-def test_an_evaluation_has_the_ap_of_one_process(cluster: Any, tmp_path: Path) -> None:
-    write_cells(tmp_path / "cells", images=20)
-    dataset = load_coco(tmp_path / "cells")
-    with load_named(tmp_path) as engine:
-        engine.detector = dataclasses.replace(engine.detector, class_names=())  # as in the file
-        expected = evaluate(engine, dataset, progress=False, confusion=True)
-        found = evaluate_on_ray(engine.path, dataset, ANY, confusion=True)
-    assert found.ap == expected.ap
-    assert found.per_class == expected.per_class
-    assert (found.ap50, found.ap75, found.ap_small) == (
-        expected.ap50,
-        expected.ap75,
-        expected.ap_small,
-    )
-    assert found.detections == expected.detections
-    assert found.confusion is not None
-    assert expected.confusion is not None
-    assert np.array_equal(found.confusion, expected.confusion)
-
-
 def test_a_mistake_comes_back_as_a_sentence(cluster: Any, tiny: Path, pictures: Path) -> None:
     with pytest.raises(UserError, match=r"takes batches|takes only|not 99999"):
         infer_on_ray(
@@ -203,35 +223,18 @@ def test_a_mistake_comes_back_as_a_sentence(cluster: Any, tiny: Path, pictures: 
         )
 
 
-def test_every_picture_counts_once_although_a_node_dies(
-    cluster: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_actor_of_a_gpu_finds_what_one_of_a_cpu_finds(
+    cluster: Any, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
-    folder, out = tmp_path / "many", tmp_path / "out"
-    write_pictures(folder, 40)
-    for source in list(folder.glob("00*.png")):
-        for number in range(50):
-            os.link(source, folder / f"copy{number:02d}_{source.name}")
-    killed_after: list[int] = []
-    add = PartWriter.add
-
-    def add_and_kill(self: PartWriter, row: dict[str, Any]) -> None:
-        add(self, row)
-        killed_after.append(1)
-        if len(killed_after) == 200:
-            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-
-    monkeypatch.setattr(PartWriter, "add", add_and_kill)
-    summary = infer_on_ray(tiny, folder, out, ANY)
-    files = Counter(row["file"] for row in rows_of(out))
-    wanted = {path.relative_to(folder).as_posix() for path in folder.rglob("0*.png")}
-    wanted |= {path.name for path in folder.glob("copy*.png")}
-    assert set(files) == wanted
-    assert set(files.values()) == {1}
-    assert summary.images == len(wanted) == len(killed_after)
-    # The head and the node that is left.
-    assert sum(node["Alive"] for node in ray.nodes()) == 2
+    # Ray only counts GPUs: this node has none, and the engine runs on its core.
+    node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
+    monkeypatch.setattr(jobs, "fitting_actors", lambda *_, **__: Actors(1, 1, 1))
+    try:
+        summary = infer_on_ray(tiny, pictures, tmp_path / "out", ANY)
+    finally:
+        cluster.remove_node(node)
+    assert summary.actors == Actors(1, 1, 1)
+    assert summary.images == summary.objects == 30
 
 
 def test_local_runs_from_the_command_line_and_listens_on_loopback_alone(
@@ -291,7 +294,8 @@ def test_an_actor_takes_a_gpu_or_a_group_of_cores() -> None:
     assert fit((16, 0)) == Actors(4, 4, 0)
     assert fit((0, 0), (1, 0), (3, 0)) == Actors(4, 1, 0)
     assert fit((8, 0), (6, 0), cores=4) == Actors(3, 4, 0)
-    assert fit((64, 4), (16, 0), gpu=True) == Actors(4, 4, 1)
+    assert fit((64, 4), (16, 0), gpu=True) == Actors(4, 16, 1)
+    assert fit((64, 1), gpu=True) == Actors(1, 16, 1)
     assert fit((4, 4), gpu=True) == Actors(4, 1, 1)
     assert fit((8, 4), gpu=True, cores=4) == Actors(2, 4, 1)
     with pytest.raises(UserError, match="needs a GPU"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
+from trt_yolov6.common.ranges import Count, Positive, ShareBelow1, check_fields, fitting
 from trt_yolov6.common.records import as_record, check_keys, read_yaml
 from trt_yolov6.errors import UserError
 
@@ -84,3 +87,38 @@ def test_yaml_is_read_with_a_byte_order_mark_and_runs_nothing(tmp_path: Path) ->
         read_yaml(file)
     with pytest.raises(UserError, match="cannot be read"):
         read_yaml(tmp_path / "none.yaml")
+
+
+@dataclass(frozen=True)
+class Ranged:
+    epochs: Count = 3
+    rate: Positive | None = None
+    part: ShareBelow1 = 0.5
+    kind: Literal["a", "b"] = "a"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0."),
+        ({"epochs": 2.5}, "`epochs` must be a whole number, got 2.5."),
+        ({"rate": 0.0}, "`rate` must be above 0, got 0.0."),
+        ({"rate": math.inf}, "`rate` must be finite, got inf."),
+        ({"rate": math.nan}, "`rate` must be above 0, got nan."),
+        ({"part": 1}, "`part` must be below 1, got 1."),
+        ({"part": "half"}, "`part` must be a number, got half."),
+        ({"kind": "c"}, "`kind` must be one of a, b, got c."),
+    ],
+)
+def test_a_field_out_of_its_range_is_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        Ranged(**changes)
+    assert str(error.value).startswith(said)
+
+
+def test_fields_within_their_ranges_are_taken() -> None:
+    assert Ranged(np.int64(1), np.float32(0.5), 0, "b").epochs == 1
+    assert fitting("0.25", ShareBelow1, "it", strict=False) == 0.25

@@ -45,6 +45,11 @@ ROOT = Path(__file__).parents[1]
 SHAPES = ((3, 8, 2), (8, 8, 1), (8, 12, 1), (12, 12, 1))
 """Channels in, channels out and stride: stride 2, with identity, without, with it again."""
 MINI = Variant(depth=0.01, width=0.125)
+KNOWN = f"""
+from trt_yolov6.models.variants import VARIANTS, Variant
+VARIANTS["yolov6mini"] = {MINI!r}
+"""
+"""Makes another process know the fixture `mini`."""
 
 
 class Branches(nn.Module):
@@ -340,14 +345,12 @@ def test_killed_in_the_search_and_after_it_a_run_ends_with_the_same_bits(
     result = train(settings, undisturbed, progress=False, state_seconds=1e9)
     assert len(result.log) == 24
     assert [note.partition(" ")[0] for note in result.notes] == ["the", "RepOptimizer's"]
-    known = "from trt_yolov6.models.variants import VARIANTS, Variant\n"
-    known += f"VARIANTS['yolov6mini'] = {MINI!r}\n"
     for resume, kill in (
         ("start", Kill(STATE_FILE, 5, after=True)),
         ("resume", Kill(STATE_FILE, 30, after=False)),
     ):
         arguments = [json.dumps(settings.to_json()), str(killed), resume]
-        run_killed(known + TRAINING, arguments, kill)
+        run_killed(KNOWN + TRAINING, arguments, kill)
     assert (killed / STATE_FILE).exists(), "it was killed in the search again"
     assert len(read_log(killed)) < 24, "it was over before the kill"
     assert main(["train", "--resume", "--output", str(killed), "--quiet"]) == 0
@@ -421,18 +424,20 @@ def test_a_search_without_a_teacher_is_part_of_a_distillation(data: Path) -> Non
 
 
 @pytest.mark.slow
-def test_two_processes_search_and_train_as_one(data: Path, tmp_path: Path) -> None:
+def test_two_processes_search_and_train_as_one(data: Path, mini: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    arguments = ["train", "--data", str(data), "--val-split", "none", "--model", "n"]
+    arguments = ["train", "--data", str(data), "--val-split", "none", "--model", mini]
     arguments += ["--rep-optimizer", "--search-epochs", "1", "--epochs", "2", "--batch", "4"]
     arguments += ["--imgsz", "64", "--quiet", "--device", "cpu"]
     arguments += ["--set", "optimizer.accumulate=2", "--set", "losses.warmup_epochs=1"]
     assert main([*arguments, "--output", str(one)]) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = tmp_path / "command.py"
+    script.write_text(f"{KNOWN}\nfrom trt_yolov6.cli import main\n\nraise SystemExit(main())\n")
     subprocess.run(
-        [*launcher, "-m", "trt_yolov6", *arguments, "--output", str(two)],
+        [*launcher, str(script), *arguments, "--output", str(two)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         check=True,
         capture_output=True,
         timeout=120,

@@ -303,8 +303,6 @@ def train(
         >>> result.last.name, result.epochs
         ('last.pt', 1)
     """
-    import logging
-
     from trt_yolov6.checkpoints.loading import load_checkpoint
     from trt_yolov6.training.recipe import TrainSettings, recipe_for
     from trt_yolov6.training.trainer import train as train_settings
@@ -326,7 +324,6 @@ def train(
         device=device,
         resume=resume,
         progress=progress,
-        tell=logging.getLogger(__name__).info,
     )
 
 

@@ -177,7 +177,7 @@ def quantize(
         raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.")
     graph = _float_graph(source, None, options)
     progress = options.get("progress", True)
-    with a_line_a_minute(f"quantizing {graph.name}", _log.info, progress=progress):
+    with a_line_a_minute(f"quantizing {graph.name}", progress=progress):
         result = pipeline.quantize(
             graph,
             calibration,
@@ -271,7 +271,7 @@ def build(
     path = engine_path(graph, name, output, settings.target)
     if path.is_file():
         _log.info("replacing %s%s", path, _described(path))
-    with a_line_a_minute(f"building {path}", _log.info, progress=progress):
+    with a_line_a_minute(f"building {path}", progress=progress):
         return build_engine(
             graph,
             backend=name,

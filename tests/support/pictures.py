@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+
+from trt_yolov6.data.loader import fill_row
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
+from trt_yolov6.spec import TensorSpec, empty_input
 
 
 def save_noise(path: Path, seed: int) -> None:
@@ -20,3 +27,13 @@ def noise_folder(folder: Path) -> Path:
     for number in range(4):
         save_noise(folder / f"{number}.png", seed=number)
     return folder
+
+
+def prepared(
+    images: Sequence[NDArray[np.uint8]], spec: TensorSpec, how: Preprocessing = YOLOV6
+) -> NDArray[Any]:
+    """Return images as the input that a spec describes."""
+    array = empty_input(spec, len(images))
+    for row, image in zip(array, images, strict=True):
+        fill_row(row, image, spec, preprocessing=how)
+    return array

@@ -70,6 +70,7 @@ CLASSES = (
     "NetworkDefinitionCreationFlag",
     "OnnxParser",
     "ParserError",
+    "PreviewFeature",
     "ProfilingVerbosity",
     "Runtime",
     "TacticSource",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,9 @@ from torch import Tensor
 
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.models import Architecture, build_model
-from trt_yolov6.training.data_validation import (
-    DataReport,
-    for_each_image,
-    full_report,
-    read_split,
-)
+from trt_yolov6.training.augmentation import AugmentationSettings
+from trt_yolov6.training.data_validation import DataReport, decode, read_split
+from trt_yolov6.training.dataset import TrainingSet
 from trt_yolov6.training.targets import Targets
 
 CLASS_NAMES = ("square", "disc")
@@ -96,10 +94,23 @@ def write_tiny(path: Path, num_classes: int = len(CLASS_NAMES)) -> Path:
     return path
 
 
+NO_AUGMENTATION = AugmentationSettings(
+    mosaic=0, mixup=0, translate=0, scale=0, hsv_h=0, hsv_s=0, hsv_v=0, flip_lr=0
+)
+"""Everything off."""
+
+
+def unaugmented(
+    data: TrainingSet, indices: Sequence[int] | Tensor, border: int = 0
+) -> tuple[Tensor, Targets]:
+    """Return letterboxed images and their objects, as evaluation would see them."""
+    plain = dataclasses.replace(NO_AUGMENTATION, border=border)
+    return data.batch(indices, plain, torch.Generator(), strong=False)
+
+
 def checked_data(folder: Path) -> DataReport:
     """Check every annotation of a data set, and every image by decoding it."""
-    checked = read_split(folder, None)
-    return full_report(checked, for_each_image(checked.images, lambda *_: None, progress=False))
+    return decode(read_split(folder, None), lambda *_: None, progress=False)[0]
 
 
 def pad_targets(boxes: Sequence[Tensor], classes: Sequence[Tensor]) -> Targets:

@@ -192,6 +192,42 @@ _NESTING = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "NEWOB
 _DEEPEST = 100
 
 
+class _Effect(NamedTuple):
+    """Effect of an opcode on the pickle's stack."""
+
+    taken: int
+    """Values that it takes; those below the mark, if it takes all that lie above one."""
+    takes_mark: bool
+    given: int
+    """Values that it leaves there."""
+    fills: bool
+    nests: bool
+
+
+def _effect(opcode: pickletools.OpcodeInfo) -> _Effect:
+    taken = [kind.name for kind in opcode.stack_before]
+    takes_mark = "mark" in taken
+    return _Effect(
+        taken.index("mark") if takes_mark else len(taken),
+        takes_mark,
+        len(opcode.stack_after),
+        opcode.name in _FILLING,
+        opcode.name in _NESTING,
+    )
+
+
+_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_GETS = {"GET", "BINGET", "LONG_BINGET"}
+_EXTENSIONS = {"EXT1", "EXT2", "EXT4"}
+_PUSHES = {
+    name
+    for name, effect in _EFFECTS.items()
+    if effect == (0, False, 1, False, False) and name not in {"MARK", *_GETS, *_EXTENSIONS}
+}
+"""Opcodes that push one plain value, most of a pickle with those of the memo."""
+
+
 def _check_opcodes(content: bytes) -> None:
     """Refuse what would harm the unpickler itself; nothing is built to find out.
 
@@ -204,31 +240,27 @@ def _check_opcodes(content: bytes) -> None:
     memo: dict[int, int] = {}
     for position, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         name = opcode.name
-        if name.startswith("EXT"):
-            raise pickle.UnpicklingError("extension code")
-        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+        if name in _PUSHES:
+            depths.append(0)
+        elif name in _PUTS:
             slot = len(memo) if name == "MEMOIZE" else int(argument or 0)
             if slot > position:
                 raise pickle.UnpicklingError("memo slot out of range")
             memo[slot] = depths[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
+        elif name in _GETS:
             depths.append(memo[int(argument or 0)])
         elif name == "MARK":
             marks.append(len(depths))
+        elif name in _EXTENSIONS:
+            raise pickle.UnpicklingError("extension code")
         elif name == "POP" and marks and marks[-1] == len(depths):
             marks.pop()
         else:
-            taken = [kind.name for kind in opcode.stack_before]
-            if "mark" in taken:
-                start = marks.pop() - taken.index("mark")
-            else:
-                start = len(depths) - len(taken)
+            taken, takes_mark, given, fills, nests = _EFFECTS[name]
+            start = (marks.pop() if takes_mark else len(depths)) - taken
             if start < 0:
                 raise pickle.UnpicklingError("empty stack")
-            if name in _FILLING:
-                depth = depths[start]
-            else:
-                depth = max(depths[start:], default=0) + (name in _NESTING)
+            depth = depths[start] if fills else max(depths[start:], default=0) + nests
             if depth > _DEEPEST:
                 raise pickle.UnpicklingError("values nested too deep")
-            depths[start:] = [depth] * len(opcode.stack_after)
+            depths[start:] = [depth] * given

@@ -51,6 +51,7 @@ def inspect_checkpoint(path: Path) -> CheckpointDetails:
 
     checkpoint = load_checkpoint(path)
     fused = fuse(checkpoint.model)
+    epsilons = {m.eps for m in checkpoint.model.modules() if isinstance(m, nn.BatchNorm2d)}
     return CheckpointDetails(
         architecture=checkpoint.arch.name,
         release=checkpoint.release,
@@ -63,14 +64,6 @@ def inspect_checkpoint(path: Path) -> CheckpointDetails:
         block=checkpoint.arch.block,
         activation=checkpoint.arch.activation,
         regression_bins=checkpoint.arch.reg_max,
-        batch_norm_eps=tuple(
-            sorted(
-                {
-                    module.eps
-                    for module in checkpoint.model.modules()
-                    if isinstance(module, nn.BatchNorm2d)
-                }
-            )
-        ),
+        batch_norm_eps=tuple(sorted(epsilons)),
         training=dataclasses.asdict(checkpoint.training) if checkpoint.training else None,
     )

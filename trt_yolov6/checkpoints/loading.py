@@ -1,6 +1,6 @@
 """Checkpoints in, as networks of `trt_yolov6.models`: the authors' (0.1 to 0.4) and our own.
 
-The authors' format is in `authors`, our own in `trained_checkpoint`. Nothing of a file is run (see
+The authors' format is in `meituan`, our own in `native`. Nothing of a file is run (see
 `inert_pickle`).
 """
 

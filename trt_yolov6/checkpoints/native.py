@@ -31,10 +31,7 @@ from trt_yolov6.common.files import atomic_path
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.network import YOLOv6, shapes_only
-from trt_yolov6.models.variants import (
-    Architecture,
-    variant_name,
-)
+from trt_yolov6.models.variants import Architecture, variant_name
 
 FORMAT = "trt-yolov6 checkpoint"
 VERSION = 2

@@ -147,7 +147,6 @@ def run(options: argparse.Namespace) -> None:
         state_file=state,
         progress=not options.quiet,
         data=data,
-        tell=say,
     )
     aps["AP"] = _ap(result.network, start, options)
     built = _built(start, result.trained, output / name, plan, options)
@@ -231,7 +230,7 @@ def _built(
     """Write the trained graph, the engine of --backend and the scales of --calibration-cache."""
     from trt_yolov6.graph.export import write_onnx
     from trt_yolov6.pipeline import build
-    from trt_yolov6.training.qat.export import rounded_weights, trained_graph
+    from trt_yolov6.training.qat.export import rounded_graph, trained_graph
 
     quantized = trained_graph(start, trained, fp16=options.fp16)
     built = build(quantized, backend="onnxruntime", output=f"{stem}.onnx")
@@ -240,7 +239,7 @@ def _built(
     if options.calibration_cache:
         # The paper's form: a graph without Q/DQ nodes, and the scales next to it.
         float_graph = Path(f"{stem}.float.onnx")
-        write_onnx(float_graph, rounded_weights(start, trained))
+        write_onnx(float_graph, rounded_graph(start, trained))
         write_scales(options.calibration_cache, options.cache_version, trained.amax, float_graph)
     return built
 

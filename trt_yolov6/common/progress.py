@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+_log = logging.getLogger(__name__)
 
 
 def progress_bar(total: float | None, *, shown: bool, **others: Any) -> tqdm[NoReturn]:
@@ -32,14 +35,11 @@ def is_logged(progress: bool = True) -> bool:
 
 
 @contextlib.contextmanager
-def a_line_a_minute(
-    what: str, tell: Callable[[str], None], *, progress: bool = True, seconds: float = 60.0
-) -> Iterator[None]:
-    """Report every minute that work goes on, as long as the block runs.
+def a_line_a_minute(what: str, *, progress: bool = True, seconds: float = 60.0) -> Iterator[None]:
+    """Log every minute that work goes on, as long as the block runs.
 
     Args:
         what: what is done, such as `building engines/yolov6s-int8.trt`.
-        tell: called from another thread.
         progress: False says nothing, and neither does a terminal.
         seconds: between two lines.
     """
@@ -51,7 +51,7 @@ def a_line_a_minute(
 
     def speak() -> None:
         while not done.wait(seconds):
-            tell(f"still {what}, {(time.monotonic() - start) / 60:.0f} min so far")
+            _log.info("still %s, %.0f min so far", what, (time.monotonic() - start) / 60)
 
     speaker = threading.Thread(target=speak, name="a line a minute", daemon=True)
     speaker.start()

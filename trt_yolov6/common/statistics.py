@@ -9,7 +9,7 @@ loaded again and spread over the whole time, and a round counts as one observati
 Statistical Intervals, Section 4.7; normal observations): m ± t s √(1 + 1/n). It does not
 shrink with the number of rounds, because what a later run meets, such as another clock, does not
 average out within this one. Nor is it narrower than what is known to happen between runs and may
-not happen within one (`timing.CPU_DRIFT`). Two runs of a comparison disagree by less than that:
+not happen within one (`CPU_DRIFT`). Two runs of a comparison disagree by less than that:
 their intervals overlap.
 
 `ratio_interval` compares engines of one run. Their rounds come in pairs, side by side in time, so

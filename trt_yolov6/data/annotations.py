@@ -1,4 +1,4 @@
-"""Annotations as real tools write them, in the form that COCO's format describes.
+"""Ids, numbers, flags and names of images as real tools write them into annotations.
 
 Ids come as texts, numbers as texts or whole floats, `iscrowd` as "0"; names of images with folders
 of another machine. What is meant is plain, so it is read.
@@ -7,9 +7,8 @@ of another machine. What is meant is plain, so it is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,31 +16,6 @@ from numpy.typing import NDArray
 from trt_yolov6.errors import UserError
 
 _FALSE = ("", "0", "false", "no", "none", "null")
-
-
-def tidied(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a COCO file with ids, numbers and flags of the types they stand for.
-
-    Ids that are not integers are renumbered from 1 on. What cannot be understood is left as it
-    is, for a check to name it; records may be shared with `content`.
-    """
-    result = dict(content)
-    renamed: dict[str, dict[Hashable, int]] = {}
-    for key in ("images", "categories"):
-        records = content.get(key)
-        if not isinstance(records, list) or not all(isinstance(item, dict) for item in records):
-            continue
-        renamed[key] = _numbers_of([item.get("id") for item in records])
-        result[key] = [_tidied_record(item, renamed[key]) for item in records]
-    annotations = content.get("annotations")
-    if isinstance(annotations, list):
-        result["annotations"] = [
-            _tidied_annotation(item, renamed.get("images", {}), renamed.get("categories", {}))
-            if isinstance(item, dict)
-            else item
-            for item in annotations
-        ]
-    return result
 
 
 def find_image(name: str, folders: Sequence[Path]) -> Path | None:
@@ -131,47 +105,8 @@ def flag(value: object) -> int:
     return int(bool(value))
 
 
-def _tidied_record(record: Mapping[str, Any], ids: Mapping[Hashable, int]) -> dict[str, Any]:
-    result = dict(record)
-    key = _key(record.get("id"))
-    if key in ids:
-        result["id"] = ids[key]
-    for field in ("width", "height"):
-        if field in record:
-            result[field] = whole(record[field])
-    if isinstance(record.get("name"), (int, float)) and not isinstance(record["name"], bool):
-        result["name"] = str(record["name"])
-    return result
-
-
-def _tidied_annotation(
-    entry: Mapping[str, Any], images: Mapping[Hashable, int], categories: Mapping[Hashable, int]
-) -> dict[str, Any]:
-    result = dict(entry)
-    for field, ids in (("image_id", images), ("category_id", categories)):
-        key = _key(entry.get(field))
-        if key in ids:
-            result[field] = ids[key]
-    if isinstance(entry.get("bbox"), list):
-        result["bbox"] = [number(value) for value in entry["bbox"]]
-    if "area" in entry:
-        result["area"] = number(entry["area"])
-    if "iscrowd" in entry:
-        result["iscrowd"] = flag(entry["iscrowd"])
-    return result
-
-
-def _numbers_of(ids: Sequence[object]) -> dict[Hashable, int]:
-    keys = [_key(value) for value in ids]
-    if all(isinstance(key, int) for key in keys):
-        return {key: key for key in keys if isinstance(key, int)}
-    if None in keys:
-        return {}
-    return {key: place for place, key in enumerate(dict.fromkeys(keys), start=1)}
-
-
-def _key(value: object) -> int | str | None:
-    """Return a comparable form of an id: 7, 7.0 and "7" are the same."""
+def identity(value: object) -> int | str | None:
+    """Return a comparable form of an id: 7, 7.0 and "7" are the same; None for what is none."""
     value = whole(value)
     is_id = isinstance(value, (int, str)) and not isinstance(value, bool)
     return value if is_id else None  # type: ignore[return-value]

@@ -6,7 +6,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,10 +65,11 @@ def calibration_images(
             reasons.append(str(looked))
             tell(f"left out of the calibration: {looked}")
             continue
-        if seen.setdefault(looked.sha256, path) != path:
+        sha256, is_blank = looked
+        if seen.setdefault(sha256, path) != path:
             copies += 1
             continue
-        blank += looked.is_blank
+        blank += is_blank
         usable.append(path)
     if not usable:
         raise UserError(f"no image in {folder} can be read; the first problem: {reasons[0]}")
@@ -91,34 +91,27 @@ def calibration_images(
     return usable
 
 
-@dataclass(frozen=True)
-class _Look:
-    sha256: str
-    """Hash of its pixels."""
-    is_blank: bool
-    """True for an image of a single colour."""
+_Look = tuple[str, bool]
+"""Hash of an image's pixels, and whether it is of a single colour."""
 
 
-def _look_at(paths: Sequence[Path]) -> list[_Look | UserError]:
+def _look_at(paths: Sequence[Path]) -> tuple[_Look | UserError, ...]:
     """Describe each image, or say why it cannot be read."""
     # Several steps of a build ask for the same images.
-    stamps = []
-    for path in paths:
-        state = path.stat()
-        stamps.append((str(path), state.st_size, state.st_mtime_ns))
-    return list(_look_at_files(tuple(stamps)))
+    states = [(path, path.stat()) for path in paths]
+    return _look_at_files(tuple((path, one.st_size, one.st_mtime_ns) for path, one in states))
 
 
 @functools.lru_cache(maxsize=2)
-def _look_at_files(files: tuple[tuple[str, int, int], ...]) -> tuple[_Look | UserError, ...]:
-    def look(file: tuple[str, int, int]) -> _Look | UserError:
+def _look_at_files(files: tuple[tuple[Path, int, int], ...]) -> tuple[_Look | UserError, ...]:
+    def look(file: tuple[Path, int, int]) -> _Look | UserError:
         try:
-            pixels = read_image(Path(file[0]))
+            pixels = read_image(file[0])
         except UserError as error:
             return error
         spread = int((pixels.max(axis=(0, 1)) - pixels.min(axis=(0, 1))).max())
         digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-        return _Look(digest, spread < _CONTRAST)
+        return digest, spread < _CONTRAST
 
     with ThreadPoolExecutor(default_workers(), thread_name_prefix="look") as pool:
         return tuple(pool.map(look, files))

@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.annotations import check_units, find_image, flag
+from trt_yolov6.data.annotations import check_units, find_image, flag, identity, number, whole
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.jpeg import Jpeg, open_image
-from trt_yolov6.data.sources import malformed, read_source
+from trt_yolov6.data.sources import Source, malformed, read_source
 from trt_yolov6.errors import UserError
+
+Kind = Literal[
+    "missing-image",
+    "unreadable-image",
+    "wrong-size",
+    "malformed",
+    "unknown-image",
+    "unknown-class",
+    "not-finite",
+    "empty-box",
+    "outside",
+    "duplicate",
+    "clipped",
+]
+"""Kinds of findings. All but `clipped` are problems; a clipped box is only noted."""
+
+TOLERATED: tuple[Kind, ...] = ("empty-box", "outside", "duplicate")
+"""Problems of objects that count in an evaluation nevertheless, as pycocotools has it."""
+
+OVERHANG = 0.01
+"""Pixels a box may reach beyond its image unmentioned: rounding in the annotation file."""
+
+Corners = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -41,8 +63,39 @@ class CocoDataset:
     category_ids: tuple[int, ...]
     """The file's category ids, ascending; a class index is a place in this list."""
     class_names: tuple[str, ...]
-    annotations: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
+    annotations: tuple[Mapping[str, Any], ...] = field(repr=False)
     """Boxes as pycocotools wants them: id (from 1), image_id, category_id, bbox, area, iscrowd."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a data set."""
+
+    image: str | None
+    """File name of the image, as the annotation file has it; None: there is no such image."""
+    annotation_id: int | None
+    """Id of the annotation; None: it has none, or the image itself is at fault."""
+    kind: Kind
+    """Kind of the problem."""
+    sentence: str
+    """The same for a reader."""
+
+
+@dataclass(frozen=True)
+class AnnotatedSplit:
+    """A split as it was found: what can be used of it, and what is wrong with the rest."""
+
+    dataset: CocoDataset
+    """Images whose file exists and whose size is recorded, and their well-formed annotations."""
+    corners: tuple[Corners | None, ...]
+    """Box of each annotation inside its image, x1, y1, x2, y2; None for a `TOLERATED` problem."""
+    problems: tuple[Problem, ...]
+    clipped: tuple[Problem, ...]
+    """Boxes that reach beyond their image by more than `OVERHANG`."""
+    crowds: int
+    """Annotations of crowds."""
+    listed: tuple[int, int]
+    """Number of images and of annotations that the file lists."""
 
 
 def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
@@ -55,62 +108,66 @@ def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
     Raises:
         UserError: the folder, the split or an image is missing, or the annotations are malformed.
     """
-    source = read_source(root, split)
-    file, content = source.file, source.content
-    categories = sorted(
-        read_records(file, content, "categories", {"id": int, "name": str}), key=_id
-    )
-    if not categories:
-        raise malformed(file, "it has no categories")
-    check_unique(file, "category", categories)
-    records = read_records(
-        file, content, "images", {"id": int, "file_name": str, "width": int, "height": int}
-    )
-    if not records:
-        raise malformed(file, "it has no images")
-    check_unique(file, "image", records)
-    for record in records:
-        if record["width"] < 1 or record["height"] < 1:
-            raise malformed(file, f"image {record['file_name']} has no size, or cannot be read")
-
-    paths = [find_image(record["file_name"], source.folders) for record in records]
-    missing = [
-        record["file_name"] for record, path in zip(records, paths, strict=True) if path is None
-    ]
-    if missing:
-        raise UserError(
-            f"{file} names {len(missing)} image{'s' * (len(missing) > 1)} that "
-            f"{'are' if len(missing) > 1 else 'is'} not in {source.folders[0]}, the first being "
-            f"{missing[0]}; add the images or take them out of the file."
+    found = read_annotations(root, split)
+    missing = [problem for problem in found.problems if problem.kind == "missing-image"]
+    if len(missing) > 1:
+        raise malformed(
+            found.dataset.annotation_file,
+            f"{len(missing)} images are missing, and {missing[0].sentence}",
         )
-    check_distinct(
-        file, {record["file_name"]: path for record, path in zip(records, paths, strict=True)}
-    )
-    images = tuple(
-        CocoImage(record["id"], path, record["height"], record["width"])
-        for record, path in zip(records, paths, strict=True)
-        if path is not None
-    )
-    annotations = _boxes(
-        file,
-        content,
-        {image.id for image in images},
-        {category["id"] for category in categories},
-    )
-    sizes = {image.id: (image.width, image.height) for image in images}
+    for problem in found.problems:
+        if problem.kind not in TOLERATED:
+            raise malformed(found.dataset.annotation_file, problem.sentence)
+    return found.dataset
+
+
+def read_annotations(
+    root: str | Path, split: str | None = None, *, crowds: bool = True
+) -> AnnotatedSplit:
+    """Read a split, judging each image and each annotation by itself.
+
+    Args:
+        root, split: as for `load_coco`.
+        crowds: read annotations of crowds; they are counted either way.
+
+    Raises:
+        UserError: there is no such split, its file cannot be made out at all (it is not JSON, has
+            no list of categories, images or annotations, or an image lacks its id or name), or all
+            boxes are in other units than pixels.
+    """
+    source = read_source(root, split)
+    categories = _records(source, "categories", "category", "name")
+    records = _records(source, "images", "image", "file_name")
+    entries = source.content.get("annotations")
+    if not isinstance(entries, list):
+        raise malformed(source.file, "it has no list 'annotations'")
+    images, problems = _images(source, records)
+    judge = _Judge(records, categories, images, problems)
+    for place, entry in enumerate(entries, start=1):
+        judge.take(place, entry, crowds=crowds)
+    sizes = [images[entry["image_id"]] for entry in judge.annotations]
     check_units(
-        file,
-        [entry["bbox"] for entry in annotations],
-        [sizes[entry["image_id"]] for entry in annotations],
+        source.file,
+        [entry["bbox"] for entry in judge.annotations],
+        [(image.width, image.height) for image in sizes],
     )
-    return CocoDataset(
+    ordered = sorted(categories.values(), key=lambda record: record.id)
+    dataset = CocoDataset(
         root=Path(root),
         split=source.split,
-        annotation_file=file,
-        images=images,
-        category_ids=tuple(category["id"] for category in categories),
-        class_names=tuple(category["name"] for category in categories),
-        annotations=annotations,
+        annotation_file=source.file,
+        images=tuple(images.values()),
+        category_ids=tuple(record.id for record in ordered),
+        class_names=tuple(record.text for record in ordered),
+        annotations=tuple(judge.annotations),
+    )
+    return AnnotatedSplit(
+        dataset=dataset,
+        corners=tuple(judge.corners),
+        problems=tuple(problems),
+        clipped=tuple(judge.clipped),
+        crowds=judge.crowds,
+        listed=(len(records), len(entries)),
     )
 
 
@@ -161,96 +218,161 @@ def open_coco_image(image: CocoImage) -> Jpeg | NDArray[np.uint8]:
     return read_coco_image(image)
 
 
-def read_records(
-    file: Path, content: Mapping[str, Any], key: str, fields: Mapping[str, type]
-) -> list[dict[str, Any]]:
-    """Return the list under `key`, each record checked to have the fields, of their types."""
-    records = content.get(key)
-    if not isinstance(records, list):
-        raise malformed(file, f"it has no list {key!r}")
-    for number, record in enumerate(records):
-        for field, kind in fields.items():
-            value = record.get(field) if isinstance(record, dict) else None
-            if (
-                not isinstance(value, kind)
-                or isinstance(value, bool)
-                or (isinstance(value, int) and abs(value) >= 2**63)
-            ):
-                told = record.get("where") if isinstance(record, dict) else None
-                raise malformed(
-                    file,
-                    f"{told or f'entry {number} of {key!r}'} lacks {field!r} or has a wrong one",
-                )
-    return records
+class _Record(NamedTuple):
+    """An image or a category of the file."""
+
+    id: int
+    """Its own, or its place from 1 on where ids are not whole numbers."""
+    text: str
+    """File name, or name of the class."""
+    fields: Mapping[str, Any]
 
 
-def _boxes(
-    file: Path, content: Mapping[str, Any], image_ids: set[int], category_ids: set[int]
-) -> tuple[Mapping[str, Any], ...]:
-    annotations = read_records(
-        file, content, "annotations", {"image_id": int, "category_id": int, "bbox": list}
-    )
-    check_unique(file, "annotation", [entry for entry in annotations if "id" in entry])
-    boxes = []
-    # pycocotools takes id 0 for "no match", so the ids are given again.
-    for number, entry in enumerate(annotations, start=1):
-        box = entry["bbox"]
-        label = entry.get("where", f"annotation {number}")
-        if (
-            len(box) != 4
-            or not all(_is_finite(value) for value in box)
-            or min(box[2:]) < 0
-            or not _is_finite(box[2] * box[3])
-        ):
-            raise malformed(file, f"{label} has the box {_short(box)}")
-        if entry["image_id"] not in image_ids:
-            raise malformed(file, f"{label} is for image {entry['image_id']}, which is not listed")
-        if entry["category_id"] not in category_ids:
-            raise malformed(
-                file,
-                f"{label} is of category {entry['category_id']}, which is not listed",
-            )
-        area = entry.get("area")
-        boxes.append(
+def _records(source: Source, key: str, what: str, text: str) -> dict[object, _Record]:
+    """Return the records under `key` by their ids, each checked to have an id and its text."""
+    records = source.content.get(key)
+    if not isinstance(records, list) or not records:
+        raise malformed(source.file, f"it has no {key}")
+    found: dict[object, _Record] = {}
+    for place, record in enumerate(records):
+        fields = record if isinstance(record, dict) else {}
+        own, name = identity(fields.get("id")), fields.get(text)
+        if text == "name" and isinstance(name, (int, float)):
+            name = str(name)
+        is_id = isinstance(own, str) or (isinstance(own, int) and abs(own) < 2**63)
+        if not is_id or not isinstance(name, str):
+            told = f"entry {place} of {key!r} lacks {text if is_id else 'id'!r} or has a wrong one"
+            raise malformed(source.file, told)
+        if own in found:
+            raise malformed(source.file, f"{what} id {own} occurs twice")
+        found[own] = _Record(own if isinstance(own, int) else -1, name, fields)
+    if all(isinstance(own, int) for own in found):
+        return found
+    return {
+        own: record._replace(id=place) for place, (own, record) in enumerate(found.items(), start=1)
+    }
+
+
+def _images(
+    source: Source, records: Mapping[object, _Record]
+) -> tuple[dict[int, CocoImage], list[Problem]]:
+    images: dict[int, CocoImage] = {}
+    problems: list[Problem] = []
+    names: dict[Path, str] = {}
+    for record in records.values():
+        name, path = record.text, find_image(record.text, source.folders)
+        # `find_image` leaves out folders, where they are another machine's.
+        if path is not None and names.setdefault(path, name) != name:
+            raise malformed(source.file, f"{names[path]} and {name} are both found as {path}")
+        height, width = (whole(record.fields.get(key)) for key in ("height", "width"))
+        if path is None:
+            told = f"image {name} is not in {source.folders[0]}"
+            problems.append(Problem(name, None, "missing-image", told))
+        elif isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+            images[record.id] = CocoImage(record.id, path, height, width)
+        else:
+            told = f"image {name} has no recorded size, or cannot be read"
+            problems.append(Problem(name, None, "wrong-size", told))
+    return images, problems
+
+
+@dataclass
+class _Judge:
+    """Sorts annotations, one by one, into those to use and problems."""
+
+    records: Mapping[object, _Record]
+    categories: Mapping[object, _Record]
+    images: Mapping[int, CocoImage]
+    problems: list[Problem]
+    annotations: list[Mapping[str, Any]] = field(default_factory=list)
+    corners: list[Corners | None] = field(default_factory=list)
+    clipped: list[Problem] = field(default_factory=list)
+    crowds: int = 0
+    seen: set[tuple[object, ...]] = field(default_factory=set)
+
+    def take(self, place: int, entry: Any, *, crowds: bool) -> None:
+        """Judge an annotation, the `place`th of the file."""
+        fields = entry if isinstance(entry, dict) else {}
+        is_crowd = bool(flag(fields.get("iscrowd")))
+        self.crowds += is_crowd
+        if is_crowd and not crowds:
+            return
+        if fields is entry:
+            kind, told = self._judged(fields, is_crowd=is_crowd)
+        else:
+            kind, told = "malformed", "is not a JSON object"
+        if kind is None:
+            return
+        record = self.records.get(identity(fields.get("image_id")))
+        image = record.text if record else None
+        label = whole(fields.get("id"))
+        own = label if isinstance(label, int) else None
+        called = f"annotation number {place}" if own is None else f"annotation {own}"
+        called = fields.get("where") or (f"{called} of image {image}" if image else called)
+        found = self.clipped if kind == "clipped" else self.problems
+        found.append(Problem(image, own, kind, f"{called} {told}"))
+
+    def _judged(self, entry: Mapping[str, Any], *, is_crowd: bool) -> tuple[Kind | None, str]:
+        """Keep an annotation if it is well-formed; return what is wrong with it, if anything."""
+        record = self.records.get(identity(entry.get("image_id")))
+        if record is None:
+            told = f"is for image {_short(entry.get('image_id'))}, which is not listed"
+            return "unknown-image", told
+        written = entry.get("bbox")
+        box: Any = [number(value) for value in written] if isinstance(written, list) else []
+        if len(box) != 4 or not all(type(value) in (int, float) for value in box):
+            return "malformed", f"has {_short(written)} where a box of four numbers should be"
+        category = self.categories.get(identity(entry.get("category_id")))
+        if category is None:
+            told = f"is of category {_short(entry.get('category_id'))}, which is not listed"
+            return "unknown-class", told
+        told = f"has the box {_short(written)}"
+        x, y, width, height = map(_float, box)
+        if not all(map(math.isfinite, (x, y, x + width, y + height, width * height))):
+            return "not-finite", f"{told}, which is not finite"
+        if min(width, height) < 0:
+            return "malformed", f"{told}, whose sides are negative"
+        image = self.images.get(record.id)
+        if image is None:  # a problem by itself
+            return None, ""
+        area = _float(number(entry.get("area")))
+        self.annotations.append(
             {
-                "id": number,
-                "image_id": entry["image_id"],
-                "category_id": entry["category_id"],
+                "id": len(self.annotations) + 1,  # pycocotools takes 0 for "no match"
+                "image_id": record.id,
+                "category_id": category.id,
                 "bbox": box,
-                "area": area if _is_finite(area) else box[2] * box[3],
-                "iscrowd": flag(entry.get("iscrowd", 0)),
+                "area": area if math.isfinite(area) else box[2] * box[3],
+                "iscrowd": int(is_crowd),
             }
         )
-    return tuple(boxes)
+        size = f"its {image.width}x{image.height} pixels"
+        right, bottom = x + width, y + height
+        inside = max(x, 0.0), max(y, 0.0), min(right, image.width), min(bottom, image.height)
+        key = (record.id, category.id, inside)
+        kind: Kind | None = None
+        if not width or not height:
+            kind, told = "empty-box", f"{told}, which has no area"
+        elif inside[2] <= inside[0] or inside[3] <= inside[1]:
+            kind, told = "outside", f"{told}, which lies outside {size}"
+        elif key in self.seen:
+            kind, told = "duplicate", f"repeats the box {_short(written)} of another one"
+        self.corners.append(inside if kind is None else None)
+        if kind is None:
+            self.seen.add(key)
+            if max(-x, -y, right - image.width, bottom - image.height) > OVERHANG:
+                kind, told = "clipped", f"{told}, which reaches beyond {size}"
+        return kind, told
 
 
-def _is_finite(value: object) -> bool:
+def _float(value: object) -> float:
+    """Return a number as a float; infinity for what is none, or beyond the range of floats."""
     try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond the range of floats
-        return False
+        return float(value) if isinstance(value, (int, float)) else math.inf
+    except OverflowError:
+        return math.inf
 
 
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def _id(record: Mapping[str, Any]) -> int:
-    number: int = record["id"]
-    return number
-
-
-def check_unique(file: Path, what: str, records: list[dict[str, Any]]) -> None:
-    counts = Counter(str(record["id"]) for record in records)
-    for number, count in counts.items():
-        if count > 1:
-            raise malformed(file, f"{what} id {number} occurs {count} times")
-
-
-def check_distinct(file: Path, paths: Mapping[str, Path | None]) -> None:
-    """Raise UserError where two names stand for one image, as `find_image` leaves folders out."""
-    names: dict[Path, str] = {}
-    for name, path in paths.items():
-        if path is not None and names.setdefault(path, name) != name:
-            raise malformed(file, f"{names[path]} and {name} are both found as {path}")

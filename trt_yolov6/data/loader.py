@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -165,30 +165,6 @@ def fill_row(
     boxed, placed = letterbox(image, size, border, how.fit, how.interpolation)
     _fill(row, boxed, how)
     return placed
-
-
-def to_input(
-    images: Sequence[NDArray[np.uint8]],
-    spec: TensorSpec,
-    preprocessing: Preprocessing = YOLOV6,
-) -> NDArray[Any]:
-    """Stack images of the engine's size into the array it takes.
-
-    Args:
-        images: each uint8 (height, width, 3) RGB, of the size `spec` has.
-        spec: the engine's input.
-        preprocessing: the order and the range of the channels (`Engine.preprocessing`).
-
-    Returns:
-        float (n, 3, height, width), or uint8 (n, height, width, 3), C-contiguous.
-
-    Raises:
-        UserError: they take more memory than there is.
-    """
-    array = empty_input(spec, len(images))
-    for row, image in zip(array, images, strict=True):
-        _fill(row, image, preprocessing)
-    return array
 
 
 def _collect(

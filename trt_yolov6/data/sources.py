@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trt_yolov6.common.files import read_json
-from trt_yolov6.data.annotations import tidied
 from trt_yolov6.errors import UserError, did_you_mean
 
 _PREFIX = "instances_"
@@ -43,30 +43,13 @@ def read_source(data: str | Path, split: str | None = None) -> Source:
     Raises:
         UserError: it is none of these, has no such split, or cannot be read.
     """
-    from trt_yolov6.data.voc import read_voc
-    from trt_yolov6.data.yolo import read_yolo
-
-    found = _find(Path(data), split)
-    if found.kind == "coco":
-        return _read_coco(found)
-    read = read_yolo if found.kind == "yolo" else read_voc
-    return read(found.place, found.split)
+    return _reader(Path(data), split)()
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Which split of which kind of data set is meant."""
-
-    kind: Literal["coco", "yolo", "voc"]
-    root: Path
-    place: Path
-    """The annotation file, `data.yaml`, or VOC's folder."""
-    split: str
-
-
-def _find(data: Path, split: str | None, parameter: str = "split") -> _Found:
-    from trt_yolov6.data.voc import voc_splits
-    from trt_yolov6.data.yolo import find_yaml, yolo_splits
+def _reader(data: Path, split: str | None, parameter: str = "split") -> Callable[[], Source]:
+    """Find out which split of what kind of data set is meant; return what reads it."""
+    from trt_yolov6.data.voc import read_voc, voc_splits
+    from trt_yolov6.data.yolo import find_yaml, read_yolo, yolo_splits
 
     if not data.is_dir() and not (data.is_file() and data.suffix in (".yaml", ".yml")):
         raise UserError(
@@ -75,14 +58,14 @@ def _find(data: Path, split: str | None, parameter: str = "split") -> _Found:
     files = _coco_files(data) if data.is_dir() else {}
     if files:
         chosen = choose_split(data, sorted(files), split, parameter)
-        return _Found("coco", data, files[chosen], chosen)
+        return functools.partial(_read_coco, data, files[chosen], chosen)
     yaml_file = find_yaml(data)
     if yaml_file is not None:
         chosen = choose_split(yaml_file, list(yolo_splits(yaml_file)), split, parameter)
-        return _Found("yolo", data, yaml_file, chosen)
+        return functools.partial(read_yolo, yaml_file, chosen)
     xml = voc_splits(data)
     if xml:
-        return _Found("voc", data, data, choose_split(data, list(xml), split, parameter))
+        return functools.partial(read_voc, data, choose_split(data, list(xml), split, parameter))
     raise UserError(
         f"{data} has no annotations/instances_<split>.json, no data.yaml and no Pascal VOC "
         "Annotations/; give a data set in COCO, YOLO or VOC layout."
@@ -99,7 +82,7 @@ def check_source(data: str | Path, split: str | None = None, parameter: str = "s
     Raises:
         UserError: see `read_source`; the annotations themselves are not read.
     """
-    _find(Path(data), split, parameter)
+    _reader(Path(data), split, parameter)
 
 
 def choose_split(data: Path, splits: list[str], split: str | None, parameter: str = "split") -> str:
@@ -138,13 +121,12 @@ def _coco_files(root: Path) -> dict[str, Path]:
     }
 
 
-def _read_coco(found: _Found) -> Source:
-    file, root, split = found.place, found.root, found.split
+def _read_coco(root: Path, file: Path, split: str) -> Source:
     content = read_json(file)
     if not isinstance(content, dict):
         raise malformed(file, "it is not a JSON object")
     folder = file.parent if file.name == _ROBOFLOW else _image_folder(root, split)
-    return Source(file, split, tidied(content), (folder, root))
+    return Source(file, split, content, (folder, root))
 
 
 def _image_folder(root: Path, split: str) -> Path:

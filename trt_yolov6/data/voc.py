@@ -59,14 +59,7 @@ def read_voc(root: Path, split: str) -> Source:
     annotations: list[dict[str, Any]] = []
     for index, path in enumerate(splits[split], start=1):
         record = parsed[path]
-        images.append(
-            {
-                "id": index,
-                "file_name": record["file_name"],
-                "width": record["width"],
-                "height": record["height"],
-            }
-        )
+        images.append({"id": index, **record["image"]})
         annotations += [
             {
                 "image_id": index,
@@ -110,15 +103,11 @@ def _parsed(path: Path) -> dict[str, Any]:
             # A file that counts from 0 after all keeps its first pixel.
             left, top = max(x1 - 1, 0.0), max(y1 - 1, 0.0)
             box = [left, top, x2 - left, y2 - top]
-        objects.append(
-            {
-                "name": _text(item, "name"),
-                "bbox": box,
-                "difficult": flag(_text(item, "difficult")),
-            }
-        )
+        is_difficult = flag(_text(item, "difficult"))
+        objects.append({"name": _text(item, "name"), "bbox": box, "difficult": is_difficult})
     width, height = (number(_text(tree, f"size/{key}")) for key in ("width", "height"))
-    return {"file_name": file_name, "width": width, "height": height, "objects": objects}
+    image = {"file_name": file_name, "width": width, "height": height}
+    return {"image": image, "objects": objects}
 
 
 def _text(element: ElementTree.Element, path: str) -> str:

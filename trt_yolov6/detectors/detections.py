@@ -141,7 +141,7 @@ def postprocess(
     Candidates are chosen as the authors' evaluation does: every pair of an anchor and a class whose
     score exceeds the confidence threshold is one, so that one anchor may stand for several classes;
     classes do not suppress each other. What becomes of boxes that reach beyond the image is up to
-    `clip`: the authors' evaluator clamps them, `evaluation.evaluate` does not.
+    `clip`: the authors' evaluator clamps them, `runtime.evaluate` does not.
 
     Args:
         outputs: arrays by name, laid out as `layout` says (see `OutputLayout`); or what an engine

@@ -1,7 +1,7 @@
 """Output layouts of detectors, one entry each: which outputs have it and how to decode them.
 
 `OutputLayout` describes them. What is read here is what the network says, in pixels of its input;
-thresholds, suppression and the way back to the original image are `detection.postprocess`'s.
+thresholds, suppression and the way back to the original image are `detections.postprocess`'s.
 """
 
 from __future__ import annotations

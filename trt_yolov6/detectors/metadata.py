@@ -6,6 +6,7 @@ import ast
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,15 +29,20 @@ def check_input(spec: TensorSpec, path: str | Path) -> None:
     )
 
 
+def literal(text: str) -> Any:
+    """Return the value of a Python literal; None for any other text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
 def names_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     """Return the class names in a graph's metadata, or None where it has none.
 
     This package writes them as a JSON list, Ultralytics as a Python dictionary.
     """
-    try:
-        value = ast.literal_eval(metadata.get("names", ""))
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return None
+    value = literal(metadata.get("names", ""))
     if isinstance(value, dict):
         # Numbers in YOLOv5 to 26, texts in files that went through JSON.
         try:
@@ -48,13 +54,10 @@ def names_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
 
 def image_size_in(metadata: Mapping[str, str]) -> tuple[int, int] | None:
     """Return the height and width that Ultralytics' exporter notes, or None."""
-    try:
-        value = ast.literal_eval(metadata.get("imgsz", ""))
-        height, width = value
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return None
-    whole = isinstance(height, int) and isinstance(width, int)
-    return (height, width) if whole and min(height, width) > 0 else None
+    match literal(metadata.get("imgsz", "")):
+        case (int(height), int(width)) if min(height, width) > 0:
+            return height, width
+    return None
 
 
 def nms_in(metadata: Mapping[str, str]) -> NmsSettings | None:

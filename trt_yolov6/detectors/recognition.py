@@ -8,7 +8,6 @@ decide either, the user is asked: a wrong guess would cost AP without a word.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from trt_yolov6.detectors.families import FAMILIES, Family, family_named
 from trt_yolov6.detectors.layouts import EFFICIENT_NMS_WORDS, LAYOUTS, STRIDES
+from trt_yolov6.detectors.metadata import literal
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import OutputLayout, TensorSpec
 
@@ -45,7 +45,7 @@ def recognize(
     """Return the family of a graph and the layout of its outputs.
 
     Args:
-        facts: from `graph.facts.facts_of`.
+        facts: from `graph.outputs.facts_of`.
         path: of the graph, for messages.
         decoder: a name of `FAMILIES`; None finds out.
 
@@ -91,7 +91,7 @@ def is_detector(
     """Return whether a graph's outputs are of a known layout.
 
     Args:
-        facts: from `graph.facts.facts_of`.
+        facts: from `graph.outputs.facts_of`.
         decoder: the layouts of this family only.
         only_known_anchors: outputs with all anchors must have as many as the input's size gives.
     """
@@ -168,11 +168,8 @@ def _has_nms_inside(metadata: Mapping[str, str]) -> bool:
     """Return whether Ultralytics' exporter notes that the graph chooses the boxes itself."""
     if metadata.get("end2end") == "True":
         return True
-    try:
-        arguments = ast.literal_eval(metadata.get("args", "{}"))
-        return bool(arguments.get("nms"))
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, AttributeError):
-        return False
+    arguments = literal(metadata.get("args", "{}"))
+    return isinstance(arguments, dict) and bool(arguments.get("nms"))
 
 
 def _dotted(name: str) -> str:
@@ -238,12 +235,8 @@ def _layouts_of_one(spec: TensorSpec, facts: GraphFacts) -> list[OutputLayout]:
     first_known, last_known = first in known, last in known
     if first_known == last_known:  # neither, or both: the longer axis is the anchors'
         both = first == last or (first_known and last_known)
-        rows_fit = last is None or first is None or first >= last
+        rows_fit = last is not None and (first is None or first >= last)
         columns_fit = first is not None and (last is None or last > first)
-        if last is None and first is None:
-            rows_fit = columns_fit = False
-        elif last is None:
-            rows_fit = False
     else:
         both, rows_fit, columns_fit = False, first_known, last_known
     if (rows_fit or both) and (last is None or last >= 6):

@@ -329,7 +329,7 @@ def check_images(engine: Engine, images: Any) -> None:
         shape = ["batch", *wanted.shape[1:]]
         raise UserError(
             f"{engine.path} takes {wanted.dtype} images of shape {shape}, not {images.dtype} "
-            f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.to_input."
+            f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.fill_row."
         )
     check_batch(engine, batch)
 

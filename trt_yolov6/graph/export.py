@@ -9,19 +9,19 @@ and one addition.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -31,13 +31,13 @@ from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.editing import add_initializers, replace_tensor
+from trt_yolov6.graph.editing import add_initializers, replace_tensor, set_nodes
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 from trt_yolov6.graph.index import attribute, shapes_of, tensor_value
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.graph.reference import reference_session
-from trt_yolov6.models import Architecture, YOLOv6, fuse
+from trt_yolov6.models import Architecture, YOLOv6, fold_shortcuts, fuse
 from trt_yolov6.models.decode import anchor_points, decode
 from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout
@@ -117,7 +117,9 @@ def export_onnx(
             than rounding explains.
     """
     settings = settings or ExportSettings()
-    traced = _trace(_with_scaled_boxes(fuse(model).eval()), settings)
+    fused = fuse(model).eval()
+    fold_shortcuts(fused)
+    traced = _trace(_with_scaled_boxes(fused), settings)
     _name_nodes(traced)
     _use_older_operators(traced)
     if verify:
@@ -133,18 +135,15 @@ def _composed(
     class_names: Sequence[str],
 ) -> onnx.ModelProto:
     """Put the ends onto a traced network: decoding, NMS, normalization, half precision."""
-    graph = gs.import_onnx(traced)
-    _append_decoding(graph, arch, settings)
-    graph.toposort()
-    exact = tail_nodes(gs.export_onnx(graph)) if settings.fp16 else set()
+    proto = copy.deepcopy(traced)
+    _append_decoding(proto.graph, arch, settings)
+    exact = tail_nodes(proto) if settings.fp16 else set()
     if settings.nms:
-        _append_nms(graph, settings.nms)
+        _append_nms(proto.graph, settings.nms)
     if settings.uint8_input:
-        _prepend_normalization(graph, settings, settings.size_for(arch))
-    graph.cleanup().toposort()
-    proto: onnx.ModelProto = gs.export_onnx(graph)
+        _prepend_normalization(proto.graph, settings, settings.size_for(arch))
     if settings.fp16:
-        exact.update(node.name for node in graph.nodes if node.name.startswith("nms/"))
+        exact.update(node.name for node in proto.graph.node if node.name.startswith("nms/"))
         proto = to_fp16(proto, keep_float32=exact)
     _finish(proto, arch.name, class_names, settings)
     return proto
@@ -232,19 +231,17 @@ def _raw_names(model: YOLOv6) -> list[str]:
     return [f"{kind}_{stride}" for stride in model.arch.strides for kind in kinds]
 
 
-class _quiet:
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
     """Keep loggers silent for the duration of a `with` block."""
-
-    def __init__(self, *names: str) -> None:
-        self._loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
@@ -340,154 +337,134 @@ def _anchors(
     return (points * strides).numpy().T, strides.numpy().T
 
 
-def _append_decoding(graph: gs.Graph, arch: Architecture, settings: ExportSettings) -> None:
-    raw = {tensor.name: tensor for tensor in graph.outputs}
+_BOXES = {
+    # The strides and the signs of distances are in the weights.
+    "distances": "boxes = Add (reg, anchor_points)",
+    # DFL: each distance is the expectation over reg_max + 1 bins (Section 2.3.2).
+    "dfl": """
+        dfl_softmax = Softmax <axis = 3> (reg)
+        dfl_expectation = MatMul (dfl_softmax, dfl_bins)
+        flat_distances = Reshape (dfl_expectation, distances_shape)
+        signed_stride = Mul (flat_distances, signed_strides)
+        boxes = Add (signed_stride, anchor_points)
+    """,
+    "offset": """
+        offsets, half_size_logarithms = Split <axis = 2> (reg, two_and_two)
+        centers = Add (offsets, anchor_points)
+        half_sizes = Exp (half_size_logarithms)
+        top_left = Sub (centers, half_sizes)
+        bottom_right = Add (centers, half_sizes)
+        boxes = Concat <axis = 2> (top_left, bottom_right)
+    """,
+}
+_SCORES = "scores = Sigmoid (cls)"
+_SCORES_OF_OBJECTS = """
+    classes = Sigmoid (cls)
+    objectness = Sigmoid (obj)
+    scores = Mul (classes, objectness)
+"""
+# Each row of `selected` is batch, class, box: it indexes the scores as it stands.
+_NMS = """
+    by_class = Transpose <perm = [0, 2, 1]> (scores)
+    selected = NonMaxSuppression (boxes, by_class, max_per_class, iou_threshold, score_threshold)
+    selected_scores = GatherND (by_class, selected)
+    score_column = Unsqueeze (selected_scores, last_axis)
+    batch_and_box = Gather <axis = 1> (selected, zero_and_two)
+    kept = GatherND (boxes, batch_and_box)
+    index_floats = Cast <to = 1> (selected)
+    batch_column = Gather <axis = 1> (index_floats, batch_index)
+    class_column = Gather <axis = 1> (index_floats, last_axis)
+    detections = Concat <axis = 1> (batch_column, kept, score_column, class_column)
+"""
+# TensorRT wants a uint8 input cast before anything else is done with it.
+_NORMALIZATION = """
+    cast = Cast <to = 1> (images)
+    planar = Transpose <perm = [0, 3, 1, 2]> (cast)
+    normalized = Mul (planar, one_255th)
+"""
+
+
+def _append_decoding(graph: onnx.GraphProto, arch: Architecture, settings: ExportSettings) -> None:
     points, strides = _anchors(
         settings.size_for(arch), arch.strides, 0.0 if arch.head == "offset" else 0.5
     )
     # After the concatenation, whose kernel waits for memory anyway. Right after the convolutions
     # TensorRT-RTX fuses it with them; the largest then took 139 us (H200, N, batch 32), ten times
-    # what moving its data takes.
-    logits = _joined(graph, raw, "cls", [0, -1, arch.num_classes])
-    scores = _node(graph, "Sigmoid", "decode/scores", [logits])
+    # what moving its data takes. A zero in a shape copies the axis, so that the batch stays free
+    # without any shape arithmetic.
+    bins = [4, arch.reg_max + 1] if arch.reg_max else [4]
+    shapes = {"cls": [0, -1, arch.num_classes], "reg": [0, -1, *bins]}
+    constants: dict[str, NDArray[Any]] = {"anchor_points": points[None]}
+    boxes, scores = "distances", _SCORES
     if arch.head == "offset":
-        objectness = _joined(graph, raw, "obj", [0, -1, 1])
-        confidence = _node(graph, "Sigmoid", "decode/objectness", [objectness])
-        scores = _node(graph, "Mul", "decode/class_times_objectness", [scores, confidence])
-        boxes = _offset_boxes(graph, raw, points)
+        boxes, scores = "offset", _SCORES_OF_OBJECTS
+        shapes["obj"] = [0, -1, 1]
+        constants["two_and_two"] = np.array([2, 2], np.int64)
     else:
-        boxes = _distance_boxes(graph, raw, arch.reg_max, points, strides)
+        constants["anchor_points"] = np.concatenate([points, points], axis=1)[None]
+    if arch.reg_max:
+        boxes = "dfl"
+        constants["dfl_bins"] = np.arange(arch.reg_max + 1, dtype=np.float32)[:, None]
+        constants["distances_shape"] = np.array([0, -1, 4], np.int64)
+        constants["signed_strides"] = (strides * _SIDES)[None]
+    joined = ""
+    for kind, shape in shapes.items():
+        constants[f"{kind}_shape"] = np.array(shape, np.int64)
+        raw = [item.name for item in graph.output if item.name.startswith(f"{kind}_")]
+        for name in raw:
+            joined += f"{name}_last = Transpose <perm = [0, 2, 3, 1]> ({name})\n"
+            joined += f"{name}_rows = Reshape ({name}_last, {kind}_shape)\n"
+        joined += f"{kind} = Concat <axis = 1> ({', '.join(f'{name}_rows' for name in raw)})\n"
+    graph.node.extend(_parsed("decode", "\n".join((joined, scores, _BOXES[boxes]))))
+    add_initializers(graph, constants)
     batch = settings.batch.min if settings.batch.is_static else "batch"
-    boxes.name, boxes.dtype, boxes.shape = "boxes", np.float32, (batch, len(points), 4)
-    scores.name, scores.dtype = "scores", np.float32
-    scores.shape = (batch, len(points), arch.num_classes)
-    graph.outputs = [boxes, scores]
-
-
-def _distance_boxes(
-    graph: gs.Graph,
-    raw: dict[str, gs.Variable],
-    reg_max: int,
-    points: NDArray[np.float32],
-    strides: NDArray[np.float32],
-) -> gs.Variable:
-    corners = np.concatenate([points, points], axis=1)[None]
-    if not reg_max:
-        sides = _joined(graph, raw, "reg", [0, -1, 4])
-    else:
-        # DFL: each distance is the expectation over reg_max + 1 bins (Section 2.3.2).
-        bins = _joined(graph, raw, "reg", [0, -1, 4, reg_max + 1])
-        weights = _node(graph, "Softmax", "decode/dfl_softmax", [bins], axis=3)
-        ladder = gs.Constant("dfl_bins", np.arange(reg_max + 1, dtype=np.float32)[:, None])
-        distances = _node(graph, "MatMul", "decode/dfl_expectation", [weights, ladder])
-        flat = _reshape(graph, "decode/flat_distances", distances, [0, -1, 4])
-        factor = gs.Constant("signed_strides", (strides * _SIDES)[None])
-        sides = _node(graph, "Mul", "decode/signed_stride", [flat, factor])
-    return _node(graph, "Add", "decode/boxes", [sides, gs.Constant("anchor_points", corners)])
-
-
-def _offset_boxes(
-    graph: gs.Graph, raw: dict[str, gs.Variable], points: NDArray[np.float32]
-) -> gs.Variable:
-    joined = _joined(graph, raw, "reg", [0, -1, 4])
-    offsets, logarithms = gs.Variable("offsets"), gs.Variable("log_half_sizes")
-    graph.nodes.append(
-        gs.Node(
-            "Split",
-            "decode/offsets",
-            attrs={"axis": 2},
-            inputs=[joined, gs.Constant("two_and_two", np.array([2, 2], np.int64))],
-            outputs=[offsets, logarithms],
-        )
+    _set_outputs(
+        graph, boxes=(batch, len(points), 4), scores=(batch, len(points), arch.num_classes)
     )
-    corner = gs.Constant("anchor_points", np.ascontiguousarray(points)[None])
-    center = _node(graph, "Add", "decode/centers", [offsets, corner])
-    half = _node(graph, "Exp", "decode/half_sizes", [logarithms])
-    first = _node(graph, "Sub", "decode/top_left", [center, half])
-    second = _node(graph, "Add", "decode/bottom_right", [center, half])
-    return _node(graph, "Concat", "decode/corners", [first, second], axis=2)
 
 
-def _joined(
-    graph: gs.Graph, raw: dict[str, gs.Variable], kind: str, shape: list[int]
-) -> gs.Variable:
-    """Put channels last, flatten one kind of output over its cells, join the levels' anchors."""
-    levels = []
-    for name in raw:
-        if not name.startswith(f"{kind}_"):
-            continue
-        last = _node(graph, "Transpose", f"decode/{name}_last", [raw[name]], perm=[0, 2, 3, 1])
-        levels.append(_reshape(graph, f"decode/{name}", last, shape))
-    return _node(graph, "Concat", f"decode/{kind}", levels, axis=1)
-
-
-def _append_nms(graph: gs.Graph, nms: NmsSettings) -> None:
+def _append_nms(graph: onnx.GraphProto, nms: NmsSettings) -> None:
     """Append NonMaxSuppression to `boxes` and `scores`, and gather what it selects into rows."""
-    boxes, scores = graph.outputs
-    boxes.name, scores.name = "decoded_boxes", "decoded_scores"
-    by_class = _node(graph, "Transpose", "nms/scores", [scores], perm=[0, 2, 1])
-    selected = _node(
-        graph,
-        "NonMaxSuppression",
-        "nms/suppression",
-        [
-            boxes,
-            by_class,
-            gs.Constant("max_per_class", np.array([nms.max_detections], np.int64)),
-            gs.Constant("iou_threshold", np.array([nms.iou], np.float32)),
-            gs.Constant("score_threshold", np.array([nms.confidence], np.float32)),
-        ],
-        "selected",
-    )
-    # Each row of `selected` is batch, class, box: it indexes the scores as it stands.
-    score = _node(graph, "GatherND", "nms/gather_scores", [by_class, selected])
-    column = gs.Constant("last_axis", np.array([1], np.int64))
-    score = _node(graph, "Unsqueeze", "nms/score_column", [score, column])
-    place = gs.Constant("batch_and_box", np.array([0, 2], np.int64))
-    place = _node(graph, "Gather", "nms/batch_and_box", [selected, place], axis=1)
-    kept = _node(graph, "GatherND", "nms/gather_boxes", [boxes, place])
-    floats = _node(graph, "Cast", "nms/index_floats", [selected], to=onnx.TensorProto.FLOAT)
-    first = gs.Constant("batch_index", np.array([0], np.int64))
-    image = _node(graph, "Gather", "nms/batch_column", [floats, first], axis=1)
-    label = _node(graph, "Gather", "nms/class_column", [floats, column], axis=1)
-    rows = _node(graph, "Concat", "nms/detections", [image, kept, score, label], axis=1)
-    rows.name, rows.dtype, rows.shape = "detections", np.float32, ("detections", 7)
-    graph.outputs = [rows]
+    constants: dict[str, NDArray[Any]] = {
+        "max_per_class": np.array([nms.max_detections], np.int64),
+        "iou_threshold": np.array([nms.iou], np.float32),
+        "score_threshold": np.array([nms.confidence], np.float32),
+        "last_axis": np.array([1], np.int64),
+        "zero_and_two": np.array([0, 2], np.int64),
+        "batch_index": np.array([0], np.int64),
+    }
+    graph.node.extend(_parsed("nms", _NMS))
+    add_initializers(graph, constants)
+    _set_outputs(graph, detections=("detections", 7))
 
 
 def _prepend_normalization(
-    graph: gs.Graph, settings: ExportSettings, size: tuple[int, int]
+    graph: onnx.GraphProto, settings: ExportSettings, size: tuple[int, int]
 ) -> None:
     """Take uint8 (batch, height, width, 3) images and scale them to 0..1 in the graph."""
-    floats = graph.inputs[0]
-    floats.name = "normalized"
+    for node in graph.node:
+        node.input[:] = ["normalized" if name == "images" else name for name in node.input]
+    set_nodes(graph, [*_parsed("input", _NORMALIZATION), *graph.node])
+    add_initializers(graph, {"one_255th": np.array(1 / 255, np.float32)})
     batch = settings.batch.min if settings.batch.is_static else "batch"
-    pixels = gs.Variable("images", np.uint8, (batch, *size, 3))
-    # TensorRT wants a uint8 input cast before anything else is done with it.
-    cast = _node(graph, "Cast", "input/cast", [pixels], to=onnx.TensorProto.FLOAT)
-    planar = _node(graph, "Transpose", "input/planar", [cast], perm=[0, 3, 1, 2])
-    factor = gs.Constant("one_255th", np.array(1 / 255, np.float32))
-    graph.nodes.append(gs.Node("Mul", "input/normalize", inputs=[planar, factor], outputs=[floats]))
-    graph.inputs = [pixels]
+    images = ("images", onnx.TensorProto.UINT8, (batch, *size, 3))
+    graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info(*images))
 
 
-def _node(
-    graph: gs.Graph,
-    op: str,
-    name: str,
-    inputs: list[gs.Tensor],
-    output: str | None = None,
-    **attrs: Any,
-) -> gs.Variable:
-    result = gs.Variable(output or f"{name}_out")
-    graph.nodes.append(gs.Node(op, name, attrs=attrs, inputs=inputs, outputs=[result]))
-    return result
+def _parsed(room: str, text: str) -> list[onnx.NodeProto]:
+    """Return nodes of ONNX's textual syntax, named after what they make, such as `decode/boxes`."""
+    nodes = list(onnx.parser.parse_graph(f"{room} () => () {{\n{text}\n}}").node)
+    for node in nodes:
+        node.name = f"{room}/{node.output[0]}"
+    return nodes
 
 
-def _reshape(graph: gs.Graph, name: str, tensor: gs.Tensor, shape: list[int]) -> gs.Variable:
-    # A zero copies the axis, so that the batch stays free without any shape arithmetic.
-    constant = gs.Constant(f"{name}_shape", np.array(shape, np.int64))
-    return _node(graph, "Reshape", name, [tensor, constant])
+def _set_outputs(graph: onnx.GraphProto, **shapes: tuple[int | str, ...]) -> None:
+    del graph.output[:]
+    graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in shapes.items()
+    )
 
 
 # --- finishing ----------------------------------------------------------------------------------

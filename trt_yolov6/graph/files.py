@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from trt_yolov6.common.files import read_bytes
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import set_nodes
 from trt_yolov6.graph.index import constants_of, names_read, subgraphs, type_name
+from trt_yolov6.graph.reference import parsed_model
 from trt_yolov6.spec import PrecisionName, TensorSpec
 
 if TYPE_CHECKING:
@@ -76,9 +78,8 @@ def read_weights(model: onnx.ModelProto, path: Path) -> bool:
             "files together, or export with the weights inside."
         ) from error
     for tensor in _tensors(model.graph):
-        wanted = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for length in tensor.dims:
-            wanted *= length
+        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        wanted = width * math.prod(tensor.dims)
         if tensor.HasField("raw_data") and wanted > len(tensor.raw_data) and _is_bytewise(tensor):
             raise UserError(
                 f"{path} keeps the weights of {tensor.name!r} in {', '.join(places)}, which is cut "
@@ -103,25 +104,15 @@ def sort_nodes(model: onnx.ModelProto) -> bool:
     """
     nodes = list(model.graph.node)
     makers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    readers: list[list[int]] = [[] for _ in nodes]
-    waits = [0] * len(nodes)
-    is_sorted = True
-    for index, node in enumerate(nodes):
-        for maker in {makers[name] for name in names_read(node) if name in makers} - {index}:
-            readers[maker].append(index)
-            waits[index] += 1
-            is_sorted = is_sorted and maker < index
-    if is_sorted:
+    needs = {
+        index: {makers[name] for name in names_read(node) if name in makers} - {index}
+        for index, node in enumerate(nodes)
+    }
+    if all(maker < index for index, made in needs.items() for maker in made):
         return False
-    ready = deque(index for index, count in enumerate(waits) if not count)
-    order: list[int] = []
-    while ready:
-        order.append(ready.popleft())
-        for reader in readers[order[-1]]:
-            waits[reader] -= 1
-            if not waits[reader]:
-                ready.append(reader)
-    if len(order) < len(nodes):
+    try:
+        order = tuple(TopologicalSorter(needs).static_order())
+    except CycleError:
         return False
     set_nodes(model.graph, [nodes[index] for index in order])
     return True
@@ -191,11 +182,8 @@ def _not_whole(path: Path, error: Exception) -> UserError:
 
 def has_other_files(path: Path) -> bool:
     """Return whether an ONNX file keeps weights in other files; False for any other file."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (OSError, DecodeError, ValueError):
+        model = parsed_model(path.read_bytes())
+    except OSError:
         return False
-    return any(True for _ in _external_files(model))
+    return model is not None and any(True for _ in _external_files(model))

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trt_yolov6.graph.index import GraphIndex
+from trt_yolov6.graph.index import GraphIndex, nodes_after_layers
 from trt_yolov6.graph.operators import FREE_OPS
-from trt_yolov6.graph.tail import nodes_after_layers
 
 if TYPE_CHECKING:
     import onnx

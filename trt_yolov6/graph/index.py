@@ -1,4 +1,4 @@
-"""Look-ups in an ONNX graph: producers, readers, constants, attributes, shapes, subgraphs.
+"""Look-ups in an ONNX graph: producers, readers, constants, attributes, shapes, subgraphs, tail.
 
 All of it reads the protobuf messages themselves. onnx_ir converts a model into objects of its own
 and back, which rewrites every byte of it, and costs more time than most of these look-ups.
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trt_yolov6.graph.operators import CONVOLUTIONS, WEIGHTED_OPS
 
 if TYPE_CHECKING:
     import onnx
@@ -72,6 +74,28 @@ class GraphIndex:
                 found.add(name)
                 pending.extend(names_read(node))
         return found
+
+
+def nodes_after_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the nodes that no convolution or matrix product comes after, in the graph's order."""
+    graph = GraphIndex(model)
+    ahead = graph.ancestors([n.output[0] for n in graph.nodes if n.op_type in WEIGHTED_OPS])
+    return [node for node in graph.nodes if not ahead.intersection(node.output)]
+
+
+def layers_after(graph: GraphIndex) -> dict[str, int]:
+    """Return for each tensor the length of the longest chain of convolutions after it."""
+    found: dict[str, int] = {}
+    for node in reversed(graph.nodes):
+        for name in node.output:
+            found[name] = max(
+                (
+                    found[reader.output[0]] + (reader.op_type in CONVOLUTIONS)
+                    for reader in graph.readers(name)
+                ),
+                default=0,
+            )
+    return found
 
 
 def tensor_value(tensor: onnx.TensorProto) -> NDArray[Any]:

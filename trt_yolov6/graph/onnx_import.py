@@ -14,14 +14,13 @@ from trt_yolov6.detectors.metadata import check_input, image_size_in, names_in, 
 from trt_yolov6.detectors.recognition import recognize
 from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.facts import facts_of
 from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 from trt_yolov6.graph.index import inferred
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.normalize import with_folded_weights
-from trt_yolov6.graph.outputs import drop_other_outputs, dropped_text
+from trt_yolov6.graph.outputs import drop_other_outputs, dropped_text, facts_of
 from trt_yolov6.spec import BatchProfile
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Find and drop outputs that are not a detector's, such as those kept for debugging."""
+"""The outputs of a graph: what leads to them, and which are not a detector's and are dropped."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.detectors.recognition import is_detector
+from trt_yolov6.detectors.recognition import GraphFacts, is_detector
 from trt_yolov6.graph.editing import drop_unread_initializers, set_nodes
-from trt_yolov6.graph.facts import facts_of
 from trt_yolov6.graph.files import value_spec
-from trt_yolov6.graph.index import names_read
+from trt_yolov6.graph.index import GraphIndex, names_read
+from trt_yolov6.graph.operators import UNDECODED_OPS, WEIGHTED_OPS
+from trt_yolov6.spec import TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -66,6 +67,47 @@ def drop_other_outputs(
 def dropped_text(names: Sequence[str]) -> str:
     """Say which outputs are not a detector's."""
     return f"dropped the output{'s' * (len(names) > 1)} {', '.join(names)}: not a detector's"
+
+
+def facts_of(
+    model: onnx.ModelProto, outputs: Sequence[TensorSpec], image_size: tuple[int, int] | None
+) -> GraphFacts:
+    """Return the evidence for recognition in an ONNX graph."""
+    tail = _tail_operators(model)
+    return GraphFacts(
+        outputs=tuple(outputs),
+        image_size=image_size,
+        metadata={item.key: item.value for item in model.metadata_props},
+        producer=f"{model.producer_name} {model.graph.name}",
+        names=frozenset(
+            [node.name for node in model.graph.node]
+            + [item.name for item in model.graph.initializer]
+        ),
+        tail=tail,
+        decoding=tail - UNDECODED_OPS,
+    )
+
+
+def _tail_operators(model: onnx.ModelProto) -> frozenset[str]:
+    """Return the operators that values go through between the last layers and the outputs.
+
+    What computes shapes, indices or bounds on the way does not count.
+    """
+    graph = GraphIndex(model)
+    pending = list(graph.outputs)
+    seen: set[str] = set()
+    found: set[str] = set()
+    while pending:
+        name = pending.pop()
+        node = graph.producer(name)
+        if name in seen or node is None or node.op_type in (*WEIGHTED_OPS, "Constant"):
+            continue
+        seen.add(name)
+        found.add(node.op_type)
+        # The further inputs of a moving operator say where to, such as the shape of a Reshape.
+        moves = node.op_type in UNDECODED_OPS and node.op_type != "Concat"
+        pending.extend(node.input[:1] if moves else node.input)
+    return frozenset(found)
 
 
 def _largest(

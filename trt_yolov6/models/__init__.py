@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trt_yolov6.models.complexity import count_flops, count_parameters
-from trt_yolov6.models.fusion import fuse, is_fused, single_branch
+from trt_yolov6.models.fusion import fold_shortcuts, fuse, is_fused, single_branch
 from trt_yolov6.models.network import YOLOv6, build_model
 from trt_yolov6.models.variants import STRIDES, VARIANTS, Architecture, architecture
 
@@ -16,6 +16,7 @@ __all__ = [
     "build_model",
     "count_flops",
     "count_parameters",
+    "fold_shortcuts",
     "fuse",
     "is_fused",
     "single_branch",

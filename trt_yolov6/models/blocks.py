@@ -13,7 +13,6 @@ from trt_yolov6.models.variants import ActivationName, Architecture
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
 
-
 LEAK = 0.1
 """Slope of LeakyReLU below 0, as in YOLOv3; the paper names none."""
 
@@ -197,18 +196,22 @@ def has_conv_bias(arch: Architecture) -> bool:
 
 
 class BottleRep(nn.Module):
-    """Two blocks, or three in MBLA, with a shortcut whose weight `alpha` is learned."""
+    """Two blocks, or three in MBLA, with a shortcut whose weight `alpha` is learned.
+
+    `alpha` is None after `fusion.fold_shortcuts`: the shortcut is then a plain sum.
+    """
 
     def __init__(self, arch: Architecture, channels: int) -> None:
         super().__init__()
         self.first = basic_block(arch, channels, channels)
         self.second = basic_block(arch, channels, channels)
         self.third = basic_block(arch, channels, channels) if arch.mbla else nn.Identity()
-        self.alpha = nn.Parameter(torch.ones(1))
+        self.alpha: nn.Parameter | None = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, h, w) to the same shape."""
-        out: Tensor = self.third(self.second(self.first(x))) + self.alpha * x
+        shortcut = x if self.alpha is None else self.alpha * x
+        out: Tensor = self.third(self.second(self.first(x))) + shortcut
         return out
 
 

@@ -25,12 +25,12 @@ def decode(levels: Sequence[tuple[Tensor, ...]], arch: Architecture) -> tuple[Te
         scores (batch, classes, anchors): in 0..1.
     """
     sizes = [(level[0].shape[2], level[0].shape[3]) for level in levels]
-    logits = _join([level[0] for level in levels])
-    regression = _join([level[1] for level in levels])
+    logits = joined([level[0] for level in levels])
+    regression = joined([level[1] for level in levels])
     if arch.head == "offset":
         points, strides = anchor_points(sizes, 0.0, regression, arch.strides)
         boxes = offsets_to_boxes(regression, points, strides)
-        objectness = _join([level[2] for level in levels])
+        objectness = joined([level[2] for level in levels])
         return boxes, torch.sigmoid(logits) * torch.sigmoid(objectness)
     points, strides = anchor_points(sizes, 0.5, regression, arch.strides)
     distances = expected_distances(regression, arch.reg_max) if arch.reg_max else regression
@@ -90,6 +90,6 @@ def offsets_to_boxes(offsets: Tensor, points: Tensor, strides: Tensor) -> Tensor
     return torch.cat((centre - half, centre + half), dim=1) * strides
 
 
-def _join(levels: Sequence[Tensor]) -> Tensor:
+def joined(levels: Sequence[Tensor]) -> Tensor:
     """Flatten and concatenate (batch, c, h, w) maps to (batch, c, anchors)."""
     return torch.cat([level.flatten(2) for level in levels], dim=2)

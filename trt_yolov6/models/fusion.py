@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trt_yolov6.models.blocks import (
+    BottleRep,
     ConvAct,
     ConvBN,
+    CSPStack,
     QARepConv,
     RepConv,
     ScaledRepConv,
@@ -27,7 +30,7 @@ def fuse(model: YOLOv6) -> YOLOv6:
     are fused already are kept.
     """
     fused = copy.deepcopy(model).eval()
-    _fuse_children(fused)
+    _replace(fused, _fused)
     return fused
 
 
@@ -36,18 +39,78 @@ def is_fused(model: nn.Module) -> bool:
     return not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-def _fuse_children(module: nn.Module) -> None:
+def _replace(module: nn.Module, change: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put what `change` returns in the place of a module's descendants, unless it is None."""
     for name, child in module.named_children():
-        if isinstance(child, ConvBN):
-            setattr(module, name, fuse_conv_bn(child))
-        elif isinstance(child, RepConv):
-            setattr(module, name, fuse_rep_conv(child))
-        elif isinstance(child, QARepConv):
-            setattr(module, name, fuse_qarep_conv(child))
-        elif isinstance(child, ScaledRepConv):
-            setattr(module, name, fuse_conv_bn(merge_scaled(child)))
+        new = change(child)
+        if new is None:
+            _replace(child, change)
         else:
-            _fuse_children(child)
+            setattr(module, name, new)
+
+
+def _fused(block: nn.Module) -> ConvAct | None:
+    if isinstance(block, RepConv):
+        return fuse_rep_conv(block)
+    if isinstance(block, QARepConv):
+        return fuse_qarep_conv(block)
+    if isinstance(block, ScaledRepConv):
+        block = merge_scaled(block)
+    return (
+        fuse_normalization(block.conv, block.bn, block.act) if isinstance(block, ConvBN) else None
+    )
+
+
+def fold_shortcuts(model: YOLOv6) -> None:
+    """Fold the weights of shortcuts into convolutions, in place: sums of two terms are left.
+
+    A block that ends in ReLU computes relu(w y + b) + a x. With z in the place of x / A, where A is
+    the product of the weights so far, it is relu(w y / A' + b / A') + z, where A' = A a: ReLU does
+    not care for a positive factor. So the convolution that ends a block is divided by A', those
+    that read z are multiplied by A, and the last is the one that merges the stack's two paths.
+    Other activations have no such rule, and the factor stays. It costs a kernel of its own, and
+    TensorRT 8 does not build it in INT8.
+
+    Args:
+        model: as `fuse` returns it.
+    """
+    for module in model.modules():
+        if isinstance(module, CSPStack):
+            _fold_shortcuts_of(module)
+
+
+_WIDEST = 64.0
+"""Largest product of shortcuts' weights, or of their reciprocals, that is folded: the values between
+blocks grow as much, and float16 ends at 65504."""
+
+
+def _fold_shortcuts_of(stack: CSPStack) -> None:
+    merge = stack.merge
+    bottlenecks = [block for block in stack.bottlenecks if isinstance(block, BottleRep)]
+    factors = [1.0]
+    for block in bottlenecks:
+        last = block.second if isinstance(block.third, nn.Identity) else block.third
+        if (
+            block.alpha is None
+            or not isinstance(last, ConvAct)
+            or not isinstance(last.act, nn.ReLU)
+        ):
+            return
+        factors.append(factors[-1] * float(block.alpha.detach()))
+    if not isinstance(merge, ConvAct) or not all(1 / _WIDEST <= f <= _WIDEST for f in factors):
+        return
+    for block, before, after in zip(bottlenecks, factors, factors[1:], strict=False):
+        last = block.second if isinstance(block.third, nn.Identity) else block.third
+        assert isinstance(block.first, ConvAct)
+        assert isinstance(last, ConvAct)
+        assert last.conv.bias is not None
+        with torch.no_grad():
+            block.first.conv.weight.mul_(before)
+            last.conv.weight.div_(after)
+            last.conv.bias.div_(after)
+        block.alpha = None
+    with torch.no_grad():
+        merge.conv.weight[:, : merge.conv.in_channels // 2].mul_(factors[-1])
 
 
 def single_branch(model: YOLOv6) -> YOLOv6:
@@ -58,16 +121,12 @@ def single_branch(model: YOLOv6) -> YOLOv6:
     """
     merged = copy.deepcopy(model)
     merged.arch = dataclasses.replace(model.arch, block="conv")
-    _merge_children(merged, bias=has_conv_bias(merged.arch))
+    bias = has_conv_bias(merged.arch)
+    _replace(
+        merged,
+        lambda block: merge_scaled(block, bias=bias) if isinstance(block, ScaledRepConv) else None,
+    )
     return merged
-
-
-def _merge_children(module: nn.Module, *, bias: bool) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, ScaledRepConv):
-            setattr(module, name, merge_scaled(child, bias=bias))
-        else:
-            _merge_children(child, bias=bias)
 
 
 def merge_scaled(block: ScaledRepConv, *, bias: bool = False) -> ConvBN:
@@ -87,11 +146,6 @@ def merge_scaled(block: ScaledRepConv, *, bias: bool = False) -> ConvBN:
     merged.bn = copy.deepcopy(block.bn)
     merged.act = copy.deepcopy(block.act)
     return merged.train(block.training)
-
-
-def fuse_conv_bn(block: ConvBN) -> ConvAct:
-    """Fold the batch normalization of a block into its convolution."""
-    return fuse_normalization(block.conv, block.bn, block.act)
 
 
 def fuse_normalization(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module) -> ConvAct:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from trt_yolov6.models.backbone import EfficientRep
 from trt_yolov6.models.decode import decode
@@ -49,33 +45,8 @@ class YOLOv6(nn.Module):
 
 def shapes_only(arch: Architecture) -> YOLOv6:
     """Return a network in training form without data, on PyTorch's "meta" device."""
-    with _ShapesOnly():
+    with torch.device("meta"):
         return YOLOv6(arch)
-
-
-class _ShapesOnly(TorchFunctionMode):
-    """Make tensors on the "meta" device and leave out to fill them, which takes a third of it."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        given = dict(kwargs or {})
-        if func in _FILLING:
-            return args[0] if args else given["tensor"]
-        if func in _MAKING:
-            given["device"] = "meta"
-        return func(*args, **given)
-
-
-_MAKING = {torch.empty, torch.ones, torch.tensor, torch.zeros}
-_FILLING = {
-    *(torch.Tensor.fill_, torch.Tensor.zero_),
-    *(nn.init.constant_, nn.init.kaiming_uniform_, nn.init.uniform_),
-}
 
 
 def build_model(arch: Architecture) -> YOLOv6:

@@ -267,17 +267,10 @@ def variant_name(arch: Architecture) -> str:
     return alike[0] if alike else "yolov6-custom"
 
 
-def _trunk(arch: Architecture) -> tuple[object, ...]:
+def _trunk(arch: Architecture) -> Architecture:
+    """Return an architecture with the same values in all that does not make the size."""
     ratio = None if arch.csp_ratio is None else round(arch.csp_ratio, 3)
-    return (
-        arch.stage_channels,
-        arch.neck_channels,
-        arch.stage_repeats,
-        arch.neck_repeats,
-        ratio,
-        arch.activation,
-        arch.neck_activation,
-        arch.neck,
-        arch.pooling,
-        arch.mbla,
+    trunk = dataclasses.replace(arch, name="", block="conv", csp_ratio=ratio, reg_max=0)
+    return dataclasses.replace(
+        trunk, num_classes=1, head="distance", head_activation="silu", input_channels=3
     )

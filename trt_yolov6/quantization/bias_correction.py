@@ -232,12 +232,9 @@ def _mean_response(
 ) -> NDArray[np.float64]:
     """Return the mean output, per channel, that a mean input (channels,) makes."""
     sums = weight.sum(axis=(2, 3))
-    by_group = mean.reshape(groups, -1)
+    by_group = sums.reshape(groups, -1, sums.shape[1])
+    inputs = mean.reshape(groups, -1)
     if spread is None:
-        rows = sums.reshape(groups, -1, sums.shape[1])
-        read: NDArray[np.float64] = np.einsum("goi,gi->go", rows, by_group)
-        return read.reshape(-1)
+        return np.asarray(np.einsum("goi,gi->go", by_group, inputs)).reshape(-1)
     # Each output pixel sees one in `spread` of the taps.
-    columns = sums.reshape(groups, -1, sums.shape[1])
-    made: NDArray[np.float64] = np.einsum("gio,gi->go", columns, by_group) / spread
-    return made.reshape(-1)
+    return np.asarray(np.einsum("gio,gi->go", by_group, inputs) / spread).reshape(-1)

@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from trt_yolov6.graph.editing import replace_tensor, with_outputs
 from trt_yolov6.graph.index import attributes, constants_of, tensor_value
@@ -193,33 +194,19 @@ class _Job:
 
     def _places(self, image: NDArray[np.float32]) -> torch.Tensor:
         """Return (groups, columns, places) of the inputs of evenly spread output places."""
-        channels, height, width = image.shape
+        kernel, strides, dilations = self._kernel, self._strides, self._dilations
         if self.layer.transposed:
-            rows, columns, taps = height, width, [(0, 0)]
-        else:
-            top, left, bottom, right = self._pads
-            reach = [(k - 1) * d + 1 for k, d in zip(self._kernel, self._dilations, strict=True)]
-            rows = (height + top + bottom - reach[0]) // self._strides[0] + 1
-            columns = (width + left + right - reach[1]) // self._strides[1] + 1
-            taps = [
-                (row * self._dilations[0] - top, column * self._dilations[1] - left)
-                for row in range(self._kernel[0])
-                for column in range(self._kernel[1])
-            ]
-        count = rows * columns
+            kernel, strides, dilations = (1, 1), [1, 1], [1, 1]
+        top, left, bottom, right = self._pads
+        windows = F.pad(torch.from_numpy(image), (left, right, top, bottom))
+        for axis, (size, stride, apart) in enumerate(zip(kernel, strides, dilations, strict=True)):
+            windows = windows.unfold(1 + axis, (size - 1) * apart + 1, stride)[..., ::apart]
+        columns = windows.shape[2]
+        count = windows.shape[1] * columns
         # A step that shares no factor with the width would be better still; odd ones mostly do.
-        step = max(1, count // _PLACES) | 1
-        place = np.arange(0, count, step)
-        strides = (1, 1) if self.layer.transposed else self._strides
-        y, x = place // columns * strides[0], place % columns * strides[1]
-        flat = image.reshape(channels, -1)
-        found = np.empty((channels, len(taps), len(place)), np.float32)
-        for tap, (down, right) in enumerate(taps):
-            row, column = y + down, x + right
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = np.where(inside, row * width + column, 0)
-            np.multiply(flat[:, index], inside, out=found[:, tap])
-        return torch.from_numpy(found).reshape(self._groups, -1, len(place))
+        place = torch.arange(0, count, max(1, count // _PLACES) | 1)
+        found = windows[:, place // columns, place % columns]
+        return found.permute(0, 2, 3, 1).reshape(self._groups, -1, len(place))
 
     def _to_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """Arrange weights as (groups, rows, columns): what a row holds makes one output value."""

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_yolov6.data.calibration import calibration_images
-from trt_yolov6.graph.index import GraphIndex, shapes_of, types_of
-from trt_yolov6.graph.tail import nodes_after_layers
+from trt_yolov6.graph.index import GraphIndex, nodes_after_layers, shapes_of, types_of
 from trt_yolov6.quantization.calibrators import METHODS, Method, amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.judge import batches_of

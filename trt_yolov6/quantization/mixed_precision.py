@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trt_yolov6.errors import UserError
@@ -217,44 +217,35 @@ def choose_float_layers(
     return search.result()
 
 
+@dataclass
 class _Search:
-    """The trials so far, and the best of them."""
+    """The trials so far, and the best of them; arguments as of `choose_float_layers`."""
 
-    def __init__(
-        self,
-        costs: Mapping[str, LayerCost],
-        score: Callable[[tuple[str, ...]], float],
-        least_score: float,
-        most_share: float,
-        most_trials: int,
-        least_gain: float,
-        most_time: float | None = None,
-    ) -> None:
-        self._costs = costs
-        self._score = score
-        self._least_score = least_score
-        self._most_share = most_share
-        self._most_trials = most_trials
-        self._least_gain = least_gain
-        self._most_time = most_time
-        self._trials: dict[frozenset[str], Trial] = {}
+    costs: Mapping[str, LayerCost]
+    score: Callable[[tuple[str, ...]], float]
+    least_score: float
+    most_share: float
+    most_trials: int
+    least_gain: float
+    most_time: float | None
+    trials: dict[frozenset[str], Trial] = field(default_factory=dict)
 
     def reaches(self, layers: tuple[str, ...]) -> bool:
         """Score a set of layers unless that is done; false for one that may not be tried."""
         key = frozenset(layers)
-        if key not in self._trials:
-            if len(self._trials) >= self._most_trials:
+        if key not in self.trials:
+            if len(self.trials) >= self.most_trials:
                 return False
-            self._trials[key] = Trial(layers, self._score(layers), self._time(layers))
-        return self._trials[key].score >= self._least_score
+            self.trials[key] = Trial(layers, self.score(layers), self._time(layers))
+        return self.trials[key].score >= self.least_score
 
     def fitting(self, order: Sequence[str]) -> tuple[str, ...]:
         """Return an order without the layers for which, after those before, no time is left."""
-        if self._most_time is None:
+        if self.most_time is None:
             return tuple(order)
         kept: list[str] = []
         for name in order:
-            if self._time((*kept, name)) <= self._most_time + 1e-9:
+            if self._time((*kept, name)) <= self.most_time + 1e-9:
                 kept.append(name)
         return tuple(kept)
 
@@ -280,7 +271,7 @@ class _Search:
         if found is None:
             return
         kept = found.layers
-        for layer in sorted(kept, key=lambda name: self._costs[name].time_share, reverse=True):
+        for layer in sorted(kept, key=lambda name: self.costs[name].time_share, reverse=True):
             fewer = tuple(name for name in kept if name != layer)
             if self.reaches(fewer):
                 kept = fewer
@@ -294,44 +285,44 @@ class _Search:
             met=found is not None,
             multiply_add_share=self._work(chosen.layers),
             time_share=chosen.time_share,
-            trials=tuple(self._trials.values()),
+            trials=tuple(self.trials.values()),
         )
 
     def _best_worth_its_time(self) -> Trial:
-        start = self._trials[frozenset()]
-        if self._most_time is not None:
-            return max(self._trials.values(), key=lambda trial: (trial.score, -trial.time_share))
-        gap = self._least_score - start.score
+        start = self.trials[frozenset()]
+        if self.most_time is not None:
+            return max(self.trials.values(), key=lambda trial: (trial.score, -trial.time_share))
+        gap = self.least_score - start.score
 
         def worth(trial: Trial) -> float:
             gain = trial.score - start.score
-            if trial is not start and gain < self._least_gain:
+            if trial is not start and gain < self.least_gain:
                 return -math.inf
             return gain / gap - trial.time_share
 
-        return max(self._trials.values(), key=lambda trial: (worth(trial), -trial.time_share))
+        return max(self.trials.values(), key=lambda trial: (worth(trial), -trial.time_share))
 
     def _cheapest(self) -> Trial | None:
-        reached = (item for item in self._trials.values() if item.score >= self._least_score)
+        reached = (item for item in self.trials.values() if item.score >= self.least_score)
         return min(reached, key=lambda trial: (trial.time_share, len(trial.layers)), default=None)
 
     def _affordable(self, order: Sequence[str]) -> int:
         """Return how many layers of an order may be in float: no dearer set than the best."""
         best = self._cheapest()
-        granted = math.inf if self._most_time is None else self._most_time + 1e-9
+        granted = math.inf if self.most_time is None else self.most_time + 1e-9
         most_time = min(best.time_share if best else math.inf, granted)
         count = 0
         while (
             count < len(order)
             # Shares of all layers add up to 1 only within rounding.
-            and self._work(order[: count + 1]) <= self._most_share + 1e-9
+            and self._work(order[: count + 1]) <= self.most_share + 1e-9
             and self._time(order[: count + 1]) < most_time
         ):
             count += 1
         return count
 
     def _work(self, layers: Collection[str]) -> float:
-        return math.fsum(self._costs[name].multiply_add_share for name in layers)
+        return math.fsum(self.costs[name].multiply_add_share for name in layers)
 
     def _time(self, layers: Collection[str]) -> float:
-        return math.fsum(self._costs[name].time_share for name in layers)
+        return math.fsum(self.costs[name].time_share for name in layers)

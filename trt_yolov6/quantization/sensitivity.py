@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -27,7 +28,7 @@ from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.qdq.insert import (
     activation_scales,
     insert_qdq,
-    quantize_weights,
+    rounded_weights,
 )
 from trt_yolov6.quantization.qdq.placement import Placement, place
 from trt_yolov6.quantization.types import INT8
@@ -76,12 +77,7 @@ class Distortion:
     """Number of elements."""
 
     def __add__(self, other: Distortion) -> Distortion:
-        return Distortion(
-            self.error + other.error,
-            self.reference + other.reference,
-            self.values + other.values,
-            self.count + other.count,
-        )
+        return Distortion(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def mse(self) -> float:
@@ -349,7 +345,7 @@ def _with_twins(
         twin.input[0] = dequantized[tensor]
         twin.input[1] = f"{layer}/twin/weight"
         weight = tensor_value(constants[node.input[1]])
-        added[twin.input[1]] = _rounded(weight, weight_axis(node.op_type))
+        added[twin.input[1]] = rounded_weights(weight, weight_axis(node.op_type))
         nodes.append(twin)
         difference = f"{layer}/twin/difference"
         nodes.append(helper.make_node("Sub", [output, twin.output[0]], [difference]))
@@ -368,11 +364,3 @@ def _with_twins(
     del graph.output[:]
     graph.output.extend(outputs)
     return result
-
-
-def _rounded(weight: NDArray[Any], axis: int) -> NDArray[np.float32]:
-    """Return weights as INT8 represents them."""
-    levels, scale = quantize_weights(weight, axis)
-    shape = [1] * weight.ndim
-    shape[axis] = -1
-    return levels.astype(np.float32) * scale.reshape(shape)

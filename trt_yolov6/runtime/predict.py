@@ -87,10 +87,12 @@ def detect(
             what is asked.
     """
     items = _items(images)
-    options = (options or PredictOptions()).over(default_nms(engine))
+    options = options or PredictOptions()
+    default = default_nms(engine)
     if len(items) <= choose_batch(engine, options.batch) and engine.batch.min <= len(items):
-        found = _detect_at_once(engine, items, options)
+        found = _detect_at_once(engine, items, options, options.nms(default))
     else:
+        options = options.over(default)
         found = []
         for step in process(
             engine,
@@ -152,10 +154,14 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
 
 
 def _detect_at_once(
-    engine: Engine, items: Sequence[_Item], options: PredictOptions
+    engine: Engine, items: Sequence[_Item], options: PredictOptions, nms: NmsSettings
 ) -> list[Detections]:
-    """Find objects in one batch, in this thread: for a few images others only cost time."""
-    nms, border = resolve(engine, options)
+    """Find objects in one batch, in this thread: for a few images others only cost time.
+
+    Thresholds are those of `nms`, not those of `options`.
+    """
+    check_thresholds(engine, nms)
+    border = resolve_border(options.resize, options.border, engine.image_size)
     if not items:
         return []
     run: Run
@@ -498,6 +504,7 @@ def default_nms(engine: Engine) -> NmsSettings:
     return shown_nms(engine.nms)
 
 
+@functools.lru_cache(maxsize=64)
 def shown_nms(inside: NmsSettings | None) -> NmsSettings:
     """Return the thresholds of what is shown; `inside` are those of a graph that has some."""
     inside = inside or NmsSettings()

@@ -18,8 +18,13 @@ from torch.nn import functional as F
 from trt_yolov6.training.box_similarity import iou, pairwise
 from trt_yolov6.training.targets import Targets
 
-ATSS_ANCHOR_SIZE = 5.0
-"""Side of the square box that ATSS gives an anchor, in strides (the authors' released value)."""
+TAL_TOPK, TAL_BETA = 13, 6.0
+"""Most anchors that an object takes by task alignment, and the IoU's exponent in its metric."""
+ATSS_TOPK, ATSS_ANCHOR_SIZE = 9, 5.0
+"""ATSS's candidates a level, and the side of the square box that it gives an anchor, in strides
+(the authors' released value)."""
+SIMOTA_CANDIDATES, SIMOTA_RADIUS, SIMOTA_IOU_WEIGHT = 10, 2.5, 3.0
+"""IoUs that SimOTA sums, its central region in strides, and the overlap's weight in the cost."""
 
 _PAIRS_AT_ONCE = 2**26
 """Pairs of object and anchor that are compared at a time: bounds memory (a float32 for each is
@@ -48,21 +53,12 @@ class Assignment:
 
 
 @torch.no_grad()
-def task_aligned(
-    scores: Tensor,
-    boxes: Tensor,
-    points: Tensor,
-    targets: Targets,
-    *,
-    topk: int = 13,
-    alpha: float = 1.0,
-    beta: float = 6.0,
-) -> Assignment:
+def task_aligned(scores: Tensor, boxes: Tensor, points: Tensor, targets: Targets) -> Assignment:
     """Assign by task alignment learning (TOOD, Feng et al., 2021; the paper's default).
 
-    The alignment metric of an anchor and an object is score^alpha * IoU^beta, of the predicted
-    score of the object's class and the predicted box. Of the anchors whose point lies inside an
-    object, it takes the `topk` of the highest metric above zero; an anchor that several take goes
+    The alignment metric of an anchor and an object is score * IoU^6, of the predicted score of the
+    object's class and the predicted box. Of the anchors whose point lies inside an object, it takes
+    the `TAL_TOPK` of the highest metric above zero; an anchor that several take goes
     to the one it overlaps most. An object's metrics are then scaled so that their highest equals
     the highest IoU among its anchors. (TOOD adds a small constant to the divisor; it is left out
     here because with IoU^6 it would silence objects that the first predictions barely touch.)
@@ -72,9 +68,6 @@ def task_aligned(
         boxes: float (batch, anchors, 4), predicted, xyxy in pixels.
         points: float (anchors, 2), x and y of the anchors in pixels.
         targets: the objects.
-        topk: most anchors an object takes, at least 1.
-        alpha: exponent of the score.
-        beta: exponent of the IoU.
     """
     targets = _at_least_one(targets)
     scores, boxes, points = scores.float(), boxes.float(), points.float()
@@ -84,9 +77,9 @@ def task_aligned(
         class_index = part.classes.unsqueeze(-1).expand(-1, -1, scores.shape[1])
         class_scores = scores[rows].transpose(1, 2).gather(1, class_index)
         overlaps = pairwise(part.boxes, boxes[rows])
-        metric = class_scores.pow(alpha) * overlaps.pow(beta)
+        metric = class_scores * overlaps.pow(TAL_BETA)
         metric *= _inside(points, part.boxes) & part.present.unsqueeze(-1)
-        chosen = _largest(metric, topk) & (metric > 0)
+        chosen = _largest(metric, TAL_TOPK) & (metric > 0)
 
         foreground, matched = _one_object_each(chosen, overlaps)
         objects = torch.arange(chosen.shape[1], device=chosen.device).unsqueeze(-1)
@@ -110,11 +103,10 @@ def atss(
     boxes: Tensor | None = None,
     *,
     num_classes: int,
-    topk: int = 9,
 ) -> Assignment:
     """Assign by adaptive training sample selection (Zhang et al., 2020; the paper's warm-up).
 
-    An object's candidates are the `topk` anchors nearest to its centre on each level. It takes
+    An object's candidates are the `ATSS_TOPK` anchors nearest to its centre on each level. It takes
     those whose square anchor box, of `ATSS_ANCHOR_SIZE` strides, overlaps it by at least the mean
     plus the standard deviation over the candidates, and whose point lies inside it. An anchor that
     several take goes to the one that its anchor box overlaps most.
@@ -127,7 +119,6 @@ def atss(
         boxes: float (batch, anchors, 4), predicted, xyxy in pixels; their IoU with the object
             becomes the soft target. None: the target is 1.
         num_classes: classes there are.
-        topk: candidates a level, at least 1.
     """
     targets = _at_least_one(targets)
     points, reach = points.float(), ATSS_ANCHOR_SIZE / 2 * strides.float().unsqueeze(-1)
@@ -138,7 +129,7 @@ def atss(
         centres = (part.boxes[..., :2] + part.boxes[..., 2:]) / 2
         nearness = -(centres.unsqueeze(-2) - points).square().sum(-1)
         levels = torch.split(nearness, list(sizes_per_level), dim=-1)
-        candidate = torch.cat([_largest(level, topk) for level in levels], dim=-1)
+        candidate = torch.cat([_largest(level, ATSS_TOPK) for level in levels], dim=-1)
         overlaps = pairwise(part.boxes, anchor_boxes)
         threshold = _mean_plus_deviation(overlaps, candidate)
         chosen = candidate & (overlaps >= threshold) & _inside(points, part.boxes)
@@ -153,23 +144,15 @@ def atss(
 
 @torch.no_grad()
 def simota(
-    scores: Tensor,
-    boxes: Tensor,
-    points: Tensor,
-    strides: Tensor,
-    targets: Targets,
-    *,
-    radius: float = 2.5,
-    iou_weight: float = 3.0,
-    candidates: int = 10,
+    scores: Tensor, boxes: Tensor, points: Tensor, strides: Tensor, targets: Targets
 ) -> Assignment:
     """Assign by SimOTA (YOLOX, Ge et al., 2021; the paper's Table 6).
 
-    An object may take anchors whose point lies inside it or within `radius` strides of its centre
-    in both directions; those for which both hold come first. It takes as many as the sum of its
-    `candidates` highest IoUs says, rounded down and at least one, those of the lowest cost: binary
-    cross-entropy of the classes plus `iou_weight` times -log IoU. An anchor that several take goes
-    to the one of the lowest cost.
+    An object may take anchors whose point lies inside it or within `SIMOTA_RADIUS` strides of its
+    centre in both directions; those for which both hold come first. It takes as many as the sum of
+    its `SIMOTA_CANDIDATES` highest IoUs says, rounded down and at least one, those of the lowest
+    cost: binary cross-entropy of the classes plus `SIMOTA_IOU_WEIGHT` times -log IoU. An anchor
+    that several take goes to the one of the lowest cost.
 
     Args:
         scores: float (batch, anchors, classes), predicted, in 0..1. (YOLOX passes the geometric
@@ -178,13 +161,10 @@ def simota(
         points: float (anchors, 2), x and y in pixels.
         strides: float (anchors,), pixels.
         targets: the objects.
-        radius: of the central region, in strides.
-        iou_weight: weight of the overlap in the cost.
-        candidates: IoUs that are summed; at least 1.
     """
     targets = _at_least_one(targets)
     scores, boxes, points = scores.float(), boxes.float(), points.float()
-    reach = radius * strides.float().unsqueeze(-1)
+    reach = SIMOTA_RADIUS * strides.float().unsqueeze(-1)
     # As in PyTorch's binary cross-entropy, no logarithm falls below -100.
     log_yes = scores.log().clamp(min=-100)
     log_no = torch.log1p(-scores).clamp(min=-100)
@@ -202,11 +182,11 @@ def simota(
         class_index = part.classes.unsqueeze(-1).expand(-1, -1, len(points))
         correction = (log_no[rows] - log_yes[rows]).transpose(1, 2).gather(1, class_index)
         cost = correction - log_no[rows].sum(-1).unsqueeze(1)
-        cost = cost - iou_weight * torch.log(overlaps + 1e-8)
+        cost = cost - SIMOTA_IOU_WEIGHT * torch.log(overlaps + 1e-8)
         cost = torch.where(near & inside, cost, cost + 1e5)
         cost = torch.where(allowed, cost, torch.inf)
 
-        most = min(candidates, len(points))
+        most = min(SIMOTA_CANDIDATES, len(points))
         count = overlaps.topk(most, dim=-1).values.sum(-1, keepdim=True).long().clamp(1, most)
         chosen = _largest(-cost, most, count) & allowed
         foreground, matched = _one_object_each(chosen, -cost)
@@ -250,15 +230,9 @@ def _inside(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor, most: int, count: Tensor | None = None) -> Tensor:
-    """Mark the largest values along the last axis, of equal ones those of the lowest index.
+    """Mark the largest of values (..., n), of equal ones those of the lowest index.
 
-    Args:
-        values: float (..., n).
-        most: how many, at the utmost; no more than n are marked.
-        count: int64 (..., 1), how many, in 1..most and up to n; None: `most`.
-
-    Returns:
-        bool (..., n).
+    As many as `count`, int64 (..., 1), says, or else `most`.
     """
     # `topk` leaves open which of equal values it returns; only its values are used.
     top = values.topk(min(most, values.shape[-1]), dim=-1).values
@@ -278,14 +252,9 @@ def _mean_plus_deviation(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _one_object_each(chosen: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave every anchor to one of the objects that chose it, the one of the highest preference.
+    """Leave every anchor to the object of the highest preference of those that chose it.
 
-    Args:
-        chosen: bool (batch, objects, anchors).
-        preference: float of the same shape.
-
-    Returns:
-        foreground bool (batch, anchors); matched int64 (batch, anchors), 0 for background.
+    Takes (batch, objects, anchors), returns foreground and matched (batch, anchors).
     """
     matched = torch.where(chosen, preference, -torch.inf).argmax(1)
     foreground = chosen.any(1)

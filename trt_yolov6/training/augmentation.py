@@ -17,19 +17,19 @@ gray.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from trt_yolov6.common.ranges import Share, check_fields
 from trt_yolov6.data.letterbox import GRAY, fit
-from trt_yolov6.errors import UserError
 from trt_yolov6.models.variants import architecture
 
 Floats = NDArray[np.float64]
@@ -53,47 +53,34 @@ class AugmentationSettings:
         UserError: a value is out of its range.
     """
 
-    mosaic: float = 1.0
-    """Probability, 0..1, that four images are joined into one picture."""
-    mixup: float = 0.0
-    """Probability, 0..1, that a mosaic is blended with another one."""
-    degrees: float = 0.0
-    """Maximum rotation in degrees, uniform in both directions; 0..180."""
-    translate: float = 0.1
-    """Shift on each axis, uniform in plus or minus this fraction of the image size; 0..1."""
-    scale: float = 0.5
-    """Zoom, uniform in 1 plus or minus this; 0..0.99."""
-    shear: float = 0.0
-    """Maximum shear in degrees on each axis, uniform in both directions; 0..44."""
-    hsv_h: float = 0.015
-    """Hue, an angle from red, is multiplied by a factor uniform in 1 plus or minus this; 0..1."""
-    hsv_s: float = 0.7
+    mosaic: Share = 1.0
+    """Probability that four images are joined into one picture."""
+    mixup: Share = 0.0
+    """Probability that a mosaic is blended with another one."""
+    degrees: Annotated[float, Meta(ge=0, le=180)] = 0.0
+    """Maximum rotation in degrees, uniform in both directions."""
+    translate: Share = 0.1
+    """Shift on each axis, uniform in plus or minus this fraction of the image size."""
+    scale: Annotated[float, Meta(ge=0, le=0.99)] = 0.5
+    """Zoom, uniform in 1 plus or minus this."""
+    shear: Annotated[float, Meta(ge=0, le=44)] = 0.0
+    """Maximum shear in degrees on each axis, uniform in both directions."""
+    hsv_h: Share = 0.015
+    """Hue, an angle from red, is multiplied by a factor uniform in 1 plus or minus this."""
+    hsv_s: Share = 0.7
     """Saturation gain, sampled like `hsv_h`."""
-    hsv_v: float = 0.4
+    hsv_v: Share = 0.4
     """Value (brightness) gain, sampled like `hsv_h`."""
-    flip_lr: float = 0.5
-    """Probability, 0..1, of mirroring left to right."""
-    flip_ud: float = 0.0
-    """Probability, 0..1, of mirroring top to bottom."""
-    border: int = 0
+    flip_lr: Share = 0.5
+    """Probability of mirroring left to right."""
+    flip_ud: Share = 0.0
+    """Probability of mirroring top to bottom."""
+    border: Annotated[int, Meta(ge=0)] = 0
     """Gray pixels left on every side of a picture that is not a mosaic, as in `letterbox.fit`: the
     gray border of the paper's Section 2.4.3."""
 
     def __post_init__(self) -> None:
-        limits = {"degrees": 180.0, "scale": 0.99, "shear": 44.0, "border": math.inf}
-        for field in dataclasses.fields(self):
-            value, limit = getattr(self, field.name), limits.get(field.name, 1.0)
-            if not 0 <= value <= limit:
-                most = f"between 0 and {limit:g}" if limit < math.inf else "of at least 0"
-                raise UserError(
-                    f"the augmentation setting {field.name} is {value}; give a value {most}."
-                )
-
-
-NO_AUGMENTATION = AugmentationSettings(
-    mosaic=0, mixup=0, translate=0, scale=0, hsv_h=0, hsv_s=0, hsv_v=0, flip_lr=0
-)
-"""Everything off."""
+        check_fields(self)
 
 
 def augmentation_for(variant: str) -> AugmentationSettings:
@@ -188,6 +175,12 @@ def plan_batch(
     flips = row[:, 2:4] < (settings.flip_lr, settings.flip_ud)
     gains = np.array([settings.hsv_h, settings.hsv_s, settings.hsv_v])
 
+    def affine(rows: Indices, of: Floats) -> Floats:
+        return _affine(of[rows, 10:], flips[rows], settings, size)
+
+    def mosaic(rows: Indices, about: Indices, of: Floats) -> Layers:
+        return _mosaic_layers(rows, about[rows], sizes, of[rows], affine(rows, of), size)
+
     mosaics, mixed = np.flatnonzero(is_mosaic), np.flatnonzero(is_mixed)
     singles = np.flatnonzero(~is_mosaic)
     others = (second[:, 0] * len(sizes)).astype(np.int64)
@@ -195,40 +188,14 @@ def plan_batch(
         pictures=len(images),
         size=size,
         singles=_single_layers(
-            singles,
-            images[singles],
-            sizes,
-            _affine(first[singles, 10:], flips[singles], settings, size),
-            size,
-            settings.border,
+            singles, images[singles], sizes, affine(singles, first), size, settings.border
         ),
-        mosaics=_mosaic_layers(
-            mosaics,
-            images[mosaics],
-            sizes,
-            first[mosaics],
-            _affine(first[mosaics, 10:], flips[mosaics], settings, size),
-            size,
-        ),
-        mixed=_mosaic_layers(
-            mixed,
-            others[mixed],
-            sizes,
-            second[mixed],
-            _affine(second[mixed, 10:], flips[mixed], settings, size),
-            size,
-        ),
+        mosaics=mosaic(mosaics, images, first),
+        mixed=mosaic(mixed, others, second),
         # The middle one of 63 uniform numbers has the distribution Beta(32, 32).
         mix=np.sort(beta[mixed])[:, _BETA // 2],
         colour=1 + gains * (2 * row[:, 4:7] - 1),
     )
-
-
-def plain_plan(images: Indices, sizes: Indices, *, size: int, border: int = 0) -> BatchPlan:
-    """Plan letterboxed images, as evaluation sees them; arguments as in `plan_batch`."""
-    settings = dataclasses.replace(NO_AUGMENTATION, border=border)
-    numbers = np.full((len(images), DRAWS), 0.5)
-    return plan_batch(images, sizes, numbers, settings, size=size, strong=False)
 
 
 def _affine(
@@ -236,13 +203,8 @@ def _affine(
 ) -> Floats:
     """Return matrices (L, 2, 3) from a plane centred on 0 to the picture, flips included.
 
-    Rotation and zoom come first, then the two shears at once, then the shift.
-
-    Args:
-        numbers: (L, 6): angle, zoom, shear of x, shear of y, shift of x, shift of y.
-        flips: (L, 2): left to right, top to bottom.
-        settings: how strongly to vary.
-        size: side of a picture.
+    Rotation and zoom come first, then the two shears at once, then the shift: `numbers`, (L, 6),
+    are of angle, zoom, shears of x and y, shifts of x and y; `flips`, (L, 2), of x and y.
     """
     signed = 2 * numbers - 1
     angle = np.radians(settings.degrees * signed[:, 0])
@@ -378,26 +340,19 @@ def make_pictures(
     """
     out = torch.empty(plan.pictures, 3, plan.size, plan.size, device=device)
 
-    def each(layers: Layers, use: Callable[[int, slice | Tensor, Tensor], None]) -> None:
+    for layers in (plan.singles, plan.mosaics, plan.mixed):
         for start in range(0, len(layers.rows), chunk):
             part = slice(start, start + chunk)
-            images, rows = layers.images[part], layers.rows[part]
+            images, rows = layers.images[part], _rows(layers.rows[part], device)
             pictures = gather(images.ravel())
             pictures = pictures.view(*images.shape, *pictures.shape[1:])
             sizes = _upload(layers.sizes[part], device)
             inverse = _upload(invert(layers.matrix[part]), device)
-            use(start, _rows(rows, device), render(pictures, sizes, inverse, plan.size))
-
-    def write(start: int, rows: slice | Tensor, pictures: Tensor) -> None:
-        out[rows] = pictures
-
-    def blend(start: int, rows: slice | Tensor, pictures: Tensor) -> None:
-        part = _upload(plan.mix[start : start + len(pictures)], device)
-        out[rows] = torch.lerp(pictures, out[rows], part[:, None, None, None])
-
-    each(plan.singles, write)
-    each(plan.mosaics, write)
-    each(plan.mixed, blend)
+            made = render(pictures, sizes, inverse, plan.size)
+            if layers is plan.mixed:
+                kept = _upload(plan.mix[part], device)
+                made = torch.lerp(made, out[rows], kept[:, None, None, None])
+            out[rows] = made
     if (plan.colour != 1).any():
         colour = _upload(plan.colour, device)
         for start in range(0, plan.pictures, chunk):

@@ -88,18 +88,17 @@ def similarity(first: Tensor, second: Tensor, kind: Similarity) -> Tensor:
     return _KINDS[kind](first, second)
 
 
-def pairwise(first: Tensor, second: Tensor, kind: Similarity = "iou") -> Tensor:
-    """Compare every box with every box.
+def pairwise(first: Tensor, second: Tensor) -> Tensor:
+    """Return the IoU of every box with every box.
 
     Args:
         first: float (..., n, 4), xyxy.
         second: float (..., m, 4), xyxy.
-        kind: how to compare.
 
     Returns:
         (..., n, m), dtype as of `iou`.
     """
-    return similarity(first.unsqueeze(-2), second.unsqueeze(-3), kind)
+    return iou(first.unsqueeze(-2), second.unsqueeze(-3))
 
 
 _KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

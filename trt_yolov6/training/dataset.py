@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trt_yolov6.data.coco import CocoImage
 from trt_yolov6.data.letterbox import Letterbox, fill, fit
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.augmentation import (
@@ -22,19 +23,17 @@ from trt_yolov6.training.augmentation import (
     draw,
     make_pictures,
     place_boxes,
-    plain_plan,
     plan_batch,
     to_device,
 )
 from trt_yolov6.training.data_validation import (
+    CheckedSplit,
     DataReport,
     OnBadData,
-    for_each_image,
-    full_report,
+    decode,
     in_order,
     read_split,
-    refuse,
-    write_report,
+    settle,
 )
 from trt_yolov6.training.targets import Targets
 
@@ -115,29 +114,9 @@ class TrainingSet:
             size=self.image_size,
             strong=strong,
         )
-        return self._make(plan, keep_all=False)
-
-    def unaugmented(
-        self, indices: Tensor | Sequence[int], *, border: int = 0
-    ) -> tuple[Tensor, Targets]:
-        """Return letterboxed images and all their objects, as evaluation would see them.
-
-        Args:
-            indices: which images.
-            border: gray pixels on every side, see `letterbox.fit`.
-
-        Returns:
-            As `batch`.
-        """
-        plan = plain_plan(
-            _indices(indices, len(self)), self.sizes.numpy(), size=self.image_size, border=border
-        )
-        return self._make(plan, keep_all=True)
-
-    def _make(self, plan: BatchPlan, *, keep_all: bool) -> tuple[Tensor, Targets]:
         chunk = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
         pictures = make_pictures(plan, self._gather, self.device, chunk)
-        return pictures, self.targets(plan, keep_all=keep_all)
+        return pictures, self.targets(plan)
 
     def _gather(self, images: NDArray[np.int64]) -> Tensor:
         """Return images, uint8 (k, 3, H, W), on the device."""
@@ -151,8 +130,8 @@ class TrainingSet:
             row.copy_(self.images[int(image)], non_blocking=True)
         return gathered
 
-    def targets(self, plan: BatchPlan, *, keep_all: bool) -> Targets:
-        """Return the objects of a batch, unless `keep_all` without those that are barely left."""
+    def targets(self, plan: BatchPlan) -> Targets:
+        """Return the objects of a batch without those that are barely left."""
         all_boxes, all_classes, first = self.boxes.numpy(), self.classes.numpy(), self.first.numpy()
         found = []
         for layers in (plan.singles, plan.mosaics, plan.mixed):
@@ -162,10 +141,9 @@ class TrainingSet:
             # Places in `boxes`: for each image, from its first object on.
             starts = np.repeat(first[images] - np.cumsum(counts) + counts, counts)
             places = starts + np.arange(len(starts))
-            boxes, worth = place_boxes(
+            boxes, keep = place_boxes(
                 layers, plan.size, all_boxes[places].astype(np.float64), tiles
             )
-            keep = np.ones_like(worth) if keep_all else worth
             rows = layers.rows[tiles // layers.images.shape[1]]
             found.append((rows[keep], boxes[keep], all_classes[places][keep]))
         rows, boxes, classes = (np.concatenate(items) for items in zip(*found, strict=True))
@@ -223,37 +201,21 @@ def load_training_set(
     checked = read_split(folder, split)
     if class_names is not None:
         checked = in_order(checked, class_names)
-    # In the corner of a row: augmentation says where an image goes.
-    placed = [
-        dataclasses.replace(
-            fit((image.height, image.width), (image_size, image_size)), top=0, left=0
-        )
-        for image in checked.images
-    ]
-    sizes = [one.resized for one in placed]
+    placed = [_in_corner(image, image_size) for image in checked.images]
     device = torch.empty(0, device=device).device  # `cuda` becomes `cuda:0`
-    store = _allocate(sizes, image_size, device, checked.report.annotation_file)
-
-    faults = for_each_image(
-        checked.images,
+    store = _allocate(
+        [one.resized for one in placed], image_size, device, checked.report.annotation_file
+    )
+    report, good = decode(
+        checked,
         lambda index, pixels: _keep(store[index], pixels, placed[index]),
         progress=progress,
     )
-    report = full_report(checked, faults)
-    if report_file is not None and (report.problems or report.clipped):
-        write_report(report, report_file)
-    if on_bad_data == "refuse":
-        refuse(report, report_file)
-    good = [index for index in range(len(placed)) if index not in faults]
+    settle(report, on_bad_data, report_file)
     for new, old in enumerate(good):
         if new != old:
             store[new] = store[old]
-    boxes = []
-    for index in good:
-        (height, width), whole = sizes[index], placed[index].source
-        boxes.append(checked.boxes[index] * np.array([width / whole[1], height / whole[0]] * 2))
-    counts = [len(item) for item in boxes]
-    if not sum(counts):
+    if not any(len(checked.boxes[index]) for index in good):
         raise UserError(
             f"{report.annotation_file} leaves no object to train on; give annotations of images "
             "that can be read."
@@ -264,12 +226,29 @@ def load_training_set(
         class_names=checked.class_names,
         files=tuple(checked.images[index].path for index in good),
         images=store[: len(good)],
-        sizes=torch.tensor([sizes[index] for index in good]),
-        boxes=torch.from_numpy(np.concatenate(boxes).astype(np.float32)),
+        sizes=torch.tensor([placed[index].resized for index in good]),
+        boxes=_resized_boxes(checked, placed, good),
         classes=torch.from_numpy(np.concatenate([checked.classes[index] for index in good])),
-        first=torch.from_numpy(np.cumsum([0, *counts])),
+        first=torch.from_numpy(np.cumsum([0, *(len(checked.boxes[index]) for index in good)])),
         report=report,
     )
+
+
+def _in_corner(image: CocoImage, image_size: int) -> Letterbox:
+    """Place an image in the corner of its row: augmentation says where it goes."""
+    placed = fit((image.height, image.width), (image_size, image_size))
+    return dataclasses.replace(placed, top=0, left=0)
+
+
+def _resized_boxes(
+    checked: CheckedSplit, placed: Sequence[Letterbox], good: Sequence[int]
+) -> Tensor:
+    """Return the boxes of the good images in pixels of the resized ones, float32 (m, 4)."""
+    boxes = []
+    for index in good:
+        (height, width), whole = placed[index].resized, placed[index].source
+        boxes.append(checked.boxes[index] * np.array([width / whole[1], height / whole[0]] * 2))
+    return torch.from_numpy(np.concatenate(boxes).astype(np.float32))
 
 
 def _keep(row: Tensor, pixels: NDArray[np.uint8], placed: Letterbox) -> None:
@@ -316,11 +295,7 @@ def _free_host_memory() -> int | None:
 
 
 def _indices(indices: Tensor | Sequence[int], images: int) -> NDArray[np.int64]:
-    """Return image indices as an array.
-
-    Raises:
-        IndexError: one is not that of an image.
-    """
+    """Return image indices as an array, or raise IndexError."""
     chosen: NDArray[np.int64] = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
     if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < images:
         raise IndexError(f"image indices go from 0 to {images - 1}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ class DetectionTask:
     validation: CocoDataset | None
     half: bool
     """Evaluate in half precision."""
+    notes: tuple[str, ...]
+    """Notes on the data and on where the network comes from, as sentences."""
 
 
 def detection_task(
@@ -54,7 +57,6 @@ def detection_task(
     processes: Processes,
     *,
     progress: bool = True,
-    note: Callable[[str], None],
     scales: str | Path | None = None,
 ) -> DetectionTask:
     """Load the data and make the network, its optimizer and its average.
@@ -64,7 +66,6 @@ def detection_task(
         folder: the run's; takes the report on the data.
         processes: that train together.
         progress: show a bar while the data is loaded.
-        note: called with sentences about the data and the start.
         scales: checkpoint of RepOptimizer's hyper-search.
 
     Raises:
@@ -75,14 +76,11 @@ def detection_task(
         None if settings.val_split is None else load_coco(settings.data, settings.val_split)
     )
     data = _training_data(settings, folder, processes, validation, progress)
-    if data.report.problems:
-        note(
-            f"{len(data.report.problems)} problems of the data were left out of training; see "
-            f"{folder / DATA_REPORT_FILE}."
-        )
     start = starting_model(settings, data.class_names, scales=scales)
-    for sentence in start.notes:
-        note(sentence)
+    notes = start.notes
+    if data.report.problems:
+        problems = f"{len(data.report.problems)} problems of the data were left out of training"
+        notes = (f"{problems}; see {folder / DATA_REPORT_FILE}.", *notes)
     device = processes.device
     model = placed(start.model.train(), device)
     plan = make_plan(
@@ -103,10 +101,6 @@ def detection_task(
     teacher = _teacher(settings, model, data.class_names, device)
     network = _wrapped(model, settings, processes)
 
-    def line(epoch: int, means: Sequence[float], seconds: float) -> dict[str, Any]:
-        rate = optimizer.param_groups[0]["lr"]
-        return _line(epoch, means, seconds, rate, plan.steps_per_epoch * plan.batch)
-
     task = Task(
         name="search" if model.arch.block == "scaled" else "train",
         subject=settings.variant,
@@ -121,12 +115,14 @@ def detection_task(
         learner=Learner(model, average, optimizer, scaler, torch.zeros(len(PARTS), device=device)),
         losses=_losses(settings, network, model, teacher, autocast, processes),
         set_rates=lambda step: set_rates(optimizer, settings.optimizer, plan, step),
-        line=line,
+        line=functools.partial(_line, optimizer, plan.steps_per_epoch * plan.batch),
         # The learning rate is meant for the sum of the gradients of 32 images each.
         loss_factor=plan.batch / LOSS_BATCH,
         clip_norm=settings.optimizer.clip_norm,
     )
-    return DetectionTask(task, settings, average, validation, autocast is not None and on_gpu)
+    return DetectionTask(
+        task, settings, average, validation, autocast is not None and on_gpu, notes
+    )
 
 
 def _check_device(settings: TrainSettings, processes: Processes) -> None:
@@ -282,7 +278,11 @@ def _parts(losses: Losses) -> Tensor:
 
 
 def _line(
-    epoch: int, means: Sequence[float], seconds: float, rate: float, images: int
+    optimizer: torch.optim.Optimizer,
+    images: int,
+    epoch: int,
+    means: Sequence[float],
+    seconds: float,
 ) -> dict[str, Any]:
     """Return the log's line of an epoch; losses that the network does not have are left out."""
     shown = {f"loss_{name}": value for name, value in zip(PARTS, means, strict=True) if value}
@@ -291,7 +291,7 @@ def _line(
         "epoch": epoch,
         "loss": means[0],
         **shown,
-        "learning_rate": rate,
+        "learning_rate": optimizer.param_groups[0]["lr"],
         "seconds": seconds,
         "images_per_second": images / max(seconds, 1e-9),
     }

@@ -50,12 +50,9 @@ def starting_model(
         UserError: the checkpoint cannot be read, is fused, or is not what the settings say; or the
             image size does not fit the network.
     """
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(derived_seed(settings.seed, "weights"))
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(settings.seed, "weights"))
         start = _start(settings, class_names, scales)
-    finally:
-        torch.set_rng_state(generator_state)
     multiple = start.model.arch.size_multiple
     if settings.image_size % multiple:
         raise UserError(
@@ -91,7 +88,7 @@ def _from_checkpoint(
                 f"its classes were {_listed(checkpoint.class_names)} and are now "
                 f"{_listed(class_names)}, in this order."
             )
-        return Start(_fresh(checkpoint.model), tuple(notes))
+        return Start(checkpoint.model.train().requires_grad_(True), tuple(notes))
     model = build_model(dataclasses.replace(arch, num_classes=len(class_names)))
     reset_predictions(model)
     weights = checkpoint.model.state_dict()
@@ -152,11 +149,6 @@ def check_trainable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is {checkpoint.form}: without its batch normalizations it cannot "
             "be trained on; give the checkpoint as training left it."
         )
-
-
-def _fresh(model: YOLOv6) -> YOLOv6:
-    """Return the network with gradients on, its weights its own."""
-    return model.train().requires_grad_(True)
 
 
 def _copy_normalizations(source: nn.Module, target: nn.Module) -> None:

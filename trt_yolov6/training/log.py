@@ -2,59 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trt_yolov6.common.closing import Closing
 from trt_yolov6.common.files import write_bytes
-from trt_yolov6.errors import UserError
 
 LOG_FILE = "log.jsonl"
-
-
-class RunLog(Closing):
-    """The log of a run, in its folder: `log.jsonl`, and TensorBoard files where that is installed.
-
-    Close it, or use it in a `with` block.
-    """
-
-    def __init__(self, folder: Path, *, from_epoch: int = 0) -> None:
-        """Open the log.
-
-        Args:
-            folder: the run's folder.
-            from_epoch: the epoch (from 0) that is written next; later ones of an interrupted run
-                are taken out.
-
-        Raises:
-            UserError: the folder cannot be written to.
-        """
-        self.path = folder / LOG_FILE
-        kept = [line for line in read_log(folder) if line["epoch"] <= from_epoch]
-        write_log(folder, kept)
-        self._scalars = _summary_writer(folder, from_epoch)
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Add an epoch: `epoch` counts from 1; the numbers in it become scalars."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written ({error.strerror}); free the disk."
-            ) from error
-        if self._scalars is not None:
-            for name, value in line.items():
-                if isinstance(value, int | float) and name != "epoch":
-                    self._scalars.add_scalar(f"train/{name}", value, line["epoch"])
-            self._scalars.flush()
-
-    def close(self) -> None:
-        """End TensorBoard's file."""
-        if self._scalars is not None:
-            self._scalars.close()
 
 
 def write_log(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -63,7 +19,7 @@ def write_log(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the epochs of a run's log; a line that a kill cut short is left out."""
+    """Return the epochs of a run's log; a damaged line is left out."""
     try:
         text = (folder / LOG_FILE).read_text(encoding="utf-8")
     except OSError:
@@ -79,10 +35,27 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _summary_writer(folder: Path, from_epoch: int) -> Any:
-    """Return TensorBoard's writer, or None where the extra `train` is not installed."""
+@contextlib.contextmanager
+def scalars(folder: Path, from_epoch: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a function that writes an epoch's numbers for TensorBoard, where that is installed.
+
+    Args:
+        folder: the run's.
+        from_epoch: the epoch (from 0) that comes next; later ones of an interrupted run are taken
+            out.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=from_epoch + 1 if from_epoch else None)
+    except ImportError:  # without the extra `train`
+        yield lambda _: None
+        return
+    writer: Any = SummaryWriter(str(folder), purge_step=from_epoch + 1 if from_epoch else None)
+
+    def write(line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "epoch":
+                writer.add_scalar(f"train/{name}", value, line["epoch"])
+        writer.flush()
+
+    with contextlib.closing(writer):
+        yield write

@@ -6,6 +6,7 @@ schedule -> order, rates        dataset -> batches        state -> resuming
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+from trt_yolov6.common.progress import is_logged, progress_bar
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.dataset import TrainingSet
@@ -25,6 +26,8 @@ from trt_yolov6.training.distributed import Processes
 from trt_yolov6.training.schedule import Plan, derived_seed, epoch_order, is_last_phase
 from trt_yolov6.training.state import Learner, Progress, save_state
 from trt_yolov6.training.targets import Targets
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,6 @@ class Task:
     """Largest norm of the gradient; None: whatever it is."""
 
 
-@dataclass(frozen=True)
-class Reporter:
-    """Destinations of a training's progress."""
-
-    progress: bool = True
-    """Show a bar on a terminal's stderr."""
-    log_line: Callable[[str], None] | None = None
-    """Off a terminal: called with a header and a line an epoch."""
-
-
 def train_epochs(
     task: Task,
     done: Progress,
@@ -86,7 +79,7 @@ def train_epochs(
     state_file: Path | None,
     state_seconds: float,
     finish_epoch: Callable[[int, dict[str, Any]], bool],
-    reporter: Reporter,
+    progress: bool,
 ) -> None:
     """Do the steps from `done.step` to the last.
 
@@ -97,7 +90,7 @@ def train_epochs(
         state_seconds: least time between two writings of the state, after a step of the optimizer.
         finish_epoch: called in the first process with the epoch, from 0, and its line, to which it
             may add; returns True if the state is to be written now, however recent the last one.
-        reporter: where progress goes.
+        progress: show a bar on a terminal's stderr; off one, log a header and a line an epoch.
 
     Raises:
         UserError: the loss is not finite any more, or a file cannot be written.
@@ -105,23 +98,21 @@ def train_epochs(
     plan = task.plan
     first_epoch = done.step // plan.steps_per_epoch
     saver = _Saver(task, state_file, state_seconds)
-    say = reporter.log_line or (lambda _: None)
-    with tqdm(
-        total=plan.total_steps,
-        initial=done.step,
-        desc=task.name,
-        unit="step",
-        disable=None if reporter.progress else True,
+    with progress_bar(
+        plan.total_steps, shown=progress, initial=done.step, desc=task.name, unit="step"
     ) as bar:
-        say(_header(task, first_epoch))
+        if is_logged(progress):
+            _log.info(_header(task, first_epoch))
         for epoch in range(first_epoch, plan.epochs):
             _train_epoch(task, done, epoch, bar, saver)
             line = _line(task, done, epoch)
             if task.processes.is_first:
                 due = finish_epoch(epoch, line)
+                done.log.append(line)
                 saver.save(done, now=due)
                 bar.set_postfix_str(_postfix(line, done))
-                say(f"{_postfix(line, done)}, of {plan.epochs} epochs")
+                if is_logged(progress):
+                    _log.info("%s, of %d epochs", _postfix(line, done), plan.epochs)
             task.processes.wait()
 
 
@@ -212,11 +203,7 @@ def _update(task: Task) -> None:
 
 
 def _line(task: Task, done: Progress, epoch: int) -> dict[str, Any]:
-    """Return the log's line of an epoch, of the mean losses of all processes.
-
-    Raises:
-        UserError: the loss is not finite any more.
-    """
+    """Return the log's line of an epoch, or raise UserError if the loss is not finite any more."""
     sums = task.processes.mean(task.learner.sums)
     means = (sums / task.plan.steps_per_epoch).tolist()
     if not math.isfinite(means[0]):

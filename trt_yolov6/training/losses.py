@@ -7,16 +7,19 @@ Everything is computed in float32, under autocast too.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 from torch.nn import functional as F
 
+from trt_yolov6.common.ranges import Count, NotNegative, Positive, check_fields
 from trt_yolov6.errors import UserError
-from trt_yolov6.models.decode import anchor_points, decode
+from trt_yolov6.models.decode import anchor_points, decode, joined
 from trt_yolov6.models.variants import Architecture, variant_name
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
 from trt_yolov6.training.box_similarity import similarity
@@ -50,31 +53,17 @@ class LossSettings:
     """Objectness loss (paper, Table 11); needs the `offset` head, which cannot do without."""
     assigner: Assigner = "tal"
     warmup_assigner: Assigner = "atss"
-    warmup_epochs: int = 4
+    warmup_epochs: Annotated[int, Meta(ge=0)] = 4
     """`warmup_assigner` labels the epochs before this one, `assigner` the rest."""
-    class_weight: float = 1.0
-    box_weight: float = 2.5
-    dfl_weight: float = 0.5
-    objectness_weight: float = 1.0
-    poly_epsilon: float = 1.0
-    """Weight of the term that poly loss adds to focal loss; may be negative, above -1."""
+    class_weight: NotNegative = 1.0
+    box_weight: NotNegative = 2.5
+    dfl_weight: NotNegative = 0.5
+    objectness_weight: NotNegative = 1.0
+    poly_epsilon: Annotated[float, Meta(gt=-1, le=sys.float_info.max)] = 1.0
+    """Weight of the term that poly loss adds to focal loss."""
 
     def __post_init__(self) -> None:
-        for name, names in (
-            ("classification", get_args(ClassLoss)),
-            ("box", get_args(BoxLoss)),
-            ("assigner", get_args(Assigner)),
-            ("warmup_assigner", get_args(Assigner)),
-        ):
-            if getattr(self, name) not in names:
-                value = getattr(self, name)
-                raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(names)}.")
-        weights = ("class_weight", "box_weight", "dfl_weight", "objectness_weight")
-        for name in ("warmup_epochs", *weights):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be zero or more.")
-        if not -1 < self.poly_epsilon < math.inf:
-            raise UserError(f"poly_epsilon is {self.poly_epsilon}; it must be above -1.")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -89,25 +78,20 @@ class DistillationSettings:
         UserError: `epochs` or a temperature is not above zero, or a weight is negative.
     """
 
-    epochs: int
+    epochs: Count
     """Length of the training, over which the weight decays."""
-    class_weight: float = 1.0
+    class_weight: NotNegative = 1.0
     """Beside `LossSettings.class_weight`, by which it is multiplied."""
-    box_weight: float = 1.0
+    box_weight: NotNegative = 1.0
     """Beside `LossSettings.dfl_weight`, by which it is multiplied."""
-    class_temperature: float = 1.0
+    class_temperature: Positive = 1.0
     """Divides the class logits. High ones make the many background anchors weigh as much as the
     few others."""
-    box_temperature: float = 20.0
+    box_temperature: Positive = 20.0
     """Divides the logits of the distance bins (20: the authors' released value)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "class_temperature", "box_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above zero.")
-        for name in ("class_weight", "box_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be zero or more.")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -193,8 +177,8 @@ def detection_loss(
         raise ValueError("teacher_levels and distillation go together")
     with torch.autocast(levels[0][0].device.type, enabled=False):
         levels = [tuple(_wide(part) for part in level) for level in levels]
-        logits = _join([level[0] for level in levels]).transpose(1, 2)
-        regression = _join([level[1] for level in levels])
+        logits = joined([level[0] for level in levels]).transpose(1, 2)
+        regression = joined([level[1] for level in levels])
         boxes, scores = decode(levels, arch)
         boxes = boxes.transpose(1, 2)
         sizes = [(level[0].shape[2], level[0].shape[3]) for level in levels]
@@ -223,25 +207,41 @@ def detection_loss(
             each = distribution_focal_loss(regression, distances, arch.reg_max).mean(1)
             sums["dfl"] = by_dfl * (each * weight).sum()
         if settings.objectness:
-            objectness = _join([level[2] for level in levels]).squeeze(1)
+            objectness = joined([level[2] for level in levels]).squeeze(1)
             each = _cross_entropy(objectness, labels.foreground.to(objectness.dtype))
             sums["objectness"] = settings.objectness_weight / found * each.sum()
         if teacher_levels is not None and distillation is not None:
             _check_teacher(levels, teacher_levels)
-            decay = distillation_weight(epoch, distillation.epochs)
-            guide = _join([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
-            each = class_divergence(logits, guide, distillation.class_temperature)
-            sums["distill_class"] = decay * distillation.class_weight * by_class * each.sum()
-            if arch.reg_max:
-                guide = _join([_wide(level[1].detach()) for level in teacher_levels])
-                each = box_divergence(
-                    regression, guide, arch.reg_max, distillation.box_temperature
-                ).mean(1)
-                scale = decay * distillation.box_weight * by_dfl
-                sums["distill_box"] = scale * (each * weight).sum()
+            student, factors = (logits, regression, weight), (by_class, by_dfl)
+            sums |= _distilled(student, teacher_levels, distillation, epoch, arch.reg_max, factors)
         total = torch.stack(list(sums.values())).sum()
     parts = {name: value.detach() for name, value in sums.items()}
     return Losses(total, parts, labels.foreground.sum())
+
+
+def _distilled(
+    student: tuple[Tensor, Tensor, Tensor],
+    teacher_levels: Sequence[tuple[Tensor, ...]],
+    settings: DistillationSettings,
+    epoch: float,
+    reg_max: int,
+    factors: tuple[Tensor, Tensor],
+) -> dict[str, Tensor]:
+    """Return the losses of distillation.
+
+    `student` are its logits, regression and the anchors' weights; `factors` are those of the losses
+    of classes and of distributions.
+    """
+    (logits, regression, weight), (by_class, by_dfl) = student, factors
+    decay = distillation_weight(epoch, settings.epochs)
+    guide = joined([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
+    each = class_divergence(logits, guide, settings.class_temperature)
+    sums = {"distill_class": decay * settings.class_weight * by_class * each.sum()}
+    if reg_max:
+        guide = joined([_wide(level[1].detach()) for level in teacher_levels])
+        each = box_divergence(regression, guide, reg_max, settings.box_temperature).mean(1)
+        sums["distill_box"] = decay * settings.box_weight * by_dfl * (each * weight).sum()
+    return sums
 
 
 def check_losses(settings: LossSettings, arch: Architecture) -> None:
@@ -268,62 +268,48 @@ def check_losses(settings: LossSettings, arch: Architecture) -> None:
         )
 
 
-def varifocal_loss(
-    logits: Tensor, targets: Tensor, positive: Tensor, *, alpha: float = 0.75, gamma: float = 2.0
-) -> Tensor:
+def varifocal_loss(logits: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
     """Return VariFocal loss (Zhang et al., 2021), elementwise.
 
     With p the sigmoid of the logit and q the target: q BCE(p, q) where positive, else
-    -α p^γ log(1 - p).
+    -0.75 p² log(1 - p).
 
     Args:
         logits: float, any shape.
         targets: float in 0..1, the same shape: the quality of the positive.
         positive: bool, the same shape.
-        alpha: weight of negatives.
-        gamma: how much easy negatives are weighed down.
     """
-    negative = alpha * torch.sigmoid(logits).pow(gamma) * F.softplus(logits)
+    negative = 0.75 * torch.sigmoid(logits).pow(2.0) * F.softplus(logits)
     return torch.where(positive, targets * _cross_entropy(logits, targets), negative)
 
 
-def poly_loss(
-    logits: Tensor,
-    positive: Tensor,
-    *,
-    epsilon: float = 1.0,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-) -> Tensor:
+def poly_loss(logits: Tensor, positive: Tensor, *, epsilon: float = 1.0) -> Tensor:
     """Return poly-1 focal loss (Leng et al., 2022), elementwise.
 
-    Focal loss (Lin et al., 2017), -α_t (1 - p_t)^γ log p_t, plus α_t ε (1 - p_t)^(γ + 1): the first
-    term of its expansion, weighed up. p_t is the probability of what is true, and α_t is α for
-    positives, 1 - α for negatives.
+    Focal loss (Lin et al., 2017), -α (1 - p)² log p, plus α ε (1 - p)³: the first term of its
+    expansion, weighed up. p is the probability of what is true, and α is 0.25 for positives, 0.75
+    for negatives.
 
     Args:
         logits: float, any shape.
         positive: bool, the same shape.
         epsilon: weight of the added term; 0: plain focal loss.
-        alpha: weight of positives.
-        gamma: how much easy elements are weighed down.
     """
     wrong = torch.where(positive, -logits, logits)
     missing = torch.sigmoid(wrong)
-    weight = torch.where(positive, alpha, 1 - alpha)
-    return weight * missing.pow(gamma) * (F.softplus(wrong) + epsilon * missing)
+    weight = torch.where(positive, 0.25, 0.75)
+    return weight * missing.pow(2.0) * (F.softplus(wrong) + epsilon * missing)
 
 
-def quality_focal_loss(logits: Tensor, targets: Tensor, *, beta: float = 2.0) -> Tensor:
-    """Return quality focal loss (Li et al., 2020), elementwise: |q - p|^β BCE(p, q).
+def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return quality focal loss (Li et al., 2020), elementwise: |q - p|² BCE(p, q).
 
     Args:
         logits: float, any shape.
         targets: float in 0..1, the same shape: the quality q, 0 for negatives.
-        beta: how much good estimates are weighed down.
     """
     difference = (targets - torch.sigmoid(logits)).abs()
-    return difference.pow(beta) * _cross_entropy(logits, targets)
+    return difference.pow(2.0) * _cross_entropy(logits, targets)
 
 
 def distribution_focal_loss(regression: Tensor, distances: Tensor, reg_max: int) -> Tensor:
@@ -446,11 +432,6 @@ def _bins(regression: Tensor, reg_max: int) -> Tensor:
     """(batch, 4 * (reg_max + 1), anchors) as (batch, 4, reg_max + 1, anchors)."""
     batch, _, anchors = regression.shape
     return regression.view(batch, 4, reg_max + 1, anchors)
-
-
-def _join(maps: Sequence[Tensor]) -> Tensor:
-    """Flatten and concatenate (batch, c, h, w) to (batch, c, anchors)."""
-    return torch.cat([level.flatten(2) for level in maps], dim=2)
 
 
 def _check_shapes(

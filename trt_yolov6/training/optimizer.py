@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trt_yolov6.common.ranges import Count, NotNegative, Positive, Share, ShareBelow1, check_fields
 from trt_yolov6.training.rep_optimizer import reparameterize
 from trt_yolov6.training.schedule import NOMINAL_BATCH, Plan, learning_rate, momentum
 
@@ -21,20 +22,23 @@ class OptimizerSettings:
     configurations give for training from scratch.
     """
 
-    learning_rate: float = 0.01
-    final_share: float = 0.01
+    learning_rate: Positive = 0.01
+    final_share: Share = 0.01
     """Learning rate at the end of the cosine over that at its start."""
-    momentum: float = 0.937
-    weight_decay: float = 5e-4
+    momentum: ShareBelow1 = 0.937
+    weight_decay: NotNegative = 5e-4
     """For 64 images a step of the optimizer; scaled with their number."""
-    warmup_epochs: float = 3.0
-    warmup_momentum: float = 0.8
-    warmup_bias_rate: float = 0.1
+    warmup_epochs: NotNegative = 3.0
+    warmup_momentum: ShareBelow1 = 0.8
+    warmup_bias_rate: NotNegative = 0.1
     """Learning rate of the biases before the first step, from where it falls."""
-    accumulate: int | None = None
+    accumulate: Count | None = None
     """Steps whose gradients are added up; None: as many as make 64 images."""
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     """Largest norm of the gradient; None: whatever it is."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 FINE_TUNING = OptimizerSettings(
@@ -93,14 +97,9 @@ def make_optimizer(
     """
     accumulate = settings.accumulate or max(1, round(NOMINAL_BATCH / batch))
     decay = settings.weight_decay * batch * accumulate / NOMINAL_BATCH
-    scales, kernels, biases = parameter_groups(model)
-    groups = [
-        {"params": scales, "weight_decay": 0.0},
-        {"params": kernels, "weight_decay": decay},
-        {"params": biases, "weight_decay": 0.0},
-    ]
+    groups = zip(parameter_groups(model), (0.0, decay, 0.0), strict=True)
     optimizer = torch.optim.SGD(
-        [group for group in groups if group["params"]],
+        [{"params": group, "weight_decay": share} for group, share in groups if group],
         lr=settings.learning_rate,
         momentum=settings.momentum,
         nesterov=settings.momentum > 0,

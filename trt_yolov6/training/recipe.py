@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from trt_yolov6.checkpoints.loading import Checkpoint
+from trt_yolov6.common.ranges import Count, ShareBelow1, check_fields, fitting
+from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
     STRIDES,
@@ -75,21 +78,21 @@ class TrainSettings:
     val_split: str | None = "val"
     """None: never evaluated, and so no `best.pt`."""
     on_bad_data: OnBadData = "refuse"
-    epochs: int = 300
-    batch: int = 32
+    epochs: Count = 300
+    batch: Count = 32
     """Images a step, of all processes together."""
     image_size: int = 640
     """Side of the network's input in pixels."""
     seed: int = 0
     precision: Precision = "auto"
-    plain_epochs: int = 15
+    plain_epochs: Annotated[int, Meta(ge=0)] = 15
     """Last epochs, without Mosaic and Mixup (paper, 2.4.3)."""
-    eval_interval: int = 10
+    eval_interval: Annotated[int, Meta(ge=0)] = 10
     """Epochs from one evaluation to the next, 4 times as often in the last ones; 0: only once, at
     the end."""
-    eval_border: int = 0
+    eval_border: Annotated[int, Meta(ge=0)] = 0
     """Gray pixels on every side of the images that are evaluated (paper, 2.4.3)."""
-    ema_decay: float | None = None
+    ema_decay: ShareBelow1 | None = None
     """Decay of the moving average of the weights; None: the authors', scaled (see `ema`)."""
     teacher: str | None = None
     """Checkpoint of the teacher of self-distillation (paper, 2.4.2)."""
@@ -106,6 +109,7 @@ class TrainSettings:
     """On a GPU, take only algorithms that give the same bits every time; slower."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -219,15 +223,9 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
         changes["csp_ratio"] = options.csp_ratio or None
         if (arch.csp_ratio is None) != (changes["csp_ratio"] is None):
             # A bottleneck of a CSPStackRep block has two blocks.
-            factor = 1 if changes["csp_ratio"] is None else 2
-
-            def resized(lengths: tuple[int, ...]) -> tuple[int, ...]:
-                if factor == 2:
-                    return tuple(max(length // 2, 1) for length in lengths)
-                return tuple(length * 2 for length in lengths)
-
-            changes["stage_repeats"] = resized(arch.stage_repeats)
-            changes["neck_repeats"] = resized(arch.neck_repeats)
+            factor = 2.0 if changes["csp_ratio"] is None else 0.5
+            for name in ("stage_repeats", "neck_repeats"):
+                changes[name] = tuple(max(int(n * factor), 1) for n in getattr(arch, name))
     for name in ("stage_repeats", "neck_repeats", "neck_channels"):
         lengths = getattr(options, name)
         if lengths is None:
@@ -273,7 +271,6 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
             f" {assignment}: there is no {names[0]}{meant}; choose one of "
             f"{', '.join(sorted(fields))}"
         )
-    kind = typing.get_type_hints(type(value))[names[0]]
     current = getattr(value, names[0])
     if dataclasses.is_dataclass(current):
         if len(names) == 1:
@@ -282,30 +279,11 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
         return dataclasses.replace(value, **{names[0]: _with(current, names[1:], text, assignment)})
     if len(names) > 1:
         raise _assignment_error(f" {assignment}: {names[0]} has no parts here")
-    return dataclasses.replace(value, **{names[0]: _parsed(kind, text, assignment)})
-
-
-def _parsed(kind: Any, text: str, assignment: str) -> Any:
-    """Return a text as a value of the type that a field's annotation names."""
-    choices = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        if text in choices:
-            return text
-        raise _assignment_error(f" {assignment}: choose one of {', '.join(map(str, choices))}")
-    if type(None) in choices:
-        if text.lower() == "none":
-            return None
-        (kind,) = (item for item in choices if item is not type(None))
-        return _parsed(kind, text, assignment)
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if kind in (int, float, str):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    wanted = getattr(kind, "__name__", "value")
-    raise _assignment_error(f" {assignment}: the value is no {wanted}")
+    kind = typing.get_type_hints(type(value), include_extras=True)[names[0]]
+    is_none = text.lower() == "none" and type(None) in typing.get_args(kind)
+    subject = f"`assignment` {assignment}: {names[0]}"
+    changed = None if is_none else fitting(text, kind, subject, strict=False)
+    return dataclasses.replace(value, **{names[0]: changed})
 
 
 def _assignment_error(text: str) -> UserError:
@@ -322,80 +300,46 @@ def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
     Raises:
         UserError: it is something else, or of another version.
     """
-    try:
-        restored: TrainSettings = _restored(TrainSettings, value)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(
-            f"{source} holds no settings of a training that this version knows ({error}); start "
-            "the training again."
-        ) from error
+    remedy = "start the training again."
+    subject = f"{source} holds no settings of a training that this version knows"
+    restored = as_record(value, TrainSettings, subject, remedy)
+    unknown = _flat(value).keys() - _flat(restored.to_json()).keys()
+    if unknown:
+        raise UserError(f"{subject}: {min(unknown)}; {remedy}")
     return restored
 
 
-def _restored(kind: Any, value: Any) -> Any:
-    """Return a plain value as the type that an annotation names."""
-    origin = typing.get_origin(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (kind,) = (item for item in typing.get_args(kind) if item is not type(None))
-        return _restored(kind, value)
-    if origin is tuple:
-        (item, *_) = typing.get_args(kind)
-        return tuple(_restored(item, one) for one in value)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return kind(**{name: _restored(hints[name], one) for name, one in value.items()})  # type: ignore[operator]
-    return value
+def differences(one: TrainSettings, other: TrainSettings) -> list[str]:
+    """Return the names of the fields in which two settings differ, such as `optimizer.momentum`."""
+    # As JSON has them: a list is what a tuple is.
+    a, b = (_flat(json.loads(json.dumps(item.to_json()))) for item in (one, other))
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of nested dictionaries by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, part in value.items():
+        is_nested = isinstance(part, dict)
+        found |= {f"{name}.{k}": v for k, v in _flat(part).items()} if is_nested else {name: part}
+    return found
 
 
 def _check(settings: TrainSettings) -> None:
-    optimizer = settings.optimizer
-    rep = settings.rep_optimizer or RepOptimizerSettings()
     stride = max(STRIDES)
     checks = [
-        (
-            settings.epochs >= 1,
-            f"`epochs` must be at least 1, got {settings.epochs}",
-        ),
-        (settings.batch >= 1, f"`batch` must be at least 1, got {settings.batch}"),
         (
             settings.image_size >= stride and settings.image_size % stride == 0,
             f"an image size of {settings.image_size} is not a multiple of {stride}; give "
             "`image_size` such as 640",
         ),
         (
-            math.isfinite(optimizer.learning_rate) and optimizer.learning_rate > 0,
-            f"a learning rate of {optimizer.learning_rate} is out of range; give `learning_rate` "
-            "above 0",
-        ),
-        (
-            0 <= optimizer.momentum < 1 and 0 <= optimizer.warmup_momentum < 1,
-            f"a momentum of {optimizer.momentum} is out of range; give one of 0 to 1",
-        ),
-        (
-            optimizer.weight_decay >= 0,
-            f"a weight decay of {optimizer.weight_decay} is out of range; give 0 or more",
-        ),
-        (
-            optimizer.accumulate is None or optimizer.accumulate >= 1,
-            f"`accumulate` must be at least 1, got {optimizer.accumulate}",
-        ),
-        (
-            0 <= settings.plain_epochs <= settings.epochs,
+            settings.plain_epochs <= settings.epochs,
             f"{settings.plain_epochs} last epochs without Mosaic are not between 0 and the "
             f"{settings.epochs} in all; give other `plain_epochs`",
         ),
         (
-            settings.eval_interval >= 0,
-            f"`eval_interval` must be at least 0, got {settings.eval_interval}",
-        ),
-        (
-            settings.ema_decay is None or 0 <= settings.ema_decay < 1,
-            f"an EMA decay of {settings.ema_decay} is out of range; give one of 0 to 1",
-        ),
-        (
-            0 <= settings.eval_border < settings.image_size // 2,
+            settings.eval_border < settings.image_size // 2,
             f"a border of {settings.eval_border} leaves no image; give `eval_border` less",
         ),
         (
@@ -410,14 +354,6 @@ def _check(settings: TrainSettings) -> None:
         (
             settings.rep_optimizer is None or settings.architecture.block is None,
             "RepOptimizer says what the blocks are; leave `block` or `rep_optimizer` out",
-        ),
-        (
-            rep.scales is None or rep.search_epochs is None,
-            f"the scales are there already, in {rep.scales}; leave `search_epochs` out",
-        ),
-        (
-            rep.search_epochs is None or rep.search_epochs >= 1,
-            f"`search_epochs` must be at least 1, got {rep.search_epochs}",
         ),
     ]
     for fine, complaint in checks:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trt_yolov6.checkpoints.loading import Checkpoint
+from trt_yolov6.common.ranges import Count, check_fields
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import ScaledRepConv
 from trt_yolov6.models.network import YOLOv6
@@ -37,8 +38,15 @@ class RepOptimizerSettings:
 
     scales: str | None = None
     """Checkpoint of a hyper-search network; None: search for them first."""
-    search_epochs: int | None = None
+    search_epochs: Count | None = None
     """Length of the search; None: as long as the training itself."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.scales is not None and self.search_epochs is not None:
+            raise UserError(
+                f"the scales are there already, in {self.scales}; leave `search_epochs` out."
+            )
 
 
 def scaled_blocks(model: nn.Module) -> dict[str, ScaledRepConv]:

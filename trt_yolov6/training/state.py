@@ -38,7 +38,7 @@ class Progress:
     epoch_seconds: float = 0.0
     """Time that the steps of the present epoch have taken so far."""
     log: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of the epochs that are over, of a training without a log file."""
+    """Lines of the log, of the epochs that are over."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class TorchEngine(Engine):
         )
         shape = (None, image_size, image_size, 3)
         self.input = TensorSpec("images", shape, np.dtype(np.uint8))
-        anchors = sum((image_size // stride) ** 2 for stride in (8, 16, 32))
+        anchors = sum((image_size // stride) ** 2 for stride in model.arch.strides)
         self.outputs = (
             TensorSpec("boxes", (None, anchors, 4), np.dtype(np.float32)),
             TensorSpec("scores", (None, anchors, len(class_names)), np.dtype(np.float32)),

@@ -6,10 +6,10 @@ initialization, dataset, losses, optimizer ─▶ detection_task ─▶ loop ─
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,18 +17,24 @@ from typing import Any, Literal
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.common.files import read_json, write_json
-from trt_yolov6.common.progress import is_logged
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.detection_task import DetectionTask, arithmetic, detection_task
 from trt_yolov6.training.distributed import Processes, joined
-from trt_yolov6.training.log import RunLog, read_log
-from trt_yolov6.training.loop import Reporter, train_epochs
-from trt_yolov6.training.recipe import TrainSettings, search_settings, settings_from_json
+from trt_yolov6.training.log import scalars, write_log
+from trt_yolov6.training.loop import train_epochs
+from trt_yolov6.training.recipe import (
+    TrainSettings,
+    differences,
+    search_settings,
+    settings_from_json,
+)
 from trt_yolov6.training.schedule import evaluation_epochs
 from trt_yolov6.training.state import STATE_FILE, Progress, read_state, restore, sweep
 from trt_yolov6.training.torch_engine import TorchEngine
+
+_log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 BEST_FILE = "best.pt"
@@ -81,12 +87,9 @@ class _Call:
     """Arguments of a call of `train` that do not decide the result."""
 
     processes: Processes
-    note: Callable[[str], None]
-    """Takes sentences about the start and the data."""
-    log_line: Callable[[str], None] | None
-    """Off a terminal: takes a header and a line an epoch."""
     resume: bool
     progress: bool
+    """In the first process, where progress is wanted."""
     state_seconds: float
 
 
@@ -98,7 +101,6 @@ def train(
     resume: bool | Literal["auto"] = False,
     progress: bool = True,
     state_seconds: float = 30.0,
-    tell: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a network and write its checkpoints.
 
@@ -115,10 +117,9 @@ def train(
         resume: go on from the folder's state; the settings must be the same. On a CPU the weights
             end bit for bit as if nothing had happened. `auto` resumes where the folder holds a
             training, and begins one where it does not: for schedulers that repeat a command.
-        progress: show a progress bar on stderr; without a terminal, `tell` gets a line per epoch.
+        progress: show a progress bar on stderr; without a terminal, log a line per epoch.
         state_seconds: least time between two writings of the state, after a step of the optimizer;
             whatever has been done since the last is done again after a kill.
-        tell: called with sentences about the start and the data.
 
     Raises:
         UserError: bad settings, data or checkpoint, a folder in use, or training diverged.
@@ -126,48 +127,50 @@ def train(
     start = time.perf_counter()
     folder = Path(output)
     with joined(device) as processes, arithmetic(settings, processes.device):
-        notes: list[str] = []
-        speak = tell if tell is not None and processes.is_first else None
-
-        def note(sentence: str) -> None:
-            notes.append(sentence)
-            if speak is not None:
-                speak(sentence)
-
         if resume == "auto":
             resume = processes.of_first((folder / SETTINGS_FILE).exists())
-        logged = speak if is_logged(progress) else None
-        call = _Call(processes, note, logged, resume, progress, state_seconds)
+        call = _Call(processes, resume, progress and processes.is_first, state_seconds)
         state = _open_folder(folder, settings, resume, processes)
+        notes: tuple[str, ...] = ()
         scales = None
         if settings.rep_optimizer is not None:
-            scales = settings.rep_optimizer.scales or _search(settings, folder, state, call)
+            scales = settings.rep_optimizer.scales
+            if scales is None:
+                scales, notes = _search(settings, folder, state, call)
         result = _trained(settings, folder, state, call, scales=scales)
-        return replace(result, wall_seconds=time.perf_counter() - start, notes=tuple(notes))
+        seconds = time.perf_counter() - start
+        return replace(result, wall_seconds=seconds, notes=(*notes, *result.notes))
 
 
 def _search(
     settings: TrainSettings, folder: Path, state: dict[str, Any] | None, call: _Call
-) -> Path:
-    """Do RepOptimizer's hyper-search, or what is left of it; return its checkpoint.
+) -> tuple[str, tuple[str, ...]]:
+    """Do RepOptimizer's hyper-search, or what is left of it; return its checkpoint, and notes.
 
     The last one: scales are what a whole training makes of them, whatever the AP on the way.
     """
     place = folder / SEARCH_FOLDER
     last, wanted = place / LAST_FILE, search_settings(settings)
     if state is not None:
-        return last
+        return str(last), ()
     again = call.resume and (place / SETTINGS_FILE).exists()
     if again and last.exists():
         training = load_checkpoint(last).training
         if training is not None and training.epoch == wanted.epochs:
-            return last
+            return str(last), ()
     state = _open_folder(place, wanted, again, call.processes)
     # What cannot be trained leaves no run, so the whole one's settings follow the search's.
     result = _trained(wanted, place, state, call, settings_of={folder: settings})
     ap = "" if result.last_ap is None else f", AP {result.last_ap:.4f}"
-    call.note(f"the search for scales is over after {wanted.epochs} epochs{ap}.")
-    return last
+    over = f"the search for scales is over after {wanted.epochs} epochs{ap}."
+    _noted((over,), call)
+    return str(last), (*result.notes, over)
+
+
+def _noted(notes: Sequence[str], call: _Call) -> None:
+    """Log notes, in the first process."""
+    for note in notes if call.processes.is_first else ():
+        _log.info(note)
 
 
 def _trained(
@@ -179,22 +182,20 @@ def _trained(
     scales: str | Path | None = None,
     settings_of: Mapping[Path, TrainSettings] | None = None,
 ) -> TrainResult:
-    """Train to the end, from a state or from the start; notes are the caller's to add.
+    """Train to the end, from a state or from the start.
 
     `settings_of` are settings to write into other folders, once it is certain that there is a run.
     """
     processes, start = call.processes, time.perf_counter()
-    progress = call.progress and processes.is_first
-    detector = detection_task(
-        settings, folder, processes, progress=progress, note=call.note, scales=scales
-    )
+    detector = detection_task(settings, folder, processes, progress=call.progress, scales=scales)
+    _noted(detector.notes, call)
     done = Progress() if state is None else restore(state, detector.task.learner)
     # Only now: what cannot be trained leaves no run.
     if processes.is_first:
         for place, its in {**(settings_of or {}), folder: settings}.items():
             write_json(place / SETTINGS_FILE, its.to_json())
-    _train(detector, folder, done, call, Reporter(progress, call.log_line))
-    lines = read_log(folder) if processes.is_first else []
+    _train(detector, folder, done, call)
+    lines = done.log if processes.is_first else []
     times = [line["seconds"] for line in lines]
     return TrainResult(
         folder=folder,
@@ -206,30 +207,27 @@ def _trained(
         epochs=settings.epochs,
         epoch_seconds=statistics.median(times) if times else 0.0,
         wall_seconds=time.perf_counter() - start,
-        notes=(),
+        notes=detector.notes,
         log=tuple(lines),
     )
 
 
-def _train(
-    detector: DetectionTask, folder: Path, done: Progress, call: _Call, reporter: Reporter
-) -> None:
+def _train(detector: DetectionTask, folder: Path, done: Progress, call: _Call) -> None:
     """Do the steps that are left; evaluate and write checkpoints where it is time."""
     settings, task = detector.settings, detector.task
     last_epochs = min(settings.plain_epochs, settings.epochs)
     evaluated = set(evaluation_epochs(settings.epochs, settings.eval_interval, last_epochs))
-    with contextlib.ExitStack() as stack:
-        log: RunLog | None = None
-        if call.processes.is_first:
-            first_epoch = done.step // task.plan.steps_per_epoch
-            log = stack.enter_context(RunLog(folder, from_epoch=first_epoch))
+    first_epoch = done.step // task.plan.steps_per_epoch
+    is_first = call.processes.is_first
+    with scalars(folder, first_epoch) if is_first else contextlib.nullcontext() as add_scalars:
 
         def finish_epoch(epoch: int, line: dict[str, Any]) -> bool:
-            assert log is not None
+            assert add_scalars is not None
             due = epoch in evaluated or epoch + 1 == settings.epochs
             if due:
                 _evaluate(detector, folder, done, line)
-            log.write(line)
+            write_log(folder, [*done.log, line])
+            add_scalars(line)
             return due
 
         train_epochs(
@@ -238,7 +236,7 @@ def _train(
             state_file=folder / STATE_FILE,
             state_seconds=call.state_seconds,
             finish_epoch=finish_epoch,
-            reporter=reporter,
+            progress=call.progress,
         )
 
 
@@ -266,7 +264,7 @@ def _open_folder(
     stored = folder / SETTINGS_FILE
     if resume:
         kept = stored_settings(folder)
-        differing = _differences(kept.to_json(), json.loads(json.dumps(settings.to_json())))
+        differing = differences(kept, settings)
         if differing:
             raise UserError(
                 f"the run in {folder} was started with another {differing[0]}; resume it with the "
@@ -286,19 +284,6 @@ def _open_folder(
     return None
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the names of the fields in which two settings differ."""
-    found = []
-    for name in one.keys() | other.keys():
-        a, b = one.get(name), other.get(name)
-        a, b = (list(value) if isinstance(value, tuple) else value for value in (a, b))
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append(prefix + name)
-    return sorted(found)
-
-
 def _evaluate(detector: DetectionTask, folder: Path, done: Progress, line: dict[str, Any]) -> None:
     """Evaluate the averaged weights and write the checkpoints; adds to the epoch's line."""
     epoch, result, ap = line["epoch"], _evaluation(detector), None
@@ -306,10 +291,14 @@ def _evaluate(detector: DetectionTask, folder: Path, done: Progress, line: dict[
         ap = result.ap if result.ap is not None else 0.0
         line["AP"], line["AP50"] = ap, result.ap50
         line["evaluation_seconds"] = result.wall_seconds
-    _write(detector, folder / LAST_FILE, epoch, ap)
+    names = [LAST_FILE]
     if ap is not None and (done.best_ap is None or ap > done.best_ap):
         done.best_ap, done.best_epoch = ap, epoch
-        _write(detector, folder / BEST_FILE, epoch, ap)
+        names.append(BEST_FILE)
+    training = Training(detector.settings.to_json(), epoch, ap)
+    for name in names:
+        class_names = detector.task.data.class_names
+        write_checkpoint(folder / name, detector.average.model, class_names, training)
 
 
 def _evaluation(detector: DetectionTask) -> Evaluation | None:
@@ -329,9 +318,3 @@ def _evaluation(detector: DetectionTask) -> Evaluation | None:
             PredictOptions(batch=min(max(settings.batch, 1), 32), border=settings.eval_border),
             progress=False,
         )
-
-
-def _write(detector: DetectionTask, path: Path, epoch: int, ap: float | None) -> None:
-    training = Training(detector.settings.to_json(), epoch, ap)
-    class_names = detector.task.data.class_names
-    write_checkpoint(path, detector.average.model, class_names, training)

@@ -12,12 +12,7 @@ from torch import Tensor
 from trt_yolov6.checkpoints.meituan.tree import Tree
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import mbla_rows
-from trt_yolov6.models.variants import (
-    ActivationName,
-    Architecture,
-    BlockKind,
-    variant_name,
-)
+from trt_yolov6.models.variants import ActivationName, Architecture, BlockKind, variant_name
 
 _ACTIVATIONS: dict[str, ActivationName] = {
     "ReLU": "relu",

@@ -30,11 +30,10 @@ from trt_yolov6.engines.onnxruntime.providers import (
 )
 from trt_yolov6.engines.reading import detector_of
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.graph.facts import facts_of
 from trt_yolov6.graph.files import graph_precision, read_weights, sort_nodes
 from trt_yolov6.graph.index import tensor_value
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
-from trt_yolov6.graph.outputs import drop_other_outputs
+from trt_yolov6.graph.outputs import drop_other_outputs, facts_of
 from trt_yolov6.graph.reference import (
     is_quantized,
     open_session,

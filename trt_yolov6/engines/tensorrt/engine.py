@@ -120,8 +120,8 @@ class TensorRTEngine(Engine):
         self._read_tensors(engine)
         if self._contexts.compiles_batch_sizes:
             self.batch_steps = self.batch.steps()
-        # Before 8.6, contexts do not share an optimization profile, and plans have one.
-        self._one_context = flavour.release < (8, 6) and not self.batch.is_static
+        # Plans have one profile.
+        self._one_context = not flavour.shares_profiles and not self.batch.is_static
         if self._one_context:
             self.in_flight = 1
             self._pictures_missing = True

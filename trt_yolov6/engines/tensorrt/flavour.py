@@ -66,6 +66,14 @@ class Flavour:
         major, minor = self.version.split(".")[:2]
         return int(major), int(minor)
 
+    @property
+    def shares_profiles(self) -> bool:
+        """Whether contexts of one engine share its optimization profile.
+
+        TensorRT's do from 8.6 on; TensorRT-RTX's always do.
+        """
+        return self.backend != "tensorrt" or self.release >= (8, 6)
+
     def __str__(self) -> str:
         return f"{self.label} {self.version}"
 

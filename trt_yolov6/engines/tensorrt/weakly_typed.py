@@ -10,7 +10,7 @@ it stops at the usual ones (seen in 8.6.0 on an H100):
   values, and computes in half precision.
 - A multiplication by a constant per channel before a QuantizeLinear ends in `mergeScales: Assertion
   equalOrZero`. A division by the reciprocals does not.
-- A multiplication of a dequantized tensor by one number (the shortcuts of M and L) ends in
+- A multiplication of a dequantized tensor by one number (the shortcuts of L) ends in
   `chooseHigherPrecision: Assertion`, also as a division, with the number in the scale, or with both
   terms of the sum dequantized. It reads what the pair quantizes instead, so the shortcut is not
   rounded to INT8.
@@ -36,10 +36,15 @@ from trt_yolov6.graph.editing import (
     set_initializers,
     set_nodes,
 )
-from trt_yolov6.graph.index import GraphIndex, attributes, tensor_value, types_of
+from trt_yolov6.graph.index import (
+    GraphIndex,
+    attributes,
+    nodes_after_layers,
+    tensor_value,
+    types_of,
+)
 from trt_yolov6.graph.operators import CONVOLUTIONS, MOVING_OPS, QDQ_OPS
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
-from trt_yolov6.graph.tail import nodes_after_layers
 
 if TYPE_CHECKING:
     import onnx

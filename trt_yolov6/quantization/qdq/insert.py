@@ -176,6 +176,16 @@ def quantize_weights(
     return quantized.encode(values / scale), scale.reshape(() if axis is None else -1)
 
 
+def rounded_weights(
+    weights: NDArray[Any], axis: int, scales: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Return weights as INT8 represents them; arguments as of `quantize_weights`."""
+    codes, scale = quantize_weights(weights, axis, scales=scales)
+    shape = [1] * weights.ndim
+    shape[axis] = -1
+    return codes.astype(np.float32) * scale.reshape(shape)
+
+
 class _Writer:
     """Makes the nodes and constants that are added to a graph."""
 

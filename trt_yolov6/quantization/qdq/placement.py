@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.cost import macs_per_input
-from trt_yolov6.graph.index import GraphIndex, attribute
+from trt_yolov6.graph.index import GraphIndex, attribute, layers_after
 from trt_yolov6.graph.operators import ACTIVATIONS, CONVOLUTIONS, MOVING_OPS, layer_names
-from trt_yolov6.graph.tail import layers_after
 from trt_yolov6.quantization.types import QuantizedType
 
 if TYPE_CHECKING:

@@ -14,6 +14,10 @@ from trt_yolov6.errors import MissingDependencyError, UserError
 MOST_CORES = 4
 """Cores of an actor where none are asked for: more help one small network little."""
 
+MOST_CORES_OF_A_GPU = 16
+"""Most cores that an actor with a GPU has by default: a GPU takes pictures faster than four decode
+them."""
+
 
 @dataclass(frozen=True)
 class Actors:
@@ -122,7 +126,7 @@ def fitting_actors(
         nodes: what each living machine has, by Ray's names `CPU` and `GPU`.
         needs_gpu: an actor takes a GPU, and a share of the cores for reading and boxes.
         cores: of an actor; default: those of the smallest machine that has any, at most
-            `MOST_CORES`; with GPUs, the cores there are for each, up to that number.
+            `MOST_CORES`; with GPUs, the cores there are for each, at most `MOST_CORES_OF_A_GPU`.
 
     Raises:
         UserError: no machine has room for one.
@@ -135,7 +139,7 @@ def fitting_actors(
                 "the engine needs a GPU, and no machine of the cluster offers one; start Ray there "
                 "with GPUs, or give an .onnx engine."
             )
-        each = cores or min(MOST_CORES, *(cpus // gpus for cpus, gpus in with_gpu))
+        each = cores or min(MOST_CORES_OF_A_GPU, *(cpus // gpus for cpus, gpus in with_gpu))
         count = sum(min(gpus, cpus // each if each else gpus) for cpus, gpus in with_gpu)
         if not count:
             raise UserError(f"no machine has {each} cores for a GPU; give fewer `threads`.")

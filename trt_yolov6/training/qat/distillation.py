@@ -6,8 +6,6 @@ equations 2 to 4), which the paper takes for quantization-aware training (Sectio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -47,23 +45,3 @@ def channel_divergence(
         guide = (guide.flatten(2) / temperature).log_softmax(2)
         each = (guide.exp() * (guide - own)).sum(2)
         return temperature**2 * each.mean()
-
-
-def distillation_loss(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    temperature: float = 1.0,
-    *,
-    relative: bool = False,
-) -> Tensor:
-    """Return the sum of the features' divergences.
-
-    Args:
-        student: features, each float (batch, channels, h, w), of any sizes.
-        teacher: the same features of the float network, in the same order.
-        temperature: see `channel_divergence`.
-        relative: see `channel_divergence`.
-    """
-    pairs = zip(student, teacher, strict=True)
-    found = [channel_divergence(own, guide, temperature, relative=relative) for own, guide in pairs]
-    return torch.stack(found).sum()

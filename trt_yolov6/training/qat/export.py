@@ -6,15 +6,13 @@ import copy
 import dataclasses
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import replace_tensor
 from trt_yolov6.graph.index import tensor_value
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS, weight_axis
 from trt_yolov6.quantization.fake_quantize import WIDEST
-from trt_yolov6.quantization.qdq.insert import insert_qdq, quantize_weights
+from trt_yolov6.quantization.qdq.insert import insert_qdq, rounded_weights
 from trt_yolov6.training.qat.onnx_module import Trained
 from trt_yolov6.training.qat.preparation import Start
 
@@ -51,7 +49,7 @@ def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Grap
     return dataclasses.replace(start.graph, model=model, calibration=said)
 
 
-def rounded_weights(start: Start, trained: Trained) -> onnx.ModelProto:
+def rounded_graph(start: Start, trained: Trained) -> onnx.ModelProto:
     """Return the graph without Q/DQ nodes whose weights are rounded: goes with a scales cache.
 
     TensorRT up to 10 then quantizes weights by their largest magnitude, which is what they are
@@ -64,8 +62,5 @@ def rounded_weights(start: Start, trained: Trained) -> onnx.ModelProto:
             continue
         item, axis = constants[node.input[1]], weight_axis(node.op_type)
         scale = trained.weight_scales[node.input[1]]
-        codes, scale = quantize_weights(tensor_value(item), axis, scales=scale)
-        shape = [1] * codes.ndim
-        shape[axis] = -1
-        replace_tensor(item, codes.astype(np.float32) * scale.reshape(shape))
+        replace_tensor(item, rounded_weights(tensor_value(item), axis, scales=scale))
     return model

@@ -21,12 +21,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import replace_tensor
 from trt_yolov6.graph.export import box_factors
 from trt_yolov6.graph.index import GraphIndex, attributes, tensor_value
-from trt_yolov6.graph.operators import (
-    CODE_PRESERVING_OPS,
-    CONVOLUTIONS,
-    layer_names,
-    weight_axis,
-)
+from trt_yolov6.graph.operators import CODE_PRESERVING_OPS, CONVOLUTIONS, layer_names, weight_axis
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.fake_quantize import WIDEST, FakeQuantizer, Levels, weight_levels
 from trt_yolov6.quantization.qdq.insert import quantize_weights
@@ -508,10 +503,7 @@ def _units(
     channel, times each input channel's largest weight relative to the largest of all. Channels of
     re-parameterized networks differ in size a hundredfold, in weights as in what they are
     multiplied with: so counted, one learning rate suits all of them, and any number of bits.
-    Without it the sample lost a point of AP, and a rescaled one all of it.
-
-    Args:
-        bits: by the layers' outputs.
+    Without it the sample lost a point of AP, and a rescaled one all of it. `bits` are by outputs.
     """
     units: dict[str, NDArray[np.float32]] = {}
     for node in nodes:

@@ -15,10 +15,9 @@ import torch
 
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.index import GraphIndex
+from trt_yolov6.graph.index import GraphIndex, layers_after
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
-from trt_yolov6.graph.tail import layers_after
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from trt_yolov6.errors import UserError
+from msgspec import Meta
+
+from trt_yolov6.common.ranges import Count, NotNegative, Positive, Share, check_fields
 from trt_yolov6.quantization.fake_quantize import NARROWEST, WIDEST
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.data_validation import OnBadData
@@ -28,20 +29,20 @@ class QatSettings:
     """The data set's folder or `data.yaml`."""
     train_split: str = "train"
     on_bad_data: OnBadData = "refuse"
-    epochs: int = 10
-    batch: int = 16
-    learning_rate: float = 0.005
+    epochs: Count = 10
+    batch: Count = 16
+    learning_rate: Positive = 0.005
     """Adam learning rate for weights and biases, in weight quantization steps: a cosine down to
     `final_share`."""
-    scale_learning_rate: float = 0.05
+    scale_learning_rate: Positive = 0.05
     """Adam learning rate for scales, in quantization steps at the end of their range."""
-    final_share: float = 0.01
+    final_share: Share = 0.01
     learn_scales: bool = True
     """Off: the calibrated scales stay."""
     distillation: bool = True
     """Hold the features to the float network's."""
-    distill_weight: float = 0.1
-    temperature: float = 1.0
+    distill_weight: NotNegative = 0.1
+    temperature: Positive = 1.0
     distill_relative: bool = True
     """Count activations in standard deviations of the teacher's channels, so that rescaled channels
     (`channel_divergence`), such as equalization makes, are distilled like others."""
@@ -49,48 +50,13 @@ class QatSettings:
     """Mosaic and Mixup are off whatever it says, as in the last epochs of training (2.4.3)."""
     seed: int = 0
     precision: QatPrecision = "auto"
-    bits: int = WIDEST
+    bits: Annotated[int, Meta(ge=NARROWEST, le=WIDEST)] = WIDEST
     """Bit width of weights and activations. Below 8 there is no export; the first and last layers
     keep 8 then (LSQ, Section 3)."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_fields(self)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, ready for `json.dumps`."""
         return dataclasses.asdict(self)
-
-
-def _check(settings: QatSettings) -> None:
-    checks = [
-        (settings.epochs >= 1, "epochs", f"must be at least 1, got {settings.epochs}"),
-        (settings.batch >= 1, "batch", f"must be at least 1, got {settings.batch}"),
-        (
-            0 < settings.learning_rate < math.inf,
-            "learning_rate",
-            f"must be above 0, got {settings.learning_rate}",
-        ),
-        (
-            0 < settings.scale_learning_rate < math.inf,
-            "scale_learning_rate",
-            f"must be above 0, got {settings.scale_learning_rate}",
-        ),
-        (
-            0 < settings.temperature < math.inf,
-            "temperature",
-            f"must be above 0, got {settings.temperature}",
-        ),
-        (
-            0 <= settings.distill_weight < math.inf,
-            "distill_weight",
-            f"must be at least 0, got {settings.distill_weight}",
-        ),
-        (
-            NARROWEST <= settings.bits <= WIDEST,
-            "bits",
-            f"must be {NARROWEST} to {WIDEST}, got {settings.bits}",
-        ),
-    ]
-    for fine, parameter, complaint in checks:
-        if not fine:
-            raise UserError(f"`{parameter}` {complaint}.")

@@ -20,16 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trt_yolov6.common.progress import is_logged
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.distributed import Processes, chosen_device
-from trt_yolov6.training.loop import Reporter, StepLosses, Task, train_epochs
+from trt_yolov6.training.loop import StepLosses, Task, train_epochs
 from trt_yolov6.training.losses import default_losses, detection_loss
-from trt_yolov6.training.qat.distillation import distillation_loss
+from trt_yolov6.training.qat.distillation import channel_divergence
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, Trained
 from trt_yolov6.training.qat.preparation import Start, check_classes
 from trt_yolov6.training.qat.settings import QatSettings
@@ -71,7 +70,6 @@ def train_quantized(
     state_seconds: float = 30.0,
     progress: bool = True,
     data: TrainingSet | None = None,
-    tell: Callable[[str], None] | None = None,
 ) -> QatResult:
     """Train a calibrated network with its rounding in place.
 
@@ -82,9 +80,8 @@ def train_quantized(
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
         state_file: written after each epoch, and gone on from where it is there.
         state_seconds: least time between two writings of the state within an epoch.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr; off a terminal, log a header and a line an epoch.
         data: the training split, if it is loaded already.
-        tell: off a terminal, called with a header and a line an epoch.
 
     Raises:
         UserError: the data cannot be read, has other classes, or training diverged.
@@ -108,18 +105,14 @@ def train_quantized(
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
 
-    def finish_epoch(_: int, line: dict[str, Any]) -> bool:
-        done.log.append(line)
-        return True
-
     with _convolutions(where, exact=False):
         train_epochs(
             task,
             done,
             state_file=state,
             state_seconds=state_seconds,
-            finish_epoch=finish_epoch,
-            reporter=Reporter(progress, tell if is_logged(progress) else None),
+            finish_epoch=lambda *_: True,
+            progress=progress,
         )
     seconds = tuple(line["seconds"] for line in done.log)
     return QatResult(
@@ -139,8 +132,6 @@ def evaluate_network(
     image_size: int,
     data: str | Path,
     split: str | None = None,
-    *,
-    batch: int = 16,
 ) -> Evaluation:
     """Return the AP of a network on the device where it is, in float32 without TF32."""
     device = next(network.parameters()).device
@@ -148,7 +139,7 @@ def evaluate_network(
         _convolutions(device, exact=True),
         TorchEngine(network, class_names, image_size, half=False, name="qat") as engine,
     ):
-        return evaluate(engine, load_coco(data, split), PredictOptions(batch=batch), progress=False)
+        return evaluate(engine, load_coco(data, split), PredictOptions(batch=16), progress=False)
 
 
 # --- what the loop trains -----------------------------------------------------------------------
@@ -219,9 +210,13 @@ def _losses(
         ).total
         total, distilled = found, torch.zeros_like(found)
         if teacher is not None:
-            distilled = settings.distill_weight * distillation_loss(
-                features, guides, settings.temperature, relative=settings.distill_relative
-            )
+            each = [
+                channel_divergence(
+                    own, guide, settings.temperature, relative=settings.distill_relative
+                )
+                for own, guide in zip(features, guides, strict=True)
+            ]
+            distilled = settings.distill_weight * torch.stack(each).sum()
             total = found + distilled
         return StepLosses(total, torch.stack([total, found, distilled]).detach())
 
@@ -247,11 +242,7 @@ def _identity(start: Start, settings: QatSettings, data: TrainingSet) -> list[An
 
 
 def _restored(path: Path | None, task: Task) -> Progress:
-    """Go on from a state if it is there; return how far it had come.
-
-    Raises:
-        UserError: it is not such a file, or of other settings.
-    """
+    """Go on from a state if it is there, of the same settings; return how far it had come."""
     if path is None or not path.is_file():
         return Progress()
     state = read_state(path)

@@ -1,0 +1,75 @@
+"""Ranges of settings: written next to a field's type, checked by msgspec."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import typing
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from trt_yolov6.errors import UserError
+
+_LARGEST = sys.float_info.max
+
+Count = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[float, Meta(ge=0, le=_LARGEST)]
+Positive = Annotated[float, Meta(gt=0, le=_LARGEST)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+ShareBelow1 = Annotated[float, Meta(ge=0, lt=1)]
+
+_RELATIONS = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+
+
+def check_fields(settings: object) -> None:
+    """Check the fields of a dataclass against their annotations: type, choices and range.
+
+    Raises:
+        UserError: a field does not fit.
+    """
+    cls: Any = type(settings)
+    for name, kind in _annotations(cls).items():
+        value = getattr(settings, name)
+        # NumPy's numbers are numbers as well.
+        fitting(value.item() if hasattr(value, "item") else value, kind, f"`{name}`")
+
+
+def fitting(value: Any, kind: Any, subject: str, *, strict: bool = True) -> Any:
+    """Return a value as the type that an annotation names.
+
+    Args:
+        value: number, text or anything else that msgspec converts.
+        kind: the annotation, with its range.
+        subject: first words of the message.
+        strict: False takes texts for the numbers and truth values that they spell.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=strict)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{subject} must be {_wanted(kind, str(error))}, got {value}.") from error
+
+
+@functools.cache
+def _annotations(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _wanted(kind: Any, message: str) -> str:
+    """Return in words what was expected, from the annotation or msgspec's message."""
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) is Literal:
+            return f"one of {', '.join(map(str, typing.get_args(part)))}"
+    bound = re.fullmatch(r"Expected `\w+` ([<>]=?) (\S+)", message)
+    if bound and float(bound[2]) == _LARGEST:
+        return "finite"
+    if bound:
+        return f"{_RELATIONS[bound[1]]} {float(bound[2]):g}"
+    expected = re.match(r"Expected `(\w+)", message)
+    return _TYPES.get(expected[1], expected[1]) if expected else "of another form"
