@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,9 +64,9 @@ def batches(result: dict[str, Any]) -> list[list[Any]]:
     return lines
 
 
-def stages(result: dict[str, Any]) -> list[list[Any]]:
+def stages(result: dict[str, Any], part: str = "stages") -> list[list[Any]]:
     """Milliseconds of each stage of a batch of 32, and images a second alone."""
-    reports = result["parts"]["stages"]
+    reports = result["parts"][part]
     lines: list[list[Any]] = [
         ["stage", "place", *(f"{report['network']}, {report['precision']}" for report in reports)]
     ]
@@ -108,12 +109,20 @@ def accuracy(result: dict[str, Any]) -> list[list[Any]]:
 
 
 def variants(result: dict[str, Any]) -> list[list[Any]]:
-    """Images a second of batches of N, by the setting that was varied."""
-    lines: list[list[Any]] = [["varied", "images a second"]]
-    for what, value in result["parts"]["diagnosis"]["N_at_0.25_fps"].items():
-        rates = value if isinstance(value, dict) else {"": value}
-        cells = (f"{key}: {number(fps)}" if key else number(fps) for key, fps in rates.items())
-        lines.append([what, "; ".join(cells)])
+    """Batches of images of N: images a second by threads that pack and batches in flight."""
+    lines: list[list[Any]] = [["confidence", "packers", "in flight", "engine alone"]]
+    lines[0] += ["plain loop", "`process`, in memory", "`process`, with readers"]
+    for confidence, packers, flight, engine, *rates in result["parts"]["diagnosis"]["N_arrays_fps"]:
+        cells = [f"{number(fps)}, {fps / engine:.2f}" for fps in rates]
+        lines.append([f"{confidence:g}", packers, flight, number(engine), *cells])
+    return lines
+
+
+def gpus(result: dict[str, Any]) -> list[list[Any]]:
+    """The JPEG pipeline on several GPUs."""
+    lines: list[list[Any]] = [["GPUs", "JPEGs", "images a second", "to one"]]
+    for row in result["parts"]["gpus"]:
+        lines.append([row["gpus"], row["way"], number(row["fps"]), f"{row['to_one']:.2f}"])
     return lines
 
 
@@ -136,6 +145,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[list[Any]]]] = {
     "pictures-single": single,
     "pictures-batches": batches,
     "pictures-stages": stages,
+    "pictures-int8": functools.partial(stages, part="stages_tensorrt8"),
+    "pictures-gpus": gpus,
     "pictures-variants": variants,
     "pictures-one": one_image,
     "pictures-decoding": decoding,

@@ -286,9 +286,9 @@ def suppression_where() -> str:
         f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. "
         f"{sum(row['different'] for row in rows)} of the images of this table have other boxes "
         f"than on the CPU. Of {sets['sets']} random sets, with up to {sets['most_candidates']} "
-        f"candidates, {sets['different']} have. After {leak['batches']} batches, "
-        f"{leak['gpu_bytes']} bytes of GPU memory and {leak['host_bytes']} of host memory more "
-        "are in use.\n"
+        f"candidates, {sets['different']} have. After {leak['batches']} batches "
+        f"(revision {leak['commit']}), {leak['gpu_bytes']} bytes of GPU memory and "
+        f"{leak['host_bytes']} of host memory more are in use.\n"
     )
 
 

@@ -6,6 +6,7 @@ import io
 import struct
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from support.gpu import has_gpu
 
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.jpeg import Jpeg, exif_orientation, open_image, read_header
-from trt_yolov6.engines.cuda.jpeg import JpegDecoder
+from trt_yolov6.engines.cuda.jpeg import JpegDecoder, _keep_for
 from trt_yolov6.errors import MissingDependencyError, UserError
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "images"
@@ -159,3 +160,18 @@ def test_without_a_gpu_the_decoder_says_so() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(MissingDependencyError):
         JpegDecoder()
+
+
+def test_a_decoders_stream_lives_as_long_as_its_images() -> None:
+    class Thing:
+        pass
+
+    stream: Any = Thing()
+    images = [Thing(), None, Thing()]
+    alive = weakref.ref(stream)
+    _keep_for(images, stream)
+    del stream
+    for _ in range(len(images)):
+        assert alive() is not None
+        images.pop()
+    assert alive() is None

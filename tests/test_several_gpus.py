@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import signal
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import process
 from trt_yolov6.runtime.several_gpus import (
+    _in_order,
     check_gpus,
     file_of,
     process_on_gpus,
@@ -83,6 +88,69 @@ def test_results_come_in_order_and_from_every_process(tmp_path: Path) -> None:
     assert {step.result[-1] for step in steps} == {"5", "7"}
     (failure,) = [failure for step in steps for failure in step.batch.failures]
     assert failure[0] == paths[9]
+
+
+@dataclass(frozen=True)
+class Step:
+    result: bytes
+    notes: tuple[str, ...] = ()
+
+
+def work(end: Any, begin: threading.Event, taken: list[int]) -> None:
+    """Take batches as a process does: hand one out only when there are five after it."""
+    held: list[int] = []
+
+    def give_back() -> None:
+        end.send(("done", Step(pickle.dumps(held.pop(0)))))
+
+    while True:
+        if held:
+            begin.wait()
+        end.send(("give", None))
+        chunk = end.recv()
+        if not chunk:
+            break
+        held += chunk
+        taken += chunk
+        if len(held) > 5:
+            give_back()
+    while held:
+        give_back()
+    end.send(("end", None))
+
+
+def test_a_process_that_starts_late_does_not_stop_the_others() -> None:
+    """They may have all that they may have ahead of the batch whose results come next."""
+    begin, at_once = threading.Event(), threading.Event()
+    at_once.set()
+    taken: tuple[list[int], list[int]] = [], []
+    pairs = [multiprocessing.Pipe() for _ in range(2)]
+    late, early = (
+        threading.Thread(target=work, args=(theirs, event, mine), daemon=True)
+        for (_, theirs), event, mine in zip(pairs, (begin, at_once), taken, strict=True)
+    )
+    found: list[int] = []
+
+    def gather() -> None:
+        ends = {ours: None for ours, _ in pairs}
+        found.extend(step.result for step in _in_order(ends, ("0", "1"), iter(range(60)), 1))
+
+    gathering = threading.Thread(target=gather, daemon=True)
+    late.start()
+    gathering.start()
+    wait_until(lambda: taken[0] == [0])
+    early.start()
+    wait_until(lambda: len(taken[1]) == 15)
+    begin.set()
+    gathering.join(30)
+    assert found == list(range(60))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def test_an_error_or_a_death_ends_all(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import sys
@@ -34,8 +35,9 @@ def check_fields(settings: object) -> None:
     cls: Any = type(settings)
     for name, kind in _annotations(cls).items():
         value = getattr(settings, name)
-        # NumPy's numbers are numbers as well.
-        fitting(value.item() if hasattr(value, "item") else value, kind, f"`{name}`")
+        if not dataclasses.is_dataclass(value):  # such a one checks itself
+            # NumPy's numbers are numbers as well.
+            fitting(value.item() if hasattr(value, "item") else value, kind, f"`{name}`")
 
 
 def fitting(value: Any, kind: Any, subject: str, *, strict: bool = True) -> Any:

@@ -80,7 +80,7 @@ def fold_shortcuts(model: YOLOv6) -> None:
 
 
 _WIDEST = 64.0
-"""Largest product of shortcuts' weights, or of their reciprocals, that is folded: the values between
+"""Largest product of weights of shortcuts, or of reciprocals, that is folded: what lies between
 blocks grow as much, and float16 ends at 65504."""
 
 

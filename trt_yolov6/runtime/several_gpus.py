@@ -11,6 +11,9 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import pickle
+import queue
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -34,6 +37,8 @@ Result = TypeVar("Result")
 
 _AHEAD = 8
 """Batches a GPU may be ahead of the one whose results come next."""
+_ASKED = 3
+"""Batches that a process has asked for and not begun: it does not wait for the next one then."""
 _PATIENCE = 10
 """Seconds that a process has to end by itself."""
 
@@ -131,15 +136,23 @@ def _in_order(
     done: dict[int, Any] = {}
     noted: set[str] = set()
     open_ends = dict(zip(workers, gpus, strict=True))
+    told: set[Any] = set()
     number = following = 0
     while open_ends:
-        while asking and number < following + _AHEAD * len(workers):
-            ours = asking.pop(0)
+        for ours in [one for one in asking if one not in told]:
+            # The process that has the next results gets what it asks for: it may hand none out
+            # before there are some batches after it.
+            is_next = bool(given[ours]) and given[ours][0] == following
+            if not is_next and number >= following + _AHEAD * len(workers):
+                continue
+            asking.remove(ours)
             chunk = list(itertools.islice(items, batch))
-            ours.send(chunk)  # nothing in it: the end
+            ours.send(chunk)
             if chunk:
                 given[ours].append(number)
                 number += 1
+            else:  # the end, told once
+                told.add(ours)
         ready: list[Any] = wait(list(open_ends))
         for ours in ready:
             try:
@@ -152,7 +165,8 @@ def _in_order(
             if kind == "give":
                 asking.append(ours)
             elif kind == "done":
-                done[given[ours].pop(0)] = value
+                result = pickle.loads(value.result)
+                done[given[ours].pop(0)] = dataclasses.replace(value, result=result)
             elif kind == "failed":
                 raise value
             else:
@@ -163,6 +177,16 @@ def _in_order(
             noted.update(notes)
             yield dataclasses.replace(step, notes=notes)
             following += 1
+
+
+def _receive(theirs: Connection, received: queue.SimpleQueue[Any]) -> None:
+    """Hand on what comes, up to an empty batch; None if the other end is closed before."""
+    try:
+        while chunk := theirs.recv():
+            received.put(chunk)
+        received.put(chunk)
+    except (EOFError, OSError):
+        received.put(None)
 
 
 def _work(
@@ -176,20 +200,28 @@ def _work(
 ) -> None:
     """Be the process of one GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    # Read by a thread of its own, so that the other end never waits to write.
+    received: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(theirs, received), daemon=True).start()
 
     def items() -> Iterator[Any]:
-        while True:
+        for _ in range(_ASKED):
             theirs.send(("give", None))
-            chunk = theirs.recv()
-            if not chunk:
-                return
+        while chunk := received.get():
+            theirs.send(("give", None))
             yield from chunk
+        if chunk is None:
+            raise EOFError
+
+    def packed(batch: Batch[Any], found: list[Detections]) -> bytes:
+        """Do in the pipeline's thread what `send` would do in the engine's."""
+        return pickle.dumps(finish(batch, found), pickle.HIGHEST_PROTOCOL)
 
     # Closed at the other end: nobody wants more.
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
-                for step in process(engine, items(), read, finish, options, **others):
+                for step in process(engine, items(), read, packed, options, **others):
                     light = dataclasses.replace(step.batch, images=())
                     theirs.send(("done", dataclasses.replace(step, batch=light)))
             theirs.send(("end", None))

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,8 @@ class JpegDecoder:
         self._codec = codec
         try:
             self._stream = Stream()
+            # Not at the interpreter's exit either, where images may still be there.
+            self._stream.free.atexit = False
             self._decoder = codec.Decoder(
                 max_num_cpu_threads=threads or len(usable_cpus()), backends=kinds, options=options
             )
@@ -97,6 +100,7 @@ class JpegDecoder:
             decoded = self._decoder.decode(
                 streams, params=self._params, cuda_stream=self._stream.handle
             )
+            _keep_for(decoded, self._stream)
             self._stream.wait()
             del decoded  # not earlier: the GPU wrote to it
 
@@ -127,6 +131,7 @@ class JpegDecoder:
             list(streams.values()), params=self._params, cuda_stream=self._stream.handle, **reused
         )
         if not reused:
+            _keep_for(decoded, self._stream)
             buffers.images = [one for one in decoded if one is not None]
         if buffers.ready is None:
             buffers.ready = Event()
@@ -134,6 +139,21 @@ class JpegDecoder:
         for index, one in zip(streams, decoded, strict=True):
             found[index] = None if one is None else _view(one, images[index])
         return found
+
+
+def _keep_for(decoded: Sequence[Any], stream: Stream) -> None:
+    """Have a stream live as long as the images that were decoded on it.
+
+    nvImageCodec frees an image's memory on that stream, whenever that is. If there is no such
+    stream any more, the process crashes.
+    """
+    for one in decoded:
+        if one is not None:
+            weakref.finalize(one, _nothing, stream).atexit = False
+
+
+def _nothing(_: Stream) -> None:
+    """Do nothing: what is wanted is the reference to the argument."""
 
 
 def _view(decoded: Any, image: Jpeg) -> ImageView | None:

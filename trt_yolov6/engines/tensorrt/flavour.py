@@ -68,9 +68,9 @@ class Flavour:
 
     @property
     def shares_profiles(self) -> bool:
-        """Whether contexts of one engine share its optimization profile.
+        """Contexts of one engine share its optimization profile.
 
-        TensorRT's do from 8.6 on; TensorRT-RTX's always do.
+        TensorRT's do from 8.6 on, TensorRT-RTX's always.
         """
         return self.backend != "tensorrt" or self.release >= (8, 6)
 
