@@ -47,6 +47,7 @@ from trt_yolov6.quantization.pipeline import quantize
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.resampling import interval, matched
 from trt_yolov6.quantization.settings import QuantizationSettings
+from trt_yolov6.quantization.types import FP8
 from trt_yolov6.spec import NmsSettings
 
 RESULTS = Path("benchmarks/results/int8-real-networks.json")
@@ -113,6 +114,7 @@ TOOLS: dict[str, QuantizationSettings] = {
     "ours, auto 5 %": QuantizationSettings(float_layers="auto", max_ap_drop=None, max_slowdown=5.0),
     "ours, auto 0.3 points": QuantizationSettings(float_layers="auto", max_ap_drop=0.3),
     "ours, gradients 5 minutes": QuantizationSettings(reconstruct_minutes=5.0),
+    "ours, FP8": QuantizationSettings(quantized=FP8),
 }
 
 

@@ -67,6 +67,50 @@ def test_minmax_is_the_largest_magnitude(kind: str) -> None:
     assert amax_of(statistics_of(values), "minmax") == np.abs(values).max()
 
 
+def equal_peaks(images: int, channels: int, seed: int) -> list[NDArray[np.float32]]:
+    """Return images whose channels speak up to a peak of their own, heavy-tailed over images."""
+    generator = np.random.default_rng(seed)
+    peaks = generator.lognormal(0, 0.5, (images, channels, 1))
+    values = peaks * generator.uniform(0, 1, (images, channels, 60))
+    return list(values.astype(np.float32)[:, None])
+
+
+def test_a_margin_repeats_the_step_by_which_one_image_went_beyond_the_others() -> None:
+    # Without the last image the range is 0 to 2, which it exceeds by half; so may the next image.
+    images = [np.array([[[0.0, top]]], np.float32) for top in (2, 1, 2, 3)]
+    reaches = statistics_of(*images).reaches
+    assert reaches is not None
+    np.testing.assert_allclose(reaches, [4.5, 0])
+    # The lower end does the same, and the order of the images does not count.
+    below = statistics_of(*(-image for image in reversed(images))).reaches
+    assert below is not None
+    np.testing.assert_allclose(below, [0, 4.5])
+
+
+def test_there_is_no_margin_where_images_reach_equally_far_or_one_is_all_there_is() -> None:
+    image = samples("normal", 4000).reshape(1, 4, 1000)
+    for many in (1, 2, 7):
+        statistics = statistics_of(*[image] * many)
+        assert amax_of(statistics, "margin") == statistics.amax
+
+
+def test_a_margin_loses_less_than_min_max_in_images_that_were_not_seen() -> None:
+    seen, others = equal_peaks(20, 64, 0), equal_peaks(200, 64, 1)
+    # Every channel is brought to the same range, as equalization does.
+    largest = np.max(seen, axis=(0, 1, 3))[None, :, None]
+    statistics = statistics_of(*(image / largest for image in seen))
+    unseen = np.concatenate(others) / largest
+
+    def lost(method: Method) -> float:
+        found = fake_quantized(unseen, amax_of(statistics, method))
+        return float(np.mean((found - unseen) ** 2))
+
+    assert lost("margin") < 0.2 * lost("minmax")
+    assert lost("margin") < 0.2 * lost("mse")
+    best = min(float(np.mean((fake_quantized(unseen, one) - unseen) ** 2)) for one in range(1, 9))
+    assert lost("margin") < 2 * best
+
+
 @pytest.mark.parametrize("kind", ["normal", "laplace", "uniform"])
 @pytest.mark.parametrize("percentile", [50.0, 99.0, 99.9, 99.99])
 def test_percentile_agrees_with_numpys_on_the_values(kind: str, percentile: float) -> None:
@@ -226,7 +270,7 @@ def test_every_calibrator_scales_with_the_tensor(method: Method) -> None:
     zeros=st.integers(0, 200),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_range_is_finite_above_zero_and_within_the_tensors(
+def test_every_range_of_one_image_is_finite_above_zero_and_within_the_tensors(
     method: Method, values: list[float], zeros: int
 ) -> None:
     statistics = statistics_of(np.array(values + [0.0] * zeros, np.float32))
@@ -244,7 +288,7 @@ def test_a_tensor_of_zeros_gets_a_range_one_can_divide_by(method: Method) -> Non
 
 def test_an_unknown_calibrator_is_refused_in_a_sentence() -> None:
     with pytest.raises(
-        UserError, match="there is no calibrator 'median' for INT8; choose one of minmax"
+        UserError, match="there is no calibrator 'median' for INT8; choose one of margin, minmax"
     ):
         amax_of(statistics_of(np.ones(3, np.float32)), "median")  # type: ignore[arg-type]
 

@@ -268,6 +268,7 @@ def test_a_stream_of_arrays_gives_the_boxes_of_the_cpus_way(engine: Engine, on_c
     )
     assert_same(found, wanted)
     assert_same(detect(engine, images[:5]), detect(on_cpu, images[:5]))
+    assert_same(detect(engine, images), detect(on_cpu, images))
 
 
 def test_odd_files_are_read_as_ever(engine: Engine, on_cpu: Engine, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_the_default_takes_the_candidate_that_agrees_best(tiny_int8: QuantizedGr
     assert len(chosen) == 1
     best = max(item.agreement for item in tried)
     assert any(item.method in chosen and item.agreement >= best - 0.005 for item in tried)
-    assert {item.method for item in tried} == {"minmax", "entropy", "percentile", "mse"}
+    assert {item.method for item in tried} == {"margin", "entropy", "percentile", "mse"}
 
 
 def test_the_same_images_and_settings_give_the_same_bytes(

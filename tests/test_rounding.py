@@ -104,6 +104,40 @@ def test_a_layers_output_comes_nearer(op: str, groups: int, kernel: int, stride:
     assert squared_error(model, adapted, unseen)[0] < squared_error(model, nearest, unseen)[0]
 
 
+def test_a_depthwise_layers_few_weights_get_the_scale_that_suits_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, images = one_layer("Conv", 8, 3, 1), correlated_images(8, 0)
+    nearest, unseen = quantized(model, images), correlated_images(8, 1)
+    free = adapt_rounding(model, nearest, images)
+    monkeypatch.setattr("trt_yolov6.quantization.gptq._SHORT_ROW", 0)
+    fixed = adapt_rounding(model, nearest, images)
+    before, after = (quantized_layers(one)[0].scale.reshape(-1) for one in (fixed, free))
+    np.testing.assert_array_equal(before, quantized_layers(nearest)[0].scale.reshape(-1))
+    # No weight is clipped by more than a fifth, nor left with fewer levels than nine in ten.
+    assert ((after / before > 0.799) & (after / before < 1.101)).all()
+
+    def weight_error(tuned: onnx.ModelProto) -> float:
+        # The input's rounding, the same in both, is left out: float convolutions of the images.
+        only_weights = float_weights(model, tuned)
+        return squared_error(model, only_weights, unseen)[0]
+
+    assert weight_error(free) < 0.8 * weight_error(fixed)
+
+
+def float_weights(model: onnx.ModelProto, tuned: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the float layer with the weights and the bias that a Q/DQ graph of it stores."""
+    (layer,) = quantized_layers(tuned)
+    stored = {item.name: item for item in tuned.graph.initializer}
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    own = {item.name: item for item in result.graph.initializer}
+    own["w"].CopyFrom(numpy_helper.from_array(layer.weights.values(), "w"))
+    bias = numpy_helper.to_array(stored[layer.node.input[2]])
+    own["b"].CopyFrom(numpy_helper.from_array(bias.astype(np.float32), "b"))
+    return result
+
+
 def test_uncorrelated_inputs_leave_nothing_to_gain() -> None:
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.normal(size=(1, 8, 20)))

@@ -21,7 +21,7 @@ SAMPLE_IMAGES = SAMPLE_DATA / "images" / "val"
 SAMPLE_CALIB = Path("calib")
 CACHE_VERSION = "8.6.1"
 ENGINES = Path("engines")
-CALIBRATORS = ("auto", "minmax", "entropy", "percentile", "mse")
+CALIBRATORS = ("auto", "margin", "minmax", "entropy", "percentile", "mse")
 ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), ".plan", ".engine"}
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"

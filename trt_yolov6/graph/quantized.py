@@ -98,6 +98,11 @@ class QuantizedLayer:
         return str(self.weights.node.input[0])
 
     @property
+    def weight_scale(self) -> str:
+        """The tensor of its weights' scale."""
+        return str(self.weights.node.input[1])
+
+    @property
     def scale(self) -> NDArray[np.float32]:
         """The weights' scale, which broadcasts against their four axes; see `scale_for`."""
         return self.weights.scale_for(4)

@@ -160,7 +160,7 @@ def with_layers_of(model: onnx.ModelProto, other: onnx.ModelProto) -> onnx.Model
 
     Args:
         model: it is not changed. Layers that are in float in either graph stay as they are.
-        other: made from the same float graph, with the same weight scales.
+        other: made from the same float graph, its constants called as there.
     """
     result = copy.deepcopy(model)
     ours, theirs = constants_of(result), constants_of(other)
@@ -170,6 +170,7 @@ def with_layers_of(model: onnx.ModelProto, other: onnx.ModelProto) -> onnx.Model
             continue
         known = tuned[layer.output]
         ours[layer.weight].CopyFrom(theirs[known.weight])
+        ours[layer.weight_scale].CopyFrom(theirs[known.weight_scale])
         change = bias_of(known, theirs) - bias_of(layer, ours)
         if np.any(change):
             shift_bias(result, layer, change)

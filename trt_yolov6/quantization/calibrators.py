@@ -16,12 +16,15 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.statistics import TensorStatistics, pooled
 from trt_yolov6.quantization.types import INT8, QuantizedType
 
-Method = Literal["minmax", "entropy", "percentile", "mse"]
+Method = Literal["margin", "minmax", "entropy", "percentile", "mse"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
 FLOATING_METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse")
 """Calibrators for FP8; entropy assumes a uniform grid."""
+
+AUTO_METHODS: tuple[Method, ...] = tuple(one for one in METHODS if one != "minmax")
+"""Calibrators that are tried for INT8. A margin is none where min-max needs none."""
 
 PERCENTILE = 99.99
 """Per cent of a tensor's values that the percentile calibrator does not clip, if not told."""
@@ -32,10 +35,22 @@ this one cannot divide by zero, not even in half precision."""
 
 _ENTROPY_LEVELS = 128
 
+# Values of a channel that lie beyond its range in an image that goes beyond it. Of 200 tensors of
+# four networks, of maps from 10 to 320 values wide, it was two to five in most.
+_BEYOND = 4
+
+# How many times as wide as min-max a range with a margin may be, and the steps that are tried.
+_WIDEST, _MARGIN_STEP = 4.0, 0.05
+
 
 def methods_for(quantized: QuantizedType) -> tuple[Method, ...]:
-    """Return the calibrators of a type, in the order in which they are tried."""
+    """Return the calibrators of a type."""
     return FLOATING_METHODS if quantized.is_floating else METHODS
+
+
+def methods_to_try(quantized: QuantizedType) -> tuple[Method, ...]:
+    """Return the calibrators that `auto` tries, in that order."""
+    return FLOATING_METHODS if quantized.is_floating else AUTO_METHODS
 
 
 def amax_of(
@@ -49,14 +64,14 @@ def amax_of(
 
     Args:
         statistics: of one tensor, or `pooled` of several that share a scale.
-        method: `minmax`: nothing is clipped; `entropy`: see `entropy_amax`; `percentile`: see
-            `percentile_amax`; `mse`: see `mse_amax`.
+        method: `margin`: see `margin_amax`; `minmax`: nothing is clipped; `entropy`: see
+            `entropy_amax`; `percentile`: see `percentile_amax`; `mse`: see `mse_amax`.
         quantized: what the tensor is quantized to.
         percentile: for that method, per cent above 0 and up to 100.
 
     Returns:
-        A finite number above 0 and not above the tensor's largest magnitude; `EMPTY_AMAX` for a
-        tensor of zeros.
+        A finite number above 0 and, but for `margin`, not above the tensor's largest magnitude;
+        `EMPTY_AMAX` for a tensor of zeros.
 
     Raises:
         UserError: no such method, none for this type, or the percentile is out of its range.
@@ -70,6 +85,8 @@ def amax_of(
         return EMPTY_AMAX
     if method == "minmax":
         return statistics.amax
+    if method == "margin":
+        return margin_amax(statistics, quantized)
     if method == "entropy":
         return entropy_amax(statistics)
     if method == "percentile":
@@ -118,6 +135,24 @@ def group_amax(
     }
     names = [*statistics, *(name for name in shared if name not in statistics)]
     return {name: shared[name] if name in shared else single[name] for name in names}
+
+
+def margin_amax(statistics: TensorStatistics, quantized: QuantizedType = INT8) -> float:
+    """Return min-max with a margin for images that were not seen.
+
+    Where channels were made to have the same range, an image that takes one channel beyond it is
+    clipped, and of hundreds of channels some nearly always are. How far, those images tell that
+    reached furthest in each channel (`TensorStatistics.reaches`). A wider range costs resolution:
+    the margin has the least sum of squared errors, by rounding and by what is expected beyond.
+    """
+    reaches = statistics.reaches
+    if reaches is None or reaches.max(initial=0) <= statistics.amax:
+        return statistics.amax
+    steps = round((_WIDEST - 1) / _MARGIN_STEP)
+    candidates = statistics.amax * (1 + _MARGIN_STEP * np.arange(steps + 1, dtype=np.float64))
+    rounding = statistics.count * quantization_error(statistics, candidates, quantized)
+    beyond = np.maximum(reaches[reaches > statistics.amax] - candidates[:, None], 0)
+    return float(candidates[np.argmin(rounding + _BEYOND * (beyond**2).sum(axis=1))])
 
 
 def percentile_amax(statistics: TensorStatistics, percentile: float = PERCENTILE) -> float:

@@ -49,10 +49,17 @@ _DAMPING = 0.01
 # Columns rounded before their errors are spread over all that follow.
 _BLOCK = 64
 
-# Memory for the covariances of the layers that one pass over the images serves.
-_COVARIANCE_BYTES = 64 << 20
+# Memory for the sums of products of the layers that one pass over the images serves: YOLOv6-N's.
+_SUMS_BYTES = 128 << 20
 
 _LEVELS = 127
+
+# Rows of so few weights get the scale that suits their rounding best: what many errors average to,
+# a few can be chosen to be. A depthwise convolution has nine weights a row.
+_SHORT_ROW = 32
+
+# Parts of the scale that the largest weight asks for; of equal ones the first is taken.
+_SCALES = np.concatenate([[1.0], np.linspace(0.8, 1.1, 31)])
 
 
 def adapt_rounding(
@@ -60,13 +67,13 @@ def adapt_rounding(
 ) -> onnx.ModelProto:
     """Return the Q/DQ graph with its INT8 weights rounded for the inputs that they meet.
 
-    Scales stay; biases take up what the layers' mean outputs move. Transposed convolutions whose
-    taps overlap keep their weights.
+    Scales stay but for rows of a few weights; biases take up what the layers' mean outputs move.
+    Transposed convolutions whose taps overlap keep their weights.
 
     Args:
         float_model: the float32 graph that was quantized, after equalization.
         quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
-        images: a few dozen inputs of the graph. There is a pass over them for each 64 MiB of
+        images: a few dozen inputs of the graph. There is a pass over them for each 128 MiB of
             sums of products.
     """
     result = copy.deepcopy(quantized_model)
@@ -83,8 +90,10 @@ def adapt_rounding(
         for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
             _measure(quantized_model, chunk, images, workers)
             for job in chunk:  # one at a time: wide layers take a few copies of their covariance
-                levels, mean_error = job.rounded()
+                levels, scale, mean_error = job.rounded()
                 replace_tensor(stored[job.layer.weight], levels)
+                if scale is not None:
+                    replace_tensor(stored[job.layer.weight_scale], scale)
                 shift_bias(result, job.layer, -mean_error)
     return result
 
@@ -123,7 +132,7 @@ class _Job:
         )
         self._count = 0
         self._sum: torch.Tensor | None = None
-        self._products: torch.Tensor | None = None
+        self._products: list[torch.Tensor] = []
 
     @property
     def columns(self) -> int:
@@ -134,7 +143,9 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        return int(self._groups * self.columns**2 * (4 if self._reads_codes else 8))
+        starts = range(0, self.columns, _TRIANGLE_ROWS)
+        values = sum(min(_TRIANGLE_ROWS, self.columns - s) * (self.columns - s) for s in starts)
+        return self._groups * values * (4 if self._reads_codes else 8)
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Take in a batch of the layer's inputs (batch, channels, height, width).
@@ -151,46 +162,60 @@ class _Job:
             self._count += places.shape[2]
 
     def _add(self, part: torch.Tensor) -> None:
-        """Add up (groups, columns, places), of the products one triangle."""
-        groups, columns, _ = part.shape
+        """Add up (groups, columns, places), of the products one triangle in blocks of rows."""
         kind = torch.int32 if self._reads_codes else torch.float64
-        if self._sum is None or self._products is None:
-            self._sum = torch.zeros(groups, columns, dtype=kind)
-            self._products = torch.zeros(groups, columns, columns, dtype=kind)
-        self._sum += part.sum(dim=2).to(kind)
+        total = part.sum(dim=2).to(kind)
+        self._sum = total if self._sum is None else self._sum.add_(total)
         transposed = part.transpose(1, 2)
-        for start in range(0, columns, _TRIANGLE_ROWS):
+        for index, start in enumerate(range(0, part.shape[1], _TRIANGLE_ROWS)):
             end = start + _TRIANGLE_ROWS
-            products = part[:, start:end] @ transposed[:, :, start:]
-            self._products[:, start:end, start:] += products.to(kind)
+            products = (part[:, start:end] @ transposed[:, :, start:]).to(kind)
+            if index < len(self._products):
+                self._products[index] += products
+            else:
+                self._products.append(products)
 
     def _moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and covariance of the inputs, float64; the sums are gone then."""
         assert self._sum is not None
-        assert self._products is not None
         mean = self._sum.double() * (self._unit / self._count)
-        covariance = self._products.double()
-        self._sum = self._products = None
-        for start in range(0, self.columns, _TRIANGLE_ROWS):
-            end = start + _TRIANGLE_ROWS
+        covariance = torch.empty(self._groups, self.columns, self.columns, dtype=torch.float64)
+        for index, rows in enumerate(self._products):
+            start, end = index * _TRIANGLE_ROWS, index * _TRIANGLE_ROWS + rows.shape[1]
+            covariance[:, start:end, start:] = rows
             covariance[:, end:, start:end] = covariance[:, start:end, end:].transpose(1, 2)
+        self._sum, self._products = None, []
         covariance *= self._unit**2 / self._count
         return mean, covariance.baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
 
-    def rounded(self) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
-        """Return the levels of the weights, and by how much they move the mean output."""
+    def rounded(
+        self,
+    ) -> tuple[NDArray[np.int8], NDArray[np.floating[Any]] | None, NDArray[np.float64]]:
+        """Return the levels of the weights, their scale if it is another one, and by how much they
+        move the mean output."""
         mean, covariance = self._moments()
         rows = torch.from_numpy(self._to_rows(self._weight).astype(np.float64))
         spread = np.broadcast_to(self.layer.scale, self._weight.shape)
         # One scale serves a row, since it belongs to one output channel.
         scale = torch.from_numpy(self._to_rows(spread)[:, :, :1].astype(np.float64))
-        levels = rounded_rows(rows, scale, covariance)
+        own_scale = None
+        if self.columns <= _SHORT_ROW and not self.layer.transposed and self._has_scale_a_row:
+            kind = self.layer.weights.scale_type
+            scale, levels = _best_scales(rows, scale, covariance, kind)
+            own_scale = scale.reshape(-1).numpy().astype(kind)
+        else:
+            levels = rounded_rows(rows, scale, covariance)
         errors = ((levels * scale - rows) @ mean.unsqueeze(2)).squeeze(2).numpy()
         shape = self._weight.shape
         outputs = shape[1] * self._groups if self.layer.transposed else shape[0]
         # The taps of a transposed convolution are rows of their own, for one channel each.
         mean_error = errors.reshape(outputs, -1).mean(axis=1)
-        return self._from_rows(levels.numpy()).astype(np.int8), mean_error
+        return self._from_rows(levels.numpy()).astype(np.int8), own_scale, mean_error
+
+    @property
+    def _has_scale_a_row(self) -> bool:
+        scale = self.layer.weights.scale
+        return scale is not None and list(scale.dims) == [self._weight.shape[0]]
 
     def _places(self, image: NDArray[np.float32]) -> torch.Tensor:
         """Return (groups, columns, places) of the inputs of evenly spread output places."""
@@ -256,6 +281,31 @@ def rounded_rows(rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tens
     return levels
 
 
+def _best_scales(
+    rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tensor, kind: np.dtype[Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales with which rows are rounded best, and the levels; see `rounded_rows`.
+
+    Args:
+        rows: float64 (groups, rows, columns).
+        scale: float64 (groups, rows, 1) for their largest weights.
+        covariance: float64 (groups, columns, columns).
+        kind: type that scales are stored in.
+    """
+    groups, count, columns = rows.shape
+    several = (scale * torch.from_numpy(_SCALES)).numpy().astype(kind)
+    scales = torch.from_numpy(several.astype(np.float64)).reshape(groups, -1, 1)
+    many = rows.repeat_interleave(len(_SCALES), dim=1)
+    levels = rounded_rows(many, scales, covariance)
+    errors = levels * scales - many
+    lost = ((errors @ covariance) * errors).sum(dim=2).reshape(groups, count, -1)
+    # Of equal ones the first, whatever the processor.
+    best = torch.from_numpy(lost.numpy().argmin(axis=2))[:, :, None]
+    found = levels.reshape(groups, count, -1, columns)
+    index = best.unsqueeze(3).expand(-1, -1, -1, columns)
+    return scales.reshape(groups, count, -1).gather(2, best), found.gather(2, index).squeeze(2)
+
+
 def _rounded(weights: torch.Tensor, scale: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
     """Round (columns, rows) weights, by (1, rows) scales, one column after the other."""
     levels, errors = torch.empty_like(weights), torch.empty_like(weights)
@@ -277,7 +327,7 @@ def _rounded(weights: torch.Tensor, scale: torch.Tensor, upper: torch.Tensor) ->
 def _chunks(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
     chunk: list[_Job] = []
     for job in jobs:
-        if chunk and sum(item.bytes for item in chunk) + job.bytes > _COVARIANCE_BYTES:
+        if chunk and sum(item.bytes for item in chunk) + job.bytes > _SUMS_BYTES:
             yield chunk
             chunk = []
         chunk.append(job)

@@ -34,13 +34,15 @@ class Learned:
     """Weights' codes by the layers' outputs, in the layers' shapes."""
     biases: Mapping[str, NDArray[np.float32]]
     """(channels,) by the layers' outputs."""
+    scales: Mapping[str, NDArray[np.float32]]
+    """(channels,) of the weights, by the layers' outputs."""
 
     @cached_property
     def sha256(self) -> str:
         """Hash of all of it."""
         digest = hashlib.sha256()
         arrays: list[tuple[str, NDArray[Any]]] = sorted(self.codes.items())
-        arrays += sorted(self.biases.items())
+        arrays += [*sorted(self.biases.items()), *sorted(self.scales.items())]
         for name, value in arrays:
             digest.update(f"{name}{value.dtype}{value.shape}".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
@@ -64,7 +66,11 @@ def learned_of(model: onnx.ModelProto) -> Learned:
         ).astype(np.float32)
         for layer in layers
     }
-    return Learned(codes, biases)
+    scales = {
+        layer.output: tensor_value(constants[layer.weight_scale]).astype(np.float32)
+        for layer in layers
+    }
+    return Learned(codes, biases, scales)
 
 
 def as_built(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
@@ -106,6 +112,8 @@ def with_learned(model: onnx.ModelProto, learned: Learned) -> onnx.ModelProto:
         if not layer.has_own_codes or layer.output not in learned.codes:
             continue
         replace_tensor(constants[layer.weight], learned.codes[layer.output])
+        scale = learned.scales[layer.output].astype(layer.weights.scale_type)
+        replace_tensor(constants[layer.weight_scale], scale)
         bias = learned.biases[layer.output]
         before = bias_of(layer, constants)
         if np.any(bias != before):
@@ -121,8 +129,9 @@ def write_learned(path: Path, learned: Learned) -> None:
     """
     arrays = {f"codes:{name}": value for name, value in learned.codes.items()}
     biases = {f"bias:{name}": value for name, value in learned.biases.items()}
+    scales = {f"scale:{name}": value for name, value in learned.scales.items()}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays, **biases)
+        np.savez_compressed(file, allow_pickle=False, **arrays, **biases, **scales)
 
 
 def read_learned(path: Path, sha256: str) -> Learned:
@@ -131,7 +140,11 @@ def read_learned(path: Path, sha256: str) -> Learned:
     Raises:
         UserError: the file is missing, damaged or of another calibration.
     """
-    parts: dict[str, dict[str, NDArray[np.generic]]] = {"codes": {}, "bias": {}}
+    parts: dict[str, dict[str, NDArray[np.generic]]] = {
+        "codes": {},
+        "bias": {},
+        "scale": {},
+    }
     try:
         with np.load(path, allow_pickle=False) as stored:
             for name in stored.files:
@@ -145,6 +158,7 @@ def read_learned(path: Path, sha256: str) -> Learned:
     learned = Learned(
         {name: value.astype(np.int8) for name, value in parts["codes"].items()},
         {name: value.astype(np.float32) for name, value in parts["bias"].items()},
+        {name: value.astype(np.float32) for name, value in parts["scale"].items()},
     )
     if learned.sha256 != sha256:
         raise UserError(

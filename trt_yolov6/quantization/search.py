@@ -24,7 +24,7 @@ from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.quantization.bias_correction import with_layers_of, without_mean_rounding
-from trt_yolov6.quantization.calibrators import Method, methods_for
+from trt_yolov6.quantization.calibrators import Method, methods_to_try
 from trt_yolov6.quantization.displacement import Displacement, layer_displacements
 from trt_yolov6.quantization.judge import (
     CONFIDENCES,
@@ -82,7 +82,7 @@ rescaled channels: less may be chance, and the AP may fall by it."""
 TOLERANCE = 0.005
 """A simpler candidate is kept where its agreement is this near to the best one's."""
 
-_NEAR = 0.02
+_NEAR = TOLERANCE
 """Agreement by which another calibrator may fall short and is still looked at closely."""
 
 _NEAR_FORM = 0.05
@@ -192,7 +192,7 @@ class Search:
         self._key = key
         self._labelled = labelled
         self._methods: tuple[Method, ...] = (
-            methods_for(self._quantized)
+            methods_to_try(self._quantized)
             if settings.calibrator == "auto"
             else (settings.calibrator,)
         )
@@ -348,11 +348,17 @@ class Search:
             return dataclasses.replace(choice, weights="reconstructed")
         if not settings.bias_correction:
             return choice
-        best = self._agreement(choice)
+        # Ranges were compared with graphs that lack one error of rounded weights: mostly a higher
+        # standard, and one that is known.
+        compared = [(f.judge, f.judge.detections(self._compared(f, choice))) for f in self._folds]
+        best = pooled_agreement(compared)
         for weights in weight_choices(settings):
             other = dataclasses.replace(choice, weights=weights)
             value = self._tried("weights", other).agreement
             _log.info(f"{SAID[weights]}: agreement with float {value:.3f} after {best:.3f}")
+            if value > best + CLEAR_GAIN:
+                return other
+            best = self._agreement(choice)
             if value > best + CLEAR_GAIN:
                 return other
         return choice

@@ -22,6 +22,9 @@ TensorRT's own calibrators have 2048."""
 SAMPLES = 1 << 15
 """Values of one image's tensor that go into the histogram at most; extremes and means take all."""
 
+# An image may go beyond the range of the others by this many of their widths.
+_FURTHEST = 4.0
+
 # 2**-60 keeps BINS / range a float32; no activation that small means anything.
 _LEAST_EXPONENT = -60
 
@@ -50,6 +53,9 @@ class TensorStatistics:
     """(channels,) smallest value along axis 1, with its sign, exact."""
     high_per_channel: NDArray[np.float32] | None = None
     """(channels,) largest value along axis 1, with its sign, exact."""
+    reaches: NDArray[np.float64] | None = None
+    """(2 channels,) magnitudes that an image not seen may reach (`_reaches`), at either end of each
+    channel: each once in as many images as were seen. None of fewer than two images."""
 
     @property
     def bins_in_use(self) -> int:
@@ -70,6 +76,9 @@ class Accumulator:
         self._rows = 0
         self._channel_low: NDArray[np.float32] | None = None
         self._channel_high: NDArray[np.float32] | None = None
+        # The same without the image that reaches furthest, by channel.
+        self._next_low: NDArray[np.float32] | None = None
+        self._next_high: NDArray[np.float32] | None = None
         self._channel_sum: NDArray[np.float64] | None = None
 
     def add(self, values: NDArray[Any]) -> bool:
@@ -87,19 +96,17 @@ class Accumulator:
         channels = values.shape[1] if values.ndim >= 2 else 1
         # (batch, channels, rest): reductions along the last, contiguous axis are the fast ones.
         grouped = values.reshape(values.shape[0] if values.ndim >= 2 else 1, channels, -1)
-        high, low = grouped.max(axis=2).max(axis=0), grouped.min(axis=2).min(axis=0)
+        highs, lows = grouped.max(axis=2), grouped.min(axis=2)
+        high, low = highs.max(axis=0), lows.min(axis=0)
         magnitude = np.maximum(np.abs(high), np.abs(low))
         amax = float(magnitude.max())
         if not math.isfinite(amax):  # NaN survives max, min and abs
             return False
         if values.ndim >= 2:
             total = grouped.mean(axis=2).sum(axis=0, dtype=np.float64)
-            if self._channel_low is None or self._channel_high is None or self._channel_sum is None:
-                self._channel_low, self._channel_high, self._channel_sum = low, high, total
-            else:
-                self._channel_low = np.minimum(self._channel_low, low)
-                self._channel_high = np.maximum(self._channel_high, high)
-                self._channel_sum = self._channel_sum + total
+            self._channel_sum = total if self._channel_sum is None else self._channel_sum + total
+            for own_low, own_high in zip(lows, highs, strict=True):
+                self._take_extremes(own_low, own_high)
         self._amax = max(self._amax, amax)
         self._amin = min(self._amin, float(low.min()))
         self._count_magnitudes(values)
@@ -111,6 +118,16 @@ class Accumulator:
         """Return the statistics so far; at least one value must have been added."""
         mean = None if self._channel_sum is None else self._channel_sum / self._rows
         low, high = self._channel_low, self._channel_high
+        reaches = None
+        if (
+            low is not None
+            and high is not None
+            and self._next_low is not None
+            and self._next_high is not None
+        ):
+            above = _reaches(low, high, self._next_high)
+            below = _reaches(-high, -low, -self._next_low)
+            reaches = np.concatenate([above, below])
         return TensorStatistics(
             name=self.name,
             amax=self._amax,
@@ -124,7 +141,23 @@ class Accumulator:
             mean_per_channel=mean,
             low_per_channel=low,
             high_per_channel=high,
+            reaches=reaches,
         )
+
+    def _take_extremes(self, low: NDArray[np.float32], high: NDArray[np.float32]) -> None:
+        """Take in the extremes of one image's channels."""
+        before_low, before_high = self._channel_low, self._channel_high
+        if before_low is None or before_high is None:
+            self._channel_low, self._channel_high = low, high
+            return
+        second_low, second_high = np.maximum(before_low, low), np.minimum(before_high, high)
+        if self._next_low is None or self._next_high is None:
+            self._next_low, self._next_high = second_low, second_high
+        else:
+            self._next_low = np.minimum(self._next_low, second_low)
+            self._next_high = np.maximum(self._next_high, second_high)
+        self._channel_low = np.minimum(before_low, low)
+        self._channel_high = np.maximum(before_high, high)
 
     def _count_magnitudes(self, values: NDArray[np.float32]) -> None:
         exponent = _exponent(self._amax)
@@ -154,6 +187,7 @@ def pooled(parts: Sequence[TensorStatistics]) -> TensorStatistics:
         doublings = round(math.log2(width / part.bin_width))
         weight = part.count / max(1, int(part.histogram.sum()))
         total += _widened(part.histogram, doublings) * weight
+    known = [part.reaches for part in parts if part.reaches is not None]
     return TensorStatistics(
         name=parts[0].name,
         amax=max(part.amax for part in parts),
@@ -163,7 +197,30 @@ def pooled(parts: Sequence[TensorStatistics]) -> TensorStatistics:
         count=sum(part.count for part in parts),
         amax_per_channel=None,
         mean_per_channel=None,
+        reaches=np.concatenate(known) if known else None,
     )
+
+
+def _reaches(
+    low: NDArray[np.float32], high: NDArray[np.float32], next_high: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Return the magnitude that each channel's upper end may reach in an image that was not seen.
+
+    Without the image that reaches furthest, the range would have been narrower, and that image
+    would have gone beyond it by a part of its width. The next image may go beyond the whole range
+    by the same part.
+
+    Args:
+        low: (channels,) smallest values.
+        high: (channels,) largest ones.
+        next_high: (channels,) the largest without that image.
+    """
+    end = high.astype(np.float64)
+    width, narrower = end - low, next_high.astype(np.float64) - low
+    beyond = np.minimum(width - narrower, _FURTHEST * narrower)
+    part = np.divide(beyond, narrower, where=narrower > 0, out=np.zeros_like(beyond))
+    result: NDArray[np.float64] = np.abs(end + part * width)
+    return result
 
 
 def _exponent(amax: float) -> int:
