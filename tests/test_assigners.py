@@ -260,7 +260,7 @@ def test_of_equal_anchors_as_many_are_taken_as_better_ones_leave_room_for() -> N
 def test_an_anchor_on_the_edge_of_an_object_is_outside() -> None:
     scene, _ = _one_object([8.0, 8.0, 80.0, 80.0], "tal")
     left, top = scene.points[len(scene.points) // 2].tolist()
-    box = torch.tensor([[left, top, left + 30, top + 30]])
+    box = torch.tensor([[left - 8, top - 8, left + 8, top + 8]])  # a point on every edge
     alone = pad_targets([box], [torch.tensor([0])])
     predicted = box.expand_as(scene.boxes)
     labels = task_aligned(torch.full_like(scene.scores, 0.5), predicted, scene.points, alone)
