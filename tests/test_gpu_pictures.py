@@ -232,8 +232,8 @@ def test_images_give_the_boxes_that_prepared_input_gives(engine: Engine, confide
             if rows == count:
                 assert_same(found, wanted)
             assert len(found) == count
-    lanes: Any = engine
-    recorded = [len(lane._graphs) for lane in lanes._pictures._lanes]
+    slots: Any = engine
+    recorded = [len(slot._graphs) for slot in slots._pictures._slots]
     assert sum(recorded) > 0, "no run was recorded as a CUDA graph"
 
 
@@ -341,5 +341,5 @@ def test_without_graphs_the_boxes_are_the_same(engine: Engine, plan: Path) -> No
                 for one in (engine, plain)
             )
             assert_same(found, wanted)
-        lanes: Any = plain
-        assert not any(lane._graphs for lane in lanes._pictures._lanes)
+        slots: Any = plain
+        assert not any(slot._graphs for slot in slots._pictures._slots)
