@@ -33,29 +33,33 @@ from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
 GPU_MEMORY = 74.0
 """GB of a GPU that the jobs may take together."""
 
-# Seconds of an epoch of 292 images: what an H100 computes at 640 pixels, measured for N, for the
-# others by their FLOPs; what a core needs to give the orders, at any size, measured for N and S.
-_COMPUTED = {"n": 0.2, "t": 0.3, "s": 0.33, "m": 0.8, "l": 1.4, "l_relu": 1.4}
+# Seconds of an epoch of 292 images: what an H100 computes at 640 pixels, measured for N and S side
+# by side, for the others by their FLOPs; what a core needs to give the orders, at any size,
+# measured for N and S.
+_COMPUTED = {"n": 0.33, "t": 0.33, "s": 0.33, "m": 0.8, "l": 1.4, "l_relu": 1.4}
 _ORDERED = {"n": 0.62, "t": 0.7, "s": 0.75, "m": 1.0, "l": 1.2, "l_relu": 1.2}
 _CORES = 1.6
 """Cores that a training keeps busy."""
-_MEMORY = {"n": 4.5, "t": 7.0, "s": 8.5, "m": 16.0, "l": 28.0, "l_relu": 30.0}
-"""GB at 640 pixels and batch 32, with what PyTorch keeps for later."""
+_MEMORY = {"n": 4.5, "t": 6.5, "s": 7.0, "m": 18.0, "l": 24.0, "l_relu": 26.0}
+"""GB at 640 pixels and batch 32, with what PyTorch keeps for later; measured but for T and L-ReLU,
+where M and L took 4.6 and 5.9 GB at 320 pixels."""
 _OVERHEAD = 10.0
 _FOUND_BYTES = 14 * 2**20
 """Size of a file of detections, at most."""
 
-EPILOG = """how long it takes, measured on H100 under MPS, a training of 60 epochs at 320 pixels,
-among others: eight side by side with 24 cores N 43 s (0.6 s an epoch) and S 60 s; fourteen with 14
+EPILOG = """how long it takes, measured on H100 under MPS, a training among others. Of 60 epochs at
+320 pixels: eight side by side with 24 cores N 43 s (0.6 s an epoch) and S 60 s; fourteen with 14
 cores N 65 s (1.0) and S 75 to 110 s (1.2), without branches N 43 s and S 54 s. The cores that give
 the orders are the bound, so a variant of N, five trainings, takes 25 s of a GPU either way, one of
-S 30 to 35 s. A worker's first training takes 40 s longer. QAT of S takes 50 to 70 s,
-PTQ 10 s, with six layers in float 20 s, and 55 s where AP ranks them or `build`'s search is run.
-52 variants of N, S and T took 1 600 GPU seconds. The default recipe: N 224 s, eight side by side.
-Guessed: S by the default recipe 400 s, so give both a call of their own, `--only s-full
-n-full --gpus 0,1 --pack 5`; M, three and L, five times as long as N; all of M and L 1 800 GPU
-seconds. `--list` prints every variant. On a CPU only `--limit 10 --epochs 1 --full-epochs 1 --size
-64 --full-size 64 --qat-epochs 1 --batch 4` comes to an end.
+S 30 to 35 s. A worker's first training takes 40 s longer. QAT of S takes 50 to 70 s, PTQ 10 s, with
+six layers in float 20 s, and 55 s where AP ranks them or `build`'s search is run. 52 variants of N,
+S and T took 1 600 GPU seconds. By the sample's recipe, 125 epochs at 640 pixels, the GPU is the
+bound: nine trainings of N and S side by side took 450 s (3.0 s an epoch each) of a GPU with 24
+cores, `--only s-full n-full --pack 12`. L's and M's 40 epochs took 145 to 150 s, twelve side by
+side with some of S (2.7 and 2.5 s an epoch). Guessed from that: a variant of L 70 s of a GPU, of M
+60 s, with a teacher a third more, all of them 1 600 s; `n-default` and `s-default`, 300 epochs at
+640 pixels, 500 s each. `--list` prints every variant. On a CPU only `--limit 10 --epochs 1
+--full-epochs 1 --large-epochs 1 --size 64 --full-size 64 --qat-epochs 1 --batch 4` comes to an end.
 
 several GPUs: one call with `--gpus 0,1,2,3`, or several calls at a time on one host with the same
 `--state`, which share the work. What a call does not finish, the next one goes on with."""

@@ -425,8 +425,8 @@ def measure_overhead(bench: Bench) -> list[dict[str, Any]]:
             engine: Any = loaded
             run = engine.resident_run(random_input(engine, batch))
             run()
-            lane = engine._lanes[0]
-            context, stream = lane._bound.context, lane.stream.handle
+            slot = engine._slots[0]
+            context, stream = slot._bound.context, slot.stream.handle
             _, start = cudart.cudaEventCreate()
             _, stop = cudart.cudaEventCreate()
 

@@ -675,7 +675,7 @@ def table_5() -> str:
 
 
 def by_class() -> str:
-    """Return the changes by choices, class by class."""
+    """Return the table of differences class by class."""
     data = _ablations()
     if data is None or not data["classes"]:
         return f"{NOT_MEASURED}\n"

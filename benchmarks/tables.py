@@ -425,27 +425,29 @@ def training_speed() -> str:
     if not (RESULTS / TRAINING_SPEED).is_file():
         return "Not measured yet: `python -m benchmarks.training_speed` fills this in.\n"
     data = result(TRAINING_SPEED)
-    base = {
-        (row["model"], row["batch"]): row["step_ms"]
-        for row in data["rows"]
-        if row["gpus"] == 1 and row["statistics"] == "common"
-    }
+
+    def place(row: dict[str, Any]) -> tuple[str, int, int]:
+        return row["model"], row["batch"], row["gpus"]
+
+    profiles = {place(row): row["profile_ms"] for row in data["rows"] if "profile_ms" in row}
+    timed = sorted((row for row in data["rows"] if "step_ms" in row), key=place)
+    base = {place(row): row["step_ms"] for row in timed if row["statistics"] == "common"}
     rows = []
-    for row in sorted(data["rows"], key=lambda row: (row["model"], row["batch"], row["gpus"])):
-        spent = row.get("profile_ms", {})
-        most = ", ".join(f"{kind} {ms:.0f}" for kind, ms in list(spent.items())[:4])
-        alone = base.get((row["model"], row["batch"]))
-        how = row["statistics"] if row["gpus"] > 1 else row["statistics"].removeprefix("common, ")
+    for row in timed:
+        model, batch, gpus = place(row)
+        spent = profiles.get(place(row), {}) if row["statistics"] == "common" else {}
+        most = ", ".join(f"{kind} {ms:.0f}" for kind, ms in list(spent.items())[:3])
+        alone = base.get((model, batch, 1))
         rows.append(
             [
-                f"YOLOv6-{row['model'].upper()}",
-                row["batch"],
-                row["gpus"],
-                "" if row["gpus"] == 1 and how == "common" else how,
+                f"YOLOv6-{model.upper()}",
+                batch,
+                gpus,
+                "" if gpus == 1 and row["statistics"] == "common" else row["statistics"],
                 f"{row['step_ms']:.0f}",
                 f"{row['images_per_second']:.0f}",
                 "" if alone is None else f"{alone / row['step_ms']:.2f}",
-                f"{row['loss']:.3f}",
+                f"{row['loss']:.4f}",
                 f"{sum(spent.values()):.0f}: {most}" if spent else "",
             ]
         )
@@ -453,9 +455,9 @@ def training_speed() -> str:
     head += ["times as fast as one", "loss", "GPU busy, ms, with most of it"]
     where = (
         f"{data['device']}, {data['cores']} cores, {data['date']}, {data['image_size']} pixels: "
-        f"`{data['command']}`.\n\n"
+        f"`{data['command']}`. {data.get('note', '')}".strip()
     )
-    return where + markdown(head, rows)
+    return f"{where}\n\n{markdown(head, rows)}"
 
 
 def rep_optimizer() -> str:

@@ -3,12 +3,12 @@
     python -m benchmarks.training_speed --gpus 4 --json benchmarks/results/training-speed.json
 
 N and S on BCCD at 640 pixels and 256 images a step, on 1, 2 and 4 GPUs, with the batch statistics
-of all GPUs' images together (the default), and on all of them with each GPU's own as well; and, on
-one, with the recipe's 32 images a step. Two candidates are measured as well: common statistics
-without waiting for the GPU (`common_statistics`), and those with the network's passes as CUDA
-graphs (`graphed_network`). A minute and a half on four H100: fewer GPUs are measured side by side
-on those that are free. The images are taken several times, so that an epoch has steps enough. The
-profile is of an epoch of its own.
+of all GPUs' images together (the default), with PyTorch's SyncBatchNorm in their place
+(`common_statistics`), and on all of them with each GPU's own as well; and, on one, with the
+recipe's 32 images a step. A candidate is measured as well: the network's passes as CUDA graphs
+(`graphed_network`), which has run nowhere yet. Guessed: three minutes on four H100; fewer GPUs are
+measured side by side on those that are free, and all of them last. The images are taken several
+times, so that an epoch has steps enough. Profiles are of epochs of their own, after all else.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ EPOCHS = 2
 """The last is the one that is reported: in the first cuDNN looks for its algorithms."""
 RECIPE_BATCH = 32
 """Images a step of the recipe, on one GPU."""
-COMMON, OWN, NO_WAITS, GRAPHED = "common", "own", "common, without waits", "common, graphed"
+COMMON, SYNC, OWN, GRAPHED = "common", "SyncBatchNorm", "own", "common, graphed"
+PROFILE = "profile"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +60,20 @@ def parts_of(options: argparse.Namespace) -> list[list[Part]]:
     free = options.gpus
     parts = [Part(1, RECIPE_BATCH, (COMMON, GRAPHED))] if on_gpu else []
     for count in counts[:-1]:
-        candidates = (NO_WAITS,) if count > 1 and on_gpu else ()
-        parts.append(Part(count, options.batch, (COMMON, *candidates)))
+        others = (SYNC,) if count > 1 and on_gpu else (PROFILE,) if on_gpu else ()
+        parts.append(Part(count, options.batch, (COMMON, *others)))
     for part in parts:
         if part.gpus > free:
             turns.append([])
             free = options.gpus
         turns[-1].append(part)
         free -= part.gpus
-    several = counts[-1] > 1
-    # What was never seen to work comes last here, too.
-    kinds = (COMMON, *((NO_WAITS,) if several and on_gpu else ()), *((OWN,) if several else ()))
-    turns.append([Part(counts[-1], options.batch, (*kinds, *((GRAPHED,) if on_gpu else ())))])
+    kinds = [COMMON]
+    if counts[-1] > 1:
+        kinds += [OWN, SYNC] if on_gpu else [OWN]
+    if on_gpu:
+        kinds += [PROFILE, GRAPHED]  # what was never seen to work comes last here, too
+    turns.append([Part(counts[-1], options.batch, tuple(kinds))])
     return [turn for turn in turns if turn]
 
 
@@ -196,12 +199,13 @@ def _gpu_name() -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    shares = ", ".join(f"{name} {ms:.1f}" for name, ms in row.get("profile_ms", {}).items())
+    what = f"{row['model']} on {row['gpus']}, {row['batch']} images, {row['statistics']}"
+    if row["statistics"] == PROFILE:
+        return f"{what}: {', '.join(f'{name} {ms:.1f}' for name, ms in row['profile_ms'].items())}"
+    differs = f", differs by {row['difference']:.1e}" if "difference" in row else ""
     return (
-        f"{row['model']} on {row['gpus']}, {row['batch']} images, {row['statistics']} statistics: "
-        f"{row['step_ms']:.1f} ms "
-        f"a step, {row['images_per_second']:.0f} images/s, loss {row['loss']:.4f}; {shares}"
-        + (f"; differs by {row['difference']:.1e}" if "difference" in row else "")
+        f"{what}: {row['step_ms']:.1f} ms a step, {row['images_per_second']:.0f} images/s, "
+        f"loss {row['loss']:.4f}{differs}"
     )
 
 
@@ -256,7 +260,7 @@ def _loaded_once() -> Iterator[None]:
 def _measured(options: argparse.Namespace, model: str, kind: str, world: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks.common_statistics import largest_difference, without_waits
+    from benchmarks.common_statistics import largest_difference, synchronized
     from benchmarks.graphed_network import gradient_difference, graphed
     from trt_yolov6.training.log import read_log
     from trt_yolov6.training.recipe import recipe_for, with_field
@@ -278,8 +282,8 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
         # Labelled as in all epochs but the first four.
         settings = with_field(settings, "losses.warmup_epochs=0")
         with contextlib.ExitStack() as stack:
-            if kind in (NO_WAITS, GRAPHED):
-                stack.enter_context(without_waits())
+            if kind == SYNC:
+                stack.enter_context(synchronized())
             if kind == GRAPHED:
                 stack.enter_context(graphed(options.batch // world, options.imgsz))
             train(settings, folder, device=options.device, progress=False, state_seconds=1e9)
@@ -291,17 +295,16 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
         "batch": options.batch,
         "statistics": kind,
     }
-    if kind == NO_WAITS:
+    if kind == SYNC:
         row["difference"] = largest_difference()
     if kind == GRAPHED and world == 1:
         row["difference"] = gradient_difference(f"yolov6{model}", 8, 320)
     with tempfile.TemporaryDirectory() as scratch:
-        log = trained(EPOCHS, Path(scratch) / "run")
-        if options.device != "cpu" and kind == COMMON and world in (1, options.gpus):
+        if kind == PROFILE:
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-                trained(1, Path(scratch) / "profiled")
-            if rank == 0:
-                row["profile_ms"] = _shares(profiled, steps)
+                trained(1, Path(scratch) / "run")
+            return row | ({"profile_ms": _shares(profiled, steps)} if rank == 0 else {})
+        log = trained(EPOCHS, Path(scratch) / "run")
         if rank == 0:
             row |= {
                 "steps": steps,

@@ -1,11 +1,11 @@
-"""kill -9 at random moments of the commands that write: what is left is whole, a second run ends.
+"""kill -9 at any step of the commands that write: what is left is whole, a second run ends.
 
     python tests/kill.py --count 200 --seed 0
 
-Each run is forked from a process that has imported everything and is killed after a random part of
-the time that a whole run takes. Then every file that is left must be one that can be read, an
-engine and its manifest must be a pair, and the same command, with `--resume` where it trains, must
-end with exit code 0.
+Each run is forked from a process that has imported everything and is killed as it opens, renames
+or removes a file of its output: at each of the steps that a whole run takes, in random order, and
+then again. Every file that is left must be one that can be read, an engine and its manifest must
+be a pair, and the same command, with `--resume` where it trains, must end with exit code 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,34 +120,60 @@ def faults_in(folder: Path) -> list[str]:
     return found
 
 
-def run(arguments: list[str], log: Path, seconds: float | None = None) -> tuple[int, float]:
-    """Run a command in a forked process; kill it after some seconds. Return code and time."""
-    start = time.monotonic()
+STEPS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+"""Python's audit events that are steps; a file that replaces another is renamed, too."""
+
+
+def run(arguments: list[str], out: Path, log: Path, last: int | None = None) -> tuple[int, int]:
+    """Run a command in a forked process; kill it at a step. Return its exit code and its steps.
+
+    Args:
+        arguments: of the command.
+        out: the folder whose files the steps are about.
+        log: what it says is written here.
+        last: the number of the step that is not done any more, from 1; None: all are.
+    """
+    counted, counts = os.pipe()
     child = os.fork()
     if not child:
         code = 70
+        steps = 0
+
+        def step(event: str, values: tuple[object, ...]) -> None:
+            nonlocal steps
+            if event in STEPS and any(str(value).startswith(str(out)) for value in values):
+                steps += 1
+                if steps == last:
+                    if event == "open":
+                        name, _, flags = values
+                        _empty(str(name), int(str(flags)))
+                    os.kill(os.getpid(), signal.SIGKILL)
+
         try:
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for number in (1, 2):
                 os.dup2(file, number)
             from trt_yolov6.cli import main
 
+            sys.addaudithook(step)
             code = main(arguments)
         except SystemExit as stop:
             code = int(stop.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
+            os.write(counts, str(steps).encode())
             os._exit(code)
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status), time.monotonic() - start
-        if seconds is not None and time.monotonic() - start >= seconds:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return -signal.SIGKILL, time.monotonic() - start
-        time.sleep(0.002)
+    os.close(counts)
+    status = os.waitpid(child, 0)[1]
+    with os.fdopen(counted) as told:
+        return os.waitstatus_to_exitcode(status), int(told.read() or last or 0)
+
+
+def _empty(path: str, flags: int) -> None:
+    """Do to a file what opening it does: it is empty before anything is written."""
+    if flags & os.O_TRUNC:
+        os.close(os.open(path, flags))
 
 
 def kill_often(count: int, seed: int, names: list[str] | None) -> int:
@@ -178,27 +203,32 @@ def kill_often(count: int, seed: int, names: list[str] | None) -> int:
         if os.waitpid(child, 0)[1]:
             return 1
         chosen = [one for one in commands(inputs) if not names or one.name in names]
-        whole: dict[str, float] = {}
+        whole: dict[str, int] = {}
         for command in chosen:
             out = folder / f"whole-{command.name}"
             out.mkdir()
-            code, whole[command.name] = run(command.arguments(out), log)
+            code, whole[command.name] = run(command.arguments(out), out, log)
             if code:
                 print(f"{command.name}, not killed: {code}\n{log.read_text()[-2000:]}")
                 return 1
-            print(f"{command.name}: {whole[command.name]:.1f} s when it is left alone", flush=True)
+            print(f"{command.name}: {whole[command.name]} steps if left alone", flush=True)
         tally = dict.fromkeys(whole, 0)
+        left: dict[str, list[int]] = {name: [] for name in whole}
         for number in range(count):
             command = chosen[number % len(chosen)]
             out = folder / "out"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             if command.name == "build":
-                run(command.arguments(out), log)  # so that there is an old pair
-            code, _ = run(command.arguments(out), log, rng.random() * whole[command.name])
+                run(command.arguments(out), out, log)  # so that there is an old pair
+            if not left[command.name]:
+                steps = range(1, whole[command.name] + 1)
+                left[command.name] = rng.sample(steps, len(steps))
+            step = left[command.name].pop()
+            code, _ = run(command.arguments(out), out, log, step)
             tally[command.name] += code == -signal.SIGKILL
             wrong = faults_in(out)
-            code, _ = run(command.again(out), log)
+            code, _ = run(command.again(out), out, log)
             # Killed after its last step: there is nothing left to do.
             is_over = " is over; " in log.read_text()
             if code and not is_over:
@@ -208,7 +238,7 @@ def kill_often(count: int, seed: int, names: list[str] | None) -> int:
                 print(f"{number + 1} kills, {faults} faults", flush=True)
             if wrong:
                 faults += 1
-                print(f"{command.name} {number}: {'; '.join(wrong)}", flush=True)
+                print(f"{command.name} {number}, step {step}: {'; '.join(wrong)}", flush=True)
         print(
             ", ".join(f"{name} killed {times} times" for name, times in tally.items())
             + f"; {faults} times something was not whole"

@@ -246,6 +246,30 @@ def test_ties_go_to_the_lower_index() -> None:
     assert labels.foreground[0].nonzero().flatten().tolist() == preferred[:count].tolist()
 
 
+def test_of_equal_anchors_as_many_are_taken_as_better_ones_leave_room_for() -> None:
+    scene, _ = _one_object([8.0, 8.0, 80.0, 80.0], "tal")
+    same = scene.boxes.new_tensor([8.0, 8.0, 80.0, 70.0]).expand_as(scene.boxes)
+    inside = ((scene.points > 8) & (scene.points < 80)).all(-1).nonzero().flatten()
+    scores = torch.full_like(scene.scores, 0.5)
+    scores[:, inside[-2:]] = 0.9
+    labels = task_aligned(scores, same, scene.points, scene.targets)
+    wanted = [*inside[:11].tolist(), *inside[-2:].tolist()]  # thirteen in all
+    assert labels.foreground[0].nonzero().flatten().tolist() == wanted
+
+
+def test_an_anchor_on_the_edge_of_an_object_is_outside() -> None:
+    scene, _ = _one_object([8.0, 8.0, 80.0, 80.0], "tal")
+    left, top = scene.points[len(scene.points) // 2].tolist()
+    box = torch.tensor([[left - 8, top - 8, left + 8, top + 8]])  # a point on every edge
+    alone = pad_targets([box], [torch.tensor([0])])
+    predicted = box.expand_as(scene.boxes)
+    labels = task_aligned(torch.full_like(scene.scores, 0.5), predicted, scene.points, alone)
+    taken = scene.points[labels.foreground[0]]
+    assert len(taken) > 0
+    assert bool((taken > box[0, :2]).all())
+    assert bool((taken < box[0, 2:]).all())
+
+
 def test_the_best_aligned_anchor_scores_its_objects_best_overlap() -> None:
     """TOOD's normalization: the highest target of an object is its anchors' highest IoU."""
     boxes, classes = _objects(5, 2)

@@ -473,6 +473,10 @@ def remove_a_module(model: Any) -> None:
     del model.neck.Rep_n4
 
 
+def remove_the_last_stage(model: Any) -> None:
+    del model.backbone.ERBlock_5
+
+
 def change_an_activation(model: Any) -> None:
     model.backbone.ERBlock_3[0].nonlinearity = nn.Mish()
 
@@ -500,6 +504,7 @@ def change_the_pooling(model: Any) -> None:
         (change_stem_stride, "another stride at backbone.stem.rbr_dense.conv"),
         (add_a_module, "the first is neck.attention.bias"),
         (remove_a_module, "neck.Rep_n4"),
+        (remove_the_last_stage, "backbone.ERBlock_5"),
         (change_an_activation, "the activation Mish"),
         (mix_activations, "another activation at backbone.ERBlock_3.0 (silu)"),
         (widen_a_layer, "detect.cls_preds.1.weight of shape (4, 30, 1, 1)"),

@@ -461,8 +461,8 @@ def test_an_output_allocator_gives_what_fixed_buffers_give(engine: Any) -> None:
     with load_engine(engine.path, engine.backend, options) as loaded:
         late: Any = loaded
         wanted = {batch: late.infer(_images(batch)) for batch in (1, 4, 2)}
-        for lane in late._lanes:
-            lane._allocate_late("scores")
+        for slot in late._slots:
+            slot._allocate_late("scores")
         for batch, outputs in wanted.items():
             found = late.infer(_images(batch))
             for name, value in outputs.items():

@@ -207,6 +207,15 @@ def test_whatever_the_factors_the_function_stays(
     assert_same_function(model, rescale(model, channels, factors.astype(np.float32)))
 
 
+def test_factors_of_one_add_no_operator() -> None:
+    model = drawn_model(0, [("HardSwish", 0, 0), ("conv", 0, 0)])
+    channels = trace_channels(model, through_activations=True)
+    ones, others = (np.full(channels.count, value, np.float32) for value in (1, 2))
+    others[FIXED] = 1
+    assert len(rescale(model, channels, others).graph.node) > len(model.graph.node)
+    assert rescale(model, channels, ones).graph.node == model.graph.node
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn_models, st.sampled_from([True, False, None]))
 def test_equalized_networks_compute_the_same_with_no_more_noise(
@@ -216,6 +225,16 @@ def test_equalized_networks_compute_the_same_with_no_more_noise(
     assert_same_function(model, result)
     if smooth is False:  # the same convolutions, so that their sums compare
         assert noise_to_signal(result) <= noise_to_signal(model) * 1.001
+
+
+def test_a_convolution_of_zeros_has_no_say_in_the_factors() -> None:
+    model = drawn_model(0, [("Relu", 0, 0), ("conv", 0, 0), ("Relu", 0, 0), ("conv", 0, 0)])
+    weight = model.graph.node[2].input[1]
+    (stored,) = (item for item in model.graph.initializer if item.name == weight)
+    stored.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(stored)), weight))
+    result = equalize(model, smooth=False)
+    assert result.graph.initializer != model.graph.initializer
+    assert_same_function(model, result)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

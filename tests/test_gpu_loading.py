@@ -186,6 +186,9 @@ def test_images_in_memory_are_handled_in_the_calling_thread(
         assert_same(run(engine, skip_unreadable=True), wanted)
         assert threads == {threading.get_ident()}
         assert engine.taken == [4, 3, 4, 4, 1]
+        engine.taken.clear()
+        assert_same(run(engine, skip_unreadable=True), wanted)
+        assert engine.taken == [4, 4, 3, 4, 4, 1], "the outputs have been checked"
         with pytest.raises(UserError, match="this one is bad"):
             run(engine)
 

@@ -232,8 +232,8 @@ def test_images_give_the_boxes_that_prepared_input_gives(engine: Engine, confide
             if rows == count:
                 assert_same(found, wanted)
             assert len(found) == count
-    lanes: Any = engine
-    recorded = [len(lane._graphs) for lane in lanes._pictures._lanes]
+    slots: Any = engine
+    recorded = [len(slot._graphs) for slot in slots._pictures._slots]
     assert sum(recorded) > 0, "no run was recorded as a CUDA graph"
 
 
@@ -268,6 +268,7 @@ def test_a_stream_of_arrays_gives_the_boxes_of_the_cpus_way(engine: Engine, on_c
     )
     assert_same(found, wanted)
     assert_same(detect(engine, images[:5]), detect(on_cpu, images[:5]))
+    assert_same(detect(engine, images), detect(on_cpu, images))
 
 
 def test_odd_files_are_read_as_ever(engine: Engine, on_cpu: Engine, tmp_path: Path) -> None:
@@ -340,5 +341,5 @@ def test_without_graphs_the_boxes_are_the_same(engine: Engine, plan: Path) -> No
                 for one in (engine, plain)
             )
             assert_same(found, wanted)
-        lanes: Any = plain
-        assert not any(lane._graphs for lane in lanes._pictures._lanes)
+        slots: Any = plain
+        assert not any(slot._graphs for slot in slots._pictures._slots)

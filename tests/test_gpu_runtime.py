@@ -201,7 +201,7 @@ def assert_same_over_changing_batches(engine: Any, other: Any) -> None:
 
 def has_recorded(engine: Any) -> bool:
     """Return whether a CUDA graph of a whole batch has been recorded by this package."""
-    bindings = [one for lane in engine._lanes for one in lane._bindings.values()]
+    bindings = [one for slot in engine._slots for one in slot._bindings.values()]
     return any(one.graph is not None for one in bindings)
 
 
@@ -292,9 +292,9 @@ def test_more_candidates_than_there_is_room_for_bring_the_whole_outputs(engine: 
     outputs = engine.infer(images(4))
     nms = NmsSettings(0.0)
     engine.start(images(4), nms).wait()
-    for lane in engine._lanes:
-        if lane._suppression is not None:
-            lane._suppression._capacity = 10
+    for slot in engine._slots:
+        if slot._suppression is not None:
+            slot._suppression._capacity = 10
     check_equal(engine.start(images(4), nms).wait(), outputs)
 
 

@@ -170,6 +170,12 @@ def test_the_aspect_term_of_ciou_has_a_constant_weight() -> None:
     assert given_by.numpy() == pytest.approx(wanted.numpy())
 
 
+def test_a_box_without_sides_counts_as_square_for_ciou() -> None:
+    point, square = torch.tensor([3.0, 3, 3, 3]), torch.tensor([1.0, 1, 5, 5])
+    assert float(ciou(point, square)) == 0  # one centre, no overlap, one aspect ratio
+    assert float(ciou(point, torch.tensor([1.0, 2, 5, 4]))) < 0
+
+
 def _aspect(size: Tensor, other: Tensor) -> Tensor:
     angles = [torch.atan(value[:, 0] / value[:, 1]) for value in (size, other)]
     return (angles[0] - angles[1]).square() * 4 / math.pi**2

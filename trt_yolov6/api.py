@@ -161,24 +161,22 @@ def benchmark(
         return benchmark_end_to_end_many(engines, files, predict, **how)
 
 
-class Measurement(TypedDict, total=False):
-    """Duration and size of a measurement."""
+class BenchmarkOptions(TypedDict, total=False):
+    """Options of `benchmark`."""
 
     batch: int
     """Images a run (1)."""
     duration: float
-    """Seconds of measuring an engine at most (10)."""
+    """Seconds of measuring an engine at most (10); a run that was begun is finished. It ends once
+    every engine's 95 % confidence interval of the median lies within 1 % of it."""
     warm_up: float
-    """Seconds of running an engine before that at least (1)."""
+    """Least seconds of running an engine before that (1); it goes on, up to three times as long,
+    until the engine gets no faster."""
     progress: bool
     """Show a progress bar, if standard error is a terminal (True)."""
-
-
-class BenchmarkOptions(Measurement, total=False):
-    """Options of `benchmark`."""
-
     streams: int
-    """Batches that run side by side on a GPU, each on its own stream (1); not with `images`."""
+    """Batches that run side by side on a GPU, each on its own stream (1); the latency is then that
+    of a round, a run on every stream. Not with `images`."""
     images: Sequence[str | Path | bytes] | str | Path | None
     """Encoded images to time end to end: a folder, files, or their bytes."""
     predict: PredictOptions | None

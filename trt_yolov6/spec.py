@@ -136,6 +136,10 @@ class BatchProfile:
                 "give MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
             )
 
+    def __str__(self) -> str:
+        sizes = f"{self.min} to {self.max}, tuned for {self.opt}"
+        return str(self.min) if self.is_static else sizes
+
     def steps(self) -> tuple[int, ...]:
         """Return few batch sizes, ascending, so that the next is at most twice any it stands for.
 

@@ -45,10 +45,7 @@ def benchmark_end_to_end_many(
             first `MAX_IMAGES` are used.
         options: thresholds and border; the defaults are those of evaluation, which keeps many
             boxes.
-        batch: images a run.
-        duration: as in `benchmark_many`.
-        warm_up: as in `benchmark_many`.
-        progress: show a progress bar, if standard error is a terminal.
+        batch, duration, warm_up, progress: as in `benchmark_many`.
 
     Returns:
         One result an engine, in the same order.

@@ -119,14 +119,7 @@ def benchmark_many(
 
     Args:
         engines: loaded engines, at least one.
-        batch: images a run.
-        streams: batches that run side by side on a GPU, each on its own stream; the latency is then
-            that of a round, a run on every stream.
-        duration: seconds of measuring an engine; a run that was begun is finished. It ends earlier
-            once every engine's 95 % confidence interval of the median lies within 1 % of it.
-        warm_up: least seconds of unmeasured running an engine; it goes on, up to three times as
-            long, until the engine gets no faster.
-        progress: show a progress bar, if standard error is a terminal.
+        batch, streams, duration, warm_up, progress: see `api.BenchmarkOptions`.
 
     Returns:
         One result an engine, in the same order.

@@ -9,8 +9,8 @@ be fused and concatenations to be free, so for a whole network it is a bound tha
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trt_yolov6.common.machine import cpu_model, cpu_wait_seconds, describe_cpu
+from trt_yolov6.bench.sampling import DISTURBED, Watched, seconds_of
+from trt_yolov6.common.machine import cpu_model, describe_cpu
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.graph.cost import Ceilings, Layer, layers_of
 from trt_yolov6.graph.index import constants_of
@@ -229,14 +230,10 @@ def _fastest(run: Callable[[], Any]) -> float:
 
     Runs during which other processes kept this one waiting do not count towards the number of runs.
     """
-    times: list[float] = []
+    watched = Watched(functools.partial(seconds_of, run))
     quiet = 0
-    while len(times) < _MOST_TRIALS and quiet < _TRIALS:
-        before = cpu_wait_seconds()
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-        after = cpu_wait_seconds()
-        if before is None or after is None or after - before <= 0.01 * times[-1]:
-            quiet += 1
-    return min(times)
+    while len(watched.seconds) < _MOST_TRIALS and quiet < _TRIALS:
+        watched()
+        shares = watched.shares or [0.0] * len(watched.seconds)
+        quiet = sum(share <= DISTURBED for share in shares)
+    return min(watched.seconds)

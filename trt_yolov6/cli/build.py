@@ -17,7 +17,7 @@ from trt_yolov6.cli.graphs import (
     quantized_precision,
     weights_or_sample,
 )
-from trt_yolov6.cli.output import profile_text, say_next
+from trt_yolov6.cli.output import say_next
 
 if TYPE_CHECKING:
     from trt_yolov6.quantization.settings import QuantizationSettings
@@ -192,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
     height, width = manifest.image_size
     print(
         f"{built.path}: {manifest.model}, {manifest.precision}, {height}x{width}, "
-        f"batch {profile_text(manifest.batch)}, {manifest.backend} {manifest.backend_version} "
+        f"batch {manifest.batch}, {manifest.backend} {manifest.backend_version} "
         f"for {manifest.target}, {built.path.stat().st_size / 2**20:.1f} MiB"
     )
     print(f"{built.manifest_path}: its manifest")

@@ -14,7 +14,7 @@ from trt_yolov6.cli.graphs import (
     weights_or_sample,
     write_scales,
 )
-from trt_yolov6.cli.output import profile_text, say_next
+from trt_yolov6.cli.output import say_next
 
 
 def add(commands: common.Commands) -> None:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         write_scales(cache, options.cache_version, amax, output)
     write_graph(graph, output)
     print(
-        f"{output}: {graph.name}, {graph.precision}, batch {profile_text(graph.batch)}, "
+        f"{output}: {graph.name}, {graph.precision}, batch {graph.batch}, "
         f"{len(graph.model.graph.node)} nodes, {output.stat().st_size / 2**20:.1f} MiB"
     )
     scales = f" --calibration-cache {cache}" if cache else ""

@@ -70,6 +70,7 @@ def add(commands: common.Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
+    from trt_yolov6.common.files import read_bytes
     from trt_yolov6.common.machine import read_gpus
     from trt_yolov6.engines import LoadOptions
     from trt_yolov6.serving.triton import ServingSettings, export_triton, runs_on_cpu, served_model
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         max_queue_delay_us=options.max_queue_delay_us,
         default_cpu=not read_gpus(),
         predict=predict,
-        extra="" if options.extra is None else _text_of(options.extra),
+        extra="" if options.extra is None else read_bytes(options.extra).decode(errors="replace"),
     )
     if options.names and len(options.names) != len(options.engine):
         raise UserError(
@@ -124,11 +125,3 @@ def gpu_numbers(text: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form N or N,N")
     return tuple(int(part) for part in parts)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"--config {path} cannot be read ({reason}); check the path.") from error

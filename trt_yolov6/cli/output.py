@@ -6,12 +6,8 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trt_yolov6.errors import UserError
-
-if TYPE_CHECKING:
-    from trt_yolov6.spec import BatchProfile
 
 
 def say(text: str) -> None:
@@ -44,13 +40,6 @@ def say_next(options: argparse.Namespace, what: str, command: str) -> None:
     """Print the one line that says what to do next, unless --quiet."""
     if not options.quiet:
         say(f"next, {what}: trt-yolov6 {command}")
-
-
-def profile_text(profile: BatchProfile) -> str:
-    """Say which batch sizes an engine takes."""
-    if profile.is_static:
-        return str(profile.min)
-    return f"{profile.min}..{profile.max} (best at {profile.opt})"
 
 
 def check_json(path: Path | None) -> None:

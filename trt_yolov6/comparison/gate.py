@@ -106,14 +106,14 @@ def check(
             continue
         key = name, timing["batch"]
         called = f"{_called(name, timing['engine'])}, batch {key[1]}"
+        side_by_side = (paired or {}).get(key)
         if key not in timings:
             failures.append(f"{called}: the baseline has a latency, this comparison does not")
             continue
-        if (paired or {}).get(key) == SAME_ENGINE:
+        if side_by_side == SAME_ENGINE:
             passed.append(f"{called}: same engine, not measured again")
             continue
         before, after = latency_of(timing), latency_of(timings[key])
-        side_by_side = (paired or {}).get(key)
         ratio = side_by_side or ratio_of(after, before)
         how = ", side by side" if side_by_side else ""
         slower = _percent(ratio.value)
@@ -123,12 +123,8 @@ def check(
             f"{limits.max_slowdown:+g} %)"
         )
         allowed = 1 + limits.max_slowdown / 100
-        if ratio.low > allowed:
-            failures.append(text)
-        elif ratio.high > allowed:
-            undecided.append(text)
-        else:
-            passed.append(text)
+        lines = failures if ratio.low > allowed else undecided if ratio.high > allowed else passed
+        lines.append(text)
     return Verdict(tuple(failures), tuple(undecided), tuple(passed), limits.strict)
 
 

@@ -107,18 +107,16 @@ def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:
     if manifest is None:
         return [] if inspection.kind == "checkpoint" else [("manifest", "none")]
     height, width = manifest.image_size
-    batch = manifest.batch
     check = "matches this file"
     if not inspection.matches_manifest:
         check = "describes ANOTHER file (cut short, or replaced): build the engine again"
     classes = f"{len(manifest.class_names)} classes"
-    sizes = f"{batch.min} to {batch.max}, tuned for {batch.opt}"
     outputs = f"outputs {manifest.output_layout}; images: {manifest.preprocessing}"
     rows = [
         ("manifest", check),
         ("  model", f"{manifest.model}, {manifest.precision}, {height}x{width}, {classes}"),
         ("  decoder", f"{manifest.decoder}, {outputs}"),
-        ("  batch", str(batch.min) if batch.is_static else sizes),
+        ("  batch", str(manifest.batch)),
         ("  built", f"by {manifest.backend} {manifest.backend_version} for {manifest.target}"),
         ("  source", f"{manifest.source}, SHA-256 {manifest.source_sha256}"),
     ]

@@ -80,8 +80,8 @@ def fold_shortcuts(model: YOLOv6) -> None:
 
 
 _WIDEST = 64.0
-"""Largest product of weights of shortcuts, or of reciprocals, that is folded: what lies between
-blocks grow as much, and float16 ends at 65504."""
+"""Largest product of shortcuts' weights, or of their reciprocals, that is folded: the values
+between blocks grow as much, and float16 ends at 65504."""
 
 
 def _fold_shortcuts_of(stack: CSPStack) -> None:

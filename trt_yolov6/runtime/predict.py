@@ -246,6 +246,7 @@ def process(
         keep_images, skip_unreadable: as in `load_batches`.
         in_memory: `read` hands out what lies in memory already. On an engine that takes images, all
             is then done in the calling thread, `finish` too: others would have nothing to wait for.
+            If its outputs have been checked before, they are not checked again.
 
     Raises:
         UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
@@ -263,8 +264,9 @@ def process(
     source = iter(items)
     in_memory = in_memory and engine.takes_images()
     opened = None if in_memory else open_item or read
-    steps = _steps(engine, source, read, opened, nms, options.clip, loading)
-    pipeline = _Pipeline(engine, nms, options.clip, finish, in_memory)
+    is_checked = in_memory and engine.is_checked
+    steps = _steps(engine, source, read, opened, nms, options.clip, is_checked, loading)
+    pipeline = _Pipeline(engine, nms, options.clip, finish, in_memory, is_checked)
     try:
         for step in steps:
             pipeline.start(step)
@@ -314,13 +316,14 @@ class _Pipeline(Generic[Item, Result]):
         clip: bool,
         finish: Callable[[Batch[Item], list[Detections]], Result],
         in_memory: bool,
+        is_checked: bool,
     ) -> None:
         self.running: deque[_Running[Item]] = deque()
         self.pending: deque[Future[Processed[Item, Result]]] = deque()
         self._engine, self._nms, self._clip, self._finish = engine, nms, clip, finish
         # Packing images takes about as long as a fast engine: with one batch more, it never waits.
         self._most = engine.in_flight + in_memory
-        self._is_first = True
+        self._is_first = not is_checked
         self._engine_free = 0.0
         self._gave_non_finite = False
         self._pool: Executor = (
@@ -427,6 +430,7 @@ def _steps(
     open_item: Callable[[Item], Opened] | None,
     nms: NmsSettings,
     clip: bool,
+    is_checked: bool,
     loading: dict[str, Any],
 ) -> Generator[_Step[Item], None, None]:
     """Yield batches ready for the engine: on an engine that takes images only the first here.
@@ -436,7 +440,6 @@ def _steps(
     if not engine.takes_images():
         yield from _prepared_here(engine, source, read, nms, loading)
         return
-    is_checked = False
     while not is_checked:
         chunk = list(itertools.islice(source, loading["batch"]))
         if not chunk:

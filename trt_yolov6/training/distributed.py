@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -132,24 +132,17 @@ def placed(network: Network, device: torch.device | str) -> Network:
 def with_common_statistics(model: nn.Module, processes: Processes) -> None:
     """Make batch normalizations use the statistics of all processes' images, in place.
 
-    Parameters and buffers stay the same objects. On GPUs it is PyTorch's SyncBatchNorm, which has
-    no CPU version.
+    Parameters and buffers stay the same objects. On GPUs it is what PyTorch's SyncBatchNorm
+    computes, without its waits: SyncBatchNorm leaves out processes without images, and for that
+    waits, in every layer of every step, until the GPU has counted.
     """
     if processes.world == 1:
         return
+    kind = CommonBatchNorm if processes.device.type == "cuda" else _CommonOnCpus
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, _common(child, processes))
-
-
-def _common(bn: nn.BatchNorm2d, processes: Processes) -> nn.Module:
-    if processes.device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(bn)  # type: ignore[no-untyped-call]
-        # It counts its steps, whether anyone asks or not.
-        converted.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=processes.device)
-        return converted
-    return taking_over(bn, _CommonBatchNorm)
+                setattr(module, name, taking_over(child, kind))
 
 
 def taking_over(bn: nn.BatchNorm2d, kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:
@@ -162,7 +155,7 @@ def taking_over(bn: nn.BatchNorm2d, kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2
     return other
 
 
-class _CommonBatchNorm(nn.BatchNorm2d):
+class _CommonOnCpus(nn.BatchNorm2d):
     """Batch normalization over the images of all processes, each with equally many; on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,6 +163,7 @@ class _CommonBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
+        dtype, x = x.dtype, x.float()  # bf16 under autocast
         count = x.numel() // x.shape[1] * dist.get_world_size()
         mean = _sum(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
@@ -179,10 +173,80 @@ class _CommonBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 def _sum(value: Tensor) -> Tensor:
     """Return the sum over all processes; gradients pass."""
     total: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]
     return total
+
+
+class CommonBatchNorm(nn.BatchNorm2d):
+    """Batch normalization over the images of all processes, each with equally many; on GPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalized x (images, channels, rows, columns), in x's dtype."""
+        if not self.training:
+            return super().forward(x)
+        share = 0.1 if self.momentum is None else self.momentum
+        found: Tensor = _Normalized.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, share
+        )
+        return found
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        share: float,
+    ) -> Tensor:
+        x = _dense(x)
+        channels, world = x.shape[1], dist.get_world_size()
+        own = torch.cat(torch.batch_norm_stats(x, eps))
+        every = own.new_empty(world, 2 * channels)
+        dist.all_gather_into_tensor(every, own)
+        counts = own.new_full((world,), x.numel() // channels)
+        mean, inverse = torch.batch_norm_gather_stats_with_counts(
+            x,
+            every[:, :channels],
+            every[:, channels:],
+            running_mean,
+            running_var,
+            share,
+            eps,
+            counts,
+        )
+        ctx.save_for_backward(x, weight, mean, inverse)
+        found: Tensor = torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        grad = _dense(grad)
+        channels, world = x.shape[1], dist.get_world_size()
+        of_grad, of_product, of_weight, of_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, inverse, weight, True, True, True
+        )
+        sums = torch.cat([of_grad, of_product])
+        dist.all_reduce(sums)
+        counts = torch.full((world,), x.numel() // channels, dtype=torch.int32, device=x.device)
+        of_x = torch.batch_norm_backward_elemt(
+            grad, x, mean, inverse, weight, sums[:channels], sums[channels:], counts
+        )
+        # The gradients of weight and bias are averaged with all others, by DistributedDataParallel.
+        return of_x, of_weight, of_bias, None, None, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()

@@ -186,15 +186,10 @@ class OnnxRuntimeEngine(Engine):
         self.input = inputs[0]
         self.outputs = tuple(_spec(item, path) for item in session.get_outputs())
         check_input(self.input, path)
-        metadata = session.get_modelmeta().custom_metadata_map
 
         def facts() -> GraphFacts:
-            size = image_size_of(self.input)
-            return (
-                GraphFacts(self.outputs, size, metadata)
-                if graph is None
-                else facts_of(graph, self.outputs, size)
-            )
+            assert graph is not None  # no manifest, and ONNX Runtime has read the file
+            return facts_of(graph, self.outputs, image_size_of(self.input))
 
         self.detector = detector_of(manifest, options, path, facts)
         fixed = self.input.shape[0]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from trt_yolov6.common.files import write_bytes
+from trt_yolov6.common.files import read_bytes, write_bytes
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.tensorrt.flavour import Flavour, instance_of, logger_of, one_line
 from trt_yolov6.engines.tensorrt.implicit_int8 import calibrate
@@ -237,12 +237,7 @@ def _set_profile(
 
 def _attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path) -> None:
     """Read the timing cache, or start an empty one, and have the builder use and extend it."""
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); check `timing_cache`."
-        ) from error
+    content = read_bytes(path) if path.exists() else b""
     logger = logger_of(flavour.api)
     logger.clear()
     cache = config.create_timing_cache(content)

@@ -26,7 +26,7 @@ from trt_yolov6.engines.cuda.jpeg import JpegDecoder
 from trt_yolov6.engines.cuda.suppression import reading_of as reading_on_gpu
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.reading import detector_of
-from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
+from trt_yolov6.engines.tensorrt.execution import ExecutionSlot, SlotPlan
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
 from trt_yolov6.engines.tensorrt.pictures import Image, Pictures, pictures_of
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -106,8 +106,8 @@ class TensorRTEngine(Engine):
             ) from error
         self.device = device.name
         self._pinned = PinnedPool()
-        self._lanes: list[Lane] = []
-        self._idle: deque[Lane] = deque()
+        self._slots: list[ExecutionSlot] = []
+        self._idle: deque[ExecutionSlot] = deque()
         self._seen: set[int] = set()
         self._pictures: Pictures | None = None
         self._pictures_missing = False
@@ -126,7 +126,7 @@ class TensorRTEngine(Engine):
             self.in_flight = 1
             self._pictures_missing = True
         make_config = self._contexts.make_config
-        self._plan = LanePlan(
+        self._plan = SlotPlan(
             flavour=flavour,
             path=path,
             device=device.name,
@@ -139,7 +139,7 @@ class TensorRTEngine(Engine):
             reading=reading_on_gpu(self.output_layout, self.outputs, self.image_size),
         )
         try:
-            self._idle.append(self._new_lane())
+            self._idle.append(self._new_slot())
         except BaseException:
             self.close()
             raise
@@ -151,14 +151,14 @@ class TensorRTEngine(Engine):
         return outputs
 
     def start(self, images: Any, nms: NmsSettings | None = None) -> Run:
-        lane = self._take()
+        slot = self._take()
         try:
-            batch = self._checked(images, lane)
-            lane.start(batch, nms)
+            batch = self._checked(images, slot)
+            slot.start(batch, nms)
         except BaseException:
-            self._idle.append(lane)
+            self._idle.append(slot)
             raise
-        return _LaneRun(lane, self._done, batch.shape[0])
+        return _SlotRun(slot, self._done, batch.shape[0])
 
     def infer_on_gpu(self, images: Any) -> dict[str, Any]:
         """Run one batch and leave the outputs on the GPU.
@@ -173,19 +173,19 @@ class TensorRTEngine(Engine):
         Raises:
             UserError: as `infer`; MissingDependencyError: there is no cuda-core.
         """
-        lane = self._take()
+        slot = self._take()
         try:
-            batch = self._checked(images, lane)
-            lane.start(batch, None, fetch=False)
-            outputs = lane.finish_on_gpu()
+            batch = self._checked(images, slot)
+            slot.start(batch, None, fetch=False)
+            outputs = slot.finish_on_gpu()
         except BaseException:
-            self._idle.append(lane)
+            self._idle.append(slot)
             raise
-        self._done(lane, batch.shape[0])
+        self._done(slot, batch.shape[0])
         return outputs
 
     def takes_images(self) -> bool:
-        return self._image_lanes() is not None
+        return self._image_slots() is not None
 
     def start_images(
         self,
@@ -199,7 +199,7 @@ class TensorRTEngine(Engine):
         patient: bool = False,
     ) -> Run:
         self._check_open()
-        pictures = self._image_lanes()
+        pictures = self._image_slots()
         assert pictures is not None, "`takes_images` says whether there is this way"
         rows = max(rows or len(images), self.batch.min)
         check_batch(self, rows)
@@ -214,7 +214,7 @@ class TensorRTEngine(Engine):
         self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
     ) -> dict[str, float]:
         self._check_open()
-        pictures = self._image_lanes()
+        pictures = self._image_slots()
         assert pictures is not None, "`takes_images` says whether there is this way"
         check_batch(self, len(images))
         return pictures.stage_seconds(images, placed, nms)
@@ -237,12 +237,12 @@ class TensorRTEngine(Engine):
     def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
         self._check_open()
         check_images(self, images)
-        while len(self._lanes) < streams:
-            self._idle.append(self._new_lane())
-        lanes = self._lanes[:streams]
-        work = [lane.resident(images) for lane in lanes]
+        while len(self._slots) < streams:
+            self._idle.append(self._new_slot())
+        slots = self._slots[:streams]
+        work = [slot.resident(images) for slot in slots]
         if streams == 1:
-            stopwatch = cuda_device.Stopwatch(lanes[0].stream)
+            stopwatch = cuda_device.Stopwatch(slots[0].stream)
 
             def run() -> float:
                 self._check_open()
@@ -256,8 +256,8 @@ class TensorRTEngine(Engine):
             for _ in range(_ROUNDS):
                 for enqueue in work:
                     enqueue()
-            for lane in lanes:
-                lane.stream.wait()
+            for slot in slots:
+                slot.stream.wait()
             return (time.perf_counter() - start) / _ROUNDS
 
         return rounds
@@ -281,12 +281,12 @@ class TensorRTEngine(Engine):
                 f"{self.path} is launched as a CUDA graph, whose layers cannot be timed; load it "
                 "without one (`cuda_graph`).",
             )
-        lane = self._take()
+        slot = self._take()
         try:
             check_images(self, images)
-            times = lane.profile(images, runs)
+            times = slot.profile(images, runs)
         finally:
-            self._idle.append(lane)
+            self._idle.append(slot)
         return {name: float(np.median(seconds)) for name, seconds in times.items()}
 
     def close(self) -> None:
@@ -298,9 +298,9 @@ class TensorRTEngine(Engine):
             self._pictures.close()
             self._pictures = None
         self._decoders.clear()
-        for lane in self._lanes:
-            lane.close()
-        self._lanes.clear()
+        for slot in self._slots:
+            slot.close()
+        self._slots.clear()
         self._idle.clear()
         self._plan = None  # type: ignore[assignment]
         self._engine = None
@@ -344,18 +344,18 @@ class TensorRTEngine(Engine):
             lambda: GraphFacts(self.outputs, image_size_of(self.input)),
         )
 
-    def _new_lane(self) -> Lane:
-        if self._one_context and self._lanes:
+    def _new_slot(self) -> ExecutionSlot:
+        if self._one_context and self._slots:
             raise UserError(
                 f"{self._flavour} runs one batch of {self.path} at a time, as its batch axis is "
                 "free; build it for a fixed batch to run several."
             )
         try:
-            lane = Lane(self._plan, self._pinned)
+            slot = ExecutionSlot(self._plan, self._pinned)
         except OutOfGpuMemoryError as error:
             raise self._does_not_fit(error) from error
-        self._lanes.append(lane)
-        return lane
+        self._slots.append(slot)
+        return slot
 
     def _does_not_fit(self, error: OutOfGpuMemoryError) -> UserError:
         return UserError(
@@ -363,8 +363,8 @@ class TensorRTEngine(Engine):
             f"{error}"
         )
 
-    def _image_lanes(self) -> Pictures | None:
-        """Return the lanes that take images, made when they are first wanted."""
+    def _image_slots(self) -> Pictures | None:
+        """Return the slots that take images, made when they are first wanted."""
         if self._pictures is None and not self._pictures_missing:
             self._check_open()
             plan, make_config = self._plan, self._contexts.make_config_for_recording
@@ -382,21 +382,21 @@ class TensorRTEngine(Engine):
             raise UserError(f"the engine {self.path} is closed; load it again.")
         self._logger.clear()
 
-    def _take(self) -> Lane:
-        """Return a lane that has nothing to do, or a new one."""
+    def _take(self) -> ExecutionSlot:
+        """Return a slot that has nothing to do, or a new one."""
         self._check_open()
-        return self._idle.popleft() if self._idle else self._new_lane()
+        return self._idle.popleft() if self._idle else self._new_slot()
 
-    def _checked(self, images: Any, lane: Lane) -> Any:
-        """Return a batch as a NumPy array, or as a view of GPU memory that the lane may read."""
+    def _checked(self, images: Any, slot: ExecutionSlot) -> Any:
+        """Return a batch as a NumPy array, or as a view of GPU memory that the slot may read."""
         # `asarray` takes a tensor on the CPU too.
-        batch = view_of(images, lane.stream) if lies_on_gpu(images) else np.asarray(images)
+        batch = view_of(images, slot.stream) if lies_on_gpu(images) else np.asarray(images)
         check_images(self, batch)
         return batch
 
-    def _done(self, lane: Lane, batch: int) -> None:
-        """Take a lane back that has ended a run."""
-        self._idle.append(lane)
+    def _done(self, slot: ExecutionSlot, batch: int) -> None:
+        """Take a slot back that has ended a run."""
+        self._idle.append(slot)
         self._ran(batch)
 
     def _ran(self, batch: int) -> None:
@@ -405,21 +405,23 @@ class TensorRTEngine(Engine):
             self._contexts.after_first_run()
 
 
-class _LaneRun(Run):
-    """A batch on its way through a lane."""
+class _SlotRun(Run):
+    """A batch on its way through a slot."""
 
-    def __init__(self, lane: Lane, done: Callable[[Lane, int], None], batch: int) -> None:
-        self._lane: Lane | None = lane
+    def __init__(
+        self, slot: ExecutionSlot, done: Callable[[ExecutionSlot, int], None], batch: int
+    ) -> None:
+        self._slot: ExecutionSlot | None = slot
         self._done = done
         self._batch = batch
 
     def wait(self) -> dict[str, NDArray[Any]] | Suppressed:
-        assert self._lane is not None, "a run is waited for once"
-        lane, self._lane = self._lane, None
+        assert self._slot is not None, "a run is waited for once"
+        slot, self._slot = self._slot, None
         try:
-            return lane.finish()
+            return slot.finish()
         finally:
-            self._done(lane, self._batch)
+            self._done(slot, self._batch)
 
 
 def _deserialize(

@@ -1,11 +1,12 @@
-"""One batch in flight: execution contexts of a TensorRT engine, their stream and their buffers.
+"""An execution slot: execution contexts of a TensorRT engine, their stream and their buffers.
 
-An engine has one lane to begin with. A second lets a batch be copied while another one is computed;
-more serve requests side by side. Lanes share the engine's weights; each has its own scratch memory.
+A slot has one batch in flight. An engine has one slot to begin with. A second lets a batch be
+copied while another one is computed; more serve requests side by side. Slots share the engine's
+weights; each has its own scratch memory.
 
-A lane has a context for each batch size. TensorRT-RTX 1.6 loses 3.4 KB of host memory whenever a
+A slot has a context for each batch size. TensorRT-RTX 1.6 loses 3.4 KB of host memory whenever a
 context runs with another shape than before, and a CUDA graph belongs to one shape. Only one of a
-lane's contexts runs at a time, so they share the scratch memory.
+slot's contexts runs at a time, so they share the scratch memory.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ _Resource = TypeVar("_Resource", DeviceMemory, PinnedMemory, Stream, Suppression
 
 
 _MOST_CONTEXTS = 8
-"""Batch sizes that a lane keeps a context for."""
+"""Batch sizes that a slot keeps a context for."""
 
 
 @dataclass(frozen=True)
-class LanePlan:
-    """State shared by all lanes of an engine."""
+class SlotPlan:
+    """State shared by all slots of an engine."""
 
     flavour: Flavour
     path: Path
@@ -93,14 +94,14 @@ class _Binding:
             self.graph = None
 
 
-class Lane:
+class ExecutionSlot:
     """Contexts with their stream (`stream`) and buffers for the largest batch.
 
     Raises:
         OutOfGpuMemoryError: they do not fit on the GPU.
     """
 
-    def __init__(self, plan: LanePlan, pinned: PinnedPool) -> None:
+    def __init__(self, plan: SlotPlan, pinned: PinnedPool) -> None:
         self._plan = plan
         self._pinned = pinned
         self._logger = logger_of(plan.flavour.api)
@@ -210,7 +211,7 @@ class Lane:
         return not self._allocators
 
     def prepare(self, rows: int) -> int:
-        """Make the next `run` one of the lane's own input, of a batch of `rows`.
+        """Make the next `run` one of the slot's own input, of a batch of `rows`.
 
         Returns:
             A number that changes when what was recorded before is not valid any more.
@@ -252,7 +253,7 @@ class Lane:
         return profiler.times
 
     def close(self) -> None:
-        """Free what the lane holds."""
+        """Free what the slot holds."""
         # TensorRT wants the contexts gone before the engine.
         while self._bindings:
             self._bindings.popitem()[1].drop_graph(self.stream)

@@ -37,7 +37,7 @@ from trt_yolov6.engines.cuda.letterbox import (
 )
 from trt_yolov6.engines.cuda.staging import Staging
 from trt_yolov6.engines.cuda.suppression import Suppression
-from trt_yolov6.engines.tensorrt.execution import Lane, LanePlan
+from trt_yolov6.engines.tensorrt.execution import ExecutionSlot, SlotPlan
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
 
@@ -52,7 +52,7 @@ _Key: TypeAlias = "tuple[int, NmsSettings, bool | None]"
 
 
 class Pictures:
-    """The lanes of an engine that take images as they are.
+    """The slots of an engine that take images as they are.
 
     Args:
         plan: the engine's, with contexts whose runs can be recorded.
@@ -65,7 +65,7 @@ class Pictures:
 
     def __init__(
         self,
-        plan: LanePlan,
+        plan: SlotPlan,
         pinned: PinnedPool,
         preprocessing: Preprocessing,
     ) -> None:
@@ -73,10 +73,10 @@ class Pictures:
         self._pinned = pinned
         self._preprocessing = preprocessing
         self._kernel = LetterboxKernel(plan.input, preprocessing)
-        self._lanes: list[PictureLane] = []
-        self._idle: deque[PictureLane] = deque()
+        self._slots: list[PictureSlot] = []
+        self._idle: deque[PictureSlot] = deque()
         try:
-            self._idle.append(self._new_lane())
+            self._idle.append(self._new_slot())
         except BaseException:
             self.close()
             raise
@@ -105,55 +105,55 @@ class Pictures:
             patient: wait for the run without using a core, a few microseconds longer.
             done: called with `rows` when the run has been waited for.
         """
-        lane = self._idle.popleft() if self._idle else self._new_lane()
+        slot = self._idle.popleft() if self._idle else self._new_slot()
         try:
-            lane.start(images, placed, rows, nms, clip, after, patient)
+            slot.start(images, placed, rows, nms, clip, after, patient)
         except BaseException:
-            self._idle.append(lane)
+            self._idle.append(slot)
             raise
-        return _PictureRun(lane, self._idle.append, patient, done)
+        return _PictureRun(slot, self._idle.append, patient, done)
 
     def stage_seconds(
         self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
     ) -> dict[str, float]:
         """Return the median seconds of each stage alone, in order, by name."""
-        lane = self._idle.popleft() if self._idle else self._new_lane()
+        slot = self._idle.popleft() if self._idle else self._new_slot()
         try:
-            return lane.stage_seconds(images, placed, nms)
+            return slot.stage_seconds(images, placed, nms)
         finally:
-            self._idle.append(lane)
+            self._idle.append(slot)
 
     def close(self) -> None:
-        """Free what the lanes hold."""
-        for lane in self._lanes:
-            lane.close()
-        self._lanes.clear()
+        """Free what the slots hold."""
+        for slot in self._slots:
+            slot.close()
+        self._slots.clear()
         self._idle.clear()
 
-    def _new_lane(self) -> PictureLane:
-        lane = PictureLane(
-            Lane(self._plan, self._pinned),
+    def _new_slot(self) -> PictureSlot:
+        slot = PictureSlot(
+            ExecutionSlot(self._plan, self._pinned),
             self._kernel,
             Staging(self._pinned),
             self._plan,
             self._preprocessing,
         )
-        self._lanes.append(lane)
-        return lane
+        self._slots.append(slot)
+        return slot
 
 
-class PictureLane:
+class PictureSlot:
     """One batch of images in flight."""
 
     def __init__(
         self,
-        lane: Lane,
+        slot: ExecutionSlot,
         kernel: LetterboxKernel,
         staging: Staging,
-        plan: LanePlan,
+        plan: SlotPlan,
         preprocessing: Preprocessing,
     ) -> None:
-        self._lane = lane
+        self._slot = slot
         self._kernel = kernel
         self._staging = staging
         self._interpolation = preprocessing.interpolation
@@ -165,10 +165,10 @@ class PictureLane:
         self._sent_alike: tuple[list[int], int, Letterbox] | None = None
         self._graphs: dict[_Key, CudaGraph] = {}
         self._warm: set[_Key] = set()
-        self._generation = lane.prepare(largest)
-        self._records_graphs = plan.record_graph and lane.can_be_recorded
+        self._generation = slot.prepare(largest)
+        self._records_graphs = plan.record_graph and slot.can_be_recorded
         self._suppression: Suppression | None = None
-        if plan.reading is not None and lane.output_memory.keys() >= set(plan.reading.tensors):
+        if plan.reading is not None and slot.output_memory.keys() >= set(plan.reading.tensors):
             self._suppression = Suppression(plan.reading, largest)
         self._end = Event()
         self._in_use: Any = None
@@ -187,8 +187,8 @@ class PictureLane:
         after: Event | None,
         patient: bool,
     ) -> None:
-        """Put a batch on the lane's stream."""
-        stream = self._lane.stream
+        """Put a batch on the slot's stream."""
+        stream = self._slot.stream
         self._in_use = images
         if len(images) == 1 and not isinstance(images[0], ImageView):
             (place,) = placed
@@ -212,7 +212,7 @@ class PictureLane:
     def _send_several(self, images: Sequence[Image], placed: Sequence[Letterbox]) -> None:
         """Have images and their places on the GPU."""
         here = [image for image in images if not isinstance(image, ImageView)]
-        addresses, step = self._staging.place(here, self._lane.stream)
+        addresses, step = self._staging.place(here, self._slot.stream)
         if here and len(here) == len(placed) and _are_alike(images, placed):
             self._send_alike(addresses, step, placed[0])
         else:
@@ -231,21 +231,21 @@ class PictureLane:
 
     def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the batch and return its boxes, or the outputs where they are not suppressed."""
-        lane = self._lane
+        slot = self._slot
         try:
             if patient:
                 self._end.wait()
             else:
-                lane.stream.wait()
+                slot.stream.wait()
             if self._is_suppressed:
                 assert self._suppression is not None
                 found = self._suppression.fetch(*self._key)
                 if found is not None:
                     return found
                 self._prepare(self._key[0])
-                lane.copy_outputs()
-                lane.stream.wait()
-            return lane.results()
+                slot.copy_outputs()
+                slot.stream.wait()
+            return slot.results()
         finally:
             self._in_use = None
 
@@ -253,8 +253,8 @@ class PictureLane:
         self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
     ) -> dict[str, float]:
         """Return the median seconds of each stage alone; the images are placed first."""
-        rows, lane = len(images), self._lane
-        stream = lane.stream
+        rows, slot = len(images), self._slot
+        stream = slot.stream
         self.start(images, placed, rows, nms, True, None, False)
         self.finish(patient=False)
         here = [image for image in images if not isinstance(image, ImageView)]
@@ -263,7 +263,7 @@ class PictureLane:
             self._staging.place(here, stream)
 
         def letterbox() -> None:
-            target = lane.input_memory.address
+            target = slot.input_memory.address
             self._kernel.enqueue(stream, self._records.address, target, rows)
 
         def suppression() -> None:
@@ -273,7 +273,7 @@ class PictureLane:
         stages: dict[str, Callable[[], None]] = {
             **({} if not here or _stays(placed) else {"copy to the GPU": copy}),
             "letterbox": self._recorded(letterbox),
-            "engine": self._recorded(lane.run),
+            "engine": self._recorded(slot.run),
             last: self._recorded(suppression),
         }
         stopwatch = Stopwatch(stream)
@@ -301,26 +301,26 @@ class PictureLane:
         self._sent_alike = None
         if images < self._largest:
             self._table[RECORD_BYTES * images :] = 0
-        self._lane.stream.copy_in(self._records, self._written.address, len(self._table))
+        self._slot.stream.copy_in(self._records, self._written.address, len(self._table))
 
     def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         """Return a function that launches some work as a CUDA graph, or does it where none can."""
         if not self._records_graphs:
             return work
-        with self._lane.stream.capture() as graph:
+        with self._slot.stream.capture() as graph:
             work()
-        return functools.partial(graph.launch, self._lane.stream)
+        return functools.partial(graph.launch, self._slot.stream)
 
     def close(self) -> None:
-        """Free what the lane holds."""
-        self._lane.stream.wait()
+        """Free what the slot holds."""
+        self._slot.stream.wait()
         self._forget_graphs()
         if self._suppression is not None:
             self._suppression.free()
         self._staging.free()
         self._records.free()
         self._written.free()
-        self._lane.close()
+        self._slot.close()
 
     def _launch(self, key: _Key) -> None:
         """Put everything after the images' copy on the stream, as one graph from the second time.
@@ -328,11 +328,11 @@ class PictureLane:
         The first time is for what TensorRT does only once.
         """
         graph = self._graphs.get(key) if self._is_suppressed else None
-        if graph is None:  # what is recorded needs the lane again only for whole outputs
+        if graph is None:  # what is recorded needs the slot again only for whole outputs
             self._prepare(key[0])
             graph = self._graphs.get(key)
         if graph is None and key in self._warm and self._records_graphs:
-            stream = self._lane.stream
+            stream = self._slot.stream
             try:
                 with stream.capture() as graph:
                     self._enqueue(key)
@@ -342,34 +342,34 @@ class PictureLane:
                 graph = None
         self._graph = graph if self._is_suppressed else None
         if graph is not None:
-            graph.launch(self._lane.stream)
+            graph.launch(self._slot.stream)
         else:
             self._enqueue(key)
             self._warm.add(key)
 
     def _prepare(self, rows: int) -> None:
-        """Have the lane know the batch's size; forget what it says is not valid any more."""
-        generation = self._lane.prepare(rows)
+        """Have the slot know the batch's size; forget what it says is not valid any more."""
+        generation = self._slot.prepare(rows)
         if generation != self._generation:
             self._forget_graphs()
             self._generation = generation
 
     def _enqueue(self, key: _Key) -> None:
         rows = key[0]
-        lane = self._lane
-        self._kernel.enqueue(lane.stream, self._records.address, lane.input_memory.address, rows)
-        lane.run()
+        slot = self._slot
+        self._kernel.enqueue(slot.stream, self._records.address, slot.input_memory.address, rows)
+        slot.run()
         self._take_boxes(key)
 
     def _take_boxes(self, key: _Key) -> None:
-        lane = self._lane
+        slot = self._slot
         if self._is_suppressed:
             assert self._suppression is not None
             rows, nms, clip = key
-            outputs, records = lane.output_memory, self._records.address
-            self._suppression.enqueue(lane.stream, outputs, rows, nms, records=records, clip=clip)
+            outputs, records = slot.output_memory, self._records.address
+            self._suppression.enqueue(slot.stream, outputs, rows, nms, records=records, clip=clip)
         else:
-            lane.copy_outputs()
+            slot.copy_outputs()
 
     def _forget_graphs(self) -> None:
         for graph in self._graphs.values():
@@ -399,30 +399,30 @@ class _PictureRun(Run):
 
     def __init__(
         self,
-        lane: PictureLane,
-        give_back: Callable[[PictureLane], None],
+        slot: PictureSlot,
+        give_back: Callable[[PictureSlot], None],
         patient: bool,
         done: Callable[[int], None],
     ) -> None:
-        self._lane: PictureLane | None = lane
+        self._slot: PictureSlot | None = slot
         self._give_back = give_back
         self._patient = patient
         self._done = done
 
     def wait(self) -> dict[str, NDArray[Any]] | Suppressed:
-        assert self._lane is not None, "a run is waited for once"
-        lane, self._lane = self._lane, None
+        assert self._slot is not None, "a run is waited for once"
+        slot, self._slot = self._slot, None
         try:
-            return lane.finish(self._patient)
+            return slot.finish(self._patient)
         finally:
-            self._give_back(lane)
-            self._done(lane.rows)
+            self._give_back(slot)
+            self._done(slot.rows)
 
 
 def pictures_of(
-    plan: LanePlan, pinned: PinnedPool, preprocessing: Preprocessing
+    plan: SlotPlan, pinned: PinnedPool, preprocessing: Preprocessing
 ) -> Pictures | None:
-    """Return the lanes of an engine that take images; None where there can be none."""
+    """Return the slots of an engine that take images; None where there can be none."""
     try:
         return Pictures(plan, pinned, preprocessing)
     except CudaError:

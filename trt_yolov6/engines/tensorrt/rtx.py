@@ -266,7 +266,7 @@ def _runtime_config(
     api: trt.Api, cache: RuntimeCache, cuda_graph: bool
 ) -> Callable[[trt.ICudaEngine], trt.IRuntimeConfig]:
     """Return a factory for `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache, and
-    scratch memory from outside, which the contexts of a lane share.
+    scratch memory from outside, which the contexts of a slot share.
 
     Eager: the kernels of a batch size are compiled before its first run, not during the first few.
     By default a slower kernel that fits all shapes runs meanwhile, and timings and the last bits of

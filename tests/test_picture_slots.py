@@ -1,4 +1,4 @@
-"""Images through a lane of an engine, its memory in this machine and its kernels on the CPU.
+"""Images through a slot of an engine, its memory in this machine and its kernels on the CPU.
 
 A graph replays the calls that were recorded, with their arguments: what changes from batch to batch
 must lie in memory, or the second batch would give the first one's boxes.
@@ -105,10 +105,10 @@ class HostEvent:
         self.stream.wait()
 
 
-class HostLane:
-    """A lane whose engine is ONNX Runtime."""
+class HostSlot:
+    """A slot whose engine is ONNX Runtime."""
 
-    made: list[HostLane]
+    made: list[HostSlot]
     engine: Engine
     records = True
 
@@ -200,10 +200,10 @@ def engine(
         monkeypatch.setattr(module, "DeviceMemory", HostMemory)
         monkeypatch.setattr(module, "PinnedMemory", HostMemory)
     monkeypatch.setattr(pictures, "Event", HostEvent)
-    monkeypatch.setattr(pictures, "Lane", HostLane)
+    monkeypatch.setattr(pictures, "ExecutionSlot", HostSlot)
     with load_tiny(tmp_path, uint8=request.param) as loaded:
-        monkeypatch.setattr(HostLane, "engine", loaded, raising=False)
-        monkeypatch.setattr(HostLane, "made", [], raising=False)
+        monkeypatch.setattr(HostSlot, "engine", loaded, raising=False)
+        monkeypatch.setattr(HostSlot, "made", [], raising=False)
         yield loaded
 
 
@@ -235,9 +235,9 @@ def wanted(engine: Engine, images: list[NDArray[np.uint8]], rows: int) -> dict[s
     return engine.infer(array)
 
 
-def start(lanes: Pictures, engine: Engine, images: list[NDArray[np.uint8]], rows: int) -> Any:
+def start(slots: Pictures, engine: Engine, images: list[NDArray[np.uint8]], rows: int) -> Any:
     placed = [fit((one.shape[0], one.shape[1]), engine.image_size) for one in images]
-    return lanes.start(images, placed, rows, NMS, patient=rows % 2 == 0)
+    return slots.start(images, placed, rows, NMS, patient=rows % 2 == 0)
 
 
 def check(found: Any, engine: Engine, images: list[NDArray[np.uint8]], rows: int) -> None:
@@ -249,56 +249,56 @@ def check(found: Any, engine: Engine, images: list[NDArray[np.uint8]], rows: int
 def test_batches_give_what_prepared_input_gives(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, records: bool
 ) -> None:
-    monkeypatch.setattr(HostLane, "records", records)
-    lanes = pictures_of(engine)
+    monkeypatch.setattr(HostSlot, "records", records)
+    slots = pictures_of(engine)
     for turn, (count, rows) in enumerate([(1, 1), (4, 4), (1, 1), (4, 4), (2, 4), (1, 1), (3, 3)]):
         images = [image(10 * turn + index) for index in range(count)]
-        check(start(lanes, engine, images, rows).wait(), engine, images, rows)
-    (lane,) = HostLane.made
+        check(start(slots, engine, images, rows).wait(), engine, images, rows)
+    (slot,) = HostSlot.made
     # Of seven batches four were of a size seen before: with graphs, one recording for each of two.
-    assert lane.runs == (5 if records else 8)
-    lanes.close()
-    assert lane.closed
+    assert slot.runs == (5 if records else 8)
+    slots.close()
+    assert slot.closed
 
 
 @pytest.mark.parametrize("size", [(64, 48), (150, 211)])
 def test_images_of_one_size_are_placed_at_once(engine: Engine, size: tuple[int, int]) -> None:
-    lanes = pictures_of(engine)
+    slots = pictures_of(engine)
     random = np.random.default_rng(3)
     for count, locked in [(4, ()), (4, (1, 2)), (3, (0,)), (1, ()), (1, (0,)), (2, (0, 1))]:
         images = [random.integers(0, 256, (*size, 3), np.uint8) for _ in range(count)]
         for index in locked:
             images[index].flags.writeable = False
-        check(start(lanes, engine, images, count).wait(), engine, images, count)
+        check(start(slots, engine, images, count).wait(), engine, images, count)
 
 
-def test_as_many_lanes_are_made_as_batches_are_in_flight(engine: Engine) -> None:
-    lanes = pictures_of(engine)
+def test_as_many_slots_are_made_as_batches_are_in_flight(engine: Engine) -> None:
+    slots = pictures_of(engine)
     batches = [[image(7 * turn + index) for index in range(2)] for turn in range(9)]
     running: list[Any] = []
     for turn, images in enumerate(batches):
-        running.append(start(lanes, engine, images, 2))
+        running.append(start(slots, engine, images, 2))
         if turn >= 2:
             check(running[turn - 2].wait(), engine, batches[turn - 2], 2)
-    assert len(HostLane.made) == 3
-    found: Any = lanes.start([], [], 1, NMS).wait()
+    assert len(HostSlot.made) == 3
+    found: Any = slots.start([], [], 1, NMS).wait()
     assert found["scores"].shape[0] == 1
 
 
 def test_what_was_recorded_is_forgotten_when_a_context_changes(engine: Engine) -> None:
-    lanes = pictures_of(engine)
+    slots = pictures_of(engine)
     for turn in range(5):
         images = [image(turn)]
-        check(start(lanes, engine, images, 1).wait(), engine, images, 1)
+        check(start(slots, engine, images, 1).wait(), engine, images, 1)
         if turn == 2:
-            HostLane.made[0].generation += 1
-    assert HostLane.made[0].runs == 4  # twice: run once, recorded once
+            HostSlot.made[0].generation += 1
+    assert HostSlot.made[0].runs == 4  # twice: run once, recorded once
 
 
-def test_a_batch_that_fails_to_start_leaves_its_lane_to_the_next(engine: Engine) -> None:
-    lanes = pictures_of(engine)
+def test_a_batch_that_fails_to_start_leaves_its_slot_to_the_next(engine: Engine) -> None:
+    slots = pictures_of(engine)
     images = [image(1), image(2)]
     with pytest.raises(ValueError, match="zip"):
-        lanes.start(images, [fit(images[0].shape[:2], engine.image_size)], 2, NMS)
-    check(start(lanes, engine, images, 2).wait(), engine, images, 2)
-    assert len(HostLane.made) == 1
+        slots.start(images, [fit(images[0].shape[:2], engine.image_size)], 2, NMS)
+    check(start(slots, engine, images, 2).wait(), engine, images, 2)
+    assert len(HostSlot.made) == 1
