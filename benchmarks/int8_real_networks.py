@@ -203,7 +203,7 @@ class _Judged:
             "agreement": round(agreed.value, 4),
             "interval": [round(agreed.low, 4), round(agreed.high, 4)],
             "images": count,
-            "int8_convolutions": sum(layer.precision == "int8" for layer in layers),
+            "int8_convolutions": sum(layer.precision in ("int8", "fp8") for layer in layers),
             "convolutions": len(layers),
         }
 
