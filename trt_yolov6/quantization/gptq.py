@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.graph.editing import replace_tensor, with_outputs
 from trt_yolov6.graph.index import attributes, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
@@ -104,7 +104,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as workers:
+        with ThreadPoolExecutor(len(usable_cpus())) as workers:
             yield workers
     finally:
         torch.set_num_threads(threads)
