@@ -627,8 +627,6 @@ _NOT_MEASURED = "Not measured yet.\n"
 
 def triton_where(name: str) -> str:
     """Environment of Triton's figures, and whether its boxes are ours."""
-    if not (RESULTS / name).is_file():
-        return _NOT_MEASURED
     data = result(name)
     same = data["equal"]
     protocols = " and ".join(
@@ -645,8 +643,6 @@ def triton_where(name: str) -> str:
 
 def triton_load(name: str) -> str:
     """Throughput and latency of each entry by the number of requests at a time."""
-    if not (RESULTS / name).is_file():
-        return _NOT_MEASURED
     found = {(row["entry"], row["concurrency"]): row for row in result(name)["load"]}
     rows = []
     for count in sorted({count for _, count in found}):
@@ -663,8 +659,6 @@ def triton_load(name: str) -> str:
 
 def triton_bench(name: str) -> str:
     """Throughput at 16 at a time over that of `bench`, in turns."""
-    if not (RESULTS / name).is_file():
-        return _NOT_MEASURED
     data = result(name)
     part = data["bench"]
     ratios = sorted(one["ratio"] for one in part["rounds"])
@@ -681,8 +675,6 @@ def triton_bench(name: str) -> str:
 
 def triton_soak() -> str:
     """Resources that the server holds during a long load."""
-    if not (RESULTS / TRITON_CPU).is_file():
-        return _NOT_MEASURED
     seen = result(TRITON_CPU)["soak"]
     last = seen[-1]["seconds"]
     rows = []

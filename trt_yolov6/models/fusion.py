@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -89,7 +90,7 @@ def _fold_shortcuts_of(stack: CSPStack) -> None:
     bottlenecks = [block for block in stack.bottlenecks if isinstance(block, BottleRep)]
     factors = [1.0]
     for block in bottlenecks:
-        last = block.second if isinstance(block.third, nn.Identity) else block.third
+        last = block.second  # only MBLA has a third
         if (
             block.alpha is None
             or not isinstance(last, ConvAct)
@@ -99,17 +100,15 @@ def _fold_shortcuts_of(stack: CSPStack) -> None:
         factors.append(factors[-1] * float(block.alpha.detach()))
     if not isinstance(merge, ConvAct) or not all(1 / _WIDEST <= f <= _WIDEST for f in factors):
         return
-    for block, before, after in zip(bottlenecks, factors, factors[1:], strict=False):
-        last = block.second if isinstance(block.third, nn.Identity) else block.third
-        assert isinstance(block.first, ConvAct)
-        assert isinstance(last, ConvAct)
-        assert last.conv.bias is not None
-        with torch.no_grad():
-            block.first.conv.weight.mul_(before)
-            last.conv.weight.div_(after)
-            last.conv.bias.div_(after)
-        block.alpha = None
     with torch.no_grad():
+        for block, (before, after) in zip(bottlenecks, itertools.pairwise(factors), strict=True):
+            assert isinstance(block.first, ConvAct)
+            assert isinstance(block.second, ConvAct)
+            assert block.second.conv.bias is not None
+            block.first.conv.weight.mul_(before)
+            block.second.conv.weight.div_(after)
+            block.second.conv.bias.div_(after)
+            block.alpha = None
         merge.conv.weight[:, : merge.conv.in_channels // 2].mul_(factors[-1])
 
 

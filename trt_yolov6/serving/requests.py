@@ -45,16 +45,19 @@ def make_ready(engine: Engine, memory: InputMemory, options: PredictOptions | No
         memory: as for `run_tensors`.
         options: those of `detect_encoded`; None: requests are for `run_tensors`.
     """
-    for rows in engine.batch_steps:
-        if options is not None and engine.takes_images():
-            black = np.zeros((*engine.image_size, 3), np.uint8)
-            placed = fit(engine.image_size, engine.image_size, 0, engine.preprocessing.fit)
-            nms, _ = resolve(engine, options)
+    if not engine.batch_steps:
+        return
+    if options is not None and engine.takes_images():
+        black = np.zeros((*engine.image_size, 3), np.uint8)
+        placed = fit(engine.image_size, engine.image_size, 0, engine.preprocessing.fit)
+        nms, _ = resolve(engine, options)
+        for rows in engine.batch_steps:
             engine.start_images([black], [placed], nms, rows=rows).wait()
-            continue
-        array = memory.rows(rows)
-        array[:] = 0
-        engine.infer(array)
+        return
+    array = memory.rows(engine.batch_steps[-1])
+    array[:] = 0
+    for rows in engine.batch_steps:
+        engine.infer(array[:rows])
 
 
 def run_tensors(
