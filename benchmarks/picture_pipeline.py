@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -696,34 +697,40 @@ def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
     And on the CPU with as many values a level off as the hardware's decoder has, at random: what
     it does to AP is what any such difference does.
     """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(ACCURACY), context) as processes:
+        work = functools.partial(accuracy_of, bench)
+        return list(itertools.chain.from_iterable(processes.map(work, ACCURACY)))
+
+
+def accuracy_of(bench: Bench, name: str) -> list[dict[str, Any]]:
+    """Return a row for each way of preparing pictures for an engine of `ACCURACY`."""
     rows: list[dict[str, Any]] = []
     data = load_coco(ROOT / "samples")
-    for name in ACCURACY:
-        first = len(rows)
-        for way in ("CPU", "GPU, decoded on the CPU", "GPU", *range(DRAWS)):
-            with load_engine(bench.engine(name, 8)) as engine, contextlib.ExitStack() as stack:
-                if isinstance(way, int):
-                    stack.enter_context(values_off(way))
-                if isinstance(way, int) or way == "CPU":
-                    engine.takes_images = lambda: False  # type: ignore[method-assign]
-                elif way != "GPU":
-                    engine.jpeg_decoder = lambda number=0: None  # type: ignore[method-assign]
-                workers = 1 if isinstance(way, int) else None  # so that draws can be repeated
-                options = PredictOptions(batch=8, workers=workers)
-                result = evaluate(engine, data, options, progress=False)
-                rows.append(
-                    {
-                        "network": name,
-                        "pictures on the": f"CPU, values off: {way}" if workers else way,
-                        "decoder": engine.takes_images() and engine.jpeg_decoder() is not None,
-                        "AP": result.ap,
-                        "AP50": result.ap50,
-                        "detections": result.detections,
-                        "images": result.images,
-                    }
-                )
-                rows[-1]["AP_to_CPU"] = rows[-1]["AP"] - rows[first]["AP"]
-                print(" ", short(rows[-1]), flush=True)
+    for way in ("CPU", "GPU, decoded on the CPU", "GPU", *range(DRAWS)):
+        with load_engine(bench.engine(name, 8)) as engine, contextlib.ExitStack() as stack:
+            if isinstance(way, int):
+                stack.enter_context(values_off(way))
+            if isinstance(way, int) or way == "CPU":
+                engine.takes_images = lambda: False  # type: ignore[method-assign]
+            elif way != "GPU":
+                engine.jpeg_decoder = lambda number=0: None  # type: ignore[method-assign]
+            workers = 1 if isinstance(way, int) else None  # so that draws can be repeated
+            options = PredictOptions(batch=8, workers=workers)
+            result = evaluate(engine, data, options, progress=False)
+            rows.append(
+                {
+                    "network": name,
+                    "pictures on the": f"CPU, values off: {way}" if workers else way,
+                    "decoder": engine.takes_images() and engine.jpeg_decoder() is not None,
+                    "AP": result.ap,
+                    "AP50": result.ap50,
+                    "detections": result.detections,
+                    "images": result.images,
+                }
+            )
+            rows[-1]["AP_to_CPU"] = rows[-1]["AP"] - rows[0]["AP"]
+            print(" ", short(rows[-1]), flush=True)
     return rows
 
 
