@@ -27,7 +27,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.evaluate import evaluate
-from trt_yolov6.serving.ray.cluster import Actors, fitting_actors
+from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
 from trt_yolov6.spec import PredictOptions
 
 pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
@@ -304,6 +304,17 @@ def test_an_actor_takes_a_gpu_or_a_group_of_cores() -> None:
         fit((8, 0), cores=9)
     with pytest.raises(UserError, match="offers Ray a core"):
         fit((0, 0))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "nowhere.invalid:1", "a:b"])
+def test_an_address_where_nothing_listens_is_told_at_once(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match="does not lead to a cluster"), connected(address):
+        pass
 
 
 def test_sources_are_listed_once_and_by_name(pictures: Path, tmp_path: Path) -> None:
