@@ -11,6 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=dev,docs,ray
 if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,ray,tensorrt-rtx,gpu-images; fi
 bash scripts/environment.sh "$extras"
+# Images of containers often keep Python from writing bytecode. Here some 150 processes would each compile
+# PyTorch again: 6 s each, where importing it takes 2.
+unset PYTHONDONTWRITEBYTECODE
 # A core each: what waits for files and the network, and mypy.
 {
     # A server for the tests of export-triton, which skip without it.
