@@ -133,10 +133,11 @@ def run(options: argparse.Namespace) -> None:
         write_folds(options.data.resolve(), state / "data", limit=options.limit)
     jobs = jobs_of(options)
     names = [job.name for job in jobs]
-    take_over(options.known, state, jobs)
+    earlier = take_over(options.known, state, jobs)
     results = results_in(state, names)
+    own_names = [name for name in names if name not in earlier]
     schedule = Schedule(
-        [_timed(job, results) for job in jobs],
+        [_timed(job, results_in(state, own_names)) for job in jobs],
         set(results),
         GPU_MEMORY,
         started + options.deadline,
@@ -162,7 +163,7 @@ def run(options: argparse.Namespace) -> None:
             heading["seconds"] = time.monotonic() - started
             heading["failed"] = dict(schedule.failed)
             write_json(call, heading)
-            known = results_in(state, names)
+            known = results_in(state, own_names)
             schedule.jobs = [_timed(job, known) for job in jobs]
             if options.out:
                 write_out(options.out, state)
@@ -214,8 +215,10 @@ def results_in(state: Path, names: Iterable[str]) -> dict[str, Any]:
     return {name: read_json(path) for name, path in files if path.is_file()}
 
 
-def take_over(folders: Iterable[Path], state: Path, jobs: Sequence[Job]) -> None:
+def take_over(folders: Iterable[Path], state: Path, jobs: Sequence[Job]) -> set[str]:
     """Write the results of earlier calls into the state, so that their trainings are over.
+
+    Returns the jobs' names; their times say nothing of this call's.
 
     Not of a network that another job needs: what a call leaves has detections, but no weights.
 
@@ -230,6 +233,7 @@ def take_over(folders: Iterable[Path], state: Path, jobs: Sequence[Job]) -> None
         for job in jobs
         if job.name not in needed and VARIANTS[job.order["variant"]].quantized is None
     }
+    earlier = set()
     for folder in folders:
         results = {
             f"{one['variant']}/{one['fold']}": one
@@ -241,14 +245,18 @@ def take_over(folders: Iterable[Path], state: Path, jobs: Sequence[Job]) -> None
                     name = member.rpartition("/")[0]
                     order, result = wanted.get(name), results.get(name)
                     own = state / name
-                    if order is None or result is None or (own / RESULT_FILE).exists():
+                    if order is None or result is None:
                         continue
                     if any(result[key] != order[key] for key in ("epochs", "image_size", "batch")):
+                        continue
+                    earlier.add(name)
+                    if (own / RESULT_FILE).exists():
                         continue
                     own.mkdir(parents=True, exist_ok=True)
                     with atomic_path(own / FOUND_FILE) as temporary:
                         temporary.write_bytes(archive.read(member))
                     write_json(own / RESULT_FILE, result)
+    return earlier
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:

@@ -530,7 +530,7 @@ def test_folds_of_earlier_calls_are_not_trained_again_but_for_networks_that_are_
     only = ["n-atss", "l-distilled"]  # which needs `l`
     state = tmp_path / "state"
     jobs = jobs_of(_parser().parse_args(["--only", *only, "--state", str(state)]))
-    take_over([tmp_path / "out"], state, jobs)
+    assert take_over([tmp_path / "out"], state, jobs) == {"n-atss/0"}
     assert set(results_in(state, [job.name for job in jobs])) == {"n-atss/0"}
     assert (state / "n-atss" / "0" / FOUND_FILE).read_bytes() == b"detections"
 
