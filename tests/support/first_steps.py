@@ -1,4 +1,4 @@
-"""The first steps of a training, in one process or under torchrun's variables, and their gradients."""
+"""A training's first steps, in one process or as one of several, and what they came to."""
 
 from __future__ import annotations
 
