@@ -180,7 +180,8 @@ __device__ __forceinline__ u64 key_of(float score, u32 place) {
     return (u64)(ALL - __float_as_uint(score)) << 32 | place;
 }
 
-// Grid: (blocks of FIND_THREADS * FIND_EACH scores, images). `counts`, zero before, may end above the capacity.
+// Grid: (blocks of FIND_THREADS * FIND_EACH scores, images). `counts`, zero before, may end above the capacity;
+// `suppress` leaves them at zero.
 extern "C" __global__ void __launch_bounds__(FIND_THREADS) find(
     const void* first, const void* second, const void* third,
     float threshold, float least, u32 capacity, u32* counts, u64* keys)
@@ -456,7 +457,7 @@ __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* b
 extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const void* first, const void* second, const void* third,
     float confidence, double iou, float low, float high, float reach, u32 limit, u32 capacity,
-    const u32* counts, const u64* all_keys, const Picture* pictures, u32 clip, unsigned char* results)
+    u32* counts, const u64* all_keys, const Picture* pictures, u32 clip, unsigned char* results)
 {
     __shared__ u64 sorted[CHUNK];
     __shared__ Kept kept;
@@ -648,7 +649,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         __syncthreads();
         if (thread == 0) written = all;
     }
+    __syncthreads();  // all have read the count
     if (thread == 0) {
+        counts[image] = 0;
         Header header = {written, found, {0, 0}};
         *(Header*)result = header;
     }
