@@ -295,6 +295,15 @@ def test_harmless_noise_is_of_two_gray_levels_in_any_range() -> None:
     np.testing.assert_allclose(darkest, black[0, :, 0, 0])
 
 
+def test_an_assured_agreement_is_less_than_that_of_these_images(tiny: Graph, folder: Path) -> None:
+    judge = judging.Judge(tiny, sorted(folder.iterdir()))
+    assert judging.assured_agreement([(judge, judge.reference)]) == 1
+    quantized = quantize(tiny, folder, dataclasses.replace(MINMAX, bias_correction=False))
+    judged = [(judge, judge.detections(quantized.graph.model))]
+    agreed = judging.pooled_agreement(judged, judging.CONFIDENCES[-1:])
+    assert judging.assured_agreement(judged) < agreed < 1
+
+
 def test_the_float_network_agrees_with_itself_in_noise(tiny: Graph, folder: Path) -> None:
     judge = judging.Judge(tiny, sorted(folder.iterdir()))
     assert 0 <= judge.harmless_agreement() <= 1
