@@ -265,7 +265,7 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
     with logged() as told:
         result = quantize(tiny, folder, settings)
     assert result.table.float_layers == ()
-    assert "float layers until the assured agreement with float is 0.250 ..." in told
+    assert "float layers until assured agreement with float 0.250 is reached ..." in told
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
