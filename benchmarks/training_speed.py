@@ -8,9 +8,10 @@ of all GPUs' images together (the default), with PyTorch's SyncBatchNorm in thei
 recipe's 32 images a step. Candidates are measured as well: the network's passes as CUDA graphs
 (`graphed_network`), which has run nowhere yet, and `compile`. Several GPUs take sums in another
 order than one, and training makes much of little: how much, one GPU shows with the images of each
-batch in another order, and with the normalizations and the exchange of several. Guessed: three minutes on four H100; fewer GPUs are measured side by side on
-those that are free, and all of them last. The images are taken several times, so that an epoch has
-steps enough. Profiles are of epochs of their own, after all else.
+batch in another order, and with the normalizations and the exchange of several. Guessed: three
+minutes on four H100; fewer GPUs are measured side by side on those that are free, and all of them
+last. The images are taken several times, so that an epoch has steps enough. Profiles are of epochs
+of their own, after all else.
 """
 
 from __future__ import annotations
