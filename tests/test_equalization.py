@@ -284,6 +284,18 @@ def test_the_border_of_a_padded_depthwise_convolution_stays_as_well(
     assert ("Add" in {node.op_type for node in shifted.graph.node}) == any(pads)
 
 
+def test_a_border_of_a_convolution_that_names_neither_strides_nor_dilations_stays() -> None:
+    drawing, rng = Drawing(0), np.random.default_rng(0)
+    drawing.grow("SiLU", drawing.convolution("images"), "")
+    active = list(drawing.channels)[-1]
+    drawing.convolution(drawing.convolution(active, outputs=4, groups=4))
+    model = drawing.model()
+    channels = trace_channels(model, through_activations=True)
+    assert channels.shiftable == {active}
+    factors = np.ones(channels.count, np.float32)
+    assert_same_function(model, rescale(model, channels, factors, {active: rng.normal(size=4)}))
+
+
 def pointwise_after(kind: str, pads: int = 0, *between: str) -> tuple[Drawing, onnx.ModelProto]:
     """A convolution, an activation, what stands between, and a convolution of one pixel."""
     drawing = Drawing(0)
