@@ -366,8 +366,13 @@ __device__ u32 sum_up_to(u32 own, u32* totals) {
     }
     if (lane == 31) totals[warp] = own;
     __syncthreads();
-    for (u32 before = 0; before < warp; ++before) own += totals[before];
-    return own;
+    u32 up_to = lane < WARPS ? totals[lane] : 0;
+    for (int step = 1; step < WARPS; step *= 2) {
+        u32 other = __shfl_up_sync(ALL, up_to, step);
+        if (lane >= step) up_to += other;
+    }
+    const u32 before = __shfl_sync(ALL, up_to, warp ? warp - 1 : 0);
+    return warp ? own + before : own;
 }
 
 // Sorts `size` keys of [start, end), at most CHUNK: by bins of about equal width first, then within them. Returns
@@ -498,11 +503,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         seen += size;
         start = end;
 
-        // The boxes of a tile are read while the tile before is compared. The first tile is small: the best boxes
+        // The boxes of a tile are read while the tile before is compared. Of several, the first is small: the best boxes
         // overlap most, and what they suppress is not compared with the others.
         u64 key = 0;
         Raw raw = {};
-        u32 width = total == 0 ? 32 : TILE;
+        u32 width = total == 0 && size > 2 * TILE ? 32 : TILE;
         if (thread < width && thread < size) {
             key = sorted[thread];
             raw = read_box(outputs, image, (u32)key / CLASSES);
