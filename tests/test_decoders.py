@@ -339,7 +339,8 @@ def test_what_suppresses_by_itself_needs_no_known_number_of_anchors(
 
 def test_boxes_and_scores_by_class_come_in_either_order() -> None:
     outputs = ("scores_out", [1, 80, 8400]), ("boxes_out", [1, 8400, 4])
-    for graph in (facts(*outputs), facts(*outputs[::-1])):
+    named = facts(("boxes", [1, 8400, 4]), ("scores", [1, 80, 8400]))
+    for graph in (facts(*outputs), facts(*outputs[::-1]), named):
         family, layout = recognize(graph, "x.onnx", "ppyoloe")
         assert (family.name, layout) == ("ppyoloe", "split_by_class")
 
