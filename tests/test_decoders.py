@@ -424,7 +424,10 @@ ULTRALYTICS = {"author": "Ultralytics", "task": "detect"}
         ),
         (facts(("output0", [None, None, 6]), metadata=ULTRALYTICS), "yolov8", "best"),
         (facts(("output0", [1, 1000, 6])), "yolov8", "best"),
-        (facts(("output0", [1, 1001, 6])), "yolov6", "rows"),  # of an unusual size
+        # Numbers of anchors that no known head has: the longer axis is theirs.
+        (facts(("output0", [1, 1001, 6])), "yolov6", "rows"),
+        (facts(("output0", [None, None, 85])), "yolov6", "rows"),
+        (facts(("output0", [1, 84, 8401])), "yolov8", "columns"),
         (facts(("outputs", [1, 84, 90]), size=64), "yolov6", "rows"),  # fewer anchors than columns
         (facts(("output0", [1, 90, 84]), size=64), "yolov8", "columns"),
         (facts(("output0", [1, 252, 300]), size=64), "yolov5", "rows"),
