@@ -115,14 +115,13 @@ NETWORKS = (
 WITH_LABELS = ", labels"
 """Ending of the names of tools that are given labels."""
 
-_WITHIN = QuantizationSettings(float_layers="auto", max_ap_drop=0.3, max_slowdown=5.0)
+_WITHIN = QuantizationSettings(float_layers="auto", max_ap_drop=0.3)
 
 TOOLS: dict[str, QuantizationSettings] = {
     "ours": QuantizationSettings(),
     "ours, auto 5 %": QuantizationSettings(float_layers="auto", max_ap_drop=None, max_slowdown=5.0),
-    "ours, auto 0.3 points": QuantizationSettings(float_layers="auto", max_ap_drop=0.3),
-    "ours, auto 0.3 points, 5 %": _WITHIN,
-    f"ours, auto 0.3 points, 5 %{WITH_LABELS}": _WITHIN,
+    "ours, auto 0.3 points": _WITHIN,
+    f"ours, auto 0.3 points{WITH_LABELS}": _WITHIN,
     "ours, gradients 5 minutes": QuantizationSettings(reconstruct_minutes=5.0),
     "ours, FP8": QuantizationSettings(quantized=FP8),
 }

@@ -114,14 +114,15 @@ def int8_real_networks() -> str:
             f"[{100 * row['ap_change'][1]:+.2f}, {100 * row['ap_change'][2]:+.2f}]",
             f"{row['agreement']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]",
             f"{row['int8_convolutions']} of {row['convolutions']}",
+            f"{row['slower']:.1%}" if "slower" in row else "",
         ]
         for row in sorted(
             result("int8-real-networks.json")["rows"],
             key=lambda row: (row["network"], not row["tool"].startswith("ours"), row["tool"]),
         )
     ]
-    head = ["network", "tool", "images", "AP", "points to float", "agreement", "INT8 convolutions"]
-    return markdown(head, rows)
+    head = ["network", "tool", "images", "AP", "points to float", "agreement"]
+    return markdown([*head, "INT8 convolutions", "slower"], rows)
 
 
 def gpu_decoding() -> str:
