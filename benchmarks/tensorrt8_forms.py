@@ -98,7 +98,7 @@ def shortcuts(form: str, *, in_stack: bool, channels: int = 128, size: int = 80)
 
     Args:
         form: `sum`, `convolution` (the sum as a 1x1 convolution of both terms) or `none`.
-        in_stack: with CSPStackRep's path beside them and its concatenation; else the row alone.
+        in_stack: with the other path and the concatenation of CSPStackRep; else the row alone.
     """
     part, same = Part(), (channels, channels)
     whole = part.conv_relu("images", (3, channels), 3, 2)
@@ -236,7 +236,7 @@ def time_forms(folder: Path, json: Path, only: Collection[str], level: int | Non
 
 
 def _timed(plan: bytes, stream: Any, runs: int = 10) -> Callable[[], float]:
-    """Return what runs a plan several times and returns milliseconds a run."""
+    """Return a function that runs a plan several times and returns milliseconds a run."""
     import tensorrt
     from cuda.bindings import runtime
 
@@ -261,7 +261,7 @@ def _timed(plan: bytes, stream: Any, runs: int = 10) -> Callable[[], float]:
 
 
 def _done(answer: tuple[Any, ...]) -> Any:
-    """Return what a call of CUDA gave, or raise what it reports."""
+    """Return the value that a call of CUDA gave, or raise the error that it reports."""
     error, *values = answer
     if int(error) != 0:
         raise RuntimeError(error.name)
