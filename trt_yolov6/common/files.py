@@ -15,7 +15,7 @@ from typing import Any
 from trt_yolov6.errors import UserError
 
 _PART = 2**20
-"""Bytes read at a time where a file does not tell its size."""
+"""Bytes read at a time where the size is not known before."""
 
 
 @contextlib.contextmanager
