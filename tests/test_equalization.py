@@ -214,6 +214,7 @@ def test_factors_of_one_add_no_operator() -> None:
     others[FIXED] = 1
     assert len(rescale(model, channels, others).graph.node) > len(model.graph.node)
     assert rescale(model, channels, ones).graph.node == model.graph.node
+    assert_same_function(model, rescale(model, channels, others))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

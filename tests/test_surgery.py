@@ -399,19 +399,18 @@ class TestBuild:
         wanted, removals = clean(model)
         assert removals
         images = noise_folder(tmp_path / "images")
-        for number, (options, said) in enumerate(
-            (
-                ({"calibration": images}, "quantization itself moves it by"),
-                ({}, "not verified; calibration images compare the outputs"),
-                ({"clean": False}, ""),
-            )
-        ):
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({"calibration": images}, "quantization itself moves it by"),
+            ({}, "not verified; calibration images compare the outputs"),
+            ({"clean": False}, ""),
+        ]
+        for number, (options, said) in enumerate(cases):
             with logged() as lines:
                 built = build(
                     tmp_path / "qdq.onnx",
                     backend="onnxruntime",
                     output=tmp_path / f"{number}.onnx",
-                    **options,  # type: ignore[arg-type]
+                    **options,
                 )
             assert any("surgery" in line and said in line for line in lines) is bool(said)
             kept = quantized_tensors(model if "clean" in options else wanted)
