@@ -7,7 +7,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.roofline import graph_work
@@ -31,9 +33,6 @@ from trt_yolov6.pipeline import build, export, quantize
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import table_path
 from trt_yolov6.spec import BatchProfile, Precision
-
-if TYPE_CHECKING:
-    import onnx
 
 _log = logging.getLogger(__name__)
 

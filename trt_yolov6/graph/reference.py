@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 from trt_yolov6.graph.quantized import has_qdq
 
@@ -121,6 +123,15 @@ def open_session(
             f"{source} is not an ONNX model that ONNX Runtime {onnxruntime.__version__} takes "
             f"({first_line(error)}); export or build it again."
         ) from error
+
+
+def runner(
+    session: onnxruntime.InferenceSession, outputs: Iterable[str] | None = None
+) -> Callable[[NDArray[Any]], dict[str, NDArray[Any]]]:
+    """Return a function from what a session's one input takes to outputs by name; None: all."""
+    names = [item.name for item in session.get_outputs()] if outputs is None else list(outputs)
+    source = session.get_inputs()[0].name
+    return lambda images: dict(zip(names, session.run(names, {source: images}), strict=True))
 
 
 def is_quantized(model: bytes) -> bool:

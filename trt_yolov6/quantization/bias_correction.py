@@ -155,28 +155,6 @@ def with_errors_removed(
     return result
 
 
-def with_layers_of(model: onnx.ModelProto, other: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a Q/DQ graph with the weights and biases of another graph's layers of the same names.
-
-    Args:
-        model: it is not changed. Layers that are in float in either graph stay as they are.
-        other: made from the same float graph, its constants called as there.
-    """
-    result = copy.deepcopy(model)
-    ours, theirs = constants_of(result), constants_of(other)
-    tuned = {layer.output: layer for layer in quantized_layers(other) if layer.has_own_codes}
-    for layer in quantized_layers(result):
-        if not layer.has_own_codes or layer.output not in tuned:
-            continue
-        known = tuned[layer.output]
-        ours[layer.weight].CopyFrom(theirs[known.weight])
-        ours[layer.weight_scale].CopyFrom(theirs[known.weight_scale])
-        change = bias_of(known, theirs) - bias_of(layer, ours)
-        if np.any(change):
-            shift_bias(result, layer, change)
-    return result
-
-
 def bias_of(
     layer: QuantizedLayer, constants: Mapping[str, onnx.TensorProto]
 ) -> NDArray[np.float64]:

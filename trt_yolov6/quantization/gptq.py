@@ -30,7 +30,7 @@ from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.graph.editing import replace_tensor, with_outputs
 from trt_yolov6.graph.index import attributes, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
-from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.quantization.bias_correction import shift_bias
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 
@@ -343,10 +343,10 @@ def _measure(
 ) -> None:
     """Run the images through the Q/DQ graph and give each job what its layer reads."""
     names = list(dict.fromkeys(job.layer.input for job in jobs))
-    session = reference_session(with_integer_convolutions(with_outputs(model, names)))
-    source = session.get_inputs()[0].name
+    exact = with_integer_convolutions(with_outputs(model, names))
+    run = runner(reference_session(exact), names)
     for image in images:
-        values = dict(zip(names, session.run(names, {source: image}), strict=True))
+        values = run(image)
         inputs = [values[job.layer.input] for job in jobs]
         list(workers.map(_Job.add, jobs, inputs))  # to see their errors
         del values, inputs  # or two images' would be held

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.cost import T4, layers_of
@@ -17,9 +18,6 @@ from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
 from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.sensitivity import Distortion, Sensitivity
-
-if TYPE_CHECKING:
-    import onnx
 
 _BATCH = 32
 """Images at a time for which run time is estimated: the paper's, and enough to fill the GPU."""
@@ -163,7 +161,7 @@ def rankings_by_displacement(
     moves most, whatever it costs.
 
     Args:
-        displacements: of each layer alone (`displacement.layer_displacements`).
+        displacements: of each layer alone (`sensitivity.scores_alone` by `Displacement.of`).
         costs: of the layers.
     """
 

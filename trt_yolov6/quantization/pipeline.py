@@ -18,10 +18,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx
 
 from trt_yolov6.data.calibration import calibration_images, evenly, images_sha256
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.collect import check_weights
 from trt_yolov6.quantization.judge import (
     ImageSplit,
@@ -51,12 +54,6 @@ from trt_yolov6.quantization.table import (
 from trt_yolov6.quantization.trials import Candidate
 from trt_yolov6.quantization.types import INT8
 from trt_yolov6.quantization.weights import WeightTuning, chosen_weights
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
-
 
 _log = logging.getLogger(__name__)
 

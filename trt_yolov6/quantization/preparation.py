@@ -7,27 +7,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
 from trt_yolov6.quantization.judge import batches_of
 from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
 from trt_yolov6.quantization.types import QuantizedType
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
-    from trt_yolov6.quantization.settings import QuantizationSettings
 
 Variant = Literal["plain", "equalized", "smoothed", "shifted"]
 

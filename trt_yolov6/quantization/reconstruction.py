@@ -15,22 +15,19 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.quantization.torch_anchors import READERS, AnchorTensors, iou
 from trt_yolov6.quantization.torch_graph import TorchGraph
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
 
 _log = logging.getLogger(__name__)
 

@@ -15,17 +15,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
-from trt_yolov6.quantization.bias_correction import with_layers_of, without_mean_rounding
+from trt_yolov6.quantization.bias_correction import without_mean_rounding
 from trt_yolov6.quantization.calibrators import Method, methods_to_try
-from trt_yolov6.quantization.displacement import Displacement, layer_displacements
+from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.judge import (
     CONFIDENCES,
     FEWEST_TO_PART,
@@ -38,7 +40,7 @@ from trt_yolov6.quantization.judge import (
     pooled_gain,
     pooled_interval,
 )
-from trt_yolov6.quantization.learned import as_built, learned_of
+from trt_yolov6.quantization.learned import as_built, learned_of, with_learned
 from trt_yolov6.quantization.mixed_precision import (
     Fallback,
     LayerCost,
@@ -58,16 +60,11 @@ from trt_yolov6.quantization.preparation import (
 )
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.resampling import Interval
-from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked
+from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked, scores_alone
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
 from trt_yolov6.quantization.trials import Candidate, Decision
 from trt_yolov6.quantization.weights import SAID, Weights, WeightTuning, weight_choices
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
-    from trt_yolov6.quantization.settings import QuantizationSettings
 
 _log = logging.getLogger(__name__)
 
@@ -434,7 +431,7 @@ class Search:
         watch = Displacement(
             self._graph, list(batches_of(self._graph, paths, self._settings.border))
         )
-        alone = layer_displacements(prepared.model, prepared.placement, table.amax, watch.of)
+        alone = scores_alone(prepared.model, prepared.placement, table.amax, watch.of)
         return rankings_by_displacement(alone, self._costs)
 
     def _searched(
@@ -541,7 +538,7 @@ class Search:
     def _model(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
         model = self._inserted(fold, choice)
         for other in choice.like:
-            model = with_layers_of(model, self._model(fold, other))
+            model = with_learned(model, learned_of(self._model(fold, other)))
         return model if choice.like else fold.tuning.tuned(model, choice.weights)
 
     def _detections(self, fold: _Fold, choice: Choice) -> list[Detections]:

@@ -14,17 +14,19 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import helper
 
 from trt_yolov6.common.plots import new_figure, save_figure
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, at_opset
 from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.graph.operators import layer_names, weight_axis
-from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.quantization.qdq.insert import (
     activation_scales,
     insert_qdq,
@@ -32,9 +34,6 @@ from trt_yolov6.quantization.qdq.insert import (
 )
 from trt_yolov6.quantization.qdq.placement import Placement, place
 from trt_yolov6.quantization.types import INT8
-
-if TYPE_CHECKING:
-    import onnx
 
 Metric = Literal["mse", "snr", "cosine", "ap"]
 
@@ -150,7 +149,7 @@ def sensitivity(
         amax: range of each tensor to quantize, as a calibration table has it.
         images: each what the graph's input takes, for the tensor metrics.
         metric: `mse`, `snr`, `cosine` or `ap`.
-        score: for `ap`, see `by_ap`.
+        score: for `ap`: a graph's AP in 0..1, from labels or by agreement with the float graph.
 
     Raises:
         UserError: a range is missing, or there is no image.
@@ -159,7 +158,7 @@ def sensitivity(
     if metric == "ap":
         if score is None:
             raise ValueError("sensitivity by AP needs a function that gives a graph's AP")
-        return by_ap(model, placement, amax, score)
+        return _sorted("ap", scores_alone(model, placement, amax, score))
     return ranked(layer_distortions(model, placement, amax, images), metric)
 
 
@@ -180,16 +179,14 @@ def layer_distortions(
     if not placement.layers:
         return {}
     twins = _with_twins(model, placement, input_scales(model, placement, amax))
-    session = reference_session(twins)
-    source = session.get_inputs()[0].name
-    wanted = [_sum_name(name, kind) for name in placement.layers for kind in _SUMS]
+    run = runner(reference_session(twins))
     totals = {name: Distortion(0.0, 0.0, 0.0, 0) for name in placement.layers}
     seen = False
     for image in images:
         seen = True
-        found = iter(session.run(wanted, {source: image}))
+        found = run(image)
         for name in totals:
-            error, reference, values, count = (next(found) for _ in _SUMS)
+            error, reference, values, count = (found[_sum_name(name, kind)] for kind in _SUMS)
             totals[name] += Distortion(float(error), float(reference), float(values), int(count))
     if not seen:
         raise UserError("there is no calibration image; name a folder of some as `calibration`.")
@@ -204,28 +201,22 @@ def ranked(distortions: Mapping[str, Distortion], metric: Metric) -> Sensitivity
     return _sorted(metric, values)
 
 
-def by_ap(
+def scores_alone(
     model: onnx.ModelProto,
     placement: Placement,
     amax: Mapping[str, float],
     score: Callable[[onnx.ModelProto], float],
-) -> Sensitivity:
-    """Rank layers by the AP of the graph in which only that layer runs in INT8.
+) -> dict[str, float]:
+    """Return the score of the graph in which only that layer runs in INT8, by layer in its order.
 
-    Arguments as in `sensitivity`.
-
-    Args:
-        score: a graph's AP in 0..1, from labels or by agreement with the float graph.
+    Arguments as in `sensitivity`, but that `score` may be any function of a graph.
     """
     scales = input_scales(model, placement, amax)
     ranges = {name: scale * INT8.largest for name, scale in scales.items()}
-    return _sorted(
-        "ap",
-        {
-            name: score(insert_qdq(model, only_layer(model, placement, name), ranges))
-            for name in placement.layers
-        },
-    )
+    return {
+        name: score(insert_qdq(model, only_layer(model, placement, name), ranges))
+        for name in placement.layers
+    }
 
 
 def only_layer(model: onnx.ModelProto, placement: Placement, layer: str) -> Placement:
@@ -313,9 +304,6 @@ def _with_twins(
     model: onnx.ModelProto, placement: Placement, scales: Mapping[str, float]
 ) -> onnx.ModelProto:
     """Return the graph with quantized twins of its layers, and their sums as its outputs."""
-    import onnx
-    from onnx import helper
-
     result = at_opset(model, INT8.opset)
     graph = result.graph
     constants = constants_of(result)

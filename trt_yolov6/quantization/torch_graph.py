@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -24,9 +25,6 @@ from trt_yolov6.graph.index import GraphIndex, attributes, constants_of, tensor_
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
 from trt_yolov6.quantization.fake_quantize import FakeQuantizer, activation_levels
 from trt_yolov6.quantization.types import INT8
-
-if TYPE_CHECKING:
-    import onnx
 
 Attributes = Mapping[str, Any]
 Operator = Callable[[Attributes, Sequence[Any]], Any]

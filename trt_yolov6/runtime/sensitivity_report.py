@@ -11,7 +11,8 @@ import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.engines import load_engine
@@ -29,9 +30,6 @@ from trt_yolov6.quantization.sensitivity import (
     sensitivity,
 )
 from trt_yolov6.runtime.evaluate import evaluate
-
-if TYPE_CHECKING:
-    import onnx
 
 Score = Callable[["onnx.ModelProto"], float]
 

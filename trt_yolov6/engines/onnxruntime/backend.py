@@ -40,10 +40,6 @@ from trt_yolov6.graph.reference import (
     parsed_model,
     reference_session,
 )
-from trt_yolov6.quantization.qdq.integer_arithmetic import (
-    with_integer_convolutions,
-    with_single_quantization,
-)
 from trt_yolov6.spec import BatchProfile, TensorSpec, image_size_of
 
 if TYPE_CHECKING:
@@ -326,8 +322,10 @@ def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
     graph = parsed_model(content) if on_cpu else None
     if graph is None:
         return content, False
-    whole = with_integer_convolutions(graph)
-    exact = with_single_quantization(whole)
+    from trt_yolov6.quantization.qdq import integer_arithmetic as exactly  # imports onnx
+
+    whole = exactly.with_integer_convolutions(graph)
+    exact = exactly.with_single_quantization(whole)
     return content if exact is graph else exact.SerializeToString(), whole is not graph
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -28,10 +29,6 @@ from trt_yolov6.quantization.qdq.insert import quantize_weights
 from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.torch_graph import OPERATORS, Attributes, Operator
 from trt_yolov6.quantization.types import INT8
-
-if TYPE_CHECKING:
-    import onnx
-
 
 _KNOWN = frozenset(
     {

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import onnx
 import torch
 
 from trt_yolov6.data.calibration import calibration_images
@@ -30,9 +30,6 @@ from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import INT8
 from trt_yolov6.training.distributed import placed
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, Quantization, feature_tensors
-
-if TYPE_CHECKING:
-    import onnx
 
 
 @dataclass(frozen=True)
