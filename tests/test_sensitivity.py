@@ -22,14 +22,12 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.metrics import TENSOR_METRICS, Metric, direction
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.sensitivity import (
-    TENSOR_METRICS,
     Distortion,
-    Metric,
     Sensitivity,
-    direction,
     layer_distortions,
     only_layer,
     ranked,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
-from trt_yolov6.graph.quantized import has_qdq
+from trt_yolov6.graph.operators import QDQ_OPS
 
 if TYPE_CHECKING:
     import onnx
@@ -140,7 +140,7 @@ def is_quantized(model: bytes) -> bool:
     if b"QuantizeLinear" not in model:
         return False
     parsed = parsed_model(model)
-    return parsed is not None and has_qdq(parsed)
+    return parsed is not None and any(node.op_type in QDQ_OPS for node in parsed.graph.node)
 
 
 def parsed_model(content: bytes) -> onnx.ModelProto | None:

@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,6 +27,7 @@ from trt_yolov6.graph.editing import add_initializers, at_opset
 from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.graph.operators import layer_names, weight_axis
 from trt_yolov6.graph.reference import reference_session, runner
+from trt_yolov6.quantization.metrics import MEANING, TENSOR_METRICS, Metric, direction
 from trt_yolov6.quantization.qdq.insert import (
     activation_scales,
     insert_qdq,
@@ -34,26 +35,6 @@ from trt_yolov6.quantization.qdq.insert import (
 )
 from trt_yolov6.quantization.qdq.placement import Placement, place
 from trt_yolov6.quantization.types import INT8
-
-Metric = Literal["mse", "snr", "cosine", "ap"]
-
-METRICS: tuple[Metric, ...] = get_args(Metric)
-
-TENSOR_METRICS: tuple[Metric, ...] = ("mse", "snr", "cosine")
-
-MEANING: dict[Metric, str] = {
-    "mse": "mean squared error of the layer's output, in its squared unit",
-    "snr": "signal-to-noise ratio of the layer's output, in dB",
-    "cosine": "cosine similarity of the layer's output with float's, -1 to 1",
-    "ap": "AP with only this layer in INT8, 0 to 1",
-}
-"""Description of each metric, with its unit."""
-
-
-def direction(metric: Metric) -> str:
-    """Say which end of a metric's values is that of the sensitive layers."""
-    return f"{'highest' if metric == 'mse' else 'lowest'} = most sensitive"
-
 
 _SUMS = ("error", "reference", "values", "count")
 

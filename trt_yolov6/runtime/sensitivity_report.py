@@ -19,26 +19,22 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.judge import Judge, batches_of
+from trt_yolov6.quantization.metrics import MEANING, TENSOR_METRICS, Metric, direction
 from trt_yolov6.quantization.pipeline import Calibrated
 from trt_yolov6.quantization.sensitivity import (
-    MEANING,
-    Metric,
     Sensitivity,
-    direction,
     layer_distortions,
     ranked,
     sensitivity,
 )
 from trt_yolov6.runtime.evaluate import evaluate
 
-Score = Callable[["onnx.ModelProto"], float]
+Score = Callable[[onnx.ModelProto], float]
 
 _log = logging.getLogger(__name__)
 
 REPORTED_LAYERS = 6
 """Layers that the paper's partial quantization leaves in float (Appendix B)."""
-
-TENSOR_METRICS: tuple[Metric, ...] = ("mse", "snr", "cosine")
 
 
 def measure(
