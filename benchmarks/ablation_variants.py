@@ -215,6 +215,9 @@ VARIANTS: dict[str, Variant] = {
     "s-no-fading-again": _of("s", _NO_FADING, seed=1, borders=True),
     "s-objectness-again": Variant("s", architecture=(("objectness", True),), seed=1),
     "n-simota-again": _of("n", "losses.assigner=simota", seed=1),
+    # Whether more epochs close the gap, where ours contradict the paper.
+    "n-dfl-longer": Variant("n", architecture=(("dfl", True),), stretch=_MORE),
+    "s-csp-longer": Variant("s", architecture=(("csp_ratio", 0.5), *_CSP_S.items()), stretch=_MORE),
     # As many epochs as `train` has by default.
     "n-default": _of("n", schedule="full", stretch=_DEFAULT),
     "s-default": _of("s", schedule="full", stretch=_DEFAULT),

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ side with some of S (2.7 and 2.5 s an epoch). Guessed from that: a variant of L 
 --full-epochs 1 --large-epochs 1 --size 64 --full-size 64 --qat-epochs 1 --batch 4` comes to an end.
 
 several GPUs: one call with `--gpus 0,1,2,3`, or several calls at a time on one host with the same
-`--state`, which share the work. What a call does not finish, the next one goes on with."""
+`--state`, which share the work. What a call does not finish, the next one goes on with; where the
+state is lost, with `--known OUT` of the earlier calls, whose folds then count."""
 
 
 def main() -> None:
@@ -94,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--last", action="store_true", help="begin nothing that would not end")
     parser.add_argument("--state", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--out", type=Path, help="results go there as well, in few files")
+    parser.add_argument(
+        "--known",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="OUT",
+        help="results of earlier calls, whose trainings are not done again",
+    )
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
     parser.add_argument("--epochs", type=int, default=60, help="of the short schedule (60)")
@@ -124,9 +133,11 @@ def run(options: argparse.Namespace) -> None:
         write_folds(options.data.resolve(), state / "data", limit=options.limit)
     jobs = jobs_of(options)
     names = [job.name for job in jobs]
+    earlier = take_over(options.known, state, jobs)
     results = results_in(state, names)
+    own_names = [name for name in names if name not in earlier]
     schedule = Schedule(
-        [_timed(job, results) for job in jobs],
+        [_timed(job, results_in(state, own_names)) for job in jobs],
         set(results),
         GPU_MEMORY,
         started + options.deadline,
@@ -152,7 +163,7 @@ def run(options: argparse.Namespace) -> None:
             heading["seconds"] = time.monotonic() - started
             heading["failed"] = dict(schedule.failed)
             write_json(call, heading)
-            known = results_in(state, names)
+            known = results_in(state, own_names)
             schedule.jobs = [_timed(job, known) for job in jobs]
             if options.out:
                 write_out(options.out, state)
@@ -202,6 +213,50 @@ def results_in(state: Path, names: Iterable[str]) -> dict[str, Any]:
     """Return the results that there are of jobs, by name, whichever driver did them."""
     files = ((name, state / name / RESULT_FILE) for name in names)
     return {name: read_json(path) for name, path in files if path.is_file()}
+
+
+def take_over(folders: Iterable[Path], state: Path, jobs: Sequence[Job]) -> set[str]:
+    """Write the results of earlier calls into the state, so that their trainings are over.
+
+    Returns the jobs' names; their times say nothing of this call's.
+
+    Not of a network that another job needs: what a call leaves has detections, but no weights.
+
+    Args:
+        folders: what `--out` named.
+        state: where the jobs' folders are.
+        jobs: which to look for, with the epochs and images that they are to have.
+    """
+    needed = {name for job in jobs for name in job.needs}
+    wanted = {
+        job.name: job.order
+        for job in jobs
+        if job.name not in needed and VARIANTS[job.order["variant"]].quantized is None
+    }
+    earlier = set()
+    for folder in folders:
+        results = {
+            f"{one['variant']}/{one['fold']}": one
+            for one in read_json(folder / "ablations.json")["jobs"]
+        }
+        for path in sorted(folder.glob("found-*.zip")):
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.namelist():
+                    name = member.rpartition("/")[0]
+                    order, result = wanted.get(name), results.get(name)
+                    own = state / name
+                    if order is None or result is None:
+                        continue
+                    if any(result[key] != order[key] for key in ("epochs", "image_size", "batch")):
+                        continue
+                    earlier.add(name)
+                    if (own / RESULT_FILE).exists():
+                        continue
+                    own.mkdir(parents=True, exist_ok=True)
+                    with atomic_path(own / FOUND_FILE) as temporary:
+                        temporary.write_bytes(archive.read(member))
+                    write_json(own / RESULT_FILE, result)
+    return earlier
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:

@@ -4,8 +4,9 @@
 
 Needs a GPU with TensorRT or TensorRT-RTX, and nvImageCodec for the JPEG parts; no network. What is
 compared is measured interleaved, in one process, and every figure is a median. `--only` takes some
-of the parts: accuracy, decoding, single, batches, jpeg, stages, gpus, leaks. `--plans` keeps
-engines in a folder, or takes those that are there: `N_32.trt`, `S_1.trt` and so on, of uint8 input.
+of the parts: accuracy, decoding, single, steps, batches, jpeg, stages, gpus, leaks. `--plans` keeps
+engines in a folder, or takes those that are there: `N_32.trt`, `S_1.trt` and so on, of uint8 input,
+and those of `ACCURACY`; `--build "N, sample:32"` only builds that one.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6 import __version__
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.bench.sampling import in_turns, random_input, timed
-from trt_yolov6.bench.stages import benchmark_stages, format_stages
+from trt_yolov6.bench.sampling import in_turns, random_input, rate, seconds_of, timed
+from trt_yolov6.bench.stages import benchmark_stages, benchmark_together, format_stages
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import (
     package_versions,
@@ -45,13 +48,14 @@ from trt_yolov6.common.machine import (
     timestamp,
     usable_cpus,
 )
-from trt_yolov6.data.coco import load_coco
+from trt_yolov6.data.coco import CocoImage, load_coco, read_coco_image
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.jpeg import Jpeg, open_image
-from trt_yolov6.data.letterbox import fit
+from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines import Engine, backend, load_engine
 from trt_yolov6.engines.build import build_engine
+from trt_yolov6.engines.tensorrt.engine import TensorRTEngine
 from trt_yolov6.runtime.detector import Detector
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.gpu_loading import load_images
@@ -61,10 +65,21 @@ from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "yolov6n_bccd_authors.pt"
+DEFAULT = ROOT / "samples" / "yolov6n_bccd.pt"
 IMAGES = ROOT / "samples" / "images" / "val"
 BATCH = 32
 THRESHOLDS = (0.03, 0.25)
 NAMES = ("N, sample", "S, random weights")
+ACCURACY = {
+    "default, float32, uint8 input": (DEFAULT, False, True),
+    "default, FP16, float32 input": (DEFAULT, True, False),
+    "default, FP16, uint8 input": (DEFAULT, True, True),
+    "authors, FP16, uint8 input": (SAMPLE, True, True),
+}
+"""Checkpoint, half precision and uint8 input of the engines whose AP is compared."""
+OFF = 7e-6
+"""Part of the values that the hardware decodes to a level above or below OpenCV's."""
+DRAWS = 4
 
 
 @dataclass
@@ -80,7 +95,8 @@ class Bench:
     def engine(self, name: str, batch: int) -> Path:
         """Build the network of a name for one batch size, once."""
         if (name, batch) not in self.paths:
-            path = self.folder / f"{name[0]}_{batch}{BACKENDS[self.backend].suffix}"
+            stem = name[0] if name in NAMES else name.replace(", ", "-").replace(" ", "-")
+            path = self.folder / f"{stem}_{batch}{BACKENDS[self.backend].suffix}"
             self.paths[name, batch] = path
             if path.exists():
                 return path
@@ -89,14 +105,15 @@ class Bench:
             from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 
             start = time.perf_counter()
-            if name.startswith("N"):
+            if name != NAMES[1]:
+                checkpoint, fp16, uint8 = ACCURACY.get(name, (SAMPLE, True, True))
                 settings = ExportSettings(
                     (self.size, self.size),
-                    fp16=True,
-                    uint8_input=True,
+                    fp16=fp16,
+                    uint8_input=uint8,
                     batch=BatchProfile(batch, batch, batch),
                 )
-                graph = graph_from_checkpoint(SAMPLE, settings)
+                graph = graph_from_checkpoint(checkpoint, settings)
             else:
                 job = Job("ours, uint8 input", "yolov6s", self.size, 0)
                 import onnx
@@ -174,11 +191,50 @@ def single_runs(
     }
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    """Return how long something takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def measure_steps(bench: Bench) -> list[dict[str, Any]]:
+    """Microseconds of the steps of one image in page-locked memory, on the GPU and on the host."""
+    pixels = read_image(encoded_images()[0])
+    rows = []
+    for name, confidence in itertools.product(NAMES, THRESHOLDS):
+        nms = NmsSettings(confidence)
+        with load_engine(bench.engine(name, 1)) as engine:
+            engine.is_checked = True
+            assert isinstance(engine, TensorRTEngine)
+            locked = engine.empty_image(*pixels.shape[:2])
+            locked[:] = pixels
+            placed = [fit((pixels.shape[0], pixels.shape[1]), engine.image_size)]
+            steps = host_steps(engine, locked, placed, nms, bench.seconds)
+            alone = engine.image_stage_seconds([locked], placed, nms)
+        found = {key: seconds * 1e6 for key, seconds in (alone | steps).items()}
+        rows.append({"network": name, "confidence": confidence, **found})
+    return rows
+
+
+def host_steps(
+    engine: Engine,
+    image: NDArray[np.uint8],
+    placed: Sequence[Letterbox],
+    nms: NmsSettings,
+    seconds: float,
+) -> dict[str, float]:
+    """Return the median seconds of starting one image, waiting for it, and its boxes."""
+    times: dict[str, list[float]] = {"start": [], "wait": [], "boxes": []}
+
+    def run() -> float:
+        points = [time.perf_counter()]
+        started = engine.start_images([image], placed, nms, clip=True)
+        points.append(time.perf_counter())
+        outputs = started.wait()
+        points.append(time.perf_counter())
+        postprocess(outputs, engine.output_layout, nms, placed)
+        points.append(time.perf_counter())
+        for one, (begin, end) in zip(times.values(), itertools.pairwise(points), strict=True):
+            one.append(end - begin)
+        return points[-1] - points[0]
+
+    whole = timed(run, seconds)
+    found = {f"{what} on the host": float(np.median(one)) for what, one in times.items()}
+    return {**found, "all": float(np.median(whole))}
 
 
 # --- batches of arrays --------------------------------------------------------------------------
@@ -205,11 +261,16 @@ def measure_batches(bench: Bench) -> list[dict[str, Any]]:
                     median = float(np.median(timed(own, bench.seconds / 3)))
                     rates["engine"].append(BATCH / median)
                     rates["direct"].append(pipelined(engine, batches, nms, bench.seconds))
-                    rates["process"].append(
-                        streamed(
-                            engine, stream, as_it_is, None, nms, bench.seconds, in_memory=True
-                        )[0]
+                    whole = benchmark_together(
+                        engine,
+                        stream,
+                        options_of(nms),
+                        bench.seconds,
+                        read=as_it_is,
+                        open_item=None,
+                        in_memory=True,
                     )
+                    rates["process"].append(whole.fps)
                 medians = {what: float(np.median(values)) for what, values in rates.items()}
                 for what, fps in medians.items():
                     rows.append(
@@ -234,51 +295,18 @@ def pipelined(
     def give() -> Any:
         return engine.start_images(next(turns), placed, nms, clip=True, patient=True)
 
-    running = [give() for _ in range(engine.in_flight)]
-    done, start = 0, time.perf_counter()
-    while done < 4 * BATCH or time.perf_counter() - start < seconds:
+    running = [give() for _ in range(engine.in_flight + 1)]  # as `process` has of images in memory
+
+    def step() -> int:
         outputs = running.pop(0).wait()
         running.append(give())
         postprocess(outputs, engine.output_layout, nms, placed)
-        done += BATCH
-    elapsed = time.perf_counter() - start
+        return BATCH
+
+    fps = rate(step, seconds, least=4)
     for run in running:
         run.wait()
-    return done / elapsed
-
-
-def streamed(
-    engine: Engine,
-    items: Sequence[Any],
-    read: Callable[[Any], Any],
-    open_item: Callable[[Any], Any] | None,
-    nms: NmsSettings,
-    seconds: float,
-    *,
-    in_memory: bool = False,
-) -> tuple[float, float, float]:
-    """Return images a second of `process`, the cores it uses, and boxes an image."""
-    options = options_of(nms)
-    steps = process(
-        engine,
-        itertools.cycle(items),
-        read,
-        keep,
-        options,
-        open_item=open_item,
-        in_memory=in_memory,
-    )
-    with closing(steps):
-        for _ in range(6):  # the first is checked on the CPU, the second recorded as a graph
-            next(steps)
-        done, boxes = 0, 0
-        start, used = time.perf_counter(), time.process_time()
-        while time.perf_counter() - start < seconds:
-            found = next(steps).result
-            done += len(found)
-            boxes += sum(map(len, found))
-        elapsed = time.perf_counter() - start
-        return done / elapsed, (time.process_time() - used) / elapsed, boxes / max(done, 1)
+    return fps
 
 
 def as_it_is(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -361,17 +389,19 @@ def decoding_row(name: str, seconds: float, results: Any) -> None:
                 decoder.decode(chunk, place)
             for place in buffers:
                 wait_for(place)
-            done, start, used = 0, time.perf_counter(), time.process_time()
-            while time.perf_counter() - start < min(seconds, 1):
+
+            def step(chunk: list[Jpeg] = chunk, turn: Any = turn) -> int:
                 place = next(turn)
                 wait_for(place)
                 decoder.decode(chunk, place)
-                done += size
+                return len(chunk)
+
+            start, used = time.perf_counter(), time.process_time()
+            fps = rate(step, min(seconds, 1))
+            cores = (time.process_time() - used) / (time.perf_counter() - start)
             for place in buffers:
                 wait_for(place)
-            elapsed = time.perf_counter() - start
-            cores = (time.process_time() - used) / elapsed
-            results.put({f"fps_{size}": done / elapsed, f"cores_{size}": cores})
+            results.put({f"fps_{size}": fps, f"cores_{size}": cores})
     except Exception as error:  # one of them is missing on many GPUs
         results.put({"refused": f"{type(error).__name__}: {error}"})
     results.put({"done": True})
@@ -420,11 +450,11 @@ def jpeg_row(
     rates: dict[str, list[float]] = {
         what: [] for what in ("whole", "reading and decoding", *stages)
     }
-    cores, boxes = [], 0.0
+    cores = []
     for _ in range(3):
-        whole, used, boxes = streamed(engine, contents, read_image, open_image, nms, seconds)
-        rates["whole"].append(whole)
-        cores.append(used)
+        whole = benchmark_together(engine, contents, options_of(nms), seconds)
+        rates["whole"].append(whole.fps)
+        cores.append(whole.cores)
         for what, stage in stages.items():
             rates[what].append(BATCH / float(np.median(timed(stage, seconds / 3))))
         rates["reading and decoding"].append(loading_rate(engine, contents, seconds / 3))
@@ -435,7 +465,7 @@ def jpeg_row(
         "slowest_stage": slowest[1],
         "to_slowest_stage": medians["whole"] / slowest[0],
         "cores": float(np.median(cores)),
-        "boxes_per_image": boxes,
+        "boxes_per_image": whole.boxes,
     }
 
 
@@ -453,27 +483,21 @@ def jpeg_stages(
     outputs = engine.start_images(loaded.images, placed, nms, clip=True, after=loaded.ready).wait()
     own = engine.resident_run(random_input(engine, BATCH))
 
-    def on_gpu() -> float:
-        start = time.perf_counter()
+    def on_gpu() -> None:
         engine.start_images(loaded.images, placed, nms, clip=True).wait()
-        return time.perf_counter() - start
 
-    def in_python() -> float:
-        start = time.perf_counter()
+    def in_python() -> None:
         postprocess(outputs, engine.output_layout, nms, placed, clip=True)
-        return time.perf_counter() - start
 
-    def headers() -> float:
-        start = time.perf_counter()
+    def headers() -> None:
         for index in range(BATCH):
             open_image(contents[index % len(contents)])
-        return time.perf_counter() - start
 
     return {
         "engine": own,
-        "letterbox, engine and suppression": on_gpu,
-        "boxes to the image": in_python,
-        "headers": headers,
+        "letterbox, engine and suppression": functools.partial(seconds_of, on_gpu),
+        "boxes to the image": functools.partial(seconds_of, in_python),
+        "headers": functools.partial(seconds_of, headers),
     }
 
 
@@ -483,14 +507,15 @@ def loading_rate(engine: Engine, contents: Sequence[bytes], seconds: float) -> f
     with closing(batches):
         for _ in range(6):
             next(batches).give_back()
-        done, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
+
+        def step() -> int:
             loaded = next(batches)
             if loaded.ready is not None:
                 loaded.ready.wait()
             loaded.give_back()
-            done += len(loaded.images)
-        return done / (time.perf_counter() - start)
+            return len(loaded.images)
+
+        return rate(step, seconds)
 
 
 # --- stages -------------------------------------------------------------------------------------
@@ -554,10 +579,7 @@ def files_on_gpus(engine: Engine, count: int, seconds: float) -> float:
     with closing(steps):
         for _ in range(100 * count):  # all processes are at work then
             next(steps)
-        done, start = 0, time.perf_counter()
-        while time.perf_counter() - start < 2 * seconds:
-            done += len(next(steps).result)
-        return done / (time.perf_counter() - start)
+        return rate(lambda: len(next(steps).result), 2 * seconds)
 
 
 class GpuProcesses:
@@ -617,16 +639,14 @@ def one_gpu(index: int, path: Path, theirs: Any) -> None:
             with load_engine(path) as engine:
                 steps["engine"] = round(time.perf_counter() - start, 1)
                 contents = encoded_images()
-                streamed(engine, contents, read_image, open_image, NmsSettings(), 0.5)
+                options = options_of(NmsSettings())
+                benchmark_together(engine, contents, options, 0.5)
                 steps["first batches"] = round(time.perf_counter() - start, 1)
                 theirs.send(steps)
                 faulthandler.cancel_dump_traceback_later()
                 while True:
                     seconds = theirs.recv()
-                    rate = streamed(
-                        engine, contents, read_image, open_image, NmsSettings(), seconds
-                    )
-                    theirs.send(rate[0])
+                    theirs.send(benchmark_together(engine, contents, options, seconds).fps)
         except (EOFError, BrokenPipeError):
             raise
         except Exception:
@@ -672,18 +692,36 @@ def resident_bytes() -> int:
 
 
 def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
-    """AP of the sample with pictures prepared on the CPU and on the GPU."""
+    """AP with pictures prepared on the CPU, partly and wholly on the GPU.
+
+    And on the CPU with as many values a level off as the hardware's decoder has, at random: what
+    it does to AP is what any such difference does.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(ACCURACY), context) as processes:
+        work = functools.partial(accuracy_of, bench)
+        return list(itertools.chain.from_iterable(processes.map(work, ACCURACY)))
+
+
+def accuracy_of(bench: Bench, name: str) -> list[dict[str, Any]]:
+    """Return a row for each way of preparing pictures for an engine of `ACCURACY`."""
     rows: list[dict[str, Any]] = []
-    for way in ("CPU", "GPU"):
-        with load_engine(bench.engine(NAMES[0], 8)) as engine:
-            if way == "CPU":
+    data = load_coco(ROOT / "samples")
+    for way in ("CPU", "GPU, decoded on the CPU", "GPU", *range(DRAWS)):
+        with load_engine(bench.engine(name, 8)) as engine, contextlib.ExitStack() as stack:
+            if isinstance(way, int):
+                stack.enter_context(values_off(way))
+            if isinstance(way, int) or way == "CPU":
                 engine.takes_images = lambda: False  # type: ignore[method-assign]
-            result = evaluate(
-                engine, load_coco(ROOT / "samples"), PredictOptions(batch=8), progress=False
-            )
+            elif way != "GPU":
+                engine.jpeg_decoder = lambda number=0: None  # type: ignore[method-assign]
+            workers = 1 if isinstance(way, int) else None  # so that draws can be repeated
+            options = PredictOptions(batch=8, workers=workers)
+            result = evaluate(engine, data, options, progress=False)
             rows.append(
                 {
-                    "pictures on the": way,
+                    "network": name,
+                    "pictures on the": f"CPU, values off: {way}" if workers else way,
                     "decoder": engine.takes_images() and engine.jpeg_decoder() is not None,
                     "AP": result.ap,
                     "AP50": result.ap50,
@@ -691,14 +729,31 @@ def measure_accuracy(bench: Bench) -> list[dict[str, Any]]:
                     "images": result.images,
                 }
             )
-    rows[-1]["AP_to_CPU"] = rows[1]["AP"] - rows[0]["AP"]
+            rows[-1]["AP_to_CPU"] = rows[-1]["AP"] - rows[0]["AP"]
+            print(" ", short(rows[-1]), flush=True)
     return rows
+
+
+@contextlib.contextmanager
+def values_off(seed: int) -> Iterator[None]:
+    """Have `evaluate` read images of which some values, at random, are a level off."""
+    random = np.random.default_rng(seed)
+
+    def read(image: CocoImage) -> NDArray[np.uint8]:
+        pixels = read_coco_image(image).astype(np.int16)
+        places = random.integers(0, pixels.size, random.poisson(OFF * pixels.size))
+        pixels.reshape(-1)[places] += random.choice((-1, 1), len(places))
+        return pixels.clip(0, 255).astype(np.uint8)
+
+    with mock.patch("trt_yolov6.runtime.evaluate.read_coco_image", read):
+        yield
 
 
 PARTS: dict[str, Callable[[Bench], Any]] = {
     "accuracy": measure_accuracy,
     "decoding": measure_decoding,
     "single": measure_single,
+    "steps": measure_steps,
     "batches": measure_batches,
     "jpeg": measure_jpeg,
     "stages": measure_stages,
@@ -711,10 +766,11 @@ def main() -> None:
     """Run the parts and write the results after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", default="tensorrt-rtx")
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, default=Path("pictures.json"))
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring one thing")
     parser.add_argument("--imgsz", type=int, default=640, help="height and width of the input")
     parser.add_argument("--plans", type=Path, help="folder of engines")
+    parser.add_argument("--build", nargs="*", default=[], help="only build: NAME:BATCH")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     options = parser.parse_args()
     faulthandler.enable()
@@ -736,6 +792,10 @@ def main() -> None:
         plans = options.plans or Path(folder)
         plans.mkdir(parents=True, exist_ok=True)
         bench = Bench(options.backend, plans, options.seconds, options.imgsz)
+        if options.build:
+            for name, batch in (one.rsplit(":", 1) for one in options.build):
+                bench.engine(name, int(batch))
+            return
         for name in options.only.split(","):
             start = time.perf_counter()
             print(f"== {name}", flush=True)

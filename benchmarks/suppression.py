@@ -100,32 +100,6 @@ class OnGpu:
         graph.free()
         return statistics.median(times)
 
-    def kernel_seconds(self, batch: int, nms: NmsSettings, name: str, rounds: int = 30) -> float:
-        """Return the median seconds of one of the kernels, launched by itself, ten in a row."""
-        kernels = self.suppression._kernels
-        launches: dict[str, tuple[Any, ...]] = {}
-
-        class Recorder:
-            def launch(self, stream: Stream, kernel: str, *rest: Any) -> None:
-                launches[kernel] = rest
-                kernels.launch(stream, kernel, *rest)
-
-        self.suppression._kernels = Recorder()  # type: ignore[assignment]
-        try:
-            self.run(batch, nms)
-        finally:
-            self.suppression._kernels = kernels
-        stopwatch, each = Stopwatch(self.stream), 10
-
-        def several() -> None:
-            for _ in range(each):
-                if name == "find":
-                    self.stream.clear(self.suppression._counts, 4 * batch)
-                kernels.launch(self.stream, name, *launches[name])
-
-        times = [stopwatch.time(several) / each for _ in range(rounds)]
-        return statistics.median(times)
-
 
 def crowd(rng: np.random.Generator, count: int, clusters: int) -> NDArray[np.float32]:
     """Return boxes in clusters, as a network gives them: (count, 4)."""
@@ -258,8 +232,6 @@ def real(sample: Outputs) -> dict[str, Any]:
                 "kept": float(np.mean([len(one) for one in found])),
                 "different": sum(map(differs, found, wanted)),
                 "ms": gpu.seconds(batch, nms) * 1e3,
-                "find_ms": gpu.kernel_seconds(batch, nms, "find") * 1e3,
-                "suppress_ms": gpu.kernel_seconds(batch, nms, "suppress") * 1e3,
             }
     return result
 
@@ -285,8 +257,6 @@ def speed() -> dict[str, Any]:
             "kept": float(np.mean([len(one) for one in found])),
             "different": sum(map(differs, found, wanted)),
             "ms": gpu.seconds(batch, nms) * 1e3,
-            "find_ms": gpu.kernel_seconds(batch, nms, "find") * 1e3,
-            "suppress_ms": gpu.kernel_seconds(batch, nms, "suppress") * 1e3,
         }
     return result
 

@@ -447,12 +447,12 @@ def training_speed() -> str:
                 f"{row['step_ms']:.0f}",
                 f"{row['images_per_second']:.0f}",
                 "" if alone is None else f"{alone / row['step_ms']:.2f}",
-                f"{row['loss']:.4f}",
+                ", ".join(f"{loss:.4f}" for loss in row["losses"]),
                 f"{sum(spent.values()):.0f}: {most}" if spent else "",
             ]
         )
     head = ["", "images a step", "GPUs", "batch statistics", "a step, ms", "images/s"]
-    head += ["times as fast as one", "loss", "GPU busy, ms, with most of it"]
+    head += ["times as fast as one", "losses, by epoch", "GPU busy, ms, with most of it"]
     where = (
         f"{data['device']}, {data['cores']} cores, {data['date']}, {data['image_size']} pixels: "
         f"`{data['command']}`. {data.get('note', '')}".strip()

@@ -5,10 +5,12 @@
 N and S on BCCD at 640 pixels and 256 images a step, on 1, 2 and 4 GPUs, with the batch statistics
 of all GPUs' images together (the default), with PyTorch's SyncBatchNorm in their place
 (`common_statistics`), and on all of them with each GPU's own as well; and, on one, with the
-recipe's 32 images a step. A candidate is measured as well: the network's passes as CUDA graphs
-(`graphed_network`), which has run nowhere yet. Guessed: three minutes on four H100; fewer GPUs are
-measured side by side on those that are free, and all of them last. The images are taken several
-times, so that an epoch has steps enough. Profiles are of epochs of their own, after all else.
+recipe's 32 images a step. Candidates are measured as well: the network's passes as CUDA graphs
+(`graphed_network`), which has run nowhere yet, and `compile`. Several GPUs take sums in another
+order than one, and training makes much of little: how much, one GPU shows with the images of each
+batch in another order. Guessed: three minutes on four H100; fewer GPUs are measured side by side on
+those that are free, and all of them last. The images are taken several times, so that an epoch has
+steps enough. Profiles are of epochs of their own, after all else.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ EPOCHS = 2
 RECIPE_BATCH = 32
 """Images a step of the recipe, on one GPU."""
 COMMON, SYNC, OWN, GRAPHED = "common", "SyncBatchNorm", "own", "common, graphed"
+REORDERED, COMPILED = "common, images in another order", "common, compiled"
 PROFILE = "profile"
 
 
@@ -60,7 +63,8 @@ def parts_of(options: argparse.Namespace) -> list[list[Part]]:
     free = options.gpus
     parts = [Part(1, RECIPE_BATCH, (COMMON, GRAPHED))] if on_gpu else []
     for count in counts[:-1]:
-        others = (SYNC,) if count > 1 and on_gpu else (PROFILE,) if on_gpu else ()
+        alone = (REORDERED, PROFILE, COMPILED) if on_gpu else (REORDERED,)
+        others = alone if count == 1 else (SYNC,) if on_gpu else ()
         parts.append(Part(count, options.batch, (COMMON, *others)))
     for part in parts:
         if part.gpus > free:
@@ -205,7 +209,7 @@ def _line(row: dict[str, Any]) -> str:
     differs = f", differs by {row['difference']:.1e}" if "difference" in row else ""
     return (
         f"{what}: {row['step_ms']:.1f} ms a step, {row['images_per_second']:.0f} images/s, "
-        f"loss {row['loss']:.4f}{differs}"
+        f"losses {', '.join(f'{loss:.4f}' for loss in row['losses'])}{differs}"
     )
 
 
@@ -257,6 +261,27 @@ def _loaded_once() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _reordered() -> Iterator[None]:
+    """Let trainings take the images of each batch in another order: the same but for rounding."""
+    import torch
+
+    from trt_yolov6.training.dataset import TrainingSet
+    from trt_yolov6.training.targets import Targets
+
+    real = TrainingSet.batch
+
+    def batch(data: TrainingSet, *what: Any, **how: Any) -> tuple[torch.Tensor, Targets]:
+        images, targets = real(data, *what, **how)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        order = order.to(images.device)
+        parts = (targets.boxes, targets.classes, targets.present)
+        return images[order], Targets(*(part[order] for part in parts))
+
+    with mock.patch.object(TrainingSet, "batch", batch):
+        yield
+
+
 def _measured(options: argparse.Namespace, model: str, kind: str, world: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
@@ -279,11 +304,14 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
             val_split=None,
             common_statistics=kind != OWN,
         )
+        settings = dataclasses.replace(settings, compile=kind == COMPILED)
         # Labelled as in all epochs but the first four.
         settings = with_field(settings, "losses.warmup_epochs=0")
         with contextlib.ExitStack() as stack:
             if kind == SYNC:
                 stack.enter_context(synchronized())
+            if kind == REORDERED:
+                stack.enter_context(_reordered())
             if kind == GRAPHED:
                 stack.enter_context(graphed(options.batch // world, options.imgsz))
             train(settings, folder, device=options.device, progress=False, state_seconds=1e9)
@@ -310,7 +338,7 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
                 "steps": steps,
                 "step_ms": 1e3 * log[-1]["seconds"] / steps,
                 "images_per_second": log[-1]["images_per_second"],
-                "loss": log[-1]["loss"],
+                "losses": [line["loss"] for line in log],
                 "epochs_s": [line["seconds"] for line in log],
             }
     return row

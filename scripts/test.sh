@@ -11,8 +11,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=dev,docs,ray
 if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,ray,tensorrt-rtx,gpu-images; fi
 bash scripts/environment.sh "$extras"
+# Images of containers often keep Python from writing bytecode. Here some 150 processes would each compile
+# PyTorch again: 6 s each, where importing it takes 2.
+unset PYTHONDONTWRITEBYTECODE
 # A core each: what waits for files and the network, and mypy.
 {
+    # What the tests import is compiled here, once, rather than by every worker at its start.
+    .venv/bin/python -m pytest --collect-only -qq >/dev/null || true # the run below says what is wrong
     # A server for the tests of export-triton, which skip without it.
     bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
     bash scripts/lint_workflows.sh && NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet

@@ -18,6 +18,10 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import onnx
 import onnxruntime
+
+# It appends its folder to `sys.path`: imported first by a test that restores the path, it would
+# lack its own modules in the next.
+import onnxruntime.transformers
 import pytest
 from filelock import FileLock
 from support.accuracy import graph_precision

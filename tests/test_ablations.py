@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from benchmarks import ablation_variants, paper
 from benchmarks.ablation_scores import collect, over_folds
 from benchmarks.ablation_variants import FOUND_FILE, RESULT_FILE, TABLES, VARIANTS
-from benchmarks.ablations import _parser, jobs_of, write_out
+from benchmarks.ablations import _parser, jobs_of, results_in, take_over, write_out
 from benchmarks.folds import (
     FOLDS,
     ap_by_fold,
@@ -514,6 +514,25 @@ def test_a_second_try_that_did_not_end_leaves_the_first(source: Path, tmp_path: 
     for names, ap in ((("first", "second"), 0.5), (("first", "third"), 0.7)):
         result = collect([tmp_path / name for name in names], source)
         assert result["variants"]["n"]["AP"]["plain"]["by_fold"] == [ap] * FOLDS
+
+
+def test_folds_of_earlier_calls_are_not_trained_again_but_for_networks_that_are_needed(
+    tmp_path: Path,
+) -> None:
+    before = tmp_path / "before"
+    for name, fold, epochs in (("n", 0, 60), ("n-atss", 0, 60), ("n-atss", 1, 30), ("l", 0, 40)):
+        folder = before / name / str(fold)
+        folder.mkdir(parents=True)
+        (folder / FOUND_FILE).write_bytes(b"detections")
+        result = {"variant": name, "fold": fold, "epochs": epochs, "image_size": 320, "batch": 32}
+        (folder / RESULT_FILE).write_text(json.dumps(result))
+    write_out(tmp_path / "out", before)
+    only = ["n-atss", "l-distilled"]  # which needs `l`
+    state = tmp_path / "state"
+    jobs = jobs_of(_parser().parse_args(["--only", *only, "--state", str(state)]))
+    assert take_over([tmp_path / "out"], state, jobs) == {"n-atss/0"}
+    assert set(results_in(state, [job.name for job in jobs])) == {"n-atss/0"}
+    assert (state / "n-atss" / "0" / FOUND_FILE).read_bytes() == b"detections"
 
 
 def test_results_of_a_folder_are_scored_with_all_their_detections(

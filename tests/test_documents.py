@@ -7,7 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.documents import Block, blocks, commands, restored_registries, write_workspace
+from support.documents import (
+    Block,
+    blocks,
+    commands,
+    quicker_settings,
+    restored_registries,
+    write_workspace,
+)
 
 from benchmarks import tables
 from benchmarks.tables import DOCUMENTS, TABLES, markdown, tables_filled
@@ -48,6 +55,8 @@ def test_code_blocks_run(
     shutil.copytree(workspace, folder)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
+    # `compare` has no options for this search, which has tests of its own.
+    monkeypatch.setattr("trt_yolov6.comparison.engines.QuantizationSettings", quicker_settings)
     with restored_registries():
         for block in blocks(document):
             if block.runs_here:

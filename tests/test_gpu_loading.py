@@ -111,6 +111,27 @@ def test_the_boxes_are_those_of_the_other_way(
     assert len(decoder.batches) <= 5
 
 
+def test_the_last_batch_is_filled_up_where_each_size_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_all(tmp_path, 10)
+    paths[9].write_bytes(b"no picture")
+    sizes: list[int] = []
+    with load_tiny(tmp_path) as engine:
+        infer = engine.infer
+
+        def counted(images: Any) -> dict[str, NDArray[Any]]:
+            sizes.append(len(images))
+            return infer(images)
+
+        monkeypatch.setattr(engine, "infer", counted)
+        wanted, _ = found_in(engine, paths, skip_unreadable=True)
+        engine.batch_steps = (1, 2, 4, 8)
+        found, _ = found_in(engine, paths, skip_unreadable=True)
+    assert_same(found, wanted)
+    assert sizes == [4, 4, 1, 4, 4, 4]
+
+
 def test_without_a_decoder_files_are_decoded_here(tmp_path: Path, library: Library) -> None:
     paths = write_all(tmp_path, 11)
     with load_tiny(tmp_path) as plain:

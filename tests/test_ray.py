@@ -27,7 +27,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.evaluate import evaluate
-from trt_yolov6.serving.ray.cluster import Actors, fitting_actors
+from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
 from trt_yolov6.spec import PredictOptions
 
 pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
@@ -160,7 +160,7 @@ def test_every_picture_counts_once_although_a_node_dies(
     killed_after: list[int] = []
     add = PartWriter.add
 
-    def add_and_kill(self: PartWriter, row: dict[str, Any]) -> None:
+    def add_and_kill(self: PartWriter, row: str) -> None:
         add(self, row)
         killed_after.append(1)
         if len(killed_after) == 200:
@@ -187,9 +187,9 @@ def test_a_second_run_does_what_is_left(
     out = tmp_path / "out"
     add = PartWriter.add
 
-    def add_until_interrupted(self: PartWriter, row: dict[str, Any]) -> None:
+    def add_until_interrupted(self: PartWriter, row: str) -> None:
         add(self, row)
-        if row["file"] == stop:
+        if json.loads(row)["file"] == stop:
             raise KeyboardInterrupt
 
     stop = "0011.png"
@@ -306,6 +306,17 @@ def test_an_actor_takes_a_gpu_or_a_group_of_cores() -> None:
         fit((0, 0))
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "nowhere.invalid:1", "a:b"])
+def test_an_address_where_nothing_listens_is_told_at_once(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match="does not lead to a cluster"), connected(address):
+        pass
+
+
 def test_sources_are_listed_once_and_by_name(pictures: Path, tmp_path: Path) -> None:
     from trt_yolov6.serving.ray.pictures import find_pictures, read_remote
 
@@ -334,6 +345,23 @@ def test_sources_are_listed_once_and_by_name(pictures: Path, tmp_path: Path) -> 
         read_remote(stored[0].store, f"{pictures}/missing.png")
 
 
+def test_a_jpeg_is_left_to_gpus_wherever_it_lies(tmp_path: Path) -> None:
+    from trt_yolov6.data.jpeg import Jpeg
+    from trt_yolov6.serving.ray.pictures import find_pictures, open_remote, read_remote
+
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    for name in ("a.jpg", "b.png"):
+        cv2.imwrite(str(tmp_path / name), image)
+    for source in (tmp_path, f"file://{tmp_path}"):
+        photo, drawing = find_pictures(source)
+        opened = open_remote(photo.store, photo.path)
+        assert isinstance(opened, Jpeg)
+        assert np.array_equal(opened.read(), read_remote(photo.store, photo.path))
+        other = open_remote(drawing.store, drawing.path)
+        assert isinstance(other, np.ndarray)
+        assert np.array_equal(other, image[..., ::-1])
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("is_address", [False, True])
 def test_parts_tell_what_is_done(tmp_path: Path, form: PartFormat, is_address: bool) -> None:
@@ -349,11 +377,11 @@ def test_parts_tell_what_is_done(tmp_path: Path, form: PartFormat, is_address: b
     ]
     with PartWriter(folder, form, rows=10) as writer:
         for row in rows[:12]:
-            writer.add(row)
+            writer.add(json.dumps(row))
     failing = PartWriter(folder, form, rows=10)
     with contextlib.suppress(ZeroDivisionError), failing:
         for row in rows[12:]:
-            failing.add(row)
+            failing.add(json.dumps(row))
         raise ZeroDivisionError
     assert list(files_in(folder)) == [row["file"] for row in rows]
     assert rows_of(place) == rows
@@ -369,7 +397,7 @@ def test_parts_tell_what_is_done(tmp_path: Path, form: PartFormat, is_address: b
 
 def test_a_part_does_not_wait_for_ever(tmp_path: Path) -> None:
     with PartWriter(ResultFolder(tmp_path), "jsonl", seconds=0) as writer:
-        writer.add({"file": "a", "width": 1, "height": 1, "detections": []})
+        writer.add('{"file": "a", "width": 1, "height": 1, "detections": []}')
         writer.flush_if_due()
         assert [row["file"] for row in rows_of(tmp_path)] == ["a"]
         writer.flush_if_due()

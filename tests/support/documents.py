@@ -11,6 +11,7 @@ else about a command is as written, but for the time it may take (`_SHORTER`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import re
 import shlex
@@ -26,6 +27,7 @@ from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.engines import BACKENDS
 from trt_yolov6.models.variants import VARIANTS
+from trt_yolov6.quantization.settings import QuantizationSettings
 
 NEEDS = ("gpu", "network", "tensorrt-rtx", "triton", "ray", "slurm", "minutes")
 LANGUAGES = ("bash", "python", "yaml")
@@ -44,6 +46,8 @@ _SHORTER = {
 }
 _QUICKER = ("--calibrator", "minmax", "--no-equalize", "--no-reconstruct")
 """For `--int8`, whose search has tests of its own."""
+quicker_settings = functools.partial(QuantizationSettings, equalize=False, reconstruct=False)
+"""The same for `compare`, which searches at its defaults."""
 _KEPT = {"--onnx", "--resume"}
 """Options of commands that take no others."""
 

@@ -122,6 +122,7 @@ def suppressed_on_cpu(
     )
     failed = _library(reading.defines).run(ctypes.byref(arguments), batch, seed)
     assert not failed, "threads wait for a barrier that the others do not come to"
+    assert not counts.any(), "the next batch's candidates are counted from zero"
     return suppressed_of(results_in(results, nms.max_detections), capacity, nms, clip)
 
 

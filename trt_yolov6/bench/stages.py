@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trt_yolov6.bench.end_to_end import MAX_IMAGES
 from trt_yolov6.bench.latency import check_durations
-from trt_yolov6.bench.sampling import random_input, seconds_of, timed
+from trt_yolov6.bench.sampling import random_input, rate, seconds_of, timed
 from trt_yolov6.common.text import aligned, four_digits
 from trt_yolov6.data.images import read_encoded, read_image
 from trt_yolov6.data.jpeg import open_image
@@ -28,7 +29,7 @@ from trt_yolov6.data.loader import default_workers, fill_row
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.errors import UserError
-from trt_yolov6.runtime.gpu_loading import load_images
+from trt_yolov6.runtime.gpu_loading import Opened, load_images
 from trt_yolov6.runtime.predict import process
 from trt_yolov6.spec import NmsSettings, PredictOptions
 
@@ -140,7 +141,7 @@ def benchmark_stages(
     measure = _stages_on_gpu if engine.takes_images() else _stages_here
     with contextlib.ExitStack() as stack:
         stages = tuple(measure(engine, chosen, nms, duration / 8, stack))
-    fps, cores, boxes = _whole(engine, encoded, options, duration / 3)
+    together = benchmark_together(engine, encoded, options, duration / 3)
     return StageReport(
         engine.path,
         engine.precision,
@@ -149,10 +150,71 @@ def benchmark_stages(
         batch,
         nms.confidence,
         stages,
-        fps,
-        cores,
-        boxes,
+        together.fps,
+        together.cores,
+        together.boxes,
     )
+
+
+@dataclass(frozen=True)
+class Together:
+    """All stages of a pipeline at work, side by side."""
+
+    fps: float
+    """Images a second."""
+    cores: float
+    """CPU cores that were busy meanwhile."""
+    boxes: float
+    """Boxes an image that were found."""
+
+
+def benchmark_together(
+    engine: Engine,
+    items: Sequence[Any],
+    options: PredictOptions,
+    seconds: float,
+    *,
+    read: Callable[[Any], NDArray[np.uint8]] = read_image,
+    open_item: Callable[[Any], Opened] | None = open_image,
+    in_memory: bool = False,
+) -> Together:
+    """Measure `runtime.predict.process` over images that come again and again.
+
+    Args:
+        engine: any loaded engine.
+        items: what `read` and `open_item` take; by default files, or their content.
+        options: thresholds, and images a batch.
+        seconds: how long, after six batches.
+        read, open_item, in_memory: as in `process`.
+
+    Raises:
+        UserError: as `process`.
+    """
+    steps = process(
+        engine,
+        itertools.cycle(items),
+        read,
+        _counted,
+        options,
+        open_item=open_item,
+        in_memory=in_memory,
+    )
+    with contextlib.closing(steps):
+        for _ in range(6):  # the first is checked, the second recorded as a graph
+            next(steps)
+        images = boxes = 0
+
+        def step() -> int:
+            nonlocal images, boxes
+            counts = next(steps).result
+            images += len(counts)
+            boxes += sum(counts)
+            return len(counts)
+
+        used = time.process_time()
+        fps = rate(step, seconds)
+        cores = (time.process_time() - used) * fps / images
+    return Together(fps, cores, boxes / images)
 
 
 def format_stages(report: StageReport) -> str:
@@ -249,31 +311,6 @@ def _stages_on_gpu(
     outputs = engine.start_images(loaded.images, placed, nms, clip=True).wait()
     finish = functools.partial(postprocess, outputs, engine.output_layout, nms, placed)
     yield Stage("boxes to the images", "post-processing thread", _median(finish, seconds))
-
-
-def _whole(
-    engine: Engine, encoded: Sequence[bytes], options: PredictOptions, seconds: float
-) -> tuple[float, float, float]:
-    """Return images a second, busy cores and boxes an image of the whole pipeline."""
-    steps = process(
-        engine,
-        itertools.cycle(encoded),
-        read_image,
-        _counted,
-        options,
-        open_item=open_image,
-    )
-    with contextlib.closing(steps):
-        for _ in range(6):  # the first is checked, the second recorded as a graph
-            next(steps)
-        images = boxes = 0
-        start, used = time.perf_counter(), time.process_time()
-        while not images or time.perf_counter() - start < seconds:
-            counts = next(steps).result
-            images += len(counts)
-            boxes += sum(counts)
-        elapsed = time.perf_counter() - start
-        return images / elapsed, (time.process_time() - used) / elapsed, boxes / images
 
 
 def _counted(_batch: Any, found: list[Detections]) -> list[int]:

@@ -474,12 +474,15 @@ def _prepared_here(
     nms: NmsSettings,
     loading: dict[str, Any],
 ) -> Generator[_Step[Item], None, None]:
-    """Yield batches that were letterboxed in this machine's memory."""
+    """Yield batches that were letterboxed in this machine's memory.
+
+    Where kernels are compiled for each batch size, the last one is filled up like the others.
+    """
     batches = load_batches(
         items,
         read,
         engine.input,
-        pad_to=engine.batch.min,
+        pad_to=loading["batch"] if engine.batch_steps else engine.batch.min,
         preprocessing=engine.preprocessing,
         allocate=engine.empty_input,
         **loading,

@@ -180,7 +180,8 @@ __device__ __forceinline__ u64 key_of(float score, u32 place) {
     return (u64)(ALL - __float_as_uint(score)) << 32 | place;
 }
 
-// Grid: (blocks of FIND_THREADS * FIND_EACH scores, images). `counts`, zero before, may end above the capacity.
+// Grid: (blocks of FIND_THREADS * FIND_EACH scores, images). `counts`, zero before, may end above the capacity;
+// `suppress` leaves them at zero.
 extern "C" __global__ void __launch_bounds__(FIND_THREADS) find(
     const void* first, const void* second, const void* third,
     float threshold, float least, u32 capacity, u32* counts, u64* keys)
@@ -365,8 +366,13 @@ __device__ u32 sum_up_to(u32 own, u32* totals) {
     }
     if (lane == 31) totals[warp] = own;
     __syncthreads();
-    for (u32 before = 0; before < warp; ++before) own += totals[before];
-    return own;
+    u32 up_to = lane < WARPS ? totals[lane] : 0;
+    for (int step = 1; step < WARPS; step *= 2) {
+        u32 other = __shfl_up_sync(ALL, up_to, step);
+        if (lane >= step) up_to += other;
+    }
+    const u32 before = __shfl_sync(ALL, up_to, warp ? warp - 1 : 0);
+    return warp ? own + before : own;
 }
 
 // Sorts `size` keys of [start, end), at most CHUNK: by bins of about equal width first, then within them. Returns
@@ -456,7 +462,7 @@ __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* b
 extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const void* first, const void* second, const void* third,
     float confidence, double iou, float low, float high, float reach, u32 limit, u32 capacity,
-    const u32* counts, const u64* all_keys, const Picture* pictures, u32 clip, unsigned char* results)
+    u32* counts, const u64* all_keys, const Picture* pictures, u32 clip, unsigned char* results)
 {
     __shared__ u64 sorted[CHUNK];
     __shared__ Kept kept;
@@ -497,11 +503,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         seen += size;
         start = end;
 
-        // The boxes of a tile are read while the tile before is compared. The first tile is small: the best boxes
+        // The boxes of a tile are read while the tile before is compared. Of several, the first is small: the best boxes
         // overlap most, and what they suppress is not compared with the others.
         u64 key = 0;
         Raw raw = {};
-        u32 width = total == 0 ? 32 : TILE;
+        u32 width = total == 0 && size > 2 * TILE ? 32 : TILE;
         if (thread < width && thread < size) {
             key = sorted[thread];
             raw = read_box(outputs, image, (u32)key / CLASSES);
@@ -648,7 +654,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         __syncthreads();
         if (thread == 0) written = all;
     }
+    __syncthreads();  // all have read the count
     if (thread == 0) {
+        counts[image] = 0;
         Header header = {written, found, {0, 0}};
         *(Header*)result = header;
     }

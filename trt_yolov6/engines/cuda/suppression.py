@@ -111,6 +111,10 @@ class Suppression:
         self._reading = reading
         self._capacity = reading.capacity
         self._counts = DeviceMemory(4 * max_batch)
+        stream = Stream()
+        stream.clear(self._counts, 4 * max_batch)  # the kernels leave zeros
+        stream.wait()
+        stream.free()
         self._keys = DeviceMemory(8 * reading.capacity * max_batch)
         nbytes = result_bytes(MAX_KEPT) * max_batch
         self._results = DeviceMemory(nbytes)
@@ -152,7 +156,6 @@ class Suppression:
         confidence = float(np.float32(nms.confidence))
         low, high, reach = float32_thresholds(nms.iou)
         results = self._copy if batch <= DIRECT_ROWS else self._results
-        stream.clear(self._counts, 4 * batch)
         self._kernels.launch(
             stream,
             "find",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ MOST_CORES = 4
 MOST_CORES_OF_A_GPU = 16
 """Most cores that an actor with a GPU has by default: a GPU takes pictures faster than four decode
 them."""
+
+_REACH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ def connected(address: str) -> Iterator[Any]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
         here |= {"num_cpus": cores, "include_dashboard": False}
     try:
+        _check_reachable(address)
         ray.init(**here, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"`address` {address} does not lead to a cluster ({reason}); give that of its head, "
@@ -90,6 +94,13 @@ def _import_ray(address: str) -> Any:
             "'trt-yolov6[ray]'` gives it."
         ) from error
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError or ValueError where nothing listens: Ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
 
 
 def _check_loopback(ray: Any, address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.coco import CocoImage, read_coco_image
+from trt_yolov6.data.coco import CocoImage, open_coco_image, read_coco_image
+from trt_yolov6.data.jpeg import Jpeg
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.detection_files import described
 from trt_yolov6.runtime.predict import process
 from trt_yolov6.serving.ray.engine_files import load_here
-from trt_yolov6.serving.ray.pictures import RemotePicture, read_remote
+from trt_yolov6.serving.ray.pictures import RemotePicture, open_remote, read_remote
 from trt_yolov6.spec import PredictOptions
 
 if TYPE_CHECKING:
@@ -37,19 +40,32 @@ class Work:
     backend: str
     options: LoadOptions
     predict: PredictOptions
+    class_names: tuple[str, ...]
     is_evaluation: bool
     """Pictures are those of a data set: boxes are not clipped, and all have to be readable."""
 
 
 @dataclass(frozen=True)
 class FoundInPicture:
-    """Result for one picture."""
+    """Detections in one picture, for an evaluation."""
 
     index: int
     """Its place in the job."""
-    size: tuple[int, int]
-    """Height and width in pixels."""
     detections: Detections
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture's row of the results.
+
+    The actors write it: one process alone could not for many GPUs.
+    """
+
+    index: int
+    """The picture's place in the job."""
+    objects: int
+    text: str
+    """A JSON object on one line: `file`, `width`, `height` and `detections`."""
 
 
 @dataclass
@@ -57,6 +73,9 @@ class FoundInBlock:
     """Result for pictures that an actor processed together."""
 
     pictures: tuple[FoundInPicture, ...] = ()
+    """Of an evaluation."""
+    rows: tuple[Row, ...] = ()
+    """Of other jobs."""
     failures: tuple[tuple[int, str], ...] = ()
     """Places of pictures that could not be read, each with why: a sentence."""
     fault: str | None = None
@@ -127,11 +146,14 @@ class Detector:
             engine,
             items,
             _read,
-            _finish,
+            self._finish,
             self._work.predict,
+            open_item=_open,
             skip_unreadable=not self._work.is_evaluation,
         ):
-            block.pictures += tuple(step.result)
+            pictures, rows = step.result
+            block.pictures += pictures
+            block.rows += rows
             block.notes += tuple(step.notes)
             block.failures += tuple((index, str(why)) for (index, _), why in step.batch.failures)
             block.read_seconds += step.batch.read_seconds
@@ -139,6 +161,23 @@ class Detector:
             block.inference_seconds += step.inference_seconds
             block.postprocess_seconds += step.postprocess_seconds
         return block
+
+    def _finish(
+        self, batch: Batch[Item], found: list[Detections]
+    ) -> tuple[tuple[FoundInPicture, ...], tuple[Row, ...]]:
+        if self._work.is_evaluation:
+            pairs = zip(batch.items, found, strict=True)
+            return tuple(FoundInPicture(index, one) for (index, _), one in pairs), ()
+        rows = []
+        for (index, picture), placed, one in zip(
+            batch.items, batch.letterboxes, found, strict=True
+        ):
+            assert isinstance(picture, RemotePicture)
+            height, width = placed.source
+            record = {"file": picture.name, "width": width, "height": height}
+            record["detections"] = described(one, self._work.class_names)
+            rows.append(Row(index, len(one), json.dumps(record)))
+        return (), tuple(rows)
 
 
 def _read(item: Item) -> NDArray[np.uint8]:
@@ -150,8 +189,10 @@ def _read(item: Item) -> NDArray[np.uint8]:
     )
 
 
-def _finish(batch: Batch[Item], found: list[Detections]) -> list[FoundInPicture]:
-    return [
-        FoundInPicture(index, placed.source, one)
-        for (index, _), placed, one in zip(batch.items, batch.letterboxes, found, strict=True)
-    ]
+def _open(item: Item) -> Jpeg | NDArray[np.uint8]:
+    picture = item[1]
+    return (
+        open_coco_image(picture)
+        if isinstance(picture, CocoImage)
+        else open_remote(picture.store, picture.path)
+    )

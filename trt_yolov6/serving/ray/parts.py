@@ -161,13 +161,13 @@ class PartWriter(Closing):
         """Parts written."""
         self._folder, self._kind = folder, kind
         self._most, self._seconds = rows, seconds
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[str] = []
         self._since = 0.0
         numbers = [int(match[1]) for name in folder.names() if (match := _PART.fullmatch(name))]
         self._next = max(numbers, default=-1) + 1
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Take a picture: `file`, `width`, `height` and `detections`."""
+    def add(self, row: str) -> None:
+        """Take a picture: a JSON object of `file`, `width`, `height` and `detections`, one line."""
         if not self._rows:
             self._since = time.monotonic()
         self._rows.append(row)
@@ -183,7 +183,9 @@ class PartWriter(Closing):
         """Write what has been gathered as a part."""
         if not self._rows:
             return
-        content = _jsonl(self._rows) if self._kind == "jsonl" else _parquet(self._rows)
+        content = "".join(f"{row}\n" for row in self._rows).encode()
+        if self._kind == "parquet":
+            content = _parquet(content)
         self._folder.write(f"part-{self._next:06d}.{self._kind}", content)
         self._next += 1
         self.written += 1
@@ -194,17 +196,17 @@ class PartWriter(Closing):
         self.flush()
 
 
-def _jsonl(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def parquet_schema(box_length: int = 4) -> pyarrow.Schema:
+    """Return the columns of a Parquet part; a row is a picture.
 
-
-def parquet_schema() -> pyarrow.Schema:
-    """Return the columns of a Parquet part; a row is a picture."""
+    Args:
+        box_length: numbers of a box; -1 leaves it open, as Arrow's reader of JSON wants it.
+    """
     import pyarrow as pa
 
     detection = pa.struct(
         [
-            ("box", pa.list_(pa.float64(), 4)),
+            ("box", pa.list_(pa.float64(), box_length)),
             ("score", pa.float64()),
             ("class", pa.int64()),
             ("name", pa.string()),
@@ -220,11 +222,18 @@ def parquet_schema() -> pyarrow.Schema:
     )
 
 
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
+def _parquet(lines: bytes) -> bytes:
+    """Return a Parquet file of rows that are JSON objects, one a line."""
     import pyarrow as pa
+    import pyarrow.json
     import pyarrow.parquet
 
+    table = pyarrow.json.read_json(
+        pa.BufferReader(lines),
+        read_options=pyarrow.json.ReadOptions(block_size=len(lines) + 1),
+        parse_options=pyarrow.json.ParseOptions(explicit_schema=parquet_schema(-1)),
+    )
     sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=parquet_schema()), sink)
+    pyarrow.parquet.write_table(table.cast(parquet_schema()), sink)
     content: bytes = sink.getvalue().to_pybytes()
     return content

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.images import IMAGE_SUFFIXES, read_image
+from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.data.media import Video, find_media
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 
@@ -90,6 +91,20 @@ def read_remote(store: str, path: str) -> NDArray[np.uint8]:
     if not store:
         return read_image(Path(path))
     return read_image(read_bytes(store, path), f"{_scheme(store)}://{path}")
+
+
+def open_remote(store: str, path: str) -> Jpeg | NDArray[np.uint8]:
+    """Read a picture and leave it encoded if a GPU can decode it, see `jpeg.open_image`.
+
+    Args:
+        store, path: of a `RemotePicture`.
+
+    Raises:
+        UserError: as `read_remote`.
+    """
+    if not store:
+        return open_image(Path(path))
+    return open_image(read_bytes(store, path), f"{_scheme(store)}://{path}")
 
 
 def read_bytes(store: str, path: str) -> bytes:
