@@ -294,7 +294,6 @@ def _quantize(order: Order, variant: Variant) -> dict[str, Any]:
                 seed=seed_of(variant, order.fold),
                 distillation=how.trained == "distilled",
             ),
-            image_size=order.image_size,
             device=device,
             state_file=order.folder / "qat-state.pt",
             progress=False,

@@ -150,12 +150,12 @@ def test_the_layer_that_is_rounded_coarsely_moves_most(tiny: Graph, folder: Path
     found = calibrate(tiny, folder, MINMAX)
     images = list(batches_of(tiny, sorted(folder.iterdir())[:2]))
     watch = Displacement(tiny, images)
-    name = found.placement.layers[-3]
-    tensor = next(node.input[0] for node in found.model.graph.node if node.name == name)
-    fine = scores_alone(found.model, found.placement, found.table.amax, watch.of)
-    assert set(fine) == set(found.placement.layers)
+    name = found.prepared.placement.layers[-3]
+    tensor = next(node.input[0] for node in found.prepared.model.graph.node if node.name == name)
+    fine = scores_alone(found.prepared.model, found.prepared.placement, found.table.amax, watch.of)
+    assert set(fine) == set(found.prepared.placement.layers)
     coarse = {**found.table.amax, tensor: 100 * found.table.amax[tensor]}
-    moved = scores_alone(found.model, found.placement, coarse, watch.of)
+    moved = scores_alone(found.prepared.model, found.prepared.placement, coarse, watch.of)
     assert moved[name] > 3 * fine[name]
 
 
@@ -194,9 +194,9 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
     tiny: Graph, folder: Path
 ) -> None:
     found = calibrate(tiny, folder, MINMAX)
-    whole = insert_qdq(found.model, found.placement, found.table.amax)
+    whole = insert_qdq(found.prepared.model, found.prepared.placement, found.table.amax)
     images = list(batches_of(tiny, sorted(folder.iterdir())[:4]))
-    tuned = BiasCorrection(found.model, images).correct(whole)
+    tuned = BiasCorrection(found.prepared.model, images).correct(whole)
     assert with_learned(whole, learned_of(tuned)).SerializeToString() == tuned.SerializeToString()
     kept = convolutions(tiny.model)[3]
     partly = with_learned(found.with_float((kept,)), learned_of(tuned))
@@ -209,7 +209,7 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
             if node.name in convolutions(model) and len(node.input) > 2
         }
 
-    taken, theirs, own = biases(partly), biases(tuned), biases(found.model)
+    taken, theirs, own = biases(partly), biases(tuned), biases(found.prepared.model)
     for name, value in taken.items():
         np.testing.assert_allclose(value, (own if name == kept else theirs)[name], rtol=1e-6)
 

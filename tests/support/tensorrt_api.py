@@ -358,7 +358,7 @@ def stub(found: Facts, notes: Mapping[tuple[str, str], str] | None = None) -> st
         notes: comments on members, by class and name.
     """
     lines = [
-        "from abc import ABC, abstractmethod",
+        "from abc import ABCMeta, abstractmethod",
         "from collections.abc import Iterator, Sequence",
         "from typing import Any, ClassVar, NoReturn, overload",
         "",
@@ -414,7 +414,8 @@ def _class(
     base = "" if owner == "Logger" else members.get(_BASES, "")
     inherited = found.get(base, {})
     is_abstract = required or base in _MUST_OVERRIDE
-    bases = [members.get(_BASES), "ABC" if is_abstract else "", "_Enum" if is_enum else ""]
+    bases = [members.get(_BASES), "_Enum" if is_enum else ""]
+    bases.append("metaclass=ABCMeta" if is_abstract else "")
     lines = [f"{indent}class {owner.rpartition('.')[2]}({', '.join(filter(None, bases))}):"]
     inner = indent + "    "
     if is_enum:

@@ -18,7 +18,7 @@ from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import clocks, run_inputs
 from trt_yolov6.comparison.rounds import Round, measure_round, round_from_json
 from trt_yolov6.data.calibration import evenly
-from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
+from trt_yolov6.data.coco import CocoDataset, read_coco_image
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
@@ -130,17 +130,12 @@ def _reading(built: BuiltCase, batch: int) -> list[Any]:
     return found
 
 
-def example_images(dataset: CocoDataset, count: int) -> list[CocoImage]:
-    """Return some images of a data set, spread evenly over it."""
-    return list(evenly(dataset.images, count))
-
-
 def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[list[float]]]:
     """Return the detections in the example images: lists of x1, y1, x2, y2, score, class."""
     from trt_yolov6.runtime.predict import detect
 
     plan = work.plan
-    images = [read_coco_image(image) for image in example_images(dataset, plan.examples)]
+    images = [read_coco_image(image) for image in evenly(dataset.images, plan.examples)]
     found = detect(engine, images, plan.predict_options)
     return [
         [

@@ -134,13 +134,6 @@ class Judge:
         """Return the agreement of a quantized graph's detections with the float one's, 0..1."""
         return pooled_agreement([(self, self.detections(model))])
 
-    def interval(self, model: onnx.ModelProto) -> Interval:
-        """Return `agreement` with its 95 % bootstrap interval over the images.
-
-        Half of its width is the smallest difference to another set of images that can be seen.
-        """
-        return pooled_interval([(self, self.detections(model))])
-
     def confident_agreement(self, model: onnx.ModelProto) -> float:
         """Return the agreement from the highest of `CONFIDENCES` on, see `least_agreement`."""
         return pooled_agreement([(self, self.detections(model))], CONFIDENCES[-1:])
@@ -198,7 +191,7 @@ def pooled_interval(judged: Judged) -> Interval:
     return interval(mean, len(found), resamples=_RESAMPLES)
 
 
-def pooled_gain(judged: Judged, before: Judged, confidence: float = GAIN_CONFIDENCE) -> Interval:
+def pooled_gain(judged: Judged, before: Judged) -> Interval:
     """Return by how much the agreement is higher than that of other detections.
 
     Both are resampled alike, so that the interval is far narrower than that of either.
@@ -206,7 +199,6 @@ def pooled_gain(judged: Judged, before: Judged, confidence: float = GAIN_CONFIDE
     Args:
         judged: detections of the one graph in the images of judges.
         before: those of the other in the same images.
-        confidence: of the interval, 0..1.
     """
     pairs = []
     for one in CONFIDENCES:
@@ -220,7 +212,7 @@ def pooled_gain(judged: Judged, before: Judged, confidence: float = GAIN_CONFIDE
         return float(np.mean([own.ap(draws) - other.ap(draws) for own, other in pairs]))
 
     count = sum(judge.images for judge, _ in judged)
-    return interval(gain, count, resamples=_RESAMPLES, confidence=confidence)
+    return interval(gain, count, resamples=_RESAMPLES, confidence=GAIN_CONFIDENCE)
 
 
 def _pooled(judged: Judged) -> tuple[list[Detections], list[Detections]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ from trt_yolov6.quantization.settings import (
     check_settings,
     described,
 )
-from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import (
     CalibrationKey,
     CalibrationTable,
@@ -217,19 +216,16 @@ def _quantized_share(model: onnx.ModelProto, placement: Placement) -> float:
 class Calibrated:
     """A float graph calibrated for INT8, before any pair is put into it."""
 
-    model: onnx.ModelProto
-    placement: Placement
+    prepared: Prepared
     table: CalibrationTable
     paths: tuple[Path, ...]
     """The calibration images."""
-    statistics: Mapping[str, TensorStatistics]
-    """Statistics of every tensor that any choice of float layers may quantize."""
 
     def with_float(self, layers: tuple[str, ...]) -> onnx.ModelProto:
         """Return the Q/DQ graph with some layers in float."""
-        prepared = Prepared(variant_of(self.table), self.model, self.placement, self.statistics)
-        table = prepared.table(method_of(self.table), self.table.key, INT8, layers)
-        return insert_qdq(self.model, place_for(INT8, self.model, layers), table.amax)
+        table = self.prepared.table(method_of(self.table), self.table.key, INT8, layers)
+        placement = self.prepared.placed(INT8, layers)
+        return insert_qdq(self.prepared.model, placement, table.amax)
 
 
 def calibrate(
@@ -252,7 +248,4 @@ def calibrate(
     paths = calibration_images(folder, settings.image_limit, _log.info)
     key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
     found = Search(graph, split_images(paths), settings, key).run()
-    prepared = found.prepared
-    return Calibrated(
-        prepared.model, prepared.placement, found.table, tuple(paths), prepared.statistics
-    )
+    return Calibrated(found.prepared, found.table, tuple(paths))

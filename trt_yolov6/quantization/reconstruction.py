@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from trt_yolov6.detectors.box_similarity import iou
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.quantized import quantized_layers
-from trt_yolov6.quantization.torch_anchors import READERS, AnchorTensors, iou
+from trt_yolov6.quantization.torch_anchors import READERS, AnchorTensors
 from trt_yolov6.quantization.torch_graph import TorchGraph
 
 _log = logging.getLogger(__name__)

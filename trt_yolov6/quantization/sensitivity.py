@@ -114,35 +114,6 @@ class Sensitivity:
         }
 
 
-def sensitivity(
-    model: onnx.ModelProto,
-    placement: Placement,
-    amax: Mapping[str, float],
-    images: Iterable[NDArray[Any]],
-    metric: Metric,
-    score: Callable[[onnx.ModelProto], float] | None = None,
-) -> Sensitivity:
-    """Rank a graph's INT8 layers.
-
-    Args:
-        model: the float graph that the placement was made for.
-        placement: what is to run in INT8.
-        amax: range of each tensor to quantize, as a calibration table has it.
-        images: each what the graph's input takes, for the tensor metrics.
-        metric: `mse`, `snr`, `cosine` or `ap`.
-        score: for `ap`: a graph's AP in 0..1, from labels or by agreement with the float graph.
-
-    Raises:
-        UserError: a range is missing, or there is no image.
-        ValueError: no `score` for `ap`.
-    """
-    if metric == "ap":
-        if score is None:
-            raise ValueError("sensitivity by AP needs a function that gives a graph's AP")
-        return _sorted("ap", scores_alone(model, placement, amax, score))
-    return ranked(layer_distortions(model, placement, amax, images), metric)
-
-
 def layer_distortions(
     model: onnx.ModelProto,
     placement: Placement,
@@ -151,11 +122,18 @@ def layer_distortions(
 ) -> dict[str, Distortion]:
     """Return how far each INT8 layer's output is from float, all layers in one pass.
 
-    Arguments as in `sensitivity`; any number of images takes the same memory.
+    Args:
+        model: the float graph that the placement was made for.
+        placement: what is to run in INT8.
+        amax: range of each tensor to quantize, as a calibration table has it.
+        images: each what the graph's input takes; any number takes the same memory.
 
     Returns:
         By layer, in the graph's order, summed over all images: the convolution's output with its
         bias, before the activation.
+
+    Raises:
+        UserError: a range is missing, or there is no image.
     """
     if not placement.layers:
         return {}
@@ -179,7 +157,14 @@ def ranked(distortions: Mapping[str, Distortion], metric: Metric) -> Sensitivity
     if metric not in TENSOR_METRICS:
         raise ValueError(f"{metric!r} is not a metric of a layer's output")
     values = {name: float(getattr(item, metric)) for name, item in distortions.items()}
-    return _sorted(metric, values)
+    return by_value(metric, values)
+
+
+def by_value(metric: Metric, values: Mapping[str, float]) -> Sensitivity:
+    """Return the layers by their values in a metric, the most sensitive first."""
+    sign = -1 if metric == "mse" else 1
+    order = sorted(values, key=lambda name: sign * values[name])
+    return Sensitivity(metric, tuple((name, values[name]) for name in order))
 
 
 def scores_alone(
@@ -190,7 +175,7 @@ def scores_alone(
 ) -> dict[str, float]:
     """Return the score of the graph in which only that layer runs in INT8, by layer in its order.
 
-    Arguments as in `sensitivity`, but that `score` may be any function of a graph.
+    Arguments as in `layer_distortions`; `score` is any function of a graph.
     """
     scales = input_scales(model, placement, amax)
     ranges = {name: scale * INT8.largest for name, scale in scales.items()}
@@ -269,12 +254,6 @@ def write_chart(result: Sensitivity, path: str | Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(path, figure)
-
-
-def _sorted(metric: Metric, values: Mapping[str, float]) -> Sensitivity:
-    sign = -1 if metric == "mse" else 1
-    order = sorted(values, key=lambda name: sign * values[name])
-    return Sensitivity(metric, tuple((name, values[name]) for name in order))
 
 
 def _sum_name(layer: str, kind: str) -> str:

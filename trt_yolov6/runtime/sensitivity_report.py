@@ -22,10 +22,12 @@ from trt_yolov6.quantization.judge import Judge, batches_of
 from trt_yolov6.quantization.metrics import MEANING, TENSOR_METRICS, Metric, direction
 from trt_yolov6.quantization.pipeline import Calibrated
 from trt_yolov6.quantization.sensitivity import (
+    Distortion,
     Sensitivity,
+    by_value,
     layer_distortions,
     ranked,
-    sensitivity,
+    scores_alone,
 )
 from trt_yolov6.runtime.evaluate import evaluate
 
@@ -44,47 +46,36 @@ def measure(
 
     Args:
         graph: the float graph that was calibrated.
-        calibrated: from `ptq.calibrate`.
+        calibrated: from `calibrate`.
         metric: `mse`, `snr`, `cosine` at the layers' outputs, or `ap`.
         score: a graph's AP, for `ap`; None takes the agreement with the float network.
     """
-    if metric == "ap" and score is None:
-        score = Judge(graph, calibrated.paths).confident_agreement
-    return sensitivity(
-        calibrated.model,
-        calibrated.placement,
-        calibrated.table.amax,
-        batches_of(graph, calibrated.paths),
-        metric,
-        score,
-    )
+    if metric != "ap":
+        return ranked(_distortions(graph, calibrated), metric)
+    score = score or Judge(graph, calibrated.paths).confident_agreement
+    prepared = calibrated.prepared
+    scores = scores_alone(prepared.model, prepared.placement, calibrated.table.amax, score)
+    return by_value("ap", scores)
 
 
 def fallback_report(
     graph: Graph,
     calibrated: Calibrated,
     score: Score | None = None,
-    count: int = REPORTED_LAYERS,
     by_ap: Sensitivity | None = None,
 ) -> str:
     """Return a table like the paper's Table 21, in Markdown.
 
     Args:
         graph: the float graph that was calibrated.
-        calibrated: from `ptq.calibrate`.
+        calibrated: from `calibrate`.
         score: a graph's AP; None takes the agreement with the float network.
-        count: layers to keep in float.
         by_ap: the layers by `ap`, from `measure`, for one more row; None leaves it out, since that
             ranking takes a run over the images for every layer.
     """
     name = "AP" if score else "agreement with float"
     scored = score or Judge(graph, calibrated.paths).confident_agreement
-    distortions = layer_distortions(
-        calibrated.model,
-        calibrated.placement,
-        calibrated.table.amax,
-        batches_of(graph, calibrated.paths),
-    )
+    distortions = _distortions(graph, calibrated)
     rankings = [ranked(distortions, metric) for metric in TENSOR_METRICS]
     if by_ap is not None:
         rankings.append(by_ap)
@@ -96,13 +87,19 @@ def fallback_report(
         f"| none | {scored(calibrated.with_float(())):.4f} | |",
     ]
     for ranking in rankings:
-        layers = ranking.names[:count]
+        layers = ranking.names[:REPORTED_LAYERS]
         value = scored(calibrated.with_float(layers))
         which = direction(ranking.metric).split()[0]
-        row = f"| {count} of {which} {ranking.metric} | {value:.4f} | {', '.join(layers)} |"
-        rows.append(row)
+        what = f"{REPORTED_LAYERS} of {which} {ranking.metric}"
+        rows.append(f"| {what} | {value:.4f} | {', '.join(layers)} |")
     used = [f"{ranking.metric}: {MEANING[ranking.metric]}" for ranking in rankings]
     return "\n".join([*rows, "", "; ".join(used) + "."])
+
+
+def _distortions(graph: Graph, calibrated: Calibrated) -> dict[str, Distortion]:
+    images = batches_of(graph, calibrated.paths)
+    prepared = calibrated.prepared
+    return layer_distortions(prepared.model, prepared.placement, calibrated.table.amax, images)
 
 
 def ap_on(graph: Graph, dataset: CocoDataset) -> Score:

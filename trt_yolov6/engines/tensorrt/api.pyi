@@ -1,6 +1,6 @@
 """TensorRT's API as the engines use it; written by scripts/tensorrt_api.py."""
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NoReturn, overload
 
@@ -211,7 +211,7 @@ class IHostMemory():
     def dtype(self) -> DataType: ...
     @property
     def nbytes(self) -> int: ...
-class IInt8Calibrator(ABC):
+class IInt8Calibrator(metaclass=ABCMeta):
     def __init__(self) -> None: ...  # only tensorrt 8.5, 8.6, 10.0, 10.13; tensorrt-rtx 1.4
     @abstractmethod  # only tensorrt 8.5, 8.6, 10.0, 10.13; tensorrt-rtx 1.4
     def get_batch(self, names: list[str]) -> list[int] | None: ...
@@ -221,9 +221,9 @@ class IInt8Calibrator(ABC):
     def read_calibration_cache(self) -> Buffer | None: ...
     @abstractmethod  # only tensorrt 8.5, 8.6, 10.0, 10.13; tensorrt-rtx 1.4
     def write_calibration_cache(self, cache: Buffer) -> None: ...
-class IInt8EntropyCalibrator2(IInt8Calibrator, ABC):
+class IInt8EntropyCalibrator2(IInt8Calibrator, metaclass=ABCMeta):
     def __init__(self) -> None: ...  # only tensorrt 8.5, 8.6, 10.0, 10.13; tensorrt-rtx 1.4
-class IInt8MinMaxCalibrator(IInt8Calibrator, ABC):
+class IInt8MinMaxCalibrator(IInt8Calibrator, metaclass=ABCMeta):
     def __init__(self) -> None: ...  # only tensorrt 8.5, 8.6, 10.0, 10.13; tensorrt-rtx 1.4
 class ILayer():
     def get_input(self, index: int) -> ITensor: ...
@@ -241,7 +241,7 @@ class ILayer():
     def set_output_type(self, index: int, dtype: DataType | None) -> None: ...  # only tensorrt 8.5, 8.6, 10.0, 10.13; tensorrt-rtx 1.4
     @property
     def type(self) -> LayerType: ...
-class ILogger(ABC):
+class ILogger(metaclass=ABCMeta):
     ERROR: ClassVar[ILogger.Severity]
     INTERNAL_ERROR: ClassVar[ILogger.Severity]
     class Severity(_Enum):
@@ -272,18 +272,18 @@ class INetworkDefinition():
     def num_outputs(self) -> int: ...
 class IOptimizationProfile():
     def set_shape(self, input: str, min: Dims | Sequence[int], opt: Dims | Sequence[int], max: Dims | Sequence[int]) -> None: ...
-class IOutputAllocator(ABC):
+class IOutputAllocator(metaclass=ABCMeta):
     def __init__(self) -> None: ...
     @abstractmethod
     def notify_shape(self, tensor_name: Any, shape: Any) -> Any: ...
     @abstractmethod
     def reallocate_output(self, tensor_name: Any, memory: Any, size: Any, alignment: Any) -> Any: ...
     def reallocate_output_async(self, tensor_name: Any, memory: Any, size: Any, alignment: Any, stream: Any) -> Any: ...  # only tensorrt 10.0, 10.13, 11.0, 11.4; tensorrt-rtx 1.4, 1.7
-class IProfiler(ABC):
+class IProfiler(metaclass=ABCMeta):
     def __init__(self) -> None: ...
     @abstractmethod
     def report_layer_time(self, layer_name: str, ms: float) -> None: ...
-class IProgressMonitor(ABC):
+class IProgressMonitor(metaclass=ABCMeta):
     def __init__(self) -> None: ...  # only tensorrt 10.0, 10.13, 11.0, 11.4; tensorrt-rtx 1.4, 1.7
     @abstractmethod  # only tensorrt 10.0, 10.13, 11.0, 11.4; tensorrt-rtx 1.4, 1.7
     def phase_finish(self, phase_name: str) -> None: ...

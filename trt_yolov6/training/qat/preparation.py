@@ -111,19 +111,6 @@ def prepare_graph(
     return Start(arch, result, given, features)
 
 
-def check_classes(data: str | Path, count: int, arch: Architecture) -> None:
-    """Refuse a data set of another number of classes than the network's.
-
-    Raises:
-        UserError: there are other classes.
-    """
-    if count != arch.num_classes:
-        raise UserError(
-            f"{data} has {count} classes, the checkpoint {arch.num_classes}; give the data set it "
-            "was trained on."
-        )
-
-
 # --- fewer bits ---------------------------------------------------------------------------------
 
 
