@@ -239,7 +239,8 @@ def sample(
     while True:
         for offset in range(len(runs)):
             index = (turn + offset) % len(runs)
-            if len(runs) > 1 and _shorter_than_a_slice(times[index]):
+            taken = times[index]
+            if len(runs) > 1 and taken and taken[-1] < SLICE_SECONDS:
                 runs[index]()  # not counted: it refills the caches that the others took
                 uncounted(index)
             slice_start = clock()
@@ -316,7 +317,3 @@ def random_input(engine: Engine, batch: int) -> NDArray[Any]:
     if engine.input.dtype == np.uint8:
         return generator.integers(0, 256, images.shape, dtype=np.uint8)
     return generator.random(dtype=np.float32, out=images)
-
-
-def _shorter_than_a_slice(times: Sequence[float]) -> bool:
-    return bool(times) and times[-1] < SLICE_SECONDS

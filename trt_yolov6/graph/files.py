@@ -135,13 +135,10 @@ def graph_precision(model: onnx.ModelProto) -> PrecisionName:
         return "int8-dynamic"
     if any(op == "QuantizeLinear" or op.startswith("QLinear") for op in operators):
         # Nothing but Q/DQ nodes reads constants of such a type.
-        return "fp8" if any(map(_is_float8, constants_of(model).values())) else "int8"
+        names = [type_name(item.data_type) for item in constants_of(model).values()]
+        return "fp8" if any(name.startswith("float8") for name in names) else "int8"
     half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
     return "fp16" if half else "fp32"
-
-
-def _is_float8(tensor: onnx.TensorProto) -> bool:
-    return type_name(tensor.data_type).startswith("float8")
 
 
 def _external_files(model: onnx.ModelProto) -> Iterator[str]:
