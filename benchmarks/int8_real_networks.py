@@ -4,7 +4,8 @@
 
 Each network is quantized from 64 images as the command line does by default, and judged in exact
 arithmetic on its validation images and on training images that were not among the 64, so neither by
-what calibrated nor by what chose. Beside it ONNX Runtime's quantizer and, where `--modelopt` names
+what calibrated nor by what chose. With "labels" float layers are chosen by AP on the labelled
+training images that do not judge. Beside it ONNX Runtime's quantizer and, where `--modelopt` names
 its Python, NVIDIA ModelOpt's. Rows of other networks and tools in the results file are kept.
 """
 
@@ -30,12 +31,12 @@ from benchmarks.int8_tools import Contender, Task, contenders
 from benchmarks.rescaling import rescale_channels
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.machine import cpu_model
-from trt_yolov6.comparison.agreement import objects_of
 from trt_yolov6.data.calibration import calibration_images, evenly
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import load_batches
 from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.detectors.labels import objects_of
 from trt_yolov6.graph.cost import layers_of
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.graph.inputs import input_spec
@@ -43,11 +44,13 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.pipeline import quantize
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.resampling import interval, matched
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import FP8
+from trt_yolov6.runtime.sensitivity_report import LabelledAp
 from trt_yolov6.spec import NmsSettings
 
 RESULTS = Path("benchmarks/results/int8-real-networks.json")
@@ -109,10 +112,17 @@ NETWORKS = (
     Network("rescaled", _rescaled, *(_BCCD, "train", "val", 4)),
 )
 
+WITH_LABELS = ", labels"
+"""Ending of the names of tools that are given labels."""
+
+_WITHIN = QuantizationSettings(float_layers="auto", max_ap_drop=0.3, max_slowdown=5.0)
+
 TOOLS: dict[str, QuantizationSettings] = {
     "ours": QuantizationSettings(),
     "ours, auto 5 %": QuantizationSettings(float_layers="auto", max_ap_drop=None, max_slowdown=5.0),
     "ours, auto 0.3 points": QuantizationSettings(float_layers="auto", max_ap_drop=0.3),
+    "ours, auto 0.3 points, 5 %": _WITHIN,
+    f"ours, auto 0.3 points, 5 %{WITH_LABELS}": _WITHIN,
     "ours, gradients 5 minutes": QuantizationSettings(reconstruct_minutes=5.0),
     "ours, FP8": QuantizationSettings(quantized=FP8),
 }
@@ -136,12 +146,14 @@ def main() -> None:
             if wanted and tool not in wanted:
                 continue
             start = time.perf_counter()
-            model = make()
+            model, said = make()
+            seconds = round(time.perf_counter() - start, 1)
             row = {
                 "network": network.name,
                 "tool": tool,
                 **judged.figures(model),
-                "seconds": round(time.perf_counter() - start, 1),
+                **said,
+                "seconds": seconds,
                 "machine": cpu_model(),
                 # Seconds say little where others used the cores.
                 "load": round(os.getloadavg()[1], 1),
@@ -157,6 +169,10 @@ def _keep(path: Path, row: dict[str, Any]) -> None:
     write_json(path, {"command": "python -m benchmarks.int8_real_networks", "rows": [*rows, row]})
 
 
+_Made = tuple[onnx.ModelProto, dict[str, Any]]
+"""A quantized graph, and what its row says besides."""
+
+
 class _Judged:
     """A network's float detections on the images that judge."""
 
@@ -168,6 +184,12 @@ class _Judged:
         other = load_coco(network.data, network.calibrated_on)
         validation = load_coco(network.data, network.validation)
         rest = [image for image in other.images if image.path in left][:: network.every]
+        judging = {image.id for image in rest}
+        self.spare = dataclasses.replace(
+            other,
+            images=tuple(image for image in other.images if image.id not in judging),
+            annotations=tuple(a for a in other.annotations if a["image_id"] not in judging),
+        )
         self._parts = ((validation, validation.images), (other, tuple(rest)))
         self.truth = [one for part in self._parts for one in objects_of(*part, crowds=True)]
         self.float_found = self._detections(self.graph.model)
@@ -228,25 +250,34 @@ class _Judged:
         return found
 
 
-def _tools(
-    judged: _Judged, modelopt: Path | None
-) -> Iterator[tuple[str, Callable[[], onnx.ModelProto]]]:
+def _tools(judged: _Judged, modelopt: Path | None) -> Iterator[tuple[str, Callable[[], _Made]]]:
     for name, settings in TOOLS.items():
-        yield name, functools.partial(_own, judged, settings)
+        labelled = name.endswith(WITH_LABELS)
+        yield name, functools.partial(_own, judged, settings, labelled=labelled)
     work = Path(tempfile.mkdtemp(prefix="int8-"))
     for contender in contenders(judged.task, work, modelopt or Path("none"), ()):
         if contender.tool == "modelopt" and modelopt is None:
             continue
 
-        def made(contender: Contender = contender) -> onnx.ModelProto:
+        def made(contender: Contender = contender) -> _Made:
             contender.make(work / "quantized.onnx")
-            return onnx.load(work / "quantized.onnx")
+            return onnx.load(work / "quantized.onnx"), {}
 
         yield contender.name, made
 
 
-def _own(judged: _Judged, settings: QuantizationSettings) -> onnx.ModelProto:
-    return quantize(judged.graph, judged.folder, settings).graph.model
+def _own(judged: _Judged, settings: QuantizationSettings, *, labelled: bool) -> _Made:
+    score = LabelledAp(judged.graph, judged.spare) if labelled else None
+    made = quantize(judged.graph, judged.folder, settings, score=score)
+    said: dict[str, Any] = {}
+    if settings.float_layers == "auto":
+        costs = layer_costs(made.float_model)
+        slower = sum(costs[name].time_share for name in made.table.float_layers)
+        budget = (made.graph.calibration or {}).get("budget")
+        said = {"slower": round(slower, 4), "budget": budget}
+    if labelled:
+        said["labels"] = len(judged.spare.images)
+    return made.graph.model, said
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ from numpy.typing import NDArray
 from trt_yolov6.bench.latency import benchmark_many
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import read_gpus, software_versions, timestamp
-from trt_yolov6.comparison.agreement import objects_of
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.detectors.labels import objects_of
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.base import BuildSettings, Engine, ImplicitCalibration
 from trt_yolov6.engines.build import build_engine

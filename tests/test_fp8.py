@@ -59,7 +59,7 @@ from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import Accumulator
 from trt_yolov6.quantization.table import write_table
 from trt_yolov6.quantization.types import E4M3_LEVELS, FP8, INT8
-from trt_yolov6.runtime.sensitivity_report import ap_on
+from trt_yolov6.runtime.sensitivity_report import LabelledAp
 
 MINMAX = QuantizationSettings(
     quantized=FP8, calibrator="minmax", equalize=False, bias_correction=False
@@ -376,7 +376,7 @@ def test_the_sample_loses_less_than_half_a_point(
 ) -> None:
     # All of them: on 16 images ranges wider by 0.05 % moved the AP by as much as is allowed.
     images = load_coco(root / "samples")
-    found = ap_on(sample_fp8, images)(sample_fp8.model)
+    found = LabelledAp(sample_fp8, images)(sample_fp8.model)
     assert found > sample_320_ap - 0.005
 
 

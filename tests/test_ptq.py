@@ -30,6 +30,7 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization import judge as judging
 from trt_yolov6.quantization import search
 from trt_yolov6.quantization.pipeline import QuantizedGraph, calibrate, quantize
+from trt_yolov6.quantization.resampling import Interval
 from trt_yolov6.quantization.search import Choice, Search
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import read_table, write_table
@@ -232,9 +233,13 @@ def test_float_layers_are_searched_with_the_biases_that_will_be_built(
 ) -> None:
     seen: list[bytes] = []
 
-    def score(model: onnx.ModelProto) -> float:
-        seen.append(model.SerializeToString())
-        return 1.0
+    class Score:
+        def __call__(self, model: onnx.ModelProto) -> float:
+            seen.append(model.SerializeToString())
+            return 1.0
+
+        def change(self, model: onnx.ModelProto, base: onnx.ModelProto) -> Interval:
+            return Interval(0.0, -0.01, 0.02)
 
     settings = dataclasses.replace(MINMAX, float_layers="auto")
     for helps in (True, False):
@@ -245,7 +250,7 @@ def test_float_layers_are_searched_with_the_biases_that_will_be_built(
 
         monkeypatch.setattr(Search, "_with_weights", chosen)
         seen.clear()
-        result = quantize(tiny, folder, settings, score=score)
+        result = quantize(tiny, folder, settings, score=Score())
         assert result.table.biases_corrected is helps
         # The float graph first, for the budget; then the graph without float layers, which is kept.
         assert seen[1:] == [result.graph.model.SerializeToString()]
@@ -255,12 +260,12 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
     tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging.Judge, "harmless_agreement", lambda _: 0.25)
-    monkeypatch.setattr(search, "pooled_agreement", lambda *_: 0.3)
+    monkeypatch.setattr(search, "assured_agreement", lambda _: 0.3)
     settings = dataclasses.replace(MINMAX, float_layers="auto", max_ap_drop=0.01)
     with logged() as told:
         result = quantize(tiny, folder, settings)
     assert result.table.float_layers == ()
-    assert "float layers until the agreement with float is 0.250 ..." in told
+    assert "float layers until the assured agreement with float is 0.250 ..." in told
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])

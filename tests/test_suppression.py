@@ -271,6 +271,24 @@ def test_kernels_go_through_more_candidates_than_a_chunk_in_order(
             assert rows_of(found, image) == wanted
 
 
+@pytest.mark.parametrize("clusters", [4, 40])
+def test_kernels_keep_of_crowded_boxes_what_the_definition_keeps(clusters: int) -> None:
+    """Most candidates are then left out before they come to a tile, in every chunk."""
+    anchors, classes = 600, 3
+    rng = np.random.default_rng(3)
+    outputs = {
+        "boxes": crowd(rng, anchors, clusters)[None],
+        "scores": rng.uniform(0, 1, (1, anchors, classes)).astype(np.float32),
+    }
+    outputs["boxes"][0, ::7] = outputs["boxes"][0, 1::7]
+    nms = NmsSettings(0.2, 0.65, MAX_KEPT)
+    found = suppressed_on_cpu(split_reading(anchors, classes), outputs, nms)
+    assert found is not None
+    wanted = plain_image(outputs["boxes"][0], outputs["scores"][0], nms)
+    assert rows_of(found, 0) == wanted
+    assert len(wanted) < anchors * classes / 4
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_kernels_map_boxes_to_the_images_as_the_cpu_does(clip: bool) -> None:
     anchors, classes, limit = 300, 2, 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
@@ -27,11 +27,11 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.spec import BatchProfile, NmsSettings, Precision
 
 if TYPE_CHECKING:
-    import onnx
     from typing_extensions import Unpack
 
     from trt_yolov6.checkpoints.loading import Checkpoint
     from trt_yolov6.quantization.settings import QuantizationSettings
+    from trt_yolov6.runtime.sensitivity_report import LabelledAp
 
 Source: TypeAlias = "str | Path | Checkpoint | Graph"
 """Source of an engine: a checkpoint (`.pt`), any detector's ONNX file, or a graph."""
@@ -323,16 +323,14 @@ def quantization_settings(
     )
 
 
-def labelled_score(
-    graph: Graph, data: str | Path | None, split: str | None
-) -> Callable[[onnx.ModelProto], float] | None:
-    """Return a function that measures a graph's AP on a data set; None without one."""
+def labelled_score(graph: Graph, data: str | Path | None, split: str | None) -> LabelledAp | None:
+    """Return the function that measures a graph's AP on a data set; None without one."""
     if data is None:
         return None
     from trt_yolov6.data.coco import load_coco
-    from trt_yolov6.runtime.sensitivity_report import ap_on
+    from trt_yolov6.runtime.sensitivity_report import LabelledAp
 
-    return ap_on(graph, load_coco(data, split))
+    return LabelledAp(graph, load_coco(data, split))
 
 
 def _float_graph(

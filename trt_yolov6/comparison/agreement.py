@@ -21,8 +21,9 @@ import numpy as np
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.data.calibration import calibration_images
-from trt_yolov6.data.coco import CocoDataset, CocoImage
+from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.detectors.labels import objects_of
 from trt_yolov6.quantization.agreement import CONFIDENT, least_score
 from trt_yolov6.quantization.resampling import Interval, interval, matched
 
@@ -51,23 +52,6 @@ def unpacked(text: str) -> list[Detections]:
         ends = np.cumsum(stored["counts"])[:-1]
         parts = (np.split(stored[name], ends) for name in ("boxes", "scores", "classes"))
         return [Detections(*one) for one in zip(*parts, strict=True)]
-
-
-def objects_of(
-    dataset: CocoDataset, images: Sequence[CocoImage], *, crowds: bool = False
-) -> list[Detections]:
-    """Return the labelled boxes of each image, scored 1, by class of the data set.
-
-    Args:
-        dataset: the labels.
-        images: some of its images.
-        crowds: take crowds for objects as well.
-    """
-    found = dataset.objects(crowds=crowds)
-    return [
-        Detections(boxes.astype(np.float32), np.ones(len(boxes), np.float32), classes)
-        for boxes, classes in (found[image.id] for image in images)
-    ]
 
 
 def agreements(

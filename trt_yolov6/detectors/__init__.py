@@ -8,4 +8,5 @@ metadata.py     what a graph says of itself: names, sizes, thresholds
 candidates.py   what is left of outputs when they leave the device: candidates, or the boxes kept
 suppression.py  greedy non-maximum suppression
 detections.py   the `Detections` value, and how raw outputs become one
+labels.py       a data set's labelled boxes as `Detections`
 """

@@ -13,7 +13,7 @@ import onnx
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.graph.index import GraphIndex, nodes_after_layers, shapes_of, types_of
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.quantization.calibrators import METHODS, amax_of
+from trt_yolov6.quantization.calibrators import METHODS, Method, amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.judge import batches_of
 from trt_yolov6.quantization.pipeline import QuantizedGraph
@@ -36,7 +36,7 @@ def implicit_ranges(
     paths = calibration_images(folder, settings.image_limit)
     statistics = collect(graph.model, batches_of(graph, paths, settings.border), names)
     used = next(iter(result.table.methods.values()))
-    method = next((one for one in METHODS if one == used), "minmax")
+    method: Method = next((one for one in METHODS if one == used), "minmax")
     for name, item in statistics.items():
         amax = amax_of(item, method)
         if amax > 0:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.collect import check_weights
 from trt_yolov6.quantization.judge import (
     ImageSplit,
+    LabelledScore,
     batches_of,
     images_to_build_from,
     split_images,
@@ -78,7 +79,7 @@ def quantize(
     settings: QuantizationSettings | None = None,
     *,
     table_file: str | Path | None = None,
-    score: Callable[[onnx.ModelProto], float] | None = None,
+    score: LabelledScore | None = None,
 ) -> QuantizedGraph:
     """Quantize a float graph with the images of a folder.
 
@@ -87,8 +88,8 @@ def quantize(
         folder: calibration images, a few dozen like those the detector will see.
         settings: calibrator, equalization, float layers, companion precision.
         table_file: an earlier calibration table, used again if it was made from the same things.
-        score: a graph's AP on labelled data (`sensitivity_report.ap_on`), which then holds the
-            budget of automatic float layers; None estimates it by agreement with the float network.
+        score: AP on labelled data (`sensitivity_report.LabelledAp`), on which the budget of
+            automatic float layers then holds; None: on agreement with the float network.
 
     Raises:
         UserError: the graph is not float32, has a NaN in its weights or nothing that FP8 would
@@ -203,6 +204,7 @@ def _judged(found: Found, folds: Sequence[ImageSplit]) -> dict[str, Any]:
         "agreement": round(agreement.value, 4),
         "agreement_interval": [round(agreement.low, 4), round(agreement.high, 4)],
         "judged_on": {"images": found.images, "held_out": held_out, "folds": len(folds)},
+        **({} if found.budget is None else {"budget": dict(found.budget)}),
         "tried": [item.to_json() for item in found.candidates],
     }
 

@@ -42,6 +42,11 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def half_width(self) -> float:
+        """Half of the interval: a smaller difference is not told from chance."""
+        return (self.high - self.low) / 2
+
 
 @dataclass(frozen=True)
 class _Class:

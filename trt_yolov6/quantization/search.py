@@ -33,6 +33,8 @@ from trt_yolov6.quantization.judge import (
     FEWEST_TO_PART,
     ImageSplit,
     Judge,
+    LabelledScore,
+    assured_agreement,
     batches_of,
     images_to_build_from,
     least_agreement,
@@ -123,10 +125,24 @@ class Found:
     had to be chosen."""
     images: int
     """Images that it was judged on."""
+    budget: Mapping[str, Any] | None = None
+    """Goal of the automatic float layers and how near they came, JSON-ready; None without them."""
 
 
 _Tuned = tuple["onnx.ModelProto", Mapping[str, float]]
 """A graph tuned by gradients, and the ranges of its tensors."""
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """Score of sets of float layers, and the least that is to be reached."""
+
+    score: Callable[[Sequence[onnx.ModelProto]], float]
+    """Scores the graphs of all folds together; higher is better."""
+    name: str
+    least: float
+    least_gain: float
+    """Least gain of a set that does not reach `least`."""
 
 
 class _Fold:
@@ -180,7 +196,7 @@ class Search:
         folds: Sequence[ImageSplit],
         settings: QuantizationSettings,
         key: CalibrationKey,
-        labelled: Callable[[onnx.ModelProto], float] | None = None,
+        labelled: LabelledScore | None = None,
     ) -> None:
         self._graph = graph
         self._folds = [_Fold(graph, split, settings) for split in folds]
@@ -197,6 +213,7 @@ class Search:
         self._variants = tuple(one for one in VARIANTS[:last] if settings.shift or one != "shifted")
         self._candidates: list[Candidate] = []
         self._costs: Mapping[str, LayerCost] = {}
+        self._reached: Mapping[str, Any] | None = None
 
     def run(self) -> Found:
         """Decide everything."""
@@ -257,7 +274,8 @@ class Search:
             table = dataclasses.replace(
                 table, amax=amax, learned=learned_of(model), by_gradients=True
             )
-        return Found(prepared, table, tuple(self._candidates), tuning, agreement, images)
+        tried = tuple(self._candidates)
+        return Found(prepared, table, tried, tuning, agreement, images, self._reached)
 
     # --- decisions ------------------------------------------------------------------------------
 
@@ -401,21 +419,20 @@ class Search:
             return self._choose(chosen)
         orders = self._orders(choice)
         base = dataclasses.replace(choice, like=(choice,))
-        found, limit = self._searched(base, orders, _MOST_SETS)
+        found = self._searched(base, orders, _MOST_SETS)
         best = found, dataclasses.replace(base, float_layers=found.layers)
         while best[0].layers:
             # With noisy layers in float, other ranges and weights may be the best, and with these
             # fewer layers in float may do, or others.
             again = self._choose(best[0].layers)
-            score, *_ = self._budget()
-            if score([self._model(fold, again) for fold in self._folds]) <= best[0].score:
+            if self._budget.score(self._models(again)) <= best[0].score:
                 break
             like = dataclasses.replace(again, like=(*best[1].like, again))
-            found, limit = self._searched(like, (best[0].layers, *orders), _MORE_SETS)
+            found = self._searched(like, (best[0].layers, *orders), _MORE_SETS)
             if not _is_better(found, best[0]):
                 break
             best = found, dataclasses.replace(like, float_layers=found.layers)
-        _log.info(limit(best[0]))
+        self._tell(*best)
         return best[1]
 
     def _orders(self, choice: Choice) -> tuple[tuple[str, ...], ...]:
@@ -435,61 +452,80 @@ class Search:
         return rankings_by_displacement(alone, self._costs)
 
     def _searched(
-        self,
-        choice: Choice,
-        orders: Sequence[Sequence[str]],
-        most_trials: int,
-    ) -> tuple[Fallback, Callable[[Fallback], str]]:
+        self, choice: Choice, orders: Sequence[Sequence[str]], most_trials: int
+    ) -> Fallback:
         """Search for float layers with certain ranges and weights.
 
         Args:
             choice: ranges and weights.
             orders: to leave layers in float.
             most_trials: sets to try.
-
-        Returns:
-            What was found, and a function that says it.
         """
-        score, name, least, least_gain = self._budget()
-        _log.info(f"float layers until the {name} is {least:.3f} ...")
+        budget, slower = self._budget, self._settings.max_slowdown
+        _log.info(f"float layers until the {budget.name} is {budget.least:.3f} ...")
 
         def trial(layers: tuple[str, ...]) -> float:
             start = time.perf_counter()
             whole = dataclasses.replace(choice, float_layers=layers)
-            value = score([self._model(fold, whole) for fold in self._folds])
-            self._keep("float layers", whole, value, start)
-            _log.info(f"{len(layers)} layers in float: {name} {value:.3f}")
+            models = self._models(whole)
+            value = budget.score(models)
+            ap = None if self._labelled is None else value
+            agreement = pooled_agreement(self._judged(models))
+            self._keep("float layers", whole, agreement, start, ap)
+            _log.info(f"{len(layers)} layers in float: {budget.name} {value:.3f}")
             return value
 
-        slower = self._settings.max_slowdown
-        found = choose_float_layers(
+        return choose_float_layers(
             orders,
             self._costs,
             trial,
-            least,
+            budget.least,
             most_trials=most_trials,
-            least_gain=least_gain,
+            least_gain=budget.least_gain,
             most_time=None if slower is None else slower / 100,
         )
-        return found, lambda one: _fallback_sentence(one, name, least, slower)
 
-    def _budget(self) -> tuple[Callable[[Sequence[onnx.ModelProto]], float], str, float, float]:
-        """Return how float layers are scored, the score's name, what to reach, the least gain."""
-        drop, labelled, name = self._settings.max_ap_drop, self._labelled, "agreement with float"
+    @cached_property
+    def _budget(self) -> _Budget:
+        drop, labelled = self._settings.max_ap_drop, self._labelled
         if labelled is not None:
             # Each model of a fold would do; labelled images are others anyway.
             least = 1.0 if drop is None else labelled(self._graph.model) - drop / 100
-            return lambda models: labelled(models[0]), "AP", least, 0.0
+            return _Budget(lambda models: labelled(models[0]), "AP", least, 0.0)
         if drop is None:  # the best that the time allows
-            return self._confident, name, 1.0, 0.0
+            return _Budget(self._confident, "agreement with float", 1.0, 0.0)
         budget = least_agreement(drop)
         values = [fold.judge.harmless_agreement() for fold in self._folds]
         harmless = sum(values) / len(values)
         _log.info(
-            f"the budget of {drop:g} AP points stands for an agreement of {budget:.3f}; the float "
-            f"network's with itself, a little noise on the images, is {harmless:.3f}"
+            f"the budget of {drop:g} AP points stands for an agreement of {budget:.3f}, in the "
+            "mean of networks; it is assured where it holds in nine of ten draws of the images "
+            f"(the float network's with itself, a little noise on the images: {harmless:.3f})"
         )
-        return self._confident, name, min(budget, harmless), CLEAR_GAIN
+        name = "assured agreement with float"
+        return _Budget(self._assured, name, min(budget, harmless), CLEAR_GAIN)
+
+    def _tell(self, found: Fallback, choice: Choice) -> None:
+        """Say what was chosen, what it costs and what it falls short of, and keep that."""
+        budget = self._budget
+        slower = self._settings.max_slowdown
+        _log.info(_fallback_sentence(found, budget.name, budget.least, slower))
+        reached: dict[str, Any] = {
+            "score": budget.name,
+            "least": round(budget.least, 4),
+            "reached": round(found.score, 4),
+            "met": found.met,
+        }
+        if self._labelled is not None:
+            change = self._labelled.change(self._models(choice)[0], self._graph.model)
+            points = [100 * one for one in (change.value, change.low, change.high)]
+            seen = 100 * change.half_width
+            _log.info(
+                f"AP by {points[0]:+.2f} points to float's on the labelled images (95 % interval "
+                f"{points[1]:+.2f} to {points[2]:+.2f}); they show no difference below {seen:.2f}"
+            )
+            reached["ap_change"] = [round(one / 100, 4) for one in points]
+        self._reached = reached
 
     # --- trying ---------------------------------------------------------------------------------
 
@@ -503,7 +539,14 @@ class Search:
             _log.info(text)
         return result
 
-    def _keep(self, decides: Decision, choice: Choice, value: float, start: float) -> Candidate:
+    def _keep(
+        self,
+        decides: Decision,
+        choice: Choice,
+        value: float,
+        start: float,
+        ap: float | None = None,
+    ) -> Candidate:
         result = Candidate(
             decides,
             self._folds[0].prepared.variant,
@@ -513,6 +556,7 @@ class Search:
             choice.float_layers,
             time.perf_counter() - start,
             self._slowdown(choice.float_layers),
+            ap,
         )
         self._candidates.append(result)
         return result
@@ -541,6 +585,9 @@ class Search:
             model = with_learned(model, learned_of(self._model(fold, other)))
         return model if choice.like else fold.tuning.tuned(model, choice.weights)
 
+    def _models(self, choice: Choice) -> list[onnx.ModelProto]:
+        return [self._model(fold, choice) for fold in self._folds]
+
     def _detections(self, fold: _Fold, choice: Choice) -> list[Detections]:
         return fold.judge.detections(self._model(fold, choice))
 
@@ -548,11 +595,16 @@ class Search:
         return pooled_agreement([(f.judge, self._detections(f, choice)) for f in self._folds])
 
     def _confident(self, models: Sequence[onnx.ModelProto]) -> float:
-        judged = [
+        return pooled_agreement(self._judged(models), CONFIDENCES[-1:])
+
+    def _assured(self, models: Sequence[onnx.ModelProto]) -> float:
+        return assured_agreement(self._judged(models))
+
+    def _judged(self, models: Sequence[onnx.ModelProto]) -> list[tuple[Judge, list[Detections]]]:
+        return [
             (fold.judge, fold.judge.detections(model))
             for fold, model in zip(self._folds, models, strict=True)
         ]
-        return pooled_agreement(judged, CONFIDENCES[-1:])
 
     def _distortions(self, table: CalibrationTable) -> Mapping[str, Distortion]:
         fold = self._folds[0]

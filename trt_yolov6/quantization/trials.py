@@ -31,6 +31,8 @@ class Candidate:
     """Seconds of making and judging it."""
     slowdown: float = 0.0
     """By how much its float layers lengthen INT8's run time, estimated, 0..1."""
+    ap: float | None = None
+    """AP on labelled images, 0..1, where it was measured."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it JSON-ready, for the manifest."""
@@ -41,6 +43,7 @@ class Candidate:
             "weights": self.weights,
             "float_layers": list(self.float_layers),
             "agreement": round(self.agreement, 4),
+            **({} if self.ap is None else {"ap": round(self.ap, 4)}),
             "slowdown": round(self.slowdown, 4),
             "seconds": round(self.seconds, 1),
         }
@@ -50,7 +53,8 @@ def tried_table(candidates: Sequence[Candidate]) -> list[str]:
     """Return a search's candidates as lines of a table; none without candidates."""
     if not candidates:
         return []
-    rows = [("decision", "tried", "agreement", "slower", "seconds")]
+    labelled = any(item.ap is not None for item in candidates)
+    rows = [("decision", "tried", "agreement", *(("AP",) if labelled else ()), "slower", "seconds")]
     for item in candidates:
         what = {
             "graph": item.variant,
@@ -62,6 +66,7 @@ def tried_table(candidates: Sequence[Candidate]) -> list[str]:
         if item.float_layers and item.decides != "float layers":
             what += f", {len(item.float_layers)} in float"
         slower = f"{item.slowdown:.1%}" if item.float_layers else ""
-        cells = (f"{item.agreement:.3f}", slower, f"{item.seconds:.1f}")
+        ap = ("" if item.ap is None else f"{item.ap:.4f}",) if labelled else ()
+        cells = (f"{item.agreement:.3f}", *ap, slower, f"{item.seconds:.1f}")
         rows.append((item.decides, what, *cells))
     return aligned(rows, left=2)

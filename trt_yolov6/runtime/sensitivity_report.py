@@ -14,13 +14,17 @@ from pathlib import Path
 
 import onnx
 
+from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.data.coco import CocoDataset
+from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.detectors.labels import objects_of
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.judge import Judge, batches_of
 from trt_yolov6.quantization.metrics import MEANING, TENSOR_METRICS, Metric, direction
 from trt_yolov6.quantization.pipeline import Calibrated
+from trt_yolov6.quantization.resampling import Interval, MatchedDetections, interval, matched
 from trt_yolov6.quantization.sensitivity import (
     Distortion,
     Sensitivity,
@@ -37,6 +41,9 @@ _log = logging.getLogger(__name__)
 
 REPORTED_LAYERS = 6
 """Layers that the paper's partial quantization leaves in float (Appendix B)."""
+
+_KEPT = 8
+"""Forms of a graph whose detections are kept."""
 
 
 def measure(
@@ -102,14 +109,50 @@ def _distortions(graph: Graph, calibrated: Calibrated) -> dict[str, Distortion]:
     return layer_distortions(prepared.model, prepared.placement, calibrated.table.amax, images)
 
 
-def ap_on(graph: Graph, dataset: CocoDataset) -> Score:
-    """Return a function that gives the COCO AP of a form of `graph` on a data set."""
+class LabelledAp:
+    """COCO AP of forms of a graph on a data set, and the difference between two of them."""
 
-    def score(model: onnx.ModelProto) -> float:
+    def __init__(self, graph: Graph, dataset: CocoDataset) -> None:
+        self._graph = graph
+        self._dataset = dataset
+        self._known: dict[str, tuple[float, MatchedDetections]] = {}
+
+    def __call__(self, model: onnx.ModelProto) -> float:
+        """Return a form's AP, 0..1."""
+        return self._measured(model)[0]
+
+    def change(self, model: onnx.ModelProto, base: onnx.ModelProto) -> Interval:
+        """Return by how much a form's AP is higher than another's, with its 95 % interval.
+
+        Both are resampled alike, so that it is far narrower than that of either AP.
+        """
+        (ap, own), (ap_base, other) = (self._measured(one) for one in (model, base))
+        found = interval(lambda draws: own.ap(draws) - other.ap(draws), own.images)
+        # As evaluation has it, which passes over crowds.
+        moved = ap - ap_base - found.value
+        return Interval(*(one + moved for one in (found.value, found.low, found.high)))
+
+    def _measured(self, model: onnx.ModelProto) -> tuple[float, MatchedDetections]:
+        digest = sha256_bytes(model.SerializeToString())
+        if digest not in self._known:
+            while len(self._known) >= _KEPT:
+                # The first one is the float network, which the others are held against.
+                del self._known[list(self._known)[1]]
+            self._known[digest] = self._evaluated(model)
+        return self._known[digest]
+
+    def _evaluated(self, model: onnx.ModelProto) -> tuple[float, MatchedDetections]:
+        found: dict[int, Detections] = {}
+        form = dataclasses.replace(self._graph, model=model)
         with tempfile.TemporaryDirectory() as folder:
-            form = dataclasses.replace(graph, model=model)
             built = build_engine(form, backend="onnxruntime", output=Path(folder) / "x.onnx")
             with load_engine(built.path) as engine:
-                return evaluate(engine, dataset, progress=False).ap or 0.0
-
-    return score
+                ap = evaluate(
+                    engine,
+                    self._dataset,
+                    progress=False,
+                    seen=lambda image, detections: found.update({image.id: detections}),
+                ).ap
+        images = self._dataset.images
+        scored = matched(objects_of(self._dataset, images), [found[one.id] for one in images])
+        return ap or 0.0, scored

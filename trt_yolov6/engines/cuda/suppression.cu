@@ -357,22 +357,30 @@ __device__ void sort(u64* keys, u32 count) {
     __syncthreads();
 }
 
+// Returns the sum of what the warps before have, each one number, and of all; barriers must lie between two calls.
+__device__ u32 sum_before(u32 own, u32* totals, u32* all) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (lane == 0) totals[warp] = own;
+    __syncthreads();
+    u32 sum = lane < WARPS ? totals[lane] : 0;
+    for (int step = 1; step < WARPS; step *= 2) {
+        u32 other = __shfl_up_sync(ALL, sum, step);
+        if (lane >= step) sum += other;
+    }
+    *all = __shfl_sync(ALL, sum, WARPS - 1);
+    const u32 before = __shfl_sync(ALL, sum, warp ? warp - 1 : 0);
+    return warp ? before : 0;
+}
+
 // Adds up what the threads have; returns the sum of those before a thread and of itself.
 __device__ u32 sum_up_to(u32 own, u32* totals) {
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 lane = threadIdx.x % 32;
     for (int step = 1; step < 32; step *= 2) {
         u32 other = __shfl_up_sync(ALL, own, step);
         if (lane >= step) own += other;
     }
-    if (lane == 31) totals[warp] = own;
-    __syncthreads();
-    u32 up_to = lane < WARPS ? totals[lane] : 0;
-    for (int step = 1; step < WARPS; step *= 2) {
-        u32 other = __shfl_up_sync(ALL, up_to, step);
-        if (lane >= step) up_to += other;
-    }
-    const u32 before = __shfl_sync(ALL, up_to, warp ? warp - 1 : 0);
-    return warp ? own + before : own;
+    u32 all;
+    return own + sum_before(__shfl_sync(ALL, own, 31), totals, &all);
 }
 
 // Sorts `size` keys of [start, end), at most CHUNK: by bins of about equal width first, then within them. Returns
@@ -457,6 +465,45 @@ __device__ u64 chunk_end(const u64* keys, u32 count, u64 start, u64 stop, u32* b
     }
 }
 
+// Returns whether one of the kept boxes from a word of their bits on, and every `step`-th word after it, suppresses a box.
+__device__ __forceinline__ bool is_suppressed(
+    const Kept& kept, u32 total, u32 word, u32 step, float4 box, float area, u32 label, u32 cell, Threshold threshold)
+{
+    bool out = false;
+    for (; 32 * word < total && !out; word += step)
+        for (u32 bits = kept.near[word][cell]; bits && !out; bits &= bits - 1) {
+            u32 other = 32 * word + __ffs(bits) - 1;
+            if (label == kept.label[other]) out = overlap(box, area, kept.box[other], kept.area[other], threshold);
+        }
+    return out;
+}
+
+// Leaves out of `count` keys those whose boxes a kept one suppresses; returns how many are left, in order.
+__device__ u32 drop_suppressed(
+    const Outputs& outputs, u32 image, u64* keys, u32 count, const Kept& kept, u32 total, Threshold threshold, u32* totals)
+{
+    const u32 thread = threadIdx.x, lane = thread % 32;
+    u32 left = 0;
+    for (u32 base = 0; base < count; base += THREADS) {
+        u64 key = 0;
+        bool stays = base + thread < count;
+        if (stays) {
+            key = keys[base + thread];
+            const u32 anchor = (u32)key / CLASSES;
+            const float4 box = corners(outputs, read_box(outputs, image, anchor), anchor);
+            const float area = (box.z - box.x) * (box.w - box.y);
+            stays = !is_suppressed(kept, total, 0, 1, box, area, (u32)key % CLASSES, cell_of(box), threshold);
+        }
+        const u32 votes = __ballot_sync(ALL, stays);
+        u32 all;
+        const u32 place = left + sum_before(__popc(votes), totals, &all) + __popc(votes & ((1u << lane) - 1));
+        if (stays) keys[place] = key;  // all have read theirs, and the next ones lie after it
+        left += all;
+        __syncthreads();
+    }
+    return left;
+}
+
 // Grid: (images). With `pictures`, boxes are mapped to them; with `clip`, they are cut off at the pictures' borders, and
 // those with nothing inside are left out.
 extern "C" __global__ void __launch_bounds__(THREADS) suppress(
@@ -467,7 +514,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     __shared__ u64 sorted[CHUNK];
     __shared__ Kept kept;
     __shared__ union { Tile tile; u32 bins[THREADS]; } scratch;
-    __shared__ u32 length, suppressed[WORDS], valid[WORDS], alive[TILE], chosen[TILE], added, totals[WARPS], written;
+    __shared__ u32 length, suppressed[WORDS], valid[WORDS], alive[TILE], chosen[TILE], added, totals[WARPS];
     const Outputs outputs = outputs_at(first, second, third);
     const Threshold threshold = {low, high, reach, iou};
     Tile& tile = scratch.tile;
@@ -478,6 +525,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const u64 stop = key_of(confidence, 0);
     u64 start = 0;
     u32 total = 0;
+    bool is_crowded = false;  // kept boxes suppressed most of the last tile
     for (u32 i = thread; i < MAX_KEPT / 32 * CELLS_OF_IMAGE; i += THREADS) (&kept.near[0][0])[i] = 0;
     for (u32 seen = 0; seen < count && total < limit;) {
         const u64 end = count <= CHUNK ? stop : chunk_end(keys, count, start, stop, scratch.bins, totals);
@@ -492,7 +540,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
             if (inside) sorted[slot + __popc(votes & ((1u << lane) - 1))] = key;
         }
         __syncthreads();
-        const u32 size = length;
+        u32 size = length;
         if (!sort_by_bins(sorted, size, start, end, scratch.bins, totals)) {
             u32 padded = 64;
             while (padded < size) padded *= 2;
@@ -512,7 +560,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
             key = sorted[thread];
             raw = read_box(outputs, image, (u32)key / CLASSES);
         }
+        u32 known = 0;  // kept boxes that have been compared with all that are left of the chunk
         for (u32 at = 0; at < size && total < limit; at += width, width = TILE) {
+            // Where kept boxes suppress most of a tile, they do most of the others, which need no tile then.
+            if (is_crowded && size > at + TILE) {
+                size = at + drop_suppressed(outputs, image, sorted + at, size - at, kept, total, threshold, totals);
+                known = total;
+                if (thread < TILE && at + thread < size) {
+                    key = sorted[at + thread];
+                    raw = read_box(outputs, image, (u32)key / CLASSES);
+                }
+            }
             if (thread < TILE) {
                 float4 box = corners(outputs, raw, (u32)key / CLASSES);
                 bool finite = thread < width && at + thread < size && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
@@ -540,36 +598,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
                 const u32 group = warp % WORDS, mine = 32 * group + lane;
                 const float4 box = tile.box[mine];
                 const float area = tile.area[mine];
-                const u32 label = tile.label[mine], cell = tile.cell[mine];
-                bool out = false;
-                for (u32 word = warp / WORDS; 32 * word < total && !out; word += SUBSETS)
-                    for (u32 bits = kept.near[word][cell]; bits && !out; bits &= bits - 1) {
-                        u32 other = 32 * word + __ffs(bits) - 1;
-                        if (label == kept.label[other])
-                            out = overlap(box, area, kept.box[other], kept.area[other], threshold);
-                    }
+                const bool out = is_suppressed(kept, total, known / 32 + warp / WORDS, SUBSETS, box, area,
+                    tile.label[mine], tile.cell[mine], threshold);
                 u32 votes = __ballot_sync(ALL, out);
                 if (lane == 0 && votes) atomicOr(&suppressed[group], votes);
             }
             __syncthreads();
             // Those left, in order: with few of them, all warps share few comparisons.
-            u32 number = 0;
+            u32 number = 0, valid_ones = 0;
 #pragma unroll
             for (int word = 0; word < WORDS; ++word) {
                 const u32 left = valid[word] & ~suppressed[word];
+                valid_ones += __popc(valid[word]);
                 if (warp == word && (left >> lane & 1)) alive[number + __popc(left & ((1u << lane) - 1))] = thread;
                 number += __popc(left);
             }
             __syncthreads();
-            const u32 groups = (number + 31) / 32;
-            if (groups) {
-                const u32 subsets = WARPS / groups, subset = warp / groups, mine = 32 * (warp % groups) + lane;
-                const u32 last = 32 * (warp % groups) + 32 < number ? 32 * (warp % groups) + 32 : number;
-                if (subset < subsets && mine < number) {
+            is_crowded = 2 * number <= valid_ones;
+            for (u32 begin = 0; begin < number; begin += 32) {
+                const u32 mine = begin + lane, last = begin + 32 < number ? begin + 32 : number;
+                if (mine < number) {
                     const u32 one = alive[mine], label = tile.label[one];
                     const float4 box = tile.box[one];
                     const float area = tile.area[one];
-                    for (u32 better = subset; better < last; better += subsets) {
+                    for (u32 better = warp; better < last; better += WARPS) {
                         const u32 other = alive[better];
                         if (better < mine && label == tile.label[other]
                             && overlap(box, area, tile.box[other], tile.area[other], threshold))
@@ -624,7 +676,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     float4* boxes = (float4*)(result + sizeof(Header));
     long long* labels = (long long*)(boxes + limit);
     float* scores = (float*)(labels + limit);
-    if (thread == 0) written = 0;
+    u32 written = 0;
     for (u32 base = 0; base < total; base += THREADS) {
         const u32 index = base + thread;
         bool is_there = index < total;
@@ -639,20 +691,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
             is_there = !clip || (box.z > box.x && box.w > box.y);
         }
         const u32 votes = __ballot_sync(ALL, is_there);
-        if (lane == 0) totals[warp] = __popc(votes);
-        __syncthreads();
-        u32 place = written + __popc(votes & ((1u << lane) - 1)), all = written;
-        for (u32 other = 0; other < WARPS; ++other) {
-            if (other < warp) place += totals[other];
-            all += totals[other];
-        }
+        u32 all;
+        const u32 place = written + sum_before(__popc(votes), totals, &all) + __popc(votes & ((1u << lane) - 1));
         if (is_there) {
             boxes[place] = box;
             labels[place] = kept.label[index];
             scores[place] = kept.score[index];
         }
+        written += all;
         __syncthreads();
-        if (thread == 0) written = all;
     }
     __syncthreads();  // all have read the count
     if (thread == 0) {

@@ -6,7 +6,6 @@ checkpoint ─ fuse, export, calibrate, place ─▶ Start ─▶ GraphNetwork
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.fake_quantize import WIDEST, Levels, activation_levels
-from trt_yolov6.quantization.judge import batches_of
+from trt_yolov6.quantization.judge import LabelledScore, batches_of
 from trt_yolov6.quantization.pipeline import QuantizedGraph, quantize
 from trt_yolov6.quantization.qdq.insert import activation_scales
 from trt_yolov6.quantization.qdq.placement import Placement
@@ -66,7 +65,7 @@ def prepare_graph(
     quantization: QuantizationSettings | None = None,
     bits: int = WIDEST,
     learn_scales: bool = True,
-    score: Callable[[onnx.ModelProto], float] | None = None,
+    score: LabelledScore | None = None,
 ) -> Start:
     """Calibrate a graph, to be trained quantized.
 

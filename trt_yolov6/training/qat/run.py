@@ -18,7 +18,7 @@ from trt_yolov6.engines.build import BuiltEngine, check_build
 from trt_yolov6.errors import UserError
 from trt_yolov6.pipeline import GraphOptions, build, export
 from trt_yolov6.quantization.settings import QuantizationSettings
-from trt_yolov6.runtime.sensitivity_report import ap_on
+from trt_yolov6.runtime.sensitivity_report import LabelledAp
 from trt_yolov6.training.distributed import chosen_device
 from trt_yolov6.training.log import write_log
 from trt_yolov6.training.qat.export import rounded_graph, trained_graph
@@ -106,7 +106,7 @@ def run(
         calib,
         quantization=quantization,
         learn_scales=settings.learn_scales,
-        score=ap_on(graph, labelled) if labelled and is_auto else None,
+        score=LabelledAp(graph, labelled) if labelled and is_auto else None,
     )
     _log.info("%s", _described(start, settings))
 
