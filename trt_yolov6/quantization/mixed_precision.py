@@ -70,6 +70,12 @@ class Fallback:
         """
         return self.time_share
 
+    def is_better_than(self, other: Fallback) -> bool:
+        """Return whether it meets the budget for less time than the other, or is nearer to it."""
+        if self.met != other.met:
+            return self.met
+        return self.time_share < other.time_share if self.met else self.score > other.score
+
 
 def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
     """Return each convolution's cost, by layer name, in the graph's order.

@@ -35,10 +35,16 @@ from trt_yolov6.quantization.judge import (
 )
 from trt_yolov6.quantization.learned import with_learned
 from trt_yolov6.quantization.mixed_precision import layer_costs
-from trt_yolov6.quantization.preparation import Prepared, method_of, prepare, variant_of
+from trt_yolov6.quantization.preparation import (
+    FEWEST_IMAGES,
+    Prepared,
+    method_of,
+    prepare,
+    variant_of,
+)
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
-from trt_yolov6.quantization.search import FEWEST_IMAGES, Found, Search
+from trt_yolov6.quantization.search import Found, Search
 from trt_yolov6.quantization.settings import (
     QuantizationSettings,
     check_float_layers,
