@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.graph.editing import replace_tensor, with_outputs
 from trt_yolov6.graph.index import attributes, constants_of, tensor_value
-from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
+from trt_yolov6.graph.quantized import QuantizedLayer
 from trt_yolov6.graph.reference import reference_session, runner
-from trt_yolov6.quantization.bias_correction import shift_bias
+from trt_yolov6.quantization.bias_correction import layers_of_both, shift_bias
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 
 # Places of one image whose inputs count, for one layer.
@@ -77,15 +77,8 @@ def adapt_rounding(
             sums of products.
     """
     result = copy.deepcopy(quantized_model)
-    constants, stored = constants_of(float_model), constants_of(result)
-    floats = {node.output[0]: node for node in float_model.graph.node}
-    jobs = [
-        _Job(layer, floats[layer.output], tensor_value(constants[name]))
-        for layer in quantized_layers(result)
-        if layer.has_own_codes
-        and layer.output in floats
-        and (name := floats[layer.output].input[1]) in constants
-    ]
+    stored = constants_of(result)
+    jobs = [_Job(*both) for both in layers_of_both(result, float_model)]
     with _workers() as workers:
         for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
             _measure(quantized_model, chunk, images, workers)
