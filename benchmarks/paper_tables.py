@@ -122,6 +122,7 @@ def page() -> str:
             parts.append(f"Ours is not measured yet: `{command}`.\n")
         else:
             parts.append(section())
+    parts += ["## Beside the paper's tables\n", beside()]
     parts += ["## Differences by class\n", by_class()]
     return "\n".join(parts)
 
@@ -672,6 +673,32 @@ def table_5() -> str:
         f"**The paper's** (T4, FP16):\n\n{theirs}\nOurs is not measured: the steps lead from "
         "YOLOv5's anchors, backbone and neck, which `train` does not build.\n"
     )
+
+
+BESIDE = {
+    ("s-full", "n-full"): "S against N, the default recipe, the sample's 125 epochs",
+    ("n-default", "n-full"): "N, the default 300 epochs against the sample's 125",
+    ("s-default", "s-full"): "S, the default 300 epochs against the sample's 125",
+    ("m-distilled", "m"): "M with M as its teacher against M without",
+    ("n-dfl", "n"): "N with distribution focal loss against N without, 60 epochs",
+    ("n-dfl-longer", "n-longer"): "N with distribution focal loss against N without, 80 epochs",
+    ("s-csp", "s"): "S of CSPStackRep against S of RepBlock, 60 epochs",
+    ("s-csp-longer", "s-longer"): "S of CSPStackRep against S of RepBlock, 80 epochs",
+}
+"""Comparisons that no table of the paper has, of variants and what each is compared with."""
+
+
+def beside() -> str:
+    """Return the comparisons that stand in no table of the paper."""
+    data = _ablations()
+    pairs = [] if data is None else data["pairs"]
+    known = {(row["variant"], row["base"]): row for row in pairs}
+    rows = [
+        [text, _points(known[names]["folds"]), _points(known[names]["images"])]
+        for names, text in BESIDE.items()
+        if names in known
+    ]
+    return markdown(["Change", *_INTERVALS], rows) if rows else f"{NOT_MEASURED}\n"
 
 
 def by_class() -> str:

@@ -8,9 +8,10 @@ of all GPUs' images together (the default), with PyTorch's SyncBatchNorm in thei
 recipe's 32 images a step. Candidates are measured as well: the network's passes as CUDA graphs
 (`graphed_network`), which has run nowhere yet, and `compile`. Several GPUs take sums in another
 order than one, and training makes much of little: how much, one GPU shows with the images of each
-batch in another order. Guessed: three minutes on four H100; fewer GPUs are measured side by side on
-those that are free, and all of them last. The images are taken several times, so that an epoch has
-steps enough. Profiles are of epochs of their own, after all else.
+batch in another order, and with the normalizations and the exchange of several. Guessed: three
+minutes on four H100; fewer GPUs are measured side by side on those that are free, and all of them
+last. The images are taken several times, so that an epoch has steps enough. Profiles are of epochs
+of their own, after all else.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ RECIPE_BATCH = 32
 """Images a step of the recipe, on one GPU."""
 COMMON, SYNC, OWN, GRAPHED = "common", "SyncBatchNorm", "own", "common, graphed"
 REORDERED, COMPILED = "common, images in another order", "common, compiled"
+AS_MANY = "common, as on several"
 PROFILE = "profile"
 
 
@@ -63,7 +65,7 @@ def parts_of(options: argparse.Namespace) -> list[list[Part]]:
     free = options.gpus
     parts = [Part(1, RECIPE_BATCH, (COMMON, GRAPHED))] if on_gpu else []
     for count in counts[:-1]:
-        alone = (REORDERED, PROFILE, COMPILED) if on_gpu else (REORDERED,)
+        alone = (REORDERED, AS_MANY, PROFILE, COMPILED) if on_gpu else (REORDERED, AS_MANY)
         others = alone if count == 1 else (SYNC,) if on_gpu else ()
         parts.append(Part(count, options.batch, (COMMON, *others)))
     for part in parts:
@@ -282,6 +284,20 @@ def _reordered() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _as_many() -> Iterator[None]:
+    """Let trainings of one process normalize, and exchange gradients, as one of several does."""
+    from trt_yolov6.training import detection_task
+
+    real = detection_task._wrapped
+
+    def wrapped(model: Any, settings: Any, processes: Any) -> Any:
+        return real(model, settings, dataclasses.replace(processes, world=2))
+
+    with mock.patch.object(detection_task, "_wrapped", wrapped):
+        yield
+
+
 def _measured(options: argparse.Namespace, model: str, kind: str, world: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
@@ -311,6 +327,8 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
                 stack.enter_context(synchronized())
             if kind == REORDERED:
                 stack.enter_context(_reordered())
+            if kind == AS_MANY:
+                stack.enter_context(_as_many())
             if kind == GRAPHED:
                 stack.enter_context(graphed(options.batch // world, options.imgsz))
             result = train(
