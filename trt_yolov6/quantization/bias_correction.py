@@ -211,6 +211,6 @@ def _mean_response(
     inputs = mean.reshape(groups, -1)
     if node.op_type == "Conv":
         return np.asarray(np.einsum("goi,gi->go", by_group, inputs)).reshape(-1)
-    # Each output pixel sees one in so many of the taps.
+    # Each output pixel sees one in `spread` of the taps.
     spread = float(np.prod(attribute(node, "strides", [1, 1])))
     return np.asarray(np.einsum("gio,gi->go", by_group, inputs) / spread).reshape(-1)

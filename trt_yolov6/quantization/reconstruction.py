@@ -69,8 +69,6 @@ def reconstruct(
     quantized_model: onnx.ModelProto,
     images: Sequence[NDArray[Any]],
     seconds: float,
-    *,
-    seed: int = 0,
 ) -> onnx.ModelProto:
     """Return the Q/DQ graph with the scales, weights and biases that learned.
 
@@ -81,7 +79,6 @@ def reconstruct(
             changed.
         images: each what the graph's input takes.
         seconds: how long to learn.
-        seed: of order and zoom of the images.
 
     Raises:
         UserError: the graph has an operator that is not known here.
@@ -107,7 +104,7 @@ def reconstruct(
         [{"params": own, "lr": rate} for own, rate in zip(parameters, rates, strict=True)],
         betas=_BETAS,
     )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     start, step, queue = time.monotonic(), 0, list[int]()
     shown, count, sums = start, 0, torch.zeros(3)
     while (passed := (time.monotonic() - start) / seconds) < 1:

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QatRun:
-    """What a run made."""
+    """Result of a run."""
 
     start: Start
     result: QatResult
@@ -48,7 +48,7 @@ class QatRun:
     float_graph: Path | None
     """The graph without Q/DQ nodes, which goes with a scales cache."""
     state: Path
-    """As long as it is there, the run can be resumed."""
+    """The state of the training; the run can be resumed as long as the file is there."""
 
 
 def run(
