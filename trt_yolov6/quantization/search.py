@@ -478,8 +478,8 @@ class Search:
             points = [100 * one for one in (change.value, change.low, change.high)]
             seen = 100 * change.half_width
             _log.info(
-                f"AP by {points[0]:+.2f} points to float's on the labelled images (95 % interval "
-                f"{points[1]:+.2f} to {points[2]:+.2f}); they show no difference below {seen:.2f}"
+                f"on the labelled images AP is {points[0]:+.2f} points from float's (95 % interval "
+                f"{points[1]:+.2f} to {points[2]:+.2f}); they show differences from {seen:.2f} on"
             )
             reached["ap_change"] = [round(one / 100, 4) for one in points]
         self._reached = reached
