@@ -25,6 +25,7 @@ from trt_yolov6.detectors.families import FAMILIES
 from trt_yolov6.engines import LoadOptions, load_engine
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.build import build_engine
+from trt_yolov6.errors import MissingDependencyError
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import SHOWN_CONFIDENCE, detect, process
@@ -150,9 +151,11 @@ def letterboxed(
 def decoded(jpegs: list[Jpeg], *, first: int = 0) -> list[NDArray[np.uint8] | None]:
     """Decode on the GPU and copy back, upright; before, some of them as a batch of their own."""
     from trt_yolov6.engines.cuda.device import DeviceMemory, Stream
-    from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder, is_installed
+    from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder, nvimgcodec
 
-    if not is_installed():
+    try:
+        nvimgcodec()
+    except MissingDependencyError:
         pytest.skip("needs nvidia-nvimgcodec")
     buffers, stream = DecodedBatch(), Stream()
     found: list[NDArray[np.uint8] | None] = []
