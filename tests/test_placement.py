@@ -218,29 +218,6 @@ class TestRules:
         graph.conv("after", graph.node("Add", terms, "total"), (8, 4))
         assert place(graph.model("after_out")).tensors == ("images", "total")
 
-    @pytest.mark.parametrize(
-        ("activation", "quantized"),
-        [
-            ("Relu", ("images", "trunk_act", "inner_act", "branch_act", "total")),
-            ("HardSwish", ("images", "trunk_act", "inner_act", "total")),
-        ],
-    )
-    def test_both_terms_of_a_shortcut_around_relus_are_quantized(
-        self, activation: str, quantized: tuple[str, ...]
-    ) -> None:
-        # As in the blocks of M, whose weights export folds away.
-        graph = GraphWriter()
-
-        def block(name: str, source: str, channels: int) -> str:
-            return graph.node(activation, [graph.conv(name, source, (channels, 8))], f"{name}_act")
-
-        trunk = block("trunk", "images", 3)
-        branch = block("branch", block("inner", trunk, 8), 8)
-        graph.conv("after", graph.node("Add", [branch, trunk], "total"), (8, 4))
-        placement = place(graph.model("after_out"))
-        assert placement.tensors == quantized
-        assert placement.unquantized_reads == frozenset()
-
     def test_nothing_is_quantized_for_an_addition_before_another_activation_than_relu(self) -> None:
         for kind, quantized in (
             ("Relu", ("images", "shortcut", "act")),

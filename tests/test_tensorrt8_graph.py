@@ -224,6 +224,25 @@ def test_a_weighted_shortcut_reads_what_is_quantized(swapped: bool) -> None:
     assert_same(model, result, rtol=0.7 * scale / 2 + 1e-6)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("activation", "reads_before"), [("Relu", True), ("HardSwish", False)])
+def test_a_sum_with_a_rectified_tensor_reads_what_is_quantized(
+    activation: str, reads_before: bool, swapped: bool
+) -> None:
+    # As in the blocks of M, whose shortcuts' numbers export folds away.
+    graph = GraphWriter()
+    source = graph.conv_relu("start", "images", (3, 4))
+    start = graph.pair(source, scale := 0.05)
+    inner = graph.node(activation, [graph.conv("inner", start, (4, 4))], "inner_act")
+    terms = [start, inner] if swapped else [inner, start]
+    model = graph.model(graph.node("Add", terms, "out"))
+    result = copy(model)
+    read_before_pairs(result)
+    (total,) = (node for node in result.graph.node if node.op_type == "Add")
+    assert set(total.input) == {source if reads_before else start, inner}
+    assert_same(model, result, rtol=scale / 2 + 1e-6)
+
+
 class TestSiblings:
     @pytest.mark.parametrize(
         ("after", "joined"),

@@ -324,7 +324,7 @@ def quantization_settings(
 
 
 def labelled_score(graph: Graph, data: str | Path | None, split: str | None) -> LabelledAp | None:
-    """Return what measures a graph's AP on a data set; None without one."""
+    """Return the function that measures a graph's AP on a data set; None without one."""
     if data is None:
         return None
     from trt_yolov6.data.coco import load_coco

@@ -129,7 +129,7 @@ class Found:
     images: int
     """Images that it was judged on."""
     budget: Mapping[str, Any] | None = None
-    """What automatic float layers had to reach and did, JSON-ready; None without them."""
+    """Goal of the automatic float layers and how near they came, JSON-ready; None without them."""
 
 
 _Tuned = tuple["onnx.ModelProto", Mapping[str, float]]
@@ -138,14 +138,14 @@ _Tuned = tuple["onnx.ModelProto", Mapping[str, float]]
 
 @dataclass(frozen=True)
 class _Budget:
-    """What sets of float layers are scored by, and what they have to reach."""
+    """Score of sets of float layers, and the least that is to be reached."""
 
     score: Callable[[Sequence[onnx.ModelProto]], float]
-    """Of the graphs of all folds; higher is better."""
+    """Scores the graphs of all folds together; higher is better."""
     name: str
     least: float
     least_gain: float
-    """What a set that does not reach it has to bring."""
+    """Least gain of a set that does not reach `least`."""
 
 
 class _Fold:

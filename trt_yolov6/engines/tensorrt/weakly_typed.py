@@ -13,7 +13,10 @@ it stops at the usual ones (seen in 8.6.0 on an H100):
 - A multiplication of a dequantized tensor by one number (the shortcuts of L) ends in
   `chooseHigherPrecision: Assertion`, also as a division, with the number in the scale, or with both
   terms of the sum dequantized. It reads what the pair quantizes instead, so the shortcut is not
-  rounded to INT8.
+  rounded to INT8. So does the sum of a dequantized tensor and what a ReLU writes (the shortcuts of
+  M, whose numbers export folds away), which is 9 % faster for it. With both terms dequantized, four
+  such blocks alone take 0.61 times half precision's time, but whole networks of them end in the
+  same assertion (M and L-ReLU in 8.6.0).
 - Convolutions that read one tensor, and that no activation is fused with, are merged; in INT8 that
   ends in `chooseHigherPrecision: Assertion`. Here they are one convolution and a Split.
 
@@ -236,24 +239,37 @@ def give_transposed_float_weights(model: onnx.ModelProto) -> None:
 
 
 def read_before_pairs(model: onnx.ModelProto) -> None:
-    """Have a multiplication by one number read what a pair quantizes in the place of its result."""
+    """Have shortcuts read what a pair quantizes in the place of its result.
+
+    They are multiplications by one number, and sums with what a ReLU writes.
+    """
     graph = _Graph(model)
     for node in graph.nodes:
-        if node.op_type != "Mul":
+        if node.op_type not in ("Mul", "Add") or len(node.input) != 2:
             continue
         for name, other in (node.input, reversed(node.input)):
-            factor, dequantize = graph.value(name), graph.producer(other)
-            if factor is None or factor.size != 1 or dequantize is None:
-                continue
-            quantize = graph.producer(dequantize.input[0])
-            if (
-                dequantize.op_type == "DequantizeLinear"
-                and quantize is not None
-                and quantize.op_type == "QuantizeLinear"
-            ):
-                graph.rewire(node, other, quantize.input[0])
+            if node.op_type == "Mul":
+                factor = graph.value(name)
+                is_shortcut = factor is not None and factor.size == 1
+            else:
+                term = graph.producer(name)
+                is_shortcut = term is not None and term.op_type == "Relu"
+            source = _quantized_by_pair(graph, other) if is_shortcut else None
+            if source is not None:
+                graph.rewire(node, other, source)
                 break
     graph.write()
+
+
+def _quantized_by_pair(graph: _Graph, name: str) -> str | None:
+    """Return the tensor whose Q/DQ pair gives a tensor; None where no pair gives it."""
+    dequantize = graph.producer(name)
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return None
+    quantize = graph.producer(dequantize.input[0])
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return None
+    return str(quantize.input[0])
 
 
 def divide_channels(model: onnx.ModelProto) -> None:

@@ -414,11 +414,8 @@ def _shortcuts(
     TensorRT fuses convolution, addition, ReLU and the quantization after them into one INT8
     kernel if the addend is INT8 too; the convolution's own output must not be quantized, because
     that would part it from the addition. Where both terms are convolutions, the later one is fused.
-
-    Where ReLU stands between, the addition is a kernel of its own, and both terms are quantized:
-    with one term in half precision TensorRT 8 takes 1.9 times as long for a row of such blocks
-    (four of 128 channels at 80 x 80, H100), more than all of it takes in half precision. Nothing
-    is quantized for the sake of additions after other activations, for which that was not tried.
+    Where activations stand between, the addition is a pointwise kernel of its own that reads what
+    it gets, and no tensor is quantized for its sake.
     """
     for node in graph.nodes:
         if node.op_type not in ("Add", "Sum") or len(node.input) != 2 or node.output[0] in plain:
@@ -430,20 +427,9 @@ def _shortcuts(
             for name in sorted(integer.intersection(node.input), key=graph.order.index)[::-1]
             if len(graph.readers(name)) == 1 and name not in graph.outputs
         ]
-        if fused:
-            yield from (
-                name for name in node.input if name != fused[0] and name not in graph.constants
-            )
-            continue
-        rectified = {name for name in node.input if _is_rectified(graph, name, integer)}
-        if rectified and wanted.union(rectified).issuperset(node.input):
-            yield from rectified
-
-
-def _is_rectified(graph: GraphIndex, name: str, integer: set[str]) -> bool:
-    """Return whether a tensor is what a ReLU makes of an INT8 layer's output."""
-    node = graph.producer(name)
-    return node is not None and node.op_type == "Relu" and node.input[0] in integer
+        others = [name for name in node.input if fused and name != fused[0]]
+        if others and others[0] not in graph.constants:
+            yield others[0]
 
 
 def _is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:

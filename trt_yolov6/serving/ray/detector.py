@@ -73,9 +73,9 @@ class FoundInBlock:
     """Result for pictures that an actor processed together."""
 
     pictures: tuple[FoundInPicture, ...] = ()
-    """Of an evaluation."""
+    """Pictures of an evaluation; other jobs have `rows`."""
     rows: tuple[Row, ...] = ()
-    """Of other jobs."""
+    """Rows of the results; an evaluation has `pictures`."""
     failures: tuple[tuple[int, str], ...] = ()
     """Places of pictures that could not be read, each with why: a sentence."""
     fault: str | None = None
