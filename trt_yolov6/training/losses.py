@@ -354,7 +354,7 @@ def distilled_share(student: Tensor, teacher: Tensor) -> Tensor:
     """Return how much the divergence of each class counts: what VariFocal loss weighs labels by.
 
     max(p_t, 0.75 p_s²): the quality, as the teacher sees it, where there is an object, else what
-    the student gets wrong. With all anchors alike, the many that are background pulled 8 to 25
+    the student gets wrong. With all anchors alike, the many that are background pulled 6 to 25
     times as hard as the labels did, and trainings of L ended far below their teacher or diverged.
 
     Args:
