@@ -226,13 +226,15 @@ def test_a_teacher_pulls_no_harder_than_varifocal_loss(own: float, told: float) 
     pulls = []
     for guide in (teacher, torch.full_like(teacher, -100)):
         student = torch.tensor(own, dtype=torch.float64, requires_grad=True)
-        (distilled_share(student, guide) * class_divergence(student, guide, 1.0)).backward()
+        pull = distilled_share(student, guide) * class_divergence(student, guide, 1.0)
+        pull.backward()  # type: ignore[no-untyped-call]
         assert student.grad is not None
         pulls.append(student.grad.abs())
     student = torch.tensor(own, dtype=torch.float64, requires_grad=True)
     quality, chance = torch.sigmoid(teacher), torch.sigmoid(student.detach())
     positive = quality * (chance - quality).abs()
-    varifocal_loss(student, torch.zeros_like(student), torch.tensor(False)).backward()
+    loss = varifocal_loss(student, torch.zeros_like(student), torch.tensor(False))
+    loss.backward()  # type: ignore[no-untyped-call]
     assert student.grad is not None
     assert pulls[0] <= torch.maximum(positive, student.grad) + 1e-12
     assert pulls[1] <= student.grad + 1e-12
