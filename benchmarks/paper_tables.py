@@ -122,7 +122,7 @@ def page() -> str:
             parts.append(f"Ours is not measured yet: `{command}`.\n")
         else:
             parts.append(section())
-    parts += ["## Beside the paper's tables\n", beside()]
+    parts += ["## Besides the paper's tables\n", besides()]
     parts += ["## Differences by class\n", by_class()]
     return "\n".join(parts)
 
@@ -686,7 +686,7 @@ BESIDE = {
 """Comparisons that no table of the paper has, of variants and what each is compared with."""
 
 
-def beside() -> str:
+def besides() -> str:
     """Return the comparisons that stand in no table of the paper."""
     data = _ablations()
     pairs = [] if data is None else data["pairs"]

@@ -98,23 +98,19 @@ def decoding(result: dict[str, Any]) -> list[list[Any]]:
 
 
 def accuracy(result: dict[str, Any]) -> list[list[Any]]:
-    """AP of the sample with pictures prepared on the CPU and on the GPU."""
+    """AP with pictures prepared on the CPU, and how far it is from that otherwise."""
     rows = result["parts"]["accuracy"]
-    lines: list[list[Any]] = [["pictures on the", "AP", "AP50", "to the CPU"]]
-    for row in rows:
-        difference = row["AP"] - rows[0]["AP"]
-        cells = [f"{row['AP']:.5f}", f"{row['AP50']:.5f}", f"{difference:+.5f}"]
-        lines.append([row["pictures on the"], *cells])
-    return lines
-
-
-def variants(result: dict[str, Any]) -> list[list[Any]]:
-    """Batches of images of N: images a second by threads that pack and batches in flight."""
-    lines: list[list[Any]] = [["confidence", "packers", "in flight", "engine alone"]]
-    lines[0] += ["plain loop", "`process`, in memory", "`process`, with readers"]
-    for confidence, packers, flight, engine, *rates in result["parts"]["diagnosis"]["N_arrays_fps"]:
-        cells = [f"{number(fps)}, {fps / engine:.2f}" for fps in rates]
-        lines.append([f"{confidence:g}", packers, flight, number(engine), *cells])
+    lines: list[list[Any]] = [["checkpoint, engine", "AP, pictures on the CPU"]]
+    lines[0] += [
+        "letterbox on the GPU",
+        "JPEG decoder too",
+        "as many values off at random, on the CPU",
+    ]
+    for network in dict.fromkeys(row["network"] for row in rows):
+        mine = [row for row in rows if row["network"] == network]
+        cpu, letterbox, decoder, *draws = [row["AP_to_CPU"] for row in mine]
+        cells = [f"{mine[0]['AP'] + cpu:.5f}", f"{letterbox:+.5f}", f"{decoder:+.5f}"]
+        lines.append([network, *cells, f"{min(draws):+.5f} to {max(draws):+.5f}"])
     return lines
 
 
@@ -128,11 +124,11 @@ def gpus(result: dict[str, Any]) -> list[list[Any]]:
 
 def one_image(result: dict[str, Any]) -> list[list[Any]]:
     """Microseconds of the steps of one image, on the GPU and on the host."""
-    found = result["parts"]["diagnosis"]["one_image_us"]
-    steps = list(dict.fromkeys(step for times in found.values() for step in times))
-    lines: list[list[Any]] = [["us", *found]]
-    for step in steps:
-        lines.append([step, *(times.get(step, "") for times in found.values())])
+    rows = result["parts"]["steps"]
+    heads = [f"{row['network'].split(',')[0]}, {row['confidence']:g}" for row in rows]
+    lines: list[list[Any]] = [["us", *heads]]
+    for step in (key for key in rows[0] if key not in ("network", "confidence")):
+        lines.append([step, *(f"{row[step]:.0f}" for row in rows)])
     return lines
 
 
@@ -147,7 +143,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[list[Any]]]] = {
     "pictures-stages": stages,
     "pictures-int8": functools.partial(stages, part="stages_tensorrt8"),
     "pictures-gpus": gpus,
-    "pictures-variants": variants,
     "pictures-one": one_image,
     "pictures-decoding": decoding,
     "pictures-accuracy": accuracy,

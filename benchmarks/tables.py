@@ -579,6 +579,18 @@ def tensorrt8_others() -> str:
     return markdown(["", "", "", "batch", "ms", "AP", "AP on a CPU"], lines)
 
 
+def tensorrt8_forms() -> str:
+    """Parts of detectors in several forms on TensorRT 8, alone."""
+    rows = []
+    for part, forms in result(TENSORRT8)["forms_us"].items():
+        if part == "what":
+            continue
+        for form, time in forms.items():
+            label = form.replace("fp16", "FP16").replace("int8", "INT8")
+            rows.append([part, label, f"{time:.0f}", f"{forms['fp16'] / time:.2f}"])
+    return markdown(["part", "form", "us", "times FP16's speed"], rows)
+
+
 def summary() -> str:
     """Return accuracy and speed by precision on TensorRT 8: the README's one table."""
     rows = result(TENSORRT8)["rows"]
@@ -757,6 +769,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensorrt8-accuracy": tensorrt8_accuracy,
     "tensorrt8-others": tensorrt8_others,
     "tensorrt8-layers": tensorrt8_layers,
+    "tensorrt8-forms": tensorrt8_forms,
     "int8-steps": int8_steps,
     "int8-real-networks": int8_real_networks,
     "gpu-decoding": gpu_decoding,

@@ -270,6 +270,19 @@ def test_an_anchor_on_the_edge_of_an_object_is_outside() -> None:
     assert bool((taken < box[0, 2:]).all())
 
 
+def test_an_anchor_at_the_end_of_simota_s_radius_is_too_far() -> None:
+    box = torch.tensor([[23.0, 23.0, 25.0, 25.0]])  # 20 pixels from the points at 4
+    scene, _ = _one_object(box[0].tolist(), "simota")
+    assert bool(((scene.points - 24).abs() == 2.5 * scene.strides[:, None]).any())
+    predicted = box.expand_as(scene.boxes)  # every anchor costs the same: the lowest index wins
+    labels = simota(
+        torch.full_like(scene.scores, 0.5), predicted, scene.points, scene.strides, scene.targets
+    )
+    taken = labels.foreground[0]
+    assert int(taken.sum()) == 10
+    assert bool(((scene.points[taken] - 24).abs() < 2.5 * scene.strides[taken][:, None]).all())
+
+
 def test_the_best_aligned_anchor_scores_its_objects_best_overlap() -> None:
     """TOOD's normalization: the highest target of an object is its anchors' highest IoU."""
     boxes, classes = _objects(5, 2)

@@ -337,9 +337,41 @@ def test_what_suppresses_by_itself_needs_no_known_number_of_anchors(
     assert is_detector(graph) is (graph.outputs[0].name != "logits")
 
 
-def test_a_classifier_is_refused() -> None:
-    with pytest.raises(UserError, match=r"outputs of no known layout \(logits \[1, 1000\]\)"):
-        recognize(facts(("logits", [1, 1000])), "classifier.onnx")
+def test_boxes_and_scores_by_class_come_in_either_order() -> None:
+    outputs = ("scores_out", [1, 80, 8400]), ("boxes_out", [1, 8400, 4])
+    named = facts(("boxes", [1, 8400, 4]), ("scores", [1, 80, 8400]))
+    for graph in (facts(*outputs), facts(*outputs[::-1]), named):
+        family, layout = recognize(graph, "x.onnx", "ppyoloe")
+        assert (family.name, layout) == ("ppyoloe", "split_by_class")
+
+
+def test_a_named_decoder_is_asked_for_its_own_layouts() -> None:
+    columns, rows = facts(("output0", [1, 84, 8400])), facts(("output0", [1, 8400, 85]))
+    assert is_detector(columns, "yolov8")
+    assert not is_detector(columns, "yolox")
+    assert is_detector(rows, "yolox")
+    assert not is_detector(rows, "yolov8")
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        facts(("logits", [1, 1000])),
+        facts(("num", [1]), ("boxes", [None, 8])),
+        facts(("count", [1]), ("boxes", [None, 6])),  # a count of floats
+        facts(("one", [1, 80, 8400]), ("other", [1, 80, 8400])),  # no boxes
+        facts(("one", [1, 8400, 4]), ("other", [1, 8400, 4])),  # nothing but boxes
+        facts(("output", [None, 8])),
+        facts(("output", [1, 8400, 5])),  # no class
+        facts(("output", [1, 4, 8400])),
+        facts(("boxes", [1, 100, 4]), ("scores", [1, 100]), ("classes", [1, 100])),
+        facts(("one", [1, 3, 80, 80, 85]), ("other", [1, 3, 40, 40, 85])),
+    ],
+)
+def test_other_shapes_are_no_detector_s(graph: GraphFacts) -> None:
+    assert not is_detector(graph)
+    with pytest.raises(UserError, match=r"no known layout \(.*\); export it"):
+        recognize(graph, "other.onnx")
 
 
 ULTRALYTICS = {"author": "Ultralytics", "task": "detect"}
@@ -374,6 +406,31 @@ ULTRALYTICS = {"author": "Ultralytics", "task": "detect"}
             "yolov8",
             "best",
         ),
+        (
+            facts(
+                ("output0", [None, None, None]),
+                metadata={**ULTRALYTICS, "end2end": "True"},
+            ),
+            "yolov8",
+            "best",
+        ),
+        (
+            facts(
+                ("output0", [None, None, None]),
+                metadata={"description": "Ultralytics YOLO11n model trained on coco.yaml"},
+            ),
+            "yolov8",
+            "columns",
+        ),
+        (facts(("output0", [None, None, 6]), metadata=ULTRALYTICS), "yolov8", "best"),
+        (facts(("output0", [1, 1000, 6])), "yolov8", "best"),
+        # Numbers of anchors that no known head has: the longer axis is theirs.
+        (facts(("output0", [1, 1001, 6])), "yolov6", "rows"),
+        (facts(("output0", [None, None, 85])), "yolov6", "rows"),
+        (facts(("output0", [1, 84, 8401])), "yolov8", "columns"),
+        (facts(("outputs", [1, 84, 90]), size=64), "yolov6", "rows"),  # fewer anchors than columns
+        (facts(("output0", [1, 90, 84]), size=64), "yolov8", "columns"),
+        (facts(("output0", [1, 252, 300]), size=64), "yolov5", "rows"),
         (facts(("output0", [1, 84, 84]), size=64, metadata=ULTRALYTICS), "yolov8", "columns"),
         (facts(("output", [None, 7])), "yolov7", "end2end_yolov7"),
         (facts(("detections", [None, 7])), "yolov6", "end2end"),

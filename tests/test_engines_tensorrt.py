@@ -8,17 +8,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import io
 import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from support.logs import logged
 from support.plan_graphs import detector
 
 from trt_yolov6.engines.base import BuildSettings, Engine, ImplicitCalibration, LoadOptions
@@ -27,7 +29,7 @@ from trt_yolov6.engines.onnxruntime import backend as onnxruntime_backend
 from trt_yolov6.engines.tensorrt import builder as tensorrt_build
 from trt_yolov6.engines.tensorrt import enterprise as tensorrt
 from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
-from trt_yolov6.engines.tensorrt.flavour import Flavour, one_line
+from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of, one_line
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings
 
@@ -313,6 +315,66 @@ def test_an_unknown_tactic_source_is_answered_with_the_known_ones() -> None:
     assert not chosen
     tensorrt_build._set_tactic_sources(api, config, ("edge_mask_convolutions", "cudnn"))
     assert chosen == [0b1100]
+
+
+class Severity(enum.Enum):
+    ERROR = 1
+
+
+class CacheApi:
+    """What `_attach_timing_cache` needs of a TensorRT whose caches cannot be read."""
+
+    ILogger = object
+    __version__ = "8.6.0"
+
+    def __init__(self, reason: str, *, strong: bool) -> None:
+        flags = {"STRONGLY_TYPED": 1} if strong else {}
+        self.NetworkDefinitionCreationFlag = types.SimpleNamespace(__members__=flags)
+        self.reason = reason
+        self.caches: list[bytes] = []
+        """Contents of the caches that were set."""
+
+    def create_timing_cache(self, content: bytes) -> bytes | None:
+        if content:
+            logger_of(cast(Any, self)).log(cast(Any, Severity.ERROR), self.reason)
+        return None if content else content
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        self.caches.append(cache)
+        return True
+
+
+MYELIN = "1: Error Code 1: Myelin (Myelin error from unknown graph)"
+
+
+def test_a_timing_cache_that_tensorrt_8_cannot_read_back_is_left_alone(tmp_path: Path) -> None:
+    api: Any = CacheApi(MYELIN, strong=False)
+    attach = functools.partial(
+        tensorrt_build._attach_timing_cache, Flavour("tensorrt", "TensorRT", api), api
+    )
+    path = tmp_path / "timing.cache"
+    assert attach(path), "a new one is written"
+    path.write_bytes(b"what the first build wrote")
+    with logged() as lines:
+        assert not attach(path), "this one is not written again"
+    assert "TensorRT 8.6.0 cannot read the timing cache" in lines[0]
+    assert api.caches == [b"", b""]
+
+
+@pytest.mark.parametrize(
+    ("reason", "strong"), [("Serialization assertion magicTag failed", False), (MYELIN, True)]
+)
+def test_any_other_file_than_a_timing_cache_is_refused(
+    reason: str, strong: bool, tmp_path: Path
+) -> None:
+    api: Any = CacheApi(reason, strong=strong)
+    path = tmp_path / "timing.cache"
+    path.write_bytes(b"something else")
+    flavour = Flavour("tensorrt", "TensorRT", api)
+    message = refusal(lambda: tensorrt_build._attach_timing_cache(flavour, api, path))
+    assert "is not a timing cache of TensorRT 8.6.0" in message
+    assert message.endswith("or remove this one.")
+    assert not api.caches
 
 
 # --- progress -----------------------------------------------------------------------------------

@@ -237,6 +237,20 @@ def test_a_convolution_of_zeros_has_no_say_in_the_factors() -> None:
     assert_same_function(model, result)
 
 
+def test_channels_that_must_keep_their_scale_keep_it_beside_others_that_need_not() -> None:
+    drawing = Drawing(0)
+    free = drawing.add("Relu", [drawing.convolution("images")], 4)
+    bent = drawing.convolution("images")
+    kept = drawing.add("Mul", [drawing.add("Sigmoid", [bent], 4), bent], 4)
+    drawing.convolution(drawing.add("Concat", [free, kept], 8, axis=1))
+    wild = numpy_helper.to_array(drawing.constants[0]) * 50  # what is free is best made smaller
+    drawing.constants[0].CopyFrom(numpy_helper.from_array(wild, "c0"))
+    model = drawing.model()
+    result = equalize(model, measured(model), smooth=False)
+    assert_same_function(model, result)
+    assert noise_to_signal(result, measured(result)) < 0.5 * noise_to_signal(model, measured(model))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn_models, st.integers(0, 2**31))
 def test_whatever_is_subtracted_the_function_stays(model: onnx.ModelProto, seed: int) -> None:
@@ -282,6 +296,18 @@ def test_the_border_of_a_padded_depthwise_convolution_stays_as_well(
     shifted = rescale(model, channels, factors, {last: rng.normal(size=count)})
     assert_same_function(model, shifted)
     assert ("Add" in {node.op_type for node in shifted.graph.node}) == any(pads)
+
+
+def test_a_border_of_a_convolution_that_names_neither_strides_nor_dilations_stays() -> None:
+    drawing, rng = Drawing(0), np.random.default_rng(0)
+    drawing.grow("SiLU", drawing.convolution("images"), "")
+    active = list(drawing.channels)[-1]
+    drawing.convolution(drawing.convolution(active, outputs=4, groups=4))
+    model = drawing.model()
+    channels = trace_channels(model, through_activations=True)
+    assert channels.shiftable == {active}
+    factors = np.ones(channels.count, np.float32)
+    assert_same_function(model, rescale(model, channels, factors, {active: rng.normal(size=4)}))
 
 
 def pointwise_after(kind: str, pads: int = 0, *between: str) -> tuple[Drawing, onnx.ModelProto]:

@@ -378,6 +378,22 @@ def test_the_sample_loses_less_than_half_a_point(
     assert found > sample_320_ap - 0.005
 
 
+def test_a_change_of_ap_comes_with_an_interval(
+    sample_fp8: Graph, sample_320: Graph, root: Path
+) -> None:
+    images = load_coco(root / "samples")
+    few = images.images[:6]
+    kept = {image.id for image in few}
+    boxes = tuple(item for item in images.annotations if item["image_id"] in kept)
+    ap = LabelledAp(sample_fp8, dataclasses.replace(images, images=few, annotations=boxes))
+    change = ap.change(sample_fp8.model, sample_320.model)
+    assert change.value == pytest.approx(ap(sample_fp8.model) - ap(sample_320.model))
+    assert change.low <= change.value <= change.high
+    assert change.half_width > 0
+    none = ap.change(sample_320.model, sample_320.model)
+    assert none.value == none.low == none.high == 0
+
+
 # --- engines ------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
-"""ONNX Runtime's execution providers: the wanted one starts, or is refused with its reason."""
+"""ONNX Runtime's providers start or are refused with a reason; its threads keep to their cores."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,3 +102,30 @@ def test_the_libraries_of_nvidias_wheels_are_found() -> None:
     pytest.importorskip("nvidia", reason="needs a wheel of NVIDIA's, such as nvidia-cuda-nvrtc")
     files = [file.name for folder in providers.library_folders() for file in folder.iterdir()]
     assert any(name.startswith("lib") and ".so" in name for name in files)
+
+
+@linux
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
+def test_no_thread_runs_where_the_process_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests have one thread a session otherwise.
+    plain = onnxruntime.capi.onnxruntime_pybind11_state.SessionOptions
+    monkeypatch.setattr(onnxruntime, "SessionOptions", plain)
+
+    def threads() -> set[str]:
+        return set(os.listdir("/proc/self/task"))
+
+    allowed, earlier = os.sched_getaffinity(0), threads()
+    core = min(allowed)
+    os.sched_setaffinity(0, {core})
+    try:
+        with load_tiny(tmp_path):
+            found = {
+                number
+                for thread in threads() - earlier
+                for number in os.sched_getaffinity(int(thread))
+            }
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert found <= {core}

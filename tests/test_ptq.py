@@ -265,7 +265,7 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
     with logged() as told:
         result = quantize(tiny, folder, settings)
     assert result.table.float_layers == ()
-    assert "float layers until the assured agreement with float is 0.250 ..." in told
+    assert "float layers until assured agreement with float 0.250 is reached ..." in told
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
@@ -293,6 +293,15 @@ def test_harmless_noise_is_of_two_gray_levels_in_any_range() -> None:
     ).astype(np.float32)
     darkest = judging.with_noise(black, np.random.default_rng(0), how).min(axis=(0, 2, 3))
     np.testing.assert_allclose(darkest, black[0, :, 0, 0])
+
+
+def test_an_assured_agreement_is_less_than_that_of_these_images(tiny: Graph, folder: Path) -> None:
+    judge = judging.Judge(tiny, sorted(folder.iterdir()))
+    assert judging.assured_agreement([(judge, judge.reference)]) == 1
+    quantized = quantize(tiny, folder, dataclasses.replace(MINMAX, bias_correction=False))
+    judged = [(judge, judge.detections(quantized.graph.model))]
+    agreed = judging.pooled_agreement(judged, judging.CONFIDENCES[-1:])
+    assert judging.assured_agreement(judged) < agreed < 1
 
 
 def test_the_float_network_agrees_with_itself_in_noise(tiny: Graph, folder: Path) -> None:

@@ -123,9 +123,9 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
     if first == "grids_yolov5":
         # Nor are the anchors in it.
         return [("yolov5", "grids_yolov5"), ("yolov7", "grids_yolov7")]
-    if len(possible) > 1 and {"rows", "columns"} <= set(possible):
+    if {"rows", "columns"} <= set(possible):
         return [*_families_of_rows(facts), ("yolov8", "columns")]
-    if len(possible) > 1 and {"rows", "best"} <= set(possible):
+    if {"rows", "best"} <= set(possible):
         return [*_families_of_rows(facts), ("yolov8", "best")]
     if first == "rows":
         return _families_of_rows(facts)

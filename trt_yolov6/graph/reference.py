@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 from trt_yolov6.graph.quantized import has_qdq
 
@@ -34,7 +35,7 @@ def reference_session(
     Args:
         model: an ONNX model; it is not changed.
         outputs: names of tensors to have as outputs besides the graph's own.
-        threads: CPU threads; None for one a physical core.
+        threads: CPU threads; None for one a physical core, or a core that the process may use.
         spinning: let threads spin while they wait for work.
         optimized: let ONNX Runtime rewrite the graph.
         source: what to call the graph in messages.
@@ -68,7 +69,7 @@ def open_session(
     Args:
         model: a serialized ONNX model.
         source: what to call it in messages.
-        threads: CPU threads; None for one a physical core.
+        threads: CPU threads; None for one a physical core, or a core that the process may use.
         providers: returns the execution providers, best first.
         fallback: let ONNX Runtime take the next provider where one does not start.
         profile: prefix of the file for ONNX Runtime's profile; None for no profile.
@@ -91,6 +92,11 @@ def open_session(
             f"`threads` {threads} is far more than this machine's {processors} processors; give "
             "fewer.",
         )
+    usable = len(usable_cpus())
+    if threads is None and usable < processors:
+        # By itself ONNX Runtime starts a thread for each core of the machine and binds it there,
+        # even to those that the process may not use, as in a container with some of them.
+        threads = usable
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     if threads is not None:

@@ -147,6 +147,10 @@ class _Budget:
     least_gain: float
     """Least gain of a set that does not reach `least`."""
 
+    def said(self, value: float) -> str:
+        """Return a score with its name; a tenth of a point of AP counts, of agreement less so."""
+        return f"{self.name} {value:.{4 if self.name == 'AP' else 3}f}"
+
 
 class _Fold:
     """One part of the images that makes candidates and one that judges them."""
@@ -465,7 +469,7 @@ class Search:
             most_trials: sets to try.
         """
         budget, slower = self._budget, self._settings.max_slowdown
-        _log.info(f"float layers until the {budget.name} is {budget.least:.3f} ...")
+        _log.info(f"float layers until {budget.said(budget.least)} is reached ...")
 
         def trial(layers: tuple[str, ...]) -> float:
             start = time.perf_counter()
@@ -475,7 +479,7 @@ class Search:
             ap = None if self._labelled is None else value
             agreement = pooled_agreement(self._judged(models))
             self._keep("float layers", whole, agreement, start, ap)
-            _log.info(f"{len(layers)} layers in float: {budget.name} {value:.3f}")
+            _log.info(f"{len(layers)} layers in float: {budget.said(value)}")
             return value
 
         return choose_float_layers(
@@ -512,7 +516,7 @@ class Search:
         """Say what was chosen, what it costs and what it falls short of, and keep that."""
         budget = self._budget
         slower = self._settings.max_slowdown
-        _log.info(_fallback_sentence(found, budget.name, budget.least, slower))
+        _log.info(_fallback_sentence(found, budget, slower))
         reached: dict[str, Any] = {
             "score": budget.name,
             "least": round(budget.least, 4),
@@ -524,8 +528,8 @@ class Search:
             points = [100 * one for one in (change.value, change.low, change.high)]
             seen = 100 * change.half_width
             _log.info(
-                f"AP by {points[0]:+.2f} points to float's on the labelled images (95 % interval "
-                f"{points[1]:+.2f} to {points[2]:+.2f}); they show no difference below {seen:.2f}"
+                f"on the labelled images AP is {points[0]:+.2f} points from float's (95 % interval "
+                f"{points[1]:+.2f} to {points[2]:+.2f}); they show differences from {seen:.2f} on"
             )
             reached["ap_change"] = [round(one / 100, 4) for one in points]
         self._reached = reached
@@ -645,15 +649,16 @@ def _simplest_of_the_best(candidates: Sequence[Candidate], tolerance: float) -> 
     return next(item for item in candidates if item.agreement >= best - tolerance)
 
 
-def _fallback_sentence(found: Fallback, name: str, least: float, slower: float | None) -> str:
+def _fallback_sentence(found: Fallback, budget: _Budget, slower: float | None) -> str:
     """Say what was chosen, what it costs, and where that falls short."""
     text = (
         f"in float: {', '.join(found.layers) or 'nothing'} ({found.multiply_add_share:.1%} of the "
-        f"multiply-adds, about {found.slowdown:.1%} slower), {name} {found.score:.3f}"
+        f"multiply-adds, about {found.slowdown:.1%} slower), {budget.said(found.score)}"
     )
     if found.met:
         return text
     limit = "within half of the multiply-adds" if slower is None else f"at most {slower:g}% slower"
     return (
-        f"{text}, less than {least:.3f}; it is the best found of {len(found.trials)} sets {limit}"
+        f"{text} of {budget.least:.4f} wanted; it is the best found of {len(found.trials)} sets "
+        f"{limit}"
     )

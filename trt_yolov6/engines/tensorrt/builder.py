@@ -14,6 +14,7 @@ same (the environment variable NVIDIA_TF32_OVERRIDE=0 stops it, at run time).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from trt_yolov6.engines.tensorrt.api import IProgressMonitor  # API: not tensorrt<10 (as below)
 else:
     IProgressMonitor = object  # that of the module, see `instance_of`
+
+_LOG = logging.getLogger(__name__)
 
 MAX_OPTIMIZATION_LEVEL = 5
 
@@ -101,8 +104,9 @@ def build_plan(
     calibrator = None
     if settings.calibration is not None:
         calibrator = calibrate(api, network, config, settings.calibration, settings.batch.opt)
-    if settings.timing_cache is not None:
-        _attach_timing_cache(flavour, config, settings.timing_cache)
+    extended = settings.timing_cache
+    if extended is not None and not _attach_timing_cache(flavour, config, extended):
+        extended = None
     logger.clear()
     plan = _run_builder(flavour, builder, network, config, settings)
     if calibrator is not None:
@@ -110,8 +114,8 @@ def build_plan(
     if settings.on_layers is not None:
         engine = None if logger.layers else opened(plan, api)
         settings.on_layers(inspected(engine, api) if engine else logger.layers)
-    if settings.timing_cache is not None:
-        write_bytes(settings.timing_cache, bytes(config.get_timing_cache().serialize()))
+    if extended is not None:
+        write_bytes(extended, bytes(config.get_timing_cache().serialize()))
     return plan
 
 
@@ -235,8 +239,18 @@ def _set_profile(
         config.set_preview_feature(api.PreviewFeature.__members__["PROFILE_SHARING_0806"], True)
 
 
-def _attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path) -> None:
-    """Read the timing cache, or start an empty one, and have the builder use and extend it."""
+def _attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path) -> bool:
+    """Read the timing cache, or start an empty one, and have the builder use and extend it.
+
+    TensorRT 8 cannot read what it wrote itself where its compiler Myelin had a part in the graph
+    (seen in 8.6.0; 10 can). Then the builder does without, and the file stays as it is.
+
+    Returns:
+        True if the file is to be written again after the build.
+
+    Raises:
+        UserError: the file is not a timing cache of this TensorRT on this GPU.
+    """
     content = read_bytes(path) if path.exists() else b""
     logger = logger_of(flavour.api)
     logger.clear()
@@ -244,11 +258,22 @@ def _attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Pat
     accepted = cache is not None and config.set_timing_cache(cache, False)
     # What it cannot read it replaces by an empty cache, with a warning only; written back, that
     # would destroy the user's file.
-    if not accepted or (content and logger.problems):
-        raise UserError(
-            f"{path} is not a timing cache of {flavour} on this GPU ({logger.reason()}); name "
-            "another file for `timing_cache`, or remove this one.",
+    if accepted and not (content and logger.problems):
+        return True
+    reason = logger.reason()
+    if not has_strong_types(flavour.api) and "Myelin" in reason:
+        _LOG.warning(
+            "%s cannot read the timing cache %s (%s; TensorRT 10 can): it is not used",
+            flavour,
+            path,
+            reason,
         )
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+        return False
+    raise UserError(
+        f"{path} is not a timing cache of {flavour} on this GPU ({reason}); name another file for "
+        "`timing_cache`, or remove this one.",
+    )
 
 
 def _run_builder(

@@ -466,7 +466,7 @@ def _split(trace: _Trace, node: onnx.NodeProto) -> None:
 
 def _slice(trace: _Trace, node: onnx.NodeProto) -> None:
     source = trace.sources.get(node.input[0])
-    given = [trace.constant(name) if name else None for name in node.input[1:]]
+    given = [trace.constant(name) for name in node.input[1:]]
     if source is None or source.ndim != 1 or len(given) < 3 or any(item is None for item in given):
         return _fix(trace, node)
     starts, ends, axes = (np.atleast_1d(np.asarray(item)).tolist() for item in given[:3])
