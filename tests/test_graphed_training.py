@@ -76,7 +76,7 @@ def test_zeroing_gradients_where_they_lie_changes_no_weight(
 def _network() -> nn.Module:
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    layers[1].num_batches_tracked = None  # type: ignore[assignment]  # as in training
+    layers[1].num_batches_tracked = None  # as in training
     return placed(nn.Sequential(*layers), "cuda")
 
 
