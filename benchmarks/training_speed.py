@@ -303,7 +303,6 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
 
     from benchmarks.common_statistics import largest_difference, synchronized
     from benchmarks.graphed_network import gradient_difference, graphed
-    from trt_yolov6.training.log import read_log
     from trt_yolov6.training.recipe import recipe_for, with_field
     from trt_yolov6.training.trainer import train
 
@@ -332,8 +331,10 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
                 stack.enter_context(_as_many())
             if kind == GRAPHED:
                 stack.enter_context(graphed(options.batch // world, options.imgsz))
-            train(settings, folder, device=options.device, progress=False, state_seconds=1e9)
-        return read_log(folder) if rank == 0 else []
+            result = train(
+                settings, folder, device=options.device, progress=False, state_seconds=1e9
+            )
+        return list(result.log)
 
     row: dict[str, Any] = {
         "model": model,

@@ -18,11 +18,11 @@ from support.training_data import pad_targets
 from torch import Tensor
 
 import trt_yolov6.training.losses as module
+from trt_yolov6.detectors.box_similarity import iou, similarity
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.variants import STRIDES, VARIANTS, Architecture, architecture
 from trt_yolov6.training.assigners import Assignment
-from trt_yolov6.training.box_similarity import iou, similarity
 from trt_yolov6.training.losses import (
     Assigner,
     BoxLoss,

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trt_yolov6.common.ranges import Count, NotNegative, Positive, check_fields
+from trt_yolov6.detectors.box_similarity import similarity
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import anchor_points, decode, joined
 from trt_yolov6.models.variants import Architecture, variant_name
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
-from trt_yolov6.training.box_similarity import similarity
 from trt_yolov6.training.targets import Targets
 
 ClassLoss = Literal["varifocal", "focal", "quality_focal", "poly"]
