@@ -288,7 +288,7 @@ def suppression_where() -> str:
         f"than on the CPU. Of {sets['sets']} random sets, with up to {sets['most_candidates']} "
         f"candidates, {sets['different']} have. After {leak['batches']} batches "
         f"(revision {leak['commit']}), {leak['gpu_bytes']} bytes of GPU memory and "
-        f"{leak['host_bytes']} of host memory more are in use.\n"
+        f"{leak['host_bytes']} of host memory more are in use. {data.get('note', '')}\n"
     )
 
 

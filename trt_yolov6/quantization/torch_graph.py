@@ -8,6 +8,7 @@ as ONNX says. What was learned goes back into the same graph's constants.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -432,8 +433,9 @@ def _squeeze(given: Attributes, inputs: Sequence[Any]) -> Any:
 
 
 def _unsqueeze(given: Attributes, inputs: Sequence[Any]) -> Any:
-    value = inputs[0]
-    for axis in sorted(_axes(given, inputs)):
+    value, axes = inputs[0], _axes(given, inputs)
+    # Axes count from the end of what comes out.
+    for axis in sorted(axis % (value.ndim + len(axes)) for axis in axes):
         value = value.unsqueeze(axis)
     return value
 
@@ -471,7 +473,7 @@ OPERATORS: dict[str, Operator] = {
     "ConvTranspose": _conv_transpose,
     "Div": lambda _, i: i[0] / i[1],
     "Exp": lambda _, i: i[0].exp(),
-    "Flatten": lambda a, i: i[0].flatten(a.get("axis", 1)),
+    "Flatten": lambda a, i: i[0].reshape(math.prod(i[0].shape[: a.get("axis", 1)]), -1),
     "Gather": lambda a, i: (
         i[0].index_select(a.get("axis", 0), i[1].reshape(-1))
         if i[1].ndim
