@@ -294,7 +294,6 @@ def _quantize(order: Order, variant: Variant) -> dict[str, Any]:
                 seed=seed_of(variant, order.fold),
                 distillation=how.trained == "distilled",
             ),
-            image_size=order.image_size,
             device=device,
             state_file=order.folder / "qat-state.pt",
             progress=False,
@@ -331,7 +330,8 @@ def _started(order: Order, how: Quantized) -> Start:
 def _ranked(order: Order, how: Quantized, calibrated: Callable[[], Start]) -> list[str]:
     """Return a network's layers by a metric, the most sensitive first; kept in a file."""
     from trt_yolov6.quantization.judge import batches_of
-    from trt_yolov6.quantization.sensitivity import TENSOR_METRICS, layer_distortions, ranked
+    from trt_yolov6.quantization.metrics import TENSOR_METRICS
+    from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
 
     file = Path(order.state) / how.network / str(order.fold) / f"ranking-{how.ranked_by}.json"
     if file.is_file():

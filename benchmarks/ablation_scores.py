@@ -244,9 +244,6 @@ def _of(cell: Cell | None, table: Table, scores: Scores, means: Scores) -> Score
     return scores.get(key)
 
 
-LONGER = ("", "-longer")
-"""Ends of the names of variants by the short schedule, and by one of a third more epochs."""
-
 PAIRS = (
     ("s-rep", "s"),
     ("s-ptq", "s"),
@@ -272,11 +269,8 @@ PAIRS = (
     ("s-full", "n-full"),
     ("n-full", "n"),
     ("s-full", "s"),
-    *(
-        (f"{name}{longer}", f"{name[0]}{longer}")
-        for name in ("n-dfl", "s-csp")
-        for longer in LONGER
-    ),
+    ("n-dfl-longer", "n-longer"),
+    ("s-csp-longer", "s-longer"),
     ("n-default", "n-full"),
     ("s-default", "s-full"),
 )

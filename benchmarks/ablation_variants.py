@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from trt_yolov6.quantization.sensitivity import Metric
+    from trt_yolov6.quantization.metrics import Metric
 
 
 RESULT_FILE, FOUND_FILE = "result.json", "found.npz"

@@ -56,10 +56,11 @@ six layers in float 20 s, and 55 s where AP ranks them or `build`'s search is ru
 S and T took 1 600 GPU seconds. By the sample's recipe, 125 epochs at 640 pixels, the GPU is the
 bound: nine trainings of N and S side by side took 450 s (3.0 s an epoch each) of a GPU with 24
 cores, `--only s-full n-full --pack 12`. L's and M's 40 epochs took 145 to 150 s, twelve side by
-side with some of S (2.7 and 2.5 s an epoch). Guessed from that: a variant of L 70 s of a GPU, of M
-60 s, with a teacher a third more, all of them 1 600 s; `n-default` and `s-default`, 300 epochs at
-640 pixels, 500 s each. `--list` prints every variant. On a CPU only `--limit 10 --epochs 1
---full-epochs 1 --large-epochs 1 --size 64 --full-size 64 --qat-epochs 1 --batch 4` comes to an end.
+side with some of S (2.7 and 2.5 s an epoch). All of that without CUDA graphs, which `train` uses
+since. Guessed from that: a variant of L 70 s of a GPU, of M 60 s, with a teacher a third more, all
+of them 1 600 s; `n-default` and `s-default`, 300 epochs at 640 pixels, 500 s each. `--list` prints
+every variant. On a CPU only `--limit 10 --epochs 1 --full-epochs 1 --large-epochs 1 --size 64
+--full-size 64 --qat-epochs 1 --batch 4` comes to an end.
 
 several GPUs: one call with `--gpus 0,1,2,3`, or several calls at a time on one host with the same
 `--state`, which share the work. What a call does not finish, the next one goes on with; where the

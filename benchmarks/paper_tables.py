@@ -122,7 +122,7 @@ def page() -> str:
             parts.append(f"Ours is not measured yet: `{command}`.\n")
         else:
             parts.append(section())
-    parts += ["## Beside the paper's tables\n", beside()]
+    parts += ["## Besides the paper's tables\n", besides()]
     parts += ["## Differences by class\n", by_class()]
     return "\n".join(parts)
 
@@ -680,15 +680,13 @@ BESIDE = {
     ("n-default", "n-full"): "N, the default 300 epochs against the sample's 125",
     ("s-default", "s-full"): "S, the default 300 epochs against the sample's 125",
     ("m-distilled", "m"): "M with M as its teacher against M without",
-    ("n-dfl", "n"): "N with distribution focal loss against N without, 60 epochs",
     ("n-dfl-longer", "n-longer"): "N with distribution focal loss against N without, 80 epochs",
-    ("s-csp", "s"): "S of CSPStackRep against S of RepBlock, 60 epochs",
     ("s-csp-longer", "s-longer"): "S of CSPStackRep against S of RepBlock, 80 epochs",
 }
 """Comparisons that no table of the paper has, of variants and what each is compared with."""
 
 
-def beside() -> str:
+def besides() -> str:
     """Return the comparisons that stand in no table of the paper."""
     data = _ablations()
     pairs = [] if data is None else data["pairs"]

@@ -538,48 +538,62 @@ def measure_stages(bench: Bench) -> list[dict[str, Any]]:
 
 
 def measure_gpus(bench: Bench) -> list[dict[str, Any]]:
-    """The JPEG pipeline on one GPU and on several at once, a process each."""
+    """The JPEG pipeline on one GPU and on several: a process each by itself, and by `--gpus`.
+
+    With JPEGs in memory, and from files: what reading them takes is then told apart.
+    """
     count = len(visible_gpus())
     path = bench.engine(NAMES[0], BATCH)
     rows: list[dict[str, Any]] = []
     numbers = sorted({1, min(2, count), count})
+
+    def add(way: str, number: int, fps: float, **more: Any) -> None:
+        first = next((row["fps"] for row in rows if row["way"] == way), fps)
+        rows.append({"gpus": number, "way": way, "fps": fps, "to_one": fps / first, **more})
+        print(" ", short(rows[-1]), flush=True)
+
     with GpuProcesses(count, path) as processes:
-        for number in numbers:
-            rates = processes.rates(number, 2 * bench.seconds)
-            rows.append({"gpus": number, "way": "in memory", "fps": sum(rates), "each": rates})
-            rows[-1]["to_one"] = rows[-1]["fps"] / rows[0]["fps"]
-            print(" ", short(rows[-1]), flush=True)
-    first = len(rows)
+        for what, number in itertools.product(("in memory", "files"), numbers):
+            rates = processes.rates(number, what, 2 * bench.seconds)
+            add(f"{what}, a process each", number, sum(rates), each=rates)
     with load_engine(path) as engine:
-        for number in numbers:
-            start = time.perf_counter()
-            fps = files_on_gpus(engine, number, bench.seconds)
-            rows.append({"gpus": number, "way": "files, process_on_gpus", "fps": fps})
-            rows[-1]["to_one"] = fps / rows[first]["fps"]
-            took = time.perf_counter() - start
-            print(
-                " ", short(rows[-1]), f"({took:.0f} s, the processes' start included)", flush=True
-            )
+        for opened, what in ((open_kept, "in memory"), (open_image, "files")):
+            for number in numbers:
+                add(f"{what}, --gpus", number, on_gpus(engine, number, opened, bench.seconds))
     return rows
 
 
-def files_on_gpus(engine: Engine, count: int, seconds: float) -> float:
-    """Return images a second from files to boxes in this process, by `--gpus`."""
-    files = list_images(IMAGES)
-    options = options_of(NmsSettings())
+def on_gpus(
+    engine: Engine,
+    count: int,
+    open_item: Callable[[Path], Jpeg | NDArray[np.uint8]],
+    seconds: float,
+) -> float:
+    """Return images a second to boxes in this process, by `--gpus`."""
     steps = process_on_gpus(
         check_gpus(count),
         engine,
-        itertools.cycle(files),
+        itertools.cycle(list_images(IMAGES)),
         read_image,
         keep,
-        options,
-        open_item=open_image,
+        options_of(NmsSettings()),
+        open_item=open_item,
     )
     with closing(steps):
         for _ in range(100 * count):  # all processes are at work then
             next(steps)
         return rate(lambda: len(next(steps).result), 2 * seconds)
+
+
+@functools.cache
+def content_of(path: Path) -> bytes:
+    """Read a file once in this process."""
+    return path.read_bytes()
+
+
+def open_kept(path: Path) -> Jpeg | NDArray[np.uint8]:
+    """Do what `open_image` does, but for reading the file again."""
+    return open_image(content_of(path))
 
 
 class GpuProcesses:
@@ -602,10 +616,10 @@ class GpuProcesses:
             took = time.perf_counter() - started
             print(f"  GPU {index} is ready after {took:.1f} s: {steps}", flush=True)
 
-    def rates(self, count: int, seconds: float) -> list[float]:
+    def rates(self, count: int, what: str, seconds: float) -> list[float]:
         """Return images a second of each of the first processes, at work at the same time."""
         for ours in self._ends[:count]:
-            ours.send(seconds)
+            ours.send((what, seconds))
         return [self._answer(index) for index in range(count)]
 
     def _answer(self, index: int) -> Any:
@@ -638,15 +652,18 @@ def one_gpu(index: int, path: Path, theirs: Any) -> None:
         try:
             with load_engine(path) as engine:
                 steps["engine"] = round(time.perf_counter() - start, 1)
-                contents = encoded_images()
+                items: dict[str, Sequence[Any]] = {
+                    "in memory": encoded_images(),
+                    "files": list_images(IMAGES),
+                }
                 options = options_of(NmsSettings())
-                benchmark_together(engine, contents, options, 0.5)
+                benchmark_together(engine, items["in memory"], options, 0.5)
                 steps["first batches"] = round(time.perf_counter() - start, 1)
                 theirs.send(steps)
                 faulthandler.cancel_dump_traceback_later()
                 while True:
-                    seconds = theirs.recv()
-                    theirs.send(benchmark_together(engine, contents, options, seconds).fps)
+                    what, seconds = theirs.recv()
+                    theirs.send(benchmark_together(engine, items[what], options, seconds).fps)
         except (EOFError, BrokenPipeError):
             raise
         except Exception:

@@ -244,7 +244,6 @@ def _run_case(case: Case, options: argparse.Namespace) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     started = time.perf_counter()
     start = _start(case, options)
-    size = options.imgsz
     common: dict[str, Any] = {
         "case": case.name,
         **dataclasses.asdict(case),
@@ -254,7 +253,9 @@ def _run_case(case: Case, options: argparse.Namespace) -> None:
     }
     data = None
     if case.trains:
-        data = load_training_set(options.data, _train_split(options), size, device, progress=False)
+        data = load_training_set(
+            options.data, _train_split(options), options.imgsz, device, progress=False
+        )
     for seed in options.seeds:
         row = {**common, "seed": seed}
         trained: Trained | None = None
@@ -267,7 +268,6 @@ def _run_case(case: Case, options: argparse.Namespace) -> None:
             result = train_quantized(
                 start,
                 _settings(case, options, seed),
-                image_size=size,
                 device=device,
                 progress=False,
                 data=data,
@@ -279,8 +279,7 @@ def _run_case(case: Case, options: argparse.Namespace) -> None:
                 "peak_bytes": result.peak_bytes,
                 "log": list(result.log),
             }
-        names = start.graph.class_names
-        row |= _figures(evaluate_network(network, names, size, "samples", "val"))
+        row |= _figures(evaluate_network(network, start.graph, load_coco("samples", "val")))
         if trained is not None and case.bits == 8 and case.how != "float trained":
             file = f"{case.name}-{seed}.onnx"
             model = trained_graph(start, trained).model

@@ -5,8 +5,8 @@
 N and S on BCCD at 640 pixels and 256 images a step, on 1, 2 and 4 GPUs, with the batch statistics
 of all GPUs' images together (the default), with PyTorch's SyncBatchNorm in their place
 (`common_statistics`), and on all of them with each GPU's own as well; and, on one, with the
-recipe's 32 images a step. Candidates are measured as well: the network's passes as CUDA graphs
-(`graphed_network`), which has run nowhere yet, and `compile`. Several GPUs take sums in another
+recipe's 32 images a step. Without the default's CUDA graphs, kernel by kernel, it is measured as
+well, as is `compile`. Several GPUs take sums in another
 order than one, and training makes much of little: how much, one GPU shows with the images of each
 batch in another order, and with the normalizations and the exchange of several. Guessed: three
 minutes on four H100; fewer GPUs are measured side by side on those that are free, and all of them
@@ -38,7 +38,8 @@ EPOCHS = 2
 """The last is the one that is reported: in the first cuDNN looks for its algorithms."""
 RECIPE_BATCH = 32
 """Images a step of the recipe, on one GPU."""
-COMMON, SYNC, OWN, GRAPHED = "common", "SyncBatchNorm", "own", "common, graphed"
+COMMON, SYNC, OWN = "common", "SyncBatchNorm, kernel by kernel", "own"
+BY_KERNEL = "common, kernel by kernel"
 REORDERED, COMPILED = "common, images in another order", "common, compiled"
 AS_MANY = "common, as on several"
 PROFILE = "profile"
@@ -63,9 +64,11 @@ def parts_of(options: argparse.Namespace) -> list[list[Part]]:
     on_gpu = options.device != "cpu"
     turns: list[list[Part]] = [[]]
     free = options.gpus
-    parts = [Part(1, RECIPE_BATCH, (COMMON, GRAPHED))] if on_gpu else []
+    parts = [Part(1, RECIPE_BATCH, (COMMON, BY_KERNEL))] if on_gpu else []
     for count in counts[:-1]:
-        alone = (REORDERED, AS_MANY, PROFILE, COMPILED) if on_gpu else (REORDERED, AS_MANY)
+        alone = (
+            (BY_KERNEL, REORDERED, AS_MANY, PROFILE, COMPILED) if on_gpu else (REORDERED, AS_MANY)
+        )
         others = alone if count == 1 else (SYNC,) if on_gpu else ()
         parts.append(Part(count, options.batch, (COMMON, *others)))
     for part in parts:
@@ -78,7 +81,7 @@ def parts_of(options: argparse.Namespace) -> list[list[Part]]:
     if counts[-1] > 1:
         kinds += [OWN, SYNC] if on_gpu else [OWN]
     if on_gpu:
-        kinds += [PROFILE, GRAPHED]  # what was never seen to work comes last here, too
+        kinds += [BY_KERNEL, PROFILE]
     turns.append([Part(counts[-1], options.batch, tuple(kinds))])
     return [turn for turn in turns if turn]
 
@@ -291,8 +294,10 @@ def _as_many() -> Iterator[None]:
 
     real = detection_task._wrapped
 
-    def wrapped(model: Any, settings: Any, processes: Any) -> Any:
-        return real(model, settings, dataclasses.replace(processes, world=2))
+    def wrapped(model: Any, settings: Any, processes: Any, graphed_in: Any) -> Any:
+        # The batch is shared by two, as far as that can tell.
+        settings = dataclasses.replace(settings, batch=2 * settings.batch)
+        return real(model, settings, dataclasses.replace(processes, world=2), graphed_in)
 
     with mock.patch.object(detection_task, "_wrapped", wrapped):
         yield
@@ -302,8 +307,7 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.common_statistics import largest_difference, synchronized
-    from benchmarks.graphed_network import gradient_difference, graphed
-    from trt_yolov6.training.log import read_log
+    from benchmarks.graph_gradients import gradient_difference
     from trt_yolov6.training.recipe import recipe_for, with_field
     from trt_yolov6.training.trainer import train
 
@@ -320,7 +324,9 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
             val_split=None,
             common_statistics=kind != OWN,
         )
-        settings = dataclasses.replace(settings, compile=kind == COMPILED)
+        # SyncBatchNorm waits for the GPU, so that it cannot be captured.
+        graphs = kind not in (BY_KERNEL, SYNC, COMPILED)
+        settings = dataclasses.replace(settings, cuda_graphs=graphs, compile=kind == COMPILED)
         # Labelled as in all epochs but the first four.
         settings = with_field(settings, "losses.warmup_epochs=0")
         with contextlib.ExitStack() as stack:
@@ -330,10 +336,10 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
                 stack.enter_context(_reordered())
             if kind == AS_MANY:
                 stack.enter_context(_as_many())
-            if kind == GRAPHED:
-                stack.enter_context(graphed(options.batch // world, options.imgsz))
-            train(settings, folder, device=options.device, progress=False, state_seconds=1e9)
-        return read_log(folder) if rank == 0 else []
+            result = train(
+                settings, folder, device=options.device, progress=False, state_seconds=1e9
+            )
+        return list(result.log)
 
     row: dict[str, Any] = {
         "model": model,
@@ -343,7 +349,7 @@ def _measured(options: argparse.Namespace, model: str, kind: str, world: int) ->
     }
     if kind == SYNC:
         row["difference"] = largest_difference()
-    if kind == GRAPHED and world == 1:
+    if kind == COMMON and world == 1 and options.device != "cpu":
         row["difference"] = gradient_difference(f"yolov6{model}", 8, 320)
     with tempfile.TemporaryDirectory() as scratch:
         if kind == PROFILE:

@@ -177,6 +177,41 @@ def test_python_callers_are_told_of_parameters(
     assert "--" not in str(error.value)
 
 
+def test_each_verb_refuses_what_is_another_s(folder: Path) -> None:
+    graph = folder / "yolov6n.onnx"
+    with pytest.raises(UserError, match="export writes fp32 or fp16, not int8"):
+        trt_yolov6.export(graph, precision="int8")
+    with pytest.raises(UserError, match=r"`data` is for a precision such as int8:auto, not int8\."):
+        trt_yolov6.quantize(graph, folder / "calib", data=folder / "cells")
+    with pytest.raises(UserError, match="`predict` is for timing with `images`"):
+        trt_yolov6.benchmark([graph], predict=PredictOptions())
+    with pytest.raises(UserError, match="`streams` is for the engine alone"):
+        trt_yolov6.benchmark([graph], images=folder / "images", streams=2)
+
+
+def test_a_checkpoint_is_known_by_its_content(folder: Path, tmp_path: Path) -> None:
+    plain, text = tmp_path / "weights", tmp_path / "notes"
+    shutil.copy(folder / "yolov6n.pt", plain)
+    named, found = (
+        trt_yolov6.export(path, image_size=64, batch=1) for path in (folder / "yolov6n.pt", plain)
+    )
+    assert found.model.graph == named.model.graph
+    text.write_text("nothing that detects")
+    with pytest.raises(UserError, match="not a whole ONNX model"):
+        trt_yolov6.export(text)
+
+
+def test_what_is_quantized_is_written_where_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    quick = trt_yolov6.QuantizationSettings(
+        calibrator="minmax", equalize=False, bias_correction=False, reconstruct=False
+    )
+    written = tmp_path / "int8.onnx"
+    graph = trt_yolov6.quantize(
+        folder / "yolov6n.onnx", folder / "calib", settings=quick, output=written
+    )
+    assert trt_yolov6.export(written).precision == graph.precision == "int8"
+
+
 def test_a_checkpoint_brings_its_names_and_a_graph_its_size(folder: Path) -> None:
     with pytest.raises(UserError, match="`class_names` is not for a checkpoint"):
         trt_yolov6.export(folder / "yolov6n.pt", class_names=("a", "b", "c"))

@@ -12,9 +12,9 @@ from support.training_data import pad_targets
 from torch import Tensor
 
 import trt_yolov6.training.assigners as assigners
+from trt_yolov6.detectors.box_similarity import iou
 from trt_yolov6.models.decode import anchor_points
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
-from trt_yolov6.training.box_similarity import iou
 from trt_yolov6.training.targets import Targets
 
 NAMES = ("tal", "atss", "simota")

@@ -38,7 +38,6 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     write_table(path, TABLE)
     assert read_table(path) == TABLE
     assert list(read_table(path).amax) == list(TABLE.amax)
-    assert read_table(path).scale("images") == 1 / 127
 
 
 def test_equal_tables_are_equal_bytes(tmp_path: Path) -> None:

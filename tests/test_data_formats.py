@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from trt_yolov6.data.class_names import read_class_names
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.data_validation import in_order, read_split
@@ -267,6 +268,9 @@ def test_a_label_that_cannot_be_meant_is_named(tmp_path: Path, line: str, said: 
         ("names: [a]", "names no images"),
         ("[1", "is not a YAML file"),
         ("7", "does not hold keys"),
+        ("names: {one: a, two: b}\nval: images/val", "no list 'names'"),
+        ("names: [a]\nval: [images/val, 7]", r"has val: \['images/val', 7\]; give a folder"),
+        ("names: [a]\nval: labels/val", "val has no image in .*labels"),
     ],
 )
 def test_a_data_yaml_that_is_none_is_one_line(tmp_path: Path, text: str, said: str) -> None:
@@ -275,6 +279,31 @@ def test_a_data_yaml_that_is_none_is_one_line(tmp_path: Path, text: str, said: s
     with pytest.raises(UserError, match=said) as error:
         load_coco(tmp_path / "data.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_of_several_yaml_files_the_one_with_class_names_describes_the_set(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").rename(tmp_path / "cells.yaml")
+    (tmp_path / "damaged.yaml").write_text("[1")
+    (tmp_path / "settings.yml").write_text("epochs: 3")
+    assert objects(load_coco(tmp_path, "val")) == EXPECTED
+
+
+def test_blank_lines_are_no_objects_and_what_is_no_text_is_named(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    labels = tmp_path / "labels" / "val"
+    (labels / "a.txt").write_text("\n" + (labels / "a.txt").read_text() + "  \n")
+    assert objects(load_coco(tmp_path, "val")) == EXPECTED
+    (labels / "b.txt").write_bytes(b"\xff\xfe0 0.5")
+    with pytest.raises(UserError, match=r"b\.txt is not a readable text file"):
+        load_coco(tmp_path, "val")
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "images" / "val" / "b.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"b\.png has no recorded size, or cannot be read"):
+        load_coco(tmp_path, "val")
 
 
 # --- Pascal VOC ---------------------------------------------------------------------------------
@@ -317,9 +346,42 @@ def test_voc_beside_the_images_is_read_and_difficult_objects_do_not_count(tmp_pa
     dataset = load_coco(tmp_path, "val")
     assert objects(dataset) == EXPECTED
     assert [entry["iscrowd"] for entry in dataset.annotations] == [0, 0, 1]
-    (tmp_path / "valid" / "b.xml").write_text("<annotation>")
-    with pytest.raises(UserError, match=r"b\.xml is not an XML file"):
-        load_coco(tmp_path, "val")
+    for text, said in (("<annotation>", "an XML file"), ("<other/>", "a Pascal VOC annotation")):
+        (tmp_path / "valid" / "b.xml").write_text(text)
+        with pytest.raises(UserError, match=rf"b\.xml is not {said}"):
+            load_coco(tmp_path, "val")
+
+
+# --- class names --------------------------------------------------------------------------------
+
+
+def test_class_names_are_a_text_file_s_lines_or_coco_s_categories_by_id(tmp_path: Path) -> None:
+    lines, categories = tmp_path / "names.txt", tmp_path / "coco.json"
+    lines.write_text("dog\n\n cat \n")
+    assert read_class_names(lines) == ("dog", "cat")
+    content = {"categories": [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}]}
+    categories.write_text(json.dumps(content))
+    assert read_class_names(categories) == ("dog", "cat")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.txt", None, "not a readable text file"),
+        ("bytes.txt", b"\xff\xfe\xfd", "not a readable text file"),
+        ("empty.txt", b" \n", "is empty; write one class name a line"),
+        ("cut.json", b"{", "has no COCO categories"),
+        ("list.json", b"[1]", "has no COCO categories"),
+        ("nameless.json", b'{"categories": [{"id": 1}]}', "has no COCO categories"),
+    ],
+)
+def test_what_names_no_classes_is_refused(
+    tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} .*{said}|{name} {said}"):
+        read_class_names(tmp_path / name)
 
 
 def test_training_takes_the_network_s_order_of_classes(tmp_path: Path) -> None:

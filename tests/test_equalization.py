@@ -214,6 +214,7 @@ def test_factors_of_one_add_no_operator() -> None:
     others[FIXED] = 1
     assert len(rescale(model, channels, others).graph.node) > len(model.graph.node)
     assert rescale(model, channels, ones).graph.node == model.graph.node
+    assert_same_function(model, rescale(model, channels, others))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -355,6 +356,43 @@ def test_shifted_channels_reach_as_far_below_zero_as_above() -> None:
     np.testing.assert_allclose(found.low_per_channel, -found.high_per_channel, rtol=1e-4)
     # And no channel has fewer of INT8's levels than it can have.
     np.testing.assert_allclose(found.high_per_channel, found.amax, rtol=0.02)
+
+
+def test_no_step_from_the_optimum_of_shifted_channels_lessens_the_noise() -> None:
+    drawing = Drawing(0)
+    drawing.grow("SiLU", drawing.convolution("images"), "")
+    active = list(drawing.channels)[-1]
+    drawing.convolution(drawing.add("Conv", [active, drawing.normal(4, 4, 1, 1)], 4))
+    # Where SiLU hardly leaves its dip, shifting changes the range less than where it does.
+    wide = numpy_helper.to_array(drawing.constants[0])
+    wide = wide * np.array([0.2, 1, 3, 9], np.float32)[:, None, None, None]
+    drawing.constants[0].CopyFrom(numpy_helper.from_array(wide, "c0"))
+    model = drawing.model()
+    result = equalize(model, measured(model), shift=True)
+    name = f"{active}_equalized"
+    (reader,) = (node for node in result.graph.node if name in node.input)
+    constants = {item.name: numpy_helper.to_array(item) for item in result.graph.initializer}
+    factors = constants[f"{active}_equalization"].reshape(-1).astype(float)
+    weights = constants[reader.input[1]].astype(float)[:, :, 0, 0]
+    reach = collect(result, noise_images(), [name])[name].amax_per_channel
+    before = measured(model)[active].amax_per_channel
+    assert reach is not None
+    assert before is not None
+    typical = 0.1 * before * factors
+
+    def noise(steps: NDArray[np.float64]) -> float:
+        """The formula at the top of `equalization.solve`."""
+        energy, squares = (weights / steps) ** 2, (typical * steps) ** 2
+        rounding = (reach * steps).max() ** 2 * energy.sum(axis=1)
+        of_weights = energy.max(axis=1) * squares.sum()
+        return float(((rounding + of_weights) / (energy @ squares)).mean())
+
+    least = noise(np.ones(4))
+    for channel in range(4):
+        for step in (0.7, 1.4):
+            steps = np.ones(4)
+            steps[channel] = step
+            assert noise(steps) > 0.997 * least
 
 
 @pytest.mark.parametrize(("axis", "count"), [(1, 1), (-3, 1), (2, 0), (-1, 0)])
@@ -539,10 +577,13 @@ def chain() -> onnx.ModelProto:
     return drawing.model()
 
 
-def measured(model: onnx.ModelProto) -> dict[str, TensorStatistics]:
+def noise_images() -> list[Floats]:
     rng = np.random.default_rng(1)
-    images = [rng.normal(size=(1, 4, SIZE, SIZE)).astype(np.float32) for _ in range(4)]
-    return collect(model, images, tensors_to_measure(model))
+    return [rng.normal(size=(1, 4, SIZE, SIZE)).astype(np.float32) for _ in range(4)]
+
+
+def measured(model: onnx.ModelProto) -> dict[str, TensorStatistics]:
+    return collect(model, noise_images(), tensors_to_measure(model))
 
 
 def expected_noise(model: onnx.ModelProto, found: dict[str, TensorStatistics]) -> float:

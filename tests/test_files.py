@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from trt_yolov6.common.files import (
     atomic_path,
     check_writable,
+    read_bytes,
     read_json,
     sha256_bytes,
     sha256_file,
@@ -101,3 +103,22 @@ def test_a_read_only_folder_is_refused_before_the_work(
     with pytest.raises(UserError, match=r"x\.onnx cannot be written"):
         check_writable(tmp_path / "new" / "x.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 * 2**20])
+def test_a_file_is_read_whole_and_so_is_a_pipe(tmp_path: Path, size: int) -> None:
+    content = os.urandom(size)
+    file, pipe = tmp_path / "file", tmp_path / "pipe"
+    file.write_bytes(content)
+    assert read_bytes(file) == content
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+    writer.start()
+    assert read_bytes(pipe) == content
+    writer.join()
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError, match=rf"{path.name} cannot be read \({reason}"):
+            read_bytes(path)

@@ -119,12 +119,16 @@ def test_values_round_to_the_nearest_level_ties_to_even_and_saturate() -> None:
     expected = torch.from_numpy(np.clip(values, -448, 448)).to(torch.float8_e4m3fn)
     codes = FP8.encode(values)
     assert np.array_equal(codes.view(np.uint8), expected.view(torch.uint8).numpy())
-    assert np.array_equal(FP8.decode(codes), expected.float().numpy())
+    assert np.array_equal(decoded(codes), expected.float().numpy())
+
+
+def decoded(codes: NDArray[np.int8]) -> NDArray[np.float32]:
+    return np.asarray(codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
 def test_every_level_is_its_own_code() -> None:
     codes = np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8).view(np.int8)
-    assert np.array_equal(FP8.encode(FP8.decode(codes)), codes)
+    assert np.array_equal(FP8.encode(decoded(codes)), codes)
     assert E4M3_LEVELS[-1] == 448
 
 
@@ -136,7 +140,7 @@ def test_weights_have_one_scale_that_clips_none_of_them(half: bool) -> None:
     assert np.abs(weights).max() <= scale * 448 * (1 + 1e-6)
     # Of full precision in float16, which smaller ones are not.
     assert not half or (np.float16(scale) == scale and scale >= 2.0**-14)
-    assert np.array_equal(FP8.decode(codes) * scale, rounded(weights, scale))
+    assert np.array_equal(decoded(codes) * scale, rounded(weights, scale))
 
 
 @pytest.mark.parametrize("amax", [1.0, 6.0])
@@ -317,8 +321,6 @@ def test_the_default_compares_the_calibrators_that_fp8_has(
     assert result.graph.calibration is not None
     assert result.graph.calibration["fp8_layers"] == len(result.placement.layers) > 0
     assert result.table.key.settings["type"] == "fp8"
-    tensor = next(iter(result.table.amax))
-    assert result.table.scale(tensor) == result.table.amax[tensor] / 448
 
 
 def test_a_table_made_for_int8_is_not_used_for_fp8(

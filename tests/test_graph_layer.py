@@ -18,7 +18,7 @@ from trt_yolov6.graph.index import (
     nodes_after_layers,
     shapes_of,
 )
-from trt_yolov6.graph.quantized import quantized_layers
+from trt_yolov6.graph.quantized import quantized_layers, quantized_type, quantizer
 from trt_yolov6.graph.reference import is_quantized, reference_session
 
 
@@ -179,6 +179,44 @@ def test_a_quantized_layer_tells_its_codes_scales_and_values() -> None:
     assert layer.weights.values().ravel().tolist() == [0, 1, 4, 6, 12, 15]
     (cost,) = layers_of(quantized())
     assert cost.precision == "int8"
+
+
+@pytest.mark.parametrize("computed", ["codes", "scales"])
+def test_codes_and_scales_that_are_computed_have_no_values(computed: str) -> None:
+    changed = quantized()
+    at = next(i for i, node in enumerate(changed.graph.node) if computed in node.input)
+    for stored in changed.graph.initializer:
+        if stored.name == computed:
+            stored.name = "stored"
+    changed.graph.node.insert(at, helper.make_node("Identity", ["stored"], [computed]))
+    (layer,) = quantized_layers(changed)
+    assert not layer.has_scale_by_output
+    with pytest.raises(ValueError, match=f"'{computed}' (is|are) computed"):
+        layer.weights.values()
+
+
+@pytest.mark.parametrize("zero_points", [(), ("z",), ("z", "z")])
+def test_codes_are_of_the_type_that_onnx_runtime_gives_them(zero_points: tuple[str, ...]) -> None:
+    """Without a zero point a quantizer writes uint8, and what reads it takes what is there."""
+    pair = [
+        helper.make_node("QuantizeLinear", ["images", "s", *zero_points[:1]], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", *zero_points[1:]], ["x"]),
+        helper.make_node("Conv", ["x", "w"], ["out"]),
+    ]
+    graph = model(pair, w=WEIGHT, s=np.array(0.5, np.float32), z=np.array(0, np.int8))
+    session = reference_session(with_outputs(graph, ["q"]))
+    (codes,) = session.run(["q"], {"images": np.zeros((1, 2, 4, 4), np.float32)})
+    index = GraphIndex(graph)
+    for node in graph.graph.node[:2]:
+        assert helper.tensor_dtype_to_np_dtype(quantizer(index, node).type) == codes.dtype
+    assert helper.tensor_dtype_to_np_dtype(quantized_type(index, "x") or 0) == codes.dtype
+
+
+def test_stored_codes_without_a_zero_point_tell_their_type() -> None:
+    changed = quantized()
+    del changed.graph.node[2].input[2]
+    (layer,) = quantized_layers(changed)
+    assert layer.weights.type == TensorProto.INT8
 
 
 def test_scales_along_another_axis_are_not_by_output() -> None:

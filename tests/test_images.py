@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,14 @@ def test_bad_images_leave_nothing_on_stderr(
             with pytest.raises(UserError):
                 read_image(cut)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_picture_of_more_pixels_than_are_decoded_is_called_that() -> None:
+    data = bytearray(encode(Image.new("RGB", (1, 1)), "PNG"))
+    data[16:24] = (2**17).to_bytes(4, "big") * 2  # what its header says
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(UserError, match="huge has more pixels than are decoded here"):
+        read_image(bytes(data), "huge")
 
 
 def test_float_samples_are_refused_because_their_range_is_unknown() -> None:

@@ -319,6 +319,10 @@ def test_addresses_of_pictures_and_videos_are_fetched(
     assert ([path.name for path in summary.outputs], summary.objects) == (["a_b.png"], 1)
     summary = infer_source(engine, f"{server}/ride.avi", tmp_path / "out", **options)
     assert (summary.images, summary.outputs[0].name) == (4, "ride.mp4")
+    # A picture's name does not make one: it is tried as a video, too.
+    (tmp_path / "notes.png").write_text("nothing to see")
+    with pytest.raises(UserError, match=r"notes\.png holds no frame that can be"):
+        infer_source(engine, f"{server}/notes.png", tmp_path / "out", **options)
     with pytest.raises(UserError, match=r"none\.png does not answer \(File not found\)"):
         infer_source(engine, f"{server}/none.png", tmp_path / "out", **options)
 

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from trt_yolov6.detectors import overlap
-from trt_yolov6.training.box_similarity import (
+from trt_yolov6.detectors.box_similarity import (
     Similarity,
     ciou,
     giou,

@@ -117,6 +117,30 @@ def test_arithmetic_coding_12_bits_and_odd_sampling_are_not_for_the_gpu() -> Non
         assert read_header(bytes(changed)) is None
 
 
+def test_fill_bytes_before_a_marker_are_passed_over() -> None:
+    data = jpeg()
+    filled = data[:2] + b"\xff\xff" + data[2:]
+    assert read_header(filled) == read_header(data)
+    assert np.array_equal(read_image(filled), read_image(data))
+
+
+@pytest.mark.parametrize(
+    "tiff",
+    [
+        b"",
+        b"XX*\0\0\0\0\x08",  # neither order of bytes
+        b"MM\0*\0\0\0\x7f",  # its directory lies beyond the end
+        exif(6)[:-14],  # ends within the entry
+        exif(9),  # there are eight orientations
+        exif(0),
+    ],
+)
+def test_metadata_that_says_no_orientation_turns_nothing(tiff: bytes) -> None:
+    assert exif_orientation(tiff) == 1
+    data = with_segment(jpeg(), 0xE1, b"Exif\0\0" + tiff)
+    assert read_image(data).shape == (24, 40, 3)
+
+
 def test_a_file_cut_short_is_refused_as_ever(tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     path.write_bytes(jpeg(size=(400, 400))[:-3000])

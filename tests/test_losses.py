@@ -18,11 +18,11 @@ from support.training_data import pad_targets
 from torch import Tensor
 
 import trt_yolov6.training.losses as module
+from trt_yolov6.detectors.box_similarity import iou, similarity
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.variants import STRIDES, VARIANTS, Architecture, architecture
 from trt_yolov6.training.assigners import Assignment
-from trt_yolov6.training.box_similarity import iou, similarity
 from trt_yolov6.training.losses import (
     Assigner,
     BoxLoss,
@@ -35,6 +35,7 @@ from trt_yolov6.training.losses import (
     default_losses,
     detection_loss,
     distillation_weight,
+    distilled_share,
     distribution_focal_loss,
     poly_loss,
     quality_focal_loss,
@@ -216,6 +217,27 @@ def test_divergences_are_scipys_entropies() -> None:
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: class_divergence(s, teacher, 3.0), (student,))
     assert torch.autograd.gradcheck(lambda s: box_divergence(s, teacher, 8, 3.0), (student,))
+
+
+@given(st.floats(-12, 12), st.floats(-12, 12))
+def test_a_teacher_pulls_no_harder_than_varifocal_loss(own: float, told: float) -> None:
+    """Than its label of the same quality where there is an object, than none where there is not."""
+    teacher = torch.tensor(told, dtype=torch.float64)
+    pulls = []
+    for guide in (teacher, torch.full_like(teacher, -100)):
+        student = torch.tensor(own, dtype=torch.float64, requires_grad=True)
+        pull = distilled_share(student, guide) * class_divergence(student, guide, 1.0)
+        pull.backward()  # type: ignore[no-untyped-call]
+        assert student.grad is not None
+        pulls.append(student.grad.abs())
+    student = torch.tensor(own, dtype=torch.float64, requires_grad=True)
+    quality, chance = torch.sigmoid(teacher), torch.sigmoid(student.detach())
+    positive = quality * (chance - quality).abs()
+    loss = varifocal_loss(student, torch.zeros_like(student), torch.tensor(False))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert student.grad is not None
+    assert pulls[0] <= torch.maximum(positive, student.grad) + 1e-12
+    assert pulls[1] <= student.grad + 1e-12
 
 
 def test_distillation_weight_is_the_papers_cosine() -> None:
@@ -619,7 +641,8 @@ def test_distilled_parts_are_their_divergences(monkeypatch: pytest.MonkeyPatch) 
     def joined(maps: Levels, part: int) -> Tensor:
         return torch.cat([level[part].detach().flatten(2) for level in maps], dim=2)
 
-    by_class = class_divergence(joined(levels, 0), joined(teacher, 0), 2.0).sum()
+    student, guide = joined(levels, 0), joined(teacher, 0)
+    by_class = (distilled_share(student, guide) * class_divergence(student, guide, 2.0)).sum()
     expected = 0.9 * 0.3 * decay * float(by_class) / total
     assert float(loss.parts["distill_class"]) == pytest.approx(expected, rel=1e-5)
     by_side = box_divergence(joined(levels, 1), joined(teacher, 1), 16, 3.0)

@@ -11,14 +11,15 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from support.small_graphs import GraphWriter, detector, random_images
+from support.small_graphs import SIZE, GraphWriter, detector, random_images
 
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.files import graph_precision, read_onnx, sort_nodes
+from trt_yolov6.graph.files import graph_precision, has_other_files, read_onnx, sort_nodes
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
+from trt_yolov6.spec import BatchProfile
 
 
 def run(model: onnx.ModelProto, image: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
@@ -136,6 +137,69 @@ def test_a_graph_of_which_nothing_is_a_detector_s_is_refused(tmp_path: Path) -> 
     two = graph.conv_relu("two", one, (8, 8))
     with pytest.raises(UserError, match="no known layout"):
         graph_from_onnx(save(graph.model(one, two), tmp_path / "none.onnx"))
+
+
+def with_input(*shape: int | str) -> onnx.ModelProto:
+    """The detector with another shape of its input."""
+    model = detector()
+    value = model.graph.input[0]
+    value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, list(shape)))
+    for output in model.graph.output:
+        for place, dim in enumerate(output.type.tensor_type.shape.dim):
+            dim.dim_param = f"{output.name}_{place}"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "said"),
+    [
+        ((1, 3, "height", "width"), {}, "leaves its image size free; fix it with `image_size`"),
+        ((1, 3, 32, 32), {"image_size": (64, 64)}, "takes images of 32x32, not 64x64"),
+        ((1, 3, 32, 32), {"batch": BatchProfile(2, 2, 2)}, "takes batch 1 only"),
+        ((1, 3 * 32 * 32), {}, r"takes \[1, 3072\], not a batch of images"),
+        ((1, 3, 32, 32), {"class_names": ("one",)}, r"1 class names were given .* has \d+ classes"),
+    ],
+)
+def test_what_a_file_leaves_open_or_fixes_is_said(
+    tmp_path: Path, shape: tuple[int | str, ...], options: dict[str, Any], said: str
+) -> None:
+    path = save(with_input(*shape), tmp_path / "open.onnx")
+    with pytest.raises(UserError, match=said):
+        graph_from_onnx(path, **options)
+
+
+def test_a_free_size_and_batch_become_those_asked_for(tmp_path: Path) -> None:
+    path = save(with_input("n", 3, "height", "width"), tmp_path / "free.onnx")
+    batch = BatchProfile(1, 2, 4)
+    graph = graph_from_onnx(path, image_size=(SIZE, SIZE), batch=batch)
+    assert (graph.image_size, graph.batch) == ((SIZE, SIZE), batch)
+    # The outputs' lengths follow from the size.
+    assert all(
+        dim.dim_value for o in graph.model.graph.output for dim in o.type.tensor_type.shape.dim[1:]
+    )
+
+
+def test_nodes_without_names_are_named_before_they_become_half_precision(tmp_path: Path) -> None:
+    model = detector()
+    expected = run(model, random_images(1)[0])
+    for node in model.graph.node:
+        node.name = ""
+    graph = graph_from_onnx(save(model, tmp_path / "anonymous.onnx"), fp16=True)
+    names = [node.name for node in graph.model.graph.node]
+    assert all(names)
+    assert len(set(names)) == len(names)
+    for found, wanted in zip(run(graph.model, random_images(1)[0]), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=0.02)
+
+
+def test_a_file_without_operators_and_one_that_is_not_there(tmp_path: Path) -> None:
+    model = detector()
+    del model.graph.node[:]
+    with pytest.raises(UserError, match=r"not an? (ONNX model with any operator|whole ONNX)"):
+        read_onnx(save(model, tmp_path / "empty.onnx"))
+    assert not has_other_files(tmp_path / "empty.onnx")
+    assert not has_other_files(tmp_path / "none.onnx")
+    assert has_other_files(external(tmp_path / "outside"))
 
 
 def test_dynamic_quantization_is_called_what_it_is(tmp_path: Path) -> None:

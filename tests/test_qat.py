@@ -169,7 +169,7 @@ def test_it_repairs_a_network_that_few_bits_break(
     broken = prepare_graph(graph, taught.arch, folder, quantization=MINMAX, bits=3)
 
     def ap(network: GraphNetwork) -> float:
-        return evaluate_network(network, CLASS_NAMES, 64, shapes, "val").ap or 0.0
+        return evaluate_network(network, graph, load_coco(shapes, "val")).ap or 0.0
 
     whole, damaged = ap(broken.teacher()), ap(broken.student().eval())
     settings = settings_for(shapes, bits=3, epochs=30, learning_rate=0.02)
@@ -213,8 +213,7 @@ def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> 
         for parameter in network.scale_parameters():
             parameter.add_(5 * torch.randn(parameter.shape, generator=generator))
     trained = network.trained()
-    names = sample.graph.class_names
-    ours = evaluate_network(network, names, size, root / "samples", "val")
+    ours = evaluate_network(network, sample.graph, load_coco(root / "samples", "val"))
     built = build_engine(
         trained_graph(sample, trained), backend="onnxruntime", output=tmp_path / "q.onnx"
     )
@@ -392,7 +391,7 @@ def test_wrong_settings_are_refused(named: dict[str, Any], message: str) -> None
 def test_a_data_set_of_other_classes_is_refused(root: Path, start: Start) -> None:
     settings = settings_for(root / "samples", train_split="val")
     with pytest.raises(UserError, match="has 3 classes, the checkpoint 2"):
-        train_quantized(start, settings, image_size=32, device="cpu", progress=False)
+        train_quantized(start, settings, device="cpu", progress=False)
 
 
 def test_nothing_but_float_layers_is_refused(calib: Path) -> None:

@@ -18,10 +18,11 @@ from support.quantized import MINMAX, convolutions, small_detector
 from trt_yolov6.cli.options import percent
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.quantization.bias_correction import BiasCorrection, with_layers_of
+from trt_yolov6.quantization.bias_correction import BiasCorrection
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.displacement import Displacement, layer_displacements
+from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.judge import Judge, batches_of, images_to_build_from, split_images
+from trt_yolov6.quantization.learned import learned_of, with_learned
 from trt_yolov6.quantization.mixed_precision import (
     LayerCost,
     choose_float_layers,
@@ -30,6 +31,7 @@ from trt_yolov6.quantization.mixed_precision import (
 from trt_yolov6.quantization.pipeline import calibrate, quantize
 from trt_yolov6.quantization.preparation import RANGE_BITS
 from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.sensitivity import scores_alone
 from trt_yolov6.quantization.settings import check_settings
 from trt_yolov6.quantization.trials import tried_table
 
@@ -148,12 +150,12 @@ def test_the_layer_that_is_rounded_coarsely_moves_most(tiny: Graph, folder: Path
     found = calibrate(tiny, folder, MINMAX)
     images = list(batches_of(tiny, sorted(folder.iterdir())[:2]))
     watch = Displacement(tiny, images)
-    name = found.placement.layers[-3]
-    tensor = next(node.input[0] for node in found.model.graph.node if node.name == name)
-    fine = layer_displacements(found.model, found.placement, found.table.amax, watch.of)
-    assert set(fine) == set(found.placement.layers)
+    name = found.prepared.placement.layers[-3]
+    tensor = next(node.input[0] for node in found.prepared.model.graph.node if node.name == name)
+    fine = scores_alone(found.prepared.model, found.prepared.placement, found.table.amax, watch.of)
+    assert set(fine) == set(found.prepared.placement.layers)
     coarse = {**found.table.amax, tensor: 100 * found.table.amax[tensor]}
-    moved = layer_displacements(found.model, found.placement, coarse, watch.of)
+    moved = scores_alone(found.prepared.model, found.prepared.placement, coarse, watch.of)
     assert moved[name] > 3 * fine[name]
 
 
@@ -192,12 +194,12 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
     tiny: Graph, folder: Path
 ) -> None:
     found = calibrate(tiny, folder, MINMAX)
-    whole = insert_qdq(found.model, found.placement, found.table.amax)
+    whole = insert_qdq(found.prepared.model, found.prepared.placement, found.table.amax)
     images = list(batches_of(tiny, sorted(folder.iterdir())[:4]))
-    tuned = BiasCorrection(found.model, images).correct(whole)
-    assert with_layers_of(whole, tuned).SerializeToString() == tuned.SerializeToString()
+    tuned = BiasCorrection(found.prepared.model, images).correct(whole)
+    assert with_learned(whole, learned_of(tuned)).SerializeToString() == tuned.SerializeToString()
     kept = convolutions(tiny.model)[3]
-    partly = with_layers_of(found.with_float((kept,)), tuned)
+    partly = with_learned(found.with_float((kept,)), learned_of(tuned))
 
     def biases(model: onnx.ModelProto) -> dict[str, np.ndarray[tuple[int, ...], np.dtype]]:
         stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
@@ -207,7 +209,7 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
             if node.name in convolutions(model) and len(node.input) > 2
         }
 
-    taken, theirs, own = biases(partly), biases(tuned), biases(found.model)
+    taken, theirs, own = biases(partly), biases(tuned), biases(found.prepared.model)
     for name, value in taken.items():
         np.testing.assert_allclose(value, (own if name == kept else theirs)[name], rtol=1e-6)
 

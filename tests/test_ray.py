@@ -24,7 +24,10 @@ from support.tiny_detector import load_named, load_tiny, write_cells
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
+from trt_yolov6.engines.base import LoadOptions
+from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
@@ -33,6 +36,7 @@ from trt_yolov6.spec import PredictOptions
 pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
 
 from trt_yolov6.serving.ray import jobs, parts
+from trt_yolov6.serving.ray.engine_files import load_here, read_engine
 from trt_yolov6.serving.ray.jobs import RayOptions, evaluate_on_ray, infer_on_ray
 from trt_yolov6.serving.ray.parts import PartFormat, PartWriter, ResultFolder, files_in, open_job
 
@@ -393,6 +397,69 @@ def test_parts_tell_what_is_done(tmp_path: Path, form: PartFormat, is_address: b
     with pytest.raises(UserError, match=r"part-000001.* is damaged"):
         list(files_in(folder))
     shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_engine_is_read_here_and_loaded_there(tiny: Path, tmp_path: Path, known: bool) -> None:
+    here = tmp_path / "here" / "tiny.onnx"
+    here.parent.mkdir()
+    if known:
+        build_engine(graph_from_onnx(tiny), backend="onnxruntime", output=here)
+    else:
+        shutil.copy(tiny, here)
+    files, facts = read_engine(here, "auto", LoadOptions())
+    assert len(files.contents) == 1 + known  # its manifest goes with it
+    engine, folder = load_here(files, "auto", LoadOptions())
+    with engine:
+        assert folder is None
+        assert engine.path == here
+        expected = engine.facts
+    assert facts == expected
+    # On another machine the path is nobody's, or another's.
+    here.write_bytes(b"another")
+    for is_there in (True, False):
+        if not is_there:
+            shutil.rmtree(here.parent)
+        engine, folder = load_here(files, "auto", LoadOptions())
+        assert folder is not None
+        with engine, folder:
+            assert engine.path.parent == Path(folder.name)
+            assert engine.facts == expected
+
+
+def test_folders_that_cannot_be_written_or_are_another_s_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "out", f"file://{tmp_path}/file/out"):
+        with pytest.raises(UserError, match=r"cannot be .*(choose another|check `output`)"):
+            open_job(ResultFolder(place), {"engine": "a"})
+    folder = ResultFolder(tmp_path / "out")
+    open_job(folder, {"engine": "a"})
+    (tmp_path / "out" / parts.JOB_FILE).write_text("[1")
+    with pytest.raises(UserError, match="is damaged"):
+        open_job(folder, {"engine": "a"})
+    (tmp_path / "out" / parts.JOB_FILE).unlink()
+    (tmp_path / "out" / "part-000001.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds parts but no"):
+        open_job(folder, {"engine": "a"})
+
+
+def test_listings_are_of_pictures_that_can_be_found(pictures: Path, tmp_path: Path) -> None:
+    from trt_yolov6.serving.ray.pictures import find_pictures
+
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"{pictures}/0002.png\n")
+    assert [one.name for one in find_pictures(f"file://{listing}")] == [f"{pictures}/0002.png"]
+    for text, address, said in (
+        ("# nothing\n", str(listing), "lists no picture"),
+        ("0002.png\n", f"file://{listing}", "a listing in a store needs addresses"),
+    ):
+        listing.write_text(text)
+        with pytest.raises(UserError, match=said):
+            find_pictures(address)
+    listing.write_bytes(b"\xff\xfe")
+    for address in (str(listing), f"file://{listing}"):
+        with pytest.raises(UserError, match=r"cannot be (read as a listing|listed)"):
+            find_pictures(address)
 
 
 def test_a_part_does_not_wait_for_ever(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def calibrated(tiny: Graph, folder: Path) -> Calibrated:
 
 @pytest.fixture(scope="module")
 def quantized(calibrated: Calibrated) -> onnx.ModelProto:
-    return insert_qdq(calibrated.model, calibrated.placement, calibrated.table.amax)
+    return insert_qdq(
+        calibrated.prepared.model, calibrated.prepared.placement, calibrated.table.amax
+    )
 
 
 def run(model: onnx.ModelProto, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -109,10 +111,10 @@ def test_gradients_bring_outputs_nearer_to_float(
 ) -> None:
     # Ranges far too wide, as of a calibration gone wrong: scales have to shrink.
     wide = {name: 3 * amax for name, amax in calibrated.table.amax.items()}
-    start = insert_qdq(calibrated.model, calibrated.placement, wide)
+    start = insert_qdq(calibrated.prepared.model, calibrated.prepared.placement, wide)
     paths = sorted(folder.iterdir())
     images = list(batches_of(tiny, paths[:12]))
-    tuned = reconstruct(tiny, calibrated.model, start, images, 6)
+    tuned = reconstruct(tiny, calibrated.prepared.model, start, images, 6)
 
     def error(model: onnx.ModelProto) -> float:
         total = 0.0
@@ -130,7 +132,9 @@ def test_what_was_learned_is_stored_and_makes_the_same_graph(
     changed, ranges = as_built(TorchGraph(quantized).learned())
     learned = learned_of(changed)
     amax = {**calibrated.table.amax, **ranges}
-    again = with_learned(insert_qdq(calibrated.model, calibrated.placement, amax), learned)
+    again = with_learned(
+        insert_qdq(calibrated.prepared.model, calibrated.prepared.placement, amax), learned
+    )
     assert learned_of(again) == learned
     images = np.random.default_rng(0).random((1, 3, 64, 64), np.float32)
     for one, other in zip(*(run(m, images).values() for m in (changed, again)), strict=True):

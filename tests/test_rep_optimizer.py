@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.kills import Kill, run_killed
 from support.runs import TRAINING, assert_same_bits, complaint
-from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
+from support.training_data import CLASS_NAMES, read_log, tiny_architecture, write_shapes, write_tiny
 from torch import Tensor, nn
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
@@ -26,7 +26,6 @@ from trt_yolov6.models.blocks import ConvBN, ScaledRepConv
 from trt_yolov6.models.fusion import merge_scaled
 from trt_yolov6.models.variants import VARIANTS, Variant
 from trt_yolov6.training.initialization import starting_model
-from trt_yolov6.training.log import read_log
 from trt_yolov6.training.optimizer import OptimizerSettings, make_optimizer, parameter_groups
 from trt_yolov6.training.recipe import TrainSettings, recipe_for, search_settings
 from trt_yolov6.training.rep_optimizer import (

@@ -22,18 +22,17 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
+from trt_yolov6.quantization.metrics import TENSOR_METRICS, Metric, direction
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.sensitivity import (
-    TENSOR_METRICS,
     Distortion,
-    Metric,
     Sensitivity,
-    direction,
+    by_value,
     layer_distortions,
     only_layer,
     ranked,
-    sensitivity,
+    scores_alone,
     write_chart,
 )
 
@@ -182,9 +181,9 @@ def test_a_layer_that_int8_holds_exactly_has_no_noise() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     image = (np.arange(64, dtype=np.float32) + 60).reshape(1, 1, 8, 8)
-    found = layer_distortions(model, place(model), {"images": 127.0}, [image])["exact"]
-    assert (found.mse, found.snr, found.cosine) == (0, math.inf, 1)
-    report = sensitivity(model, place(model), {"images": 127.0}, [image], "snr").to_json()
+    found = layer_distortions(model, place(model), {"images": 127.0}, [image])
+    assert (found["exact"].mse, found["exact"].snr, found["exact"].cosine) == (0, math.inf, 1)
+    report = ranked(found, "snr").to_json()
     assert json.loads(json.dumps(report, allow_nan=False)) == {
         "metric": "snr",
         "unit": "signal-to-noise ratio of the layer's output, in dB",
@@ -201,7 +200,7 @@ def test_by_ap_each_graph_has_one_layer_in_int8_and_the_rest_as_it_was() -> None
         seen.append(candidate)
         return 1 - len(seen) / 10
 
-    found = sensitivity(model, place(model), RANGES, images(), "ap", score)
+    found = by_value("ap", scores_alone(model, place(model), RANGES, score))
     assert found.names == ("last", "up", "wise", "first")
     assert found.layers[0][1] == pytest.approx(0.6)
     for candidate, layer in zip(seen, SHAPES, strict=True):

@@ -17,8 +17,16 @@ from support.host_images import HostImagesEngine
 from support.kernels_on_cpu import letterbox_on_cpu
 from support.tiny_detector import load_tiny
 
+from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines import Engine
-from trt_yolov6.serving.requests import InputMemory, detect_encoded, make_ready, run_tensors
+from trt_yolov6.errors import UserError
+from trt_yolov6.serving.requests import (
+    InputMemory,
+    detect_encoded,
+    make_ready,
+    run_tensors,
+    stacked,
+)
 from trt_yolov6.spec import BatchProfile, PredictOptions
 
 
@@ -57,6 +65,39 @@ def test_steps_cover_a_profile_without_doubling_the_work(numbers: list[int]) -> 
     assert profile.opt in steps
     for images in range(profile.min, profile.max + 1):
         assert next(step for step in steps if step >= images) < 2 * images
+
+
+def test_inputs_of_another_shape_or_dtype_are_refused(engine: Engine, sizes: list[int]) -> None:
+    good = a_request(engine, 1, 0)
+    memory = InputMemory(engine)
+    for bad in (good[0], good[..., :-1], good.astype(np.float64)):
+        with pytest.raises(UserError, match=r"the input is .*, not float32 \['batch', "):
+            run_tensors(engine, [good, bad], memory)
+    assert not sizes
+
+
+def test_the_pictures_of_a_request_answer_in_arrays_of_one_length() -> None:
+    def found(*labels: int) -> Detections:
+        count = len(labels)
+        boxes = np.arange(4 * count, dtype=np.float32).reshape(count, 4)
+        return Detections(boxes, np.full(count, 0.5, np.float32), np.array(labels, np.int64))
+
+    answer = stacked([found(7), found(), found(1, 2)])
+    assert answer["count"].tolist() == [[1], [0], [2]]
+    assert answer["classes"].tolist() == [[7, -1], [-1, -1], [1, 2]]
+    assert answer["scores"].tolist() == [[0.5, 0], [0, 0], [0.5, 0.5]]
+    assert answer["boxes"].tolist() == [
+        [[0, 1, 2, 3], [0] * 4],
+        [[0] * 4, [0] * 4],
+        [[0, 1, 2, 3], [4, 5, 6, 7]],
+    ]
+    assert {name: array.dtype.name for name, array in answer.items()} == {
+        "boxes": "float32",
+        "scores": "float32",
+        "classes": "int64",
+        "count": "int32",
+    }
+    assert stacked([found()])["boxes"].shape == (1, 0, 4)
 
 
 def test_batches_are_as_large_as_they_are_where_a_new_size_costs_nothing(

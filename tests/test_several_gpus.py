@@ -28,6 +28,7 @@ from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import process
 from trt_yolov6.runtime.several_gpus import (
     _in_order,
+    _work,
     check_gpus,
     file_of,
     process_on_gpus,
@@ -151,6 +152,33 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def test_an_engine_does_not_wait_for_its_results_to_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_pictures(tmp_path, 24)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ours, theirs = multiprocessing.Pipe()
+    finished: list[int] = []
+
+    def finish(batch: Batch[Path], _: list[Detections]) -> bytes:
+        finished.append(len(batch.items))
+        return bytes(2**20)  # more than there is room for on the way
+
+    with load_tiny(tmp_path) as engine:
+        arguments: Any = theirs, "0", file_of(engine), read_image, finish, SURE, {}
+        working = threading.Thread(target=_work, args=arguments, daemon=True)
+        working.start()
+        for start in range(0, 24, 4):
+            ours.send(paths[start : start + 4])
+        ours.send([])
+        wait_until(lambda: finished == [4] * 6)
+        kinds: list[str] = []
+        while not kinds or kinds[-1] != "end":
+            kinds.append(ours.recv()[0])
+        working.join(30)
+    assert kinds.count("done") == 6
 
 
 def test_an_error_or_a_death_ends_all(tmp_path: Path) -> None:

@@ -19,12 +19,15 @@ from onnxruntime.quantization import (
     QuantType,
     quantize_static,
 )
+from support.logs import logged
+from support.pictures import noise_folder
 from support.small_graphs import SIZE, GraphWriter, detector, random_images
 
 from trt_yolov6.engines import backend
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.pipeline import build
 from trt_yolov6.quantization.qdq.cleanup import clean, without_activation_pairs
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
@@ -386,6 +389,38 @@ class TestPasses:
             tmp_path, **INT8, op_types_to_quantize=["Conv"], extra_options=SYMMETRIC
         )
         assert kinds(model)["fold_biases"] == 9
+
+
+class TestBuild:
+    """What `build` does with a graph that came with Q/DQ nodes."""
+
+    def test_surplus_nodes_go_and_images_show_that_nothing_else_moved(self, tmp_path: Path) -> None:
+        model = from_onnxruntime(tmp_path, **INT8, extra_options=SYMMETRIC)
+        wanted, removals = clean(model)
+        assert removals
+        images = noise_folder(tmp_path / "images")
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({"calibration": images}, "quantization itself moves it by"),
+            ({}, "not verified; calibration images compare the outputs"),
+            ({"clean": False}, ""),
+        ]
+        for number, (options, said) in enumerate(cases):
+            with logged() as lines:
+                built = build(
+                    tmp_path / "qdq.onnx",
+                    backend="onnxruntime",
+                    output=tmp_path / f"{number}.onnx",
+                    **options,
+                )
+            assert any("surgery" in line and said in line for line in lines) is bool(said)
+            kept = quantized_tensors(model if "clean" in options else wanted)
+            assert quantized_tensors(onnx.load(built.path)) == kept
+
+    def test_a_graph_without_surplus_nodes_stays_as_it_is(self, tmp_path: Path) -> None:
+        onnx.save(clean(ours())[0], tmp_path / "ours.onnx")
+        with logged() as lines:
+            build(tmp_path / "ours.onnx", backend="onnxruntime", output=tmp_path / "engine.onnx")
+        assert "surgery: no Q/DQ node of the graph is surplus" in lines
 
 
 class TestProof:

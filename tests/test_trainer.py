@@ -14,14 +14,13 @@ from support.authors_format import FACTS, Facts
 from support.kills import Kill, run_killed
 from support.logs import logged
 from support.runs import TRAINING, assert_same_bits, complaint, weights_of
-from support.training_data import CLASS_NAMES, tiny_architecture, write_shapes, write_tiny
+from support.training_data import CLASS_NAMES, read_log, tiny_architecture, write_shapes, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.cli import main
 from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.initialization import starting_model
-from trt_yolov6.training.log import LOG_FILE, read_log, write_log
 from trt_yolov6.training.recipe import (
     ArchitectureOptions,
     TrainSettings,
@@ -305,14 +304,6 @@ def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -
     (tmp_path / STATE_FILE).write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(UserError, match="damaged"):
         train(settings, tmp_path, resume=True, progress=False)
-
-
-def test_a_damaged_line_of_the_log_is_left_out(tmp_path: Path) -> None:
-    lines = [{"epoch": epoch, "loss": 1.0} for epoch in (1, 2)]
-    write_log(tmp_path, lines)
-    with (tmp_path / LOG_FILE).open("a") as file:
-        file.write('{"epoch": 3, "lo')
-    assert read_log(tmp_path) == lines
 
 
 def test_bad_data_is_refused_or_left_out_as_chosen(

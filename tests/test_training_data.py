@@ -37,7 +37,8 @@ def test_the_sample_loads_whole(sample: TrainingSet, root: Path) -> None:
     assert len(sample.boxes) == len(dataset.annotations) == int(sample.first[-1])
     assert (sample.report.problems, sample.report.clipped) == ((), ())
     for index, image in enumerate(dataset.images):
-        boxes, classes = sample.objects(index)
+        span = slice(sample.first[index], sample.first[index + 1])
+        boxes, classes = sample.boxes[span], sample.classes[span]
         wanted = [a for a in dataset.annotations if a["image_id"] == image.id]
         x, y, width, height = np.array([a["bbox"] for a in wanted], float).T / 2
         np.testing.assert_allclose(boxes, np.stack([x, y, x + width, y + height], 1), rtol=1e-6)

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.training_data import write_shapes, write_tiny
+from support.training_data import read_log, write_shapes, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.errors import UserError
-from trt_yolov6.training.log import read_log
 from trt_yolov6.training.recipe import recipe_for
 from trt_yolov6.training.trainer import train
 

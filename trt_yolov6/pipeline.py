@@ -489,15 +489,15 @@ def _calibrated_by_tensorrt(
 
 def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
     """Remove surplus Q/DQ nodes of a graph that came with some, and verify it on images."""
+    if graph.precision == "fp8":
+        _log.info("surgery: FP8's Q/DQ nodes are left as they are")
+    if graph.precision != "int8":
+        return graph
     from trt_yolov6.data.calibration import calibration_batches
     from trt_yolov6.graph.inputs import input_spec
     from trt_yolov6.quantization.qdq.cleanup import clean
     from trt_yolov6.quantization.qdq.verify import verify_clean
 
-    if graph.precision == "fp8":
-        _log.info("surgery: FP8's Q/DQ nodes are left as they are")
-    if graph.precision != "int8":
-        return graph
     model, removals = clean(graph.model)
     if not removals:
         _log.info("surgery: no Q/DQ node of the graph is surplus")

@@ -99,8 +99,7 @@ _OF_CALIBRATORS = (
 )
 
 _MUST_OVERRIDE = {
-    "IInt8EntropyCalibrator2": _OF_CALIBRATORS,
-    "IInt8MinMaxCalibrator": _OF_CALIBRATORS,
+    "IInt8Calibrator": _OF_CALIBRATORS,
     "ILogger": ("log",),
     "IOutputAllocator": ("reallocate_output", "notify_shape"),
     "IProfiler": ("report_layer_time",),
@@ -277,9 +276,20 @@ def read_snapshot(path: Path = SNAPSHOT) -> dict[str, Facts]:
 
 
 def used_names() -> set[str]:
-    """Return the words of the package's code for TensorRT, its members' names among them."""
-    texts = (path.read_text() for path in PACKAGE.glob("*.py"))
-    return {word for text in texts for word in re.findall(r"\w+", text)}
+    """Return the names that the package's code for TensorRT reads, defines, imports or quotes."""
+    used: set[str] = set()
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case (
+                    ast.Attribute(attr=str(name))
+                    | ast.Name(id=str(name))
+                    | ast.FunctionDef(name=str(name))
+                    | ast.alias(name=str(name))
+                    | ast.Constant(value=str(name))
+                ):
+                    used.add(name)
+    return used
 
 
 def package_stub(releases: Mapping[str, Facts], used: Collection[str] | None = None) -> str:
@@ -348,7 +358,7 @@ def stub(found: Facts, notes: Mapping[tuple[str, str], str] | None = None) -> st
         notes: comments on members, by class and name.
     """
     lines = [
-        "from abc import ABC, abstractmethod",
+        "from abc import ABCMeta, abstractmethod",
         "from collections.abc import Iterator, Sequence",
         "from typing import Any, ClassVar, NoReturn, overload",
         "",
@@ -400,13 +410,18 @@ def _class(
     members = found[owner]
     required = _MUST_OVERRIDE.get(owner, ())
     is_enum = "__members__" in members
-    bases = [members.get(_BASES), "ABC" if required else "", "_Enum" if is_enum else ""]
+    # TensorRT's own logger has the method that its base asks for; calibrators do not.
+    base = "" if owner == "Logger" else members.get(_BASES, "")
+    inherited = found.get(base, {})
+    is_abstract = required or base in _MUST_OVERRIDE
+    bases = [members.get(_BASES), "_Enum" if is_enum else ""]
+    bases.append("metaclass=ABCMeta" if is_abstract else "")
     lines = [f"{indent}class {owner.rpartition('.')[2]}({', '.join(filter(None, bases))}):"]
     inner = indent + "    "
     if is_enum:
         lines.append(f"{inner}__members__: ClassVar[dict[str, {owner}]]")
     for name, fact in members.items():
-        if name in ("__members__", _BASES):
+        if name in ("__members__", _BASES) or (inherited.get(name) == fact and name != "__init__"):
             continue
         before = len(lines)
         if fact == "class":
@@ -422,12 +437,15 @@ def _class(
             kind = fact.partition(" ")[2]
             accepted = _accepting(kind)
             kind = "NoReturn" if fact.startswith("<- ") else kind
-            lines += [
-                f"{inner}@property",
-                f"{inner}def {name}(self) -> {kind}: ...",
-                f"{inner}@{name}.setter",
-                f"{inner}def {name}(self, value: {accepted}) -> None: ...",
-            ]
+            if accepted == kind:
+                lines.append(f"{inner}{name}: {kind}")
+            else:
+                lines += [
+                    f"{inner}@property",
+                    f"{inner}def {name}(self) -> {kind}: ...",
+                    f"{inner}@{name}.setter",
+                    f"{inner}def {name}(self, value: {accepted}) -> None: ...",
+                ]
         else:
             if name in required:
                 lines.append(f"{inner}@abstractmethod")

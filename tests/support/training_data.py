@@ -18,9 +18,16 @@ from trt_yolov6.models import Architecture, build_model
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.data_validation import DataReport, decode, read_split
 from trt_yolov6.training.dataset import TrainingSet
+from trt_yolov6.training.log import LOG_FILE
 from trt_yolov6.training.targets import Targets
 
 CLASS_NAMES = ("square", "disc")
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Return the epochs of a run's log; none before the first one's end."""
+    file = run / LOG_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def write_shapes(folder: Path, images: int = 8, size: int = 96, seed: int = 0) -> Path:

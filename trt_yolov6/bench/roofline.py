@@ -14,9 +14,11 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 
 from trt_yolov6.bench.sampling import DISTURBED, Watched, seconds_of
 from trt_yolov6.common.machine import cpu_model, describe_cpu
@@ -24,9 +26,7 @@ from trt_yolov6.engines.base import Engine
 from trt_yolov6.graph.cost import Ceilings, Layer, layers_of
 from trt_yolov6.graph.index import constants_of
 from trt_yolov6.graph.operators import ACTIVATIONS
-
-if TYPE_CHECKING:
-    import onnx
+from trt_yolov6.graph.reference import reference_session
 
 # What backends append to the name of the node, or tensor, that a kernel computes.
 _KERNEL_ENDINGS = re.compile(r"(_nchwc|_token_\d+|_myl\d+_\d+|/QuickGeluFusion/)+$")
@@ -157,9 +157,6 @@ def cpu_ceilings(threads: int | None = None) -> Ceilings:
     Args:
         threads: as an engine uses; None for ONNX Runtime's choice.
     """
-    import onnx.parser
-
-    from trt_yolov6.graph.reference import reference_session
 
     shape = _MATRIX_SIDE, _MATRIX_SIDE
     matrix = f"float[{_MATRIX_SIDE}, {_MATRIX_SIDE}]"

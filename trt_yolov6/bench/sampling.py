@@ -154,21 +154,17 @@ def summarize(seconds: Sequence[float]) -> Latency:
     )
 
 
-def median_interval_ranks(runs: int, confidence: float = CONFIDENCE) -> tuple[int, int] | None:
+def median_interval_ranks(runs: int) -> tuple[int, int] | None:
     """Return which order statistics bound the median, whatever the distribution.
 
     The number of runs below the true median is binomial with probability one half, so the interval
     from the k-th smallest to the k-th largest value covers it with probability
-    1 - 2 P(B(runs, 1/2) < k). The largest k that keeps this at or above `confidence` is taken
+    1 - 2 P(B(runs, 1/2) < k). The largest k that keeps this at or above `CONFIDENCE` is taken
     (Conover, Practical Nonparametric Statistics, Section 3.2). Runs are assumed independent.
-
-    Args:
-        runs: size of the sample.
-        confidence: in 0..1.
 
     Returns:
         Zero-based ranks of both ends in the sorted sample, or None where even its extremes do not
-        reach `confidence`, which for 95 % is below 6 runs.
+        reach it, which is below 6 runs.
     """
     # Beyond twelve standard deviations from the mean the binomial's tail is below 1e-30.
     start = max(0, math.floor(runs / 2 - 6 * math.sqrt(runs)))
@@ -181,7 +177,7 @@ def median_interval_ranks(runs: int, confidence: float = CONFIDENCE) -> tuple[in
             - math.lgamma(runs - k + 1)
             - runs * math.log(2)
         )
-        if 2 * below > 1 - confidence:
+        if 2 * below > 1 - CONFIDENCE:
             break
         k += 1
     return None if k == 0 else (k - 1, runs - k)
@@ -243,7 +239,8 @@ def sample(
     while True:
         for offset in range(len(runs)):
             index = (turn + offset) % len(runs)
-            if len(runs) > 1 and _shorter_than_a_slice(times[index]):
+            taken = times[index]
+            if len(runs) > 1 and taken and taken[-1] < SLICE_SECONDS:
                 runs[index]()  # not counted: it refills the caches that the others took
                 uncounted(index)
             slice_start = clock()
@@ -320,7 +317,3 @@ def random_input(engine: Engine, batch: int) -> NDArray[Any]:
     if engine.input.dtype == np.uint8:
         return generator.integers(0, 256, images.shape, dtype=np.uint8)
     return generator.random(dtype=np.float32, out=images)
-
-
-def _shorter_than_a_slice(times: Sequence[float]) -> bool:
-    return bool(times) and times[-1] < SLICE_SECONDS

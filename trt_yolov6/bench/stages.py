@@ -26,7 +26,7 @@ from trt_yolov6.common.text import aligned, four_digits
 from trt_yolov6.data.images import read_encoded, read_image
 from trt_yolov6.data.jpeg import open_image
 from trt_yolov6.data.loader import default_workers, fill_row
-from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.detectors.detections import postprocess
 from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.gpu_loading import Opened, load_images
@@ -194,7 +194,7 @@ def benchmark_together(
         engine,
         itertools.cycle(items),
         read,
-        _counted,
+        lambda _, found: [len(one) for one in found],
         options,
         open_item=open_item,
         in_memory=in_memory,
@@ -311,10 +311,6 @@ def _stages_on_gpu(
     outputs = engine.start_images(loaded.images, placed, nms, clip=True).wait()
     finish = functools.partial(postprocess, outputs, engine.output_layout, nms, placed)
     yield Stage("boxes to the images", "post-processing thread", _median(finish, seconds))
-
-
-def _counted(_batch: Any, found: list[Detections]) -> list[int]:
-    return [len(one) for one in found]
 
 
 def _median(work: Callable[[], object], seconds: float) -> float:

@@ -10,6 +10,8 @@ from trt_yolov6.common.machine import Gpu
 from trt_yolov6.common.text import aligned, four_digits, joined, of_highest
 from trt_yolov6.engines.base import Engine
 
+_TOP_LAYERS = 20
+
 
 def format_report(results: Sequence[BenchmarkResult]) -> str:
     """Return the results as text for a terminal: a line an engine, then where it was measured."""
@@ -57,7 +59,7 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
     return "\n".join(lines)
 
 
-def layer_report(engine: Engine, batch: int, top: int = 20) -> str:
+def layer_report(engine: Engine, batch: int) -> str:
     """Return the layers of an engine that take longest, as text: share, microseconds, name.
 
     Raises:
@@ -70,10 +72,10 @@ def layer_report(engine: Engine, batch: int, top: int = 20) -> str:
     lines = [f"{engine.path.name}: {len(times)} layers, {four_digits(whole * 1e3)} ms one by one"]
     lines += [
         f"  {seconds / whole:6.1%}  {four_digits(seconds * 1e6):>8} us  {name}"
-        for name, seconds in ranked[:top]
+        for name, seconds in ranked[:_TOP_LAYERS]
     ]
-    if len(ranked) > top:
-        rest = sum(seconds for _, seconds in ranked[top:])
+    if len(ranked) > _TOP_LAYERS:
+        rest = sum(seconds for _, seconds in ranked[_TOP_LAYERS:])
         lines.append(f"  {rest / whole:6.1%}  {four_digits(rest * 1e6):>8} us  the other layers")
     return "\n".join(lines)
 

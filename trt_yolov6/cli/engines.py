@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 def load(path: Path, options: argparse.Namespace) -> Detector:
     """Load a detector as the options say, and say what was found out of one without a manifest."""
     from trt_yolov6 import api
-    from trt_yolov6.graph.outputs import dropped_text
 
     detector = api.load(resolved(path), load_options(options), backend=options.backend)
     engine = detector.engine
     if engine.manifest is None:
         say(f"{path} has no manifest: {engine.detector}")
     if engine.dropped_outputs:
+        from trt_yolov6.graph.outputs import dropped_text
+
         say(f"{path}: {dropped_text(engine.dropped_outputs)}")
     return detector
 

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.backends import BACKENDS
 from trt_yolov6.cli import options as common
 from trt_yolov6.cli.graphs import (
     calibration_folder,
@@ -15,20 +14,12 @@ from trt_yolov6.cli.graphs import (
     check_cache,
     write_scales,
 )
-from trt_yolov6.cli.output import say, say_next, write_result
+from trt_yolov6.cli.output import say_next, write_result
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
-    from trt_yolov6.checkpoints.loading import Checkpoint
-    from trt_yolov6.engines.build import BuiltEngine
-    from trt_yolov6.graph.model import Graph
-    from trt_yolov6.training.dataset import TrainingSet
-    from trt_yolov6.training.qat.onnx_module import GraphNetwork, Trained
-    from trt_yolov6.training.qat.preparation import Start
+    from trt_yolov6.training.qat.run import QatRun
     from trt_yolov6.training.qat.settings import QatSettings
-    from trt_yolov6.training.qat.training import QatResult
 
 
 _SETTINGS = (
@@ -114,67 +105,62 @@ def run(options: argparse.Namespace) -> None:
     common.check_training_data(options)
 
     from trt_yolov6.checkpoints.loading import load_checkpoint
-    from trt_yolov6.common.files import write_json
-    from trt_yolov6.engines.base import BuildSettings
-    from trt_yolov6.engines.build import check_build
-    from trt_yolov6.training.distributed import chosen_device
-    from trt_yolov6.training.log import write_log
-    from trt_yolov6.training.qat.training import train_quantized
+    from trt_yolov6.spec import NmsSettings
+    from trt_yolov6.training.qat.run import run as run_training
+    from trt_yolov6.training.qat.settings import QatSettings
 
     if options.weights is None:
         raise UserError("--weights is missing; name the checkpoint to train.")
-    settings = _settings(options)
+    if not options.distillation:
+        names = "distill_weight", "temperature"
+        common.refuse(options, names, "is for distillation; leave --no-distillation out.")
+    settings = QatSettings(data=str(options.data), **common.chosen(options, *_SETTINGS))
     check_cache(options)
-    device = chosen_device(options.device)
     checkpoint = load_checkpoint(options.weights)
     name = checkpoint.arch.name
     if options.model and name not in (options.model, f"yolov6{options.model}"):
         raise UserError(f"{options.weights} holds {name}, not {options.model}; leave --model out.")
-    output = options.output or Path("runs/qat") / name
-    plan = output / f"{name}{BACKENDS[options.backend].suffix}"
-    check_build(options.backend, plan, BuildSettings())
-    state = _state_file(output, output / f"{name}.onnx", options.resume)
-    data, start = _start(settings, checkpoint, device, options)
-    aps = {
-        "AP_float": _ap(start.teacher(device), start, options),
-        "AP_ptq": _ap(start.student(device).eval(), start, options),
-    }
-    write_json(output / "settings.json", settings.to_json())
-    result = train_quantized(
-        start,
+    done = run_training(
+        checkpoint,
+        calibration_folder(options.calibration),
         settings,
-        device=device,
-        state_file=state,
+        options.output or Path("runs/qat") / name,
+        graph_options={
+            "image_size": options.image_size,
+            "batch": options.dynamic,
+            "nms": NmsSettings() if options.end2end else None,
+            "uint8_input": options.uint8_input,
+        },
+        quantization=calibration_settings(options, float_layers=options.float_layers or ()),
+        val_split=options.val_split,
+        backend=options.backend,
+        fp16=options.fp16,
+        float_graph=options.calibration_cache is not None,
+        device=options.device,
+        resume=options.resume,
         progress=not options.quiet,
-        data=data,
     )
-    aps["AP"] = _ap(result.network, start, options)
-    built = _built(start, result.trained, output / name, plan, options)
-    write_log(output, result.log)
-    _print_result(options, start, settings, result, aps, built)
+    if done.float_graph:
+        amax = done.result.trained.amax
+        write_scales(options.calibration_cache, options.cache_version, amax, done.float_graph)
+    _print_result(options, settings, done)
     # Last of all: as long as it is there, an interrupted run can be resumed to this point.
-    state.unlink(missing_ok=True)
-    say_next(options, "for another backend", f"build --onnx {built.path} --backend ...")
+    done.state.unlink(missing_ok=True)
+    say_next(options, "for another backend", f"build --onnx {done.built.path} --backend ...")
 
 
-def _print_result(
-    options: argparse.Namespace,
-    start: Start,
-    settings: QatSettings,
-    result: QatResult,
-    aps: dict[str, float | None],
-    built: BuiltEngine,
-) -> None:
+def _print_result(options: argparse.Namespace, settings: QatSettings, done: QatRun) -> None:
+    aps, result = done.aps, done.result
     shown = ", ".join(f"{key} {value:.4f}" for key, value in aps.items() if value is not None)
     print(
-        f"{built.path}: {shown or 'not evaluated'}; {result.epochs} epochs in "
+        f"{done.built.path}: {shown or 'not evaluated'}; {result.epochs} epochs in "
         f"{result.seconds:.0f} s"
     )
     if options.json:
-        placement = start.quantization.placement
+        placement = done.start.quantization.placement
         value = {
             **aps,
-            "engine": str(built.path),
+            "engine": str(done.built.path),
             "epochs": result.epochs,
             "seconds": result.seconds,
             "peak_bytes": result.peak_bytes,
@@ -184,133 +170,3 @@ def _print_result(
             "log": list(result.log),
         }
         write_result(options.json, value)
-
-
-def _start(
-    settings: QatSettings, checkpoint: Checkpoint, device: torch.device, options: argparse.Namespace
-) -> tuple[TrainingSet, Start]:
-    """Return the training data, and the network exported and calibrated."""
-    from trt_yolov6.pipeline import export, labelled_score
-    from trt_yolov6.spec import NmsSettings
-    from trt_yolov6.training.qat.preparation import prepare_graph
-
-    graph = export(
-        checkpoint,
-        image_size=options.image_size,
-        batch=options.dynamic,
-        nms=NmsSettings() if options.end2end else None,
-        uint8_input=options.uint8_input,
-    )
-    # Bad data is found out before minutes of calibration.
-    data = _data(settings, graph, checkpoint, device, options)
-    # The budget of automatic float layers is held on the validation split.
-    labelled = None if options.val_split == "none" else options.data
-    is_auto = options.float_layers == "auto"
-    start = prepare_graph(
-        graph,
-        checkpoint.arch,
-        calibration_folder(options.calibration),
-        quantization=calibration_settings(options, float_layers=options.float_layers or ()),
-        learn_scales=settings.learn_scales,
-        score=labelled_score(graph, labelled, options.val_split) if is_auto else None,
-    )
-    placement = start.quantization.placement
-    say(
-        f"{len(placement.layers)} of {len(placement.layers) + len(placement.float_layers)} "
-        f"convolutions in INT8, {len(start.features)} features distilled"
-        if settings.distillation
-        else f"{len(placement.layers)} convolutions in INT8, no distillation"
-    )
-    return data, start
-
-
-def _built(
-    start: Start, trained: Trained, stem: Path, plan: Path, options: argparse.Namespace
-) -> BuiltEngine:
-    """Write the trained graph, the engine of --backend and the scales of --calibration-cache."""
-    from trt_yolov6.graph.export import write_onnx
-    from trt_yolov6.pipeline import build
-    from trt_yolov6.training.qat.export import rounded_graph, trained_graph
-
-    quantized = trained_graph(start, trained, fp16=options.fp16)
-    built = build(quantized, backend="onnxruntime", output=f"{stem}.onnx")
-    if options.backend != "onnxruntime":
-        built = build(quantized, backend=options.backend, output=plan)
-    if options.calibration_cache:
-        # The paper's form: a graph without Q/DQ nodes, and the scales next to it.
-        float_graph = Path(f"{stem}.float.onnx")
-        write_onnx(float_graph, rounded_graph(start, trained))
-        write_scales(options.calibration_cache, options.cache_version, trained.amax, float_graph)
-    return built
-
-
-def _settings(options: argparse.Namespace) -> QatSettings:
-    from trt_yolov6.training.qat.settings import QatSettings
-
-    if not options.distillation:
-        names = "distill_weight", "temperature"
-        common.refuse(options, names, "is for distillation; leave --no-distillation out.")
-    return QatSettings(data=str(options.data), **common.chosen(options, *_SETTINGS))
-
-
-def _state_file(output: Path, trained: Path, resume: bool) -> Path:
-    """Return where the state goes; there must be a begun training just if it is to be resumed."""
-    from trt_yolov6.common.files import check_writable
-    from trt_yolov6.training.state import sweep
-
-    state = check_writable(output / "state.pt")
-    begun = (output / "settings.json").exists()
-    if begun and not resume:
-        raise UserError(
-            f"{output} holds a training already; give another --output, or --resume to go on."
-        )
-    if resume and not begun:
-        raise UserError(f"{output} holds no interrupted training; leave --resume out.")
-    if resume and trained.exists() and not state.is_file():
-        raise UserError(f"the training in {output} is over; give another --output.")
-    if resume:
-        # A kill before the first state leaves nothing to go on from: it starts again.
-        sweep(output)
-    return state
-
-
-def _data(
-    settings: QatSettings,
-    graph: Graph,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    options: argparse.Namespace,
-) -> TrainingSet:
-    """Return the training split, with the checkpoint's classes; the other must be readable."""
-    from trt_yolov6.data.coco import load_coco
-    from trt_yolov6.training.dataset import load_training_set
-    from trt_yolov6.training.qat.preparation import check_classes
-
-    if options.val_split != "none":
-        load_coco(options.data, options.val_split)
-    data = load_training_set(
-        settings.data,
-        settings.train_split,
-        max(graph.image_size),
-        device,
-        on_bad_data=settings.on_bad_data,
-        progress=not options.quiet,
-        class_names=graph.class_names,
-    )
-    check_classes(settings.data, len(data.class_names), checkpoint.arch)
-    if data.report.problems:
-        say(f"{len(data.report.problems)} problems of the data were left out of training")
-    return data
-
-
-def _ap(network: GraphNetwork, start: Start, options: argparse.Namespace) -> float | None:
-    """Return a network's AP on the validation split, on the device where it is."""
-    from trt_yolov6.training.qat.training import evaluate_network
-
-    if options.val_split == "none":
-        return None
-    graph = start.graph
-    found = evaluate_network(
-        network, graph.class_names, max(graph.image_size), options.data, options.val_split
-    )
-    return found.ap

@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.common.files import check_writable
     from trt_yolov6.data.sources import check_source
     from trt_yolov6.pipeline import export, labelled_score
+    from trt_yolov6.quantization.metrics import MEANING, direction
     from trt_yolov6.quantization.pipeline import calibrate
-    from trt_yolov6.quantization.sensitivity import MEANING, direction
     from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
 
     if options.plot:

@@ -14,6 +14,9 @@ from typing import Any
 
 from trt_yolov6.errors import UserError
 
+_PART = 2**20
+"""Bytes read at a time where the size is not known before."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -129,7 +132,20 @@ def read_bytes(path: str | Path) -> bytes:
         UserError: it is missing or cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            # Four system calls; `Path.read_bytes` makes nine, and each lets go of the interpreter,
+            # for which threads that read files then queue.
+            size = os.fstat(descriptor).st_size
+            content = os.read(descriptor, size + 1)
+            if len(content) == size:
+                return content
+            parts = [content]  # a pipe, a file that grows, or one beyond what is read at a time
+            while parts[-1]:
+                parts.append(os.read(descriptor, max(size, _PART)))
+            return b"".join(parts)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
 

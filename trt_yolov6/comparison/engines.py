@@ -7,10 +7,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.roofline import graph_work
+from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.common.records import as_record
 from trt_yolov6.comparison.cache import Steps
@@ -31,9 +34,6 @@ from trt_yolov6.pipeline import build, export, quantize
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import table_path
 from trt_yolov6.spec import BatchProfile, Precision
-
-if TYPE_CHECKING:
-    import onnx
 
 _log = logging.getLogger(__name__)
 
@@ -349,8 +349,6 @@ def _described(work: Work, entry: ModelEntry) -> SourceFile:
     path = entry.path
     manifest = read_manifest(path)
     if path.suffix == ".pt":
-        from trt_yolov6.checkpoints.loading import load_checkpoint
-
         load_checkpoint(path)  # refused now, not after others have been built
         return SourceFile("", buildable=True)
     if manifest is not None:

@@ -12,18 +12,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trt_yolov6.bench.roofline import GraphWork, layer_times, measure_ceilings
+from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
+from trt_yolov6.comparison.agreement import packed
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import clocks, run_inputs
 from trt_yolov6.comparison.rounds import Round, measure_round, round_from_json
 from trt_yolov6.data.calibration import evenly
-from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
+from trt_yolov6.data.coco import CocoDataset, read_coco_image
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import ClassesDifferError, UserError
 from trt_yolov6.graph.cost import Ceilings, Layer
+from trt_yolov6.runtime.evaluate import evaluate
+from trt_yolov6.runtime.predict import detect
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -92,9 +96,6 @@ def accuracy(
 
 def _evaluated(work: Work, engine: Engine, name: str, dataset: CocoDataset) -> dict[str, Any]:
     """Evaluate an engine and pack its detections; without AP where the classes differ."""
-    from trt_yolov6.comparison.agreement import packed
-    from trt_yolov6.runtime.evaluate import evaluate
-
     seen: dict[int, Detections] = {}
     try:
         evaluation = evaluate(
@@ -130,17 +131,10 @@ def _reading(built: BuiltCase, batch: int) -> list[Any]:
     return found
 
 
-def example_images(dataset: CocoDataset, count: int) -> list[CocoImage]:
-    """Return some images of a data set, spread evenly over it."""
-    return list(evenly(dataset.images, count))
-
-
 def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[list[float]]]:
     """Return the detections in the example images: lists of x1, y1, x2, y2, score, class."""
-    from trt_yolov6.runtime.predict import detect
-
     plan = work.plan
-    images = [read_coco_image(image) for image in example_images(dataset, plan.examples)]
+    images = [read_coco_image(image) for image in evenly(dataset.images, plan.examples)]
     found = detect(engine, images, plan.predict_options)
     return [
         [
@@ -286,8 +280,6 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
 
 def _kernel_times(engine: Engine, batch: int) -> dict[str, float]:
     """Return seconds by kernel, of the quickest of some trials where others disturb them."""
-    from trt_yolov6.bench.sampling import random_input
-
     images = random_input(engine, batch)
     best: dict[str, float] = {}
     for _ in range(LAYER_TRIALS):

@@ -13,7 +13,7 @@ from trt_yolov6.common.machine import cpu_model
 from trt_yolov6.common.statistics import ratio_interval
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import environment
-from trt_yolov6.comparison.measure import Timings, example_images
+from trt_yolov6.comparison.measure import Timings
 from trt_yolov6.comparison.plan import settings_of
 from trt_yolov6.comparison.results import KIND, SCHEMA
 from trt_yolov6.comparison.rounds import (
@@ -23,6 +23,7 @@ from trt_yolov6.comparison.rounds import (
     paired_medians,
     summarize_rounds,
 )
+from trt_yolov6.data.calibration import evenly
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 
 EXAMPLE_SIDE = 640
@@ -164,7 +165,7 @@ def _examples(
 ) -> list[dict[str, Any]]:
     records = []
     classes = {number: index for index, number in enumerate(dataset.category_ids)}
-    for index, image in enumerate(example_images(dataset, work.plan.examples)):
+    for index, image in enumerate(evenly(dataset.images, work.plan.examples)):
         picture = Path("examples") / f"{index}.jpg"
         content = _small_jpeg(image)
         path = work.output / picture

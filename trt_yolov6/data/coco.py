@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -41,6 +41,9 @@ OVERHANG = 0.01
 
 Corners = tuple[float, float, float, float]
 
+Objects = tuple[NDArray[np.float64], NDArray[np.int64]]
+"""Corners (n, 4) of boxes in pixels, and their classes' places in `category_ids`."""
+
 
 @dataclass(frozen=True)
 class CocoImage:
@@ -65,6 +68,31 @@ class CocoDataset:
     class_names: tuple[str, ...]
     annotations: tuple[Mapping[str, Any], ...] = field(repr=False)
     """Boxes as pycocotools wants them: id (from 1), image_id, category_id, bbox, area, iscrowd."""
+
+    def objects(self, *, crowds: bool = False) -> dict[int, Objects]:
+        """Return the objects of each image; with crowds if they are to count as well."""
+        sides = [
+            None if item["iscrowd"] and not crowds else item["bbox"] for item in self.annotations
+        ]
+        return self.grouped(
+            [one and (one[0], one[1], one[0] + one[2], one[1] + one[3]) for one in sides]
+        )
+
+    def grouped(self, corners: Iterable[Corners | None]) -> dict[int, Objects]:
+        """Return objects by image, from each annotation's corners; None leaves it out."""
+        place_of = {number: place for place, number in enumerate(self.category_ids)}
+        found: dict[int, list[tuple[Corners, int]]] = {image.id: [] for image in self.images}
+        for item, box in zip(self.annotations, corners, strict=True):
+            place = place_of.get(item["category_id"])
+            if box is not None and place is not None and item["image_id"] in found:
+                found[item["image_id"]].append((box, place))
+        return {
+            number: (
+                np.array([box for box, _ in items], np.float64).reshape(-1, 4),
+                np.array([place for _, place in items], np.int64),
+            )
+            for number, items in found.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +46,7 @@ def yolo_splits(file: Path) -> dict[str, list[Path]]:
         listed = value if isinstance(value, list) else [value]
         places = [place for place in listed if isinstance(place, str)]
         if len(places) < len(listed):
-            raise UserError(f"{file} has {key}: {_short(value)}; give a folder of images.")
+            raise UserError(f"{file} has {key}: {str(value)[:80]}; give a folder of images.")
         name = "val" if key == "valid" else key
         splits.setdefault(name, [_resolved(file, content, place) for place in places])
     return splits
@@ -202,7 +201,3 @@ def _size_or_none(path: Path) -> tuple[int, int] | None:
         return upright_size(path)
     except UserError:
         return None
-
-
-def _short(value: object) -> str:
-    return "".join(itertools.islice(str(value), 80))

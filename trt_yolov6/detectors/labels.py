@@ -20,18 +20,8 @@ def objects_of(
         images: some of its images.
         crowds: take crowds for objects as well.
     """
-    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
-    by_image: dict[int, list[tuple[tuple[float, ...], int]]] = {image.id: [] for image in images}
-    for item in dataset.annotations:
-        if item["image_id"] in by_image and (crowds or not item["iscrowd"]):
-            x, y, width, height = item["bbox"]
-            box = (x, y, x + width, y + height)
-            by_image[item["image_id"]].append((box, place_of[item["category_id"]]))
+    found = dataset.objects(crowds=crowds)
     return [
-        Detections(
-            np.array([box for box, _ in items], np.float32).reshape(-1, 4),
-            np.ones(len(items), np.float32),
-            np.array([label for _, label in items], np.int64),
-        )
-        for items in by_image.values()
+        Detections(boxes.astype(np.float32), np.ones(len(boxes), np.float32), classes)
+        for boxes, classes in (found[image.id] for image in images)
     ]

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,11 +99,15 @@ class LoadOptions:
     """Number of the GPU for ONNX Runtime's providers. TensorRT takes CUDA's current one."""
 
 
+Found: TypeAlias = "dict[str, NDArray[Any]] | Candidates | Suppressed"
+"""Outputs by name, or what is left of them."""
+
+
 class Run(abc.ABC):
     """A batch that an engine is working on."""
 
     @abc.abstractmethod
-    def wait(self) -> dict[str, NDArray[Any]] | Candidates | Suppressed:
+    def wait(self) -> Found:
         """Wait until it is done, once, and return the outputs by name, or what is left of them."""
 
 
@@ -111,10 +115,26 @@ class Run(abc.ABC):
 class FinishedRun(Run):
     """A run that was over before `start` returned."""
 
-    outputs: dict[str, NDArray[Any]]
+    found: Found
 
-    def wait(self) -> dict[str, NDArray[Any]]:
-        return self.outputs
+    def wait(self) -> Found:
+        return self.found
+
+
+class StartedRun(Run):
+    """A run on its way, and what follows when it has been waited for."""
+
+    def __init__(self, finish: Callable[[], Found], done: Callable[[], None]) -> None:
+        self._finish: Callable[[], Found] | None = finish
+        self._done = done
+
+    def wait(self) -> Found:
+        assert self._finish is not None, "a run is waited for once"
+        finish, self._finish = self._finish, None
+        try:
+            return finish()
+        finally:
+            self._done()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.graph.index import (
     GraphIndex,
@@ -19,9 +20,6 @@ from trt_yolov6.graph.index import (
 )
 from trt_yolov6.graph.operators import CONVOLUTIONS, QDQ_OPS, WEIGHTED_OPS
 from trt_yolov6.graph.quantized import quantized_type
-
-if TYPE_CHECKING:
-    import onnx
 
 Shape = Sequence["int | None"]
 

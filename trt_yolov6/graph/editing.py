@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from trt_yolov6.graph.index import constants_of, names_read, tensor_value
-
-if TYPE_CHECKING:
-    import onnx
 
 
 def at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
     """Return a copy of a model, converted where its opset is lower than `least`."""
-    import onnx
-
     opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
     if opset < least:
         return onnx.version_converter.convert_version(model, least)
@@ -56,8 +53,6 @@ def drop_unread_initializers(graph: onnx.GraphProto) -> None:
 
 def add_initializers(graph: onnx.GraphProto, values: Mapping[str, NDArray[Any]]) -> None:
     """Append arrays as initializers, by name."""
-    from onnx import numpy_helper
-
     graph.initializer.extend(
         numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
         for name, value in values.items()
@@ -66,8 +61,6 @@ def add_initializers(graph: onnx.GraphProto, values: Mapping[str, NDArray[Any]])
 
 def replace_tensor(tensor: onnx.TensorProto, value: NDArray[Any]) -> None:
     """Give a stored tensor another value, in place; its name stays."""
-    from onnx import numpy_helper
-
     array = np.ascontiguousarray(value).reshape(np.shape(value))
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
@@ -109,8 +102,6 @@ def add_to_bias(
 
 def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
     """Return a copy of a model that has further tensors as outputs, for ONNX Runtime."""
-    import onnx
-
     result = copy.deepcopy(model)
     present = {item.name for item in (*model.graph.input, *model.graph.output)}
     result.graph.output.extend(

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from trt_yolov6 import __version__
 from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
-from trt_yolov6.common.files import write_bytes
 from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, replace_tensor, set_nodes
@@ -147,11 +146,6 @@ def _composed(
         proto = to_fp16(proto, keep_float32=exact)
     _finish(proto, arch.name, class_names, settings)
     return proto
-
-
-def write_onnx(path: str | Path, model: onnx.ModelProto) -> None:
-    """Write an ONNX file, whole or not at all."""
-    write_bytes(path, model.SerializeToString())
 
 
 def _check_size(size: tuple[int, int], multiple: int) -> None:

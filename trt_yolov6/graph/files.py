@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
+from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from trt_yolov6.common.files import read_bytes
 from trt_yolov6.errors import UserError
@@ -16,9 +17,6 @@ from trt_yolov6.graph.editing import set_nodes
 from trt_yolov6.graph.index import constants_of, names_read, subgraphs, type_name
 from trt_yolov6.graph.reference import parsed_model
 from trt_yolov6.spec import PrecisionName, TensorSpec
-
-if TYPE_CHECKING:
-    import onnx
 
 _MAX_BYTES = 2**31
 """A protobuf message of this size or more cannot be written."""
@@ -33,7 +31,6 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
     Raises:
         UserError: the file or one with its weights is missing, cut short or not an ONNX model.
     """
-    import onnx
     from google.protobuf.message import DecodeError
 
     path = Path(path)
@@ -63,9 +60,6 @@ def read_weights(model: onnx.ModelProto, path: Path) -> bool:
     Raises:
         UserError: such a file is missing, elsewhere or too short, or the whole is over 2 GiB.
     """
-    import onnx
-    from onnx.external_data_helper import load_external_data_for_model
-
     places = sorted(set(_external_files(model)))
     if not places:
         return False
@@ -124,8 +118,6 @@ def value_spec(value: onnx.ValueInfoProto, path: str | Path) -> TensorSpec:
     Raises:
         UserError: it is not a tensor.
     """
-    import onnx
-
     tensor = value.type.tensor_type
     if not value.type.HasField("tensor_type") or not tensor.elem_type:
         raise UserError(f"{path} has {value.name!r}, which is not a tensor; a detector is needed.")
@@ -138,25 +130,18 @@ def value_spec(value: onnx.ValueInfoProto, path: str | Path) -> TensorSpec:
 
 def graph_precision(model: onnx.ModelProto) -> PrecisionName:
     """Return the precision a graph is in, by its Q/DQ nodes and its weights."""
-    import onnx
-
     operators = {node.op_type for node in model.graph.node}
     if any(op.startswith("DynamicQuantize") for op in operators):
         return "int8-dynamic"
     if any(op == "QuantizeLinear" or op.startswith("QLinear") for op in operators):
         # Nothing but Q/DQ nodes reads constants of such a type.
-        return "fp8" if any(map(_is_float8, constants_of(model).values())) else "int8"
+        names = [type_name(item.data_type) for item in constants_of(model).values()]
+        return "fp8" if any(name.startswith("float8") for name in names) else "int8"
     half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
     return "fp16" if half else "fp32"
 
 
-def _is_float8(tensor: onnx.TensorProto) -> bool:
-    return type_name(tensor.data_type).startswith("float8")
-
-
 def _external_files(model: onnx.ModelProto) -> Iterator[str]:
-    from onnx.external_data_helper import uses_external_data
-
     for tensor in _tensors(model.graph):
         if uses_external_data(tensor):
             yield next((item.value for item in tensor.external_data if item.key == "location"), "?")

@@ -6,12 +6,12 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 
 from trt_yolov6.graph.index import GraphIndex, nodes_after_layers
 from trt_yolov6.graph.operators import FREE_OPS
 
 if TYPE_CHECKING:
-    import onnx
     import onnx_graphsurgeon as gs
 
 
@@ -73,8 +73,6 @@ def _remove_bounces(graph: gs.Graph) -> None:
 
 
 def _is_cast(node: gs.Node, dtype: type[np.generic]) -> bool:
-    import onnx
-
     wanted = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     return bool(node.op == "Cast" and node.attrs["to"] in (wanted, dtype))
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from trt_yolov6.graph.operators import CONVOLUTIONS, WEIGHTED_OPS
-
-if TYPE_CHECKING:
-    import onnx
 
 
 class GraphIndex:
@@ -100,8 +99,6 @@ def layers_after(graph: GraphIndex) -> dict[str, int]:
 
 def tensor_value(tensor: onnx.TensorProto) -> NDArray[Any]:
     """Return a stored tensor as an array."""
-    from onnx import numpy_helper
-
     return np.asarray(numpy_helper.to_array(tensor))
 
 
@@ -118,8 +115,6 @@ def constants_of(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """Return a node's attributes by name: numbers, text, lists, `TensorProto`, `GraphProto`."""
-    from onnx import helper
-
     found = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     return {
         name: value.decode(errors="replace") if isinstance(value, bytes) else value
@@ -159,8 +154,6 @@ def names_read(node: onnx.NodeProto) -> Iterator[str]:
 
 def inferred(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """Return a copy of a model with all shapes and types that ONNX infers; None where it fails."""
-    import onnx
-
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception:  # its error classes share no public base
@@ -188,8 +181,6 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
 
 def type_name(elem_type: int) -> str:
     """Return ONNX's name of an element type, in lower case: `float`, `int8`, `float8e4m3fn`."""
-    import onnx
-
     known = onnx.TensorProto.DataType.values()
     name: str = onnx.TensorProto.DataType.Name(elem_type if elem_type in known else 0)
     return name.lower()

@@ -7,17 +7,15 @@ original image, and some its size. With a factor of 1 boxes come in input pixels
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers
 from trt_yolov6.graph.files import value_spec
 from trt_yolov6.spec import TensorSpec
-
-if TYPE_CHECKING:
-    import onnx
 
 SCALE_FACTOR, IMAGE_SHAPE = "scale_factor", "im_shape"
 
@@ -57,8 +55,6 @@ def with_one_input(
         UserError: it has inputs whose meaning is not known, or no fixed image size where it asks
             for that.
     """
-    import onnx
-
     inputs = runtime_inputs(model)
     others = [item for item in inputs if item.name in (SCALE_FACTOR, IMAGE_SHAPE)]
     if len(inputs) - len(others) != 1:

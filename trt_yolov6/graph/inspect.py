@@ -6,14 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.graph.cost import Layer, SizedGraph, layers_in
 from trt_yolov6.graph.index import all_nodes, type_name
 from trt_yolov6.graph.operators import WEIGHTED_OPS
-
-if TYPE_CHECKING:
-    import onnx
 
 # Which of an operator's inputs are learned.
 _LEARNED_INPUTS = {
@@ -112,8 +110,6 @@ def _sum_or_none(values: Iterable[int | None]) -> int | None:
 
 
 def _storage(constants: Iterable[onnx.TensorProto]) -> dict[str, Storage]:
-    import onnx
-
     found: dict[str, Storage] = {}
     for constant in constants:
         dtype = _dtype_name(constant.data_type)

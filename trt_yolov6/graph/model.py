@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx
 
 from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.spec import BatchProfile, PrecisionName
-
-if TYPE_CHECKING:
-    import onnx
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 
 from trt_yolov6.graph.editing import (
     add_initializers,
@@ -19,9 +19,6 @@ from trt_yolov6.graph.editing import (
     set_nodes,
 )
 from trt_yolov6.graph.index import GraphIndex, attribute, tensor_value
-
-if TYPE_CHECKING:
-    import onnx
 
 
 def with_folded_weights(model: onnx.ModelProto) -> onnx.ModelProto:

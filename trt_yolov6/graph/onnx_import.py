@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 
 from trt_yolov6.detectors.layouts import class_count
 from trt_yolov6.detectors.metadata import check_input, image_size_in, names_in, nms_in
@@ -22,9 +23,6 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.normalize import with_folded_weights
 from trt_yolov6.graph.outputs import drop_other_outputs, dropped_text, facts_of
 from trt_yolov6.spec import BatchProfile
-
-if TYPE_CHECKING:
-    import onnx
 
 
 def graph_from_onnx(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.detectors.recognition import GraphFacts, is_detector
 from trt_yolov6.graph.editing import drop_unread_initializers, set_nodes
@@ -13,9 +14,6 @@ from trt_yolov6.graph.files import value_spec
 from trt_yolov6.graph.index import GraphIndex, names_read
 from trt_yolov6.graph.operators import UNDECODED_OPS, WEIGHTED_OPS
 from trt_yolov6.spec import TensorSpec
-
-if TYPE_CHECKING:
-    import onnx
 
 _MOST_OUTPUTS = 8
 """Graphs with more outputs are not searched for those of a detector."""

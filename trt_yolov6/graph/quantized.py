@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.graph.index import GraphIndex, attribute, tensor_value
-from trt_yolov6.graph.operators import CONVOLUTIONS, MOVING_OPS, QDQ_OPS, weight_axis
-
-if TYPE_CHECKING:
-    import onnx
+from trt_yolov6.graph.operators import CONVOLUTIONS, MOVING_OPS, weight_axis
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,6 @@ class QuantizedLayer:
     @property
     def has_own_codes(self) -> bool:
         """Its weights are stored as INT8 or E4M3, four axes, with a stored scale, for it alone."""
-        import onnx
-
         codes = self.weights.codes
         return (
             codes is not None
@@ -192,15 +188,8 @@ def quantized_type(graph: GraphIndex, name: str) -> int | None:
     return _code_type(graph, node) if node.op_type == "DequantizeLinear" else None
 
 
-def has_qdq(model: onnx.ModelProto) -> bool:
-    """Return whether a graph has Q/DQ nodes."""
-    return any(node.op_type in QDQ_OPS for node in model.graph.node)
-
-
 def _code_type(graph: GraphIndex, node: onnx.NodeProto) -> int:
     """Return the type of a Q/DQ node's codes: as its zero point says, or its neighbour's does."""
-    import onnx
-
     if len(node.input) > 2 and node.input[2]:
         zero_point = graph.constants.get(node.input[2])
         return onnx.TensorProto.UNDEFINED if zero_point is None else zero_point.data_type

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
-from trt_yolov6.graph.quantized import has_qdq
+from trt_yolov6.graph.operators import QDQ_OPS
 
 if TYPE_CHECKING:
     import onnx
@@ -129,13 +131,22 @@ def open_session(
         ) from error
 
 
+def runner(
+    session: onnxruntime.InferenceSession, outputs: Iterable[str] | None = None
+) -> Callable[[NDArray[Any]], dict[str, NDArray[Any]]]:
+    """Return a function from what a session's one input takes to outputs by name; None: all."""
+    names = [item.name for item in session.get_outputs()] if outputs is None else list(outputs)
+    source = session.get_inputs()[0].name
+    return lambda images: dict(zip(names, session.run(names, {source: images}), strict=True))
+
+
 def is_quantized(model: bytes) -> bool:
     """Return whether a serialized model has Q/DQ nodes."""
     # Most models need not be parsed: the operator's name is in every one that has it.
     if b"QuantizeLinear" not in model:
         return False
     parsed = parsed_model(model)
-    return parsed is not None and has_qdq(parsed)
+    return parsed is not None and any(node.op_type in QDQ_OPS for node in parsed.graph.node)
 
 
 def parsed_model(content: bytes) -> onnx.ModelProto | None:

@@ -54,7 +54,6 @@ def without_mean_rounding(
             is neither among them nor a concatenation of such stay as they are.
     """
     result = copy.deepcopy(quantized_model)
-    constants = constants_of(float_model)
     makers = {name: node for node in float_model.graph.node for name in node.output}
 
     def mean_of(name: str) -> NDArray[np.float64] | None:
@@ -66,16 +65,11 @@ def without_mean_rounding(
         parts = [found for part in node.input if (found := mean_of(part)) is not None]
         return np.concatenate(parts) if len(parts) == len(node.input) else None
 
-    for layer in quantized_layers(result):
-        node = makers.get(layer.output)
-        if not layer.has_own_codes or node is None or node.input[1] not in constants:
-            continue
+    for layer, node, weight in layers_of_both(result, float_model):
         mean = mean_of(node.input[0])
         if mean is not None:
-            weight = tensor_value(constants[node.input[1]]).astype(np.float64)
-            lost = weight - layer.weights.values()
-            groups = attribute(node, "group", 1)
-            shift_bias(result, layer, _mean_response(lost, mean, groups, _taps(node)))
+            lost = weight.astype(np.float64) - layer.weights.values()
+            shift_bias(result, layer, _mean_response(node, lost, mean))
     return result
 
 
@@ -92,8 +86,6 @@ class BiasCorrection:
         """
         self._float_model = float_model
         self._images = images
-        self._constants = constants_of(float_model)
-        self._nodes = {node.output[0]: node for node in float_model.graph.node}
         self._float_means: dict[str, NDArray[np.float64]] = {}
         self._last: tuple[str, dict[str, NDArray[np.float64]]] | None = None
 
@@ -110,14 +102,9 @@ class BiasCorrection:
         digest = sha256_bytes(quantized_model.SerializeToString())
         if self._last is not None and self._last[0] == digest:
             return self._last[1]
-        layers = [
-            layer
-            for layer in quantized_layers(quantized_model)
-            if layer.has_own_codes
-            and layer.output in self._nodes
-            and self._nodes[layer.output].input[1] in self._constants
-        ]
-        inputs = [self._nodes[layer.output].input[0] for layer in layers]
+        both = layers_of_both(quantized_model, self._float_model)
+        layers = [layer for layer, _, _ in both]
+        inputs = [node.input[0] for _, node, _ in both]
         missing = {*inputs, *(layer.output for layer in layers)} - self._float_means.keys()
         if missing or not layers:
             means = _means(self._float_model, self._images, inputs, layers)
@@ -129,11 +116,9 @@ class BiasCorrection:
         )
         after = _means(exact, self._images, [item.input for item in layers], layers)
         found = {}
-        for layer in layers:
-            node = self._nodes[layer.output]
-            weight = tensor_value(self._constants[node.input[1]]).astype(np.float64)
+        for layer, node, weight in both:
             moved = after[layer.input] - before[node.input[0]]
-            from_input = _mean_response(weight, moved, attribute(node, "group", 1), _taps(node))
+            from_input = _mean_response(node, weight.astype(np.float64), moved)
             error = after[layer.output] - before[layer.output] - from_input
             found[layer.output] = _on_grid(error)
         self._last = digest, found
@@ -155,26 +140,22 @@ def with_errors_removed(
     return result
 
 
-def with_layers_of(model: onnx.ModelProto, other: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a Q/DQ graph with the weights and biases of another graph's layers of the same names.
+def layers_of_both(
+    quantized_model: onnx.ModelProto, float_model: onnx.ModelProto
+) -> list[tuple[QuantizedLayer, onnx.NodeProto, NDArray[np.float32]]]:
+    """Return the layers with codes of their own, each with its node and weight in the float graph.
 
-    Args:
-        model: it is not changed. Layers that are in float in either graph stay as they are.
-        other: made from the same float graph, its constants called as there.
+    Layers whose weight is not stored there are left out.
     """
-    result = copy.deepcopy(model)
-    ours, theirs = constants_of(result), constants_of(other)
-    tuned = {layer.output: layer for layer in quantized_layers(other) if layer.has_own_codes}
-    for layer in quantized_layers(result):
-        if not layer.has_own_codes or layer.output not in tuned:
-            continue
-        known = tuned[layer.output]
-        ours[layer.weight].CopyFrom(theirs[known.weight])
-        ours[layer.weight_scale].CopyFrom(theirs[known.weight_scale])
-        change = bias_of(known, theirs) - bias_of(layer, ours)
-        if np.any(change):
-            shift_bias(result, layer, change)
-    return result
+    constants = constants_of(float_model)
+    nodes = {node.output[0]: node for node in float_model.graph.node}
+    return [
+        (layer, node, tensor_value(constants[node.input[1]]))
+        for layer in quantized_layers(quantized_model)
+        if layer.has_own_codes
+        and (node := nodes.get(layer.output)) is not None
+        and node.input[1] in constants
+    ]
 
 
 def bias_of(
@@ -221,21 +202,15 @@ def _on_grid(errors: NDArray[np.float64]) -> NDArray[np.float64]:
     return rounded
 
 
-def _taps(node: onnx.NodeProto) -> float | None:
-    """Return by how much a transposed convolution spreads each tap; None for a convolution."""
-    if node.op_type == "Conv":
-        return None
-    return float(np.prod(attribute(node, "strides", [1, 1])))
-
-
 def _mean_response(
-    weight: NDArray[np.float64], mean: NDArray[np.float64], groups: int, spread: float | None
+    node: onnx.NodeProto, weight: NDArray[np.float64], mean: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return the mean output, per channel, that a mean input (channels,) makes."""
-    sums = weight.sum(axis=(2, 3))
+    groups, sums = attribute(node, "group", 1), weight.sum(axis=(2, 3))
     by_group = sums.reshape(groups, -1, sums.shape[1])
     inputs = mean.reshape(groups, -1)
-    if spread is None:
+    if node.op_type == "Conv":
         return np.asarray(np.einsum("goi,gi->go", by_group, inputs)).reshape(-1)
     # Each output pixel sees one in `spread` of the taps.
+    spread = float(np.prod(attribute(node, "strides", [1, 1])))
     return np.asarray(np.einsum("gio,gi->go", by_group, inputs) / spread).reshape(-1)

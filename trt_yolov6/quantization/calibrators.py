@@ -99,8 +99,6 @@ def group_amax(
     groups: Iterable[Sequence[str]],
     method: Method,
     quantized: QuantizedType = INT8,
-    *,
-    percentile: float = PERCENTILE,
 ) -> dict[str, float]:
     """Return the clipping magnitude of every tensor, one for each group that shares a scale.
 
@@ -114,7 +112,6 @@ def group_amax(
             get their group's range, too, as long as one member has some.
         method: see `amax_of`.
         quantized: see `amax_of`.
-        percentile: see `amax_of`.
 
     Returns:
         The ranges in the order of `statistics`, those of further members of groups after them.
@@ -126,10 +123,10 @@ def group_amax(
     for group in groups:
         known = [statistics[name] for name in group if name in statistics]
         if known:
-            amax = amax_of(pooled(known), method, quantized, percentile=percentile)
+            amax = amax_of(pooled(known), method, quantized)
             shared.update(dict.fromkeys(group, amax))
     single = {
-        name: amax_of(item, method, quantized, percentile=percentile)
+        name: amax_of(item, method, quantized)
         for name, item in statistics.items()
         if name not in shared
     }

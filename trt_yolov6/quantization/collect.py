@@ -12,15 +12,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.index import GraphIndex, tensor_value
-from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.quantization.statistics import Accumulator, TensorStatistics
 
 if TYPE_CHECKING:
-    import onnx
     import onnxruntime
 
 __all__ = ["TensorStatistics", "check_weights", "collect"]
@@ -58,13 +58,13 @@ def collect(
     wanted = list(dict.fromkeys(tensors))
     session = _session(model, wanted, threads)
     source = session.get_inputs()[0].name
-    outputs = [name for name in wanted if name != source]
+    run = runner(session, (name for name in wanted if name != source))
     accumulators = {name: Accumulator(name) for name in wanted}
     pending: Future[None] | None = None
     number = 0
     with ThreadPoolExecutor(1, thread_name_prefix="statistics") as worker:
         for number, image in enumerate(images, start=1):
-            values = dict(zip(outputs, session.run(outputs, {source: image}), strict=True))
+            values = run(image)
             if source in accumulators:
                 values[source] = image
             size = sum(array.nbytes for array in values.values())

@@ -8,23 +8,18 @@ YOLOX-Nano's hundred layers make 70 % of the movement, and neither is among its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.detectors.layouts import LAYOUTS, Anchors
 from trt_yolov6.detectors.overlap import iou
-from trt_yolov6.quantization.qdq.insert import insert_qdq
-from trt_yolov6.quantization.qdq.placement import Placement
-from trt_yolov6.quantization.sensitivity import input_scales, only_layer
-from trt_yolov6.quantization.types import INT8
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.reference import reference_session, runner
+from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 
 SEEN = 0.2
 """Score of the float network from which on an anchor is watched."""
@@ -63,41 +58,13 @@ class Displacement:
         return float(np.concatenate(moved).mean())
 
     def _anchors(self, model: onnx.ModelProto) -> Iterator[Anchors]:
-        from trt_yolov6.graph.reference import reference_session
-        from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
-
-        session = reference_session(with_integer_convolutions(model))
-        names = [output.name for output in session.get_outputs()]
-        source = session.get_inputs()[0].name
+        run = runner(reference_session(with_integer_convolutions(model)))
         for images in self._images:
-            outputs = dict(zip(names, session.run(names, {source: images}), strict=True))
-            read = self._layout.read(outputs, self._size)
+            read = self._layout.read(run(images), self._size)
             for index in range(len(images)):
                 found = read(index)
                 assert isinstance(found, Anchors)
                 yield found
-
-
-def layer_displacements(
-    model: onnx.ModelProto,
-    placement: Placement,
-    amax: Mapping[str, float],
-    displacement: Callable[[onnx.ModelProto], float],
-) -> dict[str, float]:
-    """Return how far each INT8 layer alone moves the detections, by layer in the graph's order.
-
-    Args:
-        model: the float graph that the placement was made for.
-        placement: what is to run in INT8.
-        amax: range of each tensor to quantize, as a calibration table has it.
-        displacement: of a graph, see `Displacement.of`.
-    """
-    scales = input_scales(model, placement, amax)
-    ranges = {name: scale * INT8.largest for name, scale in scales.items()}
-    return {
-        name: displacement(insert_qdq(model, only_layer(model, placement, name), ranges))
-        for name in placement.layers
-    }
 
 
 def _watched(

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.graph.editing import replace_tensor, with_outputs
 from trt_yolov6.graph.index import attributes, constants_of, tensor_value
-from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
-from trt_yolov6.graph.reference import reference_session
-from trt_yolov6.quantization.bias_correction import shift_bias
+from trt_yolov6.graph.quantized import QuantizedLayer
+from trt_yolov6.graph.reference import reference_session, runner
+from trt_yolov6.quantization.bias_correction import layers_of_both, shift_bias
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 
 # Places of one image whose inputs count, for one layer.
@@ -77,15 +77,8 @@ def adapt_rounding(
             sums of products.
     """
     result = copy.deepcopy(quantized_model)
-    constants, stored = constants_of(float_model), constants_of(result)
-    floats = {node.output[0]: node for node in float_model.graph.node}
-    jobs = [
-        _Job(layer, floats[layer.output], tensor_value(constants[name]))
-        for layer in quantized_layers(result)
-        if layer.has_own_codes
-        and layer.output in floats
-        and (name := floats[layer.output].input[1]) in constants
-    ]
+    stored = constants_of(result)
+    jobs = [_Job(*both) for both in layers_of_both(result, float_model)]
     with _workers() as workers:
         for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
             _measure(quantized_model, chunk, images, workers)
@@ -343,10 +336,10 @@ def _measure(
 ) -> None:
     """Run the images through the Q/DQ graph and give each job what its layer reads."""
     names = list(dict.fromkeys(job.layer.input for job in jobs))
-    session = reference_session(with_integer_convolutions(with_outputs(model, names)))
-    source = session.get_inputs()[0].name
+    exact = with_integer_convolutions(with_outputs(model, names))
+    run = runner(reference_session(exact), names)
     for image in images:
-        values = dict(zip(names, session.run(names, {source: image}), strict=True))
+        values = run(image)
         inputs = [values[job.layer.input] for job in jobs]
         list(workers.map(_Job.add, jobs, inputs))  # to see their errors
         del values, inputs  # or two images' would be held

@@ -7,20 +7,17 @@ Without them, TensorRT takes a layer as INT8 only where all that it reads and wr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.graph.index import GraphIndex, nodes_after_layers, shapes_of, types_of
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import METHODS, Method, amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.judge import batches_of
 from trt_yolov6.quantization.pipeline import QuantizedGraph
 from trt_yolov6.quantization.settings import QuantizationSettings
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
 
 
 def implicit_ranges(
@@ -38,7 +35,8 @@ def implicit_ranges(
     names = [name for name in inner_tensors(graph.model) if name not in known]
     paths = calibration_images(folder, settings.image_limit)
     statistics = collect(graph.model, batches_of(graph, paths, settings.border), names)
-    method = _method(next(iter(result.table.methods.values())))
+    used = next(iter(result.table.methods.values()))
+    method: Method = next((one for one in METHODS if one == used), "minmax")
     for name, item in statistics.items():
         amax = amax_of(item, method)
         if amax > 0:
@@ -51,8 +49,6 @@ def inner_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
 
     What the last layers make, and all after them, is left out: predictions stay in float.
     """
-    import onnx
-
     known = onnx.shape_inference.infer_shapes(model)
     shapes, types, graph = shapes_of(known), types_of(known), GraphIndex(model)
     after = {name for node in nodes_after_layers(model) for name in node.output}
@@ -66,7 +62,3 @@ def inner_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
         and node.op_type not in ("Constant", "DequantizeLinear")
         and not {reader.output[0] for reader in graph.readers(name)} <= after
     )
-
-
-def _method(text: str) -> Method:
-    return next((method for method in METHODS if method == text), "minmax")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import sha256_bytes
@@ -17,15 +18,12 @@ from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.inputs import input_spec
+from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.quantization.agreement import agreement, least_score
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.resampling import Interval, interval, matched
 from trt_yolov6.spec import NmsSettings, OutputLayout
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
 
 CONFIDENCES = (0.1, 0.2, 0.3)
 """Scores from which on a float detection counts as true; the mean over several of them varies less
@@ -148,13 +146,6 @@ class Judge:
         """Return the agreement of a quantized graph's detections with the float one's, 0..1."""
         return pooled_agreement([(self, self.detections(model))])
 
-    def interval(self, model: onnx.ModelProto) -> Interval:
-        """Return `agreement` with its 95 % bootstrap interval over the images.
-
-        Half of its width is the smallest difference to another set of images that can be seen.
-        """
-        return pooled_interval([(self, self.detections(model))])
-
     def confident_agreement(self, model: onnx.ModelProto) -> float:
         """Return the agreement from the highest of `CONFIDENCES` on, see `least_agreement`."""
         return pooled_agreement([(self, self.detections(model))], CONFIDENCES[-1:])
@@ -181,22 +172,13 @@ class Judge:
         return self._found[digest]
 
     def _run(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> list[Detections]:
-        import onnxruntime
-
-        from trt_yolov6.graph.reference import reference_session
-
         # Whole numbers, as the engine will add them up; and they are faster than dequantized ones.
-        exact = with_integer_convolutions(model)
-        session: onnxruntime.InferenceSession = reference_session(exact)
-        names = [output.name for output in session.get_outputs()]
-        size = self._image_size
+        run = runner(reference_session(with_integer_convolutions(model)))
+        whole = fit(self._image_size, self._image_size)
         found: list[Detections] = []
         for images in batches:
-            outputs: dict[str, NDArray[Any]] = dict(
-                zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True)
-            )
-            whole = [fit(size, size)] * len(images)
-            found += postprocess(outputs, self._layout, NmsSettings(), whole, clip=False)
+            placed = [whole] * len(images)
+            found += postprocess(run(images), self._layout, NmsSettings(), placed, clip=False)
         return found
 
 
@@ -235,7 +217,7 @@ def pooled_interval(
     return interval(mean, len(found), resamples=_RESAMPLES, confidence=confidence)
 
 
-def pooled_gain(judged: Judged, before: Judged, confidence: float = SURE) -> Interval:
+def pooled_gain(judged: Judged, before: Judged) -> Interval:
     """Return by how much the agreement is higher than that of other detections.
 
     Both are resampled alike, so that the interval is far narrower than that of either.
@@ -243,7 +225,6 @@ def pooled_gain(judged: Judged, before: Judged, confidence: float = SURE) -> Int
     Args:
         judged: detections of the one graph in the images of judges.
         before: those of the other in the same images.
-        confidence: of the interval, 0..1.
     """
     pairs = []
     for one in CONFIDENCES:
@@ -257,7 +238,7 @@ def pooled_gain(judged: Judged, before: Judged, confidence: float = SURE) -> Int
         return float(np.mean([own.ap(draws) - other.ap(draws) for own, other in pairs]))
 
     count = sum(judge.images for judge, _ in judged)
-    return interval(gain, count, resamples=_RESAMPLES, confidence=confidence)
+    return interval(gain, count, resamples=_RESAMPLES, confidence=SURE)
 
 
 def _pooled(judged: Judged) -> tuple[list[Detections], list[Detections]]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import atomic_path
@@ -21,9 +22,6 @@ from trt_yolov6.graph.operators import weight_axis
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.quantization.bias_correction import bias_of, shift_bias
 from trt_yolov6.quantization.types import INT8
-
-if TYPE_CHECKING:
-    import onnx
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +98,12 @@ def as_built(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]
 
 
 def with_learned(model: onnx.ModelProto, learned: Learned) -> onnx.ModelProto:
-    """Return a Q/DQ graph with what its layers have learned.
+    """Return a Q/DQ graph with the weights and biases of another graph's layers.
 
     Args:
-        model: made by `insert_qdq` from the graph that learned; it is not changed.
-        learned: of all its layers.
+        model: made by `insert_qdq` from the same float graph; it is not changed. Layers that are in
+            float in either graph stay as they are.
+        learned: of the other graph, see `learned_of`.
     """
     result = copy.deepcopy(model)
     constants = constants_of(result)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.cost import T4, layers_of
@@ -17,9 +18,6 @@ from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
 from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.sensitivity import Distortion, Sensitivity
-
-if TYPE_CHECKING:
-    import onnx
 
 _BATCH = 32
 """Images at a time for which run time is estimated: the paper's, and enough to fill the GPU."""
@@ -71,6 +69,12 @@ class Fallback:
         takes (1 - t) / 2 + t in place of 1 / 2.
         """
         return self.time_share
+
+    def is_better_than(self, other: Fallback) -> bool:
+        """Return whether it meets the budget for less time than the other, or is nearer to it."""
+        if self.met != other.met:
+            return self.met
+        return self.time_share < other.time_share if self.met else self.score > other.score
 
 
 def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
@@ -163,7 +167,7 @@ def rankings_by_displacement(
     moves most, whatever it costs.
 
     Args:
-        displacements: of each layer alone (`displacement.layer_displacements`).
+        displacements: of each layer alone (`sensitivity.scores_alone` by `Displacement.of`).
         costs: of the layers.
     """
 

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx
 
 from trt_yolov6.data.calibration import calibration_images, evenly, images_sha256
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.collect import check_weights
 from trt_yolov6.quantization.judge import (
     ImageSplit,
@@ -32,17 +35,22 @@ from trt_yolov6.quantization.judge import (
 )
 from trt_yolov6.quantization.learned import with_learned
 from trt_yolov6.quantization.mixed_precision import layer_costs
-from trt_yolov6.quantization.preparation import Prepared, method_of, prepare, variant_of
+from trt_yolov6.quantization.preparation import (
+    FEWEST_IMAGES,
+    Prepared,
+    method_of,
+    prepare,
+    variant_of,
+)
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
-from trt_yolov6.quantization.search import FEWEST_IMAGES, Found, Search
+from trt_yolov6.quantization.search import Found, Search
 from trt_yolov6.quantization.settings import (
     QuantizationSettings,
     check_float_layers,
     check_settings,
     described,
 )
-from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import (
     CalibrationKey,
     CalibrationTable,
@@ -52,12 +60,6 @@ from trt_yolov6.quantization.table import (
 from trt_yolov6.quantization.trials import Candidate
 from trt_yolov6.quantization.types import INT8
 from trt_yolov6.quantization.weights import WeightTuning, chosen_weights
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
-
 
 _log = logging.getLogger(__name__)
 
@@ -222,19 +224,16 @@ def _quantized_share(model: onnx.ModelProto, placement: Placement) -> float:
 class Calibrated:
     """A float graph calibrated for INT8, before any pair is put into it."""
 
-    model: onnx.ModelProto
-    placement: Placement
+    prepared: Prepared
     table: CalibrationTable
     paths: tuple[Path, ...]
     """The calibration images."""
-    statistics: Mapping[str, TensorStatistics]
-    """Statistics of every tensor that any choice of float layers may quantize."""
 
     def with_float(self, layers: tuple[str, ...]) -> onnx.ModelProto:
         """Return the Q/DQ graph with some layers in float."""
-        prepared = Prepared(variant_of(self.table), self.model, self.placement, self.statistics)
-        table = prepared.table(method_of(self.table), self.table.key, INT8, layers)
-        return insert_qdq(self.model, place_for(INT8, self.model, layers), table.amax)
+        table = self.prepared.table(method_of(self.table), self.table.key, INT8, layers)
+        placement = self.prepared.placed(INT8, layers)
+        return insert_qdq(self.prepared.model, placement, table.amax)
 
 
 def calibrate(
@@ -257,7 +256,4 @@ def calibrate(
     paths = calibration_images(folder, settings.image_limit, _log.info)
     key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
     found = Search(graph, split_images(paths), settings, key).run()
-    prepared = found.prepared
-    return Calibrated(
-        prepared.model, prepared.placement, found.table, tuple(paths), prepared.statistics
-    )
+    return Calibrated(found.prepared, found.table, tuple(paths))

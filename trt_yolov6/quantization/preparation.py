@@ -6,28 +6,29 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
+from trt_yolov6.data.calibration import evenly
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
-from trt_yolov6.quantization.judge import batches_of
+from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of
+from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
 from trt_yolov6.quantization.types import QuantizedType
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
-    from trt_yolov6.quantization.settings import QuantizationSettings
+from trt_yolov6.quantization.weights import WeightTuning
 
 Variant = Literal["plain", "equalized", "smoothed", "shifted"]
 
@@ -47,6 +48,13 @@ RANGE_BITS = 11
 """Significant bits of a range. Float sums differ in their last bits from processor to processor;
 the ranges made of them, and all that follows, hardly ever do when rounded up so, and none is wider
 by more than 0.1 %."""
+
+FEWEST_IMAGES, MOST_IMAGES = 16, 64
+"""Images that candidates are compared on, spread evenly over those that judge: the lighter the
+network the more, since few images agree by chance."""
+
+_COMPARISON = 100e9
+"""Multiply-adds spent on comparing one candidate, within those limits."""
 
 
 @dataclass(frozen=True)
@@ -188,3 +196,51 @@ def variant_of(table: CalibrationTable) -> Variant:
         f"the calibration table is for an unknown form {table.variant!r} of the graph; delete it "
         "and calibrate again."
     )
+
+
+class Fold:
+    """One part of the images that makes candidates and one that judges them."""
+
+    def __init__(self, graph: Graph, split: ImageSplit, settings: QuantizationSettings) -> None:
+        self.split = split
+        self._graph = graph
+        self._settings = settings
+        self.prepared: Prepared
+        self.tuning: WeightTuning
+        self._known: dict[Variant, tuple[Prepared, WeightTuning]] = {}
+
+    @cached_property
+    def inputs(self) -> list[NDArray[Any]]:
+        """Images for quick statistics and for tuning weights."""
+        paths = evenly(self.split.calibrate, FEWEST_IMAGES)
+        return list(batches_of(self._graph, paths, self._settings.border))
+
+    @cached_property
+    def judge(self) -> Judge:
+        many = evenly(self.split.judge, images_to_compare(self._graph))
+        return Judge(self._graph, many, self._settings.border)
+
+    def take(self, prepared: Prepared, *, whole: bool = True) -> None:
+        """Go on with one form of the graph.
+
+        Args:
+            prepared: it.
+            whole: its statistics are of all images that calibrate.
+        """
+        self.prepared = prepared
+        self.tuning = WeightTuning(prepared.model, self.inputs)
+        if whole:
+            self._known[prepared.variant] = prepared, self.tuning
+
+    def is_prepared(self, variant: Variant) -> bool:
+        """Return whether a form is there with all its statistics; then go on with it."""
+        if variant not in self._known:
+            return False
+        self.prepared, self.tuning = self._known[variant]
+        return True
+
+
+def images_to_compare(graph: Graph) -> int:
+    """Return how many images candidates are compared on."""
+    work = sum(cost.multiply_adds for cost in layer_costs(graph.model).values())
+    return max(FEWEST_IMAGES, min(MOST_IMAGES, round(_COMPARISON / max(work, 1))))

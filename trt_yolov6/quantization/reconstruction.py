@@ -15,22 +15,20 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from trt_yolov6.detectors.box_similarity import iou
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.quantized import quantized_layers
-from trt_yolov6.quantization.torch_anchors import READERS, AnchorTensors, iou
+from trt_yolov6.quantization.torch_anchors import READERS, AnchorTensors
 from trt_yolov6.quantization.torch_graph import TorchGraph
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
 
 _log = logging.getLogger(__name__)
 
@@ -71,8 +69,6 @@ def reconstruct(
     quantized_model: onnx.ModelProto,
     images: Sequence[NDArray[Any]],
     seconds: float,
-    *,
-    seed: int = 0,
 ) -> onnx.ModelProto:
     """Return the Q/DQ graph with the scales, weights and biases that learned.
 
@@ -83,7 +79,6 @@ def reconstruct(
             changed.
         images: each what the graph's input takes.
         seconds: how long to learn.
-        seed: of order and zoom of the images.
 
     Raises:
         UserError: the graph has an operator that is not known here.
@@ -109,7 +104,7 @@ def reconstruct(
         [{"params": own, "lr": rate} for own, rate in zip(parameters, rates, strict=True)],
         betas=_BETAS,
     )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     start, step, queue = time.monotonic(), 0, list[int]()
     shown, count, sums = start, 0, torch.zeros(3)
     while (passed := (time.monotonic() - start) / seconds) < 1:

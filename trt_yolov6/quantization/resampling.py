@@ -103,7 +103,6 @@ def interval(
     images: int,
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval:
     """Return a statistic of a set of images with its percentile bootstrap interval.
@@ -111,11 +110,10 @@ def interval(
     Args:
         statistic: of (images,) counts, how often each image was drawn.
         images: how many there are.
-        resamples: how often to draw.
-        seed: of the draws; the same seed draws the same images for every statistic.
+        resamples: how often to draw; the same images for every statistic.
         confidence: of the interval, 0..1.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = rng.integers(0, images, (resamples, images))
     values = np.array([statistic(np.bincount(row, minlength=images)) for row in drawn])
     values = values[np.isfinite(values)]

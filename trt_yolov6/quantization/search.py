@@ -15,17 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from numpy.typing import NDArray
+import onnx
 
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
-from trt_yolov6.quantization.bias_correction import with_layers_of, without_mean_rounding
+from trt_yolov6.quantization.bias_correction import without_mean_rounding
 from trt_yolov6.quantization.calibrators import Method, methods_to_try
-from trt_yolov6.quantization.displacement import Displacement, layer_displacements
+from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.judge import (
     CONFIDENCES,
     FEWEST_TO_PART,
@@ -40,7 +41,7 @@ from trt_yolov6.quantization.judge import (
     pooled_gain,
     pooled_interval,
 )
-from trt_yolov6.quantization.learned import as_built, learned_of
+from trt_yolov6.quantization.learned import as_built, learned_of, with_learned
 from trt_yolov6.quantization.mixed_precision import (
     Fallback,
     LayerCost,
@@ -51,31 +52,25 @@ from trt_yolov6.quantization.mixed_precision import (
     rankings_by_displacement,
 )
 from trt_yolov6.quantization.preparation import (
+    FEWEST_IMAGES,
     VARIANTS,
+    Fold,
     Prepared,
     Variant,
     formed,
+    images_to_compare,
     plain_statistics,
     prepare,
 )
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.resampling import Interval
-from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked
+from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked, scores_alone
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
-from trt_yolov6.quantization.trials import Candidate, Decision
+from trt_yolov6.quantization.trials import Candidate, Decision, simplest_of_the_best
 from trt_yolov6.quantization.weights import SAID, Weights, WeightTuning, weight_choices
 
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.graph.model import Graph
-    from trt_yolov6.quantization.settings import QuantizationSettings
-
 _log = logging.getLogger(__name__)
-
-FEWEST_IMAGES, MOST_IMAGES = 16, 64
-"""Images that candidates are compared on, spread evenly over those that judge: the lighter the
-network the more, since few images agree by chance."""
 
 CLEAR_GAIN = 0.01
 """Agreement that changed weights have to bring, or for FP8 another calibrator than min-max, or
@@ -95,9 +90,6 @@ _MUCH = 0.25
 
 _WATCHED_IMAGES = 6
 """Images in which each layer's effect on detections is looked at: some thousand anchors."""
-
-_COMPARISON = 100e9
-"""Multiply-adds spent on comparing one candidate, within those limits."""
 
 _MOST_SETS, _MORE_SETS = 40, 16
 """Sets of float layers that are tried, at first and after ranges or weights have changed."""
@@ -152,48 +144,6 @@ class _Budget:
         return f"{self.name} {value:.{4 if self.name == 'AP' else 3}f}"
 
 
-class _Fold:
-    """One part of the images that makes candidates and one that judges them."""
-
-    def __init__(self, graph: Graph, split: ImageSplit, settings: QuantizationSettings) -> None:
-        self.split = split
-        self._graph = graph
-        self._settings = settings
-        self.prepared: Prepared
-        self.tuning: WeightTuning
-        self._known: dict[Variant, tuple[Prepared, WeightTuning]] = {}
-
-    @cached_property
-    def inputs(self) -> list[NDArray[Any]]:
-        """Images for quick statistics and for tuning weights."""
-        paths = evenly(self.split.calibrate, FEWEST_IMAGES)
-        return list(batches_of(self._graph, paths, self._settings.border))
-
-    @cached_property
-    def judge(self) -> Judge:
-        many = evenly(self.split.judge, images_to_compare(self._graph))
-        return Judge(self._graph, many, self._settings.border)
-
-    def take(self, prepared: Prepared, *, whole: bool = True) -> None:
-        """Go on with one form of the graph.
-
-        Args:
-            prepared: it.
-            whole: its statistics are of all images that calibrate.
-        """
-        self.prepared = prepared
-        self.tuning = WeightTuning(prepared.model, self.inputs)
-        if whole:
-            self._known[prepared.variant] = prepared, self.tuning
-
-    def is_prepared(self, variant: Variant) -> bool:
-        """Return whether a form is there with all its statistics; then go on with it."""
-        if variant not in self._known:
-            return False
-        self.prepared, self.tuning = self._known[variant]
-        return True
-
-
 class Search:
     """Chooses graph, ranges, weights and float layers, one after the other."""
 
@@ -206,7 +156,7 @@ class Search:
         labelled: LabelledScore | None = None,
     ) -> None:
         self._graph = graph
-        self._folds = [_Fold(graph, split, settings) for split in folds]
+        self._folds = [Fold(graph, split, settings) for split in folds]
         self._settings = settings
         self._quantized = settings.quantized
         self._key = key
@@ -253,7 +203,7 @@ class Search:
                     fold.judge,
                     fold.judge.detections(tuned[0])
                     if tuned is not None
-                    else self._detections(fold, choice),
+                    else fold.judge.detections(self._model(fold, choice)),
                 )
                 for fold in self._folds
             ]
@@ -322,7 +272,7 @@ class Search:
                 )
             tried.append(self._tried("graph", Choice(self._methods[0], "nearest", layers)))
         tolerance = CLEAR_GAIN if self._quantized.is_floating else TOLERANCE
-        best = _simplest_of_the_best(tried, tolerance)
+        best = simplest_of_the_best(tried, tolerance)
         near = [
             item.variant
             for item in tried
@@ -358,7 +308,7 @@ class Search:
         tried = [self._tried("ranges", Choice(one, "nearest", layers)) for one in self._methods]
         if self._quantized.is_floating:
             # It loses nothing to a range that is too wide, so min-max comes first.
-            return (_simplest_of_the_best(tried, CLEAR_GAIN).method,)
+            return (simplest_of_the_best(tried, CLEAR_GAIN).method,)
         first, second, *_ = sorted(tried, key=lambda one: one.agreement, reverse=True)
         is_near = second.agreement > first.agreement - _NEAR
         return (first.method, second.method) if is_near else (first.method,)
@@ -436,7 +386,7 @@ class Search:
                 break
             like = dataclasses.replace(again, like=(*best[1].like, again))
             found = self._searched(like, (best[0].layers, *orders), _MORE_SETS)
-            if not _is_better(found, best[0]):
+            if not found.is_better_than(best[0]):
                 break
             best = found, dataclasses.replace(like, float_layers=found.layers)
         self._tell(*best)
@@ -455,7 +405,7 @@ class Search:
         watch = Displacement(
             self._graph, list(batches_of(self._graph, paths, self._settings.border))
         )
-        alone = layer_displacements(prepared.model, prepared.placement, table.amax, watch.of)
+        alone = scores_alone(prepared.model, prepared.placement, table.amax, watch.of)
         return rankings_by_displacement(alone, self._costs)
 
     def _searched(
@@ -573,33 +523,30 @@ class Search:
             self._costs = layer_costs(self._folds[0].prepared.model)
         return sum(self._costs[name].time_share for name in layers)
 
-    def _inserted(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
+    def _inserted(self, fold: Fold, choice: Choice) -> onnx.ModelProto:
         prepared, layers = fold.prepared, choice.float_layers
         table = prepared.table(choice.method, self._key, self._quantized, layers)
         placement = prepared.placed(self._quantized, layers)
         return insert_qdq(prepared.model, placement, table.amax, quantized=self._quantized)
 
-    def _compared(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
+    def _compared(self, fold: Fold, choice: Choice) -> onnx.ModelProto:
         """Return the graph by which forms and ranges are compared: biases are tried later on."""
         model = self._inserted(fold, choice)
         if self._quantized.is_floating or not self._settings.bias_correction:
             return model
         return without_mean_rounding(fold.prepared.model, model, fold.prepared.means)
 
-    def _model(self, fold: _Fold, choice: Choice) -> onnx.ModelProto:
+    def _model(self, fold: Fold, choice: Choice) -> onnx.ModelProto:
         model = self._inserted(fold, choice)
         for other in choice.like:
-            model = with_layers_of(model, self._model(fold, other))
+            model = with_learned(model, learned_of(self._model(fold, other)))
         return model if choice.like else fold.tuning.tuned(model, choice.weights)
 
     def _models(self, choice: Choice) -> list[onnx.ModelProto]:
         return [self._model(fold, choice) for fold in self._folds]
 
-    def _detections(self, fold: _Fold, choice: Choice) -> list[Detections]:
-        return fold.judge.detections(self._model(fold, choice))
-
     def _agreement(self, choice: Choice) -> float:
-        return pooled_agreement([(f.judge, self._detections(f, choice)) for f in self._folds])
+        return pooled_agreement(self._judged(self._models(choice)))
 
     def _confident(self, models: Sequence[onnx.ModelProto]) -> float:
         return pooled_agreement(self._judged(models), CONFIDENCES[-1:])
@@ -623,30 +570,10 @@ class Search:
         return layer_distortions(prepared.model, prepared.placement, table.amax, images)
 
 
-def images_to_compare(graph: Graph) -> int:
-    """Return how many images candidates are compared on."""
-    work = sum(cost.multiply_adds for cost in layer_costs(graph.model).values())
-    return max(FEWEST_IMAGES, min(MOST_IMAGES, round(_COMPARISON / max(work, 1))))
-
-
 def _shifts_much(shifted: onnx.ModelProto) -> bool:
     """Return whether the shifted form, compared with the others, shifts more than a few tensors."""
     kinds = Counter(node.op_type for node in shifted.graph.node)
     return kinds["Sub"] >= _MUCH * sum(kinds[operator] for operator in CONVOLUTIONS)
-
-
-def _is_better(found: Fallback, best: Fallback) -> bool:
-    """Return whether a set of float layers is to be preferred: it meets the budget for less time,
-    or is nearer to it."""
-    if found.met != best.met:
-        return found.met
-    return found.time_share < best.time_share if found.met else found.score > best.score
-
-
-def _simplest_of_the_best(candidates: Sequence[Candidate], tolerance: float) -> Candidate:
-    """Return the first candidate that is as good as the best but for a tolerance."""
-    best = max(candidate.agreement for candidate in candidates)
-    return next(item for item in candidates if item.agreement >= best - tolerance)
 
 
 def _fallback_sentence(found: Fallback, budget: _Budget, slower: float | None) -> str:

@@ -14,17 +14,20 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import helper
 
 from trt_yolov6.common.plots import new_figure, save_figure
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, at_opset
 from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.graph.operators import layer_names, weight_axis
-from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.graph.reference import reference_session, runner
+from trt_yolov6.quantization.metrics import MEANING, TENSOR_METRICS, Metric, direction
 from trt_yolov6.quantization.qdq.insert import (
     activation_scales,
     insert_qdq,
@@ -32,29 +35,6 @@ from trt_yolov6.quantization.qdq.insert import (
 )
 from trt_yolov6.quantization.qdq.placement import Placement, place
 from trt_yolov6.quantization.types import INT8
-
-if TYPE_CHECKING:
-    import onnx
-
-Metric = Literal["mse", "snr", "cosine", "ap"]
-
-METRICS: tuple[Metric, ...] = get_args(Metric)
-
-TENSOR_METRICS: tuple[Metric, ...] = ("mse", "snr", "cosine")
-
-MEANING: dict[Metric, str] = {
-    "mse": "mean squared error of the layer's output, in its squared unit",
-    "snr": "signal-to-noise ratio of the layer's output, in dB",
-    "cosine": "cosine similarity of the layer's output with float's, -1 to 1",
-    "ap": "AP with only this layer in INT8, 0 to 1",
-}
-"""Description of each metric, with its unit."""
-
-
-def direction(metric: Metric) -> str:
-    """Say which end of a metric's values is that of the sensitive layers."""
-    return f"{'highest' if metric == 'mse' else 'lowest'} = most sensitive"
-
 
 _SUMS = ("error", "reference", "values", "count")
 
@@ -134,35 +114,6 @@ class Sensitivity:
         }
 
 
-def sensitivity(
-    model: onnx.ModelProto,
-    placement: Placement,
-    amax: Mapping[str, float],
-    images: Iterable[NDArray[Any]],
-    metric: Metric,
-    score: Callable[[onnx.ModelProto], float] | None = None,
-) -> Sensitivity:
-    """Rank a graph's INT8 layers.
-
-    Args:
-        model: the float graph that the placement was made for.
-        placement: what is to run in INT8.
-        amax: range of each tensor to quantize, as a calibration table has it.
-        images: each what the graph's input takes, for the tensor metrics.
-        metric: `mse`, `snr`, `cosine` or `ap`.
-        score: for `ap`, see `by_ap`.
-
-    Raises:
-        UserError: a range is missing, or there is no image.
-        ValueError: no `score` for `ap`.
-    """
-    if metric == "ap":
-        if score is None:
-            raise ValueError("sensitivity by AP needs a function that gives a graph's AP")
-        return by_ap(model, placement, amax, score)
-    return ranked(layer_distortions(model, placement, amax, images), metric)
-
-
 def layer_distortions(
     model: onnx.ModelProto,
     placement: Placement,
@@ -171,25 +122,30 @@ def layer_distortions(
 ) -> dict[str, Distortion]:
     """Return how far each INT8 layer's output is from float, all layers in one pass.
 
-    Arguments as in `sensitivity`; any number of images takes the same memory.
+    Args:
+        model: the float graph that the placement was made for.
+        placement: what is to run in INT8.
+        amax: range of each tensor to quantize, as a calibration table has it.
+        images: each what the graph's input takes; any number takes the same memory.
 
     Returns:
         By layer, in the graph's order, summed over all images: the convolution's output with its
         bias, before the activation.
+
+    Raises:
+        UserError: a range is missing, or there is no image.
     """
     if not placement.layers:
         return {}
     twins = _with_twins(model, placement, input_scales(model, placement, amax))
-    session = reference_session(twins)
-    source = session.get_inputs()[0].name
-    wanted = [_sum_name(name, kind) for name in placement.layers for kind in _SUMS]
+    run = runner(reference_session(twins))
     totals = {name: Distortion(0.0, 0.0, 0.0, 0) for name in placement.layers}
     seen = False
     for image in images:
         seen = True
-        found = iter(session.run(wanted, {source: image}))
+        found = run(image)
         for name in totals:
-            error, reference, values, count = (next(found) for _ in _SUMS)
+            error, reference, values, count = (found[_sum_name(name, kind)] for kind in _SUMS)
             totals[name] += Distortion(float(error), float(reference), float(values), int(count))
     if not seen:
         raise UserError("there is no calibration image; name a folder of some as `calibration`.")
@@ -201,31 +157,32 @@ def ranked(distortions: Mapping[str, Distortion], metric: Metric) -> Sensitivity
     if metric not in TENSOR_METRICS:
         raise ValueError(f"{metric!r} is not a metric of a layer's output")
     values = {name: float(getattr(item, metric)) for name, item in distortions.items()}
-    return _sorted(metric, values)
+    return by_value(metric, values)
 
 
-def by_ap(
+def by_value(metric: Metric, values: Mapping[str, float]) -> Sensitivity:
+    """Return the layers by their values in a metric, the most sensitive first."""
+    sign = -1 if metric == "mse" else 1
+    order = sorted(values, key=lambda name: sign * values[name])
+    return Sensitivity(metric, tuple((name, values[name]) for name in order))
+
+
+def scores_alone(
     model: onnx.ModelProto,
     placement: Placement,
     amax: Mapping[str, float],
     score: Callable[[onnx.ModelProto], float],
-) -> Sensitivity:
-    """Rank layers by the AP of the graph in which only that layer runs in INT8.
+) -> dict[str, float]:
+    """Return the score of the graph in which only that layer runs in INT8, by layer in its order.
 
-    Arguments as in `sensitivity`.
-
-    Args:
-        score: a graph's AP in 0..1, from labels or by agreement with the float graph.
+    Arguments as in `layer_distortions`; `score` is any function of a graph.
     """
     scales = input_scales(model, placement, amax)
     ranges = {name: scale * INT8.largest for name, scale in scales.items()}
-    return _sorted(
-        "ap",
-        {
-            name: score(insert_qdq(model, only_layer(model, placement, name), ranges))
-            for name in placement.layers
-        },
-    )
+    return {
+        name: score(insert_qdq(model, only_layer(model, placement, name), ranges))
+        for name in placement.layers
+    }
 
 
 def only_layer(model: onnx.ModelProto, placement: Placement, layer: str) -> Placement:
@@ -299,12 +256,6 @@ def write_chart(result: Sensitivity, path: str | Path) -> None:
     save_figure(path, figure)
 
 
-def _sorted(metric: Metric, values: Mapping[str, float]) -> Sensitivity:
-    sign = -1 if metric == "mse" else 1
-    order = sorted(values, key=lambda name: sign * values[name])
-    return Sensitivity(metric, tuple((name, values[name]) for name in order))
-
-
 def _sum_name(layer: str, kind: str) -> str:
     return f"{layer}/twin/{kind}"
 
@@ -313,9 +264,6 @@ def _with_twins(
     model: onnx.ModelProto, placement: Placement, scales: Mapping[str, float]
 ) -> onnx.ModelProto:
     """Return the graph with quantized twins of its layers, and their sums as its outputs."""
-    import onnx
-    from onnx import helper
-
     result = at_opset(model, INT8.opset)
     graph = result.graph
     constants = constants_of(result)

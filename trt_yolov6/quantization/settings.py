@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import Method, methods_for
 from trt_yolov6.quantization.judge import HARMLESS_NOISE, least_agreement
 from trt_yolov6.quantization.mixed_precision import most_sensitive
 from trt_yolov6.quantization.qdq.placement import place_for
 from trt_yolov6.quantization.sensitivity import Sensitivity
 from trt_yolov6.quantization.types import INT8, QuantizedType
-
-if TYPE_CHECKING:
-    from trt_yolov6.graph.model import Graph
-
 
 _MOST_MINUTES = 24 * 60
 

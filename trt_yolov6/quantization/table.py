@@ -10,16 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx
+from onnx import numpy_helper
 
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.learned import Learned, read_learned, write_learned
-from trt_yolov6.quantization.types import INT8, QUANTIZED_TYPES
-
-if TYPE_CHECKING:
-    import onnx
 
 SCHEMA = 3
 
@@ -61,11 +60,6 @@ class CalibrationTable:
     of a search for float layers, and those that gradients made."""
     by_gradients: bool = False
     """True if gradients made them (`reconstruction.reconstruct`)."""
-
-    def scale(self, tensor: str) -> float:
-        """Return the quantization step of a tensor; KeyError for one that was not calibrated."""
-        name = str(self.key.settings.get("type", INT8.name))
-        return self.amax[tensor] / QUANTIZED_TYPES[name].largest
 
 
 def table_path(engine: str | Path) -> Path:
@@ -188,8 +182,6 @@ def model_sha256(model: onnx.ModelProto) -> str:
 
     Metadata, documentation and the way weights are stored in the file do not count.
     """
-    from onnx import numpy_helper
-
     digest = hashlib.sha256()
 
     def add(*parts: bytes) -> None:

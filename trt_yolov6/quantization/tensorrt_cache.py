@@ -41,11 +41,6 @@ class TensorRtCache:
     scales: Mapping[str, float]
     """Scale by tensor, in the file's order: a float32 above 0, finite."""
 
-    @property
-    def amax(self) -> dict[str, float]:
-        """Range by tensor: 127 scales."""
-        return {name: scale * 127 for name, scale in self.scales.items()}
-
 
 def header_version(version: str) -> str:
     """Return a TensorRT version as cache headers write it: `8.6.1` gives `8601`.

@@ -106,17 +106,3 @@ READERS: dict[OutputLayout, Reader] = {
     "grids_yolov7": _grids(YOLOV7_ANCHORS),
 }
 """By layout; those with NMS inside have no anchors to read."""
-
-
-def iou(first: Tensor, second: Tensor) -> Tensor:
-    """Return the IoU of boxes in pairs, 0..1.
-
-    Args:
-        first: float (n, 4), x1, y1, x2, y2.
-        second: the same.
-    """
-    low = torch.maximum(first[:, :2], second[:, :2])
-    high = torch.minimum(first[:, 2:], second[:, 2:])
-    inside = (high - low).clamp(min=0).prod(dim=1)
-    areas = [(one[:, 2:] - one[:, :2]).clamp(min=0).prod(dim=1) for one in (first, second)]
-    return inside / (areas[0] + areas[1] - inside).clamp(min=1e-6)

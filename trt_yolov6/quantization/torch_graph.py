@@ -8,11 +8,13 @@ as ONNX says. What was learned goes back into the same graph's constants.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -25,24 +27,34 @@ from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
 from trt_yolov6.quantization.fake_quantize import FakeQuantizer, activation_levels
 from trt_yolov6.quantization.types import INT8
 
-if TYPE_CHECKING:
-    import onnx
-
 Attributes = Mapping[str, Any]
 Operator = Callable[[Attributes, Sequence[Any]], Any]
 """Takes a node's attributes and inputs; returns one tensor, or a sequence of them."""
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One node."""
+class Step:
+    """One node, ready to be computed."""
 
     operator: Operator
     attributes: Attributes
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    last: tuple[str, ...]
+    last: tuple[str, ...] = ()
     """Tensors that nothing reads any more afterwards."""
+
+
+def with_ends(steps: Sequence[Step], source: str, kept: Collection[str]) -> list[Step]:
+    """Return steps that know which tensors end with them, of the source and all that they make."""
+    last = {source: 0}
+    for index, step in enumerate(steps):
+        last.update(dict.fromkeys(step.outputs, index))
+        last.update((name, index) for name in step.inputs if name in last)
+    ends: dict[int, list[str]] = {}
+    for name, index in last.items():
+        if name and name not in kept:
+            ends.setdefault(index, []).append(name)
+    return [replace(step, last=tuple(ends.get(index, ()))) for index, step in enumerate(steps)]
 
 
 class TorchGraph(nn.Module):
@@ -82,18 +94,18 @@ class TorchGraph(nn.Module):
         self._bias_of: dict[str, str] = {}
         self._scale_names: dict[str, str] = {}
         fixed: dict[str, NDArray[Any]] = {}
-        steps: list[tuple[Operator, Attributes, tuple[str, ...], tuple[str, ...]]] = []
+        steps: list[Step] = []
         paired: set[str] = set()
         for node in nodes:
             if node.op_type == "Constant":
                 continue
             names, made = tuple(node.input), tuple(node.output)
             if node.op_type == "QuantizeLinear":
-                steps.append((self._quantizer(graph, node), {}, names[:1], made))
+                steps.append(Step(self._quantizer(graph, node), {}, names[:1], made))
                 paired.add(made[0])
                 continue
             if node.op_type == "DequantizeLinear" and names[0] in paired:
-                steps.append((_same, {}, names[:1], made))
+                steps.append(Step(_same, {}, names[:1], made))
                 continue
             if made[0] in dequantized:
                 self._add_layer(dequantized[made[0]])
@@ -112,13 +124,13 @@ class TorchGraph(nn.Module):
                 for name in names
                 if name in graph.constants
             }
-            steps.append((operator, attributes(node), names, made))
+            steps.append(Step(operator, attributes(node), names, made))
         self._constants = {
             # A scale or a bias may be a float64 scalar, too.
             name: torch.from_numpy(np.array(value))
             for name, value in fixed.items()
         }
-        self._steps = _with_ends(steps, self.outputs)
+        self._steps = with_ends(steps, self.input, self.outputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TorchGraph:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -248,21 +260,6 @@ def _rounded_steps(steps: Tensor) -> Tensor:
     """Round to whole steps within the levels; the gradient passes straight through."""
     clipped = steps.clamp(-INT8.largest, INT8.largest)
     return clipped + (clipped.round() - clipped).detach()
-
-
-def _with_ends(
-    steps: Sequence[tuple[Operator, Attributes, tuple[str, ...], tuple[str, ...]]],
-    outputs: Sequence[str],
-) -> list[_Step]:
-    made = {name for step in steps for name in step[3]}
-    last: dict[str, int] = {}
-    for index, (_, _, inputs, produced) in enumerate(steps):
-        last.update((name, index) for name in (*inputs, *produced) if name in made)
-    ends: dict[int, list[str]] = {}
-    for name, index in last.items():
-        if name and name not in outputs:
-            ends.setdefault(index, []).append(name)
-    return [_Step(*step, last=tuple(ends.get(index, ()))) for index, step in enumerate(steps)]
 
 
 # --- operators ----------------------------------------------------------------------------------
@@ -432,8 +429,9 @@ def _squeeze(given: Attributes, inputs: Sequence[Any]) -> Any:
 
 
 def _unsqueeze(given: Attributes, inputs: Sequence[Any]) -> Any:
-    value = inputs[0]
-    for axis in sorted(_axes(given, inputs)):
+    value, axes = inputs[0], _axes(given, inputs)
+    # Axes count from the end of what comes out.
+    for axis in sorted(axis % (value.ndim + len(axes)) for axis in axes):
         value = value.unsqueeze(axis)
     return value
 
@@ -471,7 +469,7 @@ OPERATORS: dict[str, Operator] = {
     "ConvTranspose": _conv_transpose,
     "Div": lambda _, i: i[0] / i[1],
     "Exp": lambda _, i: i[0].exp(),
-    "Flatten": lambda a, i: i[0].flatten(a.get("axis", 1)),
+    "Flatten": lambda a, i: i[0].reshape(math.prod(i[0].shape[: a.get("axis", 1)]), -1),
     "Gather": lambda a, i: (
         i[0].index_select(a.get("axis", 0), i[1].reshape(-1))
         if i[1].ndim

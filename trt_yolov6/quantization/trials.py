@@ -49,6 +49,12 @@ class Candidate:
         }
 
 
+def simplest_of_the_best(candidates: Sequence[Candidate], tolerance: float) -> Candidate:
+    """Return the first candidate that is as good as the best but for a tolerance."""
+    best = max(candidate.agreement for candidate in candidates)
+    return next(item for item in candidates if item.agreement >= best - tolerance)
+
+
 def tried_table(candidates: Sequence[Candidate]) -> list[str]:
     """Return a search's candidates as lines of a table; none without candidates."""
     if not candidates:

@@ -84,12 +84,6 @@ class QuantizedType:
             return levels
         return np.asarray(clipped.astype(float8_e4m3fn)).view(np.int8)
 
-    def decode(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
-        """Return the values, in units of the scale, that `encode` gave as int8."""
-        if not self.is_floating:
-            return codes.astype(np.float32)
-        return np.asarray(codes.view(float8_e4m3fn).astype(np.float32))
-
     def tensor(self, codes: NDArray[np.int8], name: str) -> onnx.TensorProto:
         """Return codes from `encode` as a stored ONNX tensor."""
         import onnx

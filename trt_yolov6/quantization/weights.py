@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import sha256_bytes
@@ -12,9 +13,6 @@ from trt_yolov6.quantization.bias_correction import BiasCorrection
 from trt_yolov6.quantization.gptq import adapt_rounding
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import CalibrationTable
-
-if TYPE_CHECKING:
-    import onnx
 
 Weights = Literal["nearest", "biases", "reconstructed"]
 """Weight rounding: rounded to the nearest level; that, with corrected biases

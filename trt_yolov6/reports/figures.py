@@ -181,8 +181,8 @@ class _Axis:
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self, wanted: int = 5) -> list[float]:
-        raw = (self.high - self.low) / wanted
+    def ticks(self) -> list[float]:
+        raw = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.8 * raw)
         first = math.ceil(self.low / step)

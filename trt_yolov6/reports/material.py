@@ -14,7 +14,7 @@ from trt_yolov6.common.files import read_json
 from trt_yolov6.common.records import as_record
 from trt_yolov6.comparison.results import FILE, KIND, read_results
 from trt_yolov6.errors import UserError
-from trt_yolov6.quantization.sensitivity import METRICS, Metric
+from trt_yolov6.quantization.metrics import METRICS, Metric
 
 MAX_PICTURE_BYTES = 2_000_000
 """A picture beyond that is left out: it would make the page slow."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from trt_yolov6.common.statistics import Interval
 from trt_yolov6.common.text import four_digits, joined, of_highest
 from trt_yolov6.comparison.results import latency_of
-from trt_yolov6.quantization.sensitivity import MEANING, direction
+from trt_yolov6.quantization.metrics import MEANING, direction
 from trt_yolov6.reports import tables
 from trt_yolov6.reports.figures import Chart, Point, point_of, trade_off
 from trt_yolov6.reports.material import Comparison, Material, Ranking

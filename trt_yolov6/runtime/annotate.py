@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
-from numpy.typing import NDArray
 
 from trt_yolov6.common.files import atomic_path, write_bytes
 from trt_yolov6.common.progress import progress_bar
@@ -212,7 +210,7 @@ def _infer_video(
         with progress_bar(frames, desc="infer", unit="frame", shown=progress) as bar:
             # Frames can only be decoded in order, so the caller's thread does it and the loader's
             # threads just resize them.
-            for step in process(engine, clip.frames, _pixels, finish, options):
+            for step in process(engine, clip.frames, lambda frame: frame.image, finish, options):
                 warnings += step.notes
                 seconds += step.inference_seconds
                 bar.update(len(step.batch.items))
@@ -272,7 +270,3 @@ def _is_whole(video: Path, frames: int) -> bool:
         )
     finally:
         capture.release()
-
-
-def _pixels(frame: Frame) -> NDArray[np.uint8]:
-    return frame.image

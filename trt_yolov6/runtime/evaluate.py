@@ -323,7 +323,7 @@ class _Tally:
             ("read", "preprocess", "inference", "postprocess", "coco"), 0.0
         )
         self._confusion = Confusion(len(self.truth.dataset.class_names)) if confusion else None
-        self._objects = _objects_by_image(self.truth.dataset) if confusion else {}
+        self._objects = self.truth.dataset.objects() if confusion else {}
         self._matches: dict[int, list[Any]] = {}
         self._detections = 0
 
@@ -407,26 +407,6 @@ def _to_coco(
         )
         if category_ids[index] is not None
     ]
-
-
-def _objects_by_image(
-    dataset: CocoDataset,
-) -> dict[int, tuple[NDArray[np.float64], NDArray[np.int64]]]:
-    """Return the corners and the classes of each image's objects, crowds aside."""
-    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
-    found: dict[int, list[tuple[list[float], int]]] = {image.id: [] for image in dataset.images}
-    for entry in dataset.annotations:
-        place = place_of.get(entry["category_id"])
-        if place is not None and not entry["iscrowd"]:
-            x, y, width, height = entry["bbox"]
-            found[entry["image_id"]].append(([x, y, x + width, y + height], place))
-    return {
-        number: (
-            np.array([box for box, _ in items], np.float64).reshape(-1, 4),
-            np.array([place for _, place in items], np.int64),
-        )
-        for number, items in found.items()
-    }
 
 
 def _used(dataset: CocoDataset) -> list[bool]:

@@ -121,13 +121,10 @@ def load_images(
     pending: deque[Future[ImageBatch[Item]]] = deque()
 
     def read(part: Sequence[Item]) -> list[_Read]:
-        return [_read(open_item, item, decoding is not None) for item in part]
+        return [_read(open_item, item, decoding is not None, skip_unreadable) for item in part]
 
     def prepare(chunk: list[Item], parts: list[Future[list[_Read]]]) -> ImageBatch[Item]:
         opened = [one for part in parts for one in part.result()]
-        for one in opened:
-            if isinstance(one.image, UserError) and not skip_unreadable:
-                raise one.image
         ready, give_back = None, _nothing
         start = time.perf_counter()
         if decoding is not None:
@@ -178,31 +175,8 @@ def take_images(
     source = iter(items)
     place = _placing(engine, border)
     while chunk := list(itertools.islice(source, batch)):
-        start = time.perf_counter()
-        taken, images, failures = [], [], []
-        for item in chunk:
-            try:
-                images.append(read(item))
-            except UserError as error:
-                if not skip_unreadable:
-                    raise
-                failures.append((item, error))
-            else:
-                taken.append(item)
-        yield ImageBatch(
-            Batch(
-                input=np.empty(0, np.uint8),
-                items=tuple(taken),
-                letterboxes=tuple(place((one.shape[0], one.shape[1])) for one in images),
-                images=tuple(images) if keep_images else (),
-                failures=tuple(failures),
-                read_seconds=time.perf_counter() - start,
-                preprocess_seconds=0.0,
-            ),
-            tuple(images),
-            None,
-            _nothing,
-        )
+        opened = [_read(read, item, False, skip_unreadable) for item in chunk]
+        yield _batch_of(chunk, opened, place, None, _nothing, keep_images, 0.0)
 
 
 def decoded_on_gpu(
@@ -239,13 +213,17 @@ class _Read:
     """Height and width in pixels, upright."""
 
 
-def _read(open_item: Callable[[Item], Opened], item: Item, leave_encoded: bool) -> _Read:
+def _read(
+    open_item: Callable[[Item], Opened], item: Item, leave_encoded: bool, skip_unreadable: bool
+) -> _Read:
     start = time.perf_counter()
     try:
         image = open_item(item)
         if isinstance(image, Jpeg) and not leave_encoded:
             image = image.read()
     except UserError as error:
+        if not skip_unreadable:
+            raise
         return _Read(error, time.perf_counter() - start)
     size = image.size if isinstance(image, Jpeg) else (image.shape[0], image.shape[1])
     return _Read(image, time.perf_counter() - start, size)

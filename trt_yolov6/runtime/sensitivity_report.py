@@ -11,7 +11,8 @@ import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.data.coco import CocoDataset
@@ -21,23 +22,20 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.judge import Judge, batches_of
+from trt_yolov6.quantization.metrics import MEANING, TENSOR_METRICS, Metric, direction
 from trt_yolov6.quantization.pipeline import Calibrated
 from trt_yolov6.quantization.resampling import Interval, MatchedDetections, interval, matched
 from trt_yolov6.quantization.sensitivity import (
-    MEANING,
-    Metric,
+    Distortion,
     Sensitivity,
-    direction,
+    by_value,
     layer_distortions,
     ranked,
-    sensitivity,
+    scores_alone,
 )
 from trt_yolov6.runtime.evaluate import evaluate
 
-if TYPE_CHECKING:
-    import onnx
-
-Score = Callable[["onnx.ModelProto"], float]
+Score = Callable[[onnx.ModelProto], float]
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +45,6 @@ REPORTED_LAYERS = 6
 _KEPT = 8
 """Forms of a graph whose detections are kept."""
 
-TENSOR_METRICS: tuple[Metric, ...] = ("mse", "snr", "cosine")
-
 
 def measure(
     graph: Graph, calibrated: Calibrated, metric: Metric, score: Score | None = None
@@ -57,47 +53,36 @@ def measure(
 
     Args:
         graph: the float graph that was calibrated.
-        calibrated: from `ptq.calibrate`.
+        calibrated: from `calibrate`.
         metric: `mse`, `snr`, `cosine` at the layers' outputs, or `ap`.
         score: a graph's AP, for `ap`; None takes the agreement with the float network.
     """
-    if metric == "ap" and score is None:
-        score = Judge(graph, calibrated.paths).confident_agreement
-    return sensitivity(
-        calibrated.model,
-        calibrated.placement,
-        calibrated.table.amax,
-        batches_of(graph, calibrated.paths),
-        metric,
-        score,
-    )
+    if metric != "ap":
+        return ranked(_distortions(graph, calibrated), metric)
+    score = score or Judge(graph, calibrated.paths).confident_agreement
+    prepared = calibrated.prepared
+    scores = scores_alone(prepared.model, prepared.placement, calibrated.table.amax, score)
+    return by_value("ap", scores)
 
 
 def fallback_report(
     graph: Graph,
     calibrated: Calibrated,
     score: Score | None = None,
-    count: int = REPORTED_LAYERS,
     by_ap: Sensitivity | None = None,
 ) -> str:
     """Return a table like the paper's Table 21, in Markdown.
 
     Args:
         graph: the float graph that was calibrated.
-        calibrated: from `ptq.calibrate`.
+        calibrated: from `calibrate`.
         score: a graph's AP; None takes the agreement with the float network.
-        count: layers to keep in float.
         by_ap: the layers by `ap`, from `measure`, for one more row; None leaves it out, since that
             ranking takes a run over the images for every layer.
     """
     name = "AP" if score else "agreement with float"
     scored = score or Judge(graph, calibrated.paths).confident_agreement
-    distortions = layer_distortions(
-        calibrated.model,
-        calibrated.placement,
-        calibrated.table.amax,
-        batches_of(graph, calibrated.paths),
-    )
+    distortions = _distortions(graph, calibrated)
     rankings = [ranked(distortions, metric) for metric in TENSOR_METRICS]
     if by_ap is not None:
         rankings.append(by_ap)
@@ -109,13 +94,19 @@ def fallback_report(
         f"| none | {scored(calibrated.with_float(())):.4f} | |",
     ]
     for ranking in rankings:
-        layers = ranking.names[:count]
+        layers = ranking.names[:REPORTED_LAYERS]
         value = scored(calibrated.with_float(layers))
         which = direction(ranking.metric).split()[0]
-        row = f"| {count} of {which} {ranking.metric} | {value:.4f} | {', '.join(layers)} |"
-        rows.append(row)
+        what = f"{REPORTED_LAYERS} of {which} {ranking.metric}"
+        rows.append(f"| {what} | {value:.4f} | {', '.join(layers)} |")
     used = [f"{ranking.metric}: {MEANING[ranking.metric]}" for ranking in rankings]
     return "\n".join([*rows, "", "; ".join(used) + "."])
+
+
+def _distortions(graph: Graph, calibrated: Calibrated) -> dict[str, Distortion]:
+    images = batches_of(graph, calibrated.paths)
+    prepared = calibrated.prepared
+    return layer_distortions(prepared.model, prepared.placement, calibrated.table.amax, images)
 
 
 class LabelledAp:

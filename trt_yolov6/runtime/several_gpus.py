@@ -189,6 +189,19 @@ def _receive(theirs: Connection, received: queue.SimpleQueue[Any]) -> None:
         received.put(None)
 
 
+def _send(theirs: Connection, outgoing: queue.SimpleQueue[Any]) -> None:
+    """Send what comes, up to None, or until nobody reads any more."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while (message := outgoing.get()) is not None:
+            try:
+                theirs.send(message)
+            except (BrokenPipeError, ConnectionResetError):
+                raise
+            except Exception as error:  # what cannot be pickled
+                theirs.send(("failed", error))
+                return
+
+
 def _work(
     theirs: Connection,
     gpu: str,
@@ -200,32 +213,36 @@ def _work(
 ) -> None:
     """Be the process of one GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    # Read by a thread of its own, so that the other end never waits to write.
+    # Each way has a thread of its own: the other end never waits to write, nor the engine for it to
+    # read. A batch's boxes may take more than there is room for on the way.
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(theirs, received), daemon=True).start()
+    sender = threading.Thread(target=_send, args=(theirs, outgoing), daemon=True)
+    sender.start()
 
     def items() -> Iterator[Any]:
         for _ in range(_ASKED):
-            theirs.send(("give", None))
+            outgoing.put(("give", None))
         while chunk := received.get():
-            theirs.send(("give", None))
+            outgoing.put(("give", None))
             yield from chunk
         if chunk is None:
             raise EOFError
 
     def packed(batch: Batch[Any], found: list[Detections]) -> bytes:
-        """Do in the pipeline's thread what `send` would do in the engine's."""
+        """Do in the pipeline's thread what `send` would do in another."""
         return pickle.dumps(finish(batch, found), pickle.HIGHEST_PROTOCOL)
 
-    # Closed at the other end: nobody wants more.
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        try:
-            with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
-                for step in process(engine, items(), read, packed, options, **others):
-                    light = dataclasses.replace(step.batch, images=())
-                    theirs.send(("done", dataclasses.replace(step, batch=light)))
-            theirs.send(("end", None))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
-        except Exception as error:
-            theirs.send(("failed", error))
+    try:
+        with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
+            for step in process(engine, items(), read, packed, options, **others):
+                light = dataclasses.replace(step.batch, images=())
+                outgoing.put(("done", dataclasses.replace(step, batch=light)))
+        outgoing.put(("end", None))
+    except EOFError:  # closed at the other end: nobody wants more
+        pass
+    except Exception as error:
+        outgoing.put(("failed", error))
+    outgoing.put(None)
+    sender.join()

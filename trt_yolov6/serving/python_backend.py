@@ -87,9 +87,10 @@ class TritonPythonModel:
         path = next((folder / name for name in ENGINE_FILES if (folder / name).is_file()), None)
         if path is None:
             raise UserError(f"{folder} holds none of {', '.join(ENGINE_FILES)}; export it again.")
-        self._engine: Engine = load_engine(
-            path, options=load_options(parameters, path, gpu=gpu, instances=_count(config))
-        )
+        groups = config.get("instance_group", ())
+        instances = sum(int(group.get("count") or 1) for group in groups)
+        options = load_options(parameters, path, gpu=gpu, instances=instances)
+        self._engine: Engine = load_engine(path, options=options)
         self._memory = InputMemory(self._engine)
         self._options = predict_options(parameters, self._engine)
         self._pictures = parameters.serves == "pictures"
@@ -230,7 +231,3 @@ def _changes(text: str) -> dict[str, Any]:
     """Return fields of `Preprocessing` from JSON, which has lists for tuples."""
     fields = json.loads(text)
     return {key: tuple(one) if isinstance(one, list) else one for key, one in fields.items()}
-
-
-def _count(config: Mapping[str, Any]) -> int:
-    return sum(int(group.get("count") or 1) for group in config.get("instance_group", ()))

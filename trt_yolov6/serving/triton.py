@@ -35,12 +35,8 @@ import numpy as np
 
 from trt_yolov6.common.files import check_writable
 from trt_yolov6.engines import LoadOptions
-from trt_yolov6.engines.build import graph_manifest
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.files import has_other_files, read_onnx
-from trt_yolov6.graph.inputs import runtime_inputs
-from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.serving.config_text import fields_of, quoted
 from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
 from trt_yolov6.spec import BatchProfile, PredictOptions, TensorSpec
@@ -254,6 +250,9 @@ def served_model(
     if manifest is not None:
         check_plan(path, manifest)
     elif path.suffix == ".onnx":
+        from trt_yolov6.engines.build import graph_manifest
+        from trt_yolov6.graph.onnx_import import graph_from_onnx
+
         _check_graph(path, python)
         loading = loading or LoadOptions()
         graph = graph_from_onnx(path, decoder=loading.decoder, preprocess=loading.preprocess)
@@ -285,6 +284,9 @@ def _check_graph(path: Path, python: Serves | None) -> None:
 
     Inputs that this package fills in itself Triton would ask of clients.
     """
+    from trt_yolov6.graph.files import has_other_files, read_onnx
+    from trt_yolov6.graph.inputs import runtime_inputs
+
     if has_other_files(path):
         raise UserError(
             f"{path} keeps weights in other files; build it with `trt-yolov6 build --onnx`, which "

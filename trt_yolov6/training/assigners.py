@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trt_yolov6.training.box_similarity import iou, pairwise
+from trt_yolov6.detectors.box_similarity import iou, pairwise
 from trt_yolov6.training.targets import Targets
 
 TAL_TOPK, TAL_BETA = 13, 6.0

@@ -106,19 +106,13 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
     """
     found = read_annotations(folder, split, crowds=False)
     dataset = found.dataset
-    boxes: dict[int, list[Sequence[float]]] = {image.id: [] for image in dataset.images}
-    classes: dict[int, list[int]] = {image.id: [] for image in dataset.images}
-    places = {number: place for place, number in enumerate(dataset.category_ids)}
-    for entry, corners in zip(dataset.annotations, found.corners, strict=True):
-        if corners is not None:
-            boxes[entry["image_id"]].append(corners)
-            classes[entry["image_id"]].append(places[entry["category_id"]])
+    objects = dataset.grouped(found.corners).values()
     images, annotations = found.listed
     return CheckedSplit(
         images=dataset.images,
         class_names=dataset.class_names,
-        boxes=tuple(np.array(items, np.float64).reshape(-1, 4) for items in boxes.values()),
-        classes=tuple(np.array(items, np.int64) for items in classes.values()),
+        boxes=tuple(boxes for boxes, _ in objects),
+        classes=tuple(classes for _, classes in objects),
         report=DataReport(
             annotation_file=dataset.annotation_file,
             images=images,
@@ -126,7 +120,7 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
             problems=found.problems,
             clipped=found.clipped,
             crowds=found.crowds,
-            empty_images=sum(not items for items in boxes.values()),
+            empty_images=sum(not len(boxes) for boxes, _ in objects),
         ),
     )
 

@@ -72,11 +72,6 @@ class TrainingSet:
         """Return the number of images."""
         return len(self.sizes)
 
-    def objects(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the boxes, float32 (k, 4), and classes, int64 (k,), of one image, on the CPU."""
-        span = slice(int(self.first[index]), int(self.first[index + 1]))
-        return self.boxes[span], self.classes[span]
-
     def batch(
         self,
         indices: Tensor | Sequence[int],

@@ -21,6 +21,7 @@ from trt_yolov6.models.network import YOLOv6
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.distributed import Processes, placed, with_common_statistics
 from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
+from trt_yolov6.training.graphed import graphed
 from trt_yolov6.training.initialization import starting_model
 from trt_yolov6.training.loop import StepLosses, Task
 from trt_yolov6.training.losses import Losses, detection_loss
@@ -99,7 +100,8 @@ def detection_task(
     average = WeightAverage(model, *average_for(plan.total_updates, settings.ema_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     teacher = _teacher(settings, model, data.class_names, device)
-    network = _wrapped(model, settings, processes)
+    is_graphed = _is_graphed(settings, device, autocast)
+    network = _wrapped(model, settings, processes, autocast if is_graphed else None)
 
     task = Task(
         name="search" if model.arch.block == "scaled" else "train",
@@ -119,6 +121,7 @@ def detection_task(
         # The learning rate is meant for the sum of the gradients of 32 images each.
         loss_factor=plan.batch / LOSS_BATCH,
         clip_norm=settings.optimizer.clip_norm,
+        keeps_gradients=is_graphed,
     )
     return DetectionTask(
         task, settings, average, validation, autocast is not None and on_gpu, notes
@@ -172,13 +175,34 @@ class _Levels(nn.Module):
         return self.model.raw(images)
 
 
-def _wrapped(model: YOLOv6, settings: TrainSettings, processes: Processes) -> nn.Module:
-    """Return the network from images to raw levels, compiled and parallel as asked for."""
+def _is_graphed(
+    settings: TrainSettings, device: torch.device, autocast: torch.dtype | None
+) -> bool:
+    """Return whether the network's passes become CUDA graphs: in what has been tried on a GPU."""
+    plain = settings.compile or settings.deterministic
+    return (
+        device.type == "cuda" and autocast == torch.bfloat16 and settings.cuda_graphs and not plain
+    )
+
+
+def _wrapped(
+    model: YOLOv6,
+    settings: TrainSettings,
+    processes: Processes,
+    graphed_in: torch.dtype | None,
+) -> nn.Module:
+    """Return the network from images to raw levels, compiled, graphed and parallel as asked for.
+
+    `graphed_in` is the type that convolutions of CUDA graphs compute in; None: no graphs.
+    """
     if settings.common_statistics:
         with_common_statistics(model, processes)
     network: nn.Module = _Levels(model)
     if settings.compile:
         network = torch.compile(network)  # type: ignore[assignment]
+    if graphed_in is not None:
+        side, images = settings.image_size, settings.batch // processes.world
+        network = graphed(network, (images, 3, side, side), graphed_in)
     if processes.world == 1:
         return network
     device = processes.device

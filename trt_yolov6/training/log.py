@@ -18,23 +18,6 @@ def write_log(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     write_bytes(folder / LOG_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the epochs of a run's log; a damaged line is left out."""
-    try:
-        text = (folder / LOG_FILE).read_text(encoding="utf-8")
-    except OSError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
-            lines.append(entry)
-    return lines
-
-
 @contextlib.contextmanager
 def scalars(folder: Path, from_epoch: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yield a function that writes an epoch's numbers for TensorBoard, where that is installed.

@@ -70,6 +70,8 @@ class Task:
     """Factor of the loss whose gradients are taken."""
     clip_norm: float | None = None
     """Largest norm of the gradient; None: whatever it is."""
+    keeps_gradients: bool = False
+    """Zero the gradients where they lie, as `graphed` wants it."""
 
 
 def train_epochs(
@@ -197,7 +199,7 @@ def _update(task: Task) -> None:
         nn.utils.clip_grad_norm_(learner.model.parameters(), task.clip_norm)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad(set_to_none=not task.keeps_gradients)
     if learner.average is not None:
         learner.average.update()
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trt_yolov6.common.ranges import Count, NotNegative, Positive, check_fields
+from trt_yolov6.detectors.box_similarity import similarity
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import anchor_points, decode, joined
 from trt_yolov6.models.variants import Architecture, variant_name
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
-from trt_yolov6.training.box_similarity import similarity
 from trt_yolov6.training.targets import Targets
 
 ClassLoss = Literal["varifocal", "focal", "quality_focal", "poly"]
@@ -71,8 +71,8 @@ class DistillationSettings:
     """Self-distillation (paper, 2.4.2): how the student is held to the teacher.
 
     The classes are independent sigmoids, so theirs is the Kullback-Leibler divergence of each
-    class's own yes or no: it counts with one class too, and is small wherever both are sure that
-    nothing is there. Box distributions are compared where there is an object.
+    class's own yes or no: it counts with one class too, and as much as `distilled_share` says. Box
+    distributions are compared where there is an object.
 
     Raises:
         UserError: `epochs` or a temperature is not above zero, or a weight is negative.
@@ -85,8 +85,7 @@ class DistillationSettings:
     box_weight: NotNegative = 1.0
     """Beside `LossSettings.dfl_weight`, by which it is multiplied."""
     class_temperature: Positive = 1.0
-    """Divides the class logits. High ones make the many background anchors weigh as much as the
-    few others."""
+    """Divides the class logits."""
     box_temperature: Positive = 20.0
     """Divides the logits of the distance bins (20: the authors' released value)."""
 
@@ -236,6 +235,7 @@ def _distilled(
     decay = distillation_weight(epoch, settings.epochs)
     guide = joined([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
     each = class_divergence(logits, guide, settings.class_temperature)
+    each = each * distilled_share(logits, guide)
     sums = {"distill_class": decay * settings.class_weight * by_class * each.sum()}
     if reg_max:
         guide = joined([_wide(level[1].detach()) for level in teacher_levels])
@@ -348,6 +348,20 @@ def class_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Te
     own, guide = student / temperature, teacher / temperature
     truth = torch.sigmoid(guide)
     return temperature**2 * (_cross_entropy(own, truth) - _cross_entropy(guide, truth))
+
+
+def distilled_share(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return how much the divergence of each class counts: what VariFocal loss weighs labels by.
+
+    max(p_t, 0.75 p_s²): the quality, as the teacher sees it, where there is an object, else what
+    the student gets wrong. With all anchors alike, the many that are background pulled 6 to 25
+    times as hard as the labels did, and trainings of L ended far below their teacher or diverged.
+
+    Args:
+        student: float logits, any shape.
+        teacher: float logits, the same shape.
+    """
+    return torch.maximum(torch.sigmoid(teacher), 0.75 * torch.sigmoid(student).square())
 
 
 def box_divergence(student: Tensor, teacher: Tensor, reg_max: int, temperature: float) -> Tensor:

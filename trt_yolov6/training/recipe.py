@@ -105,6 +105,9 @@ class TrainSettings:
     its own images', and the first one's running statistics are kept: faster, another result."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    cuda_graphs: bool = True
+    """On a GPU in bf16, give the network's kernels in two calls a step, see `graphed`; takes more
+    memory. Not with `compile` or `deterministic`."""
     deterministic: bool = False
     """On a GPU, take only algorithms that give the same bits every time; slower."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -20,7 +19,3 @@ class Targets:
     boxes: Tensor
     classes: Tensor
     present: Tensor
-
-    def to(self, device: torch.device | str) -> Targets:
-        """Return the same on another device."""
-        return Targets(self.boxes.to(device), self.classes.to(device), self.present.to(device))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from trt_yolov6.detectors.candidates import Candidates
 from trt_yolov6.detectors.spec import DetectorSpec
-from trt_yolov6.engines.base import Engine, Run, check_images
+from trt_yolov6.engines.base import Engine, FinishedRun, Run, check_images
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.fusion import fuse
@@ -89,7 +88,7 @@ class TorchEngine(Engine):
             return super().start(images)
         boxes, scores = self._detect(images)
         image, anchor, label = (scores > nms.confidence).nonzero(as_tuple=True)
-        return _FoundRun(
+        return FinishedRun(
             Candidates(
                 images=image.cpu().numpy(),
                 classes=label.cpu().numpy(),
@@ -131,13 +130,3 @@ class TorchEngine(Engine):
         levels = [tuple(part.float() for part in level) for level in self._model.raw(pixels)]
         boxes, scores = decode(levels, self._model.arch)
         return boxes.mT, scores.mT
-
-
-@dataclass(frozen=True)
-class _FoundRun(Run):
-    """A run that was over before `start` returned, its candidates chosen."""
-
-    candidates: Candidates
-
-    def wait(self) -> Candidates:
-        return self.candidates

@@ -173,13 +173,10 @@ class Stream:
         assert offset + nbytes <= target.nbytes
         self._copy(target.address + offset, source + offset, nbytes, "cudaMemcpyHostToDevice")
 
-    def copy_out(self, target: int, source: DeviceMemory, nbytes: int, offset: int = 0) -> None:
-        """Start a copy of `nbytes` that lie `offset` bytes into GPU memory to a host address.
-
-        They arrive at the same offset from that address.
-        """
-        assert offset + nbytes <= source.nbytes
-        self._copy(target + offset, source.address + offset, nbytes, "cudaMemcpyDeviceToHost")
+    def copy_out(self, target: int, source: DeviceMemory, nbytes: int) -> None:
+        """Start a copy of the first bytes of GPU memory to a host address."""
+        assert nbytes <= source.nbytes
+        self._copy(target, source.address, nbytes, "cudaMemcpyDeviceToHost")
 
     def clear(self, target: DeviceMemory, nbytes: int) -> None:
         """Start setting the first bytes of GPU memory to zero."""

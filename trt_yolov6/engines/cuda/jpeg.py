@@ -184,15 +184,6 @@ def nvimgcodec() -> Any:
     return codec
 
 
-def is_installed() -> bool:
-    """Return whether nvImageCodec imports."""
-    try:
-        nvimgcodec()
-    except MissingDependencyError:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def _only_nvjpeg() -> Iterator[None]:
     """Have nvImageCodec load its JPEG plugin alone: others print that their libraries are missing.

@@ -1,7 +1,7 @@
 """ONNX Runtime: the engine that works everywhere. The plan is the ONNX graph itself.
 
 It runs on the CPU, or on a GPU through the CUDA and TensorRT execution providers where
-`onnxruntime-gpu` is installed.
+`onnxruntime-gpu` is installed. Only files without a manifest, and INT8, need the onnx package.
 """
 
 from __future__ import annotations
@@ -30,19 +30,11 @@ from trt_yolov6.engines.onnxruntime.providers import (
 )
 from trt_yolov6.engines.reading import detector_of
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.graph.files import graph_precision, read_weights, sort_nodes
-from trt_yolov6.graph.index import tensor_value
-from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
-from trt_yolov6.graph.outputs import drop_other_outputs, facts_of
 from trt_yolov6.graph.reference import (
     is_quantized,
     open_session,
     parsed_model,
     reference_session,
-)
-from trt_yolov6.quantization.qdq.integer_arithmetic import (
-    with_integer_convolutions,
-    with_single_quantization,
 )
 from trt_yolov6.spec import BatchProfile, TensorSpec, image_size_of
 
@@ -127,6 +119,10 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         # `build` has done this for engines that have one.
         graph = parsed_model(content)
         if graph is not None:
+            from trt_yolov6.graph.files import read_weights
+            from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
+            from trt_yolov6.graph.outputs import drop_other_outputs
+
             has_changed = read_weights(graph, path)
             if len(runtime_inputs(graph)) > 1:
                 graph = with_one_input(graph, path)
@@ -169,7 +165,7 @@ class OnnxRuntimeEngine(Engine):
 
         self.path = path
         self.manifest = manifest
-        self._precision = None if graph is None else graph_precision(graph)
+        self._precision: str | None = None
         self.backend_version = onnxruntime.__version__
         self._session: onnxruntime.InferenceSession | None = session
         self.provider: str = session.get_providers()[0]
@@ -188,7 +184,11 @@ class OnnxRuntimeEngine(Engine):
         check_input(self.input, path)
 
         def facts() -> GraphFacts:
+            from trt_yolov6.graph.files import graph_precision
+            from trt_yolov6.graph.outputs import facts_of
+
             assert graph is not None  # no manifest, and ONNX Runtime has read the file
+            self._precision = graph_precision(graph)
             return facts_of(graph, self.outputs, image_size_of(self.input))
 
         self.detector = detector_of(manifest, options, path, facts)
@@ -266,6 +266,9 @@ class OnnxRuntimeEngine(Engine):
         The graph is run once more, without ONNX Runtime's rewriting and with every tensor as an
         output.
         """
+        from trt_yolov6.graph.files import read_weights, sort_nodes
+        from trt_yolov6.graph.index import tensor_value
+
         graph = parsed_model(self.path.read_bytes())
         if graph is None:
             return None
@@ -326,8 +329,10 @@ def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
     graph = parsed_model(content) if on_cpu else None
     if graph is None:
         return content, False
-    whole = with_integer_convolutions(graph)
-    exact = with_single_quantization(whole)
+    from trt_yolov6.quantization.qdq import integer_arithmetic as exactly  # imports onnx
+
+    whole = exactly.with_integer_convolutions(graph)
+    exact = exactly.with_single_quantization(whole)
     return content if exact is graph else exact.SerializeToString(), whole is not graph
 
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,9 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.files import read_bytes
 from trt_yolov6.data.letterbox import Letterbox
-from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.detectors.metadata import check_input
 from trt_yolov6.detectors.recognition import GraphFacts
-from trt_yolov6.engines.base import Engine, LoadOptions, Run, check_batch, check_images
+from trt_yolov6.engines.base import Engine, LoadOptions, Run, StartedRun, check_batch, check_images
 from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.cuda.arrays import lies_on_gpu, view_of
 from trt_yolov6.engines.cuda.device import Event, OutOfGpuMemoryError, PinnedPool
@@ -158,7 +158,7 @@ class TensorRTEngine(Engine):
         except BaseException:
             self._idle.append(slot)
             raise
-        return _SlotRun(slot, self._done, batch.shape[0])
+        return StartedRun(slot.finish, partial(self._done, slot, batch.shape[0]))
 
     def infer_on_gpu(self, images: Any) -> dict[str, Any]:
         """Run one batch and leave the outputs on the GPU.
@@ -403,25 +403,6 @@ class TensorRTEngine(Engine):
         if batch not in self._seen:
             self._seen.add(batch)
             self._contexts.after_first_run()
-
-
-class _SlotRun(Run):
-    """A batch on its way through a slot."""
-
-    def __init__(
-        self, slot: ExecutionSlot, done: Callable[[ExecutionSlot, int], None], batch: int
-    ) -> None:
-        self._slot: ExecutionSlot | None = slot
-        self._done = done
-        self._batch = batch
-
-    def wait(self) -> dict[str, NDArray[Any]] | Suppressed:
-        assert self._slot is not None, "a run is waited for once"
-        slot, self._slot = self._slot, None
-        try:
-            return slot.finish()
-        finally:
-            self._done(slot, self._batch)
 
 
 def _deserialize(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trt_yolov6.data.letterbox import Letterbox
 from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.detectors.candidates import Suppressed
-from trt_yolov6.engines.base import Run
+from trt_yolov6.engines.base import Run, StartedRun
 from trt_yolov6.engines.cuda.device import (
     CudaError,
     CudaGraph,
@@ -111,7 +111,12 @@ class Pictures:
         except BaseException:
             self._idle.append(slot)
             raise
-        return _PictureRun(slot, self._idle.append, patient, done)
+
+        def give_back() -> None:
+            self._idle.append(slot)
+            done(rows)
+
+        return StartedRun(functools.partial(slot.finish, patient), give_back)
 
     def stage_seconds(
         self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
@@ -223,11 +228,6 @@ class PictureSlot:
                     image = ImageView(next(sent), height, width, 3 * width, 3, step)
                 write_record(self._table, row, image, place, self._interpolation)
             self._send_records(len(images))
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch that was started last."""
-        return self._key[0]
 
     def finish(self, patient: bool) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the batch and return its boxes, or the outputs where they are not suppressed."""
@@ -392,31 +392,6 @@ def _stays(placed: Sequence[Letterbox]) -> bool:
     less.
     """
     return len(placed) == 1 and placed[0].resized == placed[0].source
-
-
-class _PictureRun(Run):
-    """A batch of images on its way."""
-
-    def __init__(
-        self,
-        slot: PictureSlot,
-        give_back: Callable[[PictureSlot], None],
-        patient: bool,
-        done: Callable[[int], None],
-    ) -> None:
-        self._slot: PictureSlot | None = slot
-        self._give_back = give_back
-        self._patient = patient
-        self._done = done
-
-    def wait(self) -> dict[str, NDArray[Any]] | Suppressed:
-        assert self._slot is not None, "a run is waited for once"
-        slot, self._slot = self._slot, None
-        try:
-            return slot.finish(self._patient)
-        finally:
-            self._give_back(slot)
-            self._done(slot.rows)
 
 
 def pictures_of(

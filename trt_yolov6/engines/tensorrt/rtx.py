@@ -182,9 +182,8 @@ def _flavour() -> Flavour:
 
 def _check_device(flavour: Flavour, device: cuda_device.Device) -> None:
     """Refuse a GPU that this version does not run on."""
-    version = tuple(int(part) for part in flavour.version.split(".")[:2])
     # Versions 1.4 to 1.6 ran there in tests, though no list of supported GPUs names it.
-    if device.capability == (9, 0) and version >= (1, 7):
+    if device.capability == (9, 0) and flavour.release >= (1, 7):
         raise UserError(
             f"{flavour} refuses the {device.name} (Hopper); install version 1.6, or TensorRT."
         )

@@ -28,10 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from onnx.helper import make_node
 
 from trt_yolov6.graph.editing import (
     drop_unread_initializers,
@@ -48,9 +51,6 @@ from trt_yolov6.graph.index import (
 )
 from trt_yolov6.graph.operators import CONVOLUTIONS, MOVING_OPS, QDQ_OPS
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
-
-if TYPE_CHECKING:
-    import onnx
 
 _ALWAYS_FUSED = (["Relu"], ["LeakyRelu"], ["Clip"])
 
@@ -82,8 +82,6 @@ def weak_graph(content: bytes) -> WeakGraph:
     Args:
         content: a serialized ONNX model in single or half precision, with or without INT8's pairs.
     """
-    import onnx
-
     model = onnx.load_from_string(content)
     types = types_of(onnx.shape_inference.infer_shapes(model))
     half = onnx.TensorProto.FLOAT16 in types.values()
@@ -118,8 +116,6 @@ def implicit_graph(content: bytes, half: bool) -> WeakGraph:
         content: a serialized ONNX model without Q/DQ pairs or half precision.
         half: layers outside INT8 may compute in half precision.
     """
-    import onnx
-
     tail = nodes_after_layers(onnx.load_from_string(content))
     single = frozenset(name for node in tail for name in node.output)
     return WeakGraph(content, half, True, single, frozenset())
@@ -130,8 +126,6 @@ def implicit_graph(content: bytes, half: bool) -> WeakGraph:
 
 def _widen(model: onnx.ModelProto, types: Mapping[str, int]) -> None:
     """Make all that is in half precision single, in place."""
-    import onnx
-
     graph = model.graph
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     for tensor in graph.initializer:
@@ -159,8 +153,6 @@ def _widen_tensor(tensor: onnx.TensorProto) -> None:
 
 def split_pools(model: onnx.ModelProto) -> None:
     """Write poolings of stride 1 over a rectangle as one over rows and one over columns."""
-    from onnx import helper
-
     graph = _Graph(model)
     for node in graph.nodes:
         given = attributes(node)
@@ -337,8 +329,6 @@ def _is_bare(graph: _Graph, node: onnx.NodeProto) -> bool:
 
 def _join(graph: _Graph, layers: Sequence[QuantizedLayer]) -> None:
     """Replace the first of several layers that read one tensor by one convolution and a Split."""
-    from onnx.helper import make_node
-
     members = [layer.node for layer in layers]
     first = members[0]
     weights = [tensor_value(graph.constants[layer.weight]) for layer in layers]
@@ -409,8 +399,6 @@ class _Graph(GraphIndex):
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Add a constant; float ones become float32."""
-        from onnx import numpy_helper
-
         value = value.astype(np.float32) if value.dtype.kind == "f" else value
         self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name

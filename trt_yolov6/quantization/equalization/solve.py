@@ -314,7 +314,8 @@ def _problem(
     weights = _weights(model, channels)
     ranges = _ranges(channels, weights, statistics)
     by_source = shifts_by_source(channels, shifts or {})
-    shared = _shared_scales(model)
+    # For each tensor that is quantized with others' scale, one name for all of them.
+    shared = {name: group[0] for group in place(model).groups for name in group}
     numbers: dict[str, int] = {}
     terms = []
     sums, counts = np.zeros(channels.count), np.zeros(channels.count)
@@ -393,11 +394,6 @@ def _weights(model: onnx.ModelProto, channels: ChannelMap) -> dict[str, NDArray[
     constants = constants_of(model)
     names = {name for item in channels.convolutions for name in (item.weight, item.bias) if name}
     return {name: tensor_value(constants[name]) for name in names}
-
-
-def _shared_scales(model: onnx.ModelProto) -> dict[str, str]:
-    """Return, for each tensor that is quantized with others' scale, one name for all of them."""
-    return {name: group[0] for group in place(model).groups for name in group}
 
 
 def _ranges(

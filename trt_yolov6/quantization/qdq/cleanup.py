@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.operators import FUSED_OPS, MOVING_OPS, QDQ_OPS, WEIGHTED_OPS
-
-if TYPE_CHECKING:
-    import onnx
-    import onnx_graphsurgeon as gs
 
 _Q, _DQ = QDQ_OPS
 
@@ -55,9 +53,6 @@ def clean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Removal, ...]]
     Raises:
         UserError: nothing of the result is valid ONNX, because the graph given was not.
     """
-    import onnx
-    import onnx_graphsurgeon as gs
-
     if not any(node.op_type in (_Q, _DQ) for node in model.graph.node):
         return model, ()
     graph = gs.import_onnx(model)
@@ -87,8 +82,6 @@ def clean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Removal, ...]]
 
 def without_activation_pairs(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph with its weights as they are and no activation quantized."""
-    import onnx_graphsurgeon as gs
-
     graph = gs.import_onnx(model)
     for pair in _pairs(graph):
         if _is_pinned(graph, pair.source, pair.result):
@@ -379,8 +372,6 @@ def _maker(tensor: gs.Tensor) -> gs.Node | None:
 
 def _value(tensor: gs.Tensor) -> NDArray[Any] | None:
     """Return a constant's value; None for a tensor that is computed, or is in FP8."""
-    import onnx_graphsurgeon as gs
-
     if isinstance(tensor, gs.Constant):
         # NumPy has no such type, and GraphSurgeon would write the values back in another.
         if isinstance(tensor.dtype, int):
@@ -421,8 +412,6 @@ def _data(node: gs.Node) -> list[gs.Tensor]:
 
 
 def _constant(graph: gs.Graph, name: str, value: NDArray[Any]) -> gs.Constant:
-    import onnx_graphsurgeon as gs
-
     taken = graph.tensors()
     while name in taken:
         name += "_"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import at_opset, drop_unread_initializers, set_nodes
@@ -21,9 +23,6 @@ from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.graph.operators import layer_names, weight_axis
 from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.types import INT8, QuantizedType
-
-if TYPE_CHECKING:
-    import onnx
 
 _HALF_SCALES_OPSET = 19
 
@@ -57,8 +56,6 @@ def insert_qdq(
     Raises:
         UserError: a range is missing, zero or not finite, or a weight is not finite.
     """
-    import onnx
-
     result = at_opset(model, max(quantized.opset, _HALF_SCALES_OPSET if fp16 else 0))
     graph = result.graph
     scales = activation_scales(placement, amax, quantized)
@@ -209,8 +206,6 @@ class _Writer:
 
     def tensors(self) -> list[onnx.TensorProto]:
         """Return all constants that nodes made so far read."""
-        from onnx import numpy_helper
-
         return [
             *(numpy_helper.from_array(value, name) for name, value in self._constants.items()),
             *(self._quantized.tensor(codes, name) for name, codes in self._codes.items()),
@@ -222,8 +217,6 @@ class _Writer:
 
     def pair(self, tensor: str) -> list[onnx.NodeProto]:
         """Return the Q/DQ pair of a tensor."""
-        from onnx import helper
-
         scale, zero = self._scale_names[tensor], "zero_point"
         self._constants[scale] = np.array(self._scales[tensor], np.float32)
         self._codes[zero] = np.array(0, np.int8)
@@ -242,8 +235,6 @@ class _Writer:
 
     def weights(self, layer: onnx.NodeProto) -> onnx.NodeProto:
         """Store a layer's weights quantized, and return the node that dequantizes them for it."""
-        from onnx import helper
-
         name = layer.input[1]
         axis = weight_axis(layer.op_type) if self._quantized.channel_scales else None
         # Weights that two layers share are stored once, unless the axes differ.

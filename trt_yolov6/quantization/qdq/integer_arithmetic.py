@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from trt_yolov6.graph.editing import set_initializers, set_nodes
 from trt_yolov6.graph.index import GraphIndex, all_nodes, names_read, tensor_value
@@ -26,9 +28,6 @@ from trt_yolov6.graph.quantized import (
     quantized_layers,
     quantizer,
 )
-
-if TYPE_CHECKING:
-    import onnx
 
 _REMOVABLE = ("Cast", *QDQ_OPS, *CODE_PRESERVING_OPS)
 """Operators that nothing may read any more once convolutions read codes."""
@@ -108,9 +107,6 @@ class _Rewriter:
         return result
 
     def _follow_codes(self, node: onnx.NodeProto) -> None:
-        import onnx
-        from onnx import helper
-
         found, source, target = quantizer(self.graph, node), node.input[0], node.output[0]
         if not _dequantizes_int8(found):
             return
@@ -143,8 +139,6 @@ class _Rewriter:
         )
 
     def _rewrite(self, layer: QuantizedLayer) -> None:
-        from onnx import helper
-
         node, out, shape = layer.node, layer.output, (1, -1, 1, 1)
         codes, scale = self._codes[layer.input]
         factors = self._value(scale).reshape(()) * self._value(layer.weights.node.input[1])
@@ -177,8 +171,6 @@ class _Rewriter:
         return name
 
     def _constant(self, name: str, value: NDArray[Any]) -> str:
-        from onnx import numpy_helper
-
         name = self._new(name)
         self._constants.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
         return name
@@ -196,9 +188,6 @@ def with_single_quantization(model: onnx.ModelProto) -> onnx.ModelProto:
     Returns:
         A new graph; `model` itself where there is nothing to do.
     """
-    import onnx
-    from onnx import helper, numpy_helper
-
     graph = GraphIndex(model)
     half = {
         node.output[0]
@@ -228,8 +217,6 @@ def with_single_quantization(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _dequantizes_int8(found: Quantizer) -> bool:
     """Return whether a node makes float32 values of INT8 codes whose zero point is 0."""
-    import onnx
-
     return (
         _is_int8(found, onnx.TensorProto.FLOAT)
         and found.zero_point is not None
@@ -239,8 +226,6 @@ def _dequantizes_int8(found: Quantizer) -> bool:
 
 def _is_int8(found: Quantizer, scale_type: int) -> bool:
     """Return whether a Q/DQ node has a stored INT8 zero point and a stored scale of a type."""
-    import onnx
-
     return (
         found.zero_point is not None
         and found.zero_point.data_type == onnx.TensorProto.INT8

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.cost import macs_per_input
 from trt_yolov6.graph.index import GraphIndex, attribute, layers_after
 from trt_yolov6.graph.operators import ACTIVATIONS, CONVOLUTIONS, MOVING_OPS, layer_names
 from trt_yolov6.quantization.types import QuantizedType
-
-if TYPE_CHECKING:
-    import onnx
-
 
 _POOLING_OPS = {"GlobalAveragePool", "GlobalMaxPool"}
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import helper
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, drop_unread_initializers, set_nodes
 from trt_yolov6.graph.index import GraphIndex, attribute, tensor_value
 from trt_yolov6.graph.operators import QDQ_OPS
-
-if TYPE_CHECKING:
-    import onnx
 
 _ADVICE = (
     "quantize it symmetrically to INT8 (ONNX Runtime: activation_type and weight_type "
@@ -85,9 +84,6 @@ def with_symmetric_int8(
     Raises:
         UserError: see `check_symmetric`.
     """
-    import onnx
-    from onnx import helper
-
     check_symmetric(model, source)
     graph = GraphIndex(model)
     unsigned = {
@@ -145,8 +141,6 @@ def with_symmetric_int8(
 
 def _zero_point(graph: GraphIndex, node: onnx.NodeProto) -> NDArray[np.integer[Any]] | None:
     """Return a Q/DQ node's zero point; None where it is not a constant."""
-    import onnx
-
     if len(node.input) > 2 and node.input[2]:
         return graph.value(node.input[2])
     if node.op_type == "QuantizeLinear":

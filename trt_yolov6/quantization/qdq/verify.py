@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.qdq.cleanup import without_activation_pairs
-
-if TYPE_CHECKING:
-    import onnx
 
 EXPLAINED = 2.0
 """Limit of output changes, in multiples of the change by quantization before.

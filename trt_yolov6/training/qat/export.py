@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import replace_tensor
@@ -15,9 +16,6 @@ from trt_yolov6.quantization.fake_quantize import WIDEST
 from trt_yolov6.quantization.qdq.insert import insert_qdq, rounded_weights
 from trt_yolov6.training.qat.onnx_module import Trained
 from trt_yolov6.training.qat.preparation import Start
-
-if TYPE_CHECKING:
-    import onnx
 
 
 def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Graph:

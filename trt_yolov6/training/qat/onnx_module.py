@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -26,12 +27,8 @@ from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.fake_quantize import WIDEST, FakeQuantizer, Levels, weight_levels
 from trt_yolov6.quantization.qdq.insert import quantize_weights
 from trt_yolov6.quantization.qdq.placement import Placement
-from trt_yolov6.quantization.torch_graph import OPERATORS, Attributes, Operator
+from trt_yolov6.quantization.torch_graph import OPERATORS, Step, with_ends
 from trt_yolov6.quantization.types import INT8
-
-if TYPE_CHECKING:
-    import onnx
-
 
 _KNOWN = frozenset(
     {
@@ -66,22 +63,6 @@ class Trained:
     """Range by quantized tensor, as calibration tables have it."""
     weight_scales: dict[str, NDArray[np.float32]]
     """Scale by channel, float32 (channels,), by the name of the quantized weights."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One operator."""
-
-    run: Operator
-    attributes: Attributes
-    inputs: tuple[str, ...]
-    exact: frozenset[str]
-    """Inputs that it reads as they were before quantization."""
-    output: str
-    last: tuple[str, ...]
-    """Tensors that nothing reads any more afterwards."""
-    codes: tuple[str, str] | None = None
-    """Quantizers of a convolution's input and of its weights, where both are quantized."""
 
 
 class GraphNetwork(nn.Module):
@@ -145,8 +126,11 @@ class GraphNetwork(nn.Module):
         self._weight_quantizers: dict[str, str] = {}
         self._tensor_quantizers: dict[str, str] = {}
         self.quantizers = nn.ModuleDict()
+        self._unquantized_reads = frozenset[tuple[str, str]]()
         if quantization is not None:
             self._add_quantizers(nodes, quantization)
+            self._unquantized_reads = quantization.placement.unquantized_reads
+        self._codes = self._coded_convolutions(nodes)
         self._steps = self._compiled(nodes)
 
     def forward(self, images: Tensor) -> tuple[list[tuple[Tensor, ...]], list[Tensor]]:
@@ -179,32 +163,34 @@ class GraphNetwork(nn.Module):
         add(self._input)
         weights = {name: self._weight(name) for name in self._keys}
         for step in self._steps:
+            (output,) = step.outputs
             inputs = [
-                weights[name] if name in weights else (exact if name in step.exact else found)[name]
+                weights[name]
+                if name in weights
+                else (exact if (name, output) in self._unquantized_reads else found)[name]
                 for name in step.inputs
             ]
-            if step.codes is not None and not self.training:
-                exact[step.output] = self._in_integers(step, inputs)
+            if output in self._codes and not self.training:
+                exact[output] = self._in_integers(step, inputs)
             else:
-                exact[step.output] = step.run(step.attributes, inputs)
-            add(step.output)
-            if step.output in self.features:
-                kept[step.output] = exact[step.output]
+                exact[output] = step.operator(step.attributes, inputs)
+            add(output)
+            if output in self.features:
+                kept[output] = exact[output]
             for name in step.last:
                 compact.forget(found[name])
                 del exact[name], found[name]
         levels = [tuple(exact[name] for name in level) for level in self._outputs]
         return levels, [kept[name] for name in self.features]
 
-    def _in_integers(self, step: _Step, inputs: Sequence[Tensor]) -> Tensor:
+    def _in_integers(self, step: Step, inputs: Sequence[Tensor]) -> Tensor:
         """Convolve as `with_integer_convolutions` does, in float32: the same bits on every device.
 
         Rounding the sums makes up for algorithms that are not exact on whole numbers (Winograd's).
         """
-        assert step.codes is not None
         values, weights, *bias = (item.float() for item in inputs)
-        of_values, of_weights = (self._quantizer(key).scale for key in step.codes)
-        sums: Tensor = step.run(
+        of_values, of_weights = (self._quantizer(key).scale for key in self._codes[step.outputs[0]])
+        sums: Tensor = step.operator(
             step.attributes, [(values / of_values).round(), (weights / of_weights).round()]
         ).round()
         result = sums * (of_values * of_weights).reshape(1, -1, 1, 1)
@@ -289,49 +275,36 @@ class GraphNetwork(nn.Module):
             )
             self._weight_quantizers[weight] = key
 
-    def _compiled(self, nodes: Sequence[onnx.NodeProto]) -> list[_Step]:
-        unquantized_reads = (
-            frozenset[tuple[str, str]]()
-            if self._quantization is None
-            else self._quantization.placement.unquantized_reads
-        )
-        outputs = {name for level in self._outputs for name in level}
-        last_reader: dict[str, int] = {}
-        for index, node in enumerate(nodes):
-            last_reader.update((name, index) for name in node.input if name not in self._keys)
-        steps = []
+    def _coded_convolutions(self, nodes: Sequence[onnx.NodeProto]) -> dict[str, tuple[str, str]]:
+        """Return the quantizers of input and weights of convolutions that have both, by output."""
+        found: dict[str, tuple[str, str]] = {}
         coded = dict(self._tensor_quantizers)
-        for index, node in enumerate(nodes):
+        for node in nodes:
+            source, output = node.input[0], node.output[0]
             inside = {coded.get(name, "") for name in node.input}
             if node.op_type in CODE_PRESERVING_OPS and len(inside) == 1 and "" not in inside:
-                coded.setdefault(node.output[0], inside.pop())
+                coded.setdefault(output, inside.pop())
+            if (
+                node.op_type in CONVOLUTIONS
+                and node.input[1] in self._weight_quantizers
+                and source in coded
+                and (source, output) not in self._unquantized_reads
+            ):
+                found[output] = coded[source], self._weight_quantizers[node.input[1]]
+        return found
+
+    def _compiled(self, nodes: Sequence[onnx.NodeProto]) -> list[Step]:
+        for node in nodes:
             if node.op_type not in _KNOWN:
                 raise UserError(
                     f"the graph has the operator {node.op_type}, which quantization-aware training "
                     "does not know; give a YOLOv6 checkpoint, and not one of MBLA or Lite."
                 )
-            inputs = tuple(node.input)
-            exact = frozenset(n for n in inputs if (n, node.output[0]) in unquantized_reads)
-            codes = None
-            if inputs[0] in coded.keys() - exact and node.op_type in CONVOLUTIONS:
-                weights = self._weight_quantizers.get(inputs[1])
-                codes = (coded[inputs[0]], weights) if weights is not None else None
-            steps.append(
-                _Step(
-                    OPERATORS[node.op_type],
-                    attributes(node),
-                    inputs,
-                    exact,
-                    node.output[0],
-                    tuple(
-                        name
-                        for name in dict.fromkeys(inputs)
-                        if last_reader.get(name) == index and name not in outputs
-                    ),
-                    codes,
-                )
-            )
-        return steps
+        steps = [
+            Step(OPERATORS[node.op_type], attributes(node), tuple(node.input), tuple(node.output))
+            for node in nodes
+        ]
+        return with_ends(steps, self._input, {name for level in self._outputs for name in level})
 
     def _quantize_into(
         self, found: dict[str, Tensor], exact: Mapping[str, Tensor], name: str

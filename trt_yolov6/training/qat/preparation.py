@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import onnx
 import torch
 
 from trt_yolov6.data.calibration import calibration_images
@@ -29,9 +29,6 @@ from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.types import INT8
 from trt_yolov6.training.distributed import placed
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, Quantization, feature_tensors
-
-if TYPE_CHECKING:
-    import onnx
 
 
 @dataclass(frozen=True)
@@ -111,19 +108,6 @@ def prepare_graph(
     features = tuple(name for name in feature_tensors(graph.model) if made.producer(name))
     given = Quantization(placement, scales, levels, weight_bits, learn_scales)
     return Start(arch, result, given, features)
-
-
-def check_classes(data: str | Path, count: int, arch: Architecture) -> None:
-    """Refuse a data set of another number of classes than the network's.
-
-    Raises:
-        UserError: there are other classes.
-    """
-    if count != arch.num_classes:
-        raise UserError(
-            f"{data} has {count} classes, the checkpoint {arch.num_classes}; give the data set it "
-            "was trained on."
-        )
 
 
 # --- fewer bits ---------------------------------------------------------------------------------

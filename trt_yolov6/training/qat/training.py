@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trt_yolov6.data.coco import load_coco
+from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.runtime.evaluate import Evaluation, evaluate
 from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
@@ -30,7 +31,7 @@ from trt_yolov6.training.loop import StepLosses, Task, train_epochs
 from trt_yolov6.training.losses import default_losses, detection_loss
 from trt_yolov6.training.qat.distillation import channel_divergence
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, Trained
-from trt_yolov6.training.qat.preparation import Start, check_classes
+from trt_yolov6.training.qat.preparation import Start
 from trt_yolov6.training.qat.settings import QatSettings
 from trt_yolov6.training.schedule import cosine, make_plan
 from trt_yolov6.training.state import Learner, Progress, read_state, restore
@@ -64,7 +65,6 @@ def train_quantized(
     start: Start,
     settings: QatSettings,
     *,
-    image_size: int | None = None,
     device: str | torch.device | None = None,
     state_file: str | Path | None = None,
     state_seconds: float = 30.0,
@@ -76,7 +76,6 @@ def train_quantized(
     Args:
         start: from `prepare`, with the same `bits` and `learn_scales`.
         settings: what decides the result.
-        image_size: side of the training images in pixels; None: the graph's.
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
         state_file: written after each epoch, and gone on from where it is there.
         state_seconds: least time between two writings of the state within an epoch.
@@ -88,16 +87,7 @@ def train_quantized(
     """
     where = chosen_device(None if device is None else str(device))
     if data is None:
-        data = load_training_set(
-            settings.data,
-            settings.train_split,
-            image_size or max(start.graph.image_size),
-            where,
-            on_bad_data=settings.on_bad_data,
-            progress=progress,
-            class_names=start.graph.class_names,
-        )
-    check_classes(settings.data, len(data.class_names), start.arch)
+        data = load_data(settings, start.graph, where, progress=progress)
     student = start.student(where).train()
     task = _task(start, settings, data, student, where)
     state = None if state_file is None else Path(state_file)
@@ -126,20 +116,41 @@ def train_quantized(
     )
 
 
-def evaluate_network(
-    network: GraphNetwork,
-    class_names: tuple[str, ...],
-    image_size: int,
-    data: str | Path,
-    split: str | None = None,
-) -> Evaluation:
-    """Return the AP of a network on the device where it is, in float32 without TF32."""
+def load_data(
+    settings: QatSettings, graph: Graph, device: torch.device, *, progress: bool = True
+) -> TrainingSet:
+    """Decode the training split, its classes in the network's order.
+
+    Raises:
+        UserError: see `load_training_set`, or there are other classes than the network's.
+    """
+    data = load_training_set(
+        settings.data,
+        settings.train_split,
+        max(graph.image_size),
+        device,
+        on_bad_data=settings.on_bad_data,
+        progress=progress,
+        class_names=graph.class_names,
+    )
+    count, known = len(data.class_names), len(graph.class_names)
+    if count != known:
+        raise UserError(
+            f"{settings.data} has {count} classes, the checkpoint {known}; give the data set it "
+            "was trained on."
+        )
+    return data
+
+
+def evaluate_network(network: GraphNetwork, graph: Graph, dataset: CocoDataset) -> Evaluation:
+    """Return the AP of a graph's network on the device where it is, in float32 without TF32."""
     device = next(network.parameters()).device
+    names, image_size = graph.class_names, max(graph.image_size)
     with (
         _convolutions(device, exact=True),
-        TorchEngine(network, class_names, image_size, half=False, name="qat") as engine,
+        TorchEngine(network, names, image_size, half=False, name="qat") as engine,
     ):
-        return evaluate(engine, load_coco(data, split), PredictOptions(batch=16), progress=False)
+        return evaluate(engine, dataset, PredictOptions(batch=16), progress=False)
 
 
 # --- what the loop trains -----------------------------------------------------------------------

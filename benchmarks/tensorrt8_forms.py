@@ -1,0 +1,293 @@
+"""Parts of detectors in several INT8 forms on TensorRT 8, each timed alone: what to write them as.
+
+    python -m benchmarks.tensorrt8_forms graphs DIR              needs ONNX Runtime
+    python -m benchmarks.tensorrt8_forms time DIR --json FILE    needs TensorRT 8, a GPU
+
+The parts are those that are not a convolution: the shortcuts of M and L-ReLU, the upsampling of the
+neck, the class branch of a head, each between convolutions as in the network, with random weights,
+batch 32. The first command writes `PART.FORM.onnx`; the second builds each, TensorRT's own kernels
+only, and times all that build, interleaved, by CUDA events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.tensorrt8 import OWN_TACTICS
+from trt_yolov6.common.files import write_json
+from trt_yolov6.common.machine import read_gpus, software_versions, timestamp
+from trt_yolov6.engines.base import BuildSettings
+from trt_yolov6.errors import UserError
+from trt_yolov6.graph.float16 import to_fp16
+from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import Placement, place
+from trt_yolov6.spec import BatchProfile
+
+BATCH = 32
+AMAX = 6.0
+"""Range of every quantized tensor: times do not depend on it."""
+
+
+class Part:
+    """A graph that is written node after node; its input has three channels."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: list[onnx.TensorProto] = []
+        self._random = np.random.default_rng(0)
+
+    def node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
+        """Add a node and return the name of its output, which is its own."""
+        name = f"{kind.lower()}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
+        return name
+
+    def constant(self, value: NDArray[Any]) -> str:
+        """Add a constant and return its name."""
+        name = f"constant_{len(self._constants)}"
+        self._constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def conv(self, source: str, channels: tuple[int, int], kernel: int, stride: int = 1) -> str:
+        """Add a convolution with random weights, from and to numbers of channels."""
+        shape = (channels[1], channels[0], kernel, kernel)
+        weights = self._random.normal(0, (2 / np.prod(shape[1:])) ** 0.5, shape)
+        return self.conv_by(source, weights.astype(np.float32), stride)
+
+    def conv_by(self, source: str, weights: NDArray[np.float32], stride: int = 1) -> str:
+        """Add a convolution with given weights, padded to keep the size at stride 1."""
+        kernel = weights.shape[-1]
+        return self.node(
+            "Conv",
+            [source, self.constant(weights), self.constant(np.zeros(len(weights), np.float32))],
+            kernel_shape=[kernel, kernel],
+            strides=[stride, stride],
+            pads=[kernel // 2] * 4,
+        )
+
+    def conv_relu(
+        self, source: str, channels: tuple[int, int], kernel: int, stride: int = 1
+    ) -> str:
+        """Add a convolution and ReLU."""
+        return self.node("Relu", [self.conv(source, channels, kernel, stride)])
+
+    def model(self, size: int, output: str) -> onnx.ModelProto:
+        """Return the graph, for square images of a size in pixels."""
+        self._nodes.append(helper.make_node("Identity", [output], ["out"], "out"))
+        images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [BATCH, 3, size, size])
+        out = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+        graph = helper.make_graph(self._nodes, "part", [images], [out], self._constants)
+        opsets = [helper.make_opsetid("", 17)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+        return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def shortcuts(form: str, *, in_stack: bool, channels: int = 128, size: int = 80) -> onnx.ModelProto:
+    """Return a row of four blocks of two convolutions with plain shortcuts.
+
+    Args:
+        form: `sum`, `convolution` (the sum as a 1x1 convolution of both terms) or `none`.
+        in_stack: with the other path and the concatenation of CSPStackRep; else the row alone.
+    """
+    part, same = Part(), (channels, channels)
+    whole = part.conv_relu("images", (3, channels), 3, 2)
+    tensor = part.conv_relu(whole, same, 1)
+    for _ in range(4):
+        inner = part.conv_relu(part.conv_relu(tensor, same, 3), same, 3)
+        if form == "sum":
+            tensor = part.node("Add", [inner, tensor])
+        elif form == "convolution":
+            both = np.tile(np.eye(channels, dtype=np.float32), 2)[:, :, None, None]
+            tensor = part.conv_by(part.node("Concat", [inner, tensor], axis=1), both)
+        else:
+            tensor = inner
+    if in_stack:
+        side = part.conv_relu(whole, same, 1)
+        tensor = part.node("Concat", [tensor, side], axis=1)
+        tensor = part.conv_relu(tensor, (2 * channels, channels), 1)
+    return part.model(2 * size, part.conv(tensor, (channels, 16), 1))
+
+
+def upsampling(form: str, channels: int = 64, size: int = 80) -> onnx.ModelProto:
+    """Return the upsampling of a neck: `transposed`, or `shuffled` (a 1x1 one, DepthToSpace)."""
+    part, same = Part(), (channels, channels)
+    fine = part.conv_relu("images", (3, channels), 3, 2)
+    coarse = part.conv_relu(part.conv_relu(fine, (channels, 2 * channels), 3, 2), same[::-1], 1)
+    if form == "transposed":
+        weights = np.full((*same, 2, 2), 0.1, np.float32)
+        bias = part.constant(np.zeros(channels, np.float32))
+        inputs = [coarse, part.constant(weights), bias]
+        large = part.node("ConvTranspose", inputs, kernel_shape=[2, 2], strides=[2, 2])
+    else:
+        wide = part.conv(coarse, (channels, 4 * channels), 1)
+        large = part.node("DepthToSpace", [wide], blocksize=2, mode="CRD")
+    joined = part.conv_relu(part.node("Concat", [large, fine], axis=1), (2 * channels, channels), 3)
+    return part.model(2 * size, part.conv(joined, (channels, 16), 1))
+
+
+def class_branch(channels: int = 64, size: int = 80, classes: int = 80) -> onnx.ModelProto:
+    """Return a head's class branch: a block, the prediction, its transposition and Sigmoid."""
+    part = Part()
+    inner = part.conv(part.conv_relu("images", (3, channels), 3, 2), (channels, channels), 3)
+    inner = part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+    logits = part.conv(inner, (channels, classes), 1)
+    shape = part.constant(np.array([BATCH, classes, size * size]))
+    rows = part.node("Transpose", [part.node("Reshape", [logits, shape])], perm=[0, 2, 1])
+    return part.model(2 * size, part.node("Sigmoid", [rows]))
+
+
+def quantized(
+    model: onnx.ModelProto,
+    change: Callable[[onnx.ModelProto, Placement], Placement] = lambda _, placement: placement,
+    exclude: Collection[str] = (),
+) -> onnx.ModelProto:
+    """Return a part in INT8 and half precision, as `build` places the pairs but for a change."""
+    placement = change(model, place(model, exclude))
+    return insert_qdq(model, placement, dict.fromkeys(placement.tensors, AMAX), fp16=True)
+
+
+def _with_both_terms(model: onnx.ModelProto, placement: Placement) -> Placement:
+    """Quantize what ReLUs write for sums, too."""
+    wanted = {node.input[0] for node in model.graph.node if node.op_type == "Add"}
+    order = ["images", *(node.output[0] for node in model.graph.node)]
+    tensors = sorted(wanted.union(placement.tensors), key=order.index)
+    return dataclasses.replace(placement, tensors=tuple(tensors))
+
+
+def forms() -> dict[str, onnx.ModelProto]:
+    """Return all parts in all forms, by `PART.FORM`."""
+    found: dict[str, onnx.ModelProto] = {}
+    for name, in_stack in (("shortcuts", False), ("stack", True)):
+        row = shortcuts("sum", in_stack=in_stack)
+        found[f"{name}.fp16"] = to_fp16(row)
+        found[f"{name}.int8"] = quantized(row)
+        found[f"{name}.int8-both_terms"] = quantized(row, _with_both_terms)
+        found[f"{name}.int8-convolution"] = quantized(shortcuts("convolution", in_stack=in_stack))
+        found[f"{name}.int8-without"] = quantized(shortcuts("none", in_stack=in_stack))
+    found["upsampling.fp16"] = to_fp16(upsampling("transposed"))
+    found["upsampling.int8-transposed"] = quantized(upsampling("transposed"))
+    found["upsampling.int8-shuffled"] = quantized(upsampling("shuffled"))
+    branch = class_branch()
+    last = [node.name for node in branch.graph.node if node.op_type == "Conv"][-1]
+    found["class_branch.fp16"] = to_fp16(branch)
+    found["class_branch.int8"] = quantized(branch)
+    found["class_branch.int8-prediction_in_float"] = quantized(branch, exclude=[last])
+    return found
+
+
+# --- with TensorRT ------------------------------------------------------------------------------
+
+
+def time_forms(folder: Path, json: Path, only: Collection[str], level: int | None) -> None:
+    """Build the graphs of a folder and write how long each takes, in microseconds."""
+    from cuda.bindings import runtime
+
+    from trt_yolov6.engines.tensorrt import enterprise
+
+    settings = BuildSettings(
+        batch=BatchProfile(BATCH, BATCH, BATCH),
+        workspace_mib=4096,
+        optimization_level=level,
+        tactic_sources=OWN_TACTICS,
+        progress=False,
+    )
+    rows: list[dict[str, Any]] = []
+    turns: list[tuple[dict[str, Any], Callable[[], float]]] = []
+    stream = _done(runtime.cudaStreamCreate())
+    for path in sorted(folder.glob("*.onnx")):
+        if only and not any(text in path.name for text in only):
+            continue
+        start = time.perf_counter()
+        row: dict[str, Any] = {"part": path.stem.split(".")[0], "form": path.stem.split(".")[1]}
+        rows.append(row)
+        try:
+            plan = enterprise.build(path.read_bytes(), settings)
+            turns.append((row, _timed(plan, stream)))
+        except UserError as error:
+            row["error"] = str(error)
+        row["build_s"] = round(time.perf_counter() - start, 1)
+        print(row, flush=True)
+    times: dict[int, list[float]] = {index: [] for index in range(len(turns))}
+    for _ in range(10):
+        for index, (_, once) in enumerate(turns):
+            times[index].append(once())
+    for index, (row, _) in enumerate(turns):
+        row["us"] = round(1000 * statistics.median(times[index][1:]), 1)
+        print(row["part"], row["form"], row["us"], flush=True)
+    result = {
+        "device": [gpu.name for gpu in read_gpus()],
+        "date": timestamp(),
+        "software": software_versions(),
+        "optimization_level": level,
+        "rows": rows,
+    }
+    write_json(json, result)
+
+
+def _timed(plan: bytes, stream: Any, runs: int = 10) -> Callable[[], float]:
+    """Return a function that runs a plan several times and returns milliseconds a run."""
+    import tensorrt
+    from cuda.bindings import runtime
+
+    loader = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
+    engine = loader.deserialize_cuda_engine(plan)
+    context = engine.create_execution_context()
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        size = 4 * int(np.prod(engine.get_tensor_shape(name)))
+        context.set_tensor_address(name, int(_done(runtime.cudaMalloc(size))))
+    begin, end = (_done(runtime.cudaEventCreate()) for _ in range(2))
+
+    def once() -> float:
+        _done(runtime.cudaEventRecord(begin, stream))
+        for _ in range(runs):
+            context.execute_async_v3(int(stream))
+        _done(runtime.cudaEventRecord(end, stream))
+        _done(runtime.cudaEventSynchronize(end))
+        return float(_done(runtime.cudaEventElapsedTime(begin, end))) / runs
+
+    return once
+
+
+def _done(answer: tuple[Any, ...]) -> Any:
+    """Return the value that a call of CUDA gave, or raise the error that it reports."""
+    error, *values = answer
+    if int(error) != 0:
+        raise RuntimeError(error.name)
+    return values[0] if values else None
+
+
+def main() -> None:
+    """Run as the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name in ("graphs", "time"):
+        action = actions.add_parser(name)
+        action.add_argument("folder", type=Path)
+        if name == "time":
+            action.add_argument("--json", type=Path, required=True)
+            action.add_argument("--only", nargs="+", default=(), help="parts of names")
+            action.add_argument("--level", type=int, help="optimization level (TensorRT's own)")
+    options = parser.parse_args()
+    if options.action == "time":
+        time_forms(options.folder, options.json, options.only, options.level)
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name, model in forms().items():
+        onnx.save(model, options.folder / f"{name}.onnx")
+        print(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""A whole run: the checkpoint exported, calibrated, trained and evaluated, and its files written.
+
+output/ settings.json, state.pt while it trains, log.jsonl, <model>.onnx, an engine if asked for
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from trt_yolov6.backends import BACKENDS
+from trt_yolov6.checkpoints.loading import Checkpoint
+from trt_yolov6.common.files import check_writable, write_bytes, write_json
+from trt_yolov6.data.coco import load_coco
+from trt_yolov6.engines.base import BuildSettings
+from trt_yolov6.engines.build import BuiltEngine, check_build
+from trt_yolov6.errors import UserError
+from trt_yolov6.pipeline import GraphOptions, build, export
+from trt_yolov6.quantization.settings import QuantizationSettings
+from trt_yolov6.runtime.sensitivity_report import LabelledAp
+from trt_yolov6.training.distributed import chosen_device
+from trt_yolov6.training.log import write_log
+from trt_yolov6.training.qat.export import rounded_graph, trained_graph
+from trt_yolov6.training.qat.onnx_module import GraphNetwork
+from trt_yolov6.training.qat.preparation import Start, prepare_graph
+from trt_yolov6.training.qat.settings import QatSettings
+from trt_yolov6.training.qat.training import (
+    QatResult,
+    evaluate_network,
+    load_data,
+    train_quantized,
+)
+from trt_yolov6.training.state import STATE_FILE, sweep
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QatRun:
+    """Result of a run."""
+
+    start: Start
+    result: QatResult
+    aps: dict[str, float | None]
+    """AP on the validation split: of the float network, after PTQ and after training."""
+    built: BuiltEngine
+    float_graph: Path | None
+    """The graph without Q/DQ nodes, which goes with a scales cache."""
+    state: Path
+    """The state of the training; the run can be resumed as long as the file is there."""
+
+
+def run(
+    checkpoint: Checkpoint,
+    calib: Path,
+    settings: QatSettings,
+    output: Path,
+    *,
+    graph_options: GraphOptions,
+    quantization: QuantizationSettings,
+    val_split: str | None,
+    backend: str = "onnxruntime",
+    fp16: bool = False,
+    float_graph: bool = False,
+    device: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> QatRun:
+    """Export and calibrate a checkpoint, train it quantized, and build what came of it.
+
+    Args:
+        checkpoint: what is trained.
+        calib: folder of calibration images.
+        settings: what decides the training.
+        output: the run's folder.
+        graph_options: as for `export`.
+        quantization: see `prepare_graph`; the budget of automatic float layers is held on the
+            validation split.
+        val_split: `none`: evaluate nothing.
+        backend: to build for besides the ONNX file, which is ONNX Runtime's engine.
+        fp16: what is not INT8 in half precision.
+        float_graph: write the graph without Q/DQ nodes too.
+        device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
+        resume: go on with the interrupted training in `output`.
+        progress: see `train_quantized`.
+
+    Raises:
+        UserError: something of this cannot be used, or `output` has another run.
+    """
+    where = chosen_device(device)
+    stem = output / checkpoint.arch.name
+    onnx_file, plan = (Path(f"{stem}{BACKENDS[one].suffix}") for one in ("onnxruntime", backend))
+    check_build(backend, plan, BuildSettings())
+    state = _state_file(output, onnx_file, resume)
+    graph = export(checkpoint, **graph_options)
+    # Bad data is found out before minutes of calibration.
+    labelled = None if val_split == "none" else load_coco(settings.data, val_split)
+    data = load_data(settings, graph, where, progress=progress)
+    if data.report.problems:
+        _log.info("%d problems of the data were left out of training", len(data.report.problems))
+    is_auto = quantization.float_layers == "auto"
+    start = prepare_graph(
+        graph,
+        checkpoint.arch,
+        calib,
+        quantization=quantization,
+        learn_scales=settings.learn_scales,
+        score=LabelledAp(graph, labelled) if labelled and is_auto else None,
+    )
+    _log.info("%s", _described(start, settings))
+
+    def ap(network: GraphNetwork) -> float | None:
+        return evaluate_network(network, start.graph, labelled).ap if labelled else None
+
+    aps = {"AP_float": ap(start.teacher(where)), "AP_ptq": ap(start.student(where).eval())}
+    write_json(output / "settings.json", settings.to_json())
+    result = train_quantized(
+        start, settings, device=where, state_file=state, progress=progress, data=data
+    )
+    aps["AP"] = ap(result.network)
+    quantized = trained_graph(start, result.trained, fp16=fp16)
+    built = build(quantized, backend="onnxruntime", output=onnx_file)
+    if backend != "onnxruntime":
+        built = build(quantized, backend=backend, output=plan)
+    without_pairs = Path(f"{stem}.float.onnx") if float_graph else None
+    if without_pairs:
+        write_bytes(without_pairs, rounded_graph(start, result.trained).SerializeToString())
+    write_log(output, result.log)
+    return QatRun(start, result, aps, built, without_pairs, state)
+
+
+def _described(start: Start, settings: QatSettings) -> str:
+    placement = start.quantization.placement
+    count = len(placement.layers)
+    if not settings.distillation:
+        return f"{count} convolutions in INT8, no distillation"
+    return (
+        f"{count} of {count + len(placement.float_layers)} convolutions in INT8, "
+        f"{len(start.features)} features distilled"
+    )
+
+
+def _state_file(output: Path, trained: Path, resume: bool) -> Path:
+    """Return where the state goes; there must be a begun training just if it is to be resumed."""
+    state = check_writable(output / STATE_FILE)
+    begun = (output / "settings.json").exists()
+    if begun and not resume:
+        raise UserError(
+            f"{output} holds a training already; give another `output`, or `resume` to go on."
+        )
+    if resume and not begun:
+        raise UserError(f"{output} holds no interrupted training; leave `resume` out.")
+    if resume and trained.exists() and not state.is_file():
+        raise UserError(f"the training in {output} is over; give another `output`.")
+    if resume:
+        # A kill before the first state leaves nothing to go on from: it starts again.
+        sweep(output)
+    return state
