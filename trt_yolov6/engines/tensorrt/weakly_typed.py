@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 from onnx.helper import make_node
 
 from trt_yolov6.graph.editing import (
@@ -178,7 +178,7 @@ def split_pools(model: onnx.ModelProto) -> None:
         graph.replace(
             [node],
             [
-                helper.make_node(
+                make_node(
                     "MaxPool", [read], [made], f"{name}/{half}", kernel_shape=shape, pads=pads
                 )
                 for half, read, made, shape, pads in halves

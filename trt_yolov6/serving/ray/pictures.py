@@ -88,9 +88,7 @@ def read_remote(store: str, path: str) -> NDArray[np.uint8]:
     Raises:
         UserError: it is missing, the store does not give it, or it is not a picture.
     """
-    if not store:
-        return read_image(Path(path))
-    return read_image(read_bytes(store, path), f"{_scheme(store)}://{path}")
+    return read_image(*_source(store, path))
 
 
 def open_remote(store: str, path: str) -> Jpeg | NDArray[np.uint8]:
@@ -102,9 +100,12 @@ def open_remote(store: str, path: str) -> Jpeg | NDArray[np.uint8]:
     Raises:
         UserError: as `read_remote`.
     """
-    if not store:
-        return open_image(Path(path))
-    return open_image(read_bytes(store, path), f"{_scheme(store)}://{path}")
+    return open_image(*_source(store, path))
+
+
+def _source(store: str, path: str) -> tuple[Path | bytes, str | None]:
+    """Return a picture's file, or its content and a name for messages where it lies in a store."""
+    return (read_bytes(store, path), f"{_scheme(store)}://{path}") if store else (Path(path), None)
 
 
 def read_bytes(store: str, path: str) -> bytes:
