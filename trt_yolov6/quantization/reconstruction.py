@@ -11,6 +11,7 @@ images to say.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -62,6 +63,10 @@ _VARIANCE_IMAGES = 8
 _INSIDE = 1.0
 """Weight of the errors of layers."""
 
+_MANY_PLACES = 1024
+"""Height times width of a map from which on a quarter of its places, other ones each time, tells
+its error: all layers' whole outputs would take half as much memory as all that gradients need."""
+
 
 def reconstruct(
     graph: Graph,
@@ -85,12 +90,10 @@ def reconstruct(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers = [one.output for one in quantized_layers(quantized_model) if one.has_own_codes]
-    finals = tuple(item.name for item in float_model.graph.output)
-    wanted = list(dict.fromkeys((*finals, *layers)))
-    teacher = TorchGraph(float_model, wanted).to(device).requires_grad_(False)
-    student = TorchGraph(quantized_model, wanted).to(device)
+    teacher = TorchGraph(float_model, layers).to(device).requires_grad_(False)
+    student = TorchGraph(quantized_model, layers).to(device)
     pictures = [torch.from_numpy(one).to(device) for one in images]
-    loss = _Loss(graph, finals, layers, teacher, pictures[:_VARIANCE_IMAGES])
+    loss = _Loss(graph, layers, teacher, pictures[:_VARIANCE_IMAGES])
     student.set_bias_units({name: one.sqrt() for name, one in loss.variances.items()})
     rates = (WEIGHT_RATE, SCALE_RATE, BIAS_RATE)
     parameters = (
@@ -113,9 +116,10 @@ def reconstruct(
             group["lr"] = rate * rise * (1 + math.cos(math.pi * passed)) / 2
         queue = queue or rng.permutation(len(pictures)).tolist()
         picture = varied(pictures[queue.pop()], rng)
+        part = functools.partial(_quarter, places=tuple(rng.integers(0, 2, 2)))
         with torch.no_grad():
-            target = teacher(picture)
-        parts = loss(student(picture), target)
+            target = teacher(picture, part)
+        parts = loss(student(picture, part), target)
         optimizer.zero_grad()
         parts.sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -141,14 +145,13 @@ class _Loss:
     def __init__(
         self,
         graph: Graph,
-        finals: Sequence[str],
         layers: Sequence[str],
         teacher: TorchGraph,
         pictures: Sequence[Tensor],
     ) -> None:
         self._read = READERS.get(graph.output_layout)
         self._size = graph.image_size
-        self._finals = finals
+        self._finals = teacher.outputs
         self.variances: dict[str, Tensor] = {}
         """(channels,) of each layer's output."""
         with torch.no_grad():
@@ -188,6 +191,13 @@ def anchor_loss(own: AnchorTensors, guide: AnchorTensors) -> tuple[Tensor, Tenso
     change = own.scores - guide.scores
     scores = change[watched].abs().sum() + _NEW_SCORES * change[~watched].clamp(min=0).sum()
     return boxes, scores / total
+
+
+def _quarter(values: Tensor, places: tuple[int, int]) -> Tensor:
+    """Return a layer's output (batch, channels, h, w) at every other place of large maps."""
+    if values.shape[2] * values.shape[3] < _MANY_PLACES:
+        return values
+    return values[:, :, places[0] :: 2, places[1] :: 2].contiguous()
 
 
 def varied(picture: Tensor, rng: np.random.Generator) -> Tensor:

@@ -67,13 +67,13 @@ class TorchGraph(nn.Module):
     def __init__(
         self,
         model: onnx.ModelProto,
-        outputs: Iterable[str] = (),
+        watched: Iterable[str] = (),
     ) -> None:
         """Read a graph.
 
         Args:
             model: float32, or from `insert_qdq`; it is not changed.
-            outputs: tensors to compute; none: the graph's own outputs.
+            watched: tensors that are returned beside the graph's outputs.
 
         Raises:
             UserError: the graph has an operator that is not known here; see `can_read`.
@@ -81,13 +81,14 @@ class TorchGraph(nn.Module):
         super().__init__()
         self._model = model
         graph = GraphIndex(model)
-        self.outputs = tuple(outputs) or tuple(item.name for item in model.graph.output)
+        self.outputs = tuple(item.name for item in model.graph.output)
+        self._watched = frozenset(watched)
         self.input = next(i.name for i in model.graph.input if i.name not in graph.constants)
         self._layers: dict[str, QuantizedLayer] = {
             layer.output: layer for layer in quantized_layers(graph) if layer.has_own_codes
         }
         dequantized = {layer.weights.node.output[0]: layer for layer in self._layers.values()}
-        needed = graph.ancestors(self.outputs)
+        needed = graph.ancestors({*self.outputs, *self._watched})
         nodes = [node for node in graph.nodes if needed.intersection(node.output)]
         self.quantizers = nn.ModuleDict()
         self._weight_of: dict[str, str] = {}
@@ -137,25 +138,31 @@ class TorchGraph(nn.Module):
         self._constants = {name: fn(value) for name, value in self._constants.items()}
         return self
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the wanted tensors.
+    def forward(
+        self, images: Tensor, part: Callable[[Tensor], Tensor] = lambda whole: whole
+    ) -> dict[str, Tensor]:
+        """Compute the graph's outputs and the watched tensors.
 
         Args:
             images: what the graph's one input takes.
+            part: what is wanted of a watched tensor; the rest need not be held.
 
         Returns:
-            By name, in the order of `outputs`.
+            By name, watched ones in the graph's order and then the outputs in theirs.
         """
         values: dict[str, Tensor] = {self.input: images}
+        parts: dict[str, Tensor] = {}
         for step in self._steps:
             inputs = [self._read(values, name) for name in step.inputs]
             made = step.operator(step.attributes, inputs)
             values.update(
                 zip(step.outputs, [made] if isinstance(made, Tensor) else made, strict=False)
             )
+            del made
+            parts.update((n, part(values[n])) for n in step.outputs if n in self._watched)
             for name in step.last:
                 del values[name]
-        return {name: values[name] for name in self.outputs}
+        return parts | {name: values[name] for name in self.outputs}
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the scales of activations."""
