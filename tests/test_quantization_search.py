@@ -20,7 +20,6 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.bias_correction import BiasCorrection
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.judge import Judge, batches_of, images_to_build_from, split_images
 from trt_yolov6.quantization.learned import learned_of, with_learned
 from trt_yolov6.quantization.mixed_precision import (
@@ -106,7 +105,7 @@ def test_the_manifest_says_what_the_agreement_was_judged_on_and_what_was_tried(
     assert {"nearest", "reconstructed"} <= {item["weights"] for item in said["tried"]}
     table = tried_table(result.candidates)
     assert len(table) == 1 + len(result.candidates)
-    assert table[0].split() == ["decision", "tried", "agreement", "slower", "seconds"]
+    assert table[0].split() == ["decision", "tried", "moved", "agreement", "slower", "seconds"]
 
 
 def test_of_few_images_the_folds_judge_and_all_build(
@@ -128,13 +127,12 @@ def test_of_few_images_the_folds_judge_and_all_build(
 
 
 def test_nothing_moves_in_the_float_graph(tiny: Graph, folder: Path) -> None:
-    images = list(batches_of(tiny, sorted(folder.iterdir())[:2]))
-    assert Displacement(tiny, images).of(tiny.model) == pytest.approx(0, abs=1e-6)
+    judge = Judge(tiny, sorted(folder.iterdir())[:2])
+    assert judge.loss(tiny.model) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_score_that_changes_counts_by_its_change(tiny: Graph, folder: Path) -> None:
-    images = list(batches_of(tiny, sorted(folder.iterdir())[:2]))
-    watch = Displacement(tiny, images)
+    judge = Judge(tiny, sorted(folder.iterdir())[:2])
     model = onnx.ModelProto()
     model.CopyFrom(tiny.model)
     maker = next(node for node in model.graph.node if "scores" in node.output)
@@ -143,19 +141,20 @@ def test_a_score_that_changes_counts_by_its_change(tiny: Graph, folder: Path) ->
     change[0] = -0.125
     model.graph.initializer.append(numpy_helper.from_array(change, "change"))
     model.graph.node.append(onnx.helper.make_node("Add", ["as before", "change"], ["scores"]))
-    assert watch.of(model) == pytest.approx(0.125, abs=1e-6)
+    assert judge.loss(model) == pytest.approx(0.125, abs=1e-6)
 
 
 def test_the_layer_that_is_rounded_coarsely_moves_most(tiny: Graph, folder: Path) -> None:
     found = calibrate(tiny, folder, MINMAX)
-    images = list(batches_of(tiny, sorted(folder.iterdir())[:2]))
-    watch = Displacement(tiny, images)
+    judge = Judge(tiny, sorted(folder.iterdir())[:2])
     name = found.prepared.placement.layers[-3]
     tensor = next(node.input[0] for node in found.prepared.model.graph.node if node.name == name)
-    fine = scores_alone(found.prepared.model, found.prepared.placement, found.table.amax, watch.of)
+    fine = scores_alone(
+        found.prepared.model, found.prepared.placement, found.table.amax, judge.loss
+    )
     assert set(fine) == set(found.prepared.placement.layers)
     coarse = {**found.table.amax, tensor: 100 * found.table.amax[tensor]}
-    moved = scores_alone(found.prepared.model, found.prepared.placement, coarse, watch.of)
+    moved = scores_alone(found.prepared.model, found.prepared.placement, coarse, judge.loss)
     assert moved[name] > 3 * fine[name]
 
 

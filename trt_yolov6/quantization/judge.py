@@ -16,11 +16,13 @@ from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.preprocessing import Preprocessing
 from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.detectors.layouts import Outputs
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.quantization.agreement import agreement, least_score
+from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.resampling import Interval, interval, matched
 from trt_yolov6.spec import NmsSettings, OutputLayout
@@ -128,8 +130,9 @@ class LabelledScore(Protocol):
 class Judge:
     """Compares quantized graphs with the float one on calibration images, a few dozen at most.
 
-    What is compared are detections, since the engine's user sees nothing else: the quantized
-    graph's AP against the float network's from some confidence on, the mean over `CONFIDENCES`.
+    What is told are detections, since the engine's user sees nothing else: the quantized graph's AP
+    against the float network's from some confidence on, the mean over `CONFIDENCES`. What decides
+    is `loss`: matches are few, and which of two near graphs has more of them is mostly chance.
     """
 
     def __init__(self, graph: Graph, paths: Sequence[Path], border: int = 0) -> None:
@@ -138,8 +141,13 @@ class Judge:
         self._layout: OutputLayout = graph.output_layout
         self._image_size = graph.image_size
         self._model = graph.model
-        self._found: dict[str, list[Detections]] = {}
-        self.reference = self.detections(graph.model)
+        self._found: dict[str, tuple[list[Detections], float]] = {}
+        self._watch = Displacement(graph) if Displacement.can_watch(graph) else None
+        self.reference: list[Detections] = []
+        for found, outputs in self._run(graph.model, self._images):
+            self.reference += found
+            if self._watch is not None:
+                self._watch.watch(outputs, len(found))
         self.images = len(self.reference)
 
     def agreement(self, model: onnx.ModelProto) -> float:
@@ -160,26 +168,45 @@ class Judge:
         for seed in range(2):
             rng = np.random.default_rng(seed)
             noisy = (with_noise(images, rng, self._preprocessing) for images in self._images)
-            found = self._run(self._model, noisy)
+            found = [one for images, _ in self._run(self._model, noisy) for one in images]
             values.append(assured_agreement([(self, found)]))
         return sum(values) / len(values)
 
     def detections(self, model: onnx.ModelProto) -> list[Detections]:
         """Return a graph's detections in the images, in pixels of its input; cached."""
+        return self._judged(model)[0]
+
+    def loss(self, model: onnx.ModelProto) -> float:
+        """Return how far a graph is from the float one, 0 or more: the mean displacement of its
+        confident anchors or, with NMS inside, what is missing of the agreement; cached."""
+        return self._judged(model)[1]
+
+    def _judged(self, model: onnx.ModelProto) -> tuple[list[Detections], float]:
         digest = sha256_bytes(model.SerializeToString())
         if digest not in self._found:
-            self._found[digest] = self._run(model, self._images)
+            detections: list[Detections] = []
+            moved: list[NDArray[np.float64]] = []
+            for batch, (found, outputs) in enumerate(self._run(model, self._images)):
+                detections += found
+                if self._watch is not None:
+                    moved.append(self._watch.moved(batch, outputs))
+            if moved:
+                loss = float(np.concatenate(moved).mean())
+            else:
+                loss = 1 - pooled_agreement([(self, detections)])
+            self._found[digest] = detections, loss
         return self._found[digest]
 
-    def _run(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> list[Detections]:
+    def _run(
+        self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]]
+    ) -> Iterator[tuple[list[Detections], Outputs]]:
+        """Yield detections and outputs of one batch after the other."""
         # Whole numbers, as the engine will add them up; and they are faster than dequantized ones.
         run = runner(reference_session(with_integer_convolutions(model)))
         whole = fit(self._image_size, self._image_size)
-        found: list[Detections] = []
         for images in batches:
-            placed = [whole] * len(images)
-            found += postprocess(run(images), self._layout, NmsSettings(), placed, clip=False)
-        return found
+            outputs, placed = run(images), [whole] * len(images)
+            yield postprocess(outputs, self._layout, NmsSettings(), placed, clip=False), outputs
 
 
 Judged = Sequence[tuple[Judge, Sequence[Detections]]]
@@ -215,30 +242,6 @@ def pooled_interval(
     if not np.isfinite(mean(np.ones(len(found), np.int64))):
         return Interval(whole, whole, whole)
     return interval(mean, len(found), resamples=_RESAMPLES, confidence=confidence)
-
-
-def pooled_gain(judged: Judged, before: Judged) -> Interval:
-    """Return by how much the agreement is higher than that of other detections.
-
-    Both are resampled alike, so that the interval is far narrower than that of either.
-
-    Args:
-        judged: detections of the one graph in the images of judges.
-        before: those of the other in the same images.
-    """
-    pairs = []
-    for one in CONFIDENCES:
-        scored = []
-        for each in (judged, before):
-            reference, found = _pooled(each)
-            scored.append(matched(reference, found, least_score(reference, one)))
-        pairs.append(scored)
-
-    def gain(draws: NDArray[np.int64]) -> float:
-        return float(np.mean([own.ap(draws) - other.ap(draws) for own, other in pairs]))
-
-    count = sum(judge.images for judge, _ in judged)
-    return interval(gain, count, resamples=_RESAMPLES, confidence=SURE)
 
 
 def _pooled(judged: Judged) -> tuple[list[Detections], list[Detections]]:

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import onnx
@@ -28,7 +27,6 @@ from trt_yolov6.quantization.bias_correction import without_mean_rounding
 from trt_yolov6.quantization.calibrators import Method, methods_to_try
 from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.judge import (
-    CONFIDENCES,
     FEWEST_TO_PART,
     ImageSplit,
     Judge,
@@ -38,7 +36,6 @@ from trt_yolov6.quantization.judge import (
     images_to_build_from,
     least_agreement,
     pooled_agreement,
-    pooled_gain,
     pooled_interval,
 )
 from trt_yolov6.quantization.learned import as_built, learned_of, with_learned
@@ -72,17 +69,14 @@ from trt_yolov6.quantization.weights import SAID, Weights, WeightTuning, weight_
 
 _log = logging.getLogger(__name__)
 
-CLEAR_GAIN = 0.01
-"""Agreement that changed weights have to bring, or for FP8 another calibrator than min-max, or
-rescaled channels: less may be chance, and the AP may fall by it."""
+CLEAR_GAIN = 0.1
+"""Part of the loss that changed weights have to take away, or another calibrator than the first, or
+for FP8 rescaled channels: less may be chance."""
 
-TOLERANCE = 0.005
-"""A simpler candidate is kept where its agreement is this near to the best one's."""
+TOLERANCE = 0.05
+"""A simpler candidate is kept where it loses more than the best by at most this part."""
 
-_NEAR = TOLERANCE
-"""Agreement by which another calibrator may fall short and is still looked at closely."""
-
-_NEAR_FORM = 0.05
+_NEAR_FORM = 0.5
 """The same of another form of the graph."""
 
 _MUCH = 0.25
@@ -170,6 +164,7 @@ class Search:
         self._variants = tuple(one for one in VARIANTS[:last] if settings.shift or one != "shifted")
         self._candidates: list[Candidate] = []
         self._costs: Mapping[str, LayerCost] = {}
+        self._budget: _Budget
         self._reached: Mapping[str, Any] | None = None
 
     def run(self) -> Found:
@@ -182,9 +177,8 @@ class Search:
         for variant in promising:
             self._go_on_with(variant)
             choice = self._choose(named)
-            value = self._agreement(choice) if len(promising) > 1 else 0.0
-            found[variant] = value, choice
-        variant = max(found, key=lambda one: found[one][0])
+            found[variant] = self._loss(choice) if len(promising) > 1 else 0.0, choice
+        variant = min(found, key=lambda one: found[one][0])
         choice = found[variant][1]
         self._go_on_with(variant)
         if self._candidates:
@@ -277,41 +271,20 @@ class Search:
             item.variant
             for item in tried
             if {item.variant, best.variant} == {"smoothed", "shifted"}
-            and item.agreement > best.agreement - _NEAR_FORM
+            and item.loss < (1 + _NEAR_FORM) * best.loss
             and _shifts_much(models[-1])
         ]
         return best.variant, *near
 
     def _choose(self, layers: tuple[str, ...]) -> Choice:
         """Choose ranges, weights and biases, with certain layers in float."""
-        first, *others = self._choose_methods(layers)
-        best = self._with_weights(Choice(first, "nearest", layers))
-        if best.weights != "reconstructed":
-            return best
-        # Of two calibrators that are near, either may be the better one with such weights.
-        for method in others:
-            other = dataclasses.replace(best, method=method)
-            value = self._tried("weights", other).agreement
-            _log.info(f"{method}, {SAID[other.weights]}: agreement with float {value:.3f}")
-            if value > self._agreement(best):
-                best = other
-        return best
-
-    def _choose_methods(self, layers: tuple[str, ...]) -> tuple[Method, ...]:
-        """Compare the calibrators on the chosen form of the graph.
-
-        Returns:
-            The best one, and for INT8 the second if it is near.
-        """
-        if len(self._methods) == 1:
-            return self._methods
-        tried = [self._tried("ranges", Choice(one, "nearest", layers)) for one in self._methods]
-        if self._quantized.is_floating:
-            # It loses nothing to a range that is too wide, so min-max comes first.
-            return (simplest_of_the_best(tried, CLEAR_GAIN).method,)
-        first, second, *_ = sorted(tried, key=lambda one: one.agreement, reverse=True)
-        is_near = second.agreement > first.agreement - _NEAR
-        return (first.method, second.method) if is_near else (first.method,)
+        method = self._methods[0]
+        if len(self._methods) > 1:
+            tried = [self._tried("ranges", Choice(one, "nearest", layers)) for one in self._methods]
+            # The first clips nothing. What others gain by finer steps, weights that are rounded for
+            # their inputs mostly gain as well; what they lose by clipping stays.
+            method = simplest_of_the_best(tried, CLEAR_GAIN).method
+        return self._with_weights(Choice(method, "nearest", layers))
 
     def _with_weights(self, choice: Choice) -> Choice:
         """Take the first change of the weights that is clearly better than none."""
@@ -322,16 +295,15 @@ class Search:
             return choice
         # Ranges were compared with graphs that lack one error of rounded weights: mostly a higher
         # standard, and one that is known.
-        compared = [(f.judge, f.judge.detections(self._compared(f, choice))) for f in self._folds]
-        best = pooled_agreement(compared)
+        least = self._mean_loss([self._compared(fold, choice) for fold in self._folds])
         for weights in weight_choices(settings):
             other = dataclasses.replace(choice, weights=weights)
-            value = self._tried("weights", other).agreement
-            _log.info(f"{SAID[weights]}: agreement with float {value:.3f} after {best:.3f}")
-            if value > best + CLEAR_GAIN:
+            tried = self._tried("weights", other)
+            _log.info(f"{SAID[weights]}: {tried.said}, before {least:.4f}")
+            if tried.loss < (1 - CLEAR_GAIN) * least:
                 return other
-            best = self._agreement(choice)
-            if value > best + CLEAR_GAIN:
+            least = self._loss(choice)
+            if tried.loss < (1 - CLEAR_GAIN) * least:
                 return other
         return choice
 
@@ -351,14 +323,13 @@ class Search:
         images = list(batches_of(self._graph, fold.split.calibrate, self._settings.border))
         raw = reconstruct(self._graph, fold.prepared.model, before, images, 60 * minutes)
         tuned, ranges = as_built(raw)
-        after, earlier = ([(fold.judge, fold.judge.detections(m))] for m in (tuned, before))
-        gain = pooled_gain(after, earlier)
-        self._keep("gradients", choice, pooled_agreement(after), start)
+        tried, least = self._keep("gradients", choice, [tuned], start), fold.judge.loss(before)
+        better = tried.loss < (1 - TOLERANCE) * least
         _log.info(
-            f"tuned by gradients: agreement with float {pooled_agreement(after):.3f} after "
-            f"{pooled_agreement(earlier):.3f}; {'kept' if gain.low > 0 else 'not clearly better'}"
+            f"tuned by gradients: {tried.said}, before {least:.4f}; "
+            f"{'kept' if better else 'not clearly better'}"
         )
-        return (tuned, ranges) if gain.low > 0 else None
+        return (tuned, ranges) if better else None
 
     def _with_float_layers(self, choice: Choice) -> Choice:
         """Choose the layers that stay in float, and ranges and weights again with them."""
@@ -375,6 +346,7 @@ class Search:
             )
             return self._choose(chosen)
         orders = self._orders(choice)
+        self._budget = self._budget_from(choice)
         base = dataclasses.replace(choice, like=(choice,))
         found = self._searched(base, orders, _MOST_SETS)
         best = found, dataclasses.replace(base, float_layers=found.layers)
@@ -402,10 +374,8 @@ class Search:
         paths = evenly(fold.split.calibrate, _WATCHED_IMAGES)
         count = len(prepared.placement.layers)
         _log.info(f"what each of {count} layers does to detections in {len(paths)} images ...")
-        watch = Displacement(
-            self._graph, list(batches_of(self._graph, paths, self._settings.border))
-        )
-        alone = scores_alone(prepared.model, prepared.placement, table.amax, watch.of)
+        judge = Judge(self._graph, paths, self._settings.border)
+        alone = scores_alone(prepared.model, prepared.placement, table.amax, judge.loss)
         return rankings_by_displacement(alone, self._costs)
 
     def _searched(
@@ -427,8 +397,7 @@ class Search:
             models = self._models(whole)
             value = budget.score(models)
             ap = None if self._labelled is None else value
-            agreement = pooled_agreement(self._judged(models))
-            self._keep("float layers", whole, agreement, start, ap)
+            self._keep("float layers", whole, models, start, ap)
             _log.info(f"{len(layers)} layers in float: {budget.said(value)}")
             return value
 
@@ -442,15 +411,15 @@ class Search:
             most_time=None if slower is None else slower / 100,
         )
 
-    @cached_property
-    def _budget(self) -> _Budget:
+    def _budget_from(self, choice: Choice) -> _Budget:
+        """Return what the sets of float layers have to reach, with everything in INT8 to go by."""
         drop, labelled = self._settings.max_ap_drop, self._labelled
         if labelled is not None:
             # Each model of a fold would do; labelled images are others anyway.
             least = 1.0 if drop is None else labelled(self._graph.model) - drop / 100
             return _Budget(lambda models: labelled(models[0]), "AP", least, 0.0)
         if drop is None:  # the best that the time allows
-            return _Budget(self._confident, "agreement with float", 1.0, 0.0)
+            return _Budget(lambda models: 1 - self._mean_loss(models), "likeness", 1.0, 0.0)
         budget = least_agreement(drop)
         values = [fold.judge.harmless_agreement() for fold in self._folds]
         harmless = sum(values) / len(values)
@@ -459,8 +428,15 @@ class Search:
             "mean of networks; it is assured where it holds in nine of ten draws of the images "
             f"(the float network's with itself, a little noise on the images: {harmless:.3f})"
         )
-        name = "assured agreement with float"
-        return _Budget(self._assured, name, min(budget, harmless), CLEAR_GAIN)
+        models = self._models(choice)
+        start, missing = self._mean_loss(models), 1 - assured_agreement(self._judged(models))
+
+        def assured(models: Sequence[onnx.ModelProto]) -> float:
+            # Of many sets that are tried, some agree well by chance; what they move tells more.
+            return 1 - missing * self._mean_loss(models) / start if start else 1 - missing
+
+        least = min(budget, harmless)
+        return _Budget(assured, "assured agreement with float", least, CLEAR_GAIN * missing)
 
     def _tell(self, found: Fallback, choice: Choice) -> None:
         """Say what was chosen, what it costs and what it falls short of, and keep that."""
@@ -489,18 +465,17 @@ class Search:
     def _tried(self, decides: Decision, choice: Choice) -> Candidate:
         start = time.perf_counter()
         make = self._model if decides == "weights" else self._compared
-        judged = [(fold.judge, fold.judge.detections(make(fold, choice))) for fold in self._folds]
-        result = self._keep(decides, choice, pooled_agreement(judged), start)
+        models = [make(fold, choice) for fold in self._folds]
+        result = self._keep(decides, choice, models, start)
         if decides != "weights":
-            text = f"{result.variant}, {result.method}: agreement with float {result.agreement:.3f}"
-            _log.info(text)
+            _log.info(f"{result.variant}, {result.method}: {result.said}")
         return result
 
     def _keep(
         self,
         decides: Decision,
         choice: Choice,
-        value: float,
+        models: Sequence[onnx.ModelProto],
         start: float,
         ap: float | None = None,
     ) -> Candidate:
@@ -508,7 +483,8 @@ class Search:
             decides,
             self._folds[0].prepared.variant,
             choice.method,
-            value,
+            pooled_agreement(self._judged(models)),
+            self._mean_loss(models),
             choice.weights,
             choice.float_layers,
             time.perf_counter() - start,
@@ -545,14 +521,12 @@ class Search:
     def _models(self, choice: Choice) -> list[onnx.ModelProto]:
         return [self._model(fold, choice) for fold in self._folds]
 
-    def _agreement(self, choice: Choice) -> float:
-        return pooled_agreement(self._judged(self._models(choice)))
+    def _loss(self, choice: Choice) -> float:
+        return self._mean_loss(self._models(choice))
 
-    def _confident(self, models: Sequence[onnx.ModelProto]) -> float:
-        return pooled_agreement(self._judged(models), CONFIDENCES[-1:])
-
-    def _assured(self, models: Sequence[onnx.ModelProto]) -> float:
-        return assured_agreement(self._judged(models))
+    def _mean_loss(self, models: Sequence[onnx.ModelProto]) -> float:
+        losses = [fold.judge.loss(model) for fold, model in zip(self._folds, models, strict=True)]
+        return sum(losses) / len(losses)
 
     def _judged(self, models: Sequence[onnx.ModelProto]) -> list[tuple[Judge, list[Detections]]]:
         return [

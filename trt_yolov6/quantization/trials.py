@@ -25,6 +25,8 @@ class Candidate:
     method: Method
     agreement: float
     """AP of its detections against the float network's confident ones, 0..1."""
+    loss: float
+    """By how much it moves those (`judge.Judge.loss`), which decides; the lower the better."""
     weights: Weights = "nearest"
     float_layers: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -33,6 +35,11 @@ class Candidate:
     """By how much its float layers lengthen INT8's run time, estimated, 0..1."""
     ap: float | None = None
     """AP on labelled images, 0..1, where it was measured."""
+
+    @property
+    def said(self) -> str:
+        """What came of it, in words."""
+        return f"agreement with float {self.agreement:.3f}, moved by {self.loss:.4f}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it JSON-ready, for the manifest."""
@@ -43,6 +50,7 @@ class Candidate:
             "weights": self.weights,
             "float_layers": list(self.float_layers),
             "agreement": round(self.agreement, 4),
+            "loss": round(self.loss, 5),
             **({} if self.ap is None else {"ap": round(self.ap, 4)}),
             "slowdown": round(self.slowdown, 4),
             "seconds": round(self.seconds, 1),
@@ -50,9 +58,9 @@ class Candidate:
 
 
 def simplest_of_the_best(candidates: Sequence[Candidate], tolerance: float) -> Candidate:
-    """Return the first candidate that is as good as the best but for a tolerance."""
-    best = max(candidate.agreement for candidate in candidates)
-    return next(item for item in candidates if item.agreement >= best - tolerance)
+    """Return the first candidate that loses as little as the best but for a part of that."""
+    least = min(candidate.loss for candidate in candidates)
+    return next(item for item in candidates if item.loss <= (1 + tolerance) * least)
 
 
 def tried_table(candidates: Sequence[Candidate]) -> list[str]:
@@ -60,7 +68,8 @@ def tried_table(candidates: Sequence[Candidate]) -> list[str]:
     if not candidates:
         return []
     labelled = any(item.ap is not None for item in candidates)
-    rows = [("decision", "tried", "agreement", *(("AP",) if labelled else ()), "slower", "seconds")]
+    last = *(("AP",) if labelled else ()), "slower", "seconds"
+    rows = [("decision", "tried", "moved", "agreement", *last)]
     for item in candidates:
         what = {
             "graph": item.variant,
@@ -73,6 +82,6 @@ def tried_table(candidates: Sequence[Candidate]) -> list[str]:
             what += f", {len(item.float_layers)} in float"
         slower = f"{item.slowdown:.1%}" if item.float_layers else ""
         ap = ("" if item.ap is None else f"{item.ap:.4f}",) if labelled else ()
-        cells = (f"{item.agreement:.3f}", *ap, slower, f"{item.seconds:.1f}")
+        cells = (f"{item.loss:.4f}", f"{item.agreement:.3f}", *ap, slower, f"{item.seconds:.1f}")
         rows.append((item.decides, what, *cells))
     return aligned(rows, left=2)
