@@ -28,11 +28,11 @@ from trt_yolov6.quantization.mixed_precision import (
     rankings_by_displacement,
 )
 from trt_yolov6.quantization.pipeline import calibrate, quantize
-from trt_yolov6.quantization.preparation import RANGE_BITS
+from trt_yolov6.quantization.preparation import RANGE_BITS, Variant
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.sensitivity import scores_alone
 from trt_yolov6.quantization.settings import check_settings
-from trt_yolov6.quantization.trials import tried_table
+from trt_yolov6.quantization.trials import Candidate, simplest_of_the_best, tried_table
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,18 @@ def test_of_few_images_the_folds_judge_and_all_build(
     seen = collect(result.float_model, images, list(result.table.amax))
     within = 1 - 2.0**-RANGE_BITS
     assert all(result.table.amax[name] >= within * item.amax for name, item in seen.items())
+
+
+@pytest.mark.parametrize(("tolerance", "taken"), [(0.05, "shifted"), (0.15, "smoothed")])
+def test_the_simplest_is_taken_of_those_that_move_detections_nearly_as_little(
+    tolerance: float, taken: str
+) -> None:
+    def one(variant: Variant, agreement: float, loss: float) -> Candidate:
+        return Candidate("graph", variant, "margin", agreement, loss)
+
+    # More of its detections match, by chance: that decides nothing.
+    tried = [one("plain", 0.99, 0.05), one("smoothed", 0.94, 0.011), one("shifted", 0.95, 0.01)]
+    assert simplest_of_the_best(tried, tolerance).variant == taken
 
 
 # --- what layers move ---------------------------------------------------------------------------
