@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import onnx
@@ -27,6 +28,7 @@ from trt_yolov6.quantization.bias_correction import without_mean_rounding
 from trt_yolov6.quantization.calibrators import Method, methods_to_try
 from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.judge import (
+    CONFIDENCES,
     FEWEST_TO_PART,
     ImageSplit,
     Judge,
@@ -76,8 +78,12 @@ for FP8 rescaled channels: less may be chance."""
 TOLERANCE = 0.05
 """A simpler candidate is kept where it loses more than the best by at most this part."""
 
+_LEAST_GAIN = 0.01
+"""Agreement that float layers have to bring where a budget is not met."""
+
 _NEAR_FORM = 0.5
-"""The same of another form of the graph."""
+"""Part of the loss by which another form of the graph may exceed the best one's and is still looked
+at closely."""
 
 _MUCH = 0.25
 """Part of the convolutions from which on shifted tensors make a form of its own."""
@@ -164,7 +170,6 @@ class Search:
         self._variants = tuple(one for one in VARIANTS[:last] if settings.shift or one != "shifted")
         self._candidates: list[Candidate] = []
         self._costs: Mapping[str, LayerCost] = {}
-        self._budget: _Budget
         self._reached: Mapping[str, Any] | None = None
 
     def run(self) -> Found:
@@ -346,7 +351,6 @@ class Search:
             )
             return self._choose(chosen)
         orders = self._orders(choice)
-        self._budget = self._budget_from(choice)
         base = dataclasses.replace(choice, like=(choice,))
         found = self._searched(base, orders, _MOST_SETS)
         best = found, dataclasses.replace(base, float_layers=found.layers)
@@ -411,15 +415,15 @@ class Search:
             most_time=None if slower is None else slower / 100,
         )
 
-    def _budget_from(self, choice: Choice) -> _Budget:
-        """Return what the sets of float layers have to reach, with everything in INT8 to go by."""
+    @cached_property
+    def _budget(self) -> _Budget:
         drop, labelled = self._settings.max_ap_drop, self._labelled
         if labelled is not None:
             # Each model of a fold would do; labelled images are others anyway.
             least = 1.0 if drop is None else labelled(self._graph.model) - drop / 100
             return _Budget(lambda models: labelled(models[0]), "AP", least, 0.0)
         if drop is None:  # the best that the time allows
-            return _Budget(lambda models: 1 - self._mean_loss(models), "likeness", 1.0, 0.0)
+            return _Budget(self._confident, "agreement with float", 1.0, 0.0)
         budget = least_agreement(drop)
         values = [fold.judge.harmless_agreement() for fold in self._folds]
         harmless = sum(values) / len(values)
@@ -428,15 +432,8 @@ class Search:
             "mean of networks; it is assured where it holds in nine of ten draws of the images "
             f"(the float network's with itself, a little noise on the images: {harmless:.3f})"
         )
-        models = self._models(choice)
-        start, missing = self._mean_loss(models), 1 - assured_agreement(self._judged(models))
-
-        def assured(models: Sequence[onnx.ModelProto]) -> float:
-            # Of many sets that are tried, some agree well by chance; what they move tells more.
-            return 1 - missing * self._mean_loss(models) / start if start else 1 - missing
-
-        least = min(budget, harmless)
-        return _Budget(assured, "assured agreement with float", least, CLEAR_GAIN * missing)
+        name = "assured agreement with float"
+        return _Budget(self._assured, name, min(budget, harmless), _LEAST_GAIN)
 
     def _tell(self, found: Fallback, choice: Choice) -> None:
         """Say what was chosen, what it costs and what it falls short of, and keep that."""
@@ -527,6 +524,12 @@ class Search:
     def _mean_loss(self, models: Sequence[onnx.ModelProto]) -> float:
         losses = [fold.judge.loss(model) for fold, model in zip(self._folds, models, strict=True)]
         return sum(losses) / len(losses)
+
+    def _confident(self, models: Sequence[onnx.ModelProto]) -> float:
+        return pooled_agreement(self._judged(models), CONFIDENCES[-1:])
+
+    def _assured(self, models: Sequence[onnx.ModelProto]) -> float:
+        return assured_agreement(self._judged(models))
 
     def _judged(self, models: Sequence[onnx.ModelProto]) -> list[tuple[Judge, list[Detections]]]:
         return [

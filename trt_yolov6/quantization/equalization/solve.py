@@ -78,9 +78,6 @@ _STEPS = 20
 # Factors are rounded, in octaves, so that the last bits of the search do not show in the result.
 _PARTS_OF_OCTAVE = 64
 
-# Bits of a range that its middle is rounded to, likewise.
-_SHIFT_BITS = 11
-
 # No channel moves further than this.
 _MOST_OCTAVES = 16
 
@@ -184,10 +181,7 @@ def _middles(channels: ChannelMap, statistics: Mapping[str, TensorStatistics]) -
             np.minimum.at(low, sources, measured.low_per_channel)
             np.maximum.at(high, sources, measured.high_per_channel)
     seen = np.isfinite(low)
-    low, high = (np.where(seen, one, 0).astype(np.float64) for one in (low, high))
-    # The last bits of both differ from processor to processor.
-    step = np.exp2(np.frexp(high - low)[1] - _SHIFT_BITS)
-    middle = np.rint((low + high) / 2 / step) * step
+    middle = np.where(seen, (np.where(seen, low, 0) + np.where(seen, high, 0)) / 2, 0.0)
     # In float32, as the graph will have them.
     return {
         name: middle[channels.sources[name]].astype(np.float32).astype(np.float64)
