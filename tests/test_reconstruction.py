@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,12 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization import search
-from trt_yolov6.quantization.judge import Judge, batches_of
+from trt_yolov6.quantization.judge import batches_of
 from trt_yolov6.quantization.learned import as_built, learned_of, with_learned
 from trt_yolov6.quantization.pipeline import Calibrated, calibrate, quantize
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.reconstruction import reconstruct
+from trt_yolov6.quantization.resampling import Interval
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import learned_path, write_table
 from trt_yolov6.quantization.torch_graph import TorchGraph
@@ -141,18 +141,17 @@ def test_what_was_learned_is_stored_and_makes_the_same_graph(
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("gain", [0.06, 0.04])
+@pytest.mark.parametrize("gain", [0.02, -0.02])
 def test_what_is_learned_is_kept_only_if_it_is_clearly_better(
     tiny: Graph, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
-    losses = iter([1 - gain, 1.0])
-    monkeypatch.setattr(Judge, "loss", lambda *_: next(losses))
+    monkeypatch.setattr(search, "pooled_gain", lambda *_: Interval(gain, gain, gain))
     settings = dataclasses.replace(PLAIN, reconstruct_minutes=0.02)
     table = tmp_path / "tiny.calibration.json"
     result = quantize(tiny, folder, settings)
-    assert (result.table.learned is not None) == (gain > search.TOLERANCE)
+    assert (result.table.learned is not None) == (gain > 0)
     write_table(table, result.table)
-    assert learned_path(table).is_file() == (gain > search.TOLERANCE)
+    assert learned_path(table).is_file() == (gain > 0)
     again = quantize(tiny, folder, settings, table_file=table)
     assert "same model, images and settings" in again.note
     assert again.graph.model.SerializeToString() == result.graph.model.SerializeToString()
@@ -162,8 +161,7 @@ def test_what_is_learned_is_kept_only_if_it_is_clearly_better(
 def test_a_table_without_what_was_learned_is_made_again(
     tiny: Graph, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = itertools.cycle([0.5, 1.0])
-    monkeypatch.setattr(Judge, "loss", lambda *_: next(losses))
+    monkeypatch.setattr(search, "pooled_gain", lambda *_: Interval(1, 1, 1))
     settings = dataclasses.replace(PLAIN, reconstruct_minutes=0.01)
     table = tmp_path / "tiny.calibration.json"
     write_table(table, quantize(tiny, folder, settings).table)

@@ -38,6 +38,7 @@ from trt_yolov6.quantization.judge import (
     images_to_build_from,
     least_agreement,
     pooled_agreement,
+    pooled_gain,
     pooled_interval,
 )
 from trt_yolov6.quantization.learned import as_built, learned_of, with_learned
@@ -328,13 +329,11 @@ class Search:
         images = list(batches_of(self._graph, fold.split.calibrate, self._settings.border))
         raw = reconstruct(self._graph, fold.prepared.model, before, images, 60 * minutes)
         tuned, ranges = as_built(raw)
-        tried, least = self._keep("gradients", choice, [tuned], start), fold.judge.loss(before)
-        better = tried.loss < (1 - TOLERANCE) * least
-        _log.info(
-            f"tuned by gradients: {tried.said}, before {least:.4f}; "
-            f"{'kept' if better else 'not clearly better'}"
-        )
-        return (tuned, ranges) if better else None
+        gain = pooled_gain(*([(fold.judge, fold.judge.detections(m))] for m in (tuned, before)))
+        tried = self._keep("gradients", choice, [tuned], start)
+        better = "kept" if gain.low > 0 else "not clearly better"
+        _log.info(f"tuned by gradients: {tried.said}; {better}")
+        return (tuned, ranges) if gain.low > 0 else None
 
     def _with_float_layers(self, choice: Choice) -> Choice:
         """Choose the layers that stay in float, and ranges and weights again with them."""
