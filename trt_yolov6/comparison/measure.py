@@ -139,9 +139,7 @@ def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[lis
     return [
         [
             [*(round(value, 1) for value in box), round(score, 3), label]
-            for box, score, label in zip(
-                one.xyxy.tolist(), one.confidence.tolist(), one.class_id.tolist(), strict=True
-            )
+            for box, score, label in one.as_tuples()
             if score >= EXAMPLE_CONFIDENCE
         ]
         for one in found

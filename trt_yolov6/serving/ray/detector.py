@@ -6,7 +6,7 @@ import json
 import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,15 +46,6 @@ class Work:
 
 
 @dataclass(frozen=True)
-class FoundInPicture:
-    """Detections in one picture, for an evaluation."""
-
-    index: int
-    """Its place in the job."""
-    detections: Detections
-
-
-@dataclass(frozen=True)
 class Row:
     """One picture's row of the results.
 
@@ -72,8 +63,8 @@ class Row:
 class FoundInBlock:
     """Result for pictures that an actor processed together."""
 
-    pictures: tuple[FoundInPicture, ...] = ()
-    """Pictures of an evaluation; other jobs have `rows`."""
+    pictures: tuple[tuple[int, Detections], ...] = ()
+    """Places of the pictures of an evaluation, with the detections; other jobs have `rows`."""
     rows: tuple[Row, ...] = ()
     """Rows of the results; an evaluation has `pictures`."""
     failures: tuple[tuple[int, str], ...] = ()
@@ -81,10 +72,8 @@ class FoundInBlock:
     fault: str | None = None
     """Why the whole job cannot be done: a sentence."""
     notes: tuple[str, ...] = ()
-    read_seconds: float = 0.0
-    preprocess_seconds: float = 0.0
-    inference_seconds: float = 0.0
-    postprocess_seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by stage, see `Processed.stage_seconds`."""
 
 
 def table_of(value: Sequence[Item] | FoundInBlock) -> pyarrow.Table:
@@ -156,18 +145,16 @@ class Detector:
             block.rows += rows
             block.notes += tuple(step.notes)
             block.failures += tuple((index, str(why)) for (index, _), why in step.batch.failures)
-            block.read_seconds += step.batch.read_seconds
-            block.preprocess_seconds += step.batch.preprocess_seconds
-            block.inference_seconds += step.inference_seconds
-            block.postprocess_seconds += step.postprocess_seconds
+            for stage, seconds in step.stage_seconds.items():
+                block.stage_seconds[stage] = block.stage_seconds.get(stage, 0.0) + seconds
         return block
 
     def _finish(
         self, batch: Batch[Item], found: list[Detections]
-    ) -> tuple[tuple[FoundInPicture, ...], tuple[Row, ...]]:
+    ) -> tuple[tuple[tuple[int, Detections], ...], tuple[Row, ...]]:
         if self._work.is_evaluation:
-            pairs = zip(batch.items, found, strict=True)
-            return tuple(FoundInPicture(index, one) for (index, _), one in pairs), ()
+            indices = (index for index, _ in batch.items)
+            return tuple(zip(indices, found, strict=True)), ()
         rows = []
         for (index, picture), placed, one in zip(
             batch.items, batch.letterboxes, found, strict=True
