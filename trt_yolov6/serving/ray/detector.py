@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.coco import CocoImage, open_coco_image, read_coco_image
-from trt_yolov6.data.jpeg import Jpeg
+from trt_yolov6.data.images import read_image
+from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine, LoadOptions
@@ -21,7 +22,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.detection_files import described
 from trt_yolov6.runtime.predict import process
 from trt_yolov6.serving.ray.engine_files import load_here
-from trt_yolov6.serving.ray.pictures import RemotePicture, open_remote, read_remote
+from trt_yolov6.serving.ray.pictures import RemotePicture
 from trt_yolov6.spec import PredictOptions
 
 if TYPE_CHECKING:
@@ -169,17 +170,13 @@ class Detector:
 
 def _read(item: Item) -> NDArray[np.uint8]:
     picture = item[1]
-    return (
-        read_coco_image(picture)
-        if isinstance(picture, CocoImage)
-        else read_remote(picture.store, picture.path)
-    )
+    if isinstance(picture, CocoImage):
+        return read_coco_image(picture)
+    return read_image(*picture.source())
 
 
 def _open(item: Item) -> Jpeg | NDArray[np.uint8]:
     picture = item[1]
-    return (
-        open_coco_image(picture)
-        if isinstance(picture, CocoImage)
-        else open_remote(picture.store, picture.path)
-    )
+    if isinstance(picture, CocoImage):
+        return open_coco_image(picture)
+    return open_image(*picture.source())
