@@ -30,6 +30,7 @@ from trt_yolov6.common.machine import read_gpus, software_versions, timestamp
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.float16 import to_fp16
+from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place
 from trt_yolov6.spec import BatchProfile
@@ -159,7 +160,22 @@ def quantized(
 
 def _with_both_terms(model: onnx.ModelProto, placement: Placement) -> Placement:
     """Quantize what ReLUs write for sums, too."""
-    wanted = {node.input[0] for node in model.graph.node if node.op_type == "Add"}
+    return _with_terms(model, placement, last=True)
+
+
+def _with_both_but_last(model: onnx.ModelProto, placement: Placement) -> Placement:
+    """Quantize what ReLUs write for sums, except for those that only a concatenation reads."""
+    return _with_terms(model, placement, last=False)
+
+
+def _with_terms(model: onnx.ModelProto, placement: Placement, *, last: bool) -> Placement:
+    graph = GraphIndex(model)
+    wanted = {
+        node.input[0]
+        for node in graph.nodes
+        if node.op_type == "Add"
+        and (last or any(one.op_type != "Concat" for one in graph.readers(node.output[0])))
+    }
     order = ["images", *(node.output[0] for node in model.graph.node)]
     tensors = sorted(wanted.union(placement.tensors), key=order.index)
     return dataclasses.replace(placement, tensors=tuple(tensors))
@@ -173,6 +189,8 @@ def forms() -> dict[str, onnx.ModelProto]:
         found[f"{name}.fp16"] = to_fp16(row)
         found[f"{name}.int8"] = quantized(row)
         found[f"{name}.int8-both_terms"] = quantized(row, _with_both_terms)
+        if in_stack:
+            found[f"{name}.int8-both_but_last"] = quantized(row, _with_both_but_last)
         found[f"{name}.int8-convolution"] = quantized(shortcuts("convolution", in_stack=in_stack))
         found[f"{name}.int8-without"] = quantized(shortcuts("none", in_stack=in_stack))
     found["upsampling.fp16"] = to_fp16(upsampling("transposed"))
