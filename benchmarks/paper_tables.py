@@ -140,9 +140,10 @@ images, of the AP of all folds' detections together. Differences are paired: the
 and draws. "Agree" means that each interval of the difference excludes zero on the paper's side, \
 "contradict" on the other side, "cannot tell" that one includes zero.
 
-The seed of a fold is its number. What was trained twice, with 100 more, is marked "two seeds" and stands for the mean of both: \
-the luck of one that others are compared with would be in every difference. Where a network is \
-compared with itself, in INT8 or with other inputs, both are of the same seeds.
+The seed of a fold is its number. What was trained twice, with 100 more, is marked "two seeds" \
+and stands for the mean of both: the luck of one that others are compared with would be in every \
+difference. Where a network is compared with itself, in INT8 or with other inputs, both are of the \
+same seeds.
 """
 
 
@@ -252,12 +253,12 @@ def grid(number: str) -> str:
 
 
 NOTES = {
-    "11": "With the loss, ours have the whole head of v0.1: boxes are offsets and logarithms of sizes "
-    "from a cell's corner, and every score is multiplied by the objectness. More changes than the "
-    "loss.",
+    "11": "With the loss, ours have the whole head of v0.1: boxes are offsets and logarithms of "
+    "sizes from a cell's corner, and every score is multiplied by the objectness. More changes "
+    "than the loss.",
     "12": "Ours have 60 epochs in the place of 300, and 80 in that of 400.",
 }
-"""What has to be known of a table's trainings to compare them."""
+"""By number of the table: in what else our trainings differ from the paper's."""
 
 
 def verdict(theirs: float, ours: Mapping[str, Any]) -> str:
