@@ -252,10 +252,19 @@ def grid(number: str) -> str:
     return "\n".join(parts)
 
 
+_BLOCKS = (
+    "The paper's have VariFocal loss, GIoU and distribution focal loss here; ours their recipe's "
+)
+_LOSSES = "The paper's have focal loss and GIoU here, ours VariFocal loss and, in N, SIoU. "
 NOTES = {
-    "11": "With the loss, ours have the whole head of v0.1: boxes are offsets and logarithms of "
-    "sizes from a cell's corner, and every score is multiplied by the objectness. More changes "
-    "than the loss.",
+    "2": _BLOCKS + "losses: N and S without the last, N with SIoU.",
+    "4": _BLOCKS + "losses: N without the last, with SIoU.",
+    "6": _LOSSES,
+    "7": _LOSSES,
+    "10": _LOSSES + "With the paper's losses: [below](#besides-the-papers-tables).",
+    "11": _LOSSES + "With the paper's: [below](#besides-the-papers-tables). With objectness, ours "
+    "have the whole head of v0.1: boxes are offsets and logarithms of sizes from a cell's corner, "
+    "and every score is multiplied by the objectness.",
     "12": "Ours have 60 epochs in the place of 300, and 80 in that of 400.",
 }
 """By number of the table: in what else our trainings differ from the paper's."""
@@ -705,6 +714,15 @@ BESIDE = {
     ("n-default", "n-full"): "N, the default 300 epochs against the sample's 125",
     ("s-default", "s-full"): "S, the default 300 epochs against the sample's 125",
     ("m-distilled", "m"): "M with M as its teacher against M without",
+    **{
+        (f"{base}-{what}", base): f"{base[0].upper()} with {loss}, as the paper's Table {number} "
+        "has it (focal loss, GIoU)"
+        for what, loss, number in (
+            ("dfl", "distribution focal loss", 10),
+            ("objectness", "objectness", 11),
+        )
+        for base in ("n-focal-giou", "s-focal")
+    },
     ("n-dfl-longer", "n-longer"): "N with distribution focal loss against N without, 80 epochs",
     ("s-csp-longer", "s-longer"): "S of CSPStackRep against S of RepBlock, 80 epochs",
 }
