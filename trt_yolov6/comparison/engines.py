@@ -219,10 +219,7 @@ def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
         hashes = [found["engine_sha256"], found.get("manifest_sha256")]
         return file.is_file() and _hashes(file) == hashes
 
-    found: Mapping[str, Any] = work.steps.once(
-        "build", inputs, lambda: _build(work, case, choice, profile), is_whole
-    )
-    return found
+    return work.steps.once("build", inputs, lambda: _build(work, case, choice, profile), is_whole)
 
 
 def _hashes(engine: Path) -> list[str | None]:
