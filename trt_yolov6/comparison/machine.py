@@ -23,10 +23,7 @@ from trt_yolov6.engines import backend as backend_module
 def run_inputs(plan: Plan, backend: str, *packages: str) -> dict[str, Any]:
     """Return the environment of a measurement on a backend, as inputs of a step.
 
-    Args:
-        plan: threads and provider.
-        backend: its name.
-        packages: distributions whose version matters besides the backend's and NumPy's.
+    `packages` are distributions whose version matters besides the backend's and NumPy's.
     """
     return {
         "threads": plan.threads,

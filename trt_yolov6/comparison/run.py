@@ -146,7 +146,7 @@ def side_by_side(
 def _paired(
     results: Mapping[str, Any], folder: Path, baseline: Mapping[str, Any], baseline_folder: Path
 ) -> tuple[list[_Key], dict[_Key, tuple[Path, Path]]]:
-    """Return the engines that are the baseline's own, and the pairs of files to be timed in turns."""
+    """Return the engines that are the baseline's own, and the pairs of files to time in turns."""
     where = [
         {
             engine["engine"]: [

@@ -21,12 +21,9 @@ from trt_yolov6.reports.tables import CSV_HEAD, NOTHING, csv_rows, overview, qua
 
 
 def write_report(material: Material, path: str | Path, title: str = "") -> Path:
-    """Write a report in the form that the file's ending names.
+    """Write a report in the form that the file's ending names: `.html`, `.md` or `.csv`.
 
-    Args:
-        material: from `read_material`.
-        path: ends in `.html`, `.md` or `.csv`.
-        title: of the page; default: made from the data set and the models.
+    Without a `title`, the data set and the models make one.
 
     Raises:
         UserError: the ending is another one, or the file cannot be written.

@@ -233,8 +233,7 @@ def served_model(
 
     Args:
         engine: the file.
-        loading: the decoder and the pre-processing of an ONNX file without a manifest.
-        python: what an entry of the Python backend takes; None where Triton runs the engine itself.
+        loading, python: see `export_triton`.
 
     Raises:
         UserError: it is missing, damaged or no engine that Triton loads, or a plan without a

@@ -210,11 +210,9 @@ def evaluate_on_ray(
     Stage times are summed over the actors.
 
     Args:
-        engine: see `infer_on_ray`.
+        engine, options: see `infer_on_ray`.
         dataset: its images must lie at the same paths on every machine.
-        options: where it runs.
-        predict: thresholds, border and batch; default thresholds: as `evaluate`.
-        confusion: count which class objects are taken for.
+        predict, confusion: see `evaluate`.
 
     Raises:
         UserError: see `connected` and `evaluate`.
@@ -238,13 +236,7 @@ def evaluate_on_ray(
         if len(seen) < len(images):
             raise UserError(f"Ray lost {len(images) - len(seen)} images; start it again.")
 
-    return evaluate_found(
-        facts,
-        dataset,
-        found(),
-        progress=options.progress,
-        confusion=confusion,
-    )
+    return evaluate_found(facts, dataset, found(), progress=options.progress, confusion=confusion)
 
 
 def _resolved(
