@@ -123,23 +123,17 @@ def layer_times(
 
 
 def measure_ceilings(engine: Engine) -> Ceilings | None:
-    """Measure the ceilings of the device that an engine runs on, in a second or two.
-
-    Returns:
-        None for a GPU that PyTorch cannot use here.
-    """
+    """Measure the ceilings of an engine's device, in a second or two; see `gpu_ceilings`."""
     if engine.device == cpu_model():
         return cpu_ceilings(engine.threads)
     return gpu_ceilings()
 
 
 def cpu_ceilings(threads: int | None = None) -> Ceilings:
-    """Measure the CPU: ONNX Runtime's matrix product, and a copy with the same thread count.
+    """Measure the CPU: ONNX Runtime's matrix product, and a copy with as many threads.
 
-    Args:
-        threads: as an engine uses; None for ONNX Runtime's choice.
+    Without `threads`, the number is ONNX Runtime's choice.
     """
-
     shape = _MATRIX_SIDE, _MATRIX_SIDE
     matrix = f"float[{_MATRIX_SIDE}, {_MATRIX_SIDE}]"
     model = onnx.parser.parse_model(
@@ -165,8 +159,7 @@ def cpu_ceilings(threads: int | None = None) -> Ceilings:
 def gpu_ceilings() -> Ceilings | None:
     """Measure GPU 0 with PyTorch: a large copy, and large products in each precision it has.
 
-    Returns:
-        None where PyTorch is missing or sees no GPU.
+    Without PyTorch, or a GPU that it sees, there are none.
     """
     try:
         import torch

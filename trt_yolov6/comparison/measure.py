@@ -91,8 +91,7 @@ def accuracy(
                 "date": timestamp(),
             }
 
-    found: Mapping[str, Any] = work.steps.once("accuracy", inputs, measure)
-    return found
+    return work.steps.once("accuracy", inputs, measure)
 
 
 def _evaluated(work: Work, engine: Engine, name: str, dataset: CocoDataset) -> dict[str, Any]:
@@ -164,23 +163,18 @@ class Timings:
 
     rounds: Mapping[tuple[str, int], list[Round]]
     """By engine and batch size; the n-th rounds of all were side by side."""
-    clocks: tuple[Mapping[str, Any], ...]
-    """After each round, see `machine.clocks`."""
+    clocks: Mapping[str, Any]
+    """Clocks after the last round, see `machine.clocks`."""
 
 
 def measure_timings(
     work: Work, built: Sequence[BuiltCase], bar: tqdm[NoReturn], *, again: bool = False
 ) -> Timings:
-    """Measure all engines at all batch sizes in rounds; each round goes over all of them.
+    """Measure all engines at all batch sizes in rounds, each of which is a step of the bar.
 
     Every round is kept when it is done, so that an interrupted measurement loses one at most. All
-    of them together are one step: with another engine among them, they are measured again.
-
-    Args:
-        work: what the comparison's steps share.
-        built: the engines.
-        bar: of which each round is a step.
-        again: ignore cached measurements.
+    of them together are one step of the comparison: with another engine among them, or `again`,
+    they are measured again.
     """
     plan = work.plan
     inputs = {
@@ -220,7 +214,7 @@ def measure_timings(
             ]
             for one, batch in turns
         },
-        tuple(entry["clocks"] for entry in done),
+        done[-1]["clocks"],
     )
 
 
@@ -244,10 +238,7 @@ def measure_layers(work: Work, built: BuiltCase) -> Mapping[str, Any]:
         "batch": batch,
         **run_inputs(work.plan, built.case.backend),
     }
-    found: Mapping[str, Any] = work.steps.once(
-        "layers", inputs, lambda: _layers(work, built, batch)
-    )
-    return found
+    return work.steps.once("layers", inputs, lambda: _layers(work, built, batch))
 
 
 def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:

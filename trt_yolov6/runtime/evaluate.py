@@ -85,8 +85,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return a flat dictionary, ready for `json.dumps`; an undefined AP is null.
 
-        `wall_s` is the time in all. The other times are `StageSeconds`': `coco_s` sums up what
-        mostly overlaps the engine; only `tail_s` is spent after its last batch.
+        `wall_s` is the time in all, the other times are `StageSeconds`'.
         """
         return {
             "AP": self.ap,
@@ -133,10 +132,8 @@ def evaluate(
     Args:
         engine: any loaded engine.
         dataset: a split with the engine's classes, see `class_matching.match_classes`.
-        options: thresholds and more, without `clip`; default thresholds: `NmsSettings()`,
-            confidence 0.03 and IoU 0.65.
-        progress: show a progress bar on stderr.
-        confusion: count which class objects are taken for.
+        options: see `api.evaluate`; without `clip`.
+        progress, confusion: see `api.evaluate`.
         seen: called with each image and its detections, whose class ids are the data set's, without
             those of classes that the data set lacks.
 
@@ -264,12 +261,7 @@ def evaluate_found(
 ) -> Evaluation:
     """Measure the COCO AP of detections that come in batches, in any order, as `evaluate` does.
 
-    Args:
-        engine: that found them.
-        dataset: see `evaluate`.
-        batches: each image of the data set in one of them.
-        progress: show a progress bar on stderr.
-        confusion: count which class objects are taken for.
+    Each image of the data set is in one batch; the other arguments are those of `evaluate`.
 
     Raises:
         UserError: the classes do not match.
