@@ -68,10 +68,7 @@ def results_of(
         "ratios": _ratios(timings, built[0].name),
         "ceilings": list({one["device"]: one for one in ceilings}.values()),
         "layers": [
-            {
-                "engine": one.name,
-                **{key: found[key] for key in ("batch", "computed_in", "layers")},
-            }
+            {"engine": one.name, **{key: found[key] for key in ("batch", "computed_in", "layers")}}
             for one, found in named
             if "reason" not in found
         ],

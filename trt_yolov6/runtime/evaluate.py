@@ -153,12 +153,7 @@ def evaluate(
     ):
         annotated = pool.submit(matcher.annotated)
         for step in run(
-            engine,
-            dataset.images,
-            read_coco_image,
-            matcher,
-            options,
-            open_item=open_coco_image,
+            engine, dataset.images, read_coco_image, matcher, options, open_item=open_coco_image
         ):
             tally.engine_done = step.inference_end
             seconds = {**step.stage_seconds, "coco": step.finish_seconds}
