@@ -15,7 +15,7 @@ from typing import Any
 
 import trt_yolov6
 from trt_yolov6.common import machine
-from trt_yolov6.common.text import aligned, joined
+from trt_yolov6.common.text import aligned, joined, of_highest
 from trt_yolov6.engines import BACKENDS, backend, best_backend
 from trt_yolov6.engines.base import Availability
 from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8
@@ -252,14 +252,13 @@ def _abilities(available: Availability) -> str:
 
 
 def _cpu_text(cpu: machine.Cpu, clock: machine.CpuClock) -> str:
-    highest = f" of {clock.max_mhz:.0f}" if clock.max_mhz else ""
     return joined(
         cpu.model,
         cpu.architecture,
         cpu.cores is not None and f"{cpu.cores} cores",
         f"{cpu.threads} threads",
         cpu.quota is not None and f"limited to {cpu.quota:g} cores' time",
-        clock.mhz is not None and f"{clock.mhz:.0f}{highest} MHz",
+        clock.mhz is not None and f"{of_highest(clock.mhz, clock.max_mhz)} MHz",
         " ".join(cpu.instruction_sets),
     )
 
