@@ -70,6 +70,11 @@ DAMAGE = (
 """Exceptions that reading a damaged pickle or archive may raise."""
 
 
+def damaged(path: Path, what: str) -> UserError:
+    """Return the refusal of a file that is not as it was written."""
+    return UserError(f"{path} is damaged: {what}; copy or download it again.")
+
+
 class Shell:
     """An inert stand-in for an instance, or for the result of a call, of what a pickle names."""
 
@@ -132,10 +137,7 @@ def load_inert(content: bytes, path: Path) -> Any:
         _check_opcodes(content)
         return _InertUnpickler(content, path).load()
     except DAMAGE as error:
-        raise UserError(
-            f"{path} is damaged: its pickle cannot be read ({type(error).__name__}); "
-            "copy or download it again."
-        ) from error
+        raise damaged(path, f"its pickle cannot be read ({type(error).__name__})") from error
 
 
 class _InertUnpickler(pickle.Unpickler):
