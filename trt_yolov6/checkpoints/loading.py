@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from trt_yolov6.checkpoints.archive import TorchArchive
 from trt_yolov6.checkpoints.inert_pickle import EXPORT_IT, Shell, damaged
 from trt_yolov6.checkpoints.meituan.recognition import recognize, release
@@ -21,6 +19,7 @@ from trt_yolov6.checkpoints.native import Training, are_names, is_trained, read_
 from trt_yolov6.data.class_names import COCO_NAMES
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import ConvAct
+from trt_yolov6.models.fusion import is_fused
 from trt_yolov6.models.network import YOLOv6
 from trt_yolov6.models.variants import Architecture
 
@@ -104,8 +103,6 @@ def _class_names(archive: TorchArchive, root: Shell, count: int) -> tuple[str, .
 
 
 def _form(model: YOLOv6) -> Literal["training", "fused", "mixed"]:
-    fused = any(isinstance(module, ConvAct) for module in model.modules())
-    normalized = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    if fused and normalized:
-        return "mixed"
-    return "fused" if fused else "training"
+    if not any(isinstance(module, ConvAct) for module in model.modules()):
+        return "training"
+    return "fused" if is_fused(model) else "mixed"

@@ -24,7 +24,6 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from trt_yolov6 import __version__
 from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
@@ -39,6 +38,7 @@ from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.models import Architecture, YOLOv6, fold_shortcuts, fuse
 from trt_yolov6.models.decode import anchor_points, decode
 from trt_yolov6.models.head import HeadLevel
+from trt_yolov6.models.network import Raw
 from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout
 
 MIN_OPSET, DEFAULT_OPSET, MAX_OPSET = 17, 18, 23
@@ -165,17 +165,6 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
 # --- tracing ------------------------------------------------------------------------------------
 
 
-class _RawOutputs(nn.Module):
-    """The network with its per-level outputs flattened into one tuple, as the tracer wants them."""
-
-    def __init__(self, model: YOLOv6) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor for level in self.model.raw(images) for tensor in level)
-
-
 def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
     profile = settings.batch
     # torch.export takes up to four times as long over a free axis, so it is freed afterwards. Three
@@ -186,7 +175,7 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "torch.export"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            _RawOutputs(model).eval(),
+            Raw(model).eval(),
             (images,),
             input_names=["images"],
             output_names=_raw_names(model),

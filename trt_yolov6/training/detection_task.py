@@ -17,7 +17,7 @@ from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import BN_MOMENTUM
-from trt_yolov6.models.network import YOLOv6
+from trt_yolov6.models.network import Raw, YOLOv6
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.distributed import Processes, placed, with_common_statistics
 from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
@@ -164,17 +164,6 @@ def _training_data(
     return data
 
 
-class _Levels(nn.Module):
-    """The network with `raw` as its forward, which is what wrappers wrap."""
-
-    def __init__(self, model: YOLOv6) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> list[tuple[Tensor, ...]]:
-        return self.model.raw(images)
-
-
 def _is_graphed(
     settings: TrainSettings, device: torch.device, autocast: torch.dtype | None
 ) -> bool:
@@ -197,7 +186,7 @@ def _wrapped(
     """
     if settings.common_statistics:
         with_common_statistics(model, processes)
-    network: nn.Module = _Levels(model)
+    network: nn.Module = Raw(model)
     if settings.compile:
         network = torch.compile(network)  # type: ignore[assignment]
     if graphed_in is not None:
