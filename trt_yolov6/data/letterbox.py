@@ -76,7 +76,8 @@ def _mapped(
     mapped *= ratio
     np.maximum(mapped, 0 if clip else -_LARGEST, out=mapped)
     np.minimum(mapped, most if clip else _LARGEST, out=mapped)
-    return mapped.astype(np.float32)
+    result: NDArray[np.float32] = mapped.astype(np.float32)
+    return result
 
 
 @functools.lru_cache(maxsize=1024)

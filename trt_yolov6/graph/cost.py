@@ -136,13 +136,9 @@ class SizedGraph(GraphIndex):
         return self.constants[name]
 
 
-def layers_of(model: onnx.ModelProto) -> tuple[Layer, ...]:
+def layers_of(model: onnx.ModelProto | SizedGraph) -> tuple[Layer, ...]:
     """Return the convolutions and matrix products of a graph, in its order."""
-    return layers_in(SizedGraph(model))
-
-
-def layers_in(graph: SizedGraph) -> tuple[Layer, ...]:
-    """Return the layers of a graph, as `layers_of` does."""
+    graph = model if isinstance(model, SizedGraph) else SizedGraph(model)
     return tuple(_layer(graph, node) for node in graph.nodes if node.op_type in WEIGHTED_OPS)
 
 

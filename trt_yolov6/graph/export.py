@@ -457,18 +457,17 @@ def _finish(
     proto: onnx.ModelProto, name: str, class_names: Sequence[str], settings: ExportSettings
 ) -> None:
     """Stamp producer, opset and metadata, drop the tracer's notes, and check the graph."""
-    del proto.metadata_props[:]
-    for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output):
+    graph = proto.graph
+    del proto.metadata_props[:], graph.value_info[:]
+    parts: list[Any] = [*graph.node, *graph.input, *graph.output, *graph.initializer]
+    for part in parts:
         del part.metadata_props[:]
-    for part in (*proto.graph.value_info, *proto.graph.initializer):
-        del part.metadata_props[:]
-    for node in proto.graph.node:
+    for node in graph.node:
         node.doc_string = ""
-    del proto.graph.value_info[:]
     # Nothing in the graph differs between opset 17 and 18, so the lower one is only a stamp.
     proto.opset_import[0].version = settings.opset
     proto.producer_name, proto.producer_version = "trt-yolov6", __version__
-    proto.graph.name = name
+    graph.name = name
     for key, value in {
         "model": name,
         "names": json.dumps(list(class_names)),
