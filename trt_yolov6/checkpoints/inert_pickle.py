@@ -126,9 +126,7 @@ _CONTAINERS: dict[tuple[str, str], Callable[..., Any]] = {
 def load_inert(content: bytes, path: Path) -> Any:
     """Return the object tree of a pickle: plain values, containers, shells and storage references.
 
-    Args:
-        content: the pickle.
-        path: the file that it comes from, for the messages.
+    `path` is the file that it comes from, for messages.
 
     Raises:
         UserError: the pickle is damaged, or names what no checkpoint needs.

@@ -92,10 +92,7 @@ def upright_size(path: Path) -> tuple[int, int]:
 
 
 def read_encoded(source: str | Path | bytes, name: str | None = None) -> tuple[bytes, str]:
-    """Return an image's bytes, still encoded, and its name for messages.
-
-    Args:
-        source, name: as for `read_image`.
+    """Return an image's bytes, still encoded, and its name for messages; see `read_image`.
 
     Raises:
         UserError: the file cannot be read.

@@ -139,14 +139,9 @@ def fill_row(
     border: int = 0,
     preprocessing: Preprocessing = YOLOV6,
 ) -> Letterbox:
-    """Pre-process an image into its row of a batch.
+    """Pre-process an image, uint8 (height, width, 3) RGB of any size, into its row of a batch.
 
-    Args:
-        row: what an engine takes for one image, see `Engine.input`; written to.
-        image: uint8 (height, width, 3) RGB, of any size.
-        spec: the engine's input.
-        border: see `letterbox.fit`.
-        preprocessing: how images are prepared (`Engine.preprocessing`).
+    `row` is what an engine takes for one image (`Engine.input`, `Engine.preprocessing`).
 
     Returns:
         Where the image lies in the row.

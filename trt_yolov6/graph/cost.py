@@ -65,12 +65,7 @@ class Layer:
         return math.prod(self.weight_shape) if self.weight_shape else 0
 
     def bytes_moved(self, batch: int, element: int) -> int | None:
-        """Return the bytes that a batch reads and writes, input, weights and output once each.
-
-        Args:
-            batch: images.
-            element: bytes an element.
-        """
+        """Return the bytes that a batch reads and writes: input, weights and output once each."""
         return None if self.values is None else (self.values * batch + self.weights) * element
 
 
@@ -143,12 +138,7 @@ def layers_of(model: onnx.ModelProto | SizedGraph) -> tuple[Layer, ...]:
 
 
 def macs_per_input(node: onnx.NodeProto, weight_shape: Sequence[int]) -> int:
-    """Return the multiply-adds that a convolution does for each value that it reads, rounded down.
-
-    Args:
-        node: a Conv or ConvTranspose.
-        weight_shape: of its weights, in ONNX's order.
-    """
+    """Return the multiply-adds of a (transposed) convolution for each value read, rounded down."""
     if node.op_type == "ConvTranspose":
         return math.prod(weight_shape[1:])
     outputs = weight_shape[0] // attribute(node, "group", 1) * math.prod(weight_shape[2:])

@@ -288,15 +288,9 @@ def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
 def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return factor and shift that export folded into the box convolutions.
 
-    Strides are powers of two, so nothing is rounded. With DFL the softmax stands between, and the
-    factor has to be applied after it.
-
-    Args:
-        arch: says which head it is.
-        stride: of the level, in pixels.
-
-    Returns:
-        factor and shift, float32 (4 * (reg_max + 1),).
+    Both are float32 (4 * (reg_max + 1),), for the level of a stride. Strides are powers of two, so
+    nothing is rounded. With DFL the softmax stands between, and the factor has to be applied after
+    it.
     """
     channels = 4 * (arch.reg_max + 1)
     factor, shift = np.ones(channels, np.float32), np.zeros(channels, np.float32)

@@ -62,12 +62,7 @@ def detection_task(
 ) -> DetectionTask:
     """Load the data and make the network, its optimizer and its average.
 
-    Args:
-        settings: of the training.
-        folder: the run's; takes the report on the data.
-        processes: that train together.
-        progress: show a bar while the data is loaded.
-        scales: checkpoint of RepOptimizer's hyper-search.
+    The report on the data goes into `folder`; `scales` is a checkpoint of RepOptimizer's search.
 
     Raises:
         UserError: bad settings, data or checkpoint, or a device that cannot do what is asked.

@@ -66,8 +66,7 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     """Join the other processes of `torchrun`, if there are any, until the block ends.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one. Under torchrun each
-            process takes the GPU of its local rank.
+        device: see `chosen_device`; under torchrun each process takes the GPU of its local rank.
 
     Raises:
         UserError: there is no such device.

@@ -250,11 +250,7 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
 
 
 def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
-    """Return the settings with one field changed.
-
-    Args:
-        settings: what to start from.
-        assignment: such as `epochs=10`, `optimizer.momentum=0.9` or `ema_decay=none`.
+    """Return the settings with a field as `epochs=10` or `optimizer.momentum=0.9` assigns it.
 
     Raises:
         UserError: there is no such field, or the value does not fit it.
@@ -294,11 +290,7 @@ def _assignment_error(text: str) -> UserError:
 
 
 def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
-    """Return the settings that `to_json` wrote.
-
-    Args:
-        value: what was read.
-        source: where from, for the message.
+    """Return the settings that `to_json` wrote; `source` says where, in messages.
 
     Raises:
         UserError: it is something else, or of another version.
