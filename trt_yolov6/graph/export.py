@@ -12,6 +12,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import warnings
@@ -178,7 +179,7 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
             Raw(model).eval(),
             (images,),
             input_names=["images"],
-            output_names=_raw_names(model),
+            output_names=list(itertools.chain(*raw_names(model.arch))),
             opset_version=max(settings.opset, 18),
             dynamo=True,
             optimize=True,
@@ -209,9 +210,10 @@ def _free_batch(proto: onnx.ModelProto, batch: int) -> None:
             replace_tensor(item, shape)
 
 
-def _raw_names(model: YOLOv6) -> list[str]:
-    kinds = ("cls", "reg", "obj") if model.arch.head == "offset" else ("cls", "reg")
-    return [f"{kind}_{stride}" for stride in model.arch.strides for kind in kinds]
+def raw_names(arch: Architecture) -> tuple[tuple[str, ...], ...]:
+    """Return the names that the outputs of `YOLOv6.raw` have in an exported graph, by level."""
+    kinds = ("cls", "reg", "obj") if arch.head == "offset" else ("cls", "reg")
+    return tuple(tuple(f"{kind}_{stride}" for kind in kinds) for stride in arch.strides)
 
 
 @contextlib.contextmanager

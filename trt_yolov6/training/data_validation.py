@@ -19,31 +19,19 @@ from numpy.typing import NDArray
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.class_matching import order_by_name
-from trt_yolov6.data.coco import CocoImage, Kind, Problem, read_annotations, read_coco_image
+from trt_yolov6.data.coco import (
+    CocoImage,
+    DataReport,
+    Kind,
+    Problem,
+    read_annotations,
+    read_coco_image,
+)
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import default_workers
 from trt_yolov6.errors import UserError
 
 OnBadData = Literal["refuse", "skip"]
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """Findings in a split."""
-
-    annotation_file: Path
-    images: int
-    """Images the file lists."""
-    annotations: int
-    """Annotations the file lists."""
-    problems: tuple[Problem, ...]
-    """Problems that must be corrected or left out."""
-    clipped: tuple[Problem, ...]
-    """Boxes that reach beyond their image: cut off at its edge, kept."""
-    crowds: int
-    """Annotations of crowds, which are not trained on."""
-    empty_images: int
-    """Images that are left without an object: trained on as background."""
 
 
 class BadDataError(UserError):
@@ -107,21 +95,13 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
     found = read_annotations(folder, split, crowds=False)
     dataset = found.dataset
     objects = dataset.grouped(found.corners).values()
-    images, annotations = found.listed
+    empty_images = sum(not len(boxes) for boxes, _ in objects)
     return CheckedSplit(
         images=dataset.images,
         class_names=dataset.class_names,
         boxes=tuple(boxes for boxes, _ in objects),
         classes=tuple(classes for _, classes in objects),
-        report=DataReport(
-            annotation_file=dataset.annotation_file,
-            images=images,
-            annotations=annotations,
-            problems=found.problems,
-            clipped=found.clipped,
-            crowds=found.crowds,
-            empty_images=sum(not len(boxes) for boxes, _ in objects),
-        ),
+        report=dataclasses.replace(found.report, empty_images=empty_images),
     )
 
 

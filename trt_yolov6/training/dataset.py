@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trt_yolov6.data.coco import CocoImage
+from trt_yolov6.data.coco import CocoImage, DataReport
 from trt_yolov6.data.letterbox import Letterbox, fill, fit
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.augmentation import (
@@ -28,7 +28,6 @@ from trt_yolov6.training.augmentation import (
 )
 from trt_yolov6.training.data_validation import (
     CheckedSplit,
-    DataReport,
     OnBadData,
     decode,
     in_order,

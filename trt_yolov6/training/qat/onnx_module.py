@@ -8,6 +8,7 @@ weights and into the ranges, and `insert_qdq` makes of them what it makes of cal
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import replace_tensor
-from trt_yolov6.graph.export import box_factors
+from trt_yolov6.graph.export import box_factors, raw_names
 from trt_yolov6.graph.index import GraphIndex, attributes, tensor_value
 from trt_yolov6.graph.operators import CODE_PRESERVING_OPS, CONVOLUTIONS, layer_names, weight_axis
 from trt_yolov6.models.variants import Architecture
@@ -95,10 +96,7 @@ class GraphNetwork(nn.Module):
         self.features = tuple(features)
         self._model = model
         self._quantization = quantization
-        kinds = ("cls", "reg", "obj") if arch.head == "offset" else ("cls", "reg")
-        self._outputs = tuple(
-            tuple(f"{kind}_{stride}" for kind in kinds) for stride in arch.strides
-        )
+        self._outputs = raw_names(arch)
         constants = {item.name: np.array(tensor_value(item)) for item in model.graph.initializer}
         nodes = _needed(model, {name for level in self._outputs for name in level})
         self._input = _first_input(nodes, constants)
@@ -198,8 +196,7 @@ class GraphNetwork(nn.Module):
 
     def raw(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """Run without features: the same as `YOLOv6.raw`."""
-        levels, _ = self.forward(images)
-        return levels
+        return self.forward(images)[0]
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of learned scales; empty where they are fixed."""
@@ -365,11 +362,11 @@ def feature_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
     neck, what the neck hands to the head, and what the head's predictions are made of. The graph's
     nodes are named after the network's modules.
     """
-    made_in = {name: node.name.split(".")[0] for node in model.graph.node for name in node.output}
-    made_in = {name: room.split("/")[0] for name, room in made_in.items()}
+    rooms = [re.split("[./]", node.name)[0] for node in model.graph.node]
+    nodes = list(zip(model.graph.node, rooms, strict=True))
+    made_in = {name: room for node, room in nodes for name in node.output}
     features: dict[str, None] = {}
-    for node in model.graph.node:
-        room = node.name.split(".")[0].split("/")[0]
+    for node, room in nodes:
         for name in node.input:
             source = made_in.get(name, "")
             if (source, room) in (("backbone", "neck"), ("neck", "head")) or (
