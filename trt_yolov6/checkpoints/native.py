@@ -56,10 +56,7 @@ class Training:
 
 
 def write_checkpoint(
-    path: str | Path,
-    model: YOLOv6,
-    class_names: tuple[str, ...],
-    training: Training,
+    path: str | Path, model: YOLOv6, class_names: tuple[str, ...], training: Training
 ) -> None:
     """Write a network in training form, whole or not at all.
 

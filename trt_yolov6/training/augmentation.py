@@ -223,12 +223,7 @@ def _affine(
 
 
 def _single_layers(
-    rows: Indices,
-    images: Indices,
-    sizes: Indices,
-    affine: Floats,
-    size: int,
-    border: int,
+    rows: Indices, images: Indices, sizes: Indices, affine: Floats, size: int, border: int
 ) -> Layers:
     """Put each image in the middle of a picture and then apply its matrix."""
     placed = [fit((int(h), int(w)), (size, size), border) for h, w in sizes[images]]
@@ -241,12 +236,7 @@ def _single_layers(
 
 
 def _mosaic_layers(
-    rows: Indices,
-    images: Indices,
-    sizes: Indices,
-    numbers: Floats,
-    affine: Floats,
-    size: int,
+    rows: Indices, images: Indices, sizes: Indices, numbers: Floats, affine: Floats, size: int
 ) -> Layers:
     """Add three random images to each, shuffle the four, and choose the seam.
 
@@ -321,10 +311,7 @@ def worth_keeping(whole: Floats, inside: Floats) -> NDArray[np.bool_]:
 
 
 def make_pictures(
-    plan: BatchPlan,
-    gather: Callable[[Indices], Tensor],
-    device: torch.device,
-    chunk: int,
+    plan: BatchPlan, gather: Callable[[Indices], Tensor], device: torch.device, chunk: int
 ) -> Tensor:
     """Make the pictures of a batch.
 

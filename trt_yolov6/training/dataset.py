@@ -201,9 +201,7 @@ def load_training_set(
         [one.resized for one in placed], image_size, device, checked.report.annotation_file
     )
     report, good = decode(
-        checked,
-        lambda index, pixels: _keep(store[index], pixels, placed[index]),
-        progress=progress,
+        checked, lambda index, pixels: _keep(store[index], pixels, placed[index]), progress=progress
     )
     settle(report, on_bad_data, report_file)
     for new, old in enumerate(good):
@@ -267,7 +265,7 @@ def _allocate(
     if free is not None and needed > free:
         raise UserError(
             f"{file} takes {needed / 1e9:.1f} GB of memory at {image_size} pixels and "
-            f"{free / 1e9:.1f} GB are free; give a smaller `image_size` or a part of the data set.",
+            f"{free / 1e9:.1f} GB are free; give a smaller `image_size` or a part of the data set."
         )
     if device.type == "cuda":
         # More than may be pinned still works, with slower copies.

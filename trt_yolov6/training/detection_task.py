@@ -127,7 +127,7 @@ def _check_device(settings: TrainSettings, processes: Processes) -> None:
     if settings.batch % processes.world:
         raise UserError(
             f"a batch of {settings.batch} cannot be shared equally by {processes.world} processes; "
-            "give a `batch` that can.",
+            "give a `batch` that can."
         )
     if settings.compile and processes.device.type != "cuda":
         # PyTorch 2.13: the compiled backward pass of this network corrupts memory on a CPU.
@@ -170,10 +170,7 @@ def _is_graphed(
 
 
 def _wrapped(
-    model: YOLOv6,
-    settings: TrainSettings,
-    processes: Processes,
-    graphed_in: torch.dtype | None,
+    model: YOLOv6, settings: TrainSettings, processes: Processes, graphed_in: torch.dtype | None
 ) -> nn.Module:
     """Return the network from images to raw levels, compiled, graphed and parallel as asked for.
 

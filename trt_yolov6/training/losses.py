@@ -449,9 +449,7 @@ def _bins(regression: Tensor, reg_max: int) -> Tensor:
 
 
 def _check_shapes(
-    levels: Sequence[tuple[Tensor, ...]],
-    image_size: int | tuple[int, int],
-    strides: Sequence[int],
+    levels: Sequence[tuple[Tensor, ...]], image_size: int | tuple[int, int], strides: Sequence[int]
 ) -> None:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     for level, stride in zip(levels, strides, strict=True):

@@ -46,12 +46,7 @@ class Plan:
 
 
 def make_plan(
-    images: int,
-    *,
-    batch: int,
-    epochs: int,
-    warmup_epochs: float,
-    accumulate: int | None = None,
+    images: int, *, batch: int, epochs: int, warmup_epochs: float, accumulate: int | None = None
 ) -> Plan:
     """Lay out a training.
 

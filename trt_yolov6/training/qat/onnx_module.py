@@ -463,9 +463,7 @@ def _folded(nodes: Sequence[onnx.NodeProto], arch: Architecture) -> dict[str, _F
 
 
 def _units(
-    nodes: Sequence[onnx.NodeProto],
-    constants: Mapping[str, NDArray[Any]],
-    bits: Mapping[str, int],
+    nodes: Sequence[onnx.NodeProto], constants: Mapping[str, NDArray[Any]], bits: Mapping[str, int]
 ) -> dict[str, NDArray[np.float32]]:
     """Return the units of layers' weights and biases during training.
 
