@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from trt_yolov6.common.ranges import Share, check_fields
+from trt_yolov6.common.ranges import Checked, Share
 from trt_yolov6.data.letterbox import GRAY, fit
 from trt_yolov6.models.variants import architecture
 
@@ -44,7 +44,7 @@ MAX_ASPECT = 20.0
 
 
 @dataclass(frozen=True)
-class AugmentationSettings:
+class AugmentationSettings(Checked):
     """Augmentation settings; the defaults are the authors' for N, T and S.
 
     Source: the configurations of meituan/YOLOv6 v0.2 (`data_aug`); see `augmentation_for`.
@@ -78,9 +78,6 @@ class AugmentationSettings:
     border: Annotated[int, Meta(ge=0)] = 0
     """Gray pixels left on every side of a picture that is not a mosaic, as in `letterbox.fit`: the
     gray border of the paper's Section 2.4.3."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def augmentation_for(variant: str) -> AugmentationSettings:

@@ -17,7 +17,7 @@ from msgspec import Meta
 from torch import Tensor
 from torch.nn import functional as F
 
-from trt_yolov6.common.ranges import Count, NotNegative, Positive, check_fields
+from trt_yolov6.common.ranges import Checked, Count, NotNegative, Positive
 from trt_yolov6.detectors.box_similarity import similarity
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import anchor_points, decode, joined
@@ -38,7 +38,7 @@ _SMALL_VARIANTS = ("yolov6n", "yolov6t")
 
 
 @dataclass(frozen=True)
-class LossSettings:
+class LossSettings(Checked):
     """Which losses, weighed how; every value is a plain name or number, so JSON holds it.
 
     Raises:
@@ -62,12 +62,9 @@ class LossSettings:
     poly_epsilon: Annotated[float, Meta(gt=-1, le=sys.float_info.max)] = 1.0
     """Weight of the term that poly loss adds to focal loss."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True)
-class DistillationSettings:
+class DistillationSettings(Checked):
     """Self-distillation (paper, 2.4.2): how the student is held to the teacher.
 
     The classes are independent sigmoids, so theirs is the Kullback-Leibler divergence of each
@@ -88,9 +85,6 @@ class DistillationSettings:
     """Divides the class logits."""
     box_temperature: Positive = 20.0
     """Divides the logits of the distance bins (20: the authors' released value)."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)

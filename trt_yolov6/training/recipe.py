@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from trt_yolov6.checkpoints.loading import Checkpoint
-from trt_yolov6.common.ranges import Count, ShareBelow1, check_fields, fitting
+from trt_yolov6.common.ranges import Checked, Count, ShareBelow1, fitting
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
@@ -58,7 +58,7 @@ class ArchitectureOptions:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Checked):
     """All that decides the weights which a training ends with, but for the machine.
 
     `recipe_for` fills in the paper's values for a variant.
@@ -112,7 +112,7 @@ class TrainSettings:
     """On a GPU, take only algorithms that give the same bits every time; slower."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         _check(self)
 
     def to_json(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trt_yolov6.checkpoints.loading import Checkpoint
-from trt_yolov6.common.ranges import Count, check_fields
+from trt_yolov6.common.ranges import Checked, Count
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import ScaledRepConv
 from trt_yolov6.models.network import YOLOv6
@@ -33,7 +33,7 @@ _MULTIPLIER = "multiplier"
 
 
 @dataclass(frozen=True)
-class RepOptimizerSettings:
+class RepOptimizerSettings(Checked):
     """Where the scales come from: a finished search, or one that the training begins with."""
 
     scales: str | None = None
@@ -42,7 +42,7 @@ class RepOptimizerSettings:
     """Length of the search; None: as long as the training itself."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.scales is not None and self.search_epochs is not None:
             raise UserError(
                 f"the scales are there already, in {self.scales}; leave `search_epochs` out."
