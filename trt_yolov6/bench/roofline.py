@@ -109,35 +109,17 @@ def layer_times(
         plain = _KERNEL_ENDINGS.sub("", kernel)
         name = work.owners.get(kernel) or work.owners.get(plain) or kernel
         seconds[name] = seconds.get(name, 0.0) + taken
-    return [
-        _layer_time(name, taken, layers.get(name), batch, ceilings, computed_in)
-        for name, taken in seconds.items()
-    ]
-
-
-def _layer_time(
-    name: str,
-    seconds: float,
-    layer: Layer | None,
-    batch: int,
-    ceilings: Ceilings | None,
-    computed_in: str,
-) -> LayerTime:
-    if layer is None:
-        return LayerTime(name, "", "", seconds, None, "")
-    precision = computed_in or layer.precision
-    least = ceilings.seconds(layer, batch, precision) if ceilings else None
-    if least is None:
-        return LayerTime(name, layer.operator, layer.precision, seconds, None, "")
-    arithmetic, memory = least
-    return LayerTime(
-        name=name,
-        operator=layer.operator,
-        precision=layer.precision,
-        seconds=seconds,
-        roofline=max(arithmetic, memory),
-        bound="arithmetic" if arithmetic >= memory else "memory",
-    )
+    found = []
+    for name, taken in seconds.items():
+        layer, roofline, bound = layers.get(name), None, ""
+        if layer is not None and ceilings is not None:
+            least = ceilings.seconds(layer, batch, computed_in or layer.precision)
+            if least is not None:
+                roofline = max(least)
+                bound = "arithmetic" if least[0] == roofline else "memory"
+        operator, precision = (layer.operator, layer.precision) if layer else ("", "")
+        found.append(LayerTime(name, operator, precision, taken, roofline, bound))
+    return found
 
 
 def measure_ceilings(engine: Engine) -> Ceilings | None:

@@ -88,11 +88,6 @@ class RoundsSummary:
     """Share of the runs' time that threads waited for a processor; None: unknown."""
 
 
-def round_from_json(value: Any) -> Round:
-    """Return the round that `Round.to_json` gave."""
-    return Round(tuple(value["seconds"]), tuple(value["waited"]), value["date"])
-
-
 def measure_round(load: Load, batch: int, seconds: float) -> Round:
     """Load an engine, run it for a while on resident random input, and close it.
 

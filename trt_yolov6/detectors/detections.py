@@ -77,6 +77,11 @@ class Detections:
     def __iter__(self) -> Iterator[Detection]:
         return (self[index] for index in range(len(self)))
 
+    def as_tuples(self) -> Iterator[tuple[list[float], float, int]]:
+        """Yield box, score and class id of each, as Python's own numbers."""
+        arrays = self.xyxy, self.confidence, self.class_id
+        yield from zip(*(array.tolist() for array in arrays), strict=True)
+
     @overload
     def __getitem__(self, index: int | np.integer[Any]) -> Detection: ...
     @overload

@@ -17,6 +17,7 @@ from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import BN_MOMENTUM
+from trt_yolov6.models.fusion import fuse
 from trt_yolov6.models.network import Raw, YOLOv6
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.distributed import Processes, placed, with_common_statistics
@@ -238,7 +239,7 @@ def _teacher(
             f"the teacher {checkpoint.path} predicts boxes in another way than the student; give "
             "one with the same head and the same DFL bins."
         )
-    return placed(checkpoint.model, device).eval().requires_grad_(False)
+    return placed(fuse(checkpoint.model), device).requires_grad_(False)
 
 
 def _losses(

@@ -230,16 +230,13 @@ def evaluate_on_ray(
             actors = _actors(ray, facts, options)
             work = _work(ray, files, facts, predict, actors, options, is_evaluation=True)
             for block in _blocks(ray, work, actors, list(enumerate(images))):
-                fresh = [one for one in block.pictures if one.index not in seen]
-                seen.update(one.index for one in fresh)
+                fresh = {index: one for index, one in block.pictures if index not in seen}
+                seen.update(fresh)
                 yield FoundBatch(
-                    images=tuple(dataset.images[one.index] for one in fresh),
-                    detections=tuple(one.detections for one in fresh),
+                    images=tuple(dataset.images[index] for index in fresh),
+                    detections=tuple(fresh.values()),
                     notes=block.notes,
-                    read_seconds=block.read_seconds,
-                    preprocess_seconds=block.preprocess_seconds,
-                    inference_seconds=block.inference_seconds,
-                    postprocess_seconds=block.postprocess_seconds,
+                    stage_seconds=block.stage_seconds,
                 )
         if len(seen) < len(images):
             raise UserError(f"Ray lost {len(images) - len(seen)} images; start it again.")
