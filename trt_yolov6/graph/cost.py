@@ -83,13 +83,7 @@ class Ceilings:
     def seconds(self, layer: Layer, batch: int, precision: str) -> tuple[float, float] | None:
         """Return the least time that a layer's arithmetic and its memory traffic take, apart.
 
-        Args:
-            layer: its precision is not looked at.
-            batch: images.
-            precision: what it is computed in, and the size of an element.
-
-        Returns:
-            None where the layer's work or the ceiling is unknown.
+        Both are in `precision`, whatever the layer's; None where work or ceiling is unknown.
         """
         moved = layer.bytes_moved(batch, ELEMENT_BYTES.get(precision, 4))
         if layer.flops is None or moved is None or precision not in self.flops:

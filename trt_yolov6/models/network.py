@@ -24,10 +24,7 @@ class YOLOv6(nn.Module):
         self.head = DecoupledHead(arch)
 
     def raw(self, images: Tensor) -> list[tuple[Tensor, ...]]:
-        """Run the network without decoding.
-
-        Args:
-            images: (batch, 3, h, w), RGB in 0..1; h and w are multiples of `arch.size_multiple`.
+        """Run the network without decoding on images: (batch, 3, h, w), RGB in 0..1.
 
         Returns:
             For each of `arch.strides`: class logits (batch, classes, h', w'), regression

@@ -67,7 +67,6 @@ def task_aligned(scores: Tensor, boxes: Tensor, points: Tensor, targets: Targets
         scores: float (batch, anchors, classes), predicted, in 0..1.
         boxes: float (batch, anchors, 4), predicted, xyxy in pixels.
         points: float (anchors, 2), x and y of the anchors in pixels.
-        targets: the objects.
     """
     scores, boxes, points = scores.float(), boxes.float(), points.float()
 
@@ -112,10 +111,8 @@ def atss(
         points: float (anchors, 2), x and y in pixels, level after level.
         strides: float (anchors,), pixels.
         sizes_per_level: number of anchors of each level.
-        targets: the objects.
         boxes: float (batch, anchors, 4), predicted, xyxy in pixels; their IoU with the object
             becomes the soft target. None: the target is 1.
-        num_classes: classes there are.
     """
     points, reach = points.float(), ATSS_ANCHOR_SIZE / 2 * strides.float().unsqueeze(-1)
     anchor_boxes = torch.cat((points - reach, points + reach), dim=-1)
@@ -152,7 +149,6 @@ def simota(
         boxes: float (batch, anchors, 4), predicted, xyxy in pixels.
         points: float (anchors, 2), x and y in pixels.
         strides: float (anchors,), pixels.
-        targets: the objects.
     """
     scores, boxes, points = scores.float(), boxes.float(), points.float()
     reach = SIMOTA_RADIUS * strides.float().unsqueeze(-1)
@@ -192,14 +188,10 @@ def _labels(
     num_classes: int,
     boxes: Tensor | None = None,
 ) -> Assignment:
-    """Label anchors, of as many images at a time as `_PAIRS_AT_ONCE` allows.
+    """Label anchors by `match`, for as many images at a time as `_PAIRS_AT_ONCE` allows.
 
-    Args:
-        match: takes images and their objects; returns foreground, matched and quality of anchors.
-        targets: the objects.
-        anchors: number of an image's.
-        num_classes: classes there are.
-        boxes: predicted ones; their IoU with the object is a factor of the quality.
+    It takes images and their objects, and returns foreground, matched and quality of each anchor,
+    of which the IoU of `boxes`, the predicted ones, with the object is a factor.
     """
     if not targets.present.shape[1]:  # not a single row of objects: one of padding
         targets = Targets(

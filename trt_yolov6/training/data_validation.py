@@ -108,9 +108,7 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
 def in_order(checked: CheckedSplit, names: Sequence[str]) -> CheckedSplit:
     """Return a split with its classes in a network's order, where it has the same by name.
 
-    Args:
-        checked: returned as it is where the names differ, or the order does not.
-        names: of the network's classes.
+    It is returned as it is where the names differ, or the order does not.
     """
     found = np.concatenate([np.empty(0, np.int64), *checked.classes])
     used = np.bincount(found, minlength=len(checked.class_names)) > 0
@@ -132,10 +130,8 @@ def decode(
     """Decode the images of a split in threads and hand each to `use`.
 
     Args:
-        checked: the split.
         use: takes an image's place in the split and its pixels, uint8 (height, width, 3) RGB of
             the recorded size; called from several threads, in any order.
-        progress: show a bar, on a terminal.
 
     Returns:
         The report on the whole split, and the places of the images that could be used.

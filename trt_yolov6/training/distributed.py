@@ -65,8 +65,7 @@ class Processes:
 def joined(device: str | None = None) -> Iterator[Processes]:
     """Join the other processes of `torchrun`, if there are any, until the block ends.
 
-    Args:
-        device: see `chosen_device`; under torchrun each process takes the GPU of its local rank.
+    Each of these takes the GPU of its local rank; `device` is otherwise as for `chosen_device`.
 
     Raises:
         UserError: there is no such device.

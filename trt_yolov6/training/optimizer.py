@@ -86,8 +86,6 @@ def make_optimizer(
     """Return the optimizer of a network, with the three groups of `parameter_groups`.
 
     Args:
-        model: in training form.
-        settings: learning rate, momentum, decay.
         batch: images a step, of all processes together.
         fused: one kernel for all parameters, on a GPU.
         multipliers: of gradients, by parameter name: RepOptimizer's.

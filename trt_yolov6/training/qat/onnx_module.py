@@ -132,10 +132,7 @@ class GraphNetwork(nn.Module):
         self._steps = self._compiled(nodes)
 
     def forward(self, images: Tensor) -> tuple[list[tuple[Tensor, ...]], list[Tensor]]:
-        """Compute.
-
-        Args:
-            images: float32 (batch, 3, h, w), RGB in 0..1.
+        """Compute on images: float32 (batch, 3, h, w), RGB in 0..1.
 
         Returns:
             The head's raw outputs as `YOLOv6.raw` gives them, and the features as they are before
@@ -377,15 +374,10 @@ def feature_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def weight_scale(weights: Tensor, axis: int, bits: int) -> Tensor:
-    """Return a scale for each output channel, (n, 1, 1, 1) or (1, n, 1, 1).
+    """Return a scale for each output channel: (n, 1, 1, 1) or, where `axis` is 1, (1, n, 1, 1).
 
-    That of the largest magnitude for 8 bits, as `insert_qdq` takes; for fewer bits the one of the
-    least squared error, of 64 that clip more and more.
-
-    Args:
-        weights: float32 (n, m, h, w), or (m, n, h, w) with axis 1.
-        axis: of the output channels.
-        bits: 2..8.
+    That of the largest magnitude for 8 bits, as `insert_qdq` takes; for fewer bits, 2 at least, the
+    one of the least squared error, of 64 that clip more and more.
     """
     shape = [1] * weights.ndim
     shape[axis] = weights.shape[axis]
