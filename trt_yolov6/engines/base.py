@@ -37,6 +37,8 @@ class Availability:
     version: str | None
     detail: str
     """One line: the device it would use, or what is missing and how to get it."""
+    remedy: str = ""
+    """Advice of `doctor` on what to install; empty when there is nothing to gain."""
 
 
 @dataclass(frozen=True)
