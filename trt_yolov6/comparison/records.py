@@ -124,10 +124,7 @@ def _timing(built: BuiltCase, batch: int, rounds: Sequence[Round], device: str) 
         },
         "throughput_fps": batch / summary.latency.value,
         "throughput_interval": [batch / high, batch / low if low > 0 else None],
-        "runs": summary.runs,
-        "quiet_runs": summary.quiet_runs,
-        "disturbed": summary.disturbed,
-        "waited": summary.waited,
+        **{key: getattr(summary, key) for key in ("runs", "quiet_runs", "disturbed", "waited")},
         "date": rounds[-1].date,
     }
 
