@@ -59,18 +59,22 @@ class Kernels:
         if function is None:
             function = _check_driver(driver.cuModuleGetFunction(self._module, name.encode()))
             self._functions[name] = function
+        arguments = (tuple(values), tuple(types))
+        if not (early and self._begin_early):
+            _check_driver(
+                driver.cuLaunchKernel(function, *grid, *block, 0, stream.handle, arguments, 0)
+            )
+            return
+        allowed = driver.CUlaunchAttributeValue()
+        allowed.programmaticStreamSerializationAllowed = 1
+        attribute, kinds = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
+        attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value = allowed
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = block
         config.hStream = driver.CUstream(stream.handle)
-        if early and self._begin_early:
-            allowed = driver.CUlaunchAttributeValue()
-            allowed.programmaticStreamSerializationAllowed = 1
-            attribute, kinds = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
-            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value = allowed
-            config.attrs, config.numAttrs = [attribute], 1
-        arguments = (tuple(values), tuple(types))
+        config.attrs, config.numAttrs = [attribute], 1
         _check_driver(driver.cuLaunchKernelEx(config, function, arguments, 0))
 
 
