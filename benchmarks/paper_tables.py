@@ -255,14 +255,14 @@ def grid(number: str) -> str:
 _BLOCKS = (
     "The paper's have VariFocal loss, GIoU and distribution focal loss here; ours their recipe's "
 )
-_LOSSES = "The paper's have focal loss and GIoU here, ours VariFocal loss and, in N, SIoU. "
+_LOSSES = "The paper's have focal loss and GIoU here, ours VariFocal loss and, in N, SIoU."
 NOTES = {
     "2": _BLOCKS + "losses: N and S without the last, N with SIoU.",
     "4": _BLOCKS + "losses: N without the last, with SIoU.",
     "6": _LOSSES,
     "7": _LOSSES,
-    "10": _LOSSES + "With the paper's losses: [below](#besides-the-papers-tables).",
-    "11": _LOSSES + "With the paper's: [below](#besides-the-papers-tables). With objectness, ours "
+    "10": _LOSSES + " With the paper's losses: [below](#besides-the-papers-tables).",
+    "11": _LOSSES + " With the paper's: [below](#besides-the-papers-tables). With objectness, ours "
     "have the whole head of v0.1: boxes are offsets and logarithms of sizes from a cell's corner, "
     "and every score is multiplied by the objectness.",
     "12": "Ours have 60 epochs in the place of 300, and 80 in that of 400.",
