@@ -4,8 +4,9 @@
     python -m benchmarks.ablations --collect OUT --json benchmarks/results/ablations.json
 
 The first command trains what is missing, in order of importance, until all is done or the deadline
-is reached; given again, it goes on from where it was. The second scores what was found, all folds
-together, and compares variants; `python -m benchmarks.paper_tables` makes the tables of it.
+is reached; given again, it goes on from where it was (a training writes its state every 25 s). The
+second scores what was found, all folds together, and compares variants; `python -m
+benchmarks.paper_tables` makes the tables of it.
 """
 
 from __future__ import annotations
