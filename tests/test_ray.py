@@ -322,7 +322,8 @@ def test_an_address_where_nothing_listens_is_told_at_once(
 
 
 def test_sources_are_listed_once_and_by_name(pictures: Path, tmp_path: Path) -> None:
-    from trt_yolov6.serving.ray.pictures import find_pictures, read_remote
+    from trt_yolov6.data.images import read_image
+    from trt_yolov6.serving.ray.pictures import find_pictures
 
     below = find_pictures(pictures)
     assert len(below) == 31
@@ -332,7 +333,7 @@ def test_sources_are_listed_once_and_by_name(pictures: Path, tmp_path: Path) -> 
     assert [one.name for one in stored] == [one.name for one in below]
     pairs = [(a, b) for a, b in zip(below, stored, strict=True) if a.name != "broken.png"]
     for one, other in pairs[:3]:
-        assert np.array_equal(read_remote("", one.path), read_remote(other.store, other.path))
+        assert np.array_equal(read_image(*one.source()), read_image(*other.source()))
     listing = tmp_path / "list.txt"
     listing.write_text(f"pictures/0003.png\nfile://{pictures}/0002.png\npictures/0003.png\n")
     names = [one.name for one in find_pictures(listing)]
@@ -346,22 +347,23 @@ def test_sources_are_listed_once_and_by_name(pictures: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="pyarrow or fsspec"):
         find_pictures("nosuch://bucket/folder")
     with pytest.raises(UserError, match=r"missing\.png cannot be read"):
-        read_remote(stored[0].store, f"{pictures}/missing.png")
+        dataclasses.replace(stored[0], path=f"{pictures}/missing.png").source()
 
 
 def test_a_jpeg_is_left_to_gpus_wherever_it_lies(tmp_path: Path) -> None:
-    from trt_yolov6.data.jpeg import Jpeg
-    from trt_yolov6.serving.ray.pictures import find_pictures, open_remote, read_remote
+    from trt_yolov6.data.images import read_image
+    from trt_yolov6.data.jpeg import Jpeg, open_image
+    from trt_yolov6.serving.ray.pictures import find_pictures
 
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     for name in ("a.jpg", "b.png"):
         cv2.imwrite(str(tmp_path / name), image)
     for source in (tmp_path, f"file://{tmp_path}"):
         photo, drawing = find_pictures(source)
-        opened = open_remote(photo.store, photo.path)
+        opened = open_image(*photo.source())
         assert isinstance(opened, Jpeg)
-        assert np.array_equal(opened.read(), read_remote(photo.store, photo.path))
-        other = open_remote(drawing.store, drawing.path)
+        assert np.array_equal(opened.read(), read_image(*photo.source()))
+        other = open_image(*drawing.source())
         assert isinstance(other, np.ndarray)
         assert np.array_equal(other, image[..., ::-1])
 

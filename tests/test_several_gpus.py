@@ -27,6 +27,7 @@ from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import process
 from trt_yolov6.runtime.several_gpus import (
+    _AHEAD,
     _in_order,
     _work,
     check_gpus,
@@ -141,7 +142,7 @@ def test_a_process_that_starts_late_does_not_stop_the_others() -> None:
     gathering.start()
     wait_until(lambda: taken[0] == [0])
     early.start()
-    wait_until(lambda: len(taken[1]) == 15)
+    wait_until(lambda: len(taken[1]) == 2 * _AHEAD - 1)
     begin.set()
     gathering.join(30)
     assert found == list(range(60))

@@ -97,11 +97,7 @@ def evaluate(
 
     with _opened(detector) as engine:
         return evaluate_engine(
-            engine,
-            load_coco(data, split),
-            options,
-            confusion=confusion,
-            progress=progress,
+            engine, load_coco(data, split), options, confusion=confusion, progress=progress
         )
 
 
@@ -231,13 +227,7 @@ def compare(
     )
     if isinstance(baseline, (str, Path)):
         baseline = read_results(baseline)
-    return compare_plan(
-        chosen,
-        output,
-        again=again,
-        baseline=baseline,
-        progress=progress,
-    )
+    return compare_plan(chosen, output, again=again, baseline=baseline, progress=progress)
 
 
 def inspect(path: str | Path) -> Inspection:

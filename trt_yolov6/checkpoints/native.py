@@ -56,10 +56,7 @@ class Training:
 
 
 def write_checkpoint(
-    path: str | Path,
-    model: YOLOv6,
-    class_names: tuple[str, ...],
-    training: Training,
+    path: str | Path, model: YOLOv6, class_names: tuple[str, ...], training: Training
 ) -> None:
     """Write a network in training form, whole or not at all.
 
@@ -116,11 +113,7 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
         )
     arch = _architecture(path, root.get("architecture"), version)
     names = root.get("class_names")
-    if (
-        not isinstance(names, list)
-        or len(names) != arch.num_classes
-        or not all(isinstance(name, str) for name in names)
-    ):
+    if not are_names(names, arch.num_classes):
         raise _damaged(path, f"its class names do not fit its {arch.num_classes} classes")
     training = _training(path, root)
     shells = root.get("weights")
@@ -152,6 +145,12 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
         raise _damaged(path, f"it has weights that are not known (the first is {surplus[0]})")
     model.load_state_dict(weights, assign=True)
     return model.eval(), tuple(names), training
+
+
+def are_names(value: Any, count: int) -> bool:
+    """Return True for as many texts."""
+    is_list = isinstance(value, list | tuple) and len(value) == count
+    return is_list and all(isinstance(name, str) for name in value)
 
 
 def _architecture(path: Path, fields: Any, version: int) -> Architecture:

@@ -12,13 +12,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.errors import UserError
 
 Inputs = Mapping[str, Any]
 """Inputs of a step, JSON-ready."""
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Steps:
         self,
         kind: str,
         inputs: Inputs,
-        work: Callable[[], Any],
-        is_whole: Callable[[Any], bool] = lambda value: True,
-    ) -> Any:
+        work: Callable[[], Value],
+        is_whole: Callable[[Value], bool] = lambda value: True,
+    ) -> Value:
         """Return the value of a step: the one kept, where that is still whole, else by doing it.
 
         Args:
@@ -45,7 +47,7 @@ class Steps:
         Raises:
             UserError: of `work`, or the folder cannot be written to.
         """
-        value = self.find(kind, inputs)
+        value: Value = self.find(kind, inputs)
         if value is None or not is_whole(value):
             value = work()
             if value is not None:

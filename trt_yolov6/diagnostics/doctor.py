@@ -155,16 +155,13 @@ def remedy(
     gpus: tuple[machine.Gpu, ...],
     python: tuple[int, int] = sys.version_info[:2],
 ) -> str:
-    """Return advice that makes a backend work, or work on the GPU.
+    """Return the command that makes a backend work here, also on the GPU; empty if it does.
 
     Args:
         available: the backend's own report.
         packages: installed versions, by distribution.
         gpus: the GPUs of this machine.
         python: version of Python, on which depends whether there is a TensorRT 8 to install.
-
-    Returns:
-        One line with the command to run; empty when nothing is missing.
     """
     name = available.backend
     if name == "onnxruntime":
@@ -188,22 +185,17 @@ def remedy(
         return ""
     # RTX builds on machines without a GPU, so there the package alone is worth installing.
     missing = available.version is None or not _is_importable("cuda.bindings")
-    if not gpus:
-        gpu = "an NVIDIA GPU with its driver"
-        if not missing:
-            return f"to {'run' if available.can_build else 'build and run'}: {gpu}"
-        if name == "tensorrt-rtx" and not available.can_build:
-            return f"to build for other machines: {install}; to run: {gpu} too"
-        return f"to {'run' if available.can_build else 'build and run'}: {gpu}, then {install}"
-    return install if missing else ""
+    if gpus:
+        return install if missing else ""
+    gpu = "an NVIDIA GPU with its driver"
+    if missing and name == "tensorrt-rtx" and not available.can_build:
+        return f"to build for other machines: {install}; to run: {gpu} too"
+    what = "run" if available.can_build else "build and run"
+    return f"to {what}: {gpu}" + (f", then {install}" if missing else "")
 
 
 def find_problems(required: dict[str, str]) -> tuple[str, ...]:
-    """Return a line for each required package that is absent or does not import.
-
-    Args:
-        required: module to import, by distribution.
-    """
+    """Return a line for each package that is absent or whose module does not import."""
     problems = []
     for distribution, module in required.items():
         if module in _SLOW_TO_IMPORT:

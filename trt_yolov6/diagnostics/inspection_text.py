@@ -14,12 +14,7 @@ from trt_yolov6.graph.inspect import OnnxDetails
 
 
 def format_inspection(inspection: Inspection, *, layers: bool = False) -> str:
-    """Return an inspection as text for a terminal.
-
-    Args:
-        inspection: what `inspect_file` returned.
-        layers: list every layer too.
-    """
+    """Return an inspection as text for a terminal; with `layers`, every layer too."""
     details = inspection.details
     rows = [
         ("file", f"{inspection.path}, {_size(inspection.size)}"),
@@ -94,12 +89,11 @@ def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
 
 
 def _plan_rows(details: PlanDetails) -> list[tuple[str, str]]:
-    rows = [
+    return [
         ("kind", f"plan of {details.flavour} {details.version}"),
         *(("tensor", str(tensor)) for tensor in details.tensors),
+        ("layers", details.note or f"{len(details.layers)}"),
     ]
-    rows.append(("layers", details.note or f"{len(details.layers)}"))
-    return rows
 
 
 def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:

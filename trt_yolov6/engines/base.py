@@ -337,21 +337,17 @@ class Engine(Described, Closing):
 def check_images(engine: Engine, images: Any) -> None:
     """Raise UserError unless an array's `shape` and `dtype` are what the engine takes."""
     wanted = engine.input
-    batch = images.shape[0] if len(images.shape) == 4 else 0
-    if (
-        images.dtype != wanted.dtype
-        or len(images.shape) != 4
-        or any(
-            size is not None and size != given
-            for size, given in zip(wanted.shape[1:], images.shape[1:], strict=True)
-        )
-    ):
+    fits = len(images.shape) == 4 and all(
+        size in (None, given)
+        for size, given in zip(wanted.shape[1:], images.shape[1:], strict=True)
+    )
+    if not fits or images.dtype != wanted.dtype:
         shape = ["batch", *wanted.shape[1:]]
         raise UserError(
             f"{engine.path} takes {wanted.dtype} images of shape {shape}, not {images.dtype} "
             f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.fill_row."
         )
-    check_batch(engine, batch)
+    check_batch(engine, images.shape[0])
 
 
 def check_batch(engine: Engine, batch: int) -> None:

@@ -91,10 +91,8 @@ def sort_nodes(model: onnx.ModelProto) -> bool:
     """Put nodes after those whose results they read; return whether any had to be moved.
 
     Half-precision exports of some tools append the casts at the end. The order is kept where it
-    can be run. A graph with a cycle is left as it is, for the checker to refuse.
-
-    Args:
-        model: changed in place; only its main graph, as no exporter unsorts others.
+    can be run. A graph with a cycle is left as it is, for the checker to refuse. Only the main
+    graph is changed, in place, as no exporter unsorts others.
     """
     nodes = list(model.graph.node)
     makers = {name: index for index, node in enumerate(nodes) for name in node.output if name}

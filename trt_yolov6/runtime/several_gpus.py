@@ -35,9 +35,10 @@ from trt_yolov6.spec import PredictOptions
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_AHEAD = 8
-"""Batches a GPU may be ahead of the one whose results come next."""
-_ASKED = 3
+_AHEAD = 24
+"""Batches a GPU may be ahead of the one whose results come next. A process has about ten at work,
+and hands none out before: with fewer here than there, the GPUs would wait for each other."""
+_ASKED = 4
 """Batches that a process has asked for and not begun: it does not wait for the next one then."""
 _PATIENCE = 10
 """Seconds that a process has to end by itself."""

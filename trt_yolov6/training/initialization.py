@@ -38,13 +38,9 @@ def starting_model(
     """Return the network that a training starts from.
 
     Its random weights depend on the seed alone. From a checkpoint all weights are taken, but for
-    the class predictions where the number of classes is another.
-
-    Args:
-        settings: of the training.
-        class_names: of the data set.
-        scales: RepOptimizer's: checkpoint of the hyper-search network, which then says what the
-            network is; of its weights, only the scales are taken.
+    the class predictions where the number of classes is another. `scales` is RepOptimizer's: the
+    checkpoint of a hyper-search network, which then says what the network is; of its weights, only
+    the scales are taken.
 
     Raises:
         UserError: the checkpoint cannot be read, is fused, or is not what the settings say; or the
@@ -139,11 +135,7 @@ def _check_agreement(settings: TrainSettings, checkpoint: Checkpoint) -> None:
 
 
 def check_trainable(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose batch normalizations are folded away.
-
-    Raises:
-        UserError: it is fused.
-    """
+    """Raise UserError for a checkpoint whose batch normalizations are folded away."""
     if checkpoint.form != "training":
         raise UserError(
             f"{checkpoint.path} is {checkpoint.form}: without its batch normalizations it cannot "

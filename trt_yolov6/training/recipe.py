@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from trt_yolov6.checkpoints.loading import Checkpoint
-from trt_yolov6.common.ranges import Count, ShareBelow1, check_fields, fitting
+from trt_yolov6.common.ranges import Checked, Count, ShareBelow1, fitting
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
@@ -58,7 +58,7 @@ class ArchitectureOptions:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Checked):
     """All that decides the weights which a training ends with, but for the machine.
 
     `recipe_for` fills in the paper's values for a variant.
@@ -112,7 +112,7 @@ class TrainSettings:
     """On a GPU, take only algorithms that give the same bits every time; slower."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         _check(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -250,11 +250,7 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
 
 
 def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
-    """Return the settings with one field changed.
-
-    Args:
-        settings: what to start from.
-        assignment: such as `epochs=10`, `optimizer.momentum=0.9` or `ema_decay=none`.
+    """Return the settings with a field as `epochs=10` or `optimizer.momentum=0.9` assigns it.
 
     Raises:
         UserError: there is no such field, or the value does not fit it.
@@ -294,11 +290,7 @@ def _assignment_error(text: str) -> UserError:
 
 
 def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
-    """Return the settings that `to_json` wrote.
-
-    Args:
-        value: what was read.
-        source: where from, for the message.
+    """Return the settings that `to_json` wrote; `source` says where, in messages.
 
     Raises:
         UserError: it is something else, or of another version.

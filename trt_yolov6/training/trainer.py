@@ -251,10 +251,7 @@ def stored_settings(folder: str | Path) -> TrainSettings:
         raise UserError(
             f"{folder} holds no training; name the folder of an interrupted one as `output`.",
         )
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no settings of a training; start the training again.")
-    return settings_from_json(value, str(path))
+    return settings_from_json(read_json(path), str(path))
 
 
 def _open_folder(
