@@ -31,7 +31,8 @@ def test_two_processes_take_the_steps_of_one(device: str, tmp_path: Path) -> Non
     command = [sys.executable, "-m", "support.first_steps", str(data), str(tiny), device]
     together = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        # What this process imports, the others find where it did.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
