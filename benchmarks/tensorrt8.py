@@ -6,12 +6,12 @@
 
 TensorRT 8 runs in Python 3.10, where a machine may have no PyTorch; so the graphs are made first.
 Speed is that of networks with random weights, 80 classes (S also with 3), 640 x 640; INT8's ranges
-are those of four of the sample's images. A calibration cache lies next to `int8-cache`, which has no
-Q/DQ: TensorRT itself chooses what to compute in INT8. Accuracy is that of the detectors that lie in
-DIR as `NAME.ap.onnx`, on the sample's validation images; other detectors with weights of their own
-lie there as `NAME.PRECISION.bBATCH.onnx`, as the rest. Several processes build on a GPU; what is
-built already is left, so that a run that was stopped goes on. Engines of one network and batch size
-are measured interleaved; figures are medians.
+are those of four of the sample's images. A calibration cache is written next to `int8-cache`, which
+has no Q/DQ: TensorRT itself chooses what to compute in INT8. Accuracy is that of the detectors that
+lie in DIR as `NAME.ap.onnx`, on the sample's validation images; other detectors with weights of
+their own lie there as `NAME.PRECISION.bBATCH.onnx`, as the rest. Several processes build on a GPU;
+what is built already is left, so that a run that was stopped goes on. Engines of one network and
+batch size are measured interleaved; figures are medians.
 """
 
 from __future__ import annotations

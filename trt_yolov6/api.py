@@ -249,9 +249,8 @@ def inspect(path: str | Path) -> Inspection:
         ('onnx', ('RBC', 'WBC', 'Platelets'))
     """
     from trt_yolov6.diagnostics.inspection import inspect_file
-    from trt_yolov6.engines import find_engine
 
-    return inspect_file(find_engine(path))
+    return inspect_file(path)
 
 
 def train(

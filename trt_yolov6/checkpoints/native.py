@@ -166,11 +166,11 @@ def _architecture(path: Path, fields: Any, version: int) -> Architecture:
     lite = [arch.block == "lite", arch.neck == "lite", arch.pooling == "none"]
     widths = (*arch.stage_channels, *arch.neck_channels)
     repeats = (*arch.stage_repeats, *arch.neck_repeats)
+    parts = (arch.stage_channels, arch.neck_channels, arch.stage_repeats, arch.neck_repeats)
     sound = (
         all(1 <= width <= _MOST_CHANNELS for width in widths)
         and all(1 <= count <= _MOST_REPEATS for count in repeats)
-        and tuple(len(getattr(arch, name)) for name in _LENGTHS)
-        in ([(5, 1, 4, 0)] if lite[1] else [(5, 6, 4, 4), (6, 9, 5, 6)])
+        and tuple(map(len, parts)) in ([(5, 1, 4, 0)] if lite[1] else [(5, 6, 4, 4), (6, 9, 5, 6)])
         and (arch.csp_ratio is None or 0 < arch.csp_ratio <= 1)
         and not (arch.mbla and arch.csp_ratio is None)
         and len(set(lite)) == 1
@@ -182,9 +182,6 @@ def _architecture(path: Path, fields: Any, version: int) -> Architecture:
     if not sound:
         raise _damaged(path, "its architecture is not one that can be built")
     return dataclasses.replace(arch, name=variant_name(arch))
-
-
-_LENGTHS = ("stage_channels", "neck_channels", "stage_repeats", "neck_repeats")
 
 
 def _training(path: Path, root: Mapping[str, Any]) -> Training:

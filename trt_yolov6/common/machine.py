@@ -171,7 +171,7 @@ def read_cpu_clock() -> CpuClock:
 def read_gpus(timeout: float = 10.0) -> tuple[Gpu, ...]:
     """Ask `nvidia-smi`, which comes with every driver, for the GPUs and their present clocks.
 
-    They are none without a GPU, a driver or an answer within `timeout` seconds.
+    There are none without a GPU, a driver or an answer within `timeout` seconds.
     """
     program = shutil.which("nvidia-smi")
     if program is None:

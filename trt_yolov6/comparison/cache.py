@@ -36,13 +36,10 @@ class Steps:
         work: Callable[[], Value],
         is_whole: Callable[[Value], bool] = lambda value: True,
     ) -> Value:
-        """Return the value of a step: the one kept, where that is still whole, else by doing it.
+        """Return the value of a step: the one kept, where that is still whole, else that of `work`.
 
-        Args:
-            kind: name of the step.
-            inputs: all that the value depends on.
-            work: does it; a value of None is not kept.
-            is_whole: whether the files are there that a kept value names.
+        `inputs` are all that the value depends on. A value is whole where the files are there that
+        it names; None is not kept.
 
         Raises:
             UserError: of `work`, or the folder cannot be written to.

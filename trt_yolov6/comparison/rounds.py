@@ -89,13 +89,9 @@ class RoundsSummary:
 
 
 def measure_round(load: Load, batch: int, seconds: float) -> Round:
-    """Load an engine, run it for a while on resident random input, and close it.
+    """Load an engine, run it for some seconds on resident random input, and close it.
 
-    Args:
-        load: loads the engine.
-        batch: images a run.
-        seconds: how long to measure; a run that was begun is finished, and where all runs were
-            disturbed it takes up to twice as long.
+    A run that was begun is finished, and where all were disturbed it takes up to twice as long.
 
     Raises:
         UserError: the engine cannot be loaded, or does not take this batch.

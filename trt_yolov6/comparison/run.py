@@ -18,12 +18,7 @@ from trt_yolov6.comparison.agreement import agreements
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.engines import Work, build_case, cases_of
 from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, matched
-from trt_yolov6.comparison.measure import (
-    accuracy,
-    data_record,
-    measure_layers,
-    measure_timings,
-)
+from trt_yolov6.comparison.measure import accuracy, data_record, measure_layers, measure_timings
 from trt_yolov6.comparison.plan import Plan, settings_of
 from trt_yolov6.comparison.records import results_of
 from trt_yolov6.comparison.results import FILE

@@ -15,7 +15,7 @@ from typing import Any
 
 import trt_yolov6
 from trt_yolov6.common import machine
-from trt_yolov6.common.text import aligned, joined
+from trt_yolov6.common.text import aligned, joined, of_highest
 from trt_yolov6.engines import BACKENDS, backend, best_backend
 from trt_yolov6.engines.base import Availability
 from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8
@@ -38,15 +38,6 @@ _SLOW_TO_IMPORT = ("torch", "onnxscript")
 
 
 @dataclass(frozen=True)
-class BackendState:
-    """Capabilities of a backend here, and how to extend them."""
-
-    availability: Availability
-    remedy: str
-    """Advice on what to install; empty when there is nothing to gain."""
-
-
-@dataclass(frozen=True)
 class Diagnosis:
     """Capabilities of this machine."""
 
@@ -64,7 +55,7 @@ class Diagnosis:
     """Installed version by distribution, None where absent."""
     problems: tuple[str, ...]
     """Required packages that are missing or do not import, a line each."""
-    backends: tuple[BackendState, ...]
+    backends: tuple[Availability, ...]
     """In the order in which `--backend auto` prefers them."""
     auto_build: str | None
     """The backend that `build --backend auto` takes; None if none works."""
@@ -73,12 +64,7 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as a JSON-ready dict."""
-        value = dataclasses.asdict(self)
-        value["backends"] = [
-            {**dataclasses.asdict(state.availability), "remedy": state.remedy}
-            for state in self.backends
-        ]
-        return value
+        return dataclasses.asdict(self)
 
 
 def diagnose() -> Diagnosis:
@@ -87,10 +73,10 @@ def diagnose() -> Diagnosis:
     gpus = machine.read_gpus()
     packages = machine.package_versions()
     states = tuple(
-        BackendState(state, remedy(state, packages, gpus))
-        for state in (_availability(name) for name in BACKENDS)
+        dataclasses.replace(state, remedy=remedy(state, packages, gpus))
+        for state in map(_availability, BACKENDS)
     )
-    running = [state.availability.backend for state in states if state.availability.can_run]
+    running = [state.backend for state in states if state.can_run]
     return Diagnosis(
         version=trt_yolov6.__version__,
         python=platform.python_version(),
@@ -129,14 +115,10 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         *(("PROBLEM", problem) for problem in diagnosis.problems),
     ]
     lines = [*aligned(rows, left=2), "", "backends, best first"]
-    width = max((len(state.availability.backend) for state in diagnosis.backends), default=0)
+    width = max((len(state.backend) for state in diagnosis.backends), default=0)
     for state in diagnosis.backends:
-        available = state.availability
-        version = f" {available.version}" if available.version else ""
-        lines.append(
-            f"  {available.backend.ljust(width)}  {_abilities(available)}{version}: "
-            f"{available.detail}"
-        )
+        version = f" {state.version}" if state.version else ""
+        lines.append(f"  {state.backend:{width}}  {_abilities(state)}{version}: {state.detail}")
         if state.remedy:
             lines.append(f"  {' ' * width}  -> {state.remedy}")
     runs = ", ".join(
@@ -252,14 +234,13 @@ def _abilities(available: Availability) -> str:
 
 
 def _cpu_text(cpu: machine.Cpu, clock: machine.CpuClock) -> str:
-    highest = f" of {clock.max_mhz:.0f}" if clock.max_mhz else ""
     return joined(
         cpu.model,
         cpu.architecture,
         cpu.cores is not None and f"{cpu.cores} cores",
         f"{cpu.threads} threads",
         cpu.quota is not None and f"limited to {cpu.quota:g} cores' time",
-        clock.mhz is not None and f"{clock.mhz:.0f}{highest} MHz",
+        clock.mhz is not None and f"{of_highest(clock.mhz, clock.max_mhz)} MHz",
         " ".join(cpu.instruction_sets),
     )
 

@@ -74,10 +74,7 @@ def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
         ("kind", f"checkpoint{origin}: {details.architecture}, {details.form} form"),
         ("classes", f"{len(details.class_names)}: {', '.join(details.class_names)}"),
         ("parameters", f"{details.parameters:,} in the file, {details.fused_parameters:,} fused"),
-        (
-            "FLOPs",
-            f"{details.fused_flops / 1e9:.2f} G fused at {size}x{size}, as the paper counts",
-        ),
+        ("FLOPs", f"{details.fused_flops / 1e9:.2f} G fused at {size}x{size}, as the paper counts"),
         ("network", f"{details.block} blocks, {details.activation}, boxes {boxes}, BN eps {eps}"),
     ]
     if details.training:

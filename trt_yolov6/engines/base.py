@@ -37,6 +37,8 @@ class Availability:
     version: str | None
     detail: str
     """One line: the device it would use, or what is missing and how to get it."""
+    remedy: str = ""
+    """Advice of `doctor` on what to install; empty when there is nothing to gain."""
 
 
 @dataclass(frozen=True)
@@ -258,27 +260,18 @@ class Engine(Described, Closing):
         placed: Sequence[Letterbox],
         nms: NmsSettings,
     ) -> dict[str, float]:
-        """Return the median seconds of each stage of `start_images` alone, in order, by name.
-
-        Args:
-            images, placed, nms: as for `start_images`.
-        """
+        """Return the median seconds of each stage of `start_images` alone, in order, by name."""
         raise NotImplementedError
 
     def jpeg_decoder(self, number: int = 0) -> JpegDecoder | None:
         """Return a decoder of JPEGs on the engine's GPU; None where nvImageCodec is missing.
 
-        Args:
-            number: 0 for the first; others work at the same time.
+        Decoders of different numbers work at the same time.
         """
         return None
 
     def first_non_finite(self, images: NDArray[Any]) -> str | None:
-        """Return the name of the first tensor inside that is not finite; None where untold.
-
-        Args:
-            images: as for `infer`.
-        """
+        """Return the name of the first tensor inside that is not finite; None where untold."""
         return None
 
     def empty_input(self, rows: int) -> NDArray[Any]:

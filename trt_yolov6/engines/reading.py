@@ -20,13 +20,8 @@ def detector_of(
 ) -> DetectorSpec:
     """Return an engine's detector: as its manifest says, else as its graph lets recognize.
 
-    Classes without names in the graph's metadata are `class_0`, `class_1` and so on.
-
-    Args:
-        manifest: what `build` wrote, if anything.
-        options: a decoder for an engine without a manifest, and changes to the pre-processing.
-        path: of the engine, for messages.
-        facts: called where there is no manifest.
+    Classes without names in the graph's metadata are `class_0`, `class_1` and so on. The facts are
+    asked for only where there is no manifest.
 
     Raises:
         UserError: see `detectors.recognition.recognize`, or the manifest says otherwise.

@@ -99,12 +99,7 @@ class Evaluation:
             "precision": self.precision,
             "backend": self.backend,
             "detections": self.detections,
-            "read_s": self.seconds.read,
-            "preprocess_s": self.seconds.preprocess,
-            "inference_s": self.seconds.inference,
-            "postprocess_s": self.seconds.postprocess,
-            "coco_s": self.seconds.coco,
-            "tail_s": self.seconds.tail,
+            **{f"{stage}_s": value for stage, value in vars(self.seconds).items()},
             "wall_s": self.wall_seconds,
             "notes": list(self.notes),
             "per_class": [
@@ -153,12 +148,7 @@ def evaluate(
     ):
         annotated = pool.submit(matcher.annotated)
         for step in run(
-            engine,
-            dataset.images,
-            read_coco_image,
-            matcher,
-            options,
-            open_item=open_coco_image,
+            engine, dataset.images, read_coco_image, matcher, options, open_item=open_coco_image
         ):
             tally.engine_done = step.inference_end
             seconds = {**step.stage_seconds, "coco": step.finish_seconds}

@@ -184,6 +184,10 @@ def export_triton(
     loading = loading or LoadOptions()
     models = [served_model(path, loading, python) for path in engines]
     if names is not None:
+        if len(names) != len(models):
+            raise UserError(
+                f"`names` has {len(names)} names for {len(models)} engines; give one for each."
+            )
         models = [
             dataclasses.replace(model, name=_checked_name(name))
             for model, name in zip(models, names, strict=True)

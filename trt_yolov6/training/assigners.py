@@ -188,10 +188,10 @@ def _labels(
     num_classes: int,
     boxes: Tensor | None = None,
 ) -> Assignment:
-    """Label anchors by `match`, for as many images at a time as `_PAIRS_AT_ONCE` allows.
+    """Label the anchors of as many images at a time as `_PAIRS_AT_ONCE` allows.
 
-    It takes images and their objects, and returns foreground, matched and quality of each anchor,
-    of which the IoU of `boxes`, the predicted ones, with the object is a factor.
+    `match` takes images and their objects, and returns foreground, matched and quality of each
+    anchor. The quality is multiplied by the IoU of `boxes`, the predicted ones, with the object.
     """
     if not targets.present.shape[1]:  # not a single row of objects: one of padding
         targets = Targets(

@@ -48,7 +48,14 @@ def starting_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(settings.seed, "weights"))
-        start = _start(settings, class_names, scales)
+        if scales is not None:
+            start = _from_scales(settings, load_checkpoint(scales), class_names)
+        elif settings.weights is not None:
+            start = _from_checkpoint(settings, load_checkpoint(settings.weights), class_names)
+        else:
+            arch = architecture(settings.variant, len(class_names))
+            start = Start(build_model(adapted(arch, settings.architecture)), ())
+            reset_predictions(start.model)
     multiple = start.model.arch.size_multiple
     if settings.image_size % multiple:
         raise UserError(
@@ -56,19 +63,6 @@ def starting_model(
             "network needs; give another `image_size`.",
         )
     return start
-
-
-def _start(
-    settings: TrainSettings, class_names: tuple[str, ...], scales: str | Path | None
-) -> Start:
-    if scales is not None:
-        return _from_scales(settings, load_checkpoint(scales), class_names)
-    if settings.weights is None:
-        arch = adapted(architecture(settings.variant, len(class_names)), settings.architecture)
-        model = build_model(arch)
-        reset_predictions(model)
-        return Start(model, ())
-    return _from_checkpoint(settings, load_checkpoint(settings.weights), class_names)
 
 
 def _from_checkpoint(

@@ -257,7 +257,7 @@ def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
     """
     path, equals, text = assignment.partition("=")
     if not equals:
-        raise _assignment_error(f" {assignment} is not of the form FIELD=VALUE")
+        raise UserError(f"`assignment` {assignment} is not of the form FIELD=VALUE.")
     changed: TrainSettings = _with(settings, path.strip().split("."), text.strip(), assignment)
     return changed
 
@@ -266,27 +266,23 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
     fields = {item.name for item in dataclasses.fields(value)}
     if names[0] not in fields:
         meant = did_you_mean(names[0], fields)
-        raise _assignment_error(
-            f" {assignment}: there is no {names[0]}{meant}; choose one of "
-            f"{', '.join(sorted(fields))}"
+        raise UserError(
+            f"`assignment` {assignment}: there is no {names[0]}{meant}; choose one of "
+            f"{', '.join(sorted(fields))}."
         )
     current = getattr(value, names[0])
     if dataclasses.is_dataclass(current):
         if len(names) == 1:
             parts = ", ".join(f"{names[0]}.{item.name}" for item in dataclasses.fields(current))
-            raise _assignment_error(f" {assignment}: name a part of it, one of {parts}")
+            raise UserError(f"`assignment` {assignment}: name a part of it, one of {parts}.")
         return dataclasses.replace(value, **{names[0]: _with(current, names[1:], text, assignment)})
     if len(names) > 1:
-        raise _assignment_error(f" {assignment}: {names[0]} has no parts here")
+        raise UserError(f"`assignment` {assignment}: {names[0]} has no parts here.")
     kind = typing.get_type_hints(type(value), include_extras=True)[names[0]]
     is_none = text.lower() == "none" and type(None) in typing.get_args(kind)
     subject = f"`assignment` {assignment}: {names[0]}"
     changed = None if is_none else fitting(text, kind, subject, strict=False)
     return dataclasses.replace(value, **{names[0]: changed})
-
-
-def _assignment_error(text: str) -> UserError:
-    return UserError(f"`assignment`{text}.")
 
 
 def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:

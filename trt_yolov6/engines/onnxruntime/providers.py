@@ -87,7 +87,7 @@ def on_gpu(providers: Sequence[str], index: int) -> list[Any]:
 def check_started(wanted: str | None, used: str) -> None:
     """Raise MissingDependencyError where a session runs on another provider than was asked for.
 
-    It was asked for by a key of `PROVIDERS`, or None; `used` is the name that ONNX Runtime has.
+    `wanted` is a key of `PROVIDERS`, or None for any; `used` is ONNX Runtime's name of one.
     """
     if wanted is not None and used != PROVIDERS[wanted]:
         raise MissingDependencyError(

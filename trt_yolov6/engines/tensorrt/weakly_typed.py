@@ -113,13 +113,18 @@ def implicit_graph(content: bytes, half: bool) -> WeakGraph:
     """Return a float32 graph for implicit quantization: what follows its last layers stays single.
 
     TensorRT would compute scores and box coordinates in INT8 as well, where it has a scale.
+    Transposed convolutions stay single, too: networks with some in INT8 end in `Assertion engine
+    failed` (8.6.0; at optimization level 0 one was built).
 
     Args:
         content: a serialized ONNX model without Q/DQ pairs or half precision.
         half: layers outside INT8 may compute in half precision.
     """
-    tail = nodes_after_layers(onnx.load_from_string(content))
-    single = frozenset(name for node in tail for name in node.output)
+    model = onnx.load_from_string(content)
+    transposed = [node for node in model.graph.node if node.op_type == "ConvTranspose"]
+    single = frozenset(
+        name for node in (*nodes_after_layers(model), *transposed) for name in node.output
+    )
     return WeakGraph(content, half, True, single, frozenset())
 
 

@@ -20,14 +20,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import Evaluation, FoundBatch, evaluate_found
 from trt_yolov6.runtime.predict import shown_nms
 from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
-from trt_yolov6.serving.ray.detector import (
-    Detector,
-    FoundInBlock,
-    Item,
-    Work,
-    table_of,
-    values_of,
-)
+from trt_yolov6.serving.ray.detector import Detector, FoundInBlock, Item, Work, table_of, values_of
 from trt_yolov6.serving.ray.engine_files import EngineFiles, read_engine
 from trt_yolov6.serving.ray.parts import (
     PartFormat,
