@@ -38,8 +38,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _AHEAD = 24
-"""Batches a GPU may be ahead of the one whose results come next. A process has about ten at work,
-and hands none out before: with fewer here than there, the GPUs would wait for each other."""
+"""Batches a GPU may be ahead of the one whose results come next: twice what a process has at work,
+so that GPUs hardly wait for each other."""
 _ASKED = 4
 """Batches that a process has asked for and not begun: it does not wait for the next one then."""
 _PATIENCE = 10
