@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import statistics
 import tempfile
 import zipfile
@@ -113,7 +114,7 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
     return {
         "images": len(truth.images),
         "folds": FOLDS,
-        "calls": [call | {"failed": _last_lines(call["failed"])} for call in calls],
+        "calls": [_told(call) for call in calls],
         "variants": {name: _entry(name, own, scores) for name, own in whole.items()},
         "repeats": _compared_pairs([(again, name) for name, again in REPEATS.items()], scores, {}),
         "means": {
@@ -133,9 +134,11 @@ def _is_whole(name: str, jobs: Mapping[tuple[str, int], Any]) -> bool:
     return all((name, fold) in jobs for fold in range(FOLDS))
 
 
-def _last_lines(errors: Mapping[str, str]) -> dict[str, str]:
-    """Return the last line of each traceback, by job."""
-    return {name: text.strip().splitlines()[-1] for name, text in errors.items()}
+def _told(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call without its machine's folders, and with the last line of each traceback."""
+    command = re.sub(r"(?<= )/\S*/(?=\S)", "", call["command"])
+    failed = {name: text.strip().splitlines()[-1] for name, text in call["failed"].items()}
+    return {**call, "command": command, "failed": failed}
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, int, str, Any]]:
@@ -269,6 +272,10 @@ PAIRS = (
     ("s-full", "n-full"),
     ("n-full", "n"),
     ("s-full", "s"),
+    ("n-focal-giou-dfl", "n-focal-giou"),
+    ("s-focal-dfl", "s-focal"),
+    ("n-focal-giou-objectness", "n-focal-giou"),
+    ("s-focal-objectness", "s-focal"),
     ("n-dfl-longer", "n-longer"),
     ("s-csp-longer", "s-longer"),
     ("n-default", "n-full"),

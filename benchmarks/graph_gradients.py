@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from trt_yolov6.training import detection_task
+from trt_yolov6.models.network import Raw
 from trt_yolov6.training.distributed import placed
 from trt_yolov6.training.graphed import graphed
 
@@ -18,7 +18,7 @@ def gradient_difference(variant: str, images: int, image_size: int) -> float:
     """
     from benchmarks.gpu_graphs import random_model
 
-    network = placed(detection_task._Levels(random_model(variant)), "cuda").train()
+    network = placed(Raw(random_model(variant)), "cuda").train()
     shape = (images, 3, image_size, image_size)
     graphed_one = graphed(copy.deepcopy(network), shape, torch.bfloat16)
     generator = torch.Generator("cuda").manual_seed(0)

@@ -6,11 +6,12 @@
 
 TensorRT 8 runs in Python 3.10, where a machine may have no PyTorch; so the graphs are made first.
 Speed is that of networks with random weights, 80 classes (S also with 3), 640 x 640; INT8's ranges
-are those of four of the sample's images. Accuracy is that of the detectors that lie in DIR as
-`NAME.ap.onnx`, on the sample's validation images; other detectors with weights of their own lie
-there as `NAME.PRECISION.bBATCH.onnx`, as the rest. Several processes build on a GPU; what is built
-already is left, so that a run that was stopped goes on. Engines of one network and batch size are
-measured interleaved; figures are medians.
+are those of four of the sample's images. A calibration cache is written next to `int8-cache`, which
+has no Q/DQ: TensorRT itself chooses what to compute in INT8. Accuracy is that of the detectors that
+lie in DIR as `NAME.ap.onnx`, on the sample's validation images; other detectors with weights of
+their own lie there as `NAME.PRECISION.bBATCH.onnx`, as the rest. Several processes build on a GPU;
+what is built already is left, so that a run that was stopped goes on. Engines of one network and
+batch size are measured interleaved; figures are medians.
 """
 
 from __future__ import annotations
@@ -103,11 +104,13 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     from trt_yolov6.graph.float16 import tail_nodes, to_fp16
     from trt_yolov6.quantization.calibrators import group_amax
     from trt_yolov6.quantization.collect import collect
+    from trt_yolov6.quantization.implicit import inner_tensors
     from trt_yolov6.quantization.judge import batches_of
     from trt_yolov6.quantization.mixed_precision import layer_costs, most_sensitive, rankings
     from trt_yolov6.quantization.qdq.insert import insert_qdq
     from trt_yolov6.quantization.qdq.placement import place
     from trt_yolov6.quantization.sensitivity import layer_distortions, ranked
+    from trt_yolov6.quantization.tensorrt_cache import write_cache
 
     folder, name, batches = job
     few = name == FEW_CLASSES
@@ -124,7 +127,9 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
         amax = group_amax(statistics, placement.groups, "minmax")
         return insert_qdq(model, placement, amax, fp16=True)
 
-    forms = {"fp16": half, "int8": quantized(())}
+    forms = {"fp16": half, "int8": quantized(()), "int8-cache": model}
+    names = (model.graph.input[0].name, *inner_tensors(model))
+    ranges = group_amax(collect(model, batches_of(graph, paths), names), (), "minmax")
     if name in ("yolov6n", "yolov6s"):
         placement = place(model)
         statistics = collect(model, batches_of(graph, paths), placement.tensors)
@@ -135,7 +140,10 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
         forms["int8+float6-by_time"] = quantized(worth[:6])
     for form, content in forms.items():
         for batch in batches:
-            onnx.save(with_batch(content, batch), folder / f"{name}.{form}.b{batch}.onnx")
+            path = folder / f"{name}.{form}.b{batch}.onnx"
+            onnx.save(with_batch(content, batch), path)
+            if form == "int8-cache":
+                write_cache(path.with_suffix(".cache"), ranges, "8.6.0")
     if name == "yolov6s":
         for batch in batches:
             authors = authors_graph(network, (640, 640), batch)
@@ -171,12 +179,14 @@ def jobs_in(folder: Path) -> list[Job]:
         network, form, batch = path.name.removesuffix(".onnx").rsplit(".", 2)
         precision, _, how = form.partition("-")
         how = how or ("ptq" if precision.startswith("int8") else "ours")
-        jobs.append(Job(path, network, precision, how, int(batch.removeprefix("b"))))
+        given = _cache_of(path)
+        jobs.append(
+            Job(path, network, precision, how, int(batch.removeprefix("b")), calibration=given)
+        )
     for path in sorted(folder.glob("*.ap.onnx")):
         network, form = path.name.removesuffix(".ap.onnx").split(".", 1)
         precision, _, how = form.partition("-")
-        cache = path.with_suffix(".cache")
-        given = ImplicitCalibration(cache=cache, fp16=True) if cache.exists() else None
+        given = _cache_of(path)
         how = how or ("ptq" if precision.startswith("int8") else "ours")
         jobs.append(Job(path, network, precision, how, 8, True, given))
         if form == "fp32":
@@ -186,6 +196,12 @@ def jobs_in(folder: Path) -> list[Job]:
                 )
                 jobs.append(Job(path, network, "int8", f"tensorrt-{algorithm}", 8, True, own))
     return sorted(jobs, key=_urgency)
+
+
+def _cache_of(path: Path) -> ImplicitCalibration | None:
+    """Return the calibration that lies next to a graph without Q/DQ."""
+    cache = path.with_suffix(".cache")
+    return ImplicitCalibration(cache=cache, fp16=True) if cache.exists() else None
 
 
 def _urgency(job: Job) -> tuple[int, ...]:

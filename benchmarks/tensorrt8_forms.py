@@ -59,13 +59,22 @@ class Part:
         self._constants.append(numpy_helper.from_array(value, name))
         return name
 
-    def conv(self, source: str, channels: tuple[int, int], kernel: int, stride: int = 1) -> str:
+    def conv(
+        self,
+        source: str,
+        channels: tuple[int, int],
+        kernel: int,
+        stride: int = 1,
+        dilation: int = 1,
+    ) -> str:
         """Add a convolution with random weights, from and to numbers of channels."""
         shape = (channels[1], channels[0], kernel, kernel)
         weights = self._random.normal(0, (2 / np.prod(shape[1:])) ** 0.5, shape)
-        return self.conv_by(source, weights.astype(np.float32), stride)
+        return self.conv_by(source, weights.astype(np.float32), stride, dilation)
 
-    def conv_by(self, source: str, weights: NDArray[np.float32], stride: int = 1) -> str:
+    def conv_by(
+        self, source: str, weights: NDArray[np.float32], stride: int = 1, dilation: int = 1
+    ) -> str:
         """Add a convolution with given weights, padded to keep the size at stride 1."""
         kernel = weights.shape[-1]
         return self.node(
@@ -73,14 +82,27 @@ class Part:
             [source, self.constant(weights), self.constant(np.zeros(len(weights), np.float32))],
             kernel_shape=[kernel, kernel],
             strides=[stride, stride],
-            pads=[kernel // 2] * 4,
+            pads=[dilation * (kernel // 2)] * 4,
+            dilations=[dilation, dilation],
         )
 
     def conv_relu(
-        self, source: str, channels: tuple[int, int], kernel: int, stride: int = 1
+        self,
+        source: str,
+        channels: tuple[int, int],
+        kernel: int,
+        stride: int = 1,
+        dilation: int = 1,
     ) -> str:
         """Add a convolution and ReLU."""
-        return self.node("Relu", [self.conv(source, channels, kernel, stride)])
+        return self.node("Relu", [self.conv(source, channels, kernel, stride, dilation)])
+
+    def split(self, source: str, channels: int) -> list[str]:
+        """Add a Split into halves of a number of channels, and return the names of its outputs."""
+        names = [f"half_{index}_of_{source}" for index in range(2)]
+        sizes = self.constant(np.array([channels, channels]))
+        self._nodes.append(helper.make_node("Split", [source, sizes], names, names[0], axis=1))
+        return names
 
     def model(self, size: int, output: str) -> onnx.ModelProto:
         """Return the graph, for square images of a size in pixels."""
@@ -93,28 +115,40 @@ class Part:
         return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
-def shortcuts(form: str, *, in_stack: bool, channels: int = 128, size: int = 80) -> onnx.ModelProto:
+def shortcuts(
+    form: str, side: str | None = None, *, channels: int = 128, size: int = 80
+) -> onnx.ModelProto:
     """Return a row of four blocks of two convolutions with plain shortcuts.
 
     Args:
         form: `sum`, `convolution` (the sum as a 1x1 convolution of both terms) or `none`.
-        in_stack: with the other path and the concatenation of CSPStackRep; else the row alone.
+        side: with the other path and the concatenation of CSPStackRep, whose convolution reads what
+            the first of the row reads: `twin` (as in the network), `dilated` (the same numbers,
+            but not to TensorRT), `joined` (both are one convolution and a Split) or `later` (it
+            reads another tensor). None: the row alone.
     """
     part, same = Part(), (channels, channels)
     whole = part.conv_relu("images", (3, channels), 3, 2)
-    tensor = part.conv_relu(whole, same, 1)
+    other = ""
+    if side == "joined":
+        both = part.conv_relu(whole, (channels, 2 * channels), 1)
+        tensor, other = part.split(both, channels)
+    else:
+        tensor = part.conv_relu(whole, same, 1)
+        if side:
+            source = tensor if side == "later" else whole
+            other = part.conv_relu(source, same, 1, dilation=2 if side == "dilated" else 1)
     for _ in range(4):
         inner = part.conv_relu(part.conv_relu(tensor, same, 3), same, 3)
         if form == "sum":
             tensor = part.node("Add", [inner, tensor])
         elif form == "convolution":
-            both = np.tile(np.eye(channels, dtype=np.float32), 2)[:, :, None, None]
-            tensor = part.conv_by(part.node("Concat", [inner, tensor], axis=1), both)
+            weights = np.tile(np.eye(channels, dtype=np.float32), 2)[:, :, None, None]
+            tensor = part.conv_by(part.node("Concat", [inner, tensor], axis=1), weights)
         else:
             tensor = inner
-    if in_stack:
-        side = part.conv_relu(whole, same, 1)
-        tensor = part.node("Concat", [tensor, side], axis=1)
+    if side:
+        tensor = part.node("Concat", [tensor, other], axis=1)
         tensor = part.conv_relu(tensor, (2 * channels, channels), 1)
     return part.model(2 * size, part.conv(tensor, (channels, 16), 1))
 
@@ -160,7 +194,7 @@ def quantized(
 def _with_both_terms(model: onnx.ModelProto, placement: Placement) -> Placement:
     """Quantize what ReLUs write for sums, too."""
     wanted = {node.input[0] for node in model.graph.node if node.op_type == "Add"}
-    order = ["images", *(node.output[0] for node in model.graph.node)]
+    order = ["images", *(name for node in model.graph.node for name in node.output)]
     tensors = sorted(wanted.union(placement.tensors), key=order.index)
     return dataclasses.replace(placement, tensors=tuple(tensors))
 
@@ -168,13 +202,14 @@ def _with_both_terms(model: onnx.ModelProto, placement: Placement) -> Placement:
 def forms() -> dict[str, onnx.ModelProto]:
     """Return all parts in all forms, by `PART.FORM`."""
     found: dict[str, onnx.ModelProto] = {}
-    for name, in_stack in (("shortcuts", False), ("stack", True)):
-        row = shortcuts("sum", in_stack=in_stack)
+    for side in (None, "twin", "dilated", "joined", "later"):
+        name = f"stack_{side}" if side else "shortcuts"
+        row = shortcuts("sum", side)
         found[f"{name}.fp16"] = to_fp16(row)
         found[f"{name}.int8"] = quantized(row)
         found[f"{name}.int8-both_terms"] = quantized(row, _with_both_terms)
-        found[f"{name}.int8-convolution"] = quantized(shortcuts("convolution", in_stack=in_stack))
-        found[f"{name}.int8-without"] = quantized(shortcuts("none", in_stack=in_stack))
+        found[f"{name}.int8-convolution"] = quantized(shortcuts("convolution", side))
+        found[f"{name}.int8-without"] = quantized(shortcuts("none", side))
     found["upsampling.fp16"] = to_fp16(upsampling("transposed"))
     found["upsampling.int8-transposed"] = quantized(upsampling("transposed"))
     found["upsampling.int8-shuffled"] = quantized(upsampling("shuffled"))

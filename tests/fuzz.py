@@ -32,6 +32,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from support.imports import import_everything
+
 TIMEOUT = 60.0
 MEMORY = 4 * 2**30
 
@@ -518,13 +520,7 @@ def kinds(folder: Path, setting: Path) -> list[Kind]:
 
 def fuzz(count: int, seed: int, names: list[str] | None, keep: Path | None) -> int:
     """Run so many inputs; return how many were at fault."""
-    import cv2
-    import onnx
-    import onnxruntime
-    import torch
-    import yaml
-
-    _ = cv2, onnx, onnxruntime, torch, yaml
+    import_everything()
     rng = random.Random(seed)
     faults = 0
     with tempfile.TemporaryDirectory() as temporary:

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.imports import import_everything
+
 
 @dataclass(frozen=True)
 class Command:
@@ -178,14 +180,7 @@ def _empty(path: str, flags: int) -> None:
 
 def kill_often(count: int, seed: int, names: list[str] | None) -> int:
     """Kill so many runs; return how many left something that is not whole."""
-    import cv2
-    import onnxruntime
-
-    import trt_yolov6.comparison.run
-    import trt_yolov6.training.qat.training
-    import trt_yolov6.training.trainer  # noqa: F401
-
-    _ = cv2, onnxruntime
+    import_everything()
     rng = random.Random(seed)
     faults = 0
     with tempfile.TemporaryDirectory() as temporary:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from support.training_data import NO_AUGMENTATION, unaugmented
 from torch import Tensor
 
+from trt_yolov6.data.coco import DataReport
 from trt_yolov6.data.letterbox import GRAY
 from trt_yolov6.errors import UserError
 from trt_yolov6.training import dataset as dataset_module
@@ -32,7 +33,6 @@ from trt_yolov6.training.augmentation import (
     plan_batch,
     worth_keeping,
 )
-from trt_yolov6.training.data_validation import DataReport
 from trt_yolov6.training.dataset import TrainingSet
 
 SIZE = 64

@@ -319,7 +319,7 @@ def test_a_reader_that_leaves_early_is_no_error(with_engine: Path, root: Path) -
 def test_int8_as_promised_writes_engine_manifest_and_table(
     tiny: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["build", "--weights", tiny, "--int8", "--calib", "calib/", "--calib-images", "4"]
+    command = ["build", "--weights", tiny, "--int8", "--calib", "calib/", "--calib-images", "3"]
     command += ["--imgsz", "64", "--backend", "onnxruntime", "--float-layers", "2", "--quiet"]
     assert main(command) == 0
     layers = TINY_LAYERS - 2

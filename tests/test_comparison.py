@@ -23,7 +23,7 @@ from support.logs import logged
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import sha256_file, write_json
 from trt_yolov6.comparison.cache import Steps
-from trt_yolov6.comparison.plan import ModelEntry, Plan, entries_for, read_plan
+from trt_yolov6.comparison.plan import ModelEntry, Plan, plan_of
 from trt_yolov6.comparison.results import read_results
 from trt_yolov6.comparison.run import compare
 from trt_yolov6.data.coco import load_coco
@@ -411,14 +411,14 @@ def test_a_detector_of_other_classes_is_timed_without_ap(
 
 def test_imgsz_is_that_of_every_model_that_has_none_of_its_own(tmp_path: Path) -> None:
     paths = [tmp_path / "a.pt", tmp_path / "b.onnx"]
-    assert [entry.imgsz for entry in entries_for(paths, (320, 320))] == [(320, 320)] * 2
+    assert [entry.imgsz for entry in plan_of(paths, imgsz=(320, 320)).models] == [(320, 320)] * 2
     plan = tmp_path / "plan.yaml"
     plan.write_text("models: [a.pt, {path: b.pt, imgsz: 96}]\nimgsz: 64\n")
-    assert [entry.imgsz for entry in read_plan(plan).models] == [(64, 64), (96, 96)]
-    assert [entry.imgsz for entry in read_plan(plan, imgsz=(32, 32)).models] == [(32, 32), (96, 96)]
+    assert [entry.imgsz for entry in plan_of(plan).models] == [(64, 64), (96, 96)]
+    assert [entry.imgsz for entry in plan_of(plan, imgsz=(32, 32)).models] == [(32, 32), (96, 96)]
     plan.write_text("models: [a.pt]\nimgsize: 64\n")
     with pytest.raises(UserError, match=r"'imgsize' means nothing \(did you mean imgsz\?\)"):
-        read_plan(plan)
+        plan_of(plan)
 
 
 def test_two_models_of_one_name_need_names(plan: Plan, tmp_path: Path) -> None:

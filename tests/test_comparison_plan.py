@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trt_yolov6.comparison.plan import ModelEntry, Plan, entries_for, read_plan
+from trt_yolov6.comparison.plan import ModelEntry, Plan, plan_of
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import Precision
 
@@ -25,7 +25,7 @@ calib: /c
 rounds: 5
 """
     )
-    assert read_plan(file, duration=2.0, batches=(1, 8)) == Plan(
+    assert plan_of(file, duration=2.0, batches=(1, 8)) == Plan(
         models=(
             ModelEntry(tmp_path / "n.pt"),
             ModelEntry(tmp_path / "other/x.onnx", "x", ("fp16",), tmp_path / "x.txt", (320, 640)),
@@ -68,7 +68,7 @@ def test_what_is_wrong_with_a_plan_is_one_sentence(tmp_path: Path, text: str, wo
     file = tmp_path / "plan.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=words) as caught:
-        read_plan(file)
+        plan_of(file)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "pwned").exists()
 
@@ -100,4 +100,4 @@ def test_other_precisions_are_refused(text: str) -> None:
 
 def test_files_of_other_kinds_are_refused() -> None:
     with pytest.raises(UserError, match=r"table\.csv is neither"):
-        entries_for([Path("n.pt"), Path("table.csv")])
+        plan_of([Path("n.pt"), Path("table.csv")])

@@ -11,11 +11,11 @@ import pytest
 
 from trt_yolov6.bench.sampling import DISTURBED
 from trt_yolov6.common.machine import cpu_wait_seconds
+from trt_yolov6.common.records import as_record
 from trt_yolov6.comparison.rounds import (
     Round,
     counted_rounds,
     paired_medians,
-    round_from_json,
     sample_round,
     summarize_rounds,
 )
@@ -121,7 +121,7 @@ def test_the_quiet_runs_of_one_engine_are_not_held_against_the_disturbed_ones_of
 
 def test_a_round_comes_back_from_json() -> None:
     one = Round((0.0123456, 0.02), (0.0, 0.25), "2026-01-01T00:00:00+00:00")
-    assert round_from_json(one.to_json()) == one
+    assert as_record(one.to_json(), Round, "a round") == one
 
 
 def test_linux_says_how_long_this_process_waits_for_a_processor() -> None:

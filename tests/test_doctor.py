@@ -57,7 +57,7 @@ def test_the_diagnosis_of_this_machine_agrees_with_what_is_installed() -> None:
     assert diagnosis.python == platform.python_version()
     assert diagnosis.packages["numpy"] == importlib.metadata.version("numpy")
     assert diagnosis.problems == ()
-    assert [state.availability.backend for state in diagnosis.backends] == list(BACKENDS)
+    assert [state.backend for state in diagnosis.backends] == list(BACKENDS)
     assert diagnosis.auto_build == best_backend()
     assert diagnosis.auto_run[".onnx"] == "onnxruntime"
     assert diagnosis.cpu.threads == len(os.sched_getaffinity(0))

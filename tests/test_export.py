@@ -63,7 +63,8 @@ def assert_outputs_equal_pytorch(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_equal_pytorch_for_every_kind_of_network(kind: str) -> None:
-    assert_outputs_equal_pytorch(random_model(KINDS[kind]))
+    # With a free batch axis; with one that is fixed, every variant below.
+    assert_outputs_equal_pytorch(random_model(KINDS[kind]), ExportSettings((64, 96)))
 
 
 PLAIN_OPERATORS = {
@@ -122,13 +123,13 @@ def test_later_releases_outputs_equal_pytorch_without_shape_arithmetic(kind: str
 
 
 def narrow(arch: Architecture) -> Architecture:
-    """The same kinds of layers, a quarter as wide and at most two in a row."""
+    """The same kinds of layers, a quarter as wide, and two in a row at the start alone."""
     return dataclasses.replace(
         arch,
         stage_channels=tuple(channels // 4 for channels in arch.stage_channels),
         neck_channels=tuple(channels // 4 for channels in arch.neck_channels),
-        stage_repeats=tuple(min(repeats, 2) for repeats in arch.stage_repeats),
-        neck_repeats=tuple(min(repeats, 2) for repeats in arch.neck_repeats),
+        stage_repeats=(min(arch.stage_repeats[0], 2), *(1 for _ in arch.stage_repeats[1:])),
+        neck_repeats=(min(arch.neck_repeats[0], 2), *(1 for _ in arch.neck_repeats[1:])),
     )
 
 

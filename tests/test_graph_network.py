@@ -107,7 +107,7 @@ def test_channels_moved_to_the_middle_of_their_range_are_computed_as_exported(
 def test_after_training_too_the_sample_computes_what_its_exported_graph_computes(
     root: Path, one_thread: None
 ) -> None:
-    start = prepared_sample(root, 128, dataclasses.replace(MINMAX, image_limit=4))
+    start = prepared_sample(root, 128, dataclasses.replace(MINMAX, image_limit=3))
     network = moved(start.student(), seed=0)
     images = np.random.default_rng(3).random((1, 3, 128, 128), np.float32)
     check_against_onnx_runtime(start, images, network)

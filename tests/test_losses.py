@@ -551,13 +551,23 @@ def _sharp_bins(distances: Tensor, reg_max: int) -> Tensor:
     [
         (PLAIN, default_losses(PLAIN)),
         (WITH_DFL, default_losses(WITH_DFL)),
+        (WITH_DFL, LossSettings(use_dfl=True, box_weight=0.0)),
         (OFFSET, default_losses(OFFSET)),
         (PLAIN, LossSettings("quality_focal", "ciou", assigner="simota", warmup_epochs=0)),
         (PLAIN, LossSettings("focal", "giou", assigner="atss")),
         (PLAIN, LossSettings("poly", "siou", warmup_assigner="simota")),
         (OFFSET, LossSettings("varifocal", "siou", objectness=True, assigner="simota")),
     ],
-    ids=["n", "m", "offset", "qfl-ciou-simota", "focal-atss", "poly-simota-tal", "offset-simota"],
+    ids=[
+        "n",
+        "m",
+        "dfl-alone",
+        "offset",
+        "qfl-ciou-simota",
+        "focal-atss",
+        "poly-simota-tal",
+        "offset-simota",
+    ],
 )
 def test_descent_on_the_outputs_finds_the_objects(
     arch: Architecture, options: LossSettings

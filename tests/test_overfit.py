@@ -39,16 +39,15 @@ def write_four(samples: Path, folder: Path) -> Path:
 def test_four_images_are_learned_by_heart(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # N with half of its channels, for twice as fast a step.
-    monkeypatch.setitem(
-        VARIANTS, "yolov6mini", dataclasses.replace(VARIANTS["yolov6n"], width=0.125)
-    )
+    # N with half of its channels and as few blocks as can be, which takes a quarter of the time.
+    mini = dataclasses.replace(VARIANTS["yolov6n"], width=0.125, depth=0.1)
+    monkeypatch.setitem(VARIANTS, "yolov6mini", mini)
     data = write_four(root / "samples", tmp_path / "data")
     settings = recipe_for(
         "yolov6mini",
         str(data),
         train_split="val",
-        epochs=130,
+        epochs=80,
         plain_epochs=0,
         batch=4,
         image_size=192,
@@ -58,7 +57,7 @@ def test_four_images_are_learned_by_heart(
         ),
     )
     # Four images are an eighth of what the learning rate is meant for.
-    faster = dataclasses.replace(settings.optimizer, learning_rate=0.04, accumulate=1)
+    faster = dataclasses.replace(settings.optimizer, learning_rate=0.06, accumulate=1)
     result = train(
         dataclasses.replace(settings, optimizer=faster), tmp_path / "run", progress=False
     )

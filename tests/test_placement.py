@@ -218,6 +218,28 @@ class TestRules:
         graph.conv("after", graph.node("Add", terms, "total"), (8, 4))
         assert place(graph.model("after_out")).tensors == ("images", "total")
 
+    @pytest.mark.parametrize("after", ["convolution", "concatenation"])
+    @pytest.mark.parametrize(("activation", "is_quantized"), [("Relu", True), ("HardSwish", False)])
+    def test_both_terms_of_a_shortcut_around_relus_are_quantized(
+        self, activation: str, is_quantized: bool, after: str
+    ) -> None:
+        # As in the blocks of M, whose weights export folds away; the last is concatenated.
+        graph = GraphWriter()
+
+        def block(name: str, source: str, channels: int) -> str:
+            return graph.node(activation, [graph.conv(name, source, (channels, 8))], f"{name}_act")
+
+        trunk = block("trunk", "images", 3)
+        branch = block("branch", block("inner", trunk, 8), 8)
+        total = graph.node("Add", [branch, trunk], "total")
+        if after == "concatenation":
+            total = graph.node("Concat", [total, block("side", "images", 3)], "joined", axis=1)
+        graph.conv("after", total, (16 if after == "concatenation" else 8, 4))
+        placement = place(graph.model("after_out"))
+        assert {"trunk_act", "inner_act", "total"} <= set(placement.tensors)
+        assert ("branch_act" in placement.tensors) == is_quantized
+        assert placement.unquantized_reads == frozenset()
+
     def test_nothing_is_quantized_for_an_addition_before_another_activation_than_relu(self) -> None:
         for kind, quantized in (
             ("Relu", ("images", "shortcut", "act")),

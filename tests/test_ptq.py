@@ -97,14 +97,7 @@ def test_the_default_takes_the_candidate_that_agrees_best(tiny_int8: QuantizedGr
     assert {item.method for item in tried} == {"margin", "entropy", "percentile", "mse"}
 
 
-def test_the_same_images_and_settings_give_the_same_bytes(
-    tiny: Graph, folder: Path, tiny_int8: QuantizedGraph
-) -> None:
-    again = quantize(tiny, folder).graph.model.SerializeToString()
-    assert again == tiny_int8.graph.model.SerializeToString()
-
-
-def test_sums_in_another_order_give_the_same_bytes(
+def test_the_same_images_give_the_same_bytes_though_sums_are_taken_in_another_order(
     tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Shifted channels' middles do differ in their last bits.
@@ -492,7 +485,7 @@ def test_a_sample_with_rescaled_channels_survives(
     # The same function, which plain min-max takes to an AP of 0.01.
     model = rescale_channels(sample_320.model, np.random.default_rng(0), 1, 256, log_uniform=False)
     # Which weights are rounded how is another question.
-    settings = QuantizationSettings(calibrator="minmax", image_limit=12, reconstruct=False)
+    settings = QuantizationSettings(calibrator="minmax", image_limit=16, reconstruct=False)
     result = quantize(dataclasses.replace(sample_320, model=model), root / "calib", settings)
     assert result.table.variant != "plain"
     few = first_images(load_coco(root / "samples"), 16)

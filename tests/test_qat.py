@@ -206,7 +206,7 @@ def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> 
     way grows through fifty layers, in ONNX Runtime with other optimizations as well.
     """
     size = 192
-    sample = prepared_sample(root, size, dataclasses.replace(MINMAX, image_limit=8))
+    sample = prepared_sample(root, size, dataclasses.replace(MINMAX, image_limit=16))
     network = sample.student()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -316,7 +316,7 @@ def test_a_state_of_another_training_is_refused(start: Start, shapes: Path, tmp_
         tiny_graph("repvgg")[1],
         ARCHITECTURES["repvgg"],
         shapes / "images" / "train",
-        quantization=dataclasses.replace(MINMAX, image_limit=4),
+        quantization=dataclasses.replace(MINMAX, image_limit=3),
     )
     with pytest.raises(UserError, match="another network or with other settings"):
         train_quantized(fewer, settings, device="cpu", progress=False, state_file=state)

@@ -49,7 +49,10 @@ ANY = RayOptions(address="auto", progress=False)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head without cores and two nodes of one core, on loopback."""
+    """A head without cores and two nodes of one core, on loopback.
+
+    Ray only counts GPUs: the nodes say that they have one.
+    """
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
@@ -61,7 +64,7 @@ def cluster() -> Iterator[Any]:
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health, **memory}
     whole = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
-        whole.add_node(num_cpus=1, wait=False, **memory)
+        whole.add_node(num_cpus=1, num_gpus=1, wait=False, **memory)
     whole.wait_for_nodes()
     ray.init(address=whole.address, log_to_driver=False, logging_level="ERROR")
     yield whole
@@ -230,13 +233,9 @@ def test_a_mistake_comes_back_as_a_sentence(cluster: Any, tiny: Path, pictures: 
 def test_an_actor_of_a_gpu_finds_what_one_of_a_cpu_finds(
     cluster: Any, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Ray only counts GPUs: this node has none, and the engine runs on its core.
-    node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
+    # The node has no GPU, and the engine runs on its core.
     monkeypatch.setattr(jobs, "fitting_actors", lambda *_, **__: Actors(1, 1, 1))
-    try:
-        summary = infer_on_ray(tiny, pictures, tmp_path / "out", ANY)
-    finally:
-        cluster.remove_node(node)
+    summary = infer_on_ray(tiny, pictures, tmp_path / "out", ANY)
     assert summary.actors == Actors(1, 1, 1)
     assert summary.images == summary.objects == 30
 
@@ -322,7 +321,8 @@ def test_an_address_where_nothing_listens_is_told_at_once(
 
 
 def test_sources_are_listed_once_and_by_name(pictures: Path, tmp_path: Path) -> None:
-    from trt_yolov6.serving.ray.pictures import find_pictures, read_remote
+    from trt_yolov6.data.images import read_image
+    from trt_yolov6.serving.ray.pictures import find_pictures
 
     below = find_pictures(pictures)
     assert len(below) == 31
@@ -332,7 +332,7 @@ def test_sources_are_listed_once_and_by_name(pictures: Path, tmp_path: Path) -> 
     assert [one.name for one in stored] == [one.name for one in below]
     pairs = [(a, b) for a, b in zip(below, stored, strict=True) if a.name != "broken.png"]
     for one, other in pairs[:3]:
-        assert np.array_equal(read_remote("", one.path), read_remote(other.store, other.path))
+        assert np.array_equal(read_image(*one.source()), read_image(*other.source()))
     listing = tmp_path / "list.txt"
     listing.write_text(f"pictures/0003.png\nfile://{pictures}/0002.png\npictures/0003.png\n")
     names = [one.name for one in find_pictures(listing)]
@@ -346,22 +346,23 @@ def test_sources_are_listed_once_and_by_name(pictures: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="pyarrow or fsspec"):
         find_pictures("nosuch://bucket/folder")
     with pytest.raises(UserError, match=r"missing\.png cannot be read"):
-        read_remote(stored[0].store, f"{pictures}/missing.png")
+        dataclasses.replace(stored[0], path=f"{pictures}/missing.png").source()
 
 
 def test_a_jpeg_is_left_to_gpus_wherever_it_lies(tmp_path: Path) -> None:
-    from trt_yolov6.data.jpeg import Jpeg
-    from trt_yolov6.serving.ray.pictures import find_pictures, open_remote, read_remote
+    from trt_yolov6.data.images import read_image
+    from trt_yolov6.data.jpeg import Jpeg, open_image
+    from trt_yolov6.serving.ray.pictures import find_pictures
 
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     for name in ("a.jpg", "b.png"):
         cv2.imwrite(str(tmp_path / name), image)
     for source in (tmp_path, f"file://{tmp_path}"):
         photo, drawing = find_pictures(source)
-        opened = open_remote(photo.store, photo.path)
+        opened = open_image(*photo.source())
         assert isinstance(opened, Jpeg)
-        assert np.array_equal(opened.read(), read_remote(photo.store, photo.path))
-        other = open_remote(drawing.store, drawing.path)
+        assert np.array_equal(opened.read(), read_image(*photo.source()))
+        other = open_image(*drawing.source())
         assert isinstance(other, np.ndarray)
         assert np.array_equal(other, image[..., ::-1])
 

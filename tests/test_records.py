@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from trt_yolov6.common.ranges import Count, Positive, ShareBelow1, check_fields, fitting
+from trt_yolov6.common.ranges import Checked, Count, Positive, ShareBelow1, fitting
 from trt_yolov6.common.records import as_record, check_keys, read_yaml
 from trt_yolov6.errors import UserError
 
@@ -90,14 +90,11 @@ def test_yaml_is_read_with_a_byte_order_mark_and_runs_nothing(tmp_path: Path) ->
 
 
 @dataclass(frozen=True)
-class Ranged:
+class Ranged(Checked):
     epochs: Count = 3
     rate: Positive | None = None
     part: ShareBelow1 = 0.5
     kind: Literal["a", "b"] = "a"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.forks import two_that_share
 from support.kills import Kill, run_killed
 from support.runs import TRAINING, assert_same_bits, complaint
 from support.training_data import CLASS_NAMES, read_log, tiny_architecture, write_shapes, write_tiny
@@ -49,6 +47,13 @@ from trt_yolov6.models.variants import VARIANTS, Variant
 VARIANTS["yolov6mini"] = {MINI!r}
 """
 """Makes another process know the fixture `mini`."""
+COMMAND = """
+import torch
+torch.set_num_threads(1)
+from trt_yolov6.cli import main
+raise SystemExit(main())
+"""
+"""The command line in a process of its own."""
 
 
 class Branches(nn.Module):
@@ -327,11 +332,11 @@ def mini_settings(data: Path, variant: str) -> TrainSettings:
     return recipe_for(
         variant,
         str(data),
-        epochs=24,
+        epochs=12,
         batch=4,
         image_size=64,
         val_split=None,
-        rep_optimizer=RepOptimizerSettings(search_epochs=16),
+        rep_optimizer=RepOptimizerSettings(search_epochs=6),
     )
 
 
@@ -342,16 +347,16 @@ def test_killed_in_the_search_and_after_it_a_run_ends_with_the_same_bits(
     settings = mini_settings(data, mini)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     result = train(settings, undisturbed, progress=False, state_seconds=1e9)
-    assert len(result.log) == 24
+    assert len(result.log) == 12
     assert [note.partition(" ")[0] for note in result.notes] == ["the", "RepOptimizer's"]
     for resume, kill in (
         ("start", Kill(STATE_FILE, 5, after=True)),
-        ("resume", Kill(STATE_FILE, 30, after=False)),
+        ("resume", Kill(STATE_FILE, 12, after=False)),
     ):
         arguments = [json.dumps(settings.to_json()), str(killed), resume]
         run_killed(KNOWN + TRAINING, arguments, kill)
     assert (killed / STATE_FILE).exists(), "it was killed in the search again"
-    assert len(read_log(killed)) < 24, "it was over before the kill"
+    assert len(read_log(killed)) < 12, "it was over before the kill"
     assert main(["train", "--resume", "--output", str(killed), "--quiet"]) == 0
     for name in (".", "search"):
         assert_same_bits(undisturbed / name, killed / name)
@@ -429,18 +434,8 @@ def test_two_processes_search_and_train_as_one(data: Path, mini: str, tmp_path: 
     arguments += ["--rep-optimizer", "--search-epochs", "1", "--epochs", "2", "--batch", "4"]
     arguments += ["--imgsz", "64", "--quiet", "--device", "cpu"]
     arguments += ["--set", "optimizer.accumulate=2", "--set", "losses.warmup_epochs=1"]
-    assert main([*arguments, "--output", str(one)]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = tmp_path / "command.py"
-    script.write_text(f"{KNOWN}\nfrom trt_yolov6.cli import main\n\nraise SystemExit(main())\n")
-    subprocess.run(
-        [*launcher, str(script), *arguments, "--output", str(two)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    with two_that_share(KNOWN + COMMAND, [*arguments, "--output", str(two)]):
+        assert main([*arguments, "--output", str(one)]) == 0
     for name, epochs in (("search", 1), (".", 2)):
         alone, together = read_log(one / name), read_log(two / name)
         assert len(alone) == len(together) == epochs

@@ -27,6 +27,7 @@ from trt_yolov6.runtime.annotate import infer_source
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import process
 from trt_yolov6.runtime.several_gpus import (
+    _AHEAD,
     _in_order,
     _work,
     check_gpus,
@@ -141,7 +142,7 @@ def test_a_process_that_starts_late_does_not_stop_the_others() -> None:
     gathering.start()
     wait_until(lambda: taken[0] == [0])
     early.start()
-    wait_until(lambda: len(taken[1]) == 15)
+    wait_until(lambda: len(taken[1]) == 2 * _AHEAD - 1)
     begin.set()
     gathering.join(30)
     assert found == list(range(60))
@@ -179,6 +180,33 @@ def test_an_engine_does_not_wait_for_its_results_to_be_read(
             kinds.append(ours.recv()[0])
         working.join(30)
     assert kinds.count("done") == 6
+
+
+def test_a_process_takes_no_batch_before_it_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results of the others would wait for that batch as long as it takes to get ready."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ours, theirs = multiprocessing.Pipe()
+    with load_tiny(tmp_path) as engine:
+        begun, may_end = threading.Event(), threading.Event()
+        infer = type(engine).infer
+
+        def slow(self: Any, images: Any) -> Any:
+            begun.set()
+            may_end.wait(30)
+            return infer(self, images)
+
+        monkeypatch.setattr(type(engine), "infer", slow)
+        arguments: Any = theirs, "0", file_of(engine), read_image, corners, SURE, {}
+        working = threading.Thread(target=_work, args=arguments, daemon=True)
+        working.start()
+        assert begun.wait(30)
+        assert not ours.poll(0.2)
+        may_end.set()
+        assert ours.recv() == ("give", None)
+        ours.close()
+        working.join(30)
 
 
 def test_an_error_or_a_death_ends_all(tmp_path: Path) -> None:

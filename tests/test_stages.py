@@ -12,7 +12,13 @@ from support.host_images import HostDecoder, HostImagesEngine
 from support.kernels_on_cpu import letterbox_on_cpu
 from support.tiny_detector import load_tiny
 
-from trt_yolov6.bench.stages import Stage, StageReport, benchmark_stages, format_stages
+from trt_yolov6.bench.stages import (
+    Stage,
+    StageReport,
+    Together,
+    benchmark_stages,
+    format_stages,
+)
 from trt_yolov6.cli import main
 from trt_yolov6.data.images import list_images
 from trt_yolov6.errors import UserError
@@ -29,7 +35,8 @@ def test_the_limit_is_the_slowest_place_whose_stages_follow_one_another() -> Non
         Stage("engine", "GPU", 0.014),
         Stage("boxes", "thread", 0.001),
     )
-    report = StageReport(Path("a.trt"), "fp16", "x", "GPU", 32, 0.03, stages, 1500.0, 1.5, 7.0)
+    whole = Together(1500.0, 1.5, 7.0)
+    report = StageReport(Path("a.trt"), "fp16", "x", "GPU", 32, 0.03, stages, whole)
     assert report.places == pytest.approx({"CPU": 3200, "GPU": 1600, "thread": 32000})
     place, fps = report.limit
     assert place == "GPU"
@@ -47,8 +54,8 @@ def test_on_a_cpu_every_stage_is_timed(tmp_path: Path) -> None:
         *("decode", "letterbox", "engine", "suppression")
     ]
     assert all(stage.seconds > 0 for stage in report.stages)
-    assert report.fps > 0
-    assert report.cores > 0
+    assert report.together.fps > 0
+    assert report.together.cores > 0
 
 
 class StagedEngine(HostImagesEngine):

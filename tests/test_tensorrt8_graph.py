@@ -18,11 +18,13 @@ from trt_yolov6.engines.tensorrt.weakly_typed import (
     give_transposed_float_weights,
     implicit_graph,
     join_siblings,
+    part_siblings,
     read_before_pairs,
     split_pools,
     weak_graph,
 )
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+from trt_yolov6.graph.index import attributes
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
@@ -112,12 +114,17 @@ class TestHalfPrecision:
         half = to_fp16(model, keep_float32=tail_nodes(model))
         assert weak_graph(half.SerializeToString()).single == {"boxes"}
 
-    def test_implicit_quantization_leaves_all_after_the_last_layers_in_float(self) -> None:
+    def test_implicit_quantization_leaves_some_in_float(self) -> None:
+        # All after the last layers, and the transposed convolution.
         model = detector()
         weak = implicit_graph(model.SerializeToString(), half=True)
         assert weak.quantized
         assert weak.half
-        assert weak.single == {"cls_flat", "scores", "boxes"}
+        transposed = {
+            node.output[0] for node in model.graph.node if node.op_type == "ConvTranspose"
+        }
+        assert len(transposed) == 1
+        assert weak.single == {"cls_flat", "scores", "boxes", *transposed}
         assert onnx.load_from_string(weak.model) == model
 
 
@@ -224,25 +231,6 @@ def test_a_weighted_shortcut_reads_what_is_quantized(swapped: bool) -> None:
     assert_same(model, result, rtol=0.7 * scale / 2 + 1e-6)
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize(("activation", "reads_before"), [("Relu", True), ("HardSwish", False)])
-def test_a_sum_with_a_rectified_tensor_reads_what_is_quantized(
-    activation: str, reads_before: bool, swapped: bool
-) -> None:
-    # As in the blocks of M, whose shortcuts' numbers export folds away.
-    graph = GraphWriter()
-    source = graph.conv_relu("start", "images", (3, 4))
-    start = graph.pair(source, scale := 0.05)
-    inner = graph.node(activation, [graph.conv("inner", start, (4, 4))], "inner_act")
-    terms = [start, inner] if swapped else [inner, start]
-    model = graph.model(graph.node("Add", terms, "out"))
-    result = copy(model)
-    read_before_pairs(result)
-    (total,) = (node for node in result.graph.node if node.op_type == "Add")
-    assert set(total.input) == {source if reads_before else start, inner}
-    assert_same(model, result, rtol=scale / 2 + 1e-6)
-
-
 class TestSiblings:
     @pytest.mark.parametrize(
         ("after", "joined"),
@@ -268,3 +256,31 @@ class TestSiblings:
         result = quantized(model)
         join_siblings(result)
         assert kinds(result)["Split"] == 0
+
+    @pytest.mark.parametrize(
+        ("kernel", "activation", "parted"),
+        [(1, "Relu", True), (3, "Relu", False), (1, "Sigmoid", False)],
+    )
+    def test_pointwise_ones_before_relus_are_told_apart(
+        self, kernel: int, activation: str, parted: bool
+    ) -> None:
+        # As the two paths of the stacks of M and L-ReLU.
+        graph = GraphWriter()
+        stem = graph.conv_relu("stem", "images", (3, 8), kernel=3)
+        paths = []
+        for name in ("main", "side", "third"):
+            out = graph.conv(name, stem, (8, 8), kernel=kernel)
+            out = graph.node(activation, [out], f"{name}_act")
+            paths.append(graph.conv(f"{name}_last", out, (8, 4)))
+        model = quantized(graph.model(graph.node("Concat", paths, "out", axis=1)))
+        result = copy(model)
+        part_siblings(result)
+        dilations = {
+            node.name: attributes(node).get("dilations", [1, 1])
+            for node in result.graph.node
+            if node.op_type == "Conv"
+        }
+        assert dilations["side"] == ([2, 2] if parted else [1, 1])
+        assert dilations["third"] == ([3, 3] if parted else [1, 1])
+        assert {tuple(dilations[name]) for name in ("stem", "main", "main_last")} == {(1, 1)}
+        assert_same(model, result)

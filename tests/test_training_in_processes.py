@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.first_steps import first_steps, settings_of
+from support.forks import two_that_share
 from support.training_data import write_shapes, write_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
+FIRST_STEPS = "from support.first_steps import main; main()"
 LIMITS = {"cpu": 2e-5, "cuda": 1e-3}
 """Of the first gradient's difference, over its size."""
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -24,31 +21,9 @@ needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpus)])
 def test_two_processes_take_the_steps_of_one(device: str, tmp_path: Path) -> None:
     data, tiny = write_shapes(tmp_path / "data", images=16), write_tiny(tmp_path / "tiny.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     output = tmp_path / "found.pt"
-    command = [sys.executable, "-m", "support.first_steps", str(data), str(tiny), device]
-    together = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [*command, str(output)],
-            env={**together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    alone = first_steps(settings_of(data, tiny), device)
-    for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said[-2000:]
+    with two_that_share(FIRST_STEPS, [str(data), str(tiny), device, str(output)]):
+        alone = first_steps(settings_of(data, tiny), device)
     shared = torch.load(output)
 
     limit = LIMITS[device]

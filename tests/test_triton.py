@@ -401,6 +401,9 @@ def test_a_plan_of_tensorrt_rtx_is_refused(engine: Path, tmp_path: Path) -> None
 def test_engines_of_one_name_are_refused(engine: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="would both become tiny_fp32"):
         export_triton([engine, engine], tmp_path / "models")
+    with pytest.raises(UserError, match="`names` has 1 names for 2 engines"):
+        export_triton([engine, engine], tmp_path / "models", names=["one"])
+    export_triton([engine, engine], tmp_path / "models", names=["one", "two"])
     export_triton([engine], tmp_path / "models")
     with pytest.raises(UserError, match=r"models/tiny_fp32 is there already"):
         export_triton([engine], tmp_path / "models")

@@ -97,11 +97,7 @@ def evaluate(
 
     with _opened(detector) as engine:
         return evaluate_engine(
-            engine,
-            load_coco(data, split),
-            options,
-            confusion=confusion,
-            progress=progress,
+            engine, load_coco(data, split), options, confusion=confusion, progress=progress
         )
 
 
@@ -231,13 +227,7 @@ def compare(
     )
     if isinstance(baseline, (str, Path)):
         baseline = read_results(baseline)
-    return compare_plan(
-        chosen,
-        output,
-        again=again,
-        baseline=baseline,
-        progress=progress,
-    )
+    return compare_plan(chosen, output, again=again, baseline=baseline, progress=progress)
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -259,9 +249,8 @@ def inspect(path: str | Path) -> Inspection:
         ('onnx', ('RBC', 'WBC', 'Platelets'))
     """
     from trt_yolov6.diagnostics.inspection import inspect_file
-    from trt_yolov6.engines import find_engine
 
-    return inspect_file(find_engine(path))
+    return inspect_file(path)
 
 
 def train(

@@ -191,13 +191,8 @@ def quantize(
         _log.info("%s", line)
     layers, kept = result.placement.layers, result.placement.float_layers
     ranges = "" if table is None else f"; ranges in {table}"
-    _log.info(
-        "%d of %d convolutions in %s%s",
-        len(layers),
-        len(layers) + len(kept),
-        settings.quantized.label,
-        ranges,
-    )
+    whole = len(layers) + len(kept)
+    _log.info(f"{len(layers)} of {whole} convolutions in {settings.quantized.label}{ranges}")
     if output is not None:
         write_graph(result.graph, output)
     return result.graph
@@ -241,13 +236,13 @@ def build(
     _check_names("build", options, BuildOptions)
     wanted = None if precision is None else Precision.parse(precision)
     progress = options.get("progress", True)
+    settings = settings or BuildSettings()
     settings = dataclasses.replace(
-        settings or BuildSettings(),
+        settings,
+        target=options.get("target") or settings.target,
         fp8=wanted is not None and wanted.base == "fp8",
         progress=progress,
     )
-    if options.get("target") is not None:
-        settings = dataclasses.replace(settings, target=options["target"])
     # Exporting takes seconds: what cannot be built is better refused before.
     name = check_build(backend, output, settings)
     quantized = wanted if wanted is not None and wanted.quantizes else None
@@ -513,10 +508,8 @@ def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
     )
     for shift in verify_clean(graph.model, model, images):
         _log.info(
-            "surgery: %s moved by %.3g (RMS); quantization itself moves it by %.3g",
-            shift.output,
-            shift.moved,
-            shift.quantization,
+            f"surgery: {shift.output} moved by {shift.moved:.3g} (RMS); quantization itself moves "
+            f"it by {shift.quantization:.3g}"
         )
         if not shift.explained:
             raise UserError(

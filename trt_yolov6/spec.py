@@ -243,13 +243,7 @@ class PredictOptions:
 
     def over(self, default: NmsSettings) -> PredictOptions:
         """Return the options with thresholds that are None taken from `default`."""
-        nms = self.nms(default)
-        return replace(
-            self,
-            confidence=nms.confidence,
-            iou=nms.iou,
-            max_detections=nms.max_detections,
-        )
+        return replace(self, **vars(self.nms(default)))
 
     def thresholds(self) -> dict[str, Any]:
         """Return the thresholds that are given, by name."""

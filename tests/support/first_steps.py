@@ -88,7 +88,3 @@ def main() -> None:
     found = first_steps(settings_of(Path(data), Path(weights)), device)
     if found["losses"]:  # the log is the first process's
         torch.save(found, output)
-
-
-if __name__ == "__main__":
-    main()

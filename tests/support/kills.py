@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-IMPORTED = ("trt_yolov6.training.trainer", "trt_yolov6.pipeline", "onnxruntime", "cv2")
-"""What the processes use, imported once for all of them: that takes longer than the rest."""
+from support.forks import forked
 
 
 @dataclass(frozen=True)
@@ -30,28 +26,9 @@ class Kill:
 
 def run_killed(code: str, arguments: Sequence[str], kill: Kill) -> None:
     """Run Python code in another process, from the root of the repository, up to its kill."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*IMPORTED])
-    with tempfile.NamedTemporaryFile() as said:
-        process = context.Process(target=_run, args=(code, [*arguments], kill, said.name))
-        process.start()
-        process.join(300)
-        status = process.exitcode
-        if status is None:
-            process.kill()
-        words = said.read().decode()
+    with forked(code, arguments, first=partial(_prepare, kill)) as fork:
+        status, words = fork.ended()
     assert status == -signal.SIGKILL, f"{kill} did not come about: {words}"
-
-
-def _run(code: str, arguments: list[str], kill: Kill, said: str) -> None:
-    """Do what `python -c` does, with the kill prepared and everything said in a file."""
-    with open(said, "wb") as words:
-        os.dup2(words.fileno(), 1)
-        os.dup2(words.fileno(), 2)
-    os.chdir(ROOT)
-    sys.argv = ["-c", *arguments]
-    _prepare(kill)
-    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
 def _prepare(kill: Kill) -> None:

@@ -276,19 +276,20 @@ def read_snapshot(path: Path = SNAPSHOT) -> dict[str, Facts]:
 
 
 def used_names() -> set[str]:
-    """Return the names that the package's code for TensorRT reads, defines, imports or quotes."""
+    """Return the names of members that the package's code for TensorRT may mean.
+
+    Those are attributes, imported names, methods of its own classes, and constants in quotes.
+    """
     used: set[str] = set()
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
-                case (
-                    ast.Attribute(attr=str(name))
-                    | ast.Name(id=str(name))
-                    | ast.FunctionDef(name=str(name))
-                    | ast.alias(name=str(name))
-                    | ast.Constant(value=str(name))
-                ):
+                case ast.Attribute(attr=str(name)) | ast.alias(name=str(name)):
                     used.add(name)
+                case ast.Constant(value=str(name)) if name.isupper():
+                    used.add(name)
+                case ast.ClassDef(body=body):
+                    used.update(item.name for item in body if isinstance(item, ast.FunctionDef))
     return used
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
+from trt_yolov6.data.coco import DataReport
 from trt_yolov6.models import Architecture, build_model
 from trt_yolov6.training.augmentation import AugmentationSettings
-from trt_yolov6.training.data_validation import DataReport, decode, read_split
+from trt_yolov6.training.data_validation import decode, read_split
 from trt_yolov6.training.dataset import TrainingSet
 from trt_yolov6.training.log import LOG_FILE
 from trt_yolov6.training.targets import Targets

@@ -109,55 +109,31 @@ def layer_times(
         plain = _KERNEL_ENDINGS.sub("", kernel)
         name = work.owners.get(kernel) or work.owners.get(plain) or kernel
         seconds[name] = seconds.get(name, 0.0) + taken
-    return [
-        _layer_time(name, taken, layers.get(name), batch, ceilings, computed_in)
-        for name, taken in seconds.items()
-    ]
-
-
-def _layer_time(
-    name: str,
-    seconds: float,
-    layer: Layer | None,
-    batch: int,
-    ceilings: Ceilings | None,
-    computed_in: str,
-) -> LayerTime:
-    if layer is None:
-        return LayerTime(name, "", "", seconds, None, "")
-    precision = computed_in or layer.precision
-    least = ceilings.seconds(layer, batch, precision) if ceilings else None
-    if least is None:
-        return LayerTime(name, layer.operator, layer.precision, seconds, None, "")
-    arithmetic, memory = least
-    return LayerTime(
-        name=name,
-        operator=layer.operator,
-        precision=layer.precision,
-        seconds=seconds,
-        roofline=max(arithmetic, memory),
-        bound="arithmetic" if arithmetic >= memory else "memory",
-    )
+    found = []
+    for name, taken in seconds.items():
+        layer, roofline, bound = layers.get(name), None, ""
+        if layer is not None and ceilings is not None:
+            least = ceilings.seconds(layer, batch, computed_in or layer.precision)
+            if least is not None:
+                roofline = max(least)
+                bound = "arithmetic" if least[0] == roofline else "memory"
+        operator, precision = (layer.operator, layer.precision) if layer else ("", "")
+        found.append(LayerTime(name, operator, precision, taken, roofline, bound))
+    return found
 
 
 def measure_ceilings(engine: Engine) -> Ceilings | None:
-    """Measure the ceilings of the device that an engine runs on, in a second or two.
-
-    Returns:
-        None for a GPU that PyTorch cannot use here.
-    """
+    """Measure the ceilings of an engine's device, in a second or two; see `gpu_ceilings`."""
     if engine.device == cpu_model():
         return cpu_ceilings(engine.threads)
     return gpu_ceilings()
 
 
 def cpu_ceilings(threads: int | None = None) -> Ceilings:
-    """Measure the CPU: ONNX Runtime's matrix product, and a copy with the same thread count.
+    """Measure the CPU: ONNX Runtime's matrix product, and a copy with as many threads.
 
-    Args:
-        threads: as an engine uses; None for ONNX Runtime's choice.
+    Without `threads`, the number is ONNX Runtime's choice.
     """
-
     shape = _MATRIX_SIDE, _MATRIX_SIDE
     matrix = f"float[{_MATRIX_SIDE}, {_MATRIX_SIDE}]"
     model = onnx.parser.parse_model(
@@ -183,8 +159,7 @@ def cpu_ceilings(threads: int | None = None) -> Ceilings:
 def gpu_ceilings() -> Ceilings | None:
     """Measure GPU 0 with PyTorch: a large copy, and large products in each precision it has.
 
-    Returns:
-        None where PyTorch is missing or sees no GPU.
+    Without PyTorch, or a GPU that it sees, there are none.
     """
     try:
         import torch

@@ -311,7 +311,6 @@ def random_input(engine: Engine, batch: int) -> NDArray[Any]:
     Raises:
         UserError: it does not fit in memory.
     """
-
     generator = np.random.default_rng(SEED)
     images = empty_input(engine.input, batch)
     if engine.input.dtype == np.uint8:

@@ -46,6 +46,18 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Together:
+    """All stages of a pipeline at work, side by side."""
+
+    fps: float
+    """Images a second."""
+    cores: float
+    """CPU cores that were busy meanwhile."""
+    boxes: float
+    """Boxes an image that were found."""
+
+
+@dataclass(frozen=True)
 class StageReport:
     """The stages of one engine, and all of them together."""
 
@@ -56,12 +68,7 @@ class StageReport:
     batch: int
     confidence: float
     stages: tuple[Stage, ...]
-    fps: float
-    """Images a second of all stages together, overlapping."""
-    cores: float
-    """CPU cores that were busy meanwhile."""
-    boxes: float
-    """Boxes an image that were found."""
+    together: Together
 
     @property
     def places(self) -> dict[str, float]:
@@ -96,12 +103,12 @@ class StageReport:
                 }
                 for stage in self.stages
             ],
-            "fps": self.fps,
+            "fps": self.together.fps,
             "slowest_place": place,
             "slowest_place_fps": fps,
-            "to_slowest_place": self.fps / fps,
-            "cores": self.cores,
-            "boxes_per_image": self.boxes,
+            "to_slowest_place": self.together.fps / fps,
+            "cores": self.together.cores,
+            "boxes_per_image": self.together.boxes,
         }
 
 
@@ -141,7 +148,6 @@ def benchmark_stages(
     measure = _stages_on_gpu if engine.takes_images() else _stages_here
     with contextlib.ExitStack() as stack:
         stages = tuple(measure(engine, chosen, nms, duration / 8, stack))
-    together = benchmark_together(engine, encoded, options, duration / 3)
     return StageReport(
         engine.path,
         engine.precision,
@@ -150,22 +156,8 @@ def benchmark_stages(
         batch,
         nms.confidence,
         stages,
-        together.fps,
-        together.cores,
-        together.boxes,
+        benchmark_together(engine, encoded, options, duration / 3),
     )
-
-
-@dataclass(frozen=True)
-class Together:
-    """All stages of a pipeline at work, side by side."""
-
-    fps: float
-    """Images a second."""
-    cores: float
-    """CPU cores that were busy meanwhile."""
-    boxes: float
-    """Boxes an image that were found."""
 
 
 def benchmark_together(
@@ -221,24 +213,18 @@ def format_stages(report: StageReport) -> str:
     """Return a report as text for a terminal."""
     rows = [("stage", "place", "ms a batch", "images/s alone")]
     for stage in report.stages:
-        rows.append(
-            (
-                stage.name,
-                stage.place,
-                four_digits(stage.seconds * 1e3),
-                four_digits(report.batch / stage.seconds),
-            )
-        )
-    place, fps = report.limit
+        times = four_digits(stage.seconds * 1e3), four_digits(report.batch / stage.seconds)
+        rows.append((stage.name, stage.place, *times))
+    (place, fps), together = report.limit, report.together
     return "\n".join(
         [
             f"{report.engine.name} ({report.precision}, {report.backend}) on {report.device}, "
             f"batch {report.batch}, confidence {report.confidence:g}: "
-            f"{four_digits(report.boxes)} boxes an image",
+            f"{four_digits(together.boxes)} boxes an image",
             *aligned(rows, left=2),
-            f"all together: {four_digits(report.fps)} images/s, {report.fps / fps:.0%} of what the "
-            f"slowest place, {place}, allows ({four_digits(fps)}), with "
-            f"{four_digits(report.cores)} cores busy",
+            f"all together: {four_digits(together.fps)} images/s, {together.fps / fps:.0%} of what "
+            f"the slowest place, {place}, allows ({four_digits(fps)}), with "
+            f"{four_digits(together.cores)} cores busy",
             "places work side by side; the stages of one place follow one another",
         ]
     )

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trt_yolov6.checkpoints.inert_pickle import DAMAGE, Shell, StorageReference, load_inert
+from trt_yolov6.checkpoints.inert_pickle import (
+    DAMAGE,
+    Shell,
+    StorageReference,
+    damaged,
+    load_inert,
+)
 from trt_yolov6.common.closing import Closing
 from trt_yolov6.errors import UserError
 
@@ -84,15 +90,15 @@ class TorchArchive(Closing):
             ):
                 pass
             case _:
-                raise self._damaged("a tensor does not fit its record")
+                raise damaged(self.path, "a tensor does not fit its record")
         dtype: torch.dtype = getattr(torch, storage.dtype)
         length = storage.numel * dtype.itemsize
         if length > self._budget:
-            raise self._damaged("its tensors are larger than the file")
+            raise damaged(self.path, "its tensors are larger than the file")
         self._budget -= length
         record = self._record(f"data/{storage.key}")
         if len(record) != length:
-            raise self._damaged("a tensor does not fit its record")
+            raise damaged(self.path, "a tensor does not fit its record")
         if not record:
             return torch.empty(size, dtype=dtype)
         if widened and dtype.is_floating_point and dtype != torch.float32:
@@ -136,10 +142,7 @@ class TorchArchive(Closing):
         try:
             return self._zip.read(f"{self._folder}/{name}")
         except (zipfile.BadZipFile, *DAMAGE) as error:
-            raise self._damaged(f"its record {name[:40]} cannot be read") from error
-
-    def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.path} is damaged: {what}; copy or download it again.")
+            raise damaged(self.path, f"its record {name[:40]} cannot be read") from error
 
 
 def _checked_size(path: Path) -> int:

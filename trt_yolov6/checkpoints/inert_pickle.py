@@ -70,6 +70,11 @@ DAMAGE = (
 """Exceptions that reading a damaged pickle or archive may raise."""
 
 
+def damaged(path: Path, what: str) -> UserError:
+    """Return the refusal of a file that is not as it was written."""
+    return UserError(f"{path} is damaged: {what}; copy or download it again.")
+
+
 class Shell:
     """An inert stand-in for an instance, or for the result of a call, of what a pickle names."""
 
@@ -121,9 +126,7 @@ _CONTAINERS: dict[tuple[str, str], Callable[..., Any]] = {
 def load_inert(content: bytes, path: Path) -> Any:
     """Return the object tree of a pickle: plain values, containers, shells and storage references.
 
-    Args:
-        content: the pickle.
-        path: the file that it comes from, for the messages.
+    `path` is the file that it comes from, for messages.
 
     Raises:
         UserError: the pickle is damaged, or names what no checkpoint needs.
@@ -132,10 +135,7 @@ def load_inert(content: bytes, path: Path) -> Any:
         _check_opcodes(content)
         return _InertUnpickler(content, path).load()
     except DAMAGE as error:
-        raise UserError(
-            f"{path} is damaged: its pickle cannot be read ({type(error).__name__}); "
-            "copy or download it again."
-        ) from error
+        raise damaged(path, f"its pickle cannot be read ({type(error).__name__})") from error
 
 
 class _InertUnpickler(pickle.Unpickler):

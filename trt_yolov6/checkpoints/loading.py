@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from trt_yolov6.checkpoints.archive import TorchArchive
-from trt_yolov6.checkpoints.inert_pickle import EXPORT_IT, Shell
+from trt_yolov6.checkpoints.inert_pickle import EXPORT_IT, Shell, damaged
 from trt_yolov6.checkpoints.meituan.recognition import recognize, release
 from trt_yolov6.checkpoints.meituan.tree import RELEASES, flatten
 from trt_yolov6.checkpoints.meituan.weights import read_network
-from trt_yolov6.checkpoints.native import Training, is_trained, read_trained
+from trt_yolov6.checkpoints.native import Training, are_names, is_trained, read_trained
 from trt_yolov6.data.class_names import COCO_NAMES
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import ConvAct
+from trt_yolov6.models.fusion import is_fused
 from trt_yolov6.models.network import YOLOv6
 from trt_yolov6.models.variants import Architecture
 
@@ -98,21 +97,12 @@ def _class_names(archive: TorchArchive, root: Shell, count: int) -> tuple[str, .
     if names is None:
         # The authors' releases are trained on COCO and carry no names.
         return COCO_NAMES if count == 80 else tuple(f"class_{index}" for index in range(count))
-    if (
-        not isinstance(names, list | tuple)
-        or len(names) != count
-        or not all(isinstance(name, str) for name in names)
-    ):
-        raise UserError(
-            f"{archive.path} is damaged: its class names do not fit its {count} classes; "
-            "copy or download it again."
-        )
+    if not are_names(names, count):
+        raise damaged(archive.path, f"its class names do not fit its {count} classes")
     return tuple(names)
 
 
 def _form(model: YOLOv6) -> Literal["training", "fused", "mixed"]:
-    fused = any(isinstance(module, ConvAct) for module in model.modules())
-    normalized = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    if fused and normalized:
-        return "mixed"
-    return "fused" if fused else "training"
+    if not any(isinstance(module, ConvAct) for module in model.modules()):
+        return "training"
+    return "fused" if is_fused(model) else "mixed"

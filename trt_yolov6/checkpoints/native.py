@@ -56,10 +56,7 @@ class Training:
 
 
 def write_checkpoint(
-    path: str | Path,
-    model: YOLOv6,
-    class_names: tuple[str, ...],
-    training: Training,
+    path: str | Path, model: YOLOv6, class_names: tuple[str, ...], training: Training
 ) -> None:
     """Write a network in training form, whole or not at all.
 
@@ -116,11 +113,7 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
         )
     arch = _architecture(path, root.get("architecture"), version)
     names = root.get("class_names")
-    if (
-        not isinstance(names, list)
-        or len(names) != arch.num_classes
-        or not all(isinstance(name, str) for name in names)
-    ):
+    if not are_names(names, arch.num_classes):
         raise _damaged(path, f"its class names do not fit its {arch.num_classes} classes")
     training = _training(path, root)
     shells = root.get("weights")
@@ -154,6 +147,12 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
     return model.eval(), tuple(names), training
 
 
+def are_names(value: Any, count: int) -> bool:
+    """Return whether a value is a list of `count` texts."""
+    is_list = isinstance(value, list | tuple) and len(value) == count
+    return is_list and all(isinstance(name, str) for name in value)
+
+
 def _architecture(path: Path, fields: Any, version: int) -> Architecture:
     if version == 1 and isinstance(fields, dict):
         # All of the neck had the activation of the blocks then.
@@ -167,11 +166,11 @@ def _architecture(path: Path, fields: Any, version: int) -> Architecture:
     lite = [arch.block == "lite", arch.neck == "lite", arch.pooling == "none"]
     widths = (*arch.stage_channels, *arch.neck_channels)
     repeats = (*arch.stage_repeats, *arch.neck_repeats)
+    parts = (arch.stage_channels, arch.neck_channels, arch.stage_repeats, arch.neck_repeats)
     sound = (
         all(1 <= width <= _MOST_CHANNELS for width in widths)
         and all(1 <= count <= _MOST_REPEATS for count in repeats)
-        and tuple(len(getattr(arch, name)) for name in _LENGTHS)
-        in ([(5, 1, 4, 0)] if lite[1] else [(5, 6, 4, 4), (6, 9, 5, 6)])
+        and tuple(map(len, parts)) in ([(5, 1, 4, 0)] if lite[1] else [(5, 6, 4, 4), (6, 9, 5, 6)])
         and (arch.csp_ratio is None or 0 < arch.csp_ratio <= 1)
         and not (arch.mbla and arch.csp_ratio is None)
         and len(set(lite)) == 1
@@ -183,9 +182,6 @@ def _architecture(path: Path, fields: Any, version: int) -> Architecture:
     if not sound:
         raise _damaged(path, "its architecture is not one that can be built")
     return dataclasses.replace(arch, name=variant_name(arch))
-
-
-_LENGTHS = ("stage_channels", "neck_channels", "stage_repeats", "neck_repeats")
 
 
 def _training(path: Path, root: Mapping[str, Any]) -> Training:

@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
         images=(options.images or common.SAMPLE_IMAGES) if options.end_to_end else None,
         predict=predict_options(options) if options.end_to_end else None,
         duration=options.duration,
+        warm_up=min(1.0, options.duration),  # no longer than is measured
         progress=not options.quiet,
     )
     print(format_report(results))

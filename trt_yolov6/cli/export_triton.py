@@ -90,11 +90,6 @@ def run(options: argparse.Namespace) -> None:
         predict=predict,
         extra="" if options.extra is None else read_bytes(options.extra).decode(errors="replace"),
     )
-    if options.names and len(options.names) != len(options.engine):
-        raise UserError(
-            f"--name has {len(options.names)} names for {len(options.engine)} engines; give one "
-            "for each."
-        )
     engines = [resolved(path) for path in options.engine]
     loading = LoadOptions(decoder=options.decoder, preprocess=common.preprocess_changes(options))
     python = options.python

@@ -47,14 +47,12 @@ def check_json(path: Path | None) -> None:
     if path is None:
         return
     from trt_yolov6.common.files import check_writable
+    from trt_yolov6.engines.manifest import manifest_owner
 
-    if path.suffix == ".json" and check_writable(path).is_file():
-        from trt_yolov6.engines.manifest import manifest_owner
-
-        owner = manifest_owner(path)
-        if owner:
-            raise UserError(f"--json {path} is the manifest of {owner}; choose another file.")
     check_writable(path)
+    owner = manifest_owner(path)
+    if owner is not None:
+        raise UserError(f"--json {path} is the manifest of {owner}; choose another file.")
 
 
 def write_result(path: Path, value: object) -> None:

@@ -55,15 +55,12 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--split is part of a data set; name that with --data.")
     if options.data is not None:
         check_source(options.data, options.split)
-    if options.onnx:
-        graph = export(
-            options.onnx,
-            image_size=options.image_size,
-            decoder=options.decoder,
-            preprocess=common.preprocess_changes(options),
-        )
-    else:
-        graph = export(weights_or_sample(options.weights), image_size=options.image_size)
+    graph = export(
+        options.onnx or weights_or_sample(options.weights),
+        image_size=options.image_size,
+        decoder=options.decoder,
+        preprocess=common.preprocess_changes(options) or None,
+    )
     settings = calibration_settings(options)
     calibrated = calibrate(graph, calibration_folder(options.calibration), settings)
     score = labelled_score(graph, options.data, options.split)

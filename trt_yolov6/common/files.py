@@ -36,7 +36,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             prefix=f".{path.stem}.", suffix=path.suffix, dir=None if in_place else path.parent
         )
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -50,7 +50,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.chmod(0o666 & ~umask)
             temporary.replace(path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -108,11 +108,12 @@ def check_writable(path: str | Path) -> Path:
     # What is there and no regular file (a pipe) is written to in place.
     target = path if path.exists() and not path.is_file() else parent
     if not os.access(target, os.W_OK):
-        raise _unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        raise unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return path
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Return the error for a file or folder that the system does not let be written."""
     return UserError(
         f"{path} cannot be written ({error.strerror or error}); free the disk or choose a folder "
         "you may write to."

@@ -171,11 +171,7 @@ def read_cpu_clock() -> CpuClock:
 def read_gpus(timeout: float = 10.0) -> tuple[Gpu, ...]:
     """Ask `nvidia-smi`, which comes with every driver, for the GPUs and their present clocks.
 
-    Args:
-        timeout: seconds to wait for its answer.
-
-    Returns:
-        One value a GPU, in its order; empty without a GPU, a driver or an answer.
+    There are none without a GPU, a driver or an answer within `timeout` seconds.
     """
     program = shutil.which("nvidia-smi")
     if program is None:

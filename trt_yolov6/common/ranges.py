@@ -26,18 +26,20 @@ _RELATIONS = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
 
-def check_fields(settings: object) -> None:
-    """Check the fields of a dataclass against their annotations: type, choices and range.
+class Checked:
+    """Base of dataclasses whose fields must fit their annotations: type, choices and range.
 
     Raises:
         UserError: a field does not fit.
     """
-    cls: Any = type(settings)
-    for name, kind in _annotations(cls).items():
-        value = getattr(settings, name)
-        if not dataclasses.is_dataclass(value):  # such a one checks itself
-            # NumPy's numbers are numbers as well.
-            fitting(value.item() if hasattr(value, "item") else value, kind, f"`{name}`")
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        for name, kind in _annotations(cls).items():
+            value = getattr(self, name)
+            if not dataclasses.is_dataclass(value):  # such a one checks itself
+                # NumPy's numbers are numbers as well.
+                fitting(value.item() if hasattr(value, "item") else value, kind, f"`{name}`")
 
 
 def fitting(value: Any, kind: Any, subject: str, *, strict: bool = True) -> Any:

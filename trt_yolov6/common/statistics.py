@@ -29,15 +29,20 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A value above 0 and the interval around it."""
+    """A value and the interval around it."""
 
     value: float
     low: float
     high: float
 
     @property
+    def half_width(self) -> float:
+        """Half of the interval: a smaller difference is not told from chance."""
+        return (self.high - self.low) / 2
+
+    @property
     def log_error(self) -> float:
-        """Half the interval's width as a natural logarithm; the larger half where they differ."""
+        """Half the width as a natural logarithm, of a value above 0; the larger half of the two."""
         if self.low <= 0:
             return math.inf
         return max(math.log(self.high / self.value), math.log(self.value / self.low))

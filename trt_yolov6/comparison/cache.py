@@ -12,13 +12,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.errors import UserError
 
 Inputs = Mapping[str, Any]
 """Inputs of a step, JSON-ready."""
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -31,21 +33,18 @@ class Steps:
         self,
         kind: str,
         inputs: Inputs,
-        work: Callable[[], Any],
-        is_whole: Callable[[Any], bool] = lambda value: True,
-    ) -> Any:
-        """Return the value of a step: the one kept, where that is still whole, else by doing it.
+        work: Callable[[], Value],
+        is_whole: Callable[[Value], bool] = lambda value: True,
+    ) -> Value:
+        """Return the value of a step: the one kept, where that is still whole, else that of `work`.
 
-        Args:
-            kind: name of the step.
-            inputs: all that the value depends on.
-            work: does it; a value of None is not kept.
-            is_whole: whether the files are there that a kept value names.
+        `inputs` are all that the value depends on. A value is whole where the files are there that
+        it names; None is not kept.
 
         Raises:
             UserError: of `work`, or the folder cannot be written to.
         """
-        value = self.find(kind, inputs)
+        value: Value = self.find(kind, inputs)
         if value is None or not is_whole(value):
             value = work()
             if value is not None:

@@ -219,10 +219,7 @@ def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
         hashes = [found["engine_sha256"], found.get("manifest_sha256")]
         return file.is_file() and _hashes(file) == hashes
 
-    found: Mapping[str, Any] = work.steps.once(
-        "build", inputs, lambda: _build(work, case, choice, profile), is_whole
-    )
-    return found
+    return work.steps.once("build", inputs, lambda: _build(work, case, choice, profile), is_whole)
 
 
 def _hashes(engine: Path) -> list[str | None]:
@@ -237,7 +234,15 @@ def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> 
     path = work.output / "engines" / f"{stem}{BACKENDS[case.backend].suffix}"
     graph = _graph(work, case.entry, profile, choice if choice.base == "fp16" else None)
     if choice.quantizes:
-        graph = _quantized(work.plan, graph, choice, path)
+        calibrator: Any = work.plan.calibrator
+        graph = quantize(
+            graph,
+            work.plan.calib,
+            precision=choice,
+            settings=QuantizationSettings(calibrator=calibrator, border=work.plan.border),
+            table=table_path(path),
+            progress=False,
+        )
     built = build(graph, backend=case.backend, output=path, progress=False)
     return {
         "file": str(path.relative_to(work.output)),
@@ -264,19 +269,6 @@ def _graph(
             preprocess=parse_changes(entry.preprocess) if entry.preprocess else None,
         )
     return work.graphs[key]
-
-
-def _quantized(plan: Plan, graph: Graph, choice: Precision, path: Path) -> Graph:
-    calibrator: Any = plan.calibrator
-    settings = QuantizationSettings(calibrator=calibrator, border=plan.border)
-    return quantize(
-        graph,
-        plan.calib,
-        precision=choice,
-        settings=settings,
-        table=table_path(path),
-        progress=False,
-    )
 
 
 def _calibration_inputs(plan: Plan) -> Mapping[str, Any]:

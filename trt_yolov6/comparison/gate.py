@@ -75,8 +75,7 @@ def check(
     results have beyond that is not judged.
 
     Args:
-        results: from `results.read_results` or `run.compare`.
-        baseline: from `results.read_results`.
+        results, baseline: from `results.read_results` or `run.compare`.
         limits: how much may be lost.
         paired: ratios of latencies, by engine and batch, that were measured side by side with the
             baseline's own engines; they take the place of those of two runs.
@@ -187,10 +186,7 @@ def check_basis(
 ) -> None:
     """Refuse a baseline whose AP is of something else; known before anything is measured.
 
-    Args:
-        data: `measure.data_record` of the data set.
-        settings: `plan.settings_of` the plan.
-        baseline: from `results.read_results`.
+    Data and settings are those in the results: `measure.data_record` and `plan.settings_of`.
 
     Raises:
         UserError: it is of another data set or other thresholds.

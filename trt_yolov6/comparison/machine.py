@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from trt_yolov6 import __version__
@@ -23,10 +23,7 @@ from trt_yolov6.engines import backend as backend_module
 def run_inputs(plan: Plan, backend: str, *packages: str) -> dict[str, Any]:
     """Return the environment of a measurement on a backend, as inputs of a step.
 
-    Args:
-        plan: threads and provider.
-        backend: its name.
-        packages: distributions whose version matters besides the backend's and NumPy's.
+    `packages` are distributions whose version matters besides the backend's and NumPy's.
     """
     return {
         "threads": plan.threads,
@@ -63,13 +60,11 @@ def clocks() -> dict[str, Any]:
     }
 
 
-def environment(readings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Describe this machine; clocks are those of the last of the readings by `clocks`."""
-    last = readings[-1] if readings else {"cpu_clock": None, "gpus": []}
+def environment(clocks: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe this machine; its clocks are as `clocks` read them."""
     return {
         "cpu": dataclasses.asdict(describe_cpu()),
-        "cpu_clock": last["cpu_clock"],
-        "gpus": last["gpus"],
+        **clocks,
         "system": system_name(),
         "packages": {name: value for name, value in package_versions().items() if value},
     }

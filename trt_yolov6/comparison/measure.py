@@ -15,17 +15,18 @@ from trt_yolov6.bench.roofline import GraphWork, layer_times, measure_ceilings
 from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
+from trt_yolov6.common.records import Record, as_record
 from trt_yolov6.comparison.agreement import packed
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import clocks, run_inputs
-from trt_yolov6.comparison.rounds import Round, measure_round, round_from_json
+from trt_yolov6.comparison.rounds import Round, measure_round
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.data.coco import CocoDataset, read_coco_image
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.manifest import read_manifest
 from trt_yolov6.errors import ClassesDifferError, UserError
-from trt_yolov6.graph.cost import Ceilings, Layer
+from trt_yolov6.graph.cost import Ceilings
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import detect
 
@@ -90,8 +91,7 @@ def accuracy(
                 "date": timestamp(),
             }
 
-    found: Mapping[str, Any] = work.steps.once("accuracy", inputs, measure)
-    return found
+    return work.steps.once("accuracy", inputs, measure)
 
 
 def _evaluated(work: Work, engine: Engine, name: str, dataset: CocoDataset) -> dict[str, Any]:
@@ -139,9 +139,7 @@ def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[lis
     return [
         [
             [*(round(value, 1) for value in box), round(score, 3), label]
-            for box, score, label in zip(
-                one.xyxy.tolist(), one.confidence.tolist(), one.class_id.tolist(), strict=True
-            )
+            for box, score, label in one.as_tuples()
             if score >= EXAMPLE_CONFIDENCE
         ]
         for one in found
@@ -165,23 +163,18 @@ class Timings:
 
     rounds: Mapping[tuple[str, int], list[Round]]
     """By engine and batch size; the n-th rounds of all were side by side."""
-    clocks: tuple[Mapping[str, Any], ...]
-    """After each round, see `machine.clocks`."""
+    clocks: Mapping[str, Any]
+    """Clocks after the last round, see `machine.clocks`."""
 
 
 def measure_timings(
     work: Work, built: Sequence[BuiltCase], bar: tqdm[NoReturn], *, again: bool = False
 ) -> Timings:
-    """Measure all engines at all batch sizes in rounds; each round goes over all of them.
+    """Measure all engines at all batch sizes in rounds, each of which is a step of the bar.
 
     Every round is kept when it is done, so that an interrupted measurement loses one at most. All
-    of them together are one step: with another engine among them, they are measured again.
-
-    Args:
-        work: what the comparison's steps share.
-        built: the engines.
-        bar: of which each round is a step.
-        again: ignore cached measurements.
+    of them together are one step of the comparison: with another engine among them, or `again`,
+    they are measured again.
     """
     plan = work.plan
     inputs = {
@@ -216,12 +209,17 @@ def measure_timings(
     return Timings(
         {
             (one.name, batch): [
-                round_from_json(entry["rounds"][_turn_name(one, batch)]) for entry in done
+                _kept(work, entry["rounds"][_turn_name(one, batch)], Round) for entry in done
             ]
             for one, batch in turns
         },
-        tuple(entry["clocks"] for entry in done),
+        done[-1]["clocks"],
     )
+
+
+def _kept(work: Work, value: Any, kind: type[Record]) -> Record:
+    subject = f"a step kept in {work.steps.folder} is damaged"
+    return as_record(value, kind, subject, "remove that folder.")
 
 
 def _turn_name(built: BuiltCase, batch: int) -> str:
@@ -244,10 +242,7 @@ def measure_layers(work: Work, built: BuiltCase) -> Mapping[str, Any]:
         "batch": batch,
         **run_inputs(work.plan, built.case.backend),
     }
-    found: Mapping[str, Any] = work.steps.once(
-        "layers", inputs, lambda: _layers(work, built, batch)
-    )
-    return found
+    return work.steps.once("layers", inputs, lambda: _layers(work, built, batch))
 
 
 def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
@@ -259,7 +254,8 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
             return {"reason": str(error)}
         ceilings = _ceilings(work, engine)
         device, computed_in = engine.device, engine.computed_in or ""
-    graph = _graph_work(built.records[batch].get("graph_work"))
+    known = built.records[batch].get("graph_work") or {"layers": [], "owners": {}}
+    graph = _kept(work, known, GraphWork)
     return {
         "batch": batch,
         "computed_in": computed_in,
@@ -303,9 +299,3 @@ def _ceilings(work: Work, engine: Engine) -> Ceilings | None:
 
     found = work.steps.once("ceilings", inputs, measure)
     return Ceilings(**found) if found else None
-
-
-def _graph_work(value: Any) -> GraphWork:
-    """Return the work of a graph as the building step kept it; without a graph, no layers."""
-    value = value or {"layers": [], "owners": {}}
-    return GraphWork(tuple(Layer(**layer) for layer in value["layers"]), value["owners"])

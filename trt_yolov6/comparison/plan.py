@@ -28,6 +28,7 @@ precision, and `:6` or `:auto` leaves that many sensitive layers in float, as in
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,31 +150,29 @@ def plan_of(models: str | Path | Sequence[str | Path], **changes: Any) -> Plan:
             file they replace its own.
 
     Raises:
-        UserError: a model is of a kind that cannot be compared, or see `read_plan`.
+        UserError: a model is of a kind that cannot be compared, or the plan's file is missing, is
+            not YAML, or has a key or value that means nothing here.
     """
     paths = [Path(path) for path in ([models] if isinstance(models, (str, Path)) else models)]
     changes |= {name: Path(changes[name]) for name in ("data", "calib") if name in changes}
-    plans = [path for path in paths if path.suffix.lower() in YAML_SUFFIXES]
-    if not plans:
-        return Plan(entries_for(paths, changes.pop("imgsz", None)), **changes)
-    if len(paths) > 1:
-        raise UserError(
-            f"{plans[0]} is a plan, which names its models itself; give it alone, or models alone."
-        )
-    return read_plan(plans[0], **changes)
+    for path in paths:
+        if path.suffix.lower() in YAML_SUFFIXES:
+            if len(paths) == 1:
+                return _read_plan(path, changes)
+            raise UserError(
+                f"{path} is a plan, which names its models itself; give it alone, or models alone."
+            )
+    for path in paths:
+        if path.suffix not in MODEL_SUFFIXES:
+            raise UserError(
+                f"{path} is neither a checkpoint (.pt) nor an ONNX file or engine "
+                f"({', '.join(MODEL_SUFFIXES[1:])}); name such a file."
+            )
+    size = changes.pop("imgsz", None)
+    return Plan(tuple(ModelEntry(path, imgsz=size) for path in paths), **changes)
 
 
-def read_plan(path: str | Path, **changes: Any) -> Plan:
-    """Read a plan from a YAML file (see the module's text).
-
-    Args:
-        path: the file.
-        changes: fields of `Plan` that replace the file's.
-
-    Raises:
-        UserError: the file is missing, is not YAML, or has a key or value that means nothing here.
-    """
-    path = Path(path)
+def _read_plan(path: Path, changes: dict[str, Any]) -> Plan:
     value = read_yaml(path)
     if not isinstance(value, dict) or not isinstance(value.get("models"), list):
         raise UserError(f"{path} has no list `models`; name what is to be compared there.")
@@ -222,36 +221,8 @@ def _fields(path: Path, where: str, value: dict[Any, Any], types: dict[str, Any]
     return found
 
 
-def entries_for(
-    paths: Sequence[Path], imgsz: tuple[int, int] | None = None
-) -> tuple[ModelEntry, ...]:
-    """Return an entry for each path, in order.
-
-    Args:
-        paths: of checkpoints, ONNX files and engines.
-        imgsz: height and width of what is built of them; None for each one's default.
-
-    Raises:
-        UserError: one is of a kind that cannot be compared.
-    """
-    for path in paths:
-        if path.suffix not in MODEL_SUFFIXES:
-            raise UserError(
-                f"{path} is neither a checkpoint (.pt) nor an ONNX file or engine "
-                f"({', '.join(MODEL_SUFFIXES[1:])}); name such a file."
-            )
-    return tuple(ModelEntry(path, imgsz=imgsz) for path in paths)
-
-
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Return how a plan measures, JSON-ready: everything but the models."""
-    value = dataclasses.asdict(plan)
-    del value["models"]
-    return {
-        key: str(item)
-        if isinstance(item, Path)
-        else list(item)
-        if isinstance(item, tuple)
-        else item
-        for key, item in value.items()
-    }
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(plan), default=str))
+    del settings["models"]
+    return settings

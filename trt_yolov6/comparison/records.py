@@ -68,10 +68,7 @@ def results_of(
         "ratios": _ratios(timings, built[0].name),
         "ceilings": list({one["device"]: one for one in ceilings}.values()),
         "layers": [
-            {
-                "engine": one.name,
-                **{key: found[key] for key in ("batch", "computed_in", "layers")},
-            }
+            {"engine": one.name, **{key: found[key] for key in ("batch", "computed_in", "layers")}}
             for one, found in named
             if "reason" not in found
         ],
@@ -127,10 +124,7 @@ def _timing(built: BuiltCase, batch: int, rounds: Sequence[Round], device: str) 
         },
         "throughput_fps": batch / summary.latency.value,
         "throughput_interval": [batch / high, batch / low if low > 0 else None],
-        "runs": summary.runs,
-        "quiet_runs": summary.quiet_runs,
-        "disturbed": summary.disturbed,
-        "waited": summary.waited,
+        **{key: getattr(summary, key) for key in ("runs", "quiet_runs", "disturbed", "waited")},
         "date": rounds[-1].date,
     }
 

@@ -88,19 +88,10 @@ class RoundsSummary:
     """Share of the runs' time that threads waited for a processor; None: unknown."""
 
 
-def round_from_json(value: Any) -> Round:
-    """Return the round that `Round.to_json` gave."""
-    return Round(tuple(value["seconds"]), tuple(value["waited"]), value["date"])
-
-
 def measure_round(load: Load, batch: int, seconds: float) -> Round:
-    """Load an engine, run it for a while on resident random input, and close it.
+    """Load an engine, run it for some seconds on resident random input, and close it.
 
-    Args:
-        load: loads the engine.
-        batch: images a run.
-        seconds: how long to measure; a run that was begun is finished, and where all runs were
-            disturbed it takes up to twice as long.
+    A run that was begun is finished, and where all were disturbed it takes up to twice as long.
 
     Raises:
         UserError: the engine cannot be loaded, or does not take this batch.
@@ -123,11 +114,8 @@ def sample_round(
 ) -> Round:
     """Run an engine for a while and note how long each run took and how much it was disturbed.
 
-    Args:
-        run: runs it once and returns the seconds that took.
-        seconds: see `measure_round`.
-        wait: seconds that the process has waited for a processor so far, or None.
-        clock: the time in seconds.
+    `seconds` are those of `measure_round`; `wait` returns how many the process has waited for a
+    processor so far, or None.
     """
     watched = Watched(run, wait)
     start = clock()

@@ -18,12 +18,7 @@ from trt_yolov6.comparison.agreement import agreements
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.engines import Work, build_case, cases_of
 from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, matched
-from trt_yolov6.comparison.measure import (
-    accuracy,
-    data_record,
-    measure_layers,
-    measure_timings,
-)
+from trt_yolov6.comparison.measure import accuracy, data_record, measure_layers, measure_timings
 from trt_yolov6.comparison.plan import Plan, settings_of
 from trt_yolov6.comparison.records import results_of
 from trt_yolov6.comparison.results import FILE
@@ -105,15 +100,12 @@ def side_by_side(
     """Measure engines and those of a baseline, round by round, where both are still there.
 
     On a machine whose speed drifts, the ratio of two engines in turns is known far better than that
-    of two runs. An engine whose file is the baseline's own has the ratio 1. What it cannot show is
-    a change of the backend or of its threads, under which both now run: then it is left to the two
-    runs.
+    of two runs. An engine whose file is the baseline's own has the ratio 1.
 
     Args:
-        results: from `compare`.
-        folder: where it wrote them.
-        baseline: from `results.read_results`.
-        baseline_folder: where that file lies; its engines' paths are relative to it.
+        results, folder: from `compare`, and where it wrote them.
+        baseline, baseline_folder: from `results.read_results`, and where that file lies; paths of
+            engines are relative to these folders.
         plan: rounds, duration, threads and provider.
 
     Returns:
@@ -130,8 +122,7 @@ def side_by_side(
         for turn in range(plan.rounds if pairs else 0):
             bar.set_description(f"with the baseline, round {turn + 1} of {plan.rounds}")
             for (name, batch), paths in pairs.items():
-                order = (0, 1) if turn % 2 == 0 else (1, 0)
-                for index in order:
+                for index in (0, 1) if turn % 2 == 0 else (1, 0):
                     # A manifest names the family itself.
                     known = read_manifest(paths[index]) is not None
                     decoder = None if known else decoders.get(labels[name])
@@ -150,16 +141,14 @@ def side_by_side(
 def _paired(
     results: Mapping[str, Any], folder: Path, baseline: Mapping[str, Any], baseline_folder: Path
 ) -> tuple[list[_Key], dict[_Key, tuple[Path, Path]]]:
-    """Return the engines that are the baseline's own, and the pairs of files to be timed in turns.
-
-    Arguments as for `side_by_side`.
-    """
+    """Return the engines that are the baseline's own, and the pairs of files to time in turns."""
     where = [
         {
             engine["engine"]: [
                 *(engine[key] for key in ("backend", "backend_version", "device")),
                 *(value["settings"].get(key) for key in ("threads", "provider")),
-                *_drivers(value),
+                # An upgrade of a GPU's driver makes another engine.
+                *(gpu.get("driver") for gpu in value.get("environment", {}).get("gpus", ())),
             ]
             for engine in value["engines"]
         }
@@ -182,8 +171,3 @@ def _paired(
         elif other.is_file() and sha256_file(other) == earlier.get("engine_sha256"):
             pairs[key] = own, other
     return same, pairs
-
-
-def _drivers(results: Mapping[str, Any]) -> list[Any]:
-    """Return the GPU drivers that results were measured with: an upgrade is another engine."""
-    return [gpu.get("driver") for gpu in results.get("environment", {}).get("gpus", ())]

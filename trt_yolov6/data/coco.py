@@ -110,6 +110,25 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class DataReport:
+    """Findings in a split."""
+
+    annotation_file: Path
+    images: int
+    """Images the file lists."""
+    annotations: int
+    """Annotations the file lists."""
+    problems: tuple[Problem, ...]
+    """Problems that must be corrected or left out."""
+    clipped: tuple[Problem, ...]
+    """Boxes that reach beyond their image by more than `OVERHANG`: cut off at its edge, kept."""
+    crowds: int
+    """Annotations of crowds, which are not trained on."""
+    empty_images: int = 0
+    """Images that are left without an object: trained on as background."""
+
+
+@dataclass(frozen=True)
 class AnnotatedSplit:
     """A split as it was found: what can be used of it, and what is wrong with the rest."""
 
@@ -117,13 +136,7 @@ class AnnotatedSplit:
     """Images whose file exists and whose size is recorded, and their well-formed annotations."""
     corners: tuple[Corners | None, ...]
     """Box of each annotation inside its image, x1, y1, x2, y2; None for a `TOLERATED` problem."""
-    problems: tuple[Problem, ...]
-    clipped: tuple[Problem, ...]
-    """Boxes that reach beyond their image by more than `OVERHANG`."""
-    crowds: int
-    """Annotations of crowds."""
-    listed: tuple[int, int]
-    """Number of images and of annotations that the file lists."""
+    report: DataReport
 
 
 def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
@@ -137,15 +150,13 @@ def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
         UserError: the folder, the split or an image is missing, or the annotations are malformed.
     """
     found = read_annotations(root, split)
-    missing = [problem for problem in found.problems if problem.kind == "missing-image"]
+    file, problems = found.report.annotation_file, found.report.problems
+    missing = [problem for problem in problems if problem.kind == "missing-image"]
     if len(missing) > 1:
-        raise malformed(
-            found.dataset.annotation_file,
-            f"{len(missing)} images are missing, and {missing[0].sentence}",
-        )
-    for problem in found.problems:
+        raise malformed(file, f"{len(missing)} images are missing, and {missing[0].sentence}")
+    for problem in problems:
         if problem.kind not in TOLERATED:
-            raise malformed(found.dataset.annotation_file, problem.sentence)
+            raise malformed(file, problem.sentence)
     return found.dataset
 
 
@@ -189,14 +200,15 @@ def read_annotations(
         class_names=tuple(record.text for record in ordered),
         annotations=tuple(judge.annotations),
     )
-    return AnnotatedSplit(
-        dataset=dataset,
-        corners=tuple(judge.corners),
+    report = DataReport(
+        annotation_file=source.file,
+        images=len(records),
+        annotations=len(entries),
         problems=tuple(problems),
         clipped=tuple(judge.clipped),
         crowds=judge.crowds,
-        listed=(len(records), len(entries)),
     )
+    return AnnotatedSplit(dataset, tuple(judge.corners), report)
 
 
 def read_coco_image(image: CocoImage) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from trt_yolov6.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """The files of a folder that count as images, in lower case."""
 
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
 """EXIF's tag; 5 to 8 are turned by a quarter."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -85,17 +85,14 @@ def upright_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            is_turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is damaged or no image; replace or remove it.") from error
     return (height, width) if is_turned else (width, height)
 
 
 def read_encoded(source: str | Path | bytes, name: str | None = None) -> tuple[bytes, str]:
-    """Return an image's bytes, still encoded, and its name for messages.
-
-    Args:
-        source, name: as for `read_image`.
+    """Return an image's bytes, still encoded, and its name for messages; see `read_image`.
 
     Raises:
         UserError: the file cannot be read.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.images import read_encoded, read_image
+from trt_yolov6.data.images import ORIENTATION, read_encoded, read_image
 
 _START = b"\xff\xd8"
 _END = b"\xff\xd9"
@@ -25,7 +25,6 @@ _FRAMES = (0xC0, 0xC1, 0xC2)
 """Start-of-frame markers of baseline, extended and progressive Huffman coding (ITU T.81, B.2.2)."""
 _SAMPLINGS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
 """Columns and rows of luma samples for each chroma sample: 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1."""
-_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,6 @@ def exif_orientation(tiff: bytes) -> int:
         if place + 12 > len(tiff):
             break
         tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, place)
-        if tag == _ORIENTATION:
+        if tag == ORIENTATION:
             return int(value) if 1 <= value <= 8 else 1
     return 1

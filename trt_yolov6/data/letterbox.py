@@ -39,35 +39,16 @@ class Letterbox:
     """Gray columns left of the image."""
 
     def to_source(self, boxes: NDArray[np.floating], clip: bool = True) -> NDArray[np.float32]:
-        """Map boxes from the network's input to the original image.
-
-        Each axis uses its own exact ratio, because rounding to whole pixels makes the two differ.
-
-        Args:
-            boxes: (n, 4), x1, y1, x2, y2 in input pixels.
-            clip: cut them off at the borders of the original image, not just where float32 ends.
-
-        Returns:
-            float32 (n, 4), x1, y1, x2, y2 in pixels of the original image.
-        """
-        # In place, and without `np.clip`: for a few boxes the calls take longer than the numbers.
-        start, ratio, most = _mapping_arrays(self)
-        mapped = boxes - start
-        mapped *= ratio
-        if clip:
-            np.maximum(mapped, 0, out=mapped)
-            np.minimum(mapped, most, out=mapped)
-        else:
-            np.maximum(mapped, -_LARGEST, out=mapped)
-            np.minimum(mapped, _LARGEST, out=mapped)
-        result: NDArray[np.float32] = mapped.astype(np.float32)
-        return result
+        """Map boxes (n, 4) from the network's input to the original image, see `to_sources`."""
+        return _mapped(boxes, _mapping(self), clip)
 
 
 def to_sources(
     boxes: NDArray[np.floating], letterboxes: Sequence[Letterbox], clip: bool = True
 ) -> NDArray[np.float32]:
-    """Map the boxes of several images to the originals, as `Letterbox.to_source` does.
+    """Map the boxes of several images from the network's input to the original images.
+
+    Each axis uses its own exact ratio, because rounding to whole pixels makes the two differ.
 
     Args:
         boxes: (images, n, 4), x1, y1, x2, y2 in input pixels.
@@ -79,31 +60,32 @@ def to_sources(
     """
     several = list(letterboxes)
     if several and several.count(several[0]) == len(several):
-        del several[1:]
-    table = np.array([_mapping(one) for one in several], np.float64).reshape(-1, 3, 1, 4)
-    if len(several) == 1:  # once a box: NumPy's loops over four numbers take twice as long
-        table = table.repeat(boxes.shape[1], axis=2)
-    mapped = boxes.astype(np.float64)
-    mapped -= table[:, 0]
-    mapped *= table[:, 1]
+        # Once a box: NumPy's loops over four numbers take twice as long.
+        table = _mapping(several[0])[:, None].repeat(boxes.shape[1], axis=1)
+    else:
+        table = np.array([_mapping(one) for one in several]).reshape(-1, 3, 1, 4).swapaxes(0, 1)
+    return _mapped(boxes, table, clip)
+
+
+def _mapped(
+    boxes: NDArray[np.floating], table: NDArray[np.float64], clip: bool
+) -> NDArray[np.float32]:
+    # In place, and without `np.clip`: for a few boxes the calls take longer than the numbers.
+    start, ratio, most = table
+    mapped = boxes - start
+    mapped *= ratio
     np.maximum(mapped, 0 if clip else -_LARGEST, out=mapped)
-    np.minimum(mapped, table[:, 2] if clip else _LARGEST, out=mapped)
+    np.minimum(mapped, most if clip else _LARGEST, out=mapped)
     result: NDArray[np.float32] = mapped.astype(np.float32)
     return result
 
 
 @functools.lru_cache(maxsize=1024)
-def _mapping(one: Letterbox) -> tuple[float, ...]:
-    """Return, of x1, y1, x2, y2 each, what is subtracted, the factor, and the border."""
+def _mapping(one: Letterbox) -> NDArray[np.float64]:
+    """Return, of x1, y1, x2, y2 each, what is subtracted, the factor, and the border: (3, 4)."""
     height, width = one.source
     ratios = width / one.resized[1], height / one.resized[0]
-    return (one.left, one.top) * 2 + ratios * 2 + (width, height) * 2
-
-
-@functools.lru_cache(maxsize=1024)
-def _mapping_arrays(one: Letterbox) -> NDArray[np.float64]:
-    """Return the same, float64 (3, 4)."""
-    table = np.array(_mapping(one), np.float64).reshape(3, 4)
+    table = np.array([(one.left, one.top) * 2, ratios * 2, (width, height) * 2], np.float64)
     table.flags.writeable = False
     return table
 

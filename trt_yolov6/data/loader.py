@@ -139,14 +139,9 @@ def fill_row(
     border: int = 0,
     preprocessing: Preprocessing = YOLOV6,
 ) -> Letterbox:
-    """Pre-process an image into its row of a batch.
+    """Pre-process an image, uint8 (height, width, 3) RGB of any size, into its row of a batch.
 
-    Args:
-        row: what an engine takes for one image, see `Engine.input`; written to.
-        image: uint8 (height, width, 3) RGB, of any size.
-        spec: the engine's input.
-        border: see `letterbox.fit`.
-        preprocessing: how images are prepared (`Engine.preprocessing`).
+    `row` is what an engine takes for one image (`Engine.input`, `Engine.preprocessing`).
 
     Returns:
         Where the image lies in the row.
@@ -154,8 +149,7 @@ def fill_row(
     Raises:
         UserError: see `letterbox.fit`.
     """
-    size = image_size_of(spec)
-    how = preprocessing
+    size, how = image_size_of(spec), preprocessing
     if spec.dtype == np.uint8:
         placed = fit((image.shape[0], image.shape[1]), size, border, how.fit)
         fill(row, image, placed, how.interpolation)
@@ -163,7 +157,17 @@ def fill_row(
             row[...] = row[..., ::-1]
         return placed
     boxed, placed = letterbox(image, size, border, how.fit, how.interpolation)
-    _fill(row, boxed, how)
+    # Splitting first keeps the conversion to float on contiguous memory: half the time.
+    planes = cv2.split(boxed)
+    for plane, (place, mean, std) in zip(row, how.channels, strict=True):
+        source = planes[place]
+        if mean:
+            np.subtract(source, np.float32(mean), out=plane, casting="same_kind")
+            source = plane
+        if std != 1:
+            np.divide(source, np.float32(std), out=plane, casting="same_kind")
+        elif source is not plane:
+            plane[...] = source
     return placed
 
 
@@ -198,21 +202,3 @@ def _collect(
         read_seconds=sum(row.read_seconds for row in rows),
         preprocess_seconds=sum(row.preprocess_seconds for row in rows),
     )
-
-
-def _fill(row: NDArray[Any], image: NDArray[np.uint8], how: Preprocessing) -> None:
-    """Write an image of the input's size into one row of an input array."""
-    if row.dtype == np.uint8:
-        row[...] = image if how.colour == "rgb" else image[..., ::-1]
-        return
-    # Splitting first keeps the conversion to float on contiguous memory: half the time.
-    planes = cv2.split(image)
-    for plane, (place, mean, std) in zip(row, how.channels, strict=True):
-        source = planes[place]
-        if mean:
-            np.subtract(source, np.float32(mean), out=plane, casting="same_kind")
-            source = plane
-        if std != 1:
-            np.divide(source, np.float32(std), out=plane, casting="same_kind")
-        elif source is not plane:
-            plane[...] = source

@@ -43,23 +43,21 @@ class Picture:
     """Its path below what was given, with slashes: the name of what is written of it."""
     where: str
     """For messages."""
-    path: Path | None
-    content: bytes | None = None
-    """Content, if it was fetched."""
+    source: Path | bytes
+    """Its file, or its content, if that was fetched."""
+
+    @property
+    def path(self) -> Path | None:
+        """Its file; None if it was fetched."""
+        return self.source if isinstance(self.source, Path) else None
 
     def read(self) -> NDArray[np.uint8]:
         """Decode it, see `images.read_image`."""
-        if self.content is not None:
-            return read_image(self.content, self.where)
-        assert self.path is not None
-        return read_image(self.path)
+        return read_image(self.source, self.where)
 
     def open(self) -> Jpeg | NDArray[np.uint8]:
         """Decode it unless a GPU can, see `jpeg.open_image`."""
-        if self.content is not None:
-            return open_image(self.content, self.where)
-        assert self.path is not None
-        return open_image(self.path)
+        return open_image(self.source, self.where)
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def _from_address(address: str) -> Pictures | Video:
         raise UserError(f"{address} does not answer ({reason}); check the address.") from error
     if len(content) > _LONGEST_PICTURE or not _is_picture(content):
         return Video(address, Path(stem).stem, is_live=False)
-    return Pictures((Picture(stem, address, None, content),), is_single=True)
+    return Pictures((Picture(stem, address, content),), is_single=True)
 
 
 def _is_video(path: Path) -> bool:

@@ -31,13 +31,14 @@ def voc_splits(root: Path) -> dict[str, list[Path]]:
             lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
             stems = [line.split()[0] for line in lines if line.strip()]
             splits[listing.stem] = [folder / f"{stem}.xml" for stem in stems]
-        return splits or ({_WHOLE: found} if (found := sorted(folder.glob("*.xml"))) else {})
-    splits = {
-        "val" if inner.name == "valid" else inner.name: found
-        for inner in sorted(path for path in root.iterdir() if path.is_dir())
-        if (found := sorted(inner.glob("*.xml")))
-    }
-    return splits or ({_WHOLE: found} if (found := sorted(root.glob("*.xml"))) else {})
+    else:
+        folder = root
+        splits = {
+            "val" if inner.name == "valid" else inner.name: found
+            for inner in sorted(path for path in root.iterdir() if path.is_dir())
+            if (found := sorted(inner.glob("*.xml")))
+        }
+    return splits or ({_WHOLE: found} if (found := sorted(folder.glob("*.xml"))) else {})
 
 
 def read_voc(root: Path, split: str) -> Source:

@@ -59,10 +59,6 @@ def read_yolo(file: Path, split: str) -> Source:
     `class x y width height`, the centre and the sides as fractions of the image; or `class x1 y1
     x2 y2 x3 y3 ...`, a polygon. An image without such a file has no objects.
 
-    Args:
-        file: `data.yaml`.
-        split: a key of `yolo_splits`.
-
     Raises:
         UserError: the YAML names no classes, or the split has no image or one that cannot be read.
     """

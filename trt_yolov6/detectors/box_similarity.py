@@ -89,15 +89,7 @@ def similarity(first: Tensor, second: Tensor, kind: Similarity) -> Tensor:
 
 
 def pairwise(first: Tensor, second: Tensor) -> Tensor:
-    """Return the IoU of every box with every box.
-
-    Args:
-        first: float (..., n, 4), xyxy.
-        second: float (..., m, 4), xyxy.
-
-    Returns:
-        (..., n, m), dtype as of `iou`.
-    """
+    """Return the IoU of boxes (..., n, 4) with boxes (..., m, 4), each with each: (..., n, m)."""
     return iou(first.unsqueeze(-2), second.unsqueeze(-3))
 
 

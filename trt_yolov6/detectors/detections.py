@@ -77,6 +77,11 @@ class Detections:
     def __iter__(self) -> Iterator[Detection]:
         return (self[index] for index in range(len(self)))
 
+    def as_tuples(self) -> Iterator[tuple[list[float], float, int]]:
+        """Yield box, score and class id of each, as Python's own numbers."""
+        arrays = self.xyxy, self.confidence, self.class_id
+        yield from zip(*(array.tolist() for array in arrays), strict=True)
+
     @overload
     def __getitem__(self, index: int | np.integer[Any]) -> Detection: ...
     @overload
@@ -322,7 +327,8 @@ def _from_suppressed(
             if clip:
                 is_visible = boxes[..., 2] > boxes[..., 0]
                 is_visible &= boxes[..., 3] > boxes[..., 1]
-                is_visible |= _is_no_box(boxes.shape[1], counts)
+                # Rows after an image's boxes do not count.
+                is_visible |= np.arange(boxes.shape[1]) >= np.array(counts)[:, None]
                 all_visible = list(is_visible.all(axis=1))
     found = []
     for index, count in enumerate(counts):
@@ -335,9 +341,3 @@ def _from_suppressed(
             )
         )
     return found
-
-
-def _is_no_box(rows: int, counts: Sequence[int]) -> NDArray[np.bool_]:
-    """Return (images, rows), which rows come after the boxes of an image."""
-    is_beyond: NDArray[np.bool_] = np.arange(rows) >= np.array(counts)[:, None]
-    return is_beyond

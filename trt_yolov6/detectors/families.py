@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.spec import OutputLayout
 
@@ -22,7 +22,7 @@ class Family:
     """Usual name."""
     layouts: tuple[OutputLayout, ...]
     """The forms of its exports, see `OutputLayout`."""
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing = YOLOV6
 
 
 _IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -31,20 +31,10 @@ _PADDLE_LAYOUTS: tuple[OutputLayout, ...] = ("split_by_class", "corner_rows", "e
 
 _FAMILIES = (
     # Section 2.4.3 and the authors' evaluator: shrunk by area, enlarged linearly, RGB in 0..1.
-    Family(
-        "yolov6",
-        "YOLOv6",
-        ("split", "rows", "end2end", "efficient_nms"),
-        Preprocessing(),
-    ),
+    Family("yolov6", "YOLOv6", ("split", "rows", "end2end", "efficient_nms")),
     # The validation loaders of both shrink by area as well.
-    Family("yolov5", "YOLOv5", ("rows", "grids_yolov5", "efficient_nms"), Preprocessing()),
-    Family(
-        "yolov7",
-        "YOLOv7",
-        ("rows", "grids_yolov7", "efficient_nms", "end2end_yolov7"),
-        Preprocessing(),
-    ),
+    Family("yolov5", "YOLOv5", ("rows", "grids_yolov5", "efficient_nms")),
+    Family("yolov7", "YOLOv7", ("rows", "grids_yolov7", "efficient_nms", "end2end_yolov7")),
     # Releases from 0.1.1 on: neither divided nor normalized, as OpenCV reads it. (What 0.1.0 took:
     # --preprocess colour=rgb mean=123.675,116.28,103.53 std=58.395,57.12,57.375.)
     Family(

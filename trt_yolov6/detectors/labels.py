@@ -13,13 +13,7 @@ from trt_yolov6.detectors.detections import Detections
 def objects_of(
     dataset: CocoDataset, images: Sequence[CocoImage], *, crowds: bool = False
 ) -> list[Detections]:
-    """Return the labelled boxes of each image, scored 1, by class of the data set.
-
-    Args:
-        dataset: the labels.
-        images: some of its images.
-        crowds: take crowds for objects as well.
-    """
+    """Return the labelled boxes of images of a data set, scored 1; with crowds if asked for."""
     found = dataset.objects(crowds=crowds)
     return [
         Detections(boxes.astype(np.float32), np.ones(len(boxes), np.float32), classes)

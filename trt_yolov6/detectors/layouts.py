@@ -54,17 +54,12 @@ class Layout:
 
     Raises UserError where the outputs are not laid out so.
     """
-    classes: Callable[[Sequence[TensorSpec]], int | None]
+    classes: Callable[[Sequence[TensorSpec]], int | None] = lambda _: None
     """Returns the number of classes that the outputs' shapes give, or None."""
     nms_inside: bool = False
     fits: Callable[[Sequence[TensorSpec]], bool] | None = None
     """Returns whether outputs are laid out so by their names and shapes alone; None where
     `recognition` decides, for layouts that several families share."""
-
-
-def class_count(outputs: Sequence[TensorSpec], layout: OutputLayout) -> int | None:
-    """Return the number of classes that the outputs' shapes give, or None."""
-    return LAYOUTS[layout].classes(outputs)
 
 
 # --- every anchor -------------------------------------------------------------------------------
@@ -131,8 +126,7 @@ def grid(size: tuple[int, int], anchors: int) -> tuple[NDArray[np.float64], NDAr
     """Return the cells of an anchor-free head, stride after stride, row by row.
 
     Args:
-        size: height and width of the input in pixels.
-        anchors: how many there have to be, with strides 8, 16, 32 or 8, 16, 32, 64.
+        size, anchors: see `levels_of`.
 
     Returns:
         (anchors, 2) column and row of each cell, and (anchors,) its stride in pixels.
@@ -358,10 +352,6 @@ def _classes_by_class(outputs: Sequence[TensorSpec]) -> int | None:
     return next((spec.shape[1] for spec in outputs if spec.shape[2] != 4), None)
 
 
-def _untold(outputs: Sequence[TensorSpec]) -> None:
-    return None
-
-
 LAYOUTS: dict[OutputLayout, Layout] = {
     "split": Layout(_read_split, _classes_of_scores),
     "split_by_class": Layout(_read_split_by_class, _classes_by_class),
@@ -371,9 +361,9 @@ LAYOUTS: dict[OutputLayout, Layout] = {
     "columns": Layout(_read_columns, _classes(3, 1, 4)),
     "grids_yolov5": Layout(_read_grids(YOLOV5_ANCHORS), _classes(5, 4, 5)),
     "grids_yolov7": Layout(_read_grids(YOLOV7_ANCHORS), _classes(5, 4, 5)),
-    "end2end": Layout(_read_end2end(5, 6), _untold, nms_inside=True),
-    "end2end_yolov7": Layout(_read_end2end(6, 5), _untold, nms_inside=True),
-    "end2end_ppyoloe": Layout(_read_end2end_ppyoloe, _untold, nms_inside=True),
-    "best": Layout(_read_best, _untold, nms_inside=True),
-    "efficient_nms": Layout(_read_efficient_nms, _untold, nms_inside=True),
+    "end2end": Layout(_read_end2end(5, 6), nms_inside=True),
+    "end2end_yolov7": Layout(_read_end2end(6, 5), nms_inside=True),
+    "end2end_ppyoloe": Layout(_read_end2end_ppyoloe, nms_inside=True),
+    "best": Layout(_read_best, nms_inside=True),
+    "efficient_nms": Layout(_read_efficient_nms, nms_inside=True),
 }

@@ -123,12 +123,9 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
     if first == "grids_yolov5":
         # Nor are the anchors in it.
         return [("yolov5", "grids_yolov5"), ("yolov7", "grids_yolov7")]
-    if {"rows", "columns"} <= set(possible):
-        return [*_families_of_rows(facts), ("yolov8", "columns")]
-    if {"rows", "best"} <= set(possible):
-        return [*_families_of_rows(facts), ("yolov8", "best")]
     if first == "rows":
-        return _families_of_rows(facts)
+        others = (one for one in possible if one in ("columns", "best"))
+        return [*_families_of_rows(facts), *(("yolov8", one) for one in others)]
     # What suppression leaves looks alike in all of these, and so do the images they take.
     usual = {"efficient_nms": "yolov7", "end2end_yolov7": "yolov7"}
     usual |= {"columns": "yolov8", "best": "yolov8"}

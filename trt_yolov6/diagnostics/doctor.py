@@ -15,7 +15,7 @@ from typing import Any
 
 import trt_yolov6
 from trt_yolov6.common import machine
-from trt_yolov6.common.text import aligned, joined
+from trt_yolov6.common.text import aligned, joined, of_highest
 from trt_yolov6.engines import BACKENDS, backend, best_backend
 from trt_yolov6.engines.base import Availability
 from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8
@@ -38,15 +38,6 @@ _SLOW_TO_IMPORT = ("torch", "onnxscript")
 
 
 @dataclass(frozen=True)
-class BackendState:
-    """Capabilities of a backend here, and how to extend them."""
-
-    availability: Availability
-    remedy: str
-    """Advice on what to install; empty when there is nothing to gain."""
-
-
-@dataclass(frozen=True)
 class Diagnosis:
     """Capabilities of this machine."""
 
@@ -64,7 +55,7 @@ class Diagnosis:
     """Installed version by distribution, None where absent."""
     problems: tuple[str, ...]
     """Required packages that are missing or do not import, a line each."""
-    backends: tuple[BackendState, ...]
+    backends: tuple[Availability, ...]
     """In the order in which `--backend auto` prefers them."""
     auto_build: str | None
     """The backend that `build --backend auto` takes; None if none works."""
@@ -73,12 +64,7 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as a JSON-ready dict."""
-        value = dataclasses.asdict(self)
-        value["backends"] = [
-            {**dataclasses.asdict(state.availability), "remedy": state.remedy}
-            for state in self.backends
-        ]
-        return value
+        return dataclasses.asdict(self)
 
 
 def diagnose() -> Diagnosis:
@@ -87,10 +73,10 @@ def diagnose() -> Diagnosis:
     gpus = machine.read_gpus()
     packages = machine.package_versions()
     states = tuple(
-        BackendState(state, remedy(state, packages, gpus))
-        for state in (_availability(name) for name in BACKENDS)
+        dataclasses.replace(state, remedy=remedy(state, packages, gpus))
+        for state in map(_availability, BACKENDS)
     )
-    running = [state.availability.backend for state in states if state.availability.can_run]
+    running = [state.backend for state in states if state.can_run]
     return Diagnosis(
         version=trt_yolov6.__version__,
         python=platform.python_version(),
@@ -129,14 +115,10 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         *(("PROBLEM", problem) for problem in diagnosis.problems),
     ]
     lines = [*aligned(rows, left=2), "", "backends, best first"]
-    width = max((len(state.availability.backend) for state in diagnosis.backends), default=0)
+    width = max((len(state.backend) for state in diagnosis.backends), default=0)
     for state in diagnosis.backends:
-        available = state.availability
-        version = f" {available.version}" if available.version else ""
-        lines.append(
-            f"  {available.backend.ljust(width)}  {_abilities(available)}{version}: "
-            f"{available.detail}"
-        )
+        version = f" {state.version}" if state.version else ""
+        lines.append(f"  {state.backend:{width}}  {_abilities(state)}{version}: {state.detail}")
         if state.remedy:
             lines.append(f"  {' ' * width}  -> {state.remedy}")
     runs = ", ".join(
@@ -155,16 +137,13 @@ def remedy(
     gpus: tuple[machine.Gpu, ...],
     python: tuple[int, int] = sys.version_info[:2],
 ) -> str:
-    """Return advice that makes a backend work, or work on the GPU.
+    """Return a line of advice that makes a backend work, or work on the GPU; empty if it does.
 
     Args:
         available: the backend's own report.
         packages: installed versions, by distribution.
         gpus: the GPUs of this machine.
         python: version of Python, on which depends whether there is a TensorRT 8 to install.
-
-    Returns:
-        One line with the command to run; empty when nothing is missing.
     """
     name = available.backend
     if name == "onnxruntime":
@@ -188,22 +167,17 @@ def remedy(
         return ""
     # RTX builds on machines without a GPU, so there the package alone is worth installing.
     missing = available.version is None or not _is_importable("cuda.bindings")
-    if not gpus:
-        gpu = "an NVIDIA GPU with its driver"
-        if not missing:
-            return f"to {'run' if available.can_build else 'build and run'}: {gpu}"
-        if name == "tensorrt-rtx" and not available.can_build:
-            return f"to build for other machines: {install}; to run: {gpu} too"
-        return f"to {'run' if available.can_build else 'build and run'}: {gpu}, then {install}"
-    return install if missing else ""
+    if gpus:
+        return install if missing else ""
+    gpu = "an NVIDIA GPU with its driver"
+    if missing and name == "tensorrt-rtx" and not available.can_build:
+        return f"to build for other machines: {install}; to run: {gpu} too"
+    what = "run" if available.can_build else "build and run"
+    return f"to {what}: {gpu}" + (f", then {install}" if missing else "")
 
 
 def find_problems(required: dict[str, str]) -> tuple[str, ...]:
-    """Return a line for each required package that is absent or does not import.
-
-    Args:
-        required: module to import, by distribution.
-    """
+    """Return a line for each package that is absent or whose module does not import."""
     problems = []
     for distribution, module in required.items():
         if module in _SLOW_TO_IMPORT:
@@ -260,14 +234,13 @@ def _abilities(available: Availability) -> str:
 
 
 def _cpu_text(cpu: machine.Cpu, clock: machine.CpuClock) -> str:
-    highest = f" of {clock.max_mhz:.0f}" if clock.max_mhz else ""
     return joined(
         cpu.model,
         cpu.architecture,
         cpu.cores is not None and f"{cpu.cores} cores",
         f"{cpu.threads} threads",
         cpu.quota is not None and f"limited to {cpu.quota:g} cores' time",
-        clock.mhz is not None and f"{clock.mhz:.0f}{highest} MHz",
+        clock.mhz is not None and f"{of_highest(clock.mhz, clock.max_mhz)} MHz",
         " ".join(cpu.instruction_sets),
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.checkpoints.inspect import CheckpointDetails, inspect_checkpoint
 from trt_yolov6.common.files import sha256_file
+from trt_yolov6.engines import find_engine
 from trt_yolov6.engines.manifest import Manifest, read_manifest
 from trt_yolov6.engines.tensorrt.plan import PlanDetails, inspect_plan
 from trt_yolov6.errors import UserError
@@ -52,16 +53,12 @@ class Inspection:
 
 
 def inspect_file(path: str | Path) -> Inspection:
-    """Inspect a file: its suffix gives the kind, and its content must agree.
+    """Inspect a file, or an engine by a short name: its suffix gives the kind.
 
     Raises:
         UserError: the file is missing, damaged or of no kind this package knows.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it.")
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; check the path.")
+    path = find_engine(path)
     suffix = path.suffix.lower()
     details: OnnxDetails | CheckpointDetails | PlanDetails
     try:

@@ -14,12 +14,7 @@ from trt_yolov6.graph.inspect import OnnxDetails
 
 
 def format_inspection(inspection: Inspection, *, layers: bool = False) -> str:
-    """Return an inspection as text for a terminal.
-
-    Args:
-        inspection: what `inspect_file` returned.
-        layers: list every layer too.
-    """
+    """Return an inspection as text for a terminal; with `layers`, every layer too."""
     details = inspection.details
     rows = [
         ("file", f"{inspection.path}, {_size(inspection.size)}"),
@@ -79,10 +74,7 @@ def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
         ("kind", f"checkpoint{origin}: {details.architecture}, {details.form} form"),
         ("classes", f"{len(details.class_names)}: {', '.join(details.class_names)}"),
         ("parameters", f"{details.parameters:,} in the file, {details.fused_parameters:,} fused"),
-        (
-            "FLOPs",
-            f"{details.fused_flops / 1e9:.2f} G fused at {size}x{size}, as the paper counts",
-        ),
+        ("FLOPs", f"{details.fused_flops / 1e9:.2f} G fused at {size}x{size}, as the paper counts"),
         ("network", f"{details.block} blocks, {details.activation}, boxes {boxes}, BN eps {eps}"),
     ]
     if details.training:
@@ -94,12 +86,11 @@ def _checkpoint_rows(details: CheckpointDetails) -> list[tuple[str, str]]:
 
 
 def _plan_rows(details: PlanDetails) -> list[tuple[str, str]]:
-    rows = [
+    return [
         ("kind", f"plan of {details.flavour} {details.version}"),
         *(("tensor", str(tensor)) for tensor in details.tensors),
+        ("layers", details.note or f"{len(details.layers)}"),
     ]
-    rows.append(("layers", details.note or f"{len(details.layers)}"))
-    return rows
 
 
 def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:

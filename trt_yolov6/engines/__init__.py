@@ -114,7 +114,7 @@ def load_engine(
         path: a plan that `build` wrote, with its manifest next to it, or any detector's ONNX file.
         backend_name: a name of `BACKENDS`; `auto` takes the one in the manifest, ONNX Runtime for
             an `.onnx` file, else the first TensorRT that runs here.
-        options: threads and execution provider.
+        options: see `LoadOptions`.
 
     Raises:
         UserError: the file is missing, cut short, replaced, of another version, or needs a backend

@@ -37,6 +37,8 @@ class Availability:
     version: str | None
     detail: str
     """One line: the device it would use, or what is missing and how to get it."""
+    remedy: str = ""
+    """Advice of `doctor` on what to install; empty when there is nothing to gain."""
 
 
 @dataclass(frozen=True)
@@ -258,27 +260,18 @@ class Engine(Described, Closing):
         placed: Sequence[Letterbox],
         nms: NmsSettings,
     ) -> dict[str, float]:
-        """Return the median seconds of each stage of `start_images` alone, in order, by name.
-
-        Args:
-            images, placed, nms: as for `start_images`.
-        """
+        """Return the median seconds of each stage of `start_images` alone, in order, by name."""
         raise NotImplementedError
 
     def jpeg_decoder(self, number: int = 0) -> JpegDecoder | None:
         """Return a decoder of JPEGs on the engine's GPU; None where nvImageCodec is missing.
 
-        Args:
-            number: 0 for the first; others work at the same time.
+        Decoders of different numbers work at the same time.
         """
         return None
 
     def first_non_finite(self, images: NDArray[Any]) -> str | None:
-        """Return the name of the first tensor inside that is not finite; None where untold.
-
-        Args:
-            images: as for `infer`.
-        """
+        """Return the name of the first tensor inside that is not finite; None where untold."""
         return None
 
     def empty_input(self, rows: int) -> NDArray[Any]:
@@ -337,21 +330,17 @@ class Engine(Described, Closing):
 def check_images(engine: Engine, images: Any) -> None:
     """Raise UserError unless an array's `shape` and `dtype` are what the engine takes."""
     wanted = engine.input
-    batch = images.shape[0] if len(images.shape) == 4 else 0
-    if (
-        images.dtype != wanted.dtype
-        or len(images.shape) != 4
-        or any(
-            size is not None and size != given
-            for size, given in zip(wanted.shape[1:], images.shape[1:], strict=True)
-        )
-    ):
+    fits = len(images.shape) == 4 and all(
+        size in (None, given)
+        for size, given in zip(wanted.shape[1:], images.shape[1:], strict=True)
+    )
+    if not fits or images.dtype != wanted.dtype:
         shape = ["batch", *wanted.shape[1:]]
         raise UserError(
             f"{engine.path} takes {wanted.dtype} images of shape {shape}, not {images.dtype} "
             f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.fill_row."
         )
-    check_batch(engine, batch)
+    check_batch(engine, images.shape[0])
 
 
 def check_batch(engine: Engine, batch: int) -> None:

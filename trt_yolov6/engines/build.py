@@ -123,13 +123,8 @@ def build_engine(
 ) -> BuiltEngine:
     """Build an engine and write plan and manifest.
 
-    Args:
-        graph: from `graph_from_checkpoint` or `graph_from_onnx`.
-        backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto` for the best that builds and
-            runs on this machine.
-        output: path of the plan; None for one in `engines/`, see `engine_stem`.
-        settings: target, caches and limits; their batch profile is replaced by the graph's.
-        allow_float: build an INT8 or FP8 graph even where the backend computes all of it in float.
+    The arguments are those of `pipeline.build`; of the settings, the batch profile is replaced by
+    the graph's.
 
     Raises:
         UserError: the backend is missing, refuses a setting, cannot build the graph, or computes
@@ -222,10 +217,7 @@ def quantized_layers_of(
 ) -> int | None:
     """Return how many convolutions the builder says are in 8 bits; None if it says nothing.
 
-    Args:
-        model: that was built.
-        quantized: `int8` or `fp8`.
-        said: what `BuildSettings.on_layers` was called with.
+    `said` holds the arguments of its calls of `BuildSettings.on_layers`.
     """
     from trt_yolov6.engines.tensorrt import layer_log
 

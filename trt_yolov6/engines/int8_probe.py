@@ -25,12 +25,8 @@ def computes(backend: str, settings: BuildSettings, kind: QuantizedType) -> bool
     """Return False where a backend computes even a plain convolution in float.
 
     Only TensorRT-RTX is asked, which builds in a second and leaves INT8 out for some targets.
-    TensorRT computes what is quantized explicitly in 8 bits, and takes half a minute to start.
-
-    Args:
-        backend: of `engines.BACKENDS`; ONNX Runtime computes Q/DQ graphs exactly, as ever.
-        settings: of the build that is planned.
-        kind: INT8 or FP8.
+    TensorRT computes what is quantized explicitly in 8 bits, and takes half a minute to start;
+    ONNX Runtime computes Q/DQ graphs exactly, as ever.
     """
     if backend != "tensorrt-rtx":
         return True

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from trt_yolov6.detectors.layouts import class_count
+from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.detectors.metadata import names_in, nms_in
 from trt_yolov6.detectors.recognition import GraphFacts, recognize
 from trt_yolov6.detectors.spec import DetectorSpec
@@ -20,13 +20,8 @@ def detector_of(
 ) -> DetectorSpec:
     """Return an engine's detector: as its manifest says, else as its graph lets recognize.
 
-    Classes without names in the graph's metadata are `class_0`, `class_1` and so on.
-
-    Args:
-        manifest: what `build` wrote, if anything.
-        options: a decoder for an engine without a manifest, and changes to the pre-processing.
-        path: of the engine, for messages.
-        facts: called where there is no manifest.
+    Classes without names in the graph's metadata are `class_0`, `class_1` and so on. The facts are
+    asked for only where there is no manifest.
 
     Raises:
         UserError: see `detectors.recognition.recognize`, or the manifest says otherwise.
@@ -35,7 +30,7 @@ def detector_of(
         known = facts()
         assert known.image_size is not None
         family, layout = recognize(known, path, options.decoder)
-        count = class_count(known.outputs, layout)
+        count = LAYOUTS[layout].classes(known.outputs)
         names = names_in(known.metadata)
         if names is None or count not in (None, len(names)):
             names = tuple(f"class_{index}" for index in range(count or 0))

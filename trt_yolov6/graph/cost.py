@@ -65,12 +65,7 @@ class Layer:
         return math.prod(self.weight_shape) if self.weight_shape else 0
 
     def bytes_moved(self, batch: int, element: int) -> int | None:
-        """Return the bytes that a batch reads and writes, input, weights and output once each.
-
-        Args:
-            batch: images.
-            element: bytes an element.
-        """
+        """Return the bytes that a batch reads and writes: input, weights and output once each."""
         return None if self.values is None else (self.values * batch + self.weights) * element
 
 
@@ -88,13 +83,7 @@ class Ceilings:
     def seconds(self, layer: Layer, batch: int, precision: str) -> tuple[float, float] | None:
         """Return the least time that a layer's arithmetic and its memory traffic take, apart.
 
-        Args:
-            layer: its precision is not looked at.
-            batch: images.
-            precision: what it is computed in, and the size of an element.
-
-        Returns:
-            None where the layer's work or the ceiling is unknown.
+        Both are in `precision`, whatever the layer's; None where work or ceiling is unknown.
         """
         moved = layer.bytes_moved(batch, ELEMENT_BYTES.get(precision, 4))
         if layer.flops is None or moved is None or precision not in self.flops:
@@ -136,23 +125,14 @@ class SizedGraph(GraphIndex):
         return self.constants[name]
 
 
-def layers_of(model: onnx.ModelProto) -> tuple[Layer, ...]:
+def layers_of(model: onnx.ModelProto | SizedGraph) -> tuple[Layer, ...]:
     """Return the convolutions and matrix products of a graph, in its order."""
-    return layers_in(SizedGraph(model))
-
-
-def layers_in(graph: SizedGraph) -> tuple[Layer, ...]:
-    """Return the layers of a graph, as `layers_of` does."""
+    graph = model if isinstance(model, SizedGraph) else SizedGraph(model)
     return tuple(_layer(graph, node) for node in graph.nodes if node.op_type in WEIGHTED_OPS)
 
 
 def macs_per_input(node: onnx.NodeProto, weight_shape: Sequence[int]) -> int:
-    """Return the multiply-adds that a convolution does for each value that it reads, rounded down.
-
-    Args:
-        node: a Conv or ConvTranspose.
-        weight_shape: of its weights, in ONNX's order.
-    """
+    """Return the multiply-adds of a (transposed) convolution for each value read, rounded down."""
     if node.op_type == "ConvTranspose":
         return math.prod(weight_shape[1:])
     outputs = weight_shape[0] // attribute(node, "group", 1) * math.prod(weight_shape[2:])

@@ -37,15 +37,10 @@ def set_initializers(graph: onnx.GraphProto, tensors: Iterable[onnx.TensorProto]
     graph.initializer.extend(kept)
 
 
-def read_names(graph: onnx.GraphProto) -> set[str]:
-    """Return the names of all that a graph's nodes read, and of its outputs."""
-    read = {name for node in graph.node for name in names_read(node)}
-    return read.union(item.name for item in graph.output)
-
-
 def drop_unread_initializers(graph: onnx.GraphProto) -> None:
     """Remove the initializers that nothing reads."""
-    read = read_names(graph)
+    read = {name for node in graph.node for name in names_read(node)}
+    read.update(item.name for item in graph.output)
     for index in reversed(range(len(graph.initializer))):
         if graph.initializer[index].name not in read:
             del graph.initializer[index]

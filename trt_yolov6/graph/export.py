@@ -12,6 +12,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import warnings
@@ -24,7 +25,6 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from trt_yolov6 import __version__
 from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
@@ -39,6 +39,7 @@ from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.models import Architecture, YOLOv6, fold_shortcuts, fuse
 from trt_yolov6.models.decode import anchor_points, decode
 from trt_yolov6.models.head import HeadLevel
+from trt_yolov6.models.network import Raw
 from trt_yolov6.spec import BatchProfile, NmsSettings, OutputLayout
 
 MIN_OPSET, DEFAULT_OPSET, MAX_OPSET = 17, 18, 23
@@ -165,17 +166,6 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
 # --- tracing ------------------------------------------------------------------------------------
 
 
-class _RawOutputs(nn.Module):
-    """The network with its per-level outputs flattened into one tuple, as the tracer wants them."""
-
-    def __init__(self, model: YOLOv6) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor for level in self.model.raw(images) for tensor in level)
-
-
 def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
     profile = settings.batch
     # torch.export takes up to four times as long over a free axis, so it is freed afterwards. Three
@@ -186,10 +176,10 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "torch.export"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            _RawOutputs(model).eval(),
+            Raw(model).eval(),
             (images,),
             input_names=["images"],
-            output_names=_raw_names(model),
+            output_names=list(itertools.chain(*raw_names(model.arch))),
             opset_version=max(settings.opset, 18),
             dynamo=True,
             optimize=True,
@@ -220,9 +210,10 @@ def _free_batch(proto: onnx.ModelProto, batch: int) -> None:
             replace_tensor(item, shape)
 
 
-def _raw_names(model: YOLOv6) -> list[str]:
-    kinds = ("cls", "reg", "obj") if model.arch.head == "offset" else ("cls", "reg")
-    return [f"{kind}_{stride}" for stride in model.arch.strides for kind in kinds]
+def raw_names(arch: Architecture) -> tuple[tuple[str, ...], ...]:
+    """Return the names that the outputs of `YOLOv6.raw` have in an exported graph, by level."""
+    kinds = ("cls", "reg", "obj") if arch.head == "offset" else ("cls", "reg")
+    return tuple(tuple(f"{kind}_{stride}" for kind in kinds) for stride in arch.strides)
 
 
 @contextlib.contextmanager
@@ -299,15 +290,9 @@ def _with_scaled_boxes(model: YOLOv6) -> YOLOv6:
 def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return factor and shift that export folded into the box convolutions.
 
-    Strides are powers of two, so nothing is rounded. With DFL the softmax stands between, and the
-    factor has to be applied after it.
-
-    Args:
-        arch: says which head it is.
-        stride: of the level, in pixels.
-
-    Returns:
-        factor and shift, float32 (4 * (reg_max + 1),).
+    Both are float32 (4 * (reg_max + 1),), for the level of a stride. Strides are powers of two, so
+    nothing is rounded. With DFL the softmax stands between, and the factor has to be applied after
+    it.
     """
     channels = 4 * (arch.reg_max + 1)
     factor, shift = np.ones(channels, np.float32), np.zeros(channels, np.float32)
@@ -468,18 +453,17 @@ def _finish(
     proto: onnx.ModelProto, name: str, class_names: Sequence[str], settings: ExportSettings
 ) -> None:
     """Stamp producer, opset and metadata, drop the tracer's notes, and check the graph."""
-    del proto.metadata_props[:]
-    for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output):
+    graph = proto.graph
+    del proto.metadata_props[:], graph.value_info[:]
+    parts: list[Any] = [*graph.node, *graph.input, *graph.output, *graph.initializer]
+    for part in parts:
         del part.metadata_props[:]
-    for part in (*proto.graph.value_info, *proto.graph.initializer):
-        del part.metadata_props[:]
-    for node in proto.graph.node:
+    for node in graph.node:
         node.doc_string = ""
-    del proto.graph.value_info[:]
     # Nothing in the graph differs between opset 17 and 18, so the lower one is only a stamp.
     proto.opset_import[0].version = settings.opset
     proto.producer_name, proto.producer_version = "trt-yolov6", __version__
-    proto.graph.name = name
+    graph.name = name
     for key, value in {
         "model": name,
         "names": json.dumps(list(class_names)),

@@ -39,10 +39,10 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
         model = onnx.load_from_string(content)
     except (DecodeError, ValueError, UnicodeDecodeError) as error:
         raise _not_whole(path, error) from error
-    read_weights(model, path)
-    sort_nodes(model)
+    has_changed = any([read_weights(model, path), sort_nodes(model)])
     try:
-        onnx.checker.check_model(model)
+        # Of a model it would serialize a second time.
+        onnx.checker.check_model(model if has_changed else content)
     except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
         raise _not_whole(path, error) from error
     if not model.graph.node:
@@ -91,10 +91,8 @@ def sort_nodes(model: onnx.ModelProto) -> bool:
     """Put nodes after those whose results they read; return whether any had to be moved.
 
     Half-precision exports of some tools append the casts at the end. The order is kept where it
-    can be run. A graph with a cycle is left as it is, for the checker to refuse.
-
-    Args:
-        model: changed in place; only its main graph, as no exporter unsorts others.
+    can be run. A graph with a cycle is left as it is, for the checker to refuse. Only the main
+    graph is changed, in place, as no exporter unsorts others.
     """
     nodes = list(model.graph.node)
     makers = {name: index for index, node in enumerate(nodes) for name in node.output if name}

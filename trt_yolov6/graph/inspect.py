@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from trt_yolov6.graph.cost import Layer, SizedGraph, layers_in
+from trt_yolov6.graph.cost import Layer, SizedGraph, layers_of
 from trt_yolov6.graph.index import all_nodes, type_name
 from trt_yolov6.graph.operators import WEIGHTED_OPS
 
@@ -76,7 +76,7 @@ def inspect_onnx(model: onnx.ModelProto) -> OnnxDetails:
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
         for node in all_nodes(model.graph)
     )
-    layers = layers_in(graph)
+    layers = layers_of(graph)
     learned = {
         stored.name: math.prod(stored.dims)
         for node in graph.nodes

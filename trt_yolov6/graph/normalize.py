@@ -25,10 +25,7 @@ def with_folded_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """Move float constants to the initializers, and batch normalization into convolutions.
 
     A convolution is left alone whose output something else reads as well, or whose weights others
-    share.
-
-    Args:
-        model: a float graph; changed in place and returned.
+    share. The float graph is changed in place and returned.
     """
     _move_constants(model)
     _fold_batch_normalization(model)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from trt_yolov6.detectors.layouts import class_count
+from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.detectors.metadata import check_input, image_size_in, names_in, nms_in
 from trt_yolov6.detectors.recognition import recognize
 from trt_yolov6.detectors.spec import DetectorSpec
@@ -80,7 +80,7 @@ def graph_from_onnx(
         # A name in a file is anyone's; it becomes that of the engine's file.
         name=Path(metadata.get("model", "").replace("\\", "/")).name.lstrip(".") or path.stem,
         detector=DetectorSpec(
-            _class_names(path, labels, class_count(outputs, layout)),
+            _class_names(path, labels, LAYOUTS[layout].classes(outputs)),
             size,
             layout,
             family.name,

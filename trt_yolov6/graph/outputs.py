@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -11,7 +11,7 @@ import onnx
 from trt_yolov6.detectors.recognition import GraphFacts, is_detector
 from trt_yolov6.graph.editing import drop_unread_initializers, set_nodes
 from trt_yolov6.graph.files import value_spec
-from trt_yolov6.graph.index import GraphIndex, names_read
+from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.operators import UNDECODED_OPS, WEIGHTED_OPS
 from trt_yolov6.spec import TensorSpec
 
@@ -50,15 +50,18 @@ def drop_other_outputs(
 
     if not 1 < len(names) <= _MOST_OUTPUTS or fits(names, False):
         return ()
-    kept = _largest(names, lambda some: fits(some, True)) or _largest(
-        names, lambda some: fits(some, False)
-    )
-    if not kept:
+    counts = range(len(names) - 1, 0, -1)
+    subsets = [some for count in counts for some in itertools.combinations(names, count)]
+    choices = itertools.product((True, False), subsets)
+    kept = next((some for is_known, some in choices if fits(some, is_known)), None)
+    if kept is None:
         return ()
     dropped = tuple(name for name in names if name not in kept)
     for item in [item for item in model.graph.output if item.name in dropped]:
         model.graph.output.remove(item)
-    _drop_unread(model)
+    needed = GraphIndex(model).ancestors(kept)
+    set_nodes(model.graph, [node for node in model.graph.node if needed.intersection(node.output)])
+    drop_unread_initializers(model.graph)
     return dropped
 
 
@@ -106,25 +109,3 @@ def _tail_operators(model: onnx.ModelProto) -> frozenset[str]:
         moves = node.op_type in UNDECODED_OPS and node.op_type != "Concat"
         pending.extend(node.input[:1] if moves else node.input)
     return frozenset(found)
-
-
-def _largest(
-    names: tuple[str, ...], fits: Callable[[tuple[str, ...]], bool]
-) -> tuple[str, ...] | None:
-    some = (
-        kept
-        for count in range(len(names) - 1, 0, -1)
-        for kept in itertools.combinations(names, count)
-    )
-    return next(filter(fits, some), None)
-
-
-def _drop_unread(model: onnx.ModelProto) -> None:
-    needed = {item.name for item in model.graph.output}
-    kept = []
-    for node in reversed(model.graph.node):
-        if needed.intersection(node.output):
-            needed.update(names_read(node))
-            kept.append(node)
-    set_nodes(model.graph, reversed(kept))
-    drop_unread_initializers(model.graph)

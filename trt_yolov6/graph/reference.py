@@ -37,10 +37,7 @@ def reference_session(
     Args:
         model: an ONNX model; it is not changed.
         outputs: names of tensors to have as outputs besides the graph's own.
-        threads: CPU threads; None for one a physical core, or a core that the process may use.
-        spinning: let threads spin while they wait for work.
-        optimized: let ONNX Runtime rewrite the graph.
-        source: what to call the graph in messages.
+        threads, spinning, optimized, source: see `open_session`.
 
     Raises:
         UserError: see `open_session`.

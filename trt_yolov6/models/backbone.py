@@ -1,10 +1,11 @@
-"""EfficientRep (paper, Section 2.1): a stem and stages, each halving the resolution."""
+"""EfficientRep (paper, Section 2.1), and Lite's: a stem and stages, each halving the resolution."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from trt_yolov6.models.blocks import CSPSPPF, SPPF, basic_block, stack
+from trt_yolov6.models.lite import LiteStage
 from trt_yolov6.models.variants import Architecture
 
 
@@ -24,18 +25,19 @@ class Stage(nn.Module):
         return out
 
 
-class EfficientRep(nn.Module):
-    """The backbone. CSPBepBackbone of M and L is the same with CSPStackRep blocks."""
+class Backbone(nn.Module):
+    """EfficientRep; CSPBepBackbone of M and L is the same with CSPStackRep blocks."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         channels = arch.stage_channels
         self.stem = basic_block(arch, arch.input_channels, channels[0], stride=2)
+        stage = LiteStage if arch.block == "lite" else Stage
         self.stages = nn.ModuleList(
-            Stage(arch, channels[index], channels[index + 1], repeats)
+            stage(arch, channels[index], channels[index + 1], repeats)
             for index, repeats in enumerate(arch.stage_repeats)
         )
-        pooling = CSPSPPF if arch.pooling == "cspsppf" else SPPF
+        pooling = {"sppf": SPPF, "cspsppf": CSPSPPF, "none": nn.Identity}[arch.pooling]
         self.sppf = pooling(channels[-1], arch.activation)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -14,11 +14,7 @@ from trt_yolov6.models.variants import STRIDES, Architecture
 
 
 def decode(levels: Sequence[tuple[Tensor, ...]], arch: Architecture) -> tuple[Tensor, Tensor]:
-    """Turn raw head outputs into boxes and scores.
-
-    Args:
-        levels: as `YOLOv6.raw` returns them.
-        arch: says which head the outputs come from.
+    """Turn head outputs, as `YOLOv6.raw` returns them, into boxes and scores.
 
     Returns:
         boxes (batch, 4, anchors): x1, y1, x2, y2 in input pixels, not clipped;

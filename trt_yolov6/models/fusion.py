@@ -63,7 +63,7 @@ def _fused(block: nn.Module) -> ConvAct | None:
 
 
 def fold_shortcuts(model: YOLOv6) -> None:
-    """Fold the weights of shortcuts into convolutions, in place: sums of two terms are left.
+    """Fold the weights of shortcuts of a fused network into convolutions, in place.
 
     A block that ends in ReLU computes relu(w y + b) + a x. With z in the place of x / A, where A is
     the product of the weights so far, it is relu(w y / A' + b / A') + z, where A' = A a: ReLU does
@@ -71,9 +71,6 @@ def fold_shortcuts(model: YOLOv6) -> None:
     that read z are multiplied by A, and the last is the one that merges the stack's two paths.
     Other activations have no such rule, and the factor stays. It costs a kernel of its own, and
     TensorRT 8 does not build it in INT8.
-
-    Args:
-        model: as `fuse` returns it.
     """
     for module in model.modules():
         if isinstance(module, CSPStack):
@@ -129,12 +126,7 @@ def single_branch(model: YOLOv6) -> YOLOv6:
 
 
 def merge_scaled(block: ScaledRepConv, *, bias: bool = False) -> ConvBN:
-    """Add up the scaled branches of a block to one convolution before its normalization.
-
-    Args:
-        block: of a hyper-search network.
-        bias: give the convolution a bias of zeros.
-    """
+    """Add up the scaled branches of a block to one convolution, with a bias of zeros if asked."""
     out_channels, in_channels = block.dense.shape[:2]
     merged = ConvBN(in_channels, out_channels, 3, block.stride, bias=bias)
     merged.conv.to(block.dense)

@@ -88,31 +88,15 @@ class LiteDownBlock(nn.Module):
         return out
 
 
-class LiteBackbone(nn.Module):
-    """A stem and four stages, each halving the resolution."""
+class LiteStage(nn.Sequential):
+    """A block of stride 2, then blocks of stride 1."""
 
-    def __init__(self, arch: Architecture) -> None:
-        super().__init__()
-        channels, act = arch.stage_channels, arch.activation
-        self.stem = ConvBN(arch.input_channels, channels[0], 3, 2, act)
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                LiteDownBlock(before, after, act),
-                *(LiteBlock(after, act) for _ in range(repeats - 1)),
-            )
-            for before, after, repeats in zip(
-                channels[:-1], channels[1:], arch.stage_repeats, strict=True
-            )
-        )
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Map images (batch, 3, h, w) to features at strides 4, 8, 16 and 32."""
-        features = []
-        x = self.stem(images)
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return tuple(features)
+    def __init__(
+        self, arch: Architecture, in_channels: int, out_channels: int, repeats: int
+    ) -> None:
+        act = arch.activation
+        rest = (LiteBlock(out_channels, act) for _ in range(repeats - 1))
+        super().__init__(LiteDownBlock(in_channels, out_channels, act), *rest)
 
 
 class LiteCSP(nn.Module):

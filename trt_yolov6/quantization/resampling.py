@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.statistics import Interval as Interval
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.detectors.overlap import iou
 
@@ -27,25 +28,6 @@ _MOST_DETECTIONS = 100
 
 RESAMPLES = 400
 """Bootstrap resamples: the ends of a 95 % interval then vary by a tenth of its width."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure with its 95 % bootstrap interval over images.
-
-    A resample shows fewer different images, on which an AP is another one in the mean. So what the
-    bootstrap tells is how far its values spread about their median, and that is laid about the
-    figure itself.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        """Half of the interval: a smaller difference is not told from chance."""
-        return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
@@ -106,6 +88,10 @@ def interval(
     confidence: float = 0.95,
 ) -> Interval:
     """Return a statistic of a set of images with its percentile bootstrap interval.
+
+    A resample shows fewer different images, on which an AP is another one in the mean. So what the
+    bootstrap tells is how far its values spread about their median, and that is laid about the
+    figure itself.
 
     Args:
         statistic: of (images,) counts, how often each image was drawn.

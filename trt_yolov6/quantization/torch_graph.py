@@ -76,7 +76,7 @@ class TorchGraph(nn.Module):
             watched: tensors that are returned beside the graph's outputs.
 
         Raises:
-            UserError: the graph has an operator that is not known here; see `can_read`.
+            UserError: the graph has an operator that is not known here.
         """
         super().__init__()
         self._model = model

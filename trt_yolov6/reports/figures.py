@@ -136,13 +136,9 @@ def trade_off(
 
 
 def point_of(row: Row, x: Interval, batch: int, *, alone: bool = False) -> Point | None:
-    """Return the mark of an engine; None where its AP is not defined.
+    """Return the mark of an engine at a place on the horizontal axis; None without an AP.
 
-    Args:
-        row: the engine.
-        x: its place on the horizontal axis.
-        batch: the batch size that is shown.
-        alone: its model is the only one, so that the precision distinguishes the marks.
+    Its label is the precision if its model is `alone`.
     """
     if row.ap is None:
         return None

@@ -65,10 +65,7 @@ class Material:
 
 
 def read_material(paths: Sequence[str | Path]) -> Material:
-    """Read the files of a report.
-
-    Args:
-        paths: results of comparisons (or their folders), and rankings of `sensitivity --json`.
+    """Read results of comparisons (or their folders), and rankings of `sensitivity --json`.
 
     Raises:
         UserError: one is neither, or damaged, or there is no comparison among them.

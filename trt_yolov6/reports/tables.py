@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,26 +256,24 @@ CSV_HEAD = (
 )
 
 
-def csv_rows(rows: Sequence[Row]) -> list[list[Any]]:
-    """Return one row an engine and batch size, under `CSV_HEAD`; numbers as they were measured."""
-    table: list[list[Any]] = []
+def csv_rows(rows: Sequence[Row]) -> Iterator[list[Any]]:
+    """Yield a row an engine and batch size, under `CSV_HEAD`; numbers as they were measured."""
     for row in rows:
-        engine = row.engine
-        for batch, timing in sorted(row.timings.items()):
-            latency = latency_of(timing)
-            table.append(
-                [
-                    *(row.name, row.label, row.precision, engine["backend"]),
-                    *(engine.get("backend_version"), engine["device"], *engine["image_size"]),
-                    batch,
-                    *(engine.get(key) for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")),
-                    engine.get("images"),
-                    *(latency.value, latency.low, latency.high),
-                    *(timing["latency_ms"].get("p90"), timing["latency_ms"].get("p99")),
-                    timing.get("throughput_fps"),
-                    *(timing.get(key) for key in ("disturbed", "runs", "quiet_runs")),
-                    *(engine.get(key) for key in ("parameters", "flops", "bytes")),
-                    timing.get("engine_sha256"),
-                ]
-            )
-    return table
+        height, width = row.engine["image_size"]
+        for _, timing in sorted(row.timings.items()):
+            latency, interval = timing["latency_ms"], latency_of(timing)
+            values = {
+                **row.engine,
+                **timing,
+                "engine": row.name,
+                "model": row.label,
+                "precision": row.precision,
+                "image_height": height,
+                "image_width": width,
+                "latency_ms": interval.value,
+                "latency_low_ms": interval.low,
+                "latency_high_ms": interval.high,
+                "p90_ms": latency.get("p90"),
+                "p99_ms": latency.get("p99"),
+            }
+            yield [values.get(name) for name in CSV_HEAD]

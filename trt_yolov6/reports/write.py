@@ -19,28 +19,17 @@ from trt_yolov6.reports import sections
 from trt_yolov6.reports.material import Material
 from trt_yolov6.reports.tables import CSV_HEAD, NOTHING, csv_rows, overview, quantization, rows_of
 
-FORMS = (".html", ".md", ".csv")
-"""Forms of a report, by the ending of its file."""
-
 
 def write_report(material: Material, path: str | Path, title: str = "") -> Path:
-    """Write a report in the form that the file's ending names.
+    """Write a report in the form that the file's ending names: `.html`, `.md` or `.csv`.
 
-    Args:
-        material: from `read_material`.
-        path: ends in `.html`, `.md` or `.csv`.
-        title: of the page; default: made from the data set and the models.
+    Without a `title`, the data set and the models make one.
 
     Raises:
         UserError: the ending is another one, or the file cannot be written.
     """
     path = check_form(path)
-    forms: dict[str, Callable[[], str]] = {
-        ".html": lambda: html_of(material, title),
-        ".md": lambda: markdown_of(material, title),
-        ".csv": lambda: csv_of(material),
-    }
-    write_bytes(path, forms[path.suffix.lower()]().encode())
+    write_bytes(path, FORMS[path.suffix.lower()](material, title).encode())
     return path
 
 
@@ -126,6 +115,14 @@ def csv_of(material: Material) -> str:
     for row in csv_rows(rows_of(material)):
         writer.writerow([_inert(value) for value in row])
     return buffer.getvalue()
+
+
+FORMS: dict[str, Callable[[Material, str], str]] = {
+    ".html": html_of,
+    ".md": markdown_of,
+    ".csv": lambda material, title: csv_of(material),
+}
+"""The report's text, by the ending of its file."""
 
 
 def title_of(material: Material) -> str:

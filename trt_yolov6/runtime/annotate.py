@@ -71,15 +71,7 @@ def infer_source(
     `score`, `class` and `name`. `detections.csv` has a row a detection; `labels/<stem>.txt`, or
     `labels/<stem>_<frame>.txt`, YOLO's format with the score after the box.
 
-    Args:
-        engine: any loaded engine.
-        source: see `media.find_media`.
-        output: the folder to write to; made if missing, not the one the source lies in.
-        options: as in `detect`.
-        formats: see `detection_files.Format`.
-        frames: end a video or stream after this number.
-        stop: asked before each frame of a video or stream: whether to end here.
-        progress: show a progress bar on stderr.
+    The arguments are those of `Detector.annotate`.
 
     Raises:
         UserError: the source is missing or unreadable, or the engine cannot do what is asked. An

@@ -129,12 +129,7 @@ def described(detections: Detections, class_names: Sequence[str]) -> list[dict[s
             "class": label,
             "name": class_names[label] if label < len(class_names) else str(label),
         }
-        for box, score, label in zip(
-            detections.xyxy.tolist(),
-            detections.confidence.tolist(),
-            detections.class_id.tolist(),
-            strict=True,
-        )
+        for box, score, label in detections.as_tuples()
     ]
 
 
@@ -144,12 +139,7 @@ def _yolo_lines(record: dict[str, Any], detections: Detections) -> str:
     return "".join(
         f"{label} {(x1 + x2) / 2 / width:.6f} {(y1 + y2) / 2 / height:.6f} "
         f"{(x2 - x1) / width:.6f} {(y2 - y1) / height:.6f} {score:.4f}\n"
-        for (x1, y1, x2, y2), score, label in zip(
-            detections.xyxy.tolist(),
-            detections.confidence.tolist(),
-            detections.class_id.tolist(),
-            strict=True,
-        )
+        for (x1, y1, x2, y2), score, label in detections.as_tuples()
     )
 
 

@@ -85,8 +85,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return a flat dictionary, ready for `json.dumps`; an undefined AP is null.
 
-        `wall_s` is the time in all. The other times are `StageSeconds`': `coco_s` sums up what
-        mostly overlaps the engine; only `tail_s` is spent after its last batch.
+        `wall_s` is the time in all, the other times are `StageSeconds`'.
         """
         return {
             "AP": self.ap,
@@ -100,12 +99,7 @@ class Evaluation:
             "precision": self.precision,
             "backend": self.backend,
             "detections": self.detections,
-            "read_s": self.seconds.read,
-            "preprocess_s": self.seconds.preprocess,
-            "inference_s": self.seconds.inference,
-            "postprocess_s": self.seconds.postprocess,
-            "coco_s": self.seconds.coco,
-            "tail_s": self.seconds.tail,
+            **{f"{stage}_s": value for stage, value in vars(self.seconds).items()},
             "wall_s": self.wall_seconds,
             "notes": list(self.notes),
             "per_class": [
@@ -113,15 +107,6 @@ class Evaluation:
                 for name, ap in zip(self.class_names, self.per_class, strict=True)
             ],
         }
-
-
-@dataclass(frozen=True)
-class _Matches:
-    """Which detections of a batch meet which boxes."""
-
-    by_image: dict[int, list[Any]]
-    """pycocotools' matches by image id: one for each class and size range, in that order."""
-    detections: int
 
 
 def evaluate(
@@ -142,10 +127,8 @@ def evaluate(
     Args:
         engine: any loaded engine.
         dataset: a split with the engine's classes, see `class_matching.match_classes`.
-        options: thresholds and more, without `clip`; default thresholds: `NmsSettings()`,
-            confidence 0.03 and IoU 0.65.
-        progress: show a progress bar on stderr.
-        confusion: count which class objects are taken for.
+        options: see `api.evaluate`; without `clip`.
+        progress, confusion: see `api.evaluate`.
         seen: called with each image and its detections, whose class ids are the data set's, without
             those of classes that the data set lacks.
 
@@ -159,39 +142,33 @@ def evaluate(
     run: Callable[..., Iterator[Processed[CocoImage, _Matched]]] = process
     if options.gpus > 1:
         run = functools.partial(process_on_gpus, check_gpus(options.gpus))
-    with _bar(dataset, shown=progress) as bar, ThreadPoolExecutor(1, "coco") as pool:
+    with (
+        progress_bar(len(dataset.images), desc="eval", unit="image", shown=progress) as bar,
+        ThreadPoolExecutor(1, "coco") as pool,
+    ):
         annotated = pool.submit(matcher.annotated)
         for step in run(
-            engine,
-            dataset.images,
-            read_coco_image,
-            matcher,
-            options,
-            open_item=open_coco_image,
+            engine, dataset.images, read_coco_image, matcher, options, open_item=open_coco_image
         ):
-            tally.add(step.batch.items, step.result.matches, step.result.found)
-            tally.note(step.notes)
+            tally.engine_done = step.inference_end
+            seconds = {**step.stage_seconds, "coco": step.finish_seconds}
+            tally.add(step.batch.items, step.result, step.notes, seconds)
             if seen is not None:
                 for image, detections in zip(step.batch.items, step.result.found, strict=True):
                     seen(image, _in_classes_of(dataset, tally.truth, detections))
-            tally.engine_done = step.inference_end
-            tally.spent(
-                read=step.batch.read_seconds,
-                preprocess=step.batch.preprocess_seconds,
-                inference=step.inference_seconds,
-                postprocess=step.postprocess_seconds,
-                coco=step.finish_seconds,
-            )
             bar.update(len(step.batch.items))
     return tally.evaluation(annotated.result())
 
 
 @dataclass(frozen=True)
 class _Matched:
-    """A batch's matches, and the detections if they are still wanted."""
+    """Which detections of a batch meet which boxes."""
 
-    matches: _Matches
-    found: list[Detections]
+    by_image: dict[int, list[Any]]
+    """pycocotools' matches by image id: one for each class and size range, in that order."""
+    detections: int
+    found: Sequence[Detections]
+    """The detections themselves, if they are still wanted."""
 
 
 class _Matcher:
@@ -207,12 +184,42 @@ class _Matcher:
         """Return pycocotools' object of the data set, made once a process."""
         with self._lock:
             if self._annotated is None:
-                self._annotated = _annotated(self._truth)
+                data = self._truth.dataset
+                self._annotated = _coco(data, data.images, data.annotations)
             return self._annotated
 
     def __call__(self, batch: Batch[CocoImage], found: list[Detections]) -> _Matched:
-        matches = _match(self.annotated(), self._truth, batch.items, found)
-        return _Matched(matches, found if self._hands_on else [])
+        return self.match(batch.items, found)
+
+    def match(self, images: Sequence[CocoImage], found: Sequence[Detections]) -> _Matched:
+        """Match the detections in some images to the annotated boxes.
+
+        Raises:
+            UserError: a detection is of a class that the data set does not have.
+        """
+        truth = self._truth
+        highest = max((int(one.class_id.max(initial=0)) for one in found), default=0)
+        if highest >= len(truth.categories):
+            raise ClassesDifferError(
+                f"the engine finds class {highest} (from 0), {truth.dataset.annotation_file} has "
+                f"{len(truth.categories)} classes; evaluate the engine on the data set it was "
+                "trained for."
+            )
+        results = [
+            entry
+            for image, detections in zip(images, found, strict=True)
+            for entry in _to_coco(image, detections, truth.categories)
+        ]
+        for number, entry in enumerate(results, start=1):
+            entry["id"] = number
+        scorer = COCOeval(self.annotated(), _coco(truth.dataset, images, results), "bbox")
+        scorer.params.imgIds = [image.id for image in images]
+        with contextlib.redirect_stdout(io.StringIO()):
+            scorer.evaluate()
+        # A list by class, then size range, then image, the images sorted.
+        ids = sorted(image.id for image in images)
+        by_image = {number: scorer.evalImgs[place :: len(ids)] for place, number in enumerate(ids)}
+        return _Matched(by_image, len(results), found if self._hands_on else ())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"truth": self._truth, "hands_on": self._hands_on}
@@ -230,10 +237,8 @@ class FoundBatch:
     """Detections of each image, not clipped to it (see `postprocess`)."""
     notes: tuple[str, ...] = ()
     """Notes on odd outputs."""
-    read_seconds: float = 0.0
-    preprocess_seconds: float = 0.0
-    inference_seconds: float = 0.0
-    postprocess_seconds: float = 0.0
+    stage_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds by stage, see `Processed.stage_seconds`."""
 
 
 def evaluate_found(
@@ -246,38 +251,22 @@ def evaluate_found(
 ) -> Evaluation:
     """Measure the COCO AP of detections that come in batches, in any order, as `evaluate` does.
 
-    Args:
-        engine: that found them.
-        dataset: see `evaluate`.
-        batches: each image of the data set in one of them.
-        progress: show a progress bar on stderr.
-        confusion: count which class objects are taken for.
+    Each image of the data set is in one batch; the other arguments are those of `evaluate`.
 
     Raises:
         UserError: the classes do not match.
     """
     tally = _Tally(engine, dataset, confusion=confusion)
-    annotated = _annotated(tally.truth)
-    with _bar(dataset, shown=progress) as bar:
-        for found in batches:
+    matcher = _Matcher(tally.truth, hands_on=confusion)
+    annotated = matcher.annotated()
+    with progress_bar(len(dataset.images), desc="eval", unit="image", shown=progress) as bar:
+        for batch in batches:
             tally.engine_done = time.perf_counter()
-            if found.images:
-                matches = _match(annotated, tally.truth, found.images, found.detections)
-                tally.add(found.images, matches, found.detections)
-            tally.spent(
-                read=found.read_seconds,
-                preprocess=found.preprocess_seconds,
-                inference=found.inference_seconds,
-                postprocess=found.postprocess_seconds,
-                coco=time.perf_counter() - tally.engine_done,
-            )
-            tally.note(found.notes)
-            bar.update(len(found.images))
+            matched = matcher.match(batch.images, batch.detections)
+            seconds = {**batch.stage_seconds, "coco": time.perf_counter() - tally.engine_done}
+            tally.add(batch.images, matched, batch.notes, seconds)
+            bar.update(len(batch.images))
     return tally.evaluation(annotated)
-
-
-def _bar(dataset: CocoDataset, *, shown: bool) -> Any:
-    return progress_bar(len(dataset.images), desc="eval", unit="image", shown=shown)
 
 
 @dataclass(frozen=True)
@@ -294,9 +283,9 @@ class _Truth:
 
 
 def _truth(name: str, class_names: Sequence[str], dataset: CocoDataset) -> _Truth:
-    match_of = match_classes(
-        name, class_names, dataset.annotation_file, dataset.class_names, _used(dataset)
-    )
+    categories = {entry["category_id"] for entry in dataset.annotations}
+    used = [number in categories for number in dataset.category_ids]
+    match_of = match_classes(name, class_names, dataset.annotation_file, dataset.class_names, used)
     counting = dataclasses.replace(
         dataset,
         category_ids=tuple(dataset.category_ids[place] for place in match_of.kept),
@@ -327,40 +316,33 @@ class _Tally:
         self._matches: dict[int, list[Any]] = {}
         self._detections = 0
 
-    def note(self, sentences: Iterable[str]) -> None:
-        """Take notes, each once."""
-        self._notes.update(dict.fromkeys(sentences))
-
     def add(
-        self, images: Sequence[CocoImage], matches: _Matches, found: Sequence[Detections]
+        self,
+        images: Sequence[CocoImage],
+        matched: _Matched,
+        notes: Iterable[str],
+        seconds: Mapping[str, float],
     ) -> None:
-        """Take the matches of some images, and for the confusion matrix their detections."""
-        self._matches.update(matches.by_image)
-        self._detections += matches.detections
-        if self._confusion is not None:
-            for image, detections in zip(images, found, strict=True):
-                self._confusion.add(detections, self.truth.rows, *self._objects[image.id])
-
-    def spent(self, **seconds: float) -> None:
-        """Take the seconds of a batch's stages."""
+        """Take some images: their matches, notes (each once), and the seconds of the stages."""
+        self._matches.update(matched.by_image)
+        self._detections += matched.detections
+        self._notes.update(dict.fromkeys(notes))
         for stage, value in seconds.items():
             self._seconds[stage] += value
+        if self._confusion is not None:
+            for image, detections in zip(images, matched.found, strict=True):
+                self._confusion.add(detections, self.truth.rows, *self._objects[image.id])
 
     def evaluation(self, annotated: Any) -> Evaluation:
         """Compute the AP of all that was matched."""
         before = time.perf_counter()
-        (ap, ap50, ap75, ap_small, ap_medium, ap_large), per_class, curves = _average_precision(
+        (ap, ap50, ap75, small, medium, large), per_class, curves = _average_precision(
             annotated, self._matches
         )
         end = time.perf_counter()
         self._seconds["coco"] += end - before
         return Evaluation(
-            ap=ap,
-            ap50=ap50,
-            ap75=ap75,
-            ap_small=ap_small,
-            ap_medium=ap_medium,
-            ap_large=ap_large,
+            *(ap, ap50, ap75, small, medium, large),
             per_class=per_class,
             class_names=self.truth.dataset.class_names,
             images=len(self.truth.dataset.images),
@@ -388,36 +370,18 @@ def _in_classes_of(dataset: CocoDataset, truth: _Truth, found: Detections) -> De
 def _to_coco(
     image: CocoImage, detections: Detections, category_ids: Sequence[int | None]
 ) -> list[dict[str, Any]]:
-    corners = detections.xyxy.astype(np.float64)
-    corners[:, 2:] -= corners[:, :2]
     return [
         {
             "image_id": image.id,
             "category_id": category_ids[index],
-            "bbox": box,
-            "area": box[2] * box[3],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": (x2 - x1) * (y2 - y1),
             "iscrowd": 0,
             "score": score,
         }
-        for box, score, index in zip(
-            corners.tolist(),
-            detections.confidence.tolist(),
-            detections.class_id.tolist(),
-            strict=True,
-        )
+        for (x1, y1, x2, y2), score, index in detections.as_tuples()
         if category_ids[index] is not None
     ]
-
-
-def _used(dataset: CocoDataset) -> list[bool]:
-    """Return of each category whether any object is of it."""
-    used = {entry["category_id"] for entry in dataset.annotations}
-    return [number in used for number in dataset.category_ids]
-
-
-def _annotated(truth: _Truth) -> Any:
-    """Return a pycocotools COCO object of all images with their annotated boxes."""
-    return _coco(truth.dataset, truth.dataset.images, truth.dataset.annotations)
 
 
 def _coco(dataset: CocoDataset, images: Sequence[CocoImage], annotations: Sequence[Any]) -> Any:
@@ -431,41 +395,6 @@ def _coco(dataset: CocoDataset, images: Sequence[CocoImage], annotations: Sequen
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def _match(
-    annotated: Any,
-    truth: _Truth,
-    images: Sequence[CocoImage],
-    found: Sequence[Detections],
-) -> _Matches:
-    """Match the detections of a batch to the annotated boxes.
-
-    Raises:
-        UserError: a detection is of a class that the data set does not have.
-    """
-    highest = max((int(one.class_id.max(initial=0)) for one in found), default=0)
-    if highest >= len(truth.categories):
-        raise ClassesDifferError(
-            f"the engine finds class {highest} (from 0), {truth.dataset.annotation_file} has "
-            f"{len(truth.categories)} classes; evaluate the engine on the data set it was "
-            "trained for."
-        )
-    results = [
-        entry
-        for image, detections in zip(images, found, strict=True)
-        for entry in _to_coco(image, detections, truth.categories)
-    ]
-    for number, entry in enumerate(results, start=1):
-        entry["id"] = number
-    scorer = COCOeval(annotated, _coco(truth.dataset, images, results), "bbox")
-    scorer.params.imgIds = [image.id for image in images]
-    with contextlib.redirect_stdout(io.StringIO()):
-        scorer.evaluate()
-    # A list by class, then size range, then image, the images sorted.
-    ids = sorted(image.id for image in images)
-    by_image = {number: scorer.evalImgs[place :: len(ids)] for place, number in enumerate(ids)}
-    return _Matches(by_image, len(results))
 
 
 def _average_precision(

@@ -58,6 +58,16 @@ class Processed(Generic[Item, Result]):
     finish_seconds: float
     """Time `finish` took."""
 
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of each stage up to the detections, by name."""
+        return {
+            "read": self.batch.read_seconds,
+            "preprocess": self.batch.preprocess_seconds,
+            "inference": self.inference_seconds,
+            "postprocess": self.postprocess_seconds,
+        }
+
 
 Image: TypeAlias = "str | Path | NDArray[np.uint8]"
 """A file, or uint8 (height, width, 3) RGB pixels."""

@@ -166,15 +166,9 @@ class TritonPythonModel:
 def load_options(
     parameters: Parameters, engine: Path, *, gpu: int | None, instances: int
 ) -> LoadOptions:
-    """Return how an entry's engine is loaded.
+    """Return how an entry's engine is loaded: on the GPU of a number, or on a CPU where it is None.
 
     Instances on a CPU share its processors unless `threads` says how many each has.
-
-    Args:
-        parameters: of the configuration.
-        engine: the file.
-        gpu: number of the GPU that the instance is on; None: it is on a CPU.
-        instances: of the model on this processor.
     """
     from trt_yolov6.engines import LoadOptions
     from trt_yolov6.engines.manifest import read_manifest

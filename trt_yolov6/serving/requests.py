@@ -40,10 +40,7 @@ class InputMemory:
 def make_ready(engine: Engine, memory: InputMemory, options: PredictOptions | None) -> None:
     """Run every batch size that takes seconds of compilation once, before requests wait for it.
 
-    Args:
-        engine: any loaded engine.
-        memory: as for `run_tensors`.
-        options: those of `detect_encoded`; None: requests are for `run_tensors`.
+    The options are those of `detect_encoded`; None: requests are for `run_tensors`.
     """
     if not engine.batch_steps:
         return
@@ -97,11 +94,8 @@ def run_tensors(
     if len(requests) == 1 and total == rows:
         return [engine.infer(np.ascontiguousarray(requests[0]))]
     array = memory.rows(rows)
-    start = 0
-    for request, count in zip(requests, counts, strict=True):
-        array[start : start + count] = request
-        start += count
-    array[start:] = 0
+    np.concatenate(requests, out=array[:total])
+    array[total:] = 0
     outputs = engine.infer(array)
     ends = np.cumsum(counts)
     return [
@@ -123,7 +117,7 @@ def detect_encoded(
         engine: any loaded engine.
         pictures: contents of image files, no more than the engine takes at a time.
         options: thresholds (default: as for evaluation) and border.
-        memory: as for `run_tensors`.
+        memory: see `run_tensors`.
         executor: decodes and post-processes several pictures at a time.
 
     Returns:

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trt_yolov6.common.files import check_writable
+from trt_yolov6.common.files import check_writable, unwritable
 from trt_yolov6.engines import LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
@@ -184,6 +184,10 @@ def export_triton(
     loading = loading or LoadOptions()
     models = [served_model(path, loading, python) for path in engines]
     if names is not None:
+        if len(names) != len(models):
+            raise UserError(
+                f"`names` has {len(names)} names for {len(models)} engines; give one for each."
+            )
         models = [
             dataclasses.replace(model, name=_checked_name(name))
             for model, name in zip(models, names, strict=True)
@@ -221,10 +225,7 @@ def _write_entries(models: Sequence[ServedModel], texts: Sequence[str], output: 
                     undo.callback(shutil.rmtree, output / model.name, ignore_errors=True)
             undo.pop_all()
     except OSError as error:
-        raise UserError(
-            f"{output} cannot be written ({error.strerror or error}); free the disk or choose "
-            "a folder you may write to."
-        ) from error
+        raise unwritable(output, error) from error
 
 
 def served_model(
@@ -236,8 +237,7 @@ def served_model(
 
     Args:
         engine: the file.
-        loading: the decoder and the pre-processing of an ONNX file without a manifest.
-        python: what an entry of the Python backend takes; None where Triton runs the engine itself.
+        loading, python: see `export_triton`.
 
     Raises:
         UserError: it is missing, damaged or no engine that Triton loads, or a plan without a

@@ -67,13 +67,10 @@ def task_aligned(scores: Tensor, boxes: Tensor, points: Tensor, targets: Targets
         scores: float (batch, anchors, classes), predicted, in 0..1.
         boxes: float (batch, anchors, 4), predicted, xyxy in pixels.
         points: float (anchors, 2), x and y of the anchors in pixels.
-        targets: the objects.
     """
-    targets = _at_least_one(targets)
     scores, boxes, points = scores.float(), boxes.float(), points.float()
 
-    def match(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        part = _rows(targets, rows)
+    def match(rows: slice, part: Targets) -> tuple[Tensor, Tensor, Tensor]:
         class_index = part.classes.unsqueeze(-1).expand(-1, -1, scores.shape[1])
         class_scores = scores[rows].transpose(1, 2).gather(1, class_index)
         overlaps = pairwise(part.boxes, boxes[rows])
@@ -90,8 +87,7 @@ def task_aligned(scores: Tensor, boxes: Tensor, points: Tensor, targets: Targets
         share = own_metric / torch.where(foreground, best_metric, 1.0)
         return foreground, matched, torch.where(foreground, share * best_overlap, 0.0)
 
-    foreground, matched, quality = _by_images(match, targets, len(points))
-    return _assignment(foreground, matched, quality, targets, scores.shape[2])
+    return _labels(match, targets, len(points), scores.shape[2])
 
 
 @torch.no_grad()
@@ -115,17 +111,13 @@ def atss(
         points: float (anchors, 2), x and y in pixels, level after level.
         strides: float (anchors,), pixels.
         sizes_per_level: number of anchors of each level.
-        targets: the objects.
         boxes: float (batch, anchors, 4), predicted, xyxy in pixels; their IoU with the object
             becomes the soft target. None: the target is 1.
-        num_classes: classes there are.
     """
-    targets = _at_least_one(targets)
     points, reach = points.float(), ATSS_ANCHOR_SIZE / 2 * strides.float().unsqueeze(-1)
     anchor_boxes = torch.cat((points - reach, points + reach), dim=-1)
 
-    def match(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        part = _rows(targets, rows)
+    def match(_: slice, part: Targets) -> tuple[Tensor, Tensor, Tensor]:
         centres = (part.boxes[..., :2] + part.boxes[..., 2:]) / 2
         nearness = -(centres.unsqueeze(-2) - points).square().sum(-1)
         levels = torch.split(nearness, list(sizes_per_level), dim=-1)
@@ -136,10 +128,7 @@ def atss(
         foreground, matched = _one_object_each(chosen & part.present.unsqueeze(-1), overlaps)
         return foreground, matched, foreground.float()
 
-    foreground, matched, quality = _by_images(match, targets, len(points))
-    if boxes is not None:
-        quality = quality * iou(boxes.float(), _take(targets.boxes, matched))
-    return _assignment(foreground, matched, quality, targets, num_classes)
+    return _labels(match, targets, len(points), num_classes, boxes)
 
 
 @torch.no_grad()
@@ -160,17 +149,14 @@ def simota(
         boxes: float (batch, anchors, 4), predicted, xyxy in pixels.
         points: float (anchors, 2), x and y in pixels.
         strides: float (anchors,), pixels.
-        targets: the objects.
     """
-    targets = _at_least_one(targets)
     scores, boxes, points = scores.float(), boxes.float(), points.float()
     reach = SIMOTA_RADIUS * strides.float().unsqueeze(-1)
     # As in PyTorch's binary cross-entropy, no logarithm falls below -100.
     log_yes = scores.log().clamp(min=-100)
     log_no = torch.log1p(-scores).clamp(min=-100)
 
-    def match(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        part = _rows(targets, rows)
+    def match(rows: slice, part: Targets) -> tuple[Tensor, Tensor, Tensor]:
         centres = (part.boxes[..., :2] + part.boxes[..., 2:]) / 2
         near = ((points - centres.unsqueeze(-2)).abs() < reach).all(-1)
         inside = _inside(points, part.boxes)
@@ -192,35 +178,42 @@ def simota(
         foreground, matched = _one_object_each(chosen, -cost)
         return foreground, matched, foreground.float()
 
-    foreground, matched, quality = _by_images(match, targets, len(points))
-    quality = quality * iou(boxes, _take(targets.boxes, matched))
-    return _assignment(foreground, matched, quality, targets, scores.shape[2])
+    return _labels(match, targets, len(points), scores.shape[2], boxes)
 
 
-def _at_least_one(targets: Targets) -> Targets:
-    """Give a batch without a single row of objects one row of padding."""
-    if targets.present.shape[1]:
-        return targets
-    return Targets(
-        F.pad(targets.boxes, (0, 0, 0, 1)),
-        F.pad(targets.classes, (0, 1)),
-        F.pad(targets.present, (0, 1)),
-    )
+def _labels(
+    match: Callable[[slice, Targets], tuple[Tensor, Tensor, Tensor]],
+    targets: Targets,
+    anchors: int,
+    num_classes: int,
+    boxes: Tensor | None = None,
+) -> Assignment:
+    """Label the anchors of as many images at a time as `_PAIRS_AT_ONCE` allows.
 
-
-def _rows(targets: Targets, rows: slice) -> Targets:
-    return Targets(targets.boxes[rows].float(), targets.classes[rows], targets.present[rows])
-
-
-def _by_images(
-    match: Callable[[slice], tuple[Tensor, Tensor, Tensor]], targets: Targets, anchors: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `match` on as many images at a time as `_PAIRS_AT_ONCE` allows, and join."""
-    batch, most = targets.present.shape
+    `match` takes images and their objects, and returns foreground, matched and quality of each
+    anchor. The quality is multiplied by the IoU of `boxes`, the predicted ones, with the object.
+    """
+    if not targets.present.shape[1]:  # not a single row of objects: one of padding
+        targets = Targets(
+            F.pad(targets.boxes, (0, 0, 0, 1)),
+            F.pad(targets.classes, (0, 1)),
+            F.pad(targets.present, (0, 1)),
+        )
+    objects, labels, present = targets.boxes.float(), targets.classes, targets.present
+    batch, most = present.shape
     step = max(1, _PAIRS_AT_ONCE // (most * anchors))
-    parts = [match(slice(start, start + step)) for start in range(0, max(batch, 1), step)]
+    parts = []
+    for start in range(0, max(batch, 1), step):
+        rows = slice(start, start + step)
+        parts.append(match(rows, Targets(objects[rows], labels[rows], present[rows])))
     foreground, matched, quality = (torch.cat(part) for part in zip(*parts, strict=True))
-    return foreground, matched, quality
+    taken = objects.gather(1, matched.unsqueeze(-1).expand(-1, -1, 4))
+    if boxes is not None:
+        quality = quality * iou(boxes.float(), taken)
+    classes = torch.where(foreground, labels.gather(1, matched), num_classes)
+    taken = torch.where(foreground.unsqueeze(-1), taken, 0.0)
+    one_hot = classes.unsqueeze(-1) == torch.arange(num_classes, device=classes.device)
+    return Assignment(foreground, matched, taken, classes, one_hot * quality.unsqueeze(-1))
 
 
 def _inside(points: Tensor, boxes: Tensor) -> Tensor:
@@ -259,17 +252,3 @@ def _one_object_each(chosen: Tensor, preference: Tensor) -> tuple[Tensor, Tensor
     matched = torch.where(chosen, preference, -torch.inf).argmax(1)
     foreground = chosen.any(1)
     return foreground, torch.where(foreground, matched, 0)
-
-
-def _take(values: Tensor, matched: Tensor) -> Tensor:
-    """Pick (batch, anchors, n) out of (batch, objects, n)."""
-    return values.gather(1, matched.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-
-def _assignment(
-    foreground: Tensor, matched: Tensor, quality: Tensor, targets: Targets, num_classes: int
-) -> Assignment:
-    classes = torch.where(foreground, targets.classes.gather(1, matched), num_classes)
-    boxes = torch.where(foreground.unsqueeze(-1), _take(targets.boxes.float(), matched), 0.0)
-    one_hot = classes.unsqueeze(-1) == torch.arange(num_classes, device=classes.device)
-    return Assignment(foreground, matched, boxes, classes, one_hot * quality.unsqueeze(-1))

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from trt_yolov6.common.ranges import Share, check_fields
+from trt_yolov6.common.ranges import Checked, Share
 from trt_yolov6.data.letterbox import GRAY, fit
 from trt_yolov6.models.variants import architecture
 
@@ -44,7 +44,7 @@ MAX_ASPECT = 20.0
 
 
 @dataclass(frozen=True)
-class AugmentationSettings:
+class AugmentationSettings(Checked):
     """Augmentation settings; the defaults are the authors' for N, T and S.
 
     Source: the configurations of meituan/YOLOv6 v0.2 (`data_aug`); see `augmentation_for`.
@@ -78,9 +78,6 @@ class AugmentationSettings:
     border: Annotated[int, Meta(ge=0)] = 0
     """Gray pixels left on every side of a picture that is not a mosaic, as in `letterbox.fit`: the
     gray border of the paper's Section 2.4.3."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def augmentation_for(variant: str) -> AugmentationSettings:
@@ -223,12 +220,7 @@ def _affine(
 
 
 def _single_layers(
-    rows: Indices,
-    images: Indices,
-    sizes: Indices,
-    affine: Floats,
-    size: int,
-    border: int,
+    rows: Indices, images: Indices, sizes: Indices, affine: Floats, size: int, border: int
 ) -> Layers:
     """Put each image in the middle of a picture and then apply its matrix."""
     placed = [fit((int(h), int(w)), (size, size), border) for h, w in sizes[images]]
@@ -241,12 +233,7 @@ def _single_layers(
 
 
 def _mosaic_layers(
-    rows: Indices,
-    images: Indices,
-    sizes: Indices,
-    numbers: Floats,
-    affine: Floats,
-    size: int,
+    rows: Indices, images: Indices, sizes: Indices, numbers: Floats, affine: Floats, size: int
 ) -> Layers:
     """Add three random images to each, shuffle the four, and choose the seam.
 
@@ -321,10 +308,7 @@ def worth_keeping(whole: Floats, inside: Floats) -> NDArray[np.bool_]:
 
 
 def make_pictures(
-    plan: BatchPlan,
-    gather: Callable[[Indices], Tensor],
-    device: torch.device,
-    chunk: int,
+    plan: BatchPlan, gather: Callable[[Indices], Tensor], device: torch.device, chunk: int
 ) -> Tensor:
     """Make the pictures of a batch.
 

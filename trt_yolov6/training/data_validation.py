@@ -19,31 +19,19 @@ from numpy.typing import NDArray
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.class_matching import order_by_name
-from trt_yolov6.data.coco import CocoImage, Kind, Problem, read_annotations, read_coco_image
+from trt_yolov6.data.coco import (
+    CocoImage,
+    DataReport,
+    Kind,
+    Problem,
+    read_annotations,
+    read_coco_image,
+)
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import default_workers
 from trt_yolov6.errors import UserError
 
 OnBadData = Literal["refuse", "skip"]
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """Findings in a split."""
-
-    annotation_file: Path
-    images: int
-    """Images the file lists."""
-    annotations: int
-    """Annotations the file lists."""
-    problems: tuple[Problem, ...]
-    """Problems that must be corrected or left out."""
-    clipped: tuple[Problem, ...]
-    """Boxes that reach beyond their image: cut off at its edge, kept."""
-    crowds: int
-    """Annotations of crowds, which are not trained on."""
-    empty_images: int
-    """Images that are left without an object: trained on as background."""
 
 
 class BadDataError(UserError):
@@ -107,30 +95,20 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
     found = read_annotations(folder, split, crowds=False)
     dataset = found.dataset
     objects = dataset.grouped(found.corners).values()
-    images, annotations = found.listed
+    empty_images = sum(not len(boxes) for boxes, _ in objects)
     return CheckedSplit(
         images=dataset.images,
         class_names=dataset.class_names,
         boxes=tuple(boxes for boxes, _ in objects),
         classes=tuple(classes for _, classes in objects),
-        report=DataReport(
-            annotation_file=dataset.annotation_file,
-            images=images,
-            annotations=annotations,
-            problems=found.problems,
-            clipped=found.clipped,
-            crowds=found.crowds,
-            empty_images=sum(not len(boxes) for boxes, _ in objects),
-        ),
+        report=dataclasses.replace(found.report, empty_images=empty_images),
     )
 
 
 def in_order(checked: CheckedSplit, names: Sequence[str]) -> CheckedSplit:
     """Return a split with its classes in a network's order, where it has the same by name.
 
-    Args:
-        checked: returned as it is where the names differ, or the order does not.
-        names: of the network's classes.
+    It is returned as it is where the names differ, or the order does not.
     """
     found = np.concatenate([np.empty(0, np.int64), *checked.classes])
     used = np.bincount(found, minlength=len(checked.class_names)) > 0
@@ -152,10 +130,8 @@ def decode(
     """Decode the images of a split in threads and hand each to `use`.
 
     Args:
-        checked: the split.
         use: takes an image's place in the split and its pixels, uint8 (height, width, 3) RGB of
             the recorded size; called from several threads, in any order.
-        progress: show a bar, on a terminal.
 
     Returns:
         The report on the whole split, and the places of the images that could be used.

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trt_yolov6.data.coco import CocoImage
+from trt_yolov6.data.coco import CocoImage, DataReport
 from trt_yolov6.data.letterbox import Letterbox, fill, fit
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.augmentation import (
@@ -28,7 +28,6 @@ from trt_yolov6.training.augmentation import (
 )
 from trt_yolov6.training.data_validation import (
     CheckedSplit,
-    DataReport,
     OnBadData,
     decode,
     in_order,
@@ -202,9 +201,7 @@ def load_training_set(
         [one.resized for one in placed], image_size, device, checked.report.annotation_file
     )
     report, good = decode(
-        checked,
-        lambda index, pixels: _keep(store[index], pixels, placed[index]),
-        progress=progress,
+        checked, lambda index, pixels: _keep(store[index], pixels, placed[index]), progress=progress
     )
     settle(report, on_bad_data, report_file)
     for new, old in enumerate(good):
@@ -268,7 +265,7 @@ def _allocate(
     if free is not None and needed > free:
         raise UserError(
             f"{file} takes {needed / 1e9:.1f} GB of memory at {image_size} pixels and "
-            f"{free / 1e9:.1f} GB are free; give a smaller `image_size` or a part of the data set.",
+            f"{free / 1e9:.1f} GB are free; give a smaller `image_size` or a part of the data set."
         )
     if device.type == "cuda":
         # More than may be pinned still works, with slower copies.

@@ -17,7 +17,8 @@ from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import BN_MOMENTUM
-from trt_yolov6.models.network import YOLOv6
+from trt_yolov6.models.fusion import fuse
+from trt_yolov6.models.network import Raw, YOLOv6
 from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.distributed import Processes, placed, with_common_statistics
 from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
@@ -62,12 +63,7 @@ def detection_task(
 ) -> DetectionTask:
     """Load the data and make the network, its optimizer and its average.
 
-    Args:
-        settings: of the training.
-        folder: the run's; takes the report on the data.
-        processes: that train together.
-        progress: show a bar while the data is loaded.
-        scales: checkpoint of RepOptimizer's hyper-search.
+    The report on the data goes into `folder`; `scales` is a checkpoint of RepOptimizer's search.
 
     Raises:
         UserError: bad settings, data or checkpoint, or a device that cannot do what is asked.
@@ -132,7 +128,7 @@ def _check_device(settings: TrainSettings, processes: Processes) -> None:
     if settings.batch % processes.world:
         raise UserError(
             f"a batch of {settings.batch} cannot be shared equally by {processes.world} processes; "
-            "give a `batch` that can.",
+            "give a `batch` that can."
         )
     if settings.compile and processes.device.type != "cuda":
         # PyTorch 2.13: the compiled backward pass of this network corrupts memory on a CPU.
@@ -164,17 +160,6 @@ def _training_data(
     return data
 
 
-class _Levels(nn.Module):
-    """The network with `raw` as its forward, which is what wrappers wrap."""
-
-    def __init__(self, model: YOLOv6) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> list[tuple[Tensor, ...]]:
-        return self.model.raw(images)
-
-
 def _is_graphed(
     settings: TrainSettings, device: torch.device, autocast: torch.dtype | None
 ) -> bool:
@@ -186,10 +171,7 @@ def _is_graphed(
 
 
 def _wrapped(
-    model: YOLOv6,
-    settings: TrainSettings,
-    processes: Processes,
-    graphed_in: torch.dtype | None,
+    model: YOLOv6, settings: TrainSettings, processes: Processes, graphed_in: torch.dtype | None
 ) -> nn.Module:
     """Return the network from images to raw levels, compiled, graphed and parallel as asked for.
 
@@ -197,7 +179,7 @@ def _wrapped(
     """
     if settings.common_statistics:
         with_common_statistics(model, processes)
-    network: nn.Module = _Levels(model)
+    network: nn.Module = Raw(model)
     if settings.compile:
         network = torch.compile(network)  # type: ignore[assignment]
     if graphed_in is not None:
@@ -257,7 +239,7 @@ def _teacher(
             f"the teacher {checkpoint.path} predicts boxes in another way than the student; give "
             "one with the same head and the same DFL bins."
         )
-    return placed(checkpoint.model, device).eval().requires_grad_(False)
+    return placed(fuse(checkpoint.model), device).requires_grad_(False)
 
 
 def _losses(

@@ -65,9 +65,7 @@ class Processes:
 def joined(device: str | None = None) -> Iterator[Processes]:
     """Join the other processes of `torchrun`, if there are any, until the block ends.
 
-    Args:
-        device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one. Under torchrun each
-            process takes the GPU of its local rank.
+    Each of these takes the GPU of its local rank; `device` is otherwise as for `chosen_device`.
 
     Raises:
         UserError: there is no such device.
@@ -138,11 +136,10 @@ def with_common_statistics(model: nn.Module, processes: Processes) -> None:
     """
     if processes.world == 1:
         return
-    kind = CommonBatchNorm if processes.device.type == "cuda" else _CommonOnCpus
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, taking_over(child, kind))
+                setattr(module, name, taking_over(child, CommonBatchNorm))
 
 
 def taking_over(bn: nn.BatchNorm2d, kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:
@@ -155,21 +152,27 @@ def taking_over(bn: nn.BatchNorm2d, kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2
     return other
 
 
-class _CommonOnCpus(nn.BatchNorm2d):
-    """Batch normalization over the images of all processes, each with equally many; on CPUs."""
+class CommonBatchNorm(nn.BatchNorm2d):
+    """Batch normalization over the images of all processes, each with equally many."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normalized x (images, channels, rows, columns), in x's dtype."""
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
+        share = 0.1 if self.momentum is None else self.momentum
+        if x.is_cuda:
+            found: Tensor = _Normalized.apply(  # type: ignore[no-untyped-call]
+                x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, share
+            )
+            return found
         dtype, x = x.dtype, x.float()  # bf16 under autocast
         count = x.numel() // x.shape[1] * dist.get_world_size()
         mean = _sum(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
         variance = _sum(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
-            share = 0.1 if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
         scale = self.weight * torch.rsqrt(variance + self.eps)
@@ -182,21 +185,9 @@ def _sum(value: Tensor) -> Tensor:
     return total
 
 
-class CommonBatchNorm(nn.BatchNorm2d):
-    """Batch normalization over the images of all processes, each with equally many; on GPUs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalized x (images, channels, rows, columns), in x's dtype."""
-        if not self.training:
-            return super().forward(x)
-        share = 0.1 if self.momentum is None else self.momentum
-        found: Tensor = _Normalized.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, share
-        )
-        return found
-
-
 class _Normalized(torch.autograd.Function):
+    """`CommonBatchNorm` on GPUs."""
+
     @staticmethod
     def forward(
         ctx: Any,

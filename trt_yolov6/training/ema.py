@@ -47,11 +47,9 @@ class WeightAverage:
 
 
 def average_for(total_updates: int, decay: float | None = None) -> tuple[float, float]:
-    """Return decay and ramp for a training of the given number of optimizer steps.
+    """Return decay and ramp for a training by its number of optimizer steps.
 
-    Args:
-        total_updates: steps of the optimizer in all.
-        decay: a decay to take in place of the authors' scaled one.
+    Without `decay` it is the authors', scaled to the training's length.
     """
     if decay is None:
         decay = min(DECAY, 1 - 1 / max(WINDOW * total_updates, 2.0))
@@ -61,8 +59,5 @@ def average_for(total_updates: int, decay: float | None = None) -> tuple[float, 
 
 def floating_state(model: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and floating-point buffers by name."""
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    named.update(
-        (name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()
-    )
-    return named
+    buffers = {name: item for name, item in model.named_buffers() if item.is_floating_point()}
+    return {**dict(model.named_parameters()), **buffers}

@@ -38,13 +38,9 @@ def starting_model(
     """Return the network that a training starts from.
 
     Its random weights depend on the seed alone. From a checkpoint all weights are taken, but for
-    the class predictions where the number of classes is another.
-
-    Args:
-        settings: of the training.
-        class_names: of the data set.
-        scales: RepOptimizer's: checkpoint of the hyper-search network, which then says what the
-            network is; of its weights, only the scales are taken.
+    the class predictions where the number of classes is another. `scales` is RepOptimizer's: the
+    checkpoint of a hyper-search network, which then says what the network is; of its weights, only
+    the scales are taken.
 
     Raises:
         UserError: the checkpoint cannot be read, is fused, or is not what the settings say; or the
@@ -52,7 +48,14 @@ def starting_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(settings.seed, "weights"))
-        start = _start(settings, class_names, scales)
+        if scales is not None:
+            start = _from_scales(settings, load_checkpoint(scales), class_names)
+        elif settings.weights is not None:
+            start = _from_checkpoint(settings, load_checkpoint(settings.weights), class_names)
+        else:
+            arch = architecture(settings.variant, len(class_names))
+            start = Start(build_model(adapted(arch, settings.architecture)), ())
+            reset_predictions(start.model)
     multiple = start.model.arch.size_multiple
     if settings.image_size % multiple:
         raise UserError(
@@ -60,19 +63,6 @@ def starting_model(
             "network needs; give another `image_size`.",
         )
     return start
-
-
-def _start(
-    settings: TrainSettings, class_names: tuple[str, ...], scales: str | Path | None
-) -> Start:
-    if scales is not None:
-        return _from_scales(settings, load_checkpoint(scales), class_names)
-    if settings.weights is None:
-        arch = adapted(architecture(settings.variant, len(class_names)), settings.architecture)
-        model = build_model(arch)
-        reset_predictions(model)
-        return Start(model, ())
-    return _from_checkpoint(settings, load_checkpoint(settings.weights), class_names)
 
 
 def _from_checkpoint(
@@ -139,11 +129,7 @@ def _check_agreement(settings: TrainSettings, checkpoint: Checkpoint) -> None:
 
 
 def check_trainable(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose batch normalizations are folded away.
-
-    Raises:
-        UserError: it is fused.
-    """
+    """Raise UserError for a checkpoint whose batch normalizations are folded away."""
     if checkpoint.form != "training":
         raise UserError(
             f"{checkpoint.path} is {checkpoint.form}: without its batch normalizations it cannot "

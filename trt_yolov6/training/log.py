@@ -22,10 +22,7 @@ def write_log(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def scalars(folder: Path, from_epoch: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yield a function that writes an epoch's numbers for TensorBoard, where that is installed.
 
-    Args:
-        folder: the run's.
-        from_epoch: the epoch (from 0) that comes next; later ones of an interrupted run are taken
-            out.
+    What an interrupted run wrote of `from_epoch` (from 0) and later ones is taken out.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -99,44 +99,38 @@ def train_epochs(
     """
     plan = task.plan
     first_epoch = done.step // plan.steps_per_epoch
-    saver = _Saver(task, state_file, state_seconds)
+    saved_at = time.monotonic()
+
+    def save(*, now: bool = False) -> None:
+        """Write the state, in the first process, if it is time, or `now`."""
+        nonlocal saved_at
+        if state_file is None or not task.processes.is_first:
+            return
+        if now or time.monotonic() - saved_at >= state_seconds:
+            save_state(state_file, task.learner, done, task.identity)
+            saved_at = time.monotonic()
+
     with progress_bar(
         plan.total_steps, shown=progress, initial=done.step, desc=task.name, unit="step"
     ) as bar:
         if is_logged(progress):
             _log.info(_header(task, first_epoch))
         for epoch in range(first_epoch, plan.epochs):
-            _train_epoch(task, done, epoch, bar, saver)
+            _train_epoch(task, done, epoch, bar, save)
             line = _line(task, done, epoch)
             if task.processes.is_first:
                 due = finish_epoch(epoch, line)
                 done.log.append(line)
-                saver.save(done, now=due)
+                save(now=due)
                 bar.set_postfix_str(_postfix(line, done))
                 if is_logged(progress):
                     _log.info("%s, of %d epochs", _postfix(line, done), plan.epochs)
             task.processes.wait()
 
 
-class _Saver:
-    """Writes the state, not too often."""
-
-    def __init__(self, task: Task, file: Path | None, seconds: float) -> None:
-        self._task = task
-        self._file = file
-        self._seconds = seconds
-        self._last = time.monotonic()
-
-    def save(self, done: Progress, *, now: bool = False) -> None:
-        """Write it if it is time, or `now`; only in the first process."""
-        if self._file is None or not self._task.processes.is_first:
-            return
-        if now or time.monotonic() - self._last >= self._seconds:
-            save_state(self._file, self._task.learner, done, self._task.identity)
-            self._last = time.monotonic()
-
-
-def _train_epoch(task: Task, done: Progress, epoch: int, bar: Any, saver: _Saver) -> None:
+def _train_epoch(
+    task: Task, done: Progress, epoch: int, bar: Any, save: Callable[[], None]
+) -> None:
     """Do the epoch's steps that are not done yet; nothing in it waits for the device."""
     plan, learner = task.plan, task.learner
     order = epoch_order(plan, epoch, task.seed)
@@ -168,7 +162,7 @@ def _train_epoch(task: Task, done: Progress, epoch: int, bar: Any, saver: _Saver
         done.step = step + 1
         if update and step + 1 < begun + plan.steps_per_epoch:
             done.epoch_seconds = spent + time.perf_counter() - clock
-            saver.save(done)
+            save()
     if learner.sums.is_cuda:
         torch.cuda.synchronize(learner.sums.device)
     done.epoch_seconds = spent + time.perf_counter() - clock

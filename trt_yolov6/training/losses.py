@@ -17,7 +17,7 @@ from msgspec import Meta
 from torch import Tensor
 from torch.nn import functional as F
 
-from trt_yolov6.common.ranges import Count, NotNegative, Positive, check_fields
+from trt_yolov6.common.ranges import Checked, Count, NotNegative, Positive
 from trt_yolov6.detectors.box_similarity import similarity
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import anchor_points, decode, joined
@@ -38,7 +38,7 @@ _SMALL_VARIANTS = ("yolov6n", "yolov6t")
 
 
 @dataclass(frozen=True)
-class LossSettings:
+class LossSettings(Checked):
     """Which losses, weighed how; every value is a plain name or number, so JSON holds it.
 
     Raises:
@@ -62,12 +62,9 @@ class LossSettings:
     poly_epsilon: Annotated[float, Meta(gt=-1, le=sys.float_info.max)] = 1.0
     """Weight of the term that poly loss adds to focal loss."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True)
-class DistillationSettings:
+class DistillationSettings(Checked):
     """Self-distillation (paper, 2.4.2): how the student is held to the teacher.
 
     The classes are independent sigmoids, so theirs is the Kullback-Leibler divergence of each
@@ -88,9 +85,6 @@ class DistillationSettings:
     """Divides the class logits."""
     box_temperature: Positive = 20.0
     """Divides the logits of the distance bins (20: the authors' released value)."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -271,13 +265,8 @@ def check_losses(settings: LossSettings, arch: Architecture) -> None:
 def varifocal_loss(logits: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
     """Return VariFocal loss (Zhang et al., 2021), elementwise.
 
-    With p the sigmoid of the logit and q the target: q BCE(p, q) where positive, else
-    -0.75 p² log(1 - p).
-
-    Args:
-        logits: float, any shape.
-        targets: float in 0..1, the same shape: the quality of the positive.
-        positive: bool, the same shape.
+    With p the sigmoid of the logit and q the target, the quality of a positive in 0..1: q BCE(p, q)
+    where positive, else -0.75 p² log(1 - p).
     """
     negative = 0.75 * torch.sigmoid(logits).pow(2.0) * F.softplus(logits)
     return torch.where(positive, targets * _cross_entropy(logits, targets), negative)
@@ -287,13 +276,8 @@ def poly_loss(logits: Tensor, positive: Tensor, *, epsilon: float = 1.0) -> Tens
     """Return poly-1 focal loss (Leng et al., 2022), elementwise.
 
     Focal loss (Lin et al., 2017), -α (1 - p)² log p, plus α ε (1 - p)³: the first term of its
-    expansion, weighed up. p is the probability of what is true, and α is 0.25 for positives, 0.75
-    for negatives.
-
-    Args:
-        logits: float, any shape.
-        positive: bool, the same shape.
-        epsilon: weight of the added term; 0: plain focal loss.
+    expansion, weighed up by ε. p is the probability of what is true, and α is 0.25 for positives,
+    0.75 for negatives.
     """
     wrong = torch.where(positive, -logits, logits)
     missing = torch.sigmoid(wrong)
@@ -304,9 +288,7 @@ def poly_loss(logits: Tensor, positive: Tensor, *, epsilon: float = 1.0) -> Tens
 def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Return quality focal loss (Li et al., 2020), elementwise: |q - p|² BCE(p, q).
 
-    Args:
-        logits: float, any shape.
-        targets: float in 0..1, the same shape: the quality q, 0 for negatives.
+    The targets q are in 0..1: the quality of positives, 0 for negatives.
     """
     difference = (targets - torch.sigmoid(logits)).abs()
     return difference.pow(2.0) * _cross_entropy(logits, targets)
@@ -339,11 +321,6 @@ def class_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Te
 
     T² KL(p_t || p_s) of two Bernoulli distributions, p the sigmoid of logit / T. The factor keeps
     the size of gradients as T changes (Hinton et al., 2015).
-
-    Args:
-        student: float logits, any shape.
-        teacher: float logits, the same shape.
-        temperature: T, above zero.
     """
     own, guide = student / temperature, teacher / temperature
     truth = torch.sigmoid(guide)
@@ -356,10 +333,6 @@ def distilled_share(student: Tensor, teacher: Tensor) -> Tensor:
     max(p_t, 0.75 p_s²): the quality, as the teacher sees it, where there is an object, else what
     the student gets wrong. With all anchors alike, the many that are background pulled 6 to 25
     times as hard as the labels did, and trainings of L ended far below their teacher or diverged.
-
-    Args:
-        student: float logits, any shape.
-        teacher: float logits, the same shape.
     """
     return torch.maximum(torch.sigmoid(teacher), 0.75 * torch.sigmoid(student).square())
 
@@ -367,16 +340,8 @@ def distilled_share(student: Tensor, teacher: Tensor) -> Tensor:
 def box_divergence(student: Tensor, teacher: Tensor, reg_max: int, temperature: float) -> Tensor:
     """Return the divergence of the teacher's from the student's distributions of distances.
 
-    T² KL(p_t || p_s), p the softmax of logits / T over the bins of a side.
-
-    Args:
-        student: float (batch, 4 * (reg_max + 1), anchors), logits of the bins.
-        teacher: the same.
-        reg_max: largest bin.
-        temperature: T, above zero.
-
-    Returns:
-        float (batch, 4, anchors).
+    T² KL(p_t || p_s), p the softmax of logits / T over the bins of a side: (batch, 4, anchors), of
+    logits (batch, 4 * (reg_max + 1), anchors).
     """
     own = (_bins(student, reg_max) / temperature).log_softmax(2)
     guide = (_bins(teacher, reg_max) / temperature).log_softmax(2)
@@ -449,9 +414,7 @@ def _bins(regression: Tensor, reg_max: int) -> Tensor:
 
 
 def _check_shapes(
-    levels: Sequence[tuple[Tensor, ...]],
-    image_size: int | tuple[int, int],
-    strides: Sequence[int],
+    levels: Sequence[tuple[Tensor, ...]], image_size: int | tuple[int, int], strides: Sequence[int]
 ) -> None:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     for level, stride in zip(levels, strides, strict=True):

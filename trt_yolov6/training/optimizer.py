@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trt_yolov6.common.ranges import Count, NotNegative, Positive, Share, ShareBelow1, check_fields
+from trt_yolov6.common.ranges import Checked, Count, NotNegative, Positive, Share, ShareBelow1
 from trt_yolov6.training.rep_optimizer import reparameterize
 from trt_yolov6.training.schedule import NOMINAL_BATCH, Plan, learning_rate, momentum
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(Checked):
     """Values of the optimizer and of its warm-up.
 
     A learning rate is meant for the mean loss of 32 images; the gradients of larger batches are
@@ -36,9 +36,6 @@ class OptimizerSettings:
     """Steps whose gradients are added up; None: as many as make 64 images."""
     clip_norm: Positive | None = None
     """Largest norm of the gradient; None: whatever it is."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 FINE_TUNING = OptimizerSettings(
@@ -89,8 +86,6 @@ def make_optimizer(
     """Return the optimizer of a network, with the three groups of `parameter_groups`.
 
     Args:
-        model: in training form.
-        settings: learning rate, momentum, decay.
         batch: images a step, of all processes together.
         fused: one kernel for all parameters, on a GPU.
         multipliers: of gradients, by parameter name: RepOptimizer's.

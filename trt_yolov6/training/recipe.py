@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from trt_yolov6.checkpoints.loading import Checkpoint
-from trt_yolov6.common.ranges import Count, ShareBelow1, check_fields, fitting
+from trt_yolov6.common.ranges import Checked, Count, ShareBelow1, fitting
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
@@ -58,7 +58,7 @@ class ArchitectureOptions:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Checked):
     """All that decides the weights which a training ends with, but for the machine.
 
     `recipe_for` fills in the paper's values for a variant.
@@ -112,7 +112,7 @@ class TrainSettings:
     """On a GPU, take only algorithms that give the same bits every time; slower."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         _check(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -250,18 +250,14 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
 
 
 def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
-    """Return the settings with one field changed.
-
-    Args:
-        settings: what to start from.
-        assignment: such as `epochs=10`, `optimizer.momentum=0.9` or `ema_decay=none`.
+    """Return the settings with a field as `epochs=10` or `optimizer.momentum=0.9` assigns it.
 
     Raises:
         UserError: there is no such field, or the value does not fit it.
     """
     path, equals, text = assignment.partition("=")
     if not equals:
-        raise _assignment_error(f" {assignment} is not of the form FIELD=VALUE")
+        raise UserError(f"`assignment` {assignment} is not of the form FIELD=VALUE.")
     changed: TrainSettings = _with(settings, path.strip().split("."), text.strip(), assignment)
     return changed
 
@@ -270,18 +266,18 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
     fields = {item.name for item in dataclasses.fields(value)}
     if names[0] not in fields:
         meant = did_you_mean(names[0], fields)
-        raise _assignment_error(
-            f" {assignment}: there is no {names[0]}{meant}; choose one of "
-            f"{', '.join(sorted(fields))}"
+        raise UserError(
+            f"`assignment` {assignment}: there is no {names[0]}{meant}; choose one of "
+            f"{', '.join(sorted(fields))}."
         )
     current = getattr(value, names[0])
     if dataclasses.is_dataclass(current):
         if len(names) == 1:
             parts = ", ".join(f"{names[0]}.{item.name}" for item in dataclasses.fields(current))
-            raise _assignment_error(f" {assignment}: name a part of it, one of {parts}")
+            raise UserError(f"`assignment` {assignment}: name a part of it, one of {parts}.")
         return dataclasses.replace(value, **{names[0]: _with(current, names[1:], text, assignment)})
     if len(names) > 1:
-        raise _assignment_error(f" {assignment}: {names[0]} has no parts here")
+        raise UserError(f"`assignment` {assignment}: {names[0]} has no parts here.")
     kind = typing.get_type_hints(type(value), include_extras=True)[names[0]]
     is_none = text.lower() == "none" and type(None) in typing.get_args(kind)
     subject = f"`assignment` {assignment}: {names[0]}"
@@ -289,16 +285,8 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
     return dataclasses.replace(value, **{names[0]: changed})
 
 
-def _assignment_error(text: str) -> UserError:
-    return UserError(f"`assignment`{text}.")
-
-
 def settings_from_json(value: Mapping[str, Any], source: str) -> TrainSettings:
-    """Return the settings that `to_json` wrote.
-
-    Args:
-        value: what was read.
-        source: where from, for the message.
+    """Return the settings that `to_json` wrote; `source` says where, in messages.
 
     Raises:
         UserError: it is something else, or of another version.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trt_yolov6.checkpoints.loading import Checkpoint
-from trt_yolov6.common.ranges import Count, check_fields
+from trt_yolov6.common.ranges import Checked, Count
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import ScaledRepConv
 from trt_yolov6.models.network import YOLOv6
@@ -33,7 +33,7 @@ _MULTIPLIER = "multiplier"
 
 
 @dataclass(frozen=True)
-class RepOptimizerSettings:
+class RepOptimizerSettings(Checked):
     """Where the scales come from: a finished search, or one that the training begins with."""
 
     scales: str | None = None
@@ -42,7 +42,7 @@ class RepOptimizerSettings:
     """Length of the search; None: as long as the training itself."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.scales is not None and self.search_epochs is not None:
             raise UserError(
                 f"the scales are there already, in {self.scales}; leave `search_epochs` out."
@@ -71,11 +71,7 @@ def _scales(block: ScaledRepConv) -> list[Tensor]:
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that RepOptimizer cannot be made from.
-
-    Raises:
-        UserError: it is not a hyper-search network.
-    """
+    """Raise UserError for a checkpoint that is not a hyper-search network."""
     if checkpoint.arch.block != "scaled":
         raise UserError(
             f"{checkpoint.path} is not a hyper-search network and has no scales; give "
@@ -85,14 +81,9 @@ def check_scales(checkpoint: Checkpoint) -> None:
 
 
 def gradient_multipliers(search: YOLOv6) -> dict[str, Tensor]:
-    """Return the factors for the gradients of a single-branch network.
+    """Return the factors for the gradients of `models.single_branch(search)`.
 
-    Args:
-        search: the hyper-search network whose scales are taken.
-
-    Returns:
-        For the kernel of each of its blocks in `models.single_branch(search)`, by the parameter's
-        name there: (out, in, 3, 3), positive.
+    For the kernel of each block, by the parameter's name: (out, in, 3, 3), positive.
     """
     return {
         f"{name}.conv.weight": gradient_multiplier(block)
@@ -118,12 +109,8 @@ def gradient_multiplier(block: ScaledRepConv) -> Tensor:
 def reparameterize(optimizer: torch.optim.SGD, multipliers: Mapping[nn.Parameter, Tensor]) -> None:
     """Turn plain SGD into RepOptimizer: every step first multiplies the gradients, in place.
 
-    Gradients are what has been added up and averaged over processes by then. The multipliers are a
-    part of the optimizer's state, so they are saved and restored with it.
-
-    Args:
-        optimizer: with all the parameters.
-        multipliers: of the parameters that have any: of the same shape.
+    Gradients are what has been added up and averaged over processes by then. The multipliers, of
+    the parameters' shapes, are a part of the optimizer's state: saved and restored with it.
     """
     for parameter, value in multipliers.items():
         # In the layout of the parameter, so that one kernel multiplies all gradients.

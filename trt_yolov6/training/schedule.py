@@ -46,12 +46,7 @@ class Plan:
 
 
 def make_plan(
-    images: int,
-    *,
-    batch: int,
-    epochs: int,
-    warmup_epochs: float,
-    accumulate: int | None = None,
+    images: int, *, batch: int, epochs: int, warmup_epochs: float, accumulate: int | None = None
 ) -> Plan:
     """Lay out a training.
 
@@ -60,9 +55,7 @@ def make_plan(
     that is longer (as the authors have it), but no more than a tenth of the training.
 
     Args:
-        images: in the training split.
-        batch: images a step.
-        epochs: passes over the split.
+        images, batch, epochs: see `Plan`.
         warmup_epochs: length of the warm-up; 0 for none.
         accumulate: steps whose gradients are added up before the optimizer steps; None for as many
             as make `NOMINAL_BATCH` images. It grows from 1 to that during the warm-up.
@@ -90,14 +83,9 @@ def cosine(progress: float, final: float) -> float:
 
 
 def learning_rate(plan: Plan, step: int, *, start: float, peak: float, final: float) -> float:
-    """Return the learning rate of a step: a cosine, approached in a line while warming up.
+    """Return the learning rate of a step, from 0: a cosine from `peak` to `final` times that.
 
-    Args:
-        plan: the training.
-        step: from 0.
-        start: learning rate before the first step; 0, but for biases.
-        peak: learning rate that the cosine starts from.
-        final: learning rate that the cosine ends at, over `peak`.
+    While warming up it is approached in a line from `start`, which is 0 but for biases.
     """
     target = peak * cosine(step / plan.total_steps, final)
     share = _progress(step, plan.warmup_steps)

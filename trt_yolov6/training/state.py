@@ -55,10 +55,7 @@ class Learner:
 
 
 def save_state(
-    path: Path,
-    learner: Learner,
-    progress: Progress,
-    settings: Mapping[str, Any] | Sequence[Any],
+    path: Path, learner: Learner, progress: Progress, settings: Mapping[str, Any] | Sequence[Any]
 ) -> None:
     """Write the state between two steps, right after one of the optimizer.
 

@@ -18,7 +18,7 @@ from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.errors import UserError
-from trt_yolov6.runtime.evaluate import Evaluation, evaluate
+from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.spec import PredictOptions
 from trt_yolov6.training.detection_task import DetectionTask, arithmetic, detection_task
 from trt_yolov6.training.distributed import Processes, joined
@@ -251,10 +251,7 @@ def stored_settings(folder: str | Path) -> TrainSettings:
         raise UserError(
             f"{folder} holds no training; name the folder of an interrupted one as `output`.",
         )
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no settings of a training; start the training again.")
-    return settings_from_json(value, str(path))
+    return settings_from_json(read_json(path), str(path))
 
 
 def _open_folder(
@@ -286,8 +283,13 @@ def _open_folder(
 
 def _evaluate(detector: DetectionTask, folder: Path, done: Progress, line: dict[str, Any]) -> None:
     """Evaluate the averaged weights and write the checkpoints; adds to the epoch's line."""
-    epoch, result, ap = line["epoch"], _evaluation(detector), None
-    if result is not None:
+    settings, model = detector.settings, detector.average.model
+    class_names, epoch, ap = detector.task.data.class_names, line["epoch"], None
+    if detector.validation is not None:
+        size, half = settings.image_size, detector.half
+        options = PredictOptions(batch=min(settings.batch, 32), border=settings.eval_border)
+        with TorchEngine(model, class_names, size, half=half, name=LAST_FILE) as engine:
+            result = evaluate(engine, detector.validation, options, progress=False)
         ap = result.ap if result.ap is not None else 0.0
         line["AP"], line["AP50"] = ap, result.ap50
         line["evaluation_seconds"] = result.wall_seconds
@@ -295,26 +297,6 @@ def _evaluate(detector: DetectionTask, folder: Path, done: Progress, line: dict[
     if ap is not None and (done.best_ap is None or ap > done.best_ap):
         done.best_ap, done.best_epoch = ap, epoch
         names.append(BEST_FILE)
-    training = Training(detector.settings.to_json(), epoch, ap)
+    training = Training(settings.to_json(), epoch, ap)
     for name in names:
-        class_names = detector.task.data.class_names
-        write_checkpoint(folder / name, detector.average.model, class_names, training)
-
-
-def _evaluation(detector: DetectionTask) -> Evaluation | None:
-    if detector.validation is None:
-        return None
-    settings = detector.settings
-    with TorchEngine(
-        detector.average.model,
-        detector.task.data.class_names,
-        settings.image_size,
-        half=detector.half,
-        name=LAST_FILE,
-    ) as engine:
-        return evaluate(
-            engine,
-            detector.validation,
-            PredictOptions(batch=min(max(settings.batch, 1), 32), border=settings.eval_border),
-            progress=False,
-        )
+        write_checkpoint(folder / name, model, class_names, training)

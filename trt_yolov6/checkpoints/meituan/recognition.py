@@ -14,11 +14,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import mbla_rows
 from trt_yolov6.models.variants import ActivationName, Architecture, BlockKind, variant_name
 
-_ACTIVATIONS: dict[str, ActivationName] = {
-    "ReLU": "relu",
-    "SiLU": "silu",
-    "Hardswish": "hardswish",
-}
+_ACTIVATIONS: dict[str, ActivationName] = {"ReLU": "relu", "SiLU": "silu", "Hardswish": "hardswish"}
 _BLOCKS: dict[str, BlockKind] = {
     "RepVGGBlock": "repvgg",
     "QARepVGGBlockV2": "qarepvgg",

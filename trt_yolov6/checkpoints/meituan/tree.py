@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trt_yolov6.checkpoints.archive import TorchArchive
-from trt_yolov6.checkpoints.inert_pickle import EXPORT_IT, Shell
+from trt_yolov6.checkpoints.inert_pickle import EXPORT_IT, Shell, damaged
 from trt_yolov6.errors import UserError
 
 RELEASES = "releases 0.1 to 0.4"
@@ -81,10 +81,7 @@ def _fill(tree: Tree, archive: TorchArchive, root: Shell) -> None:
         state = shell.state if isinstance(shell, Shell) else None
         # A hostile tree may contain itself.
         if not isinstance(state, dict) or depth > 16 or len(tree.origins) > 20_000:
-            raise UserError(
-                f"{tree.path} is damaged: {prefix or 'its network'} is not a module; "
-                "copy or download it again."
-            )
+            raise damaged(tree.path, f"{prefix or 'its network'} is not a module")
         assert isinstance(shell, Shell)
         tree.origins[prefix] = shell.origin
         tree.attributes[prefix] = state

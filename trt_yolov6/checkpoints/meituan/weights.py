@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trt_yolov6.checkpoints.inert_pickle import damaged
 from trt_yolov6.checkpoints.meituan.recognition import (
     ACTIVATION_KEYS,
     activation_of,
@@ -17,7 +18,6 @@ from trt_yolov6.checkpoints.meituan.recognition import (
     predictions,
 )
 from trt_yolov6.checkpoints.meituan.tree import Tree
-from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import (
     ACTIVATIONS,
     ConvAct,
@@ -88,15 +88,9 @@ def _units(tree: Tree, arch: Architecture) -> Iterator[_Unit]:
     head = predictions(tree)
     for index in range(len(arch.strides)):
         own = f"head.levels.{index}"
-        for name, theirs in (
-            ("stem", "stems"),
-            ("cls_conv", "cls_convs"),
-            ("reg_conv", "reg_convs"),
-        ):
-            if lite:
-                yield from _pair(f"{own}.{name}", f"detect.{theirs}.{index}")
-            else:
-                yield _Unit(f"{own}.{name}", f"detect.{theirs}.{index}")
+        for name in ("stem", "cls_conv", "reg_conv"):
+            unit = _Unit(f"{own}.{name}", f"detect.{name}s.{index}")
+            yield from _pair(unit.own, unit.theirs) if lite else (unit,)
         yield _Unit(f"{own}.cls_pred", f"detect.{head.classes}.{index}")
         yield _Unit(f"{own}.reg_pred", f"detect.{head.boxes}.{index}")
         if arch.head == "offset":
@@ -192,18 +186,8 @@ _LITE_DOWN = {
     "mix_depthwise": "conv_dw_3",
     "mix": "conv_pw_3",
 }
-_LITE_BLOCK = {
-    "expand": "conv_pw_1",
-    "depthwise": "conv_dw_1",
-    **_EXCITE,
-    "project": "conv_1",
-}
-_LITE_CSP = {
-    "main": "conv_1",
-    "side": "conv_2",
-    "expand": "blocks.conv_1",
-    "merge": "conv_3",
-}
+_LITE_BLOCK = {"expand": "conv_pw_1", "depthwise": "conv_dw_1", **_EXCITE, "project": "conv_1"}
+_LITE_CSP = {"main": "conv_1", "side": "conv_2", "expand": "blocks.conv_1", "merge": "conv_3"}
 
 
 def _lite_units(arch: Architecture) -> Iterator[_Unit]:
@@ -267,10 +251,10 @@ class _Reader:
         if unit.parts is not None:
             conv, bn, act = unit.parts
             self._check_activation(expected.act, theirs, (act,))
-            return self._conv_bn(expected, f"{theirs}.{conv}", f"{theirs}.{bn}")
+            return self._conv_bn(expected, theirs, conv, bn)
         self._check_activation(expected.act, theirs)
         inner = f"{theirs}.block" if f"{theirs}.block.conv" in self._tree else theirs
-        return self._conv_bn(expected, f"{inner}.conv", f"{inner}.bn")
+        return self._conv_bn(expected, inner)
 
     def take(self, key: str, shape: Sequence[int]) -> nn.Parameter:
         """Return a weight of the shape given, or refuse the file."""
@@ -284,8 +268,8 @@ class _Reader:
         assert isinstance(block.dense, ConvBN)
         assert isinstance(block.pointwise, ConvBN)
         # The authors' 0.4 first folds the normalization of these two branches, then merges.
-        block.dense = self._conv_bn(block.dense, *_parts(f"{theirs}.rbr_dense"))
-        block.pointwise = self._conv_bn(block.pointwise, *_parts(f"{theirs}.rbr_1x1"))
+        block.dense = self._conv_bn(block.dense, f"{theirs}.rbr_dense")
+        block.pointwise = self._conv_bn(block.pointwise, f"{theirs}.rbr_1x1")
         if block.identity is not None:
             self._normalization(block.identity, f"{theirs}.rbr_identity")
         return block
@@ -299,7 +283,7 @@ class _Reader:
             self._convolution(conv, merged, bias=True)
             return fuse_normalization(conv, block.bn, block.act)
         assert isinstance(block.dense, ConvBN)
-        block.dense = self._conv_bn(block.dense, *_parts(f"{theirs}.rbr_dense"))
+        block.dense = self._conv_bn(block.dense, f"{theirs}.rbr_dense")
         self._convolution(block.pointwise, f"{theirs}.rbr_1x1", bias=False)
         return block
 
@@ -317,13 +301,16 @@ class _Reader:
         self._normalization(block.bn, f"{theirs}.bn")
         return block
 
-    def _conv_bn(self, block: ConvBN, conv: str, bn: str) -> ConvBN | ConvAct:
+    def _conv_bn(
+        self, block: ConvBN, theirs: str, conv: str = "conv", bn: str = "bn"
+    ) -> ConvBN | ConvAct:
         """Read a convolution and its normalization, or one that has it folded in.
 
         A bias before a normalization changes nothing, and releases differ in whether there is one.
         Here the architecture alone decides: a needless one becomes part of the mean, one that is
         missing is zero.
         """
+        conv, bn = f"{theirs}.{conv}", f"{theirs}.{bn}"
         bias = f"{conv}.bias" in self._tree.tensors
         if bn not in self._tree:
             self._convolution(block.conv, conv, bias=True)
@@ -363,10 +350,7 @@ class _Reader:
         bn.running_var = self._tensor(f"{theirs}.running_var", shape)
         bn.num_batches_tracked = torch.tensor(0)
         if bn.running_var.min() < 0:
-            raise UserError(
-                f"{self._tree.path} is damaged: {theirs} has a negative variance; copy or download "
-                "it again."
-            )
+            raise damaged(self._tree.path, f"{theirs} has a negative variance")
 
     def _tensor(self, key: str, shape: Sequence[int]) -> Tensor:
         tensor = self._tree.tensor(key)
@@ -393,7 +377,3 @@ class _Reader:
         name = activation_of(self._tree, theirs, keys)
         if not isinstance(expected, ACTIVATIONS[name]):
             raise self._tree.unknown(f"another activation at {theirs} ({name})")
-
-
-def _parts(prefix: str) -> tuple[str, str]:
-    return f"{prefix}.conv", f"{prefix}.bn"

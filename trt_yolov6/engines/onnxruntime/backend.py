@@ -30,12 +30,7 @@ from trt_yolov6.engines.onnxruntime.providers import (
 )
 from trt_yolov6.engines.reading import detector_of
 from trt_yolov6.errors import MissingDependencyError, UserError
-from trt_yolov6.graph.reference import (
-    is_quantized,
-    open_session,
-    parsed_model,
-    reference_session,
-)
+from trt_yolov6.graph.reference import is_quantized, open_session, parsed_model, reference_session
 from trt_yolov6.spec import BatchProfile, TensorSpec, image_size_of
 
 if TYPE_CHECKING:

@@ -87,9 +87,7 @@ def on_gpu(providers: Sequence[str], index: int) -> list[Any]:
 def check_started(wanted: str | None, used: str) -> None:
     """Raise MissingDependencyError where a session runs on another provider than was asked for.
 
-    Args:
-        wanted: a key of `PROVIDERS`; None takes any.
-        used: the first provider of the session, as ONNX Runtime names it.
+    `wanted` is a key of `PROVIDERS`, or None for any; `used` is ONNX Runtime's name of one.
     """
     if wanted is not None and used != PROVIDERS[wanted]:
         raise MissingDependencyError(
@@ -114,12 +112,7 @@ def obstacle(short: str) -> str | None:
 
 
 def loader_says(folder: Path, short: str) -> str | None:
-    """Load a provider's library; return the loader's error, or None.
-
-    Args:
-        folder: where ONNX Runtime keeps its libraries.
-        short: a key of `PROVIDERS`.
-    """
+    """Load a provider's library from ONNX Runtime's folder; return the loader's error, or None."""
     library = folder / f"libonnxruntime_providers_{short}.so"
     if not library.exists():
         return None

@@ -62,9 +62,7 @@ def check(settings: BuildSettings) -> None:
             "on the GPU in the machine and builds for that one only.",
         )
     if settings.optimization_level is not None and flavour.release < (8, 6):
-        raise UserError(
-            f"{flavour} has no `optimization_level` (8.6 is the first); leave it out.",
-        )
+        raise UserError(f"{flavour} has no `optimization_level` (8.6 is the first); leave it out.")
     if settings.fp8 and flavour.release < (9, 0):
         raise UserError(
             f"{flavour} has no FP8 (10 is the first that builds it); build with int8 or fp16."

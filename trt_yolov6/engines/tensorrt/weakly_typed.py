@@ -13,12 +13,12 @@ it stops at the usual ones (seen in 8.6.0 on an H100):
 - A multiplication of a dequantized tensor by one number (the shortcuts of L) ends in
   `chooseHigherPrecision: Assertion`, also as a division, with the number in the scale, or with both
   terms of the sum dequantized. It reads what the pair quantizes instead, so the shortcut is not
-  rounded to INT8. So does the sum of a dequantized tensor and what a ReLU writes (the shortcuts of
-  M, whose numbers export folds away), which is 9 % faster for it. With both terms dequantized, four
-  such blocks alone take 0.61 times half precision's time, but whole networks of them end in the
-  same assertion (M and L-ReLU in 8.6.0).
-- Convolutions that read one tensor, and that no activation is fused with, are merged; in INT8 that
-  ends in `chooseHigherPrecision: Assertion`. Here they are one convolution and a Split.
+  rounded to INT8.
+- Convolutions that read one tensor are merged, those with no activation fused to them and those
+  with ReLU whose results are only quantized; in INT8 that ends in the same assertion. Without an
+  activation they are one convolution and a Split here. With ReLU (the two paths of M's and
+  L-ReLU's stacks) each has another dilation, which TensorRT does not merge and which changes
+  nothing where the kernel is 1x1.
 
 A maximum over a square becomes one over its rows and one over its columns: the same numbers in 0.6
 to 0.9 times the time (5 x 5, INT8 and half precision, H100).
@@ -26,6 +26,7 @@ to 0.9 times the time (5 x 5, INT8 and half precision, H100).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from onnx.helper import make_node
+from onnx.helper import make_attribute, make_node
 
 from trt_yolov6.graph.editing import (
     drop_unread_initializers,
@@ -104,6 +105,7 @@ def weak_graph(content: bytes) -> WeakGraph:
         read_before_pairs(model)
         divide_channels(model)
         join_siblings(model)
+        part_siblings(model)
     return WeakGraph(model.SerializeToString(), half, quantized, single, half_outputs)
 
 
@@ -111,13 +113,18 @@ def implicit_graph(content: bytes, half: bool) -> WeakGraph:
     """Return a float32 graph for implicit quantization: what follows its last layers stays single.
 
     TensorRT would compute scores and box coordinates in INT8 as well, where it has a scale.
+    Transposed convolutions stay single, too: networks with some in INT8 end in `Assertion engine
+    failed` (8.6.0; at optimization level 0 one was built).
 
     Args:
         content: a serialized ONNX model without Q/DQ pairs or half precision.
         half: layers outside INT8 may compute in half precision.
     """
-    tail = nodes_after_layers(onnx.load_from_string(content))
-    single = frozenset(name for node in tail for name in node.output)
+    model = onnx.load_from_string(content)
+    transposed = [node for node in model.graph.node if node.op_type == "ConvTranspose"]
+    single = frozenset(
+        name for node in (*nodes_after_layers(model), *transposed) for name in node.output
+    )
     return WeakGraph(content, half, True, single, frozenset())
 
 
@@ -231,22 +238,16 @@ def give_transposed_float_weights(model: onnx.ModelProto) -> None:
 
 
 def read_before_pairs(model: onnx.ModelProto) -> None:
-    """Have shortcuts read what a pair quantizes in the place of its result.
-
-    They are multiplications by one number, and sums with what a ReLU writes.
-    """
+    """Have multiplications by one number read what a pair quantizes in the place of its result."""
     graph = _Graph(model)
     for node in graph.nodes:
-        if node.op_type not in ("Mul", "Add") or len(node.input) != 2:
+        if node.op_type != "Mul" or len(node.input) != 2:
             continue
         for name, other in (node.input, reversed(node.input)):
-            if node.op_type == "Mul":
-                factor = graph.value(name)
-                is_shortcut = factor is not None and factor.size == 1
-            else:
-                term = graph.producer(name)
-                is_shortcut = term is not None and term.op_type == "Relu"
-            source = _quantized_by_pair(graph, other) if is_shortcut else None
+            factor = graph.value(name)
+            if factor is None or factor.size != 1:
+                continue
+            source = _quantized_by_pair(graph, other)
             if source is not None:
                 graph.rewire(node, other, source)
                 break
@@ -301,6 +302,25 @@ def join_siblings(model: onnx.ModelProto) -> None:
     for members in families.values():
         if len(members) > 1:
             _join(graph, members)
+    graph.write()
+
+
+def part_siblings(model: onnx.ModelProto) -> None:
+    """Give 1x1 INT8 convolutions that read one tensor, each with a ReLU, different dilations."""
+    graph = _Graph(model)
+    members: Counter[str] = Counter()
+    for layer in graph.int8_layers("Conv"):
+        given = attributes(layer.node)
+        kernel = graph.constants[layer.weight].dims[2:]
+        if set(kernel) != {1} or set(given.get("dilations", [1])) != {1}:
+            continue
+        if [one.op_type for one in graph.readers(layer.node.output[0])] not in _ALWAYS_FUSED:
+            continue
+        members[layer.input] += 1
+        if members[layer.input] > 1:
+            given["dilations"] = [members[layer.input]] * len(kernel)
+            del layer.node.attribute[:]
+            layer.node.attribute.extend(make_attribute(name, one) for name, one in given.items())
     graph.write()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 
 MOST_CORES = 4
 """Cores of an actor where none are asked for: more help one small network little."""
@@ -62,10 +62,9 @@ def connected(address: str) -> Iterator[Any]:
         _check_reachable(address)
         ray.init(**here, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"`address` {address} does not lead to a cluster ({reason}); give that of its head, "
-            "auto on one of its machines, or local."
+            f"`address` {address} does not lead to a cluster ({first_line(error, 200)}); give that "
+            "of its head, auto on one of its machines, or local."
         ) from error
     try:
         _check_loopback(ray, address)

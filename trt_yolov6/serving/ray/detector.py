@@ -6,14 +6,15 @@ import json
 import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.coco import CocoImage, open_coco_image, read_coco_image
-from trt_yolov6.data.jpeg import Jpeg
+from trt_yolov6.data.images import read_image
+from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine, LoadOptions
@@ -21,7 +22,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.detection_files import described
 from trt_yolov6.runtime.predict import process
 from trt_yolov6.serving.ray.engine_files import load_here
-from trt_yolov6.serving.ray.pictures import RemotePicture, open_remote, read_remote
+from trt_yolov6.serving.ray.pictures import RemotePicture
 from trt_yolov6.spec import PredictOptions
 
 if TYPE_CHECKING:
@@ -46,15 +47,6 @@ class Work:
 
 
 @dataclass(frozen=True)
-class FoundInPicture:
-    """Detections in one picture, for an evaluation."""
-
-    index: int
-    """Its place in the job."""
-    detections: Detections
-
-
-@dataclass(frozen=True)
 class Row:
     """One picture's row of the results.
 
@@ -72,8 +64,8 @@ class Row:
 class FoundInBlock:
     """Result for pictures that an actor processed together."""
 
-    pictures: tuple[FoundInPicture, ...] = ()
-    """Pictures of an evaluation; other jobs have `rows`."""
+    pictures: tuple[tuple[int, Detections], ...] = ()
+    """Places of the pictures of an evaluation, with the detections; other jobs have `rows`."""
     rows: tuple[Row, ...] = ()
     """Rows of the results; an evaluation has `pictures`."""
     failures: tuple[tuple[int, str], ...] = ()
@@ -81,10 +73,8 @@ class FoundInBlock:
     fault: str | None = None
     """Why the whole job cannot be done: a sentence."""
     notes: tuple[str, ...] = ()
-    read_seconds: float = 0.0
-    preprocess_seconds: float = 0.0
-    inference_seconds: float = 0.0
-    postprocess_seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by stage, see `Processed.stage_seconds`."""
 
 
 def table_of(value: Sequence[Item] | FoundInBlock) -> pyarrow.Table:
@@ -156,18 +146,16 @@ class Detector:
             block.rows += rows
             block.notes += tuple(step.notes)
             block.failures += tuple((index, str(why)) for (index, _), why in step.batch.failures)
-            block.read_seconds += step.batch.read_seconds
-            block.preprocess_seconds += step.batch.preprocess_seconds
-            block.inference_seconds += step.inference_seconds
-            block.postprocess_seconds += step.postprocess_seconds
+            for stage, seconds in step.stage_seconds.items():
+                block.stage_seconds[stage] = block.stage_seconds.get(stage, 0.0) + seconds
         return block
 
     def _finish(
         self, batch: Batch[Item], found: list[Detections]
-    ) -> tuple[tuple[FoundInPicture, ...], tuple[Row, ...]]:
+    ) -> tuple[tuple[tuple[int, Detections], ...], tuple[Row, ...]]:
         if self._work.is_evaluation:
-            pairs = zip(batch.items, found, strict=True)
-            return tuple(FoundInPicture(index, one) for (index, _), one in pairs), ()
+            indices = (index for index, _ in batch.items)
+            return tuple(zip(indices, found, strict=True)), ()
         rows = []
         for (index, picture), placed, one in zip(
             batch.items, batch.letterboxes, found, strict=True
@@ -182,17 +170,13 @@ class Detector:
 
 def _read(item: Item) -> NDArray[np.uint8]:
     picture = item[1]
-    return (
-        read_coco_image(picture)
-        if isinstance(picture, CocoImage)
-        else read_remote(picture.store, picture.path)
-    )
+    if isinstance(picture, CocoImage):
+        return read_coco_image(picture)
+    return read_image(*picture.source())
 
 
 def _open(item: Item) -> Jpeg | NDArray[np.uint8]:
     picture = item[1]
-    return (
-        open_coco_image(picture)
-        if isinstance(picture, CocoImage)
-        else open_remote(picture.store, picture.path)
-    )
+    if isinstance(picture, CocoImage):
+        return open_coco_image(picture)
+    return open_image(*picture.source())

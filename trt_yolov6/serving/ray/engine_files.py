@@ -56,18 +56,11 @@ def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineF
 def load_here(
     files: EngineFiles, backend: str, options: LoadOptions
 ) -> tuple[Engine, tempfile.TemporaryDirectory[str] | None]:
-    """Load an engine on this machine.
-
-    Args:
-        files: the engine.
-        backend, options: as for `load_engine`.
+    """Load an engine on this machine, see `load_engine`.
 
     Returns:
         The engine, and the folder of its copy, to be kept as long as it is used; None where the
         file lies at the same path here, so that caches next to it serve again.
-
-    Raises:
-        UserError: see `load_engine`.
     """
     if _is_here(files):
         return load_engine(files.path, backend, options), None

@@ -13,21 +13,14 @@ from typing import Any
 
 from trt_yolov6.common.files import one_writer
 from trt_yolov6.common.progress import progress_bar
-from trt_yolov6.data.coco import CocoDataset
+from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.data.letterbox import resolve_border
 from trt_yolov6.engines.base import EngineFacts, LoadOptions
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import Evaluation, FoundBatch, evaluate_found
 from trt_yolov6.runtime.predict import shown_nms
 from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
-from trt_yolov6.serving.ray.detector import (
-    Detector,
-    FoundInBlock,
-    Item,
-    Work,
-    table_of,
-    values_of,
-)
+from trt_yolov6.serving.ray.detector import Detector, FoundInBlock, Item, Work, table_of, values_of
 from trt_yolov6.serving.ray.engine_files import EngineFiles, read_engine
 from trt_yolov6.serving.ray.parts import (
     PartFormat,
@@ -164,10 +157,9 @@ def _infer(
     bar = progress_bar(
         len(pictures) + before, initial=before, desc="infer", unit="image", shown=options.progress
     )
-    with bar, connected(options.address) as ray:
-        actors = _actors(ray, facts, options)
-        work = _work(ray, files, facts, predict, actors, options, is_evaluation=False)
-        for block in _blocks(ray, work, actors, list(enumerate(pictures))):
+    job = _running(files, facts, predict, options, pictures, is_evaluation=False)
+    with bar, job as (actors, blocks):
+        for block in blocks:
             first = first or time.perf_counter() - start
             notes |= dict.fromkeys(block.notes)
             # A block that was computed twice, because its machine died, counts once.
@@ -211,11 +203,9 @@ def evaluate_on_ray(
     Stage times are summed over the actors.
 
     Args:
-        engine: see `infer_on_ray`.
+        engine, options: see `infer_on_ray`.
         dataset: its images must lie at the same paths on every machine.
-        options: where it runs.
-        predict: thresholds, border and batch; default thresholds: as `evaluate`.
-        confusion: count which class objects are taken for.
+        predict, confusion: see `evaluate`.
 
     Raises:
         UserError: see `connected` and `evaluate`.
@@ -226,31 +216,20 @@ def evaluate_on_ray(
 
     def found() -> Iterator[FoundBatch]:
         seen: set[int] = set()
-        with connected(options.address) as ray:
-            actors = _actors(ray, facts, options)
-            work = _work(ray, files, facts, predict, actors, options, is_evaluation=True)
-            for block in _blocks(ray, work, actors, list(enumerate(images))):
-                fresh = [one for one in block.pictures if one.index not in seen]
-                seen.update(one.index for one in fresh)
+        with _running(files, facts, predict, options, images, is_evaluation=True) as (_, blocks):
+            for block in blocks:
+                fresh = {index: one for index, one in block.pictures if index not in seen}
+                seen.update(fresh)
                 yield FoundBatch(
-                    images=tuple(dataset.images[one.index] for one in fresh),
-                    detections=tuple(one.detections for one in fresh),
+                    images=tuple(dataset.images[index] for index in fresh),
+                    detections=tuple(fresh.values()),
                     notes=block.notes,
-                    read_seconds=block.read_seconds,
-                    preprocess_seconds=block.preprocess_seconds,
-                    inference_seconds=block.inference_seconds,
-                    postprocess_seconds=block.postprocess_seconds,
+                    stage_seconds=block.stage_seconds,
                 )
         if len(seen) < len(images):
             raise UserError(f"Ray lost {len(images) - len(seen)} images; start it again.")
 
-    return evaluate_found(
-        facts,
-        dataset,
-        found(),
-        progress=options.progress,
-        confusion=confusion,
-    )
+    return evaluate_found(facts, dataset, found(), progress=options.progress, confusion=confusion)
 
 
 def _resolved(
@@ -262,30 +241,31 @@ def _resolved(
     return dataclasses.replace(predict, resize=None, border=border)
 
 
-def _actors(ray: Any, facts: EngineFacts, options: RayOptions) -> Actors:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    on_gpu = facts.backend != "onnxruntime" or options.load.provider in ("cuda", "tensorrt")
-    return fitting_actors(nodes, needs_gpu=on_gpu, cores=options.load.threads)
-
-
-def _work(
-    ray: Any,
+@contextlib.contextmanager
+def _running(
     files: EngineFiles,
     facts: EngineFacts,
     predict: PredictOptions,
-    actors: Actors,
     options: RayOptions,
+    pictures: Sequence[RemotePicture | CocoImage],
     *,
     is_evaluation: bool,
-) -> Work:
-    return Work(
-        engine=ray.put(files),
-        backend=options.backend,
-        options=dataclasses.replace(options.load, threads=max(1, actors.cpus)),
-        predict=dataclasses.replace(predict, workers=max(1, actors.cpus), clip=not is_evaluation),
-        class_names=facts.class_names,
-        is_evaluation=is_evaluation,
-    )
+) -> Iterator[tuple[Actors, Iterator[FoundInBlock]]]:
+    """Yield the actors of a job and what they find, see `_blocks`, while Ray is connected."""
+    with connected(options.address) as ray:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        on_gpu = facts.backend != "onnxruntime" or options.load.provider in ("cuda", "tensorrt")
+        actors = fitting_actors(nodes, needs_gpu=on_gpu, cores=options.load.threads)
+        cores = max(1, actors.cpus)
+        work = Work(
+            engine=ray.put(files),
+            backend=options.backend,
+            options=dataclasses.replace(options.load, threads=cores),
+            predict=dataclasses.replace(predict, workers=cores, clip=not is_evaluation),
+            class_names=facts.class_names,
+            is_evaluation=is_evaluation,
+        )
+        yield actors, _blocks(ray, work, actors, list(enumerate(pictures)))
 
 
 def _blocks(ray: Any, work: Work, actors: Actors, items: Sequence[Item]) -> Iterator[FoundInBlock]:

@@ -89,9 +89,7 @@ class ResultFolder:
 def open_job(folder: ResultFolder, job: dict[str, Any]) -> None:
     """Begin a job in a folder, or make sure that what it holds is of the same job.
 
-    Args:
-        folder: where the results are, or will be.
-        job: all that decides the results, as values of JSON.
+    A job is all that decides the results, as values of JSON.
 
     Raises:
         UserError: the folder holds the results of another job.
@@ -199,8 +197,7 @@ class PartWriter(Closing):
 def parquet_schema(box_length: int = 4) -> pyarrow.Schema:
     """Return the columns of a Parquet part; a row is a picture.
 
-    Args:
-        box_length: numbers of a box; -1 leaves it open, as Arrow's reader of JSON wants it.
+    A `box_length` of -1 leaves it open, as Arrow's reader of JSON wants it.
     """
     import pyarrow as pa
 

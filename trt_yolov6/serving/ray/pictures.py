@@ -11,11 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import numpy as np
-from numpy.typing import NDArray
-
-from trt_yolov6.data.images import IMAGE_SUFFIXES, read_image
-from trt_yolov6.data.jpeg import Jpeg, open_image
+from trt_yolov6.data.images import IMAGE_SUFFIXES
 from trt_yolov6.data.media import Video, find_media
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 
@@ -35,6 +31,16 @@ class RemotePicture:
     """Address of the file system, such as `s3://bucket/?region=eu-west-1`; empty for a path."""
     path: str
     """An absolute path, or the place in the store as pyarrow names it (`bucket/key`)."""
+
+    def source(self) -> tuple[Path | bytes, str | None]:
+        """Return its file, or its content and a name for messages where it lies in a store.
+
+        Raises:
+            UserError: the store does not give it.
+        """
+        if not self.store:
+            return Path(self.path), None
+        return read_bytes(self.store, self.path), f"{_scheme(self.store)}://{self.path}"
 
 
 def is_address(text: str) -> bool:
@@ -77,35 +83,6 @@ def find_pictures(source: str | Path) -> tuple[RemotePicture, ...]:
         for item in media.items
         if item.path is not None
     )
-
-
-def read_remote(store: str, path: str) -> NDArray[np.uint8]:
-    """Decode a picture, see `images.read_image`.
-
-    Args:
-        store, path: of a `RemotePicture`.
-
-    Raises:
-        UserError: it is missing, the store does not give it, or it is not a picture.
-    """
-    return read_image(*_source(store, path))
-
-
-def open_remote(store: str, path: str) -> Jpeg | NDArray[np.uint8]:
-    """Read a picture and leave it encoded if a GPU can decode it, see `jpeg.open_image`.
-
-    Args:
-        store, path: of a `RemotePicture`.
-
-    Raises:
-        UserError: as `read_remote`.
-    """
-    return open_image(*_source(store, path))
-
-
-def _source(store: str, path: str) -> tuple[Path | bytes, str | None]:
-    """Return a picture's file, or its content and a name for messages where it lies in a store."""
-    return (read_bytes(store, path), f"{_scheme(store)}://{path}") if store else (Path(path), None)
 
 
 def read_bytes(store: str, path: str) -> bytes:

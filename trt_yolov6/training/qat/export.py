@@ -21,11 +21,8 @@ from trt_yolov6.training.qat.preparation import Start
 def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Graph:
     """Return the Q/DQ graph, ready to be built: PTQ's nodes with trained weights and scales.
 
-    Args:
-        start: what was trained.
-        trained: what came of it, of 8 bits.
-        fp16: everything that is not quantized in half precision, whose scales are rounded up to
-            float16.
+    With `fp16` everything that is not quantized is in half precision, whose scales are rounded up
+    to float16.
 
     Raises:
         UserError: of fewer bits, which Q/DQ pairs of INT8 cannot express.

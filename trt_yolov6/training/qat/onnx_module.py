@@ -8,6 +8,7 @@ weights and into the ranges, and `insert_qdq` makes of them what it makes of cal
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import replace_tensor
-from trt_yolov6.graph.export import box_factors
+from trt_yolov6.graph.export import box_factors, raw_names
 from trt_yolov6.graph.index import GraphIndex, attributes, tensor_value
 from trt_yolov6.graph.operators import CODE_PRESERVING_OPS, CONVOLUTIONS, layer_names, weight_axis
 from trt_yolov6.models.variants import Architecture
@@ -95,10 +96,7 @@ class GraphNetwork(nn.Module):
         self.features = tuple(features)
         self._model = model
         self._quantization = quantization
-        kinds = ("cls", "reg", "obj") if arch.head == "offset" else ("cls", "reg")
-        self._outputs = tuple(
-            tuple(f"{kind}_{stride}" for kind in kinds) for stride in arch.strides
-        )
+        self._outputs = raw_names(arch)
         constants = {item.name: np.array(tensor_value(item)) for item in model.graph.initializer}
         nodes = _needed(model, {name for level in self._outputs for name in level})
         self._input = _first_input(nodes, constants)
@@ -134,10 +132,7 @@ class GraphNetwork(nn.Module):
         self._steps = self._compiled(nodes)
 
     def forward(self, images: Tensor) -> tuple[list[tuple[Tensor, ...]], list[Tensor]]:
-        """Compute.
-
-        Args:
-            images: float32 (batch, 3, h, w), RGB in 0..1.
+        """Compute on images: float32 (batch, 3, h, w), RGB in 0..1.
 
         Returns:
             The head's raw outputs as `YOLOv6.raw` gives them, and the features as they are before
@@ -198,8 +193,7 @@ class GraphNetwork(nn.Module):
 
     def raw(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """Run without features: the same as `YOLOv6.raw`."""
-        levels, _ = self.forward(images)
-        return levels
+        return self.forward(images)[0]
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of learned scales; empty where they are fixed."""
@@ -365,11 +359,11 @@ def feature_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
     neck, what the neck hands to the head, and what the head's predictions are made of. The graph's
     nodes are named after the network's modules.
     """
-    made_in = {name: node.name.split(".")[0] for node in model.graph.node for name in node.output}
-    made_in = {name: room.split("/")[0] for name, room in made_in.items()}
+    rooms = [re.split("[./]", node.name)[0] for node in model.graph.node]
+    nodes = list(zip(model.graph.node, rooms, strict=True))
+    made_in = {name: room for node, room in nodes for name in node.output}
     features: dict[str, None] = {}
-    for node in model.graph.node:
-        room = node.name.split(".")[0].split("/")[0]
+    for node, room in nodes:
         for name in node.input:
             source = made_in.get(name, "")
             if (source, room) in (("backbone", "neck"), ("neck", "head")) or (
@@ -380,15 +374,10 @@ def feature_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def weight_scale(weights: Tensor, axis: int, bits: int) -> Tensor:
-    """Return a scale for each output channel, (n, 1, 1, 1) or (1, n, 1, 1).
+    """Return a scale for each output channel: (n, 1, 1, 1) or, where `axis` is 1, (1, n, 1, 1).
 
-    That of the largest magnitude for 8 bits, as `insert_qdq` takes; for fewer bits the one of the
-    least squared error, of 64 that clip more and more.
-
-    Args:
-        weights: float32 (n, m, h, w), or (m, n, h, w) with axis 1.
-        axis: of the output channels.
-        bits: 2..8.
+    That of the largest magnitude for 8 bits, as `insert_qdq` takes; for fewer bits, 2 at least, the
+    one of the least squared error, of 64 that clip more and more.
     """
     shape = [1] * weights.ndim
     shape[axis] = weights.shape[axis]
@@ -466,9 +455,7 @@ def _folded(nodes: Sequence[onnx.NodeProto], arch: Architecture) -> dict[str, _F
 
 
 def _units(
-    nodes: Sequence[onnx.NodeProto],
-    constants: Mapping[str, NDArray[Any]],
-    bits: Mapping[str, int],
+    nodes: Sequence[onnx.NodeProto], constants: Mapping[str, NDArray[Any]], bits: Mapping[str, int]
 ) -> dict[str, NDArray[np.float32]]:
     """Return the units of layers' weights and biases during training.
 

@@ -75,8 +75,7 @@ def prepare_graph(
         calib: folder of calibration images.
         quantization: calibrator, equalization and float layers, as for `quantize`. Biases are not
             corrected: training does that.
-        bits: see `QatSettings`.
-        learn_scales: see `QatSettings`.
+        bits, learn_scales: see `QatSettings`.
         score: for automatic float layers, see `quantize`.
 
     Raises:

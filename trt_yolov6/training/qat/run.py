@@ -25,12 +25,7 @@ from trt_yolov6.training.qat.export import rounded_graph, trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork
 from trt_yolov6.training.qat.preparation import Start, prepare_graph
 from trt_yolov6.training.qat.settings import QatSettings
-from trt_yolov6.training.qat.training import (
-    QatResult,
-    evaluate_network,
-    load_data,
-    train_quantized,
-)
+from trt_yolov6.training.qat.training import QatResult, evaluate_network, load_data, train_quantized
 from trt_yolov6.training.state import STATE_FILE, sweep
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from trt_yolov6.common.ranges import Count, NotNegative, Positive, Share, check_fields
+from trt_yolov6.common.ranges import Checked, Count, NotNegative, Positive, Share
 from trt_yolov6.quantization.fake_quantize import NARROWEST, WIDEST
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.data_validation import OnBadData
@@ -22,7 +22,7 @@ has not all of INT8's levels to the last bit.
 
 
 @dataclass(frozen=True)
-class QatSettings:
+class QatSettings(Checked):
     """Settings of a quantization-aware training; docs/measurements/qat.md evaluates them."""
 
     data: str
@@ -53,9 +53,6 @@ class QatSettings:
     bits: Annotated[int, Meta(ge=NARROWEST, le=WIDEST)] = WIDEST
     """Bit width of weights and activations. Below 8 there is no export; the first and last layers
     keep 8 then (LSQ, Section 3)."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, ready for `json.dumps`."""
