@@ -65,7 +65,7 @@ _INSIDE = 1.0
 
 _MANY_PLACES = 1024
 """Height times width of a map from which on a quarter of its places, other ones each time, tells
-its error: all layers' whole outputs would take half as much memory as all that gradients need."""
+its error. All of them would take half as much memory again."""
 
 
 def reconstruct(

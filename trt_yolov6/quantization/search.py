@@ -422,7 +422,12 @@ class Search:
             least = 1.0 if drop is None else labelled(self._graph.model) - drop / 100
             return _Budget(lambda models: labelled(models[0]), "AP", least, 0.0)
         if drop is None:  # the best that the time allows
-            return _Budget(self._confident, "agreement with float", 1.0, 0.0)
+            return _Budget(
+                lambda models: pooled_agreement(self._judged(models), CONFIDENCES[-1:]),
+                "agreement with float",
+                1.0,
+                0.0,
+            )
         budget = least_agreement(drop)
         values = [fold.judge.harmless_agreement() for fold in self._folds]
         harmless = sum(values) / len(values)
@@ -431,8 +436,12 @@ class Search:
             "mean of networks; it is assured where it holds in nine of ten draws of the images "
             f"(the float network's with itself, a little noise on the images: {harmless:.3f})"
         )
-        name = "assured agreement with float"
-        return _Budget(self._assured, name, min(budget, harmless), _LEAST_GAIN)
+        return _Budget(
+            lambda models: assured_agreement(self._judged(models)),
+            "assured agreement with float",
+            min(budget, harmless),
+            _LEAST_GAIN,
+        )
 
     def _tell(self, found: Fallback, choice: Choice) -> None:
         """Say what was chosen, what it costs and what it falls short of, and keep that."""
@@ -523,12 +532,6 @@ class Search:
     def _mean_loss(self, models: Sequence[onnx.ModelProto]) -> float:
         losses = [fold.judge.loss(model) for fold, model in zip(self._folds, models, strict=True)]
         return sum(losses) / len(losses)
-
-    def _confident(self, models: Sequence[onnx.ModelProto]) -> float:
-        return pooled_agreement(self._judged(models), CONFIDENCES[-1:])
-
-    def _assured(self, models: Sequence[onnx.ModelProto]) -> float:
-        return assured_agreement(self._judged(models))
 
     def _judged(self, models: Sequence[onnx.ModelProto]) -> list[tuple[Judge, list[Detections]]]:
         return [
