@@ -4,8 +4,9 @@
     python -m benchmarks.ablations --collect OUT --json benchmarks/results/ablations.json
 
 The first command trains what is missing, in order of importance, until all is done or the deadline
-is reached; given again, it goes on from where it was. The second scores what was found, all folds
-together, and compares variants; `python -m benchmarks.paper_tables` makes the tables of it.
+is reached; given again, it goes on from where it was (a training writes its state every 25 s). The
+second scores what was found, all folds together, and compares variants; `python -m
+benchmarks.paper_tables` makes the tables of it.
 """
 
 from __future__ import annotations
@@ -33,11 +34,10 @@ from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
 GPU_MEMORY = 74.0
 """GB of a GPU that the jobs may take together."""
 
-# Seconds of an epoch of 292 images: what an H100 computes at 640 pixels, measured for N and S side
-# by side, for the others by their FLOPs; what a core needs to give the orders, at any size,
-# measured for N and S.
-_COMPUTED = {"n": 0.33, "t": 0.33, "s": 0.33, "m": 0.8, "l": 1.4, "l_relu": 1.4}
-_ORDERED = {"n": 0.62, "t": 0.7, "s": 0.75, "m": 1.0, "l": 1.2, "l_relu": 1.2}
+# Seconds of an epoch of 291 images: what an H100 computes at 640 pixels, and what a core needs to
+# give the orders, at any size; by the times of N, S, M and L side by side, T's guessed.
+_COMPUTED = {"n": 0.33, "t": 0.35, "s": 0.4, "m": 0.65, "l": 0.9, "l_relu": 0.9}
+_ORDERED = {"n": 0.45, "t": 0.5, "s": 0.55, "m": 0.6, "l": 0.7, "l_relu": 0.7}
 _CORES = 1.6
 """Cores that a training keeps busy."""
 _MEMORY = {"n": 4.5, "t": 6.5, "s": 7.0, "m": 18.0, "l": 24.0, "l_relu": 26.0}
@@ -47,20 +47,25 @@ _OVERHEAD = 10.0
 _FOUND_BYTES = 14 * 2**20
 """Size of a file of detections, at most."""
 
-EPILOG = """how long it takes, measured on H100 under MPS, a training among others. Of 60 epochs at
-320 pixels: eight side by side with 24 cores N 43 s (0.6 s an epoch) and S 60 s; fourteen with 14
-cores N 65 s (1.0) and S 75 to 110 s (1.2), without branches N 43 s and S 54 s. The cores that give
-the orders are the bound, so a variant of N, five trainings, takes 25 s of a GPU either way, one of
-S 30 to 35 s. A worker's first training takes 40 s longer. QAT of S takes 50 to 70 s, PTQ 10 s, with
-six layers in float 20 s, and 55 s where AP ranks them or `build`'s search is run. 52 variants of N,
-S and T took 1 600 GPU seconds. By the sample's recipe, 125 epochs at 640 pixels, the GPU is the
-bound: nine trainings of N and S side by side took 450 s (3.0 s an epoch each) of a GPU with 24
-cores, `--only s-full n-full --pack 12`. L's and M's 40 epochs took 145 to 150 s, twelve side by
-side with some of S (2.7 and 2.5 s an epoch). All of that without CUDA graphs, which `train` uses
-since. Guessed from that: a variant of L 70 s of a GPU, of M 60 s, with a teacher a third more, all
-of them 1 600 s; `n-default` and `s-default`, 300 epochs at 640 pixels, 500 s each. `--list` prints
-every variant. On a CPU only `--limit 10 --epochs 1 --full-epochs 1 --large-epochs 1 --size 64
---full-size 64 --qat-epochs 1 --batch 4` comes to an end.
+EPILOG = """how long it takes on an H100 under MPS, seven side by side with 16 cores; a variant is
+five trainings:
+                                            a training   a variant of GPU time
+  N, 60 epochs at 320 pixels                 35 to 60 s     30 s
+  S, 60 epochs at 320 pixels                 45 to 65 s     40 s
+  M, 40 epochs at 320 pixels                 65 to 80 s     50 s
+  L, 40 epochs at 320 pixels                 70 to 95 s     60 s
+  L with a teacher                          85 to 105 s     70 s
+  S, 300 epochs at 640 pixels, three              400 s    670 s
+  N, 300 epochs at 640 pixels                               500 s, a guess
+  N or S, 125 epochs at 640 pixels                          210 to 280 s
+  PTQ of S                                        10 s      5 s
+  PTQ of S, six layers in float              20 to 55 s     10 to 25 s
+  QAT of S                                   50 to 70 s     25 s
+A worker's first training takes 20 to 40 s longer. All tables of N, S and T took 1 600 s of a GPU
+before `train` used CUDA graphs; Table 13 takes 270 s (`--only l l-distilled l-class-distilled
+l-both-distilled`), Table 3 120 s (`--only l l-wide-neck`), all of M 1 000 s, a guess. `--list`
+prints every variant. On a CPU only `--limit 10 --epochs 1 --full-epochs 1 --large-epochs 1 --size
+64 --full-size 64 --qat-epochs 1 --batch 4` comes to an end.
 
 several GPUs: one call with `--gpus 0,1,2,3`, or several calls at a time on one host with the same
 `--state`, which share the work. What a call does not finish, the next one goes on with; where the

@@ -65,10 +65,8 @@ def parts_of(options: argparse.Namespace) -> list[list[Part]]:
     turns: list[list[Part]] = [[]]
     free = options.gpus
     parts = [Part(1, RECIPE_BATCH, (COMMON, BY_KERNEL))] if on_gpu else []
+    alone = (BY_KERNEL, REORDERED, AS_MANY, PROFILE, COMPILED) if on_gpu else (REORDERED, AS_MANY)
     for count in counts[:-1]:
-        alone = (
-            (BY_KERNEL, REORDERED, AS_MANY, PROFILE, COMPILED) if on_gpu else (REORDERED, AS_MANY)
-        )
         others = alone if count == 1 else (SYNC,) if on_gpu else ()
         parts.append(Part(count, options.batch, (COMMON, *others)))
     for part in parts:
@@ -77,12 +75,9 @@ def parts_of(options: argparse.Namespace) -> list[list[Part]]:
             free = options.gpus
         turns[-1].append(part)
         free -= part.gpus
-    kinds = [COMMON]
-    if counts[-1] > 1:
-        kinds += [OWN, SYNC] if on_gpu else [OWN]
-    if on_gpu:
-        kinds += [BY_KERNEL, PROFILE]
-    turns.append([Part(counts[-1], options.batch, tuple(kinds))])
+    together = (OWN, SYNC, BY_KERNEL, PROFILE) if on_gpu else (OWN,)
+    kinds = (COMMON, *(together if counts[-1] > 1 else alone))
+    turns.append([Part(counts[-1], options.batch, kinds)])
     return [turn for turn in turns if turn]
 
 

@@ -201,6 +201,25 @@ def test_pixels_are_the_same_whatever_was_decoded_before() -> None:
         np.testing.assert_array_equal(pixels, wanted)
 
 
+def test_views_lie_where_the_images_do_whatever_their_sizes() -> None:
+    """Their addresses are remembered from batch to batch of the same buffers."""
+    from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder
+
+    decoder, buffers = JpegDecoder(), DecodedBatch()
+    rng = np.random.default_rng(0)
+    for count in (4, 4, 3, 4, 5, 2, 5, 5):
+        opened = []
+        for height, width in rng.integers(16, 900, (count, 2)).tolist():
+            out = io.BytesIO()
+            Image.new("RGB", (width, height)).save(out, "JPEG")
+            opened.append(open_image(out.getvalue()))
+        jpegs = [one for one in opened if isinstance(one, Jpeg)]
+        for view, jpeg in zip(decoder.decode(jpegs, buffers), jpegs, strict=True):
+            assert view is not None
+            assert view.shape[:2] == jpeg.size
+            assert view.address == view.owner.__cuda_array_interface__["data"][0]
+
+
 @pytest.mark.parametrize("options", [{}, {"subsampling": "4:4:4"}, {"progressive": True}])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_jpegs_come_upright(options: dict[str, Any], orientation: int) -> None:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -20,7 +22,7 @@ from support.gpu import has_gpu
 
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.jpeg import Jpeg, exif_orientation, open_image, read_header
-from trt_yolov6.engines.cuda.jpeg import JpegDecoder, _keep_for
+from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder, _keep_for
 from trt_yolov6.errors import MissingDependencyError, UserError
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "images"
@@ -199,3 +201,52 @@ def test_a_decoders_stream_lives_as_long_as_its_images() -> None:
         assert alive() is not None
         images.pop()
     assert alive() is None
+
+
+class Decoded:
+    """An image as nvImageCodec reuses it: it moves when it needs more memory."""
+
+    def __init__(self) -> None:
+        self.capacity, self.asked, self._address = 0, 0, 0
+
+    def hold(self, content: bytes) -> None:
+        header = read_header(content)
+        assert header is not None
+        self.shape = header.height, header.width, 3
+        self.strides = 3 * header.width, 3, 1
+        if header.height * header.width * 3 > self.capacity:
+            self.capacity = header.height * header.width * 3
+            self._address += 4096
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        self.asked += 1
+        return {"data": (self._address, False)}
+
+
+def test_where_images_lie_is_asked_again_only_when_they_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each time it is asked, nvImageCodec loses a number of Python's."""
+
+    def decode(
+        streams: list[bytes], images: list[Decoded] | None = None, **_: Any
+    ) -> list[Decoded]:
+        images = images or [Decoded() for _ in streams]
+        for image, content in zip(images, streams, strict=True):
+            image.hold(content)
+        return images
+
+    monkeypatch.setattr("trt_yolov6.engines.cuda.jpeg.Event", Mock)
+    decoder: Any = object.__new__(JpegDecoder)
+    decoder._codec = SimpleNamespace(CodeStream=lambda content: content)
+    decoder._stream, decoder._params, decoder._decoder = Mock(), None, Mock(decode=decode)
+    buffers = DecodedBatch()
+    for sides in ((9, 8), (9, 8), (9, 9), (4, 9), (9, 8, 7), (9, 8, 7), (30, 8, 7), (5, 8)):
+        opened = [open_image(jpeg(size=(side, side))) for side in sides]
+        views = decoder.decode([one for one in opened if isinstance(one, Jpeg)], buffers)
+        for view, side in zip(views, sides, strict=True):
+            assert view.shape == (side, side, 3)
+            assert view.address == view.owner._address
+    # Three images: told when made and when first reused, and one of them when it grew.
+    assert [image.asked for image in buffers.images] == [3, 2, 2]

@@ -182,6 +182,33 @@ def test_an_engine_does_not_wait_for_its_results_to_be_read(
     assert kinds.count("done") == 6
 
 
+def test_a_process_takes_no_batch_before_it_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results of the others would wait for that batch as long as it takes to get ready."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ours, theirs = multiprocessing.Pipe()
+    with load_tiny(tmp_path) as engine:
+        begun, may_end = threading.Event(), threading.Event()
+        infer = type(engine).infer
+
+        def slow(self: Any, images: Any) -> Any:
+            begun.set()
+            may_end.wait(30)
+            return infer(self, images)
+
+        monkeypatch.setattr(type(engine), "infer", slow)
+        arguments: Any = theirs, "0", file_of(engine), read_image, corners, SURE, {}
+        working = threading.Thread(target=_work, args=arguments, daemon=True)
+        working.start()
+        assert begun.wait(30)
+        assert not ours.poll(0.2)
+        may_end.set()
+        assert ours.recv() == ("give", None)
+        ours.close()
+        working.join(30)
+
+
 def test_an_error_or_a_death_ends_all(tmp_path: Path) -> None:
     paths = write_pictures(tmp_path, 6)
     with load_tiny(tmp_path) as engine:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -216,11 +217,18 @@ def check_odd_outputs(data: st.DataObject, iou: float, limit: int, run: Any) -> 
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), iou=IOUS, limit=st.integers(1, 30), seed=st.integers(0, 99))
+@given(
+    data=st.data(),
+    iou=IOUS,
+    limit=st.integers(1, 30),
+    seed=st.integers(0, 99),
+    ranked=st.booleans(),
+)
 def test_kernels_keep_whatever_the_outputs_what_the_definition_keeps(
-    data: st.DataObject, iou: float, limit: int, seed: int
+    data: st.DataObject, iou: float, limit: int, seed: int, ranked: bool
 ) -> None:
-    check_odd_outputs(data, iou, limit, functools.partial(suppressed_on_cpu, seed=seed))
+    run = functools.partial(suppressed_on_cpu, seed=seed, ranked=ranked)
+    check_odd_outputs(data, iou, limit, run)
 
 
 def test_kernels_keep_of_random_sets_what_the_cpu_keeps() -> None:
@@ -234,7 +242,9 @@ def test_kernels_keep_of_random_sets_what_the_cpu_keeps() -> None:
             boxes, scores = np.round(boxes / 16), np.round(scores * 8) / 8
         outputs = {"boxes": boxes, "scores": scores.astype(np.float32)}
         nms = NmsSettings(0.1, float(rng.choice([0.3, 0.5, 0.65])), int(rng.integers(1, 60)))
-        found = suppressed_on_cpu(split_reading(anchors, classes), outputs, nms, seed=turn)
+        found = suppressed_on_cpu(
+            split_reading(anchors, classes), outputs, nms, seed=turn, ranked=bool(turn & 2)
+        )
         assert found is not None
         for one, other in zip(
             postprocess(found, "split", nms, placed, clip=False),
@@ -262,18 +272,22 @@ def test_kernels_go_through_more_candidates_than_a_chunk_in_order(
         scores[:] = 0.75
     scores = scores.astype(np.float16 if half else np.float32)
     outputs: dict[str, NDArray[Any]] = {"boxes": boxes, "scores": scores}
-    for limit in (40, MAX_KEPT):
+    for limit, ranked in ((40, False), (MAX_KEPT, False), (MAX_KEPT, True)):
         nms = NmsSettings(0.03, 0.65, limit)
-        found = suppressed_on_cpu(split_reading(anchors, classes, half), outputs, nms)
+        found = suppressed_on_cpu(
+            split_reading(anchors, classes, half), outputs, nms, ranked=ranked
+        )
         assert found is not None
         for image in range(2):
             wanted = plain_image(boxes[image], outputs["scores"][image].astype(np.float32), nms)
             assert rows_of(found, image) == wanted
 
 
+@pytest.mark.parametrize("ranked", [False, True])
 @pytest.mark.parametrize("clusters", [4, 40])
-def test_kernels_keep_of_crowded_boxes_what_the_definition_keeps(clusters: int) -> None:
-    """Most candidates are then left out before they come to a tile, in every chunk."""
+def test_kernels_keep_of_crowded_boxes_what_the_definition_keeps(
+    clusters: int, ranked: bool
+) -> None:
     anchors, classes = 600, 3
     rng = np.random.default_rng(3)
     outputs = {
@@ -282,7 +296,7 @@ def test_kernels_keep_of_crowded_boxes_what_the_definition_keeps(clusters: int) 
     }
     outputs["boxes"][0, ::7] = outputs["boxes"][0, 1::7]
     nms = NmsSettings(0.2, 0.65, MAX_KEPT)
-    found = suppressed_on_cpu(split_reading(anchors, classes), outputs, nms)
+    found = suppressed_on_cpu(split_reading(anchors, classes), outputs, nms, ranked=ranked)
     assert found is not None
     wanted = plain_image(outputs["boxes"][0], outputs["scores"][0], nms)
     assert rows_of(found, 0) == wanted
@@ -467,13 +481,19 @@ def suppressed_on_gpu(
     graph.launch(stream)
     stream.wait()
     recorded = suppression.fetch(batch, nms)
+    with mock.patch("trt_yolov6.engines.cuda.suppression.RANKED_ROWS", 0):
+        suppression.enqueue(stream, memory, batch, nms)
+    stream.wait()
+    by_one_block = suppression.fetch(batch, nms)
     suppression.free()
-    if plain_run is None or recorded is None:
-        assert plain_run is recorded
+    if plain_run is None or recorded is None or by_one_block is None:
+        assert plain_run is recorded is by_one_block
         return None
-    assert [rows_of(plain_run, i) for i in range(batch)] == [
-        rows_of(recorded, i) for i in range(batch)
-    ]
+    found, *others = (
+        [rows_of(one, image) for image in range(batch)]
+        for one in (recorded, plain_run, by_one_block)
+    )
+    assert others == [found, found]
     return recorded
 
 

@@ -31,10 +31,9 @@ class Fork:
     def ended(self) -> tuple[int, str]:
         """Return its exit code, negative for a signal, and its words, when it has ended."""
         self.process.join(300)
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
-        return self.process.exitcode or 0, self.words.read_text(errors="replace")
+        status, words = self.process.exitcode, self.words.read_text(errors="replace")
+        assert status is not None, f"it has not ended: {words[-2000:]}"
+        return status, words
 
 
 @contextlib.contextmanager

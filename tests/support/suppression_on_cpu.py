@@ -40,6 +40,7 @@ struct Arguments {
     u32 limit, capacity, clip;
     u32* counts;
     u64* keys;
+    Ranked* ranked;
     const Picture* pictures;
     unsigned char* results;
 } given;
@@ -47,10 +48,15 @@ void find_block() {
     find(given.first, given.second, given.third, given.confidence, given.least, given.capacity,
         given.counts, given.keys);
 }
+void rank_block() {
+    rank(given.first, given.second, given.third, given.confidence, given.capacity, given.counts,
+        given.keys, given.ranked);
+}
+void compare_block() { compare(given.iou, given.low, given.high, given.reach, given.ranked); }
 void suppress_block() {
     suppress(given.first, given.second, given.third, given.confidence, given.iou, given.low,
         given.high, given.reach, given.limit, given.capacity, given.counts, given.keys,
-        given.pictures, given.clip, given.results);
+        given.ranked, given.pictures, given.clip, given.results);
 }
 }
 
@@ -63,6 +69,19 @@ extern "C" int run(const Arguments* arguments, unsigned batch, unsigned seed) {
             blockIdx = {part, image, 0};
             if (!on_cpu::run_block(FIND_THREADS, find_block)) return 1;
         }
+    std::vector<Ranked> best(given.ranked ? batch : 0);
+    given.ranked = best.data();
+    for (unsigned image = 0; image < best.size(); ++image) {
+        for (unsigned part = 0; part < RANK_BLOCKS; ++part) {
+            blockIdx = {part, image, 0};
+            if (!on_cpu::run_block(THREADS, rank_block)) return 3;
+        }
+        for (unsigned word = 0; word < CHUNK / 32; ++word)
+            for (unsigned part = 0; part < CHUNK / COMPARE_THREADS; ++part) {
+                blockIdx = {word, part, image};
+                if (!on_cpu::run_block(COMPARE_THREADS, compare_block)) return 4;
+            }
+    }
     for (unsigned image = 0; image < batch; ++image) {
         blockIdx = {image, 0, 0};
         if (!on_cpu::run_block(THREADS, suppress_block)) return 2;
@@ -80,7 +99,7 @@ class _Arguments(ctypes.Structure):
         ("limit", ctypes.c_uint),
         ("capacity", ctypes.c_uint),
         ("clip", ctypes.c_uint),
-        *((name, ctypes.c_void_p) for name in ("counts", "keys", "pictures", "results")),
+        *((name, ctypes.c_void_p) for name in ("counts", "keys", "ranked", "pictures", "results")),
     )
 
 
@@ -93,6 +112,7 @@ def suppressed_on_cpu(
     seed: int = 0,
     placed: Sequence[Letterbox] = (),
     clip: bool | None = None,
+    ranked: bool = False,
 ) -> Suppressed | None:
     """Return what the kernels make of outputs, with blocks of 128 threads and chunks of 256 keys.
 
@@ -102,6 +122,7 @@ def suppressed_on_cpu(
         nms: thresholds.
         capacity: candidates an image has room for; default: the reading's.
         seed: of the order in which threads continue.
+        ranked: have many blocks compare the best candidates, as of few images.
         placed, clip: have boxes mapped to the images, see `Suppression.enqueue`.
     """
     arrays = [np.ascontiguousarray(outputs[name]) for name in reading.tensors]
@@ -118,6 +139,7 @@ def suppressed_on_cpu(
         *(array.ctypes.data for array in arrays),
         *(nms.confidence, least_logit(nms.confidence), low, high, reach, nms.iou),
         *(nms.max_detections, capacity, bool(clip), counts.ctypes.data, keys.ctypes.data),
+        int(ranked),
         *(None if clip is None else records.ctypes.data, results.ctypes.data),
     )
     failed = _library(reading.defines).run(ctypes.byref(arguments), batch, seed)
@@ -132,7 +154,10 @@ def _library(defines: Sequence[str]) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     folder = Path(tempfile.mkdtemp(prefix="suppression-"))
-    small = ("LOG_THREADS=7", "THREADS=128", "TILE=64", "FIND_THREADS=64", "FIND_EACH=4")
+    small = (
+        *("LOG_THREADS=7", "THREADS=128", "TILE=64", "FIND_THREADS=64", "FIND_EACH=4"),
+        *("RANK_BLOCKS=4", "COMPARE_THREADS=64", "GROUPS=2"),
+    )
     macros = (f"MAX_KEPT={MAX_KEPT}", *small, *defines)
     program, library = folder / "kernels.cpp", folder / "kernels.so"
     header = Path(__file__).with_name("cuda_on_cpu.h")

@@ -148,7 +148,7 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
 
 
 def are_names(value: Any, count: int) -> bool:
-    """Return True for as many texts."""
+    """Return whether a value is a list of `count` texts."""
     is_list = isinstance(value, list | tuple) and len(value) == count
     return is_list and all(isinstance(name, str) for name in value)
 

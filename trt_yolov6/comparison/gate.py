@@ -75,7 +75,7 @@ def check(
     results have beyond that is not judged.
 
     Args:
-        results, baseline: from `results.read_results`.
+        results, baseline: from `results.read_results` or `run.compare`.
         limits: how much may be lost.
         paired: ratios of latencies, by engine and batch, that were measured side by side with the
             baseline's own engines; they take the place of those of two runs.

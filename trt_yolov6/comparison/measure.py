@@ -15,7 +15,7 @@ from trt_yolov6.bench.roofline import GraphWork, layer_times, measure_ceilings
 from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.machine import cpu_wait_seconds, timestamp
-from trt_yolov6.common.records import as_record
+from trt_yolov6.common.records import Record, as_record
 from trt_yolov6.comparison.agreement import packed
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import clocks, run_inputs
@@ -206,16 +206,20 @@ def measure_timings(
         done.append({"rounds": found, "clocks": clocks()})
         work.steps.keep("timing", inputs, done)
         bar.update()
-    damaged = f"a step kept in {work.output} is damaged"
     return Timings(
         {
             (one.name, batch): [
-                as_record(entry["rounds"][_turn_name(one, batch)], Round, damaged) for entry in done
+                _kept(work, entry["rounds"][_turn_name(one, batch)], Round) for entry in done
             ]
             for one, batch in turns
         },
         done[-1]["clocks"],
     )
+
+
+def _kept(work: Work, value: Any, kind: type[Record]) -> Record:
+    subject = f"a step kept in {work.steps.folder} is damaged"
+    return as_record(value, kind, subject, "remove that folder.")
 
 
 def _turn_name(built: BuiltCase, batch: int) -> str:
@@ -251,7 +255,7 @@ def _layers(work: Work, built: BuiltCase, batch: int) -> dict[str, Any]:
         ceilings = _ceilings(work, engine)
         device, computed_in = engine.device, engine.computed_in or ""
     known = built.records[batch].get("graph_work") or {"layers": [], "owners": {}}
-    graph = as_record(known, GraphWork, f"a step kept in {work.output} is damaged")
+    graph = _kept(work, known, GraphWork)
     return {
         "batch": batch,
         "computed_in": computed_in,

@@ -137,7 +137,7 @@ def remedy(
     gpus: tuple[machine.Gpu, ...],
     python: tuple[int, int] = sys.version_info[:2],
 ) -> str:
-    """Return the command that makes a backend work here, also on the GPU; empty if it does.
+    """Return a line of advice that makes a backend work, or work on the GPU; empty if it does.
 
     Args:
         available: the backend's own report.

@@ -117,7 +117,8 @@ def load_engine(
         options: see `LoadOptions`.
 
     Raises:
-        UserError: see `api.load`.
+        UserError: the file is missing, cut short, replaced, of another version, or needs a backend
+            that does not run here.
     """
     path = Path(path)
     _check_exists(path)

@@ -76,7 +76,7 @@ class TorchGraph(nn.Module):
             outputs: tensors to compute; none: the graph's own outputs.
 
         Raises:
-            UserError: the graph has an operator that is not known here; see `can_read`.
+            UserError: the graph has an operator that is not known here.
         """
         super().__init__()
         self._model = model

@@ -295,14 +295,9 @@ def _batch_of(
 
 
 def _placing(engine: Engine, border: int) -> Callable[[tuple[int, int]], Letterbox]:
-    """Return `fit` for an engine; images of a set are of few sizes."""
+    """Return `fit` for an engine."""
     size, mode = engine.image_size, engine.preprocessing.fit
-
-    @functools.lru_cache(maxsize=1024)
-    def place(source: tuple[int, int]) -> Letterbox:
-        return fit(source, size, border, mode)
-
-    return place
+    return functools.partial(fit, size=size, border=border, mode=mode)
 
 
 def _nothing() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
@@ -24,20 +25,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.common.machine import read_gpus
+from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.errors import UserError
-from trt_yolov6.runtime.predict import Processed, choose_batch, process
+from trt_yolov6.runtime.predict import Processed, choose_batch, process, resolve
 from trt_yolov6.spec import PredictOptions
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _AHEAD = 24
-"""Batches a GPU may be ahead of the one whose results come next. A process has about ten at work,
-and hands none out before: with fewer here than there, the GPUs would wait for each other."""
+"""Batches a GPU may be ahead of the one whose results come next: twice what a process has at work,
+so that GPUs hardly wait for each other."""
 _ASKED = 4
 """Batches that a process has asked for and not begun: it does not wait for the next one then."""
 _PATIENCE = 10
@@ -237,6 +239,7 @@ def _work(
 
     try:
         with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
+            _get_ready(engine, options, decodes=not others.get("keep_images"))
             for step in process(engine, items(), read, packed, options, **others):
                 light = dataclasses.replace(step.batch, images=())
                 outgoing.put(("done", dataclasses.replace(step, batch=light)))
@@ -247,3 +250,25 @@ def _work(
         outgoing.put(("failed", error))
     outgoing.put(None)
     sender.join()
+
+
+def _get_ready(engine: Engine, options: PredictOptions, *, decodes: bool) -> None:
+    """Do what takes seconds once, such as compiling kernels, with empty images.
+
+    A process that took a batch before would have all results of the others wait for it.
+    """
+    rows, size = choose_batch(engine, options.batch), engine.image_size
+    empty = engine.empty_input(rows)
+    empty[:] = 0
+    engine.infer(empty)
+    if not engine.takes_images():
+        return
+    if decodes:
+        engine.jpeg_decoder()
+    images, placed = [np.zeros((*size, 3), np.uint8)] * rows, [fit(size, size)] * rows
+    start = functools.partial(
+        engine.start_images, images, placed, resolve(engine, options)[0], clip=options.clip
+    )
+    for _ in range(2):  # the second time, runs are recorded
+        for run in [start(rows=rows, patient=True) for _ in range(engine.in_flight)]:
+            run.wait()

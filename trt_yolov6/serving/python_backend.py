@@ -166,7 +166,7 @@ class TritonPythonModel:
 def load_options(
     parameters: Parameters, engine: Path, *, gpu: int | None, instances: int
 ) -> LoadOptions:
-    """Return how an entry's engine is loaded on a GPU, by its number, or (None) on the CPU.
+    """Return how an entry's engine is loaded: on the GPU of a number, or on a CPU where it is None.
 
     Instances on a CPU share its processors unless `threads` says how many each has.
     """

@@ -40,7 +40,7 @@ class InputMemory:
 def make_ready(engine: Engine, memory: InputMemory, options: PredictOptions | None) -> None:
     """Run every batch size that takes seconds of compilation once, before requests wait for it.
 
-    Without `options`, those of `detect_encoded`, requests are for `run_tensors`.
+    The options are those of `detect_encoded`; None: requests are for `run_tensors`.
     """
     if not engine.batch_steps:
         return

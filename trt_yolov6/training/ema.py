@@ -47,7 +47,10 @@ class WeightAverage:
 
 
 def average_for(total_updates: int, decay: float | None = None) -> tuple[float, float]:
-    """Return decay and ramp by a training's optimizer steps: `decay`, or the authors', scaled."""
+    """Return decay and ramp for a training by its number of optimizer steps.
+
+    Without `decay` it is the authors', scaled to the training's length.
+    """
     if decay is None:
         decay = min(DECAY, 1 - 1 / max(WINDOW * total_updates, 2.0))
     window = 1 / (1 - decay) if decay < 1 else RAMP * 5

@@ -8,6 +8,8 @@ Augmentation, losses and the optimizer stay as they are: their shapes change fro
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -31,6 +33,8 @@ def graphed(
         The network, whose parameters have gradients of zero.
     """
     device = next(network.parameters()).device
+    # Captured on another stream, which PyTorch then waits for; it says so at every start.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     images = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):

@@ -22,7 +22,7 @@ def write_log(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def scalars(folder: Path, from_epoch: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yield a function that writes an epoch's numbers for TensorBoard, where that is installed.
 
-    From `from_epoch` (from 0) on, those of an interrupted run are taken out.
+    What an interrupted run wrote of `from_epoch` (from 0) and later ones is taken out.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter

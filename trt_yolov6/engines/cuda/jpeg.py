@@ -44,6 +44,9 @@ class DecodedBatch:
     """`nvimgcodec.Image`, each with the memory of the largest image it held."""
     sources: list[Any] = field(default_factory=list)
     """Encoded images, which the hardware may still be reading when `decode` returns."""
+    addresses: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Where images lie, by their place in `images` and their capacity, which grows if they move.
+    nvImageCodec 0.9 loses an integer of Python's, 32 bytes, each time it tells."""
     ready: Event | None = None
     """The event after which the images are there."""
 
@@ -133,11 +136,20 @@ class JpegDecoder:
         if not reused:
             _keep_for(decoded, self._stream)
             buffers.images = [one for one in decoded if one is not None]
+            buffers.addresses.clear()
         if buffers.ready is None:
             buffers.ready = Event()
         buffers.ready.record(self._stream)
-        for index, one in zip(streams, decoded, strict=True):
-            found[index] = None if one is None else _view(one, images[index])
+        for place, (index, one) in enumerate(zip(streams, decoded, strict=True)):
+            if one is None:
+                continue
+            key = place, one.capacity
+            address = buffers.addresses.get(key) if reused else None
+            if address is None:
+                address = int(one.__cuda_array_interface__["data"][0])
+                if reused:
+                    buffers.addresses[key] = address
+            found[index] = _view(one, address, images[index])
         return found
 
 
@@ -156,11 +168,10 @@ def _nothing(_: Stream) -> None:
     """Do nothing: what is wanted is the reference to the argument."""
 
 
-def _view(decoded: Any, image: Jpeg) -> ImageView | None:
+def _view(decoded: Any, address: int, image: Jpeg) -> ImageView | None:
     header = image.header
     if tuple(decoded.shape) != (header.height, header.width, 3):
         return None
-    address = int(decoded.__cuda_array_interface__["data"][0])
     down = int(decoded.strides[0])
     stored = ImageView(address, header.height, header.width, down, 3, owner=decoded)
     return stored if header.orientation == 1 else upright(stored, header.orientation)

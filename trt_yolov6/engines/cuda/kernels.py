@@ -13,12 +13,22 @@ from typing import Any
 
 from trt_yolov6.engines.cuda.device import CudaError, Stream, current_device
 
+_EARLY_CAPABILITY, _EARLY_DRIVER = (9, 0), 12030
+"""Compute capability and CUDA version of the driver from which on kernels can begin early, recorded
+ones too."""
+
 
 class Kernels:
-    """The kernels of one source file, loaded on a GPU (see `compiled`)."""
+    """The kernels of one source file, loaded on a GPU (see `compiled`).
 
-    def __init__(self, module: Any) -> None:
+    Args:
+        module: what was loaded.
+        begin_early: the GPU and its driver can do so, see `launch`.
+    """
+
+    def __init__(self, module: Any, begin_early: bool = False) -> None:
         self._module = module
+        self._begin_early = begin_early
         self._functions: dict[str, Any] = {}
 
     def launch(
@@ -29,6 +39,8 @@ class Kernels:
         block: tuple[int, int, int],
         types: Sequence[Any],
         values: Sequence[Any],
+        *,
+        early: bool = False,
     ) -> None:
         """Put a kernel on a stream.
 
@@ -38,6 +50,8 @@ class Kernels:
             grid, block: how many blocks, and threads of a block, in x, y and z.
             types: ctypes types of the arguments.
             values: the arguments; addresses are int.
+            early: it may begin before the kernel before it on the stream has ended, and waits for
+                that itself (programmatic dependent launch).
         """
         from cuda.bindings import driver
 
@@ -46,9 +60,22 @@ class Kernels:
             function = _check_driver(driver.cuModuleGetFunction(self._module, name.encode()))
             self._functions[name] = function
         arguments = (tuple(values), tuple(types))
-        _check_driver(
-            driver.cuLaunchKernel(function, *grid, *block, 0, stream.handle, arguments, 0)
-        )
+        if not (early and self._begin_early):
+            _check_driver(
+                driver.cuLaunchKernel(function, *grid, *block, 0, stream.handle, arguments, 0)
+            )
+            return
+        allowed = driver.CUlaunchAttributeValue()
+        allowed.programmaticStreamSerializationAllowed = 1
+        attribute, kinds = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
+        attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value = allowed
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block
+        config.hStream = driver.CUstream(stream.handle)
+        config.attrs, config.numAttrs = [attribute], 1
+        _check_driver(driver.cuLaunchKernelEx(config, function, arguments, 0))
 
 
 def compiled(source: str, defines: Sequence[str] = ()) -> Kernels:
@@ -118,8 +145,10 @@ def _loaded(ordinal: int, source: str, defines: tuple[str, ...]) -> Kernels:
     """Return the kernels on a GPU by its number; what is loaded belongs to that one."""
     from cuda.bindings import driver
 
-    code = machine_code(source, current_device().capability, defines)
-    return Kernels(_check_driver(driver.cuModuleLoadData(code)))
+    capability = current_device().capability
+    version = _check_driver(driver.cuDriverGetVersion())
+    module = _check_driver(driver.cuModuleLoadData(machine_code(source, capability, defines)))
+    return Kernels(module, capability >= _EARLY_CAPABILITY and version >= _EARLY_DRIVER)
 
 
 def _log(nvrtc: Any, program: Any) -> str:

@@ -4,7 +4,8 @@
 // score, so that ascending keys are descending scores, and equal scores go by their place, as on the CPU. `suppress`,
 // one block an image, takes the keys from the smallest up in chunks, sorts a chunk in shared memory, and goes through
 // it in tiles: which of a tile's boxes does a kept one suppress, which of them suppress each other, which remain. It
-// ends as soon as enough boxes are kept, so most candidates are never sorted.
+// ends as soon as enough boxes are kept, so most candidates are never sorted. Of few images, which would leave most of
+// the GPU idle, the first chunk is sorted by `rank` and compared by `compare`, each of many blocks.
 //
 // Compiled by `suppression.py`, with the shape and the layout of the outputs as macros and without fused
 // multiply-adds: the arithmetic is that of `detectors.overlap.iou`, in float64 wherever float32 could decide otherwise.
@@ -23,6 +24,25 @@ typedef unsigned long long u64;
 #define WARPS (THREADS / 32)
 #define SUBSETS (THREADS / TILE)
 #define ALL 0xffffffffu
+
+// A kernel may be launched before the one before it has ended (see `Kernels.launch`): it waits for it here. Each lets the
+// next one be launched when it begins.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define LET_NEXT_BEGIN() asm volatile("griddepcontrol.launch_dependents;" ::: "memory")
+#define WAIT_FOR_LAST() asm volatile("griddepcontrol.wait;" ::: "memory")
+#else
+#define LET_NEXT_BEGIN()
+#define WAIT_FOR_LAST()
+#endif
+
+#ifndef RANK_BLOCKS  // the tests have fewer
+#define RANK_BLOCKS 16
+#define COMPARE_THREADS 256
+#define GROUPS 4
+#endif
+#define RANKS (CHUNK / RANK_BLOCKS)
+#define MOST_OF_RANK 256
+#define ROWS (THREADS / GROUPS)
 
 // --- outputs ---------------------------------------------------------------------------------------------------------
 
@@ -188,6 +208,7 @@ extern "C" __global__ void __launch_bounds__(FIND_THREADS) find(
 {
     __shared__ u64 found[FIND_THREADS * FIND_EACH];
     __shared__ u32 count, base;
+    LET_NEXT_BEGIN();
     const Outputs outputs = outputs_at(first, second, third);
     const u32 image = blockIdx.y, begin = blockIdx.x * (FIND_THREADS * FIND_EACH) + threadIdx.x;
     if (threadIdx.x == 0) count = 0;
@@ -504,12 +525,172 @@ __device__ u32 drop_suppressed(
     return left;
 }
 
-// Grid: (images). With `pictures`, boxes are mapped to them; with `clip`, they are cut off at the pictures' borders, and
+// --- the best candidates of few images, by many blocks ------------------------------------------------------------------
+
+// The best candidates of an image, in order. Bit b of better[w][i] says that candidate 32 w + b is better than the i-th
+// and overlaps it. Of none, `suppress` sorts them itself.
+struct Ranked {
+    u32 count, unused[3];
+    float4 box[CHUNK];
+    u64 key[CHUNK];
+    u32 better[CHUNK / 32][CHUNK];
+};
+
+// Grid: (RANK_BLOCKS, images). Each block counts all keys by bins, and sorts those of its share of the ranks.
+extern "C" __global__ void __launch_bounds__(THREADS) rank(
+    const void* first, const void* second, const void* third,
+    float confidence, u32 capacity, const u32* counts, const u64* all_keys, Ranked* all_ranked)
+{
+    __shared__ u64 list[RANKS + MOST_OF_RANK];
+    __shared__ u32 bins[2 * THREADS + 1], taken[RANKS], totals[WARPS], is_full;
+    const Outputs outputs = outputs_at(first, second, third);
+    const u32 thread = threadIdx.x, image = blockIdx.y, begin = blockIdx.x * RANKS;
+    LET_NEXT_BEGIN();
+    WAIT_FOR_LAST();
+    const u32 count = counts[image] > capacity ? 0 : counts[image];
+    const u64* keys = all_keys + (u64)image * capacity;
+    Ranked& ranked = all_ranked[image];
+    if (begin >= count) {
+        if (begin == 0 && thread == 0) ranked.count = 0;
+        return;
+    }
+    const u64 one = key_of(1.0f, 0), stop = key_of(confidence, 0), low = one < stop ? one : 0;  // see `chunk_end`
+    const int bits = 64 - __clzll(stop - low - 1), shift = bits > LOG_THREADS + 1 ? bits - LOG_THREADS - 1 : 0;
+    for (u32 i = thread; i < 2 * THREADS; i += THREADS) bins[i] = 0;
+    for (u32 i = thread; i < RANKS; i += THREADS) taken[i] = 0;
+    for (u32 i = thread; i < RANKS + MOST_OF_RANK; i += THREADS) list[i] = ~0ull;
+    if (thread == 0) is_full = 0;
+    __syncthreads();
+    for (u32 i = thread; i < count; i += THREADS) atomicAdd(&bins[keys[i] < low ? 0 : (keys[i] - low) >> shift], 1u);
+    __syncthreads();
+    const u32 even = bins[2 * thread], odd = bins[2 * thread + 1], before = sum_up_to(even + odd, totals) - even - odd;
+    if (before < CHUNK && (even > MOST_OF_RANK || odd > MOST_OF_RANK)) is_full = 1;
+    bins[2 * thread] = before;
+    bins[2 * thread + 1] = before + even;
+    if (thread == 0) bins[2 * THREADS] = count;
+    __syncthreads();
+    if (begin == 0 && thread == 0) ranked.count = is_full ? 0 : count < CHUNK ? count : CHUNK;
+    if (is_full) return;
+    for (u32 i = thread; i < count; i += THREADS) {
+        const u64 key = keys[i];
+        const u32 place = bins[key < low ? 0 : (key - low) >> shift] - begin;
+        if (place < RANKS) list[place + atomicAdd(&taken[place], 1u)] = key;
+    }
+    __syncthreads();
+    for (u32 i = thread; i < RANKS + MOST_OF_RANK; i += THREADS) {
+        const u64 key = list[i];
+        if (key == ~0ull) continue;
+        const u32 bin = key < low ? 0 : (key - low) >> shift, last = bins[bin + 1] - begin;
+        u32 place = bins[bin];
+        for (u32 other = place - begin; other < last; ++other) place += list[other] < key;
+        if (place >= CHUNK) continue;
+        ranked.key[place] = key;
+        ranked.box[place] = corners(outputs, read_box(outputs, image, (u32)key / CLASSES), (u32)key / CLASSES);
+    }
+}
+
+// Grid: (CHUNK / 32, CHUNK / COMPARE_THREADS, images).
+extern "C" __global__ void __launch_bounds__(COMPARE_THREADS) compare(
+    double iou, float low, float high, float reach, Ranked* all_ranked)
+{
+    __shared__ float4 boxes[32];
+    __shared__ float areas[32];
+    __shared__ u32 labels[32];
+    const Threshold threshold = {low, high, reach, iou};
+    Ranked& ranked = all_ranked[blockIdx.z];
+    const u32 thread = threadIdx.x, word = blockIdx.x, begin = blockIdx.y * COMPARE_THREADS, row = begin + thread;
+    LET_NEXT_BEGIN();
+    WAIT_FOR_LAST();
+    const u32 count = ranked.count;
+    if (begin >= count || 32 * word >= begin + COMPARE_THREADS) return;
+    if (thread < 32 && 32 * word + thread < count) {
+        const float4 box = ranked.box[32 * word + thread];
+        boxes[thread] = box;
+        areas[thread] = (box.z - box.x) * (box.w - box.y);
+        labels[thread] = (u32)ranked.key[32 * word + thread] % CLASSES;
+    }
+    __syncthreads();
+    if (row >= count) return;
+    const float4 box = ranked.box[row];
+    const float area = (box.z - box.x) * (box.w - box.y);
+    const u32 label = (u32)ranked.key[row] % CLASSES;
+    u32 better = 0;
+    for (u32 k = 0; k < 32 && 32 * word + k < row; ++k)
+        if (label == labels[k] && overlap(box, area, boxes[k], areas[k], threshold)) better |= 1u << k;
+    ranked.better[word][row] = better;
+}
+
+// Keeps those of the best candidates that no kept one suppresses; returns how many, at most `limit`.
+__device__ u32 keep_ranked(const Ranked& ranked, u32 limit, Kept& kept) {
+    __shared__ u32 keeps[CHUNK / 32], open[2][ROWS / 32], out[2][ROWS / 32];
+    const u32 thread = threadIdx.x, lane = thread % 32, word = thread % ROWS / 32, group = thread / ROWS;
+    const u32 count = ranked.count;
+    u32 total = 0, turn = 0;
+    if (thread < 2 * (ROWS / 32)) out[thread / (ROWS / 32)][thread % (ROWS / 32)] = 0;
+    __syncthreads();
+    for (u32 base = 0; base < count && total < limit; base += ROWS) {
+        const u32 row = base + thread % ROWS, first = base / 32, side = base / ROWS % 2;
+        u32 own[ROWS / 32], hits = 0;
+        float4 box = {};
+        u64 key = 0;
+        if (group == 0 && row < count) {
+            box = ranked.box[row];
+            key = ranked.key[row];
+        }
+#pragma unroll
+        for (u32 k = 0; k < ROWS / 32; ++k) own[k] = group == 0 && row < count && k <= word ? ranked.better[first + k][row] : 0;
+        if (row < count)
+#pragma unroll 8
+            for (u32 one = group; one < first; one += GROUPS) hits |= ranked.better[one][row] & keeps[one];
+        const u32 hit = __ballot_sync(ALL, hits != 0);
+        if (lane == 0 && hit) atomicOr(&out[side][word], hit);
+        __syncthreads();
+        if (thread < ROWS / 32) out[side ^ 1][thread] = 0;  // for the next rows; a barrier follows
+        bool is_kept = false, is_open = group == 0 && row < count && !(out[side][word] >> lane & 1)
+            && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
+            && fabsf(box.z) <= 3.402823466e38f && fabsf(box.w) <= 3.402823466e38f;
+        // One is kept as soon as all better ones that overlap it are known to be suppressed.
+        for (;; turn ^= 1) {
+            const u32 opens = __ballot_sync(ALL, is_open), keeping = __ballot_sync(ALL, is_kept);
+            if (lane == 0 && group == 0) {
+                open[turn][word] = opens;
+                keeps[first + word] = keeping;
+            }
+            __syncthreads();
+            u32 any = 0, by_kept = 0, by_open = 0;
+#pragma unroll
+            for (u32 k = 0; k < ROWS / 32; ++k) {
+                any |= open[turn][k];
+                by_open |= own[k] & open[turn][k];
+                by_kept |= own[k] & keeps[first + k];
+            }
+            if (!any) break;
+            is_kept = is_kept || (is_open && !by_kept && !by_open);
+            is_open = is_open && !by_kept && by_open;
+        }
+        turn ^= 1;
+        u32 place = total + __popc(keeps[first + word] & ((1u << lane) - 1));
+        for (u32 k = 0; k < ROWS / 32; ++k) {
+            if (k < word) place += __popc(keeps[first + k]);
+            total += __popc(keeps[first + k]);
+        }
+        if (is_kept && place < limit) {
+            kept.box[place] = box;
+            kept.area[place] = (box.z - box.x) * (box.w - box.y);
+            kept.score[place] = __uint_as_float(ALL - (u32)(key >> 32));
+            kept.label[place] = (u32)key % CLASSES;
+        }
+    }
+    __syncthreads();
+    return total < limit ? total : limit;
+}
+
+// Grid: (images). With `ranked`, the best candidates have been compared. With `pictures`, boxes are mapped to them; with `clip`, they are cut off at the pictures' borders, and
 // those with nothing inside are left out.
 extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const void* first, const void* second, const void* third,
     float confidence, double iou, float low, float high, float reach, u32 limit, u32 capacity,
-    u32* counts, const u64* all_keys, const Picture* pictures, u32 clip, unsigned char* results)
+    u32* counts, const u64* all_keys, const Ranked* ranked, const Picture* pictures, u32 clip, unsigned char* results)
 {
     __shared__ u64 sorted[CHUNK];
     __shared__ Kept kept;
@@ -519,15 +700,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const Threshold threshold = {low, high, reach, iou};
     Tile& tile = scratch.tile;
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32, image = blockIdx.x;
+    WAIT_FOR_LAST();
     const u32 found = counts[image];
     const u64* keys = all_keys + (u64)image * capacity;
     const u32 count = found > capacity ? 0 : found;  // the host sees it, and takes the outputs whole
     const u64 stop = key_of(confidence, 0);
     u64 start = 0;
-    u32 total = 0;
+    u32 total = 0, seen = 0;
     bool is_crowded = false;  // kept boxes suppressed most of the last tile
     for (u32 i = thread; i < MAX_KEPT / 32 * CELLS_OF_IMAGE; i += THREADS) (&kept.near[0][0])[i] = 0;
-    for (u32 seen = 0; seen < count && total < limit;) {
+    if (ranked && count && ranked[image].count) {
+        seen = ranked[image].count;
+        start = ranked[image].key[seen - 1] + 1;
+        total = keep_ranked(ranked[image], limit, kept);
+        is_crowded = 2 * total <= seen;
+        if (seen < count && total < limit)
+            for (u32 index = warp; index < total; index += WARPS) mark(kept, index, kept.box[index], threshold, lane);
+        __syncthreads();
+    }
+    while (seen < count && total < limit) {
         const u64 end = count <= CHUNK ? stop : chunk_end(keys, count, start, stop, scratch.bins, totals);
         if (thread == 0) length = 0;
         __syncthreads();

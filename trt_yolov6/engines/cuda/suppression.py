@@ -38,6 +38,15 @@ DIRECT_ROWS = 1
 """Images of a batch whose boxes the kernel writes into the host's memory itself: for a few, that is
 shorter than a copy."""
 
+RANKED_ROWS = 4
+"""Images of a batch whose best candidates many blocks compare, not one each."""
+
+_CHUNK = 2 * _THREADS
+_RANK_BLOCKS, _COMPARE_THREADS = 16, 256
+"""`RANK_BLOCKS` and `COMPARE_THREADS` of the kernels."""
+_RANKED_BYTES = 16 + (16 + 8) * _CHUNK + 4 * _CHUNK * (_CHUNK // 32)
+"""Bytes of a `Ranked` of the kernels."""
+
 _FOUND_BY_BLOCK = 256 * 8
 """Scores that a block of `find` looks at."""
 
@@ -50,7 +59,15 @@ _FIND_TYPES = (
 _SUPPRESS_TYPES = (
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_double),
     *(ctypes.c_float, ctypes.c_float, ctypes.c_float, ctypes.c_uint, ctypes.c_uint),
-    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p),
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint),
+    ctypes.c_void_p,
+)
+_RANK_TYPES = (
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_uint),
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+)
+_COMPARE_TYPES = (
+    *(ctypes.c_double, ctypes.c_float, ctypes.c_float, ctypes.c_float, ctypes.c_void_p),
 )
 
 
@@ -118,6 +135,7 @@ class Suppression:
         self._keys = DeviceMemory(8 * reading.capacity * max_batch)
         nbytes = result_bytes(MAX_KEPT) * max_batch
         self._results = DeviceMemory(nbytes)
+        self._ranked = DeviceMemory(_RANKED_BYTES * min(max_batch, RANKED_ROWS))
         self._copy = PinnedMemory(nbytes)
         self._views: dict[tuple[int, int], Results] = {}
 
@@ -171,6 +189,29 @@ class Suppression:
                 self._keys.address,
             ),
         )
+        ranked = self._ranked.address if batch <= RANKED_ROWS else 0
+        if ranked:
+            self._kernels.launch(
+                stream,
+                "rank",
+                (_RANK_BLOCKS, batch, 1),
+                (_THREADS, 1, 1),
+                _RANK_TYPES,
+                (
+                    *(*places, confidence, self._capacity),
+                    *(self._counts.address, self._keys.address, ranked),
+                ),
+                early=True,
+            )
+            self._kernels.launch(
+                stream,
+                "compare",
+                (_CHUNK // 32, _CHUNK // _COMPARE_THREADS, batch),
+                (_COMPARE_THREADS, 1, 1),
+                _COMPARE_TYPES,
+                (nms.iou, low, high, reach, ranked),
+                early=True,
+            )
         self._kernels.launch(
             stream,
             "suppress",
@@ -180,9 +221,10 @@ class Suppression:
             (
                 *places,
                 *(confidence, nms.iou, low, high, reach, nms.max_detections, self._capacity),
-                *(self._counts.address, self._keys.address),
+                *(self._counts.address, self._keys.address, ranked),
                 *(0 if clip is None else records, bool(clip), results.address),
             ),
+            early=True,
         )
         if results is self._results:
             nbytes = result_bytes(nms.max_detections) * batch
@@ -205,7 +247,7 @@ class Suppression:
     def free(self) -> None:
         """Free the buffers."""
         self._views.clear()
-        for memory in (self._counts, self._keys, self._results, self._copy):
+        for memory in (self._counts, self._keys, self._results, self._ranked, self._copy):
             memory.free()
 
 

@@ -306,19 +306,19 @@ def join_siblings(model: onnx.ModelProto) -> None:
 
 
 def part_siblings(model: onnx.ModelProto) -> None:
-    """Give 1x1 INT8 convolutions of one tensor that ReLUs follow dilations of their own."""
+    """Give 1x1 INT8 convolutions that read one tensor, each with a ReLU, different dilations."""
     graph = _Graph(model)
     members: Counter[str] = Counter()
     for layer in graph.int8_layers("Conv"):
         given = attributes(layer.node)
-        is_plain = set(given.get("dilations", [1])) == {1}
-        if not is_plain or set(graph.constants[layer.weight].dims[2:]) != {1}:
+        kernel = graph.constants[layer.weight].dims[2:]
+        if set(kernel) != {1} or set(given.get("dilations", [1])) != {1}:
             continue
         if [one.op_type for one in graph.readers(layer.node.output[0])] not in _ALWAYS_FUSED:
             continue
         members[layer.input] += 1
         if members[layer.input] > 1:
-            given["dilations"] = [members[layer.input]] * 2
+            given["dilations"] = [members[layer.input]] * len(kernel)
             del layer.node.attribute[:]
             layer.node.attribute.extend(make_attribute(name, one) for name, one in given.items())
     graph.write()
