@@ -140,10 +140,10 @@ images, of the AP of all folds' detections together. Differences are paired: the
 and draws. "Agree" means that each interval of the difference excludes zero on the paper's side, \
 "contradict" on the other side, "cannot tell" that one includes zero.
 
-The seed of a fold is its number. What was trained twice, with 100 more, is marked "two seeds" \
-and stands for the mean of both: the luck of one that others are compared with would be in every \
-difference. Where a network is compared with itself, in INT8 or with other inputs, both are of the \
-same seeds.
+The seed of a fold is its number. What was trained again, with that number plus 100, is marked \
+"two seeds" and stands for the mean of both: the luck of one that others are compared with would \
+be in every difference. Where a network is compared with itself, in INT8 or with other inputs, \
+both are of the same seeds.
 """
 
 

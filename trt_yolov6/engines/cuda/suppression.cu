@@ -685,8 +685,8 @@ __device__ u32 keep_ranked(const Ranked& ranked, u32 limit, Kept& kept) {
     return total < limit ? total : limit;
 }
 
-// Grid: (images). With `ranked`, the best candidates have been compared. With `pictures`, boxes are mapped to them; with `clip`, they are cut off at the pictures' borders, and
-// those with nothing inside are left out.
+// Grid: (images). With `ranked`, the best candidates have been compared. With `pictures`, boxes are mapped to them; with
+// `clip`, they are cut off at the pictures' borders, and those with nothing inside are left out.
 extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     const void* first, const void* second, const void* third,
     float confidence, double iou, float low, float high, float reach, u32 limit, u32 capacity,
