@@ -39,10 +39,10 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
         model = onnx.load_from_string(content)
     except (DecodeError, ValueError, UnicodeDecodeError) as error:
         raise _not_whole(path, error) from error
-    read_weights(model, path)
-    sort_nodes(model)
+    has_changed = any([read_weights(model, path), sort_nodes(model)])
     try:
-        onnx.checker.check_model(model)
+        # Of a model it would serialize a second time.
+        onnx.checker.check_model(model if has_changed else content)
     except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
         raise _not_whole(path, error) from error
     if not model.graph.node:
