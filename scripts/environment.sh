@@ -8,20 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1:-}
 
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    rm -rf .venv
-    if ! "${PYTHON:-python3}" -m venv .venv >/dev/null 2>&1; then
-        # Debian ships Python without venv.
-        rm -rf .venv
-        echo "python3 has no venv: installing Debian's python3-venv" >&2
-        as_root=""
-        [ "$(id -u)" = 0 ] || as_root=sudo
-        $as_root apt-get update -qq
-        $as_root apt-get install -y -qq python3-venv >/dev/null
-        "${PYTHON:-python3}" -m venv .venv
-    fi
-fi
-
+bash scripts/venv.sh
 stamp=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 marker=".venv/.ready-$stamp-${extras:-base}"
 if [ ! -e "$marker" ]; then

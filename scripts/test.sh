@@ -10,24 +10,32 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Ray is half a gigabyte, but there is no other way to see two nodes and the death of one.
 extras=dev,docs,ray
 if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,ray,tensorrt-rtx,gpu-images; fi
+bash scripts/venv.sh
+# Meanwhile, as pip is busy with one core: a server for the tests of export-triton, which skip without it.
+{
+    bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
+    bash scripts/lint_workflows.sh
+} &
+fetching=$!
 bash scripts/environment.sh "$extras"
 # Images of containers often keep Python from writing bytecode. Here some 150 processes would each compile
 # PyTorch again: 6 s each, where importing it takes 2.
 unset PYTHONDONTWRITEBYTECODE
-# A core each: what waits for files and the network, and mypy.
+# A core each.
 {
-    # What the tests import is compiled here, once, rather than by every worker at its start.
-    .venv/bin/python -m pytest --collect-only -qq >/dev/null || true # the run below says what is wrong
-    # A server for the tests of export-triton, which skip without it.
-    bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
-    bash scripts/lint_workflows.sh && NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+    # What the tests import is compiled here, once, rather than by every worker at its start; so is what
+    # PyTorch imports with the first export and the first optimizer. The run below says what is wrong.
+    .venv/bin/python -c 'import pytest, torch._dynamo, torch.onnx._internal.exporter._core
+pytest.main(["--collect-only", "-qq"])' >/dev/null || true
+    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 } &
-others=$!
+building=$!
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/lint-imports
 .venv/bin/mypy
-wait "$others"
+wait "$fetching"
+wait "$building"
 # Each worker on one thread: two threads of one network, or two workers of two threads, would wait for
 # each other. One worker more than there are cores, as some tests only wait for other processes, but
 # four at most. A file's tests share what they make, so a file stays in one worker.

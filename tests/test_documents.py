@@ -20,6 +20,7 @@ from benchmarks import tables
 from benchmarks.tables import DOCUMENTS, TABLES, markdown, tables_filled
 from trt_yolov6 import cli
 from trt_yolov6.common.files import write_json
+from trt_yolov6.models.variants import Architecture
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +56,8 @@ def test_code_blocks_run(
     shutil.copytree(workspace, folder)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
+    # As `--imgsz 64` for commands.
+    monkeypatch.setattr(Architecture, "image_size", 64)
     # `compare` has no options for this search, which has tests of its own.
     monkeypatch.setattr("trt_yolov6.comparison.engines.QuantizationSettings", quicker_settings)
     with restored_registries():

@@ -720,7 +720,7 @@ def test_hard_swish_networks_are_saved_by_smoothing(root: Path, tmp_path: Path) 
         pytest.skip(f"{path} is not here")
     model, data = onnx.load(path), shared / "data" / "coco256"
     folder = data / "images" / "train2017"
-    images = calibration_batches(folder, input_spec(model), limit=32)
+    images = calibration_batches(folder, input_spec(model), limit=16)
     equalized = equalize(model, collect(model, images, tensors_to_measure(model)))
-    result = quantized(equalized, folder, limit=32)
+    result = quantized(equalized, folder, limit=16)
     assert graph_precision(result, tmp_path, load_coco(data, "val2017")) >= 0.33

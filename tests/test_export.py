@@ -102,7 +102,7 @@ LATER_KINDS = {
             architecture("yolov6lite_s", num_classes=5),
             stage_channels=(8, 16, 16, 24, 32),
             neck_channels=(16,),
-            stage_repeats=(1, 2, 2, 1),
+            stage_repeats=(1, 2, 1, 1),
         ),
         {"Split", "HardSwish", "HardSigmoid", "GlobalAveragePool", "Resize"},
     ),

@@ -230,12 +230,15 @@ def test_planes_and_padded_rows_are_read_through_steps(kernels: dict[bool, ctype
     np.testing.assert_array_equal(run(kernels, [(view, placed)], spec, how, 1), wanted)
 
 
-@pytest.mark.parametrize("define", [(), ("BYTE_INPUT",), ("BYTE_INPUT", "PIXELS=1")])
-def test_it_compiles_for_every_gpu_that_tensorrt_runs_on(define: tuple[str, ...]) -> None:
+def test_it_compiles_for_every_gpu_that_tensorrt_runs_on() -> None:
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     try:
         nvrtc.nvrtcVersion()
     except RuntimeError:
         pytest.skip("needs nvidia-cuda-nvrtc")
-    for capability in ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)):
-        assert machine_code(SOURCE, capability, define)
+    # No line of the source asks which GPU it is compiled for.
+    assert "__CUDA_ARCH__" not in SOURCE
+    for define in ((), ("BYTE_INPUT",), ("BYTE_INPUT", "PIXELS=1")):
+        assert machine_code(SOURCE, (8, 7), define)
+    for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
+        assert machine_code(SOURCE, capability, ())

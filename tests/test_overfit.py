@@ -47,7 +47,7 @@ def test_four_images_are_learned_by_heart(
         "yolov6mini",
         str(data),
         train_split="val",
-        epochs=80,
+        epochs=110,  # after 80, one seed of four was at 0.87
         plain_epochs=0,
         batch=4,
         image_size=192,
