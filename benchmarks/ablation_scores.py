@@ -39,8 +39,8 @@ from benchmarks.folds import (
     write_folds,
 )
 from trt_yolov6.common.files import read_json
-from trt_yolov6.common.statistics import CONFIDENCE, student_t
-from trt_yolov6.quantization.resampling import Interval, MatchedDetections, interval
+from trt_yolov6.common.statistics import CONFIDENCE, Interval, student_t
+from trt_yolov6.quantization.resampling import MatchedDetections, interval
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.detectors.overlap import iou
 from trt_yolov6.quantization.resampling import (
     IOU_THRESHOLDS,
-    Interval,
     MatchedDetections,
     interval,
     match,

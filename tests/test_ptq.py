@@ -21,6 +21,7 @@ from support.quantized import MINMAX, convolutions, small_detector, weights_dtyp
 
 from benchmarks.rescaling import rescale_channels
 from trt_yolov6.cli import main
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.engines.build import build_engine, write_graph
@@ -30,7 +31,6 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization import judge as judging
 from trt_yolov6.quantization import search
 from trt_yolov6.quantization.pipeline import QuantizedGraph, calibrate, quantize
-from trt_yolov6.quantization.resampling import Interval
 from trt_yolov6.quantization.search import Choice, Search
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import read_table, write_table

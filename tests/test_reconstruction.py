@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from support.networks import ONE, random_model
 from support.pictures import save_noise
 
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.model import Graph
@@ -26,7 +27,6 @@ from trt_yolov6.quantization.learned import as_built, learned_of, with_learned
 from trt_yolov6.quantization.pipeline import Calibrated, calibrate, quantize
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.reconstruction import reconstruct
-from trt_yolov6.quantization.resampling import Interval
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import learned_path, write_table
 from trt_yolov6.quantization.torch_graph import TorchGraph

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from trt_yolov6.common.files import sha256_bytes, sha256_file
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.detectors.labels import objects_of
 from trt_yolov6.quantization.agreement import CONFIDENT, least_score
-from trt_yolov6.quantization.resampling import Interval, interval, matched
+from trt_yolov6.quantization.resampling import interval, matched
 
 _log = logging.getLogger(__name__)
 

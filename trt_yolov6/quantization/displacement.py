@@ -44,7 +44,7 @@ class Displacement:
         return not LAYOUTS[graph.output_layout].nms_inside
 
     def watch(self, outputs: Outputs, images: int) -> None:
-        """Take the float network's outputs for the next batch of so many images."""
+        """Take the float network's outputs for the next batch of images."""
         self._batches.append([_watched(one) for one in self._anchors(outputs, images)])
 
     def moved(self, batch: int, outputs: Outputs) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import sha256_bytes
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.preprocessing import Preprocessing
@@ -24,7 +25,7 @@ from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.quantization.agreement import agreement, least_score
 from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
-from trt_yolov6.quantization.resampling import Interval, interval, matched
+from trt_yolov6.quantization.resampling import interval, matched
 from trt_yolov6.spec import NmsSettings, OutputLayout
 
 CONFIDENCES = (0.1, 0.2, 0.3)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.statistics import Interval as Interval
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.detectors.overlap import iou
 

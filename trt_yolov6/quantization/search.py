@@ -19,6 +19,7 @@ from typing import Any
 
 import onnx
 
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
@@ -63,7 +64,6 @@ from trt_yolov6.quantization.preparation import (
     prepare,
 )
 from trt_yolov6.quantization.qdq.insert import insert_qdq
-from trt_yolov6.quantization.resampling import Interval
 from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked, scores_alone
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable

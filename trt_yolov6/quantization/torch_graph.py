@@ -73,7 +73,7 @@ class TorchGraph(nn.Module):
 
         Args:
             model: float32, or from `insert_qdq`; it is not changed.
-            watched: tensors that are returned beside the graph's outputs.
+            watched: tensors that are returned after the graph's outputs.
 
         Raises:
             UserError: the graph has an operator that is not known here.

@@ -38,7 +38,7 @@ class Candidate:
 
     @property
     def said(self) -> str:
-        """What came of it, in words."""
+        """Outcome of the trial, in words."""
         return f"agreement with float {self.agreement:.3f}, moved by {self.loss:.4f}"
 
     def to_json(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 
 from trt_yolov6.common.files import sha256_bytes
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.detectors.labels import objects_of
@@ -24,7 +25,7 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.judge import Judge, batches_of
 from trt_yolov6.quantization.metrics import MEANING, TENSOR_METRICS, Metric, direction
 from trt_yolov6.quantization.pipeline import Calibrated
-from trt_yolov6.quantization.resampling import Interval, MatchedDetections, interval, matched
+from trt_yolov6.quantization.resampling import MatchedDetections, interval, matched
 from trt_yolov6.quantization.sensitivity import (
     Distortion,
     Sensitivity,
