@@ -44,24 +44,34 @@ def pytest_configure() -> None:
 
 
 LONG = (
-    "checkpoint",
-    "cli",
-    "documents",
-    "export",
-    "fuzz",
     "ray",
-    "tensorrt_api",
+    "ptq",
+    "export",
+    "checkpoint",
+    "documents",
+    "training_on_machines",
     "trainer",
+    "suppression",
+    "qat",
+    "cli",
+    "notebook",
+    "sample_ap",
+    "equalization",
     "triton_server",
+    "rep_optimizer",
+    "fuzz",
+    "comparison",
+    "models",
+    "fallback",
+    "reconstruction",
 )
-"""Files of many tests that take long together, where none is marked."""
+"""Files that take longest, the longest first; Ray's mostly waits for processes that start."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put long files first: no worker starts on one while the others have no more."""
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    long |= {ROOT / "tests" / f"test_{name}.py" for name in LONG}
-    items.sort(key=lambda item: item.path not in long)
+    place = {ROOT / "tests" / f"test_{name}.py": index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 def pytest_collection_finish() -> None:
