@@ -187,8 +187,8 @@ def class_scores(form: str, classes: int = 80, size: int = 80) -> onnx.ModelProt
     Args:
         form: `rows` (each level transposed as an image, then joined, as exported), `columns` (the
             same after a Reshape), `early` (`rows` after the Sigmoid), `joined` (joined, then
-            transposed), `last` (the same after the Sigmoid), `product` (the prediction as a matrix product that writes rows), or
-            `bare` (not transposed at all: what the rest takes).
+            transposed), `last` (the same after the Sigmoid), `product` (the prediction as a matrix
+            product that writes rows), or `bare` (not transposed at all: what the rest takes).
         classes: number of classes.
         size: width of the finest level in cells.
     """
