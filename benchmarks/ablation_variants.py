@@ -475,4 +475,4 @@ TABLES: dict[str, Table] = {
         ),
     )
 }
-"""Tables 2 to 14 by number, but for 5."""
+"""Tables 2 to 14 by number, except for 5."""

@@ -41,7 +41,7 @@ _ORDERED = {"n": 0.45, "t": 0.5, "s": 0.55, "m": 0.6, "l": 0.7, "l_relu": 0.7}
 _CORES = 1.6
 """Cores that a training keeps busy."""
 _MEMORY = {"n": 4.5, "t": 6.5, "s": 7.0, "m": 18.0, "l": 24.0, "l_relu": 26.0}
-"""GB at 640 pixels and batch 32, with what PyTorch keeps for later; measured but for T and L-ReLU,
+"""GB at 640 pixels and batch 32, with what PyTorch keeps for later; measured, except T and L-ReLU,
 where M and L took 4.6 and 5.9 GB at 320 pixels."""
 _OVERHEAD = 10.0
 _FOUND_BYTES = 14 * 2**20

@@ -234,7 +234,7 @@ def quantized(
     change: Callable[[onnx.ModelProto, Placement], Placement] = lambda _, placement: placement,
     exclude: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """Return a part in INT8 and half precision, as `build` places the pairs but for a change."""
+    """Return a part in INT8 and half precision, as `build` places the pairs except for a change."""
     placement = change(model, place(model, exclude))
     return insert_qdq(model, placement, dict.fromkeys(placement.tensors, AMAX), fp16=True)
 

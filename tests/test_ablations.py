@@ -71,7 +71,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folds(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Those images, dealt into folds."""
+    """The images of `source`, dealt into folds."""
     return write_folds(source, tmp_path_factory.mktemp("folds"))
 
 

@@ -453,7 +453,7 @@ def test_class_names_that_are_missing_are_a_line(plan: Plan, tmp_path: Path) -> 
 
 
 def test_other_families_come_with_their_decoder_and_preprocessing(tmp_path: Path) -> None:
-    # PP-YOLOE's images are stretched; its graph does not tell which release's normalization it has.
+    # PP-YOLOE's images are stretched; its graph does not show which release's normalization it has.
     onnx.save(family_graphs.ppyoloe(), tmp_path / "ppyoloe.onnx")
     family_graphs.write_dataset(tmp_path / "data", "stretch")
     plan = tmp_path / "plan.yaml"

@@ -84,7 +84,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Thirty small pictures, one of them below, and one that is no picture."""
+    """Thirty small pictures, one of them below, and one that is not a picture."""
     return write_pictures(tmp_path / "pictures", 30)
 
 

@@ -420,7 +420,7 @@ def test_a_plan_on_the_cpu_is_refused(engine: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_that_cannot_be_asked_is_refused_with_the_reason(engine: Path) -> None:
-    # A manifest of an early version does not tell the tensors, and there is no GPU to load it on.
+    # A manifest of an early version lacks the tensors, and there is no GPU to load the plan on.
     with pytest.raises(UserError, match=r"tells its tensors|NVIDIA GPU"):
         served_model(as_plan(engine, tensors=()))
 

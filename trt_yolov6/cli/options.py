@@ -249,7 +249,7 @@ def add_training(parser: argparse.ArgumentParser, output: str) -> None:
 
 
 def check_training_data(options: argparse.Namespace) -> None:
-    """Refuse a --data that is none, before PyTorch is imported, which takes seconds."""
+    """Refuse a --data that is not a data set, before importing PyTorch, which takes seconds."""
     from trt_yolov6.data.sources import check_source
 
     if options.data is None:

@@ -96,7 +96,7 @@ def check_writable(path: str | Path) -> Path:
     """Return the path with links followed; quick, so ask before long work.
 
     Raises:
-        UserError: it is a folder, or its folder is none or cannot be written to.
+        UserError: it is a folder, or its parent is not a folder that can be written to.
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path

@@ -26,7 +26,7 @@ _TIFF = (b"II*\x00", b"MM\x00*")
 def list_images(path: str | Path) -> list[Path]:
     """Return the images a path stands for: the file itself, or a folder's, sorted by path.
 
-    Sub-folders are searched as well, but for hidden ones.
+    Sub-folders are searched as well, except hidden ones.
 
     Raises:
         UserError: the path is missing, or the folder holds no image.
