@@ -386,6 +386,23 @@ def test_variants_are_trained_in_the_order_given_each_after_what_it_needs() -> N
     assert names == ["s-v1-search", "s-v1-rep", "s-v1-rep-ptq", "n", "s-search"]
 
 
+def test_one_fold_of_a_variant_can_be_asked_for() -> None:
+    only = ["--only", "s-rep/3", "n", "s-search/1", "s-search/3"]
+    jobs = jobs_of(_parser().parse_args([*only, "--folds", "0", "1"]))
+    names = ["s-search/3", "s-search/1", "s-rep/3", "n/0", "n/1"]
+    assert [job.name for job in jobs] == names
+    assert jobs[2].needs == ("s-search/3",)
+
+
+@pytest.mark.parametrize("wrong", ["n-defualt", "n/5", "n/", "n/one"])
+def test_a_variant_or_fold_that_is_not_there_is_refused(
+    wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["--only", wrong])
+    assert wrong in capsys.readouterr().err
+
+
 def test_our_tables_are_grids_of_the_papers() -> None:
     for number, table in TABLES.items():
         networks, theirs = paper.ABLATIONS[number]
