@@ -42,7 +42,7 @@ from benchmarks.folds import (
     write_folds,
 )
 from benchmarks.packing import MARK, Claims, Job, Schedule, run_jobs
-from benchmarks.paper_tables import sentence, verdict
+from benchmarks.paper_tables import broke_away, sentence, verdict
 from benchmarks.training_speed import COMMON, parts_of, write_repeated
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.detectors.detections import Detections
@@ -458,6 +458,21 @@ def test_a_sentence_counts_the_comparisons_and_says_what_could_be_shown() -> Non
         "N); cannot tell in 1 of 3 comparisons. The smallest difference that this can show is "
         "about 0.5 points."
     )
+
+
+def test_trainings_whose_loss_ended_high_are_named_with_the_table() -> None:
+    variants = {
+        "l": {"losses": [1.9, 2.2, 1.9, 1.8, 2.0]},
+        "l-wide-neck": {"losses": [2.0, 2.1, 1.9, 2.0, 2.1]},
+        "m": {"losses": [9.0, 1.0, 1.0, 1.0, 1.0]},  # in another table
+    }
+    assert broke_away(TABLES["3"], variants).startswith(
+        "Of these 10 trainings 1 broke away: the loss ended more than a tenth above the median of "
+        "the five folds (fold 1 of slender and deep: 2.20, not 1.90). "
+    )
+    again = {"l": {"losses": [1.9, 2.0]}, "l-again": {"losses": [1.0, 1.0, 3.0]}}
+    assert "fold 2 of slender and deep, other seeds: 3.00" in broke_away(TABLES["3"], again)
+    assert broke_away(TABLES["3"], {"l": {"losses": [1.9, 2.0]}}) == ""
 
 
 def _compared(network: str, row: str, value: float, half: float) -> dict[str, Any]:
