@@ -181,6 +181,54 @@ def class_branch(channels: int = 64, size: int = 80, classes: int = 80) -> onnx.
     return part.model(2 * size, part.node("Sigmoid", [rows]))
 
 
+def class_scores(form: str, classes: int = 80, size: int = 80) -> onnx.ModelProto:
+    """Return the class branches of a head's three levels, joined to (batch, anchors, classes).
+
+    Args:
+        form: `rows` (each level transposed as an image, then joined, as exported), `columns` (the
+            same after a Reshape), `early` (`rows` after the Sigmoid), `joined` (joined, then
+            transposed), `last` (the same after the Sigmoid), `product` (the prediction as a matrix
+            product that writes rows), or `bare` (not transposed at all: what the rest takes).
+        classes: number of classes.
+        size: width of the finest level in cells.
+    """
+    part, found = Part(), []
+    trunk = part.conv_relu("images", (3, 64), 3, 2)
+    for index, channels in enumerate((64, 128, 256)):
+        if index:
+            trunk = part.conv_relu(trunk, (channels // 2, channels), 3, 2)
+        inner = part.conv(trunk, (channels, channels), 3)
+        inner = part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+        cells = (size >> index) ** 2
+        if form == "product":
+            shape = part.constant(np.array([BATCH, channels, cells]))
+            rows = part.node("Transpose", [part.node("Reshape", [inner, shape])], perm=[0, 2, 1])
+            weights = np.full((channels, classes), 0.01, np.float32)
+            found.append(part.node("MatMul", [rows, part.constant(weights)]))
+            continue
+        logits = part.conv(inner, (channels, classes), 1)
+        if form == "early":
+            logits = part.node("Sigmoid", [logits])
+        if form in ("rows", "early"):
+            last = part.node("Transpose", [logits], perm=[0, 2, 3, 1])
+            shape = part.constant(np.array([BATCH, cells, classes]))
+            found.append(part.node("Reshape", [last, shape]))
+            continue
+        flat = part.node("Reshape", [logits, part.constant(np.array([BATCH, classes, cells]))])
+        if form == "columns":
+            flat = part.node("Transpose", [flat], perm=[0, 2, 1])
+        found.append(flat)
+    in_rows = form in ("rows", "early", "columns", "product")
+    whole = part.node("Concat", found, axis=1 if in_rows else 2)
+    if form == "joined":
+        whole = part.node("Transpose", [whole], perm=[0, 2, 1])
+    if form != "early":
+        whole = part.node("Sigmoid", [whole])
+    if form == "last":
+        whole = part.node("Transpose", [whole], perm=[0, 2, 1])
+    return part.model(2 * size, whole)
+
+
 def quantized(
     model: onnx.ModelProto,
     change: Callable[[onnx.ModelProto, Placement], Placement] = lambda _, placement: placement,
@@ -218,6 +266,9 @@ def forms() -> dict[str, onnx.ModelProto]:
     found["class_branch.fp16"] = to_fp16(branch)
     found["class_branch.int8"] = quantized(branch)
     found["class_branch.int8-prediction_in_float"] = quantized(branch, exclude=[last])
+    for form in ("rows", "early", "columns", "joined", "last", "product", "bare"):
+        found[f"class_scores.fp16-{form}"] = to_fp16(class_scores(form))
+        found[f"class_scores.int8-{form}"] = quantized(class_scores(form))
     return found
 
 

@@ -170,7 +170,7 @@ def split_pools(model: onnx.ModelProto) -> None:
             and len(kernel) == 2
             and min(kernel) > 1
             and set(given.get("strides", [1])) | set(given.get("dilations", [1])) == {1}
-            and given.get("auto_pad", b"NOTSET") == b"NOTSET"
+            and given.get("auto_pad", "NOTSET") == "NOTSET"
             and not given.get("ceil_mode", 0)
         )
         if not plain:
