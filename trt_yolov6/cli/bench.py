@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         why = "is for --end-to-end and --stages: the engine alone has no such stage."
         common.refuse(options, names, why)
     if options.end_to_end and options.stages:
-        raise UserError("--end-to-end and --stages measure apart; leave one of them out.")
+        raise UserError("--end-to-end and --stages are separate measurements; give one of them.")
     if options.streams > 1:
         why = "goes with one stream; leave it or --streams out."
         common.refuse(options, ("end_to_end", "stages"), why)

@@ -77,7 +77,9 @@ def _evaluated_on_ray(options: argparse.Namespace, path: Path) -> Evaluation:
     from trt_yolov6.serving.ray.jobs import evaluate_on_ray
 
     if options.workers is not None:
-        raise UserError("--workers is not for --ray, where an engine reads with its --threads.")
+        raise UserError(
+            "--workers is not for --ray, where engines read with their --threads; leave it out."
+        )
     return evaluate_on_ray(
         path,
         load_coco(options.data or common.SAMPLE_DATA, options.split),
