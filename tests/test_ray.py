@@ -132,7 +132,7 @@ def test_a_cluster_finds_what_one_process_finds(
     assert summary.objects == 30
     ((name, why),) = summary.failures
     assert name == "broken.png"
-    assert "no image" in why
+    assert "not an image" in why
     told = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
     assert told == [{"file": name, "error": why}]
 
