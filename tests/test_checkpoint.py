@@ -578,8 +578,8 @@ def test_nobody_is_sent_to_load_a_bare_pickle(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"a": 1}))
     text = refusal(path)
     assert "save it again" not in text
-    assert "do not load this file" in text
-    assert "from whoever made it" in text
+    assert "do not convert it yourself" in text
+    assert "ask its author" in text
 
 
 def test_other_zip_files_get_a_sentence_each(tmp_path: Path) -> None:

@@ -417,7 +417,7 @@ def test_imgsz_is_that_of_every_model_that_has_none_of_its_own(tmp_path: Path) -
     assert [entry.imgsz for entry in plan_of(plan).models] == [(64, 64), (96, 96)]
     assert [entry.imgsz for entry in plan_of(plan, imgsz=(32, 32)).models] == [(32, 32), (96, 96)]
     plan.write_text("models: [a.pt]\nimgsize: 64\n")
-    with pytest.raises(UserError, match=r"'imgsize' means nothing \(did you mean imgsz\?\)"):
+    with pytest.raises(UserError, match=r"'imgsize' is not a key \(did you mean imgsz\?\)"):
         plan_of(plan)
 
 

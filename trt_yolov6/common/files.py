@@ -115,7 +115,7 @@ def check_writable(path: str | Path) -> Path:
 def unwritable(path: Path, error: OSError) -> UserError:
     """Return the error for a file or folder that the system does not let be written."""
     return UserError(
-        f"{path} cannot be written ({error.strerror or error}); free the disk or choose a folder "
+        f"{path} cannot be written ({error.strerror or error}); free disk space or choose a folder "
         "you may write to."
     )
 

@@ -228,7 +228,7 @@ def resolve_border(
         raise UserError(
             f"`resize` {resize[0]}x{resize[1]} with a border of "
             f"{border if border is not None else 'equal pixels'} on every side does not make the "
-            f"engine's input of {height}x{width}; give a `resize` and a `border` so that "
-            "resize + 2 x border is that.",
+            f"engine's input of {height}x{width}; choose them so that resize + 2 x border is "
+            "that size.",
         )
     return int(implied)

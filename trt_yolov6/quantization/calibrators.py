@@ -162,7 +162,7 @@ def percentile_amax(statistics: TensorStatistics, percentile: float = PERCENTILE
         UserError: the percentile is not above 0 and up to 100.
     """
     if not 0 < percentile <= 100:
-        raise UserError(f"a percentile of {percentile:g} means nothing; give one from 90 to 100.")
+        raise UserError(f"a percentile of {percentile:g} is out of range; give 90 to 100.")
     below = np.cumsum(statistics.histogram)
     rank = percentile / 100 * below[-1]
     index = int(np.searchsorted(below, rank))

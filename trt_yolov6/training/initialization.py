@@ -133,7 +133,7 @@ def check_trainable(checkpoint: Checkpoint) -> None:
     if checkpoint.form != "training":
         raise UserError(
             f"{checkpoint.path} is {checkpoint.form}: without its batch normalizations it cannot "
-            "be trained on; give the checkpoint as training left it."
+            "be fine-tuned; give the checkpoint that training wrote."
         )
 
 

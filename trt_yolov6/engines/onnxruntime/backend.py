@@ -67,7 +67,7 @@ def availability() -> Availability:
 
 
 def check(settings: BuildSettings) -> None:
-    """Raise UserError for a setting that means nothing to ONNX Runtime."""
+    """Raise UserError for a setting that ONNX Runtime does not have."""
     ignored = {
         "target": "tensorrt-rtx",
         "timing_cache": "tensorrt",

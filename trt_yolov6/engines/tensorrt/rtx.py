@@ -223,7 +223,7 @@ def _check_fp8(target: str | None, capabilities: tuple[str, ...]) -> None:
     if min(versions) < FIRST_WITH_FP8:
         major, minor = min(versions)
         raise UserError(
-            f"`target` {target} takes in compute capability {major}.{minor}, which has no FP8 (8.9 "
+            f"`target` {target} includes compute capability {major}.{minor}, which has no FP8 (8.9 "
             "and later do: Ada, Hopper, Blackwell); build with int8 or fp16 for it.",
         )
 

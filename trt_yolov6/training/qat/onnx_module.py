@@ -292,7 +292,7 @@ class GraphNetwork(nn.Module):
             if node.op_type not in _KNOWN:
                 raise UserError(
                     f"the graph has the operator {node.op_type}, which quantization-aware training "
-                    "does not know; give a YOLOv6 checkpoint, and not one of MBLA or Lite."
+                    "does not support; give a YOLOv6 checkpoint other than MBLA or Lite."
                 )
         steps = [
             Step(OPERATORS[node.op_type], attributes(node), tuple(node.input), tuple(node.output))
