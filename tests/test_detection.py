@@ -327,7 +327,7 @@ def test_candidates_that_an_engine_chose_are_read_as_its_outputs_are(
 
 
 def as_suppressed(candidates: Candidates, images: int, nms: NmsSettings) -> Suppressed:
-    """Return what an engine that suppresses by itself hands on: nonsense fills the rows up."""
+    """Return the boxes of an engine that suppresses by itself; nonsense fills the other rows."""
     found = postprocess(candidates, "split", nms, [WHOLE] * images, clip=False)
     rows = nms.max_detections + 2
     boxes = np.full((images + 1, rows, 4), np.nan, np.float32)

@@ -195,12 +195,12 @@ def postprocess(
         UserError: the outputs are not laid out so.
     """
     if isinstance(outputs, Candidates):
-        of_image = _from_candidates(outputs, nms, letterboxes, clip)
+        of_image = _from_candidates(outputs, nms, letterboxes, clip=clip)
     elif isinstance(outputs, Suppressed):
-        return _from_suppressed(outputs, nms, letterboxes, clip, class_names)
+        return _from_suppressed(outputs, nms, letterboxes, clip=clip, class_names=class_names)
     elif letterboxes:
         of_image = _from_outputs(
-            LAYOUTS[layout].read(outputs, letterboxes[0].size), nms, letterboxes, clip
+            LAYOUTS[layout].read(outputs, letterboxes[0].size), nms, letterboxes, clip=clip
         )
     else:
         return []
@@ -246,6 +246,7 @@ def _finish(
     classes: NDArray[np.integer],
     nms: NmsSettings,
     placed: Letterbox,
+    *,
     clip: bool,
 ) -> Detections:
     """Suppress candidates, sorted from the best down, and map the rest to the original image."""
@@ -255,7 +256,7 @@ def _finish(
     if not finite.all():  # a network that overflowed in low precision
         corners, scores, classes = corners[finite], scores[finite], classes[finite]
     kept = suppress(corners, classes, nms.iou, nms.max_detections)
-    return _in_source(corners[kept], scores[kept], classes[kept], placed, clip)
+    return _in_source(corners[kept], scores[kept], classes[kept], placed, clip=clip)
 
 
 def _in_source(
@@ -263,10 +264,11 @@ def _in_source(
     scores: NDArray[np.float32],
     classes: NDArray[np.integer],
     placed: Letterbox,
+    *,
     clip: bool,
     class_names: tuple[str, ...] = (),
 ) -> Detections:
-    boxes = placed.to_source(corners, clip)
+    boxes = placed.to_source(corners, clip=clip)
     if clip:
         has_sides = boxes[:, 2:] > boxes[:, :2]
         if not has_sides.all():
@@ -281,29 +283,30 @@ _OfImage = Callable[[int], Detections]
 
 
 def _from_outputs(
-    read: ReadImage, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
+    read: ReadImage, nms: NmsSettings, letterboxes: Sequence[Letterbox], *, clip: bool
 ) -> _OfImage:
     def of_image(index: int) -> Detections:
         said = read(index)
         if isinstance(said, Found):
-            return _chosen(said, nms, letterboxes[index], clip)
+            return _chosen(said, nms, letterboxes[index], clip=clip)
         classes, anchors, kept = _candidates(said.scores, nms.confidence)
-        return _finish(said.corners(anchors), kept, classes, nms, letterboxes[index], clip)
+        return _finish(said.corners(anchors), kept, classes, nms, letterboxes[index], clip=clip)
 
     return of_image
 
 
-def _chosen(found: Found, nms: NmsSettings, placed: Letterbox, clip: bool) -> Detections:
+def _chosen(found: Found, nms: NmsSettings, placed: Letterbox, *, clip: bool) -> Detections:
     """Filter what a graph with NMS inside has found, and map it to the original image."""
     sure = (found.scores > nms.confidence) & (found.classes >= 0)
     sure &= np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.scores)
     order = np.flatnonzero(sure)
     order = order[np.argsort(-found.scores[order], kind="stable")[: nms.max_detections]]
-    return _in_source(found.boxes[order], found.scores[order], found.classes[order], placed, clip)
+    chosen = found.boxes[order], found.scores[order], found.classes[order]
+    return _in_source(*chosen, placed, clip=clip)
 
 
 def _from_candidates(
-    candidates: Candidates, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
+    candidates: Candidates, nms: NmsSettings, letterboxes: Sequence[Letterbox], *, clip: bool
 ) -> _OfImage:
     ends = np.searchsorted(candidates.images, np.arange(len(letterboxes) + 1))
 
@@ -313,7 +316,7 @@ def _from_candidates(
         order = _best(scores)
         order = order[scores[order] > nms.confidence]
         boxes, classes = candidates.boxes[mine][order], candidates.classes[mine][order]
-        return _finish(boxes, scores[order], classes, nms, letterboxes[index], clip)
+        return _finish(boxes, scores[order], classes, nms, letterboxes[index], clip=clip)
 
     return of_image
 
@@ -322,6 +325,7 @@ def _from_suppressed(
     suppressed: Suppressed,
     nms: NmsSettings,
     letterboxes: Sequence[Letterbox],
+    *,
     clip: bool,
     class_names: tuple[str, ...],
 ) -> list[Detections]:
@@ -349,9 +353,9 @@ def _from_suppressed(
         if number == 1:
             (count,) = counts
             kept = boxes[0, :count], scores[0, :count], classes[0, :count]
-            return [_in_source(*kept, letterboxes[0], clip, class_names)]
+            return [_in_source(*kept, letterboxes[0], clip=clip, class_names=class_names)]
         with np.errstate(all="ignore"):  # rows that hold no box hold anything
-            boxes = to_sources(boxes[:number], letterboxes, clip)
+            boxes = to_sources(boxes[:number], letterboxes, clip=clip)
             if clip:
                 is_visible = boxes[..., 2] > boxes[..., 0]
                 is_visible &= boxes[..., 3] > boxes[..., 1]

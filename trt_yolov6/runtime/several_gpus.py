@@ -79,7 +79,7 @@ def check_gpus(count: int) -> tuple[str, ...]:
     if count > len(found):
         raise UserError(
             f"this process may use {len(found)} NVIDIA GPUs, not {count}; give a smaller `gpus`, "
-            "or look at CUDA_VISIBLE_DEVICES.",
+            "or check CUDA_VISIBLE_DEVICES.",
         )
     return found[:count]
 
