@@ -142,6 +142,7 @@ class Detections:
 
 
 _DTYPES = np.dtype(np.float32), np.dtype(np.float32), np.dtype(np.int64)
+"""Of the arrays of `Detections`."""
 
 
 def _bytes_of(array: NDArray[Any]) -> bytearray:
@@ -155,8 +156,13 @@ def _unpickled(
     class_names: tuple[str, ...],
     path: Path | None,
 ) -> Detections:
-    boxes, scores, classes = map(np.frombuffer, (xyxy, confidence, class_id), _DTYPES)
-    return Detections(boxes.reshape(-1, 4), scores, classes, class_names, path)
+    return Detections(
+        np.frombuffer(xyxy, np.float32).reshape(-1, 4),
+        np.frombuffer(confidence, np.float32),
+        np.frombuffer(class_id, np.int64),
+        class_names,
+        path,
+    )
 
 
 def postprocess(

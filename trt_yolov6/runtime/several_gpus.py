@@ -38,11 +38,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _AHEAD = 32
-"""Batches a GPU may be ahead of the one whose results come next: more than a process has at work and
-asks for, so that GPUs hardly wait for each other."""
+"""Batches a GPU may be ahead of the one whose results come next: more than a process has at work
+and asks for, so that GPUs hardly wait for each other."""
 _ASKED = 4
-"""Batches that a process asks for at a time, and at least has there, not begun: it does not wait for
-the next one then."""
+"""Batches that a process asks for at a time, while it still has as many: it does not wait for them
+then."""
 _PATIENCE = 10
 """Seconds that a process has to end by itself."""
 
