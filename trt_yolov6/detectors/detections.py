@@ -142,7 +142,7 @@ class Detections:
 
 
 _DTYPES = np.dtype(np.float32), np.dtype(np.float32), np.dtype(np.int64)
-"""Of the arrays of `Detections`."""
+"""The usual dtypes of boxes, scores and classes."""
 
 
 def _bytes_of(array: NDArray[Any]) -> bytearray:
