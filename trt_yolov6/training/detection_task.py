@@ -74,10 +74,6 @@ def detection_task(
     )
     data = _training_data(settings, folder, processes, validation, progress)
     start = starting_model(settings, data.class_names, scales=scales)
-    notes = start.notes
-    if data.report.problems:
-        problems = f"{len(data.report.problems)} problems of the data were left out of training"
-        notes = (f"{problems}; see {folder / DATA_REPORT_FILE}.", *notes)
     device = processes.device
     model = placed(start.model.train(), device)
     plan = make_plan(
@@ -119,9 +115,17 @@ def detection_task(
         clip_norm=settings.optimizer.clip_norm,
         keeps_gradients=is_graphed,
     )
+    notes = (*_notes(data, folder), *start.notes)
     return DetectionTask(
         task, settings, average, validation, autocast is not None and on_gpu, notes
     )
+
+
+def _notes(data: TrainingSet, folder: Path) -> tuple[str, ...]:
+    count, place = len(data.report.problems), folder / DATA_REPORT_FILE
+    if not count:
+        return ()
+    return (f"{count} problems of the data were left out of training; see {place}.",)
 
 
 def _check_device(settings: TrainSettings, processes: Processes) -> None:
