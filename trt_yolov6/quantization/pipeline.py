@@ -4,8 +4,8 @@
 
 No calibrator and no equalization wins everywhere: min-max takes nothing from one network and much
 from another, entropy the reverse. So the default tries them (`search`): half of the calibration
-images make a candidate, and the other half show how well its detections agree with the float
-network's. No labels are needed.
+images make a candidate, the other half tell how well its detections agree with the float network's.
+No labels are needed.
 
 FP8 goes the same way, without entropy calibration, multiplications after activations, ranking of
 layers and reconstruction, which assume INT8's uniform grid.
