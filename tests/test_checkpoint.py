@@ -406,6 +406,8 @@ def test_four_levels_without_the_bifusion_that_every_release_has_there_are_refus
     for name in [name for name, _ in model.neck.named_children() if name.startswith("Bifusion")]:
         delattr(model.neck, name)
     assert "neck.Bifusion0" in refusal(write_checkpoint(tmp_path / "x.pt", model))
+    model.backbone.ERBlock_7 = model.backbone.ERBlock_6
+    assert "with 7 stages" in refusal(write_checkpoint(tmp_path / "x.pt", model))
 
 
 @pytest.mark.parametrize(

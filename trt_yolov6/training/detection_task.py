@@ -92,7 +92,7 @@ def detection_task(
     average = WeightAverage(model, *average_for(plan.total_updates, settings.ema_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     teacher = _teacher(settings, model, data.class_names, device)
-    is_graphed = _is_graphed(settings, device, autocast)
+    is_graphed = uses_cuda_graphs(settings, device, autocast)
     network = _wrapped(model, settings, processes, autocast if is_graphed else None)
 
     task = Task(
@@ -164,10 +164,10 @@ def _training_data(
     return data
 
 
-def _is_graphed(
+def uses_cuda_graphs(
     settings: TrainSettings, device: torch.device, autocast: torch.dtype | None
 ) -> bool:
-    """Return whether the network's passes become CUDA graphs: in what has been tried on a GPU."""
+    """Return whether the network's passes run as CUDA graphs: only in tried settings."""
     plain = settings.compile or settings.deterministic
     return (
         device.type == "cuda" and autocast == torch.bfloat16 and settings.cuda_graphs and not plain
