@@ -199,7 +199,7 @@ def _packed(step: Processed[Any, bytes]) -> Processed[Any, bytes]:
 
 
 def _unpacked(step: Processed[Any, bytes], chunk: list[Any]) -> Processed[Any, Any]:
-    """Return what `_packed` was given, but for images; `chunk` are the items of the batch."""
+    """Undo `_packed`, except that images are gone; `chunk` are the items of the batch."""
     batch = step.batch
     if not batch.failures:
         batch = dataclasses.replace(batch, items=tuple(chunk))
