@@ -248,11 +248,16 @@ def test_agreement_counts_classes_that_the_graph_does_not_tell(tmp_path: Path) -
         ("ppyoloe-nms", "ppyoloe .*, ppyoloe-plus"),
     ],
 )
-def test_what_a_graph_does_not_tell_is_asked(name: str, choices: str, tmp_path: Path) -> None:
+def test_what_a_graph_does_not_show_is_asked(name: str, choices: str, tmp_path: Path) -> None:
     path = written(name, tmp_path)
     for attempt in (graph_from_onnx, load_engine):
         with pytest.raises(UserError, match=f"name one as `decoder`: {choices}"):
             attempt(path)
+
+
+def test_two_free_axes_leave_rows_and_columns_open() -> None:
+    with pytest.raises(UserError, match=r"that several families share.*yolov5.*yolov8"):
+        recognize(facts(("output0", (1, None, None))), "free.onnx")
 
 
 def test_rows_decoded_with_an_exponential_are_yolox_or_the_first_yolov6(tmp_path: Path) -> None:
