@@ -255,9 +255,11 @@ def test_what_a_graph_does_not_show_is_asked(name: str, choices: str, tmp_path: 
             attempt(path)
 
 
-def test_two_free_axes_leave_rows_and_columns_open() -> None:
-    with pytest.raises(UserError, match=r"that several families share.*yolov5.*yolov8"):
-        recognize(facts(("output0", (1, None, None))), "free.onnx")
+def test_axes_of_one_length_are_rows_or_columns_and_free_ones_are_rows() -> None:
+    with pytest.raises(UserError, match=r"that several families share.*yolov6.*yolov8"):
+        recognize(facts(("output0", (1, 300, 300))), "square.onnx")
+    family, layout = recognize(facts(("output0", (1, None, None))), "free.onnx")
+    assert (family.name, layout) == ("yolov6", "rows")
 
 
 def test_rows_decoded_with_an_exponential_are_yolox_or_the_first_yolov6(tmp_path: Path) -> None:
