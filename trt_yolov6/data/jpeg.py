@@ -36,7 +36,6 @@ class JpegHeader:
     width: int
     orientation: int
     """EXIF orientation, 1 to 8; from 5 on it is shown turned by a quarter."""
-    is_progressive: bool
 
     @property
     def size(self) -> tuple[int, int]:
@@ -129,7 +128,7 @@ def _header(marker: int, frame: bytes, orientation: int) -> JpegHeader | None:
             return None
     elif components != 1:
         return None
-    return JpegHeader(height, width, orientation, marker == 0xC2)
+    return JpegHeader(height, width, orientation)
 
 
 def exif_orientation(tiff: bytes) -> int:
