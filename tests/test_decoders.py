@@ -104,7 +104,7 @@ def decoder_of(name: str) -> str | None:
     return EXPORTS[name].family if EXPORTS[name].named else None
 
 
-def check_found(found: Detections, boxes: NDArray[np.float64], score: float) -> None:
+def assert_found(found: Detections, boxes: NDArray[np.float64], score: float) -> None:
     """Assert that the painted cells were found, and nothing else."""
     wanted = sorted(
         (label, *box) for (_, _, label), box in zip(families.OBJECTS, boxes.tolist(), strict=True)
@@ -132,7 +132,7 @@ def test_what_is_painted_is_found_through_a_built_engine(name: str, tmp_path: Pa
     with load_engine(built.path) as engine:
         count = 1 if engine.batch.is_static else 3
         for found in detect(engine, [image] * count, OPTIONS):
-            check_found(found, boxes, export.score)
+            assert_found(found, boxes, export.score)
 
 
 @each_export
@@ -143,7 +143,7 @@ def test_a_bare_file_is_read_alike(name: str, tmp_path: Path) -> None:
         assert (engine.decoder, engine.output_layout) == (export.family, export.layout)
         image, boxes = families.picture(engine.preprocessing.fit)
         (found,) = detect(engine, [image], OPTIONS)
-    check_found(found, boxes, export.score)
+    assert_found(found, boxes, export.score)
 
 
 @each_export
@@ -248,11 +248,18 @@ def test_agreement_counts_classes_that_the_graph_does_not_tell(tmp_path: Path) -
         ("ppyoloe-nms", "ppyoloe .*, ppyoloe-plus"),
     ],
 )
-def test_what_a_graph_does_not_tell_is_asked(name: str, choices: str, tmp_path: Path) -> None:
+def test_what_a_graph_does_not_show_is_asked(name: str, choices: str, tmp_path: Path) -> None:
     path = written(name, tmp_path)
     for attempt in (graph_from_onnx, load_engine):
         with pytest.raises(UserError, match=f"name one as `decoder`: {choices}"):
             attempt(path)
+
+
+def test_axes_of_one_length_are_rows_or_columns_and_free_ones_are_rows() -> None:
+    with pytest.raises(UserError, match=r"that several families share.*yolov6.*yolov8"):
+        recognize(facts(("output0", (1, 300, 300))), "square.onnx")
+    family, layout = recognize(facts(("output0", (1, None, None))), "free.onnx")
+    assert (family.name, layout) == ("yolov6", "rows")
 
 
 def test_rows_decoded_with_an_exponential_are_yolox_or_the_first_yolov6(tmp_path: Path) -> None:

@@ -508,17 +508,15 @@ def test_what_convolutions_with_a_shared_weight_read_keeps_its_scale_and_its_mid
     assert channels.shiftable == frozenset()
 
 
-@pytest.mark.parametrize(("rows", "free"), [(2.0, 4), (None, 0)])
-def test_resized_channels_are_free_where_the_output_s_shape_is_known(
-    rows: float | None, free: int
+@pytest.mark.parametrize(("between", "free"), [("Relu", 4), ("Unknown", 0)])
+def test_channels_are_not_followed_through_an_unknown_operator_and_what_resizes_its_output(
+    between: str, free: int
 ) -> None:
     drawing = Drawing(0)
-    source = drawing.convolution("images")
-    if rows is None:
-        scales = drawing.add("CustomScales", ["images"], 0, domain="custom")
-    else:
-        scales = drawing.constant(np.array([1, 1, rows, rows], np.float32))
-    drawing.nodes.append(helper.make_node("Resize", [source, "", scales], ["large"]))
+    domain = "custom" if between == "Unknown" else ""
+    made = drawing.add(between, [drawing.convolution("images")], 4, domain=domain)
+    scales = drawing.constant(np.array([1, 1, 2, 2], np.float32))
+    drawing.nodes.append(helper.make_node("Resize", [made, "", scales], ["large"]))
     graph = helper.make_graph(
         drawing.nodes,
         "resized",
@@ -652,6 +650,16 @@ def test_the_noise_is_that_of_the_formula_however_channels_are_scaled() -> None:
         scaled = rescale(model, channels, factors.astype(np.float32))
         found = measured(scaled)
         assert noise_to_signal(scaled, found) == pytest.approx(expected_noise(scaled, found))
+
+
+def test_the_noise_does_not_depend_on_the_unit_of_what_channels_hold() -> None:
+    model = chain()
+    channels = trace_channels(model)
+    factors = np.full(channels.count, 2.0**-12, np.float32)
+    factors[FIXED] = 1
+    tiny = rescale(model, channels, factors)
+    before = noise_to_signal(model, measured(model))
+    assert noise_to_signal(tiny, measured(tiny)) == pytest.approx(before, rel=1e-3)
 
 
 def test_no_step_from_the_optimum_lessens_the_noise() -> None:
