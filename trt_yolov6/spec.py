@@ -15,6 +15,9 @@ PrecisionName = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
 """Lowest precision in a graph. `int8-dynamic` is ONNX Runtime's dynamic quantization: INT8 weights,
 activation ranges computed at run time."""
 
+EnginePrecision = Literal[PrecisionName, "unknown"]
+"""Precision of an engine: `unknown` for a plan without a manifest."""
+
 _PRECISION = re.compile(r"(fp32|fp16|int8|fp8)(\+fp16)?(?::(\d{1,4}|auto))?")
 
 
