@@ -127,7 +127,7 @@ def benchmark_stages(
 
     Args:
         engine: any loaded engine.
-        images: encoded pictures, or the files to read them from beforehand; the first `MAX_IMAGES`.
+        images: encoded images, or the files to read them from beforehand; the first `MAX_IMAGES`.
         options: thresholds; default: those of the COCO evaluation, which keep many boxes.
         batch: images a run.
         duration: seconds in all, a third of it for the whole.
