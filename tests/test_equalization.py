@@ -554,6 +554,8 @@ ALL = [0, 1, 2, 3, 4]
         ("ReduceMean", [[2, 3]], {}, [ALL]),
         ("ReduceMean", [[-1]], {"keepdims": 1}, [ALL]),
         ("ReduceMean", [[1]], {}, None),
+        ("ReduceMean", [], {"axes": [2, 3]}, [ALL]),  # before opset 18
+        ("ReduceMean", [], {}, None),
     ],
 )
 def test_channels_are_followed_through_parts_of_tensors(

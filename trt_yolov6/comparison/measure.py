@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 EXAMPLE_CONFIDENCE = 0.4
-"""Score from which on a detection is shown in the report's pictures, as `infer` draws them."""
+"""Score from which on a detection is shown in the report's images, as `infer` draws them."""
 
 LAYER_TRIALS = 3
 """Times that layers are measured over, while others keep this process waiting."""

@@ -16,7 +16,7 @@ from trt_yolov6.common.closing import Closing
 from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, empty_input
+from trt_yolov6.spec import BatchProfile, EnginePrecision, NmsSettings, PrecisionName, empty_input
 from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class EngineFacts(Described):
     name: str
     """Its file name."""
     detector: DetectorSpec
-    precision: str
+    precision: EnginePrecision
     backend: str
 
 
@@ -322,8 +322,8 @@ class Engine(Described, Closing):
         return {name: getattr(self, name) for name in names} | {"image_size": self.image_size}
 
     @property
-    def precision(self) -> str:
-        """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
+    def precision(self) -> EnginePrecision:
+        """Precision in the manifest; `unknown` without one."""
         return self.manifest.precision if self.manifest else "unknown"
 
 
