@@ -134,7 +134,7 @@ def narrow(arch: Architecture) -> Architecture:
 
 
 def kinds_of_layers(name: str) -> Architecture:
-    """A variant but for its name and numbers of channels."""
+    """A variant that differs in name and numbers of channels only."""
     arch = narrow(architecture(name, num_classes=2))
     return dataclasses.replace(arch, name="", stage_channels=(), neck_channels=())
 
