@@ -75,7 +75,7 @@ class BenchmarkResult:
     """The GPU the engine ran on, its clocks read under load; None on a CPU, or if unknown."""
     versions: dict[str, str]
     date: str
-    """When the measurement ended, ISO 8601 with the offset from UTC."""
+    """End of the measurement, ISO 8601 with the offset from UTC."""
 
     @property
     def throughput_fps(self) -> float:

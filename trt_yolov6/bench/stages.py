@@ -1,4 +1,4 @@
-"""Where the time goes from JPEG files to boxes: each stage alone, what overlaps, and the whole.
+"""Time from JPEG files to boxes: each stage alone, what overlaps, and the whole.
 
 Stages of one place run one after the other; places run side by side, so that the whole can be as
 fast as the slowest place.

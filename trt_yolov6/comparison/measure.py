@@ -162,7 +162,7 @@ class Timings:
     """The rounds of all engines."""
 
     rounds: Mapping[tuple[str, int], list[Round]]
-    """By engine and batch size; the n-th rounds of all were side by side."""
+    """Rounds by engine and batch size; the n-th rounds of all were side by side."""
     clocks: Mapping[str, Any]
     """Clocks after the last round, see `machine.clocks`."""
 

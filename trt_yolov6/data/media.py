@@ -40,15 +40,15 @@ class Picture:
     """One encoded image, on disk or fetched."""
 
     name: str
-    """Its path below what was given, with slashes: the name of what is written of it."""
+    """Path below the source, with slashes: the name of the files written for it."""
     where: str
-    """For messages."""
+    """Address for messages."""
     source: Path | bytes
-    """Its file, or its content, if that was fetched."""
+    """File, or content that was fetched."""
 
     @property
     def path(self) -> Path | None:
-        """Its file; None if it was fetched."""
+        """File of the image; None if it was fetched."""
         return self.source if isinstance(self.source, Path) else None
 
     def read(self) -> NDArray[np.uint8]:
@@ -76,7 +76,7 @@ class Video:
     address: str
     """Path, address, or a camera's number."""
     name: str
-    """For file names: of a file its stem."""
+    """Stem of the names of its files."""
     is_live: bool
     """True for what has no end of its own."""
 
@@ -194,7 +194,7 @@ class Frame:
     image: NDArray[np.uint8]
     """uint8 (height, width, 3) RGB."""
     seconds: float
-    """When it is shown, since the first one."""
+    """Seconds since the first frame."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class ImplicitCalibration:
     images: Callable[[], Iterator[NDArray[Any]]] | None = None
     """Images as the graph takes them, one each time, float32 (1, 3, height, width)."""
     new_cache: Path | None = None
-    """Where to write the scales that calibrating found."""
+    """File to write the calibrated scales to."""
     fp16: bool = False
     """Layers outside INT8 may run in half precision."""
 
@@ -144,7 +144,7 @@ class EngineFacts(Described):
     """Facts of an engine that are known without loading it."""
 
     name: str
-    """Its file name."""
+    """File name of the engine."""
     detector: DetectorSpec
     precision: EnginePrecision
     backend: str

@@ -274,7 +274,7 @@ class _Truth:
     """A data set as a detector's results are held against it."""
 
     dataset: CocoDataset
-    """With the classes that count."""
+    """Categories of the data set, those that count."""
     categories: tuple[int | None, ...]
     """Category of each class of the engine; None where the data set lacks it."""
     rows: list[int | None]

@@ -41,7 +41,7 @@ class Parameters:
     preprocess: str = "{}"
     """Fields of `Preprocessing` that differ from the family's, as JSON."""
     confidence: float | None = None
-    """This and the next two are thresholds of images; default: as `infer`."""
+    """Threshold for entries that take images, like the next two; default: as `infer`."""
     iou: float | None = None
     max_detections: int | None = None
     max_pixels: int = MAX_PIXELS

@@ -93,7 +93,7 @@ class ServingSettings:
     max_queue_delay_us: int = 100
     """Microseconds a request waits at most for others to share a batch with."""
     default_cpu: bool = False
-    """Where `gpus` is None, ONNX files run on the CPU: the server has no GPU."""
+    """True for a server without a GPU: ONNX files run on the CPU if `gpus` is None."""
     predict: PredictOptions = dataclasses.field(default_factory=PredictOptions)
     """Thresholds of entries that take images; those that are None are as for `infer`."""
     extra: str = ""

@@ -37,7 +37,7 @@ class Convolution:
     """A Conv or ConvTranspose whose weights lie in the graph."""
 
     position: int
-    """Its place among the graph's nodes."""
+    """Index among the graph's nodes."""
     input: str
     output: str
     weight: str
@@ -106,7 +106,7 @@ class ChannelMap:
     classes: Mapping[str, Classes]
     """Class of each channel of a tensor (axis 1); tensors that keep their scale may be missing."""
     sources: Mapping[str, Classes]
-    """Where each channel was written: equal numbers are copies of one channel."""
+    """Origin of each channel, by tensor: equal numbers are copies of one channel."""
     count: int
     """Classes are numbered from 0, the fixed one, to count - 1."""
     convolutions: tuple[Convolution, ...]
