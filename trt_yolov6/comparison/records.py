@@ -27,7 +27,7 @@ from trt_yolov6.data.calibration import evenly
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 
 EXAMPLE_SIDE = 640
-"""Longer side of the pictures kept for the report, at most, in pixels."""
+"""Longer side of the images kept for the report, at most, in pixels."""
 
 
 def results_of(

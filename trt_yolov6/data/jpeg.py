@@ -50,7 +50,7 @@ class Jpeg:
 
     content: bytes
     name: str
-    """For messages."""
+    """Name for messages."""
     header: JpegHeader
 
     @property
