@@ -86,8 +86,12 @@ def split_images(paths: Sequence[Path]) -> tuple[ImageSplit, ...]:
 
 
 def images_to_build_from(folds: Sequence[ImageSplit]) -> tuple[Path, ...]:
-    """Return the images that what is built is made from, sorted: of several folds, all."""
-    return tuple(sorted({path for fold in folds for path in fold.calibrate}))
+    """Return the images that what is built is made from, sorted: all.
+
+    The half that judged has told what to do by then. Ranges of twice the images clip less of others:
+    it takes a twentieth to a tenth off the displacement.
+    """
+    return tuple(sorted({path for fold in folds for path in (*fold.calibrate, *fold.judge)}))
 
 
 def batches_of(graph: Graph, paths: Sequence[Path], border: int = 0) -> Iterator[NDArray[Any]]:

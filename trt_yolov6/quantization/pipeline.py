@@ -114,7 +114,8 @@ def quantize(
         _log.info(note)
     found: Found | None = None
     if table is not None:
-        variant, sources = variant_of(table), images_to_build_from(folds)
+        variant = variant_of(table)
+        sources = folds[0].calibrate if table.by_gradients else images_to_build_from(folds)
         prepared = prepare(graph, sources, settings, variant, measure=False)
         inputs = list(batches_of(graph, evenly(sources, FEWEST_IMAGES), settings.border))
         tuning = WeightTuning(prepared.model, inputs)
