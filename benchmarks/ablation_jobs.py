@@ -180,6 +180,7 @@ def settings_of(order: Order, variant: Variant) -> TrainSettings:
         seed=seed_of(variant, order.fold),
         train_split=train_split(order.fold),
         val_split=None,
+        eval_interval=0,  # nothing to evaluate: or checkpoints and states were written as often
         **others,
     )
     for change in variant.changes:
@@ -210,6 +211,7 @@ def _train(order: Order, variant: Variant) -> dict[str, Any]:
         "epoch_s": statistics.median(times),
         "train_s": sum(times),
         "loss": result.log[-1]["loss"],
+        "losses": [round(line["loss"], 4) for line in result.log],
         "notes": list(result.notes),
     }
 

@@ -161,6 +161,7 @@ def _entry(name: str, own: Sequence[dict[str, Any]], scores: Scores) -> dict[str
         "batch": own[0]["batch"],
         "epoch_s": _median(job.get("epoch_s") for job in own),
         "seconds": _median(job["seconds"] for job in own),
+        "losses": [job["loss"] for job in own if "loss" in job],
         "float_layers": [job["float_layers"] for job in own if job.get("float_layers")],
         "AP": {given: _figures(scores[name, given]) for given in own[0]["AP"]},
     }
@@ -280,6 +281,10 @@ PAIRS = (
     ("s-csp-longer", "s-longer"),
     ("n-default", "n-full"),
     ("s-default", "s-full"),
+    ("s-default", "n-default"),
+    ("l-by-kernel", "l"),
+    ("l-clipped", "l"),
+    ("l-slower", "l"),
 )
 """Variants that are compared outside Tables 2 to 14, each with what it is compared with."""
 

@@ -36,14 +36,14 @@ GPU_MEMORY = 74.0
 
 # Seconds of an epoch of 291 images: what an H100 computes at 640 pixels, and what a core needs to
 # give the orders, at any size; by the times of N, S, M and L side by side, T's guessed.
-_COMPUTED = {"n": 0.33, "t": 0.35, "s": 0.4, "m": 0.65, "l": 0.9, "l_relu": 0.9}
+_COMPUTED = {"n": 0.28, "t": 0.35, "s": 0.4, "m": 0.65, "l": 0.9, "l_relu": 0.9}
 _ORDERED = {"n": 0.45, "t": 0.5, "s": 0.55, "m": 0.6, "l": 0.7, "l_relu": 0.7}
 _CORES = 1.6
 """Cores that a training keeps busy."""
 _MEMORY = {"n": 4.5, "t": 6.5, "s": 7.0, "m": 18.0, "l": 24.0, "l_relu": 26.0}
-"""GB at 640 pixels and batch 32, with what PyTorch keeps for later; measured but for T and L-ReLU,
+"""GB at 640 pixels and batch 32, with what PyTorch keeps for later; measured, except T and L-ReLU,
 where M and L took 4.6 and 5.9 GB at 320 pixels."""
-_OVERHEAD = 10.0
+_OVERHEAD = 20.0
 _FOUND_BYTES = 14 * 2**20
 """Size of a file of detections, at most."""
 
@@ -76,9 +76,11 @@ def main() -> None:
     """Train what is missing, or score what is there."""
     options = _parser().parse_args()
     if options.list:
+        by_variant: dict[str, list[Job]] = {}
         for job in jobs_of(options):
-            if job.order["fold"] == options.folds[0]:
-                print(f"{job.order['variant']:28s} {len(options.folds)} x {job.seconds:5.0f} s")
+            by_variant.setdefault(job.order["variant"], []).append(job)
+        for name, own in by_variant.items():
+            print(f"{name:28s} {len(own)} x {own[0].seconds:5.0f} s")
     elif options.collect:
         result = collect(options.collect, options.data, limit=options.limit)
         write_json(options.json, result)
@@ -109,7 +111,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="results of earlier calls, whose trainings are not done again",
     )
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        type=_choice,
+        metavar="VARIANT[/FOLD]",
+        help="these variants, with what they need; `n-full/3`: one fold of it",
+    )
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
     parser.add_argument("--epochs", type=int, default=60, help="of the short schedule (60)")
     parser.add_argument("--size", type=int, default=320, help="of its images (320)")
@@ -125,6 +133,16 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, default=Path("benchmarks/results/ablations.json"), help="of --collect"
     )
     return parser
+
+
+def _choice(text: str) -> tuple[str, int | None]:
+    """Read a variant of `--only`, with its fold or None for those of `--folds`."""
+    name, slash, fold = text.partition("/")
+    if name not in VARIANTS:
+        raise argparse.ArgumentTypeError(f"there is no variant {name}; `--list` prints them all.")
+    if slash and fold not in map(str, range(FOLDS)):
+        raise argparse.ArgumentTypeError(f"{text} is of no fold; give 0 to {FOLDS - 1}.")
+    return name, int(fold) if slash else None
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -267,9 +285,11 @@ def take_over(folders: Iterable[Path], state: Path, jobs: Sequence[Job]) -> set[
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """Return the jobs of the options, variant by variant, in the order given."""
-    wanted: dict[str, None] = {}
-    for name in options.only or VARIANTS:
-        wanted |= dict.fromkeys([*_all_needs(name), name])
+    wanted: dict[str, list[int]] = {}
+    for name, fold in options.only or [(name, None) for name in VARIANTS]:
+        for needed in (*_all_needs(name), name):
+            own = wanted.setdefault(needed, [])
+            own += [one for one in (options.folds if fold is None else [fold]) if one not in own]
     device = "cpu" if options.gpus == "cpu" else "cuda"
     epochs_of = {
         "short": options.epochs,
@@ -277,11 +297,11 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         "full": options.full_epochs,
     }
     jobs = []
-    for name in wanted:
+    for name, folds in wanted.items():
         variant = VARIANTS[name]
         size = options.full_size if variant.schedule == "full" else options.size
         epochs = max(1, round(epochs_of[variant.schedule] * variant.stretch))
-        for fold in options.folds:
+        for fold in folds:
             order = {
                 "variant": name,
                 "fold": fold,

@@ -60,7 +60,7 @@ def calibration_folder(root: Path, fold: int) -> Path:
 
 
 def deal(images: int, folds: int = FOLDS, seed: int = 0) -> NDArray[np.int64]:
-    """Return the fold of each image: (images,), sizes equal but for one image."""
+    """Return the fold of each image: (images,), sizes equal except for one image."""
     return np.random.default_rng(seed).permutation(images) % folds
 
 

@@ -422,7 +422,7 @@ class _OnnxRuntime:
 
 @dataclass(frozen=True)
 class _ModelOpt:
-    """NVIDIA ModelOpt's command, with its defaults but for the precision of the rest: FP32."""
+    """NVIDIA ModelOpt's command, with its defaults except for the precision of the rest: FP32."""
 
     task: Task
     float_graph: Path

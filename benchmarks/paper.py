@@ -146,7 +146,7 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], dict[str, tuple[float | None, ...]]]
         },
     ),
 }
-"""Tables 2 to 14, but for 5, by number: networks, and AP in percent by choice and network.
+"""Tables 2 to 14, except for 5, by number: networks, and AP in percent by choice and network.
 
 Of Table 14, `+ 16` is the image as it is with 16 gray pixels on every side, `- 6 + 3` the image
 shrunk by 6 pixels and 3 gray ones around it; fading: Mosaic is off in the last epochs.
@@ -174,7 +174,7 @@ TABLE_17 = (
     ("YOLOv6-S, FP16", 43.4, 377, 541),
     ("YOLOv6-S, their QAT", 43.3, 596, 869),
 )
-"""Model, AP in percent, FPS at batch 1 and 32; INT8 but for one row."""
+"""Model, AP in percent, FPS at batch 1 and 32; INT8 except for one row."""
 
 TABLE_20 = (
     ("YOLOv5-N", 640, 118.9),

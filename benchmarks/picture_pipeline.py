@@ -599,7 +599,7 @@ def content_of(path: Path) -> bytes:
 
 
 def open_kept(path: Path) -> Jpeg | NDArray[np.uint8]:
-    """Do what `open_image` does, but for reading the file again."""
+    """Do what `open_image` does, except for reading the file again."""
     return open_image(content_of(path))
 
 

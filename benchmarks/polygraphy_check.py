@@ -40,7 +40,7 @@ TOLERANCE = 1e-3
 """Largest difference from Polygraphy's outputs: its Euclidean norm over the output's."""
 
 QUANTIZED_TOLERANCE = 0.05
-"""The same for a Q/DQ graph in ONNX Runtime. Its pairs round float sums there and whole numbers in
+"""The same for a Q/DQ graph in ONNX Runtime. Its pairs round float sums there and integers in
 our engine, and where a value lies between two codes, they take different ones. A plan is the same
 arithmetic on both sides."""
 

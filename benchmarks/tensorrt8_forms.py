@@ -153,6 +153,42 @@ def shortcuts(
     return part.model(2 * size, part.conv(tensor, (channels, 16), 1))
 
 
+def weighted_shortcuts(form: str, channels: int = 128, size: int = 80) -> onnx.ModelProto:
+    """Return a stack of L: four blocks with SiLU and weighted shortcuts, and the other path.
+
+    Args:
+        form: `sum`, `plain` (without the factor: what it costs), `convolution` (the factor and the
+            sum as a 1x1 convolution of both terms) or `none` (no shortcuts).
+        channels: of every tensor.
+        size: width and height of every tensor.
+    """
+    part, same, factor = Part(), (channels, channels), 0.75
+
+    def block(source: str, kernel: int) -> str:
+        inner = part.conv(source, same, kernel)
+        return part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+
+    whole = part.conv_relu("images", (3, channels), 3, 2)
+    tensor, other = block(whole, 1), block(whole, 1)
+    for _ in range(4):
+        inner = block(block(tensor, 3), 3)
+        if form == "sum":
+            number = part.constant(np.array(factor, np.float32))
+            tensor = part.node("Add", [inner, part.node("Mul", [tensor, number])])
+        elif form == "plain":
+            tensor = part.node("Add", [inner, tensor])
+        elif form == "convolution":
+            eye = np.eye(channels, dtype=np.float32)
+            weights = np.concatenate([eye, factor * eye], axis=1)[:, :, None, None]
+            tensor = part.conv_by(part.node("Concat", [inner, tensor], axis=1), weights)
+        else:
+            tensor = inner
+    tensor = part.conv_relu(
+        part.node("Concat", [tensor, other], axis=1), (2 * channels, channels), 1
+    )
+    return part.model(2 * size, part.conv(tensor, (channels, 16), 1))
+
+
 def upsampling(form: str, channels: int = 64, size: int = 80) -> onnx.ModelProto:
     """Return the upsampling of a neck: `transposed`, or `shuffled` (a 1x1 one, DepthToSpace)."""
     part, same = Part(), (channels, channels)
@@ -181,22 +217,91 @@ def class_branch(channels: int = 64, size: int = 80, classes: int = 80) -> onnx.
     return part.model(2 * size, part.node("Sigmoid", [rows]))
 
 
+def class_scores(form: str, classes: int = 80, size: int = 80) -> onnx.ModelProto:
+    """Return the class branches of a head's three levels, joined to (batch, anchors, classes).
+
+    Args:
+        form: `rows` (each level transposed as an image, then joined, as exported), `columns` (the
+            same after a Reshape), `early` (`rows` after the Sigmoid), `joined` (joined, then
+            transposed), `last` (the same after the Sigmoid), `product` (the prediction as a matrix
+            product that writes rows), or `bare` (not transposed at all: what the rest takes).
+        classes: number of classes.
+        size: width of the finest level in cells.
+    """
+    part, found = Part(), []
+    trunk = part.conv_relu("images", (3, 64), 3, 2)
+    for index, channels in enumerate((64, 128, 256)):
+        if index:
+            trunk = part.conv_relu(trunk, (channels // 2, channels), 3, 2)
+        inner = part.conv(trunk, (channels, channels), 3)
+        inner = part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+        cells = (size >> index) ** 2
+        if form == "product":
+            shape = part.constant(np.array([BATCH, channels, cells]))
+            rows = part.node("Transpose", [part.node("Reshape", [inner, shape])], perm=[0, 2, 1])
+            weights = np.full((channels, classes), 0.01, np.float32)
+            found.append(part.node("MatMul", [rows, part.constant(weights)]))
+            continue
+        logits = part.conv(inner, (channels, classes), 1)
+        if form == "early":
+            logits = part.node("Sigmoid", [logits])
+        if form in ("rows", "early"):
+            last = part.node("Transpose", [logits], perm=[0, 2, 3, 1])
+            shape = part.constant(np.array([BATCH, cells, classes]))
+            found.append(part.node("Reshape", [last, shape]))
+            continue
+        flat = part.node("Reshape", [logits, part.constant(np.array([BATCH, classes, cells]))])
+        if form == "columns":
+            flat = part.node("Transpose", [flat], perm=[0, 2, 1])
+        found.append(flat)
+    in_rows = form in ("rows", "early", "columns", "product")
+    whole = part.node("Concat", found, axis=1 if in_rows else 2)
+    if form == "joined":
+        whole = part.node("Transpose", [whole], perm=[0, 2, 1])
+    if form != "early":
+        whole = part.node("Sigmoid", [whole])
+    if form == "last":
+        whole = part.node("Transpose", [whole], perm=[0, 2, 1])
+    return part.model(2 * size, whole)
+
+
 def quantized(
     model: onnx.ModelProto,
     change: Callable[[onnx.ModelProto, Placement], Placement] = lambda _, placement: placement,
     exclude: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """Return a part in INT8 and half precision, as `build` places the pairs but for a change."""
+    """Return a part in INT8 and half precision, as `build` places the pairs except for a change."""
     placement = change(model, place(model, exclude))
     return insert_qdq(model, placement, dict.fromkeys(placement.tensors, AMAX), fp16=True)
 
 
 def _with_both_terms(model: onnx.ModelProto, placement: Placement) -> Placement:
-    """Quantize what ReLUs write for sums, too."""
-    wanted = {node.input[0] for node in model.graph.node if node.op_type == "Add"}
+    """Quantize both terms of sums, too."""
+    wanted = {name for node in model.graph.node if node.op_type == "Add" for name in node.input}
     order = ["images", *(name for node in model.graph.node for name in node.output)]
     tensors = sorted(wanted.union(placement.tensors), key=order.index)
     return dataclasses.replace(placement, tensors=tuple(tensors))
+
+
+def _with_factors_in_scales(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
+    """Multiply the second terms of sums by a factor, by dequantizing their codes with its scale."""
+    found = {node.output[0]: node for node in model.graph.node}
+    scales = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Add":
+            pair = found[node.input[1]]
+            value = np.asarray(scales[pair.input[1]] * factor)
+            name = f"{node.output[0]}/factor"
+            model.graph.initializer.append(numpy_helper.from_array(value, name))
+            read = [pair.input[0], name, *pair.input[2:]]
+            nodes.append(helper.make_node("DequantizeLinear", read, [f"{name}/term"], f"{name}/dq"))
+            node.input[1] = f"{name}/term"
+        nodes.append(node)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    return model
 
 
 def forms() -> dict[str, onnx.ModelProto]:
@@ -210,6 +315,18 @@ def forms() -> dict[str, onnx.ModelProto]:
         found[f"{name}.int8-both_terms"] = quantized(row, _with_both_terms)
         found[f"{name}.int8-convolution"] = quantized(shortcuts("convolution", side))
         found[f"{name}.int8-without"] = quantized(shortcuts("none", side))
+    row = weighted_shortcuts("sum")
+    found["weighted_stack.fp16"] = to_fp16(row)
+    found["weighted_stack.int8"] = quantized(row)
+    found["weighted_stack.int8-both_terms"] = quantized(row, _with_both_terms)
+    plain = weighted_shortcuts("plain")
+    found["weighted_stack.int8-plain"] = quantized(plain)
+    found["weighted_stack.int8-plain_both_terms"] = quantized(plain, _with_both_terms)
+    found["weighted_stack.int8-scales"] = _with_factors_in_scales(
+        quantized(plain, _with_both_terms), 0.75
+    )
+    for form in ("convolution", "none"):
+        found[f"weighted_stack.int8-{form}"] = quantized(weighted_shortcuts(form))
     found["upsampling.fp16"] = to_fp16(upsampling("transposed"))
     found["upsampling.int8-transposed"] = quantized(upsampling("transposed"))
     found["upsampling.int8-shuffled"] = quantized(upsampling("shuffled"))
@@ -218,6 +335,9 @@ def forms() -> dict[str, onnx.ModelProto]:
     found["class_branch.fp16"] = to_fp16(branch)
     found["class_branch.int8"] = quantized(branch)
     found["class_branch.int8-prediction_in_float"] = quantized(branch, exclude=[last])
+    for form in ("rows", "early", "columns", "joined", "last", "product", "bare"):
+        found[f"class_scores.fp16-{form}"] = to_fp16(class_scores(form))
+        found[f"class_scores.int8-{form}"] = quantized(class_scores(form))
     return found
 
 

@@ -263,7 +263,7 @@ def _loaded_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reordered() -> Iterator[None]:
-    """Let trainings take the images of each batch in another order: the same but for rounding."""
+    """Reorder the images of each training batch, which changes only rounding."""
     import torch
 
     from trt_yolov6.training.dataset import TrainingSet

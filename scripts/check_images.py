@@ -3,7 +3,7 @@
     python3 scripts/check_images.py cpu          or tensorrt, or both
     python3 scripts/check_images.py --list cpu   the RUN lines alone
 
-The RUN lines are taken from the Dockerfile and run as they stand, but for the folders /src and
+The RUN lines are taken from the Dockerfile and run as they stand, except for the folders /src and
 /opt/trt-yolov6, which become folders of their own, and for the base image's Python packages. The
 health check, the entry point and the commands run as the image's user where this is root. Needs
 .venv (scripts/environment.sh) for an engine to run.
@@ -26,12 +26,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ("cpu", "tensorrt")
 PREFIXES = ("/src", "/opt/trt-yolov6")
-"""What the images have and this machine gets in a folder."""
+"""Folders of the images, which this machine gets under another root."""
 
 
 @dataclass(frozen=True)
 class Dockerfile:
-    """What a Dockerfile does, in order."""
+    """The steps of a Dockerfile, in order."""
 
     runs: tuple[str, ...]
     """Its RUN lines, of all stages."""

@@ -62,7 +62,7 @@ class Change:
     line: int
     what: str
     place: int
-    """Of the node that changes, as `ast.walk` counts them."""
+    """Index of the node that changes, as `ast.walk` counts them."""
     number: int
     """Which of the ways to change it."""
 

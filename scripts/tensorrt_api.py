@@ -78,7 +78,7 @@ assert logger_of(api).reason() == "tried"
 instance_of(Profiler, api.IProfiler), instance_of(OutputAllocator, api.IOutputAllocator)
 if hasattr(api, "IProgressMonitor"):
     instance_of(ProgressMonitor, api.IProgressMonitor, None)
-# What signatures do not tell: `Dims` can be iterated over, and a tuple goes for one.
+# Not in any signature: `Dims` can be iterated over, and a tuple is taken for one.
 assert tuple(api.Dims((1, 2))) == (1, 2)
 if hasattr(api, "PluginTensorDesc"):  # TensorRT 8 has no object to set one of
     described = api.PluginTensorDesc()
@@ -149,8 +149,8 @@ def python_310() -> str:
         if subprocess.run(ask, stdout=subprocess.PIPE, text=True).stdout.strip() == "3 10":
             return python
     raise SystemExit(
-        f"TensorRT 8 needs Python 3.10, and {python or 'python3.10'} is none; install it, or name "
-        "one by the environment variable PYTHON310."
+        f"TensorRT 8 needs Python 3.10, and {python or 'python3.10'} is not one; install it or "
+        "name one by the environment variable PYTHON310."
     )
 
 

@@ -151,7 +151,7 @@ def sample_320_ap(make_once: Callable[..., Any], sample_320: Graph) -> float:
 
 @dataclass(frozen=True)
 class Traced:
-    """What the package takes of a `torch.onnx.ONNXProgram`."""
+    """The part of a `torch.onnx.ONNXProgram` that the package uses."""
 
     content: bytes
 

@@ -4,7 +4,7 @@
 
 Each input runs in a process of its own, forked from one that has imported everything. A finding is
 an exit code other than 0, 1 and 2, a traceback, more than 60 seconds or 4 GiB, or a file that a
-refused command left behind. Inputs that bring the package's own lines to run that no earlier one
+refused command left. Inputs that bring the package's own lines to run that no earlier one
 did are mutated further, for the kinds that Python reads; for the others, inputs with a message that
 is new. The seed decides all, so that a run can be repeated.
 """
@@ -63,7 +63,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one input."""
+    """The result of one input."""
 
     code: int
     seconds: float
@@ -71,21 +71,21 @@ class Outcome:
     """Bytes of memory at most."""
     error: str
     feedback: frozenset[Any]
-    left_behind: tuple[str, ...]
+    left_over: tuple[str, ...]
 
     @property
     def fault(self) -> str | None:
-        """What is wrong, or None."""
+        """The fault in one or two words; None for none."""
         if "Traceback" in self.error:
             return "a traceback"
         if self.code not in (0, 1, 2):
             return f"exit code {self.code}" if self.code != -signal.SIGKILL else "a hang or a kill"
         if self.peak > MEMORY:
             return f"{self.peak / 2**30:.1f} GiB"
-        if self.code == 2 and self.left_behind:
-            return f"left behind: {', '.join(self.left_behind)}"
-        if any(name.startswith(".") for name in self.left_behind):
-            return f"half written: {', '.join(self.left_behind)}"
+        if self.code == 2 and self.left_over:
+            return f"left: {', '.join(self.left_over)}"
+        if any(name.startswith(".") for name in self.left_over):
+            return f"half written: {', '.join(self.left_over)}"
         if self.code == 2 and not self.error.strip().splitlines()[-1:]:
             return "no word"
         return None
@@ -519,7 +519,7 @@ def kinds(folder: Path, setting: Path) -> list[Kind]:
 
 
 def fuzz(count: int, seed: int, names: list[str] | None, keep: Path | None) -> int:
-    """Run so many inputs; return how many were at fault."""
+    """Run `count` inputs; return the number of those that showed a fault."""
     import_everything()
     rng = random.Random(seed)
     faults = 0

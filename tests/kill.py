@@ -93,7 +93,7 @@ def prepare(inputs: Path) -> None:
 
 
 def faults_in(folder: Path) -> list[str]:
-    """Return what is wrong with the files of a folder, hidden ones aside: those are temporary."""
+    """Return the faults of the files of a folder, hidden ones aside: those are temporary."""
     import onnx
     import torch
 
@@ -179,7 +179,7 @@ def _empty(path: str, flags: int) -> None:
 
 
 def kill_often(count: int, seed: int, names: list[str] | None) -> int:
-    """Kill so many runs; return how many left something that is not whole."""
+    """Kill runs at random moments; return how many left something that is not whole."""
     import_everything()
     rng = random.Random(seed)
     faults = 0

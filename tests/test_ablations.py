@@ -42,7 +42,7 @@ from benchmarks.folds import (
     write_folds,
 )
 from benchmarks.packing import MARK, Claims, Job, Schedule, run_jobs
-from benchmarks.paper_tables import sentence, verdict
+from benchmarks.paper_tables import broke_away, sentence, verdict
 from benchmarks.training_speed import COMMON, parts_of, write_repeated
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.detectors.detections import Detections
@@ -71,7 +71,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folds(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Those images, dealt into folds."""
+    """The images of `source`, dealt into folds."""
     return write_folds(source, tmp_path_factory.mktemp("folds"))
 
 
@@ -386,6 +386,23 @@ def test_variants_are_trained_in_the_order_given_each_after_what_it_needs() -> N
     assert names == ["s-v1-search", "s-v1-rep", "s-v1-rep-ptq", "n", "s-search"]
 
 
+def test_one_fold_of_a_variant_can_be_asked_for() -> None:
+    only = ["--only", "s-rep/3", "n", "s-search/1", "s-search/3"]
+    jobs = jobs_of(_parser().parse_args([*only, "--folds", "0", "1"]))
+    names = ["s-search/3", "s-search/1", "s-rep/3", "n/0", "n/1"]
+    assert [job.name for job in jobs] == names
+    assert jobs[2].needs == ("s-search/3",)
+
+
+@pytest.mark.parametrize("wrong", ["n-defualt", "n/5", "n/", "n/one"])
+def test_a_variant_or_fold_that_is_not_there_is_refused(
+    wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["--only", wrong])
+    assert wrong in capsys.readouterr().err
+
+
 def test_our_tables_are_grids_of_the_papers() -> None:
     for number, table in TABLES.items():
         networks, theirs = paper.ABLATIONS[number]
@@ -441,6 +458,21 @@ def test_a_sentence_counts_the_comparisons_and_says_what_could_be_shown() -> Non
         "N); cannot tell in 1 of 3 comparisons. The smallest difference that this can show is "
         "about 0.5 points."
     )
+
+
+def test_trainings_whose_loss_ended_high_are_named_with_the_table() -> None:
+    variants = {
+        "l": {"losses": [1.9, 2.2, 1.9, 1.8, 2.0]},
+        "l-wide-neck": {"losses": [2.0, 2.1, 1.9, 2.0, 2.1]},
+        "m": {"losses": [9.0, 1.0, 1.0, 1.0, 1.0]},  # in another table
+    }
+    assert broke_away(TABLES["3"], variants).startswith(
+        "Of these 10 trainings 1 broke away: the loss ended more than a tenth above the median of "
+        "the five folds (fold 1 of slender and deep: 2.20, not 1.90). "
+    )
+    again = {"l": {"losses": [1.9, 2.0]}, "l-again": {"losses": [1.0, 1.0, 3.0]}}
+    assert "fold 2 of slender and deep, other seeds: 3.00" in broke_away(TABLES["3"], again)
+    assert broke_away(TABLES["3"], {"l": {"losses": [1.9, 2.0]}}) == ""
 
 
 def _compared(network: str, row: str, value: float, half: float) -> dict[str, Any]:

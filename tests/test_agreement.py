@@ -64,9 +64,9 @@ def test_a_box_counts_at_the_overlaps_it_reaches() -> None:
 def test_a_new_object_costs_as_much_as_its_score_ranks_it() -> None:
     reference = [detections((*LEFT, 0.6, 0))]
     before = [detections((*RIGHT, 0.7, 0), (*LEFT, 0.6, 0))]
-    behind = [detections((*LEFT, 0.6, 0), (*RIGHT, 0.5, 0))]
+    after = [detections((*LEFT, 0.6, 0), (*RIGHT, 0.5, 0))]
     assert agreement(reference, before) == pytest.approx(0.5)
-    assert agreement(reference, behind) == pytest.approx(1)
+    assert agreement(reference, after) == pytest.approx(1)
 
 
 def test_an_object_of_another_class_or_image_is_not_the_object() -> None:

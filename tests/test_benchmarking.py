@@ -210,7 +210,7 @@ def test_runs_are_known_by_how_long_they_waited_for_a_processor() -> None:
 def test_disturbed_runs_are_left_out_or_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    """As `compare` does: where most runs are disturbed, all count and the figure has a star."""
+    """Where most runs are disturbed, all count and the figure has a star, as in `compare`."""
     generator = np.random.default_rng(0)
     waited = 0.0
 

@@ -100,7 +100,7 @@ BAD = {
     "a range of text": damaged(lambda v: v["tensors"]["x"].update(amax="wide")),
     "a range of zero": damaged(lambda v: v["tensors"]["x"].update(amax=0)),
     "an infinite range": damaged(lambda v: v["tensors"]["x"].update(amax=1e999)),
-    "a range that is no number": damaged(lambda v: v["tensors"]["x"].update(amax=float("nan"))),
+    "a range that is not a number": damaged(lambda v: v["tensors"]["x"].update(amax=float("nan"))),
     "a key of numbers": damaged(lambda v: v["key"].update(model_sha256=3)),
 }
 

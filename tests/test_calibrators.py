@@ -166,7 +166,7 @@ def test_mse_is_within_a_percent_of_the_best_of_all_candidates(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["normal", "laplace", "relu", "uniform"])
 def test_mse_finds_the_best_of_1024_magnitudes(kind: str) -> None:
-    """Of an error with one minimum the finer search, around the best of 64, is a whole one."""
+    """Where the error has one minimum, the finer search around the best of 64 equals a full one."""
     statistics = in_pieces(samples(kind, 60_000))
     every = statistics.amax * np.arange(1, 1025) / 1024
     best = every[np.argmin(quantization_error(statistics, every))]

@@ -41,7 +41,7 @@ REFERENCE = ROOT.parent / "shared" / "checkpoints" / "yolov6n_bccd.reference.npz
 
 
 def refusal(path: Path) -> str:
-    """Return the sentence that refuses a file; fail where it is none, or not one."""
+    """Return the sentence that refuses a file; fail where that is not one sentence."""
     with pytest.raises(UserError) as caught:
         load_checkpoint(path)
     message = str(caught.value)
@@ -173,7 +173,7 @@ KINDS = {
     "RepOptimizer": narrow("yolov6s", block="opt"),
     "RepOptimizer's search": narrow("yolov6s", block="hs"),
     "CSP 2/3 with DFL": narrow("yolov6m"),
-    "CSP 1/2, SiLU but for the neck's ReLU, plain convolutions, DFL": narrow("yolov6l"),
+    "CSP 1/2, SiLU except for the neck's ReLU, plain convolutions, DFL": narrow("yolov6l"),
     "CSP 1/2, ReLU, DFL": narrow("yolov6l_relu"),
     "DFL with fewer bins": narrow("yolov6m", bins=7),
     "one class": narrow("yolov6n", classes=1),
@@ -328,7 +328,7 @@ def test_batch_normalization_constants_come_from_the_file(tmp_path: Path) -> Non
 
 def test_the_moving_average_wins_over_the_model(tmp_path: Path) -> None:
     model, average = authors_model(KINDS["plain"], 1), authors_model(KINDS["plain"], 2)
-    # As while training goes on: with an optimizer's state and NumPy's numbers beside the network.
+    # As while training goes on: with an optimizer's state and NumPy's numbers next to the network.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.rand(1, 3, 64, 64))[0][0].sum().backward()
     optimizer.step()
@@ -350,7 +350,7 @@ def test_a_model_saved_without_its_wrapping_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("on_model", "beside", "count", "expected"),
+    ("on_model", "in_file", "count", "expected"),
     [
         (["a", "b"], None, 2, ("a", "b")),
         ({1: "b", 0: "a"}, None, 2, ("a", "b")),
@@ -361,17 +361,17 @@ def test_a_model_saved_without_its_wrapping_loads(tmp_path: Path) -> None:
     ],
 )
 def test_class_names_come_from_the_file(
-    tmp_path: Path, on_model: Any, beside: Any, count: int, expected: tuple[str, ...]
+    tmp_path: Path, on_model: Any, in_file: Any, count: int, expected: tuple[str, ...]
 ) -> None:
     model: Any = authors_model(narrow("yolov6n", classes=count))
     if on_model is not None:
         model.names = on_model
-    entries = {} if beside is None else {"names": beside}
+    entries = {} if in_file is None else {"names": in_file}
     path = write_checkpoint(tmp_path / "x.pt", model, **entries)
     assert load_checkpoint(path).class_names == expected
 
 
-# What is no YOLOv6 of these releases.
+# Not a YOLOv6 of these releases.
 
 
 def test_parts_of_later_releases_are_refused_by_name(tmp_path: Path) -> None:
@@ -548,7 +548,7 @@ def test_class_names_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     )
 
 
-# What is no checkpoint at all, or a damaged one.
+# Not a checkpoint at all, or a damaged one.
 
 
 def test_files_that_are_no_checkpoint_get_a_sentence_each(tmp_path: Path) -> None:
@@ -578,8 +578,8 @@ def test_nobody_is_sent_to_load_a_bare_pickle(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"a": 1}))
     text = refusal(path)
     assert "save it again" not in text
-    assert "do not load this file" in text
-    assert "from whoever made it" in text
+    assert "do not convert it yourself" in text
+    assert "ask its author" in text
 
 
 def test_other_zip_files_get_a_sentence_each(tmp_path: Path) -> None:
@@ -827,7 +827,7 @@ def test_no_damage_to_the_pickle_ends_in_a_traceback(tmp_path: Path, data: st.Da
 
 
 def _small_pickle() -> bytes:
-    """A pickle with most of what a checkpoint's has, but for a whole network."""
+    """A pickle with most of what a checkpoint's has, except for a whole network."""
     buffer = io.BytesIO()
     value = {"model": OrderedDict(a=torch.zeros(8), b=[{1: "x"}, {2.5}, None]), "epoch": -1}
     torch.save(value, buffer)

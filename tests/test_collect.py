@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from support.logs import logged
 
 from trt_yolov6.data.calibration import calibration_batches, calibration_images, images_sha256
 from trt_yolov6.data.letterbox import letterbox
@@ -182,8 +183,8 @@ def test_too_few_images_are_refused(tmp_path: Path, count: int, message: str) ->
 def test_a_damaged_image_is_left_out_and_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, 3)
     (folder / "1.png").write_bytes(b"no picture")
-    told: list[str] = []
-    found = calibration_images(folder, tell=told.append)
+    with logged() as told:
+        found = calibration_images(folder, report=True)
     assert [path.name for path in found] == ["0.png", "2.png"]
     assert len(told) == 1
     assert "1.png is damaged" in told[0]
@@ -209,8 +210,8 @@ def test_copies_of_a_picture_count_once(tmp_path: Path) -> None:
     shutil.copy(folder / "0.png", folder / "3.png")
     # The same pixels in another file.
     Image.open(folder / "0.png").save(folder / "4.bmp")
-    told: list[str] = []
-    found = calibration_images(folder, tell=told.append)
+    with logged() as told:
+        found = calibration_images(folder, report=True)
     assert [path.name for path in found] == ["0.png", "1.png"]
     assert "2 copies" in told[0]
     (folder / "1.png").unlink()

@@ -417,7 +417,7 @@ def test_imgsz_is_that_of_every_model_that_has_none_of_its_own(tmp_path: Path) -
     assert [entry.imgsz for entry in plan_of(plan).models] == [(64, 64), (96, 96)]
     assert [entry.imgsz for entry in plan_of(plan, imgsz=(32, 32)).models] == [(32, 32), (96, 96)]
     plan.write_text("models: [a.pt]\nimgsize: 64\n")
-    with pytest.raises(UserError, match=r"'imgsize' means nothing \(did you mean imgsz\?\)"):
+    with pytest.raises(UserError, match=r"'imgsize' is not a key \(did you mean imgsz\?\)"):
         plan_of(plan)
 
 
@@ -453,7 +453,7 @@ def test_class_names_that_are_missing_are_a_line(plan: Plan, tmp_path: Path) -> 
 
 
 def test_other_families_come_with_their_decoder_and_preprocessing(tmp_path: Path) -> None:
-    # PP-YOLOE's images are stretched; its graph does not tell which release's normalization it has.
+    # PP-YOLOE's images are stretched; its graph does not show which release's normalization it has.
     onnx.save(family_graphs.ppyoloe(), tmp_path / "ppyoloe.onnx")
     family_graphs.write_dataset(tmp_path / "data", "stretch")
     plan = tmp_path / "plan.yaml"

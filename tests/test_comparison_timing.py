@@ -22,7 +22,7 @@ from trt_yolov6.comparison.rounds import (
 
 
 class SharedMachine:
-    """A clock, an engine that takes 10 ms in peace, and others who take the processor from it."""
+    """A clock, an engine that takes 10 ms undisturbed, and other load on its processor."""
 
     def __init__(self, lost: Callable[[int], float]) -> None:
         self.now = 0.0
@@ -107,7 +107,7 @@ def test_pairs_are_of_the_same_rounds() -> None:
 
 
 def test_the_quiet_runs_of_one_engine_are_not_held_against_the_disturbed_ones_of_another() -> None:
-    # Both take 10 ms in peace and 30 ms under load. Each half of the rounds was quiet for one.
+    # Both take 10 ms undisturbed and 30 ms under load. Each half of the rounds was quiet for one.
     quiet, loaded = in_peace(0.010), under_load(0.030, 0.6)
     for own, base in (
         ([quiet] * 4 + [loaded] * 4, [loaded] * 4 + [quiet] * 4),

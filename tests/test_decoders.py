@@ -251,7 +251,7 @@ def test_agreement_counts_classes_that_the_graph_does_not_tell(tmp_path: Path) -
 def test_what_a_graph_does_not_tell_is_asked(name: str, choices: str, tmp_path: Path) -> None:
     path = written(name, tmp_path)
     for attempt in (graph_from_onnx, load_engine):
-        with pytest.raises(UserError, match=f"name it with `decoder`: {choices}"):
+        with pytest.raises(UserError, match=f"name one as `decoder`: {choices}"):
             attempt(path)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -325,7 +327,7 @@ def test_candidates_that_an_engine_chose_are_read_as_its_outputs_are(
 
 
 def as_suppressed(candidates: Candidates, images: int, nms: NmsSettings) -> Suppressed:
-    """Return what an engine that suppresses by itself hands on: nonsense fills the rows up."""
+    """Return the boxes of an engine that suppresses by itself; nonsense fills the other rows."""
     found = postprocess(candidates, "split", nms, [WHOLE] * images, clip=False)
     rows = nms.max_detections + 2
     boxes = np.full((images + 1, rows, 4), np.nan, np.float32)
@@ -478,3 +480,18 @@ def test_a_missing_supervision_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(UserError, match="pip install supervision"):
         some().to_supervision()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("count", [0, 3])
+def test_detections_travel_to_other_processes(count: int, dtype: Any) -> None:
+    boxes = np.arange(4 * count, dtype=dtype).reshape(count, 4)
+    sent = Detections(
+        boxes[::-1], boxes[:, 0], np.arange(count), ("cat", "dog"), path=Path("a.jpg")
+    )
+    found = pickle.loads(pickle.dumps(sent))
+    for name in ("xyxy", "confidence", "class_id"):
+        array = getattr(found, name)
+        np.testing.assert_array_equal(array, getattr(sent, name), strict=True)
+        assert array.flags.writeable
+    assert (found.class_names, found.path) == (sent.class_names, sent.path)

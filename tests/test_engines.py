@@ -1,4 +1,4 @@
-"""Engine files: loading, refusing what is damaged or misused, and the manifest beside them."""
+"""Engine files: loading, refusing what is damaged or misused, and the manifest next to them."""
 
 from __future__ import annotations
 

@@ -322,7 +322,7 @@ class Severity(enum.Enum):
 
 
 class CacheApi:
-    """What `_attach_timing_cache` needs of a TensorRT whose caches cannot be read."""
+    """A TensorRT whose timing caches cannot be read."""
 
     ILogger = object
     __version__ = "8.6.0"
@@ -386,7 +386,7 @@ class Terminal(io.StringIO):
 
 
 def _shown(model: onnx.ModelProto, settings: BuildSettings, *, fails: bool = False) -> str:
-    """Return what a build with a progress bar writes to a terminal."""
+    """Return a terminal's text of a build with a progress bar."""
     settings = dataclasses.replace(settings, progress=True)
     with contextlib.redirect_stderr(Terminal()) as terminal:
         if fails:

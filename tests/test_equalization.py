@@ -498,6 +498,41 @@ def test_a_weight_that_two_convolutions_share_is_left_alone() -> None:
     assert channels.classes["again"].tolist() == [FIXED] * 4
 
 
+def test_what_convolutions_with_a_shared_weight_read_keeps_its_scale_and_its_middle() -> None:
+    drawing = Drawing(0)
+    drawing.grow("SiLU", drawing.convolution("images"), "")
+    active = list(drawing.channels)[-1]
+    weight = drawing.normal(4, 4, 1, 1)
+    for _ in range(2):
+        drawing.convolution(drawing.add("Conv", [active, weight], 4))
+    channels = trace_channels(drawing.model(), through_activations=True)
+    assert channels.classes[active].tolist() == [FIXED] * 4
+    assert channels.shiftable == frozenset()
+
+
+@pytest.mark.parametrize(("rows", "free"), [(2.0, 4), (None, 0)])
+def test_resized_channels_are_free_where_the_output_s_shape_is_known(
+    rows: float | None, free: int
+) -> None:
+    drawing = Drawing(0)
+    source = drawing.convolution("images")
+    if rows is None:
+        scales = drawing.add("CustomScales", ["images"], 0, domain="custom")
+    else:
+        scales = drawing.constant(np.array([1, 1, rows, rows], np.float32))
+    drawing.nodes.append(helper.make_node("Resize", [source, "", scales], ["large"]))
+    graph = helper.make_graph(
+        drawing.nodes,
+        "resized",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 4, SIZE, SIZE])],
+        [],
+        drawing.constants,
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("custom", 1)]
+    channels = trace_channels(helper.make_model(graph, opset_imports=opsets))
+    assert channels.count - 1 == free
+
+
 ALL = [0, 1, 2, 3, 4]
 """Channels of the convolution before the operator under test."""
 
@@ -568,6 +603,9 @@ def test_smoothing_is_left_out_where_it_gains_little(monkeypatch: pytest.MonkeyP
     for gain, has_it in ((1e-6, True), (1e6, False)):
         monkeypatch.setattr(solve, "SMOOTHING_GAIN", gain)
         assert any(n.op_type == "Mul" for n in equalize(model, found).graph.node) is has_it
+        for smooth in (False, True):
+            nodes = equalize(model, found, smooth=smooth).graph.node
+            assert any(node.op_type == "Mul" for node in nodes) is smooth
 
 
 def chain() -> onnx.ModelProto:

@@ -128,9 +128,9 @@ def test_the_result_is_flat_json_with_null_for_sizes_without_objects(
     assert {"AP50", "AP75", "APs", "APm", "precision"} < value.keys()
     stages = ("read_s", "preprocess_s", "inference_s", "postprocess_s", "coco_s", "tail_s")
     assert all(0 < value[stage] < 60 for stage in stages)
-    # Matching may run beside the engine; the end of it does not.
+    # Matching may overlap with the engine; its end does not.
     assert value["wall_s"] >= value["inference_s"] + value["tail_s"]
-    # Where standard error is no terminal, there is no progress bar either.
+    # Where standard error is not a terminal, there is no progress bar either.
     assert capfd.readouterr() == ("", "")
 
 
@@ -256,7 +256,7 @@ def test_boxes_are_scored_as_predicted_not_clipped_to_the_image(tmp_path: Path) 
         pixels = [read_coco_image(image) for image in dataset.images]
         shown = sum(len(one) for one in detect(engine, pixels, gray))
         scored = evaluate(engine, dataset, gray, progress=False).detections
-    # 32 gray cells, each found as all three classes, are no detections in the image.
+    # 32 gray cells, each found as all three classes, are not detections in the image.
     assert (shown, scored) == (10, 10 + 32 * 3)
 
 

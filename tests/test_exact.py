@@ -1,4 +1,4 @@
-"""INT8 convolutions on whole numbers: exact, and the same bits in ONNX Runtime and PyTorch."""
+"""INT8 convolutions by integer arithmetic: exact, the same bits in ONNX Runtime and PyTorch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def quantized_detector() -> onnx.ModelProto:
 
 
 SCALE_OF_BOTH = ("up_out", "deep_relu")
-"""What "join" reads, concatenated: the scale of both is called after the first."""
+"""The inputs of "join", concatenated: their shared scale is named after the first."""
 
 
 def convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -78,7 +78,7 @@ def test_a_convolution_is_the_exact_sum_times_the_scales_plus_the_bias() -> None
     found = run(whole, random_images()[0], None, node.input[0], "join_out")
     codes = torch.from_numpy(found[node.input[0]]).double()
     weights = torch.tensor(constants["join.w/int8/0"]).double()
-    # float64 holds whole numbers up to 2^53.
+    # float64 holds integers up to 2^53.
     sums = torch.nn.functional.conv2d(codes, weights, padding=1).numpy()
     (scale,) = (
         constants[f"{name}/scale"] for name in SCALE_OF_BOTH if f"{name}/scale" in constants
@@ -206,7 +206,7 @@ def with_blocks(graph: GraphWriter, read: str, weight: str) -> list[str]:
 
 
 def with_a_dequantized_bias(graph: GraphWriter, read: str, weight: str) -> list[str]:
-    """As ONNX Runtime quantizes: the bias is INT32."""
+    """Add a convolution with an INT32 bias, as ONNX Runtime quantizes."""
     codes = graph.constant("i_codes", np.array([10, -20, 30], np.int32))
     scale = graph.constant("i_scale", np.array(0.05, np.float32))
     bias = graph.node("DequantizeLinear", [codes, scale], "i")
@@ -285,7 +285,7 @@ def test_an_engine_computes_on_whole_numbers(sample: Start, tmp_path: Path) -> N
     images = np.random.default_rng(8).random((1, 3, 256, 256), np.float32)
     with load_engine(path) as engine:
         found = engine.infer(images)
-        assert "whole numbers" in (engine.note or "")
+        assert "integer arithmetic" in (engine.note or "")
         times = engine.layer_times(images, runs=1)
     expected = run(with_integer_convolutions(model), images)
     for name, values in expected.items():

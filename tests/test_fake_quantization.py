@@ -23,7 +23,7 @@ INT8 = Levels(-128, 127)
 
 
 def quantize_and_back(values: np.ndarray, scale: np.float32) -> np.ndarray:
-    """What ONNX Runtime makes of a Q/DQ pair."""
+    """Return values after ONNX Runtime's Q/DQ pair."""
     constants = [
         numpy_helper.from_array(np.array(scale, np.float32), "scale"),
         numpy_helper.from_array(np.array(0, np.int8), "zero"),

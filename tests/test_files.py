@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and what is no plain file is never replaced."""
+"""Files are written whole or not at all, and only plain files are ever replaced."""
 
 from __future__ import annotations
 

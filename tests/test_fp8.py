@@ -348,8 +348,8 @@ def test_named_layers_stay_in_float(wide: Graph, folder: Path) -> None:
     [
         ({"calibrator": "entropy"}, "`calibrator` entropy is for INT8"),
         ({"adaptive_rounding": True}, "`adaptive_rounding` is for INT8"),
-        ({"float_layers": "auto"}, "`float_layers` auto ranks layers by what INT8 costs"),
-        ({"float_layers": 3}, "`float_layers` 3 ranks layers by what INT8 costs"),
+        ({"float_layers": "auto"}, "`float_layers` auto ranks layers by their sensitivity to INT8"),
+        ({"float_layers": 3}, "`float_layers` 3 ranks layers by their sensitivity to INT8"),
     ],
 )
 def test_what_is_about_int8s_levels_is_refused(
@@ -424,9 +424,9 @@ def test_an_engine_says_what_it_has_in_fp8(wide: Graph, folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("t4", "--target t4 takes in compute capability 7.5, which has no FP8"),
-        ("a100", "--target a100 takes in compute capability 8.0"),
-        ("portable", "--target portable takes in compute capability 8.0"),
+        ("t4", "--target t4 includes compute capability 7.5, which has no FP8"),
+        ("a100", "--target a100 includes compute capability 8.0"),
+        ("portable", "--target portable includes compute capability 8.0"),
     ],
 )
 def test_a_target_without_fp8_is_refused_before_work_starts(

@@ -104,7 +104,7 @@ def test_the_boxes_are_those_of_the_other_way(
     assert sum(map(len, wanted)) > 35
     assert_same(found, wanted)
     assert not failures
-    # The first four were checked; the rest came as images, JPEGs but for CMYK by the decoder.
+    # The first four were checked; the rest came as images, JPEGs except for CMYK by the decoder.
     assert engine.taken == [4] * 9 + [3]
     usual = [index for index in range(4, 43) if index % 7 not in (2, 3)]
     assert decoder.decoded == len(usual) - len(refused)

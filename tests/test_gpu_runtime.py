@@ -1,4 +1,4 @@
-"""What a TensorRT engine does on a GPU beside computing: copies, graphs, caches, threads, memory.
+"""A TensorRT engine on a GPU, besides its arithmetic: copies, graphs, caches, threads, memory.
 
 The reference is ONNX Runtime on the CPU, or the same engine used in the plainest way.
 """

@@ -80,7 +80,7 @@ def test_four_levels_with_bifusion_are_the_network_that_was_exported() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_quantized_it_computes_what_the_exported_graph_computes(name: str, tmp_path: Path) -> None:
-    """Every quantized tensor is the same but for one step here and there, by rounding of sums."""
+    """Every quantized tensor is the same, up to one step here and there by rounding of sums."""
     arch = ARCHITECTURES[name]
     _, graph = tiny_graph(name)
     start = prepare_graph(graph, arch, noise_folder(tmp_path / "calib"), quantization=MINMAX)
@@ -171,7 +171,7 @@ def test_untrained_it_gives_the_graph_of_ptq_to_the_byte(tmp_path: Path) -> None
 
 
 def test_forms_of_the_graph_do_not_matter(tmp_path: Path) -> None:
-    """Pixels of uint8 are normalized in front, NMS comes behind."""
+    """Pixels of uint8 are normalized before the network, NMS comes after it."""
     from trt_yolov6.spec import NmsSettings
 
     arch = tiny_architecture()

@@ -44,14 +44,14 @@ def test_graphs_are_for_bf16_on_a_gpu(
 
 @pytest.fixture
 def settings(tmp_path: Path) -> TrainSettings:
-    """Of a few steps of the tiny network."""
+    """Settings for a few steps of the tiny network."""
     return settings_of(write_shapes(tmp_path / "data", images=16), write_tiny(tmp_path / "tiny.pt"))
 
 
 def test_zeroing_gradients_where_they_lie_changes_no_weight(
     settings: TrainSettings, tmp_path: Path
 ) -> None:
-    """As graphs want it; in the steps whose gradients are added up, too."""
+    """CUDA graphs need the same memory every step, also where gradients are accumulated."""
     settings = with_field(settings, "optimizer.accumulate=2")
     found = []
     for keeps in (False, True):

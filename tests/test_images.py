@@ -125,7 +125,7 @@ def test_a_jpeg_with_a_thumbnail_is_still_known_to_be_cut_short(
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "empty"), (b"hello, I am a text", "no image"), (b"\xff\xd8\xff", "cut short")],
+    [(b"", "empty"), (b"hello, I am a text", "not an image"), (b"\xff\xd8\xff", "cut short")],
 )
 def test_what_is_no_image_is_named_in_one_line(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "bad.jpg"
@@ -151,7 +151,7 @@ def test_a_picture_of_more_pixels_than_are_decoded_is_called_that() -> None:
     data = bytearray(encode(Image.new("RGB", (1, 1)), "PNG"))
     data[16:24] = (2**17).to_bytes(4, "big") * 2  # what its header says
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    with pytest.raises(UserError, match="huge has more pixels than are decoded here"):
+    with pytest.raises(UserError, match="huge has more pixels than are decoded"):
         read_image(bytes(data), "huge")
 
 

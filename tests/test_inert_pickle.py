@@ -135,7 +135,7 @@ class StorageType(pickle.Pickler):
 
 
 def stored(pid: Any) -> Any:
-    """Return what comes of a pickle that refers to a storage so."""
+    """Return the value of a pickle that refers to a storage by `pid`."""
     file = io.BytesIO()
     StorageType(file, pid).dump("here")
     return load_inert(file.getvalue(), FILE)
@@ -201,16 +201,16 @@ def test_what_no_checkpoint_needs_is_refused_by_name(module: str, name: str, rea
         load_inert(named(module, name), FILE)
 
 
-def test_what_stands_beside_a_deep_value_is_no_deeper_for_it() -> None:
+def test_neighbours_of_a_deep_value_do_not_count_as_deeper() -> None:
     deep = nested(LIMIT)
-    beside: Any
-    for beside in (
+    value: Any
+    for value in (
         [deep, (1, 2, 3, 4), (5,)],
         [(1, 2, 3, 4), deep, frozenset([(1, 2)])],
         {"a": deep, "b": (1, 2, 3, 4)},
         OrderedDict(a=deep, b=(1, 2, 3, 4)),
     ):
-        assert loaded(beside, 4) == beside
+        assert loaded(value, 4) == value
 
 
 def test_a_value_taken_from_the_memo_is_as_deep_as_it_was() -> None:

@@ -334,7 +334,7 @@ def test_addresses_of_pictures_and_videos_are_fetched(
         ("http://127.0.0.1:9/x.jpg", r"http://127\.0\.0\.1:9/x\.jpg does not answer"),
         ("98", "the camera 98 cannot be opened"),
         ("none/*.jpg", r"none/\*\.jpg matches no file"),
-        ("file:///etc/passwd", "begins with file://, which is not read"),
+        ("file:///etc/passwd", "begins with file://, which is not supported"),
     ],
 )
 def test_a_source_that_is_not_there_is_called_what_it_is(
@@ -374,7 +374,7 @@ def files_no_larger_than(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("frames", "size", "named"),
     # The video of 40 frames takes about 58 KiB, the list 12 KiB.
-    [(40, 40_000, r"ride\.mp4 could not be written in whole"), (40, 9000, r"detections\.json")],
+    [(40, 40_000, r"ride\.mp4 could not be written in full"), (40, 9000, r"detections\.json")],
 )
 def test_a_video_that_the_disk_has_no_room_for_is_refused_and_not_left_behind(
     tmp_path: Path,

@@ -228,7 +228,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
-            (0.0, "nothing can be scaled to"),
+            (0.0, "too small to scale to"),
             (float("inf"), "NaN and infinity"),
             (float("nan"), "NaN and infinity"),
             (None, "no range for tensor 'stem_relu'"),

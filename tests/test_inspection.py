@@ -1,4 +1,4 @@
-"""What `inspect` says, against hand-made graphs, PyTorch's FLOP counter and others' files."""
+"""`inspect`, against hand-made graphs, PyTorch's FLOP counter and others' files."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_known_values() -> None:
 
 
 def _siou_of_the_paper(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """As Gevorgyan writes it, with sines and arc sines, one pair at a time."""
+    """SIoU as Gevorgyan writes it, with sines and arc sines, one pair at a time."""
     (ax, ay), (bx, by) = (a[:2] + a[2:]) / 2, (b[:2] + b[2:]) / 2
     (aw, ah), (bw, bh) = a[2:] - a[:2], b[2:] - b[:2]
     height, sigma = abs(by - ay), math.hypot(bx - ax, by - ay)

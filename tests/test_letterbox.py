@@ -202,6 +202,6 @@ def test_boxes_of_several_images_are_mapped_as_each_alone(
     random = np.random.default_rng(seed)
     placed = [fit(source, size) for source in sources]
     boxes = random.uniform(-100, 900, (len(placed), 7, 4)).astype(np.float32)
-    found = to_sources(boxes, placed, clip)
+    found = to_sources(boxes, placed, clip=clip)
     for index, one in enumerate(placed):
-        np.testing.assert_array_equal(found[index], one.to_source(boxes[index], clip))
+        np.testing.assert_array_equal(found[index], one.to_source(boxes[index], clip=clip))

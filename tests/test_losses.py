@@ -257,7 +257,7 @@ def test_distillation_weight_is_the_papers_cosine() -> None:
 def _plain_parts(
     levels: Levels, arch: Architecture, targets: Targets, options: LossSettings, epoch: int
 ) -> dict[str, float]:
-    """All parts, anchor by anchor, in NumPy (but for decoding and the kind of IoU)."""
+    """All parts, anchor by anchor, in NumPy (except for decoding and the kind of IoU)."""
     numbers = [tuple(part.detach().double() for part in level) for level in levels]
     decoded, decoded_scores = decode(numbers, arch)
     points, strides = [], []
@@ -515,7 +515,7 @@ def test_odd_objects_give_numbers(arch: Architecture) -> None:
 def test_boxes_that_near_their_objects_lose_less(
     part: float, box: BoxLoss, seed: int, dfl: bool
 ) -> None:
-    """Every anchor predicts the one object but for an error, which shrinks."""
+    """Every anchor predicts the one object except for an error, which shrinks."""
     arch = WITH_DFL if dfl else PLAIN
     goal = torch.tensor([10.0, 12.0, 44.0, 50.0])
     targets = pad_targets([goal[None]], [torch.tensor([1])])

@@ -1,4 +1,4 @@
-"""The paper's tables beside ours: what is committed is what the results say."""
+"""The paper's tables next to ours: the committed pages say what the results say."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_our_counts_are_the_papers_but_for_the_last_digit() -> None:
 
 
 def test_the_papers_latency_is_that_of_its_throughput() -> None:
-    # A slip of the pen in a figure would show: 1000 / FPS at batch 1, but for what they rounded.
+    # A slip of the pen in a figure would show: 1000 / FPS at batch 1, except for what they rounded.
     for row in paper.TABLE_1:
         assert 1e3 / row.fps_1 == pytest.approx(row.latency, abs=0.21), row.name
 

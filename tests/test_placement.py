@@ -67,8 +67,8 @@ class TestDetector:
         assert int8_layers(quantized(detector(), placement)) == set(LAYERS)
 
     def test_pairs_stand_where_values_are_made_and_nowhere_else(self) -> None:
-        # Behind each ReLU, so that it fuses; not between a convolution and its SiLU; not behind
-        # pooling and concatenation, which hand INT8 on; not on predictions.
+        # After each ReLU, so that it fuses; not between a convolution and its SiLU; not after
+        # pooling and concatenation, which pass INT8 through; not on predictions.
         assert place(detector()).tensors == (
             "images",
             "stem_relu",
@@ -374,7 +374,7 @@ class TestRulesToChoose:
 
 
 class TestGates:
-    """What is one pixel large by global pooling, and what follows it."""
+    """Tensors of one pixel, after global pooling, and those computed from them."""
 
     @staticmethod
     def float_layers(axes: list[int] | None, then: str = "", opset: int = 17) -> set[str]:

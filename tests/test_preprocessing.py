@@ -1,4 +1,4 @@
-"""How images become inputs, against the families' rules written out in OpenCV and NumPy."""
+"""Preprocessing, against the families' rules written out in OpenCV and NumPy."""
 
 from __future__ import annotations
 

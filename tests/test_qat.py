@@ -201,7 +201,7 @@ def test_of_fewer_bits_first_and_last_layers_keep_eight(shapes: Path) -> None:
 
 @pytest.mark.slow
 def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> None:
-    """Of the sample at a small size, moved as by training; exact arithmetic in ONNX Runtime.
+    """The sample at a small size, moved as by training; exact arithmetic in ONNX Runtime.
 
     Tensor by tensor they agree (test_graph_network). Left to run, one value that falls the other
     way grows through fifty layers, in ONNX Runtime with other optimizations as well.
@@ -326,7 +326,7 @@ def test_a_state_of_another_training_is_refused(start: Start, shapes: Path, tmp_
 
 
 def test_it_keeps_no_more_than_twice_what_float_training_keeps(start: Start) -> None:
-    """Of tensors kept for the way back, which is what grows with batch and image.
+    """Counted are the tensors kept for the backward pass, which grow with batch and image.
 
     On a GPU, float training is in half precision, and quantized training is not.
     """

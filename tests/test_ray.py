@@ -84,7 +84,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Thirty small pictures, one of them below, and one that is no picture."""
+    """Thirty small pictures, one of them below, and one that is not a picture."""
     return write_pictures(tmp_path / "pictures", 30)
 
 
@@ -132,7 +132,7 @@ def test_a_cluster_finds_what_one_process_finds(
     assert summary.objects == 30
     ((name, why),) = summary.failures
     assert name == "broken.png"
-    assert "no image" in why
+    assert "not an image" in why
     told = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
     assert told == [{"file": name, "error": why}]
 
@@ -454,7 +454,7 @@ def test_listings_are_of_pictures_that_can_be_found(pictures: Path, tmp_path: Pa
     listing.write_text(f"{pictures}/0002.png\n")
     assert [one.name for one in find_pictures(f"file://{listing}")] == [f"{pictures}/0002.png"]
     for text, address, said in (
-        ("# nothing\n", str(listing), "lists no picture"),
+        ("# nothing\n", str(listing), "lists no image"),
         ("0002.png\n", f"file://{listing}", "a listing in a store needs addresses"),
     ):
         listing.write_text(text)

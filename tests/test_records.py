@@ -71,7 +71,7 @@ def test_a_list_in_place_of_an_object_is_refused() -> None:
 
 def test_an_unknown_key_is_named_with_the_nearest() -> None:
     check_keys("p.yaml", "", ["sizes"], ["sizes", "name"])
-    with pytest.raises(UserError, match=r"p\.yaml: 'size' means nothing \(did you mean sizes\?\)"):
+    with pytest.raises(UserError, match=r"p\.yaml: 'size' is not a key \(did you mean sizes\?\)"):
         check_keys("p.yaml", "", ["size"], ["sizes", "name"])
 
 

@@ -57,7 +57,7 @@ raise SystemExit(main())
 
 
 class Branches(nn.Module):
-    """What RepOptimizer stands for, written down: three branches with constant scales.
+    """The network that RepOptimizer stands for: three branches with constant scales.
 
     The scale of the identity is what that branch learns; it has nothing else.
     """

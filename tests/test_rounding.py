@@ -147,7 +147,7 @@ def test_uncorrelated_inputs_leave_nothing_to_gain() -> None:
 
 
 def test_the_best_of_all_roundings_is_not_far() -> None:
-    """Of 2^8 ways to round 8 weights up or down, the cheapest is found or nearly so."""
+    """There are 2^8 ways to round 8 weights up or down; the cheapest is found, or nearly."""
     rng = np.random.default_rng(0)
     ratios = []
     for _ in range(20):

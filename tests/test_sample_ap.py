@@ -52,7 +52,7 @@ def test_fp32_gives_the_independent_figures(reference: Evaluation) -> None:
 
 def test_most_of_the_time_is_the_engines_own(reference: Evaluation) -> None:
     seconds = reference.seconds
-    # Against what runs beside it, however busy the machine is: some 10 times on a quiet one.
+    # Both are measured in the same run, so a busy machine slows both: some 10 times on an idle one.
     assert seconds.inference > 2 * (seconds.postprocess + seconds.coco)
 
 

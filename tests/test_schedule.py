@@ -1,4 +1,4 @@
-"""What changes from step to step: rates, accumulation, orders, the average of the weights."""
+"""The schedule: learning rates, accumulation, order of images, the average of the weights."""
 
 from __future__ import annotations
 

@@ -93,9 +93,16 @@ def test_results_come_in_order_and_from_every_process(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
+class Sent:
+    items: tuple[int, ...] = ()
+    failures: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Step:
     result: bytes
     notes: tuple[str, ...] = ()
+    batch: Sent = Sent()
 
 
 def work(end: Any, begin: threading.Event, taken: list[int]) -> None:
@@ -108,8 +115,8 @@ def work(end: Any, begin: threading.Event, taken: list[int]) -> None:
     while True:
         if held:
             begin.wait()
-        end.send(("give", None))
-        chunk = end.recv()
+        end.send(("give", 1))
+        (chunk,) = end.recv()
         if not chunk:
             break
         held += chunk
@@ -135,7 +142,7 @@ def test_a_process_that_starts_late_does_not_stop_the_others() -> None:
 
     def gather() -> None:
         ends = {ours: None for ours, _ in pairs}
-        found.extend(step.result for step in _in_order(ends, ("0", "1"), iter(range(60)), 1))
+        found.extend(step.result for step in _in_order(ends, ("0", "1"), iter(range(80)), 1))
 
     gathering = threading.Thread(target=gather, daemon=True)
     late.start()
@@ -145,7 +152,7 @@ def test_a_process_that_starts_late_does_not_stop_the_others() -> None:
     wait_until(lambda: len(taken[1]) == 2 * _AHEAD - 1)
     begin.set()
     gathering.join(30)
-    assert found == list(range(60))
+    assert found == list(range(80))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -171,9 +178,8 @@ def test_an_engine_does_not_wait_for_its_results_to_be_read(
         arguments: Any = theirs, "0", file_of(engine), read_image, finish, SURE, {}
         working = threading.Thread(target=_work, args=arguments, daemon=True)
         working.start()
-        for start in range(0, 24, 4):
-            ours.send(paths[start : start + 4])
-        ours.send([])
+        ours.send([paths[start : start + 4] for start in range(0, 24, 4)])
+        ours.send([[]])
         wait_until(lambda: finished == [4] * 6)
         kinds: list[str] = []
         while not kinds or kinds[-1] != "end":
@@ -204,7 +210,7 @@ def test_a_process_takes_no_batch_before_it_is_ready(
         assert begun.wait(30)
         assert not ours.poll(0.2)
         may_end.set()
-        assert ours.recv() == ("give", None)
+        assert ours.recv()[0] == "give"
         ours.close()
         working.join(30)
 

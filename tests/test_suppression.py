@@ -101,7 +101,7 @@ COORDINATES = st.one_of(
     st.floats(-50, 700, width=32),
     st.sampled_from([0.0, -0.0, 1e-30, 1e-38, 1e-45, 1e20, 3.4e38, -3.4e38, 16777216.0]),
 )
-"""Few whole numbers, so that boxes coincide, touch and meet thresholds exactly; and extremes."""
+"""Few integers, so that boxes coincide, touch and meet thresholds exactly; and extremes."""
 
 BOXES = st.lists(st.tuples(COORDINATES, COORDINATES, COORDINATES, COORDINATES), max_size=40)
 

@@ -392,7 +392,7 @@ class TestPasses:
 
 
 class TestBuild:
-    """What `build` does with a graph that came with Q/DQ nodes."""
+    """`build`, given a graph that came with Q/DQ nodes."""
 
     def test_surplus_nodes_go_and_images_show_that_nothing_else_moved(self, tmp_path: Path) -> None:
         model = from_onnxruntime(tmp_path, **INT8, extra_options=SYMMETRIC)

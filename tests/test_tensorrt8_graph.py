@@ -149,6 +149,14 @@ class TestPools:
         assert kinds(result)["MaxPool"] == 2
         assert_same(model, result, rtol=0)
 
+    def test_defaults_may_be_spelled_out_as_pytorch_does(self) -> None:
+        defaults = {"strides": [1, 1], "dilations": [1, 1], "auto_pad": "NOTSET", "ceil_mode": 0}
+        model = pooled(kernel_shape=[5, 5], pads=[2, 2, 2, 2], storage_order=0, **defaults)
+        result = copy(model)
+        split_pools(result)
+        assert kinds(result)["MaxPool"] == 2
+        assert_same(model, result, rtol=0)
+
     @pytest.mark.parametrize(
         "attributes",
         [

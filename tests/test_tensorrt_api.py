@@ -185,7 +185,7 @@ def use(
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> list[Problem]:
-    """What mypy says of the code, and of the misuse, against every release."""
+    """Mypy's complaints about the code and the misuse, against every release."""
     stubs = {release: tensorrt_api.stub(found) for release, found in RELEASES.items()}
     found = check(tmp_path_factory.mktemp("api"), stubs, {"misuse": MISUSE})
     assert not [problem for problem in found if problem.file == "api"], "a stub has errors itself"
@@ -193,7 +193,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> list[Problem]:
 
 
 def in_code(problems: list[Problem], release: str) -> list[Problem]:
-    """Return what is wrong for a release."""
+    """Return the problems of the code with a release."""
     package = package_name(release)
     return [one for one in problems if one.package == package and one.file in SOURCES]
 

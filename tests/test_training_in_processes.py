@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIRST_STEPS = "from support.first_steps import main; main()"
 LIMITS = {"cpu": 2e-5, "cuda": 1e-3}
-"""Of the first gradient's difference, over its size."""
+"""Largest difference of the first gradient, relative to its size, by device."""
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 

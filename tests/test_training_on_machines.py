@@ -37,7 +37,7 @@ class Machine:
     """Where a group of processes runs."""
 
     prefix: tuple[str, ...]
-    """What a command there begins with."""
+    """Words before a command that make it run there."""
     card: str
     """Its network card."""
     address: str

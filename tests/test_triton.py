@@ -420,8 +420,8 @@ def test_a_plan_on_the_cpu_is_refused(engine: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_that_cannot_be_asked_is_refused_with_the_reason(engine: Path) -> None:
-    # A manifest of an early version does not tell the tensors, and there is no GPU to load it on.
-    with pytest.raises(UserError, match=r"tells its tensors|NVIDIA GPU"):
+    # A manifest of an early version lacks the tensors, and there is no GPU to load the plan on.
+    with pytest.raises(UserError, match=r"lists its tensors|NVIDIA GPU"):
         served_model(as_plan(engine, tensors=()))
 
 
@@ -532,7 +532,7 @@ def test_an_export_that_does_not_tell_its_family_is_named(
     onnx.save(families.yolov5(grids=True), path)
     command = ["export-triton", "--engine", str(path), "--output", str(tmp_path / "models")]
     assert main(command) == 2
-    assert "name it with --decoder" in capsys.readouterr().err
+    assert "name one as --decoder" in capsys.readouterr().err
     assert main([*command, "--decoder", "yolov5"]) == 0
     text = next((tmp_path / "models").glob("*/config.pbtxt")).read_text()
     assert 'key: "decoder"' in text

@@ -138,7 +138,7 @@ def encoded(image: NDArray[np.uint8], suffix: str = ".png") -> bytes:
 
 
 def statistics(server: Server, model: str) -> dict[str, Any]:
-    """Return what the server has counted of a model."""
+    """Return the server's counts of a model's requests."""
     with contextlib.closing(client_of(server, "http")) as client:
         return dict(client.get_inference_statistics(model)["model_stats"][0])
 

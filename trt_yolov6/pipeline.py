@@ -382,7 +382,7 @@ def _float_graph(
         )
     if precision is not None and graph.precision != precision.base:
         raise UserError(
-            f"{graph.source} is {graph.precision} and cannot be made {precision}; leave that out."
+            f"{graph.source} is {graph.precision} and cannot be made {precision}; leave it so."
         )
     return graph
 
@@ -514,7 +514,7 @@ def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
         if not shift.explained:
             raise UserError(
                 f"surgery on {graph.source} moved {shift.output} more than quantization explains; "
-                "leave it out (`clean`) and please report the file.",
+                "turn it off (`clean`) and please report the file.",
             )
     return dataclasses.replace(graph, model=model)
 

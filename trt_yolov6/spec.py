@@ -186,8 +186,7 @@ class NmsSettings:
             raise UserError(f"IoU threshold {self.iou} is out of range; give `iou` in 0..1.")
         if self.max_detections < 1:
             raise UserError(
-                f"at most {self.max_detections} detections an image is out of range; "
-                "give at least 1."
+                f"`max_detections` {self.max_detections} is out of range; give 1 or more."
             )
 
 

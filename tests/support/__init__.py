@@ -1,1 +1,1 @@
-"""What several test modules share: graphs, networks, data sets, runs; no tests."""
+"""Shared by several test modules: graphs, networks, data sets, runs; no tests."""

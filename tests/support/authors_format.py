@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 @dataclass(frozen=True)
 class Facts:
-    """What one of the authors' networks is made of."""
+    """The parts of one of the authors' networks."""
 
     release: str
     backbone: tuple[int, ...]
@@ -222,7 +222,7 @@ class ConvBNHS(ConvBN):
 
 
 def _conv(facts: Facts, cin: int, cout: int, k: int, s: int = 1, act: str = "relu") -> nn.Module:
-    """What neck, head and pooling are made of."""
+    """Return the convolution of neck, head and pooling."""
     if facts.release == "0.4":
         return {"relu": ConvBNReLU, "silu": ConvBNSiLU}[act](cin, cout, k, s)
     return {"relu": SimConv, "silu": Conv}[act](cin, cout, k, s)
@@ -1059,7 +1059,7 @@ def installed(extra: dict[str, tuple[type, ...]] | None = None) -> Iterator[None
 
 
 def write_checkpoint(path: Path, model: nn.Module, **entries: Any) -> Path:
-    """Save as the authors' training does: in half precision, beside a few other entries."""
+    """Save as the authors' training does: in half precision, next to a few other entries."""
     content = {"model": model.half(), "ema": None, "updates": None, "optimizer": None, "epoch": -1}
     with installed():
         torch.save({**content, **entries}, path)

@@ -91,7 +91,7 @@ class Chromium:
             self.events.append(answer)
 
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Load a file in a window of so many CSS pixels."""
+        """Load a file in a window of `width` by `height` CSS pixels."""
         self.events.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -131,7 +131,7 @@ class Chromium:
         return found
 
     def requests(self) -> list[str]:
-        """Return what was asked for since `open`: addresses, but for embedded data."""
+        """Return the addresses requested since `open`, those of embedded data left out."""
         return [
             event["params"]["request"]["url"]
             for event in self.events

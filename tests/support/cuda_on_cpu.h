@@ -26,7 +26,7 @@ struct float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace on_cpu {
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, AT_SOME, DONE };
 struct Thread {
     ucontext_t start;
     jmp_buf here;
@@ -37,7 +37,7 @@ struct Thread {
 };
 static std::vector<Thread> threads;
 static std::vector<unsigned> slots[2];
-static unsigned current;
+static unsigned current, some;
 static jmp_buf scheduler;
 static void (*body)();
 static std::mt19937 shuffler;
@@ -110,10 +110,16 @@ inline bool run_block(unsigned count, void (*function)()) {
                 }
             }
         }
-        unsigned blocked = 0, done = 0;
+        unsigned blocked = 0, done = 0, waiting = 0;
         for (Thread& thread : threads) {
             blocked += thread.state == AT_BLOCK;
             done += thread.state == DONE;
+            waiting += thread.state == AT_SOME;
+        }
+        if (waiting && waiting == some) {
+            for (Thread& thread : threads)
+                if (thread.state == AT_SOME) thread.state = READY;
+            continue;
         }
         if (done == count) return true;
         if (blocked + done == count) {
@@ -133,6 +139,10 @@ static ThreadIndex threadIdx;
 static Dim blockIdx;
 
 inline void __syncthreads() { on_cpu::pause(on_cpu::AT_BLOCK); }
+inline void sync_threads(unsigned count) {
+    on_cpu::some = count;
+    on_cpu::pause(on_cpu::AT_SOME);
+}
 inline void __syncwarp() { on_cpu::exchange(0); }
 inline unsigned __ballot_sync(unsigned, bool vote) {
     const unsigned* votes = on_cpu::exchange(vote);
@@ -144,12 +154,6 @@ inline unsigned __shfl_sync(unsigned, unsigned value, int lane) { return on_cpu:
 inline unsigned __shfl_up_sync(unsigned, unsigned value, int step) {
     unsigned lane = on_cpu::current % 32;
     return on_cpu::exchange(value)[lane >= (unsigned)step ? lane - step : lane];
-}
-inline unsigned long long __shfl_xor_sync(unsigned, unsigned long long value, unsigned mask) {
-    const unsigned lane = on_cpu::current % 32 ^ mask;
-    const unsigned long long low = on_cpu::exchange((unsigned)value)[lane];
-    const unsigned long long high = on_cpu::exchange((unsigned)(value >> 32))[lane];
-    return high << 32 | low;
 }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
     unsigned before = *address;

@@ -5,7 +5,7 @@ needs: `<!-- needs: gpu -->`. Its `trt-yolov6` commands are parsed even then. A 
 whose first line names a file (`# plan.yaml`, `# module.py`) is written to it instead.
 
 The workspace has the files that the documents name, as tiny networks and data sets; everything
-else about a command is as written, but for the time it may take (`_SHORTER`).
+else about a command is as written, except for the time it may take (`_SHORTER`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Block:
 
     document: Path
     line: int
-    """Of its first line of code, from 1."""
+    """Number of its first line of code, from 1."""
     language: str
     text: str
     needs: str | None
@@ -84,7 +84,7 @@ class Block:
 
     @property
     def runs_here(self) -> bool:
-        """Whether this machine has what the block needs."""
+        """True where this machine has what the block needs."""
         if self.needs == "tensorrt-rtx":
             return importlib.util.find_spec("tensorrt_rtx") is not None
         return self.needs is None

@@ -1,4 +1,4 @@
-"""Small detectors of every family: a network that finds coloured cells, behind each one's own head.
+"""Small detectors of every family: a network that finds coloured cells, with each one's own head.
 
 The input is 64 x 64, so a head with strides 8, 16 and 32 has 84 cells. The network proper looks at
 the colour of each cell of 8 x 8 pixels: on a black image with cells painted in pure colours it
@@ -99,7 +99,7 @@ def _centre_and_sides(boxes: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _distribution(values: NDArray[Any], bins: int = 16) -> NDArray[np.float64]:
-    """Return (n, 4 x bins): logits of a distribution over whole numbers with these means (DFL)."""
+    """Return (n, 4 x bins): logits of a distribution over integers with these means (DFL)."""
     below = np.floor(values)
     weights = np.full((*values.shape, bins), 1e-9)
     rows, columns = np.indices(values.shape)
@@ -141,7 +141,7 @@ def picture(fit: str = "letterbox") -> tuple[NDArray[np.uint8], NDArray[np.float
 
 
 def write_dataset(folder: Path, fit: str, images: int = 2) -> Path:
-    """Write a COCO data set that shows `picture` so many times; return its folder."""
+    """Write a COCO data set that shows `picture` several times; return its folder."""
     (folder / "images" / "val").mkdir(parents=True)
     (folder / "annotations").mkdir()
     pictures: list[dict[str, Any]] = []
@@ -283,10 +283,10 @@ def _anchor_points() -> tuple[NDArray[Any], NDArray[Any]]:
 def _corner_boxes(graph: _Writer, flat: str) -> str:
     """Decode distances (batch, 84, 4) to corners, as YOLOv6 and PP-YOLOE do."""
     cells, strides = _anchor_points()
-    before, behind = graph.split(flat, (2, 2), 2)
+    before, after = graph.split(flat, (2, 2), 2)
     points = graph.constant(cells[None] + 0.5)
     corners = graph.op(
-        "Concat", graph.op("Sub", points, before), graph.op("Add", points, behind), axis=2
+        "Concat", graph.op("Sub", points, before), graph.op("Add", points, after), axis=2
     )
     return graph.op("Mul", corners, graph.constant(strides[None]))
 
@@ -323,7 +323,7 @@ def yolov6(first_release: bool = False) -> onnx.ModelProto:
 def yolox(
     decoded: bool = False, head: str = "head", preprocessing: str = "yolox"
 ) -> onnx.ModelProto:
-    """(batch, 84, 8): objectness and scores behind a sigmoid, boxes raw unless `decoded`."""
+    """(batch, 84, 8): objectness and scores after a sigmoid, boxes raw unless `decoded`."""
     graph = _Writer()
     rgb = _colours(graph, "images", preprocessing)
     parts = []
@@ -498,10 +498,10 @@ def yolov8(form: str = "columns", metadata: bool = True) -> onnx.ModelProto:
     shares = graph.op("Softmax", graph.op("Transpose", bins, perm=[0, 2, 1, 3]), axis=1)
     numbers = np.arange(16.0).reshape(1, 16, 1, 1)
     flat_distances = graph.reshape(graph.conv(shares, numbers, "model.22.dfl.conv"), 0, 4, 84)
-    before, behind = graph.split(flat_distances, (2, 2), 1)
+    before, after = graph.split(flat_distances, (2, 2), 1)
     cells, strides = _anchor_points()
     points = graph.constant(cells.T[None] + 0.5)
-    first, second = graph.op("Sub", points, before), graph.op("Add", points, behind)
+    first, second = graph.op("Sub", points, before), graph.op("Add", points, after)
     flat = [graph.reshape(level[1], 0, 3, -1) for level in levels]
     scores = graph.op("Sigmoid", graph.op("Concat", *flat, axis=2))
     stride = graph.constant(strides.T[None])

@@ -26,7 +26,7 @@ class Fork:
 
     process: ForkServerProcess
     words: Path
-    """What it prints is written here."""
+    """File with its output."""
 
     def ended(self) -> tuple[int, str]:
         """Return its exit code, negative for a signal, and its words, when it has ended."""
@@ -83,7 +83,7 @@ def _run(
 
 @contextlib.contextmanager
 def two_that_share(code: str, arguments: Sequence[str]) -> Iterator[None]:
-    """Run code in two processes that find each other as those of torchrun do, beside what is here.
+    """Run code in two processes that find each other as torchrun's do, while the block runs.
 
     Both must end well.
     """

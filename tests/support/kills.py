@@ -17,9 +17,9 @@ class Kill:
     """A moment in the life of a process."""
 
     file: str
-    """How the name of the file begins that is written (see `common.files.atomic_path`)."""
+    """Start of the name of the file that is written (see `common.files.atomic_path`)."""
     times: int
-    """Which of the writings, from 1."""
+    """Number of the writing, from 1."""
     after: bool
     """After the new file took the place of the old one; else before, with the new one complete."""
 

@@ -1,4 +1,4 @@
-"""What the package logs while a block runs."""
+"""Capture what the package logs while a block runs."""
 
 from __future__ import annotations
 

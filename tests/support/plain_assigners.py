@@ -1,7 +1,7 @@
 """The three assigners once more, written plainly in NumPy, for the tests to compare with.
 
 One image at a time, one object at a time, in float64 and in the words of the papers, sharing no
-code with the package. An anchor's label is the index of its object, or -1; beside it its score.
+code with the package. An anchor's label is the index of its object, or -1; next to it is its score.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def overlap(a: Floats, b: Floats) -> float:
 
 
 def holds(box: Floats, point: Floats) -> bool:
-    """Whether the point lies strictly inside the box."""
+    """Return whether the point lies strictly inside the box."""
     return bool(box[0] < point[0] < box[2] and box[1] < point[1] < box[3])
 
 

@@ -1,4 +1,4 @@
-"""What tests of quantization share: a small graph, plain settings, how weights are stored."""
+"""Shared by tests of quantization: a small graph, plain settings, how weights are stored."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def suppressed_on_cpu(
     clip: bool | None = None,
     ranked: bool = False,
 ) -> Suppressed | None:
-    """Return what the kernels make of outputs, with blocks of 128 threads and chunks of 256 keys.
+    """Return the kernels' boxes for some outputs, with blocks of 128 threads, chunks of 256 keys.
 
     Args:
         reading: how to read them.

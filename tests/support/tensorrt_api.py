@@ -1,4 +1,4 @@
-"""What the Python API of a TensorRT is, as facts, and the same facts as a type stub.
+"""The Python API of a TensorRT release, as facts, and the same facts as a type stub.
 
 `facts` reads them from an imported module (the classes that this package may touch, their members,
 and the signatures that pybind11 writes at the top of every docstring). `scripts/tensorrt_api.py`
@@ -105,7 +105,7 @@ _MUST_OVERRIDE = {
     "IProfiler": ("report_layer_time",),
     "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
 }
-"""What a class derived from one of these has to define, or TensorRT calls a pure virtual method."""
+"""Methods that classes derived from these have to define, or TensorRT calls a pure virtual one."""
 
 
 _MAY_BE_NONE = {
@@ -123,7 +123,7 @@ _MAY_BE_NONE = {
 
 
 def facts(module: ModuleType) -> Facts:
-    """Return what a TensorRT module offers. It has to import, but needs no GPU and no library."""
+    """Return the facts of a TensorRT module, which has to import but needs no GPU or library."""
     found: Facts = {"": _module_facts(module)}
     for name in CLASSES:
         owner: Any = module
@@ -482,7 +482,7 @@ def _method(owner: str, name: str, fact: str, indent: str) -> list[str]:
 
 
 def _accepting(kind: str) -> str:
-    """Return what may be given where pybind11 says `kind`."""
+    """Return the type to accept where pybind11 says `kind`."""
     if kind == "Dims":
         return "Dims | Sequence[int]"
     return f"{kind} | None" if _NAME(kind) == [kind] and kind != "Buffer" else kind

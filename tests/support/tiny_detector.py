@@ -74,7 +74,7 @@ def load_tiny(
 
 
 def load_named(folder: Path) -> Engine:
-    """Load the detector with its class names, which `load_tiny`'s does not tell."""
+    """Load the detector with its class names, which `load_tiny` leaves out."""
     engine = load_tiny(folder)
     engine.detector = dataclasses.replace(engine.detector, class_names=NAMES)
     return engine

@@ -58,7 +58,7 @@ def benchmark_end_to_end_many(
         check_batch(engine, batch)
         empty_input(engine.input, batch)  # whether it fits, before pictures are decoded for it
     if not images:
-        raise UserError("there is no image to time; name a folder of pictures with `images`.")
+        raise UserError("there is no image to time; name a folder of images as `images`.")
     encoded = [read_encoded(image)[0] for image in images[:MAX_IMAGES]]
     for image in images[:MAX_IMAGES]:
         read_image(image)  # so that a damaged picture is reported by its name, before timing

@@ -138,7 +138,7 @@ def benchmark_stages(
     check_durations(duration, 0)
     check_batch(engine, batch)
     if not images:
-        raise UserError("there is no image to time; name a folder of pictures with `images`.")
+        raise UserError("there is no image to time; name a folder of images as `images`.")
     encoded = [read_encoded(image)[0] for image in images[:MAX_IMAGES]]
     chosen = [encoded[index % len(encoded)] for index in range(batch)]
     for content in chosen:

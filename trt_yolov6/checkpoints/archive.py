@@ -166,9 +166,9 @@ def _checked_size(path: Path) -> int:
         )
     if start.startswith(b"\x80"):
         raise UserError(
-            f"{path} is a bare pickle or a checkpoint from before PyTorch 1.6, not the zip archive "
-            "that torch.save writes today; get it as such an archive from whoever made it, and do "
-            "not load this file to convert it, since loading a pickle runs whatever code it holds."
+            f"{path} is a bare pickle or a checkpoint from before PyTorch 1.6; ask its author for "
+            "the zip archive that torch.save writes today, and do not convert it yourself: loading "
+            "a pickle runs whatever code it holds."
         )
     raise UserError(f"{path} is not a PyTorch checkpoint; give a YOLOv6 checkpoint (.pt).")
 

@@ -15,29 +15,31 @@ def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     parser = common.add_command(commands, "bench", run, "measure latency and throughput")
     parser.add_argument(
-        "--engine", type=Path, nargs="+", help="one or several; default: the newest in engines/"
+        "--engine", type=Path, nargs="+", help="one or several engines (the newest in engines/)"
     )
-    parser.add_argument("--batch", type=common.positive, default=1, help="images a run (1)")
+    parser.add_argument("--batch", type=common.positive, default=1, help="images per run (1)")
     parser.add_argument(
-        "--streams", type=common.positive, default=1, help="batches side by side on a GPU (1)"
-    )
-    parser.add_argument(
-        "--duration", type=float, default=10.0, help="most seconds of measuring an engine (10)"
+        "--streams", type=common.positive, default=1, help="batches in flight on a GPU (1)"
     )
     parser.add_argument(
-        "--layers", action="store_true", help="TensorRT: also the time of each layer"
+        "--duration", type=float, default=10.0, help="seconds to measure each engine at most (10)"
+    )
+    parser.add_argument("--layers", action="store_true", help="TensorRT: also time each layer")
+    parser.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="also time decoding, letterbox and NMS, in sequence",
     )
     parser.add_argument(
-        "--end-to-end", action="store_true", help="with decoding, letterbox and NMS, in sequence"
-    )
-    parser.add_argument(
-        "--stages", action="store_true", help="each stage from JPEG to boxes, and what overlaps"
+        "--stages",
+        action="store_true",
+        help="time each stage from JPEG to boxes, and their overlap",
     )
     parser.add_argument(
         "--source",
         dest="images",
         type=Path,
-        help=f"pictures for --end-to-end and --stages ({common.SAMPLE_IMAGES})",
+        help=f"images for --end-to-end and --stages ({common.SAMPLE_IMAGES})",
     )
     common.add_thresholds(parser)
     common.add_loading(parser)
@@ -56,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         why = "is for --end-to-end and --stages: the engine alone has no such stage."
         common.refuse(options, names, why)
     if options.end_to_end and options.stages:
-        raise UserError("--end-to-end and --stages measure apart; leave one of them out.")
+        raise UserError("--end-to-end and --stages are separate measurements; give one of them.")
     if options.streams > 1:
         why = "goes with one stream; leave it or --streams out."
         common.refuse(options, ("end_to_end", "stages"), why)

@@ -30,7 +30,10 @@ def add(commands: common.Commands) -> None:
     common.add_checkpoint_or_onnx(parser, "a detector's ONNX file")
     common.add_graph_options(parser)
     parser.add_argument(
-        "--names", dest="class_names", type=Path, help="class names for --onnx: text or COCO JSON"
+        "--names",
+        dest="class_names",
+        type=Path,
+        help="class names for --onnx: a text file or COCO JSON",
     )
     common.add_decoder(parser)
     _add_quantization(parser)
@@ -42,12 +45,14 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     int8 = parser.add_argument_group("INT8 and FP8")
     types = int8.add_mutually_exclusive_group()
     types.add_argument(
-        "--int8", action="store_true", help="quantize; the rest is float32, or half with --fp16"
+        "--int8",
+        action="store_true",
+        help="quantize to INT8; the rest is FP32, or FP16 with --fp16",
     )
     types.add_argument(
         "--fp8",
         action="store_true",
-        help="the same in 8-bit floating point (E4M3), from compute capability 8.9 on",
+        help="quantize to FP8 (E4M3); needs compute capability 8.9 or later",
     )
     common.add_calibration(int8)
     _add_float_layers(int8)
@@ -55,7 +60,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         "--no-bias-correction",
         dest="bias_correction",
         action="store_false",
-        help="leave the layers' biases as they are",
+        help="do not correct biases",
     )
     int8.add_argument(
         "--reconstruct",
@@ -63,64 +68,67 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="MINUTES",
-        help="--int8: let scales, weights and biases learn for so long from the float network on "
-        "the calibration images, and keep what comes of it if it is clearly better on those that "
-        "judge (0)",
+        help="--int8: spend this long on learning scales, weights and biases from the float "
+        "network on the calibration images; the result is kept if it is clearly better on held-out "
+        "ones (0)",
     )
     int8.add_argument(
         "--no-reconstruct",
         dest="reconstruct",
         action="store_false",
-        help="--int8: do not try weights that are rounded for the inputs that they meet",
+        help="--int8: do not try GPTQ, which rounds weights for the inputs they meet",
     )
     int8.add_argument(
-        "--adaptive-rounding", action="store_true", help="--int8: take such weights without trying"
+        "--adaptive-rounding", action="store_true", help="--int8: use GPTQ without comparing first"
     )
     int8.add_argument(
         "--allow-float",
         action="store_true",
-        help="build even where the backend computes all of it in float",
+        help="build even if the backend computes all convolutions in float",
     )
     int8.add_argument(
         "--no-surgery",
         dest="clean",
         action="store_false",
-        help="leave the Q/DQ nodes of --onnx as they are",
+        help="leave the Q/DQ nodes of --onnx untouched",
     )
     int8.add_argument(
         "--calibration-cache",
         type=Path,
         metavar="FILE",
-        help="TensorRT up to 10: scales for a float --onnx graph (see export)",
+        help="TensorRT up to 10: scales for a float --onnx graph, as export writes them",
     )
     int8.add_argument(
         "--tensorrt-calibrator",
         choices=("entropy", "minmax"),
-        help="TensorRT up to 10: have TensorRT itself calibrate the float graph on --calib, and "
-        "write its scales to --calibration-cache, if that is given",
+        help="TensorRT up to 10: let TensorRT calibrate the float graph on --calib; its scales go "
+        "to --calibration-cache, if given",
     )
 
 
 def _add_float_layers(int8: argparse._ActionsContainer) -> None:
     common.add_float_layers(
         int8,
-        "keep the K most sensitive layers in float; as few as --max-ap-drop allows (both with "
-        "--int8 only); or these, with commas (0)",
+        "layers to keep in float: the K most sensitive; auto, as few as --max-ap-drop allows (both "
+        "with --int8 only); or names, separated by commas (0)",
     )
     int8.add_argument(
-        "--max-ap-drop", type=float, metavar="POINTS", help="for --float-layers auto (0.5)"
+        "--max-ap-drop",
+        type=float,
+        metavar="POINTS",
+        help="--float-layers auto: AP points that INT8 may cost (0.5)",
     )
     int8.add_argument(
         "--max-slowdown",
         type=common.percent,
         metavar="PERCENT",
-        help="for --float-layers auto: how much run time, by layer times, the layers in float may "
-        "add, such as 5%%; without --max-ap-drop, the best that this allows",
+        help="--float-layers auto: run time, by layer times, that layers in float may add, such as "
+        "5%%; without --max-ap-drop, the most accurate set within it",
     )
     common.add_data(
         int8,
-        "labelled data that --float-layers auto holds the budget on; without it, the agreement "
-        "with the float network tells",
+        "--float-layers auto: labelled data to measure the AP drop on (agreement with the float "
+        "network on the calibration images)",
     )
 
 
@@ -130,15 +138,15 @@ def _add_builder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="default: engines/<weights>-<precision>.onnx or .trt; unusual sizes are added",
+        help="file to write (engines/<weights>-<precision>.onnx or .trt, with an unusual size)",
     )
     parser.add_argument("--timing-cache", type=Path, help="TensorRT timing cache to use and extend")
     parser.add_argument(
         "--tactic-sources",
         type=lambda text: tuple(part.strip().lower() for part in text.split(",") if part.strip()),
         metavar="NAMES",
-        help="TensorRT: libraries whose kernels it may choose, such as "
-        "edge_mask_convolutions,jit_convolutions, which needs no cuBLAS or cuDNN",
+        help="TensorRT: libraries it may take kernels from, such as "
+        "edge_mask_convolutions,jit_convolutions, which needs neither cuBLAS nor cuDNN",
     )
     parser.add_argument(
         "--workspace",

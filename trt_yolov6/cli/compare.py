@@ -24,10 +24,10 @@ def add(commands: common.Commands) -> None:
     text = "compare detectors at several precisions and batch sizes: AP, latency, layers"
     parser = common.add_command(commands, "compare", run, text)
     parser.description = (
-        f"{text}. Goes on where an earlier comparison in --output was interrupted; what has not "
-        "changed is not measured again."
+        f"{text[0].upper()}{text[1:]}. Continues an interrupted comparison in --output; what has "
+        "not changed is not measured again."
     )
-    parser.epilog = "Exit code: 0 done; 1 the gate failed; 2 wrong usage or bad input."
+    parser.epilog = f"{parser.epilog} Exit code: 0 done, 1 the gate failed, 2 wrong usage or input."
     parser.add_argument(
         "models",
         type=Path,
@@ -39,17 +39,19 @@ def add(commands: common.Commands) -> None:
         "--precisions",
         type=_texts,
         metavar="P,...",
-        help="fp32, fp16, int8, fp8; the last two with +fp16 for the rest, and :K or :auto for "
-        "layers left in float (fp32)",
+        help="fp32, fp16, int8 or fp8; the last two with +fp16 for the rest, and :K or :auto for "
+        "layers kept in float (fp32)",
     )
     parser.add_argument("--batches", type=_numbers, metavar="N,...", help="batch sizes (1,32)")
-    parser.add_argument("--backends", type=_texts, metavar="B,...", help="(auto)")
-    text = "input size of what is built (640 for checkpoints, an ONNX file's own)"
+    parser.add_argument("--backends", type=_texts, metavar="B,...", help="backends (auto)")
+    text = "input size of the engines that are built (640, an ONNX file's own)"
     common.add_image_size(parser, text, dest="imgsz")
     common.add_data(parser)
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
-    parser.add_argument("--calibrator", choices=common.CALIBRATORS, help="(auto)")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"({DEFAULT_OUTPUT})")
+    parser.add_argument("--calibrator", choices=common.CALIBRATORS, help="calibrator (auto)")
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, help=f"folder ({DEFAULT_OUTPUT})"
+    )
     parser.add_argument("--again", action="store_true", help="measure latencies again")
     common.add_quiet(parser)
     _add_measuring(parser)
@@ -57,21 +59,23 @@ def add(commands: common.Commands) -> None:
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
-    how = parser.add_argument_group("how it is measured")
-    how.add_argument("--rounds", type=common.positive, metavar="N", help="turns an engine gets (8)")
+    how = parser.add_argument_group("measurement")
     how.add_argument(
-        "--duration", type=float, metavar="S", help="seconds an engine and batch size (10)"
+        "--rounds", type=common.positive, metavar="N", help="rounds over all engines (8)"
+    )
+    how.add_argument(
+        "--duration", type=float, metavar="S", help="seconds per engine and batch size (10)"
     )
     how.add_argument(
         "--no-layers",
         dest="layers",
         action="store_const",
         const=False,
-        help="leave the times of layers out",
+        help="do not time layers",
     )
     how.add_argument("--examples", type=int, metavar="N", help="images kept for the report (3)")
     common.add_thresholds(how)
-    how.add_argument("--border", type=int, help="gray pixels on each side (0)")
+    how.add_argument("--border", type=int, help="gray pixels on each side of an image (0)")
     common.add_session(how)
 
 
@@ -84,22 +88,22 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
         "--max-slowdown",
         type=common.percent,
         metavar="PERCENT",
-        help="that a latency may grow by, beyond doubt (3%%)",
+        help="fail if a latency has certainly grown by more (3%%)",
     )
     gate.add_argument(
         "--max-ap-drop",
         type=float,
         metavar="POINTS",
-        help="AP points (hundredths) that an AP may fall by (0.2)",
+        help="fail if an AP has fallen by more points (hundredths) (0.2)",
     )
     gate.add_argument(
-        "--strict", action="store_true", help="what noise leaves undecided fails as well"
+        "--strict", action="store_true", help="fail also where noise leaves it undecided"
     )
     gate.add_argument(
         "--allow-other-device",
         dest="other_device",
         action="store_true",
-        help="take a baseline of another device",
+        help="accept a baseline from another device",
     )
 
 

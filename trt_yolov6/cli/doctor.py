@@ -10,7 +10,7 @@ from trt_yolov6.cli.output import say_next, write_result
 
 def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    text = "say which backends work here, and what others need"
+    text = "report which backends work here, and what the others need"
     parser = common.add_command(commands, "doctor", run, text)
     common.add_json(parser)
     common.add_quiet(parser)

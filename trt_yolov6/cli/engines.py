@@ -47,7 +47,9 @@ def ray_options(options: argparse.Namespace) -> RayOptions:
     from trt_yolov6.serving.ray.jobs import RayOptions
 
     if options.gpus > 1:
-        raise UserError("--gpus is for this machine; --ray takes an engine a GPU by itself.")
+        raise UserError(
+            "--gpus is for this machine; leave it out, since --ray runs one engine per GPU."
+        )
     return RayOptions(
         address=options.address,
         backend=options.backend,

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     parser = common.add_command(commands, "eval", run, "measure COCO average precision")
-    parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
+    parser.add_argument("--engine", type=Path, help="engine (the newest in engines/)")
     common.add_data(parser)
-    parser.add_argument("--batch", type=common.positive, help="images at a time")
-    parser.add_argument("--workers", type=common.positive, help="threads that decode images")
+    parser.add_argument("--batch", type=common.positive, help="images per batch (up to 8)")
+    parser.add_argument(
+        "--workers",
+        type=common.positive,
+        help="threads that decode images (one per core, at most 16)",
+    )
     parser.add_argument(
         "--plots", type=Path, metavar="DIR", help="write PR curves and a confusion matrix there"
     )
@@ -73,7 +77,9 @@ def _evaluated_on_ray(options: argparse.Namespace, path: Path) -> Evaluation:
     from trt_yolov6.serving.ray.jobs import evaluate_on_ray
 
     if options.workers is not None:
-        raise UserError("--workers is not for --ray, where an engine reads with its --threads.")
+        raise UserError(
+            "--workers is not for --ray, where engines read with their --threads; leave it out."
+        )
     return evaluate_on_ray(
         path,
         load_coco(options.data or common.SAMPLE_DATA, options.split),

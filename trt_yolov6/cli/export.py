@@ -22,9 +22,9 @@ def add(commands: common.Commands) -> None:
     parser = common.add_command(commands, "export", run, "export a checkpoint to ONNX")
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
     common.add_graph_options(parser)
-    parser.add_argument("--output", type=Path, help="default: <weights>-<precision>.onnx")
+    parser.add_argument("--output", type=Path, help="file to write (<weights>-<precision>.onnx)")
     cache = parser.add_argument_group("INT8 for TensorRT up to 10, without Q/DQ nodes")
-    common.add_cache(cache, "write the tensors' scales there")
+    common.add_cache(cache, "file to write the tensors' scales to")
     common.add_calibration(cache)
     common.add_quiet(parser)
 

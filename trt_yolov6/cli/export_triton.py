@@ -16,16 +16,20 @@ def add(commands: common.Commands) -> None:
     text = "write engines into a model repository of Triton Inference Server"
     parser = common.add_command(commands, "export-triton", run, text)
     parser.add_argument(
-        "--engine", type=Path, nargs="+", required=True, help="plans, or ONNX files; one entry each"
+        "--engine", type=Path, nargs="+", required=True, help="plans or ONNX files, one entry each"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="the repository, new or not"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="model repository, new or existing",
     )
     parser.add_argument(
         "--name",
         dest="names",
         nargs="+",
-        help="of the entries, one for each engine (network and precision, such as yolov6n_int8)",
+        help="names of the entries, one per engine (network and precision, such as yolov6n_int8)",
     )
     parser.add_argument(
         "--python-backend",
@@ -33,35 +37,35 @@ def add(commands: common.Commands) -> None:
         nargs="?",
         const="tensors",
         choices=("tensors", "pictures"),
-        help="run them by this package in Triton's Python backend, TensorRT-RTX's too: tensors in "
-        "and raw outputs out (if nothing follows), or encoded pictures in and boxes, scores and "
-        "classes out",
+        help="run the engines by this package in Triton's Python backend, also TensorRT-RTX's: "
+        "from tensors to raw outputs (without a value), or from encoded images to boxes, scores "
+        "and classes",
     )
     parser.add_argument(
-        "--instances", type=common.positive, default=1, help="copies side by side on each GPU (1)"
+        "--instances", type=common.positive, default=1, help="instances on each GPU (1)"
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--gpus",
         type=gpu_numbers,
         metavar="N,N",
-        help="GPUs that run them (all of the server; ONNX on the CPU where this machine has none)",
+        help="GPUs to run on (all of the server's; ONNX on the CPU if this machine has no GPU)",
     )
-    where.add_argument("--cpu", action="store_true", help="run them on the CPU (ONNX only)")
+    where.add_argument("--cpu", action="store_true", help="run on the CPU (ONNX only)")
     parser.add_argument(
         "--max-queue-delay-us",
         type=int,
         default=100,
         metavar="US",
-        help="microseconds that a request waits at most to share a batch (100)",
+        help="microseconds a request may wait to share a batch (100)",
     )
     parser.add_argument(
         "--config",
         dest="extra",
         type=Path,
         metavar="FILE",
-        help="more of Triton's ModelConfig, in its text format, for each entry: a response cache, "
-        "priorities, limits of the queue; it takes the place of fields of the same name",
+        help="further fields of Triton's ModelConfig, in its text format, such as a response "
+        "cache, priorities or queue limits; they replace fields of the same name",
     )
     common.add_thresholds(parser, confidence=0.4)
     common.add_decoder(parser)

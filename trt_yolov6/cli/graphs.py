@@ -86,7 +86,7 @@ def quantized_precision(options: argparse.Namespace) -> Precision | None:
     kept = options.float_layers
     if options.fp8 and kept is not None and not isinstance(kept, tuple) and kept != 0:
         raise UserError(
-            f"--float-layers {kept} ranks layers by what --int8 costs in them; name the layers "
+            f"--float-layers {kept} ranks layers by their sensitivity to INT8; name the layers "
             "with --fp8."
         )
     return Precision(

@@ -21,29 +21,29 @@ _SHOWN_FAILURES = 20
 
 def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = common.add_command(
-        commands, "infer", run, "detect objects in a picture, a folder or a video"
-    )
-    parser.add_argument("--engine", type=Path, help="default: the newest in engines/")
+    parser = common.add_command(commands, "infer", run, "detect objects in images and videos")
+    parser.add_argument("--engine", type=Path, help="engine (the newest in engines/)")
     parser.add_argument(
         "--source",
         required=True,
-        help="picture, folder, video, 'glob*', http:// or rtsp:// address, or a camera's number; "
-        "with --ray also a listing (.txt), or an address such as s3://bucket/folder",
+        help="image, folder, video, 'glob*', http:// or rtsp:// address, or a camera's number; "
+        "with --ray also a list of them (.txt), or an address such as s3://bucket/folder",
     )
     parser.add_argument(
         "--format",
         nargs="+",
         choices=(*_FILES, *_PARTS),
-        help="of what was found (json); with --ray jsonl or parquet (jsonl)",
+        help="format of the detections (json); with --ray jsonl or parquet (jsonl)",
     )
     parser.add_argument(
-        "--frames", type=common.positive, metavar="N", help="of a video or stream: end then"
+        "--frames", type=common.positive, metavar="N", help="stop a video or stream after N frames"
     )
     parser.add_argument(
-        "--output", default="runs/infer", help="(runs/infer); with --ray also an address"
+        "--output",
+        default="runs/infer",
+        help="folder to write to (runs/infer); with --ray also an address",
     )
-    parser.add_argument("--batch", type=common.positive, help="images at a time")
+    parser.add_argument("--batch", type=common.positive, help="images per batch (up to 8)")
     common.add_border(parser)
     common.add_thresholds(parser, confidence=0.4)
     common.add_loading(parser)

@@ -14,7 +14,7 @@ from trt_yolov6.cli.output import say_next, write_result
 def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     parser = common.add_command(
-        commands, "inspect", run, "say what an engine, ONNX file or checkpoint is"
+        commands, "inspect", run, "describe an engine, ONNX file or checkpoint"
     )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--layers", action="store_true", help="list every layer")

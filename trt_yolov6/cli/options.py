@@ -29,13 +29,13 @@ Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, with what was probably meant."""
+    """A parser whose errors are one line and suggest what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}{self._nearest(message)}; see {self.prog} --help\n")
 
     def parse_args(self, *arguments: Any, **named: Any) -> Any:
-        """Parse, and complain of an unknown option with the command's own help."""
+        """Parse; an unknown option is reported with the command's own help."""
         options, unknown = self.parse_known_args(*arguments, **named)
         if unknown:
             parser = getattr(options, "parser", self)
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def _nearest(self, message: str) -> str:
-        """Suggest the nearest option or choice for a word of a complaint."""
+        """Suggest the nearest option or choice for a misspelt word of an error."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             return did_you_mean(unknown[1], self._option_string_actions)
@@ -61,20 +61,26 @@ def add_command(
     `run` returns None when it has done what was asked, or an exit code.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, allow_abbrev=False
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog="Defaults are in parentheses.",
+        allow_abbrev=False,
     )
     parser.set_defaults(run=run, parser=parser)
     return parser
 
 
 def add_graph_options(parser: argparse.ArgumentParser) -> None:
-    """Add what decides the graph that comes from a checkpoint."""
+    """Add the options of the graph that a checkpoint is exported to."""
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp32", action="store_true", help="single precision (default)")
     precision.add_argument("--fp16", action="store_true", help="half precision")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--batch", type=positive, metavar="N", help="a fixed batch size")
-    add_dynamic(size, "batch", "batch sizes taken and the one tuned for (1,32,32)")
+    size.add_argument("--batch", type=positive, metavar="N", help="fixed batch size")
+    add_dynamic(
+        size, "batch", "smallest batch size, the one to tune for, and the largest (1,32,32)"
+    )
     add_image_size(parser)
     add_ends(parser)
     parser.add_argument(
@@ -116,8 +122,8 @@ def add_image_size(
 
 
 def add_ends(parser: argparse._ActionsContainer) -> None:
-    """Add what may stand before and after the network in its graph."""
-    parser.add_argument("--end2end", action="store_true", help="NMS in the graph")
+    """Add the steps that may come before and after the network in its graph."""
+    parser.add_argument("--end2end", action="store_true", help="put NMS into the graph")
     parser.add_argument(
         "--uint8-input", action="store_true", help="take uint8 RGB pixels, normalize in the graph"
     )
@@ -132,17 +138,17 @@ def add_calibration(parser: argparse._ActionsContainer, calibrator: str = "auto"
         "--calibrator",
         choices=CALIBRATORS,
         default=calibrator,
-        help=f"auto: what agrees best with the float network on the images ({calibrator})",
+        help=f"auto: the one that agrees best with the float network ({calibrator})",
     )
     parser.add_argument(
         "--calib-images",
         dest="image_limit",
         type=positive,
         metavar="N",
-        help="take N of them, spread evenly",
+        help="use N of the calibration images, evenly spread (all)",
     )
     parser.add_argument(
-        "--no-equalize", dest="equalize", action="store_false", help="leave channels as they are"
+        "--no-equalize", dest="equalize", action="store_false", help="do not equalize channels"
     )
 
 
@@ -152,10 +158,12 @@ def add_float_layers(parser: argparse._ActionsContainer, text: str) -> None:
 
 
 def add_cache(parser: argparse._ActionsContainer, text: str) -> None:
-    """Add the calibration cache that is written, and whose it is."""
+    """Add the calibration cache to write, and the release that reads it."""
     parser.add_argument("--calibration-cache", type=Path, metavar="FILE", help=text)
     parser.add_argument(
-        "--cache-version", metavar="X.Y.Z", help=f"TensorRT that reads it ({CACHE_VERSION})"
+        "--cache-version",
+        metavar="X.Y.Z",
+        help=f"TensorRT release that reads the cache ({CACHE_VERSION})",
     )
 
 
@@ -165,12 +173,12 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="auto",
         choices=("auto", *BACKENDS),
-        help="(auto: the best that works here)",
+        help="backend (auto: the best one that works here)",
     )
 
 
 def add_session(parser: argparse._ActionsContainer) -> None:
-    """Add what concerns ONNX Runtime's sessions."""
+    """Add the options of ONNX Runtime's sessions."""
     parser.add_argument("--threads", type=positive, help="CPU threads of ONNX Runtime")
     parser.add_argument(
         "--provider", choices=("cpu", "cuda", "tensorrt"), help="ONNX Runtime execution provider"
@@ -178,14 +186,14 @@ def add_session(parser: argparse._ActionsContainer) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add what concerns the run of an engine."""
+    """Add the options of running an engine."""
     add_backend(parser)
     add_session(parser)
     parser.add_argument(
         "--no-cuda-graph",
         dest="cuda_graph",
         action="store_false",
-        help="TensorRT: launch kernels one by one",
+        help="TensorRT: launch kernels one by one, without CUDA graphs",
     )
     add_decoder(parser)
     add_quiet(parser)
@@ -194,32 +202,32 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 def add_machines(parser: argparse.ArgumentParser) -> None:
     """Add --gpus and --ray."""
     parser.add_argument(
-        "--gpus", type=positive, default=1, metavar="N", help="TensorRT: GPUs to work on (1)"
+        "--gpus", type=positive, default=1, metavar="N", help="TensorRT: number of GPUs to use (1)"
     )
     parser.add_argument(
         "--ray",
         dest="address",
         metavar="ADDRESS",
-        help="work on a Ray cluster: host:port of its head, auto on one of its machines, or local; "
-        "an engine a GPU, or every --threads cores (docs/how-to/clusters.md)",
+        help="run on a Ray cluster: host:port of its head, auto on one of its machines, or local; "
+        "one engine per GPU, or per --threads cores (docs/how-to/clusters.md)",
     )
 
 
 def add_decoder(parser: argparse.ArgumentParser) -> None:
-    """Add what concerns detectors of other families."""
+    """Add the options of other families' detectors."""
     group = parser.add_argument_group("detectors of other families (ONNX files without a manifest)")
     group.add_argument(
         "--decoder",
         metavar="FAMILY",
-        help="yolov6, yolov5, yolov7, yolox, ppyoloe, ppyoloe-plus, or yolov8 for that and later "
-        "ones (found out from the graph where that tells)",
+        help="yolov6, yolov5, yolov7, yolox, ppyoloe, ppyoloe-plus, or yolov8 for v8 and later "
+        "(recognized from the graph, unless that is ambiguous)",
     )
     group.add_argument(
         "--preprocess",
         nargs="+",
         metavar="FIELD=VALUE",
-        help="where images are not prepared as that family's: fit=letterbox|corner|stretch, "
-        "interpolation=area|linear|cubic, colour=rgb|bgr, mean=R,G,B and std=R,G,B of 0..255",
+        help="changes to the family's preprocessing: fit=letterbox|corner|stretch, "
+        "interpolation=area|linear|cubic, colour=rgb|bgr, mean=R,G,B and std=R,G,B in 0..255",
     )
 
 
@@ -231,25 +239,25 @@ def preprocess_changes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_training(parser: argparse.ArgumentParser, output: str) -> None:
-    """Add what concerns any training's data and run; `output` is the default folder."""
+    """Add the options of any training's data and run; `output` is the default folder."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml")
-    parser.add_argument("--split", dest="train_split", help="part to train on (train)")
-    parser.add_argument("--val-split", help="part to evaluate on, or none (val)")
+    parser.add_argument("--split", dest="train_split", help="split to train on (train)")
+    parser.add_argument("--val-split", help="split to evaluate on, or none (val)")
     parser.add_argument(
         "--bad-data",
         dest="on_bad_data",
         choices=("refuse", "skip"),
-        help="what is wrong with the data: say it and end, or leave it out (refuse)",
+        help="faulty images and annotations: report them and stop, or skip them (refuse)",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help=f"({output})")
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"folder of the run ({output})")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the interrupted training in --output"
+        "--resume", action="store_true", help="continue the interrupted training in --output"
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (a GPU if there is one)")
 
 
 def check_training_data(options: argparse.Namespace) -> None:
-    """Refuse a --data that is none, before PyTorch is imported, which takes seconds."""
+    """Refuse a --data that is not a data set, before importing PyTorch, which takes seconds."""
     from trt_yolov6.data.sources import check_source
 
     if options.data is None:
@@ -262,26 +270,26 @@ def check_training_data(options: argparse.Namespace) -> None:
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add --quiet."""
     parser.add_argument(
-        "--quiet", action="store_true", help="no progress bar, and no word on what to do next"
+        "--quiet", action="store_true", help="no progress bar and no hint at the next step"
     )
 
 
 def add_thresholds(parser: argparse._ActionsContainer, confidence: float = 0.03) -> None:
-    """Add the thresholds of NMS; `confidence` is the default that is told."""
+    """Add the thresholds of NMS; `confidence` is the default that the help gives."""
     parser.add_argument(
         "--conf", dest="confidence", type=float, help=f"confidence threshold ({confidence})"
     )
     parser.add_argument("--iou", type=float, help="IoU threshold of NMS (0.65)")
-    parser.add_argument("--max-detections", type=positive, help="boxes kept an image (300)")
+    parser.add_argument("--max-detections", type=positive, help="boxes to keep per image (300)")
 
 
 def add_border(parser: argparse.ArgumentParser) -> None:
     """Add the size and the border of the letterbox."""
     parser.add_argument(
-        "--resize", type=positive, help="side images are resized to; the rest is gray border"
+        "--resize", type=positive, help="side to resize images to; gray fills the rest of the input"
     )
     parser.add_argument(
-        "--border", type=int, help="gray pixels on each side; --resize 634 --border 3 makes 640"
+        "--border", type=int, help="gray pixels on each side, such as 3 with --resize 634 (0)"
     )
 
 

@@ -31,20 +31,24 @@ _SETTINGS = (
 
 def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    text = "train a checkpoint with INT8's rounding in place (quantization-aware training)"
+    text = "fine-tune a checkpoint for INT8 (quantization-aware training)"
     parser = common.add_command(commands, "qat", run, text)
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
-    parser.add_argument("--model", metavar="n|t|s|m|l|NAME", help="what it must hold, as a check")
+    parser.add_argument(
+        "--model", metavar="n|t|s|m|l|NAME", help="refuse a checkpoint of another variant"
+    )
     common.add_training(parser, "runs/qat/<model>")
     parser.set_defaults(train_split="train", val_split="val")
     parser.add_argument(
-        "--precision", choices=("auto", "bf16", "fp32"), help="(auto: fp32, on a GPU in TF32)"
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        help="arithmetic (auto: fp32, TF32 on a GPU)",
     )
     common.add_quiet(parser)
     common.add_json(parser)
     where = parser.add_argument_group("quantization")
     common.add_calibration(where)
-    common.add_float_layers(where, "partial training: as in build --int8 (0)")
+    common.add_float_layers(where, "layers to keep in float, as in build --int8 (0)")
     where.add_argument(
         "--fixed-scales",
         dest="learn_scales",
@@ -57,44 +61,51 @@ def add(commands: common.Commands) -> None:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=common.positive, help="(10)")
-    recipe.add_argument("--batch", type=common.positive, metavar="N", help="images a step (16)")
+    recipe.add_argument("--epochs", type=common.positive, help="number of epochs (10)")
+    recipe.add_argument("--batch", type=common.positive, metavar="N", help="images per step (16)")
     recipe.add_argument(
-        "--lr", dest="learning_rate", type=float, help="of weights, in quantization steps (0.005)"
+        "--lr",
+        dest="learning_rate",
+        type=float,
+        help="learning rate of weights, in quantization steps (0.005)",
     )
     recipe.add_argument(
         "--scale-lr",
         dest="scale_learning_rate",
         type=float,
-        help="of scales, in steps at their range's end (0.05)",
+        help="learning rate of scales, in steps at the end of the range (0.05)",
     )
-    recipe.add_argument("--seed", type=int, help="(0)")
+    recipe.add_argument("--seed", type=int, help="random seed (0)")
     recipe.add_argument(
         "--no-distillation",
         dest="distillation",
         action="store_false",
-        help="do without the float network's features",
+        help="train on the detection loss alone, without the float network's features",
     )
-    recipe.add_argument("--distill-weight", type=float, help="of channel-wise distillation (0.1)")
-    recipe.add_argument("--temperature", type=float, help="of channel-wise distillation (1)")
+    recipe.add_argument(
+        "--distill-weight", type=float, help="weight of the distillation loss (0.1)"
+    )
+    recipe.add_argument("--temperature", type=float, help="temperature of the distillation (1)")
 
 
 def _add_graph(parser: argparse.ArgumentParser) -> None:
-    graph = parser.add_argument_group("what is written")
+    graph = parser.add_argument_group("exported graph")
     common.add_image_size(graph)
-    graph.add_argument("--fp16", action="store_true", help="what is not INT8 in half precision")
-    common.add_dynamic(graph, "dynamic", "(1,32,32)")
+    graph.add_argument("--fp16", action="store_true", help="half precision for the rest")
+    common.add_dynamic(
+        graph, "dynamic", "smallest batch size, the one to tune for, and the largest (1,32,32)"
+    )
     common.add_ends(graph)
     graph.add_argument(
         "--backend",
         choices=("tensorrt", "tensorrt-rtx", "onnxruntime"),
         default="onnxruntime",
-        help="build for it as well (the ONNX file itself is ONNX Runtime's engine)",
+        help="backend to build an engine for as well (onnxruntime: the ONNX file is the engine)",
     )
     common.add_cache(
         graph,
-        "TensorRT up to 10: write the scales there, and the graph without Q/DQ nodes next to the "
-        "other",
+        "TensorRT up to 10: file to write the scales to; the graph without Q/DQ nodes is written "
+        "next to the other",
     )
 
 

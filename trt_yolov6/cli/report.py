@@ -13,14 +13,14 @@ DEFAULT_OUTPUT = Path("report.html")
 
 def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    text = "make a page (HTML), Markdown or CSV of what `compare` found"
+    text = "write the results of `compare` as a page (HTML), Markdown or CSV"
     parser = common.add_command(commands, "report", run, text)
     parser.add_argument(
         "results",
         type=Path,
         nargs="+",
         metavar="RESULTS",
-        help="folders or results.json of `compare`; rankings of `sensitivity --json`",
+        help="folders or results.json of `compare`, and files of `sensitivity --json`",
     )
     parser.add_argument(
         "--output",
@@ -28,9 +28,9 @@ def add(commands: common.Commands) -> None:
         nargs="+",
         default=[DEFAULT_OUTPUT],
         metavar="FILE",
-        help=f"ending in .html, .md or .csv; several are written at once ({DEFAULT_OUTPUT})",
+        help=f"one or several files, ending in .html, .md or .csv ({DEFAULT_OUTPUT})",
     )
-    parser.add_argument("--title", default="", help="of the page")
+    parser.add_argument("--title", default="", help="title of the page")
     common.add_quiet(parser)
 
 

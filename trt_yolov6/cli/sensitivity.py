@@ -14,7 +14,7 @@ from trt_yolov6.errors import UserError
 def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     parser = common.add_command(
-        commands, "sensitivity", run, "rank layers by what INT8 costs in them"
+        commands, "sensitivity", run, "rank layers by their sensitivity to INT8"
     )
     common.add_checkpoint_or_onnx(parser, "a detector's float ONNX file")
     common.add_image_size(parser, "input size (640; P6 1280, Lite 320)")
@@ -22,19 +22,21 @@ def add(commands: common.Commands) -> None:
         "--metric",
         choices=("mse", "snr", "cosine", "ap"),
         default="snr",
-        help="at each layer's output, or the AP with only that layer in INT8 (snr)",
+        help="error at each layer's output, or the AP with only that layer in INT8 (snr)",
     )
     common.add_decoder(parser)
     common.add_calibration(parser, "minmax")
-    text = "labelled data for AP; without it, the agreement with the float network counts"
+    text = "labelled data for AP (agreement with the float network instead)"
     common.add_data(parser, text)
     parser.add_argument(
         "--report",
         action="store_true",
-        help="also the AP with each metric's six most sensitive layers in float (those by ap only "
-        "with --metric ap, which scores a graph for every layer)",
+        help="also report the AP with each metric's six most sensitive layers in float (by ap only "
+        "with --metric ap, which evaluates one graph per layer)",
     )
-    parser.add_argument("--top", type=common.positive, default=12, help="layers printed (12)")
+    parser.add_argument(
+        "--top", type=common.positive, default=12, help="number of layers to print (12)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a bar chart")
     common.add_json(parser)
     common.add_quiet(parser)

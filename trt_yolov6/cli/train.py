@@ -20,22 +20,28 @@ if TYPE_CHECKING:
 
 def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
-    parser = common.add_command(commands, "train", run, "train a network, or train a checkpoint on")
+    parser = common.add_command(
+        commands, "train", run, "train a network, or fine-tune a checkpoint"
+    )
     common.add_training(parser, "runs/train/<model>")
     parser.add_argument(
         "--auto-resume",
         action="store_true",
-        help="go on where --output holds this very training, else begin it: for torchrun, Slurm "
-        "and Kubernetes, which start the same command again (docs/how-to/clusters.md)",
+        help="continue the training in --output, or begin it if there is none: for torchrun, Slurm "
+        "and Kubernetes, which repeat the same command (docs/how-to/clusters.md)",
     )
     parser.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp16", "fp32"),
-        help="(auto: bf16 or fp16 on a GPU, fp32 on a CPU)",
+        help="arithmetic (auto: bf16 or fp16 on a GPU, fp32 on a CPU)",
     )
-    parser.add_argument("--compile", action="store_true", help="compile with torch.compile")
     parser.add_argument(
-        "--deterministic", action="store_true", help="the same bits every time on a GPU too; slower"
+        "--compile", action="store_true", help="compile the network with torch.compile"
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="give the same bits every time on a GPU, too; slower",
     )
     common.add_quiet(parser)
     common.add_json(parser)
@@ -51,40 +57,54 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="n|t|s|m|l|NAME",
-        help="variant (s, or that of --weights), such as n_v3; without a name: list them all",
+        help="variant, such as n_v3 (s, or that of --weights); without a value, list all",
     )
-    model.add_argument("--weights", type=Path, metavar="FILE.pt", help="checkpoint to train on")
-    model.add_argument("--block", choices=("repvgg", "qarepvgg", "conv", "scaled"))
+    model.add_argument("--weights", type=Path, metavar="FILE.pt", help="checkpoint to fine-tune")
+    model.add_argument(
+        "--block",
+        choices=("repvgg", "qarepvgg", "conv", "scaled"),
+        help="building block (the variant's)",
+    )
     model.add_argument(
         "--rep-optimizer",
         nargs="?",
         const="",
         metavar="SCALES.pt",
-        help="train without branches as if there were (paper, 2.5.1), by the scales of a "
-        "hyper-search; without a file, search first, in OUTPUT/search",
+        help="train a single-branch network with RepOptimizer (paper, 2.5.1) and these scales; "
+        "without a value, search for scales first, in OUTPUT/search",
     )
     model.add_argument(
-        "--search-epochs", type=common.positive, metavar="N", help="length of the search (--epochs)"
+        "--search-epochs", type=common.positive, metavar="N", help="epochs of the search (--epochs)"
     )
-    model.add_argument("--activation", choices=("relu", "silu", "leaky_relu"))
     model.add_argument(
-        "--csp-ratio", type=float, metavar="R", help="channels inside CSPStackRep; 0: none"
+        "--activation",
+        choices=("relu", "silu", "leaky_relu"),
+        help="activation function (the variant's)",
+    )
+    model.add_argument(
+        "--csp-ratio",
+        type=float,
+        metavar="R",
+        help="share of channels inside CSPStackRep; 0: no CSP (the variant's)",
     )
     model.add_argument(
         "--dfl",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="predict distributions over distances",
+        help="predict boxes as distributions (the variant's)",
     )
     model.add_argument(
-        "--objectness", action="store_true", default=None, help="predict objectness, as v0.1"
+        "--objectness",
+        action="store_true",
+        default=None,
+        help="predict objectness, as release 0.1 does",
     )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=common.positive, help="(300)")
-    recipe.add_argument("--batch", type=common.positive, help="images a step, over all GPUs (32)")
+    recipe.add_argument("--epochs", type=common.positive, help="number of epochs (300)")
+    recipe.add_argument("--batch", type=common.positive, help="images per step, over all GPUs (32)")
     recipe.add_argument(
         "--imgsz",
         dest="image_size",
@@ -96,13 +116,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--lr",
         dest="learning_rate",
         type=float,
-        help="learning rate for 32 images (N 0.02, others 0.01)",
+        help="learning rate for 32 images (N 0.02, others 0.01; fine-tuning 0.0032)",
     )
-    recipe.add_argument("--seed", type=int, help="(0)")
+    recipe.add_argument("--seed", type=int, help="random seed (0)")
     recipe.add_argument("--mosaic", type=float, help="probability of Mosaic (1)")
     recipe.add_argument("--mixup", type=float, help="probability of Mixup (M and L 0.1, others 0)")
     recipe.add_argument(
-        "--plain-epochs", type=int, help="last epochs without Mosaic and Mixup (15)"
+        "--plain-epochs",
+        type=int,
+        help="last epochs without Mosaic and Mixup (15, at most a quarter)",
     )
     recipe.add_argument(
         "--border",
@@ -122,24 +144,31 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_losses(parser: argparse.ArgumentParser) -> None:
     losses = parser.add_argument_group("assignment and losses (paper, Tables 6 to 11)")
-    losses.add_argument("--assigner", choices=("tal", "atss", "simota"), help="(tal)")
     losses.add_argument(
-        "--warmup-assigner", choices=("tal", "atss", "simota"), help="of the first epochs (atss)"
+        "--assigner", choices=("tal", "atss", "simota"), help="label assigner (tal)"
+    )
+    losses.add_argument(
+        "--warmup-assigner",
+        choices=("tal", "atss", "simota"),
+        help="label assigner of the first 4 epochs from random weights (atss)",
     )
     losses.add_argument(
         "--cls-loss",
         dest="classification",
         choices=("varifocal", "focal", "quality_focal", "poly"),
-        help="(varifocal)",
+        help="classification loss (varifocal)",
     )
     losses.add_argument(
         "--box-loss",
         dest="box",
         choices=("siou", "giou", "ciou"),
-        help="(N and T siou, others giou)",
+        help="box loss (N and T siou, others giou)",
     )
     losses.add_argument(
-        "--distill", dest="teacher", metavar="TEACHER.pt", help="self-distillation (paper, 2.4.2)"
+        "--distill",
+        dest="teacher",
+        metavar="TEACHER.pt",
+        help="teacher for self-distillation (paper, 2.4.2)",
     )
 
 

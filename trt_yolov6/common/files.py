@@ -96,7 +96,7 @@ def check_writable(path: str | Path) -> Path:
     """Return the path with links followed; quick, so ask before long work.
 
     Raises:
-        UserError: it is a folder, or its folder is none or cannot be written to.
+        UserError: it is a folder, or its parent is not a folder that can be written to.
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
@@ -115,7 +115,7 @@ def check_writable(path: str | Path) -> Path:
 def unwritable(path: Path, error: OSError) -> UserError:
     """Return the error for a file or folder that the system does not let be written."""
     return UserError(
-        f"{path} cannot be written ({error.strerror or error}); free the disk or choose a folder "
+        f"{path} cannot be written ({error.strerror or error}); free disk space or choose a folder "
         "you may write to."
     )
 

@@ -50,7 +50,7 @@ def check_keys(source: str | Path, where: str, given: Iterable[object], known: l
     for key in given:
         if key not in known:
             raise UserError(
-                f"{source}: {where}{key!r} means nothing{did_you_mean(str(key), known)}; the keys "
+                f"{source}: {where}{key!r} is not a key{did_you_mean(str(key), known)}; the keys "
                 f"are {', '.join(known)}."
             )
 

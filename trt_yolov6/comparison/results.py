@@ -8,7 +8,7 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
     package           the version of this package
     environment       cpu, cpu_clock, gpus (clocks after the last round), system, packages
     data              root, split, annotations_sha256, images_sha256, images, class_names
-    settings          the plan, but for its models
+    settings          the plan, without its models
     engines           one record an engine (two batch sizes of one plan are one engine):
                       engine (its name), label, model, precision, backend, backend_version, device,
                       threads, note, image_size, source, source_sha256, parameters, flops, bytes,

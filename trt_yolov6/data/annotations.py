@@ -91,7 +91,7 @@ def number(value: object) -> object:
 
 
 def whole(value: object) -> object:
-    """Return the whole number that a value stands for, such as 3.0 or "3"; others as they are."""
+    """Return the integer that a value such as 3.0 or "3" stands for; other values as they are."""
     value = number(value)
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         return int(value)
@@ -106,7 +106,7 @@ def flag(value: object) -> int:
 
 
 def identity(value: object) -> int | str | None:
-    """Return a comparable form of an id: 7, 7.0 and "7" are the same; None for what is none."""
+    """Return a comparable form of an id: 7, 7.0 and "7" are the same; None for other values."""
     value = whole(value)
     is_id = isinstance(value, (int, str)) and not isinstance(value, bool)
     return value if is_id else None  # type: ignore[return-value]

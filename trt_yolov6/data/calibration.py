@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +19,10 @@ from trt_yolov6.data.preprocessing import YOLOV6, Preprocessing
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import TensorSpec
 
+_log = logging.getLogger(__name__)
+
 MINIMUM = 2
 """Minimum number of calibration images: one image does not show a range."""
-
 
 Item = TypeVar("Item")
 
@@ -33,20 +35,20 @@ def evenly(items: Sequence[Item], count: int) -> Sequence[Item]:
 
 
 def calibration_images(
-    folder: str | Path, limit: int | None = None, tell: Callable[[str], None] | None = None
+    folder: str | Path, limit: int | None = None, *, report: bool = False
 ) -> list[Path]:
     """Return the images of a calibration folder that can be used, sorted by path.
 
-    Those that cannot be read are left out, and so are copies of a picture that is there already.
+    Unreadable images are left out, and so are copies of another image, pixel for pixel.
 
     Args:
         folder: searched with its sub-folders.
         limit: take this many, spread evenly over the names; None for all.
-        tell: called with a line for each image left out, and one for the copies.
+        report: log each image left out, and the number of copies.
 
     Raises:
         UserError: the folder is missing, holds fewer than `MINIMUM` different images that can be
-            read, or nothing but pictures of a single colour.
+            read, or only images of a single colour.
     """
     paths = list_images(folder)
     if limit is not None and limit < MINIMUM:
@@ -55,7 +57,7 @@ def calibration_images(
         )
     if limit is not None:
         paths = list(evenly(paths, limit))
-    tell = tell or (lambda _: None)
+    level = logging.INFO if report else logging.DEBUG
     usable: list[Path] = []
     reasons: list[str] = []
     seen: dict[str, Path] = {}
@@ -63,7 +65,7 @@ def calibration_images(
     for path, looked in zip(paths, _look_at(paths), strict=True):
         if isinstance(looked, UserError):
             reasons.append(str(looked))
-            tell(f"left out of the calibration: {looked}")
+            _log.log(level, "left out of the calibration: %s", looked)
             continue
         sha256, is_blank = looked
         if seen.setdefault(sha256, path) != path:
@@ -85,9 +87,9 @@ def calibration_images(
             "folder of 32 or more that look like those the detector will see.",
         )
     if copies:
-        tell(f"left out of the calibration: {copies} copies of pictures that are there already")
+        _log.log(level, "left out of the calibration: %d copies of other images", copies)
     if blank:
-        tell(f"{blank} of {len(usable)} calibration images are of a single colour")
+        _log.log(level, "%d of %d calibration images are of a single colour", blank, len(usable))
     return usable
 
 
@@ -118,7 +120,7 @@ def _look_at_files(files: tuple[tuple[Path, int, int], ...]) -> tuple[_Look | Us
 
 
 _CONTRAST = 8
-"""Levels of 255 between the darkest and the brightest pixel from which a picture shows anything."""
+"""Levels of 255 between the darkest and the brightest pixel from which an image shows anything."""
 
 
 def calibration_batches(

@@ -41,7 +41,7 @@ def match_classes(
 
     Args:
         engine: the detector's file, for messages.
-        names: its class names; `class_0` and the like are none.
+        names: its class names; `class_0` and the like do not count as names.
         data: the annotation file, for messages.
         data_names: the data set's.
         used: of each of these, whether any object is of it.

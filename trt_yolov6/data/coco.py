@@ -262,7 +262,7 @@ class _Record(NamedTuple):
     """An image or a category of the file."""
 
     id: int
-    """Its own, or its place from 1 on where ids are not whole numbers."""
+    """Its own, or its place from 1 on where ids are not integers."""
     text: str
     """File name, or name of the class."""
     fields: Mapping[str, Any]
@@ -406,7 +406,7 @@ class _Judge:
 
 
 def _float(value: object) -> float:
-    """Return a number as a float; infinity for what is none, or beyond the range of floats."""
+    """Return a number as a float; infinity for other values and beyond the range of floats."""
     try:
         return float(value) if isinstance(value, (int, float)) else math.inf
     except OverflowError:

@@ -26,7 +26,7 @@ _TIFF = (b"II*\x00", b"MM\x00*")
 def list_images(path: str | Path) -> list[Path]:
     """Return the images a path stands for: the file itself, or a folder's, sorted by path.
 
-    Sub-folders are searched as well, but for hidden ones.
+    Sub-folders are searched as well, except hidden ones.
 
     Raises:
         UserError: the path is missing, or the folder holds no image.
@@ -78,7 +78,7 @@ def upright_size(path: Path) -> tuple[int, int]:
     Only its header is read.
 
     Raises:
-        UserError: the file is missing or no image.
+        UserError: the file is missing or not an image.
     """
     from PIL import Image
 
@@ -87,7 +87,7 @@ def upright_size(path: Path) -> tuple[int, int]:
             width, height = image.size
             is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is damaged or no image; replace or remove it.") from error
+        raise UserError(f"{path} is damaged or not an image; replace or remove it.") from error
     return (height, width) if is_turned else (width, height)
 
 
@@ -144,12 +144,10 @@ def read_image(
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
-            raise UserError(
-                f"{name} has more pixels than are decoded here; make it smaller."
-            ) from error
+            raise UserError(f"{name} has more pixels than are decoded; make it smaller.") from error
         image = None
     if image is None:
-        raise UserError(f"{name} is damaged, cut short or no image; replace or remove it.")
+        raise UserError(f"{name} is damaged, cut short or not an image; replace or remove it.")
     if image.dtype == np.uint16:
         image = cv2.convertScaleAbs(image, alpha=1 / 257)
     elif image.dtype != np.uint8:

@@ -38,13 +38,13 @@ class Letterbox:
     left: int
     """Gray columns left of the image."""
 
-    def to_source(self, boxes: NDArray[np.floating], clip: bool = True) -> NDArray[np.float32]:
+    def to_source(self, boxes: NDArray[np.floating], *, clip: bool = True) -> NDArray[np.float32]:
         """Map boxes (n, 4) from the network's input to the original image, see `to_sources`."""
-        return _mapped(boxes, _mapping(self), clip)
+        return _mapped(boxes, _mapping(self), clip=clip)
 
 
 def to_sources(
-    boxes: NDArray[np.floating], letterboxes: Sequence[Letterbox], clip: bool = True
+    boxes: NDArray[np.floating], letterboxes: Sequence[Letterbox], *, clip: bool = True
 ) -> NDArray[np.float32]:
     """Map the boxes of several images from the network's input to the original images.
 
@@ -64,11 +64,11 @@ def to_sources(
         table = _mapping(several[0])[:, None].repeat(boxes.shape[1], axis=1)
     else:
         table = np.array([_mapping(one) for one in several]).reshape(-1, 3, 1, 4).swapaxes(0, 1)
-    return _mapped(boxes, table, clip)
+    return _mapped(boxes, table, clip=clip)
 
 
 def _mapped(
-    boxes: NDArray[np.floating], table: NDArray[np.float64], clip: bool
+    boxes: NDArray[np.floating], table: NDArray[np.float64], *, clip: bool
 ) -> NDArray[np.float32]:
     # In place, and without `np.clip`: for a few boxes the calls take longer than the numbers.
     start, ratio, most = table
@@ -228,7 +228,7 @@ def resolve_border(
         raise UserError(
             f"`resize` {resize[0]}x{resize[1]} with a border of "
             f"{border if border is not None else 'equal pixels'} on every side does not make the "
-            f"engine's input of {height}x{width}; give a `resize` and a `border` so that "
-            "resize + 2 x border is that.",
+            f"engine's input of {height}x{width}; choose them so that resize + 2 x border is "
+            "that size.",
         )
     return int(implied)

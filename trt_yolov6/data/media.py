@@ -139,8 +139,8 @@ def _from_address(address: str) -> Pictures | Video:
     scheme = parts.scheme.lower()
     if scheme not in _STREAMS:
         raise UserError(
-            f"{address} begins with {scheme}://, which is not read; give http, https, rtsp, rtmp, "
-            "udp, tcp or srt, or a file."
+            f"{address} begins with {scheme}://, which is not supported; give http, https, rtsp, "
+            "rtmp, udp, tcp or srt, or a file."
         )
     stem = re.sub(r"[^\w.-]+", "_", Path(unquote(parts.path)).name or parts.hostname or "stream")
     if scheme not in _HTTP:
@@ -231,7 +231,7 @@ def open_video(
                 f"{what} {video.address} cannot be opened; check its number or address, and that "
                 "it is running."
             )
-        raise UserError(f"{video.address} is damaged or no video; replace it.")
+        raise UserError(f"{video.address} is damaged or not a video; replace it.")
     told = capture.get(cv2.CAP_PROP_FPS)
     if rate is None:
         rate = told if math.isfinite(told) and 0 < told <= 1000 else 25.0

@@ -73,7 +73,7 @@ def _reader(data: Path, split: str | None, parameter: str = "split") -> Callable
 
 
 def check_source(data: str | Path, split: str | None = None, parameter: str = "split") -> None:
-    """Refuse a data set that is none, or has no such split; quick, so ask before any work.
+    """Refuse a path without a data set, or an unknown split; quick, so call it before any work.
 
     Args:
         data, split: see `read_source`.

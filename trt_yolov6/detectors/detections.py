@@ -77,6 +77,16 @@ class Detections:
     def __iter__(self) -> Iterator[Detection]:
         return (self[index] for index in range(len(self)))
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickle the bytes of the arrays: processes that send each other detections do little else.
+
+        It takes a third of the time that three arrays take.
+        """
+        arrays = self.xyxy, self.confidence, self.class_id
+        if tuple(array.dtype for array in arrays) != _DTYPES:
+            return super().__reduce__()
+        return _unpickled, (*map(_bytes_of, arrays), self.class_names, self.path)
+
     def as_tuples(self) -> Iterator[tuple[list[float], float, int]]:
         """Yield box, score and class id of each, as Python's own numbers."""
         arrays = self.xyxy, self.confidence, self.class_id
@@ -131,6 +141,30 @@ class Detections:
         )
 
 
+_DTYPES = np.dtype(np.float32), np.dtype(np.float32), np.dtype(np.int64)
+"""Of the arrays of `Detections`."""
+
+
+def _bytes_of(array: NDArray[Any]) -> bytearray:
+    return bytearray(array.tobytes())
+
+
+def _unpickled(
+    xyxy: bytearray,
+    confidence: bytearray,
+    class_id: bytearray,
+    class_names: tuple[str, ...],
+    path: Path | None,
+) -> Detections:
+    return Detections(
+        np.frombuffer(xyxy, np.float32).reshape(-1, 4),
+        np.frombuffer(confidence, np.float32),
+        np.frombuffer(class_id, np.int64),
+        class_names,
+        path,
+    )
+
+
 def postprocess(
     outputs: Mapping[str, NDArray[Any]] | Candidates | Suppressed,
     layout: OutputLayout,
@@ -167,12 +201,12 @@ def postprocess(
         UserError: the outputs are not laid out so.
     """
     if isinstance(outputs, Candidates):
-        of_image = _from_candidates(outputs, nms, letterboxes, clip)
+        of_image = _from_candidates(outputs, nms, letterboxes, clip=clip)
     elif isinstance(outputs, Suppressed):
-        return _from_suppressed(outputs, nms, letterboxes, clip, class_names)
+        return _from_suppressed(outputs, nms, letterboxes, clip=clip, class_names=class_names)
     elif letterboxes:
         of_image = _from_outputs(
-            LAYOUTS[layout].read(outputs, letterboxes[0].size), nms, letterboxes, clip
+            LAYOUTS[layout].read(outputs, letterboxes[0].size), nms, letterboxes, clip=clip
         )
     else:
         return []
@@ -218,6 +252,7 @@ def _finish(
     classes: NDArray[np.integer],
     nms: NmsSettings,
     placed: Letterbox,
+    *,
     clip: bool,
 ) -> Detections:
     """Suppress candidates, sorted from the best down, and map the rest to the original image."""
@@ -227,7 +262,7 @@ def _finish(
     if not finite.all():  # a network that overflowed in low precision
         corners, scores, classes = corners[finite], scores[finite], classes[finite]
     kept = suppress(corners, classes, nms.iou, nms.max_detections)
-    return _in_source(corners[kept], scores[kept], classes[kept], placed, clip)
+    return _in_source(corners[kept], scores[kept], classes[kept], placed, clip=clip)
 
 
 def _in_source(
@@ -235,10 +270,11 @@ def _in_source(
     scores: NDArray[np.float32],
     classes: NDArray[np.integer],
     placed: Letterbox,
+    *,
     clip: bool,
     class_names: tuple[str, ...] = (),
 ) -> Detections:
-    boxes = placed.to_source(corners, clip)
+    boxes = placed.to_source(corners, clip=clip)
     if clip:
         has_sides = boxes[:, 2:] > boxes[:, :2]
         if not has_sides.all():
@@ -253,29 +289,30 @@ _OfImage = Callable[[int], Detections]
 
 
 def _from_outputs(
-    read: ReadImage, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
+    read: ReadImage, nms: NmsSettings, letterboxes: Sequence[Letterbox], *, clip: bool
 ) -> _OfImage:
     def of_image(index: int) -> Detections:
         said = read(index)
         if isinstance(said, Found):
-            return _chosen(said, nms, letterboxes[index], clip)
+            return _chosen(said, nms, letterboxes[index], clip=clip)
         classes, anchors, kept = _candidates(said.scores, nms.confidence)
-        return _finish(said.corners(anchors), kept, classes, nms, letterboxes[index], clip)
+        return _finish(said.corners(anchors), kept, classes, nms, letterboxes[index], clip=clip)
 
     return of_image
 
 
-def _chosen(found: Found, nms: NmsSettings, placed: Letterbox, clip: bool) -> Detections:
+def _chosen(found: Found, nms: NmsSettings, placed: Letterbox, *, clip: bool) -> Detections:
     """Filter what a graph with NMS inside has found, and map it to the original image."""
     sure = (found.scores > nms.confidence) & (found.classes >= 0)
     sure &= np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.scores)
     order = np.flatnonzero(sure)
     order = order[np.argsort(-found.scores[order], kind="stable")[: nms.max_detections]]
-    return _in_source(found.boxes[order], found.scores[order], found.classes[order], placed, clip)
+    chosen = found.boxes[order], found.scores[order], found.classes[order]
+    return _in_source(*chosen, placed, clip=clip)
 
 
 def _from_candidates(
-    candidates: Candidates, nms: NmsSettings, letterboxes: Sequence[Letterbox], clip: bool
+    candidates: Candidates, nms: NmsSettings, letterboxes: Sequence[Letterbox], *, clip: bool
 ) -> _OfImage:
     ends = np.searchsorted(candidates.images, np.arange(len(letterboxes) + 1))
 
@@ -285,7 +322,7 @@ def _from_candidates(
         order = _best(scores)
         order = order[scores[order] > nms.confidence]
         boxes, classes = candidates.boxes[mine][order], candidates.classes[mine][order]
-        return _finish(boxes, scores[order], classes, nms, letterboxes[index], clip)
+        return _finish(boxes, scores[order], classes, nms, letterboxes[index], clip=clip)
 
     return of_image
 
@@ -294,6 +331,7 @@ def _from_suppressed(
     suppressed: Suppressed,
     nms: NmsSettings,
     letterboxes: Sequence[Letterbox],
+    *,
     clip: bool,
     class_names: tuple[str, ...],
 ) -> list[Detections]:
@@ -321,9 +359,9 @@ def _from_suppressed(
         if number == 1:
             (count,) = counts
             kept = boxes[0, :count], scores[0, :count], classes[0, :count]
-            return [_in_source(*kept, letterboxes[0], clip, class_names)]
+            return [_in_source(*kept, letterboxes[0], clip=clip, class_names=class_names)]
         with np.errstate(all="ignore"):  # rows that hold no box hold anything
-            boxes = to_sources(boxes[:number], letterboxes, clip)
+            boxes = to_sources(boxes[:number], letterboxes, clip=clip)
             if clip:
                 is_visible = boxes[..., 2] > boxes[..., 0]
                 is_visible &= boxes[..., 3] > boxes[..., 1]

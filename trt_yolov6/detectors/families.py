@@ -69,7 +69,7 @@ def family_named(name: str) -> Family:
     """Return a family.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no family has that name.
     """
     if name not in FAMILIES:
         raise UserError(

@@ -79,7 +79,7 @@ def recognize(
     if len(choices) != 1:
         raise UserError(
             f"{path} has outputs ({_listed(facts.outputs)}) that several families share; "
-            f"name it with `decoder`: {_titled(choices)}.",
+            f"name one as `decoder`: {_titled(choices)}.",
         )
     ((name, layout),) = choices
     return FAMILIES[name], layout

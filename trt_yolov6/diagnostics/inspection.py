@@ -70,9 +70,7 @@ def inspect_file(path: str | Path) -> Inspection:
             kind, details = "plan", inspect_plan(path)
         else:
             known = ", ".join((*ONNX_SUFFIXES, *CHECKPOINT_SUFFIXES, *PLAN_SUFFIXES))
-            raise UserError(
-                f"{path} is of no kind that can be inspected; give a file that ends in {known}."
-            )
+            raise UserError(f"{path} cannot be inspected; give a file that ends in {known}.")
         return Inspection(
             path=path,
             kind=kind,

@@ -82,7 +82,7 @@ def manifest_paths(engine_path: str | Path) -> tuple[Path, Path]:
 
 
 def manifest_of(engine_path: str | Path) -> Path | None:
-    """Return the manifest that describes an engine, unread, or None where there is none."""
+    """Return the path of an engine's manifest; None for an engine without one."""
     name = file_name(engine_path)
     return next(
         (path for path in manifest_paths(engine_path) if manifest_owner(path) == name), None

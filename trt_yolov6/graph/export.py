@@ -159,7 +159,7 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
         )
     if height * width > MAX_PIXELS:
         raise UserError(
-            f"`image_size` {height}x{width} is more than {MAX_PIXELS:,} pixels; give less.",
+            f"`image_size` {height}x{width} is more than {MAX_PIXELS:,} pixels; make it smaller.",
         )
 
 

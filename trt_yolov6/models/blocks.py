@@ -238,7 +238,7 @@ class CSPStack(nn.Module):
 def hidden_channels(arch: Architecture, out_channels: int) -> int:
     """Return the channels inside a CSPStackRep or MBLA block."""
     assert arch.csp_ratio is not None
-    # A ratio such as 2/3 may fall a hair short of the whole number that it stands for.
+    # A ratio such as 2/3 may fall a hair short of the integer that it stands for.
     return int(out_channels * arch.csp_ratio + 1e-6)
 
 

@@ -24,10 +24,10 @@ FLOATING_METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse")
 """Calibrators for FP8; entropy assumes a uniform grid."""
 
 AUTO_METHODS: tuple[Method, ...] = tuple(one for one in METHODS if one != "minmax")
-"""Calibrators that are tried for INT8. A margin is none where min-max needs none."""
+"""Calibrators tried for INT8, without `minmax`: `margin` equals it where no margin is needed."""
 
 PERCENTILE = 99.99
-"""Per cent of a tensor's values that the percentile calibrator does not clip, if not told."""
+"""Per cent of a tensor's values that the percentile calibrator does not clip by default."""
 
 EMPTY_AMAX = 1.0
 """Range given to a tensor that is zero on all calibration images. Any scale represents it exactly;
@@ -70,7 +70,7 @@ def amax_of(
         percentile: for that method, per cent above 0 and up to 100.
 
     Returns:
-        A finite number above 0 and, but for `margin`, not above the tensor's largest magnitude;
+        A finite number above 0 and, except for `margin`, not above the tensor's largest magnitude;
         `EMPTY_AMAX` for a tensor of zeros.
 
     Raises:
@@ -162,7 +162,7 @@ def percentile_amax(statistics: TensorStatistics, percentile: float = PERCENTILE
         UserError: the percentile is not above 0 and up to 100.
     """
     if not 0 < percentile <= 100:
-        raise UserError(f"a percentile of {percentile:g} means nothing; give one from 90 to 100.")
+        raise UserError(f"a percentile of {percentile:g} is out of range; give 90 to 100.")
     below = np.cumsum(statistics.histogram)
     rank = percentile / 100 * below[-1]
     index = int(np.searchsorted(below, rank))

@@ -81,7 +81,7 @@ def collect(
     result = {name: accumulator.result() for name, accumulator in accumulators.items()}
     if source in result and result[source].amax == 0:
         raise UserError(
-            "all calibration images are black, which tells nothing about the network's ranges; "
+            "all calibration images are black, so they show nothing of the network's ranges; "
             "calibrate on images like those the detector will see."
         )
     return result

@@ -67,7 +67,7 @@ def adapt_rounding(
 ) -> onnx.ModelProto:
     """Return the Q/DQ graph with its INT8 weights rounded for the inputs that they meet.
 
-    Scales stay but for rows of a few weights; biases take up what the layers' mean outputs move.
+    Scales stay, except those of rows with few weights; biases absorb the shift of mean outputs.
     Transposed convolutions whose taps overlap keep their weights.
 
     Args:
@@ -143,7 +143,7 @@ class _Job:
     def add(self, values: NDArray[np.float32]) -> None:
         """Take in a batch of the layer's inputs (batch, channels, height, width).
 
-        After a pair they are multiples of its scale. As whole numbers their sums of products are
+        After a pair they are multiples of its scale. In units of it their sums of products are
         exact in float32 below 2^24, so that every processor finds the same.
         """
         for image in values:
@@ -253,7 +253,7 @@ def rounded_rows(rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tens
         covariance: float64 (groups, columns, columns) of the inputs that a group's rows read.
 
     Returns:
-        float64 (groups, rows, columns) whole numbers in -127..127.
+        float64 (groups, rows, columns) integers in -127..127.
     """
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     # The columns whose inputs vary most go first: later ones can make up for their errors.

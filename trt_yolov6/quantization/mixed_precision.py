@@ -311,7 +311,7 @@ class _Search:
         return min(reached, key=lambda trial: (trial.time_share, len(trial.layers)), default=None)
 
     def _affordable(self, order: Sequence[str]) -> int:
-        """Return how many layers of an order may be in float: no dearer set than the best."""
+        """Return how many of the first layers may be in float and cost no more than the best."""
         best = self._cheapest()
         granted = math.inf if self.most_time is None else self.most_time + 1e-9
         most_time = min(best.time_share if best else math.inf, granted)

@@ -106,7 +106,7 @@ def quantize(
     check_settings(settings)
     _check_graph(graph, settings)
     check_float_layers(graph, settings)
-    paths = calibration_images(folder, settings.image_limit, _log.info)
+    paths = calibration_images(folder, settings.image_limit, report=True)
     folds = split_images(paths)
     key = _key(graph, paths, settings, by_ap=score is not None)
     table, note = reusable_table(table_file, key) if table_file else (None, "")
@@ -254,7 +254,7 @@ def calibrate(
         bias_correction=False,
     )
     check_weights(graph.model)
-    paths = calibration_images(folder, settings.image_limit, _log.info)
+    paths = calibration_images(folder, settings.image_limit, report=True)
     key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
     found = Search(graph, split_images(paths), settings, key).run()
     return Calibrated(found.prepared, found.table, tuple(paths))

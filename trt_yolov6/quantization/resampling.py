@@ -185,7 +185,7 @@ def _precision(one: _Class, draws: NDArray[np.int64]) -> float | None:
     drawn = counts > 0
     counts = counts[drawn]
     # Copies of an image stand next to each other and count as pycocotools would count them one
-    # by one, but for the order of equals.
+    # by one, except for the order of equals.
     true = np.cumsum(one.hits[:, drawn] * counts, axis=1)
     seen = np.cumsum(counts)
     precision = true / np.maximum(seen, 1)

@@ -57,7 +57,7 @@ class QuantizationSettings:
 def check_settings(settings: QuantizationSettings) -> None:
     """Raise UserError for what the type that is quantized to has no use for, or out of range."""
     if settings.max_ap_drop is None and settings.max_slowdown is None:
-        raise UserError("nothing bounds `float_layers` auto; give `max_ap_drop` or `max_slowdown`.")
+        raise UserError("`float_layers` auto needs a budget; give `max_ap_drop` or `max_slowdown`.")
     if settings.max_slowdown is not None and not 0 < settings.max_slowdown <= 100:
         raise UserError(
             f"`max_slowdown` {settings.max_slowdown:g} is out of range; give per cent of the run "
@@ -72,24 +72,24 @@ def check_settings(settings: QuantizationSettings) -> None:
     methods = methods_for(quantized)
     if settings.calibrator != "auto" and settings.calibrator not in methods:
         raise UserError(
-            f"`calibrator` {settings.calibrator} is for INT8: it compares with levels that stand "
-            f"evenly; choose one of {', '.join(methods)} with {quantized.label}."
+            f"`calibrator` {settings.calibrator} is for INT8, as it assumes a uniform grid; "
+            f"choose one of {', '.join(methods)} with {quantized.label}."
         )
     if not quantized.is_floating:
         return
     if settings.reconstruct_minutes:
         raise UserError(
             f"`reconstruct_minutes` is for INT8; leave it out with {quantized.label}, whose "
-            "levels do not stand evenly."
+            "grid is not uniform."
         )
     if settings.adaptive_rounding:
         raise UserError(
             f"`adaptive_rounding` is for INT8; leave it out with {quantized.label}, whose "
-            "levels lie close together where most weights are."
+            "grid is dense where most weights are."
         )
     if not isinstance(settings.float_layers, tuple) and settings.float_layers != 0:
         raise UserError(
-            f"`float_layers` {settings.float_layers} ranks layers by what INT8 costs in them; "
+            f"`float_layers` {settings.float_layers} ranks layers by their sensitivity to INT8; "
             f"name the layers with {quantized.label}."
         )
 

@@ -57,7 +57,7 @@ def header_version(version: str) -> str:
     major, minor, patch = (int(part or 0) for part in match.groups())
     if major > 10:
         raise UserError(
-            f"TensorRT {version} has no calibrators any more and reads no calibration cache; build "
+            f"TensorRT {version} no longer has calibrators or reads calibration caches; build "
             "from the graph with Q/DQ nodes instead."
         )
     return str(major * (10000 if major == 10 else 1000) + minor * 100 + patch)

@@ -115,7 +115,7 @@ class TorchGraph(nn.Module):
             if operator is None or node.domain not in ("", "ai.onnx"):
                 raise UserError(
                     f"the graph has the operator {node.op_type}, which reconstruction by gradients "
-                    "does not know; leave `reconstruct_minutes` out."
+                    "does not support; leave `reconstruct_minutes` out."
                 )
             if made[0] in self._layers:
                 self._add_bias(graph, self._layers[made[0]])
@@ -281,7 +281,7 @@ def _pads(given: Attributes) -> tuple[int, ...]:
     if given.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise UserError(
             "the graph pads automatically (auto_pad), which reconstruction by gradients does not "
-            "know; leave `reconstruct_minutes` out."
+            "support; leave `reconstruct_minutes` out."
         )
     top, left, bottom, right = given.get("pads", (0, 0, 0, 0))
     return left, right, top, bottom
@@ -314,7 +314,7 @@ def _even_padding(given: Attributes, what: str) -> tuple[int, int]:
     if (left, top) != (right, bottom):
         raise UserError(
             f"the graph pads one side of {what} more than the other, which reconstruction by "
-            "gradients does not know; leave `reconstruct_minutes` out."
+            "gradients does not support; leave `reconstruct_minutes` out."
         )
     return top, left
 
@@ -415,7 +415,7 @@ def _resize(given: Attributes, inputs: Sequence[Any]) -> Tensor:
         )
     raise UserError(
         f"the graph resizes ({mode}, {how}) in a way that reconstruction by gradients does not "
-        "know; leave `reconstruct_minutes` out."
+        "support; leave `reconstruct_minutes` out."
     )
 
 
@@ -452,8 +452,8 @@ def _reduce_mean(given: Attributes, inputs: Sequence[Any]) -> Any:
 def _pad(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     if given.get("mode", "constant") != "constant" or len(inputs) > 3:
         raise UserError(
-            "the graph pads in a way that reconstruction by gradients does not know; leave "
-            "`reconstruct` out."
+            "the graph pads in a way that reconstruction by gradients does not support; leave "
+            "`reconstruct_minutes` out."
         )
     pads = _list(inputs[1])
     half = len(pads) // 2

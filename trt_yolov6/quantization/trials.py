@@ -58,7 +58,7 @@ class Candidate:
 
 
 def simplest_of_the_best(candidates: Sequence[Candidate], tolerance: float) -> Candidate:
-    """Return the first candidate that loses as little as the best but for a part of that."""
+    """Return the first candidate whose loss exceeds the best's by at most a share of it."""
     least = min(candidate.loss for candidate in candidates)
     return next(item for item in candidates if item.loss <= (1 + tolerance) * least)
 

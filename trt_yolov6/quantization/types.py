@@ -108,6 +108,3 @@ _ERROR_BELOW = np.concatenate([[0.0], np.cumsum(2 * _HALF_GAPS**3 / 3)])
 INT8 = QuantizedType("int8", "INT8", 127, 3, 13, is_floating=False, channel_scales=True)
 
 FP8 = QuantizedType("fp8", "FP8", 448, 17, 19, is_floating=True, channel_scales=True)
-
-QUANTIZED_TYPES: dict[str, QuantizedType] = {one.name: one for one in (INT8, FP8)}
-"""By name."""

@@ -84,7 +84,7 @@ def infer_source(
     else:
         places = [item.path.parent for item in media.items if item.path is not None]
     if any(output.resolve() == place.resolve() for place in places):
-        raise UserError(f"{output} is where the source lies; give another folder as `output`.")
+        raise UserError(f"{output} is the folder of the source; give another folder as `output`.")
     options = (options or PredictOptions()).over(default_nms(engine))
     if isinstance(media, Video):
         if options.gpus > 1:
@@ -210,7 +210,7 @@ def _infer_video(
             raise UserError(f"{name} holds no frame that can be decoded; replace it.")
         if not writer.close() or not _is_whole(temporary, writer.frames):
             raise UserError(
-                f"{target} could not be written in whole; free the disk or give another `output`.",
+                f"{target} could not be written in full; free disk space or give another `output`.",
             )
     # The count in the header is an estimate in some formats, though a close one.
     if files.images < 0.9 * clip.announced:

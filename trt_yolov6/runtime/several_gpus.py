@@ -37,11 +37,12 @@ from trt_yolov6.spec import PredictOptions
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_AHEAD = 24
-"""Batches a GPU may be ahead of the one whose results come next: twice what a process has at work,
-so that GPUs hardly wait for each other."""
+_AHEAD = 32
+"""Batches a GPU may be ahead of the one whose results come next: more than a process has at work
+and asks for, so that GPUs hardly wait for each other."""
 _ASKED = 4
-"""Batches that a process has asked for and not begun: it does not wait for the next one then."""
+"""Batches that a process asks for at a time, while it still has as many: it does not wait for them
+then."""
 _PATIENCE = 10
 """Seconds that a process has to end by itself."""
 
@@ -78,7 +79,7 @@ def check_gpus(count: int) -> tuple[str, ...]:
     if count > len(found):
         raise UserError(
             f"this process may use {len(found)} NVIDIA GPUs, not {count}; give a smaller `gpus`, "
-            "or look at CUDA_VISIBLE_DEVICES.",
+            "or check CUDA_VISIBLE_DEVICES.",
         )
     return found[:count]
 
@@ -135,6 +136,7 @@ def _in_order(
 ) -> Generator[Any, None, None]:
     """Give out batches as they are asked for, and yield their results in order."""
     given: dict[Any, list[int]] = {ours: [] for ours in workers}
+    chunks: dict[int, list[Any]] = {}
     asking: list[Any] = []
     done: dict[int, Any] = {}
     noted: set[str] = set()
@@ -142,7 +144,10 @@ def _in_order(
     told: set[Any] = set()
     number = following = 0
     while open_ends:
-        for ours in [one for one in asking if one not in told]:
+        parcels: dict[Any, list[list[Any]]] = {}
+        for ours in list(asking):
+            if ours in told:
+                continue
             # The process that has the next results gets what it asks for: it may hand none out
             # before there are some batches after it.
             is_next = bool(given[ours]) and given[ours][0] == following
@@ -150,12 +155,15 @@ def _in_order(
                 continue
             asking.remove(ours)
             chunk = list(itertools.islice(items, batch))
-            ours.send(chunk)
+            parcels.setdefault(ours, []).append(chunk)
             if chunk:
                 given[ours].append(number)
+                chunks[number] = chunk
                 number += 1
             else:  # the end, told once
                 told.add(ours)
+        for ours, parcel in parcels.items():
+            ours.send(parcel)
         ready: list[Any] = wait(list(open_ends))
         for ours in ready:
             try:
@@ -166,10 +174,10 @@ def _in_order(
                     "above, and whether another program takes the GPU's memory."
                 ) from error
             if kind == "give":
-                asking.append(ours)
+                asking += [ours] * value
             elif kind == "done":
-                result = pickle.loads(value.result)
-                done[given[ours].pop(0)] = dataclasses.replace(value, result=result)
+                place = given[ours].pop(0)
+                done[place] = _unpacked(value, chunks.pop(place))
             elif kind == "failed":
                 raise value
             else:
@@ -182,12 +190,29 @@ def _in_order(
             following += 1
 
 
+def _packed(step: Processed[Any, bytes]) -> Processed[Any, bytes]:
+    """Leave out what the other end has."""
+    batch = dataclasses.replace(step.batch, images=())
+    if not batch.failures:
+        batch = dataclasses.replace(batch, items=())
+    return dataclasses.replace(step, batch=batch)
+
+
+def _unpacked(step: Processed[Any, bytes], chunk: list[Any]) -> Processed[Any, Any]:
+    """Return what `_packed` was given, but for images; `chunk` are the items of the batch."""
+    batch = step.batch
+    if not batch.failures:
+        batch = dataclasses.replace(batch, items=tuple(chunk))
+    return dataclasses.replace(step, batch=batch, result=pickle.loads(step.result))
+
+
 def _receive(theirs: Connection, received: queue.SimpleQueue[Any]) -> None:
     """Hand on what comes, up to an empty batch; None if the other end is closed before."""
     try:
-        while chunk := theirs.recv():
-            received.put(chunk)
-        received.put(chunk)
+        chunk = None
+        while chunk != []:
+            for chunk in theirs.recv():
+                received.put(chunk)
     except (EOFError, OSError):
         received.put(None)
 
@@ -225,10 +250,13 @@ def _work(
     sender.start()
 
     def items() -> Iterator[Any]:
-        for _ in range(_ASKED):
-            outgoing.put(("give", None))
-        while chunk := received.get():
-            outgoing.put(("give", None))
+        outgoing.put(("give", 2 * _ASKED))
+        for number in itertools.count(1):
+            chunk = received.get()
+            if not chunk:
+                break
+            if number % _ASKED == 0:
+                outgoing.put(("give", _ASKED))
             yield from chunk
         if chunk is None:
             raise EOFError
@@ -241,8 +269,7 @@ def _work(
         with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
             _get_ready(engine, options, decodes=not others.get("keep_images"))
             for step in process(engine, items(), read, packed, options, **others):
-                light = dataclasses.replace(step.batch, images=())
-                outgoing.put(("done", dataclasses.replace(step, batch=light)))
+                outgoing.put(("done", _packed(step)))
         outgoing.put(("end", None))
     except EOFError:  # closed at the other end: nobody wants more
         pass

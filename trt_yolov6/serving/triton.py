@@ -258,7 +258,7 @@ def served_model(
         graph = graph_from_onnx(path, decoder=loading.decoder, preprocess=loading.preprocess)
         manifest = graph_manifest(graph, path, path.read_bytes())
     if manifest is None or not manifest.tensors:
-        raise UserError(f"{path} has no manifest that tells its tensors; build it again.")
+        raise UserError(f"{path} has no manifest that lists its tensors; build it again.")
     _check_backend(path, manifest.backend, python)
     model = _model(path, manifest, python)
     return model if python is None else _in_python(model, python, loading)
@@ -311,7 +311,7 @@ def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
             "give `python`, or build it with the backend tensorrt."
         )
     if backend not in PLATFORMS:
-        raise UserError(f"{path} runs in {backend}, which Triton has no platform for.")
+        raise UserError(f"{path} runs in {backend}, which Triton does not; give `python`.")
 
 
 def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
@@ -330,7 +330,10 @@ def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
         )
     for spec in (source, *outputs):
         if spec.dtype.name not in _TYPES:
-            raise UserError(f"{path} has a tensor {spec.name!r} of {spec.dtype}, not for Triton.")
+            raise UserError(
+                f"{path} has a tensor {spec.name!r} of {spec.dtype}, which Triton does not have; "
+                "export the detector with float or uint8 input."
+            )
     parameters = {
         "decoder": details.decoder,
         "output_layout": details.output_layout,

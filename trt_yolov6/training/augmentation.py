@@ -371,7 +371,7 @@ def invert(matrix: Floats) -> Floats:
 
 
 def render(pictures: Tensor, sizes: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """Sample pictures from one or four images each, bilinearly; gray where there is none.
+    """Sample pictures from one or four images each, bilinearly; gray outside of them.
 
     Args:
         pictures: uint8 (L, T, 3, H, W), T = 1 or 4: the images of each, at the top left of (H, W).

@@ -37,10 +37,10 @@ def starting_model(
 ) -> Start:
     """Return the network that a training starts from.
 
-    Its random weights depend on the seed alone. From a checkpoint all weights are taken, but for
-    the class predictions where the number of classes is another. `scales` is RepOptimizer's: the
-    checkpoint of a hyper-search network, which then says what the network is; of its weights, only
-    the scales are taken.
+    Its random weights depend on the seed alone. From a checkpoint all weights are taken, except
+    those of the class predictions where the number of classes differs. `scales` is RepOptimizer's:
+    the checkpoint of a hyper-search network, which then says what the network is; of its weights,
+    only the scales are taken.
 
     Raises:
         UserError: the checkpoint cannot be read, is fused, or is not what the settings say; or the
@@ -133,7 +133,7 @@ def check_trainable(checkpoint: Checkpoint) -> None:
     if checkpoint.form != "training":
         raise UserError(
             f"{checkpoint.path} is {checkpoint.form}: without its batch normalizations it cannot "
-            "be trained on; give the checkpoint as training left it."
+            "be fine-tuned; give the checkpoint that training wrote."
         )
 
 

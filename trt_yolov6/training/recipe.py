@@ -59,7 +59,7 @@ class ArchitectureOptions:
 
 @dataclass(frozen=True)
 class TrainSettings(Checked):
-    """All that decides the weights which a training ends with, but for the machine.
+    """Every setting that affects the final weights, the machine aside.
 
     `recipe_for` fills in the paper's values for a variant.
     """
@@ -129,7 +129,6 @@ def recipe_for(
     scales: Checkpoint | None = None,
     epochs: int = 300,
     plain_epochs: int | None = None,
-    image_size: int | None = None,
     **others: Any,
 ) -> TrainSettings:
     """Return the paper's recipe for a variant.
@@ -143,8 +142,7 @@ def recipe_for(
         scales: hyper-search network for RepOptimizer, which then says what the network is.
         epochs: passes over the training split.
         plain_epochs: last epochs without Mosaic and Mixup; None: 15, but at most a quarter of all.
-        image_size: side of the input in pixels; None: what the authors train the network at.
-        others: any other field of `TrainSettings`.
+        others: any other field of `TrainSettings`; `image_size` is otherwise the authors'.
 
     Raises:
         UserError: there is no such variant, or a value is out of range.
@@ -163,6 +161,7 @@ def recipe_for(
             augmentation_for(variant) if variant in VARIANTS else AugmentationSettings()
         ),
         "plain_epochs": min(15, epochs // 4) if plain_epochs is None else plain_epochs,
+        "image_size": arch.image_size,
         **others,
     }
     if scales:
@@ -175,7 +174,6 @@ def recipe_for(
         architecture=options,
         weights=str(weights.path) if weights else None,
         epochs=epochs,
-        image_size=image_size or arch.image_size,
         **values,
     )
 
@@ -277,7 +275,7 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
             raise UserError(f"`assignment` {assignment}: name a part of it, one of {parts}.")
         return dataclasses.replace(value, **{names[0]: _with(current, names[1:], text, assignment)})
     if len(names) > 1:
-        raise UserError(f"`assignment` {assignment}: {names[0]} has no parts here.")
+        raise UserError(f"`assignment` {assignment}: {names[0]} is a single value.")
     kind = typing.get_type_hints(type(value), include_extras=True)[names[0]]
     is_none = text.lower() == "none" and type(None) in typing.get_args(kind)
     subject = f"`assignment` {assignment}: {names[0]}"

@@ -85,7 +85,7 @@ def cosine(progress: float, final: float) -> float:
 def learning_rate(plan: Plan, step: int, *, start: float, peak: float, final: float) -> float:
     """Return the learning rate of a step, from 0: a cosine from `peak` to `final` times that.
 
-    While warming up it is approached in a line from `start`, which is 0 but for biases.
+    While warming up it is approached in a line from `start`, which is 0 except for biases.
     """
     target = peak * cosine(step / plan.total_steps, final)
     share = _progress(step, plan.warmup_steps)

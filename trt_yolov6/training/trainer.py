@@ -130,7 +130,7 @@ def train(
         if resume == "auto":
             resume = processes.of_first((folder / SETTINGS_FILE).exists())
         call = _Call(processes, resume, progress and processes.is_first, state_seconds)
-        state = _open_folder(folder, settings, resume, processes)
+        state = _open_folder(folder, settings, processes, resume=resume)
         notes: tuple[str, ...] = ()
         scales = None
         if settings.rep_optimizer is not None:
@@ -158,7 +158,7 @@ def _search(
         training = load_checkpoint(last).training
         if training is not None and training.epoch == wanted.epochs:
             return str(last), ()
-    state = _open_folder(place, wanted, again, call.processes)
+    state = _open_folder(place, wanted, call.processes, resume=again)
     # What cannot be trained leaves no run, so the whole one's settings follow the search's.
     result = _trained(wanted, place, state, call, settings_of={folder: settings})
     ap = "" if result.last_ap is None else f", AP {result.last_ap:.4f}"
@@ -255,7 +255,7 @@ def stored_settings(folder: str | Path) -> TrainSettings:
 
 
 def _open_folder(
-    folder: Path, settings: TrainSettings, resume: bool, processes: Processes
+    folder: Path, settings: TrainSettings, processes: Processes, *, resume: bool
 ) -> dict[str, Any] | None:
     """Return the state of the run in the folder; None for a new run, or one without a state."""
     stored = folder / SETTINGS_FILE

@@ -19,7 +19,6 @@ typedef unsigned long long u64;
 #define TILE 128
 #endif
 #define CHUNK (2 * THREADS)
-#define MOST_OF_BIN 64
 #define WORDS (TILE / 32)
 #define WARPS (THREADS / 32)
 #define SUBSETS (THREADS / TILE)
@@ -42,7 +41,9 @@ typedef unsigned long long u64;
 #endif
 #define RANKS (CHUNK / RANK_BLOCKS)
 #define MOST_OF_RANK 256
+#define AT_ONCE 8
 #define ROWS (THREADS / GROUPS)
+#define PARTS (ROWS / 32)
 
 // --- outputs ---------------------------------------------------------------------------------------------------------
 
@@ -55,6 +56,8 @@ __device__ __forceinline__ float of_half(unsigned short bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
+// A barrier of the first threads of a block.
+__device__ __forceinline__ void sync_threads(u32 threads) { asm volatile("barrier.sync 1, %0;" :: "r"(threads) : "memory"); }
 #endif
 
 #ifdef HALF_SCORES
@@ -318,66 +321,6 @@ __device__ __forceinline__ bool overlap(float4 a, float area_a, float4 b, float 
     return both / (first + second - both) > threshold.exact;
 }
 
-// Does the steps of a bitonic sort, from a stride of at most 32 on, on a warp's 64 keys: those at `first` (in `low`) and
-// 32 beyond it.
-__device__ __forceinline__ void order(u64& low, u64& high, u32 first, u32 size, u32 stride) {
-    const bool low_rises = (first & size) == 0, high_rises = (first + 32 & size) == 0;
-    if (stride == 32) {
-        if ((low > high) == low_rises) {
-            const u64 key = low;
-            low = high;
-            high = key;
-        }
-        stride = 16;
-    }
-    for (; stride > 0; stride /= 2) {
-        const bool is_first = (first & stride) == 0;
-        const u64 other_low = __shfl_xor_sync(ALL, low, stride), other_high = __shfl_xor_sync(ALL, high, stride);
-        if ((low < other_low) != (is_first == low_rises)) low = other_low;
-        if ((high < other_high) != (is_first == high_rises)) high = other_high;
-    }
-}
-
-// Sorts the first `count` keys (a power of two, from 64 to CHUNK) ascending: bitonic, two keys a thread.
-__device__ void sort(u64* keys, u32 count) {
-    const u32 first = 64 * (threadIdx.x / 32) + threadIdx.x % 32;
-    const bool has_keys = first < count;  // a warp's threads all have, or none
-    u64 low = 0, high = 0;
-    if (has_keys) {
-        low = keys[first];
-        high = keys[first + 32];
-        for (u32 size = 2; size <= 64; size *= 2) order(low, high, first, size, size / 2);
-    }
-    for (u32 size = 128; size <= count; size *= 2) {
-        if (has_keys) {
-            keys[first] = low;
-            keys[first + 32] = high;
-        }
-        __syncthreads();
-        for (u32 stride = size / 2; stride > 32; stride /= 2) {
-            u32 at = 2 * threadIdx.x - (threadIdx.x & (stride - 1)), partner = at + stride;
-            if (partner < count) {
-                u64 a = keys[at], b = keys[partner];
-                if ((a > b) == ((at & size) == 0)) {
-                    keys[at] = b;
-                    keys[partner] = a;
-                }
-            }
-            __syncthreads();
-        }
-        if (has_keys) {
-            low = keys[first];
-            high = keys[first + 32];
-            order(low, high, first, size, 32);
-        }
-    }
-    if (has_keys) {
-        keys[first] = low;
-        keys[first + 32] = high;
-    }
-    __syncthreads();
-}
-
 // Returns the sum of what the warps before have, each one number, and of all; barriers must lie between two calls.
 __device__ u32 sum_before(u32 own, u32* totals, u32* all) {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -404,17 +347,14 @@ __device__ u32 sum_up_to(u32 own, u32* totals) {
     return own + sum_before(__shfl_sync(ALL, own, 31), totals, &all);
 }
 
-// Sorts `size` keys of [start, end), at most CHUNK: by bins of about equal width first, then within them. Returns
-// whether no bin had too many for it; if one has, the keys are as before.
-__device__ bool sort_by_bins(u64* keys, u32 size, u64 start, u64 end, u32* bins, u32* totals) {
-    __shared__ u32 most;
+// Sorts `size` keys of [start, end), at most CHUNK: by bins of about equal width first, then within them.
+__device__ void sort(u64* keys, u32 size, u64 start, u64 end, u32* bins, u32* totals) {
     const u32 thread = threadIdx.x;
     const u64 one = key_of(1.0f, 0), low = start == 0 && one < end ? one : start;  // see `chunk_end`
     const int bits = 64 - __clzll(end - low - 1), shift = bits > LOG_THREADS ? bits - LOG_THREADS : 0;
     u64 mine[2];
     u32 bin[2], slot[2];
     bins[thread] = 0;
-    if (thread == 0) most = 0;
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < 2; ++k)
@@ -422,11 +362,9 @@ __device__ bool sort_by_bins(u64* keys, u32 size, u64 start, u64 end, u32* bins,
             mine[k] = keys[thread + k * THREADS];
             bin[k] = mine[k] < low ? 0 : (u32)((mine[k] - low) >> shift);
             slot[k] = atomicAdd(&bins[bin[k]], 1u);
-            if (slot[k] >= MOST_OF_BIN) most = 1;
         }
     __syncthreads();
     const u32 own = bins[thread], sum = sum_up_to(own, totals);
-    if (most) return false;
     bins[thread] = sum - own;
     __syncthreads();
 #pragma unroll
@@ -446,7 +384,6 @@ __device__ bool sort_by_bins(u64* keys, u32 size, u64 start, u64 end, u32* bins,
     for (int k = 0; k < 2; ++k)
         if (thread + k * THREADS < size) keys[place[k]] = mine[k];
     __syncthreads();
-    return true;
 }
 
 // Returns a key such that some, and at most CHUNK, of an image's keys lie in [start, it).
@@ -536,6 +473,12 @@ struct Ranked {
     u32 better[CHUNK / 32][CHUNK];
 };
 
+// Reads keys at a step of THREADS, all at the same time; beyond the last they are ~0.
+__device__ __forceinline__ void load_keys(u64 (&some)[AT_ONCE], const u64* keys, u32 first, u32 count) {
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) some[k] = first + k * THREADS < count ? keys[first + k * THREADS] : ~0ull;
+}
+
 // Grid: (RANK_BLOCKS, images). Each block counts all keys by bins, and sorts those of its share of the ranks.
 extern "C" __global__ void __launch_bounds__(THREADS) rank(
     const void* first, const void* second, const void* third,
@@ -561,7 +504,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank(
     for (u32 i = thread; i < RANKS + MOST_OF_RANK; i += THREADS) list[i] = ~0ull;
     if (thread == 0) is_full = 0;
     __syncthreads();
-    for (u32 i = thread; i < count; i += THREADS) atomicAdd(&bins[keys[i] < low ? 0 : (keys[i] - low) >> shift], 1u);
+    u64 some[AT_ONCE];
+    for (u32 i = thread; i < count; i += AT_ONCE * THREADS) {
+        load_keys(some, keys, i, count);
+        for (u64 key : some)
+            if (key != ~0ull) atomicAdd(&bins[key < low ? 0 : (key - low) >> shift], 1u);
+    }
     __syncthreads();
     const u32 even = bins[2 * thread], odd = bins[2 * thread + 1], before = sum_up_to(even + odd, totals) - even - odd;
     if (before < CHUNK && (even > MOST_OF_RANK || odd > MOST_OF_RANK)) is_full = 1;
@@ -571,10 +519,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank(
     __syncthreads();
     if (begin == 0 && thread == 0) ranked.count = is_full ? 0 : count < CHUNK ? count : CHUNK;
     if (is_full) return;
-    for (u32 i = thread; i < count; i += THREADS) {
-        const u64 key = keys[i];
-        const u32 place = bins[key < low ? 0 : (key - low) >> shift] - begin;
-        if (place < RANKS) list[place + atomicAdd(&taken[place], 1u)] = key;
+    for (u32 i = thread; i < count; i += AT_ONCE * THREADS) {
+        if (count > AT_ONCE * THREADS) load_keys(some, keys, i, count);
+        for (u64 key : some) {
+            const u32 place = key == ~0ull ? RANKS : bins[key < low ? 0 : (key - low) >> shift] - begin;
+            if (place < RANKS) list[place + atomicAdd(&taken[place], 1u)] = key;
+        }
     }
     __syncthreads();
     for (u32 i = thread; i < RANKS + MOST_OF_RANK; i += THREADS) {
@@ -621,58 +571,75 @@ extern "C" __global__ void __launch_bounds__(COMPARE_THREADS) compare(
 }
 
 // Keeps those of the best candidates that no kept one suppresses; returns how many, at most `limit`.
+//
+// They are decided on in rows of ROWS, a thread each. The other threads compare the next rows with those kept before.
 __device__ u32 keep_ranked(const Ranked& ranked, u32 limit, Kept& kept) {
-    __shared__ u32 keeps[CHUNK / 32], open[2][ROWS / 32], out[2][ROWS / 32];
+    __shared__ u32 keeps[CHUNK / 32], open[2][PARTS], out[2][PARTS], decided;
     const u32 thread = threadIdx.x, lane = thread % 32, word = thread % ROWS / 32, group = thread / ROWS;
     const u32 count = ranked.count;
     u32 total = 0, turn = 0;
-    if (thread < 2 * (ROWS / 32)) out[thread / (ROWS / 32)][thread % (ROWS / 32)] = 0;
-    __syncthreads();
-    for (u32 base = 0; base < count && total < limit; base += ROWS) {
-        const u32 row = base + thread % ROWS, first = base / 32, side = base / ROWS % 2;
-        u32 own[ROWS / 32], hits = 0;
+    if (thread < PARTS) out[0][thread] = out[1][thread] = 0;
+    if (thread == 0) decided = 0;
+    for (u32 first = 0;; first += PARTS) {
+        const u32 row = 32 * first + thread % ROWS, side = first / PARTS % 2;
+        u32 own[PARTS], last[PARTS];
         float4 box = {};
         u64 key = 0;
-        if (group == 0 && row < count) {
+        const bool is_row = group == 0 && row < count;
+        if (is_row) {
             box = ranked.box[row];
             key = ranked.key[row];
         }
 #pragma unroll
-        for (u32 k = 0; k < ROWS / 32; ++k) own[k] = group == 0 && row < count && k <= word ? ranked.better[first + k][row] : 0;
-        if (row < count)
-#pragma unroll 8
-            for (u32 one = group; one < first; one += GROUPS) hits |= ranked.better[one][row] & keeps[one];
-        const u32 hit = __ballot_sync(ALL, hits != 0);
-        if (lane == 0 && hit) atomicOr(&out[side][word], hit);
+        for (u32 k = 0; k < PARTS; ++k) {
+            own[k] = is_row && k <= word ? ranked.better[first + k][row] : 0;
+            last[k] = is_row && first ? ranked.better[first - PARTS + k][row] : 0;
+        }
         __syncthreads();
-        if (thread < ROWS / 32) out[side ^ 1][thread] = 0;  // for the next rows; a barrier follows
-        bool is_kept = false, is_open = group == 0 && row < count && !(out[side][word] >> lane & 1)
-            && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
+        if (32 * first >= count || decided >= limit) break;
+        if (group > 0) {
+            const u32 next = row + ROWS;
+            u32 hits = 0;
+            if (next < count)
+#pragma unroll 8
+                for (u32 one = group - 1; one < first; one += GROUPS - 1) hits |= ranked.better[one][next] & keeps[one];
+            const u32 hit = __ballot_sync(ALL, hits != 0);
+            if (lane == 0 && hit) atomicOr(&out[side ^ 1][word], hit);
+            continue;
+        }
+        u32 hits = out[side][word] >> lane & 1;
+        __syncwarp();
+        if (lane == 0) out[side][word] = 0;
+#pragma unroll
+        for (u32 k = 0; k < PARTS; ++k)
+            if (first) hits |= last[k] & keeps[first - PARTS + k];
+        bool is_kept = false, is_open = is_row && !hits && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
             && fabsf(box.z) <= 3.402823466e38f && fabsf(box.w) <= 3.402823466e38f;
         // One is kept as soon as all better ones that overlap it are known to be suppressed.
-        for (;; turn ^= 1) {
+        for (u32 any = 1; any; turn ^= 1) {
             const u32 opens = __ballot_sync(ALL, is_open), keeping = __ballot_sync(ALL, is_kept);
-            if (lane == 0 && group == 0) {
+            if (lane == 0) {
                 open[turn][word] = opens;
                 keeps[first + word] = keeping;
             }
-            __syncthreads();
-            u32 any = 0, by_kept = 0, by_open = 0;
+            sync_threads(ROWS);
+            u32 by_kept = 0, by_open = 0;
+            any = 0;
 #pragma unroll
-            for (u32 k = 0; k < ROWS / 32; ++k) {
+            for (u32 k = 0; k < PARTS; ++k) {
                 any |= open[turn][k];
                 by_open |= own[k] & open[turn][k];
                 by_kept |= own[k] & keeps[first + k];
             }
-            if (!any) break;
             is_kept = is_kept || (is_open && !by_kept && !by_open);
             is_open = is_open && !by_kept && by_open;
         }
-        turn ^= 1;
         u32 place = total + __popc(keeps[first + word] & ((1u << lane) - 1));
-        for (u32 k = 0; k < ROWS / 32; ++k) {
-            if (k < word) place += __popc(keeps[first + k]);
-            total += __popc(keeps[first + k]);
+#pragma unroll
+        for (u32 k = 0; k < PARTS; ++k) {
+            const u32 number = __popc(keeps[first + k]);
+            place += k < word ? number : 0;
+            total += number;
         }
         if (is_kept && place < limit) {
             kept.box[place] = box;
@@ -680,9 +647,9 @@ __device__ u32 keep_ranked(const Ranked& ranked, u32 limit, Kept& kept) {
             kept.score[place] = __uint_as_float(ALL - (u32)(key >> 32));
             kept.label[place] = (u32)key % CLASSES;
         }
+        if (thread == 0) decided = total;
     }
-    __syncthreads();
-    return total < limit ? total : limit;
+    return decided < limit ? decided : limit;
 }
 
 // Grid: (images). With `ranked`, the best candidates have been compared. With `pictures`, boxes are mapped to them; with
@@ -732,13 +699,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         }
         __syncthreads();
         u32 size = length;
-        if (!sort_by_bins(sorted, size, start, end, scratch.bins, totals)) {
-            u32 padded = 64;
-            while (padded < size) padded *= 2;
-            for (u32 i = size + thread; i < padded; i += THREADS) sorted[i] = ~0ull;
-            __syncthreads();
-            sort(sorted, padded);
-        }
+        sort(sorted, size, start, end, scratch.bins, totals);
         seen += size;
         start = end;
 

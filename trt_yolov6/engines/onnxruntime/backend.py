@@ -67,7 +67,7 @@ def availability() -> Availability:
 
 
 def check(settings: BuildSettings) -> None:
-    """Raise UserError for a setting that means nothing to ONNX Runtime."""
+    """Raise UserError for a setting that ONNX Runtime does not have."""
     ignored = {
         "target": "tensorrt-rtx",
         "timing_cache": "tensorrt",
@@ -132,7 +132,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     notes = []
     if is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
-        how = "on whole numbers held in float" if whole else "in float"
+        how = "with integer arithmetic emulated in float32" if whole else "in float"
         engine.computed_in = "fp32"
         notes.append(f"Q/DQ computed exactly, {how}: the accuracy of {label}, not its speed")
     if options.provider is None and engine.provider == PROVIDERS["cpu"] and "cuda" in usable():
@@ -233,8 +233,8 @@ class OnnxRuntimeEngine(Engine):
 
         ONNX Runtime names a kernel by what it computes last of the graph, a node or a tensor, with
         an ending such as `_nchwc` for its own layout. Its profiler, in a session of its own, adds
-        some microseconds to each. What runs there is the file's graph, whose INT8 convolutions are
-        not on whole numbers: that would break each into three kernels.
+        some microseconds to each. What runs there is the file's graph, not that with
+        integer arithmetic, which breaks each INT8 convolution into three kernels.
 
         Raises:
             UserError: as `infer`.
@@ -311,7 +311,7 @@ def _session(
 
 
 def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
-    """Return a graph whose INT8 is computed exactly on a CPU, and whether on whole numbers.
+    """Return a graph whose INT8 is exact on a CPU, and whether by integer arithmetic.
 
     Other providers get the Q/DQ pairs: TensorRT's makes INT8 of them itself.
     """

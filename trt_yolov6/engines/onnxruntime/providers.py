@@ -72,7 +72,7 @@ def providers_for(wanted: str | None) -> list[str]:
             f"({reason}); {_REMEDIES[wanted]}."
         )
     if wanted == "tensorrt" and "cuda" in present:
-        # It hands on what TensorRT cannot compute.
+        # TensorRT's provider leaves to the next what it cannot compute.
         return [PROVIDERS[wanted], PROVIDERS["cuda"]]
     return [PROVIDERS[wanted]]
 

@@ -35,7 +35,7 @@ LAST_WITH_CALIBRATORS = 10
 
 
 def check_calibration(flavour: Flavour, calibration: ImplicitCalibration) -> None:
-    """Raise UserError where this TensorRT has no calibrators, or the cache is none."""
+    """Raise UserError where this TensorRT has no calibrators, or the cache file is not one."""
     if flavour.release[0] > LAST_WITH_CALIBRATORS:
         raise UserError(
             f"TensorRT's own calibration ends with version {LAST_WITH_CALIBRATORS}, and this is "

@@ -214,7 +214,7 @@ def _capabilities(flavour: Flavour, target: str | None) -> tuple[str, ...]:
 
 
 def _check_fp8(target: str | None, capabilities: tuple[str, ...]) -> None:
-    """Refuse a target that has no FP8, or is to be any GPU, of which some have none."""
+    """Refuse a target without FP8; `any` is one, as some GPUs lack it."""
     if target is None:
         check_fp8(cuda_device.current_device())
         return
@@ -223,7 +223,7 @@ def _check_fp8(target: str | None, capabilities: tuple[str, ...]) -> None:
     if min(versions) < FIRST_WITH_FP8:
         major, minor = min(versions)
         raise UserError(
-            f"`target` {target} takes in compute capability {major}.{minor}, which has no FP8 (8.9 "
+            f"`target` {target} includes compute capability {major}.{minor}, which has no FP8 (8.9 "
             "and later do: Ada, Hopper, Blackwell); build with int8 or fp16 for it.",
         )
 

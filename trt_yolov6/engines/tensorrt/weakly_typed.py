@@ -2,8 +2,8 @@
 
 TensorRT 8's networks are weakly typed: a tensor is float32, and builder flags say what else layers
 may compute in. So what our graphs say by types becomes flags and constraints (`WeakGraph`). The
-other changes are forms of INT8 graphs, equal but for rounding in float, that TensorRT 8 takes where
-it stops at the usual ones (seen in 8.6.0 on an H100):
+other changes rewrite INT8 graphs, equal up to rounding in float, where TensorRT 8 stops at the
+usual form (seen in 8.6.0 on an H100):
 
 - A transposed convolution with INT8 weights ends in `buildRefitEngine: Assertion engine failed`,
   whether they have one scale or many, stored or after a pair. It gets float weights of the same
@@ -170,7 +170,7 @@ def split_pools(model: onnx.ModelProto) -> None:
             and len(kernel) == 2
             and min(kernel) > 1
             and set(given.get("strides", [1])) | set(given.get("dilations", [1])) == {1}
-            and given.get("auto_pad", b"NOTSET") == b"NOTSET"
+            and given.get("auto_pad", "NOTSET") == "NOTSET"
             and not given.get("ceil_mode", 0)
         )
         if not plain:

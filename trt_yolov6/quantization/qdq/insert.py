@@ -130,8 +130,8 @@ def activation_scales(
         scale = np.float32(max(known)[0]) / np.float32(quantized.largest)
         if not scale >= np.finfo(np.float32).tiny:
             raise UserError(
-                f"the calibration gives tensor {name!r} the range {max(known)[0]}, which nothing "
-                "can be scaled to; calibrate with images that are not blank."
+                f"the calibration gives tensor {name!r} the range {max(known)[0]}, too small to "
+                "scale to; calibrate with images that are not blank."
             )
         scales[name] = float(scale)
     return scales

@@ -325,7 +325,7 @@ def _links(graph: GraphIndex, wanted: set[str], plain: set[str]) -> Iterator[tup
 
     All these tensors need equal scales, and only what goes in needs a pair: TensorRT quantizes as
     early and dequantizes as late as it can. Seen in what TensorRT-RTX 1.7 builds: with pairs only
-    before them pooling and concatenation take INT8 and hand it on to the convolution; with a pair
+    before them pooling and concatenation take INT8 and pass it to the convolution; with a pair
     only after them, one pooling that is read twice is computed twice; with pairs before some of a
     concatenation's inputs only, the others come in float.
 

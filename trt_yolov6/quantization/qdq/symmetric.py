@@ -54,7 +54,7 @@ def check_symmetric(model: onnx.ModelProto, source: str | Path) -> None:
             continue
         zero, name = _zero_point(graph, node), node.input[0]
         if zero is None or node.input[1] not in graph.constants:
-            raise UserError(f"{source} computes the range of {name!r} as it runs; {_ADVICE}.")
+            raise UserError(f"{source} computes the range of {name!r} at run time; {_ADVICE}.")
         if zero.dtype in (np.int16, np.uint16):
             raise UserError(
                 f"{source} quantizes {name!r} to 16 bits, which TensorRT does not compute in; "

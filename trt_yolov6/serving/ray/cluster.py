@@ -156,7 +156,9 @@ def fitting_actors(
         return Actors(count, each, 1)
     sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
     if not sizes:
-        raise UserError("no machine of the cluster offers Ray a core; start Ray there with some.")
+        raise UserError(
+            "no machine of the cluster offers Ray a core; start Ray there with `--num-cpus N`."
+        )
     each = cores or min(MOST_CORES, *sizes)
     count = sum(size // each for size in sizes)
     if not count:

@@ -176,7 +176,7 @@ def _infer(
     missing = len(pictures) - len(written) - len(failures)
     if missing:
         raise UserError(
-            f"Ray lost {missing} of {len(pictures)} pictures; the same command again does these."
+            f"Ray lost {missing} of {len(pictures)} images; run the same command again for these."
         )
     return dataclasses.replace(
         summary,
@@ -227,7 +227,9 @@ def evaluate_on_ray(
                     stage_seconds=block.stage_seconds,
                 )
         if len(seen) < len(images):
-            raise UserError(f"Ray lost {len(images) - len(seen)} images; start it again.")
+            raise UserError(
+                f"Ray lost {len(images) - len(seen)} images; run the same command again."
+            )
 
     return evaluate_found(facts, dataset, found(), progress=options.progress, confusion=confusion)
 

@@ -141,7 +141,7 @@ def files_in(folder: ResultFolder) -> Iterator[str]:
                 yield from table["file"].to_pylist()
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(
-                f"{folder.place}/{name} is damaged; delete it, and its pictures are done again."
+                f"{folder.place}/{name} is damaged; delete it to compute its images again."
             ) from error
 
 

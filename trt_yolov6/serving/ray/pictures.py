@@ -180,7 +180,7 @@ def _listed(lines: Sequence[str], listing: str, folder: Path | None) -> tuple[Re
     # Twice in a listing is one picture.
     names = list(dict.fromkeys(entry for entry in entries if entry and not entry.startswith("#")))
     if not names:
-        raise UserError(f"{listing} lists no picture; write one path or address a line.")
+        raise UserError(f"{listing} lists no image; write one path or address per line.")
     return tuple(_entries(names, listing, folder))
 
 

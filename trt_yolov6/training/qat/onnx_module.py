@@ -69,8 +69,8 @@ class Trained:
 class GraphNetwork(nn.Module):
     """The part of an exported detector from its normalized image to its head's raw outputs.
 
-    In evaluation mode quantized convolutions add up whole numbers (see `integer_arithmetic`): the
-    values of training but for the last bit, the same on every device.
+    In evaluation mode quantized convolutions add up integers (see `integer_arithmetic`): the values
+    of training except for the last bit, the same on every device.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class GraphNetwork(nn.Module):
     def _in_integers(self, step: Step, inputs: Sequence[Tensor]) -> Tensor:
         """Convolve as `with_integer_convolutions` does, in float32: the same bits on every device.
 
-        Rounding the sums makes up for algorithms that are not exact on whole numbers (Winograd's).
+        Rounding the sums makes up for algorithms that are not exact on integers (Winograd's).
         """
         values, weights, *bias = (item.float() for item in inputs)
         of_values, of_weights = (self._quantizer(key).scale for key in self._codes[step.outputs[0]])
@@ -292,7 +292,7 @@ class GraphNetwork(nn.Module):
             if node.op_type not in _KNOWN:
                 raise UserError(
                     f"the graph has the operator {node.op_type}, which quantization-aware training "
-                    "does not know; give a YOLOv6 checkpoint, and not one of MBLA or Lite."
+                    "does not support; give a YOLOv6 checkpoint other than MBLA or Lite."
                 )
         steps = [
             Step(OPERATORS[node.op_type], attributes(node), tuple(node.input), tuple(node.output))

@@ -147,7 +147,7 @@ def _state_file(output: Path, trained: Path, resume: bool) -> Path:
     if resume and not begun:
         raise UserError(f"{output} holds no interrupted training; leave `resume` out.")
     if resume and trained.exists() and not state.is_file():
-        raise UserError(f"the training in {output} is over; give another `output`.")
+        raise UserError(f"the training in {output} is complete; give another `output`.")
     if resume:
         # A kill before the first state leaves nothing to go on from: it starts again.
         sweep(output)
