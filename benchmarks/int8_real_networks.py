@@ -157,8 +157,10 @@ def main() -> None:
                     **judged.figures(model),
                     **said,
                     # Seconds say little where others used the cores, those of the processor more.
-                    **{"seconds": seconds, "processor_seconds": used},
-                    **{"machine": cpu_model(), "load": round(os.getloadavg()[1], 1)},
+                    "seconds": seconds,
+                    "processor_seconds": used,
+                    "machine": cpu_model(),
+                    "load": round(os.getloadavg()[1], 1),
                 }
                 print(row, flush=True)
                 _keep(options.output, row)

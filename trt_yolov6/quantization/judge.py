@@ -88,8 +88,8 @@ def split_images(paths: Sequence[Path]) -> tuple[ImageSplit, ...]:
 def images_to_build_from(folds: Sequence[ImageSplit]) -> tuple[Path, ...]:
     """Return the images that what is built is made from, sorted: all.
 
-    The half that judged has told what to do by then. Ranges of twice the images clip less of others:
-    it takes a twentieth to a tenth off the displacement.
+    The half that judged has told what to do by then, and ranges of twice the images clip less of
+    others.
     """
     return tuple(sorted({path for fold in folds for path in (*fold.calibrate, *fold.judge)}))
 

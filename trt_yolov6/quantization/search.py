@@ -212,9 +212,7 @@ class Search:
         paths = images_to_build_from([fold.split for fold in self._folds])
         if tuned is None and paths != first.split.calibrate:
             prepared = prepare(self._graph, paths, self._settings, variant)
-            inputs = batches_of(
-                self._graph, evenly(paths, FEWEST_IMAGES), self._settings.border
-            )
+            inputs = batches_of(self._graph, evenly(paths, FEWEST_IMAGES), self._settings.border)
             tuning = WeightTuning(prepared.model, list(inputs))
         table = prepared.table(choice.method, self._key, self._quantized, choice.float_layers)
         weights = choice.weights
