@@ -4,8 +4,8 @@
 
 No calibrator and no equalization wins everywhere: min-max takes nothing from one network and much
 from another, entropy the reverse. So the default tries them (`search`): half of the calibration
-images make a candidate, the other half tell how well its detections agree with the float network's.
-No labels are needed.
+images make a candidate, the other half tell how well its detections agree with the float network's,
+and all of them make what is built. No labels are needed.
 
 FP8 goes the same way. What it has no use for is left out: entropy calibration, multiplications
 after activations, ranking of layers and reconstruction are about INT8's evenly spaced levels.
@@ -203,6 +203,8 @@ def _judged(found: Found, folds: Sequence[ImageSplit]) -> dict[str, Any]:
         return {}
     kind = "held-out" if held_out else "calibration"
     how = f", {len(folds)} folds" if len(folds) > 1 else ""
+    if held_out and not found.table.by_gradients:
+        how += ", of what half of the images made; all of them make what is built"
     _log.info(
         f"agreement with float {agreement.value:.3f} (95 % interval {agreement.low:.3f} to "
         f"{agreement.high:.3f}) on {found.images} {kind} images{how}"

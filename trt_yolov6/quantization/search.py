@@ -3,7 +3,7 @@
     graph ─▶ ranges ─▶ weights ─▶ float layers ─▶ ranges and weights again ─▶ tuning by gradients
 
 Everything is made from one part of the calibration images and judged on the other; of few images,
-both ways round.
+both ways round. What was decided is then made from all of them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Found:
     candidates: tuple[Candidate, ...]
     tuning: WeightTuning
     agreement: Interval | None
-    """Agreement of the built graph, or with several folds of what each made; None where nothing
+    """Agreement of what each fold made, or of the graph that gradients tuned; None where nothing
     had to be chosen."""
     images: int
     """Images that it was judged on."""

@@ -76,8 +76,8 @@ _NORM = 64.0
 _STEPS = 20
 
 # Ranges differ in their last bits from processor to processor. So that thousands of channels get
-# the same factors and middles, factors are rounded in octaves, and middles to this part of the power
-# of two above a channel's width: either makes the noise about one percent more.
+# the same factors and middles, factors are rounded in octaves, and middles to this part of the
+# power of two above a channel's width: either makes the noise about one percent more.
 _PARTS_OF_OCTAVE, _PARTS_OF_WIDTH = 16, 64
 
 # No channel moves further than this.
