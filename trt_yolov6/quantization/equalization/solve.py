@@ -75,10 +75,8 @@ _NORM = 64.0
 # Iterations of L-BFGS. It starts where all channels have the same range, close to the optimum.
 _STEPS = 20
 
-# Ranges differ in their last bits from processor to processor. So that thousands of channels get
-# the same factors and middles, factors are rounded in octaves, and middles to this part of the
-# power of two above a channel's width: either makes the noise about one percent more.
-_PARTS_OF_OCTAVE, _PARTS_OF_WIDTH = 16, 64
+# Factors are rounded, in octaves, so that the last bits of the search do not show in the result.
+_PARTS_OF_OCTAVE = 64
 
 # No channel moves further than this.
 _MOST_OCTAVES = 16
@@ -171,7 +169,7 @@ def _solved(
 
 
 def _middles(channels: ChannelMap, statistics: Mapping[str, TensorStatistics]) -> Shifts:
-    """Return the middle of each channel's range, nearly, of the tensors that can be shifted."""
+    """Return the middle of each channel's range, of the tensors that can be shifted."""
     count = len(shifts_by_source(channels, {}))
     low, high = np.full(count, np.inf), np.full(count, -np.inf)
     for name, sources in channels.sources.items():
@@ -183,11 +181,7 @@ def _middles(channels: ChannelMap, statistics: Mapping[str, TensorStatistics]) -
             np.minimum.at(low, sources, measured.low_per_channel)
             np.maximum.at(high, sources, measured.high_per_channel)
     seen = np.isfinite(low)
-    low, high = np.where(seen, low, 0.0), np.where(seen, high, 0.0)
-    # What hardly varies is known no better than its own size allows.
-    width = np.maximum(high - low, np.abs(low + high) / 8)
-    step = np.exp2(np.ceil(np.log2(np.where(width > 0, width, 1.0)))) / _PARTS_OF_WIDTH
-    middle = np.rint((low + high) / 2 / step) * step
+    middle = np.where(seen, (np.where(seen, low, 0) + np.where(seen, high, 0)) / 2, 0.0)
     # In float32, as the graph will have them.
     return {
         name: middle[channels.sources[name]].astype(np.float32).astype(np.float64)
