@@ -74,7 +74,7 @@ state is lost, with `--known OUT` of the earlier calls, whose folds then count."
 
 def main() -> None:
     """Train what is missing, or score what is there."""
-    options = _parser().parse_args()
+    options = parser().parse_args()
     if options.list:
         by_variant: dict[str, list[Job]] = {}
         for job in jobs_of(options):
@@ -89,7 +89,8 @@ def main() -> None:
         run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None,
         epilog=EPILOG,

@@ -622,7 +622,9 @@ def tensorrt8_forms() -> str:
 def summary() -> str:
     """Return accuracy and speed by precision on TensorRT 8: the README's one table."""
     rows = result(TENSORRT8)["rows"]
-    timed = [row for row in rows if row["fps"] and row["network"] == "yolov6s"]
+    timed = [
+        row for row in rows if row["fps"] and (row["network"], row["batch"]) == ("yolov6s", 32)
+    ]
     forms = (("fp32", "ours"), ("fp16", "ours"), ("int8+float6", "ptq"), ("int8", "ptq"))
     fp16 = next(row["fps"] for row in timed if row["precision"] == "fp16" and row["how"] == "ours")
     lines = []

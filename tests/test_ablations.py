@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from benchmarks import ablation_variants, paper
 from benchmarks.ablation_scores import collect, over_folds
 from benchmarks.ablation_variants import FOUND_FILE, RESULT_FILE, TABLES, VARIANTS
-from benchmarks.ablations import _parser, jobs_of, results_in, take_over, write_out
+from benchmarks.ablations import jobs_of, parser, results_in, take_over, write_out
 from benchmarks.folds import (
     FOLDS,
     ap_by_fold,
@@ -381,14 +381,14 @@ def test_variants_are_trained_after_what_they_need() -> None:
 
 
 def test_variants_are_trained_in_the_order_given_each_after_what_it_needs() -> None:
-    options = _parser().parse_args(["--only", "s-v1-rep-ptq", "n", "s-search", "--folds", "0"])
+    options = parser().parse_args(["--only", "s-v1-rep-ptq", "n", "s-search", "--folds", "0"])
     names = [job.order["variant"] for job in jobs_of(options)]
     assert names == ["s-v1-search", "s-v1-rep", "s-v1-rep-ptq", "n", "s-search"]
 
 
 def test_one_fold_of_a_variant_can_be_asked_for() -> None:
     only = ["--only", "s-rep/3", "n", "s-search/1", "s-search/3"]
-    jobs = jobs_of(_parser().parse_args([*only, "--folds", "0", "1"]))
+    jobs = jobs_of(parser().parse_args([*only, "--folds", "0", "1"]))
     names = ["s-search/3", "s-search/1", "s-rep/3", "n/0", "n/1"]
     assert [job.name for job in jobs] == names
     assert jobs[2].needs == ("s-search/3",)
@@ -399,7 +399,7 @@ def test_a_variant_or_fold_that_is_not_there_is_refused(
     wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        _parser().parse_args(["--only", wrong])
+        parser().parse_args(["--only", wrong])
     assert wrong in capsys.readouterr().err
 
 
@@ -561,7 +561,7 @@ def test_folds_of_earlier_calls_are_not_trained_again_but_for_networks_that_are_
     write_out(tmp_path / "out", before)
     only = ["n-atss", "l-distilled"]  # which needs `l`
     state = tmp_path / "state"
-    jobs = jobs_of(_parser().parse_args(["--only", *only, "--state", str(state)]))
+    jobs = jobs_of(parser().parse_args(["--only", *only, "--state", str(state)]))
     assert take_over([tmp_path / "out"], state, jobs) == {"n-atss/0"}
     assert set(results_in(state, [job.name for job in jobs])) == {"n-atss/0"}
     assert (state / "n-atss" / "0" / FOUND_FILE).read_bytes() == b"detections"

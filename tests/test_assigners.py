@@ -87,7 +87,7 @@ def _plain(scene: Scene, image: int, name: str) -> Labels:
     return plain_simota(scores, predicted, points, strides, boxes, classes)
 
 
-def _check(scene: Scene, name: str, labels: Assignment) -> None:
+def assert_consistent(scene: Scene, name: str, labels: Assignment) -> None:
     """Compare with the plain version, and every field with what the others say it should be."""
     batch, anchors = scene.boxes.shape[:2]
     assert labels.foreground.shape == labels.matched.shape == (batch, anchors)
@@ -117,7 +117,7 @@ def test_plain_version_agrees(name: str, seed: int) -> None:
     )
     scene = _scene(list(boxes), list(classes), seed)
     labels = scene.assign(name)
-    _check(scene, name, labels)
+    assert_consistent(scene, name, labels)
     assert int(labels.foreground[0].sum()) == 0
     assert int(labels.foreground[3].sum()) > 10
     assert bool(labels.scores.isfinite().all())
@@ -156,7 +156,7 @@ def test_more_objects_than_anchors(name: str) -> None:
     boxes, classes = _objects(250, 3)
     scene = _scene([boxes], [classes])
     labels = scene.assign(name)
-    _check(scene, name, labels)
+    assert_consistent(scene, name, labels)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,10 +188,10 @@ def _one_object(box: list[float], name: str) -> tuple[Scene, Assignment]:
 def test_an_object_smaller_than_a_cell(name: str) -> None:
     """About the point of a cell all three find it; between points only SimOTA does."""
     scene, labels = _one_object([10.5, 18.5, 13.0, 21.0], name)
-    _check(scene, name, labels)
+    assert_consistent(scene, name, labels)
     assert int(labels.foreground.sum()) >= 1
     scene, labels = _one_object([13.0, 13.0, 15.0, 15.5], name)
-    _check(scene, name, labels)
+    assert_consistent(scene, name, labels)
     assert bool(labels.foreground.any()) == (name == "simota")
 
 

@@ -399,6 +399,17 @@ def test_parts_of_later_releases_are_refused_by_name(tmp_path: Path) -> None:
         assert "trt-yolov6 build --onnx" in message
 
 
+def test_four_levels_without_the_bifusion_that_every_release_has_there_are_refused(
+    tmp_path: Path,
+) -> None:
+    model: Any = authors_model(KINDS["0.4, P6"])
+    for name in [name for name, _ in model.neck.named_children() if name.startswith("Bifusion")]:
+        delattr(model.neck, name)
+    assert "neck.Bifusion0" in refusal(write_checkpoint(tmp_path / "x.pt", model))
+    model.backbone.ERBlock_7 = model.backbone.ERBlock_6
+    assert "with 7 stages" in refusal(write_checkpoint(tmp_path / "x.pt", model))
+
+
 @pytest.mark.parametrize(
     ("part", "task"),
     [

@@ -104,7 +104,7 @@ def decoder_of(name: str) -> str | None:
     return EXPORTS[name].family if EXPORTS[name].named else None
 
 
-def check_found(found: Detections, boxes: NDArray[np.float64], score: float) -> None:
+def assert_found(found: Detections, boxes: NDArray[np.float64], score: float) -> None:
     """Assert that the painted cells were found, and nothing else."""
     wanted = sorted(
         (label, *box) for (_, _, label), box in zip(families.OBJECTS, boxes.tolist(), strict=True)
@@ -132,7 +132,7 @@ def test_what_is_painted_is_found_through_a_built_engine(name: str, tmp_path: Pa
     with load_engine(built.path) as engine:
         count = 1 if engine.batch.is_static else 3
         for found in detect(engine, [image] * count, OPTIONS):
-            check_found(found, boxes, export.score)
+            assert_found(found, boxes, export.score)
 
 
 @each_export
@@ -143,7 +143,7 @@ def test_a_bare_file_is_read_alike(name: str, tmp_path: Path) -> None:
         assert (engine.decoder, engine.output_layout) == (export.family, export.layout)
         image, boxes = families.picture(engine.preprocessing.fit)
         (found,) = detect(engine, [image], OPTIONS)
-    check_found(found, boxes, export.score)
+    assert_found(found, boxes, export.score)
 
 
 @each_export

@@ -310,10 +310,10 @@ def test_an_unknown_tactic_source_is_answered_with_the_known_ones() -> None:
     chosen: list[int] = []
     api: Any = types.SimpleNamespace(TacticSource=TacticSource)
     config: Any = types.SimpleNamespace(set_tactic_sources=chosen.append)
-    message = refusal(lambda: tensorrt_build._set_tactic_sources(api, config, ("cudnn", "cudn")))
+    message = refusal(lambda: tensorrt_build.set_tactic_sources(api, config, ("cudnn", "cudn")))
     assert "`tactic_sources` cudn is not known; choose among cudnn, edge_mask" in message
     assert not chosen
-    tensorrt_build._set_tactic_sources(api, config, ("edge_mask_convolutions", "cudnn"))
+    tensorrt_build.set_tactic_sources(api, config, ("edge_mask_convolutions", "cudnn"))
     assert chosen == [0b1100]
 
 
@@ -350,7 +350,7 @@ MYELIN = "1: Error Code 1: Myelin (Myelin error from unknown graph)"
 def test_a_timing_cache_that_tensorrt_8_cannot_read_back_is_left_alone(tmp_path: Path) -> None:
     api: Any = CacheApi(MYELIN, strong=False)
     attach = functools.partial(
-        tensorrt_build._attach_timing_cache, Flavour("tensorrt", "TensorRT", api), api
+        tensorrt_build.attach_timing_cache, Flavour("tensorrt", "TensorRT", api), api
     )
     path = tmp_path / "timing.cache"
     assert attach(path), "a new one is written"
@@ -371,7 +371,7 @@ def test_any_other_file_than_a_timing_cache_is_refused(
     path = tmp_path / "timing.cache"
     path.write_bytes(b"something else")
     flavour = Flavour("tensorrt", "TensorRT", api)
-    message = refusal(lambda: tensorrt_build._attach_timing_cache(flavour, api, path))
+    message = refusal(lambda: tensorrt_build.attach_timing_cache(flavour, api, path))
     assert "is not a timing cache of TensorRT 8.6.0" in message
     assert message.endswith("or remove this one.")
     assert not api.caches

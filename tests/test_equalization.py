@@ -656,6 +656,16 @@ def test_the_noise_is_that_of_the_formula_however_channels_are_scaled() -> None:
         assert noise_to_signal(scaled, found) == pytest.approx(expected_noise(scaled, found))
 
 
+def test_the_noise_does_not_depend_on_the_unit_of_what_channels_hold() -> None:
+    model = chain()
+    channels = trace_channels(model)
+    factors = np.full(channels.count, 2.0**-12, np.float32)
+    factors[FIXED] = 1
+    tiny = rescale(model, channels, factors)
+    before = noise_to_signal(model, measured(model))
+    assert noise_to_signal(tiny, measured(tiny)) == pytest.approx(before, rel=1e-3)
+
+
 def test_no_step_from_the_optimum_lessens_the_noise() -> None:
     model = rescale_channels(chain(), np.random.default_rng(0), 1, 256)
     best = equalize(model, measured(model), smooth=False)

@@ -23,7 +23,7 @@ from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.cli import main
 from trt_yolov6.data.coco import load_coco
-from trt_yolov6.diagnostics.doctor import _has_fp8
+from trt_yolov6.diagnostics.doctor import has_fp8
 from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.diagnostics.inspection_text import format_inspection
 from trt_yolov6.engines import backend, load_engine
@@ -467,7 +467,7 @@ def test_tensorrt_rtx_computes_in_fp8_what_it_is_asked_to(sample_fp8: Graph) -> 
 
 
 def test_doctor_says_which_gpus_have_fp8() -> None:
-    assert [_has_fp8(version) for version in ("7.5", "8.6", "8.9", "9.0", "12.0")] == [
+    assert [has_fp8(version) for version in ("7.5", "8.6", "8.9", "9.0", "12.0")] == [
         False,
         False,
         True,

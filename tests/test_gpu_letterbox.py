@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,7 @@ def test_it_compiles_for_every_gpu_that_tensorrt_runs_on() -> None:
         pytest.skip("needs nvidia-cuda-nvrtc")
     # No line of the source asks which GPU it is compiled for.
     assert "__CUDA_ARCH__" not in SOURCE
-    for define in ((), ("BYTE_INPUT",), ("BYTE_INPUT", "PIXELS=1")):
-        assert machine_code(SOURCE, (8, 7), define)
-    for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
-        assert machine_code(SOURCE, capability, ())
+    defines = itertools.cycle(((), ("BYTE_INPUT",), ("BYTE_INPUT", "PIXELS=1")))
+    capabilities = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0))
+    for capability, define in zip(capabilities, defines, strict=False):
+        assert machine_code(SOURCE, capability, define)

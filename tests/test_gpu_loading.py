@@ -22,7 +22,7 @@ from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.predict import detect, process
-from trt_yolov6.runtime.several_gpus import _get_ready
+from trt_yolov6.runtime.several_gpus import get_ready
 from trt_yolov6.spec import PredictOptions
 
 MANY = PredictOptions(confidence=0.6, batch=8)
@@ -222,7 +222,7 @@ def test_getting_ready_with_empty_images_changes_no_result(
     with load_tiny(tmp_path) as plain:
         engine = HostImagesEngine(plain, library, HostDecoder())
         wanted, _ = found_in(plain, paths)
-        _get_ready(engine, SURE, decodes=True)
+        get_ready(engine, SURE, decodes=True)
         assert engine.taken == [4] * 4, "each batch that may be in flight, twice"
         found, _ = found_in(engine, paths)
     assert_same(found, wanted)

@@ -187,7 +187,7 @@ def same(found: list[Detections], wanted: list[Detections]) -> bool:
     )
 
 
-def check_equal(found: Any, wanted: Any) -> None:
+def assert_equal(found: Any, wanted: Any) -> None:
     assert set(found) == set(wanted)
     for name, value in wanted.items():
         np.testing.assert_array_equal(found[name], value)
@@ -196,7 +196,7 @@ def check_equal(found: Any, wanted: Any) -> None:
 def assert_same_over_changing_batches(engine: Any, other: Any) -> None:
     for batch in (1, 1, 1, 4, 4, 4, 1, 2, 2, 2):
         for seed in range(2):
-            check_equal(engine.infer(images(batch, seed)), other.infer(images(batch, seed)))
+            assert_equal(engine.infer(images(batch, seed)), other.infer(images(batch, seed)))
 
 
 def has_recorded(engine: Any) -> bool:
@@ -241,9 +241,9 @@ def test_batches_in_flight_do_not_disturb_each_other(engine: Any) -> None:
     for index, batch in enumerate(batches):
         running.append(engine.start(batch))
         if index >= engine.in_flight:
-            check_equal(running[index - engine.in_flight].wait(), wanted[index - engine.in_flight])
+            assert_equal(running[index - engine.in_flight].wait(), wanted[index - engine.in_flight])
     for run, outputs in zip(running[-engine.in_flight :], wanted[-engine.in_flight :], strict=True):
-        check_equal(run.wait(), outputs)
+        assert_equal(run.wait(), outputs)
 
 
 @needs_gpu
@@ -252,7 +252,7 @@ def test_page_locked_input_gives_what_ordinary_input_gives(engine: Any) -> None:
         ordinary = images(batch, batch)
         locked = engine.empty_input(batch)
         locked[:] = ordinary
-        check_equal(engine.infer(locked), engine.infer(ordinary))
+        assert_equal(engine.infer(locked), engine.infer(ordinary))
 
 
 @needs_gpu
@@ -261,7 +261,7 @@ def test_gpu_tensors_go_in_and_come_out_without_the_host(engine: Any) -> None:
     for batch in (2, 4):
         wanted = engine.infer(images(batch))
         tensor = torch.from_numpy(images(batch)).cuda()
-        check_equal(engine.infer(tensor), wanted)
+        assert_equal(engine.infer(tensor), wanted)
         outputs = engine.infer_on_gpu(tensor)
         for name, value in wanted.items():
             out = torch.from_dlpack(outputs[name])
@@ -295,13 +295,13 @@ def test_more_candidates_than_there_is_room_for_bring_the_whole_outputs(engine: 
     for slot in engine._slots:
         if slot._suppression is not None:
             slot._suppression._capacity = 10
-    check_equal(engine.start(images(4), nms).wait(), outputs)
+    assert_equal(engine.start(images(4), nms).wait(), outputs)
 
 
 @needs_gpu
 def test_more_boxes_than_the_gpu_keeps_bring_the_whole_outputs(engine: Any) -> None:
     nms = NmsSettings(0.0, max_detections=MAX_KEPT + 1)
-    check_equal(engine.start(images(4), nms).wait(), engine.infer(images(4)))
+    assert_equal(engine.start(images(4), nms).wait(), engine.infer(images(4)))
 
 
 @needs_gpu
@@ -315,11 +315,11 @@ def test_the_second_start_uses_the_kernels_that_the_first_compiled(
     stored = cache_path(plan).read_bytes()
     assert stored
     with tensorrt_rtx.load(plan, None, LoadOptions()) as second:
-        check_equal(second.infer(images(2)), wanted)
+        assert_equal(second.infer(images(2)), wanted)
     assert cache_path(plan).read_bytes() == stored
     cache_path(plan).write_bytes(stored[: len(stored) // 2])
     with tensorrt_rtx.load(plan, None, LoadOptions()) as third:
-        check_equal(third.infer(images(2)), wanted)
+        assert_equal(third.infer(images(2)), wanted)
 
 
 @needs_gpu

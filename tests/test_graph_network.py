@@ -84,7 +84,7 @@ def test_quantized_it_computes_what_the_exported_graph_computes(name: str, tmp_p
     arch = ARCHITECTURES[name]
     _, graph = tiny_graph(name)
     start = prepare_graph(graph, arch, noise_folder(tmp_path / "calib"), quantization=MINMAX)
-    check_against_onnx_runtime(start, np.random.default_rng(7).random((2, 3, 64, 64), np.float32))
+    assert_as_onnx_runtime(start, np.random.default_rng(7).random((2, 3, 64, 64), np.float32))
 
 
 def test_channels_moved_to_the_middle_of_their_range_are_computed_as_exported(
@@ -101,7 +101,7 @@ def test_channels_moved_to_the_middle_of_their_range_are_computed_as_exported(
     shifted = dataclasses.replace(graph, model=rescale(graph.model, channels, ones, shifts))
     assert "Sub" in {node.op_type for node in shifted.model.graph.node}
     start = prepare_graph(shifted, arch, noise_folder(tmp_path / "calib"), quantization=MINMAX)
-    check_against_onnx_runtime(start, rng.random((2, 3, 64, 64), np.float32))
+    assert_as_onnx_runtime(start, rng.random((2, 3, 64, 64), np.float32))
 
 
 def test_after_training_too_the_sample_computes_what_its_exported_graph_computes(
@@ -110,7 +110,7 @@ def test_after_training_too_the_sample_computes_what_its_exported_graph_computes
     start = prepared_sample(root, 128, dataclasses.replace(MINMAX, image_limit=3))
     network = moved(start.student(), seed=0)
     images = np.random.default_rng(3).random((1, 3, 128, 128), np.float32)
-    check_against_onnx_runtime(start, images, network)
+    assert_as_onnx_runtime(start, images, network)
 
 
 class Forced(GraphNetwork):
@@ -127,7 +127,7 @@ class Forced(GraphNetwork):
             found[name] = self.given[name]
 
 
-def check_against_onnx_runtime(
+def assert_as_onnx_runtime(
     start: Start, images: NDArray[np.float32], network: GraphNetwork | None = None
 ) -> None:
     """Compare tensor by tensor, each from the same tensors before it.

@@ -12,7 +12,7 @@ from support.first_steps import settings_of
 from support.training_data import write_shapes, write_tiny
 from torch import Tensor, nn
 
-from trt_yolov6.training.detection_task import _is_graphed, detection_task
+from trt_yolov6.training.detection_task import detection_task, uses_cuda_graphs
 from trt_yolov6.training.distributed import Processes, placed
 from trt_yolov6.training.graphed import graphed
 from trt_yolov6.training.loop import train_epochs
@@ -39,7 +39,7 @@ def test_graphs_are_for_bf16_on_a_gpu(
     change: str, device: str, autocast: torch.dtype | None, wanted: bool
 ) -> None:
     settings = with_field(recipe_for("yolov6n", "data"), change)
-    assert _is_graphed(settings, torch.device(device), autocast) is wanted
+    assert uses_cuda_graphs(settings, torch.device(device), autocast) is wanted
 
 
 @pytest.fixture

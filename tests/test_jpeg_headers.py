@@ -22,7 +22,7 @@ from support.gpu import has_gpu
 
 from trt_yolov6.data.images import list_images, read_image
 from trt_yolov6.data.jpeg import Jpeg, exif_orientation, open_image, read_header
-from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder, _keep_for
+from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder, keep_for
 from trt_yolov6.errors import MissingDependencyError, UserError
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "images"
@@ -195,7 +195,7 @@ def test_a_decoders_stream_lives_as_long_as_its_images() -> None:
     stream: Any = Thing()
     images = [Thing(), None, Thing()]
     alive = weakref.ref(stream)
-    _keep_for(images, stream)
+    keep_for(images, stream)
     del stream
     for _ in range(len(images)):
         assert alive() is not None

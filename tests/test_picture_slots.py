@@ -240,7 +240,7 @@ def start(slots: Pictures, engine: Engine, images: list[NDArray[np.uint8]], rows
     return slots.start(images, placed, rows, NMS, patient=rows % 2 == 0)
 
 
-def check(found: Any, engine: Engine, images: list[NDArray[np.uint8]], rows: int) -> None:
+def assert_results(found: Any, engine: Engine, images: list[NDArray[np.uint8]], rows: int) -> None:
     for name, value in wanted(engine, images, rows).items():
         np.testing.assert_array_equal(found[name], value)
 
@@ -253,7 +253,7 @@ def test_batches_give_what_prepared_input_gives(
     slots = pictures_of(engine)
     for turn, (count, rows) in enumerate([(1, 1), (4, 4), (1, 1), (4, 4), (2, 4), (1, 1), (3, 3)]):
         images = [image(10 * turn + index) for index in range(count)]
-        check(start(slots, engine, images, rows).wait(), engine, images, rows)
+        assert_results(start(slots, engine, images, rows).wait(), engine, images, rows)
     (slot,) = HostSlot.made
     # Of seven batches four were of a size seen before: with graphs, one recording for each of two.
     assert slot.runs == (5 if records else 8)
@@ -269,7 +269,7 @@ def test_images_of_one_size_are_placed_at_once(engine: Engine, size: tuple[int, 
         images = [random.integers(0, 256, (*size, 3), np.uint8) for _ in range(count)]
         for index in locked:
             images[index].flags.writeable = False
-        check(start(slots, engine, images, count).wait(), engine, images, count)
+        assert_results(start(slots, engine, images, count).wait(), engine, images, count)
 
 
 def test_as_many_slots_are_made_as_batches_are_in_flight(engine: Engine) -> None:
@@ -279,7 +279,7 @@ def test_as_many_slots_are_made_as_batches_are_in_flight(engine: Engine) -> None
     for turn, images in enumerate(batches):
         running.append(start(slots, engine, images, 2))
         if turn >= 2:
-            check(running[turn - 2].wait(), engine, batches[turn - 2], 2)
+            assert_results(running[turn - 2].wait(), engine, batches[turn - 2], 2)
     assert len(HostSlot.made) == 3
     found: Any = slots.start([], [], 1, NMS).wait()
     assert found["scores"].shape[0] == 1
@@ -289,7 +289,7 @@ def test_what_was_recorded_is_forgotten_when_a_context_changes(engine: Engine) -
     slots = pictures_of(engine)
     for turn in range(5):
         images = [image(turn)]
-        check(start(slots, engine, images, 1).wait(), engine, images, 1)
+        assert_results(start(slots, engine, images, 1).wait(), engine, images, 1)
         if turn == 2:
             HostSlot.made[0].generation += 1
     assert HostSlot.made[0].runs == 4  # twice: run once, recorded once
@@ -300,5 +300,5 @@ def test_a_batch_that_fails_to_start_leaves_its_slot_to_the_next(engine: Engine)
     images = [image(1), image(2)]
     with pytest.raises(ValueError, match="zip"):
         slots.start(images, [fit(images[0].shape[:2], engine.image_size)], 2, NMS)
-    check(start(slots, engine, images, 2).wait(), engine, images, 2)
+    assert_results(start(slots, engine, images, 2).wait(), engine, images, 2)
     assert len(HostSlot.made) == 1

@@ -41,7 +41,7 @@ def changed(folder: Path, output: str, *steps: tuple[str, float], layout: str = 
     return load_engine(path)
 
 
-def refused(engine: Engine, said: str, tmp_path: Path) -> None:
+def assert_refused(engine: Engine, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         detect(engine, [WHITE])
     with pytest.raises(UserError, match=said):
@@ -69,13 +69,13 @@ def test_outputs_that_are_not_a_detector_s_are_refused(
     tmp_path: Path, output: str, steps: Sequence[tuple[str, float]], said: str
 ) -> None:
     with changed(tmp_path, output, *steps) as engine:
-        refused(engine, said, tmp_path)
+        assert_refused(engine, said, tmp_path)
 
 
 def test_objectness_and_classes_before_their_sigmoid_are_refused(tmp_path: Path) -> None:
     """The product of two negative logits looks like a score above 1."""
     with changed(tmp_path, "rows", ("Mul", -9.0), layout="rows") as engine:
-        refused(engine, "not probabilities", tmp_path)
+        assert_refused(engine, "not probabilities", tmp_path)
 
 
 def test_a_network_that_gives_nan_is_refused_with_the_first_tensor_that_does(
@@ -83,14 +83,14 @@ def test_a_network_that_gives_nan_is_refused_with_the_first_tensor_that_does(
 ) -> None:
     with changed(tmp_path, "scores", ("Mul", 0.0), ("Div", 0.0), ("Mul", 1.0)) as engine:
         # 0 x, then 0 / 0: the second step is where it begins.
-        refused(
+        assert_refused(
             engine, "NaN or infinity in scores; the first tensor that is not is scores_2", tmp_path
         )
 
 
 def test_a_weight_that_is_nan_is_named(tmp_path: Path) -> None:
     with changed(tmp_path, "scores", ("Mul", float("nan"))) as engine:
-        refused(engine, "is the weight scores_constant_0", tmp_path)
+        assert_refused(engine, "is the weight scores_constant_0", tmp_path)
 
 
 def test_scores_that_every_anchor_has_are_named_and_used(tmp_path: Path) -> None:

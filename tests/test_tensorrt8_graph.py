@@ -21,6 +21,7 @@ from trt_yolov6.engines.tensorrt.weakly_typed import (
     part_siblings,
     read_before_pairs,
     split_pools,
+    subtract_borders,
     weak_graph,
 )
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
@@ -219,6 +220,21 @@ class TestQuantized:
         assert kinds(result)["Div"] == 2
         assert kinds(result)["Mul"] == kinds(model)["Mul"] - 2
         assert_same(model, result, rtol=0.05)  # a rounding may fall on the other side
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_constant_for_each_pixel_is_subtracted(swapped: bool) -> None:
+    graph = GraphWriter()
+    layer = graph.conv_relu("layer", "images", (3, 4))
+    values = np.random.default_rng(0).normal(size=(1, 4, 32, 32)).astype(np.float32)
+    border = graph.constant("border", values)
+    added = graph.node("Add", [border, layer] if swapped else [layer, border], "added")
+    offset = graph.constant("offset", np.ones((1, 4, 1, 1), np.float32))
+    model = graph.model(graph.node("Add", [added, offset], "out"))
+    result = copy(model)
+    subtract_borders(result)
+    assert [node.op_type for node in result.graph.node][-2:] == ["Sub", "Add"]
+    assert_same(model, result, rtol=0)
 
 
 @pytest.mark.parametrize("swapped", [False, True])

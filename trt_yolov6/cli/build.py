@@ -92,6 +92,10 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="leave the Q/DQ nodes of --onnx untouched",
     )
+    _add_tensorrt_calibration(int8)
+
+
+def _add_tensorrt_calibration(int8: argparse._ActionsContainer) -> None:
     int8.add_argument(
         "--calibration-cache",
         type=Path,

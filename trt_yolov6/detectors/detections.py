@@ -82,7 +82,7 @@ class Detections:
 
         It takes a third of the time that three arrays take.
         """
-        arrays = self.xyxy, self.confidence, self.class_id
+        arrays: tuple[NDArray[Any], ...] = self.xyxy, self.confidence, self.class_id
         if tuple(array.dtype for array in arrays) != _DTYPES:
             return super().__reduce__()
         return _unpickled, (*map(_bytes_of, arrays), self.class_names, self.path)
@@ -142,7 +142,7 @@ class Detections:
 
 
 _DTYPES = np.dtype(np.float32), np.dtype(np.float32), np.dtype(np.int64)
-"""Of the arrays of `Detections`."""
+"""The usual dtypes of boxes, scores and classes."""
 
 
 def _bytes_of(array: NDArray[Any]) -> bytearray:

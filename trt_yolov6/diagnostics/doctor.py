@@ -245,7 +245,8 @@ def _cpu_text(cpu: machine.Cpu, clock: machine.CpuClock) -> str:
     )
 
 
-def _has_fp8(capability: str) -> bool:
+def has_fp8(capability: str) -> bool:
+    """Return whether GPUs of a compute capability, such as `8.9`, compute in FP8."""
     version = tuple(int(part) for part in capability.split(".") if part.isdigit())
     return version >= FIRST_WITH_FP8
 
@@ -255,7 +256,7 @@ def _gpu_text(gpu: machine.Gpu) -> str:
     return joined(
         gpu.name,
         capability and f"compute capability {capability}",
-        capability and ("FP8" if _has_fp8(capability) else "no FP8"),
+        capability and ("FP8" if has_fp8(capability) else "no FP8"),
         gpu.memory_mib and f"{gpu.memory_mib} MiB",
         f"driver {gpu.driver or 'unknown'}",
         gpu.sm_max_mhz and f"up to {gpu.sm_max_mhz} MHz",

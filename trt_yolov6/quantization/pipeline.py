@@ -7,8 +7,8 @@ from another, entropy the reverse. So the default tries them (`search`): half of
 images make a candidate, the other half tell how well its detections agree with the float network's,
 and all of them make what is built. No labels are needed.
 
-FP8 goes the same way. What it has no use for is left out: entropy calibration, multiplications
-after activations, ranking of layers and reconstruction are about INT8's evenly spaced levels.
+FP8 goes the same way, without entropy calibration, multiplications after activations, ranking of
+layers and reconstruction, which assume INT8's uniform grid.
 """
 
 from __future__ import annotations
@@ -131,15 +131,7 @@ def quantize(
         model = tuning.tuned(model, chosen_weights(table))
     else:
         model = with_learned(model, table.learned)
-    calibration = {
-        "calibrator": "+".join(sorted(set(table.methods.values()))),
-        "variant": table.variant,
-        "weights": chosen_weights(table),
-        "biases_corrected": table.biases_corrected,
-        "adaptive_rounding": table.reconstructed,
-        "tuned_by_gradients": table.by_gradients,
-        "images": len(paths),
-        "images_sha256": key.images_sha256,
+    calibration = _record(table, len(paths)) | {
         f"{quantized.name}_layers": len(placement.layers),
         f"{quantized.name}_share_of_multiply_adds": round(
             _quantized_share(prepared.model, placement), 4
@@ -156,6 +148,20 @@ def quantize(
     )
     candidates = () if found is None else found.candidates
     return QuantizedGraph(made, prepared.model, table, placement, candidates, note)
+
+
+def _record(table: CalibrationTable, images: int) -> dict[str, Any]:
+    """Describe a calibration for the manifest."""
+    return {
+        "calibrator": "+".join(sorted(set(table.methods.values()))),
+        "variant": table.variant,
+        "weights": chosen_weights(table),
+        "biases_corrected": table.biases_corrected,
+        "adaptive_rounding": table.reconstructed,
+        "tuned_by_gradients": table.by_gradients,
+        "images": images,
+        "images_sha256": table.key.images_sha256,
+    }
 
 
 def _check_graph(graph: Graph, settings: QuantizationSettings) -> None:

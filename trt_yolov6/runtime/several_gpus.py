@@ -199,7 +199,7 @@ def _packed(step: Processed[Any, bytes]) -> Processed[Any, bytes]:
 
 
 def _unpacked(step: Processed[Any, bytes], chunk: list[Any]) -> Processed[Any, Any]:
-    """Return what `_packed` was given, but for images; `chunk` are the items of the batch."""
+    """Undo `_packed`, except that images are gone; `chunk` are the items of the batch."""
     batch = step.batch
     if not batch.failures:
         batch = dataclasses.replace(batch, items=tuple(chunk))
@@ -267,7 +267,7 @@ def _work(
 
     try:
         with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
-            _get_ready(engine, options, decodes=not others.get("keep_images"))
+            get_ready(engine, options, decodes=not others.get("keep_images"))
             for step in process(engine, items(), read, packed, options, **others):
                 outgoing.put(("done", _packed(step)))
         outgoing.put(("end", None))
@@ -279,7 +279,7 @@ def _work(
     sender.join()
 
 
-def _get_ready(engine: Engine, options: PredictOptions, *, decodes: bool) -> None:
+def get_ready(engine: Engine, options: PredictOptions, *, decodes: bool) -> None:
     """Do what takes seconds once, such as compiling kernels, with empty images.
 
     A process that took a batch before would have all results of the others wait for it.

@@ -74,10 +74,6 @@ def detection_task(
     )
     data = _training_data(settings, folder, processes, validation, progress)
     start = starting_model(settings, data.class_names, scales=scales)
-    notes = start.notes
-    if data.report.problems:
-        problems = f"{len(data.report.problems)} problems of the data were left out of training"
-        notes = (f"{problems}; see {folder / DATA_REPORT_FILE}.", *notes)
     device = processes.device
     model = placed(start.model.train(), device)
     plan = make_plan(
@@ -96,7 +92,7 @@ def detection_task(
     average = WeightAverage(model, *average_for(plan.total_updates, settings.ema_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     teacher = _teacher(settings, model, data.class_names, device)
-    is_graphed = _is_graphed(settings, device, autocast)
+    is_graphed = uses_cuda_graphs(settings, device, autocast)
     network = _wrapped(model, settings, processes, autocast if is_graphed else None)
 
     task = Task(
@@ -119,9 +115,17 @@ def detection_task(
         clip_norm=settings.optimizer.clip_norm,
         keeps_gradients=is_graphed,
     )
+    notes = (*_notes(data, folder), *start.notes)
     return DetectionTask(
         task, settings, average, validation, autocast is not None and on_gpu, notes
     )
+
+
+def _notes(data: TrainingSet, folder: Path) -> tuple[str, ...]:
+    count, place = len(data.report.problems), folder / DATA_REPORT_FILE
+    if not count:
+        return ()
+    return (f"{count} problems of the data were left out of training; see {place}.",)
 
 
 def _check_device(settings: TrainSettings, processes: Processes) -> None:
@@ -160,10 +164,10 @@ def _training_data(
     return data
 
 
-def _is_graphed(
+def uses_cuda_graphs(
     settings: TrainSettings, device: torch.device, autocast: torch.dtype | None
 ) -> bool:
-    """Return whether the network's passes become CUDA graphs: in what has been tried on a GPU."""
+    """Return whether the network's passes run as CUDA graphs: only in tried settings."""
     plain = settings.compile or settings.deterministic
     return (
         device.type == "cuda" and autocast == torch.bfloat16 and settings.cuda_graphs and not plain

@@ -103,7 +103,7 @@ class JpegDecoder:
             decoded = self._decoder.decode(
                 streams, params=self._params, cuda_stream=self._stream.handle
             )
-            _keep_for(decoded, self._stream)
+            keep_for(decoded, self._stream)
             self._stream.wait()
             del decoded  # not earlier: the GPU wrote to it
 
@@ -134,7 +134,7 @@ class JpegDecoder:
             list(streams.values()), params=self._params, cuda_stream=self._stream.handle, **reused
         )
         if not reused:
-            _keep_for(decoded, self._stream)
+            keep_for(decoded, self._stream)
             buffers.images = [one for one in decoded if one is not None]
             buffers.addresses.clear()
         if buffers.ready is None:
@@ -153,7 +153,7 @@ class JpegDecoder:
         return found
 
 
-def _keep_for(decoded: Sequence[Any], stream: Stream) -> None:
+def keep_for(decoded: Sequence[Any], stream: Stream) -> None:
     """Have a stream live as long as the images that were decoded on it.
 
     nvImageCodec frees an image's memory on that stream, whenever that is. If there is no such

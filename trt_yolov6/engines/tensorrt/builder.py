@@ -99,13 +99,13 @@ def build_plan(
     if settings.optimization_level is not None:  # API: not tensorrt<8.6 (the backend refuses it)
         config.builder_optimization_level = settings.optimization_level
     if settings.tactic_sources is not None:
-        _set_tactic_sources(api, config, settings.tactic_sources)
+        set_tactic_sources(api, config, settings.tactic_sources)
     _set_profile(api, builder, network, config, settings)
     calibrator = None
     if settings.calibration is not None:
         calibrator = calibrate(api, network, config, settings.calibration, settings.batch.opt)
     extended = settings.timing_cache
-    if extended is not None and not _attach_timing_cache(flavour, config, extended):
+    if extended is not None and not attach_timing_cache(flavour, config, extended):
         extended = None
     logger.clear()
     plan = _run_builder(flavour, builder, network, config, settings)
@@ -168,7 +168,7 @@ def _set_precisions(  # API: tensorrt<11 (weakly typed networks)
                 layer.set_output_type(output, api.float32)
 
 
-def _set_tactic_sources(api: trt.Api, config: trt.IBuilderConfig, names: Collection[str]) -> None:
+def set_tactic_sources(api: trt.Api, config: trt.IBuilderConfig, names: Collection[str]) -> None:
     """Have the builder choose among these libraries' kernels only."""
     offered = api.TacticSource.__members__
     unknown = sorted(set(names) - {name.lower() for name in offered})
@@ -239,7 +239,7 @@ def _set_profile(
         config.set_preview_feature(api.PreviewFeature.__members__["PROFILE_SHARING_0806"], True)
 
 
-def _attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path) -> bool:
+def attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path) -> bool:
     """Read the timing cache, or start an empty one, and have the builder use and extend it.
 
     TensorRT 8 cannot read what it wrote itself where its compiler Myelin had a part in the graph

@@ -9,7 +9,9 @@ usual form (seen in 8.6.0 on an H100):
   whether they have one scale or many, stored or after a pair. It gets float weights of the same
   values, and computes in half precision.
 - A multiplication by a constant per channel before a QuantizeLinear ends in `mergeScales: Assertion
-  equalOrZero`. A division by the reciprocals does not.
+  equalOrZero`. A division by the reciprocals does not. An addition of a constant per channel and
+  pixel (the borders of shifted channels) ends in `x == y || x == 1 || y == 1`; a subtraction of its
+  negative takes its place (not built on a GPU yet).
 - A multiplication of a dequantized tensor by one number (the shortcuts of L) ends in
   `chooseHigherPrecision: Assertion`, also as a division, with the number in the scale, or with both
   terms of the sum dequantized. It reads what the pair quantizes instead, so the shortcut is not
@@ -104,6 +106,7 @@ def weak_graph(content: bytes) -> WeakGraph:
         give_transposed_float_weights(model)
         read_before_pairs(model)
         divide_channels(model)
+        subtract_borders(model)
         join_siblings(model)
         part_siblings(model)
     return WeakGraph(model.SerializeToString(), half, quantized, single, half_outputs)
@@ -279,6 +282,22 @@ def divide_channels(model: onnx.ModelProto) -> None:
                 inverse = graph.constant(f"{node.output[0]}/divisors", 1 / factors)
                 node.input[:] = [node.input[1 - index], inverse]
                 node.op_type = "Div"
+                break
+    graph.write()
+
+
+def subtract_borders(model: onnx.ModelProto) -> None:
+    """Write additions of a constant per channel and pixel as subtractions of its negative."""
+    graph = _Graph(model)
+    for node in graph.nodes:
+        if node.op_type != "Add" or len(node.input) != 2:
+            continue
+        for index, name in enumerate(node.input):
+            border = graph.value(name)
+            if border is not None and border.ndim == 4 and np.prod(border.shape[2:]) > 1:
+                negative = graph.constant(f"{node.output[0]}/negative", -border)
+                node.input[:] = [node.input[1 - index], negative]
+                node.op_type = "Sub"
                 break
     graph.write()
 
