@@ -86,12 +86,8 @@ def split_images(paths: Sequence[Path]) -> tuple[ImageSplit, ...]:
 
 
 def images_to_build_from(folds: Sequence[ImageSplit]) -> tuple[Path, ...]:
-    """Return the images that what is built is made from, sorted: all.
-
-    The half that judged has told what to do by then, and ranges of twice the images clip less of
-    others.
-    """
-    return tuple(sorted({path for fold in folds for path in (*fold.calibrate, *fold.judge)}))
+    """Return the images that what is built is made from, sorted: of several folds, all."""
+    return tuple(sorted({path for fold in folds for path in fold.calibrate}))
 
 
 def batches_of(graph: Graph, paths: Sequence[Path], border: int = 0) -> Iterator[NDArray[Any]]:

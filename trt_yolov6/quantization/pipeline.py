@@ -4,8 +4,8 @@
 
 No calibrator and no equalization wins everywhere: min-max takes nothing from one network and much
 from another, entropy the reverse. So the default tries them (`search`): half of the calibration
-images make a candidate, the other half tell how well its detections agree with the float network's,
-and all of them make what is built. No labels are needed.
+images make a candidate, the other half tell how well its detections agree with the float network's.
+No labels are needed.
 
 FP8 goes the same way, without entropy calibration, multiplications after activations, ranking of
 layers and reconstruction, which assume INT8's uniform grid.
@@ -114,8 +114,7 @@ def quantize(
         _log.info(note)
     found: Found | None = None
     if table is not None:
-        variant = variant_of(table)
-        sources = folds[0].calibrate if table.by_gradients else images_to_build_from(folds)
+        variant, sources = variant_of(table), images_to_build_from(folds)
         prepared = prepare(graph, sources, settings, variant, measure=False)
         inputs = list(batches_of(graph, evenly(sources, FEWEST_IMAGES), settings.border))
         tuning = WeightTuning(prepared.model, inputs)
@@ -209,8 +208,6 @@ def _judged(found: Found, folds: Sequence[ImageSplit]) -> dict[str, Any]:
         return {}
     kind = "held-out" if held_out else "calibration"
     how = f", {len(folds)} folds" if len(folds) > 1 else ""
-    if held_out and not found.table.by_gradients:
-        how += ", of what half of the images made; all of them make what is built"
     _log.info(
         f"agreement with float {agreement.value:.3f} (95 % interval {agreement.low:.3f} to "
         f"{agreement.high:.3f}) on {found.images} {kind} images{how}"

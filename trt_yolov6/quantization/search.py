@@ -3,7 +3,7 @@
     graph ─▶ ranges ─▶ weights ─▶ float layers ─▶ ranges and weights again ─▶ tuning by gradients
 
 Everything is made from one part of the calibration images and judged on the other; of few images,
-both ways round. What was decided is then made from all of them.
+both ways round.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Found:
     candidates: tuple[Candidate, ...]
     tuning: WeightTuning
     agreement: Interval | None
-    """Agreement of what each fold made, or of the graph that gradients tuned; None where nothing
+    """Agreement of the built graph, or with several folds of what each made; None where nothing
     had to be chosen."""
     images: int
     """Images that it was judged on."""
@@ -195,7 +195,7 @@ class Search:
         return self._found(variant, choice, tuned)
 
     def _found(self, variant: Variant, choice: Choice, tuned: _Tuned | None) -> Found:
-        first, agreement, images = self._folds[0], None, 0
+        (first, *others), agreement, images = self._folds, None, 0
         prepared, tuning = first.prepared, first.tuning
         if self._candidates:
             judged = [
@@ -209,16 +209,19 @@ class Search:
             ]
             agreement = pooled_interval(judged)
             images = sum(judge.images for judge, _ in judged)
-        paths = images_to_build_from([fold.split for fold in self._folds])
-        if tuned is None and paths != first.split.calibrate:
+        if others:
+            paths = images_to_build_from([fold.split for fold in self._folds])
             prepared = prepare(self._graph, paths, self._settings, variant)
-            inputs = batches_of(self._graph, evenly(paths, FEWEST_IMAGES), self._settings.border)
+            inputs = batches_of(self._graph, paths, self._settings.border)
             tuning = WeightTuning(prepared.model, list(inputs))
         table = prepared.table(choice.method, self._key, self._quantized, choice.float_layers)
         weights = choice.weights
         table = dataclasses.replace(
             table, biases_corrected=weights != "nearest", reconstructed=weights == "reconstructed"
         )
+        if tuned is None and choice.like and choice.float_layers and not others:
+            # What was tried is what is built, now and from the table.
+            table = dataclasses.replace(table, learned=learned_of(self._model(first, choice)))
         if tuned is not None:
             model, ranges = tuned
             amax = {**table.amax, **ranges}
