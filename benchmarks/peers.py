@@ -44,6 +44,7 @@ from benchmarks.skeletons import (
 )
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.graph.reference import reference_session
 
 CLASSES = 80
 
@@ -215,11 +216,7 @@ def largest_output(model: onnx.ModelProto, seed: int = 0) -> float:
     Raises:
         UserError: an output is not finite.
     """
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = reference_session(model)
     generator = np.random.default_rng(seed)
     outputs = session.run(
         None,

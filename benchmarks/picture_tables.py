@@ -132,6 +132,24 @@ def one_image(result: dict[str, Any]) -> list[list[Any]]:
     return lines
 
 
+def kernels(result: dict[str, Any]) -> list[list[Any]]:
+    """Microseconds that each kernel of the suppression adds to a graph, of one image of N."""
+    steps = ("find", "rank", "compare", "suppress", "all")
+    lines: list[list[Any]] = [
+        ["confidence, kernels", "machine", *steps, "page-locked image to boxes, to the engine"]
+    ]
+    for row in sorted(result["parts"]["kernels"], key=lambda row: row["confidence"]):
+        lines.append(
+            [
+                f"{row['confidence']:g}, {row['revision']}",
+                row["lease"],
+                *(f"{row[step]:.1f}" for step in steps),
+                f"{row['page_locked_to_engine']:.2f}",
+            ]
+        )
+    return lines
+
+
 def number(value: float) -> str:
     """Return a rate with a thin gap between thousands."""
     return f"{value:,.0f}".replace(",", " ")
@@ -144,6 +162,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[list[Any]]]] = {
     "pictures-int8": functools.partial(stages, part="stages_tensorrt8"),
     "pictures-gpus": gpus,
     "pictures-one": one_image,
+    "pictures-kernels": kernels,
     "pictures-decoding": decoding,
     "pictures-accuracy": accuracy,
 }

@@ -19,6 +19,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from trt_yolov6.graph.reference import reference_session
+
 SMALL = 1024
 """Bytes up to which a weight keeps its values."""
 
@@ -228,8 +230,6 @@ def _draw(
 
 def _run(node: onnx.NodeProto, values: dict[str, NDArray[Any]], opsets: Any) -> list[NDArray[Any]]:
     """Compute one node in ONNX Runtime."""
-    import onnxruntime
-
     names = list(dict.fromkeys(name for name in node.input if name))
     inputs = [
         helper.make_tensor_value_info(
@@ -239,15 +239,8 @@ def _run(node: onnx.NodeProto, values: dict[str, NDArray[Any]], opsets: Any) -> 
     ]
     outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
     graph = helper.make_graph([node], "node", inputs, outputs)
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    settings.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString(),
-        settings,
-        providers=["CPUExecutionProvider"],
-    )
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    session = reference_session(model, threads=1, optimized=False)
     return list(session.run(None, {name: values[name] for name in names}))
 
 

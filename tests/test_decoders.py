@@ -248,11 +248,18 @@ def test_agreement_counts_classes_that_the_graph_does_not_tell(tmp_path: Path) -
         ("ppyoloe-nms", "ppyoloe .*, ppyoloe-plus"),
     ],
 )
-def test_what_a_graph_does_not_tell_is_asked(name: str, choices: str, tmp_path: Path) -> None:
+def test_what_a_graph_does_not_show_is_asked(name: str, choices: str, tmp_path: Path) -> None:
     path = written(name, tmp_path)
     for attempt in (graph_from_onnx, load_engine):
         with pytest.raises(UserError, match=f"name one as `decoder`: {choices}"):
             attempt(path)
+
+
+def test_axes_of_one_length_are_rows_or_columns_and_free_ones_are_rows() -> None:
+    with pytest.raises(UserError, match=r"that several families share.*yolov6.*yolov8"):
+        recognize(facts(("output0", (1, 300, 300))), "square.onnx")
+    family, layout = recognize(facts(("output0", (1, None, None))), "free.onnx")
+    assert (family.name, layout) == ("yolov6", "rows")
 
 
 def test_rows_decoded_with_an_exponential_are_yolox_or_the_first_yolov6(tmp_path: Path) -> None:

@@ -508,17 +508,15 @@ def test_what_convolutions_with_a_shared_weight_read_keeps_its_scale_and_its_mid
     assert channels.shiftable == frozenset()
 
 
-@pytest.mark.parametrize(("rows", "free"), [(2.0, 4), (None, 0)])
-def test_resized_channels_are_free_where_the_output_s_shape_is_known(
-    rows: float | None, free: int
+@pytest.mark.parametrize(("between", "free"), [("Relu", 4), ("Unknown", 0)])
+def test_channels_are_not_followed_through_an_unknown_operator_and_what_resizes_its_output(
+    between: str, free: int
 ) -> None:
     drawing = Drawing(0)
-    source = drawing.convolution("images")
-    if rows is None:
-        scales = drawing.add("CustomScales", ["images"], 0, domain="custom")
-    else:
-        scales = drawing.constant(np.array([1, 1, rows, rows], np.float32))
-    drawing.nodes.append(helper.make_node("Resize", [source, "", scales], ["large"]))
+    domain = "custom" if between == "Unknown" else ""
+    made = drawing.add(between, [drawing.convolution("images")], 4, domain=domain)
+    scales = drawing.constant(np.array([1, 1, 2, 2], np.float32))
+    drawing.nodes.append(helper.make_node("Resize", [made, "", scales], ["large"]))
     graph = helper.make_graph(
         drawing.nodes,
         "resized",
@@ -556,6 +554,8 @@ ALL = [0, 1, 2, 3, 4]
         ("ReduceMean", [[2, 3]], {}, [ALL]),
         ("ReduceMean", [[-1]], {"keepdims": 1}, [ALL]),
         ("ReduceMean", [[1]], {}, None),
+        ("ReduceMean", [], {"axes": [2, 3]}, [ALL]),  # before opset 18
+        ("ReduceMean", [], {}, None),
     ],
 )
 def test_channels_are_followed_through_parts_of_tensors(
@@ -761,14 +761,17 @@ def test_without_equalization_the_rescaled_sample_is_lost(
 
 @pytest.mark.slow
 def test_hard_swish_networks_are_saved_by_smoothing(root: Path, tmp_path: Path) -> None:
-    """YOLOv6Lite-L, FP32 AP 0.3476: other tools' min-max gives 0.03, their best 0.093."""
+    """YOLOv6Lite-L: of FP32's AP of 0.35 other tools' min-max leaves 0.03, their best 0.093."""
     shared = root.parent / "shared"
     path = shared / "models" / "yolov6lite_l_320.onnx"
     if not path.is_file():
         pytest.skip(f"{path} is not here")
     model, data = onnx.load(path), shared / "data" / "coco256"
     folder = data / "images" / "train2017"
-    images = calibration_batches(folder, input_spec(model), limit=16)
+    images = calibration_batches(folder, input_spec(model), limit=8)
     equalized = equalize(model, collect(model, images, tensors_to_measure(model)))
-    result = quantized(equalized, folder, limit=16)
-    assert graph_precision(result, tmp_path, load_coco(data, "val2017")) >= 0.33
+    result = quantized(equalized, folder, limit=8)
+    few = first_images(load_coco(data, "val2017"), 32)
+    found, expected = (graph_precision(graph, tmp_path, few) for graph in (result, model))
+    assert expected > 0.3
+    assert found >= expected - 0.02

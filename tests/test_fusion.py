@@ -43,11 +43,13 @@ def randomize_statistics(model: nn.Module) -> None:
 
 
 def narrowed(arch: Architecture) -> Architecture:
-    """The same layers with an eighth of the channels: fusing does not depend on their number."""
+    """The same kinds of layers, at most two in a row, with an eighth of the channels."""
     if arch.neck == "lite":
         return arch
     return dataclasses.replace(
         arch,
+        stage_repeats=tuple(min(count, 2) for count in arch.stage_repeats),
+        neck_repeats=tuple(min(count, 2) for count in arch.neck_repeats),
         stage_channels=tuple(channels // 8 for channels in arch.stage_channels),
         neck_channels=tuple(channels // 8 for channels in arch.neck_channels),
     )

@@ -388,7 +388,14 @@ def test_a_failed_build_writes_nothing(
 MEASURED_BUILD = """
 import sys
 from pathlib import Path
+import onnxruntime
 from trt_yolov6.cli import main
+options_of_a_session = onnxruntime.SessionOptions
+def with_one_thread():
+    options = options_of_a_session()
+    options.intra_op_num_threads = 1
+    return options
+onnxruntime.SessionOptions = with_one_thread
 code = main(sys.argv[1:])
 status = Path("/proc/self/status")
 lines = status.read_text().splitlines() if status.exists() else ()
@@ -396,7 +403,7 @@ print("peak", next((line.split()[1] for line in lines if line.startswith("VmHWM"
 sys.exit(code)
 """
 """The command line in a process of its own, which reads its own peak: what the kernel keeps of a
-finished child may be its parent's."""
+finished child may be its parent's. On one thread, as `one_thread_a_session` has it here."""
 
 
 @dataclasses.dataclass(frozen=True)

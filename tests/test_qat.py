@@ -449,7 +449,7 @@ def test_the_command_writes_a_graph_that_builds(
     assert main(arguments) == 2
     assert "holds a training already" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 2
-    assert "is over; give another --output" in capsys.readouterr().err
+    assert "is complete; give another --output" in capsys.readouterr().err
 
 
 def test_killed_in_its_first_epoch_it_starts_again(

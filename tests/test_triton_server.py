@@ -244,7 +244,7 @@ def test_the_example_prints_the_boxes_of_every_picture(
     ]
     assert done.returncode == 1
     assert "none.png: " in done.stderr
-    assert "no image" in done.stderr
+    assert "not an image" in done.stderr
 
 
 # --- batching and the configuration -------------------------------------------------------------
@@ -314,7 +314,7 @@ def png_of_zeros(width: int, height: int) -> bytes:
 JPEG = encoded(np.full((80, 80, 3), 128, np.uint8), ".jpg")
 
 BAD_PICTURES = {
-    "text": (b"GET / HTTP/1.1\r\n\r\n", "no image"),
+    "text": (b"GET / HTTP/1.1\r\n\r\n", "not an image"),
     "nothing": (b"", "is empty"),
     "a half": (JPEG[: len(JPEG) // 2], "cut short"),
     "400 megapixels": (png_of_zeros(20_000, 20_000), "more pixels than are decoded"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trt_yolov6.api import benchmark, compare, evaluate, inspect, load, train
     from trt_yolov6.bench.latency import BenchmarkResult
     from trt_yolov6.comparison.plan import Plan
+    from trt_yolov6.comparison.results import Results
     from trt_yolov6.data.images import read_image
     from trt_yolov6.data.preprocessing import Preprocessing
     from trt_yolov6.detectors.detections import Detection, Detections
@@ -60,6 +61,7 @@ __all__ = [
     "PredictOptions",
     "Preprocessing",
     "QuantizationSettings",
+    "Results",
     "TrainResult",
     "TrainSettings",
     "UserError",
@@ -79,6 +81,7 @@ _MODULES = {
     "api": ("benchmark", "compare", "evaluate", "inspect", "load", "train"),
     "bench.latency": ("BenchmarkResult",),
     "comparison.plan": ("Plan",),
+    "comparison.results": ("Results",),
     "data.images": ("read_image",),
     "data.preprocessing": ("Preprocessing",),
     "detectors.detections": ("Detection", "Detections"),

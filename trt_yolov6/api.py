@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from trt_yolov6.bench.latency import BenchmarkResult
     from trt_yolov6.comparison.plan import Plan
+    from trt_yolov6.comparison.results import Results
     from trt_yolov6.diagnostics.inspection import Inspection
     from trt_yolov6.runtime.evaluate import Evaluation
     from trt_yolov6.training.recipe import TrainSettings
@@ -187,7 +188,7 @@ def compare(
     baseline: str | Path | Mapping[str, Any] | None = None,
     progress: bool = True,
     **plan: Any,
-) -> dict[str, Any]:
+) -> Results:
     """Compare detectors at several precisions and batch sizes: AP, latency and layer times.
 
     An earlier comparison in the same folder is continued: what has not changed is not measured

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class BackendRow(NamedTuple):
-    """Where a backend is, and how its plans are named."""
+    """Module of a backend, and the names of its plans."""
 
     module: str
     """Imported when needed."""

@@ -15,6 +15,9 @@ PrecisionName = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
 """Lowest precision in a graph. `int8-dynamic` is ONNX Runtime's dynamic quantization: INT8 weights,
 activation ranges computed at run time."""
 
+EnginePrecision = Literal[PrecisionName, "unknown"]
+"""Precision of an engine: `unknown` for a plan without a manifest."""
+
 _PRECISION = re.compile(r"(fp32|fp16|int8|fp8)(\+fp16)?(?::(\d{1,4}|auto))?")
 
 
@@ -218,7 +221,7 @@ class PredictOptions:
     workers: int | None = None
     """Threads that read and pre-process. Default: one a core, at most 16."""
     gpus: int = 1
-    """GPUs of this machine that go through pictures or a data set, a process each. With more than
+    """GPUs of this machine that share images or a data set, one process each. With more than
     one, a script begins its work under `if __name__ == "__main__":`, as `multiprocessing` wants."""
     clip: bool = True
     """Cut boxes off at the image's edge; evaluation scores them as predicted."""

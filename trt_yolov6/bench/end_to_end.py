@@ -19,7 +19,7 @@ from trt_yolov6.runtime.predict import resolve
 from trt_yolov6.spec import NmsSettings, PredictOptions, empty_input
 
 MAX_IMAGES = 256
-"""Pictures held in memory for an end-to-end measurement."""
+"""Images held in memory for an end-to-end measurement."""
 
 
 def benchmark_end_to_end_many(
@@ -41,7 +41,7 @@ def benchmark_end_to_end_many(
 
     Args:
         engines: loaded engines, at least one.
-        images: encoded pictures, or the files to read them from beforehand; at least one, and the
+        images: encoded images, or the files to read them from beforehand; at least one, and the
             first `MAX_IMAGES` are used.
         options: thresholds and border; the defaults are those of evaluation, which keeps many
             boxes.
@@ -56,12 +56,12 @@ def benchmark_end_to_end_many(
     check_durations(duration, warm_up)
     for engine in engines:
         check_batch(engine, batch)
-        empty_input(engine.input, batch)  # whether it fits, before pictures are decoded for it
+        empty_input(engine.input, batch)  # whether it fits, before images are decoded for it
     if not images:
         raise UserError("there is no image to time; name a folder of images as `images`.")
     encoded = [read_encoded(image)[0] for image in images[:MAX_IMAGES]]
     for image in images[:MAX_IMAGES]:
-        read_image(image)  # so that a damaged picture is reported by its name, before timing
+        read_image(image)  # so that a damaged image is reported by its name, before timing
     options = options or PredictOptions()
     runs = [_Request(one, encoded, batch, *resolve(one, options)).watched for one in engines]
     return measured(engines, runs, batch, duration, warm_up, progress=progress)

@@ -26,6 +26,7 @@ from trt_yolov6.common.files import sha256_file
 from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.errors import UserError
+from trt_yolov6.spec import EnginePrecision
 
 STAGES = ("decode", "prepare", "infer", "postprocess")
 """Stages of an end-to-end run: JPEG or PNG to pixels; letterbox and batching; the engine, with the
@@ -39,7 +40,7 @@ class BenchmarkResult:
     engine: Path
     engine_sha256: str
     model: str
-    precision: str
+    precision: EnginePrecision
     backend: str
     backend_version: str
     note: str
@@ -74,7 +75,7 @@ class BenchmarkResult:
     """The GPU the engine ran on, its clocks read under load; None on a CPU, or if unknown."""
     versions: dict[str, str]
     date: str
-    """When the measurement ended, ISO 8601 with the offset from UTC."""
+    """End of the measurement, ISO 8601 with the offset from UTC."""
 
     @property
     def throughput_fps(self) -> float:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -60,8 +60,8 @@ class LayerTime:
     seconds: float
     roofline: float | None
     """Least seconds that the ceilings allow; None where work or ceiling is unknown."""
-    bound: str
-    """`arithmetic` or `memory`; empty without a roofline."""
+    bound: Literal["arithmetic", "memory", ""]
+    """Limit that the roofline is from; empty without a roofline."""
 
 
 def graph_work(model: onnx.ModelProto) -> GraphWork:
@@ -111,7 +111,8 @@ def layer_times(
         seconds[name] = seconds.get(name, 0.0) + taken
     found = []
     for name, taken in seconds.items():
-        layer, roofline, bound = layers.get(name), None, ""
+        layer, roofline = layers.get(name), None
+        bound: Literal["arithmetic", "memory", ""] = ""
         if layer is not None and ceilings is not None:
             least = ceilings.seconds(layer, batch, computed_in or layer.precision)
             if least is not None:

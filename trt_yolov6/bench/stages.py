@@ -1,4 +1,4 @@
-"""Where the time goes from JPEG files to boxes: each stage alone, what overlaps, and the whole.
+"""Time from JPEG files to boxes: each stage alone, what overlaps, and the whole.
 
 Stages of one place run one after the other; places run side by side, so that the whole can be as
 fast as the slowest place.
@@ -31,7 +31,7 @@ from trt_yolov6.engines.base import Engine, check_batch
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.gpu_loading import Opened, load_images
 from trt_yolov6.runtime.predict import process
-from trt_yolov6.spec import NmsSettings, PredictOptions
+from trt_yolov6.spec import EnginePrecision, NmsSettings, PredictOptions
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class StageReport:
     """The stages of one engine, and all of them together."""
 
     engine: Path
-    precision: str
+    precision: EnginePrecision
     backend: str
     device: str
     batch: int
@@ -127,7 +127,7 @@ def benchmark_stages(
 
     Args:
         engine: any loaded engine.
-        images: encoded pictures, or the files to read them from beforehand; the first `MAX_IMAGES`.
+        images: encoded images, or the files to read them from beforehand; the first `MAX_IMAGES`.
         options: thresholds; default: those of the COCO evaluation, which keep many boxes.
         batch: images a run.
         duration: seconds in all, a third of it for the whole.

@@ -96,7 +96,7 @@ class Shell:
 
 
 class StorageReference(NamedTuple):
-    """Where an archive keeps the values of a tensor, as the pickle says: nothing is checked yet."""
+    """Place of a tensor's values in an archive, as the pickle says: nothing is checked yet."""
 
     dtype: str
     key: str

@@ -29,7 +29,7 @@ class Checkpoint:
     """A trained network and what its file says about it."""
 
     model: YOLOv6
-    """In eval mode, float32, in the form that the file has."""
+    """Network in eval mode, float32, in the form that the file has."""
     arch: Architecture
     class_names: tuple[str, ...]
     path: Path

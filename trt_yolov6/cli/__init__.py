@@ -49,7 +49,7 @@ _COMMANDS = (
     inspect,
     doctor,
 )
-"""In the order in which `--help` lists them."""
+"""Commands in the order in which `--help` lists them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""From options to the engine that runs, and how it suppresses boxes."""
+"""Options turned into the engine that runs, and its thresholds."""
 
 from __future__ import annotations
 

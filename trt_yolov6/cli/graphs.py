@@ -1,4 +1,4 @@
-"""From options to what is exported, quantized or built, and how: typed values for `pipeline`."""
+"""Options of export, quantization and building turned into typed values for `pipeline`."""
 
 from __future__ import annotations
 

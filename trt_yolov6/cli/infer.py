@@ -1,4 +1,4 @@
-"""`infer`: boxes drawn on pictures, folders and videos."""
+"""`infer`: boxes drawn on images, folders and videos."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _infer_on_ray(options: argparse.Namespace) -> None:
 def _stopped_by_ctrl_c() -> Iterator[Callable[[], bool]]:
     """Yield what says whether Ctrl-C was pressed, so that a video or stream ends whole.
 
-    Where nobody asks, as with pictures, and when it is pressed again, it interrupts.
+    Where nobody asks, as with images, and when it is pressed again, it interrupts.
     """
     pressed = asked = False
 

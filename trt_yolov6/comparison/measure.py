@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 EXAMPLE_CONFIDENCE = 0.4
-"""Score from which on a detection is shown in the report's pictures, as `infer` draws them."""
+"""Score from which on a detection is shown in the report's images, as `infer` draws them."""
 
 LAYER_TRIALS = 3
 """Times that layers are measured over, while others keep this process waiting."""
@@ -162,7 +162,7 @@ class Timings:
     """The rounds of all engines."""
 
     rounds: Mapping[tuple[str, int], list[Round]]
-    """By engine and batch size; the n-th rounds of all were side by side."""
+    """Rounds by engine and batch size; the n-th rounds of all were side by side."""
     clocks: Mapping[str, Any]
     """Clocks after the last round, see `machine.clocks`."""
 

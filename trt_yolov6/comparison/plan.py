@@ -74,7 +74,7 @@ class Plan:
 
     models: tuple[ModelEntry, ...]
     precisions: tuple[str, ...] = ("fp32",)
-    """For checkpoints and float ONNX files; others are taken as they are."""
+    """Precisions of checkpoints and float ONNX files; other files are taken as they are."""
     batches: tuple[int, ...] = (1, 32)
     """Batch sizes that latency is measured at."""
     backends: tuple[str, ...] = ("auto",)

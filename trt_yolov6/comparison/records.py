@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trt_yolov6 import __version__
 from trt_yolov6.common.files import write_bytes
@@ -15,7 +15,7 @@ from trt_yolov6.comparison.engines import BuiltCase, Work
 from trt_yolov6.comparison.machine import environment
 from trt_yolov6.comparison.measure import Timings
 from trt_yolov6.comparison.plan import settings_of
-from trt_yolov6.comparison.results import KIND, SCHEMA
+from trt_yolov6.comparison.results import KIND, SCHEMA, Results
 from trt_yolov6.comparison.rounds import (
     CPU_DRIFT,
     GPU_DRIFT,
@@ -27,7 +27,7 @@ from trt_yolov6.data.calibration import evenly
 from trt_yolov6.data.coco import CocoDataset, CocoImage, read_coco_image
 
 EXAMPLE_SIDE = 640
-"""Longer side of the pictures kept for the report, at most, in pixels."""
+"""Longer side of the images kept for the report, at most, in pixels."""
 
 
 def results_of(
@@ -39,7 +39,7 @@ def results_of(
     agreements: Sequence[Mapping[str, Any] | None],
     timings: Timings,
     layers: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+) -> Results:
     """Return the results, and write the example images that they name.
 
     The arguments are what the functions of those names in `measure` and `agreement` returned;
@@ -55,7 +55,7 @@ def results_of(
     named = list(zip(built, layers, strict=False))
     ceilings = [found["ceilings"] for found in layers if found.get("ceilings")]
     dates = [found["date"] for found in accuracies] + [row["date"] for row in rows]
-    return {
+    found: Any = {
         "schema": SCHEMA,
         "kind": KIND,
         "package": __version__,
@@ -68,16 +68,17 @@ def results_of(
         "ratios": _ratios(timings, built[0].name),
         "ceilings": list({one["device"]: one for one in ceilings}.values()),
         "layers": [
-            {"engine": one.name, **{key: found[key] for key in ("batch", "computed_in", "layers")}}
-            for one, found in named
-            if "reason" not in found
+            {"engine": one.name, **{key: seen[key] for key in ("batch", "computed_in", "layers")}}
+            for one, seen in named
+            if "reason" not in seen
         ],
         "examples": _examples(work, dataset, built, accuracies),
         "left_out": [
             *(text for one in built for text in one.left_out),
-            *(f"{one.name}: {found['reason']}" for one, found in named if "reason" in found),
+            *(f"{one.name}: {seen['reason']}" for one, seen in named if "reason" in seen),
         ],
     }
+    return cast(Results, found)
 
 
 def _engine(

@@ -38,7 +38,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, cast
 
 import msgspec
 
@@ -102,11 +102,14 @@ class _Agreement(_Figure):
     calibrated_on: int
 
 
-class _OfQuantized(TypedDict, total=False):
+class _EngineDetails(TypedDict, total=False):
     agreement: _Agreement | None
+    detections: int
+    flops: int | None
+    parameters: int | None
 
 
-class _Engine(_OfQuantized):
+class _Engine(_EngineDetails):
     engine: str
     model: str
     precision: str
@@ -121,12 +124,21 @@ class _Engine(_OfQuantized):
     AP50: _Number | None
 
 
-class _Latency(TypedDict):
+class _LatencyDetails(TypedDict, total=False):
+    rounds: list[_Number]
+
+
+class _Latency(_LatencyDetails):
     median: Annotated[float, msgspec.Meta(gt=0)]
     interval: _Interval
 
 
-class _Timing(TypedDict):
+class _TimingDetails(TypedDict, total=False):
+    engine_file: str
+    throughput_fps: _Number
+
+
+class _Timing(_TimingDetails):
     engine: str
     batch: int
     engine_sha256: str
@@ -137,7 +149,11 @@ class _Timing(TypedDict):
     waited: _Number | None
 
 
-class _Ratio(TypedDict):
+class _To(TypedDict, total=False):
+    to: str
+
+
+class _Ratio(_To):
     engine: str
     batch: int
     ratio: _Number
@@ -175,7 +191,9 @@ class _Example(TypedDict):
     detections: dict[str, list[_Box]]
 
 
-class _Results(TypedDict):
+class Results(TypedDict):
+    """Results of a comparison, as `results.json` has them: the fields that readers rely on."""
+
     date: str
     environment: _Environment
     data: _Data
@@ -189,7 +207,7 @@ class _Results(TypedDict):
     left_out: list[str]
 
 
-def read_results(path: str | Path) -> dict[str, Any]:
+def read_results(path: str | Path) -> Results:
     """Read the results of a comparison: the file, or the folder it lies in.
 
     Raises:
@@ -209,7 +227,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
             "`trt-yolov6 compare` again."
         )
     remedy = "run `trt-yolov6 compare` again."
-    as_record(value, _Results, f"{path} is damaged", remedy)
+    as_record(value, Results, f"{path} is damaged", remedy)
     names = {engine["engine"] for engine in value["engines"]}
     for timing in value["timings"]:
         latency = latency_of(timing)
@@ -217,8 +235,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} is damaged: no engine, or no interval, of {timing['engine']!r}; {remedy}"
             )
-    found: dict[str, Any] = value
-    return found
+    return cast(Results, value)  # with the fields that are not declared here
 
 
 def latency_of(timing: Mapping[str, Any]) -> Interval:

@@ -46,7 +46,7 @@ class Round:
     waited: tuple[float, ...]
     """Time that threads waited for a processor, as a share of the run's; empty: unknown."""
     date: str
-    """When it ended, ISO 8601 with the offset from UTC."""
+    """End of the round, ISO 8601 with the offset from UTC."""
 
     @property
     def quiet(self) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, matched
 from trt_yolov6.comparison.measure import accuracy, data_record, measure_layers, measure_timings
 from trt_yolov6.comparison.plan import Plan, settings_of
 from trt_yolov6.comparison.records import results_of
-from trt_yolov6.comparison.results import FILE
+from trt_yolov6.comparison.results import FILE, Results
 from trt_yolov6.comparison.rounds import Round, measure_round, paired_medians
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.data.coco import load_coco
@@ -42,7 +42,7 @@ def compare(
     again: bool = False,
     baseline: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Results:
     """Compare detectors and write `results.json`.
 
     `output` also gets `engines/` (what was built), `steps/` (what has been measured so far) and

@@ -18,7 +18,7 @@ class ClassMatch:
     """Mapping from a detector's classes to a data set's."""
 
     places: tuple[int | None, ...]
-    """For each class of the detector, its index in the data set; None where absent."""
+    """Index in the data set of each class of the detector; None where absent."""
     kept: tuple[int, ...]
     """The data set's classes that count, by their places, ascending."""
     notes: tuple[str, ...]

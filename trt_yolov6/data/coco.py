@@ -106,7 +106,7 @@ class Problem:
     kind: Kind
     """Kind of the problem."""
     sentence: str
-    """The same for a reader."""
+    """Description of the problem, one sentence."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class _Record(NamedTuple):
     """An image or a category of the file."""
 
     id: int
-    """Its own, or its place from 1 on where ids are not integers."""
+    """Id in the file, or the place from 1 on where ids are not integers."""
     text: str
     """File name, or name of the class."""
     fields: Mapping[str, Any]

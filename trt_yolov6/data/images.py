@@ -108,7 +108,7 @@ def read_image(
     """Decode an image to RGB.
 
     Gray becomes three equal channels, CMYK is converted, palettes are resolved, transparency is
-    dropped, 16-bit samples are scaled by 255/65535, and the picture is turned upright as its EXIF
+    dropped, 16-bit samples are scaled by 255/65535, and the image is turned upright as its EXIF
     orientation says.
 
     Args:

@@ -36,7 +36,6 @@ class JpegHeader:
     width: int
     orientation: int
     """EXIF orientation, 1 to 8; from 5 on it is shown turned by a quarter."""
-    is_progressive: bool
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,7 +50,7 @@ class Jpeg:
 
     content: bytes
     name: str
-    """For messages."""
+    """Name for messages."""
     header: JpegHeader
 
     @property
@@ -85,7 +84,7 @@ def read_header(data: bytes) -> JpegHeader | None:
     """Return the header of a JPEG file; None for any that OpenCV should decode, and other files."""
     if not data.startswith(_START):
         return None
-    frame: tuple[int, bytes] | None = None
+    frame: bytes | None = None
     orientation: int | None = None
     position, length = 2, len(data)
     while position + 4 <= length and data[position] == 0xFF:
@@ -97,11 +96,11 @@ def read_header(data: bytes) -> JpegHeader | None:
         if marker == 0xDA:  # start of scan: its data never holds the end marker
             if frame is None or data.rfind(_END, end) < 0:  # from the end, where it usually is
                 return None
-            return _header(*frame, orientation or 1)
+            return _header(frame, orientation or 1)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if marker not in _FRAMES:
                 return None
-            frame = marker, data[position + 4 : end]
+            frame = data[position + 4 : end]
         elif marker == 0xE1 and orientation is None and data.startswith(_EXIF, position + 4, end):
             orientation = exif_orientation(data[position + 4 + len(_EXIF) : end])
         elif (
@@ -114,7 +113,7 @@ def read_header(data: bytes) -> JpegHeader | None:
     return None
 
 
-def _header(marker: int, frame: bytes, orientation: int) -> JpegHeader | None:
+def _header(frame: bytes, orientation: int) -> JpegHeader | None:
     if len(frame) < 6:
         return None
     precision, height, width, components = struct.unpack_from(">BHHB", frame)
@@ -129,7 +128,7 @@ def _header(marker: int, frame: bytes, orientation: int) -> JpegHeader | None:
             return None
     elif components != 1:
         return None
-    return JpegHeader(height, width, orientation, marker == 0xC2)
+    return JpegHeader(height, width, orientation)
 
 
 def exif_orientation(tiff: bytes) -> int:

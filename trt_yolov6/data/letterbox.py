@@ -22,7 +22,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Where an image lies inside the network's input. All sizes are (height, width) in pixels."""
+    """Place of an image inside the network's input. All sizes are (height, width) in pixels."""
 
     source: tuple[int, int]
     """Size of the original image."""

@@ -35,7 +35,7 @@ class Batch(Generic[Item]):
     items: tuple[Item, ...]
     """The source of each row."""
     letterboxes: tuple[Letterbox, ...]
-    """Where each image lies in its row."""
+    """Place of each image in its row."""
     images: tuple[NDArray[np.uint8], ...]
     """The original images, if they were asked for; else empty."""
     failures: tuple[tuple[Item, UserError], ...]

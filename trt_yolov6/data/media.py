@@ -37,18 +37,18 @@ _PATIENCE = 20
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture, on disk or fetched."""
+    """One encoded image, on disk or fetched."""
 
     name: str
-    """Its path below what was given, with slashes: the name of what is written of it."""
+    """Path below the source, with slashes: the name of the files written for it."""
     where: str
-    """For messages."""
+    """Address for messages."""
     source: Path | bytes
-    """Its file, or its content, if that was fetched."""
+    """File, or content that was fetched."""
 
     @property
     def path(self) -> Path | None:
-        """Its file; None if it was fetched."""
+        """File of the image; None if it was fetched."""
         return self.source if isinstance(self.source, Path) else None
 
     def read(self) -> NDArray[np.uint8]:
@@ -62,7 +62,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures that are read one after the other."""
+    """Encoded images that are read one after the other."""
 
     items: tuple[Picture, ...]
     is_single: bool
@@ -76,7 +76,7 @@ class Video:
     address: str
     """Path, address, or a camera's number."""
     name: str
-    """For file names: of a file its stem."""
+    """Stem of the names of its files."""
     is_live: bool
     """True for what has no end of its own."""
 
@@ -85,12 +85,12 @@ def find_media(source: str | Path) -> Pictures | Video:
     """Find out what a source is.
 
     Args:
-        source: a picture, a video or a folder of pictures (sub-folders are searched); a glob such
+        source: an image, a video or a folder of images (sub-folders are searched); a glob such
             as `shots/**/*.jpg`; `rtsp://` and other addresses of streams; `http://` addresses of
-            pictures and videos; the number of a camera.
+            images and videos; the number of a camera.
 
     Raises:
-        UserError: nothing is there, an address does not answer, or it is neither picture nor video.
+        UserError: nothing is there, an address does not answer, or it is neither image nor video.
     """
     text = str(source)
     if _ADDRESS.match(text):
@@ -161,7 +161,7 @@ def _from_address(address: str) -> Pictures | Video:
 
 
 def _is_video(path: Path) -> bool:
-    """Return whether a file is one, by its content; of neither kind, it counts as a picture."""
+    """Return whether a file is one, by its content; of neither kind, it counts as an image."""
     quiet_opencv()
     try:
         if cv2.haveImageReader(str(path)) and path.suffix.lower() != ".gif":
@@ -170,7 +170,7 @@ def _is_video(path: Path) -> bool:
         return False
     capture = _opened(str(path))
     try:
-        # FFmpeg opens plain text as subtitles and single pictures as videos of one frame.
+        # FFmpeg opens plain text as subtitles and single images as videos of one frame.
         return capture.isOpened() and capture.grab() and capture.grab()
     finally:
         capture.release()
@@ -194,7 +194,7 @@ class Frame:
     image: NDArray[np.uint8]
     """uint8 (height, width, 3) RGB."""
     seconds: float
-    """When it is shown, since the first one."""
+    """Seconds since the first frame."""
 
 
 @dataclass(frozen=True)

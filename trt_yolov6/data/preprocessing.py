@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from trt_yolov6.errors import UserError, did_you_mean
 
 Fit = Literal["letterbox", "corner", "stretch"]
-"""Where an image goes in the input.
+"""Placement of an image in the input.
 
 letterbox: its aspect ratio is kept, it lies in the middle, gray around it
 corner:    the same, but it lies in the top left corner

@@ -26,7 +26,7 @@ class Source:
     """Lists `images`, `categories` and `annotations`, as in a COCO file. An annotation may have
     `where`: its file and line."""
     folders: tuple[Path, ...]
-    """Where images lie, the likeliest first."""
+    """Folders of images, the likeliest first."""
 
 
 def read_source(data: str | Path, split: str | None = None) -> Source:

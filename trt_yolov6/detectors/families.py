@@ -62,7 +62,7 @@ _FAMILIES = (
 )
 
 FAMILIES = {family.name: family for family in _FAMILIES}
-"""By name."""
+"""Families by name."""
 
 
 def family_named(name: str) -> Family:

@@ -13,7 +13,7 @@ class DetectorSpec:
     """Description of a detector that its graph, its engine and its manifest share."""
 
     class_names: tuple[str, ...]
-    """In the order of the scores."""
+    """Class names in the order of the scores."""
     image_size: tuple[int, int]
     """Input height and width in pixels."""
     output_layout: OutputLayout = "split"

@@ -238,7 +238,7 @@ class _Boxes:
 
 @dataclass(frozen=True)
 class _Grid:
-    """For each cell of a grid over some boxes, one whose centre is near, if there is any."""
+    """Representatives of some boxes: one near each cell of a grid over them, if there is any."""
 
     start: NDArray[np.float64]
     """(2, 1), the least x and y of a centre."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.checkpoints.inspect import CheckpointDetails, inspect_checkpoint
@@ -20,14 +20,15 @@ from trt_yolov6.graph.inspect import OnnxDetails, inspect_onnx
 ONNX_SUFFIXES = (".onnx",)
 PLAN_SUFFIXES = (".trt", ".plan", ".engine")
 
+Kind = Literal["onnx", "checkpoint", "plan"]
+
 
 @dataclass(frozen=True)
 class Inspection:
     """A file's kind, size and content."""
 
     path: Path
-    kind: str
-    """`onnx`, `checkpoint` or `plan`."""
+    kind: Kind
     size: int
     """In bytes."""
     sha256: str
@@ -60,6 +61,7 @@ def inspect_file(path: str | Path) -> Inspection:
     """
     path = find_engine(path)
     suffix = path.suffix.lower()
+    kind: Kind
     details: OnnxDetails | CheckpointDetails | PlanDetails
     try:
         if suffix in ONNX_SUFFIXES:

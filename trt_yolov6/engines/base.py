@@ -16,7 +16,7 @@ from trt_yolov6.common.closing import Closing
 from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, empty_input
+from trt_yolov6.spec import BatchProfile, EnginePrecision, NmsSettings, PrecisionName, empty_input
 from trt_yolov6.spec import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class ImplicitCalibration:
     images: Callable[[], Iterator[NDArray[Any]]] | None = None
     """Images as the graph takes them, one each time, float32 (1, 3, height, width)."""
     new_cache: Path | None = None
-    """Where to write the scales that calibrating found."""
+    """File to write the calibrated scales to."""
     fp16: bool = False
     """Layers outside INT8 may run in half precision."""
 
@@ -144,9 +144,9 @@ class EngineFacts(Described):
     """Facts of an engine that are known without loading it."""
 
     name: str
-    """Its file name."""
+    """File name of the engine."""
     detector: DetectorSpec
-    precision: str
+    precision: EnginePrecision
     backend: str
 
 
@@ -322,8 +322,8 @@ class Engine(Described, Closing):
         return {name: getattr(self, name) for name in names} | {"image_size": self.image_size}
 
     @property
-    def precision(self) -> str:
-        """`fp32`, `fp16`, `int8` or `fp8` as the manifest says; `unknown` without one."""
+    def precision(self) -> EnginePrecision:
+        """Precision in the manifest; `unknown` without one."""
         return self.manifest.precision if self.manifest else "unknown"
 
 

@@ -33,7 +33,7 @@ _UINT8 = 2
 """`TensorProto.UINT8`."""
 
 ENGINES = Path("engines")
-"""Where an engine goes unless a path is given."""
+"""Default folder of engines."""
 
 
 @dataclass(frozen=True)

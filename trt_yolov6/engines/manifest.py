@@ -60,7 +60,7 @@ class Manifest(Described):
     fp8_layers: int | None = None
     """Convolutions that the engine computes in FP8; None where its builder does not say."""
     tensors: tuple[TensorSpec, ...] = ()
-    """Its input and then its outputs; empty in manifests of early versions."""
+    """Input and outputs of the engine, in this order; empty in manifests of early versions."""
     schema: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Layer:
     flops: int | None
     """Floating-point operations for one image, two a multiply-add; None where a size is unknown."""
     paper_flops: int | None
-    """The same as the paper's Table 1 counts: a transposed convolution by its output positions."""
+    """FLOPs as the paper's Table 1 counts: a transposed convolution by its output positions."""
     values: int | None
     """Elements of its input and output together, for one image; None where a size is unknown."""
 

@@ -166,20 +166,27 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
 # --- tracing ------------------------------------------------------------------------------------
 
 
+_TRACED_BATCH = 3
+"""`_verify` gives the graph one or two images: a batch that is still fixed fails there."""
+_TRACED_CELLS = (2, 3)
+"""Rows and columns of the coarsest map of the images that a network is traced with."""
+
+
 def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
-    profile = settings.batch
-    # torch.export takes up to four times as long over a free axis, so it is freed afterwards. Three
-    # images, as `_verify` gives the graph one or two: a batch that is still fixed fails there.
-    batch = profile.min if profile.is_static else 3
-    # Expanded, a large fixed batch takes no memory.
-    images = torch.zeros(1, 3, *settings.size_for(model.arch)).expand(batch, -1, -1, -1)
+    """Trace a network with few and small images; the graph is that of any number and size."""
+    arch = model.arch
+    size = settings.size_for(arch)
+    # Lite's shuffles of channels are reshapes, in which the maps' sizes stand.
+    rows, columns = _TRACED_CELLS
+    small = (rows * arch.size_multiple, columns * arch.size_multiple)
+    images = torch.zeros(_TRACED_BATCH, 3, *(size if arch.neck == "lite" else small))
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "torch.export"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             Raw(model).eval(),
             (images,),
             input_names=["images"],
-            output_names=list(itertools.chain(*raw_names(model.arch))),
+            output_names=list(itertools.chain(*raw_names(arch))),
             opset_version=max(settings.opset, 18),
             dynamo=True,
             optimize=True,
@@ -187,26 +194,34 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
         )
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
-    if not profile.is_static:
-        _free_batch(proto, batch)
+    _set_shape(proto.graph, settings.batch, size)
     return proto
 
 
-def _free_batch(proto: onnx.ModelProto, batch: int) -> None:
-    """Let a graph traced with `batch` images take any number of them.
+def _set_shape(graph: onnx.GraphProto, profile: BatchProfile, size: tuple[int, int]) -> None:
+    """Give a traced graph its number of images, fixed or free, and their size.
 
     Images are computed one by one, along the first axis of every tensor, so the number stands in
-    the shapes of tensors and in those that reshapes give them.
+    the shapes of tensors and in those that reshapes give them. torch.export takes up to four times
+    as long over a free axis, so it is freed here.
     """
-    graph = proto.graph
+    traced = [axis.dim_value for axis in graph.input[0].type.tensor_type.shape.dim[2:]]
+    stored = {item.name for item in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):
         axes = value.type.tensor_type.shape.dim
-        if len(axes) > 1 and axes[0].dim_value == batch:
+        if value.name in stored or len(axes) < 4:
+            continue
+        if profile.is_static:
+            axes[0].dim_value = profile.min
+        else:
             axes[0].dim_param = "batch"
+        if len(axes) == 4:
+            for axis, before, after in zip(axes[2:], traced, size, strict=True):
+                axis.dim_value = axis.dim_value * after // before
     shapes = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
     for item in graph.initializer:
-        if item.name in shapes and (shape := tensor_value(item).copy())[0] == batch:
-            shape[0] = -1
+        if item.name in shapes and (shape := tensor_value(item).copy())[0] == _TRACED_BATCH:
+            shape[0] = profile.min if profile.is_static else -1
             replace_tensor(item, shape)
 
 
@@ -454,7 +469,7 @@ def _finish(
 ) -> None:
     """Stamp producer, opset and metadata, drop the tracer's notes, and check the graph."""
     graph = proto.graph
-    del proto.metadata_props[:], graph.value_info[:]
+    del proto.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
     parts: list[Any] = [*graph.node, *graph.input, *graph.output, *graph.initializer]
     for part in parts:
         del part.metadata_props[:]

@@ -28,7 +28,7 @@ class GraphIndex:
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = model.graph
         self.nodes = list(graph.node)
-        """In the graph's order, which is topological in a valid graph."""
+        """Nodes in the graph's order, which is topological in a valid graph."""
         self.outputs = frozenset(item.name for item in graph.output)
         """Names of the graph's outputs."""
         self.constants = constants_of(model)

@@ -112,7 +112,7 @@ class QuantizedLayer:
 
     @property
     def has_own_codes(self) -> bool:
-        """Its weights are stored as INT8 or E4M3, four axes, with a stored scale, for it alone."""
+        """True if the weights are stored as INT8 or E4M3, four axes, with a scale, for it alone."""
         codes = self.weights.codes
         return (
             codes is not None
@@ -124,7 +124,7 @@ class QuantizedLayer:
 
     @property
     def has_scale_by_output(self) -> bool:
-        """Its stored weights (4 axes) have one scale, or one for each output channel."""
+        """True if the stored weights (4 axes) have one scale, or one for each output channel."""
         codes, scale = self.weights.codes, self.weights.scale
         if codes is None or scale is None or len(codes.dims) != 4:
             return False

@@ -315,7 +315,7 @@ class SPPF(nn.Module):
 
 
 class CSPSPPF(nn.Module):
-    """The same in one of two paths (YOLOv6 v3.0, Section 2.1), with 3x3 convolutions around it."""
+    """SPPF in one of two paths (YOLOv6 v3.0, Section 2.1), with 3x3 convolutions around it."""
 
     def __init__(self, channels: int, act: ActivationName) -> None:
         super().__init__()

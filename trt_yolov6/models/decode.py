@@ -1,4 +1,4 @@
-"""From the head's raw outputs to boxes and scores, for both kinds of head.
+"""Decoding of the head's raw outputs to boxes and scores, for both kinds of head.
 
 Anchors are ordered level by level (finest first) and row by row within a level.
 """

@@ -24,7 +24,7 @@ HeadKind = Literal["distance", "offset"]
 STRIDES = (8, 16, 32)
 """Input pixels a cell of each output level of most networks, finest level first."""
 FOUR_STRIDES = (*STRIDES, 64)
-"""The same of the networks with four levels: P6 and Lite."""
+"""Strides of networks with four levels: P6 and Lite."""
 
 _STAGE_CHANNELS = (64, 128, 256, 512, 1024)
 _NECK_CHANNELS = (256, 128, 128, 256, 256, 512)

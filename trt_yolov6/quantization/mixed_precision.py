@@ -28,7 +28,7 @@ class LayerCost:
     """Cost of a convolution."""
 
     multiply_adds: int
-    """For one image."""
+    """Multiply-adds for one image."""
     multiply_add_share: float
     """Share of all convolutions' multiply-adds, in 0..1."""
     time_share: float
@@ -49,7 +49,7 @@ class Fallback:
     """The layers to keep in float, and how they were found."""
 
     layers: tuple[str, ...]
-    """In the order of the ranking that they were taken from, the most sensitive first."""
+    """Layers in float, in the order of their ranking, the most sensitive first."""
     score: float
     """AP, or agreement, with them in float."""
     met: bool
@@ -63,7 +63,7 @@ class Fallback:
 
     @property
     def slowdown(self) -> float:
-        """By how much the layers in float lengthen the run time of INT8, estimated, 0..1.
+        """Return the estimated share by which layers in float lengthen INT8's run time, 0..1.
 
         INT8 takes half of a layer's time (`layer_costs`), so that a share t of the time in float
         takes (1 - t) / 2 + t in place of 1 / 2.

@@ -3,7 +3,7 @@
 MSE, signal-to-noise ratio and cosine similarity of all layers come from one pass over the images:
 each layer of the float graph gets a quantized twin, which reads the same float input
 through a Q/DQ pair, and the graph itself sums up how far the two are apart. So a layer's own
-rounding is seen, not what came to it from the layers before.
+rounding counts, not the error that it inherits from the layers before.
 """
 
 from __future__ import annotations

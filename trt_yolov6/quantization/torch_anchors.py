@@ -105,4 +105,4 @@ READERS: dict[OutputLayout, Reader] = {
     "grids_yolov5": _grids(YOLOV5_ANCHORS),
     "grids_yolov7": _grids(YOLOV7_ANCHORS),
 }
-"""By layout; those with NMS inside have no anchors to read."""
+"""Readers by layout; layouts with NMS inside have no anchors to read."""

@@ -26,13 +26,13 @@ class Candidate:
     agreement: float
     """AP of its detections against the float network's confident ones, 0..1."""
     loss: float
-    """By how much it moves those (`judge.Judge.loss`), which decides; the lower the better."""
+    """Movement of boxes and scores (`judge.Judge.loss`), which decides; the lower the better."""
     weights: Weights = "nearest"
     float_layers: tuple[str, ...] = ()
     seconds: float = 0.0
     """Seconds of making and judging it."""
     slowdown: float = 0.0
-    """By how much its float layers lengthen INT8's run time, estimated, 0..1."""
+    """Estimated share by which its float layers lengthen INT8's run time, 0..1."""
     ap: float | None = None
     """AP on labelled images, 0..1, where it was measured."""
 

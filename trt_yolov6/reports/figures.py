@@ -40,7 +40,7 @@ class Mark:
     """A drawn point."""
 
     kind: str
-    """Its class, see `class_of`."""
+    """Class in the style sheet, see `class_of`."""
     x: float
     y: float
     bar: tuple[float, float] | None

@@ -17,7 +17,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.metrics import METRICS, Metric
 
 MAX_PICTURE_BYTES = 2_000_000
-"""A picture beyond that is left out: it would make the page slow."""
+"""An image beyond that is left out: it would make the page slow."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Comparison:
     value: Mapping[str, Any]
 
     def picture(self, example: Mapping[str, Any]) -> str | None:
-        """Return an example's picture as base64 of a JPEG; None where it is gone."""
+        """Return an example's image as base64 of a JPEG; None where it is gone."""
         path = (self.folder / str(example.get("picture", ""))).resolve()
-        # A results file may name only pictures next to itself.
+        # A results file may name only images next to itself.
         if not path.is_relative_to(self.folder.resolve()) or not path.is_file():
             return None
         content = path.read_bytes()

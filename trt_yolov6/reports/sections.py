@@ -270,7 +270,7 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool)
 
 
 def _examples(material: Material) -> dict[str, Any]:
-    """Return the same pictures with what each engine finds in them, side by side."""
+    """Return the same images with what each engine finds in them, side by side."""
     found, missing = [], 0
     classes: set[tuple[int, str]] = set()
     for number_, comparison in enumerate(material.comparisons):

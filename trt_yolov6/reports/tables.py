@@ -31,7 +31,7 @@ class Row:
     precision: str
     engine: Mapping[str, Any]
     timings: Mapping[int, Mapping[str, Any]]
-    """By batch size."""
+    """Timings by batch size."""
 
     @property
     def base(self) -> str:
@@ -115,15 +115,15 @@ class Bar:
     """A horizontal bar."""
 
     share: float
-    """Its length, 0..1 of the room there is; more, or none at all, fills it."""
+    """Length of the bar, 0..1 of the room; more, or none at all, fills it."""
     precision: str = ""
-    """For the colour."""
+    """Precision, for the colour."""
     marker: float | None = None
-    """Where a line stands on it, 0..1, such as the roofline."""
+    """Position of a line on it, 0..1, such as the roofline."""
 
     @property
     def kind(self) -> str:
-        """Its class in the style sheet."""
+        """Class in the style sheet."""
         return class_of(self.precision)
 
 

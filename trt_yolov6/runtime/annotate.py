@@ -1,4 +1,4 @@
-"""Annotate pictures and videos: detections drawn, and written as JSON, CSV or YOLO labels."""
+"""Annotate images and videos: detections drawn, and written as JSON, CSV or YOLO labels."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class InferenceSummary:
     files: tuple[Path, ...]
     """Files with the detections; for YOLO's format their folder."""
     outputs: tuple[Path, ...]
-    """The annotated pictures, or the one annotated video."""
+    """The annotated images, or the one annotated video."""
     images: int
-    """Pictures or frames that were processed."""
+    """Images or frames that were processed."""
     objects: int
     failures: tuple[tuple[str, str], ...]
-    """Pictures that were left out because they could not be read, each with why, as one
+    """Images that were left out because they could not be read, each with why, as one
     sentence."""
     warnings: tuple[str, ...]
     """Notes on processed inputs, such as a video that ends early."""
@@ -59,14 +59,14 @@ def infer_source(
     stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
 ) -> InferenceSummary:
-    """Find objects in pictures or a video, and draw them.
+    """Find objects in images or a video, and draw them.
 
-    Writes annotated pictures under their own names, below `output` as below `source`, or
-    `<stem>.mp4` of a video, without sound: H.264 where `ffmpeg` is on the path. A picture of a type
+    Writes annotated images under their own names, below `output` as below `source`, or
+    `<stem>.mp4` of a video, without sound: H.264 where `ffmpeg` is on the path. An image of a type
     that is not written, such as PPM, becomes `<name>.jpg`.
 
     What was found goes into `detections.json`, a list with `file`, `width`, `height` and
-    `detections` of each picture, or of each frame with `frame` (from 0) and `seconds` (its own time
+    `detections` of each image, or of each frame with `frame` (from 0) and `seconds` (its own time
     in the video) besides. A detection has `box` ([x1, y1, x2, y2] in pixels of the original),
     `score`, `class` and `name`. `detections.csv` has a row a detection; `labels/<stem>.txt`, or
     `labels/<stem>_<frame>.txt`, YOLO's format with the score after the box.
@@ -75,7 +75,7 @@ def infer_source(
 
     Raises:
         UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
-            unreadable picture among others is listed in the summary instead.
+            unreadable image among others is listed in the summary instead.
     """
     output = Path(output)
     media = find_media(source)
@@ -96,7 +96,7 @@ def infer_source(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A picture that was drawn and written."""
+    """An image that was drawn and written."""
 
     path: Path
     record: dict[str, Any]
@@ -106,7 +106,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Draws and writes the pictures of a batch; it may travel to other processes."""
+    """Draws and writes the images of a batch; it may travel to other processes."""
 
     output: Path
     class_names: tuple[str, ...]

@@ -40,7 +40,7 @@ class DetectionFiles:
         stack: contextlib.ExitStack,
     ) -> None:
         self.images = 0
-        """Pictures or frames so far."""
+        """Images or frames so far."""
         self.objects = 0
         self._folder = folder
         self._formats = tuple(formats)
@@ -55,7 +55,7 @@ class DetectionFiles:
         return tuple(self._folder / names[name] for name in self._formats)
 
     def add(self, record: dict[str, Any], detections: Detections) -> None:
-        """Append a picture or a frame.
+        """Append an image or a frame.
 
         Args:
             record: `file`, `width` and `height` in pixels; of a frame also `frame`, from 0, and

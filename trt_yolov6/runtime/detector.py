@@ -84,12 +84,12 @@ class Detector(Closing):
         stop: Callable[[], bool] = lambda: False,
         progress: bool = False,
     ) -> InferenceSummary:
-        """Draw detections on pictures or a video and write them, as the command `infer` does.
+        """Draw detections on images or a video and write them, as the command `infer` does.
 
         Args:
-            source: picture, folder, video, glob, address or camera, see `data.media.find_media`.
+            source: image, folder, video, glob, address or camera, see `data.media.find_media`.
             output: folder to write to; not the one that the source lies in.
-            options: thresholds, border, batch, and the GPUs for pictures.
+            options: thresholds, border, batch, and the GPUs for images.
             formats: `json`, `csv`, `yolo`; see `runtime.annotate.infer_source`.
             frames: end a video or stream after this number.
             stop: asked before each frame of a video or stream: whether to end here.

@@ -1,4 +1,4 @@
-"""Detections drawn on pictures: boxes with names and scores, readable on any background."""
+"""Detections drawn on images: boxes with names and scores, readable on any background."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def draw_detections(
 
 
 def class_colour(index: int) -> Colour:
-    """Return the RGB colour of a class, the same in every picture.
+    """Return the RGB colour of a class, the same in every image.
 
     Hues step by the golden ratio, so that neighbouring classes differ most; saturation and
     brightness alternate to distinguish later ones.

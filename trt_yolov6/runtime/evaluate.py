@@ -29,7 +29,7 @@ from trt_yolov6.errors import ClassesDifferError
 from trt_yolov6.runtime.evaluation_plots import Confusion
 from trt_yolov6.runtime.predict import Processed, process
 from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus
-from trt_yolov6.spec import PredictOptions
+from trt_yolov6.spec import EnginePrecision, PredictOptions
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Evaluation:
     wall_seconds: float
     engine: str
     """File name of the engine."""
-    precision: str
+    precision: EnginePrecision
     backend: str
     notes: tuple[str, ...] = ()
     """Notes for the reader of the figures."""
@@ -274,7 +274,7 @@ class _Truth:
     """A data set as a detector's results are held against it."""
 
     dataset: CocoDataset
-    """With the classes that count."""
+    """Categories of the data set, those that count."""
     categories: tuple[int | None, ...]
     """Category of each class of the engine; None where the data set lacks it."""
     rows: list[int | None]

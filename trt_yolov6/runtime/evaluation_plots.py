@@ -1,4 +1,4 @@
-"""An evaluation as pictures: precision and recall by class, and which class is taken for which."""
+"""Plots of an evaluation: precision and recall by class, and the confusion matrix."""
 
 from __future__ import annotations
 

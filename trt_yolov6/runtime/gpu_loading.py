@@ -47,12 +47,12 @@ class ImageBatch(Generic[Item]):
     """Images for `Engine.start_images`."""
 
     batch: Batch[Item]
-    """Where they came from; its input is empty."""
+    """Batch that they come from; its input is empty."""
     images: tuple[ImageView | NDArray[np.uint8], ...]
     ready: Event | None
     """Views can be read after it."""
     give_back: Callable[[], None]
-    """To be called once the engine has read the images."""
+    """Function to call once the engine has read the images."""
 
 
 class _GpuDecoding:

@@ -53,7 +53,7 @@ class Processed(Generic[Item, Result]):
     first with numbers that are not finite."""
     inference_seconds: float
     inference_end: float
-    """When the engine was done with it, by `time.perf_counter`."""
+    """Time when the engine was done with it, by `time.perf_counter`."""
     postprocess_seconds: float
     finish_seconds: float
     """Time `finish` took."""
@@ -301,7 +301,7 @@ class _Running(Generic[Item]):
     step: _Step[Item]
     run: Run
     start: float
-    """When it was given to the engine, by `time.perf_counter`."""
+    """Time when it was given to the engine, by `time.perf_counter`."""
     notes: tuple[str, ...]
 
 
@@ -430,7 +430,7 @@ class _Step(Generic[Item]):
     start: Callable[[], Run]
     """Gives it to the engine."""
     end: Callable[[], None] = lambda: None
-    """To be called once the engine is done with it."""
+    """Function to call once the engine is done with it."""
 
 
 def _steps(

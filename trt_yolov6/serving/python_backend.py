@@ -26,7 +26,7 @@ ENGINE_FILES = ("engine.onnx", "engine.trt")
 """Name of the engine in a version's folder, with its manifest."""
 
 MAX_PIXELS = 2**26
-"""Default limit of a picture's pixels: 67 megapixels, 200 MB once decoded."""
+"""Default limit of an image's pixels: 67 megapixels, 200 MB once decoded."""
 
 _OPENCV_LIMIT = "OPENCV_IO_MAX_IMAGE_PIXELS"
 
@@ -41,11 +41,11 @@ class Parameters:
     preprocess: str = "{}"
     """Fields of `Preprocessing` that differ from the family's, as JSON."""
     confidence: float | None = None
-    """This and the next two are thresholds of pictures; default: as `infer`."""
+    """Threshold for entries that take images, like the next two; default: as `infer`."""
     iou: float | None = None
     max_detections: int | None = None
     max_pixels: int = MAX_PIXELS
-    """Largest picture that is read, width times height."""
+    """Largest image that is read, width times height."""
     threads: int | None = None
     """CPU threads of an ONNX Runtime session; default: those there are, shared by the instances."""
 
@@ -202,7 +202,7 @@ def predict_options(parameters: Parameters, engine: Engine) -> PredictOptions:
 
 
 def limit_pictures(pixels: int) -> None:
-    """Let OpenCV refuse larger pictures before it decodes them; once, before it is imported.
+    """Let OpenCV refuse larger images before it decodes them; once, before it is imported.
 
     A file of a few kilobytes may claim a size whose pixels fill the memory.
     """

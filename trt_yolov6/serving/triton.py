@@ -54,7 +54,7 @@ PYTHON = "python"
 
 Serves = Literal["tensors", "pictures"]
 """Input of an entry of the Python backend: the engine's own input, for its own outputs; or
-encoded pictures, for boxes, scores and classes."""
+encoded images, for boxes, scores and classes."""
 
 _PICTURES = TensorSpec("picture", (None, 1), np.dtype(object))
 """The content of an image file each."""
@@ -93,9 +93,9 @@ class ServingSettings:
     max_queue_delay_us: int = 100
     """Microseconds a request waits at most for others to share a batch with."""
     default_cpu: bool = False
-    """Where `gpus` is None, ONNX files run on the CPU: the server has no GPU."""
+    """True for a server without a GPU: ONNX files run on the CPU if `gpus` is None."""
     predict: PredictOptions = dataclasses.field(default_factory=PredictOptions)
-    """Thresholds of entries that take pictures; those that are None are as for `infer`."""
+    """Thresholds of entries that take images; those that are None are as for `infer`."""
     extra: str = ""
     """Further fields of `ModelConfig` in protobuf's text format, such as a response cache. They
     take the place of fields of the same name; `parameters` are added."""

@@ -49,7 +49,7 @@ class CheckedSplit:
     images: tuple[CocoImage, ...]
     """The images whose file exists and whose size is recorded."""
     class_names: tuple[str, ...]
-    """In the order of the category ids; a class index is a place in this list."""
+    """Names in the order of the category ids; a class index is a place in this list."""
     boxes: tuple[NDArray[np.float64], ...]
     """An image: (k, 4), x1, y1, x2, y2 in its recorded pixels, inside it, of positive area."""
     classes: tuple[NDArray[np.int64], ...]

@@ -50,7 +50,7 @@ class TrainingSet:
     image_size: int
     """Side S of the network's input, in pixels."""
     device: torch.device
-    """Where batches are made."""
+    """Device that batches are made on."""
     class_names: tuple[str, ...]
     files: tuple[Path, ...]
     """The n image files."""

@@ -23,7 +23,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those that train together."""
+    """Rank of this process among those that train together."""
 
     rank: int
     world: int

@@ -49,7 +49,7 @@ class Task:
     subject: str
     """The network's name."""
     identity: Mapping[str, Any] | Sequence[Any]
-    """All that decides the result, ready for `json.dumps`; written into the state."""
+    """Settings that decide the result, ready for `json.dumps`; written into the state."""
     seed: int
     plan: Plan
     plain_epochs: int

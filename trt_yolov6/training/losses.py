@@ -393,7 +393,7 @@ def _normalizers(
 
 
 def _distances(boxes: Tensor, points: Tensor, strides: Tensor) -> Tensor:
-    """From boxes (batch, 4, anchors) in pixels to left, top, right, bottom in strides."""
+    """Convert boxes (batch, 4, anchors) in pixels to left, top, right, bottom in strides."""
     corners = boxes / strides
     return torch.cat((points - corners[:, :2], corners[:, 2:] - points), dim=1)
 

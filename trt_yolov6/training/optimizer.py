@@ -27,7 +27,7 @@ class OptimizerSettings(Checked):
     """Learning rate at the end of the cosine over that at its start."""
     momentum: ShareBelow1 = 0.937
     weight_decay: NotNegative = 5e-4
-    """For 64 images a step of the optimizer; scaled with their number."""
+    """Weight decay for 64 images a step of the optimizer; scaled with their number."""
     warmup_epochs: NotNegative = 3.0
     warmup_momentum: ShareBelow1 = 0.8
     warmup_bias_rate: NotNegative = 0.1

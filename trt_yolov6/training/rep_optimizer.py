@@ -34,7 +34,7 @@ _MULTIPLIER = "multiplier"
 
 @dataclass(frozen=True)
 class RepOptimizerSettings(Checked):
-    """Where the scales come from: a finished search, or one that the training begins with."""
+    """Source of the scales: a finished search, or one that the training begins with."""
 
     scales: str | None = None
     """Checkpoint of a hyper-search network; None: search for them first."""

@@ -24,14 +24,14 @@ class Plan:
     """Number of steps of a training, and which of them end in an optimizer step."""
 
     images: int
-    """In the training split."""
+    """Images of the training split."""
     batch: int
     """Images a step, of all processes together."""
     epochs: int
     steps_per_epoch: int
     warmup_steps: int
     updates: tuple[bool, ...]
-    """For every step of the training: whether the optimizer steps after it. The last step of an
+    """True for each step of the training after which the optimizer steps. The last step of an
     epoch always does, so that no gradient is carried from one epoch to the next."""
 
     @property

@@ -1,4 +1,4 @@
-"""Where a training stands, written whole while it runs: what a resumed one goes on from.
+"""State of a training, written whole while it runs, which a resumed one continues from.
 
 Orders, augmentation and learning rates are functions of the step (see `schedule`), so the state is
 tensors, the number of the next step and what has been seen so far.
@@ -43,7 +43,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Learner:
-    """All that learns: the tensors of a state."""
+    """Everything that learns: the tensors of a state."""
 
     model: nn.Module
     average: WeightAverage | None

@@ -20,7 +20,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.fusion import fuse
 from trt_yolov6.models.network import YOLOv6
-from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, TensorSpec
 from trt_yolov6.training.qat.onnx_module import GraphNetwork
 
 
@@ -75,7 +75,7 @@ class TorchEngine(Engine):
         self.detector = DetectorSpec(class_names, (image_size, image_size))
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> PrecisionName:
         """`fp32` or `fp16`."""
         return "fp16" if self.half else "fp32"
 

@@ -89,7 +89,7 @@ class _Call:
     processes: Processes
     resume: bool
     progress: bool
-    """In the first process, where progress is wanted."""
+    """Show progress: in the first process, if wanted."""
     state_seconds: float
 
 

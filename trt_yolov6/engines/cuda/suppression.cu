@@ -306,6 +306,17 @@ __device__ void mark(Kept& kept, u32 index, float4 box, Threshold threshold, u32
         atomicOr(&kept.near[index / 32][GRID * row + column], 1u << index % 32);
 }
 
+// Says of two boxes whether their IoU exceeds the threshold, and whether float32 cannot tell.
+__device__ __forceinline__ void overlap_in_float(
+    float4 a, float area_a, float4 b, float area_b, Threshold threshold, bool* does, bool* may)
+{
+    const float width = fminf(a.z, b.z) - fmaxf(a.x, b.x), height = fminf(a.w, b.w) - fmaxf(a.y, b.y);
+    const float shared = width * height, united = area_a + area_b - shared;
+    const bool can = width > 0 && height > 0, is_right = united > 1e-30f && united < 1e30f;
+    *does = can && is_right && shared > threshold.high * united && !(shared < threshold.low * united);
+    *may = can && !*does && !(is_right && shared < threshold.low * united);
+}
+
 // Returns whether the IoU of two boxes exceeds the threshold.
 __device__ __forceinline__ bool overlap(float4 a, float area_a, float4 b, float area_b, Threshold threshold) {
     float width = fminf(a.z, b.z) - fmaxf(a.x, b.x), height = fminf(a.w, b.w) - fmaxf(a.y, b.y);
@@ -488,25 +499,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank(
     __shared__ u32 bins[2 * THREADS + 1], taken[RANKS], totals[WARPS], is_full;
     const Outputs outputs = outputs_at(first, second, third);
     const u32 thread = threadIdx.x, image = blockIdx.y, begin = blockIdx.x * RANKS;
-    LET_NEXT_BEGIN();
-    WAIT_FOR_LAST();
-    const u32 count = counts[image] > capacity ? 0 : counts[image];
     const u64* keys = all_keys + (u64)image * capacity;
     Ranked& ranked = all_ranked[image];
+    LET_NEXT_BEGIN();
+    for (u32 i = thread; i < 2 * THREADS; i += THREADS) bins[i] = 0;
+    for (u32 i = thread; i < RANKS; i += THREADS) taken[i] = 0;
+    for (u32 i = thread; i < RANKS + MOST_OF_RANK; i += THREADS) list[i] = ~0ull;
+    if (thread == 0) is_full = 0;
+    WAIT_FOR_LAST();
+    // Read together with their number: one way to memory instead of two.
+    u64 some[AT_ONCE];
+    load_keys(some, keys, thread, capacity);
+    const u32 found = counts[image], count = found > capacity ? 0 : found;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k)
+        if (thread + k * THREADS >= count) some[k] = ~0ull;
     if (begin >= count) {
         if (begin == 0 && thread == 0) ranked.count = 0;
         return;
     }
     const u64 one = key_of(1.0f, 0), stop = key_of(confidence, 0), low = one < stop ? one : 0;  // see `chunk_end`
     const int bits = 64 - __clzll(stop - low - 1), shift = bits > LOG_THREADS + 1 ? bits - LOG_THREADS - 1 : 0;
-    for (u32 i = thread; i < 2 * THREADS; i += THREADS) bins[i] = 0;
-    for (u32 i = thread; i < RANKS; i += THREADS) taken[i] = 0;
-    for (u32 i = thread; i < RANKS + MOST_OF_RANK; i += THREADS) list[i] = ~0ull;
-    if (thread == 0) is_full = 0;
     __syncthreads();
-    u64 some[AT_ONCE];
     for (u32 i = thread; i < count; i += AT_ONCE * THREADS) {
-        load_keys(some, keys, i, count);
+        if (i >= AT_ONCE * THREADS) load_keys(some, keys, i, count);
         for (u64 key : some)
             if (key != ~0ull) atomicAdd(&bins[key < low ? 0 : (key - low) >> shift], 1u);
     }
@@ -550,102 +566,138 @@ extern "C" __global__ void __launch_bounds__(COMPARE_THREADS) compare(
     Ranked& ranked = all_ranked[blockIdx.z];
     const u32 thread = threadIdx.x, word = blockIdx.x, begin = blockIdx.y * COMPARE_THREADS, row = begin + thread;
     LET_NEXT_BEGIN();
+    if (32 * word >= begin + COMPARE_THREADS) return;
     WAIT_FOR_LAST();
-    const u32 count = ranked.count;
-    if (begin >= count || 32 * word >= begin + COMPARE_THREADS) return;
-    if (thread < 32 && 32 * word + thread < count) {
-        const float4 box = ranked.box[32 * word + thread];
-        boxes[thread] = box;
-        areas[thread] = (box.z - box.x) * (box.w - box.y);
+    // Read together with their number: one way to memory instead of two.
+    const float4 box = ranked.box[row];
+    const u32 label = (u32)ranked.key[row] % CLASSES;
+    if (thread < 32) {
+        const float4 one = ranked.box[32 * word + thread];
+        boxes[thread] = one;
+        areas[thread] = (one.z - one.x) * (one.w - one.y);
         labels[thread] = (u32)ranked.key[32 * word + thread] % CLASSES;
     }
+    if (begin >= ranked.count) return;
     __syncthreads();
-    if (row >= count) return;
-    const float4 box = ranked.box[row];
     const float area = (box.z - box.x) * (box.w - box.y);
-    const u32 label = (u32)ranked.key[row] % CLASSES;
-    u32 better = 0;
-    for (u32 k = 0; k < 32 && 32 * word + k < row; ++k)
-        if (label == labels[k] && overlap(box, area, boxes[k], areas[k], threshold)) better |= 1u << k;
-    ranked.better[word][row] = better;
+    u32 better = 0, doubtful = 0;
+#pragma unroll 8
+    for (u32 k = 0; k < 32; ++k) {
+        bool does, may;
+        overlap_in_float(box, area, boxes[k], areas[k], threshold, &does, &may);
+        better |= (u32)(does && label == labels[k]) << k;
+        doubtful |= (u32)(may && label == labels[k]) << k;
+    }
+    const u32 before = row <= 32 * word ? 0 : row >= 32 * word + 32 ? ALL : (1u << (row - 32 * word)) - 1;
+    for (u32 bits = doubtful & before; bits; bits &= bits - 1) {
+        const u32 k = __ffs(bits) - 1;
+        if (overlap(box, area, boxes[k], areas[k], threshold)) better |= 1u << k;
+    }
+    ranked.better[word][row] = better & before;
+}
+
+// A candidate, and what overlaps it: of its own rows (see `keep_ranked`) and of the rows before.
+struct Row {
+    float4 box;
+    u64 key;
+    u32 own[PARTS], last[PARTS];
+};
+
+__device__ __forceinline__ void load(Row& row, const Ranked& ranked, u32 first, u32 place) {
+    row.box = ranked.box[place];
+    row.key = ranked.key[place];
+#pragma unroll
+    for (u32 k = 0; k < PARTS; ++k) {
+        row.own[k] = ranked.better[first + k][place];
+        row.last[k] = first ? ranked.better[first - PARTS + k][place] : 0;
+    }
 }
 
 // Keeps those of the best candidates that no kept one suppresses; returns how many, at most `limit`.
 //
-// They are decided on in rows of ROWS, a thread each. The other threads compare the next rows with those kept before.
+// They are decided on in rows of ROWS, a thread each, which reads the next one meanwhile. The other threads compare the
+// next rows with those kept before.
 __device__ u32 keep_ranked(const Ranked& ranked, u32 limit, Kept& kept) {
     __shared__ u32 keeps[CHUNK / 32], open[2][PARTS], out[2][PARTS], decided;
     const u32 thread = threadIdx.x, lane = thread % 32, word = thread % ROWS / 32, group = thread / ROWS;
+    Row row = {}, next = {};
+    if (group == 0) load(row, ranked, 0, thread);  // together with their number
     const u32 count = ranked.count;
     u32 total = 0, turn = 0;
     if (thread < PARTS) out[0][thread] = out[1][thread] = 0;
     if (thread == 0) decided = 0;
-    for (u32 first = 0;; first += PARTS) {
-        const u32 row = 32 * first + thread % ROWS, side = first / PARTS % 2;
-        u32 own[PARTS], last[PARTS];
-        float4 box = {};
-        u64 key = 0;
-        const bool is_row = group == 0 && row < count;
-        if (is_row) {
-            box = ranked.box[row];
-            key = ranked.key[row];
-        }
-#pragma unroll
-        for (u32 k = 0; k < PARTS; ++k) {
-            own[k] = is_row && k <= word ? ranked.better[first + k][row] : 0;
-            last[k] = is_row && first ? ranked.better[first - PARTS + k][row] : 0;
-        }
+    for (u32 first = 0;; first += PARTS, row = next) {
+        const u32 place = 32 * first + thread % ROWS, later = place + ROWS, side = first / PARTS % 2;
         __syncthreads();
         if (32 * first >= count || decided >= limit) break;
         if (group > 0) {
-            const u32 next = row + ROWS;
             u32 hits = 0;
-            if (next < count)
-#pragma unroll 8
-                for (u32 one = group - 1; one < first; one += GROUPS - 1) hits |= ranked.better[one][next] & keeps[one];
+            if (later < count)
+#pragma unroll
+                for (u32 k = 0; k < (CHUNK / 32 - PARTS + GROUPS - 2) / (GROUPS - 1); ++k) {
+                    const u32 one = group - 1 + k * (GROUPS - 1);
+                    if (one < first) hits |= ranked.better[one][later] & keeps[one];
+                }
             const u32 hit = __ballot_sync(ALL, hits != 0);
             if (lane == 0 && hit) atomicOr(&out[side ^ 1][word], hit);
             continue;
         }
-        u32 hits = out[side][word] >> lane & 1;
+        if (later < count) load(next, ranked, first + PARTS, later);
+        u32 hits = out[side][word] >> lane & 1, by_open = 0;
         __syncwarp();
         if (lane == 0) out[side][word] = 0;
+        u32 mine = 0;  // those of the warp's 32 that overlap this one
 #pragma unroll
-        for (u32 k = 0; k < PARTS; ++k)
-            if (first) hits |= last[k] & keeps[first - PARTS + k];
-        bool is_kept = false, is_open = is_row && !hits && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
-            && fabsf(box.z) <= 3.402823466e38f && fabsf(box.w) <= 3.402823466e38f;
-        // One is kept as soon as all better ones that overlap it are known to be suppressed.
+        for (u32 k = 0; k < PARTS; ++k) {
+            if (first) hits |= row.last[k] & keeps[first - PARTS + k];
+            if (k < word) by_open |= row.own[k];
+            if (k == word) mine = row.own[k];
+        }
+        bool is_kept = false, is_open = place < count && !hits
+            && fabsf(row.box.x) <= 3.402823466e38f && fabsf(row.box.y) <= 3.402823466e38f
+            && fabsf(row.box.z) <= 3.402823466e38f && fabsf(row.box.w) <= 3.402823466e38f;
+        // One is kept as soon as all better ones that overlap it are known to be suppressed: first among a warp's 32, until
+        // none is left that waits for none of another warp.
         for (u32 any = 1; any; turn ^= 1) {
-            const u32 opens = __ballot_sync(ALL, is_open), keeping = __ballot_sync(ALL, is_kept);
+            u32 opens;
+            for (;;) {
+                opens = __ballot_sync(ALL, is_open);
+                const bool is_best = is_open && !by_open && !(mine & opens);
+                const u32 best = __ballot_sync(ALL, is_best);
+                if (!best) break;
+                is_kept = is_kept || is_best;
+                is_open = is_open && !is_best && !(mine & best);
+            }
+            const u32 keeping = __ballot_sync(ALL, is_kept);
             if (lane == 0) {
                 open[turn][word] = opens;
                 keeps[first + word] = keeping;
             }
             sync_threads(ROWS);
-            u32 by_kept = 0, by_open = 0;
-            any = 0;
+            any = by_open = 0;
+            u32 by_kept = 0;
 #pragma unroll
             for (u32 k = 0; k < PARTS; ++k) {
                 any |= open[turn][k];
-                by_open |= own[k] & open[turn][k];
-                by_kept |= own[k] & keeps[first + k];
+                if (k < word) {
+                    by_open |= row.own[k] & open[turn][k];
+                    by_kept |= row.own[k] & keeps[first + k];
+                }
             }
-            is_kept = is_kept || (is_open && !by_kept && !by_open);
-            is_open = is_open && !by_kept && by_open;
+            is_open = is_open && !by_kept;
         }
-        u32 place = total + __popc(keeps[first + word] & ((1u << lane) - 1));
+        u32 to = total + __popc(keeps[first + word] & ((1u << lane) - 1));
 #pragma unroll
         for (u32 k = 0; k < PARTS; ++k) {
             const u32 number = __popc(keeps[first + k]);
-            place += k < word ? number : 0;
+            to += k < word ? number : 0;
             total += number;
         }
-        if (is_kept && place < limit) {
-            kept.box[place] = box;
-            kept.area[place] = (box.z - box.x) * (box.w - box.y);
-            kept.score[place] = __uint_as_float(ALL - (u32)(key >> 32));
-            kept.label[place] = (u32)key % CLASSES;
+        if (is_kept && to < limit) {
+            kept.box[to] = row.box;
+            kept.area[to] = (row.box.z - row.box.x) * (row.box.w - row.box.y);
+            kept.score[to] = __uint_as_float(ALL - (u32)(row.key >> 32));
+            kept.label[to] = (u32)row.key % CLASSES;
         }
         if (thread == 0) decided = total;
     }
@@ -663,10 +715,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     __shared__ Kept kept;
     __shared__ union { Tile tile; u32 bins[THREADS]; } scratch;
     __shared__ u32 length, suppressed[WORDS], valid[WORDS], alive[TILE], chosen[TILE], added, totals[WARPS];
+    __shared__ Picture picture;
     const Outputs outputs = outputs_at(first, second, third);
     const Threshold threshold = {low, high, reach, iou};
     Tile& tile = scratch.tile;
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32, image = blockIdx.x;
+    for (u32 i = thread; i < MAX_KEPT / 32 * CELLS_OF_IMAGE; i += THREADS) (&kept.near[0][0])[i] = 0;
+    if (thread == 0 && pictures) picture = pictures[image];  // written before the engine began
     WAIT_FOR_LAST();
     const u32 found = counts[image];
     const u64* keys = all_keys + (u64)image * capacity;
@@ -675,16 +730,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     u64 start = 0;
     u32 total = 0, seen = 0;
     bool is_crowded = false;  // kept boxes suppressed most of the last tile
-    for (u32 i = thread; i < MAX_KEPT / 32 * CELLS_OF_IMAGE; i += THREADS) (&kept.near[0][0])[i] = 0;
-    if (ranked && count && ranked[image].count) {
-        seen = ranked[image].count;
-        start = ranked[image].key[seen - 1] + 1;
+    if (ranked) {
         total = keep_ranked(ranked[image], limit, kept);
+        seen = ranked[image].count;
         is_crowded = 2 * total <= seen;
-        if (seen < count && total < limit)
+        if (seen && seen < count && total < limit) {
+            start = ranked[image].key[seen - 1] + 1;
             for (u32 index = warp; index < total; index += WARPS) mark(kept, index, kept.box[index], threshold, lane);
-        __syncthreads();
+        }
     }
+    __syncthreads();
     while (seen < count && total < limit) {
         const u64 end = count <= CHUNK ? stop : chunk_end(keys, count, start, stop, scratch.bins, totals);
         if (thread == 0) length = 0;
@@ -835,7 +890,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
         float4 box = {};
         if (is_there) box = kept.box[index];
         if (is_there && pictures) {
-            const Picture picture = pictures[image];
             box.x = to_source(box.x, picture.left, picture.resized_width, picture.width, clip);
             box.y = to_source(box.y, picture.top, picture.resized_height, picture.height, clip);
             box.z = to_source(box.z, picture.left, picture.resized_width, picture.width, clip);

@@ -292,14 +292,20 @@ def suppressed_of(
         capacity: candidates an image had room for.
         nms, clip: as they were given to `Suppression.enqueue`.
     """
-    kept, found = zip(*results.numbers.tolist(), strict=True)
-    if max(found) > capacity:
-        return None
-    most = max(kept)
-    boxes, scores, classes = (
-        array[:, :most].copy() for array in (results.boxes, results.scores, results.classes)
+    numbers = results.numbers.tolist()
+    most = 0
+    for kept, found in numbers:
+        if found > capacity:
+            return None
+        most = max(most, kept)
+    return Suppressed(
+        [kept for kept, _ in numbers],
+        results.boxes[:, :most].copy(),
+        results.scores[:, :most].copy(),
+        results.classes[:, :most].copy(),
+        nms,
+        clip,
     )
-    return Suppressed(kept, boxes, scores, classes, nms, clip)
 
 
 def float32_thresholds(iou: float) -> tuple[float, float, float]:

@@ -31,7 +31,13 @@ from trt_yolov6.engines.onnxruntime.providers import (
 from trt_yolov6.engines.reading import detector_of
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.graph.reference import is_quantized, open_session, parsed_model, reference_session
-from trt_yolov6.spec import BatchProfile, TensorSpec, image_size_of
+from trt_yolov6.spec import (
+    BatchProfile,
+    EnginePrecision,
+    PrecisionName,
+    TensorSpec,
+    image_size_of,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -160,7 +166,7 @@ class OnnxRuntimeEngine(Engine):
 
         self.path = path
         self.manifest = manifest
-        self._precision: str | None = None
+        self._precision: PrecisionName | None = None
         self.backend_version = onnxruntime.__version__
         self._session: onnxruntime.InferenceSession | None = session
         self.provider: str = session.get_providers()[0]
@@ -194,7 +200,7 @@ class OnnxRuntimeEngine(Engine):
             self.batch = manifest.batch if manifest else _ANY_BATCH
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> EnginePrecision:
         """Precision in the manifest, else in the graph."""
         return self._precision or super().precision
 

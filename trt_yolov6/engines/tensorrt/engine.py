@@ -96,14 +96,7 @@ class TensorRTEngine(Engine):
         self._contexts = contexts or ContextSettings()
         self._options = options or LoadOptions()
         self._logger = logger_of(flavour.api)
-        try:
-            device = cuda_device.current_device()
-            cuda_device.free_memory()  # starts CUDA: a GPU that is busy says so here
-        except MissingDependencyError as error:
-            raise MissingDependencyError(
-                f"{path} runs on an NVIDIA GPU only, and {error}; `trt-yolov6 doctor` says what "
-                "is missing, and an .onnx engine runs on any machine."
-            ) from error
+        device = _started_gpu(path)
         self.device = device.name
         self._pinned = PinnedPool()
         self._slots: list[ExecutionSlot] = []
@@ -403,6 +396,19 @@ class TensorRTEngine(Engine):
         if batch not in self._seen:
             self._seen.add(batch)
             self._contexts.after_first_run()
+
+
+def _started_gpu(path: Path) -> cuda_device.Device:
+    """Return the GPU for an engine; CUDA is started, so that a GPU that is busy says so here."""
+    try:
+        device = cuda_device.current_device()
+        cuda_device.free_memory()
+    except MissingDependencyError as error:
+        raise MissingDependencyError(
+            f"{path} runs on an NVIDIA GPU only, and {error}; `trt-yolov6 doctor` says what "
+            "is missing, and an .onnx engine runs on any machine."
+        ) from error
+    return device
 
 
 def _deserialize(

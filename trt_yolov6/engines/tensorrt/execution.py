@@ -80,7 +80,7 @@ class _Binding:
 
     context: trt.IExecutionContext
     address: int
-    """Where it reads its input."""
+    """Memory that it reads its input from."""
     runs: int = 0
     """Since the input was there."""
     graph: CudaGraph | None = None
@@ -197,12 +197,12 @@ class ExecutionSlot:
 
     @property
     def input_memory(self) -> DeviceMemory:
-        """Where `run` reads its input."""
+        """Memory that `run` reads its input from."""
         return self._device_input
 
     @property
     def output_memory(self) -> Mapping[str, DeviceMemory]:
-        """Where `run` writes its outputs; without those whose size depends on the images."""
+        """Memory that `run` writes outputs to, except those whose size depends on the images."""
         return self._device_outputs
 
     @property

@@ -49,9 +49,9 @@ class Flavour:
     """One of the two TensorRTs."""
 
     backend: str
-    """Its name as in `--backend`."""
+    """Name of the backend, as in `--backend`."""
     label: str
-    """Its name in sentences."""
+    """Name of the product, for sentences."""
     api: trt.Api
     """The imported module."""
 

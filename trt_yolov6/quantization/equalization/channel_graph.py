@@ -37,7 +37,7 @@ class Convolution:
     """A Conv or ConvTranspose whose weights lie in the graph."""
 
     position: int
-    """Its place among the graph's nodes."""
+    """Index among the graph's nodes."""
     input: str
     output: str
     weight: str
@@ -76,7 +76,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Border:
-    """Positions of a padded convolution's kernel that lie in the picture."""
+    """Positions of a padded convolution's kernel that lie in the image."""
 
     rows: NDArray[np.bool_]
     """(output rows, kernel rows) whether that row of the kernel reads one of the input."""
@@ -90,7 +90,7 @@ class Border:
             taps: (channels, kernel rows, kernel columns) the response of each tap.
 
         Returns:
-            (channels, rows, columns), 0 where the whole kernel lies in the picture.
+            (channels, rows, columns), 0 where the whole kernel lies in the image.
         """
         inside = np.einsum("oab,ya->oyb", taps, self.rows.astype(np.float64))
         inside = np.einsum("oyb,xb->oyx", inside, self.columns.astype(np.float64))
@@ -106,7 +106,7 @@ class ChannelMap:
     classes: Mapping[str, Classes]
     """Class of each channel of a tensor (axis 1); tensors that keep their scale may be missing."""
     sources: Mapping[str, Classes]
-    """Where each channel was written: equal numbers are copies of one channel."""
+    """Origin of each channel, by tensor: equal numbers are copies of one channel."""
     count: int
     """Classes are numbered from 0, the fixed one, to count - 1."""
     convolutions: tuple[Convolution, ...]
@@ -348,7 +348,7 @@ def _spatial_mean(trace: _Trace, node: onnx.NodeProto) -> None:
 
 
 def _pad(trace: _Trace, node: onnx.NodeProto) -> None:
-    """Padding height and width with zeros or with the picture's own values."""
+    """Padding height and width with zeros or with the image's own values."""
     pads = trace.constant(node.input[1]) if len(node.input) > 1 else None
     value = trace.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else 0
     if (

@@ -270,7 +270,7 @@ FP8_RULES: tuple[Rule, ...] = (
     is_among_the_last(3),
     works_less_than(1000),
 )
-"""After which layers stay in float when the others run in FP8: where it brings nothing."""
+"""Rules for layers that stay in float when the others run in FP8: FP8 gains nothing there."""
 
 
 def place_for(

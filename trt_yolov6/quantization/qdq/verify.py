@@ -31,8 +31,6 @@ class OutputShift:
     """Between the graph before cleaning and after."""
     quantization: float
     """Between the graph before cleaning and the same without any activation quantized."""
-    remaining: float
-    """Between the graph after cleaning and that."""
 
     @property
     def explained(self) -> bool:
@@ -61,12 +59,12 @@ def verify_clean(
     ]
     names = [item.name for item in sessions[0].get_outputs()]
     feed = sessions[0].get_inputs()[0].name
-    squares, count = np.zeros((3, len(names))), np.zeros(len(names))
+    squares, count = np.zeros((2, len(names))), np.zeros(len(names))
     for batch in images:
         given, cleaned, plain = (session.run(names, {feed: batch}) for session in sessions)
         for index, (old, new, real) in enumerate(zip(given, cleaned, plain, strict=True)):
             old, new, real = (value.astype(np.float64) for value in (old, new, real))
-            for row, difference in enumerate((new - old, old - real, new - real)):
+            for row, difference in enumerate((new - old, old - real)):
                 squares[row, index] += np.square(difference).sum()
             count[index] += old.size
     if not count.all():

@@ -20,7 +20,7 @@ class EngineFiles:
     path: Path
     """Absolute, on the machine that starts the job."""
     contents: Mapping[str, bytes]
-    """By file name: the plan, and its manifest if it has one."""
+    """Contents by file name: the plan, and its manifest if it has one."""
 
     @property
     def sha256(self) -> str:

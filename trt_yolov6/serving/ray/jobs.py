@@ -37,14 +37,14 @@ MOST_IN_A_BLOCK = 256
 """Pictures an actor does together: what is done again when its machine dies, twice that at most."""
 
 MOST_IN_A_BLOCK_ON_GPUS = 1024
-"""The same for an actor with a GPU, which has done 256 before Ray has handed it the next."""
+"""Images an actor with a GPU does together: it has done 256 before Ray hands it the next."""
 
 FAILURES_FILE = "failures.jsonl"
 
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where and how a job runs; its results are the same whatever these are."""
+    """Place and manner of a job's work, which do not affect its results."""
 
     address: str
     """`local`, `auto`, or the address of a cluster's head."""
@@ -73,7 +73,7 @@ class RaySummary:
     actors: Actors | None = None
     """None where there was nothing left to do."""
     start_seconds: float = 0.0
-    """Until the first results came: Ray, the actors, and one block."""
+    """Seconds until the first results came: Ray, the actors, and one block."""
     wall_seconds: float = 0.0
 
 

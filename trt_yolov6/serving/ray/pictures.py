@@ -26,7 +26,7 @@ class RemotePicture:
     """A picture that every machine of a cluster can read."""
 
     name: str
-    """Its path below the source, with slashes; of a listing, the line as it stands there."""
+    """Path below the source, with slashes; for a listing, the line as written."""
     store: str
     """Address of the file system, such as `s3://bucket/?region=eu-west-1`; empty for a path."""
     path: str

@@ -1,4 +1,4 @@
-"""Channel-wise distillation: where a channel looks, not how loud it is.
+"""Channel-wise distillation: each channel's spatial distribution, whatever its magnitude.
 
 Shu et al., "Channel-wise knowledge distillation for dense prediction" (ICCV 2021, arXiv 2011.13256,
 equations 2 to 4), which the paper takes for quantization-aware training (Section 2.5.3, Fig. 5).

@@ -42,7 +42,7 @@ _KNOWN = frozenset(
 
 @dataclass(frozen=True)
 class Quantization:
-    """Where and how a graph is fake-quantized."""
+    """Places and grids of a graph's fake quantization."""
 
     placement: Placement
     scales: Mapping[str, float]
