@@ -64,7 +64,7 @@ CALIBRATION = 64
 RESAMPLES = 200
 
 _EVERY = 4
-"""Of the training images that do not calibrate, each so manieth judges where labels may be used."""
+"""Every how many of the training images that do not calibrate one judges by its labels."""
 
 _CONFIDENT = 0.3
 """Score from which on a float detection counts for the agreement."""
