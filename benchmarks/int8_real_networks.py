@@ -3,10 +3,12 @@
     python -m benchmarks.int8_real_networks --networks yolox-nano,lite-l
 
 Each network is quantized from 64 images as the command line does by default, and judged in exact
-arithmetic on its validation images and on training images that were not among the 64, so neither by
-what calibrated nor by what chose. With "labels" float layers are chosen by AP on the labelled
-training images that do not judge. Beside it ONNX Runtime's quantizer and, where `--modelopt` names
-its Python, NVIDIA ModelOpt's. Rows of other networks and tools in the results file are kept.
+arithmetic on its validation images and on all training images that were not among the 64, so
+neither by what calibrated nor by what chose. Draw 0 are 64 images spread evenly over the training
+images, other draws are random ones. With "labels" float layers are chosen by AP on three quarters
+of the other training images, which then do not judge. Beside it ONNX Runtime's quantizer and, where
+`--modelopt` names its Python, NVIDIA ModelOpt's. Rows of other networks, tools and draws in the
+results file are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +63,9 @@ CALIBRATION = 64
 
 RESAMPLES = 200
 
+_EVERY = 4
+"""Of the training images that do not calibrate, each so manieth judges where labels may be used."""
+
 _CONFIDENT = 0.3
 """Score from which on a float detection counts for the agreement."""
 
@@ -76,8 +81,6 @@ class Network:
     """Split that the calibration images are of."""
     validation: str
     """Split that is judged on whole."""
-    every: int = 1
-    """Stride of the judged images among the other images of the first split."""
 
 
 def _rescaled() -> Graph:
@@ -102,14 +105,14 @@ NETWORKS = (
     Network(
         "sample",
         lambda: graph_from_checkpoint(Path("samples/yolov6n_bccd.pt"), ExportSettings()),
-        *(_BCCD, "train", "val", 4),
+        *(_BCCD, "train", "val"),
     ),
     Network(
         "authors-n",
         lambda: graph_from_checkpoint(Path("samples/yolov6n_bccd_authors.pt"), ExportSettings()),
-        *(_BCCD, "train", "val", 4),
+        *(_BCCD, "train", "val"),
     ),
-    Network("rescaled", _rescaled, *(_BCCD, "train", "val", 4)),
+    Network("rescaled", _rescaled, *(_BCCD, "train", "val")),
 )
 
 WITH_LABELS = ", labels"
@@ -132,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--networks", default=",".join(one.name for one in NETWORKS))
     parser.add_argument("--tools", help="with semicolons; default: all there are")
+    parser.add_argument("--draws", default="0", help="numbers, with commas")
     parser.add_argument("--modelopt", type=Path, help="Python with ModelOpt")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -140,31 +144,32 @@ def main() -> None:
     for network in NETWORKS:
         if network.name not in options.networks.split(","):
             continue
-        judged = _Judged(network)
-        for tool, make in _tools(judged, options.modelopt):
-            if wanted and tool not in wanted:
-                continue
-            start = time.perf_counter()
-            model, said = make()
-            seconds = round(time.perf_counter() - start, 1)
-            row = {
-                "network": network.name,
-                "tool": tool,
-                **judged.figures(model),
-                **said,
-                "seconds": seconds,
-                "machine": cpu_model(),
-                # Seconds say little where others used the cores.
-                "load": round(os.getloadavg()[1], 1),
-            }
-            print(row, flush=True)
-            _keep(options.output, row)
+        for draw in map(int, options.draws.split(",")):
+            for judged, tool, make in _tools(network, draw, wanted, options.modelopt):
+                start, used = time.perf_counter(), time.process_time()
+                model, said = make()
+                seconds = round(time.perf_counter() - start, 1)
+                used = round(time.process_time() - used, 1)
+                row = {
+                    "network": network.name,
+                    "tool": tool,
+                    "draw": draw,
+                    **judged.figures(model),
+                    **said,
+                    # Seconds say little where others used the cores, those of the processor more.
+                    "seconds": seconds,
+                    "processor_seconds": used,
+                    "machine": cpu_model(),
+                    "load": round(os.getloadavg()[1], 1),
+                }
+                print(row, flush=True)
+                _keep(options.output, row)
 
 
 def _keep(path: Path, row: dict[str, Any]) -> None:
     rows = read_json(path)["rows"] if path.is_file() else []
-    same = ("network", "tool")
-    rows = [item for item in rows if any(item[key] != row[key] for key in same)]
+    same = ("network", "tool", "draw")
+    rows = [item for item in rows if any(item.get(key, 0) != row[key] for key in same)]
     write_json(path, {"command": "python -m benchmarks.int8_real_networks", "rows": [*rows, row]})
 
 
@@ -175,14 +180,16 @@ _Made = tuple[onnx.ModelProto, dict[str, Any]]
 class _Judged:
     """A network's float detections on the images that judge."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, draw: int, every: int) -> None:
+        """Take a network, the number of a draw of images to calibrate on, and of the other training
+        images each so manieth to judge on."""
         self.graph = network.graph()
         paths = calibration_images(network.data / "images" / network.calibrated_on)
-        self.calibration = tuple(evenly(paths, CALIBRATION))
+        self.calibration = _drawn(paths, draw)
         left = set(paths) - set(self.calibration)
         other = load_coco(network.data, network.calibrated_on)
         validation = load_coco(network.data, network.validation)
-        rest = [image for image in other.images if image.path in left][:: network.every]
+        rest = [image for image in other.images if image.path in left][::every]
         judging = {image.id for image in rest}
         self.spare = dataclasses.replace(
             other,
@@ -249,12 +256,35 @@ class _Judged:
         return found
 
 
-def _tools(judged: _Judged, modelopt: Path | None) -> Iterator[tuple[str, Callable[[], _Made]]]:
+def _drawn(paths: Sequence[Path], draw: int) -> tuple[Path, ...]:
+    """Return the images to calibrate on: spread evenly, or of another draw than the first random
+    ones, sorted."""
+    if not draw:
+        return tuple(evenly(paths, CALIBRATION))
+    order = np.random.default_rng(draw).permutation(len(paths))
+    return tuple(paths[index] for index in np.sort(order[:CALIBRATION]))
+
+
+def _tools(
+    network: Network, draw: int, wanted: Sequence[str] | None, modelopt: Path | None
+) -> Iterator[tuple[_Judged, str, Callable[[], _Made]]]:
+    """Yield each wanted tool with the images that judge it."""
+    known: dict[int, _Judged] = {}
+
+    def judged(every: int) -> _Judged:
+        if every not in known:
+            known[every] = _Judged(network, draw, every)
+        return known[every]
+
     for name, settings in TOOLS.items():
-        labelled = name.endswith(WITH_LABELS)
-        yield name, functools.partial(_own, judged, settings, labelled=labelled)
+        if wanted is None or name in wanted:
+            labelled = name.endswith(WITH_LABELS)
+            one = judged(_EVERY if labelled else 1)
+            yield one, name, functools.partial(_own, one, settings, labelled=labelled)
+    if wanted is not None and all(name in TOOLS for name in wanted):
+        return
     work = Path(tempfile.mkdtemp(prefix="int8-"))
-    for contender in contenders(judged.task, work, modelopt or Path("none"), ()):
+    for contender in contenders(judged(1).task, work, modelopt or Path("none"), ()):
         if contender.tool == "modelopt" and modelopt is None:
             continue
 
@@ -262,7 +292,8 @@ def _tools(judged: _Judged, modelopt: Path | None) -> Iterator[tuple[str, Callab
             contender.make(work / "quantized.onnx")
             return onnx.load(work / "quantized.onnx"), {}
 
-        yield contender.name, made
+        if wanted is None or contender.name in wanted:
+            yield judged(1), contender.name, made
 
 
 def _own(judged: _Judged, settings: QuantizationSettings, *, labelled: bool) -> _Made:

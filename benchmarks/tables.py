@@ -102,6 +102,9 @@ def int8_steps() -> str:
     )
 
 
+REAL_NETWORKS = "int8-real-networks.json"
+
+
 def int8_real_networks() -> str:
     """AP and agreement with float of networks that others trained, on held-out images."""
     rows = [
@@ -117,12 +120,36 @@ def int8_real_networks() -> str:
             f"{row['slower']:.1%}" if "slower" in row else "",
         ]
         for row in sorted(
-            result("int8-real-networks.json")["rows"],
+            (row for row in result(REAL_NETWORKS)["rows"] if not row.get("draw")),
             key=lambda row: (row["network"], not row["tool"].startswith("ours"), row["tool"]),
         )
     ]
     head = ["network", "tool", "images", "AP", "points to float", "agreement"]
     return markdown([*head, "INT8 convolutions", "slower"], rows)
+
+
+def int8_draws() -> str:
+    """The same over several draws of the images that calibrate."""
+    drawn: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result(REAL_NETWORKS)["rows"]:
+        if "draw" in row:
+            drawn.setdefault((row["network"], row["tool"]), []).append(row)
+    rows = []
+    for (network, tool), found in sorted(drawn.items()):
+        if len(found) > 1:
+            found = sorted(found, key=lambda row: int(row["draw"]))
+            points = [100 * row["ap_change"][0] for row in found]
+            agreed = [row["agreement"] for row in found]
+            rows.append(
+                [
+                    *(network, tool, len(found)),
+                    f"{statistics.mean(points):+.2f}, {statistics.stdev(points):.2f}",
+                    ", ".join(f"{one:+.2f}" for one in points),
+                    f"{statistics.mean(agreed):.3f}, {min(agreed):.3f} to {max(agreed):.3f}",
+                ]
+            )
+    head = ["network", "tool", "draws", "points to float: mean, standard deviation", "each"]
+    return markdown([*head, "agreement: mean, range"], rows)
 
 
 def gpu_decoding() -> str:
@@ -775,6 +802,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensorrt8-forms": tensorrt8_forms,
     "int8-steps": int8_steps,
     "int8-real-networks": int8_real_networks,
+    "int8-real-draws": int8_draws,
     "gpu-decoding": gpu_decoding,
     "gpu-fp8": gpu_fp8,
     "gpu-fp8-accuracy": gpu_fp8_accuracy,
