@@ -284,6 +284,7 @@ PAIRS = (
     ("s-default", "n-default"),
     ("l-by-kernel", "l"),
     ("l-clipped", "l"),
+    ("l-clipped", "l-by-kernel"),
     ("l-slower", "l"),
 )
 """Variants that are compared outside Tables 2 to 14, each with what it is compared with."""

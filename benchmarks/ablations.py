@@ -55,17 +55,18 @@ five trainings:
   M, 40 epochs at 320 pixels                 65 to 80 s     50 s
   L, 40 epochs at 320 pixels                 70 to 95 s     60 s
   L with a teacher                          85 to 105 s     70 s
-  S, 300 epochs at 640 pixels, three              400 s    670 s
-  N, 300 epochs at 640 pixels                               500 s, a guess
-  N or S, 125 epochs at 640 pixels                          210 to 280 s
+  N, 300 epochs at 640 pixels, four               335 s    420 s
+  S, 300 epochs, two, with one of N               350 s    620 s
+  N or S, 125 epochs at 640 pixels                          175 or 260 s
   PTQ of S                                        10 s      5 s
   PTQ of S, six layers in float              20 to 55 s     10 to 25 s
   QAT of S                                   50 to 70 s     25 s
-A worker's first training takes 20 to 40 s longer. All tables of N, S and T took 1 600 s of a GPU
-before `train` used CUDA graphs; Table 13 takes 270 s (`--only l l-distilled l-class-distilled
-l-both-distilled`), Table 3 120 s (`--only l l-wide-neck`), all of M 1 000 s, a guess. `--list`
-prints every variant. On a CPU only `--limit 10 --epochs 1 --full-epochs 1 --large-epochs 1 --size
-64 --full-size 64 --qat-epochs 1 --batch 4` comes to an end.
+A worker's first training takes 10 to 40 s longer; with other work on the GPU, everything twice the
+time. All tables of N, S and T took 1 600 s of a GPU before `train` used CUDA graphs; Table 13 takes
+270 s (`--only l l-distilled l-class-distilled l-both-distilled`), Table 3 120 s (`--only l
+l-wide-neck`), all of M 900 s, a guess. `--list` prints every variant. On a CPU only `--limit 10
+--epochs 1 --full-epochs 1 --large-epochs 1 --size 64 --full-size 64 --qat-epochs 1 --batch 4` comes
+to an end.
 
 several GPUs: one call with `--gpus 0,1,2,3`, or several calls at a time on one host with the same
 `--state`, which share the work. What a call does not finish, the next one goes on with; where the

@@ -199,6 +199,7 @@ SCHEDULES = {
     "YOLOv6-T": "t",
     "YOLOv6-M": "m",
     "YOLOv6-L": "l",
+    "YOLOv6-L, gradients clipped": "l-clipped",
     "YOLOv6-L-ReLU": "l-relu",
 }
 
@@ -260,9 +261,11 @@ def grid(number: str) -> str:
 _BLOCKS = (
     "The paper's have VariFocal loss, GIoU and distribution focal loss here; ours their recipe's "
 )
+_UNCLIPPED = "L's gradients are not clipped here, as `train` does by default since."
 _LOSSES = "The paper's have focal loss and GIoU here, ours VariFocal loss and, in N, SIoU."
 NOTES = {
     "2": _BLOCKS + "losses: N and S without the last, N with SIoU.",
+    "3": _UNCLIPPED,
     "4": _BLOCKS + "losses: N without the last, with SIoU.",
     "6": _LOSSES,
     "7": _LOSSES,
@@ -271,6 +274,7 @@ NOTES = {
     "have the whole head of v0.1: boxes are offsets and logarithms of sizes from a cell's corner, "
     "and every score is multiplied by the objectness.",
     "12": "Ours have 60 epochs in the place of 300, and 80 in that of 400.",
+    "13": _UNCLIPPED,
 }
 """By number of the table: in what else our trainings differ from the paper's."""
 
@@ -768,7 +772,8 @@ BESIDE = {
     ("s-default", "s-full"): "S, the default 300 epochs at 640 pixels against the sample's 125",
     ("m-distilled", "m"): "M with M as its teacher against M without, 40 epochs",
     ("l-by-kernel", "l"): "L kernel by kernel against L with CUDA graphs",
-    ("l-clipped", "l"): "L with gradients clipped to a norm of 10 against L without",
+    ("l-clipped", "l"): "L with gradients clipped to a norm of 10, the default since, against L",
+    ("l-clipped", "l-by-kernel"): "L with gradients clipped against L kernel by kernel",
     ("l-slower", "l"): "L at half of the learning rate against L",
     **{
         (f"{base}-{what}", base): f"{base[0].upper()} with {loss}, as the paper's Table {number} "

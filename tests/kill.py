@@ -225,7 +225,7 @@ def kill_often(count: int, seed: int, names: list[str] | None) -> int:
             wrong = faults_in(out)
             code, _ = run(command.again(out), out, log)
             # Killed after its last step: there is nothing left to do.
-            is_over = " is over; " in log.read_text()
+            is_over = " is complete; " in log.read_text()
             if code and not is_over:
                 wrong.append(f"the second run ended with {code}: {log.read_text()[-1000:]}")
             wrong += faults_in(out)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -41,6 +42,8 @@ from benchmarks.folds import (
     without_missing_boxes,
     write_folds,
 )
+from benchmarks.gradient_norms import main as gradient_norms
+from benchmarks.gradient_norms import norm_of_gradients
 from benchmarks.packing import MARK, Claims, Job, Schedule, run_jobs
 from benchmarks.paper_tables import broke_away, sentence, verdict
 from benchmarks.training_speed import COMMON, parts_of, write_repeated
@@ -509,6 +512,19 @@ def test_variants_of_other_schedules_are_not_compared(source: Path, tmp_path: Pa
     assert row["row"] == "poly"
     assert row["folds"]["value"] == pytest.approx(-0.1)
     assert row["images"] is None
+
+
+def test_norms_of_the_first_steps_are_those_of_all_gradients(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = torch.nn.Linear(2, 1)
+    (3 * layer(torch.tensor([1.0, 2.0]))).backward()
+    assert norm_of_gradients(layer) == pytest.approx(3 * math.sqrt(1 + 4 + 1))
+    tiny = ["--limit", "10", "--batch", "4", "--epochs", "2"]
+    gradient_norms(["--data", str(source), "--model", "n", *tiny, "--steps", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 1", "step 2"]
+    assert all(float(line.split()[3].rstrip(",")) > 0 for line in lines)
 
 
 def test_what_most_are_compared_with_is_the_mean_of_two_trainings(

@@ -22,6 +22,7 @@ from trt_yolov6.training.recipe import (
 def test_the_paper_s_recipe_of_every_variant(variant: str) -> None:
     settings = recipe_for(variant, "data")
     assert settings.optimizer.learning_rate == (0.02 if variant[6] == "n" else 0.01)
+    assert settings.optimizer.clip_norm == (10 if variant == "yolov6l" else None)
     assert settings.losses.box == ("siou" if variant[6] in "nt" else "giou")
     assert settings.losses.use_dfl == (architecture(variant).reg_max > 0)
     larger = variant[6] in "mlx" and "lite" not in variant

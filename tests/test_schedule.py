@@ -15,6 +15,7 @@ from trt_yolov6.models import architecture, build_model
 from trt_yolov6.training.ema import WeightAverage, average_for, floating_state
 from trt_yolov6.training.optimizer import (
     OptimizerSettings,
+    largest_norm,
     make_optimizer,
     parameter_groups,
     set_rates,
@@ -147,6 +148,13 @@ def test_only_kernels_decay() -> None:
     set_rates(optimizer, OptimizerSettings(), plan_of(), 0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0, 0.1]
     assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
+
+
+def test_the_largest_norm_grows_with_the_images_whose_gradients_are_summed() -> None:
+    clipped = OptimizerSettings(clip_norm=10)
+    assert [largest_norm(clipped, batch) for batch in (8, 32, 64, 256)] == [10, 10, 10, 40]
+    assert largest_norm(OptimizerSettings(clip_norm=10, accumulate=1), 32) == 5
+    assert largest_norm(OptimizerSettings(), 32) is None
 
 
 def test_the_average_is_that_of_its_definition() -> None:

@@ -26,7 +26,7 @@ from trt_yolov6.training.graphed import graphed
 from trt_yolov6.training.initialization import starting_model
 from trt_yolov6.training.loop import StepLosses, Task
 from trt_yolov6.training.losses import Losses, detection_loss
-from trt_yolov6.training.optimizer import make_optimizer, set_rates
+from trt_yolov6.training.optimizer import largest_norm, make_optimizer, set_rates
 from trt_yolov6.training.recipe import TrainSettings
 from trt_yolov6.training.schedule import LOSS_BATCH, Plan, make_plan
 from trt_yolov6.training.state import Learner
@@ -112,7 +112,7 @@ def detection_task(
         line=functools.partial(_line, optimizer, plan.steps_per_epoch * plan.batch),
         # The learning rate is meant for the sum of the gradients of 32 images each.
         loss_factor=plan.batch / LOSS_BATCH,
-        clip_norm=settings.optimizer.clip_norm,
+        clip_norm=largest_norm(settings.optimizer, settings.batch),
         keeps_gradients=is_graphed,
     )
     notes = (*_notes(data, folder), *start.notes)
