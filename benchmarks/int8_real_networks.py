@@ -181,7 +181,7 @@ class _Judged:
     """A network's float detections on the images that judge."""
 
     def __init__(self, network: Network, draw: int, every: int) -> None:
-        """Take a network, the number of a draw of images to calibrate on, and the stride of those that
+        """Take a network, the number of a draw of calibration images, and the stride of those that
         judge among the other training images."""
         self.graph = network.graph()
         paths = calibration_images(network.data / "images" / network.calibrated_on)
