@@ -64,7 +64,7 @@ CALIBRATION = 64
 RESAMPLES = 200
 
 _EVERY = 4
-"""Every how many of the training images that do not calibrate one judges by its labels."""
+"""Stride of the images that judge among the other training images, where labels may be used."""
 
 _CONFIDENT = 0.3
 """Score from which on a float detection counts for the agreement."""
@@ -181,8 +181,8 @@ class _Judged:
     """A network's float detections on the images that judge."""
 
     def __init__(self, network: Network, draw: int, every: int) -> None:
-        """Take a network, the number of a draw of images to calibrate on, and of the other training
-        images each so manieth to judge on."""
+        """Take a network, the number of a draw of calibration images, and the stride of those that
+        judge among the other training images."""
         self.graph = network.graph()
         paths = calibration_images(network.data / "images" / network.calibrated_on)
         self.calibration = _drawn(paths, draw)
