@@ -382,7 +382,8 @@ def _float_graph(
         )
     if precision is not None and graph.precision != precision.base:
         raise UserError(
-            f"{graph.source} is {graph.precision} and cannot be made {precision}; leave it so."
+            f"{graph.source} is {graph.precision} and cannot be made {precision}; "
+            "leave `precision` out."
         )
     return graph
 
