@@ -41,7 +41,7 @@ _PLACES = 1024
 _EXACT_PLACES = 1024
 
 # Rows of products that are computed at a time, from the diagonal on.
-_TRIANGLE_ROWS = 512
+_TRIANGLE_ROWS = 192
 
 # Added to the diagonal of the covariance, as a part of its mean: GPTQ's damping.
 _DAMPING = 0.01
@@ -216,15 +216,22 @@ class _Job:
         if self.layer.transposed:
             kernel, strides, dilations = (1, 1), [1, 1], [1, 1]
         top, left, bottom, right = self._pads
-        windows = F.pad(torch.from_numpy(image), (left, right, top, bottom))
-        for axis, (size, stride, apart) in enumerate(zip(kernel, strides, dilations, strict=True)):
-            windows = windows.unfold(1 + axis, (size - 1) * apart + 1, stride)[..., ::apart]
-        columns = windows.shape[2]
-        count = windows.shape[1] * columns
+        padded = F.pad(torch.from_numpy(image), (left, right, top, bottom))
+        rows, columns = (
+            (size - (taps - 1) * apart - 1) // stride + 1
+            for size, taps, stride, apart in zip(
+                padded.shape[1:], kernel, strides, dilations, strict=True
+            )
+        )
         # A step that shares no factor with the width would be better still; odd ones mostly do.
-        place = torch.arange(0, count, max(1, count // _PLACES) | 1)
-        found = windows[:, place // columns, place % columns]
-        return found.permute(0, 2, 3, 1).reshape(self._groups, -1, len(place))
+        place = torch.arange(0, rows * columns, max(1, rows * columns // _PLACES) | 1)
+        first = place // columns * (strides[0] * padded.shape[2]) + place % columns * strides[1]
+        found = torch.empty(len(padded), kernel[0] * kernel[1], len(place))
+        for tap in range(kernel[0] * kernel[1]):
+            row, column = divmod(tap, kernel[1])
+            moved = row * dilations[0] * padded.shape[2] + column * dilations[1]
+            torch.index_select(padded.flatten(1), 1, first + moved, out=found[:, tap])
+        return found.view(self._groups, -1, len(place))
 
     def _to_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """Arrange weights as (groups, rows, columns): what a row holds makes one output value."""
