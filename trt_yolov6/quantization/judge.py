@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,10 @@ class LabelledScore(Protocol):
         """Return by how much a form's AP is higher than another's, with its 95 % interval."""
 
 
+_Seen = tuple[list[Detections], "NDArray[np.float64] | None"]
+"""Detections of a graph in a batch, and how far confident anchors have moved."""
+
+
 class Judge:
     """Compares quantized graphs with the float one on calibration images, a few dozen at most.
 
@@ -142,14 +147,31 @@ class Judge:
         self._layout: OutputLayout = graph.output_layout
         self._image_size = graph.image_size
         self._model = graph.model
-        self._found: dict[str, tuple[list[Detections], float]] = {}
+        self._found: dict[tuple[str, int], _Seen] = {}
         self._watch = Displacement(graph) if Displacement.can_watch(graph) else None
-        self.reference: list[Detections] = []
+        self._reference: list[list[Detections]] = []
         for found, outputs in self._run(graph.model, self._images):
-            self.reference += found
+            self._reference.append(found)
             if self._watch is not None:
                 self._watch.watch(outputs, len(found))
-        self.images = len(self.reference)
+        self._batches = range(len(self._images))
+
+    @property
+    def reference(self) -> list[Detections]:
+        """Detections of the float network, one an image."""
+        return [one for batch in self._batches for one in self._reference[batch]]
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.reference)
+
+    def thinned(self) -> Judge:
+        """Return a judge by every other image, if there are enough; they share what they see."""
+        result = copy.copy(self)
+        if self.images >= FEWEST_TO_PART:
+            result._batches = self._batches[::2]
+        return result
 
     def agreement(self, model: onnx.ModelProto) -> float:
         """Return the agreement of a quantized graph's detections with the float one's, 0..1."""
@@ -168,8 +190,9 @@ class Judge:
         values = []
         for seed in range(2):
             rng = np.random.default_rng(seed)
-            noisy = (with_noise(images, rng, self._preprocessing) for images in self._images)
-            found = [one for images, _ in self._run(self._model, noisy) for one in images]
+            images = (self._images[batch] for batch in self._batches)
+            noisy = (with_noise(one, rng, self._preprocessing) for one in images)
+            found = [one for batch, _ in self._run(self._model, noisy) for one in batch]
             values.append(assured_agreement([(self, found)]))
         return sum(values) / len(values)
 
@@ -184,19 +207,18 @@ class Judge:
 
     def _judged(self, model: onnx.ModelProto) -> tuple[list[Detections], float]:
         digest = sha256_bytes(model.SerializeToString())
-        if digest not in self._found:
-            detections: list[Detections] = []
-            moved: list[NDArray[np.float64]] = []
-            for batch, (found, outputs) in enumerate(self._run(model, self._images)):
-                detections += found
-                if self._watch is not None:
-                    moved.append(self._watch.moved(batch, outputs))
-            if moved:
-                loss = float(np.concatenate(moved).mean())
-            else:
-                loss = 1 - pooled_agreement([(self, detections)])
-            self._found[digest] = detections, loss
-        return self._found[digest]
+        missing = [batch for batch in self._batches if (digest, batch) not in self._found]
+        if missing:
+            runs = self._run(model, (self._images[batch] for batch in missing))
+            for batch, (found, outputs) in zip(missing, runs, strict=True):
+                own = None if self._watch is None else self._watch.moved(batch, outputs)
+                self._found[digest, batch] = found, own
+        seen = [self._found[digest, batch] for batch in self._batches]
+        detections = [one for found, _ in seen for one in found]
+        moved = [each for _, each in seen if each is not None]
+        if moved:
+            return detections, float(np.concatenate(moved).mean())
+        return detections, 1 - pooled_agreement([(self, detections)])
 
     def _run(
         self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]]

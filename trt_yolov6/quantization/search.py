@@ -288,7 +288,8 @@ class Search:
         if len(self._methods) > 1:
             tried = [self._tried("ranges", Choice(one, "nearest", layers)) for one in self._methods]
             # The first clips nothing. What others gain by finer steps, weights that are rounded for
-            # their inputs mostly gain as well; what they lose by clipping stays.
+            # their inputs mostly gain as well; what they lose by clipping stays. So others have to
+            # be clearly better, which half of the images show.
             method = simplest_of_the_best(tried, CLEAR_GAIN).method
         return self._with_weights(Choice(method, "nearest", layers))
 
@@ -488,8 +489,8 @@ class Search:
             decides,
             self._folds[0].prepared.variant,
             choice.method,
-            pooled_agreement(self._judged(models)),
-            self._mean_loss(models),
+            pooled_agreement(self._judged(models, decides)),
+            self._mean_loss(models, decides),
             choice.weights,
             choice.float_layers,
             time.perf_counter() - start,
@@ -529,15 +530,20 @@ class Search:
     def _loss(self, choice: Choice) -> float:
         return self._mean_loss(self._models(choice))
 
-    def _mean_loss(self, models: Sequence[onnx.ModelProto]) -> float:
-        losses = [fold.judge.loss(model) for fold, model in zip(self._folds, models, strict=True)]
+    def _mean_loss(self, models: Sequence[onnx.ModelProto], decides: Decision = "graph") -> float:
+        judges = self._judges(decides)
+        losses = [judge.loss(model) for judge, model in zip(judges, models, strict=True)]
         return sum(losses) / len(losses)
 
-    def _judged(self, models: Sequence[onnx.ModelProto]) -> list[tuple[Judge, list[Detections]]]:
-        return [
-            (fold.judge, fold.judge.detections(model))
-            for fold, model in zip(self._folds, models, strict=True)
-        ]
+    def _judged(
+        self, models: Sequence[onnx.ModelProto], decides: Decision = "graph"
+    ) -> list[tuple[Judge, list[Detections]]]:
+        judges = self._judges(decides)
+        return [(one, one.detections(model)) for one, model in zip(judges, models, strict=True)]
+
+    def _judges(self, decides: Decision) -> list[Judge]:
+        quick = decides == "ranges"
+        return [fold.quick_judge if quick else fold.judge for fold in self._folds]
 
     def _distortions(self, table: CalibrationTable) -> Mapping[str, Distortion]:
         fold = self._folds[0]
