@@ -35,6 +35,7 @@ def collect(
     tensors: Sequence[str],
     *,
     threads: int | None = None,
+    copies: int = 1,
 ) -> dict[str, TensorStatistics]:
     """Run the images through a float graph and return the statistics of some of its tensors.
 
@@ -45,6 +46,7 @@ def collect(
         images: each what the graph's one input takes, as `images.calibration_batches` yields.
         tensors: names of float tensors: the graph's input or any node's output.
         threads: CPU threads; None for one a core.
+        copies: images in succession that are one in several forms, see `TensorStatistics.reaches`.
 
     Returns:
         The statistics by name, in the order of `tensors`.
@@ -59,7 +61,7 @@ def collect(
     session = _session(model, wanted, threads)
     source = session.get_inputs()[0].name
     run = runner(session, (name for name in wanted if name != source))
-    accumulators = {name: Accumulator(name) for name in wanted}
+    accumulators = {name: Accumulator(name, copies) for name in wanted}
     pending: Future[None] | None = None
     number = 0
     with ThreadPoolExecutor(1, thread_name_prefix="statistics") as worker:

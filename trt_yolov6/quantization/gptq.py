@@ -18,7 +18,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -53,6 +53,8 @@ _BLOCK = 64
 _SUMS_BYTES = 128 << 20
 
 _LEVELS = 127
+
+_Key = TypeVar("_Key")
 
 # Rows of so few weights, those of 3x3 depthwise convolutions, get the scale that suits rounding
 # best. It halves the error; of 16 to 96 weights it takes a tenth to a fifth away.
@@ -126,6 +128,7 @@ class _Job:
         self._count = 0
         self._sum: torch.Tensor | None = None
         self._products: list[torch.Tensor] = []
+        self._overlaps: _Overlaps | None = None
 
     @property
     def columns(self) -> int:
@@ -136,6 +139,7 @@ class _Job:
 
     @property
     def bytes(self) -> int:
+        """Memory for the sums of products, at most."""
         starts = range(0, self.columns, _TRIANGLE_ROWS)
         values = sum(min(_TRIANGLE_ROWS, self.columns - s) * (self.columns - s) for s in starts)
         return self._groups * values * (4 if self._reads_codes else 8)
@@ -147,12 +151,30 @@ class _Job:
         exact in float32 below 2^24, so that every processor finds the same.
         """
         for image in values:
-            places = self._places(image.astype(np.float32, copy=False))
-            if self._reads_codes:
-                places = (places / np.float32(self._unit)).round()
+            padded = self._padded(image)
+            rows, columns = self._outputs(padded)
+            # A step that shares no factor with the width would be better; odd ones mostly do.
+            step = max(1, rows * columns // _PLACES) | 1
+            place = torch.arange(0, rows * columns, step)
+            self._count += len(place)
+            if step == 1 and self._is_plain:
+                if self._overlaps is None:
+                    self._overlaps = _Overlaps(self._kernel, self._pads)
+                self._overlaps.add(self._codes(padded), rows, columns)
+                continue
+            places = self._codes(self._places(padded, place, columns))
             for part in torch.split(places, _EXACT_PLACES, dim=2):
                 self._add(part)
-            self._count += places.shape[2]
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether neighbouring outputs read windows of codes that overlap but for a row."""
+        alone = self._groups == 1 and not self.layer.transposed and self._reads_codes
+        steps = {*self._strides, *self._dilations}
+        return alone and steps == {1} and max(self._kernel) > 1
+
+    def _codes(self, values: torch.Tensor) -> torch.Tensor:
+        return (values / np.float32(self._unit)).round() if self._reads_codes else values
 
     def _add(self, part: torch.Tensor) -> None:
         """Add up (groups, columns, places), of the products one triangle in blocks of rows."""
@@ -170,14 +192,18 @@ class _Job:
 
     def _moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and covariance of the inputs, float64; the sums are gone then."""
-        assert self._sum is not None
-        mean = self._sum.double() * (self._unit / self._count)
-        covariance = torch.empty(self._groups, self.columns, self.columns, dtype=torch.float64)
+        covariance = torch.zeros(self._groups, self.columns, self.columns, dtype=torch.float64)
+        total = torch.zeros(self._groups, self.columns, dtype=torch.float64)
         for index, rows in enumerate(self._products):
             start, end = index * _TRIANGLE_ROWS, index * _TRIANGLE_ROWS + rows.shape[1]
             covariance[:, start:end, start:] = rows
             covariance[:, end:, start:end] = covariance[:, start:end, end:].transpose(1, 2)
-        self._sum, self._products = None, []
+        if self._sum is not None:
+            total += self._sum
+        if self._overlaps is not None:
+            self._overlaps.put(total[0], covariance[0])
+        self._sum, self._products, self._overlaps = None, [], None
+        mean = total * (self._unit / self._count)
         covariance *= self._unit**2 / self._count
         return mean, covariance.baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
 
@@ -210,22 +236,30 @@ class _Job:
         scale = self.layer.weights.scale
         return scale is not None and list(scale.dims) == [self._weight.shape[0]]
 
-    def _places(self, image: NDArray[np.float32]) -> torch.Tensor:
-        """Return (groups, columns, places) of the inputs of evenly spread output places."""
-        kernel, strides, dilations = self._kernel, self._strides, self._dilations
-        if self.layer.transposed:
-            kernel, strides, dilations = (1, 1), [1, 1], [1, 1]
+    def _padded(self, image: NDArray[np.float32]) -> torch.Tensor:
         top, left, bottom, right = self._pads
-        padded = F.pad(torch.from_numpy(image), (left, right, top, bottom))
-        rows, columns = (
+        values = torch.from_numpy(image.astype(np.float32, copy=False))
+        return F.pad(values, (left, right, top, bottom))
+
+    def _outputs(self, padded: torch.Tensor) -> tuple[int, int]:
+        """Return height and width of the map whose values each have a window of inputs."""
+        height, width = (
             (size - (taps - 1) * apart - 1) // stride + 1
-            for size, taps, stride, apart in zip(
-                padded.shape[1:], kernel, strides, dilations, strict=True
-            )
+            for size, taps, stride, apart in zip(padded.shape[1:], *self._window, strict=True)
         )
-        # A step that shares no factor with the width would be better still; odd ones mostly do.
-        place = torch.arange(0, rows * columns, max(1, rows * columns // _PLACES) | 1)
-        first = place // columns * (strides[0] * padded.shape[2]) + place % columns * strides[1]
+        return height, width
+
+    @property
+    def _window(self) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """Taps, strides and dilations; one input makes a block of a transposed one's outputs."""
+        if self.layer.transposed:
+            return (1, 1), (1, 1), (1, 1)
+        return self._kernel, self._strides, self._dilations
+
+    def _places(self, padded: torch.Tensor, place: torch.Tensor, width: int) -> torch.Tensor:
+        """Return (groups, columns, places) of the inputs of some places of a map."""
+        kernel, strides, dilations = self._window
+        first = place // width * (strides[0] * padded.shape[2]) + place % width * strides[1]
         found = torch.empty(len(padded), kernel[0] * kernel[1], len(place))
         for tap in range(kernel[0] * kernel[1]):
             row, column = divmod(tap, kernel[1])
@@ -244,6 +278,81 @@ class _Job:
         if not self.layer.transposed:
             return rows.reshape(self._weight.shape)
         return np.ascontiguousarray(np.swapaxes(rows, 1, 2)).reshape(self._weight.shape)
+
+
+class _Overlaps:
+    """Sums of products of codes over all windows of a map, where these overlap.
+
+    The sum for two taps is one over all pairs of values so far apart, whatever the taps, less the
+    pairs that no window has there: those of which the first lies in a few rows and columns at the
+    border. So 13 sums serve the 45 pairs of taps of a 3x3 window.
+    """
+
+    def __init__(self, kernel: tuple[int, int], pads: Sequence[int]) -> None:
+        """Take a kernel and its padding: top, left, bottom, right."""
+        self._taps = [(row, column) for row in range(kernel[0]) for column in range(kernel[1])]
+        self._kernel, self._pads = kernel, pads
+        self._sum = torch.zeros((), dtype=torch.int32)
+        self._apart: dict[tuple[int, int], torch.Tensor] = {}
+        self._missing: dict[int, torch.Tensor] = {}
+
+    def add(self, padded: torch.Tensor, height: int, width: int) -> None:
+        """Take in (channels, rows, columns) codes with their padding, for a map of some size."""
+        rows, columns = padded.shape[1:]
+        # With zeros after each row, values some rows and columns apart are as far apart in memory,
+        # and what lies beyond the map is zero.
+        spread, below = self._kernel[1] - 1, self._kernel[0]
+        line = columns + spread
+        flat = F.pad(padded, (0, spread, 0, below)).flatten(1)
+        self._sum = self._sum + torch.stack(
+            [padded[:, r : r + height, c : c + width].sum(dim=(1, 2)) for r, c in self._taps], dim=1
+        ).to(torch.int32)
+        for step in sorted({self._between(*pair) for pair in self._pairs}):
+            moved = step[0] * line + step[1]
+            for start in range(0, rows * line, _EXACT_PLACES):
+                end = min(start + _EXACT_PLACES, rows * line)
+                found = flat[:, start:end] @ flat[:, start + moved : end + moved].T
+                _added(self._apart, step, found)
+        place = torch.arange(rows)[:, None] * line + torch.arange(columns)
+        top, left, bottom, right = self._pads
+        inner = torch.zeros(rows, columns, dtype=torch.bool)
+        inner[top : rows - bottom, left : columns - right] = True
+        for index, (row, column) in enumerate(self._taps):
+            outside = inner.clone()
+            outside[row : row + height, column : column + width] = False
+            own = place[outside]
+            apart = [self._between(index, other) for other in range(index, len(self._taps))]
+            steps = torch.tensor([down * line + across for down, across in apart])
+            others = flat[:, own + steps[:, None]]
+            _added(self._missing, index, flat[:, own] @ others.flatten(0, 1).T)
+
+    def put(self, total: torch.Tensor, products: torch.Tensor) -> None:
+        """Add sums (channels x taps,) and sums of products of pairs of them, float64, in place."""
+        taps = len(self._taps)
+        total += self._sum.reshape(-1)
+        blocks = products.view(-1, taps, len(products) // taps, taps)
+        for index, other in self._pairs:
+            # (first channels, second ones, taps from the first on)
+            missing = self._missing[index].view(*blocks.shape[::2], taps - index)
+            found = self._apart[self._between(index, other)] - missing[..., other - index]
+            blocks[:, index, :, other] += found
+            if index != other:
+                blocks[:, other, :, index] += found.T
+
+    @property
+    def _pairs(self) -> list[tuple[int, int]]:
+        count = len(self._taps)
+        return [(index, other) for index in range(count) for other in range(index, count)]
+
+    def _between(self, index: int, other: int) -> tuple[int, int]:
+        """Return how many rows and columns a tap is after another, the first in memory."""
+        (row, column), (other_row, other_column) = self._taps[index], self._taps[other]
+        return other_row - row, other_column - column
+
+
+def _added(sums: dict[_Key, torch.Tensor], key: _Key, found: torch.Tensor) -> None:
+    whole = found.to(torch.int32)
+    sums[key] = sums[key].add_(whole) if key in sums else whole
 
 
 def rounded_rows(rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:

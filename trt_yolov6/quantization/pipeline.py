@@ -29,7 +29,6 @@ from trt_yolov6.quantization.collect import check_weights
 from trt_yolov6.quantization.judge import (
     ImageSplit,
     LabelledScore,
-    batches_of,
     images_to_build_from,
     split_images,
 )
@@ -38,6 +37,8 @@ from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.preparation import (
     FEWEST_IMAGES,
     Prepared,
+    copies_of,
+    inputs_of,
     method_of,
     prepare,
     variant_of,
@@ -116,7 +117,7 @@ def quantize(
     if table is not None:
         variant, sources = variant_of(table), images_to_build_from(folds)
         prepared = prepare(graph, sources, settings, variant, measure=False)
-        inputs = list(batches_of(graph, evenly(sources, FEWEST_IMAGES), settings.border))
+        inputs = list(inputs_of(graph, evenly(sources, FEWEST_IMAGES), settings.border))
         tuning = WeightTuning(prepared.model, inputs)
     else:
         found = Search(graph, folds, settings, key, score).run()
@@ -197,6 +198,7 @@ def _key(
             "float_layers": described(settings) + (", by AP" if by_ap else ""),
             "border": settings.border,
             "preprocessing": str(graph.preprocessing),
+            **({"mirrored": True} if copies_of(graph) > 1 else {}),
         },
     )
 

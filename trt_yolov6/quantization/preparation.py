@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
 from trt_yolov6.quantization.collect import collect
@@ -126,7 +127,7 @@ def prepare(
         measure: collect statistics.
         known: the plain graph's statistics on the same images, of what `equalize` wants to know
             and of what the plain variant quantizes, where they have been collected.
-        images: the paths' images as the graph takes them, where they have been read.
+        images: the paths' images as `inputs_of` gives them, where they have been read.
         form: the graph in that variant (`formed`), where it has been made of these images.
     """
     model = graph.model if form is None else form
@@ -135,8 +136,8 @@ def prepare(
     def measured(form: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
         if form is graph.model and known is not None:
             return {name: known[name] for name in dict.fromkeys(tensors)}
-        batches = batches_of(graph, paths, settings.border)
-        return collect(form, batches if images is None else images, tensors)
+        inputs = inputs_of(graph, paths, settings.border) if images is None else images
+        return collect(form, inputs, tensors, copies=copies_of(graph))
 
     if form is None and variant != "plain":
         model = formed(graph, variant, measured(model, tensors_to_measure(model)))
@@ -167,7 +168,7 @@ def plain_statistics(
     """Return the statistics that `prepare` takes as `known`: one pass serves all variants."""
     plain = graph.model
     wanted = (*tensors_to_measure(plain), *quantizable_tensors(plain, settings))
-    return collect(plain, images, wanted)
+    return collect(plain, images, wanted, copies=copies_of(graph))
 
 
 def quantizable_tensors(model: onnx.ModelProto, settings: QuantizationSettings) -> Sequence[str]:
@@ -213,7 +214,7 @@ class Fold:
     def inputs(self) -> list[NDArray[Any]]:
         """Images for quick statistics and for tuning weights."""
         paths = evenly(self.split.calibrate, FEWEST_IMAGES)
-        return list(batches_of(self._graph, paths, self._settings.border))
+        return list(inputs_of(self._graph, paths, self._settings.border))
 
     @cached_property
     def judge(self) -> Judge:
@@ -243,6 +244,28 @@ class Fold:
             return False
         self.prepared, self.tuning = self._known[variant]
         return True
+
+
+def copies_of(graph: Graph) -> int:
+    """Return how many times a graph is calibrated with each image: light ones twice.
+
+    Images that were not seen cost light networks most: their many equalized channels go beyond
+    their ranges. A mirrored image is one for them, and costs no more than a few seconds.
+    """
+    # In larger batches an image's copies would not follow each other.
+    alone = input_spec(graph.model).shape[0] in (None, 1)
+    return 2 if alone and images_to_compare(graph) == MOST_IMAGES else 1
+
+
+def inputs_of(graph: Graph, paths: Sequence[Path], border: int = 0) -> Iterator[NDArray[Any]]:
+    """Yield what calibrates a graph: its images, mirrored ones too where `copies_of` says so."""
+    mirrored = copies_of(graph) > 1
+    for images in batches_of(graph, paths, border):
+        yield images
+        if mirrored:
+            # (batch, 3, height, width) or, of uint8 pixels, (batch, height, width, 3)
+            width = 2 if images.dtype == np.uint8 else 3
+            yield np.ascontiguousarray(np.flip(images, width))
 
 
 def images_to_compare(graph: Graph) -> int:

@@ -60,6 +60,7 @@ from trt_yolov6.quantization.preparation import (
     Variant,
     formed,
     images_to_compare,
+    inputs_of,
     plain_statistics,
     prepare,
 )
@@ -212,7 +213,7 @@ class Search:
         if others:
             paths = images_to_build_from([fold.split for fold in self._folds])
             prepared = prepare(self._graph, paths, self._settings, variant)
-            inputs = batches_of(self._graph, paths, self._settings.border)
+            inputs = inputs_of(self._graph, paths, self._settings.border)
             tuning = WeightTuning(prepared.model, list(inputs))
         table = prepared.table(choice.method, self._key, self._quantized, choice.float_layers)
         weights = choice.weights

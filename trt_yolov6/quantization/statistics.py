@@ -66,8 +66,11 @@ class TensorStatistics:
 class Accumulator:
     """Builds the statistics of one tensor, a batch at a time, in constant memory."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, copies: int = 1) -> None:
+        """Take the tensor's name, and how many copies of each image come one after the other."""
         self.name = name
+        self._copies = copies
+        self._extremes: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
         self._amax = 0.0
         self._amin = math.inf
         self._exponent = _LEAST_EXPONENT
@@ -105,8 +108,12 @@ class Accumulator:
         if values.ndim >= 2:
             total = grouped.mean(axis=2).sum(axis=0, dtype=np.float64)
             self._channel_sum = total if self._channel_sum is None else self._channel_sum + total
-            for own_low, own_high in zip(lows, highs, strict=True):
-                self._take_extremes(own_low, own_high)
+            for own in zip(lows, highs, strict=True):
+                self._extremes.append(own)
+                if len(self._extremes) == self._copies:
+                    every_low, every_high = zip(*self._extremes, strict=True)
+                    self._take_extremes(np.minimum.reduce(every_low), np.maximum.reduce(every_high))
+                    self._extremes.clear()
         self._amax = max(self._amax, amax)
         self._amin = min(self._amin, float(low.min()))
         self._count_magnitudes(values)
