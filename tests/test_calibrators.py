@@ -87,6 +87,16 @@ def test_a_margin_repeats_the_step_by_which_one_image_went_beyond_the_others() -
     np.testing.assert_allclose(below, [0, 4.5])
 
 
+def test_copies_of_an_image_count_as_one_for_the_margin() -> None:
+    accumulator = Accumulator("x", copies=2)
+    for top, mirrored in ((2, 1), (1, 1), (1, 2), (3, 2.5)):
+        for each in (top, mirrored):
+            accumulator.add(np.array([[[0.0, each]]], np.float32))
+    reaches = accumulator.result().reaches
+    assert reaches is not None
+    np.testing.assert_allclose(reaches, [4.5, 0])
+
+
 def test_there_is_no_margin_where_images_reach_equally_far_or_one_is_all_there_is() -> None:
     image = samples("normal", 4000).reshape(1, 4, 1000)
     for many in (1, 2, 7):

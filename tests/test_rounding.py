@@ -104,6 +104,48 @@ def test_a_layers_output_comes_nearer(op: str, groups: int, kernel: int, stride:
     assert squared_error(model, adapted, unseen)[0] < squared_error(model, nearest, unseen)[0]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "pads"),
+    [
+        ((3, 3), (1, 1, 1, 1)),
+        ((3, 3), (0, 2, 1, 0)),
+        ((1, 5), (0, 0, 0, 0)),
+        ((5, 3), (4, 0, 3, 2)),
+    ],
+)
+def test_levels_follow_from_the_covariance_over_all_windows(
+    kernel: tuple[int, int], pads: tuple[int, int, int, int]
+) -> None:
+    generator = np.random.default_rng(0)
+    model = one_layer("Conv", 1, 3, 1)
+    node = model.graph.node[0]
+    next(item for item in node.attribute if item.name == "pads").ints[:] = pads
+    weight = generator.normal(size=(16, 8, *kernel)).astype(np.float32)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w"))
+    for size in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        size.dim_value = 40
+    images = [image.repeat(3, 2).repeat(3, 3)[..., :40, :40] for image in correlated_images(3, 0)]
+    nearest = quantized(model, images)
+    (before,), (after,) = (
+        quantized_layers(one) for one in (nearest, adapt_rounding(model, nearest, images))
+    )
+    assert before.activations is not None and before.activations.scale is not None
+    scale = float(numpy_helper.to_array(before.activations.scale).reshape(-1)[0])
+    top, left, bottom, right = pads
+    codes = np.clip(np.rint(np.concatenate(images) / scale), -127, 127).astype(np.float64)
+    padded = np.pad(codes, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    windows = torch.nn.functional.unfold(torch.from_numpy(padded), kernel)
+    inputs = windows.transpose(0, 1).flatten(1)
+    # Sums of whole numbers are exact, so that nothing depends on their order.
+    mean = inputs.sum(dim=1) * (scale / inputs.shape[1])
+    covariance = (inputs @ inputs.T) * (scale**2 / inputs.shape[1])
+    covariance = covariance[None].baddbmm_(mean[None, :, None], mean[None, None], alpha=-1)
+    rows = torch.from_numpy(weight.reshape(1, 16, -1).astype(np.float64))
+    steps = torch.from_numpy(before.scale.reshape(1, 16, -1)[:, :, :1].astype(np.float64))
+    wanted = rounded_rows(rows, steps, covariance).numpy().reshape(weight.shape)
+    np.testing.assert_array_equal(np.rint(after.weights.values() / after.scale), wanted)
+
+
 def test_a_depthwise_layers_few_weights_get_the_scale_that_suits_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
