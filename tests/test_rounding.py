@@ -129,7 +129,8 @@ def test_levels_follow_from_the_covariance_over_all_windows(
     (before,), (after,) = (
         quantized_layers(one) for one in (nearest, adapt_rounding(model, nearest, images))
     )
-    assert before.activations is not None and before.activations.scale is not None
+    assert before.activations is not None
+    assert before.activations.scale is not None
     scale = float(numpy_helper.to_array(before.activations.scale).reshape(-1)[0])
     top, left, bottom, right = pads
     codes = np.clip(np.rint(np.concatenate(images) / scale), -127, 127).astype(np.float64)
