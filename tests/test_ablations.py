@@ -609,8 +609,8 @@ def test_results_of_a_folder_are_scored_with_all_their_detections(
     ]
     assert row["images"]["value"] == pytest.approx(wanted[0] - wanted[1], abs=1e-6)
     assert row["images"]["high"] < 0
-    # A later call without them leaves all as it was; with another network of one of them, what needs
-    # the other's detections is unknown.
+    # A later call without them leaves all as it was. With another network of one of them, what
+    # needs the other's detections is unknown.
     later = tmp_path / "later"
     later.mkdir()
     (later / "ablations.json").write_text(json.dumps({"jobs": [], "calls": []}))
