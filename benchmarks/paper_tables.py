@@ -190,8 +190,8 @@ def how_ours_came_about() -> str:
 
 
 SCHEDULES = {
-    "YOLOv6-N, default recipe, the sample's epochs": "n-full",
-    "YOLOv6-S, default recipe, the sample's epochs": "s-full",
+    "YOLOv6-N, default recipe but for its epochs": "n-full",
+    "YOLOv6-S, default recipe but for its epochs": "s-full",
     "YOLOv6-N, default recipe": "n-default",
     "YOLOv6-S, default recipe": "s-default",
     "YOLOv6-N, as the tables compare it": "n",
@@ -762,10 +762,10 @@ def table_5() -> str:
 
 
 BESIDE = {
-    ("s-full", "n-full"): "S against N, the sample's 125 epochs at 640 pixels",
+    ("s-full", "n-full"): "S against N, 125 epochs at 640 pixels",
     ("s-default", "n-default"): "S against N, the default 300 epochs at 640 pixels",
-    ("n-default", "n-full"): "N, the default 300 epochs at 640 pixels against the sample's 125",
-    ("s-default", "s-full"): "S, the default 300 epochs at 640 pixels against the sample's 125",
+    ("n-default", "n-full"): "N, the default 300 epochs at 640 pixels against 125",
+    ("s-default", "s-full"): "S, the default 300 epochs at 640 pixels against 125",
     ("m-distilled", "m"): "M with M as its teacher against M without, 40 epochs",
     ("m-conv-relu-long", "m-long"): "M of Conv against M of RepConv, both with ReLU, 100 epochs",
     ("m-long", "m"): "M, 100 epochs against 40",
