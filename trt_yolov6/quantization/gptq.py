@@ -168,7 +168,7 @@ class _Job:
 
     @property
     def _is_plain(self) -> bool:
-        """Whether neighbouring outputs read windows of codes that overlap but for a row."""
+        """True if each next output reads a window of codes that is one value further."""
         alone = self._groups == 1 and not self.layer.transposed and self._reads_codes
         steps = {*self._strides, *self._dilations}
         return alone and steps == {1} and max(self._kernel) > 1
