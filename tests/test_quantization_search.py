@@ -28,7 +28,7 @@ from trt_yolov6.quantization.mixed_precision import (
     rankings_by_displacement,
 )
 from trt_yolov6.quantization.pipeline import calibrate, quantize
-from trt_yolov6.quantization.preparation import RANGE_BITS, Variant
+from trt_yolov6.quantization.preparation import RANGE_BITS, Variant, inputs_of
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.sensitivity import scores_alone
 from trt_yolov6.quantization.settings import check_settings
@@ -141,6 +141,24 @@ def test_the_simplest_is_taken_of_those_that_move_detections_nearly_as_little(
 def test_nothing_moves_in_the_float_graph(tiny: Graph, folder: Path) -> None:
     judge = Judge(tiny, sorted(folder.iterdir())[:2])
     assert judge.loss(tiny.model) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_thinned_judge_is_one_of_every_other_image(tiny: Graph, folder: Path) -> None:
+    paths = sorted(folder.iterdir())
+    model = calibrate(tiny, folder, MINMAX).with_float(())
+    whole, half = Judge(tiny, paths), Judge(tiny, paths[::2])
+    thinned = whole.thinned()
+    assert thinned.images == half.images == 10
+    assert thinned.loss(model) == half.loss(model) != whole.loss(model)
+    assert thinned.agreement(model) == half.agreement(model)
+
+
+def test_a_light_network_is_calibrated_with_mirrored_images_too(tiny: Graph, folder: Path) -> None:
+    paths = sorted(folder.iterdir())[:2]
+    image, mirrored, other, _ = inputs_of(tiny, paths)
+    assert not np.array_equal(image, image[..., ::-1])
+    np.testing.assert_array_equal(mirrored, image[..., ::-1])
+    np.testing.assert_array_equal(other, list(batches_of(tiny, paths))[1])
 
 
 def test_a_score_that_changes_counts_by_its_change(tiny: Graph, folder: Path) -> None:
