@@ -190,8 +190,8 @@ def how_ours_came_about() -> str:
 
 
 SCHEDULES = {
-    "YOLOv6-N, default recipe but for its epochs": "n-full",
-    "YOLOv6-S, default recipe but for its epochs": "s-full",
+    "YOLOv6-N, default recipe, 125 epochs": "n-full",
+    "YOLOv6-S, default recipe, 125 epochs": "s-full",
     "YOLOv6-N, default recipe": "n-default",
     "YOLOv6-S, default recipe": "s-default",
     "YOLOv6-N, as the tables compare it": "n",
