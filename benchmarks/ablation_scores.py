@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import re
 import statistics
 import tempfile
@@ -61,7 +62,13 @@ Scores = Mapping[tuple[str, str], Scored]
 """By variant and input."""
 
 
-def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) -> dict[str, Any]:
+def collect(
+    folders: Sequence[Path],
+    data: Path,
+    *,
+    limit: int | None = None,
+    earlier: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Score the results of one or several calls.
 
     Args:
@@ -69,13 +76,17 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
             unless all folds of its variant are in an earlier one and not in that.
         data: BCCD.
         limit: as for `write_folds`.
+        earlier: what `collect` returned before; variants that are in none of the folders are taken
+            from it. Their detections are not, so a difference between one of them and one of the
+            folders' has no interval over images.
     """
-    calls: list[dict[str, Any]] = []
+    earlier = {} if earlier is None else earlier
+    calls: list[dict[str, Any]] = list(earlier.get("calls", []))
     jobs: dict[tuple[str, int], dict[str, Any]] = {}
     found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
     for folder in folders:
         results = read_json(folder / "ablations.json")
-        calls += [call for call in results["calls"] if call not in calls]
+        calls += [call for call in map(_told, results["calls"]) if call not in calls]
         fresh = {(job["variant"], job["fold"]): job for job in results["jobs"]}
         for name in {name for name, _ in fresh}:
             if _is_whole(name, jobs) and not _is_whole(name, fresh):
@@ -110,24 +121,72 @@ def collect(folders: Sequence[Path], data: Path, *, limit: int | None = None) ->
                 tuple(by_fold),
                 together,
             )
+    kept = {
+        name: entry
+        for name, entry in earlier.get("variants", {}).items()
+        if name in VARIANTS and name not in whole
+    }
+    for name, entry in kept.items():
+        schedule = round(entry["epochs"] / VARIANTS[name].stretch)
+        for given, figures in entry["AP"].items():
+            scores[name, given] = Scored(
+                name, entry["image_size"], schedule, tuple(figures["by_fold"]), None
+            )
+    variants = kept | {name: _entry(name, own, scores) for name, own in whole.items()}
     means = {key: mean for key in scores if (mean := _mean(key, scores)) is not None}
+    found_means = {
+        name: {given: _figures(one) for (own, given), one in means.items() if own == name}
+        for name in dict.fromkeys(name for name, _ in means)
+    }
+    for name, own_means in found_means.items():
+        for given, figures in own_means.items():
+            _take_images(figures, earlier.get("means", {}).get(name, {}).get(given))
+    compared_pairs: dict[str, list[dict[str, Any]]] = {
+        "repeats": _compared_pairs([(again, name) for name, again in REPEATS.items()], scores, {}),
+        "pairs": _compared_pairs(PAIRS, scores, means),
+        "rep_optimizer": rep_optimizer_gains(scores, means),
+    }
+    for kind, own_rows in compared_pairs.items():
+        _take_rows(own_rows, earlier.get(kind, []))
+    tables = {number: _compared_rows(table, scores, means) for number, table in TABLES.items()}
+    for number, own_rows in tables.items():
+        _take_rows(own_rows, earlier.get("tables", {}).get(number, []))
+    classes = _compared_classes(truth, class_names, scores, means)
+    scored = {(row["variant"], row["base"]) for row in classes}
+    classes += [
+        row for row in earlier.get("classes", []) if (row["variant"], row["base"]) not in scored
+    ]
     return {
         "images": len(truth.images),
         "folds": FOLDS,
-        "calls": [_told(call) for call in calls],
-        "variants": {name: _entry(name, own, scores) for name, own in whole.items()},
-        "repeats": _compared_pairs([(again, name) for name, again in REPEATS.items()], scores, {}),
-        "means": {
-            name: {given: _figures(one) for (own, given), one in means.items() if own == name}
-            for name in dict.fromkeys(name for name, _ in means)
-        },
-        "tables": {
-            number: _compared_rows(table, scores, means) for number, table in TABLES.items()
-        },
-        "pairs": _compared_pairs(PAIRS, scores, means),
-        "rep_optimizer": rep_optimizer_gains(scores, means),
-        "classes": _compared_classes(truth, class_names, scores, means),
+        "calls": calls,
+        "variants": {name: variants[name] for name in VARIANTS if name in variants},
+        "repeats": compared_pairs["repeats"],
+        "means": found_means,
+        "tables": tables,
+        "pairs": compared_pairs["pairs"],
+        "rep_optimizer": compared_pairs["rep_optimizer"],
+        "classes": classes,
     }
+
+
+_NAMES = ("variant", "base", "network", "row")
+"""Fields by which a row of differences is known."""
+
+
+def _take_rows(rows: Iterable[dict[str, Any]], earlier: Iterable[Mapping[str, Any]]) -> None:
+    """Give rows of networks that are as before the interval over images that they had."""
+    known = {tuple(row.get(name) for name in _NAMES): row for row in earlier}
+    for row in rows:
+        _take_images(row, known.get(tuple(row.get(name) for name in _NAMES)))
+
+
+def _take_images(found: dict[str, Any], earlier: Mapping[str, Any] | None) -> None:
+    """Take the interval over images of what was scored before, if it was of the same networks."""
+    if found["images"] is None and earlier is not None:
+        values = (one["folds"]["value"] for one in (found, earlier))
+        if math.isclose(*values, rel_tol=0, abs_tol=1e-9):
+            found["images"] = earlier["images"]
 
 
 def _is_whole(name: str, jobs: Mapping[tuple[str, int], Any]) -> bool:
@@ -281,6 +340,11 @@ PAIRS = (
     ("s-default", "s-full"),
     ("s-default", "n-default"),
     ("l-by-kernel", "l-unclipped"),
+    ("m-long", "m"),
+    ("m-conv-relu-long", "m-long"),
+    ("l-wide-neck-long", "l-long"),
+    ("l-long", "l"),
+    ("l-distilled", "l"),
     ("l", "l-unclipped"),
     ("l", "l-by-kernel"),
 )

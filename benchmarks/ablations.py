@@ -5,8 +5,8 @@
 
 The first command trains what is missing, in order of importance, until all is done or the deadline
 is reached; given again, it goes on from where it was (a training writes its state every 25 s). The
-second scores what was found, all folds together, and compares variants; `python -m
-benchmarks.paper_tables` makes the tables of it.
+second scores what was found, all folds together, and compares variants; of variants that OUT does
+not hold, what stands in the file stays. `python -m benchmarks.paper_tables` makes tables of it.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ five trainings:
                                             a training   a variant of GPU time
   N, 60 epochs at 320 pixels                 35 to 60 s     30 s
   S, 60 epochs at 320 pixels                 45 to 65 s     40 s
-  M, 40 epochs at 320 pixels                 65 to 80 s     50 s
-  L, 40 epochs at 320 pixels                 70 to 95 s     60 s
-  L with a teacher                          85 to 105 s     70 s
+  M, 40 epochs at 320 pixels                60 to 115 s     60 s
+  L, 40 epochs at 320 pixels                70 to 170 s     80 s
+  L with a teacher                         100 to 130 s     80 s
   N, 300 epochs at 640 pixels, four               335 s    420 s
   S, 300 epochs, two, with one of N               350 s    620 s
   N or S, 125 epochs at 640 pixels                          175 or 260 s
@@ -62,9 +62,8 @@ five trainings:
   PTQ of S, six layers in float              20 to 55 s     10 to 25 s
   QAT of S                                   50 to 70 s     25 s
 A worker's first training takes 10 to 40 s longer; with other work on the GPU, everything twice the
-time. All tables of N, S and T took 1 600 s of a GPU before `train` used CUDA graphs; Table 13 takes
-270 s (`--only l l-distilled l-class-distilled l-both-distilled`), Table 3 120 s (`--only l
-l-wide-neck`), all of M 900 s, a guess. `--list` prints every variant. On a CPU only `--limit 10
+time. All tables of N, S and T took 1 600 s of a GPU before `train` used CUDA graphs; all of M, L
+and L-ReLU 470 s of four, 35 side by side. `--list` prints every variant. On a CPU only `--limit 10
 --epochs 1 --full-epochs 1 --large-epochs 1 --size 64 --full-size 64 --qat-epochs 1 --batch 4` comes
 to an end.
 
@@ -83,7 +82,8 @@ def main() -> None:
         for name, own in by_variant.items():
             print(f"{name:28s} {len(own)} x {own[0].seconds:5.0f} s")
     elif options.collect:
-        result = collect(options.collect, options.data, limit=options.limit)
+        earlier = read_json(options.json) if options.json.is_file() else None
+        result = collect(options.collect, options.data, limit=options.limit, earlier=earlier)
         write_json(options.json, result)
         print(summary(result))
     else:

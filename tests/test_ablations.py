@@ -473,8 +473,8 @@ def test_trainings_whose_loss_ended_high_are_named_with_the_table() -> None:
         "Of these 10 trainings 1 broke away: the loss ended more than a tenth above the median of "
         "the five folds (fold 1 of slender and deep: 2.20, not 1.90). "
     )
-    again = {"l": {"losses": [1.9, 2.0]}, "l-again": {"losses": [1.0, 1.0, 3.0]}}
-    assert "fold 2 of slender and deep, other seeds: 3.00" in broke_away(TABLES["3"], again)
+    again = {"n": {"losses": [1.9, 2.0]}, "n-again": {"losses": [1.0, 1.0, 3.0]}}
+    assert "fold 2 of TAL, other seeds: 3.00" in broke_away(TABLES["6"], again)
     assert broke_away(TABLES["3"], {"l": {"losses": [1.9, 2.0]}}) == ""
 
 
@@ -609,6 +609,19 @@ def test_results_of_a_folder_are_scored_with_all_their_detections(
     ]
     assert row["images"]["value"] == pytest.approx(wanted[0] - wanted[1], abs=1e-6)
     assert row["images"]["high"] < 0
+    # A later call without them leaves all as it was. With another network of one of them, what
+    # needs the other's detections is unknown.
+    later = tmp_path / "later"
+    later.mkdir()
+    (later / "ablations.json").write_text(json.dumps({"jobs": [], "calls": []}))
+    assert collect([later], source, earlier=found) == found
+    again = {**result, "variant": "n-poly", "AP": {"plain": 0.25}}
+    jobs = [again | {"fold": fold} for fold in range(FOLDS)]
+    (later / "ablations.json").write_text(json.dumps({"jobs": jobs, "calls": []}))
+    (row,) = collect([later], source, earlier=found)["tables"]["8"]
+    before = found["variants"]["n"]["AP"]["plain"]["folds"]["value"]
+    assert row["folds"]["value"] == pytest.approx(0.25 - before)
+    assert row["images"] is None
 
 
 def test_choices_that_inputs_are_named_after_exist() -> None:
