@@ -58,6 +58,7 @@ TENSORRT8_FORMS = {
     ("fp16", "authors"): "FP16, the authors' decoding",
     ("fp16", "ours"): "FP16",
     ("int8", "ptq"): "INT8",
+    ("int8", "one_term"): "INT8, shortcuts in half precision",
     ("int8+float6", "ptq"): "INT8, six layers in float",
     ("int8", "activated_first"): "INT8, scores before the concatenation",
     ("int8+float6", "by_time"): "INT8, six layers in float, weighed by time",
