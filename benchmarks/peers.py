@@ -7,13 +7,15 @@ TensorRT, for 80 classes and without NMS, its weights emptied (see `benchmarks.s
 speed does not depend on them. `load(path)` fills them. Each is checked in ONNX Runtime before it
 is written. The packages exclude one another, so make the names of one family in one environment:
 
-    yolov5-*           pip install yolov5
-    yolox-*            pip install yolox
-    yolov7*            pip install yolov7-wky-package
+    yolov5-*           pip install yolov5 "setuptools<81"
+    yolox-*            pip install --no-deps yolox; pip install torchvision loguru tabulate thop
+    yolov7*            pip install --no-deps yolov7-wky-package; pip install torchvision seaborn
     ppyoloe-*          pip install paddledet paddlepaddle==2.6.2 paddle2onnx==1.3.1
 
-All need onnx, onnxruntime, NumPy and this repository's root on PYTHONPATH. What differs from the
-original tools: YOLOX and YOLOv7 simplify their graphs after the export, which is left to TensorRT.
+The second and third ask for versions of onnx that Python 3.12 has no wheels for; what else a module
+misses, it names. PP-YOLOE's packages need Python 3.10. All need onnx, onnxruntime, NumPy and this
+repository's root on PYTHONPATH. What differs from the original tools: YOLOX and YOLOv7 simplify
+their graphs after the export, which is left to TensorRT.
 """
 
 from __future__ import annotations
@@ -117,8 +119,9 @@ def ppyoloe(peer: Peer, batch: int) -> onnx.ModelProto:
         A graph with `image` (batch, 3, size, size) and `scale_factor` (batch, 2), whose outputs
         are boxes (batch, anchors, 4) and scores (batch, 80, anchors).
     """
-    paddle = _package("paddle", "paddledet paddlepaddle==2.6.2 paddle2onnx==1.3.1")
+    # Before paddle: the other way round, importing it ends in a segmentation fault.
     _package("ppdet", "paddledet paddlepaddle==2.6.2 paddle2onnx==1.3.1")
+    paddle = _package("paddle", "paddledet paddlepaddle==2.6.2 paddle2onnx==1.3.1")
     modeling = import_module("ppdet.modeling")
     # Parameters are named by a count; start it again, so that every export has the same names.
     paddle.utils.unique_name.switch()

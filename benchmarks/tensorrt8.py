@@ -96,12 +96,14 @@ def make_graphs(folder: Path, networks: Sequence[str], batches: Sequence[int]) -
 
 def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     import onnx
+    import torch
 
     from benchmarks.authors_graph import authors_graph
     from benchmarks.gpu_graphs import as_graph, random_model, with_batch
     from trt_yolov6.data.calibration import calibration_images
     from trt_yolov6.graph.export import ExportSettings, export_onnx
     from trt_yolov6.graph.float16 import tail_nodes, to_fp16
+    from trt_yolov6.models.blocks import BottleRep
     from trt_yolov6.quantization.calibrators import group_amax
     from trt_yolov6.quantization.collect import collect
     from trt_yolov6.quantization.implicit import inner_tensors
@@ -116,6 +118,12 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
     few = name == FEW_CLASSES
     variant = name.removesuffix("-3classes").replace("-", "_")
     network = random_model(variant, 3) if few else random_model(variant)
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, BottleRep) and module.alpha is not None:
+            # Shortcuts' factors are 1 before training only.
+            with torch.no_grad():
+                module.alpha.copy_(0.8 + 0.4 * torch.rand(1, generator=generator))
     model = export_onnx(network, ExportSettings(), verify=False)
     half = to_fp16(model, keep_float32=tail_nodes(model))
     graph = dataclasses.replace(as_graph(model, name, 640, 1), precision="fp32")

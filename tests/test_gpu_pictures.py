@@ -259,6 +259,22 @@ def test_images_give_the_boxes_that_prepared_input_gives(engine: Engine, confide
     assert sum(recorded) > 0, "no run was recorded as a CUDA graph"
 
 
+def test_one_image_gives_its_boxes_wherever_it_lies(engine: Engine) -> None:
+    whole: Any = engine
+    nms, shown = NmsSettings(0.03), read_image(list_images(VAL)[0])
+    for turn, height in enumerate((480, 480, 640, 33, 480, 250)):
+        image = np.resize(np.roll(shown, 40 * turn, axis=1), (height, 640, 3))
+        array, locked = engine.empty_input(1), whole.empty_image(height, 640)
+        locked[:] = image
+        placed = [fill_row(array[0], image, engine.input, 0, engine.preprocessing)]
+        wanted = postprocess(engine.infer(array), engine.output_layout, nms, placed)
+        for one in (image, locked, image[:, ::-1].copy(), image):
+            run = engine.start_images([one], placed, nms, clip=True)
+            found = postprocess(run.wait(), engine.output_layout, nms, placed)
+            if (one == image).all():
+                assert_same(found, wanted)
+
+
 def test_batches_in_flight_do_not_disturb_each_other(engine: Engine) -> None:
     nms = NmsSettings(0.1)
     # Of three sizes: kernels are compiled for each, which takes seconds.

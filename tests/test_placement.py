@@ -252,17 +252,40 @@ class TestRules:
             graph.conv("after", graph.node(kind, [total], "act"), (8, 4))
             assert place(graph.model("after_out")).tensors == quantized
 
-    def test_a_shortcut_with_a_factor_reads_the_quantized_tensor(self) -> None:
+    @pytest.mark.parametrize("order", [1, -1])
+    @pytest.mark.parametrize(
+        ("activation", "is_quantized"), [("Relu", True), ("silu", True), ("HardSwish", False)]
+    )
+    def test_a_shortcut_with_a_factor_reads_the_quantized_tensor(
+        self, activation: str, is_quantized: bool, order: int
+    ) -> None:
         # As in the authors' BottleRep blocks: the tensor is quantized for the block's convolution.
         graph = GraphWriter()
         trunk = graph.conv_relu("trunk", "images", (3, 8))
-        branch = graph.conv_relu("branch", trunk, (8, 8))
-        factor = graph.constant("alpha", np.array(0.5, np.float32))
-        scaled = graph.node("Mul", [trunk, factor], "scaled")
-        graph.conv("after", graph.node("Add", [branch, scaled], "total"), (8, 4))
+        branch = graph.conv("branch", trunk, (8, 8))
+        if activation == "silu":
+            gate = graph.node("Sigmoid", [branch], "gate")
+            branch = graph.node("Mul", [gate, branch][::order], "act")
+        else:
+            branch = graph.node(activation, [branch], "act")
+        factor = graph.constant("alpha", np.array([0.5], np.float32))
+        scaled = graph.node("Mul", [trunk, factor][::order], "scaled")
+        total = graph.node("Add", [branch, scaled][::order], "total")
+        graph.conv("after", total, (8, 4))
         placement = place(graph.model("after_out"))
-        assert placement.tensors == ("images", "trunk_relu", "total")
+        expected = ("images", "trunk_relu", "act", "total")
+        assert placement.tensors == tuple(
+            name for name in expected if is_quantized or name != "act"
+        )
         assert placement.unquantized_reads == frozenset()
+
+    def test_a_shortcut_around_silu_without_a_factor_has_one_pair(self) -> None:
+        graph = GraphWriter()
+        trunk = graph.conv_relu("trunk", "images", (3, 8))
+        branch = graph.conv("branch", trunk, (8, 8))
+        branch = graph.node("Mul", [branch, graph.node("Sigmoid", [branch], "gate")], "act")
+        graph.conv("after", graph.node("Add", [branch, trunk], "total"), (8, 4))
+        assert place(graph.model("after_out")).tensors == ("images", "trunk_relu", "total")
 
     def test_squeeze_and_excitation_stays_in_float(self) -> None:
         graph = GraphWriter()

@@ -20,6 +20,7 @@ from trt_yolov6.engines.tensorrt.weakly_typed import (
     join_siblings,
     part_siblings,
     read_before_pairs,
+    scale_shortcuts,
     split_pools,
     subtract_borders,
     weak_graph,
@@ -253,6 +254,27 @@ def test_a_weighted_shortcut_reads_what_is_quantized(swapped: bool) -> None:
     (convolution,) = (node for node in result.graph.node if node.name == "inner")
     assert convolution.input[0] == start
     assert_same(model, result, rtol=0.7 * scale / 2 + 1e-6)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    ("factor", "both", "scaled"), [(0.7, True, True), (-0.7, True, False), (0.7, False, False)]
+)
+def test_a_positive_factor_of_a_shortcut_goes_into_a_scale(
+    factor: float, both: bool, scaled: bool, swapped: bool
+) -> None:
+    graph = GraphWriter()
+    start = graph.pair(graph.conv_relu("start", "images", (3, 4)), 0.05)
+    weight = graph.constant("weight", np.array([factor], np.float32))
+    shortcut = graph.node("Mul", [start, weight] if swapped else [weight, start], "shortcut")
+    inner = graph.conv_relu("inner", start, (4, 4))
+    terms = [graph.pair(inner, 0.03) if both else inner, shortcut]
+    model = graph.model(graph.node("Add", terms[::-1] if swapped else terms, "out"))
+    result = copy(model)
+    scale_shortcuts(result)
+    assert kinds(result)["Mul"] == kinds(model)["Mul"] - scaled
+    assert kinds(result)["DequantizeLinear"] == kinds(model)["DequantizeLinear"] + scaled
+    assert_same(model, result, rtol=1e-6)
 
 
 class TestSiblings:

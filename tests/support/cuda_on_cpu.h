@@ -26,18 +26,19 @@ struct float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace on_cpu {
-enum State { READY, AT_WARP, AT_BLOCK, AT_SOME, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, DONE };
 struct Thread {
     ucontext_t start;
     jmp_buf here;
     bool started;
     State state;
-    unsigned operations;
+    unsigned operations, barriers;
     std::vector<char> stack;
 };
 static std::vector<Thread> threads;
 static std::vector<unsigned> slots[2];
-static unsigned current, some;
+static unsigned current;
+static bool any[3];
 static jmp_buf scheduler;
 static void (*body)();
 static std::mt19937 shuffler;
@@ -73,6 +74,7 @@ inline const unsigned* exchange(unsigned value) {
 // Runs a block; returns whether all of its threads came to the end.
 inline bool run_block(unsigned count, void (*function)()) {
     body = function;
+    any[0] = false;
     threads.resize(count);
     for (auto& slot : slots) slot.resize(count);
     for (Thread& thread : threads) {
@@ -83,7 +85,7 @@ inline bool run_block(unsigned count, void (*function)()) {
         makecontext(&thread.start, (void (*)())enter, 0);
         thread.started = false;
         thread.state = READY;
-        thread.operations = 0;
+        thread.operations = thread.barriers = 0;
     }
     std::vector<unsigned> warps(count / 32);
     for (unsigned warp = 0; warp < warps.size(); ++warp) warps[warp] = warp;
@@ -110,16 +112,10 @@ inline bool run_block(unsigned count, void (*function)()) {
                 }
             }
         }
-        unsigned blocked = 0, done = 0, waiting = 0;
+        unsigned blocked = 0, done = 0;
         for (Thread& thread : threads) {
             blocked += thread.state == AT_BLOCK;
             done += thread.state == DONE;
-            waiting += thread.state == AT_SOME;
-        }
-        if (waiting && waiting == some) {
-            for (Thread& thread : threads)
-                if (thread.state == AT_SOME) thread.state = READY;
-            continue;
         }
         if (done == count) return true;
         if (blocked + done == count) {
@@ -139,9 +135,13 @@ static ThreadIndex threadIdx;
 static Dim blockIdx;
 
 inline void __syncthreads() { on_cpu::pause(on_cpu::AT_BLOCK); }
-inline void sync_threads(unsigned count) {
-    on_cpu::some = count;
-    on_cpu::pause(on_cpu::AT_SOME);
+// A barrier that says whether some thread came with a vote; the next one's answer is prepared before anyone comes there.
+inline bool __syncthreads_or(bool vote) {
+    const unsigned turn = on_cpu::threads[on_cpu::current].barriers++;
+    on_cpu::any[(turn + 1) % 3] = false;
+    on_cpu::any[turn % 3] |= vote;
+    on_cpu::pause(on_cpu::AT_BLOCK);
+    return on_cpu::any[turn % 3];
 }
 inline void __syncwarp() { on_cpu::exchange(0); }
 inline unsigned __ballot_sync(unsigned, bool vote) {
@@ -160,9 +160,10 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
     *address += value;
     return before;
 }
-inline void atomicOr(unsigned* address, unsigned value) { *address |= value; }
+template <class Bits> void atomicOr(Bits* address, Bits value) { *address |= value; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(unsigned value) { return __builtin_ffs(value); }
+inline int __ffsll(unsigned long long value) { return __builtin_ffsll(value); }
 inline int __clzll(unsigned long long value) { return value ? __builtin_clzll(value) : 64; }
 inline unsigned __float_as_uint(float value) {
     unsigned bits;

@@ -76,9 +76,9 @@ extern "C" int run(const Arguments* arguments, unsigned batch, unsigned seed) {
             blockIdx = {part, image, 0};
             if (!on_cpu::run_block(THREADS, rank_block)) return 3;
         }
-        for (unsigned word = 0; word < CHUNK / 32; ++word)
-            for (unsigned part = 0; part < CHUNK / COMPARE_THREADS; ++part) {
-                blockIdx = {word, part, image};
+        for (unsigned x = 0; x < (CHUNK + COMPARE_THREADS) / 32; ++x)
+            for (unsigned y = 0; y < CHUNK / COMPARE_THREADS / 2; ++y) {
+                blockIdx = {x, y, image};
                 if (!on_cpu::run_block(COMPARE_THREADS, compare_block)) return 4;
             }
     }
@@ -156,7 +156,7 @@ def _library(defines: Sequence[str]) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="suppression-"))
     small = (
         *("LOG_THREADS=7", "THREADS=128", "TILE=64", "FIND_THREADS=64", "FIND_EACH=4"),
-        *("RANK_BLOCKS=4", "COMPARE_THREADS=64", "GROUPS=2"),
+        *("RANK_BLOCKS=4", "COMPARE_THREADS=64", "AT_HAND=2"),
     )
     macros = (f"MAX_KEPT={MAX_KEPT}", *small, *defines)
     program, library = folder / "kernels.cpp", folder / "kernels.so"

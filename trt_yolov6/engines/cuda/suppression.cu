@@ -36,14 +36,12 @@ typedef unsigned long long u64;
 
 #ifndef RANK_BLOCKS  // the tests have fewer
 #define RANK_BLOCKS 16
-#define COMPARE_THREADS 256
-#define GROUPS 4
+#define COMPARE_THREADS 128
+#define AT_HAND 8
 #endif
 #define RANKS (CHUNK / RANK_BLOCKS)
 #define MOST_OF_RANK 256
 #define AT_ONCE 8
-#define ROWS (THREADS / GROUPS)
-#define PARTS (ROWS / 32)
 
 // --- outputs ---------------------------------------------------------------------------------------------------------
 
@@ -56,8 +54,6 @@ __device__ __forceinline__ float of_half(unsigned short bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
-// A barrier of the first threads of a block.
-__device__ __forceinline__ void sync_threads(u32 threads) { asm volatile("barrier.sync 1, %0;" :: "r"(threads) : "memory"); }
 #endif
 
 #ifdef HALF_SCORES
@@ -306,17 +302,6 @@ __device__ void mark(Kept& kept, u32 index, float4 box, Threshold threshold, u32
         atomicOr(&kept.near[index / 32][GRID * row + column], 1u << index % 32);
 }
 
-// Says of two boxes whether their IoU exceeds the threshold, and whether float32 cannot tell.
-__device__ __forceinline__ void overlap_in_float(
-    float4 a, float area_a, float4 b, float area_b, Threshold threshold, bool* does, bool* may)
-{
-    const float width = fminf(a.z, b.z) - fmaxf(a.x, b.x), height = fminf(a.w, b.w) - fmaxf(a.y, b.y);
-    const float shared = width * height, united = area_a + area_b - shared;
-    const bool can = width > 0 && height > 0, is_right = united > 1e-30f && united < 1e30f;
-    *does = can && is_right && shared > threshold.high * united && !(shared < threshold.low * united);
-    *may = can && !*does && !(is_right && shared < threshold.low * united);
-}
-
 // Returns whether the IoU of two boxes exceeds the threshold.
 __device__ __forceinline__ bool overlap(float4 a, float area_a, float4 b, float area_b, Threshold threshold) {
     float width = fminf(a.z, b.z) - fmaxf(a.x, b.x), height = fminf(a.w, b.w) - fmaxf(a.y, b.y);
@@ -475,12 +460,13 @@ __device__ u32 drop_suppressed(
 
 // --- the best candidates of few images, by many blocks ------------------------------------------------------------------
 
-// The best candidates of an image, in order. Bit b of better[w][i] says that candidate 32 w + b is better than the i-th
-// and overlaps it. Of none, `suppress` sorts them itself.
+// The best candidates of an image, in order. Bit w of words[i] says that some of the candidates from 32 w on are better
+// than the i-th and overlap it; bit b of better[w][i], which is undefined otherwise, that candidate 32 w + b is one of
+// them. Of none, `suppress` sorts them itself.
 struct Ranked {
     u32 count, unused[3];
     float4 box[CHUNK];
-    u64 key[CHUNK];
+    u64 key[CHUNK], words[CHUNK];
     u32 better[CHUNK / 32][CHUNK];
 };
 
@@ -551,22 +537,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank(
         for (u32 other = place - begin; other < last; ++other) place += list[other] < key;
         if (place >= CHUNK) continue;
         ranked.key[place] = key;
+        ranked.words[place] = 0;
         ranked.box[place] = corners(outputs, read_box(outputs, image, (u32)key / CLASSES), (u32)key / CLASSES);
     }
 }
 
-// Grid: (CHUNK / 32, CHUNK / COMPARE_THREADS, images).
+// Returns a part of a box's area such that no two boxes that share less than the sum of theirs overlap; NaN where float32
+// does not tell.
+__device__ __forceinline__ float part_of(float area, float low) {
+    return area > 1e-30f && area < 1e30f ? low / (1 + low) * area : __uint_as_float(0x7fffffff);
+}
+
+// Grid: ((CHUNK + COMPARE_THREADS) / 32, CHUNK / COMPARE_THREADS / 2, images). A block compares COMPARE_THREADS candidates
+// with 32 better ones; the y-th row of blocks has the y-th such group from the start, and the y-th from the end.
 extern "C" __global__ void __launch_bounds__(COMPARE_THREADS) compare(
     double iou, float low, float high, float reach, Ranked* all_ranked)
 {
     __shared__ float4 boxes[32];
-    __shared__ float areas[32];
+    __shared__ float parts[32];
     __shared__ u32 labels[32];
     const Threshold threshold = {low, high, reach, iou};
     Ranked& ranked = all_ranked[blockIdx.z];
-    const u32 thread = threadIdx.x, word = blockIdx.x, begin = blockIdx.y * COMPARE_THREADS, row = begin + thread;
+    const u32 split = (blockIdx.y + 1) * (COMPARE_THREADS / 32), is_first = blockIdx.x < split, thread = threadIdx.x;
+    const u32 word = is_first ? blockIdx.x : blockIdx.x - split;
+    const u32 group = is_first ? blockIdx.y : CHUNK / COMPARE_THREADS - 1 - blockIdx.y;
+    const u32 begin = group * COMPARE_THREADS, row = begin + thread;
     LET_NEXT_BEGIN();
-    if (32 * word >= begin + COMPARE_THREADS) return;
     WAIT_FOR_LAST();
     // Read together with their number: one way to memory instead of two.
     const float4 box = ranked.box[row];
@@ -574,134 +570,119 @@ extern "C" __global__ void __launch_bounds__(COMPARE_THREADS) compare(
     if (thread < 32) {
         const float4 one = ranked.box[32 * word + thread];
         boxes[thread] = one;
-        areas[thread] = (one.z - one.x) * (one.w - one.y);
+        parts[thread] = part_of((one.z - one.x) * (one.w - one.y), low);
         labels[thread] = (u32)ranked.key[32 * word + thread] % CLASSES;
     }
     if (begin >= ranked.count) return;
     __syncthreads();
-    const float area = (box.z - box.x) * (box.w - box.y);
-    u32 better = 0, doubtful = 0;
-#pragma unroll 8
+    const float area = (box.z - box.x) * (box.w - box.y), part = part_of(area, low);
+    u32 near = 0, better = 0;
+#pragma unroll 16
     for (u32 k = 0; k < 32; ++k) {
-        bool does, may;
-        overlap_in_float(box, area, boxes[k], areas[k], threshold, &does, &may);
-        better |= (u32)(does && label == labels[k]) << k;
-        doubtful |= (u32)(may && label == labels[k]) << k;
+        const float4 one = boxes[k];
+        const float width = fmaxf(fminf(box.z, one.z) - fmaxf(box.x, one.x), 0);
+        const float height = fminf(box.w, one.w) - fmaxf(box.y, one.y);
+        near |= (u32)!(width * height < part + parts[k]) << k;
     }
-    const u32 before = row <= 32 * word ? 0 : row >= 32 * word + 32 ? ALL : (1u << (row - 32 * word)) - 1;
-    for (u32 bits = doubtful & before; bits; bits &= bits - 1) {
-        const u32 k = __ffs(bits) - 1;
-        if (overlap(box, area, boxes[k], areas[k], threshold)) better |= 1u << k;
+    if (row < 32 * word + 32) near &= row <= 32 * word ? 0 : (1u << (row - 32 * word)) - 1;
+    for (; near; near &= near - 1) {
+        const u32 k = __ffs(near) - 1;
+        const float4 one = boxes[k];
+        if (label == labels[k] && overlap(box, area, one, (one.z - one.x) * (one.w - one.y), threshold)) better |= 1u << k;
     }
-    ranked.better[word][row] = better & before;
+    if (!better) return;
+    ranked.better[word][row] = better;
+    atomicOr(&ranked.words[row], 1ull << word);
 }
 
-// A candidate, and what overlaps it: of its own rows (see `keep_ranked`) and of the rows before.
+// A candidate that is not decided on, and AT_HAND of the words of those that are better and overlap it.
 struct Row {
-    float4 box;
-    u64 key;
-    u32 own[PARTS], last[PARTS];
+    u64 words;  // the next ones
+    u32 better[AT_HAND], word[AT_HAND];
 };
 
-__device__ __forceinline__ void load(Row& row, const Ranked& ranked, u32 first, u32 place) {
-    row.box = ranked.box[place];
-    row.key = ranked.key[place];
+__device__ __forceinline__ void load(Row& row, const Ranked& ranked, u32 place) {
 #pragma unroll
-    for (u32 k = 0; k < PARTS; ++k) {
-        row.own[k] = ranked.better[first + k][place];
-        row.last[k] = first ? ranked.better[first - PARTS + k][place] : 0;
+    for (u32 k = 0; k < AT_HAND; ++k) {
+        row.word[k] = row.words ? __ffsll(row.words) - 1 : 0;
+        row.better[k] = row.words ? ranked.better[row.word[k]][place] : 0;
+        row.words &= row.words - 1;
     }
+}
+
+// Says of a warp's candidates whether they are not decided on, and whether they are kept.
+__device__ __forceinline__ void publish(volatile u64* state, bool is_open, bool is_kept) {
+    const u32 opens = __ballot_sync(ALL, is_open), keeps = __ballot_sync(ALL, is_kept);
+    if (threadIdx.x % 32 == 0) *state = (u64)keeps << 32 | opens;
 }
 
 // Keeps those of the best candidates that no kept one suppresses; returns how many, at most `limit`.
 //
-// They are decided on in rows of ROWS, a thread each, which reads the next one meanwhile. The other threads compare the
-// next rows with those kept before.
-__device__ u32 keep_ranked(const Ranked& ranked, u32 limit, Kept& kept) {
-    __shared__ u32 keeps[CHUNK / 32], open[2][PARTS], out[2][PARTS], decided;
-    const u32 thread = threadIdx.x, lane = thread % 32, word = thread % ROWS / 32, group = thread / ROWS;
-    Row row = {}, next = {};
-    if (group == 0) load(row, ranked, 0, thread);  // together with their number
-    const u32 count = ranked.count;
-    u32 total = 0, turn = 0;
-    if (thread < PARTS) out[0][thread] = out[1][thread] = 0;
-    if (thread == 0) decided = 0;
-    for (u32 first = 0;; first += PARTS, row = next) {
-        const u32 place = 32 * first + thread % ROWS, later = place + ROWS, side = first / PARTS % 2;
-        __syncthreads();
-        if (32 * first >= count || decided >= limit) break;
-        if (group > 0) {
-            u32 hits = 0;
-            if (later < count)
+// All are decided on at the same time, two a thread. One is kept as soon as all better ones that overlap it are known to be
+// suppressed, and suppressed as soon as one of them is kept; warps take turns at nothing but a barrier.
+__device__ u32 keep_ranked(const Ranked& ranked, u32 limit, Kept& kept, u32* totals) {
+    __shared__ volatile u64 state[CHUNK / 32];  // of 32 candidates each, see `publish`
+    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    Row rows[2];
+    float4 boxes[2];
+    bool is_open[2], is_kept[2];
 #pragma unroll
-                for (u32 k = 0; k < (CHUNK / 32 - PARTS + GROUPS - 2) / (GROUPS - 1); ++k) {
-                    const u32 one = group - 1 + k * (GROUPS - 1);
-                    if (one < first) hits |= ranked.better[one][later] & keeps[one];
-                }
-            const u32 hit = __ballot_sync(ALL, hits != 0);
-            if (lane == 0 && hit) atomicOr(&out[side ^ 1][word], hit);
-            continue;
-        }
-        if (later < count) load(next, ranked, first + PARTS, later);
-        u32 hits = out[side][word] >> lane & 1, by_open = 0;
-        __syncwarp();
-        if (lane == 0) out[side][word] = 0;
-        u32 mine = 0;  // those of the warp's 32 that overlap this one
-#pragma unroll
-        for (u32 k = 0; k < PARTS; ++k) {
-            if (first) hits |= row.last[k] & keeps[first - PARTS + k];
-            if (k < word) by_open |= row.own[k];
-            if (k == word) mine = row.own[k];
-        }
-        bool is_kept = false, is_open = place < count && !hits
-            && fabsf(row.box.x) <= 3.402823466e38f && fabsf(row.box.y) <= 3.402823466e38f
-            && fabsf(row.box.z) <= 3.402823466e38f && fabsf(row.box.w) <= 3.402823466e38f;
-        // One is kept as soon as all better ones that overlap it are known to be suppressed: first among a warp's 32, until
-        // none is left that waits for none of another warp.
-        for (u32 any = 1; any; turn ^= 1) {
-            u32 opens;
-            for (;;) {
-                opens = __ballot_sync(ALL, is_open);
-                const bool is_best = is_open && !by_open && !(mine & opens);
-                const u32 best = __ballot_sync(ALL, is_best);
-                if (!best) break;
-                is_kept = is_kept || is_best;
-                is_open = is_open && !is_best && !(mine & best);
-            }
-            const u32 keeping = __ballot_sync(ALL, is_kept);
-            if (lane == 0) {
-                open[turn][word] = opens;
-                keeps[first + word] = keeping;
-            }
-            sync_threads(ROWS);
-            any = by_open = 0;
-            u32 by_kept = 0;
-#pragma unroll
-            for (u32 k = 0; k < PARTS; ++k) {
-                any |= open[turn][k];
-                if (k < word) {
-                    by_open |= row.own[k] & open[turn][k];
-                    by_kept |= row.own[k] & keeps[first + k];
-                }
-            }
-            is_open = is_open && !by_kept;
-        }
-        u32 to = total + __popc(keeps[first + word] & ((1u << lane) - 1));
-#pragma unroll
-        for (u32 k = 0; k < PARTS; ++k) {
-            const u32 number = __popc(keeps[first + k]);
-            to += k < word ? number : 0;
-            total += number;
-        }
-        if (is_kept && to < limit) {
-            kept.box[to] = row.box;
-            kept.area[to] = (row.box.z - row.box.x) * (row.box.w - row.box.y);
-            kept.score[to] = __uint_as_float(ALL - (u32)(row.key >> 32));
-            kept.label[to] = (u32)row.key % CLASSES;
-        }
-        if (thread == 0) decided = total;
+    for (u32 k = 0; k < 2; ++k) {  // together with their number
+        boxes[k] = ranked.box[thread + k * THREADS];
+        rows[k].words = ranked.words[thread + k * THREADS];
     }
-    return decided < limit ? decided : limit;
+    const u32 count = ranked.count;
+#pragma unroll
+    for (u32 k = 0; k < 2; ++k) {
+        const float4 box = boxes[k];
+        is_open[k] = thread + k * THREADS < count
+            && fabsf(box.x) <= 3.402823466e38f && fabsf(box.y) <= 3.402823466e38f
+            && fabsf(box.z) <= 3.402823466e38f && fabsf(box.w) <= 3.402823466e38f;
+        is_kept[k] = is_open[k] && !rows[k].words;
+        is_open[k] = is_open[k] && !is_kept[k];
+        if (is_open[k]) load(rows[k], ranked, thread + k * THREADS);
+        publish(state + warp + k * WARPS, is_open[k], is_kept[k]);
+    }
+    while (__syncthreads_or(is_open[0] || is_open[1])) {
+#pragma unroll
+        for (u32 k = 0; k < 2; ++k) {
+            while (is_open[k]) {
+                u32 open = 0, keeping = 0;
+#pragma unroll
+                for (u32 j = 0; j < AT_HAND; ++j) {
+                    u32& better = rows[k].better[j];
+                    const u64 now = better ? state[rows[k].word[j]] : 0;
+                    keeping |= (u32)(now >> 32) & better;
+                    open |= better &= (u32)now;  // the suppressed ones do not matter any more
+                }
+                if (keeping) is_open[k] = false;
+                else if (open) break;
+                else if (rows[k].words) load(rows[k], ranked, thread + k * THREADS);
+                else {
+                    is_open[k] = false;
+                    is_kept[k] = true;
+                }
+            }
+            publish(state + warp + k * WARPS, is_open[k], is_kept[k]);
+        }
+    }
+    u32 mine[2], all;
+#pragma unroll
+    for (u32 k = 0; k < 2; ++k) mine[k] = state[warp + k * WARPS] >> 32;
+    const u32 before = sum_before(__popc(mine[1]) << 16 | __popc(mine[0]), totals, &all);
+    const u32 first[2] = {before & 0xffff, (all & 0xffff) + (before >> 16)}, total = (all & 0xffff) + (all >> 16);
+#pragma unroll
+    for (u32 k = 0; k < 2; ++k) {
+        const u32 to = first[k] + __popc(mine[k] & ((1u << lane) - 1));
+        if (!is_kept[k] || to >= limit) continue;
+        const u64 key = ranked.key[thread + k * THREADS];
+        kept.box[to] = boxes[k];
+        kept.area[to] = (boxes[k].z - boxes[k].x) * (boxes[k].w - boxes[k].y);
+        kept.score[to] = __uint_as_float(ALL - (u32)(key >> 32));
+        kept.label[to] = (u32)key % CLASSES;
+    }
+    __syncthreads();
+    return total < limit ? total : limit;
 }
 
 // Grid: (images). With `ranked`, the best candidates have been compared. With `pictures`, boxes are mapped to them; with
@@ -731,7 +712,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) suppress(
     u32 total = 0, seen = 0;
     bool is_crowded = false;  // kept boxes suppressed most of the last tile
     if (ranked) {
-        total = keep_ranked(ranked[image], limit, kept);
+        total = keep_ranked(ranked[image], limit, kept, totals);
         seen = ranked[image].count;
         is_crowded = 2 * total <= seen;
         if (seen && seen < count && total < limit) {

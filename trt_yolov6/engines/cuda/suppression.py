@@ -42,9 +42,9 @@ RANKED_ROWS = 4
 """Images of a batch whose best candidates many blocks compare, not one each."""
 
 _CHUNK = 2 * _THREADS
-_RANK_BLOCKS, _COMPARE_THREADS = 16, 256
+_RANK_BLOCKS, _COMPARE_THREADS = 16, 128
 """`RANK_BLOCKS` and `COMPARE_THREADS` of the kernels."""
-_RANKED_BYTES = 16 + (16 + 8) * _CHUNK + 4 * _CHUNK * (_CHUNK // 32)
+_RANKED_BYTES = 16 + (16 + 8 + 8) * _CHUNK + 4 * _CHUNK * (_CHUNK // 32)
 """Bytes of a `Ranked` of the kernels."""
 
 _FOUND_BY_BLOCK = 256 * 8
@@ -206,7 +206,7 @@ class Suppression:
             self._kernels.launch(
                 stream,
                 "compare",
-                (_CHUNK // 32, _CHUNK // _COMPARE_THREADS, batch),
+                ((_CHUNK + _COMPARE_THREADS) // 32, _CHUNK // _COMPARE_THREADS // 2, batch),
                 (_COMPARE_THREADS, 1, 1),
                 _COMPARE_TYPES,
                 (nms.iou, low, high, reach, ranked),

@@ -13,9 +13,9 @@ usual form (seen in 8.6.0 on an H100):
   pixel (the borders of shifted channels) ends in `x == y || x == 1 || y == 1`; a subtraction of its
   negative takes its place (not built on a GPU yet).
 - A multiplication of a dequantized tensor by one number (the shortcuts of L) ends in
-  `chooseHigherPrecision: Assertion`, also as a division, with the number in the scale, or with both
-  terms of the sum dequantized. It reads what the pair quantizes instead, so the shortcut is not
-  rounded to INT8.
+  `chooseHigherPrecision: Assertion`. Where the product is added to another dequantized tensor, the
+  number goes into the scale of a DequantizeLinear of its own; else it reads what the pair quantizes
+  instead, so the shortcut is not rounded to INT8.
 - Convolutions that read one tensor are merged, those with no activation fused to them and those
   with ReLU whose results are only quantized; in INT8 that ends in the same assertion. Without an
   activation they are one convolution and a Split here. With ReLU (the two paths of M's and
@@ -104,6 +104,7 @@ def weak_graph(content: bytes) -> WeakGraph:
     if quantized:
         drop_idle_pairs(model)
         give_transposed_float_weights(model)
+        scale_shortcuts(model)
         read_before_pairs(model)
         divide_channels(model)
         subtract_borders(model)
@@ -238,6 +239,50 @@ def give_transposed_float_weights(model: onnx.ModelProto) -> None:
         values = layer.weights.values()
         layer.node.input[1] = graph.constant(f"{layer.output}/float_weight", values)
     graph.write()
+
+
+def scale_shortcuts(model: onnx.ModelProto) -> None:
+    """Dequantize by a scale with the factor in it where a dequantized tensor is multiplied by one.
+
+    That is where the product is added to another dequantized tensor, and the factor is above 0, as
+    a scale has to be.
+    """
+    graph = _Graph(model)
+    for node in graph.nodes:
+        if node.op_type != "Mul" or len(node.input) != 2:
+            continue
+        for name, other in (node.input, reversed(node.input)):
+            factor, pair = graph.value(name), graph.producer(other)
+            if (
+                factor is None
+                or factor.size != 1
+                or factor.item() <= 0
+                or pair is None
+                or pair.op_type != "DequantizeLinear"
+                or not _added_to_dequantized(graph, node)
+            ):
+                continue
+            scale = graph.value(pair.input[1])
+            if scale is not None and scale.size == 1:
+                product = graph.constant(f"{node.output[0]}/scale", scale * factor.item())
+                node.input[:] = [pair.input[0], product, *pair.input[2:]]
+                node.op_type = "DequantizeLinear"
+                break
+    graph.write()
+
+
+def _added_to_dequantized(graph: _Graph, node: onnx.NodeProto) -> bool:
+    """Return whether all that read a node's output are additions to dequantized tensors."""
+    readers = graph.readers(node.output[0])
+    others = [
+        graph.producer(name)
+        for reader in readers
+        for name in reader.input
+        if name != node.output[0]
+    ]
+    return {reader.op_type for reader in readers} == {"Add"} and all(
+        other is not None and other.op_type == "DequantizeLinear" for other in others
+    )
 
 
 def read_before_pairs(model: onnx.ModelProto) -> None:
