@@ -139,7 +139,7 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        """Memory for the sums of products, at most."""
+        """Memory for the sums of products, a third less than `_Overlaps` takes."""
         starts = range(0, self.columns, _TRIANGLE_ROWS)
         values = sum(min(_TRIANGLE_ROWS, self.columns - s) * (self.columns - s) for s in starts)
         return self._groups * values * (4 if self._reads_codes else 8)
