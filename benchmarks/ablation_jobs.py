@@ -317,9 +317,7 @@ def _started(order: Order, how: Quantized) -> Start:
     checkpoint = load_checkpoint(order.checkpoint_of(how.network))
     size = order.image_size
     graph = graph_from_checkpoint(checkpoint, ExportSettings(image_size=(size, size)))
-    settings = QuantizationSettings(
-        calibrator="auto" if how.tuned else "minmax", equalize=how.tuned
-    )
+    settings = QuantizationSettings(calibrator="minmax", equalize=False)
     calib = calibration_folder(Path(order.data), order.fold)
     if how.ranked_by is not None:
         names = _ranked(

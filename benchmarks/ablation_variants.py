@@ -22,7 +22,7 @@ RESULT_FILE, FOUND_FILE = "result.json", "found.npz"
 
 @dataclass(frozen=True)
 class Quantized:
-    """Settings that bring a trained network to INT8."""
+    """Settings that bring a trained network to INT8: min-max calibration, not equalized."""
 
     network: str
     """The variant that trained it."""
@@ -32,8 +32,6 @@ class Quantized:
     """Most sensitive layers that stay in float."""
     ranked_by: Metric | None = None
     """Metric that ranks them."""
-    tuned: bool = False
-    """Calibrator and equalization as `build --int8` chooses them; else min-max, not equalized."""
     per_tensor: bool = False
     """One scale for all of a layer's weights; else one a channel."""
 

@@ -342,7 +342,7 @@ def _seconds(variant: Variant, size: int, epochs: int, options: argparse.Namespa
     epoch *= 1.3 if variant.teacher else 1.0
     if variant.quantized is None:
         return _OVERHEAD + epoch * epochs
-    ranked = 4 * _OVERHEAD if variant.quantized.tuned or variant.quantized.ranked_by == "ap" else 0
+    ranked = 4 * _OVERHEAD if variant.quantized.ranked_by == "ap" else 0
     trained: float = 3 * epoch * options.qat_epochs if variant.quantized.trained else 0.0
     return _OVERHEAD + ranked + trained
 
