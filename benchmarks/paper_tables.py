@@ -771,10 +771,7 @@ BESIDE = {
     ("m-long", "m"): "M, 100 epochs against 40",
     ("l-wide-neck-long", "l-long"): "L with a wide and shallow neck against L, 100 epochs",
     ("l-long", "l"): "L, 100 epochs against 40",
-    (
-        "l",
-        "l-unclipped",
-    ): "L with gradients clipped to a norm of 10, the default, against L without",
+    ("l", "l-unclipped"): "L with gradients clipped to 10, the default, against L without",
     ("l", "l-by-kernel"): "L with gradients clipped against L without, kernel by kernel",
     ("l-by-kernel", "l-unclipped"): "L without, kernel by kernel against L without, by CUDA graphs",
     **{
