@@ -62,6 +62,27 @@ class GraphIndex:
         tensor = self.constants.get(name)
         return None if tensor is None else tensor_value(tensor)
 
+    def scaled(self, node: onnx.NodeProto) -> tuple[str, float] | None:
+        """Return the tensor that a node multiplies by one number, and the number; else None."""
+        if node.op_type == "Mul":
+            for source, name in (node.input, reversed(node.input)):
+                factor = self.value(name)
+                if factor is not None and factor.size == 1:
+                    return str(source), factor.item()
+        return None
+
+    def gated(self, node: onnx.NodeProto) -> tuple[str, onnx.NodeProto] | None:
+        """Return the tensor that a node multiplies by a function of it, and what computes that.
+
+        The function is Sigmoid in SiLU. None for other nodes.
+        """
+        if node.op_type == "Mul":
+            for source, name in (node.input, reversed(node.input)):
+                gate = self.producer(name)
+                if gate is not None and gate.input and gate.input[0] == source:
+                    return str(source), gate
+        return None
+
     def ancestors(self, names: Iterable[str]) -> set[str]:
         """Return the names of all computed tensors that some tensors depend on, these included."""
         found: set[str] = set()

@@ -249,25 +249,18 @@ def scale_shortcuts(model: onnx.ModelProto) -> None:
     """
     graph = _Graph(model)
     for node in graph.nodes:
-        if node.op_type != "Mul" or len(node.input) != 2:
+        scaled = graph.scaled(node)
+        if scaled is None or not _added_to_dequantized(graph, node):
             continue
-        for name, other in (node.input, reversed(node.input)):
-            factor, pair = graph.value(name), graph.producer(other)
-            if (
-                factor is None
-                or factor.size != 1
-                or factor.item() <= 0
-                or pair is None
-                or pair.op_type != "DequantizeLinear"
-                or not _added_to_dequantized(graph, node)
-            ):
-                continue
-            scale = graph.value(pair.input[1])
-            if scale is not None and scale.size == 1:
-                product = graph.constant(f"{node.output[0]}/scale", scale * factor.item())
-                node.input[:] = [pair.input[0], product, *pair.input[2:]]
-                node.op_type = "DequantizeLinear"
-                break
+        source, factor = scaled
+        pair = graph.producer(source)
+        if factor <= 0 or pair is None or pair.op_type != "DequantizeLinear":
+            continue
+        scale = graph.value(pair.input[1])
+        if scale is not None and scale.size == 1:
+            product = graph.constant(f"{node.output[0]}/scale", scale * factor)
+            node.input[:] = [pair.input[0], product, *pair.input[2:]]
+            node.op_type = "DequantizeLinear"
     graph.write()
 
 
@@ -289,16 +282,10 @@ def read_before_pairs(model: onnx.ModelProto) -> None:
     """Have multiplications by one number read what a pair quantizes in the place of its result."""
     graph = _Graph(model)
     for node in graph.nodes:
-        if node.op_type != "Mul" or len(node.input) != 2:
-            continue
-        for name, other in (node.input, reversed(node.input)):
-            factor = graph.value(name)
-            if factor is None or factor.size != 1:
-                continue
-            source = _quantized_by_pair(graph, other)
-            if source is not None:
-                graph.rewire(node, other, source)
-                break
+        scaled = graph.scaled(node)
+        source = None if scaled is None else _quantized_by_pair(graph, scaled[0])
+        if scaled is not None and source is not None:
+            graph.rewire(node, scaled[0], source)
     graph.write()
 
 

@@ -416,15 +416,8 @@ def _multiply(trace: _Trace, node: onnx.NodeProto) -> None:
 
 
 def _is_silu(trace: _Trace, node: onnx.NodeProto) -> bool:
-    for gate, value in (list(node.input), list(node.input)[::-1]):
-        producer = trace.graph.producer(gate)
-        if (
-            producer is not None
-            and producer.op_type in ("Sigmoid", "HardSigmoid")
-            and producer.input[0] == value
-        ):
-            return True
-    return False
+    gated = trace.graph.gated(node)
+    return gated is not None and gated[1].op_type in ("Sigmoid", "HardSigmoid")
 
 
 def _activation(trace: _Trace, node: onnx.NodeProto) -> None:

@@ -463,12 +463,8 @@ def _activated_terms(
 def _before_factor(graph: GraphIndex, name: str) -> str:
     """Return the tensor that a multiplication by one number reads; else the tensor itself."""
     node = graph.producer(name)
-    if node is not None and node.op_type == "Mul":
-        for source, factor in (node.input, reversed(node.input)):
-            value = graph.value(factor)
-            if value is not None and value.size == 1:
-                return str(source)
-    return name
+    scaled = None if node is None else graph.scaled(node)
+    return name if scaled is None else scaled[0]
 
 
 def _is_rectified(graph: GraphIndex, name: str, integer: set[str]) -> bool:
@@ -480,13 +476,8 @@ def _is_rectified(graph: GraphIndex, name: str, integer: set[str]) -> bool:
 def _is_gated(graph: GraphIndex, name: str, integer: set[str]) -> bool:
     """Return whether a tensor is what SiLU makes of an INT8 layer's output."""
     node = graph.producer(name)
-    if node is None or node.op_type != "Mul":
-        return False
-    for source, gate in (node.input, reversed(node.input)):
-        sigmoid = graph.producer(gate)
-        if source in integer and sigmoid is not None and sigmoid.op_type == "Sigmoid":
-            return bool(sigmoid.input[0] == source)
-    return False
+    gated = None if node is None else graph.gated(node)
+    return gated is not None and gated[0] in integer and gated[1].op_type == "Sigmoid"
 
 
 def _is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
