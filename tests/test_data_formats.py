@@ -236,6 +236,29 @@ def test_yolo_text_files_are_read(
     assert [len(boxes) for boxes in read_split(tmp_path, "val").boxes] == [2, 1]
 
 
+def test_labels_mean_the_class_numbers_that_names_has_as_keys(tmp_path: Path) -> None:
+    write_yolo(tmp_path, names={"1": "cat", "4": "dog"})
+    for file, text in (("a", "1 0.5 0.5 0.5 0.5"), ("b", "4 0.5 0.5 0.5 0.5")):
+        (tmp_path / "labels" / "val" / f"{file}.txt").write_text(text)
+    box = (10, 7.5, 20, 15)
+    assert objects(load_coco(tmp_path, "val")) == [("a", "cat", box), ("b", "dog", box)]
+    (tmp_path / "labels" / "val" / "b.txt").write_text("0 0.5 0.5 0.5 0.5")
+    with pytest.raises(UserError, match="is of category 0, which is not listed"):
+        load_coco(tmp_path, "val")
+
+
+def test_a_split_without_a_single_label_file_is_refused_with_the_path_of_one(
+    tmp_path: Path,
+) -> None:
+    write_yolo(tmp_path)
+    labels = tmp_path / "labels" / "val"
+    (labels / "a.txt").unlink()
+    assert len(load_coco(tmp_path, "val").annotations) == 1
+    (labels / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"no image of val has labels.*labels/val/a\.txt"):
+        load_coco(tmp_path, "val")
+
+
 def test_a_list_of_images_and_a_polygon_are_read(tmp_path: Path) -> None:
     write_yolo(tmp_path, val="val.txt")
     (tmp_path / "val.txt").write_text("./images/val/b.png\n")
@@ -247,8 +270,9 @@ def test_a_list_of_images_and_a_polygon_are_read(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("0 20 15 10 10", "fractions of the image, not in pixels"),
+        ("0 20 15 10 10\n1 0.5 0.5 0.1 0.1\n1 0.5 0.4 0.1 0.1", "line 1 has 0 20 15 10 10 where"),
         ("0 0.5 0.5 0.1", r"b\.txt line 1"),
-        ("cat 0.5 0.5 0.1 0.1", r"b\.txt line 1"),
+        ("cat 0.5 0.5 0.1 0.1", r"line 1 has cat .* where a class number and four fractions"),
         ("7 0.5 0.5 0.1 0.1", r"b\.txt line 1 is of category 7"),
     ],
 )
@@ -302,7 +326,7 @@ def test_blank_lines_are_no_objects_and_what_is_no_text_is_named(tmp_path: Path)
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     write_yolo(tmp_path)
     (tmp_path / "images" / "val" / "b.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"b\.png has no recorded size, or cannot be read"):
+    with pytest.raises(UserError, match=r"b\.png is damaged or not an image; correct it"):
         load_coco(tmp_path, "val")
 
 

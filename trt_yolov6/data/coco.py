@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.annotations import check_units, find_image, flag, identity, number, whole
-from trt_yolov6.data.images import read_image
+from trt_yolov6.data.images import read_image, upright_size
 from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.data.sources import Source, malformed, read_source
 from trt_yolov6.errors import UserError
@@ -311,9 +311,16 @@ def _images(
         elif isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
             images[record.id] = CocoImage(record.id, path, height, width)
         else:
-            told = f"image {name} has no recorded size, or cannot be read"
-            problems.append(Problem(name, None, "wrong-size", told))
+            problems.append(_without_size(name, path))
     return images, problems
+
+
+def _without_size(name: str, path: Path) -> Problem:
+    try:
+        upright_size(path)
+    except UserError as error:
+        return Problem(name, None, "unreadable-image", str(error).split(";")[0])
+    return Problem(name, None, "wrong-size", f"image {name} has no recorded size")
 
 
 @dataclass
@@ -361,7 +368,8 @@ class _Judge:
         written = entry.get("bbox")
         box: Any = [number(value) for value in written] if isinstance(written, list) else []
         if len(box) != 4 or not all(type(value) in (int, float) for value in box):
-            return "malformed", f"has {_short(written)} where a box of four numbers should be"
+            wanted = entry.get("wanted", "a box of four numbers")
+            return "malformed", f"has {_short(written)} where {wanted} should be"
         category = self.categories.get(identity(entry.get("category_id")))
         if category is None:
             told = f"is of category {_short(entry.get('category_id'))}, which is not listed"

@@ -16,6 +16,11 @@ from trt_yolov6.errors import UserError
 SPLITS = ("train", "val", "test")
 """The keys of `data.yaml` that name images; `valid` is read as `val`."""
 
+_MOST = 1.5
+"""Most that a box in fractions of the image has; more is in pixels."""
+
+_WANTED = "a class number and four fractions of the image"
+
 
 def find_yaml(data: Path) -> Path | None:
     """Return the YAML file that describes a data set: the file itself, or one in its folder."""
@@ -60,13 +65,18 @@ def read_yolo(file: Path, split: str) -> Source:
     x2 y2 x3 y3 ...`, a polygon. An image without such a file has no objects.
 
     Raises:
-        UserError: the YAML names no classes, or the split has no image or one that cannot be read.
+        UserError: the YAML names no classes, the split has no image, or none of them has labels.
     """
     names = _class_names(file, _read_yaml(file))
     places = yolo_splits(file)[split]
     paths = list(dict.fromkeys(path for place in places for path in _images(file, split, place)))
     if not paths:
         raise UserError(f"{file}: {split} has no image in {places[0]}; check the path.")
+    if not any(label_path(path).is_file() for path in paths):
+        raise UserError(
+            f"{file}: no image of {split} has labels; put those of {paths[0]} into "
+            f"{label_path(paths[0])}."
+        )
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(_size_or_none, paths))
     images: list[dict[str, Any]] = []
@@ -76,20 +86,23 @@ def read_yolo(file: Path, split: str) -> Source:
         images.append({"id": number, "file_name": str(path), "width": width, "height": height})
         for entry in _objects(label_path(path), width, height):
             annotations.append({"image_id": number, **entry})
-    # Only a whole file of pixels is refused as such; a stray line is a malformed one.
-    pixels = [item for item in annotations if item.pop("is_in_pixels", False)]
+    # Only a whole split of pixels is refused as such; a stray line is a malformed one.
+    pixels = [item for item in annotations if max(item.get("fractions", (0,))) > _MOST]
     if pixels and len(pixels) > 0.5 * len(annotations):
         raise UserError(
             f"{pixels[0]['where']} has numbers above 1: YOLO's format has the centre and the sides "
             "as fractions of the image, not in pixels."
         )
+    for item in pixels:
+        values = item["category_id"], *item["fractions"]
+        item["bbox"] = " ".join(map("{:g}".format, values))[:100]
     return Source(
         file=file,
         split=split,
         content={
             "images": images,
             "annotations": annotations,
-            "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+            "categories": [{"id": number, "name": name} for number, name in names.items()],
         },
         folders=(places[0] if places[0].is_dir() else file.parent,),
     )
@@ -126,9 +139,9 @@ def _objects(labels: Path, width: int, height: int) -> Iterator[dict[str, Any]]:
             or values[0] != int(values[0])
             or (len(values) > 5 and len(values) % 2 == 0)
         ):
-            yield {"category_id": None, "bbox": line[:100], "where": where}
+            yield {"category_id": None, "bbox": line[:100], "where": where, "wanted": _WANTED}
             continue
-        entry: dict[str, Any] = {"category_id": int(values[0]), "where": where}
+        entry: dict[str, Any] = {"category_id": int(values[0]), "where": where, "wanted": _WANTED}
         if len(values) == 5:
             x, y, w, h = values[1:]
             x, y = x - w / 2, y - h / 2
@@ -137,7 +150,7 @@ def _objects(labels: Path, width: int, height: int) -> Iterator[dict[str, Any]]:
             x, y = min(xs), min(ys)
             w, h = max(xs) - x, max(ys) - y
         entry["bbox"] = [x * width, y * height, w * width, h * height]
-        entry["is_in_pixels"] = max(values[1:]) > 1.5
+        entry["fractions"] = values[1:]
         yield entry
 
 
@@ -165,16 +178,18 @@ def _resolved(file: Path, content: Mapping[str, Any], place: str) -> Path:
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
-def _class_names(file: Path, content: Mapping[str, Any]) -> list[str]:
+def _class_names(file: Path, content: Mapping[str, Any]) -> dict[int, str]:
+    """Return the names by the numbers that labels have for them: the keys, or 0, 1 and so on."""
     names = content.get("names")
-    if isinstance(names, dict):
-        try:
-            names = [names[key] for key in sorted(names, key=int)]
-        except (ValueError, TypeError, OverflowError):
-            names = None
-    if not isinstance(names, list) or not names:
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    try:
+        numbered = {int(key): str(name) for key, name in names.items()}
+    except (AttributeError, ValueError, TypeError, OverflowError):
+        numbered = {}
+    if not numbered:
         raise UserError(f"{file} has no list 'names'; give the class names there.")
-    return [str(name) for name in names]
+    return numbered
 
 
 def _has_names(file: Path) -> bool:
