@@ -19,8 +19,9 @@ from pycocotools.cocoeval import COCOeval
 from support.pictures import prepared
 from support.tiny_detector import NAMES, SURE, load_named, load_tiny, write_cells
 
-from trt_yolov6.data.coco import CocoDataset, load_coco, read_coco_image
+from trt_yolov6.data.coco import CocoDataset, CocoImage, load_coco, read_coco_image
 from trt_yolov6.data.loader import AHEAD, load_batches
+from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import evaluate
@@ -140,6 +141,41 @@ def test_nothing_found_scores_0(tmp_path: Path, cells: CocoDataset) -> None:
             Image.new("RGB", (image.width, image.height)).save(image.path)
         result = evaluate(engine, cells, SURE, progress=False)
     assert (result.ap, result.detections) == (0, 0)
+    assert "finds nothing in any image" in result.notes[0]
+
+
+def test_without_an_object_there_is_no_ap_and_that_is_said(
+    tmp_path: Path, cells: CocoDataset
+) -> None:
+    empty = rewrite(cells, lambda content: content["annotations"].clear())
+    with load_tiny(tmp_path) as engine:
+        result = evaluate(engine, empty, SURE, progress=False)
+    assert result.ap is None
+    assert result.notes == (f"{cells.annotation_file} has no object, so there is no AP",)
+
+
+def test_faulty_objects_count_as_in_pycocotools_and_are_noted(
+    tmp_path: Path, cells: CocoDataset
+) -> None:
+    def spoil(content: dict[str, Any]) -> None:
+        content["annotations"][3]["bbox"] = [5000, 5000, 10, 10]
+        content["annotations"].append({**content["annotations"][0], "id": 999})
+
+    found: list[dict[str, Any]] = []
+
+    def seen(image: CocoImage, detections: Detections) -> None:
+        for (x1, y1, x2, y2), score, place in detections.as_tuples():
+            box = [x1, y1, x2 - x1, y2 - y1]
+            number = spoilt.category_ids[place]
+            found.append({"image_id": image.id, "category_id": number, "bbox": box, "score": score})
+
+    spoilt = rewrite(cells, spoil)
+    with load_tiny(tmp_path) as engine:
+        result = evaluate(engine, spoilt, SURE, progress=False, seen=seen)
+    expected = by_pycocotools(spoilt, found)[0]
+    assert result.ap == pytest.approx(expected, abs=1e-6)
+    assert 0.8 < expected < 1
+    assert result.notes[0].startswith("2 objects of ")
 
 
 def rewrite(dataset: CocoDataset, change: Callable[[dict[str, Any]], None]) -> CocoDataset:
@@ -217,6 +253,18 @@ def test_names_that_do_not_agree_are_taken_in_order_and_named(
     assert result.notes == (
         "the names of some classes differ, so they are taken in order: blue as azure",
     )
+
+
+def test_two_classes_of_one_name_are_taken_in_order_and_named(
+    tmp_path: Path, cells: CocoDataset
+) -> None:
+    def rename(content: dict[str, Any]) -> None:
+        content["categories"][2]["name"] = content["categories"][0]["name"]
+
+    with load_named(tmp_path) as engine:
+        result = evaluate(engine, rewrite(cells, rename), SURE, progress=False)
+    assert result.ap == pytest.approx(1)
+    assert "has two classes named red, so all are taken in order" in result.notes[0]
 
 
 def test_a_data_set_with_some_of_the_classes_counts_those(

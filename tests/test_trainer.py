@@ -292,6 +292,14 @@ def test_mistakes_cost_one_line(
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+def test_a_validation_split_without_an_object_is_refused(tiny: Path, tmp_path: Path) -> None:
+    data = write_shapes(tmp_path / "data")
+    file = data / "annotations" / "instances_val.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    with pytest.raises(UserError, match=r"instances_val\.json has no object to evaluate on"):
+        train(tiny_settings(data, tiny, val_split="val"), tmp_path / "run", progress=False)
+
+
 def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(data, tiny, epochs=1)
     train(settings, tmp_path, progress=False)

@@ -124,7 +124,11 @@ def _by_order(
     used: Sequence[bool],
 ) -> ClassMatch:
     kept = list(range(len(data_names)))
-    notes = []
+    notes = [
+        f"{whose} has two classes named {twice}, so all are taken in order"
+        for whose, its in ((engine, names), (data, data_names))
+        if (twice := next((name for name in its if its.count(name) > 1), None))
+    ]
     if len(kept) != len(names):
         kept = [place for place in kept if used[place]]
         if len(kept) != len(names):

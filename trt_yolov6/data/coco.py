@@ -68,6 +68,8 @@ class CocoDataset:
     class_names: tuple[str, ...]
     annotations: tuple[Mapping[str, Any], ...] = field(repr=False)
     """Boxes as pycocotools wants them: id (from 1), image_id, category_id, bbox, area, iscrowd."""
+    notes: tuple[str, ...] = ()
+    """Notes for the reader of an AP on it."""
 
     def objects(self, *, crowds: bool = False) -> dict[int, Objects]:
         """Return the objects of each image; with crowds if they are to count as well."""
@@ -157,7 +159,13 @@ def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
     for problem in problems:
         if problem.kind not in TOLERATED:
             raise malformed(file, problem.sentence)
-    return found.dataset
+    if not problems:
+        return found.dataset
+    note = (
+        f"{len(problems)} objects of {file} count though they lie outside their image, have no "
+        f"area or occur twice; the first: {problems[0].sentence}"
+    )
+    return dataclasses.replace(found.dataset, notes=(note,))
 
 
 def read_annotations(

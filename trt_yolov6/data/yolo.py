@@ -184,8 +184,8 @@ def _class_names(file: Path, content: Mapping[str, Any]) -> dict[int, str]:
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:
-        numbered = {int(key): str(name) for key, name in names.items()}
-    except (AttributeError, ValueError, TypeError, OverflowError):
+        numbered = {int(key): str(name) for key, name in dict(names or ()).items()}
+    except (ValueError, TypeError, OverflowError):
         numbered = {}
     if not numbered:
         raise UserError(f"{file} has no list 'names'; give the class names there.")

@@ -296,7 +296,7 @@ def _truth(name: str, class_names: Sequence[str], dataset: CocoDataset) -> _Trut
         tuple(None if place is None else dataset.category_ids[place] for place in match_of.places),
         [None if place is None else match_of.kept.index(place) for place in match_of.places]
         or list(range(len(counting.class_names))),
-        match_of.notes,
+        (*dataset.notes, *match_of.notes),
     )
 
 
@@ -341,6 +341,14 @@ class _Tally:
         )
         end = time.perf_counter()
         self._seconds["coco"] += end - before
+        notes = [*self._notes]
+        if ap is None:
+            notes.append(f"{self.truth.dataset.annotation_file} has no object, so there is no AP")
+        elif not self._detections:
+            notes.append(
+                f"{self.engine.name} finds nothing in any image, as a network does that is given "
+                "another family's preprocessing"
+            )
         return Evaluation(
             *(ap, ap50, ap75, small, medium, large),
             per_class=per_class,
@@ -352,7 +360,7 @@ class _Tally:
             engine=self.engine.name,
             precision=self.engine.precision,
             backend=self.engine.backend,
-            notes=tuple(self._notes),
+            notes=tuple(notes),
             curves=curves,
             confusion=None if self._confusion is None else self._confusion.counts,
         )

@@ -72,6 +72,11 @@ def detection_task(
     validation = (
         None if settings.val_split is None else load_coco(settings.data, settings.val_split)
     )
+    if validation is not None and not any(not item["iscrowd"] for item in validation.annotations):
+        raise UserError(
+            f"{validation.annotation_file} has no object to evaluate on; give annotations, or "
+            "`val_split` none."
+        )
     data = _training_data(settings, folder, processes, validation, progress)
     start = starting_model(settings, data.class_names, scales=scales)
     device = processes.device

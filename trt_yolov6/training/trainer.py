@@ -290,7 +290,7 @@ def _evaluate(detector: DetectionTask, folder: Path, done: Progress, line: dict[
         options = PredictOptions(batch=min(settings.batch, 32), border=settings.eval_border)
         with TorchEngine(model, class_names, size, half=half, name=LAST_FILE) as engine:
             result = evaluate(engine, detector.validation, options, progress=False)
-        ap = result.ap if result.ap is not None else 0.0
+        ap = result.ap
         line["AP"], line["AP50"] = ap, result.ap50
         line["evaluation_seconds"] = result.wall_seconds
     names = [LAST_FILE]
