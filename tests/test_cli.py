@@ -220,6 +220,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not list((workplace / "engines").iterdir())
 
 
+def test_ctrl_c_in_an_import_is_an_interruption_though_cleaning_up_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AttributeError("module 'sympy' has no attribute 'core'")
+
+    monkeypatch.setattr("trt_yolov6.cli.doctor.run", run)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "trt-yolov6 doctor: interrupted\n"
+
+
 @pytest.mark.parametrize("command", ["train", "qat"])
 def test_a_mistake_in_the_data_is_found_before_pytorch_is_imported(
     command: str, workplace: Path

@@ -16,6 +16,7 @@ from trt_yolov6.common.files import (
     read_json,
     sha256_bytes,
     sha256_file,
+    sole_writer,
     write_bytes,
 )
 from trt_yolov6.errors import UserError
@@ -74,6 +75,19 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
         return
     with pytest.raises(UserError, match="cannot be written"):
         write_bytes(full, b"x" * 100_000)
+
+
+def test_a_folder_has_one_sole_writer_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with (
+        sole_writer(folder),
+        pytest.raises(UserError, match=r"another process is writing to .*run"),
+        sole_writer(folder),
+    ):
+        pass
+    with sole_writer(folder):
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert not [*folder.iterdir()]
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.training_data import CLASS_NAMES, read_log, tiny_architecture, writ
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.cli import main
+from trt_yolov6.common.files import sole_writer
 from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.initialization import starting_model
@@ -300,8 +302,24 @@ def test_a_validation_split_without_an_object_is_refused(tiny: Path, tmp_path: P
         train(tiny_settings(data, tiny, val_split="val"), tmp_path / "run", progress=False)
 
 
+def test_a_full_disk_is_one_sentence_and_leaves_no_part_of_a_checkpoint(
+    data: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the disk: PyTorch hides either error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"\.pt cannot be written"):
+            train(tiny_settings(data, tiny, epochs=1), tmp_path / "run", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.json"]
+
+
 def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(data, tiny, epochs=1)
+    with sole_writer(tmp_path), pytest.raises(UserError, match="another process is writing to"):
+        train(settings, tmp_path, progress=False)
     train(settings, tmp_path, progress=False)
     with pytest.raises(UserError, match="holds a training already"):
         train(settings, tmp_path, progress=False)

@@ -16,6 +16,7 @@ our own reader (see `inert_pickle`) take it without running anything:
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from trt_yolov6.checkpoints.archive import TorchArchive
 from trt_yolov6.checkpoints.inert_pickle import Shell
-from trt_yolov6.common.files import atomic_path
+from trt_yolov6.common.files import write_bytes
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.network import YOLOv6, shapes_only
@@ -78,9 +79,21 @@ def write_checkpoint(
         "epoch": training.epoch,
         "AP": training.ap,
     }
-    # To an open file: given a path, torch.save would put its name into the file.
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    write_torch(path, content)
+
+
+def write_torch(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write what `torch.load` reads, whole or not at all, by way of memory.
+
+    Given a path, torch.save would put its name into the file; given an open file, it hides what the
+    system says of a full disk.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getbuffer())
 
 
 def _stored(tensor: Tensor) -> Tensor:

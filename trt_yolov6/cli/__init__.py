@@ -91,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refused(f"{place[:200]} cannot be used ({reason}); check the path and the disk.")
     except KeyboardInterrupt:
         return refused("interrupted", 130)
+    except Exception as error:
+        # Ctrl-C in the middle of an import leaves half a module, on which cleaning up can fail.
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        return refused("interrupted", 130)
     return code or 0
 
 

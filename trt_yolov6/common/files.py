@@ -79,6 +79,40 @@ def one_writer(folder: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """Refuse a folder, made if missing, that another process is in such a block for.
+
+    For work of hours, where `one_writer` would wait. Its file `.lock` goes at the end; where the
+    file system has no locks, nothing is refused.
+
+    Raises:
+        UserError: there is such a process, or the folder cannot be written to.
+    """
+    file = Path(folder) / ".lock"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_CREAT | os.O_WRONLY)
+    except OSError as error:
+        raise unwritable(Path(folder), error) from error
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is writing to {folder}; give another `output`."
+                ) from None
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
 def file_name(path: str | Path) -> str:
     """Return a file's name as UTF-8 spells it, whatever the locale.
 
@@ -120,7 +154,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
     )
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
+def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
     """Write `content` to `path` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trt_yolov6.common.files import atomic_path
+from trt_yolov6.checkpoints.native import write_torch
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.ema import WeightAverage
 
@@ -81,8 +81,7 @@ def save_state(
             torch.cuda.get_rng_state(learner.sums.device) if learner.sums.is_cuda else None
         ),
     }
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    write_torch(path, content)
 
 
 def read_state(path: Path) -> dict[str, Any]:

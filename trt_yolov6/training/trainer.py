@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
-from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.common.files import read_json, sole_writer, write_json
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.spec import PredictOptions
@@ -126,7 +126,11 @@ def train(
     """
     start = time.perf_counter()
     folder = Path(output)
-    with joined(device) as processes, arithmetic(settings, processes.device):
+    with (
+        joined(device) as processes,
+        sole_writer(folder) if processes.is_first else contextlib.nullcontext(),
+        arithmetic(settings, processes.device),
+    ):
         if resume == "auto":
             resume = processes.of_first((folder / SETTINGS_FILE).exists())
         call = _Call(processes, resume, progress and processes.is_first, state_seconds)
