@@ -195,6 +195,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["bench"], "trt-yolov6 build"),
         (["eval", "--engine", "engines/none.trt"], "engines/none.trt"),
         (["eval", "--conf", "2", "--engine", "none.onnx"], "none.onnx"),
+        (["eval", "--plots", "samples/README.md", "--engine", "none.onnx"], "README.md is a file"),
         (["infer", "--source", "nowhere"], "trt-yolov6 build"),
         (["infer"], "--source"),
         (["inspect", "nowhere.onnx"], "nowhere.onnx"),
@@ -218,6 +219,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 ) -> None:
     assert reason in refusal(capsys, *arguments)
     assert not list((workplace / "engines").iterdir())
+
+
+def test_calibration_without_images_asks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "tiny.pt")
+    said = refusal(capsys, "build", "--weights", "tiny.pt", "--int8")
+    assert "name a folder of images with --calib" in said
+
+
+def test_a_checkpoint_is_built_though_it_is_given_as_an_onnx_file(tiny: str) -> None:
+    assert main(["build", "--onnx", tiny, "--imgsz", "64", "--output", "tiny.onnx", "--quiet"]) == 0
+    assert Path("tiny.onnx").is_file()
 
 
 def test_ctrl_c_in_an_import_is_an_interruption_though_cleaning_up_fails(

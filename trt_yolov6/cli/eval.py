@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import load, newest_engine, predict_options, ray_options, resolved
 from trt_yolov6.cli.output import say, say_next, write_result
+from trt_yolov6.common.files import check_writable
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.data is not None:
         check_source(options.data, options.split)
+    if options.plots is not None:
+        check_writable(options.plots / "pr-curves.png")
     path = resolved(options.engine or newest_engine())
     if options.data is None:
         say(f"no --data given: evaluating on the sample data set {common.SAMPLE_DATA}/")

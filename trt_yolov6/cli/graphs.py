@@ -67,7 +67,7 @@ def onnx_options(options: argparse.Namespace) -> GraphOptions:
         "batch": options.batch,
         "class_names": options.class_names,
         "decoder": options.decoder,
-        "preprocess": preprocess_changes(options),
+        "preprocess": preprocess_changes(options) or None,
     }
 
 
@@ -126,6 +126,11 @@ def calibration_folder(calib: Path | None) -> Path:
     """Return the folder of --calib, or the sample images."""
     if calib is not None:
         return calib
+    if not SAMPLE_CALIB.is_dir():
+        raise UserError(
+            f"no --calib is given and the sample images {SAMPLE_CALIB}/ are not here; name a "
+            "folder of images with --calib."
+        )
     say(f"no --calib given: calibrating on {SAMPLE_CALIB}/")
     return SAMPLE_CALIB
 
