@@ -293,6 +293,17 @@ def test_sub_folders_and_globs_keep_their_folders(tmp_path: Path, engine: Engine
         )
 
 
+def test_two_images_never_share_a_text_file_of_yolo_s(tmp_path: Path, engine: Engine) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "a.png"):
+        Image.fromarray(picture(1, 2, 0, 10)).save(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"a\.jpg and a\.png would have one file of labels"):
+        infer_source(engine, tmp_path / "in", out, SURE, progress=False, formats=["yolo"])
+    assert not out.exists()
+    assert infer_source(engine, tmp_path / "in", out, SURE, progress=False).images == 2
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     """Serve `tmp_path` on this machine; return the address."""

@@ -31,6 +31,7 @@ def add(commands: common.Commands) -> None:
     )
     parser.add_argument(
         "--format",
+        dest="formats",
         nargs="+",
         choices=(*_FILES, *_PARTS),
         help="format of the detections (json); with --ray jsonl or parquet (jsonl)",
@@ -53,7 +54,7 @@ def add(commands: common.Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
     taken, where = (_FILES, "without") if options.address is None else (_PARTS, "with")
-    for form in options.format or ():
+    for form in options.formats or ():
         if form not in taken:
             raise UserError(f"--format {form} is not written {where} --ray; give {_or(taken)}.")
     if options.address is None:
@@ -72,7 +73,7 @@ def _infer_here(options: argparse.Namespace) -> None:
             options.source,
             options.output,
             predict_options(options),
-            formats=options.format or ["json"],
+            formats=options.formats or ["json"],
             frames=options.frames,
             stop=stop,
             progress=not options.quiet,
@@ -99,7 +100,7 @@ def _infer_on_ray(options: argparse.Namespace) -> None:
 
     if options.frames is not None:
         raise UserError("--frames is for videos, which --ray does not take; leave one of them out.")
-    if len(options.format or ()) > 1:
+    if len(options.formats or ()) > 1:
         raise UserError("--ray writes one --format; give jsonl or parquet.")
     engine = resolved(options.engine or newest_engine())
     summary = infer_on_ray(
@@ -108,7 +109,7 @@ def _infer_on_ray(options: argparse.Namespace) -> None:
         options.output,
         ray_options(options),
         predict_options(options),
-        form=(options.format or ["jsonl"])[0],
+        form=(options.formats or ["jsonl"])[0],
     )
     if summary.done_before:
         say(f"{summary.done_before} images were done already")

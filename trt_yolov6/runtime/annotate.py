@@ -86,12 +86,26 @@ def infer_source(
     if any(output.resolve() == place.resolve() for place in places):
         raise UserError(f"{output} is the folder of the source; give another folder as `output`.")
     options = (options or PredictOptions()).over(default_nms(engine))
+    if isinstance(media, Pictures) and "yolo" in formats:
+        _check_stems(media)
     if isinstance(media, Video):
         if options.gpus > 1:
             raise UserError("the frames of a video go through one GPU; leave `gpus` out.")
         clip = open_video(media, frames, stop)
         return _infer_video(engine, media, clip, output, formats, options, progress)
     return _infer_pictures(engine, media, str(source), output, formats, options, progress)
+
+
+def _check_stems(pictures: Pictures) -> None:
+    """Refuse images that would share a text file of YOLO's, such as a.jpg and a.png."""
+    names: dict[Path, str] = {}
+    for item in pictures.items:
+        other = names.setdefault(Path(item.name).with_suffix(""), item.name)
+        if other != item.name:
+            raise UserError(
+                f"{other} and {item.name} would have one file of labels; rename one of them, or "
+                "leave yolo out of `formats`."
+            )
 
 
 @dataclass(frozen=True)
