@@ -292,7 +292,11 @@ def boxes(form: str, size: int = 80, bins: int = 17) -> onnx.ModelProto:
         logits = part.conv(inner, (channels, 4 * bins), 1)
         if form != "columns":
             logits = part.node("Transpose", [logits], perm=[0, 2, 3, 1])
-        shapes = {"columns": [0, 4, bins, -1], "softmax": [0, -1, 4, bins], "sums": [0, -1, 4, bins]}
+        shapes = {
+            "columns": [0, 4, bins, -1],
+            "softmax": [0, -1, 4, bins],
+            "sums": [0, -1, 4, bins],
+        }
         shape = part.constant(np.array(shapes.get(form, [0, -1, 4 * bins])))
         found.append(part.node("Reshape", [logits, shape]))
     whole = part.node("Concat", found, axis=3 if form == "columns" else 1)
@@ -351,7 +355,7 @@ def _with_both_terms(model: onnx.ModelProto, placement: Placement) -> Placement:
 
 
 def _with_first_output(model: onnx.ModelProto, placement: Placement) -> Placement:
-    """Quantize what the first convolution writes, so that it takes its activation for another layer."""
+    """Quantize what the first convolution writes, before its activation."""
     (name, *_) = (node.output[0] for node in model.graph.node if node.op_type == "Conv")
     tensors = ("images", name, *(item for item in placement.tensors if item != "images"))
     return dataclasses.replace(placement, tensors=tensors)
