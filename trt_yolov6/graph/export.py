@@ -333,7 +333,7 @@ def _anchors(
 
 _DFL_LIMIT = 80.0
 """Largest size of a logit that DFL tells apart: the sum of 17 exponentials of it, times 16, is
-1.5e37, which float32 still holds.."""
+1.5e37, which float32 still holds."""
 
 _BOXES = {
     # The strides and the signs of distances are in the weights.
