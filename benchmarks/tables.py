@@ -57,7 +57,9 @@ TENSORRT8_FORMS = {
     ("fp32", "ours"): "FP32",
     ("fp16", "authors"): "FP16, the authors' decoding",
     ("fp16", "ours"): "FP16",
+    ("fp16", "sums"): "FP16, boxes by sums, H200",
     ("int8", "ptq"): "INT8",
+    ("int8", "sums"): "INT8, boxes by sums, H200",
     ("int8", "one_term"): "INT8, shortcuts in half precision",
     ("int8+float6", "ptq"): "INT8, six layers in float",
     ("int8", "activated_first"): "INT8, scores before the concatenation",
@@ -547,9 +549,9 @@ def tensorrt8_speed() -> str:
     data = result(TENSORRT8)
     rows = [row for row in data["rows"] if row["ms"]]
     own = {
-        (row["network"], row["batch"]): row["fps"]
+        (row["network"], row["batch"], row.get("device")): row["fps"]
         for row in rows
-        if (row["precision"], row["how"]) == ("fp16", "ours")
+        if (row["precision"], row["how"]) in (("fp16", "ours"), ("fp16", "sums"))
     }
     lines = [
         [
@@ -559,7 +561,9 @@ def tensorrt8_speed() -> str:
             row["int8_convolutions"],
             f"{row['ms']:.3f}",
             f"{row['fps']:,.0f}".replace(",", " "),
-            f"{row['fps'] / fp16:.2f}" if (fp16 := own.get((row["network"], row["batch"]))) else "",
+            f"{row['fps'] / own[key]:.2f}"
+            if (key := (row["network"], row["batch"], row.get("device"))) in own
+            else "",
         ]
         for row in rows
     ]

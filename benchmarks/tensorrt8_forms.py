@@ -29,7 +29,7 @@ from trt_yolov6.common.files import write_json
 from trt_yolov6.common.machine import read_gpus, software_versions, timestamp
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.float16 import to_fp16
+from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place
 from trt_yolov6.spec import BatchProfile
@@ -102,6 +102,12 @@ class Part:
         names = [f"half_{index}_of_{source}" for index in range(2)]
         sizes = self.constant(np.array([channels, channels]))
         self._nodes.append(helper.make_node("Split", [source, sizes], names, names[0], axis=1))
+        return names
+
+    def split_last(self, source: str, channels: int) -> list[str]:
+        """Add a Split of the last axis into halves, and return the names of its outputs."""
+        names = self.split(source, channels)
+        self._nodes[-1].attribute[0].i = -1
         return names
 
     def model(self, size: int, output: str) -> onnx.ModelProto:
@@ -265,6 +271,71 @@ def class_scores(form: str, classes: int = 80, size: int = 80) -> onnx.ModelProt
     return part.model(2 * size, whole)
 
 
+def boxes(form: str, size: int = 80, bins: int = 17) -> onnx.ModelProto:
+    """Return the box branches of a head with DFL, three levels, up to the distances.
+
+    Args:
+        form: `softmax` (over the last axis, then a product with the bins), `exponentials` (one
+            product of the exponentials gives numerators and denominators), `sums` (the same by two
+            ReduceSum), `columns` (softmax over the channels, not transposed before), or `bare` (the
+            logits alone: what the rest takes).
+        size: width of the finest level in cells.
+        bins: of each distance.
+    """
+    part, found = Part(), []
+    trunk = part.conv_relu("images", (3, 64), 3, 2)
+    for index, channels in enumerate((64, 128, 256)):
+        if index:
+            trunk = part.conv_relu(trunk, (channels // 2, channels), 3, 2)
+        inner = part.conv(trunk, (channels, channels), 3)
+        inner = part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+        logits = part.conv(inner, (channels, 4 * bins), 1)
+        if form != "columns":
+            logits = part.node("Transpose", [logits], perm=[0, 2, 3, 1])
+        shapes = {
+            "columns": [0, 4, bins, -1],
+            "softmax": [0, -1, 4, bins],
+            "sums": [0, -1, 4, bins],
+        }
+        shape = part.constant(np.array(shapes.get(form, [0, -1, 4 * bins])))
+        found.append(part.node("Reshape", [logits, shape]))
+    whole = part.node("Concat", found, axis=3 if form == "columns" else 1)
+    numbers = np.arange(bins, dtype=np.float32)
+    if form == "softmax":
+        shares = part.node("Softmax", [whole], axis=3)
+        whole = part.node("MatMul", [shares, part.constant(numbers[:, None])])
+    elif form == "columns":
+        shares = part.node("Softmax", [whole], axis=2)
+        weighted = part.node("Mul", [shares, part.constant(numbers[:, None])])
+        axis = part.constant(np.array([2]))
+        whole = part.node("ReduceSum", [weighted, axis], keepdims=0)
+    elif form in ("exponentials", "sums"):
+        # Softmax is a quotient of exponentials; a limit keeps them finite.
+        limits = [part.constant(np.array(limit, np.float32)) for limit in (-80.0, 80.0)]
+        powers = part.node("Exp", [part.node("Clip", [whole, *limits])])
+        if form == "exponentials":
+            blocks = np.kron(np.eye(4), np.stack([numbers, np.ones(bins)], axis=1))
+            columns = np.concatenate([blocks[:, ::2], blocks[:, 1::2]], axis=1).astype(np.float32)
+            both = part.split_last(part.node("MatMul", [powers, part.constant(columns)]), 4)
+        else:
+            axis = part.constant(np.array([3]))
+            weighted = part.node("Mul", [powers, part.constant(numbers)])
+            both = [part.node("ReduceSum", [item, axis], keepdims=0) for item in (weighted, powers)]
+        whole = part.node("Div", both)
+    return part.model(2 * size, whole)
+
+
+def stem(form: str, channels: int = 64, size: int = 640) -> onnx.ModelProto:
+    """Return the first layer of a network, `silu` or `relu`, and the one after it."""
+    part = Part()
+    inner = part.conv("images", (3, channels), 3, 2)
+    if form == "silu":
+        inner = part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+    else:
+        inner = part.node("Relu", [inner])
+    return part.model(size, part.conv_relu(inner, (channels, 2 * channels), 3, 2))
+
+
 def quantized(
     model: onnx.ModelProto,
     change: Callable[[onnx.ModelProto, Placement], Placement] = lambda _, placement: placement,
@@ -281,6 +352,13 @@ def _with_both_terms(model: onnx.ModelProto, placement: Placement) -> Placement:
     order = ["images", *(name for node in model.graph.node for name in node.output)]
     tensors = sorted(wanted.union(placement.tensors), key=order.index)
     return dataclasses.replace(placement, tensors=tuple(tensors))
+
+
+def _with_first_output(model: onnx.ModelProto, placement: Placement) -> Placement:
+    """Quantize what the first convolution writes, before its activation."""
+    (name, *_) = (node.output[0] for node in model.graph.node if node.op_type == "Conv")
+    tensors = ("images", name, *(item for item in placement.tensors if item != "images"))
+    return dataclasses.replace(placement, tensors=tensors)
 
 
 def _with_factors_in_scales(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
@@ -338,6 +416,16 @@ def forms() -> dict[str, onnx.ModelProto]:
     for form in ("rows", "early", "columns", "joined", "last", "product", "bare"):
         found[f"class_scores.fp16-{form}"] = to_fp16(class_scores(form))
         found[f"class_scores.int8-{form}"] = quantized(class_scores(form))
+    for form in ("softmax", "exponentials", "sums", "columns", "bare"):
+        model = boxes(form)
+        found[f"boxes.fp16-{form}"] = to_fp16(model, keep_float32=tail_nodes(model))
+        found[f"boxes.int8-{form}"] = quantized(model)
+    for form in ("silu", "relu"):
+        first = stem(form)
+        found[f"stem.fp16-{form}"] = to_fp16(first)
+        found[f"stem.int8-{form}"] = quantized(first)
+        found[f"stem.int8-{form}-first_in_float"] = quantized(first, exclude=["conv_0"])
+        found[f"stem.int8-{form}-pair_before"] = quantized(first, _with_first_output)
     return found
 
 

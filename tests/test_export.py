@@ -20,6 +20,7 @@ from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture, build_model
+from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.spec import BatchProfile, NmsSettings
 
 
@@ -71,6 +72,7 @@ PLAIN_OPERATORS = {
     "Conv", "ConvTranspose", "Relu", "Sigmoid", "Mul", "MaxPool", "Concat", "Reshape", "Add",
     "Transpose",
 }  # fmt: skip
+DFL_OPERATORS = {"Clip", "Exp", "MatMul", "Split", "Div"}
 LATER_KINDS = {
     "four levels": (
         dataclasses.replace(
@@ -95,7 +97,7 @@ LATER_KINDS = {
             stage_repeats=(1, 1, 2, 1),
             reg_max=16,
         ),
-        {"Split", "Softmax", "MatMul"},
+        {"Split", *DFL_OPERATORS},
     ),
     "lite": (
         dataclasses.replace(
@@ -120,6 +122,16 @@ def test_later_releases_outputs_equal_pytorch_without_shape_arithmetic(kind: str
     height, width = size
     anchors = sum(-(-height // stride) * -(-width // stride) for stride in arch.strides)
     assert graph.output[0].type.tensor_type.shape.dim[1].dim_value == anchors
+
+
+@pytest.mark.parametrize("size", [1, 20, 75])
+def test_distances_are_pytorchs_softmax_whatever_the_size_of_the_logits(size: int) -> None:
+    model = random_model(KINDS["csp, dfl"])
+    for level in model.head.levels:
+        assert isinstance(level, HeadLevel)
+        assert level.reg_pred.bias is not None
+        torch.nn.init.uniform_(level.reg_pred.bias, -size, size)
+    assert_outputs_equal_pytorch(model)
 
 
 def narrow(arch: Architecture) -> Architecture:
@@ -166,7 +178,7 @@ def test_the_graph_has_no_shape_arithmetic_and_no_constant_column(
 ) -> None:
     graph = exported(kind, ExportSettings((64, 96), batch)).graph
     kinds = Counter(node.op_type for node in graph.node)
-    dfl = {"Softmax", "MatMul"} if KINDS[kind].reg_max else set()
+    dfl = DFL_OPERATORS if KINDS[kind].reg_max else set()
     assert set(kinds) <= dfl | PLAIN_OPERATORS
     assert [output.name for output in graph.output] == ["boxes", "scores"]
 
