@@ -85,9 +85,11 @@ def test_a_folder_has_one_sole_writer_at_a_time(tmp_path: Path) -> None:
         sole_writer(folder),
     ):
         pass
+    assert not folder.exists()
     with sole_writer(folder):
         assert [path.name for path in folder.iterdir()] == [".lock"]
-    assert not [*folder.iterdir()]
+        (folder / "last.pt").touch()
+    assert [path.name for path in folder.iterdir()] == ["last.pt"]
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:

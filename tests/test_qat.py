@@ -26,6 +26,7 @@ from support.training_data import (
 )
 
 from trt_yolov6.cli import main
+from trt_yolov6.common.files import sole_writer
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
@@ -524,6 +525,15 @@ def test_wrong_usage_is_one_sentence(
     assert message in error
     assert "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(
+    checkpoint: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["qat", "--data", str(shapes), "--weights", str(checkpoint)]
+    with sole_writer(tmp_path / "run"):
+        assert main([*command, "--output", str(tmp_path / "run")]) == 2
+    assert "another process is writing to" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(

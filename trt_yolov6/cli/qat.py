@@ -15,6 +15,7 @@ from trt_yolov6.cli.graphs import (
     write_scales,
 )
 from trt_yolov6.cli.output import say_next, write_result
+from trt_yolov6.common.files import sole_writer
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -131,26 +132,28 @@ def run(options: argparse.Namespace) -> None:
     name = checkpoint.arch.name
     if options.model and name not in (options.model, f"yolov6{options.model}"):
         raise UserError(f"{options.weights} holds {name}, not {options.model}; leave --model out.")
-    done = run_training(
-        checkpoint,
-        calibration_folder(options.calibration),
-        settings,
-        options.output or Path("runs/qat") / name,
-        graph_options={
-            "image_size": options.image_size,
-            "batch": options.dynamic,
-            "nms": NmsSettings() if options.end2end else None,
-            "uint8_input": options.uint8_input,
-        },
-        quantization=calibration_settings(options, float_layers=options.float_layers or ()),
-        val_split=options.val_split,
-        backend=options.backend,
-        fp16=options.fp16,
-        float_graph=options.calibration_cache is not None,
-        device=options.device,
-        resume=options.resume,
-        progress=not options.quiet,
-    )
+    output = options.output or Path("runs/qat") / name
+    with sole_writer(output):
+        done = run_training(
+            checkpoint,
+            calibration_folder(options.calibration),
+            settings,
+            output,
+            graph_options={
+                "image_size": options.image_size,
+                "batch": options.dynamic,
+                "nms": NmsSettings() if options.end2end else None,
+                "uint8_input": options.uint8_input,
+            },
+            quantization=calibration_settings(options, float_layers=options.float_layers or ()),
+            val_split=options.val_split,
+            backend=options.backend,
+            fp16=options.fp16,
+            float_graph=options.calibration_cache is not None,
+            device=options.device,
+            resume=options.resume,
+            progress=not options.quiet,
+        )
     if done.float_graph:
         amax = done.result.trained.amax
         write_scales(options.calibration_cache, options.cache_version, amax, done.float_graph)

@@ -83,13 +83,14 @@ def one_writer(folder: str | Path) -> Iterator[None]:
 def sole_writer(folder: str | Path) -> Iterator[None]:
     """Refuse a folder, made if missing, that another process is in such a block for.
 
-    For work of hours, where `one_writer` would wait. Its file `.lock` goes at the end; where the
-    file system has no locks, nothing is refused.
+    For work of hours, where `one_writer` would wait. Its file `.lock` goes at the end, and so does
+    a new folder without a file; where the file system has no locks, nothing is refused.
 
     Raises:
         UserError: there is such a process, or the folder cannot be written to.
     """
     file = Path(folder) / ".lock"
+    is_new = not file.parent.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(file, os.O_CREAT | os.O_WRONLY)
@@ -109,6 +110,9 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
             yield
         finally:
             file.unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # there are files in it
+                    file.parent.rmdir()
     finally:
         os.close(handle)
 
