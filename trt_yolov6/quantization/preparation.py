@@ -52,7 +52,8 @@ plain:     as it is
 equalized: channels rescaled where weights can absorb it (`equalization.equalize`)
 smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
 shifted:   the same, and what is added to the channels before them centres their ranges on zero
-           where only convolutions without padding read them
+           where only convolutions without padding read them; where that is much, so that their most
+           frequent values lie on levels (`equalization.alignment`)
 """
 
 RANGE_BITS = 11
@@ -77,11 +78,11 @@ class Form:
 
     model: onnx.ModelProto
     solution: Solution | None = None
-    """How it was shifted, if it was."""
+    """Factors and shifts of the shifted form; None of others."""
 
     @property
     def shifts_much(self) -> bool:
-        """Whether more than a few tensors are shifted."""
+        """True if more than a few tensors are shifted."""
         kinds = Counter(node.op_type for node in self.model.graph.node)
         return kinds["Sub"] >= _MUCH * sum(kinds[operator] for operator in CONVOLUTIONS)
 

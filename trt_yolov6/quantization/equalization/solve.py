@@ -126,7 +126,7 @@ def equalize(
 
 
 def shifted(model: onnx.ModelProto, statistics: Mapping[str, TensorStatistics]) -> Solution:
-    """Return what `equalize` does with `shift`; arguments as there."""
+    """Return the changes that `equalize` makes with `shift`; arguments as there."""
     return _solved(model, statistics, through_activations=True, shift=True)
 
 
@@ -144,7 +144,7 @@ def noise_to_signal(
 
 @dataclass(frozen=True)
 class Solution:
-    """How the channels of a graph are rescaled and shifted."""
+    """Changes to the channels of a graph: their factors and what is subtracted of them."""
 
     channels: ChannelMap
     factors: NDArray[np.float32]
