@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,16 @@ def class_branch(channels: int = 64, size: int = 80, classes: int = 80) -> onnx.
     return part.model(2 * size, part.node("Sigmoid", [rows]))
 
 
+def _branches(part: Part) -> Iterator[tuple[str, int]]:
+    """Add what the last convolutions of a head's three levels read; yield each and its channels."""
+    trunk = part.conv_relu("images", (3, 64), 3, 2)
+    for index, channels in enumerate((64, 128, 256)):
+        if index:
+            trunk = part.conv_relu(trunk, (channels // 2, channels), 3, 2)
+        inner = part.conv(trunk, (channels, channels), 3)
+        yield part.node("Mul", [inner, part.node("Sigmoid", [inner])]), channels
+
+
 def class_scores(form: str, classes: int = 80, size: int = 80) -> onnx.ModelProto:
     """Return the class branches of a head's three levels, joined to (batch, anchors, classes).
 
@@ -235,12 +245,7 @@ def class_scores(form: str, classes: int = 80, size: int = 80) -> onnx.ModelProt
         size: width of the finest level in cells.
     """
     part, found = Part(), []
-    trunk = part.conv_relu("images", (3, 64), 3, 2)
-    for index, channels in enumerate((64, 128, 256)):
-        if index:
-            trunk = part.conv_relu(trunk, (channels // 2, channels), 3, 2)
-        inner = part.conv(trunk, (channels, channels), 3)
-        inner = part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+    for index, (inner, channels) in enumerate(_branches(part)):
         cells = (size >> index) ** 2
         if form == "product":
             shape = part.constant(np.array([BATCH, channels, cells]))
@@ -283,12 +288,7 @@ def boxes(form: str, size: int = 80, bins: int = 17) -> onnx.ModelProto:
         bins: of each distance.
     """
     part, found = Part(), []
-    trunk = part.conv_relu("images", (3, 64), 3, 2)
-    for index, channels in enumerate((64, 128, 256)):
-        if index:
-            trunk = part.conv_relu(trunk, (channels // 2, channels), 3, 2)
-        inner = part.conv(trunk, (channels, channels), 3)
-        inner = part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+    for inner, channels in _branches(part):
         logits = part.conv(inner, (channels, 4 * bins), 1)
         if form != "columns":
             logits = part.node("Transpose", [logits], perm=[0, 2, 3, 1])

@@ -19,11 +19,13 @@ from support.accuracy import first_images, graph_precision
 from benchmarks.rescaling import rescale_channels
 from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.data.coco import load_coco
+from trt_yolov6.graph.editing import with_outputs
 from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization import solve
+from trt_yolov6.quantization.equalization.alignment import aligned, best_parts
 from trt_yolov6.quantization.equalization.channel_graph import FIXED, trace_channels
 from trt_yolov6.quantization.equalization.rescaling import rescale
 from trt_yolov6.quantization.equalization.solve import equalize, noise_to_signal, tensors_to_measure
@@ -356,6 +358,63 @@ def test_shifted_channels_reach_as_far_below_zero_as_above() -> None:
     np.testing.assert_allclose(found.low_per_channel, -found.high_per_channel, rtol=1e-4)
     # And no channel has fewer of INT8's levels than it can have.
     np.testing.assert_allclose(found.high_per_channel, found.amax, rtol=0.02)
+
+
+def rounding_error(values: Floats, scale: float) -> NDArray[np.float64]:
+    """Mean squared error of INT8, of each channel of images (1, channels, height, width)."""
+    error = values - scale * np.clip(np.rint(values / scale), -127, 127)
+    return np.asarray((error.astype(float) ** 2).mean(axis=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["SiLU", "HardSwish"])
+@pytest.mark.parametrize("reader", ["pointwise", "depthwise"])
+def test_aligned_channels_are_rounded_less_and_the_function_stays(kind: str, reader: str) -> None:
+    drawing = Drawing(0)
+    drawing.grow(kind, drawing.convolution("images"), "")
+    active = list(drawing.channels)[-1]
+    drawing.grow(reader, active, "")
+    model, images = drawing.model(), noise_images()
+    solution = solve.shifted(model, measured(model))
+    before, name = solution.applied(model), f"{active}_equalized"
+    reach = collect(before, images, [name])[name].amax
+    scale = reach / 127
+    # Most of an image is one flat color, as sky is.
+    for image in images:
+        image[:, :, : SIZE - 2] = 0.3
+    changed = aligned(solution, before, {name: scale}, images)
+    after = changed.applied(model)
+    assert_same_function(model, after)
+    errors = []
+    for graph in (before, after):
+        found = [run(with_outputs(graph, [name]), image)[-1] for image in images]
+        errors.append(rounding_error(np.concatenate(found), scale))
+        # Nothing is clipped by more than rounding moves it.
+        assert np.abs(found).max() <= reach + 0.51 * scale
+    assert (errors[1] < errors[0]).all()
+    assert errors[1].mean() < 0.75 * errors[0].mean()
+    # Tensors without a scale stay as they are.
+    assert aligned(solution, before, {}, images) is solution
+
+
+def test_levels_are_moved_to_where_rounding_costs_least() -> None:
+    rng, parts = np.random.default_rng(0), 32
+    values = rng.normal(0, 3, (5, 4000))
+    values[:, :1500] = rng.uniform(-3, 3, (5, 1))  # most lie in one place
+    values[4] = 0
+    counts = np.stack(
+        [np.bincount(row, minlength=parts) for row in (values % 1 * parts).astype(int)]
+    )
+    moved = best_parts(counts)
+
+    def error(moves: NDArray[np.float64]) -> NDArray[np.float64]:
+        apart = values - moves[:, None]
+        return np.asarray(((apart - np.rint(apart)) ** 2).mean(axis=1))
+
+    every = [error(np.full(5, move)) for move in np.linspace(-0.5, 0.5, 129)]
+    # Values are known to a part of a step.
+    assert (error(moved) <= np.min(every, axis=0) + 1 / parts**2).all()
+    assert (np.abs(moved) <= 0.5).all()
+    assert moved[4] == 0
 
 
 def test_no_step_from_the_optimum_of_shifted_channels_lessens_the_noise() -> None:

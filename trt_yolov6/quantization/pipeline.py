@@ -190,7 +190,7 @@ def _key(
             "type": settings.quantized.name,
             "calibrator": settings.calibrator,
             "equalize": settings.equalize,
-            "shift": settings.shift,
+            "shift": "aligned" if settings.shift else False,
             "bias_correction": settings.bias_correction,
             "reconstruct": settings.reconstruct,
             "reconstruct_minutes": settings.reconstruct_minutes,

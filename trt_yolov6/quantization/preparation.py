@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +20,20 @@ from trt_yolov6.data.calibration import evenly
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax
+from trt_yolov6.graph.operators import CONVOLUTIONS
+from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_to_try
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
+from trt_yolov6.quantization.equalization.alignment import aligned
+from trt_yolov6.quantization.equalization.solve import (
+    Solution,
+    equalize,
+    shifted,
+    tensors_to_measure,
+)
 from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of
 from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
+from trt_yolov6.quantization.qdq.insert import activation_scales
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
@@ -42,7 +52,8 @@ plain:     as it is
 equalized: channels rescaled where weights can absorb it (`equalization.equalize`)
 smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
 shifted:   the same, and what is added to the channels before them centres their ranges on zero
-           where only convolutions without padding read them
+           where only convolutions without padding read them; where that is much, so that their most
+           frequent values lie on levels (`equalization.alignment`)
 """
 
 RANGE_BITS = 11
@@ -56,6 +67,24 @@ network the more, since few images agree by chance."""
 
 _COMPARISON = 100e9
 """Multiply-adds spent on comparing one candidate, within those limits."""
+
+_MUCH = 0.25
+"""Part of the convolutions from which on shifted tensors make a form of its own."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A float graph in one variant."""
+
+    model: onnx.ModelProto
+    solution: Solution | None = None
+    """Factors and shifts of the shifted form; None of others."""
+
+    @property
+    def shifts_much(self) -> bool:
+        """True if more than a few tensors are shifted."""
+        kinds = Counter(node.op_type for node in self.model.graph.node)
+        return kinds["Sub"] >= _MUCH * sum(kinds[operator] for operator in CONVOLUTIONS)
 
 
 @dataclass(frozen=True)
@@ -91,14 +120,17 @@ class Prepared:
 
         With other layers in float, pairs stand elsewhere and groups are other ones.
         """
-        placement = self.placed(quantized, float_layers)
-        statistics = {name: self.statistics[name] for name in placement.tensors}
-        amax = {
-            name: _in_bits(value, RANGE_BITS)
-            for name, value in group_amax(statistics, placement.groups, method, quantized).items()
-        }
+        amax = self.ranges(method, quantized, self.placed(quantized, float_layers))
         methods = dict.fromkeys(amax, str(method))
         return CalibrationTable(amax, methods, key, self.variant, float_layers)
+
+    def ranges(
+        self, method: Method, quantized: QuantizedType, placement: Placement
+    ) -> dict[str, float]:
+        """Return the ranges of a placement's tensors by a calibrator."""
+        statistics = {name: self.statistics[name] for name in placement.tensors}
+        amax = group_amax(statistics, placement.groups, method, quantized)
+        return {name: _in_bits(value, RANGE_BITS) for name, value in amax.items()}
 
 
 def _in_bits(value: float, bits: int) -> float:
@@ -115,7 +147,7 @@ def prepare(
     measure: bool = True,
     known: Mapping[str, TensorStatistics] | None = None,
     images: Sequence[NDArray[Any]] | None = None,
-    form: onnx.ModelProto | None = None,
+    form: Form | None = None,
 ) -> Prepared:
     """Bring the graph into a variant and, with `measure`, collect its tensors' statistics.
 
@@ -124,31 +156,49 @@ def prepare(
         paths: images that calibrate.
         settings: what is quantized to, and the border of the images.
         variant: the form wanted.
-        measure: collect statistics.
+        measure: collect statistics, where the form itself does not take them.
         known: the plain graph's statistics on the same images, of what `equalize` wants to know
             and of what the plain variant quantizes, where they have been collected.
         images: the paths' images as `inputs_of` gives them, where they have been read.
         form: the graph in that variant (`formed`), where it has been made of these images.
     """
-    model = graph.model if form is None else form
     _log.info(f"{variant}: {len(paths)} images ...")
 
-    def measured(form: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
-        if form is graph.model and known is not None:
+    def measured(model: onnx.ModelProto, tensors: Sequence[str]) -> Mapping[str, TensorStatistics]:
+        if model is graph.model and known is not None:
             return {name: known[name] for name in dict.fromkeys(tensors)}
         inputs = inputs_of(graph, paths, settings.border) if images is None else images
-        return collect(form, inputs, tensors, copies=copies_of(graph))
+        return collect(model, inputs, tensors, copies=copies_of(graph))
 
-    if form is None and variant != "plain":
-        model = formed(graph, variant, measured(model, tensors_to_measure(model)))
-    placement = place_for(settings.quantized, model)
-    statistics = measured(model, quantizable_tensors(model, settings)) if measure else {}
-    return Prepared(variant, model, placement, statistics)
+    if form is None:
+        tensors = tensors_to_measure(graph.model) if variant != "plain" else ()
+        form = formed(graph, variant, measured(graph.model, tensors) if tensors else {})
+    placement = place_for(settings.quantized, form.model)
+    to_align = form.solution is not None and form.shifts_much
+    wanted = quantizable_tensors(form.model, settings) if measure or to_align else ()
+    statistics = measured(form.model, wanted) if wanted else {}
+    prepared = Prepared(variant, form.model, placement, statistics)
+    if form.solution is None or not to_align:
+        return prepared
+    ranges = prepared.ranges(calibrators(settings)[0], settings.quantized, placement)
+    few = inputs_of(graph, evenly(paths, FEWEST_IMAGES), settings.border)
+    solution = aligned(
+        form.solution,
+        form.model,
+        activation_scales(placement, ranges, settings.quantized),
+        few if images is None else images,
+    )
+    # Middles move by half a step at most: the statistics still hold.
+    return dataclasses.replace(prepared, model=solution.applied(graph.model))
 
 
-def formed(
-    graph: Graph, variant: Variant, ranges: Mapping[str, TensorStatistics]
-) -> onnx.ModelProto:
+def calibrators(settings: QuantizationSettings) -> tuple[Method, ...]:
+    """Return the calibrators to choose from, the first first."""
+    chosen = settings.calibrator
+    return methods_to_try(settings.quantized) if chosen == "auto" else (chosen,)
+
+
+def formed(graph: Graph, variant: Variant, ranges: Mapping[str, TensorStatistics]) -> Form:
     """Return the graph in a variant.
 
     Args:
@@ -157,9 +207,11 @@ def formed(
         ranges: of what `equalize` wants to know of the plain graph.
     """
     if variant == "plain":
-        return graph.model
-    shift = variant == "shifted"
-    return equalize(graph.model, ranges, smooth=shift or variant == "smoothed", shift=shift)
+        return Form(graph.model)
+    if variant == "shifted":
+        solution = shifted(graph.model, ranges)
+        return Form(solution.applied(graph.model), solution)
+    return Form(equalize(graph.model, ranges, smooth=variant == "smoothed"))
 
 
 def plain_statistics(

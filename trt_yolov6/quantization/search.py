@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +23,8 @@ from trt_yolov6.data.calibration import evenly
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.quantization.bias_correction import without_mean_rounding
-from trt_yolov6.quantization.calibrators import Method, methods_to_try
+from trt_yolov6.quantization.calibrators import Method
 from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.judge import (
     CONFIDENCES,
@@ -56,8 +54,10 @@ from trt_yolov6.quantization.preparation import (
     FEWEST_IMAGES,
     VARIANTS,
     Fold,
+    Form,
     Prepared,
     Variant,
+    calibrators,
     formed,
     images_to_compare,
     inputs_of,
@@ -86,9 +86,6 @@ _LEAST_GAIN = 0.01
 _NEAR_FORM = 0.5
 """Part of the loss by which another form of the graph may exceed the best one's and is still looked
 at closely."""
-
-_MUCH = 0.25
-"""Part of the convolutions from which on shifted tensors make a form of its own."""
 
 _WATCHED_IMAGES = 6
 """Images in which each layer's effect on detections is looked at: some thousand anchors."""
@@ -163,11 +160,7 @@ class Search:
         self._quantized = settings.quantized
         self._key = key
         self._labelled = labelled
-        self._methods: tuple[Method, ...] = (
-            methods_to_try(self._quantized)
-            if settings.calibrator == "auto"
-            else (settings.calibrator,)
-        )
+        self._methods = calibrators(settings)
         last = 1 if not settings.equalize else 2 if self._quantized.is_floating else len(VARIANTS)
         self._variants = tuple(one for one in VARIANTS[:last] if settings.shift or one != "shifted")
         self._candidates: list[Candidate] = []
@@ -254,12 +247,12 @@ class Search:
             return self._variants[:1]
         known = [plain_statistics(self._graph, f.inputs, self._settings) for f in self._folds]
         tried: list[Candidate] = []
-        models: list[onnx.ModelProto] = []
+        seen: list[Form] = []
         for variant in self._variants:
             forms = [formed(self._graph, variant, of_plain) for of_plain in known]
-            if forms[0] in models:  # there was nothing to rescale
+            if any(forms[0].model == one.model for one in seen):  # there was nothing to rescale
                 continue
-            models.append(forms[0])
+            seen.append(forms[0])
             for fold, form, of_plain in zip(self._folds, forms, known, strict=True):
                 few = evenly(fold.split.calibrate, FEWEST_IMAGES)
                 fold.take(
@@ -279,7 +272,7 @@ class Search:
             for item in tried
             if {item.variant, best.variant} == {"smoothed", "shifted"}
             and item.loss < (1 + _NEAR_FORM) * best.loss
-            and _shifts_much(models[-1])
+            and seen[-1].shifts_much
         ]
         return best.variant, *near
 
@@ -554,12 +547,6 @@ class Search:
         _log.info(f"sensitivity of {count} layers over {len(paths)} images ...")
         images = batches_of(self._graph, paths, self._settings.border)
         return layer_distortions(prepared.model, prepared.placement, table.amax, images)
-
-
-def _shifts_much(shifted: onnx.ModelProto) -> bool:
-    """Return whether the shifted form, compared with the others, shifts more than a few tensors."""
-    kinds = Counter(node.op_type for node in shifted.graph.node)
-    return kinds["Sub"] >= _MUCH * sum(kinds[operator] for operator in CONVOLUTIONS)
 
 
 def _fallback_sentence(found: Fallback, budget: _Budget, slower: float | None) -> str:

@@ -65,6 +65,11 @@ def rescale(
     return result
 
 
+def rescaled_name(name: str) -> str:
+    """Name of what an activation's tensor becomes where operators are put after it."""
+    return f"{name}_equalized"
+
+
 def shifts_by_source(channels: ChannelMap, shifts: Shifts) -> NDArray[np.float64]:
     """Return the constants that are subtracted, (sources,), as `channels.sources` counts."""
     highest = max((int(one.max(initial=0)) for one in channels.sources.values()), default=0)
@@ -100,7 +105,7 @@ def _insert_operators(
         for place, (operator, kind, value) in enumerate(steps, start=1):
             constant = f"{name}_{kind}"
             add_initializers(graph, {constant: value})
-            target = f"{name}_equalized" if place == len(steps) else f"{name}_shifted"
+            target = rescaled_name(name) if place == len(steps) else f"{name}_shifted"
             made.append(helper.make_node(operator, [source, constant], [target], target))
             source = target
         if made:

@@ -116,14 +116,18 @@ def equalize(
     """
     statistics = statistics or {}
     if shift:
-        shifted = _solved(model, statistics, through_activations=True, shift=True)
-        return rescale(model, shifted.channels, shifted.factors, shifted.shifts)
+        return shifted(model, statistics).applied(model)
     plain = None if smooth else _solved(model, statistics, through_activations=False)
     smoothed = None if smooth is False else _solved(model, statistics, through_activations=True)
     if plain and (not smoothed or smoothed.noise * SMOOTHING_GAIN > plain.noise):
-        return rescale(model, plain.channels, plain.factors)
+        return plain.applied(model)
     assert smoothed is not None
-    return rescale(model, smoothed.channels, smoothed.factors)
+    return smoothed.applied(model)
+
+
+def shifted(model: onnx.ModelProto, statistics: Mapping[str, TensorStatistics]) -> Solution:
+    """Return the changes that `equalize` makes with `shift`; arguments as there."""
+    return _solved(model, statistics, through_activations=True, shift=True)
 
 
 def noise_to_signal(
@@ -139,12 +143,18 @@ def noise_to_signal(
 
 
 @dataclass(frozen=True)
-class _Solution:
+class Solution:
+    """Changes to the channels of a graph: their factors and what is subtracted of them."""
+
     channels: ChannelMap
     factors: NDArray[np.float32]
     """(classes,)"""
     noise: float
     shifts: Shifts
+
+    def applied(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """Return the graph, the one that this was made for, in that form."""
+        return rescale(model, self.channels, self.factors, self.shifts)
 
 
 def _solved(
@@ -153,7 +163,7 @@ def _solved(
     *,
     through_activations: bool,
     shift: bool = False,
-) -> _Solution:
+) -> Solution:
     channels = trace_channels(model, through_activations=through_activations)
     shifts = _middles(channels, statistics) if shift else {}
     problem = _problem(model, channels, statistics, shifts)
@@ -165,7 +175,7 @@ def _solved(
     before, after = (problem.noise(item * math.log(2)) for item in (nothing, octaves))
     if not after < before:
         octaves, after = nothing, before
-    return _Solution(channels, np.exp2(octaves.numpy()).astype(np.float32), after, shifts)
+    return Solution(channels, np.exp2(octaves.numpy()).astype(np.float32), after, shifts)
 
 
 def _middles(channels: ChannelMap, statistics: Mapping[str, TensorStatistics]) -> Shifts:
