@@ -384,6 +384,8 @@ def prepare(folder: Path) -> None:
         ],
     }
     (folder / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    (folder / "labels" / "val").mkdir(parents=True)
+    (folder / "labels" / "val" / "0.txt").write_text("0 0.5 0.5 0.3 0.2\n")
     data = {"path": ".", "train": "images/val", "val": "images/val", "names": list(NAMES)}
     (folder / "seeds" / "data.yaml").write_text(json.dumps(data))
     plan = {
@@ -541,7 +543,7 @@ def fuzz(count: int, seed: int, names: list[str] | None, keep: Path | None) -> i
             print("the inputs could not be made", file=sys.stderr)
             return 1
         setting = folder / "setting"
-        for name in ("images", "annotations"):
+        for name in ("images", "annotations", "labels"):
             shutil.copytree(inputs / name, setting / name)
         chosen = [kind for kind in kinds(inputs, setting) if not names or kind.name in names]
         tallies: dict[str, list[int]] = {kind.name: [0, 0, 0, 0] for kind in chosen}
