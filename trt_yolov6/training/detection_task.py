@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.common.text import counted
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import BN_MOMENTUM
@@ -129,8 +130,8 @@ def detection_task(
 def _notes(data: TrainingSet, folder: Path) -> tuple[str, ...]:
     count, place = len(data.report.problems), folder / DATA_REPORT_FILE
     if not count:
-        return ()
-    return (f"{count} problems of the data were left out of training; see {place}.",)
+        left = f"{counted(count, 'problem')} of the data {'was' if count == 1 else 'were'} left out"
+    return (f"{left} of training; see {place}.",)
 
 
 def _check_device(settings: TrainSettings, processes: Processes) -> None:
