@@ -164,6 +164,17 @@ def test_two_names_for_one_image_are_refused(tmp_path: Path) -> None:
             read(tmp_path)
 
 
+def test_an_image_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"].append({**content["images"][0], "id": 99})
+    write_coco(tmp_path, content)
+    for read in (load_coco, lambda root: read_split(root, "val")):
+        with pytest.raises(
+            UserError, match=r"image a\.png is listed twice, .* with id 99; correct"
+        ):
+            read(tmp_path)
+
+
 def as_fractions(box: list[float]) -> list[float]:
     return [box[0] / WIDTH, box[1] / HEIGHT, box[2] / WIDTH, box[3] / HEIGHT]
 
@@ -244,6 +255,31 @@ def test_labels_mean_the_class_numbers_that_names_has_as_keys(tmp_path: Path) ->
     assert objects(load_coco(tmp_path, "val")) == [("a", "cat", box), ("b", "dog", box)]
     (tmp_path / "labels" / "val" / "b.txt").write_text("0 0.5 0.5 0.5 0.5")
     with pytest.raises(UserError, match="is of category 0, which is not listed"):
+        load_coco(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    ("labels", "hinted"), [((1, 2), True), ((2, 1), True), ((0, 2), False), ((1, 3), False)]
+)
+def test_labels_that_would_fit_if_counted_from_1_are_said_to_start_at_0(
+    tmp_path: Path, labels: tuple[int, int], hinted: bool
+) -> None:
+    write_yolo(tmp_path)
+    for file, label in zip("ab", labels, strict=True):
+        (tmp_path / "labels" / "val" / f"{file}.txt").write_text(f"{label} 0.5 0.5 0.5 0.5")
+    with pytest.raises(UserError, match=f"is of category {max(labels)}, which is not li") as caught:
+        load_coco(tmp_path, "val")
+    assert ("class numbers start at 0" in str(caught.value)) is hinted
+
+
+@pytest.mark.parametrize("count", [1, 3, "two"])
+def test_a_number_of_classes_that_contradicts_their_names_is_refused(
+    tmp_path: Path, count: object
+) -> None:
+    write_yolo(tmp_path, nc=count)
+    with pytest.raises(
+        UserError, match=rf"data\.yaml says nc: {count}, but 'names' has 2; correct"
+    ):
         load_coco(tmp_path, "val")
 
 

@@ -493,12 +493,14 @@ def test_build_fp8_writes_engine_manifest_and_table(
 ) -> None:
     output = tmp_path / "out.onnx"
     command = ["build", "--fp8", "--fp16", "--onnx", str(wide.source), "--calib", str(folder)]
-    command += ["--calibrator", "minmax", "--no-equalize", "--no-bias-correction", "--quiet"]
+    command += ["--calibrator", "minmax", "--no-equalize", "--no-bias-correction"]
     assert main([*command, "--backend", "onnxruntime", "--output", str(output)]) == 0
     said = capsys.readouterr().out
     manifest = json.loads(output.with_suffix(".json").read_text())
     count = manifest["fp8_layers"]
-    assert f"in FP8: {count} of the {count} convolutions that the graph has in FP8" in said
+    assert f"in FP8: all {count} convolutions asked for\n" in said
+    assert said.count(f"{count} convolutions") == said.count("convolutions asked for") == 1
+    assert "convolutions left in float: " in said
     assert manifest["precision"] == "fp8"
     assert manifest["calibration"]["rest"] == "fp16"
     table = json.loads(output.with_suffix(".calibration.json").read_text())

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from trt_yolov6.data.images import list_images, read_image
+from trt_yolov6.data.images import list_images, read_image, same_files
 from trt_yolov6.errors import UserError
 
 
@@ -176,3 +176,11 @@ def test_a_folder_lists_its_images_sorted_and_nothing_else(tmp_path: Path) -> No
         list_images(tmp_path / "c.jpg")
     with pytest.raises(UserError, match="does not exist"):
         list_images(tmp_path / "nowhere")
+
+
+def test_the_same_bytes_are_found_under_whatever_name(tmp_path: Path) -> None:
+    contents = {"a": b"one", "b": b"two", "c": b"longer", "d": b"two", "e": b"six", "f": b"other"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    some, others = ([tmp_path / name for name in names] for names in ("abc", "def"))
+    assert same_files(some, others) == [(tmp_path / "b", tmp_path / "d")]

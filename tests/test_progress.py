@@ -45,7 +45,7 @@ def test_a_training_in_a_log_is_a_header_and_a_line_an_epoch(
     assert main([*command, "--output", "loud"]) == 0
     lines = capsys.readouterr().out.splitlines()
     header = next(index for index, line in enumerate(lines) if line.startswith("train: "))
-    assert "4 images at 64 pixels, 2 epochs of 1 steps, batch 4, on cpu" in lines[header]
+    assert "4 images at 64 pixels, 2 epochs of 1 step, batch 4, on cpu" in lines[header]
     for epoch in (1, 2):
         line = lines[header + epoch]
         assert line.startswith(f"epoch {epoch}, loss ")

@@ -75,6 +75,9 @@ def test_a_training_leaves_checkpoints_a_log_and_its_settings(
     assert stored_settings(tmp_path / "run") == settings
     assert said == list(result.notes)
     assert "all weights are taken" in said[0]
+    # The shapes of both splits are the same.
+    assert said[-1].startswith("warning: in training, too, which makes AP too high: 8 of 8 val")
+    assert "images/val/001.png, which is " in said[-1]
     row = inspect_file(result.last).to_json()["training"]
     assert row["epoch"] == 4
     assert torch.load(result.last, weights_only=True)["AP"] == result.last_ap
@@ -346,5 +349,5 @@ def test_bad_data_is_refused_or_left_out_as_chosen(
     assert "skip" in complaint(capsys, *base)
     arguments = [*base, "--bad-data", "skip", "--epochs", "1", "--imgsz", "96", "--batch", "4"]
     assert main(["train", *arguments, "--val-split", "none", "--quiet"]) == 0
-    assert "problems of the data were left out" in capsys.readouterr().out
+    assert "left out of training: 3 problems of the data" in capsys.readouterr().out
     assert (tmp_path / "run" / "bad_data.json").is_file()

@@ -191,8 +191,8 @@ def quantize(
         _log.info("%s", line)
     layers, kept = result.placement.layers, result.placement.float_layers
     ranges = "" if table is None else f"; ranges in {table}"
-    whole = len(layers) + len(kept)
-    _log.info(f"{len(layers)} of {whole} convolutions in {settings.quantized.label}{ranges}")
+    float_ones = f"{len(kept)} of {len(layers) + len(kept)}" if kept else "none"
+    _log.info(f"convolutions left in float: {float_ones}{ranges}")
     if output is not None:
         write_graph(result.graph, output)
     return result.graph

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from trt_yolov6.bench.latency import BenchmarkResult
 from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.machine import Gpu
-from trt_yolov6.common.text import aligned, four_digits, joined, of_highest
+from trt_yolov6.common.text import aligned, counted, four_digits, joined, of_highest
 from trt_yolov6.engines.base import Engine
 
 _TOP_LAYERS = 20
@@ -104,7 +104,7 @@ def _where_measured(result: BenchmarkResult) -> str:
     return joined(
         f"on {result.device}",
         f"{result.backend} {result.backend_version}",
-        result.threads and f"{result.threads} thread{'s' * (result.threads > 1)}",
+        result.threads and counted(result.threads, "thread"),
         *(_gpu_parts(result.gpu) if result.gpu else ()),
         f"CPU clock {of_highest(clock.mhz, clock.max_mhz)} MHz",
         clock.governor and f"governor {clock.governor}",

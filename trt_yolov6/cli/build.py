@@ -211,15 +211,21 @@ def run(options: argparse.Namespace) -> None:
     if options.onnx:
         print(manifest.detector)
     if built.quantized_asked:
-        label, found = manifest.precision.upper(), manifest.quantized_layers
-        print(
-            f"in {label}: {'the builder does not say how many' if found is None else found} of the "
-            f"{built.quantized_asked} convolutions that the graph has in {label}"
-        )
+        label = manifest.precision.upper()
+        print(f"in {label}: {_share(manifest.quantized_layers, built.quantized_asked)}")
     if manifest.backend == "onnxruntime" or runs_here(built.path):
         say_next(options, "its AP", f"eval --engine {built.path}")
     else:
         say_next(options, "on the machine it is for", f"bench --engine {built.path}")
+
+
+def _share(found: int | None, asked: int) -> str:
+    """Say how many of the convolutions that the graph has in 8 bits the engine has in them."""
+    if found is None:
+        return f"{asked} convolutions asked for; the builder does not say how many it has"
+    return (
+        f"{f'all {asked}' if found == asked else f'{found} of the {asked}'} convolutions asked for"
+    )
 
 
 def _quantization(options: argparse.Namespace) -> QuantizationSettings:

@@ -10,6 +10,7 @@ from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import load, newest_engine, predict_options, ray_options, resolved
 from trt_yolov6.cli.output import say, say_next, write_result
 from trt_yolov6.common.files import check_writable
+from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ def _evaluation_text(result: Evaluation) -> str:
     share = seconds.inference / result.wall_seconds
     return "\n".join(
         [
-            f"{result.engine} ({result.precision}, {result.backend}) on {result.images} images, "
-            f"{result.detections} detections",
+            f"{result.engine} ({result.precision}, {result.backend}) on "
+            f"{counted(result.images, 'image')}, {counted(result.detections, 'detection')}",
             f"  AP {ap(result.ap)}   AP50 {ap(result.ap50)}   AP75 {ap(result.ap75)}",
             f"  APs {ap(result.ap_small)}  APm {ap(result.ap_medium)}  APl {ap(result.ap_large)}",
             *(

@@ -12,6 +12,7 @@ from pathlib import Path
 from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import load, newest_engine, predict_options, ray_options, resolved
 from trt_yolov6.cli.output import say, say_next
+from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
 
 _FILES = ("json", "csv", "yolo")
@@ -84,7 +85,7 @@ def _infer_here(options: argparse.Namespace) -> None:
         say(f"warning: {warning}")
     shown = summary.outputs[0] if len(summary.outputs) == 1 else options.output
     print(
-        f"{summary.objects} objects in {summary.images} images, "
+        f"{counted(summary.objects, 'object')} in {counted(summary.images, 'image')}, "
         f"{summary.inference_seconds / max(summary.images, 1) * 1e3:.1f} ms an image in the engine"
     )
     print(f"{shown}: drawn")
@@ -121,12 +122,12 @@ def _infer_on_ray(options: argparse.Namespace) -> None:
     for warning in summary.warnings:
         say(f"warning: {warning}")
     count = 0 if summary.actors is None else summary.actors.count
-    by = f" by {count} engine{'s' * (count > 1)}" if count else ""
+    by = f" by {counted(count, 'engine')}" if count else ""
     print(
-        f"{summary.objects} objects in {summary.images} images{by}, {summary.wall_seconds:.1f} s "
-        "in all"
+        f"{counted(summary.objects, 'object')} in {counted(summary.images, 'image')}{by}, "
+        f"{summary.wall_seconds:.1f} s in all"
     )
-    print(f"{summary.output}: the detections, in {summary.parts} parts")
+    print(f"{summary.output}: the detections, in {counted(summary.parts, 'part')}")
     say_next(options, "its AP on labelled images", f"eval --engine {engine} --data DATA --ray ...")
 
 

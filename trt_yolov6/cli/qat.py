@@ -16,6 +16,7 @@ from trt_yolov6.cli.graphs import (
 )
 from trt_yolov6.cli.output import say_next, write_result
 from trt_yolov6.common.files import sole_writer
+from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _print_result(options: argparse.Namespace, settings: QatSettings, done: QatR
     aps, result = done.aps, done.result
     shown = ", ".join(f"{key} {value:.4f}" for key, value in aps.items() if value is not None)
     print(
-        f"{done.built.path}: {shown or 'not evaluated'}; {result.epochs} epochs in "
+        f"{done.built.path}: {shown or 'not evaluated'}; {counted(result.epochs, 'epoch')} in "
         f"{result.seconds:.0f} s"
     )
     if options.json:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trt_yolov6.cli import options as common
 from trt_yolov6.cli.output import say, say_next, write_result
+from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -216,8 +217,8 @@ def run(options: argparse.Namespace) -> None:
             of = f", of epoch {result.best_epoch}" if path == result.best else ""
             print(f"{path}: " + ("not evaluated" if ap is None else f"AP {ap:.4f}{of}"))
     print(
-        f"{result.epochs} epochs, {result.epoch_seconds:.2f} s an epoch (median, without "
-        f"evaluation), {result.wall_seconds:.0f} s in all"
+        f"{counted(result.epochs, 'epoch')}, {result.epoch_seconds:.2f} s an epoch (median, "
+        f"without evaluation), {result.wall_seconds:.0f} s in all"
     )
     if options.json:
         write_result(options.json, result.to_json())

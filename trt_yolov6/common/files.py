@@ -140,14 +140,32 @@ def check_writable(path: str | Path) -> Path:
     path = path.resolve() if path.is_symlink() else path
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it.")
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise UserError(f"{path} cannot be written ({parent} is a file); choose another path.")
+    if not path.exists() or path.is_file():
+        check_folder(path.parent, path)
     # What is there and no regular file (a pipe) is written to in place.
-    target = path if path.exists() and not path.is_file() else parent
-    if not os.access(target, os.W_OK):
-        raise unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    elif not os.access(path, os.W_OK):
+        raise _denied(path)
     return path
+
+
+def check_folder(folder: Path, said: Path | None = None) -> None:
+    """Check that files can be written into a folder that is there or can be made.
+
+    Raises:
+        UserError: they cannot; it names `said`, or else the folder with its whole path.
+    """
+    folder = folder.absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(
+            f"{said or folder} cannot be written ({there} is a file); choose another path."
+        )
+    if not os.access(there, os.W_OK):
+        raise _denied(said or folder)
+
+
+def _denied(path: Path) -> UserError:
+    return unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

@@ -28,6 +28,11 @@ def joined(*parts: object) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number of things, such as `1 image` or `2 images`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def of_highest(now: float | None, highest: float | None) -> str:
     """Return a clock and the highest it may have, such as `1410 of 1980`."""
     text = "unknown" if now is None else f"{now:.0f}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trt_yolov6.common.statistics import Interval, ratio_of
+from trt_yolov6.common.text import counted
 from trt_yolov6.comparison.results import latency_of
 from trt_yolov6.errors import UserError
 
@@ -218,7 +219,7 @@ def format_verdict(verdict: Verdict) -> str:
         lines.append("gate: passed" + (" (noise left some undecided)" if verdict.undecided else ""))
     else:
         reasons = len(verdict.failures) + (len(verdict.undecided) if verdict.strict else 0)
-        lines.append(f"gate: failed, {reasons} reason{'s' * (reasons != 1)}")
+        lines.append(f"gate: failed, {counted(reasons, 'reason')}")
     return "\n".join(lines)
 
 

@@ -307,11 +307,16 @@ def _images(
     images: dict[int, CocoImage] = {}
     problems: list[Problem] = []
     names: dict[Path, str] = {}
-    for record in records.values():
+    for own, record in records.items():
         name, path = record.text, find_image(record.text, source.folders)
         # `find_image` leaves out folders, where they are another machine's.
-        if path is not None and names.setdefault(path, name) != name:
-            raise malformed(source.file, f"{names[path]} and {name} are both found as {path}")
+        if path is not None and path in names:
+            told = f"image {name} is listed twice, the second time with id {own}"
+            if names[path] != name:
+                told = f"{names[path]} and {name} are both found as {path}"
+            raise malformed(source.file, told)
+        if path is not None:
+            names[path] = name
         height, width = (whole(record.fields.get(key)) for key in ("height", "width"))
         if path is None:
             told = f"image {name} is not in {source.folders[0]}"
@@ -381,7 +386,7 @@ class _Judge:
         category = self.categories.get(identity(entry.get("category_id")))
         if category is None:
             told = f"is of category {_short(entry.get('category_id'))}, which is not listed"
-            return "unknown-class", told
+            return "unknown-class", f"{told}{entry.get('numbering', '')}"
         told = f"has the box {_short(written)}"
         x, y, width, height = map(_float, box)
         if not all(map(math.isfinite, (x, y, x + width, y + height, width * height))):

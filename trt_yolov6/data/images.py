@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import read_bytes
+from trt_yolov6.common.files import read_bytes, sha256_bytes
 from trt_yolov6.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -70,6 +71,26 @@ def images_below(folder: Path) -> list[Path]:
 
 _MOST_OTHERS = 20_000
 """Files and folders that are looked at for images, before twenty for each that was found."""
+
+
+def same_files(some: Iterable[Path], others: Iterable[Path]) -> list[tuple[Path, Path]]:
+    """Return each file of `some` whose bytes one of `others` has, too, and that one.
+
+    Only files of a size that occurs in both are read.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    sized = [(path, path.stat().st_size) for path in some]
+    of_size: dict[int, list[Path]] = {}
+    for path in others:
+        of_size.setdefault(path.stat().st_size, []).append(path)
+    wanted = {size for _, size in sized} & of_size.keys()
+    known = {sha256_bytes(read_bytes(path)): path for size in wanted for path in of_size[size]}
+    found = [
+        (path, known.get(sha256_bytes(read_bytes(path)))) for path, size in sized if size in wanted
+    ]
+    return [(path, other) for path, other in found if other is not None]
 
 
 def upright_size(path: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.common.records import read_yaml
+from trt_yolov6.data.annotations import whole
 from trt_yolov6.data.images import images_below, upright_size
 from trt_yolov6.data.sources import Source
 from trt_yolov6.errors import UserError
@@ -93,6 +94,10 @@ def read_yolo(file: Path, split: str) -> Source:
             f"{pixels[0]['where']} has numbers above 1: YOLO's format has the centre and the sides "
             "as fractions of the image, not in pixels."
         )
+    labels = {item["category_id"] for item in annotations}
+    if len(names) in labels and labels <= set(range(1, len(names) + 1)):
+        for item in annotations:
+            item["numbering"] = " (class numbers start at 0, and these labels seem to start at 1)"
     for item in pixels:
         values = item["category_id"], *item["fractions"]
         item["bbox"] = " ".join(map("{:g}".format, values))[:100]
@@ -189,6 +194,13 @@ def _class_names(file: Path, content: Mapping[str, Any]) -> dict[int, str]:
         numbered = {}
     if not numbered:
         raise UserError(f"{file} has no list 'names'; give the class names there.")
+    count = content.get("nc")
+    # With gaps in the numbers, some count them, too.
+    if count is not None and whole(count) not in (len(numbered), max(numbered) + 1):
+        raise UserError(
+            f"{file} says nc: {str(count)[:80]}, but 'names' has {len(numbered)}; correct "
+            "one of them."
+        )
     return numbered
 
 

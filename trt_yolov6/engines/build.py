@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.common.files import check_writable, file_name, sha256_bytes, sha256_file
+from trt_yolov6.common.files import (
+    check_folder,
+    check_writable,
+    file_name,
+    sha256_bytes,
+    sha256_file,
+)
 from trt_yolov6.engines import backend as backend_module
 from trt_yolov6.engines import best_backend
 from trt_yolov6.engines.base import BuildSettings
@@ -106,10 +112,11 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
             f"`output` {output} does not fit the {name} backend; give a name that ends in "
             f"{suffix}, or another `backend`.",
         )
-    # The engine's name is known only once its graph is; its folder is known now.
-    check_writable(output or ENGINES / f"<name>{suffix}")
     if output:
+        check_writable(output)
         choose_manifest_path(output)
+    else:  # the engine's name is known only once its graph is
+        check_folder(ENGINES)
     return name
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.files import write_json
 from trt_yolov6.common.progress import progress_bar
+from trt_yolov6.common.text import counted
 from trt_yolov6.data.class_matching import order_by_name
 from trt_yolov6.data.coco import (
     CocoImage,
@@ -79,7 +80,7 @@ def settle(
         return
     where = f"; all are listed in {report_file}" if report_file is not None else ""
     raise BadDataError(
-        f"{report.annotation_file} has {count} problem{'s' * (count > 1)}, the first being that "
+        f"{report.annotation_file} has {counted(count, 'problem')}, the first being that "
         f"{report.problems[0].sentence}; correct the data set or give `on_bad_data` skip to leave "
         f"{'them' if count > 1 else 'it'} out{where if count > 1 else ''}.",
         report,

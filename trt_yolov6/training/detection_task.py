@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.common.text import counted
 from trt_yolov6.data.coco import CocoDataset, load_coco
+from trt_yolov6.data.images import same_files
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import BN_MOMENTUM
 from trt_yolov6.models.fusion import fuse
@@ -121,6 +123,8 @@ def detection_task(
         keeps_gradients=is_graphed,
     )
     notes = (*_notes(data, folder), *start.notes)
+    if validation is not None and processes.is_first:
+        notes = (*notes, *_shared(data, validation))
     return DetectionTask(
         task, settings, average, validation, autocast is not None and on_gpu, notes
     )
@@ -130,7 +134,20 @@ def _notes(data: TrainingSet, folder: Path) -> tuple[str, ...]:
     count, place = len(data.report.problems), folder / DATA_REPORT_FILE
     if not count:
         return ()
-    return (f"{count} problems of the data were left out of training; see {place}.",)
+    return (f"left out of training: {counted(count, 'problem')} of the data; see {place}.",)
+
+
+def _shared(data: TrainingSet, validation: CocoDataset) -> tuple[str, ...]:
+    """Say which images are in both splits: a network that has learnt them does well on them."""
+    paths = [image.path for image in validation.images]
+    same = same_files(paths, data.files)
+    if not same:
+        return ()
+    (one, other), count = same[0], counted(len(paths), "validation image")
+    return (
+        f"warning: in training, too, which makes AP too high: {len(same)} of {count}, such as "
+        f"{one}, which is {other}.",
+    )
 
 
 def _check_device(settings: TrainSettings, processes: Processes) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trt_yolov6.common.progress import is_logged, progress_bar
+from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.dataset import TrainingSet
@@ -214,8 +215,9 @@ def _header(task: Task, begun: int) -> str:
     plan = task.plan
     after = f", {begun} of them done" if begun else ""
     return (
-        f"{task.name}: {task.subject} on {len(task.data)} images at {task.data.image_size} pixels, "
-        f"{plan.epochs} epochs{after} of {plan.steps_per_epoch} steps, batch {plan.batch}, on "
+        f"{task.name}: {task.subject} on {counted(len(task.data), 'image')} at "
+        f"{task.data.image_size} pixels, {counted(plan.epochs, 'epoch')}{after} of "
+        f"{counted(plan.steps_per_epoch, 'step')}, batch {plan.batch}, on "
         f"{task.processes.device}; a line an epoch"
     )
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.common.files import read_json, sole_writer, write_json
+from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.spec import PredictOptions
@@ -166,7 +167,7 @@ def _search(
     # What cannot be trained leaves no run, so the whole one's settings follow the search's.
     result = _trained(wanted, place, state, call, settings_of={folder: settings})
     ap = "" if result.last_ap is None else f", AP {result.last_ap:.4f}"
-    over = f"the search for scales is over after {wanted.epochs} epochs{ap}."
+    over = f"the search for scales is over after {counted(wanted.epochs, 'epoch')}{ap}."
     _noted((over,), call)
     return str(last), (*result.notes, over)
 
