@@ -76,8 +76,8 @@ def test_a_training_leaves_checkpoints_a_log_and_its_settings(
     assert said == list(result.notes)
     assert "all weights are taken" in said[0]
     # The shapes of both splits are the same.
-    assert said[-1].startswith("warning: in training, too, which makes AP too high: 8 of 8 val")
-    assert "images/val/001.png, which is " in said[-1]
+    assert said[-1].startswith("warning: training has 8 of 8 validation images, too")
+    assert "images/val/001.png is " in said[-1]
     row = inspect_file(result.last).to_json()["training"]
     assert row["epoch"] == 4
     assert torch.load(result.last, weights_only=True)["AP"] == result.last_ap

@@ -145,8 +145,8 @@ def _shared(data: TrainingSet, validation: CocoDataset) -> tuple[str, ...]:
         return ()
     (one, other), count = same[0], counted(len(paths), "validation image")
     return (
-        f"warning: in training, too, which makes AP too high: {len(same)} of {count}, such as "
-        f"{one}, which is {other}.",
+        f"warning: training has {len(same)} of {count}, too, which makes AP too high: {one} is "
+        f"{other}, for example.",
     )
 
 
