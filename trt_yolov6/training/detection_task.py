@@ -74,7 +74,7 @@ def detection_task(
     validation = (
         None if settings.val_split is None else load_coco(settings.data, settings.val_split)
     )
-    if validation is not None and not any(not item["iscrowd"] for item in validation.annotations):
+    if validation is not None and all(item["iscrowd"] for item in validation.annotations):
         raise UserError(
             f"{validation.annotation_file} has no object to evaluate on; give annotations, or "
             "`val_split` none."
