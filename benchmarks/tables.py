@@ -588,7 +588,7 @@ def tensorrt8_accuracy() -> str:
         agreement = row.get("agreement_with_cpu")
         lines.append(
             [
-                checkpoints[row["network"]],
+                checkpoints[row["network"]] + (", H200" if "device" in row else ""),
                 TENSORRT8_FORMS[row["precision"], row["how"]],
                 f"{row['int8_convolutions']} of {row['convolutions']}",
                 " and ".join(f"{ap:.4f}" for ap in row.get("ap_of_builds", [row["ap"]])),
@@ -597,7 +597,7 @@ def tensorrt8_accuracy() -> str:
                 f"{agreement:.3f}" if agreement else "",
             ]
         )
-    head = ["checkpoint", "", "in INT8", "AP on the H100", "on a CPU", "difference", "agreement"]
+    head = ["checkpoint", "", "in INT8", "AP on the GPU", "on a CPU", "difference", "agreement"]
     return markdown(head, lines)
 
 

@@ -11,7 +11,7 @@ usual form (seen in 8.6.0 on an H100):
 - A multiplication by a constant per channel before a QuantizeLinear ends in `mergeScales: Assertion
   equalOrZero`. A division by the reciprocals does not. An addition of a constant per channel and
   pixel (the borders of shifted channels) ends in `x == y || x == 1 || y == 1`; a subtraction of its
-  negative takes its place (not built on a GPU yet).
+  negative takes its place.
 - A multiplication of a dequantized tensor by one number (the shortcuts of L) ends in
   `chooseHigherPrecision: Assertion`. Where the product is added to another dequantized tensor, the
   number goes into the scale of a DequantizeLinear of its own; else it reads what the pair quantizes
