@@ -119,6 +119,22 @@ def test_inspect_and_doctor_answer(with_engine: Path, capsys: pytest.CaptureFixt
     assert "onnxruntime" in capsys.readouterr().out
 
 
+def test_the_next_step_is_ready_for_a_shell(
+    tiny: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "my cells").mkdir()
+    checkpoint = (workplace / tiny).rename(workplace / "my cells" / "größe 1.pt")
+    assert main(["inspect", str(checkpoint)]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].partition(": ")[2]
+    printed = subprocess.run(
+        ["bash", "-c", f"trt-yolov6() {{ printf '%s\\n' \"$@\"; }}; {command}"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert printed.splitlines() == ["build", "--weights", str(checkpoint)]
+
+
 def test_eval_prints_ap_in_all_and_by_class_and_draws(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,10 +85,10 @@ def run(options: argparse.Namespace) -> None:
         values = [result.to_json() for result in results]
         write_result(options.json, values[0] if len(values) == 1 else values)
     if len(engines) == 1:
-        say_next(options, "its AP", f"eval --engine {engines[0].path}")
+        say_next(options, "its AP", "eval", "--engine", engines[0].path)
     else:
-        files = " ".join(str(engine.path) for engine in engines)
-        say_next(options, "with AP and intervals", f"compare {files}")
+        files = (engine.path for engine in engines)
+        say_next(options, "with AP and intervals", "compare", *files)
 
 
 def _run_stages(options: argparse.Namespace) -> None:
@@ -111,4 +111,4 @@ def _run_stages(options: argparse.Namespace) -> None:
     if options.json:
         values = [report.to_json() for report in reports]
         write_result(options.json, values[0] if len(values) == 1 else values)
-    say_next(options, "the engine alone", f"bench --engine {reports[0].engine}")
+    say_next(options, "the engine alone", "bench", "--engine", reports[0].engine)
