@@ -242,6 +242,24 @@ def test_what_build_returns_is_a_path(folder: Path, tmp_path: Path) -> None:
     with trt_yolov6.load(built) as detector:
         assert detector.class_names == ("RBC", "WBC", "Platelets")
         assert "detector.onnx" in repr(detector)
+    assert trt_yolov6.inspect(built).path == built.path
+    assert trt_yolov6.evaluate(built, folder / "cells", progress=False).images == 4
+    timed = trt_yolov6.benchmark(built, duration=0.01, warm_up=0, progress=False)
+    assert timed.engine == built.path
+    several = trt_yolov6.benchmark([built, built.path], duration=0.01, warm_up=0, progress=False)
+    assert [one.engine for one in several] == [built.path] * 2
+    compared = trt_yolov6.compare(
+        built,
+        tmp_path / "compared",
+        data=folder / "cells",
+        batches=(1,),
+        rounds=3,
+        duration=0.03,
+        examples=0,
+        layers=False,
+        progress=False,
+    )
+    assert [one["engine"] for one in compared["engines"]] == ["detector fp32"]
 
 
 def test_precisions_are_written_as_they_are_read() -> None:
