@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.tiny_detector import CELL, load_named
 
@@ -129,6 +130,8 @@ def test_images_come_as_arrays_files_folders_and_mixtures(
         (red, [0]),
         (np.stack([red, red]), [0, 0]),
         (Image.fromarray(red), [0]),
+        (torch.from_numpy(red), [0]),
+        (np.array([str(place / "a.png"), str(place / "b.png")]), [1, 0]),
         (place / "b.png", [0]),
         (str(place / "a.png"), [1]),
         (place, [1, 0]),
@@ -139,6 +142,7 @@ def test_images_come_as_arrays_files_folders_and_mixtures(
     ):
         found = detector.predict(images, confidence=0.6)  # type: ignore[arg-type]
         assert [one.class_id.tolist() for one in found] == [[label] for label in expected]
+    assert detector.predict([Image.fromarray(red)])[0].class_id.tolist() == [0]
     assert [one.path for one in detector.predict([place, red])] == [
         place / "a.png",
         place / "b.png",
