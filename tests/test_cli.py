@@ -135,6 +135,18 @@ def test_the_next_step_is_ready_for_a_shell(
     assert printed.splitlines() == ["build", "--weights", str(checkpoint)]
 
 
+def test_samples_that_are_not_here_are_not_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_tiny(tmp_path).close()
+    for stages in ("--end-to-end", "--stages"):
+        said = refusal(capsys, "bench", "--engine", "tiny_split_None_False.onnx", stages)
+        assert said.endswith("are not here; name images with --source.")
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("build --weights FILE.pt")
+
+
 def test_eval_prints_ap_in_all_and_by_class_and_draws(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

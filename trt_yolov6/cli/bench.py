@@ -65,13 +65,14 @@ def run(options: argparse.Namespace) -> None:
     if options.stages:
         _run_stages(options)
         return
+    images = _images(options) if options.end_to_end else None
     detectors = [load(path, options) for path in options.engine or [newest_engine()]]
     engines = [detector.engine for detector in detectors]
     results = benchmark(
         detectors,
         batch=options.batch,
         streams=options.streams,
-        images=(options.images or common.SAMPLE_IMAGES) if options.end_to_end else None,
+        images=images,
         predict=predict_options(options) if options.end_to_end else None,
         duration=options.duration,
         warm_up=min(1.0, options.duration),  # no longer than is measured
@@ -91,11 +92,21 @@ def run(options: argparse.Namespace) -> None:
         say_next(options, "with AP and intervals", "compare", *files)
 
 
+def _images(options: argparse.Namespace) -> Path:
+    """Return the images of --source, or the sample's."""
+    if options.images is None and not common.SAMPLE_IMAGES.is_dir():
+        raise UserError(
+            f"no --source is given and the sample images {common.SAMPLE_IMAGES}/ are not here; "
+            "name images with --source."
+        )
+    return options.images or common.SAMPLE_IMAGES
+
+
 def _run_stages(options: argparse.Namespace) -> None:
     from trt_yolov6.bench.stages import benchmark_stages, format_stages
     from trt_yolov6.data.images import list_images
 
-    images = list_images(options.images or common.SAMPLE_IMAGES)
+    images = list_images(_images(options))
     reports = []
     for path in options.engine or [newest_engine()]:
         with load(path, options) as detector:
