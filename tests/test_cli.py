@@ -204,6 +204,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["buld"], "did you mean build?"),
         (["build", "--batchs", "2"], "did you mean --batch?"),
         (["build", "--backend", "tensort"], "did you mean tensorrt?"),
+        (["export", "--weights", "samples/README.md"], "give an ONNX file (.onnx) or a YOLOv6"),
         (["build", "best.pt"], "give it as --weights best.pt"),
         (["build", "--int8", "yolov8n.onnx"], "give it as --onnx yolov8n.onnx"),
         (["bench", "engines/s.trt"], "give it as --engine engines/s.trt"),
