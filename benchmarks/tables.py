@@ -303,6 +303,8 @@ def suppression() -> str:
     rows = []
     for part, source in (("real", "the sample network, "), ("speed", "random boxes, ")):
         for name, row in data[part].items():
+            if "superseded" in row:
+                continue
             batch, rest = name.removeprefix("batch ").split(", ", 1)
             case = rest if part == "speed" else f"{rest}: {row['candidates']:.0f} candidates"
             if case.endswith(" 1 classes"):
@@ -320,11 +322,11 @@ def suppression_where() -> str:
     rows = [*data["real"].values(), *data["speed"].values()]
     return (
         f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. "
-        f"{sum(row['different'] for row in rows)} of the images of this table have other boxes "
-        f"than on the CPU. Of {sets['sets']} random sets, with up to {sets['most_candidates']} "
-        f"candidates, {sets['different']} have. After {leak['batches']} batches "
-        f"(revision {leak['commit']}), {leak['gpu_bytes']} bytes of GPU memory and "
-        f"{leak['host_bytes']} of host memory more are in use. {data.get('note', '')}\n"
+        f"{sum(row['different'] for row in rows)} images of this table and {sets['different']} of "
+        f"{sets['sets']} random sets, with up to {sets['most_candidates']} candidates, have other "
+        f"boxes than on the CPU. {leak['batches']} batches (revision {leak['commit']}) leave "
+        f"{leak['gpu_bytes']} more bytes of GPU memory and {leak['host_bytes']} of host memory in "
+        f"use. {data.get('note', '')}\n"
     )
 
 
