@@ -190,7 +190,7 @@ def test_every_picture_counts_once_although_a_node_dies(
 # On the head, which is left, with one actor: what follows is the same on any number.
 
 
-def test_a_second_run_does_what_is_left(
+def test_a_second_run_does_what_is_left_on_a_gpu_too(
     cluster: Any, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -210,8 +210,12 @@ def test_a_second_run_does_what_is_left(
     assert before >= 1
     (pictures / "broken.png").unlink()
     cv2.imwrite(str(pictures / "new.png"), np.zeros((64, 64, 3), np.uint8))
+    # The node has no GPU, and the engine runs on its core.
+    monkeypatch.setattr(jobs, "fitting_actors", lambda *_, **__: Actors(1, 1, 1))
     summary = infer_on_ray(tiny, pictures, out, ANY, form="parquet")
+    assert summary.actors == Actors(1, 1, 1)
     assert (summary.done_before, summary.images) == (before, 31 - before)
+    assert summary.objects == summary.images - 1  # none in the new one, one in each of the others
     assert set(Counter(row["file"] for row in rows_of(out)).values()) == {1}
     assert len(rows_of(out)) == 31
     assert summary.failures == ()
@@ -230,16 +234,6 @@ def test_a_mistake_comes_back_as_a_sentence(cluster: Any, tiny: Path, pictures: 
             RayOptions(address="auto", progress=False),
             PredictOptions(batch=2**40),
         )
-
-
-def test_an_actor_of_a_gpu_finds_what_one_of_a_cpu_finds(
-    cluster: Any, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The node has no GPU, and the engine runs on its core.
-    monkeypatch.setattr(jobs, "fitting_actors", lambda *_, **__: Actors(1, 1, 1))
-    summary = infer_on_ray(tiny, pictures, tmp_path / "out", ANY)
-    assert summary.actors == Actors(1, 1, 1)
-    assert summary.images == summary.objects == 30
 
 
 def test_local_runs_from_the_command_line_and_listens_on_loopback_alone(
