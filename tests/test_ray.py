@@ -65,9 +65,7 @@ def cluster() -> Iterator[Any]:
     # Deaths are noticed within a second or two instead of half a minute.
     health = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
     head = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-    whole = Cluster(
-        initialize_head=True, head_node_args={**node, **head, "_system_config": health}
-    )
+    whole = Cluster(initialize_head=True, head_node_args={**node, **head, "_system_config": health})
     whole.add_node(**node)
     ray.init(address=whole.address, log_to_driver=False, logging_level="ERROR")
     yield whole
