@@ -175,12 +175,14 @@ def test_a_video_is_not_an_image(detector: Detector, tmp_path: Path) -> None:
         detector.predict("rtsp://camera/stream")
 
 
-def test_a_format_is_refused_before_the_work(detector: Detector, tmp_path: Path) -> None:
+def test_formats_and_frames_are_refused_before_the_work(detector: Detector, tmp_path: Path) -> None:
     Image.fromarray(image(0, 0, 0)).save(tmp_path / "a.png")
     unknown: Any = ["json", "xml"]
     with pytest.raises(UserError, match="'xml' is not known; give `formats` of json, csv, yolo"):
         detector.annotate(tmp_path / "a.png", tmp_path / "drawn", formats=unknown)
     assert not (tmp_path / "drawn").exists()
+    with pytest.raises(UserError, match="`frames` 0 is out of range; give 1 or more"):
+        detector.annotate(tmp_path / "a.png", tmp_path / "drawn", frames=0)
     done = detector.annotate(tmp_path / "a.png", tmp_path / "drawn", formats="csv")
     assert done.files == (tmp_path / "drawn" / "detections.csv",)
     assert done.files[0].is_file()

@@ -82,6 +82,8 @@ def infer_source(
         if form not in get_args(Format):
             known = ", ".join(get_args(Format))
             raise UserError(f"format {form!r} is not known; give `formats` of {known}.")
+    if frames is not None and frames < 1:
+        raise UserError(f"`frames` {frames} is out of range; give 1 or more.")
     output = Path(output)
     media = find_media(source)
     if isinstance(media, Video):
