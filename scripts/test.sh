@@ -24,8 +24,9 @@ unset PYTHONDONTWRITEBYTECODE
 # A core each.
 {
     # What the tests import is compiled here, once, rather than by every worker at its start; so is what
-    # PyTorch imports with the first export and the first optimizer. The run below says what is wrong.
-    .venv/bin/python -c 'import pytest, torch._dynamo, torch.onnx._internal.exporter._core
+    # PyTorch imports with the first export and the first optimizer, and Ray Data, which all of its
+    # processes would compile at once. The run below says what is wrong.
+    .venv/bin/python -c 'import pytest, ray.data, torch._dynamo, torch.onnx._internal.exporter._core
 pytest.main(["--collect-only", "-qq"])' >/dev/null || true
     NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 } &

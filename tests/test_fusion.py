@@ -120,10 +120,10 @@ def test_the_result_is_in_deploy_form_and_the_original_untouched() -> None:
 
 
 def test_fusing_twice_changes_nothing() -> None:
-    once = fuse(build_model(architecture("yolov6n")))
-    twice = fuse(once)
-    assert once.state_dict().keys() == twice.state_dict().keys()
-    assert all(torch.equal(v, once.state_dict()[k]) for k, v in twice.state_dict().items())
+    model = fuse(build_model(architecture("yolov6n")))
+    once, twice = model.state_dict(), fuse(model).state_dict()
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(value, once[key]) for key, value in twice.items())
 
 
 @pytest.mark.parametrize("bias", [False, True])

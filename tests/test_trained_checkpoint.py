@@ -38,6 +38,14 @@ def refusal(path: Path) -> str:
     return message
 
 
+def assert_stored(model: torch.nn.Module, read: torch.nn.Module) -> None:
+    """Check that a network has the weights of another, kernels rounded to half precision."""
+    found = read.state_dict()
+    for name, value in model.state_dict().items():
+        expected = value.half().float() if value.ndim > 1 else value
+        assert torch.equal(found[name], expected), name
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = build_model(tiny_architecture()).eval()
@@ -47,9 +55,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert checkpoint.arch == tiny_architecture()
     assert checkpoint.class_names == CLASS_NAMES
     assert checkpoint.training == Training(settings, 3, 0.25)
-    for name, value in model.state_dict().items():
-        expected = value.half().float() if value.ndim > 1 else value
-        assert torch.equal(checkpoint.model.state_dict()[name], expected), name
+    assert_stored(model, checkpoint.model)
     assert {value.dtype for value in checkpoint.model.parameters()} == {torch.float32}
     write_checkpoint(tmp_path / "b.pt", model, CLASS_NAMES, Training(settings, 3, 0.25))
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
@@ -77,9 +83,7 @@ def test_later_releases_networks_are_read_back(tmp_path: Path, name: str) -> Non
     read = load_checkpoint(tmp_path / "a.pt")
     assert read.arch == model.arch
     assert read.release is None
-    for key, value in model.state_dict().items():
-        expected = value.half().float() if value.ndim > 1 else value
-        assert torch.equal(read.model.state_dict()[key], expected), key
+    assert_stored(model, read.model)
 
 
 def test_version_1_had_one_activation_in_the_whole_neck(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,7 @@ def fuse(model: YOLOv6) -> YOLOv6:
     The result is in eval mode and shares nothing with `model`, which stays as it is. Blocks that
     are fused already are kept.
     """
-    fused = copy.deepcopy(model).eval()
-    _replace(fused, _fused)
-    return fused
+    return _copied(model, _fused).eval()
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -40,14 +39,20 @@ def is_fused(model: nn.Module) -> bool:
     return not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-def _replace(module: nn.Module, change: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Put what `change` returns in the place of a module's descendants, unless it is None."""
-    for name, child in module.named_children():
-        new = change(child)
-        if new is None:
-            _replace(child, change)
-        else:
-            setattr(module, name, new)
+def _copied(model: YOLOv6, change: Callable[[nn.Module], nn.Module | None]) -> YOLOv6:
+    """Copy a network, with what `change` makes of a module in its place unless that is None."""
+    memo: dict[int, Any] = {}  # what takes another's place need not be copied
+
+    def look_below(module: nn.Module) -> None:
+        for child in module.children():
+            new = change(child)
+            if new is None:
+                look_below(child)
+            else:
+                memo[id(child)] = new
+
+    look_below(model)
+    return copy.deepcopy(model, memo)
 
 
 def _fused(block: nn.Module) -> ConvAct | None:
@@ -115,13 +120,13 @@ def single_branch(model: YOLOv6) -> YOLOv6:
     The scaled branches of each block are added up to one kernel; batch normalizations stay. The
     result is in the mode of `model` (training or eval) and shares nothing with it.
     """
-    merged = copy.deepcopy(model)
-    merged.arch = dataclasses.replace(model.arch, block="conv")
-    bias = has_conv_bias(merged.arch)
-    _replace(
-        merged,
+    arch = dataclasses.replace(model.arch, block="conv")
+    bias = has_conv_bias(arch)
+    merged = _copied(
+        model,
         lambda block: merge_scaled(block, bias=bias) if isinstance(block, ScaledRepConv) else None,
     )
+    merged.arch = arch
     return merged
 
 
@@ -211,4 +216,4 @@ def _conv_act(like: nn.Conv2d, kernel: Tensor, bias: Tensor, act: nn.Module) -> 
     with torch.no_grad():
         conv.weight.copy_(kernel)
         conv.bias.copy_(bias)
-    return ConvAct(conv, act).eval()
+    return ConvAct(conv, copy.deepcopy(act)).eval()

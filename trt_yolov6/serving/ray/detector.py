@@ -77,18 +77,16 @@ class FoundInBlock:
     """Seconds by stage, see `Processed.stage_seconds`."""
 
 
-def table_of(value: Sequence[Item] | FoundInBlock) -> pyarrow.Table:
-    """Return a message to or from an actor as a table of one row, which Ray Data moves.
+def row_of(value: Sequence[Item] | FoundInBlock) -> dict[str, bytes]:
+    """Return a message to or from an actor as a row of a table, which Ray Data moves.
 
     It is pickled, as is all that Ray sends between its processes.
     """
-    import pyarrow
-
-    return pyarrow.table({"pickle": [pickle.dumps(value)]})
+    return {"pickle": pickle.dumps(value)}
 
 
 def values_of(table: pyarrow.Table) -> Iterator[Any]:
-    """Yield the values of tables by `table_of`, of which Ray Data may have joined several."""
+    """Yield the values of a table of `row_of`'s rows, of which Ray Data may have joined several."""
     yield from map(pickle.loads, table["pickle"].to_pylist())
 
 
@@ -122,13 +120,18 @@ class Detector:
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
         """Detect in the pictures of a table of `Item`s; return one of a `FoundInBlock`."""
-        if self._engine is None:
-            return table_of(FoundInBlock(fault=self._fault))
+        import pyarrow
+
         items = [item for block in values_of(table) for item in block]
+        return pyarrow.Table.from_pylist([row_of(self._answer(items))])
+
+    def _answer(self, items: Sequence[Item]) -> FoundInBlock:
+        if self._engine is None:
+            return FoundInBlock(fault=self._fault)
         try:
-            return table_of(self._found(self._engine, items))
+            return self._found(self._engine, items)
         except UserError as error:
-            return table_of(FoundInBlock(fault=str(error)))
+            return FoundInBlock(fault=str(error))
 
     def _found(self, engine: Engine, items: Sequence[Item]) -> FoundInBlock:
         block = FoundInBlock()

@@ -20,7 +20,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.evaluate import Evaluation, FoundBatch, evaluate_found
 from trt_yolov6.runtime.predict import shown_nms
 from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
-from trt_yolov6.serving.ray.detector import Detector, FoundInBlock, Item, Work, table_of, values_of
+from trt_yolov6.serving.ray.detector import Detector, FoundInBlock, Item, Work, row_of, values_of
 from trt_yolov6.serving.ray.engine_files import EngineFiles, read_engine
 from trt_yolov6.serving.ray.parts import (
     PartFormat,
@@ -279,8 +279,9 @@ def _blocks(ray: Any, work: Work, actors: Actors, items: Sequence[Item]) -> Iter
     # Small enough that the last blocks end together, and that a death costs little.
     most = MOST_IN_A_BLOCK_ON_GPUS if actors.gpus else MOST_IN_A_BLOCK
     size = max(1, min(most, -(-len(items) // (8 * actors.count))))
-    tables = [table_of(items[first : first + size]) for first in range(0, len(items), size)]
-    found = ray.data.from_arrow(tables).map_batches(
+    rows = [row_of(items[first : first + size]) for first in range(0, len(items), size)]
+    # Not `from_arrow`, which has workers of the cluster look at every block first.
+    found = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Detector,
         fn_constructor_args=(work,),
         batch_size=1,  # a block; Ray wants a number where there are GPUs
