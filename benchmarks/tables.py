@@ -57,9 +57,7 @@ TENSORRT8_FORMS = {
     ("fp32", "ours"): "FP32",
     ("fp16", "authors"): "FP16, the authors' decoding",
     ("fp16", "ours"): "FP16",
-    ("fp16", "sums"): "FP16, boxes by sums, H200",
     ("int8", "ptq"): "INT8",
-    ("int8", "sums"): "INT8, boxes by sums, H200",
     ("int8", "one_term"): "INT8, shortcuts in half precision",
     ("int8+float6", "ptq"): "INT8, six layers in float",
     ("int8", "activated_first"): "INT8, scores before the concatenation",
@@ -163,7 +161,7 @@ def gpu_decoding() -> str:
             row["batch"],
             row["graph"],
             f"{row['ms']:.3f}",
-            f"{row['fps']:,.0f}".replace(",", " "),
+            picture_tables.number(row["fps"]),
             f"{row['fps_to_authors']:.3f}",
             f"{row['roofline_ms']:.3f}",
             f"{row['roofline_share']:.0%}",
@@ -182,7 +180,7 @@ def gpu_fp8() -> str:
             PLACEMENTS[row["graph"]],
             row["fp8_convolutions"] or 0,
             f"{row['ms']:.3f}",
-            f"{row['fps']:,.0f}".replace(",", " "),
+            picture_tables.number(row["fps"]),
             f"{row['fps_to_fp16']:.3f}",
             f"{row['roofline_share']:.0%}",
         ]
@@ -213,18 +211,33 @@ def gpu_fp8_accuracy() -> str:
     return markdown(head, rows)
 
 
-def gpu_whole() -> str:
-    """More than the engine alone: streams, copies, boxes, files."""
+def gpu_streams() -> str:
+    """Several streams against one, and what `bench` adds to bare CUDA events."""
     parts = result(GPU)["parts"]
-    rows: list[list[Any]] = [
+    rows = [
         [
             f"{row['variant']}, batch 1, {row['streams']} streams, to one stream",
-            f"{row['fps']:,.0f} FPS".replace(",", " "),
+            f"{picture_tables.number(row['fps'])} FPS",
             f"{row['to_one_stream']:.2f}",
         ]
         for row in parts["streams"]
         if "to_one_stream" in row
     ]
+    rows += [
+        [
+            f"{row['variant']}, batch {row['batch']}, `bench`'s median to bare CUDA events",
+            f"{row['bench_ms']:.3f} ms",
+            f"{row['ratio']:.3f}",
+        ]
+        for row in parts["overhead"]
+    ]
+    return markdown(["", "measured", "ratio"], rows)
+
+
+def gpu_whole() -> str:
+    """Images and files to boxes while the CPU prepared pictures and suppressed boxes."""
+    parts = result(GPU)["parts"]
+    rows = []
     for row in parts["boxes"]:
         figure = f"{row['ms']:.3f} ms" if "ms" in row else f"{row['fps']:,.0f} FPS"
         rows.append(
@@ -238,18 +251,10 @@ def gpu_whole() -> str:
     rows += [
         [
             f"{row['engine']}, batch 32, JPEG files in memory to boxes, to the slowest stage alone",
-            f"{row['whole_fps']:,.0f} FPS".replace(",", " "),
+            f"{picture_tables.number(row['whole_fps'])} FPS",
             f"{row['to_slowest_stage']:.2f}",
         ]
         for row in parts["jpeg"]
-    ]
-    rows += [
-        [
-            f"{row['variant']}, batch {row['batch']}, `bench`'s median to bare CUDA events",
-            f"{row['bench_ms']:.3f} ms",
-            f"{row['ratio']:.3f}",
-        ]
-        for row in parts["overhead"]
     ]
     return markdown(["", "measured", "ratio"], rows)
 
@@ -271,7 +276,7 @@ def gpu_accuracy() -> str:
         ]
         for row in result(GPU)["parts"]["accuracy"]
     ]
-    return markdown(["sample, 72 images", "AP", "AP50", "to FP32 on the CPU"], rows)
+    return markdown(["the authors' checkpoint, 72 images", "AP", "AP50", "to the CPU's"], rows)
 
 
 def gpu_where() -> str:
@@ -298,6 +303,8 @@ def suppression() -> str:
     rows = []
     for part, source in (("real", "the sample network, "), ("speed", "random boxes, ")):
         for name, row in data[part].items():
+            if "superseded" in row:
+                continue
             batch, rest = name.removeprefix("batch ").split(", ", 1)
             case = rest if part == "speed" else f"{rest}: {row['candidates']:.0f} candidates"
             if case.endswith(" 1 classes"):
@@ -315,11 +322,11 @@ def suppression_where() -> str:
     rows = [*data["real"].values(), *data["speed"].values()]
     return (
         f"{data['gpu']}, {data['time'][:10]}: `{data['command']}`. "
-        f"{sum(row['different'] for row in rows)} of the images of this table have other boxes "
-        f"than on the CPU. Of {sets['sets']} random sets, with up to {sets['most_candidates']} "
-        f"candidates, {sets['different']} have. After {leak['batches']} batches "
-        f"(revision {leak['commit']}), {leak['gpu_bytes']} bytes of GPU memory and "
-        f"{leak['host_bytes']} of host memory more are in use. {data.get('note', '')}\n"
+        f"{sum(row['different'] for row in rows)} images of this table and {sets['different']} of "
+        f"{sets['sets']} random sets, with up to {sets['most_candidates']} candidates, have other "
+        f"boxes than on the CPU. {leak['batches']} batches (revision {leak['commit']}) leave "
+        f"{leak['gpu_bytes']} more bytes of GPU memory and {leak['host_bytes']} of host memory in "
+        f"use. {data.get('note', '')}\n"
     )
 
 
@@ -544,45 +551,104 @@ def rep_optimizer() -> str:
     return where + markdown(head, rows)
 
 
+def _tensorrt8_rows(figure: str, superseded: bool = False) -> list[dict[str, Any]]:
+    """Return TensorRT 8's rows that have a figure (`ms`, `ap`), of today's forms or former ones."""
+    rows = result(TENSORRT8)["rows"]
+    return [row for row in rows if row[figure] and ("superseded" in row) == superseded]
+
+
+def _fp16_ms(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], float]:
+    """Return the milliseconds of our FP16 graph by network and batch."""
+    floats = [row for row in rows if (row["precision"], row["how"]) == ("fp16", "ours")]
+    return {(row["network"], row["batch"]): row["ms"] for row in floats}
+
+
+def _variant(network: str) -> str:
+    return network.upper().replace("YOLOV6", "YOLOv6-").replace("RELU", "ReLU")
+
+
 def tensorrt8_speed() -> str:
-    """INT8 against FP16 on TensorRT 8, networks with random weights."""
-    data = result(TENSORRT8)
-    rows = [row for row in data["rows"] if row["ms"]]
-    own = {
-        (row["network"], row["batch"], row.get("device")): row["fps"]
-        for row in rows
-        if (row["precision"], row["how"]) in (("fp16", "ours"), ("fp16", "sums"))
-    }
-    lines = [
-        [
-            row["network"].replace("yolov6", "YOLOv6-").upper().replace("YOLOV", "YOLOv"),
-            row["batch"],
-            TENSORRT8_FORMS[row["precision"], row["how"]],
-            row["int8_convolutions"],
-            f"{row['ms']:.3f}",
-            f"{row['fps']:,.0f}".replace(",", " "),
-            f"{row['fps'] / own[key]:.2f}"
-            if (key := (row["network"], row["batch"], row.get("device"))) in own
-            else "",
-        ]
-        for row in rows
-    ]
-    head = ["", "batch", "", "INT8 convolutions", "ms", "FPS", "to our FP16"]
-    where = f"{data['device']}, driver {data['driver']}, TensorRT {rows[0]['backend_version']}, "
-    return where + f"{data['date'][:10]}.\n\n" + markdown(head, lines)
+    """INT8 against FP16 on TensorRT 8, networks with random weights, a line a network and batch."""
+    data, rows = result(TENSORRT8), _tensorrt8_rows("ms")
+    floats = _fp16_ms(rows)
+    lines = []
+    for row in rows:
+        if (row["precision"], row["how"]) == ("int8", "ptq"):
+            fp16 = floats[row["network"], row["batch"]]
+            lines.append(
+                [
+                    _variant(row["network"]),
+                    row["batch"],
+                    f"{fp16:.3f}",
+                    f"{row['ms']:.3f}",
+                    picture_tables.number(1e3 * row["batch"] / fp16),
+                    picture_tables.number(row["fps"]),
+                    f"**{fp16 / row['ms']:.2f}**",
+                    f"{row['int8_convolutions']} of {row['convolutions']}",
+                    row.get("device", data["device"]).split()[1],
+                    row["date"][:10],
+                ]
+            )
+    head = ["", "batch", "FP16, ms", "INT8, ms", "FP16, images/s", "INT8, images/s"]
+    head += ["INT8 to FP16", "convolutions in INT8", "GPU", "measured"]
+    return markdown(head, lines)
 
 
-def tensorrt8_accuracy() -> str:
+def tensorrt8_variants(superseded: bool = False) -> str:
+    """Other ways to quantize and decode, or former forms of the graph, against FP16 at batch 32."""
+    rows = _tensorrt8_rows("ms", superseded)
+    floats = {**_fp16_ms(_tensorrt8_rows("ms")), **_fp16_ms(rows)}
+    lines = []
+    for row in rows:
+        if not superseded and (row["precision"], row["how"]) in (("fp16", "ours"), ("int8", "ptq")):
+            continue
+        fp16 = row.get("fp16_ms", floats[row["network"], row["batch"]])
+        lines.append(
+            [
+                _variant(row["network"]),
+                TENSORRT8_FORMS[row["precision"], row["how"]],
+                row["int8_convolutions"],
+                f"{row['ms']:.3f}",
+                picture_tables.number(row["fps"]),
+                f"{fp16 / row['ms']:.2f}",
+                row["date"][:10],
+                *([row["superseded"]] if superseded else []),
+            ]
+        )
+    head = ["", "form", "INT8 convolutions", "ms", "images/s", "to FP16", "measured"]
+    return markdown([*head, "replaced by"] if superseded else head, lines)
+
+
+def tensorrt8_again() -> str:
+    """FP16 and INT8 of the same networks, built and measured again in other runs."""
+    runs: dict[tuple[str, str, int, str], dict[str, float]] = {}
+    for row in (*_tensorrt8_rows("ms"), *result(TENSORRT8)["again"]):
+        if row.get("how", "ours") in ("ours", "ptq") and "superseded" not in row:
+            gpu = row.get("device", result(TENSORRT8)["device"]).split()[1]
+            run = runs.setdefault((row["network"], gpu, row["batch"], row["date"]), {})
+            run[row["precision"]] = row["ms"]
+    lines = []
+    for (network, gpu, batch, date), times in sorted(runs.items()):
+        if (network, gpu, batch) in (("yolov6n", "H100", 32), ("yolov6s", "H100", 32)):
+            fp16, int8 = times["fp16"], times["int8"]
+            cells = [f"{fp16:.3f}", f"{int8:.3f}", f"{fp16 / int8:.2f}"]
+            lines.append([_variant(network), date, *cells])
+    return markdown(["batch 32, H100", "run", "FP16, ms", "INT8, ms", "INT8 to FP16"], lines)
+
+
+def tensorrt8_accuracy(superseded: bool = False) -> str:
     """AP of trained detectors on TensorRT 8, and of the same files on a CPU."""
     checkpoints = {
-        "yolov6n": "sample of 125 epochs",
         "yolov6n-sample": "sample",
         "yolov6n-authors": "the authors'",
+        "yolov6n": "sample of 125 epochs",
     }
+    order = list(checkpoints)
+    data = result(TENSORRT8)
     lines = []
     for row in sorted(
-        (row for row in result(TENSORRT8)["rows"] if row["ap"]),
-        key=lambda row: (row["network"], row["int8_convolutions"], row["precision"]),
+        _tensorrt8_rows("ap", superseded),
+        key=lambda row: (order.index(row["network"]), row["int8_convolutions"], row["precision"]),
     ):
         change = row.get("ap_change")
         agreement = row.get("agreement_with_cpu")
@@ -595,10 +661,11 @@ def tensorrt8_accuracy() -> str:
                 "" if row["ap_cpu"] is None else f"{row['ap_cpu']:.4f}",
                 f"{change[0]:+.4f} ({change[1]:+.4f} to {change[2]:+.4f})" if change else "",
                 f"{agreement:.3f}" if agreement else "",
+                row.get("device", data["device"]).split()[1],
             ]
         )
-    head = ["checkpoint", "", "in INT8", "AP on the H100", "on a CPU", "difference", "agreement"]
-    return markdown(head, lines)
+    head = ["checkpoint", "precision", "convolutions in INT8", "AP on the GPU", "AP on a CPU"]
+    return markdown([*head, "difference", "agreement", "GPU"], lines)
 
 
 def tensorrt8_others() -> str:
@@ -606,7 +673,7 @@ def tensorrt8_others() -> str:
     data = result(TENSORRT8)
     lines = [
         [
-            row["network"].replace("yolov6", "YOLOv6-").upper().replace("YOLOV", "YOLOv"),
+            _variant(row["network"]),
             row["precision"].upper(),
             f"{row['how']}, {row['backend_version']}",
             row["batch"],
@@ -638,15 +705,15 @@ def summary() -> str:
     }
     speed = {
         (row["precision"], row["how"]): row["fps"]
-        for row in result(TENSORRT8)["rows"]
-        if row["fps"] and (row["network"], row["batch"]) == ("yolov6s", 32)
+        for row in _tensorrt8_rows("fps")
+        if (row["network"], row["batch"]) == ("yolov6s", 32)
     }
     lines = []
     for form in (("fp32", "ours"), ("fp16", "ours"), ("int8+float6", "ptq"), ("int8", "ptq")):
         line = [TENSORRT8_FORMS[form], f"{accuracy[form[0]]:.4f}", "", ""]
         if form in speed:
             ratio = speed[form] / speed["fp16", "ours"]
-            line[2:] = [f"{speed[form]:,.0f}".replace(",", " "), f"{ratio:.2f}"]
+            line[2:] = [picture_tables.number(speed[form]), f"{ratio:.2f}"]
         lines.append(line)
     return markdown(["", "AP", "images/s", "to FP16"], lines)
 
@@ -803,7 +870,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "ray-cpu": ray_on_cpus,
     "summary": summary,
     "tensorrt8-speed": tensorrt8_speed,
+    "tensorrt8-variants": tensorrt8_variants,
+    "tensorrt8-again": tensorrt8_again,
+    "tensorrt8-superseded": functools.partial(tensorrt8_variants, superseded=True),
     "tensorrt8-accuracy": tensorrt8_accuracy,
+    "tensorrt8-accuracy-125": functools.partial(tensorrt8_accuracy, superseded=True),
     "tensorrt8-others": tensorrt8_others,
     "tensorrt8-layers": tensorrt8_layers,
     "tensorrt8-forms": tensorrt8_forms,
@@ -813,6 +884,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-decoding": gpu_decoding,
     "gpu-fp8": gpu_fp8,
     "gpu-fp8-accuracy": gpu_fp8_accuracy,
+    "gpu-streams": gpu_streams,
     "gpu-whole": gpu_whole,
     "gpu-accuracy": gpu_accuracy,
     "gpu-where": gpu_where,

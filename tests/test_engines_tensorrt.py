@@ -217,6 +217,22 @@ def test_only_before_tensorrt_8_6_do_contexts_not_share_a_profile(
     assert Flavour(backend, "TensorRT", api).shares_profiles is shares
 
 
+@pytest.mark.parametrize(
+    ("release", "explicit_int8", "named"),
+    [
+        ((8, 5), True, "TensorRT 8.6"),
+        ((8, 5), False, "`workspace_mib`"),
+        ((8, 6), True, "`workspace_mib`"),
+    ],
+)
+def test_a_failed_int8_build_of_tensorrt_8_5_is_answered_with_8_6(
+    release: tuple[int, int], explicit_int8: bool, named: str
+) -> None:
+    from trt_yolov6.engines.tensorrt.builder import remedy_of
+
+    assert named in remedy_of(release, explicit_int8=explicit_int8)
+
+
 def test_messages_of_tensorrt_lose_the_places_in_its_source() -> None:
     message = (
         "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Network has dynamic or "

@@ -47,10 +47,23 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             return did_you_mean(unknown[1], self._option_string_actions)
+        file = re.match(r"unrecognized arguments: ([^-]\S*)$", message)
+        if file and (option := self._option_of(Path(file[1]))):
+            return f"; give it as {option} {file[1]}"
         invalid = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if invalid:
             return did_you_mean(invalid[1], re.split(r"[', ]+", invalid[2]))
         return ""
+
+    def _option_of(self, file: Path) -> str | None:
+        """Return the option of this command that takes a file of that kind."""
+        if file.suffix == ".pt":
+            kinds = ["--weights"]
+        elif file.suffix in ENGINE_SUFFIXES:
+            kinds = ["--engine", "--onnx"] if file.suffix == ".onnx" else ["--engine"]
+        else:  # a folder, which is a data set where no other folder is asked for
+            kinds = [] if "--calib" in self._option_string_actions else ["--data"]
+        return next((kind for kind in kinds if kind in self._option_string_actions), None)
 
 
 def add_command(

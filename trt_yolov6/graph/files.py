@@ -160,6 +160,11 @@ def _is_bytewise(tensor: onnx.TensorProto) -> bool:
 
 def _not_whole(path: Path, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if path.suffix != ".onnx":
+        return UserError(
+            f"{path} is not an ONNX model ({reason}); give an ONNX file (.onnx) or a YOLOv6 "
+            "checkpoint (.pt)."
+        )
     return UserError(f"{path} is not a whole ONNX model ({reason}); export or copy it again.")
 
 

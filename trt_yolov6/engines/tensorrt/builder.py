@@ -108,7 +108,9 @@ def build_plan(
     if extended is not None and not attach_timing_cache(flavour, config, extended):
         extended = None
     logger.clear()
-    plan = _run_builder(flavour, builder, network, config, settings)
+    explicit = weak is not None and weak.quantized and settings.calibration is None
+    remedy = remedy_of(flavour.release, explicit_int8=explicit)
+    plan = _run_builder(flavour, builder, network, config, settings, remedy)
     if calibrator is not None:
         calibrator.finish()
     if settings.on_layers is not None:
@@ -117,6 +119,14 @@ def build_plan(
     if extended is not None:
         write_bytes(extended, bytes(config.get_timing_cache().serialize()))
     return plan
+
+
+def remedy_of(release: tuple[int, int], *, explicit_int8: bool) -> str:
+    """Say what to try where the builder of a release fails, also on a graph with INT8's Q/DQ."""
+    if explicit_int8 and release < (8, 6):
+        # 8.5.3 built none of these on an H200 (docs/measurements/tensorrt8.md).
+        return "build INT8 with TensorRT 8.6 or later, or FP16 with this one"
+    return "try another `workspace_mib`, batch or precision"
 
 
 def _check_settings(settings: BuildSettings) -> None:
@@ -282,6 +292,7 @@ def _run_builder(
     network: trt.INetworkDefinition,
     config: trt.IBuilderConfig,
     settings: BuildSettings,
+    remedy: str,
 ) -> bytes:
     with (
         _without_chatter() as terminal,
@@ -306,8 +317,7 @@ def _run_builder(
                 raise KeyboardInterrupt
         if plan is None:
             raise UserError(
-                f"{flavour} cannot build the engine ({logger_of(flavour.api).reason()}); try "
-                "another `workspace_mib`, batch or precision.",
+                f"{flavour} cannot build the engine ({logger_of(flavour.api).reason()}); {remedy}.",
             )
         bar.update(100 - bar.n)
     return bytes(plan)

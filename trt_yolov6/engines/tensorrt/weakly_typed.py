@@ -8,10 +8,13 @@ usual form (seen in 8.6.0 on an H100):
 - A transposed convolution with INT8 weights ends in `buildRefitEngine: Assertion engine failed`,
   whether they have one scale or many, stored or after a pair. It gets float weights of the same
   values, and computes in half precision.
+- A depthwise convolution with INT8 weights computes in half precision all the same, and dequantizes
+  them in each run; on a Turing GPU the build fails (NVIDIA/TensorRT issue 4060). It gets float
+  weights of the same values, too, and reads what the pair quantizes (not built on a GPU yet).
 - A multiplication by a constant per channel before a QuantizeLinear ends in `mergeScales: Assertion
   equalOrZero`. A division by the reciprocals does not. An addition of a constant per channel and
   pixel (the borders of shifted channels) ends in `x == y || x == 1 || y == 1`; a subtraction of its
-  negative takes its place (not built on a GPU yet).
+  negative takes its place.
 - A multiplication of a dequantized tensor by one number (the shortcuts of L) ends in
   `chooseHigherPrecision: Assertion`. Where the product is added to another dequantized tensor, the
   number goes into the scale of a DequantizeLinear of its own; else it reads what the pair quantizes
@@ -104,6 +107,7 @@ def weak_graph(content: bytes) -> WeakGraph:
     if quantized:
         drop_idle_pairs(model)
         give_transposed_float_weights(model)
+        give_depthwise_float_weights(model)
         scale_shortcuts(model)
         read_before_pairs(model)
         divide_channels(model)
@@ -237,6 +241,20 @@ def give_transposed_float_weights(model: onnx.ModelProto) -> None:
     graph = _Graph(model)
     for layer in graph.int8_layers("ConvTranspose"):
         values = layer.weights.values()
+        layer.node.input[1] = graph.constant(f"{layer.output}/float_weight", values)
+    graph.write()
+
+
+def give_depthwise_float_weights(model: onnx.ModelProto) -> None:
+    """Have depthwise convolutions compute in float, from what a pair quantizes."""
+    graph = _Graph(model)
+    for layer in graph.int8_layers("Conv"):
+        values = layer.weights.values()
+        if not 1 < len(values) == attributes(layer.node).get("group", 1):
+            continue
+        source = _quantized_by_pair(graph, layer.input)
+        if source is not None:
+            graph.rewire(layer.node, layer.input, source)
         layer.node.input[1] = graph.constant(f"{layer.output}/float_weight", values)
     graph.write()
 
