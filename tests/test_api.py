@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.tiny_detector import CELL, load_named
 
@@ -129,6 +130,8 @@ def test_images_come_as_arrays_files_folders_and_mixtures(
         (red, [0]),
         (np.stack([red, red]), [0, 0]),
         (Image.fromarray(red), [0]),
+        (torch.from_numpy(red), [0]),
+        (np.array([str(place / "a.png"), str(place / "b.png")]), [1, 0]),
         (place / "b.png", [0]),
         (str(place / "a.png"), [1]),
         (place, [1, 0]),
@@ -139,6 +142,7 @@ def test_images_come_as_arrays_files_folders_and_mixtures(
     ):
         found = detector.predict(images, confidence=0.6)  # type: ignore[arg-type]
         assert [one.class_id.tolist() for one in found] == [[label] for label in expected]
+    assert detector.predict([Image.fromarray(red)])[0].class_id.tolist() == [0]
     assert [one.path for one in detector.predict([place, red])] == [
         place / "a.png",
         place / "b.png",
@@ -242,6 +246,24 @@ def test_what_build_returns_is_a_path(folder: Path, tmp_path: Path) -> None:
     with trt_yolov6.load(built) as detector:
         assert detector.class_names == ("RBC", "WBC", "Platelets")
         assert "detector.onnx" in repr(detector)
+    assert trt_yolov6.inspect(built).path == built.path
+    assert trt_yolov6.evaluate(built, folder / "cells", progress=False).images == 4
+    timed = trt_yolov6.benchmark(built, duration=0.01, warm_up=0, progress=False)
+    assert timed.engine == built.path
+    several = trt_yolov6.benchmark([built, built.path], duration=0.01, warm_up=0, progress=False)
+    assert [one.engine for one in several] == [built.path] * 2
+    compared = trt_yolov6.compare(
+        built,
+        tmp_path / "compared",
+        data=folder / "cells",
+        batches=(1,),
+        rounds=3,
+        duration=0.03,
+        examples=0,
+        layers=False,
+        progress=False,
+    )
+    assert [one["engine"] for one in compared["engines"]] == ["detector fp32"]
 
 
 def test_precisions_are_written_as_they_are_read() -> None:

@@ -119,6 +119,34 @@ def test_inspect_and_doctor_answer(with_engine: Path, capsys: pytest.CaptureFixt
     assert "onnxruntime" in capsys.readouterr().out
 
 
+def test_the_next_step_is_ready_for_a_shell(
+    tiny: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "my cells").mkdir()
+    checkpoint = (workplace / tiny).rename(workplace / "my cells" / "größe 1.pt")
+    assert main(["inspect", str(checkpoint)]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].partition(": ")[2]
+    printed = subprocess.run(
+        ["bash", "-c", f"trt-yolov6() {{ printf '%s\\n' \"$@\"; }}; {command}"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert printed.splitlines() == ["build", "--weights", str(checkpoint)]
+
+
+def test_samples_that_are_not_here_are_not_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_tiny(tmp_path).close()
+    for stages in ("--end-to-end", "--stages"):
+        said = refusal(capsys, "bench", "--engine", "tiny_split_None_False.onnx", stages)
+        assert said.endswith("are not here; name images with --source.")
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("build --weights FILE.pt")
+
+
 def test_eval_prints_ap_in_all_and_by_class_and_draws(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

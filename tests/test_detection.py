@@ -456,6 +456,11 @@ def test_detections_are_indexed_as_arrays_are() -> None:
     assert found[found.class_id == 0].xyxy.tolist() == [[5, 5, 20, 30]]
     assert found[[2, 0]].class_id.tolist() == found[(2, 0)].class_id.tolist() == [7, 2]
     assert len(found[[]]) == 0
+    mask = [one.confidence < 0.6 for one in found]
+    assert found[mask].class_id.tolist() == found[np.array(mask)].class_id.tolist() == [0, 7]
+    assert len(found[[False] * 3]) == 0
+    with pytest.raises(IndexError):
+        found[[True, False]]
     with pytest.raises(IndexError):
         found[3]
 

@@ -15,10 +15,11 @@ import pytest
 from support.small_graphs import detector
 
 from trt_yolov6.common.files import file_name, sha256_bytes, sha256_file
-from trt_yolov6.engines import load_engine, manifest
+from trt_yolov6.engines import LoadOptions, load_engine, manifest
 from trt_yolov6.engines.build import BuiltEngine, build_engine
 from trt_yolov6.engines.manifest import read_manifest, write_pair
 from trt_yolov6.graph.onnx_import import graph_from_onnx
+from trt_yolov6.serving.ray.engine_files import read_engine
 
 
 @pytest.fixture
@@ -118,6 +119,22 @@ def test_a_name_outside_the_terminal_s_encoding_is_printed_and_found_again(
         )
         assert (done.returncode, done.stderr) == (0, b"")
         assert b"source.onnx" in done.stdout
+
+
+def test_a_link_has_the_manifest_of_the_file_it_leads_to(
+    built: BuiltEngine, tmp_path: Path
+) -> None:
+    known = read_manifest(built.path)
+    link = tmp_path / "latest.onnx"
+    link.symlink_to(built.path)
+    (tmp_path / "of-it.onnx").symlink_to(link)
+    for path in (link, tmp_path / "of-it.onnx"):
+        assert read_manifest(path) == known
+        assert manifest.manifest_of(path) == built.manifest_path
+        with load_engine(path) as engine:
+            assert engine.manifest == known
+    files, facts = read_engine(link, "auto", LoadOptions())
+    assert (set(files.contents), facts.name) == ({"e.onnx", "e.json"}, "e.onnx")
 
 
 def test_file_names_are_spelled_alike_under_every_locale() -> None:

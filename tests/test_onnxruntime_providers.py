@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,17 @@ on_cpu = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
     reason="this ONNX Runtime has CUDA's provider",
 )
+
+
+@linux
+def test_it_reports_to_nobody_and_leaves_the_home_folder_alone(tmp_path: Path) -> None:
+    kept = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    code = "import trt_yolov6.engines.onnxruntime.backend as b; assert b.availability().can_run"
+    subprocess.run([sys.executable, "-c", code], env=kept, check=True)
+    assert [path.name for path in tmp_path.rglob("*")] == []
+    chosen = {**kept, "ORT_DISABLE_TELEMETRY": "0"}
+    code = "import os, trt_yolov6; assert os.environ['ORT_DISABLE_TELEMETRY'] == '0'"
+    subprocess.run([sys.executable, "-c", code], env=chosen, check=True)
 
 
 @pytest.fixture

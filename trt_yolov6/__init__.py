@@ -13,6 +13,7 @@ Names are imported when they are first used, so that importing the package costs
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from trt_yolov6.spec import BatchProfile, NmsSettings, Precision, PredictOptions
     from trt_yolov6.training.recipe import TrainSettings
     from trt_yolov6.training.trainer import TrainResult
+
+# ONNX Runtime for Linux, from 1.29 on, reports sessions (names of files and graphs, hashes) to
+# Microsoft and keeps an id in the home folder, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from trt_yolov6.training.recipe import TrainSettings
     from trt_yolov6.training.trainer import TrainResult
 
-AnyDetector: TypeAlias = "Detector | Engine | str | Path"
-"""A loaded detector, its engine, or the path of an engine file, loaded for the call only."""
+AnyDetector: TypeAlias = "Detector | Engine | str | os.PathLike[str]"
+"""A loaded detector, its engine, or the path of an engine file, such as what `build` returns: it is
+loaded for the call only."""
 
 
 def load(
@@ -135,7 +136,7 @@ def benchmark(
         >>> result.throughput_fps == 1 / result.latency.median
         True
     """
-    if isinstance(detectors, (Detector, Engine, str, Path)):
+    if isinstance(detectors, (Detector, Engine, str, os.PathLike)):
         return benchmark([detectors], **options)[0]
     from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
     from trt_yolov6.bench.latency import benchmark_many
@@ -181,7 +182,7 @@ class BenchmarkOptions(TypedDict, total=False):
 
 
 def compare(
-    models: Plan | str | Path | Sequence[str | Path],
+    models: Plan | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | Path = "runs/compare",
     *,
     again: bool = False,
@@ -231,7 +232,7 @@ def compare(
     return compare_plan(chosen, output, again=again, baseline=baseline, progress=progress)
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Describe an engine, ONNX file, checkpoint or TensorRT plan.
 
     Args:
@@ -251,7 +252,7 @@ def inspect(path: str | Path) -> Inspection:
     """
     from trt_yolov6.diagnostics.inspection import inspect_file
 
-    return inspect_file(path)
+    return inspect_file(Path(path))
 
 
 def train(

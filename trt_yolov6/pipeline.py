@@ -222,7 +222,8 @@ def build(
         options: see `BuildOptions` and `GraphOptions`.
 
     Returns:
-        Path and manifest; it can be handed to `load` and to `open` as the path.
+        Path and manifest; it stands for the path in `load`, `evaluate`, `benchmark`, `compare`,
+        `inspect` and `open`.
 
     Raises:
         UserError: the backend is missing or refuses a setting, or see `export` and `quantize`.

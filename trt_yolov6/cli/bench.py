@@ -65,13 +65,14 @@ def run(options: argparse.Namespace) -> None:
     if options.stages:
         _run_stages(options)
         return
+    images = _images(options) if options.end_to_end else None
     detectors = [load(path, options) for path in options.engine or [newest_engine()]]
     engines = [detector.engine for detector in detectors]
     results = benchmark(
         detectors,
         batch=options.batch,
         streams=options.streams,
-        images=(options.images or common.SAMPLE_IMAGES) if options.end_to_end else None,
+        images=images,
         predict=predict_options(options) if options.end_to_end else None,
         duration=options.duration,
         warm_up=min(1.0, options.duration),  # no longer than is measured
@@ -85,17 +86,27 @@ def run(options: argparse.Namespace) -> None:
         values = [result.to_json() for result in results]
         write_result(options.json, values[0] if len(values) == 1 else values)
     if len(engines) == 1:
-        say_next(options, "its AP", f"eval --engine {engines[0].path}")
+        say_next(options, "its AP", "eval", "--engine", engines[0].path)
     else:
-        files = " ".join(str(engine.path) for engine in engines)
-        say_next(options, "with AP and intervals", f"compare {files}")
+        files = (engine.path for engine in engines)
+        say_next(options, "with AP and intervals", "compare", *files)
+
+
+def _images(options: argparse.Namespace) -> Path:
+    """Return the images of --source, or the sample's."""
+    if options.images is None and not common.SAMPLE_IMAGES.is_dir():
+        raise UserError(
+            f"no --source is given and the sample images {common.SAMPLE_IMAGES}/ are not here; "
+            "name images with --source."
+        )
+    return options.images or common.SAMPLE_IMAGES
 
 
 def _run_stages(options: argparse.Namespace) -> None:
     from trt_yolov6.bench.stages import benchmark_stages, format_stages
     from trt_yolov6.data.images import list_images
 
-    images = list_images(options.images or common.SAMPLE_IMAGES)
+    images = list_images(_images(options))
     reports = []
     for path in options.engine or [newest_engine()]:
         with load(path, options) as detector:
@@ -111,4 +122,4 @@ def _run_stages(options: argparse.Namespace) -> None:
     if options.json:
         values = [report.to_json() for report in reports]
         write_result(options.json, values[0] if len(values) == 1 else values)
-    say_next(options, "the engine alone", f"bench --engine {reports[0].engine}")
+    say_next(options, "the engine alone", "bench", "--engine", reports[0].engine)

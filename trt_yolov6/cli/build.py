@@ -214,9 +214,9 @@ def run(options: argparse.Namespace) -> None:
         label = manifest.precision.upper()
         print(f"in {label}: {_share(manifest.quantized_layers, built.quantized_asked)}")
     if manifest.backend == "onnxruntime" or runs_here(built.path):
-        say_next(options, "its AP", f"eval --engine {built.path}")
+        say_next(options, "its AP", "eval", "--engine", built.path)
     else:
-        say_next(options, "on the machine it is for", f"bench --engine {built.path}")
+        say_next(options, "on the machine it is for", "bench", "--engine", built.path)
 
 
 def _share(found: int | None, asked: int) -> str:

@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
     print(format_results(results))
     print(f"{options.output / FILE}: written")
     if baseline is None:
-        say_next(options, "as a page", f"report {options.output}")
+        say_next(options, "as a page", "report", options.output)
         return 0
     check_comparable(results, baseline, limits)
     folder = options.baseline if options.baseline.is_dir() else options.baseline.parent
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
     )
     verdict = check(results, baseline, limits, paired=paired)
     print(format_verdict(verdict))
-    say_next(options, "as a page", f"report {options.output}")
+    say_next(options, "as a page", "report", options.output)
     return 0 if verdict.ok else 1
 
 

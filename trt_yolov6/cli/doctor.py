@@ -24,4 +24,7 @@ def run(options: argparse.Namespace) -> None:
     print(format_diagnosis(result))
     if options.json:
         write_result(options.json, result.to_json())
-    say_next(options, "an engine of the sample", "build")
+    if common.SAMPLE_WEIGHTS.is_file():
+        say_next(options, "an engine of the sample", "build")
+    else:
+        say_next(options, "an engine", "build", "--weights", "FILE.pt")

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
             say(f"{plot}: drawn")
     if options.json:
         write_result(options.json, result.to_json())
-    say_next(options, "its speed", f"bench --engine {path}")
+    say_next(options, "its speed", "bench", "--engine", path)
 
 
 def _evaluated_here(options: argparse.Namespace, path: Path) -> Evaluation:

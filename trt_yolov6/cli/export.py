@@ -52,5 +52,5 @@ def run(options: argparse.Namespace) -> None:
         f"{output}: {graph.name}, {graph.precision}, batch {graph.batch}, "
         f"{len(graph.model.graph.node)} nodes, {output.stat().st_size / 2**20:.1f} MiB"
     )
-    scales = f" --calibration-cache {cache}" if cache else ""
-    say_next(options, "an engine of it", f"build --onnx {output}{scales}")
+    scales = ("--calibration-cache", cache) if cache else ()
+    say_next(options, "an engine of it", "build", "--onnx", output, *scales)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from trt_yolov6.cli import options as common
@@ -115,7 +116,8 @@ def run(options: argparse.Namespace) -> None:
                 "not switch that off, so that detections may be wrong"
             )
     if not options.quiet:
-        say(f"next, the server: tritonserver --model-repository {options.output}")
+        place = shlex.quote(str(options.output))
+        say(f"next, the server: tritonserver --model-repository {place}")
 
 
 def gpu_numbers(text: str) -> tuple[int, ...]:

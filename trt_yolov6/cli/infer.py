@@ -91,9 +91,8 @@ def _infer_here(options: argparse.Namespace) -> None:
     print(f"{shown}: drawn")
     for path in summary.files:
         print(f"{path}: the detections")
-    say_next(
-        options, "its AP on labelled images", f"eval --engine {detector.engine.path} --data DATA"
-    )
+    engine = detector.engine.path
+    say_next(options, "its AP on labelled images", "eval", "--engine", engine, "--data", "DATA")
 
 
 def _infer_on_ray(options: argparse.Namespace) -> None:
@@ -128,7 +127,8 @@ def _infer_on_ray(options: argparse.Namespace) -> None:
         f"{summary.wall_seconds:.1f} s in all"
     )
     print(f"{summary.output}: the detections, in {counted(summary.parts, 'part')}")
-    say_next(options, "its AP on labelled images", f"eval --engine {engine} --data DATA --ray ...")
+    data = "--data", "DATA", "--ray", "..."
+    say_next(options, "its AP on labelled images", "eval", "--engine", engine, *data)
 
 
 @contextlib.contextmanager

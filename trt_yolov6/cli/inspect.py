@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> None:
     say_next(options, *_next(file))
 
 
-def _next(file: Path) -> tuple[str, str]:
-    """Return the next step for a file of its kind, and its command."""
+def _next(file: Path) -> tuple[str, str, str, Path]:
+    """Return the next step for a file of its kind, and the words of its command."""
     if file.suffix in CHECKPOINT_SUFFIXES:
-        return "an engine of it", f"build --weights {file}"
-    return "its speed", f"bench --engine {file}"
+        return "an engine of it", "build", "--weights", file
+    return "its speed", "bench", "--engine", file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +37,13 @@ def log_shown() -> Iterator[None]:
         log.removeHandler(handler)
 
 
-def say_next(options: argparse.Namespace, what: str, command: str) -> None:
-    """Print the one line that says what to do next, unless --quiet."""
+def say_next(options: argparse.Namespace, what: str, *words: object) -> None:
+    """Print the one line that says what to do next, ready for a shell, unless --quiet.
+
+    `words` are the command's, one by one.
+    """
     if not options.quiet:
-        say(f"next, {what}: trt-yolov6 {command}")
+        say(f"next, {what}: trt-yolov6 {shlex.join(map(str, words))}")
 
 
 def check_json(path: Path | None) -> None:

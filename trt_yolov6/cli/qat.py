@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> None:
     _print_result(options, settings, done)
     # Last of all: as long as it is there, an interrupted run can be resumed to this point.
     done.state.unlink(missing_ok=True)
-    say_next(options, "for another backend", f"build --onnx {done.built.path} --backend ...")
+    say_next(options, "for another backend", "build", "--onnx", done.built.path, "--backend", "...")
 
 
 def _print_result(options: argparse.Namespace, settings: QatSettings, done: QatRun) -> None:

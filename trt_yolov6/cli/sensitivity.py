@@ -82,6 +82,6 @@ def run(options: argparse.Namespace) -> None:
         say(f"{options.plot}: drawn")
     if options.json:
         write_result(options.json, result.to_json())
-    source = f"--onnx {options.onnx}" if options.onnx else f"--weights {graph.source}"
-    most = min(6, len(result.layers))
-    say_next(options, "without the most sensitive", f"build --int8 {source} --float-layers {most}")
+    source = ("--onnx", options.onnx) if options.onnx else ("--weights", graph.source)
+    kept = "--float-layers", min(6, len(result.layers))
+    say_next(options, "without the most sensitive", "build", "--int8", *source, *kept)

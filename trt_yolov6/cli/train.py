@@ -222,7 +222,7 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.json:
         write_result(options.json, result.to_json())
-    say_next(options, "an engine of it", f"build --weights {result.best or result.last}")
+    say_next(options, "an engine of it", "build", "--weights", result.best or result.last)
 
 
 def _listed_variants() -> Iterator[str]:

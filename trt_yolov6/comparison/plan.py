@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,9 @@ class Plan:
         )
 
 
-def plan_of(models: str | Path | Sequence[str | Path], **changes: Any) -> Plan:
+def plan_of(
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **changes: Any
+) -> Plan:
     """Return a plan of checkpoints, ONNX files and engines, or the one that a YAML file holds.
 
     Args:
@@ -153,7 +156,8 @@ def plan_of(models: str | Path | Sequence[str | Path], **changes: Any) -> Plan:
         UserError: a model is of a kind that cannot be compared, or the plan's file is missing, is
             not YAML, or has a key or value that means nothing here.
     """
-    paths = [Path(path) for path in ([models] if isinstance(models, (str, Path)) else models)]
+    named = [models] if isinstance(models, (str, os.PathLike)) else models
+    paths = [Path(path) for path in named]
     changes |= {name: Path(changes[name]) for name in ("data", "calib") if name in changes}
     for path in paths:
         if path.suffix.lower() in YAML_SUFFIXES:

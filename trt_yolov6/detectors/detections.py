@@ -42,7 +42,7 @@ class Detections:
     """The objects found in one image, highest confidence first.
 
     Fields are named as in supervision. Iterating yields `Detection` values; indexing by a number
-    gives one, indexing by a slice, a boolean mask or an array of indices gives a smaller
+    gives one, indexing by a slice, a boolean mask or indices (an array or a list) gives a smaller
     `Detections`.
 
     Example:
@@ -108,7 +108,10 @@ class Detections:
                 number,
                 self.class_name(number),
             )
-        chosen: Any = index if isinstance(index, (slice, np.ndarray)) else np.array(index, np.intp)
+        chosen: Any = index
+        if not isinstance(index, (slice, np.ndarray)):
+            # A list of booleans stays a mask; NumPy would make floats of an empty one.
+            chosen = np.asarray(index) if len(index) else np.empty(0, np.intp)
         return dataclasses.replace(
             self,
             xyxy=self.xyxy[chosen],

@@ -82,11 +82,12 @@ def manifest_paths(engine_path: str | Path) -> tuple[Path, Path]:
 
 
 def manifest_of(engine_path: str | Path) -> Path | None:
-    """Return the path of an engine's manifest; None for an engine without one."""
+    """Return the path of an engine's manifest, a link's as `read_manifest`; None without one."""
     name = file_name(engine_path)
-    return next(
-        (path for path in manifest_paths(engine_path) if manifest_owner(path) == name), None
-    )
+    for path in manifest_paths(engine_path):
+        if manifest_owner(path) == name:
+            return path
+    return manifest_of(Path(engine_path).resolve()) if Path(engine_path).is_symlink() else None
 
 
 def choose_manifest_path(engine_path: str | Path) -> Path:
@@ -162,6 +163,8 @@ def _settle(engine_path: str | Path) -> None:
 def read_manifest(engine_path: str | Path) -> Manifest | None:
     """Return the manifest of an engine, or None where none describes it.
 
+    A symbolic link without one of its own has that of the file it leads to.
+
     Raises:
         UserError: the manifest is damaged or of a newer schema.
     """
@@ -172,7 +175,7 @@ def read_manifest(engine_path: str | Path) -> Manifest | None:
             value = read_json(path)
             if isinstance(value, dict) and value.get("engine") == name:
                 return _from_json(path, value)
-    return None
+    return read_manifest(Path(engine_path).resolve()) if Path(engine_path).is_symlink() else None
 
 
 def check_plan(engine_path: str | Path, manifest: Manifest) -> None:

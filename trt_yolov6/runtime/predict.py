@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.gpu_loading import Opened, decoded_on_gpu, load_images, take_images
 from trt_yolov6.runtime.plausibility import check_outputs, has_non_finite
 from trt_yolov6.spec import NmsSettings, PredictOptions
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,7 +72,7 @@ class Processed(Generic[Item, Result]):
         }
 
 
-Image: TypeAlias = "str | Path | NDArray[np.uint8]"
+Image: TypeAlias = "str | Path | NDArray[np.uint8] | PIL.Image.Image"
 """A file, or uint8 (height, width, 3) RGB pixels."""
 
 Images: TypeAlias = "Image | Iterable[Image]"
@@ -141,8 +144,9 @@ def _items(images: Images) -> list[_Item]:
             )
         return [_Item(picture.path, picture.read, picture.open) for picture in media.items]
     several: Any = images
-    if hasattr(images, "__array_interface__") and np.ndim(several) != 4:
-        several = [several]  # one array, or a PIL image
+    is_array = hasattr(images, "__array__") or hasattr(images, "__array_interface__")
+    if is_array and np.ndim(several) in (2, 3):
+        several = [several]  # one array or tensor, or a PIL image
     found: list[_Item] = []
     for image in several:
         if isinstance(image, (str, Path)):

@@ -38,7 +38,7 @@ def read_engine(path: Path, backend: str, options: LoadOptions) -> tuple[EngineF
     Raises:
         UserError: the file is missing or no engine.
     """
-    path = path.absolute()
+    path = path.resolve()  # a link has another name than the manifest says
     manifest = read_manifest(path)
     if manifest is None:
         with load_engine(path, backend, options) as engine:
