@@ -256,12 +256,12 @@ def test_the_agreement_asked_for_is_one_that_the_float_network_reaches(
     tiny: Graph, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging.Judge, "harmless_agreement", lambda _: 0.25)
-    monkeypatch.setattr(search, "assured_agreement", lambda _: 0.3)
+    monkeypatch.setattr(search, "likely_agreement", lambda _: 0.3)
     settings = dataclasses.replace(MINMAX, float_layers="auto", max_ap_drop=0.01)
     with logged() as told:
         result = quantize(tiny, folder, settings)
     assert result.table.float_layers == ()
-    assert "float layers until assured agreement with float 0.250 is reached ..." in told
+    assert "float layers until likely agreement with float 0.250 is reached ..." in told
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
@@ -291,13 +291,13 @@ def test_harmless_noise_is_of_two_gray_levels_in_any_range() -> None:
     np.testing.assert_allclose(darkest, black[0, :, 0, 0])
 
 
-def test_an_assured_agreement_is_less_than_that_of_these_images(tiny: Graph, folder: Path) -> None:
+def test_an_likely_agreement_is_less_than_that_of_these_images(tiny: Graph, folder: Path) -> None:
     judge = judging.Judge(tiny, sorted(folder.iterdir()))
-    assert judging.assured_agreement([(judge, judge.reference)]) == 1
+    assert judging.likely_agreement([(judge, judge.reference)]) == 1
     quantized = quantize(tiny, folder, dataclasses.replace(MINMAX, bias_correction=False))
     judged = [(judge, judge.detections(quantized.graph.model))]
     agreed = judging.pooled_agreement(judged, judging.CONFIDENCES[-1:])
-    assert judging.assured_agreement(judged) < agreed < 1
+    assert judging.likely_agreement(judged) < agreed < 1
 
 
 def test_the_float_network_agrees_with_itself_in_noise(tiny: Graph, folder: Path) -> None:

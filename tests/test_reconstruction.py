@@ -114,7 +114,9 @@ def test_gradients_bring_outputs_nearer_to_float(
     start = insert_qdq(calibrated.prepared.model, calibrated.prepared.placement, wide)
     paths = sorted(folder.iterdir())
     images = list(batches_of(tiny, paths[:12]))
-    tuned = reconstruct(tiny, calibrated.prepared.model, start, images, 6)
+
+    def tuned(seconds: float) -> onnx.ModelProto:
+        return reconstruct(tiny, calibrated.prepared.model, start, images, seconds)
 
     def error(model: onnx.ModelProto) -> float:
         total = 0.0
@@ -123,7 +125,8 @@ def test_gradients_bring_outputs_nearer_to_float(
             total += sum(float(np.square(own[n] - expected[n]).mean()) for n in own)
         return total
 
-    assert error(tuned) < 0.9 * error(start)
+    # Longer on a machine that does other things as well.
+    assert any(error(tuned(seconds)) < 0.9 * error(start) for seconds in (6, 40))
 
 
 def test_what_was_learned_is_stored_and_makes_the_same_graph(

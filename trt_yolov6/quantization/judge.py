@@ -182,10 +182,10 @@ class Judge:
         return pooled_agreement([(self, self.detections(model))], CONFIDENCES[-1:])
 
     def harmless_agreement(self) -> float:
-        """Return the float network's assured agreement with itself on images with a little noise.
+        """Return the float network's likely agreement with itself on images with a little noise.
 
         Noise of `HARMLESS_NOISE` costs no AP, so an agreement this high, counted as in
-        `assured_agreement`, is as good as the comparison can tell.
+        `likely_agreement`, is as good as the comparison can tell.
         """
         values = []
         for seed in range(2):
@@ -193,7 +193,7 @@ class Judge:
             images = (self._images[batch] for batch in self._batches)
             noisy = (with_noise(one, rng, self._preprocessing) for one in images)
             found = [one for batch, _ in self._run(self._model, noisy) for one in batch]
-            values.append(assured_agreement([(self, found)]))
+            values.append(likely_agreement([(self, found)]))
         return sum(values) / len(values)
 
     def detections(self, model: onnx.ModelProto) -> list[Detections]:
@@ -242,7 +242,7 @@ def pooled_agreement(judged: Judged, confidences: Sequence[float] = CONFIDENCES)
     return float(np.mean([agreement(reference, found, one) for one in confidences]))
 
 
-def assured_agreement(judged: Judged) -> float:
+def likely_agreement(judged: Judged) -> float:
     """Return the agreement, from the highest of `CONFIDENCES` on, that other images would show in
     nine of ten cases: the lower end of an interval, as images that judge are few."""
     return pooled_interval(judged, CONFIDENCES[-1:], SURE).low

@@ -32,10 +32,10 @@ from trt_yolov6.quantization.judge import (
     ImageSplit,
     Judge,
     LabelledScore,
-    assured_agreement,
     batches_of,
     images_to_build_from,
     least_agreement,
+    likely_agreement,
     pooled_agreement,
     pooled_gain,
     pooled_interval,
@@ -428,12 +428,13 @@ class Search:
         harmless = sum(values) / len(values)
         _log.info(
             f"the budget of {drop:g} AP points stands for an agreement of {budget:.3f}, in the "
-            "mean of networks; it is assured where it holds in nine of ten draws of the images "
-            f"(the float network's with itself, a little noise on the images: {harmless:.3f})"
+            "mean of networks; it is likely where it holds in nine of ten draws of the images "
+            f"(the float network's with itself, a little noise on the images: {harmless:.3f}); "
+            "labelled images judge AP itself"
         )
         return _Budget(
-            lambda models: assured_agreement(self._judged(models)),
-            "assured agreement with float",
+            lambda models: likely_agreement(self._judged(models)),
+            "likely agreement with float",
             min(budget, harmless),
             _LEAST_GAIN,
         )
