@@ -231,7 +231,7 @@ def test_a_checkpoint_is_known_by_its_content(folder: Path, tmp_path: Path) -> N
     )
     assert found.model.graph == named.model.graph
     text.write_text("nothing that detects")
-    with pytest.raises(UserError, match="not a whole ONNX model"):
+    with pytest.raises(UserError, match="is not an ONNX model"):
         trt_yolov6.export(text)
 
 
