@@ -151,6 +151,13 @@ def test_images_come_as_arrays_files_folders_and_mixtures(
     ]
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "HSV", "YCbCr"])
+def test_a_pil_image_of_other_channels_is_refused(detector: Detector, mode: str) -> None:
+    red = Image.fromarray(image(0, 0, 0))
+    with pytest.raises(UserError, match=f"image 1 is in mode {mode}; give "):
+        detector.predict([red, red.convert(mode)])
+
+
 def test_many_images_give_what_each_gives_alone(detector: Detector) -> None:
     several = [image(index % 8, index // 8, index % 3) for index in range(20)]
     together = detector.predict(several, PredictOptions(batch=3))
