@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,11 +166,26 @@ def test_thresholds_are_those_given(detector: Detector) -> None:
     assert len(detector.predict(gray, confidence=0.6)[0]) == 0
     with pytest.raises(UserError, match=r"give `iou` in 0\.\.1"):
         detector.predict(gray, iou=2.0)
+    with pytest.raises(UserError, match="`workers` -1 is out of range"):
+        PredictOptions(workers=-1)
 
 
 def test_a_video_is_not_an_image(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`annotate` reads those"):
         detector.predict("rtsp://camera/stream")
+
+
+def test_formats_and_frames_are_refused_before_the_work(detector: Detector, tmp_path: Path) -> None:
+    Image.fromarray(image(0, 0, 0)).save(tmp_path / "a.png")
+    unknown: Any = ["json", "xml"]
+    with pytest.raises(UserError, match="'xml' is not known; give `formats` of json, csv, yolo"):
+        detector.annotate(tmp_path / "a.png", tmp_path / "drawn", formats=unknown)
+    assert not (tmp_path / "drawn").exists()
+    with pytest.raises(UserError, match="`frames` 0 is out of range; give 1 or more"):
+        detector.annotate(tmp_path / "a.png", tmp_path / "drawn", frames=0)
+    done = detector.annotate(tmp_path / "a.png", tmp_path / "drawn", formats="csv")
+    assert done.files == (tmp_path / "drawn" / "detections.csv",)
+    assert done.files[0].is_file()
 
 
 # --- building -----------------------------------------------------------------------------------
@@ -201,6 +217,8 @@ def test_each_verb_refuses_what_is_another_s(folder: Path) -> None:
         trt_yolov6.quantize(graph, folder / "calib", data=folder / "cells")
     with pytest.raises(UserError, match="`predict` is for timing with `images`"):
         trt_yolov6.benchmark([graph], predict=PredictOptions())
+    with pytest.raises(UserError, match="no detector to time; name one as `detectors`"):
+        trt_yolov6.benchmark([])
     with pytest.raises(UserError, match="`streams` is for the engine alone"):
         trt_yolov6.benchmark([graph], images=folder / "images", streams=2)
 
@@ -213,7 +231,7 @@ def test_a_checkpoint_is_known_by_its_content(folder: Path, tmp_path: Path) -> N
     )
     assert found.model.graph == named.model.graph
     text.write_text("nothing that detects")
-    with pytest.raises(UserError, match="not a whole ONNX model"):
+    with pytest.raises(UserError, match="is not an ONNX model"):
         trt_yolov6.export(text)
 
 

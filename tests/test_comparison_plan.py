@@ -37,6 +37,8 @@ rounds: 5
         rounds=5,
         duration=2.0,
     )
+    one = plan_of("n.pt", precisions="int8", batches=4, backends="onnxruntime")
+    assert (one.precisions, one.batches, one.backends) == (("int8",), (4,), ("onnxruntime",))
 
 
 @pytest.mark.parametrize(

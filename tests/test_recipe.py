@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,7 @@ def test_short_trainings_have_fewer_plain_epochs() -> None:
 
 def test_a_teacher_brings_the_length_of_its_decay() -> None:
     settings = recipe_for("yolov6s", "data", epochs=40, teacher="teacher.pt")
+    assert recipe_for("yolov6s", "data", epochs=40, teacher=Path("teacher.pt")) == settings
     assert settings.distillation is not None
     assert settings.distillation.epochs == 40
     assert settings_from_json(json.loads(json.dumps(settings.to_json())), "it") == settings

@@ -151,6 +151,8 @@ def benchmark(
         raise UserError("`streams` is for the engine alone; leave it out.")
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(_opened(one)) for one in detectors]
+        if not engines:
+            raise UserError("there is no detector to time; name one as `detectors`.")
         if images is None:
             return benchmark_many(engines, **how)
         if isinstance(images, (str, Path)):

@@ -230,6 +230,8 @@ class PredictOptions:
         self.nms()
         if self.gpus < 1:
             raise UserError(f"`gpus` {self.gpus} is out of range; give 1 or more.")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"`workers` {self.workers} is out of range; give 1 or more.")
         if self.border is not None and self.border < 0:
             raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.")
 

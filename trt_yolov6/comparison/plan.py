@@ -159,6 +159,9 @@ def plan_of(
     named = [models] if isinstance(models, (str, os.PathLike)) else models
     paths = [Path(path) for path in named]
     changes |= {name: Path(changes[name]) for name in ("data", "calib") if name in changes}
+    for name in {"precisions", "batches", "backends"} & changes.keys():
+        if isinstance(changes[name], (str, int)):
+            changes[name] = (changes[name],)  # as in a file
     for path in paths:
         if path.suffix.lower() in YAML_SUFFIXES:
             if len(paths) == 1:

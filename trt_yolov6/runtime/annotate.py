@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 
@@ -54,7 +54,7 @@ def infer_source(
     output: str | Path,
     options: PredictOptions | None = None,
     *,
-    formats: Sequence[Format] = ("json",),
+    formats: Format | Sequence[Format] = ("json",),
     frames: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
@@ -77,6 +77,13 @@ def infer_source(
         UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
             unreadable image among others is listed in the summary instead.
     """
+    formats = (formats,) if isinstance(formats, str) else formats
+    for form in formats:
+        if form not in get_args(Format):
+            known = ", ".join(get_args(Format))
+            raise UserError(f"format {form!r} is not known; give `formats` of {known}.")
+    if frames is not None and frames < 1:
+        raise UserError(f"`frames` {frames} is out of range; give 1 or more.")
     output = Path(output)
     media = find_media(source)
     if isinstance(media, Video):

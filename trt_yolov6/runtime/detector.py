@@ -79,7 +79,7 @@ class Detector(Closing):
         output: str | Path,
         options: PredictOptions | None = None,
         *,
-        formats: Sequence[Format] = ("json",),
+        formats: Format | Sequence[Format] = ("json",),
         frames: int | None = None,
         stop: Callable[[], bool] = lambda: False,
         progress: bool = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -166,8 +167,10 @@ def recipe_for(
     }
     if scales:
         values["rep_optimizer"] = RepOptimizerSettings(scales=str(scales.path))
-    if values.get("teacher") is not None and values.get("distillation") is None:
-        values["distillation"] = DistillationSettings(epochs=epochs)
+    if values.get("teacher") is not None:
+        values["teacher"] = os.fspath(values["teacher"])
+        if values.get("distillation") is None:
+            values["distillation"] = DistillationSettings(epochs=epochs)
     return TrainSettings(
         data=data,
         variant=variant,
