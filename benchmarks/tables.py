@@ -98,19 +98,51 @@ def int8_steps() -> str:
         label = name if not name.startswith("ours, ") else f"**{name}**"
         rows.append([label, *cells])
     return markdown(
-        ["AP", "sample, 72 images", "Lite-L, 128 COCO images", "Lite-L, the 128 it was tuned on"],
+        [
+            "AP",
+            "the authors' N, 72 images",
+            "YOLOv6Lite-L, 128 COCO images",
+            "YOLOv6Lite-L, the 128 it was tuned on",
+        ],
         rows,
     )
 
 
 REAL_NETWORKS = "int8-real-networks.json"
+INT8_NETWORKS = {
+    "sample": "sample",
+    "rescaled": "rescaled",
+    "sample, 125 epochs": "sample, 125 epochs",
+    "rescaled, 125 epochs": "rescaled, 125 epochs",
+    "authors-n": "the authors' N",
+    "lite-l": "YOLOv6Lite-L",
+    "yolox-nano": "YOLOX-Nano",
+}
+"""Names of `int8_real_networks`' networks in the documents, in their order there."""
+
+INT8_OTHERS = ("ours, FP8", "ours, gradients 5 minutes")
+"""Tools of `int8_real_networks` whose rows have a table of their own."""
 
 
-def int8_real_networks() -> str:
-    """AP and agreement with float of networks that others trained, on held-out images."""
+def int8_real_networks(wanted: Callable[[str], bool]) -> str:
+    """AP and agreement with float of networks on held-out images, by the tools that are wanted."""
+    order = list(INT8_NETWORKS)
+    found = sorted(
+        (
+            row
+            for row in result(REAL_NETWORKS)["rows"]
+            if not row.get("draw") and wanted(row["tool"])
+        ),
+        key=lambda row: (
+            order.index(row["network"]),
+            not row["tool"].startswith("ours"),
+            row["tool"],
+        ),
+    )
+    timed = any("slower" in row for row in found)
     rows = [
         [
-            row["network"],
+            INT8_NETWORKS[row["network"]],
             row["tool"],
             row["images"],
             f"{row['ap']:.4f}",
@@ -118,39 +150,38 @@ def int8_real_networks() -> str:
             f"[{100 * row['ap_change'][1]:+.2f}, {100 * row['ap_change'][2]:+.2f}]",
             f"{row['agreement']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]",
             f"{row['int8_convolutions']} of {row['convolutions']}",
-            f"{row['slower']:.1%}" if "slower" in row else "",
+            *([f"{row['slower']:.1%}"] if timed else []),
         ]
-        for row in sorted(
-            (row for row in result(REAL_NETWORKS)["rows"] if not row.get("draw")),
-            key=lambda row: (row["network"], not row["tool"].startswith("ours"), row["tool"]),
-        )
+        for row in found
     ]
     head = ["network", "tool", "images", "AP", "points to float", "agreement"]
-    return markdown([*head, "INT8 convolutions", "slower"], rows)
+    head += ["quantized convolutions", *(["slower"] if timed else [])]
+    return markdown(head, rows)
 
 
 def int8_draws() -> str:
-    """The same over several draws of the images that calibrate."""
-    drawn: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """The default over several draws of the images that calibrate."""
+    drawn: dict[str, list[dict[str, Any]]] = {}
     for row in result(REAL_NETWORKS)["rows"]:
-        if "draw" in row:
-            drawn.setdefault((row["network"], row["tool"]), []).append(row)
+        if "draw" in row and row["tool"] == "ours":
+            drawn.setdefault(row["network"], []).append(row)
     rows = []
-    for (network, tool), found in sorted(drawn.items()):
+    for network, name in INT8_NETWORKS.items():
+        found = sorted(drawn.get(network, ()), key=lambda row: int(row["draw"]))
         if len(found) > 1:
-            found = sorted(found, key=lambda row: int(row["draw"]))
             points = [100 * row["ap_change"][0] for row in found]
             agreed = [row["agreement"] for row in found]
+            deviation = statistics.stdev(points)
             rows.append(
                 [
-                    *(network, tool, len(found)),
-                    f"{statistics.mean(points):+.2f}, {statistics.stdev(points):.2f}",
+                    *(name, len(found), f"{statistics.mean(points):+.2f}", f"{deviation:.2f}"),
+                    f"{deviation / len(found) ** 0.5:.2f}",
                     ", ".join(f"{one:+.2f}" for one in points),
                     f"{statistics.mean(agreed):.3f}, {min(agreed):.3f} to {max(agreed):.3f}",
                 ]
             )
-    head = ["network", "tool", "draws", "points to float: mean, standard deviation", "each"]
-    return markdown([*head, "agreement: mean, range"], rows)
+    head = ["network", "draws", "points to float, mean", "standard deviation", "standard error"]
+    return markdown([*head, "each", "agreement: mean, range"], rows)
 
 
 def gpu_decoding() -> str:
@@ -879,7 +910,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensorrt8-layers": tensorrt8_layers,
     "tensorrt8-forms": tensorrt8_forms,
     "int8-steps": int8_steps,
-    "int8-real-networks": int8_real_networks,
+    "int8-real-networks": lambda: int8_real_networks(
+        lambda tool: tool == "ours" or not tool.startswith("ours")
+    ),
+    "int8-real-float-layers": lambda: int8_real_networks(lambda tool: "auto" in tool),
+    "int8-real-others": lambda: int8_real_networks(lambda tool: tool in INT8_OTHERS),
     "int8-real-draws": int8_draws,
     "gpu-decoding": gpu_decoding,
     "gpu-fp8": gpu_fp8,
