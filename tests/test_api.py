@@ -21,6 +21,7 @@ from support.tiny_detector import CELL, load_named
 
 import trt_yolov6
 from trt_yolov6 import Detector, Precision, UserError
+from trt_yolov6.cli import main as cli_main
 from trt_yolov6.spec import NmsSettings, PredictOptions
 
 EXAMPLES = [
@@ -151,6 +152,13 @@ def test_images_come_as_arrays_files_folders_and_mixtures(
     ]
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "HSV", "YCbCr"])
+def test_a_pil_image_of_other_channels_is_refused(detector: Detector, mode: str) -> None:
+    red = Image.fromarray(image(0, 0, 0))
+    with pytest.raises(UserError, match=f"image 1 is in mode {mode}; give "):
+        detector.predict([red, red.convert(mode)])
+
+
 def test_many_images_give_what_each_gives_alone(detector: Detector) -> None:
     several = [image(index % 8, index // 8, index % 3) for index in range(20)]
     together = detector.predict(several, PredictOptions(batch=3))
@@ -256,6 +264,26 @@ def test_a_checkpoint_brings_its_names_and_a_graph_its_size(folder: Path) -> Non
         trt_yolov6.build(graph, precision="fp16")
     with pytest.raises(TypeError, match="imagesize"):
         trt_yolov6.export(folder / "yolov6n.pt", imagesize=64)  # type: ignore[call-arg]
+
+
+def test_no_verb_writes_over_what_it_reads(folder: Path, tmp_path: Path) -> None:
+    checkpoint, graph = tmp_path / "best.pt", tmp_path / "float.onnx"
+    shutil.copy(folder / "yolov6n.pt", checkpoint)
+    shutil.copy(folder / "yolov6n.onnx", graph)
+    before = checkpoint.read_bytes(), graph.read_bytes()
+    link = tmp_path / "same.onnx"
+    link.symlink_to(graph)
+    with pytest.raises(UserError, match=r"best\.pt is the source itself; give another file"):
+        trt_yolov6.export(checkpoint, output=checkpoint)
+    with pytest.raises(UserError, match=r"a name ending in \.onnx"):
+        trt_yolov6.export(checkpoint, output=tmp_path / "last.pt")
+    with pytest.raises(UserError, match=r"same\.onnx is the source itself"):
+        trt_yolov6.quantize(graph, folder / "calib", output=link)
+    with pytest.raises(UserError, match=r"float\.onnx is the source itself"):
+        trt_yolov6.build(link, backend="onnxruntime", output=graph)
+    assert (checkpoint.read_bytes(), graph.read_bytes()) == before
+    assert cli_main(["export", "--weights", str(checkpoint), "--output", str(checkpoint)]) == 2
+    assert checkpoint.read_bytes() == before[0]
 
 
 def test_what_build_returns_is_a_path(folder: Path, tmp_path: Path) -> None:

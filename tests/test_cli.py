@@ -147,6 +147,21 @@ def test_samples_that_are_not_here_are_not_offered(
     assert capsys.readouterr().out.splitlines()[-1].endswith("build --weights FILE.pt")
 
 
+def test_json_is_never_written_over_something_else(
+    with_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = with_engine / "engines" / "yolov6n.onnx"
+    before = engine.read_bytes()
+    said = refusal(capsys, "eval", "--json", "engines/yolov6n.onnx")  # as if --json were a flag
+    assert said.endswith(
+        "--json engines/yolov6n.onnx is there and is not JSON; choose another file."
+    )
+    assert engine.read_bytes() == before
+    for _ in range(2):
+        assert main(["inspect", "engines/yolov6n.onnx", "--json", "inspected.json"]) == 0
+    assert json.loads((with_engine / "inspected.json").read_text())["kind"] == "onnx"
+
+
 def test_eval_prints_ap_in_all_and_by_class_and_draws(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,8 @@ from trt_yolov6.engines.build import (
     all_in_float,
     build_engine,
     check_build,
+    check_graph_output,
+    check_not_source,
     engine_path,
     write_graph,
 )
@@ -126,6 +128,9 @@ def export(
         raise UserError(
             f"export writes fp32 or fp16, not {wanted}; quantize the graph with `quantize`."
         )
+    if output is not None:
+        check_not_source(source, output)
+        check_graph_output(output)
     graph = _float_graph(source, wanted, options)
     if output is not None:
         write_graph(graph, output)
@@ -175,6 +180,9 @@ def quantize(
     data, table = options.get("data"), options.get("table")
     if data is not None and wanted.float_layers != "auto":
         raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.")
+    if output is not None:
+        check_not_source(source, output)
+        check_graph_output(output)
     graph = _float_graph(source, None, options)
     progress = options.get("progress", True)
     with a_line_a_minute(f"quantizing {graph.name}", progress=progress):
@@ -246,6 +254,7 @@ def build(
     )
     # Exporting takes seconds: what cannot be built is better refused before.
     name = check_build(backend, output, settings)
+    check_not_source(source, output)
     quantized = wanted if wanted is not None and wanted.quantizes else None
     if quantized is not None:
         _check_quantizing(quantized, calibration, name, settings, options)

@@ -31,14 +31,13 @@ def add(commands: common.Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.common.files import check_writable
-    from trt_yolov6.engines.build import engine_stem, write_graph
+    from trt_yolov6.engines.build import check_graph_output, engine_stem, write_graph
     from trt_yolov6.pipeline import export
 
     cache = options.calibration_cache
     check_cache(options, "calibration", "calibrator", "image_limit", "equalize")
     if options.output:
-        check_writable(options.output)
+        check_graph_output(options.output)
     # Calibration starts from float32.
     precision = None if cache else float_precision(options)
     source = weights_or_sample(options.weights)

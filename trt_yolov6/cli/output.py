@@ -47,7 +47,7 @@ def say_next(options: argparse.Namespace, what: str, *words: object) -> None:
 
 
 def check_json(path: Path | None) -> None:
-    """Refuse a --json that cannot be written, before the work."""
+    """Refuse a --json that cannot be written, or is something else already, before the work."""
     if path is None:
         return
     from trt_yolov6.common.files import check_writable
@@ -57,6 +57,10 @@ def check_json(path: Path | None) -> None:
     owner = manifest_owner(path)
     if owner is not None:
         raise UserError(f"--json {path} is the manifest of {owner}; choose another file.")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(1) not in (b"", b"{", b"["):
+                raise UserError(f"--json {path} is there and is not JSON; choose another file.")
 
 
 def write_result(path: Path, value: object) -> None:

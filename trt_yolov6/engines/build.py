@@ -167,6 +167,22 @@ def build_engine(
     return BuiltEngine(path, manifest_path, manifest, seconds, asked, "\n".join(said))
 
 
+def check_not_source(source: object, output: str | Path | None) -> None:
+    """Raise UserError where the file to write is the file that it is made of."""
+    if output is None or not isinstance(source, (str, Path)):
+        return
+    if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
+        raise UserError(f"`output` {output} is the source itself; give another file.")
+
+
+def check_graph_output(output: str | Path) -> None:
+    """Raise UserError where `write_graph` cannot or should not write, before the work."""
+    if Path(output).suffix != ".onnx":
+        raise UserError(f"`output` {output} is to be an ONNX file; give a name ending in .onnx.")
+    check_writable(output)
+    choose_manifest_path(output)
+
+
 def write_graph(graph: Graph, output: str | Path) -> Path:
     """Write a graph as an ONNX file, with a manifest that says what it is; return its path.
 

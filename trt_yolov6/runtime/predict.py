@@ -158,6 +158,9 @@ def _items(images: Images) -> list[_Item]:
 
 
 def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
+    mode = getattr(image, "mode", None)  # of a PIL image; a tensor has a method of this name
+    if isinstance(mode, str) and mode != "RGB":  # HSV, YCbCr and LAB have three channels, too
+        raise UserError(f'image {index} is in mode {mode}; give `image.convert("RGB")`.')
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise UserError(
