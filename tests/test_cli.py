@@ -226,6 +226,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["build", "--int8", "--calibration-cache", "x"], "leave --int8"),
         (["build", "--int8", "--calibrator", "best"], "invalid choice"),
         (["export", "--calibrator", "mse"], "--calibration-cache"),
+        (["export", "--calibration-cache", "samples/README.md"], "is not a calibration cache"),
         (["export", "--calibration-cache", "x", "--cache-version", "11.0.0"], "11.0.0"),
         (["sensitivity", "--split", "val"], "--data"),
         (["sensitivity", "--onnx", "none.onnx"], "none.onnx"),

@@ -183,6 +183,13 @@ def check_cache(options: argparse.Namespace, *others: str) -> None:
         return
     header_version(options.cache_version or CACHE_VERSION)
     check_writable(options.calibration_cache)
+    if options.calibration_cache.is_file():
+        with options.calibration_cache.open("rb") as file:
+            if file.read(4) not in (b"", b"TRT-"):
+                raise UserError(
+                    f"--calibration-cache {options.calibration_cache} is there and is not a "
+                    "calibration cache; choose another file."
+                )
 
 
 def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[str, float]]:
