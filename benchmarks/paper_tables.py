@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ablation_variants, paper
-from benchmarks.tables import GPU, RESULTS, ROOT, TENSORRT8, markdown
+from benchmarks.tables import GPU, RESULTS, ROOT, TENSORRT8, gpu_of, markdown, tensorrt8_rows
 from trt_yolov6.common.files import read_json, write_bytes, write_json
 from trt_yolov6.common.machine import cpu_model, software_versions, timestamp
 from trt_yolov6.comparison.rounds import Round, measure_round, summarize_rounds
@@ -472,8 +472,8 @@ def table_1() -> str:
     enterprise = read_json(RESULTS / TENSORRT8)
     weak = {
         (row["network"], row["precision"]): row
-        for row in enterprise["rows"]
-        if row["batch"] == 32 and row["how"] in ("ours", "ptq") and "superseded" not in row
+        for row in tensorrt8_rows("fps")
+        if row["batch"] == 32 and row["how"] in ("ours", "ptq")
     }
     rows = []
     for row in _measured("1"):
@@ -485,7 +485,7 @@ def table_1() -> str:
             [
                 NAMES[row["variant"]],
                 *("" if value is None else f"{value:.0f}" for value in fps),
-                engines[0].get("device", enterprise["device"]).split()[1],
+                gpu_of(engines[0]),
                 "" if fps[0] is None else f"{1e3 / fps[0]:.3f}",
                 f"{row['parameters'] / 1e6:.2f}",
                 f"{row['flops'] / 1e9:.1f}",
@@ -677,9 +677,7 @@ RepOptimizer's network is that with branches once fused.
 def int8_speeds() -> dict[str, dict[int, float]]:
     """Return images/s of YOLOv6-S in TensorRT by precision and batch."""
     speeds: dict[str, dict[int, float]] = {}
-    for row in read_json(RESULTS / TENSORRT8)["rows"]:
-        if "superseded" in row:
-            continue
+    for row in tensorrt8_rows("fps"):
         if row["network"] == "yolov6s" and row["how"] in ("ours", "ptq"):
             speeds.setdefault(row["precision"], {})[row["batch"]] = row["fps"]
     return speeds

@@ -582,10 +582,16 @@ def rep_optimizer() -> str:
     return where + markdown(head, rows)
 
 
-def _tensorrt8_rows(figure: str, superseded: bool = False) -> list[dict[str, Any]]:
+def tensorrt8_rows(figure: str, superseded: bool = False) -> list[dict[str, Any]]:
     """Return TensorRT 8's rows that have a figure (`ms`, `ap`), of today's forms or former ones."""
     rows = result(TENSORRT8)["rows"]
     return [row for row in rows if row[figure] and ("superseded" in row) == superseded]
+
+
+def gpu_of(row: Mapping[str, Any]) -> str:
+    """Return the GPU of a row of TensorRT 8's, such as H100: its own, or that of the whole file."""
+    device: str = row.get("device", result(TENSORRT8)["device"])
+    return device.split()[1]
 
 
 def _fp16_ms(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], float]:
@@ -600,7 +606,7 @@ def _variant(network: str) -> str:
 
 def tensorrt8_speed() -> str:
     """INT8 against FP16 on TensorRT 8, networks with random weights, a line a network and batch."""
-    data, rows = result(TENSORRT8), _tensorrt8_rows("ms")
+    rows = tensorrt8_rows("ms")
     floats = _fp16_ms(rows)
     lines = []
     for row in rows:
@@ -616,7 +622,7 @@ def tensorrt8_speed() -> str:
                     picture_tables.number(row["fps"]),
                     f"**{fp16 / row['ms']:.2f}**",
                     f"{row['int8_convolutions']} of {row['convolutions']}",
-                    row.get("device", data["device"]).split()[1],
+                    gpu_of(row),
                     row["date"][:10],
                 ]
             )
@@ -627,8 +633,8 @@ def tensorrt8_speed() -> str:
 
 def tensorrt8_variants(superseded: bool = False) -> str:
     """Other ways to quantize and decode, or former forms of the graph, against FP16 at batch 32."""
-    rows = _tensorrt8_rows("ms", superseded)
-    floats = {**_fp16_ms(_tensorrt8_rows("ms")), **_fp16_ms(rows)}
+    rows = tensorrt8_rows("ms", superseded)
+    floats = {**_fp16_ms(tensorrt8_rows("ms")), **_fp16_ms(rows)}
     lines = []
     for row in rows:
         if not superseded and (row["precision"], row["how"]) in (("fp16", "ours"), ("int8", "ptq")):
@@ -653,9 +659,9 @@ def tensorrt8_variants(superseded: bool = False) -> str:
 def tensorrt8_again() -> str:
     """FP16 and INT8 of the same networks, built and measured again in other runs."""
     runs: dict[tuple[str, str, int, str], dict[str, float]] = {}
-    for row in (*_tensorrt8_rows("ms"), *result(TENSORRT8)["again"]):
+    for row in (*tensorrt8_rows("ms"), *result(TENSORRT8)["again"]):
         if row.get("how", "ours") in ("ours", "ptq") and "superseded" not in row:
-            gpu = row.get("device", result(TENSORRT8)["device"]).split()[1]
+            gpu = gpu_of(row)
             run = runs.setdefault((row["network"], gpu, row["batch"], row["date"]), {})
             run[row["precision"]] = row["ms"]
     lines = []
@@ -675,10 +681,9 @@ def tensorrt8_accuracy(superseded: bool = False) -> str:
         "yolov6n": "sample of 125 epochs",
     }
     order = list(checkpoints)
-    data = result(TENSORRT8)
     lines = []
     for row in sorted(
-        _tensorrt8_rows("ap", superseded),
+        tensorrt8_rows("ap", superseded),
         key=lambda row: (order.index(row["network"]), row["int8_convolutions"], row["precision"]),
     ):
         change = row.get("ap_change")
@@ -692,7 +697,7 @@ def tensorrt8_accuracy(superseded: bool = False) -> str:
                 "" if row["ap_cpu"] is None else f"{row['ap_cpu']:.4f}",
                 f"{change[0]:+.4f} ({change[1]:+.4f} to {change[2]:+.4f})" if change else "",
                 f"{agreement:.3f}" if agreement else "",
-                row.get("device", data["device"]).split()[1],
+                gpu_of(row),
             ]
         )
     head = ["checkpoint", "precision", "convolutions in INT8", "AP on the GPU", "AP on a CPU"]
@@ -736,7 +741,7 @@ def summary() -> str:
     }
     speed = {
         (row["precision"], row["how"]): row["fps"]
-        for row in _tensorrt8_rows("fps")
+        for row in tensorrt8_rows("fps")
         if (row["network"], row["batch"]) == ("yolov6s", 32)
     }
     lines = []

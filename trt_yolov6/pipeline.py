@@ -128,9 +128,7 @@ def export(
         raise UserError(
             f"export writes fp32 or fp16, not {wanted}; quantize the graph with `quantize`."
         )
-    if output is not None:
-        check_not_source(source, output)
-        check_graph_output(output)
+    check_graph_output(source, output)
     graph = _float_graph(source, wanted, options)
     if output is not None:
         write_graph(graph, output)
@@ -180,9 +178,7 @@ def quantize(
     data, table = options.get("data"), options.get("table")
     if data is not None and wanted.float_layers != "auto":
         raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.")
-    if output is not None:
-        check_not_source(source, output)
-        check_graph_output(output)
+    check_graph_output(source, output)
     graph = _float_graph(source, None, options)
     progress = options.get("progress", True)
     with a_line_a_minute(f"quantizing {graph.name}", progress=progress):

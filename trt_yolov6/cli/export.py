@@ -31,20 +31,13 @@ def add(commands: common.Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.engines.build import (
-        check_graph_output,
-        check_not_source,
-        engine_stem,
-        write_graph,
-    )
+    from trt_yolov6.engines.build import check_graph_output, engine_stem, write_graph
     from trt_yolov6.pipeline import export
 
     cache = options.calibration_cache
     check_cache(options, "calibration", "calibrator", "image_limit", "equalize")
     source = weights_or_sample(options.weights)
-    if options.output:
-        check_not_source(source, options.output)
-        check_graph_output(options.output)
+    check_graph_output(source, options.output)
     # Calibration starts from float32.
     precision = None if cache else float_precision(options)
     graph = export(source, precision=precision, **checkpoint_options(options))

@@ -14,7 +14,7 @@ from trt_yolov6.cli.options import (
     preprocess_changes,
     refuse,
 )
-from trt_yolov6.cli.output import say
+from trt_yolov6.cli.output import check_kind, say
 from trt_yolov6.errors import UserError
 
 if TYPE_CHECKING:
@@ -183,13 +183,7 @@ def check_cache(options: argparse.Namespace, *others: str) -> None:
         return
     header_version(options.cache_version or CACHE_VERSION)
     check_writable(options.calibration_cache)
-    if options.calibration_cache.is_file():
-        with options.calibration_cache.open("rb") as file:
-            if file.read(4) not in (b"", b"TRT-"):
-                raise UserError(
-                    f"--calibration-cache {options.calibration_cache} is there and is not a "
-                    "calibration cache; choose another file."
-                )
+    check_kind("--calibration-cache", options.calibration_cache, "a calibration cache", b"TRT-")
 
 
 def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[str, float]]:

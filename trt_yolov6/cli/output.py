@@ -57,10 +57,16 @@ def check_json(path: Path | None) -> None:
     owner = manifest_owner(path)
     if owner is not None:
         raise UserError(f"--json {path} is the manifest of {owner}; choose another file.")
+    check_kind("--json", path, "JSON", b"{", b"[")
+
+
+def check_kind(option: str, path: Path, kind: str, *beginnings: bytes) -> None:
+    """Refuse to write over a file that is not empty and does not begin as its kind does."""
     if path.is_file():
         with path.open("rb") as file:
-            if file.read(1) not in (b"", b"{", b"["):
-                raise UserError(f"--json {path} is there and is not JSON; choose another file.")
+            start = file.read(max(map(len, beginnings)))
+        if start and not start.startswith(beginnings):
+            raise UserError(f"{option} {path} is there and is not {kind}; choose another file.")
 
 
 def write_result(path: Path, value: object) -> None:

@@ -175,8 +175,11 @@ def check_not_source(source: object, output: str | Path | None) -> None:
         raise UserError(f"`output` {output} is the source itself; give another file.")
 
 
-def check_graph_output(output: str | Path) -> None:
+def check_graph_output(source: object, output: str | Path | None) -> None:
     """Raise UserError where `write_graph` cannot or should not write, before the work."""
+    if output is None:
+        return
+    check_not_source(source, output)
     if Path(output).suffix != ".onnx":
         raise UserError(f"`output` {output} is to be an ONNX file; give a name ending in .onnx.")
     check_writable(output)
