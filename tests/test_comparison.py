@@ -87,8 +87,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Plan:
         ),
         batches=(1, 4),
         data=data,
-        rounds=4,
-        duration=0.2,
+        rounds=16,
+        duration=0.8,
         examples=2,
     )
 
@@ -134,7 +134,7 @@ def test_results_say_what_was_measured_on_what(finished: Path, data: Path) -> No
             1e3 * timing["batch"] / timing["latency_ms"]["median"]
         )
         assert timing["engine_sha256"] == sha256_file(finished / timing["engine_file"])
-        assert len(timing["latency_ms"]["rounds"]) in (3, 4)
+        assert len(timing["latency_ms"]["rounds"]) in (15, 16)
     assert results["data"]["images"] == IMAGES
     assert (results["environment"]["cpu"] or {})["model"]
     assert results["environment"]["packages"]["onnxruntime"]
