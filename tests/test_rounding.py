@@ -12,15 +12,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from torch.profiler import ProfilerActivity, profile
 
 from trt_yolov6.data.calibration import calibration_batches
 from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.graph.reference import reference_session
+from trt_yolov6.quantization.bias_correction import layers_of_both
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.gptq import adapt_rounding, rounded_rows
+from trt_yolov6.quantization.gptq import _Job, adapt_rounding, rounded_rows
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
 
@@ -49,9 +51,11 @@ def squared_error(
     return [float(value) for value in np.mean(errors, axis=0)]
 
 
-def one_layer(op: str, groups: int, kernel: int, stride: int) -> onnx.ModelProto:
+def one_layer(
+    op: str, groups: int, kernel: int, stride: int, *, channels: int = 8, side: int = 16
+) -> onnx.ModelProto:
     rng = np.random.default_rng(0)
-    shape = (8, 16 // groups) if op == "ConvTranspose" else (16, 8 // groups)
+    shape = (channels, 16 // groups) if op == "ConvTranspose" else (16, channels // groups)
     weight = rng.normal(size=(*shape, kernel, kernel)).astype(np.float32)
     pads = [0] * 4 if op == "ConvTranspose" else [kernel // 2] * 4
     strides = [stride, stride]
@@ -63,7 +67,7 @@ def one_layer(op: str, groups: int, kernel: int, stride: int) -> onnx.ModelProto
         numpy_helper.from_array(rng.normal(size=16).astype(np.float32), "b"),
     ]
     ends = [
-        helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 8, 16, 16]),
+        helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, channels, side, side]),
         helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16, "height", "width"]),
     ]
     graph = helper.make_graph([node], "layer", ends[:1], ends[1:], constants)
@@ -117,13 +121,11 @@ def test_levels_follow_from_the_covariance_over_all_windows(
     kernel: tuple[int, int], pads: tuple[int, int, int, int]
 ) -> None:
     generator = np.random.default_rng(0)
-    model = one_layer("Conv", 1, 3, 1)
+    model = one_layer("Conv", 1, 3, 1, side=40)
     node = model.graph.node[0]
     next(item for item in node.attribute if item.name == "pads").ints[:] = pads
     weight = generator.normal(size=(16, 8, *kernel)).astype(np.float32)
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w"))
-    for size in model.graph.input[0].type.tensor_type.shape.dim[2:]:
-        size.dim_value = 40
     images = [image.repeat(3, 2).repeat(3, 3)[..., :40, :40] for image in correlated_images(3, 0)]
     nearest = quantized(model, images)
     (before,), (after,) = (
@@ -145,6 +147,21 @@ def test_levels_follow_from_the_covariance_over_all_windows(
     steps = torch.from_numpy(before.scale.reshape(1, 16, -1)[:, :, :1].astype(np.float64))
     wanted = rounded_rows(rows, steps, covariance).numpy().reshape(weight.shape)
     np.testing.assert_array_equal(np.rint(after.weights.values() / after.scale), wanted)
+
+
+@pytest.mark.parametrize(("groups", "kernel"), [(1, 1), (1, 3), (16, 3)])
+@pytest.mark.parametrize("side", [16, 64])
+def test_sums_take_the_memory_that_is_reckoned_with(groups: int, kernel: int, side: int) -> None:
+    """By PyTorch's record of what is allocated and not freed again."""
+    model = one_layer("Conv", groups, kernel, 1, channels=64, side=side)
+    images = list(np.random.default_rng(0).random((3, 1, 64, side, side), np.float32))
+    (both,) = layers_of_both(quantized(model, images), model)
+    job = _Job(*both)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        for image in images:
+            job.add(image)
+    held = sum(event.self_cpu_memory_usage for event in record.events())
+    assert held <= job.bytes <= 1.3 * held
 
 
 def test_a_depthwise_layers_few_weights_get_the_scale_that_suits_them(

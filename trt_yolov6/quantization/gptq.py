@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,12 +50,11 @@ _DAMPING = 0.01
 # Columns rounded before their errors are spread over all that follow.
 _BLOCK = 64
 
-# Memory for the sums of products of the layers that one pass over the images serves: YOLOv6-N's.
-_SUMS_BYTES = 128 << 20
+# Memory for the sums of products of the layers that one pass over the images serves. YOLOv6-N's
+# take 103 MiB; S needs three passes.
+_SUMS_BYTES = 160 << 20
 
 _LEVELS = 127
-
-_Key = TypeVar("_Key")
 
 # Rows of so few weights, those of 3x3 depthwise convolutions, get the scale that suits rounding
 # best. It halves the error; of 16 to 96 weights it takes a tenth to a fifth away.
@@ -75,7 +75,7 @@ def adapt_rounding(
     Args:
         float_model: the float32 graph that was quantized, after equalization.
         quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
-        images: a few dozen inputs of the graph. There is a pass over them for each 128 MiB of
+        images: a few dozen inputs of the graph. There is a pass over them for each 160 MiB of
             sums of products.
     """
     result = copy.deepcopy(quantized_model)
@@ -139,10 +139,13 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        """Memory for the sums of products, a third less than `_Overlaps` takes."""
+        """Memory for the sums and the sums of products, at most: how many places there are, and
+        so whether `_Overlaps` adds them up, only an image shows."""
         starts = range(0, self.columns, _TRIANGLE_ROWS)
         values = sum(min(_TRIANGLE_ROWS, self.columns - s) * (self.columns - s) for s in starts)
-        return self._groups * values * (4 if self._reads_codes else 8)
+        found = self._groups * (values + self.columns) * (4 if self._reads_codes else 8)
+        channels = int(self._weight.shape[1])
+        return max(found, _Overlaps.bytes(self._kernel, channels)) if self._is_plain else found
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Take in a batch of the layer's inputs (batch, channels, height, width).
@@ -159,7 +162,7 @@ class _Job:
             self._count += len(place)
             if step == 1 and self._is_plain:
                 if self._overlaps is None:
-                    self._overlaps = _Overlaps(self._kernel, self._pads)
+                    self._overlaps = _Overlaps(self._kernel, self._pads, len(image))
                 self._overlaps.add(self._codes(padded), rows, columns)
                 continue
             places = self._codes(self._places(padded, place, columns))
@@ -288,13 +291,21 @@ class _Overlaps:
     border. So 13 sums serve the 45 pairs of taps of a 3x3 window.
     """
 
-    def __init__(self, kernel: tuple[int, int], pads: Sequence[int]) -> None:
-        """Take a kernel and its padding: top, left, bottom, right."""
-        self._taps = [(row, column) for row in range(kernel[0]) for column in range(kernel[1])]
-        self._kernel, self._pads = kernel, pads
-        self._sum = torch.zeros((), dtype=torch.int32)
-        self._apart: dict[tuple[int, int], torch.Tensor] = {}
-        self._missing: dict[int, torch.Tensor] = {}
+    def __init__(self, kernel: tuple[int, int], pads: Sequence[int], channels: int) -> None:
+        """Take a kernel, its padding (top, left, bottom, right), and the number of channels."""
+        self._kernel, self._pads, self._taps = kernel, pads, _taps(kernel)
+        # All at once: among what comes and goes they would take half as much memory again.
+        self._sum = _zeros(channels, len(self._taps))
+        self._apart = {step: _zeros(channels, channels) for step in _steps(self._taps)}
+        counts = range(len(self._taps), 0, -1)
+        self._missing = [_zeros(channels, channels * count) for count in counts]
+
+    @staticmethod
+    def bytes(kernel: tuple[int, int], channels: int) -> int:
+        """Return the memory that the sums for a kernel and a number of channels take."""
+        taps = _taps(kernel)
+        blocks = len(_steps(taps)) + len(taps) * (len(taps) + 1) // 2
+        return channels * (channels * blocks + len(taps)) * 4
 
     def add(self, padded: torch.Tensor, height: int, width: int) -> None:
         """Take in (channels, rows, columns) codes with their padding, for a map of some size."""
@@ -304,15 +315,16 @@ class _Overlaps:
         spread, below = self._kernel[1] - 1, self._kernel[0]
         line = columns + spread
         flat = F.pad(padded, (0, spread, 0, below)).flatten(1)
-        self._sum = self._sum + torch.stack(
+        self._sum += torch.stack(
             [padded[:, r : r + height, c : c + width].sum(dim=(1, 2)) for r, c in self._taps], dim=1
         ).to(torch.int32)
-        for step in sorted({self._between(*pair) for pair in self._pairs}):
+        for step, sums in self._apart.items():
             moved = step[0] * line + step[1]
             for start in range(0, rows * line, _EXACT_PLACES):
                 end = min(start + _EXACT_PLACES, rows * line)
-                found = flat[:, start:end] @ flat[:, start + moved : end + moved].T
-                _added(self._apart, step, found)
+                sums += (flat[:, start:end] @ flat[:, start + moved : end + moved].T).to(
+                    torch.int32
+                )
         place = torch.arange(rows)[:, None] * line + torch.arange(columns)
         top, left, bottom, right = self._pads
         inner = torch.zeros(rows, columns, dtype=torch.bool)
@@ -321,38 +333,46 @@ class _Overlaps:
             outside = inner.clone()
             outside[row : row + height, column : column + width] = False
             own = place[outside]
-            apart = [self._between(index, other) for other in range(index, len(self._taps))]
+            apart = [_between((row, column), other) for other in self._taps[index:]]
             steps = torch.tensor([down * line + across for down, across in apart])
             others = flat[:, own + steps[:, None]]
-            _added(self._missing, index, flat[:, own] @ others.flatten(0, 1).T)
+            first = flat[:, own]
+            for start in range(0, len(first), _TRIANGLE_ROWS):
+                part = slice(start, start + _TRIANGLE_ROWS)
+                self._missing[index][part] += (first[part] @ others.flatten(0, 1).T).to(torch.int32)
 
     def put(self, total: torch.Tensor, products: torch.Tensor) -> None:
         """Add sums (channels x taps,) and sums of products of pairs of them, float64, in place."""
         taps = len(self._taps)
         total += self._sum.reshape(-1)
         blocks = products.view(-1, taps, len(products) // taps, taps)
-        for index, other in self._pairs:
+        for index, other in itertools.combinations_with_replacement(range(taps), 2):
             # (first channels, second ones, taps from the first on)
             missing = self._missing[index].view(*blocks.shape[::2], taps - index)
-            found = self._apart[self._between(index, other)] - missing[..., other - index]
+            step = _between(self._taps[index], self._taps[other])
+            found = self._apart[step] - missing[..., other - index]
             blocks[:, index, :, other] += found
             if index != other:
                 blocks[:, other, :, index] += found.T
 
-    @property
-    def _pairs(self) -> list[tuple[int, int]]:
-        count = len(self._taps)
-        return [(index, other) for index in range(count) for other in range(index, count)]
 
-    def _between(self, index: int, other: int) -> tuple[int, int]:
-        """Return how many rows and columns a tap is after another, the first in memory."""
-        (row, column), (other_row, other_column) = self._taps[index], self._taps[other]
-        return other_row - row, other_column - column
+def _taps(kernel: tuple[int, int]) -> list[tuple[int, int]]:
+    return [(row, column) for row in range(kernel[0]) for column in range(kernel[1])]
 
 
-def _added(sums: dict[_Key, torch.Tensor], key: _Key, found: torch.Tensor) -> None:
-    whole = found.to(torch.int32)
-    sums[key] = sums[key].add_(whole) if key in sums else whole
+def _between(tap: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """Return how many rows and columns another tap is after one, the first in memory."""
+    return other[0] - tap[0], other[1] - tap[1]
+
+
+def _steps(taps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return how far apart pairs of taps are, each distance once."""
+    pairs = itertools.combinations_with_replacement(taps, 2)
+    return sorted({_between(*pair) for pair in pairs})
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
 
 
 def rounded_rows(rows: torch.Tensor, scale: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
