@@ -17,6 +17,7 @@ from trt_yolov6.common.machine import Cpu, int8_on_cpu, parse_gpus, read_gpus
 from trt_yolov6.diagnostics.doctor import diagnose, find_problems, format_diagnosis, remedy
 from trt_yolov6.engines import BACKENDS, best_backend
 from trt_yolov6.engines.base import Availability
+from trt_yolov6.errors import install_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +86,7 @@ def test_packages_that_break_when_imported_are_reported(tmp_path: Path) -> None:
         assert any(f"lib{package}.so is missing" in line for line in problems)
     assert sum("does not work here" in line for line in lines) == len(BACKENDS)
     assert "--backend auto builds with nothing here" in output
-    assert 'pip install ".[tensorrt]" in the repository\'s folder' in output
+    assert install_command("tensorrt") in output
     assert "pip install --force-reinstall onnxruntime" in output
 
 
@@ -96,9 +97,8 @@ def test_a_required_package_that_is_absent_is_a_problem_with_its_install_line() 
 
 
 GPU = parse_gpus(H200)
-# The package is on no index, so its extras are installed from a checkout.
-TENSORRT = 'pip install ".[tensorrt]" in the repository\'s folder'
-TENSORRT_RTX = 'pip install ".[tensorrt-rtx]" in the repository\'s folder'
+TENSORRT = install_command("tensorrt")
+TENSORRT_RTX = install_command("tensorrt-rtx")
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_each_missing_piece_has_its_install_line(
 
 def test_tensorrt_8_is_offered_where_its_package_exists_only() -> None:
     absent = Availability("tensorrt", False, False, None, "TensorRT does not import")
-    assert '".[tensorrt8]"' in remedy(absent, {}, GPU, python=(3, 10))
-    assert '".[tensorrt8]"' in remedy(absent, {}, (), python=(3, 10))
+    assert install_command("tensorrt8") in remedy(absent, {}, GPU, python=(3, 10))
+    assert install_command("tensorrt8") in remedy(absent, {}, (), python=(3, 10))
     assert "tensorrt8" not in remedy(absent, {}, GPU, python=(3, 11))
     # Of TensorRT-RTX there is no such release.
     rtx = Availability("tensorrt-rtx", False, False, None, "TensorRT-RTX does not import")

@@ -30,7 +30,7 @@ from trt_yolov6.engines.tensorrt import builder as tensorrt_build
 from trt_yolov6.engines.tensorrt import enterprise as tensorrt
 from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of, one_line
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.errors import MissingDependencyError, UserError, install_command
 from trt_yolov6.spec import BatchProfile, NmsSettings
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd_authors.pt"
@@ -259,7 +259,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
 @pytest.mark.parametrize(
     ("python", "remedy"),
     [
-        ((3, 10, 13), "or `pip install '.[tensorrt8]'` (8.6)"),
+        ((3, 10, 13), f"or `{install_command('tensorrt8')}` (8.6)"),
         ((3, 11, 2), "(10 or 11; TensorRT 8 needs Python 3.10)"),
     ],
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -37,6 +39,19 @@ class MissingDependencyError(UserError):
 
 class ClassesDifferError(UserError):
     """A detector does not know the classes of a data set, so that its AP there means nothing."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs what an extra of this package needs.
+
+    pip reads the extras of a package that is installed, from a folder or a wheel, in its metadata
+    and asks no index for it. There is none where the package is only on the path.
+    """
+    try:
+        importlib.metadata.distribution("trt-yolov6")
+    except importlib.metadata.PackageNotFoundError:
+        return f'pip install "{Path(__file__).parents[1]}[{extra}]"'
+    return f'pip install "trt-yolov6[{extra}]"'
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

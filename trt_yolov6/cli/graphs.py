@@ -31,8 +31,8 @@ def weights_or_sample(weights: Path | None) -> Path:
         return weights
     if not SAMPLE_WEIGHTS.is_file():
         raise UserError(
-            f"neither --weights nor --onnx is given and the sample {SAMPLE_WEIGHTS} is not here; "
-            "name a checkpoint with --weights."
+            f"no checkpoint is given and the sample {SAMPLE_WEIGHTS} is not here; name one with "
+            "--weights."
         )
     say(f"no --weights given: taking the sample checkpoint {SAMPLE_WEIGHTS}")
     return SAMPLE_WEIGHTS

@@ -222,7 +222,7 @@ def add_machines(parser: argparse.ArgumentParser) -> None:
         dest="address",
         metavar="ADDRESS",
         help="run on a Ray cluster: host:port of its head, auto on one of its machines, or local; "
-        "one engine per GPU, or per --threads cores (docs/how-to/clusters.md)",
+        "one engine per GPU, or per --threads cores",
     )
 
 

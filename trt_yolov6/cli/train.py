@@ -29,7 +29,7 @@ def add(commands: common.Commands) -> None:
         "--auto-resume",
         action="store_true",
         help="continue the training in --output, or begin it if there is none: for torchrun, Slurm "
-        "and Kubernetes, which repeat the same command (docs/how-to/clusters.md)",
+        "and Kubernetes, which repeat the same command",
     )
     parser.add_argument(
         "--precision",

@@ -74,7 +74,7 @@ def recognize(
         raise UserError(
             f"{path} has outputs of no known layout ({_listed(facts.outputs)}); export it with "
             "`trt-yolov6 export`, or as one of the families "
-            f"{', '.join(FAMILIES)} is exported (see docs/how-to/other-detectors.md)."
+            f"{', '.join(FAMILIES)} is exported (see Other detectors in the documentation)."
         )
     if len(choices) != 1:
         raise UserError(

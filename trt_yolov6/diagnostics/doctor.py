@@ -19,6 +19,7 @@ from trt_yolov6.common.text import aligned, joined, of_highest
 from trt_yolov6.engines import BACKENDS, backend, best_backend
 from trt_yolov6.engines.base import Availability
 from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8
+from trt_yolov6.errors import install_command
 
 # What this package needs, by distribution, and the module that shows whether it works.
 _REQUIRED = {
@@ -159,10 +160,9 @@ def remedy(
                 )
             return "for the GPU: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
         return ""
-    # The extras are named as the backends are. The package is on no index, only in its repository.
-    install = f'pip install ".[{name}]" in the repository\'s folder'
+    install = install_command(name)  # the extras are named as the backends are
     if name == "tensorrt" and python < (3, 11):
-        install += ' (or ".[tensorrt8]" for TensorRT 8.6)'
+        install += f" (or, for TensorRT 8.6, {install_command('tensorrt8')})"
     if available.can_build and available.can_run:
         return ""
     # RTX builds on machines without a GPU, so there the package alone is worth installing.

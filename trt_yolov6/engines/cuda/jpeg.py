@@ -1,6 +1,6 @@
 """JPEG decoding on the GPU by nvImageCodec, by its hardware decoder where there is one.
 
-An optional dependency (`pip install ".[gpu-images]"`). Chroma is interpolated as libjpeg-turbo does
+An optional dependency (extra `gpu-images`). Chroma is interpolated as libjpeg-turbo does
 it for OpenCV (`fancy_upsampling`); its inverse DCT rounds differently, by a level or two of 255.
 """
 
@@ -25,7 +25,7 @@ from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.data.jpeg import Jpeg
 from trt_yolov6.engines.cuda.device import CudaError, Event, Stream
 from trt_yolov6.engines.cuda.letterbox import ImageView, upright
-from trt_yolov6.errors import MissingDependencyError
+from trt_yolov6.errors import MissingDependencyError, install_command
 
 OPTIONS = ":fancy_upsampling=1"
 """Decoder options: chroma is interpolated, not repeated."""
@@ -190,7 +190,7 @@ def nvimgcodec() -> Any:
     except Exception as error:  # a broken installation raises more than ImportError
         raise MissingDependencyError(
             f"nvImageCodec does not import ({error}); install it with "
-            '`pip install ".[gpu-images]"` in the folder of trt-yolov6.'
+            f"`{install_command('gpu-images')}`."
         ) from error
     return codec
 

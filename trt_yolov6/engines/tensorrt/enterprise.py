@@ -19,7 +19,7 @@ from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.tensorrt.flavour import Flavour, check_fp8
 from trt_yolov6.engines.tensorrt.implicit_int8 import check_calibration
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.errors import MissingDependencyError, UserError, install_command
 
 if TYPE_CHECKING:
     from trt_yolov6.engines.tensorrt import api as trt
@@ -109,24 +109,22 @@ def _flavour() -> Flavour:
         import tensorrt
     except Exception as error:  # a missing library raises more than ImportError
         raise MissingDependencyError(
-            f"TensorRT does not import ({error}); install it with {_install()} "
-            "in the folder of trt-yolov6."
+            f"TensorRT does not import ({error}); install it with {_install()}."
         ) from error
     flavour = Flavour(NAME, "TensorRT", cast("trt.Api", tensorrt))
     if flavour.release < _OLDEST:
         raise MissingDependencyError(
-            f"{flavour} is too old; install version 8.5 or later with {_install()} in the folder "
-            "of trt-yolov6."
+            f"{flavour} is too old; install version 8.5 or later with {_install()}."
         )
     return flavour
 
 
 def _install() -> str:
     """Return the command that installs a TensorRT for this Python."""
-    newest = "`pip install '.[tensorrt]'`"
+    newest = f"`{install_command(NAME)}`"
     if sys.version_info >= (3, 11):
         return f"{newest} (10 or 11; TensorRT 8 needs Python 3.10)"
-    return f"{newest} (10 or 11) or `pip install '.[tensorrt8]'` (8.6)"
+    return f"{newest} (10 or 11) or `{install_command('tensorrt8')}` (8.6)"
 
 
 def _load_libraries() -> None:

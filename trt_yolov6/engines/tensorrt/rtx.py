@@ -19,7 +19,7 @@ from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.tensorrt.flavour import FIRST_WITH_FP8, Flavour, check_fp8
 from trt_yolov6.engines.tensorrt.runtime_cache import RuntimeCache, cache_path
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.errors import MissingDependencyError, UserError, install_command
 from trt_yolov6.spec import BatchProfile
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ _REFUSED = {
 
 # Seen with 1.6.1 and 1.7.1: "has no runners that implement it", for every target.
 _DATA_DEPENDENT = {"NonMaxSuppression", "NonZero"}
-
-_INSTALL = "pip install '.[tensorrt-rtx]'"
 
 
 def availability() -> Availability:
@@ -174,8 +172,7 @@ def _flavour() -> Flavour:
         import tensorrt_rtx
     except Exception as error:  # a missing library raises more than ImportError
         raise MissingDependencyError(
-            f"TensorRT-RTX does not import ({error}); install it with `{_INSTALL}` "
-            "in the folder of trt-yolov6."
+            f"TensorRT-RTX does not import ({error}); install it with `{install_command(NAME)}`."
         ) from error
     return Flavour(NAME, "TensorRT-RTX", cast("trt.Api", tensorrt_rtx))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_yolov6.errors import MissingDependencyError, UserError, first_line
+from trt_yolov6.errors import MissingDependencyError, UserError, first_line, install_command
 
 MOST_CORES = 4
 """Cores of an actor where none are asked for: more help one small network little."""
@@ -89,8 +89,8 @@ def _import_ray(address: str) -> Any:
         import ray.data
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f"work on a cluster needs the Python package {error.name}; `pip install "
-            "'trt-yolov6[ray]'` gives it."
+            f"work on a cluster needs the Python package {error.name}; "
+            f"`{install_command('ray')}` gives it."
         ) from error
     return ray
 
