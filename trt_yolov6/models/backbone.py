@@ -21,8 +21,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h/2, w/2)."""
-        out: Tensor = self.body(self.downsample(x))
-        return out
+        return self.body(self.downsample(x))
 
 
 class Backbone(nn.Module):

@@ -65,8 +65,7 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h/stride, w/stride)."""
-        out: Tensor = self.act(self.bn(self.conv(x)))
-        return out
+        return self.act(self.bn(self.conv(x)))
 
 
 class ConvAct(nn.Module):
@@ -79,8 +78,7 @@ class ConvAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h/stride, w/stride)."""
-        out: Tensor = self.act(self.conv(x))
-        return out
+        return self.act(self.conv(x))
 
 
 class RepConv(nn.Module):
@@ -102,8 +100,7 @@ class RepConv(nn.Module):
         total = self.dense(x) + self.pointwise(x)
         if self.identity is not None:
             total = total + self.identity(x)
-        out: Tensor = self.act(total)
-        return out
+        return self.act(total)
 
 
 class QARepConv(nn.Module):
@@ -129,8 +126,7 @@ class QARepConv(nn.Module):
         total = self.dense(x) + self.pointwise(x)
         if self.average is not None:
             total = total + x + self.average(x)
-        out: Tensor = self.act(self.bn(total))
-        return out
+        return self.act(self.bn(total))
 
 
 class ScaledRepConv(nn.Module):
@@ -168,20 +164,16 @@ class ScaledRepConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h/stride, w/stride)."""
         total = F.conv2d(x, self.kernel(), stride=self.stride, padding=1)
-        out: Tensor = self.act(self.bn(total))
-        return out
+        return self.act(self.bn(total))
 
 
 def basic_block(
     arch: Architecture, in_channels: int, out_channels: int, stride: int = 1
-) -> RepConv | QARepConv | ScaledRepConv | ConvBN:
+) -> nn.Module:
     """Return the 3x3 block this architecture is built of."""
-    if arch.block == "repvgg":
-        return RepConv(in_channels, out_channels, stride, arch.activation)
-    if arch.block == "qarepvgg":
-        return QARepConv(in_channels, out_channels, stride, arch.activation)
-    if arch.block == "scaled":
-        return ScaledRepConv(in_channels, out_channels, stride, arch.activation)
+    with_branches = {"repvgg": RepConv, "qarepvgg": QARepConv, "scaled": ScaledRepConv}
+    if arch.block in with_branches:
+        return with_branches[arch.block](in_channels, out_channels, stride, arch.activation)
     bias = has_conv_bias(arch)
     return ConvBN(in_channels, out_channels, 3, stride, arch.activation, bias=bias)
 
@@ -211,8 +203,7 @@ class BottleRep(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, h, w) to the same shape."""
         shortcut = x if self.alpha is None else self.alpha * x
-        out: Tensor = self.third(self.second(self.first(x))) + shortcut
-        return out
+        return self.third(self.second(self.first(x))) + shortcut
 
 
 class CSPStack(nn.Module):
@@ -231,8 +222,7 @@ class CSPStack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h, w)."""
         branches = (self.bottlenecks(self.main(x)), self.side(x))
-        out: Tensor = self.merge(torch.cat(branches, dim=1))
-        return out
+        return self.merge(torch.cat(branches, dim=1))
 
 
 def hidden_channels(arch: Architecture, out_channels: int) -> int:
@@ -271,8 +261,7 @@ class MBLA(nn.Module):
             assert isinstance(row, nn.Sequential)
             for bottleneck in row:
                 kept.append(bottleneck(kept[-1]))
-        out: Tensor = self.merge(torch.cat(kept, dim=1))
-        return out
+        return self.merge(torch.cat(kept, dim=1))
 
 
 def mbla_rows(repeats: int) -> tuple[int, ...]:
@@ -310,8 +299,7 @@ class SPPF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, h, w) to the same shape."""
-        out: Tensor = self.merge(_pyramid(self.pool, self.reduce(x)))
-        return out
+        return self.merge(_pyramid(self.pool, self.reduce(x)))
 
 
 class CSPSPPF(nn.Module):
@@ -333,8 +321,7 @@ class CSPSPPF(nn.Module):
         """Map (batch, channels, h, w) to the same shape."""
         pooled = _pyramid(self.pool, self.mix(self.before(self.reduce(x))))
         paths = (self.side(x), self.after(self.merge(pooled)))
-        out: Tensor = self.join(torch.cat(paths, dim=1))
-        return out
+        return self.join(torch.cat(paths, dim=1))
 
 
 def _pyramid(pool: nn.Module, x: Tensor) -> Tensor:
@@ -367,5 +354,4 @@ class BiFusion(nn.Module):
     def forward(self, coarser: Tensor, same: Tensor, finer: Tensor) -> Tensor:
         """Map features of (h/2, w/2), (h, w) and (2h, 2w) to (batch, channels, h, w)."""
         parts = (self.up(coarser), self.same(same), self.down(self.finer(finer)))
-        out: Tensor = self.merge(torch.cat(parts, dim=1))
-        return out
+        return self.merge(torch.cat(parts, dim=1))

@@ -21,8 +21,7 @@ class DepthwisePair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, h, w) to (batch, out, h/stride, w/stride), rounded up."""
-        out: Tensor = self.pointwise(self.depthwise(x))
-        return out
+        return self.pointwise(self.depthwise(x))
 
 
 class SqueezeExcite(nn.Module):
@@ -84,8 +83,7 @@ class LiteDownBlock(nn.Module):
         """Map (batch, in, h, w) to (batch, out, h/2, w/2)."""
         first = self.first_project(self.first_depthwise(x))
         second = self.project(self.excite(self.depthwise(self.expand(x))))
-        out: Tensor = self.mix(self.mix_depthwise(torch.cat((first, second), dim=1)))
-        return out
+        return self.mix(self.mix_depthwise(torch.cat((first, second), dim=1)))
 
 
 class LiteStage(nn.Sequential):
@@ -114,8 +112,7 @@ class LiteCSP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h, w)."""
         paths = (self.pair(self.expand(self.main(x))), self.side(x))
-        out: Tensor = self.merge(torch.cat(paths, dim=1))
-        return out
+        return self.merge(torch.cat(paths, dim=1))
 
 
 class LiteNeck(nn.Module):
@@ -141,11 +138,9 @@ class LiteNeck(nn.Module):
 
     def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Map the backbone's features to the head's at strides 8, 16, 32 and 64."""
-        lateral3, lateral4, lateral5 = (
-            self.lateral3(features[-3]),
-            self.lateral4(features[-2]),
-            self.lateral5(features[-1]),
-        )
+        lateral3 = self.lateral3(features[-3])
+        lateral4 = self.lateral4(features[-2])
+        lateral5 = self.lateral5(features[-1])
         topdown4 = self.topdown4(torch.cat((self.up(lateral5), lateral4), dim=1))
         level3 = self.topdown3(torch.cat((self.up(topdown4), lateral3), dim=1))
         level4 = self.bottomup4(torch.cat((self.down3(level3), topdown4), dim=1))

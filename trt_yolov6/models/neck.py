@@ -68,5 +68,4 @@ class RepPAN(nn.Module):
         return tuple(levels)
 
     def _run(self, name: str, *inputs: Tensor) -> Tensor:
-        out: Tensor = self.get_submodule(name)(*inputs)
-        return out
+        return self.get_submodule(name)(*inputs)

@@ -31,8 +31,7 @@ class YOLOv6(nn.Module):
             (batch, 4 * (reg_max + 1), h', w') and, with v0.1's head, objectness logits
             (batch, 1, h', w').
         """
-        levels: list[tuple[Tensor, ...]] = self.head(self.neck(self.backbone(images)))
-        return levels
+        return self.head(self.neck(self.backbone(images)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Detect: boxes (batch, 4, anchors) xyxy in pixels, scores (batch, classes, anchors)."""

@@ -141,8 +141,7 @@ DRAWS = 2 * _LAYER + _ROW + _BETA
 
 def draw(pictures: int, generator: torch.Generator) -> Floats:
     """Return the random numbers of a batch, (pictures, DRAWS), uniform in 0..1."""
-    numbers: Floats = torch.rand(pictures, DRAWS, dtype=torch.float64, generator=generator).numpy()
-    return numbers
+    return torch.rand(pictures, DRAWS, dtype=torch.float64, generator=generator).numpy()
 
 
 def plan_batch(
@@ -299,12 +298,11 @@ def worth_keeping(whole: Floats, inside: Floats) -> NDArray[np.bool_]:
     sides = inside[:, 2:] - inside[:, :2]
     area = np.prod(whole[:, 2:] - whole[:, :2], axis=1)
     shorter, longer = sides.min(1, initial=np.inf), sides.max(1, initial=0)
-    keep: NDArray[np.bool_] = (
+    return (
         (shorter > MIN_SIDE)
         & (np.prod(sides, axis=1) > MIN_VISIBLE * area)
         & (longer < MAX_ASPECT * shorter)
     )
-    return keep
 
 
 def make_pictures(

@@ -34,11 +34,6 @@ class Processes:
         """True in the one process that writes files and talks."""
         return self.rank == 0
 
-    @property
-    def share(self) -> tuple[int, int]:
-        """Rank and number of processes, as `TrainingSet.batch` takes them."""
-        return self.rank, self.world
-
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean of a tensor over all processes; no gradient passes."""
         if self.world == 1:
@@ -124,7 +119,7 @@ def placed(network: Network, device: torch.device | str) -> Network:
     where = torch.device(device)
     if where.type != "cuda":
         return network.to(where)
-    return network.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return network.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def with_common_statistics(model: nn.Module, processes: Processes) -> None:
@@ -163,10 +158,9 @@ class CommonBatchNorm(nn.BatchNorm2d):
         assert self.running_var is not None
         share = 0.1 if self.momentum is None else self.momentum
         if x.is_cuda:
-            found: Tensor = _Normalized.apply(  # type: ignore[no-untyped-call]
+            return _Normalized.apply(  # type: ignore[no-untyped-call]
                 x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, share
             )
-            return found
         dtype, x = x.dtype, x.float()  # bf16 under autocast
         count = x.numel() // x.shape[1] * dist.get_world_size()
         mean = _sum(x.sum((0, 2, 3))) / count
@@ -181,8 +175,7 @@ class CommonBatchNorm(nn.BatchNorm2d):
 
 def _sum(value: Tensor) -> Tensor:
     """Return the sum over all processes; gradients pass."""
-    total: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]
-    return total
+    return all_reduce(value)  # type: ignore[no-untyped-call]
 
 
 class _Normalized(torch.autograd.Function):
@@ -216,8 +209,7 @@ class _Normalized(torch.autograd.Function):
             counts,
         )
         ctx.save_for_backward(x, weight, mean, inverse)
-        found: Tensor = torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
-        return found
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -259,8 +259,7 @@ def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
     path, equals, text = assignment.partition("=")
     if not equals:
         raise UserError(f"`assignment` {assignment} is not of the form FIELD=VALUE.")
-    changed: TrainSettings = _with(settings, path.strip().split("."), text.strip(), assignment)
-    return changed
+    return _with(settings, path.strip().split("."), text.strip(), assignment)
 
 
 def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:

@@ -100,8 +100,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged or of another version; delete it to start again."
         ) from error
-    state: dict[str, Any] = content
-    return state
+    return content
 
 
 def restore(state: dict[str, Any], learner: Learner) -> Progress:
@@ -127,8 +126,7 @@ def restore(state: dict[str, Any], learner: Learner) -> Progress:
             f"the state does not fit the network ({str(error).splitlines()[0][:120]}); start the "
             "training again."
         ) from error
-    progress: Progress = state["progress"]
-    return progress
+    return state["progress"]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
