@@ -359,7 +359,7 @@ def test_every_part_is_that_of_the_plain_computation(
     )
     levels, targets = _levels(arch, 3), _targets()
     for epoch in (0, 4):
-        loss = detection_loss(levels, arch, targets, options, image_size=PIXELS, epoch=epoch)
+        loss = detection_loss(levels, arch, targets, options, epoch=epoch)
         expected = _plain_parts(levels, arch, targets, options, epoch)
         assert {"class", "box"} <= set(loss.parts) <= set(expected)
         assert ("dfl" in loss.parts) == options.use_dfl
@@ -368,8 +368,8 @@ def test_every_part_is_that_of_the_plain_computation(
             assert value.dtype == torch.float32
             assert not value.requires_grad
             assert float(value) == pytest.approx(expected[name], rel=1e-4)
+            assert float(value) > 0
         assert float(loss.total.detach()) == pytest.approx(sum(map(float, loss.parts.values())))
-        assert int(loss.foreground) > 0
 
 
 @ARCHITECTURES
@@ -390,7 +390,6 @@ def test_gradient_of_the_whole_is_that_of_finite_differences(
             arch,
             targets,
             options,
-            image_size=PIXELS,
             epoch=10,
             teacher_levels=teacher,
             distillation=DistillationSettings(epochs=50),
@@ -425,7 +424,6 @@ def test_two_processes_give_the_gradients_of_one(arch: Architecture, assigner: A
             arch,
             _some(targets, rows),
             options,
-            image_size=(PIXELS, PIXELS),
             epoch=2,
             teacher_levels=[tuple(x[rows] for x in level) for level in teacher],
             distillation=distillation,
@@ -453,8 +451,8 @@ def test_autocast_and_half_outputs_change_nothing(arch: Architecture, dtype: tor
     floats = [tuple(part.detach().float() for part in level) for level in halves]
     targets, options = _targets(), default_losses(arch)
     with torch.autocast("cpu", torch.bfloat16):
-        value = detection_loss(halves, arch, targets, options, image_size=PIXELS, epoch=9)
-    expected = detection_loss(floats, arch, targets, options, image_size=PIXELS, epoch=9)
+        value = detection_loss(halves, arch, targets, options, epoch=9)
+    expected = detection_loss(floats, arch, targets, options, epoch=9)
     assert value.total.dtype == torch.float32
     assert float(value.total.detach()) == float(expected.total)
     assert all(bool(each.isfinite().all()) for each in _gradients(value, halves))
@@ -467,10 +465,7 @@ def test_images_without_objects_only_teach_that_nothing_is_there(
 ) -> None:
     targets = pad_targets([torch.zeros(0, 4)] * 2, [torch.tensor([])] * 2)
     levels = _levels(arch, 2)
-    loss = detection_loss(
-        levels, arch, targets, default_losses(arch), image_size=PIXELS, epoch=epoch
-    )
-    assert int(loss.foreground) == 0
+    loss = detection_loss(levels, arch, targets, default_losses(arch), epoch=epoch)
     assert float(loss.parts["class"]) > 0
     assert float(loss.parts["box"]) == 0
     gradients = iter(_gradients(loss, levels))
@@ -503,7 +498,7 @@ def test_odd_objects_give_numbers(arch: Architecture) -> None:
         options = dataclasses.replace(
             default_losses(arch), assigner=assigner, warmup_assigner=assigner
         )
-        loss = detection_loss(levels, arch, targets, options, image_size=PIXELS)
+        loss = detection_loss(levels, arch, targets, options)
         assert math.isfinite(float(loss.total.detach()))
         assert all(bool(each.isfinite().all()) for each in _gradients(loss, levels))
 
@@ -533,7 +528,7 @@ def test_boxes_that_near_their_objects_lose_less(
             if dfl:
                 distances = _sharp_bins(distances, arch.reg_max)
             levels.append((torch.zeros(1, CLASSES, cells, cells), distances))
-        loss = detection_loss(levels, arch, targets, options, image_size=PIXELS)
+        loss = detection_loss(levels, arch, targets, options)
         # Weights are the overlaps, but the sum of them divides the loss.
         values.append(float(loss.parts["box"]))
     assert values[1] <= values[0] + 1e-6
@@ -577,7 +572,7 @@ def test_descent_on_the_outputs_finds_the_objects(
     optimizer = torch.optim.Adam(leaves, lr=0.1)
     for step in range(150):
         optimizer.zero_grad()
-        loss = detection_loss(levels, arch, targets, options, image_size=PIXELS, epoch=step // 10)
+        loss = detection_loss(levels, arch, targets, options, epoch=step // 10)
         loss.total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     with torch.no_grad():
@@ -604,7 +599,6 @@ def test_a_teacher_is_followed(arch: Architecture) -> None:
             arch,
             targets,
             options,
-            image_size=PIXELS,
             epoch=epoch,
             teacher_levels=teacher,
             distillation=distillation,
@@ -620,7 +614,7 @@ def test_a_teacher_is_followed(arch: Architecture) -> None:
     late = loss(levels, 20)
     ratio = float(late.parts["distill_class"]) / float(value.parts["distill_class"])
     assert ratio == pytest.approx(0.01 / 0.505, rel=1e-5)
-    plain = detection_loss(levels, arch, targets, options, image_size=PIXELS, epoch=10)
+    plain = detection_loss(levels, arch, targets, options, epoch=10)
     assert float(plain.parts["class"]) == float(value.parts["class"])
     leaves = [part for level in teacher for part in level]
     assert torch.autograd.grad(value.total, leaves, allow_unused=True) == (None,) * len(leaves)
@@ -639,7 +633,6 @@ def test_distilled_parts_are_their_divergences(monkeypatch: pytest.MonkeyPatch) 
         WITH_DFL,
         targets,
         options,
-        image_size=PIXELS,
         epoch=5,
         teacher_levels=teacher,
         distillation=distillation,
@@ -716,33 +709,11 @@ def test_bad_distillation_is_refused_by_name(name: str, value: Any) -> None:
 def test_a_head_without_the_output_is_refused() -> None:
     targets = _targets()
     with pytest.raises(UserError, match="predicts boxes directly"):
-        detection_loss(
-            _levels(PLAIN, 3), PLAIN, targets, LossSettings(use_dfl=True), image_size=PIXELS
-        )
+        detection_loss(_levels(PLAIN, 3), PLAIN, targets, LossSettings(use_dfl=True))
     with pytest.raises(UserError, match="objectness output"):
-        detection_loss(
-            _levels(PLAIN, 3), PLAIN, targets, LossSettings(objectness=True), image_size=PIXELS
-        )
+        detection_loss(_levels(PLAIN, 3), PLAIN, targets, LossSettings(objectness=True))
     with pytest.raises(UserError, match="cannot be trained without"):
-        detection_loss(_levels(OFFSET, 3), OFFSET, targets, LossSettings(), image_size=PIXELS)
-
-
-def test_mistaken_calls_are_refused() -> None:
-    levels, targets, options = _levels(PLAIN, 3), _targets(), LossSettings()
-    with pytest.raises(ValueError, match="stride 8"):
-        detection_loss(levels, PLAIN, targets, options, image_size=(64, 96))
-    with pytest.raises(ValueError, match="together"):
-        detection_loss(levels, PLAIN, targets, options, image_size=64, teacher_levels=levels)
-    with pytest.raises(ValueError, match="the teacher's"):
-        detection_loss(
-            levels,
-            PLAIN,
-            targets,
-            options,
-            image_size=64,
-            teacher_levels=_levels(WITH_DFL, 3),
-            distillation=DistillationSettings(epochs=2),
-        )
+        detection_loss(_levels(OFFSET, 3), OFFSET, targets, LossSettings())
 
 
 def test_rectangular_images() -> None:
@@ -751,5 +722,5 @@ def test_rectangular_images() -> None:
         for s in STRIDES
     ]
     targets = pad_targets([torch.tensor([[8.0, 70.0, 40.0, 95.0]])], [torch.tensor([0])])
-    loss = detection_loss(levels, PLAIN, targets, LossSettings(), image_size=(96, 64))
-    assert int(loss.foreground) > 0
+    loss = detection_loss(levels, PLAIN, targets, LossSettings())
+    assert float(loss.parts["box"]) > 0

@@ -154,7 +154,7 @@ def taught(shapes: Path) -> YOLOv6:
     losses = dataclasses.replace(default_losses(model.arch), warmup_epochs=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(120):
-        loss = detection_loss(model.raw(images), model.arch, targets, losses, image_size=64).total
+        loss = detection_loss(model.raw(images), model.arch, targets, losses).total
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -18,10 +18,12 @@ from support.runs import TRAINING, assert_same_bits, complaint, weights_of
 from support.training_data import CLASS_NAMES, read_log, tiny_architecture, write_shapes, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import sole_writer
 from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.errors import UserError
+from trt_yolov6.models import Architecture, architecture, build_model
 from trt_yolov6.training.initialization import starting_model
 from trt_yolov6.training.recipe import (
     ArchitectureOptions,
@@ -246,6 +248,43 @@ def test_self_distillation_from_a_checkpoint(data: Path, tiny: Path, tmp_path: P
     other = write_tiny(tmp_path / "five.pt", num_classes=5)
     with pytest.raises(UserError, match="knows other classes"):
         train(tiny_settings(data, tiny, teacher=str(other)), tmp_path / "no", progress=False)
+
+
+P6 = dataclasses.replace(
+    tiny_architecture(),
+    stage_channels=(8, 8, 16, 16, 16, 16),
+    stage_repeats=(1,) * 5,
+    neck_channels=(16,) * 9,
+    neck_repeats=(1,) * 6,
+)
+
+
+def test_a_teacher_of_other_levels_or_another_image_size_is_refused_before_training(
+    data: Path, tiny: Path, tmp_path: Path
+) -> None:
+    def written(name: str, arch: Architecture) -> str:
+        path = tmp_path / name
+        write_checkpoint(path, build_model(arch), CLASS_NAMES, Training({}, 0, None))
+        return str(path)
+
+    teacher = written("p6.pt", P6)
+    with pytest.raises(UserError, match=r"p6\.pt predicts boxes in another way"):
+        train(tiny_settings(data, tiny, teacher=teacher), tmp_path / "one", progress=False)
+    # Lite has four levels, too, and takes multiples of 32.
+    lite = written("lite.pt", architecture("yolov6lite_s", num_classes=2))
+    settings = recipe_for(
+        "yolov6lite_s",
+        str(data),
+        weights=load_checkpoint(lite),
+        batch=4,
+        image_size=96,
+        val_split=None,
+        teacher=teacher,
+    )
+    with pytest.raises(UserError, match=r"96 is not a multiple of 64, which .*p6\.pt needs"):
+        train(settings, tmp_path / "two", progress=False)
+    assert not (tmp_path / "one").exists()
+    assert not (tmp_path / "two").exists()
 
 
 def test_bf16_and_clipping_train_too(data: Path, tiny: Path, tmp_path: Path) -> None:

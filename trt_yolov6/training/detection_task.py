@@ -25,7 +25,7 @@ from trt_yolov6.training.dataset import TrainingSet, load_training_set
 from trt_yolov6.training.distributed import Processes, placed, with_common_statistics
 from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
 from trt_yolov6.training.graphed import graphed
-from trt_yolov6.training.initialization import starting_model
+from trt_yolov6.training.initialization import check_image_size, starting_model
 from trt_yolov6.training.loop import StepLosses, Task
 from trt_yolov6.training.losses import Losses, detection_loss
 from trt_yolov6.training.optimizer import largest_norm, make_optimizer, set_rates
@@ -260,11 +260,13 @@ def _teacher(
         raise UserError(
             f"the teacher {checkpoint.path} knows other classes than the data set; train one on it."
         )
-    if (arch.reg_max, arch.head) != (student.arch.reg_max, student.arch.head):
+    ways = [(one.head, one.reg_max, one.strides) for one in (arch, student.arch)]
+    if ways[0] != ways[1]:
         raise UserError(
             f"the teacher {checkpoint.path} predicts boxes in another way than the student; give "
-            "one with the same head and the same DFL bins."
+            "one with the same head, the same DFL bins and as many levels."
         )
+    check_image_size(settings.image_size, arch, f"the teacher {checkpoint.path}")
     return placed(fuse(checkpoint.model), device).requires_grad_(False)
 
 
@@ -290,11 +292,10 @@ def _losses(
             model.arch,
             targets,
             settings.losses,
-            image_size=settings.image_size,
             epoch=epoch,
             teacher_levels=taught,
             distillation=settings.distillation,
-            reduce_mean=processes.mean if processes.world > 1 else None,
+            reduce_mean=processes.mean,
         )
         return StepLosses(found.total, _parts(found))
 

@@ -15,7 +15,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.fusion import single_branch
 from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.models.network import YOLOv6, build_model
-from trt_yolov6.models.variants import architecture
+from trt_yolov6.models.variants import Architecture, architecture
 from trt_yolov6.training.recipe import TrainSettings, adapted
 from trt_yolov6.training.rep_optimizer import check_scales, copy_scales, gradient_multipliers
 from trt_yolov6.training.schedule import derived_seed
@@ -56,13 +56,17 @@ def starting_model(
             arch = architecture(settings.variant, len(class_names))
             start = Start(build_model(adapted(arch, settings.architecture)), ())
             reset_predictions(start.model)
-    multiple = start.model.arch.size_multiple
-    if settings.image_size % multiple:
-        raise UserError(
-            f"an image size of {settings.image_size} is not a multiple of {multiple}, which this "
-            "network needs; give another `image_size`.",
-        )
+    check_image_size(settings.image_size, start.model.arch, "this network")
     return start
+
+
+def check_image_size(size: int, arch: Architecture, who: str) -> None:
+    """Raise UserError for images that a network, called `who` in the message, does not take."""
+    if size % arch.size_multiple:
+        raise UserError(
+            f"an image size of {size} is not a multiple of {arch.size_multiple}, which {who} "
+            "needs; give another `image_size`."
+        )
 
 
 def _from_checkpoint(

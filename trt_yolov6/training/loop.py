@@ -152,7 +152,7 @@ def _train_epoch(
             task.augmentation,
             generator,
             strong=strong,
-            share=task.processes.share,
+            share=(task.processes.rank, task.processes.world),
         )
         update = plan.updates[step]
         epoch_now = step / plan.steps_per_epoch

@@ -93,12 +93,10 @@ class Losses:
 
     parts: name → float32 (), detached and already weighed, so that they add up to `total`: `class`
            and `box`; where they are on, `dfl`, `objectness`, `distill_class`, `distill_box`
-    foreground: int64 (), anchors of this process's batch that were assigned an object
     """
 
     total: Tensor
     parts: Mapping[str, Tensor]
-    foreground: Tensor
 
 
 def default_losses(arch: Architecture) -> LossSettings:
@@ -129,7 +127,6 @@ def detection_loss(
     targets: Targets,
     settings: LossSettings,
     *,
-    image_size: int | tuple[int, int],
     epoch: float = 0,
     teacher_levels: Sequence[tuple[Tensor, ...]] | None = None,
     distillation: DistillationSettings | None = None,
@@ -147,13 +144,10 @@ def detection_loss(
         arch: the network they come from.
         targets: the batch's objects, on the same device.
         settings: which losses.
-        image_size: height and width of the input in pixels (or both in one number); checked
-            against `levels`.
         epoch: from 0; says which assigner is at work and how far distillation has decayed.
-        teacher_levels: the teacher's output for the same images, of the same shapes; with
-            `distillation`.
-        distillation: how to hold the student to the teacher; with `teacher_levels`. Classes
-            always, boxes where the head predicts distributions.
+        teacher_levels: the teacher's output for the same images, of the same shapes.
+        distillation: how to hold the student to the teacher, if there is one. Classes always,
+            boxes where the head predicts distributions.
         reduce_mean: gives the elementwise mean over all processes of a float32 (3,) tensor;
             called once. Losses are sums divided by what it returns; so, as DistributedDataParallel
             averages gradients, they are those of one process with all the images. None: one
@@ -161,13 +155,8 @@ def detection_loss(
 
     Raises:
         UserError: the settings ask for what the head does not have.
-        ValueError: `levels` do not fit `image_size`, just one of `teacher_levels` and
-            `distillation` is given, or the teacher's shapes are others.
     """
     check_losses(settings, arch)
-    _check_shapes(levels, image_size, arch.strides)
-    if (teacher_levels is None) != (distillation is None):
-        raise ValueError("teacher_levels and distillation go together")
     with torch.autocast(levels[0][0].device.type, enabled=False):
         levels = [tuple(_wide(part) for part in level) for level in levels]
         logits = joined([level[0] for level in levels]).transpose(1, 2)
@@ -204,38 +193,19 @@ def detection_loss(
             each = _cross_entropy(objectness, labels.foreground.to(objectness.dtype))
             sums["objectness"] = settings.objectness_weight / found * each.sum()
         if teacher_levels is not None and distillation is not None:
-            _check_teacher(levels, teacher_levels)
-            student, factors = (logits, regression, weight), (by_class, by_dfl)
-            sums |= _distilled(student, teacher_levels, distillation, epoch, arch.reg_max, factors)
+            decay = distillation_weight(epoch, distillation.epochs)
+            guide = joined([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
+            each = class_divergence(logits, guide, distillation.class_temperature)
+            each = each * distilled_share(logits, guide)
+            sums["distill_class"] = decay * distillation.class_weight * by_class * each.sum()
+            if arch.reg_max:
+                guide = joined([_wide(level[1].detach()) for level in teacher_levels])
+                temperature = distillation.box_temperature
+                each = box_divergence(regression, guide, arch.reg_max, temperature).mean(1)
+                each = (each * weight).sum()
+                sums["distill_box"] = decay * distillation.box_weight * by_dfl * each
         total = torch.stack(list(sums.values())).sum()
-    parts = {name: value.detach() for name, value in sums.items()}
-    return Losses(total, parts, labels.foreground.sum())
-
-
-def _distilled(
-    student: tuple[Tensor, Tensor, Tensor],
-    teacher_levels: Sequence[tuple[Tensor, ...]],
-    settings: DistillationSettings,
-    epoch: float,
-    reg_max: int,
-    factors: tuple[Tensor, Tensor],
-) -> dict[str, Tensor]:
-    """Return the losses of distillation.
-
-    `student` are its logits, regression and the anchors' weights; `factors` are those of the losses
-    of classes and of distributions.
-    """
-    (logits, regression, weight), (by_class, by_dfl) = student, factors
-    decay = distillation_weight(epoch, settings.epochs)
-    guide = joined([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
-    each = class_divergence(logits, guide, settings.class_temperature)
-    each = each * distilled_share(logits, guide)
-    sums = {"distill_class": decay * settings.class_weight * by_class * each.sum()}
-    if reg_max:
-        guide = joined([_wide(level[1].detach()) for level in teacher_levels])
-        each = box_divergence(regression, guide, reg_max, settings.box_temperature).mean(1)
-        sums["distill_box"] = decay * settings.box_weight * by_dfl * (each * weight).sum()
-    return sums
+    return Losses(total, {name: value.detach() for name, value in sums.items()})
 
 
 def check_losses(settings: LossSettings, arch: Architecture) -> None:
@@ -411,26 +381,3 @@ def _bins(regression: Tensor, reg_max: int) -> Tensor:
     """(batch, 4 * (reg_max + 1), anchors) as (batch, 4, reg_max + 1, anchors)."""
     batch, _, anchors = regression.shape
     return regression.view(batch, 4, reg_max + 1, anchors)
-
-
-def _check_shapes(
-    levels: Sequence[tuple[Tensor, ...]], image_size: int | tuple[int, int], strides: Sequence[int]
-) -> None:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    for level, stride in zip(levels, strides, strict=True):
-        cells = tuple(level[0].shape[2:])
-        # Lite's coarsest level is rounded up.
-        if cells != (-(-height // stride), -(-width // stride)):
-            raise ValueError(
-                f"at stride {stride}, {cells} cells do not cover {(height, width)} pixels"
-            )
-
-
-def _check_teacher(
-    levels: Sequence[tuple[Tensor, ...]], teacher_levels: Sequence[tuple[Tensor, ...]]
-) -> None:
-    for own, guide in zip(levels, teacher_levels, strict=True):
-        shapes = [tuple(part.shape) for part in own[:2]]
-        theirs = [tuple(part.shape) for part in guide[:2]]
-        if shapes != theirs:
-            raise ValueError(f"the student's outputs are {shapes}, the teacher's {theirs}")

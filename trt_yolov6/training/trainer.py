@@ -220,20 +220,20 @@ def _trained(
 def _train(detector: DetectionTask, folder: Path, done: Progress, call: _Call) -> None:
     """Do the steps that are left; evaluate and write checkpoints where it is time."""
     settings, task = detector.settings, detector.task
-    last_epochs = min(settings.plain_epochs, settings.epochs)
-    evaluated = set(evaluation_epochs(settings.epochs, settings.eval_interval, last_epochs))
+    evaluated = set(
+        evaluation_epochs(settings.epochs, settings.eval_interval, settings.plain_epochs)
+    )
     first_epoch = done.step // task.plan.steps_per_epoch
     is_first = call.processes.is_first
     with scalars(folder, first_epoch) if is_first else contextlib.nullcontext() as add_scalars:
 
         def finish_epoch(epoch: int, line: dict[str, Any]) -> bool:
             assert add_scalars is not None
-            due = epoch in evaluated or epoch + 1 == settings.epochs
-            if due:
+            if epoch in evaluated:
                 _evaluate(detector, folder, done, line)
             write_log(folder, [*done.log, line])
             add_scalars(line)
-            return due
+            return epoch in evaluated
 
         train_epochs(
             task,

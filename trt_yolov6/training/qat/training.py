@@ -193,18 +193,14 @@ def _task(
         processes=Processes(0, 1, device),
         network=student,
         learner=Learner(student, None, optimizer, scaler, torch.zeros(len(PARTS), device=device)),
-        losses=_losses(start, settings, data.image_size, student, device),
+        losses=_losses(start, settings, student, device),
         set_rates=set_rates,
         line=_line,
     )
 
 
 def _losses(
-    start: Start,
-    settings: QatSettings,
-    image_size: int,
-    student: GraphNetwork,
-    device: torch.device,
+    start: Start, settings: QatSettings, student: GraphNetwork, device: torch.device
 ) -> Callable[[Tensor, Targets, float], StepLosses]:
     teacher = start.teacher(device) if settings.distillation else None
     detection = dataclasses.replace(default_losses(start.arch), warmup_epochs=0)
@@ -216,9 +212,7 @@ def _losses(
             if teacher is not None:
                 with torch.no_grad():
                     _, guides = teacher(images)
-        found = detection_loss(
-            levels, start.arch, targets, detection, image_size=image_size, epoch=epoch
-        ).total
+        found = detection_loss(levels, start.arch, targets, detection, epoch=epoch).total
         total, distilled = found, torch.zeros_like(found)
         if teacher is not None:
             each = [
