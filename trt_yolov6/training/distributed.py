@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,10 @@ from torch.distributed.nn.functional import all_reduce
 from trt_yolov6.errors import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
+
+LONGEST_WAIT = timedelta(hours=6)
+"""Time that processes wait for each other at most, as for the first one, which evaluates alone.
+NCCL's own limit of 10 minutes may end before a large validation split does."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,11 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     # A group that is there already belongs to the caller.
     mine = not dist.is_initialized()
     if mine:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=LONGEST_WAIT,
+            device_id=chosen if on_gpu else None,
+        )
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
@@ -139,7 +148,7 @@ def with_common_statistics(model: nn.Module, processes: Processes) -> None:
 
 def taking_over(bn: nn.BatchNorm2d, kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:
     """Return a normalization of another kind with the parameters and buffers of a given one."""
-    other = kind(bn.num_features, bn.eps, bn.momentum or 0.1)
+    other = kind(bn.num_features, bn.eps, bn.momentum)
     other.weight, other.bias = bn.weight, bn.bias
     other.running_mean, other.running_var = bn.running_mean, bn.running_var
     other.num_batches_tracked = bn.num_batches_tracked
