@@ -30,7 +30,6 @@ from torch.nn.functional import grid_sample
 
 from trt_yolov6.common.ranges import Checked, Share
 from trt_yolov6.data.letterbox import GRAY, fit
-from trt_yolov6.models.variants import architecture
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -81,12 +80,7 @@ class AugmentationSettings(Checked):
 
 
 def augmentation_for(variant: str) -> AugmentationSettings:
-    """Return the authors' settings for a variant, such as `yolov6s`; M and larger are varied more.
-
-    Raises:
-        UserError: there is no such variant.
-    """
-    architecture(variant)
+    """Return the authors' settings for a variant's name; M and larger are varied more."""
     if variant.startswith(("yolov6m", "yolov6l", "yolov6x")) and "lite" not in variant:
         return AugmentationSettings(scale=0.9, mixup=0.1)
     return AugmentationSettings()

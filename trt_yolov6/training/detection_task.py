@@ -318,12 +318,11 @@ def _line(
     seconds: float,
 ) -> dict[str, Any]:
     """Return the log's line of an epoch; losses that the network does not have are left out."""
-    shown = {f"loss_{name}": value for name, value in zip(PARTS, means, strict=True) if value}
-    shown.pop("loss_total", None)
+    named = zip(PARTS[1:], means[1:], strict=True)
     return {
         "epoch": epoch,
         "loss": means[0],
-        **shown,
+        **{f"loss_{name}": value for name, value in named if value},
         "learning_rate": optimizer.param_groups[0]["lr"],
         "seconds": seconds,
         "images_per_second": images / max(seconds, 1e-9),

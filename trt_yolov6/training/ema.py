@@ -53,8 +53,7 @@ def average_for(total_updates: int, decay: float | None = None) -> tuple[float, 
     """
     if decay is None:
         decay = min(DECAY, 1 - 1 / max(WINDOW * total_updates, 2.0))
-    window = 1 / (1 - decay) if decay < 1 else RAMP * 5
-    return decay, min(float(RAMP), window / 5)
+    return decay, min(float(RAMP), 1 / (1 - decay) / 5)
 
 
 def floating_state(model: nn.Module) -> dict[str, Tensor]:

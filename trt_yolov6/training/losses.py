@@ -33,9 +33,6 @@ LEAST_AN_IMAGE = 0.25
 """Least that losses are divided by, for every image of the batch: less than one object found
 halfway. Without it, batches of few objects or none would blow up."""
 
-_SMALL_VARIANTS = ("yolov6n", "yolov6t")
-"""Prefixes of the variants that use SIoU."""
-
 
 @dataclass(frozen=True)
 class LossSettings(Checked):
@@ -105,8 +102,9 @@ def default_losses(arch: Architecture) -> LossSettings:
     VariFocal loss; SIoU for N and T, GIoU for all others; DFL where the head predicts
     distributions; objectness where the head has it.
     """
+    is_small = variant_name(arch).startswith(("yolov6n", "yolov6t"))
     return LossSettings(
-        box="siou" if variant_name(arch).startswith(_SMALL_VARIANTS) else "giou",
+        box="siou" if is_small else "giou",
         use_dfl=arch.reg_max > 0,
         objectness=arch.head == "offset",
     )

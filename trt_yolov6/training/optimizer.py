@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from trt_yolov6.common.ranges import Checked, Count, NotNegative, Positive, Share, ShareBelow1
 from trt_yolov6.training.rep_optimizer import reparameterize
-from trt_yolov6.training.schedule import NOMINAL_BATCH, Plan, learning_rate, momentum
+from trt_yolov6.training.schedule import (
+    NOMINAL_BATCH,
+    Plan,
+    accumulated_steps,
+    learning_rate,
+    momentum,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def default_optimizer(variant: str, *, fine_tuning: bool = False) -> OptimizerSe
 
 def images_an_update(settings: OptimizerSettings, batch: int) -> int:
     """Return how many images a step of the optimizer sees after the warm-up."""
-    return batch * (settings.accumulate or max(1, round(NOMINAL_BATCH / batch)))
+    return batch * accumulated_steps(batch, settings.accumulate)
 
 
 def largest_norm(settings: OptimizerSettings, batch: int) -> float | None:
@@ -117,7 +123,7 @@ def make_optimizer(
     decay = settings.weight_decay * images_an_update(settings, batch) / NOMINAL_BATCH
     groups = zip(parameter_groups(model), (0.0, decay, 0.0), strict=True)
     optimizer = torch.optim.SGD(
-        [{"params": group, "weight_decay": share} for group, share in groups if group],
+        [{"params": group, "weight_decay": share} for group, share in groups],
         lr=settings.learning_rate,
         momentum=settings.momentum,
         nesterov=settings.momentum > 0,

@@ -18,7 +18,6 @@ from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
     STRIDES,
-    VARIANTS,
     ActivationName,
     Architecture,
     BlockKind,
@@ -158,9 +157,7 @@ def recipe_for(
     values: dict[str, Any] = {
         "optimizer": default_optimizer(variant, fine_tuning=weights is not None),
         "losses": losses,
-        "augmentation": (
-            augmentation_for(variant) if variant in VARIANTS else AugmentationSettings()
-        ),
+        "augmentation": augmentation_for(variant),
         "plain_epochs": min(15, epochs // 4) if plain_epochs is None else plain_epochs,
         "image_size": arch.image_size,
         **others,

@@ -56,18 +56,13 @@ def scaled_blocks(model: nn.Module) -> dict[str, ScaledRepConv]:
     }
 
 
+@torch.no_grad()
 def copy_scales(source: nn.Module, target: nn.Module) -> None:
     """Give a hyper-search network the scales of another one of the same blocks."""
-    blocks = scaled_blocks(source)
-    with torch.no_grad():
-        for name, block in scaled_blocks(target).items():
-            for mine, other in zip(_scales(block), _scales(blocks[name]), strict=True):
-                mine.copy_(other)
-
-
-def _scales(block: ScaledRepConv) -> list[Tensor]:
-    scales = (block.dense_scale, block.pointwise_scale, block.identity_scale)
-    return [scale for scale in scales if scale is not None]
+    given = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if name.endswith("_scale"):
+            parameter.copy_(given[name])
 
 
 def check_scales(checkpoint: Checkpoint) -> None:

@@ -65,7 +65,7 @@ def make_plan(
     warmup = 0
     if warmup_epochs > 0:
         warmup = min(max(round(warmup_epochs * steps), 1000), max(round(total / 10), 1))
-    most = accumulate or max(1, round(NOMINAL_BATCH / batch))
+    most = accumulated_steps(batch, accumulate)
     updates = []
     gathered = 0
     for step in range(total):
@@ -75,6 +75,11 @@ def make_plan(
         updates.append(done)
         gathered = 0 if done else gathered
     return Plan(images, batch, epochs, steps, warmup, tuple(updates))
+
+
+def accumulated_steps(batch: int, accumulate: int | None) -> int:
+    """Return the steps whose gradients are added up after the warm-up, see `make_plan`."""
+    return accumulate or max(1, round(NOMINAL_BATCH / batch))
 
 
 def cosine(progress: float, final: float) -> float:

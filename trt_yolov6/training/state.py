@@ -23,8 +23,6 @@ STATE_FILE = "state.pt"
 FORMAT = "trt-yolov6 training state"
 VERSION = 1
 
-_COUNTER = "num_batches_tracked"
-
 
 @dataclass
 class Progress:
@@ -70,8 +68,8 @@ def save_state(
         "version": VERSION,
         "settings": json.dumps(settings, sort_keys=True),
         "progress": json.dumps(progress.__dict__),
-        "model": _tensors(learner.model),
-        "average": None if average is None else _tensors(average.model),
+        "model": dict(learner.model.state_dict()),
+        "average": None if average is None else dict(average.model.state_dict()),
         "average_updates": 0 if average is None else average.updates,
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
@@ -129,17 +127,12 @@ def restore(state: dict[str, Any], learner: Learner) -> Progress:
     return state["progress"]
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return a network's tensors by name, without the counters that only some forms of it have."""
-    state = model.state_dict()
-    return {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
-
-
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    missing, surplus = model.load_state_dict(tensors, strict=False)
-    lost = [name for name in [*missing, *surplus] if not name.endswith(_COUNTER)]
-    if lost:
-        raise KeyError(lost[0])
+    unlike = model.state_dict().keys() ^ tensors.keys()
+    if unlike:
+        raise KeyError(min(unlike))
+    # Strict, PyTorch would ask for the counters of normalizations, which training takes out.
+    model.load_state_dict(tensors, strict=False)
 
 
 def sweep(folder: Path) -> None:

@@ -221,14 +221,14 @@ class GraphNetwork(nn.Module):
             if item.name in self._folded:
                 value = self._folded[item.name].fold(value)
             replace_tensor(item, value)
-        amax: dict[str, float] = {}
-        for tensor, key in self._tensor_quantizers.items():
+        largest: dict[str, float] = {}
+        for key in dict.fromkeys(self._tensor_quantizers.values()):
             quantizer = self._quantizer(key)
-            amax[tensor] = float(np.float32(float(quantizer.scale) * INT8.largest))
-        for tensor, key in self._tensor_quantizers.items():
-            scale = np.float32(amax[tensor]) / np.float32(INT8.largest)
-            quantizer = self._quantizer(key)
+            amax = np.float32(float(quantizer.scale) * INT8.largest)
+            scale = amax / np.float32(INT8.largest)
             quantizer.settle(torch.tensor(scale, device=quantizer.initial.device))
+            largest[key] = float(amax)
+        ranges = {tensor: largest[key] for tensor, key in self._tensor_quantizers.items()}
         scales: dict[str, NDArray[np.float32]] = {}
         for name, key in self._weight_quantizers.items():
             quantizer = self._quantizer(key)
@@ -237,7 +237,7 @@ class GraphNetwork(nn.Module):
             if name in self._folded:
                 scale = scale * np.abs(self._folded[name].factor)
             scales[name] = np.asarray(scale.reshape(-1), np.float32)
-        return Trained(model, amax, scales)
+        return Trained(model, ranges, scales)
 
     # --- inside
 
