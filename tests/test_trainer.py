@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.errors import UserError
 from trt_yolov6.models import Architecture, architecture, build_model
 from trt_yolov6.training.initialization import starting_model
+from trt_yolov6.training.log import scalars
 from trt_yolov6.training.recipe import (
     ArchitectureOptions,
     TrainSettings,
@@ -285,6 +287,21 @@ def test_a_teacher_of_other_levels_or_another_image_size_is_refused_before_train
         train(settings, tmp_path / "two", progress=False)
     assert not (tmp_path / "one").exists()
     assert not (tmp_path / "two").exists()
+
+
+def test_epochs_that_are_done_again_replace_those_that_tensorboard_shows(tmp_path: Path) -> None:
+    """Also all of them, where a kill came before the first state."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for from_epoch, losses in ((0, {1: 9.0, 2: 8.0}), (0, {1: 7.0, 2: 6.0}), (1, {2: 5.0})):
+        with scalars(tmp_path, from_epoch) as add:
+            for epoch, loss in losses.items():
+                add({"epoch": epoch, "loss": loss})
+        time.sleep(1.1)  # the files are in the order of their names, which end in seconds
+    shown = EventAccumulator(str(tmp_path))
+    shown.Reload()
+    assert [(one.step, one.value) for one in shown.Scalars("train/loss")] == [(1, 7.0), (2, 5.0)]
 
 
 def test_bf16_and_clipping_train_too(data: Path, tiny: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def scalars(folder: Path, from_epoch: int) -> Iterator[Callable[[Mapping[str, An
     except ImportError:  # without the extra `train`
         yield lambda _: None
         return
-    writer: Any = SummaryWriter(str(folder), purge_step=from_epoch + 1 if from_epoch else None)
+    writer: Any = SummaryWriter(str(folder), purge_step=from_epoch + 1)
 
     def write(line: Mapping[str, Any]) -> None:
         for name, value in line.items():
