@@ -230,7 +230,7 @@ def test_the_exported_graph_has_the_network_s_ap(root: Path, tmp_path: Path) -> 
 
 def test_without_pairs_the_weights_lie_on_the_levels(start: Start, shapes: Path) -> None:
     result = train_quantized(start, settings_for(shapes), device="cpu", progress=False)
-    model = rounded_graph(start, result.trained)
+    model = rounded_graph(result.trained)
     assert not any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     for name, scale in result.trained.weight_scales.items():
         weights = constants(model)[name]

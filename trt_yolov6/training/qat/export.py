@@ -44,7 +44,7 @@ def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Grap
     return dataclasses.replace(start.graph, model=model, calibration=said)
 
 
-def rounded_graph(start: Start, trained: Trained) -> onnx.ModelProto:
+def rounded_graph(trained: Trained) -> onnx.ModelProto:
     """Return the graph without Q/DQ nodes whose weights are rounded: goes with a scales cache.
 
     TensorRT up to 10 then quantizes weights by their largest magnitude, which is what they are

@@ -359,17 +359,17 @@ def feature_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
     neck, what the neck hands to the head, and what the head's predictions are made of. The graph's
     nodes are named after the network's modules.
     """
-    rooms = [re.split("[./]", node.name)[0] for node in model.graph.node]
-    nodes = list(zip(model.graph.node, rooms, strict=True))
-    made_in = {name: room for node, room in nodes for name in node.output}
-    features: dict[str, None] = {}
-    for node, room in nodes:
+    parts = [re.split("[./]", node.name)[0] for node in model.graph.node]
+    nodes = list(zip(model.graph.node, parts, strict=True))
+    made_in = {name: part for node, part in nodes for name in node.output}
+    features = set[str]()
+    for node, part in nodes:
         for name in node.input:
             source = made_in.get(name, "")
-            if (source, room) in (("backbone", "neck"), ("neck", "head")) or (
+            if (source, part) in (("backbone", "neck"), ("neck", "head")) or (
                 source == "head" and node.name.endswith(("cls_pred", "reg_pred", "obj_pred"))
             ):
-                features[name] = None
+                features.add(name)
     return tuple(name for node in model.graph.node for name in node.output if name in features)
 
 

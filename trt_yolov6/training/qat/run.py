@@ -120,7 +120,7 @@ def run(
         built = build(quantized, backend=backend, output=plan)
     without_pairs = Path(f"{stem}.float.onnx") if float_graph else None
     if without_pairs:
-        write_bytes(without_pairs, rounded_graph(start, result.trained).SerializeToString())
+        write_bytes(without_pairs, rounded_graph(result.trained).SerializeToString())
     write_log(output, result.log)
     return QatRun(start, result, aps, built, without_pairs, state)
 
