@@ -302,6 +302,19 @@ def test_a_set_that_does_not_fit_into_memory_is_refused(
         load_training_set(folder, None, 40, "cpu", progress=False)
 
 
+def test_the_processes_of_a_machine_hold_a_set_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_set(tmp_path, [GOOD])
+    needed = load_training_set(folder, None, 40, "cpu", progress=False).images.numel()
+    monkeypatch.setattr(dataset_module, "_free_host_memory", lambda: 2 * needed)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    load_training_set(folder, None, 40, "cpu", progress=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="GB of memory in 3 processes at 40 pixels"):
+        load_training_set(folder, None, 40, "cpu", progress=False)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_set_is_held_on_the_gpu_where_it_fits(
     sample: TrainingSet, root: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -260,10 +261,14 @@ def _allocate(
     needed = math.prod(shape)
     if device.type == "cuda" and needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return torch.empty(shape, dtype=torch.uint8, device=device)
+    # Each of torchrun's processes on this machine holds a set of its own.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed *= processes
     free = _free_host_memory()
     if free is not None and needed > free:
+        where = f" in {processes} processes" if processes > 1 else ""
         raise UserError(
-            f"{file} takes {needed / 1e9:.1f} GB of memory at {image_size} pixels and "
+            f"{file} takes {needed / 1e9:.1f} GB of memory{where} at {image_size} pixels and "
             f"{free / 1e9:.1f} GB are free; give a smaller `image_size` or a part of the data set."
         )
     if device.type == "cuda":
