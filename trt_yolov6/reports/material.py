@@ -25,9 +25,14 @@ class Comparison:
     """The results of one comparison and where they lie."""
 
     name: str
-    """The folder's name, or its path where several are called the same."""
+    """The folder's name, or its path where several are called the same; empty of the only one."""
     folder: Path
     value: Mapping[str, Any]
+
+    @property
+    def suffix(self) -> str:
+        """What distinguishes its engines from those of other comparisons, such as ` (name)`."""
+        return f" ({self.name})" if self.name else ""
 
     def picture(self, example: Mapping[str, Any]) -> str | None:
         """Return an example's image as base64 of a JPEG; None where it is gone."""
@@ -56,12 +61,7 @@ class Material:
     """Everything that goes into a report."""
 
     comparisons: tuple[Comparison, ...]
-    rankings: tuple[Ranking, ...] = ()
-
-    @property
-    def several(self) -> bool:
-        """True where engines of several comparisons have to be distinguished."""
-        return len(self.comparisons) > 1
+    rankings: tuple[Ranking, ...]
 
 
 def read_material(paths: Sequence[str | Path]) -> Material:
@@ -77,8 +77,7 @@ def read_material(paths: Sequence[str | Path]) -> Material:
             path = path / FILE
         value = read_json(path)
         if isinstance(value, dict) and value.get("kind") == KIND:
-            folder = path.resolve().parent
-            comparisons.append(Comparison(folder.name, path.parent, read_results(path)))
+            comparisons.append(Comparison("", path.parent, read_results(path)))
         elif isinstance(value, dict) and value.get("metric") in METRICS:
             rankings.append(_ranking(path, value))
         else:
@@ -88,14 +87,13 @@ def read_material(paths: Sequence[str | Path]) -> Material:
             )
     if not comparisons:
         raise UserError("there are no results of a comparison; run `trt-yolov6 compare` first.")
-    names = [one.name for one in comparisons]
-    return Material(
-        tuple(
-            dataclasses.replace(one, name=str(one.folder)) if names.count(one.name) > 1 else one
-            for one in comparisons
-        ),
-        tuple(rankings),
-    )
+    if len(comparisons) > 1:
+        names = [one.folder.resolve().name for one in comparisons]
+        comparisons = [
+            dataclasses.replace(one, name=name if names.count(name) == 1 else str(one.folder))
+            for one, name in zip(comparisons, names, strict=True)
+        ]
+    return Material(tuple(comparisons), tuple(rankings))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def page_values(material: Material) -> dict[str, Any]:
         "rankings": [_ranking(one) for one in material.rankings],
         "layers": _layers(material),
         "examples": _examples(material),
-        "method": [_method(one, several=material.several) for one in material.comparisons],
+        "method": [_method(one) for one in material.comparisons],
     }
 
 
@@ -230,7 +230,7 @@ def _layers(material: Material) -> dict[str, Any]:
     ]
     return {
         "engines": [
-            _layers_of(one, comparison, several=material.several)
+            _layers_of(one, comparison)
             for comparison in material.comparisons
             for one in comparison.value["layers"]
         ],
@@ -238,7 +238,7 @@ def _layers(material: Material) -> dict[str, Any]:
     }
 
 
-def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool) -> dict[str, Any]:
+def _layers_of(one: Mapping[str, Any], comparison: Comparison) -> dict[str, Any]:
     found = sorted(one["layers"], key=lambda layer: layer["ms"], reverse=True)
     longest = max((layer["ms"] for layer in found), default=0.0) or 1.0
     whole = sum(layer["ms"] for layer in found)
@@ -259,7 +259,7 @@ def _layers_of(one: Mapping[str, Any], comparison: Comparison, *, several: bool)
         body.append(
             [layer["name"], precision or tables.NOTHING, *times, layer["bound"] or tables.NOTHING]
         )
-    title = one["engine"] + (f" ({comparison.name})" if several else "")
+    title = one["engine"] + comparison.suffix
     text = f"{len(found)} kernels, {whole:.3g} ms one by one at batch {one['batch']}"
     if floor:
         text += f"; the rooflines of {len(floor)} layers come to {sum(floor):.3g} ms"
@@ -312,7 +312,7 @@ def _box(box: Sequence[float], class_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _method(comparison: Comparison, *, several: bool) -> dict[str, Any]:
+def _method(comparison: Comparison) -> dict[str, Any]:
     """Return the section on environment and method."""
     value = comparison.value
     settings, data, machine = value["settings"], value["data"], value["environment"]
@@ -364,7 +364,7 @@ def _method(comparison: Comparison, *, several: bool) -> dict[str, Any]:
     ]
     notes = sorted({f"{one['note']}." for one in value["engines"] if one["note"]})
     return {
-        "title": comparison.name if several else "",
+        "title": comparison.name,
         "notes": [*notes, *value["left_out"]],
         "terms": terms,
         "runs": Table(["Engine", "ms", "runs", "undisturbed", "waited", "SHA-256"], body),

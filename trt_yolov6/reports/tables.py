@@ -87,11 +87,10 @@ def rows_of(material: Material) -> list[Row]:
                 for timing in value["timings"]
                 if timing["engine"] == engine["engine"]
             }
-            suffix = f" ({comparison.name})" if material.several else ""
             rows.append(
                 Row(
-                    engine["engine"] + suffix,
-                    str(engine.get("label") or engine["model"]) + suffix,
+                    engine["engine"] + comparison.suffix,
+                    str(engine.get("label") or engine["model"]) + comparison.suffix,
                     engine["precision"],
                     engine,
                     own,
@@ -194,19 +193,13 @@ def quantization(rows: Sequence[Row]) -> list[tuple[str, list[tuple[Row, float |
     for label in dict.fromkeys(row.label for row in rows):
         own = [row for row in rows if row.label == label]
         floats = [row for base in ("fp32", "fp16") for row in own if row.base == base]
-        if not floats or all(row.base in ("fp32", "fp16") for row in own):
-            continue
-        base = floats[0]
-        found.append(
-            (
-                label,
-                [
-                    (row, None if row.ap is None or base.ap is None else 100 * (row.ap - base.ap))
-                    for row in own
-                ],
-            )
-        )
+        if floats and len(floats) < len(own):
+            found.append((label, [(row, _points(row.ap, floats[0].ap)) for row in own]))
     return found
+
+
+def _points(ap: float | None, base: float | None) -> float | None:
+    return None if ap is None or base is None else 100 * (ap - base)
 
 
 def quantized_share(engine: Mapping[str, Any]) -> float | None:
