@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,21 @@ def test_options_change_the_architecture() -> None:
         adapted(architecture("yolov6lite_s"), ArchitectureOptions(block="scaled"))
     with pytest.raises(UserError, match="MBLA"):
         adapted(architecture("yolov6s_mbla"), ArchitectureOptions(csp_ratio=0))
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("yolov6n", {"block": "lite"}),
+        ("yolov6n", {"csp_ratio": 0.01}),
+        ("yolov6lite_s", {"neck_channels": (63,)}),
+        ("yolov6m_v3", {"neck_channels": (20_000,) * 6}),
+    ],
+)
+def test_what_no_checkpoint_could_hold_is_refused(variant: str, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(UserError, match=rf"{variant} cannot be built with `{name}` .*; give"):
+        adapted(architecture(variant), ArchitectureOptions(**options))
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,11 @@ from trt_yolov6.common.files import write_bytes
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.network import YOLOv6, shapes_only
-from trt_yolov6.models.variants import Architecture, variant_name
+from trt_yolov6.models.variants import Architecture, can_be_built, variant_name
 
 FORMAT = "trt-yolov6 checkpoint"
 VERSION = 2
 
-_MOST_CHANNELS = 16384
-_MOST_REPEATS = 1000
-_MOST_CLASSES = 100_000
 _REMEDY = "copy or train it again."
 _COUNTER = "num_batches_tracked"
 
@@ -176,23 +173,7 @@ def _architecture(path: Path, fields: Any, version: int) -> Architecture:
     if not isinstance(fields, dict) or set(fields) != wanted:
         raise _damaged(path, "its architecture is not complete")
     arch = as_record(fields, Architecture, f"{path} is damaged: its architecture", _REMEDY)
-    lite = [arch.block == "lite", arch.neck == "lite", arch.pooling == "none"]
-    widths = (*arch.stage_channels, *arch.neck_channels)
-    repeats = (*arch.stage_repeats, *arch.neck_repeats)
-    parts = (arch.stage_channels, arch.neck_channels, arch.stage_repeats, arch.neck_repeats)
-    sound = (
-        all(1 <= width <= _MOST_CHANNELS for width in widths)
-        and all(1 <= count <= _MOST_REPEATS for count in repeats)
-        and tuple(map(len, parts)) in ([(5, 1, 4, 0)] if lite[1] else [(5, 6, 4, 4), (6, 9, 5, 6)])
-        and (arch.csp_ratio is None or 0 < arch.csp_ratio <= 1)
-        and not (arch.mbla and arch.csp_ratio is None)
-        and len(set(lite)) == 1
-        and (not lite[0] or all(width % 8 == 0 for width in arch.stage_channels))
-        and 0 <= arch.reg_max <= 1024
-        and 1 <= arch.num_classes <= _MOST_CLASSES
-        and arch.input_channels == 3
-    )
-    if not sound:
+    if not can_be_built(arch):
         raise _damaged(path, "its architecture is not one that can be built")
     return dataclasses.replace(arch, name=variant_name(arch))
 

@@ -213,7 +213,7 @@ class CSPStack(nn.Module):
         self, arch: Architecture, in_channels: int, out_channels: int, repeats: int
     ) -> None:
         super().__init__()
-        hidden = hidden_channels(arch, out_channels)
+        hidden = arch.hidden_channels(out_channels)
         self.main = ConvBN(in_channels, hidden, 1, act=arch.activation)
         self.side = ConvBN(in_channels, hidden, 1, act=arch.activation)
         self.bottlenecks = nn.Sequential(*(BottleRep(arch, hidden) for _ in range(repeats)))
@@ -223,13 +223,6 @@ class CSPStack(nn.Module):
         """Map (batch, in, h, w) to (batch, out, h, w)."""
         branches = (self.bottlenecks(self.main(x)), self.side(x))
         return self.merge(torch.cat(branches, dim=1))
-
-
-def hidden_channels(arch: Architecture, out_channels: int) -> int:
-    """Return the channels inside a CSPStackRep or MBLA block."""
-    assert arch.csp_ratio is not None
-    # A ratio such as 2/3 may fall a hair short of the integer that it stands for.
-    return int(out_channels * arch.csp_ratio + 1e-6)
 
 
 class MBLA(nn.Module):
@@ -243,7 +236,7 @@ class MBLA(nn.Module):
         self, arch: Architecture, in_channels: int, out_channels: int, repeats: int
     ) -> None:
         super().__init__()
-        self.hidden = hidden_channels(arch, out_channels)
+        self.hidden = arch.hidden_channels(out_channels)
         rows = mbla_rows(repeats)
         kept = 1 + sum(1 + length for length in rows)
         self.split = ConvBN(in_channels, (1 + len(rows)) * self.hidden, 1, act=arch.activation)

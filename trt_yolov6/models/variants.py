@@ -39,6 +39,10 @@ _LITE_STEM_CHANNELS = 24
 _LITE_NECK_CHANNELS = 96
 _LITE_STAGE_REPEATS = (1, 3, 7, 3)
 
+_MOST_CHANNELS = 16384
+_MOST_REPEATS = 1000
+_MOST_CLASSES = 100_000
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -102,6 +106,12 @@ class Architecture:
             return self.neck_channels * len(self.strides)
         laterals = len(self.strides) - 1
         return (self.neck_channels[laterals - 1], *self.neck_channels[laterals + 1 :: 2])
+
+    def hidden_channels(self, out_channels: int) -> int:
+        """Return the channels inside a CSPStackRep or MBLA block."""
+        assert self.csp_ratio is not None
+        # A ratio such as 2/3 may fall a hair short of the integer that it stands for.
+        return int(out_channels * self.csp_ratio + 1e-6)
 
     @property
     def size_multiple(self) -> int:
@@ -250,6 +260,30 @@ def _multiple_of_16(channels: float) -> int:
     """Round to the nearest multiple of 16 that is not more than a tenth less."""
     nearest = max(16, int(channels + 8) // 16 * 16)
     return nearest if nearest >= 0.9 * channels else nearest + 16
+
+
+def can_be_built(arch: Architecture) -> bool:
+    """Return whether the parts of an architecture fit each other, and it is not absurdly large."""
+    is_lite = arch.neck == "lite"
+    parts = (arch.stage_channels, arch.neck_channels, arch.stage_repeats, arch.neck_repeats)
+    widths = (*arch.stage_channels, *arch.neck_channels)
+    laterals = arch.neck_channels[: len(arch.strides) - 1]
+    stacks = (*arch.stage_channels[1:], *laterals, *arch.neck_channels[len(laterals) + 1 :: 2])
+    return (
+        tuple(map(len, parts)) in ([(5, 1, 4, 0)] if is_lite else [(5, 6, 4, 4), (6, 9, 5, 6)])
+        and all(1 <= width <= _MOST_CHANNELS for width in widths)
+        and all(1 <= count <= _MOST_REPEATS for count in (*arch.stage_repeats, *arch.neck_repeats))
+        and is_lite == (arch.block == "lite") == (arch.pooling == "none")
+        # Lite takes halves of the neck's channels, and eighths of the stages'.
+        and not (is_lite and any(width % 8 for width in arch.stage_channels))
+        and not (is_lite and arch.neck_channels[0] % 2)
+        and not (arch.mbla and arch.csp_ratio is None)
+        and (arch.csp_ratio is None or 0 < arch.csp_ratio <= 1)
+        and (arch.csp_ratio is None or all(map(arch.hidden_channels, stacks)))
+        and 0 <= arch.reg_max <= 1024
+        and 1 <= arch.num_classes <= _MOST_CLASSES
+        and arch.input_channels == 3
+    )
 
 
 def variant_name(arch: Architecture) -> str:

@@ -22,6 +22,7 @@ from trt_yolov6.models.variants import (
     Architecture,
     BlockKind,
     architecture,
+    can_be_built,
 )
 from trt_yolov6.training.augmentation import AugmentationSettings, augmentation_for
 from trt_yolov6.training.data_validation import OnBadData
@@ -201,7 +202,7 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
     """Return an architecture with the options applied.
 
     Raises:
-        UserError: they contradict each other.
+        UserError: they contradict each other, or the network would have parts that do not fit.
     """
     changes: dict[str, Any] = {}
     of_blocks = (options.block, options.activation, options.csp_ratio)
@@ -244,7 +245,14 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
         changes["reg_max"] = 0
     elif options.dfl is not None:
         changes["reg_max"] = (arch.reg_max or REG_MAX) if options.dfl else 0
-    return dataclasses.replace(arch, **changes)
+    if not changes:
+        return arch
+    changed = dataclasses.replace(arch, **changes)
+    if not can_be_built(changed):
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        shown = ", ".join(f"`{name}` {value}" for name, value in given.items())
+        raise UserError(f"{arch.name} cannot be built with {shown}; give other values.")
+    return changed
 
 
 def with_field(settings: TrainSettings, assignment: str) -> TrainSettings:
