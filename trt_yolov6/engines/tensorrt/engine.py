@@ -104,7 +104,7 @@ class TensorRTEngine(Engine):
         self._seen: set[int] = set()
         self._pictures: Pictures | None = None
         self._pictures_missing = False
-        self._decoders: list[JpegDecoder] = []
+        self._decoder: JpegDecoder | None = None
         self._decoder_missing = False
         self._runtime: trt.Runtime | None
         self._engine: trt.ICudaEngine | None
@@ -212,13 +212,13 @@ class TensorRTEngine(Engine):
         check_batch(self, len(images))
         return pictures.stage_seconds(images, placed, nms)
 
-    def jpeg_decoder(self, number: int = 0) -> JpegDecoder | None:
-        while len(self._decoders) <= number and not self._decoder_missing:
+    def jpeg_decoder(self) -> JpegDecoder | None:
+        if self._decoder is None and not self._decoder_missing:
             try:
-                self._decoders.append(JpegDecoder())
+                self._decoder = JpegDecoder()
             except MissingDependencyError:
                 self._decoder_missing = True
-        return self._decoders[number] if number < len(self._decoders) else None
+        return self._decoder
 
     def empty_image(self, height: int, width: int) -> NDArray[np.uint8]:
         return self._pinned.array((height, width, 3), np.dtype(np.uint8))
@@ -290,7 +290,7 @@ class TensorRTEngine(Engine):
         if self._pictures is not None:
             self._pictures.close()
             self._pictures = None
-        self._decoders.clear()
+        self._decoder = None
         for slot in self._slots:
             slot.close()
         self._slots.clear()
