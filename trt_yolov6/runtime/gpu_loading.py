@@ -153,26 +153,25 @@ def take_images(
 
 def decoded_on_gpu(
     engine: Engine, opened: Sequence[Opened]
-) -> tuple[list[ImageView | NDArray[np.uint8]], Event | None]:
+) -> tuple[list[ImageView | NDArray[np.uint8]], DecodedBatch]:
     """Return a few images for `Engine.start_images`, JPEGs decoded on its GPU where it can.
 
     Returns:
-        The images, and the event after which those on the GPU can be read.
+        The images, and the buffers of those on the GPU, to be kept until the run is over: the GPU
+        may still be reading the files.
 
     Raises:
         UserError: a JPEG is damaged.
     """
     images: list[Any] = list(opened)
     encoded = {index: one for index, one in enumerate(opened) if isinstance(one, Jpeg)}
-    ready = None
+    buffers = DecodedBatch()
     decoder = engine.jpeg_decoder() if encoded else None
     if decoder is not None:
-        buffers = DecodedBatch()
         views = decoder.decode(list(encoded.values()), buffers)
-        ready = buffers.ready
         for index, view in zip(encoded, views, strict=True):
             images[index] = view or opened[index]
-    return [one.read() if isinstance(one, Jpeg) else one for one in images], ready
+    return [one.read() if isinstance(one, Jpeg) else one for one in images], buffers
 
 
 @dataclass(slots=True)
