@@ -169,9 +169,9 @@ class Stream:
         self.free = weakref.finalize(self, _release, self._cudart.cudaStreamDestroy, self.handle)
 
     def copy_in(self, target: DeviceMemory, source: int, nbytes: int, offset: int = 0) -> None:
-        """Start a copy to the GPU of `nbytes` at `offset` bytes from a host address."""
+        """Start a copy of `nbytes` from a host address to `offset` bytes into GPU memory."""
         assert offset + nbytes <= target.nbytes
-        self._copy(target.address + offset, source + offset, nbytes, "cudaMemcpyHostToDevice")
+        self._copy(target.address + offset, source, nbytes, "cudaMemcpyHostToDevice")
 
     def copy_out(self, target: int, source: DeviceMemory, nbytes: int) -> None:
         """Start a copy of the first bytes of GPU memory to a host address."""

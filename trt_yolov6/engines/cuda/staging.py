@@ -91,7 +91,7 @@ class Staging:
         self._make_room(packed, end)
         assert self._device is not None
         for index in locked:
-            self._copy(stream, images[index].ctypes.data, places[index], sizes[index])
+            stream.copy_in(self._device, images[index].ctypes.data, sizes[index], places[index])
         self._pack_and_send(images, places, [rest[group] for group in groups], stream)
         base = self._device.address
         return [base + place for place in places], 1
@@ -115,11 +115,11 @@ class Staging:
             self._device = DeviceMemory(end + end // 4)
         if packed and (self._host is None or self._host.nbytes < packed):
             if self._host is not None:
+                self._one = np.empty(0, np.uint8)  # first: there may be no other memory
                 self._host.free()
                 self._host = None
             self._host = PinnedMemory(packed + packed // 4)
             self._whole = self._host.array((self._host.nbytes,), np.dtype(np.uint8))
-            self._one = np.empty(0, np.uint8)
 
     def place_one(
         self, image: NDArray[np.uint8], stream: Stream, *, stay: bool = False
@@ -173,12 +173,8 @@ class Staging:
         work = map if len(groups) < 2 or self._packers is None else self._packers.map
         for start, nbytes in work(pack, groups):
             assert self._host is not None
-            self._copy(stream, self._host.address + start, start, nbytes)
-
-    def _copy(self, stream: Stream, source: int, place: int, nbytes: int) -> None:
-        assert self._device is not None
-        # `copy_in` takes the address that offset 0 would have.
-        stream.copy_in(self._device, source - place, nbytes, place)
+            assert self._device is not None
+            stream.copy_in(self._device, self._host.address + start, nbytes, start)
 
 
 def _groups(sizes: Sequence[int]) -> list[slice]:
