@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.engines.cuda.device import DeviceMemory, PinnedMemory, PinnedPool, Stream
-from trt_yolov6.engines.cuda.letterbox import ImageView
 
 _ALIGNMENT = 256
 """Bytes that the place of an image sent by itself, and of a group, is a multiple of."""
@@ -40,14 +39,6 @@ class Staging:
         self._device: DeviceMemory | None = None
         self._packers: ThreadPoolExecutor | None = None
         self._in_use: Any = None
-
-    def send(self, images: Sequence[NDArray[np.uint8]], stream: Stream) -> list[ImageView]:
-        """Start the copy of images, see `place`, and return where each will lie for the GPU."""
-        addresses, step = self.place(images, stream)
-        return [
-            ImageView(address, image.shape[0], image.shape[1], 3 * image.shape[1], 3, step)
-            for image, address in zip(images, addresses, strict=True)
-        ]
 
     def place(
         self, images: Sequence[NDArray[np.uint8]], stream: Stream, *, stay: bool = False

@@ -85,7 +85,7 @@ class TensorRTEngine(Engine):
         flavour: Flavour,
         path: Path,
         manifest: Manifest | None,
-        contexts: ContextSettings | None = None,
+        contexts: ContextSettings,
         options: LoadOptions | None = None,
     ) -> None:
         self.path = path
@@ -93,7 +93,7 @@ class TensorRTEngine(Engine):
         self.backend = flavour.backend
         self.backend_version = flavour.version
         self._flavour = flavour
-        self._contexts = contexts or ContextSettings()
+        self._contexts = contexts
         self._options = options or LoadOptions()
         self._logger = logger_of(flavour.api)
         device = _started_gpu(path)
