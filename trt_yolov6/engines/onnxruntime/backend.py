@@ -196,7 +196,7 @@ class OnnxRuntimeEngine(Engine):
         self.detector = detector_of(manifest, options, path, facts)
         fixed = self.input.shape[0]
         if fixed is not None:
-            self.batch = BatchProfile(fixed, fixed, fixed)
+            self.batch = BatchProfile.of(fixed)
         else:
             self.batch = manifest.batch if manifest else _ANY_BATCH
 

@@ -224,8 +224,7 @@ class TensorRTEngine(Engine):
         return self._pinned.array((height, width, 3), np.dtype(np.uint8))
 
     def empty_input(self, rows: int) -> NDArray[Any]:
-        shape = tuple(length or 0 for length in self.input.shape[1:])
-        return self._pinned.array((rows, *shape), self.input.dtype)
+        return self._pinned.array((rows, *self.input.row_shape), self.input.dtype)
 
     def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
         self._check_open()
@@ -326,7 +325,7 @@ class TensorRTEngine(Engine):
         check_input(self.input, self.path)
         fixed = self.input.shape[0]
         if fixed is not None:
-            self.batch = BatchProfile(fixed, fixed, fixed)
+            self.batch = BatchProfile.of(fixed)
         else:
             shapes = engine.get_tensor_profile_shape(self.input.name, 0)
             self.batch = BatchProfile(*(int(shape[0]) for shape in shapes))

@@ -215,8 +215,7 @@ class ExecutionSlot:
         Returns:
             A number that changes when what was recorded before is not valid any more.
         """
-        shape = tuple(length or 0 for length in self._plan.input.shape[1:])
-        self._bind(self._device_input.address, (rows, *shape))
+        self._bind(self._device_input.address, (rows, *self._plan.input.row_shape))
         return self._generation
 
     def run(self) -> None:
@@ -286,7 +285,7 @@ class ExecutionSlot:
         self.stream = self._own(Stream())
         if plan.context_config is not None:  # API: tensorrt-rtx (the other has no such argument)
             self._scratch = self._own(DeviceMemory(plan.engine.device_memory_size_v2))
-        shape = (plan.batch.max, *(length or 0 for length in plan.input.shape[1:]))
+        shape = (plan.batch.max, *plan.input.row_shape)
         nbytes = math.prod(shape) * plan.input.dtype.itemsize
         self._device_input = self._own(DeviceMemory(nbytes))
         self._bind(self._device_input.address, shape)
