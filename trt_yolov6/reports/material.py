@@ -31,7 +31,7 @@ class Comparison:
 
     @property
     def suffix(self) -> str:
-        """What distinguishes its engines from those of other comparisons, such as ` (name)`."""
+        """Suffix of the names of its engines, such as ` (name)`."""
         return f" ({self.name})" if self.name else ""
 
     def picture(self, example: Mapping[str, Any]) -> str | None:
