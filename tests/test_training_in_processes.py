@@ -41,9 +41,10 @@ WAITING = """
 import torch
 import torch.distributed as dist
 from trt_yolov6.training.distributed import joined
-with joined("cpu"):
+with joined("cpu") as processes:
     group = dist.group.WORLD._get_backend(torch.device("cpu"))
     assert group.options._timeout.total_seconds() >= 3 * 3600, group.options._timeout
+    processes.wait()  # the first one to end would take the others' meeting place with it
 """
 
 
