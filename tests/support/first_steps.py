@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.training.detection_task import arithmetic, detection_task
-from trt_yolov6.training.distributed import joined
+from trt_yolov6.training.distributed import Processes, joined
 from trt_yolov6.training.loop import train_epochs
 from trt_yolov6.training.recipe import TrainSettings, recipe_for, with_field
 from trt_yolov6.training.state import Progress
@@ -43,7 +44,8 @@ def first_steps(settings: TrainSettings, device: str) -> dict[str, Any]:
     Returns:
         `gradients`: a list of vectors, float32 on the CPU, of all parameters together;
         `weights`, `average`, `statistics`: vectors of the weights, of their moving average and of
-        the running means and variances at the end; `losses`: a list, by epoch, over all processes.
+        the running means and variances at the end; `losses`: a list, by epoch, over all processes;
+        `longest_wait`: see `_longest_wait`.
     """
     gradients: list[Tensor] = []
     torch.backends.cudnn.allow_tf32 = False
@@ -74,7 +76,16 @@ def first_steps(settings: TrainSettings, device: str) -> dict[str, Any]:
             "average": _vector(detector.average.model.parameters()),
             "statistics": _vector(b for b in model.buffers() if b.is_floating_point()),
             "losses": [line["loss"] for line in done.log],
+            "longest_wait": _longest_wait(processes),
         }
+
+
+def _longest_wait(processes: Processes) -> float:
+    """Return for how many seconds a process waits for the others; 0 for one that is alone."""
+    if processes.world == 1:
+        return 0.0
+    group: Any = dist.group.WORLD
+    return float(group._get_backend(processes.device).options._timeout.total_seconds())
 
 
 def _vector(tensors: Any) -> Tensor:
