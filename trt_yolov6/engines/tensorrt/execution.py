@@ -32,6 +32,7 @@ from trt_yolov6.engines.cuda.device import (
     PinnedMemory,
     PinnedPool,
     Stream,
+    recorded,
 )
 from trt_yolov6.engines.cuda.suppression import Reading, Suppression
 from trt_yolov6.engines.tensorrt.flavour import Flavour, instance_of, logger_of
@@ -437,12 +438,8 @@ class ExecutionSlot:
         """
         bound = self._bound
         if bound.graph is None and self._record_graph and bound.runs:
-            try:
-                with self.stream.capture() as graph:
-                    self.run()
-                bound.graph = graph
-            except UserError:  # a layer that cannot be recorded: nothing is lost but speed
-                self._record_graph = False
+            bound.graph = recorded(self.run, self.stream)
+            self._record_graph = bound.graph is not None  # else nothing is lost but speed
         if bound.graph is not None:
             bound.graph.launch(self.stream)
         else:

@@ -27,6 +27,7 @@ from trt_yolov6.engines.cuda.device import (
     PinnedMemory,
     PinnedPool,
     Stopwatch,
+    recorded,
 )
 from trt_yolov6.engines.cuda.letterbox import (
     RECORD_BYTES,
@@ -39,7 +40,6 @@ from trt_yolov6.engines.cuda.letterbox import (
 from trt_yolov6.engines.cuda.staging import Staging
 from trt_yolov6.engines.cuda.suppression import Suppression
 from trt_yolov6.engines.tensorrt.execution import ExecutionSlot, SlotPlan
-from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
 
 _STAGE_RUNS = 30
@@ -320,14 +320,11 @@ class PictureSlot:
             self._prepare(key[0])
             graph = self._graphs.get(key)
         if graph is None and key in self._warm and self._records_graphs:
-            stream = self._slot.stream
-            try:
-                with stream.capture() as graph:
-                    self._enqueue(key)
-                self._graphs[key] = graph
-            except UserError:  # a layer that cannot be recorded: nothing is lost but speed
+            graph = recorded(functools.partial(self._enqueue, key), self._slot.stream)
+            if graph is None:  # nothing is lost but speed
                 self._records_graphs = False
-                graph = None
+            else:
+                self._graphs[key] = graph
         self._graph = graph if self._is_suppressed else None
         if graph is not None:
             graph.launch(self._slot.stream)
