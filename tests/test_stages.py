@@ -101,6 +101,16 @@ def test_the_command_prints_a_table_and_writes_json(
     assert {stage["name"] for stage in json.loads(result.read_text())["stages"]} >= {"engine"}
 
 
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    content = IMAGES[0].read_bytes()
+    damaged = tmp_path / "damaged.jpg"
+    damaged.write_bytes(content[: len(content) // 2])
+    with load_tiny(tmp_path) as engine:
+        for batch in (1, 2):
+            with pytest.raises(UserError, match=r"damaged\.jpg is cut short"):
+                benchmark_stages(engine, [IMAGES[0], damaged], batch=batch, duration=0.4)
+
+
 def test_without_images_there_is_nothing_to_time(tmp_path: Path) -> None:
     with load_tiny(tmp_path) as engine, pytest.raises(UserError, match="no image to time"):
         benchmark_stages(engine, [], batch=1)

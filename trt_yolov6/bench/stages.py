@@ -19,16 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.bench.end_to_end import MAX_IMAGES
+from trt_yolov6.bench.end_to_end import encoded_images
 from trt_yolov6.bench.latency import check_durations
 from trt_yolov6.bench.sampling import random_input, rate, seconds_of, timed
 from trt_yolov6.common.text import aligned, four_digits
-from trt_yolov6.data.images import read_encoded, read_image
+from trt_yolov6.data.images import read_image
 from trt_yolov6.data.jpeg import open_image
 from trt_yolov6.data.loader import default_workers, fill_row
 from trt_yolov6.detectors.detections import postprocess
 from trt_yolov6.engines.base import Engine, check_batch
-from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.gpu_loading import Opened, load_images
 from trt_yolov6.runtime.predict import process, resolve
 from trt_yolov6.spec import EnginePrecision, NmsSettings, PredictOptions
@@ -138,12 +137,8 @@ def benchmark_stages(
     """
     check_durations(duration, 0)
     check_batch(engine, batch)
-    if not images:
-        raise UserError("there is no image to time; name a folder of images as `images`.")
-    encoded = [read_encoded(image)[0] for image in images[:MAX_IMAGES]]
+    encoded = encoded_images(images)
     chosen = [encoded[index % len(encoded)] for index in range(batch)]
-    for content in chosen:
-        read_image(content)
     options = replace(options or PredictOptions(), batch=batch)
     nms, border = resolve(engine, options)
     measure = _stages_on_gpu if engine.takes_images() else _stages_here
