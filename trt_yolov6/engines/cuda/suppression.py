@@ -283,7 +283,7 @@ def results_in(content: NDArray[np.uint8], limit: int) -> Results:
 
 
 def suppressed_of(
-    results: Results, capacity: int, nms: NmsSettings, clip: bool | None = None
+    results: Results, capacity: int, nms: NmsSettings, clip: bool | None
 ) -> Suppressed | None:
     """Return a copy of the kernels' results; None if an image's candidates did not fit.
 
