@@ -269,7 +269,7 @@ class TensorSpec:
         return tuple(length or 0 for length in self.shape[1:])
 
     def fits(self, batch: Any) -> bool:
-        """Return whether an array's `shape`, but for the batch, and `dtype` are these."""
+        """Return whether an array with a `shape` and a `dtype` is a batch of this, of any size."""
         lengths = self.shape[1:], batch.shape[1:]
         return (
             batch.dtype == self.dtype

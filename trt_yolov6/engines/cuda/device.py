@@ -269,7 +269,7 @@ class CudaGraph:
 
 
 def recorded(work: Callable[[], None], stream: Stream) -> CudaGraph | None:
-    """Return what some work puts on a stream, without running it; None if it cannot be recorded."""
+    """Record some work on a stream, instead of running it; None if it cannot be recorded."""
     try:
         with stream.capture() as graph:
             work()
