@@ -24,7 +24,7 @@ from trt_yolov6.data.loader import AHEAD, load_batches
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
-from trt_yolov6.runtime.evaluate import QuickScorer, evaluate
+from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import detect
 from trt_yolov6.spec import NmsSettings, PredictOptions, TensorSpec
 
@@ -100,49 +100,6 @@ def test_imperfect_results_score_as_pycocotools_scores_their_file(tmp_path: Path
     assert result.ap_large is None
     assert result.ap is not None
     assert 0.2 < result.ap < 0.9
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_quick_matches_are_those_of_pycocotools(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-
-    def boxes(count: int, **values: Any) -> Any:
-        """Boxes of every size range, on a grid: many overlap, some are the same, scores tie."""
-        entries = []
-        for number in range(1, count + 1):
-            width, height = (rng.choice([20, 24, 40, 100], 2)).tolist()
-            corner = (4 * rng.integers(0, 20, 2)).tolist()
-            entries.append(
-                {
-                    "id": number,
-                    "image_id": int(rng.integers(4)),
-                    "category_id": int(rng.integers(1, 4)),
-                    "bbox": [*corner, width, height],
-                    "area": width * height,
-                    "score": rng.integers(10) / 10,
-                    "iscrowd": int(rng.random() < values["crowds"]),
-                }
-            )
-        coco = COCO()
-        coco.dataset = {
-            "images": [{"id": number} for number in range(5)],  # the last has none
-            "categories": [{"id": number} for number in range(1, 6)],
-            "annotations": entries,
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
-
-    truth, found = boxes(60, crowds=0.1), boxes(2000, crowds=0)  # more than 100 of some classes
-    matches = []
-    for kind in (COCOeval, QuickScorer):
-        scorer = kind(truth, found, "bbox")
-        with contextlib.redirect_stdout(io.StringIO()):
-            scorer.evaluate()
-        matches.append(scorer.evalImgs)
-    assert sum(one is None for one in matches[0]) > 0
-    assert max(one["dtMatches"].shape[1] for one in matches[0] if one) == 100
-    np.testing.assert_equal(matches[1], matches[0])
 
 
 def test_a_border_moves_nothing_but_the_scale(tmp_path: Path) -> None:

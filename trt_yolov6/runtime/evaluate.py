@@ -160,40 +160,6 @@ def evaluate(
     return tally.evaluation(annotated.result())
 
 
-class QuickScorer(COCOeval):  # type: ignore[misc]
-    """pycocotools' scorer, which matches only detections that overlap a box enough to meet it.
-
-    What it finds is the same: the others meet none at any threshold, and keep none from another.
-    Matching 300 detections in each of the sample's 72 images takes 0.5 s of a core, not 1.1.
-    """
-
-    def evaluateImg(self, imgId: int, catId: int, aRng: Any, maxDet: int) -> Any:
-        """Match the detections of a class in an image to its boxes, as pycocotools does."""
-        key = imgId, catId
-        every, overlaps = self._dts[key], self.ious[key]
-        if not len(overlaps):
-            return super().evaluateImg(imgId, catId, aRng, maxDet)
-        # The overlaps' rows are of the surest, in this order.
-        order = np.argsort([-one["score"] for one in every], kind="mergesort")[:maxDet]
-        surest = [every[place] for place in order]
-        near = (overlaps[:maxDet] >= min(self.params.iouThrs)).any(axis=1)
-        self._dts[key] = [one for one, is_near in zip(surest, near, strict=True) if is_near]
-        self.ious[key] = overlaps[:maxDet][near]
-        match = super().evaluateImg(imgId, catId, aRng, maxDet)
-        self._dts[key], self.ious[key] = every, overlaps
-        met = np.zeros((len(self.params.iouThrs), len(surest)))
-        met[:, near] = match["dtMatches"]
-        # One that meets no box counts if it is of the size in question itself.
-        ignored = np.tile([not aRng[0] <= one["area"] <= aRng[1] for one in surest], (len(met), 1))
-        ignored[:, near] = match["dtIgnore"]
-        return match | {
-            "dtIds": [one["id"] for one in surest],
-            "dtScores": [one["score"] for one in surest],
-            "dtMatches": met,
-            "dtIgnore": ignored,
-        }
-
-
 @dataclass(frozen=True)
 class _Matched:
     """Which detections of a batch meet which boxes."""
@@ -246,7 +212,7 @@ class _Matcher:
         ]
         for number, entry in enumerate(results, start=1):
             entry["id"] = number
-        scorer = QuickScorer(self.annotated(), _coco(truth.dataset, images, results), "bbox")
+        scorer = COCOeval(self.annotated(), _coco(truth.dataset, images, results), "bbox")
         scorer.params.imgIds = [image.id for image in images]
         with contextlib.redirect_stdout(io.StringIO()):
             scorer.evaluate()
