@@ -326,6 +326,13 @@ def test_labels_are_found_whatever_the_capitals_and_the_form_of_umlauts(
     assert sorted(box for *_, box in objects(dataset)) == sorted(box for *_, box in EXPECTED)
 
 
+def test_labels_of_one_image_are_not_those_of_one_in_capitals(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "images" / "val" / "b.png").rename(tmp_path / "images" / "val" / "A.png")
+    (note,) = load_coco(tmp_path, "val").notes
+    assert "A.png" in note
+
+
 def test_class_names_are_the_words_that_the_yaml_has(tmp_path: Path) -> None:
     write_yolo(tmp_path)
     (tmp_path / "data.yaml").write_text("val: images/val\nnc: 2\nnames: [no, 007]\n")

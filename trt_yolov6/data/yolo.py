@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -135,21 +135,22 @@ def label_path(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _label_files(images: Iterable[Path]) -> dict[Path, Path]:
+def _label_files(images: Sequence[Path]) -> dict[Path, Path]:
     """Return the label file of each image that has one.
 
     Capitals do not matter, nor how an umlaut is composed: macOS takes `ä` apart in some names.
     """
     found: dict[Path, Path] = {}
+    expected = {label_path(image) for image in images}
     listed: dict[Path, dict[str, Path]] = {}
     for image in images:
-        path: Path | None = label_path(image)
+        path = label_path(image)
         if not path.is_file():
             if path.parent not in listed:
                 there = path.parent.iterdir() if path.parent.is_dir() else ()
-                listed[path.parent] = {_spelling(one): one for one in there}
-            path = listed[path.parent].get(_spelling(path))
-        if path is not None:
+                listed[path.parent] = {_spelling(one): one for one in there if one not in expected}
+            path = listed[path.parent].get(_spelling(path), path)
+        if path.is_file():
             found[image] = path
     return found
 
