@@ -7,6 +7,7 @@ import csv
 import functools
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,6 +292,22 @@ def test_sub_folders_and_globs_keep_their_folders(tmp_path: Path, engine: Engine
         assert [float(word) for word in line] == pytest.approx(
             [0, 120 / 640, 200 / 480, 80 / 640, 80 / 480, 1], abs=1e-4
         )
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_it_is(tmp_path: Path, engine: Engine) -> None:
+    source = tmp_path / os.fsdecode(b"gr\xfcn.png")
+    Image.fromarray(picture(1, 2, 0, 10)).save(source)
+    done = infer_source(
+        engine, source, tmp_path / "out", SURE, progress=False, formats=["json", "csv", "yolo"]
+    )
+    assert json.loads(done.files[0].read_text())[0]["file"] == source.name
+    video = source.with_suffix(".avi")
+    (tmp_path / "x").write_bytes(b"RIFF")
+    (tmp_path / "x").rename(video)
+    with pytest.raises(UserError, match=r"\.avi is not a name in UTF-8, .*; rename it"):
+        infer_source(engine, video, tmp_path / "out", SURE, progress=False)
+    assert b"\ngr\xfcn.png," in done.files[1].read_bytes()
+    assert (tmp_path / "out" / "labels" / source.name).with_suffix(".txt").is_file()
 
 
 def test_two_images_never_share_a_text_file_of_yolo_s(tmp_path: Path, engine: Engine) -> None:

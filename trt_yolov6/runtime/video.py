@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.images import quiet_opencv
+from trt_yolov6.data.images import opencv_path, quiet_opencv
 from trt_yolov6.errors import UserError
 
 _ENCODERS = ("libx264", "libopenh264", "h264_nvenc")
@@ -116,7 +116,7 @@ class VideoWriter:
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
         self._writer = cv2.VideoWriter()
         code = cv2.VideoWriter.fourcc(*"mp4v")
-        if not self._writer.open(str(self.path), code, self.rate, (width, height)):
+        if not self._writer.open(opencv_path(self.path), code, self.rate, (width, height)):
             raise UserError(
                 f"{self.path} cannot be encoded by this OpenCV; install opencv-python-headless "
                 "with its FFmpeg."
