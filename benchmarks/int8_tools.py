@@ -319,7 +319,7 @@ def _own_steps(task: Task) -> Iterator[Contender]:
         model = task.graph.model
         if variant != "plain":
             ranges = _measured(task, model, tensors_to_measure(model))
-            model = equalize(model, ranges, smooth=variant == "smoothed")
+            model = equalize(model, ranges, smooth=variant == "smoothed").applied(model)
         if model in models:
             continue
         models.append(model)

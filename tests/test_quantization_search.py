@@ -205,7 +205,7 @@ def test_a_budget_in_time_is_kept_and_the_best_within_it_is_taken() -> None:
     found = choose_float_layers(orders, costs, score, 1.0, most_time=0.10)
     assert not found.met
     assert set(found.layers) == {"b", "d"}
-    assert found.slowdown <= 0.10
+    assert found.time_share <= 0.10
     assert all(trial.time_share <= 0.10 + 1e-9 for trial in found.trials)
 
 

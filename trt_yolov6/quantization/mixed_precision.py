@@ -57,18 +57,11 @@ class Fallback:
     multiply_add_share: float
     """Share of the multiply-adds that is left in float."""
     time_share: float
-    """Estimated share of the run time that is left in float."""
+    """Estimated share of the run time that is left in float. INT8 takes half of a layer's time
+    (`layer_costs`), so that a share t in float takes (1 - t) / 2 + t in place of 1 / 2: t is also
+    the share by which layers in float lengthen INT8's run time."""
     trials: tuple[Trial, ...]
     """Everything that was scored, in order."""
-
-    @property
-    def slowdown(self) -> float:
-        """Return the estimated share by which layers in float lengthen INT8's run time, 0..1.
-
-        INT8 takes half of a layer's time (`layer_costs`), so that a share t of the time in float
-        takes (1 - t) / 2 + t in place of 1 / 2.
-        """
-        return self.time_share
 
     def is_better_than(self, other: Fallback) -> bool:
         """Return whether it meets the budget for less time than the other, or is nearer to it."""
@@ -167,7 +160,7 @@ def rankings_by_displacement(
     moves most, whatever it costs.
 
     Args:
-        displacements: of each layer alone (`sensitivity.scores_alone` by `Displacement.of`).
+        displacements: of each layer alone (`sensitivity.scores_alone` by `Judge.loss`).
         costs: of the layers.
     """
 

@@ -239,9 +239,7 @@ class Calibrated:
 
     def with_float(self, layers: tuple[str, ...]) -> onnx.ModelProto:
         """Return the Q/DQ graph with some layers in float."""
-        table = self.prepared.table(method_of(self.table), self.table.key, INT8, layers)
-        placement = self.prepared.placed(INT8, layers)
-        return insert_qdq(self.prepared.model, placement, table.amax)
+        return self.prepared.inserted(method_of(self.table), INT8, layers)
 
 
 def calibrate(

@@ -24,16 +24,11 @@ from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_to_try
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.alignment import aligned
-from trt_yolov6.quantization.equalization.solve import (
-    Solution,
-    equalize,
-    shifted,
-    tensors_to_measure,
-)
+from trt_yolov6.quantization.equalization.solve import Solution, equalize, tensors_to_measure
 from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of
 from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
-from trt_yolov6.quantization.qdq.insert import activation_scales
+from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
@@ -49,7 +44,7 @@ VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed", "shifted")
 """Forms of the float graph, from the least changed on; all compute the same function.
 
 plain:     as it is
-equalized: channels rescaled where weights can absorb it (`equalization.equalize`)
+equalized: channels rescaled where weights can absorb it (`solve.equalize`)
 smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
 shifted:   the same, and what is added to the channels before them centres their ranges on zero
            where only convolutions without padding read them; where that is much, so that their most
@@ -104,9 +99,9 @@ class Prepared:
     def means(self) -> dict[str, NDArray[np.float64]]:
         """Mean of each channel of the tensors that were measured, (channels,)."""
         return {
-            name: one.mean_per_channel
+            name: one.channels.mean
             for name, one in self.statistics.items()
-            if one.mean_per_channel is not None
+            if one.channels is not None
         }
 
     def table(
@@ -130,13 +125,21 @@ class Prepared:
         """Return the ranges of a placement's tensors by a calibrator."""
         statistics = {name: self.statistics[name] for name in placement.tensors}
         amax = group_amax(statistics, placement.groups, method, quantized)
-        return {name: _in_bits(value, RANGE_BITS) for name, value in amax.items()}
+        return {name: _rounded_up(value) for name, value in amax.items()}
+
+    def inserted(
+        self, method: Method, quantized: QuantizedType, float_layers: tuple[str, ...] = ()
+    ) -> onnx.ModelProto:
+        """Return the Q/DQ graph by a calibrator, with some layers in float."""
+        placement = self.placed(quantized, float_layers)
+        amax = self.ranges(method, quantized, placement)
+        return insert_qdq(self.model, placement, amax, quantized=quantized)
 
 
-def _in_bits(value: float, bits: int) -> float:
-    """Return a number rounded up to some significant bits: min-max still clips nothing."""
+def _rounded_up(value: float) -> float:
+    """Return a number rounded up to `RANGE_BITS`: min-max still clips nothing."""
     fraction, exponent = math.frexp(value)
-    return math.ldexp(math.ceil(math.ldexp(fraction, bits)), exponent - bits)
+    return math.ldexp(math.ceil(math.ldexp(fraction, RANGE_BITS)), exponent - RANGE_BITS)
 
 
 def prepare(
@@ -208,10 +211,11 @@ def formed(graph: Graph, variant: Variant, ranges: Mapping[str, TensorStatistics
     """
     if variant == "plain":
         return Form(graph.model)
-    if variant == "shifted":
-        solution = shifted(graph.model, ranges)
-        return Form(solution.applied(graph.model), solution)
-    return Form(equalize(graph.model, ranges, smooth=variant == "smoothed"))
+    solution = equalize(
+        graph.model, ranges, smooth=variant == "smoothed", shift=variant == "shifted"
+    )
+    model = solution.applied(graph.model)
+    return Form(model, solution) if variant == "shifted" else Form(model)
 
 
 def plain_statistics(

@@ -32,7 +32,7 @@ class CalibrationKey:
     model_sha256: str
     """`model_sha256` of the graph that was calibrated."""
     images_sha256: str
-    """`images.images_sha256` of the calibration images."""
+    """`images_sha256` of the calibration images."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     """Type, calibrator, its parameters, border: whatever changes the ranges."""
 
@@ -48,7 +48,7 @@ class CalibrationTable:
     """Calibrator that gave each, by tensor."""
     key: CalibrationKey
     variant: str = "plain"
-    """Form of the graph whose tensors these are: see `search.VARIANTS`."""
+    """Form of the graph whose tensors these are: see `preparation.VARIANTS`."""
     float_layers: tuple[str, ...] = ()
     """Layers that were given or chosen to stay in float."""
     biases_corrected: bool = False
