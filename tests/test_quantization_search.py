@@ -28,10 +28,11 @@ from trt_yolov6.quantization.mixed_precision import (
     rankings_by_displacement,
 )
 from trt_yolov6.quantization.pipeline import calibrate, quantize
-from trt_yolov6.quantization.preparation import RANGE_BITS, Variant, inputs_of
+from trt_yolov6.quantization.preparation import RANGE_BITS, inputs_of
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.sensitivity import scores_alone
 from trt_yolov6.quantization.settings import check_settings
+from trt_yolov6.quantization.table import Variant
 from trt_yolov6.quantization.trials import Candidate, simplest_of_the_best, tried_table
 
 

@@ -133,9 +133,9 @@ def layers_of_both(
 def bias_of(
     layer: QuantizedLayer, constants: Mapping[str, onnx.TensorProto]
 ) -> NDArray[np.float64]:
-    """Return a layer's bias; 0 where it has none."""
+    """Return a layer's bias, (channels,); zeros where it has none."""
     if len(layer.node.input) < 3 or not layer.node.input[2]:
-        return np.zeros((), np.float64)
+        return np.zeros(layer.channels)
     return tensor_value(constants[layer.node.input[2]]).astype(np.float64)
 
 

@@ -14,7 +14,6 @@ The matrix is the inputs' covariance: what a layer's mean output moves, its bias
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from trt_yolov6.common.machine import usable_cpus
+from trt_yolov6.common.machine import single_torch_thread, usable_cpus
 from trt_yolov6.graph.editing import replace_tensor, with_outputs
 from trt_yolov6.graph.index import attributes, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer
@@ -81,7 +80,8 @@ def adapt_rounding(
     result = copy.deepcopy(quantized_model)
     stored = constants_of(result)
     jobs = [_Job(*both) for both in layers_of_both(result, float_model)]
-    with _workers() as workers:
+    # PyTorch's own threads would wait for each other after every step.
+    with single_torch_thread(), ThreadPoolExecutor(len(usable_cpus())) as workers:
         for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
             _measure(quantized_model, chunk, images, workers)
             for job in chunk:  # one at a time: wide layers take a few copies of their covariance
@@ -91,18 +91,6 @@ def adapt_rounding(
                     replace_tensor(stored[job.layer.weight_scale], scale)
                 shift_bias(result, job.layer, -mean_error)
     return result
-
-
-@contextlib.contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that serve a layer each; PyTorch's own would wait for each other after every step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(len(usable_cpus())) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Job:

@@ -41,7 +41,6 @@ from trt_yolov6.quantization.preparation import (
     inputs_of,
     method_of,
     prepare,
-    variant_of,
 )
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
@@ -60,7 +59,7 @@ from trt_yolov6.quantization.table import (
 )
 from trt_yolov6.quantization.trials import Candidate
 from trt_yolov6.quantization.types import INT8
-from trt_yolov6.quantization.weights import WeightTuning, chosen_weights
+from trt_yolov6.quantization.weights import WeightTuning
 
 _log = logging.getLogger(__name__)
 
@@ -115,8 +114,8 @@ def quantize(
         _log.info(note)
     found: Found | None = None
     if table is not None:
-        variant, sources = variant_of(table), images_to_build_from(folds)
-        prepared = prepare(graph, sources, settings, variant, measure=False)
+        sources = images_to_build_from(folds)
+        prepared = prepare(graph, sources, settings, table.variant, measure=False)
         inputs = list(inputs_of(graph, evenly(sources, FEWEST_IMAGES), settings.border))
         tuning = WeightTuning(prepared.model, inputs)
     else:
@@ -128,7 +127,7 @@ def quantize(
         prepared.model, placement, table.amax, quantized=quantized, fp16=settings.fp16
     )
     if table.learned is None:
-        model = tuning.tuned(model, chosen_weights(table))
+        model = tuning.tuned(model, table.weights)
     else:
         model = with_learned(model, table.learned)
     calibration = _record(table, len(paths)) | {
@@ -155,9 +154,9 @@ def _record(table: CalibrationTable, images: int) -> dict[str, Any]:
     return {
         "calibrator": "+".join(sorted(set(table.methods.values()))),
         "variant": table.variant,
-        "weights": chosen_weights(table),
-        "biases_corrected": table.biases_corrected,
-        "adaptive_rounding": table.reconstructed,
+        "weights": table.weights,
+        "biases_corrected": table.weights != "nearest",
+        "adaptive_rounding": table.weights == "reconstructed",
         "tuned_by_gradients": table.by_gradients,
         "images": images,
         "images_sha256": table.key.images_sha256,

@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.data.calibration import evenly
-from trt_yolov6.errors import UserError
 from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
@@ -32,24 +31,11 @@ from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
-from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
+from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable, Variant
 from trt_yolov6.quantization.types import QuantizedType
 from trt_yolov6.quantization.weights import WeightTuning
 
-Variant = Literal["plain", "equalized", "smoothed", "shifted"]
-
 _log = logging.getLogger(__name__)
-
-VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed", "shifted")
-"""Forms of the float graph, from the least changed on; all compute the same function.
-
-plain:     as it is
-equalized: channels rescaled where weights can absorb it (`solve.equalize`)
-smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
-shifted:   the same, and what is added to the channels before them centres their ranges on zero
-           where only convolutions without padding read them; where that is much, so that their most
-           frequent values lie on levels (`equalization.alignment`)
-"""
 
 RANGE_BITS = 11
 """Significant bits of a range. Float sums differ in their last bits from processor to processor;
@@ -236,23 +222,7 @@ def quantizable_tensors(model: onnx.ModelProto, settings: QuantizationSettings) 
 
 def method_of(table: CalibrationTable) -> Method:
     """Return the calibrator that made a table."""
-    used = set(table.methods.values())
-    return next(method for method in METHODS if method in used)
-
-
-def variant_of(table: CalibrationTable) -> Variant:
-    """Return the form of the graph that a table is for.
-
-    Raises:
-        UserError: there is no such form.
-    """
-    for variant in VARIANTS:
-        if variant == table.variant:
-            return variant
-    raise UserError(
-        f"the calibration table is for an unknown form {table.variant!r} of the graph; delete it "
-        "and calibrate again."
-    )
+    return next(method for method in METHODS if method in table.methods.values())
 
 
 class Fold:

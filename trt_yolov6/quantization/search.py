@@ -52,11 +52,9 @@ from trt_yolov6.quantization.mixed_precision import (
 )
 from trt_yolov6.quantization.preparation import (
     FEWEST_IMAGES,
-    VARIANTS,
     Fold,
     Form,
     Prepared,
-    Variant,
     calibrators,
     formed,
     images_to_compare,
@@ -66,9 +64,15 @@ from trt_yolov6.quantization.preparation import (
 )
 from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked, scores_alone
 from trt_yolov6.quantization.settings import QuantizationSettings
-from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
+from trt_yolov6.quantization.table import (
+    VARIANTS,
+    CalibrationKey,
+    CalibrationTable,
+    Variant,
+    Weights,
+)
 from trt_yolov6.quantization.trials import Candidate, Decision, simplest_of_the_best
-from trt_yolov6.quantization.weights import SAID, Weights, WeightTuning, weight_choices
+from trt_yolov6.quantization.weights import SAID, WeightTuning, weight_choices
 
 _log = logging.getLogger(__name__)
 
@@ -199,10 +203,7 @@ class Search:
             inputs = inputs_of(self._graph, paths, self._settings.border)
             tuning = WeightTuning(prepared.model, list(inputs))
         table = prepared.table(choice.method, self._key, self._quantized, choice.float_layers)
-        weights = choice.weights
-        table = dataclasses.replace(
-            table, biases_corrected=weights != "nearest", reconstructed=weights == "reconstructed"
-        )
+        table = dataclasses.replace(table, weights=choice.weights)
         if tuned is None and choice.like and choice.float_layers and not others:
             # What was tried is what is built, now and from the table.
             table = dataclasses.replace(table, learned=learned_of(self._model(first, choice)))

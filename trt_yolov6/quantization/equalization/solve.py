@@ -42,6 +42,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from trt_yolov6.common.machine import single_torch_thread
 from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.quantization.equalization.channel_graph import (
     FIXED,
@@ -276,13 +277,9 @@ def _minimum(problem: _Problem) -> torch.Tensor:
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    threads = torch.get_num_threads()
     # The vectors are short: handing them to several threads costs more than it saves.
-    torch.set_num_threads(1)
-    try:
+    with single_torch_thread():
         optimizer.step(loss)  # type: ignore[no-untyped-call]
-    finally:
-        torch.set_num_threads(threads)
     found = (moved * free).detach()
     return problem.start + (found if found.isfinite().all() else 0)
 

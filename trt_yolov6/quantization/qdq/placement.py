@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import onnx
 
@@ -18,6 +19,8 @@ from trt_yolov6.graph.cost import macs_per_input
 from trt_yolov6.graph.index import GraphIndex, attribute, layers_after
 from trt_yolov6.graph.operators import ACTIVATIONS, CONVOLUTIONS, MOVING_OPS, layer_names
 from trt_yolov6.quantization.types import QuantizedType
+
+Item = TypeVar("Item")
 
 _POOLING_OPS = {"GlobalAveragePool", "GlobalMaxPool"}
 
@@ -102,7 +105,7 @@ def place(
     tensors = tuple(name for name in graph.order if name in wanted)
     return Placement(
         tensors=tensors,
-        groups=_groups(tensors, links),
+        groups=tuple(joined_groups(tensors, ((*sources, name) for sources, name in links))),
         layers=tuple(name for name in names.values() if name not in reasons),
         float_layers=reasons,
         unquantized_reads=frozenset(
@@ -488,18 +491,19 @@ def _is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str
     )
 
 
-def _groups(
-    tensors: Iterable[str], links: Iterable[tuple[Sequence[str], str]]
-) -> tuple[tuple[str, ...], ...]:
-    """Join links that have a tensor in common: all its members get one scale."""
-    group_of: dict[str, set[str]] = {}
-    for sources, result in links:
-        link = {*sources, result}
-        joined = link.union(*(group_of.get(name, set()) for name in link))
-        for name in joined:
-            group_of[name] = joined
-    groups: dict[int, list[str]] = {}
-    for name in tensors:
-        if name in group_of:
-            groups.setdefault(id(group_of[name]), []).append(name)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+def joined_groups(items: Iterable[Item], links: Iterable[Iterable[Item]]) -> list[tuple[Item, ...]]:
+    """Return groups of two and more items that links join, directly or through other links.
+
+    Groups and their items are in the order of `items`; links may have others as well.
+    """
+    group_of: dict[Item, set[Item]] = {}
+    for link in links:
+        joined = set[Item]()
+        for item in link:
+            joined |= group_of.get(item, {item})
+        group_of.update(dict.fromkeys(joined, joined))
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        if item in group_of:
+            groups.setdefault(id(group_of[item]), []).append(item)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
