@@ -33,6 +33,7 @@ from trt_yolov6.graph.quantized import QuantizedLayer
 from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.quantization.bias_correction import layers_of_both, shift_bias
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
+from trt_yolov6.quantization.types import INT8
 
 # Places of one image whose inputs count, for one layer.
 _PLACES = 1024
@@ -52,8 +53,6 @@ _BLOCK = 64
 # Memory for the sums of products of the layers that one pass over the images serves. YOLOv6-N's
 # take 103 MiB; S needs three passes.
 _SUMS_BYTES = 160 << 20
-
-_LEVELS = 127
 
 # Rows of so few weights, those of 3x3 depthwise convolutions, get the scale that suits rounding
 # best. It halves the error; of 16 to 96 weights it takes a tenth to a fifth away.
@@ -435,7 +434,7 @@ def _rounded(weights: torch.Tensor, scale: torch.Tensor, upper: torch.Tensor) ->
         factor = upper[block, block].numpy()
         for column in range(len(own)):
             target = own[column] + left[column] / factor[column, column]
-            made[column] = np.clip(np.rint(target / scales), -_LEVELS, _LEVELS)
+            made[column] = np.clip(np.rint(target / scales), -INT8.largest, INT8.largest)
             lost[column] = own[column] - made[column] * scales
             left[column + 1 :] += factor[column, column + 1 :, None] * lost[column]
     return levels

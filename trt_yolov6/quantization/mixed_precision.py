@@ -17,7 +17,7 @@ from trt_yolov6.graph.cost import T4, layers_of
 from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
 from trt_yolov6.quantization.qdq.placement import place
-from trt_yolov6.quantization.sensitivity import Distortion, Sensitivity
+from trt_yolov6.quantization.sensitivity import Distortion
 
 _BATCH = 32
 """Images at a time for which run time is estimated: the paper's, and enough to fill the GPU."""
@@ -98,7 +98,7 @@ def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
     }
 
 
-def tensors_to_measure(model: onnx.ModelProto) -> tuple[str, ...]:
+def tensors_for_any_choice(model: onnx.ModelProto) -> tuple[str, ...]:
     """Return the tensors whose ranges are enough for any choice of float layers.
 
     With other layers in float, pairs move: after a concatenation rather than before it, to the
@@ -116,17 +116,15 @@ def tensors_to_measure(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(name for name in graph.order if name in wanted)
 
 
-def most_sensitive(sensitivity: Sensitivity, count: int) -> tuple[str, ...]:
-    """Return the `count` most sensitive layers, the most sensitive first.
+def most_sensitive(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Return the first `count` of layers, which are in order of their sensitivity.
 
     Raises:
         UserError: there are fewer.
     """
-    if not 0 <= count <= len(sensitivity.layers):
-        raise UserError(
-            f"`float_layers` {count} is out of range; {len(sensitivity.layers)} layers run in INT8."
-        )
-    return sensitivity.names[:count]
+    if not 0 <= count <= len(names):
+        raise UserError(f"`float_layers` {count} is out of range; {len(names)} layers run in INT8.")
+    return names[:count]
 
 
 def rankings(

@@ -130,11 +130,11 @@ def quantize(
         model = tuning.tuned(model, table.weights)
     else:
         model = with_learned(model, table.learned)
+    costs = layer_costs(prepared.model)
+    share = sum(costs[name].multiply_add_share for name in placement.layers)
     calibration = _record(table, len(paths)) | {
         f"{quantized.name}_layers": len(placement.layers),
-        f"{quantized.name}_share_of_multiply_adds": round(
-            _quantized_share(prepared.model, placement), 4
-        ),
+        f"{quantized.name}_share_of_multiply_adds": round(share, 4),
         "rest": "fp16" if settings.fp16 else "fp32",
         **({} if found is None else _judged(found, folds)),
     }
@@ -220,11 +220,6 @@ def _judged(found: Found, folds: Sequence[ImageSplit]) -> dict[str, Any]:
         **({} if found.budget is None else {"budget": dict(found.budget)}),
         "tried": [item.to_json() for item in found.candidates],
     }
-
-
-def _quantized_share(model: onnx.ModelProto, placement: Placement) -> float:
-    costs = layer_costs(model)
-    return sum(costs[name].multiply_add_share for name in placement.layers)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.alignment import aligned
 from trt_yolov6.quantization.equalization.solve import Solution, equalize, tensors_to_measure
 from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of
-from trt_yolov6.quantization.mixed_precision import layer_costs
-from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
+from trt_yolov6.quantization.mixed_precision import layer_costs, tensors_for_any_choice
 from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.settings import QuantizationSettings
@@ -264,12 +263,11 @@ class Fold:
         if whole:
             self._known[prepared.variant] = prepared, self.tuning
 
-    def is_prepared(self, variant: Variant) -> bool:
-        """Return whether a form is there with all its statistics; then go on with it."""
+    def go_on_with(self, variant: Variant) -> None:
+        """Go on with a form of the graph with the statistics of all images."""
         if variant not in self._known:
-            return False
+            self.take(prepare(self._graph, self.split.calibrate, self._settings, variant))
         self.prepared, self.tuning = self._known[variant]
-        return True
 
 
 def copies_of(graph: Graph) -> int:

@@ -177,12 +177,14 @@ class Search:
         found: dict[Variant, tuple[float, Choice]] = {}
         promising = self._promising_variants(named)
         for variant in promising:
-            self._go_on_with(variant)
+            for fold in self._folds:
+                fold.go_on_with(variant)
             choice = self._choose(named)
             found[variant] = self._loss(choice) if len(promising) > 1 else 0.0, choice
         variant = min(found, key=lambda one: found[one][0])
         choice = found[variant][1]
-        self._go_on_with(variant)
+        for fold in self._folds:
+            fold.go_on_with(variant)
         if self._candidates:
             _log.info(f"chosen: calibrator {choice.method}, graph {variant}")
         if not isinstance(wanted, tuple) and wanted != 0:
@@ -221,12 +223,6 @@ class Search:
 
     # --- decisions ------------------------------------------------------------------------------
 
-    def _go_on_with(self, variant: Variant) -> None:
-        """Prepare a form of the graph with the statistics of all images."""
-        for fold in self._folds:
-            if not fold.is_prepared(variant):
-                fold.take(prepare(self._graph, fold.split.calibrate, self._settings, variant))
-
     def _promising_variants(self, layers: tuple[str, ...]) -> tuple[Variant, ...]:
         """Compare the forms of the graph by the first calibrator, ranges of a few images.
 
@@ -248,7 +244,10 @@ class Search:
                 few = evenly(fold.split.calibrate, FEWEST_IMAGES)
                 fold.take(
                     prepare(
-                        *(self._graph, few, self._settings, variant),
+                        self._graph,
+                        few,
+                        self._settings,
+                        variant,
                         known=of_plain,
                         images=fold.inputs,
                         form=form,
@@ -325,7 +324,7 @@ class Search:
         """Choose the layers that stay in float, and ranges and weights again with them."""
         wanted = self._settings.float_layers
         if isinstance(wanted, int):
-            chosen = most_sensitive(ranked(self._distortions(choice), "snr"), wanted)
+            chosen = most_sensitive(ranked(self._distortions(choice), "snr").names, wanted)
             slower = self._slowdown(chosen)
             _log.info(
                 f"in float: {', '.join(chosen)}; ranked by signal-to-noise ratio whatever they "

@@ -25,7 +25,13 @@ from trt_yolov6.graph.editing import add_initializers, replace_tensor
 from trt_yolov6.graph.index import GraphIndex, attributes, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
 from trt_yolov6.quantization.bias_correction import bias_of
-from trt_yolov6.quantization.fake_quantize import FakeQuantizer, activation_levels
+from trt_yolov6.quantization.fake_quantize import (
+    WIDEST,
+    FakeQuantizer,
+    activation_levels,
+    fake_quantize,
+    weight_levels,
+)
 from trt_yolov6.quantization.types import INT8
 
 Attributes = Mapping[str, Any]
@@ -213,7 +219,8 @@ class TorchGraph(nn.Module):
         if kind == "weight" and output in self._keys:
             key = self._keys[output]
             steps = self.get_parameter(f"{key}_weight")
-            return _rounded_steps(steps) * self.get_buffer(f"{key}_scale")
+            levels = fake_quantize(steps, steps.new_ones(()), weight_levels(WIDEST))
+            return levels * self.get_buffer(f"{key}_scale")
         if kind == "bias" and output in self._keys:
             return self._bias(self._keys[output])
         return self._constants[name] if name else None
@@ -228,7 +235,7 @@ class TorchGraph(nn.Module):
             assert scale is not None
             self._scale_names[name] = key
             self.quantizers[key] = FakeQuantizer(
-                torch.tensor(np.float32(scale.reshape(()))), activation_levels(8), learn=True
+                torch.tensor(np.float32(scale.reshape(()))), activation_levels(WIDEST), learn=True
             )
         return lambda _, inputs: self.quantizers[key](inputs[0])
 
@@ -245,12 +252,6 @@ class TorchGraph(nn.Module):
     def _bias(self, key: str) -> Tensor:
         start, unit = self.get_buffer(f"{key}_start"), self.get_buffer(f"{key}_unit")
         return start + unit * self.get_parameter(f"{key}_bias")
-
-
-def _rounded_steps(steps: Tensor) -> Tensor:
-    """Round to whole steps within the levels; the gradient passes straight through."""
-    clipped = steps.clamp(-INT8.largest, INT8.largest)
-    return clipped + (clipped.round() - clipped).detach()
 
 
 # --- operators ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import onnx
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.cost import macs_per_input
-from trt_yolov6.graph.index import GraphIndex, attribute, layers_after
+from trt_yolov6.graph.index import GraphIndex, attribute
 from trt_yolov6.graph.operators import ACTIVATIONS, CONVOLUTIONS, MOVING_OPS, layer_names
 from trt_yolov6.quantization.types import QuantizedType
 
@@ -208,7 +208,10 @@ def reads_few_channels(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
 
     A tensor core multiplies 32 eight-bit channels at a time; missing ones are padded with zeros.
     """
-    return "reads fewer than 16 channels" if _channels(graph, node)[0] < 16 else None
+    weight = _weight_shape(graph, node)
+    transposed = node.op_type == "ConvTranspose"
+    channels = weight[0] // attribute(node, "group", 1) if transposed else weight[1]
+    return "reads fewer than 16 channels" if channels < 16 else None
 
 
 def is_transposed(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
@@ -244,13 +247,9 @@ def is_among_the_last(count: int) -> Rule:
         count: layers counted from the outputs on; 1 leaves those in float that no other comes
             after.
     """
-    after: dict[int, dict[str, int]] = {}
 
     def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
-        if id(graph) not in after:
-            after.clear()
-            after[id(graph)] = layers_after(graph)
-        last = after[id(graph)][node.output[0]] < count
+        last = graph.layers_after[node.output[0]] < count
         return f"is among the last {count} layers" if last else None
 
     return rule
@@ -258,13 +257,6 @@ def is_among_the_last(count: int) -> Rule:
 
 def _weight_shape(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, ...]:
     return tuple(graph.constants[node.input[1]].dims)  # `_has_no_stored_weights` comes first
-
-
-def _channels(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, int]:
-    """Return how many channels a convolution reads and makes, those of one group."""
-    one, other = _weight_shape(graph, node)[:2]
-    groups = attribute(node, "group", 1)
-    return (one // groups, other) if node.op_type == "ConvTranspose" else (other, one // groups)
 
 
 FP8_RULES: tuple[Rule, ...] = (
