@@ -133,11 +133,7 @@ def read_learned(path: Path, sha256: str) -> Learned:
     Raises:
         UserError: the file is missing, damaged or of another calibration.
     """
-    parts: dict[str, dict[str, NDArray[np.generic]]] = {
-        "codes": {},
-        "bias": {},
-        "scale": {},
-    }
+    parts: dict[str, dict[str, NDArray[np.generic]]] = {"codes": {}, "bias": {}, "scale": {}}
     try:
         with np.load(path, allow_pickle=False) as stored:
             for name in stored.files:

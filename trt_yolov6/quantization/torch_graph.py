@@ -284,8 +284,7 @@ def _conv(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     image, padding = _padded(given, inputs[0])
     return F.conv2d(
         image,
-        inputs[1],
-        inputs[2] if len(inputs) > 2 else None,
+        *inputs[1:],
         stride=tuple(given.get("strides", (1, 1))),
         padding=padding,
         dilation=tuple(given.get("dilations", (1, 1))),
@@ -307,9 +306,7 @@ def _even_padding(given: Attributes, what: str) -> tuple[int, int]:
 def _conv_transpose(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     padding = _even_padding(given, "a transposed convolution")
     return F.conv_transpose2d(
-        inputs[0],
-        inputs[1],
-        inputs[2] if len(inputs) > 2 else None,
+        *inputs,
         stride=tuple(given.get("strides", (1, 1))),
         padding=padding,
         output_padding=tuple(given.get("output_padding", (0, 0))),

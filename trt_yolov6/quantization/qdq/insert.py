@@ -65,7 +65,6 @@ def insert_qdq(
     writer = _Writer(
         result, scales, _scale_names(placement, scales), quantized, fp16, weight_scales
     )
-    readers_of_exact = {(tensor, output): tensor for tensor, output in placement.unquantized_reads}
     outputs = {name for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
     for name in placement.tensors:
@@ -77,7 +76,7 @@ def insert_qdq(
     for original in graph.node:
         node = copy.deepcopy(original)
         for index, name in enumerate(node.input):
-            if name in scales and (name, node.output[0]) not in readers_of_exact:
+            if name in scales and (name, node.output[0]) not in placement.unquantized_reads:
                 node.input[index] = writer.dequantized(name)
         # Half precision and the engine's layers go by nodes' names; see `layer_names`.
         node.name = node.name or node.output[0]
