@@ -10,9 +10,11 @@ import dataclasses
 import enum
 import functools
 import io
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -231,6 +233,38 @@ def test_a_failed_int8_build_of_tensorrt_8_5_is_answered_with_8_6(
     from trt_yolov6.engines.tensorrt.builder import remedy_of
 
     assert named in remedy_of(release, explicit_int8=explicit_int8)
+
+
+def test_builds_in_threads_leave_standard_error_where_it_was() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    before = os.fstat(2)
+    with ThreadPoolExecutor(4) as pool:
+        plans = list(pool.map(lambda _: plan_of(detector()), range(8)))
+    assert all(plans)
+    assert os.path.samestat(before, os.fstat(2))
+
+
+@pytest.mark.parametrize(
+    ("version", "quantized", "single", "relaxes"),
+    [
+        ("8.5.3.1", True, {"boxes"}, True),
+        ("8.5.3.1", True, set(), False),
+        ("8.5.3.1", False, {"boxes"}, False),
+        ("8.6.0", True, {"boxes"}, False),
+    ],
+)
+def test_only_int8_heads_on_tensorrt_8_5_may_have_boxes_in_half_precision(
+    version: str, quantized: bool, single: set[str], relaxes: bool
+) -> None:
+    from trt_yolov6.engines.tensorrt.builder import relaxed_boxes
+    from trt_yolov6.engines.tensorrt.weakly_typed import WeakGraph
+
+    api: Any = types.SimpleNamespace(__version__=version)
+    weak = WeakGraph(b"graph", True, quantized, frozenset(single), frozenset({"scores"}))
+    found = relaxed_boxes(Flavour("tensorrt", "TensorRT", api), weak)
+    assert (found is not None) is relaxes
+    if found is not None:
+        assert found == dataclasses.replace(weak, single=frozenset())
 
 
 def test_messages_of_tensorrt_lose_the_places_in_its_source() -> None:

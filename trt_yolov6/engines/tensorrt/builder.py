@@ -14,6 +14,7 @@ same (the environment variable NVIDIA_TF32_OVERRIDE=0 stops it, at run time).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -43,6 +44,14 @@ _LOG = logging.getLogger(__name__)
 
 MAX_OPTIMIZATION_LEVEL = 5
 
+# Builds of one process go one after the other. Three threads that built with 8.6.0 made nothing in
+# six minutes, with the GPU idle; and the logger and standard error are those of the process.
+_ONE_BUILD = threading.Lock()
+
+
+class _BuilderFailedError(UserError):
+    """The builder made no plan of a network that it took."""
+
 
 def build_plan(
     flavour: Flavour,
@@ -67,10 +76,47 @@ def build_plan(
         UserError: the graph has no translation, a setting is out of range, or the builder fails;
             the sentence quotes its reason.
     """
+    _check_settings(settings)
+    weak = None
+    if settings.calibration is not None or not has_strong_types(flavour.api):
+        calibration = settings.calibration
+        weak = weak_graph(model) if calibration is None else implicit_graph(model, calibration.fp16)
+    with _ONE_BUILD:
+        try:
+            return _built(flavour, model, weak, settings, set_target)
+        except _BuilderFailedError:
+            relaxed = None if settings.calibration is not None else relaxed_boxes(flavour, weak)
+            if relaxed is None:
+                raise
+        _LOG.warning(
+            "%s does not build this INT8 graph with boxes in single precision; trying with boxes "
+            "in half precision, where coordinates above 512 are multiples of half a pixel",
+            flavour,
+        )
+        return _built(flavour, model, relaxed, settings, set_target)
+
+
+def relaxed_boxes(flavour: Flavour, weak: WeakGraph | None) -> WeakGraph | None:
+    """Return a graph with Q/DQ that TensorRT 8.5 may build where it failed, or None.
+
+    Of an INT8 head, 8.5.3 builds the prediction of boxes only if nothing after it has to be in
+    single precision (an H200; whole networks are untried).
+    """
+    if weak is None or not (weak.quantized and weak.single) or flavour.release >= (8, 6):
+        return None
+    return dataclasses.replace(weak, single=frozenset())
+
+
+def _built(
+    flavour: Flavour,
+    model: bytes,
+    weak: WeakGraph | None,
+    settings: BuildSettings,
+    set_target: Callable[[trt.IBuilderConfig], None] | None,
+) -> bytes:
     api = flavour.api
     logger = logger_of(api)
     logger.clear()
-    _check_settings(settings)
     try:
         builder = api.Builder(logger)
     except TypeError as error:  # pybind11's word for a null pointer
@@ -78,10 +124,6 @@ def build_plan(
             f"{flavour} cannot start its builder ({logger.reason()}); `trt-yolov6 doctor` says "
             "what it needs."
         ) from error
-    weak = None
-    if settings.calibration is not None or not has_strong_types(api):
-        calibration = settings.calibration
-        weak = weak_graph(model) if calibration is None else implicit_graph(model, calibration.fp16)
     network = builder.create_network(_network_flags(api, weakly_typed=weak is not None))
     parser = api.OnnxParser(network, logger)
     if not parser.parse(model if weak is None else weak.model):
@@ -316,7 +358,7 @@ def _run_builder(
             if monitor.interrupted:
                 raise KeyboardInterrupt
         if plan is None:
-            raise UserError(
+            raise _BuilderFailedError(
                 f"{flavour} cannot build the engine ({logger_of(flavour.api).reason()}); {remedy}.",
             )
         bar.update(100 - bar.n)
