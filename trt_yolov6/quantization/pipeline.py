@@ -22,7 +22,7 @@ from typing import Any
 
 import onnx
 
-from trt_yolov6.data.calibration import calibration_images, evenly, images_sha256
+from trt_yolov6.data.calibration import calibration_images, images_sha256
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.collect import check_weights
@@ -35,12 +35,11 @@ from trt_yolov6.quantization.judge import (
 from trt_yolov6.quantization.learned import with_learned
 from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.preparation import (
-    FEWEST_IMAGES,
     Prepared,
     copies_of,
-    inputs_of,
     method_of,
     prepare,
+    weight_tuning,
 )
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
@@ -59,7 +58,6 @@ from trt_yolov6.quantization.table import (
 )
 from trt_yolov6.quantization.trials import Candidate
 from trt_yolov6.quantization.types import INT8
-from trt_yolov6.quantization.weights import WeightTuning
 
 _log = logging.getLogger(__name__)
 
@@ -116,13 +114,12 @@ def quantize(
     if table is not None:
         sources = images_to_build_from(folds)
         prepared = prepare(graph, sources, settings, table.variant, measure=False)
-        inputs = list(inputs_of(graph, evenly(sources, FEWEST_IMAGES), settings.border))
-        tuning = WeightTuning(prepared.model, inputs)
+        tuning = weight_tuning(graph, prepared, sources, settings)
     else:
         found = Search(graph, folds, settings, key, score).run()
         prepared, table, tuning = found.prepared, found.table, found.tuning
     quantized = settings.quantized
-    placement = place_for(quantized, prepared.model, table.float_layers)
+    placement = prepared.placed(table.float_layers)
     model = insert_qdq(
         prepared.model, placement, table.amax, quantized=quantized, fp16=settings.fp16
     )
@@ -233,7 +230,7 @@ class Calibrated:
 
     def with_float(self, layers: tuple[str, ...]) -> onnx.ModelProto:
         """Return the Q/DQ graph with some layers in float."""
-        return self.prepared.inserted(method_of(self.table), INT8, layers)
+        return self.prepared.inserted(method_of(self.table), layers)
 
 
 def calibrate(

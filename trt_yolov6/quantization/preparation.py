@@ -30,7 +30,7 @@ from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
-from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable, Variant
+from trt_yolov6.quantization.table import CalibrationTable, Variant
 from trt_yolov6.quantization.types import QuantizedType
 from trt_yolov6.quantization.weights import WeightTuning
 
@@ -72,13 +72,16 @@ class Prepared:
     """A float graph in one variant, with the statistics that calibration needs."""
 
     variant: Variant
+    quantized: QuantizedType
     model: onnx.ModelProto
     placement: Placement
     statistics: Mapping[str, TensorStatistics]
 
-    def placed(self, quantized: QuantizedType, float_layers: tuple[str, ...]) -> Placement:
+    def placed(self, float_layers: tuple[str, ...]) -> Placement:
         """Return the placement with some layers in float."""
-        return place_for(quantized, self.model, float_layers) if float_layers else self.placement
+        if not float_layers:
+            return self.placement
+        return place_for(self.quantized, self.model, float_layers)
 
     @property
     def means(self) -> dict[str, NDArray[np.float64]]:
@@ -89,36 +92,20 @@ class Prepared:
             if one.channels is not None
         }
 
-    def table(
-        self,
-        method: Method,
-        key: CalibrationKey,
-        quantized: QuantizedType,
-        float_layers: tuple[str, ...] = (),
-    ) -> CalibrationTable:
-        """Return the ranges by a calibrator, with some layers in float.
+    def ranges(self, method: Method, float_layers: tuple[str, ...] = ()) -> dict[str, float]:
+        """Return the tensors' ranges by a calibrator, with some layers in float.
 
         With other layers in float, pairs stand elsewhere and groups are other ones.
         """
-        amax = self.ranges(method, quantized, self.placed(quantized, float_layers))
-        methods = dict.fromkeys(amax, str(method))
-        return CalibrationTable(amax, methods, key, self.variant, float_layers)
-
-    def ranges(
-        self, method: Method, quantized: QuantizedType, placement: Placement
-    ) -> dict[str, float]:
-        """Return the ranges of a placement's tensors by a calibrator."""
+        placement = self.placed(float_layers)
         statistics = {name: self.statistics[name] for name in placement.tensors}
-        amax = group_amax(statistics, placement.groups, method, quantized)
+        amax = group_amax(statistics, placement.groups, method, self.quantized)
         return {name: _rounded_up(value) for name, value in amax.items()}
 
-    def inserted(
-        self, method: Method, quantized: QuantizedType, float_layers: tuple[str, ...] = ()
-    ) -> onnx.ModelProto:
+    def inserted(self, method: Method, float_layers: tuple[str, ...] = ()) -> onnx.ModelProto:
         """Return the Q/DQ graph by a calibrator, with some layers in float."""
-        placement = self.placed(quantized, float_layers)
-        amax = self.ranges(method, quantized, placement)
-        return insert_qdq(self.model, placement, amax, quantized=quantized)
+        placement, amax = self.placed(float_layers), self.ranges(method, float_layers)
+        return insert_qdq(self.model, placement, amax, quantized=self.quantized)
 
 
 def _rounded_up(value: float) -> float:
@@ -165,10 +152,10 @@ def prepare(
     to_align = form.solution is not None and form.shifts_much
     wanted = quantizable_tensors(form.model, settings) if measure or to_align else ()
     statistics = measured(form.model, wanted) if wanted else {}
-    prepared = Prepared(variant, form.model, placement, statistics)
+    prepared = Prepared(variant, settings.quantized, form.model, placement, statistics)
     if form.solution is None or not to_align:
         return prepared
-    ranges = prepared.ranges(calibrators(settings)[0], settings.quantized, placement)
+    ranges = prepared.ranges(calibrators(settings)[0])
     few = inputs_of(graph, evenly(paths, FEWEST_IMAGES), settings.border)
     solution = aligned(
         form.solution,
@@ -178,6 +165,14 @@ def prepare(
     )
     # Middles move by half a step at most: the statistics still hold.
     return dataclasses.replace(prepared, model=solution.applied(graph.model))
+
+
+def weight_tuning(
+    graph: Graph, prepared: Prepared, paths: Sequence[Path], settings: QuantizationSettings
+) -> WeightTuning:
+    """Return what tunes the weights of a prepared graph, on a few of the images that calibrate."""
+    few = evenly(paths, FEWEST_IMAGES)
+    return WeightTuning(prepared.model, list(inputs_of(graph, few, settings.border)))
 
 
 def calibrators(settings: QuantizationSettings) -> tuple[Method, ...]:

@@ -58,9 +58,9 @@ from trt_yolov6.quantization.preparation import (
     calibrators,
     formed,
     images_to_compare,
-    inputs_of,
     plain_statistics,
     prepare,
+    weight_tuning,
 )
 from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked, scores_alone
 from trt_yolov6.quantization.settings import QuantizationSettings
@@ -202,22 +202,28 @@ class Search:
         if others:
             paths = images_to_build_from([fold.split for fold in self._folds])
             prepared = prepare(self._graph, paths, self._settings, variant)
-            inputs = inputs_of(self._graph, paths, self._settings.border)
-            tuning = WeightTuning(prepared.model, list(inputs))
-        table = prepared.table(choice.method, self._key, self._quantized, choice.float_layers)
-        table = dataclasses.replace(table, weights=choice.weights)
-        if tuned is None and choice.like and choice.float_layers and not others:
-            # What was tried is what is built, now and from the table.
-            table = dataclasses.replace(table, learned=learned_of(self._model(first, choice)))
+            tuning = weight_tuning(self._graph, prepared, paths, self._settings)
+        amax, learned = prepared.ranges(choice.method, choice.float_layers), None
         if tuned is not None:
             model, ranges = tuned
-            amax = {**table.amax, **ranges}
-            for group in prepared.placed(self._quantized, choice.float_layers).groups:
+            amax |= ranges
+            for group in prepared.placed(choice.float_layers).groups:
                 # Some have no pair of their own.
                 amax |= dict.fromkeys(group, next(ranges[one] for one in group if one in ranges))
-            table = dataclasses.replace(
-                table, amax=amax, learned=learned_of(model), by_gradients=True
-            )
+            learned = learned_of(model)
+        elif choice.like and choice.float_layers and not others:
+            # What was tried is what is built, now and from the table.
+            learned = learned_of(self._model(first, choice))
+        table = CalibrationTable(
+            amax,
+            dict.fromkeys(amax, str(choice.method)),
+            self._key,
+            variant,
+            choice.float_layers,
+            choice.weights,
+            learned,
+            by_gradients=tuned is not None,
+        )
         tried = tuple(self._candidates)
         return Found(prepared, table, tried, tuning, agreement, images, self._reached)
 
@@ -355,7 +361,7 @@ class Search:
         if not Displacement.can_watch(self._graph):
             return rankings(self._distortions(choice), self._costs)
         prepared = fold.prepared
-        amax = prepared.ranges(choice.method, self._quantized, prepared.placement)
+        amax = prepared.ranges(choice.method)
         paths = evenly(fold.split.calibrate, _WATCHED_IMAGES)
         count = len(prepared.placement.layers)
         _log.info(f"what each of {count} layers does to detections in {len(paths)} images ...")
@@ -490,7 +496,7 @@ class Search:
         return sum(self._costs[name].time_share for name in layers)
 
     def _inserted(self, fold: Fold, choice: Choice) -> onnx.ModelProto:
-        return fold.prepared.inserted(choice.method, self._quantized, choice.float_layers)
+        return fold.prepared.inserted(choice.method, choice.float_layers)
 
     def _compared(self, fold: Fold, choice: Choice) -> onnx.ModelProto:
         """Return the graph by which forms and ranges are compared: biases are tried later on."""
@@ -529,7 +535,7 @@ class Search:
     def _distortions(self, choice: Choice) -> Mapping[str, Distortion]:
         fold = self._folds[0]
         prepared = fold.prepared
-        amax = prepared.ranges(choice.method, self._quantized, prepared.placement)
+        amax = prepared.ranges(choice.method)
         paths = evenly(fold.split.calibrate, images_to_compare(self._graph))
         count = len(prepared.placement.layers)
         _log.info(f"sensitivity of {count} layers over {len(paths)} images ...")

@@ -284,7 +284,8 @@ def _conv(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     image, padding = _padded(given, inputs[0])
     return F.conv2d(
         image,
-        *inputs[1:],
+        inputs[1],
+        inputs[2] if len(inputs) > 2 else None,
         stride=tuple(given.get("strides", (1, 1))),
         padding=padding,
         dilation=tuple(given.get("dilations", (1, 1))),
@@ -306,7 +307,9 @@ def _even_padding(given: Attributes, what: str) -> tuple[int, int]:
 def _conv_transpose(given: Attributes, inputs: Sequence[Any]) -> Tensor:
     padding = _even_padding(given, "a transposed convolution")
     return F.conv_transpose2d(
-        *inputs,
+        inputs[0],
+        inputs[1],
+        inputs[2] if len(inputs) > 2 else None,
         stride=tuple(given.get("strides", (1, 1))),
         padding=padding,
         output_padding=tuple(given.get("output_padding", (0, 0))),
