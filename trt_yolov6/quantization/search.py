@@ -216,7 +216,7 @@ class Search:
             learned = learned_of(self._model(first, choice))
         table = CalibrationTable(
             amax,
-            dict.fromkeys(amax, str(choice.method)),
+            dict.fromkeys(amax, choice.method),
             self._key,
             variant,
             choice.float_layers,

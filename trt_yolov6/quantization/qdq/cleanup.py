@@ -234,7 +234,9 @@ def unify_scales(graph: gs.Graph) -> Removed:
             return [by_result[id(tensor)]]
         maker = _maker(tensor)
         if maker is not None and maker.op in (*_MOVING, "Resize"):
-            parts = [carried(item) for item in _data(maker)]
+            # The further inputs of other operators say where values go.
+            moved = maker.inputs if maker.op == "Concat" else maker.inputs[:1]
+            parts = [carried(item) for item in moved]
             return None if None in parts else [one for part in parts if part for one in part]
         return on.get(id(tensor))
 
@@ -394,11 +396,6 @@ def _grid(node: gs.Node) -> _Grid | None:
     elif zero.size == 1:
         zero = np.full(scale.shape, zero.reshape(-1)[0])
     return _Grid(scale, zero, int(node.attrs.get("axis", 1)))
-
-
-def _data(node: gs.Node) -> list[gs.Tensor]:
-    """Return those of a moving operator's inputs that it moves."""
-    return list(node.inputs if node.op == "Concat" else node.inputs[:1])
 
 
 def _constant(graph: gs.Graph, name: str, value: NDArray[Any]) -> gs.Constant:
