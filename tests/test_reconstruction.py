@@ -171,6 +171,8 @@ def test_what_is_learned_is_kept_only_if_it_is_clearly_better(
     again = quantize(tiny, folder, settings, table_file=table)
     assert "same model, images and settings" in again.note
     assert again.graph.model.SerializeToString() == result.graph.model.SerializeToString()
+    assert again.graph.calibration is not None
+    assert again.graph.calibration["calibrator"] == "minmax"
     assert [one.decides for one in result.candidates] == ["gradients"]
 
 
