@@ -738,7 +738,7 @@ def accuracy_of(bench: Bench, name: str) -> list[dict[str, Any]]:
             if isinstance(way, int) or way == "CPU":
                 engine.takes_images = lambda: False  # type: ignore[method-assign]
             elif way != "GPU":
-                engine.jpeg_decoder = lambda number=0: None  # type: ignore[method-assign]
+                engine.jpeg_decoder = lambda: None  # type: ignore[method-assign]
             workers = 1 if isinstance(way, int) else None  # so that draws can be repeated
             options = PredictOptions(batch=8, workers=workers)
             result = evaluate(engine, data, options, progress=False)

@@ -77,6 +77,13 @@ def test_a_short_name_stands_for_the_newest_build_and_that_is_said(
             find_engine(missing)
 
 
+def test_a_damaged_manifest_of_another_engine_is_passed_over(graph: Graph) -> None:
+    built = build_engine(graph, backend="onnxruntime").path
+    Path("engines/other.onnx").write_bytes(b"another")
+    Path("engines/other.json").write_bytes(b"{")
+    assert find_engine("engines/net.onnx") == built
+
+
 def test_replacing_an_engine_is_said(graph: Graph, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["build", "--onnx", "net.onnx", "--backend", "onnxruntime", "--quiet"]
     assert main(command) == 0

@@ -235,6 +235,25 @@ def test_a_failed_int8_build_of_tensorrt_8_5_is_answered_with_8_6(
     assert named in remedy_of(release, explicit_int8=explicit_int8)
 
 
+def test_a_build_that_fails_for_want_of_an_image_says_which(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TensorRT drops what a calibrator's callback raises, and gives a reason of its own."""
+    api = pytest.importorskip("tensorrt_rtx")
+
+    def finish() -> None:
+        raise UserError("cells.jpg is damaged; replace it.")
+
+    calibrator = types.SimpleNamespace(finish=finish)
+    monkeypatch.setattr(tensorrt_build, "calibrate", lambda *_: calibrator)
+    settings = dataclasses.replace(T4, workspace_mib=1, calibration=CALIBRATION)
+    flavour = Flavour("tensorrt-rtx", "TensorRT-RTX", api)
+    set_target = tensorrt_rtx._target_setter(api, ("SM75",))
+    model = detector().SerializeToString()
+    message = refusal(lambda: tensorrt_build._built(flavour, model, None, settings, set_target))
+    assert message == "cells.jpg is damaged; replace it."
+
+
 def test_builds_in_threads_leave_standard_error_where_it_was() -> None:
     pytest.importorskip("tensorrt_rtx")
     before = os.fstat(2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import threading
+import weakref
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from trt_yolov6.data.coco import CocoImage, open_coco_image, read_coco_image
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.engines.cuda.jpeg import DecodedBatch
+from trt_yolov6.engines.cuda.letterbox import ImageView
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.predict import detect, process
 from trt_yolov6.runtime.several_gpus import get_ready
@@ -258,6 +262,33 @@ def test_a_few_images_go_the_same_way_once_the_outputs_were_checked(
             found = detect(engine, mixed, MANY)
             assert_same(found, wanted)
             assert engine.taken == taken
+
+
+def test_the_files_of_a_few_images_are_there_until_the_run_is_over(
+    tmp_path: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU may still be reading them when `decode` returns."""
+    files: list[weakref.ref[Jpeg]] = []
+    are_there: list[bool] = []
+    decoder = HostDecoder()
+    decode = decoder.decode
+
+    def keeping(images: Sequence[Jpeg], buffers: DecodedBatch) -> list[ImageView | None]:
+        buffers.sources = [*images]
+        files.extend(map(weakref.ref, images))
+        return decode(images, buffers)
+
+    def infer(images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        are_there.extend(file() is not None for file in files)
+        return plain.infer(images)
+
+    monkeypatch.setattr(decoder, "decode", keeping)
+    with load_tiny(tmp_path) as plain:
+        engine = HostImagesEngine(plain, library, decoder)
+        engine.is_checked = True
+        monkeypatch.setattr(engine, "infer", infer)
+        detect(engine, write_all(tmp_path, 2), MANY)
+    assert are_there == [True, True]
 
 
 def test_a_data_sets_record_says_whether_a_jpeg_is_turned(tmp_path: Path) -> None:

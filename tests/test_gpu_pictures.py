@@ -128,7 +128,12 @@ def letterboxed(
     rows: int,
 ) -> NDArray[Any]:
     from trt_yolov6.engines.cuda.device import DeviceMemory, PinnedPool, Stream
-    from trt_yolov6.engines.cuda.letterbox import RECORD_BYTES, LetterboxKernel, write_record
+    from trt_yolov6.engines.cuda.letterbox import (
+        RECORD_BYTES,
+        LetterboxKernel,
+        interleaved,
+        write_record,
+    )
     from trt_yolov6.engines.cuda.staging import Staging
 
     kernel, stream, pool = LetterboxKernel(spec, how), Stream(), PinnedPool()
@@ -138,8 +143,9 @@ def letterboxed(
     staging = Staging(pool)
     locked = pool.array(images[0].shape, np.dtype(np.uint8))
     locked[:] = images[0]
-    views = staging.send([locked, *images[1:]], stream)
-    for row, (view, place) in enumerate(zip(views, placed, strict=True)):
+    addresses, step = staging.place([locked, *images[1:]], stream)
+    for row, (address, place) in enumerate(zip(addresses, placed, strict=True)):
+        view = interleaved(address, place.source[0], place.source[1], step)
         write_record(table, row, view, place, how.interpolation)
     stream.copy_in(records, table.ctypes.data, table.nbytes)
     kernel.enqueue(stream, records.address, target.address, rows)

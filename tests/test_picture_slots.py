@@ -25,6 +25,7 @@ from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.loader import fill_row
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.cuda import letterbox, staging
+from trt_yolov6.engines.cuda.device import CudaError
 from trt_yolov6.engines.tensorrt import pictures
 from trt_yolov6.engines.tensorrt.pictures import Pictures
 from trt_yolov6.errors import UserError
@@ -67,7 +68,7 @@ class HostStream:
     def copy_in(self, target: HostMemory, source: int, nbytes: int, offset: int = 0) -> None:
         assert offset + nbytes <= target.nbytes
         assert not target.freed
-        self.do(lambda: _move(target.address + offset, source + offset, nbytes))
+        self.do(lambda: _move(target.address + offset, source, nbytes))
 
     def wait_for(self, event: Any) -> None:
         self.do(event.check)
@@ -293,6 +294,25 @@ def test_what_was_recorded_is_forgotten_when_a_context_changes(engine: Engine) -
         if turn == 2:
             HostSlot.made[0].generation += 1
     assert HostSlot.made[0].runs == 4  # twice: run once, recorded once
+
+
+def test_memory_that_could_not_grow_is_not_written_to(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single image of a size seen before goes where the last one went, while that is there."""
+
+    def too_large(nbytes: int) -> HostMemory:
+        if nbytes > 100_000:
+            raise CudaError("there is no room")
+        return HostMemory(nbytes)
+
+    slots = pictures_of(engine)
+    same = np.random.default_rng(0).integers(0, 256, (*engine.image_size, 3), np.uint8)
+    monkeypatch.setattr(staging, "PinnedMemory", too_large)
+    assert_results(start(slots, engine, [same], 1).wait(), engine, [same], 1)
+    with pytest.raises(CudaError, match="no room"):
+        start(slots, engine, [np.zeros((400, 400, 3), np.uint8)], 1)
+    assert_results(start(slots, engine, [same], 1).wait(), engine, [same], 1)
 
 
 def test_a_batch_that_fails_to_start_leaves_its_slot_to_the_next(engine: Engine) -> None:

@@ -21,6 +21,7 @@ from support.tiny_detector import CELL, load_named, load_tiny, write_cells
 from trt_yolov6.data.images import read_image
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.base import LoadOptions
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.annotate import infer_source
@@ -31,7 +32,7 @@ from trt_yolov6.runtime.several_gpus import (
     _in_order,
     _work,
     check_gpus,
-    file_of,
+    loader_of,
     process_on_gpus,
     visible_gpus,
 )
@@ -175,7 +176,7 @@ def test_an_engine_does_not_wait_for_its_results_to_be_read(
         return bytes(2**20)  # more than there is room for on the way
 
     with load_tiny(tmp_path) as engine:
-        arguments: Any = theirs, "0", file_of(engine), read_image, finish, SURE, {}
+        arguments: Any = theirs, "0", loader_of(engine), read_image, finish, SURE, {}
         working = threading.Thread(target=_work, args=arguments, daemon=True)
         working.start()
         ours.send([paths[start : start + 4] for start in range(0, 24, 4)])
@@ -204,7 +205,7 @@ def test_a_process_takes_no_batch_before_it_is_ready(
             return infer(self, images)
 
         monkeypatch.setattr(type(engine), "infer", slow)
-        arguments: Any = theirs, "0", file_of(engine), read_image, corners, SURE, {}
+        arguments: Any = theirs, "0", loader_of(engine), read_image, corners, SURE, {}
         working = threading.Thread(target=_work, args=arguments, daemon=True)
         working.start()
         assert begun.wait(30)
@@ -262,6 +263,9 @@ def test_as_many_gpus_are_used_as_there_are(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_engine_is_loaded_elsewhere_as_it_was_here(tmp_path: Path) -> None:
-    with load_tiny(tmp_path) as engine:
-        assert file_of(engine).options == LoadOptions()
-        assert file_of(engine).backend == "onnxruntime"
+    options = LoadOptions(threads=1, decoder="yolov6")
+    with load_tiny(tmp_path) as tiny, load_engine(tiny.path, options=options) as engine:
+        load = pickle.loads(pickle.dumps(loader_of(engine)))
+    with load() as other:
+        assert (other.path, other.backend) == (engine.path, "onnxruntime")
+        assert other.load_options == options

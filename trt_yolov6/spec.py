@@ -263,6 +263,11 @@ class TensorSpec:
     shape: tuple[int | None, ...]
     dtype: np.dtype[Any]
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Lengths of one row of a batch, 0 where one varies."""
+        return tuple(length or 0 for length in self.shape[1:])
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON has it: the dtype by its name, null where a length varies."""
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
@@ -282,9 +287,8 @@ def empty_input(spec: TensorSpec, rows: int) -> NDArray[Any]:
     Raises:
         UserError: it takes more memory than there is.
     """
-    shape = tuple(length or 0 for length in spec.shape[1:])
     try:
-        return np.empty((rows, *shape), spec.dtype)
+        return np.empty((rows, *spec.row_shape), spec.dtype)
     except (MemoryError, ValueError, OverflowError) as error:  # the last two: beyond any address
         height, width = image_size_of(spec)
         raise UserError(

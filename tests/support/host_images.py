@@ -113,7 +113,7 @@ class HostImagesEngine(Engine):
     def takes_images(self) -> bool:
         return True
 
-    def jpeg_decoder(self, number: int = 0) -> Any:
+    def jpeg_decoder(self) -> Any:
         return self.host_decoder
 
     def start_images(

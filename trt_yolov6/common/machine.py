@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -241,6 +242,12 @@ def cpu_wait_seconds() -> float | None:
             if thread == str(os.getpid()):
                 return None  # no such count at all; another thread may just have ended
     return total * 1e-9
+
+
+def nvidia_folders() -> list[Path]:
+    """Return the folders below which NVIDIA's wheels have their libraries, if there are any."""
+    found = importlib.util.find_spec("nvidia")
+    return [Path(folder) for folder in (found.submodule_search_locations or ())] if found else []
 
 
 def system_name() -> str:

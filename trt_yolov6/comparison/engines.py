@@ -176,13 +176,13 @@ def build_case(work: Work, case: Case) -> BuiltCase:
                 "again with a free batch axis.",
             )
         left_out = _not_taken(case, [batch for batch in wanted if batch != fixed], f"batch {fixed}")
-        profiles = {fixed: BatchProfile(fixed, fixed, fixed)}
+        profiles = {fixed: BatchProfile.of(fixed)}
     elif case.backend == "onnxruntime":
         # One graph serves all sizes equally well, and is the same whichever are wanted.
         most = max(32, *wanted)
         profiles = dict.fromkeys(wanted, BatchProfile(1, most, most))
     else:
-        profiles = {batch: BatchProfile(batch, batch, batch) for batch in wanted}
+        profiles = {batch: BatchProfile.of(batch) for batch in wanted}
     records = {batch: _record(work, case, profile) for batch, profile in profiles.items()}
     return BuiltCase(
         case,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import cv2
+
 from trt_yolov6 import __version__
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.common.machine import cpu_model
@@ -188,8 +190,6 @@ def _examples(
 
 
 def _small_jpeg(image: CocoImage) -> bytes:
-    import cv2
-
     pixels = read_coco_image(image)
     scale = min(1.0, EXAMPLE_SIDE / max(pixels.shape[:2]))
     size = round(pixels.shape[1] * scale), round(pixels.shape[0] * scale)

@@ -93,7 +93,10 @@ def find_engine(path: str | Path) -> Path:
 
 
 def _is_build_of(path: Path, stem: str) -> bool:
-    manifest = read_manifest(path)
+    try:
+        manifest = read_manifest(path)
+    except UserError:  # that of another engine, which is not asked for
+        return False
     return manifest is not None and stem in (manifest.model, Path(manifest.source).stem)
 
 

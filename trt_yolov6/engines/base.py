@@ -263,11 +263,8 @@ class Engine(Described, Closing):
         """Return the median seconds of each stage of `start_images` alone, in order, by name."""
         raise NotImplementedError
 
-    def jpeg_decoder(self, number: int = 0) -> JpegDecoder | None:
-        """Return a decoder of JPEGs on the engine's GPU; None where nvImageCodec is missing.
-
-        Decoders of different numbers work at the same time.
-        """
+    def jpeg_decoder(self) -> JpegDecoder | None:
+        """Return the decoder of JPEGs on the engine's GPU; None where nvImageCodec is missing."""
         return None
 
     def first_non_finite(self, images: NDArray[Any]) -> str | None:

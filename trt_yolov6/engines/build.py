@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import onnx
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.common.files import (
@@ -21,22 +22,15 @@ from trt_yolov6.engines import backend as backend_module
 from trt_yolov6.engines import best_backend
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.manifest import Manifest, choose_manifest_path, write_pair
+from trt_yolov6.engines.tensorrt import layer_log
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.files import value_spec
 from trt_yolov6.graph.inputs import runtime_inputs
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.graph.quantized import quantized_layers
+from trt_yolov6.quantization.types import QuantizedName
 from trt_yolov6.spec import BatchProfile
-
-if TYPE_CHECKING:
-    import onnx
-
-    from trt_yolov6.quantization.types import QuantizedName
-
-
-_UINT8 = 2
-"""`TensorProto.UINT8`."""
 
 ENGINES = Path("engines")
 """Default folder of engines."""
@@ -77,7 +71,10 @@ def engine_stem(graph: Graph, target: str | None = None) -> str:
         parts.append(f"b{batch.min}")
     elif batch != default:
         parts.append(f"b{batch.min}-{batch.opt}-{batch.max}")
-    if any(item.type.tensor_type.elem_type == _UINT8 for item in runtime_inputs(graph.model)):
+    if any(
+        item.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+        for item in runtime_inputs(graph.model)
+    ):
         parts.append("uint8")
     if graph.source.suffix == ".pt" and graph.output_layout == "end2end":
         parts.append("end2end")
@@ -245,8 +242,6 @@ def quantized_layers_of(
 
     `said` holds the arguments of its calls of `BuildSettings.on_layers`.
     """
-    from trt_yolov6.engines.tensorrt import layer_log
-
     names = layer_names(model).values()
     found = layer_log.quantized_layers(said[-1], names, quantized) if said and said[-1] else None
     return None if found is None else len(found)

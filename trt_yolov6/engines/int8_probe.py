@@ -33,7 +33,7 @@ def computes(backend: str, settings: BuildSettings, kind: QuantizedType) -> bool
     said: list[str] = []
     small = dataclasses.replace(
         settings,
-        batch=BatchProfile(1, 1, 1),
+        batch=BatchProfile.of(1),
         fp8=kind.name == "fp8",
         timing_cache=None,
         progress=False,

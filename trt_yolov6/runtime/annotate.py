@@ -90,7 +90,7 @@ def infer_source(
         places = [] if media.is_live else [Path(media.address).parent]
     else:
         places = [item.path.parent for item in media.items if item.path is not None]
-    if any(output.resolve() == place.resolve() for place in places):
+    if output.resolve() in {place.resolve() for place in set(places)}:
         raise UserError(f"{output} is the folder of the source; give another folder as `output`.")
     options = (options or PredictOptions()).over(default_nms(engine))
     if isinstance(media, Pictures) and "yolo" in formats:

@@ -19,9 +19,8 @@ from trt_yolov6.detectors.detections import Detections
 
 Format = Literal["json", "csv", "yolo"]
 
-
-DETECTIONS_FILE = "detections"
-"""Name of the JSON and CSV files, without the ending."""
+_NAMES: dict[Format, str] = {"json": "detections.json", "csv": "detections.csv", "yolo": "labels"}
+"""Name of the file of a format, or of YOLO's folder of text files."""
 
 _COLUMNS = (
     *("file", "frame", "seconds", "width", "height"),
@@ -51,8 +50,7 @@ class DetectionFiles:
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files, and the folder of YOLO's text files."""
-        names = {"json": "detections.json", "csv": "detections.csv", "yolo": "labels"}
-        return tuple(self._folder / names[name] for name in self._formats)
+        return tuple(self._folder / _NAMES[form] for form in self._formats)
 
     def add(self, record: dict[str, Any], detections: Detections) -> None:
         """Append an image or a frame.
@@ -93,13 +91,13 @@ class DetectionFiles:
         name = Path(record["file"])
         if "frame" in record:
             name = name.with_name(f"{name.stem}_{record['frame']:06d}")
-        return (self._folder / "labels" / name).with_suffix(".txt")
+        return (self._folder / _NAMES["yolo"] / name).with_suffix(".txt")
 
     def _file(self, kind: Literal["json", "csv"]) -> BinaryIO:
         # Opened late: where nothing was readable, not even the folder is made.
         if kind not in self._open:
-            path = self._folder / f"{DETECTIONS_FILE}.{kind}"
-            file = self._stack.enter_context(atomic_path(path)).open("wb")
+            path = self._stack.enter_context(atomic_path(self._folder / _NAMES[kind]))
+            file = path.open("wb")
             self._open[kind] = file
             self._stack.callback(_discard, file)
         return self._open[kind]

@@ -35,9 +35,6 @@ Opened = Jpeg | NDArray[np.uint8]
 """A JPEG as it is, or uint8 (height, width, 3) RGB."""
 
 
-DECODERS = 1
-"""JPEG decoders that work side by side, a thread each."""
-
 _A_TASK = 8
 """Files that are read one after the other where the GPU decodes most of them."""
 
@@ -53,33 +50,6 @@ class ImageBatch(Generic[Item]):
     """Views can be read after it."""
     give_back: Callable[[], None]
     """Function to call once the engine has read the images."""
-
-
-class _GpuDecoding:
-    """The decoders, and the buffers that are free."""
-
-    def __init__(self, decoders: Sequence[JpegDecoder]) -> None:
-        self._idle = deque(decoders)
-        self._free: deque[DecodedBatch] = deque()
-
-    def decode(self, images: Sequence[Jpeg], buffers: DecodedBatch) -> list[ImageView | None]:
-        """Decode a batch by a decoder that is idle, see `JpegDecoder.decode`.
-
-        No more threads may call it at a time than there are decoders.
-        """
-        decoder = self._idle.popleft()
-        try:
-            return decoder.decode(images, buffers)
-        finally:
-            self._idle.append(decoder)
-
-    def take(self) -> DecodedBatch:
-        """Return buffers that nothing reads any more."""
-        return self._free.popleft() if self._free else DecodedBatch()
-
-    def give_back(self, buffers: DecodedBatch) -> None:
-        """Take buffers back."""
-        self._free.append(buffers)
 
 
 def load_images(
@@ -113,22 +83,24 @@ def load_images(
     source = iter(items)
     count = workers or default_workers()
     readers = ThreadPoolExecutor(count, thread_name_prefix="reader")
-    decoding_thread = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
-    decoders = [] if keep_images else [engine.jpeg_decoder(one) for one in range(DECODERS)]
-    found = [decoder for decoder in decoders if decoder is not None]
-    decoding = _GpuDecoding(found) if len(found) == DECODERS else None
+    decoding_thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+    decoder = None if keep_images else engine.jpeg_decoder()
+    free: deque[DecodedBatch] = deque()  # buffers that nothing reads any more
     place = _placing(engine, border)
     pending: deque[Future[ImageBatch[Item]]] = deque()
 
     def read(part: Sequence[Item]) -> list[_Read]:
-        return [_read(open_item, item, decoding is not None, skip_unreadable) for item in part]
+        return [_read(open_item, item, decoder is not None, skip_unreadable) for item in part]
 
     def prepare(chunk: list[Item], parts: list[Future[list[_Read]]]) -> ImageBatch[Item]:
         opened = [one for part in parts for one in part.result()]
-        ready, give_back = None, _nothing
+        ready: Event | None = None
+        give_back: Callable[[], None] = _nothing
         start = time.perf_counter()
-        if decoding is not None:
-            ready, give_back = _decode(decoding, opened, readers, skip_unreadable)
+        if decoder is not None and any(isinstance(one.image, Jpeg) for one in opened):
+            buffers = free.popleft() if free else DecodedBatch()
+            _decode(decoder, buffers, opened, readers, skip_unreadable)
+            ready, give_back = buffers.ready, functools.partial(free.append, buffers)
         return _batch_of(
             chunk, opened, place, ready, give_back, keep_images, time.perf_counter() - start
         )
@@ -137,7 +109,7 @@ def load_images(
         chunk = list(itertools.islice(source, batch))
         if chunk:
             # What is left to the GPU takes hardly longer than a task of its own.
-            least = 1 if decoding is None else min(_A_TASK, len(chunk) // 4)
+            least = 1 if decoder is None else min(_A_TASK, len(chunk) // 4)
             size = max(-(-len(chunk) // count), least)
             parts = [
                 readers.submit(read, chunk[first : first + size])
@@ -181,26 +153,25 @@ def take_images(
 
 def decoded_on_gpu(
     engine: Engine, opened: Sequence[Opened]
-) -> tuple[list[ImageView | NDArray[np.uint8]], Event | None]:
+) -> tuple[list[ImageView | NDArray[np.uint8]], DecodedBatch]:
     """Return a few images for `Engine.start_images`, JPEGs decoded on its GPU where it can.
 
     Returns:
-        The images, and the event after which those on the GPU can be read.
+        The images, and the buffers of those on the GPU, to be kept until the run is over: the GPU
+        may still be reading the files.
 
     Raises:
         UserError: a JPEG is damaged.
     """
     images: list[Any] = list(opened)
     encoded = {index: one for index, one in enumerate(opened) if isinstance(one, Jpeg)}
-    ready = None
+    buffers = DecodedBatch()
     decoder = engine.jpeg_decoder() if encoded else None
     if decoder is not None:
-        buffers = DecodedBatch()
         views = decoder.decode(list(encoded.values()), buffers)
-        ready = buffers.ready
         for index, view in zip(encoded, views, strict=True):
             images[index] = view or opened[index]
-    return [one.read() if isinstance(one, Jpeg) else one for one in images], ready
+    return [one.read() if isinstance(one, Jpeg) else one for one in images], buffers
 
 
 @dataclass(slots=True)
@@ -230,20 +201,17 @@ def _read(
 
 
 def _decode(
-    decoding: _GpuDecoding,
+    decoder: JpegDecoder,
+    buffers: DecodedBatch,
     opened: list[_Read],
     readers: ThreadPoolExecutor,
     skip_unreadable: bool,
-) -> tuple[Event | None, Callable[[], None]]:
+) -> None:
     """Put views in the place of JPEGs; what the GPU cannot decode is decoded here."""
-    encoded = [one for one in opened if isinstance(one.image, Jpeg)]
-    if not encoded:
-        return None, _nothing
-    buffers = decoding.take()
-    jpegs = [one.image for one in encoded if isinstance(one.image, Jpeg)]
-    views = decoding.decode(jpegs, buffers)
+    encoded = [(one, one.image) for one in opened if isinstance(one.image, Jpeg)]
+    views = decoder.decode([image for _, image in encoded], buffers)
     rest = []
-    for one, view in zip(encoded, views, strict=True):
+    for (one, _), view in zip(encoded, views, strict=True):
         if view is None:
             rest.append(one)
         else:
@@ -252,7 +220,6 @@ def _decode(
         if isinstance(again, UserError) and not skip_unreadable:
             raise again
         one.image = again
-    return buffers.ready, functools.partial(decoding.give_back, buffers)
 
 
 def _read_here(one: _Read) -> NDArray[np.uint8] | UserError:

@@ -32,7 +32,7 @@ def check_outputs(
     outputs: Mapping[str, NDArray[Any]],
     images: int,
     confidence: float,
-    batch: NDArray[Any] | None = None,
+    batch: NDArray[Any],
 ) -> tuple[str, ...]:
     """Refuse outputs that are not a detector's, and return what is odd about others, as sentences.
 
@@ -41,8 +41,7 @@ def check_outputs(
         outputs: whole, by name.
         images: rows of them that are images, not padding.
         confidence: the threshold that scores are held against.
-        batch: what the engine was given: where something is not finite, the first tensor inside
-            that is not is then looked for.
+        batch: what the engine was given, to find the first tensor inside that is not finite.
 
     Raises:
         UserError: nothing in an output is finite, scores are not within 0..1, or boxes are
@@ -51,7 +50,7 @@ def check_outputs(
     warnings = []
     broken = [name for name, array in outputs.items() if has_non_finite(array)]
     if broken:
-        first = None if batch is None else engine.first_non_finite(batch)
+        first = engine.first_non_finite(batch)
         where = f"; the first tensor that is not is {first}" if first else ""
         said = f"{engine.path} gives NaN or infinity in {', '.join(broken)}{where}"
         if any(not np.isfinite(outputs[name]).any() for name in broken):

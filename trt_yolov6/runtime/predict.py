@@ -183,11 +183,13 @@ def _detect_at_once(
         return []
     run: Run
     if engine.is_checked and engine.takes_images():
-        images, ready = decoded_on_gpu(engine, [item.open() for item in items])
+        images, buffers = decoded_on_gpu(engine, [item.open() for item in items])
         size, mode = engine.image_size, engine.preprocessing.fit
         placed = [fit((image.shape[0], image.shape[1]), size, border, mode) for image in images]
         rows = engine.rows_for(len(items))
-        run = engine.start_images(images, placed, nms, rows=rows, clip=options.clip, after=ready)
+        run = engine.start_images(
+            images, placed, nms, rows=rows, clip=options.clip, after=buffers.ready
+        )
     else:
         pixels = [item.read() for item in items]
         array = engine.empty_input(engine.rows_for(len(items)))

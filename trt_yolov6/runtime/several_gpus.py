@@ -16,9 +16,7 @@ import pickle
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +27,7 @@ from trt_yolov6.data.letterbox import fit
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines import load_engine
-from trt_yolov6.engines.base import Engine, LoadOptions
+from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.predict import Processed, choose_batch, process, resolve
 from trt_yolov6.spec import PredictOptions
@@ -47,18 +45,9 @@ _PATIENCE = 10
 """Seconds that a process has to end by itself."""
 
 
-@dataclass(frozen=True)
-class EngineFile:
-    """An engine for other processes to load."""
-
-    path: Path
-    backend: str
-    options: LoadOptions
-
-
-def file_of(engine: Engine) -> EngineFile:
+def loader_of(engine: Engine) -> Callable[[], Engine]:
     """Return how another process loads an engine."""
-    return EngineFile(engine.path, engine.backend, engine.load_options)
+    return functools.partial(load_engine, engine.path, engine.backend, engine.load_options)
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -110,7 +99,7 @@ def process_on_gpus(
     workers: dict[Any, Any] = {}
     batch = choose_batch(engine, (options or PredictOptions()).batch)
     options = dataclasses.replace(options or PredictOptions(), batch=batch)
-    arguments = (file_of(engine), read, finish, options, others)
+    arguments = (loader_of(engine), read, finish, options, others)
     try:
         for gpu in gpus:
             ours, theirs = context.Pipe()
@@ -120,8 +109,9 @@ def process_on_gpus(
             workers[ours] = worker
         yield from _in_order(workers, gpus, iter(items), batch)
     finally:
-        for ours, worker in workers.items():
+        for ours in workers:
             ours.close()  # a process that waits for work ends
+        for worker in workers.values():
             worker.join(_PATIENCE)
             if worker.is_alive():
                 worker.terminate()
@@ -233,7 +223,7 @@ def _send(theirs: Connection, outgoing: queue.SimpleQueue[Any]) -> None:
 def _work(
     theirs: Connection,
     gpu: str,
-    engine_file: EngineFile,
+    load: Callable[[], Engine],
     read: Callable[[Any], NDArray[np.uint8]],
     finish: Callable[[Batch[Any], list[Detections]], Any],
     options: PredictOptions,
@@ -266,7 +256,7 @@ def _work(
         return pickle.dumps(finish(batch, found), pickle.HIGHEST_PROTOCOL)
 
     try:
-        with load_engine(engine_file.path, engine_file.backend, engine_file.options) as engine:
+        with load() as engine:
             get_ready(engine, options, decodes=not others.get("keep_images"))
             for step in process(engine, items(), read, packed, options, **others):
                 outgoing.put(("done", _packed(step)))

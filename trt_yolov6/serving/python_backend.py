@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 
@@ -175,7 +176,7 @@ def load_options(
 
     threads = parameters.threads
     if threads is None and gpu is None and instances > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // instances)
+        threads = max(1, len(usable_cpus()) // instances)
     told = read_manifest(engine) is not None
     return LoadOptions(
         threads=threads,

@@ -317,10 +317,8 @@ def _check_backend(path: Path, backend: str, python: Serves | None) -> None:
 def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
     platform, file_name = PLATFORMS.get(details.backend, ("", ""))
     source, *outputs = details.tensors
-    batch = details.batch
     fixed = source.shape[0]
-    if fixed is not None:
-        batch = BatchProfile(fixed, fixed, fixed)
+    batch = details.batch if fixed is None else BatchProfile.of(fixed)
     shared = details.output_layout in _SHARED_OUTPUTS
     # This package fills small batches up.
     if not batch.is_static and batch.min > 1 and not shared and python is None:

@@ -169,9 +169,9 @@ class Stream:
         self.free = weakref.finalize(self, _release, self._cudart.cudaStreamDestroy, self.handle)
 
     def copy_in(self, target: DeviceMemory, source: int, nbytes: int, offset: int = 0) -> None:
-        """Start a copy to the GPU of `nbytes` at `offset` bytes from a host address."""
+        """Start a copy of `nbytes` from a host address to `offset` bytes into GPU memory."""
         assert offset + nbytes <= target.nbytes
-        self._copy(target.address + offset, source + offset, nbytes, "cudaMemcpyHostToDevice")
+        self._copy(target.address + offset, source, nbytes, "cudaMemcpyHostToDevice")
 
     def copy_out(self, target: int, source: DeviceMemory, nbytes: int) -> None:
         """Start a copy of the first bytes of GPU memory to a host address."""
@@ -225,12 +225,16 @@ class Stream:
 
 
 class Event:
-    """A point in a stream's work that streams wait for, or this thread without using a core."""
+    """A point in a stream's work that streams wait for, or this thread without using a core.
 
-    def __init__(self) -> None:
-        self._cudart = _cudart()
-        flags = self._cudart.cudaEventDisableTiming | self._cudart.cudaEventBlockingSync
-        self.handle: Any = _checked(self._cudart.cudaEventCreateWithFlags(flags))
+    One that is `timed` has a time, and this thread waits for it looking all the time.
+    """
+
+    def __init__(self, *, timed: bool = False) -> None:
+        self._cudart = cudart = _cudart()
+        untimed = cudart.cudaEventDisableTiming | cudart.cudaEventBlockingSync
+        flags = cudart.cudaEventDefault if timed else untimed
+        self.handle: Any = _checked(cudart.cudaEventCreateWithFlags(flags))
         self.free = weakref.finalize(self, _release, self._cudart.cudaEventDestroy, self.handle)
 
     def record(self, stream: Stream) -> None:
@@ -238,7 +242,7 @@ class Event:
         _checked(self._cudart.cudaEventRecord(self.handle, stream.handle))
 
     def wait(self) -> None:
-        """Sleep until the event has happened."""
+        """Wait until the event has happened."""
         _checked(self._cudart.cudaEventSynchronize(self.handle))
 
 
@@ -268,21 +272,17 @@ class Stopwatch:
     """Two CUDA events around work on a stream."""
 
     def __init__(self, stream: Stream) -> None:
-        self._cudart = _cudart()
         self._stream = stream
-        self._start = _checked(self._cudart.cudaEventCreate())
-        self._stop = _checked(self._cudart.cudaEventCreate())
-        for event in (self._start, self._stop):
-            weakref.finalize(self, _release, self._cudart.cudaEventDestroy, event)
+        self._start, self._stop = Event(timed=True), Event(timed=True)
 
     def time(self, work: Callable[[], None]) -> float:
         """Return the seconds the GPU took for what `work` puts on the stream."""
-        _checked(self._cudart.cudaEventRecord(self._start, self._stream.handle))
+        self._start.record(self._stream)
         work()
-        _checked(self._cudart.cudaEventRecord(self._stop, self._stream.handle))
-        _checked(self._cudart.cudaEventSynchronize(self._stop))
-        milliseconds = _checked(self._cudart.cudaEventElapsedTime(self._start, self._stop))
-        return float(milliseconds) / 1000
+        self._stop.record(self._stream)
+        self._stop.wait()
+        events = self._start.handle, self._stop.handle
+        return float(_checked(_cudart().cudaEventElapsedTime(*events))) / 1000
 
 
 def _cudart() -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import os
 import tempfile
 import weakref
@@ -21,7 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from trt_yolov6.common.machine import usable_cpus
+from trt_yolov6.common.machine import nvidia_folders, usable_cpus
 from trt_yolov6.data.jpeg import Jpeg
 from trt_yolov6.engines.cuda.device import CudaError, Event, Stream
 from trt_yolov6.engines.cuda.letterbox import ImageView, upright
@@ -202,8 +201,7 @@ def _only_nvjpeg() -> Iterator[None]:
     It reads its folder of plugins from the environment, once, when it is imported.
     """
     names = {"NVIMGCODEC_EXTENSIONS_PATH": "", "PYNVIMGCODEC_VERBOSITY": "0"}
-    found = importlib.util.find_spec("nvidia")
-    roots = [Path(root) for root in (found.submodule_search_locations or () if found else ())]
+    roots = nvidia_folders()
     plugins = [
         path for root in roots for path in root.glob("nvimgcodec/extensions/libnvjpeg_ext.so*")
     ]

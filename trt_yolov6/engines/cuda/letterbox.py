@@ -63,9 +63,9 @@ class ImageView:
         return self.height, self.width, 3
 
 
-def interleaved(address: int, height: int, width: int, row_step: int | None = None) -> ImageView:
-    """Return the view of an image (height, width, 3) whose rows lie `row_step` bytes apart."""
-    return ImageView(address, height, width, row_step or 3 * width, 3)
+def interleaved(address: int, height: int, width: int, channel_step: int = 1) -> ImageView:
+    """Return the view of an image (height, width, 3) without gaps."""
+    return ImageView(address, height, width, 3 * width, 3, channel_step)
 
 
 def upright(stored: ImageView, orientation: int) -> ImageView:
@@ -162,8 +162,7 @@ def write_alike(
         placed: where each goes.
         interpolation: how each is resized.
     """
-    height, width = placed.source
-    view = ImageView(addresses[0], height, width, 3 * width, 3, channel_step)
+    view = interleaved(addresses[0], *placed.source, channel_step)
     write_record(records, 0, view, placed, interpolation)
     table = records.view(np.uint64).reshape(-1, RECORD_BYTES // 8)
     number = len(addresses)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.engines.cuda.device import DeviceMemory, PinnedMemory, PinnedPool, Stream
-from trt_yolov6.engines.cuda.letterbox import ImageView
 
 _ALIGNMENT = 256
 """Bytes that the place of an image sent by itself, and of a group, is a multiple of."""
@@ -40,14 +39,6 @@ class Staging:
         self._device: DeviceMemory | None = None
         self._packers: ThreadPoolExecutor | None = None
         self._in_use: Any = None
-
-    def send(self, images: Sequence[NDArray[np.uint8]], stream: Stream) -> list[ImageView]:
-        """Start the copy of images, see `place`, and return where each will lie for the GPU."""
-        addresses, step = self.place(images, stream)
-        return [
-            ImageView(address, image.shape[0], image.shape[1], 3 * image.shape[1], 3, step)
-            for image, address in zip(images, addresses, strict=True)
-        ]
 
     def place(
         self, images: Sequence[NDArray[np.uint8]], stream: Stream, *, stay: bool = False
@@ -91,7 +82,7 @@ class Staging:
         self._make_room(packed, end)
         assert self._device is not None
         for index in locked:
-            self._copy(stream, images[index].ctypes.data, places[index], sizes[index])
+            stream.copy_in(self._device, images[index].ctypes.data, sizes[index], places[index])
         self._pack_and_send(images, places, [rest[group] for group in groups], stream)
         base = self._device.address
         return [base + place for place in places], 1
@@ -115,11 +106,11 @@ class Staging:
             self._device = DeviceMemory(end + end // 4)
         if packed and (self._host is None or self._host.nbytes < packed):
             if self._host is not None:
+                self._one = np.empty(0, np.uint8)  # first: there may be no other memory
                 self._host.free()
                 self._host = None
             self._host = PinnedMemory(packed + packed // 4)
             self._whole = self._host.array((self._host.nbytes,), np.dtype(np.uint8))
-            self._one = np.empty(0, np.uint8)
 
     def place_one(
         self, image: NDArray[np.uint8], stream: Stream, *, stay: bool = False
@@ -173,12 +164,8 @@ class Staging:
         work = map if len(groups) < 2 or self._packers is None else self._packers.map
         for start, nbytes in work(pack, groups):
             assert self._host is not None
-            self._copy(stream, self._host.address + start, start, nbytes)
-
-    def _copy(self, stream: Stream, source: int, place: int, nbytes: int) -> None:
-        assert self._device is not None
-        # `copy_in` takes the address that offset 0 would have.
-        stream.copy_in(self._device, source - place, nbytes, place)
+            assert self._device is not None
+            stream.copy_in(self._device, self._host.address + start, nbytes, start)
 
 
 def _groups(sizes: Sequence[int]) -> list[slice]:

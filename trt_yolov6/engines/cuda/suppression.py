@@ -361,14 +361,6 @@ def _split_by_class(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Rea
     )
 
 
-def _rows(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
-    return _of_rows(outputs, 5, ("OBJECTNESS=4", "CENTRES"))
-
-
-def _corner_rows(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
-    return _of_rows(outputs, 4, ())
-
-
 def _grid_rows(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
     found = _of_rows(outputs, 5, ())
     levels = None if found is None else levels_of(size, found.anchors)
@@ -469,8 +461,8 @@ def _lengths(spec: TensorSpec) -> tuple[int, ...]:
 _READERS: dict[OutputLayout, _Reader] = {
     "split": _split,
     "split_by_class": _split_by_class,
-    "rows": _rows,
-    "corner_rows": _corner_rows,
+    "rows": lambda outputs, size: _of_rows(outputs, 5, ("OBJECTNESS=4", "CENTRES")),
+    "corner_rows": lambda outputs, size: _of_rows(outputs, 4, ()),
     "grid_rows": _grid_rows,
     "columns": _columns,
     "grids_yolov5": _grids(YOLOV5_ANCHORS),

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.common.files import read_bytes, read_json
+from trt_yolov6.common.machine import cpu_model
 from trt_yolov6.detectors.metadata import check_input
 from trt_yolov6.detectors.recognition import GraphFacts
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions, check_images
@@ -195,7 +196,7 @@ class OnnxRuntimeEngine(Engine):
         self.detector = detector_of(manifest, options, path, facts)
         fixed = self.input.shape[0]
         if fixed is not None:
-            self.batch = BatchProfile(fixed, fixed, fixed)
+            self.batch = BatchProfile.of(fixed)
         else:
             self.batch = manifest.batch if manifest else _ANY_BATCH
 
@@ -349,8 +350,4 @@ def _spec(item: Any, path: Path) -> TensorSpec:
 
 
 def _device_name(provider: str, gpu: int) -> str:
-    if provider != PROVIDERS["cpu"]:
-        return f"GPU {gpu} through {provider}"
-    from trt_yolov6.common.machine import cpu_model
-
-    return cpu_model()
+    return cpu_model() if provider == PROVIDERS["cpu"] else f"GPU {gpu} through {provider}"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trt_yolov6.common.machine import nvidia_folders
 from trt_yolov6.errors import MissingDependencyError
 
 PROVIDERS = {
@@ -143,9 +143,7 @@ def load_cuda_libraries() -> None:
 
 def library_folders() -> list[Path]:
     """Return the folders of all of NVIDIA's wheels that hold libraries, such as nvidia/cu13/lib."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = [] if spec is None else list(spec.submodule_search_locations or ())
-    return sorted(folder for root in roots for folder in Path(root).glob("*/lib"))
+    return sorted(folder for root in nvidia_folders() for folder in root.glob("*/lib"))
 
 
 def _said(call: Callable[[], object]) -> str:

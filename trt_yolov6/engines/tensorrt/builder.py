@@ -152,9 +152,11 @@ def _built(
     logger.clear()
     explicit = weak is not None and weak.quantized and settings.calibration is None
     remedy = remedy_of(flavour.release, explicit_int8=explicit)
-    plan = _run_builder(flavour, builder, network, config, settings, remedy)
-    if calibrator is not None:
-        calibrator.finish()
+    try:
+        plan = _run_builder(flavour, builder, network, config, settings, remedy)
+    finally:
+        if calibrator is not None:  # also where the build failed, for its error is the cause
+            calibrator.finish()
     if settings.on_layers is not None:
         engine = None if logger.layers else opened(plan, api)
         settings.on_layers(inspected(engine, api) if engine else logger.layers)

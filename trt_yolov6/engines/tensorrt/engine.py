@@ -85,7 +85,7 @@ class TensorRTEngine(Engine):
         flavour: Flavour,
         path: Path,
         manifest: Manifest | None,
-        contexts: ContextSettings | None = None,
+        contexts: ContextSettings,
         options: LoadOptions | None = None,
     ) -> None:
         self.path = path
@@ -93,7 +93,7 @@ class TensorRTEngine(Engine):
         self.backend = flavour.backend
         self.backend_version = flavour.version
         self._flavour = flavour
-        self._contexts = contexts or ContextSettings()
+        self._contexts = contexts
         self._options = options or LoadOptions()
         self._logger = logger_of(flavour.api)
         device = _started_gpu(path)
@@ -104,7 +104,7 @@ class TensorRTEngine(Engine):
         self._seen: set[int] = set()
         self._pictures: Pictures | None = None
         self._pictures_missing = False
-        self._decoders: list[JpegDecoder] = []
+        self._decoder: JpegDecoder | None = None
         self._decoder_missing = False
         self._runtime: trt.Runtime | None
         self._engine: trt.ICudaEngine | None
@@ -212,20 +212,19 @@ class TensorRTEngine(Engine):
         check_batch(self, len(images))
         return pictures.stage_seconds(images, placed, nms)
 
-    def jpeg_decoder(self, number: int = 0) -> JpegDecoder | None:
-        while len(self._decoders) <= number and not self._decoder_missing:
+    def jpeg_decoder(self) -> JpegDecoder | None:
+        if self._decoder is None and not self._decoder_missing:
             try:
-                self._decoders.append(JpegDecoder())
+                self._decoder = JpegDecoder()
             except MissingDependencyError:
                 self._decoder_missing = True
-        return self._decoders[number] if number < len(self._decoders) else None
+        return self._decoder
 
     def empty_image(self, height: int, width: int) -> NDArray[np.uint8]:
         return self._pinned.array((height, width, 3), np.dtype(np.uint8))
 
     def empty_input(self, rows: int) -> NDArray[Any]:
-        shape = tuple(length or 0 for length in self.input.shape[1:])
-        return self._pinned.array((rows, *shape), self.input.dtype)
+        return self._pinned.array((rows, *self.input.row_shape), self.input.dtype)
 
     def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
         self._check_open()
@@ -290,7 +289,7 @@ class TensorRTEngine(Engine):
         if self._pictures is not None:
             self._pictures.close()
             self._pictures = None
-        self._decoders.clear()
+        self._decoder = None
         for slot in self._slots:
             slot.close()
         self._slots.clear()
@@ -326,7 +325,7 @@ class TensorRTEngine(Engine):
         check_input(self.input, self.path)
         fixed = self.input.shape[0]
         if fixed is not None:
-            self.batch = BatchProfile(fixed, fixed, fixed)
+            self.batch = BatchProfile.of(fixed)
         else:
             shapes = engine.get_tensor_profile_shape(self.input.name, 0)
             self.batch = BatchProfile(*(int(shape[0]) for shape in shapes))

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from trt_yolov6.common.machine import nvidia_folders
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.manifest import Manifest
@@ -131,10 +131,9 @@ def _load_libraries() -> None:
     """Load what TensorRT 8 links from NVIDIA's packages, where they are installed."""
     if "tensorrt" in sys.modules:
         return
-    found = importlib.util.find_spec("nvidia")
-    for folder in (found.submodule_search_locations or ()) if found else ():
+    for folder in nvidia_folders():
         for package, names in _LIBRARIES.items():
-            for path in (Path(folder, package, "lib", name) for name in names):
+            for path in (folder / package / "lib" / name for name in names):
                 if path.is_file():
                     with contextlib.suppress(OSError):
                         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

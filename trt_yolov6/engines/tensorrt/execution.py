@@ -134,12 +134,11 @@ class ExecutionSlot:
             fetch: False leaves the outputs on the GPU.
         """
         shape = tuple(images.shape)
+        self._in_use = images
         if isinstance(images, np.ndarray):
-            self._in_use = images
             self._send(images)
             address = self._device_input.address
         else:
-            self._in_use = images
             address = int(images.ptr)
         self._bind(address, shape)
         self._enqueue()
@@ -151,7 +150,7 @@ class ExecutionSlot:
             suppression.enqueue(self.stream, self._device_outputs, shape[0], nms)
             self._suppressed = shape[0], nms
         else:
-            self._copy_outputs()
+            self.copy_outputs()
 
     def finish(self) -> dict[str, NDArray[Any]] | Suppressed:
         """Wait for the run that was started, and return what it copied out."""
@@ -162,9 +161,9 @@ class ExecutionSlot:
                 found = self._suppression.fetch(*self._suppressed)
                 if found is not None:
                     return found
-                self._copy_outputs()
+                self.copy_outputs()
                 self.stream.wait()
-            return {output.name: self._result(output) for output in self._plan.outputs}
+            return self.results()
         finally:
             self._in_use = None
 
@@ -216,17 +215,34 @@ class ExecutionSlot:
         Returns:
             A number that changes when what was recorded before is not valid any more.
         """
-        shape = tuple(length or 0 for length in self._plan.input.shape[1:])
-        self._bind(self._device_input.address, (rows, *shape))
+        self._bind(self._device_input.address, (rows, *self._plan.input.row_shape))
         return self._generation
 
     def run(self) -> None:
         """Put a run on the stream, kernel by kernel; what it is recorded in becomes a graph."""
-        self._execute(self._bound.context)
+        if self._bound.context.execute_async_v3(self.stream.handle):
+            return
+        for allocator in self._allocators.values():
+            if allocator.error is not None:
+                raise UserError(
+                    f"{self._plan.path} cannot store its detections: {allocator.error}"
+                ) from allocator.error
+        raise UserError(
+            f"{self._plan.path} does not run on the {self._plan.device} "
+            f"({self._logger.reason()}); build it again on this machine."
+        )
 
     def copy_outputs(self) -> None:
         """Put the copy of all outputs to the host on the stream."""
-        self._copy_outputs()
+        for output in self._plan.outputs:
+            source = self._device_outputs.get(output.name)
+            if source is None:
+                continue
+            memory = self._host_outputs.get(output.name)
+            if memory is None:  # page-locked when first needed: boxes usually leave without them
+                memory = self._host_outputs[output.name] = self._own(PinnedMemory(source.nbytes))
+            nbytes = math.prod(self._output_shape(output.name)) * output.dtype.itemsize
+            self.stream.copy_out(memory.address, source, nbytes)
 
     def results(self) -> dict[str, NDArray[Any]]:
         """Return the outputs of the run that has just ended, after `copy_outputs`."""
@@ -268,9 +284,8 @@ class ExecutionSlot:
         plan = self._plan
         self.stream = self._own(Stream())
         if plan.context_config is not None:  # API: tensorrt-rtx (the other has no such argument)
-            nbytes = plan.engine.device_memory_size_v2
-            self._scratch = self._own(DeviceMemory(max(1, nbytes)))
-        shape = (plan.batch.max, *(length or 0 for length in plan.input.shape[1:]))
+            self._scratch = self._own(DeviceMemory(plan.engine.device_memory_size_v2))
+        shape = (plan.batch.max, *plan.input.row_shape)
         nbytes = math.prod(shape) * plan.input.dtype.itemsize
         self._device_input = self._own(DeviceMemory(nbytes))
         self._bind(self._device_input.address, shape)
@@ -371,7 +386,8 @@ class ExecutionSlot:
         ]
         address = staging.ctypes.data
         for part in self._copiers.map(stage, parts):
-            self.stream.copy_in(self._device_input, address, len(part) * each, part.start * each)
+            place = part.start * each
+            self.stream.copy_in(self._device_input, address + place, len(part) * each, place)
 
     @property
     def _bound(self) -> _Binding:
@@ -423,39 +439,15 @@ class ExecutionSlot:
         if bound.graph is None and self._record_graph and bound.runs:
             try:
                 with self.stream.capture() as graph:
-                    self._execute(bound.context)
+                    self.run()
                 bound.graph = graph
             except UserError:  # a layer that cannot be recorded: nothing is lost but speed
                 self._record_graph = False
         if bound.graph is not None:
             bound.graph.launch(self.stream)
         else:
-            self._execute(bound.context)
+            self.run()
         bound.runs += 1
-
-    def _execute(self, context: trt.IExecutionContext) -> None:
-        if context.execute_async_v3(self.stream.handle):
-            return
-        for allocator in self._allocators.values():
-            if allocator.error is not None:
-                raise UserError(
-                    f"{self._plan.path} cannot store its detections: {allocator.error}"
-                ) from allocator.error
-        raise UserError(
-            f"{self._plan.path} does not run on the {self._plan.device} "
-            f"({self._logger.reason()}); build it again on this machine."
-        )
-
-    def _copy_outputs(self) -> None:
-        for output in self._plan.outputs:
-            source = self._device_outputs.get(output.name)
-            if source is None:
-                continue
-            memory = self._host_outputs.get(output.name)
-            if memory is None:  # page-locked when first needed: boxes usually leave without them
-                memory = self._host_outputs[output.name] = self._own(PinnedMemory(source.nbytes))
-            nbytes = math.prod(self._output_shape(output.name)) * output.dtype.itemsize
-            self.stream.copy_out(memory.address, source, nbytes)
 
     def _output_shape(self, name: str) -> tuple[int, ...]:
         if name in self._allocators:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox
-from trt_yolov6.data.preprocessing import Preprocessing
+from trt_yolov6.data.preprocessing import Interpolation, Preprocessing
 from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.engines.base import Run, StartedRun
 from trt_yolov6.engines.cuda.device import (
@@ -32,6 +32,7 @@ from trt_yolov6.engines.cuda.letterbox import (
     RECORD_BYTES,
     ImageView,
     LetterboxKernel,
+    interleaved,
     write_alike,
     write_record,
 )
@@ -63,12 +64,7 @@ class Pictures:
         CudaError: there is no NVRTC, it cannot compile for this GPU, or memory is short.
     """
 
-    def __init__(
-        self,
-        plan: SlotPlan,
-        pinned: PinnedPool,
-        preprocessing: Preprocessing,
-    ) -> None:
+    def __init__(self, plan: SlotPlan, pinned: PinnedPool, preprocessing: Preprocessing) -> None:
         self._plan = plan
         self._pinned = pinned
         self._preprocessing = preprocessing
@@ -137,11 +133,7 @@ class Pictures:
 
     def _new_slot(self) -> PictureSlot:
         slot = PictureSlot(
-            ExecutionSlot(self._plan, self._pinned),
-            self._kernel,
-            Staging(self._pinned),
-            self._plan,
-            self._preprocessing,
+            self._plan, self._pinned, self._kernel, self._preprocessing.interpolation
         )
         self._slots.append(slot)
         return slot
@@ -152,16 +144,15 @@ class PictureSlot:
 
     def __init__(
         self,
-        slot: ExecutionSlot,
-        kernel: LetterboxKernel,
-        staging: Staging,
         plan: SlotPlan,
-        preprocessing: Preprocessing,
+        pinned: PinnedPool,
+        kernel: LetterboxKernel,
+        interpolation: Interpolation,
     ) -> None:
-        self._slot = slot
+        self._slot = slot = ExecutionSlot(plan, pinned)
         self._kernel = kernel
-        self._staging = staging
-        self._interpolation = preprocessing.interpolation
+        self._staging = Staging(pinned)
+        self._interpolation = interpolation
         self._largest = largest = plan.batch.max
         nbytes = RECORD_BYTES * largest
         self._records = DeviceMemory(nbytes)
@@ -196,10 +187,8 @@ class PictureSlot:
         stream = self._slot.stream
         self._in_use = images
         if len(images) == 1 and not isinstance(images[0], ImageView):
-            (place,) = placed
-            stay = place.resized == place.source
-            address, step = self._staging.place_one(images[0], stream, stay=stay)
-            self._send_alike([address], step, place)
+            address, step = self._staging.place_one(images[0], stream, stay=_stays(placed))
+            self._send_alike([address], step, placed[0])
         else:
             self._send_several(images, placed)
         if after is not None:
@@ -224,8 +213,7 @@ class PictureSlot:
             sent = iter(addresses)
             for row, (image, place) in enumerate(zip(images, placed, strict=True)):
                 if not isinstance(image, ImageView):
-                    height, width = image.shape[:2]
-                    image = ImageView(next(sent), height, width, 3 * width, 3, step)
+                    image = interleaved(next(sent), *place.source, step)
                 write_record(self._table, row, image, place, self._interpolation)
             self._send_records(len(images))
 

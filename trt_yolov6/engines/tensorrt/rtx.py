@@ -139,7 +139,7 @@ def _forget_failure(flavour: Flavour, set_target: Callable[[trt.IBuilderConfig],
         { result = Relu(images) }"""
     )
     with contextlib.suppress(UserError):
-        settings = BuildSettings(BatchProfile(1, 1, 1), progress=False)
+        settings = BuildSettings(BatchProfile.of(1), progress=False)
         build_plan(flavour, model.SerializeToString(), settings, set_target)
 
 

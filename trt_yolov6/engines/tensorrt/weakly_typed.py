@@ -321,34 +321,21 @@ def _quantized_by_pair(graph: _Graph, name: str) -> str | None:
 def divide_channels(model: onnx.ModelProto) -> None:
     """Write multiplications by a constant per channel, before a QuantizeLinear, as divisions."""
     graph = _Graph(model)
-    for node in graph.nodes:
-        if node.op_type != "Mul" or not any(
-            reader.op_type == "QuantizeLinear" for reader in graph.readers(node.output[0])
-        ):
-            continue
-        for index, name in enumerate(node.input):
-            factors = graph.value(name)
-            if factors is not None and factors.size > 1 and np.all(factors != 0):
-                inverse = graph.constant(f"{node.output[0]}/divisors", 1 / factors)
-                node.input[:] = [node.input[1 - index], inverse]
-                node.op_type = "Div"
-                break
+    for node, source, factors in graph.with_constant("Mul"):
+        readers = {reader.op_type for reader in graph.readers(node.output[0])}
+        if "QuantizeLinear" in readers and factors.size > 1 and np.all(factors != 0):
+            node.input[:] = [source, graph.constant(f"{node.output[0]}/divisors", 1 / factors)]
+            node.op_type = "Div"
     graph.write()
 
 
 def subtract_borders(model: onnx.ModelProto) -> None:
     """Write additions of a constant per channel and pixel as subtractions of its negative."""
     graph = _Graph(model)
-    for node in graph.nodes:
-        if node.op_type != "Add" or len(node.input) != 2:
-            continue
-        for index, name in enumerate(node.input):
-            border = graph.value(name)
-            if border is not None and border.ndim == 4 and np.prod(border.shape[2:]) > 1:
-                negative = graph.constant(f"{node.output[0]}/negative", -border)
-                node.input[:] = [node.input[1 - index], negative]
-                node.op_type = "Sub"
-                break
+    for node, source, border in graph.with_constant("Add"):
+        if border.ndim == 4 and np.prod(border.shape[2:]) > 1:
+            node.input[:] = [source, graph.constant(f"{node.output[0]}/negative", -border)]
+            node.op_type = "Sub"
     graph.write()
 
 
@@ -481,6 +468,16 @@ class _Graph(GraphIndex):
                 and len(scale.dims) <= 1
             ):
                 yield layer
+
+    def with_constant(self, op: str) -> Iterator[tuple[onnx.NodeProto, str, NDArray[Any]]]:
+        """Yield the nodes of an operator of two inputs with a tensor and a constant it reads."""
+        for node in self.nodes:
+            if node.op_type == op:
+                values = [self.value(name) for name in node.input]
+                if values[0] is not None:
+                    yield node, str(node.input[1]), values[0]
+                elif values[1] is not None:
+                    yield node, str(node.input[0]), values[1]
 
     def rewire(self, node: onnx.NodeProto, before: str, after: str) -> None:
         """Have a node read one tensor in the place of another."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trt_yolov6.common.machine import usable_cpus
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line, install_command
 
 MOST_CORES = 4
@@ -56,8 +57,7 @@ def connected(address: str) -> Iterator[Any]:
         return
     here: dict[str, Any] = {"address": address}
     if address == "local":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        here |= {"num_cpus": cores, "include_dashboard": False}
+        here |= {"num_cpus": len(usable_cpus()), "include_dashboard": False}
     try:
         _check_reachable(address)
         ray.init(**here, logging_level=logging.ERROR, log_to_driver=False)
