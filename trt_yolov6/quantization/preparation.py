@@ -170,7 +170,7 @@ def prepare(
 def weight_tuning(
     graph: Graph, prepared: Prepared, paths: Sequence[Path], settings: QuantizationSettings
 ) -> WeightTuning:
-    """Return what tunes the weights of a prepared graph, on a few of the images that calibrate."""
+    """Return the tuning of a prepared graph's weights, on a few of the images that calibrate."""
     few = evenly(paths, FEWEST_IMAGES)
     return WeightTuning(prepared.model, list(inputs_of(graph, few, settings.border)))
 
