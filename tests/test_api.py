@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from support.tiny_detector import CELL, load_named
 
 import trt_yolov6
-from trt_yolov6 import Detector, Precision, UserError
+from trt_yolov6 import Detector, Precision, UserError, read_image
 from trt_yolov6.cli import main as cli_main
 from trt_yolov6.spec import NmsSettings, PredictOptions
 
@@ -157,6 +157,29 @@ def test_a_pil_image_of_other_channels_is_refused(detector: Detector, mode: str)
     red = Image.fromarray(image(0, 0, 0))
     with pytest.raises(UserError, match=f"image 1 is in mode {mode}; give "):
         detector.predict([red, red.convert(mode)])
+
+
+def test_a_pil_image_that_is_to_be_turned_is_refused(detector: Detector, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(image(0, 0, 0)).save(tmp_path / "a.jpg", exif=turned)
+    photograph = Image.open(tmp_path / "a.jpg")
+    with pytest.raises(
+        UserError, match=r"image 0 .* give `PIL\.ImageOps\.exif_transpose\(image\)`"
+    ):
+        detector.predict(photograph)
+    (upright,) = detector.predict(ImageOps.exif_transpose(photograph))
+    (from_file,) = detector.predict(tmp_path / "a.jpg")
+    np.testing.assert_array_equal(upright.xyxy, from_file.xyxy)
+
+
+def test_bytes_are_answered_with_what_decodes_them(detector: Detector, tmp_path: Path) -> None:
+    Image.fromarray(image(0, 0, 0)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    for images in (content, [content]):
+        with pytest.raises(UserError, match="image 0 is bytes; give what `read_image` makes of"):
+            detector.predict(images)  # type: ignore[arg-type]
+    assert len(detector.predict(read_image(content))) == 1
 
 
 def test_many_images_give_what_each_gives_alone(detector: Detector) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,59 @@ def test_a_split_without_a_single_label_file_is_refused_with_the_path_of_one(
         load_coco(tmp_path, "val")
 
 
+def test_images_without_a_label_file_are_noted(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    assert not load_coco(tmp_path, "val").notes
+    (tmp_path / "labels" / "val" / "a.txt").write_text("")  # without objects, and said so
+    assert not load_coco(tmp_path, "val").notes
+    (tmp_path / "labels" / "val" / "a.txt").unlink()
+    (note,) = load_coco(tmp_path, "val").notes
+    assert "1 of 2 images of val have no label file" in note
+    assert "val/a.png" in note
+    assert read_split(tmp_path, "val").report.notes == (note,)
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        (unicodedata.normalize("NFD", "zähler.png"), unicodedata.normalize("NFC", "zähler.txt")),
+        ("A.PNG", "a.TXT"),
+    ],
+)
+def test_labels_are_found_whatever_the_capitals_and_the_form_of_umlauts(
+    tmp_path: Path, image: str, label: str
+) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "images" / "val" / "a.png").rename(tmp_path / "images" / "val" / image)
+    (tmp_path / "labels" / "val" / "a.txt").rename(tmp_path / "labels" / "val" / label)
+    dataset = load_coco(tmp_path, "val")
+    assert not dataset.notes
+    assert sorted(box for *_, box in objects(dataset)) == sorted(box for *_, box in EXPECTED)
+
+
+def test_labels_of_one_image_are_not_those_of_one_in_capitals(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "images" / "val" / "b.png").rename(tmp_path / "images" / "val" / "A.png")
+    (note,) = load_coco(tmp_path, "val").notes
+    assert "A.png" in note
+
+
+def test_class_names_are_the_words_that_the_yaml_has(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("val: images/val\nnc: 2\nnames: [no, 007]\n")
+    assert load_coco(tmp_path).class_names == ("no", "007")
+    (tmp_path / "data.yaml").write_text("val: images/val\nnames:\n  0: 1.10\n  1: null\n")
+    assert load_coco(tmp_path).class_names == ("1.10", "null")
+
+
+def test_a_listed_image_that_is_missing_is_not_said_to_lack_labels(tmp_path: Path) -> None:
+    write_yolo(tmp_path, val="lists/val.txt")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "val.txt").write_text("images/val/a.png\n")
+    with pytest.raises(UserError, match=r"image .*lists/images/val/a\.png of val is not there"):
+        load_coco(tmp_path)
+
+
 def test_a_list_of_images_and_a_polygon_are_read(tmp_path: Path) -> None:
     write_yolo(tmp_path, val="val.txt")
     (tmp_path / "val.txt").write_text("./images/val/b.png\n")
@@ -399,6 +453,22 @@ def test_voc_with_lists_is_read(tmp_path: Path) -> None:
     assert objects(train) == [item for item in EXPECTED if item[0] == "b"]
 
 
+def test_lists_name_files_with_blanks_and_may_be_empty(tmp_path: Path) -> None:
+    images(tmp_path / "JPEGImages")
+    (tmp_path / "Annotations").mkdir()
+    lists = tmp_path / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    for stem, name in (("cell 1", "a"), ("cell", "b")):
+        (tmp_path / "Annotations" / f"{stem}.xml").write_text(voc_xml(name))
+    (lists / "val.txt").write_text("\ufeffcell 1\n")
+    (lists / "train.txt").write_text("cell  -1\ncell 1  0\n")
+    (lists / "test.txt").write_text("\n")
+    assert objects(load_coco(tmp_path, "val")) == [item for item in EXPECTED if item[0] == "a"]
+    assert objects(load_coco(tmp_path, "train")) == EXPECTED
+    with pytest.raises(UserError, match="has no split 'test'"):
+        load_coco(tmp_path, "test")
+
+
 def test_voc_beside_the_images_is_read_and_difficult_objects_do_not_count(tmp_path: Path) -> None:
     images(tmp_path / "valid")
     for name in BOXES:
@@ -415,12 +485,15 @@ def test_voc_beside_the_images_is_read_and_difficult_objects_do_not_count(tmp_pa
 # --- class names --------------------------------------------------------------------------------
 
 
-def test_class_names_are_a_text_file_s_lines_or_coco_s_categories_by_id(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_class_names_are_a_text_file_s_lines_or_coco_s_categories_by_id(
+    tmp_path: Path, encoding: str
+) -> None:
     lines, categories = tmp_path / "names.txt", tmp_path / "coco.json"
-    lines.write_text("dog\n\n cat \n")
+    lines.write_text("dog\n\n cat \n", encoding)
     assert read_class_names(lines) == ("dog", "cat")
     content = {"categories": [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}]}
-    categories.write_text(json.dumps(content))
+    categories.write_text(json.dumps(content), encoding)
     assert read_class_names(categories) == ("dog", "cat")
 
 

@@ -97,6 +97,15 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
         write_bytes(tmp_path, b"")
 
 
+def test_a_pipe_is_written_to_by_way_of_its_descriptor() -> None:
+    end, start = os.pipe()
+    with open(end, "rb") as reader:
+        with open(start, "wb"):
+            check_writable(f"/dev/fd/{start}")
+            write_bytes(f"/dev/fd/{start}", b"result")
+        assert reader.read() == b"result"
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 200_000])
 def test_what_is_no_json_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(content)

@@ -7,6 +7,7 @@ import csv
 import functools
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,7 +258,7 @@ def test_frames_can_be_limited_and_stopped(tmp_path: Path, engine: Engine) -> No
     assert cv2.VideoCapture(str(summary.outputs[0])).get(cv2.CAP_PROP_FRAME_COUNT) == 7
 
 
-@pytest.mark.skipif(h264_encoder()[1] is None, reason="needs ffmpeg with an H.264 encoder")
+@pytest.mark.skipif(h264_encoder() is None, reason="needs ffmpeg with an H.264 encoder")
 def test_a_drawn_video_plays_in_a_browser_and_no_line_is_cut_off(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "x.mp4", rate=10) as writer:
         for _ in range(3):
@@ -291,6 +292,22 @@ def test_sub_folders_and_globs_keep_their_folders(tmp_path: Path, engine: Engine
         assert [float(word) for word in line] == pytest.approx(
             [0, 120 / 640, 200 / 480, 80 / 640, 80 / 480, 1], abs=1e-4
         )
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_it_is(tmp_path: Path, engine: Engine) -> None:
+    source = tmp_path / os.fsdecode(b"gr\xfcn.png")
+    Image.fromarray(picture(1, 2, 0, 10)).save(source)
+    done = infer_source(
+        engine, source, tmp_path / "out", SURE, progress=False, formats=["json", "csv", "yolo"]
+    )
+    assert json.loads(done.files[0].read_text())[0]["file"] == source.name
+    video = source.with_suffix(".avi")
+    (tmp_path / "x").write_bytes(b"RIFF")
+    (tmp_path / "x").rename(video)
+    with pytest.raises(UserError, match=r"\.avi is not a name in UTF-8, .*; rename it"):
+        infer_source(engine, video, tmp_path / "out", SURE, progress=False)
+    assert b"\ngr\xfcn.png," in done.files[1].read_bytes()
+    assert (tmp_path / "out" / "labels" / source.name).with_suffix(".txt").is_file()
 
 
 def test_two_images_never_share_a_text_file_of_yolo_s(tmp_path: Path, engine: Engine) -> None:
@@ -396,7 +413,7 @@ def test_a_video_that_the_disk_has_no_room_for_is_refused_and_not_left_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # An encoder of H.264 would need less than there is room for.
-    monkeypatch.setattr(video_writing, "h264_encoder", lambda: (None, None))
+    monkeypatch.setattr(video_writing, "h264_encoder", lambda: None)
     source = tmp_path / "ride.avi"
     write_video(source, frames)
     with files_no_larger_than(size), pytest.raises(UserError, match=named):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.forks import forked
 from support.training_data import CLASS_NAMES, tiny_architecture, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
@@ -44,6 +45,30 @@ def assert_stored(model: torch.nn.Module, read: torch.nn.Module) -> None:
     for name, value in model.state_dict().items():
         expected = value.half().float() if value.ndim > 1 else value
         assert torch.equal(found[name], expected), name
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_that_crashes(tmp_path: Path) -> None:
+    code = """
+import gc, resource, signal, sys, torch
+from trt_yolov6.checkpoints.native import write_torch
+from trt_yolov6.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+def fail():
+    try:
+        gc.collect()
+        write_torch(sys.argv[1], {"weights": torch.zeros(2**20)})
+    except UserError as error:
+        print(error)
+        error.itself = error  # so that it goes with the garbage: Python 3.12 crashed there
+fail()
+gc.collect()
+"""
+    with forked(code, [str(tmp_path / "a.pt")]) as process:
+        status, words = process.ended()
+    assert (status, words.count("\n")) == (0, 1), words
+    assert "a.pt cannot be written (File too large)" in words
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

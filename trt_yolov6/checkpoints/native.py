@@ -93,7 +93,8 @@ def write_torch(path: str | Path, content: Mapping[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(path, buffer.getbuffer())
+    # Not `getbuffer()`: Python 3.12 crashes at its end where that write failed.
+    write_bytes(path, buffer.getvalue())
 
 
 def _stored(tensor: Tensor) -> Tensor:

@@ -118,11 +118,16 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
 
 
 def file_name(path: str | Path) -> str:
-    """Return a file's name as UTF-8 spells it, whatever the locale.
+    """Return a file's name as UTF-8 spells it, whatever the locale."""
+    return in_utf8(Path(path).name)
+
+
+def in_utf8(path: str) -> str:
+    """Return a path as UTF-8 spells it.
 
     Under `LC_ALL=C`, Python has the bytes of names outside ASCII as surrogates.
     """
-    return os.fsencode(Path(path).name).decode("utf-8", "surrogateescape")
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 def native_name(name: str) -> str:
@@ -137,7 +142,8 @@ def check_writable(path: str | Path) -> Path:
         UserError: it is a folder, or its parent is not a folder that can be written to.
     """
     path = Path(path)
-    path = path.resolve() if path.is_symlink() else path
+    # `/dev/stdout` leads to a pipe's name, which no path is.
+    path = path.resolve() if path.is_symlink() and (path.is_file() or not path.exists()) else path
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it.")
     if not path.exists() or path.is_file():

@@ -55,8 +55,11 @@ def check_keys(source: str | Path, where: str, given: Iterable[object], known: l
             )
 
 
-def read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path, *, texts: bool = False) -> Any:
     """Read a YAML file, in UTF-8, with a byte order mark or without; nothing in it is executed.
+
+    Args:
+        texts: leave words such as `no`, `1.10` and `null` the texts that they are written as.
 
     Raises:
         UserError: the file is missing, unreadable or not YAML.
@@ -64,7 +67,8 @@ def read_yaml(path: str | Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(read_bytes(path).decode("utf-8-sig"))
+        text = read_bytes(path).decode("utf-8-sig")
+        return yaml.load(text, yaml.BaseLoader if texts else yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: bytes that are not UTF-8, or what YAML takes for a date, such as 2024-13-45.
         reason = " ".join(str(error).split())[:200]

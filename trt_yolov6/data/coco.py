@@ -128,6 +128,8 @@ class DataReport:
     """Annotations of crowds, which are not trained on."""
     empty_images: int = 0
     """Images that are left without an object: trained on as background."""
+    notes: tuple[str, ...] = ()
+    """Notes for whoever uses the split."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +161,13 @@ def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
     for problem in problems:
         if problem.kind not in TOLERATED:
             raise malformed(file, problem.sentence)
-    if not problems:
-        return found.dataset
-    note = (
-        f"{len(problems)} objects of {file} count though they lie outside their image, have no "
-        f"area or occur twice; the first: {problems[0].sentence}"
-    )
-    return dataclasses.replace(found.dataset, notes=(note,))
+    notes = found.report.notes
+    if problems:
+        notes += (
+            f"{len(problems)} objects of {file} count though they lie outside their image, have no "
+            f"area or occur twice; the first: {problems[0].sentence}",
+        )
+    return dataclasses.replace(found.dataset, notes=notes)
 
 
 def read_annotations(
@@ -215,6 +217,7 @@ def read_annotations(
         problems=tuple(problems),
         clipped=tuple(judge.clipped),
         crowds=judge.crowds,
+        notes=source.notes,
     )
     return AnnotatedSplit(dataset, tuple(judge.corners), report)
 

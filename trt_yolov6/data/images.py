@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import read_bytes, sha256_bytes
+from trt_yolov6.common.files import in_utf8, read_bytes, sha256_bytes
 from trt_yolov6.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -198,6 +198,22 @@ def _is_cut_short(data: bytes) -> bool:
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return position + 4 > len(data)
+
+
+def opencv_path(path: str | Path) -> str:
+    """Return a path as OpenCV takes it, which crashes over a name that is not UTF-8.
+
+    Raises:
+        UserError: it is such a name.
+    """
+    text = in_utf8(str(path))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path} is not a name in UTF-8, which OpenCV needs for videos; rename it."
+        ) from error
+    return text
 
 
 @functools.cache

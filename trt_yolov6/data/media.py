@@ -22,7 +22,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.images import list_images, quiet_opencv, read_image
+from trt_yolov6.common.files import read_bytes
+from trt_yolov6.data.images import list_images, opencv_path, quiet_opencv, read_image
 from trt_yolov6.data.jpeg import Jpeg, open_image
 from trt_yolov6.errors import UserError
 
@@ -164,7 +165,11 @@ def _is_video(path: Path) -> bool:
     """Return whether a file is one, by its content; of neither kind, it counts as an image."""
     quiet_opencv()
     try:
-        if cv2.haveImageReader(str(path)) and path.suffix.lower() != ".gif":
+        name = opencv_path(path)
+    except UserError:
+        return not _is_picture(read_bytes(path))
+    try:
+        if cv2.haveImageReader(name) and path.suffix.lower() != ".gif":
             return False
     except cv2.error:
         return False
@@ -307,4 +312,4 @@ def _opened(address: str) -> cv2.VideoCapture:
             *(cv2.CAP_PROP_READ_TIMEOUT_MSEC, _PATIENCE * 1000),
         ]
         return cv2.VideoCapture(address, cv2.CAP_FFMPEG, patience)
-    return cv2.VideoCapture(address)
+    return cv2.VideoCapture(opencv_path(address))

@@ -27,6 +27,8 @@ class Source:
     `where`: its file and line."""
     folders: tuple[Path, ...]
     """Folders of images, the likeliest first."""
+    notes: tuple[str, ...] = ()
+    """Notes for whoever uses the split."""
 
 
 def read_source(data: str | Path, split: str | None = None) -> Source:

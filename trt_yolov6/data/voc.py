@@ -28,9 +28,9 @@ def voc_splits(root: Path) -> dict[str, list[Path]]:
         for listing in sorted((root / "ImageSets" / "Main").glob("*.txt")):
             if "_" in listing.stem:  # lists of one class, `dog_train.txt`
                 continue
-            lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
-            stems = [line.split()[0] for line in lines if line.strip()]
-            splits[listing.stem] = [folder / f"{stem}.xml" for stem in stems]
+            lines = listing.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            if listed := [_listed(folder, line.strip()) for line in lines if line.strip()]:
+                splits[listing.stem] = listed
     else:
         folder = root
         splits = {
@@ -39,6 +39,15 @@ def voc_splits(root: Path) -> dict[str, list[Path]]:
             if (found := sorted(inner.glob("*.xml")))
         }
     return splits or ({_WHOLE: found} if (found := sorted(folder.glob("*.xml"))) else {})
+
+
+def _listed(folder: Path, line: str) -> Path:
+    """Return the XML file that a line of a list means: a stem, or with -1, 0 or 1 after it."""
+    whole = folder / f"{line}.xml"
+    stem, *flag = line.rsplit(maxsplit=1)
+    return (
+        folder / f"{stem}.xml" if flag in (["-1"], ["0"], ["1"]) and not whole.is_file() else whole
+    )
 
 
 def read_voc(root: Path, split: str) -> Source:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def read_yolo(file: Path, split: str) -> Source:
 
     The boxes of `images/a.jpg` are in `labels/a.txt`, or in `a.txt` next to it: a line per object,
     `class x y width height`, the centre and the sides as fractions of the image; or `class x1 y1
-    x2 y2 x3 y3 ...`, a polygon. An image without such a file has no objects.
+    x2 y2 x3 y3 ...`, a polygon. An image without such a file has no objects, which is noted.
 
     Raises:
         UserError: the YAML names no classes, the split has no image, or none of them has labels.
@@ -73,11 +74,15 @@ def read_yolo(file: Path, split: str) -> Source:
     paths = list(dict.fromkeys(path for place in places for path in _images(file, split, place)))
     if not paths:
         raise UserError(f"{file}: {split} has no image in {places[0]}; check the path.")
-    if not any(label_path(path).is_file() for path in paths):
+    labels_of = _label_files(paths)
+    if not labels_of:
+        if not paths[0].is_file():
+            raise UserError(f"{file}: image {paths[0]} of {split} is not there; correct its list.")
         raise UserError(
             f"{file}: no image of {split} has labels; put those of {paths[0]} into "
             f"{label_path(paths[0])}."
         )
+    bare = [path for path in paths if path not in labels_of]
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(_size_or_none, paths))
     images: list[dict[str, Any]] = []
@@ -85,8 +90,9 @@ def read_yolo(file: Path, split: str) -> Source:
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True), start=1):
         width, height = size or (0, 0)
         images.append({"id": number, "file_name": str(path), "width": width, "height": height})
-        for entry in _objects(label_path(path), width, height):
-            annotations.append({"image_id": number, **entry})
+        if path in labels_of:
+            for entry in _objects(labels_of[path], width, height):
+                annotations.append({"image_id": number, **entry})
     # Only a whole split of pixels is refused as such; a stray line is a malformed one.
     pixels = [item for item in annotations if max(item.get("fractions", (0,))) > _MOST]
     if pixels and len(pixels) > 0.5 * len(annotations):
@@ -110,6 +116,12 @@ def read_yolo(file: Path, split: str) -> Source:
             "categories": [{"id": number, "name": name} for number, name in names.items()],
         },
         folders=(places[0] if places[0].is_dir() else file.parent,),
+        notes=(
+            f"{len(bare)} of {len(paths)} images of {split} have no label file and count as "
+            f"without objects; the first: {bare[0]}",
+        )
+        if bare
+        else (),
     )
 
 
@@ -123,9 +135,31 @@ def label_path(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
+def _label_files(images: Sequence[Path]) -> dict[Path, Path]:
+    """Return the label file of each image that has one.
+
+    Capitals do not matter, nor how an umlaut is composed: macOS takes `ä` apart in some names.
+    """
+    found: dict[Path, Path] = {}
+    expected = {label_path(image) for image in images}
+    listed: dict[Path, dict[str, Path]] = {}
+    for image in images:
+        path = label_path(image)
+        if not path.is_file():
+            if path.parent not in listed:
+                there = path.parent.iterdir() if path.parent.is_dir() else ()
+                listed[path.parent] = {_spelling(one): one for one in there if one not in expected}
+            path = listed[path.parent].get(_spelling(path), path)
+        if path.is_file():
+            found[image] = path
+    return found
+
+
+def _spelling(path: Path) -> str:
+    return unicodedata.normalize("NFC", path.name).casefold()
+
+
 def _objects(labels: Path, width: int, height: int) -> Iterator[dict[str, Any]]:
-    if not labels.is_file():
-        return
     try:
         lines = labels.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -185,7 +219,7 @@ def _resolved(file: Path, content: Mapping[str, Any], place: str) -> Path:
 
 def _class_names(file: Path, content: Mapping[str, Any]) -> dict[int, str]:
     """Return the names by the numbers that labels have for them: the keys, or 0, 1 and so on."""
-    names = content.get("names")
+    names = read_yaml(file, texts=True).get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:

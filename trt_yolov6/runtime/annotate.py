@@ -14,7 +14,7 @@ import cv2
 
 from trt_yolov6.common.files import atomic_path, write_bytes
 from trt_yolov6.common.progress import progress_bar
-from trt_yolov6.data.images import IMAGE_SUFFIXES
+from trt_yolov6.data.images import IMAGE_SUFFIXES, opencv_path
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.data.media import Clip, Frame, Picture, Pictures, Video, find_media, open_video
 from trt_yolov6.detectors.detections import Detections
@@ -273,7 +273,7 @@ def _is_whole(video: Path, frames: int) -> bool:
     OpenCV's writer reports no error. A full disk is seen here: an MP4's table of frames comes last,
     and FFmpeg writes nothing more after a first failure.
     """
-    capture = cv2.VideoCapture(str(video))
+    capture = cv2.VideoCapture(opencv_path(video))
     try:
         return (
             capture.isOpened()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from trt_yolov6.common.files import atomic_path, write_bytes
+from trt_yolov6.common.files import atomic_path, in_utf8, write_bytes
 from trt_yolov6.detectors.detections import Detections
 
 Format = Literal["json", "csv", "yolo"]
@@ -61,8 +61,9 @@ class DetectionFiles:
             detections: what was found in it.
         """
         found = described(detections, self._class_names)
+        readable = {**record, "file": in_utf8(record["file"])}
         if "json" in self._formats:
-            text = json.dumps({**record, "detections": found}, indent=2)
+            text = json.dumps({**readable, "detections": found}, indent=2)
             start = ",\n" if self.images else "[\n"
             self._file("json").write((start + textwrap.indent(text, "  ")).encode())
         if "csv" in self._formats:
@@ -73,8 +74,9 @@ class DetectionFiles:
             for item in found:
                 corners = dict(zip(("x1", "y1", "x2", "y2"), item["box"], strict=True))
                 rest = {key: value for key, value in item.items() if key != "box"}
-                writer.writerow({**record, **rest, **corners})
-            self._file("csv").write(lines.getvalue().encode())
+                writer.writerow({**readable, **rest, **corners})
+            # A name that is not UTF-8 is written as it is.
+            self._file("csv").write(lines.getvalue().encode(errors="surrogateescape"))
         if "yolo" in self._formats:
             write_bytes(self._label_path(record), _yolo_lines(record, detections).encode())
         self.images += 1

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.data.images import ORIENTATION
 from trt_yolov6.data.letterbox import fit, resolve_border
 from trt_yolov6.data.loader import Batch, default_workers, fill_row, load_batches
 from trt_yolov6.data.media import Video, find_media
@@ -145,7 +146,7 @@ def _items(images: Images) -> list[_Item]:
         return [_Item(picture.path, picture.read, picture.open) for picture in media.items]
     several: Any = images
     is_array = hasattr(images, "__array__") or hasattr(images, "__array_interface__")
-    if is_array and np.ndim(several) in (2, 3):
+    if isinstance(several, bytes) or (is_array and np.ndim(several) in (2, 3)):
         several = [several]  # one array or tensor, or a PIL image
     found: list[_Item] = []
     for image in several:
@@ -161,6 +162,14 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
     mode = getattr(image, "mode", None)  # of a PIL image; a tensor has a method of this name
     if isinstance(mode, str) and mode != "RGB":  # HSV, YCbCr and LAB have three channels, too
         raise UserError(f'image {index} is in mode {mode}; give `image.convert("RGB")`.')
+    if isinstance(mode, str) and image.getexif().get(ORIENTATION, 1) in range(2, 9):
+        # A file is turned as it is read. Boxes in a turned image would not fit this one.
+        raise UserError(
+            f"image {index} is to be turned by its EXIF orientation, as files are; give "
+            "`PIL.ImageOps.exif_transpose(image)`."
+        )
+    if isinstance(image, bytes):
+        raise UserError(f"image {index} is bytes; give what `read_image` makes of them.")
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise UserError(

@@ -132,9 +132,10 @@ def detection_task(
 
 def _notes(data: TrainingSet, folder: Path) -> tuple[str, ...]:
     count, place = len(data.report.problems), folder / DATA_REPORT_FILE
-    if not count:
-        return ()
-    return (f"left out of training: {counted(count, 'problem')} of the data; see {place}.",)
+    notes = tuple(f"{note}." for note in data.report.notes)
+    if count:
+        notes += (f"left out of training: {counted(count, 'problem')} of the data; see {place}.",)
+    return notes
 
 
 def _shared(data: TrainingSet, validation: CocoDataset) -> tuple[str, ...]:
