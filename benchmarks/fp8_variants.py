@@ -161,7 +161,7 @@ def random_graph(name: str, size: int, batch: int) -> tuple[onnx.ModelProto, dic
     from trt_yolov6.graph.export import ExportSettings, export_onnx
     from trt_yolov6.models import architecture, build_model
     from trt_yolov6.quantization.collect import collect
-    from trt_yolov6.quantization.mixed_precision import tensors_to_measure
+    from trt_yolov6.quantization.mixed_precision import tensors_for_any_choice
     from trt_yolov6.spec import BatchProfile
 
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def random_graph(name: str, size: int, batch: int) -> tuple[onnx.ModelProto, dic
 
     one = export(1)
     noise = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32)
-    statistics = collect(one, [noise], tensors_to_measure(one))
+    statistics = collect(one, [noise], tensors_for_any_choice(one))
     # What random weights leave at zero needs a range too.
     ranges = {tensor: max(item.amax, 0.01) for tensor, item in statistics.items()}
     return export(batch), ranges

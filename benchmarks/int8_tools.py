@@ -61,12 +61,11 @@ from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.solve import equalize, tensors_to_measure
 from trt_yolov6.quantization.judge import Judge
 from trt_yolov6.quantization.pipeline import quantize
-from trt_yolov6.quantization.preparation import VARIANTS, Variant
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
-from trt_yolov6.quantization.table import model_sha256
+from trt_yolov6.quantization.table import VARIANTS, Variant, model_sha256
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.spec import PredictOptions
 
@@ -319,7 +318,7 @@ def _own_steps(task: Task) -> Iterator[Contender]:
         model = task.graph.model
         if variant != "plain":
             ranges = _measured(task, model, tensors_to_measure(model))
-            model = equalize(model, ranges, smooth=variant == "smoothed")
+            model = equalize(model, ranges, smooth=variant == "smoothed").applied(model)
         if model in models:
             continue
         models.append(model)

@@ -143,7 +143,7 @@ def _make(job: tuple[Path, str, tuple[int, ...]]) -> None:
         statistics = collect(model, batches_of(graph, paths), placement.tensors)
         amax = group_amax(statistics, placement.groups, "minmax")
         distortions = layer_distortions(model, placement, amax, batches_of(graph, paths))
-        forms["int8+float6"] = quantized(most_sensitive(ranked(distortions, "snr"), 6))
+        forms["int8+float6"] = quantized(most_sensitive(ranked(distortions, "snr").names, 6))
         worth = rankings(distortions, layer_costs(model))[-1]
         forms["int8+float6-by_time"] = quantized(worth[:6])
     for form, content in forms.items():

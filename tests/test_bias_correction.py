@@ -18,7 +18,6 @@ from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.bias_correction import (
     BiasCorrection,
-    with_errors_removed,
     without_mean_rounding,
 )
 from trt_yolov6.quantization.calibrators import amax_of
@@ -138,23 +137,6 @@ def test_one_correction_serves_several_graphs_and_gives_each_the_same() -> None:
         assert correction.correct(graph).SerializeToString() == alone
 
 
-def test_a_layer_s_error_hardly_depends_on_what_else_is_in_float() -> None:
-    model, images = network("Relu"), noise(8, 0)
-    ranges = {n: amax_of(s, "minmax") for n, s in collect(model, images, PLACED).items()}
-    errors = BiasCorrection(model, images).errors(coarse(insert_qdq(model, place(model), ranges)))
-    partly = coarse(insert_qdq(model, place(model, ["y1"]), ranges))
-    before, exact, reused = (
-        squared_error(model, graph, noise(8, 1))[0]
-        for graph in (
-            partly,
-            BiasCorrection(model, images).correct(partly),
-            with_errors_removed(partly, errors),
-        )
-    )
-    assert exact < 0.6 * before
-    assert reused < 1.2 * exact
-
-
 @pytest.mark.slow
 def test_the_sample_in_int8_comes_nearer_to_float(sample_320: Graph, root: Path) -> None:
     model = sample_320.model
@@ -176,12 +158,10 @@ def test_what_rounding_weights_adds_in_the_mean_is_taken_back_without_images(bia
     corrected = without_mean_rounding(model, rounded, {"images": np.asarray(means)})
 
     def error(changed: onnx.ModelProto) -> float:
-        own, expected = (
-            collect(one, images, ["y0"])["y0"].mean_per_channel for one in (changed, model)
-        )
+        own, expected = (collect(one, images, ["y0"])["y0"].channels for one in (changed, model))
         assert own is not None
         assert expected is not None
-        return float(np.abs(own - expected).max())
+        return float(np.abs(own.mean - expected.mean).max())
 
     # What is left is the rounding of the images.
     assert error(corrected) < 0.1 * error(rounded)

@@ -20,6 +20,7 @@ from trt_yolov6.quantization.calibrators import (
     amax_of,
     entropy_amax,
     group_amax,
+    percentile_amax,
     quantization_error,
 )
 from trt_yolov6.quantization.statistics import BINS, Accumulator, TensorStatistics, pooled
@@ -125,21 +126,19 @@ def test_a_margin_loses_less_than_min_max_in_images_that_were_not_seen() -> None
 @pytest.mark.parametrize("percentile", [50.0, 99.0, 99.9, 99.99])
 def test_percentile_agrees_with_numpys_on_the_values(kind: str, percentile: float) -> None:
     values = samples(kind)
-    found = amax_of(in_pieces(values), "percentile", percentile=percentile)
+    found = percentile_amax(in_pieces(values), percentile)
     expected = np.percentile(np.abs(values), percentile)
     assert found == pytest.approx(expected, abs=in_pieces(values).bin_width)
 
 
 def test_percentile_of_a_normal_distribution_is_its_quantile() -> None:
     # P(|x| <= 2.5758) = 0.99, from any table of the normal distribution.
-    assert amax_of(in_pieces(samples("normal")), "percentile", percentile=99) == pytest.approx(
-        2.5758, rel=0.01
-    )
+    assert percentile_amax(in_pieces(samples("normal")), 99) == pytest.approx(2.5758, rel=0.01)
 
 
 def test_percentile_100_clips_nothing() -> None:
     values = samples("laplace", 10_000)
-    assert amax_of(statistics_of(values), "percentile", percentile=100) == np.abs(values).max()
+    assert percentile_amax(statistics_of(values), 100) == np.abs(values).max()
 
 
 def test_percentile_does_not_clip_a_tensor_that_is_hardly_anywhere_different_from_zero() -> None:
@@ -303,12 +302,6 @@ def test_an_unknown_calibrator_is_refused_in_a_sentence() -> None:
         amax_of(statistics_of(np.ones(3, np.float32)), "median")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1, math.nan])
-def test_a_percentile_out_of_range_is_refused(percentile: float) -> None:
-    with pytest.raises(UserError, match="percentile"):
-        amax_of(statistics_of(np.ones(3, np.float32)), "percentile", percentile=percentile)
-
-
 def direct_histogram(values: NDArray[np.floating], width: float) -> NDArray[np.int64]:
     counts, _ = np.histogram(np.abs(values), BINS, (0, BINS * width))
     return counts
@@ -348,11 +341,10 @@ def test_large_tensors_are_sampled_yet_their_extremes_are_exact() -> None:
     assert statistics.amax == 17
     assert statistics.amin == -17
     assert statistics.count == values.size > 5 * statistics.histogram.sum()
-    assert statistics.amax_per_channel is not None
-    assert statistics.mean_per_channel is not None
-    np.testing.assert_array_equal(statistics.amax_per_channel, np.abs(values).max(axis=(0, 2, 3)))
+    assert statistics.channels is not None
+    np.testing.assert_array_equal(statistics.channels.amax, np.abs(values).max(axis=(0, 2, 3)))
     np.testing.assert_allclose(
-        statistics.mean_per_channel, values.astype(np.float64).mean(axis=(0, 2, 3)), atol=1e-6
+        statistics.channels.mean, values.astype(np.float64).mean(axis=(0, 2, 3)), atol=1e-6
     )
     share = statistics.histogram[: round(1 / statistics.bin_width)].sum()
     # P(|x| < 1) = 0.6827; 0.01 is four standard deviations of a sample of 30 000.

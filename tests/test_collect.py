@@ -63,21 +63,19 @@ def test_statistics_are_those_of_the_values_the_graph_computes() -> None:
 
     assert list(found) == ["relu", "conv", "images", "mean"]
     conv, relu, mean = found["conv"], found["relu"], found["mean"]
-    assert conv.amax_per_channel is not None
-    assert relu.mean_per_channel is not None
-    assert mean.mean_per_channel is not None
+    assert conv.channels is not None
+    assert relu.channels is not None
+    assert mean.channels is not None
     assert conv.name == "conv"
     assert conv.amax == pytest.approx(np.abs(expected).max(), rel=1e-5)
     assert conv.amin == pytest.approx(expected.min(), rel=1e-5)
     assert relu.amin == 0
     assert conv.count == conv.histogram.sum() == expected.size
+    np.testing.assert_allclose(conv.channels.amax, np.abs(expected).max(axis=(0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(
-        conv.amax_per_channel, np.abs(expected).max(axis=(0, 2, 3)), rtol=1e-5
+        relu.channels.mean, np.maximum(expected, 0).mean(axis=(0, 2, 3)), rtol=1e-5
     )
-    np.testing.assert_allclose(
-        relu.mean_per_channel, np.maximum(expected, 0).mean(axis=(0, 2, 3)), rtol=1e-5
-    )
-    np.testing.assert_allclose(mean.mean_per_channel, relu.mean_per_channel, rtol=1e-5)
+    np.testing.assert_allclose(mean.channels.mean, relu.channels.mean, rtol=1e-5)
     assert found["images"].amax == max(image.max() for image in pictures(5))
 
 
@@ -242,13 +240,14 @@ def test_the_sample_is_collected_alike_twice_and_as_a_plain_session_computes_it(
     paths = calibration_images(root / "calib", limit=3)
     spec = input_spec(model)
     tensors = [node.output[0] for node in model.graph.node if node.op_type in ("Relu", "Concat")]
-    once, again = (
-        collect(model, calibration_batches(paths, spec), tensors, threads=2) for _ in range(2)
-    )
+    once, again = (collect(model, calibration_batches(paths, spec), tensors) for _ in range(2))
     for name in tensors:
         assert once[name].amax == again[name].amax
         np.testing.assert_array_equal(once[name].histogram, again[name].histogram)
-        np.testing.assert_array_equal(once[name].mean_per_channel, again[name].mean_per_channel)
+        first, second = once[name].channels, again[name].channels
+        assert first is not None
+        assert second is not None
+        np.testing.assert_array_equal(first.mean, second.mean)
 
     last = tensors[-1]
     model.graph.output.append(onnx.ValueInfoProto(name=last))

@@ -24,7 +24,6 @@ from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.equalization import solve
 from trt_yolov6.quantization.equalization.alignment import aligned, best_parts
 from trt_yolov6.quantization.equalization.channel_graph import FIXED, trace_channels
 from trt_yolov6.quantization.equalization.rescaling import rescale
@@ -220,13 +219,13 @@ def test_factors_of_one_add_no_operator() -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(drawn_models, st.sampled_from([True, False, None]))
+@given(drawn_models, st.booleans())
 def test_equalized_networks_compute_the_same_with_no_more_noise(
-    model: onnx.ModelProto, smooth: bool | None
+    model: onnx.ModelProto, smooth: bool
 ) -> None:
-    result = equalize(model, smooth=smooth)
+    result = equalize(model, smooth=smooth).applied(model)
     assert_same_function(model, result)
-    if smooth is False:  # the same convolutions, so that their sums compare
+    if not smooth:  # the same convolutions, so that their sums compare
         assert noise_to_signal(result) <= noise_to_signal(model) * 1.001
 
 
@@ -235,7 +234,7 @@ def test_a_convolution_of_zeros_has_no_say_in_the_factors() -> None:
     weight = model.graph.node[2].input[1]
     (stored,) = (item for item in model.graph.initializer if item.name == weight)
     stored.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(stored)), weight))
-    result = equalize(model, smooth=False)
+    result = equalize(model).applied(model)
     assert result.graph.initializer != model.graph.initializer
     assert_same_function(model, result)
 
@@ -249,7 +248,7 @@ def test_channels_that_must_keep_their_scale_keep_it_beside_others_that_need_not
     wild = numpy_helper.to_array(drawing.constants[0]) * 50  # what is free is best made smaller
     drawing.constants[0].CopyFrom(numpy_helper.from_array(wild, "c0"))
     model = drawing.model()
-    result = equalize(model, measured(model), smooth=False)
+    result = equalize(model, measured(model)).applied(model)
     assert_same_function(model, result)
     assert noise_to_signal(result, measured(result)) < 0.5 * noise_to_signal(model, measured(model))
 
@@ -345,7 +344,7 @@ def test_channels_are_shifted_where_only_unpadded_convolutions_read_them(
 
 def test_shifted_channels_reach_as_far_below_zero_as_above() -> None:
     _, model = pointwise_after("SiLU")
-    result = equalize(model, measured(model), shift=True)
+    result = equalize(model, measured(model), shift=True).applied(model)
     assert_same_function(model, result)
     tensor = next(
         node.input[0] for node in result.graph.node if node.input[0].endswith("_equalized")
@@ -353,11 +352,10 @@ def test_shifted_channels_reach_as_far_below_zero_as_above() -> None:
     rng = np.random.default_rng(1)
     images = [rng.normal(size=(1, 4, SIZE, SIZE)).astype(np.float32) for _ in range(4)]
     found = collect(result, images, [tensor])[tensor]
-    assert found.low_per_channel is not None
-    assert found.high_per_channel is not None
-    np.testing.assert_allclose(found.low_per_channel, -found.high_per_channel, rtol=1e-4)
+    assert found.channels is not None
+    np.testing.assert_allclose(found.channels.low, -found.channels.high, rtol=1e-4)
     # And no channel has fewer of INT8's levels than it can have.
-    np.testing.assert_allclose(found.high_per_channel, found.amax, rtol=0.02)
+    np.testing.assert_allclose(found.channels.high, found.amax, rtol=0.02)
 
 
 def rounding_error(values: Floats, scale: float) -> NDArray[np.float64]:
@@ -374,7 +372,7 @@ def test_aligned_channels_are_rounded_less_and_the_function_stays(kind: str, rea
     active = list(drawing.channels)[-1]
     drawing.grow(reader, active, "")
     model, images = drawing.model(), noise_images()
-    solution = solve.shifted(model, measured(model))
+    solution = equalize(model, measured(model), shift=True)
     before, name = solution.applied(model), f"{active}_equalized"
     reach = collect(before, images, [name])[name].amax
     scale = reach / 127
@@ -427,17 +425,17 @@ def test_no_step_from_the_optimum_of_shifted_channels_lessens_the_noise() -> Non
     wide = wide * np.array([0.2, 1, 3, 9], np.float32)[:, None, None, None]
     drawing.constants[0].CopyFrom(numpy_helper.from_array(wide, "c0"))
     model = drawing.model()
-    result = equalize(model, measured(model), shift=True)
+    result = equalize(model, measured(model), shift=True).applied(model)
     name = f"{active}_equalized"
     (reader,) = (node for node in result.graph.node if name in node.input)
     constants = {item.name: numpy_helper.to_array(item) for item in result.graph.initializer}
     factors = constants[f"{active}_equalization"].reshape(-1).astype(float)
     weights = constants[reader.input[1]].astype(float)[:, :, 0, 0]
-    reach = collect(result, noise_images(), [name])[name].amax_per_channel
-    before = measured(model)[active].amax_per_channel
-    assert reach is not None
+    after = collect(result, noise_images(), [name])[name].channels
+    before = measured(model)[active].channels
+    assert after is not None
     assert before is not None
-    typical = 0.1 * before * factors
+    reach, typical = after.amax, 0.1 * before.amax * factors
 
     def noise(steps: NDArray[np.float64]) -> float:
         """The formula at the top of `equalization.solve`."""
@@ -649,7 +647,7 @@ def test_channels_are_followed_through_parts_of_tensors(
         assert channels.classes[name].tolist() == before[part].tolist()
 
 
-def test_smoothing_is_left_out_where_it_gains_little(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoothing_multiplies_after_activations() -> None:
     drawing = Drawing(0)
     drawing.convolution(drawing.add("HardSwish", [drawing.convolution("images")], 4))
     weights = numpy_helper.to_array(drawing.constants[0])
@@ -657,12 +655,9 @@ def test_smoothing_is_left_out_where_it_gains_little(monkeypatch: pytest.MonkeyP
     drawing.constants[0].CopyFrom(numpy_helper.from_array(wild, "c0"))
     model = drawing.model()
     found = measured(model)
-    for gain, has_it in ((1e-6, True), (1e6, False)):
-        monkeypatch.setattr(solve, "SMOOTHING_GAIN", gain)
-        assert any(n.op_type == "Mul" for n in equalize(model, found).graph.node) is has_it
-        for smooth in (False, True):
-            nodes = equalize(model, found, smooth=smooth).graph.node
-            assert any(node.op_type == "Mul" for node in nodes) is smooth
+    for smooth in (False, True):
+        nodes = equalize(model, found, smooth=smooth).applied(model).graph.node
+        assert any(node.op_type == "Mul" for node in nodes) is smooth
 
 
 def chain() -> onnx.ModelProto:
@@ -691,8 +686,9 @@ def expected_noise(model: onnx.ModelProto, found: dict[str, TensorStatistics]) -
         if node.op_type != "Conv" or node.input[0] not in found:
             continue
         weights = constants[node.input[1]].astype(float)
-        ranges = found[node.input[0]].amax_per_channel
-        assert ranges is not None
+        channels = found[node.input[0]].channels
+        assert channels is not None
+        ranges = channels.amax
         squares = (0.1 * ranges) ** 2
         for output in weights:
             energy = (output**2).sum(axis=(1, 2))
@@ -725,7 +721,7 @@ def test_the_noise_does_not_depend_on_the_unit_of_what_channels_hold() -> None:
 
 def test_no_step_from_the_optimum_lessens_the_noise() -> None:
     model = rescale_channels(chain(), np.random.default_rng(0), 1, 256)
-    best = equalize(model, measured(model), smooth=False)
+    best = equalize(model, measured(model)).applied(model)
     channels, least = trace_channels(best), noise_to_signal(best, measured(best))
     assert least < 0.5 * noise_to_signal(model, measured(model))
     for index in range(channels.count):
@@ -748,10 +744,11 @@ def test_a_channel_of_large_weights_gets_a_wider_range_than_the_others() -> None
     weights[0, 0] *= 30
     weights[1, 1] *= 30
     read.CopyFrom(numpy_helper.from_array(weights, read.name))
-    best = equalize(model, measured(model), smooth=False)
+    best = equalize(model, measured(model)).applied(model)
     channels, found = trace_channels(best), measured(best)
-    ranges = found[hidden].amax_per_channel
-    assert ranges is not None
+    measured_channels = found[hidden].channels
+    assert measured_channels is not None
+    ranges = measured_channels.amax
     assert ranges[:2].min() > 2 * np.median(ranges)
     # No other factor of the two would do, and least of all the one that makes all ranges equal.
     least = noise_to_signal(best, found)
@@ -774,7 +771,7 @@ def test_rescaling_beforehand_changes_nothing() -> None:
 
     def least(graph: onnx.ModelProto) -> float:
         tensors = tensors_to_measure(graph)
-        equalized = equalize(graph, collect(graph, images, tensors))
+        equalized = equalize(graph, collect(graph, images, tensors)).applied(graph)
         return noise_to_signal(equalized, collect(equalized, images, tensors))
 
     assert least(rescale_channels(model, rng, 1, 256)) == pytest.approx(least(model), rel=0.02)
@@ -799,13 +796,14 @@ def test_a_rescaled_sample_survives_min_max(
     # Log-uniform factors; test_ptq has uniform ones.
     rescaled = rescale_channels(sample, np.random.default_rng(0), 1, 256, log_uniform=True)
     images = calibration_batches(root / "calib", input_spec(rescaled), limit=12)
-    equalized = equalize(rescaled, collect(rescaled, images, tensors_to_measure(rescaled)))
+    found = collect(rescaled, images, tensors_to_measure(rescaled))
+    equalized = equalize(rescaled, found).applied(rescaled)
     result, few = (
         quantized(equalized, root / "calib"),
         first_images(load_coco(root / "samples"), 16),
     )
-    found, expected = (graph_precision(graph, tmp_path, few) for graph in (result, sample))
-    assert found >= expected - 0.02
+    ap, expected = (graph_precision(graph, tmp_path, few) for graph in (result, sample))
+    assert ap >= expected - 0.02
 
 
 @pytest.mark.slow
@@ -828,9 +826,10 @@ def test_hard_swish_networks_are_saved_by_smoothing(root: Path, tmp_path: Path) 
     model, data = onnx.load(path), shared / "data" / "coco256"
     folder = data / "images" / "train2017"
     images = calibration_batches(folder, input_spec(model), limit=8)
-    equalized = equalize(model, collect(model, images, tensors_to_measure(model)))
+    found = collect(model, images, tensors_to_measure(model))
+    equalized = equalize(model, found, smooth=True).applied(model)
     result = quantized(equalized, folder, limit=8)
     few = first_images(load_coco(data, "val2017"), 32)
-    found, expected = (graph_precision(graph, tmp_path, few) for graph in (result, model))
+    ap, expected = (graph_precision(graph, tmp_path, few) for graph in (result, model))
     assert expected > 0.3
-    assert found >= expected - 0.02
+    assert ap >= expected - 0.02

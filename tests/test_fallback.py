@@ -27,7 +27,7 @@ from trt_yolov6.quantization.mixed_precision import (
     layer_costs,
     most_sensitive,
     rankings,
-    tensors_to_measure,
+    tensors_for_any_choice,
 )
 from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.sensitivity import Distortion, Sensitivity, ranked
@@ -102,12 +102,12 @@ def test_costs_need_a_fixed_image_size() -> None:
 
 
 def test_as_many_layers_as_asked_the_most_sensitive_first() -> None:
-    found = Sensitivity("snr", (("bad", 10.0), ("fair", 20.0), ("good", 30.0)))
-    assert most_sensitive(found, 0) == ()
-    assert most_sensitive(found, 2) == ("bad", "fair")
+    names = Sensitivity("snr", (("bad", 10.0), ("fair", 20.0), ("good", 30.0))).names
+    assert most_sensitive(names, 0) == ()
+    assert most_sensitive(names, 2) == ("bad", "fair")
     for count in (-1, 4):
         with pytest.raises(UserError, match="3 layers"):
-            most_sensitive(found, count)
+            most_sensitive(names, count)
 
 
 class Additive:
@@ -250,7 +250,7 @@ def test_ranges_suffice_whatever_is_left_in_float() -> None:
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    measured = set(tensors_to_measure(model))
+    measured = set(tensors_for_any_choice(model))
     image = rng.normal(0, 1, shape).astype(np.float32)
     assert set(collect(model, [image], sorted(measured))) == measured
     names = ("one", "two", "three", "four")
@@ -276,7 +276,7 @@ def test_a_few_depthwise_layers_are_found_to_break_a_real_detector() -> None:
     model, paths = graph.model, list_images(IMAGES)[::64]
     batches = list(calibration_batches(paths, input_spec(model)))
     everywhere = place(model, requantize=True)
-    statistics = collect(model, batches, tensors_to_measure(model))
+    statistics = collect(model, batches, tensors_for_any_choice(model))
     amax = group_amax(statistics, everywhere.groups, "mse")
     distortions = layer_distortions(model, place(model), amax, batches)
     worst = ranked(distortions, "snr").names[:3]

@@ -13,7 +13,6 @@ from trt_yolov6.graph.index import (
     GraphIndex,
     attribute,
     attributes,
-    layers_after,
     names_read,
     nodes_after_layers,
     shapes_of,
@@ -79,7 +78,7 @@ def test_attributes_are_plain_values() -> None:
 
 def test_what_comes_after_the_last_layer(two_layers: onnx.ModelProto) -> None:
     assert [node.op_type for node in nodes_after_layers(two_layers)] == ["Sigmoid"]
-    counts = layers_after(GraphIndex(two_layers))
+    counts = GraphIndex(two_layers).layers_after
     assert (counts["a"], counts["b"], counts["c"], counts["out"]) == (1, 1, 0, 0)
 
 

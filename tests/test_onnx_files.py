@@ -224,13 +224,12 @@ def test_dynamic_quantization_is_called_what_it_is(tmp_path: Path) -> None:
 SCALE = 0.02
 
 
-def quantized(zero: int, kind: Any = np.uint8, relu: bool = False) -> onnx.ModelProto:
-    """A convolution between two Q/DQ pairs; the second one is the ReLU where `zero` is 0."""
+def quantized(zero: int | None, kind: Any = np.uint8, relu: bool = False) -> onnx.ModelProto:
+    """A Q/DQ pair between two convolutions; it is the ReLU where `zero` is 0 or left out."""
     graph = GraphWriter()
-    grid = [
-        graph.constant("scale", np.array(SCALE, np.float32)),
-        graph.constant("zero", np.array(zero, kind)),
-    ]
+    grid = [graph.constant("scale", np.array(SCALE, np.float32))]
+    if zero is not None:
+        grid.append(graph.constant("zero", np.array(zero, kind)))
     last = graph.conv("conv", "images", (3, 4))
     if relu:
         last = graph.node("Relu", [last], "relu")
@@ -239,9 +238,10 @@ def quantized(zero: int, kind: Any = np.uint8, relu: bool = False) -> onnx.Model
     return graph.model(graph.conv("next", float_again, (4, 4)))
 
 
+@pytest.mark.parametrize("zero", [0, None])
 @pytest.mark.parametrize("relu", [False, True])
-def test_levels_from_0_up_become_int8_of_twice_the_scale(relu: bool) -> None:
-    model = quantized(0, relu=relu)
+def test_levels_from_0_up_become_int8_of_twice_the_scale(relu: bool, zero: int | None) -> None:
+    model = quantized(zero, relu=relu)
     result, said = with_symmetric_int8(model, "u8.onnx")
     assert said is not None
     assert "half their resolution" in said

@@ -395,6 +395,11 @@ class TestRulesToChoose:
         layers = [(3, 8), (8, 8), (8, 4)]
         assert in_float(is_among_the_last(count), *layers) == ("0", "1", "2")[3 - count :]
 
+    def test_one_rule_serves_graph_after_graph(self) -> None:
+        rule = is_among_the_last(1)
+        for count in (3, 2, 4, 3) * 5:
+            assert in_float(rule, (3, 8), *[(8, 8)] * (count - 1)) == (str(count - 1),)
+
 
 class TestGates:
     """Tensors of one pixel, after global pooling, and those computed from them."""

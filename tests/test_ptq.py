@@ -33,8 +33,7 @@ from trt_yolov6.quantization import search
 from trt_yolov6.quantization.pipeline import QuantizedGraph, calibrate, quantize
 from trt_yolov6.quantization.search import Choice, Search
 from trt_yolov6.quantization.settings import QuantizationSettings
-from trt_yolov6.quantization.table import read_table, write_table
-from trt_yolov6.quantization.weights import Weights
+from trt_yolov6.quantization.table import Weights, read_table, write_table
 from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
 
 
@@ -247,7 +246,7 @@ def test_float_layers_are_searched_with_the_biases_that_will_be_built(
         monkeypatch.setattr(Search, "_with_weights", chosen)
         seen.clear()
         result = quantize(tiny, folder, settings, score=Score())
-        assert result.table.biases_corrected is helps
+        assert result.table.weights == weights
         # The float graph first, for the budget; then the graph without float layers, which is kept.
         assert seen[1:] == [result.graph.model.SerializeToString()]
 

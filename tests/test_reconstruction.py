@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from support.networks import ONE, random_model
 from support.pictures import save_noise
+from support.small_graphs import GraphWriter
 
 from trt_yolov6.common.statistics import Interval
 from trt_yolov6.errors import UserError
@@ -26,6 +27,7 @@ from trt_yolov6.quantization.judge import batches_of
 from trt_yolov6.quantization.learned import as_built, learned_of, with_learned
 from trt_yolov6.quantization.pipeline import Calibrated, calibrate, quantize
 from trt_yolov6.quantization.qdq.insert import insert_qdq
+from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.reconstruction import reconstruct
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import learned_path, write_table
@@ -106,6 +108,17 @@ def test_what_has_not_learned_is_the_same_graph(quantized: onnx.ModelProto) -> N
         np.testing.assert_allclose(after.biases[name], before.biases[name], atol=1e-7)
 
 
+def test_a_grouped_transposed_convolution_learns_a_bias_for_each_channel() -> None:
+    graph = GraphWriter()
+    wide = graph.conv("wide", "images", (3, 8))
+    up = graph.conv("up", wide, (8, 3), kernel=2, op="ConvTranspose", group=2, strides=[2, 2])
+    model = graph.model(up)
+    del model.graph.node[-1].input[2:]
+    placement = place(model)
+    biases = learned_of(insert_qdq(model, placement, dict.fromkeys(placement.tensors, 1.0))).biases
+    assert {name: len(bias) for name, bias in biases.items()} == {"wide_out": 8, "up_out": 6}
+
+
 def test_gradients_bring_outputs_nearer_to_float(
     tiny: Graph, folder: Path, calibrated: Calibrated
 ) -> None:
@@ -158,6 +171,8 @@ def test_what_is_learned_is_kept_only_if_it_is_clearly_better(
     again = quantize(tiny, folder, settings, table_file=table)
     assert "same model, images and settings" in again.note
     assert again.graph.model.SerializeToString() == result.graph.model.SerializeToString()
+    assert again.graph.calibration is not None
+    assert again.graph.calibration["calibrator"] == "minmax"
     assert [one.decides for one in result.candidates] == ["gradients"]
 
 

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -296,6 +296,19 @@ def usable_cpus() -> list[int]:
         return sorted(os.sched_getaffinity(0))
     except (AttributeError, OSError):  # only Linux has it
         return list(range(os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def single_torch_thread() -> Iterator[None]:
+    """Have PyTorch compute in one thread meanwhile."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cgroup_quota(text: str | None) -> float | None:

@@ -49,6 +49,21 @@ class GraphIndex:
         """The names of the graph's inputs and of all that its nodes produce, in its order."""
         return (*self._inputs, *(name for node in self.nodes for name in node.output if name))
 
+    @cached_property
+    def layers_after(self) -> dict[str, int]:
+        """For each tensor, the length of the longest chain of convolutions after it."""
+        found: dict[str, int] = {}
+        for node in reversed(self.nodes):
+            for name in node.output:
+                found[name] = max(
+                    (
+                        found[reader.output[0]] + (reader.op_type in CONVOLUTIONS)
+                        for reader in self.readers(name)
+                    ),
+                    default=0,
+                )
+        return found
+
     def producer(self, name: str) -> onnx.NodeProto | None:
         """Return the node that produces a tensor; None for an input or an initializer."""
         return self._producers.get(name)
@@ -101,21 +116,6 @@ def nodes_after_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     graph = GraphIndex(model)
     ahead = graph.ancestors([n.output[0] for n in graph.nodes if n.op_type in WEIGHTED_OPS])
     return [node for node in graph.nodes if not ahead.intersection(node.output)]
-
-
-def layers_after(graph: GraphIndex) -> dict[str, int]:
-    """Return for each tensor the length of the longest chain of convolutions after it."""
-    found: dict[str, int] = {}
-    for node in reversed(graph.nodes):
-        for name in node.output:
-            found[name] = max(
-                (
-                    found[reader.output[0]] + (reader.op_type in CONVOLUTIONS)
-                    for reader in graph.readers(name)
-                ),
-                default=0,
-            )
-    return found
 
 
 def tensor_value(tensor: onnx.TensorProto) -> NDArray[Any]:

@@ -111,6 +111,13 @@ class QuantizedLayer:
         return self.node.op_type == "ConvTranspose"
 
     @property
+    def channels(self) -> int:
+        """Number of output channels; the codes must be stored."""
+        assert self.weights.codes is not None
+        made = int(self.weights.codes.dims[weight_axis(self.node.op_type)])
+        return made * attribute(self.node, "group", 1) if self.transposed else made
+
+    @property
     def has_own_codes(self) -> bool:
         """True if the weights are stored as INT8 or E4M3, four axes, with a scale, for it alone."""
         codes = self.weights.codes

@@ -26,7 +26,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.graph.editing import add_to_bias, with_outputs
 from trt_yolov6.graph.index import attribute, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
@@ -74,10 +73,7 @@ def without_mean_rounding(
 
 
 class BiasCorrection:
-    """Corrects the biases of several Q/DQ graphs made from one float graph.
-
-    The float graph's means, and what was found for the last Q/DQ graph, are kept for the next.
-    """
+    """Corrects the biases of Q/DQ graphs made from one float graph, whose means are kept."""
 
     def __init__(self, float_model: onnx.ModelProto, images: Sequence[NDArray[Any]]) -> None:
         """Take the float32 graph that was quantized, after equalization, and some inputs of it.
@@ -87,7 +83,6 @@ class BiasCorrection:
         self._float_model = float_model
         self._images = images
         self._float_means: dict[str, NDArray[np.float64]] = {}
-        self._last: tuple[str, dict[str, NDArray[np.float64]]] | None = None
 
     def correct(self, quantized_model: onnx.ModelProto) -> onnx.ModelProto:
         """Return a Q/DQ graph, made by `insert_qdq`, with its convolutions' biases corrected.
@@ -95,14 +90,8 @@ class BiasCorrection:
         Raises:
             UserError: there are no images, or they make a tensor NaN or infinite.
         """
-        return with_errors_removed(quantized_model, self.errors(quantized_model))
-
-    def errors(self, quantized_model: onnx.ModelProto) -> dict[str, NDArray[np.float64]]:
-        """Return each quantized convolution's own mean error, (channels,) by its output's name."""
-        digest = sha256_bytes(quantized_model.SerializeToString())
-        if self._last is not None and self._last[0] == digest:
-            return self._last[1]
-        both = layers_of_both(quantized_model, self._float_model)
+        result = copy.deepcopy(quantized_model)
+        both = layers_of_both(result, self._float_model)
         layers = [layer for layer, _, _ in both]
         inputs = [node.input[0] for _, node, _ in both]
         missing = {*inputs, *(layer.output for layer in layers)} - self._float_means.keys()
@@ -115,29 +104,12 @@ class BiasCorrection:
             with_outputs(quantized_model, (n for one in layers for n in (one.input, one.output)))
         )
         after = _means(exact, self._images, [item.input for item in layers], layers)
-        found = {}
         for layer, node, weight in both:
             moved = after[layer.input] - before[node.input[0]]
             from_input = _mean_response(node, weight.astype(np.float64), moved)
             error = after[layer.output] - before[layer.output] - from_input
-            found[layer.output] = _on_grid(error)
-        self._last = digest, found
-        return found
-
-
-def with_errors_removed(
-    quantized_model: onnx.ModelProto, errors: Mapping[str, NDArray[np.float64]]
-) -> onnx.ModelProto:
-    """Return a Q/DQ graph whose biases take back mean errors, those of `BiasCorrection.errors`.
-
-    A layer's own error hardly depends on which other layers are quantized, so that errors found in
-    one graph do for another with more layers in float.
-    """
-    result = copy.deepcopy(quantized_model)
-    for layer in quantized_layers(result):
-        if layer.has_own_codes and layer.output in errors:
-            shift_bias(result, layer, -errors[layer.output])
-    return result
+            shift_bias(result, layer, -_on_grid(error))
+        return result
 
 
 def layers_of_both(
@@ -161,9 +133,9 @@ def layers_of_both(
 def bias_of(
     layer: QuantizedLayer, constants: Mapping[str, onnx.TensorProto]
 ) -> NDArray[np.float64]:
-    """Return a layer's bias; 0 where it has none."""
+    """Return a layer's bias, (channels,); zeros where it has none."""
     if len(layer.node.input) < 3 or not layer.node.input[2]:
-        return np.zeros((), np.float64)
+        return np.zeros(layer.channels)
     return tensor_value(constants[layer.node.input[2]]).astype(np.float64)
 
 
@@ -182,11 +154,7 @@ def _means(
 ) -> dict[str, NDArray[np.float64]]:
     """Return the mean of each channel of the layers' inputs and outputs."""
     found = collect(model, images, [*inputs, *(item.output for item in layers)])
-    return {
-        name: item.mean_per_channel
-        for name, item in found.items()
-        if item.mean_per_channel is not None
-    }
+    return {name: item.channels.mean for name, item in found.items() if item.channels is not None}
 
 
 def _on_grid(errors: NDArray[np.float64]) -> NDArray[np.float64]:

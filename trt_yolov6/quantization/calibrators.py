@@ -57,8 +57,6 @@ def amax_of(
     statistics: TensorStatistics,
     method: Method,
     quantized: QuantizedType = INT8,
-    *,
-    percentile: float = PERCENTILE,
 ) -> float:
     """Return the magnitude at which a tensor is clipped; its scale is this over the largest level.
 
@@ -67,14 +65,13 @@ def amax_of(
         method: `margin`: see `margin_amax`; `minmax`: nothing is clipped; `entropy`: see
             `entropy_amax`; `percentile`: see `percentile_amax`; `mse`: see `mse_amax`.
         quantized: what the tensor is quantized to.
-        percentile: for that method, per cent above 0 and up to 100.
 
     Returns:
         A finite number above 0 and, except for `margin`, not above the tensor's largest magnitude;
         `EMPTY_AMAX` for a tensor of zeros.
 
     Raises:
-        UserError: no such method, none for this type, or the percentile is out of its range.
+        UserError: there is no such method for this type.
     """
     if method not in methods_for(quantized):
         raise UserError(
@@ -90,7 +87,7 @@ def amax_of(
     if method == "entropy":
         return entropy_amax(statistics)
     if method == "percentile":
-        return percentile_amax(statistics, percentile)
+        return percentile_amax(statistics)
     return mse_amax(statistics, quantized)
 
 
@@ -157,12 +154,7 @@ def percentile_amax(statistics: TensorStatistics, percentile: float = PERCENTILE
 
     Linear within a bin. Where the answer falls into the lowest bin, as in a tensor that is almost
     nowhere different from zero, it would clip all that the tensor has to say: then nothing is.
-
-    Raises:
-        UserError: the percentile is not above 0 and up to 100.
     """
-    if not 0 < percentile <= 100:
-        raise UserError(f"a percentile of {percentile:g} is out of range; give 90 to 100.")
     below = np.cumsum(statistics.histogram)
     rank = percentile / 100 * below[-1]
     index = int(np.searchsorted(below, rank))

@@ -23,8 +23,6 @@ from trt_yolov6.quantization.statistics import Accumulator, TensorStatistics
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["TensorStatistics", "check_weights", "collect"]
-
 OVERLAP_BYTES = 256 << 20
 """Larger outputs of one image are counted before the next image is computed, to save memory."""
 
@@ -34,7 +32,6 @@ def collect(
     images: Iterable[NDArray[Any]],
     tensors: Sequence[str],
     *,
-    threads: int | None = None,
     copies: int = 1,
 ) -> dict[str, TensorStatistics]:
     """Run the images through a float graph and return the statistics of some of its tensors.
@@ -43,9 +40,8 @@ def collect(
 
     Args:
         model: not changed.
-        images: each what the graph's one input takes, as `images.calibration_batches` yields.
+        images: each what the graph's one input takes, as `calibration_batches` yields.
         tensors: names of float tensors: the graph's input or any node's output.
-        threads: CPU threads; None for one a core.
         copies: images in succession that are one in several forms, see `TensorStatistics.reaches`.
 
     Returns:
@@ -58,7 +54,7 @@ def collect(
     """
     check_weights(model)
     wanted = list(dict.fromkeys(tensors))
-    session = _session(model, wanted, threads)
+    session = _session(model, wanted)
     source = session.get_inputs()[0].name
     run = runner(session, (name for name in wanted if name != source))
     accumulators = {name: Accumulator(name, copies) for name in wanted}
@@ -114,9 +110,7 @@ def _count(
             )
 
 
-def _session(
-    model: onnx.ModelProto, tensors: Sequence[str], threads: int | None
-) -> onnxruntime.InferenceSession:
+def _session(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
     """Return a session with `tensors` as further outputs."""
     known = GraphIndex(model).order
     unknown = [name for name in tensors if name not in known]
@@ -125,7 +119,7 @@ def _session(
     return reference_session(
         model,
         outputs=tensors,
-        threads=threads or os.cpu_count(),
+        threads=os.cpu_count(),
         # A waiting thread that spins would take the core from the one that counts.
         spinning=False,
         source="the graph to be calibrated",

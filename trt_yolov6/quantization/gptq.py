@@ -14,7 +14,6 @@ The matrix is the inputs' covariance: what a layer's mean output moves, its bias
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
@@ -27,13 +26,14 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from trt_yolov6.common.machine import usable_cpus
+from trt_yolov6.common.machine import single_torch_thread, usable_cpus
 from trt_yolov6.graph.editing import replace_tensor, with_outputs
 from trt_yolov6.graph.index import attributes, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer
 from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.quantization.bias_correction import layers_of_both, shift_bias
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
+from trt_yolov6.quantization.types import INT8
 
 # Places of one image whose inputs count, for one layer.
 _PLACES = 1024
@@ -53,8 +53,6 @@ _BLOCK = 64
 # Memory for the sums of products of the layers that one pass over the images serves. YOLOv6-N's
 # take 103 MiB; S needs three passes.
 _SUMS_BYTES = 160 << 20
-
-_LEVELS = 127
 
 # Rows of so few weights, those of 3x3 depthwise convolutions, get the scale that suits rounding
 # best. It halves the error; of 16 to 96 weights it takes a tenth to a fifth away.
@@ -81,7 +79,8 @@ def adapt_rounding(
     result = copy.deepcopy(quantized_model)
     stored = constants_of(result)
     jobs = [_Job(*both) for both in layers_of_both(result, float_model)]
-    with _workers() as workers:
+    # PyTorch's own threads would wait for each other after every step.
+    with single_torch_thread(), ThreadPoolExecutor(len(usable_cpus())) as workers:
         for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
             _measure(quantized_model, chunk, images, workers)
             for job in chunk:  # one at a time: wide layers take a few copies of their covariance
@@ -91,18 +90,6 @@ def adapt_rounding(
                     replace_tensor(stored[job.layer.weight_scale], scale)
                 shift_bias(result, job.layer, -mean_error)
     return result
-
-
-@contextlib.contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that serve a layer each; PyTorch's own would wait for each other after every step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(len(usable_cpus())) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Job:
@@ -447,7 +434,7 @@ def _rounded(weights: torch.Tensor, scale: torch.Tensor, upper: torch.Tensor) ->
         factor = upper[block, block].numpy()
         for column in range(len(own)):
             target = own[column] + left[column] / factor[column, column]
-            made[column] = np.clip(np.rint(target / scales), -_LEVELS, _LEVELS)
+            made[column] = np.clip(np.rint(target / scales), -INT8.largest, INT8.largest)
             lost[column] = own[column] - made[column] * scales
             left[column + 1 :] += factor[column, column + 1 :, None] * lost[column]
     return levels

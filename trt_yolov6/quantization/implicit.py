@@ -13,10 +13,11 @@ import onnx
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.graph.index import GraphIndex, nodes_after_layers, shapes_of, types_of
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.quantization.calibrators import METHODS, Method, amax_of
+from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.judge import batches_of
 from trt_yolov6.quantization.pipeline import QuantizedGraph
+from trt_yolov6.quantization.preparation import method_of
 from trt_yolov6.quantization.settings import QuantizationSettings
 
 
@@ -35,13 +36,8 @@ def implicit_ranges(
     names = [name for name in inner_tensors(graph.model) if name not in known]
     paths = calibration_images(folder, settings.image_limit)
     statistics = collect(graph.model, batches_of(graph, paths, settings.border), names)
-    used = next(iter(result.table.methods.values()))
-    method: Method = next((one for one in METHODS if one == used), "minmax")
-    for name, item in statistics.items():
-        amax = amax_of(item, method)
-        if amax > 0:
-            known[name] = amax
-    return known
+    method = method_of(result.table)
+    return known | {name: amax_of(item, method) for name, item in statistics.items()}
 
 
 def inner_tensors(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.quantization.agreement import agreement, least_score
 from trt_yolov6.quantization.displacement import Displacement
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
-from trt_yolov6.quantization.resampling import interval, matched
+from trt_yolov6.quantization.resampling import MatchedDetections, interval, matched
 from trt_yolov6.spec import NmsSettings, OutputLayout
 
 CONFIDENCES = (0.1, 0.2, 0.3)
@@ -255,16 +255,15 @@ def pooled_interval(
 
     Where the float network detects nothing, or the other neither, all three are the agreement.
     """
-    reference, found = _pooled(judged)
-    whole = pooled_agreement(judged, confidences)
-    scored = [matched(reference, found, least_score(reference, one)) for one in confidences]
+    whole, scored = pooled_agreement(judged, confidences), _scored(judged, confidences)
+    images = scored[0].images
 
     def mean(draws: NDArray[np.int64]) -> float:
         return float(np.mean([one.ap(draws) for one in scored]))
 
-    if not np.isfinite(mean(np.ones(len(found), np.int64))):
+    if not np.isfinite(mean(np.ones(images, np.int64))):
         return Interval(whole, whole, whole)
-    return interval(mean, len(found), resamples=_RESAMPLES, confidence=confidence)
+    return interval(mean, images, resamples=_RESAMPLES, confidence=confidence)
 
 
 def pooled_gain(judged: Judged, before: Judged) -> Interval:
@@ -276,19 +275,18 @@ def pooled_gain(judged: Judged, before: Judged) -> Interval:
         judged: detections of the one graph in the images of judges.
         before: those of the other in the same images.
     """
-    pairs = []
-    for one in CONFIDENCES:
-        scored = []
-        for each in (judged, before):
-            reference, found = _pooled(each)
-            scored.append(matched(reference, found, least_score(reference, one)))
-        pairs.append(scored)
+    pairs = list(zip(_scored(judged), _scored(before), strict=True))
 
     def gain(draws: NDArray[np.int64]) -> float:
         return float(np.mean([own.ap(draws) - other.ap(draws) for own, other in pairs]))
 
-    count = sum(judge.images for judge, _ in judged)
-    return interval(gain, count, resamples=_RESAMPLES, confidence=SURE)
+    return interval(gain, pairs[0][0].images, resamples=_RESAMPLES, confidence=SURE)
+
+
+def _scored(judged: Judged, confidences: Sequence[float] = CONFIDENCES) -> list[MatchedDetections]:
+    """Return the detections matched with the float network's, from each confidence on."""
+    reference, found = _pooled(judged)
+    return [matched(reference, found, least_score(reference, one)) for one in confidences]
 
 
 def _pooled(judged: Judged) -> tuple[list[Detections], list[Detections]]:

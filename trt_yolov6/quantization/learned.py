@@ -18,7 +18,6 @@ from trt_yolov6.common.files import atomic_path
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import replace_tensor
 from trt_yolov6.graph.index import constants_of, tensor_value
-from trt_yolov6.graph.operators import weight_axis
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.quantization.bias_correction import bias_of, shift_bias
 from trt_yolov6.quantization.types import INT8
@@ -58,12 +57,7 @@ def learned_of(model: onnx.ModelProto) -> Learned:
     constants = constants_of(model)
     layers = [layer for layer in quantized_layers(model) if layer.has_own_codes]
     codes = {layer.output: tensor_value(constants[layer.weight]) for layer in layers}
-    biases = {
-        layer.output: np.broadcast_to(
-            bias_of(layer, constants), codes[layer.output].shape[weight_axis(layer.node.op_type)]
-        ).astype(np.float32)
-        for layer in layers
-    }
+    biases = {layer.output: bias_of(layer, constants).astype(np.float32) for layer in layers}
     scales = {
         layer.output: tensor_value(constants[layer.weight_scale]).astype(np.float32)
         for layer in layers
@@ -139,11 +133,7 @@ def read_learned(path: Path, sha256: str) -> Learned:
     Raises:
         UserError: the file is missing, damaged or of another calibration.
     """
-    parts: dict[str, dict[str, NDArray[np.generic]]] = {
-        "codes": {},
-        "bias": {},
-        "scale": {},
-    }
+    parts: dict[str, dict[str, NDArray[np.generic]]] = {"codes": {}, "bias": {}, "scale": {}}
     try:
         with np.load(path, allow_pickle=False) as stored:
             for name in stored.files:

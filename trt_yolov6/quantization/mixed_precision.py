@@ -17,7 +17,7 @@ from trt_yolov6.graph.cost import T4, layers_of
 from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
 from trt_yolov6.quantization.qdq.placement import place
-from trt_yolov6.quantization.sensitivity import Distortion, Sensitivity
+from trt_yolov6.quantization.sensitivity import Distortion
 
 _BATCH = 32
 """Images at a time for which run time is estimated: the paper's, and enough to fill the GPU."""
@@ -57,18 +57,11 @@ class Fallback:
     multiply_add_share: float
     """Share of the multiply-adds that is left in float."""
     time_share: float
-    """Estimated share of the run time that is left in float."""
+    """Estimated share of the run time that is left in float. INT8 takes half of a layer's time
+    (`layer_costs`), so that a share t in float takes (1 - t) / 2 + t in place of 1 / 2: t is also
+    the share by which layers in float lengthen INT8's run time."""
     trials: tuple[Trial, ...]
     """Everything that was scored, in order."""
-
-    @property
-    def slowdown(self) -> float:
-        """Return the estimated share by which layers in float lengthen INT8's run time, 0..1.
-
-        INT8 takes half of a layer's time (`layer_costs`), so that a share t of the time in float
-        takes (1 - t) / 2 + t in place of 1 / 2.
-        """
-        return self.time_share
 
     def is_better_than(self, other: Fallback) -> bool:
         """Return whether it meets the budget for less time than the other, or is nearer to it."""
@@ -105,7 +98,7 @@ def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
     }
 
 
-def tensors_to_measure(model: onnx.ModelProto) -> tuple[str, ...]:
+def tensors_for_any_choice(model: onnx.ModelProto) -> tuple[str, ...]:
     """Return the tensors whose ranges are enough for any choice of float layers.
 
     With other layers in float, pairs move: after a concatenation rather than before it, to the
@@ -123,17 +116,15 @@ def tensors_to_measure(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(name for name in graph.order if name in wanted)
 
 
-def most_sensitive(sensitivity: Sensitivity, count: int) -> tuple[str, ...]:
-    """Return the `count` most sensitive layers, the most sensitive first.
+def most_sensitive(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Return the first `count` of layers, which are in order of their sensitivity.
 
     Raises:
         UserError: there are fewer.
     """
-    if not 0 <= count <= len(sensitivity.layers):
-        raise UserError(
-            f"`float_layers` {count} is out of range; {len(sensitivity.layers)} layers run in INT8."
-        )
-    return sensitivity.names[:count]
+    if not 0 <= count <= len(names):
+        raise UserError(f"`float_layers` {count} is out of range; {len(names)} layers run in INT8.")
+    return names[:count]
 
 
 def rankings(
@@ -167,7 +158,7 @@ def rankings_by_displacement(
     moves most, whatever it costs.
 
     Args:
-        displacements: of each layer alone (`sensitivity.scores_alone` by `Displacement.of`).
+        displacements: of each layer alone (`sensitivity.scores_alone` by `Judge.loss`).
         costs: of the layers.
     """
 

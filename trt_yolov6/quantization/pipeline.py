@@ -22,7 +22,7 @@ from typing import Any
 
 import onnx
 
-from trt_yolov6.data.calibration import calibration_images, evenly, images_sha256
+from trt_yolov6.data.calibration import calibration_images, images_sha256
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.collect import check_weights
@@ -35,13 +35,11 @@ from trt_yolov6.quantization.judge import (
 from trt_yolov6.quantization.learned import with_learned
 from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.preparation import (
-    FEWEST_IMAGES,
     Prepared,
     copies_of,
-    inputs_of,
     method_of,
     prepare,
-    variant_of,
+    weight_tuning,
 )
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
@@ -60,7 +58,6 @@ from trt_yolov6.quantization.table import (
 )
 from trt_yolov6.quantization.trials import Candidate
 from trt_yolov6.quantization.types import INT8
-from trt_yolov6.quantization.weights import WeightTuning, chosen_weights
 
 _log = logging.getLogger(__name__)
 
@@ -115,27 +112,26 @@ def quantize(
         _log.info(note)
     found: Found | None = None
     if table is not None:
-        variant, sources = variant_of(table), images_to_build_from(folds)
-        prepared = prepare(graph, sources, settings, variant, measure=False)
-        inputs = list(inputs_of(graph, evenly(sources, FEWEST_IMAGES), settings.border))
-        tuning = WeightTuning(prepared.model, inputs)
+        sources = images_to_build_from(folds)
+        prepared = prepare(graph, sources, settings, table.variant, measure=False)
+        tuning = weight_tuning(graph, prepared, sources, settings)
     else:
         found = Search(graph, folds, settings, key, score).run()
         prepared, table, tuning = found.prepared, found.table, found.tuning
     quantized = settings.quantized
-    placement = place_for(quantized, prepared.model, table.float_layers)
+    placement = prepared.placed(table.float_layers)
     model = insert_qdq(
         prepared.model, placement, table.amax, quantized=quantized, fp16=settings.fp16
     )
     if table.learned is None:
-        model = tuning.tuned(model, chosen_weights(table))
+        model = tuning.tuned(model, table.weights)
     else:
         model = with_learned(model, table.learned)
+    costs = layer_costs(prepared.model)
+    share = sum(costs[name].multiply_add_share for name in placement.layers)
     calibration = _record(table, len(paths)) | {
         f"{quantized.name}_layers": len(placement.layers),
-        f"{quantized.name}_share_of_multiply_adds": round(
-            _quantized_share(prepared.model, placement), 4
-        ),
+        f"{quantized.name}_share_of_multiply_adds": round(share, 4),
         "rest": "fp16" if settings.fp16 else "fp32",
         **({} if found is None else _judged(found, folds)),
     }
@@ -155,9 +151,9 @@ def _record(table: CalibrationTable, images: int) -> dict[str, Any]:
     return {
         "calibrator": "+".join(sorted(set(table.methods.values()))),
         "variant": table.variant,
-        "weights": chosen_weights(table),
-        "biases_corrected": table.biases_corrected,
-        "adaptive_rounding": table.reconstructed,
+        "weights": table.weights,
+        "biases_corrected": table.weights != "nearest",
+        "adaptive_rounding": table.weights == "reconstructed",
         "tuned_by_gradients": table.by_gradients,
         "images": images,
         "images_sha256": table.key.images_sha256,
@@ -223,11 +219,6 @@ def _judged(found: Found, folds: Sequence[ImageSplit]) -> dict[str, Any]:
     }
 
 
-def _quantized_share(model: onnx.ModelProto, placement: Placement) -> float:
-    costs = layer_costs(model)
-    return sum(costs[name].multiply_add_share for name in placement.layers)
-
-
 @dataclass(frozen=True)
 class Calibrated:
     """A float graph calibrated for INT8, before any pair is put into it."""
@@ -239,9 +230,7 @@ class Calibrated:
 
     def with_float(self, layers: tuple[str, ...]) -> onnx.ModelProto:
         """Return the Q/DQ graph with some layers in float."""
-        table = self.prepared.table(method_of(self.table), self.table.key, INT8, layers)
-        placement = self.prepared.placed(INT8, layers)
-        return insert_qdq(self.prepared.model, placement, table.amax)
+        return self.prepared.inserted(method_of(self.table), layers)
 
 
 def calibrate(

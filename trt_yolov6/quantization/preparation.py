@@ -10,51 +10,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from trt_yolov6.data.calibration import evenly
-from trt_yolov6.errors import UserError
 from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_to_try
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.alignment import aligned
-from trt_yolov6.quantization.equalization.solve import (
-    Solution,
-    equalize,
-    shifted,
-    tensors_to_measure,
-)
+from trt_yolov6.quantization.equalization.solve import Solution, equalize, tensors_to_measure
 from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of
-from trt_yolov6.quantization.mixed_precision import layer_costs
-from trt_yolov6.quantization.mixed_precision import tensors_to_measure as tensors_for_any_choice
-from trt_yolov6.quantization.qdq.insert import activation_scales
+from trt_yolov6.quantization.mixed_precision import layer_costs, tensors_for_any_choice
+from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
-from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
+from trt_yolov6.quantization.table import CalibrationTable, Variant
 from trt_yolov6.quantization.types import QuantizedType
 from trt_yolov6.quantization.weights import WeightTuning
 
-Variant = Literal["plain", "equalized", "smoothed", "shifted"]
-
 _log = logging.getLogger(__name__)
-
-VARIANTS: tuple[Variant, ...] = ("plain", "equalized", "smoothed", "shifted")
-"""Forms of the float graph, from the least changed on; all compute the same function.
-
-plain:     as it is
-equalized: channels rescaled where weights can absorb it (`equalization.equalize`)
-smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
-shifted:   the same, and what is added to the channels before them centres their ranges on zero
-           where only convolutions without padding read them; where that is much, so that their most
-           frequent values lie on levels (`equalization.alignment`)
-"""
 
 RANGE_BITS = 11
 """Significant bits of a range. Float sums differ in their last bits from processor to processor;
@@ -92,51 +72,46 @@ class Prepared:
     """A float graph in one variant, with the statistics that calibration needs."""
 
     variant: Variant
+    quantized: QuantizedType
     model: onnx.ModelProto
     placement: Placement
     statistics: Mapping[str, TensorStatistics]
 
-    def placed(self, quantized: QuantizedType, float_layers: tuple[str, ...]) -> Placement:
+    def placed(self, float_layers: tuple[str, ...]) -> Placement:
         """Return the placement with some layers in float."""
-        return place_for(quantized, self.model, float_layers) if float_layers else self.placement
+        if not float_layers:
+            return self.placement
+        return place_for(self.quantized, self.model, float_layers)
 
     @property
     def means(self) -> dict[str, NDArray[np.float64]]:
         """Mean of each channel of the tensors that were measured, (channels,)."""
         return {
-            name: one.mean_per_channel
+            name: one.channels.mean
             for name, one in self.statistics.items()
-            if one.mean_per_channel is not None
+            if one.channels is not None
         }
 
-    def table(
-        self,
-        method: Method,
-        key: CalibrationKey,
-        quantized: QuantizedType,
-        float_layers: tuple[str, ...] = (),
-    ) -> CalibrationTable:
-        """Return the ranges by a calibrator, with some layers in float.
+    def ranges(self, method: Method, float_layers: tuple[str, ...] = ()) -> dict[str, float]:
+        """Return the tensors' ranges by a calibrator, with some layers in float.
 
         With other layers in float, pairs stand elsewhere and groups are other ones.
         """
-        amax = self.ranges(method, quantized, self.placed(quantized, float_layers))
-        methods = dict.fromkeys(amax, str(method))
-        return CalibrationTable(amax, methods, key, self.variant, float_layers)
-
-    def ranges(
-        self, method: Method, quantized: QuantizedType, placement: Placement
-    ) -> dict[str, float]:
-        """Return the ranges of a placement's tensors by a calibrator."""
+        placement = self.placed(float_layers)
         statistics = {name: self.statistics[name] for name in placement.tensors}
-        amax = group_amax(statistics, placement.groups, method, quantized)
-        return {name: _in_bits(value, RANGE_BITS) for name, value in amax.items()}
+        amax = group_amax(statistics, placement.groups, method, self.quantized)
+        return {name: _rounded_up(value) for name, value in amax.items()}
+
+    def inserted(self, method: Method, float_layers: tuple[str, ...] = ()) -> onnx.ModelProto:
+        """Return the Q/DQ graph by a calibrator, with some layers in float."""
+        placement, amax = self.placed(float_layers), self.ranges(method, float_layers)
+        return insert_qdq(self.model, placement, amax, quantized=self.quantized)
 
 
-def _in_bits(value: float, bits: int) -> float:
-    """Return a number rounded up to some significant bits: min-max still clips nothing."""
+def _rounded_up(value: float) -> float:
+    """Return a number rounded up to `RANGE_BITS`: min-max still clips nothing."""
     fraction, exponent = math.frexp(value)
-    return math.ldexp(math.ceil(math.ldexp(fraction, bits)), exponent - bits)
+    return math.ldexp(math.ceil(math.ldexp(fraction, RANGE_BITS)), exponent - RANGE_BITS)
 
 
 def prepare(
@@ -177,10 +152,10 @@ def prepare(
     to_align = form.solution is not None and form.shifts_much
     wanted = quantizable_tensors(form.model, settings) if measure or to_align else ()
     statistics = measured(form.model, wanted) if wanted else {}
-    prepared = Prepared(variant, form.model, placement, statistics)
+    prepared = Prepared(variant, settings.quantized, form.model, placement, statistics)
     if form.solution is None or not to_align:
         return prepared
-    ranges = prepared.ranges(calibrators(settings)[0], settings.quantized, placement)
+    ranges = prepared.ranges(calibrators(settings)[0])
     few = inputs_of(graph, evenly(paths, FEWEST_IMAGES), settings.border)
     solution = aligned(
         form.solution,
@@ -190,6 +165,14 @@ def prepare(
     )
     # Middles move by half a step at most: the statistics still hold.
     return dataclasses.replace(prepared, model=solution.applied(graph.model))
+
+
+def weight_tuning(
+    graph: Graph, prepared: Prepared, paths: Sequence[Path], settings: QuantizationSettings
+) -> WeightTuning:
+    """Return the tuning of a prepared graph's weights, on a few of the images that calibrate."""
+    few = evenly(paths, FEWEST_IMAGES)
+    return WeightTuning(prepared.model, list(inputs_of(graph, few, settings.border)))
 
 
 def calibrators(settings: QuantizationSettings) -> tuple[Method, ...]:
@@ -208,10 +191,11 @@ def formed(graph: Graph, variant: Variant, ranges: Mapping[str, TensorStatistics
     """
     if variant == "plain":
         return Form(graph.model)
-    if variant == "shifted":
-        solution = shifted(graph.model, ranges)
-        return Form(solution.applied(graph.model), solution)
-    return Form(equalize(graph.model, ranges, smooth=variant == "smoothed"))
+    solution = equalize(
+        graph.model, ranges, smooth=variant == "smoothed", shift=variant == "shifted"
+    )
+    model = solution.applied(graph.model)
+    return Form(model, solution) if variant == "shifted" else Form(model)
 
 
 def plain_statistics(
@@ -232,23 +216,7 @@ def quantizable_tensors(model: onnx.ModelProto, settings: QuantizationSettings) 
 
 def method_of(table: CalibrationTable) -> Method:
     """Return the calibrator that made a table."""
-    used = set(table.methods.values())
-    return next(method for method in METHODS if method in used)
-
-
-def variant_of(table: CalibrationTable) -> Variant:
-    """Return the form of the graph that a table is for.
-
-    Raises:
-        UserError: there is no such form.
-    """
-    for variant in VARIANTS:
-        if variant == table.variant:
-            return variant
-    raise UserError(
-        f"the calibration table is for an unknown form {table.variant!r} of the graph; delete it "
-        "and calibrate again."
-    )
+    return next(method for method in METHODS if method in table.methods.values())
 
 
 class Fold:
@@ -290,12 +258,11 @@ class Fold:
         if whole:
             self._known[prepared.variant] = prepared, self.tuning
 
-    def is_prepared(self, variant: Variant) -> bool:
-        """Return whether a form is there with all its statistics; then go on with it."""
+    def go_on_with(self, variant: Variant) -> None:
+        """Go on with a form of the graph with the statistics of all images."""
         if variant not in self._known:
-            return False
+            self.take(prepare(self._graph, self.split.calibrate, self._settings, variant))
         self.prepared, self.tuning = self._known[variant]
-        return True
 
 
 def copies_of(graph: Graph) -> int:

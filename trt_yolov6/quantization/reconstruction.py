@@ -60,9 +60,6 @@ _QUIET = 1e-3
 
 _VARIANCE_IMAGES = 8
 
-_INSIDE = 1.0
-"""Weight of the errors of layers."""
-
 _MANY_PLACES = 1024
 """Height times width of a map from which on a quarter of its places, other ones each time, tells
 its error. All of them would take half as much memory again."""
@@ -177,7 +174,7 @@ class _Loss:
             self._read({name: one[name] for name in self._finals}, self._size)
             for one in (found, target)
         )
-        return torch.stack([*anchor_loss(own, guide), _INSIDE * inside])
+        return torch.stack([*anchor_loss(own, guide), inside])
 
 
 def anchor_loss(own: AnchorTensors, guide: AnchorTensors) -> tuple[Tensor, Tensor]:

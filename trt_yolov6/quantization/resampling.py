@@ -73,7 +73,7 @@ def matched(
         found: detections of the same images.
         least_score: of an object, as where the objects are another network's detections.
     """
-    objects = [_at_least(one, least_score) for one in truth]
+    objects = [one[one.confidence >= least_score] for one in truth]
     labels = sorted({int(label) for one in objects for label in one.class_id})
     return MatchedDetections(
         tuple(_match_class(objects, found, label) for label in labels), len(objects)
@@ -109,11 +109,6 @@ def interval(
     tail = (1 - confidence) / 2
     low, middle, high = np.quantile(values, (tail, 0.5, 1 - tail))
     return Interval(whole, float(whole + low - middle), float(whole + high - middle))
-
-
-def _at_least(one: Detections, score: float) -> Detections:
-    kept = one.confidence >= score
-    return one[kept]
 
 
 def _match_class(truth: Sequence[Detections], found: Sequence[Detections], label: int) -> _Class:

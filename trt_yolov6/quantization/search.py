@@ -52,24 +52,27 @@ from trt_yolov6.quantization.mixed_precision import (
 )
 from trt_yolov6.quantization.preparation import (
     FEWEST_IMAGES,
-    VARIANTS,
     Fold,
     Form,
     Prepared,
-    Variant,
     calibrators,
     formed,
     images_to_compare,
-    inputs_of,
     plain_statistics,
     prepare,
+    weight_tuning,
 )
-from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.sensitivity import Distortion, layer_distortions, ranked, scores_alone
 from trt_yolov6.quantization.settings import QuantizationSettings
-from trt_yolov6.quantization.table import CalibrationKey, CalibrationTable
+from trt_yolov6.quantization.table import (
+    VARIANTS,
+    CalibrationKey,
+    CalibrationTable,
+    Variant,
+    Weights,
+)
 from trt_yolov6.quantization.trials import Candidate, Decision, simplest_of_the_best
-from trt_yolov6.quantization.weights import SAID, Weights, WeightTuning, weight_choices
+from trt_yolov6.quantization.weights import SAID, WeightTuning, weight_choices
 
 _log = logging.getLogger(__name__)
 
@@ -164,7 +167,6 @@ class Search:
         last = 1 if not settings.equalize else 2 if self._quantized.is_floating else len(VARIANTS)
         self._variants = tuple(one for one in VARIANTS[:last] if settings.shift or one != "shifted")
         self._candidates: list[Candidate] = []
-        self._costs: Mapping[str, LayerCost] = {}
         self._reached: Mapping[str, Any] | None = None
 
     def run(self) -> Found:
@@ -175,12 +177,14 @@ class Search:
         found: dict[Variant, tuple[float, Choice]] = {}
         promising = self._promising_variants(named)
         for variant in promising:
-            self._go_on_with(variant)
+            for fold in self._folds:
+                fold.go_on_with(variant)
             choice = self._choose(named)
             found[variant] = self._loss(choice) if len(promising) > 1 else 0.0, choice
         variant = min(found, key=lambda one: found[one][0])
         choice = found[variant][1]
-        self._go_on_with(variant)
+        for fold in self._folds:
+            fold.go_on_with(variant)
         if self._candidates:
             _log.info(f"chosen: calibrator {choice.method}, graph {variant}")
         if not isinstance(wanted, tuple) and wanted != 0:
@@ -192,49 +196,38 @@ class Search:
         (first, *others), agreement, images = self._folds, None, 0
         prepared, tuning = first.prepared, first.tuning
         if self._candidates:
-            judged = [
-                (
-                    fold.judge,
-                    fold.judge.detections(tuned[0])
-                    if tuned is not None
-                    else fold.judge.detections(self._model(fold, choice)),
-                )
-                for fold in self._folds
-            ]
+            judged = self._judged(self._models(choice) if tuned is None else [tuned[0]])
             agreement = pooled_interval(judged)
             images = sum(judge.images for judge, _ in judged)
         if others:
             paths = images_to_build_from([fold.split for fold in self._folds])
             prepared = prepare(self._graph, paths, self._settings, variant)
-            inputs = inputs_of(self._graph, paths, self._settings.border)
-            tuning = WeightTuning(prepared.model, list(inputs))
-        table = prepared.table(choice.method, self._key, self._quantized, choice.float_layers)
-        weights = choice.weights
-        table = dataclasses.replace(
-            table, biases_corrected=weights != "nearest", reconstructed=weights == "reconstructed"
-        )
-        if tuned is None and choice.like and choice.float_layers and not others:
-            # What was tried is what is built, now and from the table.
-            table = dataclasses.replace(table, learned=learned_of(self._model(first, choice)))
+            tuning = weight_tuning(self._graph, prepared, paths, self._settings)
+        amax, learned = prepared.ranges(choice.method, choice.float_layers), None
         if tuned is not None:
             model, ranges = tuned
-            amax = {**table.amax, **ranges}
-            for group in prepared.placed(self._quantized, choice.float_layers).groups:
+            amax |= ranges
+            for group in prepared.placed(choice.float_layers).groups:
                 # Some have no pair of their own.
                 amax |= dict.fromkeys(group, next(ranges[one] for one in group if one in ranges))
-            table = dataclasses.replace(
-                table, amax=amax, learned=learned_of(model), by_gradients=True
-            )
+            learned = learned_of(model)
+        elif choice.like and choice.float_layers and not others:
+            # What was tried is what is built, now and from the table.
+            learned = learned_of(self._model(first, choice))
+        table = CalibrationTable(
+            amax,
+            dict.fromkeys(amax, choice.method),
+            self._key,
+            variant,
+            choice.float_layers,
+            choice.weights,
+            learned,
+            by_gradients=tuned is not None,
+        )
         tried = tuple(self._candidates)
         return Found(prepared, table, tried, tuning, agreement, images, self._reached)
 
     # --- decisions ------------------------------------------------------------------------------
-
-    def _go_on_with(self, variant: Variant) -> None:
-        """Prepare a form of the graph with the statistics of all images."""
-        for fold in self._folds:
-            if not fold.is_prepared(variant):
-                fold.take(prepare(self._graph, fold.split.calibrate, self._settings, variant))
 
     def _promising_variants(self, layers: tuple[str, ...]) -> tuple[Variant, ...]:
         """Compare the forms of the graph by the first calibrator, ranges of a few images.
@@ -257,7 +250,10 @@ class Search:
                 few = evenly(fold.split.calibrate, FEWEST_IMAGES)
                 fold.take(
                     prepare(
-                        *(self._graph, few, self._settings, variant),
+                        self._graph,
+                        few,
+                        self._settings,
+                        variant,
                         known=of_plain,
                         images=fold.inputs,
                         form=form,
@@ -324,7 +320,7 @@ class Search:
         images = list(batches_of(self._graph, fold.split.calibrate, self._settings.border))
         raw = reconstruct(self._graph, fold.prepared.model, before, images, 60 * minutes)
         tuned, ranges = as_built(raw)
-        gain = pooled_gain(*([(fold.judge, fold.judge.detections(m))] for m in (tuned, before)))
+        gain = pooled_gain(self._judged([tuned]), self._judged([before]))
         tried = self._keep("gradients", choice, [tuned], start)
         better = "kept" if gain.low > 0 else "not clearly better"
         _log.info(f"tuned by gradients: {tried.said}; {better}")
@@ -333,11 +329,8 @@ class Search:
     def _with_float_layers(self, choice: Choice) -> Choice:
         """Choose the layers that stay in float, and ranges and weights again with them."""
         wanted = self._settings.float_layers
-        first = self._folds[0].prepared
-        self._costs = layer_costs(first.model)
         if isinstance(wanted, int):
-            table = first.table(choice.method, self._key, self._quantized)
-            chosen = most_sensitive(ranked(self._distortions(table), "snr"), wanted)
+            chosen = most_sensitive(ranked(self._distortions(choice), "snr").names, wanted)
             slower = self._slowdown(chosen)
             _log.info(
                 f"in float: {', '.join(chosen)}; ranked by signal-to-noise ratio whatever they "
@@ -365,15 +358,15 @@ class Search:
     def _orders(self, choice: Choice) -> tuple[tuple[str, ...], ...]:
         """Return orders to leave layers in float, by what they do to detections if that is seen."""
         fold = self._folds[0]
-        prepared = fold.prepared
-        table = prepared.table(choice.method, self._key, self._quantized)
         if not Displacement.can_watch(self._graph):
-            return rankings(self._distortions(table), self._costs)
+            return rankings(self._distortions(choice), self._costs)
+        prepared = fold.prepared
+        amax = prepared.ranges(choice.method)
         paths = evenly(fold.split.calibrate, _WATCHED_IMAGES)
         count = len(prepared.placement.layers)
         _log.info(f"what each of {count} layers does to detections in {len(paths)} images ...")
         judge = Judge(self._graph, paths, self._settings.border)
-        alone = scores_alone(prepared.model, prepared.placement, table.amax, judge.loss)
+        alone = scores_alone(prepared.model, prepared.placement, amax, judge.loss)
         return rankings_by_displacement(alone, self._costs)
 
     def _searched(
@@ -495,16 +488,15 @@ class Search:
         self._candidates.append(result)
         return result
 
+    @cached_property
+    def _costs(self) -> Mapping[str, LayerCost]:
+        return layer_costs(self._folds[0].prepared.model)
+
     def _slowdown(self, layers: Sequence[str]) -> float:
-        if layers and not self._costs:
-            self._costs = layer_costs(self._folds[0].prepared.model)
         return sum(self._costs[name].time_share for name in layers)
 
     def _inserted(self, fold: Fold, choice: Choice) -> onnx.ModelProto:
-        prepared, layers = fold.prepared, choice.float_layers
-        table = prepared.table(choice.method, self._key, self._quantized, layers)
-        placement = prepared.placed(self._quantized, layers)
-        return insert_qdq(prepared.model, placement, table.amax, quantized=self._quantized)
+        return fold.prepared.inserted(choice.method, choice.float_layers)
 
     def _compared(self, fold: Fold, choice: Choice) -> onnx.ModelProto:
         """Return the graph by which forms and ranges are compared: biases are tried later on."""
@@ -540,21 +532,22 @@ class Search:
         quick = decides == "ranges"
         return [fold.quick_judge if quick else fold.judge for fold in self._folds]
 
-    def _distortions(self, table: CalibrationTable) -> Mapping[str, Distortion]:
+    def _distortions(self, choice: Choice) -> Mapping[str, Distortion]:
         fold = self._folds[0]
         prepared = fold.prepared
+        amax = prepared.ranges(choice.method)
         paths = evenly(fold.split.calibrate, images_to_compare(self._graph))
         count = len(prepared.placement.layers)
         _log.info(f"sensitivity of {count} layers over {len(paths)} images ...")
         images = batches_of(self._graph, paths, self._settings.border)
-        return layer_distortions(prepared.model, prepared.placement, table.amax, images)
+        return layer_distortions(prepared.model, prepared.placement, amax, images)
 
 
 def _fallback_sentence(found: Fallback, budget: _Budget, slower: float | None) -> str:
     """Say what was chosen, what it costs, and where that falls short."""
     text = (
         f"in float: {', '.join(found.layers) or 'nothing'} ({found.multiply_add_share:.1%} of the "
-        f"multiply-adds, about {found.slowdown:.1%} slower), {budget.said(found.score)}"
+        f"multiply-adds, about {found.time_share:.1%} slower), {budget.said(found.score)}"
     )
     if found.met:
         return text

@@ -94,7 +94,7 @@ class Sensitivity:
 
     metric: Metric
     layers: tuple[tuple[str, float], ...]
-    """Names as in `placement.layer_names`, with values."""
+    """Names as in `layer_names`, with values."""
 
     @property
     def names(self) -> tuple[str, ...]:

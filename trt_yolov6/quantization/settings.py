@@ -11,7 +11,6 @@ from trt_yolov6.quantization.calibrators import Method, methods_for
 from trt_yolov6.quantization.judge import HARMLESS_NOISE, least_agreement
 from trt_yolov6.quantization.mixed_precision import most_sensitive
 from trt_yolov6.quantization.qdq.placement import place_for
-from trt_yolov6.quantization.sensitivity import Sensitivity
 from trt_yolov6.quantization.types import INT8, QuantizedType
 
 _MOST_MINUTES = 24 * 60
@@ -104,7 +103,7 @@ def check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
     kept = wanted if isinstance(wanted, tuple) else ()
     layers = place_for(settings.quantized, graph.model, kept).layers
     if isinstance(wanted, int):
-        most_sensitive(Sensitivity("snr", tuple((name, 0.0) for name in layers)), wanted)
+        most_sensitive(layers, wanted)
 
 
 def described(settings: QuantizationSettings) -> str:

@@ -30,6 +30,23 @@ _LEAST_EXPONENT = -60
 
 
 @dataclass(frozen=True, eq=False)
+class ChannelStatistics:
+    """A tensor's channels (axis 1) over all calibration images, of all their values."""
+
+    low: NDArray[np.float32]
+    """(channels,) smallest values, with their signs."""
+    high: NDArray[np.float32]
+    """(channels,) largest values, with their signs."""
+    mean: NDArray[np.float64]
+    """(channels,)"""
+
+    @property
+    def amax(self) -> NDArray[np.float32]:
+        """(channels,) largest magnitudes."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+
+@dataclass(frozen=True, eq=False)
 class TensorStatistics:
     """One tensor over all calibration images."""
 
@@ -45,14 +62,8 @@ class TensorStatistics:
     """A power of two; BINS times it is larger than `amax`."""
     count: int
     """Values seen, of which `histogram.sum()` were sampled."""
-    amax_per_channel: NDArray[np.float32] | None
-    """(channels,) largest magnitude along axis 1, exact; None for tensors without that axis."""
-    mean_per_channel: NDArray[np.float64] | None
-    """(channels,) mean along axis 1, of all values."""
-    low_per_channel: NDArray[np.float32] | None = None
-    """(channels,) smallest value along axis 1, with its sign, exact."""
-    high_per_channel: NDArray[np.float32] | None = None
-    """(channels,) largest value along axis 1, with its sign, exact."""
+    channels: ChannelStatistics | None
+    """None for tensors without such an axis."""
     reaches: NDArray[np.float64] | None = None
     """(2 channels,) magnitudes that an image not seen may reach (`_reaches`), at either end of each
     channel: each once in as many images as were seen. None of fewer than two images."""
@@ -77,11 +88,9 @@ class Accumulator:
         self._histogram = np.zeros(BINS, np.int64)
         self._count = 0
         self._rows = 0
-        self._channel_low: NDArray[np.float32] | None = None
-        self._channel_high: NDArray[np.float32] | None = None
-        # The same without the image that reaches furthest, by channel.
-        self._next_low: NDArray[np.float32] | None = None
-        self._next_high: NDArray[np.float32] | None = None
+        # Each channel's two lowest and highest extremes of an image, the furthest first.
+        self._lowest: list[NDArray[np.float32]] = []
+        self._highest: list[NDArray[np.float32]] = []
         self._channel_sum: NDArray[np.float64] | None = None
 
     def add(self, values: NDArray[Any]) -> bool:
@@ -112,7 +121,10 @@ class Accumulator:
                 self._extremes.append(own)
                 if len(self._extremes) == self._copies:
                     every_low, every_high = zip(*self._extremes, strict=True)
-                    self._take_extremes(np.minimum.reduce(every_low), np.maximum.reduce(every_high))
+                    lowest = [*self._lowest, np.minimum.reduce(every_low)]
+                    highest = [*self._highest, np.maximum.reduce(every_high)]
+                    self._lowest = list(np.sort(lowest, axis=0)[:2])
+                    self._highest = list(-np.sort(-np.array(highest), axis=0)[:2])
                     self._extremes.clear()
         self._amax = max(self._amax, amax)
         self._amin = min(self._amin, float(low.min()))
@@ -123,18 +135,14 @@ class Accumulator:
 
     def result(self) -> TensorStatistics:
         """Return the statistics so far; at least one value must have been added."""
-        mean = None if self._channel_sum is None else self._channel_sum / self._rows
-        low, high = self._channel_low, self._channel_high
-        reaches = None
-        if (
-            low is not None
-            and high is not None
-            and self._next_low is not None
-            and self._next_high is not None
-        ):
-            above = _reaches(low, high, self._next_high)
-            below = _reaches(-high, -low, -self._next_low)
-            reaches = np.concatenate([above, below])
+        channels = reaches = None
+        if self._lowest and self._channel_sum is not None:
+            low, high = self._lowest[0], self._highest[0]
+            channels = ChannelStatistics(low, high, self._channel_sum / self._rows)
+            if len(self._lowest) > 1:
+                above = _reaches(low, high, self._highest[1])
+                below = _reaches(-high, -low, -self._lowest[1])
+                reaches = np.concatenate([above, below])
         return TensorStatistics(
             name=self.name,
             amax=self._amax,
@@ -142,29 +150,9 @@ class Accumulator:
             histogram=self._histogram.copy(),
             bin_width=math.ldexp(1.0, self._exponent) / BINS,
             count=self._count,
-            amax_per_channel=(
-                None if low is None or high is None else np.maximum(np.abs(low), np.abs(high))
-            ),
-            mean_per_channel=mean,
-            low_per_channel=low,
-            high_per_channel=high,
+            channels=channels,
             reaches=reaches,
         )
-
-    def _take_extremes(self, low: NDArray[np.float32], high: NDArray[np.float32]) -> None:
-        """Take in the extremes of one image's channels."""
-        before_low, before_high = self._channel_low, self._channel_high
-        if before_low is None or before_high is None:
-            self._channel_low, self._channel_high = low, high
-            return
-        second_low, second_high = np.maximum(before_low, low), np.minimum(before_high, high)
-        if self._next_low is None or self._next_high is None:
-            self._next_low, self._next_high = second_low, second_high
-        else:
-            self._next_low = np.minimum(self._next_low, second_low)
-            self._next_high = np.maximum(self._next_high, second_high)
-        self._channel_low = np.minimum(before_low, low)
-        self._channel_high = np.maximum(before_high, high)
 
     def _count_magnitudes(self, values: NDArray[np.float32]) -> None:
         exponent = _exponent(self._amax)
@@ -202,8 +190,7 @@ def pooled(parts: Sequence[TensorStatistics]) -> TensorStatistics:
         histogram=np.rint(total).astype(np.int64),
         bin_width=width,
         count=sum(part.count for part in parts),
-        amax_per_channel=None,
-        mean_per_channel=None,
+        channels=None,
         reaches=np.concatenate(known) if known else None,
     )
 

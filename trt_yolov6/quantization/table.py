@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import onnx
 from onnx import numpy_helper
@@ -24,6 +24,23 @@ SCHEMA = 3
 
 Setting = str | int | float | bool | None
 
+Variant = Literal["plain", "equalized", "smoothed", "shifted"]
+
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+"""Forms of the float graph, from the least changed on; all compute the same function.
+
+plain:     as it is
+equalized: channels rescaled where weights can absorb it (`solve.equalize`)
+smoothed:  the same, and after SiLU and HardSwish too, by multiplications that are put there
+shifted:   the same, and what is added to the channels before them centres their ranges on zero
+           where only convolutions without padding read them; where that is much, so that their most
+           frequent values lie on levels (`equalization.alignment`)
+"""
+
+Weights = Literal["nearest", "biases", "reconstructed"]
+"""Weight rounding: rounded to the nearest level; that, with corrected biases
+(`bias_correction`); or rounded so that each layer's output is nearest (`gptq`), biases included."""
+
 
 @dataclass(frozen=True)
 class CalibrationKey:
@@ -32,7 +49,7 @@ class CalibrationKey:
     model_sha256: str
     """`model_sha256` of the graph that was calibrated."""
     images_sha256: str
-    """`images.images_sha256` of the calibration images."""
+    """`images_sha256` of the calibration images."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     """Type, calibrator, its parameters, border: whatever changes the ranges."""
 
@@ -47,14 +64,12 @@ class CalibrationTable:
     methods: Mapping[str, str]
     """Calibrator that gave each, by tensor."""
     key: CalibrationKey
-    variant: str = "plain"
-    """Form of the graph whose tensors these are: see `search.VARIANTS`."""
+    variant: Variant = "plain"
+    """Form of the graph whose tensors these are."""
     float_layers: tuple[str, ...] = ()
     """Layers that were given or chosen to stay in float."""
-    biases_corrected: bool = False
-    """True if the layers' biases correct their mean errors."""
-    reconstructed: bool = False
-    """True if the layers' weights are rounded for their inputs (`gptq.adapt_rounding`)."""
+    weights: Weights = "nearest"
+    """Rounding of the layers' weights, with what becomes of their biases."""
     learned: Learned | None = None
     """Weights and biases that are stored because the table does not say how to make them: those
     of a search for float layers, and those that gradients made."""
@@ -90,8 +105,8 @@ def write_table(path: str | Path, table: CalibrationTable) -> None:
             "schema": SCHEMA,
             "variant": table.variant,
             "float_layers": list(table.float_layers),
-            "biases_corrected": table.biases_corrected,
-            "reconstructed": table.reconstructed,
+            "biases_corrected": table.weights != "nearest",
+            "reconstructed": table.weights == "reconstructed",
             "by_gradients": table.by_gradients,
             "learned_sha256": None if table.learned is None else table.learned.sha256,
             "key": {**asdict(table.key), "settings": dict(sorted(table.key.settings.items()))},
@@ -124,6 +139,9 @@ def read_table(path: str | Path) -> CalibrationTable:
                 f"{path} gives tensor {name!r} the range {entry.amax}, not a finite number above "
                 "0; delete the file and calibrate again."
             )
+    weights: Weights = "biases" if table.biases_corrected else "nearest"
+    if table.reconstructed:
+        weights = "reconstructed"
     learned = table.learned_sha256
     return CalibrationTable(
         {name: entry.amax for name, entry in table.tensors.items()},
@@ -131,8 +149,7 @@ def read_table(path: str | Path) -> CalibrationTable:
         table.key,
         table.variant,
         table.float_layers,
-        table.biases_corrected,
-        table.reconstructed,
+        weights,
         None if learned is None else read_learned(learned_path(path), learned),
         table.by_gradients,
     )
@@ -148,7 +165,7 @@ class _Range:
 class _File:
     """Content of a table's file."""
 
-    variant: str
+    variant: Variant
     float_layers: tuple[str, ...]
     biases_corrected: bool
     reconstructed: bool

@@ -15,7 +15,6 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from trt_yolov6.common.files import read_bytes, write_bytes
@@ -26,20 +25,9 @@ ALGORITHM = "EntropyCalibration2"
 ALGORITHMS = (ALGORITHM, "EntropyCalibration", "MinMaxCalibration", "LegacyCalibration")
 """Calibrators whose caches are read; they differ in this word only."""
 
-_HEADER = re.compile(r"TRT-(\d+)-(\w+)")
+_HEADER = re.compile(r"TRT-\d+-(\w+)")
 # A tensor's name may contain colons (`input:0`), and even ": ".
 _LINE = re.compile(r"(?P<name>.+): (?P<bits>[0-9a-fA-F]{1,8})")
-
-
-@dataclass(frozen=True)
-class TensorRtCache:
-    """Content of a calibration cache."""
-
-    version: str
-    """TensorRT's version as its header has it, such as `8601`."""
-    algorithm: str
-    scales: Mapping[str, float]
-    """Scale by tensor, in the file's order: a float32 above 0, finite."""
 
 
 def header_version(version: str) -> str:
@@ -85,8 +73,11 @@ def write_cache(path: str | Path, amax: Mapping[str, float], version: str) -> No
     write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
-def read_cache(path: str | Path) -> TensorRtCache:
+def read_cache(path: str | Path) -> dict[str, float]:
     """Read a calibration cache.
+
+    Returns:
+        Scale by tensor, in the file's order: a float32 above 0, finite.
 
     Raises:
         UserError: the file is missing, is not such text, names an unknown calibrator, or has a
@@ -103,7 +94,7 @@ def read_cache(path: str | Path) -> TensorRtCache:
             f"{path} is not a TensorRT calibration cache, whose first line is like "
             f"TRT-8601-{ALGORITHM}; give the text file that TensorRT's calibrator wrote."
         )
-    version, algorithm = header.groups()
+    algorithm = header[1]
     if algorithm not in ALGORITHMS:
         raise UserError(
             f"{path} was made by the calibrator {algorithm}, not one of {', '.join(ALGORITHMS)}; "
@@ -133,7 +124,7 @@ def read_cache(path: str | Path) -> TensorRtCache:
         scales[name] = scale
     if not scales:
         raise UserError(f"{path} holds no scale of any tensor; calibrate again.")
-    return TensorRtCache(version, algorithm, scales)
+    return scales
 
 
 def _to_bits(name: str, scale: float) -> str:

@@ -29,10 +29,9 @@ Reader = Callable[[Mapping[str, Tensor], tuple[int, int]], AnchorTensors]
 """Takes a batch's outputs, and the input's height and width in pixels."""
 
 
-def _around(boxes: Tensor) -> Tensor:
-    """Return corners of (..., 4) centre x, centre y, width, height."""
-    centre, half = boxes[..., :2], boxes[..., 2:4] / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+def _corners(centre: Tensor, sides: Tensor) -> Tensor:
+    """Return (..., 4) corners of boxes from (..., 2) centres, widths and heights."""
+    return torch.cat([centre - sides / 2, centre + sides / 2], dim=-1)
 
 
 def _of_rank(outputs: Mapping[str, Tensor], rank: int) -> Tensor:
@@ -51,7 +50,8 @@ def _split_by_class(outputs: Mapping[str, Tensor], _: tuple[int, int]) -> Anchor
 
 def _rows(outputs: Mapping[str, Tensor], _: tuple[int, int]) -> AnchorTensors:
     rows = _of_rank(outputs, 3)
-    return AnchorTensors(_around(rows), rows[..., 5:] * rows[..., 4:5])
+    corners = _corners(rows[..., :2], rows[..., 2:4])
+    return AnchorTensors(corners, rows[..., 5:] * rows[..., 4:5])
 
 
 def _corner_rows(outputs: Mapping[str, Tensor], _: tuple[int, int]) -> AnchorTensors:
@@ -61,15 +61,14 @@ def _corner_rows(outputs: Mapping[str, Tensor], _: tuple[int, int]) -> AnchorTen
 
 def _columns(outputs: Mapping[str, Tensor], _: tuple[int, int]) -> AnchorTensors:
     rows = _of_rank(outputs, 3).transpose(1, 2)
-    return AnchorTensors(_around(rows), rows[..., 4:])
+    return AnchorTensors(_corners(rows[..., :2], rows[..., 2:4]), rows[..., 4:])
 
 
 def _grid_rows(outputs: Mapping[str, Tensor], size: tuple[int, int]) -> AnchorTensors:
     rows = _of_rank(outputs, 3)
     cells, strides = (torch.from_numpy(item).to(rows) for item in grid(size, rows.shape[1]))
-    centre = rows[..., :2] + cells
-    half = rows[..., 2:4].clamp(max=_LARGEST_LOG).exp() / 2
-    corners = torch.cat([centre - half, centre + half], dim=-1) * strides[:, None]
+    sides = rows[..., 2:4].clamp(max=_LARGEST_LOG).exp()
+    corners = _corners(rows[..., :2] + cells, sides) * strides[:, None]
     return AnchorTensors(corners, rows[..., 5:] * rows[..., 4:5])
 
 
@@ -85,9 +84,8 @@ def _grids(anchors: tuple[tuple[tuple[int, int], ...], ...]) -> Reader:
             stride = level.new_tensor([size[1] / columns, size[0] / rows])
             said = torch.sigmoid(level)
             centre = (2 * said[..., :2] - 0.5 + torch.stack([column, row], dim=-1)) * stride
-            sides = level.new_tensor(of_level)[None, :, None, None]
-            half = (2 * said[..., 2:4]) ** 2 * sides / 2
-            corners.append(torch.cat([centre - half, centre + half], -1).reshape(batch, -1, 4))
+            sides = (2 * said[..., 2:4]) ** 2 * level.new_tensor(of_level)[None, :, None, None]
+            corners.append(_corners(centre, sides).reshape(batch, -1, 4))
             sure = said[..., 5:] * said[..., 4:5]
             scores.append(sure.reshape(batch, -1, sure.shape[-1]))
         return AnchorTensors(torch.cat(corners, dim=1), torch.cat(scores, dim=1))

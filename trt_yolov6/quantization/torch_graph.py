@@ -24,7 +24,14 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, replace_tensor
 from trt_yolov6.graph.index import GraphIndex, attributes, constants_of, tensor_value
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
-from trt_yolov6.quantization.fake_quantize import FakeQuantizer, activation_levels
+from trt_yolov6.quantization.bias_correction import bias_of
+from trt_yolov6.quantization.fake_quantize import (
+    WIDEST,
+    FakeQuantizer,
+    activation_levels,
+    fake_quantize,
+    weight_levels,
+)
 from trt_yolov6.quantization.types import INT8
 
 Attributes = Mapping[str, Any]
@@ -87,12 +94,12 @@ class TorchGraph(nn.Module):
         self._layers: dict[str, QuantizedLayer] = {
             layer.output: layer for layer in quantized_layers(graph) if layer.has_own_codes
         }
-        dequantized = {layer.weights.node.output[0]: layer for layer in self._layers.values()}
+        dequantized = {layer.weights.node.output[0] for layer in self._layers.values()}
         needed = graph.ancestors({*self.outputs, *self._watched})
         nodes = [node for node in graph.nodes if needed.intersection(node.output)]
         self.quantizers = nn.ModuleDict()
-        self._weight_of: dict[str, str] = {}
-        self._bias_of: dict[str, str] = {}
+        # Parameters and buffers of each layer, by its output, begin with this.
+        self._keys: dict[str, str] = {}
         self._scale_names: dict[str, str] = {}
         fixed: dict[str, NDArray[Any]] = {}
         steps: list[Step] = []
@@ -109,7 +116,6 @@ class TorchGraph(nn.Module):
                 steps.append(Step(_same, {}, names[:1], made))
                 continue
             if made[0] in dequantized:
-                self._add_layer(dequantized[made[0]])
                 continue
             operator = OPERATORS.get(node.op_type)
             if operator is None or node.domain not in ("", "ai.onnx"):
@@ -118,7 +124,7 @@ class TorchGraph(nn.Module):
                     "does not support; leave `reconstruct_minutes` out."
                 )
             if made[0] in self._layers:
-                self._add_bias(graph, self._layers[made[0]])
+                self._add_layer(graph, self._layers[made[0]])
                 names = (names[0], f"weight:{made[0]}", f"bias:{made[0]}")
             fixed |= {
                 name: tensor_value(graph.constants[name])
@@ -170,15 +176,15 @@ class TorchGraph(nn.Module):
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return the weights of the INT8 layers, in steps of their scales."""
-        return [self.get_parameter(key) for key in self._weight_of.values()]
+        return [self.get_parameter(f"{key}_weight") for key in self._keys.values()]
 
     def bias_parameters(self) -> list[nn.Parameter]:
         """Return by how much the biases of the INT8 layers have changed, in their units."""
-        return [self.get_parameter(key) for key in self._bias_of.values()]
+        return [self.get_parameter(f"{key}_bias") for key in self._keys.values()]
 
     def set_bias_units(self, units: Mapping[str, Tensor]) -> None:
         """Have biases learn in units of their own, (channels,), by the layers' outputs."""
-        for output, key in self._bias_of.items():
+        for output, key in self._keys.items():
             if output in units:
                 self.get_buffer(f"{key}_unit").copy_(units[output])
 
@@ -192,13 +198,11 @@ class TorchGraph(nn.Module):
             assert isinstance(quantizer, FakeQuantizer)
             value = quantizer.scale.detach().cpu().numpy().astype(np.float32)
             replace_tensor(constants[name], value.reshape(tuple(constants[name].dims)))
-        for output, layer in self._layers.items():
-            if output not in self._weight_of:
-                continue
-            steps = self.get_parameter(self._weight_of[output]).detach().cpu().numpy()
-            levels = np.clip(np.rint(steps), -INT8.largest, INT8.largest).astype(np.int8)
-            replace_tensor(constants[layer.weight], levels)
-            bias = self._bias(output).detach().cpu().numpy()
+        for output, key in self._keys.items():
+            layer = self._layers[output]
+            steps = self.get_parameter(f"{key}_weight").detach().cpu().numpy()
+            replace_tensor(constants[layer.weight], INT8.encode(steps))
+            bias = self._bias(key).detach().cpu().numpy()
             own = f"{output}_bias_learned"
             node = result.graph.node[layer.position]
             del node.input[2:]
@@ -212,12 +216,13 @@ class TorchGraph(nn.Module):
         if name in values:
             return values[name]
         kind, _, output = name.partition(":")
-        if kind == "weight" and output in self._weight_of:
-            steps = self.get_parameter(self._weight_of[output])
-            scale = self.get_buffer(f"{self._weight_of[output]}_scale")
-            return _rounded_steps(steps) * scale
-        if kind == "bias" and output in self._bias_of:
-            return self._bias(output)
+        if kind == "weight" and output in self._keys:
+            key = self._keys[output]
+            steps = self.get_parameter(f"{key}_weight")
+            levels = fake_quantize(steps, steps.new_ones(()), weight_levels(WIDEST))
+            return levels * self.get_buffer(f"{key}_scale")
+        if kind == "bias" and output in self._keys:
+            return self._bias(self._keys[output])
         return self._constants[name] if name else None
 
     def _quantizer(self, graph: GraphIndex, node: onnx.NodeProto) -> Operator:
@@ -230,43 +235,23 @@ class TorchGraph(nn.Module):
             assert scale is not None
             self._scale_names[name] = key
             self.quantizers[key] = FakeQuantizer(
-                torch.tensor(np.float32(scale.reshape(()))), activation_levels(8), learn=True
+                torch.tensor(np.float32(scale.reshape(()))), activation_levels(WIDEST), learn=True
             )
         return lambda _, inputs: self.quantizers[key](inputs[0])
 
-    def _add_layer(self, layer: QuantizedLayer) -> None:
-        scale = layer.scale.astype(np.float32)
-        key = f"weight{len(self._weight_of)}"
-        self._weight_of[layer.output] = key
+    def _add_layer(self, graph: GraphIndex, layer: QuantizedLayer) -> None:
+        key = self._keys[layer.output] = f"layer{len(self._keys)}"
+        scale, bias = layer.scale, bias_of(layer, graph.constants)
         steps = np.asarray(layer.weights.values() / scale, np.float32)
-        self.register_parameter(key, nn.Parameter(torch.from_numpy(steps)))
+        self.register_parameter(f"{key}_weight", nn.Parameter(torch.from_numpy(steps)))
         self.register_buffer(f"{key}_scale", torch.from_numpy(np.array(scale)))
+        self.register_buffer(f"{key}_start", torch.from_numpy(bias.astype(np.float32)))
+        self.register_buffer(f"{key}_unit", torch.ones(len(bias)))
+        self.register_parameter(f"{key}_bias", nn.Parameter(torch.zeros(len(bias))))
 
-    def _add_bias(self, graph: GraphIndex, layer: QuantizedLayer) -> None:
-        node = layer.node
-        axis = 1 if layer.transposed else 0
-        assert layer.weights.codes is not None
-        count = layer.weights.codes.dims[axis] * (
-            attributes(node).get("group", 1) if layer.transposed else 1
-        )
-        bias = graph.value(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        start = np.zeros(count, np.float32) if bias is None else np.array(bias, np.float32)
-        key = f"bias{len(self._bias_of)}"
-        self._bias_of[layer.output] = key
-        self.register_buffer(f"{key}_start", torch.from_numpy(start))
-        self.register_buffer(f"{key}_unit", torch.ones(count))
-        self.register_parameter(key, nn.Parameter(torch.zeros(count)))
-
-    def _bias(self, output: str) -> Tensor:
-        key = self._bias_of[output]
+    def _bias(self, key: str) -> Tensor:
         start, unit = self.get_buffer(f"{key}_start"), self.get_buffer(f"{key}_unit")
-        return start + unit * self.get_parameter(key)
-
-
-def _rounded_steps(steps: Tensor) -> Tensor:
-    """Round to whole steps within the levels; the gradient passes straight through."""
-    clipped = steps.clamp(-INT8.largest, INT8.largest)
-    return clipped + (clipped.round() - clipped).detach()
+        return start + unit * self.get_parameter(f"{key}_bias")
 
 
 # --- operators ----------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from trt_yolov6.common.text import aligned
 from trt_yolov6.quantization.calibrators import Method
-from trt_yolov6.quantization.preparation import Variant
-from trt_yolov6.quantization.weights import Weights
+from trt_yolov6.quantization.table import Variant, Weights
 
 Decision = Literal["graph", "ranges", "weights", "float layers", "gradients"]
 """Decision that a candidate is tried for: the form of the graph, the calibrator, rounding of

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 QuantizedName = Literal["int8", "fp8"]
 
-_SMALLEST_HALF = 2.0**-14
-"""Smallest positive float16 of full precision."""
-
 
 @dataclass(frozen=True)
 class QuantizedType:
@@ -46,14 +43,6 @@ class QuantizedType:
     out on an H200: its convolutions then give the products of the codes, or those within 448,
     where with a scale for each channel they give what ONNX Runtime does.
     """
-
-    def smallest_scale(self, half: bool) -> float:
-        """Return the least scale worth having, in float16 if `half`, else in float32.
-
-        Scaled floating point loses nothing by a scale larger than need be, and a scale that is
-        itself below the normal numbers of float16 has few bits, or is taken for 0 by a GPU.
-        """
-        return _SMALLEST_HALF if half and self.is_floating else float(np.finfo(np.float32).tiny)
 
     def squared_error(self, end: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the integral of the squared rounding error from 0 to `end`, saturation included.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 from numpy.typing import NDArray
@@ -12,11 +12,7 @@ from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.quantization.bias_correction import BiasCorrection
 from trt_yolov6.quantization.gptq import adapt_rounding
 from trt_yolov6.quantization.settings import QuantizationSettings
-from trt_yolov6.quantization.table import CalibrationTable
-
-Weights = Literal["nearest", "biases", "reconstructed"]
-"""Weight rounding: rounded to the nearest level; that, with corrected biases
-(`bias_correction`); or rounded so that each layer's output is nearest (`gptq`), biases included."""
+from trt_yolov6.quantization.table import Weights
 
 SAID: Mapping[Weights, str] = {
     "nearest": "weights rounded to the nearest",
@@ -61,10 +57,3 @@ def weight_choices(settings: QuantizationSettings) -> tuple[Weights, ...]:
     if settings.quantized.is_floating or not settings.reconstruct:
         return ("biases",)
     return ("reconstructed", "biases")
-
-
-def chosen_weights(table: CalibrationTable) -> Weights:
-    """Return a table's record on weights."""
-    if table.reconstructed:
-        return "reconstructed"
-    return "biases" if table.biases_corrected else "nearest"

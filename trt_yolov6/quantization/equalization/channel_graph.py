@@ -379,7 +379,6 @@ def _concat(trace: _Trace, node: onnx.NodeProto) -> None:
             return _fix(trace, node)
         written.append(part)
     trace.sources[node.output[0]] = np.concatenate(written)
-    return None
 
 
 def _elementwise(trace: _Trace, node: onnx.NodeProto) -> None:
@@ -392,7 +391,6 @@ def _elementwise(trace: _Trace, node: onnx.NodeProto) -> None:
         assert part is not None
         trace.tie(first, part)
     trace.sources[node.output[0]] = first
-    return None
 
 
 def _multiply(trace: _Trace, node: onnx.NodeProto) -> None:
@@ -412,7 +410,6 @@ def _multiply(trace: _Trace, node: onnx.NodeProto) -> None:
     ):
         return _fix(trace, node)
     trace.sources[node.output[0]] = trace.sources[scaled[0]]
-    return None
 
 
 def _is_silu(trace: _Trace, node: onnx.NodeProto) -> bool:
@@ -454,7 +451,6 @@ def _split(trace: _Trace, node: onnx.NodeProto) -> None:
         return _fix(trace, node)
     for name, piece in zip(node.output, np.split(source, np.cumsum(listed)[:-1]), strict=True):
         trace.sources[name] = piece
-    return None
 
 
 def _slice(trace: _Trace, node: onnx.NodeProto) -> None:
@@ -472,7 +468,6 @@ def _slice(trace: _Trace, node: onnx.NodeProto) -> None:
         if axis % 4 == 1:
             source = source[start:end:step]
     trace.sources[node.output[0]] = source
-    return None
 
 
 def _reshape(trace: _Trace, node: onnx.NodeProto) -> None:
@@ -494,7 +489,6 @@ def _reshape(trace: _Trace, node: onnx.NodeProto) -> None:
     if any(size is None for size in groups) or np.prod(np.array(groups, int)) != source.size:
         return _fix(trace, node)
     trace.sources[node.output[0]] = source.reshape([int(size or 0) for size in groups])
-    return None
 
 
 def _transpose(trace: _Trace, node: onnx.NodeProto) -> None:
@@ -502,7 +496,6 @@ def _transpose(trace: _Trace, node: onnx.NodeProto) -> None:
     if source is None or source.ndim != 2 or attribute(node, "perm", []) != [0, 2, 1, 3, 4]:
         return _fix(trace, node)
     trace.sources[node.output[0]] = source.T
-    return None
 
 
 _RULES: dict[str, _Rule] = {

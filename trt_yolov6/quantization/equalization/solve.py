@@ -42,6 +42,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from trt_yolov6.common.machine import single_torch_thread
 from trt_yolov6.graph.index import constants_of, tensor_value
 from trt_yolov6.quantization.equalization.channel_graph import (
     FIXED,
@@ -53,10 +54,7 @@ from trt_yolov6.quantization.equalization.rescaling import Shifts, rescale, shif
 from trt_yolov6.quantization.qdq.placement import place
 
 if TYPE_CHECKING:
-    from trt_yolov6.quantization.collect import TensorStatistics
-
-SMOOTHING_GAIN = 4
-"""Added multiplications have to pay: they must divide the expected noise by this at least."""
+    from trt_yolov6.quantization.statistics import TensorStatistics
 
 # Root mean square of an activation by its largest magnitude, typically; it weighs the two kinds of
 # noise against each other, and both much alike over the channels.
@@ -93,12 +91,12 @@ def equalize(
     model: onnx.ModelProto,
     statistics: Mapping[str, TensorStatistics] | None = None,
     *,
-    smooth: bool | None = None,
+    smooth: bool = False,
     shift: bool = False,
-) -> onnx.ModelProto:
-    """Return the graph with its channels rescaled for INT8; its function stays the same.
+) -> Solution:
+    """Return the factors of a graph's channels for INT8; applied, they leave its function the same.
 
-    The ranges of tensors change, so they have to be collected again.
+    The ranges of tensors change then, so they have to be collected again.
 
     Args:
         model: a float32 graph without Q/DQ, its nodes in topological order; it is not changed.
@@ -106,7 +104,7 @@ def equalize(
             Tensors without one have their ranges estimated from the weights and biases before them.
         smooth: also rescale what SiLU, HardSwish and the like write, by a multiplication with a
             constant per channel after them. That adds nodes, which TensorRT can fuse into the
-            activation's kernel. None: if it divides the expected noise by `SMOOTHING_GAIN`.
+            activation's kernel.
         shift: subtract the middle of each channel's range as well, before that multiplication,
             where only convolutions without padding read it (`ChannelMap.shiftable`). What SiLU and
             HardSwish write is hardly ever below zero: INT8's levels there are otherwise unused.
@@ -115,19 +113,17 @@ def equalize(
         UserError: the graph is quantized already.
     """
     statistics = statistics or {}
-    if shift:
-        return shifted(model, statistics).applied(model)
-    plain = None if smooth else _solved(model, statistics, through_activations=False)
-    smoothed = None if smooth is False else _solved(model, statistics, through_activations=True)
-    if plain and (not smoothed or smoothed.noise * SMOOTHING_GAIN > plain.noise):
-        return plain.applied(model)
-    assert smoothed is not None
-    return smoothed.applied(model)
-
-
-def shifted(model: onnx.ModelProto, statistics: Mapping[str, TensorStatistics]) -> Solution:
-    """Return the changes that `equalize` makes with `shift`; arguments as there."""
-    return _solved(model, statistics, through_activations=True, shift=True)
+    channels = trace_channels(model, through_activations=smooth or shift)
+    shifts = _middles(channels, statistics) if shift else {}
+    problem = _problem(model, channels, statistics, shifts)
+    nothing = octaves = torch.zeros(problem.count, dtype=torch.float64)
+    if problem.terms:
+        found = (_minimum(problem) / math.log(2)).clamp(-_MOST_OCTAVES, _MOST_OCTAVES)
+        octaves = (found * _PARTS_OF_OCTAVE).round() / _PARTS_OF_OCTAVE
+    before, after = (problem.noise(item * math.log(2)) for item in (nothing, octaves))
+    if not after < before:
+        octaves = nothing
+    return Solution(channels, np.exp2(octaves.numpy()).astype(np.float32), shifts)
 
 
 def noise_to_signal(
@@ -149,33 +145,11 @@ class Solution:
     channels: ChannelMap
     factors: NDArray[np.float32]
     """(classes,)"""
-    noise: float
     shifts: Shifts
 
     def applied(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """Return the graph, the one that this was made for, in that form."""
         return rescale(model, self.channels, self.factors, self.shifts)
-
-
-def _solved(
-    model: onnx.ModelProto,
-    statistics: Mapping[str, TensorStatistics],
-    *,
-    through_activations: bool,
-    shift: bool = False,
-) -> Solution:
-    channels = trace_channels(model, through_activations=through_activations)
-    shifts = _middles(channels, statistics) if shift else {}
-    problem = _problem(model, channels, statistics, shifts)
-    nothing = torch.zeros(problem.count, dtype=torch.float64)
-    octaves = nothing
-    if problem.terms:
-        found = (_minimum(problem) / math.log(2)).clamp(-_MOST_OCTAVES, _MOST_OCTAVES)
-        octaves = (found * _PARTS_OF_OCTAVE).round() / _PARTS_OF_OCTAVE
-    before, after = (problem.noise(item * math.log(2)) for item in (nothing, octaves))
-    if not after < before:
-        octaves, after = nothing, before
-    return Solution(channels, np.exp2(octaves.numpy()).astype(np.float32), after, shifts)
 
 
 def _middles(channels: ChannelMap, statistics: Mapping[str, TensorStatistics]) -> Shifts:
@@ -184,12 +158,11 @@ def _middles(channels: ChannelMap, statistics: Mapping[str, TensorStatistics]) -
     low, high = np.full(count, np.inf), np.full(count, -np.inf)
     for name, sources in channels.sources.items():
         measured = statistics.get(name)
-        if measured is None or measured.low_per_channel is None:
+        if measured is None or measured.channels is None:
             continue
-        assert measured.high_per_channel is not None
-        if measured.low_per_channel.shape == sources.shape:
-            np.minimum.at(low, sources, measured.low_per_channel)
-            np.maximum.at(high, sources, measured.high_per_channel)
+        if measured.channels.low.shape == sources.shape:
+            np.minimum.at(low, sources, measured.channels.low)
+            np.maximum.at(high, sources, measured.channels.high)
     seen = np.isfinite(low)
     middle = np.where(seen, (np.where(seen, low, 0) + np.where(seen, high, 0)) / 2, 0.0)
     # In float32, as the graph will have them.
@@ -304,13 +277,9 @@ def _minimum(problem: _Problem) -> torch.Tensor:
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    threads = torch.get_num_threads()
     # The vectors are short: handing them to several threads costs more than it saves.
-    torch.set_num_threads(1)
-    try:
+    with single_torch_thread():
         optimizer.step(loss)  # type: ignore[no-untyped-call]
-    finally:
-        torch.set_num_threads(threads)
     found = (moved * free).detach()
     return problem.start + (found if found.isfinite().all() else 0)
 
@@ -385,14 +354,11 @@ def _reach(
         statistics: ranges per channel.
     """
     measured = statistics.get(name)
-    if not shift.any() or measured is None or measured.low_per_channel is None:
+    if not shift.any() or measured is None or measured.channels is None:
         return own + np.abs(shift)
-    assert measured.amax_per_channel is not None
-    assert measured.high_per_channel is not None
-    low, high = (
-        one.astype(np.float64) for one in (measured.low_per_channel, measured.high_per_channel)
-    )
-    unseen = own - measured.amax_per_channel
+    channels = measured.channels
+    low, high = channels.low.astype(np.float64), channels.high.astype(np.float64)
+    unseen = own - channels.amax
     return np.where(shift != 0, np.maximum(high - shift, shift - low) + unseen, own)
 
 
@@ -429,8 +395,8 @@ def _ranges(
             else np.array([estimates.get(int(source), 1.0) for source in sources])
         )
         measured = statistics.get(item.input)
-        if measured is not None and measured.amax_per_channel is not None:
-            own = measured.amax_per_channel.astype(np.float64)
+        if measured is not None and measured.channels is not None:
+            own = measured.channels.amax.astype(np.float64)
             own = np.maximum(own, _LEAST_OF_ESTIMATE * estimate)
         else:
             own = estimate

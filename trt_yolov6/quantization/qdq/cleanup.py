@@ -10,7 +10,7 @@ FP8's nodes are left alone: which of them cost a kernel, and which save one, was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.operators import FUSED_OPS, MOVING_OPS, QDQ_OPS, WEIGHTED_OPS
+from trt_yolov6.quantization.qdq.placement import joined_groups
 
 _Q, _DQ = QDQ_OPS
 
@@ -61,7 +62,7 @@ def clean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Removal, ...]]
     while changed:
         changed = False
         for one_pass in PASSES:
-            found = list(one_pass(graph))
+            found = [Removal(one_pass.__name__, *each) for each in one_pass(graph)]
             if found:
                 changed = True
                 removals += found
@@ -96,10 +97,12 @@ def without_activation_pairs(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-# --- passes: each yields what it removed --------------------------------------------------------
+# --- passes: each yields the tensors of what it removed, with reasons ---------------------------
+
+Removed = Iterator[tuple[str, str]]
 
 
-def fold_weights(graph: gs.Graph) -> Iterator[Removal]:
+def fold_weights(graph: gs.Graph) -> Removed:
     """Store weights as INT8 where a QuantizeLinear makes them from float at every start.
 
     The values are those that the node would give; a quarter of the bytes is left.
@@ -110,10 +113,10 @@ def fold_weights(graph: gs.Graph) -> Iterator[Removal]:
             continue
         levels = _constant(graph, f"{quantize.inputs[0].name}/stored", grid.quantize(weights))
         _bypass(graph, levels, quantize.outputs[0])
-        yield Removal("fold_weights", quantize.inputs[0].name, "stored as INT8 instead of float")
+        yield quantize.inputs[0].name, "stored as INT8 instead of float"
 
 
-def fold_biases(graph: gs.Graph) -> Iterator[Removal]:
+def fold_biases(graph: gs.Graph) -> Removed:
     """Store biases in float where they are 32-bit integers read by a DequantizeLinear.
 
     TensorRT wants the bias of an INT8 convolution in float, and has no 32-bit DequantizeLinear.
@@ -126,10 +129,10 @@ def fold_biases(graph: gs.Graph) -> Iterator[Removal]:
             graph, f"{dequantize.inputs[0].name}/float", grid.dequantize(levels).astype(np.float32)
         )
         _bypass(graph, bias, dequantize.outputs[0])
-        yield Removal("fold_biases", dequantize.inputs[0].name, "stored as float")
+        yield dequantize.inputs[0].name, "stored as float"
 
 
-def merge_equal_pairs(graph: gs.Graph) -> Iterator[Removal]:
+def merge_equal_pairs(graph: gs.Graph) -> Removed:
     """Leave one pair of those that quantize one tensor in the same way for several readers."""
     for op in (_Q, _DQ):
         kept: dict[tuple[Any, ...], gs.Node] = {}
@@ -140,10 +143,10 @@ def merge_equal_pairs(graph: gs.Graph) -> Iterator[Removal]:
             first = kept.setdefault((id(source), *grid.key()), node)
             if first is not node:
                 _bypass(graph, first.outputs[0], node.outputs[0])
-                yield Removal("merge_equal_pairs", source.name, "quantized twice, alike")
+                yield source.name, "quantized twice, alike"
 
 
-def drop_requantization(graph: gs.Graph) -> Iterator[Removal]:
+def drop_requantization(graph: gs.Graph) -> Removed:
     """Drop a pair that comes right after another on the same tensor.
 
     With equal scales the second does nothing. With others the first rounds once too often, if
@@ -161,17 +164,17 @@ def drop_requantization(graph: gs.Graph) -> Iterator[Removal]:
         if first.key() == second.key():
             for dequantize in [node for node in quantize.outputs[0].outputs if node.op == _DQ]:
                 _bypass(graph, before.outputs[0], dequantize.outputs[0])
-            yield Removal("drop_requantization", name, "quantized again with its own scale")
+            yield name, "quantized again with its own scale"
         elif (
             len(before.outputs[0].outputs) == 1
             and before.outputs[0] not in graph.outputs
             and not _is_relu(source.inputs[0], first)
         ):
             quantize.inputs[0] = source.inputs[0]
-            yield Removal("drop_requantization", name, "quantized again with another scale")
+            yield name, "quantized again with another scale"
 
 
-def drop_pairs_in_fusions(graph: gs.Graph) -> Iterator[Removal]:
+def drop_pairs_in_fusions(graph: gs.Graph) -> Removed:
     """Drop pairs between a convolution and what TensorRT computes in the same kernel with it.
 
     That is an activation, or the addition of a shortcut, of whose terms only the other is to be
@@ -194,10 +197,10 @@ def drop_pairs_in_fusions(graph: gs.Graph) -> Iterator[Removal]:
             continue
         reason = f"kept {layer.op} {layer.name} from fusing with {readers[0].op}"
         _bypass(graph, pair.source, pair.result)
-        yield Removal("drop_pairs_in_fusions", pair.source.name, reason)
+        yield pair.source.name, reason
 
 
-def drop_useless_pairs(graph: gs.Graph) -> Iterator[Removal]:
+def drop_useless_pairs(graph: gs.Graph) -> Removed:
     """Drop pairs that no INT8 layer reads: around operators that compute in float all the same.
 
     Such are predictions, gates, and whatever a quantizer took along that TensorRT has no INT8
@@ -210,14 +213,11 @@ def drop_useless_pairs(graph: gs.Graph) -> Iterator[Removal]:
             continue
         readers = sorted({node.op for node in pair.result.outputs}) or ["the outputs"]
         _bypass(graph, pair.source, pair.result)
-        yield Removal(
-            "drop_useless_pairs",
-            pair.source.name,
-            f"read by {', '.join(readers)} only, which gains nothing from INT8",
-        )
+        reason = f"read by {', '.join(readers)} only, which gains nothing from INT8"
+        yield pair.source.name, reason
 
 
-def unify_scales(graph: gs.Graph) -> Iterator[Removal]:
+def unify_scales(graph: gs.Graph) -> Removed:
     """Give all that a concatenation, a pooling and the like takes and makes the largest scale.
 
     With different scales each input is quantized again before the concatenation.
@@ -234,31 +234,24 @@ def unify_scales(graph: gs.Graph) -> Iterator[Removal]:
             return [by_result[id(tensor)]]
         maker = _maker(tensor)
         if maker is not None and maker.op in (*_MOVING, "Resize"):
-            parts = [carried(item) for item in _data(maker)]
+            # The further inputs of other operators say where values go.
+            moved = maker.inputs if maker.op == "Concat" else maker.inputs[:1]
+            parts = [carried(item) for item in moved]
             return None if None in parts else [one for part in parts if part for one in part]
         return on.get(id(tensor))
 
-    parent = {id(pair.quantize): pair for pair in pairs}
-
-    def root(pair: _Pair) -> _Pair:
-        while parent[id(pair.quantize)] is not pair:
-            pair = parent[id(pair.quantize)]
-        return pair
-
+    of_quantize: dict[int, list[_Pair]] = {}
+    for pair in pairs:
+        of_quantize.setdefault(id(pair.quantize), []).append(pair)
+    links = list(of_quantize.values())
     for node in graph.nodes:
         if node.op not in _MOVING and node.op != "Resize":
             continue
         # Not where one input is in float: the operator then works in float, whatever the scales.
-        joined = carried(node.outputs[0])
-        if not joined:
-            continue
-        joined = joined + [pair for tensor in node.outputs for pair in on.get(id(tensor), [])]
-        for pair in joined:
-            parent[id(root(pair).quantize)] = root(joined[0])
-    groups: dict[int, list[_Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(id(root(pair).quantize), []).append(pair)
-    for group in groups.values():
+        if joined := carried(node.outputs[0]):
+            after = (pair for tensor in node.outputs for pair in on.get(id(tensor), []))
+            links.append([*joined, *after])
+    for group in joined_groups(pairs, links):
         grids = [pair.grid for pair in group]
         if any(grid.zero.any() or grid.scale.size != 1 for grid in grids):
             continue
@@ -270,15 +263,14 @@ def unify_scales(graph: gs.Graph) -> Iterator[Removal]:
             pair.quantize.inputs[1] = scale
             for node in [reader for reader in pair.quantize.outputs[0].outputs if reader.op == _DQ]:
                 node.inputs[1] = scale
-            yield Removal(
-                "unify_scales",
+            yield (
                 pair.source.name,
                 f"scale {float(pair.grid.scale.reshape(-1)[0]):.4g} raised to "
                 f"{float(largest.scale.reshape(-1)[0]):.4g}, that of what it is joined with",
             )
 
 
-PASSES: tuple[Callable[[Any], Iterator[Removal]], ...] = (
+PASSES = (
     fold_weights,
     fold_biases,
     merge_equal_pairs,
@@ -323,7 +315,7 @@ class _Grid:
         return np.asarray(per_channel.reshape(shape))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Pair:
     """A QuantizeLinear on a computed tensor, and one DequantizeLinear after it."""
 
@@ -404,11 +396,6 @@ def _grid(node: gs.Node) -> _Grid | None:
     elif zero.size == 1:
         zero = np.full(scale.shape, zero.reshape(-1)[0])
     return _Grid(scale, zero, int(node.attrs.get("axis", 1)))
-
-
-def _data(node: gs.Node) -> list[gs.Tensor]:
-    """Return those of a moving operator's inputs that it moves."""
-    return list(node.inputs if node.op == "Concat" else node.inputs[:1])
 
 
 def _constant(graph: gs.Graph, name: str, value: NDArray[Any]) -> gs.Constant:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,6 @@ def insert_qdq(
     *,
     quantized: QuantizedType = INT8,
     fp16: bool = False,
-    keep_float32: Collection[str] | None = None,
     weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> onnx.ModelProto:
     """Return the graph with Q/DQ pairs on the placement's tensors, quantized weights in its layers.
@@ -47,9 +46,8 @@ def insert_qdq(
         amax: largest magnitude that each tensor of the placement is to represent, above 0. Of a
             group, one tensor is enough.
         quantized: what tensors and weights are quantized to. FP8 needs opset 19.
-        fp16: compute the rest in half precision. The opset becomes 19 at least.
-        keep_float32: names of nodes that stay in float32 all the same; default: those after the
-            last convolutions.
+        fp16: compute the rest in half precision, except for what comes after the last
+            convolutions. The opset becomes 19 at least.
         weight_scales: trained scales, float32 (channels,), by the weights' name; those of others
             are made from their largest magnitudes.
 
@@ -67,7 +65,6 @@ def insert_qdq(
     writer = _Writer(
         result, scales, _scale_names(placement, scales), quantized, fp16, weight_scales
     )
-    readers_of_exact = {(tensor, output): tensor for tensor, output in placement.unquantized_reads}
     outputs = {name for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
     for name in placement.tensors:
@@ -79,7 +76,7 @@ def insert_qdq(
     for original in graph.node:
         node = copy.deepcopy(original)
         for index, name in enumerate(node.input):
-            if name in scales and (name, node.output[0]) not in readers_of_exact:
+            if name in scales and (name, node.output[0]) not in placement.unquantized_reads:
                 node.input[index] = writer.dequantized(name)
         # Half precision and the engine's layers go by nodes' names; see `layer_names`.
         node.name = node.name or node.output[0]
@@ -95,8 +92,7 @@ def insert_qdq(
     if fp16:
         from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 
-        kept = tail_nodes(result) if keep_float32 is None else keep_float32
-        result = to_fp16(result, keep_float32=kept)
+        result = to_fp16(result, keep_float32=tail_nodes(result))
     # Class names lie in them; conversions drop them.
     del result.metadata_props[:]
     result.metadata_props.extend(model.metadata_props)
@@ -167,7 +163,7 @@ def quantize_weights(
     else:
         # A channel of zeros needs a scale too; any will do.
         scale = np.where(amax > 0, amax, 1) / np.float32(quantized.largest)
-    scale = np.maximum(scale, quantized.smallest_scale(half=False)).astype(np.float32)
+    scale = np.maximum(scale, np.finfo(np.float32).tiny).astype(np.float32)
     if half_scales:
         scale = _half(scale, quantized)
     return quantized.encode(values / scale), scale.reshape(() if axis is None else -1)
@@ -283,7 +279,10 @@ def _scale_names(placement: Placement, scales: Mapping[str, float]) -> dict[str,
 
 def _half(scale: NDArray[np.float32], quantized: QuantizedType) -> NDArray[np.float32]:
     """Round positive scales up to float16 values, so that no value falls out of the range."""
-    scale = np.maximum(scale, np.float32(quantized.smallest_scale(half=True)))
+    if quantized.is_floating:
+        # FP8 loses nothing by a scale larger than need be, and one below the normal numbers of
+        # float16 has few bits, or is taken for 0 by a GPU.
+        scale = np.maximum(scale, np.float32(np.finfo(np.float16).tiny))
     with np.errstate(over="ignore"):
         half = np.asarray(scale).astype(np.float16)
     short = half.astype(np.float32) < scale

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import onnx
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.cost import macs_per_input
-from trt_yolov6.graph.index import GraphIndex, attribute, layers_after
+from trt_yolov6.graph.index import GraphIndex, attribute
 from trt_yolov6.graph.operators import ACTIVATIONS, CONVOLUTIONS, MOVING_OPS, layer_names
 from trt_yolov6.quantization.types import QuantizedType
+
+Item = TypeVar("Item")
 
 _POOLING_OPS = {"GlobalAveragePool", "GlobalMaxPool"}
 
@@ -102,7 +105,7 @@ def place(
     tensors = tuple(name for name in graph.order if name in wanted)
     return Placement(
         tensors=tensors,
-        groups=_groups(tensors, links),
+        groups=tuple(joined_groups(tensors, ((*sources, name) for sources, name in links))),
         layers=tuple(name for name in names.values() if name not in reasons),
         float_layers=reasons,
         unquantized_reads=frozenset(
@@ -205,7 +208,10 @@ def reads_few_channels(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
 
     A tensor core multiplies 32 eight-bit channels at a time; missing ones are padded with zeros.
     """
-    return "reads fewer than 16 channels" if _channels(graph, node)[0] < 16 else None
+    weight = _weight_shape(graph, node)
+    transposed = node.op_type == "ConvTranspose"
+    channels = weight[0] // attribute(node, "group", 1) if transposed else weight[1]
+    return "reads fewer than 16 channels" if channels < 16 else None
 
 
 def is_transposed(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
@@ -241,13 +247,9 @@ def is_among_the_last(count: int) -> Rule:
         count: layers counted from the outputs on; 1 leaves those in float that no other comes
             after.
     """
-    after: dict[int, dict[str, int]] = {}
 
     def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
-        if id(graph) not in after:
-            after.clear()
-            after[id(graph)] = layers_after(graph)
-        last = after[id(graph)][node.output[0]] < count
+        last = graph.layers_after[node.output[0]] < count
         return f"is among the last {count} layers" if last else None
 
     return rule
@@ -255,13 +257,6 @@ def is_among_the_last(count: int) -> Rule:
 
 def _weight_shape(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, ...]:
     return tuple(graph.constants[node.input[1]].dims)  # `_has_no_stored_weights` comes first
-
-
-def _channels(graph: GraphIndex, node: onnx.NodeProto) -> tuple[int, int]:
-    """Return how many channels a convolution reads and makes, those of one group."""
-    one, other = _weight_shape(graph, node)[:2]
-    groups = attribute(node, "group", 1)
-    return (one // groups, other) if node.op_type == "ConvTranspose" else (other, one // groups)
 
 
 FP8_RULES: tuple[Rule, ...] = (
@@ -488,18 +483,19 @@ def _is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str
     )
 
 
-def _groups(
-    tensors: Iterable[str], links: Iterable[tuple[Sequence[str], str]]
-) -> tuple[tuple[str, ...], ...]:
-    """Join links that have a tensor in common: all its members get one scale."""
-    group_of: dict[str, set[str]] = {}
-    for sources, result in links:
-        link = {*sources, result}
-        joined = link.union(*(group_of.get(name, set()) for name in link))
-        for name in joined:
-            group_of[name] = joined
-    groups: dict[int, list[str]] = {}
-    for name in tensors:
-        if name in group_of:
-            groups.setdefault(id(group_of[name]), []).append(name)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+def joined_groups(items: Iterable[Item], links: Iterable[Iterable[Item]]) -> list[tuple[Item, ...]]:
+    """Return groups of two and more items that links join, directly or through other links.
+
+    Groups and their items are in the order of `items`; links may have others as well.
+    """
+    group_of: dict[Item, set[Item]] = {}
+    for link in links:
+        joined = set[Item]()
+        for item in link:
+            joined |= group_of.get(item, {item})
+        group_of.update(dict.fromkeys(joined, joined))
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        if item in group_of:
+            groups.setdefault(id(group_of[item]), []).append(item)
+    return [tuple(group) for group in groups.values() if len(group) > 1]

@@ -17,8 +17,9 @@ from onnx import helper
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, drop_unread_initializers, set_nodes
-from trt_yolov6.graph.index import GraphIndex, attribute, tensor_value
+from trt_yolov6.graph.index import GraphIndex, tensor_value
 from trt_yolov6.graph.operators import QDQ_OPS
+from trt_yolov6.graph.quantized import quantizer
 
 _ADVICE = (
     "quantize it symmetrically to INT8 (ONNX Runtime: activation_type and weight_type "
@@ -143,13 +144,8 @@ def _zero_point(graph: GraphIndex, node: onnx.NodeProto) -> NDArray[np.integer[A
     """Return a Q/DQ node's zero point; None where it is not a constant."""
     if len(node.input) > 2 and node.input[2]:
         return graph.value(node.input[2])
-    if node.op_type == "QuantizeLinear":
-        kind = attribute(node, "output_dtype", 0) or onnx.TensorProto.UINT8  # ONNX's default
-        return np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(kind))
-    codes = graph.constants.get(node.input[0])
-    # For codes that a QuantizeLinear makes, that node's zero point counts.
-    kind = onnx.TensorProto.INT8 if codes is None else codes.data_type
-    return np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(kind))
+    kind = quantizer(graph, node).type or onnx.TensorProto.INT8
+    return np.zeros((), helper.tensor_dtype_to_np_dtype(kind))
 
 
 def _shift(zero: NDArray[np.integer[Any]]) -> int | None:

@@ -14,7 +14,7 @@ import torch
 
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.index import GraphIndex, layers_after
+from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
 from trt_yolov6.models.variants import Architecture
@@ -116,14 +116,13 @@ def _ends(model: onnx.ModelProto, placement: Placement) -> tuple[set[str], set[s
     """Return the layers that read the image or make predictions, and what only they read."""
     names, quantized = layer_names(model), set(placement.tensors)
     graph = GraphIndex(model)
-    after = layers_after(graph)
     layers, tensors, others = set(), set[str](), set[str]()
     for node in graph.nodes:
         if node.op_type not in CONVOLUTIONS:
             continue
         before = graph.ancestors([node.input[0]])
         is_first = not before.intersection(names)
-        if is_first or not after[node.output[0]]:
+        if is_first or not graph.layers_after[node.output[0]]:
             layers.add(names[node.output[0]])
             tensors.add(node.input[0])
         else:
