@@ -32,6 +32,7 @@ from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
+from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.models import YOLOv6, build_model
@@ -44,7 +45,12 @@ from trt_yolov6.training.qat.export import rounded_graph, trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, _Compact
 from trt_yolov6.training.qat.preparation import Start, prepare_graph
 from trt_yolov6.training.qat.settings import QatSettings
-from trt_yolov6.training.qat.training import QatResult, evaluate_network, train_quantized
+from trt_yolov6.training.qat.training import (
+    QatResult,
+    evaluate_network,
+    load_data,
+    train_quantized,
+)
 
 MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
 
@@ -393,6 +399,35 @@ def test_a_data_set_of_other_classes_is_refused(root: Path, start: Start) -> Non
     settings = settings_for(root / "samples", train_split="val")
     with pytest.raises(UserError, match="has 3 classes, the checkpoint 2"):
         train_quantized(start, settings, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("known", "warning"),
+    [
+        (("disc", "square"), None),
+        (("box", "disc"), "the names of some classes differ, so they are taken in order"),
+    ],
+)
+def test_classes_are_matched_by_name_and_other_names_in_order(
+    start: Start, shapes: Path, known: tuple[str, str], warning: str | None
+) -> None:
+    with logged() as said:
+        data = load_data(settings_for(shapes), knowing(start.graph, known), torch.device("cpu"))
+    assert data.class_names == (known if warning is None else ("square", "disc"))
+    assert any("taken in order" in line for line in said) is (warning is not None)
+
+
+def test_classes_in_another_order_and_by_other_names_are_refused(
+    start: Start, shapes: Path
+) -> None:
+    with pytest.raises(UserError, match="in another order and some by other names; name them disc"):
+        load_data(settings_for(shapes), knowing(start.graph, ("disc", "box")), torch.device("cpu"))
+
+
+def knowing(graph: Graph, names: tuple[str, ...]) -> Graph:
+    """Return a graph with other names of classes."""
+    detector = dataclasses.replace(graph.detector, class_names=names)
+    return dataclasses.replace(graph, detector=detector)
 
 
 def test_nothing_but_float_layers_is_refused(calib: Path) -> None:

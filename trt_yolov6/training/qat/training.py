@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trt_yolov6.data.class_matching import match_classes
 from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
@@ -37,6 +39,8 @@ from trt_yolov6.training.schedule import cosine, make_plan
 from trt_yolov6.training.state import Learner, Progress, read_state, restore
 from trt_yolov6.training.targets import Targets
 from trt_yolov6.training.torch_engine import TorchEngine
+
+_log = logging.getLogger(__name__)
 
 WARMUP = 0.05
 """Part of the steps over which the learning rate rises."""
@@ -121,6 +125,9 @@ def load_data(
 ) -> TrainingSet:
     """Decode the training split, its classes in the network's order.
 
+    Names that only one side has are taken in order, as in evaluation, if all others are in order;
+    a warning says so.
+
     Raises:
         UserError: see `load_training_set`, or there are other classes than the network's.
     """
@@ -139,6 +146,15 @@ def load_data(
             f"{settings.data} has {count} classes, the checkpoint {known}; give the data set it "
             "was trained on."
         )
+    names = "the checkpoint", graph.class_names
+    match = match_classes(*names, settings.data, data.class_names, [True] * count)
+    if match.places != tuple(range(count)):
+        raise UserError(
+            f"{settings.data} has the checkpoint's classes in another order and some by other "
+            f"names; name them {', '.join(graph.class_names)}, as the checkpoint does."
+        )
+    for note in match.notes:
+        _log.warning("%s", note)
     return data
 
 
