@@ -356,6 +356,15 @@ def test_a_list_of_images_and_a_polygon_are_read(tmp_path: Path) -> None:
     assert objects(load_coco(tmp_path)) == [("b", "dog", (10, 15, 20, 15))]
 
 
+def test_keypoints_after_a_box_are_not_a_polygon(tmp_path: Path) -> None:
+    write_yolo(tmp_path, kpt_shape=[2, 3])
+    labels = tmp_path / "labels" / "val"
+    for file in labels.iterdir():
+        lines = file.read_text().splitlines()
+        file.write_text("".join(f"{line} 0.9 0.9 2 0 0 0\n" for line in lines))
+    assert objects(load_coco(tmp_path)) == EXPECTED
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
