@@ -494,12 +494,15 @@ def test_voc_beside_the_images_is_read_and_difficult_objects_do_not_count(tmp_pa
 # --- class names --------------------------------------------------------------------------------
 
 
-def test_class_names_are_a_text_file_s_lines_or_coco_s_categories_by_id(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_class_names_are_a_text_file_s_lines_or_coco_s_categories_by_id(
+    tmp_path: Path, encoding: str
+) -> None:
     lines, categories = tmp_path / "names.txt", tmp_path / "coco.json"
-    lines.write_text("dog\n\n cat \n")
+    lines.write_text("dog\n\n cat \n", encoding)
     assert read_class_names(lines) == ("dog", "cat")
     content = {"categories": [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}]}
-    categories.write_text(json.dumps(content))
+    categories.write_text(json.dumps(content), encoding)
     assert read_class_names(categories) == ("dog", "cat")
 
 

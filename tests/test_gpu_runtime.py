@@ -201,7 +201,7 @@ def assert_same_over_changing_batches(engine: Any, other: Any) -> None:
 
 def has_recorded(engine: Any) -> bool:
     """Return whether a CUDA graph of a whole batch has been recorded by this package."""
-    bindings = [one for slot in engine._slots for one in slot._bindings.values()]
+    bindings = [one for slot in engine._slots for one in slot._contexts.values()]
     return any(one.graph is not None for one in bindings)
 
 

@@ -113,10 +113,10 @@ class HostSlot:
     engine: Engine
     records = True
 
-    def __init__(self, plan: Any, pinned: Any) -> None:
+    def __init__(self, shared: Any) -> None:
         self.stream = HostStream()
         self.stream.records = self.records
-        self.rows = plan.batch.max
+        self.rows = shared.batch.max
         self.whole: NDArray[Any] = self.engine.empty_input(self.rows)
         self.input_memory = SimpleNamespace(address=self.whole.ctypes.data)
         self.output_memory: dict[str, Any] = {}
@@ -208,17 +208,17 @@ def engine(
         yield loaded
 
 
-def pictures_of(engine: Engine, **plan: Any) -> Pictures:
+def pictures_of(engine: Engine) -> Pictures:
     locked = SimpleNamespace(holds=lambda array: array.flags.writeable is False)
     made: Any = SimpleNamespace(
         input=engine.input,
         outputs=engine.outputs,
         batch=SimpleNamespace(max=4),
+        pinned=locked,
         reading=None,
         record_graph=True,
     )
-    made.__dict__.update(plan)
-    return Pictures(made, locked, engine.preprocessing)  # type: ignore[arg-type]
+    return Pictures(made, engine.preprocessing)
 
 
 def image(seed: int) -> NDArray[np.uint8]:

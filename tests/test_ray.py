@@ -442,8 +442,10 @@ def test_listings_are_of_pictures_that_can_be_found(pictures: Path, tmp_path: Pa
     from trt_yolov6.serving.ray.pictures import find_pictures
 
     listing = tmp_path / "list.txt"
-    listing.write_text(f"{pictures}/0002.png\n")
-    assert [one.name for one in find_pictures(f"file://{listing}")] == [f"{pictures}/0002.png"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        listing.write_text(f"{pictures}/0002.png\n", encoding)
+        for address in (listing, f"file://{listing}"):
+            assert [one.name for one in find_pictures(address)] == [f"{pictures}/0002.png"]
     for text, address, said in (
         ("# nothing\n", str(listing), "lists no image"),
         ("0002.png\n", f"file://{listing}", "a listing in a store needs addresses"),

@@ -135,7 +135,7 @@ def test_onnx_runtime_times_the_kernels_of_every_layer(
 
 
 def test_ceilings_are_what_numpy_and_memory_do_on_this_machine(one_thread: None) -> None:
-    side, size = 1024, 1 << 26
+    side, size = 512, 1 << 26
     a = torch.rand(side, side)
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
     found, flops, bytes_per_second = [], [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib import resources
 from pathlib import Path
@@ -61,8 +62,11 @@ def test_on_a_cpu_every_stage_is_timed(tmp_path: Path) -> None:
 class StagedEngine(HostImagesEngine):
     """Has stages, too."""
 
+    placed: Any = None
+
     def image_stage_seconds(self, images: Any, placed: Any, nms: NmsSettings) -> dict[str, float]:
         assert len(images) == len(placed)
+        self.placed = placed
         return {"letterbox": 0.001, "engine": 0.002, "suppression and copy back": 0.0005}
 
 
@@ -72,7 +76,9 @@ def test_on_an_engine_that_takes_images_its_own_stages_are_shown(tmp_path: Path)
         library = letterbox_on_cpu(source, tmp_path, byte_input=False)
     with load_tiny(tmp_path) as plain:
         engine = StagedEngine(plain, library, HostDecoder())
-        report = benchmark_stages(engine, IMAGES, SURE, batch=2, duration=0.4)
+        options = dataclasses.replace(SURE, border=3)
+        report = benchmark_stages(engine, IMAGES, options, batch=2, duration=0.4)
+    assert all(min(one.top, one.left) >= 3 for one in engine.placed)
     assert [stage.name for stage in report.stages] == [
         *("read and decode", "letterbox", "engine", "suppression and copy back"),
         "boxes to the images",
@@ -93,6 +99,16 @@ def test_the_command_prints_a_table_and_writes_json(
     assert "images/s alone" in out
     assert "all together" in out
     assert {stage["name"] for stage in json.loads(result.read_text())["stages"]} >= {"engine"}
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    content = IMAGES[0].read_bytes()
+    damaged = tmp_path / "damaged.jpg"
+    damaged.write_bytes(content[: len(content) // 2])
+    with load_tiny(tmp_path) as engine:
+        for batch in (1, 2):
+            with pytest.raises(UserError, match=r"damaged\.jpg is cut short"):
+                benchmark_stages(engine, [IMAGES[0], damaged], batch=batch, duration=0.4)
 
 
 def test_without_images_there_is_nothing_to_time(tmp_path: Path) -> None:

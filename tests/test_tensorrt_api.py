@@ -153,7 +153,7 @@ explicit_package_bases = True
 ignore_missing_imports = True
 follow_imports = silent
 # Large, and nothing of TensorRT's.
-[mypy-onnx.*,torch.*,tqdm.*,cv2.*,onnxruntime.*,google.*]
+[mypy-onnx.*,torch.*,tqdm.*,cv2.*,onnxruntime.*,google.*,supervision.*,matplotlib.*,PIL.*,ml_dtypes.*]
 follow_imports = skip
 """
 

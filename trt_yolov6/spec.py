@@ -268,6 +268,15 @@ class TensorSpec:
         """Lengths of one row of a batch, 0 where one varies."""
         return tuple(length or 0 for length in self.shape[1:])
 
+    def fits(self, batch: Any) -> bool:
+        """Return whether an array with a `shape` and a `dtype` is a batch of this, of any size."""
+        lengths = self.shape[1:], batch.shape[1:]
+        return (
+            batch.dtype == self.dtype
+            and len(batch.shape) == len(self.shape)
+            and all(length in (None, given) for length, given in zip(*lengths, strict=True))
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON has it: the dtype by its name, null where a length varies."""
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}

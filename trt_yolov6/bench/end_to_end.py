@@ -57,14 +57,23 @@ def benchmark_end_to_end_many(
     for engine in engines:
         check_batch(engine, batch)
         empty_input(engine.input, batch)  # whether it fits, before images are decoded for it
-    if not images:
-        raise UserError("there is no image to time; name a folder of images as `images`.")
-    encoded = [read_encoded(image)[0] for image in images[:MAX_IMAGES]]
-    for image in images[:MAX_IMAGES]:
-        read_image(image)  # so that a damaged image is reported by its name, before timing
+    encoded = encoded_images(images)
     options = options or PredictOptions()
     runs = [_Request(one, encoded, batch, *resolve(one, options)).watched for one in engines]
     return measured(engines, runs, batch, duration, warm_up, progress=progress)
+
+
+def encoded_images(images: Sequence[Path | bytes]) -> list[bytes]:
+    """Return the content of the first `MAX_IMAGES` images.
+
+    Raises:
+        UserError: there is none, or one cannot be read, which is named.
+    """
+    if not images:
+        raise UserError("there is no image to time; name a folder of images as `images`.")
+    for image in images[:MAX_IMAGES]:
+        read_image(image)
+    return [read_encoded(image)[0] for image in images[:MAX_IMAGES]]
 
 
 @dataclass

@@ -130,11 +130,8 @@ def measure_ceilings(engine: Engine) -> Ceilings | None:
     return gpu_ceilings()
 
 
-def cpu_ceilings(threads: int | None = None) -> Ceilings:
-    """Measure the CPU: ONNX Runtime's matrix product, and a copy with as many threads.
-
-    Without `threads`, the number is ONNX Runtime's choice.
-    """
+def cpu_ceilings(threads: int | None) -> Ceilings:
+    """Measure the CPU: ONNX Runtime's matrix product, and a copy, by threads; None: its choice."""
     shape = _MATRIX_SIDE, _MATRIX_SIDE
     matrix = f"float[{_MATRIX_SIDE}, {_MATRIX_SIDE}]"
     model = onnx.parser.parse_model(

@@ -19,18 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.bench.end_to_end import MAX_IMAGES
+from trt_yolov6.bench.end_to_end import encoded_images
 from trt_yolov6.bench.latency import check_durations
 from trt_yolov6.bench.sampling import random_input, rate, seconds_of, timed
 from trt_yolov6.common.text import aligned, four_digits
-from trt_yolov6.data.images import read_encoded, read_image
+from trt_yolov6.data.images import read_image
 from trt_yolov6.data.jpeg import open_image
 from trt_yolov6.data.loader import default_workers, fill_row
 from trt_yolov6.detectors.detections import postprocess
 from trt_yolov6.engines.base import Engine, check_batch
-from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.gpu_loading import Opened, load_images
-from trt_yolov6.runtime.predict import process
+from trt_yolov6.runtime.predict import process, resolve
 from trt_yolov6.spec import EnginePrecision, NmsSettings, PredictOptions
 
 
@@ -128,7 +127,8 @@ def benchmark_stages(
     Args:
         engine: any loaded engine.
         images: encoded images, or the files to read them from beforehand; the first `MAX_IMAGES`.
-        options: thresholds; default: those of the COCO evaluation, which keep many boxes.
+        options: thresholds and border; default thresholds: those of the COCO evaluation, which keep
+            many boxes.
         batch: images a run.
         duration: seconds in all, a third of it for the whole.
 
@@ -137,17 +137,13 @@ def benchmark_stages(
     """
     check_durations(duration, 0)
     check_batch(engine, batch)
-    if not images:
-        raise UserError("there is no image to time; name a folder of images as `images`.")
-    encoded = [read_encoded(image)[0] for image in images[:MAX_IMAGES]]
+    encoded = encoded_images(images)
     chosen = [encoded[index % len(encoded)] for index in range(batch)]
-    for content in chosen:
-        read_image(content)
     options = replace(options or PredictOptions(), batch=batch)
-    nms = options.nms()
+    nms, border = resolve(engine, options)
     measure = _stages_on_gpu if engine.takes_images() else _stages_here
     with contextlib.ExitStack() as stack:
-        stages = tuple(measure(engine, chosen, nms, duration / 8, stack))
+        stages = tuple(measure(engine, chosen, nms, border, duration / 8, stack))
     return StageReport(
         engine.path,
         engine.precision,
@@ -234,6 +230,7 @@ def _stages_here(
     engine: Engine,
     chosen: Sequence[bytes],
     nms: NmsSettings,
+    border: int,
     seconds: float,
     stack: contextlib.ExitStack,
 ) -> Iterator[Stage]:
@@ -244,9 +241,7 @@ def _stages_here(
     array = engine.empty_input(len(chosen))
 
     def fill(index: int) -> Any:
-        return fill_row(
-            array[index], pictures[index], engine.input, preprocessing=engine.preprocessing
-        )
+        return fill_row(array[index], pictures[index], engine.input, border, engine.preprocessing)
 
     def decode() -> None:
         list(threads.map(read_image, chosen))
@@ -271,11 +266,12 @@ def _stages_on_gpu(
     engine: Engine,
     chosen: Sequence[bytes],
     nms: NmsSettings,
+    border: int,
     seconds: float,
     stack: contextlib.ExitStack,
 ) -> Iterator[Stage]:
     batch = len(chosen)
-    batches = load_images(engine, itertools.cycle(chosen), open_image, batch=batch)
+    batches = load_images(engine, itertools.cycle(chosen), open_image, batch=batch, border=border)
     stack.enter_context(contextlib.closing(batches))
     has_decoder = engine.jpeg_decoder() is not None
 

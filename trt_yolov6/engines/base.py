@@ -327,11 +327,7 @@ class Engine(Described, Closing):
 def check_images(engine: Engine, images: Any) -> None:
     """Raise UserError unless an array's `shape` and `dtype` are what the engine takes."""
     wanted = engine.input
-    fits = len(images.shape) == 4 and all(
-        size in (None, given)
-        for size, given in zip(wanted.shape[1:], images.shape[1:], strict=True)
-    )
-    if not fits or images.dtype != wanted.dtype:
+    if not wanted.fits(images):
         shape = ["batch", *wanted.shape[1:]]
         raise UserError(
             f"{engine.path} takes {wanted.dtype} images of shape {shape}, not {images.dtype} "

@@ -83,9 +83,7 @@ def engine_stem(graph: Graph, target: str | None = None) -> str:
     return "-".join(parts)
 
 
-def engine_path(
-    graph: Graph, backend: str, output: str | Path | None = None, target: str | None = None
-) -> Path:
+def engine_path(graph: Graph, backend: str, output: str | Path | None, target: str | None) -> Path:
     """Return where `build_engine` writes: `output`, or into `engines/` under `engine_stem`."""
     return (
         Path(output)

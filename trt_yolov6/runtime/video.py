@@ -94,8 +94,9 @@ class VideoWriter:
         self.close()
 
     def _open(self, width: int, height: int) -> None:
-        program, encoder = h264_encoder()
-        if program is not None and encoder is not None:
+        found = h264_encoder()
+        if found is not None:
+            program, encoder = found
             self.is_h264 = True
             self._encoder = subprocess.Popen(
                 [
@@ -133,11 +134,11 @@ class VideoWriter:
 
 
 @functools.cache
-def h264_encoder() -> tuple[str | None, str | None]:
-    """Return the `ffmpeg` on the path and the H.264 encoder of it that works; None without."""
+def h264_encoder() -> tuple[str, str] | None:
+    """Return the `ffmpeg` on the path and an H.264 encoder of it that works; None without."""
     program = shutil.which("ffmpeg")
     if program is None:
-        return None, None
+        return None
     for name in _ENCODERS:
         trial = [
             *(program, "-nostdin", "-loglevel", "quiet", "-f", "lavfi", "-i"),
@@ -146,4 +147,4 @@ def h264_encoder() -> tuple[str | None, str | None]:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if subprocess.run(trial, capture_output=True, timeout=20, check=False).returncode == 0:
                 return program, name
-    return program, None
+    return None

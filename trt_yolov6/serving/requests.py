@@ -78,12 +78,7 @@ def run_tensors(
     """
     wanted = engine.input
     for request in requests:
-        rest = zip(wanted.shape[1:], request.shape[1:], strict=False)
-        if (
-            request.dtype != wanted.dtype
-            or request.ndim != len(wanted.shape)
-            or any(length not in (None, given) for length, given in rest)
-        ):
+        if not wanted.fits(request):
             raise UserError(
                 f"the input is {request.dtype} {list(request.shape)}, not {wanted.dtype} "
                 f"{['batch', *wanted.shape[1:]]}; send it as the configuration says."

@@ -456,7 +456,7 @@ def _write_entry(folder: Path, model: ServedModel, config: str) -> None:
             write_manifest(
                 version / model.file_name, dataclasses.replace(manifest, engine=model.file_name)
             )
-    (folder / "config.pbtxt").write_text(config)
+    (folder / "config.pbtxt").write_text(config, "utf-8")
     if model.class_names:
         # A line a name: one that has several would shift all after it.
         names = (" ".join(name.split()) for name in model.class_names)

@@ -268,6 +268,16 @@ class CudaGraph:
             _checked(result)
 
 
+def recorded(work: Callable[[], None], stream: Stream) -> CudaGraph | None:
+    """Record some work on a stream, instead of running it; None if it cannot be recorded."""
+    try:
+        with stream.capture() as graph:
+            work()
+    except UserError:
+        return None
+    return graph
+
+
 class Stopwatch:
     """Two CUDA events around work on a stream."""
 

@@ -26,7 +26,7 @@ class Kernels:
         begin_early: the GPU and its driver can do so, see `launch`.
     """
 
-    def __init__(self, module: Any, begin_early: bool = False) -> None:
+    def __init__(self, module: Any, begin_early: bool) -> None:
         self._module = module
         self._begin_early = begin_early
         self._functions: dict[str, Any] = {}
@@ -78,7 +78,7 @@ class Kernels:
         _check_driver(driver.cuLaunchKernelEx(config, function, arguments, 0))
 
 
-def compiled(source: str, defines: Sequence[str] = ()) -> Kernels:
+def compiled(source: str, defines: Sequence[str]) -> Kernels:
     """Return the kernels of a source file of this package on the current GPU.
 
     Args:
@@ -104,7 +104,7 @@ def source_of(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
-def machine_code(source: str, capability: tuple[int, int], defines: Sequence[str] = ()) -> bytes:
+def machine_code(source: str, capability: tuple[int, int], defines: Sequence[str]) -> bytes:
     """Return a source file of this package as machine code for a compute capability.
 
     Multiplications and additions are not fused, so that results are the CPU's to the last bit.

@@ -40,16 +40,13 @@ class Staging:
         self._packers: ThreadPoolExecutor | None = None
         self._in_use: Any = None
 
-    def place(
-        self, images: Sequence[NDArray[np.uint8]], stream: Stream, *, stay: bool = False
-    ) -> tuple[list[int], int]:
+    def place(self, images: Sequence[NDArray[np.uint8]], stream: Stream) -> tuple[list[int], int]:
         """Start the copy of images; the last batch must have been read.
 
         Args:
             images: uint8 (height, width, 3), C-contiguous; not to be changed until what reads them
                 is done.
             stream: what comes next on it sees them.
-            stay: a single image is left in page-locked memory, for the GPU to read it there.
 
         Returns:
             Where the red value of each image's first pixel will lie for the GPU, and the bytes from
@@ -62,7 +59,7 @@ class Staging:
         if not images:
             return [], 1
         if len(images) == 1:
-            address, step = self.place_one(images[0], stream, stay=stay)
+            address, step = self.place_one(images[0], stream, stay=False)
             return [address], step
         holds = self._locked.holds
         rest = [index for index, one in enumerate(images) if not holds(one)]
@@ -112,10 +109,8 @@ class Staging:
             self._host = PinnedMemory(packed + packed // 4)
             self._whole = self._host.array((self._host.nbytes,), np.dtype(np.uint8))
 
-    def place_one(
-        self, image: NDArray[np.uint8], stream: Stream, *, stay: bool = False
-    ) -> tuple[int, int]:
-        """Do what `place` does for a single image.
+    def place_one(self, image: NDArray[np.uint8], stream: Stream, *, stay: bool) -> tuple[int, int]:
+        """Do what `place` does for a single image, which may `stay` in page-locked memory.
 
         It goes as blue, green, red unless it lies in page-locked memory already.
 

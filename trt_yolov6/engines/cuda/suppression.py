@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -172,60 +173,27 @@ class Suppression:
         reading = self._reading
         places = [outputs[name].address for name in reading.tensors]
         confidence = float(np.float32(nms.confidence))
-        low, high, reach = float32_thresholds(nms.iou)
+        overlap = float32_thresholds(nms.iou)
         results = self._copy if batch <= DIRECT_ROWS else self._results
-        self._kernels.launch(
-            stream,
-            "find",
-            (-(-reading.anchors * reading.classes // _FOUND_BY_BLOCK), batch, 1),
-            (256, 1, 1),
-            _FIND_TYPES,
-            (
-                *places,
-                confidence,
-                least_logit(nms.confidence),
-                self._capacity,
-                self._counts.address,
-                self._keys.address,
-            ),
-        )
         ranked = self._ranked.address if batch <= RANKED_ROWS else 0
+        found = self._capacity, self._counts.address, self._keys.address
+        launch = functools.partial(self._kernels.launch, stream)
+        block = (_THREADS, 1, 1)
+
+        grid = (-(-reading.anchors * reading.classes // _FOUND_BY_BLOCK), batch, 1)
+        values: tuple[Any, ...] = (*places, confidence, least_logit(nms.confidence), *found)
+        launch("find", grid, (256, 1, 1), _FIND_TYPES, values)
         if ranked:
-            self._kernels.launch(
-                stream,
-                "rank",
-                (_RANK_BLOCKS, batch, 1),
-                (_THREADS, 1, 1),
-                _RANK_TYPES,
-                (
-                    *(*places, confidence, self._capacity),
-                    *(self._counts.address, self._keys.address, ranked),
-                ),
-                early=True,
-            )
-            self._kernels.launch(
-                stream,
-                "compare",
-                ((_CHUNK + _COMPARE_THREADS) // 32, _CHUNK // _COMPARE_THREADS // 2, batch),
-                (_COMPARE_THREADS, 1, 1),
-                _COMPARE_TYPES,
-                (nms.iou, low, high, reach, ranked),
-                early=True,
-            )
-        self._kernels.launch(
-            stream,
-            "suppress",
-            (batch, 1, 1),
-            (_THREADS, 1, 1),
-            _SUPPRESS_TYPES,
-            (
-                *places,
-                *(confidence, nms.iou, low, high, reach, nms.max_detections, self._capacity),
-                *(self._counts.address, self._keys.address, ranked),
-                *(0 if clip is None else records, bool(clip), results.address),
-            ),
-            early=True,
-        )
+            values = (*places, confidence, *found, ranked)
+            launch("rank", (_RANK_BLOCKS, batch, 1), block, _RANK_TYPES, values, early=True)
+            columns, rows = (_CHUNK + _COMPARE_THREADS) // 32, _CHUNK // _COMPARE_THREADS // 2
+            grid, small_block = (columns, rows, batch), (_COMPARE_THREADS, 1, 1)
+            values = (nms.iou, *overlap, ranked)
+            launch("compare", grid, small_block, _COMPARE_TYPES, values, early=True)
+        limits = confidence, nms.iou, *overlap, nms.max_detections
+        mapping = 0 if clip is None else records, bool(clip)
+        values = (*places, *limits, *found, ranked, *mapping, results.address)
+        launch("suppress", (batch, 1, 1), block, _SUPPRESS_TYPES, values, early=True)
         if results is self._results:
             nbytes = result_bytes(nms.max_detections) * batch
             stream.copy_out(self._copy.address, self._results, nbytes)
@@ -283,7 +251,7 @@ def results_in(content: NDArray[np.uint8], limit: int) -> Results:
 
 
 def suppressed_of(
-    results: Results, capacity: int, nms: NmsSettings, clip: bool | None = None
+    results: Results, capacity: int, nms: NmsSettings, clip: bool | None
 ) -> Suppressed | None:
     """Return a copy of the kernels' results; None if an image's candidates did not fit.
 

@@ -160,7 +160,7 @@ class OnnxRuntimeEngine(Engine):
         manifest: Manifest | None,
         session: onnxruntime.InferenceSession,
         options: LoadOptions,
-        graph: onnx.ModelProto | None = None,
+        graph: onnx.ModelProto | None,
     ) -> None:
         """Wrap a session; `graph` is what it runs, by which its family is told, if need be."""
         import onnxruntime

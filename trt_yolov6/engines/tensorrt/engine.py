@@ -21,14 +21,14 @@ from trt_yolov6.detectors.recognition import GraphFacts
 from trt_yolov6.engines.base import Engine, LoadOptions, Run, StartedRun, check_batch, check_images
 from trt_yolov6.engines.cuda import device as cuda_device
 from trt_yolov6.engines.cuda.arrays import lies_on_gpu, view_of
-from trt_yolov6.engines.cuda.device import Event, OutOfGpuMemoryError, PinnedPool
+from trt_yolov6.engines.cuda.device import CudaError, Event, OutOfGpuMemoryError, PinnedPool
 from trt_yolov6.engines.cuda.jpeg import JpegDecoder
 from trt_yolov6.engines.cuda.suppression import reading_of as reading_on_gpu
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.reading import detector_of
-from trt_yolov6.engines.tensorrt.execution import ExecutionSlot, SlotPlan
+from trt_yolov6.engines.tensorrt.execution import ExecutionSlot, SharedState
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
-from trt_yolov6.engines.tensorrt.pictures import Image, Pictures, pictures_of
+from trt_yolov6.engines.tensorrt.pictures import Image, Pictures
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec, image_size_of
 
@@ -119,7 +119,7 @@ class TensorRTEngine(Engine):
             self.in_flight = 1
             self._pictures_missing = True
         make_config = self._contexts.make_config
-        self._plan = SlotPlan(
+        self._shared = SharedState(
             flavour=flavour,
             path=path,
             device=device.name,
@@ -128,6 +128,7 @@ class TensorRTEngine(Engine):
             input=self.input,
             outputs=self.outputs,
             batch=self.batch,
+            pinned=self._pinned,
             record_graph=self._contexts.record_graph,
             reading=reading_on_gpu(self.output_layout, self.outputs, self.image_size),
         )
@@ -294,7 +295,7 @@ class TensorRTEngine(Engine):
             slot.close()
         self._slots.clear()
         self._idle.clear()
-        self._plan = None  # type: ignore[assignment]
+        self._shared = None  # type: ignore[assignment]
         self._engine = None
         self._runtime = None
         self._pinned.close()
@@ -343,7 +344,7 @@ class TensorRTEngine(Engine):
                 "free; build it for a fixed batch to run several."
             )
         try:
-            slot = ExecutionSlot(self._plan, self._pinned)
+            slot = ExecutionSlot(self._shared)
         except OutOfGpuMemoryError as error:
             raise self._does_not_fit(error) from error
         self._slots.append(slot)
@@ -359,12 +360,14 @@ class TensorRTEngine(Engine):
         """Return the slots that take images, made when they are first wanted."""
         if self._pictures is None and not self._pictures_missing:
             self._check_open()
-            plan, make_config = self._plan, self._contexts.make_config_for_recording
+            shared, make_config = self._shared, self._contexts.make_config_for_recording
             if make_config is not None:
-                plan = dataclasses.replace(plan, context_config=make_config(plan.engine))
-            plan = dataclasses.replace(plan, record_graph=self._contexts.launches_graphs)
-            self._pictures = pictures_of(plan, self._pinned, self.preprocessing)
-            self._pictures_missing = self._pictures is None
+                shared = dataclasses.replace(shared, context_config=make_config(shared.engine))
+            shared = dataclasses.replace(shared, record_graph=self._contexts.launches_graphs)
+            try:
+                self._pictures = Pictures(shared, self.preprocessing)
+            except CudaError:  # no NVRTC, or no room
+                self._pictures_missing = True
         return self._pictures
 
     # --- running ----------------------------------------------------------------------------------

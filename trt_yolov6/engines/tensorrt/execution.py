@@ -32,6 +32,7 @@ from trt_yolov6.engines.cuda.device import (
     PinnedMemory,
     PinnedPool,
     Stream,
+    recorded,
 )
 from trt_yolov6.engines.cuda.suppression import Reading, Suppression
 from trt_yolov6.engines.tensorrt.flavour import Flavour, instance_of, logger_of
@@ -54,7 +55,7 @@ _MOST_CONTEXTS = 8
 
 
 @dataclass(frozen=True)
-class SlotPlan:
+class SharedState:
     """State shared by all slots of an engine."""
 
     flavour: Flavour
@@ -68,6 +69,8 @@ class SlotPlan:
     input: TensorSpec
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
+    pinned: PinnedPool
+    """The engine's page-locked arrays."""
     record_graph: bool
     """Record runs as CUDA graphs here; TensorRT-RTX does so by itself."""
     reading: Reading | None
@@ -75,7 +78,7 @@ class SlotPlan:
 
 
 @dataclass
-class _Binding:
+class _BoundContext:
     """An `IExecutionContext` for one shape of the input, and its run recorded as a CUDA graph."""
 
     context: trt.IExecutionContext
@@ -101,19 +104,18 @@ class ExecutionSlot:
         OutOfGpuMemoryError: they do not fit on the GPU.
     """
 
-    def __init__(self, plan: SlotPlan, pinned: PinnedPool) -> None:
-        self._plan = plan
-        self._pinned = pinned
-        self._logger = logger_of(plan.flavour.api)
+    def __init__(self, shared: SharedState) -> None:
+        self._shared = shared
+        self._logger = logger_of(shared.flavour.api)
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Suppression] = []
         self._device_outputs: dict[str, DeviceMemory] = {}
         self._host_outputs: dict[str, PinnedMemory] = {}
         self._allocators: dict[str, OutputAllocator] = {}
-        self._bindings: dict[tuple[int, ...], _Binding] = {}
+        self._contexts: dict[tuple[int, ...], _BoundContext] = {}
         self._scratch: DeviceMemory | None = None
-        self._record_graph = plan.record_graph
+        self._record_graph = shared.record_graph
         self._suppression: Suppression | None = None
-        self._can_suppress = plan.reading is not None
+        self._can_suppress = shared.reading is not None
         self._suppressed: tuple[int, NmsSettings] | None = None
         self._in_use: Any = None
         self._generation = 0
@@ -175,7 +177,7 @@ class ExecutionSlot:
             output.name: output_view(
                 self._output_memory(output.name), output, self._output_shape(output.name)
             )
-            for output in self._plan.outputs
+            for output in self._shared.outputs
         }
 
     def resident(self, images: NDArray[Any]) -> Callable[[], None]:
@@ -215,7 +217,7 @@ class ExecutionSlot:
         Returns:
             A number that changes when what was recorded before is not valid any more.
         """
-        self._bind(self._device_input.address, (rows, *self._plan.input.row_shape))
+        self._bind(self._device_input.address, (rows, *self._shared.input.row_shape))
         return self._generation
 
     def run(self) -> None:
@@ -225,16 +227,16 @@ class ExecutionSlot:
         for allocator in self._allocators.values():
             if allocator.error is not None:
                 raise UserError(
-                    f"{self._plan.path} cannot store its detections: {allocator.error}"
+                    f"{self._shared.path} cannot store its detections: {allocator.error}"
                 ) from allocator.error
         raise UserError(
-            f"{self._plan.path} does not run on the {self._plan.device} "
+            f"{self._shared.path} does not run on the {self._shared.device} "
             f"({self._logger.reason()}); build it again on this machine."
         )
 
     def copy_outputs(self) -> None:
         """Put the copy of all outputs to the host on the stream."""
-        for output in self._plan.outputs:
+        for output in self._shared.outputs:
             source = self._device_outputs.get(output.name)
             if source is None:
                 continue
@@ -246,7 +248,7 @@ class ExecutionSlot:
 
     def results(self) -> dict[str, NDArray[Any]]:
         """Return the outputs of the run that has just ended, after `copy_outputs`."""
-        return {output.name: self._result(output) for output in self._plan.outputs}
+        return {output.name: self._result(output) for output in self._shared.outputs}
 
     def profile(self, images: NDArray[Any], runs: int) -> dict[str, list[float]]:
         """Run a resident batch some times; return the seconds that each layer took, by its name.
@@ -257,7 +259,7 @@ class ExecutionSlot:
         for _ in range(3):
             enqueue()
         self.stream.wait()
-        profiler = instance_of(Profiler, self._plan.flavour.api.IProfiler)
+        profiler = instance_of(Profiler, self._shared.flavour.api.IProfiler)
         context = self._bound.context
         context.profiler = profiler
         try:
@@ -271,8 +273,8 @@ class ExecutionSlot:
     def close(self) -> None:
         """Free what the slot holds."""
         # TensorRT wants the contexts gone before the engine.
-        while self._bindings:
-            self._bindings.popitem()[1].drop_graph(self.stream)
+        while self._contexts:
+            self._contexts.popitem()[1].drop_graph(self.stream)
         self._allocators.clear()
         self._copiers.shutdown()
         while self._owned:
@@ -281,15 +283,15 @@ class ExecutionSlot:
     # --- opening ----------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        plan = self._plan
+        shared = self._shared
         self.stream = self._own(Stream())
-        if plan.context_config is not None:  # API: tensorrt-rtx (the other has no such argument)
-            self._scratch = self._own(DeviceMemory(plan.engine.device_memory_size_v2))
-        shape = (plan.batch.max, *plan.input.row_shape)
-        nbytes = math.prod(shape) * plan.input.dtype.itemsize
+        if shared.context_config is not None:  # API: tensorrt-rtx (the other has no such argument)
+            self._scratch = self._own(DeviceMemory(shared.engine.device_memory_size_v2))
+        shape = (shared.batch.max, *shared.input.row_shape)
+        nbytes = math.prod(shape) * shared.input.dtype.itemsize
         self._device_input = self._own(DeviceMemory(nbytes))
         self._bind(self._device_input.address, shape)
-        for output in plan.outputs:
+        for output in shared.outputs:
             largest = self._output_shape(output.name)
             if min(largest, default=1) < 0:
                 # With the input's shape given, only what depends on the data is still unknown.
@@ -301,25 +303,25 @@ class ExecutionSlot:
 
     def _allocate_late(self, name: str) -> None:
         """Have TensorRT ask for an output's memory when a run tells its size."""
-        allocator = instance_of(OutputAllocator, self._plan.flavour.api.IOutputAllocator)
+        allocator = instance_of(OutputAllocator, self._shared.flavour.api.IOutputAllocator)
         self._allocators[name] = allocator
         self._host_outputs.pop(name, None)
         self._device_outputs.pop(name, None)
         # Allocating cannot be recorded.
         self._record_graph = False
-        for binding in self._bindings.values():
-            binding.drop_graph(self.stream)
-            binding.context.set_output_allocator(name, allocator)
+        for bound in self._contexts.values():
+            bound.drop_graph(self.stream)
+            bound.context.set_output_allocator(name, allocator)
 
     def _new_context(self) -> trt.IExecutionContext:
         """Return a context that shares scratch memory and outputs with the others."""
-        plan = self._plan
+        shared = self._shared
         self._logger.clear()
-        arguments = () if plan.context_config is None else (plan.context_config,)
-        context = plan.engine.create_execution_context(*arguments)
+        arguments = () if shared.context_config is None else (shared.context_config,)
+        context = shared.engine.create_execution_context(*arguments)
         if not context:
             raise OutOfGpuMemoryError(
-                f"{plan.flavour.label} cannot make room to run ({self._logger.reason()}); end "
+                f"{shared.flavour.label} cannot make room to run ({self._logger.reason()}); end "
                 "other programs that use the GPU, or build it for a smaller batch."
             )
         if self._scratch is not None:  # API: tensorrt-rtx (as in `_open`)
@@ -343,16 +345,16 @@ class ExecutionSlot:
 
         There is none without NVRTC, nor for outputs of a layout or a size that it does not take.
         """
-        plan = self._plan
+        shared = self._shared
         if not self._can_suppress or not Suppression.fits(nms):
             return None
         if self._suppression is None:
-            assert plan.reading is not None
-            if not self._device_outputs.keys() >= set(plan.reading.tensors):
+            assert shared.reading is not None
+            if not self._device_outputs.keys() >= set(shared.reading.tensors):
                 self._can_suppress = False
                 return None
             try:
-                self._suppression = self._own(Suppression(plan.reading, plan.batch.max))
+                self._suppression = self._own(Suppression(shared.reading, shared.batch.max))
             except CudaError:
                 self._can_suppress = False
         return self._suppression
@@ -367,12 +369,12 @@ class ExecutionSlot:
         do, the images that are ready travel. A single image is faster sent from where it is (on an
         H200: 0.34 ms against 0.68; 32 images 5.6 ms against 25).
         """
-        if len(images) == 1 or self._pinned.holds(images):
+        if len(images) == 1 or self._shared.pinned.holds(images):
             images = np.ascontiguousarray(images)
             self._in_use = images
             self.stream.copy_in(self._device_input, images.ctypes.data, images.nbytes)
             return
-        staging = self._pinned.array(images.shape, self._plan.input.dtype)
+        staging = self._shared.pinned.array(images.shape, self._shared.input.dtype)
         self._in_use = staging
 
         def stage(part: range) -> range:
@@ -390,16 +392,16 @@ class ExecutionSlot:
             self.stream.copy_in(self._device_input, address + place, len(part) * each, place)
 
     @property
-    def _bound(self) -> _Binding:
+    def _bound(self) -> _BoundContext:
         """The context that runs: the last of them."""
-        return self._bindings[next(reversed(self._bindings))]
+        return self._contexts[next(reversed(self._contexts))]
 
     def _bind(self, address: int, shape: tuple[int, ...]) -> None:
         """Say where the input lies and of which shape it is."""
-        name = self._plan.input.name
-        bound = self._bindings.pop(shape, None)
+        name = self._shared.input.name
+        bound = self._contexts.pop(shape, None)
         if bound is None:
-            bound = self._spare_binding()
+            bound = self._spare_context()
             if not bound.context.set_input_shape(name, shape):
                 raise self._misfit(shape)
         if bound.address != address:
@@ -407,24 +409,24 @@ class ExecutionSlot:
             if not bound.context.set_tensor_address(name, address):
                 raise self._misfit(shape)
             bound.address = address
-        self._bindings[shape] = bound
+        self._contexts[shape] = bound
 
-    def _spare_binding(self) -> _Binding:
+    def _spare_context(self) -> _BoundContext:
         """Return a new context, or the one that was idle longest, if there are as many as may be.
 
         Where each has scratch memory of its own there is one, whose shape changes.
         """
         most = 1 if self._scratch is None else _MOST_CONTEXTS
-        if len(self._bindings) < most:
-            return _Binding(self._new_context(), 0)
-        spare = self._bindings.pop(next(iter(self._bindings)))
+        if len(self._contexts) < most:
+            return _BoundContext(self._new_context(), 0)
+        spare = self._contexts.pop(next(iter(self._contexts)))
         spare.drop_graph(self.stream)
         self._generation += 1
         return spare
 
     def _misfit(self, shape: tuple[int, ...]) -> UserError:
         return UserError(
-            f"{self._plan.path} does not take a batch of {shape[0]} ({self._logger.reason()}); "
+            f"{self._shared.path} does not take a batch of {shape[0]} ({self._logger.reason()}); "
             "build it again for that batch."
         )
 
@@ -437,12 +439,8 @@ class ExecutionSlot:
         """
         bound = self._bound
         if bound.graph is None and self._record_graph and bound.runs:
-            try:
-                with self.stream.capture() as graph:
-                    self.run()
-                bound.graph = graph
-            except UserError:  # a layer that cannot be recorded: nothing is lost but speed
-                self._record_graph = False
+            bound.graph = recorded(self.run, self.stream)
+            self._record_graph = bound.graph is not None  # else nothing is lost but speed
         if bound.graph is not None:
             bound.graph.launch(self.stream)
         else:

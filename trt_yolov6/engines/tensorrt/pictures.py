@@ -20,13 +20,12 @@ from trt_yolov6.data.preprocessing import Interpolation, Preprocessing
 from trt_yolov6.detectors.candidates import Suppressed
 from trt_yolov6.engines.base import Run, StartedRun
 from trt_yolov6.engines.cuda.device import (
-    CudaError,
     CudaGraph,
     DeviceMemory,
     Event,
     PinnedMemory,
-    PinnedPool,
     Stopwatch,
+    recorded,
 )
 from trt_yolov6.engines.cuda.letterbox import (
     RECORD_BYTES,
@@ -38,8 +37,7 @@ from trt_yolov6.engines.cuda.letterbox import (
 )
 from trt_yolov6.engines.cuda.staging import Staging
 from trt_yolov6.engines.cuda.suppression import Suppression
-from trt_yolov6.engines.tensorrt.execution import ExecutionSlot, SlotPlan
-from trt_yolov6.errors import UserError
+from trt_yolov6.engines.tensorrt.execution import ExecutionSlot, SharedState
 from trt_yolov6.spec import NmsSettings
 
 _STAGE_RUNS = 30
@@ -56,19 +54,17 @@ class Pictures:
     """The slots of an engine that take images as they are.
 
     Args:
-        plan: the engine's, with contexts whose runs can be recorded.
-        pinned: the engine's page-locked arrays.
+        shared: the engine's, with contexts whose runs can be recorded.
         preprocessing: the engine's.
 
     Raises:
         CudaError: there is no NVRTC, it cannot compile for this GPU, or memory is short.
     """
 
-    def __init__(self, plan: SlotPlan, pinned: PinnedPool, preprocessing: Preprocessing) -> None:
-        self._plan = plan
-        self._pinned = pinned
+    def __init__(self, shared: SharedState, preprocessing: Preprocessing) -> None:
+        self._shared = shared
         self._preprocessing = preprocessing
-        self._kernel = LetterboxKernel(plan.input, preprocessing)
+        self._kernel = LetterboxKernel(shared.input, preprocessing)
         self._slots: list[PictureSlot] = []
         self._idle: deque[PictureSlot] = deque()
         try:
@@ -132,9 +128,7 @@ class Pictures:
         self._idle.clear()
 
     def _new_slot(self) -> PictureSlot:
-        slot = PictureSlot(
-            self._plan, self._pinned, self._kernel, self._preprocessing.interpolation
-        )
+        slot = PictureSlot(self._shared, self._kernel, self._preprocessing.interpolation)
         self._slots.append(slot)
         return slot
 
@@ -143,17 +137,13 @@ class PictureSlot:
     """One batch of images in flight."""
 
     def __init__(
-        self,
-        plan: SlotPlan,
-        pinned: PinnedPool,
-        kernel: LetterboxKernel,
-        interpolation: Interpolation,
+        self, shared: SharedState, kernel: LetterboxKernel, interpolation: Interpolation
     ) -> None:
-        self._slot = slot = ExecutionSlot(plan, pinned)
+        self._slot = slot = ExecutionSlot(shared)
         self._kernel = kernel
-        self._staging = Staging(pinned)
+        self._staging = Staging(shared.pinned)
         self._interpolation = interpolation
-        self._largest = largest = plan.batch.max
+        self._largest = largest = shared.batch.max
         nbytes = RECORD_BYTES * largest
         self._records = DeviceMemory(nbytes)
         self._written = PinnedMemory(nbytes)
@@ -162,10 +152,10 @@ class PictureSlot:
         self._graphs: dict[_Key, CudaGraph] = {}
         self._warm: set[_Key] = set()
         self._generation = slot.prepare(largest)
-        self._records_graphs = plan.record_graph and slot.can_be_recorded
+        self._records_graphs = shared.record_graph and slot.can_be_recorded
         self._suppression: Suppression | None = None
-        if plan.reading is not None and slot.output_memory.keys() >= set(plan.reading.tensors):
-            self._suppression = Suppression(plan.reading, largest)
+        if shared.reading is not None and slot.output_memory.keys() >= set(shared.reading.tensors):
+            self._suppression = Suppression(shared.reading, largest)
         self._end = Event()
         self._in_use: Any = None
         self._key: _Key = (largest, NmsSettings(), None)
@@ -320,14 +310,11 @@ class PictureSlot:
             self._prepare(key[0])
             graph = self._graphs.get(key)
         if graph is None and key in self._warm and self._records_graphs:
-            stream = self._slot.stream
-            try:
-                with stream.capture() as graph:
-                    self._enqueue(key)
-                self._graphs[key] = graph
-            except UserError:  # a layer that cannot be recorded: nothing is lost but speed
+            graph = recorded(functools.partial(self._enqueue, key), self._slot.stream)
+            if graph is None:  # nothing is lost but speed
                 self._records_graphs = False
-                graph = None
+            else:
+                self._graphs[key] = graph
         self._graph = graph if self._is_suppressed else None
         if graph is not None:
             graph.launch(self._slot.stream)
@@ -380,13 +367,3 @@ def _stays(placed: Sequence[Letterbox]) -> bool:
     less.
     """
     return len(placed) == 1 and placed[0].resized == placed[0].source
-
-
-def pictures_of(
-    plan: SlotPlan, pinned: PinnedPool, preprocessing: Preprocessing
-) -> Pictures | None:
-    """Return the slots of an engine that take images; None where there can be none."""
-    try:
-        return Pictures(plan, pinned, preprocessing)
-    except CudaError:
-        return None

@@ -69,7 +69,7 @@ def find_pictures(source: str | Path) -> tuple[RemotePicture, ...]:
     path = Path(text)
     if path.suffix.lower() in LISTING_SUFFIXES and path.is_file():
         try:
-            lines = path.read_text("utf-8").splitlines()
+            lines = path.read_text("utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a listing ({error}); check it.") from error
         return _listed(lines, str(path), path.absolute().parent)
@@ -153,7 +153,7 @@ def _below_address(address: str) -> tuple[RemotePicture, ...]:
         what = system.get_file_info(place)
         if what.type == FileType.File:
             if PurePosixPath(place).suffix.lower() in LISTING_SUFFIXES:
-                lines = read_bytes(store, place).decode("utf-8").splitlines()
+                lines = read_bytes(store, place).decode("utf-8-sig").splitlines()
                 return _listed(lines, address, None)
             return (RemotePicture(PurePosixPath(place).name, store, place),)
         found = system.get_file_info(FileSelector(place, recursive=True, allow_not_found=True))
