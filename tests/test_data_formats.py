@@ -512,6 +512,7 @@ def test_class_names_are_a_text_file_s_lines_or_coco_s_categories_by_id(
         ("none.txt", None, "not a readable text file"),
         ("bytes.txt", b"\xff\xfe\xfd", "not a readable text file"),
         ("empty.txt", b" \n", "is empty; write one class name a line"),
+        ("data.yaml", b"names: [cat]\n", "not a list of names; give a file of one a line"),
         ("cut.json", b"{", "has no COCO categories"),
         ("list.json", b"[1]", "has no COCO categories"),
         ("nameless.json", b'{"categories": [{"id": 1}]}', "has no COCO categories"),
