@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.tiny_detector import load_tiny, write_cells
 from support.training_data import write_shapes, write_tiny
 
@@ -57,6 +58,16 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     lines = error.splitlines()
     assert len(lines) == 1, error
     return lines[0]
+
+
+@pytest.mark.parametrize("words", [("--source", ""), ("--source=",)])
+def test_an_empty_value_is_not_the_working_directory(
+    words: tuple[str, ...], with_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64)).save(with_engine / "a.png")
+    said = refusal(capsys, "infer", *words)
+    assert said.startswith("trt-yolov6 infer: --source has an empty value: an unset variable")
+    assert not (with_engine / "runs").exists()
 
 
 def test_build_without_arguments_takes_the_sample_and_says_so(

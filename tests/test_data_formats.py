@@ -356,6 +356,15 @@ def test_a_list_of_images_and_a_polygon_are_read(tmp_path: Path) -> None:
     assert objects(load_coco(tmp_path)) == [("b", "dog", (10, 15, 20, 15))]
 
 
+def test_keypoints_after_a_box_are_not_a_polygon(tmp_path: Path) -> None:
+    write_yolo(tmp_path, kpt_shape=[2, 3])
+    labels = tmp_path / "labels" / "val"
+    for file in labels.iterdir():
+        lines = file.read_text().splitlines()
+        file.write_text("".join(f"{line} 0.9 0.9 2 0 0 0\n" for line in lines))
+    assert objects(load_coco(tmp_path)) == EXPECTED
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -503,6 +512,7 @@ def test_class_names_are_a_text_file_s_lines_or_coco_s_categories_by_id(
         ("none.txt", None, "not a readable text file"),
         ("bytes.txt", b"\xff\xfe\xfd", "not a readable text file"),
         ("empty.txt", b" \n", "is empty; write one class name a line"),
+        ("data.yaml", b"names: [cat]\n", "not a list of names; give a file of one a line"),
         ("cut.json", b"{", "has no COCO categories"),
         ("list.json", b"[1]", "has no COCO categories"),
         ("nameless.json", b'{"categories": [{"id": 1}]}', "has no COCO categories"),

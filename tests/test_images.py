@@ -155,10 +155,15 @@ def test_a_picture_of_more_pixels_than_are_decoded_is_called_that() -> None:
         read_image(bytes(data), "huge")
 
 
-def test_float_samples_are_refused_because_their_range_is_unknown() -> None:
-    encoded = cv2.imencode(".tiff", np.full((8, 8, 3), 0.5, np.float32))[1].tobytes()
-    with pytest.raises(UserError, match="float32"):
-        read_image(encoded, "light.tiff")
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((8, 8, 3), np.float32), ((8, 8), np.float32), ((8, 8), np.int32)]
+)
+def test_samples_of_32_bits_are_refused_because_their_range_is_unknown(
+    shape: tuple[int, ...], kind: type[np.generic]
+) -> None:
+    encoded = cv2.imencode(".tiff", np.ones(shape, kind))[1].tobytes()
+    with pytest.raises(UserError, match=f"has {kind.__name__} samples, whose range is unknown"):
+        read_image(encoded)
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:

@@ -294,6 +294,20 @@ def test_sub_folders_and_globs_keep_their_folders(tmp_path: Path, engine: Engine
         )
 
 
+def test_what_was_drawn_within_the_source_is_not_drawn_on_again(
+    tmp_path: Path, engine: Engine
+) -> None:
+    Image.fromarray(picture(1, 2, 0, 10)).save(tmp_path / "a.png")
+    output = tmp_path / "runs" / "infer"
+    assert infer_source(engine, tmp_path, output, SURE, progress=False).images == 1
+    with pytest.raises(UserError, match=r"runs/infer lies within the source and holds images"):
+        infer_source(engine, tmp_path, output, SURE, progress=False)
+    # A folder above the source, and the source itself, are other cases.
+    assert infer_source(engine, output, tmp_path, SURE, progress=False).images == 1
+    with pytest.raises(UserError, match="is the folder of the source"):
+        infer_source(engine, output, output, SURE, progress=False)
+
+
 def test_a_name_that_is_not_utf_8_is_written_as_it_is(tmp_path: Path, engine: Engine) -> None:
     source = tmp_path / os.fsdecode(b"gr\xfcn.png")
     Image.fromarray(picture(1, 2, 0, 10)).save(source)

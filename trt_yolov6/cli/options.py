@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -34,12 +35,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}{self._nearest(message)}; see {self.prog} --help\n")
 
-    def parse_args(self, *arguments: Any, **named: Any) -> Any:
+    def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
         """Parse; an unknown option is reported with the command's own help."""
-        options, unknown = self.parse_known_args(*arguments, **named)
+        words = sys.argv[1:] if arguments is None else arguments
+        options, unknown = self.parse_known_args(words, namespace)
+        parser = getattr(options, "parser", self)
         if unknown:
-            parser = getattr(options, "parser", self)
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        # As a path it would be the working directory.
+        for before, word in zip(["", *words], words, strict=False):
+            if not word or re.fullmatch(r"--[\w-]+=", word):
+                parser.error(
+                    f"{word[:-1] or before} has an empty value: an unset variable, perhaps"
+                )
         return options
 
     def _nearest(self, message: str) -> str:

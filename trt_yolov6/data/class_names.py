@@ -24,9 +24,13 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     """Read class names from a text file, one a line, or from a COCO annotation file's categories.
 
     Raises:
-        UserError: the file is missing, empty or neither.
+        UserError: the file is missing, empty or neither, such as YAML.
     """
     path = Path(path)
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(
+            f"{path} is not a list of names; give a file of one a line as `class_names`."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

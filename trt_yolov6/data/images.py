@@ -161,8 +161,13 @@ def read_image(
     if as_stored:
         flags |= cv2.IMREAD_IGNORE_ORIENTATION
     quiet_opencv()
+    encoded = np.frombuffer(data, np.uint8)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        image = cv2.imdecode(encoded, flags)
+        if image is None and data.startswith(_TIFF):
+            # OpenCV makes no colours of gray in 32 bits; what samples it has is said below.
+            gray = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+            image = gray if gray is not None and gray.itemsize > 2 else None
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
             raise UserError(f"{name} has more pixels than are decoded; make it smaller.") from error

@@ -64,12 +64,14 @@ def read_yolo(file: Path, split: str) -> Source:
 
     The boxes of `images/a.jpg` are in `labels/a.txt`, or in `a.txt` next to it: a line per object,
     `class x y width height`, the centre and the sides as fractions of the image; or `class x1 y1
-    x2 y2 x3 y3 ...`, a polygon. An image without such a file has no objects, which is noted.
+    x2 y2 x3 y3 ...`, a polygon. With `kpt_shape` in the YAML, keypoints follow the box. An image
+    without such a file has no objects, which is noted.
 
     Raises:
         UserError: the YAML names no classes, the split has no image, or none of them has labels.
     """
-    names = _class_names(file, _read_yaml(file))
+    content = _read_yaml(file)
+    names, has_keypoints = _class_names(file, content), content.get("kpt_shape") is not None
     places = yolo_splits(file)[split]
     paths = list(dict.fromkeys(path for place in places for path in _images(file, split, place)))
     if not paths:
@@ -91,7 +93,7 @@ def read_yolo(file: Path, split: str) -> Source:
         width, height = size or (0, 0)
         images.append({"id": number, "file_name": str(path), "width": width, "height": height})
         if path in labels_of:
-            for entry in _objects(labels_of[path], width, height):
+            for entry in _objects(labels_of[path], width, height, has_keypoints):
                 annotations.append({"image_id": number, **entry})
     # Only a whole split of pixels is refused as such; a stray line is a malformed one.
     pixels = [item for item in annotations if max(item.get("fractions", (0,))) > _MOST]
@@ -159,7 +161,9 @@ def _spelling(path: Path) -> str:
     return unicodedata.normalize("NFC", path.name).casefold()
 
 
-def _objects(labels: Path, width: int, height: int) -> Iterator[dict[str, Any]]:
+def _objects(
+    labels: Path, width: int, height: int, has_keypoints: bool
+) -> Iterator[dict[str, Any]]:
     try:
         lines = labels.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -169,7 +173,7 @@ def _objects(labels: Path, width: int, height: int) -> Iterator[dict[str, Any]]:
             continue
         where = f"{labels} line {number}"
         try:
-            values = [float(word) for word in line.split()]
+            values = [float(word) for word in line.split()][: 5 if has_keypoints else None]
         except ValueError:
             values = []
         if (

@@ -90,7 +90,14 @@ def infer_source(
         places = [] if media.is_live else [Path(media.address).parent]
     else:
         places = [item.path.parent for item in media.items if item.path is not None]
-    if output.resolve() in {place.resolve() for place in set(places)}:
+    folders, target = {place.resolve() for place in set(places)}, output.resolve()
+    within = sum(folder.is_relative_to(target) for folder in folders)
+    if 0 < within < len(folders):  # drawn by an earlier run, probably
+        raise UserError(
+            f"{output} lies within the source and holds images, which would be drawn on again; "
+            "give a folder outside as `output`."
+        )
+    if target in folders:
         raise UserError(f"{output} is the folder of the source; give another folder as `output`.")
     options = (options or PredictOptions()).over(default_nms(engine))
     if isinstance(media, Pictures) and "yolo" in formats:
