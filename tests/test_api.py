@@ -7,6 +7,7 @@ import doctest
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -238,6 +239,29 @@ def test_python_callers_are_told_of_parameters(
     with pytest.raises(UserError, match=message) as error:
         trt_yolov6.build(folder / "yolov6n.onnx", **options)  # type: ignore[arg-type]
     assert "--" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"image_size": "320"}, "`image_size` is '320'; give an integer, or two (height, width)."),
+        ({"image_size": 320.0}, "`image_size` is 320.0; give an integer, or two (height, width)."),
+        ({"batch": "4"}, "`batch` is '4'; give an integer, or three (min, opt, max)."),
+        ({"batch": (1, 4)}, "`batch` is (1, 4); give an integer, or three (min, opt, max)."),
+        ({"opset": True}, "`opset` is True; give an integer."),
+        (
+            {"calibration": ["a.jpg"]},
+            "`calibration` is ['a.jpg']; give the path of a folder of images.",
+        ),
+        ({"source": None}, "`source` is None; give the path of a checkpoint or ONNX file."),
+    ],
+)
+def test_arguments_of_other_types_are_refused_in_a_sentence(
+    arguments: dict[str, Any], sentence: str
+) -> None:
+    call: dict[str, Any] = {"source": "n.pt", "precision": "int8", "calibration": "calib"}
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        trt_yolov6.build(**(call | arguments))
 
 
 def test_each_verb_refuses_what_is_another_s(folder: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from support.logs import logged
 
 from trt_yolov6.data.images import list_images, read_image, same_files
 from trt_yolov6.errors import UserError
@@ -181,6 +182,16 @@ def test_a_folder_lists_its_images_sorted_and_nothing_else(tmp_path: Path) -> No
         list_images(tmp_path / "c.jpg")
     with pytest.raises(UserError, match="does not exist"):
         list_images(tmp_path / "nowhere")
+
+
+def test_pictures_that_a_folder_leaves_out_are_counted_once(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.heic", "c.HEIC", "d.gif", ".e.gif"):
+        (tmp_path / name).write_bytes(b"x")
+    with logged() as said:
+        assert [path.name for path in list_images(tmp_path)] == ["a.jfif"]
+        list_images(tmp_path)
+    (warning,) = said
+    assert warning.endswith("1 .gif, 2 .heic are left out; convert them to JPEG or PNG")
 
 
 def test_the_same_bytes_are_found_under_whatever_name(tmp_path: Path) -> None:

@@ -100,13 +100,14 @@ def test_a_folder_gives_pictures_and_one_json_and_names_what_was_unreadable(
     ]
 
 
+@pytest.mark.parametrize("name", ["plain.ppm", "plain.jfif"])
 def test_a_picture_of_a_type_that_is_not_written_becomes_a_jpeg(
-    tmp_path: Path, engine: Engine
+    tmp_path: Path, engine: Engine, name: str
 ) -> None:
-    source = tmp_path / "plain.ppm"
+    source = tmp_path / name
     Image.fromarray(picture(1, 2, 0, 10)).save(source)
     summary = infer_source(engine, source, tmp_path / "out", SURE, progress=False)
-    assert [path.name for path in summary.outputs] == ["plain.ppm.jpg"]
+    assert [path.name for path in summary.outputs] == [f"{name}.jpg"]
     assert Image.open(summary.outputs[0]).format == "JPEG"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def export(
         >>> graph.name, graph.precision, graph.image_size, graph.class_names
         ('yolov6n', 'fp32', (64, 64), ('RBC', 'WBC', 'Platelets'))
     """
-    _check_names("export", options, GraphOptions)
+    _check_arguments("export", source, None, options, GraphOptions)
     wanted = None if precision is None else Precision.parse(precision)
     if wanted is not None and wanted.quantizes:
         raise UserError(
@@ -171,7 +172,7 @@ def quantize(
     from trt_yolov6.quantization.table import write_table
     from trt_yolov6.quantization.trials import tried_table
 
-    _check_names("quantize", options, QuantizeOptions)
+    _check_arguments("quantize", source, calibration, options, QuantizeOptions)
     wanted = Precision.parse(precision)
     settings = quantization_settings(wanted, settings)
     check_settings(settings)
@@ -238,7 +239,7 @@ def build(
         >>> built.manifest.precision, built.manifest.backend
         ('fp16', 'onnxruntime')
     """
-    _check_names("build", options, BuildOptions)
+    _check_arguments("build", source, calibration, options, BuildOptions)
     wanted = None if precision is None else Precision.parse(precision)
     progress = options.get("progress", True)
     settings = settings or BuildSettings()
@@ -394,10 +395,34 @@ def _float_graph(
     return graph
 
 
-def _check_names(function: str, options: Mapping[str, Any], known: type[Any]) -> None:
-    for name in options:
+_INTEGERS = {
+    "image_size": ((1, 2), "an integer, or two (height, width)"),
+    "batch": ((1, 3), "an integer, or three (min, opt, max)"),
+    "opset": ((1,), "an integer"),
+}
+"""Options that are integers: how many of them, and that in words."""
+
+
+def _check_arguments(
+    function: str,
+    source: Source,
+    calibration: str | Path | None,
+    options: Mapping[str, Any],
+    known: type[Any],
+) -> None:
+    for name, value in options.items():
         if name not in known.__annotations__:
             raise TypeError(f"{function}() has no parameter {name!r}")
+        if name not in _INTEGERS or value is None or isinstance(value, BatchProfile):
+            continue
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        counts, words = _INTEGERS[name]
+        if len(values) not in counts or not all(type(one) is int for one in values):
+            raise UserError(f"`{name}` is {value!r}; give {words}.")
+    for name, value in {"calibration": calibration, "source": source}.items():
+        if isinstance(value, (list, tuple)) or (name == "source" and value is None):
+            what = "folder of images" if name == "calibration" else "checkpoint or ONNX file"
+            raise UserError(f"`{name}` is {reprlib.repr(value)}; give the path of a {what}.")
 
 
 def _refuse(options: Mapping[str, Any], what: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,8 +16,13 @@ from numpy.typing import NDArray
 from trt_yolov6.common.files import in_utf8, read_bytes, sha256_bytes
 from trt_yolov6.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """The files of a folder that count as images, in lower case."""
+
+_OTHER_PICTURES = {".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl"}
+"""Pictures that a folder may hold, too, and that do not count."""
 
 ORIENTATION = 0x0112
 """EXIF's tag; 5 to 8 are turned by a quarter."""
@@ -49,24 +56,38 @@ def list_images(path: str | Path) -> list[Path]:
 def images_below(folder: Path) -> list[Path]:
     """Return the images in a folder and its sub-folders, hidden ones aside, sorted by path.
 
+    Pictures of other formats are left out with a warning.
+
     Raises:
         UserError: nearly all that is found is something else, as below `/`.
     """
     found: list[Path] = []
+    others: Counter[str] = Counter()
     looked_at = 0
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         looked_at += len(folders) + len(files)
         for name in files:
             path = Path(place, name)
-            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() in IMAGE_SUFFIXES:
                 found.append(path)
+            elif path.suffix.lower() in _OTHER_PICTURES:
+                others[path.suffix.lower()] += 1
         if looked_at > _MOST_OTHERS + 20 * len(found):
             raise UserError(
                 f"{folder} and its sub-folders hold {len(found)} images among {looked_at} other "
                 "things so far; give the folder the images lie in."
             )
+    if others:
+        _warn_of_others(folder, ", ".join(f"{n} {end}" for end, n in sorted(others.items())))
     return sorted(path for path in found if path.is_file())
+
+
+@functools.cache  # once for each folder, however often it is listed
+def _warn_of_others(folder: Path, others: str) -> None:
+    _log.warning("%s: %s are left out; convert them to JPEG or PNG", folder, others)
 
 
 _MOST_OTHERS = 20_000

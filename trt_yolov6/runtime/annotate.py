@@ -143,8 +143,9 @@ class _Draw:
         written = []
         for picture, image, detections in zip(batch.items, batch.images, found, strict=True):
             drawn = draw_detections(image, detections, self.class_names)
-            known = Path(picture.name).suffix.lower() in IMAGE_SUFFIXES
-            path = self.output / (picture.name if known else picture.name + ".jpg")
+            suffix = Path(picture.name).suffix.lower()
+            can_write = suffix in IMAGE_SUFFIXES and cv2.haveImageWriter(suffix)
+            path = self.output / (picture.name if can_write else picture.name + ".jpg")
             _, encoded = cv2.imencode(path.suffix.lower(), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
             write_bytes(path, encoded.tobytes())
             height, width = image.shape[:2]
