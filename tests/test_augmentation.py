@@ -223,7 +223,7 @@ def test_a_painted_rectangle_ends_where_its_box_says(
     box = targets.boxes[0, 0]
     assert targets.classes[0, 0] == 0
     rows, columns = torch.nonzero(shape > 0.2, as_tuple=True)
-    if not len(rows):  # a corner of the box around a turned rectangle, beside the rectangle
+    if not len(rows):  # a corner of the box around a turned rectangle, next to it
         assert turn
         assert ((box == 0) | (box == SIZE)).any()
         return
