@@ -123,7 +123,8 @@ def export(
         >>> graph.name, graph.precision, graph.image_size, graph.class_names
         ('yolov6n', 'fp32', (64, 64), ('RBC', 'WBC', 'Platelets'))
     """
-    _check_arguments("export", source, None, options, GraphOptions)
+    _check_paths(source)
+    _check_options("export", options, GraphOptions)
     wanted = None if precision is None else Precision.parse(precision)
     if wanted is not None and wanted.quantizes:
         raise UserError(
@@ -172,7 +173,8 @@ def quantize(
     from trt_yolov6.quantization.table import write_table
     from trt_yolov6.quantization.trials import tried_table
 
-    _check_arguments("quantize", source, calibration, options, QuantizeOptions)
+    _check_paths(source, calibration)
+    _check_options("quantize", options, QuantizeOptions)
     wanted = Precision.parse(precision)
     settings = quantization_settings(wanted, settings)
     check_settings(settings)
@@ -239,7 +241,8 @@ def build(
         >>> built.manifest.precision, built.manifest.backend
         ('fp16', 'onnxruntime')
     """
-    _check_arguments("build", source, calibration, options, BuildOptions)
+    _check_paths(source, calibration)
+    _check_options("build", options, BuildOptions)
     wanted = None if precision is None else Precision.parse(precision)
     progress = options.get("progress", True)
     settings = settings or BuildSettings()
@@ -403,13 +406,7 @@ _INTEGERS = {
 """Options that are integers: how many of them, and that in words."""
 
 
-def _check_arguments(
-    function: str,
-    source: Source,
-    calibration: str | Path | None,
-    options: Mapping[str, Any],
-    known: type[Any],
-) -> None:
+def _check_options(function: str, options: Mapping[str, Any], known: type[Any]) -> None:
     for name, value in options.items():
         if name not in known.__annotations__:
             raise TypeError(f"{function}() has no parameter {name!r}")
@@ -419,10 +416,17 @@ def _check_arguments(
         counts, words = _INTEGERS[name]
         if len(values) not in counts or not all(type(one) is int for one in values):
             raise UserError(f"`{name}` is {value!r}; give {words}.")
-    for name, value in {"calibration": calibration, "source": source}.items():
-        if isinstance(value, (list, tuple)) or (name == "source" and value is None):
-            what = "folder of images" if name == "calibration" else "checkpoint or ONNX file"
-            raise UserError(f"`{name}` is {reprlib.repr(value)}; give the path of a {what}.")
+
+
+def _check_paths(source: object, calibration: object = None) -> None:
+    if source is None or isinstance(source, (list, tuple)):
+        raise UserError(
+            f"`source` is {reprlib.repr(source)}; give the path of a checkpoint or ONNX file."
+        )
+    if isinstance(calibration, (list, tuple)):
+        raise UserError(
+            f"`calibration` is {reprlib.repr(calibration)}; give the path of a folder of images."
+        )
 
 
 def _refuse(options: Mapping[str, Any], what: str) -> None:

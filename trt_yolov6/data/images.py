@@ -68,13 +68,14 @@ def images_below(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         looked_at += len(folders) + len(files)
         for name in files:
-            path = Path(place, name)
             if name.startswith("."):
                 continue
-            if path.suffix.lower() in IMAGE_SUFFIXES:
+            path = Path(place, name)
+            ending = path.suffix.lower()
+            if ending in IMAGE_SUFFIXES:
                 found.append(path)
-            elif path.suffix.lower() in _OTHER_PICTURES:
-                others[path.suffix.lower()] += 1
+            elif ending in _OTHER_PICTURES:
+                others[ending] += 1
         if looked_at > _MOST_OTHERS + 20 * len(found):
             raise UserError(
                 f"{folder} and its sub-folders hold {len(found)} images among {looked_at} other "

@@ -146,8 +146,9 @@ def load_data(
             f"{settings.data} has {count} classes, the checkpoint {known}; give the data set it "
             "was trained on."
         )
-    names = "the checkpoint", graph.class_names
-    match = match_classes(*names, settings.data, data.class_names, [True] * count)
+    match = match_classes(
+        "the checkpoint", graph.class_names, settings.data, data.class_names, [True] * count
+    )
     if match.places != tuple(range(count)):
         raise UserError(
             f"{settings.data} has the checkpoint's classes in another order and some by other "
