@@ -104,7 +104,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> Path:
 
 
 def test_engines_and_onnx_files_are_compared_without_pytorch(tmp_path: Path, data: Path) -> None:
-    """As in the image of docker/cpu.Dockerfile, which leaves it out."""
+    """The image of docker/cpu.Dockerfile leaves it out."""
     file = write_detector(tmp_path / "coarse.onnx", 16)
     arguments = ["compare", str(file), "--data", str(data), "--batches", "1", "--rounds", "3"]
     arguments += ["--duration", "0.05", "--output", str(tmp_path / "run")]
