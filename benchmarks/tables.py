@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import picture_tables
+from benchmarks.paper import TABLE_1
 from benchmarks.tensorrt8 import layer_kind
 from trt_yolov6.common.files import read_json, write_bytes
 
@@ -691,7 +692,7 @@ def tensorrt8_accuracy(superseded: bool = False) -> str:
         lines.append(
             [
                 checkpoints[row["network"]],
-                TENSORRT8_FORMS[row["precision"], row["how"]],
+                TENSORRT8_FORMS[row["precision"], row["how"]] + _release(row),
                 f"{row['int8_convolutions']} of {row['convolutions']}",
                 " and ".join(f"{ap:.4f}" for ap in row.get("ap_of_builds", [row["ap"]])),
                 "" if row["ap_cpu"] is None else f"{row['ap_cpu']:.4f}",
@@ -702,6 +703,42 @@ def tensorrt8_accuracy(superseded: bool = False) -> str:
         )
     head = ["checkpoint", "precision", "convolutions in INT8", "AP on the GPU", "AP on a CPU"]
     return markdown([*head, "difference", "agreement", "GPU"], lines)
+
+
+def _release(row: Mapping[str, Any]) -> str:
+    version: str = row["backend_version"]
+    return "" if version == "8.6.0" else f", TensorRT {version}"
+
+
+def tensorrt8_peers() -> str:
+    """Detectors of the paper's Table 1 next to the YOLOv6 of their size, and the paper's ratios."""
+    rows = result(TENSORRT8)["peers"]["rows"]
+    paper = {detector.name.upper(): detector for detector in TABLE_1}  # YOLOv7-Tiny: the last, 640
+    own = {(row["together"], row["date"]): row for row in rows if row["how"] == "ours"}
+    lines = []
+    for row in rows:
+        if row["how"] == "ours":
+            continue
+        batch = row["batch"]
+        ours = own[row["together"], row["date"]]
+        theirs = paper[row["network"].upper()]
+        same = paper[_variant(ours["network"]).upper()]
+        on_t4 = same.fps_32 / theirs.fps_32 if batch == 32 else same.fps_1 / theirs.fps_1
+        lines.append(
+            [
+                theirs.name,
+                batch,
+                f"{row['ms']:.3f}",
+                picture_tables.number(row["fps"]),
+                _variant(ours["network"]),
+                f"{ours['ms']:.3f}",
+                f"**{row['ms'] / ours['ms']:.2f}**",
+                f"{on_t4:.2f}",
+                row["date"][:10],
+            ]
+        )
+    head = ["detector", "batch", "ms", "images/s", "YOLOv6 of its size", "its ms"]
+    return markdown([*head, "times as fast", "paper (T4)", "measured"], lines)
 
 
 def tensorrt8_others() -> str:
@@ -911,6 +948,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensorrt8-superseded": functools.partial(tensorrt8_variants, superseded=True),
     "tensorrt8-accuracy": tensorrt8_accuracy,
     "tensorrt8-accuracy-125": functools.partial(tensorrt8_accuracy, superseded=True),
+    "tensorrt8-peers": tensorrt8_peers,
     "tensorrt8-others": tensorrt8_others,
     "tensorrt8-layers": tensorrt8_layers,
     "tensorrt8-forms": tensorrt8_forms,

@@ -100,7 +100,7 @@ def relaxed_boxes(flavour: Flavour, weak: WeakGraph | None) -> WeakGraph | None:
     """Return a graph with Q/DQ that TensorRT 8.5 may build where it failed, or None.
 
     Of an INT8 head, 8.5.3 builds the prediction of boxes only if nothing after it has to be in
-    single precision (an H200; whole networks are untried).
+    single precision (YOLOv6-N on an H200).
     """
     if weak is None or not (weak.quantized and weak.single) or flavour.release >= (8, 6):
         return None
@@ -168,7 +168,7 @@ def _built(
 def remedy_of(release: tuple[int, int], *, explicit_int8: bool) -> str:
     """Say what to try where the builder of a release fails, also on a graph with INT8's Q/DQ."""
     if explicit_int8 and release < (8, 6):
-        # 8.5.3 built none of these on an H200 (docs/measurements/tensorrt8.md).
+        # Where boxes in half precision do not help 8.5.3, no other form did (tensorrt8.md).
         return "build INT8 with TensorRT 8.6 or later, or FP16 with this one"
     return "try another `workspace_mib`, batch or precision"
 
