@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> Path:
     folder = tmp_path_factory.mktemp("run")
     compare(plan, folder, progress=False)
     return folder
+
+
+def test_engines_and_onnx_files_are_compared_without_pytorch(tmp_path: Path, data: Path) -> None:
+    """The image of docker/cpu.Dockerfile leaves it out."""
+    file = write_detector(tmp_path / "coarse.onnx", 16)
+    arguments = ["compare", str(file), "--data", str(data), "--batches", "1", "--rounds", "3"]
+    arguments += ["--duration", "0.05", "--output", str(tmp_path / "run")]
+    code = "import sys; sys.modules['torch'] = None; from trt_yolov6.cli import main"
+    subprocess.run([sys.executable, "-c", f"{code}; sys.exit(main({arguments}))"], check=True)
+    assert read_results(tmp_path / "run" / "results.json")["engines"]
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:

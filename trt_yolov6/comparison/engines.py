@@ -14,7 +14,6 @@ import onnx
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.roofline import graph_work
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
-from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.common.records import as_record
 from trt_yolov6.comparison.cache import Steps
@@ -347,6 +346,8 @@ def _described(work: Work, entry: ModelEntry) -> SourceFile:
     path = entry.path
     manifest = read_manifest(path)
     if path.suffix in CHECKPOINT_SUFFIXES:
+        from trt_yolov6.checkpoints.loading import load_checkpoint  # needs PyTorch
+
         load_checkpoint(path)  # refused now, not after others have been built
         return SourceFile("", buildable=True)
     if manifest is not None:
