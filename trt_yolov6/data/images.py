@@ -139,7 +139,8 @@ def upright_size(path: Path) -> tuple[int, int]:
             orientation = exif_orientation(exif.removeprefix(EXIF))
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 # From Pillow 11 on, `size` is turned already.
-                width, height, orientation = map(image.tag_v2.get, (256, 257, ORIENTATION))
+                width, height = image.tag_v2[256], image.tag_v2[257]
+                orientation = image.tag_v2.get(ORIENTATION, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is damaged or not an image; replace or remove it.") from error
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)

@@ -63,7 +63,8 @@ def read_voc(root: Path, split: str) -> Source:
     splits = voc_splits(root)
     # Over all splits, so that training and validation have the same order.
     parsed = {path: _parsed(path) for paths in splits.values() for path in paths}
-    names = sorted({item["name"] for record in parsed.values() for item in record["objects"]})
+    found = {item["name"] for record in parsed.values() for item in record["objects"]}
+    names = sorted(found - {""})
     places = {name: place for place, name in enumerate(names, start=1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -73,7 +74,7 @@ def read_voc(root: Path, split: str) -> Source:
         annotations += [
             {
                 "image_id": index,
-                "category_id": places[item["name"]],
+                "category_id": places.get(item["name"]),
                 "bbox": item["bbox"],
                 "iscrowd": item["difficult"],
                 "where": f"{path} object {place}",
