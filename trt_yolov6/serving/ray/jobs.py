@@ -17,6 +17,7 @@ from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.data.letterbox import resolve_border
 from trt_yolov6.engines.base import EngineFacts, LoadOptions
 from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.annotate import check_outside
 from trt_yolov6.runtime.evaluate import Evaluation, FoundBatch, evaluate_found
 from trt_yolov6.runtime.predict import shown_nms
 from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
@@ -104,14 +105,16 @@ def infer_on_ray(
         form: of the parts.
 
     Raises:
-        UserError: see `connected`, `find_pictures`, `open_job` and `load_engine`; or no picture
-            could be read.
+        UserError: see `connected`, `find_pictures`, `check_outside`, `open_job` and `load_engine`;
+            or no picture could be read.
     """
     start = time.perf_counter()
     files, facts = read_engine(Path(engine), options.backend, options.load)
     predict = _resolved(predict, facts, shown_nms(facts.nms))
     pictures = find_pictures(source)
     folder = ResultFolder(output)
+    if folder.is_local:
+        check_outside(Path(output), (Path(one.path).parent for one in pictures if not one.store))
     place = str(source) if is_address(str(source)) else str(Path(source).absolute())
     job = {
         "engine": facts.name,
