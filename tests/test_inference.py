@@ -244,6 +244,22 @@ def test_a_picture_is_told_by_its_content(tmp_path: Path, engine: Engine) -> Non
     assert [path.name for path in summary.outputs] == ["a.mp4.jpg"]
 
 
+def test_frames_are_of_videos(tmp_path: Path, engine: Engine) -> None:
+    Image.fromarray(picture(1, 2, 0, 10)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="`frames` is for videos"):
+        infer_source(engine, tmp_path / "a.png", tmp_path / "out", frames=3, progress=False)
+
+
+def test_a_format_given_twice_is_one(tmp_path: Path, engine: Engine) -> None:
+    Image.fromarray(picture(1, 2, 0, 10)).save(tmp_path / "a.png")
+    formats: list[Any] = ["csv", "json", "csv"]
+    summary = infer_source(
+        engine, tmp_path / "a.png", tmp_path / "out", SURE, formats=formats, progress=False
+    )
+    assert [path.name for path in summary.files] == ["detections.csv", "detections.json"]
+    assert len((tmp_path / "out" / "detections.csv").read_text().splitlines()) == 2
+
+
 def test_frames_can_be_limited_and_stopped(tmp_path: Path, engine: Engine) -> None:
     write_video(tmp_path / "ride.avi", 20)
     options: dict[str, Any] = {"options": SURE, "progress": False}

@@ -77,7 +77,7 @@ def infer_source(
         UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
             unreadable image among others is listed in the summary instead.
     """
-    formats = (formats,) if isinstance(formats, str) else formats
+    formats = (formats,) if isinstance(formats, str) else tuple(dict.fromkeys(formats))
     for form in formats:
         if form not in get_args(Format):
             known = ", ".join(get_args(Format))
@@ -94,6 +94,8 @@ def infer_source(
     if output.resolve() in {place.resolve() for place in set(places)}:
         raise UserError(f"{output} is the folder of the source; give another folder as `output`.")
     options = (options or PredictOptions()).over(default_nms(engine))
+    if isinstance(media, Pictures) and frames is not None:
+        raise UserError("`frames` is for videos and streams; leave it out.")
     if isinstance(media, Pictures) and "yolo" in formats:
         _check_stems(media)
     if isinstance(media, Video):
