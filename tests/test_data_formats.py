@@ -501,7 +501,10 @@ def test_voc_beside_the_images_is_read_and_difficult_objects_do_not_count(tmp_pa
     images(tmp_path / "valid")
     for name in BOXES:
         (tmp_path / "valid" / f"{name}.xml").write_text(voc_xml(name, int(name == "b")))
-    dataset = load_coco(tmp_path, "val")
+    (tmp_path / ".idea").mkdir()
+    for hidden in (".idea/misc.xml", "valid/._a.xml"):
+        (tmp_path / hidden).write_text("<project/>")
+    dataset = load_coco(tmp_path)
     assert objects(dataset) == EXPECTED
     assert [entry["iscrowd"] for entry in dataset.annotations] == [0, 0, 1]
     file = tmp_path / "valid" / "b.xml"

@@ -35,10 +35,14 @@ def voc_splits(root: Path) -> dict[str, list[Path]]:
         folder = root
         splits = {
             "val" if inner.name == "valid" else inner.name: found
-            for inner in sorted(path for path in root.iterdir() if path.is_dir())
-            if (found := sorted(inner.glob("*.xml")))
+            for inner in sorted(path for path in root.glob("[!.]*") if path.is_dir())
+            if (found := _xml_in(inner))
         }
-    return splits or ({_WHOLE: found} if (found := sorted(folder.glob("*.xml"))) else {})
+    return splits or ({_WHOLE: found} if (found := _xml_in(folder)) else {})
+
+
+def _xml_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!.]*.xml"))  # macOS and editors keep hidden files of their own
 
 
 def _listed(folder: Path, line: str) -> Path:

@@ -112,6 +112,9 @@ def infer_on_ray(
     files, facts = read_engine(Path(engine), options.backend, options.load)
     predict = _resolved(predict, facts, shown_nms(facts.nms))
     pictures = find_pictures(source)
+    names = (one.name for one in pictures if form == "parquet")
+    if odd := [name for name in names if name.encode(errors="ignore").decode() != name]:
+        raise UserError(f"{odd[0]} is not a name in UTF-8, as Parquet has it; write jsonl instead.")
     folder = ResultFolder(output)
     if folder.is_local:
         check_outside(Path(output), (Path(one.path).parent for one in pictures if not one.store))
