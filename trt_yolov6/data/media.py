@@ -83,6 +83,11 @@ class Video:
     """True for what has no end of its own."""
 
 
+def is_address(text: str) -> bool:
+    """Return whether a text is an address such as `s3://bucket/folder`, not a path."""
+    return _ADDRESS.match(text) is not None
+
+
 def find_media(source: str | Path) -> Pictures | Video:
     """Find out what a source is.
 
@@ -95,7 +100,7 @@ def find_media(source: str | Path) -> Pictures | Video:
         UserError: nothing is there, an address does not answer, or it is neither image nor video.
     """
     text = str(source)
-    if _ADDRESS.match(text):
+    if is_address(text):
         return _from_address(text)
     path = Path(text)
     if path.is_dir():
@@ -312,7 +317,7 @@ def _opened(address: str) -> cv2.VideoCapture:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     if address.isascii() and address.isdigit() and not Path(address).exists():
         return cv2.VideoCapture(int(address))
-    if _ADDRESS.match(address):
+    if is_address(address):
         patience = [
             *(cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _PATIENCE * 1000),
             *(cv2.CAP_PROP_READ_TIMEOUT_MSEC, _PATIENCE * 1000),

@@ -15,6 +15,7 @@ from trt_yolov6.common.files import one_writer
 from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.data.letterbox import resolve_border
+from trt_yolov6.data.media import is_address
 from trt_yolov6.engines.base import EngineFacts, LoadOptions
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.annotate import check_outside
@@ -31,7 +32,7 @@ from trt_yolov6.serving.ray.parts import (
     open_job,
     part_names,
 )
-from trt_yolov6.serving.ray.pictures import RemotePicture, find_pictures, is_address
+from trt_yolov6.serving.ray.pictures import RemotePicture, find_pictures
 from trt_yolov6.spec import NmsSettings, PredictOptions
 
 MOST_IN_A_BLOCK = 256
