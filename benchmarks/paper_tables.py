@@ -142,9 +142,9 @@ of the AP of all folds' detections together.
 the difference excludes zero on the paper's side, "contradict" on the other side, and "cannot \
 tell" that one includes zero.
 - **Seeds.** The seed of a fold is its number. "Two seeds" marks the mean of two trainings, the \
-second with that number plus 100. Among these are the networks that others are compared with, whose \
-luck would otherwise be in every difference. A network that is compared with itself, in INT8 or \
-with other inputs, has the same seeds on both sides.
+second with that number plus 100. Among these are the networks that others are compared with: \
+their luck would otherwise be in every difference. A network that is compared with itself, in INT8 \
+or with other inputs, has the same seeds on both sides.
 """
 
 
