@@ -190,7 +190,8 @@ def _possible_layouts(facts: GraphFacts) -> list[OutputLayout]:
             return ["split"]
     if ranks == [3, 3]:
         boxes, scores = sorted(outputs, key=lambda spec: spec.shape[2] != 4)
-        if boxes.shape[2] == 4 and scores.shape[2] != 4:
+        anchors, last = boxes.shape[1], scores.shape[2]
+        if boxes.shape[2] == 4 != last and (None in (anchors, last) or anchors == last):
             return ["split_by_class"]
     if len(outputs) == 4 and all(
         sum(word in spec.name.lower() for spec in outputs) == 1 for word in EFFICIENT_NMS_WORDS

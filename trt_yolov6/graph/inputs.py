@@ -52,8 +52,8 @@ def with_one_input(
         image_size: height and width of the input; None reads it off the image input.
 
     Raises:
-        UserError: it has inputs whose meaning is not known, or no fixed image size where it asks
-            for that.
+        UserError: it has inputs whose meaning or shape is not known, or no fixed image size where
+            it asks for that.
     """
     inputs = runtime_inputs(model)
     others = [item for item in inputs if item.name in (SCALE_FACTOR, IMAGE_SHAPE)]
@@ -65,12 +65,16 @@ def with_one_input(
         )
     image = next(item for item in inputs if item not in others)
     for item in others:
+        spec = value_spec(item, path)
+        if len(spec.shape) != 2 or spec.dtype.kind not in "fiu":
+            raise UserError(
+                f"{path} takes {spec.name} as {spec.dtype} {list(spec.shape)}, not as numbers "
+                "(batch, 2); a detector that PaddleDetection exported is needed."
+            )
         is_factor = item.name == SCALE_FACTOR
         row = (1.0, 1.0) if is_factor else image_size or _size_of(image, path)
-        batch = item.type.tensor_type.shape.dim[0].dim_value
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type)
         # One row serves a free batch: it is broadcast.
-        value = np.tile(np.array(row, dtype), (batch if batch > 0 else 1, 1))
+        value = np.tile(np.array(row, spec.dtype), (spec.shape[0] or 1, 1))
         add_initializers(model.graph, {item.name: value})
         model.graph.input.remove(item)
         # Before version 4 of the format an initializer had to be an input as well.
