@@ -146,6 +146,24 @@ def test_a_bare_file_is_read_alike(name: str, tmp_path: Path) -> None:
     assert_found(found, boxes, export.score)
 
 
+@pytest.mark.parametrize("free", [0, -1])
+@each_export
+def test_lengths_that_the_file_leaves_free_are_worked_out(
+    name: str, free: int, tmp_path: Path
+) -> None:
+    path, decoder = written(name, tmp_path), decoder_of(name)
+    model = onnx.load(path)
+    for output in model.graph.output:
+        for axis in output.type.tensor_type.shape.dim:
+            axis.Clear()
+            axis.dim_value = free
+    onnx.save(model, path)
+    graph = graph_from_onnx(path, decoder=decoder)
+    assert (graph.decoder, graph.output_layout) == (EXPORTS[name].family, EXPORTS[name].layout)
+    with load_engine(path, options=LoadOptions(decoder=decoder)) as engine:
+        assert engine.detector == graph.detector
+
+
 @each_export
 def test_an_output_for_debugging_before_the_detectors_is_dropped(name: str, tmp_path: Path) -> None:
     # 7 rows of 256: alone they would be a detector's, for another size of the input.

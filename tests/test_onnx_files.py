@@ -133,6 +133,19 @@ def test_outputs_for_debugging_are_dropped_and_named(tmp_path: Path, place: int)
         assert engine.infer(random_images(1)[0]).keys() == {"boxes", "scores"}
 
 
+def test_an_output_that_is_a_sequence_is_dropped(tmp_path: Path) -> None:
+    model = detector()
+    for output in model.graph.output:
+        output.type.tensor_type.shape.dim[1].dim_param = "anchors"
+    model.graph.node.append(helper.make_node("SequenceConstruct", ["images"], ["all"]))
+    some = helper.make_tensor_sequence_value_info("all", TensorProto.FLOAT, None)
+    model.graph.output.append(some)
+    path = save(model, tmp_path / "sequence.onnx")
+    assert graph_from_onnx(path).notes == ("dropped the output all: not a detector's",)
+    with load_engine(path) as engine:
+        assert engine.dropped_outputs == ("all",)
+
+
 def test_a_graph_of_which_nothing_is_a_detector_s_is_refused(tmp_path: Path) -> None:
     graph = GraphWriter()
     one = graph.conv_relu("one", "images", (3, 8))
