@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,17 @@ def test_samples_of_32_bits_are_refused_because_their_range_is_unknown(
     encoded = cv2.imencode(".tiff", np.ones(shape, kind))[1].tobytes()
     with pytest.raises(UserError, match=f"has {kind.__name__} samples, whose range is unknown"):
         read_image(encoded)
+
+
+@pytest.mark.parametrize("look", [read_image, upright_size])
+def test_more_pixels_than_pillow_opens_are_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "large.avif"
+    path.write_bytes(encode(Image.new("RGB", (64, 48)), "AVIF"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"large\.avif has more pixels than are decoded"):
+        look(path)
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:

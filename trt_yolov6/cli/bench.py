@@ -70,7 +70,9 @@ def run(options: argparse.Namespace) -> None:
     if options.stages:
         _run_stages(options)
         return
-    images = _images(options) if options.end_to_end else None
+    images = None
+    if options.end_to_end:
+        images = common.or_sample(options.images, "--source", common.SAMPLE_IMAGES)
     detectors = [load(path, options) for path in options.engine or [newest_engine()]]
     engines = [detector.engine for detector in detectors]
     results = benchmark(
@@ -97,21 +99,11 @@ def run(options: argparse.Namespace) -> None:
         say_next(options, "with AP and intervals", "compare", *files)
 
 
-def _images(options: argparse.Namespace) -> Path:
-    """Return the images of --source, or the sample's."""
-    if options.images is None and not common.SAMPLE_IMAGES.is_dir():
-        raise UserError(
-            f"no --source is given and the sample images {common.SAMPLE_IMAGES}/ are not here; "
-            "name images with --source."
-        )
-    return options.images or common.SAMPLE_IMAGES
-
-
 def _run_stages(options: argparse.Namespace) -> None:
     from trt_yolov6.bench.stages import benchmark_stages, format_stages
     from trt_yolov6.data.images import list_images
 
-    images = list_images(_images(options))
+    images = list_images(common.or_sample(options.images, "--source", common.SAMPLE_IMAGES))
     reports = []
     for path in options.engine or [newest_engine()]:
         with load(path, options) as detector:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError, did_you_mean
 
 SAMPLE_WEIGHTS = Path("samples/yolov6n_bccd.pt")
@@ -358,6 +359,18 @@ def chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return the values of some options by name, without those left to their default, None."""
     values = {name: getattr(options, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def or_sample(given: Path | None, option: str, sample: Path) -> Path:
+    """Return the path that an option gives, or else the sample's, and say so."""
+    if given is not None:
+        return given
+    if not sample.exists():
+        raise UserError(
+            f"no {option} is given and the sample {sample} is not here; name yours with {option}."
+        )
+    say(f"no {option} given: taking the sample's, {sample}")
+    return sample
 
 
 def refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:

@@ -403,7 +403,8 @@ class _Judge:
                 "image_id": record.id,
                 "category_id": category.id,
                 "bbox": box,
-                "area": area if math.isfinite(area) else box[2] * box[3],
+                # Below 0, as some tools write for none, pycocotools would pass over the object.
+                "area": area if 0 <= area < math.inf else box[2] * box[3],
                 "iscrowd": int(is_crowd),
             }
         )

@@ -141,7 +141,9 @@ def upright_size(path: Path) -> tuple[int, int]:
                 # From Pillow 11 on, `size` is turned already.
                 width, height = image.tag_v2[256], image.tag_v2[257]
                 orientation = image.tag_v2.get(ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise _too_large(path) from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} is damaged or not an image; replace or remove it.") from error
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
@@ -223,7 +225,7 @@ def read_image(
             image = gray if gray is not None and gray.itemsize > 2 else None
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
-            raise UserError(f"{name} has more pixels than are decoded; make it smaller.") from error
+            raise _too_large(name) from error
         image = None
     if image is None:
         raise UserError(f"{name} is damaged, cut short or not an image; replace or remove it.")
@@ -234,11 +236,15 @@ def read_image(
             f"{name} has {image.dtype} samples, whose range is unknown; convert it to 8 or 16 bits."
         )
     if data[4:12] in _AVIF and not as_stored:
-        image = _upright(image, _avif_orientation(data))
+        image = _upright(image, _avif_orientation(data, name))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
 
-def _avif_orientation(data: bytes) -> int:
+def _too_large(name: str | Path) -> UserError:
+    return UserError(f"{name} has more pixels than are decoded; make it smaller.")
+
+
+def _avif_orientation(data: bytes, name: str) -> int:
     """Return the orientation of an AVIF, 1 to 8, which OpenCV does not look for."""
     from PIL import Image
 
@@ -247,6 +253,8 @@ def _avif_orientation(data: bytes) -> int:
             exif: bytes = image.info.get("exif", b"")
     except OSError:  # Pillow before 11.3
         return 1
+    except Image.DecompressionBombError as error:
+        raise _too_large(name) from error
     return exif_orientation(exif.removeprefix(EXIF))
 
 
